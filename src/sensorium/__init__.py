@@ -1,0 +1,49 @@
+"""Sensorium runs and serves multimodal language models.
+
+    from sensorium import LLM, SamplingParams
+
+    llm = LLM(model="demo")
+    out = llm.generate(
+        {"prompt": "...", "multi_modal_data": {"image": picture}}, SamplingParams(max_tokens=64)
+    )
+    print(out[0].outputs[0].text)
+
+The names below are the public ones; they are imported on first use, so that ``import sensorium`` itself is light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sensorium.llm import LLM
+    from sensorium.outputs import CompletionOutput, Logprob, RequestOutput
+    from sensorium.params import SamplingParams, StructuredOutputs
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "sensorium.llm",
+    "SamplingParams": "sensorium.params",
+    "StructuredOutputs": "sensorium.params",
+    "RequestOutput": "sensorium.outputs",
+    "CompletionOutput": "sensorium.outputs",
+    "Logprob": "sensorium.outputs",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputs",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sensorium' has no attribute {name!r}")

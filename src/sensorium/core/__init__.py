@@ -1,0 +1,1 @@
+"""Decides: scheduler, block pool, prefix index. Pure Python: no torch, no numpy."""

@@ -1,0 +1,92 @@
+"""The two plain values that cross to the device and back: ``StepPlan`` and ``StepResult``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sensorium.core.request import EngineRequest, TokenSample
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence that the runner does not hold yet: never run, or preempted before.
+
+    ``token_ids`` are all known tokens: the prompt and, after a preemption, what had been generated.
+    """
+
+    seq_id: int
+    request: EngineRequest
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The part of one sequence that a step computes: positions ``start`` to ``start + num_tokens``.
+
+    ``new_block_ids`` are appended to the blocks that the runner knows of this sequence. ``samples`` says that the span
+    reaches the last known token, so that a new one is to be sampled.
+    """
+
+    seq_id: int
+    start: int
+    num_tokens: int
+    new_block_ids: tuple[int, ...]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """One item to encode before the forward pass: item ``item_index`` of sequence ``seq_id``.
+
+    The features are those that came with that sequence's request; the result is kept under ``digest`` until a plan
+    lists it in ``evict``.
+    """
+
+    digest: bytes
+    seq_id: int
+    item_index: int
+    num_embeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What the runner is to do in one step, in this order: drop, evict, add, encode, run the spans, sample."""
+
+    step_id: int
+    dropped: tuple[int, ...] = ()
+    """Sequences that finished, were aborted or preempted since the last plan: forget them."""
+    evict: tuple[bytes, ...] = ()
+    """Digests of encoder outputs to forget."""
+    new: tuple[NewSequence, ...] = ()
+    encode: tuple[EncodeJob, ...] = ()
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed in this step."""
+        return sum(span.num_tokens for span in self.spans)
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to tell the runner."""
+        return not (self.spans or self.dropped or self.evict or self.new or self.encode)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What came of a plan.
+
+    ``samples``: one token for each span with ``samples``. ``prompt_logprobs``: for spans of sequences that asked for
+    them, the entries of the prompt tokens *predicted by* the span's positions (positions start+1 … start+num_tokens,
+    clipped to the prompt). ``failed``: sequences that could not be run, with a message for the caller; they have no
+    sample and are to be finished with an error; the others are unharmed. ``failed_items``: digests whose encoding
+    failed: not resident.
+    """
+
+    step_id: int
+    samples: dict[int, TokenSample] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[tuple[tuple[int, float, int], ...], ...]] = field(
+        default_factory=dict
+    )
+    failed: dict[int, str] = field(default_factory=dict)
+    failed_items: tuple[bytes, ...] = ()

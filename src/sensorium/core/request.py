@@ -1,0 +1,171 @@
+"""The message into the engine, the scheduler's record of it, and the news that come back."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from sensorium.outputs import FinishReason
+from sensorium.params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ItemSpan:
+    """Where one image, video or audio clip sits in the token ids of a request.
+
+    ``runs`` are ``(start, length)`` pairs, ascending and disjoint: the positions that the item's embeddings fill, in
+    order. An item without separators between its parts has one run. Example: ids ``[1, 9, 9, 9, 5]`` with an image of
+    three embeddings at 9: ``runs == ((1, 3),)``, ``start == 1``, ``end == 4``, ``num_embeds == 3``.
+    """
+
+    digest: bytes
+    modality: str
+    runs: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("an item span needs at least one run")
+        end = 0
+        for start, length in self.runs:
+            if start < end or length < 1:
+                raise ValueError(f"runs must be ascending, disjoint and not empty: {self.runs}")
+            end = start + length
+
+    @property
+    def start(self) -> int:
+        """First position that the item fills."""
+        return self.runs[0][0]
+
+    @property
+    def end(self) -> int:
+        """One past the last position that the item fills."""
+        start, length = self.runs[-1]
+        return start + length
+
+    @property
+    def num_embeds(self) -> int:
+        """Number of embeddings of the item."""
+        return sum(length for _, length in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to generate: the only message into the engine.
+
+    A request with ``n`` samples is sent as ``n`` of these. ``positions`` and ``grammar`` are opaque to core and handed
+    to the runner: rotary positions of the prompt when they are not 0, 1, 2 … (numpy int32 (3, num_tokens)) with
+    ``position_delta`` (generated token i has position i + delta), and a grammar specification. ``max_tokens`` is final:
+    the frontend has resolved None and the context's end.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    eos_token_ids: tuple[int, ...] = ()
+    items: tuple[ItemSpan, ...] = ()
+    positions: Any = None
+    position_delta: int = 0
+    bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    grammar: str | None = None
+    cache_salt: bytes = b""
+    priority: int = 0
+    arrival_time: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.token_ids:
+            raise ValueError("a request needs at least one token")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        end = 0
+        for item in self.items:
+            if item.start < end or item.end > len(self.token_ids):
+                raise ValueError("item spans must be ascending, disjoint and inside the prompt")
+            end = item.end
+
+
+class Status(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """The scheduler's record of one request.
+
+    ``token_ids`` are all known tokens, ``num_computed`` how many of them have their KV in the cache; a step narrows the
+    gap. There are no phases. Only the scheduler writes to it, the three block fields through its ``KVLedger``. Invariant:
+    ``0 <= num_computed <= len(token_ids)``, and ``block_ids`` cover at least ``num_computed`` tokens.
+
+    ``block_digests`` are those of the leading full blocks, as far as they were needed; the first ``num_registered`` blocks
+    have been offered to the prefix index. ``eos_ids`` and ``stop_ids`` end the sequence (``eos_ids`` is empty with
+    ``ignore_eos``). ``num_cached`` counts prompt tokens found in the cache at the first admission; a preemption leaves it.
+    ``waits_for`` is the digest of a block that another sequence is computing and that this one could then share.
+    ``prompt_logprobs`` gathers the pieces of the chunks until the first token is there.
+    """
+
+    seq_id: int
+    request: EngineRequest
+    token_ids: list[int]
+    status: Status = Status.WAITING
+    num_computed: int = 0
+    num_cached: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)
+    num_preemptions: int = 0
+    num_registered: int = 0
+    eos_ids: frozenset[int] = frozenset()
+    stop_ids: frozenset[int] = frozenset()
+    first_scheduled_time: float | None = None
+    waits_for: bytes | None = None
+    prompt_logprobs: list[tuple[tuple[int, float, int], ...]] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt, placeholders expanded."""
+        return len(self.request.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - len(self.request.token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """The gap that steps narrow."""
+        return len(self.token_ids) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSample:
+    """One sampled token.
+
+    ``logprobs`` holds ``(token_id, logprob, rank)``, the chosen token first, then the most likely ones; None when not
+    asked for.
+    """
+
+    token_id: int
+    logprobs: tuple[tuple[int, float, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceUpdate:
+    """News of one sequence after a step: at most one new token, and the end if it came.
+
+    ``prompt_logprobs`` come once, whole: for each prompt token after the first, its ``(token_id, logprob, rank)``
+    tuples, the prompt's own token first. ``error`` is set when ``finish_reason`` is ``"error"``.
+    """
+
+    request_id: str
+    sample: TokenSample | None = None
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[tuple[tuple[int, float, int], ...], ...] | None = None
+    error: str | None = None
+    first_scheduled_time: float | None = None

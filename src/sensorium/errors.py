@@ -1,0 +1,196 @@
+"""Every error that Sensorium raises on purpose, as one tree.
+
+    SensoriumError
+    ├── RequestError                      the caller's fault: 4xx
+    │   ├── InvalidRequestError           400 invalid_request
+    │   ├── PromptTooLongError            400 prompt_too_long
+    │   ├── TooManyItemsError             400 too_many_items
+    │   ├── UnsupportedModalityError      400 unsupported_modality
+    │   ├── PlaceholderMismatchError      400 placeholder_mismatch
+    │   ├── MediaRefusedError             400 media_refused
+    │   ├── MediaUndecodableError         400 media_undecodable
+    │   ├── InvalidEmbeddingsError        400 invalid_embeddings
+    │   ├── MediaTooLargeError            413 media_too_large
+    │   ├── BodyTooLargeError             413 body_too_large
+    │   ├── MediaNotCachedError           404 media_not_cached
+    │   ├── MediaFetchError               424 media_fetch_failed
+    │   ├── MediaFetchTimeoutError        424 media_fetch_timeout
+    │   ├── AuthenticationError           401 invalid_api_key
+    │   └── ModelNotFoundError            404 model_not_found
+    ├── ConfigError                       a wrong flag, keyword or file at start
+    │   └── UnsupportedModelError         nothing here can load that architecture
+    └── UnavailableError                  not now: 503
+        ├── OverloadedError               503 overloaded
+        └── EngineDeadError               503 engine_unavailable
+
+Each class carries its HTTP status and code; the server has one handler that maps them, and offline users catch the same
+classes. Request and configuration errors are ``ValueError`` too, so that plain Python code reads naturally.
+"""
+
+from __future__ import annotations
+
+
+class SensoriumError(Exception):
+    """Base of all errors here.
+
+    ``message`` says what was wrong, with the value, and what to do. ``param`` is the place in the request, such as
+    ``messages[0].content[1].image_url``, or None when the whole request is meant.
+    """
+
+    status: int = 500
+    code: str = "internal_error"
+    type: str = "server_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def at(self, param: str) -> SensoriumError:
+        """Set ``param`` when it is not known yet, and return self, for ``raise error.at("prompt")``."""
+        if self.param is None:
+            self.param = param
+        return self
+
+    def to_dict(self) -> dict[str, str | None]:
+        """The body of the ``error`` member of an HTTP answer."""
+        return {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+
+
+class RequestError(SensoriumError, ValueError):
+    """The request cannot be served as it stands."""
+
+    status = 400
+    code = "invalid_request"
+    type = "invalid_request_error"
+
+
+class InvalidRequestError(RequestError):
+    """Malformed, mistyped or unknown fields, or values out of their range."""
+
+
+class PromptTooLongError(RequestError):
+    """The prompt (with its expanded placeholders) does not fit the model's context or the cache."""
+
+    code = "prompt_too_long"
+
+
+class TooManyItemsError(RequestError):
+    """More images, videos or clips than ``limit_mm_per_prompt`` allows."""
+
+    code = "too_many_items"
+
+
+class UnsupportedModalityError(RequestError):
+    """The model has no such modality."""
+
+    code = "unsupported_modality"
+
+
+class PlaceholderMismatchError(RequestError):
+    """The prompt has more or fewer placeholders than there are items."""
+
+    code = "placeholder_mismatch"
+
+
+class MediaRefusedError(RequestError):
+    """The scheme, host, address or path of a media item is not allowed."""
+
+    code = "media_refused"
+
+
+class MediaUndecodableError(RequestError):
+    """The bytes are not media of the kind they should be."""
+
+    code = "media_undecodable"
+
+
+class InvalidEmbeddingsError(RequestError):
+    """Precomputed embeddings of a wrong shape, type or content."""
+
+    code = "invalid_embeddings"
+
+
+class MediaTooLargeError(RequestError):
+    """Media over a limit of bytes, pixels, frames or seconds."""
+
+    status = 413
+    code = "media_too_large"
+
+
+class BodyTooLargeError(RequestError):
+    """The body of an HTTP request is over the limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class MediaNotCachedError(RequestError):
+    """An item was named by uuid only, and nothing is cached under that name."""
+
+    status = 404
+    code = "media_not_cached"
+
+
+class MediaFetchError(RequestError):
+    """The host of a media URL answered with an error, or the connection broke."""
+
+    status = 424
+    code = "media_fetch_failed"
+
+
+class MediaFetchTimeoutError(RequestError):
+    """The host of a media URL did not deliver in time."""
+
+    status = 424
+    code = "media_fetch_timeout"
+
+
+class AuthenticationError(RequestError):
+    """No API key, or a wrong one."""
+
+    status = 401
+    code = "invalid_api_key"
+    type = "authentication_error"
+
+
+class ModelNotFoundError(RequestError):
+    """The request names a model that is not served here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class ConfigError(SensoriumError, ValueError):
+    """A flag, keyword, environment variable or model file that cannot be used; raised at start."""
+
+    code = "invalid_config"
+
+
+class UnsupportedModelError(ConfigError):
+    """No module here can load the architecture that the configuration names."""
+
+    code = "unsupported_model"
+
+
+class UnavailableError(SensoriumError):
+    """The request is fine, but cannot be served now. ``retry_after``: seconds until trying again makes sense."""
+
+    status = 503
+    code = "engine_unavailable"
+    retry_after: int = 1
+
+
+class OverloadedError(UnavailableError):
+    """The queue is full; try again later."""
+
+    code = "overloaded"
+
+
+class EngineDeadError(UnavailableError):
+    """The engine has stopped or is being restarted."""

@@ -1,0 +1,65 @@
+"""What attention kernels must know of a step: which queries belong to which sequence, and where its keys lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheLayout:
+    """Shape of the paged cache: one K and one V tensor a layer.
+
+    K is (num_blocks, num_kv_heads, head_dim, block_size): transposed within a block, so that the inner loop of decode
+    attention runs over tokens. V is (num_blocks, num_kv_heads, block_size, head_dim).
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers, K and V."""
+        per_token = self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return per_token * self.block_size
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """K and V of one layer, in the layout of ``KVCacheLayout``."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """One step's ragged batch of S sequences and T tokens; the tokens of a sequence are adjacent.
+
+    Sequences with a single query token come first (``num_decodes`` of them), so that decode and chunked prefill are two
+    contiguous parts. All tensors are int32 on the device of the model.
+
+    query_start (S+1): first token row of each sequence, and T at the end. kv_len (S): tokens of the sequence with KV
+    after this step (cached + this step's). block_table (S, B): block ids, padded with 0. Row r of sequence s is the
+    token at index ``kv_len[s] - (query_start[s+1] - query_start[s]) + (r - query_start[s])`` and attends to that index
+    and all before. cos, sin (T, rotary_dim // 2) float32: rotary factors of each row, computed once a step. caches:
+    one per layer.
+    """
+
+    query_start: torch.Tensor
+    kv_len: torch.Tensor
+    block_table: torch.Tensor
+    num_decodes: int
+    max_query_len: int
+    max_kv_len: int
+    cos: torch.Tensor
+    sin: torch.Tensor
+    caches: list[LayerCache]
+    query_lens: list[int]
+    """Host copy of the query lengths, in order."""
+    kv_lens: list[int]
+    """Host copy of kv_len."""

@@ -1,0 +1,68 @@
+"""What a media item is at each station: a reference, decoded data, features with their length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Modality = Literal["image", "video", "audio"]
+MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
+
+SourceKind = Literal["url", "bytes", "object", "embeds", "cached"]
+
+
+@dataclass(frozen=True, slots=True)
+class MediaRef:
+    """Where an item is, and of what kind it should be. Nothing is loaded yet.
+
+    kind ``url``: ``source`` is a string (``http(s):``, ``data:``, ``file:`` or a local path); ``bytes``: an encoded
+    file; ``object``: a PIL image, numpy array or torch tensor; ``embeds``: a torch tensor or a mapping of tensors, or
+    base64 text in place of a tensor, possibly of several items; ``cached``: None, to be found under ``uuid``. ``param``
+    is the place in the request, for error messages. ``uuids``: only for ``embeds`` of several items, one per item, in
+    place of ``uuid``.
+    """
+
+    modality: Modality
+    kind: SourceKind
+    source: Any
+    uuid: str | None = None
+    param: str = ""
+    uuids: tuple[str | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a processor makes of one item: plain arrays, ready for the model's encoder.
+
+    ``arrays`` are C-contiguous numpy arrays (for images: uint8 pixels after resizing, cropping and padding; scaling and
+    normalising is the encoder's first operation, so that little memory moves). ``num_embeds`` is the number of
+    embeddings that the encoder will make of them. ``meta`` holds small plain values (grid sizes, original size).
+    ``precomputed``: ``arrays["embeds"]`` already holds the embeddings (num_embeds, hidden), float32.
+    """
+
+    modality: Modality
+    arrays: Mapping[str, np.ndarray]
+    num_embeds: int
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    precomputed: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(a.nbytes for a in self.arrays.values())
+
+
+@dataclass(frozen=True, slots=True)
+class MediaItem:
+    """A loaded item: its identity and its features.
+
+    ``digest``: 32 bytes over content, processing options and the processor's identity (``multimodal.digest``). Two
+    items with the same digest have the same embeddings.
+    """
+
+    modality: Modality
+    digest: bytes
+    features: Features

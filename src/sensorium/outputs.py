@@ -1,0 +1,80 @@
+"""What comes back: one ``RequestOutput`` per prompt, one ``CompletionOutput`` per sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log probability of one token at one position.
+
+    ``rank`` is 1 for the most likely token of the vocabulary at that position.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request.
+
+    ``logprobs`` has one dict (token id → ``Logprob``) per generated token, or is None when none were asked for.
+    ``finish_reason`` is None while the sample is being generated. ``stop_reason`` is the stop string or stop token id
+    that ended it; None for the end-of-sequence token.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this sample is complete."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of one request, in seconds of ``time.monotonic()``; None when the stage was not reached."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first token."""
+        if self.first_token_time is None:
+            return None
+        return self.first_token_time - self.arrival_time
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """Everything known of one request.
+
+    ``prompt_token_ids`` are the ids after placeholder expansion. ``prompt_logprobs`` has one entry per prompt token, the
+    first of which is None. ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.
+    ``num_item_tokens`` counts the prompt positions that each modality fills.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    num_item_tokens: dict[str, int] = field(default_factory=dict)
+    metrics: RequestMetrics | None = None
