@@ -1,0 +1,144 @@
+"""Builds an engine in this process: loads the model, sizes the cache, wires scheduler and runner."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+
+import torch
+
+from sensorium.config import GIB, EngineConfig
+from sensorium.core.limits import SchedulerLimits
+from sensorium.core.scheduler import Scheduler
+from sensorium.engine.engine import Engine
+from sensorium.engine.stats import EngineFacts
+from sensorium.errors import ConfigError
+from sensorium.kernels import ops, threads
+from sensorium.kernels.batch import KVCacheLayout
+from sensorium.models import loader
+from sensorium.runtime.encoder import FeatureStore
+from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory
+from sensorium.runtime.runner import ModelRunner
+from sensorium.text.grammar import GrammarMatcher, GrammarVocabulary
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCHED_TOKENS = 2048
+
+
+def build_engine(config: EngineConfig) -> Engine:
+    """Load the model and return an engine that can take requests.
+
+    Raises ConfigError when the configuration cannot be met on this machine.
+    """
+    started = time.monotonic()
+    device = choose_device(config.model.device)
+    num_threads = config.model.num_threads or len(os.sched_getaffinity(0))
+    threads.configure(num_threads)
+    loaded = loader.load(
+        config.model.model,
+        dtype=config.model.dtype,
+        device=str(device),
+        load_format=config.model.load_format,
+        hf_overrides=config.model.hf_overrides,
+        revision=config.model.revision,
+        seed=config.model.seed,
+        max_model_len=config.model.max_model_len,
+        skip_modalities=switched_off(config),
+    )
+    shape, model = loaded.model.shape, loaded.model
+    layout = KVCacheLayout(
+        shape.num_layers, shape.num_kv_heads, shape.head_dim, config.cache.block_size, model.dtype
+    )
+    geometry = cache_geometry(
+        config.cache,
+        layout,
+        max_model_len=config.model.max_model_len,
+        max_position=shape.max_position,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        free_bytes=free_memory(device, config.cache.gpu_memory_utilization),
+    )
+    caches = ops.allocate_cache(layout, geometry.num_blocks, device)
+    ops.warm_up(model.dtype, shape.head_dim, device)
+    store = FeatureStore()
+    folder = config.model.tokenizer or loaded.config.folder
+    runner = ModelRunner(model, caches, store, _Grammars(folder, shape.vocab_size))
+    scheduler = Scheduler(_limits(config, geometry, shape.hidden_size, model.dtype))
+    facts = EngineFacts(
+        max_model_len=geometry.max_model_len,
+        num_kv_blocks=geometry.num_blocks,
+        block_size=geometry.block_size,
+        max_num_batched_tokens=_batched_tokens(config, geometry.max_model_len),
+        device=str(device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_threads=num_threads,
+        load_seconds=time.monotonic() - started,
+    )
+    return Engine(scheduler, runner, store, facts)
+
+
+def switched_off(config: EngineConfig) -> frozenset[str]:
+    """Modalities with a limit of 0: their encoders are not loaded."""
+    return frozenset(m for m in config.media.limit_mm_per_prompt if config.media.limit(m) == 0)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is a GPU when there is one. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}.", param="device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}.", param="device")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device is cuda, but torch sees no GPU: check the driver and torch's build, or use "
+            "device='cpu'.",
+            param="device",
+        )
+    return device
+
+
+def _batched_tokens(config: EngineConfig, max_model_len: int) -> int:
+    """The token budget of a step: as configured, else enough for what must run in one piece."""
+    if config.scheduler.max_num_batched_tokens is not None:
+        return config.scheduler.max_num_batched_tokens
+    if not config.scheduler.enable_chunked_prefill:
+        return max(DEFAULT_BATCHED_TOKENS, max_model_len)
+    return DEFAULT_BATCHED_TOKENS
+
+
+def _limits(
+    config: EngineConfig, geometry: CacheGeometry, hidden_size: int, dtype: torch.dtype
+) -> SchedulerLimits:
+    batched_tokens = _batched_tokens(config, geometry.max_model_len)
+    kept = max(1, int(config.cache.mm_encoder_cache_gb * GIB) // (hidden_size * dtype.itemsize))
+    return SchedulerLimits(
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=batched_tokens,
+        max_model_len=geometry.max_model_len,
+        num_blocks=geometry.num_blocks,
+        block_size=geometry.block_size,
+        # One item may fill the whole context; beyond that, encode about as much as a step takes in.
+        encode_budget=min(kept, max(batched_tokens, geometry.max_model_len)),
+        feature_budget=kept,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+    )
+
+
+class _Grammars:
+    """Makes grammar matchers; the vocabulary they share is read at the first one, which takes about a second."""
+
+    def __init__(self, folder: str, vocab_size: int) -> None:
+        self._folder = folder
+        self._vocab_size = vocab_size
+        self._vocabulary: GrammarVocabulary | None = None
+
+    def __call__(self, grammar: str) -> GrammarMatcher:
+        if self._vocabulary is None:
+            self._vocabulary = GrammarVocabulary.from_folder(self._folder, self._vocab_size)
+        return self._vocabulary.matcher(grammar)

@@ -1,0 +1,238 @@
+"""The one way from prompts to outputs when serving: prepare, submit, collect."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from sensorium.config import EngineConfig
+from sensorium.engine.client import EngineClient, Inbox
+from sensorium.engine.prepare import PreparedPrompt, Preparer
+from sensorium.engine.prompts import Prompt
+from sensorium.engine.stats import EngineStats
+from sensorium.engine.stream import RequestStream
+from sensorium.errors import SensoriumError
+from sensorium.outputs import RequestOutput
+from sensorium.params import SamplingParams
+from sensorium.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics(Protocol):
+    """What the frontend reports of each request; times in seconds."""
+
+    def first_token(self, seconds: float) -> None:
+        """From arrival to the first token."""
+        ...
+
+    def inter_token(self, seconds: float) -> None:
+        """Between two tokens of a request."""
+        ...
+
+    def queue(self, seconds: float) -> None:
+        """From arrival to the first step that computed something of the request."""
+        ...
+
+    def finished(
+        self,
+        finish_reason: str,
+        num_prompt_tokens: int,
+        num_generation_tokens: int,
+        num_cached_tokens: int,
+        e2e_seconds: float,
+    ) -> None:
+        """The request is complete."""
+        ...
+
+
+class Frontend:
+    """Prepares prompts in this process and runs them on an engine in another. One event loop."""
+
+    def __init__(self, config: EngineConfig, preparer: Preparer, client: EngineClient) -> None:
+        self.config = config
+        self.metrics: Metrics | None = None
+        self._preparer = preparer
+        self._client = client
+        self._num_generated = 0
+        self._log_task: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, *, trust_request_chat_template: bool = False
+    ) -> Frontend:
+        """Start an engine and what prepares its requests. Raises ConfigError when that cannot be."""
+        client = EngineClient(config)
+        try:
+            starting = asyncio.create_task(client.start())
+            try:
+                # Reading the tokenizer goes on while the engine's process loads the weights.
+                preparer = await asyncio.to_thread(
+                    Preparer, config, trust_request_chat_template=trust_request_chat_template
+                )
+            except BaseException:
+                starting.cancel()
+                await asyncio.gather(starting, return_exceptions=True)
+                raise
+            preparer.set_facts(await starting)
+        except BaseException:
+            await client.stop()
+            raise
+        frontend = cls(config, preparer, client)
+        if not config.observability.disable_log_stats:
+            frontend._log_task = asyncio.create_task(frontend._log_stats())
+        return frontend
+
+    @property
+    def model_name(self) -> str:
+        """The model's id or folder, as configured."""
+        return self.config.model.model
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and answer together, in tokens."""
+        return self._client.facts.max_model_len
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model takes besides text."""
+        return self._preparer.modalities
+
+    @property
+    def default_params(self) -> dict[str, Any]:
+        """Sampling values that the model's generation_config.json sets."""
+        return self._preparer.default_params
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._preparer.tokenizer
+
+    @property
+    def chat_template_available(self) -> bool:
+        """Whether conversations can be rendered without a template in the request."""
+        return self._preparer.chat_template_available
+
+    def healthy(self) -> bool:
+        """Whether the engine lives."""
+        return self._client.alive
+
+    async def prepare(self, prompt: Prompt) -> PreparedPrompt:
+        """Text and ids of a prompt with its placeholders expanded; media are loaded."""
+        return await self._preparer.prepare(prompt)
+
+    async def stats(self) -> EngineStats:
+        """Counters of the engine and of the media pipeline."""
+        stats = await self._client.stats()
+        stats.media = self._preparer.media_stats()
+        return stats
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the output of a request, one object updated in place, whenever there are news of it.
+
+        Raises RequestError before the first yield for a request that cannot be served, UnavailableError when the engine
+        dies. Closing the generator ends the work at whatever stage it is.
+        """
+        arrival = time.monotonic()
+        prepared = await self._preparer.prepare(prompt)
+        requests = self._preparer.requests(prepared, params, request_id, priority, arrival)
+        stream = RequestStream(
+            request_id=request_id,
+            engine_ids=[request.request_id for request in requests],
+            text=prepared.text,
+            token_ids=prepared.token_ids,
+            num_item_tokens=prepared.num_item_tokens,
+            continues=prepared.continues,
+            params=params,
+            tokenizer=self.tokenizer,
+            arrival_time=arrival,
+        )
+        inbox: Inbox = asyncio.Queue()
+        try:
+            for request in requests:
+                self._client.submit(request, prepared.items, inbox)
+            while not stream.finished:
+                await self._collect(stream, inbox)
+                yield stream.output
+        finally:
+            self._client.abort(stream.open_ids)
+            self._report_end(stream)
+
+    async def shutdown(self) -> None:
+        """Stop the engine and free everything."""
+        if self._log_task is not None:
+            self._log_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._log_task
+        await self._client.stop()
+        await asyncio.to_thread(self._preparer.close)
+
+    async def _collect(self, stream: RequestStream, inbox: Inbox) -> None:
+        """Take in all news that are there; wait for some when there are none."""
+        news = await inbox.get()
+        before = stream.metrics.first_token_time
+        while True:
+            if isinstance(news, SensoriumError):
+                raise news
+            self._num_generated += news.sample is not None
+            if stream.accept(news):
+                self._client.abort([news.request_id])
+            if inbox.empty():
+                break
+            news = inbox.get_nowait()
+        self._report_token(stream, before)
+
+    def _report_token(self, stream: RequestStream, first_before: float | None) -> None:
+        now, times = time.monotonic(), stream.metrics
+        if self.metrics is None or times.first_token_time is None:
+            return
+        if first_before is None:
+            self.metrics.first_token(times.first_token_time - times.arrival_time)
+            if times.first_scheduled_time is not None:
+                self.metrics.queue(max(0.0, times.first_scheduled_time - times.arrival_time))
+        else:
+            self.metrics.inter_token(now - stream.last_news_time)
+        stream.last_news_time = now
+
+    def _report_end(self, stream: RequestStream) -> None:
+        if self.metrics is None:
+            return
+        output = stream.output
+        reasons = {sample.finish_reason or "abort" for sample in output.outputs}
+        self.metrics.finished(
+            reasons.pop() if len(reasons) == 1 else "stop",
+            len(output.prompt_token_ids),
+            sum(len(sample.token_ids) for sample in output.outputs),
+            output.num_cached_tokens,
+            time.monotonic() - stream.metrics.arrival_time,
+        )
+
+    async def _log_stats(self) -> None:
+        interval = self.config.observability.log_stats_interval
+        last = self._num_generated
+        while True:
+            await asyncio.sleep(interval)
+            if self._num_generated == last or not self.healthy():
+                continue
+            stats = await self._client.stats()
+            logger.info(
+                "%.1f generated tokens/s; %d running, %d waiting; KV cache %.1f %% used; "
+                "prefix cache hits %.1f %%",
+                (self._num_generated - last) / interval,
+                stats.num_running,
+                stats.num_waiting,
+                100.0 * stats.kv_blocks_used / max(1, stats.kv_blocks_total),
+                100.0 * stats.prefix_hits / max(1, stats.prefix_queries),
+            )
+            last = self._num_generated

@@ -1,0 +1,372 @@
+"""From what users ask to what the engine runs: rendering, tokenizing, media, placeholders, positions, all limits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import random
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sensorium.config import GIB, EngineConfig
+from sensorium.core.request import EngineRequest, ItemSpan
+from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt
+from sensorium.engine.stats import EngineFacts
+from sensorium.errors import (
+    InvalidRequestError,
+    PromptTooLongError,
+    RequestError,
+    UnsupportedModalityError,
+)
+from sensorium.models import loader
+from sensorium.models.interface import stop_token_ids
+from sensorium.models.registry import resolve
+from sensorium.multimodal.items import MediaItem, MediaRef, Modality
+from sensorium.multimodal.cache import FeatureCache
+from sensorium.multimodal.pipeline import MediaPipeline
+from sensorium.multimodal.placeholders import expand
+from sensorium.multimodal.processor import PlacedItem
+from sensorium.multimodal.stats import MediaStats
+from sensorium.params import SamplingParams
+from sensorium.text.bad_words import bad_words_token_ids
+from sensorium.text.chat import ChatTemplate
+from sensorium.text.grammar import compile_grammar
+from sensorium.text.tokenizer import Tokenizer
+
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt that the engine could run.
+
+    ``text`` is what a person would read (None for prompts given as ids); ``token_ids`` have their placeholders expanded;
+    ``items`` and ``spans`` belong together, in the order of the prompt. ``positions`` (3, num_tokens) int32 for models
+    with several position axes. ``continues``: the answer's text goes on where the prompt's ends.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    items: tuple[MediaItem, ...] = ()
+    spans: tuple[ItemSpan, ...] = ()
+    positions: np.ndarray | None = None
+    position_delta: int = 0
+    num_item_tokens: dict[str, int] = field(default_factory=dict)
+    cache_salt: bytes = b""
+    continues: bool = False
+    param: str = "prompt"
+
+
+class _Source(NamedTuple):
+    """A prompt in ids, its placeholders not expanded yet."""
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    refs: tuple[MediaRef, ...]
+    param: str
+
+
+class Preparer:
+    """Everything of a model besides its weights: tokenizer, chat template, processor, media pipeline.
+
+    Used from one event loop. ``set_facts`` must be called with what the engine found out before requests are built.
+    """
+
+    def __init__(self, config: EngineConfig, *, trust_request_chat_template: bool = False) -> None:
+        self._config = config
+        model = config.model
+        self._loaded = loader.read_config(
+            model.model, revision=model.revision, hf_overrides=model.hf_overrides
+        )
+        family = resolve(self._loaded.config)
+        self._vocab_size = family.shape(self._loaded).vocab_size
+        self._processor = family.build_processor(self._loaded)
+        self._folder = self._tokenizer_folder()
+        self.tokenizer = Tokenizer.from_folder(
+            self._folder, eos_token_ids=stop_token_ids(self._loaded)
+        )
+        extra = [self.tokenizer.token_id(text) for text in family.stop_tokens]
+        known = (*self.tokenizer.eos_token_ids, *(i for i in extra if i is not None))
+        self._eos_token_ids = tuple(dict.fromkeys(known))
+        self._template = ChatTemplate.load(
+            self._loaded.folder,
+            self.tokenizer,
+            chat_template=model.chat_template,
+            fallback=family.chat_template(),
+            content_format=model.chat_template_content_format,
+            interleave_mm_strings=model.interleave_mm_strings,
+            trust_request_chat_template=trust_request_chat_template,
+            placeholder_texts=self._placeholder_texts(),
+        )
+        self._pipeline = self._new_pipeline()
+        self._random = random.Random(model.seed)
+        self._facts: EngineFacts | None = None
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What the model takes besides text and what limits leave of it."""
+        known = self._processor.modalities if self._processor is not None else ()
+        return tuple(m for m in known if self._config.media.limit(m) != 0)
+
+    @property
+    def default_params(self) -> dict[str, Any]:
+        """Sampling values that generation_config.json sets; ``do_sample: false`` means greedy."""
+        generation = self._loaded.generation
+        found = {k: generation[k] for k in _SAMPLING_DEFAULTS if generation.get(k) is not None}
+        if generation.get("do_sample") is False:
+            found = {k: v for k, v in found.items() if k == "repetition_penalty"}
+            found["temperature"] = 0.0
+        if generation.get("max_new_tokens") is not None:
+            found["max_tokens"] = generation["max_new_tokens"]
+        return found
+
+    @property
+    def chat_template_available(self) -> bool:
+        """Whether the model has a chat template, or was given one."""
+        return self._template.exists
+
+    def set_facts(self, facts: EngineFacts) -> None:
+        """Take note of the limits that the engine found."""
+        self._facts = facts
+
+    def media_stats(self) -> dict[str, float]:
+        """Counters of the media pipeline by name; empty for a text model."""
+        return _flat(self._pipeline.stats()) if self._pipeline is not None else {}
+
+    def close(self) -> None:
+        """End the media workers."""
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+    async def prepare(self, prompt: Prompt) -> PreparedPrompt:
+        """Render or tokenize a prompt, load its media, expand its placeholders. Raises RequestError."""
+        if isinstance(prompt, ChatPrompt):
+            source = self._rendered(prompt)
+        else:
+            source = self._tokenized(prompt)
+        text, token_ids, refs, param = source
+        self._room(len(token_ids), param)
+        items = await self._items(refs, prompt)
+        with _placed(param):
+            return self._expanded(text, token_ids, items, prompt, param)
+
+    def requests(
+        self,
+        prepared: PreparedPrompt,
+        params: SamplingParams,
+        request_id: str,
+        priority: int,
+        arrival_time: float,
+    ) -> list[EngineRequest]:
+        """The engine's requests of a prompt: one per sample. Raises RequestError when it cannot fit."""
+        self._check_vocabulary(params)
+        room = self._room(len(prepared.token_ids), prepared.param)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        bad_words = bad_words_token_ids(self.tokenizer, params.bad_words)
+        grammar = (
+            compile_grammar(params.structured_outputs)
+            if params.structured_outputs is not None
+            else None
+        )
+        seed = params.seed if params.seed is not None else self._random.getrandbits(63)
+        return [
+            EngineRequest(
+                request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+                token_ids=prepared.token_ids,
+                # Samples of one request differ by their seed alone.
+                params=params.replace(n=1, seed=(seed + index) % (1 << 63)),
+                max_tokens=max_tokens,
+                eos_token_ids=self._eos_token_ids,
+                items=prepared.spans,
+                positions=prepared.positions,
+                position_delta=prepared.position_delta,
+                bad_words_token_ids=bad_words,
+                grammar=grammar,
+                cache_salt=prepared.cache_salt,
+                priority=priority,
+                arrival_time=arrival_time,
+            )
+            for index in range(params.n)
+        ]
+
+    def _rendered(
+        self, prompt: ChatPrompt
+    ) -> _Source:
+        rendered = self._template.render(
+            prompt.conversation,
+            placeholder_text=self._placeholder_text,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            tools=prompt.tools,
+            chat_template=prompt.chat_template,
+            chat_template_kwargs=prompt.chat_template_kwargs,
+        )
+        return _Source(rendered.text, rendered.token_ids, rendered.refs, "messages")
+
+    def _tokenized(self, prompt: RawPrompt) -> _Source:
+        if prompt.token_ids is not None:
+            with _placed(prompt.param):
+                self._check_ids(prompt.token_ids)
+            return _Source(None, prompt.token_ids, prompt.refs, prompt.param)
+        text = prompt.text or ""
+        ids = self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
+        if not ids:
+            raise InvalidRequestError("The prompt is empty.", param=prompt.param)
+        return _Source(text, tuple(ids), prompt.refs, prompt.param)
+
+    async def _items(self, refs: tuple[MediaRef, ...], prompt: Prompt) -> list[MediaItem]:
+        for ref in refs:
+            self._check_modality(ref)
+        if not refs or self._pipeline is None:
+            return []
+        return await self._pipeline.load(
+            refs,
+            mm_processor_kwargs=prompt.media.mm_processor_kwargs,
+            media_io_kwargs=prompt.media.media_io_kwargs,
+            cache_salt=prompt.media.cache_salt,
+            tenant=prompt.media.tenant,
+        )
+
+    def _expanded(
+        self,
+        text: str | None,
+        token_ids: tuple[int, ...],
+        items: list[MediaItem],
+        prompt: Prompt,
+        param: str,
+    ) -> PreparedPrompt:
+        salt, continues = _salt(prompt), isinstance(prompt, RawPrompt)
+        if self._processor is None:
+            return PreparedPrompt(
+                text, token_ids, cache_salt=salt, continues=continues, param=param
+            )
+        expansion = expand(token_ids, items, self._processor)
+        self._room(len(expansion.token_ids), param)
+        ordered = tuple(items[span.item_index] for span in expansion.spans)
+        spans = tuple(
+            ItemSpan(item.digest, item.modality, span.runs)
+            for item, span in zip(ordered, expansion.spans, strict=True)
+        )
+        positions, delta = None, 0
+        if ordered:
+            placed = [
+                PlacedItem(item.features, span.runs)
+                for item, span in zip(ordered, spans, strict=True)
+            ]
+            found = self._processor.positions(expansion.token_ids, placed)
+            if found is not None:
+                positions, delta = found
+        return PreparedPrompt(
+            text=text,
+            token_ids=expansion.token_ids,
+            items=ordered,
+            spans=spans,
+            positions=positions,
+            position_delta=delta,
+            num_item_tokens=expansion.num_item_tokens,
+            cache_salt=salt,
+            continues=continues,
+            param=param,
+        )
+
+    def _check_modality(self, ref: MediaRef) -> None:
+        if ref.modality in self.modalities:
+            return
+        offers = ", ".join(self.modalities) or "text only"
+        switched_off = self._processor is not None and ref.modality in self._processor.modalities
+        why = (
+            f"is switched off here by limit_mm_per_prompt ({ref.modality}: 0)"
+            if switched_off
+            else "is not something this model takes"
+        )
+        raise UnsupportedModalityError(
+            f"{ref.modality} {why}; it takes: {offers}.", param=ref.param or None
+        )
+
+    def _room(self, num_tokens: int, param: str) -> int:
+        """How many tokens can be generated after the prompt; at least 1."""
+        if self._facts is None:
+            raise RuntimeError("set_facts was not called")
+        room = self._facts.max_model_len - num_tokens
+        if room < 1:
+            raise PromptTooLongError(
+                f"The prompt has {num_tokens} tokens; the context holds "
+                f"{self._facts.max_model_len}, prompt and answer together. Shorten it, or start "
+                "with a larger max_model_len.",
+                param=param,
+            )
+        return room
+
+    def _check_ids(self, token_ids: Collection[int]) -> None:
+        worst = max(token_ids)
+        if worst >= self._vocab_size:
+            raise InvalidRequestError(
+                f"Token id {worst} is outside the model's vocabulary of {self._vocab_size}."
+            )
+
+    def _check_vocabulary(self, params: SamplingParams) -> None:
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            ids = getattr(params, name)
+            if ids:
+                with _placed(name):
+                    self._check_ids(ids)
+
+    def _new_pipeline(self) -> MediaPipeline | None:
+        if self._processor is None:
+            return None
+        cache = self._config.cache
+        return MediaPipeline(
+            self._config.media,
+            self._processor,
+            FeatureCache(int(cache.mm_processor_cache_gb * GIB)),
+            ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
+        )
+
+    def _placeholder_text(self, modality: Modality) -> str:
+        if self._processor is None or modality not in self._processor.modalities:
+            return ""
+        return self._processor.placeholder_text(modality)
+
+    def _placeholder_texts(self) -> list[str]:
+        known = self._processor.modalities if self._processor is not None else ()
+        return [self._placeholder_text(modality) for modality in known]
+
+    def _tokenizer_folder(self) -> Path:
+        name = self._config.model.tokenizer
+        if name is None:
+            return Path(self._loaded.folder)
+        return Path(loader.read_config(name).folder)
+
+
+def _salt(prompt: Prompt) -> bytes:
+    """What scopes the prefix cache: the caller's salt and, only together with it, the tenant."""
+    if not prompt.media.cache_salt:
+        return b""
+    text = f"{prompt.media.tenant}\0{prompt.media.cache_salt}"
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _flat(stats: MediaStats) -> dict[str, float]:
+    """The pipeline's counters as plain numbers by name, such as ``decode_seconds``."""
+    flat: dict[str, float] = {}
+    for stage in ("fetch", "decode", "preprocess"):
+        for name, value in dataclasses.asdict(getattr(stats, stage)).items():
+            flat[f"{stage}_{name}"] = value
+    for name, value in dataclasses.asdict(stats.cache).items():
+        flat[f"processor_cache_{name}"] = value
+    flat["failures"] = sum(stats.failures.values())
+    return flat
+
+
+@contextlib.contextmanager
+def _placed(param: str) -> Iterator[None]:
+    """Give request errors from inside their place."""
+    try:
+        yield
+    except RequestError as error:
+        raise error.at(param) from error.__cause__

@@ -1,0 +1,145 @@
+"""What users ask, before it becomes an ``EngineRequest``: a raw prompt or a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sensorium.config import suggestion
+from sensorium.errors import InvalidRequestError
+from sensorium.multimodal import parts
+from sensorium.multimodal.items import MediaRef
+
+if TYPE_CHECKING:
+    from sensorium.text.chat import Conversation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MediaOptions:
+    """How the items of a request are loaded, and whose they are.
+
+    ``tenant`` and ``cache_salt`` scope uuids and the prefix cache: nothing is shared between two values of them.
+    """
+
+    mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    media_io_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cache_salt: str = ""
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawPrompt:
+    """A prompt as it stands, with the model's own placeholders: ``text`` or ``token_ids``, exactly one of them."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    refs: tuple[MediaRef, ...] = ()
+    media: MediaOptions = field(default_factory=MediaOptions)
+    add_special_tokens: bool = True
+    param: str = "prompt"
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.token_ids is None):
+            raise ValueError("a raw prompt has either text or token_ids")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatPrompt:
+    """A conversation to be rendered by the model's chat template."""
+
+    conversation: Conversation
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    media: MediaOptions = field(default_factory=MediaOptions)
+
+
+Prompt = RawPrompt | ChatPrompt
+
+_PROMPT_KEYS = (
+    "prompt",
+    "prompt_token_ids",
+    "multi_modal_data",
+    "multi_modal_uuids",
+    "mm_processor_kwargs",
+    "cache_salt",
+)
+
+
+def parse_prompt(value: object, *, enable_mm_embeds: bool, param: str = "prompt") -> RawPrompt:
+    """A prompt as the offline API takes it: text, a list of token ids, or a dict of ``_PROMPT_KEYS``.
+
+    Raises RequestError for anything else, naming the place.
+    """
+    if isinstance(value, str):
+        return RawPrompt(text=value, param=param)
+    if isinstance(value, list | tuple):
+        return RawPrompt(token_ids=_token_ids(value, param), param=param)
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(
+            f"A prompt must be a string, a list of token ids or a dict, got {type(value).__name__}.",
+            param=param,
+        )
+    for key in value:
+        if key not in _PROMPT_KEYS:
+            raise InvalidRequestError(
+                f"Unknown key {key!r} in a prompt.{suggestion(str(key), list(_PROMPT_KEYS))}",
+                param=param,
+            )
+    text, ids = value.get("prompt"), value.get("prompt_token_ids")
+    if (text is None) == (ids is None):
+        raise InvalidRequestError(
+            "A prompt dict needs either 'prompt' or 'prompt_token_ids'.", param=param
+        )
+    if text is not None and not isinstance(text, str):
+        raise InvalidRequestError(f"'prompt' must be a string, got {text!r}.", param=param)
+    data, uuids = value.get("multi_modal_data"), value.get("multi_modal_uuids")
+    refs = parts.refs_from_data(
+        {} if data is None else data,
+        uuids,
+        enable_mm_embeds=enable_mm_embeds,
+        param=f"{param}.multi_modal_data",
+        uuids_param=f"{param}.multi_modal_uuids",
+    )
+    return RawPrompt(
+        text=text,
+        token_ids=None if ids is None else _token_ids(ids, f"{param}.prompt_token_ids"),
+        refs=tuple(refs),
+        media=MediaOptions(
+            mm_processor_kwargs=_mapping(value.get("mm_processor_kwargs"), param),
+            cache_salt=_salt(value.get("cache_salt"), param),
+        ),
+        param=param,
+    )
+
+
+def _token_ids(value: object, param: str) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise InvalidRequestError("Token ids must be a non-empty list of integers.", param=param)
+    for token_id in value:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            raise InvalidRequestError(
+                f"Token ids must be integers from 0, got {token_id!r}.", param=param
+            )
+    return tuple(value)
+
+
+def _mapping(value: object, param: str) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"mm_processor_kwargs must be a dict, got {value!r}.", param=param)
+    return value
+
+
+def _salt(value: object, param: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not value:
+        raise InvalidRequestError(
+            f"cache_salt must be a non-empty string, got {value!r}.", param=param
+        )
+    return value

@@ -1,0 +1,1 @@
+"""Runs step plans on a device: slots, inputs, KV cache, encoder, sampler."""

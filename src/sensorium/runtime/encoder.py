@@ -1,0 +1,139 @@
+"""Media encoding in batches, the features that wait for it, and the embeddings that come of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from sensorium.core.plan import EncodeJob
+from sensorium.models.interface import Model
+from sensorium.multimodal.items import Features
+from sensorium.runtime.slots import Slot
+
+logger = logging.getLogger(__name__)
+
+
+class FeatureSource(Protocol):
+    """Where an item's features can be had from; opening may copy from shared memory."""
+
+    def open(self) -> Features:
+        """The features themselves."""
+        ...
+
+
+class HeldFeatures:
+    """Features that are in this process already."""
+
+    __slots__ = ("features",)
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+
+    def open(self) -> Features:
+        """The features themselves."""
+        return self.features
+
+
+class FeatureStore:
+    """Features of admitted requests, by request id, from submission until the request has ended.
+
+    They outlive a preemption, after which an item may have to be encoded again. Written by the engine.
+    """
+
+    def __init__(self) -> None:
+        self._sources: dict[str, tuple[FeatureSource, ...]] = {}
+
+    def put(self, request_id: str, sources: tuple[FeatureSource, ...]) -> None:
+        """Keep the sources of a request, one per item in order."""
+        if sources:
+            self._sources[request_id] = sources
+
+    def discard(self, request_id: str) -> None:
+        """The request has ended."""
+        self._sources.pop(request_id, None)
+
+    def get(self, request_id: str, item_index: int) -> Features:
+        """Features of one item of a request."""
+        return self._sources[request_id][item_index].open()
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+class EncoderCache:
+    """Embeddings by item digest, (num_embeds, H) on the device. What is kept is decided by the scheduler's plans."""
+
+    def __init__(self, model: Model, store: FeatureStore) -> None:
+        self._model = model
+        self._store = store
+        self._embeddings: dict[bytes, torch.Tensor] = {}
+        self.num_encoded = 0
+
+    def __len__(self) -> int:
+        return len(self._embeddings)
+
+    def evict(self, digests: Sequence[bytes]) -> None:
+        """Forget embeddings."""
+        for digest in digests:
+            self._embeddings.pop(digest, None)
+
+    def encode(self, jobs: Sequence[EncodeJob], slots: dict[int, Slot]) -> tuple[bytes, ...]:
+        """Encode the items of a plan, all of one modality in one batch; digests of those that failed are returned.
+
+        When a batch fails, its items are tried one by one, so that one bad item harms no other.
+        """
+        groups: dict[str, list[tuple[bytes, Features]]] = {}
+        failed: list[bytes] = []
+        for job in jobs:
+            try:
+                features = self._store.get(slots[job.seq_id].request.request_id, job.item_index)
+            except Exception:
+                logger.exception("features of an item could not be opened")
+                failed.append(job.digest)
+                continue
+            if features.precomputed:
+                self._keep(job.digest, torch.from_numpy(features.arrays["embeds"]))
+            else:
+                groups.setdefault(features.modality, []).append((job.digest, features))
+        for group in groups.values():
+            failed += self._encode_group(group)
+        return tuple(failed)
+
+    def _encode_group(self, group: list[tuple[bytes, Features]]) -> list[bytes]:
+        try:
+            embeddings = self._model.encode([features for _, features in group])
+            for (digest, features), embeds in zip(group, embeddings, strict=True):
+                if embeds.shape[0] != features.num_embeds:
+                    raise RuntimeError(
+                        f"the encoder made {embeds.shape[0]} embeddings of {features.num_embeds}"
+                    )
+                self._keep(digest, embeds)
+            self.num_encoded += len(group)
+        except Exception:
+            logger.exception("encoding %d item(s) failed", len(group))
+            if len(group) == 1:
+                return [group[0][0]]
+            return [digest for item in group for digest in self._encode_group([item])]
+        return []
+
+    def _keep(self, digest: bytes, embeds: torch.Tensor) -> None:
+        self._embeddings[digest] = embeds.to(device=self._model.device, dtype=self._model.dtype)
+
+    def merge(self, embeds: torch.Tensor, first_row: int, start: int, end: int, slot: Slot) -> None:
+        """Write the items' embeddings over rows of ``embeds`` (T, H) that hold positions ``start`` to ``end``."""
+        for item in slot.request.items:
+            if item.end <= start:
+                continue
+            if item.start >= end:
+                break
+            source, offset = self._embeddings[item.digest], 0
+            for run_start, length in item.runs:
+                low, high = max(run_start, start), min(run_start + length, end)
+                if low < high:
+                    at = offset + low - run_start
+                    row = first_row + low - start
+                    embeds[row : row + high - low] = source[at : at + high - low]
+                offset += length

@@ -1,0 +1,80 @@
+"""From a plan's spans to the tensors of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sensorium.core.plan import Span
+from sensorium.kernels.batch import AttentionBatch, LayerCache
+from sensorium.models.interface import Model
+from sensorium.runtime.slots import Slot
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """T tokens of S sequences.
+
+    ids (T,) int64; batch: what attention needs; first_row (S): row of each sequence's first token; sampled_rows: rows
+    whose logits are sampled, with their slots.
+    """
+
+    ids: torch.Tensor
+    batch: AttentionBatch
+    first_row: list[int]
+    sampled_rows: list[int]
+    sampled_slots: list[Slot]
+
+
+def build(
+    pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCache]
+) -> StepInputs:
+    """Lay the tokens of all spans out one after the other.
+
+    The spans must come with single-token ones first. Positions get three axes as soon as one sequence has them.
+    """
+    query_lens = [span.num_tokens for span, _ in pairs]
+    kv_lens = [span.start + span.num_tokens for span, _ in pairs]
+    starts = np.zeros(len(pairs) + 1, np.int32)
+    np.cumsum(query_lens, out=starts[1:])
+    total = int(starts[-1])
+    ids = np.empty(total, np.int64)
+    several_axes = any(slot.positions is not None for _, slot in pairs)
+    positions = np.empty((3, total) if several_axes else (total,), np.int64)
+    block_table = np.zeros((len(pairs), max(slot.num_blocks for _, slot in pairs)), np.int32)
+    sampled_rows: list[int] = []
+    sampled_slots: list[Slot] = []
+    first_row = starts[:-1].tolist()
+    for index, (span, slot) in enumerate(pairs):
+        row, end = first_row[index], first_row[index] + span.num_tokens
+        ids[row:end] = slot.token_ids[span.start : span.start + span.num_tokens]
+        slot.rotary_positions(span.start, span.num_tokens, positions[..., row:end])
+        block_table[index, : slot.num_blocks] = slot.block_ids[: slot.num_blocks]
+        if span.samples:
+            sampled_rows.append(end - 1)
+            sampled_slots.append(slot)
+    device = model.device
+    cos, sin = model.rotary(torch.from_numpy(positions).to(device))
+    batch = AttentionBatch(
+        query_start=torch.from_numpy(starts).to(device),
+        kv_len=torch.tensor(kv_lens, dtype=torch.int32, device=device),
+        block_table=torch.from_numpy(block_table).to(device),
+        num_decodes=sum(length == 1 for length in query_lens),
+        max_query_len=max(query_lens),
+        max_kv_len=max(kv_lens),
+        cos=cos,
+        sin=sin,
+        caches=caches,
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+    )
+    return StepInputs(
+        ids=torch.from_numpy(ids).to(device),
+        batch=batch,
+        first_row=first_row,
+        sampled_rows=sampled_rows,
+        sampled_slots=sampled_slots,
+    )

@@ -1,0 +1,96 @@
+"""How much memory the KV cache gets: computed from the configuration and the memory there is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sensorium.config import GIB, CacheConfig
+from sensorium.errors import ConfigError
+from sensorium.kernels.batch import KVCacheLayout
+
+logger = logging.getLogger(__name__)
+
+CPU_FRACTION = 0.4
+"""Part of the memory that is free after loading the model which the cache may take on a CPU by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheGeometry:
+    """The size of the KV cache, as found by measuring, and the context that fits it."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+
+def cache_geometry(
+    config: CacheConfig,
+    layout: KVCacheLayout,
+    *,
+    max_model_len: int | None,
+    max_position: int,
+    max_num_seqs: int,
+    free_bytes: int,
+) -> CacheGeometry:
+    """Number of blocks and longest context.
+
+    Without ``kv_cache_memory_bytes`` the cache gets a fixed part of the free memory, but never more than
+    ``max_num_seqs`` sequences of full length could use. A ``max_model_len`` that was asked for and does not fit is a
+    ConfigError; the model's own is lowered with a warning.
+    """
+    wanted_len = max_model_len or max_position
+    blocks_per_seq = -(-wanted_len // layout.block_size)
+    if config.num_kv_blocks is not None:
+        num_blocks = config.num_kv_blocks
+    elif config.kv_cache_memory_bytes is not None:
+        num_blocks = config.kv_cache_memory_bytes // layout.bytes_per_block
+    else:
+        num_blocks = min(free_bytes // layout.bytes_per_block, blocks_per_seq * max_num_seqs)
+    if num_blocks < 1:
+        raise ConfigError(
+            f"The KV cache would have no block: one block of {layout.block_size} tokens takes "
+            f"{layout.bytes_per_block} bytes. Raise kv_cache_memory_bytes."
+        )
+    capacity = num_blocks * layout.block_size
+    if capacity < wanted_len:
+        if max_model_len is not None:
+            raise ConfigError(
+                f"max_model_len is {max_model_len}, but the KV cache holds {capacity} tokens "
+                f"({num_blocks} blocks of {layout.block_size}). Lower max_model_len or raise "
+                f"kv_cache_memory_bytes to {blocks_per_seq * layout.bytes_per_block}.",
+                param="max_model_len",
+            )
+        logger.warning(
+            "the KV cache holds %d tokens: the context is limited to that (the model's is %d)",
+            capacity,
+            wanted_len,
+        )
+        wanted_len = capacity
+    return CacheGeometry(num_blocks, layout.block_size, wanted_len)
+
+
+def free_memory(device: torch.device, gpu_memory_utilization: float) -> int:
+    """Bytes that the cache may take on this device."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return max(0, int(free - total * (1.0 - gpu_memory_utilization)))
+    return int(_available_host_memory() * CPU_FRACTION)
+
+
+def _available_host_memory() -> int:
+    """Available memory of the host, or of the control group where that has less."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        text = limit.read_text().strip()
+        if text != "max":
+            available = min(available, int(text) - int(used.read_text()))
+    except (OSError, ValueError):
+        return available
+    return max(available, GIB // 4)

@@ -1,0 +1,147 @@
+"""Executes step plans: drop, evict, add, encode, forward, sample. All device work of the engine happens here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+from sensorium.core.plan import Span, StepPlan, StepResult
+from sensorium.kernels.batch import LayerCache
+from sensorium.models.interface import Model
+from sensorium.runtime import sampler
+from sensorium.runtime.encoder import EncoderCache, FeatureStore
+from sensorium.runtime.inputs import StepInputs, build
+from sensorium.runtime.slots import Slot, SlotTable
+from sensorium.text.grammar import GrammarMatcher
+
+logger = logging.getLogger(__name__)
+
+LOGIT_ROWS = 256
+"""Rows of prompt logits computed at once when prompt_logprobs are asked for: bounds their memory."""
+
+FAILED = "The model could not compute this request; the others were not affected."
+
+GrammarFactory = Callable[[str], GrammarMatcher]
+
+
+class ModelRunner:
+    """Holds the model, its KV cache and the slots. ``execute`` is the one way in; not thread-safe."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: list[LayerCache],
+        store: FeatureStore,
+        new_grammar: GrammarFactory,
+    ) -> None:
+        self.model = model
+        self.encoder = EncoderCache(model, store)
+        self._caches = caches
+        self._table = SlotTable()
+        self._new_grammar = new_grammar
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one plan. Failures of single sequences or items are reported in the result, not raised."""
+        result = StepResult(plan.step_id)
+        self._table.drop(plan.dropped)
+        self.encoder.evict(plan.evict)
+        for new in plan.new:
+            self._start_grammar(self._table.add(new), result)
+        if plan.encode:
+            result.failed_items = self.encoder.encode(plan.encode, self._table.slots)
+        lost = set(result.failed_items)
+        pairs = [
+            (span, slot)
+            for span, slot in self._table.spans_of(plan.spans)
+            if span.seq_id not in result.failed and not (lost and _needs(span, slot, lost))
+        ]
+        if pairs:
+            self._run_isolated(pairs, result)
+        return result
+
+    def _start_grammar(self, slot: Slot, result: StepResult) -> None:
+        if slot.request.grammar is None:
+            return
+        try:
+            slot.grammar = self._new_grammar(slot.request.grammar)
+            for token_id in slot.token_ids[slot.num_prompt : slot.num_tokens].tolist():
+                slot.grammar.accept(token_id)
+        except Exception:
+            logger.exception("a grammar could not be started")
+            result.failed[slot.seq_id] = "The grammar of structured_outputs could not be started."
+
+    def _run_isolated(self, pairs: list[tuple[Span, Slot]], result: StepResult) -> None:
+        """Run the spans together; when that fails, one by one, so that only the guilty ones fail.
+
+        Running a span twice is harmless: it writes the same keys and values to the same places.
+        """
+        try:
+            self._run(pairs, result)
+        except Exception:
+            logger.exception("a step of %d sequence(s) failed", len(pairs))
+            if len(pairs) == 1:
+                result.failed[pairs[0][0].seq_id] = FAILED
+                return
+            for pair in pairs:
+                if pair[0].seq_id not in result.samples:
+                    self._run_isolated([pair], result)
+
+    def _run(self, pairs: list[tuple[Span, Slot]], result: StepResult) -> None:
+        inputs = build(pairs, self.model, self._caches)
+        embeds = self.model.embed(inputs.ids)
+        for (span, slot), row in zip(pairs, inputs.first_row, strict=True):
+            if slot.request.items and span.start < slot.num_prompt:
+                self.encoder.merge(embeds, row, span.start, span.start + span.num_tokens, slot)
+        hidden = self.model.forward(embeds, inputs.batch)
+        prompt_logprobs = self._prompt_logprobs(pairs, inputs, hidden)
+        if inputs.sampled_rows:
+            rows = torch.tensor(inputs.sampled_rows, device=hidden.device)
+            logits = self.model.logits(hidden[rows])
+            samples, failed = sampler.sample(logits, inputs.sampled_slots)
+            self._accept(samples, failed, inputs.sampled_slots)
+            result.samples.update(samples)
+            result.failed.update(failed)
+        result.prompt_logprobs.update(prompt_logprobs)
+
+    def _accept(
+        self, samples: dict[int, sampler.TokenSample], failed: dict[int, str], slots: list[Slot]
+    ) -> None:
+        """Move the slots one token on."""
+        for slot in slots:
+            sample = samples.get(slot.seq_id)
+            if sample is None:
+                continue
+            slot.append(sample.token_id)
+            if slot.grammar is not None and not slot.grammar.accept(sample.token_id):
+                failed[slot.seq_id] = "The grammar of structured_outputs refused its own token."
+                del samples[slot.seq_id]
+
+    def _prompt_logprobs(
+        self, pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.Tensor
+    ) -> dict[int, tuple[tuple[tuple[int, float, int], ...], ...]]:
+        found = {}
+        for (span, slot), row in zip(pairs, inputs.first_row, strict=True):
+            num_top = slot.request.params.prompt_logprobs
+            last = min(span.start + span.num_tokens, slot.num_prompt - 1)
+            if num_top is None or last <= span.start:
+                continue
+            entries: list[tuple[tuple[int, float, int], ...]] = []
+            for start in range(span.start, last, LOGIT_ROWS):
+                end = min(last, start + LOGIT_ROWS)
+                rows = hidden[row + start - span.start : row + end - span.start]
+                targets = torch.from_numpy(slot.token_ids[start + 1 : end + 1]).to(rows.device)
+                entries += sampler.logprobs_of_targets(self.model.logits(rows), targets, num_top)
+            found[span.seq_id] = tuple(entries)
+        return found
+
+
+def _needs(span: Span, slot: Slot, digests: set[bytes]) -> bool:
+    """Whether a span covers positions of one of these items."""
+    end = span.start + span.num_tokens
+    return any(
+        item.digest in digests and item.start < end and item.end > span.start
+        for item in slot.request.items
+    )

@@ -1,0 +1,247 @@
+"""From logits to tokens, batched over the sequences of a step.
+
+Order of operations for a row: report raw log probabilities, restrict (allowed tokens, bad words, minimum length, grammar),
+bias, penalise, scale by temperature, filter (min-p, top-k, top-p), draw. The draw inverts the cumulative distribution at
+one uniform number that is a function of (seed, position) alone, so a seeded request gets the same tokens in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from sensorium.core.request import TokenSample
+from sensorium.kernels import ops
+from sensorium.runtime.slots import Slot
+from sensorium.text.grammar import GrammarMatcher
+
+FIRST_CANDIDATES = 256
+"""How many of the most likely tokens are sorted at first for top-p; more when they do not hold enough mass."""
+
+_MASK64 = (1 << 64) - 1
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in (0, 1) that depends on ``seed`` and ``position`` alone.
+
+    SplitMix64 (Steele, Lea, Flood 2014) of both, its upper 53 bits.
+    """
+    z = (seed * 0x9E3779B97F4A7C15 + (position + 1) * 0xD1B54A32D192ED03) & _MASK64
+    for _ in range(2):
+        z = (z + 0x9E3779B97F4A7C15) & _MASK64
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+        z ^= z >> 31
+    return ((z >> 11) + 0.5) / (1 << 53)
+
+
+def sample(
+    logits: torch.Tensor, slots: Sequence[Slot]
+) -> tuple[dict[int, TokenSample], dict[int, str]]:
+    """One token for each row of ``logits`` (N, V) float32, which may be overwritten.
+
+    Returns the samples and, for rows that have no usable distribution, messages; both by sequence id.
+    """
+    wanted = {row: slot for row, slot in enumerate(slots) if slot.request.params.logprobs is not None}
+    raw = _raw_logprobs(logits, list(wanted)) if wanted else None
+    for row, slot in enumerate(slots):
+        if _needs_processing(slot):
+            _process(logits[row], slot)
+    random_rows = [row for row, slot in enumerate(slots) if not slot.request.params.greedy]
+    tokens = ops.argmax(logits)
+    best = logits.gather(1, tokens[:, None])[:, 0]
+    usable = torch.isfinite(best).tolist()
+    if random_rows:
+        drawable = [row for row in random_rows if usable[row]]
+        if drawable:
+            tokens[drawable] = _draw(logits[drawable], [slots[row] for row in drawable])
+    chosen = tokens.tolist()
+    reports = _reports(raw, wanted, chosen) if raw is not None else {}
+    samples: dict[int, TokenSample] = {}
+    failed: dict[int, str] = {}
+    for row, slot in enumerate(slots):
+        if usable[row]:
+            samples[slot.seq_id] = TokenSample(chosen[row], reports.get(row))
+        else:
+            failed[slot.seq_id] = (
+                "The model gave no usable distribution for the next token: either the restrictions of the request "
+                "(allowed_token_ids, bad_words, logit_bias, structured_outputs) leave no token, or its numbers "
+                "overflowed."
+            )
+    return samples, failed
+
+
+def logprobs_of_targets(
+    logits: torch.Tensor, targets: torch.Tensor, num_top: int
+) -> list[tuple[tuple[int, float, int], ...]]:
+    """For each row of ``logits`` (N, V): the target token's (id, logprob, rank), then those of the most likely ones."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    return _entries(logprobs, targets, [num_top] * len(targets))
+
+
+def _raw_logprobs(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return torch.log_softmax(logits[rows], dim=-1)
+
+
+def _reports(
+    raw: torch.Tensor, wanted: dict[int, Slot], chosen: list[int]
+) -> dict[int, tuple[tuple[int, float, int], ...]]:
+    targets = torch.tensor([chosen[row] for row in wanted], device=raw.device)
+    nums = [slot.request.params.logprobs or 0 for slot in wanted.values()]
+    return dict(zip(wanted, _entries(raw, targets, nums), strict=True))
+
+
+def _entries(
+    logprobs: torch.Tensor, targets: torch.Tensor, nums: list[int]
+) -> list[tuple[tuple[int, float, int], ...]]:
+    own = logprobs.gather(1, targets[:, None])
+    ranks = ((logprobs > own).sum(-1) + 1).tolist()
+    most = max(nums)
+    top_values: list[list[float]] = [[]] * len(nums)
+    top_ids: list[list[int]] = [[]] * len(nums)
+    if most:
+        values, ids = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
+        top_values, top_ids = values.tolist(), ids.tolist()
+    entries = []
+    for row, (target, value) in enumerate(zip(targets.tolist(), own[:, 0].tolist(), strict=True)):
+        top = zip(top_ids[row][: nums[row]], top_values[row][: nums[row]], strict=True)
+        others = [(i, v, rank) for rank, (i, v) in enumerate(top, 1) if i != target]
+        entries.append(((target, value, ranks[row]), *others))
+    return entries
+
+
+def _needs_processing(slot: Slot) -> bool:
+    params, request = slot.request.params, slot.request
+    return bool(
+        slot.counts is not None
+        or slot.grammar is not None
+        or params.logit_bias
+        or params.allowed_token_ids is not None
+        or request.bad_words_token_ids
+        or slot.num_generated < params.min_tokens
+    )
+
+
+def _process(row: torch.Tensor, slot: Slot) -> None:
+    """Restrict, bias and penalise one row (V,) in place."""
+    params, vocab = slot.request.params, row.shape[0]
+    if params.allowed_token_ids is not None:
+        allowed = _ids(params.allowed_token_ids, row)
+        kept = row[allowed]
+        row.fill_(-torch.inf)
+        row[allowed] = kept
+    for word in slot.request.bad_words_token_ids:
+        if _tail_matches(slot, word[:-1]) and word[-1] < vocab:
+            row[word[-1]] = -torch.inf
+    if slot.num_generated < params.min_tokens:
+        row[_ids(slot.request.eos_token_ids + params.stop_token_ids, row)] = -torch.inf
+    if slot.grammar is not None:
+        _restrict(row, slot.grammar)
+    if params.logit_bias:
+        values = torch.tensor(list(params.logit_bias.values()), device=row.device)
+        row.index_add_(0, _ids(tuple(params.logit_bias), row), values.to(row.dtype))
+    if slot.counts is not None:
+        _penalise(row, slot)
+
+
+def _ids(ids: Sequence[int], row: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([i for i in ids if i < row.shape[0]], dtype=torch.int64, device=row.device)
+
+
+def _tail_matches(slot: Slot, prefix: tuple[int, ...]) -> bool:
+    """Whether the generated tokens end with ``prefix``."""
+    if len(prefix) > slot.num_generated:
+        return False
+    tail = slot.token_ids[slot.num_tokens - len(prefix) : slot.num_tokens]
+    return tuple(tail.tolist()) == prefix
+
+
+def _restrict(row: torch.Tensor, grammar: GrammarMatcher) -> None:
+    """Bar the tokens that the grammar does not allow next."""
+    words = np.zeros(-(-row.shape[0] // 32), np.int32)
+    grammar.mask(words)
+    allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: row.shape[0]]
+    row.masked_fill_(torch.from_numpy(allowed == 0).to(row.device), -torch.inf)
+
+
+def _penalise(row: torch.Tensor, slot: Slot) -> None:
+    """Repetition over prompt and answer (Keskar et al. 2019), presence and frequency over the answer."""
+    params = slot.request.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.unique(torch.from_numpy(slot.token_ids[: slot.num_tokens])).to(row.device)
+        seen = seen[seen < row.shape[0]]
+        values = row[seen]
+        row[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
+    if slot.counts and (params.presence_penalty or params.frequency_penalty):
+        ids = torch.tensor(list(slot.counts), device=row.device)
+        counts = torch.tensor(list(slot.counts.values()), dtype=row.dtype, device=row.device)
+        row[ids] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+def _draw(logits: torch.Tensor, slots: list[Slot]) -> torch.Tensor:
+    """Draw one token for each row of ``logits`` (R, V)."""
+    params = [slot.request.params for slot in slots]
+    device = logits.device
+    temperature = torch.tensor([p.temperature for p in params], device=device)
+    draws = [uniform(p.seed or 0, slot.num_generated) for p, slot in zip(params, slots, strict=True)]
+    point = torch.tensor(draws, dtype=torch.float64, device=device)
+    # Subtracting the maximum first keeps tiny temperatures finite.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-5)[:, None]
+    probs = torch.softmax(scaled, dim=-1)
+    if any(p.min_p for p in params):
+        floor = torch.tensor([p.min_p for p in params], device=device)[:, None]
+        probs = torch.where(probs < floor * probs.amax(-1, keepdim=True), 0.0, probs)
+    plain = [i for i, p in enumerate(params) if p.top_p >= 1.0 and p.top_k <= 0]
+    sorted_rows = [i for i in range(len(params)) if i not in set(plain)]
+    tokens = torch.empty(len(params), dtype=torch.int64, device=device)
+    if plain:
+        tokens[plain] = _invert(probs[plain], point[plain])
+    if sorted_rows:
+        tokens[sorted_rows] = _draw_filtered(
+            probs[sorted_rows],
+            point[sorted_rows],
+            torch.tensor(
+                [params[i].top_k if params[i].top_k > 0 else probs.shape[1] for i in sorted_rows],
+                device=device,
+            ),
+            torch.tensor([params[i].top_p for i in sorted_rows], device=device),
+        )
+    return tokens
+
+
+def _draw_filtered(
+    probs: torch.Tensor, point: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """Draw from the ``top_k`` most likely tokens, of these the fewest that reach ``top_p``. All tensors have R rows.
+
+    Only as many candidates are sorted as the filters can keep.
+    """
+    vocab = probs.shape[1]
+    limited = top_k[top_k < vocab]
+    size = min(vocab, max(FIRST_CANDIDATES, int(limited.max()) if len(limited) else 0))
+    while True:
+        values, ids = probs.topk(size, dim=-1)
+        rank = torch.arange(size, device=probs.device)
+        values = torch.where(rank[None] < top_k[:, None], values, 0.0)
+        # What top-k keeps is the whole of which top-p is a part.
+        total = torch.where(top_k <= size, values.sum(-1), probs.sum(-1))
+        if size == vocab or bool(((top_k <= size) | (values.sum(-1) >= top_p * total)).all()):
+            break
+        size = min(vocab, size * 8)
+    before = values.cumsum(-1) - values
+    values = torch.where((before < (top_p * total)[:, None]) | (rank[None] == 0), values, 0.0)
+    return ids.gather(1, _invert(values, point)[:, None])[:, 0]
+
+
+def _invert(weights: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
+    """Index at which the cumulative weights (R, V) pass the fraction ``point`` (R,) of their sum."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    target = point[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Rounding may put the target at the very sum: take the last token that has weight.
+    last = weights.shape[1] - 1 - (weights.flip(-1) > 0).to(torch.uint8).argmax(-1)
+    return torch.minimum(index, last)

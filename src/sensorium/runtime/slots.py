@@ -1,0 +1,126 @@
+"""What the runner keeps of each sequence between steps: tokens, positions, blocks, sampling state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sensorium.core.plan import NewSequence, Span
+
+if TYPE_CHECKING:
+    from sensorium.core.request import EngineRequest
+    from sensorium.text.grammar import GrammarMatcher
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One sequence on the device side. Written by the runner only.
+
+    ``token_ids`` (capacity) int64, of which ``num_tokens`` are known; ``block_ids`` (capacity) int32, of which
+    ``num_blocks`` are filled. ``positions`` (3, num_prompt) int32 for models with several position axes, else None.
+    ``counts`` maps generated token ids to how often they came, kept only when a penalty needs it.
+    """
+
+    seq_id: int
+    request: EngineRequest
+    token_ids: np.ndarray
+    num_tokens: int
+    block_ids: np.ndarray
+    num_blocks: int = 0
+    positions: np.ndarray | None = None
+    counts: dict[int, int] | None = None
+    grammar: GrammarMatcher | None = None
+
+    @classmethod
+    def of(cls, new: NewSequence) -> Slot:
+        """A slot for a sequence that comes, or comes back after a preemption."""
+        known = len(new.token_ids)
+        capacity = len(new.request.token_ids) + new.request.max_tokens
+        token_ids = np.empty(max(known, min(capacity, known + 256)), np.int64)
+        token_ids[:known] = new.token_ids
+        slot = cls(
+            seq_id=new.seq_id,
+            request=new.request,
+            token_ids=token_ids,
+            num_tokens=known,
+            block_ids=np.zeros(16, np.int32),
+            positions=new.request.positions,
+        )
+        params = new.request.params
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+            slot.counts = {}
+            for token_id in new.token_ids[len(new.request.token_ids) :]:
+                slot.counts[token_id] = slot.counts.get(token_id, 0) + 1
+        return slot
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return self.num_tokens - len(self.request.token_ids)
+
+    def append(self, token_id: int) -> None:
+        """Add a sampled token."""
+        if self.num_tokens == len(self.token_ids):
+            self.token_ids = np.concatenate([self.token_ids, np.empty_like(self.token_ids)])
+        self.token_ids[self.num_tokens] = token_id
+        self.num_tokens += 1
+        if self.counts is not None:
+            self.counts[token_id] = self.counts.get(token_id, 0) + 1
+
+    def add_blocks(self, block_ids: tuple[int, ...]) -> None:
+        """Append blocks of the KV cache."""
+        needed = self.num_blocks + len(block_ids)
+        if needed > len(self.block_ids):
+            grown = np.zeros(max(needed, 2 * len(self.block_ids)), np.int32)
+            grown[: self.num_blocks] = self.block_ids[: self.num_blocks]
+            self.block_ids = grown
+        self.block_ids[self.num_blocks : needed] = block_ids
+        self.num_blocks = needed
+
+    def rotary_positions(self, start: int, num_tokens: int, out: np.ndarray) -> None:
+        """Write the positions of tokens ``start`` … into ``out``: (num_tokens,) or (3, num_tokens) int64.
+
+        A generated token i has position i + delta on every axis.
+        """
+        end = start + num_tokens
+        inside = 0
+        if self.positions is not None:
+            prompt_end = min(end, self.positions.shape[1])
+            inside = max(0, prompt_end - start)
+            if inside:
+                out[..., :inside] = self.positions[:, start:prompt_end]
+        if inside < num_tokens:
+            delta = self.request.position_delta
+            out[..., inside:] = np.arange(start + inside + delta, end + delta)
+
+
+@dataclass(slots=True)
+class SlotTable:
+    """The slots by sequence id."""
+
+    slots: dict[int, Slot] = field(default_factory=dict)
+
+    def drop(self, seq_ids: tuple[int, ...]) -> None:
+        """Forget sequences; unknown ones are ignored, for a sequence may end before its first span."""
+        for seq_id in seq_ids:
+            self.slots.pop(seq_id, None)
+
+    def add(self, new: NewSequence) -> Slot:
+        """Take in a sequence."""
+        slot = self.slots[new.seq_id] = Slot.of(new)
+        return slot
+
+    def spans_of(self, spans: tuple[Span, ...]) -> list[tuple[Span, Slot]]:
+        """Each span with its slot; single-token spans first, as kernels want them, otherwise in plan order."""
+        for span in spans:
+            self.slots[span.seq_id].add_blocks(span.new_block_ids)
+        pairs = [(span, self.slots[span.seq_id]) for span in spans]
+        pairs.sort(key=lambda pair: pair[0].num_tokens > 1)
+        return pairs
