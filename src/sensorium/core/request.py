@@ -99,12 +99,12 @@ class Sequence:
     """The scheduler's record of one request.
 
     ``token_ids`` are all known tokens, ``num_computed`` how many of them have their KV in the cache; a step narrows the
-    gap. There are no phases. Only the scheduler writes to it, the three block fields through its ``KVLedger``. Invariant:
-    ``0 <= num_computed <= len(token_ids)``, and ``block_ids`` cover at least ``num_computed`` tokens.
+    gap. There are no phases. Only the scheduler writes to it, the three block fields through its ``KVLedger``.
+    Invariant: ``0 <= num_computed <= len(token_ids)``, and ``block_ids`` cover at least ``num_computed`` tokens.
 
-    ``block_digests`` are those of the leading full blocks, as far as they were needed; the first ``num_registered`` blocks
-    have been offered to the prefix index. ``eos_ids`` and ``stop_ids`` end the sequence (``eos_ids`` is empty with
-    ``ignore_eos``). ``num_cached`` counts prompt tokens found in the cache at the first admission; a preemption leaves it.
+    ``block_digests`` are those of the leading full blocks, as far as they were needed; the first ``num_registered``
+    blocks have been offered to the prefix index. ``eos_ids`` and ``stop_ids`` end the sequence (``eos_ids`` is empty
+    with ``ignore_eos``). ``num_cached`` counts prompt tokens found in the cache at the first admission.
     ``waits_for`` is the digest of a block that another sequence is computing and that this one could then share.
     ``prompt_logprobs`` gathers the pieces of the chunks until the first token is there.
     """

@@ -1,0 +1,214 @@
+"""Which items' embeddings lie ready on the device, and which are to be encoded in a step.
+
+Encoder outputs are a cache of their own beside the KV cache: keyed by the item's digest, counted in
+embeddings, shared between requests. A sequence *pins* an item from the step that first reads it to
+the step that computes past its end. What nobody pins stays for the next request with the same item,
+until room is needed: least recently used goes first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+
+from sensorium.core.blocks import IntegrityError
+from sensorium.core.plan import EncodeJob
+from sensorium.core.request import ItemSpan, Sequence
+
+
+class FeatureBudget:
+    """The encoder outputs that are resident, within ``capacity`` embeddings.
+
+    |----------------------- capacity ------------------------|
+    | pinned (num_pinned)  |  idle, evictable  |  never used  |
+                           |------------ num_room ------------|
+    """
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < 0:
+            raise ValueError(f"capacity must be at least 0, got {capacity}")
+        self.capacity = capacity
+        self.num_resident = 0
+        self.num_pinned = 0
+        self._sizes: dict[bytes, int] = {}
+        self._num_pins: dict[bytes, int] = {}
+        self._idle: OrderedDict[bytes, None] = OrderedDict()
+        self._held: dict[int, dict[int, ItemSpan]] = {}
+
+    @property
+    def num_room(self) -> int:
+        """Embeddings that could be taken in if everything idle were evicted."""
+        return self.capacity - self.num_pinned
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._sizes
+
+    def is_idle(self, digest: bytes) -> bool:
+        """Whether the item is resident and nobody pins it."""
+        return digest in self._idle
+
+    def holds(self, seq_id: int, item: ItemSpan) -> bool:
+        """Whether the sequence pins the item at this place (the same image may come twice)."""
+        held = self._held.get(seq_id)
+        return held is not None and item.start in held
+
+    def holders(self, digest: bytes) -> list[int]:
+        """Sequences that pin the item."""
+        return [
+            seq_id
+            for seq_id, held in self._held.items()
+            if any(item.digest == digest for item in held.values())
+        ]
+
+    def pin(self, seq_id: int, item: ItemSpan) -> None:
+        """Keep a resident item until the sequence lets go of it."""
+        digest = item.digest
+        if digest in self._idle:
+            del self._idle[digest]
+            self.num_pinned += self._sizes[digest]
+        self._num_pins[digest] = self._num_pins.get(digest, 0) + 1
+        self._held.setdefault(seq_id, {})[item.start] = item
+
+    def admit(self, seq_id: int, item: ItemSpan) -> list[bytes]:
+        """Take in a new item, pinned, and return the digests that were evicted for it.
+
+        Raises ``ValueError`` when what is pinned leaves too little room; then nothing has changed.
+        """
+        if item.digest in self._sizes:
+            raise ValueError("the item is resident already")
+        if item.num_embeds > self.num_room:
+            raise ValueError(f"{item.num_embeds} embeddings wanted, room for {self.num_room}")
+        evicted = []
+        while self.num_resident + item.num_embeds > self.capacity:
+            digest, _ = self._idle.popitem(last=False)
+            self.num_resident -= self._sizes.pop(digest)
+            evicted.append(digest)
+        self._sizes[item.digest] = item.num_embeds
+        self._idle[item.digest] = None
+        self.num_resident += item.num_embeds
+        self.pin(seq_id, item)
+        return evicted
+
+    def unpin_passed(self, seq_id: int, num_computed: int) -> None:
+        """Let go of the items that end at or before the position ``num_computed``."""
+        held = self._held.get(seq_id)
+        if held is None:
+            return
+        for start in [start for start, item in held.items() if item.end <= num_computed]:
+            self._unpin(held.pop(start).digest)
+        if not held:
+            del self._held[seq_id]
+
+    def unpin_all(self, seq_id: int) -> None:
+        """Let go of everything that the sequence pins."""
+        for item in self._held.pop(seq_id, {}).values():
+            self._unpin(item.digest)
+
+    def forget(self, digest: bytes) -> None:
+        """The item is not there after all. Raises ``ValueError`` while it is pinned."""
+        if digest in self._num_pins:
+            raise ValueError("an item that sequences need cannot be forgotten")
+        if digest in self._sizes:
+            del self._idle[digest]
+            self.num_resident -= self._sizes.pop(digest)
+
+    def check_integrity(self, sequences: Collection[Sequence]) -> None:
+        """``sequences``: those that may pin items."""
+        num_pins: dict[bytes, int] = {}
+        for held in self._held.values():
+            for item in held.values():
+                num_pins[item.digest] = num_pins.get(item.digest, 0) + 1
+        if num_pins != self._num_pins:
+            raise IntegrityError("pins are miscounted")
+        if set(self._idle) != set(self._sizes) - set(num_pins):
+            raise IntegrityError("idle items are not the resident ones without pins")
+        if self.num_resident != sum(self._sizes.values()) or self.num_resident > self.capacity:
+            raise IntegrityError(f"{self.num_resident} embeddings of {self.capacity} miscounted")
+        if self.num_pinned != sum(self._sizes[digest] for digest in num_pins):
+            raise IntegrityError(f"{self.num_pinned} pinned embeddings miscounted")
+        num_computed = {seq.seq_id: seq.num_computed for seq in sequences}
+        for seq_id, held in self._held.items():
+            if seq_id not in num_computed:
+                raise IntegrityError(f"sequence {seq_id} is gone, but pins items")
+            if any(item.end <= num_computed[seq_id] for item in held.values()):
+                raise IntegrityError(f"sequence {seq_id} pins an item that it has passed")
+
+    def _unpin(self, digest: bytes) -> None:
+        self._num_pins[digest] -= 1
+        if self._num_pins[digest] == 0:
+            del self._num_pins[digest]
+            self._idle[digest] = None
+            self.num_pinned -= self._sizes[digest]
+
+
+class EncodePlanner:
+    """The items of one step: decides how far spans may reach, and collects jobs and evictions.
+
+    Sequences come in queue order. Once one of them had to stop before an item for want of room,
+    those behind it may only go on with items that they pin already; otherwise a stream of small
+    items could keep a large one out for ever. For want of this step's ``encode_budget``, those
+    behind it may still use what is resident.
+    """
+
+    def __init__(self, features: FeatureBudget, encode_budget: int) -> None:
+        self.jobs: list[EncodeJob] = []
+        self.evicted: list[bytes] = []
+        self.num_queries = 0
+        self.num_hits = 0
+        self._features = features
+        self._encode_left = encode_budget
+        self._closed = False
+
+    def reach(self, seq: Sequence, end: int) -> int:
+        """How far a span from ``seq.num_computed`` can go, at most to ``end``: to the start of the
+        first item that can neither be found nor encoded now. ``take`` makes it so."""
+        room, encode_left = self._features.num_room, self._encode_left
+        wanted: set[bytes] = set()
+        for _, item in self._items_to_pin(seq, end):
+            digest = item.digest
+            if digest in wanted:
+                continue
+            wanted.add(digest)
+            resident = digest in self._features
+            if not resident and item.num_embeds > encode_left:
+                self._encode_left = 0
+                return max(item.start, seq.num_computed)
+            needs_room = not resident or self._features.is_idle(digest)
+            if self._closed or (needs_room and item.num_embeds > room):
+                self._closed = True
+                return max(item.start, seq.num_computed)
+            if needs_room:
+                room -= item.num_embeds
+            if not resident:
+                encode_left -= item.num_embeds
+        return end
+
+    def take(self, seq: Sequence, end: int) -> None:
+        """Pin the items of the span up to ``end``, and plan to encode those that are missing."""
+        to_pin = list(self._items_to_pin(seq, end))
+        self.num_queries += len(to_pin)
+        missing = []
+        for index, item in to_pin:  # what is there first, lest it be evicted for what is not
+            if item.digest in self._features:
+                self._features.pin(seq.seq_id, item)
+                self.num_hits += 1
+            else:
+                missing.append((index, item))
+        for index, item in missing:
+            if item.digest in self._features:  # twice in this span
+                self._features.pin(seq.seq_id, item)
+                self.num_hits += 1
+                continue
+            self.evicted += self._features.admit(seq.seq_id, item)
+            self._encode_left -= item.num_embeds
+            self.jobs.append(EncodeJob(item.digest, seq.seq_id, index, item.num_embeds))
+
+    def _items_to_pin(self, seq: Sequence, end: int) -> Iterator[tuple[int, ItemSpan]]:
+        items = seq.request.items
+        if not items or items[-1].end <= seq.num_computed:
+            return
+        for index, item in enumerate(items):
+            if item.start >= end:
+                return
+            if item.end > seq.num_computed and not self._features.holds(seq.seq_id, item):
+                yield index, item

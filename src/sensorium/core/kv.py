@@ -1,0 +1,174 @@
+"""The ledger of the KV cache: which sequence holds which blocks, and what may be shared.
+
+It joins the pool (which blocks are free) and the prefix index (what they contain) for the five
+things that the scheduler does with them. For one sequence with blocks of 4:
+
+    token_ids       a b c d | e f g h | i j
+    block_ids          7    |    2    |  5
+                    matched | computed|  computed, not full
+                    (shared)| (own)   |
+
+``match`` finds block 7 by its digest, ``reserve`` shares it and allocates 2 and 5, ``extend`` adds
+a block when tokens need it, ``commit`` makes block 2 findable once it is computed, ``release``
+gives all back. A block that can be found is never written again while anybody holds it: matches are
+whole blocks, and what follows them goes into blocks of one's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sensorium.core.blocks import BlockPool, IntegrityError
+from sensorium.core.prefix import PrefixIndex, extend_digests
+from sensorium.core.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixMatch:
+    """What of a sequence is in the cache now.
+
+    ``waits_for`` is the digest of the next block when a running sequence is about to compute it.
+    """
+
+    block_ids: tuple[int, ...] = ()
+    num_tokens: int = 0
+    waits_for: bytes | None = None
+
+
+NO_MATCH = PrefixMatch()
+
+
+class KVLedger:
+    """Blocks of all sequences. Writes ``block_ids``, ``block_digests`` and ``num_registered``.
+
+    With ``prefix_caching`` off, no digests are computed and nothing is ever found.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+        self._pool = BlockPool(num_blocks, block_size)
+        self._index = PrefixIndex()
+        self._prefix_caching = prefix_caching
+        self._promised: dict[bytes, int] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        return self._pool.num_free
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that at least one sequence holds."""
+        return self._pool.num_used
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that fit when one sequence has all blocks."""
+        return self._pool.num_blocks * self._pool.block_size
+
+    def is_promised(self, digest: bytes) -> bool:
+        """Whether a sequence that holds blocks is going to compute this one."""
+        return digest in self._promised
+
+    def open(self, seq: Sequence) -> None:
+        """Compute the digests of a new sequence, once: matching it again costs look-ups only."""
+        self._extend_digests(seq, len(seq.token_ids) // self._pool.block_size)
+
+    def match(self, seq: Sequence) -> PrefixMatch:
+        """Longest cached prefix of the known tokens. Changes nothing.
+
+        The last known token is never part of it: it must be computed, to predict the next one.
+        """
+        max_blocks = min((len(seq.token_ids) - 1) // self._pool.block_size, len(seq.block_digests))
+        block_ids = self._index.longest_match(seq.block_digests, max_blocks)
+        num_blocks, waits_for = len(block_ids), None
+        if num_blocks < max_blocks and seq.block_digests[num_blocks] in self._promised:
+            waits_for = seq.block_digests[num_blocks]
+        return PrefixMatch(tuple(block_ids), num_blocks * self._pool.block_size, waits_for)
+
+    def reserve(self, seq: Sequence, match: PrefixMatch, *, num_spare: int = 0) -> bool:
+        """Give a sequence without blocks the matched ones and new ones for all its known tokens.
+
+        All at once, so that a prompt that has been begun can also be finished. False, and nothing
+        has changed, unless ``num_spare`` blocks stay free for the growth of the others.
+        """
+        num_new = self._num_blocks_for(seq) - len(match.block_ids)
+        num_taken = sum(map(self._pool.is_free, match.block_ids))
+        if num_new + num_taken + num_spare > self._pool.num_free:
+            return False
+        for block_id in match.block_ids:
+            self._pool.share(block_id)
+        seq.block_ids = [*match.block_ids, *self._allocate(num_new)]
+        seq.num_registered = len(match.block_ids)
+        for digest in seq.block_digests[seq.num_registered :]:
+            if digest not in self._index:
+                self._promised.setdefault(digest, seq.seq_id)
+        return True
+
+    def extend(self, seq: Sequence) -> tuple[int, ...] | None:
+        """Cover all known tokens with blocks: the new ones, or None when there are too few."""
+        num_new = self._num_blocks_for(seq) - len(seq.block_ids)
+        if num_new <= 0:
+            return ()
+        if num_new > self._pool.num_free:
+            return None
+        new_block_ids = self._allocate(num_new)
+        seq.block_ids.extend(new_block_ids)
+        return tuple(new_block_ids)
+
+    def commit(self, seq: Sequence) -> None:
+        """Make the blocks findable that ``num_computed`` has filled."""
+        num_full = seq.num_computed // self._pool.block_size
+        if num_full <= seq.num_registered or not self._prefix_caching:
+            return
+        self._extend_digests(seq, num_full)
+        for block in range(seq.num_registered, num_full):
+            digest = seq.block_digests[block]
+            self._index.register(digest, seq.block_ids[block])
+            self._promised.pop(digest, None)
+        seq.num_registered = num_full
+
+    def release(self, seq: Sequence) -> None:
+        """Take all blocks back. Those that can be found stay so until they are handed out."""
+        for digest in seq.block_digests[seq.num_registered :]:
+            if self._promised.get(digest) == seq.seq_id:
+                del self._promised[digest]
+        for block_id in reversed(seq.block_ids):
+            self._pool.release(block_id, keep=self._index.holds(block_id))
+        seq.block_ids = []
+        seq.num_registered = 0
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """``sequences``: all that may hold blocks."""
+        sequences = list(sequences)
+        self._pool.check_integrity(b for seq in sequences for b in seq.block_ids)
+        self._index.check_integrity()
+        holders = {seq.seq_id for seq in sequences if seq.block_ids}
+        for digest, seq_id in self._promised.items():
+            if seq_id not in holders:
+                raise IntegrityError(f"sequence {seq_id} holds no blocks, but promises one")
+            if digest in self._index:
+                raise IntegrityError(f"sequence {seq_id} promises a block that is there")
+        for seq in sequences:
+            if len(set(seq.block_ids)) != len(seq.block_ids):
+                raise IntegrityError(f"sequence {seq.seq_id} holds a block twice")
+            if len(seq.block_ids) * self._pool.block_size < seq.num_computed:
+                raise IntegrityError(f"blocks of sequence {seq.seq_id} do not cover its tokens")
+
+    def _num_blocks_for(self, seq: Sequence) -> int:
+        return -(-len(seq.token_ids) // self._pool.block_size)
+
+    def _allocate(self, num_blocks: int) -> list[int]:
+        block_ids = self._pool.allocate(num_blocks)
+        for block_id in block_ids:
+            self._index.forget(block_id)
+        return block_ids
+
+    def _extend_digests(self, seq: Sequence, end_block: int) -> None:
+        if self._prefix_caching:
+            request = seq.request
+            block_size = self._pool.block_size
+            digests = seq.block_digests
+            extend_digests(
+                digests, end_block, seq.token_ids, request.items, block_size, request.cache_salt
+            )

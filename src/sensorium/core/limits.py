@@ -1,0 +1,115 @@
+"""What bounds the scheduler, and what it counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from sensorium.core.request import EngineRequest
+from sensorium.errors import ConfigError, MediaTooLargeError, PromptTooLongError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """Sizes that the scheduler must keep to; raises ``ConfigError`` when they make no sense.
+
+    max_num_seqs, max_num_batched_tokens: sequences and tokens of one step. max_model_len: tokens of
+    a sequence, prompt and generated. num_blocks, block_size: the KV cache, in blocks and tokens.
+    encode_budget: embeddings encoded in one step; feature_budget: embeddings kept for use and
+    reuse; both at least as large as the largest item that is to be served. max_num_waiting: longer
+    queues are refused; None for any length.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    encode_budget: int = 0
+    feature_budget: int = 0
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    max_num_waiting: int | None = None
+
+    def __post_init__(self) -> None:
+        lows = {"encode_budget": 0, "feature_budget": 0, "max_model_len": 2}
+        for limit in dataclasses.fields(self):
+            value = getattr(self, limit.name)
+            if isinstance(value, bool) or value is None:
+                continue
+            low = lows.get(limit.name, 1)
+            if value < low:
+                raise ConfigError(f"{limit.name} must be at least {low}, got {value}.")
+
+    @property
+    def num_cache_tokens(self) -> int:
+        """Tokens that fit in the whole KV cache."""
+        return self.num_blocks * self.block_size
+
+    def check(self, request: EngineRequest) -> None:
+        """Refuse what could never be scheduled: ``PromptTooLongError``, ``MediaTooLargeError``."""
+        num_tokens = len(request.token_ids)
+        room = f"The prompt has {num_tokens} tokens"
+        if num_tokens >= self.max_model_len:
+            raise PromptTooLongError(
+                f"{room}, but the model's context holds {self.max_model_len}, of which one must "
+                "be left to generate; shorten the prompt.",
+                param="prompt",
+            )
+        if num_tokens > self.num_cache_tokens:
+            raise PromptTooLongError(
+                f"{room}, but the KV cache holds {self.num_cache_tokens} ({self.num_blocks} blocks "
+                f"of {self.block_size}); shorten the prompt or give the cache more memory.",
+                param="prompt",
+            )
+        if not self.enable_chunked_prefill and num_tokens > self.max_num_batched_tokens:
+            raise PromptTooLongError(
+                f"{room}, but a step takes {self.max_num_batched_tokens} and chunked prefill is "
+                "off; shorten the prompt, raise max_num_batched_tokens or switch it on.",
+                param="prompt",
+            )
+        self._check_items(request)
+
+    def _check_items(self, request: EngineRequest) -> None:
+        budget = min(self.encode_budget, self.feature_budget)
+        for index, item in enumerate(request.items):
+            if item.num_embeds > budget:
+                raise MediaTooLargeError(
+                    f"Item {index} of the prompt ({item.modality}) makes {item.num_embeds} "
+                    f"embeddings, more than the encoder's budget of {budget}; make it smaller or "
+                    "raise the budget.",
+                    param=f"items[{index}]",
+                )
+        if not self.enable_chunked_prefill:
+            num_embeds = sum({item.digest: item.num_embeds for item in request.items}.values())
+            if num_embeds > budget:
+                raise MediaTooLargeError(
+                    f"The items of the prompt make {num_embeds} embeddings, more than the "
+                    f"encoder's budget of {budget}, and chunked prefill is off; send fewer or "
+                    "smaller items, raise the budget or switch it on.",
+                    param="items",
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerStats:
+    """The scheduler's state and its counts since the start.
+
+    ``num_prefix_queries`` and ``num_prefix_hits`` are prompt tokens looked up and found, at the
+    first admission of each sequence. ``num_encoder_queries`` and ``num_encoder_hits`` are items
+    that were needed, and those of them that lay ready or were in the same step's batch already.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_used_blocks: int
+    num_resident_embeds: int
+    num_steps: int
+    num_computed_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_prefix_queries: int
+    num_prefix_hits: int
+    num_encoder_queries: int
+    num_encoder_hits: int

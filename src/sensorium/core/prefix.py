@@ -1,0 +1,155 @@
+"""What the blocks of the KV cache contain: chained digests, and the index from digest to block.
+
+The keys and values of a token depend on everything before it, so a block is identified by the whole
+prefix that it ends. Its digest is
+
+    H( head | token ids | media )
+       head   the digest of the block before it, or for the first block the cache salt
+       media  for each stretch of the block that is filled from an item: the item's digest, where
+              the stretch starts in the block, its length, and its first embedding in the item
+
+Every part carries a tag or a length, so that no two different structures give the same bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from blake3 import blake3
+
+from sensorium.core.blocks import IntegrityError
+from sensorium.core.request import ItemSpan
+
+
+class MediaStretch(NamedTuple):
+    """Consecutive positions of one block that hold consecutive embeddings of one item.
+
+    ``block_pos`` is relative to the block's first token, ``item_pos`` counts the item's embeddings.
+    """
+
+    digest: bytes
+    block_pos: int
+    num_embeds: int
+    item_pos: int
+
+
+def block_digest(
+    parent_digest: bytes | None,
+    token_ids: Sequence[int],
+    media: Sequence[MediaStretch] = (),
+    *,
+    salt: bytes = b"",
+) -> bytes:
+    """Digest (32 bytes) of a full block. ``salt`` counts for the first block (no parent) only: the
+    later ones have it from their parent."""
+    first = (b"\x00", struct.pack("<I", len(salt)), salt)
+    parts = [*first] if parent_digest is None else [b"\x01", parent_digest]
+    parts.append(struct.pack(f"<I{len(token_ids)}q", len(token_ids), *token_ids))
+    for stretch in media:
+        frame = (len(stretch.digest), stretch.block_pos, stretch.num_embeds, stretch.item_pos)
+        parts += [struct.pack("<4I", *frame), stretch.digest]
+    return blake3(b"".join(parts)).digest()
+
+
+def media_by_block(
+    items: Sequence[ItemSpan], block_size: int, first_block: int, end_block: int
+) -> dict[int, list[MediaStretch]]:
+    """The stretches of blocks ``first_block .. end_block - 1``; blocks without media are absent.
+
+    Example: blocks of 4 and an item with the one run (2, 5) give ``{0: [(digest, 2, 2, 0)],
+    1: [(digest, 0, 3, 2)]}``.
+    """
+    stretches: dict[int, list[MediaStretch]] = {}
+    low, high = first_block * block_size, end_block * block_size
+    for item in items:
+        if item.end <= low or item.start >= high:
+            continue
+        item_pos = 0
+        for start, length in item.runs:
+            pos, end = max(start, low), min(start + length, high)
+            while pos < end:
+                block, block_pos = divmod(pos, block_size)
+                num_embeds = min(block_size - block_pos, end - pos)
+                stretches.setdefault(block, []).append(
+                    MediaStretch(item.digest, block_pos, num_embeds, item_pos + pos - start)
+                )
+                pos += num_embeds
+            item_pos += length
+    return stretches
+
+
+def extend_digests(
+    digests: list[bytes],
+    end_block: int,
+    token_ids: Sequence[int],
+    items: Sequence[ItemSpan],
+    block_size: int,
+    salt: bytes,
+) -> None:
+    """Append to ``digests`` what it lacks of the digests of blocks ``0 .. end_block - 1``."""
+    first_block = len(digests)
+    if end_block <= first_block:
+        return
+    media = media_by_block(items, block_size, first_block, end_block)
+    for block in range(first_block, end_block):
+        digests.append(
+            block_digest(
+                digests[-1] if digests else None,
+                token_ids[block * block_size : (block + 1) * block_size],
+                media.get(block, ()),
+                salt=salt,
+            )
+        )
+
+
+class PrefixIndex:
+    """Digest → block, one to one, for blocks whose contents are complete.
+
+    A digest has one block: when two sequences compute the same block side by side, the first to
+    finish is the one that is found.
+    """
+
+    def __init__(self) -> None:
+        self._block_of: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._block_of
+
+    def holds(self, block_id: int) -> bool:
+        """Whether the block can be found by a digest."""
+        return block_id in self._digest_of
+
+    def register(self, digest: bytes, block_id: int) -> bool:
+        """Make the block findable; False when the digest or the block has an entry already."""
+        if digest in self._block_of or block_id in self._digest_of:
+            return False
+        self._block_of[digest] = block_id
+        self._digest_of[block_id] = digest
+        return True
+
+    def forget(self, block_id: int) -> None:
+        """The block gets other contents. Nothing happens when it has no entry."""
+        digest = self._digest_of.pop(block_id, None)
+        if digest is not None:
+            del self._block_of[digest]
+
+    def longest_match(self, digests: Sequence[bytes], max_blocks: int) -> list[int]:
+        """Blocks of the longest run of known digests from the start, at most ``max_blocks``."""
+        block_ids: list[int] = []
+        for digest in digests[:max_blocks]:
+            block_id = self._block_of.get(digest)
+            if block_id is None:
+                break
+            block_ids.append(block_id)
+        return block_ids
+
+    def check_integrity(self) -> None:
+        """Both directions must agree."""
+        if {block: digest for digest, block in self._block_of.items()} != self._digest_of:
+            raise IntegrityError("the prefix index's two directions differ")

@@ -1,0 +1,430 @@
+"""Decides what each step computes, and takes in what came of it.
+
+There are no phases. Every sequence has tokens *known* and tokens *computed*; a step narrows the
+gap. A prompt in chunks, a hit in the prefix cache, a recomputation after a preemption and a wait
+for an encoder are the same subtraction.
+
+Why every request ends: sequences are ordered by (priority, arrival). Of those that run, the first
+in that order is never preempted, has blocks for all it knows, is offered the token budget first and
+the room for items too; so it moves whenever it is scheduled, and it ends. When nothing runs, the
+first that waits fits, for larger ones are refused on arrival.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable
+
+from sensorium.core.blocks import IntegrityError
+from sensorium.core.features import EncodePlanner, FeatureBudget
+from sensorium.core.kv import NO_MATCH, KVLedger, PrefixMatch
+from sensorium.core.limits import SchedulerLimits, SchedulerStats
+from sensorium.core.plan import NewSequence, Span, StepPlan, StepResult
+from sensorium.core.request import EngineRequest, Sequence, SequenceUpdate, Status
+from sensorium.errors import InvalidRequestError, OverloadedError
+from sensorium.outputs import FinishReason
+
+
+class _Step:
+    """A plan in the making."""
+
+    def __init__(self, num_tokens: int, encoder: EncodePlanner) -> None:
+        self.tokens_left = num_tokens
+        self.encoder = encoder
+        self.new: list[NewSequence] = []
+        self.spans: list[Span] = []
+        self.preempted = False
+
+
+class Scheduler:
+    """Continuous batching under one token budget. Not thread-safe.
+
+    ``schedule`` and ``commit`` alternate: a plan is carried out before the next one is made.
+    ``add`` and ``abort`` may come at any time between.
+    """
+
+    def __init__(
+        self, limits: SchedulerLimits, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._ledger = KVLedger(
+            limits.num_blocks, limits.block_size, prefix_caching=limits.enable_prefix_caching
+        )
+        self._features = FeatureBudget(limits.feature_budget)
+        self._num_spare_blocks = max(1, limits.num_blocks // 100)
+        self._live: dict[int, Sequence] = {}
+        self._seq_ids: dict[str, int] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._dropped: list[int] = []
+        self._plan: StepPlan | None = None
+        self._num_added = 0
+        self._num_steps = 0
+        self._num_computed_tokens = 0
+        self._num_generated_tokens = 0
+        self._num_preemptions = 0
+        self._num_prefix_queries = 0
+        self._num_prefix_hits = 0
+        self._num_encoder_queries = 0
+        self._num_encoder_hits = 0
+
+    # ---- what the engine asks for
+
+    def add(self, request: EngineRequest) -> None:
+        """Put a request into the queue.
+
+        Raises ``RequestError`` for what could never run or an id that is in use, and
+        ``OverloadedError`` when the queue is full; then nothing has changed.
+        """
+        if request.request_id in self._seq_ids:
+            raise InvalidRequestError(
+                f"Request id {request.request_id!r} is in use; ids must be unique.",
+                param="request_id",
+            )
+        most = self.limits.max_num_waiting
+        if most is not None and len(self._waiting) >= most:
+            raise OverloadedError(f"{most} requests are waiting already; try again later.")
+        self.limits.check(request)
+        params = request.params
+        seq = Sequence(
+            seq_id=self._num_added,
+            request=request,
+            token_ids=list(request.token_ids),
+            eos_ids=frozenset(() if params.ignore_eos else request.eos_token_ids),
+            stop_ids=frozenset(params.stop_token_ids),
+        )
+        self._num_added += 1
+        self._ledger.open(seq)
+        self._live[seq.seq_id] = seq
+        self._seq_ids[request.request_id] = seq.seq_id
+        insort(self._waiting, seq, key=_queue_order)
+
+    def abort(self, request_id: str) -> bool:
+        """Forget a request; False when there is none (any more). No update comes of it.
+
+        While a plan is being carried out, too: its blocks may be handed out in the next plan, which
+        runs after this one, and its share of the result is ignored.
+        """
+        seq_id = self._seq_ids.get(request_id)
+        if seq_id is None:
+            return False
+        self._end(self._live[seq_id])
+        return True
+
+    def schedule(self) -> StepPlan:
+        """The next step. Running sequences come first, then waiting ones, each in queue order."""
+        if self._plan is not None:
+            raise RuntimeError(f"plan {self._plan.step_id} has not been committed yet")
+        encoder = EncodePlanner(self._features, self.limits.encode_budget)
+        step = _Step(self.limits.max_num_batched_tokens, encoder)
+        self._schedule_running(step)
+        if not step.preempted:
+            self._schedule_waiting(step)
+        self._plan = StepPlan(
+            step_id=self._num_steps,
+            dropped=tuple(self._dropped),
+            evict=tuple(encoder.evicted),
+            new=tuple(step.new),
+            encode=tuple(encoder.jobs),
+            spans=tuple(step.spans),
+        )
+        self._dropped.clear()
+        self._num_steps += 1
+        self._num_encoder_queries += encoder.num_queries
+        self._num_encoder_hits += encoder.num_hits
+        return self._plan
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
+        """Take in what came of the plan: news of the sequences that have any, in the plan's order.
+
+        A chunk that does not reach the end of what is known is no news.
+        """
+        if plan is not self._plan or result.step_id != plan.step_id:
+            raise RuntimeError(f"plan {plan.step_id} is not the one to be committed")
+        self._plan = None
+        failed = self._failures(result)
+        updates = []
+        for span in plan.spans:
+            seq = self._live.get(span.seq_id)
+            if seq is None:  # aborted while the step ran
+                continue
+            if span.seq_id in failed:
+                updates.append(self._fail(seq, failed[span.seq_id]))
+                continue
+            self._advance(seq, span, result)
+            if span.samples:
+                updates.append(self._take_sample(seq, result))
+        for digest in result.failed_items:
+            self._features.forget(digest)
+        return updates
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``schedule`` has something to say: sequences to run, or ended ones to drop."""
+        return bool(self._live or self._dropped)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue, preempted ones included."""
+        return len(self._waiting)
+
+    def stats(self) -> SchedulerStats:
+        """State and counts."""
+        return SchedulerStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_blocks=self.limits.num_blocks,
+            num_used_blocks=self._ledger.num_used_blocks,
+            num_resident_embeds=self._features.num_resident,
+            num_steps=self._num_steps,
+            num_computed_tokens=self._num_computed_tokens,
+            num_generated_tokens=self._num_generated_tokens,
+            num_preemptions=self._num_preemptions,
+            num_prefix_queries=self._num_prefix_queries,
+            num_prefix_hits=self._num_prefix_hits,
+            num_encoder_queries=self._num_encoder_queries,
+            num_encoder_hits=self._num_encoder_hits,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise ``IntegrityError`` when the books contradict each other. Costs time: for tests and
+        idle moments. With no request left, it implies that all blocks are free and no item is
+        pinned."""
+        for queue in (self._running, self._waiting):
+            if queue != sorted(queue, key=_queue_order):
+                raise IntegrityError("a queue is out of order")
+        queued = {seq.seq_id: seq for seq in (*self._running, *self._waiting)}
+        if queued != self._live or sorted(self._seq_ids.values()) != sorted(queued):
+            raise IntegrityError("queues and records differ")
+        for seq in self._waiting:
+            if seq.block_ids or seq.num_computed or seq.status is Status.RUNNING:
+                raise IntegrityError(f"sequence {seq.seq_id} waits, but holds blocks")
+        for seq in self._running:
+            if seq.status is not Status.RUNNING or seq.num_uncomputed < 1:
+                raise IntegrityError(f"sequence {seq.seq_id} runs, but has nothing to compute")
+        self._ledger.check_integrity(self._live.values())
+        self._features.check_integrity(self._running)
+
+    # ---- making a plan
+
+    def _schedule_running(self, step: _Step) -> None:
+        """One span for each running sequence, as far as tokens and items allow.
+
+        A long prompt leaves a token for each sequence behind it, so that those which are generating
+        go on while it is computed. Victims of preemption are taken from the end: never one that has
+        its span already.
+        """
+        pos = 0
+        while pos < len(self._running) and step.tokens_left > 0:
+            seq = self._running[pos]
+            num_behind = len(self._running) - pos - 1
+            end = self._reach(step, seq, max(1, step.tokens_left - num_behind))
+            if end > seq.num_computed:
+                new_block_ids = self._make_room(step, seq)
+                if new_block_ids is not None:
+                    self._take(step, seq, end, new_block_ids)
+            pos += 1
+
+    def _schedule_waiting(self, step: _Step) -> None:
+        """Start waiting sequences in order, until one does not fit.
+
+        Only a sequence that waits for another's block lets those behind it pass: it is the first
+        again as soon as that block is there, or the other has gone.
+        """
+        pos = 0
+        while (
+            pos < len(self._waiting)
+            and len(self._running) < self.limits.max_num_seqs
+            and step.tokens_left > 0
+        ):
+            seq = self._waiting[pos]
+            if seq.waits_for is not None and self._ledger.is_promised(seq.waits_for):
+                pos += 1
+                continue
+            match = self._match(seq)
+            seq.waits_for = match.waits_for
+            if match.waits_for is not None:
+                pos += 1
+            elif self._start(step, seq, match):
+                del self._waiting[pos]
+            else:
+                break
+
+    def _match(self, seq: Sequence) -> PrefixMatch:
+        if seq.request.params.prompt_logprobs is not None and seq.num_generated == 0:
+            return NO_MATCH  # each prompt position has to be computed, for its logits
+        return self._ledger.match(seq)
+
+    def _start(self, step: _Step, seq: Sequence, match: PrefixMatch) -> bool:
+        """Let a waiting sequence run, with its first span; False when it does not fit now."""
+        seq.num_computed = match.num_tokens
+        end = self._reach(step, seq, step.tokens_left)
+        num_spare = self._num_spare_blocks if self._running else 0
+        if end == seq.num_computed or not self._ledger.reserve(seq, match, num_spare=num_spare):
+            seq.num_computed = 0
+            return False
+        if seq.first_scheduled_time is None:
+            seq.first_scheduled_time = self._clock()
+            seq.num_cached = match.num_tokens
+            self._num_prefix_queries += seq.num_prompt_tokens
+            self._num_prefix_hits += match.num_tokens
+        seq.status = Status.RUNNING
+        insort(self._running, seq, key=_queue_order)
+        step.new.append(NewSequence(seq.seq_id, seq.request, tuple(seq.token_ids)))
+        self._take(step, seq, end, tuple(seq.block_ids))
+        return True
+
+    def _reach(self, step: _Step, seq: Sequence, num_tokens: int) -> int:
+        """Where a span of at most ``num_tokens`` ends; ``seq.num_computed`` when there is none.
+
+        Without chunked prefill a prompt goes whole or not at all. Only what has grown beyond a step
+        while it was generated, and was preempted, has to come back in pieces.
+        """
+        start, known = seq.num_computed, len(seq.token_ids)
+        most = self.limits.max_num_batched_tokens
+        whole = not self.limits.enable_chunked_prefill and known - start <= most
+        if whole and known - start > step.tokens_left:
+            return start
+        end = known if whole else min(known, start + num_tokens)
+        if seq.request.items:
+            end = step.encoder.reach(seq, end)
+        return start if whole and end < known else end
+
+    def _make_room(self, step: _Step, seq: Sequence) -> tuple[int, ...] | None:
+        """Blocks for all known tokens of a running sequence, preempting from the end of the queue;
+        None when it was itself the last."""
+        while True:
+            new_block_ids = self._ledger.extend(seq)
+            if new_block_ids is not None:
+                return new_block_ids
+            victim = self._running[-1]
+            self._preempt(victim)
+            step.preempted = True
+            if victim is seq:
+                return None
+
+    def _take(self, step: _Step, seq: Sequence, end: int, new_block_ids: tuple[int, ...]) -> None:
+        start = seq.num_computed
+        if seq.request.items:
+            step.encoder.take(seq, end)
+        step.tokens_left -= end - start
+        samples = end == len(seq.token_ids)
+        step.spans.append(Span(seq.seq_id, start, end - start, new_block_ids, samples))
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back into the queue, ahead of all that come after it in order; computed anew later."""
+        self._leave(seq)
+        seq.status = Status.PREEMPTED
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        if seq.num_generated == 0:
+            seq.prompt_logprobs.clear()
+        self._num_preemptions += 1
+        insort(self._waiting, seq, key=_queue_order)
+
+    # ---- taking in a result
+
+    def _failures(self, result: StepResult) -> dict[int, str]:
+        """Messages for the sequences that cannot go on, by their own or an item's failure."""
+        failed = dict(result.failed)
+        for digest in result.failed_items:
+            for seq_id in self._features.holders(digest):
+                items = self._live[seq_id].request.items
+                index = next(i for i, item in enumerate(items) if item.digest == digest)
+                modality = items[index].modality
+                failed.setdefault(seq_id, f"Item {index} ({modality}) could not be encoded.")
+        return failed
+
+    def _advance(self, seq: Sequence, span: Span, result: StepResult) -> None:
+        """Count the span's tokens as computed, and what follows from that."""
+        seq.num_computed = span.start + span.num_tokens
+        self._num_computed_tokens += span.num_tokens
+        self._ledger.commit(seq)
+        if seq.request.items:
+            self._features.unpin_passed(seq.seq_id, seq.num_computed)
+        if seq.request.params.prompt_logprobs is not None and seq.num_generated == 0:
+            seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.seq_id, ()))
+
+    def _take_sample(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
+        """Append the new token, and end the sequence if it is the last."""
+        sample = result.samples.get(seq.seq_id)
+        if sample is None:
+            return self._fail(seq, "The step returned no token for this request.")
+        seq.token_ids.append(sample.token_id)
+        self._num_generated_tokens += 1
+        prompt_logprobs = None
+        if seq.request.params.prompt_logprobs is not None and seq.num_generated == 1:
+            prompt_logprobs = tuple(seq.prompt_logprobs)
+            seq.prompt_logprobs.clear()
+        reason = self._finish_reason(seq, sample.token_id)
+        stop_token_id = None
+        if reason is not None:
+            if reason == "stop" and sample.token_id not in seq.eos_ids:
+                stop_token_id = sample.token_id
+            self._end(seq)
+        return SequenceUpdate(
+            request_id=seq.request.request_id,
+            sample=sample,
+            finish_reason=reason,
+            stop_token_id=stop_token_id,
+            num_cached_tokens=seq.num_cached,
+            prompt_logprobs=prompt_logprobs,
+            first_scheduled_time=seq.first_scheduled_time,
+        )
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        num_generated = seq.num_generated
+        is_stop = token_id in seq.eos_ids or token_id in seq.stop_ids
+        if is_stop and num_generated >= seq.request.params.min_tokens:
+            return "stop"
+        num_tokens = len(seq.token_ids)
+        if (
+            num_generated >= seq.request.max_tokens
+            or num_tokens >= self.limits.max_model_len
+            or num_tokens > self.limits.num_cache_tokens
+        ):
+            return "length"
+        return None
+
+    def _fail(self, seq: Sequence, message: str) -> SequenceUpdate:
+        self._end(seq)
+        return SequenceUpdate(
+            request_id=seq.request.request_id,
+            finish_reason="error",
+            num_cached_tokens=seq.num_cached,
+            error=message,
+            first_scheduled_time=seq.first_scheduled_time,
+        )
+
+    def _end(self, seq: Sequence) -> None:
+        """Finished, failed or aborted: nothing of the sequence stays but findable blocks."""
+        if seq.status is Status.RUNNING:
+            self._leave(seq)
+        else:
+            _remove(self._waiting, seq)
+        seq.status = Status.FINISHED
+        del self._live[seq.seq_id]
+        del self._seq_ids[seq.request.request_id]
+
+    def _leave(self, seq: Sequence) -> None:
+        """Out of the running ones: give back blocks and pins, and have the runner forget it."""
+        _remove(self._running, seq)
+        self._ledger.release(seq)
+        self._features.unpin_all(seq.seq_id)
+        self._dropped.append(seq.seq_id)
+
+
+def _queue_order(seq: Sequence) -> tuple[int, int]:
+    """Lower priority values first, then order of arrival."""
+    return seq.request.priority, seq.seq_id
+
+
+def _remove(queue: list[Sequence], seq: Sequence) -> None:
+    del queue[bisect_left(queue, _queue_order(seq), key=_queue_order)]
