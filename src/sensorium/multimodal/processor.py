@@ -37,8 +37,10 @@ class Processor(Protocol):
     It runs in media workers and in the frontend, never in the engine.
     """
 
-    modalities: tuple[Modality, ...]
-    """What the model takes; empty for a text model."""
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What the model takes; empty for a text model."""
+        ...
 
     def identity(self, modality: Modality, options: Mapping[str, Any]) -> bytes:
         """Everything besides the content that decides the features: class, configuration, ``options``."""

@@ -1,0 +1,276 @@
+"""What a decoder's part of config.json means: sizes, rotary scaling, biases, in the older and the newer spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sensorium.errors import ConfigError
+from sensorium.models.interface import TextShape
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+}
+_QWEN = _COMMON | {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+_QWEN2_VL = _QWEN | {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000.0,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _COMMON,
+    "mistral": _COMMON
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+    "qwen2_vl": _QWEN2_VL,
+    "qwen2_vl_text": _QWEN2_VL,
+    "phi3": _COMMON
+    | {
+        "vocab_size": 32064,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+}
+"""Values that published files leave out, by ``model_type``: those of the reference implementation's classes."""
+
+_QKV_BIAS = ("qwen2", "qwen2_vl", "qwen2_vl_text")
+
+
+@dataclass(frozen=True, slots=True)
+class TextConfig:
+    """A decoder of the Llama kind."""
+
+    model_type: str
+    hidden_size: int
+    inner_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+    norm_eps: float
+    activation: str
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    fused: bool
+    """Whether the checkpoint itself holds fused QKV and gate-up projections (Phi-3)."""
+    rope_theta: float
+    rope: Mapping[str, Any]
+    """Rotary scaling with ``rope_type``; ``mrope_section`` when there are several axes."""
+    rotary_dim: int
+    window: int | None
+    """Tokens that a layer looks back, when that is fewer than ``max_position``."""
+
+    @property
+    def shape(self) -> TextShape:
+        """The sizes that the engine needs. With a sliding window the context ends at the window: within it full
+        attention and windowed attention are the same, and past it there is no windowed attention here."""
+        return TextShape(
+            num_layers=self.num_layers,
+            hidden_size=self.hidden_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            vocab_size=self.vocab_size,
+            max_position=min(self.max_position, self.window or self.max_position),
+        )
+
+
+def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> TextConfig:
+    """Interpret a decoder's configuration; ``tied`` overrides its ``tie_word_embeddings``.
+
+    Raises ConfigError naming the field for values that are impossible or not supported.
+    """
+    model_type = config.get("model_type")
+    if model_type not in DEFAULTS:
+        known = ", ".join(sorted(DEFAULTS))
+        raise ConfigError(
+            f"config.json: no decoder for model_type {model_type!r}; there are {known}.",
+            param="model",
+        )
+    values = {**DEFAULTS[model_type], **config}
+    hidden_size = count(values, "hidden_size")
+    num_heads = count(values, "num_attention_heads")
+    kv_heads = values["num_key_value_heads"]
+    num_kv_heads = num_heads if kv_heads is None else count(values, "num_key_value_heads")
+    if num_heads % num_kv_heads:
+        bad("num_key_value_heads", f"{num_kv_heads} does not divide {num_heads} heads")
+    if values["head_dim"] is None and hidden_size % num_heads:
+        bad("hidden_size", f"{hidden_size} is not a multiple of {num_heads} heads")
+    head_dim = hidden_size // num_heads if values["head_dim"] is None else count(values, "head_dim")
+    rope = read_rope(values, model_type)
+    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1.0
+    bias = bool(values["attention_bias"])
+    return TextConfig(
+        model_type=model_type,
+        hidden_size=hidden_size,
+        inner_size=count(values, "intermediate_size"),
+        num_layers=count(values, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=count(values, "vocab_size"),
+        max_position=count(values, "max_position_embeddings"),
+        norm_eps=float(values["rms_norm_eps"]),
+        activation=str(values["hidden_act"]),
+        tied=bool(values["tie_word_embeddings"] if tied is None else tied),
+        qkv_bias=model_type in _QKV_BIAS or (model_type in ("llama", "qwen3") and bias),
+        o_bias=model_type in ("llama", "qwen3") and bias,
+        mlp_bias=model_type == "llama" and bool(values["mlp_bias"]),
+        qk_norm=model_type == "qwen3",
+        fused=model_type == "phi3",
+        rope_theta=float(rope.get("rope_theta") or values["rope_theta"]),
+        rope=rope,
+        rotary_dim=int(head_dim * float(partial)),
+        window=_window(values),
+    )
+
+
+def read_rope(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """The rotary scaling of ``rope_scaling`` (older files) or ``rope_parameters`` (newer ones), as one mapping.
+
+    ``rope_type`` is always set; Phi-3's other names of longrope ("su", "yarn") are resolved, and
+    ``original_max_position_embeddings`` is where the rotary layer looks for it.
+    """
+    source = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(source, Mapping) or any(isinstance(v, Mapping) for v in source.values()):
+        bad("rope_parameters", f"must be one mapping of plain values, got {source!r}")
+    rope = dict(source)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "su" or (model_type == "phi3" and kind == "yarn"):
+        kind = "longrope"
+    rope["rope_type"] = "default" if kind == "mrope" else kind
+    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        outside = values.get("original_max_position_embeddings")
+        inside = rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = (
+            outside or inside or values["max_position_embeddings"]
+        )
+    return rope
+
+
+@dataclass(frozen=True, slots=True)
+class ClipConfig:
+    """A CLIP vision tower."""
+
+    hidden_size: int
+    inner_size: int
+    num_layers: int
+    num_heads: int
+    image_size: int
+    patch_size: int
+    activation: str
+    norm_eps: float
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def read_clip_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> ClipConfig:
+    """Interpret a CLIP vision configuration; ``defaults`` stand in for what it leaves out.
+
+    Raises ConfigError naming the field for values that are impossible.
+    """
+    model_type = config.get("model_type", "clip_vision_model")
+    if model_type != "clip_vision_model":
+        bad(
+            "vision_config.model_type", f"{model_type!r} is not supported, only 'clip_vision_model'"
+        )
+    values = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **defaults, **config}
+    hidden_size, num_heads = count(values, "hidden_size"), count(values, "num_attention_heads")
+    if hidden_size % num_heads:
+        bad("vision_config.hidden_size", f"{hidden_size} is not a multiple of {num_heads} heads")
+    return ClipConfig(
+        hidden_size=hidden_size,
+        inner_size=count(values, "intermediate_size"),
+        num_layers=count(values, "num_hidden_layers"),
+        num_heads=num_heads,
+        image_size=count(values, "image_size"),
+        patch_size=count(values, "patch_size"),
+        activation=str(values["hidden_act"]),
+        norm_eps=float(values["layer_norm_eps"]),
+    )
+
+
+def count(values: Mapping[str, Any], name: str, default: Any = None) -> int:
+    """A positive integer of a configuration; ConfigError naming the field for anything else."""
+    value = values.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        bad(name, f"must be a positive integer, got {value!r}")
+    return value
+
+
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A nested mapping of a configuration, such as ``vision_config``; ConfigError when it is missing."""
+    value = config.get(name)
+    if not isinstance(value, Mapping):
+        bad(name, f"must be a mapping, got {value!r}")
+    return dict(value)
+
+
+def bad(name: str, reason: str) -> NoReturn:
+    """Raise the ConfigError for a field of config.json."""
+    raise ConfigError(f"config.json: {name} {reason}.", param="model")
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """``dtype`` (newer) or ``torch_dtype`` (older), of the whole or of its text part, without a ``torch.`` prefix."""
+    text = config.get("text_config")
+    for source in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("dtype", "torch_dtype"):
+            value = source.get(key)
+            if isinstance(value, str) and value != "auto":
+                return value.removeprefix("torch.")
+    return None
+
+
+def _window(values: Mapping[str, Any]) -> int | None:
+    window = values.get("sliding_window")
+    if window is None or not values.get("use_sliding_window", True):
+        return None
+    if values.get("max_window_layers", 0) >= count(values, "num_hidden_layers"):
+        return None
+    size = count(values, "sliding_window")
+    return size if size < count(values, "max_position_embeddings") else None

@@ -1,0 +1,146 @@
+"""What the runner asks of a model, and what a model family brings to the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # the HTTP process and media workers use families without ever importing torch
+    import torch
+
+    from sensorium.kernels.batch import AttentionBatch
+    from sensorium.models.weights import Slot
+    from sensorium.multimodal.items import Features, Modality
+    from sensorium.multimodal.processor import Processor
+
+
+@dataclass(frozen=True, slots=True)
+class TextShape:
+    """The sizes of a decoder that the engine needs: memory planning, cache layout, checks."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+
+
+class Model(Protocol):
+    """A loaded model. Not thread-safe; called under ``torch.inference_mode()`` by one thread.
+
+    Shapes: T tokens of the step, H hidden size, V vocabulary.
+    """
+
+    shape: TextShape
+    dtype: torch.dtype
+    device: torch.device
+
+    def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
+        """Embeddings (num_embeds, H) of each item; the items (of one modality) may have different sizes and are run in
+        one batch."""
+        ...
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (T, H) of ids (T,). Ids of placeholder positions may be anything below V."""
+        ...
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (T, rotary_dim // 2) float32 of positions (T,) or, with several axes, (3, T) int64."""
+        ...
+
+    def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Hidden states (T, H) after the final norm. Writes K and V of all T tokens into ``batch.caches``. May
+        overwrite ``embeds``."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) float32 of hidden states (N, H)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """``config.json`` and its neighbours of a checkpoint folder, read but not interpreted."""
+
+    folder: str
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    preprocessor: dict[str, Any]
+    processor: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How a model is built.
+
+    ``max_model_len``: longest sequence that will be run; it decides between the short and long factors of longrope
+    scaling. ``skip_modalities``: their encoders are neither built nor loaded.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    max_model_len: int
+    skip_modalities: frozenset[str] = frozenset()
+
+
+class LoadableModel(Model, Protocol):
+    """A model whose weights the loader fills in."""
+
+    ignored_weights: tuple[str, ...]
+    """Regular expressions of weight names that this model does not use, such as those of layers that it skips."""
+
+    def slots(self) -> Iterator[Slot]:
+        """Each place that wants weights: names and shapes in the checkpoint, and what to call with the tensors."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One row of the registry: what reads configurations, prepares media and builds models of some architectures.
+
+    Nothing here imports torch until ``build_model`` is called.
+    """
+
+    name: str
+    """As in the docs, such as ``LLaVA-1.5``."""
+    checkpoint: str
+    """The published checkpoint that the docs name."""
+    architectures: tuple[str, ...]
+    """Values of ``architectures`` in config.json."""
+    modalities: tuple[Modality, ...]
+    """What it takes besides text."""
+    shape: Callable[[LoadedConfig], TextShape]
+    """Sizes of the decoder. Raises ConfigError for values that are missing or impossible."""
+    build_processor: Callable[[LoadedConfig], Processor | None]
+    """The processor of its media; None for a text model."""
+    build_model: Callable[[LoadedConfig, BuildOptions], LoadableModel]
+    """The model, without weights."""
+    renames: tuple[tuple[str, str], ...]
+    """(regular expression, replacement): the first that matches turns a checkpoint's weight name into ours."""
+    stop_tokens: tuple[str, ...] = ()
+    """Texts of tokens that end an answer besides those of the checkpoint's configuration, where the tokenizer has
+    them."""
+    template: tuple[str, str] | None = None
+    """(package, file) of the fallback chat template."""
+
+    def chat_template(self) -> str | None:
+        """The fallback chat template, for checkpoints of this family that publish none."""
+        if self.template is None:
+            return None
+        package, file = self.template
+        return resources.files(package).joinpath(file).read_text(encoding="utf-8")
+
+
+def stop_token_ids(loaded: LoadedConfig) -> tuple[int, ...]:
+    """Ids that end an answer: ``eos_token_id`` of generation_config.json, else of config.json; in order, each once."""
+    text = loaded.config.get("text_config")
+    for source in (loaded.generation, loaded.config, text if isinstance(text, dict) else {}):
+        value = source.get("eos_token_id")
+        if value is not None:
+            ids = value if isinstance(value, list) else [value]
+            return tuple(dict.fromkeys(int(i) for i in ids))
+    return ()

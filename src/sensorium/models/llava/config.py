@@ -1,0 +1,82 @@
+"""What config.json of a LLaVA-1.5 checkpoint means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.models.configs import (
+    ClipConfig,
+    TextConfig,
+    bad,
+    count,
+    read_clip_config,
+    read_text_config,
+    section,
+)
+
+_CLIP_DEFAULTS = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaConfig:
+    """A CLIP tower, a two-layer projector and a decoder."""
+
+    text: TextConfig
+    vision: ClipConfig
+    image_token_id: int
+    projector_activation: str
+    projector_bias: bool
+    feature_layers: tuple[int, ...]
+    """After how many layers of the tower features are taken; several are joined along the channels."""
+    keep_class_token: bool
+
+    @property
+    def num_embeds(self) -> int:
+        """Embeddings of one image."""
+        return self.vision.num_patches + self.keep_class_token
+
+
+def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:
+    """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
+    text = section(config, "text_config")
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    decoder = read_text_config({"model_type": "llama", **text}, tied=tied)
+    vision = read_clip_config(section(config, "vision_config"), _CLIP_DEFAULTS)
+    name = "image_token_id" if "image_token_id" in config else "image_token_index"
+    image_token_id = count(config, name, 32000)
+    if image_token_id >= decoder.vocab_size:
+        bad(name, f"{image_token_id} is outside the vocabulary of {decoder.vocab_size}")
+    strategy = config.get("vision_feature_select_strategy", "default")
+    if strategy not in ("default", "full"):
+        bad("vision_feature_select_strategy", f"must be 'default' or 'full', got {strategy!r}")
+    return LlavaConfig(
+        text=decoder,
+        vision=vision,
+        image_token_id=image_token_id,
+        projector_activation=str(config.get("projector_hidden_act", "gelu")),
+        projector_bias=bool(config.get("multimodal_projector_bias", True)),
+        feature_layers=_feature_layers(config.get("vision_feature_layer", -2), vision.num_layers),
+        keep_class_token=strategy == "full",
+    )
+
+
+def _feature_layers(value: Any, num_layers: int) -> tuple[int, ...]:
+    """Indices into the hidden states (0: before the first layer), where -1 is after the last layer."""
+    found = []
+    for index in value if isinstance(value, list) and value else [value]:
+        if isinstance(index, bool) or not isinstance(index, int):
+            bad("vision_feature_layer", f"must be an integer or a list of them, got {value!r}")
+        number = index + num_layers + 1 if index < 0 else index
+        if not 0 <= number <= num_layers:
+            bad("vision_feature_layer", f"{index} is outside a tower of {num_layers} layers")
+        found.append(number)
+    return tuple(found)

@@ -1,0 +1,149 @@
+"""From a model's name to a loaded model. Configuration and processor need no torch; only ``load`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sensorium.errors import ConfigError
+from sensorium.models import checkpoint
+from sensorium.models.configs import declared_dtype
+from sensorium.models.interface import BuildOptions, Family, LoadableModel, LoadedConfig, Model
+from sensorium.models.registry import resolve
+
+if TYPE_CHECKING:
+    import torch
+
+    from sensorium.models.weights import WeightSource
+    from sensorium.multimodal.processor import Processor
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, with what it was made of."""
+
+    config: LoadedConfig
+    family: Family
+    model: Model
+    processor: Processor | None
+
+
+def read_config(
+    model: str,
+    *,
+    revision: str | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
+) -> LoadedConfig:
+    """Find a checkpoint (``demo``, a folder or a Hugging Face id) and read its configuration files.
+
+    No weights are fetched and torch is not imported: with ``resolve(loaded.config)`` and the family's
+    ``build_processor(loaded)`` this is all that an HTTP process or a media worker needs. Raises ConfigError.
+    """
+    return checkpoint.read(checkpoint.find(model, revision), hf_overrides)
+
+
+def load(
+    model: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    load_format: str = "auto",
+    hf_overrides: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    skip_modalities: Collection[str] = (),
+    max_model_len: int | None = None,
+    seed: int = 0,
+) -> LoadedModel:
+    """Build a model and load its weights (random ones with ``load_format="dummy"``).
+
+    dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the weights, else float32.
+    device ``auto`` is the first GPU when there is one, else the CPU. skip_modalities: their encoders are not built.
+    max_model_len: longest sequence that will be run; the model's own when not given (longrope depends on it).
+
+    Raises ConfigError when the checkpoint cannot be found, does not fit its configuration or is quantized, and
+    UnsupportedModelError for an unknown architecture.
+    """
+    dummy = load_format == "dummy"
+    loaded = checkpoint.read(checkpoint.find(model, revision, weights=not dummy), hf_overrides)
+    family = resolve(loaded.config)
+    _refuse_quantized(loaded.config)
+    processor = family.build_processor(loaded)
+    shape = family.shape(loaded)
+    source, stored = _source(loaded, family, dummy)
+    options = BuildOptions(
+        dtype=_dtype(dtype, loaded.config, stored),
+        device=_device(device),
+        max_model_len=max_model_len or shape.max_position,
+        skip_modalities=frozenset(skip_modalities),
+    )
+    built = family.build_model(loaded, options)
+    _fill(built, source, seed)
+    return LoadedModel(loaded, family, built, processor)
+
+
+def _source(
+    loaded: LoadedConfig, family: Family, dummy: bool
+) -> tuple[WeightSource | None, str | None]:
+    if dummy:
+        return None, None
+    from sensorium.models.weights import SafetensorsFiles
+
+    files = SafetensorsFiles(Path(loaded.folder), family.renames)
+    return files, files.first_dtype()
+
+
+def _fill(model: LoadableModel, source: WeightSource | None, seed: int) -> None:
+    from sensorium.models.weights import DummyWeights, fill
+
+    fill(model, DummyWeights(seed, model.dtype) if source is None else source)
+
+
+def _dtype(wanted: str, config: Mapping[str, Any], stored: str | None) -> torch.dtype:
+    import torch
+
+    name = wanted if wanted != "auto" else declared_dtype(config) or stored or "float32"
+    if name not in DTYPES:
+        where = "config.json declares" if wanted == "auto" else "there is no"
+        raise ConfigError(
+            f"{where} dtype {name!r}; give one of {', '.join(DTYPES)}.", param="dtype"
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _device(wanted: str) -> torch.device:
+    import torch
+
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{wanted!r} is no device: give cpu, cuda, cuda:N or auto.", param="device"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"Device {wanted!r} is not supported: give cpu or cuda.", param="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"Device {wanted!r}: this machine has {torch.cuda.device_count()} usable GPUs.",
+            param="device",
+        )
+    return device
+
+
+def _refuse_quantized(config: Mapping[str, Any]) -> None:
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        quantization = part.get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+            raise ConfigError(
+                f"The checkpoint is quantized ({method or 'unknown method'}), which is not supported: take the "
+                "unquantized one.",
+                param="model",
+            )

@@ -1,0 +1,86 @@
+"""Steps that image processors share: resizing as Pillow does it, and the numbers of normalisation. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sensorium.errors import ConfigError, InvalidRequestError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Normalization:
+    """``(pixel * scale - mean) / std`` for pixels 0 to 255, per channel."""
+
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:
+    """From preprocessor_config.json, with CLIP's values where it says nothing; ConfigError for impossible ones."""
+    scale = preprocessor.get("rescale_factor", 1 / 255) if _flag(preprocessor, "do_rescale") else 1
+    mean: Any = (0.0, 0.0, 0.0)
+    std: Any = (1.0, 1.0, 1.0)
+    if _flag(preprocessor, "do_normalize"):
+        mean = preprocessor.get("image_mean") or CLIP_MEAN
+        std = preprocessor.get("image_std") or CLIP_STD
+    try:
+        red, green, blue = (float(value) for value in mean)
+        deviations = [float(value) for value in std]
+        if len(deviations) != 3 or not all(value > 0 for value in (*deviations, float(scale))):
+            raise ValueError
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "preprocessor_config.json: rescale_factor, image_mean and image_std must be a number and two lists of "
+            f"three, with positive deviations; got {scale!r}, {mean!r}, {std!r}.",
+            param="model",
+        ) from error
+    return Normalization(
+        float(scale), (red, green, blue), (deviations[0], deviations[1], deviations[2])
+    )
+
+
+def read_resample(preprocessor: Mapping[str, Any]) -> int:
+    """Pillow's number of the resampling filter; bicubic when the file does not say."""
+    value = preprocessor.get("resample", BICUBIC)
+    try:
+        return int(Image.Resampling(value))
+    except ValueError as error:
+        raise ConfigError(
+            f"preprocessor_config.json: resample {value!r} is no filter.", param="model"
+        ) from error
+
+
+def resize(
+    image: np.ndarray, height: int, width: int, resample: int, box: Box | None = None
+) -> np.ndarray:
+    """(H, W, 3) uint8 -> (height, width, 3) uint8; ``box`` (left, top, right, bottom) is the part that is kept."""
+    if box is None and image.shape[:2] == (height, width):
+        return np.ascontiguousarray(image)
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    small = picture.resize((width, height), resample=Image.Resampling(resample), box=box)
+    return np.array(small)
+
+
+def check_image(image: np.ndarray) -> tuple[int, int]:
+    """Height and width of an (H, W, 3) uint8 image. Raises InvalidRequestError for an empty or mistyped one."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise InvalidRequestError(
+            f"An image must be (height, width, 3) of 8-bit values and not empty, got {image.shape} of {image.dtype}."
+        )
+    return image.shape[0], image.shape[1]
+
+
+def _flag(preprocessor: Mapping[str, Any], name: str) -> bool:
+    return preprocessor.get(name) is not False

@@ -1,0 +1,128 @@
+"""Checks of precomputed embeddings: what may come as a torch tensor or an array leaves as float32 numpy, or not at all.
+
+torch is never imported here: whoever hands in a tensor has imported it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sensorium.errors import InvalidEmbeddingsError
+
+
+def dense(value: Any, param: str) -> np.ndarray:
+    """Floating values as a C-contiguous float32 array of the same shape.
+
+    Takes torch tensors and numpy arrays. Raises InvalidEmbeddingsError at ``param`` for other things, for integers,
+    sparse, quantized, nested or meta tensors, and for NaN or infinite values.
+    """
+    array = _from_torch(value, param) if is_tensor(value) else value
+    if not isinstance(array, np.ndarray):
+        raise InvalidEmbeddingsError(
+            f"Embeddings must be a torch tensor or a numpy array, got {type(value).__name__}.",
+            param=param,
+        )
+    if array.dtype.kind != "f":
+        raise InvalidEmbeddingsError(
+            f"Embeddings must be of a floating type, got {array.dtype}.", param=param
+        )
+    with np.errstate(
+        over="ignore"
+    ):  # a float64 past float32 becomes infinite, and is refused below
+        result = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(result).all():
+        wrong = int(result.size - np.isfinite(result).sum())
+        raise InvalidEmbeddingsError(
+            f"Embeddings must be finite in float32; {wrong} of {result.size} values are NaN or infinite.",
+            param=param,
+        )
+    return result
+
+
+def per_item(source: Any, param: str) -> list[tuple[np.ndarray, str]]:
+    """Split a tensor (items, features, hidden), or a list of (features, hidden), into arrays with their places.
+
+    One item may also come as a bare (features, hidden). The sizes are the caller's to check.
+    """
+    if is_array(source):
+        array = dense(source, param)
+        if array.ndim == 2:
+            return [(array, param)]
+        if array.ndim != 3 or len(array) == 0:
+            raise InvalidEmbeddingsError(
+                "Embeddings must have 3 dimensions (items, features, hidden size) and at least one item, got shape "
+                f"{tuple(array.shape)}. A list of (features, hidden size) works too.",
+                param=param,
+            )
+        return [(array[i], f"{param}[{i}]") for i in range(len(array))]
+    if not isinstance(source, Sequence) or isinstance(source, str | bytes) or not source:
+        raise InvalidEmbeddingsError(
+            "Embeddings must be a tensor (items, features, hidden size) or a list of (features, hidden size), got "
+            f"{describe(source)}.",
+            param=param,
+        )
+    return [_item(value, f"{param}[{i}]") for i, value in enumerate(source)]
+
+
+def check_width(array: np.ndarray, hidden_size: int, param: str) -> None:
+    """Raise InvalidEmbeddingsError unless the last axis is the model's hidden size."""
+    if array.shape[-1] != hidden_size:
+        raise InvalidEmbeddingsError(
+            f"Embeddings must have the model's hidden size {hidden_size} as their last dimension, got shape "
+            f"{tuple(array.shape)}.",
+            param=param,
+        )
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether the value is a torch tensor."""
+    return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")
+
+
+def is_array(value: Any) -> bool:
+    """Whether the value is a torch tensor or a numpy array."""
+    return isinstance(value, np.ndarray) or is_tensor(value)
+
+
+def describe(value: Any) -> str:
+    """Type of a value, with its length if it is an empty list."""
+    return (
+        "an empty list" if isinstance(value, list | tuple) and not value else type(value).__name__
+    )
+
+
+def _item(value: Any, param: str) -> tuple[np.ndarray, str]:
+    array = dense(value, param)
+    if array.ndim == 3 and len(array) == 1:
+        array = array[0]
+    if array.ndim != 2:
+        raise InvalidEmbeddingsError(
+            f"Embeddings of one item must have 2 dimensions (features, hidden size), got shape {tuple(array.shape)}.",
+            param=param,
+        )
+    return array, param
+
+
+def _from_torch(tensor: Any, param: str) -> np.ndarray:
+    layout = str(tensor.layout).removeprefix("torch.")
+    kinds = {
+        layout: layout != "strided",
+        "quantized": bool(getattr(tensor, "is_quantized", False)),
+        "nested": bool(getattr(tensor, "is_nested", False)),
+        "meta": tensor.device.type == "meta",
+    }
+    wrong = [name for name, found in kinds.items() if found]
+    if wrong:
+        raise InvalidEmbeddingsError(
+            f"Embeddings must be dense tensors with values, got a {wrong[0]} one.", param=param
+        )
+    if not tensor.dtype.is_floating_point:
+        raise InvalidEmbeddingsError(
+            f"Embeddings must be of a floating type, got {str(tensor.dtype).removeprefix('torch.')}.",
+            param=param,
+        )
+    array: np.ndarray = tensor.detach().cpu().float().numpy()
+    return array

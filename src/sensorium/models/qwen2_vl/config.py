@@ -1,0 +1,103 @@
+"""What config.json of a Qwen2-VL checkpoint means, flat (as published) or with ``text_config`` (newer files)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.models.configs import TextConfig, bad, count, read_text_config, section
+
+_VISION_DEFAULTS = {
+    "depth": 32,
+    "embed_dim": 1280,
+    "hidden_size": 3584,
+    "hidden_act": "quick_gelu",
+    "mlp_ratio": 4,
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+_MROPE_SECTION = [16, 24, 24]
+
+
+@dataclass(frozen=True, slots=True)
+class VisionConfig:
+    """The vision tower. ``hidden_size`` is the width inside, ``num_outputs`` that of its embeddings."""
+
+    depth: int
+    hidden_size: int
+    inner_size: int
+    num_outputs: int
+    num_heads: int
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    activation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Qwen2VLConfig:
+    """A vision tower with a merger, and a decoder with three position axes."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int
+    video_token_id: int
+
+
+def read_qwen2_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
+    """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
+    nested = config.get("text_config")
+    text = (
+        {**config, "model_type": "qwen2_vl"} if nested is None else section(config, "text_config")
+    )
+    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    decoder = read_text_config({"model_type": "qwen2_vl_text", **_with_section(text)}, tied=tied)
+    vision = _read_vision(section(config, "vision_config"))
+    if vision.num_outputs != decoder.hidden_size:
+        bad(
+            "vision_config.hidden_size",
+            f"{vision.num_outputs} is not the decoder's hidden size {decoder.hidden_size}",
+        )
+    ids = {
+        "image_token_id": count(config, "image_token_id", 151655),
+        "video_token_id": count(config, "video_token_id", 151656),
+    }
+    for name, token_id in ids.items():
+        if token_id >= decoder.vocab_size:
+            bad(name, f"{token_id} is outside the vocabulary of {decoder.vocab_size}")
+    return Qwen2VLConfig(decoder, vision, **ids)
+
+
+def _with_section(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The text configuration with an ``mrope_section``, which some files leave out."""
+    key = "rope_parameters" if not text.get("rope_scaling") else "rope_scaling"
+    rope = dict(text.get(key) or {})
+    rope.setdefault("mrope_section", _MROPE_SECTION)
+    return {**text, key: rope}
+
+
+def _read_vision(config: Mapping[str, Any]) -> VisionConfig:
+    values = {**_VISION_DEFAULTS, **config}
+    hidden_size, num_heads = count(values, "embed_dim"), count(values, "num_heads")
+    if hidden_size % num_heads or hidden_size // num_heads % 4:
+        bad(
+            "vision_config.embed_dim",
+            f"{hidden_size} over {num_heads} heads must give a head size divisible by 4",
+        )
+    if count(values, "in_channels") != 3:
+        bad("vision_config.in_channels", f"must be 3, got {values['in_channels']}")
+    return VisionConfig(
+        depth=count(values, "depth"),
+        hidden_size=hidden_size,
+        inner_size=int(hidden_size * values["mlp_ratio"]),
+        num_outputs=count(values, "hidden_size"),
+        num_heads=num_heads,
+        patch_size=count(values, "patch_size"),
+        merge_size=count(values, "spatial_merge_size"),
+        temporal_patch_size=count(values, "temporal_patch_size"),
+        activation=str(values["hidden_act"]),
+    )

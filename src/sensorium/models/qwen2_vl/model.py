@@ -1,0 +1,47 @@
+"""Qwen2-VL (Wang et al., 2024): a vision tower of any resolution before a Qwen2 decoder with three position axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from sensorium.errors import ConfigError
+from sensorium.models.decoder import DecoderModel, apart
+from sensorium.models.interface import BuildOptions
+from sensorium.models.pixels import Normalization
+from sensorium.models.qwen2_vl.config import Qwen2VLConfig
+from sensorium.models.qwen2_vl.vision import VisionTower
+from sensorium.models.weights import Slot
+from sensorium.multimodal.items import Features
+
+
+class Qwen2VLModel(DecoderModel):
+    """The decoder with a vision tower; without it when images and videos are skipped."""
+
+    prefix = "language_model."
+
+    def __init__(
+        self, config: Qwen2VLConfig, normalization: Normalization, options: BuildOptions
+    ) -> None:
+        super().__init__(config.text, options)
+        self.tower: VisionTower | None = None
+        if "image" in options.skip_modalities:
+            self.ignored_weights += (r"visual\..*",)
+            return
+        try:
+            self.tower = VisionTower(config.vision, normalization, options)
+        except ValueError as error:
+            raise ConfigError(f"config.json: {error}.", param="model") from error
+
+    def slots(self) -> Iterator[Slot]:
+        """See ``LoadableModel``."""
+        yield from super().slots()
+        if self.tower is not None:
+            yield from self.tower.slots("visual.")
+
+    def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
+        """Embeddings (num_embeds, H) of each image, all in one batch."""
+        if self.tower is None:
+            return super().encode(items)
+        return apart(self.tower([item.arrays["pixels"] for item in items]))

@@ -1,0 +1,152 @@
+"""The vision tower of Qwen2-VL (Wang et al., 2024): any resolution, two-dimensional rotary, patches merged 2 x 2.
+
+A *patch* is temporal_patch_size frames of patch_size x patch_size pixels. The patches of a merge cell are adjacent
+rows, so that the merger is a reshape. For a grid of 1 x 4 x 4 patches, merged 2 x 2, the rows come in this order:
+
+     0  1 |  4  5
+     2  3 |  6  7
+    ------+------
+     8  9 | 12 13
+    10 11 | 14 15
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from sensorium.layers.attention import VisionAttention
+from sensorium.layers.linear import Linear
+from sensorium.layers.mlp import PlainMLP
+from sensorium.layers.norm import LayerNorm
+from sensorium.layers.rotary import axial_cos_sin
+from sensorium.models.clip import PixelScale
+from sensorium.models.interface import BuildOptions
+from sensorium.models.pixels import Normalization
+from sensorium.models.qwen2_vl.config import VisionConfig
+from sensorium.models.weights import Part, Slot, linear_slot, norm_slot, owned
+
+NORM_EPS = 1e-6
+CHANNELS = 3
+
+Grid = tuple[int, int, int]
+"""Temporal, vertical and horizontal number of patches."""
+
+
+class VisionBlock:
+    """Pre-norm block: attention with rotary, then an MLP."""
+
+    __slots__ = ("attention", "mlp", "norm1", "norm2")
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.norm1 = LayerNorm(config.hidden_size, NORM_EPS)
+        self.attention = VisionAttention(config.hidden_size, config.num_heads)
+        self.norm2 = LayerNorm(config.hidden_size, NORM_EPS)
+        self.mlp = PlainMLP(config.hidden_size, config.inner_size, act=config.activation)
+
+    def slots(self, config: VisionConfig, name: str) -> Iterator[Slot]:
+        """Weights under ``name``."""
+        size = config.hidden_size
+        yield norm_slot(self.norm1, f"{name}.norm1")
+        yield linear_slot(self.attention.qkv, [(f"{name}.attn.qkv", 3 * size)])
+        yield linear_slot(self.attention.o, [(f"{name}.attn.proj", size)])
+        yield norm_slot(self.norm2, f"{name}.norm2")
+        yield linear_slot(self.mlp.fc1, [(f"{name}.mlp.fc1", config.inner_size)])
+        yield linear_slot(self.mlp.fc2, [(f"{name}.mlp.fc2", size)])
+
+    def __call__(
+        self, x: torch.Tensor, starts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """(P, size) -> (P, size), in place."""
+        x.add_(self.attention(self.norm1(x), starts, cos, sin))
+        return x.add_(self.mlp(self.norm2(x)))
+
+
+class VisionTower:
+    """Pixels of several images or clips, of different sizes, to embeddings of the decoder's width."""
+
+    def __init__(
+        self, config: VisionConfig, normalization: Normalization, options: BuildOptions
+    ) -> None:
+        self.config = config
+        self.device = options.device
+        self.scale = PixelScale(normalization, options)
+        cell = config.hidden_size * config.merge_size**2
+        self.patch = Linear(
+            CHANNELS * config.temporal_patch_size * config.patch_size**2, config.hidden_size
+        )
+        self.blocks = [VisionBlock(config) for _ in range(config.depth)]
+        self.merger_norm = LayerNorm(config.hidden_size, NORM_EPS)
+        self.merger = PlainMLP(cell, cell, config.num_outputs, act="gelu")
+
+    def slots(self, prefix: str) -> Iterator[Slot]:
+        """Weights under ``prefix``."""
+        config = self.config
+        size, patch = config.patch_size, Part(f"{prefix}patch_embed.proj.weight", ())
+        kernel = (config.hidden_size, CHANNELS, config.temporal_patch_size, size, size)
+        yield Slot((patch._replace(shape=kernel),), self._load_patch)
+        for index, block in enumerate(self.blocks):
+            yield from block.slots(config, f"{prefix}blocks.{index}")
+        yield norm_slot(self.merger_norm, f"{prefix}merger.ln_q")
+        cell = self.merger.fc1.num_outputs
+        yield linear_slot(self.merger.fc1, [(f"{prefix}merger.mlp.0", cell)])
+        yield linear_slot(self.merger.fc2, [(f"{prefix}merger.mlp.2", config.num_outputs)])
+
+    def _load_patch(self, kernel: torch.Tensor) -> None:
+        self.patch.load(owned(kernel).flatten(1))
+
+    def __call__(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Embeddings (t * h * w / merge_size^2, num_outputs) of each item.
+
+        An item is an image (H, W, 3) or a clip (frames, H, W, 3), uint8, its edges multiples of patch_size times
+        merge_size, its number of frames a multiple of temporal_patch_size. Attention is full within each temporal
+        index of an item.
+        """
+        patches, grids = [], []
+        for item in pixels:
+            rows, grid = self.patches(self.scale.to_device(item))
+            patches.append(rows)
+            grids.append(grid)
+        x = self.patch(torch.cat(patches) if len(patches) > 1 else patches[0])
+        cos, sin = self.rotary(grids)
+        lengths = [h * w for t, h, w in grids for _ in range(t)]
+        starts = list(accumulate(lengths, initial=0))
+        for block in self.blocks:
+            x = block(x, starts, cos, sin)
+        merged = self.merger_norm(x).view(-1, self.merger.fc1.num_inputs)
+        cells = self.config.merge_size**2
+        return list(self.merger(merged).split([t * h * w // cells for t, h, w in grids]))
+
+    def patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+        """Normalised patches (t * h * w, 3 * frames * patch * patch) of an item, and its grid (t, h, w)."""
+        size, merge, depth = (
+            self.config.patch_size,
+            self.config.merge_size,
+            self.config.temporal_patch_size,
+        )
+        if pixels.dim() == 3:
+            pixels = pixels.expand(depth, *pixels.shape)  # a still image fills a temporal patch
+        frames, height, width, channels = pixels.shape
+        grid = (frames // depth, height // size, width // size)
+        t, h, w = grid
+        cells = pixels.reshape(
+            t, depth, h // merge, merge, size, w // merge, merge, size, channels
+        ).permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+        flat = cells.reshape(t * h * w, channels, depth * size * size)
+        return self.scale(flat).flatten(1), grid
+
+    def rotary(self, grids: Sequence[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (P, head_dim / 2) float32 of all patches: half the frequencies follow rows, half columns."""
+        merge = self.config.merge_size
+        positions = []
+        for t, h, w in grids:
+            rows = torch.arange(h, device=self.device)[:, None].expand(h, w)
+            columns = torch.arange(w, device=self.device).expand(h, w)
+            both = torch.stack((rows, columns), dim=-1)
+            cells = both.view(h // merge, merge, w // merge, merge, 2).transpose(1, 2)
+            positions.append(cells.reshape(h * w, 2).repeat(t, 1))
+        head_dim = self.config.hidden_size // self.config.num_heads
+        return axial_cos_sin(torch.cat(positions), head_dim)
