@@ -14,9 +14,10 @@ from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import ConfigError
-from sensorium.kernels import ops, threads
+from sensorium.kernels import ops
 from sensorium.kernels.batch import KVCacheLayout
 from sensorium.models import loader
+from sensorium.models.interface import TextShape
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory
 from sensorium.runtime.runner import ModelRunner
@@ -25,6 +26,8 @@ from sensorium.text.grammar import GrammarMatcher, GrammarVocabulary
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCHED_TOKENS = 2048
+SMALL_DECODER = 10_000_000
+"""Weights (roughly counted) below which a decoder runs on one thread."""
 
 
 def build_engine(config: EngineConfig) -> Engine:
@@ -34,8 +37,7 @@ def build_engine(config: EngineConfig) -> Engine:
     """
     started = time.monotonic()
     device = choose_device(config.model.device)
-    num_threads = config.model.num_threads or len(os.sched_getaffinity(0))
-    threads.configure(num_threads)
+    torch.set_num_threads(config.model.num_threads or len(os.sched_getaffinity(0)))
     loaded = loader.load(
         config.model.model,
         dtype=config.model.dtype,
@@ -48,6 +50,8 @@ def build_engine(config: EngineConfig) -> Engine:
         skip_modalities=switched_off(config),
     )
     shape, model = loaded.model.shape, loaded.model
+    num_threads = config.model.num_threads or _useful_threads(shape)
+    torch.set_num_threads(num_threads)
     layout = KVCacheLayout(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, config.cache.block_size, model.dtype
     )
@@ -60,7 +64,7 @@ def build_engine(config: EngineConfig) -> Engine:
         free_bytes=free_memory(device, config.cache.gpu_memory_utilization),
     )
     caches = ops.allocate_cache(layout, geometry.num_blocks, device)
-    ops.warm_up(model.dtype, shape.head_dim, device)
+    ops.warm_up(model.dtype, device)
     store = FeatureStore()
     folder = config.model.tokenizer or loaded.config.folder
     runner = ModelRunner(model, caches, store, _Grammars(folder, shape.vocab_size))
@@ -100,6 +104,16 @@ def choose_device(name: str) -> torch.device:
             param="device",
         )
     return device
+
+
+def _useful_threads(shape: TextShape) -> int:
+    """All cores, but one for a decoder so small that its weights lie in one core's cache.
+
+    Handing such work to a second thread costs more than it saves, and very much more on a busy machine, where each of the
+    many short parallel regions may wait for a thread that is not running.
+    """
+    num_weights = 12 * shape.num_layers * shape.hidden_size**2
+    return 1 if num_weights < SMALL_DECODER else len(os.sched_getaffinity(0))
 
 
 def _batched_tokens(config: EngineConfig, max_model_len: int) -> int:

@@ -1,0 +1,64 @@
+"""The size of the KV cache follows from the configuration and the memory there is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sensorium.config import CacheConfig
+from sensorium.errors import ConfigError
+from sensorium.kernels.batch import KVCacheLayout
+from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory
+
+LAYOUT = KVCacheLayout(2, 2, 8, 16, torch.bfloat16)
+
+
+def geometry(
+    config: CacheConfig | None = None,
+    *,
+    max_model_len: int | None = None,
+    free_bytes: int = 1 << 20,
+    max_num_seqs: int = 4,
+) -> CacheGeometry:
+    return cache_geometry(
+        config or CacheConfig(block_size=16),
+        LAYOUT,
+        max_model_len=max_model_len,
+        max_position=1024,
+        max_num_seqs=max_num_seqs,
+        free_bytes=free_bytes,
+    )
+
+
+def test_bytes_of_a_block() -> None:
+    assert LAYOUT.bytes_per_block == 2 * 2 * 2 * 8 * 2 * 16
+
+
+def test_free_memory_decides_but_no_more_than_can_be_used() -> None:
+    assert geometry(free_bytes=100 * LAYOUT.bytes_per_block).num_blocks == 100
+    assert geometry(free_bytes=1 << 40).num_blocks == 4 * 64
+
+
+def test_bytes_and_blocks_as_configured() -> None:
+    config = CacheConfig(block_size=16, kv_cache_memory_bytes=LAYOUT.bytes_per_block * 70)
+    assert geometry(config).num_blocks == 70
+    assert geometry(CacheConfig(block_size=16, num_kv_blocks=80)).num_blocks == 80
+
+
+def test_a_context_that_does_not_fit_is_lowered_when_it_is_the_models_own() -> None:
+    found = geometry(CacheConfig(block_size=16, num_kv_blocks=5))
+    assert found.max_model_len == 80
+
+
+def test_a_context_that_was_asked_for_and_does_not_fit_is_refused() -> None:
+    with pytest.raises(ConfigError, match="max_model_len is 100, but the KV cache holds 80"):
+        geometry(CacheConfig(block_size=16, num_kv_blocks=5), max_model_len=100)
+
+
+def test_no_room_for_a_single_block() -> None:
+    with pytest.raises(ConfigError, match="no block"):
+        geometry(CacheConfig(block_size=16, kv_cache_memory_bytes=10))
+
+
+def test_the_hosts_memory_is_measured() -> None:
+    assert free_memory(torch.device("cpu"), 0.9) > 1 << 20
