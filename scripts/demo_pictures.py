@@ -1,6 +1,6 @@
 """Draws three new pictures, asks the demo model about them offline, and prints question, answer and truth.
 
-    scripts/demo [--seed N] [--folder FOLDER]
+scripts/demo [--seed N] [--folder FOLDER]
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from sensorium import LLM, SamplingParams  # noqa: E402
 from training.pictures import draw_picture  # noqa: E402
 
-SCENES = (("shapes", ("shape", "colour", "count", "position")), ("text", ("word", "number")), ("chart", ()))
+from sensorium import LLM, SamplingParams  # noqa: E402
+
+SCENES = (
+    ("shapes", ("shape", "colour", "count", "position")),
+    ("text", ("word", "number")),
+    ("chart", ()),
+)
 
 
 def main() -> int:
@@ -31,10 +36,15 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.WARNING)
 
-    print("Loading the demo model (the first time, kernels are compiled: up to a minute) …", flush=True)
+    print(
+        "Loading the demo model (the first time, kernels are compiled: up to a minute) …",
+        flush=True,
+    )
     started = time.monotonic()
     with LLM(model="demo") as llm:
-        print(f"Ready after {time.monotonic() - started:.1f} s. Pictures: {args.folder} (--seed {seed})\n")
+        print(
+            f"Ready after {time.monotonic() - started:.1f} s. Pictures: {args.folder} (--seed {seed})\n"
+        )
         right = sum(ask(llm, index, seed, args.folder) for index in range(len(SCENES)))
     print(f"{right} of {len(SCENES)} answers are right.\n")
     print("Serve it, with an OpenAI-compatible API:")

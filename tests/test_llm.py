@@ -112,9 +112,7 @@ def test_embeddings_stand_for_images(qwen: LLM, llava: LLM, num_images: int) -> 
     loop = qwen._loop.submit
     for llm, placeholder in ((qwen, VISION), (llava, "<image>")):
         prompt = f"{placeholder} and " * num_images
-        prepared = loop(
-            llm._preparer.prepare(llm._parse_prompt(seen(images, prompt)))
-        ).result()
+        prepared = loop(llm._preparer.prepare(llm._parse_prompt(seen(images, prompt)))).result()
         with torch.inference_mode():
             embeds = llm._engine._runner.model.encode([i.features for i in prepared.items])
         data: Any = torch.stack(embeds)
@@ -341,5 +339,8 @@ def test_impossible_settings_are_refused(qwen_folder: Path, tmp_path: Path) -> N
         LLM(str(tmp_path / "missing"))
     with pytest.raises(ConfigError):
         LLM(str(qwen_folder), device="quantum")
-    with pytest.raises(InvalidRequestError, match="2 prompts"), LLM(str(qwen_folder), **ROOM) as llm:
+    with (
+        pytest.raises(InvalidRequestError, match="2 prompts"),
+        LLM(str(qwen_folder), **ROOM) as llm,
+    ):
         llm.generate(["a", "b"], [GREEDY], use_tqdm=False)

@@ -1,8 +1,8 @@
 """Configuration: small frozen classes, each value checked when built.
 
 Every field is at once a keyword of ``LLM``, a flag of ``sensorium serve`` (``max_model_len`` is ``--max-model-len``), a
-line of its help and a row of the documentation. ``engine_config(**keywords)`` distributes flat keywords over the classes
-and refuses unknown ones with a suggestion. Environment variables are read here and nowhere else.
+line of its help and a row of the documentation. ``engine_config(**keywords)`` distributes flat keywords over the
+classes and refuses unknown ones with a suggestion. Environment variables are read here and nowhere else.
 """
 
 from __future__ import annotations
@@ -93,9 +93,7 @@ class ModelConfig:
                 DeprecationWarning,
                 stacklevel=4,
             )
-            object.__setattr__(
-                self, "runner", "generate" if self.task == "generate" else "pooling"
-            )
+            object.__setattr__(self, "runner", "generate" if self.task == "generate" else "pooling")
         if self.runner == "pooling":
             _bad("runner", "'pooling' is not available yet; models generate text")
         if not isinstance(self.hf_overrides, dict):
@@ -159,15 +157,15 @@ class MediaConfig:
 
     limit_mm_per_prompt: dict[str, Any] = option(
         dict,
-        "Most items a prompt, such as {\"image\": 2} or image=2; 0 switches a modality off.",
+        'Most items a prompt, such as {"image": 2} or image=2; 0 switches a modality off.',
         factory=True,
     )
     mm_processor_kwargs: dict[str, Any] = option(
-        dict, "Options of the model's processor, such as {\"max_pixels\": 1003520}.", factory=True
+        dict, 'Options of the model\'s processor, such as {"max_pixels": 1003520}.', factory=True
     )
     media_io_kwargs: dict[str, dict[str, Any]] = option(
         dict,
-        "Options of loading, such as {\"image\": {\"rgba_background_color\": [255, 255, 255]}}.",
+        'Options of loading, such as {"image": {"rgba_background_color": [255, 255, 255]}}.',
         factory=True,
     )
     enable_mm_embeds: bool = option(False, "Accept precomputed embeddings as input.")

@@ -48,8 +48,8 @@ class _Job:
 class LLM:
     """A model that is run in this process. Not thread-safe: one call at a time.
 
-    Keywords are the fields of ``sensorium.config``; an unknown one raises ConfigError with the nearest name. Use it as a
-    context manager, or call ``close()``, to free its memory early.
+    Keywords are the fields of ``sensorium.config``; an unknown one raises ConfigError with the nearest name. Use it as
+    a context manager, or call ``close()``, to free its memory early.
     """
 
     def __init__(self, model: str, **keywords: Any) -> None:
@@ -86,9 +86,9 @@ class LLM:
         """Complete one prompt or a list of them; outputs in the order of the prompts.
 
         prompts: a string, a dict with ``prompt`` or ``prompt_token_ids`` and optionally ``multi_modal_data``,
-        ``multi_modal_uuids``, ``mm_processor_kwargs`` and ``cache_salt``, or a list of these or of lists of token ids; a
-        flat list of integers is one prompt. sampling_params: one for all, or one per prompt; the model's defaults when
-        not given.
+        ``multi_modal_uuids``, ``mm_processor_kwargs`` and ``cache_salt``, or a list of these or of lists of token ids;
+        a flat list of integers is one prompt. sampling_params: one for all, or one per prompt; the model's defaults
+        when not given.
 
         A prompt that cannot be served raises RequestError with its index; wrong ones that can be told without loading
         media raise before anything runs.
@@ -308,9 +308,7 @@ class _Progress:
         self._bar.update()
 
 
-def _at(
-    index: int, several: bool, function: Callable[[Value], Result], value: Value
-) -> Result:
+def _at(index: int, several: bool, function: Callable[[Value], Result], value: Value) -> Result:
     """Call ``function``; an error of a prompt in a list says which one it is."""
     try:
         return function(value)

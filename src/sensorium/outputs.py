@@ -64,8 +64,8 @@ class RequestMetrics:
 class RequestOutput:
     """Everything known of one request.
 
-    ``prompt_token_ids`` are the ids after placeholder expansion. ``prompt_logprobs`` has one entry per prompt token, the
-    first of which is None. ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.
+    ``prompt_token_ids`` are the ids after placeholder expansion. ``prompt_logprobs`` has one entry per prompt token,
+    the first of which is None. ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.
     ``num_item_tokens`` counts the prompt positions that each modality fills.
     """
 

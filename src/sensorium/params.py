@@ -33,7 +33,9 @@ class StructuredOutputs:
     def __post_init__(self) -> None:
         if isinstance(self.choice, list):
             object.__setattr__(self, "choice", tuple(self.choice))
-        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False)]
+        given = [
+            f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False)
+        ]
         if len(given) != 1:
             _bad(
                 "structured_outputs",
@@ -192,7 +194,10 @@ def _check_float(
     if not math.isfinite(value):
         _bad(name, f"must be a finite number, got {value}")
     if not low <= value <= high or (low_open and value == low):
-        _bad(name, f"must be {'above' if low_open else 'at least'} {low:g} and at most {high:g}, got {value:g}")
+        _bad(
+            name,
+            f"must be {'above' if low_open else 'at least'} {low:g} and at most {high:g}, got {value:g}",
+        )
 
 
 def _check_strings(name: str, values: object, most: int, longest: int) -> None:

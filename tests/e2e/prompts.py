@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-WORDS = (
-    "what is shown in this picture describe it there are three red squares to the left of a blue "
-    "circle how many yellow triangles can you see above the green star"
-).split()
+WORDS = tuple(
+    (
+        "what is shown in this picture describe it there are three red squares to the left of a "
+        "blue circle how many yellow triangles can you see above the green star"
+    ).split()
+)
 SIZES = [(30, 40), (64, 64), (90, 20), (33, 101), (57, 57), (140, 75), (28, 28), (1, 1), (200, 31)]
 
 
@@ -44,7 +46,9 @@ def mixed_prompts(
         for _ in range(num_images):
             pieces += [" ".join(rng.choice(WORDS, rng.integers(0, 6))), placeholder]
         long = index % 8 == 7
-        pieces.append(" ".join(rng.choice(WORDS, rng.integers(60, 90) if long else rng.integers(1, 12))))
+        pieces.append(
+            " ".join(rng.choice(WORDS, rng.integers(60, 90) if long else rng.integers(1, 12)))
+        )
         text = " ".join(piece for piece in pieces if piece)
         if index % 2:
             text = chat[0] + text + chat[1]

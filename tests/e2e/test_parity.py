@@ -106,6 +106,8 @@ def test_equal_to_the_reference_cold_and_warm(
     if setting in ("roomy", "chunked"):
         assert warm.prefix_hits > cold.prefix_hits
         for name in ("decode_count", "preprocess_count"):
-            assert warm.media[name] == cold.media[name], "a picture seen before is not processed again"
+            assert warm.media[name] == cold.media[name], (
+                "a picture seen before is not processed again"
+            )
     assert warm.kv_blocks_used == 0
     assert warm.held_features == 0

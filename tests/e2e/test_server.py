@@ -154,7 +154,9 @@ async def rendered_chats(
                 "ignore_eos": True,
                 "return_token_ids": True,
             }
-            async with session.post(f"{url}/v1/chat/completions", json={**body, **options}) as answer:
+            async with session.post(
+                f"{url}/v1/chat/completions", json={**body, **options}
+            ) as answer:
                 assert answer.status == 200, await answer.text()
                 return text, (await answer.json())["choices"][0]["token_ids"]
 
@@ -182,7 +184,10 @@ def counters(server: Server) -> dict[str, float]:
     """All samples of /metrics without labels, by name."""
 
     async def fetch() -> str:
-        async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as answer:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"{server.url}/metrics") as answer,
+        ):
             return await answer.text()
 
     lines = asyncio.run(fetch()).splitlines()
@@ -293,7 +298,9 @@ def test_wrong_embeddings_are_refused_and_harm_nothing(client: openai.OpenAI) ->
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
     ],
 )
-def test_bad_fields_are_refused(client: openai.OpenAI, server: Server, fields: Any, param: str | None) -> None:
+def test_bad_fields_are_refused(
+    client: openai.OpenAI, server: Server, fields: Any, param: str | None
+) -> None:
     with pytest.raises((openai.BadRequestError, ValueError)) as caught:
         chat(client, text_part("what"), **fields)
     if isinstance(caught.value, openai.BadRequestError):

@@ -37,8 +37,8 @@ DEAD = "The engine has stopped; requests cannot be served until it is restarted.
 class EngineClient:
     """One engine process: started, talked to and stopped from one event loop.
 
-    Every submitted sequence has an inbox, which receives its updates, or an error. Segments of shared memory are held for
-    a sequence until it has ended.
+    Every submitted sequence has an inbox, which receives its updates, or an error. Segments of shared memory are held
+    for a sequence until it has ended.
     """
 
     def __init__(self, config: EngineConfig) -> None:

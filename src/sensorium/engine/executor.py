@@ -94,7 +94,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}.", param="device") from None
+        raise ConfigError(
+            f"device must be cpu, cuda or cuda:N, got {name!r}.", param="device"
+        ) from None
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}.", param="device")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -109,8 +111,8 @@ def choose_device(name: str) -> torch.device:
 def _useful_threads(shape: TextShape) -> int:
     """All cores, but one for a decoder so small that its weights lie in one core's cache.
 
-    Handing such work to a second thread costs more than it saves, and very much more on a busy machine, where each of the
-    many short parallel regions may wait for a thread that is not running.
+    Handing such work to a second thread costs more than it saves, and very much more on a busy machine, where each of
+    the many short parallel regions may wait for a thread that is not running.
     """
     num_weights = 12 * shape.num_layers * shape.hidden_size**2
     return 1 if num_weights < SMALL_DECODER else len(os.sched_getaffinity(0))

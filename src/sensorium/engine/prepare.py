@@ -26,8 +26,8 @@ from sensorium.errors import (
 from sensorium.models import loader
 from sensorium.models.interface import stop_token_ids
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import MediaItem, MediaRef, Modality
 from sensorium.multimodal.cache import FeatureCache
+from sensorium.multimodal.items import MediaItem, MediaRef, Modality
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.placeholders import expand
 from sensorium.multimodal.processor import PlacedItem
@@ -45,9 +45,9 @@ _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_pena
 class PreparedPrompt:
     """A prompt that the engine could run.
 
-    ``text`` is what a person would read (None for prompts given as ids); ``token_ids`` have their placeholders expanded;
-    ``items`` and ``spans`` belong together, in the order of the prompt. ``positions`` (3, num_tokens) int32 for models
-    with several position axes. ``continues``: the answer's text goes on where the prompt's ends.
+    ``text`` is what a person would read (None for prompts given as ids); ``token_ids`` have their placeholders
+    expanded; ``items`` and ``spans`` belong together, in the order of the prompt. ``positions`` (3, num_tokens) int32
+    for models with several position axes. ``continues``: the answer's text goes on where the prompt's ends.
     """
 
     text: str | None
@@ -146,10 +146,9 @@ class Preparer:
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """Render or tokenize a prompt, load its media, expand its placeholders. Raises RequestError."""
         if isinstance(prompt, ChatPrompt):
-            source = self._rendered(prompt)
+            text, token_ids, refs, param = self._rendered(prompt)
         else:
-            source = self._tokenized(prompt)
-        text, token_ids, refs, param = source
+            text, token_ids, refs, param = self._tokenized(prompt)
         self._room(len(token_ids), param)
         items = await self._items(refs, prompt)
         with _placed(param):
@@ -194,9 +193,7 @@ class Preparer:
             for index in range(params.n)
         ]
 
-    def _rendered(
-        self, prompt: ChatPrompt
-    ) -> _Source:
+    def _rendered(self, prompt: ChatPrompt) -> _Source:
         rendered = self._template.render(
             prompt.conversation,
             placeholder_text=self._placeholder_text,
@@ -205,6 +202,9 @@ class Preparer:
             tools=prompt.tools,
             chat_template=prompt.chat_template,
             chat_template_kwargs=prompt.chat_template_kwargs,
+            # As in the reference: processors of multimodal models add a BOS that the template left out, tokenizers of
+            # text models take the template's word.
+            add_special_tokens=None if self._processor is not None else False,
         )
         return _Source(rendered.text, rendered.token_ids, rendered.refs, "messages")
 

@@ -131,7 +131,9 @@ def _mapping(value: object, param: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise InvalidRequestError(f"mm_processor_kwargs must be a dict, got {value!r}.", param=param)
+        raise InvalidRequestError(
+            f"mm_processor_kwargs must be a dict, got {value!r}.", param=param
+        )
     return value
 
 

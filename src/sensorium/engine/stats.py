@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class EngineStats:
-    """A snapshot. Gauges: ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``encoder_resident_embeds``; the others count
-    from the start of the engine. ``prefix_queries`` and ``prefix_hits`` are in tokens. ``media`` holds the counters of
-    the media pipeline by name."""
+    """A snapshot. Gauges: ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``encoder_resident_embeds``; the others
+    count from the start of the engine. ``prefix_queries`` and ``prefix_hits`` are in tokens. ``media`` holds the
+    counters of the media pipeline by name."""
 
     num_running: int = 0
     num_waiting: int = 0

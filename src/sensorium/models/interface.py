@@ -61,6 +61,10 @@ class Model(Protocol):
         """Logits (N, V) float32 of hidden states (N, H)."""
         ...
 
+    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The likeliest ids (N,) int64 of hidden states (N, H), the first of equals, at less cost than ``logits``."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:

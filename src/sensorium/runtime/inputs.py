@@ -29,9 +29,7 @@ class StepInputs:
     sampled_slots: list[Slot]
 
 
-def build(
-    pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCache]
-) -> StepInputs:
+def build(pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCache]) -> StepInputs:
     """Lay the tokens of all spans out one after the other.
 
     The spans must come with single-token ones first. Positions get three axes as soon as one sequence has them.

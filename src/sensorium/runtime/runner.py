@@ -98,13 +98,21 @@ class ModelRunner:
         hidden = self.model.forward(embeds, inputs.batch)
         prompt_logprobs = self._prompt_logprobs(pairs, inputs, hidden)
         if inputs.sampled_rows:
-            rows = torch.tensor(inputs.sampled_rows, device=hidden.device)
-            logits = self.model.logits(hidden[rows])
-            samples, failed = sampler.sample(logits, inputs.sampled_slots)
+            samples, failed = self._sample(hidden, inputs)
             self._accept(samples, failed, inputs.sampled_slots)
             result.samples.update(samples)
             result.failed.update(failed)
         result.prompt_logprobs.update(prompt_logprobs)
+
+    def _sample(
+        self, hidden: torch.Tensor, inputs: StepInputs
+    ) -> tuple[dict[int, sampler.TokenSample], dict[int, str]]:
+        slots = inputs.sampled_slots
+        last = hidden[torch.tensor(inputs.sampled_rows, device=hidden.device)]
+        if all(sampler.is_plain(slot) for slot in slots):
+            usable = torch.isfinite(last).all(-1).tolist()
+            return sampler.take(self.model.greedy(last).tolist(), usable, slots)
+        return sampler.sample(self.model.logits(last), slots)
 
     def _accept(
         self, samples: dict[int, sampler.TokenSample], failed: dict[int, str], slots: list[Slot]

@@ -1,8 +1,9 @@
 """From logits to tokens, batched over the sequences of a step.
 
-Order of operations for a row: report raw log probabilities, restrict (allowed tokens, bad words, minimum length, grammar),
-bias, penalise, scale by temperature, filter (min-p, top-k, top-p), draw. The draw inverts the cumulative distribution at
-one uniform number that is a function of (seed, position) alone, so a seeded request gets the same tokens in any batch.
+Order of operations for a row: report raw log probabilities, restrict (allowed tokens, bad words, minimum length,
+grammar), bias, penalise, scale by temperature, filter (min-p, top-k, top-p), draw. The draw inverts the cumulative
+distribution at one uniform number that is a function of (seed, position) alone, so a seeded request gets the same
+tokens in any batch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ from sensorium.text.grammar import GrammarMatcher
 
 FIRST_CANDIDATES = 256
 """How many of the most likely tokens are sorted at first for top-p; more when they do not hold enough mass."""
+
+UNUSABLE = (
+    "The model gave no usable distribution for the next token: either the restrictions of the request "
+    "(allowed_token_ids, bad_words, logit_bias, structured_outputs) leave no token, or its numbers overflowed."
+)
 
 _MASK64 = (1 << 64) - 1
 
@@ -44,32 +50,48 @@ def sample(
 
     Returns the samples and, for rows that have no usable distribution, messages; both by sequence id.
     """
-    wanted = {row: slot for row, slot in enumerate(slots) if slot.request.params.logprobs is not None}
+    wanted = {
+        row: slot for row, slot in enumerate(slots) if slot.request.params.logprobs is not None
+    }
     raw = _raw_logprobs(logits, list(wanted)) if wanted else None
     for row, slot in enumerate(slots):
         if _needs_processing(slot):
             _process(logits[row], slot)
     random_rows = [row for row, slot in enumerate(slots) if not slot.request.params.greedy]
     tokens = ops.argmax(logits)
-    best = logits.gather(1, tokens[:, None])[:, 0]
-    usable = torch.isfinite(best).tolist()
+    # The maximum of a row with NaN is NaN; of a row without any token left, minus infinity.
+    usable = torch.isfinite(logits.amax(-1)).tolist()
     if random_rows:
         drawable = [row for row in random_rows if usable[row]]
         if drawable:
             tokens[drawable] = _draw(logits[drawable], [slots[row] for row in drawable])
     chosen = tokens.tolist()
     reports = _reports(raw, wanted, chosen) if raw is not None else {}
+    samples, failed = take(chosen, usable, slots)
+    for row, entries in reports.items():
+        seq_id = slots[row].seq_id
+        if seq_id in samples:
+            samples[seq_id] = TokenSample(chosen[row], entries)
+    return samples, failed
+
+
+def is_plain(slot: Slot) -> bool:
+    """Whether the next token of a sequence is the likeliest one as the model gives it, and nothing else is asked."""
+    params = slot.request.params
+    return params.greedy and params.logprobs is None and not _needs_processing(slot)
+
+
+def take(
+    tokens: Sequence[int], usable: Sequence[bool], slots: Sequence[Slot]
+) -> tuple[dict[int, TokenSample], dict[int, str]]:
+    """Samples for the rows that have a usable distribution, messages for the others; both by sequence id."""
     samples: dict[int, TokenSample] = {}
     failed: dict[int, str] = {}
-    for row, slot in enumerate(slots):
-        if usable[row]:
-            samples[slot.seq_id] = TokenSample(chosen[row], reports.get(row))
+    for token, good, slot in zip(tokens, usable, slots, strict=True):
+        if good:
+            samples[slot.seq_id] = TokenSample(token)
         else:
-            failed[slot.seq_id] = (
-                "The model gave no usable distribution for the next token: either the restrictions of the request "
-                "(allowed_token_ids, bad_words, logit_bias, structured_outputs) leave no token, or its numbers "
-                "overflowed."
-            )
+            failed[slot.seq_id] = UNUSABLE
     return samples, failed
 
 
@@ -187,7 +209,9 @@ def _draw(logits: torch.Tensor, slots: list[Slot]) -> torch.Tensor:
     params = [slot.request.params for slot in slots]
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device)
-    draws = [uniform(p.seed or 0, slot.num_generated) for p, slot in zip(params, slots, strict=True)]
+    draws = [
+        uniform(p.seed or 0, slot.num_generated) for p, slot in zip(params, slots, strict=True)
+    ]
     point = torch.tensor(draws, dtype=torch.float64, device=device)
     # Subtracting the maximum first keeps tiny temperatures finite.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature.clamp_min(1e-5)[:, None]

@@ -1,0 +1,404 @@
+"""From a conversation to token ids, through the model's chat template.
+
+What users write stays plain text whatever it spells: role markers and placeholders act only where
+the template, or this module on behalf of a media part, put them (see ``sensorium.text.control``
+for how)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+
+from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.multimodal.items import MediaRef, Modality
+from sensorium.text.control import ControlTokens, pick_mark, unmark
+from sensorium.text.conversation import (
+    Conversation,
+    Message,
+    TextPart,
+    parse_messages,
+    plain_data,
+)
+from sensorium.text.sandbox import TemplateRefusal, render_bounded
+from sensorium.text.templates import (
+    CompiledTemplate,
+    ContentFormat,
+    compile_template,
+    find_templates,
+)
+from sensorium.text.tokenizer import Tokenizer
+
+__all__ = [
+    "ChatTemplate",
+    "Conversation",
+    "Message",
+    "RenderedPrompt",
+    "TextPart",
+    "parse_messages",
+]
+
+RESERVED_KWARGS = frozenset(
+    (
+        *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message"),
+        *("chat_template", "tokenize", "tokenizer_kwargs", "return_dict", "return_tensors"),
+        *("return_assistant_tokens_mask", "padding", "truncation", "max_length"),
+        *("raise_exception", "strftime_now", "namespace", "range", "dict", "cycler", "joiner"),
+        *("loop", "self", "caller", "varargs", "kwargs"),
+    )
+)
+
+_NO_TEMPLATE = (
+    "The model has no chat template. Start the server with --chat-template FILE_OR_TEXT (in "
+    "Python: LLM(..., chat_template=...)), or use completions with a finished prompt."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """A conversation as the model sees it.
+
+    ``text`` is for people. ``token_ids`` is what counts: it holds one unexpanded placeholder per
+    item. ``refs`` are the items; those of one modality are in the order of their placeholders."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    refs: tuple[MediaRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """``guard`` breaks typed control tokens; ``end`` stands where the final message is to be
+    continued."""
+
+    guard: str
+    end: str
+
+
+class ChatTemplate:
+    """The chat templates of a model, with its tokenizer. Immutable, usable from several threads.
+
+    ``placeholder_texts`` are the spellings of media placeholders, which users must not be able to
+    type even where they are no tokens of the vocabulary."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        tokenizer: Tokenizer,
+        *,
+        content_format: ContentFormat | Literal["auto"] = "auto",
+        interleave_mm_strings: bool = False,
+        trust_request_chat_template: bool = False,
+        placeholder_texts: Iterable[str] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._format = content_format
+        self._interleave = interleave_mm_strings
+        self._trusts_requests = trust_request_chat_template
+        self._control = _control_tokens(tokenizer, placeholder_texts)
+        self._templates = {
+            name: compile_template(source, content_format=content_format)
+            for name, source in sources.items()
+        }
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path | None,
+        tokenizer: Tokenizer,
+        *,
+        chat_template: str | None = None,
+        fallback: str | None = None,
+        content_format: ContentFormat | Literal["auto"] = "auto",
+        interleave_mm_strings: bool = False,
+        trust_request_chat_template: bool = False,
+        placeholder_texts: Iterable[str] = (),
+    ) -> ChatTemplate:
+        """The templates of a model folder, or ``chat_template`` (a file or text) in their place,
+        or ``fallback``.
+
+        A model without any can be loaded; only ``render`` then refuses. Raises ConfigError for a
+        template that cannot be read or compiled."""
+        sources = find_templates(folder, override=chat_template, fallback=fallback)
+        return cls(
+            sources,
+            tokenizer,
+            content_format=content_format,
+            interleave_mm_strings=interleave_mm_strings,
+            trust_request_chat_template=trust_request_chat_template,
+            placeholder_texts=placeholder_texts,
+        )
+
+    @property
+    def exists(self) -> bool:
+        """Whether the model has a template."""
+        return "default" in self._templates
+
+    @property
+    def content_format(self) -> ContentFormat | None:
+        """The form of content that the usual template takes; None without a template."""
+        return self._templates["default"].content_format if self.exists else None
+
+    def render(
+        self,
+        conversation: Conversation,
+        *,
+        placeholder_text: Callable[[Modality], str],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_special_tokens: bool | None = None,
+    ) -> RenderedPrompt:
+        """The prompt of a conversation.
+
+        ``placeholder_text`` gives what stands for an item where a template takes strings only.
+        ``chat_template`` is a name of one of the model's templates or, where the operator trusts
+        requests, a template. ``add_special_tokens``: None puts a BOS in front where the tokenizer
+        prescribes one and the template wrote none, as the processors of the reference do; True and
+        False leave the template out of account. Raises InvalidRequestError."""
+        if continue_final_message and add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt cannot both be true; "
+                "set one of them to false.",
+                param="continue_final_message",
+            )
+        extra = _checked_kwargs(chat_template_kwargs or {}, self._tokenizer.special_tokens)
+        tools = plain_data(list(tools), "tools") if tools else None
+        marks = self._pick_marks(conversation, tools, extra)
+        chosen = self._choose(chat_template, has_tools=tools is not None)
+        writer = _Writer(self._control, marks, chosen, self._interleave, placeholder_text)
+        messages = writer.messages(conversation, continue_final_message)
+        variables = {
+            **self._tokenizer.special_tokens,
+            "documents": None,
+            **writer.guarded(extra),
+            "messages": messages,
+            "tools": writer.guarded(tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        marked = _run(chosen, variables, marks)
+        if continue_final_message:
+            marked = _up_to_end(marked, marks.end)
+        text, ids = self._encode(marked, marks.guard)
+        ids = self._surrounded(ids, add_special_tokens)
+        return RenderedPrompt(text, tuple(ids), conversation.refs)
+
+    def _pick_marks(self, conversation: Conversation, *more: Any) -> _Marks:
+        texts = [*_message_strings(conversation), *_strings(more)]
+        guard = pick_mark(texts)
+        return _Marks(guard, pick_mark(texts, not_in=guard))
+
+    def _choose(self, requested: str | None, *, has_tools: bool) -> CompiledTemplate:
+        if requested is not None and requested in self._templates:
+            return self._templates[requested]
+        if requested is not None:
+            if not self._trusts_requests:
+                raise InvalidRequestError(
+                    "This server takes no chat templates from requests; its operator can allow "
+                    "them with --trust-request-chat-template.",
+                    param="chat_template",
+                )
+            return compile_template(requested, content_format=self._format, request=True)
+        if has_tools and "tool_use" in self._templates:
+            return self._templates["tool_use"]
+        if not self.exists:
+            raise InvalidRequestError(_NO_TEMPLATE, param="messages")
+        return self._templates["default"]
+
+    def _encode(self, marked: str, mark: str) -> tuple[str, list[int]]:
+        """Text without the mark, and ids in which only the control tokens of the marked text
+        act."""
+        text = unmark(marked, mark)
+        pieces: list[tuple[str, bool]] = []
+        acting: list[tuple[int, str]] = []
+        end = length = 0
+        for found in self._control.pattern.finditer(marked):
+            plain = unmark(marked[end : found.start()], mark)
+            pieces += [(plain, False), (found[0], True)]
+            acting.append((length + len(plain), found[0]))
+            length += len(plain) + len(found[0])
+            end = found.end()
+        pieces.append((unmark(marked[end:], mark), False))
+        spelled = [(found.start(), found[0]) for found in self._control.pattern.finditer(text)]
+        if spelled == acting:
+            return text, self._tokenizer.encode(text, add_special_tokens=False)
+        return text, self._tokenizer.inert.encode_pieces(pieces)
+
+    def _surrounded(self, ids: list[int], add_special_tokens: bool | None) -> list[int]:
+        tokenizer = self._tokenizer
+        if add_special_tokens:
+            return [*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids]
+        if add_special_tokens is None and ids[:1] != [tokenizer.bos_token_id]:
+            return [*tokenizer.prefix_ids, *ids]
+        return ids
+
+
+@dataclass(frozen=True, slots=True)
+class _Writer:
+    """Makes the values that a template sees, with all texts of users guarded."""
+
+    control: ControlTokens
+    marks: _Marks
+    template: CompiledTemplate
+    interleave: bool
+    placeholder_text: Callable[[Modality], str]
+
+    def messages(self, conversation: Conversation, continues: bool) -> list[dict[str, Any]]:
+        """The messages of the conversation; the last text ends with the end mark if it is to be
+        continued."""
+        last = len(conversation.messages) - 1
+        return [
+            self._message(message, f"messages[{i}]", continues and i == last)
+            for i, message in enumerate(conversation.messages)
+        ]
+
+    def guarded(self, value: Any, key: str = "") -> Any:
+        """Plain data with all its texts guarded. Of keys and of values under ``type``, which
+        templates compare, only complete spellings are broken."""
+        if isinstance(value, str):
+            return self.control.protect(value, self.marks.guard, whole_only=key == "type")
+        if isinstance(value, dict):
+            return {
+                self.control.protect(k, self.marks.guard, whole_only=True): self.guarded(v, k)
+                for k, v in value.items()
+            }
+        if isinstance(value, list):
+            return [self.guarded(item) for item in value]
+        return value
+
+    def _message(self, message: Message, param: str, continues: bool) -> dict[str, Any]:
+        try:
+            content = self._content(message, f"{param}.content", continues)
+            out: dict[str, Any] = {"role": message.role, "content": content}
+            if message.name is not None:
+                out["name"] = self.guarded(message.name)
+            if message.tool_call_id is not None:
+                out["tool_call_id"] = self.guarded(message.tool_call_id)
+            if message.reasoning is not None:
+                out["reasoning_content"] = self.guarded(message.reasoning)
+            if message.tool_calls:
+                out["tool_calls"] = [
+                    {
+                        "id": self.guarded(call.id),
+                        "type": "function",
+                        "function": {
+                            "name": self.guarded(call.name),
+                            "arguments": self.guarded(call.arguments),
+                        },
+                    }
+                    for call in message.tool_calls
+                ]
+        except SensoriumError as error:
+            raise error.at(param) from error
+        return out
+
+    def _content(self, message: Message, param: str, continues: bool) -> str | list[dict[str, Any]]:
+        last = max(
+            (i for i, p in enumerate(message.parts) if isinstance(p, TextPart)), default=None
+        )
+        if continues and last is None:
+            raise InvalidRequestError(
+                "continue_final_message needs a final message with text.", param=param
+            )
+        pieces: list[tuple[Modality | None, str]] = []
+        for i, part in enumerate(message.parts):
+            if isinstance(part, MediaRef):
+                pieces.append((part.modality, ""))
+            else:
+                end = f"{self.marks.end} " if continues and i == last else ""
+                pieces.append((None, self.guarded(part.text) + end))
+        keeps_string = message.is_string and self.template.tests_string
+        if self.template.content_format == "string" or keeps_string:
+            return self._joined(pieces)
+        return [
+            {"type": "text", "text": text} if modality is None else {"type": modality}
+            for modality, text in pieces
+        ]
+
+    def _joined(self, pieces: list[tuple[Modality | None, str]]) -> str:
+        """Content as one string: placeholders in front of the texts, or in their places."""
+        if not self.interleave:
+            pieces = sorted(pieces, key=lambda piece: piece[0] is None)
+        return "\n".join(
+            text if modality is None else self.placeholder_text(modality)
+            for modality, text in pieces
+        )
+
+
+def _run(chosen: CompiledTemplate, variables: dict[str, Any], marks: _Marks) -> str:
+    """The template's output. Whatever goes wrong inside it is refused as a request that the
+    template cannot take."""
+    try:
+        return render_bounded(chosen.template, variables)
+    except TemplateRefusal as error:
+        reason = unmark(unmark(str(error.message), marks.guard), marks.end)
+        raise InvalidRequestError(
+            f"The model's chat template refuses the conversation: {reason}", param="messages"
+        ) from error
+    except (jinja2.TemplateError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise _cannot(error, marks) from error
+    except (AttributeError, MemoryError, TypeError, ValueError) as error:
+        raise _cannot(error, marks) from error
+
+
+def _cannot(error: Exception, marks: _Marks) -> InvalidRequestError:
+    reason = unmark(unmark(str(error), marks.guard), marks.end)[:300]
+    return InvalidRequestError(
+        f"The chat template cannot render the conversation: {type(error).__name__}: {reason}",
+        param="messages",
+    )
+
+
+def _up_to_end(marked: str, end: str) -> str:
+    """What stands before the end mark; where the template trimmed the message, trailing white
+    space goes too."""
+    at = marked.rfind(end)
+    if at < 0:
+        raise InvalidRequestError(
+            "continue_final_message: the chat template leaves the final message out.",
+            param="continue_final_message",
+        )
+    kept = marked[:at]
+    return kept if marked[at + 1 : at + 2] == " " else kept.rstrip()
+
+
+def _control_tokens(tokenizer: Tokenizer, placeholder_texts: Iterable[str]) -> ControlTokens:
+    return tokenizer.control.plus(text for text in placeholder_texts if text)
+
+
+def _checked_kwargs(given: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
+    param = "chat_template_kwargs"
+    plain = plain_data(dict(given), param)
+    for name in plain:
+        if name in RESERVED_KWARGS or name in special or name.startswith(("_", "sensorium")):
+            raise InvalidRequestError(
+                f"chat_template_kwargs may not set {name!r}, which has a meaning of its own.",
+                param=f"{param}.{name}",
+            )
+    return dict(plain)
+
+
+def _message_strings(conversation: Conversation) -> Iterator[str]:
+    for message in conversation.messages:
+        yield from (part.text for part in message.parts if isinstance(part, TextPart))
+        yield from (
+            text for text in (message.name, message.tool_call_id, message.reasoning) if text
+        )
+        for call in message.tool_calls:
+            yield from _strings((call.id, call.name, call.arguments))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)

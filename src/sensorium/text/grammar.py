@@ -1,0 +1,269 @@
+"""Structured outputs: a constraint becomes a grammar, and a grammar a mask of the tokens that may
+come next.
+
+The frontend compiles and checks (``compile_grammar``); the resulting text travels with the
+request; the engine keeps one ``GrammarVocabulary`` and makes a ``GrammarMatcher`` per sequence.
+llguidance does the parsing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.params import StructuredOutputs
+from sensorium.text.detokenizer import token_bytes
+from sensorium.text.tokenizer import Tokenizer
+
+MAX_SCHEMA_CHARS = 1 << 18
+MAX_REGEX_CHARS = 1 << 14
+MAX_GRAMMAR_CHARS = 1 << 18
+MAX_CHOICES = 8192
+
+# Weak models like to write blanks without end where JSON allows any number of them.
+_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}
+
+
+def compile_grammar(outputs: StructuredOutputs) -> str:
+    """The grammar of a constraint, as text for ``GrammarVocabulary.matcher``.
+
+    Raises InvalidRequestError, with the field as ``param``, for what cannot be parsed, is not
+    supported or too large."""
+    from llguidance import LLMatcher
+
+    if outputs.json is not None or outputs.json_object:
+        field, grammar = "json", _json_grammar(outputs)
+    elif outputs.regex is not None:
+        field = "regex"
+        _check_length(field, outputs.regex, MAX_REGEX_CHARS)
+        grammar = LLMatcher.grammar_from_regex(outputs.regex)
+    elif outputs.choice is not None:
+        field, grammar = "choice", LLMatcher.grammar_from_lark(_choice_grammar(outputs.choice))
+    else:
+        field = "grammar"
+        grammar = LLMatcher.grammar_from_lark(_lark(outputs.grammar or ""))
+    problem = LLMatcher.validate_grammar(grammar, None, limits=_limits())
+    if problem and not problem.startswith("WARNING"):
+        raise _error(field, f"cannot be used: {problem.strip()[:500]}")
+    return str(grammar)
+
+
+def from_response_format(response_format: Mapping[str, Any] | None) -> StructuredOutputs | None:
+    """The constraint that OpenAI's ``response_format`` describes; None for plain text.
+
+    Raises InvalidRequestError for unknown types and missing schemas.
+    """
+    if response_format is None:
+        return None
+    param = "response_format"
+    if not isinstance(response_format, Mapping):
+        raise InvalidRequestError("response_format must be an object with a 'type'.", param=param)
+    kind = response_format.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutputs(json_object=True)
+    if kind == "json_schema":
+        holder = response_format.get("json_schema")
+        schema = holder.get("schema") if isinstance(holder, Mapping) else None
+        if not isinstance(schema, Mapping):
+            raise InvalidRequestError(
+                "response_format.json_schema.schema must be a JSON schema (an object).",
+                param=f"{param}.json_schema.schema",
+            )
+        return StructuredOutputs(json=dict(schema))
+    raise InvalidRequestError(
+        f"response_format.type must be text, json_object or json_schema, got {kind!r:.80}.",
+        param=f"{param}.type",
+    )
+
+
+class GrammarVocabulary:
+    """The tokens of a model as the grammar engine needs them; built once, which takes about a
+    second for 150,000."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """``vocab_size`` is the width of the model's logits. Raises ConfigError when the tokenizer
+        has no EOS."""
+        from llguidance import LLTokenizer, TokenizerWrapper
+
+        eos = [i for i in tokenizer.eos_token_ids if i < vocab_size]
+        if not eos:
+            raise ConfigError("Structured outputs need a tokenizer with an end-of-sequence token.")
+        self.vocab_size = vocab_size
+        num_ids = max(vocab_size, tokenizer.max_token_id + 1)
+        try:
+            self._tokens = LLTokenizer(
+                tokenizer.backend.to_str(), n_vocab=num_ids, eos_token=list(eos)
+            )
+        except Exception:  # the library raises plain Exception: a decoder that it does not know
+            spelled = TokenizerWrapper(_SpelledTokens(tokenizer, num_ids))
+            self._tokens = LLTokenizer(spelled, n_vocab=num_ids, eos_token=list(eos))
+
+    @classmethod
+    def from_folder(cls, folder: str, vocab_size: int) -> GrammarVocabulary:
+        """Of a model folder, as in ``Tokenizer.from_folder``."""
+        return cls(Tokenizer.from_folder(folder), vocab_size)
+
+    def matcher(self, grammar: str) -> GrammarMatcher:
+        """A matcher at the start of ``grammar``. Raises InvalidRequestError when it cannot be
+        used."""
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise InvalidRequestError(
+                f"The grammar cannot be used: {matcher.get_error().strip()[:500]}",
+                param="structured_outputs",
+            )
+        return GrammarMatcher(matcher, self.vocab_size)
+
+
+class GrammarMatcher:
+    """Where one sequence stands in its grammar.
+
+    A token that the grammar does not allow, or a limit reached while parsing, puts the matcher
+    into an error state, ``error``, which it never leaves; ``mask`` then allows nothing. The caller
+    ends the sequence."""
+
+    def __init__(self, matcher: Any, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text is complete and nothing but the end may follow (or there was an
+        error)."""
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether the text could end here."""
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, or None."""
+        return str(self._matcher.get_error())[:500] if self._matcher.is_error() else None
+
+    def mask(self, out: Any) -> None:
+        """Write the tokens that may come next into ``out``.
+
+        ``out``: int32, (ceil(vocab_size / 32),), numpy array or CPU tensor; bit i % 32 of word i
+        // 32 is token i. When the grammar is finished, only end-of-sequence tokens are allowed.
+        """
+        words = out if isinstance(out, np.ndarray) else out.numpy()
+        words[:] = 0
+        if self._matcher.is_error():
+            return
+        allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        num_words = min(len(allowed), len(words), (self._vocab_size + 31) // 32)
+        words[:num_words] = allowed[:num_words]
+        rest = self._vocab_size % 32
+        if rest and num_words == (self._vocab_size + 31) // 32:
+            words[num_words - 1] &= np.int32((1 << rest) - 1)
+
+    def accept(self, token_id: int) -> bool:
+        """Go on by one token; False when the grammar does not allow it."""
+        return bool(self._matcher.consume_token(token_id))
+
+
+class _SpelledTokens:
+    """A vocabulary as bytes, for tokenizers that the grammar engine cannot read itself."""
+
+    def __init__(self, tokenizer: Tokenizer, num_ids: int) -> None:
+        known = range(min(num_ids, tokenizer.max_token_id + 1))
+        self.tokens = [token_bytes(tokenizer, i) for i in known]
+        self.tokens += [b""] * (num_ids - len(self.tokens))
+        self.special_token_ids = sorted(tokenizer.all_special_ids)
+        self.eos_token_id = tokenizer.eos_token_ids[0]
+        self.bos_token_id = tokenizer.bos_token_id
+        self._ids = {data: i for i, data in enumerate(self.tokens) if not tokenizer.is_special(i)}
+        self._longest = max(map(len, self.tokens), default=0)
+
+    def __call__(self, text: bytes) -> list[int]:
+        """The longest token that fits, again and again: the engine needs ids that spell exactly
+        ``text``, whereas the tokenizer itself would put a space in front. Bytes that no token
+        begins with are left out."""
+        ids = []
+        pos = 0
+        while pos < len(text):
+            for length in range(min(self._longest, len(text) - pos), 0, -1):
+                token_id = self._ids.get(text[pos : pos + length])
+                if token_id is not None:
+                    ids.append(token_id)
+                    pos += length
+                    break
+            else:
+                pos += 1
+        return ids
+
+
+def _json_grammar(outputs: StructuredOutputs) -> str:
+    from llguidance import LLMatcher
+
+    schema: Any = {"type": "object"} if outputs.json_object else outputs.json
+    try:
+        if isinstance(schema, str):
+            _check_length("json", schema, MAX_SCHEMA_CHARS)
+            schema = json.loads(schema)
+        text = json.dumps(schema, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _error("json", f"is not valid JSON: {error}") from error
+    _check_length("json", text, MAX_SCHEMA_CHARS)
+    if not isinstance(schema, dict):
+        raise _error("json", "must be a JSON schema (an object)")
+    try:
+        return str(LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS))
+    except ValueError as error:  # nested too deeply for the library
+        raise _error("json", f"cannot be used: {error}") from error
+
+
+def _choice_grammar(choices: tuple[str, ...]) -> str:
+    if len(choices) > MAX_CHOICES:
+        raise _error("choice", f"has {len(choices)} entries; at most {MAX_CHOICES} are allowed")
+    lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
+    _check_length("choice", lark, MAX_GRAMMAR_CHARS)
+    return lark
+
+
+def _lark(grammar: str) -> str:
+    """A Lark grammar; one in llama.cpp's notation (``root ::= …``) is converted."""
+    _check_length("grammar", grammar, MAX_GRAMMAR_CHARS)
+    if "::=" not in grammar:
+        return grammar
+    from llguidance import gbnf_to_lark
+
+    try:
+        return str(gbnf_to_lark.gbnf_to_lark(grammar))
+    except Exception as error:  # the converter raises what its parser happens to meet
+        raise _error("grammar", f"is neither a Lark nor a GBNF grammar: {error}") from error
+
+
+def _limits() -> Any:
+    """The library's bounds on fuel, states and size, written down so that a new release cannot
+    loosen them."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_items_in_row=2000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_lexer_states=50_000,
+        max_grammar_size=500_000,
+        verbose_errors=False,
+    )
+
+
+def _check_length(field: str, text: str, limit: int) -> None:
+    if len(text) > limit:
+        raise _error(field, f"has {len(text)} characters; at most {limit} are allowed")
+
+
+def _error(field: str, what: str) -> InvalidRequestError:
+    name = f"structured_outputs.{field}"
+    return InvalidRequestError(f"{name} {what}.", param=name)

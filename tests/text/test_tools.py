@@ -1,0 +1,159 @@
+"""Tools are checked, and calls are read out of text however it is cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sensorium.errors import InvalidRequestError
+from sensorium.text.grammar import compile_grammar
+from sensorium.text.tools import (
+    CallListReader,
+    ContentDelta,
+    NamedCallReader,
+    ToolCallDelta,
+    ToolCallParser,
+    ToolCallReader,
+    ToolChoice,
+    forced_call,
+    parse_tool_choice,
+    parse_tools,
+    reader_for,
+)
+
+POINT = {
+    "type": "object",
+    "properties": {"p": {"$ref": "#/$defs/P"}},
+    "$defs": {"P": {"type": "integer"}},
+}
+TOOLS = parse_tools(
+    [
+        {"type": "function", "function": {"name": "f", "parameters": POINT}},
+        {"function": {"name": "g", "description": "no parameters"}},
+    ]
+)
+
+
+def read(reader: ToolCallReader, pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
+    """The content, and the calls as names with parsed arguments."""
+    deltas = [d for piece in pieces for d in reader.feed(piece)] + reader.flush()
+    content = "".join(d.text for d in deltas if isinstance(d, ContentDelta))
+    calls: dict[int, list[str]] = {}
+    for delta in deltas:
+        if isinstance(delta, ToolCallDelta):
+            if delta.name is not None:
+                assert delta.index == len(calls)
+                assert delta.id is not None
+                assert delta.id.startswith("call_")
+            calls.setdefault(delta.index, [delta.name or ""]).append(delta.arguments)
+    return content, [(c[0], json.loads("".join(c[1:]))) for c in calls.values()]
+
+
+def cuts(text: str) -> st.SearchStrategy[list[str]]:
+    """``text`` in pieces."""
+
+    def split(places: list[int]) -> list[str]:
+        borders = [0, *sorted(places), len(text)]
+        return [text[a:b] for a, b in itertools.pairwise(borders)]
+
+    return st.lists(st.integers(0, len(text)), max_size=12).map(split)
+
+
+CALLS = (
+    'Let me see.\n\n<tool_call>\n{"name": "f", "arguments": {"p": "<tool_call>é"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>\n'
+)
+
+
+@given(cuts(CALLS))
+def test_calls_amid_text(pieces: list[str]) -> None:
+    content, calls = read(ToolCallParser(), pieces)
+    assert content == "Let me see."
+    assert calls == [("f", {"p": "<tool_call>é"}), ("g", {})]
+
+
+@given(cuts("a < b <tool_call>{bad}</tool_call> <tool_cal \n"))
+def test_what_is_no_call_is_text(pieces: list[str]) -> None:
+    content, calls = read(ToolCallParser(), pieces)
+    assert content == "a < b <tool_call>{bad}</tool_call> <tool_cal \n"
+    assert calls == []
+
+
+def test_unclosed_calls() -> None:
+    whole = '<tool_call>{"name": "f", "arguments": {"p": 1}}'
+    assert read(ToolCallParser(), [whole]) == ("", [("f", {"p": 1})])
+    assert read(ToolCallParser(), [whole[:-1]]) == (whole[:-1], [])
+    assert read(ToolCallParser(), ["plain"]) == ("plain", [])
+    assert read(ToolCallParser(), []) == ("", [])
+
+
+LIST = '[{"name": "f", "parameters": {"p": [1, {"q": "]}\\""}]}}, {"name": "g", "parameters": {}}]'
+
+
+@given(cuts(LIST))
+def test_lists_of_calls(pieces: list[str]) -> None:
+    assert read(CallListReader(), pieces) == (
+        "",
+        [("f", {"p": [1, {"q": ']}"'}]}), ("g", {})],
+    )
+
+
+def test_other_readers() -> None:
+    assert read(NamedCallReader("f"), ['{"p"', ": 1}"]) == ("", [("f", {"p": 1})])
+    assert read(NamedCallReader("f"), []) == ("", [("f", {})])
+    assert read(CallListReader(), ["no list"]) == ("no list", [])
+    assert isinstance(reader_for(ToolChoice("auto")), ToolCallParser)
+    assert isinstance(reader_for(ToolChoice("named", "f")), NamedCallReader)
+    assert isinstance(reader_for(ToolChoice("required")), CallListReader)
+
+
+def test_choices() -> None:
+    assert parse_tool_choice(None, TOOLS).mode == "auto"
+    assert parse_tool_choice(None, []).mode == "none"
+    assert parse_tool_choice("auto", []).mode == "none"
+    named = parse_tool_choice({"type": "function", "function": {"name": "g"}}, TOOLS)
+    assert named == ToolChoice("named", "g")
+    for bad in ("sometimes", {"function": {"name": "h"}}, {}, 3):
+        with pytest.raises(InvalidRequestError):
+            parse_tool_choice(bad, TOOLS)
+    with pytest.raises(InvalidRequestError, match="no tools"):
+        parse_tool_choice("required", [])
+
+
+def test_forced_calls_compile() -> None:
+    assert forced_call(ToolChoice("auto"), TOOLS) is None
+    required = forced_call(ToolChoice("required"), TOOLS, parallel=False)
+    assert required is not None
+    assert isinstance(required.json, dict)
+    assert required.json["maxItems"] == 1
+    named = forced_call(ToolChoice("named", "f"), TOOLS)
+    assert named is not None
+    assert named.json == POINT
+    for outputs in (required, named, forced_call(ToolChoice("named", "g"), TOOLS)):
+        assert outputs is not None
+        assert compile_grammar(outputs)
+
+
+@pytest.mark.parametrize(
+    ("tools", "param"),
+    [
+        ({}, "tools"),
+        ([1], "tools[0]"),
+        ([{"type": "retrieval", "function": {"name": "f"}}], "tools[0].type"),
+        ([{"function": {"name": "a b"}}], "tools[0].function.name"),
+        ([{"function": {"name": "f", "parameters": []}}], "tools[0].function.parameters"),
+        ([{"function": {"name": "f"}}] * 2, "tools[1].function.name"),
+        ([{"function": {"name": "f", "x": object()}}], "tools[0].function"),
+        ([{"function": {"name": f"f{i}"}} for i in range(300)], "tools"),
+    ],
+)
+def test_bad_tools(tools: Any, param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        parse_tools(tools)
+    assert caught.value.param == param
+    assert parse_tools(None) == []
