@@ -1,0 +1,223 @@
+"""What may be fetched: schemes, hosts, addresses and local paths. Limits come with the object, never from globals.
+
+A URL is parsed once; the very object that was checked is what the client uses. A host name is resolved once, all its
+addresses are checked, and the connection goes to one of them (``http.GuardedResolver``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from yarl import URL
+
+from sensorium.config import MediaConfig
+from sensorium.errors import ConfigError, MediaRefusedError, MediaTooLargeError
+from sensorium.multimodal.addresses import is_public, literal_address
+
+MAX_REDIRECTS = 5
+MAX_URL_LENGTH = 8192
+
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029]")
+_AUTHORITY = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+_HOST = re.compile(r"^[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The rules for URLs and paths.
+
+    ``allowed_domains``: hosts as ``normal_host`` writes them; when not empty only these may be fetched, and they may be
+    private. ``local_root``: the real path of the folder below which local files may be read, or None.
+    """
+
+    allowed_domains: frozenset[str] = frozenset()
+    local_root: str | None = None
+    allow_redirects: bool = True
+
+    @classmethod
+    def of(cls, config: MediaConfig) -> Guard:
+        """The guard of a configuration. Raises ConfigError for a host or a folder that cannot be used."""
+        root = config.allowed_local_media_path
+        if root and not os.path.isdir(root):
+            raise ConfigError(
+                f"allowed_local_media_path must be an existing folder, got {root!r}.",
+                param="allowed_local_media_path",
+            )
+        return cls(
+            allowed_domains=frozenset(map(_configured_host, config.allowed_media_domains)),
+            local_root=os.path.realpath(root) if root else None,
+            allow_redirects=config.media_url_allow_redirects,
+        )
+
+    def check_url(self, text: str) -> URL:
+        """Parse and check an ``http(s):`` URL; what is returned is what must be used. Raises MediaRefusedError."""
+        if len(text) > MAX_URL_LENGTH:
+            raise MediaRefusedError(
+                f"The URL has {len(text)} characters; at most {MAX_URL_LENGTH} are allowed."
+            )
+        if _FORBIDDEN.search(text) or text != text.strip():
+            raise MediaRefusedError(
+                "The URL has control characters, backslashes or blanks around it; encode or remove them."
+            )
+        authority = _AUTHORITY.match(text)
+        if authority is None:
+            raise MediaRefusedError("The URL has no host; write it as https://host/path.")
+        if "@" in authority[1]:
+            raise MediaRefusedError("The URL has credentials (user@host), which are not allowed.")
+        if "%" in authority[1] or ("[" in authority[1] and authority[1].count(":") < 2):
+            raise MediaRefusedError(
+                "The host of the URL is neither a name nor an IP address in its usual spelling."
+            )
+        try:
+            url = URL(text)
+        except ValueError:
+            raise MediaRefusedError("The URL cannot be parsed.") from None
+        return self.check_hop(url)
+
+    def check_hop(self, url: URL) -> URL:
+        """Check a parsed URL, as of a redirect. Raises MediaRefusedError."""
+        if url.scheme not in ("http", "https"):
+            raise MediaRefusedError(
+                f"Media of scheme {url.scheme[:20]!r} are not fetched; use http, https, data or file."
+            )
+        if url.raw_user is not None or url.raw_password is not None:
+            raise MediaRefusedError("The URL has credentials (user@host), which are not allowed.")
+        host = (url.raw_host or "").removesuffix(".")
+        try:
+            literal = literal_address(host)
+        except ValueError:
+            raise MediaRefusedError(
+                "The host of the URL is an unusual spelling of an IP address; write it in the usual one."
+            ) from None
+        if literal is None and not _HOST.match(host):
+            raise MediaRefusedError("The host of the URL is not a valid name.")
+        if not url.port:
+            raise MediaRefusedError("The port of the URL is not valid.")
+        if self.allowed_domains:
+            if (literal or host) not in self.allowed_domains:
+                raise MediaRefusedError(
+                    "The host of the URL is not one of those that this server may fetch media from "
+                    "(--allowed-media-domains)."
+                )
+        elif literal is not None and not is_public(literal):
+            raise _not_public()
+        return url
+
+    def check_addresses(self, host: str, addresses: list[str]) -> None:
+        """Check all addresses that a host name resolved to. Raises MediaRefusedError unless each one is allowed."""
+        if normal_host(host) in self.allowed_domains:
+            return
+        if not addresses or not all(map(is_public, addresses)):
+            raise _not_public()
+
+    def read_local(self, text: str, max_bytes: int) -> bytes:
+        """Read a ``file:`` URL or a path: a regular file below the allowed folder.
+
+        Symbolic links are resolved before the check; the file is then opened without following any, component by
+        component from the folder, so that exchanging one meanwhile gains nothing. Raises MediaRefusedError and
+        MediaTooLargeError.
+        """
+        if self.local_root is None:
+            raise MediaRefusedError(
+                "Local files are not allowed; start with --allowed-local-media-path FOLDER to allow those below it."
+            )
+        try:
+            real = os.path.realpath(_local_path(text))
+        except (ValueError, OSError):
+            raise MediaRefusedError("The path cannot be read as one.") from None
+        if not Path(real).is_relative_to(self.local_root) or real == self.local_root:
+            raise MediaRefusedError(
+                "The file is not below the folder that --allowed-local-media-path allows."
+            )
+        try:
+            descriptor = _open_beneath(self.local_root, os.path.relpath(real, self.local_root))
+        except OSError:
+            raise MediaRefusedError(
+                "There is no readable regular file of that name below the allowed folder."
+            ) from None
+        with os.fdopen(descriptor, "rb") as file:
+            data = file.read(max_bytes + 1)
+        if len(data) > max_bytes:
+            raise MediaTooLargeError(
+                f"The file has more than {max_bytes} bytes, the limit (--max-media-bytes)."
+            )
+        return data
+
+
+def normal_host(text: str) -> str:
+    """A host name or address in the one spelling that is compared: lower case, IDNA, no brackets, no final dot.
+
+    Raises ValueError for text that is no host.
+    """
+    bare = text.strip().removeprefix("[").removesuffix("]")
+    host = URL.build(scheme="http", host=bare).raw_host or ""
+    host = host.removesuffix(".")
+    literal = literal_address(host)
+    if literal is None and not _HOST.match(host):
+        raise ValueError("not a host name")
+    return literal or host
+
+
+def _configured_host(text: str) -> str:
+    try:
+        return normal_host(text)
+    except ValueError:
+        raise ConfigError(
+            f"allowed_media_domains must hold host names or addresses without scheme, port or path, got {text!r}.",
+            param="allowed_media_domains",
+        ) from None
+
+
+def _not_public() -> MediaRefusedError:
+    return MediaRefusedError(
+        "The host of the URL has an address that is not on the public internet; media are fetched from public "
+        "hosts only, or from those of --allowed-media-domains."
+    )
+
+
+def _local_path(text: str) -> str:
+    """The path that a ``file:`` URL (percent-decoded) or a bare path (as it stands) names."""
+    if text[:5].lower() == "file:":
+        rest = text[5:].partition("?")[0].partition("#")[0]
+        if rest.startswith("//"):
+            host, slash, path = rest[2:].partition("/")
+            if host.lower() not in ("", "localhost"):
+                raise MediaRefusedError("A file: URL must not name another host.")
+            rest = slash + path
+        text = os.fsdecode(unquote_to_bytes(rest))
+    if "\0" in text or not text:
+        raise MediaRefusedError("The path is empty or has a null character.")
+    return text
+
+
+def _open_beneath(root: str, relative: str) -> int:
+    """Descriptor of a regular file, each component opened relative to the one above it without following links.
+
+    Raises OSError when a component is missing or has become a link, or the last one is no regular file.
+    """
+    parts = relative.split(os.sep)
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parts[:-1]:
+            below = os.open(
+                part,
+                os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                dir_fd=folder,
+            )
+            os.close(folder)
+            folder = below
+        if not stat.S_ISREG(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False).st_mode):
+            raise FileNotFoundError("not a regular file")
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(parts[-1], flags, dir_fd=folder)
+    finally:
+        os.close(folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError("not a regular file")
+    return descriptor

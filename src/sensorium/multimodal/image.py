@@ -1,0 +1,282 @@
+"""Pictures: encoded bytes, PIL images, arrays and tensors become (H, W, 3) uint8 RGB arrays.
+
+The size is read from the header before anything is decoded. Orientation (EXIF) is applied, transparency is laid over a
+background colour, animations give their first frame. Nothing that Pillow says reaches a message: its texts may hold
+addresses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile, features
+
+from sensorium.config import suggestion
+from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
+
+FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Raster formats that are decoded; the first bytes decide, whatever a name or a content type says."""
+
+if features.check("avif"):
+    FORMATS += ("AVIF",)
+
+for _plugin in ("Png", "Jpeg", "WebP", "Gif", "Bmp", "Tiff", "Ppm", "Avif"):
+    # Registers the format now; otherwise the first picture would make Pillow import all it knows.
+    importlib.import_module(f"PIL.{_plugin}ImagePlugin")
+
+_ORIENTATION_TAG = 0x0112
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_LOAD_LOCK = threading.Lock()
+"""Pillow's lazily opened files must not be loaded by two threads at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """``media_io_kwargs["image"]``: the colour under transparent pixels, red, green and blue, 0 to 255."""
+
+    rgba_background_color: tuple[int, int, int] = (255, 255, 255)
+
+    @classmethod
+    def parse(
+        cls, options: Mapping[str, Any], param: str = "media_io_kwargs.image"
+    ) -> ImageOptions:
+        """Check and build. Raises InvalidRequestError for unknown keys and for anything but three integers 0–255."""
+        if not isinstance(options, Mapping):
+            raise InvalidRequestError(
+                f"{param} must be a mapping, got {type(options).__name__}.", param=param
+            )
+        known = list(cls.__dataclass_fields__)
+        for key in options:
+            if key not in known:
+                raise InvalidRequestError(
+                    f"Unknown option {str(key)[:80]!r} of {param}; known are {', '.join(known)}."
+                    f"{suggestion(str(key), known)}",
+                    param=param,
+                )
+        if "rgba_background_color" not in options:
+            return cls()
+        color = options["rgba_background_color"]
+        if (
+            not isinstance(color, list | tuple)
+            or len(color) != 3
+            or not all(type(c) is int and 0 <= c <= 255 for c in color)
+        ):
+            raise InvalidRequestError(
+                "rgba_background_color must be a list or tuple of three integers from 0 to 255, "
+                f"got {color!r:.80}.",
+                param=f"{param}.rgba_background_color",
+            )
+        return cls((color[0], color[1], color[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Legacy:
+    content: Any
+
+    def __post_init__(self) -> None:
+        warnings.warn(
+            f"{type(self).__name__} is the older spelling: use multi_modal_data={{'image': …}}",
+            DeprecationWarning,
+            stacklevel=3,
+        )
+
+
+class ImagePixelData(_Legacy):
+    """Older spelling of ``{"image": picture}`` as ``multi_modal_data``."""
+
+
+class ImageFeatureData(_Legacy):
+    """Older spelling of ``{"image": embeddings}`` as ``multi_modal_data``."""
+
+
+def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of an encoded picture.
+
+    Raises MediaTooLargeError when the header promises more than ``max_pixels`` pixels, and MediaUndecodableError when
+    the bytes are no picture of one of ``FORMATS`` or are damaged.
+    """
+    if not data:
+        raise MediaUndecodableError("The image is empty: 0 bytes.")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(*image.size, max_pixels)
+            image.load()
+            return _to_rgb(image, options)
+    except (MediaUndecodableError, MediaTooLargeError):
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise MediaTooLargeError(
+            "The image has more pixels than can be decoded safely; send a smaller one."
+        ) from None
+    except Image.UnidentifiedImageError:
+        raise MediaUndecodableError(
+            f"The bytes are not an image in a known format ({', '.join(FORMATS)})."
+        ) from None
+    except Exception:  # decoders raise nearly anything for damaged files
+        raise MediaUndecodableError(
+            "The image is damaged or truncated and cannot be decoded."
+        ) from None
+
+
+def decode_object(source: Any, options: ImageOptions, *, max_pixels: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a PIL image, numpy HWC array or torch CHW tensor.
+
+    Raises InvalidRequestError for other types, shapes and values, MediaTooLargeError and MediaUndecodableError as
+    ``decode``.
+    """
+    check_picture(source)
+    if isinstance(source, Image.Image):
+        _check_size(*source.size, max_pixels)
+        load(source)
+        try:
+            return _to_rgb(source, options)
+        except MediaUndecodableError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError):
+            raise MediaUndecodableError(
+                f"The PIL image of mode {source.mode} cannot be converted to RGB."
+            ) from None
+    if isinstance(source, np.ndarray):
+        _check_size(source.shape[1], source.shape[0], max_pixels)
+        return np.array(
+            source, order="C"
+        )  # a copy: what is cached must not change with the caller's
+    _check_size(source.shape[2], source.shape[1], max_pixels)
+    return _tensor_to_rgb(source)
+
+
+def load(image: Image.Image) -> None:
+    """Read the pixels of a lazily opened PIL image, once. Raises MediaUndecodableError when its file is damaged."""
+    if not isinstance(image, ImageFile.ImageFile):
+        return
+    with _LOAD_LOCK:
+        try:
+            image.load()
+        except Exception:  # as in decode
+            raise MediaUndecodableError(
+                "The PIL image cannot be loaded: its file is closed, damaged or truncated."
+            ) from None
+
+
+def check_picture(source: Any) -> None:
+    """Raise InvalidRequestError unless ``source`` is a PIL image, numpy HWC uint8 or torch CHW with three channels."""
+    if isinstance(source, Image.Image):
+        return
+    shape = tuple(getattr(source, "shape", ()))
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8:
+            raise InvalidRequestError(
+                f"A numpy image must have dtype uint8, got {source.dtype}; scale it to 0…255 first."
+            )
+        if source.ndim != 3 or shape[2] != 3:
+            raise InvalidRequestError(
+                f"A numpy image must have shape (height, width, 3), got {shape}."
+            )
+    else:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(source, torch.Tensor):
+            raise InvalidRequestError(
+                f"An image must be a PIL.Image, a numpy array or a torch tensor, got {type(source).__name__}."
+            )
+        if source.layout != torch.strided or source.is_quantized or source.is_meta:
+            raise InvalidRequestError("A torch image must be an ordinary dense tensor.")
+        if source.dtype != torch.uint8 and not source.is_floating_point():
+            raise InvalidRequestError(
+                f"A torch image must be uint8 (0…255) or floating-point (0…1), got {source.dtype}."
+            )
+        if source.ndim != 3 or shape[0] != 3:
+            raise InvalidRequestError(
+                f"A torch image must have shape (3, height, width), got {shape}."
+            )
+    if 0 in shape:
+        raise InvalidRequestError(f"The image has no pixels: its shape is {shape}.")
+
+
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 when there is none or it cannot be read."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata does not make the picture unreadable
+        return 1
+    return value if value in _ORIENTATIONS else 1
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise MediaUndecodableError(f"The image has no pixels: {width} x {height}.")
+    if width * height > max_pixels:
+        raise MediaTooLargeError(
+            f"The image has {width} x {height} pixels; at most {max_pixels} pixels are allowed "
+            "(--max-image-pixels)."
+        )
+
+
+def _to_rgb(image: Image.Image, options: ImageOptions) -> np.ndarray:
+    """Convert a loaded image. The orientation is read after loading: TIFF files turn themselves then."""
+    turn = _ORIENTATIONS.get(orientation(image))
+    if image.mode in _SIXTEEN_BIT:
+        image = _SIXTEEN_BIT[image.mode](image)
+    elif image.mode == "F":
+        raise MediaUndecodableError(
+            "Floating-point images have no defined white; convert the image to 8 bits per channel."
+        )
+    elif image.mode == "La":
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, options.rgba_background_color)
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    if turn is not None:
+        image = image.transpose(turn)
+    return np.array(image, dtype=np.uint8, order="C")
+
+
+def _scale_16_bit(image: Image.Image) -> Image.Image:
+    """Greys 0…65535 to 0…255, rounded; the one transparent grey of a PNG becomes an alpha channel.
+
+    Mode "I" (32 bits) is what Pillow makes of some 16-bit files; values outside 16 bits are clipped.
+    """
+    wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    grey = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    key = image.info.get("transparency")
+    if not isinstance(key, int):
+        return grey
+    alpha = Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, alpha))
+
+
+_SIXTEEN_BIT: dict[str, Callable[[Image.Image], Image.Image]] = dict.fromkeys(
+    ("I", "I;16", "I;16L", "I;16B", "I;16N"), _scale_16_bit
+)
+
+
+def _tensor_to_rgb(source: Any) -> np.ndarray:
+    torch = sys.modules["torch"]
+    tensor = source.detach()
+    if tensor.is_floating_point():
+        low, high = (float(v) for v in torch.aminmax(tensor.float()))
+        if not (low >= 0.0 and high <= 1.0):
+            raise InvalidRequestError(
+                f"A floating-point torch image must have values from 0 to 1, got {low:g} to {high:g}."
+            )
+        tensor = (tensor.float() * 255.0).round().to(torch.uint8)
+    return np.array(tensor.permute(1, 2, 0).cpu().numpy(), order="C")

@@ -1,0 +1,86 @@
+"""How each modality is loaded: its options, its decoders. A new modality is an entry of ``LOADERS``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sensorium.config import MediaConfig
+from sensorium.errors import MediaUndecodableError, SensoriumError
+from sensorium.multimodal import image
+from sensorium.multimodal.items import Features, Modality
+from sensorium.multimodal.processor import Processor
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """The functions of one modality.
+
+    ``parse_options(options, param)`` checks the modality's part of ``media_io_kwargs`` and builds a dataclass of it.
+    ``decode(data, options, config)`` reads an encoded file, ``decode_object(source, options, config)`` an object of the
+    caller's; both return what ``Processor.process`` takes.
+    """
+
+    parse_options: Callable[[Mapping[str, Any], str], Any]
+    decode: Callable[[bytes, Any, MediaConfig], np.ndarray]
+    decode_object: Callable[[Any, Any, MediaConfig], np.ndarray]
+
+
+def _decode_image(data: bytes, options: image.ImageOptions, config: MediaConfig) -> np.ndarray:
+    return image.decode(data, options, max_pixels=config.max_image_pixels)
+
+
+def _decode_image_object(
+    source: Any, options: image.ImageOptions, config: MediaConfig
+) -> np.ndarray:
+    return image.decode_object(source, options, max_pixels=config.max_image_pixels)
+
+
+LOADERS: dict[Modality, Loader] = {
+    "image": Loader(image.ImageOptions.parse, _decode_image, _decode_image_object),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Features and what they cost."""
+
+    features: Features
+    decode_seconds: float
+    decoded_bytes: int
+    preprocess_seconds: float
+
+
+def prepare(
+    modality: Modality,
+    source: Any,
+    loading: Any,
+    config: MediaConfig,
+    processor: Processor,
+    options: Mapping[str, Any],
+) -> Prepared:
+    """Decode and preprocess one item; what a media worker runs. ``source``: encoded bytes or a caller's object."""
+    loader = LOADERS[modality]
+    started = time.perf_counter()
+    if isinstance(source, bytes):
+        data = loader.decode(source, loading, config)
+    else:
+        data = loader.decode_object(source, loading, config)
+    decoded = time.perf_counter()
+    try:
+        features = processor.process(modality, data, options)
+    except SensoriumError:
+        raise
+    except Exception:
+        _logger.exception("The processor failed on an %s of shape %s", modality, data.shape)
+        raise MediaUndecodableError(
+            f"The model's processor cannot take this {modality} (decoded shape {data.shape})."
+        ) from None
+    return Prepared(features, decoded - started, data.nbytes, time.perf_counter() - decoded)

@@ -1,0 +1,310 @@
+"""References to media items, made of what callers write: ``multi_modal_data`` and the parts of chat messages.
+
+Nothing is loaded here; every mistake that can be seen without loading is refused here, with the place where it is.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, cast
+
+import numpy as np
+from PIL import Image
+
+from sensorium.config import suggestion
+from sensorium.errors import InvalidRequestError
+from sensorium.multimodal.image import ImageFeatureData, ImagePixelData, check_picture
+from sensorium.multimodal.items import MODALITIES, MediaRef, Modality, SourceKind
+
+MAX_UUID_LENGTH = 1024
+
+
+# --- multi_modal_data ------------------------------------------------------------------------------------------------
+
+
+def refs_from_data(
+    data: object,
+    uuids: object = None,
+    *,
+    enable_mm_embeds: bool = False,
+    param: str = "multi_modal_data",
+    uuids_param: str = "multi_modal_uuids",
+) -> list[MediaRef]:
+    """References for ``multi_modal_data`` and ``multi_modal_uuids`` of a prompt, modality by modality, in order.
+
+    ``enable_mm_embeds`` decides one reading only: a bare floating-point tensor of three dimensions is
+    ``(num_items, feature_size, hidden_size)`` embeddings when they are enabled, and a CHW picture otherwise if it has
+    three channels. Raises InvalidRequestError with ``param`` such as ``multi_modal_data.image[1]``.
+    """
+    if isinstance(data, ImagePixelData | ImageFeatureData):
+        data = {"image": data.content}
+    items = _modality_mapping(data, param)
+    names = _modality_mapping(uuids, uuids_param)
+    refs: list[MediaRef] = []
+    for modality, value in items.items():
+        sources = _SPLITTERS[modality](value, f"{param}.{modality}", enable_mm_embeds)
+        if uuids is None:
+            refs.extend(source.ref(modality) for source in sources)
+            continue
+        if modality not in names:
+            _bad(
+                f"{uuids_param} has no entry {modality!r}; every modality of multi_modal_data needs one, "
+                "with as many entries as items (None for those without an id)",
+                uuids_param,
+            )
+        refs.extend(_with_uuids(modality, sources, names[modality], f"{uuids_param}.{modality}"))
+    for modality in names:
+        if modality not in items:
+            _bad(
+                f"{uuids_param} names {modality!r}, but multi_modal_data has no {modality!r}; "
+                "pass None there for each cached item",
+                f"{uuids_param}.{modality}",
+            )
+    for ref in refs:
+        if ref.kind == "cached" and ref.uuid is None:
+            _bad("There is neither data nor an id (multi_modal_uuids) for this item", ref.param)
+    return refs
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One entry of ``multi_modal_data``, without its id."""
+
+    kind: SourceKind
+    content: Any
+    param: str
+
+    def ref(self, modality: Modality, uuid: str | None = None) -> MediaRef:
+        return MediaRef(modality, self.kind, self.content, uuid, self.param)
+
+
+def _modality_mapping(value: object, param: str) -> dict[Modality, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        _bad(f"must be a mapping such as {{'image': …}}, got {type(value).__name__}", param)
+    for key in value:
+        if key not in MODALITIES:
+            name = str(key)[:80]
+            near = suggestion(name, list(MODALITIES))
+            _bad(
+                f"Unknown modality {name!r}; known are {', '.join(MODALITIES)}.{near}",
+                f"{param}.{name}",
+            )
+    return {key: value[key] for key in value}
+
+
+def _image_sources(value: object, param: str, enable_mm_embeds: bool) -> list[_Source]:
+    """Entries of ``multi_modal_data["image"]``: one per picture, or one for embeddings given as a whole."""
+    if isinstance(value, Mapping) or _is_embeddings_tensor(value, enable_mm_embeds):
+        return [_Source("embeds", value, param)]
+    if not isinstance(value, list | tuple):
+        return [_image_source(value, param)]
+    sources = [_image_source(entry, f"{param}[{i}]") for i, entry in enumerate(value)]
+    kinds = {source.kind for source in sources} - {"cached"}
+    if len(kinds) > 1:
+        _bad("Pictures and embeddings cannot be mixed in one prompt; pass either", param)
+    return sources
+
+
+def _image_source(value: object, param: str) -> _Source:
+    if value is None:
+        return _Source("cached", None, param)
+    if isinstance(value, Mapping) or (_is_tensor(value) and cast(Any, value).ndim == 2):
+        return _Source("embeds", value, param)
+    if not (isinstance(value, Image.Image | np.ndarray) or _is_tensor(value)):
+        hint = "; for a URL or a path use a chat message" if isinstance(value, str | bytes) else ""
+        _bad(
+            "An image must be a PIL.Image, a numpy HWC uint8 array, a torch CHW tensor, or embeddings, "
+            f"got {type(value).__name__}{hint}",
+            param,
+        )
+    try:
+        check_picture(value)
+    except InvalidRequestError as error:
+        raise error.at(param) from None
+    return _Source("object", value, param)
+
+
+def _whole(value: object, param: str, enable_mm_embeds: bool) -> list[_Source]:
+    """One entry for the whole value: for modalities that no model takes yet."""
+    return [_Source("object", value, param)]
+
+
+_SPLITTERS: dict[Modality, Callable[[object, str, bool], list[_Source]]] = {
+    "image": _image_sources,
+    "video": _whole,
+    "audio": _whole,
+}
+
+
+def _is_tensor(value: object) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_embeddings_tensor(value: Any, enable_mm_embeds: bool) -> bool:
+    if not _is_tensor(value):
+        return False
+    if value.ndim != 3:
+        return value.ndim != 4
+    is_float = value.is_floating_point() or value.is_complex()
+    return is_float and (enable_mm_embeds or value.shape[0] != 3)
+
+
+def _with_uuids(
+    modality: Modality, sources: Sequence[_Source], uuids: object, param: str
+) -> list[MediaRef]:
+    entries = list(uuids) if isinstance(uuids, list | tuple) else [uuids]
+    ids = [check_uuid(entry, f"{param}[{i}]") for i, entry in enumerate(entries)]
+    if len(sources) == 1 and sources[0].kind == "embeds" and len(ids) > 1:
+        # How many items there are is known when the processor has read the embeddings.
+        source = sources[0]
+        return [MediaRef(modality, source.kind, source.content, None, source.param, tuple(ids))]
+    if len(ids) != len(sources):
+        _bad(
+            f"There are {len(ids)} ids for {len(sources)} {modality} items; pass one per item "
+            "(None for those without an id)",
+            param,
+        )
+    return [source.ref(modality, uuid) for source, uuid in zip(sources, ids, strict=True)]
+
+
+def check_uuid(value: object, param: str) -> str | None:
+    """A caller's id for an item, or None. Raises InvalidRequestError unless it is a short, non-empty string."""
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        _bad(f"An id must be a non-empty string or null, got {value!r:.80}", param)
+    if len(value) > MAX_UUID_LENGTH:
+        _bad(
+            f"An id may have {MAX_UUID_LENGTH} characters at most; this one has {len(value)}", param
+        )
+    return value
+
+
+# --- parts of chat messages ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _PartType:
+    modality: Modality
+    payload: Literal["url", "picture", "embeds", "base64"]
+    keys: tuple[str, ...]
+
+
+def _part_type(
+    modality: Modality, payload: Literal["url", "picture", "embeds", "base64"], *keys: str
+) -> _PartType:
+    return _PartType(modality, payload, keys)
+
+
+_PART_TYPES: dict[str, _PartType] = {
+    "image_url": _part_type("image", "url", "image_url"),
+    "input_image": _part_type("image", "url", "input_image", "image_url"),
+    "image_pil": _part_type("image", "picture", "image_pil"),
+    "image_embeds": _part_type("image", "embeds", "image_embeds"),
+    "video_url": _part_type("video", "url", "video_url"),
+    "video": _part_type("video", "url", "video"),
+    "video_embeds": _part_type("video", "embeds", "video_embeds"),
+    "audio_url": _part_type("audio", "url", "audio_url"),
+    "input_audio": _part_type("audio", "base64", "input_audio"),
+    "audio_embeds": _part_type("audio", "embeds", "audio_embeds"),
+}
+
+MEDIA_PART_TYPES: tuple[str, ...] = tuple(_PART_TYPES)
+"""Values of ``type`` that name a media part of a chat message."""
+
+
+def media_part_type(part: Mapping[str, Any]) -> str | None:
+    """The media type of a content part: its ``type``, or, without one, its payload key. None for other parts."""
+    kind = part.get("type")
+    if kind is not None:
+        return kind if isinstance(kind, str) and kind in _PART_TYPES else None
+    return next((name for name in _PART_TYPES if name in part), None)
+
+
+def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
+    """The reference of a media part such as ``{"type": "image_url", "image_url": {"url": …}, "uuid": …}``.
+
+    ``param`` is the part's own place (``messages[0].content[1]``); the payload's key is added to it. A payload of None
+    with a ``uuid`` names a cached item. Raises InvalidRequestError.
+    """
+    name = media_part_type(part)
+    if name is None:
+        _bad(
+            f"Unknown type of content part {part.get('type')!r:.80}; media parts are "
+            f"{', '.join(MEDIA_PART_TYPES)}.{suggestion(str(part.get('type')), list(_PART_TYPES))}",
+            param,
+        )
+    kind = _PART_TYPES[name]
+    key = next((key for key in kind.keys if key in part), kind.keys[0])
+    uuid = check_uuid(part.get("uuid"), f"{param}.uuid")
+    payload = part.get(key)
+    place = f"{param}.{key}"
+    if isinstance(payload, Mapping) and kind.payload != "embeds":
+        uuid = uuid or check_uuid(payload.get("uuid"), f"{place}.uuid")
+        if kind.payload == "url":
+            payload = payload.get("url")
+    if payload is None:
+        if uuid is None:
+            _bad(
+                f"The part has no {key!r}; only a part with a 'uuid' of a cached item may leave it out",
+                place,
+            )
+        return MediaRef(kind.modality, "cached", None, uuid, place)
+    source_kind, source = _PAYLOADS[kind.payload](payload, place)
+    return MediaRef(kind.modality, source_kind, source, uuid, place)
+
+
+def _url_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
+    if not isinstance(payload, str):
+        _bad(
+            f"must be a URL or an object with 'url', got {type(payload).__name__}",
+            param,
+        )
+    if not payload:
+        _bad("The URL is empty", param)
+    return "url", payload
+
+
+def _picture_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
+    if not isinstance(payload, Image.Image):
+        _bad(f"must be a PIL.Image, got {type(payload).__name__}", param)
+    return "object", payload
+
+
+def _embeds_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
+    members = list(payload.values()) if isinstance(payload, Mapping) else [payload]
+    if not members or not all(isinstance(m, str) or _is_tensor(m) for m in members):
+        _bad(
+            "must be a tensor, base64 of a safetensors or torch.save file, or an object of those",
+            param,
+        )
+    return "embeds", payload
+
+
+def _base64_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
+    data = payload.get("data") if isinstance(payload, Mapping) else None
+    form = payload.get("format", "wav") if isinstance(payload, Mapping) else None
+    if not isinstance(data, str) or not isinstance(form, str) or not form.isalnum():
+        _bad("must be an object with 'data' (base64) and 'format' (such as wav)", param)
+    return "url", f"data:audio/{form};base64,{data}"
+
+
+_PAYLOADS: dict[str, Callable[[object, str], tuple[SourceKind, Any]]] = {
+    "url": _url_payload,
+    "picture": _picture_payload,
+    "embeds": _embeds_payload,
+    "base64": _base64_payload,
+}
+
+
+def _bad(message: str, param: str) -> NoReturn:
+    if message[0].islower() and not message.startswith("multi_modal"):
+        message = f"{param} {message}"
+    raise InvalidRequestError(
+        message if message.endswith((".", "?")) else f"{message}.", param=param
+    )

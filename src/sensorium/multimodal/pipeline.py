@@ -1,0 +1,376 @@
+"""References in, items out: guard, fetch, digest, cache, decode and preprocess, concurrently and each thing once."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from sensorium.config import MediaConfig, suggestion
+from sensorium.errors import (
+    ConfigError,
+    InvalidEmbeddingsError,
+    InvalidRequestError,
+    MediaNotCachedError,
+    MediaTooLargeError,
+    RequestError,
+    TooManyItemsError,
+    UnsupportedModalityError,
+)
+from sensorium.multimodal import digest as digests
+from sensorium.multimodal.cache import DigestMemo, FeatureCache
+from sensorium.multimodal.embeds import decode_embeddings
+from sensorium.multimodal.fetch import Fetcher
+from sensorium.multimodal.flights import SingleFlight
+from sensorium.multimodal.items import Features, MediaItem, MediaRef, Modality
+from sensorium.multimodal.loaders import LOADERS, prepare
+from sensorium.multimodal.processor import Processor
+from sensorium.multimodal.stats import MediaStats, StageCounters
+from sensorium.multimodal.workers import ThreadWorkers, Workers
+
+MAX_FETCHES_PER_REQUEST = 8
+MAX_SEEN_URLS = 4096
+
+T = TypeVar("T")
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Job:
+    """What the items of one request share. Written by ``MediaPipeline`` only."""
+
+    options: Mapping[str, Any]
+    loading: Mapping[Modality, Any]
+    tenant: str
+    salt: str
+    fetch_slots: asyncio.Semaphore
+    num_bytes: int = 0
+    pinned: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Content:
+    """An encoded file with its content digest, or a caller's object without one yet."""
+
+    source: Any
+    digest: bytes | None = None
+
+
+class MediaPipeline:
+    """Loads the media of requests for one model.
+
+    ``ids_matter``: False when neither the processor cache nor the prefix cache is on, so that a caller's ids would
+    change nothing; they are then ignored, with one warning. Usable from several event loops.
+    """
+
+    def __init__(
+        self,
+        config: MediaConfig,
+        processor: Processor,
+        cache: FeatureCache,
+        *,
+        workers: Workers | None = None,
+        fetcher: Fetcher | None = None,
+        ids_matter: bool = True,
+    ) -> None:
+        self.modalities = tuple(m for m in processor.modalities if m in LOADERS)
+        self._config = config
+        self._processor = processor
+        self._cache = cache
+        self._workers = workers or ThreadWorkers(config.num_media_workers)
+        self._fetcher = fetcher or Fetcher(config, self._workers)
+        self._ids_matter = ids_matter
+        self._warned_of_ids = False
+        self._fetches: SingleFlight[_Content] = SingleFlight()
+        self._preparations: SingleFlight[Features] = SingleFlight()
+        self._seen = DigestMemo(MAX_SEEN_URLS)
+        self._counters = StageCounters()
+        try:
+            self._new_job({}, {}, "", "")
+        except RequestError as error:
+            raise ConfigError(error.message, param=error.param) from None
+
+    async def load(
+        self,
+        refs: Sequence[MediaRef],
+        *,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        media_io_kwargs: Mapping[str, Any] | None = None,
+        cache_salt: str | None = None,
+        tenant: str = "",
+    ) -> list[MediaItem]:
+        """The items behind ``refs``, in order; embeddings of several items give as many.
+
+        ``tenant`` and ``cache_salt`` scope the callers' ids. Raises the first item's error to come up, a RequestError
+        with the item's ``param``; the loading of the others is then cancelled, unless another request waits for it.
+        """
+        self.check(refs)
+        job = self._new_job(mm_processor_kwargs, media_io_kwargs, tenant, cache_salt)
+        try:
+            groups = await _all([self._load_ref(ref, job) for ref in refs])
+        finally:
+            self._cache.unpin(job.pinned)
+        items = [item for group in groups for item in group]
+        self._check_counts(Counter(item.modality for item in items), refs)
+        return items
+
+    def check(self, refs: Sequence[MediaRef]) -> None:
+        """Refuse what needs no loading to be refused: modalities, counts, embeddings that are not enabled."""
+        for ref in refs:
+            if ref.modality not in self.modalities:
+                takes = f"takes {', '.join(self.modalities)}" if self.modalities else "takes text"
+                raise UnsupportedModalityError(
+                    f"This model {takes} only; it has no {ref.modality} input.", param=ref.param
+                )
+            if ref.kind == "embeds" and not self._config.enable_mm_embeds:
+                raise InvalidRequestError(
+                    "Precomputed embeddings are not enabled; start with --enable-mm-embeds "
+                    "(enable_mm_embeds=True) to accept them.",
+                    param=ref.param,
+                )
+        self._check_counts(Counter(ref.modality for ref in refs), refs)
+
+    def stats(self) -> MediaStats:
+        """A snapshot of the counters of all stages and of the cache."""
+        return self._counters.snapshot(self._cache.stats())
+
+    def close(self) -> None:
+        """Free the workers. Nothing may be loading."""
+        self._workers.close()
+
+    def _new_job(
+        self,
+        mm_processor_kwargs: Mapping[str, Any] | None,
+        media_io_kwargs: Mapping[str, Any] | None,
+        tenant: str,
+        salt: str | None,
+    ) -> _Job:
+        for name, given in (
+            ("mm_processor_kwargs", mm_processor_kwargs),
+            ("media_io_kwargs", media_io_kwargs),
+        ):
+            if given is not None and not isinstance(given, Mapping):
+                raise InvalidRequestError(
+                    f"{name} must be a mapping, got {type(given).__name__}.", param=name
+                )
+        options = {**self._config.mm_processor_kwargs, **(mm_processor_kwargs or {})}
+        self._processor.check_options(options)
+        return _Job(
+            options=options,
+            loading=self._loading_options(media_io_kwargs or {}),
+            tenant=tenant,
+            salt=salt or "",
+            fetch_slots=asyncio.Semaphore(MAX_FETCHES_PER_REQUEST),
+        )
+
+    def _loading_options(self, request: Mapping[str, Any]) -> dict[Modality, Any]:
+        """The options of each modality: the configuration's, overridden by the request's."""
+        for given in (self._config.media_io_kwargs, request):
+            for name, options in given.items():
+                param = f"media_io_kwargs.{str(name)[:80]}"
+                if name not in self.modalities:
+                    raise InvalidRequestError(
+                        f"media_io_kwargs has no options for {str(name)[:80]!r}; this model takes "
+                        f"{', '.join(self.modalities) or 'text only'}."
+                        f"{suggestion(str(name), list(self.modalities))}",
+                        param=param,
+                    )
+                LOADERS[name].parse_options(options, param)
+        return {
+            modality: LOADERS[modality].parse_options(
+                {**self._config.media_io_kwargs.get(modality, {}), **request.get(modality, {})},
+                f"media_io_kwargs.{modality}",
+            )
+            for modality in self.modalities
+        }
+
+    def _check_counts(self, counts: Counter[Modality], refs: Sequence[MediaRef]) -> None:
+        for modality, count in counts.items():
+            limit = self._config.limit(modality)
+            if limit is not None and count > limit:
+                beyond = [ref for ref in refs if ref.modality == modality][limit:]
+                raise TooManyItemsError(
+                    f"The prompt has {count} {modality} items; at most {limit} are allowed "
+                    "(--limit-mm-per-prompt).",
+                    param=beyond[0].param if beyond else None,
+                )
+        most = self._config.max_items_per_request
+        if counts.total() > most:
+            raise TooManyItemsError(
+                f"The request has {counts.total()} media items; at most {most} are allowed "
+                "(--max-items-per-request).",
+                param=refs[most].param if len(refs) > most else None,
+            )
+
+    async def _load_ref(self, ref: MediaRef, job: _Job) -> list[MediaItem]:
+        """The items of one reference. Errors are given this reference's ``param``; shared ones are copied for it."""
+        try:
+            if ref.kind == "embeds":
+                return await self._load_embeddings(ref, job)
+            return [await self._load_item(ref, job)]
+        except RequestError as error:
+            self._counters.add_failure(error.code)
+            raise type(error)(error.message, param=error.param or ref.param or None) from None
+
+    async def _load_item(self, ref: MediaRef, job: _Job) -> MediaItem:
+        """One item: by its id or, for a ``data:`` URL, by its text, if that is known; else by its content."""
+        digest = self._id_digest(ref.modality, ref.uuid, job)
+        text_digest = None
+        if digest is None and _is_data_url(ref):
+            text_digest = await self._workers.run(digests.text_digest, ref.source)
+            seen = self._seen.get(text_digest)
+            digest = None if seen is None else self._item_digest(ref.modality, seen, job)
+        features = None if digest is None else self._lookup(digest, job)
+        if digest is not None and features is not None:
+            return MediaItem(ref.modality, digest, features)
+        if ref.kind == "cached":
+            raise MediaNotCachedError(
+                f"Nothing is cached under the id {ref.uuid!r:.80}; send the {ref.modality} itself."
+            )
+        content = await self._content(ref, job)
+        if text_digest is not None and content.digest is not None:
+            self._seen.put(text_digest, content.digest)
+        if digest is None:
+            identity = content.digest
+            if identity is None:
+                identity = await self._workers.run(digests.object_digest, content.source)
+            digest = self._item_digest(ref.modality, identity, job)
+            features = self._lookup(digest, job)
+        if features is None:
+            features = await self._preparations.run(
+                digest, lambda: self._prepare(ref.modality, content.source, digest, job)
+            )
+        return MediaItem(ref.modality, digest, features)
+
+    async def _content(self, ref: MediaRef, job: _Job) -> _Content:
+        """The encoded file, fetched if need be, or the caller's object. Bytes count against the request's limit."""
+        if ref.kind == "object":
+            return _Content(ref.source)
+        if ref.kind == "bytes":
+            content = await self._workers.run(_encoded, bytes(ref.source))
+        elif _is_data_url(ref):
+            data = await self._fetcher.fetch(ref.source, ref.modality)
+            content = await self._workers.run(_encoded, data)
+        else:
+            async with job.fetch_slots:
+                content = await self._fetches.run(
+                    (ref.modality, ref.source), lambda: self._fetch(ref.source, ref.modality)
+                )
+        size = len(content.source)
+        if size > self._config.max_media_bytes:
+            raise MediaTooLargeError(
+                f"The {ref.modality} has {size} bytes; at most {self._config.max_media_bytes} are allowed "
+                "(--max-media-bytes)."
+            )
+        job.num_bytes += size
+        if job.num_bytes > self._config.max_request_media_bytes:
+            raise MediaTooLargeError(
+                f"The media of the request have more than {self._config.max_request_media_bytes} bytes together, "
+                "the limit (--max-request-media-bytes)."
+            )
+        return content
+
+    async def _fetch(self, url: str, modality: Modality) -> _Content:
+        started = time.perf_counter()
+        data = await self._fetcher.fetch(url, modality)
+        self._counters.add("fetch", time.perf_counter() - started, len(data))
+        return await self._workers.run(_encoded, data)
+
+    async def _prepare(self, modality: Modality, source: Any, digest: bytes, job: _Job) -> Features:
+        prepared = await self._workers.run(
+            prepare,
+            modality,
+            source,
+            job.loading[modality],
+            self._config,
+            self._processor,
+            job.options,
+        )
+        features = prepared.features
+        self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)
+        self._counters.add("preprocess", prepared.preprocess_seconds, features.num_bytes)
+        self._cache.put(digest, features)
+        return features
+
+    async def _load_embeddings(self, ref: MediaRef, job: _Job) -> list[MediaItem]:
+        ids = ref.uuids or (ref.uuid,)
+        known = [self._id_digest(ref.modality, uuid, job) for uuid in ids]
+        held = [None if digest is None else self._lookup(digest, job) for digest in known]
+        if all(held):
+            return [
+                MediaItem(ref.modality, digest, features)
+                for digest, features in zip(known, held, strict=True)
+                if digest is not None and features is not None
+            ]
+        all_features = await self._workers.run(self._read_embeddings, ref)
+        if len(ids) == 1 and ids[0] is None:
+            known = [None] * len(all_features)
+        if len(known) != len(all_features):
+            raise InvalidEmbeddingsError(
+                f"There are {len(known)} ids for {len(all_features)} {ref.modality} embeddings."
+            )
+        items = []
+        for features, digest in zip(all_features, known, strict=True):
+            if digest is None:
+                content = await self._workers.run(digests.features_digest, features)
+                digest = self._item_digest(ref.modality, content, job)
+            else:
+                self._cache.put(digest, features)
+            items.append(MediaItem(ref.modality, digest, features))
+        return items
+
+    def _read_embeddings(self, ref: MediaRef) -> list[Features]:
+        source = decode_embeddings(ref.source, max_bytes=self._config.max_media_bytes)
+        return self._processor.embeddings(ref.modality, source, ref.param)
+
+    def _id_digest(self, modality: Modality, uuid: str | None, job: _Job) -> bytes | None:
+        """The item digest under a caller's id; None without one, or when ids are ignored."""
+        if uuid is None:
+            return None
+        if not self._ids_matter:
+            if not self._warned_of_ids:
+                self._warned_of_ids = True
+                _logger.warning(
+                    "multi_modal_uuids are ignored: the processor cache and prefix caching are both off"
+                )
+            return None
+        content = digests.uuid_digest(modality, uuid, tenant=job.tenant, salt=job.salt)
+        return self._item_digest(modality, content, job)
+
+    def _item_digest(self, modality: Modality, content: bytes, job: _Job) -> bytes:
+        return digests.item_digest(
+            modality,
+            content,
+            dataclasses.asdict(job.loading[modality]),
+            self._processor.identity(modality, job.options),
+        )
+
+    def _lookup(self, digest: bytes, job: _Job) -> Features | None:
+        """Look into the cache, and keep what is under the digest there until the request is loaded."""
+        self._cache.pin([digest])
+        job.pinned.append(digest)
+        return self._cache.get(digest)
+
+
+def _is_data_url(ref: MediaRef) -> bool:
+    return ref.kind == "url" and ref.source[:5].lower() == "data:"
+
+
+def _encoded(data: bytes) -> _Content:
+    return _Content(data, digests.encoded_digest(data))
+
+
+async def _all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Results in order; when one fails, or the caller is cancelled, the others are cancelled and waited for."""
+    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

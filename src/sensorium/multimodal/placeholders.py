@@ -1,0 +1,163 @@
+"""Placeholders in a prompt become the runs of tokens that the items' embeddings fill.
+
+Example: with ``<image>`` as token 9 and a picture of three embeddings, ``[1, 9, 5]`` becomes ``[1, 9, 9, 9, 5]`` with
+one span whose runs are ``((1, 3),)``. All work is linear in the length of the prompt and of the result: token ids are
+packed into a ``str`` of one character per id, which Python searches in linear time whatever the pattern.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sensorium.errors import PlaceholderMismatchError
+from sensorium.multimodal.items import MediaItem, Modality
+from sensorium.multimodal.processor import Processor, Replacement
+
+_NO_ID = 0x10FFFF
+"""Stands for ids that no character can hold; such an id is no placeholder."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceholderSpan:
+    """Where item ``item_index`` (of the list given to ``expand``) sits: ``runs`` of ``(start, length)`` positions."""
+
+    item_index: int
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """A prompt with its placeholders expanded.
+
+    ``spans`` are in the order of the prompt, one per item. ``num_item_tokens`` counts the positions that each modality
+    fills; modalities without items are left out.
+    """
+
+    token_ids: tuple[int, ...]
+    spans: tuple[PlaceholderSpan, ...]
+    num_item_tokens: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """A stretch of the prompt that one item replaces."""
+
+    start: int
+    length: int
+    item_index: int
+    replacement: Replacement
+
+
+def expand(token_ids: Sequence[int], items: Sequence[MediaItem], processor: Processor) -> Expansion:
+    """Expand the placeholders of ``token_ids``, the first of a modality for its first item, and so on.
+
+    A placeholder that stands there in full length already is kept as it is. Raises PlaceholderMismatchError, with both
+    counts, when a modality has more or fewer placeholders than items.
+    """
+    prompt = _pack(token_ids)
+    sites: list[_Site] = []
+    for modality in processor.modalities:
+        indices = [i for i, item in enumerate(items) if item.modality == modality]
+        replacements = [processor.replacement(items[i].features) for i in indices]
+        found = _find_sites(prompt, modality, processor.placeholder(modality), replacements)
+        sites.extend(
+            _Site(start, length, index, replacement)
+            for (start, length), index, replacement in zip(
+                found, indices, replacements, strict=True
+            )
+        )
+    sites.sort(key=lambda site: site.start)
+    return _assemble(token_ids, sites, items)
+
+
+def _find_sites(
+    prompt: str,
+    modality: Modality,
+    placeholder_ids: tuple[int, ...],
+    replacements: Sequence[Replacement],
+) -> list[tuple[int, int]]:
+    """``(start, length)`` of what each replacement takes the place of, in order."""
+    placeholder = _pack(placeholder_ids)
+    fulls = [_pack(replacement.token_ids) for replacement in replacements]
+    count = prompt.count(placeholder)
+    sites: list[tuple[int, int]] = []
+    search = _Search(prompt)
+    pos = 0
+    for full in fulls:
+        short_at = search.find(placeholder, pos)
+        # As many placeholders as items: none of them is one in full length, except those that look alike.
+        may_be_full = count != len(fulls) or full.count(placeholder) == 1
+        full_at = search.find(full, pos) if may_be_full else -1
+        if full_at != -1 and (short_at == -1 or full_at <= short_at):
+            sites.append((full_at, len(full)))
+        elif short_at != -1:
+            sites.append((short_at, len(placeholder)))
+        else:
+            raise _mismatch(modality, len(sites), fulls)
+        pos = sum(sites[-1])
+    rest = prompt.count(placeholder, pos)
+    if rest:
+        raise _mismatch(modality, len(sites) + rest, fulls)
+    return sites
+
+
+class _Search:
+    """Finds patterns from a position that only grows, without searching the same stretch twice for one pattern."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._next: dict[str, int] = {}
+
+    def find(self, pattern: str, start: int) -> int:
+        """First index of ``pattern`` at or after ``start``; -1 when there is none."""
+        at = self._next.get(pattern)
+        if at is None or -1 < at < start:
+            at = self._next[pattern] = self._text.find(pattern, start)
+        return at
+
+
+def _mismatch(modality: str, num_found: int, fulls: Sequence[str]) -> PlaceholderMismatchError:
+    lengths = sorted({len(full) for full in fulls})
+    hint = (
+        f" Write one placeholder per {modality}, or the placeholder in full length "
+        f"({', '.join(map(str, lengths[:8]))} tokens)."
+        if lengths
+        else ""
+    )
+    return PlaceholderMismatchError(
+        f"The prompt has {num_found} {modality} placeholder{'' if num_found == 1 else 's'} for "
+        f"{len(fulls)} {modality} item{'' if len(fulls) == 1 else 's'}.{hint}"
+    )
+
+
+def _assemble(
+    token_ids: Sequence[int], sites: Sequence[_Site], items: Sequence[MediaItem]
+) -> Expansion:
+    out: list[int] = []
+    spans: list[PlaceholderSpan] = []
+    counts: Counter[str] = Counter()
+    pos = 0
+    for site in sites:
+        if site.start < pos:
+            raise PlaceholderMismatchError(
+                "Placeholders of two modalities overlap in the prompt; write them one after another."
+            )
+        out.extend(token_ids[pos : site.start])
+        base = len(out)
+        out.extend(site.replacement.token_ids)
+        runs = tuple((base + start, length) for start, length in site.replacement.runs)
+        spans.append(PlaceholderSpan(site.item_index, runs))
+        counts[items[site.item_index].modality] += sum(length for _, length in runs)
+        pos = site.start + site.length
+    out.extend(token_ids[pos:])
+    return Expansion(tuple(out), tuple(spans), dict(counts))
+
+
+def _pack(token_ids: Iterable[int]) -> str:
+    ids = token_ids if isinstance(token_ids, tuple | list) else tuple(token_ids)
+    try:
+        return "".join(map(chr, ids))
+    except (ValueError, OverflowError):
+        return "".join(chr(i) if 0 <= i < _NO_ID else chr(_NO_ID) for i in ids)

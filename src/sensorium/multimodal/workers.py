@@ -1,0 +1,50 @@
+"""Where media are decoded and preprocessed: outside the event loop.
+
+The interface takes plain functions with plain arguments, so that processes can stand in for threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar, TypeVarTuple
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+MAX_DEFAULT_WORKERS = 8
+
+
+class Workers(Protocol):
+    """Runs functions of this package's modules away from the event loop. Usable from several loops at once."""
+
+    async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """``function(*args)``. When the caller is cancelled, work that has not begun never begins."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what runs, drop what waits, and free the workers."""
+        ...
+
+
+class ThreadWorkers:
+    """Workers that are threads: Pillow, BLAKE3 and numpy release the interpreter's lock while they work."""
+
+    def __init__(self, num_workers: int | None = None) -> None:
+        self.num_workers = num_workers or default_num_workers()
+        self._pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="sensorium-media")
+
+    async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
+        """See ``Workers.run``."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    def close(self) -> None:
+        """See ``Workers.close``."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def default_num_workers() -> int:
+    """One per core that this process may use, at most ``MAX_DEFAULT_WORKERS``."""
+    return min(len(os.sched_getaffinity(0)), MAX_DEFAULT_WORKERS)

@@ -1,0 +1,28 @@
+"""Fixtures of the media tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from hypothesis import settings
+
+from tests.multimodal.pipelines import Setup
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Setup]]:
+    made: list[Setup] = []
+
+    def build(**options) -> Setup:
+        made.append(Setup(**options))
+        return made[-1]
+
+    yield build
+    for setup in made:
+        assert not setup.cache._pins
+        setup.cache.check_integrity()
+        setup.pipeline.close()

@@ -1,0 +1,258 @@
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+from aiohttp import web
+
+from sensorium.errors import (
+    InvalidRequestError,
+    MediaFetchError,
+    MediaTooLargeError,
+    MediaUndecodableError,
+)
+from sensorium.multimodal.items import MediaRef
+from tests.multimodal.pipelines import object_ref, url_ref
+from tests.multimodal.support import (
+    data_url,
+    encoded,
+    media_server,
+    picture,
+    raw_server,
+)
+
+
+async def test_items_come_in_order_whatever_their_source(make) -> None:
+    setup = make()
+    sources = [picture(4, 4, seed) for seed in range(4)]
+    items = await setup.load(
+        object_ref(sources[0]),
+        url_ref(data_url(encoded(sources[1]))),
+        MediaRef("image", "bytes", encoded(sources[2])),
+        object_ref(np.asarray(sources[3])),
+    )
+    for item, source in zip(items, sources, strict=True):
+        assert item.modality == "image"
+        assert np.array_equal(item.features.arrays["pixels"], np.asarray(source))
+    assert len({item.digest for item in items}) == 4
+    assert all(len(item.digest) == 32 for item in items)
+
+
+async def test_nothing_to_load(make) -> None:
+    assert await make().load() == []
+
+
+async def test_a_repeated_item_is_not_decoded_again(make) -> None:
+    setup = make()
+    for ref in (url_ref(data_url(encoded(picture()))), object_ref(picture(seed=1))):
+        first = (await setup.load(ref))[0]
+        second = (await setup.load(ref))[0]
+        assert second.features is first.features
+        assert second.digest == first.digest
+    stats = setup.pipeline.stats()
+    assert (stats.decode.count, stats.preprocess.count) == (2, 2)
+    assert (stats.cache.queries, stats.cache.hits) == (4, 2)
+    assert stats.cache.num_bytes == 2 * picture().width * picture().height * 3
+
+
+async def test_a_repeated_data_url_is_not_even_read_again(make, monkeypatch) -> None:
+    setup = make()
+    ref = url_ref(data_url(encoded(picture())))
+    first = (await setup.load(ref))[0]
+
+    async def fetch(url: str, modality: str) -> bytes:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(setup.pipeline._fetcher, "fetch", fetch)
+    assert (await setup.load(ref))[0].features is first.features
+    monkeypatch.undo()
+    scaled = (await setup.load(ref, mm_processor_kwargs={"scale": 2}))[0]
+    assert scaled.digest != first.digest
+    setup.cache.clear()
+    again = (await setup.load(ref))[0]
+    assert again.digest == first.digest
+    assert again.features is not first.features
+
+
+async def test_the_same_bytes_from_two_places_are_one_item(make) -> None:
+    setup = make()
+    data = encoded(picture())
+    items = await setup.load(url_ref(data_url(data)), MediaRef("image", "bytes", data))
+    assert items[0].digest == items[1].digest
+    assert setup.processor.num_calls == 1
+
+
+async def test_options_make_items_of_their_own(make) -> None:
+    setup = make()
+    ref = object_ref(picture())
+    plain = (await setup.load(ref))[0].digest
+    scaled = (await setup.load(ref, mm_processor_kwargs={"scale": 2}))[0].digest
+    other = {"image": {"rgba_background_color": [0, 0, 0]}}
+    dark = (await setup.load(ref, media_io_kwargs=other))[0].digest
+    assert len({plain, scaled, dark}) == 3
+    white = {"image": {"rgba_background_color": (255, 255, 255)}}
+    assert (await setup.load(ref, media_io_kwargs=white))[0].digest == plain
+
+
+async def test_the_background_reaches_the_decoder(make) -> None:
+    clear = picture(2, 2).convert("RGBA")
+    clear.putalpha(0)
+    setup = make(media_io_kwargs={"image": {"rgba_background_color": [1, 2, 3]}})
+    item = (await setup.load(object_ref(clear)))[0]
+    assert item.features.arrays["pixels"][0, 0].tolist() == [1, 2, 3]
+    request = {"image": {"rgba_background_color": [4, 5, 6]}}
+    item = (await setup.load(object_ref(clear), media_io_kwargs=request))[0]
+    assert item.features.arrays["pixels"][0, 0].tolist() == [4, 5, 6]
+
+
+async def test_without_a_cache_everything_is_done_again(make) -> None:
+    setup = make(cache_bytes=0)
+    for _ in range(2):
+        await setup.load(object_ref(picture()))
+    assert setup.processor.num_calls == 2
+
+
+# --- fetching -------------------------------------------------------------------------------------
+# -------------------
+
+
+async def test_a_hundred_requests_for_one_url_are_one_fetch_and_one_decode(make) -> None:
+    setup = make(cache_bytes=0)
+    setup.processor.gate = threading.Event()
+    arrived = asyncio.Event()
+    release = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        arrived.set()
+        await release.wait()
+        return web.Response(body=encoded(picture()))
+
+    async with media_server() as server:
+        server.handlers["/a"] = handler
+        loads = [asyncio.create_task(setup.load(url_ref(server.url("/a")))) for _ in range(99)]
+        await arrived.wait()
+        loads.append(asyncio.create_task(setup.load(url_ref(server.url("/a")))))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        release.set()
+        while not setup.pipeline._preparations.num_running:
+            await asyncio.sleep(0)
+        while setup.processor.num_calls == 0:
+            await asyncio.sleep(0)
+        for _ in range(1000):  # every waiter gets to the digest before the processor may end
+            await setup.pipeline._workers.run(len, b"")
+            flights = setup.pipeline._preparations._flights
+            if sum(flight.num_waiters for flight in flights.values()) == 100:
+                break
+        setup.processor.gate.set()
+        items = [item for found in await asyncio.gather(*loads) for item in found]
+    assert server.paths == ["/a"]
+    assert setup.processor.num_calls == 1
+    assert len({item.digest for item in items}) == 1
+    stats = setup.pipeline.stats()
+    assert (stats.fetch.count, stats.decode.count, stats.preprocess.count) == (1, 1, 1)
+    assert stats.fetch.num_bytes == len(encoded(picture()))
+    assert stats.fetch.seconds > 0
+
+
+async def test_the_same_url_twice_in_a_request_is_fetched_once(make) -> None:
+    setup = make()
+    async with media_server() as server:
+        server.serve("/a", encoded(picture()))
+        items = await setup.load(*[url_ref(server.url("/a"))] * 5)
+    assert server.paths == ["/a"]
+    assert len({item.digest for item in items}) == 1
+
+
+async def test_a_caller_who_leaves_does_not_cancel_the_fetch_of_others(make) -> None:
+    setup = make()
+    arrived, release, gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        arrived.set()
+        try:
+            await release.wait()
+        except asyncio.CancelledError:
+            gone.set()
+            raise
+        return web.Response(body=encoded(picture()))
+
+    async with media_server() as server:
+        server.handlers["/a"] = handler
+        one, other = (asyncio.create_task(setup.load(url_ref(server.url("/a")))) for _ in range(2))
+        await arrived.wait()
+        one.cancel()
+        await asyncio.gather(one, return_exceptions=True)
+        release.set()
+        assert len(await other) == 1
+        arrived.clear()
+        release.clear()
+        last = asyncio.create_task(setup.load(url_ref(server.url("/a"))))
+        await arrived.wait()
+        last.cancel()
+        await asyncio.gather(last, return_exceptions=True)
+        await gone.wait()  # the server sees the connection close
+    assert setup.pipeline._fetches.num_running == 0
+
+
+async def test_one_bad_item_cancels_the_rest_and_is_named(make) -> None:
+    setup = make(image_fetch_timeout=60.0)
+    async with raw_server(keep_open=True) as server:
+        refs = [url_ref(f"http://127.0.0.1:{server.port}/"), object_ref(np.zeros(3), param="bad")]
+        with pytest.raises(InvalidRequestError) as caught:
+            await setup.load(*refs)
+    assert caught.value.param == "bad"
+    assert setup.pipeline._fetches.num_running == 0
+
+
+async def test_a_shared_failure_names_each_callers_place(make) -> None:
+    setup = make()
+    async with media_server() as server:
+        server.serve("/a", b"", status=404)
+        loads = [setup.load(url_ref(server.url("/a"), param=f"p{i}")) for i in range(3)]
+        found = await asyncio.gather(*loads, return_exceptions=True)
+    assert server.paths == ["/a"]
+    assert [error.param for error in found] == ["p0", "p1", "p2"]
+    assert all(isinstance(error, MediaFetchError) and "404" in error.message for error in found)
+    assert setup.pipeline.stats().failures == {"media_fetch_failed": 3}
+
+
+async def test_all_downloads_of_a_request_are_bounded_together(make) -> None:
+    data = encoded(picture())
+    setup = make(max_request_media_bytes=2 * len(data))
+    refs = [MediaRef("image", "bytes", data, param=f"p{i}") for i in range(3)]
+    assert len(await setup.load(*refs[:2])) == 2
+    with pytest.raises(MediaTooLargeError, match="together"):
+        await setup.load(*refs)
+    urls = [url_ref(data_url(data))] * 3
+    with pytest.raises(MediaTooLargeError):
+        await setup.load(*urls)
+
+
+async def test_encoded_files_are_bounded(make) -> None:
+    data = encoded(picture())
+    setup = make(max_media_bytes=len(data) - 1)
+    for ref in (MediaRef("image", "bytes", data), url_ref(data_url(data))):
+        with pytest.raises(MediaTooLargeError):
+            await setup.load(ref)
+
+
+async def test_one_corrupt_item_in_ten_harms_no_other(make) -> None:
+    setup = make()
+    async with media_server() as server:
+        for i in range(30):
+            data = encoded(picture(seed=i))
+            server.serve(f"/{i}", data[: len(data) // 2] if i % 10 == 3 else data)
+        loads = [setup.load(url_ref(server.url(f"/{i}"))) for i in range(30)]
+        found = await asyncio.gather(*loads, return_exceptions=True)
+    bad = [i for i, result in enumerate(found) if isinstance(result, MediaUndecodableError)]
+    assert bad == [3, 13, 23]
+    assert all(isinstance(r, list) for i, r in enumerate(found) if i not in bad)
+
+
+async def test_local_files(make, tmp_path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(picture()))
+    setup = make(allowed_local_media_path=str(tmp_path))
+    items = await setup.load(url_ref(f"{tmp_path}/a.png"), url_ref(f"file://{tmp_path}/a.png"))
+    assert items[0].digest == items[1].digest
+    assert setup.processor.num_calls == 1
