@@ -1,0 +1,248 @@
+"""Flags out of the fields of the configuration classes: one place for names, types and help.
+
+``max_model_len: int | None`` becomes ``--max-model-len N``, a bool ``--flag`` and ``--no-flag``, a
+dict a flag that takes JSON, a tuple a flag that takes several values or is repeated. A flag that
+is not given leaves no trace in the parsed arguments, so defaults exist in ``sensorium.config``
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import types
+import typing
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NoReturn
+
+from sensorium.config import (
+    ENGINE_SECTIONS,
+    EngineConfig,
+    ServerConfig,
+    api_keys_of_environment,
+    engine_config,
+    parse_limits,
+    suggestion,
+)
+from sensorium.errors import ConfigError
+
+TITLES = {
+    "model": "model",
+    "cache": "caches",
+    "scheduler": "scheduling",
+    "media": "media",
+    "parallel": "parallelism",
+    "observability": "observability",
+    "server": "server",
+}
+_UNDERSCORED = re.compile(r"--[A-Za-z0-9_-]+(=.*)?", re.DOTALL)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser with one clear line for a mistake, and the nearest flag for an unknown
+    one.
+
+    ``--max_model_len`` is read as ``--max-model-len``; flags are never abbreviated.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        keywords.setdefault("allow_abbrev", False)
+        super().__init__(*args, **keywords)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse; there are no unknown arguments to give back, for one of them is a mistake."""
+        if args is not None:
+            args = [_dashed(arg) for arg in args]
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            if not flag.startswith("-"):
+                self.error(f"unexpected argument {flag!r}.")
+            self.error(f"unknown flag {flag}.{suggestion(flag, list(self._option_string_actions))}")
+        return parsed, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and where to find help; end with status 2."""
+        message = message if message.endswith((".", "?")) else f"{message}."
+        self.exit(2, f"error: {message}\nSee '{self.prog} --help'.\n")
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
+    """Add a flag for every field of the engine's configuration, ``--model`` among them.
+
+    ``without``: names of fields that the command uses otherwise.
+    """
+    for section, cls in ENGINE_SECTIONS.items():
+        add_flags(parser, cls, TITLES[section], without)
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every field of the server's configuration."""
+    add_flags(parser, ServerConfig, TITLES["server"])
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, cls: type, title: str, without: Sequence[str] = ()
+) -> None:
+    """Add a group with a flag for every field of a configuration class."""
+    group = parser.add_argument_group(title)
+    for field, kind in fields_of(cls):
+        if field.name in without:
+            continue
+        group.add_argument(
+            flag_of(field.name),
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            help=help_of(field).replace("%", "%%"),
+            **_action(field.name, kind),
+        )
+
+
+def engine_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The engine's fields that were given as flags."""
+    given = vars(arguments)
+    names = [field.name for cls in ENGINE_SECTIONS.values() for field, _ in fields_of(cls)]
+    return {name: given[name] for name in names if name in given}
+
+
+def build_engine_config(arguments: argparse.Namespace) -> EngineConfig:
+    """The engine's configuration; older spellings are named on the error stream. Raises
+    ConfigError.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DeprecationWarning)
+        config = engine_config(**engine_keywords(arguments))
+    for warning in caught:
+        print_warning(str(warning.message))
+    return config
+
+
+def build_server_config(arguments: argparse.Namespace) -> ServerConfig:
+    """The server's configuration, with the API key of the environment. Raises ConfigError."""
+    given = vars(arguments)
+    values = {f.name: given[f.name] for f, _ in fields_of(ServerConfig) if f.name in given}
+    keys = (*values.get("api_key", ()), *api_keys_of_environment())
+    return ServerConfig(**{**values, "api_key": keys})
+
+
+def print_warning(message: str) -> None:
+    """One line on the error stream."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def fields_of(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
+    """The fields of a configuration class with their types."""
+    hints = typing.get_type_hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+def flag_of(name: str) -> str:
+    """``--max-model-len`` of ``max_model_len``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def help_of(field: dataclasses.Field[Any]) -> str:
+    """The field's help with its default, where that says something."""
+    default = default_text(field)
+    return f"{field.metadata['help']} (default: {default})" if default else field.metadata["help"]
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """How the default is written; empty for None and empty values."""
+    default = field.default
+    if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, tuple):
+        return " ".join(map(str, default))
+    return "" if default in (None, "", {}) else str(default)
+
+
+def _action(name: str, kind: Any) -> dict[str, Any]:
+    """What ``add_argument`` needs for a field of this type."""
+    kind = without_none(kind)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return {"choices": typing.get_args(kind)}
+    if origin is tuple:
+        return {"nargs": "+", "action": ExtendWithJson, "metavar": "VALUE"}
+    if origin is dict:
+        reader = parse_limits if name == "limit_mm_per_prompt" else read_object
+        return {"type": _readable(reader), "metavar": "JSON"}
+    if kind in (int, float):
+        return {"type": kind, "metavar": "N"}
+    return {"metavar": "TEXT"}
+
+
+def without_none(kind: Any) -> Any:
+    """``int`` of ``int | None``."""
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        [kind] = [k for k in typing.get_args(kind) if k is not type(None)]
+    return kind
+
+
+class ExtendWithJson(argparse.Action):
+    """Collects values over several uses; a value that is a JSON list stands for its entries."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Take in the values of one use."""
+        found = list(getattr(namespace, self.dest, ()))
+        for value in values:
+            found.extend(self._entries(value))
+        setattr(namespace, self.dest, tuple(found))
+
+    def _entries(self, value: str) -> list[str]:
+        if not value.startswith("["):
+            return [value]
+        try:
+            entries = json.loads(value)
+        except ValueError as error:
+            raise argparse.ArgumentError(self, f"{value!r} is not valid JSON: {error}") from None
+        if not all(isinstance(entry, str) for entry in entries):
+            raise argparse.ArgumentError(self, f"{value!r} must be a list of strings")
+        return list(entries)
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f'{text!r} must be a JSON object such as {{"key": 1}}')
+    return value
+
+
+def _readable(reader: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``reader`` with its errors in the form that argparse shows."""
+
+    def read(text: str) -> Any:
+        try:
+            return reader(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(error.message) from None
+
+    return read
+
+
+def _dashed(arg: str) -> str:
+    if not _UNDERSCORED.fullmatch(arg):
+        return arg
+    name, equals, value = arg.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}"

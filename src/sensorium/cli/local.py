@@ -1,0 +1,51 @@
+"""Talking to an engine in this process."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+from sensorium.llm import LLM
+
+
+class LocalModel:
+    """A model that is loaded here. Ctrl-C while it answers ends the answer between two tokens."""
+
+    def __init__(self, **keywords: Any) -> None:
+        self._llm = LLM(**keywords)
+        self.name = self._llm.config.model.model
+
+    def stream(
+        self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Pieces of the answer; KeyboardInterrupt when Ctrl-C ended it."""
+        defaults = self._llm.get_default_sampling_params()
+        params = defaults.replace(**{"max_tokens": None, **sampling})
+        sent = 0
+        with (
+            _interruptions() as interrupted,
+            closing(self._llm.chat_stream(messages, params)) as outputs,
+        ):
+            for output in outputs:
+                text = output.outputs[0].text
+                yield text[sent:]
+                sent = len(text)
+                if interrupted:
+                    raise KeyboardInterrupt
+
+    def close(self) -> None:
+        """Free the model."""
+        self._llm.close()
+
+
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Collect Ctrl-C instead of raising it amid a step of the engine."""
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,59 @@
+"""``sensorium``: its commands, and what happens to their errors."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from sensorium import __version__
+from sensorium.cli import chat, generate, info, serve
+from sensorium.cli.flags import Parser, flag_of
+from sensorium.errors import ConfigError, SensoriumError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 1 for a request that failed, 2 for a wrong configuration."""
+    arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        return int(arguments.handler(arguments) or 0)
+    except SensoriumError as error:
+        print(f"error: {_in_words_of_flags(error)}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = Parser(
+        prog="sensorium",
+        description="Run and serve multimodal language models.",
+    )
+    parser.add_argument("--version", action="version", version=f"sensorium {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    serve.add_parser(commands)
+    chat.add_parser(commands)
+    generate.add_parser(commands)
+    info.add_parser(commands)
+    if importlib.util.find_spec("sensorium.bench.cli") is not None:
+        from sensorium.bench.cli import add_parser
+
+        add_parser(commands)
+    return parser
+
+
+def _in_words_of_flags(error: SensoriumError) -> str:
+    """The message with a configuration field spelled as the flag that sets it."""
+    name = error.param
+    if isinstance(error, ConfigError) and name and error.message.startswith(f"{name} "):
+        return flag_of(name) + error.message[len(name) :]
+    return error.message
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""The page of all settings, made of the same fields as the flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, Literal
+
+from sensorium.cli.flags import TITLES, default_text, fields_of, flag_of, without_none
+from sensorium.config import ENGINE_SECTIONS, ServerConfig
+
+_INTRODUCTION = """# Configuration
+
+Every setting is a keyword of `LLM(...)` and a flag of `sensorium serve`; the server's own are flags only. This page is
+made from the fields of `sensorium.config` by `scripts/configuration_docs`; edit the fields, not the page.
+
+A flag that takes several values may be repeated. Flags that switch something on have a `--no-` form. Underscores in
+flags are read as hyphens. JSON is given in quotes: `--mm-processor-kwargs '{"max_pixels": 1003520}'`.
+
+## Environment
+
+| variable | meaning |
+| --- | --- |
+| `SENSORIUM_API_KEY` | One more API key of the server (and the key that `sensorium chat --base-url` sends). |
+| `SENSORIUM_IMAGE_FETCH_TIMEOUT` | Seconds for the whole download of an image. |
+| `SENSORIUM_VIDEO_FETCH_TIMEOUT` | Seconds for the whole download of a video. |
+| `SENSORIUM_AUDIO_FETCH_TIMEOUT` | Seconds for the whole download of a sound. |
+| `SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS` | 0 forbids redirects of media URLs, 1 allows them. |
+
+The last four are also read under their `VLLM_` names where ours are unset. Flags win over the environment.
+"""
+
+
+def configuration_markdown() -> str:
+    """The whole page."""
+    sections = [*ENGINE_SECTIONS.items(), ("server", ServerConfig)]
+    return "\n".join([_INTRODUCTION, *(_section(TITLES[name], cls) for name, cls in sections)])
+
+
+def _section(title: str, cls: type) -> str:
+    rows = [_row(field, kind) for field, kind in fields_of(cls)]
+    lines = [
+        f"## {title.capitalize()}",
+        "",
+        (cls.__doc__ or "").splitlines()[0],
+        "",
+        "| flag | takes | default | meaning |",
+        "| --- | --- | --- | --- |",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _row(field: dataclasses.Field[Any], kind: Any) -> str:
+    default = default_text(field)
+    cells = (
+        f"`{flag_of(field.name)}`",
+        _takes(kind),
+        f"`{default}`" if default else "",
+        field.metadata["help"],
+    )
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _takes(kind: Any) -> str:
+    kind = without_none(kind)
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
+    names = {bool: "on or off", int: "integer", float: "number", str: "text"}
+    return names.get(kind) or {tuple: "texts", dict: "JSON"}.get(origin, "text")

@@ -1,0 +1,94 @@
+"""Talking to a running server, with the standard library alone."""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+from urllib.parse import urlsplit
+
+from sensorium.errors import ConfigError, SensoriumError, UnavailableError
+
+TIMEOUT_SECONDS = 600.0
+
+
+class RemoteModel:
+    """A model behind an OpenAI-compatible API. ``base_url`` with or without ``/v1``."""
+
+    def __init__(
+        self, base_url: str, *, model: str | None = None, api_key: str | None = None
+    ) -> None:
+        url = urlsplit(base_url if "//" in base_url else f"http://{base_url}")
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(f"--base-url must be an http(s) address, got {base_url!r}.")
+        self._url = url
+        path = url.path.rstrip("/")
+        self._prefix = path if path.endswith("/v1") else f"{path}/v1"
+        self._headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self.name = model or self._first_model()
+
+    def stream(
+        self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Pieces of the answer. Raises SensoriumError with what the server says."""
+        body = {"model": self.name, "messages": list(messages), "stream": True, **sampling}
+        with closing(self._connection()) as connection:
+            response = self._send(connection, "POST", "/chat/completions", json.dumps(body))
+            for line in response:
+                if not line.startswith(b"data: "):
+                    continue
+                data = line[len(b"data: ") :].strip()
+                if data == b"[DONE]":
+                    return
+                yield _text_of(json.loads(data))
+
+    def close(self) -> None:
+        """Nothing is kept open between two answers."""
+
+    def _first_model(self) -> str:
+        with closing(self._connection()) as connection:
+            answer = json.loads(self._send(connection, "GET", "/models", None).read())
+        models = [card["id"] for card in answer.get("data", [])]
+        if not models:
+            raise ConfigError("The server lists no model; name one with --model.")
+        return str(models[0])
+
+    def _connection(self) -> http.client.HTTPConnection:
+        secure = self._url.scheme == "https"
+        cls = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        return cls(self._url.hostname or "", self._url.port, timeout=TIMEOUT_SECONDS)
+
+    def _send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: str | None
+    ) -> http.client.HTTPResponse:
+        try:
+            data = None if body is None else body.encode()
+            connection.request(method, f"{self._prefix}{path}", data, self._headers)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise UnavailableError(
+                f"{self._url.scheme}://{self._url.netloc} does not answer ({error})."
+            ) from error
+        if response.status != 200:
+            raise _refusal(response.status, response.read())
+        return response
+
+
+def _text_of(chunk: Mapping[str, Any]) -> str:
+    if "error" in chunk:
+        raise SensoriumError(str(chunk["error"].get("message", chunk["error"])))
+    return "".join(
+        choice.get("delta", {}).get("content") or "" for choice in chunk.get("choices", [])
+    )
+
+
+def _refusal(status: int, body: bytes) -> SensoriumError:
+    try:
+        message = json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = body[:200].decode("utf-8", "replace")
+    return SensoriumError(f"The server answered {status}: {message}")

@@ -1,0 +1,57 @@
+"""``sensorium serve MODEL``, and ``run``, its older name."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from sensorium.cli.flags import (
+    add_engine_flags,
+    add_server_flags,
+    build_engine_config,
+    build_server_config,
+)
+from sensorium.errors import ConfigError
+
+DESCRIPTION = "Serve a model over HTTP, compatible with OpenAI's API. SIGTERM lets requests finish."
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "serve", aliases=["run"], help="serve a model over HTTP", description=DESCRIPTION
+    )
+    add_model_argument(parser)
+    add_server_flags(parser)
+    add_engine_flags(parser)
+    parser.set_defaults(handler=run)
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Let the model be named without ``--model``."""
+    parser.add_argument(
+        "model_argument",
+        metavar="MODEL",
+        nargs="?",
+        help="Hugging Face id, local folder, or 'demo' (default: demo)",
+    )
+
+
+def take_model_argument(arguments: argparse.Namespace) -> None:
+    """Make MODEL what ``--model`` would be. Raises ConfigError when both are given and differ."""
+    named, flagged = arguments.model_argument, getattr(arguments, "model", None)
+    if named and flagged and named != flagged:
+        raise ConfigError(f"The model is given twice: {named!r} and --model {flagged!r}.")
+    if named:
+        arguments.model = named
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal asks to stop."""
+    take_model_argument(arguments)
+    engine = build_engine_config(arguments)
+    server = build_server_config(arguments)
+    from sensorium.server.launch import serve
+
+    serve(engine, server)
+    return 0

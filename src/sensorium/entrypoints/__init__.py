@@ -1,0 +1,1 @@
+"""Names under which scripts for other engines start a server."""

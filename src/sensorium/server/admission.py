@@ -1,0 +1,79 @@
+"""How many requests may wait: past the limit, a new one is refused at once rather than queued."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sensorium.errors import EngineDeadError, InvalidRequestError, OverloadedError
+
+_LONGEST_RETRY = 60
+
+
+class Admission:
+    """Counts the prompts that have not got their first token.
+
+    ``max_waiting``: most of them at a time. ``draining``: set when the server shuts down; nothing
+    enters any more.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting = max_waiting
+        self.num_waiting = 0
+        self.draining = False
+        self._usual_wait = 0.0
+
+    @contextmanager
+    def enter(self, count: int) -> Iterator[list[Place]]:
+        """Places for ``count`` prompts, all or none, left at the end of the block at the latest.
+
+        Raises OverloadedError when there is no room, InvalidRequestError when there never will be,
+        and EngineDeadError while the server shuts down.
+        """
+        if self.draining:
+            raise EngineDeadError("The server is shutting down; send the request to another one.")
+        if count > self.max_waiting:
+            raise InvalidRequestError(
+                f"prompt has {count} entries; at most {self.max_waiting} are possible here.",
+                param="prompt",
+            )
+        if self.num_waiting + count > self.max_waiting:
+            raise self._overloaded()
+        places = [Place(self) for _ in range(count)]
+        self.num_waiting += count
+        try:
+            yield places
+        finally:
+            for place in places:
+                place.leave(served=False)
+
+    def left(self, waited: float | None) -> None:
+        """A place was left: after ``waited`` seconds by a first token, or None when the request
+        ended before.
+        """
+        self.num_waiting -= 1
+        if waited is not None:
+            self._usual_wait += 0.1 * (waited - self._usual_wait)
+
+    def _overloaded(self) -> OverloadedError:
+        error = OverloadedError(
+            f"{self.num_waiting} requests are waiting, which is the most here. Try again later."
+        )
+        error.retry_after = min(_LONGEST_RETRY, max(1, round(self._usual_wait)))
+        return error
+
+
+class Place:
+    """One prompt's place among those that wait."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._since = time.monotonic()
+        self._held = True
+
+    def leave(self, *, served: bool = True) -> None:
+        """Give the place back; a second call does nothing."""
+        if self._held:
+            self._held = False
+            self._admission.left(time.monotonic() - self._since if served else None)

@@ -1,0 +1,118 @@
+"""The application: routes, the layers around them, and the description of the API."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
+
+from sensorium import __version__
+from sensorium.config import ServerConfig
+from sensorium.metrics.prometheus import ServingMetrics
+from sensorium.server.admission import Admission
+from sensorium.server.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
+from sensorium.server.chat import chat_router
+from sensorium.server.completions import completions_router
+from sensorium.server.context import ServingContext
+from sensorium.server.errors import install_error_handlers
+from sensorium.server.gate import BodyLimit, RequestGate
+from sensorium.server.health import health_router
+from sensorium.server.home import home_router
+from sensorium.server.logprobs import TokenSpelling
+from sensorium.server.models import models_router
+from sensorium.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from sensorium.server.tokenize import tokenize_router
+
+if TYPE_CHECKING:
+    from sensorium.engine.frontend import Frontend
+
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
+
+
+def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
+    """The application that serves ``frontend``, which must be started; it is not shut down here.
+
+    Raises ConfigError for a metrics prefix that Prometheus does not allow.
+    """
+    names = config.served_model_name or (frontend.model_name,)
+    metrics = ServingMetrics(config.metrics_prefix, model_name=names[0])
+    frontend.metrics = metrics
+    context = ServingContext(
+        frontend=frontend,
+        config=config,
+        metrics=metrics,
+        admission=Admission(frontend.config.scheduler.max_num_waiting),
+        spelling=TokenSpelling(frontend.tokenizer),
+    )
+    app = FastAPI(
+        title="Sensorium",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    for router in (
+        chat_router(),
+        completions_router(),
+        models_router(),
+        tokenize_router(),
+        health_router(),
+        home_router(),
+    ):
+        app.include_router(router)
+    install_error_handlers(app)
+    _add_layers(app, context)
+    _describe_bodies(app)
+    return app
+
+
+def _add_layers(app: FastAPI, context: ServingContext) -> None:
+    """What a request passes before it reaches a route; the layer added last is the outermost."""
+    config = context.config
+    open_paths = set(OPEN_PATHS)
+    if not config.metrics_require_api_key:
+        open_paths.add("/metrics")
+    open_paths |= {config.root_path + path for path in open_paths}
+    app.add_middleware(ApiKeyGuard, keys=ApiKeys(config.api_key), open_paths=frozenset(open_paths))
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.allowed_origins),
+            allow_methods=list(config.allowed_methods),
+            allow_headers=list(config.allowed_headers),
+            allow_credentials=config.allow_credentials,
+            expose_headers=["X-Request-Id"],
+        )
+    app.add_middleware(RequestGate, context=context)
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Let ``/openapi.json`` tell the bodies, which the routes read by themselves."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+            for path, model in _BODIES.items():
+                body = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                schemas |= body.pop("$defs", {})
+                schemas[model.__name__] = body
+                reference = {"$ref": f"#/components/schemas/{model.__name__}"}
+                schema["paths"][path]["post"]["requestBody"] = {
+                    "required": True,
+                    "content": {"application/json": {"schema": reference}},
+                }
+            app.openapi_schema = schema
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,75 @@
+"""API keys: who may call, and whose media and caches a call may see."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sensorium.errors import AuthenticationError
+from sensorium.server.context import tenant_of_key
+from sensorium.server.errors import error_response
+
+OPEN_PATHS = frozenset({"/health", "/ping"})
+
+
+class ApiKeys:
+    """The accepted keys, kept as digests.
+
+    The digest of a presented key is compared with each of them in constant time, so neither the
+    time nor the length of a comparison tells anything.
+    """
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def accepts(self, key: bytes) -> bool:
+        """Whether ``key`` is one of them; all are compared whatever the outcome."""
+        digest = hashlib.sha256(key).digest()
+        found = False
+        for known in self._digests:
+            found |= hmac.compare_digest(digest, known)
+        return found
+
+
+class ApiKeyGuard:
+    """ASGI middleware: answers 401 to calls without a valid ``Authorization: Bearer`` key, and
+    names the tenant.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str]) -> None:
+        self._app = app
+        self._keys = keys
+        self._open_paths = open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the call on, or refuse it."""
+        if scope["type"] != "http" or not self._keys:
+            await self._app(scope, receive, send)
+            return
+        key = _presented(scope)
+        if key is not None and self._keys.accepts(key):
+            scope["state"]["tenant"] = tenant_of_key(key)
+        elif scope["path"] not in self._open_paths:
+            message = (
+                "This server needs an API key: send 'Authorization: Bearer KEY'."
+                if key is None
+                else "The API key is not valid here."
+            )
+            await error_response(AuthenticationError(message))(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _presented(scope: Scope) -> bytes | None:
+    """The key of the first Authorization header."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, key = value.partition(b" ")
+            return key.strip() if scheme.lower() == b"bearer" else None
+    return None

@@ -1,0 +1,202 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from sensorium.errors import InvalidRequestError
+from sensorium.outputs import CompletionOutput, RequestOutput
+from sensorium.server.body import read_body
+from sensorium.server.context import ServingContext, context_of, request_id_of
+from sensorium.server.disconnect import unless_disconnected
+from sensorium.server.generation import Job, finished_outputs, run_job, usage
+from sensorium.server.logprobs import chat_logprobs, prompt_logprobs
+from sensorium.server.payload import JsonResponse
+from sensorium.server.prompts import chat_prompt
+from sensorium.server.protocol import ChatBody
+from sensorium.server.sampling import chat_params, constraint_param
+from sensorium.server.sse import Chunks, EventStream
+from sensorium.server.streaming import StreamReport, TextProgress
+from sensorium.server.toolcalls import ToolPlan, tool_plan
+
+
+@dataclass(frozen=True, slots=True)
+class ChatAnswer:
+    """What all parts of one answer have in common."""
+
+    context: ServingContext
+    body: ChatBody
+    job: Job
+    model: str
+    tools: ToolPlan
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """The members that the answer and each of its chunks begin with."""
+        return {
+            "id": f"chatcmpl-{self.job.request_id}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": None,
+        }
+
+    def logprobs(self, output: CompletionOutput, start: int = 0) -> dict[str, Any] | None:
+        """Log probabilities of the tokens from ``start``; None when none were asked for."""
+        if output.logprobs is None:
+            return None
+        num_top = self.body.top_logprobs or 0
+        ids, entries = output.token_ids[start:], output.logprobs[start:]
+        return chat_logprobs(self.context.spelling, ids, entries, num_top)
+
+
+def chat_router() -> APIRouter:
+    """The route of chat completions."""
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(request: Request) -> Response:
+        """Answer a conversation."""
+        context = context_of(request)
+        body = await read_body(request, ChatBody)
+        answer = _begin(context, request, body)
+        if body.stream:
+            return EventStream(_chunks(answer))
+        outputs = await unless_disconnected(request.receive, finished_outputs(context, answer.job))
+        return JsonResponse(_completion(answer, outputs[0]))
+
+    return router
+
+
+def _begin(context: ServingContext, request: Request, body: ChatBody) -> ChatAnswer:
+    model = context.check_model(body.model)
+    check_stream_options(body)
+    plan = tool_plan(body)
+    job = Job(
+        prompts=[chat_prompt(context, request, body, plan.shown)],
+        params=chat_params(body, context.frontend.default_params, plan.constraint),
+        request_id=request_id_of(request, body.request_id),
+        priority=body.priority or 0,
+        constraint_param=constraint_param(body, from_tools=plan.constraint is not None),
+    )
+    return ChatAnswer(context, body, job, model, plan)
+
+
+def check_stream_options(body: Any) -> None:
+    """Raise InvalidRequestError for options of a stream where there is none."""
+    if body.stream_options is not None and not body.stream:
+        raise InvalidRequestError(
+            "stream_options needs stream=true; leave it out otherwise.", param="stream_options"
+        )
+
+
+def _completion(answer: ChatAnswer, output: RequestOutput) -> dict[str, Any]:
+    """The whole answer, not streamed."""
+    completion = answer.head("chat.completion")
+    completion["choices"] = [_choice(answer, sample) for sample in output.outputs]
+    completion["usage"] = usage([output], answer.context.frontend.modalities)
+    if output.prompt_logprobs is not None:
+        entries = prompt_logprobs(answer.context.spelling, output.prompt_logprobs)
+        completion["prompt_logprobs"] = entries
+    if answer.body.return_token_ids:
+        completion["prompt_token_ids"] = output.prompt_token_ids
+    return completion
+
+
+def _choice(answer: ChatAnswer, sample: CompletionOutput) -> dict[str, Any]:
+    reply = answer.tools.reply(sample.text)
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
+    finish_reason: str | None = sample.finish_reason
+    if reply.calls:
+        message["content"] = reply.content or None
+        message["tool_calls"] = reply.calls
+        finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
+    choice = {
+        "index": sample.index,
+        "message": message,
+        "logprobs": answer.logprobs(sample),
+        "finish_reason": finish_reason,
+        "stop_reason": sample.stop_reason,
+    }
+    if answer.body.return_token_ids:
+        choice["token_ids"] = sample.token_ids
+    return choice
+
+
+async def _chunks(answer: ChatAnswer) -> Chunks:
+    """The answer as chunks: a role, pieces of text, a reason to end for each choice; then the
+    usage.
+    """
+    stream = _ChatStream(answer)
+    async with aclosing(run_job(answer.context, answer.job)) as steps:
+        async for _, output in steps:
+            yield list(stream.chunks(output))
+    yield list(stream.last())
+
+
+class _ChatStream:
+    """Which parts of an answer have been sent."""
+
+    def __init__(self, answer: ChatAnswer) -> None:
+        self._answer = answer
+        self._progress: dict[int, TextProgress] = {}
+        self._report = StreamReport(answer.body.stream_options, answer.context.frontend.modalities)
+
+    def chunks(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        """What is new in ``output``."""
+        self._report.take(0, output)
+        for sample in output.outputs:
+            if sample.token_ids or sample.finished:
+                yield from self._sample_chunks(output, sample)
+
+    def last(self) -> Iterator[dict[str, Any]]:
+        """What follows the last choice's end."""
+        yield from self._report.last(self._answer.head("chat.completion.chunk"))
+
+    def _sample_chunks(
+        self, output: RequestOutput, sample: CompletionOutput
+    ) -> Iterator[dict[str, Any]]:
+        progress = self._progress.get(sample.index)
+        if progress is None:
+            progress = self._progress[sample.index] = TextProgress(self._answer.tools.reader())
+            chunk = self._chunk(sample, {"role": "assistant", "content": ""})
+            if self._answer.body.return_token_ids:
+                chunk["prompt_token_ids"] = output.prompt_token_ids
+            yield chunk
+        start = progress.num_tokens
+        deltas = progress.deltas(sample)
+        news = start < len(sample.token_ids)
+        wants_tokens = self._answer.body.return_token_ids or sample.logprobs is not None
+        if not deltas and news and wants_tokens:
+            deltas = [{"content": ""}]
+        for position, delta in enumerate(deltas):
+            chunk = self._chunk(sample, delta)
+            if position == 0:
+                self._add_tokens(chunk["choices"][0], sample, start)
+            yield chunk
+        if sample.finished and progress.close():
+            chunk = self._chunk(sample, {})
+            reason: str | None = sample.finish_reason
+            called = progress.has_calls and reason == "stop"
+            chunk["choices"][0]["finish_reason"] = "tool_calls" if called else reason
+            chunk["choices"][0]["stop_reason"] = sample.stop_reason
+            yield chunk
+
+    def _add_tokens(self, choice: dict[str, Any], sample: CompletionOutput, start: int) -> None:
+        choice["logprobs"] = self._answer.logprobs(sample, start)
+        if self._answer.body.return_token_ids:
+            choice["token_ids"] = sample.token_ids[start:]
+
+    def _chunk(self, sample: CompletionOutput, delta: dict[str, Any]) -> dict[str, Any]:
+        chunk = self._answer.head("chat.completion.chunk")
+        chunk["choices"] = [
+            {"index": sample.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        ]
+        return self._report.mark(chunk)

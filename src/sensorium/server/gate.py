@@ -1,0 +1,130 @@
+"""What lies around all routes: an id for each request, a line in the log, the limit on bodies, the
+last catch.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sensorium.errors import BodyTooLargeError
+from sensorium.server.context import ServingContext
+from sensorium.server.errors import CLIENT_CLOSED, error_response, log_unexpected
+
+access = logging.getLogger("sensorium.access")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestGate:
+    """ASGI middleware, outermost: names each request, counts it, and answers 500 to what nobody
+    expected.
+    """
+
+    def __init__(self, app: ASGIApp, context: ServingContext) -> None:
+        self._app = app
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request from its first byte to its last."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = _request_id(scope)
+        scope["root_path"] = self._context.config.root_path
+        started_at = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", [])
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", state["request_id"].encode()),
+                ]
+            await send(message)
+
+        self._context.num_in_flight += 1
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            log_unexpected(error, scope)
+            if status:
+                raise
+            await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._context.num_in_flight -= 1
+            if not self._context.config.disable_access_log:
+                _log(scope, status, time.monotonic() - started_at)
+
+
+class BodyLimit:
+    """ASGI middleware: a body over ``max_bytes`` is refused as soon as that is known, be it
+    declared or chunked.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with a counted ``receive``."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if _declared_length(scope) > self._max_bytes:
+            await error_response(self._too_large())(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(
+            f"The body is over {self._max_bytes} bytes, the limit here (--max-body-bytes)."
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's X-Request-Id where it is harmless, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value.decode())
+    return uuid.uuid4().hex
+
+
+def _declared_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and len(value) < 20:
+            return int(value)
+    return 0
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    if not status or scope["state"].get("disconnected"):
+        status = CLIENT_CLOSED
+    path = scope.get("raw_path") or scope["path"].encode()
+    access.info(
+        "%s %s %d %.1f ms id=%s",
+        scope["method"],
+        path.decode("ascii", "backslashreplace"),
+        status,
+        seconds * 1000,
+        scope["state"]["request_id"],
+    )

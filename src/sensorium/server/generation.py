@@ -1,0 +1,149 @@
+"""Running the prompts of one request on the engine, and the numbers that answers report of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from sensorium.errors import RequestError, UnavailableError
+from sensorium.outputs import RequestOutput
+from sensorium.params import SamplingParams
+from sensorium.server.admission import Place
+from sensorium.server.context import ServingContext
+
+if TYPE_CHECKING:
+    from sensorium.engine.prompts import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The prompts of one HTTP request, which share everything else.
+
+    ``constraint_param``: the field that a constraint on the answer came from, for errors about it.
+    """
+
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    request_id: str
+    priority: int = 0
+    constraint_param: str = "structured_outputs"
+
+
+Step = tuple[int, RequestOutput]
+
+
+async def run_job(context: ServingContext, job: Job) -> AsyncGenerator[Step, None]:
+    """Yield (position of the prompt, its output so far) for each piece of news.
+
+    The first error of any prompt ends all of them, and so does closing the generator. Raises
+    OverloadedError at once when there is no room.
+    """
+    with context.admission.enter(len(job.prompts)) as places, _constraint_named(job):
+        if len(job.prompts) == 1:
+            async with aclosing(_outputs(context, job, 0, places[0])) as outputs:
+                async for output in outputs:
+                    yield 0, output
+        else:
+            async with aclosing(_merged(context, job, places)) as steps:
+                async for step in steps:
+                    yield step
+
+
+async def finished_outputs(context: ServingContext, job: Job) -> list[RequestOutput]:
+    """The complete outputs of all prompts, in order."""
+    async with aclosing(run_job(context, job)) as steps:
+        done = {index: output async for index, output in steps}
+    return [done[index] for index in range(len(job.prompts))]
+
+
+async def _outputs(
+    context: ServingContext, job: Job, index: int, place: Place
+) -> AsyncGenerator[RequestOutput, None]:
+    """The outputs of one prompt, whose place in the queue is given back with the first."""
+    stream = context.frontend.generate(
+        job.prompts[index],
+        job.params,
+        request_id=context.engine_id(job.request_id),
+        priority=job.priority,
+    )
+    async with aclosing(cast("AsyncGenerator[RequestOutput]", stream)) as outputs:
+        async for output in outputs:
+            place.leave()
+            if any(sample.finish_reason == "error" for sample in output.outputs):
+                raise UnavailableError("The engine could not finish this request; try again.")
+            yield output
+
+
+@contextmanager
+def _constraint_named(job: Job) -> Iterator[None]:
+    """Let errors about a constraint point at the field of the body that asked for it."""
+    try:
+        yield
+    except RequestError as error:
+        renamed = job.constraint_param != "structured_outputs"
+        if renamed and (error.param or "").startswith("structured_outputs"):
+            error.param = job.constraint_param
+        raise
+
+
+async def _merged(
+    context: ServingContext, job: Job, places: Sequence[Place]
+) -> AsyncGenerator[Step, None]:
+    """The outputs of several prompts as they come."""
+    news: asyncio.Queue[Step | BaseException | None] = asyncio.Queue(2 * len(places))
+
+    async def follow(index: int) -> None:
+        try:
+            async with aclosing(_outputs(context, job, index, places[index])) as outputs:
+                async for output in outputs:
+                    await news.put((index, output))
+            await news.put(None)
+        except Exception as error:
+            await news.put(error)
+
+    tasks = [asyncio.create_task(follow(index)) for index in range(len(places))]
+    try:
+        num_open = len(tasks)
+        while num_open:
+            step = await news.get()
+            if step is None:
+                num_open -= 1
+            elif isinstance(step, BaseException):
+                raise step
+            else:
+                yield step
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def usage(
+    outputs: Iterable[RequestOutput], modalities: Iterable[str], *, num_hidden: int = 0
+) -> dict[str, Any]:
+    """The ``usage`` member: tokens of prompts and samples, those from the prefix cache, those of
+    each modality.
+
+    ``num_hidden``: generated tokens of each sample that the answer does not show.
+    """
+    outputs = list(outputs)
+    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    num_generated = sum(
+        max(0, len(sample.token_ids) - num_hidden)
+        for output in outputs
+        for sample in output.outputs
+    )
+    details = {"cached_tokens": sum(output.num_cached_tokens for output in outputs)}
+    for modality in modalities:
+        details[f"{modality}_tokens"] = sum(
+            output.num_item_tokens.get(modality, 0) for output in outputs
+        )
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": details,
+    }

@@ -1,0 +1,55 @@
+"""``/health``, ``/ping``, ``/version`` and ``/metrics``."""
+
+from __future__ import annotations
+
+import contextlib
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from sensorium import __version__
+from sensorium.errors import EngineDeadError, UnavailableError
+from sensorium.metrics.prometheus import CONTENT_TYPE
+from sensorium.server.context import ServingContext, context_of
+from sensorium.server.payload import JsonResponse
+
+
+def health_router() -> APIRouter:
+    """The routes for those who watch the server."""
+    router = APIRouter()
+
+    @router.head("/health", response_model=None, include_in_schema=False)
+    @router.get("/health", response_model=None)
+    async def health(request: Request) -> Response:
+        """200 while requests can be served, else 503."""
+        _check_alive(context_of(request))
+        return JsonResponse({"status": "ok"})
+
+    @router.post("/ping", response_model=None, include_in_schema=False)
+    @router.get("/ping", response_model=None)
+    async def ping(request: Request) -> Response:
+        """The same as /health, under the name that some platforms ask for."""
+        _check_alive(context_of(request))
+        return JsonResponse({"status": "ok"})
+
+    @router.get("/version", response_model=None)
+    async def version() -> Response:
+        """The version of Sensorium."""
+        return JsonResponse({"version": __version__})
+
+    @router.get("/metrics", response_model=None)
+    async def metrics(request: Request) -> Response:
+        """Everything in Prometheus' text format; the last known numbers when the engine is dead."""
+        context = context_of(request)
+        with contextlib.suppress(UnavailableError):
+            context.metrics.update(await context.frontend.stats())
+        return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    return router
+
+
+def _check_alive(context: ServingContext) -> None:
+    if context.admission.draining:
+        raise EngineDeadError("The server is shutting down.")
+    if not context.frontend.healthy():
+        raise EngineDeadError("The engine has stopped; restart the server.")

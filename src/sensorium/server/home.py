@@ -1,0 +1,119 @@
+"""``GET /``: a plain page that says what is served here and how to ask it."""
+
+from __future__ import annotations
+
+import html
+import json
+
+from fastapi import APIRouter, Request
+from starlette.responses import HTMLResponse, Response
+
+from sensorium import __version__
+from sensorium.server.context import ServingContext, context_of
+
+Messages = list[dict[str, object]]
+
+_SECURITY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{model} - Sensorium</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; }}
+main {{ padding: 0 1rem; }}
+pre {{ overflow-x: auto; padding: .75rem; border: 1px solid #8886; font-size: .875rem; }}
+dt {{ font-weight: 600; }}
+</style>
+</head>
+<body>
+<main>
+<h1>Sensorium {version}</h1>
+<dl>
+<dt>Model</dt><dd>{model}</dd>
+<dt>Takes</dt><dd>{modalities}</dd>
+<dt>Context</dt><dd>{max_model_len} tokens</dd>
+</dl>
+<h2>Ask with curl</h2>
+<pre><code>{curl}</code></pre>
+<h2>Ask with Python</h2>
+<pre><code>{python}</code></pre>
+<h2>More</h2>
+<p>OpenAI-compatible: <code>/v1/chat/completions</code>, <code>/v1/completions</code>,
+<code>/v1/models</code>. Also <code>/tokenize</code>, <code>/detokenize</code>,
+<code>/health</code>, <code>/version</code> and <code>/metrics</code>; all described in
+<a href="{root}/openapi.json">openapi.json</a>.</p>
+</main>
+</body>
+</html>
+"""
+
+
+def home_router() -> APIRouter:
+    """The route of the page."""
+    router = APIRouter()
+
+    @router.get("/", response_model=None, include_in_schema=False)
+    async def home(request: Request) -> Response:
+        """The page."""
+        context = context_of(request)
+        page = _page(context, _base_url(request))
+        return HTMLResponse(page, headers={"content-security-policy": _SECURITY})
+
+    return router
+
+
+def _base_url(request: Request) -> str:
+    """The address of the API, after the listening socket and not after what the Host header
+    claims.
+    """
+    host, port = request.scope.get("server") or ("127.0.0.1", None)
+    host = f"[{host}]" if ":" in host else host
+    where = host if port is None else f"{host}:{port}"
+    return f"{request.scope['scheme']}://{where}{request.scope.get('root_path', '')}/v1"
+
+
+def _page(context: ServingContext, base_url: str) -> str:
+    model = context.model_names[0]
+    modalities = context.frontend.modalities
+    content: Messages = [{"type": "text", "text": "What is shown here?"}]
+    if "image" in modalities:
+        url = "https://example.com/picture.png"
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    else:
+        content[0]["text"] = "Hello!"
+    messages: Messages = [{"role": "user", "content": content}]
+    has_key = bool(context.config.api_key)
+    return _PAGE.format(
+        version=__version__,
+        model=html.escape(model),
+        modalities=html.escape(", ".join(("text", *modalities))),
+        max_model_len=context.frontend.max_model_len,
+        curl=html.escape(_curl(base_url, model, messages, has_key)),
+        python=html.escape(_python(base_url, model, messages, has_key)),
+        root=html.escape(base_url.removesuffix("/v1")),
+    )
+
+
+def _curl(base_url: str, model: str, messages: Messages, has_key: bool) -> str:
+    body = json.dumps({"model": model, "messages": messages}, indent=2, ensure_ascii=False)
+    quoted = body.replace("'", "'\\''")
+    authorization = "  -H 'Authorization: Bearer KEY' \\\n" if has_key else ""
+    return (
+        f"curl {base_url}/chat/completions \\\n{authorization}"
+        f"  -H 'Content-Type: application/json' \\\n  -d '{quoted}'"
+    )
+
+
+def _python(base_url: str, model: str, messages: Messages, has_key: bool) -> str:
+    shown = json.dumps(messages, indent=4, ensure_ascii=False)
+    return (
+        "from openai import OpenAI\n\n"
+        f"client = OpenAI(base_url={base_url!r}, api_key={'KEY' if has_key else 'none'!r})\n"
+        f"messages = {shown}\n"
+        f"answer = client.chat.completions.create(model={model!r}, messages=messages)\n"
+        "print(answer.choices[0].message.content)"
+    )

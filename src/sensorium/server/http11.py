@@ -1,0 +1,34 @@
+"""HTTP/1.1 as uvicorn speaks it, with refusals in the same shape as all other errors."""
+
+from __future__ import annotations
+
+import sys
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from sensorium.server.errors import plain_error
+
+MAX_HEADER_BYTES = 64 * 1024
+
+
+class StrictH11Protocol(H11Protocol):
+    """Answers 431 to headers over ``MAX_HEADER_BYTES`` and 400 to what is no HTTP, then closes the
+    connection.
+    """
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse the request that is being read; called while its exception is handled."""
+        error = sys.exc_info()[1]
+        status = getattr(error, "error_status_hint", 400)
+        if status == 431:
+            code = "headers_too_large"
+            message = f"The headers are over {MAX_HEADER_BYTES} bytes."
+        else:
+            status, code, message = 400, "invalid_request", "This is not valid HTTP."
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            response = plain_error(status, code, message, {"connection": "close"})
+            event = h11.Response(status_code=status, headers=response.raw_headers)
+            for part in (event, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part) or b"")
+        self.transport.close()

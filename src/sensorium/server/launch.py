@@ -1,0 +1,228 @@
+"""Starting, announcing, draining and stopping a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from sensorium import __version__
+from sensorium.config import EngineConfig, ServerConfig
+from sensorium.engine.frontend import Frontend
+from sensorium.errors import ConfigError
+from sensorium.metrics.prometheus import ServingMetrics
+from sensorium.server.app import build_app
+from sensorium.server.context import ServingContext
+from sensorium.server.http11 import MAX_HEADER_BYTES, StrictH11Protocol
+
+logger = logging.getLogger("sensorium.server")
+
+_KEEP_ALIVE_SECONDS = 65
+_CLOSING_SECONDS = 2
+_POLL_SECONDS = 0.05
+
+
+def serve(engine: EngineConfig, config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests finish and return.
+
+    Raises ConfigError when the address, the certificate or the model cannot be used.
+    """
+    _configure_logging(config)
+    _check(config)
+    with contextlib.closing(listening_socket(config.host, config.port)) as listener:
+        asyncio.run(_serve(engine, config, listener))
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A bound socket. It is taken before the model loads, so that a port in use is known at once.
+
+    Raises ConfigError when the address cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {error.strerror}.", param="host"
+        ) from error
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {host}:{port}: {error.strerror}.", param="port"
+        ) from error
+    return listener
+
+
+class StopSignals:
+    """SIGTERM and SIGINT: the first asks to stop, the second to hurry."""
+
+    def __init__(self) -> None:
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        """Catch the signals within the block."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.on_signal)
+        try:
+            yield self
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def on_signal(self) -> None:
+        """One more signal came."""
+        if self.stop.is_set():
+            self.hurry.set()
+        self.stop.set()
+
+
+async def _serve(engine: EngineConfig, config: ServerConfig, listener: socket.socket) -> None:
+    with StopSignals().installed() as signals:
+        starting = asyncio.create_task(
+            Frontend.start(engine, trust_request_chat_template=config.trust_request_chat_template)
+        )
+        stopping = asyncio.create_task(signals.stop.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        frontend = starting.result()
+        try:
+            app = build_app(frontend, config)
+        except BaseException:
+            await frontend.shutdown()
+            raise
+        await run_app(app, config, listener, signals)
+
+
+async def run_app(
+    app: FastAPI,
+    config: ServerConfig,
+    listener: socket.socket,
+    signals: StopSignals,
+) -> None:
+    """Serve ``app`` until the signals ask to stop and its requests are done, or their time is over.
+
+    Its front end is shut down at the end, before the connections, so that what still runs can tell
+    its client.
+    """
+    server = _Server(_uvicorn_config(app, config))
+    context: ServingContext = app.state.context
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    stopping = asyncio.create_task(signals.stop.wait())
+    announcing = asyncio.create_task(_announce(server, context, listener))
+    try:
+        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+        await _drain(context, signals.hurry)
+    finally:
+        announcing.cancel()
+        stopping.cancel()
+        await context.frontend.shutdown()
+        server.should_exit = True
+        await serving
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, whose signals are handled outside and which tells when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self.listening.set()
+
+
+async def _announce(server: _Server, context: ServingContext, listener: socket.socket) -> None:
+    await server.listening.wait()
+    config = context.config
+    scheme = "https" if config.ssl_certfile else "http"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    address = f"{scheme}://{host}:{listener.getsockname()[1]}{config.root_path}"
+    print(f"Sensorium {__version__} serving {context.model_names[0]} at {address}", flush=True)
+
+
+async def _drain(context: ServingContext, hurry: asyncio.Event) -> None:
+    """Refuse new work and wait for what is running, at most ``shutdown_timeout`` seconds."""
+    context.admission.draining = True
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + context.config.shutdown_timeout
+    if context.num_in_flight:
+        logger.info("finishing %d requests; a second signal stops at once", context.num_in_flight)
+    while context.num_in_flight and not hurry.is_set() and loop.time() < deadline:
+        await asyncio.sleep(_POLL_SECONDS)
+    if context.num_in_flight:
+        logger.warning("stopping with %d requests unfinished", context.num_in_flight)
+
+
+def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=StrictH11Protocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_CLOSING_SECONDS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+    )
+
+
+def _check(config: ServerConfig) -> None:
+    """Find what is wrong before the model is loaded. Raises ConfigError."""
+    ServingMetrics(config.metrics_prefix)
+    root = config.root_path
+    if root and (not root.startswith("/") or root.endswith("/")):
+        raise ConfigError(
+            f"root_path must begin with a slash and not end with one, such as /llm; got {root!r}.",
+            param="root_path",
+        )
+    if config.ssl_certfile is None:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"ssl_certfile and ssl_keyfile cannot be used: {error.strerror or error}.",
+            param="ssl_certfile",
+        ) from error
+
+
+def _configure_logging(config: ServerConfig) -> None:
+    os.environ.setdefault("SENSORIUM_LOG_LEVEL", config.log_level)  # for the engine's process
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))

@@ -1,0 +1,129 @@
+"""Log probabilities in OpenAI's two forms, and how a token is spelled in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sensorium.outputs import Logprob
+from sensorium.text.detokenizer import token_bytes
+
+if TYPE_CHECKING:
+    from sensorium.text.tokenizer import Tokenizer
+
+LOWEST = -9999.0
+"""Stands for minus infinity, which JSON cannot say."""
+
+Entry = Mapping[int, Logprob]
+
+
+class TokenSpelling:
+    """Text and bytes of single tokens, remembered."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
+
+    def to_bytes(self, token_id: int) -> bytes:
+        """The bytes that the token stands for; those of half a character where it is no more than
+        that.
+        """
+        found = self._known.get(token_id)
+        if found is None:
+            found = self._known[token_id] = token_bytes(self._tokenizer, token_id)
+        return found
+
+    def text(self, token_id: int) -> str:
+        """The token's text, with U+FFFD for half characters."""
+        return self.to_bytes(token_id).decode("utf-8", "replace")
+
+
+def chat_entry(
+    spelling: TokenSpelling, token_id: int, entry: Entry, num_top: int
+) -> dict[str, Any]:
+    """One position of ``choices[].logprobs.content``: the chosen token and the ``num_top`` most
+    likely ones.
+    """
+    top = sorted((e.rank, i) for i, e in entry.items() if e.rank <= num_top)
+    return {
+        **_token(spelling, token_id, entry[token_id]),
+        "top_logprobs": [_token(spelling, i, entry[i]) for _, i in top],
+    }
+
+
+def chat_logprobs(
+    spelling: TokenSpelling, token_ids: Sequence[int], entries: Sequence[Entry], num_top: int
+) -> dict[str, Any]:
+    """``choices[].logprobs`` of chat for some positions."""
+    content = [
+        chat_entry(spelling, token_id, entry, num_top)
+        for token_id, entry in zip(token_ids, entries, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(
+    spelling: TokenSpelling,
+    token_ids: Sequence[int],
+    entries: Sequence[Entry | None],
+    num_top: int,
+    offset: int = 0,
+) -> dict[str, Any]:
+    """``choices[].logprobs`` of completions for some positions; ``offset``: characters of the
+    choice before them.
+
+    An entry of None (the first token of a prompt) has no probability.
+    """
+    tokens, values, top, offsets = [], [], [], []
+    for token_id, entry in zip(token_ids, entries, strict=True):
+        text = spelling.text(token_id)
+        tokens.append(text)
+        values.append(None if entry is None else _finite(entry[token_id].logprob))
+        top.append(None if entry is None else _alternatives(spelling, token_id, entry, num_top))
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": tokens,
+        "token_logprobs": values,
+        "top_logprobs": top if num_top else None,
+        "text_offset": offsets,
+    }
+
+
+def prompt_logprobs(
+    spelling: TokenSpelling, entries: Sequence[Entry | None]
+) -> list[dict[str, Any] | None]:
+    """``prompt_logprobs``: for each prompt token the probabilities by token id."""
+    return [
+        None
+        if entry is None
+        else {
+            str(i): {
+                "logprob": _finite(e.logprob),
+                "rank": e.rank,
+                "decoded_token": spelling.text(i),
+            }
+            for i, e in entry.items()
+        }
+        for entry in entries
+    ]
+
+
+def _alternatives(
+    spelling: TokenSpelling, token_id: int, entry: Entry, num_top: int
+) -> dict[str, float]:
+    """The most likely tokens, and the chosen one in any case."""
+    kept = sorted((e.rank, i) for i, e in entry.items() if e.rank <= num_top or i == token_id)
+    return {spelling.text(i): _finite(entry[i].logprob) for _, i in kept}
+
+
+def _token(spelling: TokenSpelling, token_id: int, entry: Logprob) -> dict[str, Any]:
+    return {
+        "token": spelling.text(token_id),
+        "logprob": _finite(entry.logprob),
+        "bytes": list(spelling.to_bytes(token_id)),
+    }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST)

@@ -1,0 +1,113 @@
+"""From the fields of a body to a prompt for the engine; no dictionary of a body goes further than
+this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastapi import Request
+
+from sensorium.engine.prompts import ChatPrompt, MediaOptions, RawPrompt
+from sensorium.errors import InvalidRequestError
+from sensorium.server.context import ServingContext, tenant_of
+from sensorium.server.protocol import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from sensorium.text.chat import parse_messages
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def media_options(request: Request, body: GenerationBody | TokenizeBody) -> MediaOptions:
+    """How the items of a request are loaded, and whose they are."""
+    return MediaOptions(
+        mm_processor_kwargs=body.mm_processor_kwargs or {},
+        media_io_kwargs=body.media_io_kwargs or {},
+        cache_salt=(getattr(body, "cache_salt", None) or ""),
+        tenant=tenant_of(request),
+    )
+
+
+def chat_prompt(
+    context: ServingContext,
+    request: Request,
+    body: ChatBody | TokenizeBody,
+    tools: list[dict[str, Any]] | None,
+) -> ChatPrompt:
+    """The conversation of a body. ``tools``: those that the template is to show.
+
+    Raises InvalidRequestError with the place of what is wrong.
+    """
+    if body.chat_template is not None and not context.config.trust_request_chat_template:
+        raise InvalidRequestError(
+            "chat_template is refused; the server would need --trust-request-chat-template.",
+            param="chat_template",
+        )
+    adds = True if body.add_generation_prompt is None else body.add_generation_prompt
+    continues = bool(body.continue_final_message)
+    if continues and body.add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt exclude each other; set one of them.",
+            param="continue_final_message",
+        )
+    return ChatPrompt(
+        conversation=parse_messages(body.messages or []),
+        add_generation_prompt=adds and not continues,
+        continue_final_message=continues,
+        tools=tuple(tools) if tools else None,
+        chat_template=body.chat_template,
+        chat_template_kwargs=_template_kwargs(body),
+        media=media_options(request, body),
+    )
+
+
+def _template_kwargs(body: ChatBody | TokenizeBody) -> Mapping[str, Any]:
+    """The template's variables; the effort of reasoning is one of them for the models that know
+    it.
+    """
+    kwargs = dict(body.chat_template_kwargs or {})
+    effort = getattr(body, "reasoning_effort", None)
+    return {"reasoning_effort": effort, **kwargs} if effort is not None else kwargs
+
+
+def raw_prompts(request: Request, body: CompletionBody) -> list[RawPrompt]:
+    """The prompts of a completion: a text, token ids, or a list of either.
+
+    Raises InvalidRequestError that names the entry.
+    """
+    value = body.prompt
+    media = media_options(request, body)
+    adds = True if body.add_special_tokens is None else body.add_special_tokens
+    if isinstance(value, str) or _is_ids(value):
+        entries = [(value, "prompt")]
+    elif isinstance(value, list) and value:
+        entries = [(entry, f"prompt[{i}]") for i, entry in enumerate(value)]
+    else:
+        _bad_prompt(value, "prompt")
+    prompts = []
+    for entry, param in entries:
+        if isinstance(entry, str):
+            prompts.append(RawPrompt(text=entry, media=media, add_special_tokens=adds, param=param))
+        elif _is_ids(entry):
+            if min(entry) < 0:
+                raise InvalidRequestError(f"Token ids count from 0, got {min(entry)}.", param=param)
+            prompts.append(RawPrompt(token_ids=tuple(entry), media=media, param=param))
+        else:
+            _bad_prompt(entry, param)
+    return prompts
+
+
+def _is_ids(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    )
+
+
+def _bad_prompt(value: object, param: str) -> NoReturn:
+    shown = repr(value)[:80]
+    raise InvalidRequestError(
+        f"{param} must be a text, a non-empty list of token ids, or a list of either, got {shown}.",
+        param=param,
+    )

@@ -1,0 +1,73 @@
+"""What has been sent of a stream, and the usage that it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sensorium.outputs import CompletionOutput, RequestOutput
+from sensorium.server.generation import usage
+from sensorium.server.protocol import StreamOptions
+from sensorium.server.toolcalls import DeltaReader
+
+
+class TextProgress:
+    """How much of one sample has been sent."""
+
+    def __init__(self, reader: DeltaReader) -> None:
+        self._reader = reader
+        self._closed = False
+        self.num_chars = 0
+        self.num_tokens = 0
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether tool calls have been sent."""
+        return self._reader.has_calls
+
+    def deltas(self, sample: CompletionOutput) -> list[dict[str, Any]]:
+        """The deltas for what is new in ``sample``."""
+        if self._closed:
+            return []
+        deltas = self._reader.feed(sample.text[self.num_chars :])
+        self.num_chars, self.num_tokens = len(sample.text), len(sample.token_ids)
+        if sample.finished:
+            deltas += self._reader.flush()
+        return deltas
+
+    def close(self) -> bool:
+        """Note that the end was sent; False when it was before."""
+        first = not self._closed
+        self._closed = True
+        return first
+
+
+class StreamReport:
+    """Usage within and at the end of a stream, as ``stream_options`` ask."""
+
+    def __init__(self, options: StreamOptions | None, modalities: tuple[str, ...]) -> None:
+        self._at_end = bool(options and options.include_usage)
+        self._always = bool(options and options.continuous_usage_stats)
+        self._modalities = modalities
+        self._outputs: dict[int, RequestOutput] = {}
+        self.num_hidden = 0
+
+    def take(self, index: int, output: RequestOutput) -> None:
+        """Count the output of a prompt (it is updated in place, so once suffices)."""
+        self._outputs[index] = output
+
+    def mark(self, chunk: dict[str, Any]) -> dict[str, Any]:
+        """Add the ``usage`` member that every chunk has when usage is asked for."""
+        if self._always:
+            chunk["usage"] = self._usage()
+        elif self._at_end:
+            chunk["usage"] = None
+        return chunk
+
+    def last(self, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunk without choices that carries the usage, when it was asked for."""
+        if self._at_end:
+            yield {**head, "choices": [], "usage": self._usage()}
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._outputs.values(), self._modalities, num_hidden=self.num_hidden)
