@@ -102,7 +102,9 @@ def test_directions(path: Path) -> None:
         assert ROWS[other] < ROWS[own] or (own, other) in SAME_ROW, f"{own} imports {name}"
         allowed = MODULES_ALLOWED.get((own, other))
         if allowed is not None and len(parts) > 2:
-            assert parts[2] in allowed, f"{own} may import only {sorted(allowed)} of {other}: {name}"
+            assert parts[2] in allowed, (
+                f"{own} may import only {sorted(allowed)} of {other}: {name}"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

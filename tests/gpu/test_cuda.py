@@ -1,4 +1,4 @@
-"""The engine on an NVIDIA GPU gives the tokens of the engine on the CPU. Skipped, with the reason, where there is none."""
+"""The engine on an NVIDIA GPU gives the tokens of the engine on the CPU; skipped, with the reason, without one."""
 
 from __future__ import annotations
 

@@ -7,6 +7,14 @@ from dataclasses import dataclass, field
 from sensorium.core.request import EngineRequest, TokenSample
 
 
+NO_TOKEN_LEFT = (
+    "The model gave no usable distribution for the next token: either the restrictions of the request "
+    "(allowed_token_ids, bad_words, logit_bias, structured_outputs) leave no token, or a penalty or bias made its "
+    "numbers overflow. Relax them."
+)
+"""Why a sequence failed when no token could be sampled: the one failure that is the caller's to mend."""
+
+
 @dataclass(frozen=True, slots=True)
 class NewSequence:
     """A sequence that the runner does not hold yet: never run, or preempted before.

@@ -303,8 +303,8 @@ class Preparer:
         return room
 
     def _check_ids(self, token_ids: Collection[int]) -> None:
-        worst = max(token_ids)
-        if worst >= self._vocab_size:
+        worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
+        if not 0 <= worst < self._vocab_size:
             raise InvalidRequestError(
                 f"Token id {worst} is outside the model's vocabulary of {self._vocab_size}."
             )

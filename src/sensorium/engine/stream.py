@@ -6,11 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sensorium.core.plan import NO_TOKEN_LEFT
 from sensorium.core.request import SequenceUpdate, TokenSample
-from sensorium.errors import UnavailableError
+from sensorium.errors import InvalidRequestError, UnavailableError
 from sensorium.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sensorium.params import SamplingParams
-from sensorium.text.detokenizer import Detokenizer
+from sensorium.text.detokenizer import Detokenizer, token_bytes
 from sensorium.text.stops import StopChecker
 from sensorium.text.tokenizer import Tokenizer
 
@@ -105,7 +106,8 @@ class RequestStream:
         if sample.output.finished:
             return False
         if update.error is not None:
-            raise UnavailableError(update.error)
+            failure = InvalidRequestError if update.error == NO_TOKEN_LEFT else UnavailableError
+            raise failure(update.error)
         self._record_times(update)
         if update.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None, *map(self._logprobs, update.prompt_logprobs)]
@@ -178,5 +180,6 @@ class RequestStream:
 
     def _token_text(self, token_id: int) -> str:
         # A model's vocabulary may be padded beyond its tokenizer's.
-        known = token_id <= self._tokenizer.max_token_id
-        return self._tokenizer.token_text(token_id) if known else ""
+        if token_id > self._tokenizer.max_token_id:
+            return ""
+        return token_bytes(self._tokenizer, token_id).decode("utf-8", "replace")

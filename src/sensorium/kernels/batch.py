@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -63,3 +64,5 @@ class AttentionBatch:
     """Host copy of the query lengths, in order."""
     kv_lens: list[int]
     """Host copy of kv_len."""
+    scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What kernels derive from the batch once and use in every layer; empty when the batch is built."""

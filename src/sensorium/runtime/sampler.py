@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sensorium.core.plan import NO_TOKEN_LEFT
 from sensorium.core.request import TokenSample
 from sensorium.kernels import ops
 from sensorium.runtime.slots import Slot
@@ -20,11 +21,6 @@ from sensorium.text.grammar import GrammarMatcher
 
 FIRST_CANDIDATES = 256
 """How many of the most likely tokens are sorted at first for top-p; more when they do not hold enough mass."""
-
-UNUSABLE = (
-    "The model gave no usable distribution for the next token: either the restrictions of the request "
-    "(allowed_token_ids, bad_words, logit_bias, structured_outputs) leave no token, or its numbers overflowed."
-)
 
 _MASK64 = (1 << 64) - 1
 
@@ -91,7 +87,7 @@ def take(
         if good:
             samples[slot.seq_id] = TokenSample(token)
         else:
-            failed[slot.seq_id] = UNUSABLE
+            failed[slot.seq_id] = NO_TOKEN_LEFT
     return samples, failed
 
 
