@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 
 from sensorium import __version__
-from sensorium.cli import chat, generate, info, serve
+from sensorium.cli import bench, chat, generate, info, serve
 from sensorium.cli.flags import Parser, flag_of
 from sensorium.errors import ConfigError, SensoriumError
 
@@ -40,10 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_parser(commands)
     generate.add_parser(commands)
     info.add_parser(commands)
-    if importlib.util.find_spec("sensorium.bench.cli") is not None:
-        from sensorium.bench.cli import add_parser
-
-        add_parser(commands)
+    bench.add_parser(commands)
     return parser
 
 
