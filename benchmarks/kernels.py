@@ -1,0 +1,208 @@
+"""The CPU kernels against plain torch and against the machine's limits: ratios within one run, as JSON.
+
+    python benchmarks/kernels.py [--threads N] [--seconds S] [--output FILE]
+
+Both sides of a ratio are run in turn, many times, and compared at their lower quartiles, so that other work on the
+machine troubles both alike. "speedup" is reference time over kernel time; "of_limit" is the limit's time over kernel time,
+where the limit is the time to read the bytes at the bandwidth measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sensorium.kernels import threads
+
+threads.prepare()
+
+import torch  # noqa: E402 - the waiting policy must be set before
+import torch.nn.functional as F  # noqa: E402
+
+from sensorium.kernels import cpu_elementwise, ops, reference  # noqa: E402
+from sensorium.kernels.batch import AttentionBatch, KVCacheLayout  # noqa: E402
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32
+NUM_LAYERS = 24
+"""Copies of every weight and cache: each call finds its data in memory, not in the processor's caches."""
+DTYPE = torch.bfloat16
+
+Run = Callable[[int], Any]
+
+
+def quartile(times: list[float]) -> float:
+    """The lower quartile."""
+    return sorted(times)[len(times) // 4]
+
+
+def race(runs: list[Run], seconds: float) -> list[float]:
+    """Seconds of each run's call, the runs taking turns over the layers; lower quartiles."""
+    times: list[list[float]] = [[] for _ in runs]
+    for run in runs:
+        run(0)
+    end = time.perf_counter() + seconds
+    layer = 0
+    while time.perf_counter() < end or layer < 5:
+        for run, own in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            run(layer % NUM_LAYERS)
+            own.append(time.perf_counter() - start)
+        layer += 1
+    return [quartile(own) for own in times]
+
+
+def read_bandwidth(seconds: float) -> float:
+    """Bytes per second of summing a large tensor."""
+    numbers = torch.ones(64 * 1024 * 1024)
+    return numbers.nbytes / race([lambda _: numbers.sum()], seconds)[0]
+
+
+def elementwise(seconds: float) -> dict[str, Any]:
+    """Norm, SiLU and argmax at 1 and 32 rows, and for a prompt of 512."""
+    results = {}
+    weight = torch.ones(HIDDEN, dtype=DTYPE)
+    normed, added = ops.bind_norm(weight, 1e-6)
+    for rows in (1, 32, 512):
+        x = torch.randn(rows, HIDDEN).to(DTYPE)
+        residual, both = torch.zeros_like(x), torch.randn(rows, 2 * INNER).to(DTYPE)
+        pairs: dict[str, tuple[Run, Run]] = {
+            "rms_norm": (
+                lambda _, x=x: F.rms_norm(x, (HIDDEN,), weight, 1e-6),
+                lambda _, x=x: normed(x),
+            ),
+            "add_rms_norm": (
+                lambda _, x=x, r=residual: F.rms_norm(r.add_(x), (HIDDEN,), weight, 1e-6),
+                lambda _, x=x, r=residual: added(r, x),
+            ),
+            "silu_mul": (
+                lambda _, b=both: F.silu(b[:, :INNER]) * b[:, INNER:],
+                lambda _, b=both: cpu_elementwise.silu_mul(b),
+            ),
+        }
+        if rows <= 32:
+            logits = torch.randn(rows, VOCAB).to(DTYPE)
+            pairs["argmax"] = (
+                lambda _, t=logits: t.argmax(-1),
+                lambda _, t=logits: ops.argmax(t),
+            )
+        for name, pair in pairs.items():
+            plain, own = race(list(pair), seconds)
+            results[f"{name} {rows}"] = {
+                "us": round(own * 1e6, 1),
+                "speedup": round(plain / own, 2),
+            }
+    return results
+
+
+def linears(seconds: float, bandwidth: float) -> dict[str, Any]:
+    """Packed linear layers of a decoder and its head against ``F.linear``."""
+    results = {}
+    shapes = {"qkv": (1152, HIDDEN), "gate_up": (2 * INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    for name, (outputs, inputs) in {**shapes, "head": (VOCAB, HIDDEN)}.items():
+        copies = 1 if name == "head" else NUM_LAYERS
+        plain = [torch.randn(outputs, inputs).to(DTYPE) for _ in range(copies)]
+        packed = [ops.bind_linear(ops.pack_weight(weight), None) for weight in plain]
+        for rows in (1, 8, 32, 512):
+            if name == "head" and rows == 512:
+                continue
+            x = torch.randn(rows, inputs).to(DTYPE)
+            runs: list[Run] = [
+                lambda i, x=x, w=plain: F.linear(x, w[i % len(w)]),
+                lambda i, x=x, p=packed: p[i % len(p)](x),
+            ]
+            slow, own = race(runs, seconds)
+            limit = 2 * outputs * inputs / bandwidth
+            results[f"{name} {rows}"] = {
+                "us": round(own * 1e6, 1),
+                "speedup": round(slow / own, 2),
+                "tflops": round(2 * rows * outputs * inputs / own / 1e12, 3),
+                **({"of_limit": round(limit / own, 2)} if rows <= 8 else {}),
+            }
+    return results
+
+
+def batch_of(kv_len: int, query_len: int, count: int) -> AttentionBatch:
+    """``count`` equal sequences with blocks in order."""
+    per = -(-kv_len // BLOCK)
+    layout = KVCacheLayout(NUM_LAYERS, KV_HEADS, HEAD_DIM, BLOCK, DTYPE)
+    caches = ops.allocate_cache(layout, per * count, torch.device("cpu"))
+    for cache in caches:
+        cache.k.normal_()
+        cache.v.normal_()
+    angle = torch.rand(count * query_len, HEAD_DIM // 2)
+    return AttentionBatch(
+        query_start=torch.arange(count + 1, dtype=torch.int32) * query_len,
+        kv_len=torch.full((count,), kv_len, dtype=torch.int32),
+        block_table=torch.arange(per * count, dtype=torch.int32).view(count, per),
+        num_decodes=count if query_len == 1 else 0,
+        max_query_len=query_len,
+        max_kv_len=kv_len,
+        cos=angle.cos(),
+        sin=angle.sin(),
+        caches=caches,
+        query_lens=[query_len] * count,
+        kv_lens=[kv_len] * count,
+    )
+
+
+def attention(seconds: float, bandwidth: float) -> dict[str, Any]:
+    """Rotary, cache write and attention of one layer against the reference."""
+    results = {}
+    cases = [(100, 1, 1), (3000, 1, 1), (100, 1, 8), (3000, 1, 8), (100, 1, 32)]
+    for kv_len, query_len, count in [*cases, (1016, 16, 1), (512, 512, 1), (2048, 512, 1)]:
+        batch = batch_of(kv_len, query_len, count)
+        qkv = torch.randn(count * query_len, (HEADS + 2 * KV_HEADS) * HEAD_DIM).to(DTYPE)
+        shape = (HEADS, KV_HEADS, HEAD_DIM, HEAD_DIM**-0.5)
+        runs: list[Run] = [
+            lambda i, b=batch, q=qkv, s=shape: reference.rope_attention(q, b, i, *s),
+            lambda i, b=batch, q=qkv, s=shape: ops.rope_attention(q, b, i, *s),
+        ]
+        plain, own = race(runs, seconds)
+        seen = count * query_len * (kv_len - (query_len - 1) / 2)
+        entry = {
+            "us": round(own * 1e6, 1),
+            "speedup": round(plain / own, 2),
+            "gflops": round(4 * seen * HEADS * HEAD_DIM / own / 1e9, 1),
+        }
+        if query_len == 1:
+            read = count * kv_len * KV_HEADS * HEAD_DIM * 2 * DTYPE.itemsize
+            entry["of_limit"] = round(read / bandwidth / own, 2)
+        results[f"{count} x {query_len} of {kv_len}"] = entry
+    return results
+
+
+def main() -> None:
+    """Run everything and print or write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each comparison")
+    parser.add_argument("--output", type=Path, default=None)
+    options = parser.parse_args()
+    num_threads = threads.configure(options.threads)
+    with torch.inference_mode():
+        warm_up = ops.warm_up(DTYPE)
+        bandwidth = read_bandwidth(options.seconds)
+        report = {
+            "machine": platform.processor() or platform.machine(),
+            "torch": torch.__version__,
+            "threads": num_threads,
+            "warm_up_s": round(warm_up, 2),
+            "read_gb_per_s": round(bandwidth / 1e9, 1),
+            "elementwise": elementwise(options.seconds),
+            "linear": linears(options.seconds, bandwidth),
+            "attention": attention(options.seconds, bandwidth),
+        }
+    text = json.dumps(report, indent=2)
+    if options.output is None:
+        print(text)
+    else:
+        options.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

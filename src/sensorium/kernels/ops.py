@@ -1,0 +1,186 @@
+"""The operations that layers call, and the one table that says which code runs them where.
+
+On the CPU, bf16, fp16 and fp32 have kernels of their own; everything else (other devices, other dtypes, block sizes
+that are no multiple of 16) runs the plain torch of ``reference``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from sensorium.kernels import (
+    cpu_attention,
+    cpu_elementwise,
+    cpu_linear,
+    cpu_paged,
+    cpu_pages,
+    cpu_rotary,
+    reference,
+)
+from sensorium.kernels.batch import AttentionBatch, KVCacheLayout, LayerCache
+from sensorium.kernels.weight import PackedWeight
+
+CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
+
+
+DECODER_KERNELS = (
+    cpu_elementwise.build_norm,
+    cpu_elementwise.build_silu_mul,
+    cpu_elementwise.build_peaks,
+    cpu_elementwise.build_place,
+    cpu_rotary.build_rope_write,
+    cpu_attention.build_attend,
+)
+ENCODER_KERNELS = (cpu_rotary.build_rotate, cpu_elementwise.build_quick_gelu)
+
+
+def _on_cpu(x: torch.Tensor) -> bool:
+    return x.is_cpu and x.dtype in CPU_DTYPES
+
+
+def pack_weight(weight: torch.Tensor) -> PackedWeight:
+    """Pack a (N, K) weight for ``linear``. The caller should drop its own reference, to save memory."""
+    return cpu_linear.pack_weight(weight) if _on_cpu(weight) else reference.pack_weight(weight)
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x W^T + bias``: (T, K) -> (T, N)."""
+    if weight.packed:
+        return cpu_linear.linear(x, weight, bias)
+    return reference.linear(x, weight, bias)
+
+
+def bind_linear(
+    weight: PackedWeight, bias: torch.Tensor | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``linear`` for one weight: what a layer calls in every step."""
+    if weight.packed:
+        return cpu_linear.bind(weight, bias)
+    data = weight.data
+    return lambda x: F.linear(x, data, bias)
+
+
+def linear_act(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, act: str
+) -> torch.Tensor:
+    """``act(x W^T + bias)``: (T, K) -> (T, N); act is a key of ``reference.ACTIVATIONS``."""
+    if not weight.packed:
+        return reference.linear_act(x, weight, bias, act)
+    if act == "quick_gelu":
+        return cpu_elementwise.quick_gelu_(cpu_linear.linear(x, weight, bias))
+    if act in cpu_linear.FUSED:
+        return cpu_linear.linear_act(x, weight, bias, act)
+    return reference.ACTIVATIONS[act](cpu_linear.linear(x, weight, bias))
+
+
+def rotate_heads(
+    rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, head_dim: int
+) -> None:
+    """Rotate the first ``num_heads`` heads of each row (T, width) in place, by cos, sin (T, R/2) float32."""
+    if _on_cpu(rows) and rows.is_contiguous():
+        cpu_rotary.rotate_heads(rows, cos.contiguous(), sin.contiguous(), num_heads, head_dim)
+    else:
+        reference.rotate_heads(rows, cos, sin, num_heads, head_dim)
+
+
+def bind_norm(weight: torch.Tensor, eps: float) -> cpu_elementwise.NormFunctions:
+    """``rms_norm(x)`` and ``add_rms_norm(residual, x)`` for one weight: what a layer calls in every step.
+
+    x and residual are (T, H), contiguous, of the weight's dtype and device.
+    """
+    if _on_cpu(weight):
+        return cpu_elementwise.bind_norm(weight, eps)
+    return (
+        lambda x: reference.rms_norm(x, weight, eps),
+        lambda residual, x: reference.add_rms_norm(residual, x, weight, eps),
+    )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis: (T, H) -> (T, H)."""
+    if x.dtype != weight.dtype:
+        return reference.rms_norm(x, weight, eps)
+    return bind_norm(weight, eps)[0](x.contiguous())
+
+
+def add_rms_norm(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """``residual += x`` in place, and the norm of the sum. All (T, H)."""
+    if not (x.dtype == weight.dtype == residual.dtype and residual.is_contiguous()):
+        return reference.add_rms_norm(residual, x, weight, eps)
+    return bind_norm(weight, eps)[1](residual, x.contiguous())
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of (T, 2 I), the gate in the first half -> (T, I)."""
+    if _on_cpu(gate_up):
+        return cpu_elementwise.silu_mul(gate_up.contiguous())
+    return reference.silu_mul(gate_up)
+
+
+def rope_attention(
+    qkv: torch.Tensor,
+    batch: AttentionBatch,
+    layer: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> torch.Tensor:
+    """Optional per-head norm, rotary, cache write and paged causal attention of one layer.
+
+    qkv (T, C): q, k, v heads of each row side by side. q_norm, k_norm (head_dim,) or None. Keys and values of all rows
+    are written into ``batch.caches[layer]``. Returns (T, num_heads * head_dim).
+    """
+    cache = batch.caches[layer]
+    if _on_cpu(qkv) and cache.k.dtype == qkv.dtype and cache.k.shape[3] % 16 == 0:
+        run = cpu_paged.rope_attention
+    else:
+        run = reference.rope_attention
+    return run(
+        qkv, batch, layer, num_heads, num_kv_heads, head_dim, scale, q_norm, k_norm, norm_eps
+    )
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Index (N,) int64 of the largest logit of each row (N, V), the first of equals."""
+    if _on_cpu(logits):
+        return cpu_elementwise.argmax(logits.contiguous())
+    return reference.argmax(logits)
+
+
+def allocate_cache(
+    layout: KVCacheLayout, num_blocks: int, device: torch.device
+) -> list[LayerCache]:
+    """Zeroed K and V tensors of ``num_blocks`` blocks for every layer."""
+    kv_heads, dim, size = layout.num_kv_heads, layout.head_dim, layout.block_size
+
+    def tensor(*shape: int) -> torch.Tensor:
+        if torch.device(device).type == "cpu":
+            return cpu_pages.zeros(shape, layout.dtype)
+        return torch.zeros(shape, dtype=layout.dtype, device=device)
+
+    return [
+        LayerCache(tensor(num_blocks, kv_heads, dim, size), tensor(num_blocks, kv_heads, size, dim))
+        for _ in range(layout.num_layers)
+    ]
+
+
+def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu", encoders: bool = True) -> float:
+    """Compile or load every kernel for ``dtype``, so that the first request does not wait; seconds that it took.
+
+    encoders: those of vision and audio towers too. Nothing is done where no kernels are used.
+    """
+    start = time.perf_counter()
+    if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
+        for build in DECODER_KERNELS + (ENCODER_KERNELS if encoders else ()):
+            cpu_elementwise.kernel(build, dtype)
+    return time.perf_counter() - start

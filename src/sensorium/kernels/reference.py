@@ -1,0 +1,194 @@
+"""Plain-torch forms of every kernel: what CUDA runs, and what the CPU kernels are checked against.
+
+Shape letters: T tokens of the step, S sequences, H hidden size, C channels of the fused QKV projection, D head size,
+G query heads per KV head, L tokens with KV, N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from sensorium.kernels.batch import AttentionBatch, LayerCache
+from sensorium.kernels.weight import PackedWeight
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x): the approximation of GELU that CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+_gelu_tanh = partial(F.gelu, approximate="tanh")
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_tanh": _gelu_tanh,
+    "quick_gelu": quick_gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+}
+"""Activation functions by the names that model configurations use."""
+
+
+def pack_weight(weight: torch.Tensor) -> PackedWeight:
+    """The (N, K) weight as it is."""
+    num_outputs, num_inputs = weight.shape
+    return PackedWeight(weight, num_outputs, num_inputs, weight.dtype, packed=False)
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x W^T + bias``: (T, K) -> (T, N)."""
+    return F.linear(x, weight.data, bias)
+
+
+def linear_act(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, act: str
+) -> torch.Tensor:
+    """``act(x W^T + bias)`` for an activation of ``ACTIVATIONS``."""
+    return ACTIVATIONS[act](linear(x, weight, bias))
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root-mean-square norm over the last axis, in float32: x / sqrt(mean(x^2) + eps) * weight."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * weight.float()).to(x.dtype)
+
+
+def add_rms_norm(
+    residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """``residual += x`` in place; the norm of the sum. All (T, H)."""
+    residual.add_(x)
+    return rms_norm(residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of (T, 2 I), the gate in the first half -> (T, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Index (N,) int64 of the largest logit of each row (N, V), the first of equals."""
+    return logits.argmax(dim=-1)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate-half rotary embedding of (T, heads, D) by cos, sin (T, R/2) over the first R dimensions, in float32.
+
+    Su et al., RoFormer (2021), with the pairing (d, d + R/2) that Hugging Face checkpoints use.
+    """
+    half = cos.shape[1]
+    wide = x.float()
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    c, s = cos[:, None], sin[:, None]
+    return torch.cat((first * c - second * s, second * c + first * s, rest), dim=-1).to(x.dtype)
+
+
+def rotate_heads(
+    rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, head_dim: int
+) -> None:
+    """Rotate the first ``num_heads`` heads of rows (T, width) in place; cos, sin as in ``rotate``."""
+    heads = rows[:, : num_heads * head_dim].view(rows.shape[0], num_heads, head_dim)
+    heads.copy_(rotate(heads, cos, sin))
+
+
+def rope_attention(
+    qkv: torch.Tensor,
+    batch: AttentionBatch,
+    layer: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    scale: float,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    norm_eps: float = 0.0,
+) -> torch.Tensor:
+    """Optional per-head norm, rotary, cache write and paged causal attention: (T, C) -> (T, num_heads * D)."""
+    num_tokens = qkv.shape[0]
+    heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
+    q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_norm is not None:
+        q = rms_norm(q, q_norm, norm_eps)
+    if k_norm is not None:
+        k = rms_norm(k, k_norm, norm_eps)
+    q, k = rotate(q, batch.cos, batch.sin), rotate(k, batch.cos, batch.sin)
+    cache = batch.caches[layer]
+    write_cache(k, v, batch, cache)
+    return attend(q, batch, cache, scale).reshape(num_tokens, num_heads * head_dim)
+
+
+def token_positions(batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence (T,) and index within its sequence (T,) of each row, int64."""
+    device = batch.query_start.device
+    starts = batch.query_start.long()
+    lens = starts[1:] - starts[:-1]
+    num_tokens = sum(batch.query_lens)
+    sequence = torch.repeat_interleave(
+        torch.arange(len(batch.query_lens), device=device), lens, output_size=num_tokens
+    )
+    row = torch.arange(num_tokens, device=device)
+    return sequence, batch.kv_len.long()[sequence] - starts[1:][sequence] + row
+
+
+def write_cache(k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: LayerCache) -> None:
+    """Store k, v (T, num_kv_heads, D) of the step's tokens in the cache's blocks."""
+    block_size = cache.k.shape[3]
+    sequence, position = token_positions(batch)
+    block = batch.block_table.long()[sequence, position // block_size]
+    offset = position % block_size
+    cache.k[block, :, :, offset] = k
+    cache.v[block, :, offset] = v
+
+
+def gather(cache: LayerCache, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V (S, num_kv_heads, B * block_size, D) that lie in the blocks (S, B) of the cache."""
+    num_sequences, num_blocks = blocks.shape
+    _, num_kv_heads, head_dim, block_size = cache.k.shape
+    length = num_blocks * block_size
+    index = blocks.reshape(-1).long()
+    k = cache.k[index].view(num_sequences, num_blocks, num_kv_heads, head_dim, block_size)
+    v = cache.v[index].view(num_sequences, num_blocks, num_kv_heads, block_size, head_dim)
+    shape = (num_sequences, num_kv_heads, length, head_dim)
+    # A single block would be reshaped to a view whose last axis has gaps, which attention kernels do not take.
+    k = k.permute(0, 2, 1, 4, 3).reshape(shape).contiguous()
+    return k, v.permute(0, 2, 1, 3, 4).reshape(shape)
+
+
+def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: float) -> torch.Tensor:
+    """Causal attention of q (T, num_heads, D) to what the cache holds of its sequence; the shape of q."""
+    block_size = cache.k.shape[3]
+    num_decodes = batch.num_decodes
+    parts = []
+    if num_decodes:
+        num_blocks = -(-max(batch.kv_lens[:num_decodes]) // block_size)
+        k, v = gather(cache, batch.block_table[:num_decodes, :num_blocks])
+        seen = torch.arange(k.shape[2], device=q.device) < batch.kv_len[:num_decodes, None]
+        out = F.scaled_dot_product_attention(
+            q[:num_decodes, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True
+        )
+        parts.append(out[:, :, 0])
+    row = num_decodes
+    for index in range(num_decodes, len(batch.query_lens)):
+        query_len, kv_len = batch.query_lens[index], batch.kv_lens[index]
+        num_blocks = -(-kv_len // block_size)
+        k, v = gather(cache, batch.block_table[index : index + 1, :num_blocks])
+        own = q[row : row + query_len].transpose(0, 1)[None]
+        first = kv_len - query_len
+        position = torch.arange(first, kv_len, device=q.device)
+        seen = torch.arange(kv_len, device=q.device) <= position[:, None]
+        out = F.scaled_dot_product_attention(
+            own, k[:, :, :kv_len], v[:, :, :kv_len], seen, scale=scale, enable_gqa=True
+        )
+        parts.append(out[0].transpose(0, 1))
+        row += query_len
+    return torch.cat(parts) if len(parts) != 1 else parts[0]

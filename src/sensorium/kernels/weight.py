@@ -1,0 +1,27 @@
+"""The form in which a linear layer's weight waits for its multiplications."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """Weight of ``y = x W^T`` with N outputs and K inputs, in whatever order the multiplication likes best.
+
+    ``data`` is the plain (N, K) tensor when ``packed`` is false, else an opaque oneDNN tensor that only
+    ``kernels.cpu_linear`` may read.
+    """
+
+    data: torch.Tensor
+    num_outputs: int
+    num_inputs: int
+    dtype: torch.dtype
+    packed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K), whatever the packing."""
+        return self.num_outputs, self.num_inputs

@@ -1,0 +1,57 @@
+"""Token embeddings and the language-model head."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sensorium.kernels import ops
+from sensorium.layers.linear import Linear
+
+
+class Embedding:
+    """A table (num_rows, size) of vectors, set by ``load``."""
+
+    __slots__ = ("num_rows", "size", "weight")
+
+    def __init__(self, num_rows: int, size: int) -> None:
+        self.num_rows = num_rows
+        self.size = size
+        self.weight = torch.empty(0)
+
+    def load(self, weight: torch.Tensor) -> None:
+        """Take the table (num_rows, size); ValueError for another shape."""
+        if tuple(weight.shape) != (self.num_rows, self.size):
+            raise ValueError(
+                f"embedding has shape {tuple(weight.shape)}, expected ({self.num_rows}, {self.size})"
+            )
+        self.weight = weight.contiguous()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows (T, size) of the table for ids (T,), in new memory."""
+        return F.embedding(ids, self.weight)
+
+    __call__ = forward
+
+
+class LMHead:
+    """Logits over the vocabulary. Tied heads are loaded with the embedding's tensor: they keep a packed copy of it."""
+
+    __slots__ = ("linear",)
+
+    def __init__(self, vocab_size: int, hidden_size: int, bias: bool = False) -> None:
+        self.linear = Linear(hidden_size, vocab_size, bias)
+
+    def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Take the weight (vocab_size, hidden_size) and the bias (vocab_size,) if the head has one."""
+        self.linear.load(weight, bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, vocab_size) of hidden states (N, hidden_size), in their dtype."""
+        return self.linear(hidden)
+
+    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The likeliest ids (N,) int64, without a float32 copy of the logits."""
+        return ops.argmax(self.linear(hidden))
+
+    __call__ = forward

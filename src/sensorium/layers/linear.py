@@ -1,0 +1,62 @@
+"""Linear layers whose weight arrives after they are built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sensorium.kernels import ops
+from sensorium.kernels.weight import PackedWeight
+
+
+class Linear:
+    """``y = x W^T + b``. Owns no storage until ``load``; fused projections are loaded with the concatenated tensor."""
+
+    __slots__ = ("bias", "forward", "has_bias", "num_inputs", "num_outputs", "weight")
+
+    weight: PackedWeight | None
+    bias: torch.Tensor | None
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    """(T, num_inputs) -> (T, num_outputs)."""
+
+    def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
+        self.num_inputs = num_inputs
+        self.num_outputs = num_outputs
+        self.has_bias = bias
+        self.weight = None
+        self.bias = None
+        self.forward = _not_loaded
+
+    def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Take the weight (num_outputs, num_inputs) and, if the layer has one, the bias (num_outputs,).
+
+        Raises ValueError for other shapes or when a bias is missing or unexpected.
+        """
+        if tuple(weight.shape) != (self.num_outputs, self.num_inputs):
+            raise ValueError(
+                f"linear weight has shape {tuple(weight.shape)}, "
+                f"expected ({self.num_outputs}, {self.num_inputs})"
+            )
+        if (bias is not None) != self.has_bias:
+            raise ValueError(f"linear layer {'needs' if self.has_bias else 'takes no'} bias")
+        if bias is not None and tuple(bias.shape) != (self.num_outputs,):
+            raise ValueError(
+                f"linear bias has shape {tuple(bias.shape)}, expected ({self.num_outputs},)"
+            )
+        self.weight = ops.pack_weight(weight)
+        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self.forward = ops.bind_linear(self.weight, self.bias)
+
+    def forward_act(self, x: torch.Tensor, act: str) -> torch.Tensor:
+        """act(forward(x)) for an activation's name, fused where the device can."""
+        if self.weight is None:
+            return _not_loaded(x)
+        return ops.linear_act(x, self.weight, self.bias, act)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward(x)
+
+
+def _not_loaded(*tensors: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("a layer was used before its weight was loaded")

@@ -1,0 +1,85 @@
+"""Feed-forward blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sensorium.kernels import ops
+from sensorium.layers.activation import activation
+from sensorium.layers.linear import Linear
+
+INNER_BYTES = 24 * 1024 * 1024
+"""Largest intermediate result on the CPU. The C library gives larger ones back to the system when they are freed, and
+touching the fresh pages of the next one costs half as much as the multiplication; the caches like parts better too."""
+MIN_ROWS = 256
+
+
+class GatedMLP:
+    """down(act(gate(x)) * up(x)) with gate and up in one projection: ``gate_up`` holds gate's rows first."""
+
+    __slots__ = ("act", "down", "gate_up", "is_silu")
+
+    def __init__(
+        self, hidden_size: int, inner_size: int, bias: bool = False, act: str = "silu"
+    ) -> None:
+        self.gate_up = Linear(hidden_size, 2 * inner_size, bias)
+        self.down = Linear(inner_size, hidden_size, bias)
+        self.act = activation(act)
+        self.is_silu = act in ("silu", "swish")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, hidden_size) -> (T, hidden_size)."""
+        return in_parts(self._run, x, self.gate_up.num_outputs)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        both = self.gate_up.forward(x)
+        if self.is_silu:
+            return self.down.forward(ops.silu_mul(both))
+        gate, up = both.chunk(2, dim=-1)
+        return self.down.forward(self.act(gate) * up)
+
+    __call__ = forward
+
+
+class PlainMLP:
+    """fc2(act(fc1(x)))."""
+
+    __slots__ = ("act", "fc1", "fc2")
+
+    def __init__(
+        self,
+        num_inputs: int,
+        inner_size: int,
+        num_outputs: int | None = None,
+        act: str = "gelu",
+        bias: bool = True,
+    ) -> None:
+        self.fc1 = Linear(num_inputs, inner_size, bias)
+        self.fc2 = Linear(inner_size, num_inputs if num_outputs is None else num_outputs, bias)
+        activation(act)  # an unknown name fails here
+        self.act = act
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., num_inputs) -> (..., num_outputs)."""
+        return in_parts(self._run, x, self.fc1.num_outputs)
+
+    def _run(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.fc1.forward_act(x, self.act))
+
+    __call__ = forward
+
+
+def in_parts(
+    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, width: int
+) -> torch.Tensor:
+    """``run(x)``, in parts of rows where ``width`` numbers a row would make too large an intermediate result."""
+    num_rows = x.shape[0]
+    if num_rows <= MIN_ROWS or not x.is_cpu or x.dim() != 2:
+        return run(x)
+    largest = max(MIN_ROWS, INNER_BYTES // (width * x.dtype.itemsize))
+    num_parts = -(-num_rows // largest)
+    if num_parts == 1:
+        return run(x)
+    return torch.cat([run(part) for part in x.chunk(num_parts)])

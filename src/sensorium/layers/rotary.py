@@ -1,0 +1,223 @@
+"""Rotary position factors: plain and multi-axis, with the length scalings that checkpoints declare."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Scaling = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Frequencies:
+    """inverse (rotary_dim / 2,) float32 radians per position, and the factor that cos and sin are multiplied by."""
+
+    inverse: torch.Tensor
+    factor: float
+
+
+class Rotary:
+    """cos and sin of each position times each frequency.
+
+    head_dim: number of rotated dimensions of a head (all of them unless rotary is partial). rope_scaling: the
+    checkpoint's dictionary (``rope_scaling`` or ``rope_parameters``) or None; its ``rope_type`` (or ``type``) is
+    default, mrope, linear, dynamic, llama3, yarn, or longrope (also "su"). max_position: ``max_position_embeddings``.
+    original_max_position: ``original_max_position_embeddings`` where it stands outside the dictionary.
+
+    Longrope has two sets of frequencies. A cache that was filled with one is invalid for the other, so the choice is
+    made once: the long set when ``max_length``, the longest sequence that will be served, exceeds the original
+    maximum, the short set otherwise or when it is not given. For the same reason "dynamic" scales for ``max_length``.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        rope_scaling: Scaling | None = None,
+        max_position: int = 0,
+        original_max_position: int | None = None,
+        max_length: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        scaling = dict(rope_scaling or {})
+        if original_max_position is not None:
+            scaling.setdefault("original_max_position_embeddings", original_max_position)
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        if kind not in _KINDS:
+            raise ValueError(f"unknown rope type {kind!r}; known are {', '.join(sorted(_KINDS))}")
+        frequencies = _KINDS[kind](head_dim, theta, scaling, max_position, max_length)
+        self.rotary_dim = head_dim
+        self.inverse = frequencies.inverse.to(device)
+        self.factor = frequencies.factor
+        section = scaling.get("mrope_section")
+        self.axes = (
+            None
+            if section is None
+            else axis_of_frequency(
+                [int(size) for size in section],
+                head_dim // 2,
+                interleaved=bool(scaling.get("mrope_interleaved", False)),
+            ).to(device)
+        )
+
+    def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (T, rotary_dim / 2) float32 of positions (T,), or (3, T): time, height, width.
+
+        Without ``mrope_section`` the first row of three-axis positions counts.
+        """
+        if positions.dim() == 2 and self.axes is None:
+            positions = positions[0]
+        place = positions.to(torch.float32)
+        rows = place[:, None] if place.dim() == 1 else place.t()[:, self.axes]
+        angle = rows * self.inverse
+        cos, sin = angle.cos(), angle.sin()
+        if self.factor != 1.0:
+            cos, sin = cos * self.factor, sin * self.factor
+        return cos, sin
+
+
+def axis_of_frequency(section: list[int], size: int, interleaved: bool) -> torch.Tensor:
+    """Which axis (0 time, 1 height, 2 width) each of ``size`` frequencies follows, int64.
+
+    Chunked (Qwen2-VL): section[0] frequencies of time, then height, then width. Interleaved (Qwen3-VL): t h w t h w …
+    as long as the sections of height and width last, and time for the rest.
+    """
+    if sum(section) != size:
+        raise ValueError(f"mrope_section {section} must sum to {size}, half the rotary dimensions")
+    axes = torch.zeros(size, dtype=torch.int64)
+    if interleaved:
+        for axis in (1, 2):
+            axes[axis : section[axis] * 3 : 3] = axis
+        return axes
+    start = 0
+    for index, length in enumerate(section):
+        axes[start : start + length] = index % 3
+        start += length
+    return axes
+
+
+def axial_cos_sin(
+    positions: torch.Tensor, head_dim: int, theta: float = 10000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin (T, head_dim / 2) float32 for (T, 2) row and column positions: half the frequencies follow each axis.
+
+    This is the two-dimensional rotary of the Qwen vision towers.
+    """
+    inverse = inverse_frequencies(head_dim // 2, theta).to(positions.device)
+    angle = (positions.to(torch.float32)[:, :, None] * inverse).flatten(1)
+    return angle.cos(), angle.sin()
+
+
+def inverse_frequencies(dim: int, theta: float) -> torch.Tensor:
+    """theta^(-2 i / dim) for i in [0, dim / 2), float32."""
+    return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
+
+
+def _plain(
+    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
+) -> Frequencies:
+    return Frequencies(inverse_frequencies(dim, theta), 1.0)
+
+
+def _linear(
+    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
+) -> Frequencies:
+    return Frequencies(inverse_frequencies(dim, theta) / float(scaling["factor"]), 1.0)
+
+
+def _dynamic(
+    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
+) -> Frequencies:
+    """NTK-aware scaling of theta for lengths above the trained one."""
+    factor = float(scaling["factor"])
+    length = max(max_length or 0, max_position)
+    base = theta * (factor * length / max_position - (factor - 1)) ** (dim / (dim - 2))
+    return Frequencies(inverse_frequencies(dim, base), 1.0)
+
+
+def _llama3(
+    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
+) -> Frequencies:
+    """Llama 3.1: slow frequencies divided by ``factor``, fast ones kept, a linear blend between."""
+    factor = float(scaling["factor"])
+    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+    original = float(scaling["original_max_position_embeddings"])
+    inverse = inverse_frequencies(dim, theta)
+    wavelength = 2 * math.pi / inverse
+    blend = (original / wavelength - low) / (high - low)
+    smooth = (1 - blend) * inverse / factor + blend * inverse
+    scaled = torch.where(wavelength > original / low, inverse / factor, smooth)
+    return Frequencies(torch.where(wavelength < original / high, inverse, scaled), 1.0)
+
+
+def _yarn(
+    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
+) -> Frequencies:
+    """Peng et al., YaRN (2023): interpolate slow frequencies, keep fast ones, ramp between, and sharpen attention."""
+    original = scaling.get("original_max_position_embeddings") or max_position
+    declared = scaling.get("factor")
+    factor = max_position / original if declared is None else float(declared)
+
+    def dimension_of(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = dimension_of(scaling.get("beta_fast") or 32)
+    high = dimension_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    power = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    keep = 1 - ramp
+    inverse = 1.0 / (factor * power) * (1 - keep) + 1.0 / power * keep
+    return Frequencies(inverse, _yarn_factor(scaling, factor))
+
+
+def _yarn_factor(scaling: Scaling, factor: float) -> float:
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+
+    def sharpness(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    top, bottom = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    if top and bottom:
+        return sharpness(float(top)) / sharpness(float(bottom))
+    return sharpness(1.0)
+
+
+def _longrope(
+    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
+) -> Frequencies:
+    """Ding et al., LongRoPE (2024): a factor per frequency, one set for short and one for long sequences."""
+    original = int(scaling.get("original_max_position_embeddings") or max_position)
+    long = max_length is not None and max_length > original
+    name = "long_factor" if long else "short_factor"
+    factors = torch.tensor(scaling[name], dtype=torch.float32)
+    if factors.shape != (dim // 2,):
+        raise ValueError(f"{name} has {factors.numel()} entries, expected {dim // 2}")
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    inverse = 1.0 / (factors * theta**exponent)
+    if scaling.get("attention_factor") is not None:
+        return Frequencies(inverse, float(scaling["attention_factor"]))
+    ratio = float(scaling.get("factor") or max_position / original)
+    grown = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
+    return Frequencies(inverse, grown)
+
+
+_KINDS: dict[str, Callable[[int, float, Scaling, int, int | None], Frequencies]] = {
+    "default": _plain,
+    "mrope": _plain,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,
+}

@@ -1,0 +1,127 @@
+"""Compiling, caching and running kernels."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+from sensorium.kernels import cpu_elementwise, cpu_launch, cpu_pages, ops
+
+
+def run(code: str, **environment: str) -> str:
+    """Output of a fresh interpreter."""
+    source = str(Path(__file__).parents[2] / "src")
+    env = {**os.environ, "PYTHONPATH": source, **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+NORM = """
+    import torch
+    from sensorium.kernels import cpu_launch, ops
+    x = torch.ones(2, 5)
+    print(cpu_launch.cache_folder() is not None, ops.rms_norm(x, torch.ones(5), 0.0).sum().item())
+"""
+
+
+def test_without_a_writable_cache_folder_kernels_still_work(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert run(NORM, XDG_CACHE_HOME=str(blocked)) == "False 10.0"
+
+
+def test_kernels_are_kept_and_found_again(tmp_path):
+    assert run(NORM, XDG_CACHE_HOME=str(tmp_path)) == "True 10.0"
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+    assert len(kept) == 2  # an index and the code of one kernel
+    assert run(NORM, XDG_CACHE_HOME=str(tmp_path)) == "True 10.0"
+    assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+
+
+def test_a_damaged_cache_is_replaced(tmp_path):
+    run(NORM, XDG_CACHE_HOME=str(tmp_path))
+    for path in tmp_path.rglob("*.nb?"):
+        path.write_bytes(b"damaged")
+    assert run(NORM, XDG_CACHE_HOME=str(tmp_path)) == "True 10.0"
+
+
+def test_every_thread_count_gives_the_same_norms():
+    x, weight = torch.randn(300, 64), torch.rand(64)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.rms_norm(x, weight, 1e-6))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_without_openmp_kernels_run_on_one_thread(monkeypatch):
+    monkeypatch.setattr(cpu_launch, "_find_openmp", lambda: None)
+    launcher = cpu_launch.Launcher(
+        cpu_elementwise.kernel(cpu_elementwise.build_norm, torch.float32)._address
+    )
+    x, out, weight = torch.ones(4, 6), torch.zeros(4, 6), torch.full((6,), 2.0)
+    for way in (launcher.parallel, launcher.released):
+        out.zero_()
+        values = (x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 6, cpu_launch.float_bits(0.0))
+        way(cpu_launch.pack(4, *values))
+        assert torch.equal(out, torch.full((4, 6), 2.0))
+
+
+def test_warm_up_covers_what_a_step_needs(monkeypatch):
+    ops.warm_up(torch.float32)
+    monkeypatch.setattr(cpu_elementwise, "compile_kernel", None)
+    ops.silu_mul(torch.ones(1, 4))
+    ops.argmax(torch.ones(1, 4))
+    ops.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-6)
+    assert ops.warm_up(torch.float64) < 1  # no kernels, nothing to do
+
+
+def test_waiting_policy_is_set_before_torch_only_where_the_user_has_none():
+    code = """
+        import os
+        from sensorium.kernels import threads
+        print(threads.prepare(), os.environ["GOMP_SPINCOUNT"], threads.configure(1))
+        import torch
+        print(torch.get_num_threads(), threads.prepare())
+    """
+    assert run(code, GOMP_SPINCOUNT="77") == "True 77 1\n1 False"
+    unset = "import os; os.environ.pop('GOMP_SPINCOUNT', None)\n" + textwrap.dedent(code)
+    assert run(unset) == "True 10000 1\n1 False"
+
+
+def test_tunables_of_child_processes_are_added_to_the_users():
+    code = """
+        import os
+        from sensorium.kernels import threads
+        threads.prepare()
+        print(os.environ["GLIBC_TUNABLES"])
+    """
+    assert run(code, GLIBC_TUNABLES="") == "glibc.malloc.hugetlb=1"
+    ours = "glibc.malloc.top_pad=1:glibc.malloc.hugetlb=1"
+    assert run(code, GLIBC_TUNABLES="glibc.malloc.top_pad=1") == ours
+    assert run(code, GLIBC_TUNABLES="glibc.malloc.hugetlb=0") == "glibc.malloc.hugetlb=0"
+
+
+def test_huge_page_tensors_are_zeros():
+    for shape in ((3, 5), (3, 1024, 1024)):
+        tensor = cpu_pages.zeros(shape, torch.float32)
+        assert tensor.shape == shape
+        assert not tensor.any()
+        tensor.fill_(2.0)
+        assert tensor.mean() == 2.0
