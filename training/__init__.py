@@ -1,0 +1,1 @@
+"""Training of the demo model: picture generator, tokenizer, model, training and evaluation."""

@@ -1,0 +1,260 @@
+"""From pictures to arrays: several questions about one picture share one sequence.
+
+Three layouts, as users write: the picture first and several questions that see the picture but not
+each other (most samples: each question then costs few tokens and looks exactly like a prompt of
+its own); the question first and then the picture; a talk of several turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from training.palette import COLOURS, SHAPES
+from training.picture import Picture, Turn
+from training.pictures import CELL, SCENES, choose_grid, choose_size, draw_picture, small_talk
+from training.tokenizer import SYSTEM, build_tokenizer
+
+if TYPE_CHECKING:
+    pass
+
+
+MAX_LENGTH = 160
+IGNORED = -100
+PREFIX = 0
+NO_POINTS = (IGNORED,) * 4
+SYSTEMS = (
+    SYSTEM,
+    "Answer in one word.",
+    "You are a helpful assistant. Answer briefly.",
+    "Be brief.",
+)
+GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+SHAPE_NAMES = (*SHAPES, "bar")
+COLOUR_NAMES = tuple(COLOURS)
+
+
+class Encoder:
+    """Token ids of texts, remembered, since questions repeat."""
+
+    def __init__(self) -> None:
+        self._tokenizer = build_tokenizer()
+        self._known: dict[str, list[int]] = {}
+        self.image_pad = self._tokenizer.token_to_id("<|image_pad|>")
+        self.padding = self._tokenizer.token_to_id("<|endoftext|>")
+
+    def __call__(self, text: str) -> list[int]:
+        """Ids of ``text``; special tokens in it are recognised."""
+        if text not in self._known:
+            if len(self._known) > 50_000:
+                self._known.clear()
+            self._known[text] = self._tokenizer.encode(text).ids
+        return self._known[text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``."""
+        return str(self._tokenizer.decode(list(ids)))
+
+
+@dataclass
+class Dialogue:
+    """One sequence in the making; ``segment`` 0 is seen by all later segments."""
+
+    encode: Encoder
+    grid: tuple[int, int]
+    ids: list[int] = field(default_factory=list)
+    positions: list[tuple[int, int, int]] = field(default_factory=list)
+    segments: list[int] = field(default_factory=list)
+    image_index: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    points: list[tuple[int, ...]] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    next_pos: int = 0
+
+    def text(self, text: str, segment: int, answer: bool = False) -> None:
+        """Append ``text``; with ``answer`` the model has to foretell each of its tokens."""
+        for token in self.encode(text):
+            if answer:
+                self.labels[-1] = token
+            self.ids.append(token)
+            self.positions.append((self.next_pos,) * 3)
+            self.segments.append(segment)
+            self.image_index.append(-1)
+            self.labels.append(IGNORED)
+            self.points.append(NO_POINTS)
+            self.next_pos += 1
+
+    def picture(self, segment: int) -> None:
+        """Append the picture between its two marks."""
+        self.text("<|vision_start|>", segment)
+        rows, columns = self.grid
+        for cell in range(rows * columns):
+            row, column = divmod(cell, columns)
+            self.ids.append(self.encode.image_pad)
+            self.positions.append((self.next_pos, self.next_pos + row, self.next_pos + column))
+            self.segments.append(segment)
+            self.image_index.append(cell)
+            self.labels.append(IGNORED)
+            self.points.append(NO_POINTS)
+        self.next_pos += max(rows, columns)
+        self.text("<|vision_end|>", segment)
+
+    def cut(self, length: int) -> None:
+        """Forget everything after the first ``length`` tokens."""
+        rows = (self.ids, self.positions, self.segments, self.image_index, self.labels, self.points)
+        for row in rows:
+            del row[length:]
+
+
+def _answer(sequence: Dialogue, turn: Turn, segment: int) -> None:
+    sequence.text("<|im_end|>\n<|im_start|>assistant\n", segment)
+    rows, columns = sequence.grid
+    flat = [
+        int(share * 2 * side) for x, y in turn.points for share, side in ((x, columns), (y, rows))
+    ]
+    sequence.points[-1] = (*flat, *NO_POINTS)[:4]
+    sequence.text(turn.answer + "<|im_end|>", segment, answer=True)
+
+
+def layout(
+    rng: Random, encode: Encoder, grid: tuple[int, int], turns: list[Turn], way: str | None = None
+) -> Dialogue:
+    """Put ``turns`` about a picture into one sequence of at most ``MAX_LENGTH`` tokens.
+
+    ``way`` is ``packed``, ``question_first`` or ``talk``; by default it is drawn.
+    """
+    way = way or rng.choices(("packed", "question_first", "talk"), (0.7, 0.18, 0.12))[0]
+    out = Dialogue(encode, grid)
+    system = SYSTEM if rng.random() < 0.88 else rng.choice(SYSTEMS)
+    out.text(f"<|im_start|>system\n{system}<|im_end|>\n", PREFIX)
+    if way != "question_first":
+        out.text("<|im_start|>user\n", PREFIX)
+        out.picture(PREFIX)
+    start = out.next_pos
+    for turn in turns:
+        number = len(out.kinds) + 1
+        length, position = len(out.ids), out.next_pos
+        segment = PREFIX if way == "talk" else number
+        if way == "packed":
+            out.next_pos = start
+            out.text(turn.question, segment)
+        elif way == "talk":
+            if number > 1:
+                out.text("\n<|im_start|>user\n", segment)
+            out.text(turn.question, segment)
+        else:
+            out.next_pos = start
+            out.text("<|im_start|>user\n" + turn.question, segment)
+            if turn.kind != "small_talk":
+                if rng.random() < 0.2:
+                    out.text("\n", segment)
+                out.picture(segment)
+        _answer(out, turn, segment)
+        if len(out.ids) > MAX_LENGTH:
+            out.cut(length)
+            out.next_pos = position
+        else:
+            out.kinds.append(turn.kind)
+    return out
+
+
+def patch_labels(picture: Picture, grid: tuple[int, int]) -> Any:
+    """What lies at each patch: [4, P], 0 for nothing, merged order.
+
+    Shape, colour and glyph; in the fourth row shape or glyph only where its middle lies.
+    """
+    rows, columns = grid[0] * 2, grid[1] * 2
+    labels = np.zeros((4, rows, columns), np.int64)
+    across, down = picture.image.size[0] / columns, picture.image.size[1] / rows
+    for region in picture.regions:
+        left, top, right, bottom = region.box
+        slack = 0.3 if region.glyph else 0.0
+        x0 = max(0, int(np.ceil(left / across - 0.5 - slack)))
+        x1 = min(columns, int(np.floor(right / across - 0.5 + slack)) + 1)
+        y0 = max(0, int(np.ceil(top / down - 0.5 - slack)))
+        y1 = min(rows, int(np.floor(bottom / down - 0.5 + slack)) + 1)
+        where = (slice(y0, y1), slice(x0, x1))
+        if region.shape:
+            labels[0][where] = SHAPE_NAMES.index(region.shape) + 1
+        if region.colour:
+            labels[1][where] = COLOUR_NAMES.index(region.colour) + 1
+        if region.glyph:
+            labels[2][where] = GLYPHS.index(region.glyph) + 1
+        middle = min(rows - 1, max(0, int((top + bottom) / 2 / down)))
+        centre = min(columns - 1, max(0, int((left + right) / 2 / across)))
+        if region.shape:
+            labels[3, middle, centre] = SHAPE_NAMES.index(region.shape) + 1
+        elif region.glyph:
+            labels[3, middle, centre] = len(SHAPE_NAMES) + GLYPHS.index(region.glyph) + 1
+    merged = labels.reshape(4, rows // 2, 2, columns // 2, 2).transpose(0, 1, 3, 2, 4)
+    return merged.reshape(4, -1)
+
+
+def make_batch(
+    encode: Encoder,
+    seed: int,
+    size: int,
+    scenes: dict[str, float] | None = None,
+    way: str | None = None,
+) -> dict[str, Any]:
+    """A batch of ``size`` pictures of one grid, as arrays; the seed decides everything.
+
+    Returns:
+        pixels [B, height, width, 3] uint8, patches [B, 4, P], ids, segments, image_index and
+        labels [B, L], points [B, L, 4] (column and row, in patches, of up to two things that a
+        question names, before its answer), positions [3, B, L] and the lists ``kinds`` of the kinds of each segment.
+    """
+    rng = Random(seed)
+    grid = choose_grid(rng)
+    shares = {"text": 1.0} if grid[0] == 2 else scenes or SCENES
+    sequences, pixels, patches = [], [], []
+    for i in range(size):
+        scene = rng.choices(list(shares), list(shares.values()))[0]
+        picture = draw_picture(seed * 1000 + i, scene, choose_size(rng, grid))
+        sequences.append(_lay_out(rng, encode, grid, picture, way))
+        resized = picture.image.resize((grid[1] * CELL, grid[0] * CELL), Image.Resampling.BICUBIC)
+        pixels.append(np.asarray(resized, np.uint8))
+        patches.append(patch_labels(picture, grid))
+    arrays = {"pixels": np.stack(pixels), "patches": np.stack(patches)}
+    return arrays | _stack(encode, sequences)
+
+
+def _lay_out(
+    rng: Random, encode: Encoder, grid: tuple[int, int], picture: Picture, way: str | None
+) -> Dialogue:
+    turns = list(picture.turns)
+    way = way or rng.choices(("packed", "question_first", "talk"), (0.7, 0.18, 0.12))[0]
+    if way == "question_first":
+        turns.insert(rng.randint(0, 2), small_talk(rng))
+    return layout(rng, encode, grid, turns, way)
+
+
+def _stack(encode: Encoder, sequences: list[Dialogue]) -> dict[str, Any]:
+    """Pad sequences on the right to one length, a multiple of 16."""
+    longest = max(len(sequence.ids) for sequence in sequences)
+    length = -(-longest // 16) * 16
+    shape = (len(sequences), length)
+    ids = np.full(shape, encode.padding, np.int64)
+    segments = np.full(shape, -1, np.int64)
+    image_index = np.full(shape, -1, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
+    positions = np.zeros((3, *shape), np.int64)
+    points = np.full((*shape, 4), IGNORED, np.int64)
+    for row, sequence in enumerate(sequences):
+        used = len(sequence.ids)
+        ids[row, :used] = sequence.ids
+        segments[row, :used] = sequence.segments
+        image_index[row, :used] = sequence.image_index
+        labels[row, :used] = sequence.labels
+        points[row, :used] = sequence.points
+        positions[:, row, :used] = np.array(sequence.positions).T
+    return {
+        "ids": ids, "segments": segments, "image_index": image_index, "labels": labels,
+        "positions": positions,
+        "points": points, "kinds": [sequence.kinds for sequence in sequences],
+    }  # fmt: skip

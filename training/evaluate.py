@@ -1,0 +1,197 @@
+"""Measure the demo model: held-out pictures, one question at a time, exact answers.
+
+    python -m training.evaluate                      # through transformers
+    python -m training.evaluate --engine sensorium   # through this project's engine
+
+prints a table of the share of right answers per kind of question, and with ``--card FILE`` puts it
+between the marks in the model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from training.lettering import FAMILIES, HELD_OUT_FAMILIES
+from training.pictures import GRIDS, choose_size, draw_picture, small_talk
+
+DEMO = Path(__file__).resolve().parents[1] / "src" / "sensorium" / "demo"
+FIRST_SEED = 5 * 10**15
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+#: Scenes as (name, generator's scene, size in pixels or None for trained sizes, font families).
+SETS = (
+    ("shapes", "shapes", None, FAMILIES),
+    ("text", "text", None, FAMILIES),
+    ("chart", "chart", None, FAMILIES),
+    ("shapes, 448x448", "shapes", (448, 448), FAMILIES),
+    ("text, 640x480", "text", (640, 480), FAMILIES),
+    ("text, font never seen", "text", None, HELD_OUT_FAMILIES),
+)
+
+
+class Question(NamedTuple):
+    """One question to put, and the truth."""
+
+    group: str
+    kind: str
+    image: Image.Image | None
+    text: str
+    answer: str
+
+
+Answerer = Callable[[list[Question]], list[str]]
+
+
+def draw_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
+    """About ``count`` questions for each of ``SETS``, and some without a picture."""
+    questions = []
+    for number, (group, scene, size, families) in enumerate(SETS):
+        seed = first + number * 10**9
+        left = count * (3 if group == "shapes" else 1)
+        while left > 0:
+            seed += 1
+            rng = Random(seed)
+            grid = rng.choices(list(GRIDS), list(GRIDS.values()))[0]
+            if grid[0] == 2 and scene != "text":
+                continue
+            picture = draw_picture(seed, scene, size or choose_size(rng, grid), families)
+            for turn in picture.turns[:4]:
+                questions.append(Question(group, turn.kind, picture.image, turn[1], turn[2]))
+                left -= 1
+    rng = Random(first)
+    for _ in range(40):
+        turn = small_talk(rng)
+        questions.append(Question("no picture", turn.kind, None, turn.question, turn.answer))
+    return questions
+
+
+def messages_of(question: Question, image: dict[str, Any]) -> list[dict[str, Any]]:
+    """The chat for one question, ``image`` being the part that carries the picture."""
+    parts: list[dict[str, Any]] = [] if question.image is None else [image]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
+
+
+def answer_with_transformers(folder: Path, dtype: str) -> Answerer:
+    """Greedy answers of ``Qwen2VLForConditionalGeneration``, one prompt at a time."""
+    import torch
+    from transformers import (
+        AutoImageProcessor,
+        AutoTokenizer,
+        Qwen2VLForConditionalGeneration,
+    )
+
+    torch.set_num_threads(1)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pad = model.config.image_token_id
+
+    def answer(question: Question) -> str:
+        prompt = tokenizer.apply_chat_template(
+            messages_of(question, {"type": "image"}), tokenize=False, add_generation_prompt=True
+        )
+        extra: dict[str, Any] = {}
+        if question.image is not None:
+            extra = dict(processor(images=[question.image], return_tensors="pt"))
+            tokens = int(extra["image_grid_thw"].prod()) // 4
+            prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
+            extra["pixel_values"] = extra["pixel_values"].to(model.dtype)
+        ids = torch.tensor([tokenizer.encode(prompt)])
+        extra["mm_token_type_ids"] = (ids == pad).int()
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=48,
+                do_sample=False, **extra,
+            )  # fmt: skip
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    return lambda questions: [answer(question) for question in questions]
+
+
+def answer_with_sensorium(folder: Path, dtype: str) -> Answerer:
+    """Greedy answers of ``sensorium.LLM``, all prompts in one call."""
+    from sensorium import LLM, SamplingParams
+
+    llm = LLM(model=str(folder), dtype=dtype)
+    params = SamplingParams(temperature=0.0, max_tokens=48)
+
+    def answer(questions: list[Question]) -> list[str]:
+        chats = [messages_of(q, {"type": "image_pil", "image_pil": q.image}) for q in questions]
+        return [output.outputs[0].text for output in llm.chat(chats, params)]
+
+    return answer
+
+
+def count_right(
+    questions: list[Question], answers: list[str]
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """(group, kind) -> (right answers, questions). Right is what equals the truth exactly."""
+    counts: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for question, answer in zip(questions, answers, strict=True):
+        right, asked = counts[question.group, question.kind]
+        hit = answer.strip() == question.answer
+        counts[question.group, question.kind] = (right + hit, asked + 1)
+    return dict(counts)
+
+
+def table_of(counts: dict[tuple[str, str], tuple[int, int]]) -> str:
+    """The counts as a Markdown table, in the order in which they were asked."""
+    groups = list(dict.fromkeys(group for group, _ in counts))
+    lines = ["| pictures | question | right | of | share |", "|---|---|---:|---:|---:|"]
+    for group in groups:
+        for (other, kind), (right, asked) in sorted(counts.items()):
+            if other == group:
+                share = 100 * right / asked
+                lines.append(f"| {group} | {kind} | {right} | {asked} | {share:.1f} % |")
+    return "\n".join(lines)
+
+
+def put_into_card(card: Path, table: str) -> None:
+    """Replace what stands between the marks in ``card`` by ``table``.
+
+    Raises:
+        ValueError: the card has no marks.
+    """
+    text = card.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{card.name} has no lines {BEGIN} and {END} to put the figures between")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    card.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, default=DEMO, help="folder of the checkpoint")
+    parser.add_argument("--engine", choices=("reference", "sensorium"), default="reference")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--questions", type=int, default=400, help="per set of pictures")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
+    parser.add_argument("--card", type=Path, help="model card to put the table into")
+    parser.add_argument("--wrong", type=Path, help="write wrong answers here, one JSON per line")
+    options = parser.parse_args()
+    make = answer_with_sensorium if options.engine == "sensorium" else answer_with_transformers
+    questions = draw_questions(options.questions, options.first_seed)
+    answers = make(options.model, options.dtype)(questions)
+    table = table_of(count_right(questions, answers))
+    print(table)
+    if options.card:
+        put_into_card(options.card, table)
+    if options.wrong:
+        with options.wrong.open("w", encoding="utf-8") as out:
+            for question, answer in zip(questions, answers, strict=True):
+                if answer.strip() != question.answer:
+                    out.write(json.dumps([question.group, question.kind, question.text,
+                                          question.answer, answer]) + "\n")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

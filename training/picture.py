@@ -1,0 +1,40 @@
+"""What the generator gives out: a picture, questions with answers, and what lies where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from PIL import Image
+
+
+class Turn(NamedTuple):
+    """One question about a picture with its true answer; ``kind`` groups the accuracy figures.
+
+    ``points`` are the middles of up to two things that the question names, in shares of width and
+    height; an auxiliary loss uses them.
+    """
+
+    kind: str
+    question: str
+    answer: str
+    points: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box (left, top, right, bottom, in pixels) and what it holds, for the auxiliary loss."""
+
+    box: tuple[float, float, float, float]
+    shape: str | None = None
+    colour: str | None = None
+    glyph: str | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn picture, its turns in random order and its regions."""
+
+    image: Image.Image
+    turns: list[Turn]
+    regions: list[Region] = field(default_factory=list)
