@@ -121,6 +121,12 @@ class FakeRunner:
         _check(all(new.seq_id in spans for new in plan.new), "each new sequence has a span")
         return result
 
+    def reset(self) -> None:
+        """Forget all sequences and encoder outputs."""
+        self._held.clear()
+        self._resident.clear()
+        self._users.clear()
+
     # ---- the parts of a step
 
     def _drop(self, seq_id: int) -> None:

@@ -44,6 +44,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "LLM":
+        # Before torch is imported, which reads the policy of its threads once.
+        importlib.import_module("sensorium.kernels.threads").prepare()
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'sensorium' has no attribute {name!r}")

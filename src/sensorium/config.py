@@ -69,6 +69,7 @@ class ModelConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _non_empty("model", self.model)
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("load_format", self.load_format, get_args(LoadFormat))
@@ -121,6 +122,7 @@ class CacheConfig:
     mm_encoder_cache_gb: float = option(0.5, "GiB for encoder outputs.")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _integer("block_size", self.block_size, 1, 1024)
         _number("gpu_memory_utilization", self.gpu_memory_utilization, 0.01, 1.0)
         _number("mm_processor_cache_gb", self.mm_processor_cache_gb, 0.0, 1 << 20)
@@ -145,6 +147,7 @@ class SchedulerConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _integer("max_num_seqs", self.max_num_seqs, 1, 65536)
         if self.max_num_batched_tokens is not None:
             _integer("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 24)
@@ -188,6 +191,7 @@ class MediaConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for name in ("image_fetch_timeout", "video_fetch_timeout", "audio_fetch_timeout"):
             _number(name, getattr(self, name), 0.001, 3600.0)
         for name in (
@@ -199,8 +203,6 @@ class MediaConfig:
             _integer(name, getattr(self, name), 1, 1 << 50)
         if self.num_media_workers is not None:
             _integer("num_media_workers", self.num_media_workers, 1, 256)
-        if isinstance(self.allowed_media_domains, list):
-            object.__setattr__(self, "allowed_media_domains", tuple(self.allowed_media_domains))
         _limits("limit_mm_per_prompt", self.limit_mm_per_prompt)
         for name in ("mm_processor_kwargs", "media_io_kwargs"):
             if not isinstance(getattr(self, name), dict):
@@ -236,6 +238,7 @@ class ObservabilityConfig:
     log_stats_interval: float = option(10.0, "Seconds between two lines of throughput.")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _number("log_stats_interval", self.log_stats_interval, 0.1, 86400.0)
 
 
@@ -279,14 +282,12 @@ class ServerConfig:
     disable_access_log: bool = option(False, "Do not log each request.")
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _non_empty("host", self.host)
         _integer("port", self.port, 0, 65535)
         _integer("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
         _number("shutdown_timeout", self.shutdown_timeout, 0.0, 86400.0)
         _choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
-        for f in dataclasses.fields(self):
-            if isinstance(getattr(self, f.name), list):
-                object.__setattr__(self, f.name, tuple(getattr(self, f.name)))
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             _bad("ssl_certfile", "and ssl_keyfile go together: give both or none")
         if any(not key for key in self.api_key):
@@ -409,6 +410,21 @@ def _limits(name: str, value: object) -> None:
 
 def _bad(name: str, what: str) -> NoReturn:
     raise ConfigError(f"{name} {what}.", param=name)
+
+
+def _check_types(config: Any) -> None:
+    """Switches, texts and lists of texts must be just that; a list becomes a tuple. Numbers are checked elsewhere."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.type == "bool" and not isinstance(value, bool):
+            _bad(f.name, f"must be true or false, got {value!r}")
+        is_text = isinstance(value, str) or (value is None and f.type == "str | None")
+        if f.type in ("str", "str | None") and not is_text:
+            _bad(f.name, f"must be a text, got {value!r}")
+        if f.type == "tuple[str, ...]":
+            if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+                _bad(f.name, f"must be a list of texts, got {value!r}")
+            object.__setattr__(config, f.name, tuple(value))
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:

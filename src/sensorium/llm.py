@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.background import BackgroundLoop
 from sensorium.engine.executor import build_engine
-from sensorium.engine.prepare import PreparedPrompt, Preparer
+from sensorium.engine.prepare import Draft, PreparedPrompt, Preparer
 from sensorium.engine.prompts import ChatPrompt, MediaOptions, Prompt, parse_prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.engine.stream import RequestStream
@@ -32,7 +34,7 @@ Result = TypeVar("Result")
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 AHEAD = 2
-"""How many prompts are prepared ahead of the engine, as a multiple of the sequences of a step."""
+"""How many sequences are held at a time, media and all, running or on their way, as a multiple of those of a step."""
 
 
 @dataclass(slots=True)
@@ -45,8 +47,17 @@ class _Job:
     arrival_time: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """What one call asks for. ``several``: the prompts were a list, so that errors name the prompt's index."""
+
+    drafts: Sequence[Draft]
+    params: Sequence[SamplingParams]
+    several: bool
+
+
 class LLM:
-    """A model that is run in this process. Not thread-safe: one call at a time.
+    """A model that is run in this process. One call at a time: another one in the middle of it is refused.
 
     Keywords are the fields of ``sensorium.config``; an unknown one raises ConfigError with the nearest name. Use it as
     a context manager, or call ``close()``, to free its memory early.
@@ -55,9 +66,15 @@ class LLM:
     def __init__(self, model: str, **keywords: Any) -> None:
         self.config: EngineConfig = engine_config(model=model, **keywords)
         self._preparer = Preparer(self.config, trust_request_chat_template=True)
-        self._engine = build_engine(self.config)
+        try:
+            self._engine = build_engine(self.config)
+        except BaseException:
+            self._preparer.close()
+            raise
         self._preparer.set_facts(self._engine.facts)
         self._loop = BackgroundLoop()
+        self._in_use = threading.Lock()
+        self._closed = False
         self._request_numbers = itertools.count()
         self._streams: dict[str, tuple[int, RequestStream]] = {}
 
@@ -73,9 +90,12 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stop loading media and end the threads."""
-        self._loop.close()
-        self._preparer.close()
+        """Stop loading media, end the threads and free the model; nothing but another ``close`` may follow."""
+        if not self._closed:
+            self._closed = True
+            self._loop.close()
+            self._preparer.close()
+            del self._engine
 
     def generate(
         self,
@@ -93,12 +113,12 @@ class LLM:
         A prompt that cannot be served raises RequestError with its index; wrong ones that can be told without loading
         media raise before anything runs.
         """
-        several = isinstance(prompts, list) and not (prompts and isinstance(prompts[0], int))
-        values = prompts if several and isinstance(prompts, list) else [prompts]
-        parsed = [
-            _at(index, several, self._parse_prompt, value) for index, value in enumerate(values)
-        ]
-        return self._complete(parsed, sampling_params, use_tqdm)
+        several = isinstance(prompts, list | tuple) and not (
+            prompts and isinstance(prompts[0], int)
+        )
+        values = prompts if several and isinstance(prompts, list | tuple) else [prompts]
+        batch = self._batch(values, several, self._parse_prompt, sampling_params)
+        return self._complete(batch, use_tqdm)
 
     def chat(
         self,
@@ -118,7 +138,8 @@ class LLM:
         Messages are dicts as in OpenAI's API; content parts may be URLs, PIL images (``image_pil``) and, where enabled,
         embeddings. ``continue_final_message`` lets the model go on with the last message instead of answering it.
         """
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        listed = isinstance(messages, list | tuple) and len(messages) > 0
+        several = listed and not isinstance(messages[0], Mapping)
 
         def parse(conversation: Any) -> Prompt:
             return self._chat_prompt(
@@ -132,8 +153,7 @@ class LLM:
             )
 
         conversations = messages if several else [messages]
-        parsed = [_at(index, several, parse, value) for index, value in enumerate(conversations)]
-        return self._complete(parsed, sampling_params, use_tqdm)
+        return self._complete(self._batch(conversations, several, parse, sampling_params), use_tqdm)
 
     def chat_stream(
         self, messages: Sequence[Any], sampling_params: SamplingParams | None = None
@@ -142,9 +162,10 @@ class LLM:
 
         Closing the generator ends the work.
         """
-        params = self._params_list(sampling_params, 1)
-        for _, output in self._run([self._chat_prompt(messages)], params):
-            yield output
+        batch = self._batch([messages], False, self._chat_prompt, sampling_params)
+        with closing(self._run(batch)) as news:
+            for _, output in news:
+                yield output
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -156,9 +177,14 @@ class LLM:
 
     def stats(self) -> EngineStats:
         """Counters of the engine and of the media pipeline since the start."""
+        self._check_open()
         stats = self._engine.stats()
         stats.media = self._preparer.media_stats()
         return stats
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise InvalidRequestError("This LLM has been closed; make a new one.")
 
     def _parse_prompt(self, value: object) -> Prompt:
         return parse_prompt(value, enable_mm_embeds=self.config.media.enable_mm_embeds)
@@ -166,11 +192,36 @@ class LLM:
     def _chat_prompt(self, messages: Any, **options: Any) -> ChatPrompt:
         return ChatPrompt(conversation=parse_messages(messages), **options)
 
+    def _batch(
+        self,
+        values: Sequence[Any],
+        several: bool,
+        parse: Callable[[Any], Prompt],
+        sampling_params: Params,
+    ) -> _Batch:
+        """Check what was asked, as far as that goes without loading media."""
+        self._check_open()
+        params = self._params_list(sampling_params, len(values))
+        for different in {id(one): one for one in params}.values():
+            self._preparer.check_params(different)
+        prompts = [_at(index, several, parse, value) for index, value in enumerate(values)]
+        drafts = [
+            _at(index, several, self._preparer.draft, prompt)
+            for index, prompt in enumerate(prompts)
+        ]
+        return _Batch(drafts, params, several)
+
     def _params_list(self, params: Params, num_prompts: int) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * num_prompts
+        if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
+            raise InvalidRequestError(
+                "sampling_params must be a SamplingParams or a list of them, one per prompt; got "
+                f"{type(params).__name__}.",
+                param="sampling_params",
+            )
         listed = list(params)
         if len(listed) != num_prompts:
             raise InvalidRequestError(
@@ -186,54 +237,63 @@ class LLM:
                 )
         return listed
 
-    def _complete(
-        self, prompts: list[Prompt], sampling_params: Params, use_tqdm: bool
-    ) -> list[RequestOutput]:
-        params = self._params_list(sampling_params, len(prompts))
-        outputs: list[RequestOutput | None] = [None] * len(prompts)
-        with _Progress(len(prompts), shown=use_tqdm) as progress:
-            for index, output in self._run(prompts, params):
+    def _complete(self, batch: _Batch, use_tqdm: bool) -> list[RequestOutput]:
+        num_prompts = len(batch.drafts)
+        outputs: list[RequestOutput | None] = [None] * num_prompts
+        with (
+            _Progress(num_prompts, shown=use_tqdm) as progress,
+            closing(self._run(batch)) as news,
+        ):
+            for index, output in news:
                 if output.finished:
                     outputs[index] = output
                     progress.done(output)
         return [output for output in outputs if output is not None]
 
-    def _run(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
-    ) -> Generator[tuple[int, RequestOutput], None, None]:
-        """Run prompts and yield (index, output) whenever there are news; ends all work when left early."""
-        todo = deque(enumerate(prompts))
+    def _run(self, batch: _Batch) -> Generator[tuple[int, RequestOutput], None, None]:
+        """Run a batch and yield (index, output) whenever there are news; ends all work when left early."""
+        if not self._in_use.acquire(blocking=False):
+            raise InvalidRequestError(
+                "This LLM is in the middle of another call: exhaust or close the stream that chat_stream returned, "
+                "or wait for the other thread."
+            )
+        todo = deque(enumerate(batch.drafts))
         ready: deque[_Job] = deque()
         try:
             while todo or ready or self._streams:
-                self._prepare_ahead(todo, ready, params)
-                self._admit(ready)
-                for index, stream in self._step():
+                self._prepare_ahead(todo, ready, batch.params)
+                self._admit(ready, batch.several)
+                for index, stream in self._step(batch.several):
                     yield index, stream.output
+        except (SensoriumError, GeneratorExit):
+            raise
+        except BaseException:
+            # An interrupt may come in the middle of a step or of any bookkeeping.
+            self._engine.reset()
+            raise
         finally:
             for job in ready:
                 job.prepared.cancel()
-            for _, stream in self._streams.values():
-                for engine_id in stream.open_ids:
-                    self._engine.abort(engine_id)
+            for engine_id in self._streams:
+                self._engine.abort(engine_id)
             self._streams.clear()
+            self._in_use.release()
 
     def _prepare_ahead(
         self,
-        todo: deque[tuple[int, Prompt]],
+        todo: deque[tuple[int, Draft]],
         ready: deque[_Job],
         params: Sequence[SamplingParams],
     ) -> None:
         """Keep enough prompts in preparation that the engine need not wait, and no more."""
         most = AHEAD * self.config.scheduler.max_num_seqs
-        while todo and len(ready) < most:
-            index, prompt = todo.popleft()
-            future = self._loop.submit(self._preparer.prepare(prompt))
+        while todo and len(ready) + len(self._streams) < most:
+            index, draft = todo.popleft()
+            future = self._loop.submit(self._preparer.complete(draft))
             ready.append(_Job(index, params[index], future, time.monotonic()))
 
-    def _admit(self, ready: deque[_Job]) -> None:
+    def _admit(self, ready: deque[_Job], several: bool) -> None:
         """Give the engine what is prepared, in order; wait only when it has nothing else to do."""
-        several = len(ready) + len(self._streams) > 1
         while ready:
             job = ready[0]
             if not job.prepared.done() and self._engine.has_work:
@@ -261,7 +321,7 @@ class LLM:
             self._streams[request.request_id] = (job.index, stream)
             self._engine.add(request, sources)
 
-    def _step(self) -> list[tuple[int, RequestStream]]:
+    def _step(self, several: bool) -> list[tuple[int, RequestStream]]:
         """One step of the engine; the requests that have news."""
         if not self._engine.has_work:
             return []
@@ -271,7 +331,7 @@ class LLM:
             if entry is None:
                 continue
             index, stream = entry
-            if stream.accept(update):
+            if _at(index, several, stream.accept, update):
                 self._engine.abort(update.request_id)
                 del self._streams[update.request_id]
             elif update.finish_reason is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -33,6 +34,11 @@ class StructuredOutputs:
     def __post_init__(self) -> None:
         if isinstance(self.choice, list):
             object.__setattr__(self, "choice", tuple(self.choice))
+        if not isinstance(self.json_object, bool):
+            _bad(
+                "structured_outputs.json_object",
+                f"must be true or false, got {_shown(self.json_object)}",
+            )
         given = [
             f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False)
         ]
@@ -42,13 +48,21 @@ class StructuredOutputs:
                 f"needs exactly one of json, regex, choice, grammar, json_object; got {given or 'none'}",
             )
         if self.choice is not None and (
-            not self.choice or not all(isinstance(c, str) and c for c in self.choice)
+            not isinstance(self.choice, tuple)
+            or not self.choice
+            or not all(isinstance(c, str) and c for c in self.choice)
         ):
             _bad("structured_outputs.choice", "must be a non-empty list of non-empty strings")
+        for choice in self.choice or ():
+            _check_unicode("structured_outputs.choice", choice)
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                _bad(f"structured_outputs.{name}", f"must be a non-empty string, got {value!r}")
+                _bad(
+                    f"structured_outputs.{name}", f"must be a non-empty string, got {_shown(value)}"
+                )
+            if value is not None:
+                _check_unicode(f"structured_outputs.{name}", value)
         if self.json is not None and not isinstance(self.json, dict | str):
             _bad("structured_outputs.json", "must be a JSON schema as an object or a string")
 
@@ -118,7 +132,7 @@ class SamplingParams:
             "include_stop_str_in_output",
         ):
             if not isinstance(getattr(self, name), bool):
-                _bad(name, f"must be true or false, got {getattr(self, name)!r}")
+                _bad(name, f"must be true or false, got {_shown(getattr(self, name))}")
 
     def _normalize(self) -> None:
         """Lists become tuples, a single stop string a tuple of one, string keys of logit_bias integers."""
@@ -156,7 +170,10 @@ class SamplingParams:
             if not self.allowed_token_ids:
                 _bad("allowed_token_ids", "is empty: no token could be generated")
         if not isinstance(self.logit_bias, dict):
-            _bad("logit_bias", f"must be a mapping of token id to number, got {self.logit_bias!r}")
+            _bad(
+                "logit_bias",
+                f"must be a mapping of token id to number, got {_shown(self.logit_bias)}",
+            )
         _check_ids("logit_bias", tuple(self.logit_bias))
         for key, value in self.logit_bias.items():
             _check_float(f"logit_bias[{key}]", value, -100.0, 100.0)
@@ -179,30 +196,39 @@ def _bad(name: str, what: str) -> NoReturn:
     raise InvalidRequestError(f"{name} {what}.", param=name)
 
 
+def _shown(value: object) -> str:
+    """A value in an error message: what a caller sent may be of any size."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # an integer of more digits than Python writes out
+        return f"a very large {type(value).__name__}"
+
+
 def _check_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        _bad(name, f"must be an integer, got {value!r}")
+        _bad(name, f"must be an integer, got {_shown(value)}")
     if not low <= value <= high:
-        _bad(name, f"must be between {low} and {high}, got {value}")
+        _bad(name, f"must be between {low} and {high}, got {_shown(value)}")
 
 
 def _check_float(
     name: str, value: object, low: float, high: float, *, low_open: bool = False
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        _bad(name, f"must be a number, got {value!r}")
-    if not math.isfinite(value):
+        _bad(name, f"must be a number, got {_shown(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
         _bad(name, f"must be a finite number, got {value}")
     if not low <= value <= high or (low_open and value == low):
         _bad(
             name,
-            f"must be {'above' if low_open else 'at least'} {low:g} and at most {high:g}, got {value:g}",
+            f"must be {'above' if low_open else 'at least'} {low:g} and at most {high:g}, "
+            f"got {_shown(value)}",
         )
 
 
 def _check_strings(name: str, values: object, most: int, longest: int) -> None:
     if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
-        _bad(name, f"must be a string or a list of strings, got {values!r}")
+        _bad(name, f"must be a string or a list of strings, got {_shown(values)}")
     if len(values) > most:
         _bad(name, f"has {len(values)} entries; at most {most} are allowed")
     for value in values:
@@ -210,13 +236,21 @@ def _check_strings(name: str, values: object, most: int, longest: int) -> None:
             _bad(name, "has an empty string, which would match everywhere")
         if len(value) > longest:
             _bad(name, f"has an entry of {len(value)} characters; at most {longest} are allowed")
+        _check_unicode(name, value)
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        _bad(name, "holds a lone surrogate, which is no valid Unicode")
 
 
 def _check_ids(name: str, values: object) -> None:
     if not isinstance(values, tuple):
-        _bad(name, f"must be a list of token ids, got {values!r}")
+        _bad(name, f"must be a list of token ids, got {_shown(values)}")
     if len(values) > MAX_LIST_LENGTH:
         _bad(name, f"has {len(values)} entries; at most {MAX_LIST_LENGTH} are allowed")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            _bad(name, f"must hold token ids (integers from 0), got {value!r}")
+            _bad(name, f"must hold token ids (integers from 0), got {_shown(value)}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import shutil
 from collections.abc import Iterator
 
 import numpy as np
@@ -69,3 +72,54 @@ def test_a_segment_that_is_gone_raises(store: SegmentStore) -> None:
     store.close()
     with pytest.raises(OSError):
         handle.open()
+
+
+def test_a_full_file_system_costs_what_is_kept_and_nothing_half_written_stays(
+    store: SegmentStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is limited to one segment by the number of files, in place of a small file system."""
+    write = store._write
+
+    def write_one(features: Features) -> object:
+        if files(store):
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return write(features)
+
+    monkeypatch.setattr(store, "_write", write_one)
+    store.acquire(item(b"a"))
+    store.release(b"a")
+    store.acquire(item(b"b"))
+    assert files(store) == 1
+    with pytest.raises(OSError, match="no space"):
+        store.acquire(item(b"c"))
+    assert store.num_in_use == 1
+    store.release(b"b")
+    assert store.acquire(item(b"c")).open().num_embeds == 4
+
+
+def test_a_write_that_fails_leaves_no_file(store: SegmentStore) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError):
+            store.acquire(item(b"a", 1 << 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(store) == 0
+    assert store.num_in_use == 0
+
+
+def test_what_somebody_else_removed_is_no_error(store: SegmentStore) -> None:
+    for name in (b"a", b"b", b"c"):
+        os.unlink(store.acquire(item(name)).path)
+    for name in (b"a", b"b", b"c"):
+        store.release(name)
+    assert store.num_in_use == 0
+
+
+def test_what_is_kept_leaves_half_of_the_file_system() -> None:
+    store = SegmentStore(keep_bytes=1 << 60)
+    try:
+        assert store._keep_bytes == shutil.disk_usage(store.folder).total // 2
+    finally:
+        store.close()

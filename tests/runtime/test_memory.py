@@ -62,3 +62,10 @@ def test_no_room_for_a_single_block() -> None:
 
 def test_the_hosts_memory_is_measured() -> None:
     assert free_memory(torch.device("cpu"), 0.9) > 1 << 20
+
+
+def test_a_context_longer_than_the_model_was_made_for_is_refused() -> None:
+    assert geometry(max_model_len=1024, free_bytes=1 << 40).max_model_len == 1024
+    with pytest.raises(ConfigError, match="1024") as caught:
+        geometry(max_model_len=1025, free_bytes=1 << 40)
+    assert caught.value.param == "max_model_len"

@@ -49,17 +49,7 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self._clock = clock
-        self._ledger = KVLedger(
-            limits.num_blocks, limits.block_size, prefix_caching=limits.enable_prefix_caching
-        )
-        self._features = FeatureBudget(limits.feature_budget)
         self._num_spare_blocks = max(1, limits.num_blocks // 100)
-        self._live: dict[int, Sequence] = {}
-        self._seq_ids: dict[str, int] = {}
-        self._waiting: list[Sequence] = []
-        self._running: list[Sequence] = []
-        self._dropped: list[int] = []
-        self._plan: StepPlan | None = None
         self._num_added = 0
         self._num_steps = 0
         self._num_computed_tokens = 0
@@ -69,8 +59,27 @@ class Scheduler:
         self._num_prefix_hits = 0
         self._num_encoder_queries = 0
         self._num_encoder_hits = 0
+        self.reset()
 
     # ---- what the engine asks for
+
+    def reset(self) -> None:
+        """Forget all requests, what is cached, and a plan that was never committed; the counts go on.
+
+        For a step that was interrupted, of which nobody knows how far it got. The runner must be
+        reset too.
+        """
+        limits = self.limits
+        self._ledger = KVLedger(
+            limits.num_blocks, limits.block_size, prefix_caching=limits.enable_prefix_caching
+        )
+        self._features = FeatureBudget(limits.feature_budget)
+        self._live: dict[int, Sequence] = {}
+        self._seq_ids: dict[str, int] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._dropped: list[int] = []
+        self._plan: StepPlan | None = None
 
     def add(self, request: EngineRequest) -> None:
         """Put a request into the queue.

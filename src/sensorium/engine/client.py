@@ -84,10 +84,14 @@ class EngineClient:
     async def start(self) -> EngineFacts:
         """Start the process and wait until the model is loaded. Raises ConfigError when it cannot be."""
         self._socket.bind(self._address)
+        folders = (self._folder, str(self._segments.folder))
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sensorium.engine.worker", self._address, env=_environment()
+            *(sys.executable, "-m", "sensorium.engine.worker"),
+            *(self._address, str(os.getpid()), *folders),
+            env=_environment(),
         )
-        await self._socket.send(wire.encode(wire.Configure(self._config)))
+        # Not waited for: a process that ends before it connects never takes the message.
+        self._send(wire.Configure(self._config))
         receive = asyncio.ensure_future(self._socket.recv())
         died = asyncio.ensure_future(self._process.wait())
         await asyncio.wait({receive, died}, return_when=asyncio.FIRST_COMPLETED)
@@ -157,44 +161,58 @@ class EngineClient:
 
     async def stop(self) -> None:
         """End the process and give back everything."""
+        try:
+            await self._end_process()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._fail_all()
+            self._socket.close()
+            self._context.term()
+            self._segments.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _end_process(self) -> None:
         process, was_alive = self._process, self._alive
         self._alive = False
-        if process is not None and process.returncode is None:
+        if process is None or process.returncode is not None:
+            return
+        try:
             if was_alive:
                 self._send(wire.Stop())
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        finally:
             if process.returncode is None:
                 process.kill()
-                await process.wait()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._fail_all()
-        self._socket.close()
-        self._context.term()
-        self._segments.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        await process.wait()
 
     def _send(self, message: wire.ToEngine) -> None:
         # With no high-water mark a send never waits: the future is complete or soon will be.
         self._socket.send(wire.encode(message))
 
     async def _receive(self) -> None:
-        while True:
-            message = wire.decode_from_engine(await self._socket.recv())
-            if isinstance(message, wire.Updates):
-                for update in message.updates:
-                    self._deliver(update.request_id, update, update.finish_reason is not None)
-            elif isinstance(message, wire.Refused):
-                error = _error(
-                    message.code, message.message, message.param, errors.InvalidRequestError
-                )
-                self._deliver(message.request_id, error, True)
-            elif isinstance(message, wire.Stats):
-                future = self._stats.get(message.number)
-                if future is not None and not future.done():
-                    future.set_result(message.stats)
+        try:
+            while True:
+                self._take(wire.decode_from_engine(await self._socket.recv()))
+        except Exception:
+            # Nobody would hear of anything any more: better an engine that is known to be dead.
+            logger.exception("a message of the engine could not be taken in")
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
+
+    def _take(self, message: wire.FromEngine) -> None:
+        if isinstance(message, wire.Updates):
+            for update in message.updates:
+                self._deliver(update.request_id, update, update.finish_reason is not None)
+        elif isinstance(message, wire.Refused):
+            error = _error(message.code, message.message, message.param, errors.InvalidRequestError)
+            self._deliver(message.request_id, error, True)
+        elif isinstance(message, wire.Stats):
+            future = self._stats.get(message.number)
+            if future is not None and not future.done():
+                future.set_result(message.stats)
 
     def _deliver(self, request_id: str, news: News, ended: bool) -> None:
         route = self._routes.get(request_id)

@@ -18,6 +18,10 @@ class Runner(Protocol):
         """Run one plan."""
         ...
 
+    def reset(self) -> None:
+        """Forget all sequences and encoder outputs."""
+        ...
+
 
 class Engine:
     """One scheduler, one runner, and the features that admitted requests still need. Not thread-safe."""
@@ -58,6 +62,12 @@ class Engine:
             if update.finish_reason is not None:
                 self._store.discard(update.request_id)
         return updates
+
+    def reset(self) -> None:
+        """Forget all requests and all that is cached, whatever state an interrupted call has left."""
+        self._scheduler.reset()
+        self._runner.reset()
+        self._store.clear()
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the books do not balance; cheap enough to call when idle."""

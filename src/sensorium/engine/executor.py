@@ -14,7 +14,7 @@ from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import ConfigError
-from sensorium.kernels import ops
+from sensorium.kernels import ops, threads
 from sensorium.kernels.batch import KVCacheLayout
 from sensorium.models import loader
 from sensorium.models.interface import TextShape
@@ -37,7 +37,7 @@ def build_engine(config: EngineConfig) -> Engine:
     """
     started = time.monotonic()
     device = choose_device(config.model.device)
-    torch.set_num_threads(config.model.num_threads or len(os.sched_getaffinity(0)))
+    threads.configure(config.model.num_threads)
     loaded = loader.load(
         config.model.model,
         dtype=config.model.dtype,
@@ -51,7 +51,7 @@ def build_engine(config: EngineConfig) -> Engine:
     )
     shape, model = loaded.model.shape, loaded.model
     num_threads = config.model.num_threads or _useful_threads(shape)
-    torch.set_num_threads(num_threads)
+    threads.configure(num_threads)
     layout = KVCacheLayout(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, config.cache.block_size, model.dtype
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -15,12 +14,15 @@ from sensorium.engine.prepare import PreparedPrompt, Preparer
 from sensorium.engine.prompts import Prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.engine.stream import RequestStream
-from sensorium.errors import SensoriumError
+from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.outputs import RequestOutput
 from sensorium.params import SamplingParams
 from sensorium.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+SUBMITTED_AT_ONCE = 64
+"""Samples of a request that are sent before other tasks of the event loop get their turn."""
 
 
 class Metrics(Protocol):
@@ -67,20 +69,20 @@ class Frontend:
     ) -> Frontend:
         """Start an engine and what prepares its requests. Raises ConfigError when that cannot be."""
         client = EngineClient(config)
+        starting = asyncio.create_task(client.start())
+        preparer = None
         try:
-            starting = asyncio.create_task(client.start())
-            try:
-                # Reading the tokenizer goes on while the engine's process loads the weights.
-                preparer = await asyncio.to_thread(
-                    Preparer, config, trust_request_chat_template=trust_request_chat_template
-                )
-            except BaseException:
-                starting.cancel()
-                await asyncio.gather(starting, return_exceptions=True)
-                raise
+            # Reading the tokenizer goes on while the engine's process loads the weights.
+            preparer = await asyncio.to_thread(
+                Preparer, config, trust_request_chat_template=trust_request_chat_template
+            )
             preparer.set_facts(await starting)
         except BaseException:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
             await client.stop()
+            if preparer is not None:
+                preparer.close()
             raise
         frontend = cls(config, preparer, client)
         if not config.observability.disable_log_stats:
@@ -160,8 +162,10 @@ class Frontend:
         )
         inbox: Inbox = asyncio.Queue()
         try:
-            for request in requests:
+            for number, request in enumerate(requests, 1):
                 self._client.submit(request, prepared.items, inbox)
+                if number % SUBMITTED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
             while not stream.finished:
                 await self._collect(stream, inbox)
                 yield stream.output
@@ -173,8 +177,7 @@ class Frontend:
         """Stop the engine and free everything."""
         if self._log_task is not None:
             self._log_task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._log_task
+            await asyncio.gather(self._log_task, return_exceptions=True)
         await self._client.stop()
         await asyncio.to_thread(self._preparer.close)
 
@@ -225,7 +228,10 @@ class Frontend:
             await asyncio.sleep(interval)
             if self._num_generated == last or not self.healthy():
                 continue
-            stats = await self._client.stats()
+            try:
+                stats = await self._client.stats()
+            except EngineDeadError:
+                return
             logger.info(
                 "%.1f generated tokens/s; %d running, %d waiting; KV cache %.1f %% used; "
                 "prefix cache hits %.1f %%",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import hashlib
@@ -38,6 +39,9 @@ from sensorium.text.chat import ChatTemplate
 from sensorium.text.grammar import compile_grammar
 from sensorium.text.tokenizer import Tokenizer
 
+LONG_TEXT = 16384
+"""Characters of a prompt from which on it is tokenized in another thread than the event loop's."""
+
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -62,9 +66,10 @@ class PreparedPrompt:
     param: str = "prompt"
 
 
-class _Source(NamedTuple):
-    """A prompt in ids, its placeholders not expanded yet."""
+class Draft(NamedTuple):
+    """A prompt in ids, its placeholders not expanded yet: what can be known of it without its media."""
 
+    prompt: Prompt
     text: str | None
     token_ids: tuple[int, ...]
     refs: tuple[MediaRef, ...]
@@ -145,14 +150,31 @@ class Preparer:
 
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """Render or tokenize a prompt, load its media, expand its placeholders. Raises RequestError."""
-        if isinstance(prompt, ChatPrompt):
-            text, token_ids, refs, param = self._rendered(prompt)
-        else:
-            text, token_ids, refs, param = self._tokenized(prompt)
-        self._room(len(token_ids), param)
-        items = await self._items(refs, prompt)
-        with _placed(param):
-            return self._expanded(text, token_ids, items, prompt, param)
+        if _num_chars(prompt) < LONG_TEXT:
+            return await self.complete(self.draft(prompt))
+        return await self.complete(await asyncio.to_thread(self.draft, prompt))
+
+    def draft(self, prompt: Prompt) -> Draft:
+        """Render or tokenize a prompt, and check what can be checked before its media are loaded. Raises
+        RequestError."""
+        draft = (
+            self._rendered(prompt) if isinstance(prompt, ChatPrompt) else self._tokenized(prompt)
+        )
+        self._room(len(draft.token_ids), draft.param)
+        for ref in draft.refs:
+            self._check_modality(ref)
+        if self._pipeline is not None:
+            self._pipeline.check(draft.refs)
+        if self._processor is not None and not draft.refs:
+            with _placed(draft.param):
+                expand(draft.token_ids, (), self._processor)
+        return draft
+
+    async def complete(self, draft: Draft) -> PreparedPrompt:
+        """Load the media of a draft and expand its placeholders. Raises RequestError."""
+        items = await self._items(draft)
+        with _placed(draft.param):
+            return self._expanded(draft, items)
 
     def requests(
         self,
@@ -162,8 +184,12 @@ class Preparer:
         priority: int,
         arrival_time: float,
     ) -> list[EngineRequest]:
-        """The engine's requests of a prompt: one per sample. Raises RequestError when it cannot fit."""
-        self._check_vocabulary(params)
+        """The engine's requests of a prompt: one per sample. Raises RequestError when it cannot fit.
+
+        Of ``params`` they carry what the engine needs: stop strings are the frontend's to find, and constraints are
+        compiled.
+        """
+        self.check_params(params)
         room = self._room(len(prepared.token_ids), prepared.param)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         bad_words = bad_words_token_ids(self.tokenizer, params.bad_words)
@@ -173,12 +199,13 @@ class Preparer:
             else None
         )
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
+        slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None)
         return [
             EngineRequest(
                 request_id=request_id if params.n == 1 else f"{request_id}#{index}",
                 token_ids=prepared.token_ids,
                 # Samples of one request differ by their seed alone.
-                params=params.replace(n=1, seed=(seed + index) % (1 << 63)),
+                params=slim.replace(seed=(seed + index) % (1 << 63)),
                 max_tokens=max_tokens,
                 eos_token_ids=self._eos_token_ids,
                 items=prepared.spans,
@@ -193,7 +220,15 @@ class Preparer:
             for index in range(params.n)
         ]
 
-    def _rendered(self, prompt: ChatPrompt) -> _Source:
+    def check_params(self, params: SamplingParams) -> None:
+        """Refuse token ids that the model does not have. Raises InvalidRequestError."""
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            ids = getattr(params, name)
+            if ids:
+                with _placed(name):
+                    self._check_ids(ids)
+
+    def _rendered(self, prompt: ChatPrompt) -> Draft:
         rendered = self._template.render(
             prompt.conversation,
             placeholder_text=self._placeholder_text,
@@ -206,40 +241,33 @@ class Preparer:
             # text models take the template's word.
             add_special_tokens=None if self._processor is not None else False,
         )
-        return _Source(rendered.text, rendered.token_ids, rendered.refs, "messages")
+        return Draft(prompt, rendered.text, rendered.token_ids, rendered.refs, "messages")
 
-    def _tokenized(self, prompt: RawPrompt) -> _Source:
+    def _tokenized(self, prompt: RawPrompt) -> Draft:
         if prompt.token_ids is not None:
             with _placed(prompt.param):
                 self._check_ids(prompt.token_ids)
-            return _Source(None, prompt.token_ids, prompt.refs, prompt.param)
+            return Draft(prompt, None, prompt.token_ids, prompt.refs, prompt.param)
         text = prompt.text or ""
         ids = self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
         if not ids:
             raise InvalidRequestError("The prompt is empty.", param=prompt.param)
-        return _Source(text, tuple(ids), prompt.refs, prompt.param)
+        return Draft(prompt, text, tuple(ids), prompt.refs, prompt.param)
 
-    async def _items(self, refs: tuple[MediaRef, ...], prompt: Prompt) -> list[MediaItem]:
-        for ref in refs:
-            self._check_modality(ref)
-        if not refs or self._pipeline is None:
+    async def _items(self, draft: Draft) -> list[MediaItem]:
+        if not draft.refs or self._pipeline is None:
             return []
+        media = draft.prompt.media
         return await self._pipeline.load(
-            refs,
-            mm_processor_kwargs=prompt.media.mm_processor_kwargs,
-            media_io_kwargs=prompt.media.media_io_kwargs,
-            cache_salt=prompt.media.cache_salt,
-            tenant=prompt.media.tenant,
+            draft.refs,
+            mm_processor_kwargs=media.mm_processor_kwargs,
+            media_io_kwargs=media.media_io_kwargs,
+            cache_salt=media.cache_salt,
+            tenant=media.tenant,
         )
 
-    def _expanded(
-        self,
-        text: str | None,
-        token_ids: tuple[int, ...],
-        items: list[MediaItem],
-        prompt: Prompt,
-        param: str,
-    ) -> PreparedPrompt:
+    def _expanded(self, draft: Draft, items: list[MediaItem]) -> PreparedPrompt:
+        prompt, text, token_ids, _, param = draft
         salt, continues = _salt(prompt), isinstance(prompt, RawPrompt)
         if self._processor is None:
             return PreparedPrompt(
@@ -309,13 +337,6 @@ class Preparer:
                 f"Token id {worst} is outside the model's vocabulary of {self._vocab_size}."
             )
 
-    def _check_vocabulary(self, params: SamplingParams) -> None:
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            ids = getattr(params, name)
-            if ids:
-                with _placed(name):
-                    self._check_ids(ids)
-
     def _new_pipeline(self) -> MediaPipeline | None:
         if self._processor is None:
             return None
@@ -341,6 +362,13 @@ class Preparer:
         if name is None:
             return Path(self._loaded.folder)
         return Path(loader.read_config(name).folder)
+
+
+def _num_chars(prompt: Prompt) -> int:
+    """How much text a prompt has to be tokenized."""
+    if isinstance(prompt, ChatPrompt):
+        return sum(len(message.text) for message in prompt.conversation.messages)
+    return len(prompt.text or "")
 
 
 def _salt(prompt: Prompt) -> bytes:

@@ -144,4 +144,10 @@ def _salt(value: object, param: str) -> str:
         raise InvalidRequestError(
             f"cache_salt must be a non-empty string, got {value!r}.", param=param
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(
+            "cache_salt holds a lone surrogate, which is no valid Unicode.", param=param
+        ) from None
     return value

@@ -74,23 +74,31 @@ class _Segment:
 class SegmentStore:
     """The frontend's segments by item digest: counted while requests use them, then kept while there is room.
 
-    ``keep_bytes`` bounds what is kept without a user. One writer: the frontend's event loop.
+    ``keep_bytes`` bounds what is kept without a user, and so does half of the memory file system, which is small in
+    many containers. One writer: the frontend's event loop.
     """
 
     def __init__(self, keep_bytes: int) -> None:
         memory_folder = Path("/dev/shm")
         parent = str(memory_folder) if os.access(memory_folder, os.W_OK) else None
         self._folder = Path(tempfile.mkdtemp(prefix="sensorium-", dir=parent))
-        self._keep_bytes = keep_bytes
+        self._keep_bytes = min(keep_bytes, shutil.disk_usage(self._folder).total // 2)
         self._kept_bytes = 0
         self._segments: OrderedDict[bytes, _Segment] = OrderedDict()
         self._count = 0
 
     def acquire(self, item: MediaItem) -> SharedFeatures:
-        """A handle to the item's features, written now unless a segment is there. Pair with ``release``."""
+        """A handle to the item's features, written now unless a segment is there. Pair with ``release``.
+
+        Raises OSError when they do not fit in the memory file system, even with nothing kept that nobody uses.
+        """
         segment = self._segments.get(item.digest)
         if segment is None:
-            segment = self._write(item.features)
+            try:
+                segment = self._write(item.features)
+            except OSError:
+                self._evict(0)
+                segment = self._write(item.features)
             self._segments[item.digest] = segment
         elif segment.num_users == 0:
             self._kept_bytes -= segment.num_bytes
@@ -104,7 +112,12 @@ class SegmentStore:
         segment.num_users -= 1
         if segment.num_users == 0:
             self._kept_bytes += segment.num_bytes
-            self._evict()
+            self._evict(self._keep_bytes)
+
+    @property
+    def folder(self) -> Path:
+        """Where the segments lie."""
+        return self._folder
 
     def close(self) -> None:
         """Remove every segment."""
@@ -117,25 +130,30 @@ class SegmentStore:
         """Segments that requests use now."""
         return sum(segment.num_users > 0 for segment in self._segments.values())
 
-    def _evict(self) -> None:
+    def _evict(self, keep_bytes: int) -> None:
+        """Remove segments without a user, least recently used first, until ``keep_bytes`` are kept."""
         for digest in list(self._segments):
-            if self._kept_bytes <= self._keep_bytes:
+            if self._kept_bytes <= keep_bytes:
                 return
             segment = self._segments[digest]
             if segment.num_users == 0:
                 self._kept_bytes -= segment.num_bytes
-                os.unlink(segment.handle.path)
+                Path(segment.handle.path).unlink(missing_ok=True)
                 del self._segments[digest]
 
     def _write(self, features: Features) -> _Segment:
         specs, size = _layout(features.arrays)
         self._count += 1
         path = self._folder / str(self._count)
-        with open(path, "xb") as file:
-            for name, spec in specs.items():
-                file.seek(spec.offset)
-                file.write(np.ascontiguousarray(features.arrays[name]).data)
-            file.truncate(max(size, 1))
+        try:
+            with open(path, "xb") as file:
+                for name, spec in specs.items():
+                    file.seek(spec.offset)
+                    file.write(np.ascontiguousarray(features.arrays[name]).data)
+                file.truncate(max(size, 1))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         handle = SharedFeatures(
             path=str(path),
             modality=features.modality,

@@ -1,9 +1,14 @@
-"""The engine's process: ``python -m sensorium.engine.worker ADDRESS``. Started and stopped by ``engine.client``."""
+"""The engine's process: ``python -m sensorium.engine.worker ADDRESS PARENT FOLDER ...``.
+
+Started and stopped by ``engine.client``: the address to connect to, the id of the process that must stay alive, and the
+folders to remove when it does not.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 
@@ -12,32 +17,43 @@ import zmq
 from sensorium.engine import wire
 from sensorium.engine.engine import Engine
 from sensorium.errors import SensoriumError
+from sensorium.kernels import threads
 
 logger = logging.getLogger(__name__)
 
 IDLE_POLL_MS = 1000
 """How often an idle engine looks whether its parent still lives."""
 
+MESSAGES_BETWEEN_STEPS = 64
+"""Most messages that are taken in while sequences wait for their next step."""
+
 
 def main() -> int:
     """Connect to the frontend, load what it says, then serve until told to stop or left alone."""
-    # The terminal's interrupt reaches the whole process group: the frontend decides when to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A terminal interrupts the whole process group, a supervisor terminates all of a service's processes: the frontend
+    # decides when to stop, for it lets running requests finish.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(
         level=os.environ.get("SENSORIUM_LOG_LEVEL", "INFO").upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    parent = os.getppid()
+    address, parent, folders = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     context = zmq.Context(io_threads=1)
     socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 2000)
-    socket.connect(sys.argv[1])
+    socket.connect(address)
     try:
         return _serve(socket, parent)
     finally:
         socket.close()
         context.term()
+        if os.getppid() != parent:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
@@ -45,6 +61,8 @@ def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
     if not isinstance(message, wire.Configure):
         return 1
     try:
+        # Before torch, which the executor brings: its OpenMP library reads the policy when it is loaded.
+        threads.prepare()
         from sensorium.engine.executor import build_engine
 
         engine = build_engine(message.config)
@@ -79,12 +97,14 @@ class _Loop:
 
     def run(self, engine: Engine) -> None:
         """Serve until ``Stop`` comes or the parent goes."""
-        while True:
+        while os.getppid() == self._parent:
             if not engine.has_work:
                 message = _receive(self._socket, self._parent)
                 if message is None or not self._handle(engine, message):
                     return
-            while self._socket.poll(0):
+            for _ in range(MESSAGES_BETWEEN_STEPS):
+                if not self._socket.poll(0):
+                    break
                 if not self._handle(engine, wire.decode_to_engine(self._socket.recv())):
                     return
             if engine.has_work:
@@ -109,10 +129,14 @@ class _Loop:
         try:
             engine.add(message.request, message.features)
         except SensoriumError as error:
-            refused = wire.Refused(
-                message.request.request_id, error.message, error.code, error.param
-            )
-            self._socket.send(wire.encode(refused))
+            self._refuse(message, error)
+        except Exception:
+            logger.exception("a request could not be taken in")
+            self._refuse(message, SensoriumError("The engine could not take this request in."))
+
+    def _refuse(self, message: wire.Submit, error: SensoriumError) -> None:
+        refused = wire.Refused(message.request.request_id, error.message, error.code, error.param)
+        self._socket.send(wire.encode(refused))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ class FeatureStore:
         """The request has ended."""
         self._sources.pop(request_id, None)
 
+    def clear(self) -> None:
+        """All requests have ended."""
+        self._sources.clear()
+
     def get(self, request_id: str, item_index: int) -> Features:
         """Features of one item of a request."""
         return self._sources[request_id][item_index].open()
@@ -70,7 +74,6 @@ class EncoderCache:
         self._model = model
         self._store = store
         self._embeddings: dict[bytes, torch.Tensor] = {}
-        self.num_encoded = 0
 
     def __len__(self) -> int:
         return len(self._embeddings)
@@ -79,6 +82,10 @@ class EncoderCache:
         """Forget embeddings."""
         for digest in digests:
             self._embeddings.pop(digest, None)
+
+    def clear(self) -> None:
+        """Forget all embeddings."""
+        self._embeddings.clear()
 
     def encode(self, jobs: Sequence[EncodeJob], slots: dict[int, Slot]) -> tuple[bytes, ...]:
         """Encode the items of a plan, all of one modality in one batch; digests of those that failed are returned.
@@ -90,14 +97,13 @@ class EncoderCache:
         for job in jobs:
             try:
                 features = self._store.get(slots[job.seq_id].request.request_id, job.item_index)
+                if features.precomputed:
+                    self._keep(job.digest, torch.from_numpy(features.arrays["embeds"]))
+                else:
+                    groups.setdefault(features.modality, []).append((job.digest, features))
             except Exception:
                 logger.exception("features of an item could not be opened")
                 failed.append(job.digest)
-                continue
-            if features.precomputed:
-                self._keep(job.digest, torch.from_numpy(features.arrays["embeds"]))
-            else:
-                groups.setdefault(features.modality, []).append((job.digest, features))
         for group in groups.values():
             failed += self._encode_group(group)
         return tuple(failed)
@@ -111,7 +117,6 @@ class EncoderCache:
                         f"the encoder made {embeds.shape[0]} embeddings of {features.num_embeds}"
                     )
                 self._keep(digest, embeds)
-            self.num_encoded += len(group)
         except Exception:
             logger.exception("encoding %d item(s) failed", len(group))
             if len(group) == 1:

@@ -39,9 +39,16 @@ def cache_geometry(
     """Number of blocks and longest context.
 
     Without ``kv_cache_memory_bytes`` the cache gets a fixed part of the free memory, but never more than
-    ``max_num_seqs`` sequences of full length could use. A ``max_model_len`` that was asked for and does not fit is a
+    ``max_num_seqs`` sequences of full length could use. A ``max_model_len`` that was asked for and does not fit, or is
+    beyond what the model was made for (``max_position``; attention over a sliding window ends there too), is a
     ConfigError; the model's own is lowered with a warning.
     """
+    if max_model_len is not None and max_model_len > max_position:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}, but the model's context ends at {max_position}. Lower it, or, where "
+            "the model's makers say how it goes further, set hf_overrides accordingly.",
+            param="max_model_len",
+        )
     wanted_len = max_model_len or max_position
     blocks_per_seq = -(-wanted_len // layout.block_size)
     if config.num_kv_blocks is not None:

@@ -62,6 +62,11 @@ class ModelRunner:
             self._run_isolated(pairs, result)
         return result
 
+    def reset(self) -> None:
+        """Forget all sequences and encoder outputs; what the KV cache holds is of no use then."""
+        self._table.drop(tuple(self._table.slots))
+        self.encoder.clear()
+
     def _start_grammar(self, slot: Slot, result: StepResult) -> None:
         if slot.request.grammar is None:
             return

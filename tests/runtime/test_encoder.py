@@ -1,0 +1,124 @@
+"""Features in, embeddings kept: one bad item harms no other, and embeddings land on their positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from sensorium.core.plan import EncodeJob, NewSequence
+from sensorium.core.request import EngineRequest, ItemSpan
+from sensorium.multimodal.items import Features
+from sensorium.params import SamplingParams
+from sensorium.runtime.encoder import EncoderCache, FeatureStore, HeldFeatures
+from sensorium.runtime.slots import Slot
+
+HIDDEN = 3
+
+
+class FakeModel:
+    """Each embedding is the item's number; an item below zero breaks its whole batch, 100 has one too few."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
+        self.batches.append(len(items))
+        numbers = [int(item.arrays["number"][0]) for item in items]
+        if min(numbers) < 0:
+            raise RuntimeError("broken")
+        return [
+            torch.full((item.num_embeds - (number == 100), HIDDEN), float(number))
+            for item, number in zip(items, numbers, strict=True)
+        ]
+
+
+def features(number: int, num_embeds: int = 2) -> HeldFeatures:
+    return HeldFeatures(Features("image", {"number": np.array([number])}, num_embeds, {}))
+
+
+def digest(index: int) -> bytes:
+    return f"item {index}".encode()
+
+
+def slot_of(num_items: int, num_embeds: int = 2) -> Slot:
+    spans = tuple(
+        ItemSpan(digest(i), "image", ((1 + i * num_embeds, num_embeds),)) for i in range(num_items)
+    )
+    ids = tuple(range(2 + num_items * num_embeds))
+    request = EngineRequest("r", ids, SamplingParams(), 4, items=spans)
+    return Slot.of(NewSequence(0, request, ids))
+
+
+def encode(numbers: Sequence[int]) -> tuple[EncoderCache, tuple[bytes, ...], FakeModel]:
+    model, store = FakeModel(), FeatureStore()
+    store.put("r", tuple(map(features, numbers)))
+    cache = EncoderCache(model, store)  # type: ignore[arg-type]
+    jobs = [EncodeJob(digest(i), 0, i, 2) for i in range(len(numbers))]
+    return cache, cache.encode(jobs, {0: slot_of(len(numbers))}), model
+
+
+def test_items_are_encoded_in_one_batch() -> None:
+    cache, failed, model = encode([1, 2, 3])
+    assert (len(cache), failed, model.batches) == (3, (), [3])
+    cache.evict([digest(0), b"never there"])
+    assert len(cache) == 2
+    cache.clear()
+    assert len(cache) == 0
+
+
+@pytest.mark.parametrize("bad", [-1, 100])
+def test_one_bad_item_harms_no_other(bad: int) -> None:
+    cache, failed, _ = encode([1, bad, 3])
+    assert failed == (digest(1),)
+    embeds = torch.zeros(8, HIDDEN)
+    slot = slot_of(3)
+    cache.merge(embeds, 0, 0, 3, slot)
+    assert embeds[:, 0].tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+    with pytest.raises(KeyError):
+        cache.merge(embeds, 0, 0, 8, slot)
+
+
+def test_embeddings_that_cannot_be_read_fail_alone() -> None:
+    model, store = FakeModel(), FeatureStore()
+    texts = Features("image", {"embeds": np.array(["no number"])}, 1, {}, precomputed=True)
+    good = Features("image", {"embeds": np.ones((2, HIDDEN), np.float32)}, 2, {}, precomputed=True)
+    store.put("r", (HeldFeatures(texts), HeldFeatures(good)))
+    cache = EncoderCache(model, store)  # type: ignore[arg-type]
+    jobs = [EncodeJob(digest(i), 0, i, 2) for i in range(3)]
+    assert cache.encode(jobs, {0: slot_of(3)}) == (digest(0), digest(2)), "the third was never put"
+    assert len(cache) == 1
+
+
+def test_any_cut_of_the_prompt_gets_the_same_embeddings() -> None:
+    """Chunk borders inside runs, between the runs of an item, and between items."""
+    model, store = FakeModel(), FeatureStore()
+    embeds = np.arange(10, dtype=np.float32)[:, None].repeat(HIDDEN, 1)
+    sources = [
+        Features("image", {"embeds": part}, len(part), {}, precomputed=True)
+        for part in (embeds[:6], embeds[6:])
+    ]
+    store.put("r", tuple(map(HeldFeatures, sources)))
+    spans = (
+        ItemSpan(digest(0), "image", ((2, 3), (7, 3))),
+        ItemSpan(digest(1), "image", ((10, 4),)),
+    )
+    ids = tuple(range(16))
+    request = EngineRequest("r", ids, SamplingParams(), 4, items=spans)
+    slot = Slot.of(NewSequence(0, request, ids))
+    cache = EncoderCache(model, store)  # type: ignore[arg-type]
+    assert not cache.encode([EncodeJob(digest(i), 0, i, 4) for i in range(2)], {0: slot})
+    expected = [-1, -1, 0, 1, 2, -1, -1, 3, 4, 5, 6, 7, 8, 9, -1, -1]
+    for first in range(1, 16):
+        for second in range(first, 17):
+            rows = torch.full((20, HIDDEN), -1.0)
+            for start, end in ((0, first), (first, second), (second, 16)):
+                cache.merge(rows, start + 2, start, end, slot)
+            assert rows[2:18, 0].tolist() == expected
+            assert rows[:2].eq(-1).all()
+            assert rows[18:].eq(-1).all()
