@@ -73,8 +73,8 @@ def imports(path: Path) -> list[tuple[str, bool, bool]]:
                 found.extend((alias.name, top, typing_only) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 assert child.level == 0, f"{path}: relative import"
-                for alias in child.names:
-                    found.append((f"{child.module}.{alias.name}", top, typing_only))
+                names = (f"{child.module}.{alias.name}" for alias in child.names)
+                found.extend((name, top, typing_only) for name in names)
             elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 visit(child, False, typing_only)
             elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
@@ -142,7 +142,8 @@ def test_importing_sensorium_is_light() -> None:
     import subprocess
     import sys
 
-    code = "import sys, sensorium; print([m for m in ('torch', 'transformers', 'fastapi', 'numba') if m in sys.modules])"
+    heavy = ("torch", "transformers", "fastapi", "numba")
+    code = f"import sys, sensorium; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from sensorium.core.request import EngineRequest, TokenSample
 
-
 NO_TOKEN_LEFT = (
     "The model gave no usable distribution for the next token: either the restrictions of the request "
     "(allowed_token_ids, bad_words, logit_bias, structured_outputs) leave no token, or a penalty or bias made its "

@@ -3,7 +3,7 @@
 Threads: torch's OpenMP library runs everything, the CPU kernels included (``cpu_launch``). Between two parallel regions
 its threads first spin, so that the next region starts at once, then sleep. By default they spin for some 10
 milliseconds, which is right on an idle machine; but when another process wants the core (a server's HTTP process,
-decoders of media), a spinning thread keeps it from the one that everybody waits for, and steps become many times slower.
+decoders of media), a spinning thread keeps it from the one that everybody waits for: steps become many times slower.
 The gaps between regions of a step are tens of microseconds, so half a millisecond of spinning serves both.
 
 Pages: decoding reads every weight once a token, and with pages of 4 KiB a tenth of that time goes into address
