@@ -3,8 +3,8 @@
     python benchmarks/kernels.py [--threads N] [--seconds S] [--output FILE]
 
 Both sides of a ratio are run in turn, many times, and compared at their lower quartiles, so that other work on the
-machine troubles both alike. "speedup" is reference time over kernel time; "of_limit" is the limit's time over kernel time,
-where the limit is the time to read the bytes at the bandwidth measured in the same run.
+machine troubles both alike. "speedup" is reference time over kernel time; "of_limit" is the limit's time over kernel
+time, where the limit is the time to read the bytes at the bandwidth measured in the same run.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
 from sensorium.engine.shared import SegmentStore
 from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.kernels import threads
 from sensorium.multimodal.items import MediaItem
 
 logger = logging.getLogger(__name__)
@@ -248,6 +249,8 @@ class EngineClient:
 
 def _environment() -> dict[str, str]:
     """The engine's environment: the caller's, and the import path under which this package was found."""
+    # The C library reads its part of this when the process starts, so it must be set here already.
+    threads.prepare()
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     return environment
