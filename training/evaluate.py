@@ -25,14 +25,16 @@ from training.pictures import GRIDS, choose_size, draw_picture, small_talk
 DEMO = Path(__file__).resolve().parents[1] / "src" / "sensorium" / "demo"
 FIRST_SEED = 5 * 10**15
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-#: Scenes as (name, generator's scene, size in pixels or None for trained sizes, font families).
+LOOK, READ = ("shape", "colour", "count", "position"), ("word", "number")
+#: Sets of pictures as (name, generator's scene, size in pixels or None for trained sizes, font
+#: families, kinds of questions that are put together into one figure or None for all, each alone).
 SETS = (
-    ("shapes", "shapes", None, FAMILIES),
-    ("text", "text", None, FAMILIES),
-    ("chart", "chart", None, FAMILIES),
-    ("shapes, 448x448", "shapes", (448, 448), FAMILIES),
-    ("text, 640x480", "text", (640, 480), FAMILIES),
-    ("text, font never seen", "text", None, HELD_OUT_FAMILIES),
+    ("shapes", "shapes", None, FAMILIES, None),
+    ("text", "text", None, FAMILIES, None),
+    ("chart", "chart", None, FAMILIES, None),
+    ("shapes, 448x448", "shapes", (448, 448), FAMILIES, LOOK),
+    ("text, 640x480", "text", (640, 480), FAMILIES, READ),
+    ("text, font never seen", "text", None, HELD_OUT_FAMILIES, READ),
 )
 
 
@@ -52,7 +54,7 @@ Answerer = Callable[[list[Question]], list[str]]
 def draw_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
     """About ``count`` questions for each of ``SETS``, and some without a picture."""
     questions = []
-    for number, (group, scene, size, families) in enumerate(SETS):
+    for number, (group, scene, size, families, kinds) in enumerate(SETS):
         seed = first + number * 10**9
         left = count * (3 if group == "shapes" else 1)
         while left > 0:
@@ -63,8 +65,10 @@ def draw_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
                 continue
             picture = draw_picture(seed, scene, size or choose_size(rng, grid), families)
             for turn in picture.turns[:4]:
-                questions.append(Question(group, turn.kind, picture.image, turn[1], turn[2]))
-                left -= 1
+                if kinds is None or turn.kind in kinds:
+                    kind = turn.kind if kinds is None else ", ".join(kinds)
+                    questions.append(Question(group, kind, picture.image, turn[1], turn[2]))
+                    left -= 1
     rng = Random(first)
     for _ in range(40):
         turn = small_talk(rng)
