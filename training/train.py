@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from training.batches import COLOUR_NAMES, GLYPHS, SHAPE_NAMES, Encoder, make_batch
-from training.export import MEAN, STD, export
+from training.export import MEAN, STD, export, training_weights
 from training.model import MERGE, PATCH, DemoModel, Shape, TextLayer, VisionBlock
 from training.optimizer import make_optimizers
 from training.pictures import SCENES
@@ -176,6 +177,9 @@ class Run:
     def __init__(self, options: argparse.Namespace, rank: int) -> None:
         self.options, self.rank = options, rank
         self.learner = Learner(Shape())
+        if options.start_from:
+            weights = load_file(Path(options.start_from) / "model.safetensors")
+            self.learner.demo.load_state_dict(training_weights(weights))
         self.average = {k: v.clone() for k, v in self.learner.state_dict().items()}
         self.optimizers = make_optimizers(self.learner, options.muon_lr, options.adam_lr)
         self.rates = [group["lr"] for o in self.optimizers for group in o.param_groups]
@@ -321,6 +325,9 @@ def main() -> None:
     parser.add_argument("--shares", default=json.dumps(SCENES), help="kinds of pictures, JSON")
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--resume", help="a last.pt")
+    parser.add_argument(
+        "--start-from", help="an exported checkpoint, whose weights begin a new run"
+    )
     options = parser.parse_args()
     options.export = options.export or f"{options.out}/export"
     Path(options.out).mkdir(parents=True, exist_ok=True)
