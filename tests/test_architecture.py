@@ -14,6 +14,7 @@ ROWS = {
     "params": 0,
     "outputs": 0,
     "errors": 0,
+    "environment": 0,
     "kernels": 1,
     "core": 1,
     "multimodal": 1,
@@ -36,6 +37,8 @@ SAME_ROW = {
     ("outputs", "errors"),
     ("params", "errors"),
     ("config", "errors"),
+    ("config", "environment"),
+    ("environment", "errors"),
 }
 MODULES_ALLOWED = {
     # Of core, the runner sees the plans and the messages in them, never the scheduler.

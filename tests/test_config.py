@@ -10,9 +10,9 @@ from sensorium.config import (
     ServerConfig,
     engine_config,
     engine_option_names,
-    media_environment,
     parse_limits,
 )
+from sensorium.environment import log_level, media_environment
 from sensorium.errors import ConfigError
 
 WRONG: list[tuple[str, Any]] = [
@@ -89,3 +89,9 @@ def test_limits_in_both_spellings() -> None:
     for text in ("image", "image=x", "{", "{'image': 1}"):
         with pytest.raises(ConfigError):
             parse_limits(text)
+
+
+def test_log_level_of_the_environment() -> None:
+    assert log_level({}) == "INFO"
+    assert log_level({"SENSORIUM_LOG_LEVEL": "debug"}) == "DEBUG"
+    assert log_level({"SENSORIUM_LOG_LEVEL": "loudest"}) == "INFO"

@@ -2,7 +2,7 @@
 
 Every field is at once a keyword of ``LLM``, a flag of ``sensorium serve`` (``max_model_len`` is ``--max-model-len``), a
 line of its help and a row of the documentation. ``engine_config(**keywords)`` distributes flat keywords over the
-classes and refuses unknown ones with a suggestion. Environment variables are read here and nowhere else.
+classes and refuses unknown ones with a suggestion.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, get_args
 
+from sensorium.environment import media_environment
 from sensorium.errors import ConfigError
 
 GIB = 1 << 30
@@ -331,47 +330,6 @@ def suggestion(name: str, known: list[str]) -> str:
     """`` Did you mean 'x'?`` for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
-
-
-_MEDIA_ENVIRONMENT = {
-    "MEDIA_URL_ALLOW_REDIRECTS": "media_url_allow_redirects",
-    "IMAGE_FETCH_TIMEOUT": "image_fetch_timeout",
-    "VIDEO_FETCH_TIMEOUT": "video_fetch_timeout",
-    "AUDIO_FETCH_TIMEOUT": "audio_fetch_timeout",
-}
-
-
-def media_environment(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Media settings of the environment: ``SENSORIUM_IMAGE_FETCH_TIMEOUT`` and its kin, else the ``VLLM_`` names.
-
-    Raises ConfigError for a value that cannot be read.
-    """
-    environ = os.environ if environ is None else environ
-    found: dict[str, Any] = {}
-    for suffix, name in _MEDIA_ENVIRONMENT.items():
-        for variable in (f"SENSORIUM_{suffix}", f"VLLM_{suffix}"):
-            if variable in environ:
-                found[name] = _environment_value(variable, environ[variable], suffix)
-                break
-    return found
-
-
-def api_keys_of_environment(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The API key in ``SENSORIUM_API_KEY``, if it is set and not empty."""
-    environ = os.environ if environ is None else environ
-    key = environ.get("SENSORIUM_API_KEY", "")
-    return (key,) if key else ()
-
-
-def _environment_value(variable: str, text: str, suffix: str) -> bool | float:
-    if suffix == "MEDIA_URL_ALLOW_REDIRECTS":
-        if text not in ("0", "1"):
-            _bad(variable, f"must be 0 or 1, got {text!r}")
-        return text == "1"
-    try:
-        return float(text)
-    except ValueError:
-        _bad(variable, f"must be a number of seconds, got {text!r}")
 
 
 def parse_limits(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from sensorium.bench import report
 from sensorium.bench.client import RequestRecord, StreamClient
 from sensorium.bench.load import LoadPlan, LoadResult, chat_body, run_load
 from sensorium.bench.workload import RandomWorkload
-from sensorium.config import api_keys_of_environment
+from sensorium.environment import api_keys_of_environment
 from sensorium.errors import ConfigError
 
 WARM_UP_SEED = 1 << 20

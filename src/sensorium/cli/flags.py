@@ -23,11 +23,11 @@ from sensorium.config import (
     ENGINE_SECTIONS,
     EngineConfig,
     ServerConfig,
-    api_keys_of_environment,
     engine_config,
     parse_limits,
     suggestion,
 )
+from sensorium.environment import api_keys_of_environment
 from sensorium.errors import ConfigError
 
 TITLES = {

@@ -14,6 +14,7 @@ import sys
 
 import zmq
 
+from sensorium import environment
 from sensorium.engine import wire
 from sensorium.engine.engine import Engine
 from sensorium.errors import SensoriumError
@@ -35,7 +36,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(
-        level=os.environ.get("SENSORIUM_LOG_LEVEL", "INFO").upper(),
+        level=environment.log_level(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )

@@ -17,6 +17,7 @@ from fastapi import FastAPI
 from sensorium import __version__
 from sensorium.config import EngineConfig, ServerConfig
 from sensorium.engine.frontend import Frontend
+from sensorium.environment import LOG_LEVEL
 from sensorium.errors import ConfigError
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.app import build_app
@@ -221,7 +222,7 @@ def _check(config: ServerConfig) -> None:
 
 
 def _configure_logging(config: ServerConfig) -> None:
-    os.environ.setdefault("SENSORIUM_LOG_LEVEL", config.log_level)  # for the engine's process
+    os.environ.setdefault(LOG_LEVEL, config.log_level)  # for the engine's process
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

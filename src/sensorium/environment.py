@@ -1,0 +1,66 @@
+"""The environment variables of Sensorium: read here, loudly refused when they cannot be read.
+
+``kernels/threads.py`` and ``kernels/cpu_launch.py`` look at variables of other programs besides (OpenMP's, the C
+library's and ``XDG_CACHE_HOME``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from sensorium.errors import ConfigError
+
+LOG_LEVEL = "SENSORIUM_LOG_LEVEL"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+def log_level(environ: Mapping[str, str] | None = None) -> str:
+    """The level in ``SENSORIUM_LOG_LEVEL``, in capitals as ``logging`` has it; ``INFO`` when it is unset or unknown."""
+    environ = os.environ if environ is None else environ
+    level = environ.get(LOG_LEVEL, "").lower()
+    return level.upper() if level in LOG_LEVELS else "INFO"
+
+
+_MEDIA_ENVIRONMENT = {
+    "MEDIA_URL_ALLOW_REDIRECTS": "media_url_allow_redirects",
+    "IMAGE_FETCH_TIMEOUT": "image_fetch_timeout",
+    "VIDEO_FETCH_TIMEOUT": "video_fetch_timeout",
+    "AUDIO_FETCH_TIMEOUT": "audio_fetch_timeout",
+}
+
+
+def media_environment(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Media settings of the environment: ``SENSORIUM_IMAGE_FETCH_TIMEOUT`` and its kin, else the ``VLLM_`` names.
+
+    Raises ConfigError for a value that cannot be read.
+    """
+    environ = os.environ if environ is None else environ
+    found: dict[str, Any] = {}
+    for suffix, name in _MEDIA_ENVIRONMENT.items():
+        for variable in (f"SENSORIUM_{suffix}", f"VLLM_{suffix}"):
+            if variable in environ:
+                found[name] = _environment_value(variable, environ[variable], suffix)
+                break
+    return found
+
+
+def api_keys_of_environment(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The API key in ``SENSORIUM_API_KEY``, if it is set and not empty."""
+    environ = os.environ if environ is None else environ
+    key = environ.get("SENSORIUM_API_KEY", "")
+    return (key,) if key else ()
+
+
+def _environment_value(variable: str, text: str, suffix: str) -> bool | float:
+    if suffix == "MEDIA_URL_ALLOW_REDIRECTS":
+        if text not in ("0", "1"):
+            raise ConfigError(f"{variable} must be 0 or 1, got {text!r}.", param=variable)
+        return text == "1"
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(
+            f"{variable} must be a number of seconds, got {text!r}.", param=variable
+        ) from None
