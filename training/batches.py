@@ -28,6 +28,10 @@ MAX_LENGTH = 160
 IGNORED = -100
 PREFIX = 0
 NO_POINTS = (IGNORED,) * 4
+#: Most things in a picture; no question counts more.
+MOST_THINGS = 6
+NOTHING_ASKED = (IGNORED,) * MOST_THINGS
+NO_MATCH = -1
 SYSTEMS = (
     SYSTEM,
     "Answer in one word.",
@@ -73,6 +77,7 @@ class Dialogue:
     image_index: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     points: list[tuple[int, ...]] = field(default_factory=list)
+    matches: list[tuple[int, ...]] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     next_pos: int = 0
 
@@ -87,6 +92,7 @@ class Dialogue:
             self.image_index.append(-1)
             self.labels.append(IGNORED)
             self.points.append(NO_POINTS)
+            self.matches.append(NOTHING_ASKED)
             self.next_pos += 1
 
     def picture(self, segment: int) -> None:
@@ -101,13 +107,16 @@ class Dialogue:
             self.image_index.append(cell)
             self.labels.append(IGNORED)
             self.points.append(NO_POINTS)
+            self.matches.append(NOTHING_ASKED)
         self.next_pos += max(rows, columns)
         self.text("<|vision_end|>", segment)
 
     def cut(self, length: int) -> None:
         """Forget everything after the first ``length`` tokens."""
-        rows = (self.ids, self.positions, self.segments, self.image_index, self.labels, self.points)
-        for row in rows:
+        for row in (
+            self.ids, self.positions, self.segments, self.image_index, self.labels, self.points,
+            self.matches,
+        ):  # fmt: skip
             del row[length:]
 
 
@@ -118,6 +127,10 @@ def _answer(sequence: Dialogue, turn: Turn, segment: int) -> None:
         int(share * 2 * side) for x, y in turn.points for share, side in ((x, columns), (y, rows))
     ]
     sequence.points[-1] = (*flat, *NO_POINTS)[:4]
+    matching = turn.points or None if turn.counted is None else turn.counted
+    if matching is not None:
+        cells = [int(y * rows) * columns + int(x * columns) for x, y in matching]
+        sequence.matches[-1] = (*cells, *(NO_MATCH,) * MOST_THINGS)[:MOST_THINGS]
     sequence.text(turn.answer + "<|im_end|>", segment, answer=True)
 
 
@@ -207,7 +220,9 @@ def make_batch(
     Returns:
         pixels [B, height, width, 3] uint8, patches [B, 4, P], ids, segments, image_index and
         labels [B, L], points [B, L, 4] (column and row, in patches, of up to two things that a
-        question names, before its answer), positions [3, B, L] and the lists ``kinds`` of the kinds of each segment.
+        question names, before its answer), matches [B, L, 6] (the image tokens with the middles of
+        all things that it names or counts, then -1; IGNORED where nothing is asked), positions
+        [3, B, L] and the lists ``kinds`` of the kinds of each segment.
     """
     rng = Random(seed)
     grid = choose_grid(rng)
@@ -245,6 +260,7 @@ def _stack(encode: Encoder, sequences: list[Dialogue]) -> dict[str, Any]:
     labels = np.full(shape, IGNORED, np.int64)
     positions = np.zeros((3, *shape), np.int64)
     points = np.full((*shape, 4), IGNORED, np.int64)
+    matches = np.full((*shape, MOST_THINGS), IGNORED, np.int64)
     for row, sequence in enumerate(sequences):
         used = len(sequence.ids)
         ids[row, :used] = sequence.ids
@@ -252,9 +268,10 @@ def _stack(encode: Encoder, sequences: list[Dialogue]) -> dict[str, Any]:
         image_index[row, :used] = sequence.image_index
         labels[row, :used] = sequence.labels
         points[row, :used] = sequence.points
+        matches[row, :used] = sequence.matches
         positions[:, row, :used] = np.array(sequence.positions).T
     return {
         "ids": ids, "segments": segments, "image_index": image_index, "labels": labels,
         "positions": positions,
-        "points": points, "kinds": [sequence.kinds for sequence in sequences],
+        "points": points, "matches": matches, "kinds": [sequence.kinds for sequence in sequences],
     }  # fmt: skip

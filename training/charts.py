@@ -38,12 +38,13 @@ def draw_chart(rng: Random, size: tuple[int, int]) -> Picture:
     top = height * rng.uniform(0.04, 0.2)
     step = (right - left) / count
     thick = step * rng.uniform(0.5, 0.85)
-    regions = []
+    regions, boxes = [], []
     font = load_font(rng, round(height * 0.12)) if labelled else None
     for i, (name, value) in enumerate(zip(names, heights, strict=True)):
         x = left + step * (i + 0.5)
         box = (x - thick / 2, foot - (foot - top) * value, x + thick / 2, foot)
         draw.rectangle(box, fill=colours[name])
+        boxes.append(box)
         regions.append(Region(box, shape="bar", colour=name))
         if font is not None:
             draw.text((x, height * 0.93), "ABCDE"[i], fill=ink, font=font, anchor="mm")
@@ -51,21 +52,31 @@ def draw_chart(rng: Random, size: tuple[int, int]) -> Picture:
     draw.line((left * 0.6, foot, right, foot), fill=ink, width=line)
     if rng.random() < 0.6:
         draw.line((left * 0.6, top * 0.7, left * 0.6, foot), fill=ink, width=line)
-    return Picture(image, ask_chart(rng, names, heights, labelled), regions)
+    tops = [((box[0] + box[2]) / 2 / width, box[1] / height) for box in boxes]
+    return Picture(image, ask_chart(rng, names, heights, labelled, tops), regions)
 
 
-def ask_chart(rng: Random, names: list[str], heights: list[float], labelled: bool) -> list[Turn]:
-    """Questions about bars of the colours ``names``; labelled bars are called A, B, C, ..."""
+def ask_chart(
+    rng: Random,
+    names: list[str],
+    heights: list[float],
+    labelled: bool,
+    tops: list[tuple[float, float]],
+) -> list[Turn]:
+    """Questions about bars of the colours ``names``; labelled bars are called A, B, C, ...
+
+    ``tops`` are the (x, y) of the middles of their upper edges, in shares of width and height.
+    """
     count = len(names)
     called = list("ABCDE"[:count]) if labelled else names
     tallest, shortest = heights.index(max(heights)), heights.index(min(heights))
     bars = [f"a {name} bar" if name != "orange" else "an orange bar" for name in names]
     turns = [
-        Turn("bars", ask(rng, "bars"), str(count)),
-        Turn("bar_extreme", ask(rng, "tallest"), called[tallest]),
-        Turn("bar_extreme", ask(rng, "shortest"), called[shortest]),
-        Turn("bar_extreme", ask(rng, "tallest_colour"), names[tallest]),
-        Turn("bar_extreme", ask(rng, "shortest_colour"), names[shortest]),
+        Turn("bars", ask(rng, "bars"), str(count), counted=tuple(tops)),
+        Turn("bar_extreme", ask(rng, "tallest"), called[tallest], (tops[tallest],)),
+        Turn("bar_extreme", ask(rng, "shortest"), called[shortest], (tops[shortest],)),
+        Turn("bar_extreme", ask(rng, "tallest_colour"), names[tallest], (tops[tallest],)),
+        Turn("bar_extreme", ask(rng, "shortest_colour"), names[shortest], (tops[shortest],)),
         Turn("describe", ask(rng, "describe"), "a bar chart with " + join(bars)),
     ]
     for key in ("taller", "shorter"):
@@ -73,6 +84,6 @@ def ask_chart(rng: Random, names: list[str], heights: list[float], labelled: boo
         use = called if rng.random() < 0.5 else names
         x, y = (f"bar {use[i]}" if use[i] in "ABCDE" else f"the {use[i]} bar" for i in (a, b))
         answer = "yes" if (heights[a] > heights[b]) == (key == "taller") else "no"
-        turns.append(Turn("bar_compare", ask(rng, key, x, y), answer))
+        turns.append(Turn("bar_compare", ask(rng, key, x, y), answer, (tops[a], tops[b])))
     rng.shuffle(turns)
     return turns

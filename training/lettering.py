@@ -75,9 +75,9 @@ def _single_tokens() -> frozenset[str]:
 def choose_word(rng: Random) -> str:
     """A word of three to five letters from the list, or letters that are no word."""
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.7:
         word = rng.choice(WORDS)
-    elif kind < 0.7:
+    elif kind < 0.82:
         pair = ("bcdfghjklmnprstvwz", "aeiou")
         start = rng.randint(0, 1)
         word = "".join(rng.choice(pair[(start + i) % 2]) for i in range(rng.randint(3, 5)))
@@ -151,11 +151,15 @@ def draw_lettering(
 
 
 def ask_lettering(rng: Random, text: str, ink: str, thing: tuple[str, str] | None) -> list[Turn]:
-    """Questions about ``text`` in the colour ``ink``, and about the (colour, shape) beside it."""
+    """Questions about ``text`` in the colour ``ink``, and about the (colour, shape) beside it.
+
+    Reading a word of the list is of the kind ``word``, other letters are ``spelling``.
+    """
     is_number = text.isdigit()
-    kind = "number" if is_number else "word"
-    parts = [f"the {kind} {text}"]
-    turns = [Turn(kind, ask(rng, kind), text) for _ in range(2)]
+    key = "number" if is_number else "word"
+    kind = "spelling" if key == "word" and text.lower() not in WORDS else key
+    parts = [f"the {key} {text}"]
+    turns = [Turn(kind, ask(rng, key), text) for _ in range(2)]
     turns.append(Turn("text_colour", ask(rng, "text_colour"), ink))
     count = "digits" if is_number else "letters"
     if rng.random() < 0.3:

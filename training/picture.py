@@ -12,13 +12,14 @@ class Turn(NamedTuple):
     """One question about a picture with its true answer; ``kind`` groups the accuracy figures.
 
     ``points`` are the middles of up to two things that the question names, in shares of width and
-    height; an auxiliary loss uses them.
+    height, ``counted`` those of the things that it counts; auxiliary losses use them.
     """
 
     kind: str
     question: str
     answer: str
     points: tuple[tuple[float, float], ...] = ()
+    counted: tuple[tuple[float, float], ...] | None = None
 
 
 @dataclass(frozen=True)

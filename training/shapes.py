@@ -116,7 +116,7 @@ def ask_things(
     """Questions about shapes, in random order. ``colours`` are those that could be absent."""
     names = [with_article(thing.name) for thing in things]
     turns = [Turn("describe", ask(rng, "describe"), join(names) or "nothing")]
-    turns += _ask_counts(rng, things, colours)
+    turns += _ask_counts(rng, size, things, colours)
     turns += _ask_looks(rng, size, things, colours)
     turns += _ask_places(rng, size, things)
     if len(things) >= 2:
@@ -179,22 +179,24 @@ def _ask_absent(rng: Random, things: list[Thing], colours: list[str]) -> Turn:
     return Turn("exists", ask(rng, "exists", f"{colour} {shape}"), "yes" if there else "no")
 
 
-def _ask_counts(rng: Random, things: list[Thing], colours: list[str]) -> list[Turn]:
-    total = rng.choice(("shapes", "objects", "things"))
-    turns = [Turn("count", ask(rng, "count", total), str(len(things)))]
+def _ask_counts(
+    rng: Random, size: tuple[int, int], things: list[Thing], colours: list[str]
+) -> list[Turn]:
+    def count(what: str, counted: list[Thing]) -> Turn:
+        middles = _points(size, *counted)
+        return Turn("count", ask(rng, "count", what), str(len(counted)), counted=middles)
+
+    turns = [count(rng.choice(("shapes", "objects", "things")), things)]
     shape = rng.choice(things).shape if things and rng.random() < 0.8 else rng.choice(SHAPES)
-    number = sum(t.shape == shape for t in things)
-    turns.append(Turn("count", ask(rng, "count", plural(shape)), str(number)))
+    turns.append(count(plural(shape), [t for t in things if t.shape == shape]))
     if rng.random() < 0.6:
         colour = rng.choice(things).colour if things and rng.random() < 0.8 else rng.choice(colours)
-        number = sum(t.colour == colour for t in things)
-        noun = rng.choice(("shapes", "objects"))
-        turns.append(Turn("count", ask(rng, "count", f"{colour} {noun}"), str(number)))
+        what = f"{colour} {rng.choice(('shapes', 'objects'))}"
+        turns.append(count(what, [t for t in things if t.colour == colour]))
     if things and rng.random() < 0.25:
         thing = rng.choice(things)
-        number = sum(t.name == thing.name for t in things)
         what = f"{thing.colour} {plural(thing.shape)}"
-        turns.append(Turn("count", ask(rng, "count", what), str(number)))
+        turns.append(count(what, [t for t in things if t.name == thing.name]))
     return turns
 
 

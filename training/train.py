@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.batches import COLOUR_NAMES, GLYPHS, SHAPE_NAMES, Encoder, make_batch
+from training.batches import COLOUR_NAMES, GLYPHS, IGNORED, SHAPE_NAMES, Encoder, make_batch
 from training.export import MEAN, STD, export, training_weights
 from training.model import MERGE, PATCH, DemoModel, Shape, TextLayer, VisionBlock
 from training.optimizer import make_optimizers
@@ -36,6 +36,7 @@ LABELS = (len(SHAPE_NAMES) + 1, len(COLOUR_NAMES) + 1, len(GLYPHS) + 1)
 Batch = dict[str, Any]
 #: No picture has more rows or columns of image tokens.
 LONGEST_SIDE = 8
+POINTER_WIDTH = 64
 
 
 def as_tensors(batch: Batch) -> Batch:
@@ -94,7 +95,8 @@ class Learner(nn.Module):
     ``glance`` and ``middle`` foretell from the vision tower what covers each patch and what has
     its middle there; ``place`` foretells from the first text layer row and column of each image
     token, since the architecture gives a picture no absolute positions; ``where`` foretells from
-    the last layer but one, just before an answer, where the things lie that the question names.
+    the last layer but one, just before an answer, where the things lie that the question names,
+    and ``asked`` against ``shown`` which image tokens hold things that it names or counts.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -104,6 +106,8 @@ class Learner(nn.Module):
         self.middle = nn.Linear(shape.vision_width, len(SHAPE_NAMES) + len(GLYPHS) + 1)
         self.place = nn.Linear(shape.width, 2 * LONGEST_SIDE)
         self.where = nn.Linear(shape.width, 4 * MERGE * LONGEST_SIDE)
+        self.asked = nn.Linear(shape.width, POINTER_WIDTH)
+        self.shown = nn.Linear(shape.width, POINTER_WIDTH)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, vocab] at the N labelled places, their labels [N], loss of the heads."""
@@ -130,11 +134,27 @@ class Learner(nn.Module):
         row, column = self.place(states[0][image]).float().chunk(2, dim=-1)
         loss = loss + 0.3 * F.cross_entropy(row, index // columns)
         loss = loss + 0.3 * F.cross_entropy(column, index % columns)
+        loss = loss + 3.0 * self._pointer_loss(batch, states[-2])
         named = batch["points"][..., 0] >= 0
         if not named.any():
             return loss
         bins = self.where(states[-2][named]).float().view(-1, MERGE * LONGEST_SIDE)
         return loss + 1.5 * F.cross_entropy(bins, batch["points"][named].flatten())
+
+    def _pointer_loss(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Cross entropy of foretelling which image tokens a question is about, from its end."""
+        matches, segments = batch["matches"], batch["segments"]
+        rows, ends = (matches[..., 0] != IGNORED).nonzero(as_tuple=True)
+        if len(rows) == 0:
+            return torch.zeros(())
+        keys = self.shown(hidden)[rows]
+        scores = (keys @ self.asked(hidden[rows, ends])[:, :, None]).squeeze(-1).float()
+        of_question = segments[rows, ends][:, None]
+        index = batch["image_index"][rows]
+        seen = (index >= 0) & ((segments[rows] == 0) | (segments[rows] == of_question))
+        truth = (index[:, :, None] == matches[rows, ends][:, None]).any(-1).float()
+        scores = scores * POINTER_WIDTH**-0.5 - 2.0
+        return F.binary_cross_entropy_with_logits(scores[seen], truth[seen])
 
 
 def measure(learner: Learner, batches: list[Batch]) -> dict[str, float]:

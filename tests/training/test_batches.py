@@ -85,6 +85,18 @@ def test_points_stand_before_the_answers(encode: Encoder) -> None:
     marked = [i for i, points in enumerate(sequence.points) if points[0] >= 0]
     assert marked == [i for i, label in enumerate(sequence.labels) if label >= 0][:1]
     assert sequence.points[marked[0]] == (1, 7, 9, 4)
+    assert sequence.matches[marked[0]] == (15, 14, -1, -1, -1, -1)
+
+
+def test_matches_are_the_counted_things(encode: Encoder) -> None:
+    turns = [
+        Turn("count", "How many stars?", "1", counted=((0.5, 0.1),)),
+        Turn("count", "How many hearts?", "0", counted=()),
+        Turn("describe", "What is it?", "a star"),
+    ]
+    sequence = layout(Random(0), encode, (4, 5), turns, "packed")
+    asked = [matches for matches in sequence.matches if matches[0] != IGNORED]
+    assert asked == [(2, -1, -1, -1, -1, -1), (-1,) * 6]
 
 
 def test_patch_labels_lie_where_things_are() -> None:

@@ -70,7 +70,7 @@ def test_counts_are_true() -> None:
     for seed in SEEDS:
         picture = draw_picture(seed, "shapes")
         things = things_of(picture)
-        for kind, question, answer, _ in picture.turns:
+        for kind, question, answer, *_ in picture.turns:
             if kind != "count":
                 continue
             words = set(re.findall(r"[a-z]+", question.lower()))
@@ -89,7 +89,7 @@ def test_shapes_and_colours_are_true() -> None:
     asked = 0
     for seed in SEEDS:
         picture = draw_picture(seed, "shapes")
-        for kind, question, answer, _ in picture.turns:
+        for kind, question, answer, *_ in picture.turns:
             plain = question.split(" Answer")[0].split(" Be ")[0]
             match = re.search(rf"(the (?:{LOOKS})\b.*?)(?: have)?[?.]?$", plain)
             if kind not in ("shape", "colour") or match is None:
@@ -103,7 +103,7 @@ def test_positions_are_true() -> None:
     asked = 0
     for seed in SEEDS:
         picture = draw_picture(seed, "shapes")
-        for kind, question, answer, _ in picture.turns:
+        for kind, question, answer, *_ in picture.turns:
             match = re.match(
                 r"[Ii]s (the .+?)(?: to the)? (left|right|above|below)(?: of)? (the .+?)\?",
                 question,
@@ -121,7 +121,7 @@ def test_missing_things_are_missing() -> None:
     for seed in SEEDS:
         picture = draw_picture(seed, "shapes")
         there = {t.shape for t in things_of(picture)} | {t.colour for t in things_of(picture)}
-        for kind, question, answer, _ in picture.turns:
+        for kind, question, answer, *_ in picture.turns:
             if kind == "missing":
                 assert answer == "none"
                 assert not any(f"the {word}" in question for word in there), (seed, question)
@@ -146,7 +146,7 @@ def test_lettering_is_readable_and_true() -> None:
         text = "".join(region.glyph or "" for region in picture.regions)
         assert text
         pixels = np.asarray(picture.image.convert("RGB"), np.int16)
-        for kind, question, answer, _ in picture.turns:
+        for kind, question, answer, *_ in picture.turns:
             if kind in ("word", "number"):
                 assert answer == text
                 assert text.isdigit() == (kind == "number")
@@ -163,7 +163,7 @@ def test_bars_are_true() -> None:
         picture = draw_picture(seed, "chart")
         heights = {r.colour: r.box[3] - r.box[1] for r in picture.regions}
         names = list(heights)
-        for kind, question, answer, _ in picture.turns:
+        for kind, question, answer, *_ in picture.turns:
             if kind == "bars":
                 assert answer == str(len(heights))
             if kind == "bar_extreme":
