@@ -12,7 +12,7 @@ from sensorium.kernels import ops
 from sensorium.kernels.batch import KVCacheLayout
 from sensorium.layers import mlp
 from sensorium.layers.activation import activation
-from sensorium.layers.attention import Attention, VisionAttention, segment_attention
+from sensorium.layers.attention import Attention, VisionAttention
 from sensorium.layers.embedding import Embedding, LMHead
 from sensorium.layers.linear import Linear
 from sensorium.layers.mlp import GatedMLP, PlainMLP
@@ -183,13 +183,6 @@ def test_vision_attention_keeps_segments_apart(lengths, rotary):
         for a, b, own in zip(starts, starts[1:], factors, strict=False)
     ]
     torch.testing.assert_close(layer(x, starts, *whole), torch.cat(alone), **CLOSE)
-
-
-def test_segment_attention_written_out():
-    q, k, v = torch.randn(3, 4, 2, 8).unbind(0)
-    mixed = segment_attention(q, k, v, [0, 4], 0.4)
-    weights = torch.softmax(torch.einsum("ihd,jhd->hij", q, k) * 0.4, dim=-1)
-    torch.testing.assert_close(mixed, torch.einsum("hij,jhd->ihd", weights, v), **CLOSE)
 
 
 def test_layers_of_half_precision_round_once():

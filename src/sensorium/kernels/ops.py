@@ -7,18 +7,20 @@ that are no multiple of 16) runs the plain torch of ``reference``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from sensorium.kernels import (
+    cpu_amx,
     cpu_attention,
     cpu_elementwise,
     cpu_linear,
     cpu_paged,
     cpu_pages,
     cpu_rotary,
+    cpu_segments,
     reference,
 )
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout, LayerCache
@@ -36,6 +38,7 @@ DECODER_KERNELS = (
     cpu_attention.build_attend,
 )
 ENCODER_KERNELS = (cpu_rotary.build_rotate, cpu_elementwise.build_quick_gelu)
+TILE_KERNELS = (cpu_segments.build_pack, cpu_segments.build_attend)
 
 
 def _on_cpu(x: torch.Tensor) -> bool:
@@ -150,6 +153,18 @@ def rope_attention(
     )
 
 
+def segment_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
+) -> torch.Tensor:
+    """Full attention of q, k, v (T, heads, D) within each segment -> (T, heads, D).
+
+    cu_seqlens: row at which each segment starts, and T at the end.
+    """
+    if cpu_segments.fits(q, k, v):
+        return cpu_segments.segment_attention(q, k, v, cu_seqlens, scale)
+    return reference.segment_attention(q, k, v, cu_seqlens, scale)
+
+
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index (N,) int64 of the largest logit of each row (N, V), the first of equals."""
     if _on_cpu(logits):
@@ -183,4 +198,7 @@ def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu", encoders: bo
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
         for build in DECODER_KERNELS + (ENCODER_KERNELS if encoders else ()):
             cpu_elementwise.kernel(build, dtype)
+        if encoders and dtype == torch.bfloat16 and cpu_amx.available():
+            for build in TILE_KERNELS:
+                cpu_elementwise.kernel(build, dtype)
     return time.perf_counter() - start

@@ -6,8 +6,9 @@ G query heads per KV head, L tokens with KV, N rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -192,3 +193,22 @@ def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: flo
         parts.append(out[0].transpose(0, 1))
         row += query_len
     return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def segment_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
+) -> torch.Tensor:
+    """Attention of q, k, v (T, heads, D) within each segment; runs of equally long segments go as one batch."""
+    lengths = [end - start for start, end in pairwise(cu_seqlens)]
+    parts, index = [], 0
+    while index < len(lengths):
+        length, stop = lengths[index], index
+        while stop < len(lengths) and lengths[stop] == length:
+            stop += 1
+        rows = slice(cu_seqlens[index], cu_seqlens[stop])
+        shape = (stop - index, length, *q.shape[1:])
+        own = [t[rows].reshape(shape).transpose(1, 2) for t in (q, k, v)]
+        out = F.scaled_dot_product_attention(own[0], own[1], own[2], scale=scale)
+        parts.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
+        index = stop
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

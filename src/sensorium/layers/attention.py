@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
 from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch
@@ -107,26 +105,7 @@ class VisionAttention:
         if cos is not None and sin is not None:
             ops.rotate_heads(mixed, cos, sin, 2 * self.num_heads, self.head_dim)
         q, k, v = mixed.view(num_tokens, 3, self.num_heads, self.head_dim).unbind(1)
-        mixed = segment_attention(q, k, v, cu_seqlens, self.scale)
+        mixed = ops.segment_attention(q, k, v, cu_seqlens, self.scale)
         return self.o(mixed.reshape(num_tokens, -1))
 
     __call__ = forward
-
-
-def segment_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
-) -> torch.Tensor:
-    """Attention of q, k, v (T, heads, D) within each segment; runs of equally long segments go as one batch."""
-    lengths = [end - start for start, end in pairwise(cu_seqlens)]
-    parts, index = [], 0
-    while index < len(lengths):
-        length, stop = lengths[index], index
-        while stop < len(lengths) and lengths[stop] == length:
-            stop += 1
-        rows = slice(cu_seqlens[index], cu_seqlens[stop])
-        shape = (stop - index, length, *q.shape[1:])
-        own = [t[rows].reshape(shape).transpose(1, 2) for t in (q, k, v)]
-        out = F.scaled_dot_product_attention(own[0], own[1], own[2], scale=scale)
-        parts.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
-        index = stop
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
