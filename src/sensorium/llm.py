@@ -305,17 +305,7 @@ class LLM:
         prepared = job.prepared.result()
         request_id = str(next(self._request_numbers))
         requests = self._preparer.requests(prepared, job.params, request_id, 0, job.arrival_time)
-        stream = RequestStream(
-            request_id=request_id,
-            engine_ids=[request.request_id for request in requests],
-            text=prepared.text,
-            token_ids=prepared.token_ids,
-            num_item_tokens=prepared.num_item_tokens,
-            continues=prepared.continues,
-            params=job.params,
-            tokenizer=self._preparer.tokenizer,
-            arrival_time=job.arrival_time,
-        )
+        stream = RequestStream.of(request_id, prepared, requests, job.params, self.get_tokenizer())
         sources = tuple(HeldFeatures(item.features) for item in prepared.items)
         for request in requests:
             self._streams[request.request_id] = (job.index, stream)

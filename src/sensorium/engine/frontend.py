@@ -149,17 +149,7 @@ class Frontend:
         arrival = time.monotonic()
         prepared = await self._preparer.prepare(prompt)
         requests = self._preparer.requests(prepared, params, request_id, priority, arrival)
-        stream = RequestStream(
-            request_id=request_id,
-            engine_ids=[request.request_id for request in requests],
-            text=prepared.text,
-            token_ids=prepared.token_ids,
-            num_item_tokens=prepared.num_item_tokens,
-            continues=prepared.continues,
-            params=params,
-            tokenizer=self.tokenizer,
-            arrival_time=arrival,
-        )
+        stream = RequestStream.of(request_id, prepared, requests, params, self.tokenizer)
         inbox: Inbox = asyncio.Queue()
         try:
             for number, request in enumerate(requests, 1):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sensorium.core.plan import NO_TOKEN_LEFT
-from sensorium.core.request import SequenceUpdate, TokenSample
+from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
+from sensorium.engine.prepare import PreparedPrompt
 from sensorium.errors import InvalidRequestError, UnavailableError
 from sensorium.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sensorium.params import SamplingParams
@@ -62,6 +63,28 @@ class RequestStream:
             finished=False,
             num_item_tokens=num_item_tokens,
             metrics=self.metrics,
+        )
+
+    @classmethod
+    def of(
+        cls,
+        request_id: str,
+        prepared: PreparedPrompt,
+        requests: Sequence[EngineRequest],
+        params: SamplingParams,
+        tokenizer: Tokenizer,
+    ) -> RequestStream:
+        """The stream of a prepared prompt's requests to the engine, one per sample."""
+        return cls(
+            request_id=request_id,
+            engine_ids=[request.request_id for request in requests],
+            text=prepared.text,
+            token_ids=prepared.token_ids,
+            num_item_tokens=prepared.num_item_tokens,
+            continues=prepared.continues,
+            params=params,
+            tokenizer=tokenizer,
+            arrival_time=requests[0].arrival_time,
         )
 
     def _new_sample(self, index: int) -> _Sample:
