@@ -139,19 +139,48 @@ def make_llava(
 
 def make_qwen2_vl(
     folder: Path,
+    vision: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """Qwen2-VL: at most 48 embeddings an image. ``vision``, ``text``, ``options``: values of config.json."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    own = {
+        "model_type": "qwen2_vl",
+        "depth": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "hidden_size": (text or {}).get("hidden_size", TEXT_SIZES["hidden_size"]),
+        **(vision or {}),
+    }
+    return _make_qwen(
+        folder,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLConfig,
+        "qwen2_vl",
+        own,
+        text=text,
+        **options,
+    )
+
+
+def _make_qwen(
+    folder: Path,
+    model_class: Any,
+    config_class: Any,
+    model_type: str,
+    vision: Mapping[str, Any],
     layout: str = "hub",
     dtype: str = "float32",
     seed: int = 0,
     sharded: bool = False,
-    vision: Mapping[str, Any] | None = None,
     text: Mapping[str, Any] | None = None,
     min_pixels: int = 56 * 56,
     max_pixels: int = 28 * 28 * 48,
     **top: Any,
 ) -> Path:
-    """Qwen2-VL: at most 48 embeddings an image. ``vision``, ``text``, ``top``: values of config.json."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
+    """A checkpoint of the Qwen-VL kind."""
     tokenizer = _tokenizer(last=QWEN_TOKENS)
     text_config = {
         "vocab_size": VOCAB_SIZE,
@@ -168,8 +197,8 @@ def make_qwen2_vl(
         **(text or {}),
     }
     config = {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
+        "architectures": [model_class.__name__],
+        "model_type": model_type,
         "tie_word_embeddings": True,
         "torch_dtype": dtype,
         "vision_start_token_id": tokenizer.token_to_id("<|vision_start|>"),
@@ -178,19 +207,10 @@ def make_qwen2_vl(
         "image_token_id": tokenizer.token_to_id("<|image_pad|>"),
         "video_token_id": tokenizer.token_to_id("<|video_pad|>"),
         **text_config,
-        "vision_config": {
-            "model_type": "qwen2_vl",
-            "depth": 2,
-            "embed_dim": 32,
-            "num_heads": 2,
-            "hidden_size": text_config["hidden_size"],
-            "in_chans": 3,
-            "spatial_patch_size": 14,
-            **(vision or {}),
-        },
+        "vision_config": {"in_chans": 3, "spatial_patch_size": 14, **vision},
         **top,
     }
-    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**_class_arguments(config)))
+    model = model_class(config_class(**_class_arguments(config)))
     neighbours = {
         "preprocessor_config.json": {
             "image_processor_type": "Qwen2VLImageProcessor",
@@ -214,6 +234,31 @@ def make_qwen2_vl(
     _write_tokenizer(folder, tokenizer, eos="<|im_end|>", pad="<|endoftext|>", template=template)
     _write_model(folder, model, config, layout, seed, sharded, QWEN2_VL_NAMES, neighbours)
     return folder
+
+
+def make_qwen2_5_vl(folder: Path, **options: Any) -> Path:
+    """Qwen2.5-VL with windows of 2 x 2 merge cells and one block of full attention. ``options`` as of Qwen2-VL's."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {
+        "model_type": "qwen2_5_vl",
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_heads": 2,
+        "out_hidden_size": TEXT_SIZES["hidden_size"],
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+        **(options.pop("vision", None) or {}),
+    }
+    return _make_qwen(
+        folder,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        "qwen2_5_vl",
+        vision,
+        **options,
+    )
 
 
 def make_text(

@@ -46,13 +46,14 @@ def _case(
     return Case(folder, prompts, reference_tokens(folder, inputs(folder, prompts), NUM_TOKENS))
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen2_vl"])
+@pytest.fixture(scope="module", params=["llava", "qwen2_vl", "qwen2_5_vl"])
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "llava":
         return _case(folder, checkpoints.make_llava, llava_inputs, "<image>", LLAVA_CHAT)
     placeholder = "<|vision_start|><|image_pad|><|vision_end|>"
-    return _case(folder, checkpoints.make_qwen2_vl, qwen2_vl_inputs, placeholder, QWEN_CHAT)
+    make = getattr(checkpoints, f"make_{request.param}")
+    return _case(folder, make, qwen2_vl_inputs, placeholder, QWEN_CHAT)
 
 
 # Block sizes and budgets so small that prompts are cut inside images, and so few blocks that sequences push each

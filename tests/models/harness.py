@@ -181,7 +181,7 @@ class Reference:
                 list(images), return_tensors="pt", input_data_format="channels_last"
             )
             found["pixel_values"] = found["pixel_values"].to(self.model.dtype)
-        if self.config.model_type == "qwen2_vl":
+        if self.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
             found["mm_token_type_ids"] = (ids == self.config.image_token_id).int()
         return found
 

@@ -28,7 +28,7 @@ from sensorium.models.qwen2_vl.vision import VisionTower
 from sensorium.models.registry import resolve
 from sensorium.multimodal.items import Features
 from sensorium.multimodal.processor import PlacedItem
-from tests.checkpoints import make_llava, make_qwen2_vl
+from tests.checkpoints import make_llava, make_qwen2_5_vl, make_qwen2_vl
 from tests.models.harness import Reference, image_processor, picture
 
 TOLERANCE = 1e-5
@@ -380,27 +380,29 @@ def qwen_processor() -> Qwen2VLProcessor:
     return Qwen2VLProcessor(440, 441, 64, 14, 2, read_pixel_range({}, PixelRange(1, 2)), True, 3)
 
 
-@pytest.fixture(scope="module")
-def qwen_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(make_qwen2_vl(tmp_path_factory.mktemp("qwen")))
+@pytest.fixture(scope="module", params=[make_qwen2_vl, make_qwen2_5_vl])
+def qwen_reference(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Reference:
+    return Reference(request.param(tmp_path_factory.mktemp("qwen")))
 
 
 def test_tower_on_clips_equals_reference(qwen_reference: Reference) -> None:
     """Grids with several temporal indices: attention stays within each, and items of all sizes share a batch."""
     loaded = loader.load(str(qwen_reference.folder), device="cpu")
     rng = np.random.default_rng(0)
-    shapes = [(4, 56, 84, 3), (84, 56, 3), (6, 28, 28, 3), (56, 84, 3)]
+    shapes = [(4, 56, 84, 3), (84, 56, 3), (6, 28, 28, 3), (140, 84, 3)]
     items = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
     tower = loaded.model.tower
     with torch.inference_mode():
         found = tower(items)
         rows = [tower.patches(torch.from_numpy(item)) for item in items]
         grids = torch.tensor([grid for _, grid in rows])
-        assert grids.tolist() == [[2, 4, 6], [1, 6, 4], [3, 2, 2], [1, 4, 6]]
+        assert grids.tolist() == [[2, 4, 6], [1, 6, 4], [3, 2, 2], [1, 10, 6]]
         pixels = torch.cat([patches for patches, _ in rows])
         expected = qwen_reference.model.model.visual(pixels, grid_thw=grids).pooler_output
     torch.testing.assert_close(torch.cat(found), expected, atol=1e-4, rtol=1e-4)
-    assert [len(embeds) for embeds in found] == [12, 6, 3, 6]
+    assert [len(embeds) for embeds in found] == [12, 6, 3, 15]
 
 
 def test_video_patches_keep_the_frames_apart() -> None:

@@ -64,7 +64,7 @@ def build_engine(config: EngineConfig) -> Engine:
         free_bytes=free_memory(device, config.cache.gpu_memory_utilization),
     )
     caches = ops.allocate_cache(layout, geometry.num_blocks, device)
-    ops.warm_up(model.dtype, device)
+    ops.warm_up(model.dtype, device, encoders=model.has_encoder)
     store = FeatureStore()
     folder = config.model.tokenizer or loaded.config.folder
     runner = ModelRunner(model, caches, store, _Grammars(folder, shape.vocab_size))

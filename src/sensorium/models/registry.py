@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from sensorium.errors import UnsupportedModelError
-from sensorium.models import llava, qwen2_vl, text
+from sensorium.models import llava, qwen2_5_vl, qwen2_vl, text
 from sensorium.models.interface import Family
 
 FAMILIES: tuple[Family, ...] = (
     *llava.FAMILIES,
     *qwen2_vl.FAMILIES,
+    *qwen2_5_vl.FAMILIES,
     *text.FAMILIES,
 )
 

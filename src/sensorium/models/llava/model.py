@@ -45,6 +45,7 @@ class LlavaModel(DecoderModel):
             )
         except ValueError as error:
             raise ConfigError(f"config.json: {error}.", param="model") from error
+        self.has_encoder = True
         unused = range(depth, config.vision.num_layers)
         self.ignored_weights += (
             r"vision_tower\.post_layernorm\..*",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,17 +50,22 @@ class Qwen2VLConfig:
 
 def read_qwen2_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
+    return read_vl_config(config, _read_vision)
+
+
+def read_vl_config(
+    config: Mapping[str, Any], read_vision: Callable[[Mapping[str, Any]], VisionConfig]
+) -> Qwen2VLConfig:
+    """As ``read_qwen2_vl_config``, for families that differ in their ``vision_config`` alone."""
     nested = config.get("text_config")
-    text = (
-        {**config, "model_type": "qwen2_vl"} if nested is None else section(config, "text_config")
-    )
+    text = config if nested is None else section(config, "text_config")
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    decoder = read_text_config({"model_type": "qwen2_vl_text", **_with_section(text)}, tied=tied)
-    vision = _read_vision(section(config, "vision_config"))
+    decoder = read_text_config({**_with_section(text), "model_type": "qwen2_vl_text"}, tied=tied)
+    vision = read_vision(section(config, "vision_config"))
     if vision.num_outputs != decoder.hidden_size:
         bad(
-            "vision_config.hidden_size",
-            f"{vision.num_outputs} is not the decoder's hidden size {decoder.hidden_size}",
+            "vision_config",
+            f"its output size {vision.num_outputs} is not the decoder's hidden size {decoder.hidden_size}",
         )
     ids = {
         "image_token_id": count(config, "image_token_id", 151655),
@@ -82,22 +87,30 @@ def _with_section(text: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read_vision(config: Mapping[str, Any]) -> VisionConfig:
     values = {**_VISION_DEFAULTS, **config}
-    hidden_size, num_heads = count(values, "embed_dim"), count(values, "num_heads")
+    common = read_common_vision(values, "embed_dim")
+    return VisionConfig(
+        **common,
+        inner_size=int(common["hidden_size"] * values["mlp_ratio"]),
+        num_outputs=count(values, "hidden_size"),
+    )
+
+
+def read_common_vision(values: Mapping[str, Any], width: str) -> dict[str, Any]:
+    """The fields of ``VisionConfig`` that all towers of this kind spell alike; ``width`` names that of the width."""
+    hidden_size, num_heads = count(values, width), count(values, "num_heads")
     if hidden_size % num_heads or hidden_size // num_heads % 4:
         bad(
-            "vision_config.embed_dim",
+            f"vision_config.{width}",
             f"{hidden_size} over {num_heads} heads must give a head size divisible by 4",
         )
     if count(values, "in_channels") != 3:
         bad("vision_config.in_channels", f"must be 3, got {values['in_channels']}")
-    return VisionConfig(
-        depth=count(values, "depth"),
-        hidden_size=hidden_size,
-        inner_size=int(hidden_size * values["mlp_ratio"]),
-        num_outputs=count(values, "hidden_size"),
-        num_heads=num_heads,
-        patch_size=count(values, "patch_size"),
-        merge_size=count(values, "spatial_merge_size"),
-        temporal_patch_size=count(values, "temporal_patch_size"),
-        activation=str(values["hidden_act"]),
-    )
+    return {
+        "depth": count(values, "depth"),
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "patch_size": count(values, "patch_size"),
+        "merge_size": count(values, "spatial_merge_size"),
+        "temporal_patch_size": count(values, "temporal_patch_size"),
+        "activation": str(values["hidden_act"]),
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ class Qwen2VLModel(DecoderModel):
     """The decoder with a vision tower; without it when images and videos are skipped."""
 
     prefix = "language_model."
+    tower_class: type[Any] = VisionTower
 
     def __init__(
         self, config: Qwen2VLConfig, normalization: Normalization, options: BuildOptions
@@ -30,9 +32,10 @@ class Qwen2VLModel(DecoderModel):
             self.ignored_weights += (r"visual\..*",)
             return
         try:
-            self.tower = VisionTower(config.vision, normalization, options)
+            self.tower = self.tower_class(config.vision, normalization, options)
         except ValueError as error:
             raise ConfigError(f"config.json: {error}.", param="model") from error
+        self.has_encoder = True
 
     def slots(self) -> Iterator[Slot]:
         """See ``LoadableModel``."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,9 @@ class VisionBlock:
 class VisionTower:
     """Pixels of several images or clips, of different sizes, to embeddings of the decoder's width."""
 
+    block_class: type[Any] = VisionBlock
+    norm_class: type[Any] = LayerNorm
+
     def __init__(
         self, config: VisionConfig, normalization: Normalization, options: BuildOptions
     ) -> None:
@@ -78,8 +82,8 @@ class VisionTower:
         self.patch = Linear(
             CHANNELS * config.temporal_patch_size * config.patch_size**2, config.hidden_size
         )
-        self.blocks = [VisionBlock(config) for _ in range(config.depth)]
-        self.merger_norm = LayerNorm(config.hidden_size, NORM_EPS)
+        self.blocks = [self.block_class(config) for _ in range(config.depth)]
+        self.merger_norm = self.norm_class(config.hidden_size, NORM_EPS)
         self.merger = PlainMLP(cell, cell, config.num_outputs, act="gelu")
 
     def slots(self, prefix: str) -> Iterator[Slot]:
@@ -111,14 +115,18 @@ class VisionTower:
             patches.append(rows)
             grids.append(grid)
         x = self.patch(torch.cat(patches) if len(patches) > 1 else patches[0])
-        cos, sin = self.rotary(grids)
-        lengths = [h * w for t, h, w in grids for _ in range(t)]
-        starts = list(accumulate(lengths, initial=0))
-        for block in self.blocks:
-            x = block(x, starts, cos, sin)
+        x = self.run_blocks(x, grids)
         merged = self.merger_norm(x).view(-1, self.merger.fc1.num_inputs)
         cells = self.config.merge_size**2
         return list(self.merger(merged).split([t * h * w // cells for t, h, w in grids]))
+
+    def run_blocks(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """(P, size) -> (P, size), in place."""
+        cos, sin = self.rotary(grids)
+        starts = frame_starts(grids)
+        for block in self.blocks:
+            x = block(x, starts, cos, sin)
+        return x
 
     def patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Grid]:
         """Normalised patches (t * h * w, 3 * frames * patch * patch) of an item, and its grid (t, h, w)."""
@@ -150,3 +158,9 @@ class VisionTower:
             positions.append(cells.reshape(h * w, 2).repeat(t, 1))
         head_dim = self.config.hidden_size // self.config.num_heads
         return axial_cos_sin(torch.cat(positions), head_dim)
+
+
+def frame_starts(grids: Sequence[Grid]) -> list[int]:
+    """Row at which each temporal index of each item begins, and the number of rows."""
+    lengths = [h * w for t, h, w in grids for _ in range(t)]
+    return list(accumulate(lengths, initial=0))
