@@ -63,13 +63,13 @@ def reference_tokens(
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    # Past any end token, as with ``ignore_eos``; ``min_new_tokens`` would keep the end from being chosen.
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     tokens = []
     for values in inputs:
         values = {"attention_mask": torch.ones_like(values["input_ids"]), **values}
         with torch.inference_mode():
-            out = model.generate(
-                **values, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
-            )
+            out = model.generate(**values, max_new_tokens=num_tokens, do_sample=False)
         tokens.append(out[0, values["input_ids"].shape[1] :].tolist())
     return tokens
 

@@ -13,8 +13,9 @@ from sensorium.models import loader
 from tests.checkpoints import make_llava, make_qwen2_5_vl, make_qwen2_vl, make_text
 from tests.models.harness import Harness, Reference, Running, picture, text_ids
 
-TOLERANCE = 3e-4
-"""Rounding alone: on these checkpoints float32 differs from float64 by as much, in the reference too."""
+TOLERANCE = 1e-4
+WIDER = {"qwen2_5_vl": 3e-4}
+"""Where rounding alone makes more: there the reference differs from itself in float64 by as much."""
 NUM_TOKENS = 20
 LAYOUTS = ("hub", "resaved", "t5")
 
@@ -44,7 +45,9 @@ def images_of(case: Case) -> list[np.ndarray]:
     return [picture(height, width, seed=height * width) for height, width in case[1]]
 
 
-def assert_parity(folder: Path, cases: list[Case], **options: object) -> None:
+def assert_parity(
+    folder: Path, cases: list[Case], tolerance: float = TOLERANCE, **options: object
+) -> None:
     """Every case alone, whole and in chunks of 7, then all together with different chunk sizes."""
     harness = Harness(loader.load(str(folder), device="cpu", **options))
     reference = Reference(folder)
@@ -54,9 +57,9 @@ def assert_parity(folder: Path, cases: list[Case], **options: object) -> None:
         seq = harness.add(ids, images)
         logits = reference.logits(seq, images)
         expected.append(reference.greedy(seq, NUM_TOKENS, images))
-        torch.testing.assert_close(harness.prefill(seq), logits, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(harness.prefill(seq), logits, atol=tolerance, rtol=tolerance)
         chunked = harness.prefill(harness.add(ids, images), chunk=7)
-        torch.testing.assert_close(chunked, logits, atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(chunked, logits, atol=tolerance, rtol=tolerance)
         assert harness.greedy(harness.add(ids, images), NUM_TOKENS, chunk=11) == expected[-1]
     assert len({tuple(tokens) for tokens in expected}) == len(cases), "answers must vary"
     assert together(harness, folder, cases) == expected
@@ -87,7 +90,7 @@ def together(harness: Harness, folder: Path, cases: list[Case]) -> list[list[int
 def test_vision_families(tmp_path: Path, family: str, layout: str) -> None:
     build, cases = BUILDERS[family]
     folder = build(tmp_path, layout=layout, seed=LAYOUTS.index(layout), sharded=layout == "hub")
-    assert_parity(folder, cases)
+    assert_parity(folder, cases, WIDER.get(family, TOLERANCE))
 
 
 @pytest.mark.parametrize(
