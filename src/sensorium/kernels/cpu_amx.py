@@ -4,8 +4,8 @@ A tile is a register of 16 rows of 64 bytes. ``C += A B`` takes A as 16 rows of 
 (rows 2 i and 2 i + 1 of B side by side, the order of all vector instructions for bf16), and C as 16 rows of 16 float32:
 Intel 64 and IA-32 Architectures Software Developer's Manual, "Intel AMX programming".
 
-The tiles' shapes are a state of the thread. Who multiplies here sets it for the time of a task loop and puts back what
-was there before, since oneDNN keeps its own.
+The tiles' shapes are a state of the thread. Who multiplies sets it for the time of a task loop and gives the tiles
+back, as oneDNN does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import llvmlite.binding
 import llvmlite.ir as ir
+from numba import config as numba_config
 from numba import types
 from numba.core import cgutils
 
@@ -29,7 +30,6 @@ DEPTH = 32
 """Columns of A: how far one instruction sums."""
 BLOCK = 2 * TILE
 """Rows and columns of C that are computed at once, in four tiles."""
-CONFIG_BYTES = 64
 
 _I8, _I64 = ir.IntType(8), ir.IntType(64)
 _PTR = _I8.as_pointer()
@@ -39,23 +39,29 @@ _C, _A, _B = (0, 1, 2, 3), (4, 5), (6, 7)
 
 @functools.cache
 def available() -> bool:
-    """Whether this process may use the tiles; Linux gives them only to those that ask."""
+    """Whether kernels may use the tiles in this process; asks the system for them, which Linux wants once a process.
+
+    Kernels with tiles are compiled and run only where this has said yes.
+    """
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return False
+    compiler: Any = numba_config
+    if sys.maxsize < 2**32 or compiler.CPU_NAME or compiler.CPU_FEATURES:
+        return False  # Numba is told to compile for another CPU than LLVM finds here
     features = llvmlite.binding.get_host_cpu_features()
     if not (features.get("amx-tile") and features.get("amx-bf16")):
         return False
-    syscall = ctypes.CDLL(None, use_errno=True).syscall
-    return bool(syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+    syscall = ctypes.CDLL(None).syscall
+    arguments = (ctypes.c_long(n) for n in (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA))
+    return bool(syscall(*arguments) == 0)
 
 
 def full_tiles() -> bytes:
     """The configuration in which all eight tiles have 16 rows of 64 bytes."""
-    widths = TILE * 2
-    return (
-        bytes([1, 0]) + bytes(14) + (64).to_bytes(2, "little") * 8 + bytes(widths - 16)
-        + bytes([TILE]) * 8 + bytes(8)
-    )  # fmt: skip
+    palette, start_row, reserved = b"\x01", b"\x00", bytes(14)
+    row_bytes = (64).to_bytes(2, "little") * 8 + bytes(16)
+    rows = bytes([TILE]) * 8 + bytes(8)
+    return palette + start_row + reserved + row_bytes + rows
 
 
 def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
@@ -64,32 +70,25 @@ def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
 
 
 @intrinsic
-def swap_configuration(typingctx: Any, new: Any, old: Any) -> Any:
-    """Take the tiles' shapes from the 64 bytes at ``new``, after writing the present ones to ``old``."""
+def configure(typingctx: Any, configuration: Any) -> Any:
+    """Take the tiles' shapes from the 64 bytes at ``configuration``."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _call(builder, "sttilecfg", builder.bitcast(args[1], _PTR))
         _call(builder, "ldtilecfg", builder.bitcast(args[0], _PTR))
         return context.get_dummy_value()
 
-    return types.void(new, old), codegen
+    return types.void(configuration), codegen
 
 
 @intrinsic
-def restore_configuration(typingctx: Any, old: Any) -> Any:
-    """Take the tiles' shapes from ``old``, or give the tiles back if it says that none were in use."""
+def release(typingctx: Any) -> Any:
+    """Give the tiles back."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        place = builder.bitcast(args[0], _PTR)
-        used = builder.icmp_unsigned("!=", builder.load(place), _I8(0))
-        with builder.if_else(used) as (some, none):
-            with some:
-                _call(builder, "ldtilecfg", place)
-            with none:
-                _call(builder, "tilerelease")
+        _call(builder, "tilerelease")
         return context.get_dummy_value()
 
-    return types.void(old), codegen
+    return types.void(), codegen
 
 
 @intrinsic

@@ -37,6 +37,10 @@ caching: Any = numba_caching
 CFunc: Any = ccallback.CFunc
 
 NUM_ARGS = 32
+SERIAL_WEIGHT = 256 * 1024
+"""Multiply-adds below which a kernel that does little else runs on one thread."""
+RELEASE_WEIGHT = 256 * 1024 * 1024
+"""Multiply-adds from which it runs without the GIL: some milliseconds."""
 Kernel = Callable[[Any], None]
 
 Args = ctypes.c_int64 * NUM_ARGS
@@ -91,6 +95,12 @@ class Launcher:
             self.serial(args)
         else:
             self._region(self._address, args, torch.get_num_threads(), 0)
+
+    def for_weight(self, weight: int) -> Kernel:
+        """How to run a kernel of so many multiply-adds: on one thread or all, with or without the GIL."""
+        if weight < SERIAL_WEIGHT:
+            return self.serial
+        return self.parallel if weight < RELEASE_WEIGHT else self.released
 
     def released(self, args: Any) -> None:
         """Run on all threads without the GIL."""

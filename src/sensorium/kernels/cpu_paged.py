@@ -16,7 +16,7 @@ from sensorium.kernels import reference
 from sensorium.kernels.batch import AttentionBatch, LayerCache
 from sensorium.kernels.cpu_attention import CHUNK, build_attend, scratch_floats
 from sensorium.kernels.cpu_elementwise import kernel, launch
-from sensorium.kernels.cpu_launch import Kernel, Launcher, float_bits, pack
+from sensorium.kernels.cpu_launch import Kernel, float_bits, pack
 from sensorium.kernels.cpu_rotary import ROWS_PER_TASK, build_rope_write
 
 SHORT_SPAN = {torch.bfloat16: 24, torch.float16: 64, torch.float32: 64}
@@ -26,10 +26,6 @@ PIECE_MATRIX_ROWS = 64
 TASKS_PER_THREAD = 4
 MIN_PIECE = 2 * CHUNK
 """Fewest tokens of a piece: below this, merging costs more than waiting."""
-SERIAL_WEIGHT = 256 * 1024
-"""Multiply-adds below which the attention kernel runs on one thread."""
-RELEASE_WEIGHT = 256 * 1024 * 1024
-"""Multiply-adds from which it runs without the GIL: some milliseconds."""
 
 
 @dataclass(slots=True)
@@ -207,9 +203,8 @@ def _plan(
         scratch=torch.empty(num_threads * stride),
         scratch_stride=stride,
         args=None,
-        attend=_way_to_run(
-            kernel(build_attend, dtype),
-            2 * num_heads * head_dim * sum((p[5] - p[4]) * p[2] for p in pieces),
+        attend=kernel(build_attend, dtype).for_weight(
+            2 * num_heads * head_dim * sum((p[5] - p[4]) * p[2] for p in pieces)
         ),
         spans=spans,
         first_span_row=first,
@@ -220,13 +215,6 @@ def _plan(
     )
     plan.args = _attend_args(batch, cache, plan, num_heads)
     return plan
-
-
-def _way_to_run(attend: Launcher, weight: int) -> Kernel:
-    """On one thread or all, with or without the GIL, by the number of multiply-adds."""
-    if weight < SERIAL_WEIGHT:
-        return attend.serial
-    return attend.parallel if weight < RELEASE_WEIGHT else attend.released
 
 
 def _attend_args(

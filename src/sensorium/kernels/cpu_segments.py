@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -22,12 +22,11 @@ from numba.core import cgutils
 from sensorium.kernels import cpu_amx
 from sensorium.kernels.cpu_amx import (
     BLOCK,
-    CONFIG_BYTES,
     DEPTH,
     TILE,
+    configure,
     multiply_block,
-    restore_configuration,
-    swap_configuration,
+    release,
 )
 from sensorium.kernels.cpu_attention import HIDDEN_SCORE, OUTLINE, scale_sums
 from sensorium.kernels.cpu_elementwise import kernel
@@ -39,7 +38,6 @@ from sensorium.kernels.cpu_numeric import (
     exp1,
     f32,
     fetch_add,
-    fma,
     intrinsic,
     largest,
     load16,
@@ -51,7 +49,7 @@ from sensorium.kernels.cpu_numeric import (
     total,
     vec16,
 )
-from sensorium.kernels.cpu_rotary import convert_row
+from sensorium.kernels.cpu_rotary import convert_row, write_value
 
 KEYS = 512
 """Keys whose scores are held at once."""
@@ -59,6 +57,8 @@ SCORE_STRIDE, WEIGHT_STRIDE = KEYS + WIDTH, KEYS + 2 * WIDTH
 """Lengths of rows in scratch memory; no multiples of a page, which would crowd one set of the caches."""
 MAX_HEAD_DIM = 256
 LOG_2 = f32(math.log(2))
+PACKED_BYTES = 32 * 1024 * 1024
+"""Most memory for packed keys and values at a time, unless one segment takes more."""
 
 # Columns of the table of tasks (int64): segment's first row, its length, place of its packed keys in rows, head, and
 # the first row of queries within the segment.
@@ -70,20 +70,20 @@ def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether these kernels run for q, k, v (T, heads, D) on this machine."""
     if not (q.is_cpu and q.dtype == torch.bfloat16 and cpu_amx.available()):
         return False
+    same = all(t.shape == q.shape and t.dtype == q.dtype and t.device == q.device for t in (k, v))
+    if not same or k.stride() != v.stride():
+        return False
     head_dim, (row, head, element) = q.shape[2], k.stride()
     paired = head_dim % 2 == 0 and row % 2 == 0 and head % 2 == 0 and k.data_ptr() % 4 == 0
-    alike = k.stride() == v.stride() and q.stride(2) == element == 1
-    return paired and alike and head_dim <= MAX_HEAD_DIM
+    return paired and q.stride(2) == element == 1 and head_dim <= MAX_HEAD_DIM
 
 
-def _up(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
-@njit(**INLINE)
-def up(number: Any, step: Any) -> Any:
+def _up(number: Any, step: Any) -> Any:
     """``number`` rounded up to a multiple of ``step``."""
     return (number + step - 1) // step * step
+
+
+up = njit(**INLINE)(_up)
 
 
 @njit(**OUTLINE)
@@ -187,23 +187,23 @@ def store_weights(typingctx: Any, ptr: Any, index: Any, first: Any, second: Any)
 
 @njit(**OUTLINE)
 def soften(scores: Any, count: Any, scale: Any, top: Any, weights: Any) -> Any:
-    """weights (bf16) = 2^(scale * score - new top) of a row, zeros from ``count`` to the block's end.
+    """weights (bf16) = 2^(scale * (score - new top)) of a row of scores; scale is positive.
 
-    Returns the new top, in units of scaled scores, and the sum.
+    Behind ``count``, up to the block's end, weights are too small to matter. Returns the new top and the sum.
     """
     padded = up(count, BLOCK)
     for j in range(count, padded):
         scores[j] = HIDDEN_SCORE
-    best, other = splat(HIDDEN_SCORE), splat(HIDDEN_SCORE)
+    best, other = splat(top), splat(HIDDEN_SCORE)
     for j in range(0, padded, BLOCK):
         best = largest(load16(scores, j), best)
         other = largest(load16(scores, j + WIDTH), other)
-    new_top = max(top, peak(largest(best, other)) * scale)
-    factor, base = splat(scale), splat(f32(0.0) - new_top)
-    summed = splat(f32(0.0))
+    new_top = peak(largest(best, other))
+    # The difference is exact at the top and never positive, however large the scores are.
+    factor, base, summed = splat(scale), splat(new_top), splat(f32(0.0))
     for j in range(0, padded, BLOCK):
-        first = exp2_nonpositive(fma(load16(scores, j), factor, base))
-        second = exp2_nonpositive(fma(load16(scores, j + WIDTH), factor, base))
+        first = exp2_nonpositive((load16(scores, j) - base) * factor)
+        second = exp2_nonpositive((load16(scores, j + WIDTH) - base) * factor)
         store_weights(weights, j, first, second)
         summed = summed + (first + second)
     return new_top, total(summed)
@@ -238,10 +238,10 @@ def build_pack(element: Any) -> Callable[[Any], None]:
 
 
 def scratch_bytes(head_dim: int) -> int:
-    """Scratch of a thread: two configurations, queries, weights, scores, sums, tops and totals of 32 rows."""
+    """Scratch of a thread: queries, weights, scores, sums, tops and totals of 32 rows."""
     depth, columns = _up(head_dim, DEPTH), _up(head_dim, TILE)
     halves = depth + WEIGHT_STRIDE
-    return 2 * CONFIG_BYTES + BLOCK * (2 * halves + 4 * (SCORE_STRIDE + columns + 2))
+    return BLOCK * (2 * halves + 4 * (SCORE_STRIDE + columns + 2))
 
 
 def build_attend(element: Any) -> Callable[[Any], None]:
@@ -253,19 +253,14 @@ def build_attend(element: Any) -> Callable[[Any], None]:
 
     @njit(**OUTLINE)
     def fill_queries(args: Any, task: Any, count: Any, q: Any) -> None:
-        """q (32, depth) = the task's queries, zeros where there are none."""
+        """q (32, depth) = the task's queries, the first ``count`` rows; of the others nothing is read."""
         dim, depth = args[9], up(args[9], DEPTH)
-        for r in range(BLOCK):
-            for d in range(dim, depth):
-                q[r * depth + d] = types.uint16(0)
-            if r >= count:
-                for d in range(dim):
-                    q[r * depth + d] = types.uint16(0)
-                continue
+        for r in range(count):
             row = task[START] + task[FIRST] + r
             source = shifted(pointer(args[3], element), row * args[4] + task[HEAD] * args[5])
-            for d in range(dim):
-                q[r * depth + d] = source[d]
+            write_value(source, q, r * depth, dim)
+            for d in range(dim, depth):
+                q[r * depth + d] = types.uint16(0)
 
     @njit(**OUTLINE)
     def run_chunks(
@@ -308,7 +303,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             for r in range(count):
                 row = shifted(scores, r * SCORE_STRIDE)
                 top, part = soften(row, seen, scale, tops[r], shifted(weights, r * WEIGHT_STRIDE))
-                fade = exp1((tops[r] - top) * LOG_2)
+                fade = exp1((tops[r] - top) * scale * LOG_2)
                 totals[r] = totals[r] * fade + part
                 if start > 0 and fade != f32(1.0):
                     scale_sums(shifted(sums, r * columns), columns, fade)
@@ -330,9 +325,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
     def attend_segments(args: Any) -> None:
         dim, heads = args[9], args[10]
         depth, columns = up(dim, DEPTH), up(dim, TILE)
-        base = args[14] + fetch_add(args, 1, 1) * args[15]
-        old = pointer(base + CONFIG_BYTES, types.uint8)
-        q_at = base + 2 * CONFIG_BYTES
+        q_at = args[14] + fetch_add(args, 1, 1) * args[15]
         weights_at = q_at + BLOCK * depth * 2
         scores_at = weights_at + BLOCK * WEIGHT_STRIDE * 2
         q, weights = pointer(q_at, element), pointer(weights_at, element)
@@ -340,9 +333,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         sums = shifted(scores, BLOCK * SCORE_STRIDE)
         tops = shifted(sums, BLOCK * columns)
         totals = shifted(tops, BLOCK)
-        for i in range(BLOCK * WEIGHT_STRIDE):
-            weights[i] = types.uint16(0)
-        swap_configuration(pointer(args[13], types.uint8), old)
+        configure(pointer(args[13], types.uint8))
         while True:
             index = fetch_add(args, 0, 1)
             if index >= args[2]:
@@ -355,12 +346,12 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 row = task[START] + task[FIRST] + r
                 out = shifted(pointer(args[11], element), (row * heads + task[HEAD]) * dim)
                 convert_row(shifted(sums, r * columns), dim, f32(1.0) / totals[r], out)
-        restore_configuration(old)
+        release()
 
     return attend_segments
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=64)
 def _tasks(starts: tuple[int, ...], num_heads: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Tasks of packing and of attention, and the number of packed rows."""
     packing, attending, packed = [], [], 0
@@ -373,6 +364,19 @@ def _tasks(starts: tuple[int, ...], num_heads: int) -> tuple[np.ndarray, np.ndar
     return np.array(packing, np.int64), np.array(attending, np.int64), packed
 
 
+def _runs(starts: Sequence[int], row_bytes: int) -> Iterator[tuple[int, ...]]:
+    """Starts and end of runs of segments whose packed rows fit into ``PACKED_BYTES``, or that are alone."""
+    run, size = [starts[0]], 0
+    for start, end in pairwise(starts):
+        own = _up(end - start, BLOCK) * row_bytes
+        if len(run) > 1 and size + own > PACKED_BYTES:
+            yield tuple(run)
+            run, size = [start], 0
+        run.append(end)
+        size += own
+    yield tuple(run)
+
+
 @functools.cache
 def _configuration() -> np.ndarray:
     return np.frombuffer(cpu_amx.full_tiles(), np.uint8).copy()
@@ -381,10 +385,27 @@ def _configuration() -> np.ndarray:
 def segment_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
 ) -> torch.Tensor:
-    """As ``reference.segment_attention``, for tensors that ``fits``."""
-    num_rows, num_heads, dim = q.shape
-    packing, attending, packed = _tasks(tuple(cu_seqlens), num_heads)
-    out = q.new_empty((num_rows, num_heads, dim))
+    """As ``reference.segment_attention``, for tensors that ``fits`` has agreed to, and a positive scale."""
+    _, num_heads, dim = q.shape
+    out = q.new_empty(q.shape)
+    row_bytes = num_heads * (_up(dim, DEPTH) + _up(dim, TILE)) * 2
+    for starts in _runs(cu_seqlens, row_bytes):
+        _attend_run(q, k, v, starts, scale, out)
+    return out
+
+
+def _attend_run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: tuple[int, ...],
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Attention of some segments, into their rows of ``out``."""
+    _, num_heads, dim = q.shape
+    packing, attending, packed = _tasks(starts, num_heads)
+    weight = 2 * num_heads * dim * sum((end - start) ** 2 for start, end in pairwise(starts))
     keys = q.new_empty(packed * num_heads * _up(dim, DEPTH))
     values = q.new_empty(packed * num_heads * _up(dim, TILE))
     args = pack(
@@ -399,7 +420,7 @@ def segment_attention(
         keys.data_ptr(),
         values.data_ptr(),
     )
-    kernel(build_pack, q.dtype).parallel(args)
+    kernel(build_pack, q.dtype).for_weight(weight)(args)
     size = _up(scratch_bytes(dim), 64)
     scratch = torch.empty(size * torch.get_num_threads(), dtype=torch.uint8)
     args = pack(
@@ -418,5 +439,4 @@ def segment_attention(
         scratch.data_ptr(),
         size,
     )
-    kernel(build_attend, q.dtype).parallel(args)
-    return out
+    kernel(build_attend, q.dtype).for_weight(weight)(args)

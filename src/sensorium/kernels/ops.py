@@ -1,13 +1,15 @@
 """The operations that layers call, and the one table that says which code runs them where.
 
-On the CPU, bf16, fp16 and fp32 have kernels of their own; everything else (other devices, other dtypes, block sizes
-that are no multiple of 16) runs the plain torch of ``reference``.
+On the CPU, bf16, fp16 and fp32 have kernels of their own (attention of encoders only bf16, where the CPU has matrix
+tiles); everything else (other devices, other dtypes, block sizes that are no multiple of 16) runs the plain torch of
+``reference``.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -158,8 +160,11 @@ def segment_attention(
 ) -> torch.Tensor:
     """Full attention of q, k, v (T, heads, D) within each segment -> (T, heads, D).
 
-    cu_seqlens: row at which each segment starts, and T at the end.
+    cu_seqlens: row at which each segment starts, and T at the end; ValueError when it is not like that.
     """
+    ordered = all(start <= end for start, end in pairwise(cu_seqlens))
+    if not (cu_seqlens and cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[0] and ordered):
+        raise ValueError(f"segments {list(cu_seqlens)} do not cover {q.shape[0]} rows in order")
     if cpu_segments.fits(q, k, v):
         return cpu_segments.segment_attention(q, k, v, cu_seqlens, scale)
     return reference.segment_attention(q, k, v, cu_seqlens, scale)

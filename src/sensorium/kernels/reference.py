@@ -211,4 +211,6 @@ def segment_attention(
         out = F.scaled_dot_product_attention(own[0], own[1], own[2], scale=scale)
         parts.append(out.transpose(1, 2).reshape(-1, *q.shape[1:]))
         index = stop
+    if not parts:
+        return torch.empty_like(q)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
