@@ -127,7 +127,7 @@ def _answer(sequence: Dialogue, turn: Turn, segment: int) -> None:
         int(share * 2 * side) for x, y in turn.points for share, side in ((x, columns), (y, rows))
     ]
     sequence.points[-1] = (*flat, *NO_POINTS)[:4]
-    matching = turn.points or None if turn.counted is None else turn.counted
+    matching = turn.counted if turn.counted is not None else turn.points or None
     if matching is not None:
         cells = [int(y * rows) * columns + int(x * columns) for x, y in matching]
         sequence.matches[-1] = (*cells, *(NO_MATCH,) * MOST_THINGS)[:MOST_THINGS]
@@ -219,9 +219,9 @@ def make_batch(
 
     Returns:
         pixels [B, height, width, 3] uint8, patches [B, 4, P], ids, segments, image_index and
-        labels [B, L], points [B, L, 4] (column and row, in patches, of up to two things that a
-        question names, before its answer), matches [B, L, 6] (the image tokens with the middles of
-        all things that it names or counts, then -1; IGNORED where nothing is asked), positions
+        labels [B, L], points [B, L, 4] (before an answer: column and row, in patches, of
+        up to two ``points`` of its turn), matches [B, L, 6] (there too: the image tokens of all
+        points, or of what is ``counted``, then -1; IGNORED where there are none), positions
         [3, B, L] and the lists ``kinds`` of the kinds of each segment.
     """
     rng = Random(seed)

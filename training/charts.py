@@ -38,13 +38,12 @@ def draw_chart(rng: Random, size: tuple[int, int]) -> Picture:
     top = height * rng.uniform(0.04, 0.2)
     step = (right - left) / count
     thick = step * rng.uniform(0.5, 0.85)
-    regions, boxes = [], []
+    regions = []
     font = load_font(rng, round(height * 0.12)) if labelled else None
     for i, (name, value) in enumerate(zip(names, heights, strict=True)):
         x = left + step * (i + 0.5)
         box = (x - thick / 2, foot - (foot - top) * value, x + thick / 2, foot)
         draw.rectangle(box, fill=colours[name])
-        boxes.append(box)
         regions.append(Region(box, shape="bar", colour=name))
         if font is not None:
             draw.text((x, height * 0.93), "ABCDE"[i], fill=ink, font=font, anchor="mm")
@@ -52,6 +51,7 @@ def draw_chart(rng: Random, size: tuple[int, int]) -> Picture:
     draw.line((left * 0.6, foot, right, foot), fill=ink, width=line)
     if rng.random() < 0.6:
         draw.line((left * 0.6, top * 0.7, left * 0.6, foot), fill=ink, width=line)
+    boxes = [region.box for region in regions]
     tops = [((box[0] + box[2]) / 2 / width, box[1] / height) for box in boxes]
     return Picture(image, ask_chart(rng, names, heights, labelled, tops), regions)
 

@@ -25,9 +25,9 @@ from training.pictures import GRIDS, choose_size, draw_picture, small_talk
 DEMO = Path(__file__).resolve().parents[1] / "src" / "sensorium" / "demo"
 FIRST_SEED = 5 * 10**15
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
-LOOK, READ = ("shape", "colour", "count", "position"), ("word", "number")
+LOOK, READ = ("shape", "colour", "count", "position"), ("word", "number", "spelling")
 #: Sets of pictures as (name, generator's scene, size in pixels or None for trained sizes, font
-#: families, kinds of questions that are put together into one figure or None for all, each alone).
+#: families, kinds of questions or None for all).
 SETS = (
     ("shapes", "shapes", None, FAMILIES, None),
     ("text", "text", None, FAMILIES, None),
@@ -66,8 +66,8 @@ def draw_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
             picture = draw_picture(seed, scene, size or choose_size(rng, grid), families)
             for turn in picture.turns[:4]:
                 if kinds is None or turn.kind in kinds:
-                    kind = turn.kind if kinds is None else ", ".join(kinds)
-                    questions.append(Question(group, kind, picture.image, turn[1], turn[2]))
+                    question = Question(group, turn.kind, picture.image, turn[1], turn[2])
+                    questions.append(question)
                     left -= 1
     rng = Random(first)
     for _ in range(40):

@@ -11,8 +11,9 @@ from PIL import Image
 class Turn(NamedTuple):
     """One question about a picture with its true answer; ``kind`` groups the accuracy figures.
 
-    ``points`` are the middles of up to two things that the question names, in shares of width and
-    height, ``counted`` those of the things that it counts; auxiliary losses use them.
+    ``points`` are the middles of up to two things that the question names (of bars, of their upper
+    edges, and also of the bar that is the answer), in shares of width and height; ``counted`` those
+    of the things that it counts, None when it counts nothing. Auxiliary losses use them.
     """
 
     kind: str

@@ -95,8 +95,8 @@ class Learner(nn.Module):
     ``glance`` and ``middle`` foretell from the vision tower what covers each patch and what has
     its middle there; ``place`` foretells from the first text layer row and column of each image
     token, since the architecture gives a picture no absolute positions; ``where`` foretells from
-    the last layer but one, just before an answer, where the things lie that the question names,
-    and ``asked`` against ``shown`` which image tokens hold things that it names or counts.
+    the last layer but one, just before an answer, where the points of the question's turn lie, and
+    ``asked`` against ``shown`` which image tokens hold them or the things that it counts.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -147,8 +147,8 @@ class Learner(nn.Module):
         rows, ends = (matches[..., 0] != IGNORED).nonzero(as_tuple=True)
         if len(rows) == 0:
             return torch.zeros(())
-        keys = self.shown(hidden)[rows]
-        scores = (keys @ self.asked(hidden[rows, ends])[:, :, None]).squeeze(-1).float()
+        every = self.shown(hidden) @ self.asked(hidden).mT
+        scores = every[rows, :, ends].float()
         of_question = segments[rows, ends][:, None]
         index = batch["image_index"][rows]
         seen = (index >= 0) & ((segments[rows] == 0) | (segments[rows] == of_question))

@@ -9,14 +9,22 @@ from random import Random
 import numpy as np
 import pytest
 import torch
-from training.batches import IGNORED, MAX_LENGTH, Encoder, layout, make_batch, patch_labels
+from training.batches import (
+    IGNORED,
+    MAX_LENGTH,
+    NO_MATCH,
+    Encoder,
+    layout,
+    make_batch,
+    patch_labels,
+)
 from training.export import export, published_weights, training_weights
 from training.model import DemoModel, Shape
 from training.optimizer import orthogonalize
 from training.picture import Turn
 from training.pictures import draw_picture
 from training.tokenizer import random_text
-from training.train import as_tensors, attention_mask, normalise, rate_at
+from training.train import Learner, as_tensors, attention_mask, normalise, rate_at
 
 TURNS = [Turn("colour", "What color is it?", "red"), Turn("word", "Read the text.", "CAT")]
 
@@ -161,3 +169,43 @@ def test_logits_equal_those_of_transformers(encode: Encoder, tmp_path: Path) -> 
             tokens,
         )
     torch.testing.assert_close(model.logits(hidden), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["packed", "question_first", "talk"])
+def test_the_pointer_loss_looks_at_the_image_tokens_of_its_question(way: str) -> None:
+    torch.manual_seed(0)
+    batch = as_tensors(make_batch(Encoder(), 5, 4, {"shapes": 1.0}, way))
+    learner = Learner(Shape())
+    matches, segments = batch["matches"], batch["segments"]
+    rows, ends = (matches[..., 0] != IGNORED).nonzero(as_tuple=True)
+    row, end = int(rows[0]), int(ends[0])
+    batch["matches"] = torch.full_like(matches, IGNORED)
+    batch["matches"][row, end] = matches[row, end]
+    hidden = torch.randn(*segments.shape, 256)
+    whole = learner._pointer_loss(batch, hidden)
+    own = int(segments[row, end])
+    seen = (batch["image_index"][row] >= 0) & ((segments[row] == own) | (segments[row] == 0))
+    others = torch.ones(segments.shape, dtype=torch.bool)
+    others[row] = ~seen
+    others[row, end] = False
+    changed = torch.where(others[..., None], torch.randn_like(hidden), hidden)
+    assert torch.equal(learner._pointer_loss(batch, changed), whole)
+    # Bringing the shown token of a match nearer to what is asked must help, of any other token hurt.
+    asked = learner.asked(hidden[row, end])
+    towards = torch.linalg.lstsq(learner.shown.weight, asked[:, None]).solution[:, 0]
+    for place in seen.nonzero()[:, 0].tolist():
+        nearer = hidden.clone()
+        nearer[row, place] += towards
+        matching = bool((batch["image_index"][row, place] == matches[row, end]).any())
+        assert (learner._pointer_loss(batch, nearer) < whole) == matching
+
+
+def test_the_pointer_loss_of_nothing() -> None:
+    batch = as_tensors(make_batch(Encoder(), 5, 2, {"shapes": 1.0}, "packed"))
+    learner = Learner(Shape())
+    hidden = torch.randn(*batch["segments"].shape, 256)
+    none = batch["matches"][..., 0] != IGNORED
+    batch["matches"][none] = NO_MATCH
+    assert learner._pointer_loss(batch, hidden).isfinite()
+    batch["matches"][:] = IGNORED
+    assert learner._pointer_loss(batch, hidden) == 0

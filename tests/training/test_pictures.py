@@ -19,6 +19,7 @@ from training.pictures import (
     small_talk,
     smart_size,
 )
+from training.words import WORDS
 
 SEEDS = range(60)
 LOOKS = "|".join((*SHAPES, *COLOURS))
@@ -147,9 +148,10 @@ def test_lettering_is_readable_and_true() -> None:
         assert text
         pixels = np.asarray(picture.image.convert("RGB"), np.int16)
         for kind, question, answer, *_ in picture.turns:
-            if kind in ("word", "number"):
+            if kind in ("word", "spelling", "number"):
                 assert answer == text
                 assert text.isdigit() == (kind == "number")
+                assert (text.lower() in WORDS) == (kind == "word")
             if kind == "letters":
                 assert answer == str(len(text)), question
         letter = next(region for region in picture.regions if region.glyph)
@@ -163,13 +165,20 @@ def test_bars_are_true() -> None:
         picture = draw_picture(seed, "chart")
         heights = {r.colour: r.box[3] - r.box[1] for r in picture.regions}
         names = list(heights)
-        for kind, question, answer, *_ in picture.turns:
+        width, height = picture.image.size
+        tops = {
+            ((r.box[0] + r.box[2]) / 2 / width, r.box[1] / height): r.colour
+            for r in picture.regions
+        }
+        for kind, question, answer, points, counted in picture.turns:
+            assert all(point in tops for point in (*points, *(counted or ())))
             if kind == "bars":
-                assert answer == str(len(heights))
+                assert answer == str(len(heights)) == str(len(counted or ()))
             if kind == "bar_extreme":
                 pick = max if re.search("tallest|highest|largest", question) else min
                 truth = pick(names, key=lambda name: heights[name])
                 assert answer in (truth, "ABCDE"[names.index(truth)]), (seed, question)
+                assert [tops[point] for point in points] == [truth]
             if kind == "bar_compare":
                 match = re.search(r"[Ii]s (?:the|bar) (\w+).* (?:the|bar) (\w+)", question)
                 assert match is not None
