@@ -27,7 +27,7 @@ SPECIAL = (
 )  # fmt: skip
 #: How text is cut before words are looked up: letters with the blank before them, single digits.
 PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
-#: Further words that users may write; most also come with the next issues' questions.
+#: Further words that users may write; most for questions about clips and sounds.
 _MORE = """
     system user assistant You are a helpful assistant Answer in one word briefly Be brief yes no
     none nothing and an the with chart bar bars word number left right above below top bottom

@@ -43,6 +43,8 @@ class EngineKind:
             "TRITON_CACHE_DIR": str(caches / "triton"),
             "XDG_CACHE_HOME": str(caches / "xdg"),
         }
+        if self.name == "sensorium":
+            found["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         if self.name == "vllm":
             found |= {
                 "VLLM_CACHE_ROOT": str(caches / "vllm"),

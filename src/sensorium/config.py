@@ -54,9 +54,12 @@ class ModelConfig:
         None, "Longest prompt and answer together, in tokens; the model's own when not given."
     )
     quantization: str | None = option(None, "No quantization method is available yet: leave unset.")
-    enforce_eager: bool = option(False, "Run without captured graphs (CUDA).")
-    num_threads: int | None = option(None, "CPU threads of the engine; all cores when not given.")
-    runner: Runner = option("auto", "generate makes text; pooling makes vectors.")
+    enforce_eager: bool = option(False, "Accepted for compatibility: no graphs are captured.")
+    num_threads: int | None = option(
+        None,
+        "CPU threads of the engine; when not given all cores, or one for a very small decoder.",
+    )
+    runner: Runner = option("auto", "generate makes text; pooling is not available yet.")
     convert: str = option("auto", "How a model is adapted for its runner: auto or none.")
     task: str | None = option(None, "Older spelling of the choice of runner.")
     chat_template: str | None = option(None, "Chat template: a file, or the template's text.")
@@ -116,7 +119,8 @@ class CacheConfig:
         None, "Number of KV blocks, in place of a size in bytes; for tests and experiments."
     )
     mm_processor_cache_gb: float = option(
-        1.0, "GiB for preprocessed media; 0 switches that cache off."
+        1.0,
+        "GiB for preprocessed media (a server keeps up to as much again in shared memory); 0: none.",
     )
     mm_encoder_cache_gb: float = option(0.5, "GiB for encoder outputs.")
 
@@ -138,7 +142,8 @@ class SchedulerConfig:
 
     max_num_seqs: int = option(64, "Most sequences in one step.")
     max_num_batched_tokens: int | None = option(
-        None, "Most tokens in one step; 2048 when not given."
+        None,
+        "Most tokens in one step; when not given 2048, or the longest context without chunked prefill.",
     )
     enable_chunked_prefill: bool = option(True, "Split long prompts over several steps.")
     max_num_waiting: int = option(
@@ -159,7 +164,7 @@ class MediaConfig:
 
     limit_mm_per_prompt: dict[str, Any] = option(
         dict,
-        'Most items a prompt, such as {"image": 2} or image=2; 0 switches a modality off.',
+        'Most items per prompt, such as {"image": 2} or image=2; 0 switches a modality off.',
         factory=True,
     )
     mm_processor_kwargs: dict[str, Any] = option(
@@ -221,8 +226,10 @@ class MediaConfig:
 class ParallelConfig:
     """More than one device or process."""
 
-    tensor_parallel_size: int = option(1, "Devices that share one model; 1 is available yet.")
-    data_parallel_size: int = option(1, "Replicas of the model; 1 is available yet.")
+    tensor_parallel_size: int = option(
+        1, "Devices that share one model; only 1 is available so far."
+    )
+    data_parallel_size: int = option(1, "Replicas of the model; only 1 is available so far.")
 
     def __post_init__(self) -> None:
         _integer("tensor_parallel_size", self.tensor_parallel_size, 1, 1)

@@ -193,4 +193,4 @@ class OverloadedError(UnavailableError):
 
 
 class EngineDeadError(UnavailableError):
-    """The engine has stopped or is being restarted."""
+    """The engine has stopped."""

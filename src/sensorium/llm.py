@@ -305,7 +305,9 @@ class LLM:
         prepared = job.prepared.result()
         request_id = str(next(self._request_numbers))
         requests = self._preparer.requests(prepared, job.params, request_id, 0, job.arrival_time)
-        stream = RequestStream.of(request_id, prepared, requests, job.params, self.get_tokenizer())
+        stream = RequestStream.for_requests(
+            request_id, prepared, requests, job.params, self.get_tokenizer()
+        )
         sources = tuple(HeldFeatures(item.features) for item in prepared.items)
         for request in requests:
             self._streams[request.request_id] = (job.index, stream)

@@ -251,7 +251,7 @@ BAD_MEDIA = {
 
 
 @pytest.mark.parametrize("name", BAD_MEDIA)
-def test_bad_media_get_the_answer_of_the_contract(client: openai.OpenAI, name: str) -> None:
+def test_bad_media_get_a_clear_answer(client: openai.OpenAI, name: str) -> None:
     url, status, code = BAD_MEDIA[name]
     with pytest.raises(openai.APIStatusError) as caught:
         chat(client, text_part("what"), image_part(url))

@@ -61,10 +61,18 @@ class FakePreparer:
         return PreparedPrompt("a", (1,))
 
     def requests(
-        self, prepared: PreparedPrompt, params: SamplingParams, request_id: str, *_: object
+        self,
+        prepared: PreparedPrompt,
+        params: SamplingParams,
+        request_id: str,
+        priority: int,
+        arrival_time: float,
     ) -> list[EngineRequest]:
         one = params.replace(n=1)
-        return [EngineRequest(f"{request_id}#{i}", (1,), one, 4) for i in range(params.n)]
+        return [
+            EngineRequest(f"{request_id}#{i}", (1,), one, 4, arrival_time=arrival_time)
+            for i in range(params.n)
+        ]
 
     def set_facts(self, facts: object) -> None:
         """No limit is looked at here."""

@@ -8,9 +8,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
 import torch
 
-from sensorium.kernels import cpu_elementwise, cpu_launch, cpu_pages, ops
+from sensorium.kernels import cpu_amx, cpu_elementwise, cpu_launch, cpu_pages, ops
 
 
 def run(code: str, **environment: str) -> str:
@@ -90,6 +91,16 @@ def test_warm_up_covers_what_a_step_needs(monkeypatch):
     ops.argmax(torch.ones(1, 4))
     ops.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-6)
     assert ops.warm_up(torch.float64) < 1  # no kernels, nothing to do
+
+
+@pytest.mark.parametrize("encoders", [True, False])
+def test_warm_up_compiles_for_encoders_where_there_are_some(monkeypatch, encoders):
+    built = []
+    monkeypatch.setattr(cpu_elementwise, "kernel", lambda build, dtype: built.append(build))
+    ops.warm_up(torch.bfloat16, encoders=encoders)
+    assert set(built).issuperset(ops.DECODER_KERNELS)
+    assert (ops.ENCODER_KERNELS[0] in built) == encoders
+    assert (ops.TILE_KERNELS[0] in built) == (encoders and cpu_amx.available())
 
 
 def test_waiting_policy_is_set_before_torch_only_where_the_user_has_none():

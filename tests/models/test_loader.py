@@ -109,7 +109,9 @@ def test_skipped_images_need_no_tower(tmp_path: Path, build: Callable[..., Path]
     folder = build(tmp_path)
     ids = text_ids(folder, "What is shown?")
     expected = logits_of(load(folder), ids)
+    assert load(folder).model.has_encoder
     loaded = load(folder, skip_modalities={"image"})
+    assert not loaded.model.has_encoder
     assert torch.equal(logits_of(loaded, ids), expected)
     assert loaded.model.tower is None
     assert loaded.processor is not None

@@ -41,7 +41,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         "--base-url", metavar="URL", default="http://127.0.0.1:8000", help="with or without /v1"
     )
     server.add_argument(
-        "--model", metavar="NAME", help="name of the model; the first that the server lists"
+        "--model",
+        metavar="NAME",
+        help="name of the model; the first that the server lists when not given",
     )
     server.add_argument(
         "--api-key", metavar="KEY", help="sent as bearer token; default: SENSORIUM_API_KEY"
@@ -58,7 +60,10 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="mean requests per second, Poisson arrivals; inf sends all at once",
     )
     load.add_argument(
-        "--concurrency", type=int, metavar="N", help="most requests in flight; no bound"
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="most requests in flight; no bound when not given",
     )
     load.add_argument(
         "--num-warmups", type=int, metavar="N", default=1, help="requests that do not count"
@@ -125,7 +130,9 @@ def _workload_flags(
 ) -> None:
     group = parser.add_argument_group("workload")
     if num_prompts is not None:
-        group.add_argument("--num-prompts", type=int, metavar="N", default=num_prompts)
+        group.add_argument(
+            "--num-prompts", type=int, metavar="N", default=num_prompts, help="how many requests"
+        )
     group.add_argument(
         "--input-len",
         type=int,
@@ -137,7 +144,13 @@ def _workload_flags(
         "--output-len", type=int, metavar="N", default=output_len, help="tokens of an answer"
     )
     group.add_argument("--images", type=int, default=0, metavar="N", help="images per prompt")
-    group.add_argument("--image-size", type=_size, default=(640, 480), metavar="WxH")
+    group.add_argument(
+        "--image-size",
+        type=_size,
+        default=(640, 480),
+        metavar="WxH",
+        help="pixels of each image; 640x480 when not given",
+    )
 
 
 def _reuse_flags(parser: argparse.ArgumentParser) -> None:

@@ -42,8 +42,10 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser("chat", help="talk with a model", description=DESCRIPTION)
     add_model_argument(parser)
-    parser.add_argument("--base-url", help="address of a running server")
-    parser.add_argument("--api-key", help="key for that server; default: SENSORIUM_API_KEY")
+    parser.add_argument("--base-url", metavar="URL", help="address of a running server")
+    parser.add_argument(
+        "--api-key", metavar="KEY", help="key for that server; default: SENSORIUM_API_KEY"
+    )
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument(
         "--image",

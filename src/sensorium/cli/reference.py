@@ -21,13 +21,15 @@ flags are read as hyphens. JSON is given in quotes: `--mm-processor-kwargs '{"ma
 
 | variable | meaning |
 | --- | --- |
-| `SENSORIUM_API_KEY` | One more API key of the server (and the key that `sensorium chat --base-url` sends). |
+| `SENSORIUM_API_KEY` | One more API key of the server (and the key that `sensorium chat` and `bench serve` send). |
+| `SENSORIUM_LOG_LEVEL` | debug, info, warning or error: the log of commands and of the engine's process. |
+| `XDG_CACHE_HOME` | Folder of caches, compiled CPU kernels among them; `~/.cache` when unset. |
 | `SENSORIUM_IMAGE_FETCH_TIMEOUT` | Seconds for the whole download of an image. |
 | `SENSORIUM_VIDEO_FETCH_TIMEOUT` | Seconds for the whole download of a video. |
 | `SENSORIUM_AUDIO_FETCH_TIMEOUT` | Seconds for the whole download of a sound. |
 | `SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS` | 0 forbids redirects of media URLs, 1 allows them. |
 
-The last four are also read under their `VLLM_` names where ours are unset. Flags win over the environment.
+The last four are also read under their `VLLM_` names where ours are unset. Flags win over them.
 """
 
 

@@ -149,7 +149,7 @@ class Frontend:
         arrival = time.monotonic()
         prepared = await self._preparer.prepare(prompt)
         requests = self._preparer.requests(prepared, params, request_id, priority, arrival)
-        stream = RequestStream.of(request_id, prepared, requests, params, self.tokenizer)
+        stream = RequestStream.for_requests(request_id, prepared, requests, params, self.tokenizer)
         inbox: Inbox = asyncio.Queue()
         try:
             for number, request in enumerate(requests, 1):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class MediaOptions:
     """How the items of a request are loaded, and whose they are.
 
-    ``tenant`` and ``cache_salt`` scope uuids and the prefix cache: nothing is shared between two values of them.
+    ``tenant`` and ``cache_salt`` scope uuids; the prefix cache is scoped by both where there is a salt, else shared.
     """
 
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -66,7 +66,7 @@ class RequestStream:
         )
 
     @classmethod
-    def of(
+    def for_requests(
         cls,
         request_id: str,
         prepared: PreparedPrompt,

@@ -141,9 +141,13 @@ class DecoderModel:
         self.shape = config.shape
         self.dtype = options.dtype
         self.device = options.device
-        self.has_encoder = False
         self.decoder = Decoder(config, options)
         self.ignored_weights: tuple[str, ...] = (r"lm_head\.weight",) if config.tied else ()
+
+    @property
+    def has_encoder(self) -> bool:
+        """A decoder alone has none."""
+        return False
 
     def slots(self) -> Iterator[Slot]:
         """See ``LoadableModel``."""

@@ -38,8 +38,11 @@ class Model(Protocol):
     shape: TextShape
     dtype: torch.dtype
     device: torch.device
-    has_encoder: bool
-    """Whether ``encode`` takes items of any modality."""
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether ``encode`` takes items of any modality."""
+        ...
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
         """Embeddings (num_embeds, H) of each item; the items (of one modality) may have different sizes and are run in

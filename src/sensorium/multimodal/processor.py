@@ -58,7 +58,7 @@ class Processor(Protocol):
         ...
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """Check precomputed embeddings (tensor, list or mapping, spec section 1): one ``Features`` per item.
+        """Check precomputed embeddings (tensor, list or mapping): one ``Features`` per item.
 
         Raises InvalidEmbeddingsError naming the item for a wrong shape, hidden size, dtype, count, grid, NaN.
         """

@@ -45,12 +45,16 @@ class LlavaModel(DecoderModel):
             )
         except ValueError as error:
             raise ConfigError(f"config.json: {error}.", param="model") from error
-        self.has_encoder = True
         unused = range(depth, config.vision.num_layers)
         self.ignored_weights += (
             r"vision_tower\.post_layernorm\..*",
             *(rf"vision_tower\.encoder\.layers\.{number}\..*" for number in unused),
         )
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether images are not skipped."""
+        return self.tower is not None
 
     def slots(self) -> Iterator[Slot]:
         """See ``LoadableModel``."""

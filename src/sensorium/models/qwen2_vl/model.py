@@ -35,7 +35,11 @@ class Qwen2VLModel(DecoderModel):
             self.tower = self.tower_class(config.vision, normalization, options)
         except ValueError as error:
             raise ConfigError(f"config.json: {error}.", param="model") from error
-        self.has_encoder = True
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether images are not skipped."""
+        return self.tower is not None
 
     def slots(self) -> Iterator[Slot]:
         """See ``LoadableModel``."""
