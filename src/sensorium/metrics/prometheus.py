@@ -64,6 +64,7 @@ class _Row(NamedTuple):
 _GAUGES = (
     _Row("num_requests_running", "num_running", "Sequences being computed."),
     _Row("num_requests_waiting", "num_waiting", "Sequences waiting to be scheduled."),
+    _Row("mm_held_requests", "held_features", "Requests whose media the engine holds."),
     _Row(
         "mm_encoder_cache_resident_embeds",
         "encoder_resident_embeds",
