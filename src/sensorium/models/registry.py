@@ -37,6 +37,7 @@ def resolve(config: Mapping[str, Any]) -> Family:
         )
     near = difflib.get_close_matches(names[0], known, n=3, cutoff=0.4) or known
     raise UnsupportedModelError(
-        f"Architecture {names[0]!r} is not supported. The nearest are {', '.join(near)}.",
+        f"Architecture {names[0]!r} is not supported. The nearest are {', '.join(near)}; "
+        "`sensorium models` lists all.",
         param="model",
     )
