@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import secrets
 import sys
 import time
@@ -21,7 +22,7 @@ from sensorium import LLM, SamplingParams  # noqa: E402
 
 # What to draw, and which of the questions about it to ask: what the model's card calls reliable.
 SCENES = (
-    ("shapes", ("shape", "colour")),
+    ("shapes", ("shape", "colour", "count", "position")),
     ("text", ("number",)),
     ("chart", ("bars", "bar_extreme")),
 )
@@ -48,10 +49,11 @@ def main() -> int:
         )
         right = sum(ask(llm, index, seed, args.folder) for index in range(len(SCENES)))
     print(f"{right} of {len(SCENES)} answers are right.\n")
+    command = os.path.relpath(Path(sys.executable).parent / "sensorium")
     print("Serve it, with an OpenAI-compatible API:")
-    print("    .venv/bin/sensorium serve demo          then open http://127.0.0.1:8000/")
+    print(f"    {command} serve demo          then open http://127.0.0.1:8000/")
     print("Or talk to it here:")
-    print(f"    .venv/bin/sensorium chat demo --image {args.folder / 'shapes.png'}")
+    print(f"    {command} chat demo --image {args.folder / 'shapes.png'}")
     return 0 if right == len(SCENES) else 1
 
 
