@@ -20,9 +20,9 @@ from training.pictures import draw_picture  # noqa: E402
 
 from sensorium import LLM, SamplingParams  # noqa: E402
 
-# What to draw, and which of the questions about it to ask: what the model's card calls reliable.
+# What to draw, and which of the questions about it to ask: those that the model's card finds most reliable.
 SCENES = (
-    ("shapes", ("shape", "colour", "count", "position")),
+    ("shapes", ("shape", "colour")),
     ("text", ("number",)),
     ("chart", ("bars", "bar_extreme")),
 )
