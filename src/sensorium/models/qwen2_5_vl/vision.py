@@ -22,8 +22,6 @@ import torch
 from sensorium.layers.attention import VisionAttention
 from sensorium.layers.mlp import GatedMLP
 from sensorium.layers.norm import RMSNorm
-from sensorium.models.interface import BuildOptions
-from sensorium.models.pixels import Normalization
 from sensorium.models.qwen2_5_vl.config import WindowedVisionConfig
 from sensorium.models.qwen2_vl.config import VisionConfig
 from sensorium.models.qwen2_vl.vision import NORM_EPS, Grid, VisionTower, frame_starts
@@ -66,11 +64,6 @@ class WindowedTower(VisionTower):
     block_class = WindowedBlock
     norm_class = RMSNorm
     config: WindowedVisionConfig
-
-    def __init__(
-        self, config: WindowedVisionConfig, normalization: Normalization, options: BuildOptions
-    ) -> None:
-        super().__init__(config, normalization, options)
 
     def run_blocks(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """(P, size) -> (P, size)."""

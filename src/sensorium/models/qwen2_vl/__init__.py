@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from sensorium.models.interface import (
     BuildOptions,
     Family,
@@ -9,40 +12,61 @@ from sensorium.models.interface import (
     LoadedConfig,
     TextShape,
 )
-from sensorium.models.pixels import read_normalization
-from sensorium.models.qwen2_vl.config import read_qwen2_vl_config
+from sensorium.models.pixels import Normalization, read_normalization
+from sensorium.models.qwen2_vl.config import Qwen2VLConfig, read_qwen2_vl_config
 from sensorium.models.qwen2_vl.processing import build
 from sensorium.multimodal.processor import Processor
 
 
-def _shape(loaded: LoadedConfig) -> TextShape:
-    return read_qwen2_vl_config(loaded.config).text.shape
+def qwen_vl_family(
+    name: str,
+    checkpoint: str,
+    architecture: str,
+    read_config: Callable[[Mapping[str, Any]], Qwen2VLConfig],
+    new_model: Callable[[Qwen2VLConfig, Normalization, BuildOptions], LoadableModel],
+) -> Family:
+    """The row of a family that differs from Qwen2-VL in its configuration and its vision tower alone."""
 
+    def shape(loaded: LoadedConfig) -> TextShape:
+        return read_config(loaded.config).text.shape
 
-def _build_processor(loaded: LoadedConfig) -> Processor:
-    return build(read_qwen2_vl_config(loaded.config), loaded)
+    def build_processor(loaded: LoadedConfig) -> Processor:
+        return build(read_config(loaded.config), loaded)
 
+    def build_model(loaded: LoadedConfig, options: BuildOptions) -> LoadableModel:
+        normalization = read_normalization(loaded.preprocessor)
+        return new_model(read_config(loaded.config), normalization, options)
 
-def _build_model(loaded: LoadedConfig, options: BuildOptions) -> LoadableModel:
-    from sensorium.models.qwen2_vl.model import Qwen2VLModel
-
-    config = read_qwen2_vl_config(loaded.config)
-    return Qwen2VLModel(config, read_normalization(loaded.preprocessor), options)
-
-
-FAMILIES = (
-    Family(
-        name="Qwen2-VL",
-        checkpoint="Qwen/Qwen2-VL-2B-Instruct",
-        architectures=("Qwen2VLForConditionalGeneration",),
+    return Family(
+        name=name,
+        checkpoint=checkpoint,
+        architectures=(architecture,),
         modalities=("image",),
-        shape=_shape,
-        build_processor=_build_processor,
-        build_model=_build_model,
+        shape=shape,
+        build_processor=build_processor,
+        build_model=build_model,
         renames=(
             (r"^(model\.)?visual\.", "visual."),
             (r"^model\.(language_model\.)?", "language_model."),
         ),
         template=(__name__, "chat_template.jinja"),
+    )
+
+
+def _new_model(
+    config: Qwen2VLConfig, normalization: Normalization, options: BuildOptions
+) -> LoadableModel:
+    from sensorium.models.qwen2_vl.model import Qwen2VLModel
+
+    return Qwen2VLModel(config, normalization, options)
+
+
+FAMILIES = (
+    qwen_vl_family(
+        "Qwen2-VL",
+        "Qwen/Qwen2-VL-2B-Instruct",
+        "Qwen2VLForConditionalGeneration",
+        read_qwen2_vl_config,
+        _new_model,
     ),
 )
