@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout
 from sensorium.models.loader import LoadedModel
-from sensorium.multimodal.items import Features
+from sensorium.multimodal.items import Clip, Decoded, Features, MediaItem, Modality, Sound
+from sensorium.multimodal.placeholders import expand
 from sensorium.multimodal.processor import PlacedItem
 
 BLOCK_SIZE = 8
@@ -51,21 +52,13 @@ def text_ids(folder: Path, text: str) -> list[int]:
 def place(
     loaded: LoadedModel, ids: Sequence[int], features: Sequence[Features]
 ) -> tuple[list[int], list[PlacedItem]]:
-    """Replace each placeholder by that of its item."""
-    expanded: list[int] = []
-    items: list[PlacedItem] = []
-    left = list(features)
-    for token_id in ids:
-        if loaded.processor is None or (token_id,) != loaded.processor.placeholder("image"):
-            expanded.append(token_id)
-            continue
-        item = left.pop(0)
-        replacement = loaded.processor.replacement(item)
-        runs = tuple((len(expanded) + start, length) for start, length in replacement.runs)
-        items.append(PlacedItem(item, runs))
-        expanded.extend(replacement.token_ids)
-    assert not left, "more images than placeholders"
-    return expanded, items
+    """Replace each placeholder by that of its item; the items in the order of the prompt."""
+    if loaded.processor is None:
+        return list(ids), []
+    items = [MediaItem(f.modality, bytes(32), f) for f in features]
+    expansion = expand(ids, items, loaded.processor)
+    placed = [PlacedItem(features[span.item_index], span.runs) for span in expansion.spans]
+    return list(expansion.token_ids), placed
 
 
 class Harness:
@@ -81,16 +74,33 @@ class Harness:
         self.caches = ops.allocate_cache(layout, NUM_BLOCKS, loaded.model.device)
         self.free = list(range(NUM_BLOCKS - 1, 0, -1))
 
-    def add(self, ids: Sequence[int], images: Sequence[np.ndarray] = ()) -> Running:
-        """Process and encode the images, in one batch, and expand the placeholders."""
-        processor = self.loaded.processor
-        features = [processor.process("image", image, {}) for image in images] if processor else []
+    def add(self, ids: Sequence[int], media: Sequence[Decoded] = (), **options: Any) -> Running:
+        """Process and encode the items, each modality in one batch, and expand the placeholders.
+
+        ``ids`` may hold the markers of placeholders that are no tokens; ``options`` are ``mm_processor_kwargs``.
+        """
+        features = self.process(media, **options)
         expanded, items = place(self.loaded, ids, features)
+        processor = self.loaded.processor
         positions = processor.positions(expanded, items) if processor else None
+        embeds: dict[int, torch.Tensor] = {}
         with torch.inference_mode():
-            embeds = self.model.encode(features) if features else []
+            for modality in dict.fromkeys(f.modality for f in features):
+                own = [f for f in features if f.modality == modality]
+                embeds |= zip(map(id, own), self.model.encode(own), strict=True)
         rows, delta = positions if positions is not None else (None, 0)
-        return Running(expanded, items, rows, delta, list(embeds))
+        return Running(expanded, items, rows, delta, [embeds[id(item.features)] for item in items])
+
+    def process(self, media: Sequence[Decoded], **options: Any) -> list[Features]:
+        """Features of each item."""
+        processor = self.loaded.processor
+        if processor is None:
+            return []
+        modalities = [modality_of(data) for data in media]
+        return [
+            processor.process(modality, data, options, modalities.count(modality))
+            for modality, data in zip(modalities, media, strict=True)
+        ]
 
     def step(self, spans: Sequence[tuple[Running, int]]) -> list[torch.Tensor]:
         """Compute the next tokens of each sequence; logits (num tokens, V) of each."""
@@ -128,10 +138,13 @@ class Harness:
         start, end = seq.num_computed, seq.num_computed + num
         embeds = self.model.embed(self._tensor(seq.ids[start:end]))
         for item, own in zip(seq.items, seq.embeds, strict=True):
-            (first, length), *_ = item.runs
-            low, high = max(first, start), min(first + length, end)
-            if low < high:
-                embeds[low - start : high - start] = own[low - first : high - first]
+            offset = 0
+            for first, length in item.runs:
+                low, high = max(first, start), min(first + length, end)
+                if low < high:
+                    at = offset + low - first
+                    embeds[low - start : high - start] = own[at : at + high - low]
+                offset += length
         return embeds
 
     def _batch(self, spans: Sequence[tuple[Running, int]]) -> AttentionBatch:
@@ -198,6 +211,13 @@ class Reference:
             **self.inputs(seq, images), max_new_tokens=num_tokens, do_sample=False
         )
         return list(out[0, len(seq.ids) :].tolist())
+
+
+def modality_of(data: Decoded) -> Modality:
+    """Which modality decoded data are of."""
+    if isinstance(data, Clip):
+        return "video"
+    return "audio" if isinstance(data, Sound) else "image"
 
 
 def image_processor(folder: Path) -> Any:

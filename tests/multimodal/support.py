@@ -32,7 +32,12 @@ class FakeProcessor:
         self.error: Exception | None = None
         self._lock = threading.Lock()
 
-    def identity(self, modality: Modality, options: Mapping[str, Any]) -> bytes:
+    markup = None
+
+    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> Any:
+        return None
+
+    def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
         return f"fake {sorted(options.items())}".encode()
 
     def check_options(self, options: Mapping[str, Any]) -> None:
@@ -40,7 +45,9 @@ class FakeProcessor:
             if name != "scale":
                 raise InvalidRequestError(f"no option {name!r}; there is 'scale'", param=name)
 
-    def process(self, modality: Modality, data: np.ndarray, options: Mapping[str, Any]) -> Features:
+    def process(
+        self, modality: Modality, data: np.ndarray, options: Mapping[str, Any], num_items: int = 1
+    ) -> Features:
         with self._lock:
             self.num_calls += 1
         if self.gate is not None:
@@ -63,10 +70,10 @@ class FakeProcessor:
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
         return self.placeholders[modality]
 
-    def placeholder_text(self, modality: Modality) -> str:
+    def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         return f"<{modality}>"
 
-    def replacement(self, features: Features) -> Replacement:
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
         num = features.num_embeds
         return Replacement(self.placeholders[features.modality] * num, ((0, num),))
 

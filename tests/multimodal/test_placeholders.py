@@ -19,7 +19,7 @@ class FramedProcessor(FakeProcessor):
     """The placeholder is a pad (9); it becomes start (5), rows of two pads ended by 7, and an end
     (6)."""
 
-    def replacement(self, features: Features) -> Replacement:
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
         rows = features.num_embeds // 2
         ids = (5, *((9, 9, 7) * rows), 6)
         return Replacement(ids, tuple((1 + 3 * row, 2) for row in range(rows)))
@@ -30,7 +30,7 @@ class ThreeTokenProcessor(FakeProcessor):
 
     placeholders = {"image": (5, 9, 6)}  # noqa: RUF012
 
-    def replacement(self, features: Features) -> Replacement:
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
         num = features.num_embeds
         return Replacement((5, *(9,) * num, 6), ((1, num),))
 
@@ -135,7 +135,7 @@ def test_ids_that_no_vocabulary_has_are_left_alone() -> None:
 class CountingProcessor(FakeProcessor):
     """A replacement that is hard to find: a long run of pads with another token at its end."""
 
-    def replacement(self, features: Features) -> Replacement:
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
         num = features.num_embeds
         return Replacement((*(9,) * num, 7), ((0, num),))
 

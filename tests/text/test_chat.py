@@ -20,11 +20,11 @@ IMAGE = {"type": "image_url", "image_url": {"url": "https://a/b.png"}}
 VIDEO = {"type": "video_url", "video_url": {"url": "https://a/b.mp4"}}
 
 
-def chatml_placeholder(modality: str) -> str:
+def chatml_placeholder(modality: str, number: int = 1) -> str:
     return f"<|vision_start|><|{modality}_pad|><|vision_end|>"
 
 
-def image_placeholder(modality: str) -> str:
+def image_placeholder(modality: str, number: int = 1) -> str:
     return f"<{modality}>"
 
 

@@ -30,7 +30,12 @@ from sensorium.models.registry import resolve
 from sensorium.multimodal.cache import FeatureCache
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
 from sensorium.multimodal.pipeline import MediaPipeline
-from sensorium.multimodal.placeholders import expand
+from sensorium.multimodal.placeholders import (
+    NumberedPlaceholder,
+    PlaceholderIds,
+    expand,
+    in_order,
+)
 from sensorium.multimodal.processor import PlacedItem
 from sensorium.multimodal.stats import MediaStats
 from sensorium.params import SamplingParams
@@ -74,6 +79,8 @@ class Draft(NamedTuple):
     token_ids: tuple[int, ...]
     refs: tuple[MediaRef, ...]
     param: str
+    numbered: tuple[NumberedPlaceholder, ...] = ()
+    """The placeholders found in a text where they are no single tokens, in order."""
 
 
 class Preparer:
@@ -91,6 +98,12 @@ class Preparer:
         family = resolve(self._loaded.config)
         self._vocab_size = family.shape(self._loaded).vocab_size
         self._processor = family.build_processor(self._loaded)
+        markup = self._processor.markup if self._processor is not None else None
+        self._placeholders = (
+            PlaceholderIds(self._processor, markup)
+            if self._processor is not None and markup is not None
+            else None
+        )
         self._folder = self._tokenizer_folder()
         self.tokenizer = Tokenizer.from_folder(
             self._folder, eos_token_ids=stop_token_ids(self._loaded)
@@ -107,6 +120,7 @@ class Preparer:
             interleave_mm_strings=model.interleave_mm_strings,
             trust_request_chat_template=trust_request_chat_template,
             placeholder_texts=self._placeholder_texts(),
+            placeholders=self._placeholders,
         )
         self._pipeline = self._new_pipeline()
         self._random = random.Random(model.seed)
@@ -249,10 +263,24 @@ class Preparer:
                 self._check_ids(prompt.token_ids)
             return Draft(prompt, None, prompt.token_ids, prompt.refs, prompt.param)
         text = prompt.text or ""
-        ids = self.tokenizer.encode(text, add_special_tokens=prompt.add_special_tokens)
+        ids, numbered = self._split(text, prompt.add_special_tokens)
         if not ids:
             raise InvalidRequestError("The prompt is empty.", param=prompt.param)
-        return Draft(prompt, text, tuple(ids), prompt.refs, prompt.param)
+        return Draft(prompt, text, tuple(ids), prompt.refs, prompt.param, tuple(numbered))
+
+    def _split(
+        self, text: str, add_special_tokens: bool
+    ) -> tuple[list[int], list[NumberedPlaceholder]]:
+        """Ids of a raw prompt; placeholders that are no single tokens are cut out of the text and put in as ids."""
+        if self._placeholders is None:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens), []
+        stretches, found = self._placeholders.split(text)
+        ids = self.tokenizer.encode(stretches[0], add_special_tokens=add_special_tokens)
+        for placeholder, stretch in zip(found, stretches[1:], strict=True):
+            begun = self._placeholders.prefix_each and add_special_tokens
+            ids += placeholder.ids
+            ids += self.tokenizer.encode(stretch, add_special_tokens=begun)
+        return ids, found
 
     async def _items(self, draft: Draft) -> list[MediaItem]:
         if not draft.refs or self._pipeline is None:
@@ -267,12 +295,14 @@ class Preparer:
         )
 
     def _expanded(self, draft: Draft, items: list[MediaItem]) -> PreparedPrompt:
-        prompt, text, token_ids, _, param = draft
+        prompt, text, token_ids, _, param, numbered = draft
         salt, continues = _salt(prompt), isinstance(prompt, RawPrompt)
         if self._processor is None:
             return PreparedPrompt(
                 text, token_ids, cache_salt=salt, continues=continues, param=param
             )
+        if any(placeholder.number is not None for placeholder in numbered):
+            items = in_order(items, numbered)
         expansion = expand(token_ids, items, self._processor)
         self._room(len(expansion.token_ids), param)
         ordered = tuple(items[span.item_index] for span in expansion.spans)
@@ -348,14 +378,16 @@ class Preparer:
             ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
         )
 
-    def _placeholder_text(self, modality: Modality) -> str:
+    def _placeholder_text(self, modality: Modality, number: int) -> str:
         if self._processor is None or modality not in self._processor.modalities:
             return ""
-        return self._processor.placeholder_text(modality)
+        return self._processor.placeholder_text(modality, number)
 
     def _placeholder_texts(self) -> list[str]:
         known = self._processor.modalities if self._processor is not None else ()
-        return [self._placeholder_text(modality) for modality in known]
+        numbers = range(1, self._config.media.max_items_per_request + 1)
+        texts = (self._placeholder_text(m, number) for m in known for number in numbers)
+        return list(dict.fromkeys(texts))
 
     def _tokenizer_folder(self) -> Path:
         name = self._config.model.tokenizer

@@ -73,13 +73,15 @@ def resize(
     return np.array(small)
 
 
-def check_image(image: np.ndarray) -> tuple[int, int]:
-    """Height and width of an (H, W, 3) uint8 image. Raises InvalidRequestError for an empty or mistyped one."""
+def check_image(image: Any) -> np.ndarray:
+    """The (H, W, 3) uint8 image itself. Raises InvalidRequestError for an empty or mistyped one."""
+    if not isinstance(image, np.ndarray):
+        raise InvalidRequestError(f"An image must be an array, got {type(image).__name__}.")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise InvalidRequestError(
             f"An image must be (height, width, 3) of 8-bit values and not empty, got {image.shape} of {image.dtype}."
         )
-    return image.shape[0], image.shape[1]
+    return image
 
 
 def _flag(preprocessor: Mapping[str, Any], name: str) -> bool:

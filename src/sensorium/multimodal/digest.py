@@ -53,7 +53,8 @@ def text_digest(text: str) -> bytes:
 
 
 def object_digest(source: Any) -> bytes:
-    """Content digest of a PIL image, numpy array or torch tensor: kind, type, shape and every byte.
+    """Content digest of a PIL image, numpy array or torch tensor: kind, type, shape and every byte; and of lists and
+    pairs of those with plain values and mappings between them (frames with metadata, samples with their rate).
 
     Raises MediaUndecodableError when a lazily opened PIL image cannot be read.
     """
@@ -61,7 +62,12 @@ def object_digest(source: Any) -> bytes:
         return _pil_digest(source)
     if isinstance(source, np.ndarray):
         return framed("numpy", _array_fields(source))
-    return framed("torch", _tensor_fields(source))
+    if isinstance(source, list | tuple):
+        return framed("list", [object_digest(member) for member in source])
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(source, torch.Tensor):
+        return framed("torch", _tensor_fields(source))
+    return framed("plain", [canonical(source)])
 
 
 def features_digest(features: Features) -> bytes:

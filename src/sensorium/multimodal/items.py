@@ -19,10 +19,11 @@ class MediaRef:
     """Where an item is, and of what kind it should be. Nothing is loaded yet.
 
     kind ``url``: ``source`` is a string (``http(s):``, ``data:``, ``file:`` or a local path); ``bytes``: an encoded
-    file; ``object``: a PIL image, numpy array or torch tensor; ``embeds``: a torch tensor or a mapping of tensors, or
-    base64 text in place of a tensor, possibly of several items; ``cached``: None, to be found under ``uuid``. ``param``
-    is the place in the request, for error messages. ``uuids``: only for ``embeds`` of several items, one per item, in
-    place of ``uuid``.
+    file; ``object``: a PIL image, numpy array or torch tensor, for videos also a list of such frames or a pair of
+    frames and metadata, for sounds a pair of array and sampling rate; ``embeds``: a torch tensor or a mapping of
+    tensors, or base64 text in place of a tensor, possibly of several items; ``cached``: None, to be found under
+    ``uuid``. ``param`` is the place in the request, for error messages. ``uuids``: only for ``embeds`` of several
+    items, one per item, in place of ``uuid``.
     """
 
     modality: Modality
@@ -31,6 +32,53 @@ class MediaRef:
     uuid: str | None = None
     param: str = ""
     uuids: tuple[str | None, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Clip:
+    """A decoded video, as far as it was sampled.
+
+    ``frames``: (T, H, W, 3) uint8 RGB, T from 1. ``indices``: the number of each frame in its source, ascending.
+    ``num_source_frames``: how many the source has. ``fps``: frames per second of the source, None when nobody knows (a
+    list of pictures without metadata).
+    """
+
+    frames: np.ndarray
+    indices: tuple[int, ...]
+    num_source_frames: int
+    fps: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the frames."""
+        return self.frames.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the frames."""
+        return self.frames.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sound:
+    """A decoded sound: ``samples`` (N,) float32 of one channel, from -1 to 1, ``rate`` of them per second."""
+
+    samples: np.ndarray
+    rate: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the samples."""
+        return self.samples.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the samples."""
+        return self.samples.nbytes
+
+
+Decoded = np.ndarray | Clip | Sound
+"""What a processor takes: an image (H, W, 3) uint8 RGB, a clip, a sound."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import numpy as np
 from sensorium.config import MediaConfig
 from sensorium.errors import MediaUndecodableError, SensoriumError
 from sensorium.multimodal import image
-from sensorium.multimodal.items import Features, Modality
+from sensorium.multimodal.items import Decoded, Features, Modality
 from sensorium.multimodal.processor import Processor
 
 _logger = logging.getLogger(__name__)
@@ -24,21 +24,23 @@ class Loader:
     """The functions of one modality.
 
     ``parse_options(options, param)`` checks the modality's part of ``media_io_kwargs`` and builds a dataclass of it.
-    ``decode(data, options, config)`` reads an encoded file, ``decode_object(source, options, config)`` an object of the
-    caller's; both return what ``Processor.process`` takes.
+    ``decode(data, options, config, decoding)`` reads an encoded file, ``decode_object(source, …)`` an object of the
+    caller's; both return what ``Processor.process`` takes. ``decoding`` comes from ``Processor.decoding``.
     """
 
     parse_options: Callable[[Mapping[str, Any], str], Any]
-    decode: Callable[[bytes, Any, MediaConfig], np.ndarray]
-    decode_object: Callable[[Any, Any, MediaConfig], np.ndarray]
+    decode: Callable[[bytes, Any, MediaConfig, Any], Decoded]
+    decode_object: Callable[[Any, Any, MediaConfig, Any], Decoded]
 
 
-def _decode_image(data: bytes, options: image.ImageOptions, config: MediaConfig) -> np.ndarray:
+def _decode_image(
+    data: bytes, options: image.ImageOptions, config: MediaConfig, decoding: None
+) -> np.ndarray:
     return image.decode(data, options, max_pixels=config.max_image_pixels)
 
 
 def _decode_image_object(
-    source: Any, options: image.ImageOptions, config: MediaConfig
+    source: Any, options: image.ImageOptions, config: MediaConfig, decoding: None
 ) -> np.ndarray:
     return image.decode_object(source, options, max_pixels=config.max_image_pixels)
 
@@ -65,17 +67,17 @@ def prepare(
     config: MediaConfig,
     processor: Processor,
     options: Mapping[str, Any],
+    num_items: int,
 ) -> Prepared:
     """Decode and preprocess one item; what a media worker runs. ``source``: encoded bytes or a caller's object."""
     loader = LOADERS[modality]
     started = time.perf_counter()
-    if isinstance(source, bytes):
-        data = loader.decode(source, loading, config)
-    else:
-        data = loader.decode_object(source, loading, config)
+    decoding = processor.decoding(modality, options)
+    decode = loader.decode if isinstance(source, bytes) else loader.decode_object
+    data = decode(source, loading, config, decoding)
     decoded = time.perf_counter()
     try:
-        features = processor.process(modality, data, options)
+        features = processor.process(modality, data, options, num_items)
     except SensoriumError:
         raise
     except Exception:

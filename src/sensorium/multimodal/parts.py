@@ -5,18 +5,25 @@ Nothing is loaded here; every mistake that can be seen without loading is refuse
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, cast
+from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 
 from sensorium.config import suggestion
-from sensorium.errors import InvalidRequestError
-from sensorium.multimodal.image import ImageFeatureData, ImagePixelData, check_picture
+from sensorium.multimodal.image import ImageFeatureData, ImagePixelData
 from sensorium.multimodal.items import MODALITIES, MediaRef, Modality, SourceKind
+from sensorium.multimodal.sources import (
+    IMAGES,
+    SOUNDS,
+    VIDEOS,
+    Kind,
+    Source,
+    is_tensor,
+    refuse,
+    split,
+)
 
 MAX_UUID_LENGTH = 1024
 
@@ -44,12 +51,12 @@ def refs_from_data(
     names = _modality_mapping(uuids, uuids_param)
     refs: list[MediaRef] = []
     for modality, value in items.items():
-        sources = _SPLITTERS[modality](value, f"{param}.{modality}", enable_mm_embeds)
+        sources = split(value, f"{param}.{modality}", enable_mm_embeds, _KINDS[modality])
         if uuids is None:
             refs.extend(source.ref(modality) for source in sources)
             continue
         if modality not in names:
-            _bad(
+            refuse(
                 f"{uuids_param} has no entry {modality!r}; every modality of multi_modal_data needs one, "
                 "with as many entries as items (None for those without an id)",
                 uuids_param,
@@ -57,105 +64,43 @@ def refs_from_data(
         refs.extend(_with_uuids(modality, sources, names[modality], f"{uuids_param}.{modality}"))
     for modality in names:
         if modality not in items:
-            _bad(
+            refuse(
                 f"{uuids_param} names {modality!r}, but multi_modal_data has no {modality!r}; "
                 "pass None there for each cached item",
                 f"{uuids_param}.{modality}",
             )
     for ref in refs:
         if ref.kind == "cached" and ref.uuid is None:
-            _bad("There is neither data nor an id (multi_modal_uuids) for this item", ref.param)
+            refuse("There is neither data nor an id (multi_modal_uuids) for this item", ref.param)
     return refs
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """One entry of ``multi_modal_data``, without its id."""
-
-    kind: SourceKind
-    content: Any
-    param: str
-
-    def ref(self, modality: Modality, uuid: str | None = None) -> MediaRef:
-        return MediaRef(modality, self.kind, self.content, uuid, self.param)
 
 
 def _modality_mapping(value: object, param: str) -> dict[Modality, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        _bad(f"must be a mapping such as {{'image': …}}, got {type(value).__name__}", param)
+        refuse(f"must be a mapping such as {{'image': …}}, got {type(value).__name__}", param)
     for key in value:
         if key not in MODALITIES:
             name = str(key)[:80]
             near = suggestion(name, list(MODALITIES))
-            _bad(
+            refuse(
                 f"Unknown modality {name!r}; known are {', '.join(MODALITIES)}.{near}",
                 f"{param}.{name}",
             )
     return {key: value[key] for key in value}
 
 
-def _image_sources(value: object, param: str, enable_mm_embeds: bool) -> list[_Source]:
-    """Entries of ``multi_modal_data["image"]``: one per picture, or one for embeddings given as a whole."""
-    if isinstance(value, Mapping) or _is_embeddings_tensor(value, enable_mm_embeds):
-        return [_Source("embeds", value, param)]
-    if not isinstance(value, list | tuple):
-        return [_image_source(value, param)]
-    sources = [_image_source(entry, f"{param}[{i}]") for i, entry in enumerate(value)]
-    kinds = {source.kind for source in sources} - {"cached"}
-    if len(kinds) > 1:
-        _bad("Pictures and embeddings cannot be mixed in one prompt; pass either", param)
-    return sources
-
-
-def _image_source(value: object, param: str) -> _Source:
-    if value is None:
-        return _Source("cached", None, param)
-    if isinstance(value, Mapping) or (_is_tensor(value) and cast(Any, value).ndim == 2):
-        return _Source("embeds", value, param)
-    if not (isinstance(value, Image.Image | np.ndarray) or _is_tensor(value)):
-        hint = "; for a URL or a path use a chat message" if isinstance(value, str | bytes) else ""
-        _bad(
-            "An image must be a PIL.Image, a numpy HWC uint8 array, a torch CHW tensor, or embeddings, "
-            f"got {type(value).__name__}{hint}",
-            param,
-        )
-    try:
-        check_picture(value)
-    except InvalidRequestError as error:
-        raise error.at(param) from None
-    return _Source("object", value, param)
-
-
-def _whole(value: object, param: str, enable_mm_embeds: bool) -> list[_Source]:
-    """One entry for the whole value: for modalities that no model takes yet."""
-    return [_Source("object", value, param)]
-
-
-_SPLITTERS: dict[Modality, Callable[[object, str, bool], list[_Source]]] = {
-    "image": _image_sources,
-    "video": _whole,
-    "audio": _whole,
+_KINDS: dict[Modality, Kind] = {
+    "image": IMAGES,
+    "video": VIDEOS,
+    "audio": SOUNDS,
 }
-
-
-def _is_tensor(value: object) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _is_embeddings_tensor(value: Any, enable_mm_embeds: bool) -> bool:
-    if not _is_tensor(value):
-        return False
-    if value.ndim != 3:
-        return value.ndim != 4
-    is_float = value.is_floating_point() or value.is_complex()
-    return is_float and (enable_mm_embeds or value.shape[0] != 3)
+"""How the items of each modality come as objects."""
 
 
 def _with_uuids(
-    modality: Modality, sources: Sequence[_Source], uuids: object, param: str
+    modality: Modality, sources: Sequence[Source], uuids: object, param: str
 ) -> list[MediaRef]:
     entries = list(uuids) if isinstance(uuids, list | tuple) else [uuids]
     ids = [check_uuid(entry, f"{param}[{i}]") for i, entry in enumerate(entries)]
@@ -164,7 +109,7 @@ def _with_uuids(
         source = sources[0]
         return [MediaRef(modality, source.kind, source.content, None, source.param, tuple(ids))]
     if len(ids) != len(sources):
-        _bad(
+        refuse(
             f"There are {len(ids)} ids for {len(sources)} {modality} items; pass one per item "
             "(None for those without an id)",
             param,
@@ -177,9 +122,9 @@ def check_uuid(value: object, param: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or not value:
-        _bad(f"An id must be a non-empty string or null, got {value!r:.80}", param)
+        refuse(f"An id must be a non-empty string or null, got {value!r:.80}", param)
     if len(value) > MAX_UUID_LENGTH:
-        _bad(
+        refuse(
             f"An id may have {MAX_UUID_LENGTH} characters at most; this one has {len(value)}", param
         )
     return value
@@ -234,7 +179,7 @@ def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
     """
     name = media_part_type(part)
     if name is None:
-        _bad(
+        refuse(
             f"Unknown type of content part {part.get('type')!r:.80}; media parts are "
             f"{', '.join(MEDIA_PART_TYPES)}.{suggestion(str(part.get('type')), list(_PART_TYPES))}",
             param,
@@ -250,7 +195,7 @@ def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
             payload = payload.get("url")
     if payload is None:
         if uuid is None:
-            _bad(
+            refuse(
                 f"The part has no {key!r}; only a part with a 'uuid' of a cached item may leave it out",
                 place,
             )
@@ -261,25 +206,25 @@ def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
 
 def _url_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
     if not isinstance(payload, str):
-        _bad(
+        refuse(
             f"must be a URL or an object with 'url', got {type(payload).__name__}",
             param,
         )
     if not payload:
-        _bad("The URL is empty", param)
+        refuse("The URL is empty", param)
     return "url", payload
 
 
 def _picture_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
     if not isinstance(payload, Image.Image):
-        _bad(f"must be a PIL.Image, got {type(payload).__name__}", param)
+        refuse(f"must be a PIL.Image, got {type(payload).__name__}", param)
     return "object", payload
 
 
 def _embeds_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
     members = list(payload.values()) if isinstance(payload, Mapping) else [payload]
-    if not members or not all(isinstance(m, str) or _is_tensor(m) for m in members):
-        _bad(
+    if not members or not all(isinstance(m, str) or is_tensor(m) for m in members):
+        refuse(
             "must be a tensor, base64 of a safetensors or torch.save file, or an object of those",
             param,
         )
@@ -290,7 +235,7 @@ def _base64_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
     data = payload.get("data") if isinstance(payload, Mapping) else None
     form = payload.get("format", "wav") if isinstance(payload, Mapping) else None
     if not isinstance(data, str) or not isinstance(form, str) or not form.isalnum():
-        _bad("must be an object with 'data' (base64) and 'format' (such as wav)", param)
+        refuse("must be an object with 'data' (base64) and 'format' (such as wav)", param)
     return "url", f"data:audio/{form};base64,{data}"
 
 
@@ -300,11 +245,3 @@ _PAYLOADS: dict[str, Callable[[object, str], tuple[SourceKind, Any]]] = {
     "embeds": _embeds_payload,
     "base64": _base64_payload,
 }
-
-
-def _bad(message: str, param: str) -> NoReturn:
-    if message[0].islower() and not message.startswith("multi_modal"):
-        message = f"{param} {message}"
-    raise InvalidRequestError(
-        message if message.endswith((".", "?")) else f"{message}.", param=param
-    )

@@ -49,6 +49,7 @@ class _Job:
     tenant: str
     salt: str
     fetch_slots: asyncio.Semaphore
+    num_items: Counter[Modality] = field(default_factory=Counter)
     num_bytes: int = 0
     pinned: list[bytes] = field(default_factory=list)
 
@@ -111,6 +112,7 @@ class MediaPipeline:
         """
         self.check(refs)
         job = self._new_job(mm_processor_kwargs, media_io_kwargs, tenant, cache_salt)
+        job.num_items.update(ref.modality for ref in refs)
         try:
             groups = await _all([self._load_ref(ref, job) for ref in refs])
         finally:
@@ -290,6 +292,7 @@ class MediaPipeline:
             self._config,
             self._processor,
             job.options,
+            job.num_items[modality],
         )
         features = prepared.features
         self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)
@@ -347,7 +350,7 @@ class MediaPipeline:
             modality,
             content,
             dataclasses.asdict(job.loading[modality]),
-            self._processor.identity(modality, job.options),
+            self._processor.identity(modality, job.options, job.num_items[modality]),
         )
 
     def _lookup(self, digest: bytes, job: _Job) -> Features | None:

@@ -7,16 +7,88 @@ packed into a ``str`` of one character per id, which Python searches in linear t
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from sensorium.errors import PlaceholderMismatchError
-from sensorium.multimodal.items import MediaItem, Modality
-from sensorium.multimodal.processor import Processor, Replacement
+from sensorium.multimodal.items import MODALITIES, MediaItem, Modality
+from sensorium.multimodal.processor import Markup, Processor, Replacement
 
 _NO_ID = 0x10FFFF
 """Stands for ids that no character can hold; such an id is no placeholder."""
+
+
+def marker(modality: Modality) -> int:
+    """An id that no vocabulary holds, for placeholders that are no single tokens (``processor.Markup``)."""
+    return _NO_ID - 1 - MODALITIES.index(modality)
+
+
+class PlaceholderIds:
+    """Finds the placeholders of a ``Markup`` in text. Immutable."""
+
+    def __init__(self, processor: Processor, markup: Markup) -> None:
+        self.prefix_each = markup.prefix_each
+        self._patterns = {m: re.compile(text) for m, text in markup.patterns.items()}
+        self._ids = {modality: processor.placeholder(modality) for modality in self._patterns}
+
+    def ids_of(self, text: str) -> tuple[int, ...] | None:
+        """Ids of a text that is a placeholder; None for other texts."""
+        for modality, pattern in self._patterns.items():
+            if pattern.fullmatch(text):
+                return self._ids[modality]
+        return None
+
+    def split(self, text: str) -> tuple[list[str], list[NumberedPlaceholder]]:
+        """The stretches of text between placeholders, one more than there are of these, and the placeholders."""
+        hits = sorted(
+            ((hit, m) for m, pattern in self._patterns.items() for hit in pattern.finditer(text)),
+            key=lambda pair: pair[0].start(),
+        )
+        stretches, found, end = [], [], 0
+        for hit, modality in hits:
+            if hit.start() < end:
+                continue
+            stretches.append(text[end : hit.start()])
+            number = hit.groupdict().get("number")
+            item = None if number is None else int(number)
+            found.append(NumberedPlaceholder(modality, self._ids[modality], item))
+            end = hit.end()
+        return [*stretches, text[end:]], found
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedPlaceholder:
+    """A placeholder found in text: its ids, and the number (from 1) that it gives its item, if any."""
+
+    modality: Modality
+    ids: tuple[int, ...]
+    number: int | None
+
+
+def in_order(
+    items: Sequence[MediaItem], placeholders: Sequence[NumberedPlaceholder]
+) -> list[MediaItem]:
+    """The items of numbered placeholders in the order of these, an item of two placeholders twice; others after them.
+
+    Raises PlaceholderMismatchError unless each item is named at least once and no other number is.
+    """
+    ordered: list[MediaItem] = []
+    numbered = {p.modality for p in placeholders if p.number is not None}
+    for modality in sorted(numbered):
+        own = [item for item in items if item.modality == modality]
+        numbers = [
+            p.number for p in placeholders if p.modality == modality and p.number is not None
+        ]
+        if set(numbers) != set(range(1, len(own) + 1)):
+            named = ", ".join(map(str, sorted(set(numbers)))) or "none"
+            raise PlaceholderMismatchError(
+                f"The prompt's {modality} placeholders name the items {named}, but there are {len(own)} {modality} "
+                f"items: name each of 1 to {len(own)} at least once."
+            )
+        ordered += [own[number - 1] for number in numbers]
+    return [*ordered, *(item for item in items if item.modality not in numbered)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +132,9 @@ def expand(token_ids: Sequence[int], items: Sequence[MediaItem], processor: Proc
     sites: list[_Site] = []
     for modality in processor.modalities:
         indices = [i for i, item in enumerate(items) if item.modality == modality]
-        replacements = [processor.replacement(items[i].features) for i in indices]
+        replacements = [
+            processor.replacement(items[i].features, number) for number, i in enumerate(indices)
+        ]
         found = _find_sites(prompt, modality, processor.placeholder(modality), replacements)
         sites.extend(
             _Site(start, length, index, replacement)

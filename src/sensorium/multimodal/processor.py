@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from sensorium.multimodal.items import Features, Modality
+from sensorium.multimodal.items import Decoded, Features, Modality
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,48 @@ class PlacedItem:
     runs: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class VideoFacts:
+    """What is known of a video before its frames are decoded.
+
+    ``num_frames``: how many it has. ``fps``: its frames per second; None for a list of pictures without metadata.
+    """
+
+    num_frames: int
+    fps: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class FrameChoice:
+    """What the caller asked for, each None when not: so many frames, uniformly; or so many per second.
+
+    ``at_most``: the limit of ``limit_mm_per_prompt``, which no sampling exceeds.
+    """
+
+    num_frames: int | None = None
+    fps: float | None = None
+    at_most: int | None = None
+
+
+FrameSampler = Callable[[VideoFacts, FrameChoice], np.ndarray]
+"""Which frames of a video a model sees: ascending int64 indices, at least one; a frame may come twice. Picklable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Markup:
+    """Placeholders that the vocabulary does not hold as single tokens: the text is split there before it is tokenized.
+
+    ``patterns``: a regular expression for each modality; where placeholders are numbered, its group ``number`` is the
+    item's number, from 1, and one item may stand in several places. In the split ids each is
+    ``Processor.placeholder(modality)``, which may then be a ``placeholders.marker`` that no vocabulary holds.
+    ``prefix_each``: every stretch of text begins with what the tokenizer puts in front (a BOS), not only the first, as
+    the reference's processor has it.
+    """
+
+    patterns: Mapping[Modality, str] = field(default_factory=dict)
+    prefix_each: bool = False
+
+
 class Processor(Protocol):
     """One per loaded model; made of its configuration files. Stateless, picklable, cheap to build, without torch.
 
@@ -42,17 +84,31 @@ class Processor(Protocol):
         """What the model takes; empty for a text model."""
         ...
 
-    def identity(self, modality: Modality, options: Mapping[str, Any]) -> bytes:
-        """Everything besides the content that decides the features: class, configuration, ``options``."""
+    @property
+    def markup(self) -> Markup | None:
+        """How placeholders look that are no tokens of the vocabulary; None where they all are."""
+        ...
+
+    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> Any:
+        """What decoding must know of the model: a ``FrameSampler`` for videos, the sampling rate (int, per second) for
+        sounds, None for images."""
+        ...
+
+    def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
+        """Everything besides the content that decides the features: class, configuration, ``options`` and, only where
+        it makes a difference, how many items of the modality the prompt has."""
         ...
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Validate ``mm_processor_kwargs``. Raises InvalidRequestError naming the option and those that exist."""
         ...
 
-    def process(self, modality: Modality, data: np.ndarray, options: Mapping[str, Any]) -> Features:
-        """Features of one decoded item. Images: ``data`` is (H, W, 3) uint8 RGB.
+    def process(
+        self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
+    ) -> Features:
+        """Features of one decoded item: an image (H, W, 3) uint8 RGB, a ``Clip`` or a ``Sound``.
 
+        ``num_items``: how many items of the modality the prompt has, for the families whose features depend on it.
         Raises InvalidRequestError or MediaTooLargeError when the model cannot take such an item (aspect ratio, size).
         """
         ...
@@ -68,13 +124,14 @@ class Processor(Protocol):
         """Token ids of one unexpanded placeholder in a prompt, such as ``(image_token_id,)``."""
         ...
 
-    def placeholder_text(self, modality: Modality) -> str:
-        """The placeholder as a user writes it in a raw prompt, such as ``<image>`` (what goes *in front* of text when
-        a chat template takes only strings; for Qwen2-VL with its vision start and end tokens)."""
+    def placeholder_text(self, modality: Modality, number: int = 1) -> str:
+        """The placeholder of the item of this number (of its modality, from 1) as a user writes it in a raw prompt,
+        such as ``<image>`` (what goes *in front* of text when a chat template takes only strings; for Qwen2-VL with its
+        vision start and end tokens). Most families do not number them."""
         ...
 
-    def replacement(self, features: Features) -> Replacement:
-        """What the placeholder of this item expands to."""
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
+        """What the placeholder of this item expands to; ``index``: of the item among those of its modality, from 0."""
         ...
 
     def positions(

@@ -6,6 +6,7 @@ for how)."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import jinja2
 
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.multimodal.items import MediaRef, Modality
+from sensorium.multimodal.placeholders import PlaceholderIds
 from sensorium.text.control import ControlTokens, pick_mark, unmark
 from sensorium.text.conversation import (
     Conversation,
@@ -82,7 +84,8 @@ class ChatTemplate:
     """The chat templates of a model, with its tokenizer. Immutable, usable from several threads.
 
     ``placeholder_texts`` are the spellings of media placeholders, which users must not be able to
-    type even where they are no tokens of the vocabulary."""
+    type even where they are no tokens of the vocabulary. ``placeholders`` turns those that are none
+    into ids."""
 
     def __init__(
         self,
@@ -93,8 +96,10 @@ class ChatTemplate:
         interleave_mm_strings: bool = False,
         trust_request_chat_template: bool = False,
         placeholder_texts: Iterable[str] = (),
+        placeholders: PlaceholderIds | None = None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._placeholders = placeholders
         self._format = content_format
         self._interleave = interleave_mm_strings
         self._trusts_requests = trust_request_chat_template
@@ -116,6 +121,7 @@ class ChatTemplate:
         interleave_mm_strings: bool = False,
         trust_request_chat_template: bool = False,
         placeholder_texts: Iterable[str] = (),
+        placeholders: PlaceholderIds | None = None,
     ) -> ChatTemplate:
         """The templates of a model folder, or ``chat_template`` (a file or text) in their place,
         or ``fallback``.
@@ -130,6 +136,7 @@ class ChatTemplate:
             interleave_mm_strings=interleave_mm_strings,
             trust_request_chat_template=trust_request_chat_template,
             placeholder_texts=placeholder_texts,
+            placeholders=placeholders,
         )
 
     @property
@@ -146,7 +153,7 @@ class ChatTemplate:
         self,
         conversation: Conversation,
         *,
-        placeholder_text: Callable[[Modality], str],
+        placeholder_text: Callable[[Modality, int], str],
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -156,7 +163,8 @@ class ChatTemplate:
     ) -> RenderedPrompt:
         """The prompt of a conversation.
 
-        ``placeholder_text`` gives what stands for an item where a template takes strings only.
+        ``placeholder_text`` gives what stands for an item, by its modality and its number among
+        those (from 1), where a template takes strings only.
         ``chat_template`` is a name of one of the model's templates or, where the operator trusts
         requests, a template. ``add_special_tokens``: None puts a BOS in front where the tokenizer
         prescribes one and the template wrote none, as the processors of the reference do; True and
@@ -171,7 +179,9 @@ class ChatTemplate:
         tools = plain_data(list(tools), "tools") if tools else None
         marks = self._pick_marks(conversation, tools, extra)
         chosen = self._choose(chat_template, has_tools=tools is not None)
-        writer = _Writer(self._control, marks, chosen, self._interleave, placeholder_text)
+        writer = _Writer(
+            self._control, marks, chosen, self._interleave, placeholder_text, Counter()
+        )
         messages = writer.messages(conversation, continue_final_message)
         variables = {
             **self._tokenizer.special_tokens,
@@ -184,9 +194,32 @@ class ChatTemplate:
         marked = _run(chosen, variables, marks)
         if continue_final_message:
             marked = _up_to_end(marked, marks.end)
-        text, ids = self._encode(marked, marks.guard)
+        stretches, found = self._split(marked)
+        encoded = [self._encode(stretch, marks.guard) for stretch in stretches]
+        text, ids = encoded[0]
         ids = self._surrounded(ids, add_special_tokens)
+        for (spelling, placeholder), (more_text, more_ids) in zip(found, encoded[1:], strict=True):
+            text += spelling + more_text
+            ids = [*ids, *placeholder, *self._begun(more_ids)]
         return RenderedPrompt(text, tuple(ids), conversation.refs)
+
+    def _split(self, marked: str) -> tuple[list[str], list[tuple[str, tuple[int, ...]]]]:
+        """The marked text, split at acting placeholders that the vocabulary does not hold; these, with their ids."""
+        stretches, found, end = [], [], 0
+        if self._placeholders is not None:
+            for control in self._control.pattern.finditer(marked):
+                ids = self._placeholders.ids_of(control[0])
+                if ids is not None:
+                    stretches.append(marked[end : control.start()])
+                    found.append((control[0], ids))
+                    end = control.end()
+        return [*stretches, marked[end:]], found
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """A stretch of text after a placeholder, with what the family puts in front of each."""
+        if self._placeholders is None or not self._placeholders.prefix_each:
+            return ids
+        return [*self._tokenizer.prefix_ids, *ids]
 
     def _pick_marks(self, conversation: Conversation, *more: Any) -> _Marks:
         texts = [*_message_strings(conversation), *_strings(more)]
@@ -246,7 +279,8 @@ class _Writer:
     marks: _Marks
     template: CompiledTemplate
     interleave: bool
-    placeholder_text: Callable[[Modality], str]
+    placeholder_text: Callable[[Modality, int], str]
+    numbers: Counter[Modality]
 
     def messages(self, conversation: Conversation, continues: bool) -> list[dict[str, Any]]:
         """The messages of the conversation; the last text ends with the end mark if it is to be
@@ -325,9 +359,12 @@ class _Writer:
         if not self.interleave:
             pieces = sorted(pieces, key=lambda piece: piece[0] is None)
         return "\n".join(
-            text if modality is None else self.placeholder_text(modality)
-            for modality, text in pieces
+            text if modality is None else self._placeholder(modality) for modality, text in pieces
         )
+
+    def _placeholder(self, modality: Modality) -> str:
+        self.numbers[modality] += 1
+        return self.placeholder_text(modality, self.numbers[modality])
 
 
 def _run(chosen: CompiledTemplate, variables: dict[str, Any], marks: _Marks) -> str:

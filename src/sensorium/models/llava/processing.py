@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,8 +13,9 @@ from sensorium.models import precomputed
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.llava.config import LlavaConfig
 from sensorium.models.pixels import check_image, read_resample, resize
-from sensorium.multimodal.items import Features, Modality
-from sensorium.multimodal.processor import PlacedItem, Replacement
+from sensorium.models.processing import check_option_names, identity_of
+from sensorium.multimodal.items import Decoded, Features, Modality
+from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
 
 PLACEHOLDER = "<image>"
 MAX_SIZE = 4096
@@ -54,20 +54,22 @@ class LlavaProcessor:
     resample: int
     modalities: tuple[Modality, ...] = ("image",)
 
-    def identity(self, modality: Modality, options: Mapping[str, Any]) -> bytes:
+    @property
+    def markup(self) -> Markup | None:
+        """The image token is in the vocabulary."""
+        return None
+
+    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> None:
+        """Images need nothing."""
+        return
+
+    def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
         """Class, configuration and options."""
-        return (
-            f"llava 1 {self!r} {json.dumps(dict(options), sort_keys=True, default=dict)}".encode()
-        )
+        return identity_of("llava 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Only ``size`` exists: see ``read_edges``."""
-        for name in options:
-            if name != "size":
-                raise InvalidRequestError(
-                    f"This model's processor has no option {name!r}; it has 'size'.",
-                    param=f"mm_processor_kwargs.{name}",
-                )
+        check_option_names(options, ("size",))
         if "size" in options:
             try:
                 read_edges(options["size"])
@@ -76,12 +78,15 @@ class LlavaProcessor:
                     error.message, param="mm_processor_kwargs.size"
                 ) from error
 
-    def process(self, modality: Modality, data: np.ndarray, options: Mapping[str, Any]) -> Features:
+    def process(
+        self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
+    ) -> Features:
         """``arrays["pixels"]``: (image_size, image_size, 3) uint8."""
-        height, width = check_image(data)
+        image = check_image(data)
+        height, width = image.shape[:2]
         edges = read_edges(options["size"]) if "size" in options else self.edges
         target = (height, width) if edges is None else edges.target(height, width)
-        pixels = resize_and_crop(data, target, self.image_size, self.resample)
+        pixels = resize_and_crop(image, target, self.image_size, self.resample)
         return Features(
             modality, {"pixels": pixels}, self.num_embeds, {"original_size": (height, width)}
         )
@@ -103,11 +108,11 @@ class LlavaProcessor:
         """The image token."""
         return (self.image_token_id,)
 
-    def placeholder_text(self, modality: Modality) -> str:
+    def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """The image token's text."""
         return PLACEHOLDER
 
-    def replacement(self, features: Features) -> Replacement:
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
         """The image token, repeated."""
         num = features.num_embeds
         return Replacement((self.image_token_id,) * num, ((0, num),))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequest
 from sensorium.models import precomputed
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.pixels import check_image, read_resample, resize
+from sensorium.models.processing import check_option_names, identity_of
 from sensorium.models.qwen2_vl.config import Qwen2VLConfig
-from sensorium.multimodal.items import Features, Modality
-from sensorium.multimodal.processor import PlacedItem, Replacement
+from sensorium.multimodal.items import Decoded, Features, Modality
+from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
 
 MAX_ASPECT = 200
 MAX_PIXELS = 16384 * 28 * 28
@@ -55,19 +55,22 @@ class Qwen2VLProcessor:
         """Edge in pixels of what becomes one embedding."""
         return self.patch_size * self.merge_size
 
-    def identity(self, modality: Modality, options: Mapping[str, Any]) -> bytes:
+    @property
+    def markup(self) -> Markup | None:
+        """The pad tokens are in the vocabulary."""
+        return None
+
+    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> None:
+        """Images need nothing."""
+        return
+
+    def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
         """Class, configuration and options."""
-        return f"qwen2_vl 1 {self!r} {json.dumps(dict(options), sort_keys=True, default=dict)}".encode()
+        return identity_of("qwen2_vl 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """``min_pixels``, ``max_pixels``, and ``size`` with ``shortest_edge`` and ``longest_edge`` (in pixels too)."""
-        for name in options:
-            if name not in OPTIONS:
-                known = ", ".join(OPTIONS)
-                raise InvalidRequestError(
-                    f"This model's processor has no option {name!r}; it has {known}.",
-                    param=f"mm_processor_kwargs.{name}",
-                )
+        check_option_names(options, OPTIONS)
         try:
             limits = read_pixel_range(options, self.pixels)
         except ConfigError as error:
@@ -79,19 +82,22 @@ class Qwen2VLProcessor:
                 param="mm_processor_kwargs",
             )
 
-    def process(self, modality: Modality, data: np.ndarray, options: Mapping[str, Any]) -> Features:
+    def process(
+        self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
+    ) -> Features:
         """``arrays["pixels"]``: (height, width, 3) uint8, both multiples of ``cell``."""
-        height, width = check_image(data)
+        image = check_image(data)
+        height, width = image.shape[:2]
         limits = read_pixel_range(options, self.pixels)
         if self.resize_images:
             tall, wide = target_size(height, width, self.cell, limits)
-            pixels = resize(data, tall, wide, self.resample)
+            pixels = resize(image, tall, wide, self.resample)
         elif height % self.cell or width % self.cell:
             raise InvalidRequestError(
                 f"This model does not resize images: edges must be multiples of {self.cell}, got {width} x {height}."
             )
         else:
-            pixels = np.ascontiguousarray(data)
+            pixels = np.ascontiguousarray(image)
         grid = (1, pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size)
         meta = {"grid": grid, "original_size": (height, width)}
         return Features(modality, {"pixels": pixels}, self.num_embeds(grid), meta)
@@ -135,11 +141,11 @@ class Qwen2VLProcessor:
         """The pad token between the vision start and end tokens."""
         return (self.video_token_id if modality == "video" else self.image_token_id,)
 
-    def placeholder_text(self, modality: Modality) -> str:
+    def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """The pad token's text between those of the vision start and end tokens."""
         return PLACEHOLDERS[modality]
 
-    def replacement(self, features: Features) -> Replacement:
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
         """The pad token, repeated."""
         num = features.num_embeds
         return Replacement(self.placeholder(features.modality) * num, ((0, num),))
