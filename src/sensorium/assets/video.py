@@ -1,0 +1,65 @@
+"""Clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from sensorium.assets.base import Asset
+from sensorium.errors import InvalidRequestError
+
+
+@dataclass(frozen=True)
+class VideoAsset(Asset):
+    """``baby_reading``: a child turns the pages of a book, 6 seconds at 15 frames per second.
+
+    ``num_frames``: how many frames to take, spread evenly from the first to the last; -1 takes all.
+    """
+
+    num_frames: int = -1
+    names: ClassVar[tuple[str, ...]] = ("baby_reading",)
+    suffix: ClassVar[str] = ".mp4"
+    media_type: ClassVar[str] = "video/mp4"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.num_frames, bool) or (self.num_frames != -1 and self.num_frames < 1):
+            raise InvalidRequestError(
+                f"num_frames must be from 1, or -1 for all, got {self.num_frames!r}.",
+                param="num_frames",
+            )
+
+    @property
+    def np_ndarrays(self) -> np.ndarray:
+        """Frames (num_frames, height, width, 3) uint8."""
+        return self._frames()[0]
+
+    @property
+    def pil_images(self) -> list[Image.Image]:
+        """The frames as pictures."""
+        return [Image.fromarray(frame) for frame in self.np_ndarrays]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """``fps``, ``duration`` (seconds), ``total_num_frames`` of the clip, ``frames_indices`` of those taken."""
+        return self._frames()[1]
+
+    def _frames(self) -> tuple[np.ndarray, dict[str, Any]]:
+        import av
+
+        with av.open(str(self.path)) as container:
+            rate = container.streams.video[0].average_rate
+            every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        total, fps = len(every), float(rate) if rate is not None else 1.0
+        wanted = total if self.num_frames == -1 else min(self.num_frames, total)
+        indices = np.linspace(0, total - 1, wanted).astype(int).tolist()
+        metadata = {
+            "fps": fps,
+            "duration": total / fps,
+            "total_num_frames": total,
+            "frames_indices": indices,
+        }
+        return np.stack([every[index] for index in indices]), metadata

@@ -1,0 +1,74 @@
+"""The pictures, clip and sounds that come with the package."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from sensorium.assets import AudioAsset, ImageAsset, VideoAsset
+from sensorium.errors import InvalidRequestError
+
+
+@pytest.mark.parametrize("name", ImageAsset.names)
+def test_images(name: str) -> None:
+    image = ImageAsset(name).pil_image
+    assert image.mode == "RGB"
+    assert min(image.size) > 500
+    kind, _, data = ImageAsset(name).url.partition(";base64,")
+    assert kind == "data:image/jpeg"
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == image.size
+
+
+def test_the_stop_sign_is_red() -> None:
+    red, green, blue = ImageAsset("stop_sign").pil_image.getpixel((400, 180))
+    assert red > 150 > 80 > max(green, blue)
+
+
+@pytest.mark.parametrize(("num_frames", "expected"), [(-1, 90), (1, 1), (16, 16), (500, 90)])
+def test_video(num_frames: int, expected: int) -> None:
+    asset = VideoAsset(name="baby_reading", num_frames=num_frames)
+    frames, metadata = asset.np_ndarrays, asset.metadata
+    assert frames.shape == (expected, 360, 640, 3)
+    assert frames.dtype == np.uint8
+    assert len(metadata["frames_indices"]) == expected == len(set(metadata["frames_indices"]))
+    assert metadata["total_num_frames"] == 90
+    assert metadata["duration"] == pytest.approx(6.0)
+    assert metadata["fps"] == pytest.approx(15.0)
+    assert np.array_equal(np.asarray(asset.pil_images[-1]), frames[-1])
+
+
+def test_the_frames_differ() -> None:
+    first, last = VideoAsset("baby_reading", num_frames=2).np_ndarrays.astype(int)
+    assert np.abs(first - last).mean() > 0.5
+
+
+@pytest.mark.parametrize("name", AudioAsset.names)
+def test_sounds(name: str) -> None:
+    samples, rate = AudioAsset(name).audio_and_sample_rate
+    assert rate == 16000
+    assert samples.ndim == 1
+    assert samples.dtype == np.float32
+    assert 4 < len(samples) / rate < 20
+    assert 0.5 < np.abs(samples).max() <= 1
+    data = base64.b64decode(AudioAsset(name).url.partition(";base64,")[2])
+    assert soundfile.info(io.BytesIO(data)).samplerate == rate
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "near"),
+    [(ImageAsset, "stopsign", "stop_sign"), (AudioAsset, "winning", "winning_call")],
+)
+def test_unknown_names(kind: type, name: str, near: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"Did you mean '{near}'"):
+        kind(name)
+
+
+@pytest.mark.parametrize("num_frames", [0, -2, True])
+def test_impossible_numbers_of_frames(num_frames: int) -> None:
+    with pytest.raises(InvalidRequestError, match="num_frames must be from 1"):
+        VideoAsset("baby_reading", num_frames=num_frames)
