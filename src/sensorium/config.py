@@ -19,6 +19,8 @@ from sensorium.errors import ConfigError
 
 GIB = 1 << 30
 MIB = 1 << 20
+LIMITED = ("image", "video", "audio")
+"""Keys of ``limit_mm_per_prompt``."""
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
@@ -249,6 +251,59 @@ class ObservabilityConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OlderConfig:
+    """Spellings of the field's early days: checked against the model, which knows them itself, and then unused."""
+
+    image_input_type: str | None = option(
+        None, "Older: pixel_values or image_features; checked, then unused."
+    )
+    image_token_id: int | None = option(
+        None, "Older: id of the image token; checked against the model, then unused."
+    )
+    image_input_shape: str | None = option(
+        None, "Older: such as 1,3,336,336; checked against the model, then unused."
+    )
+    image_feature_size: int | None = option(
+        None, "Older: embeddings per image; checked against the model, then unused."
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_input_shape, list | tuple):
+            text = ",".join(map(str, self.image_input_shape))
+            object.__setattr__(self, "image_input_shape", text)
+        _check_types(self)
+        if self.image_input_type is not None:
+            kinds = ("pixel_values", "image_features")
+            _choice("image_input_type", self.image_input_type.lower(), kinds)
+        for name in ("image_token_id", "image_feature_size"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, 1 << 31)
+        if self.image_input_shape is not None:
+            self.shape()
+        for name in self.given():
+            warnings.warn(
+                f"{name} is an older spelling: the model's own configuration says it, leave it out",
+                DeprecationWarning,
+                stacklevel=4,
+            )
+
+    def given(self) -> list[str]:
+        """Names of those that are set."""
+        return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
+
+    def shape(self) -> tuple[int, ...]:
+        """``image_input_shape`` in numbers. Raises ConfigError."""
+        text = self.image_input_shape or ""
+        parts = [part.strip() for part in text.strip("()[]").split(",")]
+        if len(parts) not in (3, 4) or not all(p.isdigit() and 0 < int(p) < 1 << 16 for p in parts):
+            _bad(
+                "image_input_shape",
+                f"must be three or four sizes such as 1,3,336,336, got {text!r}",
+            )
+        return tuple(map(int, parts))
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that an engine needs; built once by ``engine_config`` and then only read."""
 
@@ -258,6 +313,7 @@ class EngineConfig:
     media: MediaConfig = field(default_factory=MediaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
+    older: OlderConfig = field(default_factory=OlderConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +363,7 @@ ENGINE_SECTIONS: dict[str, type] = {
     "media": MediaConfig,
     "parallel": ParallelConfig,
     "observability": ObservabilityConfig,
+    "older": OlderConfig,
 }
 
 
@@ -360,7 +417,7 @@ def _limits(name: str, value: object) -> None:
     if not isinstance(value, dict):
         _bad(name, f"must be a mapping such as {{'image': 2}}, got {value!r}")
     for modality, limit in value.items():
-        _choice(name, modality, ("image", "video", "audio"))
+        _choice(name, modality, LIMITED)
         if isinstance(limit, dict):
             for key, number in limit.items():
                 _choice(

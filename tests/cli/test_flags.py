@@ -175,3 +175,11 @@ def test_the_page_of_settings_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "configuration.md"
     message = "run scripts/configuration_docs"
     assert page.read_text(encoding="utf-8") == configuration_markdown(), message
+
+
+def test_the_older_form_of_limits_names_todays(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = parse("m", "--limit-mm-per-prompt", "image=2")
+    assert arguments.limit_mm_per_prompt == {"image": 2}
+    assert """use --limit-mm-per-prompt '{"image": 2}'""" in capsys.readouterr().err
+    parse("m", "--limit-mm-per-prompt", '{"image": 2}')
+    assert not capsys.readouterr().err

@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn
 
 from sensorium.config import (
     ENGINE_SECTIONS,
+    LIMITED,
     EngineConfig,
     ServerConfig,
     engine_config,
@@ -37,6 +38,7 @@ TITLES = {
     "media": "media",
     "parallel": "parallelism",
     "observability": "observability",
+    "older": "older spellings",
     "server": "server",
 }
 _UNDERSCORED = re.compile(r"--[A-Za-z0-9_-]+(=.*)?", re.DOTALL)
@@ -176,7 +178,7 @@ def _action(name: str, kind: Any) -> dict[str, Any]:
     if origin is tuple:
         return {"nargs": "+", "action": ExtendWithJson, "metavar": "VALUE"}
     if origin is dict:
-        reader = parse_limits if name == "limit_mm_per_prompt" else read_object
+        reader = _limits if name == "limit_mm_per_prompt" else read_object
         return {"type": _readable(reader), "metavar": "JSON"}
     if kind in (int, float):
         return {"type": kind, "metavar": "N"}
@@ -227,6 +229,15 @@ def read_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f'{text!r} must be a JSON object such as {{"key": 1}}')
     return value
+
+
+def _limits(text: str) -> dict[str, Any]:
+    limits = parse_limits(text)
+    if not text.lstrip().startswith("{") and set(limits) <= set(LIMITED):
+        print_warning(
+            f"{text} is the older spelling: use --limit-mm-per-prompt '{json.dumps(limits)}'"
+        )
+    return limits
 
 
 def _readable(reader: Callable[[str], Any]) -> Callable[[str], Any]:

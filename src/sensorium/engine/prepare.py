@@ -16,6 +16,7 @@ import numpy as np
 
 from sensorium.config import GIB, EngineConfig
 from sensorium.core.request import EngineRequest, ItemSpan
+from sensorium.engine.older import check_older
 from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import (
@@ -98,6 +99,7 @@ class Preparer:
         family = resolve(self._loaded.config)
         self._vocab_size = family.shape(self._loaded).vocab_size
         self._processor = family.build_processor(self._loaded)
+        check_older(config.older, self._processor)
         markup = self._processor.markup if self._processor is not None else None
         self._placeholders = (
             PlaceholderIds(self._processor, markup)
