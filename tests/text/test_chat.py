@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensorium.errors import InvalidRequestError
+from sensorium.multimodal.placeholders import PlaceholderIds, marker
+from sensorium.multimodal.processor import Markup
 from sensorium.text.chat import ChatTemplate, RenderedPrompt, parse_messages
 from sensorium.text.tokenizer import Tokenizer
 from tests.text.conftest import CHATML_TEMPLATE, TURNS_TEMPLATE
@@ -341,3 +343,50 @@ def test_documents_and_reasoning_reach_the_template(chatml: Tokenizer) -> None:
         chat_template_kwargs={"documents": [{"text": "doc"}]},
     )
     assert prompt.text == "doc|why"
+
+
+MARK = marker("image")
+NUMBERED = Markup({"image": r"<\|picture_(?P<number>\d+)\|>"}, prefix_each=True)
+
+
+class _Numbered:
+    """A model whose image placeholders are numbered and no tokens."""
+
+    def placeholder(self, modality: str) -> tuple[int, ...]:
+        return (MARK,)
+
+
+def test_placeholders_that_are_no_tokens_become_ids(llama: Tokenizer) -> None:
+    """Numbered through the conversation, cut out of the text, with a BOS before each stretch; typed ones are text."""
+    template = ChatTemplate(
+        {"default": "{{ bos_token }}{% for m in messages %}{{ m.content }};{% endfor %}"},
+        llama,
+        placeholder_texts=[f"<|picture_{n}|>" for n in range(1, 9)],
+        placeholders=PlaceholderIds(_Numbered(), NUMBERED),
+        interleave_mm_strings=True,
+    )
+    picture = {"type": "image_url", "image_url": {"url": "data:,x"}}
+    text = {"type": "text", "text": "see <|picture_1|>"}
+    messages = [
+        {"role": "user", "content": [text, picture]},
+        {"role": "user", "content": [picture]},
+    ]
+    prompt = render(
+        template, messages, placeholder_text=lambda modality, number: f"<|picture_{number}|>"
+    )
+    assert prompt.text.endswith("see <|picture_1|>\n<|picture_1|>;<|picture_2|>;")
+    assert prompt.token_ids.count(MARK) == 2
+    first, second, third = _stretches(prompt.token_ids)
+    bos = llama.bos_token_id
+    assert llama.decode(first) == "<s>see <|picture_1|>\n"
+    assert second == third == (bos, *llama.encode(";", add_special_tokens=False))
+
+
+def _stretches(ids: Sequence[int]) -> list[tuple[int, ...]]:
+    found: list[list[int]] = [[]]
+    for token_id in ids:
+        if token_id == MARK:
+            found.append([])
+        else:
+            found[-1].append(token_id)
+    return [tuple(part) for part in found]
