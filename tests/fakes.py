@@ -195,13 +195,18 @@ class FakeRunner:
             )
         if span.samples:
             result.samples[span.seq_id] = self._sample(held)
+        if span.pools:
+            result.vectors[span.seq_id] = held.prefix_hashes[-1]
 
     def _check_span(self, span: Span, held: _Held) -> None:
         end = span.start + span.num_tokens
         name = f"span {span.start}:{end} of sequence {span.seq_id}"
         known = len(held.token_ids)
         _check(span.num_tokens >= 1 and end <= known, f"{name}, which has {known} tokens")
-        _check(span.samples == (end == known), f"{name} of {known} has samples={span.samples}")
+        pools = held.request.pooling is not None
+        wanted_flags = (end == known and not pools, end == known and pools)
+        flags = (span.samples, span.pools)
+        _check(flags == wanted_flags, f"{name} of {known} has samples, pools={flags}")
         if held.num_computed is not None:
             _check(span.start == held.num_computed, f"{name} follows {held.num_computed} computed")
         _check(end <= len(held.block_ids) * self.block_size, f"{name} is not covered by blocks")
@@ -234,6 +239,13 @@ class FakeRunner:
         ranked = [(token_id, *_logprob(prefix_hash))]
         ranked += [(other, -float(rank), rank) for rank, other in enumerate(others, 2)]
         return TokenSample(token_id, tuple(ranked))
+
+
+def expected_vector(request: EngineRequest) -> bytes:
+    """The vector that ``request`` gets: like its tokens, a function of its prompt, items and salt alone."""
+    held = _Held(request, list(request.token_ids))
+    _extend_hashes(held)
+    return held.prefix_hashes[-1]
 
 
 def expected_tokens(

@@ -25,8 +25,9 @@ WRONG: list[tuple[str, Any]] = [
     ("max_model_len", 0),
     ("num_threads", True),
     ("quantization", "awq"),
-    ("runner", "pooling"),
-    ("convert", "embed"),
+    ("runner", "embedding"),
+    ("convert", "classify"),
+    ("task", "classify"),
     ("chat_template", ["x"]),
     ("interleave_mm_strings", "no"),
     ("block_size", 0),
@@ -58,6 +59,22 @@ def test_unknown_keywords_are_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="max_num_seqs"):
         engine_config(max_num_seq=3)
     assert len(set(engine_option_names())) == len(engine_option_names())
+
+
+def test_three_spellings_of_one_choice() -> None:
+    assert engine_config().model.runner == "auto"
+    assert engine_config(runner="pooling").model.runner == "pooling"
+    assert engine_config(convert="embed").model.runner == "pooling"
+    for task, runner in (("generate", "generate"), ("embed", "pooling"), ("embedding", "pooling")):
+        with pytest.warns(DeprecationWarning, match="older spelling"):
+            assert engine_config(task=task).model.runner == runner
+    with pytest.raises(ConfigError, match="does not go with runner='generate'"):
+        engine_config(convert="embed", runner="generate")
+    with (
+        pytest.raises(ConfigError, match="'generate' does not go with runner='pooling'"),
+        pytest.warns(DeprecationWarning, match="older spelling"),
+    ):
+        engine_config(task="generate", runner="pooling")
 
 
 def test_lists_become_tuples() -> None:

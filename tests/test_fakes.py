@@ -47,7 +47,7 @@ def test_tokens_are_a_function_of_prefix_and_items() -> None:
     [
         (follow(4, 2), "follows 5 computed"),
         (follow(5, 2), "has 6 tokens"),
-        (StepPlan(1, spans=(Span(0, 5, 1, (), False),)), "has samples=False"),
+        (StepPlan(1, spans=(Span(0, 5, 1, (), False),)), r"has samples, pools=\(False, False\)"),
         (StepPlan(1, spans=(Span(2, 0, 1, (), True),)), "not held"),
         (StepPlan(1, dropped=(3,)), "drops sequence 3"),
         (StepPlan(1, evict=(b"dog",)), "not resident"),

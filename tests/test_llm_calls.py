@@ -87,7 +87,7 @@ def test_an_error_outside_the_engine_ends_the_work(
     def broken(*_: object) -> None:
         raise OSError("the terminal has gone")
 
-    monkeypatch.setattr("sensorium.llm._Progress.done", broken)
+    monkeypatch.setattr("sensorium.llm.Progress.done", broken)
     params = [GREEDY.replace(max_tokens=2), GREEDY.replace(max_tokens=300)]
     with pytest.raises(OSError, match="terminal") as caught:
         llm.generate(["three", "four"], params, use_tqdm=False)

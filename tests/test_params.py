@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sensorium import SamplingParams, StructuredOutputs
+from sensorium import PoolingParams, SamplingParams, StructuredOutputs
 from sensorium.errors import InvalidRequestError
 
 WRONG: list[tuple[str, Any]] = [
@@ -59,6 +59,25 @@ def test_wrong_values_name_their_field(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
     assert (caught.value.param or "").startswith(name)
     assert len(caught.value.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dimensions", 0),
+        ("dimensions", 1.0),
+        ("dimensions", True),
+        ("dimensions", 10**100),
+        ("normalize", 1),
+        ("normalize", "yes"),
+    ],
+)
+def test_wrong_values_of_pooling_name_their_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        PoolingParams(**{name: value})
+    assert caught.value.param == name
+    assert len(caught.value.message) < 300
+    assert PoolingParams(dimensions=3).replace(normalize=True) == PoolingParams(3, True)
 
 
 def test_messages_do_not_grow_with_what_was_sent() -> None:

@@ -18,24 +18,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sensorium.llm import LLM
-    from sensorium.outputs import CompletionOutput, Logprob, RequestOutput
-    from sensorium.params import SamplingParams, StructuredOutputs
+    from sensorium.outputs import (
+        CompletionOutput,
+        EmbeddingOutput,
+        EmbeddingRequestOutput,
+        Logprob,
+        PoolingOutput,
+        PoolingRequestOutput,
+        RequestOutput,
+    )
+    from sensorium.params import PoolingParams, SamplingParams, StructuredOutputs
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "sensorium.llm",
     "SamplingParams": "sensorium.params",
+    "PoolingParams": "sensorium.params",
     "StructuredOutputs": "sensorium.params",
     "RequestOutput": "sensorium.outputs",
     "CompletionOutput": "sensorium.outputs",
+    "EmbeddingOutput": "sensorium.outputs",
+    "EmbeddingRequestOutput": "sensorium.outputs",
+    "PoolingOutput": "sensorium.outputs",
+    "PoolingRequestOutput": "sensorium.outputs",
     "Logprob": "sensorium.outputs",
 }
 
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "Logprob",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputs",

@@ -25,6 +25,7 @@ LIMITED = ("image", "video", "audio")
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Runner = Literal["auto", "generate", "pooling"]
+Convert = Literal["auto", "none", "embed"]
 ContentFormat = Literal["auto", "string", "openai"]
 
 
@@ -61,9 +62,15 @@ class ModelConfig:
         None,
         "CPU threads of the engine; when not given all cores, or one for a very small decoder.",
     )
-    runner: Runner = option("auto", "generate makes text; pooling is not available yet.")
-    convert: str = option("auto", "How a model is adapted for its runner: auto or none.")
-    task: str | None = option(None, "Older spelling of the choice of runner.")
+    runner: Runner = option(
+        "auto",
+        "generate makes text, pooling makes vectors; auto is generate unless the checkpoint is an embedding model.",
+    )
+    convert: Convert = option(
+        "auto",
+        "How a model is adapted for its runner; embed makes vectors of any model's hidden states.",
+    )
+    task: str | None = option(None, "Older spelling of the choice of runner: generate or embed.")
     chat_template: str | None = option(None, "Chat template: a file, or the template's text.")
     chat_template_content_format: ContentFormat = option(
         "auto", "Whether the template takes content as a string or as parts (openai)."
@@ -78,7 +85,7 @@ class ModelConfig:
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("load_format", self.load_format, get_args(LoadFormat))
         _choice("runner", self.runner, get_args(Runner))
-        _choice("convert", self.convert, ("auto", "none"))
+        _choice("convert", self.convert, get_args(Convert))
         _choice(
             "chat_template_content_format",
             self.chat_template_content_format,
@@ -92,15 +99,20 @@ class ModelConfig:
         if self.quantization is not None:
             _bad("quantization", f"{self.quantization!r} is not available; leave it unset")
         if self.task is not None:
-            _choice("task", self.task, ("generate", "embed"))
+            _choice("task", self.task, ("generate", "embed", "embedding"))
             warnings.warn(
                 "task is the older spelling: use runner='generate' or runner='pooling'",
                 DeprecationWarning,
                 stacklevel=4,
             )
-            object.__setattr__(self, "runner", "generate" if self.task == "generate" else "pooling")
-        if self.runner == "pooling":
-            _bad("runner", "'pooling' is not available yet; models generate text")
+            meant = "generate" if self.task == "generate" else "pooling"
+            if self.runner not in ("auto", meant):
+                _bad("task", f"{self.task!r} does not go with runner={self.runner!r}")
+            object.__setattr__(self, "runner", meant)
+        if self.convert == "embed":
+            if self.runner == "generate":
+                _bad("convert", "'embed' makes vectors: it does not go with runner='generate'")
+            object.__setattr__(self, "runner", "pooling")
         if not isinstance(self.hf_overrides, dict):
             _bad("hf_overrides", f"must be a mapping, got {self.hf_overrides!r}")
 
@@ -191,6 +203,16 @@ class MediaConfig:
     max_media_bytes: int = option(256 * MIB, "Most bytes of one download.")
     max_request_media_bytes: int = option(256 * MIB, "Most bytes of all downloads of a request.")
     max_image_pixels: int = option(178_956_970, "Most pixels of one image.")
+    max_video_frames: int = option(
+        36_000, "Most frames of one video that are decoded to get at those that are sampled."
+    )
+    max_video_pixels: int = option(
+        536_870_912, "Most pixels of the sampled frames of one video together."
+    )
+    max_audio_seconds: int = option(600, "Most seconds of one sound.")
+    max_audio_decoded_bytes: int = option(
+        256 * MIB, "Most bytes of one sound when it is decoded, all its channels together."
+    )
     max_items_per_request: int = option(256, "Most media items of one request.")
     num_media_workers: int | None = option(
         None, "Workers that decode and preprocess; one per core, at most 8, when not given."
@@ -204,6 +226,10 @@ class MediaConfig:
             "max_media_bytes",
             "max_request_media_bytes",
             "max_image_pixels",
+            "max_video_frames",
+            "max_video_pixels",
+            "max_audio_seconds",
+            "max_audio_decoded_bytes",
             "max_items_per_request",
         ):
             _integer(name, getattr(self, name), 1, 1 << 50)
@@ -222,6 +248,11 @@ class MediaConfig:
         """Most items of a modality in one prompt; None when there is no limit of its own."""
         value = self.limit_mm_per_prompt.get(modality)
         return value.get("count") if isinstance(value, dict) else value
+
+    def max_sampled_frames(self) -> int | None:
+        """Most frames that are sampled of one video; None when ``limit_mm_per_prompt`` sets no limit."""
+        value = self.limit_mm_per_prompt.get("video")
+        return value.get("num_frames") if isinstance(value, dict) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +326,9 @@ class OlderConfig:
         """``image_input_shape`` in numbers. Raises ConfigError."""
         text = self.image_input_shape or ""
         parts = [part.strip() for part in text.strip("()[]").split(",")]
-        if len(parts) not in (3, 4) or not all(p.isdigit() and 0 < int(p) < 1 << 16 for p in parts):
+        if len(parts) not in (3, 4) or not all(
+            p.isdecimal() and 0 < int(p) < 1 << 16 for p in parts
+        ):
             _bad(
                 "image_input_shape",
                 f"must be three or four sizes such as 1,3,336,336, got {text!r}",
@@ -407,7 +440,7 @@ def parse_limits(text: str) -> dict[str, Any]:
     limits: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, equals, count = part.partition("=")
-        if not equals or not count.strip().isdigit():
+        if not equals or not count.strip().isdecimal():
             _bad("limit_mm_per_prompt", f"must look like image=2,video=1 or be JSON, got {text!r}")
         limits[name.strip()] = int(count)
     return limits
@@ -425,7 +458,8 @@ def _limits(name: str, value: object) -> None:
                     key,
                     ("count", "num_frames", "width", "height", "length"),
                 )
-                _integer(f"{name}[{modality!r}][{key!r}]", number, 0, 1 << 31)
+                least = 1 if key == "num_frames" else 0
+                _integer(f"{name}[{modality!r}][{key!r}]", number, least, 1 << 31)
         else:
             _integer(f"{name}[{modality!r}]", limit, 0, 1 << 31)
 

@@ -1,8 +1,9 @@
-"""Offline use: ``LLM`` with ``generate`` and ``chat``. The engine runs in the caller's thread, media load in others."""
+"""Offline use: ``LLM``. The engine runs in the caller's thread, media load in others."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import itertools
 import threading
 import time
@@ -13,25 +14,43 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+import numpy as np
+import torch
 
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.background import BackgroundLoop
 from sensorium.engine.executor import build_engine
+from sensorium.engine.pooling import PoolingStream, pooling_request, resolved
 from sensorium.engine.prepare import Draft, PreparedPrompt, Preparer
-from sensorium.engine.prompts import ChatPrompt, MediaOptions, Prompt, parse_prompt
+from sensorium.engine.progress import Progress
+from sensorium.engine.prompts import (
+    ChatPrompt,
+    MediaOptions,
+    Prompt,
+    parse_conversation,
+    parse_prompt,
+)
 from sensorium.engine.stats import EngineStats
 from sensorium.engine.stream import RequestStream
 from sensorium.errors import InvalidRequestError, SensoriumError
-from sensorium.outputs import RequestOutput
-from sensorium.params import SamplingParams
+from sensorium.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+)
+from sensorium.params import PoolingParams, SamplingParams
 from sensorium.runtime.encoder import HeldFeatures
 from sensorium.text.chat import parse_messages
 from sensorium.text.tokenizer import Tokenizer
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
+ParamsT = TypeVar("ParamsT", SamplingParams, PoolingParams)
 Params = SamplingParams | Sequence[SamplingParams] | None
+Pooling = PoolingParams | Sequence[PoolingParams] | None
+Vector = PoolingRequestOutput[np.ndarray]
 
 AHEAD = 2
 """How many sequences are held at a time, media and all, running or on their way, as a multiple of those of a step."""
@@ -42,7 +61,7 @@ class _Job:
     """One prompt of a batch on its way to the engine."""
 
     index: int
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     prepared: concurrent.futures.Future[PreparedPrompt]
     arrival_time: float
 
@@ -52,7 +71,7 @@ class _Batch:
     """What one call asks for. ``several``: the prompts were a list, so that errors name the prompt's index."""
 
     drafts: Sequence[Draft]
-    params: Sequence[SamplingParams]
+    params: Sequence[SamplingParams] | Sequence[PoolingParams]
     several: bool
 
 
@@ -76,7 +95,7 @@ class LLM:
         self._in_use = threading.Lock()
         self._closed = False
         self._request_numbers = itertools.count()
-        self._streams: dict[str, tuple[int, RequestStream]] = {}
+        self._streams: dict[str, tuple[int, RequestStream | PoolingStream]] = {}
 
     def __enter__(self) -> LLM:
         return self
@@ -113,12 +132,10 @@ class LLM:
         A prompt that cannot be served raises RequestError with its index; wrong ones that can be told without loading
         media raise before anything runs.
         """
-        several = isinstance(prompts, list | tuple) and not (
-            prompts and isinstance(prompts[0], int)
-        )
-        values = prompts if several and isinstance(prompts, list | tuple) else [prompts]
-        batch = self._batch(values, several, self._parse_prompt, sampling_params)
-        return self._complete(batch, use_tqdm)
+        values, several = _apart(prompts)
+        params = self._sampling(sampling_params, len(values))
+        batch = self._batch(values, several, self._parse_prompt, params)
+        return self._texts(batch, use_tqdm)
 
     def chat(
         self,
@@ -153,7 +170,41 @@ class LLM:
             )
 
         conversations = messages if several else [messages]
-        return self._complete(self._batch(conversations, several, parse, sampling_params), use_tqdm)
+        params = self._sampling(sampling_params, len(conversations))
+        return self._texts(self._batch(conversations, several, parse, params), use_tqdm)
+
+    def embed(
+        self, prompts: object, *, pooling_params: Pooling = None, use_tqdm: bool = True
+    ) -> list[EmbeddingRequestOutput]:
+        """The vector of one prompt or of each of a list, as lists of numbers in ``outputs.embedding``.
+
+        prompts: as for ``generate``; or a dict with ``messages`` (and optionally ``add_generation_prompt``,
+        ``continue_final_message``, ``chat_template``, ``chat_template_kwargs``, ``add_special_tokens``,
+        ``mm_processor_kwargs`` and ``cache_salt``), which the chat template renders. pooling_params: one for all, or
+        one per prompt. Errors are raised as by ``generate``.
+        """
+        return [
+            EmbeddingRequestOutput(**_fields(output, EmbeddingOutput(output.outputs.tolist())))
+            for output in self._vectors(prompts, pooling_params, use_tqdm)
+        ]
+
+    def encode(
+        self,
+        prompts: object,
+        pooling_params: Pooling = None,
+        use_tqdm: bool = True,
+        *,
+        pooling_task: str = "embed",
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """The same as ``embed``, with each vector as a tensor (dimensions,) float32 in ``outputs.data``."""
+        if pooling_task != "embed":
+            raise InvalidRequestError(
+                f"pooling_task must be 'embed', got {pooling_task!r}.", param="pooling_task"
+            )
+        return [
+            PoolingRequestOutput(**_fields(output, PoolingOutput(torch.from_numpy(output.outputs))))
+            for output in self._vectors(prompts, pooling_params, use_tqdm)
+        ]
 
     def chat_stream(
         self, messages: Sequence[Any], sampling_params: SamplingParams | None = None
@@ -162,10 +213,12 @@ class LLM:
 
         Closing the generator ends the work.
         """
-        batch = self._batch([messages], False, self._chat_prompt, sampling_params)
+        params = self._sampling(sampling_params, 1)
+        batch = self._batch([messages], False, self._chat_prompt, params)
         with closing(self._run(batch)) as news:
             for _, output in news:
-                yield output
+                if isinstance(output, RequestOutput):
+                    yield output
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -189,6 +242,11 @@ class LLM:
     def _parse_prompt(self, value: object) -> Prompt:
         return parse_prompt(value, enable_mm_embeds=self.config.media.enable_mm_embeds)
 
+    def _parse_input(self, value: object) -> Prompt:
+        if isinstance(value, Mapping) and "messages" in value:
+            return parse_conversation(value)
+        return self._parse_prompt(value)
+
     def _chat_prompt(self, messages: Any, **options: Any) -> ChatPrompt:
         return ChatPrompt(conversation=parse_messages(messages), **options)
 
@@ -197,13 +255,9 @@ class LLM:
         values: Sequence[Any],
         several: bool,
         parse: Callable[[Any], Prompt],
-        sampling_params: Params,
+        params: Sequence[SamplingParams] | Sequence[PoolingParams],
     ) -> _Batch:
         """Check what was asked, as far as that goes without loading media."""
-        self._check_open()
-        params = self._params_list(sampling_params, len(values))
-        for different in {id(one): one for one in params}.values():
-            self._preparer.check_params(different)
         prompts = [_at(index, several, parse, value) for index, value in enumerate(values)]
         drafts = [
             _at(index, several, self._preparer.draft, prompt)
@@ -211,46 +265,45 @@ class LLM:
         ]
         return _Batch(drafts, params, several)
 
-    def _params_list(self, params: Params, num_prompts: int) -> list[SamplingParams]:
-        if params is None:
-            params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):
-            return [params] * num_prompts
-        if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
-            raise InvalidRequestError(
-                "sampling_params must be a SamplingParams or a list of them, one per prompt; got "
-                f"{type(params).__name__}.",
-                param="sampling_params",
-            )
-        listed = list(params)
-        if len(listed) != num_prompts:
-            raise InvalidRequestError(
-                f"There are {num_prompts} prompts, but {len(listed)} sampling_params: give one for "
-                "all, or one per prompt.",
-                param="sampling_params",
-            )
-        for index, value in enumerate(listed):
-            if not isinstance(value, SamplingParams):
-                raise InvalidRequestError(
-                    f"sampling_params[{index}] must be a SamplingParams, got {type(value).__name__}.",
-                    param="sampling_params",
-                )
+    def _sampling(self, params: Params, num_prompts: int) -> list[SamplingParams]:
+        """Sampling values for each prompt, checked."""
+        self._check_open()
+        given = self.get_default_sampling_params() if params is None else params
+        listed = _listed(given, num_prompts, SamplingParams, "sampling_params")
+        for different in {id(one): one for one in listed}.values():
+            self._preparer.check_params(different)
         return listed
 
-    def _complete(self, batch: _Batch, use_tqdm: bool) -> list[RequestOutput]:
+    def _vectors(self, prompts: object, params: Pooling, use_tqdm: bool) -> list[Vector]:
+        """The vector of each prompt."""
+        self._check_open()
+        values, several = _apart(prompts)
+        given = PoolingParams() if params is None else params
+        listed = _listed(given, len(values), PoolingParams, "pooling_params")
+        wanted = [resolved(self._preparer.embedder, one) for one in listed]
+        batch = self._batch(values, several, self._parse_input, wanted)
+        outputs = self._complete(batch, use_tqdm)
+        return [output for output in outputs if isinstance(output, PoolingRequestOutput)]
+
+    def _texts(self, batch: _Batch, use_tqdm: bool) -> list[RequestOutput]:
+        outputs = self._complete(batch, use_tqdm)
+        return [output for output in outputs if isinstance(output, RequestOutput)]
+
+    def _complete(self, batch: _Batch, use_tqdm: bool) -> list[RequestOutput | Vector | None]:
+        """The outputs of a batch when all are finished."""
         num_prompts = len(batch.drafts)
-        outputs: list[RequestOutput | None] = [None] * num_prompts
+        outputs: list[RequestOutput | Vector | None] = [None] * num_prompts
         with (
-            _Progress(num_prompts, shown=use_tqdm) as progress,
+            Progress(num_prompts, shown=use_tqdm) as progress,
             closing(self._run(batch)) as news,
         ):
             for index, output in news:
                 if output.finished:
                     outputs[index] = output
                     progress.done(output)
-        return [output for output in outputs if output is not None]
+        return outputs
 
-    def _run(self, batch: _Batch) -> Generator[tuple[int, RequestOutput], None, None]:
+    def _run(self, batch: _Batch) -> Generator[tuple[int, RequestOutput | Vector], None, None]:
         """Run a batch and yield (index, output) whenever there are news; ends all work when left early."""
         if not self._in_use.acquire(blocking=False):
             raise InvalidRequestError(
@@ -283,7 +336,7 @@ class LLM:
         self,
         todo: deque[tuple[int, Draft]],
         ready: deque[_Job],
-        params: Sequence[SamplingParams],
+        params: Sequence[SamplingParams] | Sequence[PoolingParams],
     ) -> None:
         """Keep enough prompts in preparation that the engine need not wait, and no more."""
         most = AHEAD * self.config.scheduler.max_num_seqs
@@ -302,22 +355,27 @@ class LLM:
             ready.popleft()
 
     def _start(self, job: _Job) -> None:
-        prepared = job.prepared.result()
+        prepared, params = job.prepared.result(), job.params
         request_id = str(next(self._request_numbers))
-        requests = self._preparer.requests(prepared, job.params, request_id, 0, job.arrival_time)
-        stream = RequestStream.for_requests(
-            request_id, prepared, requests, job.params, self.get_tokenizer()
-        )
+        stream: RequestStream | PoolingStream
+        if isinstance(params, PoolingParams):
+            requests = [pooling_request(prepared, params, request_id, 0, job.arrival_time)]
+            stream = PoolingStream(request_id, prepared, requests[0])
+        else:
+            requests = self._preparer.requests(prepared, params, request_id, 0, job.arrival_time)
+            stream = RequestStream.for_requests(
+                request_id, prepared, requests, params, self.get_tokenizer()
+            )
         sources = tuple(HeldFeatures(item.features) for item in prepared.items)
         for request in requests:
             self._streams[request.request_id] = (job.index, stream)
             self._engine.add(request, sources)
 
-    def _step(self, several: bool) -> list[tuple[int, RequestStream]]:
+    def _step(self, several: bool) -> list[tuple[int, RequestStream | PoolingStream]]:
         """One step of the engine; the requests that have news."""
         if not self._engine.has_work:
             return []
-        moved: dict[int, RequestStream] = {}
+        moved: dict[int, RequestStream | PoolingStream] = {}
         for update in self._engine.step():
             entry = self._streams.get(update.request_id)
             if entry is None:
@@ -332,32 +390,41 @@ class LLM:
         return list(moved.items())
 
 
-class _Progress:
-    """A tqdm bar over requests with the rates of input and output tokens."""
+def _apart(prompts: object) -> tuple[Sequence[Any], bool]:
+    """The prompts of an argument that is one of them or a list; whether it is a list."""
+    if isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], int)):
+        return prompts, True
+    return [prompts], False
 
-    def __init__(self, total: int, *, shown: bool) -> None:
-        self._bar = tqdm(total=total, desc="Requests", disable=not shown, dynamic_ncols=True)
-        self._start = time.monotonic()
-        self._num_input = 0
-        self._num_output = 0
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def done(self, output: RequestOutput) -> None:
-        """Count a finished request."""
-        self._num_input += len(output.prompt_token_ids)
-        self._num_output += sum(len(sample.token_ids) for sample in output.outputs)
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        self._bar.set_postfix_str(
-            f"input {self._num_input / seconds:.1f} tok/s, "
-            f"output {self._num_output / seconds:.1f} tok/s",
-            refresh=False,
+def _listed(params: object, num_prompts: int, kind: type[ParamsT], name: str) -> list[ParamsT]:
+    """One ``kind`` for each prompt, of an argument that is one for all or a list. Raises InvalidRequestError."""
+    if isinstance(params, kind):
+        return [params] * num_prompts
+    if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
+        raise InvalidRequestError(
+            f"{name} must be a {kind.__name__} or a list of them, one per prompt; got {type(params).__name__}.",
+            param=name,
         )
-        self._bar.update()
+    listed = list(params)
+    if len(listed) != num_prompts:
+        raise InvalidRequestError(
+            f"There are {num_prompts} prompts, but {len(listed)} {name}: give one for all, or one per prompt.",
+            param=name,
+        )
+    for index, value in enumerate(listed):
+        if not isinstance(value, kind):
+            raise InvalidRequestError(
+                f"{name}[{index}] must be a {kind.__name__}, got {type(value).__name__}.",
+                param=name,
+            )
+    return listed
+
+
+def _fields(output: Vector, outputs: object) -> dict[str, Any]:
+    """The fields of an output with its vector in another form."""
+    known = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    return {**known, "outputs": outputs}
 
 
 def _at(index: int, several: bool, function: Callable[[Value], Result], value: Value) -> Result:

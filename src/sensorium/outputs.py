@@ -1,9 +1,12 @@
-"""What comes back: one ``RequestOutput`` per prompt, one ``CompletionOutput`` per sample."""
+"""What comes back: one ``RequestOutput`` per prompt, one ``CompletionOutput`` per sample; or a vector per prompt."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -78,3 +81,65 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_item_tokens: dict[str, int] = field(default_factory=dict)
     metrics: RequestMetrics | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingUsage:
+    """What a vector cost, in tokens; ``cached_tokens`` of the prompt were found in the prefix cache."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Nothing is generated: those of the prompt."""
+        return self.prompt_tokens
+
+
+@dataclass(slots=True)
+class PoolingOutput:
+    """A vector as a tensor ``data`` (dimensions,) float32 on the CPU."""
+
+    data: torch.Tensor
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A vector as a list of numbers."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers it has."""
+        return len(self.embedding)
+
+
+OutputsT = TypeVar("OutputsT")
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput(Generic[OutputsT]):
+    """Everything known of one request for a vector, which is in ``outputs``.
+
+    The other fields are those of ``RequestOutput``.
+    """
+
+    request_id: str
+    outputs: OutputsT
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    prompt: str | None = None
+    num_item_tokens: dict[str, int] = field(default_factory=dict)
+    metrics: RequestMetrics | None = None
+
+    @property
+    def usage(self) -> PoolingUsage:
+        """What it cost."""
+        return PoolingUsage(len(self.prompt_token_ids), self.num_cached_tokens)
+
+
+@dataclass(slots=True)
+class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
+    """What ``LLM.embed`` returns for each prompt: ``outputs.embedding`` is a list of numbers."""

@@ -15,6 +15,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LIST_LENGTH = 65536
+MAX_DIMENSIONS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +189,31 @@ class SamplingParams:
         return self.temperature == 0.0
 
     def replace(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed, validated anew."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingParams:
+    """What vector is made of a prompt.
+
+    All values are checked on construction; a wrong one raises ``InvalidRequestError`` that names the field.
+
+    dimensions: keep this many of the first numbers, for models that were trained for it (Matryoshka); None keeps all.
+    normalize: scale the vector, after it was cut, to length 1; None does as the model's files say (and to length 1
+    where they say nothing).
+    """
+
+    dimensions: int | None = None
+    normalize: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.dimensions is not None:
+            _check_int("dimensions", self.dimensions, 1, MAX_DIMENSIONS)
+        if self.normalize is not None and not isinstance(self.normalize, bool):
+            _bad("normalize", f"must be true or false, got {_shown(self.normalize)}")
+
+    def replace(self, **changes: Any) -> PoolingParams:
         """A copy with some fields changed, validated anew."""
         return dataclasses.replace(self, **changes)
 

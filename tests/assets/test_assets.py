@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,7 @@ def test_unknown_names(kind: type, name: str, near: str) -> None:
         kind(name)
 
 
-@pytest.mark.parametrize("num_frames", [0, -2, True])
-def test_impossible_numbers_of_frames(num_frames: int) -> None:
+@pytest.mark.parametrize("num_frames", [0, -2, True, "4", 2.5, None])
+def test_impossible_numbers_of_frames(num_frames: Any) -> None:
     with pytest.raises(InvalidRequestError, match="num_frames must be from 1"):
         VideoAsset("baby_reading", num_frames=num_frames)

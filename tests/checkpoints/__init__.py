@@ -12,16 +12,28 @@ generation files. The builders return the folder.
 """
 
 from tests.checkpoints.common import SENTENCES, VOCAB_SIZE, enliven
+from tests.checkpoints.embedder import make_embedder
 from tests.checkpoints.llava import make_llava
+from tests.checkpoints.llava_onevision import make_llava_onevision
+from tests.checkpoints.minicpmv import make_minicpmv
+from tests.checkpoints.phi3_v import make_phi3_v
 from tests.checkpoints.qwen import make_qwen2_5_vl, make_qwen2_vl
+from tests.checkpoints.qwen3 import make_qwen3_vl
 from tests.checkpoints.text import make_text
+from tests.checkpoints.ultravox import make_ultravox
 
 __all__ = [
     "SENTENCES",
     "VOCAB_SIZE",
     "enliven",
+    "make_embedder",
     "make_llava",
+    "make_llava_onevision",
+    "make_minicpmv",
+    "make_phi3_v",
     "make_qwen2_5_vl",
     "make_qwen2_vl",
+    "make_qwen3_vl",
     "make_text",
+    "make_ultravox",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sensorium.cli.attachments import split_line, user_message
+from sensorium.cli.attachments import Attachment, add_attachment_flags, split_line, user_message
 from sensorium.cli.chat import Session
 from sensorium.cli.main import main
 from sensorium.cli.remote import RemoteModel
@@ -99,17 +100,62 @@ def test_a_path_in_the_line_is_attached(how: str, picture: Path) -> None:
         "What? {}": f"What? {escaped}",
         "file": f"What? file://{str(picture).replace(' ', '%20')}",
     }.get(how, how.format(picture))
-    text, images = split_line(line)
+    text, attachments = split_line(line)
     assert text == "What?"
-    [part, _] = user_message(text, images)["content"]
+    [part, _] = user_message(text, attachments)["content"]
     assert part["image_url"]["url"].startswith("data:image/png;base64,")
 
 
 @pytest.mark.parametrize(
-    "line", ["it's 5 o'clock", "see /no/such.png here", 'a "quoted" word', "tail\\", "/etc/passwd"]
+    ("name", "modality", "media_type"),
+    [
+        ("a.webm", "video", "video/webm"),
+        ("b.MP4", "video", "video/mp4"),
+        ("c.wav", "audio", "audio/"),
+    ],
+)
+def test_the_suffix_tells_what_a_file_is(
+    tmp_path: Path, name: str, modality: str, media_type: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(b"data")
+    [part, _] = user_message(*split_line(f"{file} What?"))["content"]
+    assert part["type"] == f"{modality}_url"
+    assert part[f"{modality}_url"]["url"].startswith(f"data:{media_type}")
+
+
+def test_flags_and_commands_attach_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"data")
+    parser = argparse.ArgumentParser()
+    add_attachment_flags(parser, "")
+    found = parser.parse_args(["--audio", "a", "--image", "b", "--audio", "c"]).attachments
+    assert found == [("audio", "a"), ("image", "b"), ("audio", "c")]
+    assert parser.parse_args([]).attachments == []
+    echo = Echo()
+    session = Session(echo, {}, system=None)
+    talk(session, monkeypatch, f"/video {file}", f"/audio {file}", "What?")
+    kinds = [part["type"] for part in echo.seen[0][0]["content"]]
+    assert kinds == ["video_url", "audio_url", "text"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("it's 5 o'clock", "see /no/such.png here", 'a "quoted" word', "tail\\", "/etc/passwd"),
+        *("x" * 300 + ".png", "~no-such-user/a.png"),
+    ],
 )
 def test_other_lines_stay_as_they_are(line: str) -> None:
     assert split_line(line) == (line, [])
+
+
+@pytest.mark.parametrize("source", ["x" * 300 + ".png", "~no-such-user/a.png", "a\0.png"])
+def test_paths_that_no_file_can_have(source: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Attachment("image", source).part()
 
 
 def test_a_wrong_path_is_told_and_forgotten(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from sensorium.core.limits import SchedulerLimits
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, ItemSpan, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
-from sensorium.params import SamplingParams
+from sensorium.params import PoolingParams, SamplingParams
 from tests.fakes import FakeRunner, ManualClock
 
 PLACEHOLDER = 9
@@ -131,6 +132,19 @@ def request(
         cache_salt=salt,
         priority=priority,
     )
+
+
+def pooling_request(
+    request_id: str,
+    prompt: int | list[int] = 6,
+    *,
+    items: list[ItemSpan] | None = None,
+    **options: Any,
+) -> EngineRequest:
+    """A request for a vector, otherwise as ``request``."""
+    made = request(request_id, prompt, 1, items=items, **options)
+    pooling = PoolingParams(normalize=True)
+    return dataclasses.replace(made, params=SamplingParams(), max_tokens=0, pooling=pooling)
 
 
 def item(name: str, start: int, length: int, modality: str = "image") -> ItemSpan:

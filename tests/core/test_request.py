@@ -6,7 +6,7 @@ import pytest
 
 from sensorium.core.plan import Span, StepPlan
 from sensorium.core.request import EngineRequest, ItemSpan, Sequence
-from sensorium.params import SamplingParams
+from sensorium.params import PoolingParams, SamplingParams
 from tests.core.driver import item, request
 
 
@@ -26,6 +26,8 @@ def test_impossible_runs_are_refused(runs: tuple[tuple[int, int], ...]) -> None:
     [
         ({"token_ids": ()}, "at least one token"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"pooling": PoolingParams(normalize=True)}, "max_tokens 0"),
+        ({"pooling": PoolingParams(), "max_tokens": 0}, "says whether to normalize"),
         ({"items": (item("cat", 2, 3),)}, "inside the prompt"),
         ({"items": (item("cat", 0, 3), item("dog", 2, 1))}, "disjoint"),
         ({"items": (item("cat", 2, 1), item("dog", 0, 1))}, "ascending"),

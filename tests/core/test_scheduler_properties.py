@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.errors import MediaTooLargeError, PromptTooLongError
-from tests.core.driver import PLACEHOLDER, Driver, request
-from tests.fakes import expected_prompt_logprobs, expected_tokens
+from tests.core.driver import PLACEHOLDER, Driver, pooling_request, request
+from tests.fakes import expected_prompt_logprobs, expected_tokens, expected_vector
 
 VOCAB_SIZE = 6
 ITEM_RUNS = {b"dot": (1,), b"cat": (3,), b"clip": (2, 2), b"map": (7,)}
@@ -31,6 +31,7 @@ class Add:
     parts: tuple[Any, ...]
     num_samples: int
     options: dict[str, Any]
+    pools: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,29 @@ adds = st.builds(
         },
     ),
 )
+pooling_adds = st.builds(
+    Add,
+    parts=parts.map(tuple),
+    num_samples=st.sampled_from([1, 1, 2]),
+    options=st.fixed_dictionaries(
+        {},
+        optional={
+            "salt": st.sampled_from([b"", b"tenant"]),
+            "priority": st.integers(-1, 1),
+        },
+    ),
+    pools=st.just(True),
+)
 numbers = st.integers(0, 30)
 steps = st.one_of(st.just(Step()), st.just(Step()), st.builds(Step, abort_midway=numbers))
-quiet_operations = st.lists(st.one_of(adds, adds, st.just(Step())), min_size=4, max_size=14)
+quiet_operations = st.lists(
+    st.one_of(adds, adds, pooling_adds, st.just(Step())), min_size=4, max_size=14
+)
 failures = st.one_of(
     st.builds(Fail, number=numbers), st.builds(Fail, item=st.sampled_from(sorted(ITEM_RUNS)))
 )
 rough_operations = st.lists(
-    st.one_of(adds, adds, adds, adds, steps, steps, st.builds(Abort, numbers), failures),
+    st.one_of(adds, adds, adds, pooling_adds, steps, steps, st.builds(Abort, numbers), failures),
     min_size=6,
     max_size=25,
 )
@@ -107,7 +123,8 @@ def build(name: str, add: Add) -> EngineRequest:
             items.append(ItemSpan(part, "image", tuple(runs)))
         else:
             ids += part
-    return request(name, ids, items=items, **add.options)
+    make = pooling_request if add.pools else request
+    return make(name, ids, items=items, **add.options)
 
 
 class Scenario:
@@ -156,6 +173,14 @@ class Scenario:
 
     def check_tokens(self, wanted: EngineRequest) -> None:
         driver, outcome = self.driver, self.driver.outcomes[wanted.request_id]
+        if wanted.pooling is not None:
+            vectors = [
+                update.vector for update in outcome.updates if update.finish_reason == "stop"
+            ]
+            assert vectors in ([], [expected_vector(wanted)])
+            assert not outcome.token_ids
+            assert len(outcome.updates) <= 1, "one piece of news, which ends it"
+            return
         alone = expected_tokens(
             wanted,
             vocab_size=VOCAB_SIZE,
@@ -227,7 +252,8 @@ def test_with_room_for_all_nothing_is_preempted_or_encoded_twice(
     assert set(scenario.driver.runner.num_encoded.values()) <= {1}
     assert scenario.driver.runner.num_computed_tokens == stats.num_computed_tokens
     known = sum(
-        len(r.token_ids) + len(scenario.driver.outcomes[r.request_id].token_ids) - 1
+        len(r.token_ids) + max(0, len(scenario.driver.outcomes[r.request_id].token_ids) - 1)
         for r in scenario.requests
     )
+    assert stats.num_vectors == sum(r.pooling is not None for r in scenario.requests)
     assert stats.num_computed_tokens + stats.num_prefix_hits == known, "each token once"

@@ -16,6 +16,7 @@ from sensorium.engine.frontend import SUBMITTED_AT_ONCE, Frontend
 from sensorium.engine.prepare import PreparedPrompt
 from sensorium.engine.prompts import RawPrompt
 from sensorium.errors import ConfigError, EngineDeadError, OverloadedError
+from sensorium.models.embedder import Embedder
 from sensorium.params import SamplingParams
 
 PROMPT = RawPrompt(text="a")
@@ -55,6 +56,7 @@ class FakePreparer:
     """Prepares nothing; one request per sample."""
 
     tokenizer: Any = None
+    embedder: Embedder | None = None
     closed = False
 
     async def prepare(self, prompt: object) -> PreparedPrompt:

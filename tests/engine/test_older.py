@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from sensorium.config import engine_config
 from sensorium.engine.prepare import Preparer
 from sensorium.errors import ConfigError
 from sensorium.multimodal.image import ImageFeatureData, ImagePixelData
-from tests.checkpoints import make_llava, make_qwen2_vl, make_text
+from tests.checkpoints import make_llava, make_phi3_v, make_qwen2_vl, make_text
 
 RIGHT: dict[str, Any] = {
     "image_input_type": "pixel_values",
@@ -46,12 +47,31 @@ def test_right_ones_are_accepted(llava: Path) -> None:
     prepare(llava, **features, image_feature_size=16)
 
 
+def test_of_placeholders_that_are_no_tokens_the_filling_counts(tmp_path: Path) -> None:
+    """Of Phi-3.5-Vision; the number of embeddings follows the options that the model is started with."""
+    folder = make_phi3_v(tmp_path)
+    token_id = json.loads((folder / "config.json").read_text())["image_token_id"]
+    shape = {"image_token_id": token_id, "image_input_shape": "1,3,168,224"}
+    prepare(folder, **shape, image_feature_size=27)
+    more = {"mm_processor_kwargs": {"num_crops": 16}}
+    prepare(folder, **shape, **more, image_feature_size=(3 * 4 + 1) * 4 + 1 + (3 + 1) * 2)
+    with pytest.raises(ConfigError, match=f"is 7, but the model's is {token_id}"):
+        prepare(folder, image_token_id=7)
+
+
 @pytest.mark.parametrize(
     ("older", "message"),
     [
         ({"image_token_id": 7}, "image_token_id: is 7, but the model's is"),
         ({**RIGHT, "image_feature_size": 576}, "has 16 embeddings in this model"),
         ({"image_input_shape": "1,4,56,56"}, "must be 1,3,height,width"),
+        ({"image_input_shape": "1,3,65000,65000"}, "more than 178956970 pixels"),
+        ({"image_feature_size": 576}, "says 576, but an image has 16 embeddings"),
+        ({"image_input_shape": "1,576,64"}, "says 576, but an image has 16 embeddings"),
+        (
+            {"image_input_type": "image_features", "image_input_shape": "1,1,576,64"},
+            "image_input_shape: says 576, but an image has 16",
+        ),
         ({"image_input_shape": "1,16,64", "image_feature_size": 5}, "says 16"),
     ],
 )
@@ -63,6 +83,8 @@ def test_wrong_ones_are_refused(llava: Path, older: dict[str, Any], message: str
 def test_sizes_depend_on_the_picture_where_the_model_says_so(tmp_path: Path) -> None:
     folder = make_qwen2_vl(tmp_path)
     prepare(folder, image_input_shape="1,3,56,84", image_feature_size=6)
+    prepare(folder, image_feature_size=576)
+    prepare(folder, image_input_shape="1,576,64")
     with pytest.raises(ConfigError, match="has 6 embeddings"):
         prepare(folder, image_input_shape="1,3,56,84", image_feature_size=7)
 

@@ -190,11 +190,14 @@ class Reference:
         ids = torch.tensor([seq.ids])
         found: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if images:
+            own = list(images)
+            if self.config.model_type == "llava_onevision":
+                own = [own]  # the images of one prompt
             found |= image_processor(self.folder)(
-                list(images), return_tensors="pt", input_data_format="channels_last"
+                own, return_tensors="pt", input_data_format="channels_last"
             )
             found["pixel_values"] = found["pixel_values"].to(self.model.dtype)
-        if self.config.model_type in ("qwen2_vl", "qwen2_5_vl"):
+        if self.config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
             found["mm_token_type_ids"] = (ids == self.config.image_token_id).int()
         return found
 

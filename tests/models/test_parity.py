@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from sensorium.models import loader
-from tests.checkpoints import make_llava, make_qwen2_5_vl, make_qwen2_vl, make_text
+from tests.checkpoints import (
+    make_llava,
+    make_llava_onevision,
+    make_qwen2_5_vl,
+    make_qwen2_vl,
+    make_qwen3_vl,
+    make_text,
+)
 from tests.models.harness import Harness, Reference, Running, picture, text_ids
 
 TOLERANCE = 1e-4
@@ -36,8 +43,10 @@ QWEN_CASES: list[Case] = [
 ]
 BUILDERS: dict[str, tuple[Callable[..., Path], list[Case]]] = {
     "llava": (make_llava, LLAVA_CASES),
+    "llava_onevision": (make_llava_onevision, LLAVA_CASES),
     "qwen2_vl": (make_qwen2_vl, QWEN_CASES),
     "qwen2_5_vl": (make_qwen2_5_vl, QWEN_CASES),
+    "qwen3_vl": (make_qwen3_vl, QWEN_CASES),
 }
 
 

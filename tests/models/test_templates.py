@@ -51,6 +51,42 @@ CASES: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
     ),
     ("LLaVA-1.5", CHAT[:1], {"add_generation_prompt": False}, "USER: one "),
     (
+        "LLaVA-OneVision",
+        [
+            {"role": "system", "content": "Be kind."},
+            user(text("a"), {"type": "video"}, *QUESTION["content"][1:]),
+        ],
+        {"add_generation_prompt": True},
+        (
+            "<|im_start|>system \nBe kind.<|im_end|>"
+            "<|im_start|>user <image><image><video>\na\nb<|im_end|><|im_start|>assistant\n"
+        ),
+    ),
+    (
+        "LLaVA-OneVision",
+        [*CHAT[:2], user(text("x"), text("y"))],
+        {},
+        (
+            "<|im_start|>user \none<|im_end|><|im_start|>assistant \ntwo<|im_end|>"
+            "<|im_start|>user \nx\ny<|im_end|>"
+        ),
+    ),
+    (
+        "MiniCPM-V 2.6",
+        [user(text("a"), PICTURE, text("b"), {"type": "video"}), CHAT[1]],
+        {"add_generation_prompt": True},
+        (
+            f"{SYSTEM}<|im_start|>user\na\n(<image>./</image>)\nb\n(<video>./</video>)<|im_end|>\n"
+            "<|im_start|>assistant\ntwo<|im_end|>\n<|im_start|>assistant\n"
+        ),
+    ),
+    (
+        "MiniCPM-V 2.6",
+        [{"role": "system", "content": "Be kind."}, CHAT[2]],
+        {},
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nthree<|im_end|>\n",
+    ),
+    (
         "Qwen2-VL",
         [QUESTION],
         {"add_generation_prompt": True},
@@ -69,6 +105,16 @@ CASES: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
         (
             f"{SYSTEM}<|im_start|>user\naPicture 1: {IMAGE}bPicture 2: {IMAGE}<|im_end|>\n"
             f"<|im_start|>user\nPicture 3: {IMAGE}Video 1: {VIDEO}<|im_end|>\n"
+        ),
+    ),
+    (
+        "Ultravox",
+        [{"role": "system", "content": " Be kind. "}, user({"type": "audio"}, text("What?"))],
+        {"add_generation_prompt": True, "bos_token": "<|begin_of_text|>"},
+        (
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\n<|audio|>What?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n"
         ),
     ),
 ]

@@ -28,6 +28,7 @@ class FakeProcessor:
 
     def __init__(self) -> None:
         self.num_calls = 0
+        self.num_embeds = 4
         self.gate: threading.Event | None = None
         self.error: Exception | None = None
         self._lock = threading.Lock()
@@ -54,7 +55,7 @@ class FakeProcessor:
             assert self.gate.wait(30)
         if self.error is not None:
             raise self.error
-        return Features(modality, {"pixels": data}, num_embeds=4)
+        return Features(modality, {"pixels": data}, num_embeds=self.num_embeds)
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
         if isinstance(source, Mapping):

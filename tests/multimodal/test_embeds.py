@@ -64,6 +64,15 @@ def test_mappings() -> None:
         assert torch.equal(found["image_grid_thw"], grid)
 
 
+@pytest.mark.parametrize("sizes", [[(20, 30), (9, 9)], [[20, 30]], (20, 30), 4])
+def test_sizes_beside_embeddings_may_be_plain_numbers(sizes: object) -> None:
+    found = decode_embeddings({"image_embeds": torch.zeros(2, 3), "sizes": sizes}, max_bytes=LIMIT)
+    assert found["sizes"] == sizes
+    for wrong in ([True], [[[4]]], None):
+        with pytest.raises(InvalidEmbeddingsError):
+            decode_embeddings({"sizes": [wrong]}, max_bytes=LIMIT)
+
+
 def test_tensors_pass_and_lose_their_gradient() -> None:
     tensor = torch.zeros(2, 3, requires_grad=True)
     found = decode_embeddings(tensor, max_bytes=LIMIT)

@@ -67,9 +67,18 @@ def test_the_pieces_make_up_the_text(parts: list[str]) -> None:
     assert "".join(a + b for a, b in pairs) == text
 
 
+def test_no_more_are_looked_for_than_wanted() -> None:
+    text = "a(<image>./</image>)(<video>./</video>)(<image>./</image>)b"
+    stretches, found = ids_of(PLAIN).split(text, 2)
+    assert stretches == ["a", "", "(<image>./</image>)b"]
+    assert [p.modality for p in found] == ["image", "video"]
+    assert len(ids_of(PLAIN).split(text, 3)[1]) == len(ids_of(PLAIN).split(text)[1]) == 3
+
+
 def test_only_a_whole_text_is_a_placeholder() -> None:
-    assert ids_of(NUMBERED).ids_of("<|image_3|>") == (marker("image"),)
-    assert ids_of(NUMBERED).ids_of("<|image_3|> ") is None
+    assert ids_of(NUMBERED).read("<|image_3|>") == placeholder(3)
+    assert ids_of(PLAIN).read("(<image>./</image>)") == placeholder(None)
+    assert ids_of(NUMBERED).read("<|image_3|> ") is None
     assert ids_of(NUMBERED).prefix_each
     assert not ids_of(PLAIN).prefix_each
 
@@ -89,6 +98,15 @@ def test_items_without_numbers_keep_their_order() -> None:
 def test_every_item_is_named_and_no_other(numbers: list[int]) -> None:
     with pytest.raises(PlaceholderMismatchError, match="there are 2 image items: name each of 1"):
         in_order(items(2), [placeholder(number) for number in numbers])
+
+
+def test_numbers_that_no_item_has() -> None:
+    assert ids_of(NUMBERED).split("<|image_000000001|>")[1] == [placeholder(1)]
+    with pytest.raises(PlaceholderMismatchError, match="123456789…, a number of 5000 digits"):
+        ids_of(NUMBERED).split(f"<|image_{'1234567890' * 500}|>")
+    many = [placeholder(number) for number in range(1, 1000)]
+    with pytest.raises(PlaceholderMismatchError, match="the items 1, 2, 3, 4, 5, 6, 7, 8 …, but"):
+        in_order(items(2), many)
 
 
 def test_an_item_of_two_placeholders_is_expanded_twice() -> None:

@@ -22,6 +22,7 @@ CHW_FLOAT = torch.zeros(3, 4, 5)
 ONE = torch.zeros(4, 8)
 MANY = torch.zeros(2, 4, 8)
 GRID = {"image_embeds": ONE, "image_grid_thw": torch.tensor([[1, 2, 2]])}
+SIZED = {"image_embeds": "AAAA", "image_sizes": [[20, 30]]}
 
 
 def kinds(value: object, uuids: object = None, **options: object) -> list[tuple[str, str]]:
@@ -85,6 +86,33 @@ def test_mistakes_are_named_with_their_place(value: object, param: str, words: s
     with pytest.raises(InvalidRequestError) as caught:
         refs_from_data({"image": value}, param="prompts[3].multi_modal_data")
     assert caught.value.param == f"prompts[3].multi_modal_data.{param}"
+
+
+NESTED = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(1, 3)], layout=torch.jagged)
+
+
+@pytest.mark.parametrize(
+    ("modality", "value", "words"),
+    [
+        ("audio", (np.zeros(5, np.float32), 10**400), "from 1 to 768000 per second, got 1000"),
+        ("audio", (np.zeros(5, np.float32), float("nan")), "from 1 to 768000 per second, got nan"),
+        ("audio", (np.zeros(5, np.float32), 8000.5), "from 1 to 768000 per second, got 8000.5"),
+        ("image", NESTED, "not a nested one"),
+        ("image", [NESTED], "not a nested one"),
+        ("video", NESTED, "not a nested one"),
+        ("video", [[NESTED]], "ordinary dense tensor"),
+    ],
+    ids=range(7),
+)
+@pytest.mark.parametrize("enabled", [False, True])
+def test_values_that_break_arithmetic(
+    modality: str, value: object, words: str, enabled: bool
+) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        refs_from_data({modality: value}, enable_mm_embeds=enabled)
+    assert caught.value.param is not None
+    assert caught.value.param.startswith(f"multi_modal_data.{modality}")
+    assert len(caught.value.message) < 250
 
 
 def test_unknown_modalities() -> None:
@@ -168,6 +196,7 @@ URL = "https://example.com/a.png"
         ({"type": "image_embeds", "image_embeds": ONE}, "embeds", ONE, "image_embeds"),
         ({"type": "image_embeds", "image_embeds": "AAAA"}, "embeds", "AAAA", "image_embeds"),
         ({"type": "image_embeds", "image_embeds": GRID}, "embeds", GRID, "image_embeds"),
+        ({"type": "image_embeds", "image_embeds": SIZED}, "embeds", SIZED, "image_embeds"),
     ],
 )
 def test_parts(part: dict, kind: str, source: object, key: str) -> None:
@@ -221,6 +250,9 @@ def test_a_payload_of_null_with_an_id_names_a_cached_item() -> None:
         ({"type": "image_pil", "image_pil": "x"}, ".image_pil", "PIL.Image"),
         ({"type": "image_embeds", "image_embeds": {}}, ".image_embeds", "base64"),
         ({"type": "image_embeds", "image_embeds": [1.0]}, ".image_embeds", "base64"),
+        ({"type": "image_embeds", "image_embeds": [[20, 30]]}, ".image_embeds", "base64"),
+        ({"type": "image_embeds", "image_embeds": {"a": [[[1]]]}}, ".image_embeds", "base64"),
+        ({"type": "image_embeds", "image_embeds": {"a": [True]}}, ".image_embeds", "base64"),
         (
             {"type": "input_audio", "input_audio": {"data": "x", "format": "../x"}},
             ".input_audio",

@@ -150,3 +150,13 @@ async def test_embeddings_with_ids(make) -> None:
     assert (await setup.load(embeds_ref(torch.zeros(3, 8), "a")))[0].features is cached.features
     with pytest.raises(InvalidEmbeddingsError, match="3 ids for 2"):
         await setup.load(MediaRef("image", "embeds", tensor, None, "p", ("x", "y", "z")))
+
+
+async def test_a_name_used_again_for_another_length_is_another_item(make) -> None:
+    """Embeddings kept under the name must not be taken for something longer."""
+    short, long = make(cache_bytes=0), make(cache_bytes=0)
+    long.processor.num_embeds = 5
+    first = (await short.load(object_ref(picture(), "name")))[0]
+    second = (await long.load(object_ref(picture(), "name")))[0]
+    assert first.features.num_embeds != second.features.num_embeds
+    assert first.digest != second.digest

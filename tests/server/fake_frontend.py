@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import sensorium
 from sensorium.config import EngineConfig, engine_config
+from sensorium.engine.pooling import resolved
 from sensorium.engine.prompts import ChatPrompt, Prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
-from sensorium.outputs import CompletionOutput, Logprob, RequestOutput
-from sensorium.params import SamplingParams
+from sensorium.models.embedder import Embedder
+from sensorium.outputs import CompletionOutput, Logprob, PoolingRequestOutput, RequestOutput
+from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.detokenizer import Detokenizer
 from sensorium.text.tokenizer import Tokenizer
 
@@ -24,10 +28,10 @@ TOKENIZER = Tokenizer.from_folder(DEMO)
 
 @dataclass
 class Call:
-    """One call of ``generate``, and how far it came."""
+    """One call of ``generate`` or ``embed``, and how far it came."""
 
     prompt: Prompt
-    params: SamplingParams
+    params: SamplingParams | PoolingParams
     request_id: str
     priority: int
     num_tokens: int = 0
@@ -60,6 +64,7 @@ class FakeFrontend:
     chat_template_available: bool = True
     alive: bool = True
     metrics: Any = None
+    embedder: Embedder | None = None
     calls: list[Call] = field(default_factory=list)
     closing: bool = False
     tokenizer: Tokenizer = TOKENIZER
@@ -84,6 +89,36 @@ class FakeFrontend:
         ids = prompt_ids(prompt) if text is None else self.tokenizer.encode(text)
         images = 4 * len(refs)
         return Prepared(text, (*ids, *[0] * images), {"image": images} if images else {})
+
+    @property
+    def runner(self) -> str:
+        """What it does."""
+        return "generate" if self.embedder is None else "pooling"
+
+    def check_pooling(self, params: PoolingParams) -> None:
+        """Refuse what is refused."""
+        resolved(self.embedder, params)
+
+    async def embed(
+        self, prompt: Prompt, params: PoolingParams, *, request_id: str, priority: int = 0
+    ) -> PoolingRequestOutput[np.ndarray]:
+        """A vector that begins with the number of the prompt's tokens, and the sum of their ids."""
+        call = Call(prompt, params, request_id, priority)
+        self.calls.append(call)
+        try:
+            await self._happen(self.before, call)
+            prepared = await self.prepare(prompt)
+            vector = np.full(params.dimensions or 4, 0.25, np.float32)
+            vector[:2] = len(prepared.token_ids), sum(prepared.token_ids)
+            return PoolingRequestOutput(
+                request_id,
+                vector,
+                list(prepared.token_ids),
+                num_cached_tokens=self.num_cached_tokens,
+                num_item_tokens=prepared.num_item_tokens,
+            )
+        finally:
+            call.ended = True
 
     async def stats(self) -> EngineStats:
         """Some numbers."""

@@ -26,7 +26,7 @@ class VideoAsset(Asset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.num_frames, bool) or (self.num_frames != -1 and self.num_frames < 1):
+        if type(self.num_frames) is not int or (self.num_frames != -1 and self.num_frames < 1):
             raise InvalidRequestError(
                 f"num_frames must be from 1, or -1 for all, got {self.num_frames!r}.",
                 param="num_frames",

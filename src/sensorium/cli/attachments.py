@@ -1,39 +1,83 @@
-"""Pictures that a user names on the command line or pastes into a line of chat."""
+"""Pictures, clips and sounds that a user names on the command line or pastes into a line of chat."""
 
 from __future__ import annotations
 
+import argparse
 import base64
 import mimetypes
 import re
 import shlex
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from sensorium.errors import ConfigError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+KINDS = {"image": "a picture", "video": "a clip", "audio": "a sound"}
+SUFFIXES = {
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),
+    **dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"), "video"),
+    **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac"), "audio"),
+}
 _REMOTE = ("http://", "https://", "data:")
 # A quoted path, or one whose spaces are escaped, as terminals write a file that is dropped on them.
 _WORD = re.compile(r"""'[^']+'|"[^"]+"|(?:\\.|[^\s\\])+""")
 
 
-def image_part(source: str) -> dict[str, Any]:
-    """The content part for a path or URL; a file is read now, into a ``data:`` URL.
+class Attachment(NamedTuple):
+    """A path or URL, and what lies there: a key of ``KINDS``."""
 
-    Raises ConfigError for a file that cannot be read.
-    """
-    return {"type": "image_url", "image_url": {"url": _url(source)}}
+    modality: str
+    source: str
+
+    def part(self) -> dict[str, Any]:
+        """The content part of a message; a file is read now, into a ``data:`` URL.
+
+        Raises ConfigError for a file that cannot be read.
+        """
+        name = f"{self.modality}_url"
+        return {"type": name, name: {"url": _url(self.source)}}
+
+
+class _Attach(argparse.Action):
+    """Collects attachments of all kinds in the order of their flags; ``const`` is the modality."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Take in one."""
+        found = [*getattr(namespace, self.dest, ()), Attachment(self.const, values)]
+        setattr(namespace, self.dest, found)
+
+
+def add_attachment_flags(parser: argparse.ArgumentParser, whose: str) -> None:
+    """Add ``--image``, ``--video`` and ``--audio``, which fill ``attachments``; ``whose`` ends their help."""
+    for modality, kind in KINDS.items():
+        parser.add_argument(
+            f"--{modality}",
+            dest="attachments",
+            action=_Attach,
+            const=modality,
+            default=[],
+            metavar="PATH",
+            help=f"{kind} (path or URL){whose}; repeatable",
+        )
 
 
 def _url(source: str) -> str:
     if source.startswith(_REMOTE):
         return source
-    path = _path(source)
     try:
+        path = _path(source)
         data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{source!r} cannot be read: {error.strerror}.") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{source!r} cannot be read: {reason}.") from error
     kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
@@ -44,14 +88,22 @@ def _path(source: str) -> Path:
     return Path(source).expanduser()
 
 
-def split_line(line: str) -> tuple[str, list[str]]:
-    """The text of a line, and the existing picture files that it names, which are taken out of it."""
-    found: list[str] = []
+def _is_file(source: str) -> bool:
+    try:
+        return _path(source).is_file()
+    except (OSError, RuntimeError):  # too long for a name, or a home of nobody
+        return False
+
+
+def split_line(line: str) -> tuple[str, list[Attachment]]:
+    """The text of a line, and the existing media files that it names, which are taken out of it."""
+    found: list[Attachment] = []
 
     def take(match: re.Match[str]) -> str:
         source = _unquoted(match[0])
-        if source.lower().endswith(SUFFIXES) and _path(source).is_file():
-            found.append(source)
+        modality = SUFFIXES.get(Path(source).suffix.lower())
+        if modality is not None and _is_file(source):
+            found.append(Attachment(modality, source))
             return ""
         return match[0]
 
@@ -67,10 +119,10 @@ def _unquoted(word: str) -> str:
     return parts[0] if len(parts) == 1 else word
 
 
-def user_message(text: str, images: list[str]) -> dict[str, Any]:
-    """A message with the pictures before the text. Raises ConfigError for a file that cannot be
+def user_message(text: str, attachments: Iterable[Attachment]) -> dict[str, Any]:
+    """A message with the media before the text. Raises ConfigError for a file that cannot be
     read.
     """
-    parts = [image_part(image) for image in images]
+    parts: Sequence[Any] = [attachment.part() for attachment in attachments]
     content: Any = [*parts, {"type": "text", "text": text}] if parts else text
     return {"role": "user", "content": content}

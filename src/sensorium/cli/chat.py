@@ -8,17 +8,25 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from sensorium.cli.attachments import image_part, split_line, user_message
+from sensorium.cli.attachments import (
+    KINDS,
+    Attachment,
+    add_attachment_flags,
+    split_line,
+    user_message,
+)
 from sensorium.cli.flags import add_engine_flags, build_engine_config, engine_keywords
 from sensorium.cli.sampling import add_sampling_flags, sampling_values
 from sensorium.cli.serve import add_model_argument, take_model_argument
 from sensorium.errors import SensoriumError
 
 DESCRIPTION = (
-    "Talk with a model. Without --base-url the model is loaded here. A picture's path that is typed "
-    "or dropped into a line is attached to it."
+    "Talk with a model. Without --base-url the model is loaded here. The path of a picture, a clip "
+    "or a sound that is typed or dropped into a line is attached to it."
 )
 HELP = """/image PATH   attach a picture to the next message
+/video PATH   attach a clip
+/audio PATH   attach a sound
 /reset        begin a new conversation
 /help         these lines
 /exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
@@ -47,14 +55,7 @@ def add_parser(commands: Any) -> None:
         "--api-key", metavar="KEY", help="key for that server; default: SENSORIUM_API_KEY"
     )
     parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument(
-        "--image",
-        dest="images",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a picture (path or URL) for the first message; repeatable",
-    )
+    add_attachment_flags(parser, " for the first message")
     add_sampling_flags(parser)
     add_engine_flags(parser, without=("seed",))
     parser.set_defaults(handler=run)
@@ -63,12 +64,12 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Talk until the user leaves."""
     take_model_argument(arguments)
-    for image in arguments.images:
-        image_part(image)  # a wrong path is better known before the model is loaded
+    for attachment in arguments.attachments:
+        attachment.part()  # a wrong path is better known before the model is loaded
     model = open_model(arguments)
     try:
         session = Session(model, sampling_values(arguments), system=arguments.system)
-        session.images = list(arguments.images)
+        session.attachments = list(arguments.attachments)
         if sys.stdin.isatty():
             _enable_line_editing()
             print(f"{model.name} - /help for commands")
@@ -93,14 +94,14 @@ def open_model(arguments: argparse.Namespace) -> Model:
 
 
 class Session:
-    """A conversation: its messages, and the pictures that wait for the next one."""
+    """A conversation: its messages, and the media that wait for the next one."""
 
     def __init__(self, model: Model, sampling: Mapping[str, Any], *, system: str | None) -> None:
         self._model = model
         self._sampling = sampling
         self._opening = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, Any]] = list(self._opening)
-        self.images: list[str] = []
+        self.attachments: list[Attachment] = []
 
     def turn(self) -> bool:
         """Read a line and act on it; False when the user leaves."""
@@ -113,12 +114,12 @@ class Session:
             return True
         if line.startswith("/") and not split_line(line)[1]:
             return self._command(line.strip())
-        text, images = split_line(line)
-        self.images += images
+        text, attachments = split_line(line)
+        self.attachments += attachments
         if text:
             self._ask(text)
-        elif images:
-            print(f"{len(self.images)} attached; now ask about it.")
+        elif attachments:
+            print(f"{len(self.attachments)} attached; now ask about it.")
         return True
 
     def _command(self, line: str) -> bool:
@@ -126,30 +127,31 @@ class Session:
         if word in ("/exit", "/quit"):
             return False
         if word == "/reset":
-            self.messages, self.images = list(self._opening), []
+            self.messages, self.attachments = list(self._opening), []
             print("A new conversation.")
-        elif word == "/image" and rest.strip():
-            self._attach(rest.strip())
+        elif word[1:] in KINDS and rest.strip():
+            self._attach(word[1:], rest.strip())
         else:
             print(HELP)
         return True
 
-    def _attach(self, argument: str) -> None:
-        found = split_line(argument)[1] or [argument]
+    def _attach(self, modality: str, argument: str) -> None:
+        named = [attachment.source for attachment in split_line(argument)[1]] or [argument]
+        found = [Attachment(modality, source) for source in named]
         try:
-            for image in found:
-                image_part(image)
+            for attachment in found:
+                attachment.part()
         except SensoriumError as error:
             print(f"error: {error.message}", file=sys.stderr)
             return
-        self.images += found
-        print(f"{len(self.images)} attached.")
+        self.attachments += found
+        print(f"{len(self.attachments)} attached.")
 
     def _ask(self, text: str) -> None:
         """Send the conversation with a new message; forget the message when that fails."""
         answer = ""
         try:
-            self.messages.append(user_message(text, self.images))
+            self.messages.append(user_message(text, self.attachments))
             for piece in self._model.stream(self.messages, self._sampling):
                 answer += piece
                 print(piece, end="", flush=True)
@@ -160,7 +162,7 @@ class Session:
             print(f"error: {error.message}", file=sys.stderr)
             return
         print()
-        self.images = []
+        self.attachments = []
         self.messages.append({"role": "assistant", "content": answer})
 
 

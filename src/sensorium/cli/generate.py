@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sensorium.cli.attachments import user_message
+from sensorium.cli.attachments import KINDS, add_attachment_flags, user_message
 from sensorium.cli.flags import add_engine_flags, build_engine_config, engine_keywords
 from sensorium.cli.sampling import add_sampling_flags, sampling_values
 from sensorium.errors import ConfigError
@@ -25,14 +25,7 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser("generate", help="answer one prompt", description=DESCRIPTION)
     parser.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from the input")
-    parser.add_argument(
-        "--image",
-        dest="images",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a picture (path or URL); repeatable",
-    )
+    add_attachment_flags(parser, "")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument(
         "--raw",
@@ -68,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace, text: str) -> list[dict[str, Any]]:
     """The messages of a conversation."""
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    return [*system, user_message(text, arguments.images)]
+    return [*system, user_message(text, arguments.attachments)]
 
 
 def _raw(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
@@ -76,8 +69,11 @@ def _raw(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
     if arguments.system:
         raise ConfigError("--system needs a chat template: leave out --raw.")
     prompt: dict[str, Any] = {"prompt": text}
-    if arguments.images:
-        prompt["multi_modal_data"] = {"image": [_opened(path) for path in arguments.images]}
+    for modality, source in arguments.attachments:
+        if modality != "image":
+            raise ConfigError(f"--raw takes pictures only; for {KINDS[modality]} leave out --raw.")
+        data = prompt.setdefault("multi_modal_data", {"image": []})
+        data["image"].append(_opened(source))
     return prompt
 
 

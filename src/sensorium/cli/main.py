@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from sensorium import __version__
-from sensorium.cli import bench, chat, generate, info, models, serve
+from sensorium.cli import bench, chat, embed, generate, info, models, serve
 from sensorium.cli.flags import Parser, flag_of
 from sensorium.errors import ConfigError, SensoriumError
 
@@ -38,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_parser(commands)
     chat.add_parser(commands)
     generate.add_parser(commands)
+    embed.add_parser(commands)
     info.add_parser(commands)
     models.add_parser(commands)
     bench.add_parser(commands)

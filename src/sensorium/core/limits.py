@@ -50,10 +50,12 @@ class SchedulerLimits:
         """Refuse what could never be scheduled: ``PromptTooLongError``, ``MediaTooLargeError``."""
         num_tokens = len(request.token_ids)
         room = f"The prompt has {num_tokens} tokens"
-        if num_tokens >= self.max_model_len:
+        pools = request.pooling is not None
+        if num_tokens + (not pools) > self.max_model_len:
+            left = "" if pools else ", of which one must be left to generate"
             raise PromptTooLongError(
-                f"{room}, but the model's context holds {self.max_model_len}, of which one must "
-                "be left to generate; shorten the prompt.",
+                f"{room}, but the model's context holds {self.max_model_len}{left}; shorten the "
+                "prompt.",
                 param="prompt",
             )
         if num_tokens > self.num_cache_tokens:
@@ -66,6 +68,16 @@ class SchedulerLimits:
             raise PromptTooLongError(
                 f"{room}, but a step takes {self.max_num_batched_tokens} and chunked prefill is "
                 "off; shorten the prompt, raise max_num_batched_tokens or switch it on.",
+                param="prompt",
+            )
+        # The others may each have a token in the step.
+        most = self.max_num_batched_tokens - self.max_num_seqs + 1
+        longest = max((end - start for start, end in request.stretches), default=0)
+        if longest > max(most, 0):
+            raise PromptTooLongError(
+                f"{longest} tokens of the prompt attend to one another both ways and have to be computed "
+                f"in one step, which has room for {max(most, 0)} (max_num_batched_tokens less "
+                "max_num_seqs); raise max_num_batched_tokens, or shorten the prompt.",
                 param="prompt",
             )
         self._check_items(request)
@@ -91,13 +103,29 @@ class SchedulerLimits:
                 )
 
 
+@dataclass(slots=True)
+class SchedulerCounts:
+    """What the scheduler has counted since the start; ``SchedulerStats`` says what."""
+
+    num_steps: int = 0
+    num_computed_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_vectors: int = 0
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+    num_encoder_queries: int = 0
+    num_encoder_hits: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
     """The scheduler's state and its counts since the start.
 
-    ``num_prefix_queries`` and ``num_prefix_hits`` are prompt tokens looked up and found, at the
-    first admission of each sequence. ``num_encoder_queries`` and ``num_encoder_hits`` are items
-    that were needed, and those of them that lay ready or were in the same step's batch already.
+    ``num_vectors`` are those of pooling requests. ``num_prefix_queries`` and ``num_prefix_hits``
+    are prompt tokens looked up and found, at the first admission of each sequence.
+    ``num_encoder_queries`` and ``num_encoder_hits`` are items that were needed, and those of them
+    that lay ready or were in the same step's batch already.
     """
 
     num_running: int
@@ -108,6 +136,7 @@ class SchedulerStats:
     num_steps: int
     num_computed_tokens: int
     num_generated_tokens: int
+    num_vectors: int
     num_preemptions: int
     num_prefix_queries: int
     num_prefix_hits: int

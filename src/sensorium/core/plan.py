@@ -11,7 +11,13 @@ NO_TOKEN_LEFT = (
     "(allowed_token_ids, bad_words, logit_bias, structured_outputs) leave no token, or a penalty or bias made its "
     "numbers overflow. Relax them."
 )
-"""Why a sequence failed when no token could be sampled: the one failure that is the caller's to mend."""
+"""Why a sequence failed when no token could be sampled: the caller's to mend."""
+
+NOT_FINITE = (
+    "The model made a vector with infinite or undefined numbers of this input: it is outside of what the model can "
+    "compute. Check embeddings that were given as input, or load the model with dtype='float32'."
+)
+"""Why a pooling sequence failed whose vector is no use: the caller's to mend, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,8 @@ class Span:
     """The part of one sequence that a step computes: positions ``start`` to ``start + num_tokens``.
 
     ``new_block_ids`` are appended to the blocks that the runner knows of this sequence. ``samples`` says that the span
-    reaches the last known token, so that a new one is to be sampled.
+    reaches the last known token, so that a new one is to be sampled; ``pools``, that it reaches the last token of a
+    sequence whose vector is wanted. Never both.
     """
 
     seq_id: int
@@ -39,6 +46,7 @@ class Span:
     num_tokens: int
     new_block_ids: tuple[int, ...]
     samples: bool
+    pools: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +65,7 @@ class EncodeJob:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the runner is to do in one step, in this order: drop, evict, add, encode, run the spans, sample."""
+    """What the runner is to do in one step, in this order: drop, evict, add, encode, run the spans, sample and pool."""
 
     step_id: int
     dropped: tuple[int, ...] = ()
@@ -83,7 +91,8 @@ class StepPlan:
 class StepResult:
     """What came of a plan.
 
-    ``samples``: one token for each span with ``samples``. ``prompt_logprobs``: for spans of sequences that asked for
+    ``samples``: one token for each span with ``samples``. ``vectors``: little-endian float32 numbers for each span with
+    ``pools``. ``prompt_logprobs``: for spans of sequences that asked for
     them, the entries of the prompt tokens *predicted by* the span's positions (positions start+1 … start+num_tokens,
     clipped to the prompt). ``failed``: sequences that could not be run, with a message for the caller; they have no
     sample and are to be finished with an error; the others are unharmed. ``failed_items``: digests whose encoding
@@ -92,6 +101,7 @@ class StepResult:
 
     step_id: int
     samples: dict[int, TokenSample] = field(default_factory=dict)
+    vectors: dict[int, bytes] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[tuple[tuple[int, float, int], ...], ...]] = field(
         default_factory=dict
     )

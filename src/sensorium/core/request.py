@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sensorium.outputs import FinishReason
-from sensorium.params import SamplingParams
+from sensorium.params import PoolingParams, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,18 @@ class ItemSpan:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence to generate: the only message into the engine.
+    """One sequence to generate, or one vector to make: the only message into the engine.
 
     A request with ``n`` samples is sent as ``n`` of these. ``positions`` and ``grammar`` are opaque to core and handed
     to the runner: rotary positions of the prompt when they are not 0, 1, 2 … (numpy int32 (3, num_tokens)) with
     ``position_delta`` (generated token i has position i + delta), and a grammar specification. ``max_tokens`` is final:
     the frontend has resolved None and the context's end.
+
+    With ``pooling`` nothing is generated (``max_tokens`` is 0 and ``params`` are of no account): the sequence ends as
+    soon as its prompt is computed, with a vector of ``pooling``'s kind. Its ``normalize`` is resolved, too.
+
+    ``stretches`` are the parts of the prompt, (start, end), whose tokens attend to one another both ways: a step that
+    computes some of one computes all that is left of it.
     """
 
     request_id: str
@@ -72,17 +78,34 @@ class EngineRequest:
     cache_salt: bytes = b""
     priority: int = 0
     arrival_time: float = 0.0
+    pooling: PoolingParams | None = None
+    stretches: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.token_ids:
             raise ValueError("a request needs at least one token")
-        if self.max_tokens < 1:
+        if self.pooling is None and self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if self.pooling is not None and (self.max_tokens != 0 or self.pooling.normalize is None):
+            raise ValueError("a pooling request has max_tokens 0 and says whether to normalize")
         end = 0
         for item in self.items:
             if item.start < end or item.end > len(self.token_ids):
                 raise ValueError("item spans must be ascending, disjoint and inside the prompt")
             end = item.end
+        end = 0
+        for first, last in self.stretches:
+            if not end <= first < last <= len(self.token_ids):
+                raise ValueError("stretches must be ascending, disjoint and inside the prompt")
+            end = last
+
+    def stop(self, start: int, end: int) -> int:
+        """Where a span from ``start`` that may go to ``end`` has to stop, lest it end inside a stretch; ``start`` when
+        it has no room for the one that it begins with."""
+        for first, last in self.stretches:
+            if first < end < last:
+                return max(start, first)
+        return end
 
 
 class Status(enum.Enum):
@@ -157,6 +180,7 @@ class TokenSample:
 class SequenceUpdate:
     """News of one sequence after a step: at most one new token, and the end if it came.
 
+    ``vector`` is the result of a pooling request, little-endian float32; it comes with the end (``"stop"``).
     ``prompt_logprobs`` come once, whole: for each prompt token after the first, its ``(token_id, logprob, rank)``
     tuples, the prompt's own token first. ``error`` is set when ``finish_reason`` is ``"error"``.
     """
@@ -169,3 +193,4 @@ class SequenceUpdate:
     prompt_logprobs: tuple[tuple[tuple[int, float, int], ...], ...] | None = None
     error: str | None = None
     first_scheduled_time: float | None = None
+    vector: bytes | None = None

@@ -12,6 +12,7 @@ first that waits fits, for larger ones are refused on arrival.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from sensorium.core.blocks import IntegrityError
 from sensorium.core.features import EncodePlanner, FeatureBudget
 from sensorium.core.kv import NO_MATCH, KVLedger, PrefixMatch
-from sensorium.core.limits import SchedulerLimits, SchedulerStats
+from sensorium.core.limits import SchedulerCounts, SchedulerLimits, SchedulerStats
 from sensorium.core.plan import NewSequence, Span, StepPlan, StepResult
 from sensorium.core.request import EngineRequest, Sequence, SequenceUpdate, Status
 from sensorium.errors import InvalidRequestError, OverloadedError
@@ -51,14 +52,7 @@ class Scheduler:
         self._clock = clock
         self._num_spare_blocks = max(1, limits.num_blocks // 100)
         self._num_added = 0
-        self._num_steps = 0
-        self._num_computed_tokens = 0
-        self._num_generated_tokens = 0
-        self._num_preemptions = 0
-        self._num_prefix_queries = 0
-        self._num_prefix_hits = 0
-        self._num_encoder_queries = 0
-        self._num_encoder_hits = 0
+        self._counts = SchedulerCounts()
         self.reset()
 
     # ---- what the engine asks for
@@ -132,7 +126,7 @@ class Scheduler:
         if not step.preempted:
             self._schedule_waiting(step)
         self._plan = StepPlan(
-            step_id=self._num_steps,
+            step_id=self._counts.num_steps,
             dropped=tuple(self._dropped),
             evict=tuple(encoder.evicted),
             new=tuple(step.new),
@@ -140,9 +134,9 @@ class Scheduler:
             spans=tuple(step.spans),
         )
         self._dropped.clear()
-        self._num_steps += 1
-        self._num_encoder_queries += encoder.num_queries
-        self._num_encoder_hits += encoder.num_hits
+        self._counts.num_steps += 1
+        self._counts.num_encoder_queries += encoder.num_queries
+        self._counts.num_encoder_hits += encoder.num_hits
         return self._plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
@@ -165,6 +159,8 @@ class Scheduler:
             self._advance(seq, span, result)
             if span.samples:
                 updates.append(self._take_sample(seq, result))
+            elif span.pools:
+                updates.append(self._take_vector(seq, result))
         for digest in result.failed_items:
             self._features.forget(digest)
         return updates
@@ -192,14 +188,7 @@ class Scheduler:
             num_blocks=self.limits.num_blocks,
             num_used_blocks=self._ledger.num_used_blocks,
             num_resident_embeds=self._features.num_resident,
-            num_steps=self._num_steps,
-            num_computed_tokens=self._num_computed_tokens,
-            num_generated_tokens=self._num_generated_tokens,
-            num_preemptions=self._num_preemptions,
-            num_prefix_queries=self._num_prefix_queries,
-            num_prefix_hits=self._num_prefix_hits,
-            num_encoder_queries=self._num_encoder_queries,
-            num_encoder_hits=self._num_encoder_hits,
+            **dataclasses.asdict(self._counts),
         )
 
     def check_integrity(self) -> None:
@@ -282,8 +271,8 @@ class Scheduler:
         if seq.first_scheduled_time is None:
             seq.first_scheduled_time = self._clock()
             seq.num_cached = match.num_tokens
-            self._num_prefix_queries += seq.num_prompt_tokens
-            self._num_prefix_hits += match.num_tokens
+            self._counts.num_prefix_queries += seq.num_prompt_tokens
+            self._counts.num_prefix_hits += match.num_tokens
         seq.status = Status.RUNNING
         insort(self._running, seq, key=_queue_order)
         step.new.append(NewSequence(seq.seq_id, seq.request, tuple(seq.token_ids)))
@@ -304,6 +293,7 @@ class Scheduler:
         end = known if whole else min(known, start + num_tokens)
         if seq.request.items:
             end = step.encoder.reach(seq, end)
+        end = seq.request.stop(start, end)
         return start if whole and end < known else end
 
     def _make_room(self, step: _Step, seq: Sequence) -> tuple[int, ...] | None:
@@ -324,8 +314,10 @@ class Scheduler:
         if seq.request.items:
             step.encoder.take(seq, end)
         step.tokens_left -= end - start
-        samples = end == len(seq.token_ids)
-        step.spans.append(Span(seq.seq_id, start, end - start, new_block_ids, samples))
+        at_end = end == len(seq.token_ids)
+        samples = at_end and seq.request.pooling is None
+        span = Span(seq.seq_id, start, end - start, new_block_ids, samples, at_end and not samples)
+        step.spans.append(span)
 
     def _preempt(self, seq: Sequence) -> None:
         """Back into the queue, ahead of all that come after it in order; computed anew later."""
@@ -335,7 +327,7 @@ class Scheduler:
         seq.num_preemptions += 1
         if seq.num_generated == 0:
             seq.prompt_logprobs.clear()
-        self._num_preemptions += 1
+        self._counts.num_preemptions += 1
         insort(self._waiting, seq, key=_queue_order)
 
     # ---- taking in a result
@@ -354,7 +346,7 @@ class Scheduler:
     def _advance(self, seq: Sequence, span: Span, result: StepResult) -> None:
         """Count the span's tokens as computed, and what follows from that."""
         seq.num_computed = span.start + span.num_tokens
-        self._num_computed_tokens += span.num_tokens
+        self._counts.num_computed_tokens += span.num_tokens
         self._ledger.commit(seq)
         if seq.request.items:
             self._features.unpin_passed(seq.seq_id, seq.num_computed)
@@ -367,7 +359,7 @@ class Scheduler:
         if sample is None:
             return self._fail(seq, "The step returned no token for this request.")
         seq.token_ids.append(sample.token_id)
-        self._num_generated_tokens += 1
+        self._counts.num_generated_tokens += 1
         prompt_logprobs = None
         if seq.request.params.prompt_logprobs is not None and seq.num_generated == 1:
             prompt_logprobs = tuple(seq.prompt_logprobs)
@@ -386,6 +378,21 @@ class Scheduler:
             num_cached_tokens=seq.num_cached,
             prompt_logprobs=prompt_logprobs,
             first_scheduled_time=seq.first_scheduled_time,
+        )
+
+    def _take_vector(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
+        """End a pooling sequence: its prompt is computed, and that was all."""
+        vector = result.vectors.get(seq.seq_id)
+        if vector is None:
+            return self._fail(seq, "The step returned no vector for this request.")
+        self._counts.num_vectors += 1
+        self._end(seq)
+        return SequenceUpdate(
+            request_id=seq.request.request_id,
+            finish_reason="stop",
+            num_cached_tokens=seq.num_cached,
+            first_scheduled_time=seq.first_scheduled_time,
+            vector=vector,
         )
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:

@@ -93,6 +93,7 @@ class Engine:
             computed_tokens=core.num_computed_tokens,
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=core.num_generated_tokens,
+            num_vectors=core.num_vectors,
             num_steps=core.num_steps,
             held_features=len(self._store),
         )

@@ -48,6 +48,7 @@ def build_engine(config: EngineConfig) -> Engine:
         seed=config.model.seed,
         max_model_len=config.model.max_model_len,
         skip_modalities=switched_off(config),
+        runner=config.model.runner,
     )
     shape, model = loaded.model.shape, loaded.model
     num_threads = config.model.num_threads or _useful_threads(shape)
@@ -68,7 +69,7 @@ def build_engine(config: EngineConfig) -> Engine:
     store = FeatureStore()
     folder = config.model.tokenizer or loaded.config.folder
     runner = ModelRunner(model, caches, store, _Grammars(folder, shape.vocab_size))
-    scheduler = Scheduler(_limits(config, geometry, shape.hidden_size, model.dtype))
+    scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
     facts = EngineFacts(
         max_model_len=geometry.max_model_len,
         num_kv_blocks=geometry.num_blocks,
@@ -128,10 +129,10 @@ def _batched_tokens(config: EngineConfig, max_model_len: int) -> int:
 
 
 def _limits(
-    config: EngineConfig, geometry: CacheGeometry, hidden_size: int, dtype: torch.dtype
+    config: EngineConfig, geometry: CacheGeometry, embed_size: int, dtype: torch.dtype
 ) -> SchedulerLimits:
     batched_tokens = _batched_tokens(config, geometry.max_model_len)
-    kept = max(1, int(config.cache.mm_encoder_cache_gb * GIB) // (hidden_size * dtype.itemsize))
+    kept = max(1, int(config.cache.mm_encoder_cache_gb * GIB) // (embed_size * dtype.itemsize))
     return SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=batched_tokens,

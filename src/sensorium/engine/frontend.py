@@ -6,17 +6,20 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from sensorium.config import EngineConfig
 from sensorium.engine.client import EngineClient, Inbox
+from sensorium.engine.pooling import PoolingStream, pooling_request, resolved
 from sensorium.engine.prepare import PreparedPrompt, Preparer
 from sensorium.engine.prompts import Prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.engine.stream import RequestStream
 from sensorium.errors import EngineDeadError, SensoriumError
-from sensorium.outputs import RequestOutput
-from sensorium.params import SamplingParams
+from sensorium.outputs import PoolingRequestOutput, RequestOutput
+from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -61,6 +64,7 @@ class Frontend:
         self._preparer = preparer
         self._client = client
         self._num_generated = 0
+        self._num_vectors = 0
         self._log_task: asyncio.Task[None] | None = None
 
     @classmethod
@@ -98,6 +102,11 @@ class Frontend:
     def max_model_len(self) -> int:
         """Longest prompt and answer together, in tokens."""
         return self._client.facts.max_model_len
+
+    @property
+    def runner(self) -> Literal["generate", "pooling"]:
+        """What the model does here: text or vectors."""
+        return "generate" if self._preparer.embedder is None else "pooling"
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -163,6 +172,42 @@ class Frontend:
             self._client.abort(stream.open_ids)
             self._report_end(stream)
 
+    def check_pooling(self, params: PoolingParams) -> None:
+        """Raise InvalidRequestError when the model makes no such vectors."""
+        resolved(self._preparer.embedder, params)
+
+    async def embed(
+        self,
+        prompt: Prompt,
+        params: PoolingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+    ) -> PoolingRequestOutput[np.ndarray]:
+        """The vector of a prompt, float32.
+
+        Raises RequestError for a request that cannot be served, UnavailableError when the engine dies. Cancelling ends
+        the work at whatever stage it is.
+        """
+        arrival = time.monotonic()
+        params = resolved(self._preparer.embedder, params)
+        prepared = await self._preparer.prepare(prompt)
+        request = pooling_request(prepared, params, request_id, priority, arrival)
+        stream = PoolingStream(request_id, prepared, request)
+        inbox: Inbox = asyncio.Queue()
+        self._client.submit(request, prepared.items, inbox)
+        try:
+            while not stream.finished:
+                news = await inbox.get()
+                if isinstance(news, SensoriumError):
+                    raise news
+                stream.accept(news)
+        finally:
+            self._client.abort([stream.engine_id])
+            self._report_vector(stream)
+        self._num_vectors += 1
+        return stream.output
+
     async def shutdown(self) -> None:
         """Stop the engine and free everything."""
         if self._log_task is not None:
@@ -211,24 +256,41 @@ class Frontend:
             time.monotonic() - stream.metrics.arrival_time,
         )
 
+    def _report_vector(self, stream: PoolingStream) -> None:
+        times, output = stream.metrics, stream.output
+        if self.metrics is None:
+            return
+        if times.first_scheduled_time is not None:
+            self.metrics.queue(max(0.0, times.first_scheduled_time - times.arrival_time))
+        self.metrics.finished(
+            "stop" if stream.finished else "abort",
+            len(output.prompt_token_ids),
+            0,
+            output.num_cached_tokens,
+            time.monotonic() - times.arrival_time,
+        )
+
     async def _log_stats(self) -> None:
         interval = self.config.observability.log_stats_interval
-        last = self._num_generated
+        pools = self.runner == "pooling"
+        last = 0
         while True:
             await asyncio.sleep(interval)
-            if self._num_generated == last or not self.healthy():
+            num_made = self._num_vectors if pools else self._num_generated
+            if num_made == last or not self.healthy():
                 continue
             try:
                 stats = await self._client.stats()
             except EngineDeadError:
                 return
             logger.info(
-                "%.1f generated tokens/s; %d running, %d waiting; KV cache %.1f %% used; "
+                "%.1f %s/s; %d running, %d waiting; KV cache %.1f %% used; "
                 "prefix cache hits %.1f %%",
-                (self._num_generated - last) / interval,
+                (num_made - last) / interval,
+                "vectors" if pools else "generated tokens",
                 stats.num_running,
                 stats.num_waiting,
                 100.0 * stats.kv_blocks_used / max(1, stats.kv_blocks_total),
                 100.0 * stats.prefix_hits / max(1, stats.prefix_queries),
             )
-            last = self._num_generated
+            last = num_made

@@ -2,50 +2,102 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, NoReturn
 
 import numpy as np
 
-from sensorium.config import OlderConfig
+from sensorium.config import MediaConfig, OlderConfig
 from sensorium.errors import ConfigError, RequestError
 from sensorium.multimodal.processor import Processor
 
 CHANNELS = 3
+EDGE = 56
+"""Of a blank picture, in pixels: every model takes it."""
+FAR_APART = ((EDGE, EDGE), (8 * EDGE, 24 * EDGE))
+"""Heights and widths of which a model makes different numbers of embeddings unless it makes one of all."""
 
 
-def check_older(older: OlderConfig, processor: Processor | None) -> None:
-    """Raise ConfigError, naming the argument, where it contradicts the model."""
+def check_older(older: OlderConfig, processor: Processor | None, media: MediaConfig) -> None:
+    """Raise ConfigError, naming the argument, where it contradicts the model as it is started with ``media``."""
     given = older.given()
     if not given:
         return
     if processor is None or "image" not in processor.modalities:
         _contradicts(given[0], "this model takes no images")
-    placeholder = processor.placeholder("image")
-    if older.image_token_id is not None and placeholder != (older.image_token_id,):
-        known = f"{placeholder[0]}" if len(placeholder) == 1 else "no single token"
+    tokens = _image_tokens(processor)
+    if older.image_token_id is not None and tokens != {older.image_token_id}:
+        known = f"{min(tokens)}" if len(tokens) == 1 else "no single token"
         _contradicts("image_token_id", f"is {older.image_token_id}, but the model's is {known}")
+    options, shape = media.mm_processor_kwargs, None
     if older.image_input_shape is not None:
-        _check_shape(older, older.shape(), processor)
+        shape = older.shape()
+    if shape is not None and len(shape) == CHANNELS + 1 and not _are_features(older):
+        _check_pixels(older.image_feature_size, shape, processor, media)
+    else:
+        _check_features(older.image_feature_size, shape, processor, options)
 
 
-def _check_shape(older: OlderConfig, shape: tuple[int, ...], processor: Processor) -> None:
-    size = older.image_feature_size
-    if older.image_input_type == "image_features" or len(shape) == CHANNELS:
-        if size is not None and size != shape[-2]:
-            _contradicts("image_feature_size", f"is {size}, but image_input_shape says {shape[-2]}")
-        return
-    if len(shape) != CHANNELS + 1 or shape[1] != CHANNELS:
+def _are_features(older: OlderConfig) -> bool:
+    return (older.image_input_type or "").lower() == "image_features"
+
+
+def _image_tokens(processor: Processor) -> set[int]:
+    """The ids of a placeholder; where it is no token of the vocabulary, those that an image fills."""
+    if processor.markup is None or "image" not in processor.markup.patterns:
+        return set(processor.placeholder("image"))
+    blank = np.zeros((EDGE, EDGE, CHANNELS), np.uint8)
+    replacement = processor.replacement(processor.process("image", blank, {}))
+    ids = replacement.token_ids
+    return {i for start, num in replacement.runs for i in ids[start : start + num]}
+
+
+def _check_pixels(
+    size: int | None, shape: tuple[int, ...], processor: Processor, media: MediaConfig
+) -> None:
+    """``shape``: 1, channels, height and width of an image of which ``size`` embeddings are made."""
+    _, channels, height, width = shape
+    if channels != CHANNELS:
         _contradicts("image_input_shape", f"must be 1,3,height,width, got {shape}")
-    blank = np.zeros((shape[2], shape[3], CHANNELS), np.uint8)
+    if height * width > media.max_image_pixels:
+        _contradicts(
+            "image_input_shape", f"has more than {media.max_image_pixels} pixels (max_image_pixels)"
+        )
     try:
-        num = processor.process("image", blank, {}).num_embeds
+        num = _num_embeds(processor, height, width, media.mm_processor_kwargs)
     except RequestError as error:
         _contradicts("image_input_shape", f"is refused by the model: {error.message}")
     if size is not None and size != num:
         _contradicts(
             "image_feature_size",
-            f"is {size}, but an image of {shape[3]} x {shape[2]} pixels has {num} embeddings in this model",
+            f"is {size}, but an image of {width} x {height} pixels has {num} embeddings in this model",
         )
+
+
+def _check_features(
+    size: int | None,
+    shape: tuple[int, ...] | None,
+    processor: Processor,
+    options: Mapping[str, Any],
+) -> None:
+    """``size``, and the last dimension but one of ``shape``: the embeddings of an image, where all have as many."""
+    said = None if shape is None else shape[-2]
+    if size is not None and said is not None and size != said:
+        _contradicts("image_feature_size", f"is {size}, but image_input_shape says {said}")
+    try:
+        known = {_num_embeds(processor, *edges, options) for edges in FAR_APART}
+    except RequestError:
+        return
+    for name, num in (("image_feature_size", size), ("image_input_shape", said)):
+        if len(known) == 1 and num is not None and num not in known:
+            _contradicts(
+                name, f"says {num}, but an image has {min(known)} embeddings in this model"
+            )
+
+
+def _num_embeds(processor: Processor, height: int, width: int, options: Mapping[str, Any]) -> int:
+    blank = np.zeros((height, width, CHANNELS), np.uint8)
+    return processor.process("image", blank, options).num_embeds
 
 
 def _contradicts(name: str, what: str) -> NoReturn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import hashlib
 import random
 from collections.abc import Collection, Iterator
@@ -19,17 +18,21 @@ from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.engine.older import check_older
 from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt
 from sensorium.engine.stats import EngineFacts
+from sensorium.engine.stretches import attending
 from sensorium.errors import (
+    ConfigError,
     InvalidRequestError,
     PromptTooLongError,
     RequestError,
     UnsupportedModalityError,
 )
 from sensorium.models import loader
+from sensorium.models.embedder import POOLS, embedder_of
 from sensorium.models.interface import stop_token_ids
 from sensorium.models.registry import resolve
 from sensorium.multimodal.cache import FeatureCache
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
+from sensorium.multimodal.loaders import check_loading_options
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.placeholders import (
     NumberedPlaceholder,
@@ -38,7 +41,6 @@ from sensorium.multimodal.placeholders import (
     in_order,
 )
 from sensorium.multimodal.processor import PlacedItem
-from sensorium.multimodal.stats import MediaStats
 from sensorium.params import SamplingParams
 from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat import ChatTemplate
@@ -68,6 +70,7 @@ class PreparedPrompt:
     position_delta: int = 0
     num_item_tokens: dict[str, int] = field(default_factory=dict)
     cache_salt: bytes = b""
+    stretches: tuple[tuple[int, int], ...] = ()
     continues: bool = False
     param: str = "prompt"
 
@@ -88,6 +91,7 @@ class Preparer:
     """Everything of a model besides its weights: tokenizer, chat template, processor, media pipeline.
 
     Used from one event loop. ``set_facts`` must be called with what the engine found out before requests are built.
+    ``embedder`` says how the model makes vectors; None when it generates text.
     """
 
     def __init__(self, config: EngineConfig, *, trust_request_chat_template: bool = False) -> None:
@@ -98,8 +102,10 @@ class Preparer:
         )
         family = resolve(self._loaded.config)
         self._vocab_size = family.shape(self._loaded).vocab_size
+        self.embedder = embedder_of(self._loaded, family, model.runner)
         self._processor = family.build_processor(self._loaded)
-        check_older(config.older, self._processor)
+        self._both_ways = family.both_ways
+        check_older(config.older, self._processor, config.media)
         markup = self._processor.markup if self._processor is not None else None
         self._placeholders = (
             PlaceholderIds(self._processor, markup)
@@ -157,7 +163,7 @@ class Preparer:
 
     def media_stats(self) -> dict[str, float]:
         """Counters of the media pipeline by name; empty for a text model."""
-        return _flat(self._pipeline.stats()) if self._pipeline is not None else {}
+        return self._pipeline.stats().flat() if self._pipeline is not None else {}
 
     def close(self) -> None:
         """End the media workers."""
@@ -230,6 +236,7 @@ class Preparer:
                 bad_words_token_ids=bad_words,
                 grammar=grammar,
                 cache_salt=prepared.cache_salt,
+                stretches=prepared.stretches,
                 priority=priority,
                 arrival_time=arrival_time,
             )
@@ -237,7 +244,10 @@ class Preparer:
         ]
 
     def check_params(self, params: SamplingParams) -> None:
-        """Refuse token ids that the model does not have. Raises InvalidRequestError."""
+        """Refuse token ids that the model does not have, and all when it generates no text. Raises
+        InvalidRequestError."""
+        if self.embedder is not None:
+            raise InvalidRequestError(POOLS)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             ids = getattr(params, name)
             if ids:
@@ -255,9 +265,13 @@ class Preparer:
             chat_template_kwargs=prompt.chat_template_kwargs,
             # As in the reference: processors of multimodal models add a BOS that the template left out, tokenizers of
             # text models take the template's word.
-            add_special_tokens=None if self._processor is not None else False,
+            add_special_tokens=(None if self._processor is not None else False)
+            if prompt.add_special_tokens is None
+            else prompt.add_special_tokens,
         )
-        return Draft(prompt, rendered.text, rendered.token_ids, rendered.refs, "messages")
+        return Draft(
+            prompt, rendered.text, rendered.token_ids, rendered.refs, "messages", rendered.numbered
+        )
 
     def _tokenized(self, prompt: RawPrompt) -> Draft:
         if prompt.token_ids is not None:
@@ -265,18 +279,22 @@ class Preparer:
                 self._check_ids(prompt.token_ids)
             return Draft(prompt, None, prompt.token_ids, prompt.refs, prompt.param)
         text = prompt.text or ""
-        ids, numbered = self._split(text, prompt.add_special_tokens)
+        with _placed(prompt.param):
+            ids, numbered = self._split(text, prompt.add_special_tokens, prompt.param)
         if not ids:
             raise InvalidRequestError("The prompt is empty.", param=prompt.param)
         return Draft(prompt, text, tuple(ids), prompt.refs, prompt.param, tuple(numbered))
 
     def _split(
-        self, text: str, add_special_tokens: bool
+        self, text: str, add_special_tokens: bool, param: str
     ) -> tuple[list[int], list[NumberedPlaceholder]]:
         """Ids of a raw prompt; placeholders that are no single tokens are cut out of the text and put in as ids."""
         if self._placeholders is None:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens), []
-        stretches, found = self._placeholders.split(text)
+        # Each is a token at least, and costs a call of the tokenizer: more than fit are refused before.
+        most = None if self._facts is None else self._facts.max_model_len + 1
+        stretches, found = self._placeholders.split(text, most)
+        self._room(len(found), param)
         ids = self.tokenizer.encode(stretches[0], add_special_tokens=add_special_tokens)
         for placeholder, stretch in zip(found, stretches[1:], strict=True):
             begun = self._placeholders.prefix_each and add_special_tokens
@@ -305,6 +323,8 @@ class Preparer:
             )
         if any(placeholder.number is not None for placeholder in numbered):
             items = in_order(items, numbered)
+            # One item may stand in many places: what is too long by far is refused before it is made.
+            self._room(sum(item.features.num_embeds for item in items), param)
         expansion = expand(token_ids, items, self._processor)
         self._room(len(expansion.token_ids), param)
         ordered = tuple(items[span.item_index] for span in expansion.spans)
@@ -313,6 +333,7 @@ class Preparer:
             for item, span in zip(ordered, expansion.spans, strict=True)
         )
         positions, delta = None, 0
+        both_ways = attending(self._both_ways, expansion.token_ids, spans, salt)
         if ordered:
             placed = [
                 PlacedItem(item.features, span.runs)
@@ -329,7 +350,8 @@ class Preparer:
             positions=positions,
             position_delta=delta,
             num_item_tokens=expansion.num_item_tokens,
-            cache_salt=salt,
+            cache_salt=both_ways.salt,
+            stretches=both_ways.stretches,
             continues=continues,
             param=param,
         )
@@ -349,15 +371,16 @@ class Preparer:
         )
 
     def _room(self, num_tokens: int, param: str) -> int:
-        """How many tokens can be generated after the prompt; at least 1."""
+        """How many tokens can be generated after the prompt; at least 1 where any are."""
         if self._facts is None:
             raise RuntimeError("set_facts was not called")
         room = self._facts.max_model_len - num_tokens
-        if room < 1:
+        if room < (self.embedder is None):
+            both = ", prompt and answer together" if self.embedder is None else ""
             raise PromptTooLongError(
                 f"The prompt has {num_tokens} tokens; the context holds "
-                f"{self._facts.max_model_len}, prompt and answer together. Shorten it, or start "
-                "with a larger max_model_len.",
+                f"{self._facts.max_model_len}{both}. Shorten it, or start with a larger "
+                "max_model_len.",
                 param=param,
             )
         return room
@@ -371,6 +394,10 @@ class Preparer:
 
     def _new_pipeline(self) -> MediaPipeline | None:
         if self._processor is None:
+            try:
+                check_loading_options(self._config.media.media_io_kwargs, ())
+            except InvalidRequestError as error:
+                raise ConfigError(error.message, param=error.param) from None
             return None
         cache = self._config.cache
         return MediaPipeline(
@@ -411,18 +438,6 @@ def _salt(prompt: Prompt) -> bytes:
         return b""
     text = f"{prompt.media.tenant}\0{prompt.media.cache_salt}"
     return hashlib.sha256(text.encode()).digest()
-
-
-def _flat(stats: MediaStats) -> dict[str, float]:
-    """The pipeline's counters as plain numbers by name, such as ``decode_seconds``."""
-    flat: dict[str, float] = {}
-    for stage in ("fetch", "decode", "preprocess"):
-        for name, value in dataclasses.asdict(getattr(stats, stage)).items():
-            flat[f"{stage}_{name}"] = value
-    for name, value in dataclasses.asdict(stats.cache).items():
-        flat[f"processor_cache_{name}"] = value
-    flat["failures"] = sum(stats.failures.values())
-    return flat
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal import parts
 from sensorium.multimodal.items import MediaRef
+from sensorium.text.chat import parse_messages
 
 if TYPE_CHECKING:
     from sensorium.text.chat import Conversation
@@ -46,7 +47,11 @@ class RawPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A conversation to be rendered by the model's chat template."""
+    """A conversation to be rendered by the model's chat template.
+
+    ``add_special_tokens``: whether the tokenizer puts its own around what the template wrote; None does as the model's
+    processor does.
+    """
 
     conversation: Conversation
     add_generation_prompt: bool = True
@@ -54,6 +59,7 @@ class ChatPrompt:
     tools: tuple[Mapping[str, Any], ...] | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_special_tokens: bool | None = None
     media: MediaOptions = field(default_factory=MediaOptions)
 
 
@@ -64,6 +70,18 @@ _PROMPT_KEYS = (
     "prompt_token_ids",
     "multi_modal_data",
     "multi_modal_uuids",
+    "mm_processor_kwargs",
+    "cache_salt",
+)
+
+
+_CONVERSATION_KEYS = (
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "add_special_tokens",
     "mm_processor_kwargs",
     "cache_salt",
 )
@@ -109,10 +127,36 @@ def parse_prompt(value: object, *, enable_mm_embeds: bool, param: str = "prompt"
         token_ids=None if ids is None else _token_ids(ids, f"{param}.prompt_token_ids"),
         refs=tuple(refs),
         media=MediaOptions(
-            mm_processor_kwargs=_mapping(value.get("mm_processor_kwargs"), param),
+            mm_processor_kwargs=_mapping(value, "mm_processor_kwargs", param),
             cache_salt=_salt(value.get("cache_salt"), param),
         ),
         param=param,
+    )
+
+
+def parse_conversation(value: Mapping[str, Any], param: str = "prompt") -> ChatPrompt:
+    """A conversation to be embedded: a dict of ``_CONVERSATION_KEYS``. Raises RequestError, naming the place."""
+    for key in value:
+        if key not in _CONVERSATION_KEYS:
+            near = suggestion(str(key), list(_CONVERSATION_KEYS))
+            raise InvalidRequestError(f"Unknown key {key!r} beside 'messages'.{near}", param=param)
+    given = {k: v for k, v in value.items() if v is not None}
+    for key in ("add_generation_prompt", "continue_final_message", "add_special_tokens"):
+        if not isinstance(given.get(key, False), bool):
+            raise InvalidRequestError(
+                f"{key} must be true or false, got {given[key]!r}.", param=param
+            )
+    return ChatPrompt(
+        conversation=parse_messages(value["messages"]),
+        add_generation_prompt=given.get("add_generation_prompt", False),
+        continue_final_message=given.get("continue_final_message", False),
+        chat_template=given.get("chat_template"),
+        chat_template_kwargs=_mapping(given, "chat_template_kwargs", param),
+        add_special_tokens=given.get("add_special_tokens"),
+        media=MediaOptions(
+            mm_processor_kwargs=_mapping(given, "mm_processor_kwargs", param),
+            cache_salt=_salt(given.get("cache_salt"), param),
+        ),
     )
 
 
@@ -127,13 +171,12 @@ def _token_ids(value: object, param: str) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _mapping(value: object, param: str) -> Mapping[str, Any]:
+def _mapping(values: Mapping[str, Any], name: str, param: str) -> Mapping[str, Any]:
+    value = values.get(name)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise InvalidRequestError(
-            f"mm_processor_kwargs must be a dict, got {value!r}.", param=param
-        )
+        raise InvalidRequestError(f"{name} must be a dict, got {value!r}.", param=param)
     return value
 
 

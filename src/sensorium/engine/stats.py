@@ -25,6 +25,7 @@ class EngineStats:
     computed_tokens: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    num_vectors: int = 0
     num_steps: int = 0
     held_features: int = 0
     media: dict[str, float] = field(default_factory=dict)

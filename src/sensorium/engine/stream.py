@@ -6,15 +6,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sensorium.core.plan import NO_TOKEN_LEFT
+from sensorium.core.plan import NO_TOKEN_LEFT, NOT_FINITE
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
 from sensorium.engine.prepare import PreparedPrompt
-from sensorium.errors import InvalidRequestError, UnavailableError
+from sensorium.errors import InvalidRequestError, SensoriumError, UnavailableError
 from sensorium.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sensorium.params import SamplingParams
 from sensorium.text.detokenizer import Detokenizer, token_bytes
 from sensorium.text.stops import StopChecker
 from sensorium.text.tokenizer import Tokenizer
+
+
+def failure(message: str) -> SensoriumError:
+    """The exception for a sequence that the engine could not finish: the caller's fault, or the engine's."""
+    callers = message in (NO_TOKEN_LEFT, NOT_FINITE)
+    return InvalidRequestError(message) if callers else UnavailableError(message)
 
 
 @dataclass(slots=True)
@@ -129,7 +135,6 @@ class RequestStream:
         if sample.output.finished:
             return False
         if update.error is not None:
-            failure = InvalidRequestError if update.error == NO_TOKEN_LEFT else UnavailableError
             raise failure(update.error)
         self._record_times(update)
         if update.prompt_logprobs is not None:

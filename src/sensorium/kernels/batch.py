@@ -66,3 +66,27 @@ class AttentionBatch:
     """Host copy of kv_len."""
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What kernels derive from the batch once and use in every layer; empty when the batch is built."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionVariant:
+    """What a layer's attention does besides attending to its own index and all before.
+
+    window: tokens that a row looks back, itself among them. softcap: scores s become ``c * tanh(s / c)``. sinks
+    (num_heads,): a score of each head that takes part in the softmax and adds nothing. stretch (2, T) int64: first and
+    last index of the stretch in which a row attends both ways, in any layer and past any window; its own index twice
+    for rows of none. All rows of a stretch that are not in the cache yet must be in the batch.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    stretch: torch.Tensor | None = None
+
+    def is_plain(self, max_kv_len: int) -> bool:
+        """Whether it makes no difference for sequences of at most ``max_kv_len`` tokens."""
+        inside = self.window is None or max_kv_len <= self.window
+        return inside and self.softcap is None and self.sinks is None and self.stretch is None
+
+
+PLAIN = AttentionVariant()

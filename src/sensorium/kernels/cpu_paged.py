@@ -7,7 +7,7 @@ pay off, so their keys and values are gathered and torch's flash attention runs,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -100,6 +100,26 @@ def rope_attention(
     for span in plan.spans:
         _attend_span(qkv, batch, cache, plan, span, scale, out)
     return out
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: AttentionBatch,
+    layer: int,
+    scale: float,
+) -> torch.Tensor:
+    """As ``reference.paged_attention`` without variant: the kernels above, with no dimension left to rotate."""
+    unrotated: AttentionBatch | None = batch.scratch.get("unrotated")
+    if unrotated is None:
+        none = torch.empty((q.shape[0], 0))
+        unrotated = replace(batch, cos=none, sin=none, scratch={})
+        batch.scratch["unrotated"] = unrotated
+    num_tokens, num_heads, head_dim = q.shape
+    qkv = torch.cat((q, k, v), dim=1).view(num_tokens, -1)
+    mixed = rope_attention(qkv, unrotated, layer, num_heads, k.shape[1], head_dim, scale)
+    return mixed.view(num_tokens, num_heads, head_dim)
 
 
 def _rope_write(

@@ -25,7 +25,13 @@ from sensorium.kernels import (
     cpu_segments,
     reference,
 )
-from sensorium.kernels.batch import AttentionBatch, KVCacheLayout, LayerCache
+from sensorium.kernels.batch import (
+    PLAIN,
+    AttentionBatch,
+    AttentionVariant,
+    KVCacheLayout,
+    LayerCache,
+)
 from sensorium.kernels.weight import PackedWeight
 
 CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -153,6 +159,27 @@ def rope_attention(
     return run(
         qkv, batch, layer, num_heads, num_kv_heads, head_dim, scale, q_norm, k_norm, norm_eps
     )
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: AttentionBatch,
+    layer: int,
+    scale: float,
+    variant: AttentionVariant = PLAIN,
+) -> torch.Tensor:
+    """Cache write and paged attention of one layer, for q, k, v that carry their positions already.
+
+    q (T, num_heads, D), k and v (T, num_kv_heads, D); keys and values of all rows are written into
+    ``batch.caches[layer]``. ``variant``: what differs from plain causal attention. Returns (T, num_heads, D).
+    """
+    cache = batch.caches[layer]
+    plain = variant.is_plain(batch.max_kv_len)
+    if plain and _on_cpu(q) and cache.k.dtype == q.dtype and cache.k.shape[3] % 16 == 0:
+        return cpu_paged.paged_attention(q, k, v, batch, layer, scale)
+    return reference.paged_attention(q, k, v, batch, layer, scale, variant)
 
 
 def segment_attention(

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 
-from sensorium.kernels.batch import AttentionBatch, LayerCache
+from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant, LayerCache
 from sensorium.kernels.weight import PackedWeight
 
 
@@ -174,6 +174,9 @@ def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: flo
         num_blocks = -(-max(batch.kv_lens[:num_decodes]) // block_size)
         k, v = gather(cache, batch.block_table[:num_decodes, :num_blocks])
         seen = torch.arange(k.shape[2], device=q.device) < batch.kv_len[:num_decodes, None]
+        for gathered in (k, v):
+            # Behind the end may lie what another sequence left: even times zero, a NaN of it would be one here.
+            gathered.masked_fill_(~seen[:, None, :, None], 0.0)
         out = F.scaled_dot_product_attention(
             q[:num_decodes, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True
         )
@@ -193,6 +196,71 @@ def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: flo
         parts.append(out[0].transpose(0, 1))
         row += query_len
     return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: AttentionBatch,
+    layer: int,
+    scale: float,
+    variant: AttentionVariant = PLAIN,
+) -> torch.Tensor:
+    """Cache write and paged attention of q (T, num_heads, D), k and v (T, num_kv_heads, D); the shape of q."""
+    cache = batch.caches[layer]
+    write_cache(k, v, batch, cache)
+    if variant.is_plain(batch.max_kv_len):
+        return attend(q, batch, cache, scale)
+    parts, row = [], 0
+    for index, query_len in enumerate(batch.query_lens):
+        parts.append(_attend_variant(q, row, index, batch, cache, scale, variant))
+        row += query_len
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _attend_variant(
+    q: torch.Tensor,
+    row: int,
+    index: int,
+    batch: AttentionBatch,
+    cache: LayerCache,
+    scale: float,
+    variant: AttentionVariant,
+) -> torch.Tensor:
+    """Attention of sequence ``index``, whose rows begin at ``row``: (n, num_heads, D) of q (T, num_heads, D).
+
+    Blocks before every row's window are not read.
+    """
+    query_len, kv_len = batch.query_lens[index], batch.kv_lens[index]
+    rows = slice(row, row + query_len)
+    block_size, window = cache.k.shape[3], variant.window
+    stretch = None if variant.stretch is None else variant.stretch[:, rows]
+    first = 0
+    if window is not None and stretch is None:
+        first = max(0, kv_len - query_len - window + 1) // block_size
+    blocks = batch.block_table[index : index + 1, first : -(-kv_len // block_size)]
+    start = first * block_size
+    keys, values = (t[0, :, : kv_len - start].float() for t in gather(cache, blocks))
+    own = torch.arange(kv_len - query_len, kv_len, device=q.device)[:, None]
+    place = torch.arange(start, kv_len, device=q.device)
+    seen = place <= own
+    if window is not None:
+        seen &= place > own - window
+    if stretch is not None:
+        seen |= (place >= stretch[0, :, None]) & (place <= stretch[1, :, None])
+    grouped = q[rows].float().view(query_len, keys.shape[0], -1, q.shape[2])
+    scores = torch.einsum("nhgd,hkd->hgnk", grouped, keys) * scale
+    if variant.softcap is not None:
+        scores = variant.softcap * torch.tanh(scores / variant.softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if variant.sinks is not None:
+        extra = variant.sinks.float().view(*scores.shape[:2], 1, 1).expand(-1, -1, query_len, 1)
+        weights = torch.cat((scores, extra), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    mixed = torch.einsum("hgnk,hkd->nhgd", weights, values)
+    return mixed.reshape(query_len, *q.shape[1:]).to(q.dtype)
 
 
 def segment_attention(

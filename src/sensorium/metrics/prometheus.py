@@ -49,6 +49,7 @@ class Statistics(Protocol):
     num_preemptions: int
     prompt_tokens: int
     generation_tokens: int
+    num_vectors: int
     num_steps: int
     media: dict[str, float]
 
@@ -80,6 +81,7 @@ _COUNTERS = (
     _Row("num_preemptions", "num_preemptions", "Sequences preempted."),
     _Row("prompt_tokens", "prompt_tokens", "Prompt tokens taken in."),
     _Row("generation_tokens", "generation_tokens", "Tokens generated."),
+    _Row("vectors", "num_vectors", "Vectors made of prompts."),
     _Row("engine_steps", "num_steps", "Steps of the engine."),
 )
 _MEDIA_GAUGES = (

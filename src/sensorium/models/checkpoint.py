@@ -14,20 +14,23 @@ from sensorium.models.interface import LoadedConfig
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """What the frontend needs: configuration, tokenizer, templates."""
 WEIGHT_FILES = ("*.safetensors",)
-NOT_NEEDED = ("*/*", "consolidated*")
-"""Subfolders, and the second copy of the weights that some publishers add."""
+DEMOS = {"demo": "demo", "demo-audio": "demo_audio"}
+"""Models that come with this package, and their folders in it."""
+NOT_NEEDED = ("[!0-9]*/*", "[0-9]*/*.safetensors", "consolidated*")
+"""Subfolders (but for the settings in the numbered ones of embedding models, such as ``1_Pooling``), and the second
+copy of the weights that some publishers add."""
 
 
 def find(model: str, revision: str | None = None, *, weights: bool = False) -> Path:
-    """The folder of a checkpoint: ``demo``, a local folder, or a Hugging Face id (downloaded if it is not cached).
+    """The folder of a checkpoint: one of ``DEMOS``, a local folder, or a Hugging Face id (downloaded if not cached).
 
     ``weights``: fetch the weights too. Raises ConfigError that says what to do when nothing is found.
     """
-    if model == "demo":
-        folder = Path(__file__).parent.parent / "demo"
+    if model in DEMOS:
+        folder = Path(__file__).parent.parent / DEMOS[model]
         if not (folder / "config.json").is_file():
             raise ConfigError(
-                "This installation of sensorium lacks the demo model: reinstall it, or name another model.",
+                f"This installation of sensorium lacks the model {model!r}: reinstall it, or name another model.",
                 param="model",
             )
         return folder
@@ -37,10 +40,31 @@ def find(model: str, revision: str | None = None, *, weights: bool = False) -> P
     if _is_path(model):
         raise ConfigError(
             f"Model {model!r}: there is no such folder. Give a folder with config.json and safetensors files, "
-            "a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', or 'demo'.",
+            "a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', 'demo' or 'demo-audio'.",
             param="model",
         )
     return _download(model, revision, weights)
+
+
+def find_part(name: object, whole: Path, field: str, *, weights: bool = False) -> Path:
+    """The folder of a checkpoint that config.json of ``whole`` names under ``field``: a folder, also relative to
+    ``whole``, or a Hugging Face id. Raises ConfigError that says what to do when nothing is found."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"config.json: {field} must be a Hugging Face id or a folder, got {name!r}.",
+            param="model",
+        )
+    beside = whole / name
+    if beside.is_dir():
+        return beside
+    try:
+        return find(name, weights=weights)
+    except ConfigError as error:
+        raise ConfigError(
+            f"The model needs a second checkpoint, which config.json names as {field}. {error.message} The folder can "
+            f"also be given with hf_overrides={{{field!r}: …}}.",
+            param="model",
+        ) from error
 
 
 def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConfig:
@@ -65,7 +89,15 @@ def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConf
         generation=_read_json(folder / "generation_config.json") or {},
         preprocessor=preprocessor,
         processor=processor,
+        video_preprocessor=_video_preprocessor(folder, processor) or preprocessor,
     )
+
+
+def _video_preprocessor(folder: Path, processor: Mapping[str, Any]) -> dict[str, Any] | None:
+    nested = processor.get("video_processor")
+    if isinstance(nested, dict):
+        return nested
+    return _read_json(folder / "video_preprocessor_config.json")
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def read_rope(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ClipConfig:
-    """A CLIP vision tower."""
+    """A CLIP vision tower, or a SigLIP one, which has the same sizes."""
 
     hidden_size: int
     inner_size: int
@@ -204,8 +204,30 @@ class ClipConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image, without the class token."""
+        """Patches of one square image, without a class token."""
         return (self.image_size // self.patch_size) ** 2
+
+
+CLIP_LARGE_336: Mapping[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+"""Sizes of CLIP ViT-L/14 at 336 pixels, which published files of families that have it leave out."""
+_CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+_SIGLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
 
 
 def read_clip_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> ClipConfig:
@@ -213,15 +235,26 @@ def read_clip_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
     Raises ConfigError naming the field for values that are impossible.
     """
-    model_type = config.get("model_type", "clip_vision_model")
-    if model_type != "clip_vision_model":
-        bad(
-            "vision_config.model_type", f"{model_type!r} is not supported, only 'clip_vision_model'"
-        )
-    values = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, **defaults, **config}
+    return _read_tower(config, "clip_vision_model", _CLIP | dict(defaults))
+
+
+def read_siglip_config(config: Mapping[str, Any]) -> ClipConfig:
+    """Interpret a SigLIP vision configuration. Raises ConfigError naming the field for values that are impossible."""
+    return _read_tower(config, "siglip_vision_model", _SIGLIP)
+
+
+def _read_tower(
+    config: Mapping[str, Any], expected: str, defaults: Mapping[str, Any]
+) -> ClipConfig:
+    model_type = config.get("model_type", expected)
+    if model_type != expected:
+        bad("vision_config.model_type", f"{model_type!r} is not supported, only {expected!r}")
+    values = {**defaults, **config}
     hidden_size, num_heads = count(values, "hidden_size"), count(values, "num_attention_heads")
     if hidden_size % num_heads:
         bad("vision_config.hidden_size", f"{hidden_size} is not a multiple of {num_heads} heads")
+    if count(values, "num_channels", 3) != 3:
+        bad("vision_config.num_channels", f"must be 3, got {values['num_channels']}")
     return ClipConfig(
         hidden_size=hidden_size,
         inner_size=count(values, "intermediate_size"),
@@ -232,6 +265,69 @@ def read_clip_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         activation=str(values["hidden_act"]),
         norm_eps=float(values["layer_norm_eps"]),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class WhisperConfig:
+    """A Whisper audio encoder. ``num_positions`` rows are the most that it takes at once, two mel frames each."""
+
+    hidden_size: int
+    inner_size: int
+    num_layers: int
+    num_heads: int
+    num_bins: int
+    num_positions: int
+    activation: str
+
+    @property
+    def max_frames(self) -> int:
+        """Mel frames that it takes at once."""
+        return 2 * self.num_positions
+
+
+_WHISPER = {
+    "d_model": 384,
+    "encoder_ffn_dim": 1536,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 6,
+    "num_mel_bins": 80,
+    "max_source_positions": 1500,
+    "activation_function": "gelu",
+}
+
+
+def read_whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
+    """Interpret a Whisper configuration. Raises ConfigError naming the field for values that are impossible."""
+    model_type = config.get("model_type", "whisper")
+    if model_type != "whisper":
+        bad("audio_config.model_type", f"{model_type!r} is not supported, only 'whisper'")
+    values = {**_WHISPER, **config}
+    hidden_size, num_heads = count(values, "d_model"), count(values, "encoder_attention_heads")
+    if hidden_size % num_heads:
+        bad("audio_config.d_model", f"{hidden_size} is not a multiple of {num_heads} heads")
+    return WhisperConfig(
+        hidden_size=hidden_size,
+        inner_size=count(values, "encoder_ffn_dim"),
+        num_layers=count(values, "encoder_layers"),
+        num_heads=num_heads,
+        num_bins=count(values, "num_mel_bins"),
+        num_positions=count(values, "max_source_positions"),
+        activation=str(values["activation_function"]),
+    )
+
+
+def feature_layers(value: Any, num_layers: int) -> tuple[int, ...]:
+    """After how many layers of a tower features are taken; ``value``: an index into its hidden states, or a list of
+    them, where 0 is before the first layer and -1 after the last. ConfigError for one outside."""
+    found = []
+    for index in value if isinstance(value, list) and value else [value]:
+        if isinstance(index, bool) or not isinstance(index, int):
+            bad("vision_feature_layer", f"must be an integer or a list of them, got {value!r}")
+        number = index + num_layers + 1 if index < 0 else index
+        if not 0 <= number <= num_layers:
+            bad("vision_feature_layer", f"{index} is outside a tower of {num_layers} layers")
+        found.append(number)
+    return tuple(found)
 
 
 def count(values: Mapping[str, Any], name: str, default: Any = None) -> int:

@@ -94,6 +94,7 @@ class Decoder:
             raise ConfigError(f"config.json: {error}.", param="model") from error
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = LMHead(config.vocab_size, config.hidden_size)
+        self.has_head = options.head
         if config.window is not None:
             logger.warning(
                 "The model attends to a sliding window of %d tokens: contexts end there, not at %d.",
@@ -102,7 +103,8 @@ class Decoder:
             )
 
     def slots(self, prefix: str) -> Iterator[Slot]:
-        """Weights under ``prefix``; the head is ``lm_head`` without prefix, or the embedding's copy when tied."""
+        """Weights under ``prefix``; the head, where it is wanted, is ``lm_head`` without prefix, or the embedding's
+        copy when tied."""
         table = Part(
             f"{prefix}embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size)
         )
@@ -110,16 +112,21 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             yield from layer.slots(self.config, f"{prefix}layers.{index}")
         yield norm_slot(self.norm, f"{prefix}norm")
-        if not self.config.tied:
+        if self.has_head and not self.config.tied:
             yield linear_slot(self.head.linear, [("lm_head", self.config.vocab_size)])
 
     def _load_embedding(self, weight: torch.Tensor) -> None:
         self.embedding.load(owned(weight))
-        if self.config.tied:
+        if self.has_head and self.config.tied:
             self.head.load(self.embedding.weight)
 
-    def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """(T, H) -> (T, H) after the final norm; overwrites ``embeds``, which becomes the residual stream."""
+    def forward(
+        self, embeds: torch.Tensor, batch: AttentionBatch, added: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        """(T, H) -> (T, H) after the final norm; overwrites ``embeds``, which becomes the residual stream.
+
+        ``added``: tensors (T, H) that the first layers add to the stream, one after the other.
+        """
         residual = embeds
         layers = self.layers
         x = layers[0].attention_norm(residual)
@@ -127,7 +134,10 @@ class Decoder:
         for index, layer in enumerate(layers):
             x = layer.mlp_norm.forward_add(residual, layer.attention(x, batch, index))
             norm = self.norm if index == last else layers[index + 1].attention_norm
-            x = norm.forward_add(residual, layer.mlp(x))
+            x = layer.mlp(x)
+            if index < len(added):
+                residual.add_(added[index])
+            x = norm.forward_add(residual, x)
         return x
 
 
@@ -142,7 +152,8 @@ class DecoderModel:
         self.dtype = options.dtype
         self.device = options.device
         self.decoder = Decoder(config, options)
-        self.ignored_weights: tuple[str, ...] = (r"lm_head\.weight",) if config.tied else ()
+        headless = config.tied or not options.head
+        self.ignored_weights: tuple[str, ...] = (r"lm_head\.weight",) if headless else ()
 
     @property
     def has_encoder(self) -> bool:

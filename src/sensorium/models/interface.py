@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # the HTTP process and media workers use families without ever importing torch
     import torch
@@ -27,6 +27,13 @@ class TextShape:
     head_dim: int
     vocab_size: int
     max_position: int
+    num_deep: int = 0
+    """How many parts of hidden_size, besides the first, an item's embedding has, for layers further up."""
+
+    @property
+    def embed_size(self) -> int:
+        """Numbers of one embedding of an item."""
+        return (1 + self.num_deep) * self.hidden_size
 
 
 class Model(Protocol):
@@ -45,12 +52,12 @@ class Model(Protocol):
         ...
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each item; the items (of one modality) may have different sizes and are run in
-        one batch."""
+        """Embeddings (num_embeds, shape.embed_size) of each item; the items (of one modality) may have different sizes
+        and are run in one batch."""
         ...
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (T, H) of ids (T,). Ids of placeholder positions may be anything below V."""
+        """Token embeddings (T, shape.embed_size) of ids (T,). Ids of placeholder positions may be anything below V."""
         ...
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +87,10 @@ class LoadedConfig:
     generation: dict[str, Any]
     preprocessor: dict[str, Any]
     processor: dict[str, Any]
+    video_preprocessor: dict[str, Any] = field(default_factory=dict)
+    """Of videos; the image processor's values where the checkpoint has none of its own."""
+    parts: Mapping[str, LoadedConfig] = field(default_factory=dict)
+    """Checkpoints that complete this one, by the field of config.json that names them: see ``PartCheckpoint``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +98,17 @@ class BuildOptions:
     """How a model is built.
 
     ``max_model_len``: longest sequence that will be run; it decides between the short and long factors of longrope
-    scaling. ``skip_modalities``: their encoders are neither built nor loaded.
+    scaling. ``skip_modalities``: their encoders are neither built nor loaded. ``head``: whether logits will be asked
+    for; where they will not, the language-model head is not loaded. ``random_weights``: every slot will be filled with
+    random numbers, whatever lies in the checkpoint's folder.
     """
 
     dtype: torch.dtype
     device: torch.device
     max_model_len: int
     skip_modalities: frozenset[str] = frozenset()
+    head: bool = True
+    random_weights: bool = False
 
 
 class LoadableModel(Model, Protocol):
@@ -105,6 +120,20 @@ class LoadableModel(Model, Protocol):
     def slots(self) -> Iterator[Slot]:
         """Each place that wants weights: names and shapes in the checkpoint, and what to call with the tensors."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class PartCheckpoint:
+    """Another checkpoint that completes one, such as a decoder that is published apart.
+
+    ``field``: of config.json, with its Hugging Face id or folder (also relative to the checkpoint's own); nothing is
+    completed where it is absent or null. ``renames``: as ``Family.renames``, for its weights; where both hold a weight,
+    that of the checkpoint itself counts. ``modality``: whose encoder it is, so that it is not needed without.
+    """
+
+    field: str
+    renames: tuple[tuple[str, str], ...]
+    modality: Modality | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +164,12 @@ class Family:
     them."""
     template: tuple[str, str] | None = None
     """(package, file) of the fallback chat template."""
+    parts: tuple[PartCheckpoint, ...] = ()
+    """Other checkpoints that may complete one of this family."""
+    both_ways: Literal["items", "prompt"] | None = None
+    """What attends to itself both ways: each run of an item's embeddings, or the whole of a prompt that has items."""
+    embedders: tuple[str, ...] = ()
+    """Further values of ``architectures``, of checkpoints without a language-model head: they make vectors."""
 
     def chat_template(self) -> str | None:
         """The fallback chat template, for checkpoints of this family that publish none."""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sensorium.errors import ConfigError
+from sensorium.errors import ConfigError, UnsupportedModelError
 from sensorium.models import checkpoint
 from sensorium.models.configs import declared_dtype
-from sensorium.models.interface import BuildOptions, Family, LoadableModel, LoadedConfig, Model
+from sensorium.models.embedder import Embedder, embedder_of
+from sensorium.models.interface import (
+    BuildOptions,
+    Family,
+    LoadableModel,
+    LoadedConfig,
+    Model,
+    PartCheckpoint,
+)
 from sensorium.models.registry import resolve
 
 if TYPE_CHECKING:
@@ -30,6 +39,7 @@ class LoadedModel:
     family: Family
     model: Model
     processor: Processor | None
+    embedder: Embedder | None = None
 
 
 def read_config(
@@ -43,7 +53,12 @@ def read_config(
     No weights are fetched and torch is not imported: with ``resolve(loaded.config)`` and the family's
     ``build_processor(loaded)`` this is all that an HTTP process or a media worker needs. Raises ConfigError.
     """
-    return checkpoint.read(checkpoint.find(model, revision), hf_overrides)
+    loaded = checkpoint.read(checkpoint.find(model, revision), hf_overrides)
+    try:
+        family = resolve(loaded.config)
+    except UnsupportedModelError:
+        return loaded  # a folder may be read for its tokenizer alone; whoever wants the model hears of it
+    return _with_parts(loaded, family)
 
 
 def load(
@@ -57,12 +72,14 @@ def load(
     skip_modalities: Collection[str] = (),
     max_model_len: int | None = None,
     seed: int = 0,
+    runner: str = "auto",
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
 
     dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the weights, else float32.
     device ``auto`` is the first GPU when there is one, else the CPU. skip_modalities: their encoders are not built.
     max_model_len: longest sequence that will be run; the model's own when not given (longrope depends on it).
+    runner: ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model head.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration or is quantized, and
     UnsupportedModelError for an unknown architecture.
@@ -70,29 +87,51 @@ def load(
     dummy = load_format == "dummy"
     loaded = checkpoint.read(checkpoint.find(model, revision, weights=not dummy), hf_overrides)
     family = resolve(loaded.config)
-    _refuse_quantized(loaded.config)
+    needed = [part for part in family.parts if part.modality not in skip_modalities]
+    loaded = _with_parts(loaded, family, () if dummy else needed)
+    for each in (loaded, *loaded.parts.values()):
+        _refuse_quantized(each.config)
     processor = family.build_processor(loaded)
     shape = family.shape(loaded)
-    source, stored = _source(loaded, family, dummy)
+    embedder = embedder_of(loaded, family, runner)
+    source, stored = _source(loaded, family, needed, dummy)
     options = BuildOptions(
         dtype=_dtype(dtype, loaded.config, stored),
         device=_device(device),
         max_model_len=max_model_len or shape.max_position,
         skip_modalities=frozenset(skip_modalities),
+        head=embedder is None,
+        random_weights=dummy,
     )
     built = family.build_model(loaded, options)
     _fill(built, source, seed)
-    return LoadedModel(loaded, family, built, processor)
+    return LoadedModel(loaded, family, built, processor, embedder)
+
+
+def _with_parts(
+    loaded: LoadedConfig, family: Family, with_weights: Collection[PartCheckpoint] = ()
+) -> LoadedConfig:
+    """The configuration with those of the checkpoints that complete it."""
+    whole, parts = Path(loaded.folder), {}
+    for part in family.parts:
+        name = loaded.config.get(part.field)
+        if name is not None:
+            folder = checkpoint.find_part(name, whole, part.field, weights=part in with_weights)
+            parts[part.field] = checkpoint.read(folder)
+    return dataclasses.replace(loaded, parts=parts) if parts else loaded
 
 
 def _source(
-    loaded: LoadedConfig, family: Family, dummy: bool
+    loaded: LoadedConfig, family: Family, needed: Collection[PartCheckpoint], dummy: bool
 ) -> tuple[WeightSource | None, str | None]:
     if dummy:
         return None, None
     from sensorium.models.weights import SafetensorsFiles
 
     files = SafetensorsFiles(Path(loaded.folder), family.renames)
+    for part in needed:
+        if part.field in loaded.parts:
+            files.add(Path(loaded.parts[part.field].folder), part.renames)
     return files, files.first_dtype()
 
 

@@ -77,6 +77,25 @@ def check_width(array: np.ndarray, hidden_size: int, param: str) -> None:
         )
 
 
+def integers(value: Any, width: int, param: str) -> list[tuple[int, ...]]:
+    """Rows of ``width`` integers each, of a tensor, an array or nested lists; a bare row is one of one.
+
+    Raises InvalidEmbeddingsError at ``param`` for other shapes and types.
+    """
+    try:
+        array = np.asarray(value.tolist() if is_array(value) else value)
+    except (ValueError, TypeError, RuntimeError, NotImplementedError):  # ragged, sparse, meta
+        array = np.empty(0)
+    if array.ndim == 1:
+        array = array[None]
+    if array.ndim != 2 or array.shape[1] != width or not len(array) or array.dtype.kind not in "iu":
+        raise InvalidEmbeddingsError(
+            f"Must be integers of shape (items, {width}), got shape {tuple(array.shape)} of {array.dtype}.",
+            param=param,
+        )
+    return [tuple(map(int, row)) for row in array]
+
+
 def is_tensor(value: Any) -> bool:
     """Whether the value is a torch tensor."""
     return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")

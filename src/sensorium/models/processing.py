@@ -21,6 +21,6 @@ def check_option_names(options: Mapping[str, Any], known: Collection[str]) -> No
         if name not in known:
             have = f"it has {', '.join(known)}" if known else "it has none"
             raise InvalidRequestError(
-                f"This model's processor has no option {name!r}; {have}.",
-                param=f"mm_processor_kwargs.{name}",
+                f"This model's processor has no option {str(name)[:80]!r}; {have}.",
+                param=f"mm_processor_kwargs.{str(name)[:80]}",
             )

@@ -101,12 +101,12 @@ class SafetensorsFiles:
     """
 
     def __init__(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
-        rules = [(re.compile(pattern), replacement) for pattern, replacement in renames]
-        self._files: dict[str, tuple[Any, str]] = {}
-        for path in weight_files(folder):
-            file = _open(path)
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                self._files[renamed(name, rules)] = (file, name)
+        self._files = _named(folder, renames)
+
+    def add(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
+        """Take from another checkpoint folder what this one lacks."""
+        for name, place in _named(folder, renames).items():
+            self._files.setdefault(name, place)
 
     def first_dtype(self) -> str | None:
         """Dtype of the first floating tensor, such as ``float16``; None when there is none."""
@@ -233,6 +233,17 @@ def weight_files(folder: Path) -> list[Path]:
         "The model's folder has no safetensors files. Add them, or use load_format='dummy' for random weights.",
         param="model",
     )
+
+
+def _named(folder: Path, renames: Sequence[tuple[str, str]]) -> dict[str, tuple[Any, str]]:
+    """Where each weight of a folder is, by its name in our spelling: the open file, and the name there."""
+    rules = [(re.compile(pattern), replacement) for pattern, replacement in renames]
+    found: dict[str, tuple[Any, str]] = {}
+    for path in weight_files(folder):
+        file = _open(path)
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            found[renamed(name, rules)] = (file, name)
+    return found
 
 
 def renamed(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:

@@ -1,4 +1,4 @@
-"""``data:`` URLs (RFC 2397): base64 or percent-encoded."""
+"""``data:`` URLs (RFC 2397): base64 or percent-encoded; ``data:video/jpeg;base64,`` is pictures with commas between."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import binascii
 from urllib.parse import unquote_to_bytes
 
 from sensorium.errors import MediaRefusedError, MediaTooLargeError, MediaUndecodableError
+from sensorium.multimodal.frames import pack
+
+MAX_PICTURES = 1 << 14
+"""Of a ``video/jpeg`` URL."""
 
 _MAX_HEADER = 1024
 _PIECE = 1 << 18
@@ -25,7 +29,10 @@ def parse_data_url(text: str, max_bytes: int) -> bytes:
         raise MediaRefusedError(
             "The data: URL has no comma; write it as data:image/png;base64,<data>."
         )
-    if text[5:comma].rstrip().lower().endswith(";base64"):
+    header = text[5:comma].strip().lower()
+    if header.endswith(";base64") and header.partition(";")[0] == "video/jpeg":
+        return _pictures(text[comma + 1 :], max_bytes)
+    if header.endswith(";base64"):
         return decode_base64(text[comma + 1 :], max_bytes)
     if (len(text) - comma - 1) > 3 * max_bytes:
         raise _too_large(max_bytes)
@@ -33,6 +40,24 @@ def parse_data_url(text: str, max_bytes: int) -> bytes:
     if len(content) > max_bytes:
         raise _too_large(max_bytes)
     return content
+
+
+def _pictures(text: str, max_bytes: int) -> bytes:
+    """The pictures of a ``video/jpeg`` URL, as ``frames.pack`` writes them."""
+    num = text.count(",") + 1
+    if num > MAX_PICTURES:
+        raise MediaTooLargeError(
+            f"The data: URL has {num} pictures; at most {MAX_PICTURES} make a video. Send fewer, or a video file."
+        )
+    pictures: list[bytes] = []
+    left = max_bytes
+    for part in text.split(","):
+        try:
+            pictures.append(decode_base64(part, left))
+        except MediaTooLargeError:
+            raise _too_large(max_bytes) from None
+        left -= len(pictures[-1])
+    return pack(pictures)
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:

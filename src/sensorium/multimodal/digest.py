@@ -62,6 +62,9 @@ def object_digest(source: Any) -> bytes:
         return _pil_digest(source)
     if isinstance(source, np.ndarray):
         return framed("numpy", _array_fields(source))
+    numbers = _numbers(source)
+    if numbers is not None:
+        return framed("numbers", _array_fields(numbers))
     if isinstance(source, list | tuple):
         return framed("list", [object_digest(member) for member in source])
     torch = sys.modules.get("torch")
@@ -95,15 +98,32 @@ def canonical(value: Any) -> str:
     if isinstance(value, Mapping):
         members = sorted((repr(key), canonical(value[key])) for key in value)
         return "{" + ",".join(f"{key}:{member}" for key, member in members) + "}"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range):
         return "[" + ",".join(map(canonical, value)) + "]"
     if isinstance(value, np.ndarray):
         return f"array({framed('numpy', _array_fields(value)).hex()})"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        return f"tensor({framed('torch', _tensor_fields(value)).hex()})"
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, str | bytes | int | float):
         return repr(value)
     raise TypeError(f"no canonical form for {type(value).__name__}")
+
+
+def _numbers(source: Any) -> np.ndarray | None:
+    """A list of numbers, or of lists of them, as an array: samples of a sound are too many to be hashed one by one."""
+    first = source
+    while isinstance(first, list) and first:
+        first = first[0]
+    if first is source or not isinstance(first, int | float):
+        return None
+    try:
+        array = np.asarray(source)
+    except (ValueError, OverflowError):  # lists of different lengths
+        return None
+    return array if array.dtype.kind in "iuf" else None
 
 
 def _array_fields(array: np.ndarray) -> list[Field]:

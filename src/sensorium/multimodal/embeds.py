@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from sensorium.errors import InvalidEmbeddingsError
 from sensorium.multimodal.dataurl import decode_base64
+from sensorium.multimodal.sources import are_numbers
 
 _MAX_PICKLE_BYTES = 1 << 16
 _MAX_DIMENSIONS = 8
@@ -41,11 +42,17 @@ _STORAGES = {
 def decode_embeddings(source: Any, *, max_bytes: int) -> Any:
     """Dense torch tensors of what a request holds: a tensor, base64 text, a mapping or a list of those.
 
-    Returns a tensor, a mapping of name to tensor, or a list, as ``Processor.embeddings`` takes them. Raises
+    Returns a tensor, a mapping of name to tensor (or to numbers, such as sizes, in lists), or a list, as
+    ``Processor.embeddings`` takes them. Raises
     InvalidEmbeddingsError, and MediaTooLargeError for more than ``max_bytes``.
     """
     if isinstance(source, Mapping):
-        return {str(name): decode_embeddings(source[name], max_bytes=max_bytes) for name in source}
+        return {
+            str(name): value
+            if are_numbers(value)
+            else decode_embeddings(value, max_bytes=max_bytes)
+            for name, value in source.items()
+        }
     if isinstance(source, list | tuple):
         return [decode_embeddings(member, max_bytes=max_bytes) for member in source]
     if isinstance(source, str):

@@ -179,6 +179,8 @@ def check_picture(source: Any) -> None:
     """Raise InvalidRequestError unless ``source`` is a PIL image, numpy HWC uint8 or torch CHW with three channels."""
     if isinstance(source, Image.Image):
         return
+    if getattr(source, "is_nested", False):
+        raise InvalidRequestError("A torch image must be an ordinary dense tensor.")
     shape = tuple(getattr(source, "shape", ()))
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8:

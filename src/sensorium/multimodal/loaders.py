@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sensorium.config import MediaConfig
-from sensorium.errors import MediaUndecodableError, SensoriumError
-from sensorium.multimodal import image
+from sensorium.config import MediaConfig, suggestion
+from sensorium.errors import InvalidRequestError, MediaUndecodableError, SensoriumError
+from sensorium.multimodal import audio, image, video
 from sensorium.multimodal.items import Decoded, Features, Modality
 from sensorium.multimodal.processor import Processor
 
@@ -47,7 +47,23 @@ def _decode_image_object(
 
 LOADERS: dict[Modality, Loader] = {
     "image": Loader(image.ImageOptions.parse, _decode_image, _decode_image_object),
+    "video": Loader(video.VideoOptions.parse, video.decode, video.decode_object),
+    "audio": Loader(audio.AudioOptions.parse, audio.decode, audio.decode_object),
 }
+
+
+def check_loading_options(given: Mapping[str, Any], modalities: Sequence[Modality]) -> None:
+    """Check ``media_io_kwargs`` for a model that takes ``modalities``. Raises InvalidRequestError."""
+    known: dict[str, Loader] = {modality: LOADERS[modality] for modality in modalities}
+    for name, options in given.items():
+        param = f"media_io_kwargs.{str(name)[:80]}"
+        if name not in known:
+            raise InvalidRequestError(
+                f"media_io_kwargs has no options for {str(name)[:80]!r}; this model takes "
+                f"{', '.join(known) or 'text only'}.{suggestion(str(name), list(known))}",
+                param=param,
+            )
+        known[name].parse_options(options, param)
 
 
 @dataclass(frozen=True, slots=True)

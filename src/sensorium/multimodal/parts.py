@@ -20,6 +20,7 @@ from sensorium.multimodal.sources import (
     VIDEOS,
     Kind,
     Source,
+    are_numbers,
     is_tensor,
     refuse,
     split,
@@ -222,10 +223,13 @@ def _picture_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
 
 
 def _embeds_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
+    is_object = isinstance(payload, Mapping)
     members = list(payload.values()) if isinstance(payload, Mapping) else [payload]
-    if not members or not all(isinstance(m, str) or is_tensor(m) for m in members):
+    known = (isinstance(m, str) or is_tensor(m) or (is_object and are_numbers(m)) for m in members)
+    if not members or not all(known):
         refuse(
-            "must be a tensor, base64 of a safetensors or torch.save file, or an object of those",
+            "must be a tensor, base64 of a safetensors or torch.save file, or an object of those (sizes in it may be "
+            "lists of integers)",
             param,
         )
     return "embeds", payload

@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from sensorium.config import MediaConfig, suggestion
+from sensorium.config import MediaConfig
 from sensorium.errors import (
     ConfigError,
     InvalidEmbeddingsError,
@@ -28,7 +28,7 @@ from sensorium.multimodal.embeds import decode_embeddings
 from sensorium.multimodal.fetch import Fetcher
 from sensorium.multimodal.flights import SingleFlight
 from sensorium.multimodal.items import Features, MediaItem, MediaRef, Modality
-from sensorium.multimodal.loaders import LOADERS, prepare
+from sensorium.multimodal.loaders import LOADERS, check_loading_options, prepare
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.stats import MediaStats, StageCounters
 from sensorium.multimodal.workers import ThreadWorkers, Workers
@@ -112,7 +112,8 @@ class MediaPipeline:
         """
         self.check(refs)
         job = self._new_job(mm_processor_kwargs, media_io_kwargs, tenant, cache_salt)
-        job.num_items.update(ref.modality for ref in refs)
+        for ref in refs:  # as many as where they are named by their ids alone
+            job.num_items[ref.modality] += len(ref.uuids) or 1
         try:
             groups = await _all([self._load_ref(ref, job) for ref in refs])
         finally:
@@ -173,16 +174,7 @@ class MediaPipeline:
     def _loading_options(self, request: Mapping[str, Any]) -> dict[Modality, Any]:
         """The options of each modality: the configuration's, overridden by the request's."""
         for given in (self._config.media_io_kwargs, request):
-            for name, options in given.items():
-                param = f"media_io_kwargs.{str(name)[:80]}"
-                if name not in self.modalities:
-                    raise InvalidRequestError(
-                        f"media_io_kwargs has no options for {str(name)[:80]!r}; this model takes "
-                        f"{', '.join(self.modalities) or 'text only'}."
-                        f"{suggestion(str(name), list(self.modalities))}",
-                        param=param,
-                    )
-                LOADERS[name].parse_options(options, param)
+            check_loading_options(given, self.modalities)
         return {
             modality: LOADERS[modality].parse_options(
                 {**self._config.media_io_kwargs.get(modality, {}), **request.get(modality, {})},
@@ -212,9 +204,13 @@ class MediaPipeline:
     async def _load_ref(self, ref: MediaRef, job: _Job) -> list[MediaItem]:
         """The items of one reference. Errors are given this reference's ``param``; shared ones are copied for it."""
         try:
-            if ref.kind == "embeds":
-                return await self._load_embeddings(ref, job)
-            return [await self._load_item(ref, job)]
+            items = (
+                await self._load_embeddings(ref, job)
+                if ref.kind == "embeds"
+                else [await self._load_item(ref, job)]
+            )
+            named = self._ids_matter and (ref.uuid or ref.uuids)
+            return [_sized(item) for item in items] if named else items
         except RequestError as error:
             self._counters.add_failure(error.code)
             raise type(error)(error.message, param=error.param or ref.param or None) from None
@@ -358,6 +354,13 @@ class MediaPipeline:
         self._cache.pin([digest])
         job.pinned.append(digest)
         return self._cache.get(digest)
+
+
+def _sized(item: MediaItem) -> MediaItem:
+    """An item that a caller named, with its length in its digest: under a name used again for something of another
+    length, embeddings that were kept would not fit."""
+    digest = digests.framed("sized", [item.digest, item.features.num_embeds])
+    return dataclasses.replace(item, digest=digest)
 
 
 def _is_data_url(ref: MediaRef) -> bool:

@@ -7,10 +7,12 @@ packed into a ``str`` of one character per id, which Python searches in linear t
 
 from __future__ import annotations
 
+import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from sensorium.errors import PlaceholderMismatchError
 from sensorium.multimodal.items import MODALITIES, MediaItem, Modality
@@ -18,6 +20,8 @@ from sensorium.multimodal.processor import Markup, Processor, Replacement
 
 _NO_ID = 0x10FFFF
 """Stands for ids that no character can hold; such an id is no placeholder."""
+_MAX_DIGITS = 9
+_LISTED = 8
 
 
 def marker(modality: Modality) -> int:
@@ -33,29 +37,45 @@ class PlaceholderIds:
         self._patterns = {m: re.compile(text) for m, text in markup.patterns.items()}
         self._ids = {modality: processor.placeholder(modality) for modality in self._patterns}
 
-    def ids_of(self, text: str) -> tuple[int, ...] | None:
-        """Ids of a text that is a placeholder; None for other texts."""
+    def read(self, text: str) -> NumberedPlaceholder | None:
+        """The placeholder that a text is; None for other texts. Raises PlaceholderMismatchError as ``split`` does."""
         for modality, pattern in self._patterns.items():
-            if pattern.fullmatch(text):
-                return self._ids[modality]
+            hit = pattern.fullmatch(text)
+            if hit is not None:
+                return self._placeholder(modality, hit)
         return None
 
-    def split(self, text: str) -> tuple[list[str], list[NumberedPlaceholder]]:
-        """The stretches of text between placeholders, one more than there are of these, and the placeholders."""
-        hits = sorted(
-            ((hit, m) for m, pattern in self._patterns.items() for hit in pattern.finditer(text)),
-            key=lambda pair: pair[0].start(),
-        )
-        stretches, found, end = [], [], 0
-        for hit, modality in hits:
+    def split(
+        self, text: str, most: int | None = None
+    ) -> tuple[list[str], list[NumberedPlaceholder]]:
+        """The stretches of text between placeholders, one more than there are of these, and the placeholders.
+
+        After ``most`` of them no more are looked for: the rest is the last stretch. Raises PlaceholderMismatchError for
+        a number that no item can have.
+        """
+        found_by = [zip(pattern.finditer(text), repeat(m)) for m, pattern in self._patterns.items()]
+        stretches: list[str] = []
+        found: list[NumberedPlaceholder] = []
+        end = 0
+        for hit, modality in heapq.merge(*found_by, key=lambda pair: pair[0].start()):
             if hit.start() < end:
                 continue
+            if len(found) == most:
+                break
             stretches.append(text[end : hit.start()])
-            number = hit.groupdict().get("number")
-            item = None if number is None else int(number)
-            found.append(NumberedPlaceholder(modality, self._ids[modality], item))
+            found.append(self._placeholder(modality, hit))
             end = hit.end()
         return [*stretches, text[end:]], found
+
+    def _placeholder(self, modality: Modality, hit: re.Match[str]) -> NumberedPlaceholder:
+        digits = hit.groupdict().get("number")
+        if digits is not None and len(digits) > _MAX_DIGITS:
+            raise PlaceholderMismatchError(
+                f"A placeholder names the {modality} {digits[:_MAX_DIGITS]}…, a number of {len(digits)} digits; items "
+                "are numbered from 1."
+            )
+        number = None if digits is None else int(digits)
+        return NumberedPlaceholder(modality, self._ids[modality], number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +102,8 @@ def in_order(
             p.number for p in placeholders if p.modality == modality and p.number is not None
         ]
         if set(numbers) != set(range(1, len(own) + 1)):
-            named = ", ".join(map(str, sorted(set(numbers)))) or "none"
+            known = sorted(set(numbers))
+            named = ", ".join(map(str, known[:_LISTED])) + (" …" if len(known) > _LISTED else "")
             raise PlaceholderMismatchError(
                 f"The prompt's {modality} placeholders name the items {named}, but there are {len(own)} {modality} "
                 f"items: name each of 1 to {len(own)} at least once."
@@ -212,21 +233,34 @@ def _assemble(
     out: list[int] = []
     spans: list[PlaceholderSpan] = []
     counts: Counter[str] = Counter()
+    joins: Mapping[tuple[int, int], int] = {}
     pos = 0
     for site in sites:
         if site.start < pos:
             raise PlaceholderMismatchError(
                 "Placeholders of two modalities overlap in the prompt; write them one after another."
             )
-        out.extend(token_ids[pos : site.start])
-        base = len(out)
-        out.extend(site.replacement.token_ids)
+        _append(out, token_ids[pos : site.start], joins)
+        ids = site.replacement.token_ids
+        joins = site.replacement.joins if site.length != len(ids) else {}
+        base = _append(out, ids, joins)
         runs = tuple((base + start, length) for start, length in site.replacement.runs)
         spans.append(PlaceholderSpan(site.item_index, runs))
         counts[items[site.item_index].modality] += sum(length for _, length in runs)
         pos = site.start + site.length
-    out.extend(token_ids[pos:])
+    _append(out, token_ids[pos:], joins)
     return Expansion(tuple(out), tuple(spans), dict(counts))
+
+
+def _append(out: list[int], ids: Sequence[int], joins: Mapping[tuple[int, int], int]) -> int:
+    """Append ``ids``, the first of them as one with the last before it where ``joins`` says so; where they begin."""
+    one = joins.get((out[-1], ids[0])) if joins and out and ids else None
+    if one is not None:
+        out[-1] = one
+        ids = ids[1:]
+    base = len(out) - (one is not None)
+    out.extend(ids)
+    return base
 
 
 def _pack(token_ids: Iterable[int]) -> str:

@@ -16,11 +16,13 @@ class Replacement:
     """What one placeholder expands to.
 
     ``token_ids`` replace the placeholder; ``runs`` are ``(start, length)`` pairs relative to them: the positions that
-    embeddings fill. Usually all of them: ``runs == ((0, len(token_ids)),)``.
+    embeddings fill. Usually all of them: ``runs == ((0, len(token_ids)),)``. ``joins``: pairs of ids that are one token
+    when they meet at an edge of the replacement, as line ends do for some tokenizers, and that token.
     """
 
     token_ids: tuple[int, ...]
     runs: tuple[tuple[int, int], ...]
+    joins: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,14 @@ class VideoFacts:
 class FrameChoice:
     """What the caller asked for, each None when not: so many frames, uniformly; or so many per second.
 
-    ``at_most``: the limit of ``limit_mm_per_prompt``, which no sampling exceeds.
+    ``at_most``: the limit of ``limit_mm_per_prompt``, which no sampling exceeds. ``given``: the frames are the caller's
+    own choice already, not a file's; all of them are used unless the caller asks for fewer.
     """
 
     num_frames: int | None = None
     fps: float | None = None
     at_most: int | None = None
+    given: bool = False
 
 
 FrameSampler = Callable[[VideoFacts, FrameChoice], np.ndarray]

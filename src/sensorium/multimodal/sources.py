@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image
 
 from sensorium.errors import InvalidRequestError
+from sensorium.multimodal.audio import MOST_RATE, read_samples
+from sensorium.multimodal.frames import read_origin
 from sensorium.multimodal.image import check_picture
 from sensorium.multimodal.items import MediaRef, Modality, SourceKind
 
@@ -52,6 +54,7 @@ def split(value: object, param: str, enable_mm_embeds: bool, kind: Kind) -> list
     A mapping, and a tensor that is no raw item, are embeddings; a tensor of two dimensions is those of one item. None
     is an item that is cached. Raises InvalidRequestError for what is neither, and for both in one prompt.
     """
+    _refuse_nested(value, param)
     if isinstance(value, Mapping) or (
         is_tensor(value) and not kind.is_raw(value, enable_mm_embeds)
     ):
@@ -70,6 +73,7 @@ def split(value: object, param: str, enable_mm_embeds: bool, kind: Kind) -> list
 def _source(value: Any, param: str, kind: Kind) -> Source:
     if value is None:
         return Source("cached", None, param)
+    _refuse_nested(value, param)
     if isinstance(value, Mapping) or (is_tensor(value) and value.ndim == 2):
         return Source("embeds", value, param)
     try:
@@ -79,10 +83,23 @@ def _source(value: Any, param: str, kind: Kind) -> Source:
     return Source("object", value, param)
 
 
+def _refuse_nested(value: Any, param: str) -> None:
+    """A nested tensor has no shape that one could look at."""
+    if is_tensor(value) and value.is_nested:
+        refuse("must be an ordinary dense tensor, not a nested one", param)
+
+
 def is_tensor(value: object) -> bool:
     """Whether the value is a torch tensor; torch is not imported for it."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
+
+
+def are_numbers(value: object) -> bool:
+    """Whether a value is a number, a list of them, or a list of such lists: sizes and seconds beside embeddings."""
+    rows = value if isinstance(value, list | tuple) else [value]
+    members = [m for row in rows for m in (row if isinstance(row, list | tuple) else [row])]
+    return bool(members) and all(type(member) in (int, float) for member in members)
 
 
 def refuse(message: str, param: str) -> NoReturn:
@@ -124,13 +141,20 @@ def _is_frame(value: Any) -> bool:
 
 def _is_one_video(value: Any) -> bool:
     """A list of frames, or frames with metadata."""
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping):
-        return True
-    return bool(value) and _is_frame(value[0])
+    return _has_metadata(value) or (bool(value) and _is_frame(value[0]))
+
+
+def _has_metadata(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping)
 
 
 def _check_video(value: Any) -> None:
-    frames = value[0] if isinstance(value, tuple) and _is_one_video(value) else value
+    frames, metadata = value if _has_metadata(value) else (value, {})
+    _check_frames(frames)
+    read_origin(metadata, len(frames))
+
+
+def _check_frames(frames: Any) -> None:
     if isinstance(frames, list | tuple):
         if not frames:
             raise InvalidRequestError("A video must have at least one frame.")
@@ -138,7 +162,7 @@ def _check_video(value: Any) -> None:
             check_picture(frame)
         return
     if not (isinstance(frames, np.ndarray) or is_tensor(frames)):
-        hint = "; for a URL or a path use a chat message" if isinstance(value, str | bytes) else ""
+        hint = "; for a URL or a path use a chat message" if isinstance(frames, str | bytes) else ""
         raise InvalidRequestError(
             "A video must be a list of frames (PIL.Image or numpy HWC), a numpy array (T, H, W, 3), a torch tensor "
             f"(T, 3, H, W), one of these with metadata in a tuple, or embeddings, got {type(frames).__name__}{hint}."
@@ -180,10 +204,11 @@ def _check_sound(value: Any) -> None:
             "The samples of a sound must be a numpy array, a torch tensor or a list, got "
             f"{type(samples).__name__}."
         )
-    if isinstance(rate, bool) or not float(rate).is_integer() or not 1 <= rate <= 768_000:
+    if isinstance(rate, bool) or not 1 <= rate <= MOST_RATE or not float(rate).is_integer():
         raise InvalidRequestError(
-            f"The sampling rate of a sound must be a whole number from 1 to 768000 per second, got {rate!r}."
+            f"The sampling rate of a sound must be a whole number from 1 to {MOST_RATE} per second, got {rate!r:.80}."
         )
+    read_samples(samples)  # of a type that cannot be hashed, or read
 
 
 SOUNDS = Kind(is_one=_is_one_sound, is_raw=lambda tensor, enable: False, check=_check_sound)

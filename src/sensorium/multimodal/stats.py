@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -31,6 +32,17 @@ class MediaStats:
     preprocess: StageStats
     cache: CacheStats
     failures: dict[str, int] = field(default_factory=dict)
+
+    def flat(self) -> dict[str, float]:
+        """All counters as plain numbers by name, such as ``decode_seconds``."""
+        flat: dict[str, float] = {}
+        for stage in ("fetch", "decode", "preprocess"):
+            for name, value in dataclasses.asdict(getattr(self, stage)).items():
+                flat[f"{stage}_{name}"] = value
+        for name, value in dataclasses.asdict(self.cache).items():
+            flat[f"processor_cache_{name}"] = value
+        flat["failures"] = sum(self.failures.values())
+        return flat
 
 
 class StageCounters:

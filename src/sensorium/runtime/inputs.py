@@ -19,7 +19,7 @@ class StepInputs:
     """T tokens of S sequences.
 
     ids (T,) int64; batch: what attention needs; first_row (S): row of each sequence's first token; sampled_rows: rows
-    whose logits are sampled, with their slots.
+    whose logits are sampled, with their slots; pooled_rows: rows that become vectors, likewise.
     """
 
     ids: torch.Tensor
@@ -27,6 +27,8 @@ class StepInputs:
     first_row: list[int]
     sampled_rows: list[int]
     sampled_slots: list[Slot]
+    pooled_rows: list[int]
+    pooled_slots: list[Slot]
 
 
 def build(pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCache]) -> StepInputs:
@@ -43,8 +45,8 @@ def build(pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCa
     several_axes = any(slot.positions is not None for _, slot in pairs)
     positions = np.empty((3, total) if several_axes else (total,), np.int64)
     block_table = np.zeros((len(pairs), max(slot.num_blocks for _, slot in pairs)), np.int32)
-    sampled_rows: list[int] = []
-    sampled_slots: list[Slot] = []
+    sampled: list[tuple[int, Slot]] = []
+    pooled: list[tuple[int, Slot]] = []
     first_row = starts[:-1].tolist()
     for index, (span, slot) in enumerate(pairs):
         row, end = first_row[index], first_row[index] + span.num_tokens
@@ -52,8 +54,9 @@ def build(pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCa
         slot.rotary_positions(span.start, span.num_tokens, positions[..., row:end])
         block_table[index, : slot.num_blocks] = slot.block_ids[: slot.num_blocks]
         if span.samples:
-            sampled_rows.append(end - 1)
-            sampled_slots.append(slot)
+            sampled.append((end - 1, slot))
+        elif span.pools:
+            pooled.append((end - 1, slot))
     device = model.device
     cos, sin = model.rotary(torch.from_numpy(positions).to(device))
     batch = AttentionBatch(
@@ -73,6 +76,8 @@ def build(pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCa
         ids=torch.from_numpy(ids).to(device),
         batch=batch,
         first_row=first_row,
-        sampled_rows=sampled_rows,
-        sampled_slots=sampled_slots,
+        sampled_rows=[row for row, _ in sampled],
+        sampled_slots=[slot for _, slot in sampled],
+        pooled_rows=[row for row, _ in pooled],
+        pooled_slots=[slot for _, slot in pooled],
     )

@@ -1,4 +1,4 @@
-"""Executes step plans: drop, evict, add, encode, forward, sample. All device work of the engine happens here."""
+"""Executes step plans: drop, evict, add, encode, forward, sample, pool. All device work of the engine happens here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from sensorium.core.plan import Span, StepPlan, StepResult
 from sensorium.kernels.batch import LayerCache
 from sensorium.models.interface import Model
-from sensorium.runtime import sampler
+from sensorium.runtime import pooler, sampler
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
 from sensorium.runtime.inputs import StepInputs, build
 from sensorium.runtime.slots import Slot, SlotTable
@@ -91,7 +91,7 @@ class ModelRunner:
                 result.failed[pairs[0][0].seq_id] = FAILED
                 return
             for pair in pairs:
-                if pair[0].seq_id not in result.samples:
+                if pair[0].seq_id not in result.samples and pair[0].seq_id not in result.vectors:
                     self._run_isolated([pair], result)
 
     def _run(self, pairs: list[tuple[Span, Slot]], result: StepResult) -> None:
@@ -107,13 +107,18 @@ class ModelRunner:
             self._accept(samples, failed, inputs.sampled_slots)
             result.samples.update(samples)
             result.failed.update(failed)
+        if inputs.pooled_rows:
+            last = _rows(hidden, inputs.pooled_rows)
+            vectors, failed = pooler.pool(last, inputs.pooled_slots)
+            result.vectors.update(vectors)
+            result.failed.update(failed)
         result.prompt_logprobs.update(prompt_logprobs)
 
     def _sample(
         self, hidden: torch.Tensor, inputs: StepInputs
     ) -> tuple[dict[int, sampler.TokenSample], dict[int, str]]:
         slots = inputs.sampled_slots
-        last = hidden[torch.tensor(inputs.sampled_rows, device=hidden.device)]
+        last = _rows(hidden, inputs.sampled_rows)
         if all(sampler.is_plain(slot) for slot in slots):
             usable = torch.isfinite(last).all(-1).tolist()
             return sampler.take(self.model.greedy(last).tolist(), usable, slots)
@@ -149,6 +154,10 @@ class ModelRunner:
                 entries += sampler.logprobs_of_targets(self.model.logits(rows), targets, num_top)
             found[span.seq_id] = tuple(entries)
         return found
+
+
+def _rows(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return hidden[torch.tensor(rows, device=hidden.device)]
 
 
 def _needs(span: Span, slot: Slot, digests: set[bytes]) -> bool:

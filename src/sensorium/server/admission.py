@@ -25,8 +25,8 @@ class Admission:
         self._usual_wait = 0.0
 
     @contextmanager
-    def enter(self, count: int) -> Iterator[list[Place]]:
-        """Places for ``count`` prompts, all or none, left at the end of the block at the latest.
+    def enter(self, count: int, param: str = "prompt") -> Iterator[list[Place]]:
+        """Places for ``count`` prompts of the field ``param``, all or none, left at the end of the block at the latest.
 
         Raises OverloadedError when there is no room, InvalidRequestError when there never will be,
         and EngineDeadError while the server shuts down.
@@ -35,8 +35,8 @@ class Admission:
             raise EngineDeadError("The server is shutting down; send the request to another one.")
         if count > self.max_waiting:
             raise InvalidRequestError(
-                f"prompt has {count} entries; at most {self.max_waiting} are possible here.",
-                param="prompt",
+                f"{param} has {count} entries; at most {self.max_waiting} are possible here.",
+                param=param,
             )
         if self.num_waiting + count > self.max_waiting:
             raise self._overloaded()

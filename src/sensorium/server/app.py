@@ -17,13 +17,20 @@ from sensorium.server.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
 from sensorium.server.chat import chat_router
 from sensorium.server.completions import completions_router
 from sensorium.server.context import ServingContext
+from sensorium.server.embeddings import embeddings_router
 from sensorium.server.errors import install_error_handlers
 from sensorium.server.gate import BodyLimit, RequestGate
 from sensorium.server.health import health_router
 from sensorium.server.home import home_router
 from sensorium.server.logprobs import TokenSpelling
 from sensorium.server.models import models_router
-from sensorium.server.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from sensorium.server.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    EmbeddingBody,
+    TokenizeBody,
+)
 from sensorium.server.tokenize import tokenize_router
 
 if TYPE_CHECKING:
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
+    "/v1/embeddings": EmbeddingBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -63,6 +71,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     for router in (
         chat_router(),
         completions_router(),
+        embeddings_router(),
         models_router(),
         tokenize_router(),
         health_router(),

@@ -77,6 +77,7 @@ def chat_router() -> APIRouter:
 
 def _begin(context: ServingContext, request: Request, body: ChatBody) -> ChatAnswer:
     model = context.check_model(body.model)
+    context.check_generates()
     check_stream_options(body)
     plan = tool_plan(body)
     job = Job(

@@ -87,6 +87,7 @@ def completions_router() -> APIRouter:
 
 def _begin(context: ServingContext, request: Request, body: CompletionBody) -> CompletionAnswer:
     model = context.check_model(body.model)
+    context.check_generates()
     check_stream_options(body)
     job = Job(
         prompts=raw_prompts(request, body),

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, cast
 from fastapi import Request
 
 from sensorium.config import ServerConfig
-from sensorium.errors import ModelNotFoundError
+from sensorium.errors import InvalidRequestError, ModelNotFoundError
 from sensorium.metrics.prometheus import ServingMetrics
+from sensorium.models.embedder import POOLS
 from sensorium.server.admission import Admission
 from sensorium.server.logprobs import TokenSpelling
 
@@ -51,6 +52,11 @@ class ServingContext:
                 f"Model {name[:200]!r} is not served here; it is {served}.", param="model"
             )
         return name
+
+    def check_generates(self) -> None:
+        """Raise InvalidRequestError when the model makes vectors here."""
+        if self.frontend.runner == "pooling":
+            raise InvalidRequestError(POOLS)
 
     def engine_id(self, request_id: str) -> str:
         """An id that no other request of this server has, though callers may repeat theirs."""

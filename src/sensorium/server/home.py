@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections.abc import Mapping
 
 from fastapi import APIRouter, Request
 from starlette.responses import HTMLResponse, Response
@@ -42,14 +43,26 @@ dt {{ font-weight: 600; }}
 <h2>Ask with Python</h2>
 <pre><code>{python}</code></pre>
 <h2>More</h2>
-<p>OpenAI-compatible: <code>/v1/chat/completions</code>, <code>/v1/completions</code>,
-<code>/v1/models</code>. Also <code>/tokenize</code>, <code>/detokenize</code>,
+<p>OpenAI-compatible: {routes}, <code>/v1/models</code>. Also <code>/tokenize</code>, <code>/detokenize</code>,
 <code>/health</code>, <code>/version</code> and <code>/metrics</code>; all described in
 <a href="{root}/openapi.json">openapi.json</a>.</p>
 </main>
 </body>
 </html>
 """
+
+_ASK_FOR_TEXT = """from openai import OpenAI
+
+client = OpenAI(base_url={url!r}, api_key={key!r})
+messages = {messages}
+answer = client.chat.completions.create(model={model!r}, messages=messages)
+print(answer.choices[0].message.content)"""
+
+_ASK_FOR_VECTOR = """from openai import OpenAI
+
+client = OpenAI(base_url={url!r}, api_key={key!r})
+answer = client.embeddings.create(model={model!r}, input="Hello!")
+print(answer.data[0].embedding)"""
 
 
 def home_router() -> APIRouter:
@@ -78,42 +91,37 @@ def _base_url(request: Request) -> str:
 
 def _page(context: ServingContext, base_url: str) -> str:
     model = context.model_names[0]
-    modalities = context.frontend.modalities
-    content: Messages = [{"type": "text", "text": "What is shown here?"}]
-    if "image" in modalities:
-        url = "https://example.com/picture.png"
-        content.append({"type": "image_url", "image_url": {"url": url}})
-    else:
-        content[0]["text"] = "Hello!"
-    messages: Messages = [{"role": "user", "content": content}]
     has_key = bool(context.config.api_key)
+    pools = context.frontend.runner == "pooling"
+    routes = ("/v1/embeddings",) if pools else ("/v1/chat/completions", "/v1/completions")
+    body = {"model": model, **({"input": "Hello!"} if pools else {"messages": _messages(context)})}
+    python = _ASK_FOR_VECTOR if pools else _ASK_FOR_TEXT
+    shown = json.dumps(body.get("messages"), indent=4, ensure_ascii=False)
+    key = "KEY" if has_key else "none"
     return _PAGE.format(
         version=__version__,
         model=html.escape(model),
-        modalities=html.escape(", ".join(("text", *modalities))),
+        modalities=html.escape(", ".join(("text", *context.frontend.modalities))),
         max_model_len=context.frontend.max_model_len,
-        curl=html.escape(_curl(base_url, model, messages, has_key)),
-        python=html.escape(_python(base_url, model, messages, has_key)),
+        routes=", ".join(f"<code>{route}</code>" for route in routes),
+        curl=html.escape(_curl(base_url + routes[0].removeprefix("/v1"), body, has_key)),
+        python=html.escape(python.format(url=base_url, key=key, model=model, messages=shown)),
         root=html.escape(base_url.removesuffix("/v1")),
     )
 
 
-def _curl(base_url: str, model: str, messages: Messages, has_key: bool) -> str:
-    body = json.dumps({"model": model, "messages": messages}, indent=2, ensure_ascii=False)
-    quoted = body.replace("'", "'\\''")
+def _messages(context: ServingContext) -> Messages:
+    """A question that the model could be asked."""
+    if "image" not in context.frontend.modalities:
+        return [{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]
+    picture = {"type": "image_url", "image_url": {"url": "https://example.com/picture.png"}}
+    question = {"type": "text", "text": "What is shown here?"}
+    return [{"role": "user", "content": [question, picture]}]
+
+
+def _curl(url: str, body: Mapping[str, object], has_key: bool) -> str:
+    quoted = json.dumps(body, indent=2, ensure_ascii=False).replace("'", "'\\''")
     authorization = "  -H 'Authorization: Bearer KEY' \\\n" if has_key else ""
     return (
-        f"curl {base_url}/chat/completions \\\n{authorization}"
-        f"  -H 'Content-Type: application/json' \\\n  -d '{quoted}'"
-    )
-
-
-def _python(base_url: str, model: str, messages: Messages, has_key: bool) -> str:
-    shown = json.dumps(messages, indent=4, ensure_ascii=False)
-    return (
-        "from openai import OpenAI\n\n"
-        f"client = OpenAI(base_url={base_url!r}, api_key={'KEY' if has_key else 'none'!r})\n"
-        f"messages = {shown}\n"
-        f"answer = client.chat.completions.create(model={model!r}, messages=messages)\n"
-        "print(answer.choices[0].message.content)"
+        f"curl {url} \\\n{authorization}  -H 'Content-Type: application/json' \\\n  -d '{quoted}'"
     )

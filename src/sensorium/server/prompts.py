@@ -11,14 +11,22 @@ from fastapi import Request
 from sensorium.engine.prompts import ChatPrompt, MediaOptions, RawPrompt
 from sensorium.errors import InvalidRequestError
 from sensorium.server.context import ServingContext, tenant_of
-from sensorium.server.protocol import ChatBody, CompletionBody, GenerationBody, TokenizeBody
+from sensorium.server.protocol import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    GenerationBody,
+    TokenizeBody,
+)
 from sensorium.text.chat import parse_messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def media_options(request: Request, body: GenerationBody | TokenizeBody) -> MediaOptions:
+def media_options(
+    request: Request, body: GenerationBody | TokenizeBody | EmbeddingBody
+) -> MediaOptions:
     """How the items of a request are loaded, and whose they are."""
     return MediaOptions(
         mm_processor_kwargs=body.mm_processor_kwargs or {},
@@ -31,11 +39,12 @@ def media_options(request: Request, body: GenerationBody | TokenizeBody) -> Medi
 def chat_prompt(
     context: ServingContext,
     request: Request,
-    body: ChatBody | TokenizeBody,
-    tools: list[dict[str, Any]] | None,
+    body: ChatBody | TokenizeBody | EmbeddingBody,
+    tools: list[dict[str, Any]] | None = None,
 ) -> ChatPrompt:
     """The conversation of a body. ``tools``: those that the template is to show.
 
+    A generation prompt is added unless the body says otherwise; for an embedding, only if it says so.
     Raises InvalidRequestError with the place of what is wrong.
     """
     if body.chat_template is not None and not context.config.trust_request_chat_template:
@@ -43,7 +52,8 @@ def chat_prompt(
             "chat_template is refused; the server would need --trust-request-chat-template.",
             param="chat_template",
         )
-    adds = True if body.add_generation_prompt is None else body.add_generation_prompt
+    usual = not isinstance(body, EmbeddingBody)
+    adds = usual if body.add_generation_prompt is None else body.add_generation_prompt
     continues = bool(body.continue_final_message)
     if continues and body.add_generation_prompt:
         raise InvalidRequestError(
@@ -57,11 +67,12 @@ def chat_prompt(
         tools=tuple(tools) if tools else None,
         chat_template=body.chat_template,
         chat_template_kwargs=_template_kwargs(body),
+        add_special_tokens=body.add_special_tokens if isinstance(body, EmbeddingBody) else None,
         media=media_options(request, body),
     )
 
 
-def _template_kwargs(body: ChatBody | TokenizeBody) -> Mapping[str, Any]:
+def _template_kwargs(body: ChatBody | TokenizeBody | EmbeddingBody) -> Mapping[str, Any]:
     """The template's variables; the effort of reasoning is one of them for the models that know
     it.
     """
@@ -70,20 +81,23 @@ def _template_kwargs(body: ChatBody | TokenizeBody) -> Mapping[str, Any]:
     return {"reasoning_effort": effort, **kwargs} if effort is not None else kwargs
 
 
-def raw_prompts(request: Request, body: CompletionBody) -> list[RawPrompt]:
-    """The prompts of a completion: a text, token ids, or a list of either.
+def raw_prompts(request: Request, body: CompletionBody | EmbeddingBody) -> list[RawPrompt]:
+    """The prompts of a completion, or the inputs of an embedding: a text, token ids, or a list of either.
 
     Raises InvalidRequestError that names the entry.
     """
-    value = body.prompt
+    if isinstance(body, EmbeddingBody):
+        name, value = "input", body.input
+    else:
+        name, value = "prompt", body.prompt
     media = media_options(request, body)
     adds = True if body.add_special_tokens is None else body.add_special_tokens
     if isinstance(value, str) or _is_ids(value):
-        entries = [(value, "prompt")]
+        entries = [(value, name)]
     elif isinstance(value, list) and value:
-        entries = [(entry, f"prompt[{i}]") for i, entry in enumerate(value)]
+        entries = [(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
     else:
-        _bad_prompt(value, "prompt")
+        _bad_prompt(value, name)
     prompts = []
     for entry, param in entries:
         if isinstance(entry, str):

@@ -136,6 +136,30 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = None
 
 
+class EmbeddingBody(Body):
+    """Body of ``POST /v1/embeddings``: an ``input`` (a text, token ids, or a list of either), or ``messages`` with what
+    chat knows of rendering.
+    """
+
+    model: str | None = None
+    input: Any = None
+    messages: list[dict[str, Any]] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: dict[str, dict[str, Any]] | None = None
+    cache_salt: str | None = Field(None, max_length=1024)
+    priority: int | None = Field(None, ge=-(1 << 31), le=1 << 31)
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
+    user: str | None = None
+
+
 class TokenizeBody(Body):
     """Body of ``POST /tokenize``: a ``prompt``, or ``messages`` with what chat knows of rendering."""
 

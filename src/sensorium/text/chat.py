@@ -16,7 +16,7 @@ import jinja2
 
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.multimodal.items import MediaRef, Modality
-from sensorium.multimodal.placeholders import PlaceholderIds
+from sensorium.multimodal.placeholders import NumberedPlaceholder, PlaceholderIds
 from sensorium.text.control import ControlTokens, pick_mark, unmark
 from sensorium.text.conversation import (
     Conversation,
@@ -64,11 +64,13 @@ class RenderedPrompt:
     """A conversation as the model sees it.
 
     ``text`` is for people. ``token_ids`` is what counts: it holds one unexpanded placeholder per
-    item. ``refs`` are the items; those of one modality are in the order of their placeholders."""
+    item. ``refs`` are the items; those of one modality are in the order of their placeholders, or
+    of the numbers in ``numbered``, the placeholders that are no tokens."""
 
     text: str
     token_ids: tuple[int, ...]
     refs: tuple[MediaRef, ...]
+    numbered: tuple[NumberedPlaceholder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,28 +198,32 @@ class ChatTemplate:
             marked = _up_to_end(marked, marks.end)
         stretches, found = self._split(marked)
         encoded = [self._encode(stretch, marks.guard) for stretch in stretches]
-        text, ids = encoded[0]
-        ids = self._surrounded(ids, add_special_tokens)
+        texts = [encoded[0][0]]
+        ids = list(self._opened(encoded[0][1], add_special_tokens))
         for (spelling, placeholder), (more_text, more_ids) in zip(found, encoded[1:], strict=True):
-            text += spelling + more_text
-            ids = [*ids, *placeholder, *self._begun(more_ids)]
-        return RenderedPrompt(text, tuple(ids), conversation.refs)
+            texts += [spelling, more_text]
+            ids += [*placeholder.ids, *self._begun(more_ids, add_special_tokens)]
+        if add_special_tokens:
+            ids += self._tokenizer.suffix_ids
+        numbered = tuple(placeholder for _, placeholder in found)
+        return RenderedPrompt("".join(texts), tuple(ids), conversation.refs, numbered)
 
-    def _split(self, marked: str) -> tuple[list[str], list[tuple[str, tuple[int, ...]]]]:
-        """The marked text, split at acting placeholders that the vocabulary does not hold; these, with their ids."""
+    def _split(self, marked: str) -> tuple[list[str], list[tuple[str, NumberedPlaceholder]]]:
+        """The marked text, split at acting placeholders that the vocabulary does not hold; these, with their texts."""
         stretches, found, end = [], [], 0
         if self._placeholders is not None:
             for control in self._control.pattern.finditer(marked):
-                ids = self._placeholders.ids_of(control[0])
-                if ids is not None:
+                placeholder = self._placeholders.read(control[0])
+                if placeholder is not None:
                     stretches.append(marked[end : control.start()])
-                    found.append((control[0], ids))
+                    found.append((control[0], placeholder))
                     end = control.end()
         return [*stretches, marked[end:]], found
 
-    def _begun(self, ids: list[int]) -> list[int]:
+    def _begun(self, ids: list[int], add_special_tokens: bool | None) -> list[int]:
         """A stretch of text after a placeholder, with what the family puts in front of each."""
-        if self._placeholders is None or not self._placeholders.prefix_each:
+        each = self._placeholders is not None and self._placeholders.prefix_each
+        if not each or add_special_tokens is False:
             return ids
         return [*self._tokenizer.prefix_ids, *ids]
 
@@ -262,12 +268,11 @@ class ChatTemplate:
             return text, self._tokenizer.encode(text, add_special_tokens=False)
         return text, self._tokenizer.inert.encode_pieces(pieces)
 
-    def _surrounded(self, ids: list[int], add_special_tokens: bool | None) -> list[int]:
-        tokenizer = self._tokenizer
-        if add_special_tokens:
-            return [*tokenizer.prefix_ids, *ids, *tokenizer.suffix_ids]
-        if add_special_tokens is None and ids[:1] != [tokenizer.bos_token_id]:
-            return [*tokenizer.prefix_ids, *ids]
+    def _opened(self, ids: list[int], add_special_tokens: bool | None) -> list[int]:
+        """The first stretch of a prompt, with what the tokenizer puts in front."""
+        written = ids[:1] == [self._tokenizer.bos_token_id]
+        if add_special_tokens or (add_special_tokens is None and not written):
+            return [*self._tokenizer.prefix_ids, *ids]
         return ids
 
 

@@ -7,23 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sensorium.models.configs import (
+    CLIP_LARGE_336,
     ClipConfig,
     TextConfig,
     bad,
     count,
+    feature_layers,
     read_clip_config,
     read_text_config,
     section,
 )
-
-_CLIP_DEFAULTS = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +43,7 @@ def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:
     text = section(config, "text_config")
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
     decoder = read_text_config({"model_type": "llama", **text}, tied=tied)
-    vision = read_clip_config(section(config, "vision_config"), _CLIP_DEFAULTS)
+    vision = read_clip_config(section(config, "vision_config"), CLIP_LARGE_336)
     name = "image_token_id" if "image_token_id" in config else "image_token_index"
     image_token_id = count(config, name, 32000)
     if image_token_id >= decoder.vocab_size:
@@ -64,19 +57,6 @@ def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:
         image_token_id=image_token_id,
         projector_activation=str(config.get("projector_hidden_act", "gelu")),
         projector_bias=bool(config.get("multimodal_projector_bias", True)),
-        feature_layers=_feature_layers(config.get("vision_feature_layer", -2), vision.num_layers),
+        feature_layers=feature_layers(config.get("vision_feature_layer", -2), vision.num_layers),
         keep_class_token=strategy == "full",
     )
-
-
-def _feature_layers(value: Any, num_layers: int) -> tuple[int, ...]:
-    """Indices into the hidden states (0: before the first layer), where -1 is after the last layer."""
-    found = []
-    for index in value if isinstance(value, list) and value else [value]:
-        if isinstance(index, bool) or not isinstance(index, int):
-            bad("vision_feature_layer", f"must be an integer or a list of them, got {value!r}")
-        number = index + num_layers + 1 if index < 0 else index
-        if not 0 <= number <= num_layers:
-            bad("vision_feature_layer", f"{index} is outside a tower of {num_layers} layers")
-        found.append(number)
-    return tuple(found)

@@ -158,7 +158,7 @@ def read_edges(size: Any) -> Edges:
     Raises ConfigError for anything else and for edges outside 1 to MAX_SIZE.
     """
     values = dict(size) if isinstance(size, Mapping) else {"shortest_edge": size}
-    names = tuple(sorted(values))
+    names = tuple(sorted(map(str, values)))
     if names not in (("shortest_edge",), ("height", "width")):
         _bad_size(size)
     for edge in values.values():
@@ -172,7 +172,7 @@ def read_edges(size: Any) -> Edges:
 def _bad_size(size: Any) -> NoReturn:
     raise ConfigError(
         "size must be an integer, {'shortest_edge': n} or {'height': h, 'width': w} with edges from 1 to "
-        f"{MAX_SIZE}, got {size!r}.",
+        f"{MAX_SIZE}, got {size!r:.80}.",
         param="size",
     )
 

@@ -24,5 +24,6 @@ FAMILIES = (
         "Qwen2_5_VLForConditionalGeneration",
         read_qwen2_5_vl_config,
         _new_model,
+        ("image", "video"),
     ),
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from sensorium.models.configs import bad, count
+from sensorium.models.configs import bad, count, section
 from sensorium.models.qwen2_vl.config import (
     Qwen2VLConfig,
     VisionConfig,
@@ -27,6 +28,7 @@ _VISION_DEFAULTS = {
     "window_size": 112,
     "out_hidden_size": 3584,
     "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 4,
 }
 
 
@@ -40,7 +42,11 @@ class WindowedVisionConfig(VisionConfig):
 
 def read_qwen2_5_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
-    return read_vl_config(config, _read_vision)
+    vision = {**_VISION_DEFAULTS, **section(config, "vision_config")}
+    rate = vision["tokens_per_second"]
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        bad("vision_config.tokens_per_second", f"must be a positive number, got {rate!r}")
+    return replace(read_vl_config(config, _read_vision), tokens_per_second=float(rate))
 
 
 def _read_vision(config: Mapping[str, Any]) -> WindowedVisionConfig:

@@ -15,6 +15,7 @@ from sensorium.models.interface import (
 from sensorium.models.pixels import Normalization, read_normalization
 from sensorium.models.qwen2_vl.config import Qwen2VLConfig, read_qwen2_vl_config
 from sensorium.models.qwen2_vl.processing import build
+from sensorium.multimodal.items import Modality
 from sensorium.multimodal.processor import Processor
 
 
@@ -24,14 +25,16 @@ def qwen_vl_family(
     architecture: str,
     read_config: Callable[[Mapping[str, Any]], Qwen2VLConfig],
     new_model: Callable[[Qwen2VLConfig, Normalization, BuildOptions], LoadableModel],
+    modalities: tuple[Modality, ...] = ("image",),
+    new_processor: Callable[[Qwen2VLConfig, LoadedConfig, bool], Processor] = build,
 ) -> Family:
     """The row of a family that differs from Qwen2-VL in its configuration and its vision tower alone."""
 
     def shape(loaded: LoadedConfig) -> TextShape:
-        return read_config(loaded.config).text.shape
+        return read_config(loaded.config).shape
 
     def build_processor(loaded: LoadedConfig) -> Processor:
-        return build(read_config(loaded.config), loaded)
+        return new_processor(read_config(loaded.config), loaded, "video" in modalities)
 
     def build_model(loaded: LoadedConfig, options: BuildOptions) -> LoadableModel:
         normalization = read_normalization(loaded.preprocessor)
@@ -41,7 +44,7 @@ def qwen_vl_family(
         name=name,
         checkpoint=checkpoint,
         architectures=(architecture,),
-        modalities=("image",),
+        modalities=modalities,
         shape=shape,
         build_processor=build_processor,
         build_model=build_model,
@@ -68,5 +71,6 @@ FAMILIES = (
         "Qwen2VLForConditionalGeneration",
         read_qwen2_vl_config,
         _new_model,
+        ("image", "video"),
     ),
 )

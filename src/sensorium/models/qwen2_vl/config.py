@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sensorium.models.configs import TextConfig, bad, count, read_text_config, section
+from sensorium.models.interface import TextShape
 
 _VISION_DEFAULTS = {
     "depth": 32,
@@ -37,6 +38,11 @@ class VisionConfig:
     temporal_patch_size: int
     activation: str
 
+    @property
+    def num_deep(self) -> int:
+        """How many features besides the last block's the tower gives."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class Qwen2VLConfig:
@@ -46,6 +52,13 @@ class Qwen2VLConfig:
     vision: VisionConfig
     image_token_id: int
     video_token_id: int
+    tokens_per_second: float | None = None
+    """Temporal positions of a second of video, where positions follow time; else they count temporal patches."""
+
+    @property
+    def shape(self) -> TextShape:
+        """The sizes that the engine needs."""
+        return replace(self.text.shape, num_deep=self.vision.num_deep)
 
 
 def read_qwen2_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
@@ -54,13 +67,15 @@ def read_qwen2_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
 
 
 def read_vl_config(
-    config: Mapping[str, Any], read_vision: Callable[[Mapping[str, Any]], VisionConfig]
+    config: Mapping[str, Any],
+    read_vision: Callable[[Mapping[str, Any]], VisionConfig],
+    model_type: str = "qwen2_vl_text",
 ) -> Qwen2VLConfig:
-    """As ``read_qwen2_vl_config``, for families that differ in their ``vision_config`` alone."""
+    """As ``read_qwen2_vl_config``, for families that differ in their ``vision_config`` and the kind of decoder."""
     nested = config.get("text_config")
     text = config if nested is None else section(config, "text_config")
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    decoder = read_text_config({**_with_section(text), "model_type": "qwen2_vl_text"}, tied=tied)
+    decoder = read_text_config({**_with_section(text), "model_type": model_type}, tied=tied)
     vision = read_vision(section(config, "vision_config"))
     if vision.num_outputs != decoder.hidden_size:
         bad(
@@ -80,7 +95,10 @@ def read_vl_config(
 def _with_section(text: Mapping[str, Any]) -> dict[str, Any]:
     """The text configuration with an ``mrope_section``, which some files leave out."""
     key = "rope_parameters" if not text.get("rope_scaling") else "rope_scaling"
-    rope = dict(text.get(key) or {})
+    rope = text.get(key) or {}
+    if not isinstance(rope, Mapping):
+        bad(key, f"must be a mapping, got {rope!r:.80}")
+    rope = dict(rope)
     rope.setdefault("mrope_section", _MROPE_SECTION)
     return {**text, key: rope}
 

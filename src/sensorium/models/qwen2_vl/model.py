@@ -22,13 +22,14 @@ class Qwen2VLModel(DecoderModel):
 
     prefix = "language_model."
     tower_class: type[Any] = VisionTower
+    modalities = frozenset(("image", "video"))
 
     def __init__(
         self, config: Qwen2VLConfig, normalization: Normalization, options: BuildOptions
     ) -> None:
         super().__init__(config.text, options)
         self.tower: VisionTower | None = None
-        if "image" in options.skip_modalities:
+        if self.modalities <= options.skip_modalities:
             self.ignored_weights += (r"visual\..*",)
             return
         try:
@@ -38,7 +39,7 @@ class Qwen2VLModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether images are not skipped."""
+        """Whether images or videos are not skipped."""
         return self.tower is not None
 
     def slots(self) -> Iterator[Slot]:
@@ -48,7 +49,7 @@ class Qwen2VLModel(DecoderModel):
             yield from self.tower.slots("visual.")
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each image, all in one batch."""
+        """Embeddings (num_embeds, H) of each image or video, all in one batch."""
         if self.tower is None:
             return super().encode(items)
         return apart(self.tower([item.arrays["pixels"] for item in items]))

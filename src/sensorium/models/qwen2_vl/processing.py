@@ -1,8 +1,8 @@
-"""Images of Qwen2-VL: resized to multiples of a merge cell within a range of pixels; positions on three axes."""
+"""Images and videos of Qwen2-VL: resized to multiples of a merge cell within a range of pixels; positions on three
+axes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,16 @@ from sensorium.models import precomputed
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.pixels import check_image, read_resample, resize
 from sensorium.models.processing import check_option_names, identity_of
+from sensorium.models.qwen2_vl import video
 from sensorium.models.qwen2_vl.config import Qwen2VLConfig
-from sensorium.multimodal.items import Decoded, Features, Modality
-from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
+from sensorium.models.qwen2_vl.sizes import PixelRange, read_pixel_range, target_size
+from sensorium.multimodal.items import Clip, Decoded, Features, Modality
+from sensorium.multimodal.processor import FrameSampler, Markup, PlacedItem, Replacement
 
-MAX_ASPECT = 200
 MAX_PIXELS = 16384 * 28 * 28
 """The largest ``max_pixels`` that a request may ask for, unless the checkpoint's own is larger."""
 OPTIONS = ("min_pixels", "max_pixels", "size")
+SECONDS = "second_per_grid_ts"
 PLACEHOLDERS = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
@@ -29,16 +31,13 @@ PLACEHOLDERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class PixelRange:
-    """Least and most pixels (height times width) of a resized image."""
-
-    least: int
-    most: int
-
-
-@dataclass(frozen=True, slots=True)
 class Qwen2VLProcessor:
-    """See ``multimodal.processor.Processor``. ``meta["grid"]`` of its features is (t, h, w) in patches."""
+    """See ``multimodal.processor.Processor``.
+
+    ``meta`` of its features: ``grid`` is (t, h, w) in patches; ``second_per_grid``, of videos of the models whose
+    positions follow time (``tokens_per_second``), the seconds of a temporal patch. ``videos``: None for models that
+    take images only.
+    """
 
     image_token_id: int
     video_token_id: int
@@ -48,7 +47,18 @@ class Qwen2VLProcessor:
     pixels: PixelRange
     resize_images: bool
     resample: int
-    modalities: tuple[Modality, ...] = ("image",)
+    videos: video.VideoRules | None = None
+    tokens_per_second: float | None = None
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Images, and videos where there are rules for them."""
+        return ("image",) if self.videos is None else ("image", "video")
+
+    @property
+    def takes_seconds(self) -> bool:
+        """Whether embeddings of videos may come with the seconds of a temporal patch."""
+        return self.tokens_per_second is not None
 
     @property
     def cell(self) -> int:
@@ -60,17 +70,20 @@ class Qwen2VLProcessor:
         """The pad tokens are in the vocabulary."""
         return None
 
-    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> None:
-        """Images need nothing."""
-        return
+    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> FrameSampler | None:
+        """Which frames of a video are taken; images need nothing."""
+        if modality == "image" or self.videos is None:
+            return None
+        return self.videos.sampler(options)
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
         """Class, configuration and options."""
         return identity_of("qwen2_vl 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """``min_pixels``, ``max_pixels``, and ``size`` with ``shortest_edge`` and ``longest_edge`` (in pixels too)."""
-        check_option_names(options, OPTIONS)
+        """``min_pixels``, ``max_pixels``, and ``size`` with ``shortest_edge`` and ``longest_edge`` (in pixels too), of
+        an image or of a video's frame; of videos those of ``video.OPTIONS``."""
+        check_option_names(options, OPTIONS if self.videos is None else OPTIONS + video.OPTIONS)
         try:
             limits = read_pixel_range(options, self.pixels)
         except ConfigError as error:
@@ -81,35 +94,53 @@ class Qwen2VLProcessor:
                 f"max_pixels may be at most {highest} for this model, got {limits.most}.",
                 param="mm_processor_kwargs",
             )
+        if self.videos is not None:
+            self.videos.check_options(options)
 
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """``arrays["pixels"]``: (height, width, 3) uint8, both multiples of ``cell``."""
-        image = check_image(data)
+        """``arrays["pixels"]``: uint8, of an image (height, width, 3), of a video (frames, height, width, 3), edges
+        multiples of ``cell`` and frames of the temporal patch."""
+        meta: dict[str, Any] = {}
+        if isinstance(data, Clip) and self.videos is not None:
+            original = data.frames.shape[1:3]
+            pixels = self.videos.pixels_of(data, options)
+            frames = len(pixels) // self.videos.temporal_patch_size
+            if self.tokens_per_second is not None:
+                meta["second_per_grid"] = self.videos.seconds_per_grid(data, options)
+        else:
+            image = check_image(data)
+            original, frames = image.shape[:2], 1
+            pixels = self._resized(image, options)
+        height, width = pixels.shape[-3:-1]
+        meta["grid"] = (frames, height // self.patch_size, width // self.patch_size)
+        meta["original_size"] = original
+        return Features(modality, {"pixels": pixels}, self.num_embeds(meta["grid"]), meta)
+
+    def _resized(self, image: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
         height, width = image.shape[:2]
-        limits = read_pixel_range(options, self.pixels)
         if self.resize_images:
+            limits = read_pixel_range(options, self.pixels)
             tall, wide = target_size(height, width, self.cell, limits)
-            pixels = resize(image, tall, wide, self.resample)
-        elif height % self.cell or width % self.cell:
+            return resize(image, tall, wide, self.resample)
+        if height % self.cell or width % self.cell:
             raise InvalidRequestError(
                 f"This model does not resize images: edges must be multiples of {self.cell}, got {width} x {height}."
             )
-        else:
-            pixels = np.ascontiguousarray(image)
-        grid = (1, pixels.shape[0] // self.patch_size, pixels.shape[1] // self.patch_size)
-        meta = {"grid": grid, "original_size": (height, width)}
-        return Features(modality, {"pixels": pixels}, self.num_embeds(grid), meta)
+        return np.ascontiguousarray(image)
 
     def num_embeds(self, grid: Sequence[int]) -> int:
         """Embeddings of a grid of patches (t, h, w)."""
         return grid[0] * grid[1] * grid[2] // self.merge_size**2
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """``{"image_embeds": (all embeddings, hidden size), "image_grid_thw": (items, 3)}``."""
+        """``{"image_embeds": (all embeddings, hidden size), "image_grid_thw": (items, 3)}``; of videos likewise, with
+        ``second_per_grid_ts`` (items,) besides, 1 when it is missing, where positions follow time."""
         names = (f"{modality}_embeds", f"{modality}_grid_thw")
-        if not isinstance(source, Mapping) or set(source) != set(names):
+        timed = modality == "video" and self.takes_seconds
+        extra = {SECONDS} if timed else set()
+        if not isinstance(source, Mapping) or set(source) - extra != set(names):
             got = sorted(map(str, source)) if isinstance(source, Mapping) else type(source).__name__
             raise InvalidEmbeddingsError(
                 f"Embeddings for this model are a mapping with {names[0]!r} (all embeddings, hidden size) and "
@@ -128,13 +159,18 @@ class Qwen2VLProcessor:
         sizes = [self.num_embeds(grid) for grid in grids]
         if sum(sizes) != len(embeds):
             raise InvalidEmbeddingsError(
-                f"The grids {grids} stand for {sizes} embeddings, together {sum(sizes)}, but there are {len(embeds)}.",
+                f"The grids {_few(grids)} stand for {_few(sizes)} embeddings, together {sum(sizes)}, but there are "
+                f"{len(embeds)}.",
                 param=place,
             )
+        metas: list[dict[str, Any]] = [{"grid": grid} for grid in grids]
+        if timed:
+            seconds = video.read_seconds(source.get(SECONDS), len(grids), f"{param}.{SECONDS}")
+            metas = [meta | {"second_per_grid": s} for meta, s in zip(metas, seconds, strict=True)]
         parts = np.split(embeds, np.cumsum(sizes)[:-1])
         return [
-            Features(modality, {"embeds": part}, len(part), {"grid": grid}, precomputed=True)
-            for part, grid in zip(parts, grids, strict=True)
+            Features(modality, {"embeds": part}, len(part), meta, precomputed=True)
+            for part, meta in zip(parts, metas, strict=True)
         ]
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
@@ -158,34 +194,30 @@ class Qwen2VLProcessor:
             return None
         parts, token_pos, next_id = [], 0, 0
         for item in items:
-            start, length = item.runs[0]
-            text = start - token_pos
-            parts.append(_line(next_id, text))
-            block = self._block(item.features.meta["grid"]) + (next_id + text)
-            parts.append(block)
-            token_pos, next_id = start + length, int(block.max()) + 1
+            blocks = self.blocks(item.features)
+            for (start, length), block in zip(item.runs, blocks, strict=True):
+                text = start - token_pos
+                placed = block + (next_id + text)
+                parts += [_line(next_id, text), placed]
+                token_pos, next_id = start + length, int(placed.max()) + 1
         rest = len(token_ids) - token_pos
         parts.append(_line(next_id, rest))
         return np.concatenate(parts, axis=1), next_id + rest - len(token_ids)
 
-    def _block(self, grid: Sequence[int]) -> np.ndarray:
-        """Time, row and column (3, num_embeds) int32 of each embedding of a grid."""
-        t, h, w = grid[0], grid[1] // self.merge_size, grid[2] // self.merge_size
-        return np.indices((t, h, w), dtype=np.int32).reshape(3, -1)
+    def blocks(self, features: Features) -> list[np.ndarray]:
+        """Time, row and column (3, embeddings) int32 of each embedding of an item, from 0: one array for each run of
+        its placeholder."""
+        t, h, w = features.meta["grid"]
+        h, w = h // self.merge_size, w // self.merge_size
+        block = np.indices((t, h, w), dtype=np.int32).reshape(3, -1)
+        if features.modality == "video" and self.tokens_per_second is not None:
+            # In single precision, as the reference: it decides where a product falls on a whole number.
+            step = np.float32(self.tokens_per_second * features.meta["second_per_grid"])
+            block[0] = (block[0].astype(np.float32) * step).astype(np.int32)
+        return [block]
 
     def _grids(self, value: Any, param: str) -> list[tuple[int, int, int]]:
-        try:
-            array = np.asarray(value.tolist() if precomputed.is_array(value) else value)
-        except (ValueError, TypeError, RuntimeError, NotImplementedError):  # ragged, sparse, meta
-            array = np.empty(0)
-        if array.ndim == 1:
-            array = array[None]
-        if array.ndim != 2 or array.shape[1] != 3 or not len(array) or array.dtype.kind not in "iu":
-            raise InvalidEmbeddingsError(
-                f"Grids must be integers of shape (items, 3), got shape {tuple(array.shape)} of {array.dtype}.",
-                param=param,
-            )
-        grids = [(int(t), int(h), int(w)) for t, h, w in array]
+        grids = [(t, h, w) for t, h, w in precomputed.integers(value, 3, param)]
         for index, (t, h, w) in enumerate(grids):
             if min(t, h, w) < 1 or h % self.merge_size or w % self.merge_size:
                 raise InvalidEmbeddingsError(
@@ -196,13 +228,48 @@ class Qwen2VLProcessor:
         return grids
 
 
-def build(config: Qwen2VLConfig, loaded: LoadedConfig) -> Qwen2VLProcessor:
-    """The processor of a checkpoint. Raises ConfigError when its preprocessor makes other patches than its tower."""
+def build(
+    config: Qwen2VLConfig,
+    loaded: LoadedConfig,
+    videos: bool,
+    rules: type[video.VideoRules] = video.VideoRules,
+    video_defaults: Mapping[str, Any] | None = None,
+    video_pixels: PixelRange = video.PIXELS,
+) -> Qwen2VLProcessor:
+    """The processor of a checkpoint, for images and, with ``videos``, for these too.
+
+    ``rules``, ``video_defaults``, ``video_pixels``: the family's kind of rules of videos, the values that its files may
+    leave out, and the range of pixels. Raises ConfigError when its preprocessors make other patches than its tower.
+    """
     preprocessor, vision = loaded.preprocessor, config.vision
+    _check_patches(preprocessor, config)
+    cell = vision.patch_size * vision.merge_size
+    video_rules = None
+    if videos:
+        own = {**(video_defaults or {}), **loaded.video_preprocessor}
+        _check_patches(own, config)
+        video_rules = video.read_video_rules(
+            own, preprocessor, cell, vision.temporal_patch_size, rules, video_pixels
+        )
+    return Qwen2VLProcessor(
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        hidden_size=config.shape.embed_size,
+        patch_size=vision.patch_size,
+        merge_size=vision.merge_size,
+        pixels=read_pixel_range(preprocessor, PixelRange(4 * cell**2, 1280 * cell**2)),
+        resize_images=preprocessor.get("do_resize") is not False,
+        resample=read_resample(preprocessor),
+        videos=video_rules,
+        tokens_per_second=config.tokens_per_second,
+    )
+
+
+def _check_patches(preprocessor: Mapping[str, Any], config: Qwen2VLConfig) -> None:
     sizes = {
-        "patch_size": vision.patch_size,
-        "merge_size": vision.merge_size,
-        "temporal_patch_size": vision.temporal_patch_size,
+        "patch_size": config.vision.patch_size,
+        "merge_size": config.vision.merge_size,
+        "temporal_patch_size": config.vision.temporal_patch_size,
     }
     for name, size in sizes.items():
         if preprocessor.get(name, size) != size:
@@ -210,63 +277,11 @@ def build(config: Qwen2VLConfig, loaded: LoadedConfig) -> Qwen2VLProcessor:
                 f"preprocessor_config.json: {name} {preprocessor[name]!r} is not the vision tower's {size}.",
                 param="model",
             )
-    cell = (vision.patch_size * vision.merge_size) ** 2
-    return Qwen2VLProcessor(
-        image_token_id=config.image_token_id,
-        video_token_id=config.video_token_id,
-        hidden_size=config.text.hidden_size,
-        patch_size=vision.patch_size,
-        merge_size=vision.merge_size,
-        pixels=read_pixel_range(preprocessor, PixelRange(4 * cell, 1280 * cell)),
-        resize_images=preprocessor.get("do_resize") is not False,
-        resample=read_resample(preprocessor),
-    )
 
 
-def read_pixel_range(options: Mapping[str, Any], default: PixelRange) -> PixelRange:
-    """``min_pixels`` and ``max_pixels``, or ``size`` with either these names or ``shortest_edge`` and ``longest_edge``.
-
-    Raises ConfigError for values that are not integers from 1, or out of order.
-    """
-    size = options.get("size")
-    if size is not None and not isinstance(size, Mapping):
-        raise ConfigError(f"size must be a mapping, got {size!r}.", param="size")
-    least, most = default.least, default.most
-    if size is not None:
-        least = size.get("shortest_edge", size.get("min_pixels", least))
-        most = size.get("longest_edge", size.get("max_pixels", most))
-    for name, value in (("min_pixels", least), ("max_pixels", most)):
-        given = options.get(name)
-        value = value if given is None else given
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name} must be an integer from 1, got {value!r}.", param=name)
-        least, most = (value, most) if name == "min_pixels" else (least, value)
-    if least > most:
-        raise ConfigError(f"min_pixels {least} is more than max_pixels {most}.", param="min_pixels")
-    return PixelRange(least, most)
-
-
-def target_size(height: int, width: int, cell: int, limits: PixelRange) -> tuple[int, int]:
-    """Height and width, multiples of ``cell``, near the image's own, with their product within ``limits``.
-
-    Raises InvalidRequestError for an aspect ratio above 200.
-    """
-    aspect = max(height, width) / min(height, width)
-    if aspect > MAX_ASPECT:
-        raise InvalidRequestError(
-            f"An image of {width} x {height} pixels has an aspect ratio of {aspect:.0f}; this model takes at most "
-            f"{MAX_ASPECT}. Crop or pad it."
-        )
-    tall, wide = round(height / cell) * cell, round(width / cell) * cell
-    if tall * wide > limits.most:
-        shrink = math.sqrt(height * width / limits.most)
-        tall = max(cell, math.floor(height / shrink / cell) * cell)
-        wide = max(cell, math.floor(width / shrink / cell) * cell)
-    elif tall * wide < limits.least:
-        grow = math.sqrt(limits.least / (height * width))
-        tall = math.ceil(height * grow / cell) * cell
-        wide = math.ceil(width * grow / cell) * cell
-    return tall, wide
+def _few(values: Sequence[object]) -> str:
+    """The first of many values."""
+    return f"[{', '.join(map(str, values[:8]))}{', …' if len(values) > 8 else ''}]"
 
 
 def _line(start: int, length: int) -> np.ndarray:

@@ -41,6 +41,7 @@ class VisionBlock:
     """Pre-norm block: attention with rotary, then an MLP."""
 
     __slots__ = ("attention", "mlp", "norm1", "norm2")
+    fc_names = ("fc1", "fc2")
 
     def __init__(self, config: VisionConfig) -> None:
         self.norm1 = LayerNorm(config.hidden_size, NORM_EPS)
@@ -55,8 +56,9 @@ class VisionBlock:
         yield linear_slot(self.attention.qkv, [(f"{name}.attn.qkv", 3 * size)])
         yield linear_slot(self.attention.o, [(f"{name}.attn.proj", size)])
         yield norm_slot(self.norm2, f"{name}.norm2")
-        yield linear_slot(self.mlp.fc1, [(f"{name}.mlp.fc1", config.inner_size)])
-        yield linear_slot(self.mlp.fc2, [(f"{name}.mlp.fc2", size)])
+        first, second = self.fc_names
+        yield linear_slot(self.mlp.fc1, [(f"{name}.mlp.{first}", config.inner_size)])
+        yield linear_slot(self.mlp.fc2, [(f"{name}.mlp.{second}", size)])
 
     def __call__(
         self, x: torch.Tensor, starts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor

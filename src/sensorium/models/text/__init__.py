@@ -28,31 +28,30 @@ def _no_processor(loaded: LoadedConfig) -> None:
     """Text models take no media."""
 
 
-def _family(
-    name: str, checkpoint: str, architecture: str, stop_tokens: tuple[str, ...] = ()
-) -> Family:
+def _family(name: str, checkpoint: str, kind: str, stop_tokens: tuple[str, ...] = ()) -> Family:
     return Family(
         name=name,
         checkpoint=checkpoint,
-        architectures=(architecture,),
+        architectures=(f"{kind}ForCausalLM",),
         modalities=(),
         shape=_shape,
         build_processor=_no_processor,
         build_model=_build_model,
         renames=_RENAMES,
         stop_tokens=stop_tokens,
+        embedders=(f"{kind}Model",),
     )
 
 
 FAMILIES = (
-    _family("Llama", "meta-llama/Llama-3.2-1B-Instruct", "LlamaForCausalLM"),
-    _family("Qwen2", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen2ForCausalLM"),
-    _family("Qwen3", "Qwen/Qwen3-0.6B", "Qwen3ForCausalLM"),
-    _family("Mistral", "mistralai/Mistral-7B-Instruct-v0.3", "MistralForCausalLM"),
+    _family("Llama", "meta-llama/Llama-3.2-1B-Instruct", "Llama"),
+    _family("Qwen2", "Qwen/Qwen2.5-0.5B-Instruct", "Qwen2"),
+    _family("Qwen3", "Qwen/Qwen3-0.6B", "Qwen3"),
+    _family("Mistral", "mistralai/Mistral-7B-Instruct-v0.3", "Mistral"),
     _family(
         "Phi-3",
         "microsoft/Phi-3.5-mini-instruct",
-        "Phi3ForCausalLM",
+        "Phi3",
         stop_tokens=(
             "<|end|>",
             "<|endoftext|>",

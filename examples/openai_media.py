@@ -1,0 +1,96 @@
+"""Every kind of input through the official client. The server decides which of them its model takes.
+
+python examples/openai_media.py EXAMPLE [BASE_URL]
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from openai import OpenAI
+from openai.types.chat import ChatCompletion
+
+from sensorium.assets.audio import AudioAsset
+from sensorium.assets.image import ImageAsset
+from sensorium.assets.video import VideoAsset
+
+HERE = "http://127.0.0.1:8000/v1"
+
+
+def one_image(base_url: str = HERE) -> ChatCompletion:
+    """A picture by its URL."""
+    return ask(base_url, "What is in this image?", image_part("stop_sign"))
+
+
+def several_images(base_url: str = HERE) -> ChatCompletion:
+    """Several pictures in one message."""
+    parts = [image_part("stop_sign"), image_part("cherry_blossom")]
+    return ask(base_url, "What do these images have in common?", *parts)
+
+
+def cached_image(base_url: str = HERE) -> ChatCompletion:
+    """A picture with an id of the caller's; the second request sends the id alone."""
+    ask(base_url, "What is in this image?", {**image_part("stop_sign"), "uuid": "sku-1234"})
+    cached = {"type": "image_url", "image_url": None, "uuid": "sku-1234"}
+    return ask(base_url, "Which colour is it?", cached)
+
+
+def video(base_url: str = HERE) -> ChatCompletion:
+    """A clip by its URL, of which four frames are taken."""
+    part = {"type": "video_url", "video_url": {"url": VideoAsset("baby_reading").url}}
+    options = {"media_io_kwargs": {"video": {"num_frames": 4}}}
+    return ask(base_url, "What happens in this video?", part, **options)
+
+
+def audio_data(base_url: str = HERE) -> ChatCompletion:
+    """A sound as data."""
+    data = base64.b64encode(AudioAsset("winning_call").path.read_bytes()).decode()
+    part = {"type": "input_audio", "input_audio": {"data": data, "format": "ogg"}}
+    return ask(base_url, "What is in this audio?", part)
+
+
+def audio_url(base_url: str = HERE) -> ChatCompletion:
+    """A sound by its URL."""
+    part = {"type": "audio_url", "audio_url": {"url": AudioAsset("winning_call").url}}
+    return ask(base_url, "What is in this audio?", part)
+
+
+def image_embeds(base_url: str, embeds: torch.Tensor) -> ChatCompletion:
+    """Embeddings in place of a picture (of a server with --enable-mm-embeds), as a file of torch.save in base64."""
+    file = io.BytesIO()
+    torch.save(embeds, file)
+    data = base64.b64encode(file.getvalue()).decode()
+    return ask(base_url, "What is in this image?", {"type": "image_embeds", "image_embeds": data})
+
+
+def ask(base_url: str, question: str, *parts: Any, **extra: Any) -> ChatCompletion:
+    """One message of parts and a question; ``extra`` are fields beyond OpenAI's own."""
+    client = OpenAI(base_url=base_url, api_key="none")
+    content: Any = [*parts, {"type": "text", "text": question}]
+    return client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "user", "content": content}],
+        max_completion_tokens=64,
+        temperature=0,
+        extra_body=extra,
+    )
+
+
+def image_part(name: str) -> dict[str, Any]:
+    """One of the pictures that come with the package, as a part."""
+    return {"type": "image_url", "image_url": {"url": ImageAsset(name).url}}
+
+
+EXAMPLES: dict[str, Callable[[str], ChatCompletion]] = {
+    function.__name__: function
+    for function in (one_image, several_images, cached_image, video, audio_data, audio_url)
+}
+
+if __name__ == "__main__":
+    answer = EXAMPLES[sys.argv[1]](*sys.argv[2:3] or [HERE])
+    print(answer.choices[0].message.content)

@@ -1,0 +1,39 @@
+"""How far a batch has come, on the terminal."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from sensorium.outputs import PoolingRequestOutput, RequestOutput
+
+
+class Progress:
+    """A tqdm bar over requests with the rates of input and output tokens."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        self._bar = tqdm(total=total, desc="Requests", disable=not shown, dynamic_ncols=True)
+        self._start = time.monotonic()
+        self._num_input = 0
+        self._num_output = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def done(self, output: RequestOutput | PoolingRequestOutput[np.ndarray]) -> None:
+        """Count a finished request."""
+        self._num_input += len(output.prompt_token_ids)
+        if isinstance(output, RequestOutput):
+            self._num_output += sum(len(sample.token_ids) for sample in output.outputs)
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        self._bar.set_postfix_str(
+            f"input {self._num_input / seconds:.1f} tok/s, "
+            f"output {self._num_output / seconds:.1f} tok/s",
+            refresh=False,
+        )
+        self._bar.update()

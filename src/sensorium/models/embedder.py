@@ -1,0 +1,164 @@
+"""Whether a checkpoint makes vectors rather than text, and which: what its files and the configuration say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.models.interface import Family, LoadedConfig
+from sensorium.params import PoolingParams
+
+MODULES = "modules.json"
+"""The list of steps in a folder of the sentence-transformers layout."""
+
+PUBLISHED = (
+    ("VLM2Vec", "TIGER-Lab/VLM2Vec-Full", "Phi3VForCausalLM"),
+    ("DSE-Qwen2", "MrLight/dse-qwen2-2b-mrl-v1", "Qwen2VLForConditionalGeneration"),
+    ("Qwen3-Embedding", "Qwen/Qwen3-Embedding-0.6B", "Qwen3ForCausalLM"),
+    ("E5-Mistral", "intfloat/e5-mistral-7b-instruct", "MistralModel"),
+)
+"""(name, checkpoint, architecture) of embedding models that the docs name."""
+
+GENERATES = (
+    "This model generates text here and makes no vectors. Start it with --runner pooling (runner='pooling' in Python) "
+    "for those."
+)
+"""Why a vector cannot be had."""
+
+POOLS = (
+    "This model makes vectors here and generates no text: ask for embeddings, or start it with --runner generate "
+    "(runner='generate' in Python)."
+)
+"""Why no text can be had."""
+
+_HOW_TO_CUT = (
+    'If its makers trained it for that, start with hf_overrides={"is_matryoshka": true}, or with '
+    '{"matryoshka_dimensions": [...]} that lists the sizes.'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedder:
+    """How a model makes vectors: of the hidden state after the final norm at the last token.
+
+    ``size``: numbers of a whole vector. ``normalize``: whether it is scaled to length 1 where the request says nothing.
+    ``matryoshka``: whether a vector may be cut; ``sizes``: to which sizes alone, to any when empty.
+    """
+
+    size: int
+    normalize: bool = True
+    matryoshka: bool = False
+    sizes: tuple[int, ...] = ()
+
+    def resolve(self, params: PoolingParams) -> PoolingParams:
+        """The parameters with nothing left open. Raises InvalidRequestError for a size that the model does not have."""
+        if params.dimensions not in (None, self.size):
+            self._check_cut(params.dimensions or 0)
+        if params.normalize is None:
+            return params.replace(normalize=self.normalize)
+        return params
+
+    def _check_cut(self, dimensions: int) -> None:
+        if not self.matryoshka:
+            raise InvalidRequestError(
+                f"dimensions is {dimensions}, but this model's vectors have {self.size} and are not known to be of use "
+                f"when cut. {_HOW_TO_CUT}",
+                param="dimensions",
+            )
+        if self.sizes and dimensions not in self.sizes:
+            known = ", ".join(map(str, self.sizes))
+            raise InvalidRequestError(
+                f"dimensions is {dimensions}, but this model's vectors can be cut to {known} only.",
+                param="dimensions",
+            )
+        if dimensions > self.size:
+            raise InvalidRequestError(
+                f"dimensions is {dimensions}, but this model's vectors have {self.size}.",
+                param="dimensions",
+            )
+
+
+def embedder_of(loaded: LoadedConfig, family: Family, runner: str) -> Embedder | None:
+    """How the model makes vectors, or None when it generates text.
+
+    ``runner`` ``auto`` is ``pooling`` for a folder of the sentence-transformers layout and for an architecture without
+    a language-model head. Raises ConfigError for steps that are not available here.
+    """
+    folder = Path(loaded.folder)
+    listed = (folder / MODULES).is_file()
+    architectures = loaded.config.get("architectures") or []
+    headless = any(name in architectures for name in family.embedders)
+    if runner == "generate" or (runner == "auto" and not (listed or headless)):
+        return None
+    if loaded.config.get("is_causal") is False:
+        raise ConfigError(
+            "The model's tokens attend to those behind them too (is_causal is false in config.json), which is not "
+            "available here.",
+            param="model",
+        )
+    sizes = _sizes(loaded.config)
+    return Embedder(
+        size=family.shape(loaded).hidden_size,
+        normalize=_normalizes(folder) if listed else True,
+        matryoshka=bool(sizes) or loaded.config.get("is_matryoshka") is True,
+        sizes=sizes,
+    )
+
+
+def _sizes(config: dict[str, Any]) -> tuple[int, ...]:
+    value = config.get("matryoshka_dimensions") or []
+    if not isinstance(value, list) or not all(type(size) is int and size > 0 for size in value):
+        raise ConfigError(
+            f"config.json: matryoshka_dimensions must be a list of positive integers, got {value!r}.",
+            param="hf_overrides",
+        )
+    return tuple(sorted(value))
+
+
+def _normalizes(folder: Path) -> bool:
+    """Whether the steps of ``modules.json`` end with a normalisation. Raises ConfigError for any that is unknown."""
+    steps = _read(folder / MODULES)
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        raise ConfigError(f"{MODULES} of the model is not a list of modules.", param="model")
+    kinds = [str(step.get("type", "")).rpartition(".")[2] for step in steps]
+    for step, kind in zip(steps, kinds, strict=True):
+        if kind not in ("Transformer", "Pooling", "Normalize"):
+            raise ConfigError(
+                f"{MODULES} of the model has the step {kind!r}, which is not available here: only Transformer, Pooling "
+                "of the last token and Normalize are.",
+                param="model",
+            )
+        if kind == "Pooling":
+            _check_pooling(folder / Path(str(step.get("path", ""))).name / "config.json")
+    return "Normalize" in kinds
+
+
+def _check_pooling(path: Path) -> None:
+    settings = _read(path)
+    if not isinstance(settings, dict):
+        raise ConfigError(
+            "The settings of the model's pooling are not a JSON object.", param="model"
+        )
+    prefix = "pooling_mode_"
+    modes = {k.removeprefix(prefix) for k, v in settings.items() if k.startswith(prefix) and v}
+    if settings.get("pooling_mode"):
+        modes = set(str(settings["pooling_mode"]).split("+"))
+    if modes != {"lasttoken"}:
+        raise ConfigError(
+            f"The model pools by {', '.join(sorted(modes)) or 'an unknown rule'}; only pooling of the last token "
+            "(lasttoken) is available here.",
+            param="model",
+        )
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path.name} of the model's pooling cannot be read: {type(error).__name__}.",
+            param="model",
+        ) from error

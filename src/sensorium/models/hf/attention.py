@@ -1,0 +1,106 @@
+"""The attention function that modelling code of transformers calls: our paged attention, in the running step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sensorium.kernels import ops
+from sensorium.kernels.batch import AttentionBatch, AttentionVariant
+
+NAME = "sensorium_paged"
+"""The value of ``attn_implementation`` under which the function is registered."""
+
+
+class UnfitError(Exception):
+    """The modelling code asks for something that paged attention does not do; the text says what."""
+
+
+@dataclass(slots=True)
+class Step:
+    """What the layers of one forward pass share.
+
+    batch: None for a step that only looks what comes to attention. stretch: as in ``AttentionVariant``, for the rows of
+    the step. layers, shapes: which have called so far, with their (KV heads, size of keys, size of values).
+    """
+
+    batch: AttentionBatch | None
+    stretch: torch.Tensor | None = None
+    layers: list[int] = field(default_factory=list)
+    shapes: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+_RUNNING: ContextVar[Step] = ContextVar("sensorium_step")
+
+
+@contextmanager
+def running(step: Step) -> Iterator[Step]:
+    """Attention within goes to the caches of this step."""
+    token = _RUNNING.set(step)
+    try:
+        yield step
+    finally:
+        _RUNNING.reset(token)
+
+
+def register() -> str:
+    """Make the function known to transformers; the name to select it by."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    return NAME
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **unused: Any,
+) -> tuple[torch.Tensor, None]:
+    """Paged attention of query (1, num_heads, T, D), key and value (1, num_kv_heads, T, D) -> (1, T, num_heads, D).
+
+    The arguments are those of the attention interface of transformers; the mask is ours to know. Raises UnfitError for
+    attention that is not that of a decoder to itself.
+    """
+    step = _RUNNING.get()
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise UnfitError("an attention layer that does not know its number")
+    if attention_mask is not None:
+        raise UnfitError("an attention mask of its own")
+    if query.shape[2] != key.shape[2]:
+        raise UnfitError("attention to other tokens than those of the text (cross-attention)")
+    num_rows, size, value_size = key.shape[2], key.shape[3], value.shape[3]
+    if step.batch is None:
+        step.layers.append(layer)
+        step.shapes.append((key.shape[1], size, value_size))
+        return query.new_zeros((1, num_rows, query.shape[1], value_size)), None
+    held = step.batch.caches[layer].k.shape[2]
+    mixed = ops.paged_attention(
+        _padded(query, held),
+        _padded(key, held),
+        _padded(value, held),
+        step.batch,
+        layer,
+        size**-0.5 if scaling is None else float(scaling),
+        AttentionVariant(sliding_window or None, softcap or None, s_aux, step.stretch),
+    )
+    return mixed[None, :, :, :value_size], None
+
+
+def _padded(heads: torch.Tensor, size: int) -> torch.Tensor:
+    """(1, heads, T, D) -> (T, heads, size), zeros behind: they change no score and add nothing."""
+    rows = heads[0].transpose(0, 1)
+    missing = size - rows.shape[2]
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows

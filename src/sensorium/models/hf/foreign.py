@@ -1,0 +1,301 @@
+"""The processor classes of transformers, built and called; with a stand-in for what needs torchvision."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import re
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sensorium.errors import ConfigError
+from sensorium.multimodal.items import Modality
+
+Arrays = dict[str, np.ndarray]
+_TEXTS = {
+    "image": ("<image>", "<start_of_image>", "<IMG_CONTEXT>", "[IMG]", "<|image|>"),
+    "audio": ("<audio>", "<|AUDIO|>", "[AUDIO]", "<|audio|>"),
+}
+"""Placeholders to try besides those that the processor names."""
+_SETTINGS_OF_CALLS = frozenset(
+    {
+        *("return_tensors", "device", "data_format", "input_data_format", "disable_grouping"),
+        *("padding", "sampling_rate", "return_attention_mask"),
+    }
+)
+"""What a caller of ours may not set: it concerns the form of what comes back, not what it is made of."""
+
+
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+class _NoVideos:
+    """Stands where a processor wants one for videos: that of transformers needs torchvision."""
+
+    model_input_names: tuple[str, ...] = ()
+    valid_kwargs = None
+
+
+class Foreign:
+    """A processor of transformers. Not to be pickled: ``processor_of`` makes it once in each process."""
+
+    keeps_ids = False
+    """Whether placeholders of several tokens are what they are, not texts to be cut out."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+        self._lock = threading.Lock()  # tokenizers change their settings while they are called
+        self._specials: list[int] = own.tokenizer("")["input_ids"]
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What it has parts for."""
+        has_images = getattr(self._own, "image_processor", None) is not None
+        return (*(("image",) if has_images else ()), *(("audio",) if self._hears else ()))
+
+    @property
+    def rate(self) -> int:
+        """Samples per second of sounds; 0 when it takes none."""
+        return int(self._hears.sampling_rate) if self._hears else 0
+
+    @property
+    def _hears(self) -> Any:
+        own = self._own
+        return getattr(own, "feature_extractor", None) or getattr(own, "audio_processor", None)
+
+    def options(self, modality: Modality) -> list[str]:
+        """Names of what its part for a modality can be told."""
+        part = self._own.image_processor if modality == "image" else self._hears
+        known = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
+        return sorted(set(known) - _SETTINGS_OF_CALLS)
+
+    def placeholders(self, modality: Modality) -> list[str]:
+        """Texts that may be the placeholder, the likeliest first."""
+        names = [f"{modality}_token", "boi_token" if modality == "image" else "boa_token"]
+        texts = [
+            getattr(part, name, None) for part in (self._own, self._own.tokenizer) for name in names
+        ]
+        found = [getattr(text, "content", text) for text in texts if text]
+        return list(dict.fromkeys((*map(str, found), *_TEXTS[modality])))
+
+    def ids_of(self, text: str) -> tuple[int, ...]:
+        """Ids of a text without special tokens around it."""
+        return tuple(self._own.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def call(
+        self, modality: Modality, text: str, data: np.ndarray, options: Mapping[str, Any]
+    ) -> Arrays:
+        """What it returns for a text with one placeholder and an image (H, W, 3) or samples (N,).
+
+        ``input_ids`` (1, n) are among it.
+        """
+        if modality == "image":
+            from PIL import Image
+
+            media: dict[str, Any] = {"images": [Image.fromarray(data)]}
+        else:
+            media = {"audio": [data], "sampling_rate": self.rate}
+        with self._lock:
+            return as_arrays(self._own(text=[text], return_tensors="pt", **media, **options))
+
+    def expanded(self, ids: Sequence[int]) -> list[int]:
+        """The ids without the special tokens that the tokenizer puts around a text."""
+        specials, num_front = self._specials, 0
+        while num_front < min(len(specials), len(ids)) and ids[num_front] == specials[num_front]:
+            num_front += 1
+        num_back = len(specials) - num_front
+        if num_back and list(ids[-num_back:]) != specials[num_front:]:
+            num_back = 0
+        return list(ids[num_front : len(ids) - num_back])
+
+
+class PaliGemmaForeign(Foreign):
+    """PaliGemma's, which puts the BOS behind the image, and a line's end behind the text.
+
+    So the placeholder is the image token behind the BOS of the tokenizer, and the BOS moves when it is expanded. The
+    line's end is the prompt's own. One image a prompt.
+    """
+
+    keeps_ids = True
+
+    def ids_of(self, text: str) -> tuple[int, ...]:
+        """A placeholder behind the BOS; any other text alone."""
+        ids = super().ids_of(text)
+        is_image = text == getattr(self._own, "image_token", None)
+        return (int(self._own.tokenizer.bos_token_id), *ids) if is_image else ids
+
+    def expanded(self, ids: Sequence[int]) -> list[int]:
+        """Image tokens and BOS, without the line's end."""
+        bos = int(self._own.tokenizer.bos_token_id)
+        return list(ids[: list(ids).index(bos) + 1])
+
+
+class VoxtralForeign(Foreign):
+    """Voxtral's, whose own processor takes sounds only through a tokenizer that is not of transformers.
+
+    A sound is padded to a multiple of ``_SECONDS``; each such stretch becomes a row of mel frames and the same number
+    of audio tokens.
+    """
+
+    keeps_ids = True
+    _SECONDS = 30
+
+    def __init__(self, folder: str) -> None:
+        from types import SimpleNamespace
+
+        from transformers import AutoConfig
+
+        parts = {name: _part(name, folder) for name in ("tokenizer", "feature_extractor")}
+        super().__init__(SimpleNamespace(**parts))
+        config = AutoConfig.from_pretrained(folder, **_LOCAL)
+        audio = config.audio_config
+        self._fill = int(config.audio_token_id)
+        self._per_row = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+
+    def placeholders(self, modality: Modality) -> list[str]:
+        """The audio token, whatever its text is; behind the one that begins a sound, where there is such a token."""
+        tokenizer = self._own.tokenizer
+        audio = str(tokenizer.convert_ids_to_tokens(self._fill))
+        begin = ("[BEGIN_AUDIO]",) if "[BEGIN_AUDIO]" in tokenizer.get_vocab() else ()
+        return ["".join((*begin, audio))]
+
+    def call(
+        self, modality: Modality, text: str, data: np.ndarray, options: Mapping[str, Any]
+    ) -> Arrays:
+        """``input_features`` (rows, mel bins, frames) and ``input_ids`` (1, n)."""
+        extractor = self._own.feature_extractor
+        frames = extractor(
+            data,
+            sampling_rate=self.rate,
+            padding=True,
+            truncation=False,
+            pad_to_multiple_of=self._SECONDS * self.rate,
+            return_tensors="np",
+        )["input_features"][0]
+        width = self._SECONDS * self.rate // extractor.hop_length
+        rows = frames.reshape(frames.shape[0], -1, width).transpose(1, 0, 2)
+        ids: list[int] = []
+        for token in self._own.tokenizer(text)["input_ids"]:
+            ids += [token] * (len(rows) * self._per_row if token == self._fill else 1)
+        features = np.ascontiguousarray(rows, dtype=np.float32)
+        return {"input_features": features, "input_ids": np.array([ids])}
+
+
+@functools.lru_cache(maxsize=4)
+def processor_of(folder: str, model_type: str) -> Foreign:
+    """The processor of a checkpoint, its parts loaded one by one. Raises ConfigError when it cannot be built."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    name = _declared(folder) or PROCESSOR_MAPPING_NAMES.get(model_type)
+    if name is None:
+        raise ConfigError(
+            f"transformers names no processor for model_type {model_type!r}.", param="model"
+        )
+    try:
+        if name == "VoxtralProcessor":
+            return VoxtralForeign(folder)
+        kind = PaliGemmaForeign if name == "PaliGemmaProcessor" else Foreign
+        return kind(_build(_class(str(name)), folder))
+    except Exception as error:
+        raise ConfigError(
+            f"The model's processor ({name}) cannot be built: {said(error, folder)}", param="model"
+        ) from error
+
+
+def as_arrays(made: Mapping[str, Any]) -> Arrays:
+    """Tensors and lists as numpy arrays; what is neither is left out, and what is meant for training."""
+    found: Arrays = {}
+    for name, value in made.items():
+        if name == "labels":
+            continue
+        if hasattr(value, "detach"):
+            found[name] = np.ascontiguousarray(value.detach().cpu().numpy())
+        elif isinstance(value, list | tuple | np.ndarray):
+            found[name] = np.ascontiguousarray(value)
+    return found
+
+
+def said(error: Exception, folder: str = "") -> str:
+    """What an exception of foreign code says, without local paths and addresses in memory, in one line."""
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
+    if folder:
+        text = text.replace(folder, "the model's folder")
+    return f"{type(error).__name__}: {' '.join(text.split())[:400]}"
+
+
+def _declared(folder: str) -> str | None:
+    """``processor_class`` of the checkpoint's files."""
+    for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        path = Path(folder) / file
+        if path.is_file():
+            name = json.loads(path.read_text(encoding="utf-8")).get("processor_class")
+            if name:
+                return str(name)
+    return None
+
+
+def _class(name: str) -> Any:
+    from transformers.models.auto.configuration_auto import model_type_to_module_name
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    types = [key for key, value in PROCESSOR_MAPPING_NAMES.items() if value == name]
+    if not types:
+        raise ValueError(f"transformers has no class {name}")
+    # From its own module: the package hides what declares to need torchvision, if only for videos.
+    homes = dict.fromkeys((name.removesuffix("Processor").lower(), *types))
+    for home in map(model_type_to_module_name, homes):
+        found = getattr(_module(home), name, None)
+        if found is not None:
+            break
+    else:
+        raise ValueError(f"transformers has no class {name}")
+    # The check of the arguments' types would refuse the stand-in, and its repr could not write it down.
+    changed = {
+        "check_argument_for_proper_class": lambda *_: None,
+        "__repr__": object.__repr__,
+    }
+    return type(name, (found,), changed)
+
+
+def _module(home: str) -> Any:
+    """The module of a processor class; None when there is none.
+
+    Where it asks the image processor of torchvision for a function, it gets that of PIL, which has the same ones.
+    """
+    path = f"transformers.models.{home}"
+    try:
+        return importlib.import_module(f"{path}.processing_{home}")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("torchvision"):
+            return None
+    wanted = f"{path}.image_processing_{home}"
+    sys.modules[wanted] = importlib.import_module(f"{path}.image_processing_pil_{home}")
+    try:
+        return importlib.import_module(f"{path}.processing_{home}")
+    finally:
+        del sys.modules[wanted]
+
+
+def _build(kind: Any, folder: str) -> Any:
+    values, _ = kind.get_processor_dict(folder, local_files_only=True)
+    parts = [_part(name, folder) for name in kind.get_attributes()]
+    return kind.from_args_and_dict(parts, values)
+
+
+def _part(name: str, folder: str) -> Any:
+    import transformers
+
+    if "tokenizer" in name:
+        return transformers.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    if "image_processor" in name:
+        # The same numbers whether torchvision is installed or not.
+        return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
+    if "video_processor" in name:
+        return _NoVideos()
+    return transformers.AutoFeatureExtractor.from_pretrained(folder, **_LOCAL)

@@ -1,0 +1,83 @@
+"""What config.json of an Ultravox checkpoint means, with those of the backbones that it may name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.models.configs import (
+    TextConfig,
+    WhisperConfig,
+    bad,
+    count,
+    read_text_config,
+    read_whisper_config,
+    section,
+)
+from sensorium.models.interface import LoadedConfig
+
+TEXT_PART, AUDIO_PART = "text_model_id", "audio_model_id"
+"""Fields that name the checkpoints of the backbones, where these are not embedded."""
+
+
+@dataclass(frozen=True, slots=True)
+class UltravoxConfig:
+    """A Whisper encoder, a projector that stacks its rows, and a decoder."""
+
+    text: TextConfig
+    audio: WhisperConfig
+    stack_factor: int
+    inner_size: int
+    """Width after the projector's first linear layer; its SwiGLU halves it."""
+    activation: str
+    norm_between: bool
+    """Whether the projector's second norm stands before its second linear layer (from v0.5 on) or after it."""
+
+    @property
+    def frames_per_embed(self) -> int:
+        """Mel frames that one embedding stands for."""
+        return 2 * self.stack_factor
+
+    def chunks(self, num_frames: int) -> list[int]:
+        """Lengths in mel frames of the chunks in which a sound is encoded: whole ones, then the rest."""
+        whole, rest = divmod(num_frames, self.audio.max_frames)
+        return [self.audio.max_frames] * whole + [rest] * (rest > 0)
+
+    def num_embeds(self, num_frames: int) -> int:
+        """Embeddings of a sound of so many mel frames."""
+        return sum(-(-length // self.frames_per_embed) for length in self.chunks(num_frames))
+
+
+def read_ultravox_config(loaded: LoadedConfig) -> UltravoxConfig:
+    """Interpret config.json. Raises ConfigError naming the field for values that are impossible or not supported."""
+    config = loaded.config
+    text = read_text_config({"model_type": "llama", **_backbone(loaded, TEXT_PART, "text_config")})
+    audio = read_whisper_config(_backbone(loaded, AUDIO_PART, "audio_config"))
+    activation = str(config.get("projector_act", "swiglu"))
+    inner_size = count(config, "hidden_size", 4096)
+    if activation == "swiglu" and inner_size % 2:
+        bad("hidden_size", f"{inner_size} must be even for a SwiGLU projector")
+    if config.get("audio_latency_block_size") is not None:
+        bad("audio_latency_block_size", "is not supported: sounds are encoded as a whole")
+    if config.get("num_projector_layers"):
+        bad("num_projector_layers", "is not supported: the projector has linear layers only")
+    for name in ("text_model_lora_config", "audio_model_lora_config"):
+        adapter = config.get(name)
+        if isinstance(adapter, Mapping) and adapter.get("r"):
+            bad(name, f"has rank {adapter['r']}: merge the adapter into the weights first")
+    return UltravoxConfig(
+        text=text,
+        audio=audio,
+        stack_factor=count(config, "stack_factor", 8),
+        inner_size=inner_size,
+        activation=activation,
+        norm_between=bool(config.get("projector_ln_mid", False)),
+    )
+
+
+def _backbone(loaded: LoadedConfig, part: str, embedded: str) -> dict[str, Any]:
+    """The configuration of a backbone: of the checkpoint that is named, else the embedded one."""
+    if part in loaded.parts:
+        return dict(loaded.parts[part].config)
+    return section(loaded.config, embedded)

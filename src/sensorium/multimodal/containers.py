@@ -1,0 +1,421 @@
+"""Frames out of encoded videos, through FFmpeg's libraries (PyAV); only what the wanted frames need is decoded.
+
+A container is read twice. The first reading decodes nothing: it notes the timestamp of each packet and whether one can
+begin there, which gives the true number of frames and their order, whatever the header says, and makes every container
+one that can be entered at any key packet, with or without an index of its own. The second reading decodes, for each
+wanted frame, from the nearest key packet before it, and stops after the last. Seven packets in the order of the file,
+with the frames that they show (a frame may need a later one, and is then stored after it):
+
+    packet   0K  1   2   3   4K  5   6
+    frame    0   2   1   3   4   6   5        frames 1 and 5 wanted: packets 0 to 2 and 4 to 6 are decoded
+
+Where timestamps are missing, doubled or out of order, frames are counted as they come out, from the first to the last.
+Nothing that FFmpeg says reaches a message.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sensorium.errors import MediaTooLargeError, MediaUndecodableError, RequestError
+from sensorium.multimodal.items import Clip
+from sensorium.multimodal.processor import VideoFacts
+from sensorium.multimodal.sampling import MAX_FPS
+
+if TYPE_CHECKING:
+    import av
+    import av.container
+
+FORMATS = ("MP4", "MOV", "WebM", "MKV", "AVI", "GIF")
+CODECS = frozenset(
+    "av1 ffv1 gif h263 h264 hevc mjpeg mpeg1video mpeg2video mpeg4 msmpeg4v3 png prores rawvideo theora vp8 vp9".split()
+)
+"""What is decoded, of the hundreds that FFmpeg knows."""
+
+MAX_PACKETS = 1 << 20
+"""Nine hours at 30 frames per second; more are refused while a container is indexed."""
+MAX_THREADS = 4
+
+Sample = Callable[[VideoFacts], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``max_frames``: that are decoded. ``max_pixels``: of all sampled frames together."""
+
+    max_frames: int
+    max_pixels: int
+
+
+def decode(data: bytes, sample: Sample, limits: Limits) -> Clip:
+    """The sampled frames of an encoded video, upright.
+
+    Raises MediaUndecodableError when the bytes are no video of one of ``FORMATS`` and ``CODECS`` or nothing can be
+    decoded, and MediaTooLargeError, which names the flag, before more than the limits is done.
+    """
+    form = _form(data)
+    try:
+        index = _index(data, form, limits)
+        facts = VideoFacts(index.num_frames, index.fps)
+        clip = _decode_wanted(data, index, facts, sample(facts), limits) if index.timed else None
+        clip = clip or _decode_in_order(data, index, sample, limits)
+    except RequestError:
+        raise
+    except Exception:  # decoders raise nearly anything for damaged files
+        raise _damaged() from None
+    if clip is None:
+        raise _damaged()
+    return clip
+
+
+def _form(data: bytes) -> str:
+    """FFmpeg's name of the container, by its first bytes: FFmpeg's own guess would also take play lists, which name
+    other files."""
+    if data[:4] == b"\x1aE\xdf\xa3":
+        return "matroska"
+    if data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+        return "avi"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "gif"
+    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
+        return "mov"
+    raise MediaUndecodableError(
+        f"The bytes are not a video in a known format ({', '.join(FORMATS)})."
+        if data
+        else "The video is empty: 0 bytes."
+    )
+
+
+# --- reading a container ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(data: bytes, form: str) -> Iterator[tuple[av.container.InputContainer, Any]]:
+    """The container and its video stream."""
+    import av
+    from av.stream import Disposition
+
+    options = {"protocol_whitelist": "", "format_whitelist": form}
+    with av.open(
+        io.BytesIO(data), "r", format=form, container_options=options, metadata_errors="ignore"
+    ) as container:
+        stream: Any = container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            raise MediaUndecodableError("The file has no video track.")
+        codec = stream.codec_context and stream.codec_context.codec.canonical_name
+        if codec not in CODECS:
+            raise MediaUndecodableError(
+                "The video track is of a codec that is not decoded; known are "
+                f"{', '.join(sorted(CODECS))}."
+            )
+        yield container, stream
+
+
+def _packets(container: av.container.InputContainer, stream: Any) -> Iterator[av.Packet]:
+    """The packets of the stream up to where the file ends or is damaged beyond reading."""
+    import av.error
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.error.FFmpegError:
+            return
+        if packet is None:
+            return
+        if packet.size:
+            yield packet
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """What the first reading finds.
+
+    ``pts`` and ``packets``: timestamp and packet number of each frame, in the order of the frames; ``pts`` is empty
+    where timestamps cannot be used. ``keys``: packets at which decoding can begin, ascending, with their timestamps.
+    """
+
+    form: str
+    num_packets: int
+    packets: list[int]
+    pts: list[int]
+    keys: list[tuple[int, int]]
+    fps: float | None
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.packets)
+
+    @property
+    def timed(self) -> bool:
+        return bool(self.pts)
+
+
+def _index(data: bytes, form: str, limits: Limits) -> _Index:
+    with _opened(data, form) as (container, stream):
+        hides = stream.codec_context.codec.canonical_name == "vp8"
+        shown: list[tuple[int | None, int]] = []
+        keys: list[tuple[int, int]] = []
+        number = -1
+        for number, packet in enumerate(_packets(container, stream)):
+            if number == MAX_PACKETS:
+                raise MediaTooLargeError(f"The video has more than {MAX_PACKETS} frames; cut it.")
+            # A GIF's frames lie over those before them, whatever their flags say.
+            if packet.is_keyframe and packet.pts is not None and (form != "gif" or not number):
+                keys.append((number, packet.pts))
+            if not packet.is_discard and not (hides and _is_hidden(packet)):
+                shown.append((packet.pts, number))
+        if not shown:
+            raise _damaged()
+        timed = [(pts, at) for pts, at in shown if pts is not None]
+        usable = len({pts for pts, _ in timed}) == len(shown)
+        may_lie = stream.codec_context.has_b_frames and timed == sorted(timed)
+        if usable and may_lie:
+            usable = _comes_in_order(data, form, limits)
+        if not usable:
+            fps = _plausible(stream.average_rate)
+            return _Index(form, number + 1, [at for _, at in shown], [], [], fps)
+        timed.sort()
+        pts = [stamp for stamp, _ in timed]
+        fps = _rate(pts, float(stream.time_base), stream.average_rate)
+        return _Index(form, number + 1, [at for _, at in timed], pts, keys, fps)
+
+
+def _is_hidden(packet: av.Packet) -> bool:
+    """Whether a VP8 packet only makes a reference for others (RFC 6386, 9.1: the bit ``show_frame``)."""
+    return not bytes(memoryview(packet)[:1])[0] & 0x10
+
+
+def _comes_in_order(data: bytes, form: str, limits: Limits) -> bool:
+    """Whether timestamps ascend as frames come out; some containers number the packets instead, of streams that store
+    frames out of order."""
+    with _opened(data, form) as (container, stream):
+        _prepare(stream.codec_context, 1, limits)
+        head = itertools.islice(_packets(container, stream), 48)
+        stamps = [f.pts for packet in head for f in _frames(stream.codec_context, packet)]
+        known = [stamp for stamp in stamps if stamp is not None]
+        return stamps == sorted(known)
+
+
+def _rate(pts: Sequence[int], time_base: float, declared: Any) -> float | None:
+    """Frames per second on average: what the file declares where that is near what is measured, else the latter."""
+    span = (pts[-1] - pts[0]) * time_base
+    declared = _plausible(declared)
+    if len(pts) < 2:
+        return declared
+    measured = _plausible((len(pts) - 1) / span)
+    if measured is None or (declared is not None and abs(declared / measured - 1) < 0.02):
+        return declared
+    return measured
+
+
+def _plausible(rate: Any) -> float | None:
+    if not rate or not math.isfinite(rate) or not 0 < rate <= MAX_FPS:
+        return None
+    return float(rate)
+
+
+def _damaged() -> MediaUndecodableError:
+    return MediaUndecodableError("The video is damaged or truncated and cannot be decoded.")
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _frames(context: Any, packet: av.Packet | None) -> list[av.VideoFrame]:
+    """What comes out when a packet goes in (or, for None, what is still inside); nothing for a damaged one."""
+    import av.error
+
+    try:
+        return list(context.decode(packet))
+    except av.error.FFmpegError:
+        return []
+
+
+def _prepare(context: Any, num_frames: int, limits: Limits) -> None:
+    """Check what the header promises, and start the decoder."""
+    _check_pixels(num_frames, context.height, context.width, limits)
+    context.thread_type = "AUTO"
+    context.thread_count = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    context.options = {"max_pixels": str(min(limits.max_pixels, (1 << 31) - 1))}
+    context.open(strict=False)
+
+
+def _decode_wanted(
+    data: bytes, index: _Index, facts: VideoFacts, indices: np.ndarray, limits: Limits
+) -> Clip | None:
+    """Decode the stretches of packets that the wanted frames need; None when these do not come."""
+    wanted = sorted({int(i) for i in indices})
+    stretches = _stretches(index, wanted)
+    _check_work(sum(end + 1 - start for start, end in stretches), limits)
+    at = {index.packets[i] for i in wanted}
+    numbers = {index.pts[i]: i for i in wanted}
+    with _opened(data, index.form) as (container, stream):
+        context = stream.codec_context
+        _prepare(context, len(indices), limits)
+        pictures = _Pictures(indices, limits)
+        packets = enumerate(_packets(container, stream))
+        for start, end in stretches:
+            for number, packet in packets:
+                if number < start:
+                    continue
+                # What no other frame needs and nobody wants is left out.
+                context.skip_frame = "DEFAULT" if number in at else "NONREF"
+                for frame in _frames(context, packet):
+                    pictures.offer(_number(frame, numbers), frame)
+                if number == end:
+                    break
+            for frame in _frames(context, None):
+                pictures.offer(_number(frame, numbers), frame)
+            context.flush_buffers()
+        return pictures.clip(facts)
+
+
+def _number(frame: av.VideoFrame, numbers: Mapping[int, int]) -> int | None:
+    return None if frame.pts is None else numbers.get(frame.pts)
+
+
+def _stretches(index: _Index, wanted: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last packet of each run that must be decoded for the wanted frames, in order, apart."""
+    needed = sorted((_entry(index, i), index.packets[i]) for i in wanted)
+    runs: list[tuple[int, int]] = []
+    for start, end in needed:
+        if runs and start <= runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], max(runs[-1][1], end))
+        else:
+            runs.append((start, end))
+    return runs
+
+
+def _entry(index: _Index, frame: int) -> int:
+    """The packet at which to begin for a frame: the last key packet that is neither stored nor shown after it.
+
+    A frame that is stored after a key packet and shown before it may need those before the key packet.
+    """
+    stored_before = bisect_right(index.keys, index.packets[frame], key=lambda key: key[0])
+    for number, pts in reversed(index.keys[:stored_before]):
+        if pts <= index.pts[frame]:
+            return number
+    return 0
+
+
+def _decode_in_order(data: bytes, index: _Index, sample: Sample, limits: Limits) -> Clip | None:
+    """Decode everything and count; once more when there turn out to be more or fewer frames than packets. None when
+    hardly any come."""
+    _check_work(index.num_packets, limits)
+    facts = VideoFacts(index.num_frames, index.fps)
+    for _ in range(2):
+        indices = sample(facts)
+        with _opened(data, index.form) as (container, stream):
+            context = stream.codec_context
+            _prepare(context, len(indices), limits)
+            pictures, num = _Pictures(indices, limits), 0
+            for packet in itertools.chain(_packets(container, stream), (None,)):
+                for frame in _frames(context, packet):
+                    pictures.offer(num, frame)
+                    num += 1
+                    _check_work(num, limits)
+        if num in (0, facts.num_frames):
+            break
+        facts = VideoFacts(num, facts.fps)
+    return pictures.clip(facts)
+
+
+def _check_work(num_frames: int, limits: Limits) -> None:
+    if num_frames > limits.max_frames:
+        raise MediaTooLargeError(
+            f"{num_frames} frames of the video must be decoded to get at those that are wanted; at most "
+            f"{limits.max_frames} are allowed (--max-video-frames). Send a shorter video, or one with more key frames."
+        )
+
+
+def _check_pixels(num_frames: int, height: int, width: int, limits: Limits) -> None:
+    if num_frames * height * width > limits.max_pixels:
+        raise MediaTooLargeError(
+            f"{num_frames} frames of {width} x {height} pixels are sampled of the video; at most {limits.max_pixels} "
+            "pixels together are allowed (--max-video-pixels). Sample fewer frames or send a smaller video."
+        )
+
+
+class _Pictures:
+    """Collects the wanted frames as they come out of a decoder, and stands in for those that never do."""
+
+    def __init__(self, indices: np.ndarray, limits: Limits) -> None:
+        self._indices = [int(i) for i in indices]
+        self._wanted = sorted(set(self._indices))
+        self._row_of = {number: row for row, number in enumerate(self._wanted)}
+        self._limits = limits
+        self._size = (0, 0)
+        self._rows = np.empty((0, 0, 0, 3), np.uint8)
+        self._there: set[int] = set()
+
+    def offer(self, number: int | None, frame: av.VideoFrame) -> None:
+        """Keep the frame of this number if it is wanted."""
+        row = None if number is None else self._row_of.get(number)
+        if number is None or row is None:
+            return
+        if not self._there:
+            _check_pixels(len(self._indices), frame.height, frame.width, self._limits)
+            self._size = (frame.width, frame.height)
+        picture = _upright(frame, *self._size)
+        if not self._there:
+            self._rows = np.empty((len(self._wanted), *picture.shape), np.uint8)
+        if picture.shape == self._rows.shape[1:]:
+            self._rows[row] = picture
+            self._there.add(number)
+
+    def clip(self, facts: VideoFacts) -> Clip | None:
+        """All frames; for one that is missing, the nearest of those that are there. None when more than half are
+        missing."""
+        there = np.array(sorted(self._there), dtype=np.int64)
+        if 2 * len(there) < len(self._wanted) or not len(there):
+            return None
+        taken = [int(there[np.abs(there - i).argmin()]) for i in self._indices]
+        frames = self._rows
+        if taken != self._wanted:
+            frames = frames[[self._row_of[i] for i in taken]]
+        return Clip(frames, tuple(taken), facts.num_frames, facts.fps)
+
+
+def _upright(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB as it is to be shown; ``width`` and ``height`` are those of the first frame."""
+    if any(component.is_alpha for component in frame.format.components):
+        pixels = _pixels(frame, "rgba", width, height)
+        alpha = pixels[..., 3:].astype(np.uint16)
+        mixed = pixels[..., :3] * alpha + 255 * (255 - alpha)
+        picture = ((mixed + 127) // 255).astype(np.uint8)
+    else:
+        picture = _pixels(frame, "rgb24", width, height)
+    a, b, c, d = _display_matrix(frame)
+    if abs(b) > abs(a):
+        picture, across, down = picture.swapaxes(0, 1), c, b
+    else:
+        across, down = a, d
+    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+def _pixels(frame: av.VideoFrame, form: str, width: int, height: int) -> np.ndarray:
+    return frame.to_ndarray(format=form, width=width, height=height)
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """a, b, c, d of the frame's display matrix: column x and row y are shown at column a x + c y and row b x + d y, but
+    for where the picture begins and a common factor (libavutil/display.h)."""
+    from av.sidedata.sidedata import Type
+
+    side_data: Mapping[Any, Any] = frame.side_data
+    data = side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return 1, 0, 0, 1
+    matrix = np.frombuffer(bytes(data), dtype=np.int32)
+    return int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4])

@@ -1,0 +1,36 @@
+"""From hidden states to vectors: the last token's state, cut and normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from sensorium.core.plan import NOT_FINITE
+from sensorium.runtime.slots import Slot
+
+
+def pool(hidden: torch.Tensor, slots: Sequence[Slot]) -> tuple[dict[int, bytes], dict[int, str]]:
+    """The vector of each row of ``hidden`` (N, H): hidden states after the final norm, of the last tokens of ``slots``.
+
+    The state is taken as float32, cut to the first ``dimensions`` numbers, and only then scaled to length 1, so that
+    vectors of a Matryoshka model (Kusupati et al., 2022) have that length at every size. Returns the numbers as
+    little-endian float32 and, for rows that are not finite, messages; both by sequence id.
+    """
+    rows = hidden.to(device="cpu", dtype=torch.float32)
+    usable = torch.isfinite(rows).all(-1).tolist()
+    vectors: dict[int, bytes] = {}
+    failed: dict[int, str] = {}
+    for row, good, slot in zip(rows, usable, slots, strict=True):
+        params = slot.request.pooling
+        if params is None:
+            raise ValueError(f"sequence {slot.seq_id} generates: it has no vector")
+        if not good:
+            failed[slot.seq_id] = NOT_FINITE
+            continue
+        vector = row[: params.dimensions]
+        if params.normalize:
+            vector = F.normalize(vector, dim=-1)
+        vectors[slot.seq_id] = vector.numpy().astype("<f4", copy=False).tobytes()
+    return vectors, failed
