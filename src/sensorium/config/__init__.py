@@ -1,0 +1,92 @@
+"""Configuration: small frozen classes, each value checked when built.
+
+Every field is at once a keyword of ``LLM``, a flag of ``sensorium serve`` (``max_model_len`` is ``--max-model-len``), a
+line of its help and a row of the documentation. ``engine_config(**keywords)`` distributes flat keywords over the
+classes and refuses unknown ones with a suggestion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from sensorium.config.engine import (
+    CacheConfig,
+    ObservabilityConfig,
+    ParallelConfig,
+    SchedulerConfig,
+)
+from sensorium.config.fields import GIB, MIB, suggestion
+from sensorium.config.media import LIMITED, MediaConfig, parse_limits
+from sensorium.config.model import ModelConfig, OlderConfig
+from sensorium.config.server import ServerConfig
+from sensorium.environment import media_environment
+from sensorium.errors import ConfigError
+
+__all__ = [
+    "ENGINE_SECTIONS",
+    "GIB",
+    "LIMITED",
+    "MIB",
+    "CacheConfig",
+    "EngineConfig",
+    "MediaConfig",
+    "ModelConfig",
+    "ObservabilityConfig",
+    "OlderConfig",
+    "ParallelConfig",
+    "SchedulerConfig",
+    "ServerConfig",
+    "engine_config",
+    "engine_option_names",
+    "parse_limits",
+    "suggestion",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that an engine needs; built once by ``engine_config`` and then only read."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    media: MediaConfig = field(default_factory=MediaConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
+    older: OlderConfig = field(default_factory=OlderConfig)
+
+
+ENGINE_SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+    "media": MediaConfig,
+    "parallel": ParallelConfig,
+    "observability": ObservabilityConfig,
+    "older": OlderConfig,
+}
+
+
+def engine_config(**keywords: Any) -> EngineConfig:
+    """Build an ``EngineConfig`` of flat keywords, with the environment's values where a keyword is not given.
+
+    Raises ConfigError for an unknown keyword (with the nearest known one) and for values out of their range.
+    """
+    keywords = {**media_environment(), **keywords}
+    sections: dict[str, Any] = {}
+    for section, cls in ENGINE_SECTIONS.items():
+        names = {f.name for f in dataclasses.fields(cls)}
+        sections[section] = cls(**{k: keywords.pop(k) for k in list(keywords) if k in names})
+    if keywords:
+        name = next(iter(keywords))
+        raise ConfigError(
+            f"Unknown keyword {name!r}.{suggestion(name, engine_option_names())}", param=name
+        )
+    return EngineConfig(**sections)
+
+
+def engine_option_names() -> list[str]:
+    """Names of all flat engine keywords."""
+    return [f.name for cls in ENGINE_SECTIONS.values() for f in dataclasses.fields(cls)]

@@ -1,0 +1,138 @@
+"""Limits and rules for images, videos and sounds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.config.fields import (
+    MIB,
+    bad,
+    check_choice,
+    check_integer,
+    check_number,
+    check_types,
+    option,
+)
+
+LIMITED = ("image", "video", "audio")
+"""Keys of ``limit_mm_per_prompt``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaConfig:
+    """Limits and rules for images, videos and sounds."""
+
+    limit_mm_per_prompt: dict[str, Any] = option(
+        dict,
+        'Most items per prompt, such as {"image": 2} or image=2; 0 switches a modality off.',
+        factory=True,
+    )
+    mm_processor_kwargs: dict[str, Any] = option(
+        dict, 'Options of the model\'s processor, such as {"max_pixels": 1003520}.', factory=True
+    )
+    media_io_kwargs: dict[str, dict[str, Any]] = option(
+        dict,
+        'Options of loading, such as {"image": {"rgba_background_color": [255, 255, 255]}}.',
+        factory=True,
+    )
+    enable_mm_embeds: bool = option(False, "Accept precomputed embeddings as input.")
+    allowed_local_media_path: str = option(
+        "", "Folder below which file: URLs and local paths may be read; none when empty."
+    )
+    allowed_media_domains: tuple[str, ...] = option(
+        (), "Hosts that may be fetched from; any public host when empty."
+    )
+    media_url_allow_redirects: bool = option(True, "Follow redirects of media URLs (at most 5).")
+    image_fetch_timeout: float = option(5.0, "Seconds for the whole download of an image.")
+    video_fetch_timeout: float = option(30.0, "Seconds for the whole download of a video.")
+    audio_fetch_timeout: float = option(10.0, "Seconds for the whole download of a sound.")
+    max_media_bytes: int = option(256 * MIB, "Most bytes of one download.")
+    max_request_media_bytes: int = option(256 * MIB, "Most bytes of all downloads of a request.")
+    max_image_pixels: int = option(178_956_970, "Most pixels of one image.")
+    max_video_frames: int = option(
+        36_000, "Most frames of one video that are decoded to get at those that are sampled."
+    )
+    max_video_pixels: int = option(
+        536_870_912, "Most pixels of the sampled frames of one video together."
+    )
+    max_audio_seconds: int = option(600, "Most seconds of one sound.")
+    max_audio_decoded_bytes: int = option(
+        256 * MIB, "Most bytes of one sound when it is decoded, all its channels together."
+    )
+    max_items_per_request: int = option(256, "Most media items of one request.")
+    num_media_workers: int | None = option(
+        None, "Workers that decode and preprocess; one per core, at most 8, when not given."
+    )
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name in ("image_fetch_timeout", "video_fetch_timeout", "audio_fetch_timeout"):
+            check_number(name, getattr(self, name), 0.001, 3600.0)
+        for name in (
+            "max_media_bytes",
+            "max_request_media_bytes",
+            "max_image_pixels",
+            "max_video_frames",
+            "max_video_pixels",
+            "max_audio_seconds",
+            "max_audio_decoded_bytes",
+            "max_items_per_request",
+        ):
+            check_integer(name, getattr(self, name), 1, 1 << 50)
+        if self.num_media_workers is not None:
+            check_integer("num_media_workers", self.num_media_workers, 1, 256)
+        check_limits("limit_mm_per_prompt", self.limit_mm_per_prompt)
+        for name in ("mm_processor_kwargs", "media_io_kwargs"):
+            if not isinstance(getattr(self, name), dict):
+                bad(name, f"must be a mapping, got {getattr(self, name)!r}")
+
+    def fetch_timeout(self, modality: str) -> float:
+        """Seconds that the download of an item of this modality may take."""
+        return float(getattr(self, f"{modality}_fetch_timeout"))
+
+    def limit(self, modality: str) -> int | None:
+        """Most items of a modality in one prompt; None when there is no limit of its own."""
+        value = self.limit_mm_per_prompt.get(modality)
+        return value.get("count") if isinstance(value, dict) else value
+
+    def max_sampled_frames(self) -> int | None:
+        """Most frames that are sampled of one video; None when ``limit_mm_per_prompt`` sets no limit."""
+        value = self.limit_mm_per_prompt.get("video")
+        return value.get("num_frames") if isinstance(value, dict) else None
+
+
+def parse_limits(text: str) -> dict[str, Any]:
+    """``image=2,video=1`` (older) or a JSON object, for ``--limit-mm-per-prompt``."""
+    if text.lstrip().startswith("{"):
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            bad("limit_mm_per_prompt", f"is not valid JSON: {error}")
+        return dict(value)
+    limits: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, count = part.partition("=")
+        if not equals or not count.strip().isdecimal():
+            bad("limit_mm_per_prompt", f"must look like image=2,video=1 or be JSON, got {text!r}")
+        limits[name.strip()] = int(count)
+    return limits
+
+
+def check_limits(name: str, value: object) -> None:
+    if not isinstance(value, dict):
+        bad(name, f"must be a mapping such as {{'image': 2}}, got {value!r}")
+    for modality, limit in value.items():
+        check_choice(name, modality, LIMITED)
+        if isinstance(limit, dict):
+            for key, number in limit.items():
+                check_choice(
+                    f"{name}[{modality!r}]",
+                    key,
+                    ("count", "num_frames", "width", "height", "length"),
+                )
+                least = 1 if key == "num_frames" else 0
+                check_integer(f"{name}[{modality!r}][{key!r}]", number, least, 1 << 31)
+        else:
+            check_integer(f"{name}[{modality!r}]", limit, 0, 1 << 31)
