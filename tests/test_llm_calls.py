@@ -16,7 +16,8 @@ from sensorium import LLM, SamplingParams
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest
 from sensorium.engine import wire
-from sensorium.engine.prepare import LONG_TEXT, Draft, PreparedPrompt
+from sensorium.engine.prepare import LONG_TEXT
+from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.engine.prompts import Prompt, RawPrompt
 from sensorium.errors import InvalidRequestError, PromptTooLongError, UnavailableError
 from tests import checkpoints

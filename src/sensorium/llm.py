@@ -21,7 +21,8 @@ from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.background import BackgroundLoop
 from sensorium.engine.executor import build_engine
 from sensorium.engine.pooling import PoolingStream, pooling_request, resolved
-from sensorium.engine.prepare import Draft, PreparedPrompt, Preparer
+from sensorium.engine.prepare import Preparer
+from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.engine.progress import Progress
 from sensorium.engine.prompts import (
     ChatPrompt,

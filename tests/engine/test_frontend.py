@@ -13,7 +13,7 @@ from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import frontend as frontend_module
 from sensorium.engine.client import Inbox
 from sensorium.engine.frontend import SUBMITTED_AT_ONCE, Frontend
-from sensorium.engine.prepare import PreparedPrompt
+from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.prompts import RawPrompt
 from sensorium.errors import ConfigError, EngineDeadError, OverloadedError
 from sensorium.models.embedder import Embedder

@@ -14,7 +14,7 @@ from sensorium.core.request import SequenceUpdate
 from sensorium.engine import wire
 from sensorium.engine.frontend import Frontend
 from sensorium.engine.pooling import PoolingStream, pooling_request
-from sensorium.engine.prepare import PreparedPrompt
+from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.prompts import RawPrompt, parse_conversation
 from sensorium.errors import InvalidRequestError, OverloadedError, SensoriumError, UnavailableError
 from sensorium.models.embedder import Embedder

@@ -13,7 +13,8 @@ import numpy as np
 from sensorium.config import EngineConfig
 from sensorium.engine.client import EngineClient, Inbox
 from sensorium.engine.pooling import PoolingStream, pooling_request, resolved
-from sensorium.engine.prepare import PreparedPrompt, Preparer
+from sensorium.engine.prepare import Preparer
+from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.prompts import Prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.engine.stream import RequestStream

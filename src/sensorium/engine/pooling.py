@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 from sensorium.core.request import EngineRequest, SequenceUpdate
-from sensorium.engine.prepare import PreparedPrompt
+from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.stream import failure
 from sensorium.errors import InvalidRequestError
 from sensorium.models.embedder import GENERATES, Embedder

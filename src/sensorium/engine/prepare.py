@@ -7,15 +7,13 @@ import contextlib
 import hashlib
 import random
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from sensorium.config import GIB, EngineConfig
 from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.engine.older import check_older
+from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt
 from sensorium.engine.stats import EngineFacts
 from sensorium.engine.stretches import attending
@@ -51,40 +49,6 @@ LONG_TEXT = 16384
 """Characters of a prompt from which on it is tokenized in another thread than the event loop's."""
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedPrompt:
-    """A prompt that the engine could run.
-
-    ``text`` is what a person would read (None for prompts given as ids); ``token_ids`` have their placeholders
-    expanded; ``items`` and ``spans`` belong together, in the order of the prompt. ``positions`` (3, num_tokens) int32
-    for models with several position axes. ``continues``: the answer's text goes on where the prompt's ends.
-    """
-
-    text: str | None
-    token_ids: tuple[int, ...]
-    items: tuple[MediaItem, ...] = ()
-    spans: tuple[ItemSpan, ...] = ()
-    positions: np.ndarray | None = None
-    position_delta: int = 0
-    num_item_tokens: dict[str, int] = field(default_factory=dict)
-    cache_salt: bytes = b""
-    stretches: tuple[tuple[int, int], ...] = ()
-    continues: bool = False
-    param: str = "prompt"
-
-
-class Draft(NamedTuple):
-    """A prompt in ids, its placeholders not expanded yet: what can be known of it without its media."""
-
-    prompt: Prompt
-    text: str | None
-    token_ids: tuple[int, ...]
-    refs: tuple[MediaRef, ...]
-    param: str
-    numbered: tuple[NumberedPlaceholder, ...] = ()
-    """The placeholders found in a text where they are no single tokens, in order."""
 
 
 class Preparer:
@@ -182,6 +146,8 @@ class Preparer:
         draft = (
             self._rendered(prompt) if isinstance(prompt, ChatPrompt) else self._tokenized(prompt)
         )
+        if not draft.token_ids:
+            raise InvalidRequestError("The prompt is empty.", param=draft.param)
         self._room(len(draft.token_ids), draft.param)
         for ref in draft.refs:
             self._check_modality(ref)
@@ -281,8 +247,6 @@ class Preparer:
         text = prompt.text or ""
         with _placed(prompt.param):
             ids, numbered = self._split(text, prompt.add_special_tokens, prompt.param)
-        if not ids:
-            raise InvalidRequestError("The prompt is empty.", param=prompt.param)
         return Draft(prompt, text, tuple(ids), prompt.refs, prompt.param, tuple(numbered))
 
     def _split(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sensorium.core.plan import NO_TOKEN_LEFT, NOT_FINITE
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
-from sensorium.engine.prepare import PreparedPrompt
+from sensorium.engine.prepared import PreparedPrompt
 from sensorium.errors import InvalidRequestError, SensoriumError, UnavailableError
 from sensorium.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sensorium.params import SamplingParams
