@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from openai import OpenAI
+from openai.types import CreateEmbeddingResponse
 from openai.types.chat import ChatCompletion
 
 from sensorium.assets.audio import AudioAsset
@@ -66,6 +67,21 @@ def image_embeds(base_url: str, embeds: torch.Tensor) -> ChatCompletion:
     torch.save(embeds, file)
     data = base64.b64encode(file.getvalue()).decode()
     return ask(base_url, "What is in this image?", {"type": "image_embeds", "image_embeds": data})
+
+
+def vector(base_url: str = HERE) -> CreateEmbeddingResponse:
+    """The vector of a picture and a text, from a server with --runner pooling."""
+    client = OpenAI(base_url=base_url, api_key="none")
+    content = [image_part("stop_sign"), {"type": "text", "text": "What is shown in this image?"}]
+    return client.post(
+        "/embeddings",
+        cast_to=CreateEmbeddingResponse,
+        body={
+            "model": client.models.list().data[0].id,
+            "messages": [{"role": "user", "content": content}],
+            "encoding_format": "float",
+        },
+    )
 
 
 def ask(base_url: str, question: str, *parts: Any, **extra: Any) -> ChatCompletion:

@@ -13,7 +13,7 @@ from tests.checkpoints import make_llava, make_qwen2_5_vl, make_ultravox
 from tests.e2e.serving import Server
 from tests.examples.test_offline import example
 
-Start = Callable[[Callable[[Path], Path]], str]
+Start = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts a server of a checkpoint, once; its address as the client wants it."""
     running: dict[str, Server] = {}
 
-    def started(build: Callable[[Path], Path]) -> str:
-        name = build.__name__
+    def started(build: Callable[[Path], Path], runner: str = "generate") -> str:
+        name = f"{build.__name__}-{runner}"
         if name not in running:
             folder = tmp_path_factory.mktemp(name)
             flags = ("--enable-mm-embeds", "--max-num-seqs", "4", "--num-kv-blocks", "128")
+            flags += ("--runner", runner)
             running[name] = Server(str(build(folder / "model")), folder / "log.txt", flags)
         return f"{running[name].url}/v1"
 
@@ -61,3 +62,11 @@ def test_audio(start: Start) -> None:
     as_data, as_url = media.audio_data(url), media.audio_url(url)
     assert answered(as_data) == answered(as_url)
     assert as_data.choices[0].message.content == as_url.choices[0].message.content
+
+
+@pytest.mark.slow
+def test_vector(start: Start) -> None:
+    found = example("openai_media").vector(start(make_qwen2_5_vl, "pooling"))
+    [embedding] = found.data
+    assert sum(value * value for value in embedding.embedding) == pytest.approx(1.0, abs=1e-4)
+    assert found.usage.prompt_tokens > 8
