@@ -175,6 +175,9 @@ def test_wrong_calls_are_refused_before_anything_runs(llm: LLM) -> None:
         (["a", [1, 10**6]], None, "Prompt 1: Token id 1000000"),
         (["a", {"messages": [{"role": "user", "content": "x"}], "tools": []}], None, "Prompt 1: .*'tools'"),
         ({"messages": [], "add_generation_prompt": 1}, None, "must be true or false, got 1"),
+        ({"messages": [{"role": "user", "content": ""}], "chat_template": "{{ messages[0].content }}"},
+         None, "prompt is empty"),
+        ({"prompt": ""}, None, "prompt is empty"),
         (["a " * 600], None, r"holds 512\. Shorten"),
     ]  # fmt: skip
     for prompts, params, message in wrong:

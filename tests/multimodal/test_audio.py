@@ -22,7 +22,7 @@ from sensorium.errors import (
     MediaTooLargeError,
     MediaUndecodableError,
 )
-from sensorium.multimodal.audio import AudioOptions, decode, decode_object
+from sensorium.multimodal.audio import BLOCK_FRAMES, AudioOptions, decode, decode_object
 from sensorium.multimodal.digest import object_digest
 from sensorium.multimodal.items import Sound
 from sensorium.multimodal.loaders import LOADERS
@@ -116,6 +116,16 @@ def test_mp3() -> None:
     sound = decode(encoded(tone(rate=44100), 44100, "MP3"), OPTIONS, CONFIG, RATE)
     assert abs(pitch_of(sound) - 440) < 4
     assert abs(len(sound.samples) - 8000) < 1600  # the encoder pads
+
+
+def test_mp3_of_several_blocks_has_no_seams() -> None:
+    rate = 44100
+    time = np.arange(round(2.5 * BLOCK_FRAMES)) / rate
+    samples = 0.5 * np.sin(2 * np.pi * (300 + 40 * time) * time)
+    data = encoded(samples, rate, "MP3")
+    assert soundfile.info(io.BytesIO(data)).subtype == "MPEG_LAYER_III", "libsndfile reads it"
+    found = decode(data, OPTIONS, CONFIG, rate).samples
+    np.testing.assert_allclose(found, samples, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(

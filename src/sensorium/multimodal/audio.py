@@ -3,7 +3,7 @@
 Files that libsndfile knows (WAV, FLAC, OGG, MP3, AIFF …) are read through it, all others (M4A, WebM, the sound of a
 video) through FFmpeg's libraries. Length and size are read from the header before anything is decoded, and counted
 again while decoding: headers may lie. Channels are averaged block by block, so that a clip of many channels needs the
-memory of one. Nothing that the libraries say reaches a message: their texts may hold addresses.
+memory of one (but for MP3). Nothing that the libraries say reaches a message: their texts may hold addresses.
 """
 
 from __future__ import annotations
@@ -173,7 +173,14 @@ def _read_with_libsndfile(data: bytes, mixer: _Mixer) -> bool:
         return False
     with file:
         mixer.promise(file.frames, file.channels, file.samplerate)
-        while len(block := file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        num_frames = BLOCK_FRAMES
+        if file.subtype.startswith("MPEG"):
+            # soundfile ends each read with a seek, behind which an MP3's decoder lacks the bits that it had kept: such
+            # files are read at one go, which the promise bounds.
+            if file.frames >= _LONGEST:
+                return False
+            num_frames = max(file.frames, 1)
+        while len(block := file.read(num_frames, dtype="float32", always_2d=True)):
             mixer.add(block, file.samplerate)
     return True
 
