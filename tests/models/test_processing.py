@@ -24,6 +24,7 @@ from sensorium.models.qwen2_vl.processing import (
     read_pixel_range,
     target_size,
 )
+from sensorium.models.qwen2_vl.video import read_video_rules
 from sensorium.models.qwen2_vl.vision import VisionTower
 from sensorium.models.registry import resolve
 from sensorium.multimodal.items import Features
@@ -377,7 +378,9 @@ def test_text_after_a_video_continues_after_its_largest_position() -> None:
 
 
 def qwen_processor() -> Qwen2VLProcessor:
-    return Qwen2VLProcessor(440, 441, 64, 14, 2, read_pixel_range({}, PixelRange(1, 2)), True, 3)
+    videos = read_video_rules({}, {}, 28, 2)
+    pixels = read_pixel_range({}, PixelRange(1, 2))
+    return Qwen2VLProcessor(440, 441, 64, 14, 2, pixels, True, 3, videos)
 
 
 @pytest.fixture(scope="module", params=[make_qwen2_vl, make_qwen2_5_vl])

@@ -17,6 +17,7 @@ from sensorium.models.configs import (
     read_text_config,
     section,
 )
+from sensorium.models.interface import TextShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,11 @@ class LlavaConfig:
     def num_embeds(self) -> int:
         """Embeddings of one image."""
         return self.vision.num_patches + self.keep_class_token
+
+    @property
+    def shape(self) -> TextShape:
+        """The sizes that the engine needs."""
+        return self.text.shape
 
 
 def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:

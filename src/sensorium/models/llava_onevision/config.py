@@ -17,6 +17,7 @@ from sensorium.models.configs import (
     read_text_config,
     section,
 )
+from sensorium.models.interface import TextShape
 from sensorium.models.llava_onevision.tiles import Grids, Pinpoints
 
 _SIGLIP_DEFAULTS = {
@@ -44,6 +45,11 @@ class LlavaOnevisionConfig:
     feature_layers: tuple[int, ...]
     """After how many layers of the tower features are taken; several are joined along the channels."""
     grids: Grids
+
+    @property
+    def shape(self) -> TextShape:
+        """The sizes that the engine needs."""
+        return self.text.shape
 
 
 def read_llava_onevision_config(config: Mapping[str, Any]) -> LlavaOnevisionConfig:

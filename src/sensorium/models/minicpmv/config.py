@@ -16,6 +16,7 @@ from sensorium.models.configs import (
     read_text_config,
     section,
 )
+from sensorium.models.interface import TextShape
 
 HEAD_DIM = 128
 """Of the resampler's attention."""
@@ -41,6 +42,11 @@ class MiniCPMVConfig:
     """Layers of the tower that are run: all, or all but the last."""
     num_queries: int
     """Embeddings of one view."""
+
+    @property
+    def shape(self) -> TextShape:
+        """The sizes that the engine needs."""
+        return self.text.shape
 
 
 def read_minicpmv_config(config: Mapping[str, Any]) -> MiniCPMVConfig:

@@ -16,6 +16,7 @@ from sensorium.models.configs import (
     read_text_config,
     section,
 )
+from sensorium.models.interface import TextShape
 
 IMAGE_TOKEN_ID = 32044
 """``<|image|>`` in the published vocabulary."""
@@ -45,6 +46,11 @@ class Phi3VConfig:
     def cells(self) -> int:
         """Rows, and columns, of embeddings that one tile makes: four patches are merged into each."""
         return self.vision.image_size // self.vision.patch_size // 2
+
+    @property
+    def shape(self) -> TextShape:
+        """The sizes that the engine needs."""
+        return self.text.shape
 
 
 def read_phi3_v_config(config: Mapping[str, Any]) -> Phi3VConfig:

@@ -24,6 +24,8 @@ MAX_PIXELS = 16384 * 28 * 28
 """The largest ``max_pixels`` that a request may ask for, unless the checkpoint's own is larger."""
 OPTIONS = ("min_pixels", "max_pixels", "size")
 SECONDS = "second_per_grid_ts"
+MAX_TIME = 1 << 22
+"""Positions on the time axis of one video: days, behind which all is at the end, so that no sum leaves its 32 bits."""
 PLACEHOLDERS = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
@@ -35,8 +37,7 @@ class Qwen2VLProcessor:
     """See ``multimodal.processor.Processor``.
 
     ``meta`` of its features: ``grid`` is (t, h, w) in patches; ``second_per_grid``, of videos of the models whose
-    positions follow time (``tokens_per_second``), the seconds of a temporal patch. ``videos``: None for models that
-    take images only.
+    positions follow time (``tokens_per_second``), the seconds of a temporal patch.
     """
 
     image_token_id: int
@@ -47,13 +48,9 @@ class Qwen2VLProcessor:
     pixels: PixelRange
     resize_images: bool
     resample: int
-    videos: video.VideoRules | None = None
+    videos: video.VideoRules
     tokens_per_second: float | None = None
-
-    @property
-    def modalities(self) -> tuple[Modality, ...]:
-        """Images, and videos where there are rules for them."""
-        return ("image",) if self.videos is None else ("image", "video")
+    modalities: tuple[Modality, ...] = ("image", "video")
 
     @property
     def takes_seconds(self) -> bool:
@@ -72,7 +69,7 @@ class Qwen2VLProcessor:
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> FrameSampler | None:
         """Which frames of a video are taken; images need nothing."""
-        if modality == "image" or self.videos is None:
+        if modality == "image":
             return None
         return self.videos.sampler(options)
 
@@ -83,7 +80,7 @@ class Qwen2VLProcessor:
     def check_options(self, options: Mapping[str, Any]) -> None:
         """``min_pixels``, ``max_pixels``, and ``size`` with ``shortest_edge`` and ``longest_edge`` (in pixels too), of
         an image or of a video's frame; of videos those of ``video.OPTIONS``."""
-        check_option_names(options, OPTIONS if self.videos is None else OPTIONS + video.OPTIONS)
+        check_option_names(options, OPTIONS + video.OPTIONS)
         try:
             limits = read_pixel_range(options, self.pixels)
         except ConfigError as error:
@@ -94,8 +91,7 @@ class Qwen2VLProcessor:
                 f"max_pixels may be at most {highest} for this model, got {limits.most}.",
                 param="mm_processor_kwargs",
             )
-        if self.videos is not None:
-            self.videos.check_options(options)
+        self.videos.check_options(options)
 
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
@@ -103,7 +99,7 @@ class Qwen2VLProcessor:
         """``arrays["pixels"]``: uint8, of an image (height, width, 3), of a video (frames, height, width, 3), edges
         multiples of ``cell`` and frames of the temporal patch."""
         meta: dict[str, Any] = {}
-        if isinstance(data, Clip) and self.videos is not None:
+        if isinstance(data, Clip):
             original = data.frames.shape[1:3]
             pixels = self.videos.pixels_of(data, options)
             frames = len(pixels) // self.videos.temporal_patch_size
@@ -212,8 +208,11 @@ class Qwen2VLProcessor:
         block = np.indices((t, h, w), dtype=np.int32).reshape(3, -1)
         if features.modality == "video" and self.tokens_per_second is not None:
             # In single precision, as the reference: it decides where a product falls on a whole number.
-            step = np.float32(self.tokens_per_second * features.meta["second_per_grid"])
-            block[0] = (block[0].astype(np.float32) * step).astype(np.int32)
+            step = np.float32(
+                min(self.tokens_per_second * features.meta["second_per_grid"], MAX_TIME)
+            )
+            times = block[0].astype(np.float32) * step
+            block[0] = np.minimum(times, MAX_TIME).astype(np.int32)
         return [block]
 
     def _grids(self, value: Any, param: str) -> list[tuple[int, int, int]]:
@@ -231,12 +230,11 @@ class Qwen2VLProcessor:
 def build(
     config: Qwen2VLConfig,
     loaded: LoadedConfig,
-    videos: bool,
     rules: type[video.VideoRules] = video.VideoRules,
     video_defaults: Mapping[str, Any] | None = None,
     video_pixels: PixelRange = video.PIXELS,
 ) -> Qwen2VLProcessor:
-    """The processor of a checkpoint, for images and, with ``videos``, for these too.
+    """The processor of a checkpoint.
 
     ``rules``, ``video_defaults``, ``video_pixels``: the family's kind of rules of videos, the values that its files may
     leave out, and the range of pixels. Raises ConfigError when its preprocessors make other patches than its tower.
@@ -244,13 +242,11 @@ def build(
     preprocessor, vision = loaded.preprocessor, config.vision
     _check_patches(preprocessor, config)
     cell = vision.patch_size * vision.merge_size
-    video_rules = None
-    if videos:
-        own = {**(video_defaults or {}), **loaded.video_preprocessor}
-        _check_patches(own, config)
-        video_rules = video.read_video_rules(
-            own, preprocessor, cell, vision.temporal_patch_size, rules, video_pixels
-        )
+    own = {**(video_defaults or {}), **loaded.video_preprocessor}
+    _check_patches(own, config)
+    video_rules = video.read_video_rules(
+        own, preprocessor, cell, vision.temporal_patch_size, rules, video_pixels
+    )
     return Qwen2VLProcessor(
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,

@@ -24,6 +24,9 @@ OPTIONS = ("fps", "num_frames", "min_frames", "max_frames", "do_sample_frames")
 UNKNOWN_FPS = 2.0
 """Of frames without metadata: the rate at which the families' own tools sample."""
 
+MAX_SECONDS = 1e6
+"""Of a temporal patch that comes as embeddings: eleven days."""
+
 MAX_FRAMES = 1 << 20
 PIXELS = PixelRange(128 * 28 * 28, 768 * 28 * 28)
 """Of a frame, where the checkpoint does not say."""
@@ -183,9 +186,10 @@ def read_seconds(value: Any, num_items: int, param: str) -> list[float]:
         seconds = array.astype(np.float64).reshape(-1)
     except (ValueError, TypeError, RuntimeError, NotImplementedError):  # ragged, sparse, meta
         seconds = np.empty(0)
-    if len(seconds) != num_items or not np.isfinite(seconds).all() or (seconds <= 0).any():
+    if len(seconds) != num_items or not ((seconds > 0) & (seconds <= MAX_SECONDS)).all():
         raise InvalidEmbeddingsError(
-            f"Must be positive numbers, one for each of {num_items} videos.", param=param
+            f"Must be positive numbers up to {MAX_SECONDS:g}, one for each of {num_items} videos.",
+            param=param,
         )
     return [float(s) for s in seconds]
 

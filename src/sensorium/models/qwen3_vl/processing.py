@@ -129,7 +129,7 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         num = h * w // self.merge_size**2
         times = features.meta.get("timestamps")
         if times is None:  # embeddings: as of frames at equal distances from the first on
-            size = self.videos.temporal_patch_size if self.videos is not None else 1
+            size = self.videos.temporal_patch_size
             middle = (size - 1) / (2 * size)
             times = tuple((k + middle) * features.meta["second_per_grid"] for k in range(t))
         ids: list[int] = []
@@ -147,12 +147,11 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         return [still.reshape(3, -1)] * t
 
 
-def build(config: Qwen2VLConfig, loaded: LoadedConfig, videos: bool) -> Qwen3VLProcessor:
+def build(config: Qwen2VLConfig, loaded: LoadedConfig) -> Qwen3VLProcessor:
     """The processor of a checkpoint. Raises ConfigError as Qwen2-VL's."""
     base = build_qwen2_vl(
         config,
         loaded,
-        videos,
         rules=Qwen3VideoRules,
         video_defaults=VIDEO_DEFAULTS,
         video_pixels=VIDEO_PIXELS,

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from sensorium.models.interface import (
-    BuildOptions,
-    Family,
-    LoadableModel,
-    LoadedConfig,
-    PartCheckpoint,
-    TextShape,
-)
+from sensorium.models.interface import PartCheckpoint
+from sensorium.models.native import native_family
 from sensorium.models.ultravox.config import AUDIO_PART, TEXT_PART, read_ultravox_config
 from sensorium.models.ultravox.processing import build
-from sensorium.multimodal.processor import Processor
-
-
-def _shape(loaded: LoadedConfig) -> TextShape:
-    return read_ultravox_config(loaded).text.shape
-
-
-def _build_processor(loaded: LoadedConfig) -> Processor:
-    return build(read_ultravox_config(loaded), loaded)
-
-
-def _build_model(loaded: LoadedConfig, options: BuildOptions) -> LoadableModel:
-    from sensorium.models.ultravox.model import UltravoxModel
-
-    return UltravoxModel(read_ultravox_config(loaded), options)
-
 
 FAMILIES = (
-    Family(
+    native_family(
+        read_ultravox_config,
+        build,
+        "sensorium.models.ultravox.model:UltravoxModel",
+        normalization=None,
         name="Ultravox",
         checkpoint="fixie-ai/ultravox-v0_5-llama-3_2-1b",
         architectures=("UltravoxModel",),
         modalities=("audio",),
-        shape=_shape,
-        build_processor=_build_processor,
-        build_model=_build_model,
         renames=(
             (r"^language_model\.lm_head\.", "lm_head."),
             (r"^language_model\.(model\.)?", "language_model."),

@@ -15,7 +15,7 @@ from sensorium.models.configs import (
     read_whisper_config,
     section,
 )
-from sensorium.models.interface import LoadedConfig
+from sensorium.models.interface import LoadedConfig, TextShape
 
 TEXT_PART, AUDIO_PART = "text_model_id", "audio_model_id"
 """Fields that name the checkpoints of the backbones, where these are not embedded."""
@@ -47,6 +47,11 @@ class UltravoxConfig:
     def num_embeds(self, num_frames: int) -> int:
         """Embeddings of a sound of so many mel frames."""
         return sum(-(-length // self.frames_per_embed) for length in self.chunks(num_frames))
+
+    @property
+    def shape(self) -> TextShape:
+        """The sizes that the engine needs."""
+        return self.text.shape
 
 
 def read_ultravox_config(loaded: LoadedConfig) -> UltravoxConfig:

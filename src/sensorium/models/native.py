@@ -1,0 +1,58 @@
+"""The row of a family whose parts are a configuration, a processor of it and a model of it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from sensorium.models.interface import (
+    BuildOptions,
+    Family,
+    LoadableModel,
+    LoadedConfig,
+    TextShape,
+)
+from sensorium.models.pixels import Normalization, read_normalization
+from sensorium.multimodal.processor import Processor
+
+
+class HasShape(Protocol):
+    """A configuration that knows the sizes of its decoder."""
+
+    @property
+    def shape(self) -> TextShape:
+        """The sizes that the engine needs."""
+        ...
+
+
+Config = TypeVar("Config", bound=HasShape)
+
+
+def native_family(
+    read_config: Callable[[LoadedConfig], Config],
+    new_processor: Callable[[Config, LoadedConfig], Processor],
+    model: str,
+    *,
+    normalization: Callable[[Mapping[str, Any]], Normalization] | None = read_normalization,
+    **row: Any,
+) -> Family:
+    """A family whose model is the class ``model`` (``package.module:Class``), imported when one is built.
+
+    The class takes the configuration, then, unless ``normalization`` is None, what that reads of the image processor's
+    configuration, and the options. ``row``: the other fields of ``Family``.
+    """
+
+    def shape(loaded: LoadedConfig) -> TextShape:
+        return read_config(loaded).shape
+
+    def build_processor(loaded: LoadedConfig) -> Processor:
+        return new_processor(read_config(loaded), loaded)
+
+    def build_model(loaded: LoadedConfig, options: BuildOptions) -> LoadableModel:
+        module, _, name = model.partition(":")
+        new: Callable[..., LoadableModel] = getattr(importlib.import_module(module), name)
+        pixels = () if normalization is None else (normalization(loaded.preprocessor),)
+        return new(read_config(loaded), *pixels, options)
+
+    return Family(shape=shape, build_processor=build_processor, build_model=build_model, **row)
