@@ -3,6 +3,8 @@ against attention written out over whole sequences."""
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -110,3 +112,32 @@ def test_plain_is_what_makes_no_difference() -> None:
     assert AttentionVariant(window=8).is_plain(8)
     assert not AttentionVariant(window=8).is_plain(9)
     assert not AttentionVariant(softcap=1.0).is_plain(1)
+
+
+VARIANTS = {
+    "plain": PLAIN,
+    "window": AttentionVariant(window=7),
+    "softcap": AttentionVariant(softcap=1.5),
+    "sinks": AttentionVariant(sinks=torch.zeros(4)),
+    "stretch": None,
+}
+
+
+@pytest.mark.parametrize("backend", [ops, reference], ids=["ops", "reference"])
+@pytest.mark.parametrize("what", VARIANTS)
+def test_what_others_left_behind_the_end_is_not_seen(what: str, backend: ModuleType) -> None:
+    """NaN times a weight of zero is NaN."""
+    layout = KVCacheLayout(1, 2, 16, 16, torch.float32)
+    batch = make_batch(layout, [(70, 1), (1, 1), (33, 33), (50, 12)])
+    q, k, v = inputs(batch, 4, 2, 16, torch.float32)
+    variant = VARIANTS[what] or AttentionVariant(stretch=stretches(batch))
+    clean, dirty = twin(batch), twin(batch)
+    wanted = backend.paged_attention(q, k, v, clean, 0, 0.25, variant)
+    (cache,) = dirty.caches
+    held = torch.zeros(cache.v.shape[0], layout.block_size, dtype=torch.bool)
+    for row, length in zip(dirty.block_table.tolist(), dirty.kv_lens, strict=True):
+        for place in range(length):
+            held[row[place // 16], place % 16] = True
+    cache.k.masked_fill_(~held[:, None, None, :], torch.nan)
+    cache.v.masked_fill_(~held[:, None, :, None], torch.nan)
+    assert torch.equal(backend.paged_attention(q, k, v, dirty, 0, 0.25, variant), wanted)

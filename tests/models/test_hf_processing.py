@@ -146,6 +146,58 @@ def test_options_are_checked_by_name_and_by_the_processor(tmp_path: Path) -> Non
         processor.process("image", picture(9, 9, seed=0), {"size": {"depth": 1}})
 
 
+HUGE = [
+    ("internvl", {"max_patches": 5}, "max_patches may be from 0 to 4"),
+    ("internvl", {"size": {"height": 10**6, "width": 56}}, "size may be from 0 to 56"),
+    ("internvl", {"size": float("inf")}, "got inf"),
+    ("internvl", {"max_patches": -1}, "got -1"),
+    ("gemma3", {"pan_and_scan_max_num_crops": 257}, "from 0 to 256"),
+    ("mistral3", {"patch_size": 1}, "no option 'patch_size'"),
+    ("llava_next", {"crop_size": {"height": 1, "width": 1}}, "no option 'crop_size'"),
+    ("llava_next", {"image_grid_pinpoints": [[10**5, 10**5]]}, "from 0 to 112"),
+    ("glm4v", {"size": {"shortest_edge": 784, "longest_edge": 9409}}, "from 0 to 9408"),
+]
+
+
+@pytest.mark.parametrize(("kind", "options", "pattern"), HUGE)
+def test_options_cannot_make_images_larger(
+    tmp_path: Path, kind: str, options: dict[str, Any], pattern: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=pattern) as caught:
+        processor_at(make_hf(kind, tmp_path)).check_options(options)
+    assert caught.value.param == f"mm_processor_kwargs.{next(iter(options))}"
+
+
+def test_options_that_change_no_size_are_free(tmp_path: Path) -> None:
+    processor = processor_at(make_hf("llava_next", tmp_path))
+    options = {"image_mean": [100.0, 100.0, 100.0], "resample": 3, "do_pad": True}
+    processor.check_options(options)
+    processor.check_options({"image_grid_pinpoints": [[56, 112]]})
+    assert processor.process("image", picture(30, 40, seed=0), options).num_embeds > 0
+
+
+def test_an_option_that_divides_by_nothing_is_the_callers_mistake(tmp_path: Path) -> None:
+    processor = processor_at(make_hf("idefics3", tmp_path))
+    options = {"size": {"longest_edge": 0}}
+    processor.check_options(options)
+    with pytest.raises(InvalidRequestError, match="does not take this image"):
+        processor.process("image", picture(30, 40, seed=0), options)
+
+
+def test_a_line_of_pixels_is_refused(tmp_path: Path) -> None:
+    processor = processor_at(make_hf("llava_next", tmp_path))
+    assert processor.process("image", picture(1, 200, seed=0), {}).num_embeds > 0
+    with pytest.raises(InvalidRequestError, match="aspect ratio of 201"):
+        processor.process("image", picture(1, 201, seed=0), {})
+
+
+def test_what_foreign_code_says_names_no_files() -> None:
+    error = OSError(
+        "cannot read /srv/models/one/tokenizer.json of a/b at 0x7f00aa, see https://a.b/c/d"
+    )
+    assert foreign.said(error) == "OSError: cannot read a local file of a/b, see https://a.b/c/d"
+
+
 def test_a_folder_without_a_processor(tmp_path: Path) -> None:
     folder = make_hf("idefics3", tmp_path)
     (folder / "preprocessor_config.json").unlink()

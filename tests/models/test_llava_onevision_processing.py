@@ -15,8 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequestError
-from sensorium.models import loader
+from sensorium.errors import (
+    ConfigError,
+    InvalidEmbeddingsError,
+    InvalidRequestError,
+    MediaTooLargeError,
+)
+from sensorium.models import loader, pixels
 from sensorium.models.llava_onevision import tiles
 from sensorium.models.llava_onevision.config import read_pinpoints
 from sensorium.models.llava_onevision.processing import LlavaOnevisionProcessor
@@ -187,6 +192,15 @@ def test_identity(ours: Any) -> None:
     assert ours.identity("image", {}, 2) == ours.identity("image", {}, 3)
     assert ours.identity("video", {}, 1) == ours.identity("video", {}, 2)
     assert ours.identity("image", {}) != dataclasses.replace(ours, resample=2).identity("image", {})
+
+
+def test_small_frames_that_would_be_gigabytes_are_refused(
+    ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels, "MAX_VIDEO_PIXELS", 3 * TILE**2)
+    ours.process("video", clip(3, 2, 2), {})
+    with pytest.raises(MediaTooLargeError, match="4 frames"):
+        ours.process("video", clip(4, 2, 2), {})
 
 
 def test_frames_are_chosen_evenly(ours: Any) -> None:

@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequestError
-from sensorium.models import loader
+from sensorium.errors import (
+    ConfigError,
+    InvalidEmbeddingsError,
+    InvalidRequestError,
+    MediaTooLargeError,
+)
+from sensorium.models import loader, pixels
 from sensorium.models.minicpmv.slicing import Slicing
 from sensorium.models.registry import resolve
 from sensorium.multimodal.items import Clip, Features
@@ -134,6 +139,17 @@ def test_videos_are_frames_without_slices(ours: Any) -> None:
         features = ours.process("video", clip, {"max_slice_nums": most})
         assert features.meta["grid"] == (1, 2), "at most two slices"
         assert features.num_embeds == 9 * QUERIES
+
+
+def test_small_frames_that_would_be_gigabytes_are_refused(
+    ours: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resizing makes 56 x 56 pixels of each."""
+    monkeypatch.setattr(pixels, "MAX_VIDEO_PIXELS", 3 * 56**2)
+    frames = np.zeros((4, 14, 14, 3), np.uint8)
+    ours.process("video", Clip(frames[:3], (0, 1, 2), 3, 30.0), {})
+    with pytest.raises(MediaTooLargeError, match="4 frames"):
+        ours.process("video", Clip(frames, (0, 1, 2, 3), 4, 30.0), {})
 
 
 def test_frames_are_sampled_once_a_second(ours: Any) -> None:

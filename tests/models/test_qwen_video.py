@@ -17,11 +17,16 @@ import pytest
 import torch
 from PIL import Image
 
-from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequestError
+from sensorium.errors import (
+    ConfigError,
+    InvalidEmbeddingsError,
+    InvalidRequestError,
+    MediaTooLargeError,
+)
 from sensorium.models import loader
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import Clip, Decoded
-from sensorium.multimodal.processor import FrameChoice, VideoFacts
+from sensorium.multimodal.items import Clip, Decoded, Features
+from sensorium.multimodal.processor import FrameChoice, PlacedItem, VideoFacts
 from tests.checkpoints import make_qwen2_5_vl, make_qwen2_vl
 from tests.checkpoints.common import CLIP_MEAN, CLIP_STD
 from tests.models.harness import Harness, Running, picture, place, text_ids
@@ -99,6 +104,15 @@ def test_features_equal_the_reference(tmp_path: Path) -> None:
         levels = ((rows - near).view(-1, 3, 392).abs() * 255 * STD[:, None]).round()
         assert (levels > 1).float().mean() < 0.002
         assert levels.mean() < 0.4
+
+
+def test_small_frames_that_would_be_gigabytes_are_refused(tmp_path: Path) -> None:
+    ours = processor_of(make_qwen2_vl(tmp_path))
+    small = Clip(np.zeros((50, 28, 28, 3), np.uint8), tuple(range(50)), 50, 2.0)
+    options = {"min_pixels": 12_000_000, "max_pixels": 12_800_000}
+    ours.check_options(options)
+    with pytest.raises(MediaTooLargeError, match="50 frames"):
+        ours.process("video", small, options)
 
 
 def test_an_odd_number_of_frames_is_completed(tmp_path: Path) -> None:
@@ -474,3 +488,16 @@ def test_placeholders(ours: Any) -> None:
     replacement = ours.replacement(features)
     assert replacement.token_ids == ours.placeholder("video") * 8
     assert replacement.runs == ((0, 8),)
+
+
+@pytest.mark.parametrize("seconds", [1e6, 2e9, 1e300])
+def test_a_video_that_lasts_for_years(tmp_path: Path, seconds: float) -> None:
+    """A rate may be anything: times stay in their 32 bits, and in order."""
+    ours = processor_of(make_qwen2_5_vl(tmp_path))
+    meta = {"grid": (12, 4, 4), "second_per_grid": seconds}
+    features = Features("video", {}, 48, meta)
+    items = [PlacedItem(features, ((start, 48),)) for start in (2, 52, 102)]
+    positions, delta = ours.positions([5] * 152, items)
+    assert positions.min() == 0
+    assert (np.diff(positions.max(axis=0)) >= 0).all()
+    assert positions[0].max() + 1 == 152 + delta < 1 << 31

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,61 @@ def test_pixels_are_limited() -> None:
     assert len(decode(data, 4, max_video_pixels=pixels).frames) == 4
     with pytest.raises(MediaTooLargeError, match=r"4 frames of 80 x 48 .*--max-video-pixels"):
         decode(data, 4, max_video_pixels=pixels - 1)
+
+
+def test_pixels_of_a_frame_are_limited() -> None:
+    data = make_clip("mp4", 3)
+    assert len(decode(data, 3, max_image_pixels=HEIGHT * WIDTH).frames) == 3
+    with pytest.raises(MediaTooLargeError, match=r"frame .* 80 x 48 .*--max-image-pixels"):
+        decode(data, 3, max_image_pixels=HEIGHT * WIDTH - 1)
+
+
+def blank_gif(width: int, height: int, num_frames: int) -> bytes:
+    """A few bytes for each frame, of which one pixel is set."""
+    frame = b"\x21\xf9\x04\0\x0a\0\0\0\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"
+    size = struct.pack("<HH", width, height)
+    return b"GIF89a" + size + b"\x80\0\0" + b"\0\0\0\xff\xff\xff" + frame * num_frames + b";"
+
+
+def test_a_few_bytes_of_huge_frames() -> None:
+    assert decode(blank_gif(30, 20, 3), 3).frames.shape == (3, 20, 30, 3)
+    with pytest.raises(MediaTooLargeError, match=r"65535 x 65535 .*--max-image-pixels"):
+        decode(blank_gif(65535, 65535, 2), 1)
+
+
+def test_large_frames_count_as_several() -> None:
+    """2400 x 1800 pixels are 2.07 times as many as a frame that counts as one."""
+    data = blank_gif(2400, 1800, 8)
+    assert len(decode(data, -1, max_video_frames=17).frames) == 8
+    with pytest.raises(MediaTooLargeError, match=r"of this size .*--max-video-frames"):
+        decode(data, -1, max_video_frames=16)
+
+
+def test_times_that_descend_are_no_endless_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each frame can be entered, but has a time before all that are stored before it."""
+    num = 20_000
+    keys = [(number, num - number) for number in range(num)]
+    index = containers._Index("avi", num, [*range(num)][::-1], [*range(1, num + 1)], keys, 10.0)
+    monkeypatch.setattr(containers, "MAX_ENTRIES", 3)
+    assert containers._entry(index, 0) == num - 1
+    late = dataclasses.replace(index, pts=[-1] * num)
+    looked_at: list[int] = []
+
+    class Keys(list[tuple[int, int]]):
+        def __getitem__(self, place: Any) -> Any:
+            looked_at.append(place)
+            return super().__getitem__(place)
+
+    assert containers._entry(dataclasses.replace(late, keys=Keys(keys)), 0) == 0
+    assert len(looked_at) < 25, "those of the bisection, and three"
+
+
+def test_more_frames_than_may_be_decoded_are_not_looked_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(containers, "_stretches", lambda *_: pytest.fail("looked up"))
+    with pytest.raises(MediaTooLargeError, match="20 frames of the video"):
+        decode(make_clip("mp4", 20), -1, max_video_frames=19)
 
 
 def test_sampled_frames_are_limited() -> None:

@@ -131,6 +131,8 @@ def test_metadata_may_ask_for_the_models_rule() -> None:
         ({"duration": -1}, "duration=-1"),
         ({"total_num_frames": 5}, "total_num_frames=5, but there are 6 frames"),
         ({"total_num_frames": 6.0}, "must be an integer from 1"),
+        ({"total_num_frames": 10**400, "duration": 3}, "must be an integer from 1"),
+        ({"frames_indices": [0, 1, 2, 3, 4, 10**400], "fps": 2}, "at most"),
         ({"frames_indices": [0, 1, 2]}, "3 frames_indices for 6 frames"),
         ({"frames_indices": [0, 1, 2, 3, 5, 4]}, "do not ascend"),
         ({"frames_indices": [-1, 1, 2, 3, 4, 5]}, "negative"),
@@ -245,6 +247,12 @@ def test_packed_pictures() -> None:
 def test_packed_pictures_that_are_damaged(data: bytes) -> None:
     with pytest.raises(MediaUndecodableError):
         decode_packed(data)
+
+
+def test_more_packed_pictures_than_make_a_video() -> None:
+    """A file from anywhere may look like an unpacked URL: a few bytes for each of millions of empty pictures."""
+    with pytest.raises(MediaTooLargeError, match=f"more than {frames.MAX_PICTURES} pictures"):
+        decode_packed(frames.pack([b""] * (frames.MAX_PICTURES + 1)))
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

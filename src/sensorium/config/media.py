@@ -50,9 +50,13 @@ class MediaConfig:
     audio_fetch_timeout: float = option(10.0, "Seconds for the whole download of a sound.")
     max_media_bytes: int = option(256 * MIB, "Most bytes of one download.")
     max_request_media_bytes: int = option(256 * MIB, "Most bytes of all downloads of a request.")
-    max_image_pixels: int = option(178_956_970, "Most pixels of one image.")
+    max_image_pixels: int = option(
+        178_956_970, "Most pixels of one image, or of a frame of a video."
+    )
     max_video_frames: int = option(
-        36_000, "Most frames of one video that are decoded to get at those that are sampled."
+        36_000,
+        "Most frames of one video that are decoded to get at those that are sampled; those larger than 1920 x 1088 "
+        "count as several.",
     )
     max_video_pixels: int = option(
         536_870_912, "Most pixels of the sampled frames of one video together."

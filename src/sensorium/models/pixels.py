@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.errors import ConfigError, InvalidRequestError, MediaTooLargeError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3
+MAX_VIDEO_PIXELS = 1 << 29
+"""Of all resized frames of a video together: a multiple of what any context has tokens for."""
 
 Box = tuple[float, float, float, float]
 
@@ -25,6 +27,15 @@ class Normalization:
     scale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+def check_video(num_frames: int, pixels_each: int) -> None:
+    """Raise MediaTooLargeError for frames, small ones perhaps, of which resizing would make gigabytes."""
+    if num_frames * pixels_each > MAX_VIDEO_PIXELS:
+        raise MediaTooLargeError(
+            f"This model makes {pixels_each} pixels of each of the video's {num_frames} frames; at most "
+            f"{MAX_VIDEO_PIXELS} together are possible. Ask for fewer frames."
+        )
 
 
 def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:

@@ -24,7 +24,9 @@ from sensorium.errors import (
     MediaUndecodableError,
     RequestError,
 )
+from sensorium.multimodal.boxes import check_boxes
 from sensorium.multimodal.items import Sound
+from sensorium.multimodal.options import check_names
 
 CONTAINERS = (
     *("mov", "matroska", "webm", "ogg", "avi", "flv", "asf", "mpegts", "mpeg", "aac", "ac3"),
@@ -48,14 +50,7 @@ class AudioOptions:
         cls, options: Mapping[str, Any], param: str = "media_io_kwargs.audio"
     ) -> AudioOptions:
         """Check and build. Raises InvalidRequestError for any key."""
-        if not isinstance(options, Mapping):
-            raise InvalidRequestError(
-                f"{param} must be a mapping, got {type(options).__name__}.", param=param
-            )
-        for key in options:
-            raise InvalidRequestError(
-                f"Unknown option {str(key)[:80]!r} of {param}; sounds have none.", param=param
-            )
+        check_names(options, (), param, "sounds have none")
         return cls()
 
 
@@ -189,6 +184,7 @@ def _read_with_ffmpeg(data: bytes, mixer: _Mixer) -> None:
     """Decode the first sound track into ``mixer``."""
     import av
 
+    check_boxes(data)
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": ""}
     try:
         container = av.open(io.BytesIO(data), mode="r", container_options=allowed)

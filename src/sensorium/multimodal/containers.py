@@ -19,6 +19,7 @@ import io
 import itertools
 import math
 import os
+import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,9 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sensorium.errors import MediaTooLargeError, MediaUndecodableError, RequestError
+from sensorium.multimodal.boxes import check_boxes
 from sensorium.multimodal.items import Clip
 from sensorium.multimodal.processor import VideoFacts
 from sensorium.multimodal.sampling import MAX_FPS
+from sensorium.multimodal.upright import upright
 
 if TYPE_CHECKING:
     import av
@@ -44,17 +47,32 @@ CODECS = frozenset(
 
 MAX_PACKETS = 1 << 20
 """Nine hours at 30 frames per second; more are refused while a container is indexed."""
+MAX_ENTRIES = 32
+"""Key packets that are tried for a frame, from the last one on: usually the first or second will do."""
 MAX_THREADS = 4
+_GIF_SIZE = struct.Struct("<6xHH")
+FULL_HD = 1920 * 1088
+"""Pixels of a frame that counts as one against the limit on decoded frames; larger ones count as several."""
 
 Sample = Callable[[VideoFacts], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_frames``: that are decoded. ``max_pixels``: of all sampled frames together."""
+    """``max_frames``: that are decoded, at most ``FULL_HD`` each, or fewer larger ones. ``max_pixels``: of all sampled
+    frames together. ``max_frame_pixels``: of each frame."""
 
     max_frames: int
     max_pixels: int
+    max_frame_pixels: int
+
+    def for_decoder(self) -> dict[str, str]:
+        """FFmpeg's option, so that nothing much larger is allocated, whatever the header or a later frame says.
+
+        It counts columns that it adds to make rows of whole vectors, too.
+        """
+        most = 2 * min(self.max_pixels, self.max_frame_pixels) + (1 << 20)
+        return {"max_pixels": str(min(most, (1 << 31) - 1))}
 
 
 def decode(data: bytes, sample: Sample, limits: Limits) -> Clip:
@@ -64,6 +82,11 @@ def decode(data: bytes, sample: Sample, limits: Limits) -> Clip:
     decoded, and MediaTooLargeError, which names the flag, before more than the limits is done.
     """
     form = _form(data)
+    if form == "mov":
+        check_boxes(data)
+    if form == "gif" and len(data) >= _GIF_SIZE.size:  # FFmpeg tells it with the first frame only
+        width, height = _GIF_SIZE.unpack_from(data)
+        _check_pixels(1, height, width, limits)
     try:
         index = _index(data, form, limits)
         facts = VideoFacts(index.num_frames, index.fps)
@@ -100,14 +123,21 @@ def _form(data: bytes) -> str:
 
 
 @contextmanager
-def _opened(data: bytes, form: str) -> Iterator[tuple[av.container.InputContainer, Any]]:
+def _opened(
+    data: bytes, form: str, limits: Limits
+) -> Iterator[tuple[av.container.InputContainer, Any]]:
     """The container and its video stream."""
     import av
     from av.stream import Disposition
 
     options = {"protocol_whitelist": "", "format_whitelist": form}
     with av.open(
-        io.BytesIO(data), "r", format=form, container_options=options, metadata_errors="ignore"
+        io.BytesIO(data),
+        "r",
+        format=form,
+        options=limits.for_decoder(),  # opening decodes a little, to know the format of the pixels
+        container_options=options,
+        metadata_errors="ignore",
     ) as container:
         stream: Any = container.streams.best("video")
         if stream is None or stream.disposition & Disposition.attached_pic:
@@ -162,7 +192,7 @@ class _Index:
 
 
 def _index(data: bytes, form: str, limits: Limits) -> _Index:
-    with _opened(data, form) as (container, stream):
+    with _opened(data, form, limits) as (container, stream):
         hides = stream.codec_context.codec.canonical_name == "vp8"
         shown: list[tuple[int | None, int]] = []
         keys: list[tuple[int, int]] = []
@@ -199,7 +229,7 @@ def _is_hidden(packet: av.Packet) -> bool:
 def _comes_in_order(data: bytes, form: str, limits: Limits) -> bool:
     """Whether timestamps ascend as frames come out; some containers number the packets instead, of streams that store
     frames out of order."""
-    with _opened(data, form) as (container, stream):
+    with _opened(data, form, limits) as (container, stream):
         _prepare(stream.codec_context, 1, limits)
         head = itertools.islice(_packets(container, stream), 48)
         stamps = [f.pts for packet in head for f in _frames(stream.codec_context, packet)]
@@ -247,7 +277,7 @@ def _prepare(context: Any, num_frames: int, limits: Limits) -> None:
     _check_pixels(num_frames, context.height, context.width, limits)
     context.thread_type = "AUTO"
     context.thread_count = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-    context.options = {"max_pixels": str(min(limits.max_pixels, (1 << 31) - 1))}
+    context.options = limits.for_decoder()
     context.open(strict=False)
 
 
@@ -256,14 +286,16 @@ def _decode_wanted(
 ) -> Clip | None:
     """Decode the stretches of packets that the wanted frames need; None when these do not come."""
     wanted = sorted({int(i) for i in indices})
+    _check_work(len(wanted), 0, limits)
     stretches = _stretches(index, wanted)
-    _check_work(sum(end + 1 - start for start, end in stretches), limits)
+    num_decoded = sum(end + 1 - start for start, end in stretches)
     at = {index.packets[i] for i in wanted}
     numbers = {index.pts[i]: i for i in wanted}
-    with _opened(data, index.form) as (container, stream):
+    with _opened(data, index.form, limits) as (container, stream):
         context = stream.codec_context
+        _check_work(num_decoded, context.height * context.width, limits)
         _prepare(context, len(indices), limits)
-        pictures = _Pictures(indices, limits)
+        pictures, work = _Pictures(indices, limits), _Work(limits)
         packets = enumerate(_packets(container, stream))
         for start, end in stretches:
             for number, packet in packets:
@@ -272,6 +304,7 @@ def _decode_wanted(
                 # What no other frame needs and nobody wants is left out.
                 context.skip_frame = "DEFAULT" if number in at else "NONREF"
                 for frame in _frames(context, packet):
+                    work.add(frame)
                     pictures.offer(_number(frame, numbers), frame)
                 if number == end:
                     break
@@ -303,7 +336,8 @@ def _entry(index: _Index, frame: int) -> int:
     A frame that is stored after a key packet and shown before it may need those before the key packet.
     """
     stored_before = bisect_right(index.keys, index.packets[frame], key=lambda key: key[0])
-    for number, pts in reversed(index.keys[:stored_before]):
+    for place in range(stored_before - 1, max(stored_before - 1 - MAX_ENTRIES, -1), -1):
+        number, pts = index.keys[place]
         if pts <= index.pts[frame]:
             return number
     return 0
@@ -312,34 +346,57 @@ def _entry(index: _Index, frame: int) -> int:
 def _decode_in_order(data: bytes, index: _Index, sample: Sample, limits: Limits) -> Clip | None:
     """Decode everything and count; once more when there turn out to be more or fewer frames than packets. None when
     hardly any come."""
-    _check_work(index.num_packets, limits)
     facts = VideoFacts(index.num_frames, index.fps)
     for _ in range(2):
         indices = sample(facts)
-        with _opened(data, index.form) as (container, stream):
+        with _opened(data, index.form, limits) as (container, stream):
             context = stream.codec_context
+            _check_work(index.num_packets, context.height * context.width, limits)
             _prepare(context, len(indices), limits)
-            pictures, num = _Pictures(indices, limits), 0
+            pictures, work, num = _Pictures(indices, limits), _Work(limits), 0
             for packet in itertools.chain(_packets(container, stream), (None,)):
                 for frame in _frames(context, packet):
                     pictures.offer(num, frame)
                     num += 1
-                    _check_work(num, limits)
+                    work.add(frame)
         if num in (0, facts.num_frames):
             break
         facts = VideoFacts(num, facts.fps)
     return pictures.clip(facts)
 
 
-def _check_work(num_frames: int, limits: Limits) -> None:
-    if num_frames > limits.max_frames:
+def _check_work(num_frames: int, num_pixels: int, limits: Limits) -> None:
+    """Raise MediaTooLargeError for more frames, of so many pixels each, than may be decoded."""
+    most = int(limits.max_frames * min(1.0, FULL_HD / max(num_pixels, 1)))
+    if num_frames > most:
+        size = " of this size" if most < limits.max_frames else ""
         raise MediaTooLargeError(
             f"{num_frames} frames of the video must be decoded to get at those that are wanted; at most "
-            f"{limits.max_frames} are allowed (--max-video-frames). Send a shorter video, or one with more key frames."
+            f"{most}{size} are allowed (--max-video-frames). Send a shorter video, or one with more key frames."
         )
 
 
+class _Work:
+    """Counts what comes out of a decoder: frames may be more, and larger, than the header says."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._num_frames = 0
+        self._num_pixels = 0
+
+    def add(self, frame: av.VideoFrame) -> None:
+        """Count a frame. Raises MediaTooLargeError when they are too many."""
+        self._num_frames += 1
+        self._num_pixels += max(frame.height * frame.width, FULL_HD)
+        _check_work(self._num_frames, self._num_pixels // self._num_frames, self._limits)
+
+
 def _check_pixels(num_frames: int, height: int, width: int, limits: Limits) -> None:
+    if height * width > limits.max_frame_pixels:
+        raise MediaTooLargeError(
+            f"A frame of the video has {width} x {height} pixels; at most {limits.max_frame_pixels} are allowed "
+            "(--max-image-pixels). Send a smaller video."
+        )
     if num_frames * height * width > limits.max_pixels:
         raise MediaTooLargeError(
             f"{num_frames} frames of {width} x {height} pixels are sampled of the video; at most {limits.max_pixels} "
@@ -367,7 +424,7 @@ class _Pictures:
         if not self._there:
             _check_pixels(len(self._indices), frame.height, frame.width, self._limits)
             self._size = (frame.width, frame.height)
-        picture = _upright(frame, *self._size)
+        picture = upright(frame, *self._size)
         if not self._there:
             self._rows = np.empty((len(self._wanted), *picture.shape), np.uint8)
         if picture.shape == self._rows.shape[1:]:
@@ -380,42 +437,10 @@ class _Pictures:
         there = np.array(sorted(self._there), dtype=np.int64)
         if 2 * len(there) < len(self._wanted) or not len(there):
             return None
-        taken = [int(there[np.abs(there - i).argmin()]) for i in self._indices]
+        taken = self._indices
+        if len(there) < len(self._wanted):
+            taken = [int(there[np.abs(there - i).argmin()]) for i in self._indices]
         frames = self._rows
         if taken != self._wanted:
             frames = frames[[self._row_of[i] for i in taken]]
         return Clip(frames, tuple(taken), facts.num_frames, facts.fps)
-
-
-def _upright(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB as it is to be shown; ``width`` and ``height`` are those of the first frame."""
-    if any(component.is_alpha for component in frame.format.components):
-        pixels = _pixels(frame, "rgba", width, height)
-        alpha = pixels[..., 3:].astype(np.uint16)
-        mixed = pixels[..., :3] * alpha + 255 * (255 - alpha)
-        picture = ((mixed + 127) // 255).astype(np.uint8)
-    else:
-        picture = _pixels(frame, "rgb24", width, height)
-    a, b, c, d = _display_matrix(frame)
-    if abs(b) > abs(a):
-        picture, across, down = picture.swapaxes(0, 1), c, b
-    else:
-        across, down = a, d
-    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
-
-
-def _pixels(frame: av.VideoFrame, form: str, width: int, height: int) -> np.ndarray:
-    return frame.to_ndarray(format=form, width=width, height=height)
-
-
-def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """a, b, c, d of the frame's display matrix: column x and row y are shown at column a x + c y and row b x + d y, but
-    for where the picture begins and a common factor (libavutil/display.h)."""
-    from av.sidedata.sidedata import Type
-
-    side_data: Mapping[Any, Any] = frame.side_data
-    data = side_data.get(Type.DISPLAYMATRIX)
-    if data is None:
-        return 1, 0, 0, 1
-    matrix = np.frombuffer(bytes(data), dtype=np.int32)
-    return int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4])

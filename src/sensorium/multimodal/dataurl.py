@@ -6,10 +6,7 @@ import binascii
 from urllib.parse import unquote_to_bytes
 
 from sensorium.errors import MediaRefusedError, MediaTooLargeError, MediaUndecodableError
-from sensorium.multimodal.frames import pack
-
-MAX_PICTURES = 1 << 14
-"""Of a ``video/jpeg`` URL."""
+from sensorium.multimodal.frames import MAX_PICTURES, pack
 
 _MAX_HEADER = 1024
 _PIECE = 1 << 18

@@ -22,9 +22,11 @@ from sensorium.multimodal.processor import VideoFacts
 _USED = ("fps", "duration", "total_num_frames", "frames_indices", "do_sample_frames")
 _IGNORED = ("width", "height", "video_backend")
 _TOLERANCE = 0.05
+"""Part of its length by which the duration of a video may be off."""
 _LEAST, _MOST = 1e-9, 1e9
 """Of frames per second and of seconds: farther out products overflow."""
-"""Part of its length by which the duration of a video may be off."""
+_MOST_FRAMES = 1 << 40
+"""Of a source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,10 @@ def _indices(value: Any, num_given: int) -> tuple[int, ...]:
         _bad(f"has frames_indices that are no list of integers, got {type(value).__name__}")
     if len(indices) != num_given:
         _bad(f"has {len(indices)} frames_indices for {num_given} frames")
+    if indices[-1] >= _MOST_FRAMES:
+        _bad(
+            f"has frame {indices[-1]!r:.80} among its frames_indices; at most {_MOST_FRAMES} make a video"
+        )
     if indices[0] < 0 or any(b < a for a, b in itertools.pairwise(indices)):
         _bad("has frames_indices that are negative or do not ascend")
     return indices
@@ -111,8 +117,9 @@ def _whole(metadata: Mapping[Any, Any], name: str) -> int | None:
     value = metadata.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        _bad(f"has {name}={value!r:.80}; it must be an integer from 1")
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or not 1 <= value <= _MOST_FRAMES:
+        _bad(f"has {name}={value!r:.80}; it must be an integer from 1 to {_MOST_FRAMES}")
     return int(value)
 
 
@@ -191,6 +198,9 @@ def _clip(
 
 # --- pictures of a data: URL -----------------------------------------------------------------------------------------
 
+MAX_PICTURES = 1 << 14
+"""Of a ``video/jpeg`` URL, and of a file that looks like one unpacked."""
+
 _MAGIC = b"\0pictures\0"
 _LENGTH = 8
 
@@ -213,6 +223,10 @@ def decode_packed(data: bytes, choose: Choose, limits: Limits) -> Clip:
     bounds: list[tuple[int, int]] = []
     at = len(_MAGIC)
     while at < len(data):
+        if len(bounds) == MAX_PICTURES:
+            raise MediaTooLargeError(
+                f"The video has more than {MAX_PICTURES} pictures. Send fewer, or a video file."
+            )
         start = at + _LENGTH
         at = start + int.from_bytes(data[at:start], "little")
         bounds.append((start, at))

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, features
 
-from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
+from sensorium.multimodal.options import check_names
 
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Raster formats that are decoded; the first bytes decide, whatever a name or a content type says."""
@@ -58,18 +58,7 @@ class ImageOptions:
         cls, options: Mapping[str, Any], param: str = "media_io_kwargs.image"
     ) -> ImageOptions:
         """Check and build. Raises InvalidRequestError for unknown keys and for anything but three integers 0–255."""
-        if not isinstance(options, Mapping):
-            raise InvalidRequestError(
-                f"{param} must be a mapping, got {type(options).__name__}.", param=param
-            )
-        known = list(cls.__dataclass_fields__)
-        for key in options:
-            if key not in known:
-                raise InvalidRequestError(
-                    f"Unknown option {str(key)[:80]!r} of {param}; known are {', '.join(known)}."
-                    f"{suggestion(str(key), known)}",
-                    param=param,
-                )
+        check_names(options, list(cls.__dataclass_fields__), param)
         if "rgba_background_color" not in options:
             return cls()
         color = options["rgba_background_color"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from sensorium.config import MediaConfig, suggestion
-from sensorium.errors import InvalidRequestError, MediaTooLargeError
+from sensorium.config import MediaConfig
+from sensorium.errors import MediaTooLargeError
 from sensorium.multimodal import containers, frames, sampling
 from sensorium.multimodal.items import Clip
+from sensorium.multimodal.options import check_names
 from sensorium.multimodal.processor import FrameChoice, FrameSampler, VideoFacts
 
 
@@ -29,18 +30,7 @@ class VideoOptions:
         cls, options: Mapping[str, Any], param: str = "media_io_kwargs.video"
     ) -> VideoOptions:
         """Check and build. Raises InvalidRequestError for unknown keys and for values out of their range."""
-        if not isinstance(options, Mapping):
-            raise InvalidRequestError(
-                f"{param} must be a mapping, got {type(options).__name__}.", param=param
-            )
-        known = list(cls.__dataclass_fields__)
-        for key in options:
-            if key not in known:
-                raise InvalidRequestError(
-                    f"Unknown option {str(key)[:80]!r} of {param}; known are {', '.join(known)}."
-                    f"{suggestion(str(key), known)}",
-                    param=param,
-                )
+        check_names(options, list(cls.__dataclass_fields__), param)
         return cls(
             sampling.read_num_frames(options.get("num_frames"), f"{param}.num_frames"),
             sampling.read_fps(options.get("fps"), f"{param}.fps"),
@@ -58,7 +48,9 @@ def decode(
     choose = _Choose(options, config, sampler)
     if frames.is_packed(data):
         return _timed(frames.decode_packed(data, choose, _frame_limits(config)), options)
-    limits = containers.Limits(config.max_video_frames, config.max_video_pixels)
+    limits = containers.Limits(
+        config.max_video_frames, config.max_video_pixels, config.max_image_pixels
+    )
     return containers.decode(data, lambda facts: choose(facts, False), limits)
 
 

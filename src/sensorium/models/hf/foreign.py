@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -30,6 +31,15 @@ _SETTINGS_OF_CALLS = frozenset(
     }
 )
 """What a caller of ours may not set: it concerns the form of what comes back, not what it is made of."""
+_OF_THE_WEIGHTS = frozenset(
+    {
+        *("patch_size", "merge_size", "temporal_patch_size", "image_seq_length"),
+        *("crop_size", "pad_size", "max_image_size"),
+    }
+)
+"""What must be as the weights were trained; a picture of a million patches of one pixel would come of another."""
+MOST_OF_OPEN = 256
+"""The largest number that a caller may set where the checkpoint sets none."""
 
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -73,7 +83,12 @@ class Foreign:
         """Names of what its part for a modality can be told."""
         part = self._own.image_processor if modality == "image" else self._hears
         known = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
-        return sorted(set(known) - _SETTINGS_OF_CALLS)
+        return sorted(set(known) - _SETTINGS_OF_CALLS - _OF_THE_WEIGHTS)
+
+    def most(self, modality: Modality, name: str) -> float:
+        """The largest number that a caller may set an option to, or anything in it: the checkpoint's own largest."""
+        part = self._own.image_processor if modality == "image" else self._hears
+        return max(numbers_in(getattr(part, name, None)), default=MOST_OF_OPEN)
 
     def placeholders(self, modality: Modality) -> list[str]:
         """Texts that may be the placeholder, the likeliest first."""
@@ -221,11 +236,26 @@ def as_arrays(made: Mapping[str, Any]) -> Arrays:
     return found
 
 
+def numbers_in(value: Any) -> list[float]:
+    """All numbers of a value of an option, however deep; truth values are none."""
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int | float):
+        return [value]
+    if isinstance(value, Mapping):
+        return [number for member in value.values() for number in numbers_in(member)]
+    if isinstance(value, list | tuple):
+        return [number for member in value for number in numbers_in(member)]
+    # Sizes of transformers are data classes.
+    return numbers_in(vars(value)) if dataclasses.is_dataclass(value) else []
+
+
 def said(error: Exception, folder: str = "") -> str:
     """What an exception of foreign code says, without local paths and addresses in memory, in one line."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
     if folder:
         text = text.replace(folder, "the model's folder")
+    text = re.sub(r"(?<![\w:/.])(/[\w.+-]+){2,}", "a local file", text)
     return f"{type(error).__name__}: {' '.join(text.split())[:400]}"
 
 

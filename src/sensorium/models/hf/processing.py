@@ -29,6 +29,7 @@ from sensorium.models.hf.rope import numbered
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.pixels import check_image
 from sensorium.models.processing import check_option_names, identity_of
+from sensorium.models.qwen2_vl.sizes import check_aspect
 from sensorium.multimodal.items import Decoded, Features, Modality, Sound
 from sensorium.multimodal.placeholders import marker
 from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
@@ -41,6 +42,8 @@ BOTH_WAYS: dict[str, BothWays] = {
 }
 """Model types whose images, or whose prompts with images, attend to themselves both ways (``Family.both_ways``)."""
 MAX_LINE_ENDS = 8
+COLOURS = frozenset({"image_mean", "image_std", "rescale_factor", "resample"})
+"""Options whose numbers change what is made of an image, but not how much."""
 PROBE_IMAGE = (64, 64)
 PROBE_SECONDS = 1.0
 
@@ -100,9 +103,21 @@ class HfProcessor:
         return identity_of("transformers 1", self.fingerprint, options, self.model_type)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Names that the processor's parts know; their values are seen by the processor itself."""
-        names = [name for modality in self.modalities for name in self._foreign.options(modality)]
-        check_option_names(options, names)
+        """Names that the processor's parts know, and numbers no larger than the checkpoint's own: the memory that they
+        make an image take is bounded by nothing else. Other values are seen by the processor itself."""
+        most = {
+            name: self._foreign.most(modality, name)
+            for modality in self.modalities
+            for name in self._foreign.options(modality)
+        }
+        check_option_names(options, list(most))
+        for name in options.keys() - COLOURS:
+            for number in foreign.numbers_in(options[name]):
+                if not 0 <= number <= most[name]:
+                    raise InvalidRequestError(
+                        f"Numbers of {name} may be from 0 to {most[name]:g} for this model, got {number!r:.80}.",
+                        param=f"mm_processor_kwargs.{name}",
+                    )
 
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
@@ -112,7 +127,11 @@ class HfProcessor:
         own = {k: v for k, v in options.items() if k in self._foreign.options(modality)}
         try:
             arrays = self._foreign.call(modality, place.text, checked(data), own)
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+        except InvalidRequestError:
+            raise
+        except (
+            Exception
+        ) as error:  # whatever it raises for options and sizes that it does not expect
             raise InvalidRequestError(
                 f"The model's processor does not take this {modality}: {foreign.said(error, self.folder)}"
             ) from error
@@ -278,8 +297,17 @@ def runs_of(ids: Sequence[int], fill: int) -> tuple[tuple[int, int], ...]:
 
 
 def checked(data: Decoded) -> np.ndarray:
-    """An image (H, W, 3) uint8, or samples (N,) float32."""
-    return data.samples if isinstance(data, Sound) else check_image(data)
+    """An image (H, W, 3) uint8, or samples (N,) float32.
+
+    Raises InvalidRequestError for an aspect ratio of which processors that fix the shorter edge make an image of
+    gigabytes.
+    """
+    if isinstance(data, Sound):
+        return data.samples
+    image = check_image(data)
+    height, width = image.shape[:2]
+    check_aspect(height, width, "An image")
+    return image
 
 
 def probe_item(processor: HfProcessor, modality: Modality) -> Decoded:

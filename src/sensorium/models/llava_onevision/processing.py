@@ -17,6 +17,7 @@ from sensorium.models.llava_onevision.tiles import Grids, pad_and_resize
 from sensorium.models.pixels import (
     CLIP_MEAN,
     check_image,
+    check_video,
     read_normalization,
     read_resample,
     resize,
@@ -89,6 +90,7 @@ class LlavaOnevisionProcessor:
 
     def _clip(self, clip: Clip) -> Features:
         size = self.grids.tile
+        check_video(len(clip.frames), size * size)
         frames = [resize(check_image(frame), size, size, self.resample) for frame in clip.frames]
         return Features("video", {"pixels": np.stack(frames)}, self._num_video(len(frames)))
 

@@ -14,7 +14,12 @@ from sensorium.models.minicpmv import embeds
 from sensorium.models.minicpmv.config import MiniCPMVConfig
 from sensorium.models.minicpmv.slicing import Layout, Slicing, write_patches
 from sensorium.models.minicpmv.vocabulary import Vocabulary, read_vocabulary
-from sensorium.models.pixels import Normalization, check_image, read_normalization
+from sensorium.models.pixels import (
+    Normalization,
+    check_image,
+    check_video,
+    read_normalization,
+)
 from sensorium.models.processing import check_option_names, identity_of
 from sensorium.multimodal import sampling
 from sensorium.multimodal.items import Clip, Decoded, Features, Modality
@@ -114,6 +119,7 @@ class MiniCPMVProcessor:
         views = [layout.source] + [layout.cell] * (layout.num_views - 1)
         sizes = [(height // size, width // size) for width, height in views] * len(frames)
         total = sum(rows * columns for rows, columns in sizes)
+        check_video(len(frames), total // len(frames) * size**2)
         patches = np.empty((total, 3 * size * size), np.uint8)
         start = 0
         for frame in frames:

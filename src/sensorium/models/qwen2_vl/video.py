@@ -12,7 +12,7 @@ import numpy as np
 from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequestError
 from sensorium.models import precomputed
 from sensorium.models.configs import count
-from sensorium.models.pixels import read_normalization, read_resample, resize
+from sensorium.models.pixels import check_video, read_normalization, read_resample, resize
 from sensorium.models.qwen2_vl.sizes import PixelRange, narrow, read_pixel_range, target_size
 from sensorium.multimodal import sampling
 from sensorium.multimodal.items import Clip
@@ -100,6 +100,7 @@ class VideoRules:
         else:
             tall, wide = height, width
         whole = num + -num % self.temporal_patch_size
+        check_video(whole, tall * wide)
         pixels = np.empty((whole, tall, wide, 3), np.uint8)
         for index, frame in enumerate(clip.frames):
             pixels[index] = resize(frame, tall, wide, self.resample)

@@ -1,0 +1,59 @@
+"""Frames as a decoder gives them, as they are to be shown: RGB over white, turned as the file says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import av
+
+BAND_PIXELS = 1 << 20
+"""Transparent frames are mixed with white in bands of about so many, lest the intermediate numbers be many."""
+
+
+def upright(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+    """(H, W, 3) uint8 RGB as it is to be shown; ``width`` and ``height`` are those of the first frame."""
+    if any(component.is_alpha for component in frame.format.components):
+        picture = _over_white(_pixels(frame, "rgba", width, height))
+    else:
+        picture = _pixels(frame, "rgb24", width, height)
+    a, b, c, d = _display_matrix(frame)
+    if abs(b) > abs(a):
+        picture, across, down = picture.swapaxes(0, 1), c, b
+    else:
+        across, down = a, d
+    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+def _over_white(pixels: np.ndarray) -> np.ndarray:
+    """(H, W, 3) of (H, W, 4) RGBA uint8."""
+    if pixels[..., 3].min() == 255:
+        return np.ascontiguousarray(pixels[..., :3])
+    picture = np.empty((*pixels.shape[:2], 3), np.uint8)
+    num_rows = max(1, BAND_PIXELS // pixels.shape[1])
+    for top in range(0, len(pixels), num_rows):
+        band = pixels[top : top + num_rows]
+        alpha = band[..., 3:].astype(np.uint16)
+        mixed = band[..., :3] * alpha + 255 * (255 - alpha)
+        picture[top : top + num_rows] = (mixed + 127) // 255
+    return picture
+
+
+def _pixels(frame: av.VideoFrame, form: str, width: int, height: int) -> np.ndarray:
+    return frame.to_ndarray(format=form, width=width, height=height)
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """a, b, c, d of the frame's display matrix: column x and row y are shown at column a x + c y and row b x + d y, but
+    for where the picture begins and a common factor (libavutil/display.h)."""
+    from av.sidedata.sidedata import Type
+
+    side_data: Mapping[Any, Any] = frame.side_data
+    data = side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return 1, 0, 0, 1
+    matrix = np.frombuffer(bytes(data), dtype=np.int32)
+    return int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4])
