@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from training.palette import COLOURS, SHAPES
-from training.picture import Picture, Turn
+from training.picture import Picture, Region, Turn
 from training.pictures import CELL, SCENES, choose_grid, choose_size, draw_picture, small_talk
 from training.tokenizer import SYSTEM, build_tokenizer
 
@@ -50,6 +50,7 @@ class Encoder:
         self._tokenizer = build_tokenizer()
         self._known: dict[str, list[int]] = {}
         self.image_pad = self._tokenizer.token_to_id("<|image_pad|>")
+        self.video_pad = self._tokenizer.token_to_id("<|video_pad|>")
         self.padding = self._tokenizer.token_to_id("<|endoftext|>")
 
     def __call__(self, text: str) -> list[int]:
@@ -67,10 +68,14 @@ class Encoder:
 
 @dataclass
 class Dialogue:
-    """One sequence in the making; ``segment`` 0 is seen by all later segments."""
+    """One sequence in the making; ``segment`` 0 is seen by all later segments.
+
+    ``pairs`` is 0 for a picture, and the number of pairs of frames of a clip.
+    """
 
     encode: Encoder
     grid: tuple[int, int]
+    pairs: int = 0
     ids: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
@@ -96,19 +101,22 @@ class Dialogue:
             self.next_pos += 1
 
     def picture(self, segment: int) -> None:
-        """Append the picture between its two marks."""
+        """Append the picture or the clip between its two marks."""
         self.text("<|vision_start|>", segment)
         rows, columns = self.grid
-        for cell in range(rows * columns):
-            row, column = divmod(cell, columns)
-            self.ids.append(self.encode.image_pad)
-            self.positions.append((self.next_pos, self.next_pos + row, self.next_pos + column))
+        for cell in range(max(1, self.pairs) * rows * columns):
+            pair, place = divmod(cell, rows * columns)
+            row, column = divmod(place, columns)
+            self.ids.append(self.encode.video_pad if self.pairs else self.encode.image_pad)
+            self.positions.append(
+                (self.next_pos + pair, self.next_pos + row, self.next_pos + column)
+            )
             self.segments.append(segment)
             self.image_index.append(cell)
             self.labels.append(IGNORED)
             self.points.append(NO_POINTS)
             self.matches.append(NOTHING_ASKED)
-        self.next_pos += max(rows, columns)
+        self.next_pos += max(self.pairs, rows, columns)
         self.text("<|vision_end|>", segment)
 
     def cut(self, length: int) -> None:
@@ -129,20 +137,27 @@ def _answer(sequence: Dialogue, turn: Turn, segment: int) -> None:
     sequence.points[-1] = (*flat, *NO_POINTS)[:4]
     matching = turn.counted if turn.counted is not None else turn.points or None
     if matching is not None:
-        cells = [int(y * rows) * columns + int(x * columns) for x, y in matching]
+        moments = turn.track or [(0, x, y) for x, y in matching]
+        cells = [(t * rows + int(y * rows)) * columns + int(x * columns) for t, x, y in moments]
         sequence.matches[-1] = (*cells, *(NO_MATCH,) * MOST_THINGS)[:MOST_THINGS]
     sequence.text(turn.answer + "<|im_end|>", segment, answer=True)
 
 
 def layout(
-    rng: Random, encode: Encoder, grid: tuple[int, int], turns: list[Turn], way: str | None = None
+    rng: Random,
+    encode: Encoder,
+    grid: tuple[int, int],
+    turns: list[Turn],
+    way: str | None = None,
+    pairs: int = 0,
 ) -> Dialogue:
     """Put ``turns`` about a picture into one sequence of at most ``MAX_LENGTH`` tokens.
 
-    ``way`` is ``packed``, ``question_first`` or ``talk``; by default it is drawn.
+    ``way`` is ``packed``, ``question_first`` or ``talk``; by default it is drawn. ``pairs``: of
+    frames, for a clip.
     """
     way = way or rng.choices(("packed", "question_first", "talk"), (0.7, 0.18, 0.12))[0]
-    out = Dialogue(encode, grid)
+    out = Dialogue(encode, grid, pairs)
     system = SYSTEM if rng.random() < 0.88 else rng.choice(SYSTEMS)
     out.text(f"<|im_start|>system\n{system}<|im_end|>\n", PREFIX)
     if way != "question_first":
@@ -176,15 +191,15 @@ def layout(
     return out
 
 
-def patch_labels(picture: Picture, grid: tuple[int, int]) -> Any:
-    """What lies at each patch: [4, P], 0 for nothing, merged order.
+def patch_labels(regions: Sequence[Region], size: tuple[int, int], grid: tuple[int, int]) -> Any:
+    """What lies at each patch of a picture of ``size``: [4, P], 0 for nothing, merged order.
 
     Shape, colour and glyph; in the fourth row shape or glyph only where its middle lies.
     """
     rows, columns = grid[0] * 2, grid[1] * 2
     labels = np.zeros((4, rows, columns), np.int64)
-    across, down = picture.image.size[0] / columns, picture.image.size[1] / rows
-    for region in picture.regions:
+    across, down = size[0] / columns, size[1] / rows
+    for region in regions:
         left, top, right, bottom = region.box
         slack = 0.3 if region.glyph else 0.0
         x0 = max(0, int(np.ceil(left / across - 0.5 - slack)))
@@ -234,9 +249,9 @@ def make_batch(
         sequences.append(_lay_out(rng, encode, grid, picture, way))
         resized = picture.image.resize((grid[1] * CELL, grid[0] * CELL), Image.Resampling.BICUBIC)
         pixels.append(np.asarray(resized, np.uint8))
-        patches.append(patch_labels(picture, grid))
+        patches.append(patch_labels(picture.regions, picture.image.size, grid))
     arrays = {"pixels": np.stack(pixels), "patches": np.stack(patches)}
-    return arrays | _stack(encode, sequences)
+    return arrays | stack(encode, sequences)
 
 
 def _lay_out(
@@ -249,7 +264,7 @@ def _lay_out(
     return layout(rng, encode, grid, turns, way)
 
 
-def _stack(encode: Encoder, sequences: list[Dialogue]) -> dict[str, Any]:
+def stack(encode: Encoder, sequences: list[Dialogue]) -> dict[str, Any]:
     """Pad sequences on the right to one length, a multiple of 16."""
     longest = max(len(sequence.ids) for sequence in sequences)
     length = -(-longest // 16) * 16

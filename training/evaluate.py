@@ -1,7 +1,8 @@
-"""Measure the demo model: held-out pictures, one question at a time, exact answers.
+"""Measure the demo models: held-out pictures, clips and sounds, one question at a time, exact answers.
 
-    python -m training.evaluate                      # through transformers
-    python -m training.evaluate --engine sensorium   # through this project's engine
+    python -m training.evaluate --engine reference    # pictures, through transformers
+    python -m training.evaluate                       # pictures and clips, through this project
+    python -m training.evaluate --speech SPEECH.npz   # the model for sounds
 
 prints a table of the share of right answers per kind of question, and with ``--card FILE`` puts it
 between the marks in the model card.
@@ -19,10 +20,16 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from training import sounds
+from training.clips import draw_clip
 from training.lettering import FAMILIES, HELD_OUT_FAMILIES
+from training.media import clip_part, picture_part, sound_part
+from training.picture import Turn
 from training.pictures import GRIDS, choose_size, draw_picture, small_talk
+from training.speech import Speech
 
-DEMO = Path(__file__).resolve().parents[1] / "src" / "sensorium" / "demo"
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "sensorium"
+DEMO, DEMO_AUDIO = PACKAGE / "demo", PACKAGE / "demo_audio"
 FIRST_SEED = 5 * 10**15
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 LOOK, READ = ("shape", "colour", "count", "position"), ("word", "number", "spelling")
@@ -36,14 +43,24 @@ SETS = (
     ("text, 640x480", "text", (640, 480), FAMILIES, READ),
     ("text, font never seen", "text", None, HELD_OUT_FAMILIES, READ),
 )
+#: Sets of clips as (name, size in pixels or None for trained sizes).
+CLIP_SETS = (("clips", None), ("clips, 320x240", (320, 240)))
+#: Sets of sounds as (name, generator's scenes, set of voices).
+SOUND_SETS = (
+    ("tones", ("tone",), "trained"),
+    ("beeps", ("beeps",), "trained"),
+    ("noise, silence", ("noise",), "trained"),
+    ("eSpeak voices never heard", ("word", "digits"), "espeak"),
+    ("Flite voice never heard", ("word", "digits"), "flite"),
+)
 
 
 class Question(NamedTuple):
-    """One question to put, and the truth."""
+    """One question to put, and the truth; ``media``: a picture, the frames of a clip, samples."""
 
     group: str
     kind: str
-    image: Image.Image | None
+    media: Any
     text: str
     answer: str
 
@@ -64,21 +81,52 @@ def draw_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
             if grid[0] == 2 and scene != "text":
                 continue
             picture = draw_picture(seed, scene, size or choose_size(rng, grid), families)
-            for turn in picture.turns[:4]:
-                if kinds is None or turn.kind in kinds:
-                    question = Question(group, turn.kind, picture.image, turn[1], turn[2])
-                    questions.append(question)
-                    left -= 1
+            turns = [turn for turn in picture.turns[:4] if kinds is None or turn.kind in kinds]
+            questions += _asked(group, picture.image, turns)
+            left -= len(turns)
     rng = Random(first)
-    for _ in range(40):
-        turn = small_talk(rng)
-        questions.append(Question("no picture", turn.kind, None, turn.question, turn.answer))
+    return questions + _asked("no picture", None, [small_talk(rng) for _ in range(40)])
+
+
+def _asked(group: str, media: Any, turns: list[Turn]) -> list[Question]:
+    return [Question(group, turn.kind, media, turn.question, turn.answer) for turn in turns]
+
+
+def draw_clip_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
+    """About ``count`` questions for each of ``CLIP_SETS``."""
+    questions: list[Question] = []
+    for number, (group, size) in enumerate(CLIP_SETS):
+        seed, end = first + number * 10**9, len(questions) + count
+        while len(questions) < end:
+            seed += 1
+            clip = draw_clip(seed, size=size)
+            questions += _asked(group, clip.frames, clip.turns[:4])
     return questions
 
 
-def messages_of(question: Question, image: dict[str, Any]) -> list[dict[str, Any]]:
-    """The chat for one question, ``image`` being the part that carries the picture."""
-    parts: list[dict[str, Any]] = [] if question.image is None else [image]
+def draw_sound_questions(speech: Speech, count: int, first: int = FIRST_SEED) -> list[Question]:
+    """About ``count`` questions for each of ``SOUND_SETS``, and some without a sound."""
+    questions: list[Question] = []
+    for number, (group, scenes, speaker) in enumerate(SOUND_SETS):
+        seed, end = first + number * 10**9, len(questions) + count
+        while len(questions) < end:
+            seed += 1
+            sound = sounds.draw_sound(seed, speech, scenes[seed % len(scenes)], speaker)
+            questions += _asked(group, sound.samples, sound.turns[:3])
+    rng = Random(first)
+    return questions + _asked("no sound", None, [sounds.small_talk(rng) for _ in range(40)])
+
+
+def part_of(media: Any) -> dict[str, Any]:
+    """The part of a chat message that carries a picture, the frames of a clip, or samples."""
+    if isinstance(media, Image.Image):
+        return picture_part(media)
+    return clip_part(media) if isinstance(media, list) else sound_part(media)
+
+
+def messages_of(question: Question, part: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The chat for one question; ``part`` carries the medium (by default ``part_of`` it)."""
+    parts = [] if question.media is None else [part or part_of(question.media)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
 
 
@@ -103,8 +151,8 @@ def answer_with_transformers(folder: Path, dtype: str) -> Answerer:
             messages_of(question, {"type": "image"}), tokenize=False, add_generation_prompt=True
         )
         extra: dict[str, Any] = {}
-        if question.image is not None:
-            extra = dict(processor(images=[question.image], return_tensors="pt"))
+        if question.media is not None:
+            extra = dict(processor(images=[question.media], return_tensors="pt"))
             tokens = int(extra["image_grid_thw"].prod()) // 4
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * tokens)
             extra["pixel_values"] = extra["pixel_values"].to(model.dtype)
@@ -128,7 +176,7 @@ def answer_with_sensorium(folder: Path, dtype: str) -> Answerer:
     params = SamplingParams(temperature=0.0, max_tokens=48)
 
     def answer(questions: list[Question]) -> list[str]:
-        chats = [messages_of(q, {"type": "image_pil", "image_pil": q.image}) for q in questions]
+        chats = [messages_of(question) for question in questions]
         return [output.outputs[0].text for output in llm.chat(chats, params)]
 
     return answer
@@ -149,7 +197,7 @@ def count_right(
 def table_of(counts: dict[tuple[str, str], tuple[int, int]]) -> str:
     """The counts as a Markdown table, in the order in which they were asked."""
     groups = list(dict.fromkeys(group for group, _ in counts))
-    lines = ["| pictures | question | right | of | share |", "|---|---|---:|---:|---:|"]
+    lines = ["| about | question | right | of | share |", "|---|---|---:|---:|---:|"]
     for group in groups:
         for (other, kind), (right, asked) in sorted(counts.items()):
             if other == group:
@@ -174,17 +222,25 @@ def put_into_card(card: Path, table: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", type=Path, default=DEMO, help="folder of the checkpoint")
-    parser.add_argument("--engine", choices=("reference", "sensorium"), default="reference")
+    parser.add_argument("--model", type=Path, help="folder of the checkpoint")
+    parser.add_argument("--engine", choices=("reference", "sensorium"), default="sensorium")
+    parser.add_argument("--speech", type=Path, help="measure on sounds, with these spoken words")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--questions", type=int, default=400, help="per set of pictures")
+    parser.add_argument("--questions", type=int, default=400, help="per set")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--card", type=Path, help="model card to put the table into")
     parser.add_argument("--wrong", type=Path, help="write wrong answers here, one JSON per line")
     options = parser.parse_args()
     make = answer_with_sensorium if options.engine == "sensorium" else answer_with_transformers
-    questions = draw_questions(options.questions, options.first_seed)
-    answers = make(options.model, options.dtype)(questions)
+    if options.speech:
+        speech = Speech.load(options.speech)
+        questions = draw_sound_questions(speech, options.questions, options.first_seed)
+    else:
+        questions = draw_questions(options.questions, options.first_seed)
+        if options.engine == "sensorium":
+            questions += draw_clip_questions(options.questions, options.first_seed)
+    model = options.model or (DEMO_AUDIO if options.speech else DEMO)
+    answers = make(model, options.dtype)(questions)
     table = table_of(count_right(questions, answers))
     print(table)
     if options.card:

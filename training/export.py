@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.clips import CLIP_MAX_PIXELS, CLIP_MIN_PIXELS, NUM_FRAMES
 from training.model import FRAMES, PATCH, Shape
 from training.pictures import MAX_PIXELS, MIN_PIXELS
 from training.tokenizer import save_tokenizer
@@ -18,14 +19,13 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def published_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """bf16 tensors under published names; the patch embedding is spread over two frames."""
+    """bf16 tensors under published names, the patch embedding in its published shape."""
     weights = {}
     for name, weight in state.items():
         if not name.startswith(("visual.", "model.")):
             continue
         if name == "visual.patch_embed.proj.weight":
-            one = weight.float().view(-1, 3, 1, PATCH, PATCH) / FRAMES
-            weight = one.expand(-1, -1, FRAMES, -1, -1)
+            weight = weight.view(-1, 3, FRAMES, PATCH, PATCH)
         weights[name] = weight.to(torch.bfloat16).contiguous()
     return weights
 
@@ -34,7 +34,7 @@ def training_weights(published: dict[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of ``published_weights``, in float32."""
     weights = {name: weight.float() for name, weight in published.items()}
     name = "visual.patch_embed.proj.weight"
-    weights[name] = weights[name].sum(2).flatten(1)
+    weights[name] = weights[name].flatten(1)
     return weights
 
 
@@ -88,8 +88,31 @@ def config_of(shape: Shape, ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object, indented."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def preprocessor_config(kind: str, least: int, most: int) -> dict[str, Any]:
+    """The image or video processor's configuration; ``least`` and ``most`` pixels of a frame."""
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(MEAN),
+        f"{kind}_processor_type": f"Qwen2VL{kind.capitalize()}Processor",
+        "image_std": list(STD),
+        "max_pixels": most,
+        "merge_size": 2,
+        "min_pixels": least,
+        "patch_size": PATCH,
+        "processor_class": "Qwen2VLProcessor",
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"longest_edge": most, "shortest_edge": least},
+        "temporal_patch_size": FRAMES,
+    }
 
 
 def export(state: dict[str, Tensor], shape: Shape, folder: Path) -> None:
@@ -101,8 +124,8 @@ def export(state: dict[str, Tensor], shape: Shape, folder: Path) -> None:
     names = ("<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
              "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
     ids = {name: tokenizer.token_to_id(name) for name in names}
-    _write_json(folder / "config.json", config_of(shape, ids))
-    _write_json(
+    write_json(folder / "config.json", config_of(shape, ids))
+    write_json(
         folder / "generation_config.json",
         {
             "bos_token_id": ids["<|endoftext|>"],
@@ -111,27 +134,13 @@ def export(state: dict[str, Tensor], shape: Shape, folder: Path) -> None:
             "pad_token_id": ids["<|endoftext|>"],
         },
     )
-    _write_json(
+    write_json(
         folder / "preprocessor_config.json",
-        {
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": list(MEAN),
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "image_std": list(STD),
-            "max_pixels": MAX_PIXELS,
-            "merge_size": 2,
-            "min_pixels": MIN_PIXELS,
-            "patch_size": PATCH,
-            "processor_class": "Qwen2VLProcessor",
-            "resample": 3,
-            "rescale_factor": 1 / 255,
-            "size": {"longest_edge": MAX_PIXELS, "shortest_edge": MIN_PIXELS},
-            "temporal_patch_size": FRAMES,
-        },
+        preprocessor_config("image", MIN_PIXELS, MAX_PIXELS),
     )
+    video = preprocessor_config("video", CLIP_MIN_PIXELS, CLIP_MAX_PIXELS)
+    video |= {"do_sample_frames": True, "num_frames": max(NUM_FRAMES)}
+    write_json(folder / "video_preprocessor_config.json", video)
     part = folder / "model.safetensors.part"
     part.write_bytes(save(published_weights(state), metadata={"format": "pt"}))
     part.replace(folder / "model.safetensors")

@@ -12,7 +12,7 @@ from PIL import ImageDraw, ImageFont
 
 from training.palette import SHAPES, draw_background, draw_shape, usable_colours
 from training.picture import Picture, Region, Turn
-from training.tokenizer import whole_words
+from training.tokenizer import picture_lexicon
 from training.wording import ask, join, with_article
 from training.words import WORDS
 
@@ -69,7 +69,7 @@ def load_font(rng: Random, size: int, families: tuple[str, ...] = FAMILIES) -> F
 @lru_cache(maxsize=1)
 def _single_tokens() -> frozenset[str]:
     """Words that the tokenizer does not spell: they are only written in capitals."""
-    return frozenset(whole_words())
+    return frozenset(picture_lexicon().words)
 
 
 def choose_word(rng: Random) -> str:

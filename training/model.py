@@ -1,9 +1,8 @@
 """The Qwen2-VL architecture in plain torch, for training: batches of pictures of one size.
 
 The parameters carry the names of the published checkpoints (``visual.*``, ``model.*``, tied head).
-Equal sizes allow dense attention in the vision tower, and since a still picture fills both frames
-of a temporal patch with the same pixels, the patch embedding here has one frame; ``export`` halves
-it into two.
+Equal sizes allow dense attention in the vision tower. A still picture fills both frames of a
+temporal patch with the same pixels, so that it meets the sum of the weights for both.
 
 Legend of shapes: B pictures, P patches, I image tokens (P / 4), L tokens, D width, H heads,
 K head dimension.
@@ -24,7 +23,7 @@ PATCH, MERGE, FRAMES = 14, 2, 2
 class Shape:
     """Sizes of the model; the defaults are those of the demo model."""
 
-    vocab: int = 1280
+    vocab: int = 1344
     vision_width: int = 192
     vision_layers: int = 5
     vision_heads: int = 6
@@ -89,7 +88,8 @@ class Vision(nn.Module):
         super().__init__()
         width = shape.vision_width
         self.head_dim = width // shape.vision_heads
-        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(3 * PATCH * PATCH, width, bias=False)})
+        values = 3 * FRAMES * PATCH * PATCH
+        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(values, width, bias=False)})
         self.blocks = nn.ModuleList(VisionBlock(shape) for _ in range(shape.vision_layers))
         self.merger = nn.ModuleDict(
             {
@@ -116,12 +116,18 @@ class Vision(nn.Module):
         return self._angles[rows, columns]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels [B, 3, height, width], normalised -> tokens [B, I, D], patches [B, P, D]."""
-        batch, _, height, width = pixels.shape
+        """Normalised pixels -> tokens [B, I, D], patches [B, P, D].
+
+        Pictures are [B, 3, height, width], pairs of frames [B, 3, 2, height, width].
+        """
+        batch, height, width = pixels.shape[0], *pixels.shape[-2:]
         rows, columns = height // PATCH, width // PATCH
-        x = pixels.view(batch, 3, rows // 2, 2, PATCH, columns // 2, 2, PATCH)
+        x = pixels.reshape(batch, -1, rows // 2, 2, PATCH, columns // 2, 2, PATCH)
         x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, rows * columns, -1)
-        x = self.patch_embed["proj"](x)
+        weight = self.patch_embed["proj"].weight
+        if pixels.ndim == 4:
+            weight = weight.view(-1, 3, FRAMES, PATCH * PATCH).sum(2).flatten(1)
+        x = F.linear(x, weight)
         cos, sin = self.angles(rows, columns)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         for block in self.blocks:

@@ -76,10 +76,13 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(
     model: nn.Module, muon_lr: float, adam_lr: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks and the merger, AdamW for embeddings, vectors, heads."""
+    """Muon for the matrices inside layers and before the text model, AdamW for all others."""
     matrices, others = [], []
     for name, weight in model.named_parameters():
-        inside = ("blocks" in name or "layers" in name or "merger" in name) and weight.ndim == 2
+        if not weight.requires_grad:
+            continue
+        inside = any(part in name for part in ("blocks", "layers", "merger", "projector"))
+        inside = inside and weight.ndim == 2
         (matrices if inside else others).append(weight)
     adam = torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     return [Muon(matrices, lr=muon_lr), adam]

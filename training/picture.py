@@ -13,7 +13,8 @@ class Turn(NamedTuple):
 
     ``points`` are the middles of up to two things that the question names (of bars, of their upper
     edges, and also of the bar that is the answer), in shares of width and height; ``counted`` those
-    of the things that it counts, None when it counts nothing. Auxiliary losses use them.
+    of the things that it counts, None when it counts nothing; ``track``, of a question about a clip,
+    where the thing is in each pair of frames: (pair, x, y). Auxiliary losses use them.
     """
 
     kind: str
@@ -21,6 +22,7 @@ class Turn(NamedTuple):
     answer: str
     points: tuple[tuple[float, float], ...] = ()
     counted: tuple[tuple[float, float], ...] | None = None
+    track: tuple[tuple[int, float, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
+from training.clip_wording import CLIP_ANSWERS, CLIP_QUESTIONS
 from training.palette import COLOURS, SHAPES
 from training.wording import GREETING, IDENTITY, NO_PICTURE, QUESTIONS, SMALL_TALK
 
@@ -73,29 +76,50 @@ def byte_characters() -> list[str]:
     return [characters[byte] for byte in range(256)]
 
 
-def whole_words() -> list[str]:
+@dataclass(frozen=True)
+class Lexicon:
+    """What distinguishes one demo model's tokenizer from another's."""
+
+    words: list[str]
+    special: tuple[str, ...]
+    template: str
+    bos: str | None
+    eos: str
+    pad: str
+
+
+def words_in(texts: Iterable[str]) -> list[str]:
     """All words that become one token, each without and with the blank before it, sorted."""
-    texts = [x.format(x=" ", y=" ") for xs in QUESTIONS.values() for x in xs]
-    texts += [text for group, _ in SMALL_TALK for text in group]
-    texts += [answer for _, answer in SMALL_TALK] + [GREETING, IDENTITY, NO_PICTURE, SYSTEM, _MORE]
-    texts += list(COLOURS) + list(SHAPES) + [s + "s" for s in SHAPES] + ["crosses"]
     words = {word for text in texts for word in re.findall(r"[A-Za-z]+", text)}
     words |= {word.lower() for word in words} | {word.capitalize() for word in words}
     words = {word for word in words if len(word) > 1}
     return sorted(words | {" " + word for word in words} | {" a", " A", " I"})
 
 
-def build_tokenizer() -> Tokenizer:
-    """The tokenizer: 256 bytes, then whole words, then the special tokens."""
+def picture_lexicon() -> Lexicon:
+    """Words, special tokens and chat template of the demo model for pictures and clips."""
+    texts = [x.format(x=" ", y=" ") for xs in QUESTIONS.values() for x in xs]
+    texts += [text for group, _ in SMALL_TALK for text in group]
+    texts += [answer for _, answer in SMALL_TALK] + [GREETING, IDENTITY, NO_PICTURE, SYSTEM, _MORE]
+    texts += [x.format(x=" ") for xs in CLIP_QUESTIONS.values() for x in xs] + list(CLIP_ANSWERS)
+    texts += list(COLOURS) + list(SHAPES) + [s + "s" for s in SHAPES] + ["crosses"]
+    return Lexicon(words_in(texts), SPECIAL, CHAT_TEMPLATE, None, "<|im_end|>", "<|endoftext|>")
+
+
+def build_tokenizer(lexicon: Lexicon | None = None) -> Tokenizer:
+    """The tokenizer: 256 bytes, then whole words, then the special tokens.
+
+    ``lexicon`` is that of pictures and clips by default.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+    lexicon = lexicon or picture_lexicon()
     characters = byte_characters()
     vocabulary = {character: byte for byte, character in enumerate(characters)}
-    marks = ("<|im_end|>",)
-    for word in whole_words():
+    for word in lexicon.words:
         token = "".join(characters[byte] for byte in word.encode())
         vocabulary.setdefault(token, len(vocabulary))
-    assert not any(mark in vocabulary for mark in marks)
+    assert not any(mark in vocabulary for mark in lexicon.special)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -105,16 +129,18 @@ def build_tokenizer() -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text in SPECIAL]
+        [AddedToken(text, special=True, normalized=False) for text in lexicon.special]
     )
     return tokenizer
 
 
-def save_tokenizer(folder: Path) -> Tokenizer:
+def save_tokenizer(folder: Path, lexicon: Lexicon | None = None) -> Tokenizer:
     """Write tokenizer.json, tokenizer_config.json and the chat template into ``folder``."""
-    tokenizer = build_tokenizer()
+    lexicon = lexicon or picture_lexicon()
+    tokenizer = build_tokenizer(lexicon)
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = {text: tokenizer.token_to_id(text) for text in SPECIAL}
+    ids = {text: tokenizer.token_to_id(text) for text in lexicon.special}
+    others = [text for text in lexicon.special if text not in (lexicon.bos, lexicon.pad)]
     config = {
         "add_prefix_space": False,
         "added_tokens_decoder": {
@@ -122,21 +148,21 @@ def save_tokenizer(folder: Path) -> Tokenizer:
                      "single_word": False, "special": True}
             for text, i in ids.items()
         },
-        "additional_special_tokens": list(SPECIAL[1:]),
-        "bos_token": None,
-        "chat_template": CHAT_TEMPLATE,
+        "additional_special_tokens": others,
+        "bos_token": lexicon.bos,
+        "chat_template": lexicon.template,
         "clean_up_tokenization_spaces": False,
-        "eos_token": "<|im_end|>",
+        "eos_token": lexicon.eos,
         "errors": "replace",
         "model_max_length": 2048,
-        "pad_token": "<|endoftext|>",
+        "pad_token": lexicon.pad,
         "padding_side": "left",
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": None,
     }  # fmt: skip
     text = json.dumps(config, indent=2) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    template = json.dumps({"chat_template": CHAT_TEMPLATE}, indent=2) + "\n"
+    template = json.dumps({"chat_template": lexicon.template}, indent=2) + "\n"
     (folder / "chat_template.json").write_text(template, encoding="utf-8")
     return tokenizer
 

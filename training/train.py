@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -24,19 +23,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from training.batches import COLOUR_NAMES, GLYPHS, IGNORED, SHAPE_NAMES, Encoder, make_batch
-from training.export import MEAN, STD, export, training_weights
-from training.model import MERGE, PATCH, DemoModel, Shape, TextLayer, VisionBlock
+from training.batches import Encoder, make_batch
+from training.clip_batches import make_clips
+from training.export import export, training_weights
+from training.learner import Batch, Learner, attention_mask, measure, normalise
+from training.model import DemoModel, Shape, TextLayer, VisionBlock
 from training.optimizer import make_optimizers
 from training.pictures import SCENES
+from training.tokenizer import build_tokenizer
 
 #: Seeds of held-out batches start here; those of training stay below.
 HELD_OUT = 10**12
-LABELS = (len(SHAPE_NAMES) + 1, len(COLOUR_NAMES) + 1, len(GLYPHS) + 1)
-Batch = dict[str, Any]
-#: No picture has more rows or columns of image tokens.
-LONGEST_SIDE = 8
-POINTER_WIDTH = 64
 
 
 def as_tensors(batch: Batch) -> Batch:
@@ -47,12 +44,16 @@ def as_tensors(batch: Batch) -> Batch:
 class Supply:
     """Batches: new ones, and in between those drawn lately once more.
 
-    Drawing costs a few per cent of a step, so it happens in the training process itself.
+    Drawing costs a few per cent of a step, so it happens in the training process itself. ``clips``
+    is the share of batches of clips.
     """
 
-    def __init__(self, size: int, first: int, uses: int, shares: dict[str, float]) -> None:
+    def __init__(
+        self, size: int, first: int, uses: int, shares: dict[str, float], clips: float
+    ) -> None:
         self._encode = Encoder()
         self._size, self._seed, self._uses, self._shares = size, first, uses, shares
+        self._clips = clips
         self._kept: list[tuple[int, Batch]] = []
         self._rng = Random(first)
 
@@ -67,120 +68,23 @@ class Supply:
                 self._kept[place] = self._kept[-1]
                 self._kept.pop()
             return batch
-        batch = as_tensors(make_batch(self._encode, self._seed, self._size, self._shares))
+        if self._rng.random() < self._clips:
+            batch = as_tensors(make_clips(self._encode, self._seed, self._size))
+        else:
+            batch = as_tensors(make_batch(self._encode, self._seed, self._size, self._shares))
         self._seed += 1
         if self._uses > 1:
             self._kept.append((self._uses - 1, batch))
         return batch
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [B, height, width, 3] -> float [B, 3, height, width], as the image processor does."""
-    mean, std = (torch.tensor(x).view(1, 3, 1, 1) * 255 for x in (MEAN, STD))
-    return (pixels.permute(0, 3, 1, 2).float() - mean) / std
-
-
-def attention_mask(segments: Tensor) -> Tensor:
-    """[B, L] -> [B, 1, L, L]: 0 for earlier tokens of the prefix or of one's own segment."""
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    key, query = segments[:, None, :], segments[:, :, None]
-    allowed = (causal & ((key == 0) | (key == query)))[:, None]
-    return torch.zeros(allowed.shape, dtype=torch.bfloat16).masked_fill_(~allowed, -30000.0)
-
-
-class Learner(nn.Module):
-    """The model with heads that are only used while training.
-
-    ``glance`` and ``middle`` foretell from the vision tower what covers each patch and what has
-    its middle there; ``place`` foretells from the first text layer row and column of each image
-    token, since the architecture gives a picture no absolute positions; ``where`` foretells from
-    the last layer but one, just before an answer, where the points of the question's turn lie, and
-    ``asked`` against ``shown`` which image tokens hold them or the things that it counts.
-    """
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.demo = DemoModel(shape)
-        self.glance = nn.Linear(shape.vision_width, sum(LABELS))
-        self.middle = nn.Linear(shape.vision_width, len(SHAPE_NAMES) + len(GLYPHS) + 1)
-        self.place = nn.Linear(shape.width, 2 * LONGEST_SIDE)
-        self.where = nn.Linear(shape.width, 4 * MERGE * LONGEST_SIDE)
-        self.asked = nn.Linear(shape.width, POINTER_WIDTH)
-        self.shown = nn.Linear(shape.width, POINTER_WIDTH)
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N, vocab] at the N labelled places, their labels [N], loss of the heads."""
-        tokens, patches = self.demo.visual(normalise(batch["pixels"]))
-        hidden, states = self.demo.hidden(
-            batch["ids"], batch["positions"], batch["image_index"],
-            attention_mask(batch["segments"]), tokens,
-        )  # fmt: skip
-        where = batch["labels"] >= 0
-        logits = self.demo.logits(hidden[where])
-        return logits, batch["labels"][where], self._heads_loss(batch, patches, states)
-
-    def _heads_loss(self, batch: Batch, patches: Tensor, states: list[Tensor]) -> Tensor:
-        truth = batch["patches"]
-        seen = self.glance(patches).float().split(LABELS, dim=-1)
-        loss = torch.zeros(())
-        for i, weight in enumerate((1.0, 1.0, 2.0)):
-            loss = loss + weight * F.cross_entropy(seen[i].flatten(0, 1), truth[:, i].flatten())
-        middle = self.middle(patches).float().flatten(0, 1)
-        loss = loss + 5.0 * F.cross_entropy(middle, truth[:, 3].flatten())
-        image = batch["image_index"] >= 0
-        columns = batch["pixels"].shape[2] // (PATCH * MERGE)
-        index = batch["image_index"][image]
-        row, column = self.place(states[0][image]).float().chunk(2, dim=-1)
-        loss = loss + 0.3 * F.cross_entropy(row, index // columns)
-        loss = loss + 0.3 * F.cross_entropy(column, index % columns)
-        loss = loss + 3.0 * self._pointer_loss(batch, states[-2])
-        named = batch["points"][..., 0] >= 0
-        if not named.any():
-            return loss
-        bins = self.where(states[-2][named]).float().view(-1, MERGE * LONGEST_SIDE)
-        return loss + 1.5 * F.cross_entropy(bins, batch["points"][named].flatten())
-
-    def _pointer_loss(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Cross entropy of foretelling which image tokens a question is about, from its end."""
-        matches, segments = batch["matches"], batch["segments"]
-        rows, ends = (matches[..., 0] != IGNORED).nonzero(as_tuple=True)
-        if len(rows) == 0:
-            return torch.zeros(())
-        every = self.shown(hidden) @ self.asked(hidden).mT
-        scores = every[rows, :, ends].float()
-        of_question = segments[rows, ends][:, None]
-        index = batch["image_index"][rows]
-        seen = (index >= 0) & ((segments[rows] == 0) | (segments[rows] == of_question))
-        truth = (index[:, :, None] == matches[rows, ends][:, None]).any(-1).float()
-        scores = scores * POINTER_WIDTH**-0.5 - 2.0
-        return F.binary_cross_entropy_with_logits(scores[seen], truth[seen])
-
-
-def measure(learner: Learner, batches: list[Batch]) -> dict[str, float]:
-    """Share of questions per kind of which every token of the answer is foretold rightly."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    learner.eval()
-    for batch in batches:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            logits, labels, _ = learner(batch)
-        hits = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        where = batch["labels"] >= 0
-        hits[where] = logits.argmax(-1) == labels
-        for row, kinds in enumerate(batch["kinds"]):
-            for number, kind in enumerate(kinds, 1):
-                place = (batch["segments"][row] == number) & where[row]
-                right[kind].append(bool(hits[row][place].all()))
-    learner.train()
-    return {kind: sum(found) / len(found) for kind, found in sorted(right.items())}
-
-
 def held_out(count: int, size: int = 32) -> list[Batch]:
     """``count`` batches whose pictures are never trained on."""
     encode = Encoder()
     return [
-        as_tensors(make_batch(encode, HELD_OUT + number, size, way="packed"))
+        as_tensors(make(encode, HELD_OUT + number, size, way="packed"))
         for number in range(count)
+        for make in (make_batch, make_clips)
     ]
 
 
@@ -191,6 +95,19 @@ def rate_at(progress: float, step: int) -> float:
     return rise * (0.02 + 0.98 * fall)
 
 
+def take_weights(demo: DemoModel, folder: Path) -> None:
+    """Take the weights of a checkpoint; tokens that its tokenizer lacks keep their random ones."""
+    weights = training_weights(load_file(folder / "model.safetensors"))
+    name = "model.embed_tokens.weight"
+    rows = demo.state_dict()[name].clone()
+    known = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    old = known["model"]["vocab"] | {t["content"]: t["id"] for t in known["added_tokens"]}
+    for token, place in build_tokenizer().get_vocab().items():
+        if token in old:
+            rows[place] = weights[name][old[token]]
+    demo.load_state_dict(weights | {name: rows})
+
+
 class Run:
     """One training run: model, optimizers, average of the weights, clock."""
 
@@ -198,8 +115,15 @@ class Run:
         self.options, self.rank = options, rank
         self.learner = Learner(Shape())
         if options.start_from:
-            weights = load_file(Path(options.start_from) / "model.safetensors")
-            self.learner.demo.load_state_dict(training_weights(weights))
+            self._start_from(Path(options.start_from))
+        self.teacher = None
+        if options.keep:
+            self.teacher = DemoModel(Shape())
+            take_weights(self.teacher, Path(options.keep))
+        if options.freeze_vision:
+            for part in (self.learner.demo.visual, self.learner.glance, self.learner.middle):
+                part.requires_grad_(False)
+        self.trained = [w for w in self.learner.parameters() if w.requires_grad]
         self.average = {k: v.clone() for k, v in self.learner.state_dict().items()}
         self.optimizers = make_optimizers(self.learner, options.muon_lr, options.adam_lr)
         self.rates = [group["lr"] for o in self.optimizers for group in o.param_groups]
@@ -209,13 +133,20 @@ class Run:
         if options.resume:
             self._load(Path(options.resume))
 
+    def _start_from(self, folder: Path) -> None:
+        take_weights(self.learner.demo, folder)
+        if self.options.heads_from:
+            saved = torch.load(self.options.heads_from, weights_only=False)["average"]
+            heads = {k: v for k, v in saved.items() if not k.startswith("demo.")}
+            self.learner.load_state_dict(heads, strict=False)
+
     def _load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=False)
         self.learner.load_state_dict(saved["learner"], strict=False)
         self.average |= saved["average"]
         self.step, self.started = saved["step"], saved["started"]
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-            # Heads that are newer than the saved run start without momentum.
+            # Heads that are newer than the saved run stand last, and start without momentum.
             for group, current in zip(state["param_groups"], optimizer.param_groups, strict=True):
                 group["params"] = list(range(len(current["params"])))
             optimizer.load_state_dict(state)
@@ -245,7 +176,7 @@ class Run:
     def _share_gradients(self) -> None:
         """Average gradients over the processes; the first one's clock counts for all."""
         gradients = []
-        for weight in self.learner.parameters():
+        for weight in self.trained:
             # A batch without named things leaves a head without gradient in one process only.
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             gradients.append(weight.grad)
@@ -262,14 +193,31 @@ class Run:
             gradients, [x.view_as(g) for x, g in zip(parts, gradients, strict=True)]
         )
 
+    def _keeping_loss(self, batch: Batch, logits: Tensor) -> Tensor:
+        """Divergence from what the model of ``--keep`` foretells about pictures."""
+        if self.teacher is None or batch["pixels"].ndim != 4:
+            return torch.zeros(())
+        if "taught" not in batch:
+            with torch.no_grad():
+                tokens, _ = self.teacher.visual(normalise(batch["pixels"]))
+                hidden, _ = self.teacher.hidden(
+                    batch["ids"], batch["positions"], batch["image_index"],
+                    attention_mask(batch["segments"]), tokens,
+                )  # fmt: skip
+                taught = self.teacher.logits(hidden[batch["labels"] >= 0])
+            batch["taught"] = taught.float().log_softmax(-1)
+        found = logits.float().log_softmax(-1)
+        return 2.0 * F.kl_div(found, batch["taught"], log_target=True, reduction="batchmean")
+
     def train_step(self, batch: Batch) -> tuple[float, float]:
         """One update; returns the two losses."""
         with torch.autocast("cpu", torch.bfloat16):
             logits, labels, glance = self.learner(batch)
+            kept = self._keeping_loss(batch, logits)
         loss = F.cross_entropy(logits.float(), labels)
-        (loss + self.options.glance * glance).backward()
+        (loss + self.options.glance * glance + kept).backward()
         self._share_gradients()
-        nn.utils.clip_grad_norm_(self.learner.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
         share = rate_at(self.progress, self.step)
         for group, rate in zip(self._groups(), self.rates, strict=True):
             group["lr"] = rate * share
@@ -307,8 +255,9 @@ def work(rank: int, options: argparse.Namespace) -> None:
             block.forward = torch.compile(block.forward, dynamic=True)  # type: ignore[method-assign]
     run = Run(options, rank)
     first = options.first_seed + rank * 10**8 + run.step
-    supply = Supply(options.batch, first, options.uses, json.loads(options.shares))
-    test = held_out(16) if rank == 0 else []
+    shares = json.loads(options.shares)
+    supply = Supply(options.batch, first, options.uses, shares, options.clips)
+    test = held_out(10) if rank == 0 else []
     losses: list[tuple[float, float]] = []
     told = reported = time.time()
     while run.progress < 1.0:
@@ -343,11 +292,17 @@ def main() -> None:
     parser.add_argument("--glance", type=float, default=0.3, help="weight of the patch labels")
     parser.add_argument("--report-minutes", type=float, default=6.0)
     parser.add_argument("--shares", default=json.dumps(SCENES), help="kinds of pictures, JSON")
+    parser.add_argument("--clips", type=float, default=0.35, help="share of batches of clips")
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--resume", help="a last.pt")
     parser.add_argument(
         "--start-from", help="an exported checkpoint, whose weights begin a new run"
     )
+    parser.add_argument(
+        "--freeze-vision", action="store_true", help="leave the vision tower as --start-from has it"
+    )
+    parser.add_argument("--keep", help="a checkpoint whose answers about pictures are to be kept")
+    parser.add_argument("--heads-from", help="a last.pt whose helping heads --start-from takes too")
     options = parser.parse_args()
     options.export = options.export or f"{options.out}/export"
     Path(options.out).mkdir(parents=True, exist_ok=True)

@@ -132,6 +132,11 @@ def ask(rng: Random, key: str, x: str = "", y: str = "") -> str:
     text = rng.choice(QUESTIONS[key]).format(x=x, y=y)
     if rng.random() < 0.3:
         text = text.replace("color", "colour")
+    return vary(rng, text)
+
+
+def vary(rng: Random, text: str) -> str:
+    """``text``, now and then in lower case, without its mark or with a request to be brief."""
     if rng.random() < 0.2:
         text = text[0].lower() + text[1:]
     if rng.random() < 0.12:

@@ -19,12 +19,13 @@ from training.batches import (
     patch_labels,
 )
 from training.export import export, published_weights, training_weights
+from training.learner import Learner, attention_mask, normalise
 from training.model import DemoModel, Shape
 from training.optimizer import orthogonalize
 from training.picture import Turn
 from training.pictures import draw_picture
 from training.tokenizer import random_text
-from training.train import Learner, as_tensors, attention_mask, normalise, rate_at
+from training.train import as_tensors, rate_at
 
 TURNS = [Turn("colour", "What color is it?", "red"), Turn("word", "Read the text.", "CAT")]
 
@@ -109,7 +110,7 @@ def test_matches_are_the_counted_things(encode: Encoder) -> None:
 
 def test_patch_labels_lie_where_things_are() -> None:
     picture = draw_picture(8, "shapes", (280, 280))
-    labels = patch_labels(picture, (5, 5))
+    labels = patch_labels(picture.regions, picture.image.size, (5, 5))
     assert labels.shape == (4, 100)
     assert (labels[0] > 0).any()
     assert (labels[3] > 0).sum() == len(picture.regions)

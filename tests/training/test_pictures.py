@@ -170,7 +170,7 @@ def test_bars_are_true() -> None:
             ((r.box[0] + r.box[2]) / 2 / width, r.box[1] / height): r.colour
             for r in picture.regions
         }
-        for kind, question, answer, points, counted in picture.turns:
+        for kind, question, answer, points, counted, _ in picture.turns:
             assert all(point in tops for point in (*points, *(counted or ())))
             if kind == "bars":
                 assert answer == str(len(heights)) == str(len(counted or ()))
