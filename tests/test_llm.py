@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from sensorium import LLM, SamplingParams
+from sensorium.engine.prompts import RawPrompt
 from sensorium.errors import (
     ConfigError,
     InvalidEmbeddingsError,
@@ -344,3 +345,25 @@ def test_impossible_settings_are_refused(qwen_folder: Path, tmp_path: Path) -> N
         LLM(str(qwen_folder), **ROOM) as llm,
     ):
         llm.generate(["a", "b"], [GREEDY], use_tqdm=False)
+
+
+def test_an_endless_text_is_refused_by_its_beginning(
+    qwen: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not all of it is tokenized; and a long text of few tokens is not refused for its characters."""
+    tokenizer, seen_chars = qwen.get_tokenizer(), []
+    encode = tokenizer.encode
+
+    def noted(text: str, **options: bool) -> list[int]:
+        seen_chars.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", noted)
+    most = qwen._preparer._facts.max_model_len
+    with pytest.raises(PromptTooLongError, match="of which the first"):
+        ask(qwen, "long " * (40 * most))
+    assert seen_chars == [16 * most]
+    few = "<|endoftext|>" * (most // 2)
+    monkeypatch.setattr("sensorium.engine.prepare.PROBED_CHARS", 1)
+    assert len(few) > 4 * most
+    assert qwen._preparer.draft(RawPrompt(text=few)).token_ids

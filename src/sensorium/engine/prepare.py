@@ -45,6 +45,9 @@ from sensorium.text.chat import ChatTemplate
 from sensorium.text.grammar import compile_grammar
 from sensorium.text.tokenizer import Tokenizer
 
+PROBED_CHARS = 16
+"""Characters per token of the context that are tokenized first of a text that is much longer."""
+
 LONG_TEXT = 16384
 """Characters of a prompt from which on it is tokenized in another thread than the event loop's."""
 
@@ -245,9 +248,26 @@ class Preparer:
                 self._check_ids(prompt.token_ids)
             return Draft(prompt, None, prompt.token_ids, prompt.refs, prompt.param)
         text = prompt.text or ""
+        self._refuse_endless(text, prompt.param)
         with _placed(prompt.param):
             ids, numbered = self._split(text, prompt.add_special_tokens, prompt.param)
         return Draft(prompt, text, tuple(ids), prompt.refs, prompt.param, tuple(numbered))
+
+    def _refuse_endless(self, text: str, param: str) -> None:
+        """Refuse a text whose beginning alone has more tokens than fit, before all of it is tokenized: ten megabytes
+        take half a minute."""
+        most = self._facts.max_model_len if self._facts is not None else len(text)
+        beginning = text[: PROBED_CHARS * most]
+        if len(text) < 2 * len(beginning):
+            return
+        num_tokens = len(self.tokenizer.encode(beginning, add_special_tokens=False))
+        # Where a text is cut, its last tokens may be others than within the whole.
+        if num_tokens > most + most // 16 + PROBED_CHARS:
+            raise PromptTooLongError(
+                f"The prompt has {len(text)} characters, of which the first {len(beginning)} alone are {num_tokens} "
+                f"tokens; the context holds {most}. Shorten it, or start with a larger max_model_len.",
+                param=param,
+            )
 
     def _split(
         self, text: str, add_special_tokens: bool, param: str
