@@ -126,6 +126,12 @@ def run_layers(
     return [found[number] for number in wanted]
 
 
+def unused_layers(prefix: str, config: ClipConfig, layers: Sequence[ClipLayer]) -> tuple[str, ...]:
+    """Regular expressions of the weights of a tower's layers behind those that are built."""
+    numbers = range(len(layers), config.num_layers)
+    return tuple(rf"{prefix}encoder\.layers\.{number}\..*" for number in numbers)
+
+
 class ClipTower:
     """Patch embedding, class token, learnt positions and the first ``depth`` layers.
 
@@ -141,6 +147,10 @@ class ClipTower:
         self.positions = torch.empty(0)
         self.pre_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.layers = [ClipLayer(config) for _ in range(depth)]
+
+    def ignored(self, prefix: str) -> tuple[str, ...]:
+        """Regular expressions of the weights under ``prefix`` that a tower of this depth leaves alone."""
+        return (rf"{prefix}post_layernorm\..*", *unused_layers(prefix, self.config, self.layers))
 
     def slots(self, prefix: str) -> Iterator[Slot]:
         """Weights under ``prefix``."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sensorium.layers.norm import LayerNorm
-from sensorium.models.clip import ClipLayer, PatchEmbedding, run_layers
+from sensorium.models.clip import ClipLayer, PatchEmbedding, run_layers, unused_layers
 from sensorium.models.configs import ClipConfig
 from sensorium.models.interface import BuildOptions
 from sensorium.models.pixels import Normalization
@@ -53,12 +53,11 @@ class SiglipTower:
 
     def ignored(self, prefix: str) -> tuple[str, ...]:
         """Regular expressions of the weights under ``prefix`` that a tower of this depth leaves alone."""
-        unused = range(len(self.layers), self.config.num_layers)
         norm = () if self.post_norm is not None else (rf"{prefix}post_layernorm\..*",)
         return (
             rf"{prefix}head\..*",
             *norm,
-            *(rf"{prefix}encoder\.layers\.{number}\..*" for number in unused),
+            *unused_layers(prefix, self.config, self.layers),
         )
 
     def _load_positions(self, table: torch.Tensor) -> None:

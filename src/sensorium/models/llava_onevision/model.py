@@ -8,67 +8,38 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sensorium.errors import ConfigError
-from sensorium.layers.mlp import PlainMLP
-from sensorium.models.decoder import DecoderModel
 from sensorium.models.interface import BuildOptions
 from sensorium.models.llava_onevision.config import LlavaOnevisionConfig
 from sensorium.models.pixels import Normalization
+from sensorium.models.projected import ProjectedModel
 from sensorium.models.siglip import SiglipTower
-from sensorium.models.weights import Part, Slot, linear_slot, owned
+from sensorium.models.weights import Part, Slot, owned
 from sensorium.multimodal.items import Features
 
 PICTURES_PER_BATCH = 16
 """Tiles or frames that the tower sees at once: enough to fill a machine, few enough for its memory."""
-TOWER = "vision_tower."
-PROJECTOR = "multi_modal_projector."
 
 
-class LlavaOnevisionModel(DecoderModel):
+class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
     """The decoder with a vision tower and a projector; without both when images and videos are skipped."""
 
-    prefix = "language_model."
+    tower_class = SiglipTower
+    seen = frozenset({"image", "video"})
 
     def __init__(
         self, config: LlavaOnevisionConfig, normalization: Normalization, options: BuildOptions
     ) -> None:
-        super().__init__(config.text, options)
-        self.config = config
-        self.tower: SiglipTower | None = None
-        self.projector: PlainMLP | None = None
+        super().__init__(config, normalization, options)
         self.newline = torch.empty(0)
-        if {"image", "video"} <= options.skip_modalities:
-            self.ignored_weights += (rf"({TOWER}|{PROJECTOR}).*", "image_newline")
-            return
-        depth = max(config.feature_layers)
-        try:
-            self.tower = SiglipTower(config.vision, depth, normalization, options)
-            self.projector = PlainMLP(
-                config.vision.hidden_size * len(config.feature_layers),
-                config.text.hidden_size,
-                config.text.hidden_size,
-                act=config.projector_activation,
-                bias=config.projector_bias,
-            )
-        except ValueError as error:
-            raise ConfigError(f"config.json: {error}.", param="model") from error
-        self.ignored_weights += self.tower.ignored(TOWER)
-
-    @property
-    def has_encoder(self) -> bool:
-        """Whether images or videos are not skipped."""
-        return self.tower is not None
+        if self.tower is None:
+            self.ignored_weights += ("image_newline",)
 
     def slots(self) -> Iterator[Slot]:
         """See ``LoadableModel``."""
         yield from super().slots()
-        if self.tower is None or self.projector is None:
-            return
-        yield from self.tower.slots(TOWER)
-        size = self.config.text.hidden_size
-        yield linear_slot(self.projector.fc1, [(f"{PROJECTOR}linear_1", size)])
-        yield linear_slot(self.projector.fc2, [(f"{PROJECTOR}linear_2", size)])
-        yield Slot((Part("image_newline", (size,)),), self._load_newline)
+        if self.tower is not None:
+            size = self.config.text.hidden_size
+            yield Slot((Part("image_newline", (size,)),), self._load_newline)
 
     def _load_newline(self, newline: torch.Tensor) -> None:
         self.newline = owned(newline)

@@ -44,11 +44,7 @@ class Phi3VModel(DecoderModel):
         except ValueError as error:
             raise ConfigError(f"config.json: {error}.", param="model") from error
         self.projector = PlainMLP(MERGED * config.vision.hidden_size, size, size, act="gelu")
-        unused = range(depth, config.vision.num_layers)
-        self.ignored_weights += (
-            r"vision_tower\.post_layernorm\..*",
-            *(rf"vision_tower\.encoder\.layers\.{number}\..*" for number in unused),
-        )
+        self.ignored_weights += self.tower.ignored("vision_tower.")
 
     @property
     def has_encoder(self) -> bool:
