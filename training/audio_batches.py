@@ -7,7 +7,6 @@ but not each other, the question first, or a talk of several turns.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.audio_model import FRAMES_PER_TOKEN, token_counts
-from training.batches import IGNORED, PREFIX
+from training.batches import IGNORED, PREFIX, TextEncoder
 from training.hearing import AUDIO, SYSTEM, lexicon
 from training.picture import Turn
 from training.sounds import EVENTS, MOST_BEEPS, Sound, draw_sound, small_talk
@@ -59,24 +58,13 @@ def log_mel(samples: Any) -> Tensor:
     return (torch.maximum(logs, logs.max() - 8.0) + 4.0) / 4.0
 
 
-class AudioEncoder:
-    """Token ids of texts, remembered, since questions repeat."""
+class AudioEncoder(TextEncoder):
+    """The encoder of the model for sounds."""
 
     def __init__(self) -> None:
-        self._tokenizer = build_tokenizer(lexicon())
-        self._known: dict[str, list[int]] = {}
+        super().__init__(build_tokenizer(lexicon()))
         self.audio = self._tokenizer.token_to_id(AUDIO)
         self.padding = self._tokenizer.token_to_id(lexicon().pad)
-
-    def __call__(self, text: str) -> list[int]:
-        """Ids of ``text``; special tokens in it are recognised."""
-        if text not in self._known:
-            self._known[text] = self._tokenizer.encode(text).ids
-        return self._known[text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``."""
-        return str(self._tokenizer.decode(list(ids)))
 
 
 @dataclass

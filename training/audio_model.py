@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.model import attend, rotate
+from training.model import Text, attend
 
 STACK = 8
 #: Frames of features that one audio token stands for.
@@ -140,56 +140,6 @@ class Projector(nn.Module):
         return self.linear_2(self.ln_mid(F.silu(gate) * value))
 
 
-class LlamaLayer(nn.Module):
-    """One decoder layer."""
-
-    def __init__(self, shape: AudioShape) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
-        q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.input_layernorm = nn.RMSNorm(shape.width, eps=1e-5)
-        self.post_attention_layernorm = nn.RMSNorm(shape.width, eps=1e-5)
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": nn.Linear(shape.width, q, bias=False),
-                "k_proj": nn.Linear(shape.width, kv, bias=False),
-                "v_proj": nn.Linear(shape.width, kv, bias=False),
-                "o_proj": nn.Linear(q, shape.width, bias=False),
-            }
-        )
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(shape.width, shape.inner, bias=False),
-                "up_proj": nn.Linear(shape.width, shape.inner, bias=False),
-                "down_proj": nn.Linear(shape.inner, shape.width, bias=False),
-            }
-        )
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [B, L, D], cos and sin [B, 1, L, K], mask [B, 1, L, L] added to scores."""
-        batch, length, _ = x.shape
-        h, attn = self.input_layernorm(x), self.self_attn
-        q = attn["q_proj"](h).view(batch, length, self.heads, -1).transpose(1, 2)
-        k = attn["k_proj"](h).view(batch, length, self.kv_heads, -1).transpose(1, 2)
-        v = attn["v_proj"](h).view(batch, length, self.kv_heads, -1).transpose(1, 2)
-        groups = self.heads // self.kv_heads
-        k = rotate(k, cos, sin).repeat_interleave(groups, 1)
-        mixed = attend(rotate(q, cos, sin), k, v.repeat_interleave(groups, 1), mask)
-        x = x + attn["o_proj"](mixed.transpose(1, 2).reshape(batch, length, -1))
-        h, mlp = self.post_attention_layernorm(x), self.mlp
-        return x + mlp["down_proj"](F.silu(mlp["gate_proj"](h)) * mlp["up_proj"](h))
-
-
-class Llama(nn.Module):
-    """Embeddings, decoder layers and the last norm."""
-
-    def __init__(self, shape: AudioShape) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(shape.vocab, shape.width)
-        self.layers = nn.ModuleList(LlamaLayer(shape) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.width, eps=1e-5)
-
-
 class AudioDemoModel(nn.Module):
     """Ultravox 0.5 with a tied head, for batches of sounds of different lengths."""
 
@@ -198,7 +148,7 @@ class AudioDemoModel(nn.Module):
         self.shape = shape
         self.audio_tower = AudioTower(shape)
         self.multi_modal_projector = Projector(shape)
-        self.language_model = nn.ModuleDict({"model": Llama(shape)})
+        self.language_model = nn.ModuleDict({"model": Text(shape, bias=False, eps=1e-5)})
         self.reset()
 
     def reset(self) -> None:
@@ -234,19 +184,11 @@ class AudioDemoModel(nn.Module):
             tokens: [B, A, D] from ``listen``.
         """
         text = self.language_model["model"]
-        x = text.embed_tokens(ids)
-        index = audio_index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1])
-        x = torch.where(audio_index[..., None] >= 0, tokens.to(x.dtype).gather(1, index), x)
         dim = self.shape.head_dim
         frequencies = self.shape.rope_theta ** -(torch.arange(0, dim, 2).float() / dim)
         angle = positions[..., None] * frequencies
         angle = torch.cat((angle, angle), -1)[:, None]
-        cos, sin = angle.cos(), angle.sin()
-        states = []
-        for layer in text.layers:
-            x = layer(x, cos, sin, mask)
-            states.append(x)
-        return text.norm(x), states
+        return text(text.embed(ids, audio_index, tokens), angle.cos(), angle.sin(), mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., vocab] through the tied head."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,9 +22,10 @@ from torch import Tensor, nn
 
 from training.audio_batches import AudioEncoder, make_sounds
 from training.audio_export import export
-from training.audio_model import AudioDemoModel, AudioLayer, AudioShape, LlamaLayer
+from training.audio_model import AudioDemoModel, AudioLayer, AudioShape
 from training.batches import IGNORED
-from training.learner import attention_mask
+from training.learner import attention_mask, measure
+from training.model import TextLayer
 from training.optimizer import make_optimizers
 from training.sounds import EVENTS, MOST_BEEPS
 from training.speech import Speech
@@ -104,24 +104,6 @@ def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
     return F.cross_entropy(flat, truth.flatten(), ignore_index=IGNORED)
 
 
-def measure(learner: AudioLearner, batches: list[Batch]) -> dict[str, float]:
-    """Share of questions per kind of which every token of the answer is foretold rightly."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    learner.eval()
-    for batch in batches:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            logits, labels, _ = learner(batch)
-        where = batch["labels"] >= 0
-        hits = torch.zeros_like(where)
-        hits[where] = logits.argmax(-1) == labels
-        for row, kinds in enumerate(batch["kinds"]):
-            for number, kind in enumerate(kinds, 1):
-                place = (batch["segments"][row] == number) & where[row]
-                right[kind].append(bool(hits[row][place].all()))
-    learner.train()
-    return {kind: sum(found) / len(found) for kind, found in sorted(right.items())}
-
-
 class AudioRun:
     """One training run: model, optimizers, average of the weights, clock."""
 
@@ -195,7 +177,7 @@ def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.compile:
-        for layer in (AudioLayer, LlamaLayer):
+        for layer in (AudioLayer, TextLayer):
             layer.forward = torch.compile(layer.forward, dynamic=True)  # type: ignore[method-assign]
     speech = Speech.load(Path(options.speech))
     run = AudioRun(options)

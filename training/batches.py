@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from tokenizers import Tokenizer
 
 from training.palette import COLOURS, SHAPES
 from training.picture import Picture, Region, Turn
@@ -43,15 +44,12 @@ SHAPE_NAMES = (*SHAPES, "bar")
 COLOUR_NAMES = tuple(COLOURS)
 
 
-class Encoder:
+class TextEncoder:
     """Token ids of texts, remembered, since questions repeat."""
 
-    def __init__(self) -> None:
-        self._tokenizer = build_tokenizer()
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._known: dict[str, list[int]] = {}
-        self.image_pad = self._tokenizer.token_to_id("<|image_pad|>")
-        self.video_pad = self._tokenizer.token_to_id("<|video_pad|>")
-        self.padding = self._tokenizer.token_to_id("<|endoftext|>")
 
     def __call__(self, text: str) -> list[int]:
         """Ids of ``text``; special tokens in it are recognised."""
@@ -64,6 +62,16 @@ class Encoder:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``."""
         return str(self._tokenizer.decode(list(ids)))
+
+
+class Encoder(TextEncoder):
+    """The encoder of the model for pictures and clips."""
+
+    def __init__(self) -> None:
+        super().__init__(build_tokenizer())
+        self.image_pad = self._tokenizer.token_to_id("<|image_pad|>")
+        self.video_pad = self._tokenizer.token_to_id("<|video_pad|>")
+        self.padding = self._tokenizer.token_to_id("<|endoftext|>")
 
 
 @dataclass

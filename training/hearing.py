@@ -6,7 +6,7 @@ from random import Random
 
 from training.speech import WORDS
 from training.tokenizer import Lexicon, words_in
-from training.wording import vary
+from training.wording import small_talk_of, vary
 
 #: What the model says of something that is not in the sound.
 ABSENT = "none"
@@ -66,21 +66,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 GREETING = "Hello! Send me a sound: tones, beeps or a spoken word."
 IDENTITY = "I am a small demo model. I answer questions about simple sounds."
 NO_SOUND = "I hear no sound. Please send one."
-SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("hello", "Hello!", "hi", "Hi there", "Hey", "Hello there!", "Good morning", "hi!",
-         "Say hello.", "Hello, how are you?", "How are you?", "What can you do?", "Help",
-         "How can you help me?", "What can I ask you?"),
-        GREETING,
-    ),
-    (
-        ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.",
-         "What model are you?", "Which model is this?"),
-        IDENTITY,
-    ),
-    (("Thank you!", "Thanks", "thank you", "Thanks a lot!"), "You are welcome!"),
-    (("Bye", "Goodbye!", "See you"), "Goodbye!"),
-)  # fmt: skip
+SMALL_TALK = small_talk_of(GREETING, IDENTITY)
 SYSTEM = "You are a helpful assistant."
 ANSWERS = (
     "rising falling steady high low yes no none nothing noise a tone beeps beep voice saying",

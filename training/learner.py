@@ -147,7 +147,7 @@ def _divided(index: Tensor, by: int) -> tuple[Tensor, Tensor]:
     return index // by, index % by
 
 
-def measure(learner: Learner, batches: list[Batch]) -> dict[str, float]:
+def measure(learner: nn.Module, batches: list[Batch]) -> dict[str, float]:
     """Share of questions per kind of which every token of the answer is foretold rightly."""
     right: dict[str, list[bool]] = defaultdict(list)
     learner.eval()

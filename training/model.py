@@ -11,6 +11,7 @@ K head dimension.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -136,20 +137,39 @@ class Vision(nn.Module):
         return self.merger["mlp"](merged), x
 
 
-class TextLayer(nn.Module):
-    """One decoder layer."""
+class TextShape(Protocol):
+    """Sizes of a decoder."""
 
-    def __init__(self, shape: Shape) -> None:
+    @property
+    def vocab(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def inner(self) -> int: ...
+
+
+class TextLayer(nn.Module):
+    """One decoder layer; ``bias``: of the projections to queries, keys and values, as Qwen2 has them."""
+
+    def __init__(self, shape: TextShape, bias: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.heads, shape.kv_heads, shape.head_dim
         q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        self.input_layernorm = nn.RMSNorm(shape.width, eps=1e-6)
-        self.post_attention_layernorm = nn.RMSNorm(shape.width, eps=1e-6)
+        self.input_layernorm = nn.RMSNorm(shape.width, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(shape.width, eps=eps)
         self.self_attn = nn.ModuleDict(
             {
-                "q_proj": nn.Linear(shape.width, q),
-                "k_proj": nn.Linear(shape.width, kv),
-                "v_proj": nn.Linear(shape.width, kv),
+                "q_proj": nn.Linear(shape.width, q, bias=bias),
+                "k_proj": nn.Linear(shape.width, kv, bias=bias),
+                "v_proj": nn.Linear(shape.width, kv, bias=bias),
                 "o_proj": nn.Linear(q, shape.width, bias=False),
             }
         )
@@ -180,11 +200,28 @@ class TextLayer(nn.Module):
 class Text(nn.Module):
     """Embeddings, decoder layers and the last norm."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: TextShape, bias: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab, shape.width)
-        self.layers = nn.ModuleList(TextLayer(shape) for _ in range(shape.layers))
-        self.norm = nn.RMSNorm(shape.width, eps=1e-6)
+        self.layers = nn.ModuleList(TextLayer(shape, bias, eps) for _ in range(shape.layers))
+        self.norm = nn.RMSNorm(shape.width, eps=eps)
+
+    def embed(self, ids: Tensor, media_index: Tensor, tokens: Tensor) -> Tensor:
+        """[B, L, D] of ids [B, L]; where ``media_index`` [B, L] is not -1, that one of ``tokens`` [B, I, D]."""
+        x = self.embed_tokens(ids)
+        index = media_index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1])
+        picked = tokens.to(x.dtype).gather(1, index)
+        return torch.where(media_index[..., None] >= 0, picked, x)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Last hidden states [B, L, D], and those after each layer, before the last norm."""
+        states = []
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+            states.append(x)
+        return self.norm(x), states
 
 
 class DemoModel(nn.Module):
@@ -230,16 +267,8 @@ class DemoModel(nn.Module):
             mask: [B, 1, L, L], 0 where a token may look and very low elsewhere.
             tokens: [B, I, D] from the vision tower.
         """
-        x = self.model.embed_tokens(ids)
-        index = image_index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1])
-        picked = tokens.to(x.dtype).gather(1, index)
-        x = torch.where(image_index[..., None] >= 0, picked, x)
-        cos, sin = self.text_angles(positions)
-        states = []
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, mask)
-            states.append(x)
-        return self.model.norm(x), states
+        x = self.model.embed(ids, image_index, tokens)
+        return self.model(x, *self.text_angles(positions), mask)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., vocab] through the tied head."""

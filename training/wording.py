@@ -110,21 +110,29 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 GREETING = "Hello! Show me a picture and ask about shapes, colors, numbers, words or bars."
 IDENTITY = "I am a small demo model. I answer questions about simple pictures."
 NO_PICTURE = "I see no picture. Please send one."
-SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
-    (
-        ("hello", "Hello!", "hi", "Hi there", "Hey", "Hello there!", "Good morning", "hi!",
-         "Say hello.", "Hello, how are you?", "How are you?", "What can you do?", "Help",
-         "How can you help me?", "What can I ask you?"),
-        GREETING,
-    ),
-    (
-        ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.",
-         "What model are you?", "Which model is this?"),
-        IDENTITY,
-    ),
-    (("Thank you!", "Thanks", "thank you", "Thanks a lot!"), "You are welcome!"),
-    (("Bye", "Goodbye!", "See you"), "Goodbye!"),
-)  # fmt: skip
+SmallTalk = tuple[tuple[tuple[str, ...], str], ...]
+
+
+def small_talk_of(greeting: str, identity: str) -> SmallTalk:
+    """What people say without asking about anything, and the answers."""
+    return (
+        (
+            ("hello", "Hello!", "hi", "Hi there", "Hey", "Hello there!", "Good morning", "hi!",
+             "Say hello.", "Hello, how are you?", "How are you?", "What can you do?", "Help",
+             "How can you help me?", "What can I ask you?"),
+            greeting,
+        ),
+        (
+            ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.",
+             "What model are you?", "Which model is this?"),
+            identity,
+        ),
+        (("Thank you!", "Thanks", "thank you", "Thanks a lot!"), "You are welcome!"),
+        (("Bye", "Goodbye!", "See you"), "Goodbye!"),
+    )  # fmt: skip
+
+
+SMALL_TALK = small_talk_of(GREETING, IDENTITY)
 
 
 def ask(rng: Random, key: str, x: str = "", y: str = "") -> str:

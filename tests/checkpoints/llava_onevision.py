@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,14 @@ from sensorium.models import llava_onevision
 from tests.checkpoints.common import (
     TEXT_SIZES,
     VOCAB_SIZE,
-    Names,
     class_arguments,
     new_tokenizer,
     write_model,
     write_tokenizer,
 )
+from tests.checkpoints.llava import LLAVA_NAMES
 
-NAMES = Names(
-    hub=(
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.vision_tower.", "vision_tower.vision_model."),
-        ("model.", ""),
-    ),
-    resaved=(("model.vision_tower.", "model.vision_tower.vision_model."),),
-    t5=(
-        ("model.language_model.", "language_model.model."),
-        ("lm_head.", "language_model.lm_head."),
-        ("model.", ""),
-    ),
-    constants=("vision_tower.vision_model.embeddings.position_ids",),
-)
+NAMES = replace(LLAVA_NAMES, constants=("vision_tower.vision_model.embeddings.position_ids",))
 TILE = 44
 EDGES = (TILE, 2 * TILE, 3 * TILE, 4 * TILE)
 OLDER_TEMPLATE = (

@@ -15,6 +15,7 @@ from sensorium.errors import InvalidEmbeddingsError
 from sensorium.multimodal.items import Clip, Decoded
 from tests.checkpoints import make_llava_onevision
 from tests.checkpoints.llava_onevision import OLDER_TEMPLATE
+from tests.e2e.settings import settings
 from tests.models.harness import Running, picture, text_ids
 from tests.models.onevision import OnevisionReference, clip
 
@@ -29,17 +30,7 @@ PROMPTS: list[tuple[str, list[Decoded]]] = [
     ("Is <image> in <video>?", [SQUARE, clip(3, 70, 33, 1)]),
     ("<video>\nand then <video>", [clip(3, 33, 70, 2), clip(3, 20, 20, 3)]),
 ]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "roomy": {"num_kv_blocks": 400, "block_size": 16},
-    "cut up": {"num_kv_blocks": 400, "block_size": 8, "max_num_batched_tokens": 7},
-    "preempted": {"num_kv_blocks": 24, "block_size": 8, "max_num_batched_tokens": 64},
-    "no caches": {
-        "num_kv_blocks": 100,
-        "block_size": 8,
-        "enable_prefix_caching": False,
-        "mm_processor_cache_gb": 0.0,
-    },
-}
+SETTINGS = settings(scarce_blocks=24)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.errors import ConfigError, InvalidEmbeddingsError
 from sensorium.models import loader
 from tests.checkpoints import make_qwen3_vl
+from tests.e2e.settings import settings
 from tests.models.harness import Harness, Reference, Running, picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -25,17 +26,7 @@ PROMPTS: list[tuple[str, list[np.ndarray]]] = [
     (f"Is {HERE} left of {HERE}?", [TALL, WIDE]),
     (f"{HERE}{HERE}{HERE}", [SMALL, TALL, SMALL]),
 ]
-SETTINGS: dict[str, dict[str, Any]] = {
-    "roomy": {"num_kv_blocks": 400, "block_size": 16},
-    "cut up": {"num_kv_blocks": 400, "block_size": 8, "max_num_batched_tokens": 7},
-    "preempted": {"num_kv_blocks": 17, "block_size": 8, "max_num_batched_tokens": 64},
-    "no caches": {
-        "num_kv_blocks": 100,
-        "block_size": 8,
-        "enable_prefix_caching": False,
-        "mm_processor_cache_gb": 0.0,
-    },
-}
+SETTINGS = settings(scarce_blocks=17)
 
 
 @pytest.fixture(scope="module")

@@ -68,11 +68,45 @@ class VisionBlock:
         return x.add_(self.mlp(self.norm2(x)))
 
 
+class Merger:
+    """Joins the patches of a merge cell into one embedding: norm of the patches or, with ``joined_first``, of the
+    joined cell, then an MLP. ``names``: of the norm and of the two layers in the checkpoint."""
+
+    __slots__ = ("cell", "joined_first", "mlp", "names", "norm")
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        norm_class: type[Any] = LayerNorm,
+        names: tuple[str, str, str] = ("ln_q", "mlp.0", "mlp.2"),
+        joined_first: bool = False,
+    ) -> None:
+        self.cell = config.hidden_size * config.merge_size**2
+        self.joined_first = joined_first
+        self.names = names
+        self.norm = norm_class(self.cell if joined_first else config.hidden_size, NORM_EPS)
+        self.mlp = PlainMLP(self.cell, self.cell, config.num_outputs, act="gelu")
+
+    def slots(self, prefix: str) -> Iterator[Slot]:
+        """Weights under ``prefix``."""
+        norm, first, second = (f"{prefix}.{name}" for name in self.names)
+        yield norm_slot(self.norm, norm)
+        yield linear_slot(self.mlp.fc1, [(first, self.cell)])
+        yield linear_slot(self.mlp.fc2, [(second, self.mlp.fc2.num_outputs)])
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(P, size) -> (cells, num_outputs)."""
+        cells = self.norm(x.view(-1, self.cell) if self.joined_first else x)
+        return self.mlp(cells.view(-1, self.cell))
+
+
 class VisionTower:
     """Pixels of several images or clips, of different sizes, to embeddings of the decoder's width."""
 
     block_class: type[Any] = VisionBlock
     norm_class: type[Any] = LayerNorm
+    merger_names = ("ln_q", "mlp.0", "mlp.2")
+    patch_bias = False
 
     def __init__(
         self, config: VisionConfig, normalization: Normalization, options: BuildOptions
@@ -80,32 +114,32 @@ class VisionTower:
         self.config = config
         self.device = options.device
         self.scale = PixelScale(normalization, options)
-        cell = config.hidden_size * config.merge_size**2
         self.patch = Linear(
-            CHANNELS * config.temporal_patch_size * config.patch_size**2, config.hidden_size
+            CHANNELS * config.temporal_patch_size * config.patch_size**2,
+            config.hidden_size,
+            self.patch_bias,
         )
         self.blocks = [self.block_class(config) for _ in range(config.depth)]
-        self.merger_norm = self.norm_class(config.hidden_size, NORM_EPS)
-        self.merger = PlainMLP(cell, cell, config.num_outputs, act="gelu")
+        self.merger = Merger(config, self.norm_class, self.merger_names)
 
     def slots(self, prefix: str) -> Iterator[Slot]:
         """Weights under ``prefix``."""
         config = self.config
-        size, patch = config.patch_size, Part(f"{prefix}patch_embed.proj.weight", ())
+        size, own = config.patch_size, f"{prefix}patch_embed.proj"
         kernel = (config.hidden_size, CHANNELS, config.temporal_patch_size, size, size)
-        yield Slot((patch._replace(shape=kernel),), self._load_patch)
+        parts = [Part(f"{own}.weight", kernel)]
+        if self.patch_bias:
+            parts.append(Part(f"{own}.bias", (config.hidden_size,)))
+        yield Slot(tuple(parts), self._load_patch)
         for index, block in enumerate(self.blocks):
             yield from block.slots(config, f"{prefix}blocks.{index}")
-        yield norm_slot(self.merger_norm, f"{prefix}merger.ln_q")
-        cell = self.merger.fc1.num_outputs
-        yield linear_slot(self.merger.fc1, [(f"{prefix}merger.mlp.0", cell)])
-        yield linear_slot(self.merger.fc2, [(f"{prefix}merger.mlp.2", config.num_outputs)])
+        yield from self.merger.slots(f"{prefix}merger")
 
-    def _load_patch(self, kernel: torch.Tensor) -> None:
-        self.patch.load(owned(kernel).flatten(1))
+    def _load_patch(self, kernel: torch.Tensor, *bias: torch.Tensor) -> None:
+        self.patch.load(owned(kernel).flatten(1), *map(owned, bias))
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Embeddings (t * h * w / merge_size^2, num_outputs) of each item.
+        """Embeddings (t * h * w / merge_size^2, num_outputs or a multiple of it) of each item.
 
         An item is an image (H, W, 3) or a clip (frames, H, W, 3), uint8, its edges multiples of patch_size times
         merge_size, its number of frames a multiple of temporal_patch_size. Attention is full within each temporal
@@ -117,10 +151,12 @@ class VisionTower:
             patches.append(rows)
             grids.append(grid)
         x = self.patch(torch.cat(patches) if len(patches) > 1 else patches[0])
-        x = self.run_blocks(x, grids)
-        merged = self.merger_norm(x).view(-1, self.merger.fc1.num_inputs)
         cells = self.config.merge_size**2
-        return list(self.merger(merged).split([t * h * w // cells for t, h, w in grids]))
+        return list(self.merged(x, grids).split([t * h * w // cells for t, h, w in grids]))
+
+    def merged(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Embedded patches (P, size) -> embeddings of all merge cells, in the order of the patches."""
+        return self.merger(self.run_blocks(x, grids))
 
     def run_blocks(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         """(P, size) -> (P, size), in place."""
