@@ -17,24 +17,18 @@ import asyncio
 import dataclasses
 import datetime
 import json
-import socket
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
-
-import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
 
 from sensorium.bench.client import RequestRecord, StreamClient
 from sensorium.bench.machine import describe_machine
 from sensorium.bench.workload import WORDS, data_url, picture
+from served import Asker, chat_body, image_part, sensorium_server
 
 RESULTS = Path(__file__).parent / "results"
 LARGEST_RATIO = 0.1
-START_TIMEOUT = 600.0
 WORK = ("media_stage_items/decode", "media_stage_items/preprocess", "mm_encoder_items")
 """Counters of work that an item costs once."""
 TAKEN = ("mm_cache_queries", "mm_cache_hits", "mm_encoder_cache_queries", "mm_encoder_cache_hits")
@@ -53,98 +47,30 @@ class Pair:
     cached_tokens: int
 
 
-class Server:
-    """A ``sensorium serve`` of our own on a free port, as an async context manager."""
-
-    def __init__(self, model: str, flags: list[str], log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.base_url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "sensorium", "serve", model, "--port", str(port)]
-        self._command += flags
-        self._log = log
-
-    async def __aenter__(self) -> Server:
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(self._command, stdout=log, stderr=log)
-        try:
-            await self._wait()
-        except BaseException:
-            self._stop()
-            raise
-        return self
-
-    async def __aexit__(self, *exception: object) -> None:
-        self._stop()
-
-    async def counters(self) -> dict[str, float]:
-        """The counters of /metrics by name, without prefix; ``name/stage`` where there is one for each stage."""
-        async with (
-            aiohttp.ClientSession() as session,
-            session.get(f"{self.base_url}/metrics") as response,
-        ):
-            response.raise_for_status()
-            text = await response.text()
-        found = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                stage = sample.labels.get("stage")
-                name = family.name.rpartition(":")[2] + (f"/{stage}" if stage else "")
-                if name in (*WORK, *TAKEN) and sample.name.endswith("_total"):
-                    found[name] = sample.value
-        missing = set(WORK) - set(found)
-        if missing:
-            raise RuntimeError(f"/metrics has no {', '.join(sorted(missing))}")
-        return found
-
-    async def _wait(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT
-        async with aiohttp.ClientSession() as session:
-            while time.monotonic() < deadline:
-                if self._process.poll() is not None:
-                    raise RuntimeError(f"the server ended; see {self._log}")
-                try:
-                    async with session.get(f"{self.base_url}/health") as response:
-                        if response.status == 200:
-                            return
-                except aiohttp.ClientConnectionError:
-                    pass
-                await asyncio.sleep(0.1)
-        raise RuntimeError(f"the server was not ready within {START_TIMEOUT:g} s; see {self._log}")
-
-    def _stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-
 async def measure(options: argparse.Namespace) -> list[Pair]:
     """Start the server and make all pairs, after one that does not count."""
     async with (
-        Server(options.model, options.flags, options.log) as server,
+        sensorium_server(options.model, options.flags, options.log) as server,
+        Asker(server.base_url) as asker,
         StreamClient(server.base_url) as client,
     ):
         model = await client.first_model()
         pairs = [
-            await _pair(server, client, model, number, options)
+            await _pair(asker, client, model, number, options)
             for number in range(options.pairs + 1)
         ]
     return pairs[1:]
 
 
 async def _pair(
-    server: Server, client: StreamClient, model: str, number: int, options: argparse.Namespace
+    asker: Asker, client: StreamClient, model: str, number: int, options: argparse.Namespace
 ) -> Pair:
     url = data_url(picture(f"media cache {number}", *options.image_size))
-    before = await server.counters()
+    before = await _counters(asker)
     first = await _ask(client, model, url, f"What is shown in picture {number}? {WORDS[number]}")
-    between = await server.counters()
+    between = await _counters(asker)
     second = await _ask(client, model, url, f"{WORDS[-number - 1]}: which colours has it?")
-    after = await server.counters()
+    after = await _counters(asker)
     return Pair(
         first_seconds=first.time_to_first_token or first.end_to_end,
         second_seconds=second.time_to_first_token or second.end_to_end,
@@ -155,25 +81,26 @@ async def _pair(
     )
 
 
+async def _counters(asker: Asker) -> dict[str, float]:
+    """``WORK`` and ``TAKEN``. Raises RuntimeError when the server does not count the work."""
+    counters = await asker.counters()
+    missing = set(WORK) - set(counters)
+    if missing:
+        raise RuntimeError(f"/metrics has no {', '.join(sorted(missing))}")
+    return {name: counters[name] for name in (*WORK, *TAKEN) if name in counters}
+
+
 async def _ask(client: StreamClient, model: str, url: str, text: str) -> RequestRecord:
-    body = {
-        "model": model,
-        "messages": [
-            {
-                "role": "user",
-                "content": [
-                    {"type": "image_url", "image_url": {"url": url}},
-                    {"type": "text", "text": text},
-                ],
-            }
-        ],
-        "max_tokens": 4,
-        "temperature": 0.0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    record = await client.send(json.dumps(body).encode())
+    body = chat_body(
+        model,
+        text,
+        image_part(url),
+        max_tokens=4,
+        ignore_eos=True,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    record = await client.send(body)
     if not record.completed:
         raise RuntimeError(f"a request failed: {record.error}: {record.error_message}")
     return record

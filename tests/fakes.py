@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 
 from blake3 import blake3
 
-from sensorium.core.plan import EncodeJob, NewSequence, Span, StepPlan, StepResult
+from sensorium.core.plan import EncodeJob, EncodeReport, NewSequence, Span, StepPlan, StepResult
 from sensorium.core.request import EngineRequest, TokenSample
 
 NextToken = Callable[[EngineRequest, Sequence[int]], int]
 """From a request and its known tokens (prompt and generated) to the next token."""
+
+
+EMBED_BYTES = 8
+"""Of an embedding, as ``FakeRunner`` reports what it encodes; and an item takes a quarter of a second."""
 
 
 class PlanError(AssertionError):
@@ -155,6 +159,10 @@ class FakeRunner:
             self._resident[job.digest] = job.num_embeds
             self.num_encoded[job.digest] += 1
         result.failed_items = tuple(failed)
+        num_made = sum(job.num_embeds for job in jobs if job.digest not in failed)
+        result.encoded = EncodeReport(
+            len(jobs) - len(failed), 0.25 * len(jobs), num_made * EMBED_BYTES, len(failed)
+        )
         num_embeds = sum(job.num_embeds for job in jobs)
         if self.encode_budget is not None:
             _check(num_embeds <= self.encode_budget, f"encodes {num_embeds} embeddings")

@@ -43,6 +43,16 @@ WRONG: list[tuple[str, Any]] = [
     ("allowed_media_domains", "example.org"),
     ("allowed_media_domains", ["example.org", 5]),
     ("image_fetch_timeout", 0),
+    ("max_media_redirects", -1),
+    ("media_fetch_retries", 1.5),
+    ("max_media_connections", 0),
+    ("max_media_connections_per_host", 0),
+    ("max_media_fetches_per_request", 0),
+    ("max_media_bytes_in_flight", 0),
+    ("media_url_reuse_seconds", -1),
+    ("media_url_reuse_bytes", "64"),
+    ("media_download_cache", 5),
+    ("media_download_cache_gb", 0),
     ("tensor_parallel_size", 2),
     ("log_stats_interval", 0),
 ]
@@ -97,6 +107,13 @@ def test_the_environment_is_read_and_loudly_invalid() -> None:
     for variable in ("SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS", "VLLM_AUDIO_FETCH_TIMEOUT"):
         with pytest.raises(ConfigError, match=variable):
             media_environment({variable: "maybe"})
+    for text in ("0", "-1", "nan", "inf", "1e9", ""):
+        with pytest.raises(ConfigError, match="VLLM_VIDEO_FETCH_TIMEOUT"):
+            media_environment({"VLLM_VIDEO_FETCH_TIMEOUT": text})
+    names = ("IMAGE_FETCH_TIMEOUT", "VIDEO_FETCH_TIMEOUT", "AUDIO_FETCH_TIMEOUT")
+    for name in names:
+        for prefix in ("SENSORIUM_", "VLLM_"):
+            assert media_environment({prefix + name: "7.5"}) == {name.lower(): 7.5}
 
 
 def test_limits_in_both_spellings() -> None:

@@ -364,6 +364,6 @@ def test_an_endless_text_is_refused_by_its_beginning(
         ask(qwen, "long " * (40 * most))
     assert seen_chars == [16 * most]
     few = "<|endoftext|>" * (most // 2)
-    monkeypatch.setattr("sensorium.engine.prepare.PROBED_CHARS", 1)
+    monkeypatch.setattr("sensorium.engine.lengths.PROBED_CHARS", 1)
     assert len(few) > 4 * most
     assert qwen._preparer.draft(RawPrompt(text=few)).token_ids

@@ -16,7 +16,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest
 from sensorium.engine import wire
-from sensorium.engine.prepare import LONG_TEXT
+from sensorium.engine.lengths import LONG_TEXT
 from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.engine.prompts import Prompt, RawPrompt
 from sensorium.errors import InvalidRequestError, PromptTooLongError, UnavailableError
@@ -210,7 +210,8 @@ def test_what_goes_to_the_engine_can_be_sent(llm: LLM) -> None:
     params = SamplingParams(n=3, seed=5, stop=["x"], structured_outputs={"json": schema})  # type: ignore[arg-type]
     draft = llm._preparer.draft(RawPrompt(text="a"))
     prepared = llm._loop.submit(llm._preparer.complete(draft)).result(30)
-    requests = llm._preparer.requests(prepared, params, "id", 0, 0.0)
+    grammar = llm._loop.submit(llm._preparer.grammar(params)).result(30)
+    requests = llm._preparer.requests(prepared, params, "id", 0, 0.0, grammar)
     for request in requests:
         sent = wire.decode_to_engine(wire.encode(wire.Submit(request, ())))
         assert isinstance(sent, wire.Submit)

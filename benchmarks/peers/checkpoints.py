@@ -5,6 +5,8 @@
 
 - qwen2-0.5b: the text model of LLaVA-OneVision-0.5B as a plain Qwen2 checkpoint
 - qwen2-vl-2b: the shape of Qwen/Qwen2-VL-2B-Instruct, vision tower and all
+- qwen2-vl-shallow: the same with two layers in the tower and two in the text model, so that a server's time goes into
+  media and not into the model
 
 A folder gets everything that an engine expects beside the weights: configuration in the spelling of the published
 files, tokenizer, chat template, processor and generation settings. The same name and seed give the same weights.
@@ -105,26 +107,20 @@ class Shape:
         }
 
 
+_TOWER = {
+    "embed_dim": 1280,
+    "hidden_size": 1536,
+    "num_heads": 16,
+    "mlp_ratio": 4,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+}
 SHAPES = {
     "qwen2-0.5b": Shape(896, 24, 14, 2, 4864),
-    "qwen2-vl-2b": Shape(
-        1536,
-        28,
-        12,
-        2,
-        8960,
-        vision={
-            "depth": 32,
-            "embed_dim": 1280,
-            "hidden_size": 1536,
-            "num_heads": 16,
-            "mlp_ratio": 4,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "in_channels": 3,
-        },
-    ),
+    "qwen2-vl-2b": Shape(1536, 28, 12, 2, 8960, vision={"depth": 32, **_TOWER}),
+    "qwen2-vl-shallow": Shape(1536, 2, 12, 2, 8960, vision={"depth": 2, **_TOWER}),
 }
 ROPE_THETA = 1_000_000.0
 MROPE_SECTION = [16, 24, 24]

@@ -59,8 +59,12 @@ def _environment_value(variable: str, text: str, suffix: str) -> bool | float:
             raise ConfigError(f"{variable} must be 0 or 1, got {text!r}.", param=variable)
         return text == "1"
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
+        seconds = 0.0
+    if not 0.001 <= seconds <= 3600.0:
         raise ConfigError(
-            f"{variable} must be a number of seconds, got {text!r}.", param=variable
-        ) from None
+            f"{variable} must be a number of seconds from 0.001 to 3600, got {text!r}.",
+            param=variable,
+        )
+    return seconds

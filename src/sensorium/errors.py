@@ -29,17 +29,24 @@ classes. Request and configuration errors are ``ValueError`` too, so that plain 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SensoriumError(Exception):
     """Base of all errors here.
 
     ``message`` says what was wrong, with the value, and what to do. ``param`` is the place in the request, such as
     ``messages[0].content[1].image_url``, or None when the whole request is meant.
+
+    Raised by a call of ``LLM`` that was running a list of prompts, ``index`` says whose error it is, and ``outputs``
+    has the outputs that were complete by then at their places, and None at the others; both are None elsewhere.
     """
 
     status: int = 500
     code: str = "internal_error"
     type: str = "server_error"
+    index: int | None = None
+    outputs: list[Any] | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -194,3 +201,17 @@ class OverloadedError(UnavailableError):
 
 class EngineDeadError(UnavailableError):
     """The engine has stopped."""
+
+
+def error_of(
+    code: str, message: str, param: str | None, default: type[SensoriumError]
+) -> SensoriumError:
+    """The error of this code, built anew, as of one that happened in another process; ``default`` is the class for a
+    code that none here has."""
+    known = {cls.code: cls for cls in _subclasses(SensoriumError)}
+    return known.get(code, default)(message, param=param)
+
+
+def _subclasses(cls: type[SensoriumError]) -> list[type[SensoriumError]]:
+    # Deepest last: of classes that share a code, those who raise use the special one.
+    return [s for child in cls.__subclasses__() for s in (child, *_subclasses(child))]

@@ -10,15 +10,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.background import BackgroundLoop
+from sensorium.engine.batch import Batch, Job, Result, apart, at_prompt, listed
 from sensorium.engine.executor import build_engine
 from sensorium.engine.pooling import PoolingStream, pooling_request, resolved
 from sensorium.engine.prepare import Preparer
@@ -42,38 +42,16 @@ from sensorium.outputs import (
     RequestOutput,
 )
 from sensorium.params import PoolingParams, SamplingParams
-from sensorium.runtime.encoder import HeldFeatures
 from sensorium.text.chat import parse_messages
 from sensorium.text.tokenizer import Tokenizer
 
-Value = TypeVar("Value")
-Result = TypeVar("Result")
-ParamsT = TypeVar("ParamsT", SamplingParams, PoolingParams)
 Params = SamplingParams | Sequence[SamplingParams] | None
 Pooling = PoolingParams | Sequence[PoolingParams] | None
 Vector = PoolingRequestOutput[np.ndarray]
+Output = RequestOutput | Vector
 
 AHEAD = 2
 """How many sequences are held at a time, media and all, running or on their way, as a multiple of those of a step."""
-
-
-@dataclass(slots=True)
-class _Job:
-    """One prompt of a batch on its way to the engine."""
-
-    index: int
-    params: SamplingParams | PoolingParams
-    prepared: concurrent.futures.Future[PreparedPrompt]
-    arrival_time: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """What one call asks for. ``several``: the prompts were a list, so that errors name the prompt's index."""
-
-    drafts: Sequence[Draft]
-    params: Sequence[SamplingParams] | Sequence[PoolingParams]
-    several: bool
 
 
 class LLM:
@@ -131,9 +109,12 @@ class LLM:
         when not given.
 
         A prompt that cannot be served raises RequestError with its index; wrong ones that can be told without loading
-        media raise before anything runs.
+        media raise before anything runs. When one turns out wrong later, such as a file that is no image, no more are
+        started, those before it are finished, and the error is raised with what is complete: ``error.outputs`` has the
+        outputs at their places and None at the others, ``error.index`` is the place of the prompt. The LLM can be used
+        on.
         """
-        values, several = _apart(prompts)
+        values, several = apart(prompts)
         params = self._sampling(sampling_params, len(values))
         batch = self._batch(values, several, self._parse_prompt, params)
         return self._texts(batch, use_tqdm)
@@ -184,10 +165,14 @@ class LLM:
         ``mm_processor_kwargs`` and ``cache_salt``), which the chat template renders. pooling_params: one for all, or
         one per prompt. Errors are raised as by ``generate``.
         """
-        return [
-            EmbeddingRequestOutput(**_fields(output, EmbeddingOutput(output.outputs.tolist())))
-            for output in self._vectors(prompts, pooling_params, use_tqdm)
-        ]
+        return self._vectors(
+            prompts,
+            pooling_params,
+            use_tqdm,
+            lambda output: EmbeddingRequestOutput(
+                **_fields(output, EmbeddingOutput(output.outputs.tolist()))
+            ),
+        )
 
     def encode(
         self,
@@ -202,10 +187,14 @@ class LLM:
             raise InvalidRequestError(
                 f"pooling_task must be 'embed', got {pooling_task!r}.", param="pooling_task"
             )
-        return [
-            PoolingRequestOutput(**_fields(output, PoolingOutput(torch.from_numpy(output.outputs))))
-            for output in self._vectors(prompts, pooling_params, use_tqdm)
-        ]
+        return self._vectors(
+            prompts,
+            pooling_params,
+            use_tqdm,
+            lambda output: PoolingRequestOutput(
+                **_fields(output, PoolingOutput(torch.from_numpy(output.outputs)))
+            ),
+        )
 
     def chat_stream(
         self, messages: Sequence[Any], sampling_params: SamplingParams | None = None
@@ -257,68 +246,91 @@ class LLM:
         several: bool,
         parse: Callable[[Any], Prompt],
         params: Sequence[SamplingParams] | Sequence[PoolingParams],
-    ) -> _Batch:
+    ) -> Batch:
         """Check what was asked, as far as that goes without loading media."""
-        prompts = [_at(index, several, parse, value) for index, value in enumerate(values)]
+        prompts = [at_prompt(index, several, parse, value) for index, value in enumerate(values)]
         drafts = [
-            _at(index, several, self._preparer.draft, prompt)
+            at_prompt(index, several, self._preparer.draft, prompt)
             for index, prompt in enumerate(prompts)
         ]
-        return _Batch(drafts, params, several)
+        return Batch(drafts, params, several)
 
     def _sampling(self, params: Params, num_prompts: int) -> list[SamplingParams]:
         """Sampling values for each prompt, checked."""
         self._check_open()
         given = self.get_default_sampling_params() if params is None else params
-        listed = _listed(given, num_prompts, SamplingParams, "sampling_params")
-        for different in {id(one): one for one in listed}.values():
-            self._preparer.check_params(different)
-        return listed
+        for_each = listed(given, num_prompts, SamplingParams, "sampling_params")
+        different = {id(one): one for one in for_each}.values()
+        for one in different:
+            self._preparer.check_params(one)
+        constrained = [one for one in different if one.structured_outputs is not None]
+        compiled = [self._loop.submit(self._preparer.grammar(one)) for one in constrained]
+        concurrent.futures.wait(compiled)
+        for grammar in compiled:
+            grammar.result()  # raises for the first that is wrong
+        return for_each
 
-    def _vectors(self, prompts: object, params: Pooling, use_tqdm: bool) -> list[Vector]:
-        """The vector of each prompt."""
+    def _vectors(
+        self, prompts: object, params: Pooling, use_tqdm: bool, form: Callable[[Vector], Result]
+    ) -> list[Result]:
+        """The vector of each prompt, in the form that callers get."""
         self._check_open()
-        values, several = _apart(prompts)
+        values, several = apart(prompts)
         given = PoolingParams() if params is None else params
-        listed = _listed(given, len(values), PoolingParams, "pooling_params")
-        wanted = [resolved(self._preparer.embedder, one) for one in listed]
+        for_each = listed(given, len(values), PoolingParams, "pooling_params")
+        wanted = [resolved(self._preparer.embedder, one) for one in for_each]
         batch = self._batch(values, several, self._parse_input, wanted)
-        outputs = self._complete(batch, use_tqdm)
-        return [output for output in outputs if isinstance(output, PoolingRequestOutput)]
+        return self._complete(batch, use_tqdm, cast("Callable[[Output], Result]", form))
 
-    def _texts(self, batch: _Batch, use_tqdm: bool) -> list[RequestOutput]:
-        outputs = self._complete(batch, use_tqdm)
-        return [output for output in outputs if isinstance(output, RequestOutput)]
+    def _texts(self, batch: Batch, use_tqdm: bool) -> list[RequestOutput]:
+        return self._complete(batch, use_tqdm, lambda output: cast("RequestOutput", output))
 
-    def _complete(self, batch: _Batch, use_tqdm: bool) -> list[RequestOutput | Vector | None]:
-        """The outputs of a batch when all are finished."""
-        num_prompts = len(batch.drafts)
-        outputs: list[RequestOutput | Vector | None] = [None] * num_prompts
+    def _complete(
+        self, batch: Batch, use_tqdm: bool, form: Callable[[Output], Result]
+    ) -> list[Result]:
+        """The outputs of a batch when all are finished; an error carries those that are."""
+        outputs: list[Result | None] = [None] * len(batch.drafts)
+        try:
+            for index, output in self._finished(batch, use_tqdm):
+                outputs[index] = form(output)
+        except SensoriumError as error:
+            error.outputs = outputs
+            raise
+        return cast("list[Result]", outputs)
+
+    def _finished(self, batch: Batch, use_tqdm: bool) -> Generator[tuple[int, Output], None, None]:
+        """Run a batch and yield (index, output) of each prompt when it is complete."""
         with (
-            Progress(num_prompts, shown=use_tqdm) as progress,
+            Progress(len(batch.drafts), shown=use_tqdm) as progress,
             closing(self._run(batch)) as news,
         ):
             for index, output in news:
                 if output.finished:
-                    outputs[index] = output
                     progress.done(output)
-        return outputs
+                    yield index, output
 
-    def _run(self, batch: _Batch) -> Generator[tuple[int, RequestOutput | Vector], None, None]:
-        """Run a batch and yield (index, output) whenever there are news; ends all work when left early."""
+    def _run(self, batch: Batch) -> Generator[tuple[int, Output], None, None]:
+        """Run a batch and yield (index, output) whenever there are news; ends all work when left early.
+
+        After an error of one prompt no more are started; those that were are finished, and then it is raised.
+        """
         if not self._in_use.acquire(blocking=False):
             raise InvalidRequestError(
                 "This LLM is in the middle of another call: exhaust or close the stream that chat_stream returned, "
                 "or wait for the other thread."
             )
         todo = deque(enumerate(batch.drafts))
-        ready: deque[_Job] = deque()
+        ready: deque[Job] = deque()
+        errors: list[SensoriumError] = []
         try:
-            while todo or ready or self._streams:
-                self._prepare_ahead(todo, ready, batch.params)
-                self._admit(ready, batch.several)
-                for index, stream in self._step(batch.several):
+            while self._streams or (not errors and (todo or ready)):
+                if not errors:
+                    self._prepare_ahead(todo, ready, batch.params)
+                    self._admit(ready, batch.several, errors)
+                for index, stream in self._step(batch.several, errors):
                     yield index, stream.output
+            if errors:
+                raise errors[0]
         except (SensoriumError, GeneratorExit):
             raise
         except BaseException:
@@ -336,44 +348,67 @@ class LLM:
     def _prepare_ahead(
         self,
         todo: deque[tuple[int, Draft]],
-        ready: deque[_Job],
+        ready: deque[Job],
         params: Sequence[SamplingParams] | Sequence[PoolingParams],
     ) -> None:
         """Keep enough prompts in preparation that the engine need not wait, and no more."""
         most = AHEAD * self.config.scheduler.max_num_seqs
         while todo and len(ready) + len(self._streams) < most:
             index, draft = todo.popleft()
-            future = self._loop.submit(self._preparer.complete(draft))
-            ready.append(_Job(index, params[index], future, time.monotonic()))
+            future = self._loop.submit(self._ready(draft, params[index]))
+            ready.append(Job(index, params[index], future, time.monotonic()))
 
-    def _admit(self, ready: deque[_Job], several: bool) -> None:
+    async def _ready(
+        self, draft: Draft, params: SamplingParams | PoolingParams
+    ) -> tuple[PreparedPrompt, str | None]:
+        """A prompt with its media, and the grammar of its constraint."""
+        if isinstance(params, PoolingParams):
+            return await self._preparer.complete(draft), None
+        grammar = await self._preparer.grammar(params)
+        return await self._preparer.complete(draft), grammar
+
+    def _admit(self, ready: deque[Job], several: bool, errors: list[SensoriumError]) -> None:
         """Give the engine what is prepared, in order; wait only when it has nothing else to do."""
-        while ready:
+        while ready and not errors:
             job = ready[0]
             if not job.prepared.done() and self._engine.has_work:
                 return
-            _at(job.index, several, self._start, job)
             ready.popleft()
+            try:
+                at_prompt(job.index, several, self._start, job)
+            except SensoriumError as error:
+                self._drop(job.index)
+                errors.append(error)
 
-    def _start(self, job: _Job) -> None:
-        prepared, params = job.prepared.result(), job.params
+    def _start(self, job: Job) -> None:
+        (prepared, grammar), params = job.prepared.result(), job.params
         request_id = str(next(self._request_numbers))
         stream: RequestStream | PoolingStream
         if isinstance(params, PoolingParams):
             requests = [pooling_request(prepared, params, request_id, 0, job.arrival_time)]
             stream = PoolingStream(request_id, prepared, requests[0])
         else:
-            requests = self._preparer.requests(prepared, params, request_id, 0, job.arrival_time)
+            requests = self._preparer.requests(
+                prepared, params, request_id, 0, job.arrival_time, grammar
+            )
             stream = RequestStream.for_requests(
                 request_id, prepared, requests, params, self.get_tokenizer()
             )
-        sources = tuple(HeldFeatures(item.features) for item in prepared.items)
+        features = tuple(item.features for item in prepared.items)
         for request in requests:
             self._streams[request.request_id] = (job.index, stream)
-            self._engine.add(request, sources)
+            self._engine.add(request, features)
 
-    def _step(self, several: bool) -> list[tuple[int, RequestStream | PoolingStream]]:
-        """One step of the engine; the requests that have news."""
+    def _drop(self, index: int) -> None:
+        """End what runs for a prompt."""
+        for engine_id in [i for i, (owner, _) in self._streams.items() if owner == index]:
+            self._engine.abort(engine_id)
+            del self._streams[engine_id]
+
+    def _step(
+        self, several: bool, errors: list[SensoriumError]
+    ) -> list[tuple[int, RequestStream | PoolingStream]]:
+        """One step of the engine; the requests that have news, those that failed left out."""
         if not self._engine.has_work:
             return []
         moved: dict[int, RequestStream | PoolingStream] = {}
@@ -382,57 +417,22 @@ class LLM:
             if entry is None:
                 continue
             index, stream = entry
-            if _at(index, several, stream.accept, update):
+            try:
+                stopped = at_prompt(index, several, stream.accept, update)
+            except SensoriumError as error:
+                self._drop(index)
+                moved.pop(index, None)
+                errors.append(error)
+                continue
+            if stopped:
                 self._engine.abort(update.request_id)
-                del self._streams[update.request_id]
-            elif update.finish_reason is not None:
+            if stopped or update.finish_reason is not None:
                 del self._streams[update.request_id]
             moved[index] = stream
         return list(moved.items())
-
-
-def _apart(prompts: object) -> tuple[Sequence[Any], bool]:
-    """The prompts of an argument that is one of them or a list; whether it is a list."""
-    if isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], int)):
-        return prompts, True
-    return [prompts], False
-
-
-def _listed(params: object, num_prompts: int, kind: type[ParamsT], name: str) -> list[ParamsT]:
-    """One ``kind`` for each prompt, of an argument that is one for all or a list. Raises InvalidRequestError."""
-    if isinstance(params, kind):
-        return [params] * num_prompts
-    if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
-        raise InvalidRequestError(
-            f"{name} must be a {kind.__name__} or a list of them, one per prompt; got {type(params).__name__}.",
-            param=name,
-        )
-    listed = list(params)
-    if len(listed) != num_prompts:
-        raise InvalidRequestError(
-            f"There are {num_prompts} prompts, but {len(listed)} {name}: give one for all, or one per prompt.",
-            param=name,
-        )
-    for index, value in enumerate(listed):
-        if not isinstance(value, kind):
-            raise InvalidRequestError(
-                f"{name}[{index}] must be a {kind.__name__}, got {type(value).__name__}.",
-                param=name,
-            )
-    return listed
 
 
 def _fields(output: Vector, outputs: object) -> dict[str, Any]:
     """The fields of an output with its vector in another form."""
     known = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
     return {**known, "outputs": outputs}
-
-
-def _at(index: int, several: bool, function: Callable[[Value], Result], value: Value) -> Result:
-    """Call ``function``; an error of a prompt in a list says which one it is."""
-    try:
-        return function(value)
-    except SensoriumError as error:
-        if several:
-            raise type(error)(f"Prompt {index}: {error.message}", param=error.param) from error
-        raise

@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
 STARTED = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)")
 START_SECONDS = 120
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def tied_to_this_process() -> Callable[[], None] | None:
+    """A ``preexec_fn`` by which the system kills a child when the test run ends, however that happens.
+
+    The system means the thread that starts the child, so there is none for other threads than the main one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    parent = os.getpid()
+
+    def tie() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return tie
+
 
 class Server:
-    """A running server. Stop it with ``stop``, which returns its exit status."""
+    """A running server, with ``flags``, and ``variables`` in its environment. Stop it with ``stop``, which returns its
+    exit status."""
 
-    def __init__(self, model: str, log: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: str,
+        log: Path,
+        flags: Sequence[str] = (),
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.log = log
         self._file = log.open("wb")
         self.process = subprocess.Popen(
             [sys.executable, "-u", "-m", "sensorium", "serve", model, "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=self._file,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
             start_new_session=True,
+            preexec_fn=tied_to_this_process(),
         )
         self.url = self._wait_for_address()
 
@@ -44,6 +75,18 @@ class Server:
         """The engine's process and whatever else the server has started."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def engines(self) -> list[psutil.Process]:
+        """The engine's processes that run; one, but while it is being restarted."""
+        return [process for process in self.children() if is_engine(process)]
+
+    def segments(self) -> Path:
+        """The folder of its features in shared memory; the media workers have it on their command lines."""
+        for process in self.children():
+            command = process.cmdline()
+            if "sensorium.engine.media_worker" in command:
+                return Path(command[command.index("sensorium.engine.media_worker") + 1])
+        raise AssertionError("there are no media workers")
+
     def num_descriptors(self) -> int:
         """Open files of the server and of its children."""
         processes = [psutil.Process(self.process.pid), *self.children()]
@@ -58,3 +101,11 @@ class Server:
             self.process.stdout.close()
         self._file.close()
         return status
+
+
+def is_engine(process: psutil.Process) -> bool:
+    """Whether it is an engine's process and has not ended."""
+    try:
+        return "sensorium.engine.worker" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False

@@ -3,41 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import dataclasses
+import itertools
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sensorium.config import engine_config
-from sensorium.core.request import EngineRequest
-from sensorium.engine import client as client_module
+from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
-from sensorium.engine.client import EngineClient, Inbox
+from sensorium.engine.client import DELIVERED_AT_ONCE, EngineClient, Inbox
 from sensorium.errors import EngineDeadError, OverloadedError
 from sensorium.multimodal.items import Features, MediaItem
+from sensorium.multimodal.segments import SegmentFolder
 from sensorium.params import SamplingParams
 
 REQUEST = EngineRequest("a", (1,), SamplingParams(), 1)
 ITEM = MediaItem("image", b"digest", Features("image", {}, 1, {}))
 
 
-@pytest.mark.parametrize("script", ["exit 3", "kill -9 $$"])
+@pytest.mark.parametrize(
+    ("script", "how"), [("exit 3", "ended with status 3"), ("kill -9 $$", "was ended by SIGKILL")]
+)
 async def test_a_process_that_ends_at_once_is_no_hang(
-    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    script: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
     client = EngineClient(engine_config())
-    folders = [Path(client._folder), client._segments.folder]
-    with pytest.raises(EngineDeadError, match="status"):
+    folder = Path(client._folder)
+    with pytest.raises(EngineDeadError, match=how):
         await asyncio.wait_for(client.start(), 30)
     await client.stop()
-    assert not any(folder.exists() for folder in folders)
+    assert not folder.exists()
 
 
 class FakeProcess:
@@ -88,7 +92,6 @@ async def started() -> Any:
     process.kill()
     await client.stop()
     assert client.num_open == 0
-    assert client.num_segments_in_use == 0
     assert not os.path.exists(client._folder)
 
 
@@ -97,7 +100,7 @@ async def test_a_message_that_cannot_be_read_ends_everything_with_an_error(
 ) -> None:
     client, socket, process = started
     inbox: Inbox = asyncio.Queue()
-    client.submit(REQUEST, [ITEM], inbox)
+    client.submit(REQUEST, [], inbox)
     waiting = asyncio.create_task(client.stats())
     socket.inbox.put_nowait(b"\xc1")
     assert isinstance(await asyncio.wait_for(inbox.get(), 10), EngineDeadError)
@@ -114,10 +117,8 @@ async def test_news_go_to_their_request_until_it_ends(
 ) -> None:
     client, socket, _ = started
     inbox: Inbox = asyncio.Queue()
-    client.submit(REQUEST, [ITEM, ITEM], inbox)
-    assert client.num_segments_in_use == 1
+    client.submit(REQUEST, [], inbox)
     client.abort(["a", "unknown"])
-    assert client.num_segments_in_use == 0
     client.abort(["a"])
     assert [type(message) for message in socket.sent] == [wire.Submit, wire.Abort]
     client.submit(REQUEST, [], inbox)
@@ -129,23 +130,92 @@ async def test_news_go_to_their_request_until_it_ends(
     assert inbox.empty()
 
 
-async def test_no_room_for_media_is_an_overload_and_holds_nothing(
-    started: tuple[EngineClient, FakeSocket, FakeProcess], monkeypatch: pytest.MonkeyPatch
+async def test_features_of_an_open_sequence_stay(
+    started: tuple[EngineClient, FakeSocket, FakeProcess],
+) -> None:
+    client, socket, process = started
+    folder = SegmentFolder()
+    inbox: Inbox = asyncio.Queue()
+    for request_id in ("aborted", "refused", "died"):
+        arrays = folder.write({"pixels": np.zeros((2, 2), np.uint8)})
+        features = Features("image", arrays, 1)
+        request = dataclasses.replace(REQUEST, request_id=request_id)
+        client.submit(request, [MediaItem("image", b"digest", features)], inbox)
+        del arrays, features
+    assert len(os.listdir(folder.path)) == 3
+    assert [len(sent.features[0].open().arrays) for sent in socket.sent] == [1, 1, 1]
+    client.abort(["aborted"])
+    assert len(os.listdir(folder.path)) == 2
+    socket.inbox.put_nowait(wire.encode(wire.Refused("refused", "no", "overloaded")))
+    await inbox.get()
+    assert len(os.listdir(folder.path)) == 1
+    process.kill()
+    await inbox.get()
+    assert not os.listdir(folder.path)
+    folder.close()
+
+
+async def test_features_must_lie_in_a_segment(
+    started: tuple[EngineClient, FakeSocket, FakeProcess],
 ) -> None:
     client, socket, _ = started
-    other = MediaItem("image", b"other", ITEM.features)
-    write = client._segments._write
-
-    def full(features: Features) -> Any:
-        if client.num_segments_in_use:
-            raise OSError("no space left on device")
-        return write(features)
-
-    monkeypatch.setattr(client._segments, "_write", full)
-    logging.getLogger(client_module.__name__).setLevel(logging.CRITICAL)
-    with pytest.raises(OverloadedError):
-        client.submit(REQUEST, [ITEM, other], asyncio.Queue())
-    logging.getLogger(client_module.__name__).setLevel(logging.NOTSET)
-    assert client.num_segments_in_use == 0
+    with pytest.raises(TypeError):
+        client.submit(REQUEST, [ITEM], asyncio.Queue())
     assert client.num_open == 0
     assert not socket.sent
+
+
+async def test_a_process_that_dies_gives_each_request_an_error_of_its_own(
+    started: tuple[EngineClient, FakeSocket, FakeProcess], caplog: pytest.LogCaptureFixture
+) -> None:
+    client, _, process = started
+    client._start_seconds = 2.5
+    inboxes: list[Inbox] = [asyncio.Queue() for _ in range(3)]
+    for number, inbox in enumerate(inboxes):
+        client.submit(dataclasses.replace(REQUEST, request_id=str(number)), [], inbox)
+    process.kill()
+    await asyncio.wait_for(client.wait_ended(), 10)
+    errors = [inbox.get_nowait() for inbox in inboxes]
+    assert len(set(map(id, errors))) == 3
+    for error in errors:
+        assert isinstance(error, EngineDeadError)
+        assert error.retry_after == 3
+        assert "being restarted; try again" in error.message
+    assert client.num_open == 0
+    assert "was ended by SIGKILL (out of memory?); 3 sequences" in caplog.text
+
+
+async def test_stopping_says_that_the_server_stops(
+    started: tuple[EngineClient, FakeSocket, FakeProcess],
+) -> None:
+    client, socket, process = started
+    inbox: Inbox = asyncio.Queue()
+    client.submit(REQUEST, [], inbox)
+    stopping = asyncio.create_task(client.stop())
+    while wire.Stop not in map(type, socket.sent):
+        await asyncio.sleep(0)
+    process.kill()
+    await stopping
+    error = inbox.get_nowait()
+    assert isinstance(error, EngineDeadError)
+    assert "shutting down" in error.message
+    assert inbox.empty()
+
+
+async def test_the_news_of_many_sequences_leave_the_loop_time_for_others(
+    started: tuple[EngineClient, FakeSocket, FakeProcess],
+) -> None:
+    client, socket, _ = started
+    inboxes: list[Inbox] = [asyncio.Queue() for _ in range(3 * DELIVERED_AT_ONCE)]
+    for number, inbox in enumerate(inboxes):
+        client.submit(dataclasses.replace(REQUEST, request_id=str(number)), [], inbox)
+    updates = [SequenceUpdate(str(n), finish_reason="stop") for n in range(len(inboxes))]
+    socket.inbox.put_nowait(wire.encode(wire.Updates(updates)))
+    seen = [0]
+    while seen[-1] < len(inboxes):
+        await asyncio.sleep(0)
+        seen.append(sum(not inbox.empty() for inbox in inboxes))
+    steps = [later - earlier for earlier, later in itertools.pairwise(seen)]
+    assert max(steps) == DELIVERED_AT_ONCE
+    assert [inbox.get_nowait().request_id for inbox in inboxes] == [u.request_id for u in updates]
+    assert client.num_open == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from sensorium.core.limits import SchedulerLimits
@@ -9,14 +11,15 @@ from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
+from sensorium.engine.matchers import Matchers
 from sensorium.engine.stats import EngineFacts
 from sensorium.multimodal.items import Features
 from sensorium.params import SamplingParams
-from sensorium.runtime.encoder import FeatureStore, HeldFeatures
-from tests.fakes import FakeRunner, expected_tokens
+from sensorium.runtime.encoder import FeatureStore
+from tests.fakes import EMBED_BYTES, FakeRunner, expected_tokens
 
-FACTS = EngineFacts(64, 16, 4, 8, "cpu", "float32", 1, 0.0)
-FEATURES = HeldFeatures(Features("image", {}, 5, {}))
+FACTS = EngineFacts(64, 16, 4, 8, "cpu", "float32", 1, 0.0, EMBED_BYTES)
+FEATURES = Features("image", {}, 5, {})
 
 
 class Interrupted(FakeRunner):
@@ -45,7 +48,7 @@ def new_engine() -> tuple[Engine, Interrupted]:
         feature_budget=8,
     )
     runner = Interrupted(block_size=4, num_blocks=16, feature_budget=8, encode_budget=8)
-    return Engine(Scheduler(limits), runner, FeatureStore(), FACTS), runner
+    return Engine(Scheduler(limits), runner, FeatureStore(), FACTS, Matchers("", 1)), runner
 
 
 def request(name: str, first: int) -> EngineRequest:
@@ -100,3 +103,25 @@ def test_features_are_held_until_the_request_ends() -> None:
         engine.step()
     engine.check_integrity()
     assert engine.stats().held_features == 0
+
+
+def test_what_encoding_costs_and_what_is_kept_of_it() -> None:
+    engine, runner = new_engine()
+    runner.fail_items = {b"item 90"}
+    requests = [request(name, first) for name, first in (("a", 0), ("b", 20), ("c", 50), ("d", 90))]
+    requests[1] = dataclasses.replace(requests[1], items=requests[0].items)
+    for one in requests:
+        engine.add(one, (FEATURES,))
+    for _ in range(100):
+        engine.step()
+    assert not engine.has_work
+    stats = engine.stats()
+    assert (stats.encoder_queries, stats.encoder_hits) == (4, 1), "b's item was a's"
+    assert (stats.encode_items, stats.encode_failures, stats.encode_seconds) == (2, 1, 0.75)
+    assert stats.encode_num_bytes == 2 * 5 * EMBED_BYTES
+    assert stats.encoder_capacity_bytes == 8 * EMBED_BYTES
+    assert stats.encoder_num_bytes == stats.encoder_resident_embeds * EMBED_BYTES
+    assert stats.encoder_evictions == 2, "there is room for one item of five embeddings"
+    assert (stats.prompt_tokens, stats.item_tokens) == (36, {"image": 20})
+    engine.reset()
+    assert engine.stats().encode_items == 2, "counters go on"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,18 +16,23 @@ from sensorium.engine.client import Inbox
 from sensorium.engine.frontend import SUBMITTED_AT_ONCE, Frontend
 from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.prompts import RawPrompt
+from sensorium.engine.stats import EngineStats
 from sensorium.errors import ConfigError, EngineDeadError, OverloadedError
+from sensorium.metrics.report import RequestReport
 from sensorium.models.embedder import Embedder
 from sensorium.params import SamplingParams
 
 PROMPT = RawPrompt(text="a")
 
 
-class FakeClient:
-    """Keeps what was submitted; ``fail_after`` sequences, it has no more room."""
+class FakeEngine:
+    """A supervisor that keeps what was submitted; ``fail_after`` sequences, it has no more room."""
+
+    num_restarts = 3
 
     def __init__(self, config: EngineConfig | None = None) -> None:
         self.alive = True
+        self.answers: list[EngineStats] = []
         self.fail_after: int | None = None
         self.inboxes: dict[str, Inbox] = {}
         self.aborted: list[str] = []
@@ -34,6 +40,13 @@ class FakeClient:
 
     async def start(self) -> None:
         await asyncio.Event().wait()
+
+    def watch(self, on_start: Callable[[Any], None]) -> None:
+        """It never dies."""
+
+    def check_alive(self) -> None:
+        if not self.alive:
+            raise EngineDeadError("gone")
 
     def submit(self, request: EngineRequest, items: Sequence[Any], inbox: Inbox) -> None:
         if len(self.inboxes) == self.fail_after:
@@ -45,8 +58,11 @@ class FakeClient:
         for request_id in request_ids:
             self.inboxes.pop(request_id, None)
 
-    async def stats(self) -> None:
-        raise EngineDeadError("gone")
+    async def stats(self) -> EngineStats:
+        self.check_alive()
+        if not self.answers:
+            await asyncio.Event().wait()
+        return self.answers.pop()
 
     async def stop(self) -> None:
         self.stopped = True
@@ -58,9 +74,14 @@ class FakePreparer:
     tokenizer: Any = None
     embedder: Embedder | None = None
     closed = False
+    num_prepared = 0
 
     async def prepare(self, prompt: object) -> PreparedPrompt:
+        self.num_prepared += 1
         return PreparedPrompt("a", (1,))
+
+    async def grammar(self, params: SamplingParams) -> None:
+        """No constraints here."""
 
     def requests(
         self,
@@ -69,6 +90,7 @@ class FakePreparer:
         request_id: str,
         priority: int,
         arrival_time: float,
+        grammar: str | None,
     ) -> list[EngineRequest]:
         one = params.replace(n=1)
         return [
@@ -79,12 +101,15 @@ class FakePreparer:
     def set_facts(self, facts: object) -> None:
         """No limit is looked at here."""
 
+    def media_stats(self) -> dict[str, float]:
+        return {"fetch_count": 2.0}
+
     def close(self) -> None:
         self.closed = True
 
 
-def new_frontend(**keywords: Any) -> tuple[Frontend, FakeClient, FakePreparer]:
-    client, preparer = FakeClient(), FakePreparer()
+def new_frontend(**keywords: Any) -> tuple[Frontend, FakeEngine, FakePreparer]:
+    client, preparer = FakeEngine(), FakePreparer()
     frontend = Frontend(engine_config(**keywords), preparer, client)  # type: ignore[arg-type]
     return frontend, client, preparer
 
@@ -118,7 +143,7 @@ async def test_many_samples_leave_the_event_loop_its_turns() -> None:
     params = SamplingParams(n=4 * SUBMITTED_AT_ONCE)
     stream = frontend.generate(PROMPT, params, request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while len(client.inboxes) < params.n:
+    while len(client.inboxes) < params.n and not waiting.done():
         await asyncio.sleep(0)
     assert {SUBMITTED_AT_ONCE, 2 * SUBMITTED_AT_ONCE} <= set(counts)
     waiting.cancel()
@@ -153,7 +178,7 @@ async def test_an_error_of_one_sample_ends_the_others() -> None:
     frontend, client, _ = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(n=2), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while len(client.inboxes) < 2:
+    while len(client.inboxes) < 2 and not waiting.done():
         await asyncio.sleep(0)
     client.inboxes["r#0"].put_nowait(
         SequenceUpdate("r#0", finish_reason="error", error="it could not be computed")
@@ -163,27 +188,92 @@ async def test_an_error_of_one_sample_ends_the_others() -> None:
     assert not client.inboxes
 
 
-async def test_shutdown_stops_the_engine_though_the_log_task_saw_it_die() -> None:
-    frontend, client, preparer = new_frontend(log_stats_interval=0.1)
+async def test_the_log_goes_on_after_the_engine_was_gone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    frontend, client, preparer = new_frontend()
+    turns = [True, False]
+
+    async def next_interval(_: float) -> None:
+        if not turns:
+            raise asyncio.CancelledError
+        client.alive = turns.pop()
+        client.answers = [EngineStats(num_running=5)]
+        frontend._num_generated += 1
+
+    monkeypatch.setattr(frontend_module.asyncio, "sleep", next_interval)
+    with pytest.raises(asyncio.CancelledError):
+        await frontend._log_stats()
+    monkeypatch.undo()
+    assert [record.message.count("5 running") for record in caplog.records] == [1]
     frontend._log_task = asyncio.create_task(frontend._log_stats())
-    await asyncio.sleep(0)
-    frontend._num_generated = 1
-    await asyncio.wait_for(frontend._log_task, 10)
-    frontend._log_task = asyncio.create_task(client.stats())
-    await asyncio.gather(frontend._log_task, return_exceptions=True)
     await frontend.shutdown()
     assert client.stopped
     assert preparer.closed
 
 
+async def test_stats_are_what_is_known_when_the_engine_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frontend_module, "STATS_SECONDS", 0.01)
+    frontend, client, _ = new_frontend()
+    client.answers = [EngineStats(num_running=2, kv_blocks_total=9, num_steps=7)]
+    for _ in range(2):
+        stats = await frontend.stats()
+        assert (stats.num_running, stats.num_steps) == (2, 7), "a long step: as it was before it"
+        assert (stats.media, stats.num_engine_restarts) == ({"fetch_count": 2.0}, 3)
+    client.alive = False
+    stats = await frontend.stats()
+    assert (stats.num_running, stats.kv_blocks_total, stats.num_steps) == (0, 9, 7)
+    assert stats.media == {"fetch_count": 2.0}
+    client.alive, client.answers = True, [EngineStats(num_running=1, num_steps=1)]
+    assert (await frontend.stats()).num_steps == 1
+
+
+async def test_while_the_engine_is_gone_nothing_is_prepared() -> None:
+    frontend, client, preparer = new_frontend()
+    client.alive = False
+    with pytest.raises(EngineDeadError):
+        await anext(frontend.generate(PROMPT, SamplingParams(), request_id="r"))
+    with pytest.raises(EngineDeadError):
+        frontend.check_alive()
+    assert preparer.num_prepared == 0
+    client.alive = True
+    frontend.check_alive()
+
+
+@pytest.mark.parametrize("how", ["error", "abort"])
+async def test_what_ends_a_request_is_reported(how: str) -> None:
+    frontend, client, _ = new_frontend()
+    told: list[str] = []
+
+    class Told:
+        def finished(self, report: RequestReport) -> None:
+            told.append(report.finish_reason)
+
+    frontend.metrics = Told()  # type: ignore[assignment]
+    stream = frontend.generate(PROMPT, SamplingParams(), request_id="r")
+    waiting = asyncio.ensure_future(anext(stream))
+    while not client.inboxes and not waiting.done():
+        await asyncio.sleep(0)
+    if how == "error":
+        client.inboxes["r#0"].put_nowait(EngineDeadError("gone"))
+    else:
+        waiting.cancel()
+    with pytest.raises((EngineDeadError, asyncio.CancelledError)):
+        await waiting
+    assert told == [how]
+
+
 async def test_a_start_that_fails_on_either_side_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clients: list[FakeClient] = []
+    clients: list[FakeEngine] = []
     preparers: list[FakePreparer] = []
 
-    def new_client(config: EngineConfig) -> FakeClient:
-        clients.append(FakeClient(config))
+    def new_client(config: EngineConfig) -> FakeEngine:
+        clients.append(FakeEngine(config))
         return clients[-1]
 
     def broken_preparer(*_: object, **__: object) -> None:
@@ -193,15 +283,15 @@ async def test_a_start_that_fails_on_either_side_leaves_nothing(
         preparers.append(FakePreparer())
         return preparers[-1]
 
-    async def broken_start(self: FakeClient) -> None:
+    async def broken_start(self: FakeEngine) -> None:
         raise ConfigError("no weights")
 
-    monkeypatch.setattr(frontend_module, "EngineClient", new_client)
+    monkeypatch.setattr(frontend_module, "EngineSupervisor", new_client)
     monkeypatch.setattr(frontend_module, "Preparer", broken_preparer)
     with pytest.raises(ConfigError, match="tokenizer"):
         await Frontend.start(engine_config())
     monkeypatch.setattr(frontend_module, "Preparer", new_preparer)
-    monkeypatch.setattr(FakeClient, "start", broken_start)
+    monkeypatch.setattr(FakeEngine, "start", broken_start)
     with pytest.raises(ConfigError, match="weights"):
         await Frontend.start(engine_config())
     assert all(client.stopped for client in clients)

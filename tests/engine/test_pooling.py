@@ -17,9 +17,10 @@ from sensorium.engine.pooling import PoolingStream, pooling_request
 from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.prompts import RawPrompt, parse_conversation
 from sensorium.errors import InvalidRequestError, OverloadedError, SensoriumError, UnavailableError
+from sensorium.metrics.report import RequestReport
 from sensorium.models.embedder import Embedder
 from sensorium.params import PoolingParams
-from tests.engine.test_frontend import FakeClient, FakePreparer, new_frontend
+from tests.engine.test_frontend import FakeEngine, FakePreparer, new_frontend
 
 PREPARED = PreparedPrompt("a", (1, 2), num_item_tokens={"image": 1}, cache_salt=b"salt")
 PARAMS = PoolingParams(dimensions=3, normalize=True)
@@ -87,11 +88,12 @@ class Metrics:
     def queue(self, seconds: float) -> None:
         self.told.append("queue")
 
-    def finished(self, *values: Any) -> None:
-        self.told.append(values[:4])
+    def finished(self, report: RequestReport) -> None:
+        self.told.append((report.finish_reason, report.num_prompt_tokens, report.num_cached_tokens))
+        assert (report.num_generation_tokens, report.max_tokens) == (0, 0)
 
 
-def pooling_frontend() -> tuple[Frontend, FakeClient, FakePreparer, Metrics]:
+def pooling_frontend() -> tuple[Frontend, FakeEngine, FakePreparer, Metrics]:
     frontend, client, preparer = new_frontend()
     preparer.embedder = Embedder(8, normalize=False, matryoshka=True)
     metrics = Metrics()
@@ -110,7 +112,7 @@ async def test_the_frontend_waits_for_the_vector_and_reports_it() -> None:
     client.inboxes["r"].put_nowait(news("r", num_cached_tokens=1, first_scheduled_time=0.0))
     output = await work
     np.testing.assert_array_equal(output.outputs, VECTOR)
-    assert metrics.told == ["queue", ("stop", 1, 0, 1)]
+    assert metrics.told == ["queue", ("stop", 1, 1)]
     assert not client.inboxes
 
 
@@ -131,7 +133,7 @@ async def test_whatever_ends_it_leaves_nothing(how: str) -> None:
     with pytest.raises((OverloadedError, asyncio.CancelledError)):
         await work
     assert not client.inboxes
-    assert metrics.told == ([] if how == "full" else [("abort", 1, 0, 0)])
+    assert metrics.told == [("abort" if how == "cancel" else "error", 1, 0)]
 
 
 async def test_a_generating_frontend_makes_no_vectors() -> None:

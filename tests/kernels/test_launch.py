@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensorium.kernels import cpu_amx, cpu_elementwise, cpu_launch, cpu_pages, ops
+from sensorium.kernels import cpu_amx, cpu_elementwise, cpu_launch, cpu_pages, ops, threads
 
 
 def run(code: str, **environment: str) -> str:
@@ -136,3 +136,16 @@ def test_huge_page_tensors_are_zeros():
         assert not tensor.any()
         tensor.fill_(2.0)
         assert tensor.mean() == 2.0
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"])
+def test_few_shapes_are_kept_unless_the_user_says_how_many(name: str) -> None:
+    code = f"""
+        import os
+        from sensorium.kernels import threads
+        threads.prepare()
+        print(os.environ["{name}"])
+    """
+    assert run(code, **{name: "77"}) == "77"
+    unset = f"import os; os.environ.pop('{name}', None)\n" + textwrap.dedent(code)
+    assert run(unset) == str(threads.KEPT_PRIMITIVES)

@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import ConfigError
 from sensorium.metrics.prometheus import ServingMetrics
+from sensorium.metrics.report import RequestReport
 
 STATS = EngineStats(
     num_running=3,
@@ -20,19 +21,57 @@ STATS = EngineStats(
     encoder_hits=4,
     encoder_items=5,
     encoder_resident_embeds=77,
+    encoder_num_bytes=1540,
+    encoder_capacity_bytes=8000,
+    encoder_evictions=6,
+    encode_items=4,
+    encode_seconds=0.75,
+    encode_num_bytes=512,
+    encode_failures=1,
     num_preemptions=1,
+    num_engine_restarts=2,
     prompt_tokens=1200,
     generation_tokens=300,
+    num_vectors=17,
     num_steps=310,
+    held_features=8,
+    item_tokens={"image": 500, "audio": 100},
     media={
         "fetch_count": 6.0,
         "decode_seconds": 1.5,
         "preprocess_num_bytes": 4096.0,
         "processor_cache_queries": 8.0,
         "processor_cache_hits": 2.0,
+        "processor_cache_evictions": 3.0,
+        "processor_cache_num_entries": 5.0,
         "processor_cache_num_bytes": 12345.0,
+        "processor_cache_capacity_bytes": 20000.0,
+        "num_loading": 9.0,
+        "num_waiting": 4.0,
+        "num_busy": 1.0,
+        "num_worker_restarts": 7.0,
+        "failures": 11.0,
+        "failure_media_refused": 10.0,
+        "failure_overloaded": 1.0,
     },
 )
+
+
+def report(**fields: object) -> RequestReport:
+    """A request that ended well, with two samples."""
+    values = {
+        "finish_reason": "stop",
+        "num_prompt_tokens": 100,
+        "num_cached_tokens": 64,
+        "num_generation_tokens": 20,
+        "longest_sample": 11,
+        "num_samples": 2,
+        "max_tokens": 32,
+        "e2e_seconds": 1.5,
+        "prefill_seconds": 0.25,
+        "decode_seconds": 1.0,
+    }
+    return RequestReport(**{**values, **fields})  # type: ignore[arg-type]
 
 
 def samples(metrics: ServingMetrics) -> dict[tuple[str, str], float]:
@@ -51,6 +90,7 @@ def test_the_engines_numbers() -> None:
     metrics.update(STATS)
     found = samples(metrics)
     expected = {
+        "engine_up": 1,
         "num_requests_running": 3,
         "num_requests_waiting": 2,
         "kv_cache_usage_perc": 0.25,
@@ -58,28 +98,70 @@ def test_the_engines_numbers() -> None:
         "prefix_cache_hits_total": 400,
         "mm_encoder_cache_queries_total": 9,
         "mm_encoder_cache_hits_total": 4,
-        "mm_encoder_items_total": 5,
+        "mm_encoder_cache_evictions_total": 6,
         "mm_encoder_cache_resident_embeds": 77,
+        "mm_encoder_cache_bytes": 1540,
+        "mm_encoder_cache_capacity_bytes": 8000,
+        "mm_encoder_items_total": 5,
+        "mm_encoder_failures_total": 1,
+        "mm_held_requests": 8,
         "num_preemptions_total": 1,
+        "engine_restarts_total": 2,
         "prompt_tokens_total": 1200,
         "generation_tokens_total": 300,
+        "vectors_total": 17,
         "engine_steps_total": 310,
         "mm_cache_queries_total": 8,
         "mm_cache_hits_total": 2,
+        "mm_cache_evictions_total": 3,
+        "mm_cache_entries": 5,
         "mm_cache_bytes": 12345,
+        "mm_cache_capacity_bytes": 20000,
+        "media_loading": 9,
+        "media_waiting": 4,
+        "media_workers_busy": 1,
+        "media_worker_restarts_total": 7,
     }
     assert {name: found[f"vllm:{name}", ""] for name in expected} == expected
-    assert found["vllm:media_stage_items_total", "fetch"] == 6
-    assert found["vllm:media_stage_seconds_total", "decode"] == 1.5
-    assert found["vllm:media_stage_bytes_total", "preprocess"] == 4096
-    assert found["vllm:media_stage_seconds_total", "fetch"] == 0
+
+
+def test_the_stages_of_media() -> None:
+    metrics = ServingMetrics(model_name="m")
+    metrics.update(STATS)
+    found = samples(metrics)
+
+    def stage(unit: str, name: str) -> float:
+        return found[f"sensorium:media_stage_{unit}_total", name]
+
+    assert (stage("items", "fetch"), stage("seconds", "decode")) == (6, 1.5)
+    assert (stage("bytes", "preprocess"), stage("seconds", "fetch")) == (4096, 0)
+    encode = [stage(unit, "encode") for unit in ("items", "seconds", "bytes")]
+    assert encode == [4, 0.75, 512], "the engine's own, beside the pipeline's"
+
+
+def test_failures_by_code_and_tokens_by_modality() -> None:
+    metrics = ServingMetrics(model_name="m")
+    metrics.update(STATS)
+    found = samples(metrics)
+    failures = {k[1]: v for k, v in found.items() if k[0] == "sensorium:media_failures_total"}
+    assert failures.pop("media_refused") == 10
+    assert failures.pop("overloaded") == 1, "a code that is not there from the start"
+    assert {"media_undecodable", "media_fetch_timeout", "media_not_cached"} <= set(failures)
+    assert not any(failures.values())
+    tokens = {
+        k[1]: v for k, v in found.items() if k[0] == "sensorium:prompt_tokens_by_modality_total"
+    }
+    assert tokens == {"text": 600, "image": 500, "video": 0, "audio": 100}
 
 
 def test_newer_numbers_replace_older_ones() -> None:
     metrics = ServingMetrics(model_name="m")
+    assert ("sensorium:engine_up", "") not in samples(metrics), "nothing is known yet"
     metrics.update(STATS)
-    metrics.update(EngineStats(num_running=1))
-    assert samples(metrics)["sensorium:num_requests_running", ""] == 1
+    metrics.update(EngineStats(num_running=1), up=False)
+    found = samples(metrics)
+    assert found["sensorium:num_requests_running", ""] == 1
+    assert found["sensorium:engine_up", ""] == 0
 
 
 def test_what_requests_report() -> None:
@@ -88,20 +170,70 @@ def test_what_requests_report() -> None:
     metrics.inter_token(0.02)
     metrics.inter_token(0.03)
     metrics.queue(0.001)
-    metrics.finished("stop", 100, 20, 64, 1.5)
-    metrics.finished("abort", 10, 0, 0, 0.5)
+    metrics.loop_lag(0.002)
+    metrics.finished(report())
+    left = {"prefill_seconds": None, "decode_seconds": None, "longest_sample": 0}
+    metrics.finished(report(finish_reason="abort", num_generation_tokens=0, **left))
+    vector = {"decode_seconds": None, "max_tokens": 0, "longest_sample": 0, "num_samples": 1}
+    metrics.finished(report(num_generation_tokens=0, **vector))
+    found = {name.removeprefix("sensorium:"): v for (name, _), v in samples(metrics).items()}
+    expected = {
+        "time_to_first_token_seconds_sum": 0.3,
+        "inter_token_latency_seconds_count": 2,
+        "request_queue_time_seconds_count": 1,
+        "event_loop_lag_seconds_count": 1,
+        "e2e_request_latency_seconds_sum": 4.5,
+        "request_prefill_time_seconds_sum": 0.5,
+        "request_prefill_time_seconds_count": 2,
+        "request_decode_time_seconds_sum": 1.0,
+        "request_decode_time_seconds_count": 1,
+        "request_inference_time_seconds_sum": 1.5,
+        "request_inference_time_seconds_count": 2,
+        "request_time_per_output_token_seconds_sum": 0.1,
+        "request_time_per_output_token_seconds_count": 1,
+        "request_prompt_tokens_sum": 300,
+        "request_cached_tokens_sum": 192,
+        "request_generation_tokens_sum": 20,
+        "request_max_num_generation_tokens_sum": 11,
+        "request_params_n_sum": 5,
+        "request_params_max_tokens_count": 2,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    reasons = {
+        r: samples(metrics)["sensorium:request_success_total", r]
+        for r in ("stop", "abort", "error")
+    }
+    assert reasons == {"stop": 2, "abort": 1, "error": 0}
+
+
+def test_a_value_falls_into_its_bucket() -> None:
+    metrics = ServingMetrics(model_name="m")
+    metrics.first_token(0.3)
     found = samples(metrics)
-    assert found["sensorium:time_to_first_token_seconds_sum", ""] == 0.3
     assert found["sensorium:time_to_first_token_seconds_bucket", "0.5"] == 1
     assert found["sensorium:time_to_first_token_seconds_bucket", "0.25"] == 0
-    assert found["sensorium:inter_token_latency_seconds_count", ""] == 2
-    assert found["sensorium:request_queue_time_seconds_count", ""] == 1
-    assert found["sensorium:e2e_request_latency_seconds_sum", ""] == 2
-    assert found["sensorium:request_success_total", "stop"] == 1
-    assert found["sensorium:request_success_total", "abort"] == 1
-    assert found["sensorium:request_success_total", "length"] == 0
-    assert found["sensorium:request_prompt_tokens_sum", ""] == 110
-    assert found["sensorium:request_cached_tokens_sum", ""] == 64
+
+
+def test_one_token_has_no_time_between_tokens() -> None:
+    assert report(longest_sample=1, decode_seconds=0.0).seconds_per_token is None
+    assert report(longest_sample=3, decode_seconds=0.5).seconds_per_token == 0.25
+
+
+def test_http_requests_have_the_names_that_others_give_them() -> None:
+    metrics = ServingMetrics(model_name="m")
+    metrics.http_request("/v1/chat/completions", "POST", 200, 0.5)
+    metrics.http_request("/v1/chat/completions", "POST", 503, 0.25)
+    for method in ("BREW", "X" * 1000):
+        metrics.http_request(None, method, 404, 0.1)
+    found = samples(metrics)
+    counts = {labels: v for (name, labels), v in found.items() if name == "http_requests_total"}
+    assert counts == {
+        "200,/v1/chat/completions,POST,2xx": 1,
+        "503,/v1/chat/completions,POST,5xx": 1,
+        "404,none,other,4xx": 2,
+    }
+    labels = "/v1/chat/completions,POST"
+    assert found["http_request_duration_seconds_sum", labels] == 0.75
 
 
 def test_an_engine_without_blocks_uses_nothing() -> None:
@@ -112,7 +244,7 @@ def test_an_engine_without_blocks_uses_nothing() -> None:
 
 def test_two_servers_do_not_meet() -> None:
     one, two = ServingMetrics(model_name="m"), ServingMetrics(model_name="m")
-    one.finished("stop", 1, 1, 0, 0.1)
+    one.finished(report())
     assert samples(two)["sensorium:request_success_total", "stop"] == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -131,7 +132,8 @@ class MediaServer:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         self.paths.append(request.path)
-        return await self.handlers[request.path](request)
+        handler = self.handlers.get(request.path)
+        return web.Response(status=404) if handler is None else await handler(request)
 
 
 @asynccontextmanager
@@ -154,7 +156,7 @@ async def media_server() -> AsyncIterator[MediaServer]:
 class RawServer:
     """A TCP server that counts connections and writes ``answer`` to each, byte for byte.
 
-    With ``keep_open`` it then never closes a connection by itself.
+    With ``keep_open`` it then never closes a connection by itself. ``gone`` is set when a client closes one.
     """
 
     def __init__(self, answer: bytes, keep_open: bool) -> None:
@@ -163,6 +165,7 @@ class RawServer:
         self.num_connections = 0
         self.port = 0
         self.writers: list[asyncio.StreamWriter] = []
+        self.gone = asyncio.Event()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
@@ -173,6 +176,10 @@ class RawServer:
             await writer.drain()
         if not self.keep_open:
             writer.close()
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
+        self.gone.set()
 
 
 @asynccontextmanager

@@ -158,6 +158,23 @@ def test_channels_are_averaged_and_rates_converted() -> None:
         assert len(decode(data, OPTIONS, CONFIG, rate).samples) == rate // 2
 
 
+@pytest.mark.parametrize("layout", ["stereo", "5.1", "7.1", "hexadecagonal"])
+def test_channels_of_files_that_only_ffmpeg_reads(layout: str) -> None:
+    """Eight and more channels are where planes of samples do not fit the first list of FFmpeg's frames."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as file:
+        stream: Any = file.add_stream("pcm_f32le", rate=RATE)
+        stream.layout = layout
+        num = stream.layout.nb_channels
+        samples = np.stack([tone(pitch=200.0 * (i + 1)) for i in range(num)], axis=1)
+        frame = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="flt", layout=layout)
+        frame.sample_rate, frame.time_base = RATE, Fraction(1, RATE)
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    sound = decode(buffer.getvalue(), OPTIONS, CONFIG, RATE)
+    np.testing.assert_allclose(sound.samples, samples.mean(axis=1), atol=1e-6)
+
+
 def test_resampling_keeps_the_tone_and_drops_what_does_not_fit() -> None:
     kept = decode(encoded(tone(1, 48000, 1000), 48000, "WAV", "FLOAT"), OPTIONS, CONFIG, RATE)
     np.testing.assert_allclose(kept.samples[500:-500], tone(1, RATE, 1000)[500:-500], atol=1e-3)

@@ -1,11 +1,15 @@
 import base64
 import binascii
+import tracemalloc
+from unittest.mock import patch
+from urllib.parse import unquote_to_bytes
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sensorium.errors import MediaRefusedError, MediaTooLargeError, MediaUndecodableError
+from sensorium.multimodal import dataurl
 from sensorium.multimodal.dataurl import decode_base64, parse_data_url
 
 
@@ -24,6 +28,39 @@ def test_base64_in_every_form(data: bytes, url_safe: bool, padded: bool) -> None
 def test_percent_encoding(data: bytes) -> None:
     text = "".join(f"%{byte:02x}" for byte in data)
     assert parse_data_url(f"data:,{text}", 300) == data
+
+
+@given(st.text("%41aF\xe9,", max_size=60), st.integers(3, 9))
+def test_escapes_across_pieces(text: str, size: int) -> None:
+    with patch.object(dataurl, "_PIECE", size):
+        assert parse_data_url(f"data:,{text}", 300) == unquote_to_bytes(text)
+
+
+@given(st.binary(max_size=60), st.integers(3, 9))
+def test_rewritten_base64_across_pieces(data: bytes, size: int) -> None:
+    text = base64.urlsafe_b64encode(data).decode()
+    with patch.object(dataurl, "_PIECE", size):
+        for form in (text, " ".join(text), "".join(f"%{ord(c):x}" for c in text)):
+            assert decode_base64(form, 60) == data
+
+
+def test_escapes_take_no_more_memory_than_they_have_letters() -> None:
+    url = "data:," + "%41" * 400_000
+    tracemalloc.start()
+    try:
+        assert parse_data_url(url, 400_000) == b"A" * 400_000
+        assert tracemalloc.get_traced_memory()[1] < 8_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "form", ["data:,{}", "data:;base64,{}", "data:;base64,{}%41", "data:;base64,AA{}AA"]
+)
+def test_characters_that_no_encoding_has(form: str) -> None:
+    """JSON can spell them."""
+    with pytest.raises(MediaUndecodableError):
+        parse_data_url(form.format("\ud800"), 100)
 
 
 @pytest.mark.parametrize("text", ["a", "ab=c", "a*cd", "abcdé", "ab\x00d", "ab==cdef", "abcde"])
@@ -48,9 +85,15 @@ def test_only_whole_base64_is_accepted(text: str) -> None:
     assert found == expected
 
 
-def test_long_data_are_decoded_in_pieces() -> None:
+def test_long_data_in_every_form() -> None:
     data = bytes(range(256)) * 4000
-    assert parse_data_url("data:;base64," + base64.b64encode(data).decode(), len(data)) == data
+    text = base64.b64encode(data).decode()
+    for form in (text, text.rstrip("="), text + "\n", text.replace("+", "-").replace("/", "_")):
+        assert parse_data_url(f"data:;base64,{form}", len(data)) == data
+        with pytest.raises(MediaTooLargeError):
+            parse_data_url(f"data:;base64,{form}", len(data) - 1)
+        with pytest.raises(MediaUndecodableError):
+            parse_data_url(f"data:;base64,{form[:65_536]}={form[65_536:]}", len(data) + 9)
 
 
 def test_sizes_are_bounded() -> None:

@@ -1,6 +1,8 @@
 import asyncio
 import gc
 import gzip
+import socket
+import threading
 import warnings
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -42,10 +44,21 @@ async def server() -> AsyncIterator[MediaServer]:
         yield server
 
 
+@pytest.fixture(autouse=True)
+def _no_thread_stays() -> Iterator[None]:
+    yield
+    while fetchers:
+        fetchers.pop().close()
+
+
+fetchers: list[Fetcher] = []
+
+
 def fetcher_of(workers: ThreadWorkers, *, resolver=None, **config) -> Fetcher:
     config.setdefault("allowed_media_domains", LOCAL)
     options = {} if resolver is None else {"resolver": lambda: resolver}
-    return Fetcher(MediaConfig(**config), workers, **options)
+    fetchers.append(Fetcher(MediaConfig(**config), workers, **options))
+    return fetchers[-1]
 
 
 async def test_a_body_comes_back(server: MediaServer, workers: ThreadWorkers) -> None:
@@ -291,6 +304,17 @@ SPELLINGS = (
     "example.com@127.0.0.1",
     "127.0.0.1\\@example.com",
     "example.com\\@127.0.0.1",
+    "local\u00adhost",
+    "ℓocalhost",
+    "00000127.0.0.1",
+    "127.0.0.1%00.example.com",
+    "127.0.0.1%2eexample.com",
+    "[::ffff:127.0.0.1%25lo]",
+    "[64:ff9b::127.0.0.1]",
+    "[2002:7f00:1::]",
+    "[2001:0:7f00:1::80ff:fffe]",
+    "[fe80::5efe:127.0.0.1]",
+    "127.0.0.1.nip.example",
     "rebound.example",
     "mixed.example",
 )
@@ -303,6 +327,7 @@ async def test_no_spelling_of_a_private_address_is_connected_to(workers, host: s
         "localhost": local,
         "localhost.": local,
         "rebound.example": local,
+        "127.0.0.1.nip.example": local,
         "mixed.example": [["127.0.0.1", "8.8.8.8"]],
     }
     fetcher = fetcher_of(workers, allowed_media_domains=(), resolver=FakeResolver(answers))
@@ -351,6 +376,32 @@ async def test_a_host_without_tls(server: MediaServer, workers: ThreadWorkers) -
         await fetcher_of(workers).fetch(f"https://127.0.0.1:{server.port}/x", "image")
 
 
+async def test_a_name_that_does_not_answer_holds_up_no_other(
+    server: MediaServer, workers: ThreadWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.serve("/a", b"x")
+    release = threading.Event()
+    system = socket.getaddrinfo
+
+    def look_up(host: str, *args: object, **options: object) -> list:
+        if host.startswith("tarpit"):
+            assert release.wait(30)
+        return system("127.0.0.1", *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    stuck = [f"tarpit{i}.example" for i in range(40)]
+    fetcher = fetcher_of(
+        workers, allowed_media_domains=("quick.example", *stuck), image_fetch_timeout=60.0
+    )
+    tasks = [asyncio.create_task(fetcher.fetch(f"http://{name}/", "image")) for name in stuck]
+    await asyncio.sleep(0)
+    assert await fetcher.fetch(server.url("/a", "quick.example"), "image") == b"x"
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    release.set()
+
+
 async def test_local_files_and_data_urls(workers: ThreadWorkers, tmp_path) -> None:
     (tmp_path / "a").write_bytes(b"file")
     fetcher = fetcher_of(workers, allowed_local_media_path=str(tmp_path))
@@ -371,7 +422,8 @@ async def test_a_cancelled_download_closes_its_connection(workers: ThreadWorkers
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert not fetcher._http._sessions
+        await server.gone.wait()  # the server sees the connection close
+        fetcher.close()
 
 
 def test_several_event_loops_and_no_session_left_open(workers: ThreadWorkers) -> None:
@@ -387,5 +439,8 @@ def test_several_event_loops_and_no_session_left_open(workers: ThreadWorkers) ->
         warnings.simplefilter("error")
         for _ in range(3):
             assert asyncio.run(run()) == [b"x"] * 5
+            assert fetcher._http._client is None
+        fetcher.close()
         gc.collect()
-    assert not fetcher._http._sessions
+    assert asyncio.run(run()) == [b"x"] * 5  # and it can be used again
+    fetcher.close()

@@ -64,6 +64,22 @@ REFUSED = [
     "http://example.com:0/",
     "http://example.com:99999/",
     "http://example.com:port/",
+    "http://example.com:８０/",
+    "http://example.com:8_0/",
+    "http://example.com:+80/",
+    "http://example.com:000080/",
+    "http://8.8.8.8./",
+    "http://[2606:4700::1111%25eth0]/",
+    "http://[2606:4700::1111].example/",
+    "http://127.0.0.1[2606:4700::1111]/",
+    "http://[2606:4700::1111]]/",
+    "http://[[2606:4700::1111]]/",
+    "http://2606:4700::1111/",
+    "http://a]/",
+    "http://example.c℀/",
+    "http://example.com／@x/",
+    "http://\udc80.example/",
+    "http://example.com/\udc80",
     "http://-example.com/",
     "http://exa mple.com/",
     "http://example..com/",
@@ -267,6 +283,33 @@ def test_a_link_put_in_place_after_the_check_is_not_followed(folder, monkeypatch
     monkeypatch.setattr(os.path, "realpath", lambda path: real)
     with pytest.raises(MediaRefusedError):
         guard.read_local(real, 100)
+
+
+def test_a_large_file_is_refused_before_it_is_read(folder) -> None:
+    with open(folder / "large", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(MediaTooLargeError, match=str(1 << 40)):
+        local_guard(folder).read_local(f"{folder}/large", 1 << 50 >> 11)
+
+
+def test_files_of_the_kernel_give_nothing() -> None:
+    guard = Guard(local_root="/")
+    for text in ("/proc/self/environ", "file:///proc/self/environ", "/proc/self/mem"):
+        try:
+            assert guard.read_local(text, 1 << 20) == b""
+        except MediaRefusedError:
+            continue
+    for text in ("/dev/zero", "/dev/null", "/dev/stdin"):
+        with pytest.raises(MediaRefusedError):
+            guard.read_local(text, 1 << 20)
+
+
+def test_paths_have_an_end(folder) -> None:
+    for text in (f"{folder}/{'a/' * 5000}", f"file://{folder}/{'../a/' * 5000}"):
+        with pytest.raises(MediaRefusedError, match="8192"):
+            local_guard(folder).read_local(text, 100)
+    with pytest.raises(MediaRefusedError):
+        local_guard(folder).read_local(f"{folder}/{'a' * 4000}", 100)
 
 
 def test_local_files_are_off_by_default_and_bounded(folder) -> None:

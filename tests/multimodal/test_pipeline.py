@@ -3,17 +3,26 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 
+from sensorium.config import MediaConfig
 from sensorium.errors import (
     InvalidRequestError,
     MediaFetchError,
     MediaTooLargeError,
     MediaUndecodableError,
+    OverloadedError,
 )
-from sensorium.multimodal.items import MediaRef
+from sensorium.multimodal.cache import FeatureCache
+from sensorium.multimodal.decoders import DecoderStats
+from sensorium.multimodal.items import Features, MediaRef
+from sensorium.multimodal.loaders import Prepared, Work
+from sensorium.multimodal.pipeline import MediaPipeline
+from sensorium.multimodal.segments import Segment, SegmentFolder
 from tests.multimodal.pipelines import object_ref, url_ref
 from tests.multimodal.support import (
+    FakeProcessor,
     data_url,
     encoded,
     media_server,
@@ -113,7 +122,6 @@ async def test_without_a_cache_everything_is_done_again(make) -> None:
 
 
 # --- fetching -------------------------------------------------------------------------------------
-# -------------------
 
 
 async def test_a_hundred_requests_for_one_url_are_one_fetch_and_one_decode(make) -> None:
@@ -155,6 +163,20 @@ async def test_a_hundred_requests_for_one_url_are_one_fetch_and_one_decode(make)
     assert stats.fetch.seconds > 0
 
 
+async def test_a_hundred_requests_one_after_another_are_one_fetch_and_one_decode(make) -> None:
+    """The host answers long before the last of them comes."""
+    setup = make(media_url_reuse_seconds=3600.0)
+    async with media_server() as server:
+        server.serve("/a", encoded(picture()))
+        for _ in range(100):
+            await setup.load(url_ref(server.url("/a")))
+        assert server.paths == ["/a"]
+        await setup.load(url_ref(server.url("/a") + "?b"))
+        assert server.paths == ["/a", "/a"]
+    stats = setup.pipeline.stats()
+    assert (stats.fetch.count, stats.decode.count, stats.preprocess.count) == (2, 1, 1)
+
+
 async def test_the_same_url_twice_in_a_request_is_fetched_once(make) -> None:
     setup = make()
     async with media_server() as server:
@@ -165,7 +187,7 @@ async def test_the_same_url_twice_in_a_request_is_fetched_once(make) -> None:
 
 
 async def test_a_caller_who_leaves_does_not_cancel_the_fetch_of_others(make) -> None:
-    setup = make()
+    setup = make(media_url_reuse_seconds=0)
     arrived, release, gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def handler(request: web.Request) -> web.Response:
@@ -192,7 +214,7 @@ async def test_a_caller_who_leaves_does_not_cancel_the_fetch_of_others(make) -> 
         last.cancel()
         await asyncio.gather(last, return_exceptions=True)
         await gone.wait()  # the server sees the connection close
-    assert setup.pipeline._fetches.num_running == 0
+    assert setup.pipeline._downloads.num_running == 0
 
 
 async def test_one_bad_item_cancels_the_rest_and_is_named(make) -> None:
@@ -202,7 +224,7 @@ async def test_one_bad_item_cancels_the_rest_and_is_named(make) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             await setup.load(*refs)
     assert caught.value.param == "bad"
-    assert setup.pipeline._fetches.num_running == 0
+    assert setup.pipeline._downloads.num_running == 0
 
 
 async def test_a_shared_failure_names_each_callers_place(make) -> None:
@@ -256,3 +278,62 @@ async def test_local_files(make, tmp_path) -> None:
     items = await setup.load(url_ref(f"{tmp_path}/a.png"), url_ref(f"file://{tmp_path}/a.png"))
     assert items[0].digest == items[1].digest
     assert setup.processor.num_calls == 1
+
+
+class FullDecoders:
+    """No room for the features of the first items."""
+
+    def __init__(self, num_failures: int, cache: FeatureCache) -> None:
+        self.num_failures = num_failures
+        self.cache = cache
+        self.num_entries: list[int] = []
+
+    async def prepare(self, work: Work) -> Prepared:
+        self.num_entries.append(self.cache.stats().num_entries)
+        if len(self.num_entries) <= self.num_failures:
+            raise OverloadedError("no room")
+        return Prepared(Features("image", {"pixels": np.zeros(3, np.uint8)}, 4), 0.1, 3, 0.1)
+
+    def stats(self) -> DecoderStats:
+        return DecoderStats()
+
+    def close(self) -> None:
+        return
+
+
+@pytest.mark.parametrize("num_failures", [1, 2])
+async def test_what_is_cached_makes_room_once(num_failures: int) -> None:
+    cache = FeatureCache(1 << 20)
+    cache.put(b"old", Features("image", {"pixels": np.zeros(9, np.uint8)}, 1))
+    decoders = FullDecoders(num_failures, cache)
+    pipeline = MediaPipeline(MediaConfig(), FakeProcessor(), cache, decoders=decoders)
+    ref = MediaRef("image", "bytes", encoded(picture()))
+    if num_failures == 1:
+        (item,) = await pipeline.load([ref])
+        assert item.features.num_embeds == 4
+    else:
+        with pytest.raises(OverloadedError):
+            await pipeline.load([ref])
+    assert decoders.num_entries == [1, 0]
+    pipeline.close()
+
+
+async def test_all_features_lie_in_segments_where_they_have_to() -> None:
+    folder = SegmentFolder()
+    cache = FeatureCache(1 << 20)
+    config = MediaConfig(enable_mm_embeds=True)
+    pipeline = MediaPipeline(config, FakeProcessor(), cache, segments=folder)
+    embeds = torch.ones(2, 4, 8)
+    refs = [
+        MediaRef("image", "object", picture()),
+        MediaRef("image", "bytes", encoded(picture(seed=1))),
+        MediaRef("image", "embeds", embeds, uuids=("a", "b")),
+    ]
+    items = await pipeline.load(refs)
+    items += await pipeline.load([MediaRef("image", "cached", None, "a")])
+    assert all(isinstance(item.features.arrays, Segment) for item in items)
+    np.testing.assert_array_equal(items[0].features.arrays["pixels"], np.asarray(picture()))
+    np.testing.assert_array_equal(items[4].features.arrays["embeds"], embeds[0].numpy())
+    assert items[4].features is items[2].features
+    pipeline.close()
+    folder.close()

@@ -1,9 +1,11 @@
+import asyncio
 import base64
 import io
 
 import numpy as np
 import pytest
 import torch
+from aiohttp import web
 
 from sensorium.errors import (
     InvalidEmbeddingsError,
@@ -12,11 +14,7 @@ from sensorium.errors import (
 )
 from sensorium.multimodal.items import MediaRef
 from tests.multimodal.pipelines import cached_ref, embeds_ref, object_ref, url_ref
-from tests.multimodal.support import (
-    picture,
-)
-
-# -------------------
+from tests.multimodal.support import encoded, media_server, picture
 
 
 async def test_an_id_stands_for_its_item(make) -> None:
@@ -160,3 +158,24 @@ async def test_a_name_used_again_for_another_length_is_another_item(make) -> Non
     second = (await long.load(object_ref(picture(), "name")))[0]
     assert first.features.num_embeds != second.features.num_embeds
     assert first.digest != second.digest
+
+
+async def test_what_came_first_under_an_id_stays_though_other_data_were_on_their_way(make) -> None:
+    setup = make()
+    released = asyncio.Event()
+
+    async def slow(request: web.Request) -> web.Response:
+        await released.wait()
+        return web.Response(body=encoded(picture(seed=1)))
+
+    async with media_server() as server:
+        server.handlers["/slow"] = slow
+        late = asyncio.create_task(setup.load(url_ref(server.url("/slow"), uuid="a")))
+        while not server.paths:
+            await asyncio.sleep(0)
+        (first,) = await setup.load(object_ref(picture(seed=0), uuid="a"))
+        released.set()
+        (second,) = await late
+    assert second.digest == first.digest
+    assert second.features is first.features
+    assert setup.processor.num_calls == 1

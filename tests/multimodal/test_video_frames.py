@@ -240,6 +240,13 @@ def test_packed_pictures() -> None:
         video.decode(packed(), VideoOptions(), config, None)
 
 
+def test_packed_pictures_are_decoded_within_the_limit() -> None:
+    config = MediaConfig(max_video_frames=3)
+    assert len(video.decode(packed(), VideoOptions(num_frames=3), config, None).frames) == 3
+    with pytest.raises(MediaTooLargeError, match=r"4 frames .* at most 3 .*--max-video-frames"):
+        video.decode(packed(), VideoOptions(), config, None)
+
+
 @pytest.mark.parametrize(
     "data",
     [frames.pack([]), packed()[:-1], packed() + b"x", frames.pack([b"no picture"]), packed()[:15]],

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from sensorium.core.plan import EncodeJob, NewSequence
+from sensorium.core.plan import EncodeJob, EncodeReport, NewSequence
 from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.multimodal.items import Features
 from sensorium.params import SamplingParams
-from sensorium.runtime.encoder import EncoderCache, FeatureStore, HeldFeatures
+from sensorium.runtime.encoder import EncoderCache, FeatureStore
 from sensorium.runtime.slots import Slot
 
 HIDDEN = 3
@@ -38,8 +38,8 @@ class FakeModel:
         ]
 
 
-def features(number: int, num_embeds: int = 2) -> HeldFeatures:
-    return HeldFeatures(Features("image", {"number": np.array([number])}, num_embeds, {}))
+def features(number: int, num_embeds: int = 2) -> Features:
+    return Features("image", {"number": np.array([number])}, num_embeds, {})
 
 
 def digest(index: int) -> bytes:
@@ -88,7 +88,7 @@ def test_embeddings_that_cannot_be_read_fail_alone() -> None:
     model, store = FakeModel(), FeatureStore()
     texts = Features("image", {"embeds": np.array(["no number"])}, 1, {}, precomputed=True)
     good = Features("image", {"embeds": np.ones((2, HIDDEN), np.float32)}, 2, {}, precomputed=True)
-    store.put("r", (HeldFeatures(texts), HeldFeatures(good)))
+    store.put("r", (texts, good))
     cache = EncoderCache(model, store)  # type: ignore[arg-type]
     jobs = [EncodeJob(digest(i), 0, i, 2) for i in range(3)]
     assert cache.encode(jobs, {0: slot_of(3)}) == (digest(0), digest(2)), "the third was never put"
@@ -103,7 +103,7 @@ def test_any_cut_of_the_prompt_gets_the_same_embeddings() -> None:
         Features("image", {"embeds": part}, len(part), {}, precomputed=True)
         for part in (embeds[:6], embeds[6:])
     ]
-    store.put("r", tuple(map(HeldFeatures, sources)))
+    store.put("r", tuple(sources))
     spans = (
         ItemSpan(digest(0), "image", ((2, 3), (7, 3))),
         ItemSpan(digest(1), "image", ((10, 4),)),
@@ -122,3 +122,29 @@ def test_any_cut_of_the_prompt_gets_the_same_embeddings() -> None:
             assert rows[2:18, 0].tolist() == expected
             assert rows[:2].eq(-1).all()
             assert rows[18:].eq(-1).all()
+
+
+def test_a_report_says_what_was_encoded_since_the_one_before() -> None:
+    cache, _, _ = encode([1, 2, 3])
+    report = cache.take_report()
+    assert (report.num_items, report.num_bytes, report.num_failed) == (3, 3 * 2 * HIDDEN * 4, 0)
+    assert report.seconds > 0
+    assert cache.take_report() == EncodeReport()
+
+
+@pytest.mark.parametrize("bad", [-1, 100])
+def test_what_failed_is_counted_apart(bad: int) -> None:
+    cache, _, model = encode([1, bad, 3])
+    report = cache.take_report()
+    assert (report.num_items, report.num_bytes, report.num_failed) == (2, 2 * 2 * HIDDEN * 4, 1)
+    assert model.batches == [3, 1, 1, 1]
+    assert encode([bad])[0].take_report() == EncodeReport(num_failed=1), "no time, no bytes"
+
+
+def test_embeddings_that_came_with_a_request_are_not_counted() -> None:
+    model, store = FakeModel(), FeatureStore()
+    given = Features("image", {"embeds": np.ones((2, HIDDEN), np.float32)}, 2, {}, precomputed=True)
+    store.put("r", (given,))
+    cache = EncoderCache(model, store)  # type: ignore[arg-type]
+    assert not cache.encode([EncodeJob(digest(0), 0, 0, 2)], {0: slot_of(1)})
+    assert (len(cache), cache.take_report()) == (1, EncodeReport())

@@ -122,8 +122,6 @@ class FakeFrontend:
 
     async def stats(self) -> EngineStats:
         """Some numbers."""
-        if not self.alive:
-            raise EngineDeadError("The engine has stopped.")
         return EngineStats(
             num_running=self.num_open,
             kv_blocks_total=100,
@@ -133,9 +131,12 @@ class FakeFrontend:
             media={"fetch_count": 3.0, "decode_seconds": 1.5, "processor_cache_queries": 5.0},
         )
 
-    def healthy(self) -> bool:
-        """Whether the engine lives."""
-        return self.alive
+    def check_alive(self) -> None:
+        """Raise while the engine is being restarted."""
+        if not self.alive:
+            error = EngineDeadError("The engine is being restarted.")
+            error.retry_after = 7
+            raise error
 
     async def shutdown(self) -> None:
         """All that runs ends with an error."""

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from sensorium.server.admission import Admission
 from tests.server.fake_frontend import FakeFrontend, hang
 from tests.server.harness import USER, App, until
 
@@ -129,3 +130,36 @@ async def test_refused_requests_hold_no_place() -> None:
     for _ in range(3):
         assert (await app.chat(n=-1)).status == 400
         assert (await app.post("/v1/chat/completions", {"messages": USER})).status == 200
+
+
+async def test_samples_count_as_load() -> None:
+    app = App(FakeFrontend(before=hang, max_num_waiting=8))
+    admission = app.app.state.context.admission
+    for answer in (await app.chat(n=9), await app.complete(prompt=["a", "b"], n=5)):
+        assert (answer.status, answer.error["param"]) == (400, "n")
+        assert "--max-num-waiting" in answer.error["message"]
+    waiting = [
+        asyncio.create_task(app.chat(n=3)),
+        asyncio.create_task(app.complete(prompt=["a", "b"], n=2)),
+    ]
+    await until(lambda: len(app.frontend.calls) == 3)
+    assert admission.num_waiting == 7
+    assert (await app.chat(n=2)).error["code"] == "overloaded"
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert admission.num_waiting == 0
+
+
+async def test_samples_leave_the_queue_one_by_one() -> None:
+    admission = Admission(10)
+    with admission.enter(2, num_samples=4) as places:
+        assert admission.num_waiting == 8
+        places[0].keep(3)
+        places[0].keep(3)
+        places[1].keep(4)
+        assert admission.num_waiting == 7
+        places[0].keep(0)
+        places[0].leave()
+        assert admission.num_waiting == 4
+    assert admission.num_waiting == 0

@@ -37,6 +37,7 @@ async def test_health_follows_the_engine() -> None:
     for path in ("/health", "/ping"):
         answer = await app.get(path)
         assert (answer.status, answer.error["code"]) == (503, "engine_unavailable")
+        assert answer.headers["retry-after"] == "7"
 
 
 async def test_version() -> None:
@@ -54,9 +55,8 @@ async def test_metrics() -> None:
     assert app.frontend.metrics is app.app.state.context.metrics
 
 
-async def test_metrics_of_a_dead_engine_are_the_last_known() -> None:
+async def test_metrics_are_there_while_the_engine_is_not() -> None:
     app = App()
-    await app.get("/metrics")
     app.frontend.alive = False
     answer = await app.get("/metrics")
     assert answer.status == 200

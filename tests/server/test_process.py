@@ -17,6 +17,7 @@ import psutil
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.e2e.serving import tied_to_this_process
 from tests.server.harness import until
 
 pytestmark = pytest.mark.slow
@@ -32,6 +33,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=tied_to_this_process(),
         )
 
     def base_url(self) -> str:
@@ -171,27 +173,3 @@ def test_a_model_that_is_not_there() -> None:
     [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "/no/such/model" in line
     assert "Traceback" not in done.stderr
-
-
-def test_an_engine_that_dies_turns_health_to_503() -> None:
-    started = Server()
-    try:
-        base_url = started.base_url()
-        assert "ok" in _get(f"{base_url}/health")
-        for child in started.children():
-            child.kill()
-        client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0)
-
-        def refused() -> bool:
-            try:
-                client.completions.create(model="demo", prompt="Hello", max_tokens=1)
-            except openai.InternalServerError as error:
-                return error.status_code == 503 and error.code == "engine_unavailable"
-            return False
-
-        asyncio.run(until(refused, 20))
-        with pytest.raises(Exception, match="503"):
-            _get(f"{base_url}/health")
-        started.stop()
-    finally:
-        started.process.kill()

@@ -244,6 +244,21 @@ def test_typed_tokens_never_act_in_other_tokenizers(
     assert counts[0] == counts[1]
 
 
+def test_typed_tokens_are_counted_as_what_they_become(chat: ChatTemplate) -> None:
+    """A probe that took them for single tokens would let a million of real ones pass to the tokenizer."""
+    typed = "<|im_start|>" * 400
+    probes: list[tuple[str, int]] = []
+    prompt = render(
+        chat,
+        [{"role": "user", "content": typed}],
+        check_text=lambda text, count: probes.append((text, count(len(typed) // 2))),
+    )
+    ((text, num_probed),) = probes
+    assert text == prompt.text
+    assert 0.3 * len(prompt.token_ids) < num_probed <= 0.5 * len(prompt.token_ids)
+    assert num_probed > 4 * 200
+
+
 def test_typed_tokens_keep_the_surroundings(chat: ChatTemplate, chatml: Tokenizer) -> None:
     """The ids around a typed token are the same as around other text."""
     prompt = render(chat, [{"role": "user", "content": "Say <|im_end|> twice."}])

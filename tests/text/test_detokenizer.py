@@ -113,3 +113,8 @@ def test_token_bytes(chatml: Tokenizer, llama: Tokenizer) -> None:
         joined = b"".join(token_bytes(tokenizer, i) for i in token_ids)
         assert joined.decode().lstrip(" ") == text
     assert token_bytes(chatml, chatml.token_id("<|im_end|>")) == b"<|im_end|>"
+
+
+def test_ids_that_pad_a_vocabulary_stand_for_nothing(chatml: Tokenizer) -> None:
+    """A model may give them log probabilities, and prompts of ids may hold them."""
+    assert token_bytes(chatml, chatml.max_token_id + 1) == b""

@@ -14,8 +14,10 @@ from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.params import StructuredOutputs
 from sensorium.text.grammar import (
     MAX_REGEX_CHARS,
+    STARTING_SECONDS,
     GrammarMatcher,
     GrammarVocabulary,
+    check_size,
     compile_grammar,
     from_response_format,
 )
@@ -198,3 +200,59 @@ def test_response_format() -> None:
 def test_a_vocabulary_needs_an_end(chatml: Tokenizer) -> None:
     with pytest.raises(ConfigError, match="end-of-sequence"):
         GrammarVocabulary(Tokenizer(chatml.backend), 100)
+
+
+def test_a_grammar_that_costs_too_much_time_ends(
+    vocabulary: GrammarVocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By processor time, so that a busy machine ends nobody; what was used is not given back all at once."""
+    grammar = compile_grammar(StructuredOutputs(grammar="start: /[a-z ]+/"))
+    now = 0.0
+    monkeypatch.setattr("sensorium.text.grammar.time.thread_time", lambda: now)
+    matcher = vocabulary.matcher(grammar)
+    for _ in range(300):
+        assert matcher.accept(allowed(matcher, vocabulary.vocab_size)[0])
+    assert matcher.error is None
+
+    def slow(seconds: float) -> None:
+        nonlocal now
+        compute = matcher._matcher.compute_bitmask
+
+        class Slow:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(inner, name)
+
+            def compute_bitmask(self) -> bytes:
+                nonlocal now
+                now += seconds
+                return bytes(compute())
+
+        inner = matcher._matcher
+        matcher._matcher = Slow()
+
+    slow(STARTING_SECONDS - 0.1)
+    assert allowed(matcher, vocabulary.vocab_size)
+    assert allowed(matcher, vocabulary.vocab_size), "the one that used it up"
+    assert matcher.error == "it takes too long to follow"
+    assert allowed(matcher, vocabulary.vocab_size) == []
+    assert matcher.fresh().error is None
+
+
+def test_sizes_are_checked_before_anything_is_made() -> None:
+    ring: dict[str, Any] = {}
+    ring["a"] = ring
+    for outputs in (
+        StructuredOutputs(json=ring),
+        StructuredOutputs(json={"enum": [[]] * (1 << 19)}),
+        StructuredOutputs(json={"a" * (1 << 19): 1}),
+    ):
+        with pytest.raises(InvalidRequestError, match="more than"):
+            check_size(outputs)
+
+
+def test_a_check_goes_as_far_as_the_first_mask(vocabulary: GrammarVocabulary) -> None:
+    outputs = StructuredOutputs(regex="a+")
+    assert vocabulary.check(outputs) == compile_grammar(outputs)
+    with pytest.raises(InvalidRequestError) as caught:
+        vocabulary.check(StructuredOutputs(regex=r"[^\x00-\U0010ffff]"))
+    assert caught.value.param == "structured_outputs.regex"

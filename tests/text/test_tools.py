@@ -92,6 +92,35 @@ def test_unclosed_calls() -> None:
     assert read(ToolCallParser(), []) == ("", [])
 
 
+@pytest.mark.parametrize("reader", [ToolCallParser, CallListReader, lambda: NamedCallReader("f")])
+@pytest.mark.parametrize(
+    "piece", ["<tool_call>", "<tool_call>{", "</tool_call>", "[", "[{", '"', "\\", "(a=1,", "A" * 9]
+)
+def test_what_repeats_without_end_is_read_to_its_end(reader: Any, piece: str) -> None:
+    """No expression backtracks over what a model writes, and nothing of it is evaluated: it is JSON or it is text."""
+    content, calls = "", 0
+    made = reader()
+    for delta in [d for _ in range(5000) for d in made.feed(piece)] + made.flush():
+        content += delta.text if isinstance(delta, ContentDelta) else ""
+        calls += isinstance(delta, ToolCallDelta)
+    assert calls or content
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '__import__("os").abort()',
+        '{"name": "f", "arguments": __import__("os").abort()}',
+        "f(a=__import__('os').abort())",
+        '{"name": __import__, "arguments": {}}',
+    ],
+)
+def test_code_that_a_model_writes_is_text(body: str) -> None:
+    text = f"<tool_call>{body}</tool_call>"
+    assert read(ToolCallParser(), [text]) == (text, [])
+    assert read(CallListReader(), [f"[{body}]"]) == (f"[{body}]", [])
+
+
 LIST = '[{"name": "f", "parameters": {"p": [1, {"q": "]}\\""}]}}, {"name": "g", "parameters": {}}]'
 
 

@@ -51,7 +51,18 @@ class SchedulerConfig:
     )
     enable_chunked_prefill: bool = option(True, "Split long prompts over several steps.")
     max_num_waiting: int = option(
-        1024, "Most requests waiting in a server; past it, 503 with Retry-After."
+        1024,
+        "Most samples waiting in a server (a request with n=8 has eight); past it, 503 with Retry-After.",
+    )
+    grammar_timeout: float = option(
+        3.0,
+        "Seconds of processor time that the schema, regular expression or grammar of a structured output may take to "
+        "compile; past it, 400.",
+    )
+    engine_step_timeout: float = option(
+        600.0,
+        "Seconds after which a step of a server's engine counts as hung: its stack goes to the log, the engine is "
+        "restarted; 0: never.",
     )
 
     def __post_init__(self) -> None:
@@ -60,6 +71,8 @@ class SchedulerConfig:
         if self.max_num_batched_tokens is not None:
             check_integer("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 24)
         check_integer("max_num_waiting", self.max_num_waiting, 1, 1 << 24)
+        check_number("grammar_timeout", self.grammar_timeout, 0.01, 3600.0)
+        check_number("engine_step_timeout", self.engine_step_timeout, 0.0, 86400.0)
 
 
 @dataclass(frozen=True, kw_only=True)

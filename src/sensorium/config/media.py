@@ -44,10 +44,41 @@ class MediaConfig:
     allowed_media_domains: tuple[str, ...] = option(
         (), "Hosts that may be fetched from; any public host when empty."
     )
-    media_url_allow_redirects: bool = option(True, "Follow redirects of media URLs (at most 5).")
+    media_url_allow_redirects: bool = option(True, "Follow redirects of media URLs.")
+    max_media_redirects: int = option(5, "Most redirects of one download.")
     image_fetch_timeout: float = option(5.0, "Seconds for the whole download of an image.")
     video_fetch_timeout: float = option(30.0, "Seconds for the whole download of a video.")
     audio_fetch_timeout: float = option(10.0, "Seconds for the whole download of a sound.")
+    media_fetch_retries: int = option(
+        3, "Times that a download is tried again after a failure that may pass, within its seconds."
+    )
+    max_media_connections: int = option(
+        128, "Most connections to media hosts at a time; further downloads wait."
+    )
+    max_media_connections_per_host: int = option(
+        32, "Most connections to one media host at a time; further downloads wait."
+    )
+    max_media_fetches_per_request: int = option(
+        8, "Most downloads of one request at a time; its further ones wait."
+    )
+    max_media_bytes_in_flight: int = option(
+        2048 * MIB, "Most bytes of unfinished downloads together; what is past it gets 503."
+    )
+    media_url_reuse_seconds: float = option(
+        1.0,
+        "Seconds for which a finished download serves further requests for its URL, unless its host forbids "
+        "storing it; 0: only those that come while it runs.",
+    )
+    media_url_reuse_bytes: int = option(
+        64 * MIB, "Most bytes of finished downloads that are kept for such requests."
+    )
+    media_download_cache: str = option(
+        "",
+        "Folder that keeps downloads between requests and restarts, as far as their hosts allow; none when empty.",
+    )
+    media_download_cache_gb: float = option(
+        10.0, "GiB of that folder; what was used least recently goes first."
+    )
     max_media_bytes: int = option(256 * MIB, "Most bytes of one download.")
     max_request_media_bytes: int = option(256 * MIB, "Most bytes of all downloads of a request.")
     max_image_pixels: int = option(
@@ -67,14 +98,30 @@ class MediaConfig:
     )
     max_items_per_request: int = option(256, "Most media items of one request.")
     num_media_workers: int | None = option(
-        None, "Workers that decode and preprocess; one per core, at most 8, when not given."
+        None,
+        "Processes that decode and preprocess, for each modality; one per core, at most 8, when not given.",
+    )
+    media_worker_memory_gb: float = option(
+        4.0, "GiB of memory that one of these processes may use for an item."
+    )
+    media_decode_timeout: float = option(
+        60.0, "Seconds that decoding and preprocessing of one item may take."
     )
 
     def __post_init__(self) -> None:
         check_types(self)
         for name in ("image_fetch_timeout", "video_fetch_timeout", "audio_fetch_timeout"):
             check_number(name, getattr(self, name), 0.001, 3600.0)
+        check_integer("max_media_redirects", self.max_media_redirects, 0, 100)
+        check_integer("media_fetch_retries", self.media_fetch_retries, 0, 100)
+        check_number("media_url_reuse_seconds", self.media_url_reuse_seconds, 0.0, 3600.0)
+        check_integer("media_url_reuse_bytes", self.media_url_reuse_bytes, 0, 1 << 50)
+        check_number("media_download_cache_gb", self.media_download_cache_gb, 0.001, 1 << 20)
         for name in (
+            "max_media_connections",
+            "max_media_connections_per_host",
+            "max_media_fetches_per_request",
+            "max_media_bytes_in_flight",
             "max_media_bytes",
             "max_request_media_bytes",
             "max_image_pixels",
@@ -85,6 +132,8 @@ class MediaConfig:
             "max_items_per_request",
         ):
             check_integer(name, getattr(self, name), 1, 1 << 50)
+        check_number("media_worker_memory_gb", self.media_worker_memory_gb, 0.0625, 1024.0)
+        check_number("media_decode_timeout", self.media_decode_timeout, 0.001, 86400.0)
         if self.num_media_workers is not None:
             check_integer("num_media_workers", self.num_media_workers, 1, 256)
         check_limits("limit_mm_per_prompt", self.limit_mm_per_prompt)

@@ -36,6 +36,11 @@ class ServerConfig:
     ssl_certfile: str | None = option(None, "TLS certificate file.")
     ssl_keyfile: str | None = option(None, "TLS key file.")
     max_body_bytes: int = option(128 * MIB, "Most bytes of the body of a request.")
+    max_body_values: int = option(
+        1 << 21,
+        "Most values (numbers, texts, lists, objects) in the body of a request, counted by its commas and opening "
+        "brackets.",
+    )
     trust_request_chat_template: bool = option(
         False, "Accept chat templates that come with a request."
     )
@@ -48,6 +53,7 @@ class ServerConfig:
         check_non_empty("host", self.host)
         check_integer("port", self.port, 0, 65535)
         check_integer("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
+        check_integer("max_body_values", self.max_body_values, 1, 1 << 40)
         check_number("shutdown_timeout", self.shutdown_timeout, 0.0, 86400.0)
         check_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):

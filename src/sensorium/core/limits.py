@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from sensorium.core.plan import EncodeReport
 from sensorium.core.request import EngineRequest
 from sensorium.errors import ConfigError, MediaTooLargeError, PromptTooLongError
 
@@ -116,6 +117,18 @@ class SchedulerCounts:
     num_prefix_hits: int = 0
     num_encoder_queries: int = 0
     num_encoder_hits: int = 0
+    num_encoder_evictions: int = 0
+    num_encoded_items: int = 0
+    encode_seconds: float = 0.0
+    num_encoded_bytes: int = 0
+    num_encode_failures: int = 0
+
+    def add_encoded(self, report: EncodeReport) -> None:
+        """Count what encoding cost in a step."""
+        self.num_encoded_items += report.num_items
+        self.encode_seconds += report.seconds
+        self.num_encoded_bytes += report.num_bytes
+        self.num_encode_failures += report.num_failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +138,8 @@ class SchedulerStats:
     ``num_vectors`` are those of pooling requests. ``num_prefix_queries`` and ``num_prefix_hits``
     are prompt tokens looked up and found, at the first admission of each sequence.
     ``num_encoder_queries`` and ``num_encoder_hits`` are items that were needed, and those of them
-    that lay ready or were in the same step's batch already.
+    that lay ready or were in the same step's batch already. ``num_resident_embeds`` of
+    ``num_embeds_capacity`` embeddings lie ready. The last four are sums of ``EncodeReport``.
     """
 
     num_running: int
@@ -133,6 +147,7 @@ class SchedulerStats:
     num_blocks: int
     num_used_blocks: int
     num_resident_embeds: int
+    num_embeds_capacity: int
     num_steps: int
     num_computed_tokens: int
     num_generated_tokens: int
@@ -142,3 +157,8 @@ class SchedulerStats:
     num_prefix_hits: int
     num_encoder_queries: int
     num_encoder_hits: int
+    num_encoder_evictions: int
+    num_encoded_items: int
+    encode_seconds: float
+    num_encoded_bytes: int
+    num_encode_failures: int

@@ -13,6 +13,9 @@ NO_TOKEN_LEFT = (
 )
 """Why a sequence failed when no token could be sampled: the caller's to mend."""
 
+TOO_COMPLEX = "The constraint of structured_outputs became too complex to follow within the answer; simplify it."
+"""Why a sequence failed whose grammar reached a limit of time or size: the caller's to mend, too."""
+
 NOT_FINITE = (
     "The model made a vector with infinite or undefined numbers of this input: it is outside of what the model can "
     "compute. Check embeddings that were given as input, or load the model with dtype='float32'."
@@ -87,6 +90,23 @@ class StepPlan:
         return not (self.spans or self.dropped or self.evict or self.new or self.encode)
 
 
+@dataclass(frozen=True, slots=True)
+class EncodeReport:
+    """What encoding cost: items encoded, seconds and bytes of the embeddings made of them, and items that failed.
+
+    Seconds are those of whole batches that succeeded. On a device that works behind the host's back they come with the
+    report of a later step. Embeddings that came with a request are not encoded, and not counted.
+    """
+
+    num_items: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
+    num_failed: int = 0
+
+
+NOTHING_ENCODED = EncodeReport()
+
+
 @dataclass(slots=True)
 class StepResult:
     """What came of a plan.
@@ -96,7 +116,7 @@ class StepResult:
     them, the entries of the prompt tokens *predicted by* the span's positions (positions start+1 … start+num_tokens,
     clipped to the prompt). ``failed``: sequences that could not be run, with a message for the caller; they have no
     sample and are to be finished with an error; the others are unharmed. ``failed_items``: digests whose encoding
-    failed: not resident.
+    failed: not resident. ``encoded``: what encoding cost.
     """
 
     step_id: int
@@ -107,3 +127,4 @@ class StepResult:
     )
     failed: dict[int, str] = field(default_factory=dict)
     failed_items: tuple[bytes, ...] = ()
+    encoded: EncodeReport = NOTHING_ENCODED

@@ -55,7 +55,8 @@ class EngineRequest:
 
     A request with ``n`` samples is sent as ``n`` of these. ``positions`` and ``grammar`` are opaque to core and handed
     to the runner: rotary positions of the prompt when they are not 0, 1, 2 … (numpy int32 (3, num_tokens)) with
-    ``position_delta`` (generated token i has position i + delta), and a grammar specification. ``max_tokens`` is final:
+    ``position_delta`` (generated token i has position i + delta), and a grammar: its text on the way to the engine, a
+    matcher of it from there on. ``max_tokens`` is final:
     the frontend has resolved None and the context's end.
 
     With ``pooling`` nothing is generated (``max_tokens`` is 0 and ``params`` are of no account): the sequence ends as
@@ -74,7 +75,7 @@ class EngineRequest:
     positions: Any = None
     position_delta: int = 0
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
-    grammar: str | None = None
+    grammar: Any = None
     cache_salt: bytes = b""
     priority: int = 0
     arrival_time: float = 0.0

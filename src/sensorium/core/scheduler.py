@@ -137,6 +137,7 @@ class Scheduler:
         self._counts.num_steps += 1
         self._counts.num_encoder_queries += encoder.num_queries
         self._counts.num_encoder_hits += encoder.num_hits
+        self._counts.num_encoder_evictions += len(encoder.evicted)
         return self._plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
@@ -147,6 +148,7 @@ class Scheduler:
         if plan is not self._plan or result.step_id != plan.step_id:
             raise RuntimeError(f"plan {plan.step_id} is not the one to be committed")
         self._plan = None
+        self._counts.add_encoded(result.encoded)
         failed = self._failures(result)
         updates = []
         for span in plan.spans:
@@ -188,6 +190,7 @@ class Scheduler:
             num_blocks=self.limits.num_blocks,
             num_used_blocks=self._ledger.num_used_blocks,
             num_resident_embeds=self._features.num_resident,
+            num_embeds_capacity=self._features.capacity,
             **dataclasses.asdict(self._counts),
         )
 

@@ -6,20 +6,24 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import zmq
 import zmq.asyncio
 
 from sensorium import errors
-from sensorium.config import GIB, EngineConfig
+from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
-from sensorium.engine.shared import SegmentStore
+from sensorium.engine.processes import child_environment
+from sensorium.engine.shared import SharedFeatures
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.kernels import threads
 from sensorium.multimodal.items import MediaItem
@@ -32,14 +36,29 @@ Inbox = asyncio.Queue[News]
 STOP_SECONDS = 5.0
 """How long the engine's process gets to end by itself."""
 
-DEAD = "The engine has stopped; requests cannot be served until it is restarted."
+DELIVERED_AT_ONCE = 16
+"""News of sequences that are delivered before the event loop does other things."""
+
+RESTARTING = "The engine has stopped and is being restarted; try again in a moment."
+STOPPING = "The server is shutting down; send the request to another one."
+
+LONGEST_RETRY = 60
+"""Seconds; most that a client is told to wait before it tries again."""
+
+
+def dead_error(seconds: float) -> errors.EngineDeadError:
+    """What a request gets whose engine has died, when another one is expected in so many seconds."""
+    error = errors.EngineDeadError(RESTARTING)
+    error.retry_after = min(LONGEST_RETRY, max(1, math.ceil(seconds)))
+    return error
 
 
 class EngineClient:
-    """One engine process: started, talked to and stopped from one event loop.
+    """One engine process: started once, talked to and stopped from one event loop.
 
-    Every submitted sequence has an inbox, which receives its updates, or an error. Segments of shared memory are held
-    for a sequence until it has ended.
+    Every submitted sequence has an inbox, which receives its updates, or an error, and its items are held until it has
+    ended: so long their segments of shared memory stay. When the process dies, everything open gets an error, and all
+    that is left to do is ``stop``; ``engine.supervisor`` puts another client in this one's place.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -51,13 +70,14 @@ class EngineClient:
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._segments = SegmentStore(int(config.cache.mm_processor_cache_gb * GIB))
-        self._routes: dict[str, tuple[Inbox, tuple[bytes, ...]]] = {}
+        self._routes: dict[str, tuple[Inbox, tuple[MediaItem, ...]]] = {}
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._numbers = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._alive = False
+        self._ended = asyncio.Event()
+        self._start_seconds = 0.0
         self._facts: EngineFacts | None = None
 
     @property
@@ -73,23 +93,28 @@ class EngineClient:
         return self._facts
 
     @property
+    def start_seconds(self) -> float:
+        """How long the start took; what the start of another engine may take."""
+        return self._start_seconds
+
+    @property
     def num_open(self) -> int:
         """Sequences that have not ended."""
         return len(self._routes)
 
-    @property
-    def num_segments_in_use(self) -> int:
-        """Shared memory segments that sequences hold."""
-        return self._segments.num_in_use
-
     async def start(self) -> EngineFacts:
-        """Start the process and wait until the model is loaded. Raises ConfigError when it cannot be."""
+        """Start the process and wait until the model is loaded.
+
+        Raises ConfigError when it cannot be, EngineDeadError when the process ends meanwhile; ``stop`` must follow.
+        """
+        began = time.monotonic()
         self._socket.bind(self._address)
-        folders = (self._folder, str(self._segments.folder))
+        # The C library reads its part of the environment when a process starts, so it must be set here already.
+        threads.prepare()
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "sensorium.engine.worker"),
-            *(self._address, str(os.getpid()), *folders),
-            env=_environment(),
+            *(self._address, str(os.getpid()), self._folder),
+            env=child_environment(),
         )
         # Not waited for: a process that ends before it connects never takes the message.
         self._send(wire.Configure(self._config))
@@ -103,15 +128,16 @@ class EngineClient:
         if not receive.done():
             receive.cancel()
             raise errors.EngineDeadError(
-                f"The engine's process ended with status {self._process.returncode} while starting; "
+                f"The engine's process {_ending(self._process.returncode)} while starting; "
                 "its messages are above."
             )
         message = wire.decode_from_engine(receive.result())
         if isinstance(message, wire.Failed):
-            raise _error(message.code, message.message, message.param, errors.ConfigError)
+            raise errors.error_of(message.code, message.message, message.param, errors.ConfigError)
         if not isinstance(message, wire.Ready):
             raise errors.EngineDeadError("The engine sent an unexpected first message.")
         self._facts, self._alive = message.facts, True
+        self._start_seconds = time.monotonic() - began
         self._tasks = [
             asyncio.create_task(self._receive()),
             asyncio.create_task(self._watch(died)),
@@ -121,37 +147,23 @@ class EngineClient:
     def submit(self, request: EngineRequest, items: Sequence[MediaItem], inbox: Inbox) -> None:
         """Send a sequence; its news come to ``inbox`` until it has ended or is aborted."""
         if not self._alive:
-            raise errors.EngineDeadError(DEAD)
-        held: list[bytes] = []
-        try:
-            handles = []
-            for item in items:
-                handles.append(self._segments.acquire(item))
-                held.append(item.digest)
-            self._send(wire.Submit(request, tuple(handles)))
-        except OSError:
-            logger.exception("features could not be written to shared memory")
-            self._release(held)
-            raise errors.OverloadedError(
-                "There is no room for the media of this request now; try again later."
-            ) from None
-        except BaseException:
-            self._release(held)
-            raise
-        self._routes[request.request_id] = (inbox, tuple(held))
+            raise dead_error(self._start_seconds)
+        handles = tuple(SharedFeatures.of(item.features) for item in items)
+        self._send(wire.Submit(request, handles))
+        self._routes[request.request_id] = (inbox, tuple(items))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End sequences; those that have ended are ignored."""
         open_ids = tuple(i for i in request_ids if i in self._routes)
         for request_id in open_ids:
-            self._forget(request_id)
+            del self._routes[request_id]
         if open_ids and self._alive:
             self._send(wire.Abort(open_ids))
 
     async def stats(self) -> EngineStats:
         """Counters of the engine. Raises EngineDeadError when it has stopped."""
         if not self._alive:
-            raise errors.EngineDeadError(DEAD)
+            raise dead_error(self._start_seconds)
         number = next(self._numbers)
         future = self._stats[number] = asyncio.get_running_loop().create_future()
         self._send(wire.AskStats(number))
@@ -159,6 +171,10 @@ class EngineClient:
             return await future
         finally:
             self._stats.pop(number, None)
+
+    async def wait_ended(self) -> None:
+        """Wait until the process of a started engine has died and everything open has got its error."""
+        await self._ended.wait()
 
     async def stop(self) -> None:
         """End the process and give back everything."""
@@ -168,10 +184,9 @@ class EngineClient:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
-            self._fail_all()
+            self._fail_all(lambda: errors.EngineDeadError(STOPPING))
             self._socket.close()
             self._context.term()
-            self._segments.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _end_process(self) -> None:
@@ -196,19 +211,30 @@ class EngineClient:
     async def _receive(self) -> None:
         try:
             while True:
-                self._take(wire.decode_from_engine(await self._socket.recv()))
+                message = wire.decode_from_engine(await self._socket.recv())
+                if isinstance(message, wire.Updates):
+                    await self._deliver_all(message.updates)
+                else:
+                    self._take(message)
         except Exception:
             # Nobody would hear of anything any more: better an engine that is known to be dead.
             logger.exception("a message of the engine could not be taken in")
             if self._process is not None and self._process.returncode is None:
                 self._process.kill()
 
+    async def _deliver_all(self, updates: Sequence[SequenceUpdate]) -> None:
+        """Deliver the news of a step, a part of them in each iteration of the event loop: each wakes a task that writes
+        to its client."""
+        for number, update in enumerate(updates, 1):
+            self._deliver(update.request_id, update, update.finish_reason is not None)
+            if number % DELIVERED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+
     def _take(self, message: wire.FromEngine) -> None:
-        if isinstance(message, wire.Updates):
-            for update in message.updates:
-                self._deliver(update.request_id, update, update.finish_reason is not None)
-        elif isinstance(message, wire.Refused):
-            error = _error(message.code, message.message, message.param, errors.InvalidRequestError)
+        if isinstance(message, wire.Refused):
+            error = errors.error_of(
+                message.code, message.message, message.param, errors.InvalidRequestError
+            )
             self._deliver(message.request_id, error, True)
         elif isinstance(message, wire.Stats):
             future = self._stats.get(message.number)
@@ -220,50 +246,37 @@ class EngineClient:
         if route is None:
             return
         if ended:
-            self._forget(request_id)
+            del self._routes[request_id]
         route[0].put_nowait(news)
-
-    def _forget(self, request_id: str) -> None:
-        _, digests = self._routes.pop(request_id)
-        self._release(digests)
-
-    def _release(self, digests: Sequence[bytes]) -> None:
-        for digest in digests:
-            self._segments.release(digest)
 
     async def _watch(self, died: asyncio.Future[int]) -> None:
         status = await died
         if self._alive:
-            logger.error("the engine's process ended with status %s", status)
-        self._alive = False
-        self._fail_all()
+            logger.error(
+                "the engine's process %s; %d sequences were running or waiting and get 503",
+                _ending(status),
+                len(self._routes),
+            )
+            self._alive = False
+            self._fail_all(lambda: dead_error(self._start_seconds))
+        self._ended.set()
 
-    def _fail_all(self) -> None:
-        error = errors.EngineDeadError(DEAD)
+    def _fail_all(self, new_error: Callable[[], errors.EngineDeadError]) -> None:
+        # One error each: who raises it adds its own trace.
         for request_id in list(self._routes):
-            self._deliver(request_id, error, True)
+            self._deliver(request_id, new_error(), True)
         for future in self._stats.values():
             if not future.done():
-                future.set_exception(error)
+                future.set_exception(new_error())
 
 
-def _environment() -> dict[str, str]:
-    """The engine's environment: the caller's, and the import path under which this package was found."""
-    # The C library reads its part of this when the process starts, so it must be set here already.
-    threads.prepare()
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    return environment
-
-
-def _error(
-    code: str, message: str, param: str | None, default: type[errors.SensoriumError]
-) -> errors.SensoriumError:
-    """The exception class that has this code, built anew on this side of the socket."""
-    known = {cls.code: cls for cls in _subclasses(errors.SensoriumError)}
-    return known.get(code, default)(message, param=param)
-
-
-def _subclasses(cls: type[errors.SensoriumError]) -> list[type[errors.SensoriumError]]:
-    # Deepest first, so that for a shared code the most general class wins in the mapping.
-    return [s for child in cls.__subclasses__() for s in (*_subclasses(child), child)]
+def _ending(status: int | None) -> str:
+    """How a process ended, in words; ``status`` is negative for a signal, as asyncio has it."""
+    if status is None or status >= 0:
+        return f"ended with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"

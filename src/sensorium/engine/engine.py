@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Protocol
 
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
+from sensorium.engine.matchers import ConstrainedRequests
 from sensorium.engine.stats import EngineFacts, EngineStats
-from sensorium.runtime.encoder import FeatureSource, FeatureStore
+from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.multimodal.items import Features
+from sensorium.runtime.encoder import FeatureStore
+from sensorium.text.grammar import GrammarMatcher
+
+MATCHER_SECONDS = 0.005
+"""How long a step waits for a matcher when there is nothing else to do."""
 
 
 class Runner(Protocol):
@@ -27,44 +36,82 @@ class Engine:
     """One scheduler, one runner, and the features that admitted requests still need. Not thread-safe."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, store: FeatureStore, facts: EngineFacts
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        store: FeatureStore,
+        facts: EngineFacts,
+        new_matcher: Callable[[str], GrammarMatcher],
     ) -> None:
         self.facts = facts
+        self._constrained = ConstrainedRequests(new_matcher)
         self._scheduler = scheduler
         self._runner = runner
         self._store = store
         self._num_prompt_tokens = 0
+        self._item_tokens: Counter[str] = Counter()
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or len(self._constrained) > 0
 
-    def add(self, request: EngineRequest, features: tuple[FeatureSource, ...] = ()) -> None:
+    def add(self, request: EngineRequest, features: tuple[Features, ...] = ()) -> None:
         """Admit a request. Raises RequestError when it can never be served."""
         if len(features) != len(request.items):
             raise ValueError(f"{len(request.items)} items, but {len(features)} features")
+        if request.grammar is None:
+            self._admit(request, features)
+            return
+        if request.request_id in self._constrained:
+            raise InvalidRequestError(f"Request id {request.request_id!r} is in use.")
+        self._scheduler.limits.check(request)
+        self._constrained.put(request, features)
+
+    def _admit(self, request: EngineRequest, features: tuple[Features, ...]) -> None:
         self._scheduler.add(request)
         self._store.put(request.request_id, features)
         self._num_prompt_tokens += len(request.token_ids)
+        for item in request.items:
+            self._item_tokens[item.modality] += item.num_embeds
 
     def abort(self, request_id: str) -> None:
         """End a request; unknown ids are ignored, for it may just have finished."""
+        self._constrained.discard(request_id)
         self._scheduler.abort(request_id)
         self._store.discard(request_id)
 
     def step(self) -> list[SequenceUpdate]:
         """Compute one step and return the news of every sequence that moved."""
+        refused = self._admit_constrained() if len(self._constrained) else []
+        if not self._scheduler.has_work:
+            return refused
         plan = self._scheduler.schedule()
         result = self._runner.execute(plan)
         updates = self._scheduler.commit(plan, result)
         for update in updates:
             if update.finish_reason is not None:
                 self._store.discard(update.request_id)
-        return updates
+        return [*refused, *updates]
+
+    def _admit_constrained(self) -> list[SequenceUpdate]:
+        """Let in the requests whose matchers are made; news of those that fail."""
+        refused = []
+        for arrival in self._constrained.take(0 if self._scheduler.has_work else MATCHER_SECONDS):
+            error = arrival.error
+            if error is None:
+                try:
+                    self._admit(arrival.request, arrival.features)
+                except SensoriumError as refusal:
+                    error = refusal.message
+            if error is not None:
+                request_id = arrival.request.request_id
+                refused.append(SequenceUpdate(request_id, finish_reason="error", error=error))
+        return refused
 
     def reset(self) -> None:
         """Forget all requests and all that is cached, whatever state an interrupted call has left."""
+        self._constrained.clear()
         self._scheduler.reset()
         self._runner.reset()
         self._store.clear()
@@ -80,7 +127,7 @@ class Engine:
         core = self._scheduler.stats()
         return EngineStats(
             num_running=core.num_running,
-            num_waiting=core.num_waiting,
+            num_waiting=core.num_waiting + len(self._constrained),
             kv_blocks_total=core.num_blocks,
             kv_blocks_used=core.num_used_blocks,
             prefix_queries=core.num_prefix_queries,
@@ -89,6 +136,13 @@ class Engine:
             encoder_hits=core.num_encoder_hits,
             encoder_items=core.num_encoder_queries - core.num_encoder_hits,
             encoder_resident_embeds=core.num_resident_embeds,
+            encoder_num_bytes=core.num_resident_embeds * self.facts.embed_bytes,
+            encoder_capacity_bytes=core.num_embeds_capacity * self.facts.embed_bytes,
+            encoder_evictions=core.num_encoder_evictions,
+            encode_items=core.num_encoded_items,
+            encode_seconds=core.encode_seconds,
+            encode_num_bytes=core.num_encoded_bytes,
+            encode_failures=core.num_encode_failures,
             num_preemptions=core.num_preemptions,
             computed_tokens=core.num_computed_tokens,
             prompt_tokens=self._num_prompt_tokens,
@@ -96,4 +150,5 @@ class Engine:
             num_vectors=core.num_vectors,
             num_steps=core.num_steps,
             held_features=len(self._store),
+            item_tokens=dict(self._item_tokens),
         )

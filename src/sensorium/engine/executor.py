@@ -12,6 +12,7 @@ from sensorium.config import GIB, EngineConfig
 from sensorium.core.limits import SchedulerLimits
 from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
+from sensorium.engine.matchers import Matchers
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import ConfigError
 from sensorium.kernels import ops, threads
@@ -21,7 +22,6 @@ from sensorium.models.interface import TextShape
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory
 from sensorium.runtime.runner import ModelRunner
-from sensorium.text.grammar import GrammarMatcher, GrammarVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def build_engine(config: EngineConfig) -> Engine:
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)
     store = FeatureStore()
     folder = config.model.tokenizer or loaded.config.folder
-    runner = ModelRunner(model, caches, store, _Grammars(folder, shape.vocab_size))
+    runner = ModelRunner(model, caches, store)
     scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
     facts = EngineFacts(
         max_model_len=geometry.max_model_len,
@@ -79,8 +79,9 @@ def build_engine(config: EngineConfig) -> Engine:
         dtype=str(model.dtype).removeprefix("torch."),
         num_threads=num_threads,
         load_seconds=time.monotonic() - started,
+        embed_bytes=shape.embed_size * model.dtype.itemsize,
     )
-    return Engine(scheduler, runner, store, facts)
+    return Engine(scheduler, runner, store, facts, Matchers(folder, shape.vocab_size))
 
 
 def switched_off(config: EngineConfig) -> frozenset[str]:
@@ -145,17 +146,3 @@ def _limits(
         enable_prefix_caching=config.cache.enable_prefix_caching,
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
     )
-
-
-class _Grammars:
-    """Makes grammar matchers; the vocabulary they share is read at the first one, which takes about a second."""
-
-    def __init__(self, folder: str, vocab_size: int) -> None:
-        self._folder = folder
-        self._vocab_size = vocab_size
-        self._vocabulary: GrammarVocabulary | None = None
-
-    def __call__(self, grammar: str) -> GrammarMatcher:
-        if self._vocabulary is None:
-            self._vocabulary = GrammarVocabulary.from_folder(self._folder, self._vocab_size)
-        return self._vocabulary.matcher(grammar)

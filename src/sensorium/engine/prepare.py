@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from sensorium.config import GIB, EngineConfig
 from sensorium.core.request import EngineRequest, ItemSpan
+from sensorium.engine.grammars import GrammarCompiler
+from sensorium.engine.lengths import is_long, refuse_endless
+from sensorium.engine.media import process_decoders
 from sensorium.engine.older import check_older
 from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt
@@ -39,17 +43,11 @@ from sensorium.multimodal.placeholders import (
     in_order,
 )
 from sensorium.multimodal.processor import PlacedItem
+from sensorium.multimodal.segments import SegmentFolder
 from sensorium.params import SamplingParams
 from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat import ChatTemplate
-from sensorium.text.grammar import compile_grammar
 from sensorium.text.tokenizer import Tokenizer
-
-PROBED_CHARS = 16
-"""Characters per token of the context that are tokenized first of a text that is much longer."""
-
-LONG_TEXT = 16384
-"""Characters of a prompt from which on it is tokenized in another thread than the event loop's."""
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -58,10 +56,17 @@ class Preparer:
     """Everything of a model besides its weights: tokenizer, chat template, processor, media pipeline.
 
     Used from one event loop. ``set_facts`` must be called with what the engine found out before requests are built.
-    ``embedder`` says how the model makes vectors; None when it generates text.
+    ``embedder`` says how the model makes vectors; None when it generates text. ``shared``: the engine is another
+    process, which must be able to open all features; the media workers are then started at once.
     """
 
-    def __init__(self, config: EngineConfig, *, trust_request_chat_template: bool = False) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        trust_request_chat_template: bool = False,
+        shared: bool = False,
+    ) -> None:
         self._config = config
         model = config.model
         self._loaded = loader.read_config(
@@ -97,7 +102,10 @@ class Preparer:
             placeholder_texts=self._placeholder_texts(),
             placeholders=self._placeholders,
         )
-        self._pipeline = self._new_pipeline()
+        self._pipeline = self._new_pipeline(shared)
+        self._grammars = GrammarCompiler(
+            str(self._folder), self._vocab_size, seconds=config.scheduler.grammar_timeout
+        )
         self._random = random.Random(model.seed)
         self._facts: EngineFacts | None = None
 
@@ -133,15 +141,16 @@ class Preparer:
         return self._pipeline.stats().flat() if self._pipeline is not None else {}
 
     def close(self) -> None:
-        """End the media workers."""
+        """End the media workers and the helper that compiles grammars."""
+        self._grammars.close()
         if self._pipeline is not None:
             self._pipeline.close()
 
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """Render or tokenize a prompt, load its media, expand its placeholders. Raises RequestError."""
-        if _num_chars(prompt) < LONG_TEXT:
-            return await self.complete(self.draft(prompt))
-        return await self.complete(await asyncio.to_thread(self.draft, prompt))
+        if is_long(prompt):
+            return await self.complete(await asyncio.to_thread(self.draft, prompt))
+        return await self.complete(self.draft(prompt))
 
     def draft(self, prompt: Prompt) -> Draft:
         """Render or tokenize a prompt, and check what can be checked before its media are loaded. Raises
@@ -167,6 +176,13 @@ class Preparer:
         with _placed(draft.param):
             return self._expanded(draft, items)
 
+    async def grammar(self, params: SamplingParams) -> str | None:
+        """The grammar of the constraint in ``params``, if there is one. Raises RequestError when it cannot be used,
+        UnavailableError when that could not be found out."""
+        if params.structured_outputs is None:
+            return None
+        return await self._grammars.compile(params.structured_outputs)
+
     def requests(
         self,
         prepared: PreparedPrompt,
@@ -174,21 +190,19 @@ class Preparer:
         request_id: str,
         priority: int,
         arrival_time: float,
+        grammar: str | None = None,
     ) -> list[EngineRequest]:
         """The engine's requests of a prompt: one per sample. Raises RequestError when it cannot fit.
 
-        Of ``params`` they carry what the engine needs: stop strings are the frontend's to find, and constraints are
-        compiled.
+        Of ``params`` they carry what the engine needs: stop strings are the frontend's to find, and of a constraint
+        there is only what ``grammar`` made of it.
         """
+        if (grammar is None) != (params.structured_outputs is None):
+            raise ValueError("a constraint and its grammar go together")
         self.check_params(params)
         room = self._room(len(prepared.token_ids), prepared.param)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         bad_words = bad_words_token_ids(self.tokenizer, params.bad_words)
-        grammar = (
-            compile_grammar(params.structured_outputs)
-            if params.structured_outputs is not None
-            else None
-        )
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None)
         return [
@@ -237,6 +251,7 @@ class Preparer:
             add_special_tokens=(None if self._processor is not None else False)
             if prompt.add_special_tokens is None
             else prompt.add_special_tokens,
+            check_text=lambda text, count: self._refuse_endless(text, count, "messages"),
         )
         return Draft(
             prompt, rendered.text, rendered.token_ids, rendered.refs, "messages", rendered.numbered
@@ -248,26 +263,20 @@ class Preparer:
                 self._check_ids(prompt.token_ids)
             return Draft(prompt, None, prompt.token_ids, prompt.refs, prompt.param)
         text = prompt.text or ""
-        self._refuse_endless(text, prompt.param)
+        self._refuse_endless(
+            text,
+            lambda num_chars: len(
+                self.tokenizer.encode(text[:num_chars], add_special_tokens=False)
+            ),
+            prompt.param,
+        )
         with _placed(prompt.param):
             ids, numbered = self._split(text, prompt.add_special_tokens, prompt.param)
         return Draft(prompt, text, tuple(ids), prompt.refs, prompt.param, tuple(numbered))
 
-    def _refuse_endless(self, text: str, param: str) -> None:
-        """Refuse a text whose beginning alone has more tokens than fit, before all of it is tokenized: ten megabytes
-        take half a minute."""
-        most = self._facts.max_model_len if self._facts is not None else len(text)
-        beginning = text[: PROBED_CHARS * most]
-        if len(text) < 2 * len(beginning):
-            return
-        num_tokens = len(self.tokenizer.encode(beginning, add_special_tokens=False))
-        # Where a text is cut, its last tokens may be others than within the whole.
-        if num_tokens > most + most // 16 + PROBED_CHARS:
-            raise PromptTooLongError(
-                f"The prompt has {len(text)} characters, of which the first {len(beginning)} alone are {num_tokens} "
-                f"tokens; the context holds {most}. Shorten it, or start with a larger max_model_len.",
-                param=param,
-            )
+    def _refuse_endless(self, text: str, count: Callable[[int], int], param: str) -> None:
+        if self._facts is not None:
+            refuse_endless(text, self._facts.max_model_len, count, param)
 
     def _split(
         self, text: str, add_special_tokens: bool, param: str
@@ -376,7 +385,7 @@ class Preparer:
                 f"Token id {worst} is outside the model's vocabulary of {self._vocab_size}."
             )
 
-    def _new_pipeline(self) -> MediaPipeline | None:
+    def _new_pipeline(self, shared: bool) -> MediaPipeline | None:
         if self._processor is None:
             try:
                 check_loading_options(self._config.media.media_io_kwargs, ())
@@ -384,10 +393,20 @@ class Preparer:
                 raise ConfigError(error.message, param=error.param) from None
             return None
         cache = self._config.cache
+        folder = SegmentFolder()
+        decoders = process_decoders(self._config, folder)
+        if shared:
+            decoders.start()
+            if self._config.media.enable_mm_embeds:
+                # Not at the first embeddings: the import holds up every other thread for as long as it takes.
+                importlib.import_module("torch")
+        kept = min(int(cache.mm_processor_cache_gb * GIB), folder.capacity_bytes)
         return MediaPipeline(
             self._config.media,
             self._processor,
-            FeatureCache(int(cache.mm_processor_cache_gb * GIB)),
+            FeatureCache(kept),
+            decoders=decoders,
+            segments=folder if shared else None,
             ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
         )
 
@@ -407,13 +426,6 @@ class Preparer:
         if name is None:
             return Path(self._loaded.folder)
         return Path(loader.read_config(name).folder)
-
-
-def _num_chars(prompt: Prompt) -> int:
-    """How much text a prompt has to be tokenized."""
-    if isinstance(prompt, ChatPrompt):
-        return sum(len(message.text) for message in prompt.conversation.messages)
-    return len(prompt.text or "")
 
 
 def _salt(prompt: Prompt) -> bytes:

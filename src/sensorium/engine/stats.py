@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(slots=True)
 class EngineStats:
-    """A snapshot. Gauges: ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``encoder_resident_embeds``; the others
-    count from the start of the engine. ``prefix_queries`` and ``prefix_hits`` are in tokens. ``media`` holds the
-    counters of the media pipeline by name."""
+    """A snapshot. Gauges: ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``held_features``,
+    ``encoder_resident_embeds``, ``encoder_num_bytes``, ``encoder_capacity_bytes``; the others count from the start of
+    the engine. ``prefix_queries`` and ``prefix_hits`` are in tokens. ``encoder_*`` are about the cache of embeddings,
+    ``encode_*`` about making them. ``prompt_tokens`` counts the prompt of each sample; ``item_tokens`` those of them
+    that items of a modality fill. ``media`` holds the numbers of the media pipeline by name.
+    ``num_engine_restarts`` counts from the start of the server; the engine itself leaves it at 0."""
 
     num_running: int = 0
     num_waiting: int = 0
@@ -21,6 +24,13 @@ class EngineStats:
     encoder_hits: int = 0
     encoder_items: int = 0
     encoder_resident_embeds: int = 0
+    encoder_num_bytes: int = 0
+    encoder_capacity_bytes: int = 0
+    encoder_evictions: int = 0
+    encode_items: int = 0
+    encode_seconds: float = 0.0
+    encode_num_bytes: int = 0
+    encode_failures: int = 0
     num_preemptions: int = 0
     computed_tokens: int = 0
     prompt_tokens: int = 0
@@ -28,12 +38,26 @@ class EngineStats:
     num_vectors: int = 0
     num_steps: int = 0
     held_features: int = 0
+    item_tokens: dict[str, int] = field(default_factory=dict)
     media: dict[str, float] = field(default_factory=dict)
+    num_engine_restarts: int = 0
+
+    def at_rest(self) -> EngineStats:
+        """What is left of a snapshot when its engine has died: the counters and sizes, but nothing in use."""
+        return replace(
+            self,
+            num_running=0,
+            num_waiting=0,
+            kv_blocks_used=0,
+            encoder_resident_embeds=0,
+            encoder_num_bytes=0,
+            held_features=0,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a started engine found out about itself."""
+    """What a started engine found out about itself. ``embed_bytes`` is the size of one embedding of an item."""
 
     max_model_len: int
     num_kv_blocks: int
@@ -43,3 +67,4 @@ class EngineFacts:
     dtype: str
     num_threads: int
     load_seconds: float
+    embed_bytes: int = 0

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sensorium.core.plan import NO_TOKEN_LEFT, NOT_FINITE
+from sensorium.core.plan import NO_TOKEN_LEFT, NOT_FINITE, TOO_COMPLEX
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
 from sensorium.engine.prepared import PreparedPrompt
 from sensorium.errors import InvalidRequestError, SensoriumError, UnavailableError
@@ -19,6 +19,8 @@ from sensorium.text.tokenizer import Tokenizer
 
 def failure(message: str) -> SensoriumError:
     """The exception for a sequence that the engine could not finish: the caller's fault, or the engine's."""
+    if message == TOO_COMPLEX:
+        return InvalidRequestError(message, param="structured_outputs")
     callers = message in (NO_TOKEN_LEFT, NOT_FINITE)
     return InvalidRequestError(message) if callers else UnavailableError(message)
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
-import numpy as np
 
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.shared import SharedFeatures
 from sensorium.engine.stats import EngineFacts, EngineStats
-
-_ARRAY = 1
-"""Extension code of a numpy array: its dtype and shape in MessagePack, a zero byte after its length, its bytes."""
+from sensorium.multimodal.packing import decode_extension, encode_other
 
 
 class Submit(msgspec.Struct, tag=True):
@@ -85,27 +80,9 @@ ToEngine = Configure | Submit | Abort | AskStats | Stop
 FromEngine = Ready | Failed | Refused | Updates | Stats
 
 
-def _encode_other(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        head = msgspec.msgpack.encode((value.dtype.str, value.shape))
-        size = len(head).to_bytes(4, "little")
-        return msgspec.msgpack.Ext(_ARRAY, size + head + np.ascontiguousarray(value).tobytes())
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} cannot be sent to the engine")
-
-
-def _decode_extension(code: int, data: memoryview) -> Any:
-    if code != _ARRAY:
-        raise ValueError(f"unknown extension {code}")
-    size = int.from_bytes(data[:4], "little")
-    dtype, shape = msgspec.msgpack.decode(data[4 : 4 + size])
-    return np.frombuffer(bytes(data[4 + size :]), np.dtype(dtype)).reshape(shape)
-
-
-_encoder = msgspec.msgpack.Encoder(enc_hook=_encode_other)
-_to_engine = msgspec.msgpack.Decoder(ToEngine, ext_hook=_decode_extension)
-_from_engine = msgspec.msgpack.Decoder(FromEngine, ext_hook=_decode_extension)
+_encoder = msgspec.msgpack.Encoder(enc_hook=encode_other)
+_to_engine = msgspec.msgpack.Decoder(ToEngine, ext_hook=decode_extension)
+_from_engine = msgspec.msgpack.Decoder(FromEngine, ext_hook=decode_extension)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:

@@ -6,18 +6,20 @@ folders to remove when it does not.
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import shutil
 import signal
 import sys
+import time
 
 import zmq
 
 from sensorium import environment
 from sensorium.engine import wire
 from sensorium.engine.engine import Engine
-from sensorium.errors import SensoriumError
+from sensorium.errors import SensoriumError, UnavailableError
 from sensorium.kernels import threads
 
 logger = logging.getLogger(__name__)
@@ -76,8 +78,15 @@ def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
         socket.send(wire.encode(wire.Failed(text, "internal_error")))
         return 1
     socket.send(wire.encode(wire.Ready(engine.facts)))
-    loop = _Loop(socket, parent)
-    loop.run(engine)
+    watch = StepWatch(message.config.scheduler.engine_step_timeout)
+    try:
+        _Loop(socket, parent, watch).run(engine)
+    except Exception:
+        # The books may be wrong now, and nobody can tell whose sequences are whole: a fresh engine can.
+        logger.critical("the engine cannot go on; this process ends", exc_info=True)
+        return 1
+    finally:
+        watch.rest()
     return 0
 
 
@@ -89,17 +98,46 @@ def _receive(socket: zmq.Socket[bytes], parent: int) -> wire.ToEngine | None:
     return wire.decode_to_engine(socket.recv())
 
 
+class StepWatch:
+    """Ends the process, with the stacks of its threads in the log, when a step takes longer than ``seconds``; 0: never.
+
+    The interpreter's own watchdog does it, which runs no Python: also a kernel that never ends and keeps the
+    interpreter's lock is caught. Setting it costs tens of microseconds, so it is not set anew for steps that begin
+    within a tenth of the time; it runs as much longer, so that no step is ended early.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._set_at = 0.0
+        self._is_set = False
+
+    def step_begins(self) -> None:
+        """A step begins now."""
+        now = time.monotonic()
+        if self._seconds and not (self._is_set and now - self._set_at < self._seconds / 10):
+            faulthandler.dump_traceback_later(self._seconds * 1.1, exit=True)
+            self._set_at, self._is_set = now, True
+
+    def rest(self) -> None:
+        """No step begins for a while."""
+        if self._is_set:
+            faulthandler.cancel_dump_traceback_later()
+            self._is_set = False
+
+
 class _Loop:
     """Takes messages between steps; a step when there is work, a blocking wait when there is none."""
 
-    def __init__(self, socket: zmq.Socket[bytes], parent: int) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], parent: int, watch: StepWatch) -> None:
         self._socket = socket
         self._parent = parent
+        self._watch = watch
 
     def run(self, engine: Engine) -> None:
         """Serve until ``Stop`` comes or the parent goes."""
         while os.getppid() == self._parent:
             if not engine.has_work:
+                self._watch.rest()
                 message = _receive(self._socket, self._parent)
                 if message is None or not self._handle(engine, message):
                     return
@@ -109,6 +147,7 @@ class _Loop:
                 if not self._handle(engine, wire.decode_to_engine(self._socket.recv())):
                     return
             if engine.has_work:
+                self._watch.step_begins()
                 updates = engine.step()
                 if updates:
                     self._socket.send(wire.encode(wire.Updates(updates)))
@@ -128,9 +167,15 @@ class _Loop:
 
     def _submit(self, engine: Engine, message: wire.Submit) -> None:
         try:
-            engine.add(message.request, message.features)
+            features = tuple(shared.open() for shared in message.features)
+            engine.add(message.request, features)
         except SensoriumError as error:
             self._refuse(message, error)
+        except FileNotFoundError:
+            # The frontend gave the request up, and its features with it, before this message was read; it says so next.
+            self._refuse(
+                message, UnavailableError("The media of this request are gone; send it again.")
+            )
         except Exception:
             logger.exception("a request could not be taken in")
             self._refuse(message, SensoriumError("The engine could not take this request in."))

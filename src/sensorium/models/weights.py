@@ -197,6 +197,14 @@ def fill(model: LoadableModel, source: WeightSource) -> None:
         slot.assign(*(_placed(source.read(part), model) for part in slot.parts))
 
 
+def _is_beside(name: object) -> bool:
+    """Whether a name stays within the folder. Links are followed: the hub's cache consists of them."""
+    if not isinstance(name, str):
+        return False
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those of its index, else all.
 
@@ -208,10 +216,16 @@ def weight_files(folder: Path) -> list[Path]:
             names = sorted(
                 set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(
                 f"{index.name} of the model cannot be read.", param="model"
             ) from error
+        outside = [name for name in names if not _is_beside(name)]
+        if outside:
+            listing = _listing(
+                f"of the names in {index.name} of the model are no files of its folder", outside
+            )
+            raise ConfigError(f"{listing}.", param="model")
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise ConfigError(

@@ -27,6 +27,7 @@ from sensorium.errors import (
 from sensorium.multimodal.boxes import check_boxes
 from sensorium.multimodal.items import Sound
 from sensorium.multimodal.options import check_names
+from sensorium.multimodal.tensors import is_tensor
 
 CONTAINERS = (
     *("mov", "matroska", "webm", "ogg", "avi", "flv", "asf", "mpegts", "mpeg", "aac", "ac3"),
@@ -66,7 +67,7 @@ def decode(data: bytes, options: AudioOptions, config: MediaConfig, rate: int) -
     try:
         if not _read_with_libsndfile(data, mixer):
             _read_with_ffmpeg(data, mixer)
-    except RequestError:
+    except (RequestError, MemoryError):
         raise
     except Exception:  # decoders raise nearly anything for damaged files
         raise MediaUndecodableError(
@@ -200,10 +201,12 @@ def _read_with_ffmpeg(data: bytes, mixer: _Mixer) -> None:
         if stream.duration is not None and stream.time_base is not None:
             seconds = float(stream.duration * stream.time_base)
         mixer.promise(round(seconds * stream.sample_rate), stream.channels, stream.sample_rate)
-        resampler = av.AudioResampler(format="fltp")  # converts samples only: rate and layout stay
+        # Converts samples only: rate and layout stay. Not planar: PyAV then reads past the planes of eight channels.
+        resampler = av.AudioResampler(format="flt")
         for frame in itertools.chain(container.decode(stream), (None,)):
             for part in resampler.resample(frame):
-                mixer.add(part.to_ndarray().T, part.sample_rate)
+                samples = part.to_ndarray().reshape(-1, part.layout.nb_channels)
+                mixer.add(samples, part.sample_rate)
 
 
 def read_samples(values: Any) -> np.ndarray:
@@ -212,9 +215,8 @@ def read_samples(values: Any) -> np.ndarray:
     Raises InvalidRequestError for lists of different lengths, for tensors that are not dense, and for types that
     ``decode_object`` does not take.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(values, torch.Tensor):
-        array = _of_tensor(values, torch)
+    if is_tensor(values):
+        array = _of_tensor(values, sys.modules["torch"])
     else:
         try:
             array = np.asarray(values)

@@ -56,6 +56,11 @@ class FeatureCache:
                 self._entries.move_to_end(digest)
             return features
 
+    def peek(self, digest: bytes) -> Features | None:
+        """The features under a digest, as if nobody had asked."""
+        with self._lock:
+            return self._entries.get(digest)
+
     def put(self, digest: bytes, features: Features) -> bool:
         """Keep features; returns whether they are kept. What was there under the digest is replaced."""
         size = features.num_bytes

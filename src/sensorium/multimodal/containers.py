@@ -92,7 +92,7 @@ def decode(data: bytes, sample: Sample, limits: Limits) -> Clip:
         facts = VideoFacts(index.num_frames, index.fps)
         clip = _decode_wanted(data, index, facts, sample(facts), limits) if index.timed else None
         clip = clip or _decode_in_order(data, index, sample, limits)
-    except RequestError:
+    except (RequestError, MemoryError):
         raise
     except Exception:  # decoders raise nearly anything for damaged files
         raise _damaged() from None

@@ -18,6 +18,7 @@ from PIL import Image
 
 from sensorium.multimodal import image as pictures
 from sensorium.multimodal.items import Features, Modality
+from sensorium.multimodal.tensors import is_tensor
 
 Field = bytes | str | int | memoryview
 
@@ -67,8 +68,7 @@ def object_digest(source: Any) -> bytes:
         return framed("numbers", _array_fields(numbers))
     if isinstance(source, list | tuple):
         return framed("list", [object_digest(member) for member in source])
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(source, torch.Tensor):
+    if is_tensor(source):
         return framed("torch", _tensor_fields(source))
     return framed("plain", [canonical(source)])
 
@@ -102,8 +102,7 @@ def canonical(value: Any) -> str:
         return "[" + ",".join(map(canonical, value)) + "]"
     if isinstance(value, np.ndarray):
         return f"array({framed('numpy', _array_fields(value)).hex()})"
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    if is_tensor(value):
         return f"tensor({framed('torch', _tensor_fields(value)).hex()})"
     if isinstance(value, np.generic):
         value = value.item()

@@ -17,9 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sensorium.errors import InvalidEmbeddingsError
+from sensorium.errors import InvalidEmbeddingsError, MediaUndecodableError
 from sensorium.multimodal.dataurl import decode_base64
 from sensorium.multimodal.sources import are_numbers
+from sensorium.multimodal.tensors import is_tensor
 
 _MAX_PICKLE_BYTES = 1 << 16
 _MAX_DIMENSIONS = 8
@@ -56,7 +57,11 @@ def decode_embeddings(source: Any, *, max_bytes: int) -> Any:
     if isinstance(source, list | tuple):
         return [decode_embeddings(member, max_bytes=max_bytes) for member in source]
     if isinstance(source, str):
-        source = _from_file(decode_base64(source.partition("base64,")[2] or source, max_bytes))
+        try:
+            data = decode_base64(source.partition("base64,")[2] or source, max_bytes)
+        except MediaUndecodableError as error:
+            raise InvalidEmbeddingsError(error.message) from None
+        source = _from_file(data)
         if isinstance(source, Mapping):
             return {name: _dense(tensor) for name, tensor in source.items()}
         return _dense(source)
@@ -64,9 +69,9 @@ def decode_embeddings(source: Any, *, max_bytes: int) -> Any:
 
 
 def _dense(value: Any) -> Any:
-    torch = sys.modules.get("torch")
-    if torch is None or not isinstance(value, torch.Tensor):
+    if not is_tensor(value):
         _bad(f"Embeddings must be torch tensors, got {type(value).__name__}")
+    torch = sys.modules["torch"]
     if value.layout != torch.strided or value.is_nested or value.is_meta:
         _bad("Embeddings must be dense tensors, not sparse, nested or without data")
     if value.is_quantized or value.is_complex():

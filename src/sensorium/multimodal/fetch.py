@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from yarl import URL
 
 from sensorium.config import MediaConfig
 from sensorium.errors import MediaFetchTimeoutError
 from sensorium.multimodal.dataurl import parse_data_url
+from sensorium.multimodal.diskstore import DiskStore
 from sensorium.multimodal.guard import Guard
 from sensorium.multimodal.items import Modality
+from sensorium.multimodal.loopthread import LoopThread
 from sensorium.multimodal.workers import Workers
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
 
-    from sensorium.multimodal.http import HttpClient
+    from sensorium.multimodal.http import Answer, HttpClient
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Bytes, and where they came from.
+
+    ``cached``: from the download cache, not sent anew. ``reusable``: may be given to those who ask a moment later; a
+    file never is, as it may be another by then.
+    """
+
+    data: bytes
+    cached: bool = False
+    reusable: bool = False
 
 
 class Fetcher:
     """Reads media within the limits of a ``MediaConfig``. Usable from several event loops.
 
-    ``resolver`` makes the resolver of host names underneath the guard's; by default the system's.
+    ``resolver`` makes the resolver of host names underneath the guard's; by default the system's. Raises ConfigError
+    for a host or a folder of the configuration that cannot be used.
     """
 
     def __init__(
@@ -35,34 +54,66 @@ class Fetcher:
         self._config = config
         self._workers = workers
         self._resolver = resolver
+        self._store = _store_of(config)
+        self._network = LoopThread("sensorium-downloads")
         self._http: HttpClient | None = None
 
     async def fetch(self, url: str, modality: Modality) -> bytes:
-        """The bytes behind a URL or path.
+        """The bytes behind a URL or path. Raises as ``download`` does, and MediaUndecodableError for bad base64."""
+        if url[:5].lower() == "data:":
+            return await self._workers.run(parse_data_url, url, self._config.max_media_bytes)
+        return (await self.download(url, modality)).data
 
-        Raises MediaRefusedError, MediaTooLargeError, MediaFetchError (the upstream status in the message) or
-        MediaFetchTimeoutError.
+    async def download(self, url: str, modality: Modality) -> Fetched:
+        """What is behind a URL or path, ``data:`` excepted.
+
+        Raises MediaRefusedError, MediaTooLargeError, MediaFetchError (the upstream status in the message),
+        MediaFetchTimeoutError or OverloadedError.
         """
-        scheme = url[:8].lower()
-        limit = self._config.max_media_bytes
-        if scheme.startswith("data:"):
-            return await self._workers.run(parse_data_url, url, limit)
-        if scheme.startswith("file:") or "://" not in url[:32]:
-            return await self._workers.run(self.guard.read_local, url, limit)
+        if url[:5].lower() == "file:" or "://" not in url[:32]:
+            limit = self._config.max_media_bytes
+            return Fetched(await self._workers.run(self.guard.read_local, url, limit))
         checked = self.guard.check_url(url)
-        if self._http is None:
-            self._http = await self._workers.run(self._new_http_client)
         seconds = self._config.fetch_timeout(modality)
         try:
-            return await self._http.download(checked, seconds=seconds, max_bytes=limit)
+            answer = await self._network.run(self._ask(checked, seconds))
         except TimeoutError:
             raise MediaFetchTimeoutError(
                 f"The host of the URL did not deliver the {modality} within {seconds:g} s "
                 f"(--{modality}-fetch-timeout)."
             ) from None
+        return Fetched(answer.body, answer.cached, answer.reusable)
+
+    def close(self) -> None:
+        """End downloads, their threads and the writing of the cache."""
+        self._network.close()
+        if self._http is not None:
+            self._http.close()
+            self._http = None
+        if self._store is not None:
+            self._store.close()
+
+    async def _ask(self, url: URL, seconds: float) -> Answer:
+        """A download; runs in the network's thread, and the client belongs to that."""
+        if self._http is None:
+            self._http = self._new_http_client()
+        return await self._http.download(url, seconds=seconds)
 
     def _new_http_client(self) -> HttpClient:
-        """Import the client, away from the event loop."""
+        """Import the client and make it."""
         from sensorium.multimodal.http import HttpClient
+        from sensorium.multimodal.httpcache import HttpCache
 
-        return HttpClient(self.guard, self._workers, self._resolver)
+        return HttpClient(
+            self._config,
+            self.guard,
+            self._workers,
+            resolver=self._resolver,
+            cache=None if self._store is None else HttpCache(self._store),
+        )
+
+
+def _store_of(config: MediaConfig) -> DiskStore | None:
+    if not config.media_download_cache:
+        return None
+    return DiskStore(config.media_download_cache, int(config.media_download_cache_gb * (1 << 30)))

@@ -136,10 +136,11 @@ Choose = Callable[[VideoFacts, bool], np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Most pixels of all frames that are used, and of each."""
+    """Most pixels of all frames that are used, and of each; most encoded pictures that are decoded."""
 
     max_pixels: int
     max_frame_pixels: int
+    max_frames: int
 
 
 def decode_object(source: Any, choose: Choose, limits: Limits) -> Clip:
@@ -239,5 +240,14 @@ def decode_packed(data: bytes, choose: Choose, limits: Limits) -> Clip:
             data[start:end], image.ImageOptions(), max_pixels=limits.max_frame_pixels
         )
 
+    def chosen(facts: VideoFacts, given: bool) -> np.ndarray:
+        indices = choose(facts, given)
+        if len(indices) > limits.max_frames:
+            raise MediaTooLargeError(
+                f"{len(indices)} frames of the video would have to be decoded; at most {limits.max_frames} are allowed "
+                "(--max-video-frames). Ask for fewer, or send fewer."
+            )
+        return indices
+
     origin = Origin(tuple(range(len(bounds))), len(bounds))
-    return _clip(picture, origin, choose, limits.max_pixels)
+    return _clip(picture, origin, chosen, limits.max_pixels)

@@ -6,6 +6,7 @@ addresses are checked, and the connection goes to one of them (``http.GuardedRes
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import stat
@@ -19,11 +20,12 @@ from sensorium.config import MediaConfig
 from sensorium.errors import ConfigError, MediaRefusedError, MediaTooLargeError
 from sensorium.multimodal.addresses import is_public, literal_address
 
-MAX_REDIRECTS = 5
 MAX_URL_LENGTH = 8192
 
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029]")
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029\ud800-\udfff]")
 _AUTHORITY = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+_BRACKETS = re.compile(r"\[[^\[\]]*:[^\[\]]*:[^\[\]]*\](:[^\[\]]*)?")
+_BAD_PORT = re.compile(r":(?![0-9]{0,5}$)[^:\]]*$")
 _HOST = re.compile(r"^[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*$")
 
 
@@ -33,11 +35,13 @@ class Guard:
 
     ``allowed_domains``: hosts as ``normal_host`` writes them; when not empty only these may be fetched, and they may be
     private. ``local_root``: the real path of the folder below which local files may be read, or None.
+    ``max_redirects``: most hops of one download after the first.
     """
 
     allowed_domains: frozenset[str] = frozenset()
     local_root: str | None = None
     allow_redirects: bool = True
+    max_redirects: int = 5
 
     @classmethod
     def of(cls, config: MediaConfig) -> Guard:
@@ -52,6 +56,7 @@ class Guard:
             allowed_domains=frozenset(map(_configured_host, config.allowed_media_domains)),
             local_root=os.path.realpath(root) if root else None,
             allow_redirects=config.media_url_allow_redirects,
+            max_redirects=config.max_media_redirects,
         )
 
     def check_url(self, text: str) -> URL:
@@ -69,10 +74,13 @@ class Guard:
             raise MediaRefusedError("The URL has no host; write it as https://host/path.")
         if "@" in authority[1]:
             raise MediaRefusedError("The URL has credentials (user@host), which are not allowed.")
-        if "%" in authority[1] or ("[" in authority[1] and authority[1].count(":") < 2):
+        bracketed = "[" in authority[1] or "]" in authority[1]
+        if "%" in authority[1] or (bracketed and not _BRACKETS.fullmatch(authority[1])):
             raise MediaRefusedError(
                 "The host of the URL is neither a name nor an IP address in its usual spelling."
             )
+        if _BAD_PORT.search(authority[1]):
+            raise MediaRefusedError("The port of the URL is not valid.")
         try:
             url = URL(text)
         except ValueError:
@@ -87,9 +95,11 @@ class Guard:
             )
         if url.raw_user is not None or url.raw_password is not None:
             raise MediaRefusedError("The URL has credentials (user@host), which are not allowed.")
-        host = (url.raw_host or "").removesuffix(".")
+        full_host = url.raw_host or ""
+        host = full_host.removesuffix(".")
         try:
-            literal = literal_address(host)
+            # An address with a final dot is none to the client, which would look it up by itself.
+            literal = literal_address(full_host)
         except ValueError:
             raise MediaRefusedError(
                 "The host of the URL is an unusual spelling of an IP address; write it in the usual one."
@@ -115,6 +125,20 @@ class Guard:
         if not addresses or not all(map(is_public, addresses)):
             raise _not_public()
 
+    def is_listed(self, url: URL) -> bool:
+        """Whether the host of a checked URL is one of the allowed domains, and so may be private."""
+        return (
+            bool(self.allowed_domains) and normal_host(url.raw_host or "") in self.allowed_domains
+        )
+
+    def may_connect(self, address: str) -> bool:
+        """Whether a socket may be connected to this address: the last look, whatever the client did with a name."""
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return bool(self.allowed_domains) or is_public(address)
+
     def read_local(self, text: str, max_bytes: int) -> bytes:
         """Read a ``file:`` URL or a path: a regular file below the allowed folder.
 
@@ -128,6 +152,8 @@ class Guard:
             )
         try:
             real = os.path.realpath(_local_path(text))
+        except MediaRefusedError:
+            raise
         except (ValueError, OSError):
             raise MediaRefusedError("The path cannot be read as one.") from None
         if not Path(real).is_relative_to(self.local_root) or real == self.local_root:
@@ -141,12 +167,16 @@ class Guard:
                 "There is no readable regular file of that name below the allowed folder."
             ) from None
         with os.fdopen(descriptor, "rb") as file:
-            data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise MediaTooLargeError(
-                f"The file has more than {max_bytes} bytes, the limit (--max-media-bytes)."
-            )
-        return data
+            # No more than the size it has now: files of the kernel claim none and give what is not meant for requests.
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise MediaTooLargeError(
+                    f"The file has {size} bytes; at most {max_bytes} are allowed (--max-media-bytes)."
+                )
+            try:
+                return file.read(size)
+            except OSError:
+                raise MediaRefusedError("The file cannot be read.") from None
 
 
 def normal_host(text: str) -> str:
@@ -182,6 +212,10 @@ def _not_public() -> MediaRefusedError:
 
 def _local_path(text: str) -> str:
     """The path that a ``file:`` URL (percent-decoded) or a bare path (as it stands) names."""
+    if len(text) > MAX_URL_LENGTH:
+        raise MediaRefusedError(
+            f"The path has {len(text)} characters; at most {MAX_URL_LENGTH} are allowed."
+        )
     if text[:5].lower() == "file:":
         rest = text[5:].partition("?")[0].partition("#")[0]
         if rest.startswith("//"):

@@ -10,54 +10,54 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-import zlib
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
 import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.abc import AbstractResolver
 from yarl import URL
 
+from sensorium.config import MediaConfig
 from sensorium.errors import (
     MediaFetchError,
     MediaRefusedError,
-    MediaTooLargeError,
-    RequestError,
+    OverloadedError,
+    SensoriumError,
 )
-from sensorium.multimodal.guard import MAX_REDIRECTS, Guard
+from sensorium.multimodal.guard import Guard
+from sensorium.multimodal.httpcache import HttpCache, Stored, may_reuse
+from sensorium.multimodal.inflate import ENCODINGS, too_large, unzip
+from sensorium.multimodal.resolver import (
+    ForbiddenAddressError,
+    GuardedResolver,
+    SystemResolver,
+    guarded_socket,
+)
 from sensorium.multimodal.workers import Workers
 
-MAX_CONNECTIONS = 64
-_CHUNK_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 20
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TRANSIENT = frozenset({429, 502, 503, 504})
 _FIRST_BACKOFF = 0.1
-_MAX_ATTEMPTS = 4
+_LAST_BACKOFF = 10.0
 _PLAIN = frozenset({"", "identity"})
-_ZIPPED = frozenset({"gzip", "x-gzip", "deflate"})
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "sensorium"}
 
 
-class GuardedResolver(AbstractResolver):
-    """The resolver of the HTTP client: the addresses that it returns have passed the guard."""
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a download brought.
 
-    def __init__(self, guard: Guard, resolver: AbstractResolver) -> None:
-        self._guard = guard
-        self._resolver = resolver
+    ``cached``: the body was in the cache, and its host, if it was asked at all, said that it is still the same.
+    ``reusable``: its host does not forbid giving it to those who ask a moment later.
+    """
 
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        """Resolve once and check every address. Raises MediaRefusedError, or OSError when there is no such host."""
-        found = await self._resolver.resolve(host, port, family)
-        self._guard.check_addresses(host, [entry["host"] for entry in found])
-        return found
-
-    async def close(self) -> None:
-        """Close the resolver underneath."""
-        await self._resolver.close()
+    body: bytes
+    cached: bool
+    reusable: bool
 
 
 class _TransientError(Exception):
@@ -73,59 +73,93 @@ class _Redirect:
     location: str
 
 
-@dataclass(slots=True)
-class _Session:
-    client: aiohttp.ClientSession
-    num_users: int = 0
+class _Budget:
+    """Bytes of all unfinished downloads."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.num_bytes = 0
+
+    @contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes bytes out of the budget, which has them back in the end."""
+        taken = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken
+            if self.num_bytes + num_bytes > self.limit:
+                raise OverloadedError(
+                    "Too many bytes of media are being downloaded; try again later."
+                )
+            self.num_bytes += num_bytes
+            taken += num_bytes
+
+        try:
+            yield take
+        finally:
+            self.num_bytes -= taken
 
 
 class HttpClient:
-    """Downloads over HTTP for a ``Fetcher``. Usable from several event loops.
+    """Downloads over HTTP for a ``Fetcher``, all from one event loop.
 
-    A client session exists per loop while downloads run there, and is closed by the last of them: connections are
-    shared by what is fetched together, and nothing stays open behind. ``resolver`` makes the resolver underneath the
-    guard's; by default the system's.
+    The client session exists while downloads run and is closed by the last of them: connections are shared by what is
+    fetched together, and nothing stays open behind. ``resolver`` makes the resolver underneath the guard's, which lives
+    as long as this object; by default the system's.
     """
 
     def __init__(
         self,
+        config: MediaConfig,
         guard: Guard,
         workers: Workers,
+        *,
         resolver: Callable[[], AbstractResolver] | None = None,
+        cache: HttpCache | None = None,
     ) -> None:
+        self._config = config
         self._guard = guard
         self._workers = workers
-        self._resolver = resolver or aiohttp.ThreadedResolver
-        self._sessions: dict[asyncio.AbstractEventLoop, _Session] = {}
+        self._system = SystemResolver(config.max_media_connections)
+        self._resolver = GuardedResolver(guard, self._system if resolver is None else resolver())
+        self._cache = cache
+        self._budget = _Budget(config.max_media_bytes_in_flight)
+        self._client: aiohttp.ClientSession | None = None
+        self._num_users = 0
 
-    async def download(self, url: URL, *, seconds: float, max_bytes: int) -> bytes:
-        """The body behind a URL that the guard has checked, whole within ``seconds``.
+    async def download(self, url: URL, *, seconds: float) -> Answer:
+        """What is behind a URL that the guard has checked, whole within ``seconds``.
 
-        Raises MediaRefusedError, MediaTooLargeError or MediaFetchError, and TimeoutError.
+        Raises MediaRefusedError, MediaTooLargeError, MediaFetchError or OverloadedError, and TimeoutError.
         """
         async with asyncio.timeout(seconds), self._session() as client:
-            return await self._with_retries(client, url, max_bytes)
+            return await self._with_retries(client, url)
+
+    def close(self) -> None:
+        """Free the threads that look up names. Nothing may be loading."""
+        self._system.stop()
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[aiohttp.ClientSession]:
-        loop = asyncio.get_running_loop()
-        session = self._sessions.get(loop)
-        if session is None:
-            session = self._sessions[loop] = _Session(self._new_client())
-        session.num_users += 1
+        if self._client is None:
+            self._client = self._new_client()
+        client = self._client
+        self._num_users += 1
         try:
-            yield session.client
+            yield client
         finally:
-            session.num_users -= 1
-            if not session.num_users:
-                del self._sessions[loop]
-                await session.client.close()
+            self._num_users -= 1
+            if not self._num_users:
+                self._client = None
+                await client.close()
 
     def _new_client(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
-            resolver=GuardedResolver(self._guard, self._resolver()),
+            resolver=self._resolver,
+            socket_factory=guarded_socket(self._guard),
             use_dns_cache=False,
-            limit=MAX_CONNECTIONS,
+            limit=self._config.max_media_connections,
+            limit_per_host=self._config.max_media_connections_per_host,
         )
         return aiohttp.ClientSession(
             connector=connector,
@@ -136,56 +170,117 @@ class HttpClient:
             headers=_HEADERS,
         )
 
-    async def _with_retries(self, client: aiohttp.ClientSession, url: URL, limit: int) -> bytes:
-        for attempt in range(_MAX_ATTEMPTS):
+    async def _with_retries(self, client: aiohttp.ClientSession, url: URL) -> Answer:
+        num_retries = 0
+        while True:
             try:
-                return await self._follow(client, url, limit)
+                return await self._follow(client, url)
             except _TransientError as error:
-                if attempt == _MAX_ATTEMPTS - 1:
+                if num_retries == self._config.media_fetch_retries:
                     raise error.outcome from None
-            await asyncio.sleep(_FIRST_BACKOFF * 2**attempt * random.uniform(0.5, 1.5))
-        raise AssertionError("the last attempt returns or raises")
+            pause = min(_FIRST_BACKOFF * 2**num_retries, _LAST_BACKOFF)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+            num_retries += 1
 
-    async def _follow(self, client: aiohttp.ClientSession, url: URL, limit: int) -> bytes:
+    async def _follow(self, client: aiohttp.ClientSession, url: URL) -> Answer:
         """Download ``url``, following redirects; every hop is checked before anything is sent to it."""
-        for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._request(client, url, limit)
-            if isinstance(answer, bytes):
+        for _ in range(self._guard.max_redirects + 1):
+            answer = await self._visit(client, url)
+            if isinstance(answer, Answer):
                 return answer
             if not self._guard.allow_redirects:
                 raise MediaRefusedError("The URL redirects, which this server does not allow.")
             url = self._redirected(url, answer.location)
-        raise MediaRefusedError(f"The URL redirects more than {MAX_REDIRECTS} times.")
+        raise MediaRefusedError(
+            f"The URL redirects more than {self._guard.max_redirects} times (--max-media-redirects)."
+        )
 
     def _redirected(self, url: URL, location: str) -> URL:
         if "://" in location.partition("?")[0]:
-            return self._guard.check_url(location)
-        try:
-            target = url.join(URL(location))
-        except ValueError:
-            raise MediaFetchError("The URL redirects to a place that is no URL.") from None
-        return self._guard.check_url(str(target))
+            target = location
+        else:
+            try:
+                target = str(url.join(URL(location)))
+            except ValueError:
+                raise MediaFetchError("The URL redirects to a place that is no URL.") from None
+        checked = self._guard.check_url(target)
+        if url.scheme == "https" and checked.scheme != "https":
+            raise MediaRefusedError(
+                "The URL redirects from https to http, where anyone on the way could exchange what is sent."
+            )
+        return checked
+
+    async def _visit(self, client: aiohttp.ClientSession, url: URL) -> Answer | _Redirect:
+        """One hop: from the cache while what is there is fresh, else from the host."""
+        if self._cache is None:
+            return await self._request(client, url, None)
+        listed = self._guard.is_listed(url)
+        stored = await self._workers.run(
+            self._cache.get, str(url), listed, self._config.max_media_bytes
+        )
+        if stored is not None and stored.is_fresh:
+            return Answer(stored.body, cached=True, reusable=True)
+        return await self._request(client, url, stored)
 
     async def _request(
-        self, client: aiohttp.ClientSession, url: URL, limit: int
-    ) -> bytes | _Redirect:
+        self, client: aiohttp.ClientSession, url: URL, stored: Stored | None
+    ) -> Answer | _Redirect:
+        conditions = stored.conditions if stored is not None else {}
+        asked = time.time()
         try:
-            async with client.get(url, allow_redirects=False) as response:
+            async with client.get(url, allow_redirects=False, headers=conditions) as response:
                 if response.status in _REDIRECTS and "Location" in response.headers:
                     return _Redirect(response.headers["Location"])
+                if response.status == 304 and stored is not None and self._cache is not None:
+                    self._cache.renew(stored, response.headers, asked)
+                    return Answer(stored.body, cached=True, reusable=may_reuse(response.headers))
                 if response.status != 200:
                     _refuse_status(response.status)
-                encoding = response.headers.get("Content-Encoding", "").strip().lower()
-                if encoding not in _PLAIN and encoding not in _ZIPPED:
-                    raise MediaFetchError("The host of the URL sent a body in an unknown encoding.")
-                body = await _read_body(response, limit)
-        except RequestError:
+                with self._budget.share() as take:
+                    body = await self._body(response, take)
+        except SensoriumError:
             raise
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _outcome(error) from None
-        if encoding in _ZIPPED:
-            return await self._workers.run(unzip, body, limit)
-        return bytes(body)
+        if self._cache is not None:
+            listed = self._guard.is_listed(url)
+            self._cache.put(str(url), listed, response.headers, body, asked)
+        return Answer(body, cached=False, reusable=may_reuse(response.headers))
+
+    async def _body(self, response: aiohttp.ClientResponse, take: Callable[[int], None]) -> bytes:
+        """The body, unpacked if need be; it is put together outside the event loop."""
+        limit = self._config.max_media_bytes
+        encoding = response.headers.get("Content-Encoding", "").strip().lower()
+        if encoding not in _PLAIN and encoding not in ENCODINGS:
+            raise MediaFetchError("The host of the URL sent a body in an unknown encoding.")
+        pieces = await _read(response, limit, take)
+        if encoding in ENCODINGS:
+            return await self._workers.run(unzip, pieces, encoding, limit)
+        return pieces[0] if len(pieces) == 1 else await self._workers.run(b"".join, pieces)
+
+
+async def _read(
+    response: aiohttp.ClientResponse, limit: int, take: Callable[[int], None]
+) -> list[bytes]:
+    """The body as it is sent, in pieces of about 1 MiB; never more than ``limit`` bytes of it.
+
+    ``take`` is told of bytes before they are kept.
+    """
+    if response.content_length is not None and response.content_length > limit:
+        raise too_large(limit)
+    pieces: list[bytes] = []
+    piece = bytearray()
+    size = 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > limit:
+            raise too_large(limit)
+        take(len(chunk))
+        piece += chunk
+        if len(piece) >= _PIECE_BYTES:
+            pieces.append(bytes(piece))
+            piece.clear()
+    return [*pieces, bytes(piece)]
 
 
 def _outcome(error: Exception) -> Exception:
@@ -193,6 +288,10 @@ def _outcome(error: Exception) -> Exception:
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         unknown = MediaFetchError("The host of the URL cannot be found.")
         return _TransientError(unknown) if error.errno == socket.EAI_AGAIN else unknown
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(
+        error.os_error, ForbiddenAddressError
+    ):
+        return MediaRefusedError("The host of the URL has an address that is not allowed.")
     if isinstance(error, aiohttp.ClientSSLError):
         return MediaFetchError("The host of the URL has no valid TLS certificate.")
     if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError | OSError):
@@ -207,38 +306,3 @@ def _refuse_status(status: int) -> NoReturn:
     if status in _TRANSIENT:
         raise _TransientError(error)
     raise error
-
-
-async def _read_body(response: aiohttp.ClientResponse, limit: int) -> bytearray:
-    """The body as it was sent, at most ``limit`` bytes of it."""
-    if response.content_length is not None and response.content_length > limit:
-        raise _too_large(limit)
-    body = bytearray()
-    async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-        if len(body) + len(chunk) > limit:
-            raise _too_large(limit)
-        body += chunk
-    return body
-
-
-def unzip(body: bytes | bytearray, limit: int) -> bytes:
-    """Unpack a gzip or zlib body; never more than ``limit`` bytes of it exist.
-
-    Raises MediaTooLargeError, or MediaFetchError for a damaged or truncated body.
-    """
-    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-    try:
-        plain = inflater.decompress(body, limit + 1)
-    except zlib.error:
-        raise MediaFetchError("The host of the URL sent a damaged compressed body.") from None
-    if len(plain) > limit:
-        raise _too_large(limit)
-    if not inflater.eof:
-        raise MediaFetchError("The host of the URL sent a truncated compressed body.")
-    return plain
-
-
-def _too_large(limit: int) -> MediaTooLargeError:
-    return MediaTooLargeError(
-        f"The download has more than {limit} bytes, the limit (--max-media-bytes)."
-    )

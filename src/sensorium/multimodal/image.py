@@ -21,6 +21,7 @@ from PIL import Image, ImageFile, features
 
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
 from sensorium.multimodal.options import check_names
+from sensorium.multimodal.tensors import is_tensor
 
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Raster formats that are decoded; the first bytes decide, whatever a name or a content type says."""
@@ -108,7 +109,7 @@ def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray
             _check_size(*image.size, max_pixels)
             image.load()
             return _to_rgb(image, options)
-    except (MediaUndecodableError, MediaTooLargeError):
+    except (MediaUndecodableError, MediaTooLargeError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise MediaTooLargeError(
@@ -181,11 +182,11 @@ def check_picture(source: Any) -> None:
                 f"A numpy image must have shape (height, width, 3), got {shape}."
             )
     else:
-        torch = sys.modules.get("torch")
-        if torch is None or not isinstance(source, torch.Tensor):
+        if not is_tensor(source):
             raise InvalidRequestError(
                 f"An image must be a PIL.Image, a numpy array or a torch tensor, got {type(source).__name__}."
             )
+        torch = sys.modules["torch"]
         if source.layout != torch.strided or source.is_quantized or source.is_meta:
             raise InvalidRequestError("A torch image must be an ordinary dense tensor.")
         if source.dtype != torch.uint8 and not source.is_floating_point():

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sensorium.multimodal.segments import Segment
+
 Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 
@@ -86,9 +88,10 @@ class Features:
     """What a processor makes of one item: plain arrays, ready for the model's encoder.
 
     ``arrays`` are C-contiguous numpy arrays (for images: uint8 pixels after resizing, cropping and padding; scaling and
-    normalising is the encoder's first operation, so that little memory moves). ``num_embeds`` is the number of
-    embeddings that the encoder will make of them. ``meta`` holds small plain values (grid sizes, original size).
-    ``precomputed``: ``arrays["embeds"]`` already holds the embeddings (num_embeds, hidden), float32.
+    normalising is the encoder's first operation, so that little memory moves), or the ``Segment`` that they lie in.
+    ``num_embeds`` is the number of embeddings that the encoder will make of them. ``meta`` holds small plain values
+    (grid sizes, original size). ``precomputed``: ``arrays["embeds"]`` already holds the embeddings (num_embeds,
+    hidden), float32.
     """
 
     modality: Modality
@@ -100,6 +103,8 @@ class Features:
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
+        if isinstance(self.arrays, Segment):
+            return self.arrays.num_bytes
         return sum(a.nbytes for a in self.arrays.values())
 
 

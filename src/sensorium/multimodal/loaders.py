@@ -67,6 +67,21 @@ def check_loading_options(given: Mapping[str, Any], modalities: Sequence[Modalit
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """One item to be decoded and preprocessed.
+
+    ``source``: the bytes of an encoded file, or a caller's object. ``loading``: what the modality's ``parse_options``
+    returned. ``options``: ``mm_processor_kwargs``. ``num_items``: how many items of the modality the prompt has.
+    """
+
+    modality: Modality
+    source: Any
+    loading: Any
+    options: Mapping[str, Any]
+    num_items: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """Features and what they cost."""
 
@@ -76,25 +91,17 @@ class Prepared:
     preprocess_seconds: float
 
 
-def prepare(
-    modality: Modality,
-    source: Any,
-    loading: Any,
-    config: MediaConfig,
-    processor: Processor,
-    options: Mapping[str, Any],
-    num_items: int,
-) -> Prepared:
-    """Decode and preprocess one item; what a media worker runs. ``source``: encoded bytes or a caller's object."""
-    loader = LOADERS[modality]
+def prepare(work: Work, config: MediaConfig, processor: Processor) -> Prepared:
+    """Decode and preprocess one item. Raises RequestError, and MemoryError where memory is limited."""
+    modality, loader = work.modality, LOADERS[work.modality]
     started = time.perf_counter()
-    decoding = processor.decoding(modality, options)
-    decode = loader.decode if isinstance(source, bytes) else loader.decode_object
-    data = decode(source, loading, config, decoding)
+    decoding = processor.decoding(modality, work.options)
+    decode = loader.decode if isinstance(work.source, bytes) else loader.decode_object
+    data = decode(work.source, work.loading, config, decoding)
     decoded = time.perf_counter()
     try:
-        features = processor.process(modality, data, options, num_items)
-    except SensoriumError:
+        features = processor.process(modality, data, work.options, work.num_items)
+    except (SensoriumError, MemoryError):
         raise
     except Exception:
         _logger.exception("The processor failed on an %s of shape %s", modality, data.shape)

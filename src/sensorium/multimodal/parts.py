@@ -21,10 +21,10 @@ from sensorium.multimodal.sources import (
     Kind,
     Source,
     are_numbers,
-    is_tensor,
     refuse,
     split,
 )
+from sensorium.multimodal.tensors import is_tensor
 
 MAX_UUID_LENGTH = 1024
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,22 +17,27 @@ from sensorium.errors import (
     InvalidRequestError,
     MediaNotCachedError,
     MediaTooLargeError,
+    OverloadedError,
     RequestError,
     TooManyItemsError,
+    UnavailableError,
     UnsupportedModalityError,
 )
 from sensorium.multimodal import digest as digests
 from sensorium.multimodal.cache import DigestMemo, FeatureCache
+from sensorium.multimodal.decoder_process import NO_ROOM
+from sensorium.multimodal.decoders import Decoders, ThreadDecoders
+from sensorium.multimodal.downloads import Downloads
 from sensorium.multimodal.embeds import decode_embeddings
 from sensorium.multimodal.fetch import Fetcher
 from sensorium.multimodal.flights import SingleFlight
 from sensorium.multimodal.items import Features, MediaItem, MediaRef, Modality
-from sensorium.multimodal.loaders import LOADERS, check_loading_options, prepare
+from sensorium.multimodal.loaders import LOADERS, Work, check_loading_options
 from sensorium.multimodal.processor import Processor
+from sensorium.multimodal.segments import Segment, SegmentFolder
 from sensorium.multimodal.stats import MediaStats, StageCounters
-from sensorium.multimodal.workers import ThreadWorkers, Workers
+from sensorium.multimodal.workers import ThreadWorkers
 
-MAX_FETCHES_PER_REQUEST = 8
 MAX_SEEN_URLS = 4096
 
 T = TypeVar("T")
@@ -65,8 +69,10 @@ class _Content:
 class MediaPipeline:
     """Loads the media of requests for one model.
 
-    ``ids_matter``: False when neither the processor cache nor the prefix cache is on, so that a caller's ids would
-    change nothing; they are then ignored, with one warning. Usable from several event loops.
+    ``decoders`` take encoded files; without them threads of this process do. ``segments``: where all features are to
+    lie, so that another process can open them; they lie where they were made without it. ``ids_matter``: False when
+    neither the processor cache nor the prefix cache is on, so that a caller's ids would change nothing; they are then
+    ignored, with one warning. Usable from several event loops.
     """
 
     def __init__(
@@ -75,7 +81,9 @@ class MediaPipeline:
         processor: Processor,
         cache: FeatureCache,
         *,
-        workers: Workers | None = None,
+        workers: ThreadWorkers | None = None,
+        decoders: Decoders | None = None,
+        segments: SegmentFolder | None = None,
         fetcher: Fetcher | None = None,
         ids_matter: bool = True,
     ) -> None:
@@ -84,13 +92,21 @@ class MediaPipeline:
         self._processor = processor
         self._cache = cache
         self._workers = workers or ThreadWorkers(config.num_media_workers)
+        self._threads = ThreadDecoders(self._workers, config, processor)
+        self._decoders = decoders or self._threads
+        self._segments = segments
         self._fetcher = fetcher or Fetcher(config, self._workers)
         self._ids_matter = ids_matter
         self._warned_of_ids = False
-        self._fetches: SingleFlight[_Content] = SingleFlight()
         self._preparations: SingleFlight[Features] = SingleFlight()
         self._seen = DigestMemo(MAX_SEEN_URLS)
         self._counters = StageCounters()
+        self._downloads = Downloads(
+            config,
+            self._fetcher,
+            self._workers,
+            on_fetch=lambda seconds, num_bytes: self._counters.add("fetch", seconds, num_bytes),
+        )
         try:
             self._new_job({}, {}, "", "")
         except RequestError as error:
@@ -140,10 +156,13 @@ class MediaPipeline:
 
     def stats(self) -> MediaStats:
         """A snapshot of the counters of all stages and of the cache."""
-        return self._counters.snapshot(self._cache.stats())
+        counted = self._counters.snapshot(self._cache.stats(), self._decoders.stats())
+        return dataclasses.replace(counted, downloads=self._downloads.stats())
 
     def close(self) -> None:
         """Free the workers. Nothing may be loading."""
+        self._downloads.close()
+        self._decoders.close()
         self._workers.close()
 
     def _new_job(
@@ -168,7 +187,7 @@ class MediaPipeline:
             loading=self._loading_options(media_io_kwargs or {}),
             tenant=tenant,
             salt=salt or "",
-            fetch_slots=asyncio.Semaphore(MAX_FETCHES_PER_REQUEST),
+            fetch_slots=asyncio.Semaphore(self._config.max_media_fetches_per_request),
         )
 
     def _loading_options(self, request: Mapping[str, Any]) -> dict[Modality, Any]:
@@ -204,13 +223,17 @@ class MediaPipeline:
     async def _load_ref(self, ref: MediaRef, job: _Job) -> list[MediaItem]:
         """The items of one reference. Errors are given this reference's ``param``; shared ones are copied for it."""
         try:
-            items = (
-                await self._load_embeddings(ref, job)
-                if ref.kind == "embeds"
-                else [await self._load_item(ref, job)]
-            )
+            with self._counters.loading():
+                items = (
+                    await self._load_embeddings(ref, job)
+                    if ref.kind == "embeds"
+                    else [await self._load_item(ref, job)]
+                )
             named = self._ids_matter and (ref.uuid or ref.uuids)
             return [_sized(item) for item in items] if named else items
+        except UnavailableError as error:
+            self._counters.add_failure(error.code)
+            raise
         except RequestError as error:
             self._counters.add_failure(error.code)
             raise type(error)(error.message, param=error.param or ref.param or None) from None
@@ -256,9 +279,8 @@ class MediaPipeline:
             content = await self._workers.run(_encoded, data)
         else:
             async with job.fetch_slots:
-                content = await self._fetches.run(
-                    (ref.modality, ref.source), lambda: self._fetch(ref.source, ref.modality)
-                )
+                download = await self._downloads.get(ref.source, ref.modality)
+            content = _Content(download.data, download.digest)
         size = len(content.source)
         if size > self._config.max_media_bytes:
             raise MediaTooLargeError(
@@ -273,24 +295,18 @@ class MediaPipeline:
             )
         return content
 
-    async def _fetch(self, url: str, modality: Modality) -> _Content:
-        started = time.perf_counter()
-        data = await self._fetcher.fetch(url, modality)
-        self._counters.add("fetch", time.perf_counter() - started, len(data))
-        return await self._workers.run(_encoded, data)
-
     async def _prepare(self, modality: Modality, source: Any, digest: bytes, job: _Job) -> Features:
-        prepared = await self._workers.run(
-            prepare,
-            modality,
-            source,
-            job.loading[modality],
-            self._config,
-            self._processor,
-            job.options,
-            job.num_items[modality],
-        )
-        features = prepared.features
+        held = self._cache.peek(digest)  # it may have come while the content was fetched
+        if held is not None:
+            return held
+        work = Work(modality, source, job.loading[modality], job.options, job.num_items[modality])
+        decoders = self._decoders if isinstance(source, bytes) else self._threads
+        try:
+            prepared = await decoders.prepare(work)
+        except OverloadedError:  # no room for the result
+            self._cache.clear()
+            prepared = await decoders.prepare(work)
+        features = await self._shared(prepared.features)
         self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)
         self._counters.add("preprocess", prepared.preprocess_seconds, features.num_bytes)
         self._cache.put(digest, features)
@@ -306,7 +322,8 @@ class MediaPipeline:
                 for digest, features in zip(known, held, strict=True)
                 if digest is not None and features is not None
             ]
-        all_features = await self._workers.run(self._read_embeddings, ref)
+        read = await self._workers.run(self._read_embeddings, ref)
+        all_features = [await self._shared(features) for features in read]
         if len(ids) == 1 and ids[0] is None:
             known = [None] * len(all_features)
         if len(known) != len(all_features):
@@ -326,6 +343,21 @@ class MediaPipeline:
     def _read_embeddings(self, ref: MediaRef) -> list[Features]:
         source = decode_embeddings(ref.source, max_bytes=self._config.max_media_bytes)
         return self._processor.embeddings(ref.modality, source, ref.param)
+
+    async def _shared(self, features: Features) -> Features:
+        """The same features in a segment, where they have to be in one. Raises OverloadedError without room for it."""
+        if self._segments is None or isinstance(features.arrays, Segment):
+            return features
+        try:
+            arrays = await self._workers.run(self._segments.write, features.arrays)
+        except OSError:
+            self._cache.clear()
+            try:
+                arrays = await self._workers.run(self._segments.write, features.arrays)
+            except OSError:
+                _logger.exception("features could not be written to shared memory")
+                raise OverloadedError(NO_ROOM) from None
+        return dataclasses.replace(features, arrays=arrays)
 
     def _id_digest(self, modality: Modality, uuid: str | None, job: _Job) -> bytes | None:
         """The item digest under a caller's id; None without one, or when ids are ignored."""

@@ -6,7 +6,6 @@ is not always several items), and how an item is checked.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,6 +18,7 @@ from sensorium.multimodal.audio import MOST_RATE, read_samples
 from sensorium.multimodal.frames import read_origin
 from sensorium.multimodal.image import check_picture
 from sensorium.multimodal.items import MediaRef, Modality, SourceKind
+from sensorium.multimodal.tensors import is_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,6 @@ def _refuse_nested(value: Any, param: str) -> None:
     """A nested tensor has no shape that one could look at."""
     if is_tensor(value) and value.is_nested:
         refuse("must be an ordinary dense tensor, not a nested one", param)
-
-
-def is_tensor(value: object) -> bool:
-    """Whether the value is a torch tensor; torch is not imported for it."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def are_numbers(value: object) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from sensorium.multimodal.cache import CacheStats
+from sensorium.multimodal.decoders import DecoderStats
+from sensorium.multimodal.downloads import DownloadStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,14 +28,17 @@ class MediaStats:
     """A snapshot of the pipeline's counters.
 
     ``fetch`` counts downloads and files read, ``decode`` decoded files and converted objects, ``preprocess`` runs of
-    the model's processor. ``failures`` counts refused items by error code.
+    the model's processor. ``failures`` counts refused items by error code; ``num_loading`` are the items being loaded.
     """
 
     fetch: StageStats
     decode: StageStats
     preprocess: StageStats
     cache: CacheStats
+    decoders: DecoderStats
     failures: dict[str, int] = field(default_factory=dict)
+    num_loading: int = 0
+    downloads: DownloadStats = field(default_factory=DownloadStats)
 
     def flat(self) -> dict[str, float]:
         """All counters as plain numbers by name, such as ``decode_seconds``."""
@@ -41,7 +48,13 @@ class MediaStats:
                 flat[f"{stage}_{name}"] = value
         for name, value in dataclasses.asdict(self.cache).items():
             flat[f"processor_cache_{name}"] = value
+        flat |= dataclasses.asdict(self.decoders)
+        for name, value in dataclasses.asdict(self.downloads).items():
+            flat[f"downloads_{name}"] = value
+        flat["num_loading"] = self.num_loading
         flat["failures"] = sum(self.failures.values())
+        for code, value in self.failures.items():
+            flat[f"failure_{code}"] = value
         return flat
 
 
@@ -52,6 +65,7 @@ class StageCounters:
         self._lock = threading.Lock()
         self._stages: dict[str, StageStats] = {}
         self._failures: Counter[str] = Counter()
+        self._num_loading = 0
 
     def add(self, stage: str, seconds: float, num_bytes: int) -> None:
         """Count one run of a stage."""
@@ -61,15 +75,28 @@ class StageCounters:
                 old.count + 1, old.seconds + seconds, old.num_bytes + num_bytes
             )
 
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Count an item as being loaded, within."""
+        with self._lock:
+            self._num_loading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_loading -= 1
+
     def add_failure(self, code: str) -> None:
         """Count one item that was refused."""
         with self._lock:
             self._failures[code] += 1
 
-    def snapshot(self, cache: CacheStats) -> MediaStats:
+    def snapshot(self, cache: CacheStats, decoders: DecoderStats) -> MediaStats:
         """All counters at one moment."""
         with self._lock:
             fetch, decode, preprocess = (
                 self._stages.get(stage, StageStats()) for stage in ("fetch", "decode", "preprocess")
             )
-            return MediaStats(fetch, decode, preprocess, cache, dict(self._failures))
+            return MediaStats(
+                fetch, decode, preprocess, cache, decoders, dict(self._failures), self._num_loading
+            )

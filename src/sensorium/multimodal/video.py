@@ -66,7 +66,7 @@ def decode_object(
 
 
 def _frame_limits(config: MediaConfig) -> frames.Limits:
-    return frames.Limits(config.max_video_pixels, config.max_image_pixels)
+    return frames.Limits(config.max_video_pixels, config.max_image_pixels, config.max_video_frames)
 
 
 def _timed(clip: Clip, options: VideoOptions) -> Clip:

@@ -1,7 +1,4 @@
-"""Where media are decoded and preprocessed: outside the event loop.
-
-The interface takes plain functions with plain arguments, so that processes can stand in for threads.
-"""
+"""Threads for what would hold up the event loop and is not decoding: hashing, base64, files, the caller's objects."""
 
 from __future__ import annotations
 

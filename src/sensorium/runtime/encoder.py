@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
-from sensorium.core.plan import EncodeJob
+from sensorium.core.plan import EncodeJob, EncodeReport
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
 from sensorium.runtime.slots import Slot
+from sensorium.runtime.timing import DeviceTimer
 
 logger = logging.getLogger(__name__)
-
-
-class FeatureSource(Protocol):
-    """Where an item's features can be had from; opening may copy from shared memory."""
-
-    def open(self) -> Features:
-        """The features themselves."""
-        ...
-
-
-class HeldFeatures:
-    """Features that are in this process already."""
-
-    __slots__ = ("features",)
-
-    def __init__(self, features: Features) -> None:
-        self.features = features
-
-    def open(self) -> Features:
-        """The features themselves."""
-        return self.features
 
 
 class FeatureStore:
@@ -44,27 +23,27 @@ class FeatureStore:
     """
 
     def __init__(self) -> None:
-        self._sources: dict[str, tuple[FeatureSource, ...]] = {}
+        self._features: dict[str, tuple[Features, ...]] = {}
 
-    def put(self, request_id: str, sources: tuple[FeatureSource, ...]) -> None:
-        """Keep the sources of a request, one per item in order."""
-        if sources:
-            self._sources[request_id] = sources
+    def put(self, request_id: str, features: tuple[Features, ...]) -> None:
+        """Keep the features of a request, one per item in order."""
+        if features:
+            self._features[request_id] = features
 
     def discard(self, request_id: str) -> None:
         """The request has ended."""
-        self._sources.pop(request_id, None)
+        self._features.pop(request_id, None)
 
     def clear(self) -> None:
         """All requests have ended."""
-        self._sources.clear()
+        self._features.clear()
 
     def get(self, request_id: str, item_index: int) -> Features:
         """Features of one item of a request."""
-        return self._sources[request_id][item_index].open()
+        return self._features[request_id][item_index]
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._features)
 
 
 class EncoderCache:
@@ -74,6 +53,8 @@ class EncoderCache:
         self._model = model
         self._store = store
         self._embeddings: dict[bytes, torch.Tensor] = {}
+        self._timer = DeviceTimer(model.device)
+        self._num_items = self._num_bytes = self._num_failed = 0
 
     def __len__(self) -> int:
         return len(self._embeddings)
@@ -106,26 +87,42 @@ class EncoderCache:
                 failed.append(job.digest)
         for group in groups.values():
             failed += self._encode_group(group)
+        self._num_failed += len(failed)
         return tuple(failed)
 
+    def take_report(self) -> EncodeReport:
+        """What encoding cost since the report before this one."""
+        report = EncodeReport(
+            self._num_items, self._timer.take(), self._num_bytes, self._num_failed
+        )
+        self._num_items = self._num_bytes = self._num_failed = 0
+        return report
+
     def _encode_group(self, group: list[tuple[bytes, Features]]) -> list[bytes]:
+        num_bytes = 0
         try:
-            embeddings = self._model.encode([features for _, features in group])
-            for (digest, features), embeds in zip(group, embeddings, strict=True):
-                if embeds.shape[0] != features.num_embeds:
-                    raise RuntimeError(
-                        f"the encoder made {embeds.shape[0]} embeddings of {features.num_embeds}"
-                    )
-                self._keep(digest, embeds)
+            with self._timer.measured():
+                embeddings = self._model.encode([features for _, features in group])
+                for (digest, features), embeds in zip(group, embeddings, strict=True):
+                    if embeds.shape[0] != features.num_embeds:
+                        raise RuntimeError(
+                            f"the encoder made {embeds.shape[0]} embeddings of {features.num_embeds}"
+                        )
+                    num_bytes += self._keep(digest, embeds)
         except Exception:
             logger.exception("encoding %d item(s) failed", len(group))
             if len(group) == 1:
                 return [group[0][0]]
             return [digest for item in group for digest in self._encode_group([item])]
+        self._num_items += len(group)
+        self._num_bytes += num_bytes
         return []
 
-    def _keep(self, digest: bytes, embeds: torch.Tensor) -> None:
-        self._embeddings[digest] = embeds.to(device=self._model.device, dtype=self._model.dtype)
+    def _keep(self, digest: bytes, embeds: torch.Tensor) -> int:
+        """Keep an item's embeddings; how many bytes they take."""
+        kept = embeds.to(device=self._model.device, dtype=self._model.dtype)
+        self._embeddings[digest] = kept
+        return kept.nbytes
 
     def merge(self, embeds: torch.Tensor, first_row: int, start: int, end: int, slot: Slot) -> None:
         """Write the items' embeddings over rows of ``embeds`` (T, H) that hold positions ``start`` to ``end``."""

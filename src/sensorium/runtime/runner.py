@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import torch
 
-from sensorium.core.plan import Span, StepPlan, StepResult
+from sensorium.core.plan import TOO_COMPLEX, Span, StepPlan, StepResult
 from sensorium.kernels.batch import LayerCache
 from sensorium.models.interface import Model
 from sensorium.runtime import pooler, sampler
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
 from sensorium.runtime.inputs import StepInputs, build
 from sensorium.runtime.slots import Slot, SlotTable
-from sensorium.text.grammar import GrammarMatcher
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +20,6 @@ LOGIT_ROWS = 256
 """Rows of prompt logits computed at once when prompt_logprobs are asked for: bounds their memory."""
 
 FAILED = "The model could not compute this request; the others were not affected."
-
-GrammarFactory = Callable[[str], GrammarMatcher]
 
 
 class ModelRunner:
@@ -34,13 +30,11 @@ class ModelRunner:
         model: Model,
         caches: list[LayerCache],
         store: FeatureStore,
-        new_grammar: GrammarFactory,
     ) -> None:
         self.model = model
         self.encoder = EncoderCache(model, store)
         self._caches = caches
         self._table = SlotTable()
-        self._new_grammar = new_grammar
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
@@ -60,6 +54,7 @@ class ModelRunner:
         ]
         if pairs:
             self._run_isolated(pairs, result)
+        result.encoded = self.encoder.take_report()
         return result
 
     def reset(self) -> None:
@@ -71,7 +66,7 @@ class ModelRunner:
         if slot.request.grammar is None:
             return
         try:
-            slot.grammar = self._new_grammar(slot.request.grammar)
+            slot.grammar = slot.request.grammar.fresh()
             for token_id in slot.token_ids[slot.num_prompt : slot.num_tokens].tolist():
                 slot.grammar.accept(token_id)
         except Exception:
@@ -130,12 +125,11 @@ class ModelRunner:
         """Move the slots one token on."""
         for slot in slots:
             sample = samples.get(slot.seq_id)
-            if sample is None:
-                continue
-            slot.append(sample.token_id)
-            if slot.grammar is not None and not slot.grammar.accept(sample.token_id):
-                failed[slot.seq_id] = "The grammar of structured_outputs refused its own token."
-                del samples[slot.seq_id]
+            if sample is not None:
+                slot.append(sample.token_id)
+            if slot.grammar is not None and not _follows(slot, sample):
+                failed[slot.seq_id] = TOO_COMPLEX
+                samples.pop(slot.seq_id, None)
 
     def _prompt_logprobs(
         self, pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.Tensor
@@ -154,6 +148,18 @@ class ModelRunner:
                 entries += sampler.logprobs_of_targets(self.model.logits(rows), targets, num_top)
             found[span.seq_id] = tuple(entries)
         return found
+
+
+def _follows(slot: Slot, sample: sampler.TokenSample | None) -> bool:
+    """Move a slot's grammar one token on; False when it cannot follow, and then nor can the sequence."""
+    grammar = slot.grammar
+    if grammar is None or sample is None:
+        return grammar is None or grammar.error is None
+    try:
+        return grammar.accept(sample.token_id)
+    except Exception:  # the others of the step have moved on: this must not run it again
+        logger.exception("a grammar failed")
+        return False
 
 
 def _rows(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -12,7 +12,7 @@ _LONGEST_RETRY = 60
 
 
 class Admission:
-    """Counts the prompts that have not got their first token.
+    """Counts the samples that have not got their first token: a prompt with ``n=8`` waits eight times.
 
     ``max_waiting``: most of them at a time. ``draining``: set when the server shuts down; nothing
     enters any more.
@@ -25,8 +25,11 @@ class Admission:
         self._usual_wait = 0.0
 
     @contextmanager
-    def enter(self, count: int, param: str = "prompt") -> Iterator[list[Place]]:
-        """Places for ``count`` prompts of the field ``param``, all or none, left at the end of the block at the latest.
+    def enter(
+        self, count: int, param: str = "prompt", *, num_samples: int = 1
+    ) -> Iterator[list[Place]]:
+        """Places for ``count`` prompts of the field ``param`` with ``num_samples`` each, all or none, left at the end
+        of the block at the latest.
 
         Raises OverloadedError when there is no room, InvalidRequestError when there never will be,
         and EngineDeadError while the server shuts down.
@@ -38,21 +41,28 @@ class Admission:
                 f"{param} has {count} entries; at most {self.max_waiting} are possible here.",
                 param=param,
             )
-        if self.num_waiting + count > self.max_waiting:
+        if count * num_samples > self.max_waiting:
+            each = "" if count == 1 else f" for each of {count} prompts"
+            raise InvalidRequestError(
+                f"n is {num_samples}{each}; at most {self.max_waiting} samples of a request are possible here "
+                "(--max-num-waiting).",
+                param="n",
+            )
+        if self.num_waiting + count * num_samples > self.max_waiting:
             raise self._overloaded()
-        places = [Place(self) for _ in range(count)]
-        self.num_waiting += count
+        places = [Place(self, num_samples) for _ in range(count)]
+        self.num_waiting += count * num_samples
         try:
             yield places
         finally:
             for place in places:
                 place.leave(served=False)
 
-    def left(self, waited: float | None) -> None:
-        """A place was left: after ``waited`` seconds by a first token, or None when the request
+    def left(self, count: int, waited: float | None) -> None:
+        """Samples wait no longer: after ``waited`` seconds by a first token, or None when the request
         ended before.
         """
-        self.num_waiting -= 1
+        self.num_waiting -= count
         if waited is not None:
             self._usual_wait += 0.1 * (waited - self._usual_wait)
 
@@ -65,15 +75,21 @@ class Admission:
 
 
 class Place:
-    """One prompt's place among those that wait."""
+    """One prompt's place among those that wait; ``num_held`` of its samples still do."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, num_samples: int = 1) -> None:
+        self.num_held = num_samples
         self._admission = admission
         self._since = time.monotonic()
-        self._held = True
+
+    def keep(self, count: int) -> None:
+        """Only ``count`` samples have not got their first token."""
+        if count < self.num_held:
+            num_left, self.num_held = self.num_held - count, count
+            self._admission.left(num_left, time.monotonic() - self._since)
 
     def leave(self, *, served: bool = True) -> None:
         """Give the place back; a second call does nothing."""
-        if self._held:
-            self._held = False
-            self._admission.left(time.monotonic() - self._since if served else None)
+        if self.num_held:
+            num_left, self.num_held = self.num_held, 0
+            self._admission.left(num_left, time.monotonic() - self._since if served else None)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError
-from sensorium.server.payload import decode_object
+from sensorium.server.context import context_of
+from sensorium.server.payload import check_num_values, decode_object, has_many_values, shown
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+T = TypeVar("T")
+
+LARGE_BODY = 16 * 1024
+"""Bytes from which on bodies are taken in turns."""
 
 # What a value should have been, by pydantic's error type.
 _EXPECTED = {
@@ -28,11 +35,14 @@ _EXPECTED = {
 }
 
 
-async def read_body(request: Request, model: type[ModelT]) -> ModelT:
-    """Read, decode and validate the body of ``request``.
+async def read_body(
+    request: Request, model: type[ModelT], begin: Callable[[ModelT], T]
+) -> tuple[ModelT, T]:
+    """Read, decode and validate the body of ``request``: the model, and what ``begin`` makes of it.
 
-    Raises InvalidRequestError (with ``param``), or BodyTooLargeError from the limit that lies
-    around the application.
+    All of that is done at once, or in another thread when there are many values in the body. Raises
+    InvalidRequestError (with ``param``), BodyTooLargeError, also from the limit that lies around
+    the application, and what ``begin`` raises.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
@@ -40,7 +50,36 @@ async def read_body(request: Request, model: type[ModelT]) -> ModelT:
             f"Content-Type must be application/json, got {content_type[:100]!r}. "
             "With curl, add -H 'Content-Type: application/json'."
         )
-    return validate(model, decode_object(await request.body()))
+    body = await _whole(request)
+    most = context_of(request).config.max_body_values
+
+    def take() -> tuple[ModelT, T]:
+        taken = validate(model, decode_object(body))
+        return taken, begin(taken)
+
+    if not has_many_values(body):
+        return take()
+    await asyncio.to_thread(check_num_values, body, most)
+    return await asyncio.to_thread(take)
+
+
+async def _whole(request: Request) -> bytes:
+    """The bytes of the body. Pieces of large ones are taken in turns with other requests, and what follows the last is
+    part of its turn: copying and decoding megabytes for many requests at once would hold the event loop for long.
+    """
+    turns = context_of(request).turns
+    pieces: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        more = message.get("more_body", False)
+        if size >= LARGE_BODY:
+            await turns.next()
+    return b"".join(pieces)
 
 
 def validate(model: type[ModelT], value: Mapping[str, Any]) -> ModelT:
@@ -71,9 +110,9 @@ def _request_error(
     same = [d for d in field if _steps(d["loc"], body) == _steps(first["loc"], body)]
     expected = list(dict.fromkeys(_EXPECTED[d["type"]] for d in same if d["type"] in _EXPECTED))
     if expected:
-        what = f"must be {' or '.join(expected)}, got {_shown(first['input'])}"
+        what = f"must be {' or '.join(expected)}, got {shown(first['input'])}"
     elif first["type"] == "literal_error":
-        what = f"must be {first['ctx']['expected']}, got {_shown(first['input'])}"
+        what = f"must be {first['ctx']['expected']}, got {shown(first['input'])}"
     else:
         what = f"is wrong: {first['msg'].removeprefix('Value error, ')}"
     return InvalidRequestError(f"{place} {what}.", param=place)
@@ -111,8 +150,3 @@ def _classes(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [cls for a in getattr(annotation, "__args__", ()) for cls in _classes(a)]
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -16,9 +16,9 @@ from sensorium.outputs import CompletionOutput, RequestOutput
 from sensorium.server.body import read_body
 from sensorium.server.context import ServingContext, context_of, request_id_of
 from sensorium.server.disconnect import unless_disconnected
-from sensorium.server.generation import Job, finished_outputs, run_job, usage
+from sensorium.server.generation import Job, finished_outputs, num_values, run_job, usage
 from sensorium.server.logprobs import chat_logprobs, prompt_logprobs
-from sensorium.server.payload import JsonResponse
+from sensorium.server.payload import json_response
 from sensorium.server.prompts import chat_prompt
 from sensorium.server.protocol import ChatBody
 from sensorium.server.sampling import chat_params, constraint_param
@@ -65,12 +65,13 @@ def chat_router() -> APIRouter:
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         context = context_of(request)
-        body = await read_body(request, ChatBody)
-        answer = _begin(context, request, body)
+        body, answer = await read_body(
+            request, ChatBody, lambda body: _begin(context, request, body)
+        )
         if body.stream:
             return EventStream(_chunks(answer))
         outputs = await unless_disconnected(request.receive, finished_outputs(context, answer.job))
-        return JsonResponse(_completion(answer, outputs[0]))
+        return await json_response(lambda: _completion(answer, outputs[0]), num_values(outputs))
 
     return router
 

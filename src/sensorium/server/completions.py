@@ -16,9 +16,9 @@ from sensorium.server.body import read_body
 from sensorium.server.chat import check_stream_options
 from sensorium.server.context import ServingContext, context_of, request_id_of
 from sensorium.server.disconnect import unless_disconnected
-from sensorium.server.generation import Job, finished_outputs, run_job, usage
+from sensorium.server.generation import Job, finished_outputs, num_values, run_job, usage
 from sensorium.server.logprobs import completion_logprobs, prompt_logprobs
-from sensorium.server.payload import JsonResponse
+from sensorium.server.payload import json_response
 from sensorium.server.prompts import raw_prompts
 from sensorium.server.protocol import CompletionBody
 from sensorium.server.sampling import completion_params, constraint_param
@@ -64,7 +64,9 @@ class CompletionAnswer:
         """What ``echo`` puts in front."""
         if output.prompt is not None:
             return output.prompt
-        return self.context.frontend.tokenizer.decode(output.prompt_token_ids)
+        tokenizer = self.context.frontend.tokenizer
+        # A model's vocabulary may be padded beyond its tokenizer's, with ids that stand for no text.
+        return tokenizer.decode([i for i in output.prompt_token_ids if i <= tokenizer.max_token_id])
 
 
 def completions_router() -> APIRouter:
@@ -75,12 +77,13 @@ def completions_router() -> APIRouter:
     async def completions(request: Request) -> Response:
         """Continue one or several prompts."""
         context = context_of(request)
-        body = await read_body(request, CompletionBody)
-        answer = _begin(context, request, body)
+        body, answer = await read_body(
+            request, CompletionBody, lambda body: _begin(context, request, body)
+        )
         if body.stream:
             return EventStream(_chunks(answer))
         outputs = await unless_disconnected(request.receive, finished_outputs(context, answer.job))
-        return JsonResponse(_completion(answer, outputs))
+        return await json_response(lambda: _completion(answer, outputs), num_values(outputs))
 
     return router
 

@@ -16,6 +16,7 @@ from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.models.embedder import POOLS
 from sensorium.server.admission import Admission
 from sensorium.server.logprobs import TokenSpelling
+from sensorium.server.turns import Turns
 
 if TYPE_CHECKING:
     from sensorium.engine.frontend import Frontend
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class ServingContext:
     """The front end, the configuration, and the little state that the server has of its own.
 
-    ``num_in_flight`` counts HTTP requests that have not been answered completely.
+    ``num_in_flight`` counts HTTP requests that have not been answered completely. ``turns`` are for work that holds the
+    event loop.
     """
 
     frontend: Frontend
@@ -35,6 +37,7 @@ class ServingContext:
     spelling: TokenSpelling
     started_at: int = field(default_factory=lambda: int(time.time()))
     num_in_flight: int = 0
+    turns: Turns = field(default_factory=Turns)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -41,11 +41,10 @@ def embeddings_router() -> APIRouter:
     async def embeddings(request: Request) -> Response:
         """The vector of each input, or of a conversation."""
         context = context_of(request)
-        body = await read_body(request, EmbeddingBody)
-        model = context.check_model(body.model)
-        params = PoolingParams(dimensions=body.dimensions, normalize=body.normalize)
-        context.frontend.check_pooling(params)
-        prompts = _prompts(context, request, body)
+        body, begun = await read_body(
+            request, EmbeddingBody, lambda body: _begin(context, request, body)
+        )
+        model, params, prompts = begun
         request_id = request_id_of(request, body.request_id)
         work = _vectors(context, prompts, params, request_id, body.priority or 0)
         outputs = await unless_disconnected(request.receive, work)
@@ -61,6 +60,21 @@ def embeddings_router() -> APIRouter:
         )
 
     return router
+
+
+class _Begun(NamedTuple):
+    """A request as far as it goes without the engine."""
+
+    model: str
+    params: PoolingParams
+    prompts: Sequence[Prompt]
+
+
+def _begin(context: ServingContext, request: Request, body: EmbeddingBody) -> _Begun:
+    model = context.check_model(body.model)
+    params = PoolingParams(dimensions=body.dimensions, normalize=body.normalize)
+    context.frontend.check_pooling(params)
+    return _Begun(model, params, _prompts(context, request, body))
 
 
 def _prompts(context: ServingContext, request: Request, body: EmbeddingBody) -> Sequence[Prompt]:

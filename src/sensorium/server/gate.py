@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sensorium.errors import BodyTooLargeError
 from sensorium.server.context import ServingContext
 from sensorium.server.errors import CLIENT_CLOSED, error_response, log_unexpected
+from sensorium.server.http11 import MAX_HEADER_BYTES, headers_too_large
 
 access = logging.getLogger("sensorium.access")
 
@@ -52,9 +53,10 @@ class RequestGate:
                 ]
             await send(message)
 
+        app = self._app if _header_bytes(scope) <= MAX_HEADER_BYTES else headers_too_large()
         self._context.num_in_flight += 1
         try:
-            await self._app(scope, receive, send_with_id)
+            await app(scope, receive, send_with_id)
         except Exception as error:
             log_unexpected(error, scope)
             if status:
@@ -62,8 +64,16 @@ class RequestGate:
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self._context.num_in_flight -= 1
-            if not self._context.config.disable_access_log:
-                _log(scope, status, time.monotonic() - started_at)
+            self._tell(scope, status, time.monotonic() - started_at)
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        """The end of a request, to the metrics and the log."""
+        if not status or scope["state"].get("disconnected"):
+            status = CLIENT_CLOSED
+        route = getattr(scope.get("route"), "path", None)
+        self._context.metrics.http_request(route, scope["method"], status, seconds)
+        if not self._context.config.disable_access_log:
+            _log(scope, status, seconds)
 
 
 class BodyLimit:
@@ -109,6 +119,12 @@ def _request_id(scope: Scope) -> str:
     return uuid.uuid4().hex
 
 
+def _header_bytes(scope: Scope) -> int:
+    """Size of the request line and the headers; the reader of HTTP bounds only what does not come at one go."""
+    line = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+    return line + sum(len(name) + len(value) for name, value in scope["headers"])
+
+
 def _declared_length(scope: Scope) -> int:
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and len(value) < 20:
@@ -117,8 +133,6 @@ def _declared_length(scope: Scope) -> int:
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
-    if not status or scope["state"].get("disconnected"):
-        status = CLIENT_CLOSED
     path = scope.get("raw_path") or scope["path"].encode()
     access.info(
         "%s %s %d %.1f ms id=%s",

@@ -41,7 +41,8 @@ async def run_job(context: ServingContext, job: Job) -> AsyncGenerator[Step, Non
     The first error of any prompt ends all of them, and so does closing the generator. Raises
     OverloadedError at once when there is no room.
     """
-    with context.admission.enter(len(job.prompts)) as places, _constraint_named(job):
+    entering = context.admission.enter(len(job.prompts), num_samples=job.params.n)
+    with entering as places, _constraint_named(job):
         if len(job.prompts) == 1:
             async with aclosing(_outputs(context, job, 0, places[0])) as outputs:
                 async for output in outputs:
@@ -62,7 +63,7 @@ async def finished_outputs(context: ServingContext, job: Job) -> list[RequestOut
 async def _outputs(
     context: ServingContext, job: Job, index: int, place: Place
 ) -> AsyncGenerator[RequestOutput, None]:
-    """The outputs of one prompt, whose place in the queue is given back with the first."""
+    """The outputs of one prompt, whose samples leave the queue with their first tokens."""
     stream = context.frontend.generate(
         job.prompts[index],
         job.params,
@@ -71,7 +72,8 @@ async def _outputs(
     )
     async with aclosing(cast("AsyncGenerator[RequestOutput]", stream)) as outputs:
         async for output in outputs:
-            place.leave()
+            if place.num_held:
+                place.keep(sum(not (s.token_ids or s.finished) for s in output.outputs))
             if any(sample.finish_reason == "error" for sample in output.outputs):
                 raise UnavailableError("The engine could not finish this request; try again.")
             yield output
@@ -119,6 +121,15 @@ async def _merged(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def num_values(outputs: Iterable[RequestOutput]) -> int:
+    """About how many values the answer that tells all of ``outputs`` has: its choices and the log probabilities."""
+    return sum(
+        sum(1 + sum(map(len, sample.logprobs or ())) for sample in output.outputs)
+        + sum(len(entry) for entry in output.prompt_logprobs or () if entry is not None)
+        for output in outputs
+    )
 
 
 def usage(

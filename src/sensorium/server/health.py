@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sensorium import __version__
-from sensorium.errors import EngineDeadError, UnavailableError
+from sensorium.errors import EngineDeadError
 from sensorium.metrics.prometheus import CONTENT_TYPE
 from sensorium.server.context import ServingContext, context_of
 from sensorium.server.payload import JsonResponse
@@ -39,17 +39,25 @@ def health_router() -> APIRouter:
 
     @router.get("/metrics", response_model=None)
     async def metrics(request: Request) -> Response:
-        """Everything in Prometheus' text format; the last known numbers when the engine is dead."""
+        """Everything in Prometheus' text format; what is known of the engine when it does not answer."""
         context = context_of(request)
-        with contextlib.suppress(UnavailableError):
-            context.metrics.update(await context.frontend.stats())
-        return Response(context.metrics.render(), headers={"content-type": CONTENT_TYPE})
+        stats = await context.frontend.stats()
+        context.metrics.update(stats, up=_alive(context))
+        text = await asyncio.to_thread(context.metrics.render)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
     return router
+
+
+def _alive(context: ServingContext) -> bool:
+    try:
+        _check_alive(context)
+    except EngineDeadError:
+        return False
+    return True
 
 
 def _check_alive(context: ServingContext) -> None:
     if context.admission.draining:
         raise EngineDeadError("The server is shutting down.")
-    if not context.frontend.healthy():
-        raise EngineDeadError("The engine has stopped; restart the server.")
+    context.frontend.check_alive()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import socket
 import ssl
+import sys
 from collections.abc import Iterator
 
 import uvicorn
@@ -23,12 +25,16 @@ from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
 from sensorium.server.http11 import MAX_HEADER_BYTES, StrictH11Protocol
+from sensorium.server.looplag import LagSampler
 
 logger = logging.getLogger("sensorium.server")
 
 _KEEP_ALIVE_SECONDS = 65
 _CLOSING_SECONDS = 2
 _POLL_SECONDS = 0.05
+_SWITCH_SECONDS = 0.001
+"""After which a thread that works in Python lets others do so; Python's own 5 ms are half of what the event loop may be
+late, for each time that it comes back from the system."""
 
 
 def serve(engine: EngineConfig, config: ServerConfig) -> None:
@@ -112,7 +118,18 @@ async def _serve(engine: EngineConfig, config: ServerConfig, listener: socket.so
         except BaseException:
             await frontend.shutdown()
             raise
+        _settle()
         await run_app(app, config, listener, signals)
+
+
+def _settle() -> None:
+    """Take what was made while starting, which stays, out of what the garbage collector looks through: a full
+    collection would hold the event loop for tens of milliseconds. And let threads that hold the interpreter give it up
+    soon.
+    """
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 async def run_app(
@@ -132,8 +149,9 @@ async def run_app(
     stopping = asyncio.create_task(signals.stop.wait())
     announcing = asyncio.create_task(_announce(server, context, listener))
     try:
-        await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
-        await _drain(context, signals.hurry)
+        with LagSampler(context.metrics.loop_lag):
+            await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await _drain(context, signals.hurry)
     finally:
         announcing.cancel()
         stopping.cancel()

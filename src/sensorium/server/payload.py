@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 import json
 import math
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import msgspec
 from pydantic_core import from_json
 from starlette.responses import Response
 
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import BodyTooLargeError, InvalidRequestError
 
 encode = msgspec.json.encode
 
+MANY_VALUES = 2048
+"""Values that take a good part of a millisecond to read or to write."""
+
 _LONGEST_EXPLAINED = 1 << 20
+_LONGEST_SHOWN = 80
+_VALUE_MARKS = (b",", b"[", b"{")
 
 
 class JsonResponse(Response):
@@ -28,6 +36,37 @@ class JsonResponse(Response):
         self, content: Any, status_code: int = 200, headers: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(encode(content), status_code, headers)
+
+
+async def json_response(make: Callable[[], Any], num_values: int) -> JsonResponse:
+    """What ``make`` makes, as an answer; in another thread when it has ``MANY_VALUES`` of them or more."""
+    if num_values < MANY_VALUES:
+        return JsonResponse(make())
+    return await asyncio.to_thread(lambda: JsonResponse(make()))
+
+
+def has_many_values(body: bytes) -> bool:
+    """Whether the JSON in ``body`` has commas for ``MANY_VALUES``, some of which may stand in texts. There are none in
+    base64, so that large pictures are searched at the speed of memory.
+    """
+    end = 0
+    for _ in range(MANY_VALUES):
+        end = body.find(b",", end) + 1
+        if not end:
+            return False
+    return True
+
+
+def check_num_values(body: bytes, most: int) -> None:
+    """Raise BodyTooLargeError when the JSON in ``body`` may hold more than ``most`` values, each of which takes many
+    times its own bytes when decoded.
+    """
+    num_values = sum(map(body.count, _VALUE_MARKS))
+    if num_values > most:
+        raise BodyTooLargeError(
+            f"The body has {num_values} commas and opening brackets, each of which may begin a value; at most {most} "
+            "are allowed here (--max-body-values). Send fewer values, or several requests."
+        )
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
@@ -73,16 +112,54 @@ def _non_finite(value: Any) -> str | None:
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     if isinstance(value, dict):
-        for key, child in value.items():
-            if (found := _non_finite(child)) is not None:
-                return f".{key}{found}"
-    elif isinstance(value, list):
+        if not _are_finite(value.values()):
+            for key, child in value.items():
+                if (found := _non_finite(child)) is not None:
+                    return f".{key}{found}"
+    elif isinstance(value, list) and not _are_finite(value):
         for index, child in enumerate(value):
             if (found := _non_finite(child)) is not None:
                 return f"[{index}]{found}"
     return None
 
 
+def _are_finite(values: Iterable[Any]) -> bool:
+    """Whether these are finite numbers and other plain values only, which is known without a step for each."""
+    kinds = set(map(type, values))
+    if kinds.isdisjoint((float, dict, list)):
+        return True
+    return kinds == {float} and all(map(math.isfinite, values))
+
+
 def _json_type(value: Any) -> str:
     names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+class _Brief(reprlib.Repr):
+    """Like ``repr``, of the beginning of a value only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 2
+        self.maxlist = self.maxdict = _LONGEST_SHOWN // 2
+        self.maxstring = self.maxlong = self.maxother = 2 * _LONGEST_SHOWN
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """In the order of the value: the base class sorts all keys."""
+        if not x or level <= 0:
+            return "{...}" if x else "{}"
+        members = [
+            f"{self.repr1(key, level - 1)}: {self.repr1(member, level - 1)}"
+            for key, member in itertools.islice(x.items(), self.maxdict)
+        ]
+        return "{" + ", ".join(members) + "}"
+
+
+_brief = _Brief()
+
+
+def shown(value: Any) -> str:
+    """A value of a body as messages show it: short, and soon made however large it is."""
+    text = _brief.repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."

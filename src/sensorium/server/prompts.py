@@ -11,6 +11,7 @@ from fastapi import Request
 from sensorium.engine.prompts import ChatPrompt, MediaOptions, RawPrompt
 from sensorium.errors import InvalidRequestError
 from sensorium.server.context import ServingContext, tenant_of
+from sensorium.server.payload import shown
 from sensorium.server.protocol import (
     ChatBody,
     CompletionBody,
@@ -120,8 +121,7 @@ def _is_ids(value: object) -> bool:
 
 
 def _bad_prompt(value: object, param: str) -> NoReturn:
-    shown = repr(value)[:80]
     raise InvalidRequestError(
-        f"{param} must be a text, a non-empty list of token ids, or a list of either, got {shown}.",
+        f"{param} must be a text, a non-empty list of token ids, or a list of either, got {shown(value)}.",
         param=param,
     )

@@ -2,14 +2,35 @@
 
 Types are strict (``"1"`` is no number, ``true`` no integer), unknown fields are refused, ``null``
 means "not given". Ranges of sampling values are checked by ``SamplingParams``, conversations by
-``text.chat``.
+``text.chat``. Of a million wrong values the first is complained of and the others are not looked at: an
+error for each would take seconds.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]
+
+
+def _up_to_first_wrong(*kinds: type) -> BeforeValidator:
+    """Leaves the first member of other kinds of an object where there is one."""
+
+    def first(value: Any) -> Any:
+        if isinstance(value, dict):
+            for key, member in value.items():
+                if type(member) not in kinds:
+                    return {key: member}
+        return value
+
+    return BeforeValidator(first)
+
+
+Numbers = Annotated[dict[str, float], _up_to_first_wrong(int, float)]
+Objects = Annotated[dict[str, dict[str, Any]], _up_to_first_wrong(dict)]
 
 
 class Body(BaseModel):
@@ -18,6 +39,16 @@ class Body(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _up_to_first_unknown(cls, value: Any) -> Any:
+        """Where there are more members than fields, all that are known and the first that is not."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(key for key in value if key not in known)
+        return {key: value[key] for key in (*known, unknown) if key in value}
 
 
 class StreamOptions(Body):
@@ -56,15 +87,15 @@ class GenerationBody(Body):
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[int] | None = None
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: Numbers | None = None
+    allowed_token_ids: Items[int] | None = None
+    bad_words: Items[str] | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
@@ -74,7 +105,7 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
-    media_io_kwargs: dict[str, dict[str, Any]] | None = None
+    media_io_kwargs: Objects | None = None
     cache_salt: str | None = Field(None, max_length=1024)
     priority: int | None = Field(None, ge=-(1 << 31), le=1 << 31)
     request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
@@ -85,8 +116,8 @@ class GenerationBody(Body):
 class ConversationBody(Body):
     """A conversation and how it is rendered."""
 
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]]
+    tools: Items[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
@@ -106,7 +137,7 @@ class ChatBody(ConversationBody, GenerationBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Items[Literal["text"]] | None = None
 
     metadata: dict[str, Any] | None = None
     store: bool | None = None
@@ -143,7 +174,7 @@ class EmbeddingBody(Body):
 
     model: str | None = None
     input: Any = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     normalize: bool | None = None
@@ -153,7 +184,7 @@ class EmbeddingBody(Body):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
-    media_io_kwargs: dict[str, dict[str, Any]] | None = None
+    media_io_kwargs: Objects | None = None
     cache_salt: str | None = Field(None, max_length=1024)
     priority: int | None = Field(None, ge=-(1 << 31), le=1 << 31)
     request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
@@ -165,20 +196,20 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Items[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Items[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
-    media_io_kwargs: dict[str, dict[str, Any]] | None = None
+    media_io_kwargs: Objects | None = None
 
 
 class DetokenizeBody(Body):
     """Body of ``POST /detokenize``."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Items[int]

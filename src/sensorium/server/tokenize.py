@@ -12,7 +12,7 @@ from sensorium.errors import InvalidRequestError
 from sensorium.server.body import read_body
 from sensorium.server.context import ServingContext, context_of
 from sensorium.server.disconnect import unless_disconnected
-from sensorium.server.payload import JsonResponse
+from sensorium.server.payload import JsonResponse, json_response
 from sensorium.server.prompts import chat_prompt, media_options
 from sensorium.server.protocol import DetokenizeBody, TokenizeBody
 
@@ -28,9 +28,9 @@ def tokenize_router() -> APIRouter:
     async def tokenize(request: Request) -> Response:
         """The ids that the engine would get, with media placeholders expanded."""
         context = context_of(request)
-        body = await read_body(request, TokenizeBody)
-        context.check_model(body.model)
-        prompt = _prompt(context, request, body)
+        body, prompt = await read_body(
+            request, TokenizeBody, lambda body: _prompt(context, request, body)
+        )
         with context.admission.enter(1):
             prepared = await unless_disconnected(request.receive, context.frontend.prepare(prompt))
         ids = list(prepared.token_ids)
@@ -42,24 +42,32 @@ def tokenize_router() -> APIRouter:
             "token_strs": None,
             "modality_tokens": dict(prepared.num_item_tokens),
         }
-        if body.return_token_strs:
-            answer["token_strs"] = [context.frontend.tokenizer.token_text(i) for i in ids]
-        return JsonResponse(answer)
+        if not body.return_token_strs:
+            return JsonResponse(answer)
+        text = context.frontend.tokenizer.token_text
+        return await json_response(
+            lambda: {**answer, "token_strs": [text(token_id) for token_id in ids]}, len(ids)
+        )
 
     @router.post("/detokenize", response_model=None)
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens included."""
         context = context_of(request)
-        body = await read_body(request, DetokenizeBody)
-        context.check_model(body.model)
-        tokenizer = context.frontend.tokenizer
-        tokenizer.check_ids(body.tokens, "tokens")
-        return JsonResponse({"prompt": tokenizer.decode(body.tokens)})
+        _, text = await read_body(request, DetokenizeBody, lambda body: _text(context, body))
+        return JsonResponse({"prompt": text})
 
     return router
 
 
+def _text(context: ServingContext, body: DetokenizeBody) -> str:
+    context.check_model(body.model)
+    tokenizer = context.frontend.tokenizer
+    tokenizer.check_ids(body.tokens, "tokens")
+    return tokenizer.decode(body.tokens)
+
+
 def _prompt(context: ServingContext, request: Request, body: TokenizeBody) -> Prompt:
+    context.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError(
             "Give either prompt or messages.", param="prompt" if body.prompt is None else "messages"

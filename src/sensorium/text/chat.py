@@ -7,7 +7,7 @@ for how)."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from sensorium.text.conversation import (
     TextPart,
     parse_messages,
     plain_data,
+    texts_of,
 )
 from sensorium.text.sandbox import TemplateRefusal, render_bounded
 from sensorium.text.templates import (
@@ -162,6 +163,7 @@ class ChatTemplate:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool | None = None,
+        check_text: Callable[[str, Callable[[int], int]], None] | None = None,
     ) -> RenderedPrompt:
         """The prompt of a conversation.
 
@@ -170,7 +172,9 @@ class ChatTemplate:
         ``chat_template`` is a name of one of the model's templates or, where the operator trusts
         requests, a template. ``add_special_tokens``: None puts a BOS in front where the tokenizer
         prescribes one and the template wrote none, as the processors of the reference do; True and
-        False leave the template out of account. Raises InvalidRequestError."""
+        False leave the template out of account. ``check_text`` may refuse the text before it is
+        tokenized; it also gets a function that tells how many tokens about so many of its first
+        characters are. Raises InvalidRequestError."""
         if continue_final_message and add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt cannot both be true; "
@@ -196,6 +200,11 @@ class ChatTemplate:
         marked = _run(chosen, variables, marks)
         if continue_final_message:
             marked = _up_to_end(marked, marks.end)
+        if check_text is not None:
+            check_text(
+                unmark(marked, marks.guard),
+                lambda num_chars: len(self._encode(marked[:num_chars], marks.guard)[1]),
+            )
         stretches, found = self._split(marked)
         encoded = [self._encode(stretch, marks.guard) for stretch in stretches]
         texts = [encoded[0][0]]
@@ -228,7 +237,7 @@ class ChatTemplate:
         return [*self._tokenizer.prefix_ids, *ids]
 
     def _pick_marks(self, conversation: Conversation, *more: Any) -> _Marks:
-        texts = [*_message_strings(conversation), *_strings(more)]
+        texts = list(texts_of(conversation, *more))
         guard = pick_mark(texts)
         return _Marks(guard, pick_mark(texts, not_in=guard))
 
@@ -423,24 +432,3 @@ def _checked_kwargs(given: Mapping[str, Any], special: Mapping[str, str]) -> dic
                 param=f"{param}.{name}",
             )
     return dict(plain)
-
-
-def _message_strings(conversation: Conversation) -> Iterator[str]:
-    for message in conversation.messages:
-        yield from (part.text for part in message.parts if isinstance(part, TextPart))
-        yield from (
-            text for text in (message.name, message.tool_call_id, message.reasoning) if text
-        )
-        for call in message.tool_calls:
-            yield from _strings((call.id, call.name, call.arguments))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from value
-        yield from _strings(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)

@@ -20,6 +20,7 @@ from typing import Any
 import tokenizers
 
 from sensorium.errors import InvalidRequestError
+from sensorium.text.backend import ids_of
 
 # Non-special added tokens of some vocabularies that are mere text: a user's table markup must be
 # encoded as such.
@@ -201,7 +202,7 @@ class InertEncoder:
     def _encode(self, text: str) -> list[int] | None:
         """Real ids, or None when one of the control tokens came out of plain text."""
         try:
-            ids = self._twin.encode(text, add_special_tokens=False).ids
+            ids = ids_of(self._twin, text, add_special_tokens=False)
         except TypeError as error:
             raise InvalidRequestError(
                 "The text holds a lone surrogate, which is no valid Unicode."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -96,6 +96,29 @@ def parse_messages(
             f"{param}[{with_embeds[1]}].content",
         )
     return Conversation(parsed)
+
+
+def texts_of(conversation: Conversation, *more: Any) -> Iterator[str]:
+    """All texts of a conversation, and of the plain data in ``more``: those that a template may write."""
+    for message in conversation.messages:
+        yield from (part.text for part in message.parts if isinstance(part, TextPart))
+        yield from (
+            text for text in (message.name, message.tool_call_id, message.reasoning) if text
+        )
+        for call in message.tool_calls:
+            yield from _strings((call.id, call.name, call.arguments))
+    yield from _strings(more)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from value
+        yield from _strings(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
 
 
 def _message(message: Mapping[str, Any], param: str) -> Message:

@@ -197,8 +197,10 @@ _BYTES = _byte_alphabet()
 
 
 def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes that a token stands for in the middle of a text; empty for an id without a
-    token."""
+    """The bytes that a token stands for in the middle of a text; empty for an id without a token, as those are that
+    pad a model's vocabulary beyond its tokenizer's."""
+    if token_id > tokenizer.max_token_id:
+        return b""
     token = tokenizer.token_text(token_id)
     if not token or tokenizer.is_added(token_id):
         return token.encode()

@@ -1,13 +1,18 @@
 """Structured outputs: a constraint becomes a grammar, and a grammar a mask of the tokens that may
 come next.
 
-The frontend compiles and checks (``compile_grammar``); the resulting text travels with the
-request; the engine keeps one ``GrammarVocabulary`` and makes a ``GrammarMatcher`` per sequence.
-llguidance does the parsing."""
+``grammar_text`` spells a constraint as a grammar, ``compile_grammar`` checks it too; the text
+travels with the request; the engine keeps one ``GrammarVocabulary`` and makes a ``GrammarMatcher``
+per sequence. llguidance does the parsing.
+
+Compiling is bounded in what it makes, not in how long it takes: a dozen patterns that exclude one
+another keep it busy for minutes. Whoever serves strangers lets ``engine.grammars`` do it, in
+processes that can be ended."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,32 +28,70 @@ MAX_REGEX_CHARS = 1 << 14
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_CHOICES = 8192
 
+STARTING_SECONDS = 2.0
+TOKEN_SECONDS = 0.01
+"""Processor time that a sequence may use for following its grammar: at all, and more for each of its tokens. A token
+takes a tenth of a millisecond; an ambiguous grammar can make it a third of a second, for which all sequences of a step
+wait."""
+
 # Weak models like to write blanks without end where JSON allows any number of them.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}
 
 
-def compile_grammar(outputs: StructuredOutputs) -> str:
-    """The grammar of a constraint, as text for ``GrammarVocabulary.matcher``.
+def check_size(outputs: StructuredOutputs) -> None:
+    """Raise InvalidRequestError for a constraint that is too large, before anything is made of it."""
+    if isinstance(outputs.json, Mapping):
+        _check_nodes(outputs.json)
+    for field, limit in (
+        ("json", MAX_SCHEMA_CHARS),
+        ("regex", MAX_REGEX_CHARS),
+        ("grammar", MAX_GRAMMAR_CHARS),
+    ):
+        value = getattr(outputs, field)
+        if isinstance(value, str):
+            _check_length(field, value, limit)
+    if outputs.choice is not None:
+        if len(outputs.choice) > MAX_CHOICES:
+            raise _error(
+                "choice", f"has {len(outputs.choice)} entries; at most {MAX_CHOICES} are allowed"
+            )
+        _check_chars("choice", sum(map(len, outputs.choice)), MAX_GRAMMAR_CHARS)
 
-    Raises InvalidRequestError, with the field as ``param``, for what cannot be parsed, is not
-    supported or too large."""
+
+def grammar_text(outputs: StructuredOutputs) -> str:
+    """The grammar of a constraint, as text for ``GrammarVocabulary.matcher``; not known to be usable.
+
+    Raises InvalidRequestError, with the field as ``param``, for what is no JSON or too large."""
     from llguidance import LLMatcher
 
+    check_size(outputs)
     if outputs.json is not None or outputs.json_object:
-        field, grammar = "json", _json_grammar(outputs)
-    elif outputs.regex is not None:
-        field = "regex"
-        _check_length(field, outputs.regex, MAX_REGEX_CHARS)
-        grammar = LLMatcher.grammar_from_regex(outputs.regex)
-    elif outputs.choice is not None:
-        field, grammar = "choice", LLMatcher.grammar_from_lark(_choice_grammar(outputs.choice))
-    else:
-        field = "grammar"
-        grammar = LLMatcher.grammar_from_lark(_lark(outputs.grammar or ""))
+        return _json_grammar(outputs)
+    if outputs.regex is not None:
+        return str(LLMatcher.grammar_from_regex(outputs.regex))
+    if outputs.choice is not None:
+        return str(LLMatcher.grammar_from_lark(_choice_grammar(outputs.choice)))
+    return str(LLMatcher.grammar_from_lark(_lark(outputs.grammar or "")))
+
+
+def compile_grammar(outputs: StructuredOutputs) -> str:
+    """``grammar_text`` of a constraint that can be used, as far as that can be told without a vocabulary.
+
+    May take long. Raises InvalidRequestError, with the field as ``param``, for what cannot be
+    parsed, is not supported or too large."""
+    from llguidance import LLMatcher
+
+    grammar = grammar_text(outputs)
     problem = LLMatcher.validate_grammar(grammar, None, limits=_limits())
     if problem and not problem.startswith("WARNING"):
-        raise _error(field, f"cannot be used: {problem.strip()[:500]}")
-    return str(grammar)
+        raise _error(field_of(outputs), f"cannot be used: {_reason(problem)}")
+    return grammar
+
+
+def field_of(outputs: StructuredOutputs) -> str:
+    """The field of ``outputs`` that says what the text must be."""
+    given = (name for name in ("regex", "choice", "grammar") if getattr(outputs, name) is not None)
+    return next(given, "json")
 
 
 def from_response_format(response_format: Mapping[str, Any] | None) -> StructuredOutputs | None:
@@ -116,10 +159,27 @@ class GrammarVocabulary:
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=_limits())
         if matcher.is_error():
             raise InvalidRequestError(
-                f"The grammar cannot be used: {matcher.get_error().strip()[:500]}",
+                f"The grammar cannot be used: {_reason(matcher.get_error())}",
                 param="structured_outputs",
             )
         return GrammarMatcher(matcher, self.vocab_size)
+
+    def check(self, outputs: StructuredOutputs) -> str:
+        """``compile_grammar``, and as far as the first mask: what this lets through will start in an engine.
+
+        May take long. Raises InvalidRequestError as ``compile_grammar`` does."""
+        grammar, name = compile_grammar(outputs), field_of(outputs)
+        try:
+            matcher = self.matcher(grammar)
+        except InvalidRequestError as error:
+            raise _error(name, f"cannot be used: {error.message}") from error
+        words = np.zeros((self.vocab_size + 31) // 32, np.int32)
+        matcher.mask(words)
+        if matcher.error is not None:
+            raise _error(name, f"cannot be used: {matcher.error}")
+        if not words.any():
+            raise _error(name, "cannot be used: no text of this model's tokens can fulfil it")
+        return grammar
 
 
 class GrammarMatcher:
@@ -127,11 +187,17 @@ class GrammarMatcher:
 
     A token that the grammar does not allow, or a limit reached while parsing, puts the matcher
     into an error state, ``error``, which it never leaves; ``mask`` then allows nothing. The caller
-    ends the sequence."""
+    ends the sequence. So does a grammar that costs more processor time than ``STARTING_SECONDS``
+    and ``TOKEN_SECONDS`` for each of its tokens."""
 
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
+        self._seconds_left = STARTING_SECONDS
+
+    def fresh(self) -> GrammarMatcher:
+        """A matcher of the same grammar, where this one stands; only one that is at the start may be asked."""
+        return GrammarMatcher(self._matcher.deep_copy(), self._vocab_size)
 
     @property
     def is_finished(self) -> bool:
@@ -147,7 +213,9 @@ class GrammarMatcher:
     @property
     def error(self) -> str | None:
         """What went wrong, or None."""
-        return str(self._matcher.get_error())[:500] if self._matcher.is_error() else None
+        if self._matcher.is_error():
+            return _reason(self._matcher.get_error())
+        return "it takes too long to follow" if self._seconds_left < 0 else None
 
     def mask(self, out: Any) -> None:
         """Write the tokens that may come next into ``out``.
@@ -157,9 +225,11 @@ class GrammarMatcher:
         """
         words = out if isinstance(out, np.ndarray) else out.numpy()
         words[:] = 0
-        if self._matcher.is_error():
+        if self.error is not None:
             return
+        began = time.thread_time()
         allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
+        self._seconds_left += began - time.thread_time()
         num_words = min(len(allowed), len(words), (self._vocab_size + 31) // 32)
         words[:num_words] = allowed[:num_words]
         rest = self._vocab_size % 32
@@ -168,7 +238,11 @@ class GrammarMatcher:
 
     def accept(self, token_id: int) -> bool:
         """Go on by one token; False when the grammar does not allow it."""
-        return bool(self._matcher.consume_token(token_id))
+        began = time.thread_time()
+        taken = bool(self._matcher.consume_token(token_id))
+        left = self._seconds_left + TOKEN_SECONDS + began - time.thread_time()
+        self._seconds_left = min(left, STARTING_SECONDS)  # nothing is saved up for one long step
+        return taken
 
 
 class _SpelledTokens:
@@ -208,7 +282,6 @@ def _json_grammar(outputs: StructuredOutputs) -> str:
     schema: Any = {"type": "object"} if outputs.json_object else outputs.json
     try:
         if isinstance(schema, str):
-            _check_length("json", schema, MAX_SCHEMA_CHARS)
             schema = json.loads(schema)
         text = json.dumps(schema, ensure_ascii=False)
     except (ValueError, TypeError, RecursionError) as error:
@@ -223,8 +296,6 @@ def _json_grammar(outputs: StructuredOutputs) -> str:
 
 
 def _choice_grammar(choices: tuple[str, ...]) -> str:
-    if len(choices) > MAX_CHOICES:
-        raise _error("choice", f"has {len(choices)} entries; at most {MAX_CHOICES} are allowed")
     lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
     _check_length("choice", lark, MAX_GRAMMAR_CHARS)
     return lark
@@ -232,7 +303,6 @@ def _choice_grammar(choices: tuple[str, ...]) -> str:
 
 def _lark(grammar: str) -> str:
     """A Lark grammar; one in llama.cpp's notation (``root ::= …``) is converted."""
-    _check_length("grammar", grammar, MAX_GRAMMAR_CHARS)
     if "::=" not in grammar:
         return grammar
     from llguidance import gbnf_to_lark
@@ -259,9 +329,32 @@ def _limits() -> Any:
     )
 
 
+def _check_nodes(schema: Mapping[str, Any]) -> None:
+    """Refuse a schema whose text is too long, without writing it: each value is a character of it at least."""
+    num_chars, todo = 0, [schema]
+    while todo and num_chars <= MAX_SCHEMA_CHARS:
+        value: Any = todo.pop()
+        num_chars += len(value) if isinstance(value, str) else 1
+        if isinstance(value, Mapping):
+            todo += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            todo += value
+    if num_chars > MAX_SCHEMA_CHARS:
+        raise _error("json", f"has more than {MAX_SCHEMA_CHARS} characters, the most allowed")
+
+
 def _check_length(field: str, text: str, limit: int) -> None:
-    if len(text) > limit:
-        raise _error(field, f"has {len(text)} characters; at most {limit} are allowed")
+    _check_chars(field, len(text), limit)
+
+
+def _check_chars(field: str, num_chars: int, limit: int) -> None:
+    if num_chars > limit:
+        raise _error(field, f"has {num_chars} characters; at most {limit} are allowed")
+
+
+def _reason(message: str) -> str:
+    """What the library says, without its inside (``<state>`` and the like)."""
+    return str(message).partition("\n<")[0].strip()[:500]
 
 
 def _error(field: str, what: str) -> InvalidRequestError:

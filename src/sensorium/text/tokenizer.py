@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.text.backend import ids_of
 from sensorium.text.control import ControlTokens, InertEncoder
 
 
@@ -97,7 +98,7 @@ class Tokenizer:
             ids = self.inert.encode_plain(text)
             return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            return ids_of(self._backend, text, add_special_tokens=add_special_tokens)
         except TypeError as error:
             raise not_text(text) from error
 
@@ -179,7 +180,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path.name} must hold a JSON object.")

@@ -271,33 +271,34 @@ class CallListReader:
     each call is reported when it is complete. Text that is no such list comes back as text."""
 
     def __init__(self) -> None:
-        self._call = ""
+        self._call: list[str] = []  # in pieces: text that grows by characters is copied each time
         self._depth = 0
         self._in_string = self._escaped = False
         self._num_calls = 0
-        self._seen = ""
+        self._seen: list[str] = []
 
     def feed(self, text: str) -> list[Delta]:
         """The calls that new text completes."""
         out: list[Delta] = []
-        self._seen += text
+        self._seen.append(text)
         for char in text:
             if self._depth >= 2:
-                self._call += char
+                self._call.append(char)
             self._step(char)
             if self._depth == 2 and not self._call:
-                self._call = char
+                self._call.append(char)
             elif self._depth == 1 and self._call:
-                call = _parsed_call(self._call)
+                call = _parsed_call("".join(self._call))
                 if call is not None:
                     out.append(ToolCallDelta(self._num_calls, call[1], new_call_id(), call[0]))
                     self._num_calls += 1
-                self._call = ""
+                self._call.clear()
         return out
 
     def flush(self) -> list[Delta]:
         """The text itself, if it held no call."""
-        return [ContentDelta(self._seen)] if self._seen and not self._num_calls else []
+        seen = "".join(self._seen)
+        return [ContentDelta(seen)] if seen and not self._num_calls else []
 
     def _step(self, char: str) -> None:
         """Follow strings and brackets."""

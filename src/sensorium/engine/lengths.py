@@ -1,0 +1,60 @@
+"""How long a prompt is, found out before much work is done for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sensorium.engine.prompts import ChatPrompt, Prompt
+from sensorium.errors import PromptTooLongError
+from sensorium.text.conversation import texts_of
+
+PROBED_CHARS = 16
+"""Characters per token of the context that are tokenized first of a text that is much longer."""
+
+LONG_TEXT = 4096
+"""Characters of a prompt from which on it is tokenized in another thread than the event loop's."""
+
+MESSAGE_CHARS = 64
+"""What a message counts even when it is empty: a template takes its time for each."""
+
+
+def is_long(prompt: Prompt) -> bool:
+    """Whether rendering and tokenizing a prompt would hold up an event loop."""
+    if isinstance(prompt, ChatPrompt):
+        if prompt.chat_template is not None:
+            return True  # nobody knows what it does
+        num_chars = sum(map(len, texts_of(prompt.conversation)))
+        num_chars += MESSAGE_CHARS * len(prompt.conversation.messages)
+        return num_chars + _weight(prompt.tools, prompt.chat_template_kwargs) >= LONG_TEXT
+    return len(prompt.text or prompt.token_ids or ()) >= LONG_TEXT
+
+
+def _weight(*values: Any) -> int:
+    """Characters of the texts in plain data and one for each other value; not counted beyond ``LONG_TEXT``."""
+    found, todo = 0, list(values)
+    while todo and found < LONG_TEXT:
+        value = todo.pop()
+        found += len(value) if isinstance(value, str) else 1
+        if isinstance(value, Mapping):
+            todo += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            todo += value
+    return found
+
+
+def refuse_endless(text: str, most: int, count: Callable[[int], int], param: str) -> None:
+    """Refuse a text whose beginning alone has more than ``most`` tokens, before all of it is tokenized: ten megabytes
+    take half a minute. ``count``: how many tokens about so many of the first characters are, in this prompt: in a chat,
+    tokens that a user typed are many. Raises PromptTooLongError."""
+    num_chars = PROBED_CHARS * most
+    if len(text) < 2 * num_chars:
+        return
+    num_tokens = count(num_chars)
+    # Where a text is cut, its last tokens may be others than within the whole.
+    if num_tokens > most + most // 16 + PROBED_CHARS:
+        raise PromptTooLongError(
+            f"The prompt has {len(text)} characters, of which the first {num_chars} alone are {num_tokens} "
+            f"tokens; the context holds {most}. Shorten it, or start with a larger max_model_len.",
+            param=param,
+        )

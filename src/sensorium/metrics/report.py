@@ -1,0 +1,41 @@
+"""What the metrics are told of a request that has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sensorium.outputs import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestReport:
+    """One request, whatever came of it. Times in seconds; None where the request did not get so far.
+
+    ``finish_reason``: "stop" for a vector that came, "abort" when the caller left, "error" for every failure.
+    ``max_tokens`` is 0 for a vector. ``longest_sample`` is in tokens; ``num_generation_tokens`` sums all samples.
+    """
+
+    finish_reason: FinishReason
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generation_tokens: int
+    longest_sample: int
+    num_samples: int
+    max_tokens: int
+    e2e_seconds: float
+    prefill_seconds: float | None = None
+    decode_seconds: float | None = None
+
+    @property
+    def inference_seconds(self) -> float | None:
+        """From the first step to the end of the work; None for what gave neither a token nor a vector."""
+        if self.prefill_seconds is None:
+            return None
+        return self.prefill_seconds + (self.decode_seconds or 0.0)
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean time between tokens; None without two tokens of one sample."""
+        if self.decode_seconds is None or self.longest_sample < 2:
+            return None
+        return self.decode_seconds / (self.longest_sample - 1)

@@ -1,0 +1,399 @@
+"""Where items are decoded and preprocessed: in worker processes, seen from the process that wants them.
+
+A fork server (``multimodal.decoder_process``) is started once; from it workers are forked in milliseconds, one for each
+of a few threads here that wait for them. A worker that runs out of time is killed, and so is one whose caller has left;
+one that died is replaced before the next item. What happened costs that item an error and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import queue
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from sensorium.config import MediaConfig
+from sensorium.errors import MediaUndecodableError, UnavailableError, error_of
+from sensorium.multimodal import decoder_process as child
+from sensorium.multimodal.items import MODALITIES, Features
+from sensorium.multimodal.loaders import Prepared, Work, prepare
+from sensorium.multimodal.packing import receive_bytes, receive_frame, send_frame
+from sensorium.multimodal.processor import Processor
+from sensorium.multimodal.segments import Segment, SegmentFolder, remove
+from sensorium.multimodal.workers import ThreadWorkers, default_num_workers
+
+JOBS_PER_PROCESS = 500
+"""Items after which a worker is replaced, so that what a library may leak stays small."""
+START_SECONDS = 180.0
+"""How long the fork server may take to import what the model's processor needs."""
+ABANDONED_SECONDS = 0.5
+"""How long work that nobody waits for any more goes on: killing a worker for less would cost more."""
+
+STOP_SECONDS = 5.0
+"""How long the fork server gets to end by itself."""
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderStats:
+    """``num_busy``: items being decoded now, ``num_waiting``: items that wait for a worker,
+    ``num_worker_restarts``: workers that died or were killed, and replaced, since the start."""
+
+    num_busy: int = 0
+    num_waiting: int = 0
+    num_worker_restarts: int = 0
+
+
+class Decoders(Protocol):
+    """Decodes and preprocesses items away from the event loop. Usable from several loops at once."""
+
+    async def prepare(self, work: Work) -> Prepared:
+        """Features of an encoded file. Raises RequestError. A caller that is cancelled ends the work."""
+        ...
+
+    def stats(self) -> DecoderStats:
+        """A snapshot of the counters."""
+        ...
+
+    def close(self) -> None:
+        """Free the workers. Nothing may be waiting."""
+        ...
+
+
+class ThreadDecoders:
+    """Decodes in threads of this process: no limits but those of the formats, no isolation. For objects of the caller,
+    which are decoded already, and for tests."""
+
+    def __init__(self, workers: ThreadWorkers, config: MediaConfig, processor: Processor) -> None:
+        self._workers = workers
+        self._config = config
+        self._processor = processor
+
+    async def prepare(self, work: Work) -> Prepared:
+        """See ``Decoders.prepare``."""
+        return await self._workers.run(prepare, work, self._config, self._processor)
+
+    def stats(self) -> DecoderStats:
+        """Nothing that could die is here."""
+        return DecoderStats()
+
+    def close(self) -> None:
+        """The threads are their owner's."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForkServerCommand:
+    """How a fork server is started: the program, to which the number of the control socket's descriptor is added, its
+    environment, and the first message it gets."""
+
+    program: tuple[str, ...]
+    environment: Mapping[str, str]
+    message: bytes
+
+
+class _ForkServer:
+    """The fork server's process, started when the first worker is wanted and again when it has died. Thread-safe."""
+
+    def __init__(self, command: ForkServerCommand) -> None:
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._lock = threading.Lock()
+        """Held from a question to its answer; to kill takes no answer, and need not wait."""
+
+    def spawn(self) -> tuple[socket.socket, int]:
+        """A new worker's socket and process id. Raises UnavailableError."""
+        ours, theirs = socket.socketpair()
+        with self._lock, theirs:
+            for _ in range(2):
+                try:
+                    control = self._start()
+                    socket.send_fds(control, [child.SPAWN], [theirs.fileno()])
+                    answer = receive_bytes(control, child.ID_BYTES)
+                except OSError:
+                    answer = None
+                if answer is not None:
+                    return ours, int.from_bytes(answer, "little")
+                self._stop()
+        ours.close()
+        logger.error("media workers cannot be started; the lines above may say why")
+        raise UnavailableError("Media cannot be decoded now; try again later.")
+
+    def kill(self, process_id: int) -> None:
+        """Kill a worker that ``spawn`` returned."""
+        control = self._control
+        if control is not None:
+            with contextlib.suppress(OSError):  # a server that is gone has taken it along
+                control.sendall(child.KILL + process_id.to_bytes(child.ID_BYTES, "little"))
+
+    def close(self) -> None:
+        """End the process and all workers."""
+        with self._lock:
+            self._stop()
+
+    def _start(self) -> socket.socket:
+        if self._control is not None:
+            return self._control
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [*self._command.program, str(theirs.fileno())],
+                env=dict(self._command.environment),
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+            )
+        self._control = ours
+        ours.settimeout(START_SECONDS)
+        send_frame(ours, self._command.message)
+        return ours
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            try:
+                self._process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+
+class _Job:
+    """One item on its way through a worker."""
+
+    def __init__(self, work: Work, path: str) -> None:
+        self.work = work
+        self.path = path
+        self._worker: _Worker | None = None
+        self._lock = threading.Lock()
+
+    def run(self, worker: _Worker) -> child.Done:
+        """The worker's answer; no file is left when there is none."""
+        try:
+            return worker.run(self)
+        except BaseException:
+            remove(self.path)
+            raise
+
+    def begin(self, worker: _Worker) -> None:
+        """The worker is at it."""
+        with self._lock:
+            self._worker = worker
+
+    def end(self) -> None:
+        """The worker has answered, or died."""
+        with self._lock:
+            self._worker = None
+
+    def abandon(self) -> None:
+        """Nobody waits any more: kill the worker if it is still at it."""
+        with self._lock:
+            if self._worker is not None:
+                self._worker.kill()
+
+
+class _Worker:
+    """One thread's worker process, forked when there is something to do and again after it has died."""
+
+    def __init__(self, server: _ForkServer, seconds: float) -> None:
+        self._server = server
+        self._seconds = seconds
+        self._socket: socket.socket | None = None
+        self._process_id = 0
+        self._num_jobs = 0
+        self.is_busy = False
+        self.num_deaths = 0
+
+    def start(self) -> None:
+        """Fork the process unless it is there."""
+        if self._socket is not None and (
+            self._num_jobs >= JOBS_PER_PROCESS or _is_closed(self._socket)
+        ):
+            self.discard()
+        if self._socket is None:
+            self._socket, self._process_id = self._server.spawn()
+            self._num_jobs = 0
+
+    def run(self, job: _Job) -> child.Done:
+        """The answer to a job. Raises RequestError or UnavailableError."""
+        work = job.work
+        header = child.Job(
+            work.modality,
+            {
+                name: value
+                for name, value in dataclasses.asdict(work.loading).items()
+                if value is not None
+            },
+            dict(work.options),
+            work.num_items,
+            job.path,
+            len(work.source),
+        )
+        message = child.encode(header)
+        self.start()
+        job.begin(self)
+        self.is_busy = True
+        try:
+            answer = self._ask(message, work.source)
+        except TimeoutError:
+            self._died("was killed: it took too long")
+            raise MediaUndecodableError(
+                f"Decoding and preprocessing the {work.modality} took longer than {self._seconds:g} s, the limit "
+                "(--media-decode-timeout); send a smaller or shorter one."
+            ) from None
+        except OSError:
+            answer = None
+        finally:
+            self.is_busy = False
+            job.end()
+        if answer is None:
+            self._died("ended before it was done")
+            raise MediaUndecodableError(
+                f"The process that decoded the {work.modality} ended before it was done: the file is damaged, or "
+                "takes too much."
+            )
+        self._num_jobs += 1
+        reply = child.decode_reply(answer)
+        if isinstance(reply, child.Failed):
+            raise error_of(reply.code, reply.message, reply.param, MediaUndecodableError)
+        return reply
+
+    def kill(self) -> None:
+        """Kill the process, if there is one; who waits for it will notice. From any thread."""
+        if self._process_id:
+            self._server.kill(self._process_id)
+
+    def discard(self) -> None:
+        """Kill the process and forget it."""
+        self.kill()
+        self._process_id = 0
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _died(self, how: str) -> None:
+        logger.warning("a media worker %s; another one takes its place", how)
+        self.num_deaths += 1
+        self.discard()
+
+    def _ask(self, message: bytes, source: bytes) -> bytes | None:
+        assert self._socket is not None
+        deadline = time.monotonic() + self._seconds
+        self._socket.settimeout(self._seconds)
+        send_frame(self._socket, message, source)
+        # The answer is small and comes in one piece: its first bytes are what takes time.
+        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
+        return receive_frame(self._socket)
+
+
+def _is_closed(idle: socket.socket) -> bool:
+    """Whether the other side has gone while nothing was asked of it."""
+    idle.setblocking(False)
+    try:
+        return not idle.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+class _Crew:
+    """As many threads as workers, each of which waits for one of them."""
+
+    def __init__(self, server: _ForkServer, num_workers: int, seconds: float) -> None:
+        self.workers = [_Worker(server, seconds) for _ in range(num_workers)]
+        self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for worker in self.workers:
+            self._idle.put(worker)
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="sensorium-decoder")
+
+    def submit(self, use: Callable[[_Worker], T]) -> Future[T]:
+        """Call ``use`` with a worker, the one that was used last if it is free."""
+        return self._pool.submit(self._with_worker, use)
+
+    def close(self, *, wait: bool) -> None:
+        """Drop what waits; with ``wait`` wait for what runs, and forget the workers."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
+        if wait:
+            for worker in self.workers:
+                worker.discard()
+
+    def _with_worker(self, use: Callable[[_Worker], T]) -> T:
+        worker = self._idle.get()
+        try:
+            return use(worker)
+        finally:
+            self._idle.put(worker)
+
+
+class ProcessDecoders:
+    """Decodes in worker processes. Features come back in segments of ``folder``, which this owns from now on.
+
+    ``config.num_media_workers`` of them work at a time for each modality, so that no picture waits for a long video;
+    each within ``media_worker_memory_gb`` and ``media_decode_timeout``. None is there before there is work for it.
+    """
+
+    def __init__(
+        self, command: ForkServerCommand, config: MediaConfig, folder: SegmentFolder
+    ) -> None:
+        self.num_workers = config.num_media_workers or default_num_workers()
+        self._server = _ForkServer(command)
+        self._folder = folder
+        self._crews = {
+            modality: _Crew(self._server, self.num_workers, config.media_decode_timeout)
+            for modality in MODALITIES
+        }
+        self._futures: set[Future[child.Done]] = set()
+
+    def start(self) -> None:
+        """Start a first worker in the background, so that the first item need not wait for its imports."""
+        self._crews["image"].submit(_Worker.start)
+
+    async def prepare(self, work: Work) -> Prepared:
+        """See ``Decoders.prepare``. Raises UnavailableError when no worker can be started."""
+        job = _Job(work, self._folder.new_path())
+        future = self._crews[work.modality].submit(job.run)
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        try:
+            done = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(ABANDONED_SECONDS, job.abandon)
+            future.add_done_callback(lambda _: remove(job.path))
+            raise
+        # Made here: futures refer to each other in circles, and would keep the segment until these are collected.
+        arrays = Segment(job.path, done.specs, owned=True)
+        features = Features(work.modality, arrays, done.num_embeds, done.meta, done.precomputed)
+        return Prepared(features, done.decode_seconds, done.decoded_bytes, done.preprocess_seconds)
+
+    def stats(self) -> DecoderStats:
+        """See ``Decoders.stats``."""
+        workers = [worker for crew in self._crews.values() for worker in crew.workers]
+        num_busy = sum(worker.is_busy for worker in workers)
+        return DecoderStats(
+            num_busy,
+            max(0, len(self._futures) - num_busy),
+            sum(worker.num_deaths for worker in workers),
+        )
+
+    def close(self) -> None:
+        """See ``Decoders.close``."""
+        for crew in self._crews.values():
+            crew.close(wait=False)
+        self._server.close()  # ends what runs
+        for crew in self._crews.values():
+            crew.close(wait=True)
+        self._folder.close()

@@ -1,0 +1,45 @@
+"""Seconds that pieces of work take on a device, measured without waiting for it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class DeviceTimer:
+    """Sums the seconds of the pieces of work that ran within ``measured``; those that raised are left out.
+
+    On a GPU the host only hands work over: events in its stream mark where a piece begins and ends there, and its time
+    is known once the GPU has passed them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Count the work that is done, or handed over to the device, within."""
+        if self._device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record(torch.cuda.current_stream(self._device))
+            yield
+            end.record(torch.cuda.current_stream(self._device))
+            self._pending.append((begin, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def take(self) -> float:
+        """Seconds of the work that is complete and was not taken before."""
+        while self._pending and self._pending[0][1].query():
+            begin, end = self._pending.popleft()
+            self._seconds += begin.elapsed_time(end) / 1000.0
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds

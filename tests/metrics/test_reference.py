@@ -1,0 +1,71 @@
+"""What is documented, what /metrics renders and what it is read from are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sensorium.engine.stats import EngineStats
+from sensorium.metrics.families import ENGINE_ROWS, FAMILIES, MEDIA_ROWS, STAGE_UNITS, Family
+from sensorium.metrics.prometheus import ServingMetrics
+from sensorium.metrics.reference import metrics_markdown
+from sensorium.metrics.statistics import Statistics
+from sensorium.multimodal.cache import CacheStats
+from sensorium.multimodal.decoders import DecoderStats
+from sensorium.multimodal.stats import StageCounters
+
+PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+
+
+def rendered() -> dict[str, tuple[str, frozenset[str]]]:
+    """Kind and labels of each family that is scraped, by name, without the series of creation times."""
+    metrics = ServingMetrics("p:", model_name="m")
+    metrics.update(EngineStats())
+    metrics.http_request("/", "GET", 200, 0.1)
+    families = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        if not family.name.endswith("_created"):
+            labels = frozenset(k for s in family.samples for k in s.labels) - {"le", "model_name"}
+            families[family.name.removeprefix("p:")] = (family.type, labels)
+    return families
+
+
+def test_the_page_is_up_to_date() -> None:
+    message = "run scripts/metrics_docs"
+    assert PAGE.read_text(encoding="utf-8") == metrics_markdown(), message
+
+
+def test_the_page_lists_what_is_rendered_and_nothing_else() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| ([^|]*) \|", PAGE.read_text("utf-8"), re.MULTILINE)
+    listed = {
+        name.removesuffix("_total") if kind == "counter" else name: (
+            kind,
+            frozenset(re.findall(r"\w+", labels)),
+        )
+        for name, kind, labels in rows
+    }
+    assert len(listed) == len(rows) == len(FAMILIES), "no name twice"
+    assert listed == rendered()
+
+
+def test_every_number_is_one_that_the_engine_and_the_pipeline_give() -> None:
+    fields = {field.name for field in dataclasses.fields(EngineStats)}
+    assert {row.field for row in ENGINE_ROWS} <= fields
+    assert set(Statistics.__annotations__) <= fields
+    media = StageCounters().snapshot(CacheStats(0, 0, 0, 0, 0, 0), DecoderStats()).flat()
+    assert {row.field for row in MEDIA_ROWS} <= set(media)
+    stages = {
+        f"{stage}_{unit}" for stage in ("fetch", "decode", "preprocess") for _, unit in STAGE_UNITS
+    }
+    assert stages <= set(media)
+
+
+def test_only_histograms_have_buckets() -> None:
+    with pytest.raises(ValueError, match="buckets"):
+        Family("name", "histogram", "help")
+    with pytest.raises(ValueError, match="buckets"):
+        Family("name", "gauge", "help", buckets=(1.0,))

@@ -1,0 +1,177 @@
+"""Decoders that hang, take all memory, or die: the request that has the file gets an error, and nobody else notices."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import signal
+import struct
+import zlib
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from sensorium import LLM
+from tests.multimodal.clips import make_clip
+from tests.reliability.asking import (
+    Answer,
+    Offline,
+    Service,
+    image,
+    log_of,
+    place,
+    text,
+    video,
+)
+from tests.reliability.conftest import NARROW
+from tests.reliability.media import data_url, picture_url, png, png_chunk
+from tests.reliability.test_bombs import changed, gif
+
+QUESTION = text("What is shown?")
+
+
+@pytest.fixture(scope="module")
+def narrow_offline() -> Iterator[Offline]:
+    with LLM("demo", **NARROW) as llm:
+        yield Offline(llm)
+
+
+@pytest.fixture(params=["narrow", "narrow_offline"])
+def limited(request: pytest.FixtureRequest) -> Service | Offline:
+    found: Service | Offline = request.getfixturevalue(request.param)
+    return found
+
+
+_seeds = iter(range(10_000, 20_000))
+
+
+def fresh_picture(model: Service | Offline) -> Answer:
+    """The answer about a picture that no cache has."""
+    return model.ask(image(picture_url(next(_seeds))), QUESTION)
+
+
+def endless_clip() -> str:
+    """An animation of a few hundred kilobytes whose decoding would take many seconds."""
+    return data_url(gif(1400, 1400, 20_000), "image/gif")
+
+
+def large_picture() -> str:
+    """A PNG of a few kilobytes, within the limit on pixels, that takes 192 MB when it is decoded."""
+    rows = zlib.compress(bytes(1001 * 8000), 9)
+    return data_url(png(8000, 8000, png_chunk(b"IDAT", rows), depth=1, colours=0))
+
+
+def millions_of_samples() -> bytes:
+    """Two megabytes of MP4 that say, in a table of one size for all, that they are 33 million samples."""
+    data = changed(make_clip("mp4", 6), b"stsz", 4, 1, 33_000_000)
+    return data + struct.pack(">I", 2_200_000) + b"free" + bytes(2_199_992)
+
+
+def test_a_decode_over_the_deadline(limited: Service | Offline) -> None:
+    """A file that keeps a decoder busy for ever costs its request 400 once the time is over; the message names the
+    flag."""
+    part = video(endless_clip())
+    answer = limited.ask(part, QUESTION)
+    answer.is_refusal(400, "media_undecodable", place(part))
+    assert "--media-decode-timeout" in answer.error["message"]
+    assert fresh_picture(limited).status == 200
+
+
+def test_others_are_served_while_one_hangs(narrow: Service) -> None:
+    """With one worker at an endless file the other one goes on."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(narrow.ask, video(endless_clip()), QUESTION)
+        until_busy(narrow, 1)
+        for _ in range(5):
+            assert fresh_picture(narrow).status == 200
+        assert not hanging.done()
+        assert hanging.result().status == 400
+
+
+def test_a_decode_over_the_memory_limit(limited: Service | Offline) -> None:
+    """A file that grows beyond a worker's memory is refused with the flag's name; the server's own does not grow."""
+    part = image(large_picture())
+    answer = limited.ask(part, QUESTION)
+    answer.is_refusal(413, "media_too_large", place(part))
+    assert "--media-worker-memory-gb" in answer.error["message"]
+    assert fresh_picture(limited).status == 200
+
+
+def test_a_table_of_thirty_three_million_samples(limited: Service | Offline) -> None:
+    """What FFmpeg makes of the table when it opens the file takes most of a GiB: it ends at the worker's limit."""
+    part = video(data_url(millions_of_samples(), "video/mp4"))
+    answer = limited.ask(part, QUESTION)
+    answer.is_discreet()
+    assert answer.error["code"] in ("media_undecodable", "media_too_large")
+    assert answer.error["param"] == place(part)
+    assert fresh_picture(limited).status == 200
+
+
+def decoding(service: Service) -> list[psutil.Process]:
+    """The process that forks the media workers, and these."""
+    found = []
+    for process in service.server.children():
+        with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            if "sensorium.engine.media_worker" in process.cmdline():
+                found.append(process)
+    return found
+
+
+def workers_of(service: Service) -> list[psutil.Process]:
+    """The processes that decode."""
+    found = decoding(service)
+    return [process for process in found if process.parent() in found]
+
+
+def fork_server_of(service: Service) -> psutil.Process:
+    """The one that has forked them."""
+    found = decoding(service)
+    (parent,) = [process for process in found if process.parent() not in found]
+    return parent
+
+
+def until_busy(service: Service, number: int) -> None:
+    """Wait until so many workers have an item."""
+    while service.counters()["media_workers_busy"] < number:
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
+def test_a_worker_that_dies_in_the_middle(narrow: Service, number: signal.Signals) -> None:
+    """Killed, as by the system that has no memory left, or crashed by a file: that request gets 400, others in flight
+    are answered, and another worker takes its place."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        before = narrow.counters()["media_worker_restarts_total"]
+        hanging = pool.submit(narrow.ask, video(endless_clip()), QUESTION)
+        until_busy(narrow, 1)
+        busy = max(workers_of(narrow), key=lambda process: process.cpu_percent(0.05))
+        beside = [pool.submit(fresh_picture, narrow) for _ in range(3)]
+        busy.send_signal(number)
+        answer = hanging.result()
+        answer.is_refusal(400, "media_undecodable", "messages[0].content[0].video_url")
+        assert "took longer" not in answer.error["message"]
+        assert [other.result().status for other in beside] == [200, 200, 200]
+    assert narrow.counters()["media_worker_restarts_total"] == before + 1
+    assert fresh_picture(narrow).status == 200
+
+
+def test_all_workers_and_their_parent_killed(narrow: Service) -> None:
+    """The process that forks the workers takes them along when it dies; the next item starts another one."""
+    parent = fork_server_of(narrow)
+    os.kill(parent.pid, signal.SIGKILL)
+    while parent.is_running() and parent.status() != psutil.STATUS_ZOMBIE:
+        pass
+    answers = [fresh_picture(narrow) for _ in range(3)]
+    for answer in answers:  # one that was sent to a worker that was about to die is refused
+        answer.is_discreet()
+    assert answers[-1].status == 200
+    assert fork_server_of(narrow).pid != parent.pid
+
+
+def test_the_log_names_no_reason_to_worry(narrow: Service) -> None:
+    """What happened to workers is a line each, and no trace."""
+    log = log_of(narrow)
+    assert "a media worker was killed: it took too long" in log
+    assert "Traceback" not in log
