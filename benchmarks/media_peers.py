@@ -33,7 +33,7 @@ __all__ = ["OURS", "VLLM", "Settings", "behind", "measure", "table"]
 
 VLLM = "vllm"
 NUM_KNOWN = 8
-"""Pictures that come again and again in the load of known ones."""
+"""Pictures that come again and again in the load of known ones; the first time each of them is new."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

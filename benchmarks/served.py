@@ -158,7 +158,7 @@ class ServedProcess:
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(alive)
+        psutil.wait_procs(alive, timeout=STOP_TIMEOUT)
 
 
 def sensorium_server(model: str, flags: Sequence[str], log: Path) -> ServedProcess:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+from collections import deque
 from typing import Any
+
+from sensorium import LLM
+from sensorium.engine.batch import Job
 
 
 def settings(scarce_blocks: int) -> dict[str, dict[str, Any]]:
@@ -22,3 +27,16 @@ def settings(scarce_blocks: int) -> dict[str, dict[str, Any]]:
             "mm_processor_cache_gb": 0.0,
         },
     }
+
+
+def all_at_once(llm: LLM) -> LLM:
+    """Let every call's prompts come to the engine together, however long their media take to prepare: else it depends
+    on the machine how many of them compete for blocks."""
+    ahead = llm._prepare_ahead
+
+    def prepare_all(todo: Any, ready: deque[Job], params: Any) -> None:
+        ahead(todo, ready, params)
+        concurrent.futures.wait([job.prepared for job in ready])
+
+    llm._prepare_ahead = prepare_all  # type: ignore[method-assign]
+    return llm

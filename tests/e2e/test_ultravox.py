@@ -26,6 +26,7 @@ from sensorium.errors import (
 )
 from tests.checkpoints import make_ultravox
 from tests.e2e.serving import Server
+from tests.e2e.settings import all_at_once
 from tests.models.plain_ultravox import PlainUltravox
 from tests.models.test_ultravox import AUDIO, RATE, Case, sound, split, woven
 
@@ -114,6 +115,7 @@ def test_generate(folder: Path, plain: PlainUltravox, settings: dict[str, Any]) 
         for text, lengths in PROMPTS
     ]
     with LLM(str(folder), **{**ROOM, **settings}) as llm:
+        all_at_once(llm)
         prompts = [asked(case) for case in PROMPTS]
         assert answers(llm, prompts) == wanted
         assert answers(llm, prompts) == wanted

@@ -23,6 +23,7 @@ from sensorium.errors import (
 )
 from sensorium.multimodal.items import Sound
 from tests.checkpoints.hf import make_hf, make_hf_text
+from tests.e2e.settings import all_at_once
 from tests.models.harness import Reference as TextReference
 from tests.models.harness import Running, picture, text_ids
 from tests.models.test_hf_media import NUM_TOKENS, PLACEHOLDERS, PROMPTS, Reference, media_of
@@ -69,6 +70,7 @@ def asked(text: str, media: list[Any]) -> dict[str, Any]:
 def llm(request: pytest.FixtureRequest, case: Case) -> Iterator[LLM]:
     settings = SETTINGS[request.param]
     with LLM(str(case.folder), max_model_len=150, **settings) as llm:
+        all_at_once(llm)
         yield llm
 
 

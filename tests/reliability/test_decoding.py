@@ -139,22 +139,22 @@ def until_busy(service: Service, number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
-def test_a_worker_that_dies_in_the_middle(narrow: Service, number: signal.Signals) -> None:
+def test_a_worker_that_dies_in_the_middle(tight: Service, number: signal.Signals) -> None:
     """Killed, as by the system that has no memory left, or crashed by a file: that request gets 400, others in flight
     are answered, and another worker takes its place."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        before = narrow.counters()["media_worker_restarts_total"]
-        hanging = pool.submit(narrow.ask, video(endless_clip()), QUESTION)
-        until_busy(narrow, 1)
-        busy = max(workers_of(narrow), key=lambda process: process.cpu_percent(0.05))
-        beside = [pool.submit(fresh_picture, narrow) for _ in range(3)]
+        before = tight.counters()["media_worker_restarts_total"]
+        hanging = pool.submit(tight.ask, video(endless_clip()), QUESTION)
+        until_busy(tight, 1)
+        busy = max(workers_of(tight), key=lambda process: process.cpu_percent(0.05))
+        beside = [pool.submit(fresh_picture, tight) for _ in range(3)]
         busy.send_signal(number)
         answer = hanging.result()
         answer.is_refusal(400, "media_undecodable", "messages[0].content[0].video_url")
         assert "took longer" not in answer.error["message"]
         assert [other.result().status for other in beside] == [200, 200, 200]
-    assert narrow.counters()["media_worker_restarts_total"] == before + 1
-    assert fresh_picture(narrow).status == 200
+    assert tight.counters()["media_worker_restarts_total"] == before + 1
+    assert fresh_picture(tight).status == 200
 
 
 def test_all_workers_and_their_parent_killed(narrow: Service) -> None:
