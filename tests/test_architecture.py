@@ -15,6 +15,7 @@ ROWS = {
     "outputs": 0,
     "errors": 0,
     "environment": 0,
+    "processes": 0,
     "kernels": 1,
     "core": 1,
     "multimodal": 1,

@@ -17,6 +17,7 @@ import psutil
 
 STARTED = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)")
 START_SECONDS = 120
+"""After this a server that is not there yet is killed."""
 
 _LIBC = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
@@ -64,12 +65,18 @@ class Server:
 
     def _wait_for_address(self) -> str:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            found = STARTED.search(line.decode())
-            if found:
-                return found[1]
-        self.process.wait()
-        raise RuntimeError(f"the server did not start:\n{self.log.read_text()}")
+        late = threading.Timer(START_SECONDS, os.killpg, (self.process.pid, signal.SIGKILL))
+        late.daemon = True
+        late.start()
+        try:
+            for line in self.process.stdout:
+                found = STARTED.search(line.decode())
+                if found:
+                    return found[1]
+        finally:
+            late.cancel()
+        status = self.process.wait(START_SECONDS)
+        raise RuntimeError(f"the server did not start (status {status}):\n{self.log.read_text()}")
 
     def children(self) -> list[psutil.Process]:
         """The engine's process and whatever else the server has started."""

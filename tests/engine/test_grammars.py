@@ -164,17 +164,19 @@ async def test_a_helper_that_dies_is_replaced(compiler: GrammarCompiler) -> None
     await compiler.compile(StructuredOutputs(regex="a"))
     first = helper(compiler)
     lost = asyncio.create_task(compiler.compile(endless()))
-    while not first.children():
-        await asyncio.sleep(0.005)
+    async with asyncio.timeout(60):
+        while not first.children():
+            await asyncio.sleep(0.005)
     os.kill(first.pid, signal.SIGKILL)
     with pytest.raises(UnavailableError, match="try again"):
         await lost
-    while True:  # until its end has been noticed, it may get one more
-        try:
-            await compiler.compile(StructuredOutputs(regex="b"))
-            break
-        except UnavailableError:
-            continue
+    async with asyncio.timeout(60):
+        while True:  # until its end has been noticed, it may get one more
+            try:
+                await compiler.compile(StructuredOutputs(regex="b"))
+                break
+            except UnavailableError:
+                await asyncio.sleep(0.005)
     assert helper(compiler).pid != first.pid
     with pytest.raises(InvalidRequestError):
         await compiler.compile(endless())

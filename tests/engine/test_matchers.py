@@ -13,12 +13,12 @@ from sensorium.core.limits import SchedulerLimits
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
-from sensorium.engine.matchers import NOT_STARTED, NUM_KEPT, Matchers
+from sensorium.engine.matchers import NOT_STARTED, NUM_KEPT, ConstrainedRequests, Matchers
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import InvalidRequestError, PromptTooLongError
 from sensorium.params import SamplingParams, StructuredOutputs
 from sensorium.runtime.encoder import FeatureStore
-from sensorium.text.grammar import grammar_text
+from sensorium.text.grammar import STARTING_SECONDS, Budget, grammar_text
 from tests.fakes import FakeRunner
 
 FACTS = EngineFacts(40, 16, 4, 8, "cpu", "float32", 1, 0.0)
@@ -32,7 +32,7 @@ class Slow:
         self.go = threading.Event()
         self.made: list[str] = []
 
-    def __call__(self, grammar: str) -> Any:
+    def __call__(self, grammar: str, budget: Budget) -> Any:
         assert self.go.wait(30)
         self.made.append(grammar)
         if grammar == "bad":
@@ -134,16 +134,41 @@ def test_what_can_never_be_served_is_refused_at_once() -> None:
 def test_samples_share_what_their_grammar_is_made_of() -> None:
     matchers = Matchers(DEMO, 1313)
     grammar = grammar_text(StructuredOutputs(regex="ab"))
-    one, other = matchers(grammar), matchers(grammar)
+    one, other = matchers(grammar, Budget()), matchers(grammar, Budget())
     assert one is not other
     assert one.accept(_first(one))
     again = other.fresh()
     assert again.accept(_first(again)), "each stands where it stands"
     for number in range(NUM_KEPT + 5):
-        matchers(grammar_text(StructuredOutputs(regex=f"a{number}")))
+        matchers(grammar_text(StructuredOutputs(regex=f"a{number}")), Budget())
     assert len(matchers._kept) == NUM_KEPT
     with pytest.raises(InvalidRequestError):
-        matchers("{}")
+        matchers("{}", Budget())
+
+
+def test_the_samples_of_a_request_share_one_budget() -> None:
+    """Else ``n`` multiplies what a grammar may cost everybody; a sequence that starts again does not get it anew."""
+    given: list[Budget] = []
+
+    def new_matcher(grammar: str, budget: Budget) -> Any:
+        given.append(budget)
+        return budget
+
+    constrained = ConstrainedRequests(new_matcher)
+    held = []
+    for name in ("a#0", "a#1", "b", "a#2", "c#0"):
+        constrained.put(request(name, "g"), ())
+        held += constrained.take(30)
+    budgets = [arrival.request.grammar for arrival in held]
+    assert [budgets.index(budget) for budget in budgets] == [0, 0, 2, 0, 4]
+
+    matchers = Matchers(DEMO, 1313)
+    grammar = grammar_text(StructuredOutputs(regex="ab"))
+    one, other = (matchers(grammar, budgets[0]) for _ in range(2))
+    stranger = matchers(grammar, budgets[2])
+    budgets[0].take(STARTING_SECONDS + 0.1)
+    again = other.fresh()
+    assert [m.error is None for m in (one, other, again, stranger)] == [False] * 3 + [True]
 
 
 def _first(matcher: Any) -> int:

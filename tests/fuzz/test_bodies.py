@@ -60,7 +60,7 @@ def send(path: str, body: bytes) -> tuple[Sent, Answer]:
 
 
 @given(requests())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250, deadline=None, derandomize=True)
 def test_any_body(request: tuple[str, dict[str, Any]]) -> None:
     path, body = request
     if isinstance(body.get("n"), int) and body["n"] > 64:
@@ -71,7 +71,7 @@ def test_any_body(request: tuple[str, dict[str, Any]]) -> None:
 
 
 @given(st.binary(max_size=60) | st.text(max_size=30).map(str.encode))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_bytes(body: bytes) -> None:
     sent, answer = send("/v1/chat/completions", body)
     assert not what_is_wrong(sent, answer)

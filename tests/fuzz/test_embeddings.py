@@ -60,8 +60,9 @@ def test_files_as_they_are(name: str) -> None:
     assert isinstance(result, list if fits else InvalidEmbeddingsError)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
 @given(st.integers(0, (1 << 32) - 1))
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=800, deadline=None, derandomize=True)
 def test_damaged_files(seed: int) -> None:
     check(read(vectors.payload(random.Random(seed))))

@@ -19,7 +19,7 @@ from tests.fuzz.mutation import mutate
 REFUSED = {"media_undecodable", "media_too_large", "invalid_request"}
 """The last is the processor's, for pictures of an extreme shape."""
 NUM_EXAMPLES = 600
-BOUNDED = settings(max_examples=NUM_EXAMPLES, deadline=None)
+BOUNDED = settings(max_examples=NUM_EXAMPLES, deadline=None, derandomize=True)
 
 
 @dataclass(frozen=True)
@@ -78,18 +78,21 @@ def test_files_as_they_are(decoder: Decoder, modality: Modality) -> None:
     }
 
 
+@pytest.mark.slow
 @given(damaged("image"))
 @BOUNDED
 def test_damaged_pictures(decoder: Decoder, file: Damaged) -> None:
     check(decoder.decode("image", file.data()), "image")
 
 
+@pytest.mark.slow
 @given(damaged("video"))
 @BOUNDED
 def test_damaged_videos(decoder: Decoder, file: Damaged) -> None:
     check(decoder.decode("video", file.data()), "video")
 
 
+@pytest.mark.slow
 @given(damaged("audio"))
 @BOUNDED
 def test_damaged_sounds(decoder: Decoder, file: Damaged) -> None:

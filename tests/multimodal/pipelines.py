@@ -6,6 +6,7 @@ from sensorium.config import MediaConfig
 from sensorium.multimodal.cache import FeatureCache
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
 from sensorium.multimodal.pipeline import MediaPipeline
+from sensorium.multimodal.workers import ThreadWorkers
 from tests.multimodal.support import (
     FakeProcessor,
 )
@@ -16,11 +17,14 @@ class Setup:
 
     def __init__(self, *, cache_bytes: int = 1 << 20, ids_matter: bool = True, **config) -> None:
         config.setdefault("allowed_media_domains", ("127.0.0.1",))
-        config.setdefault("num_media_workers", 2)
         self.processor = FakeProcessor()
         self.cache = FeatureCache(cache_bytes)
         self.pipeline = MediaPipeline(
-            MediaConfig(**config), self.processor, self.cache, ids_matter=ids_matter
+            MediaConfig(**config),
+            self.processor,
+            self.cache,
+            workers=ThreadWorkers(2),
+            ids_matter=ids_matter,
         )
 
     async def load(self, *refs: MediaRef, **options) -> list[MediaItem]:

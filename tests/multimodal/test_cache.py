@@ -1,3 +1,4 @@
+import os
 import threading
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from sensorium.multimodal.cache import DigestMemo, FeatureCache
 from sensorium.multimodal.items import Features
+from sensorium.multimodal.segments import SegmentFolder
 
 
 def features(size: int) -> Features:
@@ -148,3 +150,17 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=30, deadline=None)
+
+
+def test_what_somebody_tidied_up_is_no_hit() -> None:
+    folder = SegmentFolder()
+    cache = FeatureCache(1 << 20)
+    arrays = folder.write({"pixels": np.zeros(9, np.uint8)})
+    cache.put(b"a", Features("image", arrays, 1))
+    assert cache.get(b"a") is not None
+    os.unlink(arrays.path)
+    assert cache.peek(b"a") is None
+    assert cache.get(b"a") is None
+    assert cache.stats().num_entries == 0
+    cache.check_integrity()
+    folder.close()

@@ -135,7 +135,8 @@ def test_larger_bodies_than_are_asked_for(make) -> None:
     assert store.get(B, 200_000) is not None
 
 
-def test_what_was_used_least_recently_goes_first(make, tmp_path) -> None:
+def test_what_was_used_least_recently_goes_first(make, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(diskstore, "_BLOCK_BYTES", 1)
     clock = Clock()
     store = make(10_000, clock)
     keys = [bytes([i]) * 32 for i in range(9)]
@@ -153,7 +154,19 @@ def test_what_was_used_least_recently_goes_first(make, tmp_path) -> None:
         assert sum(path.stat().st_size for path in files(tmp_path)) <= 10_000
 
 
-def test_several_writers_share_a_bounded_folder(make, tmp_path) -> None:
+def test_small_files_count_as_the_disk_counts_them(make, tmp_path) -> None:
+    store = make(100_000)
+    for i in range(60):
+        put(store, bytes([i]) * 32, b"x" * 100)
+        assert 4096 * len(files(tmp_path)) <= 100_000
+    assert len(files(tmp_path)) > 15
+    again = make(100_000)  # one that has to look at the folder first
+    put(again, A)
+    assert 4096 * len(files(tmp_path)) <= 100_000
+
+
+def test_several_writers_share_a_bounded_folder(make, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(diskstore, "_BLOCK_BYTES", 1)
     clock = Clock()
     stores = [make(32_000, clock) for _ in range(3)]
 

@@ -7,6 +7,7 @@ from aiohttp import web
 
 from sensorium.config import MediaConfig
 from sensorium.errors import MediaFetchError
+from sensorium.multimodal.budget import ByteBudget, RequestBytes, Share
 from sensorium.multimodal.digest import encoded_digest
 from sensorium.multimodal.downloads import Download, Downloads, DownloadStats
 from sensorium.multimodal.fetch import Fetched, Fetcher
@@ -25,8 +26,9 @@ class FakeFetcher:
         self.gate: asyncio.Event | None = None
         self.num_cancelled = 0
         self.is_closed = False
+        self.budget = ByteBudget(1 << 30)
 
-    async def download(self, url: str, modality: str) -> Fetched:
+    async def download(self, url: str, modality: str, share: Share) -> Fetched:
         self.asked.append((url, modality))
         try:
             if self.gate is not None:
@@ -56,7 +58,7 @@ class Setup:
         )
 
     async def get(self, url: str = "http://a", modality: str = "image") -> Download:
-        return await self.downloads.get(url, modality)
+        return await self.downloads.get(url, modality, RequestBytes(1 << 30))
 
 
 @pytest.fixture
@@ -175,7 +177,7 @@ async def test_one_who_leaves_does_not_end_it_for_the_others(make) -> None:
     last.cancel()
     await asyncio.gather(last, return_exceptions=True)
     assert setup.fetcher.num_cancelled == 1
-    assert setup.downloads.num_running == 0
+    assert setup.downloads._flights.num_running == 0
 
 
 async def test_what_the_cache_had_is_no_fetch(make) -> None:
@@ -209,7 +211,7 @@ async def test_files_are_read_again(workers: ThreadWorkers, tmp_path) -> None:
     downloads = Downloads(config, Fetcher(config, workers), workers)
     for content in (b"old", b"new"):
         (tmp_path / "a").write_bytes(content)
-        assert (await downloads.get(f"{tmp_path}/a", "image")).data == content
+        assert (await downloads.get(f"{tmp_path}/a", "image", RequestBytes(9))).data == content
     downloads.close()
 
 
@@ -224,6 +226,6 @@ async def test_hosts_decide_over_a_moment_later(workers: ThreadWorkers) -> None:
 
             server.handlers[path] = handler
             for _ in range(3):
-                await downloads.get(server.url(path), "image")
+                await downloads.get(server.url(path), "image", RequestBytes(1 << 30))
         assert server.paths == ["/a", "/b", "/b", "/b", "/c", "/c", "/c"]
     downloads.close()

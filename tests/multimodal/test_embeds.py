@@ -2,6 +2,9 @@ import base64
 import io
 import os
 import pickle
+import struct
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -188,6 +191,87 @@ def test_storages_are_checked_against_their_description() -> None:
     for bad in (b"J\xfd\xff\xff\xffK\x01\x86", b"K\x03K\x01K\x01\x87"):
         with pytest.raises(InvalidEmbeddingsError):
             read(repacked(data, data_pkl=program.replace(strides, bad)))
+
+
+DEEP = b")" + b"".join(b"\x94" + b"h" + bytes([i]) + b"\x86" for i in range(64))
+"""A tuple that holds one twice, which holds one twice, …: 64 levels, 2**64 leaves."""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"}" + DEEP + b"K\x01s",  # a key
+        b"}(" + DEEP + b"K\x01u",
+        DEEP + b"\x8c\x01x\x93",  # a module, a class
+        b"\x8c\x05torch" + DEEP + b"\x93",
+        b"\x8c\x01x" + DEEP + b"\x93)R",
+        DEEP + b")R",  # a function, arguments
+        b"ccollections\nOrderedDict\n" + DEEP + b"R",
+        b"ctorch._utils\n_rebuild_tensor_v2\n" + DEEP + b"R",
+        DEEP + b"Q",  # a storage, and each of its fields
+        b"(" + DEEP + b"ctorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x02tQ",
+        b"(\x8c\x07storage" + DEEP + b"\x8c\x010\x8c\x03cpuK\x02tQ",
+        b"(\x8c\x07storage\x8c\x05torch" + DEEP + b"\x93\x8c\x010\x8c\x03cpuK\x02tQ",
+        b"(\x8c\x07storagectorch\nFloatStorage\n" + DEEP + b"\x8c\x03cpuK\x02tQ",
+        b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpu" + DEEP + b"tQ",
+        b"}\x8c\x01x" + DEEP + b"s",  # a value
+        DEEP,
+    ],
+)
+def test_deep_values_are_not_walked(program: bytes) -> None:
+    """In a process of its own: one that walks them holds the interpreter's lock for ever."""
+    data = repacked(saved(torch.zeros(2)), data_pkl=b"\x80\x04" + program + b".")
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+        program = archive.read(name)
+    code = (
+        "import sys\n"
+        "from sensorium.errors import InvalidEmbeddingsError\n"
+        "from sensorium.multimodal.embeds import _check_tensors, _PickleReader\n"
+        "try:\n"
+        "    found = _PickleReader().read(sys.stdin.buffer.read())\n"
+        "    _check_tensors(found if isinstance(found, dict) else {'': found}, 10)\n"
+        "except InvalidEmbeddingsError:\n"
+        "    print('refused')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=program, capture_output=True, timeout=60, check=False
+    )
+    assert done.stdout == b"refused\n", done.stderr
+
+
+def test_names_of_tensors_are_strings() -> None:
+    with pytest.raises(InvalidEmbeddingsError):
+        read(saved({1: torch.zeros(1)}))
+    with pytest.raises(InvalidEmbeddingsError):
+        read(saved({None: torch.zeros(1)}))
+
+
+def test_views_of_one_storage_do_not_keep_it_each() -> None:
+    whole = torch.arange(1000.0)
+    views = {str(i): whole[i : i + 1] for i in range(16)}
+    found = read(saved(views))
+    assert list(found) == list(views)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, views[name])
+        assert tensor.untyped_storage().nbytes() == 4
+
+
+def test_files_of_many_empty_records_are_refused_unread(monkeypatch) -> None:
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        for i in range(1025):
+            file.writestr(f"x/{i}", b"")
+    monkeypatch.setattr(zipfile, "ZipFile", None)
+    with pytest.raises(InvalidEmbeddingsError, match="more records"):
+        read(archive.getvalue())
+    monkeypatch.undo()
+    many = {str(i): torch.zeros(0) for i in range(17)}
+    with pytest.raises(InvalidEmbeddingsError, match="17 tensors"):
+        read(save_safetensors(many))
+    header = b"{" + b" " * (1 << 16) + b"}"
+    with pytest.raises(InvalidEmbeddingsError, match="header of more"):
+        read(struct.pack("<Q", len(header)) + header)
 
 
 @given(st.binary(max_size=60))

@@ -1,6 +1,7 @@
 """Hosts that do not keep to HTTP, or keep to it in ways that cost; the fetcher's own tests are in test_fetch.py."""
 
 import asyncio
+import gzip
 import threading
 from collections.abc import AsyncIterator, Iterator
 
@@ -285,14 +286,59 @@ async def test_unfinished_downloads_are_bounded_together(make, server: MediaServ
     fetcher = make(max_media_bytes_in_flight=1000, image_fetch_timeout=60.0)
     held = asyncio.create_task(fetcher.fetch(server.url("/held"), "image"))
     await arrived.wait()
-    while fetcher._http._budget.num_bytes != 800:
+    while fetcher.budget.num_bytes != 800:
         await asyncio.sleep(0)
     with pytest.raises(OverloadedError):
         await fetcher.fetch(server.url("/a"), "image")
     release.set()
     assert len(await held) == 800
     assert len(await fetcher.fetch(server.url("/a"), "image")) == 800
-    assert fetcher._http._budget.num_bytes == 0
+    assert fetcher.budget.num_bytes == 0
+
+
+async def test_what_is_unpacked_counts(make, server: MediaServer) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=packed, headers={"Content-Encoding": "gzip"})
+
+    packed = gzip.compress(bytes(5000))
+    server.handlers["/a"] = handler
+    fetcher = make(max_media_bytes_in_flight=4999)
+    with pytest.raises(OverloadedError):
+        await fetcher.fetch(server.url("/a"), "image")
+    assert fetcher.budget.num_bytes == 0
+    fetcher = make(max_media_bytes_in_flight=5000 + len(packed))
+    with fetcher.budget.share() as share:
+        await fetcher.download(server.url("/a"), "image", share)
+        assert share.num_bytes == 5000  # the packed body is no more
+    assert fetcher.budget.num_bytes == 0
+
+
+async def test_names_that_never_answer_hold_nobody_up(monkeypatch) -> None:
+    """With all threads held, a question is refused; with one free again, it is asked."""
+    release, held = threading.Event(), threading.Semaphore(0)
+
+    def look_up(host: str, port: int, family: int) -> list:
+        if host != "good.example":
+            held.release()
+            release.wait(60)
+        return [(2, 1, 6, "", ("8.8.8.8", port))]
+
+    monkeypatch.setattr(resolver, "_look_up", look_up)
+    system = resolver.SystemResolver(2)
+    assert (await system.resolve("good.example", 80))[0]["host"] == "8.8.8.8"
+    dead = [asyncio.create_task(system.resolve(f"{i}.example", 80)) for i in range(2)]
+    await asyncio.to_thread(lambda: [held.acquire() for _ in range(2)])
+    for task in dead:
+        task.cancel()  # given up; the threads are held all the same
+    await asyncio.gather(*dead, return_exceptions=True)
+    for _ in range(3):
+        with pytest.raises(OverloadedError, match="names of hosts"):
+            await system.resolve("good.example", 80)
+    release.set()
+    await asyncio.to_thread(system._free.acquire)
+    system._free.release()
+    assert await system.resolve("good.example", 80)
+    await system.close()
 
 
 @pytest.mark.parametrize("limit", ["max_media_connections", "max_media_connections_per_host"])

@@ -205,7 +205,8 @@ def make(tmp_path, monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
 
 async def fetch(fetcher: Fetcher, url: str) -> tuple[bytes, bool]:
-    fetched = await fetcher.download(url, "image")
+    with fetcher.budget.share() as share:
+        fetched = await fetcher.download(url, "image", share)
     if fetcher._store is not None:
         fetcher._store.flush()
     return fetched.data, fetched.cached

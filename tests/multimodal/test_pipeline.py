@@ -214,7 +214,7 @@ async def test_a_caller_who_leaves_does_not_cancel_the_fetch_of_others(make) -> 
         last.cancel()
         await asyncio.gather(last, return_exceptions=True)
         await gone.wait()  # the server sees the connection close
-    assert setup.pipeline._downloads.num_running == 0
+    assert setup.pipeline._downloads._flights.num_running == 0
 
 
 async def test_one_bad_item_cancels_the_rest_and_is_named(make) -> None:
@@ -224,7 +224,7 @@ async def test_one_bad_item_cancels_the_rest_and_is_named(make) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             await setup.load(*refs)
     assert caught.value.param == "bad"
-    assert setup.pipeline._downloads.num_running == 0
+    assert setup.pipeline._downloads._flights.num_running == 0
 
 
 async def test_a_shared_failure_names_each_callers_place(make) -> None:
@@ -237,6 +237,82 @@ async def test_a_shared_failure_names_each_callers_place(make) -> None:
     assert [error.param for error in found] == ["p0", "p1", "p2"]
     assert all(isinstance(error, MediaFetchError) and "404" in error.message for error in found)
     assert setup.pipeline.stats().failures == {"media_fetch_failed": 3}
+
+
+async def test_a_shared_refusal_is_each_callers_own(make, monkeypatch) -> None:
+    setup = make()
+    shared = OverloadedError("later")
+    shared.retry_after = 7
+
+    async def refuse(*args: object) -> None:
+        raise shared
+
+    monkeypatch.setattr(setup.pipeline._downloads, "get", refuse)
+    found = await asyncio.gather(
+        *(setup.load(url_ref("http://127.0.0.1/a")) for _ in range(2)), return_exceptions=True
+    )
+    assert [(type(e), e.message, e.retry_after) for e in found] == [
+        (OverloadedError, "later", 7)
+    ] * 2
+    assert len({id(error) for error in (shared, *found)}) == 3
+
+
+async def test_downloads_that_wait_to_be_decoded_are_bounded(make) -> None:
+    """A content counts once for all requests that share it, and until the last of them is loaded."""
+    data = [encoded(picture(seed=seed)) for seed in range(2)]
+    setup = make(max_media_bytes_in_flight=len(data[0]) + len(data[1]) - 1)
+    budget = setup.pipeline._fetcher.budget
+    setup.processor.gate = threading.Event()
+    async with media_server() as server:
+        for path, body in zip("ab", data, strict=True):
+            server.serve(f"/{path}", body)
+        server.serve("/again", data[0])
+        refs = [url_ref(server.url(path)) for path in ("/a", "/a", "/again")]
+        loads = [asyncio.create_task(setup.load(ref)) for ref in refs]
+        while sum(n for n, _ in budget._held.values()) < 3:
+            await asyncio.sleep(0)
+        assert budget.num_bytes == len(data[0])
+        with pytest.raises(OverloadedError, match="wait to be decoded"):
+            await setup.load(url_ref(server.url("/b")))
+        assert budget.num_bytes == len(data[0])
+        setup.processor.gate.set()
+        await asyncio.gather(*loads)
+        assert budget.num_bytes == 0
+        assert len(await setup.load(url_ref(server.url("/b")))) == 1
+    assert budget.num_bytes == 0
+
+
+async def test_files_of_this_machine_are_no_downloads(make, tmp_path) -> None:
+    (tmp_path / "a").write_bytes(encoded(picture()))
+    setup = make(max_media_bytes_in_flight=1, allowed_local_media_path=str(tmp_path))
+    assert len(await setup.load(url_ref(f"{tmp_path}/a"))) == 1
+
+
+async def test_a_request_is_refused_as_soon_as_too_much_has_come(make) -> None:
+    """Another that waits for one of the same downloads gets it all the same."""
+    body = encoded(picture())
+    setup = make(max_request_media_bytes=2 * len(body) - 1, image_fetch_timeout=60.0)
+    release = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Length": str(len(body))})
+        await response.prepare(request)
+        await response.write(body[:-1])
+        await release.wait()
+        await response.write(body[-1:])
+        return response
+
+    async with media_server() as server:
+        for path in "abc":
+            server.handlers[f"/{path}"] = handler
+        other = asyncio.create_task(setup.load(url_ref(server.url("/a"))))
+        refs = [url_ref(server.url(f"/{path}"), param=path) for path in "abc"]
+        with pytest.raises(MediaTooLargeError, match="together") as caught:
+            await setup.load(*refs)
+        assert caught.value.param in ("a", "b", "c")
+        release.set()
+        assert len(await other) == 1
+    assert setup.pipeline._fetcher.budget.num_bytes == 0
 
 
 async def test_all_downloads_of_a_request_are_bounded_together(make) -> None:

@@ -6,7 +6,9 @@ import errno
 import gc
 import os
 import resource
+import shutil
 import stat
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 
 from sensorium.multimodal import segments as module
-from sensorium.multimodal.segments import Segment, SegmentFolder
+from sensorium.multimodal.segments import ArraySpec, Segment, SegmentFolder
 
 ARRAYS = {
     "pixels": np.arange(30, dtype=np.uint8).reshape(2, 5, 3),
@@ -61,10 +63,64 @@ def test_the_file_goes_with_its_owner_and_what_is_mapped_stays(folder: SegmentFo
     del owned
     gc.collect()
     assert not os.path.exists(path)
+    assert not other.is_there
     np.testing.assert_array_equal(pixels, ARRAYS["pixels"])
-    np.testing.assert_array_equal(other["pixels"], ARRAYS["pixels"])
-    with pytest.raises(FileNotFoundError):
-        Segment(path, specs, owned=False)
+    for gone in (lambda: other["pixels"], lambda: Segment(path, specs, owned=False)):
+        with pytest.raises(FileNotFoundError):
+            gone()
+
+
+def test_a_segment_that_nobody_looks_at_holds_no_descriptor(folder: SegmentFolder) -> None:
+    owned = folder.write(ARRAYS)
+    before = len(os.listdir("/proc/self/fd"))
+    opened = [Segment(owned.path, owned.specs, owned=False) for _ in range(100)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    np.testing.assert_array_equal(opened[99]["pixels"], ARRAYS["pixels"])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ArraySpec("|u1", (-5,), 0),
+        ArraySpec("|u1", (1 << 62, 8), 0),
+        ArraySpec("|u1", (99,), 0),
+        ArraySpec("|u1", (1,), 1 << 40),
+        ArraySpec("|u1", (1,), -1),
+        ArraySpec("|O", (1,), 0),
+        ArraySpec("<U4", (1,), 0),
+        ArraySpec("garbage", (1,), 0),
+        ArraySpec("|u1", (1,) * 9, 0),
+    ],
+)
+def test_specs_that_cannot_be_true(folder: SegmentFolder, spec: ArraySpec) -> None:
+    owned = folder.write({"pixels": np.zeros(29, np.uint8)})
+    with pytest.raises((ValueError, TypeError)):
+        Segment(owned.path, {"pixels": spec}, owned=False)
+
+
+def test_links_are_no_segments(folder: SegmentFolder) -> None:
+    owned = folder.write(ARRAYS)
+    link = folder.new_path()
+    os.symlink(owned.path, link)
+    with pytest.raises(ValueError, match="regular"):
+        Segment(link, owned.specs, owned=False)
+
+
+def test_a_folder_that_was_tidied_up_is_made_again(folder: SegmentFolder) -> None:
+    shutil.rmtree(folder.path)
+    np.testing.assert_array_equal(folder.write(ARRAYS)["pixels"], ARRAYS["pixels"])
+
+
+def test_a_child_that_the_caller_forks_removes_nothing(folder: SegmentFolder) -> None:
+    owned = folder.write(ARRAYS)
+    child = os.fork()
+    if child == 0:
+        for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+            if finalizer.peek()[0] in (owned, folder):
+                finalizer()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    np.testing.assert_array_equal(owned["pixels"], ARRAYS["pixels"])
 
 
 def test_two_owners_do_not_meet(folder: SegmentFolder) -> None:

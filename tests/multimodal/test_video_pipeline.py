@@ -25,6 +25,7 @@ from sensorium.multimodal.cache import FeatureCache
 from sensorium.multimodal.dataurl import parse_data_url
 from sensorium.multimodal.items import Clip, Features, MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
+from sensorium.multimodal.workers import ThreadWorkers
 from tests.multimodal.clips import frame_of, make_clip, numbers_of
 from tests.multimodal.support import FakeProcessor, data_url, encoded
 
@@ -51,7 +52,10 @@ class Setup:
     def __init__(self, sampler: Any = None, **config: Any) -> None:
         self.processor = ClipProcessor(sampler)
         self.pipeline = MediaPipeline(
-            MediaConfig(num_media_workers=2, **config), self.processor, FeatureCache(1 << 24)
+            MediaConfig(**config),
+            self.processor,
+            FeatureCache(1 << 24),
+            workers=ThreadWorkers(2),
         )
 
     async def load(self, source: Any, kind: Any = "url", **options: Any) -> Any:

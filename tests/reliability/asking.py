@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
+import socket
 import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,8 @@ from tests.e2e.serving import Server
 
 CHAT = "/v1/chat/completions"
 PLAIN = {"max_tokens": 4, "temperature": 0}
+PAUSE = 0.01
+"""Seconds between two looks at something that is waited for."""
 SECRETS = re.compile(
     r"0x[0-9a-f]{4,}|/(?:tmp|dev|home|root|usr|var|etc|proc)\b|\b127\.|::1|localhost|\b169\.254\b|\b10\.0\.|"
     r"object at|BytesIO|Traceback|Errno|site-packages|PIL\.\w+\.|/sensorium/",
@@ -64,7 +70,6 @@ class Service:
     def __init__(self, server: Server, keys: tuple[str, ...] = ()) -> None:
         self.server = server
         self.keys = keys
-        self.num_asked = 0
         self._parts = urlsplit(server.url)
         self._local = threading.local()
         self._good = self.good_answer()
@@ -74,7 +79,6 @@ class Service:
         headers = {"Content-Type": "application/json"}
         if self.keys or key:
             headers["Authorization"] = f"Bearer {key or self.keys[0]}"
-        self.num_asked += 1
         for attempt in range(2):
             connection = self._connection(new=attempt > 0)
             try:
@@ -129,6 +133,38 @@ class Service:
         return held
 
 
+@contextlib.contextmanager
+def serving(
+    model: str, folder: Path, options: Sequence[str], keys: tuple[str, ...] = ()
+) -> Iterator[Service]:
+    """Run a server with these flags, whose log lies in ``folder``; it must end well."""
+    server = Server(model, folder / "log", options)
+    try:
+        yield Service(server, keys)
+    finally:
+        status = server.stop()
+    assert status == 0
+
+
+class Client:
+    """A connection with one request on it, which nobody waits for."""
+
+    def __init__(self, service: Service, *content: Any, **fields: Any) -> None:
+        body = {"messages": [{"role": "user", "content": list(content)}], **fields}
+        data = json.dumps(body).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
+        parts = urlsplit(service.server.url)
+        self._connection = socket.create_connection((str(parts.hostname), int(parts.port or 0)), 60)
+        self._connection.sendall(head.encode() + data)
+
+    def read(self) -> bytes:
+        return self._connection.recv(65536)
+
+    def leave(self) -> None:
+        self._connection.close()
+
+
 class Offline:
     """An ``LLM``, asked like a server; exceptions become the answers that a server would give."""
 
@@ -176,6 +212,14 @@ def _decoded(data: bytes) -> Any:
         return json.loads(data)
     except ValueError:
         return data.decode(errors="replace")
+
+
+def until(happened: Callable[[], Any], what: Callable[[], str] = str, seconds: float = 60) -> None:
+    """Wait until something is the case, and no longer than ``seconds``; ``what`` says what is there instead."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, f"it never came to that: {what()}"
+        time.sleep(PAUSE)
 
 
 # --- parts of messages -----------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from sensorium import LLM
-from tests.e2e.serving import Server
-from tests.reliability.asking import Offline, Service, flags, image, text
+from tests.reliability.asking import Offline, Service, flags, image, serving, text
 from tests.reliability.listeners import Host, Internet, host
 from tests.reliability.media import picture, picture_url
 
@@ -25,17 +24,36 @@ LIMITS: dict[str, Any] = {
     "max_audio_seconds": 20,
     "limit_mm_per_prompt": {"image": 4, "video": 2, "audio": 2},
     "num_kv_blocks": 400,
+    "max_request_media_bytes": 8 << 20,
     "media_fetch_retries": 1,
 }
 ONE_PICTURE = 80_000 / (1 << 30)
 """GiB of a cache that holds the features of one picture of the demo model's."""
 NARROW: dict[str, Any] = {
-    "media_decode_timeout": 1.5,
     "media_worker_memory_gb": 0.15,
     "num_media_workers": 2,
     "num_kv_blocks": 200,
 }
 NO_CACHES: dict[str, Any] = {"mm_processor_cache_gb": 0.0}
+SERVERS = {
+    *("shared_server", "shared_closed_server", "shared_tight_server", "shared_narrow_server"),
+    *("patient_server", "sharing_server", "hasty_server", "server"),
+}
+"""Fixtures that start a server: what needs one is not part of the quick tests."""
+SERVED = {"served", "closed", "tight", "narrow", "hasty"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what needs a server, by itself or by one of its parameters."""
+    for item in items:
+        if not isinstance(item, pytest.Function) or Path(__file__).parent not in item.path.parents:
+            continue
+        call = getattr(item, "callspec", None)
+        chosen = (
+            {value for value in call.params.values() if isinstance(value, str)} if call else set()
+        )
+        if SERVERS & set(item.fixturenames) or SERVED & chosen:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +79,8 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Ite
         "grammar_timeout": 0.5,
         "api_key": KEYS,
     }
-    log = tmp_path_factory.mktemp("served") / "log"
-    server = Server("demo", log, flags(options))
-    try:
-        yield Service(server, KEYS)
-    finally:
-        assert server.stop() == 0
+    with serving("demo", tmp_path_factory.mktemp("served"), flags(options), KEYS) as service:
+        yield service
 
 
 @pytest.fixture
@@ -78,15 +92,9 @@ def served(shared_server: Service) -> Iterator[Service]:
 
 @pytest.fixture(scope="session")
 def shared_closed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    server = Server(
-        "demo-audio",
-        tmp_path_factory.mktemp("closed") / "log",
-        flags({"max_audio_seconds": 20, "num_kv_blocks": 200}),
-    )
-    try:
-        yield Service(server)
-    finally:
-        assert server.stop() == 0
+    options = flags({"max_audio_seconds": 20, "num_kv_blocks": 200})
+    with serving("demo-audio", tmp_path_factory.mktemp("closed"), options) as service:
+        yield service
 
 
 @pytest.fixture
@@ -104,11 +112,8 @@ def shared_tight_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         "enable_mm_embeds": True,
         "max_num_waiting": 512,
     }
-    server = Server("demo", tmp_path_factory.mktemp("tight") / "log", flags(options))
-    try:
-        yield Service(server)
-    finally:
-        assert server.stop() == 0
+    with serving("demo", tmp_path_factory.mktemp("tight"), flags(options)) as service:
+        yield service
 
 
 @pytest.fixture
@@ -121,16 +126,13 @@ def tight(shared_tight_server: Service) -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def shared_narrow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     options = [*flags({**NARROW, **NO_CACHES}), "--no-enable-prefix-caching"]
-    server = Server("demo", tmp_path_factory.mktemp("narrow") / "log", options)
-    try:
-        yield Service(server)
-    finally:
-        assert server.stop() == 0
+    with serving("demo", tmp_path_factory.mktemp("narrow"), options) as service:
+        yield service
 
 
 @pytest.fixture
 def narrow(shared_narrow_server: Service) -> Iterator[Service]:
-    """The demo model behind HTTP without caches, with two media workers that have little time and memory."""
+    """The demo model behind HTTP without caches, with two media workers that have little memory."""
     yield shared_narrow_server
     shared_narrow_server.is_well()
     assert shared_narrow_server.ask(image(picture_url()), text("What is it?")).status == 200

@@ -48,6 +48,18 @@ def png(width: int, height: int, *chunks: bytes, depth: int = 8, colours: int = 
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+def gif(width: int, height: int, num_frames: int = 1) -> bytes:
+    """An animation of this size, of frames of one pixel."""
+    frame = b"\x21\xf9\x04\0\x0a\0\0\0\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"
+    size = struct.pack("<HH", width, height)
+    return b"GIF89a" + size + b"\x80\0\0" + b"\0\0\0\xff\xff\xff" + frame * num_frames + b";"
+
+
+def endless_clip() -> str:
+    """An animation of a few hundred kilobytes whose decoding would take many seconds."""
+    return data_url(gif(1400, 1400, 20_000), "image/gif")
+
+
 def tone(seconds: float = 0.5, rate: int = RATE, pitch: float = 440.0) -> np.ndarray:
     times = np.arange(round(seconds * rate)) / rate
     return (0.5 * np.sin(2 * np.pi * pitch * times)).astype(np.float32)

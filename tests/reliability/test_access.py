@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
+import select
 import socket
 from urllib.parse import urlsplit
 
@@ -168,6 +170,26 @@ def test_a_body_over_the_limit(served: Service) -> None:
     status, rest = raw(served, declared)
     assert (status, b"body_too_large" in rest) == (413, True), rest
     assert not SECRETS.search(rest.partition(b"\r\n\r\n")[2].decode())
+    status, rest = endless_chunks(served, "\r\n".join([*head, "Transfer-Encoding: chunked"]))
+    assert (status, b"body_too_large" in rest) == (413, True), rest
+
+
+def endless_chunks(served: Service, head: str) -> tuple[int, bytes]:
+    """Status and answer to a request whose body has no end and no declared length, as long as it is taken."""
+    parts = urlsplit(served.server.url)
+    chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
+    received = b""
+    with socket.create_connection((str(parts.hostname), int(parts.port or 0)), 30) as connection:
+        connection.sendall(head.encode() + b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(1024):
+                connection.sendall(chunk)
+                if select.select([connection], [], [], 0)[0]:
+                    break
+        with contextlib.suppress(ConnectionError):  # what was sent and not read ends the connection
+            while piece := connection.recv(65536):
+                received += piece
+    return int(received.split(b" ", 2)[1] if received else 0), received
 
 
 @pytest.mark.parametrize(

@@ -23,15 +23,9 @@ from tests.reliability.asking import (
     text,
     video,
 )
-from tests.reliability.media import data_url, encoded, picture, png, png_chunk, sound
+from tests.reliability.media import data_url, encoded, gif, picture, png, png_chunk, sound
 
 HUGE = 60_000
-
-
-def gif(width: int, height: int, num_frames: int = 1) -> bytes:
-    frame = b"\x21\xf9\x04\0\x0a\0\0\0\x2c\0\0\0\0\1\0\1\0\0\2\2\x44\1\0"
-    size = struct.pack("<HH", width, height)
-    return b"GIF89a" + size + b"\x80\0\0" + b"\0\0\0\xff\xff\xff" + frame * num_frames + b";"
 
 
 def bmp() -> bytes:

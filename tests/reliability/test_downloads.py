@@ -5,15 +5,14 @@ from __future__ import annotations
 import gzip
 import socket
 import threading
-import time
 import zlib
 from collections.abc import Callable
 
 import pytest
 
-from tests.reliability.asking import Answer, Offline, Service, image, place, text, video
+from tests.reliability.asking import Answer, Offline, Service, image, place, text, until, video
 from tests.reliability.listeners import Host, Internet
-from tests.reliability.media import encoded, picture, picture_url
+from tests.reliability.media import encoded, picture, picture_url, png, png_chunk
 
 GOOD = encoded(picture())
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -50,11 +49,11 @@ def test_slow_hosts_end_at_the_deadline_and_hold_nobody_up(
     threads = [threading.Thread(target=ask, args=(name,)) for name in parts]
     for thread in threads:
         thread.start()
-    while len(set(media_host.paths) & {"/silent", "/head", "/drops", "/more", "/chunks"}) < 5:
-        time.sleep(0.01)
+    until(lambda: {"/silent", "/head", "/drops", "/more", "/chunks"} <= set(media_host.paths))
     assert served.ask(image(picture_url()), text("What is this?")).status == 200
     for thread in threads:
         thread.join()
+    assert set(answers) == set(SLOW)
     for name, answer in answers.items():
         answer.is_refusal(424, "media_fetch_timeout", place(parts[name]))
         assert "1.5 s" in answer.error["message"]
@@ -166,11 +165,14 @@ def test_transient_failures_are_tried_again(served: Service, media_host: Host) -
 
 def test_each_item_counts_against_the_requests_limit(served: Service, media_host: Host) -> None:
     """Many downloads below the limit of one do not add up beyond that of a request."""
-    size = 3 << 20
-    parts = [image(media_host.serve(f"/large{i}", bytes(size))) for i in range(4)]
+    pixels = png_chunk(b"IDAT", zlib.compress(bytes(31 * 10)))
+    large = [png(10, 10, pixels, png_chunk(b"prVt", bytes([i]) * (3 << 20))) for i in range(4)]
+    assert served.ask(image(media_host.serve("/large", large[0]))).status == 200
+    parts = [image(media_host.serve(f"/large{i}", data)) for i, data in enumerate(large)]
     answer = served.ask(*parts)
-    assert answer.error["code"] in ("media_too_large", "media_undecodable"), answer.body
-    answer.is_discreet()
+    assert answer.error["param"].startswith("messages[0].content["), answer.body
+    answer.is_refusal(413, "media_too_large", answer.error["param"])
+    assert "--max-request-media-bytes" in answer.error["message"]
 
 
 def test_hosts_that_are_not_there(offline: Offline, internet: Internet) -> None:

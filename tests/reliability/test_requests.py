@@ -14,7 +14,6 @@ import pytest
 import sensorium
 from sensorium.engine.prompts import RawPrompt
 from sensorium.errors import PromptTooLongError
-from sensorium.multimodal.placeholders import expand
 from sensorium.text.chat import parse_messages
 from sensorium.text.tokenizer import Tokenizer
 from tests.reliability.asking import CHAT, Answer, Offline, Service, image, text
@@ -157,30 +156,6 @@ def test_special_tokens_in_raw_prompts_act_and_harm_nobody(served: Service) -> N
             answer.is_discreet()
             if answer.status != 200:
                 assert answer.error["code"] == "placeholder_mismatch", (spelling, answer.body)
-
-
-def test_placeholders_are_expanded_in_one_pass(offline: Offline) -> None:
-    """A hundred thousand of them are looked at a bounded number of times each: the id that stands for one is compared
-    as often as there are tokens, not as often as there are pairs of them."""
-    processor = offline.llm._preparer._processor
-    assert processor is not None
-    num_looks = 0
-
-    class Counted(tuple[int, ...]):
-        def __iter__(self) -> Any:
-            nonlocal num_looks
-            num_looks += 1
-            return super().__iter__()
-
-        def __getitem__(self, key: Any) -> Any:
-            nonlocal num_looks
-            num_looks += 1
-            return super().__getitem__(key)
-
-    ids = Counted([TOKENIZER.token_id("<|image_pad|>") or 0, 5] * 50_000)
-    with pytest.raises(sensorium.errors.PlaceholderMismatchError):
-        expand(ids, (), processor)
-    assert num_looks <= 16
 
 
 def test_long_conversations_are_refused_by_their_beginning(

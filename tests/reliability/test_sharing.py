@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.serving import Server
-from tests.reliability.asking import Answer, Service, flags, image, text
+from tests.reliability.asking import Answer, Service, flags, image, serving, text, until
 from tests.reliability.listeners import Host
 from tests.reliability.media import encoded, picture
 
@@ -20,18 +19,14 @@ STAGE = re.compile(r'media_stage_items_total\{[^}]*stage="(\w+)"[^}]*\} (\S+)')
 @pytest.fixture(scope="module")
 def sharing_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The demo model, with times that make what "at once" means independent of this machine."""
-    folder = tmp_path_factory.mktemp("sharing")
     options = {
         "allowed_media_domains": ("localhost",),
         "image_fetch_timeout": 60.0,
         "media_url_reuse_seconds": 3600.0,
         "num_kv_blocks": 400,
     }
-    server = Server("demo", folder / "log", flags(options))
-    try:
-        yield Service(server)
-    finally:
-        assert server.stop() == 0
+    with serving("demo", tmp_path_factory.mktemp("sharing"), flags(options)) as service:
+        yield service
 
 
 def stages(service: Service) -> dict[str, int]:
@@ -50,8 +45,8 @@ def test_a_hundred_requests_for_one_url(
     head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode()
 
     def script(connection) -> None:
-        while host_is_slow and service.counters()["media_loading"] < NUM:
-            assert not media_host.closing.is_set()
+        if host_is_slow:
+            until(lambda: service.counters()["media_loading"] >= NUM)
         connection.sendall(head + data)
 
     part = image(media_host.act(path, script))

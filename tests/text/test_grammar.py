@@ -15,6 +15,7 @@ from sensorium.params import StructuredOutputs
 from sensorium.text.grammar import (
     MAX_REGEX_CHARS,
     STARTING_SECONDS,
+    Budget,
     GrammarMatcher,
     GrammarVocabulary,
     check_size,
@@ -235,7 +236,8 @@ def test_a_grammar_that_costs_too_much_time_ends(
     assert allowed(matcher, vocabulary.vocab_size), "the one that used it up"
     assert matcher.error == "it takes too long to follow"
     assert allowed(matcher, vocabulary.vocab_size) == []
-    assert matcher.fresh().error is None
+    assert matcher.fresh().error is not None, "a sequence that starts again gets nothing back"
+    assert matcher.fresh(Budget()).error is None
 
 
 def test_sizes_are_checked_before_anything_is_made() -> None:

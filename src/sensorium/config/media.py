@@ -62,7 +62,9 @@ class MediaConfig:
         8, "Most downloads of one request at a time; its further ones wait."
     )
     max_media_bytes_in_flight: int = option(
-        2048 * MIB, "Most bytes of unfinished downloads together; what is past it gets 503."
+        2048 * MIB,
+        "Most bytes of downloads together, unfinished ones and finished ones that wait to be decoded; what is past "
+        "it gets 503.",
     )
     media_url_reuse_seconds: float = option(
         1.0,
@@ -80,7 +82,9 @@ class MediaConfig:
         10.0, "GiB of that folder; what was used least recently goes first."
     )
     max_media_bytes: int = option(256 * MIB, "Most bytes of one download.")
-    max_request_media_bytes: int = option(256 * MIB, "Most bytes of all downloads of a request.")
+    max_request_media_bytes: int = option(
+        256 * MIB, "Most bytes of all media of a request, counted as they come."
+    )
     max_image_pixels: int = option(
         178_956_970, "Most pixels of one image, or of a frame of a video."
     )

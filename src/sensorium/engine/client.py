@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,11 +21,11 @@ from sensorium import errors
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
-from sensorium.engine.processes import child_environment
 from sensorium.engine.shared import SharedFeatures
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.kernels import threads
 from sensorium.multimodal.items import MediaItem
+from sensorium.processes import child_environment, python_module
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +111,9 @@ class EngineClient:
         # The C library reads its part of the environment when a process starts, so it must be set here already.
         threads.prepare()
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "sensorium.engine.worker"),
-            *(self._address, str(os.getpid()), self._folder),
+            *python_module(
+                "sensorium.engine.worker", self._address, str(os.getpid()), self._folder
+            ),
             env=child_environment(),
         )
         # Not waited for: a process that ends before it connects never takes the message.

@@ -14,7 +14,7 @@ from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.multimodal.items import Features
 from sensorium.runtime.encoder import FeatureStore
-from sensorium.text.grammar import GrammarMatcher
+from sensorium.text.grammar import Budget, GrammarMatcher
 
 MATCHER_SECONDS = 0.005
 """How long a step waits for a matcher when there is nothing else to do."""
@@ -41,7 +41,7 @@ class Engine:
         runner: Runner,
         store: FeatureStore,
         facts: EngineFacts,
-        new_matcher: Callable[[str], GrammarMatcher],
+        new_matcher: Callable[[str, Budget], GrammarMatcher],
     ) -> None:
         self.facts = facts
         self._constrained = ConstrainedRequests(new_matcher)

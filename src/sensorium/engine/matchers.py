@@ -6,13 +6,14 @@ import concurrent.futures
 import dataclasses
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from sensorium.core.request import EngineRequest
 from sensorium.multimodal.items import Features
-from sensorium.text.grammar import GrammarMatcher, GrammarVocabulary
+from sensorium.text.grammar import Budget, GrammarMatcher, GrammarVocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Matchers:
         self._kept: OrderedDict[str, GrammarMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, grammar: str) -> GrammarMatcher:
+    def __call__(self, grammar: str, budget: Budget) -> GrammarMatcher:
         """A matcher at the start of ``grammar``; usable from several threads. Raises InvalidRequestError."""
         with self._lock:
             if self._vocabulary is None:
@@ -48,7 +49,7 @@ class Matchers:
             self._kept.move_to_end(grammar)
             if len(self._kept) > NUM_KEPT:
                 self._kept.popitem(last=False)
-            return kept.fresh()
+            return kept.fresh(budget)
 
 
 @dataclass(slots=True)
@@ -70,8 +71,9 @@ class Arrival:
 class ConstrainedRequests:
     """Requests that wait for their matchers. One thread calls it; others make the matchers."""
 
-    def __init__(self, new_matcher: Callable[[str], GrammarMatcher]) -> None:
+    def __init__(self, new_matcher: Callable[[str, Budget], GrammarMatcher]) -> None:
         self._new_matcher = new_matcher
+        self._budgets: weakref.WeakValueDictionary[str, Budget] = weakref.WeakValueDictionary()
         self._pool = concurrent.futures.ThreadPoolExecutor(NUM_THREADS, "sensorium-matchers")
         self._entries: dict[str, _Entry] = {}
 
@@ -83,7 +85,9 @@ class ConstrainedRequests:
 
     def put(self, request: EngineRequest, features: tuple[Features, ...]) -> None:
         """Begin to make the matcher of a request."""
-        made = self._pool.submit(self._new_matcher, request.grammar)
+        # Held by the matchers of all samples of the request, and gone with them.
+        budget = self._budgets.setdefault(request.request_id.partition("#")[0], Budget())
+        made = self._pool.submit(self._new_matcher, request.grammar, budget)
         self._entries[request.request_id] = _Entry(request, features, made)
 
     def discard(self, request_id: str) -> None:

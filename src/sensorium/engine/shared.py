@@ -36,7 +36,7 @@ class SharedFeatures:
         )
 
     def open(self) -> Features:
-        """The features, mapped and not copied. Raises OSError when the segment is gone."""
+        """The features, mapped when they are looked at and never copied. Raises OSError when the segment is gone."""
         return Features(
             modality=self.modality,  # type: ignore[arg-type]
             arrays=Segment(self.path, self.arrays, owned=False),

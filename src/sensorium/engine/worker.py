@@ -171,8 +171,8 @@ class _Loop:
             engine.add(message.request, features)
         except SensoriumError as error:
             self._refuse(message, error)
-        except FileNotFoundError:
-            # The frontend gave the request up, and its features with it, before this message was read; it says so next.
+        except OSError:
+            # Mostly the frontend gave the request up, and its features with it, before this message was read.
             self._refuse(
                 message, UnavailableError("The media of this request are gone; send it again.")
             )

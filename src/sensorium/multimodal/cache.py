@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sensorium.multimodal.items import Features
+from sensorium.multimodal.segments import Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class FeatureCache:
         """The features under a digest, which become the most recently used; None when there are none."""
         with self._lock:
             self._queries += 1
-            features = self._entries.get(digest)
+            features = self._held(digest)
             if features is not None:
                 self._hits += 1
                 self._entries.move_to_end(digest)
@@ -59,7 +60,7 @@ class FeatureCache:
     def peek(self, digest: bytes) -> Features | None:
         """The features under a digest, as if nobody had asked."""
         with self._lock:
-            return self._entries.get(digest)
+            return self._held(digest)
 
     def put(self, digest: bytes, features: Features) -> bool:
         """Keep features; returns whether they are kept. What was there under the digest is replaced."""
@@ -120,6 +121,15 @@ class FeatureCache:
                 raise AssertionError("a pin count below 1")
             if self._hits > self._queries:
                 raise AssertionError(f"{self._hits} hits of {self._queries} queries")
+
+    def _held(self, digest: bytes) -> Features | None:
+        """An entry whose arrays are there; one whose segment somebody has tidied up is forgotten."""
+        features = self._entries.get(digest)
+        if features is None or not isinstance(features.arrays, Segment) or features.arrays.is_there:
+            return features
+        del self._entries[digest]
+        self._num_bytes -= features.num_bytes
+        return None
 
     def _make_room(self, size: int) -> bool:
         """Evict until ``size`` bytes fit, if they can at all; nothing is evicted when they cannot."""

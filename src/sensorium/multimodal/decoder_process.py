@@ -5,12 +5,13 @@ the other, within limits of memory and processor time. Whatever a file does to a
 into a segment; only shapes and small values go back through the socket. ``multimodal.decoders`` is the other side.
 
 Control protocol, on a stream socket: ``SPAWN`` with the descriptor of the new worker's own socket, answered with its
-process id (4 bytes, little-endian); ``KILL`` with a process id. When the other side closes, all ends.
+process id (4 bytes, little-endian); ``KILL`` with a process id. When the other side closes, all ends; after ``RETIRE``
+the folder of segments stays, for another fork server takes over.
 """
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
 import gc
 import importlib
@@ -44,9 +45,12 @@ from sensorium.multimodal.packing import (
 )
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.segments import ArraySpec, write
+from sensorium.processes import end_with, limit_memory, lower, silence_libraries
 
-SPAWN, KILL = b"s", b"k"
+SPAWN, KILL, RETIRE = b"s", b"k", b"r"
 ID_BYTES = 4
+NO_WORKER = 0
+"""The answer in place of a process id when there can be no further process."""
 NO_ROOM = "There is no room for the media of this request now; try again later."
 
 _LIBRARIES: dict[Modality, tuple[str, ...]] = {
@@ -57,7 +61,9 @@ _LIBRARIES: dict[Modality, tuple[str, ...]] = {
 _MAX_FILES = 256
 _NICENESS = 5
 """Workers give way to the server's event loop, which needs little time but needs it at once."""
-_PR_SET_PDEATHSIG = 1
+_FIRST_TO_GO = "500"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT)
+"""Where a segment cannot be written: the last one when somebody has tidied up its folder."""
 
 logger = logging.getLogger(__name__)
 
@@ -113,17 +119,19 @@ def serve(control: socket.socket, processor: Processor, config: MediaConfig, fol
     gc.collect()
     gc.freeze()  # pages of objects that nobody changes stay shared with the workers
     children: set[int] = set()
+    parent = os.getpid()
     while True:
         command, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         children.difference_update(_ended())
         if command == SPAWN:
-            child = os.fork()
+            child = _fork()
             if child == 0:
                 control.close()
-                _run_worker(socket.socket(fileno=descriptors[0]), processor, config)
+                _run_worker(socket.socket(fileno=descriptors[0]), parent, processor, config)
             os.close(descriptors[0])
-            children.add(child)
-            control.sendall(child.to_bytes(ID_BYTES, "little"))
+            if child is not None:
+                children.add(child)
+            control.sendall((child or NO_WORKER).to_bytes(ID_BYTES, "little"))
         elif command == KILL:
             child = int.from_bytes(receive_bytes(control, ID_BYTES) or b"", "little")
             if child in children:  # not waited for yet, so that the number is still its own
@@ -132,7 +140,17 @@ def serve(control: socket.socket, processor: Processor, config: MediaConfig, fol
             break
     for child in children:
         os.kill(child, signal.SIGKILL)
-    shutil.rmtree(folder, ignore_errors=True)
+    if command != RETIRE:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fork() -> int | None:
+    """As ``os.fork``; None when the system has no more processes or memory for one."""
+    try:
+        return os.fork()
+    except OSError as error:
+        logger.error("a media worker could not be forked: %s", error.strerror)
+        return None
 
 
 def _ended() -> list[int]:
@@ -145,13 +163,14 @@ def _ended() -> list[int]:
     return ended
 
 
-def _run_worker(jobs: socket.socket, processor: Processor, config: MediaConfig) -> None:
+def _run_worker(
+    jobs: socket.socket, parent_id: int, processor: Processor, config: MediaConfig
+) -> None:
     """A worker's whole life; it never returns into the fork server's code."""
     try:
-        _die_with_parent()
+        end_with(parent_id)
         _quieten()
         _limit(config)
-        os.nice(_NICENESS)
         while (frame := receive_frame(jobs)) is not None:
             job = _decode_job(frame)
             data = receive_bytes(jobs, job.num_bytes)
@@ -159,8 +178,8 @@ def _run_worker(jobs: socket.socket, processor: Processor, config: MediaConfig) 
                 break
             _limit_seconds(config.media_decode_timeout)
             send_frame(jobs, encode(_answer(job, data, processor, config)))
-    except OSError:
-        logger.exception("a media worker lost its connection")
+    except Exception:
+        logger.exception("a media worker failed")
     finally:
         os._exit(0)
 
@@ -184,53 +203,44 @@ def _answer(job: Job, data: bytes, processor: Processor, config: MediaConfig) ->
     except SensoriumError as error:
         return Failed(error.message, error.code, error.param)
     except MemoryError:
-        gib = config.media_worker_memory_gb
-        return Failed(
-            f"The {modality} takes more than {gib:g} GiB of memory to decode and preprocess, the limit "
-            "(--media-worker-memory-gb); send a smaller one.",
-            MediaTooLargeError.code,
-        )
+        return _too_large(modality, config)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            return _too_large(modality, config)
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
             return Failed(NO_ROOM, OverloadedError.code)
         logger.exception("an item of modality %s could not be decoded", modality)
         return Failed(f"The {modality} cannot be decoded.", MediaUndecodableError.code)
 
 
-def _die_with_parent() -> None:
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before
-        os._exit(0)
+def _too_large(modality: str, config: MediaConfig) -> Failed:
+    return Failed(
+        f"The {modality} takes more than {config.media_worker_memory_gb:g} GiB of memory to decode and preprocess, "
+        "the limit (--media-worker-memory-gb); send a smaller one.",
+        MediaTooLargeError.code,
+    )
 
 
 def _quieten() -> None:
     """Keep what the decoders' libraries write about damaged files, warnings and ignored exceptions of Python's among
     it, out of the log; our own lines still go there."""
-    log = os.fdopen(os.dup(2), "w", buffering=1)
+    log = silence_libraries()
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(log)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    os.close(nothing)
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def _limit(config: MediaConfig) -> None:
-    """Memory beyond what the fork server's libraries take, the size of a segment, open files; no core dumps."""
+    """Memory beyond what the fork server's libraries take, the size of a segment, open files. Where the system's memory
+    ends before these limits, it is this process that goes, and not the engine."""
     memory = int(config.media_worker_memory_gb * GIB)
-    with open("/proc/self/statm") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    for kind, limit in (
-        (resource.RLIMIT_AS, mapped + memory),
-        (resource.RLIMIT_FSIZE, memory),
-        (resource.RLIMIT_NOFILE, _MAX_FILES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, hard = resource.getrlimit(kind)
-        most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (most, most))
+    limit_memory(memory)
+    lower(resource.RLIMIT_FSIZE, memory)
+    lower(resource.RLIMIT_NOFILE, _MAX_FILES)
+    os.nice(_NICENESS)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(_FIRST_TO_GO)
 
 
 def _limit_seconds(seconds: float) -> None:

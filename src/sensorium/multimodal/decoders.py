@@ -22,13 +22,21 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from sensorium.config import MediaConfig
-from sensorium.errors import MediaUndecodableError, UnavailableError, error_of
+from sensorium.errors import (
+    InvalidRequestError,
+    MediaUndecodableError,
+    OverloadedError,
+    RequestError,
+    SensoriumError,
+    UnavailableError,
+    error_of,
+)
 from sensorium.multimodal import decoder_process as child
 from sensorium.multimodal.items import MODALITIES, Features
 from sensorium.multimodal.loaders import Prepared, Work, prepare
 from sensorium.multimodal.packing import receive_bytes, receive_frame, send_frame
 from sensorium.multimodal.processor import Processor
-from sensorium.multimodal.segments import Segment, SegmentFolder, remove
+from sensorium.multimodal.segments import Segment, SegmentFolder, check, remove
 from sensorium.multimodal.workers import ThreadWorkers, default_num_workers
 
 JOBS_PER_PROCESS = 500
@@ -39,7 +47,11 @@ ABANDONED_SECONDS = 0.5
 """How long work that nobody waits for any more goes on: killing a worker for less would cost more."""
 
 STOP_SECONDS = 5.0
-"""How long the fork server gets to end by itself."""
+"""How long a process gets to end."""
+MOST_EMBEDS = 1 << 24
+MOST_MESSAGE_CHARS = 1000
+"""Of what a worker says, which is checked: it has read what strangers send."""
+_MOMENT = 0.2
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -102,6 +114,22 @@ class ForkServerCommand:
     message: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Forked:
+    """A worker process: the socket to it, its id, and the fork server that alone may kill it."""
+
+    connection: socket.socket
+    process_id: int
+    server: subprocess.Popen[bytes]
+    control: socket.socket
+
+    def kill(self) -> None:
+        """Kill it. Never waits: a server that is gone has taken its workers along."""
+        number = self.process_id.to_bytes(child.ID_BYTES, "little")
+        with contextlib.suppress(OSError):
+            self.control.send(child.KILL + number, socket.MSG_DONTWAIT)
+
+
 class _ForkServer:
     """The fork server's process, started when the first worker is wanted and again when it has died. Thread-safe."""
 
@@ -109,42 +137,58 @@ class _ForkServer:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
+        self._is_closed = False
         self._lock = threading.Lock()
         """Held from a question to its answer; to kill takes no answer, and need not wait."""
 
-    def spawn(self) -> tuple[socket.socket, int]:
-        """A new worker's socket and process id. Raises UnavailableError."""
-        ours, theirs = socket.socketpair()
-        with self._lock, theirs:
+    def spawn(self) -> _Forked:
+        """A new worker. Raises UnavailableError."""
+        with self._lock:
             for _ in range(2):
                 try:
-                    control = self._start()
-                    socket.send_fds(control, [child.SPAWN], [theirs.fileno()])
-                    answer = receive_bytes(control, child.ID_BYTES)
+                    forked = self._spawn()
                 except OSError:
-                    answer = None
-                if answer is not None:
-                    return ours, int.from_bytes(answer, "little")
-                self._stop()
-        ours.close()
+                    forked = None
+                if forked is not None:
+                    return forked
+                self._stop(child.RETIRE)
         logger.error("media workers cannot be started; the lines above may say why")
         raise UnavailableError("Media cannot be decoded now; try again later.")
 
-    def kill(self, process_id: int) -> None:
-        """Kill a worker that ``spawn`` returned."""
+    def close(self) -> None:
+        """End the process and all workers, for good."""
+        self._is_closed = True
         control = self._control
         if control is not None:
-            with contextlib.suppress(OSError):  # a server that is gone has taken it along
-                control.sendall(child.KILL + process_id.to_bytes(child.ID_BYTES, "little"))
-
-    def close(self) -> None:
-        """End the process and all workers."""
+            with contextlib.suppress(OSError):  # who waits for an answer hears of it at once
+                control.shutdown(socket.SHUT_RDWR)
         with self._lock:
             self._stop()
 
-    def _start(self) -> socket.socket:
-        if self._control is not None:
-            return self._control
+    def _spawn(self) -> _Forked | None:
+        """None when the fork server has gone. Raises UnavailableError when it cannot fork, OSError as sockets do."""
+        process, control = self._started()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                socket.send_fds(control, [child.SPAWN], [theirs.fileno()])
+            answer = receive_bytes(control, child.ID_BYTES)
+        except BaseException:
+            ours.close()
+            raise
+        number = int.from_bytes(answer or b"", "little")
+        if answer is not None and number != child.NO_WORKER:
+            return _Forked(ours, number, process, control)
+        ours.close()
+        if answer is None:
+            return None
+        raise UnavailableError("Media cannot be decoded now; try again later.")
+
+    def _started(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        if self._is_closed:
+            raise OSError("the workers have been closed")
+        if self._process is not None and self._control is not None:
+            return self._process, self._control
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -153,13 +197,19 @@ class _ForkServer:
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
             )
-        self._control = ours
         ours.settimeout(START_SECONDS)
+        self._control = ours  # nobody kills anything before there is a worker
         send_frame(ours, self._command.message)
-        return ours
+        return self._process, ours
 
-    def _stop(self) -> None:
+    def _stop(self, last_word: bytes = b"") -> None:
         if self._control is not None:
+            with contextlib.suppress(OSError):
+                self._control.send(last_word, socket.MSG_DONTWAIT)
+            with contextlib.suppress(
+                OSError
+            ):  # a child that the caller's program forked may hold it open
+                self._control.shutdown(socket.SHUT_RDWR)
             self._control.close()
             self._control = None
         if self._process is not None:
@@ -179,6 +229,31 @@ class _Job:
         self.path = path
         self._worker: _Worker | None = None
         self._lock = threading.Lock()
+
+    def message(self) -> bytes:
+        """What the worker is told. Raises InvalidRequestError for options that cannot be passed on."""
+        work = self.work
+        loading = dataclasses.asdict(work.loading)
+        header = child.Job(
+            work.modality,
+            {name: value for name, value in loading.items() if value is not None},
+            dict(work.options),
+            work.num_items,
+            self.path,
+            len(work.source),
+        )
+        try:
+            return child.encode(header)
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            raise InvalidRequestError(
+                "mm_processor_kwargs holds a value that is no plain one (a number below 2**64, a text, a list or a "
+                "mapping of those).",
+                param="mm_processor_kwargs",
+            ) from None
+
+    def forget(self) -> None:
+        """Let go of the file: the place in the queue stays until a thread comes to it."""
+        self.work = dataclasses.replace(self.work, source=b"")
 
     def run(self, worker: _Worker) -> child.Done:
         """The worker's answer; no file is left when there is none."""
@@ -211,103 +286,122 @@ class _Worker:
     def __init__(self, server: _ForkServer, seconds: float) -> None:
         self._server = server
         self._seconds = seconds
-        self._socket: socket.socket | None = None
-        self._process_id = 0
+        self._forked: _Forked | None = None
         self._num_jobs = 0
         self.is_busy = False
         self.num_deaths = 0
 
-    def start(self) -> None:
-        """Fork the process unless it is there."""
-        if self._socket is not None and (
-            self._num_jobs >= JOBS_PER_PROCESS or _is_closed(self._socket)
+    def start(self) -> _Forked:
+        """The process, forked unless it is there."""
+        if self._forked is not None and (
+            self._num_jobs >= JOBS_PER_PROCESS or not _is_idle(self._forked.connection)
         ):
             self.discard()
-        if self._socket is None:
-            self._socket, self._process_id = self._server.spawn()
+        if self._forked is None:
+            self._forked = self._server.spawn()
             self._num_jobs = 0
+        return self._forked
 
     def run(self, job: _Job) -> child.Done:
         """The answer to a job. Raises RequestError or UnavailableError."""
-        work = job.work
-        header = child.Job(
-            work.modality,
-            {
-                name: value
-                for name, value in dataclasses.asdict(work.loading).items()
-                if value is not None
-            },
-            dict(work.options),
-            work.num_items,
-            job.path,
-            len(work.source),
-        )
-        message = child.encode(header)
-        self.start()
+        message = job.message()
+        forked = self.start()
         job.begin(self)
         self.is_busy = True
         try:
-            answer = self._ask(message, work.source)
+            answer = self._ask(forked, message, job.work.source)
+            reply = None if answer is None else _reply(answer, job)
         except TimeoutError:
             self._died("was killed: it took too long")
             raise MediaUndecodableError(
-                f"Decoding and preprocessing the {work.modality} took longer than {self._seconds:g} s, the limit "
+                f"Decoding and preprocessing the {job.work.modality} took longer than {self._seconds:g} s, the limit "
                 "(--media-decode-timeout); send a smaller or shorter one."
             ) from None
-        except OSError:
-            answer = None
+        except (OSError, ValueError, TypeError):  # it has gone, or does not say what a worker says
+            reply = None
         finally:
             self.is_busy = False
             job.end()
-        if answer is None:
+        if reply is None:
             self._died("ended before it was done")
+            if _has_ended(forked.server):
+                raise UnavailableError("Media cannot be decoded now; try again.")
             raise MediaUndecodableError(
-                f"The process that decoded the {work.modality} ended before it was done: the file is damaged, or "
+                f"The process that decoded the {job.work.modality} ended before it was done: the file is damaged, or "
                 "takes too much."
             )
         self._num_jobs += 1
-        reply = child.decode_reply(answer)
         if isinstance(reply, child.Failed):
-            raise error_of(reply.code, reply.message, reply.param, MediaUndecodableError)
+            raise _error(reply)
         return reply
 
     def kill(self) -> None:
         """Kill the process, if there is one; who waits for it will notice. From any thread."""
-        if self._process_id:
-            self._server.kill(self._process_id)
+        forked = self._forked
+        if forked is not None:
+            forked.kill()
 
     def discard(self) -> None:
-        """Kill the process and forget it."""
-        self.kill()
-        self._process_id = 0
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        """Kill the process, wait until it can write nothing any more, and forget it."""
+        forked, self._forked = self._forked, None
+        if forked is None:
+            return
+        forked.kill()
+        with contextlib.suppress(OSError), forked.connection:
+            forked.connection.settimeout(STOP_SECONDS)
+            while forked.connection.recv(1 << 16):
+                pass
 
     def _died(self, how: str) -> None:
         logger.warning("a media worker %s; another one takes its place", how)
         self.num_deaths += 1
         self.discard()
 
-    def _ask(self, message: bytes, source: bytes) -> bytes | None:
-        assert self._socket is not None
+    def _ask(self, forked: _Forked, message: bytes, source: bytes) -> bytes | None:
         deadline = time.monotonic() + self._seconds
-        self._socket.settimeout(self._seconds)
-        send_frame(self._socket, message, source)
-        # The answer is small and comes in one piece: its first bytes are what takes time.
-        self._socket.settimeout(max(0.001, deadline - time.monotonic()))
-        return receive_frame(self._socket)
+        forked.connection.settimeout(self._seconds)
+        send_frame(forked.connection, message, source)
+        forked.connection.settimeout(max(0.001, deadline - time.monotonic()))
+        return receive_frame(forked.connection)
 
 
-def _is_closed(idle: socket.socket) -> bool:
-    """Whether the other side has gone while nothing was asked of it."""
-    idle.setblocking(False)
+def _reply(answer: bytes, job: _Job) -> child.Done | child.Failed:
+    """What a worker says, if it can be true: it has read what strangers send. Raises ValueError, TypeError or OSError
+    when it cannot."""
+    reply = child.decode_reply(answer)
+    if isinstance(reply, child.Done):
+        check(job.path, reply.specs)
+        if not 0 <= reply.num_embeds <= MOST_EMBEDS:
+            raise ValueError("no number of embeddings")
+    return reply
+
+
+def _error(failed: child.Failed) -> SensoriumError:
+    """The error of an item; those of other kinds are not a worker's to raise."""
+    message = failed.message[:MOST_MESSAGE_CHARS]
+    error = error_of(failed.code, message, failed.param, MediaUndecodableError)
+    if isinstance(error, RequestError | OverloadedError):
+        return error
+    return MediaUndecodableError(message, param=failed.param)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Whether a process ends now, as when it took its workers along."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_MOMENT)
+    return process.returncode is not None
+
+
+def _is_idle(connection: socket.socket) -> bool:
+    """Whether nothing comes from the other side, not even its end, while nothing is asked of it."""
+    connection.setblocking(False)
     try:
-        return not idle.recv(1, socket.MSG_PEEK)
+        connection.recv(1, socket.MSG_PEEK)
     except BlockingIOError:
-        return False
-    except OSError:
         return True
+    except OSError:
+        return False
+    return False
 
 
 class _Crew:
@@ -371,13 +465,21 @@ class ProcessDecoders:
         try:
             done = await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            asyncio.get_running_loop().call_later(ABANDONED_SECONDS, job.abandon)
-            future.add_done_callback(lambda _: remove(job.path))
+            if future.cancelled():
+                job.forget()
+            else:
+                future.add_done_callback(lambda _: remove(job.path))
+                self._abandon_later(job)
             raise
         # Made here: futures refer to each other in circles, and would keep the segment until these are collected.
         arrays = Segment(job.path, done.specs, owned=True)
         features = Features(work.modality, arrays, done.num_embeds, done.meta, done.precomputed)
         return Prepared(features, done.decode_seconds, done.decoded_bytes, done.preprocess_seconds)
+
+    def _abandon_later(self, job: _Job) -> None:
+        timer = threading.Timer(ABANDONED_SECONDS, job.abandon)  # the loop may have ended by then
+        timer.daemon = True
+        timer.start()
 
     def stats(self) -> DecoderStats:
         """See ``Decoders.stats``."""

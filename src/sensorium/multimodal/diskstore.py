@@ -37,6 +37,7 @@ _MARK = b"SENSDL1\n"
 _LENGTHS = struct.Struct("<IQ")
 _OVERHEAD = len(_MARK) + 32 + _LENGTHS.size
 _MAX_NOTE = 1 << 16
+_BLOCK_BYTES = 4096
 _PART = "part-"
 _STALE_PART_SECONDS = 3600.0
 MAX_PENDING_BYTES = 64 << 20
@@ -62,7 +63,7 @@ class _File:
 
 
 class DiskStore:
-    """At most ``capacity_bytes`` of entries, of which one takes a quarter at most.
+    """At most ``capacity_bytes`` of entries, in the disk's blocks, of which one takes a quarter at most.
 
     Each process counts what it adds and looks at the whole folder after every sixteenth part of the capacity: several
     together may exceed it by as much each. Thread-safe. A disk that fails costs entries and one warning, no error.
@@ -176,7 +177,9 @@ class DiskStore:
             self._warn(error)
 
     def _make_room(self, size: int) -> None:
-        """Count ``size`` more bytes; look at the folder and remove what was used least recently when it is time to."""
+        """Count a file of ``size`` bytes more; when it is time to, look at the folder and remove what was used least
+        recently."""
+        size = _on_disk(size)
         slack = self.capacity_bytes // 16
         total = self._num_bytes
         if total is None or total + size > self.capacity_bytes or self._num_new_bytes > slack:
@@ -207,7 +210,7 @@ class DiskStore:
                     if time.time() - status.st_ctime > _STALE_PART_SECONDS:
                         _unlink(found.path)
                     continue
-                yield _File(found.path, status.st_size, status.st_atime)
+                yield _File(found.path, _on_disk(status.st_size), status.st_atime)
 
     def _warn(self, error: OSError) -> None:
         with self._lock:
@@ -218,6 +221,11 @@ class DiskStore:
                 "the download cache (--media-download-cache) cannot be used: %s; downloads go on without it",
                 reason,
             )
+
+
+def _on_disk(num_bytes: int) -> int:
+    """What a file of that many bytes takes: whole blocks, also on disks that could pack it closer."""
+    return -(-num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _private_folder(folder: str) -> str:

@@ -8,8 +8,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 from sensorium.config import MediaConfig
+from sensorium.multimodal.budget import Arrival, RequestBytes, Share
 from sensorium.multimodal.digest import encoded_digest
 from sensorium.multimodal.fetch import Fetcher
 from sensorium.multimodal.flights import SingleFlight
@@ -66,22 +68,29 @@ class Downloads:
         self._flights: SingleFlight[Download] = SingleFlight()
         self._recent = _Recent(config.media_url_reuse_seconds, config.media_url_reuse_bytes, clock)
         self._lock = threading.Lock()
+        # Of what is being fetched; each lives as long as somebody waits for it.
+        self._arrivals: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, Key], Arrival]
+        self._arrivals = WeakValueDictionary()
         self._counts = {"requests": 0, "fetches": 0, "cached": 0, "reused": 0, "failures": 0}
 
-    @property
-    def num_running(self) -> int:
-        """Fetches that run now."""
-        return self._flights.num_running
+    async def get(self, url: str, modality: Modality, request: RequestBytes) -> Download:
+        """The file behind a URL or path, with its digest, for ``request``, whose limit counts what has come so far.
 
-    async def get(self, url: str, modality: Modality) -> Download:
-        """The file behind a URL or path, with its digest. Raises as ``Fetcher.download`` does."""
+        Raises as ``Fetcher.download`` does, and MediaTooLargeError past the request's limit.
+        """
         key = (modality, url)
         self._count("requests")
         recent = self._recent.get(key)
         if recent is not None:
             self._count("reused")
             return recent
-        return await self._flights.run(key, lambda: self._fetch(key))
+        place = (asyncio.get_running_loop(), key)
+        with self._lock:
+            arrival = self._arrivals.get(place)
+            if arrival is None:
+                arrival = self._arrivals[place] = Arrival()
+        async with request.waiting(arrival):
+            return await self._flights.run(key, lambda: self._fetch(key, arrival))
 
     def stats(self) -> DownloadStats:
         """A snapshot of the counters."""
@@ -93,11 +102,15 @@ class Downloads:
         self._recent.clear()
         self._fetcher.close()
 
-    async def _fetch(self, key: Key) -> Download:
+    async def _fetch(self, key: Key, arrival: Arrival) -> Download:
+        with self._fetcher.budget.share(arrival.update) as share:
+            return await self._fetch_into(share, key)
+
+    async def _fetch_into(self, share: Share, key: Key) -> Download:
         modality, url = key
         started = time.perf_counter()
         try:
-            fetched = await self._fetcher.download(url, modality)
+            fetched = await self._fetcher.download(url, modality, share)
         except Exception:
             self._count("failures")
             raise

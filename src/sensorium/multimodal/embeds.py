@@ -25,6 +25,9 @@ from sensorium.multimodal.tensors import is_tensor
 _MAX_PICKLE_BYTES = 1 << 16
 _MAX_DIMENSIONS = 8
 _MAX_TENSORS = 16
+_MAX_HEADER_BYTES = 1 << 16
+_MAX_RECORDS = 1024
+_RECORD_MARK = b"PK\x01\x02"
 
 _STORAGES = {
     "FloatStorage": ("float32", 4),
@@ -93,12 +96,16 @@ def _read_safetensors(data: bytes) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
+    if int.from_bytes(data[:8], "little") > _MAX_HEADER_BYTES:  # millions of tensors without data
+        _bad(f"The safetensors file has a header of more than {_MAX_HEADER_BYTES} bytes")
     try:
         tensors = load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
         raise InvalidEmbeddingsError("The safetensors file is damaged.") from None
     if not tensors:
         _bad("The safetensors file holds no tensor")
+    if len(tensors) > _MAX_TENSORS:
+        _bad(f"The safetensors file holds {len(tensors)} tensors; at most {_MAX_TENSORS} are read")
     return next(iter(tensors.values())) if len(tensors) == 1 else tensors
 
 
@@ -136,6 +143,10 @@ class _Tensor:
 
 
 def _read_torch_file(data: bytes) -> Any:
+    if (
+        data.count(_RECORD_MARK) > _MAX_RECORDS
+    ):  # each would be an object before any can be looked at
+        _bad("The torch.save file holds more records than tensors need")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -148,11 +159,15 @@ def _read_torch_file(data: bytes) -> Any:
             content = _PickleReader().read(archive.read(records["data.pkl"]))
             tensors = content if isinstance(content, dict) else {"": content}
             _check_tensors(tensors, len(data))
-            built: dict[str, Any] = {}
-            for name, tensor in tensors.items():
-                record = records.get(f"data/{tensor.storage.key}")
-                raw = b"" if record is None else archive.read(record)
-                built[str(name)] = _build_tensor(tensor, raw)
+            built: dict[str, Any] = dict.fromkeys(tensors)
+            for key in {
+                tensor.storage.key for tensor in tensors.values()
+            }:  # one in memory at a time
+                record = records.get(f"data/{key}")
+                raw = bytearray() if record is None else bytearray(archive.read(record))
+                for name, tensor in tensors.items():
+                    if tensor.storage.key == key:
+                        built[name] = _build_tensor(tensor, raw)
             return built if isinstance(content, dict) else built[""]
     except InvalidEmbeddingsError:
         raise
@@ -160,7 +175,7 @@ def _read_torch_file(data: bytes) -> Any:
         raise InvalidEmbeddingsError("The torch.save file is damaged.") from None
 
 
-def _check_tensors(tensors: Mapping[Any, Any], file_bytes: int) -> None:
+def _check_tensors(tensors: Mapping[str, Any], file_bytes: int) -> None:
     """Few tensors, together not larger than the file: a file must not make more memory than it sends."""
     if not tensors or not all(isinstance(tensor, _Tensor) for tensor in tensors.values()):
         _bad("The torch.save file must hold a tensor or a dict of tensors")
@@ -170,8 +185,9 @@ def _check_tensors(tensors: Mapping[Any, Any], file_bytes: int) -> None:
         _bad("The tensors of the torch.save file are larger than the file")
 
 
-def _build_tensor(tensor: _Tensor, raw: bytes) -> Any:
-    """The dense tensor, checked against the bytes that are there; no more elements than the storage has."""
+def _build_tensor(tensor: _Tensor, raw: bytearray) -> Any:
+    """The dense tensor, checked against the bytes that are there; no more elements than the storage has. A copy: one
+    element must not keep the storage of millions."""
     import torch
 
     storage = tensor.storage
@@ -183,8 +199,9 @@ def _build_tensor(tensor: _Tensor, raw: bytes) -> Any:
         last += (size - 1) * stride
     if not (1 <= num_items <= storage.num_items and last < storage.num_items):
         _bad("A tensor of the torch.save file does not fit its storage")
-    flat = torch.frombuffer(bytearray(raw), dtype=getattr(torch, storage.dtype))
-    return flat.as_strided(tensor.shape, tensor.strides, tensor.offset).contiguous()
+    flat = torch.frombuffer(raw, dtype=getattr(torch, storage.dtype))
+    view = flat.as_strided(tensor.shape, tensor.strides, tensor.offset)
+    return view.clone(memory_format=torch.contiguous_format)
 
 
 class _PickleReader:
@@ -193,6 +210,9 @@ class _PickleReader:
     A stack machine for the instructions that describe dense tensors, and dictionaries and tuples of plain values.
     Names of classes stay names; of "calls" only those of torch's rebuilding function and of an empty ordered
     dictionary are understood, as descriptions.
+
+    A few hundred bytes can describe a tuple of tuples with 2**60 leaves. So nothing that may be one is ever hashed,
+    compared in depth or printed: keys and names are strings, and are known to be before anything else is done to them.
     """
 
     def __init__(self) -> None:
@@ -255,7 +275,8 @@ class _PickleReader:
         target = self._stack[-1]
         if not isinstance(target, dict):
             raise TypeError("not a dictionary")
-        target.update(pairs)
+        for key, value in pairs:
+            target[_text(key)] = value
 
     def _remember(self, index: Any) -> None:
         self._memo[len(self._memo) if index is None else index] = self._stack[-1]
@@ -269,26 +290,30 @@ class _PickleReader:
 
     def _stack_global(self, _: Any) -> None:
         name, module = self._stack.pop(), self._stack.pop()
-        self._stack.append(_Name(module, name))
+        self._stack.append(_Name(_text(module), _text(name)))
 
     def _persistent(self, _: Any) -> None:
         """A storage: ``("storage", type, key, device, number of elements)``."""
         tag, kind, key, _, num_items = self._stack.pop()
-        if tag != "storage" or not isinstance(kind, _Name) or kind.module != "torch":
+        if _text(tag) != "storage" or not isinstance(kind, _Name) or kind.module != "torch":
             raise ValueError("not a storage")
         if kind.name not in _STORAGES:
             _bad(f"Embeddings of storage type {kind.name[:40]!r} are not accepted")
         dtype, item_bytes = _STORAGES[kind.name]
-        self._stack.append(_Storage(dtype, item_bytes, str(key), _count(num_items)))
+        self._stack.append(_Storage(dtype, item_bytes, _text(key), _count(num_items)))
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        if function == _Name("collections", "OrderedDict") and arguments == ():
+        if type(function) is not _Name or type(arguments) is not tuple:
+            raise TypeError("not a call")
+        if function == _Name("collections", "OrderedDict") and not arguments:
             self._stack.append({})
         elif function == _Name("torch._utils", "_rebuild_tensor_v2"):
             storage, offset, shape, strides = arguments[:4]
-            if not isinstance(storage, _Storage) or len(shape) != len(strides):
+            if not isinstance(storage, _Storage) or {type(shape), type(strides)} != {tuple}:
                 raise ValueError("not a tensor")
+            if len(shape) != len(strides):
+                raise ValueError("a size without its stride")
             if len(shape) > _MAX_DIMENSIONS:
                 _bad(f"Embeddings have {len(shape)} dimensions; too many")
             sizes, steps = tuple(map(_count, shape)), tuple(map(_count, strides))
@@ -300,6 +325,12 @@ class _PickleReader:
 def _count(value: object) -> int:
     if type(value) is not int or not 0 <= value < 1 << 48:
         raise ValueError("not a count")
+    return value
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise ValueError("not a string")
     return value
 
 

@@ -10,6 +10,7 @@ from yarl import URL
 
 from sensorium.config import MediaConfig
 from sensorium.errors import MediaFetchTimeoutError
+from sensorium.multimodal.budget import ByteBudget, Share
 from sensorium.multimodal.dataurl import parse_data_url
 from sensorium.multimodal.diskstore import DiskStore
 from sensorium.multimodal.guard import Guard
@@ -40,7 +41,7 @@ class Fetcher:
     """Reads media within the limits of a ``MediaConfig``. Usable from several event loops.
 
     ``resolver`` makes the resolver of host names underneath the guard's; by default the system's. Raises ConfigError
-    for a host or a folder of the configuration that cannot be used.
+    for a host or a folder of the configuration that cannot be used. ``budget`` counts the bytes of all downloads.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Fetcher:
         resolver: Callable[[], AbstractResolver] | None = None,
     ) -> None:
         self.guard = Guard.of(config)
+        self.budget = ByteBudget(config.max_media_bytes_in_flight)
         self._config = config
         self._workers = workers
         self._resolver = resolver
@@ -62,21 +64,22 @@ class Fetcher:
         """The bytes behind a URL or path. Raises as ``download`` does, and MediaUndecodableError for bad base64."""
         if url[:5].lower() == "data:":
             return await self._workers.run(parse_data_url, url, self._config.max_media_bytes)
-        return (await self.download(url, modality)).data
+        with self.budget.share() as share:
+            return (await self.download(url, modality, share)).data
 
-    async def download(self, url: str, modality: Modality) -> Fetched:
-        """What is behind a URL or path, ``data:`` excepted.
+    async def download(self, url: str, modality: Modality, share: Share) -> Fetched:
+        """What is behind a URL or path, ``data:`` excepted. Bytes that come from hosts are in ``share`` then.
 
         Raises MediaRefusedError, MediaTooLargeError, MediaFetchError (the upstream status in the message),
         MediaFetchTimeoutError or OverloadedError.
         """
-        if url[:5].lower() == "file:" or "://" not in url[:32]:
+        if is_local(url):
             limit = self._config.max_media_bytes
             return Fetched(await self._workers.run(self.guard.read_local, url, limit))
         checked = self.guard.check_url(url)
         seconds = self._config.fetch_timeout(modality)
         try:
-            answer = await self._network.run(self._ask(checked, seconds))
+            answer = await self._network.run(self._ask(checked, share, seconds))
         except TimeoutError:
             raise MediaFetchTimeoutError(
                 f"The host of the URL did not deliver the {modality} within {seconds:g} s "
@@ -93,11 +96,11 @@ class Fetcher:
         if self._store is not None:
             self._store.close()
 
-    async def _ask(self, url: URL, seconds: float) -> Answer:
+    async def _ask(self, url: URL, share: Share, seconds: float) -> Answer:
         """A download; runs in the network's thread, and the client belongs to that."""
         if self._http is None:
             self._http = self._new_http_client()
-        return await self._http.download(url, seconds=seconds)
+        return await self._http.download(url, share, seconds=seconds)
 
     def _new_http_client(self) -> HttpClient:
         """Import the client and make it."""
@@ -111,6 +114,11 @@ class Fetcher:
             resolver=self._resolver,
             cache=None if self._store is None else HttpCache(self._store),
         )
+
+
+def is_local(url: str) -> bool:
+    """Whether ``url``, ``data:`` excepted, names a file of this machine."""
+    return url[:5].lower() == "file:" or "://" not in url[:32]
 
 
 def _store_of(config: MediaConfig) -> DiskStore | None:

@@ -12,7 +12,7 @@ import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -24,9 +24,9 @@ from sensorium.config import MediaConfig
 from sensorium.errors import (
     MediaFetchError,
     MediaRefusedError,
-    OverloadedError,
     SensoriumError,
 )
+from sensorium.multimodal.budget import Share
 from sensorium.multimodal.guard import Guard
 from sensorium.multimodal.httpcache import HttpCache, Stored, may_reuse
 from sensorium.multimodal.inflate import ENCODINGS, too_large, unzip
@@ -73,31 +73,12 @@ class _Redirect:
     location: str
 
 
-class _Budget:
-    """Bytes of all unfinished downloads."""
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """What the steps of one download share."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.num_bytes = 0
-
-    @contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """A function that takes bytes out of the budget, which has them back in the end."""
-        taken = 0
-
-        def take(num_bytes: int) -> None:
-            nonlocal taken
-            if self.num_bytes + num_bytes > self.limit:
-                raise OverloadedError(
-                    "Too many bytes of media are being downloaded; try again later."
-                )
-            self.num_bytes += num_bytes
-            taken += num_bytes
-
-        try:
-            yield take
-        finally:
-            self.num_bytes -= taken
+    client: aiohttp.ClientSession
+    share: Share
 
 
 class HttpClient:
@@ -123,17 +104,16 @@ class HttpClient:
         self._system = SystemResolver(config.max_media_connections)
         self._resolver = GuardedResolver(guard, self._system if resolver is None else resolver())
         self._cache = cache
-        self._budget = _Budget(config.max_media_bytes_in_flight)
         self._client: aiohttp.ClientSession | None = None
         self._num_users = 0
 
-    async def download(self, url: URL, *, seconds: float) -> Answer:
-        """What is behind a URL that the guard has checked, whole within ``seconds``.
+    async def download(self, url: URL, share: Share, *, seconds: float) -> Answer:
+        """What is behind a URL that the guard has checked, whole within ``seconds``; its bytes are in ``share``.
 
         Raises MediaRefusedError, MediaTooLargeError, MediaFetchError or OverloadedError, and TimeoutError.
         """
         async with asyncio.timeout(seconds), self._session() as client:
-            return await self._with_retries(client, url)
+            return await self._with_retries(_Errand(client, share), url)
 
     def close(self) -> None:
         """Free the threads that look up names. Nothing may be loading."""
@@ -170,22 +150,23 @@ class HttpClient:
             headers=_HEADERS,
         )
 
-    async def _with_retries(self, client: aiohttp.ClientSession, url: URL) -> Answer:
+    async def _with_retries(self, errand: _Errand, url: URL) -> Answer:
         num_retries = 0
         while True:
             try:
-                return await self._follow(client, url)
+                return await self._follow(errand, url)
             except _TransientError as error:
+                errand.share.give_back()
                 if num_retries == self._config.media_fetch_retries:
                     raise error.outcome from None
             pause = min(_FIRST_BACKOFF * 2**num_retries, _LAST_BACKOFF)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             num_retries += 1
 
-    async def _follow(self, client: aiohttp.ClientSession, url: URL) -> Answer:
+    async def _follow(self, errand: _Errand, url: URL) -> Answer:
         """Download ``url``, following redirects; every hop is checked before anything is sent to it."""
         for _ in range(self._guard.max_redirects + 1):
-            answer = await self._visit(client, url)
+            answer = await self._visit(errand, url)
             if isinstance(answer, Answer):
                 return answer
             if not self._guard.allow_redirects:
@@ -210,25 +191,29 @@ class HttpClient:
             )
         return checked
 
-    async def _visit(self, client: aiohttp.ClientSession, url: URL) -> Answer | _Redirect:
+    async def _visit(self, errand: _Errand, url: URL) -> Answer | _Redirect:
         """One hop: from the cache while what is there is fresh, else from the host."""
         if self._cache is None:
-            return await self._request(client, url, None)
+            return await self._request(errand, url, None)
         listed = self._guard.is_listed(url)
         stored = await self._workers.run(
             self._cache.get, str(url), listed, self._config.max_media_bytes
         )
+        if stored is not None:
+            errand.share.change(len(stored.body))
         if stored is not None and stored.is_fresh:
             return Answer(stored.body, cached=True, reusable=True)
-        return await self._request(client, url, stored)
+        return await self._request(errand, url, stored)
 
     async def _request(
-        self, client: aiohttp.ClientSession, url: URL, stored: Stored | None
+        self, errand: _Errand, url: URL, stored: Stored | None
     ) -> Answer | _Redirect:
         conditions = stored.conditions if stored is not None else {}
         asked = time.time()
         try:
-            async with client.get(url, allow_redirects=False, headers=conditions) as response:
+            async with errand.client.get(
+                url, allow_redirects=False, headers=conditions
+            ) as response:
                 if response.status in _REDIRECTS and "Location" in response.headers:
                     return _Redirect(response.headers["Location"])
                 if response.status == 304 and stored is not None and self._cache is not None:
@@ -236,8 +221,8 @@ class HttpClient:
                     return Answer(stored.body, cached=True, reusable=may_reuse(response.headers))
                 if response.status != 200:
                     _refuse_status(response.status)
-                with self._budget.share() as take:
-                    body = await self._body(response, take)
+                errand.share.give_back()
+                body = await self._body(response, errand.share)
         except SensoriumError:
             raise
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -247,15 +232,15 @@ class HttpClient:
             self._cache.put(str(url), listed, response.headers, body, asked)
         return Answer(body, cached=False, reusable=may_reuse(response.headers))
 
-    async def _body(self, response: aiohttp.ClientResponse, take: Callable[[int], None]) -> bytes:
+    async def _body(self, response: aiohttp.ClientResponse, share: Share) -> bytes:
         """The body, unpacked if need be; it is put together outside the event loop."""
         limit = self._config.max_media_bytes
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         if encoding not in _PLAIN and encoding not in ENCODINGS:
             raise MediaFetchError("The host of the URL sent a body in an unknown encoding.")
-        pieces = await _read(response, limit, take)
+        pieces = await _read(response, limit, share.change)
         if encoding in ENCODINGS:
-            return await self._workers.run(unzip, pieces, encoding, limit)
+            return await self._workers.run(_unpack, pieces, encoding, limit, share)
         return pieces[0] if len(pieces) == 1 else await self._workers.run(b"".join, pieces)
 
 
@@ -281,6 +266,19 @@ async def _read(
             pieces.append(bytes(piece))
             piece.clear()
     return [*pieces, bytes(piece)]
+
+
+def _unpack(pieces: list[bytes], encoding: str, limit: int, share: Share) -> bytes:
+    """Unpack a body in place of its pieces."""
+
+    def consume() -> Iterator[bytes]:
+        pieces.reverse()
+        while pieces:
+            piece = pieces.pop()
+            yield piece
+            share.change(-len(piece))
+
+    return unzip(consume(), encoding, limit, share.change)
 
 
 def _outcome(error: Exception) -> Exception:

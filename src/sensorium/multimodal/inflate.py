@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 
 from sensorium.errors import MediaFetchError, MediaTooLargeError
 
@@ -17,13 +17,19 @@ _GZIP, _ZLIB, _RAW = zlib.MAX_WBITS | 16, zlib.MAX_WBITS, -zlib.MAX_WBITS
 _GZIP_MARK = 0x1F
 
 
-def unzip(pieces: Sequence[bytes], encoding: str, limit: int) -> bytes:
+def unzip(
+    pieces: Iterable[bytes],
+    encoding: str,
+    limit: int,
+    count: Callable[[int], None] = lambda num_bytes: None,
+) -> bytes:
     """Unpack a body that came in ``pieces``; what follows its end is ignored, but further gzip members belong to it.
 
-    ``encoding`` is one of ``ENCODINGS``. At most ``limit`` bytes and one step more are unpacked. Raises
-    MediaTooLargeError, or MediaFetchError for a damaged or truncated body.
+    ``encoding`` is one of ``ENCODINGS``. At most ``limit`` bytes and one step more are unpacked; ``count`` is told of
+    those that came into being, and may raise. Raises MediaTooLargeError, or MediaFetchError for a damaged or
+    truncated body.
     """
-    body = _Body(encoding, limit)
+    body = _Body(encoding, limit, count)
     for piece in pieces:
         view = memoryview(piece)
         for start in range(0, len(view), _STEP_IN):
@@ -34,9 +40,10 @@ def unzip(pieces: Sequence[bytes], encoding: str, limit: int) -> bytes:
 class _Body:
     """What has been unpacked so far."""
 
-    def __init__(self, encoding: str, limit: int) -> None:
+    def __init__(self, encoding: str, limit: int, count: Callable[[int], None]) -> None:
         self._encoding = encoding
         self._limit = limit
+        self._count = count
         self._plain: list[bytes] = []
         self._size = 0
         self._inflater: zlib._Decompress | None = None
@@ -90,6 +97,7 @@ class _Body:
             self._size += len(plain)
             if self._size > self._limit:
                 raise too_large(self._limit)
+            self._count(len(plain))
             if inflater.eof:
                 self._inflater = None
                 return inflater.unused_data

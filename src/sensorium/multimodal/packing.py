@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import socket
+import time
 from typing import Any
 
 import msgspec
 import numpy as np
+
+MAX_FRAME_BYTES = 64 << 20
+"""Longest message. Features are none: they lie in segments."""
 
 _ARRAY = 1
 """Extension code of a numpy array: its dtype and shape in MessagePack, after the length of that, then its bytes."""
@@ -39,19 +44,32 @@ def send_frame(to: socket.socket, message: bytes, payload: bytes = b"") -> None:
         to.sendall(payload)
 
 
-def receive_frame(source: socket.socket) -> bytes | None:
-    """The next message; None when the other side has closed."""
+def receive_frame(source: socket.socket, most: int = MAX_FRAME_BYTES) -> bytes | None:
+    """The next message; None when the other side has closed. Raises OSError for one of more than ``most`` bytes."""
     head = receive_bytes(source, 4)
-    return None if head is None else receive_bytes(source, int.from_bytes(head, "little"))
+    if head is None:
+        return None
+    num_bytes = int.from_bytes(head, "little")
+    if num_bytes > most:
+        raise OSError(errno.EMSGSIZE, "a message is too long")
+    return receive_bytes(source, num_bytes)
 
 
 def receive_bytes(source: socket.socket, num_bytes: int) -> bytes | None:
-    """Exactly so many bytes; None when the other side closes before they have come."""
+    """Exactly so many bytes; None when the other side closes before they have come. The socket's timeout is one for all
+    of them: raises TimeoutError."""
+    seconds = source.gettimeout()
+    deadline = None if seconds is None else time.monotonic() + seconds
     data = bytearray(num_bytes)
     view, got = memoryview(data), 0
-    while got < num_bytes:
-        count = source.recv_into(view[got:])
-        if not count:
-            return None
-        got += count
+    try:
+        while got < num_bytes:
+            count = source.recv_into(view[got:])
+            if not count:
+                return None
+            got += count
+            if deadline is not None and got < num_bytes:
+                source.settimeout(max(0.001, deadline - time.monotonic()))
+    finally:
+        source.settimeout(seconds)
     return bytes(data)

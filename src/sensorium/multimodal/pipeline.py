@@ -24,12 +24,13 @@ from sensorium.errors import (
     UnsupportedModalityError,
 )
 from sensorium.multimodal import digest as digests
+from sensorium.multimodal.budget import RequestBytes
 from sensorium.multimodal.cache import DigestMemo, FeatureCache
 from sensorium.multimodal.decoder_process import NO_ROOM
 from sensorium.multimodal.decoders import Decoders, ThreadDecoders
 from sensorium.multimodal.downloads import Downloads
 from sensorium.multimodal.embeds import decode_embeddings
-from sensorium.multimodal.fetch import Fetcher
+from sensorium.multimodal.fetch import Fetcher, is_local
 from sensorium.multimodal.flights import SingleFlight
 from sensorium.multimodal.items import Features, MediaItem, MediaRef, Modality
 from sensorium.multimodal.loaders import LOADERS, Work, check_loading_options
@@ -53,9 +54,10 @@ class _Job:
     tenant: str
     salt: str
     fetch_slots: asyncio.Semaphore
+    received: RequestBytes
     num_items: Counter[Modality] = field(default_factory=Counter)
-    num_bytes: int = 0
     pinned: list[bytes] = field(default_factory=list)
+    held: list[bytes] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class MediaPipeline:
         self._config = config
         self._processor = processor
         self._cache = cache
-        self._workers = workers or ThreadWorkers(config.num_media_workers)
+        self._workers = workers or ThreadWorkers()
         self._threads = ThreadDecoders(self._workers, config, processor)
         self._decoders = decoders or self._threads
         self._segments = segments
@@ -134,6 +136,8 @@ class MediaPipeline:
             groups = await _all([self._load_ref(ref, job) for ref in refs])
         finally:
             self._cache.unpin(job.pinned)
+            for digest in job.held:
+                self._fetcher.budget.release(digest)
         items = [item for group in groups for item in group]
         self._check_counts(Counter(item.modality for item in items), refs)
         return items
@@ -188,6 +192,7 @@ class MediaPipeline:
             tenant=tenant,
             salt=salt or "",
             fetch_slots=asyncio.Semaphore(self._config.max_media_fetches_per_request),
+            received=RequestBytes(self._config.max_request_media_bytes),
         )
 
     def _loading_options(self, request: Mapping[str, Any]) -> dict[Modality, Any]:
@@ -233,7 +238,9 @@ class MediaPipeline:
             return [_sized(item) for item in items] if named else items
         except UnavailableError as error:
             self._counters.add_failure(error.code)
-            raise
+            copy = type(error)(error.message, param=error.param)
+            copy.retry_after = error.retry_after
+            raise copy from None
         except RequestError as error:
             self._counters.add_failure(error.code)
             raise type(error)(error.message, param=error.param or ref.param or None) from None
@@ -269,7 +276,8 @@ class MediaPipeline:
         return MediaItem(ref.modality, digest, features)
 
     async def _content(self, ref: MediaRef, job: _Job) -> _Content:
-        """The encoded file, fetched if need be, or the caller's object. Bytes count against the request's limit."""
+        """The encoded file, fetched if need be, or the caller's object. Bytes count against the request's limit, and
+        what was downloaded against that of all downloads, until the request is loaded."""
         if ref.kind == "object":
             return _Content(ref.source)
         if ref.kind == "bytes":
@@ -279,20 +287,18 @@ class MediaPipeline:
             content = await self._workers.run(_encoded, data)
         else:
             async with job.fetch_slots:
-                download = await self._downloads.get(ref.source, ref.modality)
+                download = await self._downloads.get(ref.source, ref.modality, job.received)
             content = _Content(download.data, download.digest)
+            if not is_local(ref.source):
+                self._fetcher.budget.hold(download.digest, len(download.data))
+                job.held.append(download.digest)
         size = len(content.source)
         if size > self._config.max_media_bytes:
             raise MediaTooLargeError(
                 f"The {ref.modality} has {size} bytes; at most {self._config.max_media_bytes} are allowed "
                 "(--max-media-bytes)."
             )
-        job.num_bytes += size
-        if job.num_bytes > self._config.max_request_media_bytes:
-            raise MediaTooLargeError(
-                f"The media of the request have more than {self._config.max_request_media_bytes} bytes together, "
-                "the limit (--max-request-media-bytes)."
-            )
+        job.received.add(size)
         return content
 
     async def _prepare(self, modality: Modality, source: Any, digest: bytes, job: _Job) -> Features:

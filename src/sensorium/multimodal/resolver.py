@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
+from sensorium.errors import OverloadedError
 from sensorium.multimodal.guard import Guard
 
 AddressInfo = tuple[Any, Any, int, str, tuple[Any, ...]]
@@ -21,22 +23,30 @@ class ForbiddenAddressError(OSError):
 
 
 class SystemResolver(AbstractResolver):
-    """Asks the system, in threads of its own.
+    """Asks the system, in threads of its own, one for each connection that may be open.
 
     A question cannot be taken back, and a name whose servers never answer holds its thread for long after its download
-    was given up: with few threads, or with those of everyone else, it would hold up other names.
+    was given up (as long as the system's resolver tries): with few threads, or with those of everyone else, it would
+    hold up other names. When all are held no question waits: it is refused, at once and with a reason.
     """
 
     def __init__(self, num_threads: int) -> None:
+        self._free = threading.Semaphore(num_threads)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="sensorium-names")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """All addresses of a name. Raises OSError when there are none."""
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._pool, _look_up, host, port, family
-        )
+        """All addresses of a name. Raises OSError when there are none, OverloadedError when no thread is free."""
+        if not self._free.acquire(blocking=False):
+            raise OverloadedError("Too many names of hosts wait for an answer; try again later.")
+        try:
+            asked = self._pool.submit(_look_up, host, port, family)
+        except RuntimeError:
+            self._free.release()
+            raise
+        asked.add_done_callback(lambda _: self._free.release())
+        found = await asyncio.wrap_future(asked)
         return [_result(host, info) for info in found]
 
     async def close(self) -> None:

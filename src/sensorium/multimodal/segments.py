@@ -7,9 +7,11 @@ that uses it - the file is removed. Another process (the engine's) opens it by i
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import shutil
+import stat
 import tempfile
 import threading
 import weakref
@@ -22,6 +24,7 @@ import numpy as np
 _ALIGNMENT = 64
 MEMORY_FOLDER = Path("/dev/shm")
 _AMPLE_BYTES = 1 << 30
+_MAX_DIMENSIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,33 +38,36 @@ class ArraySpec:
     @property
     def num_bytes(self) -> int:
         """Of the array."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class Segment(Mapping[str, np.ndarray]):
-    """The arrays of a file by name, mapped into memory; writable, but what is written stays in this process.
+    """The arrays of a file by name, mapped into memory while somebody looks at one; what is written to an array stays
+    in this process. ``owned``: the file goes with this object.
 
-    The owner's (``owned``) removes the file with itself, and maps it only while somebody looks at an array. Another
-    process's maps it at once, and keeps what it has even when the file goes: raises OSError when it is gone already.
+    Raises OSError when the file is gone, ValueError when it does not hold what ``specs`` say.
     """
 
     def __init__(self, path: str, specs: Mapping[str, ArraySpec], *, owned: bool) -> None:
         self.path = path
         self.specs = dict(specs)
+        check(path, self.specs)
         self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
-        self._memory = None if owned else self._map()
         if owned:
-            weakref.finalize(self, remove, path)
+            # A child that the caller's program forks has this object too, and must not remove what is not its own.
+            weakref.finalize(self, _remove_own, path, os.getpid())
 
     def __getitem__(self, name: str) -> np.ndarray:
         spec = self.specs[name]
-        memory = self._memory or self._map()
-        count = int(np.prod(spec.shape, dtype=np.int64))
+        with open(self.path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        count = math.prod(spec.shape)
         return np.frombuffer(memory, np.dtype(spec.dtype), count, spec.offset).reshape(spec.shape)
 
-    def _map(self) -> mmap.mmap:
-        with open(self.path, "rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    @property
+    def is_there(self) -> bool:
+        """Whether the file still exists: somebody may have tidied up."""
+        return os.path.exists(self.path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
@@ -105,11 +111,14 @@ class SegmentFolder:
         """Most bytes that should be kept for later: half of the file system."""
         self._count = 0
         self._lock = threading.Lock()
-        self._remove = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self._remove = weakref.finalize(self, _remove_own_folder, self.path, os.getpid())
 
     def new_path(self) -> str:
-        """A path that no segment has had."""
+        """A path that no segment has had. The folder is made again when somebody has tidied it up, as systems do when a
+        user logs out."""
         with self._lock:
+            if self._remove.alive:
+                self.path.mkdir(mode=0o700, exist_ok=True)
             self._count += 1
             return str(self.path / str(self._count))
 
@@ -121,6 +130,36 @@ class SegmentFolder:
     def close(self) -> None:
         """Remove the folder and all that is in it; what is mapped stays readable."""
         self._remove()
+
+
+def check(path: str, specs: Mapping[str, ArraySpec]) -> None:
+    """Check that a file can hold these arrays, which a process says that has decoded what strangers send.
+
+    Raises ValueError or TypeError when it cannot, OSError when it is not there.
+    """
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("a segment must be a regular file")
+    for spec in specs.values():
+        kind = np.dtype(spec.dtype).kind
+        if (
+            kind not in "biuf"
+            or len(spec.shape) > _MAX_DIMENSIONS
+            or min(spec.shape, default=1) < 0
+        ):
+            raise ValueError("a segment must hold arrays of numbers")
+        if not 0 <= spec.offset <= status.st_size - spec.num_bytes:
+            raise ValueError("an array must lie within its segment")
+
+
+def _remove_own(path: str, process_id: int) -> None:
+    if os.getpid() == process_id:
+        remove(path)
+
+
+def _remove_own_folder(path: Path, process_id: int) -> None:
+    if os.getpid() == process_id:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_ample(folder: Path) -> bool:

@@ -30,9 +30,9 @@ MAX_CHOICES = 8192
 
 STARTING_SECONDS = 2.0
 TOKEN_SECONDS = 0.01
-"""Processor time that a sequence may use for following its grammar: at all, and more for each of its tokens. A token
-takes a tenth of a millisecond; an ambiguous grammar can make it a third of a second, for which all sequences of a step
-wait."""
+"""Processor time that the samples of a request may use together for following their grammar: at all, and more for each
+of their tokens. A token takes a tenth of a millisecond; an ambiguous grammar can make it a third of a second, for which
+all sequences of a step wait."""
 
 # Weak models like to write blanks without end where JSON allows any number of them.
 _JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}
@@ -162,7 +162,7 @@ class GrammarVocabulary:
                 f"The grammar cannot be used: {_reason(matcher.get_error())}",
                 param="structured_outputs",
             )
-        return GrammarMatcher(matcher, self.vocab_size)
+        return GrammarMatcher(matcher, self.vocab_size, Budget())
 
     def check(self, outputs: StructuredOutputs) -> str:
         """``compile_grammar``, and as far as the first mask: what this lets through will start in an engine.
@@ -182,22 +182,43 @@ class GrammarVocabulary:
         return grammar
 
 
+class Budget:
+    """The processor time that following a grammar may still take; one for all samples of a request."""
+
+    def __init__(self) -> None:
+        self._seconds_left = STARTING_SECONDS
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether more has been taken than there was."""
+        return self._seconds_left < 0
+
+    def take(self, seconds: float) -> None:
+        """So much was used; less than nothing for what a token brings. Nothing is saved up for one long step."""
+        self._seconds_left = min(self._seconds_left - seconds, STARTING_SECONDS)
+
+
 class GrammarMatcher:
     """Where one sequence stands in its grammar.
 
     A token that the grammar does not allow, or a limit reached while parsing, puts the matcher
     into an error state, ``error``, which it never leaves; ``mask`` then allows nothing. The caller
     ends the sequence. So does a grammar that costs more processor time than ``STARTING_SECONDS``
-    and ``TOKEN_SECONDS`` for each of its tokens."""
+    and ``TOKEN_SECONDS`` for each token, all samples of its request, which share a ``Budget``,
+    taken together."""
 
-    def __init__(self, matcher: Any, vocab_size: int) -> None:
+    def __init__(self, matcher: Any, vocab_size: int, budget: Budget) -> None:
         self._matcher = matcher
         self._vocab_size = vocab_size
-        self._seconds_left = STARTING_SECONDS
+        self._budget = budget
 
-    def fresh(self) -> GrammarMatcher:
-        """A matcher of the same grammar, where this one stands; only one that is at the start may be asked."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._vocab_size)
+    def fresh(self, budget: Budget | None = None) -> GrammarMatcher:
+        """A matcher of the same grammar, where this one stands; only one that is at the start may be asked.
+
+        It goes on with this one's budget, as a sequence that starts again does, unless it is given another."""
+        return GrammarMatcher(
+            self._matcher.deep_copy(), self._vocab_size, self._budget if budget is None else budget
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -215,7 +236,7 @@ class GrammarMatcher:
         """What went wrong, or None."""
         if self._matcher.is_error():
             return _reason(self._matcher.get_error())
-        return "it takes too long to follow" if self._seconds_left < 0 else None
+        return "it takes too long to follow" if self._budget.is_used_up else None
 
     def mask(self, out: Any) -> None:
         """Write the tokens that may come next into ``out``.
@@ -229,7 +250,7 @@ class GrammarMatcher:
             return
         began = time.thread_time()
         allowed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
-        self._seconds_left += began - time.thread_time()
+        self._budget.take(time.thread_time() - began)
         num_words = min(len(allowed), len(words), (self._vocab_size + 31) // 32)
         words[:num_words] = allowed[:num_words]
         rest = self._vocab_size % 32
@@ -240,8 +261,7 @@ class GrammarMatcher:
         """Go on by one token; False when the grammar does not allow it."""
         began = time.thread_time()
         taken = bool(self._matcher.consume_token(token_id))
-        left = self._seconds_left + TOKEN_SECONDS + began - time.thread_time()
-        self._seconds_left = min(left, STARTING_SECONDS)  # nothing is saved up for one long step
+        self._budget.take(time.thread_time() - began - TOKEN_SECONDS)
         return taken
 
 
