@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import ctypes
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -32,6 +34,9 @@ KEEP_SECONDS = 2.0
 CHAT = "/v1/chat/completions"
 LOST = "connection_lost"
 """In place of an error's code: the server closed the connection, or there is none."""
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -64,7 +69,12 @@ class ServedProcess:
     async def __aenter__(self) -> ServedProcess:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+                self._command,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
+                preexec_fn=_tied_to_this_process(),
             )
         try:
             await self._wait()
@@ -159,6 +169,23 @@ class ServedProcess:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=STOP_TIMEOUT)
+
+
+def _tied_to_this_process() -> Callable[[], None] | None:
+    """A ``preexec_fn`` by which the system kills the server when the measurement ends, however that happens.
+
+    The system means the thread that starts the child, so there is none for other threads than the main one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    parent = os.getpid()
+
+    def tie() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return tie
 
 
 def sensorium_server(model: str, flags: Sequence[str], log: Path) -> ServedProcess:

@@ -16,6 +16,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest
 from sensorium.engine import wire
+from sensorium.engine.grammars import ENTRY_CHARS
 from sensorium.engine.lengths import LONG_TEXT
 from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.engine.prompts import Prompt, RawPrompt
@@ -78,6 +79,66 @@ def test_an_interrupt_in_a_step_leaves_an_llm_that_works(
     monkeypatch.undo()
     llm._engine.check_integrity()
     assert answers(llm, prompts) == expected
+
+
+@pytest.mark.parametrize("where", ["abort", "reset"])
+def test_an_interrupt_while_cleaning_up_leaves_an_llm_that_works(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    expected = answers(llm, ["one", "two"])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm._engine, where, interrupted)
+    if where == "reset":
+        monkeypatch.setattr(llm._engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            answers(llm, ["three"])
+    else:
+        stream = llm.chat_stream([{"role": "user", "content": "hi"}], GREEDY)
+        next(stream)
+        with pytest.raises(KeyboardInterrupt):
+            stream.close()
+    monkeypatch.undo()
+    assert answers(llm, ["one", "two"]) == expected
+
+
+def test_samples_of_a_long_prompt_are_bounded_together(llm: LLM) -> None:
+    """Each brings the whole prompt to the engine: a short request must not be hours of work."""
+    most = llm.config.scheduler.max_sampled_prompt_tokens
+    prepared = PreparedPrompt("", (1,) * (most // 10_000))
+
+    def requests(n: int) -> list[EngineRequest]:
+        return llm._preparer.requests(prepared, SamplingParams(n=n), "id", 0, 0.0)
+
+    most_samples = most // len(prepared.token_ids)
+    assert len(requests(most_samples)) == most_samples
+    with pytest.raises(InvalidRequestError, match="fewer samples") as caught:
+        requests(most_samples + 1)
+    assert caught.value.param == "n"
+
+
+def test_a_wrong_constraint_names_its_prompt(llm: LLM) -> None:
+    params = [GREEDY] * 2 + [GREEDY.replace(structured_outputs={"regex": "("})] * 2
+    with pytest.raises(InvalidRequestError, match=r"^Prompt 2: .*regex") as caught:
+        llm.generate(["a", "b", "c", "d"], params, use_tqdm=False)
+    assert caught.value.index == 2
+    assert caught.value.param == "structured_outputs.regex"
+    with pytest.raises(InvalidRequestError, match=r"^structured_outputs\.regex"):
+        llm.generate(["a", "b"], params[2], use_tqdm=False)
+
+
+def test_more_constraints_than_may_wait_at_a_time(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sensorium.engine.grammars.KEPT_CHARS", 4 * ENTRY_CHARS)
+    monkeypatch.setattr("sensorium.llm.COMPILED_AT_ONCE", 2)
+    params = [
+        GREEDY.replace(max_tokens=1, structured_outputs={"regex": f"[a-z]{{{number}}}"})
+        for number in range(2, 9)
+    ]
+    assert len(llm._sampling(params, len(params))) == 7
 
 
 def test_an_error_outside_the_engine_ends_the_work(

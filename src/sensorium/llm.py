@@ -1,16 +1,14 @@
-"""Offline use: ``LLM``. The engine runs in the caller's thread, media load in others."""
+"""Offline use: ``LLM``. The engine runs in the caller's thread; media load in other threads and in processes."""
 
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +16,17 @@ import torch
 
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.background import BackgroundLoop
-from sensorium.engine.batch import Batch, Job, Result, apart, at_prompt, listed
+from sensorium.engine.batch import (
+    Batch,
+    Job,
+    Result,
+    apart,
+    at_prompt,
+    batched,
+    distinct,
+    fields_with,
+    listed,
+)
 from sensorium.engine.executor import build_engine
 from sensorium.engine.pooling import PoolingStream, pooling_request, resolved
 from sensorium.engine.prepare import Preparer
@@ -50,6 +58,9 @@ Pooling = PoolingParams | Sequence[PoolingParams] | None
 Vector = PoolingRequestOutput[np.ndarray]
 Output = RequestOutput | Vector
 
+COMPILED_AT_ONCE = 64
+"""Constraints that are given to the helper at a time, which lets none wait for long."""
+
 AHEAD = 2
 """How many sequences are held at a time, media and all, running or on their way, as a multiple of those of a step."""
 
@@ -73,22 +84,18 @@ class LLM:
         self._loop = BackgroundLoop()
         self._in_use = threading.Lock()
         self._closed = False
+        self._dirty = False
         self._request_numbers = itertools.count()
         self._streams: dict[str, tuple[int, RequestStream | PoolingStream]] = {}
 
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Stop loading media, end the threads and free the model; nothing but another ``close`` may follow."""
+        """Stop loading media, end threads and processes, free the model; nothing but another ``close`` may follow."""
         if not self._closed:
             self._closed = True
             self._loop.close()
@@ -170,7 +177,7 @@ class LLM:
             pooling_params,
             use_tqdm,
             lambda output: EmbeddingRequestOutput(
-                **_fields(output, EmbeddingOutput(output.outputs.tolist()))
+                **fields_with(output, EmbeddingOutput(output.outputs.tolist()))
             ),
         )
 
@@ -192,7 +199,7 @@ class LLM:
             pooling_params,
             use_tqdm,
             lambda output: PoolingRequestOutput(
-                **_fields(output, PoolingOutput(torch.from_numpy(output.outputs)))
+                **fields_with(output, PoolingOutput(torch.from_numpy(output.outputs)))
             ),
         )
 
@@ -260,14 +267,16 @@ class LLM:
         self._check_open()
         given = self.get_default_sampling_params() if params is None else params
         for_each = listed(given, num_prompts, SamplingParams, "sampling_params")
-        different = {id(one): one for one in for_each}.values()
-        for one in different:
-            self._preparer.check_params(one)
-        constrained = [one for one in different if one.structured_outputs is not None]
-        compiled = [self._loop.submit(self._preparer.grammar(one)) for one in constrained]
-        concurrent.futures.wait(compiled)
-        for grammar in compiled:
-            grammar.result()  # raises for the first that is wrong
+        several = not isinstance(given, SamplingParams)
+        different = distinct(for_each)
+        for index, one in different:
+            at_prompt(index, several, self._preparer.check_params, one)
+        constrained = [(index, one) for index, one in different if one.structured_outputs]
+        for some in batched(constrained, COMPILED_AT_ONCE):
+            compiled = [self._loop.submit(self._preparer.grammar(one)) for _, one in some]
+            concurrent.futures.wait(compiled)
+            for (index, _), grammar in zip(some, compiled, strict=True):
+                at_prompt(index, several, lambda done: done.result(), grammar)
         return for_each
 
     def _vectors(
@@ -319,9 +328,19 @@ class LLM:
                 "This LLM is in the middle of another call: exhaust or close the stream that chat_stream returned, "
                 "or wait for the other thread."
             )
+        try:
+            yield from self._run_alone(batch)
+        finally:
+            self._in_use.release()
+
+    def _run_alone(self, batch: Batch) -> Generator[tuple[int, Output], None, None]:
+        if self._dirty:  # a second interrupt came while the first one was cleaned up after
+            self._clean_up((), whole=False)
+        self._dirty = True
         todo = deque(enumerate(batch.drafts))
         ready: deque[Job] = deque()
         errors: list[SensoriumError] = []
+        whole = False
         try:
             while self._streams or (not errors and (todo or ready)):
                 if not errors:
@@ -331,19 +350,24 @@ class LLM:
                     yield index, stream.output
             if errors:
                 raise errors[0]
+            whole = True
         except (SensoriumError, GeneratorExit):
-            raise
-        except BaseException:
-            # An interrupt may come in the middle of a step or of any bookkeeping.
-            self._engine.reset()
+            whole = True
             raise
         finally:
-            for job in ready:
-                job.prepared.cancel()
-            for engine_id in self._streams:
-                self._engine.abort(engine_id)
-            self._streams.clear()
-            self._in_use.release()
+            self._clean_up(ready, whole=whole)
+
+    def _clean_up(self, ready: Iterable[Job], *, whole: bool) -> None:
+        """End what is left of a call. Not ``whole``: an interrupt came in the middle of a step, or of any
+        bookkeeping."""
+        for job in ready:
+            job.prepared.cancel()
+        if not whole:
+            self._engine.reset()
+        for engine_id in self._streams:
+            self._engine.abort(engine_id)
+        self._streams.clear()
+        self._dirty = False
 
     def _prepare_ahead(
         self,
@@ -430,9 +454,3 @@ class LLM:
                 del self._streams[update.request_id]
             moved[index] = stream
         return list(moved.items())
-
-
-def _fields(output: Vector, outputs: object) -> dict[str, Any]:
-    """The fields of an output with its vector in another form."""
-    known = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    return {**known, "outputs": outputs}

@@ -76,6 +76,7 @@ def is_engine(process: psutil.Process) -> bool:
     return process.cmdline()[-1:] == ["engine"]
 
 
+@pytest.mark.slow
 async def test_a_served_process_is_asked_frozen_and_ended_with_its_children(
     modules: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

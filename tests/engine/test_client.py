@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sensorium.config import engine_config
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
 from sensorium.engine.client import DELIVERED_AT_ONCE, EngineClient, Inbox
-from sensorium.errors import EngineDeadError, OverloadedError
+from sensorium.errors import EngineDeadError, OverloadedError, SensoriumError
 from sensorium.multimodal.items import Features, MediaItem
 from sensorium.multimodal.segments import SegmentFolder
 from sensorium.params import SamplingParams
@@ -42,6 +43,33 @@ async def test_a_process_that_ends_at_once_is_no_hang(
         await asyncio.wait_for(client.start(), 30)
     await client.stop()
     assert not folder.exists()
+
+
+async def test_a_start_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 1000\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    client = EngineClient(engine_config(engine_start_timeout=0.2))
+    with pytest.raises(EngineDeadError, match="--engine-start-timeout"):
+        await asyncio.wait_for(client.start(), 30)
+    await client.stop()
+    assert client._process is not None
+    assert client._process.returncode == -9
+
+
+def test_a_client_that_cannot_be_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def failing(*_: object) -> None:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="open files"):
+        patch.setattr("zmq.asyncio.Context.socket", failing)
+        EngineClient(engine_config())
+    assert not list(tmp_path.iterdir())
 
 
 class FakeProcess:
@@ -128,6 +156,18 @@ async def test_news_go_to_their_request_until_it_ends(
     assert isinstance(await asyncio.wait_for(inbox.get(), 10), OverloadedError)
     assert client.num_open == 0
     assert inbox.empty()
+
+
+async def test_what_an_unknown_code_means_is_not_the_callers_fault(
+    started: tuple[EngineClient, FakeSocket, FakeProcess],
+) -> None:
+    client, socket, _ = started
+    inbox: Inbox = asyncio.Queue()
+    client.submit(REQUEST, [], inbox)
+    socket.inbox.put_nowait(wire.encode(wire.Refused("a", "no", "never heard of")))
+    news = await asyncio.wait_for(inbox.get(), 10)
+    assert isinstance(news, SensoriumError)
+    assert news.status == 503
 
 
 async def test_features_of_an_open_sequence_stay(

@@ -13,7 +13,7 @@ from sensorium.config import EngineConfig, engine_config
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import frontend as frontend_module
 from sensorium.engine.client import Inbox
-from sensorium.engine.frontend import SUBMITTED_AT_ONCE, Frontend
+from sensorium.engine.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend
 from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.prompts import RawPrompt
 from sensorium.engine.stats import EngineStats
@@ -75,10 +75,11 @@ class FakePreparer:
     embedder: Embedder | None = None
     closed = False
     num_prepared = 0
+    token_ids: tuple[int, ...] = (1,)
 
     async def prepare(self, prompt: object) -> PreparedPrompt:
         self.num_prepared += 1
-        return PreparedPrompt("a", (1,))
+        return PreparedPrompt("a", self.token_ids)
 
     async def grammar(self, params: SamplingParams) -> None:
         """No constraints here."""
@@ -94,7 +95,7 @@ class FakePreparer:
     ) -> list[EngineRequest]:
         one = params.replace(n=1)
         return [
-            EngineRequest(f"{request_id}#{i}", (1,), one, 4, arrival_time=arrival_time)
+            EngineRequest(f"{request_id}#{i}", self.token_ids, one, 4, arrival_time=arrival_time)
             for i in range(params.n)
         ]
 
@@ -130,8 +131,10 @@ def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sensorium.engine.stream.Detokenizer", NoText)
 
 
-async def test_many_samples_leave_the_event_loop_its_turns() -> None:
-    frontend, client, _ = new_frontend()
+@pytest.mark.parametrize("num_tokens", [1, 20_000, 200_000])
+async def test_many_samples_leave_the_event_loop_its_turns(num_tokens: int) -> None:
+    frontend, client, preparer = new_frontend()
+    preparer.token_ids = (1,) * num_tokens
     counts: list[int] = []
 
     async def others() -> None:
@@ -140,12 +143,13 @@ async def test_many_samples_leave_the_event_loop_its_turns() -> None:
             await asyncio.sleep(0)
 
     watching = asyncio.create_task(others())
-    params = SamplingParams(n=4 * SUBMITTED_AT_ONCE)
+    at_once = -(-SUBMITTED_TOKENS // (SAMPLE_TOKENS + num_tokens))
+    params = SamplingParams(n=4 * at_once)
     stream = frontend.generate(PROMPT, params, request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
     while len(client.inboxes) < params.n and not waiting.done():
         await asyncio.sleep(0)
-    assert {SUBMITTED_AT_ONCE, 2 * SUBMITTED_AT_ONCE} <= set(counts)
+    assert {at_once, 2 * at_once} <= set(counts)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert not client.inboxes, "cancelled: nothing is left in the engine"
@@ -296,3 +300,31 @@ async def test_a_start_that_fails_on_either_side_leaves_nothing(
         await Frontend.start(engine_config())
     assert all(client.stopped for client in clients)
     assert [preparer.closed for preparer in preparers] == [True]
+
+
+async def test_the_line_after_an_outage_is_about_all_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No line is written while there is no engine; the tokens from before are spread over the time since the last."""
+    frontend, client, _ = new_frontend(log_stats_interval=1.0)
+    now, frontend._num_generated = 100.0, 60
+    client.alive = False
+    client.answers = [EngineStats()]
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if now > 102.5:
+            client.alive = True
+        if now > 103.5:
+            raise asyncio.CancelledError
+
+    class Clock:
+        monotonic = staticmethod(lambda: now)
+
+    monkeypatch.setattr("sensorium.engine.frontend.time", Clock)
+    monkeypatch.setattr("sensorium.engine.frontend.asyncio.sleep", sleep)
+    with caplog.at_level("INFO"), pytest.raises(asyncio.CancelledError):
+        await frontend._log_stats()
+    [line] = [record.getMessage() for record in caplog.records if "tokens/s" in record.getMessage()]
+    assert line.startswith("20.0 generated tokens/s")

@@ -249,7 +249,7 @@ def test_a_sampler_that_fails_for_one(llm: LLM, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("how", ["refuses", "raises", "stuck", "cannot start"])
 def test_a_grammar_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Beside others that follow grammars of their own, of which each may take a token once only."""
-    from sensorium.text.grammar import GrammarMatcher
+    from sensorium.text.grammar import Budget, GrammarMatcher
 
     constrained = [
         GREEDY.replace(structured_outputs={"regex": f"[a-z]{{3}}{number}[0-9]{{4}}"})
@@ -270,7 +270,7 @@ def test_a_grammar_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: st
                 raise RuntimeError("a bug of the library")
             if how == "refuses":
                 return False
-            matcher._seconds_left = -1.0
+            matcher._budget.take(1000.0)
         return accept(matcher, token_id)
 
     def unready(matcher: GrammarMatcher) -> GrammarMatcher:
@@ -285,10 +285,10 @@ def test_a_grammar_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: st
         else:
             monkeypatch.setattr(GrammarMatcher, "accept", failing)
 
-    def unready_of_slots(matcher: GrammarMatcher) -> GrammarMatcher:
+    def unready_of_slots(matcher: GrammarMatcher, *budget: Budget) -> GrammarMatcher:
         if any(slot.request.grammar is matcher for slot in slots.values()):
             return unready(matcher)
-        return fresh(matcher)  # the engine's own copy for a request
+        return fresh(matcher, *budget)  # the engine's own copy for a request
 
     message = check(llm, 600, break_it, constrained)
     assert message == (

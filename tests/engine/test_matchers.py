@@ -15,10 +15,11 @@ from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
 from sensorium.engine.matchers import NOT_STARTED, NUM_KEPT, ConstrainedRequests, Matchers
 from sensorium.engine.stats import EngineFacts
+from sensorium.engine.stream import failure
 from sensorium.errors import InvalidRequestError, PromptTooLongError
 from sensorium.params import SamplingParams, StructuredOutputs
 from sensorium.runtime.encoder import FeatureStore
-from sensorium.text.grammar import STARTING_SECONDS, Budget, grammar_text
+from sensorium.text.grammar import STARTING_SECONDS, Budget, GrammarVocabulary, grammar_text
 from tests.fakes import FakeRunner
 
 FACTS = EngineFacts(40, 16, 4, 8, "cpu", "float32", 1, 0.0)
@@ -169,6 +170,26 @@ def test_the_samples_of_a_request_share_one_budget() -> None:
     budgets[0].take(STARTING_SECONDS + 0.1)
     again = other.fresh()
     assert [m.error is None for m in (one, other, again, stranger)] == [False] * 3 + [True]
+
+
+def test_a_vocabulary_that_cannot_be_read_is_tried_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To send the request again is of no use, so it is no 503."""
+    reads: list[str] = []
+
+    def failing(folder: str, vocab_size: int) -> GrammarVocabulary:
+        reads.append(folder)
+        raise RuntimeError("no such decoder")
+
+    monkeypatch.setattr(GrammarVocabulary, "from_folder", failing)
+    constrained = ConstrainedRequests(Matchers(str(tmp_path), 10))
+    for name in "ab":
+        constrained.put(request(name, "g"), ())
+        [arrival] = constrained.take(30)
+        assert arrival.error is not None
+        assert failure(arrival.error).status == 400
+    assert len(reads) == 1
 
 
 def _first(matcher: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from tests.checkpoints.hf import make_hf
 from tests.multimodal.clips import make_clip, make_sound
 from tests.multimodal.support import encoded, picture
 
+pytestmark = pytest.mark.slow
+
 FAMILIES: dict[str, tuple[Callable[..., Path], tuple[Modality, ...]]] = {
     "llava": (checkpoints.make_llava, ("image",)),
     "phi3_v": (checkpoints.make_phi3_v, ("image",)),
@@ -38,6 +41,8 @@ FAMILIES: dict[str, tuple[Callable[..., Path], tuple[Modality, ...]]] = {
     "idefics3": (partial(make_hf, "idefics3"), ("image",)),
     "voxtral": (partial(make_hf, "voxtral"), ("audio",)),
 }
+WRAPPED = {"idefics3", "voxtral"}
+"""Families whose processor is that of Transformers."""
 FILES: dict[Modality, Callable[[], bytes]] = {
     "image": lambda: encoded(picture(90, 130), "JPEG"),
     "video": lambda: make_clip(num_frames=8, size=(64, 96)),
@@ -50,6 +55,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: plain(member) for name, member in value.items()}
     return [plain(member) for member in value] if isinstance(value, tuple | list) else value
+
+
+def is_safe_to_fork(process_id: int, native: bool) -> None:
+    """Check that the process which forks the workers has one thread; that of a native family does without torch."""
+    assert len(os.listdir(f"/proc/{process_id}/task")) == 1
+    assert ("libtorch" in Path(f"/proc/{process_id}/maps").read_text()) is not native
 
 
 def same(there: Features, here: Features) -> None:
@@ -91,6 +102,9 @@ def test_a_worker_makes_what_the_processor_makes(family: str, tmp_path: Path) ->
             ids = replacement.token_ids
             positions = [processor.positions(ids, items) for items in placed]
             assert repr(positions[0]) == repr(positions[1])
+        server = decoders._server._process
+        assert server is not None
+        is_safe_to_fork(server.pid, native=family not in WRAPPED)
     finally:
         decoders.close()
         threads.close()

@@ -226,3 +226,23 @@ def test_the_line_of_the_log_speaks_of_media_where_there_are_any() -> None:
     media = "7 media items loading; processor cache hits 25.0 %; encoder cache hits 33.3 %"
     assert status_line(stats) == f"{text}; {media}"
     assert "hits 0.0 %" in status_line(EngineStats(media={"num_loading": 0.0}))
+
+
+async def test_a_step_that_comes_in_parts_is_one_time_between_tokens(clock: ManualClock) -> None:
+    """The tokens of many samples are delivered some at a time."""
+    frontend, engine, metrics = new_frontend()
+    stream = frontend.generate(PROMPT, SamplingParams(n=3), request_id="r")
+    waiting = asyncio.ensure_future(anext(stream))
+    while len(engine.inboxes) < 3:
+        await asyncio.sleep(0)
+    inbox = engine.inboxes["r#0"]
+    for step in range(3):
+        clock.now = 15.0 + step
+        for sample in range(3):
+            inbox.put_nowait(token(f"r#{sample}"))
+            await waiting
+            waiting = asyncio.ensure_future(anext(stream))
+            await asyncio.sleep(0)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert metrics.between == [1.0, 1.0]

@@ -277,3 +277,12 @@ async def test_an_engine_that_died_before_it_was_watched_is_replaced(bench: Benc
 @pytest.mark.parametrize(("seconds", "told"), [(-5, 1), (0.2, 1), (7.1, 8), (1e9, LONGEST_RETRY)])
 def test_how_long_clients_are_told_to_wait(seconds: float, told: int) -> None:
     assert dead_error(seconds).retry_after == told
+
+
+async def test_a_server_that_stops_promises_no_other_engine() -> None:
+    bench = Bench()
+    supervisor = await bench.start()
+    await supervisor.stop()
+    for call in (supervisor.check_alive, lambda: supervisor.submit(REQUEST, [], asyncio.Queue())):
+        with pytest.raises(EngineDeadError, match="shutting down"):
+            call()

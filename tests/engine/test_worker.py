@@ -86,6 +86,15 @@ def test_a_flood_of_messages_does_not_stop_the_steps(sockets: Sockets) -> None:
     assert engine.num_steps == 3
 
 
+def test_a_flood_of_bytes_does_not_stop_the_steps(sockets: Sockets) -> None:
+    """Samples of long prompts: a few of them are as much work as very many short ones."""
+    engine = FakeEngine(busy=True)
+    names = tuple(f"{number:1000}" for number in range(worker.BYTES_BETWEEN_STEPS // 1000))
+    run(sockets, engine, [wire.Abort(names)] * 6)
+    assert engine.num_steps == 6
+    assert engine.num_aborted == 6 * len(names)
+
+
 def test_a_request_that_cannot_be_taken_in_is_refused_and_the_loop_goes_on(
     sockets: Sockets,
 ) -> None:

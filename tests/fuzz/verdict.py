@@ -54,7 +54,7 @@ PLACED = frozenset(
 """Codes of errors that always have a place in the request."""
 
 _WHOLE = (
-    *("The JSON body is not valid", "The body must be a JSON object", "The body is empty"),
+    *("The JSON body is not valid", "The body must be a ", "The body is empty"),
     *("Content-Type must be", "This model generates text", "This model makes vectors"),
     "The model gave no usable distribution",
 )

@@ -37,12 +37,14 @@ NORM = """
 """
 
 
+@pytest.mark.slow
 def test_without_a_writable_cache_folder_kernels_still_work(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert run(NORM, XDG_CACHE_HOME=str(blocked)) == "False 10.0"
 
 
+@pytest.mark.slow
 def test_kernels_are_kept_and_found_again(tmp_path):
     assert run(NORM, XDG_CACHE_HOME=str(tmp_path)) == "True 10.0"
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
@@ -51,6 +53,7 @@ def test_kernels_are_kept_and_found_again(tmp_path):
     assert kept == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_replaced(tmp_path):
     run(NORM, XDG_CACHE_HOME=str(tmp_path))
     for path in tmp_path.rglob("*.nb?"):

@@ -166,6 +166,7 @@ SOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(SOUNDS))
 def test_chat_about_sounds_without_a_template_of_the_folder(tmp_path: Path, family: str) -> None:
     folder = make_hf(family, tmp_path)

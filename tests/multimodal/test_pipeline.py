@@ -259,7 +259,8 @@ async def test_a_shared_refusal_is_each_callers_own(make, monkeypatch) -> None:
 
 async def test_downloads_that_wait_to_be_decoded_are_bounded(make) -> None:
     """A content counts once for all requests that share it, and until the last of them is loaded."""
-    data = [encoded(picture(seed=seed)) for seed in range(2)]
+    data = [encoded(picture()), encoded(picture(40, 40))]
+    assert len(data[1]) > len(data[0])
     setup = make(max_media_bytes_in_flight=len(data[0]) + len(data[1]) - 1)
     budget = setup.pipeline._fetcher.budget
     setup.processor.gate = threading.Event()
@@ -270,6 +271,7 @@ async def test_downloads_that_wait_to_be_decoded_are_bounded(make) -> None:
         refs = [url_ref(server.url(path)) for path in ("/a", "/a", "/again")]
         loads = [asyncio.create_task(setup.load(ref)) for ref in refs]
         while sum(n for n, _ in budget._held.values()) < 3:
+            assert not any(load.done() for load in loads)
             await asyncio.sleep(0)
         assert budget.num_bytes == len(data[0])
         with pytest.raises(OverloadedError, match="wait to be decoded"):

@@ -40,7 +40,8 @@ SERVERS = {
     *("patient_server", "sharing_server", "hasty_server", "server"),
 }
 """Fixtures that start a server: what needs one is not part of the quick tests."""
-SERVED = {"served", "closed", "tight", "narrow", "hasty"}
+SERVED = {"served", "closed", "tight", "narrow", "hasty", "hasty_offline"}
+"""The same as parameters, and a model that waits for its deadline."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

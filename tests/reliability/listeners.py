@@ -25,8 +25,10 @@ class Host:
         self.closing = threading.Event()
         self._listeners = [socket.create_server(("127.0.0.1", 0))]
         self.port = int(self._listeners[0].getsockname()[1])
-        with contextlib.suppress(OSError):
+        try:
             self._listeners.append(socket.create_server(("::1", self.port), family=socket.AF_INET6))
+        except OSError as error:
+            print(f"no listener on ::1, so connections to it would go unseen: {error}")
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 

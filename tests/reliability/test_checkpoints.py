@@ -19,6 +19,8 @@ from tests import checkpoints
 from tests.checkpoints.hf import make_hf, make_hf_text
 from tests.reliability.media import picture
 
+pytestmark = pytest.mark.slow
+
 EVIL = """
 import pathlib
 pathlib.Path({marker!r}).write_text("executed")

@@ -66,11 +66,23 @@ EXTREMES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def errors_in(stream: str) -> list[Any]:
+    """What went wrong amid a stream of events, which must be whole."""
+    events = [
+        line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: ")
+    ]
+    assert events[-1] == "[DONE]", stream[-300:]
+    found = (json.loads(event).get("error") for event in events[:-1])
+    return [error for error in found if error is not None]
+
+
 @pytest.mark.parametrize("fields", EXTREMES, ids=lambda fields: json.dumps(fields)[:60])
 def test_extreme_values_are_served_or_refused(served: Service, fields: dict[str, Any]) -> None:
     for stream in (False, True):
         answer = served.ask(text("a"), **{"max_tokens": 2, **fields}, stream=stream)
         answer.is_discreet()
+        if stream and answer.status == 200:
+            assert errors_in(answer.body) == []
     if "1e999" in json.dumps(fields) or "Infinity" in json.dumps(fields):
         assert answer.status == 400
 

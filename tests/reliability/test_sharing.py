@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -44,7 +45,7 @@ def test_a_hundred_requests_for_one_url(
     data = encoded(picture(seed=100 + host_is_slow))
     head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode()
 
-    def script(connection) -> None:
+    def script(connection: socket.socket) -> None:
         if host_is_slow:
             until(lambda: service.counters()["media_loading"] >= NUM)
         connection.sendall(head + data)

@@ -25,6 +25,8 @@ from tests import checkpoints
 from tests.checkpoints.hf import make_hf, make_hf_text
 from tests.reliability.asking import text
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples" / "templates"
 PIXEL = "data:image/png;base64,AA=="
 WORD = "word"

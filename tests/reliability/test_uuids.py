@@ -288,6 +288,7 @@ def pictures_by_name(count: int) -> list[tuple[str, str]]:
     return [(f"picture {number}", picture_url(500 + number)) for number in range(count)]
 
 
+@pytest.mark.slow
 def test_what_was_admitted_stays_until_it_is_used() -> None:
     """Eviction between admission and use (vLLM issue 31404 is such a fault): the cache holds one picture, and while a
     request by its id waits for its turn, those after it push it out. It is answered all the same."""

@@ -89,7 +89,7 @@ METADATA: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", METADATA)
 def test_metadata_are_not_believed(anywhere: Service | Offline, name: str) -> None:
-    """Rates and times of headers that cannot be: an answer or 400, at once."""
+    """Rates and times of headers that cannot be: an answer or 400."""
     part = video(data_url(METADATA[name](), "video/mp4"))
     is_answer_or_refusal(anywhere.ask(part, QUESTION), part)
 
@@ -131,7 +131,7 @@ def test_what_is_no_clip_is_refused(anywhere: Service | Offline, name: str) -> N
     anywhere.ask(QUESTION, part).is_refusal(400, "media_undecodable", place(part, 1))
 
 
-@pytest.mark.parametrize("form", sorted(set(FORMATS) - {"hevc", "av1", "avi of h264", "mov"}))
+@pytest.mark.parametrize("form", sorted(FORMATS))
 def test_damaged_clips_are_answered_or_refused(served: Service, form: str) -> None:
     """Cut at many places, with bytes turned: an answer or 400 at the part."""
     data = make_clip(form, 8)
@@ -147,8 +147,8 @@ def test_damaged_clips_are_answered_or_refused(served: Service, form: str) -> No
         is_answer_or_refusal(served.ask(part, QUESTION), part)
 
 
-def test_a_thousand_clips_that_fail_use_nothing_up(served: Service) -> None:
-    """GHSA-j682-9xp5-rrf3: slots of a decoder leaked with each clip that failed, until none was left. After a thousand
+def test_clips_that_fail_use_nothing_up(served: Service) -> None:
+    """GHSA-j682-9xp5-rrf3: slots of a decoder leaked with each clip that failed, until none was left. After two hundred
     failures, some while a decoder was open, one is answered as at first, with as many files open."""
     good = data_url(make_clip("mp4", 6), "video/mp4")
     first = served.ask(video(good), QUESTION, max_tokens=8).text
@@ -164,8 +164,8 @@ def test_a_thousand_clips_that_fail_use_nothing_up(served: Service) -> None:
         return "answered" if answer.status == 200 else str(answer.error["code"])
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        outcomes = list(pool.map(fail, range(1000)))
-    assert outcomes.count("media_undecodable") >= 500
+        outcomes = list(pool.map(fail, range(200)))
+    assert outcomes.count("media_undecodable") >= 100
     again = data_url(make_clip("mp4", 6) + b"\0\0\0\x08free", "video/mp4")
     assert served.ask(video(again), QUESTION, max_tokens=8).text == first
     assert served.server.num_descriptors() <= before + 8  # four connections, and what they hold

@@ -54,6 +54,10 @@ class SchedulerConfig:
         1024,
         "Most samples waiting in a server (a request with n=8 has eight); past it, 503 with Retry-After.",
     )
+    max_sampled_prompt_tokens: int = option(
+        1 << 22,
+        "Most tokens that n times a prompt may have, for a request with n over 1; past it, 400.",
+    )
     grammar_timeout: float = option(
         3.0,
         "Seconds of processor time that the schema, regular expression or grammar of a structured output may take to "
@@ -65,14 +69,22 @@ class SchedulerConfig:
         "restarted; 0: never.",
     )
 
+    engine_start_timeout: float = option(
+        3600.0,
+        "Seconds that a server's engine may take to load the model; past them it counts as hung and is ended; 0: no "
+        "limit.",
+    )
+
     def __post_init__(self) -> None:
         check_types(self)
         check_integer("max_num_seqs", self.max_num_seqs, 1, 65536)
         if self.max_num_batched_tokens is not None:
             check_integer("max_num_batched_tokens", self.max_num_batched_tokens, 1, 1 << 24)
         check_integer("max_num_waiting", self.max_num_waiting, 1, 1 << 24)
+        check_integer("max_sampled_prompt_tokens", self.max_sampled_prompt_tokens, 1, 1 << 40)
         check_number("grammar_timeout", self.grammar_timeout, 0.01, 3600.0)
         check_number("engine_step_timeout", self.engine_step_timeout, 0.0, 86400.0)
+        check_number("engine_start_timeout", self.engine_start_timeout, 0.0, 86400.0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.outputs import PoolingRequestOutput
 from sensorium.params import PoolingParams, SamplingParams
 
 Value = TypeVar("Value")
@@ -78,3 +80,22 @@ def at_prompt(
             named.index = index
             raise named from error
         raise
+
+
+def distinct(values: Sequence[Value]) -> list[tuple[int, Value]]:
+    """Each object among the values once, with its first index."""
+    found: dict[int, tuple[int, Value]] = {}
+    for index, value in enumerate(values):
+        found.setdefault(id(value), (index, value))
+    return list(found.values())
+
+
+def batched(values: Sequence[Value], most: int) -> list[Sequence[Value]]:
+    """The values in their order, so many at a time."""
+    return [values[begin : begin + most] for begin in range(0, len(values), most)]
+
+
+def fields_with(output: PoolingRequestOutput[Any], outputs: object) -> dict[str, Any]:
+    """The fields of an output with its vector in another form."""
+    known = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    return {**known, "outputs": outputs}

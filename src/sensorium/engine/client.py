@@ -62,13 +62,22 @@ class EngineClient:
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._folder = tempfile.mkdtemp(prefix="sensorium-")
-        self._address = f"ipc://{self._folder}/engine"
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        try:
+            self._socket = self._context.socket(zmq.PAIR)
+        except BaseException:
+            self._context.term()
+            raise
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
+        try:
+            self._folder = tempfile.mkdtemp(prefix="sensorium-")
+        except BaseException:
+            self._socket.close()
+            self._context.term()
+            raise
+        self._address = f"ipc://{self._folder}/engine"
         self._routes: dict[str, tuple[Inbox, tuple[MediaItem, ...]]] = {}
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._numbers = itertools.count()
@@ -120,7 +129,15 @@ class EngineClient:
         self._send(wire.Configure(self._config))
         receive = asyncio.ensure_future(self._socket.recv())
         died = asyncio.ensure_future(self._process.wait())
-        await asyncio.wait({receive, died}, return_when=asyncio.FIRST_COMPLETED)
+        seconds = self._config.scheduler.engine_start_timeout or None
+        done, _ = await asyncio.wait(
+            {receive, died}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
+            receive.cancel()
+            raise errors.EngineDeadError(
+                f"The engine was not up after {seconds:g} seconds, the most that --engine-start-timeout allows."
+            )
         if not receive.done():
             # The reason may still be on its way through the socket.
             with contextlib.suppress(TimeoutError):
@@ -233,7 +250,7 @@ class EngineClient:
     def _take(self, message: wire.FromEngine) -> None:
         if isinstance(message, wire.Refused):
             error = errors.error_of(
-                message.code, message.message, message.param, errors.InvalidRequestError
+                message.code, message.message, message.param, errors.UnavailableError
             )
             self._deliver(message.request_id, error, True)
         elif isinstance(message, wire.Stats):

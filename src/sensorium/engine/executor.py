@@ -67,7 +67,8 @@ def build_engine(config: EngineConfig) -> Engine:
     caches = ops.allocate_cache(layout, geometry.num_blocks, device)
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)
     store = FeatureStore()
-    folder = config.model.tokenizer or loaded.config.folder
+    name = config.model.tokenizer
+    folder = loaded.config.folder if name is None else loader.read_config(name).folder
     runner = ModelRunner(model, caches, store)
     scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
     facts = EngineFacts(

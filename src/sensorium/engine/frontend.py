@@ -34,8 +34,11 @@ from sensorium.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-SUBMITTED_AT_ONCE = 64
-"""Samples of a request that are sent before other tasks of the event loop get their turn."""
+SUBMITTED_TOKENS = 1 << 16
+"""Tokens of prompts that are sent, for the samples of a request, before other tasks of the event loop have a turn."""
+
+SAMPLE_TOKENS = 1 << 10
+"""What a sample counts for besides its prompt."""
 
 STATS_SECONDS = 2.0
 """How long the engine, which answers between two steps, is waited for when its counters are asked for."""
@@ -169,9 +172,12 @@ class Frontend:
         inbox: Inbox = asyncio.Queue()
         unfinished: FinishReason = "abort"
         try:
-            for number, request in enumerate(requests, 1):
+            num_tokens = 0
+            for request in requests:
                 self._engine.submit(request, prepared.items, inbox)
-                if number % SUBMITTED_AT_ONCE == 0:
+                num_tokens += len(request.token_ids) + SAMPLE_TOKENS
+                if num_tokens >= SUBMITTED_TOKENS:
+                    num_tokens = 0
                     await asyncio.sleep(0)
             while not stream.finished:
                 await self._collect(stream, inbox)
@@ -239,12 +245,11 @@ class Frontend:
         """Take in all news that are there; wait for some when there are none."""
         news = await inbox.get()
         before = stream.metrics.first_token_time
-        first_id, num_rounds = None, 0
+        num_rounds = 0
         while True:
             if isinstance(news, SensoriumError):
                 raise news
-            first_id = first_id or news.request_id
-            num_rounds += news.request_id == first_id
+            num_rounds += stream.begins_round(news)
             self._num_generated += news.sample is not None
             if stream.accept(news):
                 self._engine.abort([news.request_id])
@@ -257,18 +262,20 @@ class Frontend:
     async def _log_stats(self) -> None:
         interval = self.config.observability.log_stats_interval
         pools = self.runner == "pooling"
-        last = 0
+        last, since = 0, time.monotonic()
         while True:
             await asyncio.sleep(interval)
             num_made = self._num_vectors if pools else self._num_generated
+            now = time.monotonic()
             if num_made == last:
+                since = now
                 continue
             try:
                 stats = await self._engine.stats()
             except EngineDeadError:
-                continue
+                continue  # the next line is about this time, too
             stats.media = self._preparer.media_stats()
             unit = "vectors" if pools else "generated tokens"
-            rate = (num_made - last) / interval
+            rate = (num_made - last) / (now - since)
             logger.info("%.1f %s/s; %s", rate, unit, status_line(stats))
-            last = num_made
+            last, since = num_made, now

@@ -35,7 +35,7 @@ FRAME_BYTES = 4
 MOST_CHILDREN = 8
 """Constraints that the helper compiles at a time."""
 
-WAITING_FACTOR = 10
+WAITING_FACTOR = 20
 """How much longer than its processor time a constraint may take by the clock, on a busy machine; as long it may wait
 for its turn."""
 
@@ -172,6 +172,9 @@ class GrammarCompiler:
             if helper is not None:
                 helper.end()
             raise _lost() from None
+        except RuntimeError as error:  # no thread to send it
+            logger.error("a constraint cannot be sent to the process that compiles it: %s", error)
+            raise _lost() from error
 
     def _send(self, job: bytes, reply: concurrent.futures.Future[str]) -> None:
         with self._lock:

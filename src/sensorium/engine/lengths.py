@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sensorium.engine.prompts import ChatPrompt, Prompt
-from sensorium.errors import PromptTooLongError
+from sensorium.errors import InvalidRequestError, PromptTooLongError
 from sensorium.text.conversation import texts_of
 
 PROBED_CHARS = 16
@@ -57,4 +57,15 @@ def refuse_endless(text: str, most: int, count: Callable[[int], int], param: str
             f"The prompt has {len(text)} characters, of which the first {num_chars} alone are {num_tokens} "
             f"tokens; the context holds {most}. Shorten it, or start with a larger max_model_len.",
             param=param,
+        )
+
+
+def refuse_many(num_samples: int, num_tokens: int, most: int) -> None:
+    """Raise InvalidRequestError for more samples of a prompt than the engine takes in without holding others up: each
+    brings the whole prompt."""
+    if num_samples > 1 and num_samples * num_tokens > most:
+        raise InvalidRequestError(
+            f"n is {num_samples} and the prompt has {num_tokens} tokens, {num_samples * num_tokens} together; at most "
+            f"{most} are allowed: ask for fewer samples, in several requests.",
+            param="n",
         )

@@ -12,12 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from sensorium.core.request import EngineRequest
+from sensorium.errors import ConfigError
 from sensorium.multimodal.items import Features
 from sensorium.text.grammar import Budget, GrammarMatcher, GrammarVocabulary
 
 logger = logging.getLogger(__name__)
 
 NOT_STARTED = "The grammar of structured_outputs could not be started."
+
+NO_VOCABULARY = (
+    "Structured outputs are not available: this model's tokenizer cannot be used for them."
+)
 
 NUM_THREADS = 2
 """Matchers that are made at a time; the library releases the interpreter's lock meanwhile."""
@@ -32,7 +37,7 @@ class Matchers:
     def __init__(self, folder: str, vocab_size: int) -> None:
         self._folder = folder
         self._vocab_size = vocab_size
-        self._vocabulary: GrammarVocabulary | None = None
+        self._vocabulary: GrammarVocabulary | ConfigError | None = None
         self._kept: OrderedDict[str, GrammarMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -40,16 +45,27 @@ class Matchers:
         """A matcher at the start of ``grammar``; usable from several threads. Raises InvalidRequestError."""
         with self._lock:
             if self._vocabulary is None:
-                self._vocabulary = GrammarVocabulary.from_folder(self._folder, self._vocab_size)
+                self._vocabulary = self._read()
+            vocabulary = self._vocabulary
             kept = self._kept.get(grammar)
+        if isinstance(vocabulary, ConfigError):
+            raise ConfigError(vocabulary.message)
         if kept is None:
-            kept = self._vocabulary.matcher(grammar)
+            kept = vocabulary.matcher(grammar)
         with self._lock:
             self._kept[grammar] = kept
             self._kept.move_to_end(grammar)
             if len(self._kept) > NUM_KEPT:
                 self._kept.popitem(last=False)
             return kept.fresh(budget)
+
+    def _read(self) -> GrammarVocabulary | ConfigError:
+        """The vocabulary, or what to say for ever when there can be none."""
+        try:
+            return GrammarVocabulary.from_folder(self._folder, self._vocab_size)
+        except Exception:
+            logger.exception("the tokenizer cannot be used for structured outputs")
+            return ConfigError(NO_VOCABULARY)
 
 
 @dataclass(slots=True)
@@ -111,6 +127,8 @@ class ConstrainedRequests:
     def _arrival(self, entry: _Entry) -> Arrival:
         try:
             request = dataclasses.replace(entry.request, grammar=entry.matcher.result())
+        except ConfigError as error:
+            return Arrival(entry.request, entry.features, error.message)
         except Exception:
             logger.exception("a grammar could not be started")
             return Arrival(entry.request, entry.features, NOT_STARTED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import dataclasses
 import importlib
 import random
 from collections.abc import Callable, Collection, Iterator
@@ -14,11 +14,11 @@ from typing import Any
 from sensorium.config import GIB, EngineConfig
 from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.engine.grammars import GrammarCompiler
-from sensorium.engine.lengths import is_long, refuse_endless
+from sensorium.engine.lengths import is_long, refuse_endless, refuse_many
 from sensorium.engine.media import process_decoders
 from sensorium.engine.older import check_older
 from sensorium.engine.prepared import Draft, PreparedPrompt
-from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt
+from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt, salt_of
 from sensorium.engine.stats import EngineFacts
 from sensorium.engine.stretches import attending
 from sensorium.errors import (
@@ -48,6 +48,8 @@ from sensorium.params import SamplingParams
 from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat import ChatTemplate
 from sensorium.text.tokenizer import Tokenizer
+
+UNBOUNDED_BYTES = 1 << 50
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -200,6 +202,9 @@ class Preparer:
         if (grammar is None) != (params.structured_outputs is None):
             raise ValueError("a constraint and its grammar go together")
         self.check_params(params)
+        refuse_many(
+            params.n, len(prepared.token_ids), self._config.scheduler.max_sampled_prompt_tokens
+        )
         room = self._room(len(prepared.token_ids), prepared.param)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         bad_words = bad_words_token_ids(self.tokenizer, params.bad_words)
@@ -309,7 +314,7 @@ class Preparer:
 
     def _expanded(self, draft: Draft, items: list[MediaItem]) -> PreparedPrompt:
         prompt, text, token_ids, _, param, numbered = draft
-        salt, continues = _salt(prompt), isinstance(prompt, RawPrompt)
+        salt, continues = salt_of(prompt), isinstance(prompt, RawPrompt)
         if self._processor is None:
             return PreparedPrompt(
                 text, token_ids, cache_salt=salt, continues=continues, param=param
@@ -401,8 +406,13 @@ class Preparer:
                 # Not at the first embeddings: the import holds up every other thread for as long as it takes.
                 importlib.import_module("torch")
         kept = min(int(cache.mm_processor_cache_gb * GIB), folder.capacity_bytes)
+        media = self._config.media
+        if (
+            not shared
+        ):  # a batch of one caller takes room from nobody, and should wait rather than be refused
+            media = dataclasses.replace(media, max_media_bytes_in_flight=UNBOUNDED_BYTES)
         return MediaPipeline(
-            self._config.media,
+            media,
             self._processor,
             FeatureCache(kept),
             decoders=decoders,
@@ -426,14 +436,6 @@ class Preparer:
         if name is None:
             return Path(self._loaded.folder)
         return Path(loader.read_config(name).folder)
-
-
-def _salt(prompt: Prompt) -> bytes:
-    """What scopes the prefix cache: the caller's salt and, only together with it, the tenant."""
-    if not prompt.media.cache_salt:
-        return b""
-    text = f"{prompt.media.tenant}\0{prompt.media.cache_salt}"
-    return hashlib.sha256(text.encode()).digest()
 
 
 @contextlib.contextmanager

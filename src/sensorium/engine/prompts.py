@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -194,3 +195,11 @@ def _salt(value: object, param: str) -> str:
             "cache_salt holds a lone surrogate, which is no valid Unicode.", param=param
         ) from None
     return value
+
+
+def salt_of(prompt: Prompt) -> bytes:
+    """What scopes the prefix cache: the caller's salt and, only together with it, the tenant."""
+    if not prompt.media.cache_salt:
+        return b""
+    text = f"{prompt.media.tenant}\0{prompt.media.cache_salt}"
+    return hashlib.sha256(text.encode()).digest()

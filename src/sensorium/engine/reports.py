@@ -38,13 +38,16 @@ def report_tokens(
     metrics: Metrics, stream: RequestStream, first_before: float | None, num_rounds: int
 ) -> None:
     """News have come. ``first_before``: when the first token had come before them, if it had; ``num_rounds``: how many
-    tokens of one sample they bring, which are several when this process was slower than the engine."""
+    of the engine's steps begin in them, which are several when this process was slower than the engine, and none when
+    they are more samples' tokens of a step that is known."""
     now, times = time.monotonic(), stream.metrics
     if times.first_token_time is None:
         return
     if first_before is None:
         metrics.first_token(times.first_token_time - times.arrival_time)
         _report_queue(metrics, times)
+    elif num_rounds == 0:
+        return
     else:
         seconds = (now - stream.last_news_time) / num_rounds
         for _ in range(num_rounds):

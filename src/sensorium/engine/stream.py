@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sensorium.core.plan import NO_TOKEN_LEFT, NOT_FINITE, TOO_COMPLEX
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
+from sensorium.engine.matchers import NO_VOCABULARY
 from sensorium.engine.prepared import PreparedPrompt
 from sensorium.errors import InvalidRequestError, SensoriumError, UnavailableError
 from sensorium.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -19,7 +20,7 @@ from sensorium.text.tokenizer import Tokenizer
 
 def failure(message: str) -> SensoriumError:
     """The exception for a sequence that the engine could not finish: the caller's fault, or the engine's."""
-    if message == TOO_COMPLEX:
+    if message in (TOO_COMPLEX, NO_VOCABULARY):
         return InvalidRequestError(message, param="structured_outputs")
     callers = message in (NO_TOKEN_LEFT, NOT_FINITE)
     return InvalidRequestError(message) if callers else UnavailableError(message)
@@ -63,6 +64,7 @@ class RequestStream:
         self._num_open = len(engine_ids)
         self.metrics = RequestMetrics(arrival_time)
         self.last_news_time = arrival_time
+        self._round: set[str] = set()
         self.output = RequestOutput(
             request_id=request_id,
             prompt=text,
@@ -94,6 +96,14 @@ class RequestStream:
             tokenizer=tokenizer,
             arrival_time=requests[0].arrival_time,
         )
+
+    def begins_round(self, update: SequenceUpdate) -> bool:
+        """Whether this is the first token of another step of the engine: each has one of a sample at most."""
+        if update.sample is None or (self._round and update.request_id not in self._round):
+            self._round.add(update.request_id)
+            return False
+        self._round = {update.request_id}
+        return True
 
     def _new_sample(self, index: int) -> _Sample:
         params = self._params

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest
-from sensorium.engine.client import EngineClient, Inbox, dead_error
+from sensorium.engine.client import STOPPING, EngineClient, Inbox, dead_error
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.multimodal.items import MediaItem
@@ -70,6 +70,7 @@ class EngineSupervisor:
         self._num_restarts = 0
         self._start_seconds = 0.0
         self._expected_at = 0.0
+        self._stopping = False
 
     @property
     def alive(self) -> bool:
@@ -102,8 +103,8 @@ class EngineSupervisor:
 
     def check_alive(self) -> None:
         """Raise EngineDeadError unless requests can be submitted now."""
-        if not self.alive:
-            raise dead_error(self._seconds_left())
+        if not self.alive or self._stopping:
+            raise self._gone()
 
     def submit(self, request: EngineRequest, items: Sequence[MediaItem], inbox: Inbox) -> None:
         """``EngineClient.submit``; raises EngineDeadError while there is no engine."""
@@ -120,6 +121,7 @@ class EngineSupervisor:
 
     async def stop(self) -> None:
         """End whatever engine there is, or is being started, and give back everything."""
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -128,9 +130,12 @@ class EngineSupervisor:
             await client.stop()
 
     def _current(self) -> EngineClient:
-        if self._client is None:
-            raise dead_error(self._seconds_left())
+        if self._client is None or self._stopping:
+            raise self._gone()
         return self._client
+
+    def _gone(self) -> EngineDeadError:
+        return EngineDeadError(STOPPING) if self._stopping else dead_error(self._seconds_left())
 
     def _seconds_left(self) -> float:
         """Until another engine may be up, going by how long this one took to start."""

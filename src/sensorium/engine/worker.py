@@ -30,6 +30,9 @@ IDLE_POLL_MS = 1000
 MESSAGES_BETWEEN_STEPS = 64
 """Most messages that are taken in while sequences wait for their next step."""
 
+BYTES_BETWEEN_STEPS = 1 << 20
+"""No more are taken in then after so many bytes of them."""
+
 
 def main() -> int:
     """Connect to the frontend, load what it says, then serve until told to stop or left alone."""
@@ -141,10 +144,13 @@ class _Loop:
                 message = _receive(self._socket, self._parent)
                 if message is None or not self._handle(engine, message):
                     return
+            num_bytes = 0
             for _ in range(MESSAGES_BETWEEN_STEPS):
-                if not self._socket.poll(0):
+                if num_bytes >= BYTES_BETWEEN_STEPS or not self._socket.poll(0):
                     break
-                if not self._handle(engine, wire.decode_to_engine(self._socket.recv())):
+                data = self._socket.recv()
+                num_bytes += len(data)
+                if not self._handle(engine, wire.decode_to_engine(data)):
                     return
             if engine.has_work:
                 self._watch.step_begins()
