@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import ctypes
+import functools
 import json
 import os
 import signal
@@ -24,6 +24,8 @@ import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from sensorium.processes import end_with
+
 START_TIMEOUT = 900.0
 STOP_TIMEOUT = 60.0
 CHILD_TIMEOUT = 5.0
@@ -34,9 +36,6 @@ KEEP_SECONDS = 2.0
 CHAT = "/v1/chat/completions"
 LOST = "connection_lost"
 """In place of an error's code: the server closed the connection, or there is none."""
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -178,14 +177,7 @@ def _tied_to_this_process() -> Callable[[], None] | None:
     """
     if threading.current_thread() is not threading.main_thread():
         return None
-    parent = os.getpid()
-
-    def tie() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return tie
+    return functools.partial(end_with, os.getpid())
 
 
 def sensorium_server(model: str, flags: Sequence[str], log: Path) -> ServedProcess:

@@ -10,6 +10,7 @@ import sys
 from typing import TextIO
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+_LIBC = ctypes.CDLL(None)  # loaded here, for after a fork it may be too late
 _PR_SET_PDEATHSIG = 1
 _ENDED_ITSELF = 0
 
@@ -33,7 +34,7 @@ def child_environment(*, one_thread: bool = False) -> dict[str, str]:
 
 def end_with(parent_id: int) -> None:
     """Let the kernel end this process, just forked, when its parent ends; at once if that is so already."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_id:
         os._exit(_ENDED_ITSELF)
 

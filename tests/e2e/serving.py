@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 import os
 import re
 import signal
@@ -15,12 +15,11 @@ from types import MappingProxyType
 
 import psutil
 
+from sensorium.processes import end_with
+
 STARTED = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)")
 START_SECONDS = 120
 """After this a server that is not there yet is killed."""
-
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 
 def tied_to_this_process() -> Callable[[], None] | None:
@@ -30,14 +29,7 @@ def tied_to_this_process() -> Callable[[], None] | None:
     """
     if threading.current_thread() is not threading.main_thread():
         return None
-    parent = os.getpid()
-
-    def tie() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return tie
+    return functools.partial(end_with, os.getpid())
 
 
 class Server:

@@ -52,6 +52,7 @@ MOST_EMBEDS = 1 << 24
 MOST_MESSAGE_CHARS = 1000
 """Of what a worker says, which is checked: it has read what strangers send."""
 _MOMENT = 0.2
+_NOT_NOW = "Media cannot be decoded now; try again later."
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -153,15 +154,14 @@ class _ForkServer:
                     return forked
                 self._stop(child.RETIRE)
         logger.error("media workers cannot be started; the lines above may say why")
-        raise UnavailableError("Media cannot be decoded now; try again later.")
+        raise UnavailableError(_NOT_NOW)
 
     def close(self) -> None:
         """End the process and all workers, for good."""
         self._is_closed = True
         control = self._control
         if control is not None:
-            with contextlib.suppress(OSError):  # who waits for an answer hears of it at once
-                control.shutdown(socket.SHUT_RDWR)
+            _hang_up(control)  # who waits for an answer hears of it at once
         with self._lock:
             self._stop()
 
@@ -182,7 +182,7 @@ class _ForkServer:
         ours.close()
         if answer is None:
             return None
-        raise UnavailableError("Media cannot be decoded now; try again later.")
+        raise UnavailableError(_NOT_NOW)
 
     def _started(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         if self._is_closed:
@@ -206,10 +206,7 @@ class _ForkServer:
         if self._control is not None:
             with contextlib.suppress(OSError):
                 self._control.send(last_word, socket.MSG_DONTWAIT)
-            with contextlib.suppress(
-                OSError
-            ):  # a child that the caller's program forked may hold it open
-                self._control.shutdown(socket.SHUT_RDWR)
+            _hang_up(self._control)  # a child that the caller's program forked may hold it open
             self._control.close()
             self._control = None
         if self._process is not None:
@@ -219,6 +216,11 @@ class _ForkServer:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+
+
+def _hang_up(control: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the other side has done so
+        control.shutdown(socket.SHUT_RDWR)
 
 
 class _Job:
@@ -325,7 +327,7 @@ class _Worker:
         if reply is None:
             self._died("ended before it was done")
             if _has_ended(forked.server):
-                raise UnavailableError("Media cannot be decoded now; try again.")
+                raise UnavailableError(_NOT_NOW)
             raise MediaUndecodableError(
                 f"The process that decoded the {job.work.modality} ended before it was done: the file is damaged, or "
                 "takes too much."
