@@ -46,11 +46,14 @@ def media_environment(environ: Mapping[str, str] | None = None) -> dict[str, Any
     return found
 
 
+API_KEYS = ("SENSORIUM_API_KEY", "VLLM_API_KEY")
+"""Variables that hold an API key; of the first that is set the value counts."""
+
+
 def api_keys_of_environment(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The API key in ``SENSORIUM_API_KEY``, if it is set and not empty."""
+    """The API key in ``SENSORIUM_API_KEY``, else in ``VLLM_API_KEY``; none where both are unset or empty."""
     environ = os.environ if environ is None else environ
-    key = environ.get("SENSORIUM_API_KEY", "")
-    return (key,) if key else ()
+    return next(((environ[name],) for name in API_KEYS if environ.get(name)), ())
 
 
 def _environment_value(variable: str, text: str, suffix: str) -> bool | float:

@@ -46,7 +46,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="name of the model; the first that the server lists when not given",
     )
     server.add_argument(
-        "--api-key", metavar="KEY", help="sent as bearer token; default: SENSORIUM_API_KEY"
+        "--api-key",
+        metavar="KEY",
+        help="sent as bearer token; default: SENSORIUM_API_KEY, VLLM_API_KEY",
     )
     server.add_argument(
         "--timeout", type=float, metavar="N", default=600.0, help="seconds for one request"

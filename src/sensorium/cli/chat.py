@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from sensorium.cli.attachments import (
 from sensorium.cli.flags import add_engine_flags, build_engine_config, engine_keywords
 from sensorium.cli.sampling import add_sampling_flags, sampling_values
 from sensorium.cli.serve import add_model_argument, take_model_argument
+from sensorium.environment import api_keys_of_environment
 from sensorium.errors import SensoriumError
 
 DESCRIPTION = (
@@ -52,7 +52,9 @@ def add_parser(commands: Any) -> None:
     add_model_argument(parser)
     parser.add_argument("--base-url", metavar="URL", help="address of a running server")
     parser.add_argument(
-        "--api-key", metavar="KEY", help="key for that server; default: SENSORIUM_API_KEY"
+        "--api-key",
+        metavar="KEY",
+        help="key for that server; default: SENSORIUM_API_KEY, VLLM_API_KEY",
     )
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_attachment_flags(parser, " for the first message")
@@ -85,7 +87,7 @@ def open_model(arguments: argparse.Namespace) -> Model:
     if arguments.base_url:
         from sensorium.cli.remote import RemoteModel
 
-        key = arguments.api_key or os.environ.get("SENSORIUM_API_KEY")
+        key = arguments.api_key or next(iter(api_keys_of_environment()), None)
         return RemoteModel(arguments.base_url, model=getattr(arguments, "model", None), api_key=key)
     build_engine_config(arguments)  # mistakes are told before torch is imported
     from sensorium.cli.local import LocalModel

@@ -25,7 +25,11 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option(
         (), "Names under which clients know the model; its path or id when not given."
     )
-    api_key: tuple[str, ...] = option((), "Keys that clients must send; repeatable.")
+    api_key: tuple[str, ...] = option(
+        (),
+        "Keys that clients must send; repeatable. SENSORIUM_API_KEY, or else VLLM_API_KEY, is one more. Without any "
+        "key everybody is served.",
+    )
     metrics_require_api_key: bool = option(True, "Guard /metrics by the API key too.")
     metrics_prefix: str = option("sensorium:", "Prefix of metric names.")
     allowed_origins: tuple[str, ...] = option((), "CORS: origins that may call; none when empty.")

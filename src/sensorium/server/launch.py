@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import ipaddress
 import logging
 import os
 import signal
@@ -184,7 +185,29 @@ async def _announce(server: _Server, context: ServingContext, listener: socket.s
     scheme = "https" if config.ssl_certfile else "http"
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"{scheme}://{host}:{listener.getsockname()[1]}{config.root_path}"
+    _tell_access(config)
     print(f"Sensorium {__version__} serving {context.model_names[0]} at {address}", flush=True)
+
+
+def _tell_access(config: ServerConfig) -> None:
+    """Log whether callers need a key; as a warning where other machines may call without one."""
+    if config.api_key:
+        logger.info("an API key is needed: %d accepted", len(config.api_key))
+    elif _is_loopback(config.host):
+        logger.info("no API key is needed: every program on this machine may call")
+    else:
+        logger.warning(
+            "no API key is needed: whoever reaches %s may call; --api-key or SENSORIUM_API_KEY sets one",
+            config.host,
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    """Return true for the names and addresses that only this machine reaches."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _drain(context: ServingContext, hurry: asyncio.Event) -> None:
