@@ -301,7 +301,6 @@ def test_all_objects_of_one_picture_give_the_same_array() -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (np.zeros((2, 2, 3), np.float32), "uint8"),
         (np.zeros((2, 2, 3), np.int64), "uint8"),
         (np.zeros((3, 2, 2), np.uint8), "height, width, 3"),
         (np.zeros((2, 2), np.uint8), "height, width, 3"),
@@ -309,9 +308,9 @@ def test_all_objects_of_one_picture_give_the_same_array() -> None:
         (np.zeros((0, 2, 3), np.uint8), "no pixels"),
         (torch.zeros(2, 2, 3), "3, height, width"),
         (torch.zeros(3, 2, 2, dtype=torch.int32), "uint8"),
-        (torch.full((3, 2, 2), 1.01), "0 to 1"),
-        (torch.full((3, 2, 2), -0.01), "0 to 1"),
-        (torch.full((3, 2, 2), float("nan")), "0 to 1"),
+        (torch.full((3, 2, 2), 255.01), "0 to 255, or from 0 to 1"),
+        (torch.full((3, 2, 2), -0.01), "0 to 255, or from 0 to 1"),
+        (torch.full((3, 2, 2), float("nan")), "0 to 255, or from 0 to 1"),
         (torch.zeros(3, 2, 2).to_sparse(), "dense"),
         (torch.zeros(3, 2, 2, device="meta"), "dense"),
         ("a.png", "str"),

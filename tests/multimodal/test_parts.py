@@ -69,7 +69,7 @@ def test_nothing_and_empty() -> None:
         (["https://a"], "image[0]", "chat message"),
         ([PIL, 3], "image[1]", "int"),
         ([PIL, [PIL]], "image[1]", "list"),
-        (np.zeros((4, 5, 3)), "image", "uint8"),
+        (np.zeros((4, 5, 3), np.int64), "image", "uint8"),
         ([PIL, np.zeros((3, 4, 5), np.uint8)], "image[1]", "height, width, 3"),
         (torch.zeros(1, 3, 4, 5), "image", "3, height, width"),
         ([torch.zeros(4, 4, 5)], "image[0]", "3, height, width"),

@@ -15,7 +15,7 @@ import numpy as np
 
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
-from sensorium.multimodal import image
+from sensorium.multimodal import image, pixel_values
 from sensorium.multimodal.items import Clip
 from sensorium.multimodal.processor import VideoFacts
 
@@ -117,10 +117,10 @@ def _whole(metadata: Mapping[Any, Any], name: str) -> int | None:
     value = metadata.get(name)
     if value is None:
         return None
-    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_whole or not 1 <= value <= _MOST_FRAMES:
-        _bad(f"has {name}={value!r:.80}; it must be an integer from 1 to {_MOST_FRAMES}")
-    return int(value)
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 1 <= value <= _MOST_FRAMES:
+        _bad(f"has {name}={value!r:.80}; it must be a number from 1 to {_MOST_FRAMES}")
+    return round(value)  # qwen-vl-utils computes it as seconds times a rate, and leaves it a float
 
 
 def _bad(what: str) -> NoReturn:
@@ -160,10 +160,15 @@ def decode_object(source: Any, choose: Choose, limits: Limits) -> Clip:
     if not len(source):
         raise InvalidRequestError("A video must have at least one frame.")
     origin = read_origin(metadata or {}, len(source))
+    arrays = source if isinstance(source, list | tuple) else (source,)
+    scale = pixel_values.scale_of(arrays, "video")  # one of all frames, however dark some are
 
     def picture(index: int) -> np.ndarray:
         return image.decode_object(
-            source[index], image.ImageOptions(), max_pixels=limits.max_frame_pixels
+            source[index],
+            image.ImageOptions(),
+            max_pixels=limits.max_frame_pixels,
+            scale=scale,
         )
 
     return _clip(picture, origin, choose, limits.max_pixels)

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageFile, features
 
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
+from sensorium.multimodal import pixel_values
 from sensorium.multimodal.options import check_names
 from sensorium.multimodal.tensors import is_tensor
 
@@ -125,11 +126,13 @@ def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray
         ) from None
 
 
-def decode_object(source: Any, options: ImageOptions, *, max_pixels: int) -> np.ndarray:
+def decode_object(
+    source: Any, options: ImageOptions, *, max_pixels: int, scale: float | None = None
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a PIL image, numpy HWC array or torch CHW tensor.
 
-    Raises InvalidRequestError for other types, shapes and values, MediaTooLargeError and MediaUndecodableError as
-    ``decode``.
+    ``scale``: what makes 0 to 255 of floating-point values; found out from them when not given. Raises
+    InvalidRequestError for other types, shapes and values, MediaTooLargeError and MediaUndecodableError as ``decode``.
     """
     check_picture(source)
     if isinstance(source, Image.Image):
@@ -143,13 +146,17 @@ def decode_object(source: Any, options: ImageOptions, *, max_pixels: int) -> np.
             raise MediaUndecodableError(
                 f"The PIL image of mode {source.mode} cannot be converted to RGB."
             ) from None
-    if isinstance(source, np.ndarray):
-        _check_size(source.shape[1], source.shape[0], max_pixels)
-        return np.array(
-            source, order="C"
-        )  # a copy: what is cached must not change with the caller's
-    _check_size(source.shape[2], source.shape[1], max_pixels)
-    return _tensor_to_rgb(source)
+    is_array = isinstance(source, np.ndarray)
+    height, width = source.shape[:2] if is_array else source.shape[1:]
+    _check_size(width, height, max_pixels)
+    if pixel_values.is_floating(source):
+        scale = pixel_values.scale_of([source]) if scale is None else scale
+        values = pixel_values.to_bytes(source, scale)
+    else:
+        values = source if is_array else source.detach().cpu().numpy()
+    if not is_array:
+        values = values.transpose(1, 2, 0)
+    return np.array(values, order="C")  # a copy: what is cached must not change with the caller's
 
 
 def load(image: Image.Image) -> None:
@@ -166,16 +173,18 @@ def load(image: Image.Image) -> None:
 
 
 def check_picture(source: Any) -> None:
-    """Raise InvalidRequestError unless ``source`` is a PIL image, numpy HWC uint8 or torch CHW with three channels."""
+    """Raise InvalidRequestError unless ``source`` is a PIL image, numpy HWC or torch CHW, with three channels of uint8
+    or floating-point values."""
     if isinstance(source, Image.Image):
         return
     if getattr(source, "is_nested", False):
         raise InvalidRequestError("A torch image must be an ordinary dense tensor.")
     shape = tuple(getattr(source, "shape", ()))
     if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8:
+        if source.dtype != np.uint8 and not pixel_values.is_floating(source):
             raise InvalidRequestError(
-                f"A numpy image must have dtype uint8, got {source.dtype}; scale it to 0…255 first."
+                "A numpy image must be uint8 or floating-point, with values from 0 to 255, got "
+                f"{source.dtype}; scale and convert it first."
             )
         if source.ndim != 3 or shape[2] != 3:
             raise InvalidRequestError(
@@ -191,7 +200,8 @@ def check_picture(source: Any) -> None:
             raise InvalidRequestError("A torch image must be an ordinary dense tensor.")
         if source.dtype != torch.uint8 and not source.is_floating_point():
             raise InvalidRequestError(
-                f"A torch image must be uint8 (0…255) or floating-point (0…1), got {source.dtype}."
+                "A torch image must be uint8 or floating-point, with values from 0 to 255, got "
+                f"{source.dtype}; scale and convert it first."
             )
         if source.ndim != 3 or shape[0] != 3:
             raise InvalidRequestError(
@@ -259,16 +269,3 @@ def _scale_16_bit(image: Image.Image) -> Image.Image:
 _SIXTEEN_BIT: dict[str, Callable[[Image.Image], Image.Image]] = dict.fromkeys(
     ("I", "I;16", "I;16L", "I;16B", "I;16N"), _scale_16_bit
 )
-
-
-def _tensor_to_rgb(source: Any) -> np.ndarray:
-    torch = sys.modules["torch"]
-    tensor = source.detach()
-    if tensor.is_floating_point():
-        low, high = (float(v) for v in torch.aminmax(tensor.float()))
-        if not (low >= 0.0 and high <= 1.0):
-            raise InvalidRequestError(
-                f"A floating-point torch image must have values from 0 to 1, got {low:g} to {high:g}."
-            )
-        tensor = (tensor.float() * 255.0).round().to(torch.uint8)
-    return np.array(tensor.permute(1, 2, 0).cpu().numpy(), order="C")
