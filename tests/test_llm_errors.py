@@ -168,7 +168,7 @@ def test_what_can_be_told_before_anything_runs_has_no_outputs(llm: LLM) -> None:
         error = failed(llm, [said("a"), said("b")], params)
         assert error.param == "structured_outputs.regex"
         assert error.outputs is None
-    error = failed(llm, [said("a"), [{"role": "nobody", "content": "b"}]])
+    error = failed(llm, [said("a"), [{"role": "no body", "content": "b"}]])
     assert (error.index, error.outputs) == (1, None)
     assert llm.stats().num_steps == steps
 

@@ -3,7 +3,8 @@
     SensoriumError
     ├── RequestError                      the caller's fault: 4xx
     │   ├── InvalidRequestError           400 invalid_request
-    │   ├── PromptTooLongError            400 prompt_too_long
+    │   ├── ChatTemplateError             422 chat_template_failed
+    │   ├── PromptTooLongError            400 context_length_exceeded
     │   ├── TooManyItemsError             400 too_many_items
     │   ├── UnsupportedModalityError      400 unsupported_modality
     │   ├── PlaceholderMismatchError      400 placeholder_mismatch
@@ -81,10 +82,28 @@ class InvalidRequestError(RequestError):
     """Malformed, mistyped or unknown fields, or values out of their range."""
 
 
-class PromptTooLongError(RequestError):
-    """The prompt (with its expanded placeholders) does not fit the model's context or the cache."""
+class ChatTemplateError(RequestError):
+    """The model's chat template fails on a conversation that is well formed: a mistake of the template, which the
+    operator can replace. (A template that refuses a conversation is obeyed: ``InvalidRequestError``.)"""
 
-    code = "prompt_too_long"
+    status = 422
+    code = "chat_template_failed"
+    type = "server_error"
+
+
+class PromptTooLongError(RequestError):
+    """The prompt (with its expanded placeholders) does not fit the model's context or the cache.
+
+    Code and words are those of OpenAI's API: programs that shorten their prompt and try again look for them."""
+
+    code = "context_length_exceeded"
+
+    @classmethod
+    def beyond(cls, most: int, however: str, *, param: str | None) -> PromptTooLongError:
+        """Make the error of a prompt beyond ``most`` tokens; ``however`` says how long it is, and what to do."""
+        return cls(
+            f"This model's maximum context length is {most} tokens. However, {however}", param=param
+        )
 
 
 class TooManyItemsError(RequestError):

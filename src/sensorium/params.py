@@ -152,9 +152,9 @@ class SamplingParams:
             put(self, "logit_bias", {})
         if isinstance(self.logit_bias, dict):
             try:
-                put(self, "logit_bias", {int(k): v for k, v in self.logit_bias.items()})
-            except (TypeError, ValueError):
-                _bad("logit_bias", "keys must be token ids (integers)")
+                put(self, "logit_bias", {_token_id(k): v for k, v in self.logit_bias.items()})
+            except (TypeError, ValueError) as error:
+                _bad("logit_bias", f"has the key {error}; keys must be token ids (integers)")
         if isinstance(self.structured_outputs, dict):
             try:
                 put(self, "structured_outputs", StructuredOutputs(**self.structured_outputs))
@@ -175,8 +175,14 @@ class SamplingParams:
                 "logit_bias",
                 f"must be a mapping of token id to number, got {_shown(self.logit_bias)}",
             )
-        _check_ids("logit_bias", tuple(self.logit_bias))
+        if len(self.logit_bias) > MAX_LIST_LENGTH:
+            _bad(
+                "logit_bias",
+                f"has {len(self.logit_bias)} entries; at most {MAX_LIST_LENGTH} are allowed",
+            )
         for key, value in self.logit_bias.items():
+            if key < 0:
+                _bad(f"logit_bias[{key}]", "is not for a token id, which is an integer from 0")
             _check_float(f"logit_bias[{key}]", value, -100.0, 100.0)
         if self.structured_outputs is not None and not isinstance(
             self.structured_outputs, StructuredOutputs
@@ -270,6 +276,14 @@ def _check_unicode(name: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         _bad(name, "holds a lone surrogate, which is no valid Unicode")
+
+
+def _token_id(key: object) -> int:
+    """Read a key of ``logit_bias``. Raises ValueError with the key when it is no integer."""
+    try:
+        return int(key)  # type: ignore[call-overload]
+    except (TypeError, ValueError):
+        raise ValueError(_shown(key)) from None
 
 
 def _check_ids(name: str, values: object) -> None:

@@ -68,7 +68,10 @@ def test_a_prompt_may_fill_the_context_and_no_more() -> None:
     driver = Driver(max_model_len=12)
     driver.add(pooling_request("a", 12))
     assert driver.run()["a"].finish_reason == "stop"
-    with pytest.raises(PromptTooLongError, match=r"13 tokens, .* context holds 12; shorten"):
+    with pytest.raises(
+        PromptTooLongError,
+        match=r"length is 12 tokens\. However, the prompt has 13 tokens; shorten",
+    ):
         driver.add(pooling_request("b", 13))
 
 

@@ -104,7 +104,7 @@ def test_a_request_that_cannot_be_taken_in_is_refused_and_the_loop_goes_on(
     engine = FakeEngine(busy=False)
     sent = run(sockets, engine, [*messages, wire.Abort(("a", "b")), wire.AskStats(7)])
     assert [(m.request_id, m.code) for m in sent[:2]] == [
-        ("long", "prompt_too_long"),
+        ("long", "context_length_exceeded"),
         ("bug", "internal_error"),
     ]
     assert sent[2].number == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -278,7 +279,7 @@ def test_a_hundred_thousand_placeholders(anywhere: Service | Offline) -> None:
 
     def refused(answer: Answer) -> None:
         assert answer.status == 400, answer.body
-        assert answer.error["code"] in ("prompt_too_long", "placeholder_mismatch")
+        assert answer.error["code"] in ("context_length_exceeded", "placeholder_mismatch")
         answer.is_discreet()
 
     refused(anywhere.ask(text(many)))
@@ -289,6 +290,38 @@ def test_a_hundred_thousand_placeholders(anywhere: Service | Offline) -> None:
         refused(anywhere.generate(many))
         prompt = {"prompt": many, "multi_modal_data": {"image": picture()}}
         refused(anywhere.generate(prompt))
+
+
+TOO_LONG = r"This model's maximum context length is \d+ tokens\. However, the prompt has [\w ,]*\d+ tokens?[ ,.].*"
+"""The words that LiteLLM, LangChain and agents look for, to shorten what they sent."""
+
+
+def too_long(answer: Answer, param: str) -> None:
+    answer.is_refusal(400, "context_length_exceeded", param)
+    assert re.fullmatch(TOO_LONG, answer.error["message"]), answer.error
+    assert answer.error["type"] == "invalid_request_error"
+
+
+def test_too_long_is_said_in_openais_words(anywhere: Service | Offline) -> None:
+    """On every way to a prompt: text that is tokenized, or refused before it is, and token ids."""
+    for words in ("red square " * 3000, "red square " * 100_000):
+        too_long(anywhere.ask(text(words)), "messages")
+    if isinstance(anywhere, Service):
+        too_long(anywhere.ask(text("red " * 3000), stream=True), "messages")
+        for prompt, param in (
+            ("red " * 3000, "prompt"),
+            ([5] * 6000, "prompt"),
+            ([[5], [5] * 6000], "prompt[1]"),
+        ):
+            too_long(anywhere.post("/v1/completions", {"prompt": prompt, "max_tokens": 2}), param)
+    else:
+        too_long(anywhere.generate({"prompt_token_ids": [5] * 6000}), "prompt")
+
+
+def test_media_that_make_a_prompt_too_long_are_named_so(offline: Offline) -> None:
+    media = {"image": [picture(896, 896)] * 4}
+    answer = offline.generate({"prompt": IMAGE * 4 + "red " * 2000, "multi_modal_data": media})
+    too_long(answer, "prompt")
 
 
 def test_pil_images_are_for_offline_use(served: Service, offline: Offline) -> None:

@@ -120,12 +120,11 @@ OUTSIDE = [VOCABULARY, 2**31 - 1, 2**31, 2**63, 10**30, -1, -(2**63)]
 def test_token_ids_outside_the_vocabulary(served: Service, token_id: int) -> None:
     for prompt, place in (([5, token_id], "prompt"), ([[5], [token_id]], "prompt[1]")):
         complete(served, prompt).is_refusal(400, "invalid_request", place)
-    for name, value in (
-        ("stop_token_ids", [token_id]),
-        ("allowed_token_ids", [5, token_id]),
-        ("logit_bias", {str(token_id): 1}),
-    ):
+    for name, value in (("stop_token_ids", [token_id]), ("allowed_token_ids", [5, token_id])):
         served.ask(text("a"), **{name: value}).is_refusal(400, "invalid_request", name)
+    answer = served.ask(text("a"), logit_bias={"5": 1, str(token_id): 1})
+    answer.is_refusal(400, "invalid_request", f"logit_bias[{token_id}]")
+    assert str(token_id) in answer.error["message"]
     answer = served.post("/detokenize", {"tokens": [token_id]})
     assert answer.status == 400
     answer.is_discreet()

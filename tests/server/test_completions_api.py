@@ -175,4 +175,4 @@ async def test_what_is_not_possible_is_said() -> None:
 async def test_an_error_of_the_frontend_keeps_its_place() -> None:
     app = App(FakeFrontend(before=fail(PromptTooLongError("Too long.", param="prompt"))))
     answer = await app.complete()
-    assert (answer.status, answer.error["code"]) == (400, "prompt_too_long")
+    assert (answer.status, answer.error["code"]) == (400, "context_length_exceeded")

@@ -13,7 +13,8 @@ from tests.server.harness import USER, App
 
 ALL = [
     (errors.InvalidRequestError, 400, "invalid_request"),
-    (errors.PromptTooLongError, 400, "prompt_too_long"),
+    (errors.PromptTooLongError, 400, "context_length_exceeded"),
+    (errors.ChatTemplateError, 422, "chat_template_failed"),
     (errors.TooManyItemsError, 400, "too_many_items"),
     (errors.UnsupportedModalityError, 400, "unsupported_modality"),
     (errors.PlaceholderMismatchError, 400, "placeholder_mismatch"),
@@ -101,7 +102,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs", "20"),
     ({"logprobs": 3}, "logprobs", "true or false"),
     ({"logit_bias": {"5": 1000}}, "logit_bias[5]", "100"),
-    ({"logit_bias": {"x": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "'x'"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias[-1]", "token id"),
     ({"logit_bias": [1]}, "logit_bias", "an object"),
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
@@ -117,7 +119,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": "Hi"}, "messages", "a list"),
     ({"messages": []}, "messages", "empty"),
     ({"messages": [5]}, "messages[0]", "an object"),
-    ({"messages": [{"role": "usr", "content": "a"}]}, "messages[0].role", "'user'"),
+    ({"messages": [{"role": "us er", "content": "a"}]}, "messages[0].role", "'us er'"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
     (
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},

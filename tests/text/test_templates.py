@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sensorium.errors import ConfigError, InvalidRequestError
-from sensorium.text.sandbox import StepBudget, render_bounded
-from sensorium.text.templates import compile_template, find_templates
+from sensorium.text.sandbox import BoundedEnvironment, StepBudget, render_bounded
+from sensorium.text.templates import compile_template, detect_content_format, find_templates
 
 LOOP = "{% for message in messages %}"
 END = "{% endfor %}"
@@ -57,7 +57,7 @@ END = "{% endfor %}"
     ],
 )
 def test_content_format(source: str, expected: str) -> None:
-    assert compile_template(source).content_format == expected
+    assert detect_content_format(BoundedEnvironment().parse(source)) == expected
     assert compile_template(source, content_format="string").content_format == "string"
 
 

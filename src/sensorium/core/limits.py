@@ -50,38 +50,41 @@ class SchedulerLimits:
     def check(self, request: EngineRequest) -> None:
         """Refuse what could never be scheduled: ``PromptTooLongError``, ``MediaTooLargeError``."""
         num_tokens = len(request.token_ids)
-        room = f"The prompt has {num_tokens} tokens"
-        pools = request.pooling is not None
-        if num_tokens + (not pools) > self.max_model_len:
-            left = "" if pools else ", of which one must be left to generate"
-            raise PromptTooLongError(
-                f"{room}, but the model's context holds {self.max_model_len}{left}; shorten the "
-                "prompt.",
-                param="prompt",
-            )
-        if num_tokens > self.num_cache_tokens:
-            raise PromptTooLongError(
-                f"{room}, but the KV cache holds {self.num_cache_tokens} ({self.num_blocks} blocks "
-                f"of {self.block_size}); shorten the prompt or give the cache more memory.",
-                param="prompt",
-            )
-        if not self.enable_chunked_prefill and num_tokens > self.max_num_batched_tokens:
-            raise PromptTooLongError(
-                f"{room}, but a step takes {self.max_num_batched_tokens} and chunked prefill is "
-                "off; shorten the prompt, raise max_num_batched_tokens or switch it on.",
-                param="prompt",
-            )
+        self._check_length(num_tokens, pools=request.pooling is not None)
         # The others may each have a token in the step.
-        most = self.max_num_batched_tokens - self.max_num_seqs + 1
+        most = max(self.max_num_batched_tokens - self.max_num_seqs + 1, 0)
         longest = max((end - start for start, end in request.stretches), default=0)
-        if longest > max(most, 0):
-            raise PromptTooLongError(
-                f"{longest} tokens of the prompt attend to one another both ways and have to be computed "
-                f"in one step, which has room for {max(most, 0)} (max_num_batched_tokens less "
-                "max_num_seqs); raise max_num_batched_tokens, or shorten the prompt.",
+        if longest > most:
+            raise PromptTooLongError.beyond(
+                most,
+                f"{longest} tokens of the prompt attend to one another both ways and have to be computed in one step, "
+                f"which has room for {most} (max_num_batched_tokens less max_num_seqs); raise max_num_batched_tokens, "
+                "or shorten the prompt.",
                 param="prompt",
             )
         self._check_items(request)
+
+    def _check_length(self, num_tokens: int, *, pools: bool) -> None:
+        has = f"the prompt has {num_tokens} tokens"
+        if num_tokens + (not pools) > self.max_model_len:
+            left = "" if pools else ", and one must be left to generate"
+            raise PromptTooLongError.beyond(
+                self.max_model_len, f"{has}{left}; shorten the prompt.", param="prompt"
+            )
+        if num_tokens > self.num_cache_tokens:
+            raise PromptTooLongError.beyond(
+                self.num_cache_tokens,
+                f"{has}, and the KV cache holds no more than that ({self.num_blocks} blocks of {self.block_size}); "
+                "shorten the prompt or give the cache more memory.",
+                param="prompt",
+            )
+        if not self.enable_chunked_prefill and num_tokens > self.max_num_batched_tokens:
+            raise PromptTooLongError.beyond(
+                self.max_num_batched_tokens,
+                f"{has}, a step takes no more than that, and chunked prefill is off; shorten the prompt, raise "
+                "max_num_batched_tokens or switch it on.",
+                param="prompt",
+            )
 
     def _check_items(self, request: EngineRequest) -> None:
         budget = min(self.encode_budget, self.feature_budget)

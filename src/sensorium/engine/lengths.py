@@ -53,9 +53,10 @@ def refuse_endless(text: str, most: int, count: Callable[[int], int], param: str
     num_tokens = count(num_chars)
     # Where a text is cut, its last tokens may be others than within the whole.
     if num_tokens > most + most // 16 + PROBED_CHARS:
-        raise PromptTooLongError(
-            f"The prompt has {len(text)} characters, of which the first {num_chars} alone are {num_tokens} "
-            f"tokens; the context holds {most}. Shorten it, or start with a larger max_model_len.",
+        raise PromptTooLongError.beyond(
+            most,
+            f"the prompt has {len(text)} characters, of which the first {num_chars} alone are {num_tokens} tokens. "
+            "Shorten it, or start with a larger max_model_len.",
             param=param,
         )
 

@@ -237,10 +237,14 @@ class Preparer:
         if self.embedder is not None:
             raise InvalidRequestError(POOLS)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            ids = getattr(params, name)
-            if ids:
-                with _placed(name):
-                    self._check_ids(ids)
+            for token_id in getattr(params, name) or ():
+                if not 0 <= token_id < self._vocab_size:
+                    place = f"{name}[{token_id}]" if name == "logit_bias" else name
+                    raise InvalidRequestError(
+                        f"{name} holds the token id {token_id}, which is outside the model's vocabulary of "
+                        f"{self._vocab_size}.",
+                        param=place,
+                    )
 
     def _rendered(self, prompt: ChatPrompt) -> Draft:
         rendered = self._template.render(
@@ -374,10 +378,10 @@ class Preparer:
             raise RuntimeError("set_facts was not called")
         room = self._facts.max_model_len - num_tokens
         if room < (self.embedder is None):
-            both = ", prompt and answer together" if self.embedder is None else ""
-            raise PromptTooLongError(
-                f"The prompt has {num_tokens} tokens; the context holds "
-                f"{self._facts.max_model_len}{both}. Shorten it, or start with a larger "
+            left = ", and one must be left to generate" if self.embedder is None else ""
+            raise PromptTooLongError.beyond(
+                self._facts.max_model_len,
+                f"the prompt has {num_tokens} tokens{left}. Shorten it, or start with a larger "
                 "max_model_len.",
                 param=param,
             )

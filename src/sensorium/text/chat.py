@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jinja2
-
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.multimodal.items import MediaRef, Modality
 from sensorium.multimodal.placeholders import NumberedPlaceholder, PlaceholderIds
 from sensorium.text.control import ControlTokens, pick_mark, unmark
 from sensorium.text.conversation import (
+    ROLES,
     Conversation,
     Message,
     TextPart,
@@ -26,14 +25,10 @@ from sensorium.text.conversation import (
     plain_data,
     texts_of,
 )
-from sensorium.text.sandbox import TemplateRefusal, render_bounded
-from sensorium.text.templates import (
-    CompiledTemplate,
-    ContentFormat,
-    compile_template,
-    find_templates,
-)
+from sensorium.text.rendering import Marks, check_custom_roles, checked_kwargs, run_template
+from sensorium.text.templates import CompiledTemplate, compile_template, find_templates
 from sensorium.text.tokenizer import Tokenizer
+from sensorium.text.trial import ContentFormat
 
 __all__ = [
     "ChatTemplate",
@@ -43,16 +38,6 @@ __all__ = [
     "TextPart",
     "parse_messages",
 ]
-
-RESERVED_KWARGS = frozenset(
-    (
-        *("messages", "conversation", "tools", "add_generation_prompt", "continue_final_message"),
-        *("chat_template", "tokenize", "tokenizer_kwargs", "return_dict", "return_tensors"),
-        *("return_assistant_tokens_mask", "padding", "truncation", "max_length"),
-        *("raise_exception", "strftime_now", "namespace", "range", "dict", "cycler", "joiner"),
-        *("loop", "self", "caller", "varargs", "kwargs"),
-    )
-)
 
 _NO_TEMPLATE = (
     "The model has no chat template. Start the server with --chat-template FILE_OR_TEXT (in "
@@ -72,15 +57,6 @@ class RenderedPrompt:
     token_ids: tuple[int, ...]
     refs: tuple[MediaRef, ...]
     numbered: tuple[NumberedPlaceholder, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Marks:
-    """``guard`` breaks typed control tokens; ``end`` stands where the final message is to be
-    continued."""
-
-    guard: str
-    end: str
 
 
 class ChatTemplate:
@@ -108,7 +84,9 @@ class ChatTemplate:
         self._trusts_requests = trust_request_chat_template
         self._control = _control_tokens(tokenizer, placeholder_texts)
         self._templates = {
-            name: compile_template(source, content_format=content_format)
+            name: compile_template(
+                source, content_format=content_format, variables=tokenizer.special_tokens
+            )
             for name, source in sources.items()
         }
 
@@ -181,7 +159,7 @@ class ChatTemplate:
                 "set one of them to false.",
                 param="continue_final_message",
             )
-        extra = _checked_kwargs(chat_template_kwargs or {}, self._tokenizer.special_tokens)
+        extra = checked_kwargs(chat_template_kwargs or {}, self._tokenizer.special_tokens)
         tools = plain_data(list(tools), "tools") if tools else None
         marks = self._pick_marks(conversation, tools, extra)
         chosen = self._choose(chat_template, has_tools=tools is not None)
@@ -197,7 +175,8 @@ class ChatTemplate:
             "tools": writer.guarded(tools),
             "add_generation_prompt": add_generation_prompt,
         }
-        marked = _run(chosen, variables, marks)
+        marked = run_template(chosen, variables, marks, has_kwargs=bool(extra))
+        check_custom_roles(conversation.messages, marked, marks)
         if continue_final_message:
             marked = _up_to_end(marked, marks.end)
         if check_text is not None:
@@ -236,10 +215,10 @@ class ChatTemplate:
             return ids
         return [*self._tokenizer.prefix_ids, *ids]
 
-    def _pick_marks(self, conversation: Conversation, *more: Any) -> _Marks:
+    def _pick_marks(self, conversation: Conversation, *more: Any) -> Marks:
         texts = list(texts_of(conversation, *more))
         guard = pick_mark(texts)
-        return _Marks(guard, pick_mark(texts, not_in=guard))
+        return Marks(guard, pick_mark(texts, not_in=guard))
 
     def _choose(self, requested: str | None, *, has_tools: bool) -> CompiledTemplate:
         if requested is not None and requested in self._templates:
@@ -251,7 +230,12 @@ class ChatTemplate:
                     "them with --trust-request-chat-template.",
                     param="chat_template",
                 )
-            return compile_template(requested, content_format=self._format, request=True)
+            return compile_template(
+                requested,
+                content_format=self._format,
+                request=True,
+                variables=self._tokenizer.special_tokens,
+            )
         if has_tools and "tool_use" in self._templates:
             return self._templates["tool_use"]
         if not self.exists:
@@ -290,7 +274,7 @@ class _Writer:
     """Makes the values that a template sees, with all texts of users guarded."""
 
     control: ControlTokens
-    marks: _Marks
+    marks: Marks
     template: CompiledTemplate
     interleave: bool
     placeholder_text: Callable[[Modality, int], str]
@@ -322,7 +306,8 @@ class _Writer:
     def _message(self, message: Message, param: str, continues: bool) -> dict[str, Any]:
         try:
             content = self._content(message, f"{param}.content", continues)
-            out: dict[str, Any] = {"role": message.role, "content": content}
+            role = message.role if message.role in ROLES else self.guarded(message.role)
+            out: dict[str, Any] = {"role": role, "content": content}
             if message.name is not None:
                 out["name"] = self.guarded(message.name)
             if message.tool_call_id is not None:
@@ -381,30 +366,6 @@ class _Writer:
         return self.placeholder_text(modality, self.numbers[modality])
 
 
-def _run(chosen: CompiledTemplate, variables: dict[str, Any], marks: _Marks) -> str:
-    """The template's output. Whatever goes wrong inside it is refused as a request that the
-    template cannot take."""
-    try:
-        return render_bounded(chosen.template, variables)
-    except TemplateRefusal as error:
-        reason = unmark(unmark(str(error.message), marks.guard), marks.end)
-        raise InvalidRequestError(
-            f"The model's chat template refuses the conversation: {reason}", param="messages"
-        ) from error
-    except (jinja2.TemplateError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise _cannot(error, marks) from error
-    except (AttributeError, MemoryError, TypeError, ValueError) as error:
-        raise _cannot(error, marks) from error
-
-
-def _cannot(error: Exception, marks: _Marks) -> InvalidRequestError:
-    reason = unmark(unmark(str(error), marks.guard), marks.end)[:300]
-    return InvalidRequestError(
-        f"The chat template cannot render the conversation: {type(error).__name__}: {reason}",
-        param="messages",
-    )
-
-
 def _up_to_end(marked: str, end: str) -> str:
     """What stands before the end mark; where the template trimmed the message, trailing white
     space goes too."""
@@ -420,15 +381,3 @@ def _up_to_end(marked: str, end: str) -> str:
 
 def _control_tokens(tokenizer: Tokenizer, placeholder_texts: Iterable[str]) -> ControlTokens:
     return tokenizer.control.plus(text for text in placeholder_texts if text)
-
-
-def _checked_kwargs(given: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
-    param = "chat_template_kwargs"
-    plain = plain_data(dict(given), param)
-    for name in plain:
-        if name in RESERVED_KWARGS or name in special or name.startswith(("_", "sensorium")):
-            raise InvalidRequestError(
-                f"chat_template_kwargs may not set {name!r}, which has a meaning of its own.",
-                param=f"{param}.{name}",
-            )
-    return dict(plain)

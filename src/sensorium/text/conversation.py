@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -13,7 +14,11 @@ from sensorium.multimodal.items import MediaRef
 from sensorium.multimodal.parts import MEDIA_PART_TYPES, media_part_type, ref_from_part
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "query", "document")
+"""Roles that templates commonly know. Others are passed on: the template decides."""
+
 TEXT_PART_TYPES = ("text", "input_text", "output_text", "refusal")
+
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
 
 MAX_MESSAGES = 16384
 MAX_DEPTH = 64
@@ -125,9 +130,12 @@ def _message(message: Mapping[str, Any], param: str) -> Message:
     if not isinstance(message, Mapping):
         _bad(f"must be an object with 'role' and 'content', got {type(message).__name__}", param)
     role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        near = suggestion(str(role)[:80], list(ROLES))
-        _bad(f"must be one of {', '.join(ROLES)}, got {role!r:.80}.{near}", f"{param}.role")
+    if not isinstance(role, str) or _ROLE.fullmatch(role) is None:
+        _bad(
+            f"must be a role such as {', '.join(ROLES)}, or another name of up to 64 letters, digits, '_', '-' and "
+            f"'.' that the chat template knows; got {role!r:.80}",
+            f"{param}.role",
+        )
     content = message.get("content")
     calls = message.get("tool_calls") or ()
     if content is None and not calls and role != "assistant":

@@ -168,12 +168,14 @@ class StepBudget:
         return {_STEPS: self}
 
 
-def render_bounded(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """Render ``template``. Raises SecurityError past the bounds, and whatever the template
-    raises."""
+def render_bounded(
+    template: jinja2.Template, variables: dict[str, Any], budget: StepBudget | None = None
+) -> str:
+    """Render ``template``. Raises SecurityError past the bounds (those of ``budget``, where one is given), and
+    whatever the template raises."""
     size = 0
     pieces = []
-    for piece in template.generate({**variables, **StepBudget().variables}):
+    for piece in template.generate({**variables, **(budget or StepBudget()).variables}):
         size += len(piece)
         if size > MAX_OUTPUT_CHARS:
             raise SecurityError("the output of the chat template is too long")

@@ -14,8 +14,8 @@ from jinja2 import nodes
 from sensorium.errors import ConfigError, InvalidRequestError, SensoriumError
 from sensorium.text.sandbox import MAX_TEMPLATE_CHARS, BoundedEnvironment
 from sensorium.text.tokenizer import read_json
+from sensorium.text.trial import ContentFormat, warn_if_broken, working_format
 
-ContentFormat = Literal["string", "openai"]
 MAX_REQUEST_TEMPLATE_CHARS = 1 << 16
 
 _ENVIRONMENT = BoundedEnvironment()
@@ -27,17 +27,26 @@ class CompiledTemplate:
 
     ``content_format``: whether it wants the content of a message as a string or as a list of parts.
     ``tests_string``: whether it asks if content is a string; then such content may stay one.
+    ``from_request``: whether it came with a request.
     """
 
     template: jinja2.Template
     content_format: ContentFormat
     tests_string: bool
+    from_request: bool = False
 
 
 def compile_template(
-    source: str, *, content_format: ContentFormat | Literal["auto"] = "auto", request: bool = False
+    source: str,
+    *,
+    content_format: ContentFormat | Literal["auto"] = "auto",
+    request: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> CompiledTemplate:
     """Compile ``source``. ``request``: it came with a request, so mistakes are the caller's.
+
+    With ``auto`` the form of content that was read from the template is tried on a plain message, with ``variables``
+    (the special tokens of the tokenizer); where it fails and the other form works, the other one is taken.
 
     Raises ConfigError, or InvalidRequestError for a template of a request, when it is too long or
     malformed."""
@@ -51,8 +60,11 @@ def compile_template(
         line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
         reason = str(error) or type(error).__name__
         raise _error(f"cannot be compiled{line}: {reason}", request) from error
-    found = detect_content_format(tree) if content_format == "auto" else content_format
-    return CompiledTemplate(template, found, _tests_string(tree))
+    if content_format == "auto":
+        content_format = working_format(template, detect_content_format(tree), variables or {})
+    if not request:
+        warn_if_broken(template, content_format, variables or {})
+    return CompiledTemplate(template, content_format, _tests_string(tree), request)
 
 
 def _error(what: str, request: bool) -> SensoriumError:
@@ -137,14 +149,33 @@ def _content_names(tree: nodes.Template) -> set[str]:
     """Names that stand for the content of a message: those that it is assigned to, those that
     loops over pairs unpack, and parameters of macros that it is passed to."""
     aliases = {"content"} & _loop_targets(tree)
+    others = _names_of_other_fields(tree)
     size = -1
     while size != len(aliases):
         size = len(aliases)
         for assign in tree.find_all(nodes.Assign):
             if isinstance(assign.target, nodes.Name) and _is_content(assign.node, aliases):
-                aliases.add(assign.target.name)
+                aliases |= {assign.target.name} - others
         aliases |= _macro_parameters(tree, aliases)
     return aliases
+
+
+def _names_of_other_fields(tree: nodes.Template) -> set[str]:
+    """Names that some assignment gives another field of a message, as in ``set calls = message.tool_calls``: what
+    loops over them need not loop over content."""
+    return {
+        assign.target.name
+        for assign in tree.find_all(nodes.Assign)
+        if isinstance(assign.target, nodes.Name) and _field(assign.node) not in (None, "content")
+    }
+
+
+def _field(node: nodes.Node) -> str | None:
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        return node.arg.value if isinstance(node.arg.value, str) else None
+    return None
 
 
 _LIST_FILTERS = ("selectattr", "rejectattr", "select", "reject", "map", "groupby")
