@@ -1,9 +1,9 @@
 """Stand-ins for the expensive parts of the engine, in pure Python.
 
 ``FakeRunner`` carries out step plans like the real runner, with a hash in place of a model: the
-token that follows a prefix is a function of the whole prefix, the items in it and the salt, and of
-nothing else. Its KV cache holds one such prefix hash per slot, so it notices when a block does not
-contain what the plan says it does.
+token that follows a prefix is a function of the whole prefix, the items in it, the salt and the length
+that rotary factors are chosen for, and of nothing else. Its KV cache holds one such prefix hash per
+slot, so it notices when a block does not contain what the plan says it does.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class _Held:
     num_computed: int | None = None
     block_ids: list[int] = field(default_factory=list)
     prefix_hashes: list[bytes] = field(default_factory=list)
+    rope_length: int = 0
 
 
 class FakeRunner:
@@ -298,6 +299,10 @@ def _logprob(prefix_hash: bytes) -> tuple[float, int]:
 
 def _extend_hashes(held: _Held) -> None:
     """One hash per known position: over everything up to it, embeddings in place of tokens."""
+    rope_length = held.request.rope_length_at(len(held.token_ids))
+    if rope_length != held.rope_length:
+        held.rope_length = rope_length
+        held.prefix_hashes.clear()
     first = len(held.prefix_hashes)
     embeds: dict[int, tuple[bytes, int]] = {}
     for item in held.request.items if first < len(held.request.token_ids) else ():
@@ -305,7 +310,8 @@ def _extend_hashes(held: _Held) -> None:
         for start, length in item.runs:
             embeds.update({start + i: (item.digest, item_pos + i) for i in range(length)})
             item_pos += length
-    last = held.prefix_hashes[-1] if first else b"salt:" + held.request.cache_salt
+    begin = b"%d salt:" % rope_length + held.request.cache_salt
+    last = held.prefix_hashes[-1] if first else begin
     for pos in range(first, len(held.token_ids)):
         content = embeds.get(pos, held.token_ids[pos])
         last = blake3(last + repr(content).encode()).digest()

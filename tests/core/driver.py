@@ -116,6 +116,7 @@ def request(
     eos: tuple[int, ...] = (),
     salt: bytes = b"",
     priority: int = 0,
+    rope: tuple[int, int] = (0, 0),
     **params: Any,
 ) -> EngineRequest:
     """A request; a number as prompt stands for that many tokens, different for each id."""
@@ -131,6 +132,8 @@ def request(
         items=tuple(items or ()),
         cache_salt=salt,
         priority=priority,
+        rope_border=rope[0],
+        rope_length=rope[1],
     )
 
 

@@ -71,6 +71,8 @@ def test_structures_that_look_alike_when_joined_do_not_collide() -> None:
     different = [
         block_digest(None, [1, 2]),
         block_digest(None, [1], salt=b"\x02"),
+        block_digest(None, [1], rope_length=4097),
+        block_digest(None, [1], salt=b"\x02", rope_length=4097),
         block_digest(None, [], salt=b"ab"),
         block_digest(None, [], salt=b"a"),
         block_digest(parent, [1, 2]),

@@ -64,6 +64,7 @@ adds = st.builds(
             "min_tokens": st.just(1),
             "salt": st.sampled_from([b"", b"tenant"]),
             "priority": st.integers(-1, 1),
+            "rope": st.sampled_from([(0, 9), (5, 9), (8, 9)]),
             "prompt_logprobs": st.just(0),
         },
     ),
@@ -77,6 +78,7 @@ pooling_adds = st.builds(
         optional={
             "salt": st.sampled_from([b"", b"tenant"]),
             "priority": st.integers(-1, 1),
+            "rope": st.sampled_from([(0, 9), (5, 9), (8, 9)]),
         },
     ),
     pools=st.just(True),
@@ -167,9 +169,16 @@ class Scenario:
 
     def finish(self) -> None:
         """Everything that was admitted ends within so many steps."""
-        work = sum(len(r.token_ids) + r.max_tokens + 2 for r in self.requests)
+        work = sum(len(r.token_ids) + r.max_tokens + r.rope_border + 2 for r in self.requests)
         self.driver.run(max_steps=2 * work + 2)
         self.driver.scheduler.check_integrity()
+
+    def num_computed(self, wanted: EngineRequest) -> int:
+        """Tokens to compute for a request that ended: each once, and again where its rotary factors changed."""
+        num_generated = len(self.driver.outcomes[wanted.request_id].token_ids)
+        prompt, most = len(wanted.token_ids), wanted.rope_border
+        changed = bool(wanted.rope_length) and prompt <= most < prompt + num_generated - 1
+        return prompt + max(0, num_generated - 1) + (most if changed else 0)
 
     def check_tokens(self, wanted: EngineRequest) -> None:
         driver, outcome = self.driver, self.driver.outcomes[wanted.request_id]
@@ -251,9 +260,6 @@ def test_with_room_for_all_nothing_is_preempted_or_encoded_twice(
     assert stats.num_preemptions == 0
     assert set(scenario.driver.runner.num_encoded.values()) <= {1}
     assert scenario.driver.runner.num_computed_tokens == stats.num_computed_tokens
-    known = sum(
-        len(r.token_ids) + max(0, len(scenario.driver.outcomes[r.request_id].token_ids) - 1)
-        for r in scenario.requests
-    )
+    known = sum(scenario.num_computed(r) for r in scenario.requests)
     assert stats.num_vectors == sum(r.pooling is not None for r in scenario.requests)
     assert stats.num_computed_tokens + stats.num_prefix_hits == known, "each token once"

@@ -57,26 +57,42 @@ def theirs(scaling: dict, positions: torch.Tensor) -> tuple[torch.Tensor, torch.
 @pytest.mark.parametrize("longest", [400, 4000])
 def test_factors_equal_transformers(name, longest):
     positions = torch.tensor([0, 1, 17, longest // 2, longest - 1])
-    rotary = Rotary(DIM, THETA, SCALINGS[name], MAX_POSITION, max_length=longest)
+    rotary = Rotary(DIM, THETA, SCALINGS[name], MAX_POSITION)
+    length = longest if longest > 512 else 0
     for own, expected in zip(
-        rotary.cos_sin(positions), theirs(SCALINGS[name], positions), strict=True
+        rotary.cos_sin(positions, [(length, 5)]), theirs(SCALINGS[name], positions), strict=True
     ):
         assert own.dtype == torch.float32
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=2e-5)
 
 
-def test_dynamic_scales_for_the_longest_sequence_that_is_served():
+def test_dynamic_scales_for_the_length_of_the_sequence():
     positions = torch.tensor([0, 9, 8191])
-    rotary = Rotary(DIM, THETA, SCALINGS["dynamic"], MAX_POSITION, max_length=8192)
+    rotary = Rotary(DIM, THETA, SCALINGS["dynamic"], MAX_POSITION)
     expected = theirs(SCALINGS["dynamic"], positions)
-    torch.testing.assert_close(rotary.cos_sin(positions), expected, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        rotary.cos_sin(positions, [(8192, 3)]), expected, rtol=1e-5, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", ["longrope", "dynamic"])
+def test_sequences_of_different_lengths_in_one_batch_have_the_bits_of_each_alone(name):
+    rotary = Rotary(DIM, THETA, SCALINGS[name], MAX_POSITION)
+    runs = [(0, 3), (5000, 2), (0, 1), (8192, 4)]
+    positions = [torch.arange(7, 7 + num_rows) for _, num_rows in runs]
+    found = rotary.cos_sin(torch.cat(positions), runs)
+    alone = [rotary.cos_sin(rows, [run]) for rows, run in zip(positions, runs, strict=True)]
+    for batch, parts in zip(found, zip(*alone, strict=True), strict=True):
+        assert torch.equal(batch, torch.cat(parts))
+    assert torch.equal(found[0][:3], rotary.cos_sin(positions[0])[0])
+    assert not torch.equal(found[0][3:5], rotary.cos_sin(positions[1])[0])
 
 
 def test_su_is_longrope_and_short_unless_told_otherwise():
     su = {**SCALINGS["longrope"], "type": "su"}
     del su["rope_type"]
     own = Rotary(DIM, THETA, su, MAX_POSITION).cos_sin(torch.arange(9))
-    short = Rotary(DIM, THETA, SCALINGS["longrope"], MAX_POSITION, max_length=512)
+    short = Rotary(DIM, THETA, SCALINGS["longrope"], MAX_POSITION)
     torch.testing.assert_close(own, short.cos_sin(torch.arange(9)))
 
 

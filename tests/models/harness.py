@@ -131,6 +131,10 @@ class Harness:
             found.append(int(logits[-1].argmax()))
         return found
 
+    def _rope_length(self, num_tokens: int) -> int:
+        short = self.model.shape.short_context
+        return num_tokens if short is not None and num_tokens > short else 0
+
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.as_tensor(values, device=self.model.device)
 
@@ -156,7 +160,8 @@ class Harness:
         width = max(len(seq.blocks) for seq, _ in spans)
         table = [seq.blocks + [0] * (width - len(seq.blocks)) for seq, _ in spans]
         rows = [seq.position_rows(seq.num_computed, seq.num_computed + n) for seq, n in spans]
-        cos, sin = self.model.rotary(self._tensor(np.concatenate(rows, axis=1)))
+        lengths = [(self._rope_length(len(seq.ids)), num) for seq, num in spans]
+        cos, sin = self.model.rotary(self._tensor(np.concatenate(rows, axis=1)), lengths)
         starts = np.cumsum([0, *query_lens]).tolist()
         return AttentionBatch(
             query_start=self._tensor(starts).int(),

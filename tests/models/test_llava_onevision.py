@@ -194,7 +194,7 @@ def test_tower_of_patches_in_any_order(harness: Harness) -> None:
         harness.model.config.vision,
         2,
         Normalization(1 / 255, (0.5,) * 3, (0.5,) * 3),
-        BuildOptions(torch.float32, torch.device("cpu"), 64),
+        BuildOptions(torch.float32, torch.device("cpu")),
         post_norm=True,
     )
     full.patches, full.positions, full.layers = tower.patches, tower.positions, tower.layers

@@ -131,7 +131,7 @@ def test_qwen2_vl_equals_reference(tmp_path: Path, name: str) -> None:
 
 def bare_tower() -> VisionTower:
     config = VisionConfig(0, 32, 128, 64, 2, 14, 2, 2, "quick_gelu")
-    options = BuildOptions(torch.float32, torch.device("cpu"), 1)
+    options = BuildOptions(torch.float32, torch.device("cpu"))
     return VisionTower(config, read_normalization({}), options)
 
 

@@ -168,7 +168,12 @@ class KVLedger:
         if self._prefix_caching:
             request = seq.request
             block_size = self._pool.block_size
-            digests = seq.block_digests
             extend_digests(
-                digests, end_block, seq.token_ids, request.items, block_size, request.cache_salt
+                seq.block_digests,
+                end_block,
+                seq.token_ids,
+                request.items,
+                block_size,
+                request.cache_salt,
+                seq.rope_length,
             )

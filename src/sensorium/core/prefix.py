@@ -4,7 +4,8 @@ The keys and values of a token depend on everything before it, so a block is ide
 prefix that it ends. Its digest is
 
     H( head | token ids | media )
-       head   the digest of the block before it, or for the first block the cache salt
+       head   the digest of the block before it, or for the first block the cache salt and the
+              length that rotary factors are chosen for (0 for the usual ones)
        media  for each stretch of the block that is filled from an item: the item's digest, where
               the stretch starts in the block, its length, and its first embedding in the item
 
@@ -41,10 +42,11 @@ def block_digest(
     media: Sequence[MediaStretch] = (),
     *,
     salt: bytes = b"",
+    rope_length: int = 0,
 ) -> bytes:
-    """Digest (32 bytes) of a full block. ``salt`` counts for the first block (no parent) only: the
-    later ones have it from their parent."""
-    first = (b"\x00", struct.pack("<I", len(salt)), salt)
+    """Digest (32 bytes) of a full block. ``salt`` and ``rope_length`` count for the first block (no
+    parent) only: the later ones have them from their parent."""
+    first = (b"\x00", struct.pack("<QI", rope_length, len(salt)), salt)
     parts = [*first] if parent_digest is None else [b"\x01", parent_digest]
     parts.append(struct.pack(f"<I{len(token_ids)}q", len(token_ids), *token_ids))
     for stretch in media:
@@ -87,6 +89,7 @@ def extend_digests(
     items: Sequence[ItemSpan],
     block_size: int,
     salt: bytes,
+    rope_length: int = 0,
 ) -> None:
     """Append to ``digests`` what it lacks of the digests of blocks ``0 .. end_block - 1``."""
     first_block = len(digests)
@@ -100,6 +103,7 @@ def extend_digests(
                 token_ids[block * block_size : (block + 1) * block_size],
                 media.get(block, ()),
                 salt=salt,
+                rope_length=rope_length,
             )
         )
 

@@ -64,6 +64,10 @@ class EngineRequest:
 
     ``stretches`` are the parts of the prompt, (start, end), whose tokens attend to one another both ways: a step that
     computes some of one computes all that is left of it.
+
+    ``rope_length`` is the length of sequence that rotary factors are chosen for, where they depend on it, as soon as
+    the sequence has more than ``rope_border`` tokens; with at most so many, and where it is 0, they are those of short
+    sequences. What was cached with others is of no use then: the sequence is computed again.
     """
 
     request_id: str
@@ -81,6 +85,8 @@ class EngineRequest:
     arrival_time: float = 0.0
     pooling: PoolingParams | None = None
     stretches: tuple[tuple[int, int], ...] = ()
+    rope_border: int = 0
+    rope_length: int = 0
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -99,6 +105,10 @@ class EngineRequest:
             if not end <= first < last <= len(self.token_ids):
                 raise ValueError("stretches must be ascending, disjoint and inside the prompt")
             end = last
+
+    def rope_length_at(self, num_tokens: int) -> int:
+        """The ``rope_length`` that counts for a sequence of so many tokens; 0 for that of short ones."""
+        return self.rope_length if num_tokens > self.rope_border else 0
 
     def stop(self, start: int, end: int) -> int:
         """Where a span from ``start`` that may go to ``end`` has to stop, lest it end inside a stretch; ``start`` when
@@ -130,7 +140,8 @@ class Sequence:
     blocks have been offered to the prefix index. ``eos_ids`` and ``stop_ids`` end the sequence (``eos_ids`` is empty
     with ``ignore_eos``). ``num_cached`` counts prompt tokens found in the cache at the first admission.
     ``waits_for`` is the digest of a block that another sequence is computing and that this one could then share.
-    ``prompt_logprobs`` gathers the pieces of the chunks until the first token is there.
+    ``prompt_logprobs`` gathers the pieces of the chunks until the first token is there. ``rope_length`` is the
+    request's at the sequence's present length: ``block_digests`` depend on it.
     """
 
     seq_id: int
@@ -148,6 +159,7 @@ class Sequence:
     first_scheduled_time: float | None = None
     waits_for: bytes | None = None
     prompt_logprobs: list[tuple[tuple[int, float, int], ...]] = field(default_factory=list)
+    rope_length: int = 0
 
     @property
     def num_prompt_tokens(self) -> int:

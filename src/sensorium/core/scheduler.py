@@ -97,6 +97,7 @@ class Scheduler:
             token_ids=list(request.token_ids),
             eos_ids=frozenset(() if params.ignore_eos else request.eos_token_ids),
             stop_ids=frozenset(params.stop_token_ids),
+            rope_length=request.rope_length_at(len(request.token_ids)),
         )
         self._num_added += 1
         self._ledger.open(seq)
@@ -323,15 +324,26 @@ class Scheduler:
         step.spans.append(span)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Back into the queue, ahead of all that come after it in order; computed anew later."""
-        self._leave(seq)
-        seq.status = Status.PREEMPTED
-        seq.num_computed = 0
+        """Give up the blocks of a sequence; it is computed again later."""
+        self._requeue(seq)
         seq.num_preemptions += 1
         if seq.num_generated == 0:
             seq.prompt_logprobs.clear()
         self._counts.num_preemptions += 1
+
+    def _requeue(self, seq: Sequence) -> None:
+        """Back into the queue, ahead of all that come after it in order."""
+        self._leave(seq)
+        seq.status = Status.PREEMPTED
+        seq.num_computed = 0
         insort(self._waiting, seq, key=_queue_order)
+
+    def _change_rope(self, seq: Sequence, rope_length: int) -> None:
+        """Compute a sequence again with the rotary factors of the length that it has reached."""
+        self._requeue(seq)
+        seq.rope_length = rope_length
+        seq.block_digests.clear()
+        self._ledger.open(seq)
 
     # ---- taking in a result
 
@@ -373,6 +385,10 @@ class Scheduler:
             if reason == "stop" and sample.token_id not in seq.eos_ids:
                 stop_token_id = sample.token_id
             self._end(seq)
+        else:
+            rope_length = seq.request.rope_length_at(len(seq.token_ids))
+            if rope_length != seq.rope_length:
+                self._change_rope(seq, rope_length)
         return SequenceUpdate(
             request_id=seq.request.request_id,
             sample=sample,

@@ -46,7 +46,6 @@ def build_engine(config: EngineConfig) -> Engine:
         hf_overrides=config.model.hf_overrides,
         revision=config.model.revision,
         seed=config.model.seed,
-        max_model_len=config.model.max_model_len,
         skip_modalities=switched_off(config),
         runner=config.model.runner,
     )
@@ -63,6 +62,7 @@ def build_engine(config: EngineConfig) -> Engine:
         max_position=shape.max_position,
         max_num_seqs=config.scheduler.max_num_seqs,
         free_bytes=free_memory(device, config.cache.gpu_memory_utilization),
+        window=shape.window,
     )
     caches = ops.allocate_cache(layout, geometry.num_blocks, device)
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)

@@ -8,6 +8,7 @@ import numpy as np
 
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.prepared import PreparedPrompt
+from sensorium.engine.rope import ONE_SET
 from sensorium.engine.stream import failure
 from sensorium.errors import InvalidRequestError
 from sensorium.models.embedder import GENERATES, Embedder
@@ -32,6 +33,9 @@ def pooling_request(
     arrival_time: float,
 ) -> EngineRequest:
     """The engine's request for the vector of a prompt; ``params`` are resolved."""
+    num_tokens, rope = len(prepared.token_ids), ONE_SET
+    if prepared.rope is not None:
+        rope = prepared.rope.fields(num_tokens, num_tokens, known=True)
     return EngineRequest(
         request_id=request_id,
         token_ids=prepared.token_ids,
@@ -45,6 +49,8 @@ def pooling_request(
         arrival_time=arrival_time,
         pooling=params,
         stretches=prepared.stretches,
+        rope_border=rope.border,
+        rope_length=rope.length,
     )
 
 

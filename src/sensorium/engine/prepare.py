@@ -19,6 +19,7 @@ from sensorium.engine.media import process_decoders
 from sensorium.engine.older import check_older
 from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt, salt_of
+from sensorium.engine.rope import ONE_SET, RopeChoice
 from sensorium.engine.stats import EngineFacts
 from sensorium.engine.stretches import attending
 from sensorium.errors import (
@@ -75,7 +76,8 @@ class Preparer:
             model.model, revision=model.revision, hf_overrides=model.hf_overrides
         )
         family = resolve(self._loaded.config)
-        self._vocab_size = family.shape(self._loaded).vocab_size
+        shape = family.shape(self._loaded)
+        self._vocab_size, self._rope = shape.vocab_size, RopeChoice.of(shape)
         self.embedder = embedder_of(self._loaded, family, model.runner)
         self._processor = family.build_processor(self._loaded)
         self._both_ways = family.both_ways
@@ -207,6 +209,10 @@ class Preparer:
         )
         room = self._room(len(prepared.token_ids), prepared.param)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        num_tokens, rope = len(prepared.token_ids), ONE_SET
+        if prepared.rope is not None:
+            known = params.max_tokens is not None
+            rope = prepared.rope.fields(num_tokens, num_tokens + max_tokens, known=known)
         bad_words = bad_words_token_ids(self.tokenizer, params.bad_words)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None)
@@ -225,6 +231,8 @@ class Preparer:
                 grammar=grammar,
                 cache_salt=prepared.cache_salt,
                 stretches=prepared.stretches,
+                rope_border=rope.border,
+                rope_length=rope.length,
                 priority=priority,
                 arrival_time=arrival_time,
             )
@@ -321,7 +329,12 @@ class Preparer:
         salt, continues = salt_of(prompt), isinstance(prompt, RawPrompt)
         if self._processor is None:
             return PreparedPrompt(
-                text, token_ids, cache_salt=salt, continues=continues, param=param
+                text,
+                token_ids,
+                cache_salt=salt,
+                continues=continues,
+                param=param,
+                rope=self._rope,
             )
         if any(placeholder.number is not None for placeholder in numbered):
             items = in_order(items, numbered)
@@ -356,6 +369,7 @@ class Preparer:
             stretches=both_ways.stretches,
             continues=continues,
             param=param,
+            rope=self._rope,
         )
 
     def _check_modality(self, ref: MediaRef) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sensorium.core.request import ItemSpan
 from sensorium.engine.prompts import Prompt
+from sensorium.engine.rope import RopeChoice
 from sensorium.multimodal.items import MediaItem, MediaRef
 from sensorium.multimodal.placeholders import NumberedPlaceholder
 
@@ -19,7 +20,8 @@ class PreparedPrompt:
 
     ``text`` is what a person would read (None for prompts given as ids); ``token_ids`` have their placeholders
     expanded; ``items`` and ``spans`` belong together, in the order of the prompt. ``positions`` (3, num_tokens) int32
-    for models with several position axes. ``continues``: the answer's text goes on where the prompt's ends.
+    for models with several position axes. ``continues``: the answer's text goes on where the prompt's ends. ``rope``:
+    for models whose rotary factors depend on how long the whole gets.
     """
 
     text: str | None
@@ -33,6 +35,7 @@ class PreparedPrompt:
     stretches: tuple[tuple[int, int], ...] = ()
     continues: bool = False
     param: str = "prompt"
+    rope: RopeChoice | None = None
 
 
 class Draft(NamedTuple):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,14 @@ Scaling = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Frequencies:
-    """inverse (rotary_dim / 2,) float32 radians per position, and the factor that cos and sin are multiplied by."""
+    """inverse (rotary_dim / 2,) float32 radians per position, and the factor that cos and sin are multiplied by.
+
+    ``for_length``: from the length of a sequence beyond the original one to its ``inverse``; None where one serves all.
+    """
 
     inverse: torch.Tensor
     factor: float
+    for_length: Callable[[int], torch.Tensor] | None = None
 
 
 class Rotary:
@@ -28,9 +33,8 @@ class Rotary:
     default, mrope, linear, dynamic, llama3, yarn, or longrope (also "su"). max_position: ``max_position_embeddings``.
     original_max_position: ``original_max_position_embeddings`` where it stands outside the dictionary.
 
-    Longrope has two sets of frequencies. A cache that was filled with one is invalid for the other, so the choice is
-    made once: the long set when ``max_length``, the longest sequence that will be served, exceeds the original
-    maximum, the short set otherwise or when it is not given. For the same reason "dynamic" scales for ``max_length``.
+    Longrope has a second set of frequencies for sequences beyond the original maximum, and "dynamic" one for each
+    length beyond it. Keys that were cached with one set are invalid for another, so a request keeps its choice.
     """
 
     def __init__(
@@ -40,7 +44,6 @@ class Rotary:
         rope_scaling: Scaling | None = None,
         max_position: int = 0,
         original_max_position: int | None = None,
-        max_length: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         scaling = dict(rope_scaling or {})
@@ -49,10 +52,16 @@ class Rotary:
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         if kind not in _KINDS:
             raise ValueError(f"unknown rope type {kind!r}; known are {', '.join(sorted(_KINDS))}")
-        frequencies = _KINDS[kind](head_dim, theta, scaling, max_position, max_length)
+        frequencies = _KINDS[kind](head_dim, theta, scaling, max_position)
         self.rotary_dim = head_dim
         self.inverse = frequencies.inverse.to(device)
         self.factor = frequencies.factor
+        for_length = frequencies.for_length
+        self._for_length = (
+            None
+            if for_length is None
+            else functools.lru_cache(maxsize=1024)(lambda length: for_length(length).to(device))
+        )
         section = scaling.get("mrope_section")
         self.axes = (
             None
@@ -64,20 +73,33 @@ class Rotary:
             ).to(device)
         )
 
-    def cos_sin(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def cos_sin(
+        self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin (T, rotary_dim / 2) float32 of positions (T,), or (3, T): time, height, width.
 
-        Without ``mrope_section`` the first row of three-axis positions counts.
+        Without ``mrope_section`` the first row of three-axis positions counts. lengths: (length, number of rows) of one
+        run of rows after the other, T rows in all; 0 for sequences within the original maximum, as when none are given.
         """
         if positions.dim() == 2 and self.axes is None:
             positions = positions[0]
         place = positions.to(torch.float32)
         rows = place[:, None] if place.dim() == 1 else place.t()[:, self.axes]
-        angle = rows * self.inverse
+        angle = rows * self._frequencies(lengths)
         cos, sin = angle.cos(), angle.sin()
         if self.factor != 1.0:
             cos, sin = cos * self.factor, sin * self.factor
         return cos, sin
+
+    def _frequencies(self, lengths: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """(rotary_dim / 2,) of all rows, or (T, rotary_dim / 2) where rows differ."""
+        choose = self._for_length
+        if choose is None or not any(length for length, _ in lengths):
+            return self.inverse
+        sets = [choose(length) if length else self.inverse for length, _ in lengths]
+        counts = torch.tensor([num_rows for _, num_rows in lengths], device=self.inverse.device)
+        num_rows = sum(num_rows for _, num_rows in lengths)
+        return torch.stack(sets).repeat_interleave(counts, dim=0, output_size=num_rows)
 
 
 def axis_of_frequency(section: list[int], size: int, interleaved: bool) -> torch.Tensor:
@@ -117,31 +139,26 @@ def inverse_frequencies(dim: int, theta: float) -> torch.Tensor:
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 
 
-def _plain(
-    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
-) -> Frequencies:
+def _plain(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
     return Frequencies(inverse_frequencies(dim, theta), 1.0)
 
 
-def _linear(
-    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
-) -> Frequencies:
+def _linear(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
     return Frequencies(inverse_frequencies(dim, theta) / float(scaling["factor"]), 1.0)
 
 
-def _dynamic(
-    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
-) -> Frequencies:
+def _dynamic(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
     """NTK-aware scaling of theta for lengths above the trained one."""
     factor = float(scaling["factor"])
-    length = max(max_length or 0, max_position)
-    base = theta * (factor * length / max_position - (factor - 1)) ** (dim / (dim - 2))
-    return Frequencies(inverse_frequencies(dim, base), 1.0)
+
+    def for_length(length: int) -> torch.Tensor:
+        growth = factor * max(length, max_position) / max_position - (factor - 1)
+        return inverse_frequencies(dim, theta * growth ** (dim / (dim - 2)))
+
+    return Frequencies(inverse_frequencies(dim, theta), 1.0, for_length)
 
 
-def _llama3(
-    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
-) -> Frequencies:
+def _llama3(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
     """Llama 3.1: slow frequencies divided by ``factor``, fast ones kept, a linear blend between."""
     factor = float(scaling["factor"])
     low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
@@ -154,9 +171,7 @@ def _llama3(
     return Frequencies(torch.where(wavelength < original / high, inverse, scaled), 1.0)
 
 
-def _yarn(
-    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
-) -> Frequencies:
+def _yarn(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
     """Peng et al., YaRN (2023): interpolate slow frequencies, keep fast ones, ramp between, and sharpen attention."""
     original = scaling.get("original_max_position_embeddings") or max_position
     declared = scaling.get("factor")
@@ -192,26 +207,27 @@ def _yarn_factor(scaling: Scaling, factor: float) -> float:
     return sharpness(1.0)
 
 
-def _longrope(
-    dim: int, theta: float, scaling: Scaling, max_position: int, max_length: int | None
-) -> Frequencies:
+def _longrope(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
     """Ding et al., LongRoPE (2024): a factor per frequency, one set for short and one for long sequences."""
     original = int(scaling.get("original_max_position_embeddings") or max_position)
-    long = max_length is not None and max_length > original
-    name = "long_factor" if long else "short_factor"
-    factors = torch.tensor(scaling[name], dtype=torch.float32)
-    if factors.shape != (dim // 2,):
-        raise ValueError(f"{name} has {factors.numel()} entries, expected {dim // 2}")
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
-    inverse = 1.0 / (factors * theta**exponent)
+
+    def inverse(name: str) -> torch.Tensor:
+        factors = torch.tensor(scaling[name], dtype=torch.float32)
+        if factors.shape != (dim // 2,):
+            raise ValueError(f"{name} has {factors.numel()} entries, expected {dim // 2}")
+        return 1.0 / (factors * theta**exponent)
+
+    short, long = inverse("short_factor"), inverse("long_factor")
     if scaling.get("attention_factor") is not None:
-        return Frequencies(inverse, float(scaling["attention_factor"]))
-    ratio = float(scaling.get("factor") or max_position / original)
-    grown = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
-    return Frequencies(inverse, grown)
+        grown = float(scaling["attention_factor"])
+    else:
+        ratio = float(scaling.get("factor") or max_position / original)
+        grown = 1.0 if ratio <= 1 else math.sqrt(1 + math.log(ratio) / math.log(original))
+    return Frequencies(short, grown, lambda _: long)
 
 
-_KINDS: dict[str, Callable[[int, float, Scaling, int, int | None], Frequencies]] = {
+_KINDS: dict[str, Callable[[int, float, Scaling, int], Frequencies]] = {
     "default": _plain,
     "mrope": _plain,
     "linear": _linear,

@@ -10,6 +10,7 @@ from typing import Any
 
 from sensorium.errors import ConfigError
 from sensorium.models.interface import LoadedConfig
+from sensorium.models.rope import spelled_alike
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """What the frontend needs: configuration, tokenizer, templates."""
@@ -85,7 +86,7 @@ def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConf
         preprocessor = nested if isinstance(nested, dict) else {}
     return LoadedConfig(
         folder=str(folder),
-        config=merged(config, overrides or {}),
+        config=merged(config, spelled_alike(config, overrides or {})),
         generation=_read_json(folder / "generation_config.json") or {},
         preprocessor=preprocessor,
         processor=processor,

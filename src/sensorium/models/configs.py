@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from sensorium.errors import ConfigError
 from sensorium.models.interface import TextShape
+from sensorium.models.rope import context_length, read_rope, short_context
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 32000,
@@ -98,13 +99,16 @@ class TextConfig:
     rope: Mapping[str, Any]
     """Rotary scaling with ``rope_type``; ``mrope_section`` when there are several axes."""
     rotary_dim: int
+    context: int
+    """Tokens of the longest sequence: ``max_position`` (``max_position_embeddings``), or what a scaling makes of it."""
     window: int | None
-    """Tokens that a layer looks back, when that is fewer than ``max_position``."""
+    """Tokens that a layer looks back, when that is fewer than ``context``."""
 
     @property
     def shape(self) -> TextShape:
         """The sizes that the engine needs. With a sliding window the context ends at the window: within it full
         attention and windowed attention are the same, and past it there is no windowed attention here."""
+        short = short_context(self.rope, self.max_position)
         return TextShape(
             num_layers=self.num_layers,
             hidden_size=self.hidden_size,
@@ -112,8 +116,16 @@ class TextConfig:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             vocab_size=self.vocab_size,
-            max_position=min(self.max_position, self.window or self.max_position),
+            max_position=self.usable_context,
+            window=self.window,
+            short_context=short if short is not None and short < self.usable_context else None,
+            rope_grows=self.rope["rope_type"] == "dynamic",
         )
+
+    @property
+    def usable_context(self) -> int:
+        """Tokens of the longest sequence that can be run here."""
+        return min(self.context, self.window or self.context)
 
 
 def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> TextConfig:
@@ -141,6 +153,8 @@ def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> 
     rope = read_rope(values, model_type)
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1.0
     bias = bool(values["attention_bias"])
+    declared = count(values, "max_position_embeddings")
+    context = context_length(rope, declared)
     return TextConfig(
         model_type=model_type,
         hidden_size=hidden_size,
@@ -150,7 +164,7 @@ def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> 
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         vocab_size=count(values, "vocab_size"),
-        max_position=count(values, "max_position_embeddings"),
+        max_position=declared,
         norm_eps=float(values["rms_norm_eps"]),
         activation=str(values["hidden_act"]),
         tied=bool(values["tie_word_embeddings"] if tied is None else tied),
@@ -162,31 +176,9 @@ def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> 
         rope_theta=float(rope.get("rope_theta") or values["rope_theta"]),
         rope=rope,
         rotary_dim=int(head_dim * float(partial)),
-        window=_window(values),
+        context=context,
+        window=_window(values, context),
     )
-
-
-def read_rope(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    """The rotary scaling of ``rope_scaling`` (older files) or ``rope_parameters`` (newer ones), as one mapping.
-
-    ``rope_type`` is always set; Phi-3's other names of longrope ("su", "yarn") are resolved, and
-    ``original_max_position_embeddings`` is where the rotary layer looks for it.
-    """
-    source = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(source, Mapping) or any(isinstance(v, Mapping) for v in source.values()):
-        bad("rope_parameters", f"must be one mapping of plain values, got {source!r}")
-    rope = dict(source)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "su" or (model_type == "phi3" and kind == "yarn"):
-        kind = "longrope"
-    rope["rope_type"] = "default" if kind == "mrope" else kind
-    if rope["rope_type"] in ("llama3", "yarn", "longrope"):
-        outside = values.get("original_max_position_embeddings")
-        inside = rope.get("original_max_position_embeddings")
-        rope["original_max_position_embeddings"] = (
-            outside or inside or values["max_position_embeddings"]
-        )
-    return rope
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,11 +354,11 @@ def declared_dtype(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _window(values: Mapping[str, Any]) -> int | None:
+def _window(values: Mapping[str, Any], context: int) -> int | None:
     window = values.get("sliding_window")
     if window is None or not values.get("use_sliding_window", True):
         return None
     if values.get("max_window_layers", 0) >= count(values, "num_hidden_layers"):
         return None
     size = count(values, "sliding_window")
-    return size if size < count(values, "max_position_embeddings") else None
+    return size if size < context else None

@@ -85,7 +85,6 @@ class Decoder:
                 config.rope_theta,
                 config.rope,
                 config.max_position,
-                max_length=options.max_model_len,
                 device=options.device,
             )
         except KeyError as error:
@@ -97,9 +96,10 @@ class Decoder:
         self.has_head = options.head
         if config.window is not None:
             logger.warning(
-                "The model attends to a sliding window of %d tokens: contexts end there, not at %d.",
+                "the model attends to a sliding window of %d tokens, which is not available yet: contexts end there, "
+                "not at %d",
                 config.window,
-                config.max_position,
+                config.context,
             )
 
     def slots(self, prefix: str) -> Iterator[Slot]:
@@ -174,9 +174,11 @@ class DecoderModel:
         """Token embeddings (T, H) of ids (T,)."""
         return self.decoder.embedding(ids)
 
-    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (T, rotary_dim / 2) of positions (T,) or (3, T)."""
-        return self.decoder.rotary.cos_sin(positions)
+    def rotary(
+        self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (T, rotary_dim / 2) of positions (T,) or (3, T) and lengths of sequences (see ``Model``)."""
+        return self.decoder.rotary.cos_sin(positions, lengths)
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Hidden states (T, H) after the final norm; overwrites ``embeds``."""

@@ -29,6 +29,12 @@ class TextShape:
     max_position: int
     num_deep: int = 0
     """How many parts of hidden_size, besides the first, an item's embedding has, for layers further up."""
+    short_context: int | None = None
+    """Tokens up to which a sequence has other rotary factors than beyond, where these differ (longrope, dynamic)."""
+    window: int | None = None
+    """Tokens that a layer looks back, where that is why the context ends at ``max_position``."""
+    rope_grows: bool = False
+    """Whether the rotary factors beyond ``short_context`` are others for each length of a sequence (dynamic)."""
 
     @property
     def embed_size(self) -> int:
@@ -60,8 +66,13 @@ class Model(Protocol):
         """Token embeddings (T, shape.embed_size) of ids (T,). Ids of placeholder positions may be anything below V."""
         ...
 
-    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (T, rotary_dim // 2) float32 of positions (T,) or, with several axes, (3, T) int64."""
+    def rotary(
+        self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (T, rotary_dim // 2) float32 of positions (T,) or, with several axes, (3, T) int64.
+
+        lengths: (``EngineRequest.rope_length``, number of rows) of one sequence after the other; none when all are 0.
+        """
         ...
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
@@ -97,15 +108,13 @@ class LoadedConfig:
 class BuildOptions:
     """How a model is built.
 
-    ``max_model_len``: longest sequence that will be run; it decides between the short and long factors of longrope
-    scaling. ``skip_modalities``: their encoders are neither built nor loaded. ``head``: whether logits will be asked
-    for; where they will not, the language-model head is not loaded. ``random_weights``: every slot will be filled with
-    random numbers, whatever lies in the checkpoint's folder.
+    ``skip_modalities``: their encoders are neither built nor loaded. ``head``: whether logits will be asked for; where
+    they will not, the language-model head is not loaded. ``random_weights``: every slot will be filled with random
+    numbers, whatever lies in the checkpoint's folder.
     """
 
     dtype: torch.dtype
     device: torch.device
-    max_model_len: int
     skip_modalities: frozenset[str] = frozenset()
     head: bool = True
     random_weights: bool = False

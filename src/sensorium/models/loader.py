@@ -70,7 +70,6 @@ def load(
     hf_overrides: Mapping[str, Any] | None = None,
     revision: str | None = None,
     skip_modalities: Collection[str] = (),
-    max_model_len: int | None = None,
     seed: int = 0,
     runner: str = "auto",
 ) -> LoadedModel:
@@ -78,7 +77,6 @@ def load(
 
     dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the weights, else float32.
     device ``auto`` is the first GPU when there is one, else the CPU. skip_modalities: their encoders are not built.
-    max_model_len: longest sequence that will be run; the model's own when not given (longrope depends on it).
     runner: ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model head.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration or is quantized, and
@@ -92,13 +90,11 @@ def load(
     for each in (loaded, *loaded.parts.values()):
         _refuse_quantized(each.config)
     processor = family.build_processor(loaded)
-    shape = family.shape(loaded)
     embedder = embedder_of(loaded, family, runner)
     source, stored = _source(loaded, family, needed, dummy)
     options = BuildOptions(
         dtype=_dtype(dtype, loaded.config, stored),
         device=_device(device),
-        max_model_len=max_model_len or shape.max_position,
         skip_modalities=frozenset(skip_modalities),
         head=embedder is None,
         random_weights=dummy,

@@ -58,7 +58,11 @@ def build(pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCa
         elif span.pools:
             pooled.append((end - 1, slot))
     device = model.device
-    cos, sin = model.rotary(torch.from_numpy(positions).to(device))
+    lengths = [(slot.rope_length, span.num_tokens) for span, slot in pairs]
+    cos, sin = model.rotary(
+        torch.from_numpy(positions).to(device),
+        lengths if any(slot.rope_length for _, slot in pairs) else (),
+    )
     batch = AttentionBatch(
         query_start=torch.from_numpy(starts).to(device),
         kv_len=torch.tensor(kv_lens, dtype=torch.int32, device=device),

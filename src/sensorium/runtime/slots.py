@@ -20,7 +20,8 @@ class Slot:
 
     ``token_ids`` (capacity) int64, of which ``num_tokens`` are known; ``block_ids`` (capacity) int32, of which
     ``num_blocks`` are filled. ``positions`` (3, num_prompt) int32 for models with several position axes, else None.
-    ``counts`` maps generated token ids to how often they came, kept only when a penalty needs it.
+    ``counts`` maps generated token ids to how often they came, kept only when a penalty needs it. ``rope_length`` is
+    what the request's was when the sequence came: it comes again where that changes.
     """
 
     seq_id: int
@@ -32,6 +33,7 @@ class Slot:
     positions: np.ndarray | None = None
     counts: dict[int, int] | None = None
     grammar: GrammarMatcher | None = None
+    rope_length: int = 0
 
     @classmethod
     def of(cls, new: NewSequence) -> Slot:
@@ -47,6 +49,7 @@ class Slot:
             num_tokens=known,
             block_ids=np.zeros(16, np.int32),
             positions=new.request.positions,
+            rope_length=new.request.rope_length_at(known),
         )
         params = new.request.params
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:

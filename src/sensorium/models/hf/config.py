@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from sensorium.errors import ConfigError, UnsupportedModelError
 from sensorium.models.interface import LoadedConfig, TextShape
+from sensorium.models.rope import context_length
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 """What a layer of a decoder may be."""
@@ -108,7 +109,8 @@ def _max_position(text: Any) -> int:
     if rope.get("rope_type") == "longrope":
         # Past the original length its code takes other factors, for which what is in the cache is wrong.
         return int(rope.get("original_max_position_embeddings") or declared)
-    return declared
+    # With dynamic scaling, likewise: there it ends at the declared length.
+    return declared if rope.get("rope_type") == "dynamic" else context_length(rope, declared)
 
 
 def has_axes(text: Any) -> bool:

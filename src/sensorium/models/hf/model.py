@@ -193,7 +193,9 @@ class HfModel:
         embeds: torch.Tensor = self.table(known[None])[0]
         return embeds.to(self.dtype)
 
-    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(
+        self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Position ids and stretches of positions (T,) or (3, T): three axes, or index, first and last of a stretch."""
         rows = positions if positions.dim() == 2 else positions[None]
         if self._has_axes:
