@@ -35,7 +35,7 @@ def llava_chat(file: str, model: str = "llava-hf/llava-1.5-7b-hf") -> list[Reque
 
 
 def qwen2_vl(file: str, model: str = "Qwen/Qwen2-VL-2B-Instruct") -> list[RequestOutput]:
-    """Qwen2-VL: all embeddings (sum of features, hidden_size), and the grid of patches of each picture."""
+    """Qwen2-VL: (num_images, image_feature_size, hidden_size), and the grid of patches of each picture."""
     saved = torch.load(file, weights_only=True)
     llm = LLM(model=model, enable_mm_embeds=True, limit_mm_per_prompt={"image": 4})
     mm_data = {

@@ -52,6 +52,12 @@ def test_embeddings() -> None:
     assert kinds(ONE) == [("embeds", "image")]
     assert kinds([ONE, ONE]) == [("embeds", "image[0]"), ("embeds", "image[1]")]
     assert kinds(GRID) == [("embeds", "image")]
+    assert kinds([PIL, ONE, CHW]) == [
+        ("object", "image[0]"),
+        ("embeds", "image[1]"),
+        ("object", "image[2]"),
+    ]
+    assert kinds([PIL, ONE[None]], enable_mm_embeds=True)[1] == ("embeds", "image[1]")
     assert kinds([GRID, GRID]) == [("embeds", "image[0]"), ("embeds", "image[1]")]
     assert kinds(MANY.to_sparse(), enable_mm_embeds=True) == [("embeds", "image")]
 
@@ -73,8 +79,6 @@ def test_nothing_and_empty() -> None:
         ([PIL, np.zeros((3, 4, 5), np.uint8)], "image[1]", "height, width, 3"),
         (torch.zeros(1, 3, 4, 5), "image", "3, height, width"),
         ([torch.zeros(4, 4, 5)], "image[0]", "3, height, width"),
-        ([PIL, ONE], "image", "mixed"),
-        ([ONE, CHW], "image", "mixed"),
         ([None], "image[0]", "neither data nor an id"),
         (None, "image", "neither data nor an id"),
     ],

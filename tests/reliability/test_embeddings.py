@@ -276,8 +276,8 @@ def test_wrong_embeddings_of_sounds(sounds: Offline, value: Any) -> None:
     assert str(answer.error["param"]).startswith("prompt.multi_modal_data.audio")
 
 
-def test_raw_items_and_embeddings_do_not_mix(offline: Offline) -> None:
-    """One modality of a prompt is either."""
+def test_raw_items_and_embeddings_mix(offline: Offline) -> None:
+    """In one prompt of ``generate`` as in one message of ``chat``, each at its own place."""
     from tests.reliability.media import picture
 
     value = {"image_embeds": embeds(), "image_grid_thw": torch.tensor(GRID)}
@@ -285,8 +285,13 @@ def test_raw_items_and_embeddings_do_not_mix(offline: Offline) -> None:
         "prompt": "<|vision_start|><|image_pad|><|vision_end|>" * 2,
         "multi_modal_data": {"image": [picture(), value]},
     }
-    answer = offline.generate(prompt)
-    answer.is_refusal(400, "invalid_request", "prompt.multi_modal_data.image")
+    parts = [{"type": "image_pil", "image_pil": picture()}, part(embeds(), torch.tensor(GRID))]
+    asked = [offline.ask(*content, QUESTION) for content in (parts, parts[::-1])]
+    assert [answer.status for answer in (offline.generate(prompt), *asked)] == [200] * 3
+    wrong = {**value, "image_embeds": embeds(3, HIDDEN)}
+    prompt["multi_modal_data"] = {"image": [picture(), wrong]}
+    place = "prompt.multi_modal_data.image[1].image_embeds"
+    offline.generate(prompt).is_refusal(400, "invalid_embeddings", place)
 
 
 def test_one_message_alone_holds_embeddings(anywhere: Service | Offline) -> None:

@@ -5,7 +5,7 @@ torch is never imported here: whoever hands in a tensor has imported it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,23 @@ def per_item(source: Any, param: str) -> list[tuple[np.ndarray, str]]:
     return [_item(value, f"{param}[{i}]") for i, value in enumerate(source)]
 
 
+def unwrapped(modality: str, source: Any, param: str) -> tuple[Any, str]:
+    """Return embeddings and their place: the only member of ``{"image_embeds": …}``, or ``source`` where it is none.
+
+    For families that need nothing beside the embeddings. Raises InvalidEmbeddingsError for a mapping with other keys.
+    """
+    if not isinstance(source, Mapping):
+        return source, param
+    name = f"{modality}_embeds"
+    if set(source) != {name}:
+        raise InvalidEmbeddingsError(
+            f"Embeddings for this model are a tensor, a list of tensors, or a mapping with {name!r} alone, got one "
+            f"with {sorted(map(str, source))}.",
+            param=param,
+        )
+    return source[name], f"{param}.{name}"
+
+
 def check_width(array: np.ndarray, hidden_size: int, param: str) -> None:
     """Raise InvalidEmbeddingsError unless the last axis is the model's hidden size."""
     if array.shape[-1] != hidden_size:
@@ -82,8 +99,10 @@ def integers(value: Any, width: int, param: str) -> list[tuple[int, ...]]:
 
     Raises InvalidEmbeddingsError at ``param`` for other shapes and types.
     """
+    rows = value if isinstance(value, list | tuple) else [value]
     try:
-        array = np.asarray(value.tolist() if is_array(value) else value)
+        plain = [row.tolist() if is_array(row) else row for row in rows]
+        array = np.asarray(plain if isinstance(value, list | tuple) else plain[0])
     except (ValueError, TypeError, RuntimeError, NotImplementedError):  # ragged, sparse, meta
         array = np.empty(0)
     if array.ndim == 1:

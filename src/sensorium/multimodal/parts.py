@@ -225,7 +225,7 @@ def _picture_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
 def _embeds_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
     is_object = isinstance(payload, Mapping)
     members = list(payload.values()) if isinstance(payload, Mapping) else [payload]
-    known = (isinstance(m, str) or is_tensor(m) or (is_object and are_numbers(m)) for m in members)
+    known = (_is_text_or_tensor(m) or (is_object and _is_listed(m)) for m in members)
     if not members or not all(known):
         refuse(
             "must be a tensor, base64 of a safetensors or torch.save file, or an object of those (sizes in it may be "
@@ -233,6 +233,17 @@ def _embeds_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
             param,
         )
     return "embeds", payload
+
+
+def _is_text_or_tensor(value: object) -> bool:
+    return isinstance(value, str) or is_tensor(value)
+
+
+def _is_listed(value: object) -> bool:
+    """Return whether a value is one of numbers, or a list of tensors or of their files."""
+    return are_numbers(value) or (
+        isinstance(value, list | tuple) and bool(value) and all(map(_is_text_or_tensor, value))
+    )
 
 
 def _base64_payload(payload: object, param: str) -> tuple[SourceKind, Any]:

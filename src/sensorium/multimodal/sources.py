@@ -52,7 +52,7 @@ def split(value: object, param: str, enable_mm_embeds: bool, kind: Kind) -> list
     """One source per item, or one for embeddings of all items given as a whole.
 
     A mapping, and a tensor that is no raw item, are embeddings; a tensor of two dimensions is those of one item. None
-    is an item that is cached. Raises InvalidRequestError for what is neither, and for both in one prompt.
+    is an item that is cached. A list may mix raw items and embeddings. Raises InvalidRequestError for what is neither.
     """
     _refuse_nested(value, param)
     if isinstance(value, Mapping) or (
@@ -60,27 +60,31 @@ def split(value: object, param: str, enable_mm_embeds: bool, kind: Kind) -> list
     ):
         return [Source("embeds", value, param)]
     if not isinstance(value, list | tuple) or kind.is_one(value):
-        return [_source(value, param, kind)]
-    sources = [_source(entry, f"{param}[{i}]", kind) for i, entry in enumerate(value)]
-    if len({source.kind for source in sources} - {"cached"}) > 1:
-        refuse(
-            "Raw items and embeddings of one modality cannot be mixed in one prompt; pass either",
-            param,
-        )
-    return sources
+        return [_source(value, param, enable_mm_embeds, kind)]
+    return [
+        _source(entry, f"{param}[{i}]", enable_mm_embeds, kind) for i, entry in enumerate(value)
+    ]
 
 
-def _source(value: Any, param: str, kind: Kind) -> Source:
+def _source(value: Any, param: str, enable_mm_embeds: bool, kind: Kind) -> Source:
     if value is None:
         return Source("cached", None, param)
     _refuse_nested(value, param)
-    if isinstance(value, Mapping) or (is_tensor(value) and value.ndim == 2):
+    if isinstance(value, Mapping) or (is_tensor(value) and _is_of_one(value, enable_mm_embeds)):
         return Source("embeds", value, param)
     try:
         kind.check(value)
     except InvalidRequestError as error:
         raise error.at(param) from None
     return Source("object", value, param)
+
+
+def _is_of_one(tensor: Any, enable_mm_embeds: bool) -> bool:
+    """Return whether a tensor is the embeddings of one item: (features, hidden size), with or without an axis of one
+    item in front. No picture has one channel."""
+    if tensor.ndim == 3 and enable_mm_embeds:
+        return bool(tensor.shape[0] == 1 and tensor.is_floating_point())
+    return bool(tensor.ndim == 2)
 
 
 def _refuse_nested(value: Any, param: str) -> None:

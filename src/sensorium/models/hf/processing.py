@@ -141,13 +141,15 @@ class HfProcessor:
         return Features(modality, arrays, num_embeds)
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """A tensor (items, num_embeds, hidden size), or a list of (num_embeds, hidden size)."""
+        """A tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or either as the
+        only member of a mapping (``image_embeds``)."""
         place = self._place(modality)
         if place.around is None:
             raise InvalidEmbeddingsError(
                 f"This model's embeddings of one {modality} do not stand side by side: send the {modality} itself.",
                 param=param,
             )
+        source, param = precomputed.unwrapped(modality, source, param)
         found = []
         for array, where in precomputed.per_item(source, param):
             precomputed.check_width(array, self.hidden_size, where)

@@ -92,7 +92,9 @@ class LlavaProcessor:
         )
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """A tensor (items, num_embeds, hidden size), or a list of (num_embeds, hidden size)."""
+        """A tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or either as the
+        only member of a mapping (``image_embeds``)."""
+        source, param = precomputed.unwrapped(modality, source, param)
         found = []
         for array, place in precomputed.per_item(source, param):
             precomputed.check_width(array, self.hidden_size, place)

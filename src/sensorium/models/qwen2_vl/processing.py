@@ -131,43 +131,62 @@ class Qwen2VLProcessor:
         return grid[0] * grid[1] * grid[2] // self.merge_size**2
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """``{"image_embeds": (all embeddings, hidden size), "image_grid_thw": (items, 3)}``; of videos likewise, with
-        ``second_per_grid_ts`` (items,) besides, 1 when it is missing, where positions follow time."""
+        """``{"image_embeds": …, "image_grid_thw": (items, 3)}``, of videos likewise.
+
+        The embeddings are a tensor (items, embeddings, hidden size), a list of (embeddings, hidden size), or all one
+        after another, (all embeddings, hidden size). Where positions follow time, videos may have
+        ``second_per_grid_ts`` (items,) besides, 1 when it is missing.
+        """
         names = (f"{modality}_embeds", f"{modality}_grid_thw")
         timed = modality == "video" and self.takes_seconds
         extra = {SECONDS} if timed else set()
         if not isinstance(source, Mapping) or set(source) - extra != set(names):
             got = sorted(map(str, source)) if isinstance(source, Mapping) else type(source).__name__
             raise InvalidEmbeddingsError(
-                f"Embeddings for this model are a mapping with {names[0]!r} (all embeddings, hidden size) and "
+                f"Embeddings for this model are a mapping with {names[0]!r} (items, embeddings, hidden size) and "
                 f"{names[1]!r} (items, 3), got {got}.",
                 param=param,
             )
-        place = f"{param}.{names[0]}"
-        embeds = precomputed.dense(source[names[0]], place)
-        if embeds.ndim != 2:
-            raise InvalidEmbeddingsError(
-                f"Embeddings must have 2 dimensions (all embeddings, hidden size), got shape {tuple(embeds.shape)}.",
-                param=place,
-            )
-        precomputed.check_width(embeds, self.hidden_size, place)
         grids = self._grids(source[names[1]], f"{param}.{names[1]}")
-        sizes = [self.num_embeds(grid) for grid in grids]
-        if sum(sizes) != len(embeds):
-            raise InvalidEmbeddingsError(
-                f"The grids {_few(grids)} stand for {_few(sizes)} embeddings, together {sum(sizes)}, but there are "
-                f"{len(embeds)}.",
-                param=place,
-            )
+        parts = self._parts(source[names[0]], grids, f"{param}.{names[0]}")
         metas: list[dict[str, Any]] = [{"grid": grid} for grid in grids]
         if timed:
             seconds = video.read_seconds(source.get(SECONDS), len(grids), f"{param}.{SECONDS}")
             metas = [meta | {"second_per_grid": s} for meta, s in zip(metas, seconds, strict=True)]
-        parts = np.split(embeds, np.cumsum(sizes)[:-1])
         return [
             Features(modality, {"embeds": part}, len(part), meta, precomputed=True)
             for part, meta in zip(parts, metas, strict=True)
         ]
+
+    def _parts(
+        self, embeds: Any, grids: Sequence[tuple[int, int, int]], param: str
+    ) -> list[np.ndarray]:
+        """The embeddings of each item, as many as its grid says. Raises InvalidEmbeddingsError."""
+        sizes = [self.num_embeds(grid) for grid in grids]
+        if precomputed.is_array(embeds) and embeds.ndim == 2:
+            whole = precomputed.dense(embeds, param)
+            precomputed.check_width(whole, self.hidden_size, param)
+            if sum(sizes) != len(whole):
+                raise InvalidEmbeddingsError(
+                    f"The grids {_few(grids)} stand for {_few(sizes)} embeddings, together {sum(sizes)}, but there "
+                    f"are {len(whole)}.",
+                    param=param,
+                )
+            return np.split(whole, np.cumsum(sizes)[:-1])
+        items = precomputed.per_item(embeds, param)
+        if len(items) != len(grids):
+            raise InvalidEmbeddingsError(
+                f"There are {len(grids)} grids for the embeddings of {len(items)} items.",
+                param=param,
+            )
+        for (array, place), grid, size in zip(items, grids, sizes, strict=True):
+            precomputed.check_width(array, self.hidden_size, place)
+            if len(array) != size:
+                raise InvalidEmbeddingsError(
+                    f"The grid {grid} stands for {size} embeddings, but there are {len(array)}.",
+                    param=place,
+                )
+        return [array for array, _ in items]
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
         """The pad token between the vision start and end tokens."""

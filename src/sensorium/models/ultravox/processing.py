@@ -77,7 +77,9 @@ class UltravoxProcessor:
         return Features(modality, {"mel": frames}, self.config.num_embeds(len(frames)))
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """A tensor (items, length, hidden size), or a list of (length, hidden size)."""
+        """A tensor (items, length, hidden size), a list of (length, hidden size), or either as ``audio_embeds`` of a
+        mapping."""
+        source, param = precomputed.unwrapped(modality, source, param)
         found = []
         for array, place in precomputed.per_item(source, param):
             precomputed.check_width(array, self.config.text.hidden_size, place)
