@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import filter_repo_objects
 
 from sensorium.errors import ConfigError
 from sensorium.models import checkpoint
@@ -98,16 +97,3 @@ def test_the_models_that_the_docs_name_are_of_known_architectures() -> None:
     for _, _, architecture in PUBLISHED:
         family = resolve({"architectures": [architecture]})
         assert architecture in (*family.architectures, *family.embedders)
-
-
-def test_what_is_fetched_of_an_embedding_model() -> None:
-    files = [
-        *("config.json", "modules.json", "1_Pooling/config.json", "model.safetensors"),
-        *("2_Dense/model.safetensors", "onnx/config.json", "onnx/model.onnx", "README.md"),
-    ]
-    patterns = [*checkpoint.TEXT_FILES, *checkpoint.WEIGHT_FILES]
-    fetched = filter_repo_objects(
-        files, allow_patterns=patterns, ignore_patterns=list(checkpoint.NOT_NEEDED)
-    )
-    wanted = ["config.json", "modules.json", "1_Pooling/config.json", "model.safetensors"]
-    assert list(fetched) == wanted

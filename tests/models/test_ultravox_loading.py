@@ -65,16 +65,16 @@ def test_backbones_lie_beside_or_anywhere(tmp_path: Path, monkeypatch: pytest.Mo
     calls: list[tuple[str, bool]] = []
 
     def download(name: str, **options: Any) -> str:
-        calls.append((name, "*.safetensors" in options["allow_patterns"]))
+        calls.append((name, "model.safetensors" in options["allow_patterns"]))
         return str(elsewhere)
 
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     torch.testing.assert_close(embeds_of(folder), expected)
-    assert calls == [("some/decoder", True)]
+    assert calls == [("some/decoder", False), ("some/decoder", True)]
     read = loader.read_config(str(folder))
-    assert calls[1:] == [("some/decoder", False)]
+    assert calls[2:] == [("some/decoder", False)]
     assert resolve(read.config).shape(read).vocab_size == 448
 
 

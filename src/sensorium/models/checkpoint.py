@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sensorium.errors import ConfigError
+from sensorium.models import weight_files
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.rope import spelled_alike
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """What the frontend needs: configuration, tokenizer, templates."""
-WEIGHT_FILES = ("*.safetensors",)
 DEMOS = {"demo": "demo", "demo-audio": "demo_audio"}
 """Models that come with this package, and their folders in it."""
-NOT_NEEDED = ("[!0-9]*/*", "[0-9]*/*.safetensors", "consolidated*")
-"""Subfolders (but for the settings in the numbered ones of embedding models, such as ``1_Pooling``), and the second
-copy of the weights that some publishers add."""
+NOT_NEEDED = ("[!0-9a]*/*", "a[!d]*/*")
+"""Subfolders, but for the numbered ones of embedding models, such as ``1_Pooling``, which hold settings, and
+``additional_chat_templates``."""
 
 
-def find(model: str, revision: str | None = None, *, weights: bool = False) -> Path:
-    """The folder of a checkpoint: one of ``DEMOS``, a local folder, or a Hugging Face id (downloaded if not cached).
+def find(model: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: one of ``DEMOS``, a local folder, or a Hugging Face id, of which everything but the
+    weights is downloaded if not cached.
 
-    ``weights``: fetch the weights too. Raises ConfigError that says what to do when nothing is found.
+    Raises ConfigError that says what to do when nothing is found.
     """
     if model in DEMOS:
         folder = Path(__file__).parent.parent / DEMOS[model]
@@ -44,12 +47,29 @@ def find(model: str, revision: str | None = None, *, weights: bool = False) -> P
             "a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', 'demo' or 'demo-audio'.",
             param="model",
         )
-    return _download(model, revision, weights)
+    return _download(model, revision, TEXT_FILES, NOT_NEEDED)
 
 
-def find_part(name: object, whole: Path, field: str, *, weights: bool = False) -> Path:
+def fetch_weights(model: str, folder: Path, revision: str | None = None) -> None:
+    """Download the weights of a checkpoint that ``find`` has downloaded; nothing for one that was on this machine.
+
+    Only what ``weight_files`` counts is fetched: ``model.safetensors``, else the files that the index names.
+    """
+    if model in DEMOS or Path(model).expanduser().is_dir():
+        return
+    # What the configuration was read of, not what somebody has uploaded since.
+    same = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
+    indexed = weight_files.index_names(folder)
+    if weight_files.SINGLE not in (indexed or ()):
+        _download(model, same, (weight_files.SINGLE,))
+    if indexed is not None and not (folder / weight_files.SINGLE).is_file():
+        _download(model, same, [glob.escape(name) for name in indexed])
+
+
+def find_part(name: object, whole: Path, field: str) -> tuple[str, Path]:
     """The folder of a checkpoint that config.json of ``whole`` names under ``field``: a folder, also relative to
-    ``whole``, or a Hugging Face id. Raises ConfigError that says what to do when nothing is found."""
+    ``whole``, or a Hugging Face id; with what ``fetch_weights`` takes for it. Raises ConfigError that says what to do
+    when nothing is found."""
     if not isinstance(name, str) or not name:
         raise ConfigError(
             f"config.json: {field} must be a Hugging Face id or a folder, got {name!r}.",
@@ -57,9 +77,9 @@ def find_part(name: object, whole: Path, field: str, *, weights: bool = False) -
         )
     beside = whole / name
     if beside.is_dir():
-        return beside
+        return str(beside), beside
     try:
-        return find(name, weights=weights)
+        return name, find(name)
     except ConfigError as error:
         raise ConfigError(
             f"The model needs a second checkpoint, which config.json names as {field}. {error.message} The folder can "
@@ -75,30 +95,49 @@ def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConf
     """
     config = _read_json(folder / "config.json")
     if config is None:
-        raise ConfigError(
-            "The model's folder has no config.json: it is not a checkpoint in the Hugging Face layout.",
-            param="model",
-        )
+        raise ConfigError(_no_config(folder), param="model")
     processor = _read_json(folder / "processor_config.json") or {}
-    preprocessor = _read_json(folder / "preprocessor_config.json")
-    if preprocessor is None:  # newer files keep the image processor's values inside the processor's
-        nested = processor.get("image_processor")
-        preprocessor = nested if isinstance(nested, dict) else {}
+    preprocessor, video = _preprocessors(folder, processor)
     return LoadedConfig(
         folder=str(folder),
         config=merged(config, spelled_alike(config, overrides or {})),
         generation=_read_json(folder / "generation_config.json") or {},
         preprocessor=preprocessor,
         processor=processor,
-        video_preprocessor=_video_preprocessor(folder, processor) or preprocessor,
+        video_preprocessor=video,
     )
 
 
-def _video_preprocessor(folder: Path, processor: Mapping[str, Any]) -> dict[str, Any] | None:
-    nested = processor.get("video_processor")
-    if isinstance(nested, dict):
-        return nested
-    return _read_json(folder / "video_preprocessor_config.json")
+def _no_config(folder: Path) -> str:
+    """Say what a folder without config.json is, where that can be told."""
+    adapter = _read_json(folder / "adapter_config.json")
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path")
+        return (
+            "The model's folder has an adapter (adapter_config.json) and no config.json: an adapter is a part of a "
+            f"model that does not run alone. Merge it into its base model, {base!r}, (with peft: merge_and_unload, "
+            "then save_pretrained) and give the folder of the result."
+        )
+    return (
+        "The model's folder has no config.json: it is not a checkpoint in the Hugging Face layout."
+    )
+
+
+def _preprocessors(
+    folder: Path, processor: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configurations of the processor of images (or sounds), and of that of videos.
+
+    Newer files keep both inside processor_config.json. These count, also beside a file of their own that an earlier
+    version wrote.
+    """
+    parts = [processor.get(name) for name in ("image_processor", "feature_extractor")]
+    nested = [part for part in parts if isinstance(part, dict)]
+    own = nested[0] if nested else _read_json(folder / "preprocessor_config.json") or {}
+    video = processor.get("video_processor")
+    if not isinstance(video, dict):
+        video = _read_json(folder / "video_preprocessor_config.json") or own
+    return own, video
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +170,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _download(model: str, revision: str | None, weights: bool) -> Path:
+def _download(
+    model: str, revision: str | None, wanted: Sequence[str], ignored: Sequence[str] = ()
+) -> Path:
+    """Fetch the files of a repository that match a pattern of ``wanted`` and none of ``ignored``; their folder."""
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -141,8 +183,8 @@ def _download(model: str, revision: str | None, weights: bool) -> Path:
             snapshot_download(
                 model,
                 revision=revision,
-                allow_patterns=[*TEXT_FILES, *(WEIGHT_FILES if weights else ())],
-                ignore_patterns=list(NOT_NEEDED),
+                allow_patterns=list(wanted),
+                ignore_patterns=list(ignored),
             )
         )
     except hub.HFValidationError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +17,7 @@ from sensorium.layers.norm import RMSNorm
 from sensorium.layers.rotary import Rotary
 from sensorium.models.configs import TextConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.weights import Part, Slot, linear_slot, norm_slot, owned
+from sensorium.models.weights import Part, Slot, Tied, linear_slot, norm_slot, owned
 from sensorium.multimodal.items import Features
 
 logger = logging.getLogger(__name__)
@@ -103,22 +104,18 @@ class Decoder:
             )
 
     def slots(self, prefix: str) -> Iterator[Slot]:
-        """Weights under ``prefix``; the head, where it is wanted, is ``lm_head`` without prefix, or the embedding's
-        copy when tied."""
-        table = Part(
-            f"{prefix}embed_tokens.weight", (self.config.vocab_size, self.config.hidden_size)
-        )
-        yield Slot((table,), self._load_embedding)
+        """Weights under ``prefix``; the head, where it is wanted, is ``lm_head`` without prefix, or the embedding where
+        the configuration says so and the checkpoint holds no other."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        table = Part(f"{prefix}embed_tokens.weight", shape)
+        yield Slot((table,), lambda weight: self.embedding.load(owned(weight)))
         for index, layer in enumerate(self.layers):
             yield from layer.slots(self.config, f"{prefix}layers.{index}")
         yield norm_slot(self.norm, f"{prefix}norm")
-        if self.has_head and not self.config.tied:
-            yield linear_slot(self.head.linear, [("lm_head", self.config.vocab_size)])
-
-    def _load_embedding(self, weight: torch.Tensor) -> None:
-        self.embedding.load(owned(weight))
-        if self.has_head and self.config.tied:
-            self.head.load(self.embedding.weight)
+        if self.has_head:
+            tied = Tied(table, lambda: self.head.load(self.embedding.weight))
+            head = linear_slot(self.head.linear, [("lm_head", self.config.vocab_size)])
+            yield replace(head, tied=tied if self.config.tied else None)
 
     def forward(
         self, embeds: torch.Tensor, batch: AttentionBatch, added: Sequence[torch.Tensor] = ()

@@ -20,6 +20,7 @@ from sensorium.models.interface import (
     Model,
     PartCheckpoint,
 )
+from sensorium.models.quantization import refuse_quantized
 from sensorium.models.registry import resolve
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def read_config(
         family = resolve(loaded.config)
     except UnsupportedModelError:
         return loaded  # a folder may be read for its tokenizer alone; whoever wants the model hears of it
-    return _with_parts(loaded, family)
+    return _with_parts(loaded, family)[0]
 
 
 def load(
@@ -80,17 +81,25 @@ def load(
     runner: ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model head.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration or is quantized, and
-    UnsupportedModelError for an unknown architecture.
+    UnsupportedModelError for an unknown architecture; whatever the configuration tells, before weights are downloaded.
     """
     dummy = load_format == "dummy"
-    loaded = checkpoint.read(checkpoint.find(model, revision, weights=not dummy), hf_overrides)
+    folder = checkpoint.find(model, revision)
+    loaded = checkpoint.read(folder, hf_overrides)
+    refuse_quantized(loaded)
     family = resolve(loaded.config)
     needed = [part for part in family.parts if part.modality not in skip_modalities]
-    loaded = _with_parts(loaded, family, () if dummy else needed)
-    for each in (loaded, *loaded.parts.values()):
-        _refuse_quantized(each.config)
+    loaded, names = _with_parts(loaded, family)
+    for part in needed:
+        if part.field in loaded.parts:
+            refuse_quantized(loaded.parts[part.field])
     processor = family.build_processor(loaded)
     embedder = embedder_of(loaded, family, runner)
+    if not dummy:
+        checkpoint.fetch_weights(model, folder, revision)
+        for part in needed:
+            if part.field in names:
+                checkpoint.fetch_weights(names[part.field], Path(loaded.parts[part.field].folder))
     source, stored = _source(loaded, family, needed, dummy)
     options = BuildOptions(
         dtype=_dtype(dtype, loaded.config, stored),
@@ -104,17 +113,15 @@ def load(
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
-def _with_parts(
-    loaded: LoadedConfig, family: Family, with_weights: Collection[PartCheckpoint] = ()
-) -> LoadedConfig:
-    """The configuration with those of the checkpoints that complete it."""
-    whole, parts = Path(loaded.folder), {}
+def _with_parts(loaded: LoadedConfig, family: Family) -> tuple[LoadedConfig, dict[str, str]]:
+    """The configuration with those of the checkpoints that complete it, and the names of these, by field."""
+    whole, parts, names = Path(loaded.folder), {}, {}
     for part in family.parts:
         name = loaded.config.get(part.field)
         if name is not None:
-            folder = checkpoint.find_part(name, whole, part.field, weights=part in with_weights)
+            names[part.field], folder = checkpoint.find_part(name, whole, part.field)
             parts[part.field] = checkpoint.read(folder)
-    return dataclasses.replace(loaded, parts=parts) if parts else loaded
+    return (dataclasses.replace(loaded, parts=parts) if parts else loaded), names
 
 
 def _source(
@@ -169,16 +176,3 @@ def _device(wanted: str) -> torch.device:
             param="device",
         )
     return device
-
-
-def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
-        quantization = part.get("quantization_config")
-        if quantization:
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-            raise ConfigError(
-                f"The checkpoint is quantized ({method or 'unknown method'}), which is not supported: take the "
-                "unquantized one.",
-                param="model",
-            )

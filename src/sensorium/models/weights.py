@@ -7,11 +7,11 @@ size of the model.
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,9 +20,13 @@ import torch
 from sensorium.errors import ConfigError
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import LayerNorm, RMSNorm
+from sensorium.models.quantization import method_of_names
+from sensorium.models.weight_files import listing, weight_files
 
 if TYPE_CHECKING:
     from sensorium.models.interface import LoadableModel
+
+logger = logging.getLogger(__name__)
 
 ALWAYS_IGNORED = (
     r"(.*\.)?rotary_emb\.inv_freq",
@@ -35,7 +39,18 @@ ALWAYS_IGNORED = (
 _PERIOD = 1_048_573  # a prime: no width of a matrix divides it, so no two of its rows are alike
 _NUM_PERIODS = 24  # most matrices are then a view of the pool, and cost nothing to make
 _DUMMY_STD = 0.02
-_LISTED = 6
+_ROWS_COMPARED = 4096
+HEAD = "lm_head.weight"
+"""The output head in our spelling of all families."""
+_HEADLESS = (
+    f"The checkpoint has no output head ({HEAD}), as those of embedding models: start it with --runner pooling "
+    "(runner='pooling' in Python) for vectors. If it generates text and its head is its embedding, start it with "
+    'hf_overrides={"tie_word_embeddings": true}.'
+)
+_UNTIED = (
+    "config.json says that %s is tied to %s, but the checkpoint holds both and they differ: the stored one is used. "
+    "Set tie_word_embeddings to false in config.json to silence this warning."
+)
 
 
 class Part(NamedTuple):
@@ -47,10 +62,23 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on its device."""
+    """``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on its device.
+
+    ``tied``: set where the one part is expected to be the same as another.
+    """
 
     parts: tuple[Part, ...]
     assign: Callable[..., None]
+    tied: Tied | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """A part of another slot, filled before, that a slot shares unless the checkpoint holds something else for it."""
+
+    part: Part
+    assign: Callable[[], None]
+    """Is called, in place of the slot's own ``assign``, where both are the same."""
 
 
 def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> Slot:
@@ -93,6 +121,10 @@ class WeightSource(Protocol):
         """The tensor of a part, of any floating dtype, on the CPU."""
         ...
 
+    def has(self, part: Part) -> bool:
+        """Return whether there is a tensor of that name, of whatever shape."""
+        ...
+
 
 class SafetensorsFiles:
     """The safetensors files of a checkpoint folder, sharded or not; names in our spelling through ``renames``.
@@ -131,10 +163,18 @@ class SafetensorsFiles:
         skip = re.compile("|".join(f"(?:{pattern})" for pattern in (*ALWAYS_IGNORED, *ignored)))
         extra = [n for n in self._files if n not in wanted and not skip.fullmatch(n)]
         problems = [
-            _listing("are missing", missing),
-            _listing("have other shapes than config.json says", wrong),
-            _listing("have no place in this architecture", extra),
+            listing("are missing", missing),
+            listing("have other shapes than config.json says", wrong),
+            listing("have no place in this architecture", extra),
         ]
+        if missing == [HEAD] and not wrong:
+            raise ConfigError(_HEADLESS, param="runner")
+        quantization = method_of_names(extra)
+        if quantization is not None:
+            raise ConfigError(
+                f"The checkpoint is quantized ({quantization}), which is not supported: take the unquantized one.",
+                param="model",
+            )
         if any(problems):
             raise ConfigError(
                 "The weights do not fit the model's configuration: "
@@ -153,6 +193,9 @@ class SafetensorsFiles:
             )
         return tensor
 
+    def has(self, part: Part) -> bool:
+        return part.name in self._files
+
 
 class DummyWeights:
     """Random weights in the right shapes, quickly: each tensor is a stretch of one pool of repeated normal numbers.
@@ -168,6 +211,10 @@ class DummyWeights:
 
     def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
         """Everything fits."""
+
+    def has(self, part: Part) -> bool:
+        """Only what the configuration says: a tied part is not there."""
+        return False
 
     def read(self, part: Part) -> torch.Tensor:
         if part.name.endswith("bias"):
@@ -191,61 +238,45 @@ def fill(model: LoadableModel, source: WeightSource) -> None:
 
     Raises ConfigError before anything is read when the checkpoint does not fit.
     """
-    slots = list(model.slots())
+    slots = _as_stored(list(model.slots()), source, model.dtype)
     source.check((part for slot in slots for part in slot.parts), model.ignored_weights)
     for slot in slots:
         slot.assign(*(_placed(source.read(part), model) for part in slot.parts))
 
 
-def _is_beside(name: object) -> bool:
-    """Whether a name stays within the folder. Links are followed: the hub's cache consists of them."""
-    if not isinstance(name, str):
-        return False
-    path = Path(name)
-    return not path.is_absolute() and ".." not in path.parts
+def _as_stored(slots: list[Slot], source: WeightSource, dtype: torch.dtype) -> list[Slot]:
+    """Return the slots with what is tied as the checkpoint has it, whatever its configuration says.
 
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those of its index, else all.
-
-    Raises ConfigError when there are none or when the index names a file that is not there.
+    A part that is absent, or equal in the model's dtype, is tied; one that differs counts, with a warning. Where only
+    the tied part is stored, it stands for the other.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(
-                f"{index.name} of the model cannot be read.", param="model"
-            ) from error
-        outside = [name for name in names if not _is_beside(name)]
-        if outside:
-            listing = _listing(
-                f"of the names in {index.name} of the model are no files of its folder", outside
-            )
-            raise ConfigError(f"{listing}.", param="model")
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise ConfigError(
-                _listing(f"of the files that {index.name} names are missing", absent)
-                + ": the download is not complete.",
-                param="model",
-            )
-        return [folder / name for name in names]
-    files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("consolidated"))
-    if files:
-        return files
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-        raise ConfigError(
-            "The model has its weights as pickle files (.bin, .pth) only. Safetensors files are needed: take a "
-            "revision that has them, or convert it with transformers (from_pretrained, then save_pretrained).",
-            param="model",
-        )
-    raise ConfigError(
-        "The model's folder has no safetensors files. Add them, or use load_format='dummy' for random weights.",
-        param="model",
+    stored: list[Slot] = []
+    instead: dict[Part, Part] = {}
+    for slot in slots:
+        if slot.tied is None:
+            stored.append(slot)
+            continue
+        [part] = slot.parts
+        other = slot.tied.part
+        if source.has(part) and not source.has(other):
+            instead[other] = part
+        elif source.has(part) and not _equal(source, part, other, dtype):
+            logger.warning(_UNTIED, part.name, other.name)
+            stored.append(slot)
+            continue
+        stored.append(Slot((), slot.tied.assign))
+    return [
+        replace(slot, parts=tuple(instead.get(part, part) for part in slot.parts))
+        for slot in stored
+    ]
+
+
+def _equal(source: WeightSource, part: Part, other: Part, dtype: torch.dtype) -> bool:
+    """Return whether two tensors of the checkpoint are the same in a dtype; read band by band until they differ."""
+    first, second = source.read(part), source.read(other)
+    return first.shape == second.shape and all(
+        torch.equal(a.to(dtype), b.to(dtype))
+        for a, b in zip(first.split(_ROWS_COMPARED), second.split(_ROWS_COMPARED), strict=True)
     )
 
 
@@ -286,10 +317,3 @@ def _placed(tensor: torch.Tensor, model: LoadableModel) -> torch.Tensor:
 
 def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _listing(what: str, names: Sequence[str]) -> str:
-    if not names:
-        return ""
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {what} ({', '.join(names[:_LISTED])}{more})"

@@ -1,0 +1,131 @@
+"""Which files of a folder are the checkpoint's weights, by the rule of those who write them; no torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from sensorium.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_LISTED = 6
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint: ``model.safetensors``, else those that its index names.
+
+    Nothing else in the folder counts: adapters, the state of optimizers, averaged or older copies. A second candidate
+    that is ignored is warned of. Raises ConfigError when there is none, when the index cannot be read, or when it names
+    a file that is not there.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    indexed = index_names(folder)
+    if single.is_file() and SINGLE not in (indexed or ()):
+        present = [name for name in indexed or () if (folder / name).is_file()]
+        if present:
+            logger.warning(
+                "The model's folder has %s, and %s with %d files (%s). %s is loaded and the others are ignored: delete "
+                "whichever is out of date.",
+                SINGLE,
+                INDEX,
+                len(present),
+                abbreviated(present),
+                SINGLE,
+            )
+        return [single]
+    if indexed is None:
+        raise ConfigError(_nothing_there(folder), param="model")
+    absent = [name for name in indexed if not (folder / name).is_file()]
+    if absent:
+        raise ConfigError(
+            listing(f"of the files that {index.name} names are missing", absent)
+            + ": the download is not complete.",
+            param="model",
+        )
+    return [folder / name for name in indexed]
+
+
+def index_names(folder: Path) -> list[str] | None:
+    """Return the files that the index of a checkpoint names, sorted; None without an index.
+
+    Raises ConfigError for an index that cannot be read, or names files outside the folder.
+    """
+    weights = indexed_weights(folder)
+    if weights is None:
+        return None
+    names = sorted(set(weights.values()))
+    outside = [name for name in names if not _is_beside(name)]
+    if outside:
+        what = f"of the names in {INDEX} of the model are no files of its folder"
+        raise ConfigError(f"{listing(what, outside)}.", param="model")
+    return names
+
+
+def indexed_weights(folder: Path) -> dict[str, str] | None:
+    """Return the file of each weight, by the checkpoint's own names, as its index has it; None without an index."""
+    index = folder / INDEX
+    if not index.is_file():
+        return None
+    try:
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(file) for name, file in weights.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{index.name} of the model cannot be read.", param="model") from error
+
+
+def weight_names(folder: Path) -> list[str] | None:
+    """Return the names of a checkpoint's weights, of its one file, else of its index.
+
+    None where neither is here, or the one file is damaged (whoever loads it hears of that). Of a folder in the hub's
+    cache the index alone is asked: whether the file itself is there depends on who looks first.
+    """
+    single = folder / SINGLE
+    if single.is_file() and folder.parent.name != "snapshots":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(single), framework="numpy") as file:
+                return list(file.keys())
+        except (SafetensorError, OSError):
+            return None
+    weights = indexed_weights(folder)
+    return None if weights is None else list(weights)
+
+
+def _nothing_there(folder: Path) -> str:
+    """Say why a folder with neither ``model.safetensors`` nor an index has no weights that can be loaded."""
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    if others:
+        return (
+            f"The model's folder has neither {SINGLE} nor {INDEX}, which say what the weights are. Its other "
+            f"safetensors files ({abbreviated(others)}) are not loaded: adapters, optimizer states and copies look the "
+            f"same. Rename the one that is the model to {SINGLE}; for shards, add the index written with them."
+        )
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        return (
+            "The model has its weights as pickle files (.bin, .pth) only. Safetensors files are needed: take a "
+            "revision that has them, or convert it with transformers (from_pretrained, then save_pretrained)."
+        )
+    return "The model's folder has no safetensors files. Add them, or use load_format='dummy' for random weights."
+
+
+def _is_beside(name: str) -> bool:
+    """Return whether a name stays within the folder. Links are followed: the hub's cache consists of them."""
+    path = Path(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def listing(what: str, names: Sequence[str]) -> str:
+    """Return ``3 are missing (a, b, c)``; nothing where there are no names."""
+    return f"{len(names)} {what} ({abbreviated(names)})" if names else ""
+
+
+def abbreviated(names: Sequence[str]) -> str:
+    """Return the first names, and how many more there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
