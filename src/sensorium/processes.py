@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -9,9 +10,16 @@ import signal
 import sys
 from typing import TextIO
 
-_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
+_THREADS = (
+    *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"),
+    *("RAYON_NUM_THREADS", "NUMBA_NUM_THREADS"),
+)
 _LIBC = ctypes.CDLL(None)  # loaded here, for after a fork it may be too late
 _PR_SET_PDEATHSIG = 1
+STACK_BYTES = 1 << 20
+"""Of a thread in a process whose memory is limited; the default is 8 MiB."""
+_ATTRIBUTES_BYTES = 256
+"""More than a ``pthread_attr_t`` has anywhere."""
 _ENDED_ITSELF = 0
 
 
@@ -47,11 +55,25 @@ def lower(kind: int, most: int) -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Let this process map no more than ``num_bytes`` beyond what it has mapped, and dump no core."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        mapped = int(file.read().split()[0]) * resource.getpagesize()
-    lower(resource.RLIMIT_AS, mapped + num_bytes)
+    """Let this process have no more than ``num_bytes`` of memory of its own beyond what it has, and dump no core.
+
+    Private memory that can be written to counts (the heap, anonymous mappings), addresses that are only reserved do
+    not. The stacks of threads that start from now on, which count whole, become small: ``STACK_BYTES``.
+    """
+    with open("/proc/self/status", encoding="ascii") as file:
+        kib = next(line.split()[1] for line in file if line.startswith("VmData:"))
+    lower(resource.RLIMIT_DATA, int(kib) * 1024 + num_bytes)
     lower(resource.RLIMIT_CORE, 0)
+    _shrink_stacks()
+
+
+def _shrink_stacks() -> None:
+    """Set the size of the stacks of threads for which a library asks for no other; where that cannot be, they stay."""
+    attributes = ctypes.create_string_buffer(_ATTRIBUTES_BYTES)
+    with contextlib.suppress(AttributeError):  # another C library than glibc and musl
+        _LIBC.pthread_attr_init(attributes)
+        _LIBC.pthread_attr_setstacksize(attributes, ctypes.c_size_t(STACK_BYTES))
+        _LIBC.pthread_setattr_default_np(attributes)
 
 
 def silence_libraries() -> TextIO:

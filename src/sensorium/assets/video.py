@@ -49,10 +49,17 @@ class VideoAsset(Asset):
 
     def _frames(self) -> tuple[np.ndarray, dict[str, Any]]:
         import av
+        from av.video.reformatter import VideoReformatter
 
+        scaler = VideoReformatter()  # one for all frames, without a thread per core
         with av.open(str(self.path)) as container:
-            rate = container.streams.video[0].average_rate
-            every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            stream = container.streams.video[0]
+            stream.thread_count = 1
+            rate = stream.average_rate
+            every = [
+                scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                for frame in container.decode(stream)
+            ]
         total, fps = len(every), float(rate) if rate is not None else 1.0
         wanted = total if self.num_frames == -1 else min(self.num_frames, total)
         indices = np.linspace(0, total - 1, wanted).astype(int).tolist()

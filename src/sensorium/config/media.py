@@ -106,7 +106,8 @@ class MediaConfig:
         "Processes that decode and preprocess, for each modality; one per core, at most 8, when not given.",
     )
     media_worker_memory_gb: float = option(
-        4.0, "GiB of memory that one of these processes may use for an item."
+        4.0,
+        "GiB of memory that one of these processes may use for an item; addresses that it only reserves do not count.",
     )
     media_decode_timeout: float = option(
         60.0, "Seconds that decoding and preprocessing of one item may take."

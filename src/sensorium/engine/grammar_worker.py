@@ -29,7 +29,7 @@ from sensorium.text.grammar import GrammarVocabulary
 logger = logging.getLogger(__name__)
 
 CHILD_BYTES = 1 << 30
-"""Address space that a child may take beyond what it was forked with."""
+"""Memory that a child may take beyond what it was forked with."""
 
 NICENESS = 10
 """Children give way to the server and to the engine."""

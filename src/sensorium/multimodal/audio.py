@@ -27,6 +27,7 @@ from sensorium.errors import (
 from sensorium.multimodal.boxes import check_boxes
 from sensorium.multimodal.items import Sound
 from sensorium.multimodal.options import check_names
+from sensorium.multimodal.shortage import check_shortage
 from sensorium.multimodal.tensors import is_tensor
 
 CONTAINERS = (
@@ -69,7 +70,8 @@ def decode(data: bytes, options: AudioOptions, config: MediaConfig, rate: int) -
             _read_with_ffmpeg(data, mixer)
     except (RequestError, MemoryError):
         raise
-    except Exception:  # decoders raise nearly anything for damaged files
+    except Exception as error:  # decoders raise nearly anything for damaged files
+        check_shortage(error)
         raise MediaUndecodableError(
             "The sound is damaged or truncated and cannot be decoded."
         ) from None
@@ -165,7 +167,8 @@ def _read_with_libsndfile(data: bytes, mixer: _Mixer) -> bool:
 
     try:
         file = soundfile.SoundFile(io.BytesIO(data))
-    except soundfile.SoundFileError:
+    except soundfile.SoundFileError as error:
+        check_shortage(error)
         return False
     with file:
         mixer.promise(file.frames, file.channels, file.samplerate)
@@ -189,7 +192,8 @@ def _read_with_ffmpeg(data: bytes, mixer: _Mixer) -> None:
     allowed = {"format_whitelist": ",".join(CONTAINERS), "protocol_whitelist": ""}
     try:
         container = av.open(io.BytesIO(data), mode="r", container_options=allowed)
-    except (av.FFmpegError, ValueError):
+    except (av.FFmpegError, ValueError) as error:
+        check_shortage(error)
         raise MediaUndecodableError(
             "The bytes are not a sound in a known format (such as WAV, FLAC, OGG, MP3, M4A or WebM)."
         ) from None
@@ -197,6 +201,7 @@ def _read_with_ffmpeg(data: bytes, mixer: _Mixer) -> None:
         if not container.streams.audio:
             raise MediaUndecodableError("The file holds no sound track.")
         stream = container.streams.audio[0]
+        stream.codec_context.thread_count = 1  # sounds are decoded fast enough; 0 is one per core
         seconds = 0.0
         if stream.duration is not None and stream.time_base is not None:
             seconds = float(stream.duration * stream.time_base)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import io
 import itertools
 import math
-import os
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,12 +27,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sensorium.errors import MediaTooLargeError, MediaUndecodableError, RequestError
+from sensorium.errors import (
+    MediaTooLargeError,
+    MediaUndecodableError,
+    OverloadedError,
+    RequestError,
+)
 from sensorium.multimodal.boxes import check_boxes
 from sensorium.multimodal.items import Clip
 from sensorium.multimodal.processor import VideoFacts
 from sensorium.multimodal.sampling import MAX_FPS
-from sensorium.multimodal.upright import upright
+from sensorium.multimodal.shortage import NO_THREADS, check_shortage, decoder_threads
+from sensorium.multimodal.upright import Converter
 
 if TYPE_CHECKING:
     import av
@@ -49,7 +54,6 @@ MAX_PACKETS = 1 << 20
 """Nine hours at 30 frames per second; more are refused while a container is indexed."""
 MAX_ENTRIES = 32
 """Key packets that are tried for a frame, from the last one on: usually the first or second will do."""
-MAX_THREADS = 4
 _GIF_SIZE = struct.Struct("<6xHH")
 FULL_HD = 1920 * 1088
 """Pixels of a frame that counts as one against the limit on decoded frames; larger ones count as several."""
@@ -92,9 +96,10 @@ def decode(data: bytes, sample: Sample, limits: Limits) -> Clip:
         facts = VideoFacts(index.num_frames, index.fps)
         clip = _decode_wanted(data, index, facts, sample(facts), limits) if index.timed else None
         clip = clip or _decode_in_order(data, index, sample, limits)
-    except (RequestError, MemoryError):
+    except (RequestError, OverloadedError, MemoryError):
         raise
-    except Exception:  # decoders raise nearly anything for damaged files
+    except Exception as error:  # decoders raise nearly anything for damaged files
+        check_shortage(error)
         raise _damaged() from None
     if clip is None:
         raise _damaged()
@@ -152,14 +157,15 @@ def _opened(
 
 
 def _packets(container: av.container.InputContainer, stream: Any) -> Iterator[av.Packet]:
-    """The packets of the stream up to where the file ends or is damaged beyond reading."""
+    """The packets of the stream up to where the file ends or is damaged beyond reading. Raises MemoryError."""
     import av.error
 
     packets = container.demux(stream)
     while True:
         try:
             packet = next(packets, None)
-        except av.error.FFmpegError:
+        except av.error.FFmpegError as error:
+            check_shortage(error)
             return
         if packet is None:
             return
@@ -263,22 +269,30 @@ def _damaged() -> MediaUndecodableError:
 
 
 def _frames(context: Any, packet: av.Packet | None) -> list[av.VideoFrame]:
-    """What comes out when a packet goes in (or, for None, what is still inside); nothing for a damaged one."""
+    """What comes out when a packet goes in (or, for None, what is still inside); nothing for a damaged one.
+    Raises MemoryError."""
     import av.error
 
     try:
         return list(context.decode(packet))
-    except av.error.FFmpegError:
+    except av.error.FFmpegError as error:
+        check_shortage(error)
         return []
 
 
 def _prepare(context: Any, num_frames: int, limits: Limits) -> None:
-    """Check what the header promises, and start the decoder."""
+    """Check what the header promises, and start the decoder. Raises OverloadedError when it gets no threads."""
     _check_pixels(num_frames, context.height, context.width, limits)
     context.thread_type = "AUTO"
-    context.thread_count = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    context.thread_count = decoder_threads()
     context.options = limits.for_decoder()
-    context.open(strict=False)
+    try:
+        context.open(strict=False)
+    except (
+        BlockingIOError,
+        MemoryError,
+    ):  # how decoders say that they got no thread, or no stack for one
+        raise OverloadedError(NO_THREADS) from None
 
 
 def _decode_wanted(
@@ -412,6 +426,7 @@ class _Pictures:
         self._wanted = sorted(set(self._indices))
         self._row_of = {number: row for row, number in enumerate(self._wanted)}
         self._limits = limits
+        self._converter = Converter()
         self._size = (0, 0)
         self._rows = np.empty((0, 0, 0, 3), np.uint8)
         self._there: set[int] = set()
@@ -424,7 +439,7 @@ class _Pictures:
         if not self._there:
             _check_pixels(len(self._indices), frame.height, frame.width, self._limits)
             self._size = (frame.width, frame.height)
-        picture = upright(frame, *self._size)
+        picture = self._converter.upright(frame, *self._size)
         if not self._there:
             self._rows = np.empty((len(self._wanted), *picture.shape), np.uint8)
         if picture.shape == self._rows.shape[1:]:

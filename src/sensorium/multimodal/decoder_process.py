@@ -25,7 +25,7 @@ import socket
 from typing import Any
 
 import msgspec
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from sensorium.config import GIB, MediaConfig
 from sensorium.errors import (
@@ -45,6 +45,7 @@ from sensorium.multimodal.packing import (
 )
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.segments import ArraySpec, write
+from sensorium.multimodal.shortage import check_shortage
 from sensorium.processes import end_with, limit_memory, lower, silence_libraries
 
 SPAWN, KILL, RETIRE = b"s", b"k", b"r"
@@ -116,6 +117,7 @@ def serve(control: socket.socket, processor: Processor, config: MediaConfig, fol
             importlib.import_module(library)
     # Ours is the configured limit, which is looked at before anything is decoded.
     Image.MAX_IMAGE_PIXELS = None
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # else one per core
     gc.collect()
     gc.freeze()  # pages of objects that nobody changes stay shared with the workers
     children: set[int] = set()
@@ -209,6 +211,12 @@ def _answer(job: Job, data: bytes, processor: Processor, config: MediaConfig) ->
             return _too_large(modality, config)
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             return Failed(NO_ROOM, OverloadedError.code)
+        try:
+            check_shortage(error)
+        except MemoryError:
+            return _too_large(modality, config)
+        except OverloadedError as short:
+            return Failed(short.message, short.code)
         logger.exception("an item of modality %s could not be decoded", modality)
         return Failed(f"The {modality} cannot be decoded.", MediaUndecodableError.code)
 
@@ -232,7 +240,8 @@ def _quieten() -> None:
 
 
 def _limit(config: MediaConfig) -> None:
-    """Memory beyond what the fork server's libraries take, the size of a segment, open files. Where the system's memory
+    """Memory beyond what the fork server's libraries take, the size of a segment, open files. Addresses are not
+    limited: threads reserve many that they never use. Where the system's memory
     ends before these limits, it is this process that goes, and not the engine."""
     memory = int(config.media_worker_memory_gb * GIB)
     limit_memory(memory)

@@ -22,6 +22,7 @@ from PIL import Image, ImageFile, features
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
 from sensorium.multimodal import pixel_values
 from sensorium.multimodal.options import check_names
+from sensorium.multimodal.shortage import check_room, check_shortage
 from sensorium.multimodal.tensors import is_tensor
 
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -44,6 +45,9 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_DECODING_BYTES = 8
+"""For each pixel of a picture, that every decoder needs about, with the picture itself."""
 
 _LOAD_LOCK = threading.Lock()
 """Pillow's lazily opened files must not be loaded by two threads at once."""
@@ -105,9 +109,13 @@ def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray
     """
     if not data:
         raise MediaUndecodableError("The image is empty: 0 bytes.")
+    size = _webp_size(data)  # here, for Pillow makes room for such a picture when it opens it
+    if size is not None:
+        _check_size(*size, max_pixels)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(*image.size, max_pixels)
+            size = image.size
+            _check_size(*size, max_pixels)
             image.load()
             return _to_rgb(image, options)
     except (MediaUndecodableError, MediaTooLargeError, MemoryError):
@@ -120,7 +128,10 @@ def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray
         raise MediaUndecodableError(
             f"The bytes are not an image in a known format ({', '.join(FORMATS)})."
         ) from None
-    except Exception:  # decoders raise nearly anything for damaged files
+    except Exception as error:  # decoders raise nearly anything for damaged files
+        check_shortage(error)
+        if size is not None:  # many decoders do not tell what they lacked
+            check_room(size[0] * size[1] * _DECODING_BYTES)
         raise MediaUndecodableError(
             "The image is damaged or truncated and cannot be decoded."
         ) from None
@@ -209,6 +220,22 @@ def check_picture(source: Any) -> None:
             )
     if 0 in shape:
         raise InvalidRequestError(f"The image has no pixels: its shape is {shape}.")
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height by the header of a WebP file (RFC 9649, 2.5 to 2.7); None for other files."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    number = int.from_bytes
+    match data[12:16]:
+        case b"VP8X":
+            return number(data[24:27], "little") + 1, number(data[27:30], "little") + 1
+        case b"VP8L":
+            bits = number(data[21:25], "little")
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case b"VP8 ":
+            return number(data[26:28], "little") & 0x3FFF, number(data[28:30], "little") & 0x3FFF
+    return None
 
 
 def orientation(image: Image.Image) -> int:

@@ -15,6 +15,7 @@ from sensorium.errors import InvalidRequestError, MediaUndecodableError, Sensori
 from sensorium.multimodal import audio, image, video
 from sensorium.multimodal.items import Decoded, Features, Modality
 from sensorium.multimodal.processor import Processor
+from sensorium.multimodal.shortage import check_shortage
 
 _logger = logging.getLogger(__name__)
 
@@ -103,7 +104,8 @@ def prepare(work: Work, config: MediaConfig, processor: Processor) -> Prepared:
         features = processor.process(modality, data, work.options, work.num_items)
     except (SensoriumError, MemoryError):
         raise
-    except Exception:
+    except Exception as error:
+        check_shortage(error)
         _logger.exception("The processor failed on an %s of shape %s", modality, data.shape)
         raise MediaUndecodableError(
             f"The model's processor cannot take this {modality} (decoded shape {data.shape})."

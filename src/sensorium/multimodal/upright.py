@@ -14,18 +14,35 @@ BAND_PIXELS = 1 << 20
 """Transparent frames are mixed with white in bands of about so many, lest the intermediate numbers be many."""
 
 
-def upright(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB as it is to be shown; ``width`` and ``height`` are those of the first frame."""
-    if any(component.is_alpha for component in frame.format.components):
-        picture = _over_white(_pixels(frame, "rgba", width, height))
-    else:
-        picture = _pixels(frame, "rgb24", width, height)
-    a, b, c, d = _display_matrix(frame)
-    if abs(b) > abs(a):
-        picture, across, down = picture.swapaxes(0, 1), c, b
-    else:
-        across, down = a, d
-    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+class Converter:
+    """Converts the frames of one clip, by one scaler that has no threads of its own.
+
+    A frame that converts itself makes a scaler with a thread per core, and keeps it.
+    """
+
+    def __init__(self) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self._scaler = VideoReformatter()
+
+    def upright(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+        """Return (H, W, 3) uint8 RGB as it is to be shown; ``width`` and ``height`` are those of the first frame.
+
+        The array may lie in the memory of the frame.
+        """
+        if any(component.is_alpha for component in frame.format.components):
+            picture = _over_white(self._pixels(frame, "rgba", width, height))
+        else:
+            picture = self._pixels(frame, "rgb24", width, height)
+        a, b, c, d = _display_matrix(frame)
+        if abs(b) > abs(a):
+            picture, across, down = picture.swapaxes(0, 1), c, b
+        else:
+            across, down = a, d
+        return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+    def _pixels(self, frame: av.VideoFrame, form: str, width: int, height: int) -> np.ndarray:
+        return self._scaler.reformat(frame, width, height, form, threads=1).to_ndarray()
 
 
 def _over_white(pixels: np.ndarray) -> np.ndarray:
@@ -40,10 +57,6 @@ def _over_white(pixels: np.ndarray) -> np.ndarray:
         mixed = band[..., :3] * alpha + 255 * (255 - alpha)
         picture[top : top + num_rows] = (mixed + 127) // 255
     return picture
-
-
-def _pixels(frame: av.VideoFrame, form: str, width: int, height: int) -> np.ndarray:
-    return frame.to_ndarray(format=form, width=width, height=height)
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:

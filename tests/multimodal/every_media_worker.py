@@ -1,0 +1,47 @@
+"""A fork server whose processor takes images, videos and sounds as they come out of the decoders: ``python -m
+tests.multimodal.every_media_worker FOLDER DESCRIPTOR``. The first message is a ``MediaConfig``."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from sensorium.config import MediaConfig
+from sensorium.multimodal.decoder_process import serve
+from sensorium.multimodal.items import MODALITIES, Clip, Decoded, Features, Modality, Sound
+from sensorium.multimodal.packing import receive_frame
+from tests.multimodal.support import FakeProcessor
+
+RATE = 16000
+
+
+class EveryProcessor(FakeProcessor):
+    """Features are what was decoded; ``meta`` says by which process."""
+
+    modalities: tuple[Modality, ...] = MODALITIES
+
+    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> Any:
+        return RATE if modality == "audio" else None
+
+    def process(  # type: ignore[override]
+        self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
+    ) -> Features:
+        array = data if isinstance(data, np.ndarray) else None
+        if isinstance(data, Clip):
+            array = data.frames
+        elif isinstance(data, Sound):
+            array = data.samples
+        assert array is not None
+        return Features(modality, {"decoded": array}, 4, {"process": os.getpid()})
+
+
+if __name__ == "__main__":
+    control = socket.socket(fileno=int(sys.argv[2]))
+    config = msgspec.msgpack.decode(receive_frame(control) or b"", type=MediaConfig)
+    serve(control, EveryProcessor(), config, sys.argv[1])

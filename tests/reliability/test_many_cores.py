@@ -1,0 +1,161 @@
+"""Machines with many cores: media take no more threads and memory than on those with few."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from sensorium.config import MediaConfig
+from sensorium.errors import MediaTooLargeError, MediaUndecodableError, OverloadedError
+from sensorium.multimodal.audio import AudioOptions
+from sensorium.multimodal.decoders import ForkServerCommand, ProcessDecoders
+from sensorium.multimodal.image import ImageOptions
+from sensorium.multimodal.loaders import Prepared, Work
+from sensorium.multimodal.segments import SegmentFolder
+from sensorium.multimodal.video import VideoOptions
+from sensorium.processes import child_environment
+from tests.cores import environment
+from tests.multimodal.clips import make_clip, number_of
+from tests.multimodal.support import encoded, picture
+from tests.multimodal.test_audio import encoded as sound_file
+from tests.multimodal.test_audio import muxed, tone
+
+CORES = (2, 16, 64, 128)
+ROOM_GB = 0.25
+"""Far less than the stacks of a thread per core and frame would take."""
+
+
+@contextmanager
+def workers(num_cores: int, memory_gb: float, **how: bool) -> Iterator[ProcessDecoders]:
+    """One worker process for each modality on a machine with so many cores."""
+    media = MediaConfig(num_media_workers=1, media_worker_memory_gb=memory_gb)
+    folder = SegmentFolder()
+    command = ForkServerCommand(
+        (sys.executable, "-m", "tests.multimodal.every_media_worker", str(folder.path)),
+        child_environment(one_thread=True) | environment(num_cores, **how),
+        msgspec.msgpack.encode(media),
+    )
+    with contextlib.closing(ProcessDecoders(command, media, folder)) as made:
+        yield made
+
+
+@pytest.fixture(params=CORES, scope="module")
+def decoders(request: pytest.FixtureRequest) -> Iterator[ProcessDecoders]:
+    with workers(request.param, ROOM_GB) as made:
+        yield made
+
+
+def process_of(prepared: Prepared) -> psutil.Process:
+    return psutil.Process(prepared.features.meta["process"])
+
+
+async def test_clips_of_any_length_are_decoded_and_leave_no_thread(
+    decoders: ProcessDecoders,
+) -> None:
+    clip = make_clip("mp4", 64)
+    started: tuple[int, int] | None = None
+    for num_frames in (8, 32, 64, 64):
+        work = Work("video", clip, VideoOptions(num_frames=num_frames), {})
+        prepared = await decoders.prepare(work)
+        frames = prepared.features.arrays["decoded"]
+        assert [number_of(frame) for frame in frames] == [
+            i * 64 // num_frames for i in range(num_frames)
+        ]
+        process = process_of(prepared)
+        assert process.num_threads() == 1
+        started = started or (process.pid, process.num_fds())
+        assert (process.pid, process.num_fds()) == started
+
+
+@pytest.mark.parametrize("form", ["webm", "av1", "mjpeg", "gif", "hevc"])
+async def test_every_codec_is_decoded(decoders: ProcessDecoders, form: str) -> None:
+    prepared = await decoders.prepare(
+        Work("video", make_clip(form, 32), VideoOptions(num_frames=32), {})
+    )
+    assert prepared.features.arrays["decoded"].shape[0] == 32
+    assert process_of(prepared).num_threads() == 1
+
+
+SOUNDS: dict[str, Callable[[], bytes]] = {
+    "wav": lambda: sound_file(tone(), 16000, "WAV"),
+    "mp3": lambda: sound_file(tone(), 16000, "MP3"),
+    "m4a": lambda: muxed(tone(), 16000, "mp4", "aac"),
+    "webm": lambda: muxed(tone(rate=48000), 48000, "webm", "libopus"),
+}
+
+
+@pytest.mark.parametrize("form", SOUNDS)
+async def test_sounds_are_decoded_and_leave_no_thread(decoders: ProcessDecoders, form: str) -> None:
+    prepared = await decoders.prepare(Work("audio", SOUNDS[form](), AudioOptions(), {}))
+    assert abs(len(prepared.features.arrays["decoded"]) - 8000) < 2500
+    assert process_of(prepared).num_threads() == 1
+
+
+async def test_pictures_are_decoded_and_leave_no_thread(decoders: ProcessDecoders) -> None:
+    for form in ("PNG", "JPEG", "WEBP", "AVIF"):
+        data = encoded(picture(64, 48), form)
+        prepared = await decoders.prepare(Work("image", data, ImageOptions(), {}))
+        assert prepared.features.arrays["decoded"].shape == (48, 64, 3)
+        assert np.ptp(prepared.features.arrays["decoded"]) > 50
+        assert process_of(prepared).num_threads() == 1
+
+
+# --- what is said when there is no room ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm", "av1"])
+async def test_a_clip_without_room_for_its_frames_is_too_large_and_not_damaged(form: str) -> None:
+    clip = make_clip(form, 6, size=(2304, 4096))
+    with workers(16, 0.0625) as decoders:
+        with pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"):
+            await decoders.prepare(Work("video", clip, VideoOptions(num_frames=1), {}))
+        small = await decoders.prepare(Work("video", make_clip(form, 6), VideoOptions(), {}))
+        assert len(small.features.arrays["decoded"]) == 6
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF"])
+async def test_a_picture_without_room_is_too_large_and_not_damaged(form: str) -> None:
+    data = encoded(Image.new("RGB", (8192, 8192)), form)
+    with (
+        workers(16, 0.0625) as decoders,
+        pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"),
+    ):
+        await decoders.prepare(Work("image", data, ImageOptions(), {}))
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm", "av1"])
+async def test_a_machine_without_threads_is_not_a_damaged_clip(form: str) -> None:
+    with (
+        workers(16, ROOM_GB, threads=False) as decoders,
+        pytest.raises(OverloadedError, match="no threads"),
+    ):
+        await decoders.prepare(Work("video", make_clip(form, 6), VideoOptions(), {}))
+
+
+async def test_a_damaged_clip_is_damaged_on_any_machine(decoders: ProcessDecoders) -> None:
+    clip = make_clip("mp4", 32)
+    with pytest.raises(MediaUndecodableError, match="damaged or truncated"):
+        await decoders.prepare(Work("video", clip[:40] + bytes(len(clip) - 40), VideoOptions(), {}))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF"])
+async def test_pictures_need_no_threads(form: str) -> None:
+    with workers(128, ROOM_GB, threads=False) as decoders:
+        data = encoded(picture(640, 480), form)
+        prepared = await decoders.prepare(Work("image", data, ImageOptions(), {}))
+        assert prepared.features.arrays["decoded"].shape == (480, 640, 3)
+
+
+@pytest.mark.parametrize("form", SOUNDS)
+async def test_sounds_need_no_threads(form: str) -> None:
+    with workers(128, ROOM_GB, threads=False) as decoders:
+        prepared = await decoders.prepare(Work("audio", SOUNDS[form](), AudioOptions(), {}))
+        assert len(prepared.features.arrays["decoded"]) > 5000
