@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "sensorium"
 
 ROWS = {
+    "compat": 0,
     "config": 0,
     "params": 0,
     "outputs": 0,
@@ -31,6 +32,8 @@ ROWS = {
     "bench": 6,
 }
 SAME_ROW = {
+    ("compat", "errors"),
+    ("config", "compat"),
     ("cli", "llm"),
     ("cli", "server"),
     ("cli", "bench"),

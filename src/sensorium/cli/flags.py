@@ -16,9 +16,16 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, NoReturn
 
+from sensorium.cli.rewrite import rewritten
+from sensorium.compat.apply import adopt
+from sensorium.compat.engine_flags import ENGINE_RULES
+from sensorium.compat.rule import Rule
+from sensorium.compat.server_flags import SERVER_RULES
+from sensorium.compat.values import shared_value, whole_number
 from sensorium.config import (
     ENGINE_SECTIONS,
     LIMITED,
@@ -41,6 +48,8 @@ TITLES = {
     "older": "older spellings",
     "server": "server",
 }
+_FOREIGN = "vllm."
+"""Begins the names of vLLM's flags among parsed arguments."""
 _UNDERSCORED = re.compile(r"--[A-Za-z0-9_-]+(=.*)?", re.DOTALL)
 
 
@@ -48,26 +57,69 @@ class Parser(argparse.ArgumentParser):
     """An argument parser with one clear line for a mistake, and the nearest flag for an unknown
     one.
 
-    ``--max_model_len`` is read as ``--max-model-len``; flags are never abbreviated.
+    ``--max_model_len`` is read as ``--max-model-len``; flags are never abbreviated. ``foreign`` are vLLM's flags, which
+    are read as ``sensorium.compat`` says and are not shown in the help.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         keywords.setdefault("allow_abbrev", False)
         super().__init__(*args, **keywords)
+        self.foreign: dict[str, Rule] = {}
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse; there are no unknown arguments to give back, for one of them is a mistake."""
-        if args is not None:
-            args = [_dashed(arg) for arg in args]
+        args = sys.argv[1:] if args is None else args
+        args = self._rewritten(args) if self.foreign else [_dashed(arg) for arg in args]
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            flag = unknown[0].partition("=")[0]
-            if not flag.startswith("-"):
-                self.error(f"unexpected argument {flag!r}.")
-            self.error(f"unknown flag {flag}.{suggestion(flag, list(self._option_string_actions))}")
+            self._refuse(unknown[0].partition("=")[0])
+        self._adopt_foreign(parsed)
         return parsed, unknown
+
+    def _rewritten(self, args: Sequence[str]) -> list[str]:
+        """Return the arguments as argparse reads them, with vLLM's flags among those that are known."""
+        for rule in self.foreign.values():
+            if flag_of(rule.name) not in self._option_string_actions:
+                self.add_argument(flag_of(rule.name), **_foreign_action(rule))
+        has_model = any(action.dest == "model_argument" for action in self._actions)
+        try:
+            return rewritten(args, self._option_string_actions, has_model=has_model)
+        except ConfigError as error:
+            self.error(error.message)
+
+    def _adopt_foreign(self, parsed: argparse.Namespace) -> None:
+        """Put our options in place of vLLM's flags; ours win where both are given."""
+        given = {
+            name: getattr(parsed, _FOREIGN + name)
+            for name in self.foreign
+            if hasattr(parsed, _FOREIGN + name)
+        }
+        for name in given:
+            delattr(parsed, _FOREIGN + name)
+        try:
+            adopted = adopt(given, self.foreign, flag_of)
+        except ConfigError as error:
+            self.error(error.message)
+        for note in adopted.notes:
+            print_warning(note)
+        for name, value in adopted.options.items():
+            before = getattr(parsed, name, None)
+            if isinstance(before, dict) and isinstance(value, dict):
+                setattr(parsed, name, {**value, **before})
+            elif before is None:
+                setattr(parsed, name, value)
+
+    def _refuse(self, flag: str) -> NoReturn:
+        """End with the nearest flag there is."""
+        if not flag.startswith("-"):
+            self.error(f"unexpected argument {flag!r}.")
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        near = suggestion(flag, known) if flag.startswith("--") else ""
+        if f"-{flag}" in known:
+            near = f" Did you mean {f'-{flag}'!r}?"
+        self.error(f"unknown flag {flag}.{near}")
 
     def error(self, message: str) -> NoReturn:
         """Print one line and where to find help; end with status 2."""
@@ -82,11 +134,20 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] 
     """
     for section, cls in ENGINE_SECTIONS.items():
         add_flags(parser, cls, TITLES[section], without)
+    _add_foreign(parser, ENGINE_RULES)
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of the server's configuration."""
     add_flags(parser, ServerConfig, TITLES["server"])
+    _add_foreign(parser, SERVER_RULES)
+
+
+def _add_foreign(parser: argparse.ArgumentParser, rules: Mapping[str, Rule]) -> None:
+    """Let a parser of ours read vLLM's flags."""
+    if isinstance(parser, Parser):
+        parser.foreign |= rules
+        parser.epilog = "vLLM's other flags are read too: docs/from_vllm.md. --config FILE.yaml has flags as keys."
 
 
 def add_flags(
@@ -174,15 +235,40 @@ def _action(name: str, kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     origin = typing.get_origin(kind)
     if origin is Literal:
-        return {"choices": typing.get_args(kind)}
+        return {"choices": typing.get_args(kind), "type": _readable(partial(shared_value, name))}
     if origin is tuple:
         return {"nargs": "+", "action": ExtendWithJson, "metavar": "VALUE"}
     if origin is dict:
         reader = _limits if name == "limit_mm_per_prompt" else read_object
         return {"type": _readable(reader), "metavar": "JSON"}
-    if kind in (int, float):
-        return {"type": kind, "metavar": "N"}
-    return {"metavar": "TEXT"}
+    if kind is int:
+        return {"type": partial(_integer, name), "metavar": "N"}
+    if kind is float:
+        return {"type": float, "metavar": "N"}
+    return {"metavar": "TEXT", "type": _readable(partial(shared_value, name))}
+
+
+def _integer(name: str, text: str) -> int | None:
+    """Read a number such as 8192, 8k or 8K, or a word of vLLM's for the default. Raises ArgumentTypeError."""
+    try:
+        value = shared_value(name, text)
+        return None if value is None else whole_number(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
+
+
+def _foreign_action(rule: Rule) -> dict[str, Any]:
+    """What ``add_argument`` needs for a flag of vLLM's."""
+    common = {
+        "dest": _FOREIGN + rule.name,
+        "default": argparse.SUPPRESS,
+        "help": argparse.SUPPRESS,
+    }
+    if rule.takes == "switch":
+        return {**common, "action": argparse.BooleanOptionalAction}
+    if rule.takes == "texts":
+        return {**common, "nargs": "+"}
+    return {**common, "nargs": "?", "const": True} if rule.takes == "optional" else common
 
 
 def without_none(kind: Any) -> Any:

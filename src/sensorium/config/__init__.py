@@ -8,9 +8,14 @@ classes and refuses unknown ones with a suggestion.
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from sensorium.compat.apply import adopt
+from sensorium.compat.engine_flags import ENGINE_RULES
+from sensorium.compat.values import shared_value
 from sensorium.config.engine import (
     CacheConfig,
     ObservabilityConfig,
@@ -20,6 +25,7 @@ from sensorium.config.engine import (
 from sensorium.config.fields import GIB, MIB, suggestion
 from sensorium.config.media import LIMITED, MediaConfig, parse_limits
 from sensorium.config.model import ModelConfig, OlderConfig
+from sensorium.config.notices import warn_caller
 from sensorium.config.server import ServerConfig
 from sensorium.environment import media_environment
 from sensorium.errors import ConfigError
@@ -72,9 +78,11 @@ ENGINE_SECTIONS: dict[str, type] = {
 def engine_config(**keywords: Any) -> EngineConfig:
     """Build an ``EngineConfig`` of flat keywords, with the environment's values where a keyword is not given.
 
-    Raises ConfigError for an unknown keyword (with the nearest known one) and for values out of their range.
+    Keywords of vLLM's become ours, as ``docs/from_vllm.md`` says, with a warning for those that do nothing. None leaves
+    an option at its default. Raises ConfigError for an unknown keyword (with the nearest known one), for what cannot be
+    had and for values out of their range.
     """
-    keywords = {**media_environment(), **keywords}
+    keywords = {**media_environment(), **_in_our_words(keywords)}
     sections: dict[str, Any] = {}
     for section, cls in ENGINE_SECTIONS.items():
         names = {f.name for f in dataclasses.fields(cls)}
@@ -85,6 +93,31 @@ def engine_config(**keywords: Any) -> EngineConfig:
             f"Unknown keyword {name!r}.{suggestion(name, engine_option_names())}", param=name
         )
     return EngineConfig(**sections)
+
+
+def _in_our_words(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords without those of vLLM's, and what these mean here. Raises ConfigError."""
+    ours = set(engine_option_names())
+    foreign = {k: v for k, v in keywords.items() if k in ENGINE_RULES and k not in ours}
+    adopted = adopt(foreign, ENGINE_RULES)
+    for note in adopted.notes:
+        warn_caller(note, UserWarning)
+    given = dict(adopted.options)
+    for name in keywords.keys() - foreign.keys():
+        value = _plain_path(shared_value(name, keywords[name]))
+        if value is not None or name == "model" or name not in ours:
+            given[name] = _merged(value, given.get(name))
+    return given
+
+
+def _merged(value: Any, before: Any) -> Any:
+    """Return ``value``, over ``before`` where both are mappings."""
+    return {**before, **value} if isinstance(value, dict) and isinstance(before, dict) else value
+
+
+def _plain_path(value: Any) -> Any:
+    """Return the text of a path object, and anything else as it is."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def engine_option_names() -> list[str]:

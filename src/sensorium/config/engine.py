@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sensorium.config.fields import check_integer, check_number, check_types, option
+from sensorium.config.fields import bad, check_integer, check_number, check_types, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,14 @@ class ParallelConfig:
     data_parallel_size: int = option(1, "Replicas of the model; only 1 is available so far.")
 
     def __post_init__(self) -> None:
-        check_integer("tensor_parallel_size", self.tensor_parallel_size, 1, 1)
-        check_integer("data_parallel_size", self.data_parallel_size, 1, 1)
+        for name in ("tensor_parallel_size", "data_parallel_size"):
+            size = getattr(self, name)
+            check_integer(name, size, 1, 1 << 16)
+            if size > 1:
+                bad(
+                    name,
+                    f"is {size}, but one device runs a model so far: leave it at 1, and start one server per device",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

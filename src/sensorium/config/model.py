@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,8 +14,11 @@ from sensorium.config.fields import (
     check_types,
     option,
 )
+from sensorium.config.notices import warn_caller
 
-Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32", "half", "float"]
+"""half is float16 and float is float32."""
+_DTYPES = {"half": "float16", "float": "float32"}
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 Runner = Literal["auto", "generate", "pooling"]
 Convert = Literal["auto", "none", "embed"]
@@ -39,6 +41,16 @@ class ModelConfig:
     load_format: LoadFormat = option("auto", "dummy makes random weights in the right shapes.")
     hf_overrides: dict[str, Any] = option(
         dict, "Values that replace those of config.json.", factory=True
+    )
+    generation_config: str = option(
+        "auto",
+        "Where the model's defaults of sampling come from: auto is its own generation_config.json, vllm none, or a "
+        "folder with such a file.",
+    )
+    override_generation_config: dict[str, Any] = option(
+        dict,
+        'Defaults of sampling that win over that file, such as {"temperature": 0.5}.',
+        factory=True,
     )
     max_model_len: int | None = option(
         None, "Longest prompt and answer together, in tokens; the model's own when not given."
@@ -70,6 +82,7 @@ class ModelConfig:
         check_types(self)
         check_non_empty("model", self.model)
         check_choice("dtype", self.dtype, get_args(Dtype))
+        object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
         check_choice("load_format", self.load_format, get_args(LoadFormat))
         check_choice("runner", self.runner, get_args(Runner))
         check_choice("convert", self.convert, get_args(Convert))
@@ -87,11 +100,7 @@ class ModelConfig:
             bad("quantization", f"{self.quantization!r} is not available; leave it unset")
         if self.task is not None:
             check_choice("task", self.task, ("generate", "embed", "embedding"))
-            warnings.warn(
-                "task is the older spelling: use runner='generate' or runner='pooling'",
-                DeprecationWarning,
-                stacklevel=4,
-            )
+            warn_caller("task is the older spelling: use runner='generate' or runner='pooling'")
             meant = "generate" if self.task == "generate" else "pooling"
             if self.runner not in ("auto", meant):
                 bad("task", f"{self.task!r} does not go with runner={self.runner!r}")
@@ -100,8 +109,10 @@ class ModelConfig:
             if self.runner == "generate":
                 bad("convert", "'embed' makes vectors: it does not go with runner='generate'")
             object.__setattr__(self, "runner", "pooling")
-        if not isinstance(self.hf_overrides, dict):
-            bad("hf_overrides", f"must be a mapping, got {self.hf_overrides!r}")
+        check_non_empty("generation_config", self.generation_config)
+        for name in ("hf_overrides", "override_generation_config"):
+            if not isinstance(getattr(self, name), dict):
+                bad(name, f"must be a mapping, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +146,8 @@ class OlderConfig:
         if self.image_input_shape is not None:
             self.shape()
         for name in self.given():
-            warnings.warn(
-                f"{name} is an older spelling: the model's own configuration says it, leave it out",
-                DeprecationWarning,
-                stacklevel=4,
+            warn_caller(
+                f"{name} is an older spelling: the model's own configuration says it, leave it out"
             )
 
     def given(self) -> list[str]:

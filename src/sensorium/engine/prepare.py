@@ -13,6 +13,7 @@ from typing import Any
 
 from sensorium.config import GIB, EngineConfig
 from sensorium.core.request import EngineRequest, ItemSpan
+from sensorium.engine.defaults import generation_values, sampling_defaults
 from sensorium.engine.grammars import GrammarCompiler
 from sensorium.engine.lengths import is_long, refuse_endless, refuse_many
 from sensorium.engine.media import process_decoders
@@ -52,8 +53,6 @@ from sensorium.text.tokenizer import Tokenizer
 
 UNBOUNDED_BYTES = 1 << 50
 
-_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
 
 class Preparer:
     """Everything of a model besides its weights: tokenizer, chat template, processor, media pipeline.
@@ -75,6 +74,7 @@ class Preparer:
         self._loaded = loader.read_config(
             model.model, revision=model.revision, hf_overrides=model.hf_overrides
         )
+        self._generation = generation_values(self._loaded.generation, model)
         family = resolve(self._loaded.config)
         shape = family.shape(self._loaded)
         self._vocab_size, self._rope = shape.vocab_size, RopeChoice.of(shape)
@@ -121,15 +121,8 @@ class Preparer:
 
     @property
     def default_params(self) -> dict[str, Any]:
-        """Sampling values that generation_config.json sets; ``do_sample: false`` means greedy."""
-        generation = self._loaded.generation
-        found = {k: generation[k] for k in _SAMPLING_DEFAULTS if generation.get(k) is not None}
-        if generation.get("do_sample") is False:
-            found = {k: v for k, v in found.items() if k == "repetition_penalty"}
-            found["temperature"] = 0.0
-        if generation.get("max_new_tokens") is not None:
-            found["max_tokens"] = generation["max_new_tokens"]
-        return found
+        """Return the sampling values that hold where a request names none."""
+        return sampling_defaults(self._generation)
 
     @property
     def chat_template_available(self) -> bool:

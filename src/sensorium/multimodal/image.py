@@ -11,7 +11,6 @@ import importlib
 import io
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile, features
 
+from sensorium.config.notices import warn_caller
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
 from sensorium.multimodal import pixel_values
 from sensorium.multimodal.options import check_names
@@ -86,10 +86,8 @@ class _Legacy:
     content: Any
 
     def __post_init__(self) -> None:
-        warnings.warn(
-            f"{type(self).__name__} is the older spelling: use multi_modal_data={{'image': …}}",
-            DeprecationWarning,
-            stacklevel=3,
+        warn_caller(
+            f"{type(self).__name__} is the older spelling: use multi_modal_data={{'image': …}}"
         )
 
 

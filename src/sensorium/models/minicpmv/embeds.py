@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from sensorium.config.notices import warn_caller
 from sensorium.errors import InvalidEmbeddingsError
 from sensorium.models import precomputed
 from sensorium.multimodal.items import Features
@@ -26,10 +26,8 @@ def images(
     names = ("image_embeds", "image_sizes")
     values = dict(source) if isinstance(source, Mapping) else {}
     if "image_size_list" in values and "image_sizes" not in values:
-        warnings.warn(
-            "image_size_list is the older spelling: use {'image_embeds': …, 'image_sizes': …}",
-            DeprecationWarning,
-            stacklevel=2,
+        warn_caller(
+            "image_size_list is the older spelling: use {'image_embeds': …, 'image_sizes': …}"
         )
         values["image_sizes"] = values.pop("image_size_list")
     if set(values) != set(names):

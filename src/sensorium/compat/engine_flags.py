@@ -1,0 +1,250 @@
+"""vLLM's engine arguments (version 0.33, and those of 2024 and 2025 that are gone): flags, and keywords of ``LLM``.
+
+Names that vLLM and Sensorium share are fields of ``sensorium.config`` and are not listed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sensorium.compat.rule import Effect, Rule, nothing, one_of, refused, same
+
+_ONE_DEVICE = "one device runs a model"
+_NO_GRAPHS = "nothing is compiled or captured as a graph"
+_KERNELS = "the kernels follow from the hardware and the model"
+_NO_LORA = "LoRA adapters are not available; merge the adapter into the weights"
+_NO_SPECULATION = "speculative decoding is not available"
+_NO_TRANSFER = "KV and encoder caches stay in one process"
+_NO_PLUGINS = "code of others is not loaded into the engine"
+_LOADING = "weights are mapped from their files as they stand"
+_SCHEDULING = "one token budget is shared by all: --max-num-batched-tokens"
+_METRICS = "docs/metrics.md lists what is measured, always"
+_STATE_SPACE = "models with state-space or linear-attention layers are not served"
+_EXPERTS = "experts run on the one device, through the model's own code"
+_CACHED_MEDIA = "features of media lie in shared memory, bounded by --mm-processor-cache-gb"
+
+
+def _no_modalities(value: Any) -> dict[str, Any]:
+    return {"limit_mm_per_prompt": {"image": 0, "video": 0, "audio": 0}} if value else {}
+
+
+def _pools_alike(value: Any) -> bool:
+    """Pooling of the last token and vectors of length 1, as is done here."""
+    last = {"pooling_type", "seq_pooling_type"}
+    scaled = {"normalize", "use_activation"}
+    return isinstance(value, dict) and all(
+        (key in last and str(member).upper() == "LAST") or (key in scaled and member is True)
+        for key, member in value.items()
+    )
+
+
+SAME = [
+    same(
+        "device_memory_utilization",
+        "gpu_memory_utilization",
+        lambda value: {"gpu_memory_utilization": float(value)},
+        "part of a device's memory",
+    ),
+    same(
+        "num_gpu_blocks_override",
+        "num_kv_blocks",
+        lambda value: {"num_kv_blocks": int(value)},
+        "the number of KV blocks",
+    ),
+    same(
+        "disable_mm_preprocessor_cache",
+        "mm_processor_cache_gb 0",
+        lambda value: {"mm_processor_cache_gb": 0.0} if value else {},
+        "preprocessed media are not kept",
+        takes="switch",
+    ),
+    same(
+        "language_model_only",
+        "limit_mm_per_prompt 0 for each modality",
+        _no_modalities,
+        "no media, and no encoder is loaded",
+        takes="switch",
+    ),
+    same(
+        "max_num_queued_reqs",
+        "max_num_waiting",
+        lambda value: {"max_num_waiting": max(1, int(value))},
+        "past it, 503 with Retry-After; samples are counted, not requests",
+    ),
+    same(
+        "rope_scaling",
+        "hf_overrides",
+        lambda value: {"hf_overrides": {"rope_scaling": value}},
+        "replaces that of config.json",
+        takes="json",
+    ),
+    same(
+        "rope_theta",
+        "hf_overrides",
+        lambda value: {"hf_overrides": {"rope_theta": value}},
+        "replaces that of config.json",
+    ),
+]  # fmt: skip
+
+NOTHING = [
+    *nothing(
+        _NO_GRAPHS, compilation_config={}, optimization_level=2, performance_mode="balanced",
+        cudagraph_capture_sizes=[], cuda_graph_sizes=[], max_cudagraph_capture_size=None,
+        max_seq_len_to_capture=8192, use_cudagraph=True,
+    ),
+    *nothing(
+        _KERNELS, attention_backend=None, attention_config={}, kernel_config={}, ir_op_priority={},
+        enable_flashinfer_autotune=True, monokernel=False, linear_backend="auto",
+        sparse_indexer_topk_backend="auto", gdn_prefill_backend=None, kda_prefill_backend=None,
+        kda_decode_backend=None, disable_cascade_attn=False, use_fp64_gumbel=False,
+        mm_encoder_attn_backend=None, jit_monitor_mode="warn", jit_monitor_verbose=False,
+    ),
+    *nothing("there is no swapping: a preempted request is computed again", swap_space=4, preemption_mode=None),
+    *nothing(
+        _SCHEDULING, async_scheduling=False, num_scheduler_steps=1, multi_step_stream_outputs=True,
+        scheduler_delay_factor=0.0, max_num_partial_prefills=1, max_long_partial_prefills=1,
+        long_prefill_token_threshold=0, long_prefill_token_threshold_adaptive=False, num_lookahead_slots=0,
+        max_num_scheduled_tokens=None, max_num_active_seqs=None, scheduler_reserve_full_isl=True, watermark=0.0,
+        prefill_schedule_interval=1, disable_chunked_mm_input=False, disable_async_output_proc=False,
+    ),
+    *nothing("requests are ordered by priority, then by arrival", scheduling_policy="fcfs"),
+    *nothing(
+        _ONE_DEVICE, distributed_executor_backend=None, disable_custom_all_reduce=False, worker_use_ray=False,
+        ray_workers_use_nsight=False, engine_use_ray=False, mm_encoder_tp_mode="weights", numa_bind=False,
+        numa_bind_nodes=[], numa_bind_cpus=[], distributed_timeout_seconds=None, cpu_distributed_timeout_seconds=None,
+        master_addr="127.0.0.1", master_port=29501, data_parallel_backend="mp", data_parallel_address=None,
+        data_parallel_rpc_port=None, dcp_comm_backend=None, dcp_q_replicate=False, dcp_kv_cache_interleave_size=1,
+        cp_kv_cache_interleave_size=None, enable_shm_tensor_arena=False, disable_nccl_for_dp_synchronization=False,
+        dp_sync_interval=16, enable_batch_sharded_sampling=False, enable_hc_sp=False, enable_dbo=False, ubatch_size=0,
+        dbo_decode_token_threshold=32, dbo_prefill_token_threshold=512, enable_nccl_comm_suspend=False,
+        enable_cumem_allocator=False, fault_tolerance_config={}, watchdog_config={},
+    ),
+    *nothing(
+        _EXPERTS, enable_expert_parallel=False, enable_eplb=False, eplb_config={}, moe_backend="auto",
+        all2all_backend="allgather_reducescatter", expert_placement_strategy="linear", enable_ep_weight_filter=False,
+        num_redundant_experts=0, enable_elastic_ep=False, elastic_ep_max_dp_size=None,
+    ),
+    *nothing(
+        _LOADING, use_tqdm_on_load=True, pt_load_map_location="cpu", ignore_patterns=[], model_loader_extra_config={},
+        safetensors_load_strategy=None, safetensors_prefetch_num_threads=None, safetensors_prefetch_block_size=None,
+        max_parallel_loading_workers=None,
+    ),
+    *nothing("no code of a checkpoint is executed", code_revision=None),
+    *nothing(
+        _CACHED_MEDIA, mm_processor_cache_type="lru", mm_shm_cache_max_object_size_mb=128, mm_tensor_ipc="direct_rpc",
+        mm_ipc_gpu_memory_gb=0, mm_hasher_algorithm="blake3", mm_processor_device="auto", mm_device_do_normalize=False,
+        renderer_num_workers=1, mm_encoder_attn_dtype=None, mm_encoder_fp8_scale_path=None,
+        mm_encoder_fp8_scale_save_path=None, mm_encoder_fp8_scale_save_margin=1.5,
+    ),
+    *nothing("memory for media is computed from the configuration", skip_mm_profiling=False),
+    *nothing(
+        "one library compiles all constraints; JSON is compact and objects are closed",
+        guided_decoding_backend="auto", structured_outputs_config={}, guided_decoding_disable_fallback=False,
+        guided_decoding_disable_any_whitespace=False, guided_decoding_disable_additional_properties=False,
+    ),
+    *nothing(
+        "a model's reasoning stays in the content, as the model writes it",
+        reasoning_parser="", reasoning_parser_plugin="", reasoning_config={}, enable_reasoning=False,
+    ),
+    *nothing(
+        _METRICS, show_hidden_metrics_for_version=None, kv_cache_metrics=False, kv_cache_metrics_sample=0.01,
+        cudagraph_metrics=False, enable_mfu_metrics=False, enable_mm_processor_stats=False,
+        enable_logging_iteration_details=False, enable_layerwise_nvtx_tracing=False, aggregate_engine_logging=False,
+        per_request_spec_decode_metrics="none", profiler_config={},
+    ),
+    *nothing(
+        _STATE_SPACE, mamba_cache_dtype="auto", mamba_ssm_cache_dtype="auto", mamba_block_size=None, mamba_config={},
+        mamba_backend="triton", mamba_ssu_algorithm=None, mamba_cache_mode=None, mamba_cache_philox_rounds=None,
+        enable_mamba_cache_stochastic_rounding=False, enable_mamba_shared_prefix_checkpoint=False,
+        replayssm_buffer_len=16, use_replayssm=False,
+    ),
+    *nothing(
+        "blocks are found by SHA-256 and freed by least recent use", prefix_caching_hash_algo="sha256",
+        prefix_cache_retention_interval=0, prefix_match_unit=None, use_v2_block_manager=True,
+        disable_hybrid_kv_cache_manager=False, kv_sharing_fast_prefill=False, swa_bounded_replay=True,
+    ),
+    *nothing(
+        "the library decides by itself", tokenizer_pool_size=0, tokenizer_pool_type="ray",
+        tokenizer_pool_extra_config={}, intial_incremental_detokenization_offset=5, fail_on_environ_validation=False,
+    ),
+    *nothing("the KV cache has the type of the weights", calculate_kv_scales=False, kv_cache_dtype_skip_layers=[]),
+    *nothing("chunks are sent as tokens come", stream_interval=1),
+    *nothing("no content of requests is logged", disable_log_requests=False, enable_log_requests=False),
+]  # fmt: skip
+
+REFUSED = [
+    *refused(
+        f"{_ONE_DEVICE} so far; start one server per device and balance between them",
+        pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, nnodes=1,
+        node_rank=0, data_parallel_rank=None, data_parallel_start_rank=None, data_parallel_size_local=None,
+        data_parallel_hybrid_lb=False, data_parallel_external_lb=False, data_parallel_multi_port_external_lb=False,
+        enable_fault_tolerance=False,
+    ),
+    *refused("choose the device with --device, or with CUDA_VISIBLE_DEVICES", device_ids=None),
+    *refused("the KV cache has the type of the weights so far; leave it at auto", kv_cache_dtype="auto"),
+    *refused(
+        "all weights and the KV cache must fit the device's memory", cpu_offload_gb=0, cpu_offload_params=[],
+        offload_backend="auto", offload_group_size=0, offload_num_in_group=1, offload_prefetch_step=1,
+        offload_params=[], kv_offloading_size=None, kv_offloading_backend="native",
+    ),
+    *refused(
+        _NO_LORA, enable_lora=False, enable_lora_bias=False, max_loras=1, max_lora_rank=16, max_cpu_loras=None,
+        fully_sharded_loras=False, lora_extra_vocab_size=256, long_lora_scaling_factors=None, lora_dtype="auto",
+        lora_target_modules=[], default_mm_loras=None, enable_tower_connector_lora=False, specialize_active_lora=False,
+        enable_mixed_moe_lora_format=False, enable_moe_shared_loras=False, max_lora_cls_labels=None,
+        enable_prompt_adapter=False, max_prompt_adapters=1, max_prompt_adapter_token=0,
+        qlora_adapter_name_or_path=None,
+    ),
+    *refused(
+        _NO_SPECULATION, speculative_config=None, spec_method=None, spec_model=None, spec_tokens=None,
+        speculative_model=None, num_speculative_tokens=None, speculative_draft_tensor_parallel_size=None,
+        speculative_max_model_len=None, speculative_disable_by_batch_size=None, speculative_model_quantization=None,
+        ngram_prompt_lookup_max=None, ngram_prompt_lookup_min=None, speculative_disable_mqa_scorer=False,
+        spec_decoding_acceptance_method="rejection_sampler", disable_logprobs_during_spec_decoding=False,
+    ),
+    *refused(
+        _NO_TRANSFER, kv_transfer_config=None, kv_events_config=None, ec_transfer_config=None, ec_manager_config={},
+        weight_transfer_config=None, mm_encoder_only=False,
+    ),
+    *refused(
+        _NO_PLUGINS, worker_cls="auto", worker_extension_cls="", scheduler_cls=None, logits_processors=[],
+        logits_processor_pattern=None, io_processor_plugin=None, model_class_overrides={}, additional_config={},
+        override_neuron_config={},
+    ),
+    *refused(
+        "tokenizers of the tokenizers library are read (tokenizer.json)", harmless=one_of("hf", "fast"),
+        tokenizer_mode="auto",
+    ),
+    *refused("the tokenizer comes from the model's revision; give a folder with --tokenizer", tokenizer_revision=None),
+    Rule("hf_token", Effect.REFUSED, "set HF_TOKEN in the environment; others see the flags of a process",
+         takes="optional", harmless=one_of(True, False)),
+    *refused("requests need the tokenizer; prompts may be token ids all the same", skip_tokenizer_init=False),
+    *refused("checkpoints of transformers' layout are read (config.json)", harmless=one_of("hf"), config_format="auto"),
+    *refused("change values of config.json with --hf-overrides", hf_config_path=None),
+    *refused("set HF_HUB_CACHE in the environment to the folder for downloads", download_dir=None),
+    *refused("the family that knows the architecture runs it; others go through transformers",
+             harmless=one_of("vllm"), model_impl="auto"),
+    *refused("a model's window is kept; a lower --max-model-len stays within it", disable_sliding_window=False),
+    *refused("up to 20 alternatives are reported", max_logprobs=20,
+             harmless=lambda value: isinstance(value, int) and 0 <= value <= 20),
+    *refused("log-probabilities are those of the model, before penalties and temperature",
+             logprobs_mode="raw_logprobs"),
+    *refused("embeddings of media are taken (--enable-mm-embeds), those of text are not", enable_prompt_embeds=False),
+    *refused("vectors are those of the last token; Matryoshka by --hf-overrides '{\"is_matryoshka\": true}'",
+             harmless=_pools_alike, pooler_config={}, override_pooler_config={}),
+    *refused("stop the server to free its memory", enable_sleep_mode=False, sleep_mode_backend="cumem",
+             sleep_mode_offload_cudagraph=False, sleep_preserve_parameter_names=[]),
+    *refused("all frames that are sampled reach the model; sample fewer with --media-io-kwargs",
+             harmless=one_of(0, 0.0), video_pruning_rate=None, video_pruning_method="evs"),
+    *refused("traces are not sent; docs/metrics.md has the seconds of each stage", otlp_traces_endpoint=None,
+             collect_detailed_traces=[]),
+    *refused("the bounds of histograms are fixed", custom_histogram_buckets=None),
+    *refused("quantized checkpoints are not available so far", quantization_config=None,
+             allow_deprecated_quantization=False),
+    *refused("there is no such output", enable_return_routed_experts=False, return_sampling_mask=False,
+             enable_trace_replay=False, aux_output_config={}, watermark_config=None, diffusion_config=None,
+             engram_config=None),
+    *refused("bound the queue with --max-num-waiting, which counts samples", max_num_queued_tokens=None),
+]  # fmt: skip
+
+ENGINE_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *NOTHING, *REFUSED)}

@@ -1,0 +1,77 @@
+"""The sampling values of requests that name none: the model's, or those that the operator chose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sensorium.config import ModelConfig, suggestion
+from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.params import SamplingParams
+
+SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields of generation_config.json that are sampling parameters under the same name."""
+_FILE = "generation_config.json"
+_OVERRIDABLE = (*SAMPLED, "max_new_tokens", "do_sample")
+
+
+def generation_values(own: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
+    """Return what counts as generation_config.json: the model's ``own``, none, or a folder's, and what overrides it.
+
+    Raises ConfigError for a file that cannot be read and for values that cannot be.
+    """
+    if model.generation_config == "auto":
+        values = dict(own)
+    elif model.generation_config == "vllm":
+        values = {}
+    else:
+        values = _of_folder(model.generation_config)
+    over = model.override_generation_config
+    _check(over)
+    if over.get("temperature") is not None:
+        values.pop("do_sample", None)
+    return {**values, **over}
+
+
+def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling parameters that generation_config.json sets; ``do_sample: false`` means greedy."""
+    found = {k: generation[k] for k in SAMPLED if generation.get(k) is not None}
+    if generation.get("do_sample") is False:
+        found = {k: v for k, v in found.items() if k == "repetition_penalty"}
+        found["temperature"] = 0.0
+    if generation.get("max_new_tokens") is not None:
+        found["max_tokens"] = generation["max_new_tokens"]
+    return found
+
+
+def _of_folder(name: str) -> dict[str, Any]:
+    path = Path(name).expanduser() / _FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"generation_config must be auto, vllm or a folder with {_FILE}; {name!r} cannot be read: "
+            f"{type(error).__name__}.",
+            param="generation_config",
+        ) from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{_FILE} in {name!r} is no JSON object.", param="generation_config")
+    return values
+
+
+def _check(over: Mapping[str, Any]) -> None:
+    for name in over:
+        if name not in _OVERRIDABLE:
+            raise ConfigError(
+                f"override_generation_config has an unknown field {name!r}; known are "
+                f"{', '.join(_OVERRIDABLE)}.{suggestion(name, list(_OVERRIDABLE))}",
+                param="override_generation_config",
+            )
+    try:
+        SamplingParams(**sampling_defaults(over))
+    except InvalidRequestError as error:
+        raise ConfigError(
+            f"override_generation_config: {error.message}", param="override_generation_config"
+        ) from error
