@@ -16,6 +16,7 @@ from sensorium.models.interface import LoadedConfig
 from sensorium.models.registry import resolve
 from tests.checkpoints.common import write_json
 from tests.checkpoints.hf import make_hf_text
+from tests.models.harness import Harness
 from tests.models.test_parity import TEXT_PROMPTS, assert_parity
 
 RUNNING = ("cohere", "gemma2", "gpt2", "gpt_oss", "granite", "olmo2", "stablelm")
@@ -158,3 +159,14 @@ def test_calls_that_are_not_a_decoders(tmp_path: Path) -> None:
             attention.attend(layer, q, k[:, :, :2], k[:, :, :2], None)
         with pytest.raises(attention.UnfitError, match="its number"):
             attention.attend(torch.nn.Identity(), q, k, k, None)
+
+
+def test_a_running_model_does_not_look_at_its_files(tmp_path: Path) -> None:
+    folder = make_hf_text("gemma2", tmp_path)
+    harness = Harness(loader.load(str(folder), device="cpu"))
+    ids = list(range(30, 50))
+    expected = harness.prefill(harness.add(ids))
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert torch.equal(harness.prefill(harness.add(ids)), expected)

@@ -343,6 +343,13 @@ def bad(name: str, reason: str) -> NoReturn:
     raise ConfigError(f"config.json: {name} {reason}.", param="model")
 
 
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Return whether the output head is said to be the embedding: of the whole or of its text part, either one."""
+    text = config.get("text_config")
+    nested = isinstance(text, Mapping) and bool(text.get("tie_word_embeddings"))
+    return bool(config.get("tie_word_embeddings")) or nested
+
+
 def declared_dtype(config: Mapping[str, Any]) -> str | None:
     """``dtype`` (newer) or ``torch_dtype`` (older), of the whole or of its text part, without a ``torch.`` prefix."""
     text = config.get("text_config")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.models.configs import says_tied
 from sensorium.models.interface import Family, LoadedConfig
+from sensorium.models.weight_files import weight_names
 from sensorium.params import PoolingParams
 
 MODULES = "modules.json"
@@ -84,14 +86,16 @@ class Embedder:
 def embedder_of(loaded: LoadedConfig, family: Family, runner: str) -> Embedder | None:
     """How the model makes vectors, or None when it generates text.
 
-    ``runner`` ``auto`` is ``pooling`` for a folder of the sentence-transformers layout and for an architecture without
-    a language-model head. Raises ConfigError for steps that are not available here.
+    ``runner`` ``auto`` is ``pooling`` for a folder of the sentence-transformers layout, for an architecture without a
+    language-model head, and for a checkpoint of another that stores none and does not tie it. Raises ConfigError for
+    steps that are not available here.
     """
     folder = Path(loaded.folder)
     listed = (folder / MODULES).is_file()
-    architectures = loaded.config.get("architectures") or []
-    headless = any(name in architectures for name in family.embedders)
-    if runner == "generate" or (runner == "auto" and not (listed or headless)):
+    if runner == "generate" or (
+        runner == "auto"
+        and not (listed or _names_no_head(loaded, family) or _stores_no_head(loaded, family))
+    ):
         return None
     if loaded.config.get("is_causal") is False:
         raise ConfigError(
@@ -106,6 +110,20 @@ def embedder_of(loaded: LoadedConfig, family: Family, runner: str) -> Embedder |
         matryoshka=bool(sizes) or loaded.config.get("is_matryoshka") is True,
         sizes=sizes,
     )
+
+
+def _names_no_head(loaded: LoadedConfig, family: Family) -> bool:
+    architectures = loaded.config.get("architectures") or []
+    return any(name in architectures for name in family.embedders)
+
+
+def _stores_no_head(loaded: LoadedConfig, family: Family) -> bool:
+    """Whether the files of a native family lack a head that their configuration does not tie to the embedding, as
+    those of Qwen3-VL-Embedding do; False where their names are not known yet."""
+    if not family.embedders or says_tied(loaded.config):
+        return False
+    names = weight_names(Path(loaded.folder))
+    return names is not None and not any(name.endswith("lm_head.weight") for name in names)
 
 
 def _sizes(config: dict[str, Any]) -> tuple[int, ...]:

@@ -179,6 +179,8 @@ class Family:
     """What attends to itself both ways: each run of an item's embeddings, or the whole of a prompt that has items."""
     embedders: tuple[str, ...] = ()
     """Further values of ``architectures``, of checkpoints without a language-model head: they make vectors."""
+    model_types: tuple[str, ...] = ()
+    """Values of ``model_type`` in config.json, for checkpoints that name no architecture."""
 
     def chat_template(self) -> str | None:
         """The fallback chat template, for checkpoints of this family that publish none."""

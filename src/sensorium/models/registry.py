@@ -38,13 +38,18 @@ _BY_ARCHITECTURE = {
 }
 
 
+_BY_MODEL_TYPE = {name: family for family in FAMILIES for name in family.model_types}
+
+
 def resolve(config: Mapping[str, Any]) -> Family:
     """The family of the first of the configuration's ``architectures`` that is known; transformers' own where none is.
 
-    Raises UnsupportedModelError that lists the nearest names, or says why transformers' model cannot run here.
+    Without any, ``model_type`` says it. Raises UnsupportedModelError that lists the nearest names, or says why
+    transformers' model cannot run here.
     """
-    architectures = config.get("architectures") or []
-    names = [architectures] if isinstance(architectures, str) else [str(a) for a in architectures]
+    names = _architectures(config)
+    if not names:
+        return _by_model_type(config.get("model_type"))
     for name in names:
         if name in _BY_ARCHITECTURE:
             return _BY_ARCHITECTURE[name]
@@ -52,13 +57,31 @@ def resolve(config: Mapping[str, Any]) -> Family:
     other = hf.find(names)
     if other is not None:
         return other
-    if not names:
-        raise UnsupportedModelError(
-            f"config.json names no architectures. Known are {', '.join(known)}.", param="model"
-        )
     near = difflib.get_close_matches(names[0], [*known, *hf.names()], n=3, cutoff=0.4) or known
     raise UnsupportedModelError(
         f"Architecture {names[0]!r} is not supported. The nearest are {', '.join(near)}; "
         "`sensorium models` lists all.",
+        param="model",
+    )
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
+    value = config.get("architectures")
+    values = value if isinstance(value, list) else [value]
+    return [name for name in values if isinstance(name, str) and name]
+
+
+def _by_model_type(model_type: object) -> Family:
+    """The family of a checkpoint that names no architectures, as some that are saved by hand."""
+    if isinstance(model_type, str):
+        if model_type in _BY_MODEL_TYPE:
+            return _BY_MODEL_TYPE[model_type]
+        other = hf.find_by_model_type(model_type)
+        if other is not None:
+            return other
+    known = ", ".join(sorted(_BY_MODEL_TYPE))
+    raise UnsupportedModelError(
+        f"config.json names no architectures, and its model_type {model_type!r:.80} is none that runs here. Known are "
+        f"{known}, and those of models of transformers that generate text.",
         param="model",
     )

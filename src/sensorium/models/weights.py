@@ -311,6 +311,12 @@ def _open(path: Path) -> Any:
         ) from error
 
 
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file by their names there, mapped and not read yet; ConfigError for a damaged file."""
+    file = _open(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
 def _placed(tensor: torch.Tensor, model: LoadableModel) -> torch.Tensor:
     return tensor.to(device=model.device, dtype=model.dtype)
 

@@ -90,6 +90,14 @@ def find(names: Sequence[str]) -> Family | None:
     return None
 
 
+def find_by_model_type(model_type: str) -> Family | None:
+    """The family of transformers' model of this type that makes text; None when there is none."""
+    for name, kind in known_architectures().items():
+        if kind == model_type:
+            return _family(name, kind)
+    return None
+
+
 def _family(architecture: str, model_type: str) -> Family:
     return Family(
         name=f"{architecture} of transformers",

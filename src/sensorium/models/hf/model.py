@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from sensorium.models.hf.config import read_hf_config, refuse, text_shape
 from sensorium.models.hf.foreign import said
 from sensorium.models.hf.processing import HfProcessor
 from sensorium.models.interface import BuildOptions, LoadedConfig
-from sensorium.models.weights import Part, Slot
+from sensorium.models.weight_files import weight_files
+from sensorium.models.weights import Part, Slot, owned, read_safetensors
 from sensorium.multimodal.items import Features, Modality
 from sensorium.multimodal.processor import PlacedItem
 
@@ -240,8 +242,10 @@ def build(
         inner = kind._from_config(config, dtype=options.dtype)
     else:
         inner = _load(kind, loaded, config, options)
-    inner.eval().requires_grad_(False)
-    model = HfModel(inner.to(options.device), config, loaded, options, processor)
+    inner.eval().requires_grad_(False).to(options.device)
+    for parameter in inner.parameters():
+        parameter.data = owned(parameter.data)
+    model = HfModel(inner, config, loaded, options, processor)
     try:
         with torch.inference_mode():
             model.adopt()
@@ -267,14 +271,18 @@ def use(decoder: torch.nn.Module, implementation: str) -> None:
 
 
 def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -> Any:
-    """The model with the checkpoint's weights. Raises ConfigError when they do not fit."""
+    """The model with the checkpoint's weights. Raises ConfigError when they do not fit.
+
+    The library is given the weights and no folder: there it would look for adapters, too, and add them to a model that
+    they have been merged into.
+    """
+    weights = {
+        name: tensor
+        for file in weight_files(Path(loaded.folder))
+        for name, tensor in read_safetensors(file).items()
+    }
     inner, info = kind.from_pretrained(
-        loaded.folder,
-        config=config,
-        dtype=options.dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        output_loading_info=True,
+        None, config=config, state_dict=weights, dtype=options.dtype, output_loading_info=True
     )
     problems = [
         f"{len(info[kind])} {what} ({', '.join(map(str, sorted(info[kind], key=str)[:6]))})"

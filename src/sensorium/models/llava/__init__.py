@@ -14,6 +14,8 @@ FAMILIES = (
         name="LLaVA-1.5",
         checkpoint="llava-hf/llava-1.5-7b-hf",
         architectures=("LlavaForConditionalGeneration",),
+        embedders=("LlavaModel",),
+        model_types=("llava",),
         modalities=("image",),
         renames=(
             (r"^language_model\.lm_head\.", "lm_head."),

@@ -15,6 +15,7 @@ from sensorium.models.configs import (
     feature_layers,
     read_clip_config,
     read_text_config,
+    says_tied,
     section,
 )
 from sensorium.models.interface import TextShape
@@ -47,8 +48,7 @@ class LlavaConfig:
 def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
     text = section(config, "text_config")
-    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    decoder = read_text_config({"model_type": "llama", **text}, tied=tied)
+    decoder = read_text_config({"model_type": "llama", **text}, tied=says_tied(config))
     vision = read_clip_config(section(config, "vision_config"), CLIP_LARGE_336)
     name = "image_token_id" if "image_token_id" in config else "image_token_index"
     image_token_id = count(config, name, 32000)

@@ -14,6 +14,8 @@ FAMILIES = (
         name="LLaVA-OneVision",
         checkpoint="llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
         architectures=("LlavaOnevisionForConditionalGeneration",),
+        embedders=("LlavaOnevisionModel",),
+        model_types=("llava_onevision",),
         modalities=("image", "video"),
         renames=(
             (r"^language_model\.lm_head\.", "lm_head."),

@@ -15,6 +15,7 @@ from sensorium.models.configs import (
     feature_layers,
     read_siglip_config,
     read_text_config,
+    says_tied,
     section,
 )
 from sensorium.models.interface import TextShape
@@ -58,8 +59,7 @@ def read_llava_onevision_config(config: Mapping[str, Any]) -> LlavaOnevisionConf
     The head is tied when either the whole or its decoder says so: published files say it of the decoder alone.
     """
     text = section(config, "text_config")
-    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    decoder = read_text_config({"model_type": "qwen2", **text}, tied=tied)
+    decoder = read_text_config({"model_type": "qwen2", **text}, tied=says_tied(config))
     whole = {"vision_config": _SIGLIP_DEFAULTS, **config}
     vision = read_siglip_config(section(whole, "vision_config"))
     strategy = config.get("vision_feature_select_strategy", "full")

@@ -15,6 +15,7 @@ FAMILIES = (
         name="MiniCPM-V 2.6",
         checkpoint="openbmb/MiniCPM-V-2_6",
         architectures=("MiniCPMV",),
+        model_types=("minicpmv",),
         modalities=("image", "video"),
         renames=(
             (r"^llm\.lm_head\.", "lm_head."),

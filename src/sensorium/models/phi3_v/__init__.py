@@ -14,6 +14,8 @@ FAMILIES = (
         name="Phi-3.5-Vision",
         checkpoint="microsoft/Phi-3.5-vision-instruct",
         architectures=("Phi3VForCausalLM",),
+        embedders=("Phi3VModel",),
+        model_types=("phi3_v",),
         modalities=("image",),
         renames=(
             # A second name of the decoder's table, which some files hold, some not.

@@ -10,6 +10,7 @@ FAMILIES = (
         "Qwen2.5-VL",
         "Qwen/Qwen2.5-VL-3B-Instruct",
         "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_vl",
         read_qwen2_5_vl_config,
         "sensorium.models.qwen2_5_vl.model:Qwen2_5VLModel",
     ),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sensorium.models.configs import TextConfig, bad, count, read_text_config, section
+from sensorium.models.configs import TextConfig, bad, count, read_text_config, says_tied, section
 from sensorium.models.interface import TextShape
 
 _VISION_DEFAULTS = {
@@ -74,8 +74,9 @@ def read_vl_config(
     """As ``read_qwen2_vl_config``, for families that differ in their ``vision_config`` and the kind of decoder."""
     nested = config.get("text_config")
     text = config if nested is None else section(config, "text_config")
-    tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    decoder = read_text_config({**_with_section(text), "model_type": model_type}, tied=tied)
+    decoder = read_text_config(
+        {**_with_section(text), "model_type": model_type}, tied=says_tied(config)
+    )
     vision = read_vision(section(config, "vision_config"))
     if vision.num_outputs != decoder.hidden_size:
         bad(

@@ -11,6 +11,7 @@ FAMILIES = (
         "Qwen3-VL",
         "Qwen/Qwen3-VL-2B-Instruct",
         "Qwen3VLForConditionalGeneration",
+        "qwen3_vl",
         read_qwen3_vl_config,
         "sensorium.models.qwen3_vl.model:Qwen3VLModel",
         build,

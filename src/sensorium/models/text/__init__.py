@@ -40,6 +40,7 @@ def _family(name: str, checkpoint: str, kind: str, stop_tokens: tuple[str, ...] 
         renames=_RENAMES,
         stop_tokens=stop_tokens,
         embedders=(f"{kind}Model",),
+        model_types=(kind.lower(),),
     )
 
 

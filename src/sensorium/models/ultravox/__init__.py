@@ -16,6 +16,7 @@ FAMILIES = (
         name="Ultravox",
         checkpoint="fixie-ai/ultravox-v0_5-llama-3_2-1b",
         architectures=("UltravoxModel",),
+        model_types=("ultravox",),
         modalities=("audio",),
         renames=(
             (r"^language_model\.lm_head\.", "lm_head."),
