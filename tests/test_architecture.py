@@ -17,6 +17,7 @@ ROWS = {
     "errors": 0,
     "environment": 0,
     "processes": 0,
+    "forks": 0,
     "kernels": 1,
     "core": 1,
     "multimodal": 1,
@@ -43,6 +44,7 @@ SAME_ROW = {
     ("config", "errors"),
     ("config", "environment"),
     ("environment", "errors"),
+    ("forks", "errors"),
 }
 MODULES_ALLOWED = {
     # Of core, the runner sees the plans and the messages in them, never the scheduler.

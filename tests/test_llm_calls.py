@@ -173,7 +173,8 @@ def test_only_so_many_prompts_are_held_at_a_time(llm: LLM, monkeypatch: pytest.M
     complete = llm._preparer.complete
 
     async def counted(draft: Draft) -> PreparedPrompt:
-        held.append(len(llm._streams))
+        assert llm._run is not None
+        held.append(len(llm._run._streams))
         return await complete(draft)
 
     monkeypatch.setattr(llm._preparer, "complete", counted)

@@ -112,7 +112,8 @@ def test_a_sequence_that_fails_in_the_engine_harms_no_other(
         nonlocal num_steps
         result = execute(plan)
         num_steps += 1
-        third = [i for i, (index, _) in llm._streams.items() if index == 2]
+        assert llm._run is not None
+        third = [i for i, (index, _) in llm._run._streams.items() if index == 2]
         if num_steps == 3 and third:
             seq_id = llm._engine._scheduler._seq_ids[third[0]]
             result.samples.pop(seq_id, None)

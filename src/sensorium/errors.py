@@ -19,7 +19,8 @@
     │   ├── AuthenticationError           401 invalid_api_key
     │   └── ModelNotFoundError            404 model_not_found
     ├── ConfigError                       a wrong flag, keyword or file at start
-    │   └── UnsupportedModelError         nothing here can load that architecture
+    │   ├── UnsupportedModelError         nothing here can load that architecture
+    │   └── ForkedProcessError            a model, or an LLM, used in a forked process
     └── UnavailableError                  not now: 503
         ├── OverloadedError               503 overloaded
         └── EngineDeadError               503 engine_unavailable
@@ -202,6 +203,12 @@ class UnsupportedModelError(ConfigError):
     """No module here can load the architecture that the configuration names."""
 
     code = "unsupported_model"
+
+
+class ForkedProcessError(ConfigError):
+    """This process was forked from one in which a model has run, or that made the object: it lacks the threads."""
+
+    code = "forked_process"
 
 
 class UnavailableError(SensoriumError):

@@ -5,32 +5,34 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any, Literal, cast, overload
 
-import numpy as np
-import torch
-
+from sensorium import forks
 from sensorium.config import EngineConfig, engine_config
-from sensorium.engine.background import BackgroundLoop
+from sensorium.engine.background import BackgroundLoop, release
 from sensorium.engine.batch import (
     Batch,
-    Job,
     Result,
     apart,
+    as_embedding,
+    as_tensor,
     at_prompt,
     batched,
+    conversations,
     distinct,
-    fields_with,
+    each_with,
+    is_read_late,
     listed,
+    unchanged,
 )
 from sensorium.engine.executor import build_engine
-from sensorium.engine.pooling import PoolingStream, pooling_request, resolved
+from sensorium.engine.offline.run import BatchRun, Output
+from sensorium.engine.pooling import resolved
 from sensorium.engine.prepare import Preparer
-from sensorium.engine.prepared import Draft, PreparedPrompt
+from sensorium.engine.prepared import Draft
 from sensorium.engine.progress import Progress
 from sensorium.engine.prompts import (
     ChatPrompt,
@@ -40,10 +42,8 @@ from sensorium.engine.prompts import (
     parse_prompt,
 )
 from sensorium.engine.stats import EngineStats
-from sensorium.engine.stream import RequestStream
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.outputs import (
-    EmbeddingOutput,
     EmbeddingRequestOutput,
     PoolingOutput,
     PoolingRequestOutput,
@@ -53,27 +53,26 @@ from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.chat import parse_messages
 from sensorium.text.tokenizer import Tokenizer
 
-Params = SamplingParams | Sequence[SamplingParams] | None
-Pooling = PoolingParams | Sequence[PoolingParams] | None
-Vector = PoolingRequestOutput[np.ndarray]
-Output = RequestOutput | Vector
+Params = SamplingParams | Iterable[SamplingParams] | None
+Pooling = PoolingParams | Iterable[PoolingParams] | None
 
 COMPILED_AT_ONCE = 64
 """Constraints that are given to the helper at a time, which lets none wait for long."""
-
-AHEAD = 2
-"""How many sequences are held at a time, media and all, running or on their way, as a multiple of those of a step."""
 
 
 class LLM:
     """A model that is run in this process. One call at a time: another one in the middle of it is refused.
 
     Keywords are the fields of ``sensorium.config``; an unknown one raises ConfigError with the nearest name. Use it as
-    a context manager, or call ``close()``, to free its memory early.
+    a context manager, or call ``close()``, to free its memory early; one that nobody holds any more frees threads,
+    processes and descriptors by itself. Not in a forked process (ForkedProcessError): make it in the process that
+    uses it, and start that by "spawn" once a model has run here.
     """
 
     def __init__(self, model: str, **keywords: Any) -> None:
         self.config: EngineConfig = engine_config(model=model, **keywords)
+        forks.begin_computing()
+        self._made_in = forks.generation()
         self._preparer = Preparer(self.config, trust_request_chat_template=True)
         try:
             self._engine = build_engine(self.config)
@@ -82,11 +81,13 @@ class LLM:
             raise
         self._preparer.set_facts(self._engine.facts)
         self._loop = BackgroundLoop()
+        self._release = weakref.finalize(
+            self, release, self._made_in, self._loop.close, self._preparer.close
+        )
         self._in_use = threading.Lock()
         self._closed = False
-        self._dirty = False
+        self._run: BatchRun | None = None
         self._request_numbers = itertools.count()
-        self._streams: dict[str, tuple[int, RequestStream | PoolingStream]] = {}
 
     def __enter__(self) -> LLM:
         return self
@@ -98,37 +99,84 @@ class LLM:
         """Stop loading media, end threads and processes, free the model; nothing but another ``close`` may follow."""
         if not self._closed:
             self._closed = True
-            self._loop.close()
-            self._preparer.close()
+            self._release()
             del self._engine
+
+    @overload
+    def generate(
+        self,
+        prompts: object,
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        stream: Literal[False] = False,
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: object,
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        stream: Literal[True],
+    ) -> Generator[RequestOutput, None, None]: ...
 
     def generate(
         self,
         prompts: object,
         sampling_params: Params = None,
         use_tqdm: bool = True,
-    ) -> list[RequestOutput]:
-        """Complete one prompt or a list of them; outputs in the order of the prompts.
+        *,
+        stream: bool = False,
+    ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
+        """Complete one prompt, a list of them, or those of an iterator; outputs in the order of the prompts.
 
         prompts: a string, a dict with ``prompt`` or ``prompt_token_ids`` and optionally ``multi_modal_data``,
         ``multi_modal_uuids``, ``mm_processor_kwargs`` and ``cache_salt``, or a list of these or of lists of token ids;
-        a flat list of integers is one prompt. sampling_params: one for all, or one per prompt; the model's defaults
+        a flat list of integers is one prompt. Of an iterator (a generator, a data set, a file's lines) only so many
+        prompts are read ahead as keep the model busy: twice ``max_num_seqs`` are held at a time. It is read in the
+        calling thread, between the model's steps. sampling_params: one for all, or one per prompt; the model's defaults
         when not given.
 
-        A prompt that cannot be served raises RequestError with its index; wrong ones that can be told without loading
-        media raise before anything runs. When one turns out wrong later, such as a file that is no image, no more are
-        started, those before it are finished, and the error is raised with what is complete: ``error.outputs`` has the
-        outputs at their places and None at the others, ``error.index`` is the place of the prompt. The LLM can be used
-        on.
+        stream: yield each output when it is finished, whichever comes first; ``output.index`` is the place of its
+        prompt. Closing the generator ends the work.
+
+        A prompt that cannot be served raises RequestError with its index; wrong ones in a list that can be told without
+        loading media raise before anything runs. When one turns out wrong later, such as a file that is no image, no
+        more are started, those before it are finished, and the error is raised with what is complete: ``error.outputs``
+        has the outputs at their places and None at the others, ``error.index`` is the place of the prompt. What the
+        iterator itself raises comes out as it is, when those before are finished. The LLM can be used on.
         """
         values, several = apart(prompts)
-        params = self._sampling(sampling_params, len(values))
-        batch = self._batch(values, several, self._parse_prompt, params)
-        return self._texts(batch, use_tqdm)
+        batch = self._text_batch(values, several, self._parse_prompt, sampling_params)
+        return self._results(batch, use_tqdm, stream, unchanged)
 
+    @overload
     def chat(
         self,
-        messages: Sequence[Any],
+        messages: Iterable[Any],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        stream: Literal[False] = False,
+        **options: Any,
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Iterable[Any],
+        sampling_params: Params = None,
+        use_tqdm: bool = True,
+        *,
+        stream: Literal[True],
+        **options: Any,
+    ) -> Generator[RequestOutput, None, None]: ...
+
+    def chat(  # type: ignore[misc]  # the options are not written out three times
+        self,
+        messages: Iterable[Any],
         sampling_params: Params = None,
         use_tqdm: bool = True,
         *,
@@ -138,14 +186,14 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput]:
-        """Answer one conversation (a list of messages) or a list of conversations; outputs in their order.
+        stream: bool = False,
+    ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
+        """Answer one conversation (a list of messages), a list of conversations or those of an iterator.
 
         Messages are dicts as in OpenAI's API; content parts may be URLs, PIL images (``image_pil``) and, where enabled,
         embeddings. ``continue_final_message`` lets the model go on with the last message instead of answering it.
+        Iterators, ``stream``, the order of outputs and errors are as for ``generate``.
         """
-        listed = isinstance(messages, list | tuple) and len(messages) > 0
-        several = listed and not isinstance(messages[0], Mapping)
 
         def parse(conversation: Any) -> Prompt:
             return self._chat_prompt(
@@ -158,28 +206,47 @@ class LLM:
                 media=MediaOptions(mm_processor_kwargs=mm_processor_kwargs or {}),
             )
 
-        conversations = messages if several else [messages]
-        params = self._sampling(sampling_params, len(conversations))
-        return self._texts(self._batch(conversations, several, parse, params), use_tqdm)
+        values, several = conversations(messages)
+        batch = self._text_batch(values, several, parse, sampling_params)
+        return self._results(batch, use_tqdm, stream, unchanged)
+
+    @overload
+    def embed(
+        self,
+        prompts: object,
+        *,
+        pooling_params: Pooling = None,
+        use_tqdm: bool = True,
+        stream: Literal[False] = False,
+    ) -> list[EmbeddingRequestOutput]: ...
+
+    @overload
+    def embed(
+        self,
+        prompts: object,
+        *,
+        pooling_params: Pooling = None,
+        use_tqdm: bool = True,
+        stream: Literal[True],
+    ) -> Generator[EmbeddingRequestOutput, None, None]: ...
 
     def embed(
-        self, prompts: object, *, pooling_params: Pooling = None, use_tqdm: bool = True
-    ) -> list[EmbeddingRequestOutput]:
-        """The vector of one prompt or of each of a list, as lists of numbers in ``outputs.embedding``.
+        self,
+        prompts: object,
+        *,
+        pooling_params: Pooling = None,
+        use_tqdm: bool = True,
+        stream: bool = False,
+    ) -> list[EmbeddingRequestOutput] | Generator[EmbeddingRequestOutput, None, None]:
+        """The vector of one prompt or of each of several, as lists of numbers in ``outputs.embedding``.
 
         prompts: as for ``generate``; or a dict with ``messages`` (and optionally ``add_generation_prompt``,
         ``continue_final_message``, ``chat_template``, ``chat_template_kwargs``, ``add_special_tokens``,
         ``mm_processor_kwargs`` and ``cache_salt``), which the chat template renders. pooling_params: one for all, or
-        one per prompt. Errors are raised as by ``generate``.
+        one per prompt. Iterators, ``stream`` and errors are as for ``generate``.
         """
-        return self._vectors(
-            prompts,
-            pooling_params,
-            use_tqdm,
-            lambda output: EmbeddingRequestOutput(
-                **fields_with(output, EmbeddingOutput(output.outputs.tolist()))
-            ),
-        )
+        batch = self._vector_batch(prompts, pooling_params)
+        return self._results(batch, use_tqdm, stream, as_embedding)
 
     def encode(
         self,
@@ -194,14 +261,7 @@ class LLM:
             raise InvalidRequestError(
                 f"pooling_task must be 'embed', got {pooling_task!r}.", param="pooling_task"
             )
-        return self._vectors(
-            prompts,
-            pooling_params,
-            use_tqdm,
-            lambda output: PoolingRequestOutput(
-                **fields_with(output, PoolingOutput(torch.from_numpy(output.outputs)))
-            ),
-        )
+        return self._complete(self._vector_batch(prompts, pooling_params), use_tqdm, as_tensor)
 
     def chat_stream(
         self, messages: Sequence[Any], sampling_params: SamplingParams | None = None
@@ -210,10 +270,9 @@ class LLM:
 
         Closing the generator ends the work.
         """
-        params = self._sampling(sampling_params, 1)
-        batch = self._batch([messages], False, self._chat_prompt, params)
-        with closing(self._run(batch)) as news:
-            for _, output in news:
+        batch = self._text_batch([messages], False, self._chat_prompt, sampling_params)
+        with closing(self._outputs(batch)) as outputs:
+            for _, output in outputs:
                 if isinstance(output, RequestOutput):
                     yield output
 
@@ -233,6 +292,7 @@ class LLM:
         return stats
 
     def _check_open(self) -> None:
+        forks.check_owner(self._made_in, "LLM")
         if self._closed:
             raise InvalidRequestError("This LLM has been closed; make a new one.")
 
@@ -247,6 +307,38 @@ class LLM:
     def _chat_prompt(self, messages: Any, **options: Any) -> ChatPrompt:
         return ChatPrompt(conversation=parse_messages(messages), **options)
 
+    def _text_batch(
+        self,
+        values: Iterable[Any],
+        several: bool,
+        parse: Callable[[Any], Prompt],
+        params: Params,
+    ) -> Batch:
+        """What is to be generated, checked as far as that goes without loading media."""
+        self._check_open()
+        given = self.get_default_sampling_params() if params is None else params
+        if is_read_late(values):
+            each = each_with(given, SamplingParams, "sampling_params", self._checked)
+            return self._late_batch(values, parse, each)
+        values = list(values)
+        return self._batch(values, several, parse, self._sampling(given, len(values)))
+
+    def _vector_batch(self, prompts: object, params: Pooling) -> Batch:
+        """Of what vectors are to be made, checked as far as that goes without loading media."""
+        self._check_open()
+        given = PoolingParams() if params is None else params
+
+        def checked(one: PoolingParams) -> PoolingParams:
+            return resolved(self._preparer.embedder, one)
+
+        values, several = apart(prompts)
+        if is_read_late(values):
+            each = each_with(given, PoolingParams, "pooling_params", checked)
+            return self._late_batch(values, self._parse_input, each)
+        values = list(values)
+        for_each = [checked(o) for o in listed(given, len(values), PoolingParams, "pooling_params")]
+        return self._batch(values, several, self._parse_input, for_each)
+
     def _batch(
         self,
         values: Sequence[Any],
@@ -254,18 +346,27 @@ class LLM:
         parse: Callable[[Any], Prompt],
         params: Sequence[SamplingParams] | Sequence[PoolingParams],
     ) -> Batch:
-        """Check what was asked, as far as that goes without loading media."""
         prompts = [at_prompt(index, several, parse, value) for index, value in enumerate(values)]
         drafts = [
             at_prompt(index, several, self._preparer.draft, prompt)
             for index, prompt in enumerate(prompts)
         ]
-        return Batch(drafts, params, several)
+        return Batch(zip(drafts, params, strict=True), several, len(drafts))
 
-    def _sampling(self, params: Params, num_prompts: int) -> list[SamplingParams]:
-        """Sampling values for each prompt, checked."""
-        self._check_open()
-        given = self.get_default_sampling_params() if params is None else params
+    def _late_batch(
+        self,
+        values: Iterable[Any],
+        parse: Callable[[Any], Prompt],
+        params: Iterator[SamplingParams | PoolingParams],
+    ) -> Batch:
+        def read(value: Any) -> tuple[Draft, SamplingParams | PoolingParams]:
+            return self._preparer.draft(parse(value)), next(params)
+
+        prompts = (at_prompt(index, True, read, value) for index, value in enumerate(values))
+        return Batch(prompts, several=True, total=None)
+
+    def _sampling(self, given: object, num_prompts: int) -> list[SamplingParams]:
+        """Sampling values for each prompt of a list, checked."""
         for_each = listed(given, num_prompts, SamplingParams, "sampling_params")
         several = not isinstance(given, SamplingParams)
         different = distinct(for_each)
@@ -279,28 +380,31 @@ class LLM:
                 at_prompt(index, several, lambda done: done.result(), grammar)
         return for_each
 
-    def _vectors(
-        self, prompts: object, params: Pooling, use_tqdm: bool, form: Callable[[Vector], Result]
-    ) -> list[Result]:
-        """The vector of each prompt, in the form that callers get."""
-        self._check_open()
-        values, several = apart(prompts)
-        given = PoolingParams() if params is None else params
-        for_each = listed(given, len(values), PoolingParams, "pooling_params")
-        wanted = [resolved(self._preparer.embedder, one) for one in for_each]
-        batch = self._batch(values, several, self._parse_input, wanted)
-        return self._complete(batch, use_tqdm, cast("Callable[[Output], Result]", form))
+    def _checked(self, params: SamplingParams) -> SamplingParams:
+        return self._sampling(params, 1)[0]
 
-    def _texts(self, batch: Batch, use_tqdm: bool) -> list[RequestOutput]:
-        return self._complete(batch, use_tqdm, lambda output: cast("RequestOutput", output))
+    def _results(
+        self, batch: Batch, use_tqdm: bool, stream: bool, form: Callable[[Any], Result]
+    ) -> list[Result] | Generator[Result, None, None]:
+        if stream:
+            return self._streamed(batch, use_tqdm, form)
+        return self._complete(batch, use_tqdm, form)
+
+    def _streamed(
+        self, batch: Batch, use_tqdm: bool, form: Callable[[Any], Result]
+    ) -> Generator[Result, None, None]:
+        with closing(self._finished(batch, use_tqdm)) as finished:
+            for _, output in finished:
+                yield form(output)
 
     def _complete(
-        self, batch: Batch, use_tqdm: bool, form: Callable[[Output], Result]
+        self, batch: Batch, use_tqdm: bool, form: Callable[[Any], Result]
     ) -> list[Result]:
         """The outputs of a batch when all are finished; an error carries those that are."""
-        outputs: list[Result | None] = [None] * len(batch.drafts)
+        outputs: list[Result | None] = [None] * (batch.total or 0)
         try:
             for index, output in self._finished(batch, use_tqdm):
+                outputs += [None] * (index + 1 - len(outputs))
                 outputs[index] = form(output)
         except SensoriumError as error:
             error.outputs = outputs
@@ -310,147 +414,38 @@ class LLM:
     def _finished(self, batch: Batch, use_tqdm: bool) -> Generator[tuple[int, Output], None, None]:
         """Run a batch and yield (index, output) of each prompt when it is complete."""
         with (
-            Progress(len(batch.drafts), shown=use_tqdm) as progress,
-            closing(self._run(batch)) as news,
+            Progress(batch.total, shown=use_tqdm) as progress,
+            closing(self._outputs(batch)) as outputs,
         ):
-            for index, output in news:
+            for index, output in outputs:
                 if output.finished:
                     progress.done(output)
                     yield index, output
 
-    def _run(self, batch: Batch) -> Generator[tuple[int, Output], None, None]:
-        """Run a batch and yield (index, output) whenever there are news; ends all work when left early.
-
-        After an error of one prompt no more are started; those that were are finished, and then it is raised.
-        """
+    def _outputs(self, batch: Batch) -> Generator[tuple[int, Output], None, None]:
+        """Run a batch and yield (index, output) whenever one moved; ends all work when left early."""
         if not self._in_use.acquire(blocking=False):
             raise InvalidRequestError(
-                "This LLM is in the middle of another call: exhaust or close the stream that chat_stream returned, "
-                "or wait for the other thread."
+                "This LLM is in the middle of another call: exhaust or close the stream that chat_stream or "
+                "stream=True returned, or wait for the other thread."
             )
         try:
-            yield from self._run_alone(batch)
+            self._check_open()
+            if self._run is not None:  # another interrupt came while it cleaned up
+                self._run.clean_up(whole=False)
+            self._run = self._new_run(batch)
+            yield from self._run.outputs()
         finally:
+            if self._run is not None and self._run.is_clean:
+                self._run = None
             self._in_use.release()
 
-    def _run_alone(self, batch: Batch) -> Generator[tuple[int, Output], None, None]:
-        if self._dirty:  # a second interrupt came while the first one was cleaned up after
-            self._clean_up((), whole=False)
-        self._dirty = True
-        todo = deque(enumerate(batch.drafts))
-        ready: deque[Job] = deque()
-        errors: list[SensoriumError] = []
-        whole = False
-        try:
-            while self._streams or (not errors and (todo or ready)):
-                if not errors:
-                    self._prepare_ahead(todo, ready, batch.params)
-                    self._admit(ready, batch.several, errors)
-                for index, stream in self._step(batch.several, errors):
-                    yield index, stream.output
-            if errors:
-                raise errors[0]
-            whole = True
-        except (SensoriumError, GeneratorExit):
-            whole = True
-            raise
-        finally:
-            self._clean_up(ready, whole=whole)
-
-    def _clean_up(self, ready: Iterable[Job], *, whole: bool) -> None:
-        """End what is left of a call. Not ``whole``: an interrupt came in the middle of a step, or of any
-        bookkeeping."""
-        for job in ready:
-            job.prepared.cancel()
-        if not whole:
-            self._engine.reset()
-        for engine_id in self._streams:
-            self._engine.abort(engine_id)
-        self._streams.clear()
-        self._dirty = False
-
-    def _prepare_ahead(
-        self,
-        todo: deque[tuple[int, Draft]],
-        ready: deque[Job],
-        params: Sequence[SamplingParams] | Sequence[PoolingParams],
-    ) -> None:
-        """Keep enough prompts in preparation that the engine need not wait, and no more."""
-        most = AHEAD * self.config.scheduler.max_num_seqs
-        while todo and len(ready) + len(self._streams) < most:
-            index, draft = todo.popleft()
-            future = self._loop.submit(self._ready(draft, params[index]))
-            ready.append(Job(index, params[index], future, time.monotonic()))
-
-    async def _ready(
-        self, draft: Draft, params: SamplingParams | PoolingParams
-    ) -> tuple[PreparedPrompt, str | None]:
-        """A prompt with its media, and the grammar of its constraint."""
-        if isinstance(params, PoolingParams):
-            return await self._preparer.complete(draft), None
-        grammar = await self._preparer.grammar(params)
-        return await self._preparer.complete(draft), grammar
-
-    def _admit(self, ready: deque[Job], several: bool, errors: list[SensoriumError]) -> None:
-        """Give the engine what is prepared, in order; wait only when it has nothing else to do."""
-        while ready and not errors:
-            job = ready[0]
-            if not job.prepared.done() and self._engine.has_work:
-                return
-            ready.popleft()
-            try:
-                at_prompt(job.index, several, self._start, job)
-            except SensoriumError as error:
-                self._drop(job.index)
-                errors.append(error)
-
-    def _start(self, job: Job) -> None:
-        (prepared, grammar), params = job.prepared.result(), job.params
-        request_id = str(next(self._request_numbers))
-        stream: RequestStream | PoolingStream
-        if isinstance(params, PoolingParams):
-            requests = [pooling_request(prepared, params, request_id, 0, job.arrival_time)]
-            stream = PoolingStream(request_id, prepared, requests[0])
-        else:
-            requests = self._preparer.requests(
-                prepared, params, request_id, 0, job.arrival_time, grammar
-            )
-            stream = RequestStream.for_requests(
-                request_id, prepared, requests, params, self.get_tokenizer()
-            )
-        features = tuple(item.features for item in prepared.items)
-        for request in requests:
-            self._streams[request.request_id] = (job.index, stream)
-            self._engine.add(request, features)
-
-    def _drop(self, index: int) -> None:
-        """End what runs for a prompt."""
-        for engine_id in [i for i, (owner, _) in self._streams.items() if owner == index]:
-            self._engine.abort(engine_id)
-            del self._streams[engine_id]
-
-    def _step(
-        self, several: bool, errors: list[SensoriumError]
-    ) -> list[tuple[int, RequestStream | PoolingStream]]:
-        """One step of the engine; the requests that have news, those that failed left out."""
-        if not self._engine.has_work:
-            return []
-        moved: dict[int, RequestStream | PoolingStream] = {}
-        for update in self._engine.step():
-            entry = self._streams.get(update.request_id)
-            if entry is None:
-                continue
-            index, stream = entry
-            try:
-                stopped = at_prompt(index, several, stream.accept, update)
-            except SensoriumError as error:
-                self._drop(index)
-                moved.pop(index, None)
-                errors.append(error)
-                continue
-            if stopped:
-                self._engine.abort(update.request_id)
-            if stopped or update.finish_reason is not None:
-                del self._streams[update.request_id]
-            moved[index] = stream
-        return list(moved.items())
+    def _new_run(self, batch: Batch) -> BatchRun:
+        return BatchRun(
+            batch,
+            self._engine,
+            self._preparer,
+            self._loop,
+            self._request_numbers,
+            max_num_seqs=self.config.scheduler.max_num_seqs,
+        )

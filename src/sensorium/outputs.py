@@ -69,7 +69,8 @@ class RequestOutput:
 
     ``prompt_token_ids`` are the ids after placeholder expansion. ``prompt_logprobs`` has one entry per prompt token,
     the first of which is None. ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.
-    ``num_item_tokens`` counts the prompt positions that each modality fills.
+    ``num_item_tokens`` counts the prompt positions that each modality fills. ``index`` is the place of the prompt among
+    those of a call of ``LLM``, None elsewhere.
     """
 
     request_id: str
@@ -81,6 +82,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     num_item_tokens: dict[str, int] = field(default_factory=dict)
     metrics: RequestMetrics | None = None
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class PoolingRequestOutput(Generic[OutputsT]):
     prompt: str | None = None
     num_item_tokens: dict[str, int] = field(default_factory=dict)
     metrics: RequestMetrics | None = None
+    index: int | None = None
 
     @property
     def usage(self) -> PoolingUsage:

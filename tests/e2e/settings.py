@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
-from collections import deque
 from typing import Any
 
 from sensorium import LLM
-from sensorium.engine.batch import Job
+from sensorium.engine.batch import Batch
+from sensorium.engine.offline.run import BatchRun
 
 
 def settings(scarce_blocks: int) -> dict[str, dict[str, Any]]:
@@ -32,11 +32,18 @@ def settings(scarce_blocks: int) -> dict[str, dict[str, Any]]:
 def all_at_once(llm: LLM) -> LLM:
     """Let every call's prompts come to the engine together, however long their media take to prepare: else it depends
     on the machine how many of them compete for blocks."""
-    ahead = llm._prepare_ahead
+    new_run = llm._new_run
 
-    def prepare_all(todo: Any, ready: deque[Job], params: Any) -> None:
-        ahead(todo, ready, params)
-        concurrent.futures.wait([job.prepared for job in ready])
+    def waiting_run(batch: Batch) -> BatchRun:
+        run = new_run(batch)
+        ahead = run._prepare_ahead
 
-    llm._prepare_ahead = prepare_all  # type: ignore[method-assign]
+        def prepare_all() -> None:
+            ahead()
+            concurrent.futures.wait([job.prepared for job in run._ready])
+
+        run._prepare_ahead = prepare_all  # type: ignore[method-assign]
+        return run
+
+    llm._new_run = waiting_run  # type: ignore[method-assign]
     return llm

@@ -5,10 +5,34 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
+from sensorium import forks
+
 T = TypeVar("T")
+
+OWN_THREADS = "sensorium-"
+"""How the names of threads begin that are started here, and that closing waits for."""
+
+
+def release(made_in: int, *closers: Callable[[], object]) -> None:
+    """Call what frees an object's threads, processes and descriptors, for ``weakref.finalize``.
+
+    Nothing is done in a forked child, where they are the parent's. The last reference may go in any thread: one that is
+    waited for leaves it to another.
+    """
+    if made_in != forks.generation():
+        return
+    if threading.current_thread().name.startswith(OWN_THREADS):
+        threading.Thread(target=_call, args=(closers,), name="closing").start()
+    else:
+        _call(closers)
+
+
+def _call(closers: Iterable[Callable[[], object]]) -> None:
+    for close in closers:
+        close()
 
 
 class BackgroundLoop:

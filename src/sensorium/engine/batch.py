@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
 
 from sensorium.engine.prepared import Draft, PreparedPrompt
 from sensorium.errors import InvalidRequestError, SensoriumError
-from sensorium.outputs import PoolingRequestOutput
+from sensorium.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+)
 from sensorium.params import PoolingParams, SamplingParams
 
 Value = TypeVar("Value")
@@ -30,18 +40,64 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one call asks for. ``several``: the prompts were a list, so that errors name the prompt's index."""
+    """What one call asks for. ``several``: the prompts were not one alone, so that errors name the prompt's index.
 
-    drafts: Sequence[Draft]
-    params: Sequence[SamplingParams] | Sequence[PoolingParams]
+    ``total``: how many prompts there are; None where they are read from an iterator while earlier ones run.
+    """
+
+    prompts: Iterator[tuple[Draft, SamplingParams | PoolingParams]]
     several: bool
+    total: int | None
 
 
-def apart(prompts: object) -> tuple[Sequence[Any], bool]:
-    """The prompts of an argument that is one of them or a list; whether it is a list."""
-    if isinstance(prompts, list | tuple) and not (prompts and isinstance(prompts[0], int)):
-        return prompts, True
-    return [prompts], False
+def apart(prompts: object) -> tuple[Iterable[Any], bool]:
+    """The prompts of an argument that is one of them, a list, or an iterable to be read late; False for one alone."""
+    if isinstance(prompts, list | tuple):
+        alone = bool(prompts) and isinstance(prompts[0], int)
+    else:
+        alone = not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | Mapping)
+    return ([prompts], False) if alone else (cast("Iterable[Any]", prompts), True)
+
+
+def conversations(messages: object) -> tuple[Iterable[Any], bool]:
+    """The same for conversations, one of which is a sequence of mappings."""
+    if isinstance(messages, Iterator):
+        return messages, True
+    if isinstance(messages, list | tuple) and messages and not isinstance(messages[0], Mapping):
+        return messages, True
+    late = isinstance(messages, Iterable) and not isinstance(messages, str | Mapping | Sequence)
+    return (cast("Iterable[Any]", messages), True) if late else ([messages], False)
+
+
+def is_read_late(prompts: Iterable[Any]) -> bool:
+    """Whether prompts are read one by one while earlier ones run."""
+    return not isinstance(prompts, list | tuple)
+
+
+def each_with(
+    params: object, kind: type[ParamsT], name: str, check: Callable[[ParamsT], ParamsT]
+) -> Iterator[ParamsT]:
+    """One ``kind`` after the other, for prompts that are read late: of one for all, or as many as an iterable has.
+
+    Raises InvalidRequestError: at once for an argument that is neither, at the place of one that is wrong or missing.
+    """
+    if isinstance(params, kind):
+        return itertools.repeat(check(params))
+    if isinstance(params, str | Mapping) or not isinstance(params, Iterable):
+        raise _not_params(params, kind, name)
+    return _checked_each(params, kind, name, check)
+
+
+def _checked_each(
+    params: Iterable[object], kind: type[ParamsT], name: str, check: Callable[[ParamsT], ParamsT]
+) -> Iterator[ParamsT]:
+    count = 0
+    for count, value in enumerate(params, 1):
+        yield check(_checked(value, count - 1, kind, name))
+    raise InvalidRequestError(
+        f"There are more prompts than {name}, of which there are {count}: give one for all, or one per prompt.",
+        param=name,
+    )
 
 
 def listed(params: object, num_prompts: int, kind: type[ParamsT], name: str) -> list[ParamsT]:
@@ -49,23 +105,29 @@ def listed(params: object, num_prompts: int, kind: type[ParamsT], name: str) -> 
     if isinstance(params, kind):
         return [params] * num_prompts
     if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
-        raise InvalidRequestError(
-            f"{name} must be a {kind.__name__} or a list of them, one per prompt; got {type(params).__name__}.",
-            param=name,
-        )
+        raise _not_params(params, kind, name)
     values = list(params)
     if len(values) != num_prompts:
         raise InvalidRequestError(
             f"There are {num_prompts} prompts, but {len(values)} {name}: give one for all, or one per prompt.",
             param=name,
         )
-    for index, value in enumerate(values):
-        if not isinstance(value, kind):
-            raise InvalidRequestError(
-                f"{name}[{index}] must be a {kind.__name__}, got {type(value).__name__}.",
-                param=name,
-            )
-    return values
+    return [_checked(value, index, kind, name) for index, value in enumerate(values)]
+
+
+def _checked(value: object, index: int, kind: type[ParamsT], name: str) -> ParamsT:
+    if not isinstance(value, kind):
+        raise InvalidRequestError(
+            f"{name}[{index}] must be a {kind.__name__}, got {type(value).__name__}.", param=name
+        )
+    return value
+
+
+def _not_params(params: object, kind: type[ParamsT], name: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{name} must be a {kind.__name__} or a list of them, one per prompt; got {type(params).__name__}.",
+        param=name,
+    )
 
 
 def at_prompt(
@@ -99,3 +161,20 @@ def fields_with(output: PoolingRequestOutput[Any], outputs: object) -> dict[str,
     """The fields of an output with its vector in another form."""
     known = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
     return {**known, "outputs": outputs}
+
+
+def unchanged(output: RequestOutput) -> RequestOutput:
+    """The output as it is."""
+    return output
+
+
+def as_embedding(output: PoolingRequestOutput[np.ndarray]) -> EmbeddingRequestOutput:
+    """The output with its vector as a list of numbers."""
+    return EmbeddingRequestOutput(**fields_with(output, EmbeddingOutput(output.outputs.tolist())))
+
+
+def as_tensor(output: PoolingRequestOutput[np.ndarray]) -> PoolingRequestOutput[PoolingOutput]:
+    """The output with its vector as a tensor (dimensions,) float32."""
+    return PoolingRequestOutput(
+        **fields_with(output, PoolingOutput(torch.from_numpy(output.outputs)))
+    )

@@ -22,6 +22,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import IO, Any
 
+from sensorium import forks
+from sensorium.engine.background import release
 from sensorium.errors import InvalidRequestError, OverloadedError, UnavailableError
 from sensorium.params import StructuredOutputs
 from sensorium.processes import child_environment, python_module
@@ -188,7 +190,9 @@ class GrammarCompiler:
                     raise _lost() from error
                 if self._end_helper is not None:
                     self._end_helper.detach()
-                self._end_helper = weakref.finalize(self, self._helper.end)
+                self._end_helper = weakref.finalize(
+                    self, release, forks.generation(), self._helper.end
+                )
             helper = self._helper
         helper.send(job, reply)
 

@@ -11,10 +11,11 @@ from sensorium.outputs import PoolingRequestOutput, RequestOutput
 
 
 class Progress:
-    """A tqdm bar over requests with the rates of input and output tokens."""
+    """A tqdm bar over requests with the rates of input and output tokens; ``total`` is None when nobody knows it."""
 
-    def __init__(self, total: int, *, shown: bool) -> None:
-        self._bar = tqdm(total=total, desc="Requests", disable=not shown, dynamic_ncols=True)
+    def __init__(self, total: int | None, *, shown: bool) -> None:
+        # Not even one that is disabled: it starts a thread.
+        self._bar = tqdm(total=total, desc="Requests", dynamic_ncols=True) if shown else None
         self._start = time.monotonic()
         self._num_input = 0
         self._num_output = 0
@@ -23,10 +24,13 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def done(self, output: RequestOutput | PoolingRequestOutput[np.ndarray]) -> None:
         """Count a finished request."""
+        if self._bar is None:
+            return
         self._num_input += len(output.prompt_token_ids)
         if isinstance(output, RequestOutput):
             self._num_output += sum(len(sample.token_ids) for sample in output.outputs)

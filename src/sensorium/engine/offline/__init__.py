@@ -1,0 +1,1 @@
+"""The way of one call of ``LLM`` through the engine."""

@@ -1,0 +1,209 @@
+"""One call of ``LLM`` while it runs: prompts are prepared ahead, given to the engine, and their outputs yielded."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+
+import numpy as np
+
+from sensorium import forks
+from sensorium.engine.background import BackgroundLoop
+from sensorium.engine.batch import Batch, Job, at_prompt
+from sensorium.engine.engine import Engine
+from sensorium.engine.pooling import PoolingStream, pooling_request
+from sensorium.engine.prepare import Preparer
+from sensorium.engine.prepared import Draft, PreparedPrompt
+from sensorium.engine.stream import RequestStream
+from sensorium.errors import SensoriumError
+from sensorium.outputs import PoolingRequestOutput, RequestOutput
+from sensorium.params import PoolingParams, SamplingParams
+
+Vector = PoolingRequestOutput[np.ndarray]
+Output = RequestOutput | Vector
+
+AHEAD = 2
+"""How many sequences are held at a time, media and all, running or on their way, as a multiple of those of a step."""
+
+READING_SECONDS = 0.01
+"""How long a caller's iterator is read between two steps; at least one prompt of it is."""
+
+
+class BatchRun:
+    """The prompts of one call on their way through the engine, in the caller's thread.
+
+    ``numbers`` gives the ids of requests. Whoever leaves ``outputs`` early must close it; a run that was interrupted
+    while it cleaned up is not ``is_clean``, and must be cleaned up again before the engine is used.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        engine: Engine,
+        preparer: Preparer,
+        loop: BackgroundLoop,
+        numbers: Iterator[int],
+        *,
+        max_num_seqs: int,
+    ) -> None:
+        self.is_clean = False
+        self._made_in = forks.generation()
+        self._engine = engine
+        self._preparer = preparer
+        self._loop = loop
+        self._numbers = numbers
+        self._several = batch.several
+        self._is_read_late = batch.total is None
+        self._most_held = AHEAD * max_num_seqs
+        self._prompts: Iterator[tuple[Draft, SamplingParams | PoolingParams]] | None = batch.prompts
+        self._num_read = 0
+        self._ready: deque[Job] = deque()
+        self._streams: dict[str, tuple[int, RequestStream | PoolingStream]] = {}
+        self._errors: list[SensoriumError] = []
+        self._reading_error: Exception | None = None
+
+    def outputs(self) -> Generator[tuple[int, Output], None, None]:
+        """Run the prompts and yield (index, output) whenever one moved; ends all work when left early.
+
+        After an error of one prompt no more are started; those that were are finished, and then it is raised.
+        """
+        whole = False
+        try:
+            while self._is_open:
+                forks.check_owner(self._made_in, "stream of outputs")
+                if not self._errors:
+                    self._prepare_ahead()
+                    self._admit()
+                for index, stream in self._step():
+                    yield index, stream.output
+            whole = True
+            if self._errors:
+                raise self._errors[0]
+            if self._reading_error is not None:
+                raise self._reading_error
+        except (SensoriumError, GeneratorExit):
+            whole = True
+            raise
+        finally:
+            self.clean_up(whole=whole)
+
+    def clean_up(self, *, whole: bool) -> None:
+        """End what is left. Not ``whole``: an interrupt came in the middle of a step, or of any bookkeeping."""
+        for job in self._ready:
+            job.prepared.cancel()
+        self._prompts = None
+        if not whole:
+            self._engine.reset()
+        for engine_id in self._streams:
+            self._engine.abort(engine_id)
+        self._ready.clear()
+        self._streams.clear()
+        self.is_clean = True
+
+    @property
+    def _is_open(self) -> bool:
+        left = self._prompts is not None or bool(self._ready)
+        return bool(self._streams) or (left and not self._errors)
+
+    def _prepare_ahead(self) -> None:
+        """Keep enough prompts in preparation that the engine need not wait, and no more."""
+        ends = time.monotonic() + READING_SECONDS
+        while len(self._ready) + len(self._streams) < self._most_held:
+            prompt = self._next_prompt()
+            if prompt is None:
+                return
+            draft, params = prompt
+            future = self._loop.submit(self._prepared(draft, params))
+            self._ready.append(Job(self._num_read - 1, params, future, time.monotonic()))
+            if self._is_read_late and time.monotonic() > ends:
+                return
+
+    def _next_prompt(self) -> tuple[Draft, SamplingParams | PoolingParams] | None:
+        """The next prompt, or None when there is none; what goes wrong with it, or in the caller's iterator, is kept
+        until those before it are finished."""
+        if self._prompts is None:
+            return None
+        try:
+            prompt = next(self._prompts)
+        except StopIteration:
+            self._prompts = None
+            return None
+        except Exception as error:
+            self._prompts = None
+            self._reading_error = error
+            return None
+        self._num_read += 1
+        return prompt
+
+    async def _prepared(
+        self, draft: Draft, params: SamplingParams | PoolingParams
+    ) -> tuple[PreparedPrompt, str | None]:
+        """A prompt with its media, and the grammar of its constraint."""
+        if isinstance(params, PoolingParams):
+            return await self._preparer.complete(draft), None
+        grammar = await self._preparer.grammar(params)
+        return await self._preparer.complete(draft), grammar
+
+    def _admit(self) -> None:
+        """Give the engine what is prepared, in order; wait only when it has nothing else to do."""
+        while self._ready and not self._errors:
+            job = self._ready[0]
+            if not job.prepared.done() and self._engine.has_work:
+                return
+            self._ready.popleft()
+            try:
+                at_prompt(job.index, self._several, self._start, job)
+            except SensoriumError as error:
+                self._drop(job.index)
+                self._errors.append(error)
+
+    def _start(self, job: Job) -> None:
+        (prepared, grammar), params = job.prepared.result(), job.params
+        request_id = str(next(self._numbers))
+        stream: RequestStream | PoolingStream
+        if isinstance(params, PoolingParams):
+            requests = [pooling_request(prepared, params, request_id, 0, job.arrival_time)]
+            stream = PoolingStream(request_id, prepared, requests[0])
+        else:
+            requests = self._preparer.requests(
+                prepared, params, request_id, 0, job.arrival_time, grammar
+            )
+            stream = RequestStream.for_requests(
+                request_id, prepared, requests, params, self._preparer.tokenizer
+            )
+        stream.output.index = job.index
+        features = tuple(item.features for item in prepared.items)
+        for request in requests:
+            self._streams[request.request_id] = (job.index, stream)
+            self._engine.add(request, features)
+
+    def _drop(self, index: int) -> None:
+        """End what runs for a prompt."""
+        for engine_id in [i for i, (owner, _) in self._streams.items() if owner == index]:
+            self._engine.abort(engine_id)
+            del self._streams[engine_id]
+
+    def _step(self) -> list[tuple[int, RequestStream | PoolingStream]]:
+        """One step of the engine; the requests that moved, those that failed left out."""
+        if not self._engine.has_work:
+            return []
+        moved: dict[int, RequestStream | PoolingStream] = {}
+        for update in self._engine.step():
+            entry = self._streams.get(update.request_id)
+            if entry is None:
+                continue
+            index, stream = entry
+            try:
+                stopped = at_prompt(index, self._several, stream.accept, update)
+            except SensoriumError as error:
+                self._drop(index)
+                moved.pop(index, None)
+                self._errors.append(error)
+                continue
+            if stopped:
+                self._engine.abort(update.request_id)
+            if stopped or update.finish_reason is not None:
+                del self._streams[update.request_id]
+            moved[index] = stream
+        return list(moved.items())
