@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt, salt_of
 from sensorium.engine.rope import ONE_SET, RopeChoice
 from sensorium.engine.stats import EngineFacts
 from sensorium.engine.stretches import attending
+from sensorium.engine.vocabulary import Vocabulary
 from sensorium.errors import (
     ConfigError,
     InvalidRequestError,
@@ -92,6 +93,10 @@ class Preparer:
         self.tokenizer = Tokenizer.from_folder(
             self._folder, eos_token_ids=stop_token_ids(self._loaded)
         )
+        self._vocabulary = Vocabulary(
+            self.tokenizer, self._vocab_size, self._processor, self._placeholder_texts()
+        )
+        self._vocabulary.warn()
         extra = [self.tokenizer.token_id(text) for text in family.stop_tokens]
         known = (*self.tokenizer.eos_token_ids, *(i for i in extra if i is not None))
         self._eos_token_ids = tuple(dict.fromkeys(known))
@@ -157,6 +162,7 @@ class Preparer:
         )
         if not draft.token_ids:
             raise InvalidRequestError("The prompt is empty.", param=draft.param)
+        self._vocabulary.check(draft.token_ids, draft.param)
         self._room(len(draft.token_ids), draft.param)
         for ref in draft.refs:
             self._check_modality(ref)
@@ -269,8 +275,6 @@ class Preparer:
 
     def _tokenized(self, prompt: RawPrompt) -> Draft:
         if prompt.token_ids is not None:
-            with _placed(prompt.param):
-                self._check_ids(prompt.token_ids)
             return Draft(prompt, None, prompt.token_ids, prompt.refs, prompt.param)
         text = prompt.text or ""
         self._refuse_endless(
@@ -393,13 +397,6 @@ class Preparer:
                 param=param,
             )
         return room
-
-    def _check_ids(self, token_ids: Collection[int]) -> None:
-        worst = min(token_ids) if min(token_ids) < 0 else max(token_ids)
-        if not 0 <= worst < self._vocab_size:
-            raise InvalidRequestError(
-                f"Token id {worst} is outside the model's vocabulary of {self._vocab_size}."
-            )
 
     def _new_pipeline(self, shared: bool) -> MediaPipeline | None:
         if self._processor is None:

@@ -1,0 +1,82 @@
+"""Token ids against the model's embedding table: a tokenizer may have tokens that the model has no row for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+
+from sensorium.errors import InvalidRequestError
+from sensorium.multimodal.processor import Processor
+from sensorium.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMED = 3
+"""Tokens that the warning at start names."""
+MOST_CHARS = 60
+"""Characters of a token that messages show."""
+
+
+class Vocabulary:
+    """The rows that the embedding table has, and the ids that may stand in a prompt before its items are put in.
+
+    ``num_rows``: of the table. Ids of placeholders may lie behind them: no embedding of theirs is ever looked up.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        num_rows: int,
+        processor: Processor | None,
+        placeholder_texts: Collection[str] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._num_rows = num_rows
+        modalities = processor.modalities if processor is not None else ()
+        self._placeholders = frozenset(
+            token_id
+            for modality in modalities
+            for token_id in (processor.placeholder(modality) if processor is not None else ())
+        )
+        self._placeholder_texts = frozenset(placeholder_texts)
+
+    def check(self, token_ids: Sequence[int], param: str | None = None) -> None:
+        """Raise InvalidRequestError naming the first token that the model has no embedding for."""
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._num_rows):
+            return
+        for token_id in token_ids:
+            if not 0 <= token_id < self._num_rows and token_id not in self._placeholders:
+                raise InvalidRequestError(self._refusal(token_id), param=param)
+
+    def warn(self) -> None:
+        """Log once that the tokenizer has tokens that the model has not, if that is so."""
+        missing = [
+            (token_id, text)
+            for token_id in range(self._num_rows, self._tokenizer.max_token_id + 1)
+            if token_id not in self._placeholders
+            and (text := self._tokenizer.token_text(token_id))
+            and text not in self._placeholder_texts
+        ]
+        if not missing:
+            return
+        named = ", ".join(f"{text[:MOST_CHARS]!r} ({i})" for i, text in missing[:MOST_NAMED])
+        more = " …" if len(missing) > MOST_NAMED else ""
+        logger.warning(
+            "the tokenizer has %d token%s that the model's embedding table of %d rows has not: %s%s; prompts with such "
+            "a token are refused. Is it this model's tokenizer, and was the model resized after tokens were added?",
+            len(missing),
+            "" if len(missing) == 1 else "s",
+            self._num_rows,
+            named,
+            more,
+        )
+
+    def _refusal(self, token_id: int) -> str:
+        known = 0 <= token_id <= self._tokenizer.max_token_id
+        text = self._tokenizer.token_text(token_id) if known else ""
+        if not text:
+            return f"Token id {token_id} is outside the model's vocabulary of {self._num_rows}."
+        return (
+            f"The prompt holds the token {text[:MOST_CHARS]!r} (id {token_id}), which the tokenizer has, but not the "
+            f"model, whose vocabulary is of {self._num_rows}. Leave it out, or use a model that was resized for it."
+        )
