@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sensorium import LLM
 from sensorium.models import checkpoint, loader
+from sensorium.models.interface import warn_of_defaults
 from sensorium.models.registry import resolve
-from tests.checkpoints import make_llava, make_qwen2_vl, make_ultravox
+from tests.checkpoints import make_llava, make_qwen2_vl, make_text, make_ultravox
 from tests.models.harness import image_processor, picture
 
 OLD, NEW = 20 * 28 * 28, 4 * 28 * 28
@@ -90,3 +93,29 @@ def test_a_nested_feature_extractor_of_sounds(tmp_path: Path) -> None:
     loaded = loader.read_config(str(folder))
     processor: Any = resolve(loaded.config).build_processor(loaded)
     assert processor.mel.hop == 200
+
+
+@pytest.mark.parametrize("make", [make_llava, make_qwen2_vl])
+def test_one_warning_where_no_file_tells(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Any
+) -> None:
+    folder = make(tmp_path)
+    sizes = {"num_kv_blocks": 40, "block_size": 16, "max_model_len": 256}
+    LLM(str(folder), **sizes).close()
+    assert "prepared with the defaults" not in caplog.text
+    (folder / "preprocessor_config.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        LLM(str(folder), **sizes).close()
+    [message] = [r.getMessage() for r in caplog.records if "defaults" in r.getMessage()]
+    assert "preprocessor_config.json" in message
+
+
+def test_no_warning_for_sounds_and_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Ultravox is published without: its sounds are prepared as Whisper's, which has one way alone."""
+    make_text("llama", tmp_path / "text")
+    make_ultravox(tmp_path / "sounds")
+    (tmp_path / "sounds" / "preprocessor_config.json").unlink(missing_ok=True)
+    for name in ("text", "sounds"):
+        loaded = loader.read_config(str(tmp_path / name))
+        warn_of_defaults(loaded, resolve(loaded.config))
+    assert not caplog.records

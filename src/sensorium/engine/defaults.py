@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from sensorium.config import ModelConfig, suggestion
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.params import SamplingParams
 
+logger = logging.getLogger(__name__)
+
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields of generation_config.json that are sampling parameters under the same name."""
+_COUNTS = ("top_k", "max_new_tokens")
 _FILE = "generation_config.json"
 _OVERRIDABLE = (*SAMPLED, "max_new_tokens", "do_sample")
 
@@ -20,7 +24,8 @@ _OVERRIDABLE = (*SAMPLED, "max_new_tokens", "do_sample")
 def generation_values(own: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
     """Return what counts as generation_config.json: the model's ``own``, none, or a folder's, and what overrides it.
 
-    Raises ConfigError for a file that cannot be read and for values that cannot be.
+    A value of the file that cannot be is left out, with a warning: no request could do anything about it. Raises
+    ConfigError for a folder's file that cannot be read and for overrides that cannot be.
     """
     if model.generation_config == "auto":
         values = dict(own)
@@ -32,7 +37,23 @@ def generation_values(own: Mapping[str, Any], model: ModelConfig) -> dict[str, A
     _check(over)
     if over.get("temperature") is not None:
         values.pop("do_sample", None)
-    return {**values, **over}
+    return {**_usable(values), **over}
+
+
+def _usable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a file without those that no request may have; each is warned of once, at the start."""
+    found = dict(values)
+    for name in (*SAMPLED, "max_new_tokens"):
+        value = found.get(name)
+        if isinstance(value, float) and name in _COUNTS and value.is_integer():
+            found[name] = int(value)
+        try:
+            SamplingParams(**sampling_defaults({name: found.get(name)}))
+        except InvalidRequestError as error:
+            found.pop(name)
+            reason = error.message.replace("max_tokens", name)
+            logger.warning("%s of the model: %s The value is ignored.", _FILE, reason)
+    return found
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from sensorium.errors import (
 )
 from sensorium.models import loader
 from sensorium.models.embedder import POOLS, embedder_of
-from sensorium.models.interface import stop_token_ids
+from sensorium.models.interface import stop_token_ids, warn_of_defaults
 from sensorium.models.registry import resolve
 from sensorium.multimodal.cache import FeatureCache
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
@@ -81,6 +81,7 @@ class Preparer:
         self._vocab_size, self._rope = shape.vocab_size, RopeChoice.of(shape)
         self.embedder = embedder_of(self._loaded, family, model.runner)
         self._processor = family.build_processor(self._loaded)
+        warn_of_defaults(self._loaded, family)
         self._both_ways = family.both_ways
         check_older(config.older, self._processor, config.media)
         markup = self._processor.markup if self._processor is not None else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # the HTTP process and media workers use families without eve
     from sensorium.models.weights import Slot
     from sensorium.multimodal.items import Features, Modality
     from sensorium.multimodal.processor import Processor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +194,28 @@ class Family:
 
 
 def stop_token_ids(loaded: LoadedConfig) -> tuple[int, ...]:
-    """Ids that end an answer: ``eos_token_id`` of generation_config.json, else of config.json; in order, each once."""
+    """Ids that end an answer: ``eos_token_id`` of generation_config.json, else of config.json; in order, each once.
+
+    What is no id (an integer from 0) is left out, as if the file did not hold it.
+    """
     text = loaded.config.get("text_config")
     for source in (loaded.generation, loaded.config, text if isinstance(text, dict) else {}):
         value = source.get("eos_token_id")
-        if value is not None:
-            ids = value if isinstance(value, list) else [value]
-            return tuple(dict.fromkeys(int(i) for i in ids))
+        values = value if isinstance(value, list) else [value]
+        ids = [i for i in values if type(i) is int and i >= 0]
+        if ids:
+            return tuple(dict.fromkeys(ids))
     return ()
+
+
+def warn_of_defaults(loaded: LoadedConfig, family: Family) -> None:
+    """Log a warning where no file of a checkpoint says how its images are prepared.
+
+    The processor then takes the defaults of its family, with which a model that was trained otherwise answers worse.
+    """
+    if "image" in family.modalities and not loaded.preprocessor:
+        logger.warning(
+            "The model has neither preprocessor_config.json nor an image_processor in processor_config.json: images "
+            "are prepared with the defaults of %s. Copy the file from the checkpoint that the model was made from.",
+            family.name,
+        )

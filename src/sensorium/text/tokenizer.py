@@ -271,5 +271,5 @@ def _eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     for holder in (config, config.get("text_config") or {}):
         value = holder.get("eos_token_id")
         values = value if isinstance(value, list) else [value]
-        found.extend(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+        found.extend(v for v in values if type(v) is int and v >= 0)
     return tuple(found)
