@@ -100,11 +100,13 @@ def test_the_environment_is_read_and_loudly_invalid() -> None:
         {
             "SENSORIUM_IMAGE_FETCH_TIMEOUT": "2",
             "VLLM_IMAGE_FETCH_TIMEOUT": "9",
+            "APHRODITE_IMAGE_FETCH_TIMEOUT": "8",
+            "APHRODITE_MEDIA_URL_ALLOW_REDIRECTS": "1",
             "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
         }
     )
     assert found == {"image_fetch_timeout": 2.0, "media_url_allow_redirects": False}
-    for variable in ("SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS", "VLLM_AUDIO_FETCH_TIMEOUT"):
+    for variable in ("SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS", "APHRODITE_AUDIO_FETCH_TIMEOUT"):
         with pytest.raises(ConfigError, match=variable):
             media_environment({variable: "maybe"})
     for text in ("0", "-1", "nan", "inf", "1e9", ""):
@@ -112,7 +114,7 @@ def test_the_environment_is_read_and_loudly_invalid() -> None:
             media_environment({"VLLM_VIDEO_FETCH_TIMEOUT": text})
     names = ("IMAGE_FETCH_TIMEOUT", "VIDEO_FETCH_TIMEOUT", "AUDIO_FETCH_TIMEOUT")
     for name in names:
-        for prefix in ("SENSORIUM_", "VLLM_"):
+        for prefix in ("SENSORIUM_", "VLLM_", "APHRODITE_"):
             assert media_environment({prefix + name: "7.5"}) == {name.lower(): 7.5}
 
 

@@ -23,6 +23,9 @@ def log_level(environ: Mapping[str, str] | None = None) -> str:
     return level.upper() if level in LOG_LEVELS else "INFO"
 
 
+_PREFIXES = ("SENSORIUM", "VLLM", "APHRODITE")
+"""Of variables that other engines have, too; of the first that is set the value counts."""
+
 _MEDIA_ENVIRONMENT = {
     "MEDIA_URL_ALLOW_REDIRECTS": "media_url_allow_redirects",
     "IMAGE_FETCH_TIMEOUT": "image_fetch_timeout",
@@ -32,26 +35,27 @@ _MEDIA_ENVIRONMENT = {
 
 
 def media_environment(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Media settings of the environment: ``SENSORIUM_IMAGE_FETCH_TIMEOUT`` and its kin, else the ``VLLM_`` names.
+    """Media settings of the environment: ``SENSORIUM_IMAGE_FETCH_TIMEOUT`` and its kin, else the names of vLLM
+    (``VLLM_…``), else those of its fork Aphrodite (``APHRODITE_…``).
 
     Raises ConfigError for a value that cannot be read.
     """
     environ = os.environ if environ is None else environ
     found: dict[str, Any] = {}
     for suffix, name in _MEDIA_ENVIRONMENT.items():
-        for variable in (f"SENSORIUM_{suffix}", f"VLLM_{suffix}"):
+        for variable in (f"{prefix}_{suffix}" for prefix in _PREFIXES):
             if variable in environ:
                 found[name] = _environment_value(variable, environ[variable], suffix)
                 break
     return found
 
 
-API_KEYS = ("SENSORIUM_API_KEY", "VLLM_API_KEY")
+API_KEYS = tuple(f"{prefix}_API_KEY" for prefix in _PREFIXES)
 """Variables that hold an API key; of the first that is set the value counts."""
 
 
 def api_keys_of_environment(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The API key in ``SENSORIUM_API_KEY``, else in ``VLLM_API_KEY``; none where both are unset or empty."""
+    """The API key in ``SENSORIUM_API_KEY``, ``VLLM_API_KEY`` or ``APHRODITE_API_KEY``; none where all are empty."""
     environ = os.environ if environ is None else environ
     return next(((environ[name],) for name in API_KEYS if environ.get(name)), ())
 

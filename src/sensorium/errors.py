@@ -241,3 +241,8 @@ def error_of(
 def _subclasses(cls: type[SensoriumError]) -> list[type[SensoriumError]]:
     # Deepest last: of classes that share a code, those who raise use the special one.
     return [s for child in cls.__subclasses__() for s in (child, *_subclasses(child))]
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun for a message: ``1 id``, ``2 ids``; ``plural`` where an s does not make it."""
+    return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"

@@ -132,7 +132,10 @@ WRONG_FOR_QWEN: dict[str, tuple[Any, str]] = {
     "no grid": ({"image_embeds": values(4, HIDDEN)}, "image_grid_thw"),
     "another key": ({**grid(values(4, HIDDEN), [[1, 4, 4]]), "more": 1}, "'more'"),
     "dimensions": (grid(values(1, 1, 4, HIDDEN), [[1, 4, 4]]), "3 dimensions"),
-    "count of items": (grid(values(2, 4, HIDDEN), [[1, 4, 4]]), "1 grids for .* of 2 items"),
+    "count of items": (
+        grid(values(2, 4, HIDDEN), [[1, 4, 4]]),
+        "There is 1 grid for .* of 2 items",
+    ),
     "count of one": (grid(values(2, 4, HIDDEN), [[1, 4, 4], [1, 2, 4]]), "2 embeddings, .* are 4"),
     "hidden size": (grid(values(4, 65), [[1, 4, 4]]), r"hidden size 64 .* \(4, 65\)"),
     "count": (grid(values(5, HIDDEN), [[1, 4, 4]]), "together 4, but there are 5"),

@@ -268,7 +268,7 @@ WRONG: dict[str, tuple[str, Any, str, str]] = {
     "number of sizes": (
         "image",
         {"image_embeds": values(2, 10, 64), "image_sizes": [[44, 44]]},
-        "2 items of embeddings, but 1 image sizes",
+        "1 entry for the embeddings of 2 images",
         f"{PARAM}.image_sizes",
     ),
     "no size": (

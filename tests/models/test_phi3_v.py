@@ -340,7 +340,7 @@ WRONG_EMBEDDINGS: dict[str, tuple[Any, str, str]] = {
     ),
     "number of sizes": (
         sized(values(2, 13, 64), [[56, 56]]),
-        "2 items of embeddings, but 1 image sizes",
+        "1 entry for the embeddings of 2 images",
         f"{PARAM}.image_embeds",
     ),
     "no tiles": (sized(values(1, 13, 64), [[56, 57]]), "56; got", f"{PARAM}.image_sizes[0]"),

@@ -72,6 +72,9 @@ class FakeProcessor:
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
         return self.placeholders[modality]
 
+    def fill(self, modality: Modality) -> int | None:
+        return None
+
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         return f"<{modality}>"
 

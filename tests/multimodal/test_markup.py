@@ -85,19 +85,25 @@ def test_only_a_whole_text_is_a_placeholder() -> None:
 
 def test_numbers_decide_which_item_stands_where() -> None:
     one, two = items(2)
-    assert in_order([one, two], [placeholder(2), placeholder(1), placeholder(2)]) == [two, one, two]
+    assert in_order(
+        [one, two], [placeholder(2), placeholder(1), placeholder(2)], FakeProcessor()
+    ) == [two, one, two]
 
 
 def test_items_without_numbers_keep_their_order() -> None:
     film, one, two = item(5, "video"), *items(2)
-    assert in_order([film, one, two], [placeholder(2), placeholder(1)]) == [two, one, film]
-    assert in_order([one, two], [placeholder(None)] * 2) == [one, two]
+    assert in_order([film, one, two], [placeholder(2), placeholder(1)], FakeProcessor()) == [
+        two,
+        one,
+        film,
+    ]
+    assert in_order([one, two], [placeholder(None)] * 2, FakeProcessor()) == [one, two]
 
 
 @pytest.mark.parametrize("numbers", [[1], [1, 3], [1, 2, 3], [0, 1, 2]])
 def test_every_item_is_named_and_no_other(numbers: list[int]) -> None:
     with pytest.raises(PlaceholderMismatchError, match="there are 2 image items: name each of 1"):
-        in_order(items(2), [placeholder(number) for number in numbers])
+        in_order(items(2), [placeholder(number) for number in numbers], FakeProcessor())
 
 
 def test_numbers_that_no_item_has() -> None:
@@ -106,11 +112,11 @@ def test_numbers_that_no_item_has() -> None:
         ids_of(NUMBERED).split(f"<|image_{'1234567890' * 500}|>")
     many = [placeholder(number) for number in range(1, 1000)]
     with pytest.raises(PlaceholderMismatchError, match="the items 1, 2, 3, 4, 5, 6, 7, 8 …, but"):
-        in_order(items(2), many)
+        in_order(items(2), many, FakeProcessor())
 
 
 def test_an_item_of_two_placeholders_is_expanded_twice() -> None:
     mark = marker("image")
-    ordered = in_order(items(2), [placeholder(p) for p in (2, 1, 2)])
+    ordered = in_order(items(2), [placeholder(p) for p in (2, 1, 2)], FakeProcessor())
     found = expand((mark, 7, mark, mark), ordered, MarkedProcessor())
     assert [length for span in found.spans for _, length in span.runs] == [2, 1, 2]

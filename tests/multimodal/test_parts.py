@@ -146,8 +146,8 @@ def test_ids() -> None:
 @pytest.mark.parametrize(
     ("uuids", "param", "words"),
     [
-        ({"image": ["a"]}, ".image", "1 ids for 2"),
-        ({"image": ["a", "b", "c"]}, ".image", "3 ids for 2"),
+        ({"image": ["a"]}, ".image", "There is 1 id for 2 image items"),
+        ({"image": ["a", "b", "c"]}, ".image", "There are 3 ids for 2 image items"),
         ({}, "", "no entry 'image'"),
         ({"video": ["a"]}, "", "no entry 'image'"),
         ({"image": ["a", "b"], "video": ["c"]}, ".video", "no 'video'"),

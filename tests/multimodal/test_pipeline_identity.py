@@ -146,7 +146,7 @@ async def test_embeddings_with_ids(make) -> None:
     assert cached.digest == first[0].digest
     assert cached.features.precomputed
     assert (await setup.load(embeds_ref(torch.zeros(3, 8), "a")))[0].features is cached.features
-    with pytest.raises(InvalidEmbeddingsError, match="3 ids for 2"):
+    with pytest.raises(InvalidEmbeddingsError, match="3 ids for the embeddings of 2 images"):
         await setup.load(MediaRef("image", "embeds", tensor, None, "p", ("x", "y", "z")))
 
 

@@ -27,6 +27,8 @@ def served(*flags: str) -> ServerConfig:
         ({"SENSORIUM_API_KEY": "s", "VLLM_API_KEY": "v"}, (), ("s",)),
         ({"SENSORIUM_API_KEY": "", "VLLM_API_KEY": "v"}, (), ("v",)),
         ({"VLLM_API_KEY": ""}, (), ()),
+        ({"APHRODITE_API_KEY": "a"}, (), ("a",)),
+        ({"VLLM_API_KEY": "v", "APHRODITE_API_KEY": "a"}, (), ("v",)),
         ({"VLLM_API_KEY": "v"}, ("--api-key", "f"), ("f", "v")),
     ],
 )
@@ -36,7 +38,7 @@ def test_the_key_of_the_environment_is_asked_for(
     keys: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("SENSORIUM_API_KEY", "VLLM_API_KEY"):
+    for name in ("SENSORIUM_API_KEY", "VLLM_API_KEY", "APHRODITE_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

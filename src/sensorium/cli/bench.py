@@ -48,7 +48,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--api-key",
         metavar="KEY",
-        help="sent as bearer token; default: SENSORIUM_API_KEY, VLLM_API_KEY",
+        help="sent as bearer token; default: SENSORIUM_API_KEY, VLLM_API_KEY, APHRODITE_API_KEY",
     )
     server.add_argument(
         "--timeout", type=float, metavar="N", default=600.0, help="seconds for one request"

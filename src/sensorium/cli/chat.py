@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--api-key",
         metavar="KEY",
-        help="key for that server; default: SENSORIUM_API_KEY, VLLM_API_KEY",
+        help="key for that server; default: SENSORIUM_API_KEY, VLLM_API_KEY, APHRODITE_API_KEY",
     )
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_attachment_flags(parser, " for the first message")

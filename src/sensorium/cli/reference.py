@@ -29,9 +29,9 @@ flags are read as hyphens. JSON is given in quotes: `--mm-processor-kwargs '{"ma
 | `SENSORIUM_AUDIO_FETCH_TIMEOUT` | Seconds for the whole download of a sound. |
 | `SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS` | 0 forbids redirects of media URLs, 1 allows them. |
 
-`SENSORIUM_API_KEY` and the last four are also read under their `VLLM_` names where ours are unset (or, for the key,
-empty). Flags win over the last four; the key is one more beside those of `--api-key`. The log of each start says
-whether a key is needed.
+`SENSORIUM_API_KEY` and the last four are also read under their `VLLM_` names, and then their `APHRODITE_` names, where
+ours are unset (or, for the key, empty). Flags win over the last four; the key is one more beside those of `--api-key`.
+The log of each start says whether a key is needed.
 """
 
 

@@ -27,8 +27,8 @@ class ServerConfig:
     )
     api_key: tuple[str, ...] = option(
         (),
-        "Keys that clients must send; repeatable. SENSORIUM_API_KEY, or else VLLM_API_KEY, is one more. Without any "
-        "key everybody is served.",
+        "Keys that clients must send; repeatable. SENSORIUM_API_KEY, or else VLLM_API_KEY or "
+        "APHRODITE_API_KEY, is one more. Without any key everybody is served.",
     )
     metrics_require_api_key: bool = option(True, "Guard /metrics by the API key too.")
     metrics_prefix: str = option("sensorium:", "Prefix of metric names.")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sensorium.engine.prepared import Draft, PreparedPrompt
-from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.errors import InvalidRequestError, SensoriumError, counted
 from sensorium.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -109,7 +109,8 @@ def listed(params: object, num_prompts: int, kind: type[ParamsT], name: str) -> 
     values = list(params)
     if len(values) != num_prompts:
         raise InvalidRequestError(
-            f"There are {num_prompts} prompts, but {len(values)} {name}: give one for all, or one per prompt.",
+            f"{name} has {counted(len(values), 'entry', 'entries')} for {counted(num_prompts, 'prompt')}: give one for "
+            "all, or one per prompt.",
             param=name,
         )
     return [_checked(value, index, kind, name) for index, value in enumerate(values)]

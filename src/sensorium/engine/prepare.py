@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.placeholders import (
     NumberedPlaceholder,
     PlaceholderIds,
+    check_counts,
     expand,
     in_order,
 )
@@ -169,9 +171,13 @@ class Preparer:
             self._check_modality(ref)
         if self._pipeline is not None:
             self._pipeline.check(draft.refs)
-        if self._processor is not None and not draft.refs:
+        if self._processor is not None:
+            counts = Counter[Modality]()
+            for ref in draft.refs:
+                counts[ref.modality] += len(ref.uuids) or 1
+            unread = {ref.modality for ref in draft.refs if ref.kind == "embeds"}
             with _placed(draft.param):
-                expand(draft.token_ids, (), self._processor)
+                check_counts(draft.token_ids, counts, unread, draft.numbered, self._processor)
         return draft
 
     async def complete(self, draft: Draft) -> PreparedPrompt:
@@ -335,7 +341,7 @@ class Preparer:
                 rope=self._rope,
             )
         if any(placeholder.number is not None for placeholder in numbered):
-            items = in_order(items, numbered)
+            items = in_order(items, numbered, self._processor)
             # One item may stand in many places: what is too long by far is refused before it is made.
             self._room(sum(item.features.num_embeds for item in items), param)
         expansion = expand(token_ids, items, self._processor)

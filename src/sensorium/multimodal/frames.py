@@ -14,7 +14,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from sensorium.config import suggestion
-from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
+from sensorium.errors import (
+    InvalidRequestError,
+    MediaTooLargeError,
+    MediaUndecodableError,
+    counted,
+)
 from sensorium.multimodal import image, pixel_values
 from sensorium.multimodal.items import Clip
 from sensorium.multimodal.processor import VideoFacts
@@ -65,7 +70,7 @@ def read_origin(metadata: Any, num_given: int) -> Origin:
         known = round(fps * duration) if fps and duration and indices is not None else 0
         total = max(known, num_given if indices is None else indices[-1] + 1)
     if total < num_given:
-        _bad(f"says total_num_frames={total}, but there are {num_given} frames")
+        _bad(f"says total_num_frames={total}, but has {counted(num_given, 'frame')}")
     if indices is not None and indices[-1] >= total:
         _bad(f"has frame {indices[-1]} among its frames_indices, but total_num_frames={total}")
     if fps is None and duration is not None:
@@ -92,7 +97,9 @@ def _indices(value: Any, num_given: int) -> tuple[int, ...]:
     except TypeError:
         _bad(f"has frames_indices that are no list of integers, got {type(value).__name__}")
     if len(indices) != num_given:
-        _bad(f"has {len(indices)} frames_indices for {num_given} frames")
+        _bad(
+            f"has {counted(len(indices), 'entry', 'entries')} in frames_indices for {counted(num_given, 'frame')}"
+        )
     if indices[-1] >= _MOST_FRAMES:
         _bad(
             f"has frame {indices[-1]!r:.80} among its frames_indices; at most {_MOST_FRAMES} make a video"

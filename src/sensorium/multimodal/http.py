@@ -170,7 +170,10 @@ class HttpClient:
             if isinstance(answer, Answer):
                 return answer
             if not self._guard.allow_redirects:
-                raise MediaRefusedError("The URL redirects, which this server does not allow.")
+                raise MediaRefusedError(
+                    "The URL redirects, which is not allowed here (--no-media-url-allow-redirects, or "
+                    "SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS=0)."
+                )
             url = self._redirected(url, answer.location)
         raise MediaRefusedError(
             f"The URL redirects more than {self._guard.max_redirects} times (--max-media-redirects)."

@@ -25,7 +25,8 @@ class MediaRef:
     frames and metadata, for sounds a pair of array and sampling rate; ``embeds``: a torch tensor or a mapping of
     tensors, or base64 text in place of a tensor, possibly of several items; ``cached``: None, to be found under
     ``uuid``. ``param`` is the place in the request, for error messages. ``uuids``: only for ``embeds`` of several
-    items, one per item, in place of ``uuid``.
+    items, one per item, in place of ``uuid``. ``alone``: the reference is a part of a message, which stands for one
+    item even where it holds embeddings.
     """
 
     modality: Modality
@@ -34,6 +35,7 @@ class MediaRef:
     uuid: str | None = None
     param: str = ""
     uuids: tuple[str | None, ...] = ()
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from sensorium.config import suggestion
+from sensorium.errors import counted
 from sensorium.multimodal.image import ImageFeatureData, ImagePixelData
 from sensorium.multimodal.items import MODALITIES, MediaRef, Modality, SourceKind
 from sensorium.multimodal.sources import (
@@ -58,16 +59,16 @@ def refs_from_data(
             continue
         if modality not in names:
             refuse(
-                f"{uuids_param} has no entry {modality!r}; every modality of multi_modal_data needs one, "
-                "with as many entries as items (None for those without an id)",
+                f"There is no entry {modality!r}; every modality of multi_modal_data needs one in "
+                "multi_modal_uuids, with as many entries as items (None for those without an id)",
                 uuids_param,
             )
         refs.extend(_with_uuids(modality, sources, names[modality], f"{uuids_param}.{modality}"))
     for modality in names:
         if modality not in items:
             refuse(
-                f"{uuids_param} names {modality!r}, but multi_modal_data has no {modality!r}; "
-                "pass None there for each cached item",
+                f"There are ids for {modality!r}, but multi_modal_data has no {modality!r}; pass None "
+                "there for each cached item",
                 f"{uuids_param}.{modality}",
             )
     for ref in refs:
@@ -111,8 +112,8 @@ def _with_uuids(
         return [MediaRef(modality, source.kind, source.content, None, source.param, tuple(ids))]
     if len(ids) != len(sources):
         refuse(
-            f"There are {len(ids)} ids for {len(sources)} {modality} items; pass one per item "
-            "(None for those without an id)",
+            f"There {'is' if len(ids) == 1 else 'are'} {counted(len(ids), 'id')} for "
+            f"{counted(len(sources), f'{modality} item')}; pass one per item (None for those without an id)",
             param,
         )
     return [source.ref(modality, uuid) for source, uuid in zip(sources, ids, strict=True)]
@@ -202,7 +203,7 @@ def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
             )
         return MediaRef(kind.modality, "cached", None, uuid, place)
     source_kind, source = _PAYLOADS[kind.payload](payload, place)
-    return MediaRef(kind.modality, source_kind, source, uuid, place)
+    return MediaRef(kind.modality, source_kind, source, uuid, place, alone=True)
 
 
 def _url_payload(payload: object, param: str) -> tuple[SourceKind, Any]:

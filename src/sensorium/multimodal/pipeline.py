@@ -22,6 +22,7 @@ from sensorium.errors import (
     TooManyItemsError,
     UnavailableError,
     UnsupportedModalityError,
+    counted,
 )
 from sensorium.multimodal import digest as digests
 from sensorium.multimodal.budget import RequestBytes
@@ -215,8 +216,8 @@ class MediaPipeline:
             if limit is not None and count > limit:
                 beyond = [ref for ref in refs if ref.modality == modality][limit:]
                 raise TooManyItemsError(
-                    f"The prompt has {count} {modality} items; at most {limit} are allowed "
-                    "(--limit-mm-per-prompt).",
+                    f"The prompt has {counted(count, f'{modality} item')}; at most {limit} "
+                    f"{'is' if limit == 1 else 'are'} allowed (--limit-mm-per-prompt).",
                     param=beyond[0].param if beyond else None,
                 )
         most = self._config.max_items_per_request
@@ -331,12 +332,17 @@ class MediaPipeline:
                 if digest is not None and features is not None
             ]
         read = await self._workers.run(self._read_embeddings, ref)
+        if ref.alone and len(read) > 1:
+            raise InvalidEmbeddingsError(
+                f"The part holds the embeddings of {len(read)} {ref.modality} items; send one part per item."
+            )
         all_features = [await self._shared(features) for features in read]
         if len(ids) == 1 and ids[0] is None:
             known = [None] * len(all_features)
         if len(known) != len(all_features):
             raise InvalidEmbeddingsError(
-                f"There are {len(known)} ids for {len(all_features)} {ref.modality} embeddings."
+                f"There {'is' if len(known) == 1 else 'are'} {counted(len(known), 'id')} for the embeddings of "
+                f"{counted(len(all_features), ref.modality)}."
             )
         items = []
         for features, digest in zip(all_features, known, strict=True):

@@ -10,16 +10,18 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 
-from sensorium.errors import PlaceholderMismatchError
+from sensorium.errors import PlaceholderMismatchError, counted
 from sensorium.multimodal.items import MODALITIES, MediaItem, Modality
 from sensorium.multimodal.processor import Markup, Processor, Replacement
 
 _NO_ID = 0x10FFFF
 """Stands for ids that no character can hold; such an id is no placeholder."""
+_MARKERS = _NO_ID - len(MODALITIES)
+"""From here on ids are markers of placeholders, not tokens."""
 _MAX_DIGITS = 9
 _LISTED = 8
 
@@ -88,7 +90,7 @@ class NumberedPlaceholder:
 
 
 def in_order(
-    items: Sequence[MediaItem], placeholders: Sequence[NumberedPlaceholder]
+    items: Sequence[MediaItem], placeholders: Sequence[NumberedPlaceholder], processor: Processor
 ) -> list[MediaItem]:
     """The items of numbered placeholders in the order of these, an item of two placeholders twice; others after them.
 
@@ -98,18 +100,31 @@ def in_order(
     numbered = {p.modality for p in placeholders if p.number is not None}
     for modality in sorted(numbered):
         own = [item for item in items if item.modality == modality]
-        numbers = [
-            p.number for p in placeholders if p.modality == modality and p.number is not None
-        ]
-        if set(numbers) != set(range(1, len(own) + 1)):
-            known = sorted(set(numbers))
-            named = ", ".join(map(str, known[:_LISTED])) + (" …" if len(known) > _LISTED else "")
-            raise PlaceholderMismatchError(
-                f"The prompt's {modality} placeholders name the items {named}, but there are {len(own)} {modality} "
-                f"items: name each of 1 to {len(own)} at least once."
-            )
+        numbers = _numbers(modality, placeholders)
+        _check_numbers(modality, numbers, len(own), processor)
         ordered += [own[number - 1] for number in numbers]
     return [*ordered, *(item for item in items if item.modality not in numbered)]
+
+
+def _numbers(modality: Modality, placeholders: Sequence[NumberedPlaceholder]) -> list[int]:
+    """Return the numbers of the items that the placeholders of a modality name, in their order."""
+    return [p.number for p in placeholders if p.modality == modality and p.number is not None]
+
+
+def _check_numbers(
+    modality: Modality, numbers: Sequence[int], num_items: int, processor: Processor
+) -> None:
+    """Raise PlaceholderMismatchError unless each item is named and no other number is."""
+    if set(numbers) == set(range(1, num_items + 1)):
+        return
+    known = sorted(set(numbers))
+    named = ", ".join(map(str, known[:_LISTED])) + (" …" if len(known) > _LISTED else "")
+    items = counted(num_items, f"{modality} item")
+    hint = _hint(modality, num_items, processor)
+    raise PlaceholderMismatchError(
+        f"The prompt's {modality} placeholders name the items {named}, but there {'is' if num_items == 1 else 'are'} "
+        f"{items}: name each of 1 to {num_items} at least once.{hint}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +158,49 @@ class _Site:
     replacement: Replacement
 
 
+def check_counts(
+    token_ids: Sequence[int],
+    least: Mapping[Modality, int],
+    uncertain: Collection[Modality],
+    numbered: Sequence[NumberedPlaceholder],
+    processor: Processor,
+) -> None:
+    """Refuse, before items are loaded, a prompt whose placeholders cannot fit them whatever their lengths.
+
+    ``least``: how many items of each modality there are; of those in ``uncertain``, such as embeddings that nobody has
+    read, there may be more. What could be a placeholder in full length passes. Raises PlaceholderMismatchError.
+    """
+    prompt = _pack(token_ids)
+    for modality in processor.modalities:
+        num_items, exact = least.get(modality, 0), modality not in uncertain
+        placeholder, fill = _pack(processor.placeholder(modality)), processor.fill(modality)
+        found = prompt.count(placeholder)
+        numbers = _numbers(modality, numbered)
+        if numbers and exact and num_items:
+            _check_numbers(modality, numbers, num_items, processor)
+        elif numbers and num_items:
+            continue
+        elif num_items == 0:
+            if found:
+                raise mismatch(modality, found, 0, processor)
+        elif fill is not None:
+            kind = _pack((fill,))
+            spare = prompt.count(kind) - found * placeholder.count(kind)
+            if found + spare < num_items or (
+                exact and found > num_items and _are_short(prompt, placeholder, kind, spare)
+            ):
+                raise mismatch(modality, found, num_items, processor)
+
+
+def _are_short(prompt: str, placeholder: str, fill: str, spare: int) -> bool:
+    """Return whether none of the placeholders can be a part of one in full length."""
+    if ord(placeholder[0]) >= _MARKERS:
+        return True
+    if fill not in placeholder:
+        return spare == 0
+    return len(placeholder) == 1 and spare == 0 and placeholder * 2 not in prompt
+
+
 def expand(token_ids: Sequence[int], items: Sequence[MediaItem], processor: Processor) -> Expansion:
     """Expand the placeholders of ``token_ids``, the first of a modality for its first item, and so on.
 
@@ -156,7 +214,7 @@ def expand(token_ids: Sequence[int], items: Sequence[MediaItem], processor: Proc
         replacements = [
             processor.replacement(items[i].features, number) for number, i in enumerate(indices)
         ]
-        found = _find_sites(prompt, modality, processor.placeholder(modality), replacements)
+        found = _find_sites(prompt, modality, processor, replacements)
         sites.extend(
             _Site(start, length, index, replacement)
             for (start, length), index, replacement in zip(
@@ -170,11 +228,11 @@ def expand(token_ids: Sequence[int], items: Sequence[MediaItem], processor: Proc
 def _find_sites(
     prompt: str,
     modality: Modality,
-    placeholder_ids: tuple[int, ...],
+    processor: Processor,
     replacements: Sequence[Replacement],
 ) -> list[tuple[int, int]]:
     """``(start, length)`` of what each replacement takes the place of, in order."""
-    placeholder = _pack(placeholder_ids)
+    placeholder = _pack(processor.placeholder(modality))
     fulls = [_pack(replacement.token_ids) for replacement in replacements]
     count = prompt.count(placeholder)
     sites: list[tuple[int, int]] = []
@@ -190,11 +248,11 @@ def _find_sites(
         elif short_at != -1:
             sites.append((short_at, len(placeholder)))
         else:
-            raise _mismatch(modality, len(sites), fulls)
+            raise mismatch(modality, len(sites), len(fulls), processor, map(len, fulls))
         pos = sum(sites[-1])
     rest = prompt.count(placeholder, pos)
     if rest:
-        raise _mismatch(modality, len(sites) + rest, fulls)
+        raise mismatch(modality, len(sites) + rest, len(fulls), processor, map(len, fulls))
     return sites
 
 
@@ -213,18 +271,35 @@ class _Search:
         return at
 
 
-def _mismatch(modality: str, num_found: int, fulls: Sequence[str]) -> PlaceholderMismatchError:
-    lengths = sorted({len(full) for full in fulls})
-    hint = (
-        f" Write one placeholder per {modality}, or the placeholder in full length "
-        f"({', '.join(map(str, lengths[:8]))} tokens)."
-        if lengths
-        else ""
-    )
-    return PlaceholderMismatchError(
-        f"The prompt has {num_found} {modality} placeholder{'' if num_found == 1 else 's'} for "
-        f"{len(fulls)} {modality} item{'' if len(fulls) == 1 else 's'}.{hint}"
-    )
+def mismatch(
+    modality: Modality,
+    num_found: int,
+    num_items: int,
+    processor: Processor,
+    lengths: Iterable[int] = (),
+) -> PlaceholderMismatchError:
+    """Return the error for so many placeholders and items, with the placeholder that this model has.
+
+    ``lengths``: tokens of each item's placeholder in full length, where that is known.
+    """
+    found = counted(num_found, f"{modality} placeholder")
+    items = counted(num_items, f"{modality} item")
+    hint = _hint(modality, num_items, processor)
+    known = sorted(set(lengths))
+    if hint and known:
+        hint += f" The placeholder in full length ({', '.join(map(str, known[:8]))} tokens) will do as well."
+    return PlaceholderMismatchError(f"The prompt has {found} for {items}.{hint}")
+
+
+def _hint(modality: Modality, num_items: int, processor: Processor) -> str:
+    """Return a sentence that names the placeholder; of numbered ones the first two."""
+    if num_items == 0:
+        return f" Pass the {modality} in multi_modal_data, or leave the placeholder out."
+    first, second = (processor.placeholder_text(modality, number) for number in (1, 2))
+    if first == second:
+        return f" Write {first!r} where each {modality} goes."
+    more = f", {second!r} for the second" if num_items > 1 else ""
+    return f" Write {first!r} for the first {modality}{more}."
 
 
 def _assemble(

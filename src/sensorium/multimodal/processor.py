@@ -128,6 +128,12 @@ class Processor(Protocol):
         """Token ids of one unexpanded placeholder in a prompt, such as ``(image_token_id,)``."""
         ...
 
+    def fill(self, modality: Modality) -> int | None:
+        """The token that stands in an expanded prompt where an item's embeddings go, side by side with no other token
+        between those of one image; None where that is not known. What is wrong with the placeholders of a prompt is
+        then found before its items are loaded."""
+        ...
+
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """The placeholder of the item of this number (of its modality, from 1) as a user writes it in a raw prompt,
         such as ``<image>`` (what goes *in front* of text when a chat template takes only strings; for Qwen2-VL with its

@@ -102,7 +102,7 @@ def are_numbers(value: object) -> bool:
 
 def refuse(message: str, param: str) -> NoReturn:
     """Raise InvalidRequestError; a message that begins in lower case goes on from the name of the place."""
-    if message[0].islower() and not message.startswith("multi_modal"):
+    if message[0].islower():
         message = f"{param} {message}"
     raise InvalidRequestError(
         message if message.endswith((".", "?")) else f"{message}.", param=param

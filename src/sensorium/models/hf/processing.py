@@ -160,6 +160,11 @@ class HfProcessor:
         """Ids of the placeholder."""
         return self._place(modality).ids
 
+    def fill(self, modality: Modality) -> int | None:
+        """The token of its configuration, where an item's embeddings stand side by side."""
+        place = self._place(modality)
+        return place.fill if place.around is not None else None
+
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """Text of the placeholder."""
         return self._place(modality).text

@@ -110,6 +110,10 @@ class LlavaProcessor:
         """The image token."""
         return (self.image_token_id,)
 
+    def fill(self, modality: Modality) -> int:
+        """The image token."""
+        return self.image_token_id
+
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """The image token's text."""
         return PLACEHOLDER

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sensorium.errors import ConfigError, InvalidEmbeddingsError
+from sensorium.errors import ConfigError, InvalidEmbeddingsError, counted
 from sensorium.models import precomputed
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.llava_onevision.config import LlavaOnevisionConfig, read_pinpoints
@@ -147,7 +147,8 @@ class LlavaOnevisionProcessor:
         pairs = precomputed.integers(sizes, 2, place)
         if len(pairs) != len(found):
             raise InvalidEmbeddingsError(
-                f"There are {len(found)} items of embeddings, but {len(pairs)} image sizes.",
+                f"image_sizes has {counted(len(pairs), 'entry', 'entries')} for the embeddings of "
+                f"{counted(len(found), 'image')}.",
                 param=place,
             )
         for index, (features, (height, width)) in enumerate(zip(found, pairs, strict=True)):
@@ -167,6 +168,10 @@ class LlavaOnevisionProcessor:
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
         """The image or the video token."""
         return (self.video_token_id if modality == "video" else self.image_token_id,)
+
+    def fill(self, modality: Modality) -> int:
+        """The placeholder."""
+        return self.placeholder(modality)[0]
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """The text of the image or of the video token."""

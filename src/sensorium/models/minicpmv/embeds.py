@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sensorium.config.notices import warn_caller
-from sensorium.errors import InvalidEmbeddingsError
+from sensorium.errors import InvalidEmbeddingsError, counted
 from sensorium.models import precomputed
 from sensorium.multimodal.items import Features
 
@@ -40,7 +40,8 @@ def images(
     sizes = _sizes(values["image_sizes"], f"{param}.image_sizes")
     if len(sizes) != len(arrays):
         raise InvalidEmbeddingsError(
-            f"There are {len(sizes)} image_sizes for the embeddings of {len(arrays)} images.",
+            f"image_sizes has {counted(len(sizes), 'entry', 'entries')} for the embeddings of "
+            f"{counted(len(arrays), 'image')}.",
             param=f"{param}.image_sizes",
         )
     for array, place in arrays:
@@ -79,7 +80,7 @@ def videos(source: Any, param: str, num_queries: int, hidden_size: int) -> list[
     arrays = precomputed.per_item(source, place)
     if wanted is not None and len(wanted) != len(arrays):
         raise InvalidEmbeddingsError(
-            f"num_frames has {len(wanted)} values for the embeddings of {len(arrays)} videos.",
+            f"num_frames has {counted(len(wanted), 'value')} for the embeddings of {counted(len(arrays), 'video')}.",
             param=f"{param}.num_frames",
         )
     found = []

@@ -147,6 +147,10 @@ class MiniCPMVProcessor:
         """An id that no vocabulary holds: see ``markup``."""
         return (marker(modality),)
 
+    def fill(self, modality: Modality) -> int:
+        """The pad token."""
+        return self.vocabulary.pad
+
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """As the published code has it."""
         return PLACEHOLDERS[modality]

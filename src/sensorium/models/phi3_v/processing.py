@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequestError
+from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequestError, counted
 from sensorium.models import precomputed
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.phi3_v.config import Phi3VConfig
@@ -101,7 +101,8 @@ class Phi3VProcessor:
         items = precomputed.per_item(source, param)
         if sizes is not None and len(sizes) != len(items):
             raise InvalidEmbeddingsError(
-                f"There are {len(items)} items of embeddings, but {len(sizes)} image sizes.",
+                f"image_sizes has {counted(len(sizes), 'entry', 'entries')} for the embeddings of "
+                f"{counted(len(items), 'image')}.",
                 param=param,
             )
         return [
@@ -112,6 +113,10 @@ class Phi3VProcessor:
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
         """A marker that no vocabulary holds."""
         return (marker(modality),)
+
+    def fill(self, modality: Modality) -> int:
+        """The image token."""
+        return self.image_token_id
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """``<|image_1|>`` for the first."""

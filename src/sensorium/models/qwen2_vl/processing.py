@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequestError
+from sensorium.errors import ConfigError, InvalidEmbeddingsError, InvalidRequestError, counted
 from sensorium.models import precomputed
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.pixels import check_image, read_resample, resize
@@ -176,7 +176,8 @@ class Qwen2VLProcessor:
         items = precomputed.per_item(embeds, param)
         if len(items) != len(grids):
             raise InvalidEmbeddingsError(
-                f"There are {len(grids)} grids for the embeddings of {len(items)} items.",
+                f"There {'is' if len(grids) == 1 else 'are'} {counted(len(grids), 'grid')} for the embeddings of "
+                f"{counted(len(items), 'item')}.",
                 param=param,
             )
         for (array, place), grid, size in zip(items, grids, sizes, strict=True):
@@ -191,6 +192,10 @@ class Qwen2VLProcessor:
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
         """The pad token between the vision start and end tokens."""
         return (self.video_token_id if modality == "video" else self.image_token_id,)
+
+    def fill(self, modality: Modality) -> int:
+        """The pad token."""
+        return self.video_token_id if modality == "video" else self.image_token_id
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """The pad token's text between those of the vision start and end tokens."""

@@ -95,6 +95,10 @@ class UltravoxProcessor:
         """No token: see ``markup``."""
         return (marker("audio"),)
 
+    def fill(self, modality: Modality) -> int:
+        """The filler."""
+        return self.filler_id
+
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
         """As the reference spells it."""
         return PLACEHOLDER
