@@ -24,7 +24,7 @@ HERE = "http://127.0.0.1:8000/v1"
 
 
 def one_image(base_url: str = HERE) -> ChatCompletion:
-    """A picture by its URL."""
+    """A picture as a data: URL; with https: the server would fetch it."""
     return ask(base_url, "What is in this image?", image_part("stop_sign"))
 
 
@@ -42,8 +42,8 @@ def cached_image(base_url: str = HERE) -> ChatCompletion:
 
 
 def video(base_url: str = HERE) -> ChatCompletion:
-    """A clip by its URL, of which four frames are taken."""
-    part = {"type": "video_url", "video_url": {"url": VideoAsset("baby_reading").url}}
+    """A clip as a data: URL, of which four frames are taken; with https: the server would fetch it."""
+    part = {"type": "video_url", "video_url": {"url": VideoAsset("baby_reading").data_url}}
     options = {"media_io_kwargs": {"video": {"num_frames": 4}}}
     return ask(base_url, "What happens in this video?", part, **options)
 
@@ -56,8 +56,8 @@ def audio_data(base_url: str = HERE) -> ChatCompletion:
 
 
 def audio_url(base_url: str = HERE) -> ChatCompletion:
-    """A sound by its URL."""
-    part = {"type": "audio_url", "audio_url": {"url": AudioAsset("winning_call").url}}
+    """A sound as a data: URL; with https: the server would fetch it."""
+    part = {"type": "audio_url", "audio_url": {"url": AudioAsset("winning_call").data_url}}
     return ask(base_url, "What is in this audio?", part)
 
 
@@ -99,7 +99,7 @@ def ask(base_url: str, question: str, *parts: Any, **extra: Any) -> ChatCompleti
 
 def image_part(name: str) -> dict[str, Any]:
     """One of the pictures that come with the package, as a part."""
-    return {"type": "image_url", "image_url": {"url": ImageAsset(name).url}}
+    return {"type": "image_url", "image_url": {"url": ImageAsset(name).data_url}}
 
 
 EXAMPLES: dict[str, Callable[[str], ChatCompletion]] = {

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Iterator
 from typing import TextIO
 
 _THREADS = (
@@ -38,6 +39,20 @@ def child_environment(*, one_thread: bool = False) -> dict[str, str]:
     if one_thread:
         environment |= dict.fromkeys(_THREADS, "1")
     return environment
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Start processes in here whose program decides itself when to end: Ctrl-C does not reach them.
+
+    A terminal interrupts the whole process group. A process that is only starting has no say in it yet, and Python
+    would end it with a traceback; the mask of signals is inherited, so that it may take its time to ignore them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def end_with(parent_id: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import urllib.request
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,11 @@ import pytest
 import soundfile
 from PIL import Image
 
+from sensorium import LLM, SamplingParams
 from sensorium.assets import AudioAsset, ImageAsset, VideoAsset
-from sensorium.errors import InvalidRequestError
+from sensorium.config import MediaConfig
+from sensorium.errors import InvalidRequestError, MediaRefusedError
+from sensorium.multimodal.guard import Guard
 
 
 @pytest.mark.parametrize("name", ImageAsset.names)
@@ -20,7 +25,7 @@ def test_images(name: str) -> None:
     image = ImageAsset(name).pil_image
     assert image.mode == "RGB"
     assert min(image.size) > 500
-    kind, _, data = ImageAsset(name).url.partition(";base64,")
+    kind, _, data = ImageAsset(name).data_url.partition(";base64,")
     assert kind == "data:image/jpeg"
     assert Image.open(io.BytesIO(base64.b64decode(data))).size == image.size
 
@@ -56,7 +61,7 @@ def test_sounds(name: str) -> None:
     assert samples.dtype == np.float32
     assert 4 < len(samples) / rate < 20
     assert 0.5 < np.abs(samples).max() <= 1
-    data = base64.b64decode(AudioAsset(name).url.partition(";base64,")[2])
+    data = base64.b64decode(AudioAsset(name).data_url.partition(";base64,")[2])
     assert soundfile.info(io.BytesIO(data)).samplerate == rate
 
 
@@ -73,3 +78,38 @@ def test_unknown_names(kind: type, name: str, near: str) -> None:
 def test_impossible_numbers_of_frames(num_frames: Any) -> None:
     with pytest.raises(InvalidRequestError, match="num_frames must be from 1"):
         VideoAsset("baby_reading", num_frames=num_frames)
+
+
+@pytest.mark.parametrize(
+    "asset", [ImageAsset("stop_sign"), VideoAsset("baby_reading"), AudioAsset("winning_call")]
+)
+def test_urls_and_paths(asset: Any) -> None:
+    """As the guides use them: the URL as an id, the path to open, the data to send."""
+    assert asset.url.startswith("file:///")
+    assert len(asset.url) < 1024
+    with urllib.request.urlopen(asset.url) as file:
+        content = file.read()
+    assert asset.path == asset.get_local_path()
+    assert asset.get_local_path().read_bytes() == content
+    assert base64.b64decode(asset.data_url.partition(";base64,")[2]) == content
+
+
+def test_its_urls_are_taken_offline_without_an_option_and_by_no_server() -> None:
+    url = ImageAsset("stop_sign").url
+    content = ImageAsset("stop_sign").path.read_bytes()
+    assert Guard.of(MediaConfig(), package_files=True).read_local(url, 1 << 20) == content
+    with pytest.raises(MediaRefusedError, match="--allowed-local-media-path"):
+        Guard.of(MediaConfig()).read_local(url, 1 << 20)
+    for outside in (f"{url}/../../../__init__.py", "/etc/passwd", str(Path(url).parent)):
+        with pytest.raises(MediaRefusedError):
+            Guard.of(MediaConfig(), package_files=True).read_local(outside, 1 << 20)
+
+
+def test_a_chat_with_a_file_of_the_package() -> None:
+    content = [
+        {"type": "image_url", "image_url": {"url": ImageAsset("stop_sign").url}},
+        {"type": "text", "text": "What colour is it?"},
+    ]
+    with LLM("demo", num_kv_blocks=100) as llm:
+        (output,) = llm.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=2))
+    assert len(output.outputs[0].token_ids) == 2

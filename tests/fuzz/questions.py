@@ -44,9 +44,9 @@ def data_url(data: bytes, kind: str) -> str:
 
 def _urls(modality: Modality) -> list[str]:
     assets = {
-        "image": [ImageAsset("stop_sign").url],
-        "video": [VideoAsset("baby_reading").url],
-        "audio": [AudioAsset("winning_call").url],
+        "image": [ImageAsset("stop_sign").data_url],
+        "video": [VideoAsset("baby_reading").data_url],
+        "audio": [AudioAsset("winning_call").data_url],
     }
     files = [data_url(corpus(modality)[name], kind_of(name, modality)) for name in _FILES[modality]]
     return assets[modality] + files

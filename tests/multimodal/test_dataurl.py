@@ -30,6 +30,32 @@ def test_percent_encoding(data: bytes) -> None:
     assert parse_data_url(f"data:,{text}", 300) == data
 
 
+@pytest.mark.parametrize(
+    "head",
+    ["image/png", "image/png;charset=utf-8", "video/mp4", "audio/ogg", "base64", "application/x"],
+)
+def test_base64_without_the_word_is_told_before_decoding(head: str) -> None:
+    text = base64.b64encode(b"\x89PNG\r\n" * 9).decode()
+    with pytest.raises(MediaRefusedError, match="does not say ;base64"):
+        parse_data_url(f"data:{head},{text}", 100)
+
+
+def test_escapes_that_call_themselves_base64_are_told() -> None:
+    with pytest.raises(MediaRefusedError, match="percent-encoded; leave ;base64 out"):
+        parse_data_url("data:image/png;base64,%89PNG%0D%0A", 100)
+    assert parse_data_url("data:image/png,%89PNG%0D%0A", 100) == b"\x89PNG\r\n"
+
+
+def test_a_data_url_in_a_data_url_is_told() -> None:
+    with pytest.raises(MediaRefusedError, match="a second data: URL"):
+        parse_data_url("data:image/png;base64,data:image/png;base64,AAAA", 100)
+
+
+@pytest.mark.parametrize("head", ["image/png; base64", "image/png ;Base64 ", ";base64;charset=x"])
+def test_base64_may_stand_anywhere_among_the_parameters(head: str) -> None:
+    assert parse_data_url(f"data:{head},AAAA", 100) == bytes(3)
+
+
 @given(st.text("%41aF\xe9,", max_size=60), st.integers(3, 9))
 def test_escapes_across_pieces(text: str, size: int) -> None:
     with patch.object(dataurl, "_PIECE", size):

@@ -132,14 +132,16 @@ def test_pictures_and_clips_of_one_name(anywhere: Service | Offline) -> None:
     assert ask(anywhere, without_data(clip, "both")).text == second
 
 
-@pytest.mark.parametrize("uuid", ["", 3, True, ["a"], {"a": 1}, "x" * 1025])
-def test_ids_are_short_texts(anywhere: Service | Offline, uuid: Any) -> None:
+@pytest.mark.parametrize("uuid", ["", 3, True, ["a"], {"a": 1}])
+def test_ids_are_texts(anywhere: Service | Offline, uuid: Any) -> None:
     """Anything else is refused at the id."""
     answer = ask(anywhere, named(PARTS["image"][0], uuid))
     answer.is_refusal(400, "invalid_request", "messages[0].content[0].uuid")
 
 
-@pytest.mark.parametrize("uuid", ["x" * 1024, "../../etc/passwd", "\0\n", "🦆", "a'; DROP TABLE"])
+@pytest.mark.parametrize(
+    "uuid", ["x" * 1024, "x" * 99_999, "../../etc/passwd", "\0\n", "🦆", "a'; DROP TABLE"]
+)
 def test_ids_may_be_any_text(anywhere: Service | Offline, uuid: str) -> None:
     """An id is no path and no key: whatever it holds, it is digested."""
     first = ask(anywhere, named(PARTS["image"][0], uuid)).text

@@ -36,7 +36,16 @@ class Asset:
         """The file."""
         return FOLDER / f"{self.name}{self.suffix}"
 
+    def get_local_path(self) -> Path:
+        """The file, for code that asks an asset for it."""
+        return self.path
+
     @property
     def url(self) -> str:
-        """A ``data:`` URL of the file, which every server takes without fetching anything."""
+        """A ``file:`` URL of the file: short enough for an id, and taken by ``LLM`` without further options."""
+        return self.path.as_uri()
+
+    @property
+    def data_url(self) -> str:
+        """A ``data:`` URL of the file, which every server takes, wherever it runs."""
         return f"data:{self.media_type};base64,{base64.b64encode(self.path.read_bytes()).decode()}"

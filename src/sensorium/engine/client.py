@@ -25,7 +25,7 @@ from sensorium.engine.shared import SharedFeatures
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.kernels import threads
 from sensorium.multimodal.items import MediaItem
-from sensorium.processes import child_environment, python_module
+from sensorium.processes import child_environment, interrupts_held, python_module
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +119,11 @@ class EngineClient:
         self._socket.bind(self._address)
         # The C library reads its part of the environment when a process starts, so it must be set here already.
         threads.prepare()
-        self._process = await asyncio.create_subprocess_exec(
-            *python_module(
-                "sensorium.engine.worker", self._address, str(os.getpid()), self._folder
-            ),
-            env=child_environment(),
+        command = python_module(
+            "sensorium.engine.worker", self._address, str(os.getpid()), self._folder
         )
+        with interrupts_held():
+            self._process = await asyncio.create_subprocess_exec(*command, env=child_environment())
         # Not waited for: a process that ends before it connects never takes the message.
         self._send(wire.Configure(self._config))
         receive = asyncio.ensure_future(self._socket.recv())

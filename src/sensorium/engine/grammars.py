@@ -26,7 +26,7 @@ from sensorium import forks
 from sensorium.engine.background import release
 from sensorium.errors import InvalidRequestError, OverloadedError, UnavailableError
 from sensorium.params import StructuredOutputs
-from sensorium.processes import child_environment, python_module
+from sensorium.processes import child_environment, interrupts_held, python_module
 from sensorium.text.grammar import check_size, field_of
 
 logger = logging.getLogger(__name__)
@@ -217,12 +217,13 @@ class _Helper:
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._numbers = itertools.count()
         self._replies: dict[int, concurrent.futures.Future[str]] = {}
-        self.process = subprocess.Popen(
-            python_module("sensorium.engine.grammar_worker", *arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=child_environment(one_thread=True),
-        )
+        with interrupts_held():
+            self.process = subprocess.Popen(
+                python_module("sensorium.engine.grammar_worker", *arguments),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=child_environment(one_thread=True),
+            )
         try:
             threading.Thread(target=self._read, name="sensorium-grammars", daemon=True).start()
         except RuntimeError:

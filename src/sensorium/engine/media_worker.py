@@ -26,7 +26,10 @@ def main() -> int:
         stream=sys.stderr,
     )
     folder, control = sys.argv[1], socket.socket(fileno=int(sys.argv[2]))
-    message = wire.decode_to_engine(receive_frame(control) or b"")
+    first = receive_frame(control)
+    if first is None:
+        return 0  # who started this has gone
+    message = wire.decode_to_engine(first)
     if not isinstance(message, wire.Configure):
         return 1
     config = message.config

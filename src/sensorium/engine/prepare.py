@@ -432,6 +432,7 @@ class Preparer:
             FeatureCache(kept),
             decoders=decoders,
             segments=folder if shared else None,
+            package_files=not shared,
             ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
         )
 

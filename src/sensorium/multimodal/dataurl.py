@@ -12,6 +12,9 @@ from sensorium.errors import MediaRefusedError, MediaTooLargeError, MediaUndecod
 from sensorium.multimodal.frames import MAX_PICTURES, pack
 
 _MAX_HEADER = 1024
+_BINARY = ("image", "video", "audio", "base64", "application")
+"""What media types begin with whose data are no text; ``data:base64,`` lacks the semicolon."""
+_ESCAPED_BASE64 = ("%2b", "%2f", "%3d", "%0a", "%0d", "%20")
 _PIECE = 1 << 16
 """Characters that are rewritten at a time: between pieces other threads get the interpreter."""
 
@@ -22,25 +25,41 @@ _STANDARD = bytes.maketrans(b"-_", b"+/")
 def parse_data_url(text: str, max_bytes: int) -> bytes:
     """The content of a ``data:`` URL. Its size is checked before it is decoded.
 
-    Raises MediaRefusedError for a URL without a comma, MediaTooLargeError, and MediaUndecodableError for bad base64 and
-    for text that no encoding has.
+    Raises MediaRefusedError for a URL without a comma and for text that is not encoded as the URL says,
+    MediaTooLargeError, and MediaUndecodableError for bad base64 and for text that no encoding has.
     """
     comma = text.find(",", 0, _MAX_HEADER)
     if comma < 0:
         raise MediaRefusedError(
             "The data: URL has no comma; write it as data:image/png;base64,<data>."
         )
-    header = text[5:comma].strip().lower()
-    if header.endswith(";base64") and header.partition(";")[0] == "video/jpeg":
-        return _pictures(text[comma + 1 :], max_bytes)
-    if header.endswith(";base64"):
+    media_type, *parameters = (part.strip().lower() for part in text[5:comma].split(";"))
+    if "base64" in parameters:
+        if (start := text[comma + 1 : comma + 6].lower()) == "data:":
+            raise MediaRefusedError("The data: URL holds a second data: URL; send that alone.")
+        if start[:1] == "%" and start[:3] not in _ESCAPED_BASE64:
+            raise MediaRefusedError(
+                "The data: URL says ;base64, but its data are percent-encoded; leave ;base64 out, or encode them so."
+            )
+        if media_type == "video/jpeg":
+            return _pictures(text[comma + 1 :], max_bytes)
         return decode_base64(text[comma + 1 :], max_bytes)
     if (len(text) - comma - 1) > 3 * max_bytes:
         raise _too_large(max_bytes)
+    _check_escaped(text, comma + 1, media_type)
     content = _unquote(text, comma + 1)
     if len(content) > max_bytes:
         raise _too_large(max_bytes)
     return content
+
+
+def _check_escaped(text: str, start: int, media_type: str) -> None:
+    """Raise MediaRefusedError for data that cannot be percent-encoded media: these have bytes that must be escaped."""
+    if media_type.partition("/")[0] in _BINARY and text.find("%", start) < 0:
+        raise MediaRefusedError(
+            f"The data: URL does not say ;base64, and its data are not percent-encoded; write "
+            f"data:{media_type[:80]};base64,<data> if they are base64."
+        )
 
 
 def _pictures(text: str, max_bytes: int) -> bytes:

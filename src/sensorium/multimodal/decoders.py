@@ -38,6 +38,7 @@ from sensorium.multimodal.packing import receive_bytes, receive_frame, send_fram
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.segments import Segment, SegmentFolder, check, remove
 from sensorium.multimodal.workers import ThreadWorkers, default_num_workers
+from sensorium.processes import interrupts_held
 
 JOBS_PER_PROCESS = 500
 """Items after which a worker is replaced, so that what a library may leak stays small."""
@@ -190,7 +191,7 @@ class _ForkServer:
         if self._process is not None and self._control is not None:
             return self._process, self._control
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, interrupts_held():
             self._process = subprocess.Popen(
                 [*self._command.program, str(theirs.fileno())],
                 env=dict(self._command.environment),

@@ -42,6 +42,7 @@ class Fetcher:
 
     ``resolver`` makes the resolver of host names underneath the guard's; by default the system's. Raises ConfigError
     for a host or a folder of the configuration that cannot be used. ``budget`` counts the bytes of all downloads.
+    ``package_files``: as ``Guard`` has it.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Fetcher:
         workers: Workers,
         *,
         resolver: Callable[[], AbstractResolver] | None = None,
+        package_files: bool = False,
     ) -> None:
-        self.guard = Guard.of(config)
+        self.guard = Guard.of(config, package_files=package_files)
         self.budget = ByteBudget(config.max_media_bytes_in_flight)
         self._config = config
         self._workers = workers

@@ -6,6 +6,7 @@ addresses are checked, and the connection goes to one of them (``http.GuardedRes
 
 from __future__ import annotations
 
+import importlib.resources
 import ipaddress
 import os
 import re
@@ -22,6 +23,9 @@ from sensorium.multimodal.addresses import is_public, literal_address
 
 MAX_URL_LENGTH = 8192
 
+PACKAGE_FILES = os.path.realpath(str(importlib.resources.files("sensorium") / "assets" / "files"))
+"""The folder of ``sensorium.assets``."""
+
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029\ud800-\udfff]")
 _AUTHORITY = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 _BRACKETS = re.compile(r"\[[^\[\]]*:[^\[\]]*:[^\[\]]*\](:[^\[\]]*)?")
@@ -35,6 +39,8 @@ class Guard:
 
     ``allowed_domains``: hosts as ``normal_host`` writes them; when not empty only these may be fetched, and they may be
     private. ``local_root``: the real path of the folder below which local files may be read, or None.
+    ``package_files``: the pictures, clip and sounds of this package may be read, too; for callers within the process,
+    as others would learn from it where the package lies.
     ``max_redirects``: most hops of one download after the first.
     """
 
@@ -42,9 +48,10 @@ class Guard:
     local_root: str | None = None
     allow_redirects: bool = True
     max_redirects: int = 5
+    package_files: bool = False
 
     @classmethod
-    def of(cls, config: MediaConfig) -> Guard:
+    def of(cls, config: MediaConfig, *, package_files: bool = False) -> Guard:
         """The guard of a configuration. Raises ConfigError for a host or a folder that cannot be used."""
         root = config.allowed_local_media_path
         if root and not os.path.isdir(root):
@@ -57,6 +64,7 @@ class Guard:
             local_root=os.path.realpath(root) if root else None,
             allow_redirects=config.media_url_allow_redirects,
             max_redirects=config.max_media_redirects,
+            package_files=package_files,
         )
 
     def check_url(self, text: str) -> URL:
@@ -146,22 +154,24 @@ class Guard:
         component from the folder, so that exchanging one meanwhile gains nothing. Raises MediaRefusedError and
         MediaTooLargeError.
         """
-        if self.local_root is None:
-            raise MediaRefusedError(
-                "Local files are not allowed; start with --allowed-local-media-path FOLDER to allow those below it."
-            )
+        roots = [root for root in (self.local_root, self.package_files and PACKAGE_FILES) if root]
+        if not roots:
+            raise _no_local_files()
         try:
             real = os.path.realpath(_local_path(text))
         except MediaRefusedError:
             raise
         except (ValueError, OSError):
             raise MediaRefusedError("The path cannot be read as one.") from None
-        if not Path(real).is_relative_to(self.local_root) or real == self.local_root:
+        root = next((r for r in roots if Path(real).is_relative_to(r) and real != r), None)
+        if root is None and self.local_root is None:
+            raise _no_local_files()
+        if root is None:
             raise MediaRefusedError(
                 "The file is not below the folder that --allowed-local-media-path allows."
             )
         try:
-            descriptor = _open_beneath(self.local_root, os.path.relpath(real, self.local_root))
+            descriptor = _open_beneath(root, os.path.relpath(real, root))
         except OSError:
             raise MediaRefusedError(
                 "There is no readable regular file of that name below the allowed folder."
@@ -177,6 +187,12 @@ class Guard:
                 return file.read(size)
             except OSError:
                 raise MediaRefusedError("The file cannot be read.") from None
+
+
+def _no_local_files() -> MediaRefusedError:
+    return MediaRefusedError(
+        "Local files are not allowed; start with --allowed-local-media-path FOLDER to allow those below it."
+    )
 
 
 def normal_host(text: str) -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sensorium.config import suggestion
 from sensorium.errors import counted
+from sensorium.multimodal import digest
 from sensorium.multimodal.image import ImageFeatureData, ImagePixelData
 from sensorium.multimodal.items import MODALITIES, MediaRef, Modality, SourceKind
 from sensorium.multimodal.sources import (
@@ -28,6 +29,7 @@ from sensorium.multimodal.sources import (
 from sensorium.multimodal.tensors import is_tensor
 
 MAX_UUID_LENGTH = 1024
+"""Characters of an id that is kept as it is."""
 
 
 # --- multi_modal_data ------------------------------------------------------------------------------------------------
@@ -120,15 +122,16 @@ def _with_uuids(
 
 
 def check_uuid(value: object, param: str) -> str | None:
-    """A caller's id for an item, or None. Raises InvalidRequestError unless it is a short, non-empty string."""
+    """A caller's id for an item, or None. Long ones, such as data: URLs, become their digest.
+
+    Raises InvalidRequestError unless it is a non-empty string.
+    """
     if value is None:
         return None
     if not isinstance(value, str) or not value:
         refuse(f"An id must be a non-empty string or null, got {value!r:.80}", param)
     if len(value) > MAX_UUID_LENGTH:
-        refuse(
-            f"An id may have {MAX_UUID_LENGTH} characters at most; this one has {len(value)}", param
-        )
+        return f"{len(value)} characters, {digest.text_digest(value).hex()}"
     return value
 
 

@@ -90,6 +90,7 @@ class MediaPipeline:
         decoders: Decoders | None = None,
         segments: SegmentFolder | None = None,
         fetcher: Fetcher | None = None,
+        package_files: bool = False,
         ids_matter: bool = True,
     ) -> None:
         self.modalities = tuple(m for m in processor.modalities if m in LOADERS)
@@ -100,7 +101,7 @@ class MediaPipeline:
         self._threads = ThreadDecoders(self._workers, config, processor)
         self._decoders = decoders or self._threads
         self._segments = segments
-        self._fetcher = fetcher or Fetcher(config, self._workers)
+        self._fetcher = fetcher or Fetcher(config, self._workers, package_files=package_files)
         self._ids_matter = ids_matter
         self._warned_of_ids = False
         self._preparations: SingleFlight[Features] = SingleFlight()
