@@ -13,6 +13,7 @@
     │   ├── InvalidEmbeddingsError        400 invalid_embeddings
     │   ├── MediaTooLargeError            413 media_too_large
     │   ├── BodyTooLargeError             413 body_too_large
+    │   ├── UnsupportedEncodingError      415 unsupported_encoding
     │   ├── MediaNotCachedError           404 media_not_cached
     │   ├── MediaFetchError               424 media_fetch_failed
     │   ├── MediaFetchTimeoutError        424 media_fetch_timeout
@@ -155,6 +156,13 @@ class BodyTooLargeError(RequestError):
 
     status = 413
     code = "body_too_large"
+
+
+class UnsupportedEncodingError(RequestError):
+    """The body is compressed in a way that is not read here."""
+
+    status = 415
+    code = "unsupported_encoding"
 
 
 class MediaNotCachedError(RequestError):

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from sensorium.cli.flags import flag_of
 from sensorium.cli.rewrite import SHORT
 from sensorium.compat.engine_flags import ENGINE_RULES
+from sensorium.compat.fields import FIELD_RULES
+from sensorium.compat.paths import PATHS
 from sensorium.compat.rule import Effect, Rule
 from sensorium.compat.server_flags import SERVER_RULES
 from sensorium.compat.values import REFUSED_VALUES, SAME_VALUES
@@ -32,11 +34,15 @@ edit the tables, not the page.
 - `--metrics-prefix vllm:` gives metrics vLLM's names.
 """
 
+_FIELDS = """null passes for every field, and so do the values that ask for what is done anyway. Errors name the field
+that was sent."""
+
 
 def from_vllm_markdown() -> str:
     """Return the whole page."""
     rules = [*ENGINE_RULES.values(), *SERVER_RULES.values()]
-    return "\n".join([_INTRODUCTION, *_flags(rules), *_short_flags(), *_values()])
+    flags = (*_flags(rules), *_short_flags(), *_values())
+    return "\n".join([_INTRODUCTION, *flags, *_fields(), *_paths()])
 
 
 def _flags(rules: Sequence[Rule]) -> Iterable[str]:
@@ -80,13 +86,36 @@ def _values() -> Iterable[str]:
     yield from table("Values of flags that both have", ("flag", "vLLM", "here"), rows)
 
 
+def _fields() -> Iterable[str]:
+    yield from ("## Fields of requests", "", _FIELDS, "")
+    rules = FIELD_RULES.values()
+    rows = [
+        (_code(r.name), f"{_code(r.to)}: {r.why}" if r.to else f"{r.effect.value}: {r.why}")
+        for effect in Effect
+        for r in rules
+        if r.effect is effect
+    ]
+    yield from rows_of(("vLLM", "here"), rows)
+
+
+def _paths() -> Iterable[str]:
+    rows = [(_code(path), instead) for path, instead in PATHS.items()]
+    yield from table("Paths that are not here", ("path, and those below it", "what to do"), rows)
+
+
 def _code(text: str) -> str:
     return f"`{text}`"
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
     """Yield the lines of a section with one table."""
-    yield from (f"## {title}", "", _row(head), _row(["---"] * len(head)))
+    yield from (f"## {title}", "")
+    yield from rows_of(head, rows)
+
+
+def rows_of(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterable[str]:
+    """Yield the lines of a table."""
+    yield from (_row(head), _row(["---"] * len(head)))
     yield from (_row([cell.replace("|", "\\|") for cell in cells]) for cells in rows)
     yield ""
 

@@ -19,7 +19,7 @@ from sensorium.server.completions import completions_router
 from sensorium.server.context import ServingContext
 from sensorium.server.embeddings import embeddings_router
 from sensorium.server.errors import install_error_handlers
-from sensorium.server.gate import BodyLimit, RequestGate
+from sensorium.server.gate import BodyLimit, HeadAsGet, RequestGate
 from sensorium.server.health import health_router
 from sensorium.server.home import home_router
 from sensorium.server.logprobs import TokenSpelling
@@ -102,6 +102,7 @@ def _add_layers(app: FastAPI, context: ServingContext) -> None:
             allow_credentials=config.allow_credentials,
             expose_headers=["X-Request-Id"],
         )
+    app.add_middleware(HeadAsGet)
     app.add_middleware(RequestGate, context=context)
 
 

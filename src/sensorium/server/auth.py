@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sensorium.errors import AuthenticationError
 from sensorium.server.context import tenant_of_key
 from sensorium.server.errors import error_response
+from sensorium.server.refusals import note_refusal
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 
@@ -61,7 +62,9 @@ class ApiKeyGuard:
                 if key is None
                 else "The API key is not valid here."
             )
-            await error_response(AuthenticationError(message))(scope, receive, send)
+            error = AuthenticationError(message)
+            note_refusal(scope, error)
+            await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

@@ -10,9 +10,12 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect
 
+from sensorium.compat.fields import adopt_fields
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError
 from sensorium.server.context import context_of
+from sensorium.server.encoding import decoded
+from sensorium.server.errors import SPELLED
 from sensorium.server.payload import check_num_values, decode_object, has_many_values, shown
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -50,11 +53,14 @@ async def read_body(
             f"Content-Type must be application/json, got {content_type[:100]!r}. "
             "With curl, add -H 'Content-Type: application/json'."
         )
-    body = await _whole(request)
-    most = context_of(request).config.max_body_values
+    config = context_of(request).config
+    body = await decoded(request, await _whole(request), config.max_body_bytes)
+    most = config.max_body_values
 
     def take() -> tuple[ModelT, T]:
-        taken = validate(model, decode_object(body))
+        adopted = adopt_fields(decode_object(body), model.model_fields.keys())
+        request.scope["state"][SPELLED] = adopted.spelled
+        taken = validate(model, adopted.body)
         return taken, begin(taken)
 
     if not has_many_values(body):

@@ -17,12 +17,21 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Scope
 
+from sensorium.compat.fields import in_their_words
+from sensorium.compat.paths import instead_of
 from sensorium.errors import AuthenticationError, SensoriumError, UnavailableError
 from sensorium.server.payload import JsonResponse
+from sensorium.server.refusals import REFUSAL, note_refusal
 
 logger = logging.getLogger("sensorium.server")
 
 CLIENT_CLOSED = 499
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+_OTHER_CODE = "invalid_request"
+_ALIKE = 0.85
+"""How alike paths must be for one to be a slip of the other: /v1/responses is not one of /v1/models."""
+SPELLED = "spelled"
+"""Where the state of a request keeps how its client spells our fields."""
 
 
 class ClientDisconnectedError(Exception):
@@ -64,11 +73,15 @@ def install_error_handlers(app: FastAPI) -> None:
     """Register the answers to all exceptions that a route may raise."""
 
     async def known(request: Request, error: Exception) -> Response:
+        assert isinstance(error, SensoriumError)
+        in_their_words(error, request.scope["state"].get(SPELLED, {}))
         log_unexpected(error, request.scope)
+        note_refusal(request.scope, error)
         return error_response(error)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        request.scope["state"][REFUSAL] = (_HTTP_CODES.get(error.status_code, _OTHER_CODE), None)
         return _http_error(request, error, list(app.openapi()["paths"]))
 
     async def gone(request: Request, error: Exception) -> Response:
@@ -89,15 +102,29 @@ def plain_error(
     return JsonResponse({"error": body}, status_code=status, headers=headers)
 
 
+def _hint(path: str, paths: list[str]) -> str:
+    """Return the end of the sentence about a path that is not here: what to use instead, if that can be told."""
+    if path.rstrip("/") in paths:
+        return f"; use {path.rstrip('/')!r}, without a slash at its end."
+    instead = instead_of(path)
+    if instead is not None:
+        return f": {instead}."
+    near = difflib.get_close_matches(path, paths, n=1, cutoff=_ALIKE)
+    return f". Did you mean {near[0]!r}?" if near else "."
+
+
 def _http_error(request: Request, error: HTTPException, paths: list[str]) -> Response:
     path = request.scope["path"]
     if error.status_code == 404:
-        near = difflib.get_close_matches(path, paths, n=1, cutoff=0.6)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return plain_error(404, "not_found", f"There is nothing at {path[:200]!r}.{hint}")
+        return plain_error(
+            404, "not_found", f"There is nothing at {path[:200]!r}{_hint(path, paths)}"
+        )
     if error.status_code == 405:
-        headers = dict(error.headers or {})
-        allowed = headers.get("Allow", headers.get("allow", "other methods"))
-        message = f"{path!r} does not accept {request.method}; use {allowed}."
-        return plain_error(405, "method_not_allowed", message, headers)
-    return plain_error(error.status_code, "invalid_request", str(error.detail), error.headers)
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+        allowed = headers.get("allow", "other methods")
+        if "GET" in allowed:
+            allowed = headers["allow"] = allowed.replace("GET", "GET, HEAD")
+        method = "HEAD" if request.scope["state"].get("head") else request.method
+        message = f"{path!r} does not accept {method}; use {allowed}."
+        return plain_error(405, _HTTP_CODES[405], message, headers)
+    return plain_error(error.status_code, _OTHER_CODE, str(error.detail), error.headers)

@@ -12,10 +12,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sensorium.errors import BodyTooLargeError
+from sensorium.errors import BodyTooLargeError, SensoriumError
 from sensorium.server.context import ServingContext
 from sensorium.server.errors import CLIENT_CLOSED, error_response, log_unexpected
 from sensorium.server.http11 import MAX_HEADER_BYTES, headers_too_large
+from sensorium.server.refusals import note_refusal, refusal_of
 
 access = logging.getLogger("sensorium.access")
 
@@ -59,6 +60,8 @@ class RequestGate:
             await app(scope, receive, send_with_id)
         except Exception as error:
             log_unexpected(error, scope)
+            if isinstance(error, SensoriumError):
+                note_refusal(scope, error)
             if status:
                 raise
             await error_response(error)(scope, receive, send_with_id)
@@ -76,6 +79,31 @@ class RequestGate:
             _log(scope, status, seconds)
 
 
+class HeadAsGet:
+    """ASGI middleware: HEAD is answered as GET is, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass HEAD on as GET; the scope has its own method again when that is done."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        scope["method"] = "GET"
+        scope.setdefault("state", {})["head"] = True
+        try:
+            await self._app(scope, receive, send_head)
+        finally:
+            scope["method"] = "HEAD"
+
+
 class BodyLimit:
     """ASGI middleware: a body over ``max_bytes`` is refused as soon as that is known, be it
     declared or chunked.
@@ -91,6 +119,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         if _declared_length(scope) > self._max_bytes:
+            note_refusal(scope, self._too_large())
             await error_response(self._too_large())(scope, receive, send)
             return
         num_bytes = 0
@@ -135,10 +164,11 @@ def _declared_length(scope: Scope) -> int:
 def _log(scope: Scope, status: int, seconds: float) -> None:
     path = scope.get("raw_path") or scope["path"].encode()
     access.info(
-        "%s %s %d %.1f ms id=%s",
+        "%s %s %d %.1f ms id=%s%s",
         scope["method"],
         path.decode("ascii", "backslashreplace"),
         status,
         seconds * 1000,
         scope["state"]["request_id"],
+        refusal_of(scope),
     )

@@ -1,0 +1,108 @@
+"""Paths that clients of other servers try and that are not here, with what to use instead."""
+
+from __future__ import annotations
+
+import re
+
+_CHAT = "use POST /v1/chat/completions"
+_VECTORS = "use POST /v1/embeddings (on a server of vectors, --runner pooling)"
+_ADAPTERS = "LoRA adapters are not available"
+_CACHES = "caches make room by themselves; another cache_salt finds nothing that was cached before"
+_CONTROL = "a running server is not changed from outside; stop it and start another"
+
+PATHS: dict[str, str] = {
+    "/v1/responses": f"the Responses API is not available; {_CHAT}",
+    "/v1/messages": f"Anthropic's API is not available; {_CHAT}",
+    "/v1/complete": f"Anthropic's API is not available; {_CHAT}",
+    "/v1/files": "files are not kept; send media as data: URLs or as URLs, in the parts of a message",
+    "/v1/uploads": "files are not kept; send media as data: URLs or as URLs, in the parts of a message",
+    "/v1/batches": f"batches of files are not available; send requests side by side, {_CHAT.removeprefix('use ')}",
+    "/v1/chat/completions/batch": f"send requests side by side; {_CHAT}",
+    "/v1/chat/completions/render": "use POST /tokenize, whose prompt is what the chat template writes",
+    "/v1/audio/transcriptions": f"{_CHAT} with an input_audio part and the question what is said",
+    "/v1/audio/translations": f"{_CHAT} with an input_audio part and the wish for a translation",
+    "/v1/audio/speech": "models here write text; they do not speak",
+    "/v1/images": "models here see pictures; they do not draw",
+    "/v1/videos": "models here see videos; they do not make any",
+    "/v1/moderations": "no model here moderates",
+    "/v1/realtime": f"the Realtime API is not available; {_CHAT} with stream: true",
+    "/v1/assistants": f"the Assistants API is not available; {_CHAT}",
+    "/v1/threads": f"the Assistants API is not available; {_CHAT}",
+    "/v1/vector_stores": f"nothing is stored; {_VECTORS}",
+    "/v1/fine_tuning": "models are not trained here",
+    "/v1/engines": "use /v1/completions and /v1/embeddings, with model in the body",
+    "/v1/edits": _CHAT,
+    "/v1/score": f"scores are not available; compare vectors: {_VECTORS}",
+    "/v1/rerank": f"ranking is not available; compare vectors: {_VECTORS}",
+    "/v2/rerank": f"ranking is not available; compare vectors: {_VECTORS}",
+    "/v2/embed": f"Cohere's API is not available; {_VECTORS}",
+    "/score": f"scores are not available; compare vectors: {_VECTORS}",
+    "/rerank": f"ranking is not available; compare vectors: {_VECTORS}",
+    "/pooling": _VECTORS,
+    "/classify": "no model here classifies; ask one, with structured_outputs.choice for the classes",
+    "/invocations": f"SageMaker's API is not available; {_CHAT}",
+    "/inference": f"{_CHAT}, or POST /v1/completions with token ids as the prompt",
+    "/api/generate": "Ollama's API is not available; use POST /v1/completions or /v1/chat/completions",
+    "/api/chat": f"Ollama's API is not available; {_CHAT}",
+    "/api/tags": "Ollama's API is not available; use GET /v1/models",
+    "/api/show": "Ollama's API is not available; use GET /v1/models",
+    "/api/ps": "Ollama's API is not available; use GET /v1/models",
+    "/api/version": "use GET /version",
+    "/api/embed": f"Ollama's API is not available; {_VECTORS}",
+    "/api/embeddings": f"Ollama's API is not available; {_VECTORS}",
+    "/api/v1": "the API begins with /v1: leave out /api",
+    "/generate": "use POST /v1/completions, or /v1/chat/completions",
+    "/generate_stream": "use POST /v1/completions with stream: true",
+    "/completion": "use POST /v1/completions",
+    "/openai": "Azure's paths are not available; the base URL ends with /v1",
+    "/v1beta": f"Gemini's API is not available; {_CHAT}",
+    "/embed": _VECTORS,
+    "/healthz": "use GET /health",
+    "/livez": "use GET /health",
+    "/readyz": "use GET /health",
+    "/health/ready": "use GET /health",
+    "/health/live": "use GET /health",
+    "/info": "use GET /v1/models and GET /version",
+    "/get_model_info": "use GET /v1/models",
+    "/server_info": "use GET /v1/models and GET /version",
+    "/tokenizer_info": "use POST /tokenize and POST /detokenize",
+    "/props": "use GET /v1/models",
+    "/slots": "use GET /metrics",
+    "/load": "use GET /metrics",
+    "/docs": "there is no page for it; GET /openapi.json describes the API",
+    "/redoc": "there is no page for it; GET /openapi.json describes the API",
+    "/v1/load_lora_adapter": _ADAPTERS,
+    "/v1/unload_lora_adapter": _ADAPTERS,
+    "/sleep": _CONTROL,
+    "/wake_up": _CONTROL,
+    "/is_sleeping": _CONTROL,
+    "/pause": _CONTROL,
+    "/resume": _CONTROL,
+    "/collective_rpc": _CONTROL,
+    "/scale_elastic_ep": _CONTROL,
+    "/reset_prefix_cache": _CACHES,
+    "/reset_mm_cache": _CACHES,
+    "/reset_encoder_cache": _CACHES,
+    "/start_profile": "GET /metrics has the seconds of each stage",
+    "/stop_profile": "GET /metrics has the seconds of each stage",
+}  # fmt: skip
+"""By path: what to do instead. A path means those below it, too."""
+
+_VERSION_TWICE = re.compile(r"^(/v1){2,}(?=/)")
+_WITHOUT_VERSION = ("/chat/completions", "/completions", "/embeddings", "/models")
+
+
+def instead_of(path: str) -> str | None:
+    """Return what to do instead of calling a path that is not here; None when nothing is known of it."""
+    path = path.rstrip("/") or "/"
+    if _VERSION_TWICE.match(path):
+        return "the base URL ends with /v1 already: leave one out"
+    if path == "/v1":
+        return "this is the base URL: add /chat/completions, /completions, /embeddings or /models"
+    if any(path == bare or path.startswith(f"{bare}/") for bare in _WITHOUT_VERSION):
+        return f"use /v1{path}: the base URL ends with /v1"
+    while path:
+        if path in PATHS:
+            return PATHS[path]
+        path = path.rpartition("/")[0]
+    return None
