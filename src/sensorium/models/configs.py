@@ -70,6 +70,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Values that published files leave out, by ``model_type``: those of the reference implementation's classes."""
 
+_NULL_MEANS = ("sliding_window",)
 _QKV_BIAS = ("qwen2", "qwen2_vl", "qwen2_vl_text")
 
 
@@ -140,7 +141,7 @@ def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> 
             f"config.json: no decoder for model_type {model_type!r}; there are {known}.",
             param="model",
         )
-    values = {**DEFAULTS[model_type], **config}
+    values = filled(DEFAULTS[model_type], config)
     hidden_size = count(values, "hidden_size")
     num_heads = count(values, "num_attention_heads")
     kv_heads = values["num_key_value_heads"]
@@ -238,10 +239,10 @@ def read_siglip_config(config: Mapping[str, Any]) -> ClipConfig:
 def _read_tower(
     config: Mapping[str, Any], expected: str, defaults: Mapping[str, Any]
 ) -> ClipConfig:
-    model_type = config.get("model_type", expected)
+    model_type = config.get("model_type") or expected
     if model_type != expected:
         bad("vision_config.model_type", f"{model_type!r} is not supported, only {expected!r}")
-    values = {**defaults, **config}
+    values = filled(defaults, config)
     hidden_size, num_heads = count(values, "hidden_size"), count(values, "num_attention_heads")
     if hidden_size % num_heads:
         bad("vision_config.hidden_size", f"{hidden_size} is not a multiple of {num_heads} heads")
@@ -290,10 +291,10 @@ _WHISPER = {
 
 def read_whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
     """Interpret a Whisper configuration. Raises ConfigError naming the field for values that are impossible."""
-    model_type = config.get("model_type", "whisper")
+    model_type = config.get("model_type") or "whisper"
     if model_type != "whisper":
         bad("audio_config.model_type", f"{model_type!r} is not supported, only 'whisper'")
-    values = {**_WHISPER, **config}
+    values = filled(_WHISPER, config)
     hidden_size, num_heads = count(values, "d_model"), count(values, "encoder_attention_heads")
     if hidden_size % num_heads:
         bad("audio_config.d_model", f"{hidden_size} is not a multiple of {num_heads} heads")
@@ -322,9 +323,19 @@ def feature_layers(value: Any, num_layers: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def filled(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration, with defaults for what it leaves out or sets to null.
+
+    A null stays where it means something: that a decoder has no sliding window.
+    """
+    given = {k: v for k, v in config.items() if v is not None or k in _NULL_MEANS}
+    return {**defaults, **given}
+
+
 def count(values: Mapping[str, Any], name: str, default: Any = None) -> int:
-    """A positive integer of a configuration; ConfigError naming the field for anything else."""
-    value = values.get(name, default)
+    """A positive integer of a configuration, ``default`` where it is absent or null; ConfigError naming the field for
+    anything else."""
+    value = default if values.get(name) is None else values[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         bad(name, f"must be a positive integer, got {value!r}")
     return value
@@ -365,7 +376,7 @@ def _window(values: Mapping[str, Any], context: int) -> int | None:
     window = values.get("sliding_window")
     if window is None or not values.get("use_sliding_window", True):
         return None
-    if values.get("max_window_layers", 0) >= count(values, "num_hidden_layers"):
+    if (values.get("max_window_layers") or 0) >= count(values, "num_hidden_layers"):
         return None
     size = count(values, "sliding_window")
     return size if size < context else None

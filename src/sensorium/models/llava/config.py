@@ -13,6 +13,7 @@ from sensorium.models.configs import (
     bad,
     count,
     feature_layers,
+    filled,
     read_clip_config,
     read_text_config,
     says_tied,
@@ -47,8 +48,9 @@ class LlavaConfig:
 
 def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
+    config = filled({}, config)
     text = section(config, "text_config")
-    decoder = read_text_config({"model_type": "llama", **text}, tied=says_tied(config))
+    decoder = read_text_config(filled({"model_type": "llama"}, text), tied=says_tied(config))
     vision = read_clip_config(section(config, "vision_config"), CLIP_LARGE_336)
     name = "image_token_id" if "image_token_id" in config else "image_token_index"
     image_token_id = count(config, name, 32000)

@@ -13,6 +13,7 @@ from sensorium.models.configs import (
     bad,
     count,
     feature_layers,
+    filled,
     read_siglip_config,
     read_text_config,
     says_tied,
@@ -58,8 +59,9 @@ def read_llava_onevision_config(config: Mapping[str, Any]) -> LlavaOnevisionConf
 
     The head is tied when either the whole or its decoder says so: published files say it of the decoder alone.
     """
+    config = filled({}, config)
     text = section(config, "text_config")
-    decoder = read_text_config({"model_type": "qwen2", **text}, tied=says_tied(config))
+    decoder = read_text_config(filled({"model_type": "qwen2"}, text), tied=says_tied(config))
     whole = {"vision_config": _SIGLIP_DEFAULTS, **config}
     vision = read_siglip_config(section(whole, "vision_config"))
     strategy = config.get("vision_feature_select_strategy", "full")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sensorium.models.configs import bad, count, section
+from sensorium.models.configs import bad, count, filled, section
 from sensorium.models.qwen2_vl.config import (
     Qwen2VLConfig,
     VisionConfig,
@@ -42,7 +42,7 @@ class WindowedVisionConfig(VisionConfig):
 
 def read_qwen2_5_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
-    vision = {**_VISION_DEFAULTS, **section(config, "vision_config")}
+    vision = filled(_VISION_DEFAULTS, section(config, "vision_config"))
     rate = vision["tokens_per_second"]
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
         bad("vision_config.tokens_per_second", f"must be a positive number, got {rate!r}")
@@ -50,7 +50,7 @@ def read_qwen2_5_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
 
 
 def _read_vision(config: Mapping[str, Any]) -> WindowedVisionConfig:
-    values = {**_VISION_DEFAULTS, **config}
+    values = filled(_VISION_DEFAULTS, config)
     common = read_common_vision(values, "hidden_size")
     window = count(values, "window_size")
     window_cells = window // common["merge_size"] // common["patch_size"]

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sensorium.models.configs import TextConfig, bad, count, read_text_config, says_tied, section
+from sensorium.models.configs import (
+    TextConfig,
+    bad,
+    count,
+    filled,
+    read_text_config,
+    says_tied,
+    section,
+)
 from sensorium.models.interface import TextShape
 
 _VISION_DEFAULTS = {
@@ -105,7 +113,7 @@ def _with_section(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_vision(config: Mapping[str, Any]) -> VisionConfig:
-    values = {**_VISION_DEFAULTS, **config}
+    values = filled(_VISION_DEFAULTS, config)
     common = read_common_vision(values, "embed_dim")
     return VisionConfig(
         **common,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sensorium.models.configs import bad, count, section
+from sensorium.models.configs import bad, count, filled, section
 from sensorium.models.qwen2_vl.config import (
     Qwen2VLConfig,
     VisionConfig,
@@ -54,7 +54,7 @@ class DeepVisionConfig(VisionConfig):
 
 def read_qwen3_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
-    text = {**_TEXT_DEFAULTS, **section(config, "text_config")}
+    text = filled(_TEXT_DEFAULTS, section(config, "text_config"))
     key = "rope_parameters" if not text.get("rope_scaling") else "rope_scaling"
     scaling = text.get(key) or {}
     if not isinstance(scaling, Mapping):
@@ -71,7 +71,7 @@ def read_qwen3_vl_config(config: Mapping[str, Any]) -> Qwen2VLConfig:
 
 
 def _read_vision(config: Mapping[str, Any]) -> DeepVisionConfig:
-    values = {**_VISION_DEFAULTS, **config}
+    values = filled(_VISION_DEFAULTS, config)
     common = read_common_vision(values, "hidden_size")
     table = count(values, "num_position_embeddings")
     side = math.isqrt(table)

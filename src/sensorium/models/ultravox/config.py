@@ -11,6 +11,7 @@ from sensorium.models.configs import (
     WhisperConfig,
     bad,
     count,
+    filled,
     read_text_config,
     read_whisper_config,
     section,
@@ -56,8 +57,10 @@ class UltravoxConfig:
 
 def read_ultravox_config(loaded: LoadedConfig) -> UltravoxConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible or not supported."""
-    config = loaded.config
-    text = read_text_config({"model_type": "llama", **_backbone(loaded, TEXT_PART, "text_config")})
+    config = filled({}, loaded.config)
+    text = read_text_config(
+        filled({"model_type": "llama"}, _backbone(loaded, TEXT_PART, "text_config"))
+    )
     audio = read_whisper_config(_backbone(loaded, AUDIO_PART, "audio_config"))
     activation = str(config.get("projector_act", "swiglu"))
     inner_size = count(config, "hidden_size", 4096)
