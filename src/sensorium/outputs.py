@@ -70,7 +70,7 @@ class RequestOutput:
     ``prompt_token_ids`` are the ids after placeholder expansion. ``prompt_logprobs`` has one entry per prompt token,
     the first of which is None. ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.
     ``num_item_tokens`` counts the prompt positions that each modality fills. ``index`` is the place of the prompt among
-    those of a call of ``LLM``, None elsewhere.
+    those of a call of ``LLM``, None elsewhere. ``warnings`` say what of the request was not done as it was asked.
     """
 
     request_id: str
@@ -83,6 +83,7 @@ class RequestOutput:
     num_item_tokens: dict[str, int] = field(default_factory=dict)
     metrics: RequestMetrics | None = None
     index: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,22 @@ MAX_STOP_LENGTH = 1024
 MAX_LIST_LENGTH = 65536
 MAX_DIMENSIONS = 1 << 20
 
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
+"""The fields of ``StructuredOutputs`` that say what the text must be."""
+
+WHITESPACE = ("compact", "none", "flexible")
+
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputs:
-    """A constraint on the generated text; exactly one field is set.
+    """A constraint on the generated text; exactly one of the first five fields is set.
 
     ``json`` is a JSON schema (dict or text), ``regex`` a regular expression, ``choice`` a list of texts, ``grammar`` a
-    Lark grammar, ``json_object`` any JSON object.
+    Lark grammar, ``json_object`` any JSON object. The others say how JSON is constrained. whitespace: "compact" (at
+    most one blank after a colon or a comma), "none", or "flexible" (up to 40 blanks and line ends at every gap);
+    whitespace_pattern: a regular expression for the gaps instead. unsupported: "relax" leaves out what a grammar cannot
+    express and says so in ``RequestOutput.warnings``, "refuse" is an error. vLLM's disable_any_whitespace means
+    whitespace "none"; its disable_additional_properties is accepted: objects that list properties are closed anyway.
     """
 
     json: dict[str, Any] | str | None = None
@@ -31,22 +40,21 @@ class StructuredOutputs:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     json_object: bool = False
+    whitespace: str = "compact"
+    whitespace_pattern: str | None = None
+    unsupported: str = "relax"
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.choice, list):
             object.__setattr__(self, "choice", tuple(self.choice))
-        if not isinstance(self.json_object, bool):
-            _bad(
-                "structured_outputs.json_object",
-                f"must be true or false, got {_shown(self.json_object)}",
-            )
-        given = [
-            f.name for f in dataclasses.fields(self) if getattr(self, f.name) not in (None, False)
-        ]
+        self._check_options()
+        given = [name for name in CONSTRAINTS if getattr(self, name) not in (None, False)]
         if len(given) != 1:
             _bad(
                 "structured_outputs",
-                f"needs exactly one of json, regex, choice, grammar, json_object; got {given or 'none'}",
+                f"needs exactly one of {', '.join(CONSTRAINTS)}; got {given or 'none'}",
             )
         if self.choice is not None and (
             not isinstance(self.choice, tuple)
@@ -56,7 +64,7 @@ class StructuredOutputs:
             _bad("structured_outputs.choice", "must be a non-empty list of non-empty strings")
         for choice in self.choice or ():
             _check_unicode("structured_outputs.choice", choice)
-        for name in ("regex", "grammar"):
+        for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 _bad(
@@ -66,6 +74,21 @@ class StructuredOutputs:
                 _check_unicode(f"structured_outputs.{name}", value)
         if self.json is not None and not isinstance(self.json, dict | str):
             _bad("structured_outputs.json", "must be a JSON schema as an object or a string")
+
+    def _check_options(self) -> None:
+        for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                _bad(f"structured_outputs.{name}", f"must be true or false, got {_shown(value)}")
+        for name, known in (("whitespace", WHITESPACE), ("unsupported", ("relax", "refuse"))):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                _bad(
+                    f"structured_outputs.{name}",
+                    f"must be one of {', '.join(known)}, got {_shown(value)}",
+                )
+        if self.disable_any_whitespace:
+            object.__setattr__(self, "whitespace", "none")
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ class FakeFrontend:
     between: Callable[[Call], Any] | None = None
     max_num_waiting: int = 64
     num_cached_tokens: int = 0
+    warnings: tuple[str, ...] = ()
     default_params: dict[str, Any] = field(default_factory=dict)
     model_name: str = "demo"
     max_model_len: int = 4096
@@ -152,6 +153,7 @@ class FakeFrontend:
             await self._happen(self.before, call)
             prepared = await self.prepare(prompt)
             output = self._output(prepared, params, request_id)
+            output.warnings = self.warnings
             detokenizer = Detokenizer(self.tokenizer)
             ids = self.tokenizer.encode(self.reply)
             limit = len(ids) if params.max_tokens is None else min(len(ids), params.max_tokens)

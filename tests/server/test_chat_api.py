@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from sensorium.errors import InvalidRequestError
@@ -321,6 +323,84 @@ async def test_a_named_tool_forces_its_arguments() -> None:
     }
 
 
+NAMED_TOOL = {"type": "function", "function": {"name": "weather"}}
+HALF_CALLS = [("required", '[{"name": "weather", "param'), (NAMED_TOOL, '{"city": "Bo')]
+
+
+@pytest.mark.parametrize(("choice", "half"), HALF_CALLS)
+async def test_half_a_forced_call_is_neither_call_nor_content(choice: Any, half: str) -> None:
+    frontend = FakeFrontend(reply=half + 'nn"}')
+    num_tokens = len(frontend.tokenizer.encode(half))
+    app = App(frontend)
+    for max_tokens in (1, num_tokens):
+        answer = await app.chat(tools=TOOLS, tool_choice=choice, max_tokens=max_tokens)
+        [only] = answer.json()["choices"]
+        assert only["finish_reason"] == "length"
+        assert not only["message"]["content"]
+        assert not only["message"].get("tool_calls")
+
+
+async def test_half_a_required_call_is_not_streamed() -> None:
+    app = App(FakeFrontend(reply='[{"name": "weather", "parameters": {"city": "Bonn"}}, {"na'))
+    answer = await app.chat(tools=TOOLS, tool_choice="required", stream=True)
+    deltas = [e["choices"][0]["delta"] for e in answer.events()]
+    assert not any(d.get("content") for d in deltas)
+    assert [p["function"]["name"] for d in deltas for p in d.get("tool_calls", [])] == ["weather"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_not_enforced_is_said_in_a_header(stream: bool) -> None:
+    warning = "structured_outputs.json: not enforced: not, uniqueItems"
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    for fields, place in (
+        ({"response_format": schema}, "response_format.json_schema.schema"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs.json"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tools[0].function.parameters"),
+        ({"tools": TOOLS, "tool_choice": NAMED_TOOL}, "tools[0].function.parameters"),
+        ({"tools": [*TOOLS, OTHER_TOOL], "tool_choice": "required"}, "tools"),
+    ):
+        answer = await App(FakeFrontend(warnings=(warning,))).chat(stream=stream, **fields)
+        expected = f"{place}: not enforced: not, uniqueItems"
+        assert answer.headers["x-sensorium-warning"] == expected
+    assert "x-sensorium-warning" not in (await App().chat(stream=stream)).headers
+
+
+OTHER_TOOL = {"type": "function", "function": {"name": "other", "parameters": {"type": "zzz"}}}
+
+
+async def test_messages_name_the_field_that_was_sent() -> None:
+    place = "structured_outputs.json.items.anyOf[1]"
+    error = InvalidRequestError(f"{place} cannot be used: Invalid type: zzz.", param=place)
+    app = App(FakeFrontend(before=fail(error)))
+    answer = await app.chat(tools=[*TOOLS, OTHER_TOOL], tool_choice="required")
+    assert answer.error["param"] == "tools[1].function.parameters"
+    expected = "tools[1].function.parameters cannot be used: Invalid type: zzz."
+    assert answer.error["message"] == expected
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "zzz"}}}
+    error = InvalidRequestError(
+        "structured_outputs.json cannot be used: x.", param="structured_outputs.json"
+    )
+    answer = await App(FakeFrontend(before=fail(error))).complete(response_format=schema)
+    assert answer.error["param"] == "response_format.json_schema.schema"
+    assert answer.error["message"] == "response_format.json_schema.schema cannot be used: x."
+
+
+async def test_options_alone_belong_to_the_other_constraint() -> None:
+    app = App()
+    options = {"whitespace": "flexible", "unsupported": "refuse", "json": None}
+    await app.chat(response_format={"type": "json_object"}, structured_outputs=options)
+    outputs = app.frontend.calls[0].params.structured_outputs
+    assert outputs == StructuredOutputs(
+        json_object=True, whitespace="flexible", unsupported="refuse"
+    )
+    await app.chat(tools=TOOLS, tool_choice="required", structured_outputs=options)
+    outputs = app.frontend.calls[1].params.structured_outputs
+    assert (outputs.whitespace, outputs.json["type"]) == ("flexible", "array")
+    for wrong in ({"whitespace": "some"}, {"whitespace": "flexible"}, {"unsupported": 1}):
+        error = (await app.chat(structured_outputs=wrong)).error
+        assert error["param"].startswith("structured_outputs")
+
+
 async def test_tool_choice_none_hides_the_tools() -> None:
     app = App(FakeFrontend(reply=CALL))
     answer = await app.chat(tools=TOOLS, tool_choice="none")
@@ -333,7 +413,7 @@ async def test_errors_about_a_constraint_point_at_the_field_it_came_from() -> No
     for fields, param in (
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs.json"),
-        ({"tools": TOOLS, "tool_choice": "required"}, "tools"),
+        ({"tools": TOOLS, "tool_choice": "required"}, "tools[0].function.parameters"),
     ):
         error.param = "structured_outputs.json"
         answer = await App(FakeFrontend(before=fail(error))).chat(**fields)

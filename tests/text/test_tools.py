@@ -11,14 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensorium.errors import InvalidRequestError
+from sensorium.params import StructuredOutputs
 from sensorium.text.grammar import compile_grammar
-from sensorium.text.tools import (
+from sensorium.text.tool_calls import (
     CallListReader,
     ContentDelta,
     NamedCallReader,
     ToolCallDelta,
     ToolCallParser,
     ToolCallReader,
+)
+from sensorium.text.tools import (
+    MAX_CALLS,
     ToolChoice,
     forced_call,
     parse_tool_choice,
@@ -77,6 +81,118 @@ def test_calls_amid_text(pieces: list[str]) -> None:
     assert calls == [("f", {"p": "<tool_call>é"}), ("g", {})]
 
 
+LIST = '[{"name": "f", "parameters": {"p": [1, {"q": "]}\\""}]}}, {"name": "g", "parameters": {}}]'
+
+TAG_INSIDE = (
+    '<tool_call>{"name": "f", "arguments": {"p": "</tool_call>", "q": "}<tool_call>"}}</tool_call>'
+)
+
+
+@given(cuts(TAG_INSIDE))
+def test_a_closing_tag_in_an_argument_is_an_argument(pieces: list[str]) -> None:
+    arguments = {"p": "</tool_call>", "q": "}<tool_call>"}
+    assert read(ToolCallParser(["f"]), pieces) == ("", [("f", arguments)])
+    assert read(ToolCallParser(), pieces) == ("", [("f", arguments)])
+
+
+FORMS = {
+    "Llama 3": '<|python_tag|>{"name": "f", "parameters": {"p": "}"}}; {"name": "g", "parameters": {}}',
+    "Llama 3, tag left out": '{"name": "f", "parameters": {"p": "}"}}; {"name": "g", "parameters": {}}',
+    "Llama 3, as published": (
+        '{"type": "function", "name": "f", "parameters": {"p": "}"}}\n'
+        '{"type": "function", "function": {"name": "g"}}'
+    ),
+    "Mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"p": "}"}}, {"name": "g", "arguments": {}}]',
+    "Mistral, tag left out": (
+        '[{"name": "f", "arguments": {"p": "}"}}, {"name": "g", "arguments": {}, "id": "x"}]'
+    ),
+    "Mistral, newer": '[TOOL_CALLS]f{"p": "}"}[TOOL_CALLS]g{}',
+    "Mistral, with arguments tag": '[TOOL_CALLS]f[ARGS]{"p": "}"}[TOOL_CALLS]g[ARGS]{}',
+    "Mistral, newer, tags left out": 'f{"p": "}"}g{}',
+    "Hermes": (
+        '<tool_call>\n{"name": "f", "arguments": {"p": "}"}}\n</tool_call>\n'
+        '<tool_call>{"name": "g", "arguments": {}}</tool_call>'
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_forms_of_models(form: str) -> None:
+    expected = ("", [("f", {"p": "}"}), ("g", {})])
+    assert read(ToolCallParser(["f", "g"]), [FORMS[form]]) == expected
+    assert read(ToolCallParser(["f", "g"]), list(FORMS[form])) == expected
+    content, calls = read(ToolCallParser(["f", "g"]), [FORMS[form], " Done."])
+    assert (content.strip(), calls) == ("Done.", expected[1])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Ada", "age": 36}',
+        '{"name": "h", "parameters": {}}',
+        '[{"name": "h", "arguments": {}}]',
+        '{"city": "Bonn"}',
+        "[1] says so, {and} more",
+        "[[1, 2], [3]]",
+        "feed the cat {x}",
+        "f (x) is g",
+        "f",
+        "f{bad}",
+        '{"name": "f", "parameters": {',
+        '[{"name": "f"}, {"name": 3}]',
+        "[TOOL_CALLS] f(x)",
+        "[TOOL_CALLS]",
+        "[TOOL_CALLS]f",
+        "<|python_tag|>print(1)",
+        "<tool_call>\n{bad}\n</tool_call>",
+        "<tool_call>f{}</tool_call>",
+        "{" * 300,
+        "[" * 300,
+    ],
+)
+def test_text_that_looks_like_a_call_is_text(text: str) -> None:
+    for pieces in ([text], list(text)):
+        assert read(ToolCallParser(["f", "g"]), pieces) == (text, [])
+        assert read(ToolCallParser(), pieces) == (text, [])
+
+
+def test_other_json_need_not_wait_for_its_end() -> None:
+    reader = ToolCallParser(["f"])
+    out = [delta for piece in ('{"city', '": "Bo', "nn") for delta in reader.feed(piece)]
+    assert "".join(d.text for d in out if isinstance(d, ContentDelta)) == '{"city": "Bonn'
+
+
+@pytest.mark.parametrize("end", [1, 10, len(LIST) // 2 - 30])
+def test_half_a_forced_call_is_none_and_no_text(end: int) -> None:
+    assert read(CallListReader(), [LIST[:end]]) == ("", [])
+    assert read(CallListReader(), list(LIST[:end])) == ("", [])
+
+
+def test_tools_may_define_different_things_by_one_name() -> None:
+    def tool(name: str, kind: str) -> dict[str, Any]:
+        parameters = {**POINT, "$defs": {"P": {"type": kind}}}
+        return {"function": {"name": name, "parameters": parameters}}
+
+    call = forced_call(
+        ToolChoice("required"), parse_tools([tool("f", "string"), tool("g", "null")])
+    )
+    assert call is not None
+    text = json.dumps(call.schema)
+    places = [f"#/items/anyOf/{i}/properties/parameters/$defs/P" for i in range(2)]
+    assert all(place in text for place in places)
+    assert compile_grammar(StructuredOutputs(json=call.schema)).relaxed == ()
+
+
+def test_arguments_are_an_object_and_calls_are_bounded() -> None:
+    tools = parse_tools([{"function": {"name": "f", "parameters": {"description": "any"}}}])
+    named, required = (forced_call(ToolChoice(mode, "f"), tools) for mode in ("named", "required"))
+    assert named is not None
+    assert named.schema["type"] == "object"
+    assert required is not None
+    assert required.schema["maxItems"] == MAX_CALLS
+    assert required.param == "tools[0].function.parameters"
+
+
 @given(cuts("a < b <tool_call>{bad}</tool_call> <tool_cal \n"))
 def test_what_is_no_call_is_text(pieces: list[str]) -> None:
     content, calls = read(ToolCallParser(), pieces)
@@ -103,7 +219,7 @@ def test_what_repeats_without_end_is_read_to_its_end(reader: Any, piece: str) ->
     for delta in [d for _ in range(5000) for d in made.feed(piece)] + made.flush():
         content += delta.text if isinstance(delta, ContentDelta) else ""
         calls += isinstance(delta, ToolCallDelta)
-    assert calls or content
+    assert calls or content or isinstance(made, CallListReader)
 
 
 @pytest.mark.parametrize(
@@ -118,10 +234,7 @@ def test_what_repeats_without_end_is_read_to_its_end(reader: Any, piece: str) ->
 def test_code_that_a_model_writes_is_text(body: str) -> None:
     text = f"<tool_call>{body}</tool_call>"
     assert read(ToolCallParser(), [text]) == (text, [])
-    assert read(CallListReader(), [f"[{body}]"]) == (f"[{body}]", [])
-
-
-LIST = '[{"name": "f", "parameters": {"p": [1, {"q": "]}\\""}]}}, {"name": "g", "parameters": {}}]'
+    assert read(CallListReader(), [f"[{body}]"]) == ("", [])
 
 
 @given(cuts(LIST))
@@ -135,7 +248,7 @@ def test_lists_of_calls(pieces: list[str]) -> None:
 def test_other_readers() -> None:
     assert read(NamedCallReader("f"), ['{"p"', ": 1}"]) == ("", [("f", {"p": 1})])
     assert read(NamedCallReader("f"), []) == ("", [("f", {})])
-    assert read(CallListReader(), ["no list"]) == ("no list", [])
+    assert read(CallListReader(), ["no list"]) == ("", [])
     assert isinstance(reader_for(ToolChoice("auto")), ToolCallParser)
     assert isinstance(reader_for(ToolChoice("named", "f")), NamedCallReader)
     assert isinstance(reader_for(ToolChoice("required")), CallListReader)
@@ -158,14 +271,15 @@ def test_forced_calls_compile() -> None:
     assert forced_call(ToolChoice("auto"), TOOLS) is None
     required = forced_call(ToolChoice("required"), TOOLS, parallel=False)
     assert required is not None
-    assert isinstance(required.json, dict)
-    assert required.json["maxItems"] == 1
+    assert required.schema["maxItems"] == 1
+    assert required.param == "tools"
     named = forced_call(ToolChoice("named", "f"), TOOLS)
     assert named is not None
-    assert named.json == POINT
-    for outputs in (required, named, forced_call(ToolChoice("named", "g"), TOOLS)):
-        assert outputs is not None
-        assert compile_grammar(outputs)
+    assert named.schema == POINT
+    assert named.param == "tools[0].function.parameters"
+    for call in (required, named, forced_call(ToolChoice("named", "g"), TOOLS)):
+        assert call is not None
+        assert compile_grammar(StructuredOutputs(json=call.schema)).relaxed == ()
 
 
 @pytest.mark.parametrize(

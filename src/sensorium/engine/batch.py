@@ -22,6 +22,7 @@ from sensorium.outputs import (
     RequestOutput,
 )
 from sensorium.params import PoolingParams, SamplingParams
+from sensorium.text.grammar_library import Grammar
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -34,7 +35,7 @@ class Job:
 
     index: int
     params: SamplingParams | PoolingParams
-    prepared: concurrent.futures.Future[tuple[PreparedPrompt, str | None]]
+    prepared: concurrent.futures.Future[tuple[PreparedPrompt, Grammar | None]]
     arrival_time: float
 
 

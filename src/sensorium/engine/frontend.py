@@ -169,6 +169,8 @@ class Frontend:
         prepared = await self._preparer.prepare(prompt)
         requests = self._preparer.requests(prepared, params, request_id, priority, arrival, grammar)
         stream = RequestStream.for_requests(request_id, prepared, requests, params, self.tokenizer)
+        if grammar is not None:
+            stream.output.warnings = grammar.warnings
         inbox: Inbox = asyncio.Queue()
         unfinished: FinishReason = "abort"
         try:

@@ -151,11 +151,10 @@ class Checker:
         try:
             if isinstance(self._vocabulary, SensoriumError):
                 raise self._vocabulary
-            return json.dumps(
-                {"grammar": self._vocabulary.check(StructuredOutputs(**json.loads(job)))}
-            ).encode()
+            grammar = self._vocabulary.check(StructuredOutputs(**json.loads(job)))
+            return json.dumps({"grammar": grammar.text, "relaxed": grammar.relaxed}).encode()
         except SensoriumError as error:
-            return json.dumps({"message": error.message}).encode()
+            return json.dumps({"message": error.message, "param": error.param}).encode()
 
     def _end_children(self) -> None:
         for child in self._children.values():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -28,6 +29,7 @@ from sensorium.errors import InvalidRequestError, OverloadedError, UnavailableEr
 from sensorium.params import StructuredOutputs
 from sensorium.processes import child_environment, interrupts_held, python_module
 from sensorium.text.grammar import check_size, field_of
+from sensorium.text.grammar_library import Grammar
 
 logger = logging.getLogger(__name__)
 
@@ -80,19 +82,23 @@ class GrammarCompiler:
         self._known: OrderedDict[bytes, str] = OrderedDict()
         self._known_chars = 0
 
-    async def compile(self, outputs: StructuredOutputs) -> str:
-        """The grammar of a constraint, as text for ``GrammarVocabulary.matcher``.
+    async def compile(self, outputs: StructuredOutputs) -> Grammar:
+        """The grammar of a constraint, whose text is for ``GrammarVocabulary.matcher``.
 
         Raises InvalidRequestError, with the field as ``param``, for what is malformed, not supported, too large or
         takes too long, OverloadedError when too many wait, UnavailableError when the helper process died.
         """
         job = await asyncio.to_thread(_encoded, outputs)
+        is_new = job not in self._known
         reply = json.loads(await self._reply(job))
         if "grammar" in reply:
-            return str(reply["grammar"])
+            grammar = Grammar(reply["grammar"], tuple(reply["relaxed"]))
+            for warning in grammar.warnings if is_new else ():
+                logger.warning("%s", warning)
+            return grammar
         name = f"structured_outputs.{field_of(outputs)}"
         if "message" in reply:
-            raise InvalidRequestError(reply["message"], param=name)
+            raise InvalidRequestError(reply["message"], param=reply["param"] or name)
         if "failed" in reply:
             what = f"the grammar library failed with it ({reply['failed']})"
         else:
@@ -303,13 +309,7 @@ def read_frame(pipe: IO[bytes]) -> tuple[int, bytes] | None:
 def _encoded(outputs: StructuredOutputs) -> bytes:
     """A constraint as JSON, which has integers of any size."""
     check_size(outputs)
-    fields: dict[str, Any] = {
-        "json": outputs.json,
-        "regex": outputs.regex,
-        "choice": outputs.choice,
-        "grammar": outputs.grammar,
-        "json_object": outputs.json_object,
-    }
+    fields = {f.name: getattr(outputs, f.name) for f in dataclasses.fields(outputs)}
     try:
         return json.dumps(fields).encode()
     except (ValueError, TypeError, RecursionError) as error:

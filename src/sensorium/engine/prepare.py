@@ -52,6 +52,7 @@ from sensorium.multimodal.segments import SegmentFolder
 from sensorium.params import SamplingParams
 from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat import ChatTemplate
+from sensorium.text.grammar_library import Grammar
 from sensorium.text.tokenizer import Tokenizer
 
 UNBOUNDED_BYTES = 1 << 50
@@ -186,7 +187,7 @@ class Preparer:
         with _placed(draft.param):
             return self._expanded(draft, items)
 
-    async def grammar(self, params: SamplingParams) -> str | None:
+    async def grammar(self, params: SamplingParams) -> Grammar | None:
         """The grammar of the constraint in ``params``, if there is one. Raises RequestError when it cannot be used,
         UnavailableError when that could not be found out."""
         if params.structured_outputs is None:
@@ -200,7 +201,7 @@ class Preparer:
         request_id: str,
         priority: int,
         arrival_time: float,
-        grammar: str | None = None,
+        grammar: Grammar | None = None,
     ) -> list[EngineRequest]:
         """The engine's requests of a prompt: one per sample. Raises RequestError when it cannot fit.
 
@@ -234,7 +235,7 @@ class Preparer:
                 positions=prepared.positions,
                 position_delta=prepared.position_delta,
                 bad_words_token_ids=bad_words,
-                grammar=grammar,
+                grammar=None if grammar is None else grammar.text,
                 cache_salt=prepared.cache_salt,
                 stretches=prepared.stretches,
                 rope_border=rope.border,

@@ -156,7 +156,7 @@ def _process(row: torch.Tensor, slot: Slot) -> None:
     if slot.num_generated < params.min_tokens:
         row[_ids(slot.request.eos_token_ids + params.stop_token_ids, row)] = -torch.inf
     if slot.grammar is not None:
-        _restrict(row, slot.grammar)
+        _restrict(row, slot.grammar, slot.request.eos_token_ids)
     if params.logit_bias:
         values = torch.tensor(list(params.logit_bias.values()), device=row.device)
         row.index_add_(0, _ids(tuple(params.logit_bias), row), values.to(row.dtype))
@@ -176,12 +176,21 @@ def _tail_matches(slot: Slot, prefix: tuple[int, ...]) -> bool:
     return tuple(tail.tolist()) == prefix
 
 
-def _restrict(row: torch.Tensor, grammar: GrammarMatcher) -> None:
-    """Bar the tokens that the grammar does not allow next."""
+def _restrict(row: torch.Tensor, grammar: GrammarMatcher, ends: tuple[int, ...]) -> None:
+    """Bar the tokens that the grammar does not allow next.
+
+    A model that wants to end in the middle of JSON ends what is open, a text or a list, in place of the answer: what it
+    gives to the tokens in ``ends`` counts for the closing sign.
+    """
     words = np.zeros(-(-row.shape[0] // 32), np.int32)
     grammar.mask(words)
+    closing = grammar.closing_token(words)
+    wish = row[_ids(ends, row)].logsumexp(0)
     allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[: row.shape[0]]
     row.masked_fill_(torch.from_numpy(allowed == 0).to(row.device), -torch.inf)
+    if closing is not None:
+        barred = row[closing] == -torch.inf
+        row[closing] = torch.where(barred, row[closing], torch.logaddexp(row[closing], wish))
 
 
 def _penalise(row: torch.Tensor, slot: Slot) -> None:

@@ -100,7 +100,7 @@ def _add_layers(app: FastAPI, context: ServingContext) -> None:
             allow_methods=list(config.allowed_methods),
             allow_headers=list(config.allowed_headers),
             allow_credentials=config.allow_credentials,
-            expose_headers=["X-Request-Id"],
+            expose_headers=["X-Request-Id", "X-Sensorium-Warning"],
         )
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestGate, context=context)

@@ -69,9 +69,11 @@ def chat_router() -> APIRouter:
             request, ChatBody, lambda body: _begin(context, request, body)
         )
         if body.stream:
-            return EventStream(_chunks(answer))
+            return EventStream(_chunks(answer), answer.job.headers)
         outputs = await unless_disconnected(request.receive, finished_outputs(context, answer.job))
-        return await json_response(lambda: _completion(answer, outputs[0]), num_values(outputs))
+        return await json_response(
+            lambda: _completion(answer, outputs[0]), num_values(outputs), answer.job.headers()
+        )
 
     return router
 
@@ -83,10 +85,10 @@ def _begin(context: ServingContext, request: Request, body: ChatBody) -> ChatAns
     plan = tool_plan(body)
     job = Job(
         prompts=[chat_prompt(context, request, body, plan.shown)],
-        params=chat_params(body, context.frontend.default_params, plan.constraint),
+        params=chat_params(body, context.frontend.default_params, plan.forced),
         request_id=request_id_of(request, body.request_id),
         priority=body.priority or 0,
-        constraint_param=constraint_param(body, from_tools=plan.constraint is not None),
+        constraint_param=constraint_param(body, plan.forced),
     )
     return ChatAnswer(context, body, job, model, plan)
 
@@ -113,11 +115,12 @@ def _completion(answer: ChatAnswer, output: RequestOutput) -> dict[str, Any]:
 
 
 def _choice(answer: ChatAnswer, sample: CompletionOutput) -> dict[str, Any]:
-    reply = answer.tools.reply(sample.text)
+    reply = answer.tools.reply(sample.text, is_cut=sample.finish_reason == "length")
     message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
     finish_reason: str | None = sample.finish_reason
-    if reply.calls:
+    if reply.calls or answer.tools.forced is not None:
         message["content"] = reply.content or None
+    if reply.calls:
         message["tool_calls"] = reply.calls
         finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
     choice = {

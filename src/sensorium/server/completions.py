@@ -81,9 +81,11 @@ def completions_router() -> APIRouter:
             request, CompletionBody, lambda body: _begin(context, request, body)
         )
         if body.stream:
-            return EventStream(_chunks(answer))
+            return EventStream(_chunks(answer), answer.job.headers)
         outputs = await unless_disconnected(request.receive, finished_outputs(context, answer.job))
-        return await json_response(lambda: _completion(answer, outputs), num_values(outputs))
+        return await json_response(
+            lambda: _completion(answer, outputs), num_values(outputs), answer.job.headers()
+        )
 
     return router
 

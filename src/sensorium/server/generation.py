@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from sensorium.errors import RequestError, UnavailableError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class Job:
     """The prompts of one HTTP request, which share everything else.
 
-    ``constraint_param``: the field that a constraint on the answer came from, for errors about it.
+    ``constraint_param``: the field that a constraint on the answer came from, for errors and ``warnings`` about it.
     """
 
     prompts: Sequence[Prompt]
@@ -30,9 +31,25 @@ class Job:
     request_id: str
     priority: int = 0
     constraint_param: str = "structured_outputs"
+    warnings: list[str] = field(default_factory=list)
+
+    def headers(self) -> dict[str, str]:
+        """What the answer's headers say besides: the warnings that have come so far."""
+        return {"X-Sensorium-Warning": "; ".join(self.warnings)} if self.warnings else {}
+
+    def client_place(self, place: str) -> str:
+        """The field of the body that a place in a constraint comes from."""
+        if self.constraint_param == "structured_outputs":
+            return place
+        call = _IN_CALLS.search(place)
+        if self.constraint_param == "tools" and call is not None:
+            return f"tools[{call[1]}].function.parameters"
+        return self.constraint_param
 
 
 Step = tuple[int, RequestOutput]
+
+_IN_CALLS = re.compile(r"\.items\.anyOf\[(\d+)\]$")
 
 
 async def run_job(context: ServingContext, job: Job) -> AsyncGenerator[Step, None]:
@@ -76,7 +93,14 @@ async def _outputs(
                 place.keep(sum(not (s.token_ids or s.finished) for s in output.outputs))
             if any(sample.finish_reason == "error" for sample in output.outputs):
                 raise UnavailableError("The engine could not finish this request; try again.")
+            if output.warnings and not job.warnings:
+                job.warnings.extend(_renamed(warning, job) for warning in output.warnings)
             yield output
+
+
+def _renamed(warning: str, job: Job) -> str:
+    place, colon, what = warning.partition(":")
+    return f"{job.client_place(place)}{colon}{what}"
 
 
 @contextmanager
@@ -85,9 +109,10 @@ def _constraint_named(job: Job) -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        renamed = job.constraint_param != "structured_outputs"
-        if renamed and (error.param or "").startswith("structured_outputs"):
-            error.param = job.constraint_param
+        place = error.param or ""
+        if place.startswith("structured_outputs"):
+            error.param = job.client_place(place)
+            error.message = error.message.replace(place, error.param, 1)
         raise
 
 

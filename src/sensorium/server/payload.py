@@ -38,11 +38,13 @@ class JsonResponse(Response):
         super().__init__(encode(content), status_code, headers)
 
 
-async def json_response(make: Callable[[], Any], num_values: int) -> JsonResponse:
+async def json_response(
+    make: Callable[[], Any], num_values: int, headers: Mapping[str, str] | None = None
+) -> JsonResponse:
     """What ``make`` makes, as an answer; in another thread when it has ``MANY_VALUES`` of them or more."""
     if num_values < MANY_VALUES:
-        return JsonResponse(make())
-    return await asyncio.to_thread(lambda: JsonResponse(make()))
+        return JsonResponse(make(), headers=headers)
+    return await asyncio.to_thread(lambda: JsonResponse(make(), headers=headers))
 
 
 def has_many_values(body: bytes) -> bool:

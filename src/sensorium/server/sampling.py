@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from sensorium.errors import InvalidRequestError
-from sensorium.params import SamplingParams, StructuredOutputs
+from sensorium.params import CONSTRAINTS, SamplingParams
 from sensorium.server.protocol import ChatBody, CompletionBody, GenerationBody, ResponseFormat
+from sensorium.text.tools import ForcedCall
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(SamplingParams))
 _COMPLETION_TOKENS = 16
 
 
 def chat_params(
-    body: ChatBody, defaults: Mapping[str, Any], structured: StructuredOutputs | None = None
+    body: ChatBody, defaults: Mapping[str, Any], forced: ForcedCall | None = None
 ) -> SamplingParams:
     """How a chat answer is sampled. Without a limit it may fill the context.
 
-    ``structured``: a constraint that follows from the tools. Raises InvalidRequestError that names
-    the field of the body.
+    ``forced``: a call that follows from the tools. Raises InvalidRequestError that names the field of the body.
     """
     renamed = {}
     max_tokens = body.max_completion_tokens
@@ -41,7 +41,7 @@ def chat_params(
             f"top_logprobs is {body.top_logprobs}, but logprobs is not true; set both.",
             param="top_logprobs",
         )
-    values = _values(body, defaults, structured)
+    values = _values(body, defaults, forced)
     return _build({**values, "max_tokens": max_tokens, "logprobs": logprobs}, renamed, body)
 
 
@@ -72,7 +72,7 @@ def completion_params(body: CompletionBody, defaults: Mapping[str, Any]) -> Samp
 
 
 def _values(
-    body: GenerationBody, defaults: Mapping[str, Any], structured: StructuredOutputs | None
+    body: GenerationBody, defaults: Mapping[str, Any], forced: ForcedCall | None
 ) -> dict[str, Any]:
     """Every sampling field that the model's configuration or the request sets; the request wins."""
     values = {name: defaults[name] for name in _FIELDS if name in defaults}
@@ -80,36 +80,43 @@ def _values(
         given = getattr(body, name, None)
         if given is not None:
             values[name] = given
+    given = {k: v for k, v in (body.structured_outputs or {}).items() if v is not None}
     wanted = _format_constraint(body.response_format)
     ways = [
         name
         for name, value in (
             ("response_format", wanted),
-            ("structured_outputs", body.structured_outputs),
-            ("tool_choice", structured),
+            (
+                "structured_outputs",
+                any(given.get(name, False) is not False for name in CONSTRAINTS),
+            ),
+            ("tool_choice", forced),
         )
-        if value is not None
+        if value
     ]
     if len(ways) > 1:
         raise InvalidRequestError(
             f"{ways[0]} and {ways[1]} both constrain the answer; give one of them.", param=ways[0]
         )
-    if wanted or structured:
-        values["structured_outputs"] = wanted or structured
+    # Without a constraint of its own, structured_outputs says how the other one is applied.
+    constraint = wanted or ({"json": forced.schema} if forced is not None else {})
+    if given or constraint:
+        values["structured_outputs"] = {**given, **constraint}
     return values
 
 
-def _format_constraint(form: ResponseFormat | None) -> StructuredOutputs | None:
+def _format_constraint(form: ResponseFormat | None) -> dict[str, Any] | None:
+    """The field of ``StructuredOutputs`` that a format stands for."""
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
-        return StructuredOutputs(json_object=True)
+        return {"json_object": True}
     if form.json_schema is None or form.json_schema.schema_ is None:
         raise InvalidRequestError(
             "response_format.json_schema.schema is required with type 'json_schema'.",
             param="response_format.json_schema",
         )
-    return StructuredOutputs(json=form.json_schema.schema_)
+    return {"json": form.json_schema.schema_}
 
 
 def _build(
@@ -131,13 +138,15 @@ def _renamed(
     if param in renamed:
         name = renamed[param]
         return InvalidRequestError(error.message.replace(param, name, 1), param=name)
-    if param.startswith("structured_outputs") and body.structured_outputs is None:
-        return InvalidRequestError(error.message, param=constraint_param(body))
     return error
 
 
-def constraint_param(body: GenerationBody, *, from_tools: bool = False) -> str:
+def constraint_param(body: GenerationBody, forced: ForcedCall | None = None) -> str:
     """The field that the constraint on the answer comes from."""
-    if from_tools:
-        return "tools"
-    return "response_format" if body.structured_outputs is None else "structured_outputs"
+    if forced is not None:
+        return forced.param
+    if _format_constraint(body.response_format) is None:
+        return "structured_outputs"
+    assert body.response_format is not None
+    has_schema = body.response_format.type == "json_schema"
+    return "response_format.json_schema.schema" if has_schema else "response_format"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -31,9 +31,13 @@ class EventStream(Response):
     closes the generator.
     """
 
-    def __init__(self, chunks: Chunks) -> None:
+    def __init__(
+        self, chunks: Chunks, headers: Callable[[], Mapping[str, str]] | None = None
+    ) -> None:
+        """``headers`` gives further ones when the first chunk is there."""
         super().__init__()
         self._chunks = chunks
+        self._more_headers = headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write the stream."""
@@ -61,7 +65,9 @@ class EventStream(Response):
     async def _start(self, send: Send) -> None:
         if not self._started:
             self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+            more = self._more_headers() if self._more_headers is not None else {}
+            headers = [*_HEADERS, *((k.lower().encode(), v.encode()) for k, v in more.items())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _send_events(self, send: Send, chunks: Iterable[dict[str, Any]]) -> None:
         body = b"".join(b"data: %b\n\n" % encode(chunk) for chunk in chunks)

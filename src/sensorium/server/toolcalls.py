@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sensorium.params import StructuredOutputs
 from sensorium.server.protocol import ChatBody
+from sensorium.text.tool_calls import Delta, ToolCallDelta, ToolCallReader
 from sensorium.text.tools import (
-    Delta,
-    ToolCallDelta,
-    ToolCallReader,
+    ForcedCall,
     ToolChoice,
     forced_call,
     parse_tool_choice,
@@ -30,18 +29,19 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """``shown``: tools for the template; ``constraint``: what a forced call must look like."""
+    """``shown``: tools for the template; ``forced``: what a forced call must look like."""
 
     choice: ToolChoice
     shown: list[dict[str, Any]] = field(default_factory=list)
-    constraint: StructuredOutputs | None = None
+    forced: ForcedCall | None = None
 
     def reader(self) -> DeltaReader:
         """A reader for one sample."""
-        return DeltaReader(None if self.choice.mode == "none" else reader_for(self.choice))
+        names = [tool["function"]["name"] for tool in self.shown]
+        return DeltaReader(None if self.choice.mode == "none" else reader_for(self.choice, names))
 
-    def reply(self, text: str) -> Reply:
-        """Content and calls of a whole answer."""
+    def reply(self, text: str, *, is_cut: bool = False) -> Reply:
+        """Content and calls of a whole answer. Of one that was cut off, half a call is none."""
         reader = self.reader()
         content, calls = "", list[dict[str, Any]]()
         for delta in (*reader.feed(text), *reader.flush()):
@@ -51,6 +51,8 @@ class ToolPlan:
                     calls.append({k: v for k, v in piece.items() if k != "index"})
                 else:
                     calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
+        if is_cut and self.choice.mode == "named":
+            calls = [call for call in calls if _is_json(call["function"]["arguments"])]
         return Reply(content, calls)
 
 
@@ -88,6 +90,14 @@ class DeltaReader:
                 yield {"tool_calls": [_piece(delta)]}
             else:
                 yield {"content": delta.text}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _piece(delta: ToolCallDelta) -> dict[str, Any]:

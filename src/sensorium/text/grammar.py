@@ -1,9 +1,8 @@
 """Structured outputs: a constraint becomes a grammar, and a grammar a mask of the tokens that may
 come next.
 
-``grammar_text`` spells a constraint as a grammar, ``compile_grammar`` checks it too; the text
-travels with the request; the engine keeps one ``GrammarVocabulary`` and makes a ``GrammarMatcher``
-per sequence. llguidance does the parsing.
+``compile_grammar`` makes a checked grammar of a constraint; its text travels with the request; the engine
+keeps one ``GrammarVocabulary`` and makes a ``GrammarMatcher`` per sequence. llguidance does the parsing.
 
 Compiling is bounded in what it makes, not in how long it takes: a dozen patterns that exclude one
 another keep it busy for minutes. Whoever serves strangers lets ``engine.grammars`` do it, in
@@ -21,9 +20,19 @@ import numpy as np
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.params import StructuredOutputs
 from sensorium.text.detokenizer import token_bytes
+from sensorium.text.grammar_library import (
+    Grammar,
+    check_chars,
+    constraint_error,
+    is_json,
+    limits,
+    problem_of,
+    reason,
+)
+from sensorium.text.json_grammar import MAX_SCHEMA_CHARS, json_grammar
+from sensorium.text.json_text import JsonText, JsonTokens
 from sensorium.text.tokenizer import Tokenizer
 
-MAX_SCHEMA_CHARS = 1 << 18
 MAX_REGEX_CHARS = 1 << 14
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_CHOICES = 8192
@@ -34,9 +43,6 @@ TOKEN_SECONDS = 0.01
 of their tokens. A token takes a tenth of a millisecond; an ambiguous grammar can make it a third of a second, for which
 all sequences of a step wait."""
 
-# Weak models like to write blanks without end where JSON allows any number of them.
-_JSON_OPTIONS: Any = {"whitespace_pattern": r"[ \n\r\t]{1,40}"}
-
 
 def check_size(outputs: StructuredOutputs) -> None:
     """Raise InvalidRequestError for a constraint that is too large, before anything is made of it."""
@@ -46,27 +52,40 @@ def check_size(outputs: StructuredOutputs) -> None:
         ("json", MAX_SCHEMA_CHARS),
         ("regex", MAX_REGEX_CHARS),
         ("grammar", MAX_GRAMMAR_CHARS),
+        ("whitespace_pattern", MAX_REGEX_CHARS),
     ):
         value = getattr(outputs, field)
         if isinstance(value, str):
-            _check_length(field, value, limit)
+            check_chars(field, len(value), limit)
     if outputs.choice is not None:
         if len(outputs.choice) > MAX_CHOICES:
-            raise _error(
+            raise constraint_error(
                 "choice", f"has {len(outputs.choice)} entries; at most {MAX_CHOICES} are allowed"
             )
-        _check_chars("choice", sum(map(len, outputs.choice)), MAX_GRAMMAR_CHARS)
+        check_chars("choice", sum(map(len, outputs.choice)), MAX_GRAMMAR_CHARS)
+
+
+def compile_grammar(outputs: StructuredOutputs) -> Grammar:
+    """The grammar of a constraint that can be used, as far as that can be told without a vocabulary.
+
+    May take long. Raises InvalidRequestError, with the field as ``param``, for what cannot be
+    parsed, is not supported or too large."""
+    check_size(outputs)
+    if outputs.json is not None or outputs.json_object:
+        return json_grammar(outputs)
+    text = grammar_text(outputs)
+    problem = problem_of(text)
+    if problem is not None:
+        raise constraint_error(field_of(outputs), f"cannot be used: {problem}")
+    return Grammar(text)
 
 
 def grammar_text(outputs: StructuredOutputs) -> str:
-    """The grammar of a constraint, as text for ``GrammarVocabulary.matcher``; not known to be usable.
+    """The grammar of a constraint to anything but JSON, as text; not known to be usable.
 
-    Raises InvalidRequestError, with the field as ``param``, for what is no JSON or too large."""
+    Raises InvalidRequestError, with the field as ``param``, for what is too large."""
     from llguidance import LLMatcher
 
-    check_size(outputs)
-    if outputs.json is not None or outputs.json_object:
-        return _json_grammar(outputs)
     if outputs.regex is not None:
         return str(LLMatcher.grammar_from_regex(outputs.regex))
     if outputs.choice is not None:
@@ -74,54 +93,10 @@ def grammar_text(outputs: StructuredOutputs) -> str:
     return str(LLMatcher.grammar_from_lark(_lark(outputs.grammar or "")))
 
 
-def compile_grammar(outputs: StructuredOutputs) -> str:
-    """``grammar_text`` of a constraint that can be used, as far as that can be told without a vocabulary.
-
-    May take long. Raises InvalidRequestError, with the field as ``param``, for what cannot be
-    parsed, is not supported or too large."""
-    from llguidance import LLMatcher
-
-    grammar = grammar_text(outputs)
-    problem = LLMatcher.validate_grammar(grammar, None, limits=_limits())
-    if problem and not problem.startswith("WARNING"):
-        raise _error(field_of(outputs), f"cannot be used: {_reason(problem)}")
-    return grammar
-
-
 def field_of(outputs: StructuredOutputs) -> str:
     """The field of ``outputs`` that says what the text must be."""
     given = (name for name in ("regex", "choice", "grammar") if getattr(outputs, name) is not None)
     return next(given, "json")
-
-
-def from_response_format(response_format: Mapping[str, Any] | None) -> StructuredOutputs | None:
-    """The constraint that OpenAI's ``response_format`` describes; None for plain text.
-
-    Raises InvalidRequestError for unknown types and missing schemas.
-    """
-    if response_format is None:
-        return None
-    param = "response_format"
-    if not isinstance(response_format, Mapping):
-        raise InvalidRequestError("response_format must be an object with a 'type'.", param=param)
-    kind = response_format.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return StructuredOutputs(json_object=True)
-    if kind == "json_schema":
-        holder = response_format.get("json_schema")
-        schema = holder.get("schema") if isinstance(holder, Mapping) else None
-        if not isinstance(schema, Mapping):
-            raise InvalidRequestError(
-                "response_format.json_schema.schema must be a JSON schema (an object).",
-                param=f"{param}.json_schema.schema",
-            )
-        return StructuredOutputs(json=dict(schema))
-    raise InvalidRequestError(
-        f"response_format.type must be text, json_object or json_schema, got {kind!r:.80}.",
-        param=f"{param}.type",
-    )
 
 
 class GrammarVocabulary:
@@ -145,6 +120,10 @@ class GrammarVocabulary:
         except Exception:  # the library raises plain Exception: a decoder that it does not know
             spelled = TokenizerWrapper(_SpelledTokens(tokenizer, num_ids))
             self._tokens = LLTokenizer(spelled, n_vocab=num_ids, eos_token=list(eos))
+        self._json_tokens = JsonTokens(self._bytes, vocab_size)
+
+    def _bytes(self, token_id: int) -> bytes:
+        return bytes(self._tokens.decode_bytes([token_id]))
 
     @classmethod
     def from_folder(cls, folder: str, vocab_size: int) -> GrammarVocabulary:
@@ -156,29 +135,32 @@ class GrammarVocabulary:
         used."""
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=_limits())
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=limits())
         if matcher.is_error():
             raise InvalidRequestError(
-                f"The grammar cannot be used: {_reason(matcher.get_error())}",
+                f"The grammar cannot be used: {reason(matcher.get_error())}",
                 param="structured_outputs",
             )
-        return GrammarMatcher(matcher, self.vocab_size, Budget())
+        text = JsonText(self._json_tokens) if is_json(grammar) else None
+        return GrammarMatcher(matcher, self.vocab_size, Budget(), text)
 
-    def check(self, outputs: StructuredOutputs) -> str:
+    def check(self, outputs: StructuredOutputs) -> Grammar:
         """``compile_grammar``, and as far as the first mask: what this lets through will start in an engine.
 
         May take long. Raises InvalidRequestError as ``compile_grammar`` does."""
         grammar, name = compile_grammar(outputs), field_of(outputs)
         try:
-            matcher = self.matcher(grammar)
+            matcher = self.matcher(grammar.text)
         except InvalidRequestError as error:
-            raise _error(name, f"cannot be used: {error.message}") from error
+            raise constraint_error(name, f"cannot be used: {error.message}") from error
         words = np.zeros((self.vocab_size + 31) // 32, np.int32)
         matcher.mask(words)
         if matcher.error is not None:
-            raise _error(name, f"cannot be used: {matcher.error}")
+            raise constraint_error(name, f"cannot be used: {matcher.error}")
         if not words.any():
-            raise _error(name, "cannot be used: no text of this model's tokens can fulfil it")
+            raise constraint_error(
+                name, "cannot be used: no text of this model's tokens can fulfil it"
+            )
         return grammar
 
 
@@ -207,17 +189,24 @@ class GrammarMatcher:
     and ``TOKEN_SECONDS`` for each token, all samples of its request, which share a ``Budget``,
     taken together."""
 
-    def __init__(self, matcher: Any, vocab_size: int, budget: Budget) -> None:
+    def __init__(
+        self, matcher: Any, vocab_size: int, budget: Budget, text: JsonText | None = None
+    ) -> None:
+        """``text``: where JSON stands; None for other texts."""
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._budget = budget
+        self._text = text
 
     def fresh(self, budget: Budget | None = None) -> GrammarMatcher:
         """A matcher of the same grammar, where this one stands; only one that is at the start may be asked.
 
         It goes on with this one's budget, as a sequence that starts again does, unless it is given another."""
         return GrammarMatcher(
-            self._matcher.deep_copy(), self._vocab_size, self._budget if budget is None else budget
+            self._matcher.deep_copy(),
+            self._vocab_size,
+            self._budget if budget is None else budget,
+            None if self._text is None else self._text.fresh(),
         )
 
     @property
@@ -235,7 +224,7 @@ class GrammarMatcher:
     def error(self) -> str | None:
         """What went wrong, or None."""
         if self._matcher.is_error():
-            return _reason(self._matcher.get_error())
+            return reason(self._matcher.get_error())
         return "it takes too long to follow" if self._budget.is_used_up else None
 
     def mask(self, out: Any) -> None:
@@ -256,11 +245,22 @@ class GrammarMatcher:
         rest = self._vocab_size % 32
         if rest and num_words == (self._vocab_size + 31) // 32:
             words[num_words - 1] &= np.int32((1 << rest) - 1)
+        if self._text is not None:
+            self._text.end_number(words)
+
+    def closing_token(self, mask: Any) -> int | None:
+        """The token that a model means which wants to end where ``mask`` does not allow it: of JSON, the end of what is
+        open; None when there is no such token."""
+        if self._text is None or self.is_accepting:
+            return None
+        return self._text.closing_token(mask)
 
     def accept(self, token_id: int) -> bool:
         """Go on by one token; False when the grammar does not allow it."""
         began = time.thread_time()
         taken = bool(self._matcher.consume_token(token_id))
+        if self._text is not None:
+            self._text.follow(token_id)
         self._budget.take(time.thread_time() - began - TOKEN_SECONDS)
         return taken
 
@@ -296,28 +296,9 @@ class _SpelledTokens:
         return ids
 
 
-def _json_grammar(outputs: StructuredOutputs) -> str:
-    from llguidance import LLMatcher
-
-    schema: Any = {"type": "object"} if outputs.json_object else outputs.json
-    try:
-        if isinstance(schema, str):
-            schema = json.loads(schema)
-        text = json.dumps(schema, ensure_ascii=False)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _error("json", f"is not valid JSON: {error}") from error
-    _check_length("json", text, MAX_SCHEMA_CHARS)
-    if not isinstance(schema, dict):
-        raise _error("json", "must be a JSON schema (an object)")
-    try:
-        return str(LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS))
-    except ValueError as error:  # nested too deeply for the library
-        raise _error("json", f"cannot be used: {error}") from error
-
-
 def _choice_grammar(choices: tuple[str, ...]) -> str:
     lark = "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
-    _check_length("choice", lark, MAX_GRAMMAR_CHARS)
+    check_chars("choice", len(lark), MAX_GRAMMAR_CHARS)
     return lark
 
 
@@ -330,23 +311,9 @@ def _lark(grammar: str) -> str:
     try:
         return str(gbnf_to_lark.gbnf_to_lark(grammar))
     except Exception as error:  # the converter raises what its parser happens to meet
-        raise _error("grammar", f"is neither a Lark nor a GBNF grammar: {error}") from error
-
-
-def _limits() -> Any:
-    """The library's bounds on fuel, states and size, written down so that a new release cannot
-    loosen them."""
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(
-        max_items_in_row=2000,
-        initial_lexer_fuel=1_000_000,
-        step_lexer_fuel=200_000,
-        step_max_items=50_000,
-        max_lexer_states=50_000,
-        max_grammar_size=500_000,
-        verbose_errors=False,
-    )
+        raise constraint_error(
+            "grammar", f"is neither a Lark nor a GBNF grammar: {error}"
+        ) from error
 
 
 def _check_nodes(schema: Mapping[str, Any]) -> None:
@@ -360,23 +327,6 @@ def _check_nodes(schema: Mapping[str, Any]) -> None:
         elif isinstance(value, list | tuple):
             todo += value
     if num_chars > MAX_SCHEMA_CHARS:
-        raise _error("json", f"has more than {MAX_SCHEMA_CHARS} characters, the most allowed")
-
-
-def _check_length(field: str, text: str, limit: int) -> None:
-    _check_chars(field, len(text), limit)
-
-
-def _check_chars(field: str, num_chars: int, limit: int) -> None:
-    if num_chars > limit:
-        raise _error(field, f"has {num_chars} characters; at most {limit} are allowed")
-
-
-def _reason(message: str) -> str:
-    """What the library says, without its inside (``<state>`` and the like)."""
-    return str(message).partition("\n<")[0].strip()[:500]
-
-
-def _error(field: str, what: str) -> InvalidRequestError:
-    name = f"structured_outputs.{field}"
-    return InvalidRequestError(f"{name} {what}.", param=name)
+        raise constraint_error(
+            "json", f"has more than {MAX_SCHEMA_CHARS} characters, the most allowed"
+        )

@@ -1,21 +1,30 @@
-"""Tools: checking them, forcing a call by a grammar, and reading calls out of generated text."""
+"""Tools: checking them, and forcing a call by a grammar."""
 
 from __future__ import annotations
 
-import json
 import re
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 from sensorium.errors import InvalidRequestError
-from sensorium.params import StructuredOutputs
 from sensorium.text.conversation import plain_data
+from sensorium.text.tool_calls import (
+    CallListReader,
+    NamedCallReader,
+    ToolCallParser,
+    ToolCallReader,
+)
 
 MAX_TOOLS = 256
+
+MAX_CALLS = 16
+"""Calls that a forced answer may hold: a weak model goes on for ever."""
+
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_PARAMETERS = ".function.parameters"
+_DATA = ("const", "enum", "default", "examples")
+_MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,36 +37,11 @@ class ToolChoice:
 
 
 @dataclass(frozen=True, slots=True)
-class ContentDelta:
-    """Text of the answer outside of tool calls."""
+class ForcedCall:
+    """A JSON schema that a call must fulfil. ``param``: the field of the request that it comes from."""
 
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallDelta:
-    """A piece of call ``index``: ``id`` and ``name`` come once, at its beginning; ``arguments``
-    are JSON text to append."""
-
-    index: int
-    arguments: str
-    id: str | None = None
-    name: str | None = None
-
-
-Delta = ContentDelta | ToolCallDelta
-
-
-class ToolCallReader(Protocol):
-    """Turns generated text into deltas."""
-
-    def feed(self, text: str) -> list[Delta]:
-        """What new text completes."""
-        ...
-
-    def flush(self) -> list[Delta]:
-        """The rest, when the generation has ended."""
-        ...
+    schema: dict[str, Any]
+    param: str
 
 
 def parse_tools(tools: object, *, param: str = "tools") -> list[dict[str, Any]]:
@@ -120,12 +104,12 @@ def parse_tool_choice(
 
 def forced_call(
     choice: ToolChoice, tools: Sequence[Mapping[str, Any]], *, parallel: bool = True
-) -> StructuredOutputs | None:
+) -> ForcedCall | None:
     """The constraint that makes the model call: for ``named`` the arguments, for ``required`` a
-    list of ``{"name", "parameters"}``; None when nothing is forced."""
+    list of ``{"name", "parameters"}``, at most ``MAX_CALLS``; None when nothing is forced."""
     if choice.mode == "named":
-        tool = next(t for t in tools if t["function"]["name"] == choice.name)
-        return StructuredOutputs(json=_arguments_schema(tool))
+        index = [tool["function"]["name"] for tool in tools].index(choice.name)
+        return ForcedCall(arguments_schema(tools[index], "#"), f"tools[{index}]{_PARAMETERS}")
     if choice.mode != "required":
         return None
     calls = [
@@ -133,214 +117,61 @@ def forced_call(
             "type": "object",
             "properties": {
                 "name": {"const": tool["function"]["name"]},
-                "parameters": _arguments_schema(tool),
+                "parameters": arguments_schema(
+                    tool, f"#/items/anyOf/{index}/properties/parameters"
+                ),
             },
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for tool in tools
+        for index, tool in enumerate(tools)
     ]
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
-    if not parallel:
-        schema["maxItems"] = 1
-    return StructuredOutputs(json=_with_hoisted_definitions(schema, tools))
+    schema: dict[str, Any] = {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": MAX_CALLS if parallel else 1,
+        "items": {"anyOf": calls},
+    }
+    return ForcedCall(schema, f"tools[0]{_PARAMETERS}" if len(tools) == 1 else "tools")
 
 
-def _arguments_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
-    schema = tool["function"].get("parameters")
-    return dict(schema) if schema else {"type": "object"}
+def arguments_schema(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The schema of a tool's arguments, which are an object, for use at ``place`` of another schema, from whose root
+    its references then count."""
+    schema = tool["function"].get("parameters") or {}
+    if not any(
+        word in schema for word in ("type", "$ref", "enum", "const", "allOf", "anyOf", "oneOf")
+    ):
+        schema = {"type": "object", **schema}
+    return dict(schema) if place == "#" else _rebased(schema, place)
 
 
-def _with_hoisted_definitions(
-    schema: dict[str, Any], tools: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """References such as ``#/$defs/Point`` count from the root, so the tools' definitions move
-    there."""
-    for key in ("$defs", "definitions"):
-        merged: dict[str, Any] = {}
-        for tool in tools:
-            merged |= (tool["function"].get("parameters") or {}).get(key) or {}
-        if merged:
-            schema[key] = merged
-    return schema
+def _rebased(schema: Any, place: str) -> Any:
+    if isinstance(schema, list):
+        return [_rebased(one, place) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved = {
+        key: {name: _rebased(below, place) for name, below in value.items()}
+        if key in _MAPS and isinstance(value, Mapping)
+        else value
+        if key in _DATA
+        else _rebased(value, place)
+        for key, value in schema.items()
+    }
+    reference = moved.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    return moved
 
 
-def reader_for(choice: ToolChoice) -> ToolCallReader:
-    """What reads the text that a model generates under ``choice``."""
+def reader_for(choice: ToolChoice, names: Iterable[str] = ()) -> ToolCallReader:
+    """What reads the text that a model generates under ``choice``, with tools of these names."""
     if choice.mode == "named" and choice.name is not None:
         return NamedCallReader(choice.name)
     if choice.mode == "required":
         return CallListReader()
-    return ToolCallParser()
-
-
-class ToolCallParser:
-    """Calls in the form of Hermes and Qwen: ``<tool_call>{"name": …, "arguments":
-    {…}}</tool_call>`` amid text.
-
-    A call is reported when it is complete. What looks like one but is no such JSON is given back
-    as text. White space alone before, between and after calls is dropped."""
-
-    def __init__(self) -> None:
-        self._buffer = ""
-        self._searched = 0  # how much of the buffer holds no closing tag for sure
-        self._inside = False
-        self._num_calls = 0
-        self._blank = ""
-
-    def feed(self, text: str) -> list[Delta]:
-        """What new text completes."""
-        self._buffer += text
-        out: list[Delta] = []
-        while self._advance(out):
-            pass
-        return out
-
-    def flush(self) -> list[Delta]:
-        """The rest: an unclosed call counts if its JSON is complete."""
-        out: list[Delta] = []
-        rest, self._buffer = self._buffer, ""
-        if self._inside:
-            self._call(rest, "", out)
-        elif rest:
-            self._text(rest, out)
-        if self._blank and not self._num_calls:
-            out.append(ContentDelta(self._blank))
-        self._inside, self._blank = False, ""
-        return out
-
-    def _advance(self, out: list[Delta]) -> bool:
-        tag = _CLOSE if self._inside else _OPEN
-        at = self._buffer.find(tag, self._searched)
-        if at >= 0:
-            before, self._buffer = self._buffer[:at], self._buffer[at + len(tag) :]
-            self._searched = 0
-            if self._inside:
-                self._call(before, _CLOSE, out)
-            elif before:
-                self._text(before, out)
-            self._inside = not self._inside
-            return True
-        if self._inside:
-            self._searched = max(0, len(self._buffer) - len(tag) + 1)
-            return False
-        safe = len(self._buffer) - _num_partial(self._buffer, tag)
-        if safe:
-            self._text(self._buffer[:safe], out)
-            self._buffer = self._buffer[safe:]
-        return False
-
-    def _text(self, text: str, out: list[Delta]) -> None:
-        text = self._blank + text
-        kept = text.rstrip()
-        self._blank = text[len(kept) :]
-        if kept:
-            out.append(ContentDelta(kept))
-
-    def _call(self, body: str, close: str, out: list[Delta]) -> None:
-        call = _parsed_call(body)
-        if call is None:
-            self._text(f"{_OPEN}{body}{close}", out)
-            return
-        self._blank = ""
-        name, arguments = call
-        out.append(ToolCallDelta(self._num_calls, arguments, new_call_id(), name))
-        self._num_calls += 1
-
-
-class NamedCallReader:
-    """The whole text is the arguments of one call (``tool_choice`` names a function)."""
-
-    def __init__(self, name: str) -> None:
-        self._name: str | None = name
-
-    def feed(self, text: str) -> list[Delta]:
-        """The new text as arguments."""
-        if not text:
-            return []
-        name, self._name = self._name, None
-        return [ToolCallDelta(0, text, new_call_id() if name else None, name)]
-
-    def flush(self) -> list[Delta]:
-        """A call without arguments, if nothing was generated."""
-        return self.feed("{}") if self._name else []
-
-
-class CallListReader:
-    """The text is a JSON list of ``{"name", "parameters"}`` (``tool_choice`` is ``required``);
-    each call is reported when it is complete. Text that is no such list comes back as text."""
-
-    def __init__(self) -> None:
-        self._call: list[str] = []  # in pieces: text that grows by characters is copied each time
-        self._depth = 0
-        self._in_string = self._escaped = False
-        self._num_calls = 0
-        self._seen: list[str] = []
-
-    def feed(self, text: str) -> list[Delta]:
-        """The calls that new text completes."""
-        out: list[Delta] = []
-        self._seen.append(text)
-        for char in text:
-            if self._depth >= 2:
-                self._call.append(char)
-            self._step(char)
-            if self._depth == 2 and not self._call:
-                self._call.append(char)
-            elif self._depth == 1 and self._call:
-                call = _parsed_call("".join(self._call))
-                if call is not None:
-                    out.append(ToolCallDelta(self._num_calls, call[1], new_call_id(), call[0]))
-                    self._num_calls += 1
-                self._call.clear()
-        return out
-
-    def flush(self) -> list[Delta]:
-        """The text itself, if it held no call."""
-        seen = "".join(self._seen)
-        return [ContentDelta(seen)] if seen and not self._num_calls else []
-
-    def _step(self, char: str) -> None:
-        """Follow strings and brackets."""
-        if self._in_string:
-            if self._escaped:
-                self._escaped = False
-            elif char == "\\":
-                self._escaped = True
-            elif char == '"':
-                self._in_string = False
-        elif char == '"':
-            self._in_string = True
-        elif char in "[{":
-            self._depth += 1
-        elif char in "]}":
-            self._depth -= 1
-
-
-def new_call_id() -> str:
-    """An id for a tool call, as OpenAI's look."""
-    return f"call_{secrets.token_hex(12)}"
-
-
-def _parsed_call(body: str) -> tuple[str, str] | None:
-    """Name and arguments (JSON text) of a call, or None when it is not one."""
-    try:
-        call = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    arguments = call.get("arguments", call.get("parameters"))
-    if isinstance(arguments, str):
-        return call["name"], arguments
-    return call["name"], json.dumps({} if arguments is None else arguments, ensure_ascii=False)
-
-
-def _num_partial(text: str, tag: str) -> int:
-    """Length of the longest end of ``text`` that begins ``tag``."""
-    return next(
-        (k for k in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:k])), 0
-    )
+    return ToolCallParser(names)
 
 
 def _bad(what: str, param: str) -> NoReturn:

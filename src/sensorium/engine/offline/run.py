@@ -19,6 +19,7 @@ from sensorium.engine.stream import RequestStream
 from sensorium.errors import SensoriumError
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
 from sensorium.params import PoolingParams, SamplingParams
+from sensorium.text.grammar_library import Grammar
 
 Vector = PoolingRequestOutput[np.ndarray]
 Output = RequestOutput | Vector
@@ -138,7 +139,7 @@ class BatchRun:
 
     async def _prepared(
         self, draft: Draft, params: SamplingParams | PoolingParams
-    ) -> tuple[PreparedPrompt, str | None]:
+    ) -> tuple[PreparedPrompt, Grammar | None]:
         """A prompt with its media, and the grammar of its constraint."""
         if isinstance(params, PoolingParams):
             return await self._preparer.complete(draft), None
@@ -172,6 +173,8 @@ class BatchRun:
             stream = RequestStream.for_requests(
                 request_id, prepared, requests, params, self._preparer.tokenizer
             )
+            if grammar is not None:
+                stream.output.warnings = grammar.warnings
         stream.output.index = job.index
         features = tuple(item.features for item in prepared.items)
         for request in requests:
