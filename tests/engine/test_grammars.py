@@ -29,6 +29,7 @@ from sensorium.engine.grammars import (
 from sensorium.errors import InvalidRequestError, OverloadedError, UnavailableError
 from sensorium.params import StructuredOutputs
 from sensorium.text.grammar import compile_grammar
+from sensorium.text.grammar_library import Grammar
 
 DEMO = str(Path(sensorium.__file__).parent / "demo")
 
@@ -222,7 +223,7 @@ async def test_what_nobody_waits_for_any_more_is_not_begun() -> None:
     deaf.answer()
     await until(lambda: len(deaf.jobs) == MOST_CHILDREN + 1)
     deaf.answer()
-    assert await others[9] == "g"
+    assert await others[9] == Grammar("g")
     assert compiler._under_way == {}
     assert compiler._waiting_chars == 0
     assert len(compiler._known) == MOST_CHILDREN + 1
@@ -269,7 +270,7 @@ async def test_what_was_lost_is_asked_again() -> None:
                 await task
         else:
             deaf.answer()
-            assert await task == "g"
+            assert await task == Grammar("g")
     assert len(deaf.jobs) == 2
 
 
