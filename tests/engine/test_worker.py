@@ -229,3 +229,24 @@ def test_the_watch_is_set_for_long_steps_and_not_at_each(monkeypatch: pytest.Mon
     never.step_begins()
     never.rest()
     assert len(told) == 4
+
+
+LEAVING = """
+import atexit, runpy, sys, threading
+atexit.register(threading.Event().wait)
+sys.argv = ["worker", *sys.argv[1:]]
+runpy.run_module("sensorium.engine.worker", run_name="__main__")
+"""
+
+
+def test_the_process_ends_without_taking_the_interpreter_apart(tmp_path: Path) -> None:
+    """That takes seconds once a model is loaded, for which everyone would wait who stops a server."""
+    address = f"ipc://{tmp_path}/engine"
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.bind(address)
+        process = subprocess.Popen([sys.executable, "-c", LEAVING, address, str(os.getpid())])
+        try:
+            socket.send(wire.encode(wire.Stop()))
+            assert process.wait(60) == 1  # it was stopped before it was told what to load
+        finally:
+            process.kill()

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from sensorium.errors import ConfigError
+from sensorium.server import launch
 from sensorium.server.launch import listening_socket
 from tests.server.fake_frontend import TOKENIZER, FakeFrontend, hang
 from tests.server.harness import USER, running, status_of, until
@@ -173,6 +174,33 @@ async def test_draining_lets_running_requests_finish() -> None:
         writer.close()
         await asyncio.wait_for(server.task, 10)
         assert server.frontend.closing
+
+
+async def test_an_idle_connection_does_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that keeps its connection for later: nothing is waited for, neither for requests nor for closing."""
+    monkeypatch.setattr(launch, "_CLOSING_SECONDS", 3600)
+    async with running(shutdown_timeout=3600) as server:
+        idle, writer = await server.send(CHAT, {"messages": USER})
+        assert await status_of(idle) == 200
+        await idle.readuntil(b'"usage"')
+        unused, _ = await server.connect()
+        server.signals.on_signal()
+        await asyncio.wait_for(server.task, 20)
+        await asyncio.wait_for(asyncio.gather(idle.read(), unused.read()), 10)
+        writer.close()
+
+
+async def test_a_body_that_never_ends_does_not_delay_the_end() -> None:
+    async with running(shutdown_timeout=3600) as server:
+        reader, writer = await server.connect()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        writer.write(head.encode() + b'{"messages"')
+        await until(lambda: server.app.state.context.num_in_flight == 1)
+        server.signals.on_signal()
+        assert await status_of(reader) == 503
+        assert '"code":"engine_unavailable"' in (await reader.read()).decode()
+        await asyncio.wait_for(server.task, 20)
+        writer.close()
 
 
 async def test_draining_ends_after_its_time() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sensorium.errors import EngineDeadError, InvalidRequestError, OverloadedError
 
 _LONGEST_RETRY = 60
+_SHUTTING_DOWN = "The server is shutting down; send the request to another one."
 
 
 class Admission:
@@ -23,6 +26,32 @@ class Admission:
         self.num_waiting = 0
         self.draining = False
         self._usual_wait = 0.0
+        self._arriving: set[asyncio.Task[Any]] = set()
+
+    def drain(self) -> None:
+        """Let nothing enter any more, nor wait for bodies that are on their way: their requests would be refused."""
+        self.draining = True
+        for task in self._arriving:
+            task.cancel()
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """Stand for a body that is being read within the block.
+
+        Raises EngineDeadError when the server shuts down, before or meanwhile."""
+        task = asyncio.current_task()
+        if self.draining or task is None:
+            raise EngineDeadError(_SHUTTING_DOWN)
+        self._arriving.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self.draining:
+                raise
+            task.uncancel()
+            raise EngineDeadError(_SHUTTING_DOWN) from None
+        finally:
+            self._arriving.discard(task)
 
     @contextmanager
     def enter(
@@ -35,7 +64,7 @@ class Admission:
         and EngineDeadError while the server shuts down.
         """
         if self.draining:
-            raise EngineDeadError("The server is shutting down; send the request to another one.")
+            raise EngineDeadError(_SHUTTING_DOWN)
         if count > self.max_waiting:
             raise InvalidRequestError(
                 f"{param} has {count} entries; at most {self.max_waiting} are possible here.",

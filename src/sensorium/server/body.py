@@ -45,7 +45,8 @@ async def read_body(
 
     All of that is done at once, or in another thread when there are many values in the body. Raises
     InvalidRequestError (with ``param``), BodyTooLargeError, also from the limit that lies around
-    the application, and what ``begin`` raises.
+    the application, EngineDeadError when the server begins to shut down before all is read, and what ``begin``
+    raises.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
@@ -53,9 +54,11 @@ async def read_body(
             f"Content-Type must be application/json, got {content_type[:100]!r}. "
             "With curl, add -H 'Content-Type: application/json'."
         )
-    config = context_of(request).config
-    body = await decoded(request, await _whole(request), config.max_body_bytes)
-    most = config.max_body_values
+    context = context_of(request)
+    with context.admission.arriving():
+        raw = await _whole(request)
+    body = await decoded(request, raw, context.config.max_body_bytes)
+    most = context.config.max_body_values
 
     def take() -> tuple[ModelT, T]:
         adopted = adopt_fields(decode_object(body), model.model_fields.keys())

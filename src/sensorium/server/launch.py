@@ -212,7 +212,7 @@ def _is_loopback(host: str) -> bool:
 
 async def _drain(context: ServingContext, hurry: asyncio.Event) -> None:
     """Refuse new work and wait for what is running, at most ``shutdown_timeout`` seconds."""
-    context.admission.draining = True
+    context.admission.drain()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + context.config.shutdown_timeout
     if context.num_in_flight:
