@@ -80,10 +80,7 @@ def test_three_spellings_of_one_choice() -> None:
             assert engine_config(task=task).model.runner == runner
     with pytest.raises(ConfigError, match="does not go with runner='generate'"):
         engine_config(convert="embed", runner="generate")
-    with (
-        pytest.raises(ConfigError, match="'generate' does not go with runner='pooling'"),
-        pytest.warns(DeprecationWarning, match="older spelling"),
-    ):
+    with pytest.raises(ConfigError, match="'generate' does not go with runner='pooling'"):
         engine_config(task="generate", runner="pooling")
 
 

@@ -26,6 +26,7 @@ from sensorium.engine.batch import (
     each_with,
     is_read_late,
     listed,
+    prioritized,
     unchanged,
 )
 from sensorium.engine.executor import build_engine
@@ -109,6 +110,7 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         *,
+        priority: int | Sequence[int] | None = None,
         stream: Literal[False] = False,
     ) -> list[RequestOutput]: ...
 
@@ -119,6 +121,7 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         *,
+        priority: int | Sequence[int] | None = None,
         stream: Literal[True],
     ) -> Generator[RequestOutput, None, None]: ...
 
@@ -128,6 +131,7 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
         *,
+        priority: int | Sequence[int] | None = None,
         stream: bool = False,
     ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
         """Complete one prompt, a list of them, or those of an iterator; outputs in the order of the prompts.
@@ -137,7 +141,8 @@ class LLM:
         a flat list of integers is one prompt. Of an iterator (a generator, a data set, a file's lines) only so many
         prompts are read ahead as keep the model busy: twice ``max_num_seqs`` are held at a time. It is read in the
         calling thread, between the model's steps. sampling_params: one for all, or one per prompt; the model's defaults
-        when not given.
+        when not given. priority: one for all, or a list with one per prompt; lower ones run first, whatever the order
+        of the prompts, and are the last to be preempted.
 
         stream: yield each output when it is finished, whichever comes first; ``output.index`` is the place of its
         prompt. Closing the generator ends the work.
@@ -150,7 +155,7 @@ class LLM:
         """
         values, several = apart(prompts)
         batch = self._text_batch(values, several, self._parse_prompt, sampling_params)
-        return self._results(batch, use_tqdm, stream, unchanged)
+        return self._results(prioritized(batch, priority), use_tqdm, stream, unchanged)
 
     @overload
     def chat(
@@ -186,13 +191,14 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        priority: int | Sequence[int] | None = None,
         stream: bool = False,
     ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
         """Answer one conversation (a list of messages), a list of conversations or those of an iterator.
 
         Messages are dicts as in OpenAI's API; content parts may be URLs, PIL images (``image_pil``) and, where enabled,
         embeddings. ``continue_final_message`` lets the model go on with the last message instead of answering it.
-        Iterators, ``stream``, the order of outputs and errors are as for ``generate``.
+        Iterators, ``priority``, ``stream``, the order of outputs and errors are as for ``generate``.
         """
 
         def parse(conversation: Any) -> Prompt:
@@ -208,7 +214,7 @@ class LLM:
 
         values, several = conversations(messages)
         batch = self._text_batch(values, several, parse, sampling_params)
-        return self._results(batch, use_tqdm, stream, unchanged)
+        return self._results(prioritized(batch, priority), use_tqdm, stream, unchanged)
 
     @overload
     def embed(

@@ -183,6 +183,8 @@ def build_engine_config(arguments: argparse.Namespace) -> EngineConfig:
         config = engine_config(**engine_keywords(arguments))
     for warning in caught:
         print_warning(str(warning.message))
+        # A command that makes an LLM of the same values would say so again.
+        warnings.filterwarnings("ignore", re.escape(str(warning.message)), warning.category)
     return config
 
 

@@ -92,7 +92,11 @@ def engine_config(**keywords: Any) -> EngineConfig:
         raise ConfigError(
             f"Unknown keyword {name!r}.{suggestion(name, engine_option_names())}", param=name
         )
-    return EngineConfig(**sections)
+    config = EngineConfig(**sections)
+    # Not in the classes: a configuration that another process reads has been warned of already.
+    for message in (*config.model.deprecations(), *config.older.deprecations()):
+        warn_caller(message)
+    return config
 
 
 def _in_our_words(keywords: Mapping[str, Any]) -> dict[str, Any]:

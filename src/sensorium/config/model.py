@@ -14,7 +14,6 @@ from sensorium.config.fields import (
     check_types,
     option,
 )
-from sensorium.config.notices import warn_caller
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "half", "float"]
 """half is float16 and float is float32."""
@@ -100,7 +99,6 @@ class ModelConfig:
             bad("quantization", f"{self.quantization!r} is not available; leave it unset")
         if self.task is not None:
             check_choice("task", self.task, ("generate", "embed", "embedding"))
-            warn_caller("task is the older spelling: use runner='generate' or runner='pooling'")
             meant = "generate" if self.task == "generate" else "pooling"
             if self.runner not in ("auto", meant):
                 bad("task", f"{self.task!r} does not go with runner={self.runner!r}")
@@ -113,6 +111,12 @@ class ModelConfig:
         for name in ("hf_overrides", "override_generation_config"):
             if not isinstance(getattr(self, name), dict):
                 bad(name, f"must be a mapping, got {getattr(self, name)!r}")
+
+    def deprecations(self) -> list[str]:
+        """Return what to say of older spellings that are used."""
+        if self.task is None:
+            return []
+        return ["task is the older spelling: use runner='generate' or runner='pooling'"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +149,11 @@ class OlderConfig:
                 check_integer(name, getattr(self, name), 0, 1 << 31)
         if self.image_input_shape is not None:
             self.shape()
-        for name in self.given():
-            warn_caller(
-                f"{name} is an older spelling: the model's own configuration says it, leave it out"
-            )
+
+    def deprecations(self) -> list[str]:
+        """Return what to say of those that are set."""
+        what = "is an older spelling: the model's own configuration says it, leave it out"
+        return [f"{name} {what}" for name in self.given()]
 
     def given(self) -> list[str]:
         """Names of those that are set."""

@@ -28,6 +28,8 @@ Value = TypeVar("Value")
 Result = TypeVar("Result")
 ParamsT = TypeVar("ParamsT", SamplingParams, PoolingParams)
 
+MAX_PRIORITY = 1 << 31
+
 
 @dataclass(slots=True)
 class Job:
@@ -37,6 +39,7 @@ class Job:
     params: SamplingParams | PoolingParams
     prepared: concurrent.futures.Future[tuple[PreparedPrompt, Grammar | None]]
     arrival_time: float
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +47,23 @@ class Batch:
     """What one call asks for. ``several``: the prompts were not one alone, so that errors name the prompt's index.
 
     ``total``: how many prompts there are; None where they are read from an iterator while earlier ones run.
+    ``priority``: of all prompts, or of each; ``order``: the places of the prompts in the order in which they come,
+    where that is not the caller's.
     """
 
     prompts: Iterator[tuple[Draft, SamplingParams | PoolingParams]]
     several: bool
     total: int | None
+    priority: int | Sequence[int] = 0
+    order: Sequence[int] | None = None
+
+    def place(self, number: int) -> int:
+        """Return the caller's index of the prompt that is read as the ``number``-th, from 0."""
+        return number if self.order is None else self.order[number]
+
+    def priority_at(self, place: int) -> int:
+        """Return the priority of the prompt with this index."""
+        return self.priority if isinstance(self.priority, int) else self.priority[place]
 
 
 def apart(prompts: object) -> tuple[Iterable[Any], bool]:
@@ -68,6 +83,37 @@ def conversations(messages: object) -> tuple[Iterable[Any], bool]:
         return messages, True
     late = isinstance(messages, Iterable) and not isinstance(messages, str | Mapping | Sequence)
     return (cast("Iterable[Any]", messages), True) if late else ([messages], False)
+
+
+def prioritized(batch: Batch, priority: int | Sequence[int] | None) -> Batch:
+    """Return the batch with priorities, lower ones first, those that are equal in the order of the prompts.
+
+    priority: of all prompts, or a list with one for each. Raises InvalidRequestError.
+    """
+    if priority is None:
+        return batch
+    if not isinstance(priority, Sequence) or isinstance(priority, str):
+        return dataclasses.replace(batch, priority=_checked_priority(priority))
+    if batch.total != len(priority):
+        there = "an iterator's" if batch.total is None else str(batch.total)
+        raise InvalidRequestError(
+            f"priority has {len(priority)} entries for {there} prompts: give one for all, or one for each of a list.",
+            param="priority",
+        )
+    each = [_checked_priority(value) for value in priority]
+    order = sorted(range(len(each)), key=each.__getitem__)
+    prompts = list(batch.prompts)
+    sorted_prompts = iter([prompts[place] for place in order])
+    return dataclasses.replace(batch, prompts=sorted_prompts, priority=each, order=order)
+
+
+def _checked_priority(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_PRIORITY:
+        raise InvalidRequestError(
+            f"priority must be an integer between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value!r:.80}.",
+            param="priority",
+        )
+    return value
 
 
 def is_read_late(prompts: Iterable[Any]) -> bool:

@@ -54,6 +54,7 @@ class BatchRun:
         self._preparer = preparer
         self._loop = loop
         self._numbers = numbers
+        self._batch = batch
         self._several = batch.several
         self._is_read_late = batch.total is None
         self._most_held = AHEAD * max_num_seqs
@@ -116,7 +117,9 @@ class BatchRun:
                 return
             draft, params = prompt
             future = self._loop.submit(self._prepared(draft, params))
-            self._ready.append(Job(self._num_read - 1, params, future, time.monotonic()))
+            index = self._batch.place(self._num_read - 1)
+            priority = self._batch.priority_at(index)
+            self._ready.append(Job(index, params, future, time.monotonic(), priority))
             if self._is_read_late and time.monotonic() > ends:
                 return
 
@@ -164,11 +167,13 @@ class BatchRun:
         request_id = str(next(self._numbers))
         stream: RequestStream | PoolingStream
         if isinstance(params, PoolingParams):
-            requests = [pooling_request(prepared, params, request_id, 0, job.arrival_time)]
+            requests = [
+                pooling_request(prepared, params, request_id, job.priority, job.arrival_time)
+            ]
             stream = PoolingStream(request_id, prepared, requests[0])
         else:
             requests = self._preparer.requests(
-                prepared, params, request_id, 0, job.arrival_time, grammar
+                prepared, params, request_id, job.priority, job.arrival_time, grammar
             )
             stream = RequestStream.for_requests(
                 request_id, prepared, requests, params, self._preparer.tokenizer
