@@ -15,6 +15,7 @@
     │   ├── BodyTooLargeError             413 body_too_large
     │   ├── UnsupportedEncodingError      415 unsupported_encoding
     │   ├── MediaNotCachedError           404 media_not_cached
+    │   ├── ModelOutputNotFiniteError     422 model_output_not_finite
     │   ├── MediaFetchError               424 media_fetch_failed
     │   ├── MediaFetchTimeoutError        424 media_fetch_timeout
     │   ├── AuthenticationError           401 invalid_api_key
@@ -170,6 +171,15 @@ class MediaNotCachedError(RequestError):
 
     status = 404
     code = "media_not_cached"
+
+
+class ModelOutputNotFiniteError(RequestError):
+    """The model made infinite, undefined or all-equal numbers of an input that is well formed: its weights or its dtype
+    are at fault, for this input at least."""
+
+    status = 422
+    code = "model_output_not_finite"
+    type = "model_error"
 
 
 class MediaFetchError(RequestError):

@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sensorium.core.plan import NOT_FINITE
+from sensorium.core.plan import UNUSABLE
 from sensorium.core.request import SequenceUpdate
 from sensorium.engine import wire
 from sensorium.engine.frontend import Frontend
 from sensorium.engine.pooling import PoolingStream, pooling_request
 from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.prompts import RawPrompt, parse_conversation
-from sensorium.errors import InvalidRequestError, OverloadedError, SensoriumError, UnavailableError
+from sensorium.errors import (
+    InvalidRequestError,
+    ModelOutputNotFiniteError,
+    OverloadedError,
+    SensoriumError,
+    UnavailableError,
+)
 from sensorium.metrics.report import RequestReport
 from sensorium.models.embedder import Embedder
 from sensorium.params import PoolingParams
@@ -66,7 +72,7 @@ def test_a_stream_collects_its_vector() -> None:
 
 @pytest.mark.parametrize(
     ("message", "expected", "param"),
-    [(NOT_FINITE, InvalidRequestError, "input[3]"), ("other", UnavailableError, None)],
+    [(UNUSABLE, ModelOutputNotFiniteError, "input[3]"), ("other", UnavailableError, None)],
 )
 def test_failures_are_the_callers_or_the_engines(
     message: str, expected: type[SensoriumError], param: str | None

@@ -90,7 +90,6 @@ def test_embedding_and_tied_head():
     assert embedding.weight[3].abs().sum() > 0
     hidden = torch.randn(4, 8)
     torch.testing.assert_close(head(hidden), hidden @ table.t(), **CLOSE)
-    assert torch.equal(head.greedy(hidden), (hidden @ table.t()).argmax(-1))
 
 
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])

@@ -33,6 +33,7 @@ STATS = EngineStats(
     prompt_tokens=1200,
     generation_tokens=300,
     num_vectors=17,
+    num_unusable=3,
     num_steps=310,
     held_features=8,
     item_tokens={"image": 500, "audio": 100},

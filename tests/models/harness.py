@@ -108,7 +108,7 @@ class Harness:
         with torch.inference_mode():
             embeds = torch.cat([self._embeds(seq, num) for seq, num in spans])
             hidden = self.model.forward(embeds, self._batch(spans))
-            logits = self.model.logits(hidden)
+            logits = self.model.logits(hidden).float()
         for seq, num in spans:
             seq.num_computed += num
         return list(logits.cpu().split([num for _, num in spans]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sensorium.core.plan import NOT_FINITE, NewSequence
+from sensorium.core.plan import NewSequence, unusable
 from sensorium.core.request import EngineRequest
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.runtime.pooler import pool
@@ -46,7 +46,8 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
     params = PoolingParams(dimensions=2, normalize=True)
     vectors, failed = pool(hidden, [slot(i, params) for i in range(3)])
     assert set(vectors) == {1}
-    assert failed == {0: NOT_FINITE, 2: NOT_FINITE}
+    why = unusable("this input", "its vector's numbers are infinite or undefined", "float32")
+    assert failed == {0: why, 2: why}
 
 
 def test_a_vector_of_zeros_stays_one() -> None:

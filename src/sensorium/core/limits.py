@@ -125,6 +125,7 @@ class SchedulerCounts:
     encode_seconds: float = 0.0
     num_encoded_bytes: int = 0
     num_encode_failures: int = 0
+    num_unusable: int = 0
 
     def add_encoded(self, report: EncodeReport) -> None:
         """Count what encoding cost in a step."""
@@ -142,7 +143,8 @@ class SchedulerStats:
     are prompt tokens looked up and found, at the first admission of each sequence.
     ``num_encoder_queries`` and ``num_encoder_hits`` are items that were needed, and those of them
     that lay ready or were in the same step's batch already. ``num_resident_embeds`` of
-    ``num_embeds_capacity`` embeddings lie ready. The last four are sums of ``EncodeReport``.
+    ``num_embeds_capacity`` embeddings lie ready. ``num_unusable`` are sequences ended because the
+    model made no usable numbers of them. The last four are sums of ``EncodeReport``.
     """
 
     num_running: int
@@ -161,6 +163,7 @@ class SchedulerStats:
     num_encoder_queries: int
     num_encoder_hits: int
     num_encoder_evictions: int
+    num_unusable: int
     num_encoded_items: int
     encode_seconds: float
     num_encoded_bytes: int

@@ -16,11 +16,19 @@ NO_TOKEN_LEFT = (
 TOO_COMPLEX = "The constraint of structured_outputs became too complex to follow within the answer; simplify it."
 """Why a sequence failed whose grammar reached a limit of time or size: the caller's to mend, too."""
 
-NOT_FINITE = (
-    "The model made a vector with infinite or undefined numbers of this input: it is outside of what the model can "
-    "compute. Check embeddings that were given as input, or load the model with dtype='float32'."
-)
-"""Why a pooling sequence failed whose vector is no use: the caller's to mend, too."""
+UNUSABLE = "The model made no usable numbers of "
+"""How messages begin of sequences that failed by what the model computed: the operator's to mend, not the caller's."""
+
+
+def unusable(what: str, flaw: str, dtype: str) -> str:
+    """Why a sequence failed. what: the input or an item of it; flaw: what its numbers are, such as "its logits are all
+    equal"; dtype: the model's."""
+    advice = (
+        "Its weights may be damaged, or the input is outside of what it can compute"
+        if dtype == "float32"
+        else "Numbers may be too large for this type: start with --dtype float32 (in Python dtype='float32')"
+    )
+    return f"{UNUSABLE}{what}: {flaw} in {dtype}. {advice}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +124,8 @@ class StepResult:
     them, the entries of the prompt tokens *predicted by* the span's positions (positions start+1 … start+num_tokens,
     clipped to the prompt). ``failed``: sequences that could not be run, with a message for the caller; they have no
     sample and are to be finished with an error; the others are unharmed. ``failed_items``: digests whose encoding
-    failed: not resident. ``encoded``: what encoding cost.
+    failed: not resident. ``unusable_items``: of those whose embeddings are no use, the flaw and the dtype.
+    ``encoded``: what encoding cost.
     """
 
     step_id: int
@@ -127,4 +136,5 @@ class StepResult:
     )
     failed: dict[int, str] = field(default_factory=dict)
     failed_items: tuple[bytes, ...] = ()
+    unusable_items: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     encoded: EncodeReport = NOTHING_ENCODED

@@ -21,7 +21,7 @@ from sensorium.core.blocks import IntegrityError
 from sensorium.core.features import EncodePlanner, FeatureBudget
 from sensorium.core.kv import NO_MATCH, KVLedger, PrefixMatch
 from sensorium.core.limits import SchedulerCounts, SchedulerLimits, SchedulerStats
-from sensorium.core.plan import NewSequence, Span, StepPlan, StepResult
+from sensorium.core.plan import UNUSABLE, NewSequence, Span, StepPlan, StepResult, unusable
 from sensorium.core.request import EngineRequest, Sequence, SequenceUpdate, Status
 from sensorium.errors import InvalidRequestError, OverloadedError
 from sensorium.outputs import FinishReason
@@ -354,8 +354,12 @@ class Scheduler:
             for seq_id in self._features.holders(digest):
                 items = self._live[seq_id].request.items
                 index = next(i for i, item in enumerate(items) if item.digest == digest)
-                modality = items[index].modality
-                failed.setdefault(seq_id, f"Item {index} ({modality}) could not be encoded.")
+                name = f"item {index} ({items[index].modality})"
+                flaw = result.unusable_items.get(digest)
+                message = (
+                    unusable(name, *flaw) if flaw else f"{name.capitalize()} could not be encoded."
+                )
+                failed.setdefault(seq_id, message)
         return failed
 
     def _advance(self, seq: Sequence, span: Span, result: StepResult) -> None:
@@ -430,6 +434,7 @@ class Scheduler:
 
     def _fail(self, seq: Sequence, message: str) -> SequenceUpdate:
         self._end(seq)
+        self._counts.num_unusable += message.startswith(UNUSABLE)
         return SequenceUpdate(
             request_id=seq.request.request_id,
             finish_reason="error",

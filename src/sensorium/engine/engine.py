@@ -143,6 +143,7 @@ class Engine:
             encode_seconds=core.encode_seconds,
             encode_num_bytes=core.num_encoded_bytes,
             encode_failures=core.num_encode_failures,
+            num_unusable=core.num_unusable,
             num_preemptions=core.num_preemptions,
             computed_tokens=core.num_computed_tokens,
             prompt_tokens=self._num_prompt_tokens,

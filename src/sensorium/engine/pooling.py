@@ -10,7 +10,7 @@ from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.prepared import PreparedPrompt
 from sensorium.engine.rope import ONE_SET
 from sensorium.engine.stream import failure
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.models.embedder import GENERATES, Embedder
 from sensorium.outputs import PoolingRequestOutput, RequestMetrics
 from sensorium.params import PoolingParams, SamplingParams
@@ -79,12 +79,12 @@ class PoolingStream:
     def accept(self, update: SequenceUpdate) -> bool:
         """Take in the vector; False, for there is nothing to be aborted.
 
-        Raises InvalidRequestError at the prompt when it has no vector, UnavailableError when the engine could not
+        Raises RequestError at the prompt when it has no vector, UnavailableError when the engine could not
         compute it.
         """
         if update.error is not None:
             error = failure(update.error)
-            raise error.at(self._param) if isinstance(error, InvalidRequestError) else error
+            raise error.at(self._param) if isinstance(error, RequestError) else error
         if update.vector is None:
             raise ValueError("the news of a pooling request bring its vector")
         output = self.output

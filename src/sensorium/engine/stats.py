@@ -36,6 +36,7 @@ class EngineStats:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_vectors: int = 0
+    num_unusable: int = 0
     num_steps: int = 0
     held_features: int = 0
     item_tokens: dict[str, int] = field(default_factory=dict)

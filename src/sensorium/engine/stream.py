@@ -6,11 +6,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sensorium.core.plan import NO_TOKEN_LEFT, NOT_FINITE, TOO_COMPLEX
+from sensorium.core.plan import NO_TOKEN_LEFT, TOO_COMPLEX, UNUSABLE
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
 from sensorium.engine.matchers import NO_VOCABULARY
 from sensorium.engine.prepared import PreparedPrompt
-from sensorium.errors import InvalidRequestError, SensoriumError, UnavailableError
+from sensorium.errors import (
+    InvalidRequestError,
+    ModelOutputNotFiniteError,
+    SensoriumError,
+    UnavailableError,
+)
 from sensorium.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sensorium.params import SamplingParams
 from sensorium.text.detokenizer import Detokenizer, token_bytes
@@ -22,8 +27,9 @@ def failure(message: str) -> SensoriumError:
     """The exception for a sequence that the engine could not finish: the caller's fault, or the engine's."""
     if message in (TOO_COMPLEX, NO_VOCABULARY):
         return InvalidRequestError(message, param="structured_outputs")
-    callers = message in (NO_TOKEN_LEFT, NOT_FINITE)
-    return InvalidRequestError(message) if callers else UnavailableError(message)
+    if message.startswith(UNUSABLE):
+        return ModelOutputNotFiniteError(message)
+    return InvalidRequestError(message) if message == NO_TOKEN_LEFT else UnavailableError(message)
 
 
 @dataclass(slots=True)

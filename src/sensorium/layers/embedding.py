@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from sensorium.kernels import ops
 from sensorium.layers.linear import Linear
 
 
@@ -49,9 +48,5 @@ class LMHead:
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, vocab_size) of hidden states (N, hidden_size), in their dtype."""
         return self.linear(hidden)
-
-    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The likeliest ids (N,) int64, without a float32 copy of the logits."""
-        return ops.argmax(self.linear(hidden))
 
     __call__ = forward

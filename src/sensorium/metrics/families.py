@@ -83,6 +83,11 @@ ENGINE_ROWS = (
     ),
     _counter("generation_tokens", "generation_tokens", "Tokens generated."),
     _counter("vectors", "num_vectors", "Vectors made of prompts."),
+    _counter(
+        "model_output_not_finite",
+        "num_unusable",
+        "Sequences ended because the model made infinite, undefined or all-equal numbers of them, or of an item.",
+    ),
     _counter("prefix_cache_queries", "prefix_queries", "Prompt tokens looked up in the cache."),
     _counter("prefix_cache_hits", "prefix_hits", "Prompt tokens found in the prefix cache."),
     _counter("mm_encoder_cache_queries", "encoder_queries", "Items whose embeddings were needed."),

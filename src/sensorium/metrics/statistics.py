@@ -53,6 +53,7 @@ class Statistics(Protocol):
     prompt_tokens: int
     generation_tokens: int
     num_vectors: int
+    num_unusable: int
     num_steps: int
     held_features: int
     item_tokens: dict[str, int]

@@ -182,12 +182,8 @@ class DecoderModel:
         return self.decoder.forward(embeds, batch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) float32 of hidden states (N, H)."""
-        return self.decoder.head(hidden).float()
-
-    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The likeliest ids (N,) int64 of hidden states (N, H), without a float32 copy of the logits."""
-        return self.decoder.head.greedy(hidden)
+        """Logits (N, V) of hidden states (N, H)."""
+        return self.decoder.head(hidden)
 
 
 def apart(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

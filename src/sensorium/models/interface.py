@@ -84,11 +84,7 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) float32 of hidden states (N, H)."""
-        ...
-
-    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The likeliest ids (N,) int64 of hidden states (N, H), the first of equals, at less cost than ``logits``."""
+        """Logits (N, V) of hidden states (N, H), in the type in which they are computed."""
         ...
 
 

@@ -11,6 +11,7 @@ from sensorium.core.plan import EncodeJob, EncodeReport
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
 from sensorium.runtime.slots import Slot
+from sensorium.runtime.soundness import INFINITE, finite_parts
 from sensorium.runtime.timing import DeviceTimer
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class EncoderCache:
         self._embeddings: dict[bytes, torch.Tensor] = {}
         self._timer = DeviceTimer(model.device)
         self._num_items = self._num_bytes = self._num_failed = 0
+        self._unusable: dict[bytes, tuple[str, str]] = {}
 
     def __len__(self) -> int:
         return len(self._embeddings)
@@ -79,7 +81,7 @@ class EncoderCache:
             try:
                 features = self._store.get(slots[job.seq_id].request.request_id, job.item_index)
                 if features.precomputed:
-                    self._keep(job.digest, torch.from_numpy(features.arrays["embeds"]))
+                    failed += self._take_given(job.digest, features)
                 else:
                     groups.setdefault(features.modality, []).append((job.digest, features))
             except Exception:
@@ -87,8 +89,14 @@ class EncoderCache:
                 failed.append(job.digest)
         for group in groups.values():
             failed += self._encode_group(group)
+        self._log_unusable(jobs, slots)
         self._num_failed += len(failed)
         return tuple(failed)
+
+    def take_unusable(self) -> dict[bytes, tuple[str, str]]:
+        """Of the items that failed since this was asked last because their embeddings are no use: flaw and dtype."""
+        found, self._unusable = self._unusable, {}
+        return found
 
     def take_report(self) -> EncodeReport:
         """What encoding cost since the report before this one."""
@@ -100,23 +108,58 @@ class EncoderCache:
 
     def _encode_group(self, group: list[tuple[bytes, Features]]) -> list[bytes]:
         num_bytes = 0
+        failed: list[bytes] = []
         try:
             with self._timer.measured():
                 embeddings = self._model.encode([features for _, features in group])
-                for (digest, features), embeds in zip(group, embeddings, strict=True):
+                finite = finite_parts(embeddings)
+                for (digest, features), embeds, sound in zip(
+                    group, embeddings, finite, strict=True
+                ):
                     if embeds.shape[0] != features.num_embeds:
                         raise RuntimeError(
                             f"the encoder made {embeds.shape[0]} embeddings of {features.num_embeds}"
                         )
-                    num_bytes += self._keep(digest, embeds)
+                    if sound:
+                        num_bytes += self._keep(digest, embeds)
+                    else:
+                        failed.append(digest)
+                        self._spoilt(digest, "its embeddings")
         except Exception:
             logger.exception("encoding %d item(s) failed", len(group))
             if len(group) == 1:
                 return [group[0][0]]
             return [digest for item in group for digest in self._encode_group([item])]
-        self._num_items += len(group)
+        self._num_items += len(group) - len(failed)
         self._num_bytes += num_bytes
-        return []
+        return failed
+
+    def _take_given(self, digest: bytes, features: Features) -> list[bytes]:
+        """Keep embeddings that came with a request; the digest when they do not fit the model's type."""
+        self._keep(digest, torch.from_numpy(features.arrays["embeds"]))
+        if finite_parts([self._embeddings[digest]])[0]:
+            return []
+        del self._embeddings[digest]
+        self._spoilt(digest, "the embeddings given as input")
+        return [digest]
+
+    def _spoilt(self, digest: bytes, what: str) -> None:
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        self._unusable[digest] = (f"{what} {INFINITE}", dtype)
+
+    def _log_unusable(self, jobs: Sequence[EncodeJob], slots: dict[int, Slot]) -> None:
+        for job in jobs:
+            if job.digest in self._unusable:
+                request = slots[job.seq_id].request
+                flaw, dtype = self._unusable[job.digest]
+                logger.error(
+                    "request %s, item %d (%s): %s in %s",
+                    request.request_id,
+                    job.item_index,
+                    request.items[job.item_index].modality,
+                    flaw,
+                    dtype,
+                )
 
     def _keep(self, digest: bytes, embeds: torch.Tensor) -> int:
         """Keep an item's embeddings; how many bytes they take."""

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from sensorium.core.plan import NOT_FINITE
+from sensorium.core.plan import unusable
 from sensorium.runtime.slots import Slot
+from sensorium.runtime.soundness import INFINITE
 
 
 def pool(hidden: torch.Tensor, slots: Sequence[Slot]) -> tuple[dict[int, bytes], dict[int, str]]:
@@ -27,7 +28,8 @@ def pool(hidden: torch.Tensor, slots: Sequence[Slot]) -> tuple[dict[int, bytes],
         if params is None:
             raise ValueError(f"sequence {slot.seq_id} generates: it has no vector")
         if not good:
-            failed[slot.seq_id] = NOT_FINITE
+            dtype = str(hidden.dtype).removeprefix("torch.")
+            failed[slot.seq_id] = unusable("this input", f"its vector's numbers {INFINITE}", dtype)
             continue
         vector = row[: params.dimensions]
         if params.normalize:

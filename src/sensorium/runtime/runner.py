@@ -6,13 +6,15 @@ import logging
 
 import torch
 
-from sensorium.core.plan import TOO_COMPLEX, Span, StepPlan, StepResult
+from sensorium.core.plan import TOO_COMPLEX, Span, StepPlan, StepResult, unusable
+from sensorium.kernels import ops
 from sensorium.kernels.batch import LayerCache
 from sensorium.models.interface import Model
 from sensorium.runtime import pooler, sampler
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
 from sensorium.runtime.inputs import StepInputs, build
 from sensorium.runtime.slots import Slot, SlotTable
+from sensorium.runtime.soundness import flaws_of_logits
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class ModelRunner:
             self._start_grammar(self._table.add(new), result)
         if plan.encode:
             result.failed_items = self.encoder.encode(plan.encode, self._table.slots)
+            result.unusable_items = self.encoder.take_unusable()
         lost = set(result.failed_items)
         pairs = [
             (span, slot)
@@ -96,7 +99,7 @@ class ModelRunner:
             if slot.request.items and span.start < slot.num_prompt:
                 self.encoder.merge(embeds, row, span.start, span.start + span.num_tokens, slot)
         hidden = self.model.forward(embeds, inputs.batch)
-        prompt_logprobs = self._prompt_logprobs(pairs, inputs, hidden)
+        prompt_logprobs, unusable_prompts = self._prompt_logprobs(pairs, inputs, hidden)
         if inputs.sampled_rows:
             samples, failed = self._sample(hidden, inputs)
             self._accept(samples, failed, inputs.sampled_slots)
@@ -108,16 +111,31 @@ class ModelRunner:
             result.vectors.update(vectors)
             result.failed.update(failed)
         result.prompt_logprobs.update(prompt_logprobs)
+        result.failed.update(unusable_prompts)
 
     def _sample(
         self, hidden: torch.Tensor, inputs: StepInputs
     ) -> tuple[dict[int, sampler.TokenSample], dict[int, str]]:
         slots = inputs.sampled_slots
         last = _rows(hidden, inputs.sampled_rows)
+        logits = self.model.logits(last)
+        flaws = flaws_of_logits(logits, last)
         if all(sampler.is_plain(slot) for slot in slots):
-            usable = torch.isfinite(last).all(-1).tolist()
-            return sampler.take(self.model.greedy(last).tolist(), usable, slots)
-        return sampler.sample(self.model.logits(last), slots)
+            usable = [flaw is None for flaw in flaws]
+            samples, failed = sampler.take(ops.argmax(logits).tolist(), usable, slots)
+        else:
+            samples, failed = sampler.sample(logits.float(), slots)
+        for slot, flaw in zip(slots, flaws, strict=True):
+            if flaw is not None:
+                samples.pop(slot.seq_id, None)
+                failed[slot.seq_id] = self._unusable(slot, flaw)
+        return samples, failed
+
+    def _unusable(self, slot: Slot, flaw: str) -> str:
+        """Why a sequence ends whose logits are no use; the log has it, too."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        logger.error("request %s: its logits %s in %s", slot.request.request_id, flaw, dtype)
+        return unusable("this input", f"its logits {flaw}", dtype)
 
     def _accept(
         self, samples: dict[int, sampler.TokenSample], failed: dict[int, str], slots: list[Slot]
@@ -133,8 +151,10 @@ class ModelRunner:
 
     def _prompt_logprobs(
         self, pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.Tensor
-    ) -> dict[int, tuple[tuple[tuple[int, float, int], ...], ...]]:
-        found = {}
+    ) -> tuple[dict[int, tuple[tuple[tuple[int, float, int], ...], ...]], dict[int, str]]:
+        """Entries of the prompts' tokens, and messages for prompts whose logits are no use; both by sequence id."""
+        found: dict[int, tuple[tuple[tuple[int, float, int], ...], ...]] = {}
+        failed: dict[int, str] = {}
         for (span, slot), row in zip(pairs, inputs.first_row, strict=True):
             num_top = slot.request.params.prompt_logprobs
             last = min(span.start + span.num_tokens, slot.num_prompt - 1)
@@ -145,9 +165,14 @@ class ModelRunner:
                 end = min(last, start + LOGIT_ROWS)
                 rows = hidden[row + start - span.start : row + end - span.start]
                 targets = torch.from_numpy(slot.token_ids[start + 1 : end + 1]).to(rows.device)
-                entries += sampler.logprobs_of_targets(self.model.logits(rows), targets, num_top)
+                logits = self.model.logits(rows)
+                flaw = next((flaw for flaw in flaws_of_logits(logits, rows) if flaw), None)
+                if flaw is not None:
+                    failed[span.seq_id] = self._unusable(slot, flaw)
+                    break
+                entries += sampler.logprobs_of_targets(logits.float(), targets, num_top)
             found[span.seq_id] = tuple(entries)
-        return found
+        return found, failed
 
 
 def _follows(slot: Slot, sample: sampler.TokenSample | None) -> bool:

@@ -116,7 +116,7 @@ def check_pieces(model: Any, wholes: Sequence[Whole], embeds: Sequence[torch.Ten
         batch = _batch(model, caches, nums, kv_lens, table, place)
         rows = [embeds[index[length]][before : before + num] for length, before, num in spans]
         hidden = model.forward(torch.cat(rows), batch)
-        logits = model.logits(hidden)
+        logits = model.logits(hidden).float()
         row = 0
         for length, before, num in spans:
             whole, own = wholes[index[length]], slice(row, row + num)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from sensorium.errors import ConfigError
-from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch
 from sensorium.models.hf import attention, check, encoding, processing
 from sensorium.models.hf.config import read_hf_config, refuse, text_shape
@@ -216,14 +215,7 @@ class HfModel:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) float32, scaled and capped as the model's own head does it."""
-        return self._logits(hidden).float()
-
-    def greedy(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The likeliest ids (N,) int64."""
-        return ops.argmax(self._logits(hidden))
-
-    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V), scaled and capped as the model's own head does it."""
         logits: torch.Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]
         return logits
 
