@@ -28,6 +28,7 @@ ROWS = {
     "runtime": 4,
     "engine": 5,
     "llm": 6,
+    "async_llm": 6,
     "server": 6,
     "cli": 6,
     "bench": 6,

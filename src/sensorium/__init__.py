@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sensorium.async_llm import AsyncLLM
     from sensorium.llm import LLM
     from sensorium.outputs import (
         CompletionOutput,
@@ -27,14 +28,21 @@ if TYPE_CHECKING:
         PoolingRequestOutput,
         RequestOutput,
     )
-    from sensorium.params import PoolingParams, SamplingParams, StructuredOutputs
+    from sensorium.params import (
+        PoolingParams,
+        RequestOutputKind,
+        SamplingParams,
+        StructuredOutputs,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "sensorium.llm",
+    "AsyncLLM": "sensorium.async_llm",
     "SamplingParams": "sensorium.params",
     "PoolingParams": "sensorium.params",
+    "RequestOutputKind": "sensorium.params",
     "StructuredOutputs": "sensorium.params",
     "RequestOutput": "sensorium.outputs",
     "CompletionOutput": "sensorium.outputs",
@@ -47,6 +55,7 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
@@ -55,6 +64,7 @@ __all__ = [
     "PoolingParams",
     "PoolingRequestOutput",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputs",
     "__version__",
@@ -62,7 +72,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
+    if name in ("LLM", "AsyncLLM"):
         # Before torch is imported, which reads the policy of its threads once.
         importlib.import_module("sensorium.kernels.threads").prepare()
     if name in _HOMES:

@@ -35,13 +35,7 @@ from sensorium.engine.pooling import resolved
 from sensorium.engine.prepare import Preparer
 from sensorium.engine.prepared import Draft
 from sensorium.engine.progress import Progress
-from sensorium.engine.prompts import (
-    ChatPrompt,
-    MediaOptions,
-    Prompt,
-    parse_conversation,
-    parse_prompt,
-)
+from sensorium.engine.prompts import Prompt, chat_prompt, parse_input, parse_prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.outputs import (
@@ -51,7 +45,6 @@ from sensorium.outputs import (
     RequestOutput,
 )
 from sensorium.params import PoolingParams, SamplingParams
-from sensorium.text.chat import parse_messages
 from sensorium.text.tokenizer import Tokenizer
 
 Params = SamplingParams | Iterable[SamplingParams] | None
@@ -202,14 +195,14 @@ class LLM:
         """
 
         def parse(conversation: Any) -> Prompt:
-            return self._chat_prompt(
+            return chat_prompt(
                 conversation,
                 chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                tools=tuple(tools) if tools else None,
-                chat_template_kwargs=chat_template_kwargs or {},
-                media=MediaOptions(mm_processor_kwargs=mm_processor_kwargs or {}),
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                mm_processor_kwargs=mm_processor_kwargs,
             )
 
         values, several = conversations(messages)
@@ -276,7 +269,7 @@ class LLM:
 
         Closing the generator ends the work.
         """
-        batch = self._text_batch([messages], False, self._chat_prompt, sampling_params)
+        batch = self._text_batch([messages], False, chat_prompt, sampling_params)
         with closing(self._outputs(batch)) as outputs:
             for _, output in outputs:
                 if isinstance(output, RequestOutput):
@@ -306,12 +299,7 @@ class LLM:
         return parse_prompt(value, enable_mm_embeds=self.config.media.enable_mm_embeds)
 
     def _parse_input(self, value: object) -> Prompt:
-        if isinstance(value, Mapping) and "messages" in value:
-            return parse_conversation(value)
-        return self._parse_prompt(value)
-
-    def _chat_prompt(self, messages: Any, **options: Any) -> ChatPrompt:
-        return ChatPrompt(conversation=parse_messages(messages), **options)
+        return parse_input(value, enable_mm_embeds=self.config.media.enable_mm_embeds)
 
     def _text_batch(
         self,

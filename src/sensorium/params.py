@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 import reprlib
 from dataclasses import dataclass, field
@@ -21,6 +22,14 @@ CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 """The fields of ``StructuredOutputs`` that say what the text must be."""
 
 WHITESPACE = ("compact", "none", "flexible")
+
+
+class RequestOutputKind(enum.StrEnum):
+    """What each output of ``AsyncLLM.generate`` holds: all so far, what is new, or all, once, at the end."""
+
+    CUMULATIVE = "cumulative"
+    DELTA = "delta"
+    FINAL_ONLY = "final_only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +110,8 @@ class SamplingParams:
     n: samples per prompt. temperature: 0 is greedy. top_k: 0 or -1 keeps all. seed: makes the tokens of the request a
     function of the seed alone, whatever else is in the batch. max_tokens: None generates up to the context's end.
     min_tokens: end-of-sequence, stop tokens and stop strings do not count before. logprobs / prompt_logprobs: how many
-    alternatives to report (0: the chosen token only). logit_bias: token id → value added to its logit.
+    alternatives to report (0: the chosen token only). logit_bias: token id → value added to its logit. output_kind:
+    what each output of ``AsyncLLM`` holds, as ``RequestOutputKind`` or its value; ``LLM`` has whole ones.
     """
 
     n: int = 1
@@ -127,6 +137,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputs | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         self._normalize()
@@ -184,6 +195,12 @@ class SamplingParams:
             except TypeError:
                 names = [f.name for f in dataclasses.fields(StructuredOutputs)]
                 _bad("structured_outputs", f"has an unknown field; known are {names}")
+
+        try:
+            put(self, "output_kind", RequestOutputKind(self.output_kind))
+        except ValueError:
+            kinds = [str(kind) for kind in RequestOutputKind]
+            _bad("output_kind", f"must be one of {kinds}, got {_shown(self.output_kind)}")
 
     def _check_lists(self) -> None:
         _check_strings("stop", self.stop, MAX_STOPS, MAX_STOP_LENGTH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import sys
@@ -108,3 +109,20 @@ def test_sounds(folders: Callable[..., str], name: str) -> None:
 @pytest.mark.parametrize("name", ["array", "tensor_with_metadata", "pictures", "chat"])
 def test_videos(folders: Callable[..., str], name: str) -> None:
     checked(example("videos_offline").EXAMPLES[name](folders(make_qwen2_5_vl)))
+
+
+def test_an_event_loop(folders: Callable[..., str]) -> None:
+    texts = asyncio.run(example("async_offline").main(folders(make_qwen2_vl)))
+    assert len(texts) == 3
+    assert all(texts)
+
+
+def test_many_questions(
+    folders: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("".join(f"What is {i}?\n" for i in range(20)))
+    example("many_offline").main(str(questions), folders(make_qwen2_vl))
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(answer["line"] for answer in answers) == list(range(20))
+    assert all(answer["answer"] for answer in answers)

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any, Literal
 
 import numpy as np
@@ -157,7 +157,7 @@ class Frontend:
         *,
         request_id: str,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the output of a request, one object updated in place, whenever there are news of it.
 
         Raises RequestError before the first yield for a request that cannot be served, UnavailableError when the engine
@@ -241,7 +241,10 @@ class Frontend:
             self._log_task.cancel()
             await asyncio.gather(self._log_task, return_exceptions=True)
         await self._engine.stop()
-        await asyncio.to_thread(self._preparer.close)
+        try:
+            await asyncio.to_thread(self._preparer.close)
+        except RuntimeError:  # Python is ending: no thread can be started
+            self._preparer.close()
 
     async def _collect(self, stream: RequestStream, inbox: Inbox) -> None:
         """Take in all news that are there; wait for some when there are none."""

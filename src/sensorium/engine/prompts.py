@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,35 @@ def parse_prompt(value: object, *, enable_mm_embeds: bool, param: str = "prompt"
         ),
         param=param,
     )
+
+
+def chat_prompt(
+    messages: Any,
+    *,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    mm_processor_kwargs: Mapping[str, Any] | None = None,
+) -> ChatPrompt:
+    """A conversation to be answered, as ``chat`` of the offline API takes it. Raises RequestError, naming the place."""
+    return ChatPrompt(
+        conversation=parse_messages(messages),
+        chat_template=chat_template,
+        add_generation_prompt=add_generation_prompt and not continue_final_message,
+        continue_final_message=continue_final_message,
+        tools=tuple(tools) if tools else None,
+        chat_template_kwargs=chat_template_kwargs or {},
+        media=MediaOptions(mm_processor_kwargs=mm_processor_kwargs or {}),
+    )
+
+
+def parse_input(value: object, *, enable_mm_embeds: bool) -> Prompt:
+    """What a vector is made of: a prompt, or a conversation (a dict with ``messages``). Raises RequestError."""
+    if isinstance(value, Mapping) and "messages" in value:
+        return parse_conversation(value)
+    return parse_prompt(value, enable_mm_embeds=enable_mm_embeds)
 
 
 def parse_conversation(value: Mapping[str, Any], param: str = "prompt") -> ChatPrompt:

@@ -7,7 +7,7 @@ import re
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import RequestError, UnavailableError
 from sensorium.outputs import RequestOutput
@@ -87,7 +87,7 @@ async def _outputs(
         request_id=context.engine_id(job.request_id),
         priority=job.priority,
     )
-    async with aclosing(cast("AsyncGenerator[RequestOutput]", stream)) as outputs:
+    async with aclosing(stream) as outputs:
         async for output in outputs:
             if place.num_held:
                 place.keep(sum(not (s.token_ids or s.finished) for s in output.outputs))

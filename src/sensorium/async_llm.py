@@ -1,0 +1,349 @@
+"""``AsyncLLM``: the engine for programs with an event loop of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import itertools
+import threading
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from sensorium import forks
+from sensorium.config import EngineConfig, engine_config
+from sensorium.engine.background import BackgroundLoop, release
+from sensorium.engine.batch import as_embedding, as_tensor
+from sensorium.engine.frontend import Frontend
+from sensorium.engine.offline.request import AsyncRequest
+from sensorium.engine.offline.run import Vector
+from sensorium.engine.prompts import Prompt, chat_prompt, parse_input, parse_prompt
+from sensorium.engine.stats import EngineStats
+from sensorium.errors import InvalidRequestError
+from sensorium.outputs import (
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+)
+from sensorium.params import PoolingParams, SamplingParams
+from sensorium.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+class _Engine:
+    """A frontend with its engine on an event loop of their own, from their start to their end."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._loop = BackgroundLoop()
+        self._starting: asyncio.Task[Frontend] | None = None
+        self.started = self._loop.submit(self._start(config))
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Start a coroutine on the loop. Raises RuntimeError after ``close``."""
+        return self._loop.submit(work)
+
+    def close(self) -> None:
+        """End what runs, be it the start, and free everything."""
+        try:
+            self._loop.submit(self._stop()).result()
+        finally:
+            self._loop.close()
+
+    async def _start(self, config: EngineConfig) -> Frontend:
+        start = Frontend.start(config, trust_request_chat_template=True)
+        self._starting = asyncio.create_task(start)
+        return await asyncio.shield(self._starting)
+
+    async def _stop(self) -> None:
+        if self._starting is None:
+            return
+        self._starting.cancel()
+        [frontend] = await asyncio.gather(self._starting, return_exceptions=True)
+        if isinstance(frontend, Frontend):
+            await frontend.shutdown()
+
+
+class AsyncLLM:
+    """A model that runs in a process of its own, asked from any event loop of this one.
+
+    Keywords are those of ``LLM``. The model begins to load when the object is made; the first call waits for it, as
+    does ``start``, and raises ConfigError when it cannot be loaded. Requests run at the same time, as many as
+    ``max_num_seqs``, and others wait; prompts are prepared in a thread, media in processes, so that no event loop of
+    the caller waits for work. Usable from several threads and loops, one after the other or at once.
+
+    Use it as an asynchronous context manager, or call ``close()``; one that nobody holds any more frees everything by
+    itself. An engine that dies is restarted; what ran in it raises EngineDeadError. A forked process cannot use one of
+    its parent (ForkedProcessError).
+    """
+
+    def __init__(self, model: str, **keywords: Any) -> None:
+        self.config: EngineConfig = engine_config(model=model, **keywords)
+        self._made_in = forks.generation()
+        self._engine = _Engine(self.config)
+        self._release = weakref.finalize(self, release, self._made_in, self._engine.close)
+        self._closed = False
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._open: dict[str, Callable[[], object]] = {}
+        """How each request that has not ended is aborted, on the engine's loop."""
+
+    async def __aenter__(self) -> AsyncLLM:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    async def start(self) -> None:
+        """Wait until the model is loaded. Raises ConfigError when it cannot be."""
+        await self._started()
+
+    def close(self) -> None:
+        """End the engine's process and what prepares requests; those that run raise an error."""
+        self._closed = True
+        self._release()
+
+    def shutdown(self) -> None:
+        """The same as ``close``, by the name that vLLM gives it."""
+        self.close()
+
+    def generate(
+        self,
+        prompt: object,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Complete one prompt, yielding an output whenever there is more of it; the last one is ``finished``.
+
+        prompt: one of those that ``LLM.generate`` takes. sampling_params: the model's defaults when not given; its
+        ``output_kind`` says whether each output holds the whole text so far (``"cumulative"``, the default), what is
+        new (``"delta"``; of several samples those that moved), or only the finished answer comes (``"final_only"``).
+        Who reads slowly gets several steps in one. request_id: names the request for ``abort``, made up when not given;
+        InvalidRequestError while another one has it. priority: lower ones run first.
+
+        Leaving the loop (``break``, an error, a task that is cancelled) ends the work at whatever stage it is. Raises
+        RequestError for what cannot be served, UnavailableError when the engine dies.
+        """
+
+        def parse() -> Prompt:
+            return parse_prompt(prompt, enable_mm_embeds=self.config.media.enable_mm_embeds)
+
+        return self._outputs(parse, sampling_params, request_id, priority)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer one conversation, a list of messages as for ``LLM.chat``; outputs come as from ``generate``."""
+
+        def parse() -> Prompt:
+            return chat_prompt(
+                messages,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                mm_processor_kwargs=mm_processor_kwargs,
+            )
+
+        return self._outputs(parse, sampling_params, request_id, priority)
+
+    async def embed(
+        self,
+        prompt: object,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> EmbeddingRequestOutput:
+        """The vector of one prompt, as a list of numbers in ``outputs.embedding``; prompts as for ``LLM.embed``.
+
+        Cancelling ends the work. Errors are as for ``generate``; InvalidRequestError when it was aborted.
+        """
+        return as_embedding(await self._vector(prompt, pooling_params, request_id, priority))
+
+    async def encode(
+        self,
+        prompt: object,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
+        """Yield one output, with the vector of one prompt as a tensor (dimensions,) float32 in ``outputs.data``."""
+        yield as_tensor(await self._vector(prompt, pooling_params, request_id, priority))
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End one request or several; ids that are not in use are ignored.
+
+        The next output of each is its last one and has ``finish_reason`` "abort" where a sample was not complete.
+        """
+        await self._started()
+        ids = [request_id] if isinstance(request_id, str) else list(request_id)
+
+        async def end() -> None:
+            for one in ids:
+                abort = self._open.get(one)
+                if abort is not None:
+                    abort()
+
+        await self._on_loop(end())
+
+    async def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return (await self._started()).tokenizer
+
+    async def get_default_sampling_params(self) -> SamplingParams:
+        """The sampling values that the model's generation_config.json sets, ours where it has none."""
+        return SamplingParams(**(await self._started()).default_params)
+
+    async def stats(self) -> EngineStats:
+        """Counters of the engine and of the media pipeline."""
+        frontend = await self._started()
+        return await self._on_loop(frontend.stats())
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError while the engine is being restarted."""
+        frontend = await self._started()
+
+        async def check() -> None:
+            frontend.check_alive()
+
+        await self._on_loop(check())
+
+    async def _started(self) -> Frontend:
+        forks.check_owner(self._made_in, "AsyncLLM")
+        if self._closed:
+            raise _closed()
+        started = self._engine.started
+        if started.done():
+            return started.result()
+        # Who gives up waiting does not end the start.
+        return await self._waited(asyncio.shield(asyncio.wrap_future(started)))
+
+    async def _outputs(
+        self,
+        parse: Callable[[], Prompt],
+        params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        frontend = await self._started()
+        prompt = parse()
+        params = await self.get_default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise _not_params(params, SamplingParams, "sampling_params")
+        number = self._new_number()
+        updates = frontend.generate(prompt, params, request_id=number, priority=priority)
+        name = self._name(request_id, number)
+        request = AsyncRequest(name, updates, params)
+        self._enter(name, request.abort)
+        try:
+            while (output := await self._on_loop(request.next())) is not None:
+                yield output
+        finally:
+            self._open.pop(name, None)
+            with contextlib.suppress(RuntimeError):  # closed, and the request with it
+                self._engine.submit(request.close())
+
+    async def _vector(
+        self,
+        prompt: object,
+        params: PoolingParams | None,
+        request_id: str | None,
+        priority: int,
+    ) -> Vector:
+        frontend = await self._started()
+        parsed = parse_input(prompt, enable_mm_embeds=self.config.media.enable_mm_embeds)
+        params = PoolingParams() if params is None else params
+        if not isinstance(params, PoolingParams):
+            raise _not_params(params, PoolingParams, "pooling_params")
+        number = self._new_number()
+        name = self._name(request_id, number)
+        aborted = asyncio.Event()
+        self._enter(name, aborted.set)
+        try:
+            work = frontend.embed(parsed, params, request_id=number, priority=priority)
+            output = await self._on_loop(_unless(aborted, work, name))
+        finally:
+            self._open.pop(name, None)
+        output.request_id = name
+        return output
+
+    def _new_number(self) -> str:
+        """An id for the engine: callers' may be anything, and those of samples are derived from it."""
+        return f"request-{next(self._numbers)}"
+
+    def _name(self, given: str | None, number: str) -> str:
+        if given is None:
+            return number
+        if not isinstance(given, str) or not given:
+            raise InvalidRequestError(
+                f"request_id must be a non-empty string, got {given!r:.80}.", param="request_id"
+            )
+        return given
+
+    def _enter(self, request_id: str, abort: Callable[[], object]) -> None:
+        with self._lock:
+            if request_id in self._open:
+                raise InvalidRequestError(
+                    f"Request id {request_id!r:.80} is in use; take another one, or none.",
+                    param="request_id",
+                )
+            self._open[request_id] = abort
+
+    async def _on_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``, done on the engine's loop; cancelling cancels it."""
+        try:
+            future = self._engine.submit(work)
+        except RuntimeError:
+            raise _closed() from None
+        return await self._waited(asyncio.wrap_future(future))
+
+    async def _waited(self, future: asyncio.Future[T]) -> T:
+        try:
+            return await future
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and (task is None or not task.cancelling()):
+                raise _closed() from None
+            raise
+
+
+async def _unless(aborted: asyncio.Event, work: Coroutine[Any, Any, T], name: str) -> T:
+    """The result of ``work``, ended when ``aborted`` is set. Raises InvalidRequestError then."""
+    doing, waiting = asyncio.ensure_future(work), asyncio.ensure_future(aborted.wait())
+    try:
+        await asyncio.wait({doing, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise InvalidRequestError(f"Request {name!r:.80} was aborted.")
+    finally:
+        doing.cancel()
+        waiting.cancel()
+
+
+def _closed() -> InvalidRequestError:
+    return InvalidRequestError("This AsyncLLM has been closed; make a new one.")
+
+
+def _not_params(params: object, kind: type, name: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"{name} must be a {kind.__name__}, got {type(params).__name__}.", param=name
+    )

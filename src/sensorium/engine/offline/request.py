@@ -1,0 +1,115 @@
+"""One request of ``AsyncLLM``: its outputs as the caller wants them, until they end or it is aborted."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator
+
+from sensorium.outputs import CompletionOutput, RequestOutput
+from sensorium.params import RequestOutputKind, SamplingParams
+
+
+class AsyncRequest:
+    """Outputs of one request, each an object of its own. Lives on the event loop of its engine.
+
+    ``updates`` yields one output, updated in place; what came while nobody asked is merged into the next one.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        updates: AsyncGenerator[RequestOutput, None],
+        params: SamplingParams,
+    ) -> None:
+        self._request_id = request_id
+        self._updates = updates
+        self._kind = params.output_kind
+        samples = [CompletionOutput(i, "", []) for i in range(params.n)]
+        self._latest = RequestOutput(request_id, None, [], samples, finished=False)
+        self._shown = [(0, 0)] * params.n
+        """Characters and tokens of each sample that the caller has, where it wants what is new."""
+        self._ended: set[int] = set()
+        self._is_first = True
+        self._waiting: asyncio.Future[RequestOutput] | None = None
+        self._is_aborted = False
+
+    async def next(self) -> RequestOutput | None:
+        """The next output; None after the last one. Raises what the request failed with."""
+        while not self._latest.finished:
+            update = await self._update()
+            self._latest = copied(update, self._request_id)
+            if self._latest.finished or self._kind != RequestOutputKind.FINAL_ONLY:
+                return self._part()
+        return None
+
+    def abort(self) -> None:
+        """End the work; the next output is the last one, and says so."""
+        self._is_aborted = True
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def close(self) -> None:
+        """End the work, whatever stage it is at."""
+        waiting = self._waiting
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.wait({waiting})
+        await self._updates.aclose()
+
+    async def _update(self) -> RequestOutput:
+        if not self._is_aborted:
+            self._waiting = asyncio.ensure_future(anext(self._updates))
+            try:
+                return await self._waiting
+            except asyncio.CancelledError:
+                if not self._is_aborted:
+                    raise
+            finally:
+                self._waiting = None
+        await self._updates.aclose()
+        return aborted(self._latest)
+
+    def _part(self) -> RequestOutput:
+        """What the caller gets of the latest output."""
+        if self._kind != RequestOutputKind.DELTA:
+            return self._latest
+        latest, samples = self._latest, []
+        for sample in latest.outputs:
+            num_chars, num_tokens = self._shown[sample.index]
+            self._shown[sample.index] = (len(sample.text), len(sample.token_ids))
+            moved = (num_chars, num_tokens) != self._shown[sample.index]
+            if moved or (sample.finished and sample.index not in self._ended):
+                samples.append(after(sample, num_chars, num_tokens))
+            if sample.finished:
+                self._ended.add(sample.index)
+        prompt_logprobs = latest.prompt_logprobs if self._is_first else None
+        self._is_first = False
+        return dataclasses.replace(latest, outputs=samples, prompt_logprobs=prompt_logprobs)
+
+
+def copied(output: RequestOutput, request_id: str) -> RequestOutput:
+    """An output that later updates leave as it is, under another id."""
+    metrics = None if output.metrics is None else dataclasses.replace(output.metrics)
+    samples = [after(sample, 0, 0) for sample in output.outputs]
+    return dataclasses.replace(output, request_id=request_id, outputs=samples, metrics=metrics)
+
+
+def after(sample: CompletionOutput, num_chars: int, num_tokens: int) -> CompletionOutput:
+    """A copy of a sample without the first of its text and tokens; the sum of log probabilities stays the whole one."""
+    logprobs = sample.logprobs
+    return dataclasses.replace(
+        sample,
+        text=sample.text[num_chars:],
+        token_ids=sample.token_ids[num_tokens:],
+        logprobs=None if logprobs is None else logprobs[num_tokens:],
+    )
+
+
+def aborted(output: RequestOutput) -> RequestOutput:
+    """A copy in which all samples that were not complete were aborted."""
+    samples = [
+        sample if sample.finished else dataclasses.replace(sample, finish_reason="abort")
+        for sample in output.outputs
+    ]
+    return dataclasses.replace(output, outputs=samples, finished=True)
