@@ -26,7 +26,8 @@ class MediaRef:
     tensors, or base64 text in place of a tensor, possibly of several items; ``cached``: None, to be found under
     ``uuid``. ``param`` is the place in the request, for error messages. ``uuids``: only for ``embeds`` of several
     items, one per item, in place of ``uuid``. ``alone``: the reference is a part of a message, which stands for one
-    item even where it holds embeddings.
+    item even where it holds embeddings. ``processing``, ``loading``: options of this item alone, in place of those of
+    the same names in ``mm_processor_kwargs`` and in its modality's part of ``media_io_kwargs``.
     """
 
     modality: Modality
@@ -36,6 +37,8 @@ class MediaRef:
     param: str = ""
     uuids: tuple[str | None, ...] = ()
     alone: bool = False
+    processing: Mapping[str, Any] = field(default_factory=dict)
+    loading: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

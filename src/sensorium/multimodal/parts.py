@@ -13,7 +13,7 @@ from PIL import Image
 
 from sensorium.config import suggestion
 from sensorium.errors import counted
-from sensorium.multimodal import digest
+from sensorium.multimodal import digest, part_options
 from sensorium.multimodal.image import ImageFeatureData, ImagePixelData
 from sensorium.multimodal.items import MODALITIES, MediaRef, Modality, SourceKind
 from sensorium.multimodal.sources import (
@@ -168,6 +168,14 @@ MEDIA_PART_TYPES: tuple[str, ...] = tuple(_PART_TYPES)
 """Values of ``type`` that name a media part of a chat message."""
 
 
+_PAYLOAD_KEYS: dict[str, tuple[str, ...]] = {
+    "url": ("url", "uuid", "detail", "format"),
+    "picture": (),
+    "base64": ("data", "format", "uuid"),
+}
+"""Keys of a payload that is an object, besides options."""
+
+
 def media_part_type(part: Mapping[str, Any]) -> str | None:
     """The media type of a content part: its ``type``, or, without one, its payload key. None for other parts."""
     kind = part.get("type")
@@ -180,7 +188,8 @@ def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
     """The reference of a media part such as ``{"type": "image_url", "image_url": {"url": …}, "uuid": …}``.
 
     ``param`` is the part's own place (``messages[0].content[1]``); the payload's key is added to it. A payload of None
-    with a ``uuid`` names a cached item. Raises InvalidRequestError.
+    with a ``uuid`` names a cached item. ``part_options`` in the part or in its payload are for this item alone. Raises
+    InvalidRequestError, for unknown keys as well.
     """
     name = media_part_type(part)
     if name is None:
@@ -194,19 +203,30 @@ def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
     uuid = check_uuid(part.get("uuid"), f"{param}.uuid")
     payload = part.get(key)
     place = f"{param}.{key}"
+    known = () if kind.payload == "embeds" else part_options.names(kind.modality)
+    options = part_options.taken(part, ("type", "uuid", *kind.keys), known, param)
     if isinstance(payload, Mapping) and kind.payload != "embeds":
         uuid = uuid or check_uuid(payload.get("uuid"), f"{place}.uuid")
+        options |= part_options.taken(payload, _PAYLOAD_KEYS[kind.payload], known, place)
         if kind.payload == "url":
             payload = payload.get("url")
-    if payload is None:
-        if uuid is None:
-            refuse(
-                f"The part has no {key!r}; only a part with a 'uuid' of a cached item may leave it out",
-                place,
-            )
-        return MediaRef(kind.modality, "cached", None, uuid, place)
-    source_kind, source = _PAYLOADS[kind.payload](payload, place)
-    return MediaRef(kind.modality, source_kind, source, uuid, place, alone=True)
+    processing, loading = part_options.apart(kind.modality, options, param)
+    if payload is None and uuid is None:
+        refuse(
+            f"The part has no {key!r}; only a part with a 'uuid' of a cached item may leave it out",
+            place,
+        )
+    source_kind, source = _PAYLOADS["none" if payload is None else kind.payload](payload, place)
+    return MediaRef(
+        kind.modality,
+        source_kind,
+        source,
+        uuid,
+        place,
+        alone=True,
+        processing=processing,
+        loading=loading,
+    )
 
 
 def _url_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
@@ -259,6 +279,7 @@ def _base64_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
 
 
 _PAYLOADS: dict[str, Callable[[object, str], tuple[SourceKind, Any]]] = {
+    "none": lambda payload, param: ("cached", None),
     "url": _url_payload,
     "picture": _picture_payload,
     "embeds": _embeds_payload,

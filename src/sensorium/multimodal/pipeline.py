@@ -25,6 +25,7 @@ from sensorium.errors import (
     counted,
 )
 from sensorium.multimodal import digest as digests
+from sensorium.multimodal import part_options
 from sensorium.multimodal.budget import RequestBytes
 from sensorium.multimodal.cache import DigestMemo, FeatureCache
 from sensorium.multimodal.decoder_process import NO_ROOM
@@ -114,7 +115,7 @@ class MediaPipeline:
             on_fetch=lambda seconds, num_bytes: self._counters.add("fetch", seconds, num_bytes),
         )
         try:
-            self._new_job({}, {}, "", "")
+            self._config_loading = self._new_job({}, {}, "", "").loading
         except RequestError as error:
             raise ConfigError(error.message, param=error.param) from None
 
@@ -133,11 +134,12 @@ class MediaPipeline:
         with the item's ``param``; the loading of the others is then cancelled, unless another request waits for it.
         """
         self.check(refs)
+        refs, mm_processor_kwargs = part_options.with_rates(refs, mm_processor_kwargs)
         job = self._new_job(mm_processor_kwargs, media_io_kwargs, tenant, cache_salt)
         for ref in refs:  # as many as where they are named by their ids alone
             job.num_items[ref.modality] += len(ref.uuids) or 1
         try:
-            groups = await _all([self._load_ref(ref, job) for ref in refs])
+            groups = await _all([self._load_ref(ref, self._own_job(ref, job)) for ref in refs])
         finally:
             self._cache.unpin(job.pinned)
             for digest in job.held:
@@ -160,6 +162,7 @@ class MediaPipeline:
                     "(enable_mm_embeds=True) to accept them.",
                     param=ref.param,
                 )
+            self._own_options(ref, self._config.mm_processor_kwargs, self._config_loading)
         self._check_counts(Counter(ref.modality for ref in refs), refs)
 
     def stats(self) -> MediaStats:
@@ -198,6 +201,32 @@ class MediaPipeline:
             fetch_slots=asyncio.Semaphore(self._config.max_media_fetches_per_request),
             received=RequestBytes(self._config.max_request_media_bytes),
         )
+
+    def _own_job(self, ref: MediaRef, job: _Job) -> _Job:
+        """The job of a reference with options of its own; the request's for others."""
+        if not ref.processing and not ref.loading:
+            return job
+        options, loading = self._own_options(ref, job.options, job.loading)
+        return dataclasses.replace(job, options=options, loading=loading)
+
+    def _own_options(
+        self, ref: MediaRef, options: Mapping[str, Any], loading: Mapping[Modality, Any]
+    ) -> tuple[Mapping[str, Any], Mapping[Modality, Any]]:
+        """The options that hold for an item: its own before those of the request. Raises InvalidRequestError at the
+        item's place."""
+        try:
+            if ref.processing:
+                options = {**options, **ref.processing}
+                self._processor.check_options(options)
+            if ref.loading:
+                own = LOADERS[ref.modality].parse_options(
+                    ref.loading, f"media_io_kwargs.{ref.modality}"
+                )
+                loading = {**loading, ref.modality: own}
+        except InvalidRequestError as error:
+            message = part_options.as_written(ref.modality, error.message)
+            raise InvalidRequestError(message, param=ref.param) from None
+        return options, loading
 
     def _loading_options(self, request: Mapping[str, Any]) -> dict[Modality, Any]:
         """The options of each modality: the configuration's, overridden by the request's."""

@@ -16,7 +16,7 @@ from sensorium.models.pixels import check_image, read_resample, resize
 from sensorium.models.processing import check_option_names, identity_of
 from sensorium.models.qwen2_vl import video
 from sensorium.models.qwen2_vl.config import Qwen2VLConfig
-from sensorium.models.qwen2_vl.sizes import PixelRange, read_pixel_range, target_size
+from sensorium.models.qwen2_vl.sizes import PixelRange, narrow, read_pixel_range, target_size
 from sensorium.multimodal.items import Clip, Decoded, Features, Modality
 from sensorium.multimodal.processor import FrameSampler, Markup, PlacedItem, Replacement
 
@@ -82,7 +82,7 @@ class Qwen2VLProcessor:
         an image or of a video's frame; of videos those of ``video.OPTIONS``."""
         check_option_names(options, OPTIONS + video.OPTIONS)
         try:
-            limits = read_pixel_range(options, self.pixels)
+            limits = narrow(options, self.pixels)
         except ConfigError as error:
             raise InvalidRequestError(error.message, param="mm_processor_kwargs") from error
         highest = max(MAX_PIXELS, self.pixels.most)
@@ -117,7 +117,7 @@ class Qwen2VLProcessor:
     def _resized(self, image: np.ndarray, options: Mapping[str, Any]) -> np.ndarray:
         height, width = image.shape[:2]
         if self.resize_images:
-            limits = read_pixel_range(options, self.pixels)
+            limits = narrow(options, self.pixels)
             tall, wide = target_size(height, width, self.cell, limits)
             return resize(image, tall, wide, self.resample)
         if height % self.cell or width % self.cell:

@@ -18,8 +18,17 @@ from sensorium.multimodal import sampling
 from sensorium.multimodal.items import Clip
 from sensorium.multimodal.processor import FrameChoice, FrameSampler
 
-OPTIONS = ("fps", "num_frames", "min_frames", "max_frames", "do_sample_frames")
-"""Entries of ``mm_processor_kwargs`` besides those of sizes."""
+FRAME_PIXELS = {"min_pixels": "frame_min_pixels", "max_pixels": "frame_max_pixels"}
+OPTIONS = (
+    *("fps", "num_frames", "min_frames", "max_frames", "do_sample_frames"),
+    *(*FRAME_PIXELS.values(), "total_pixels"),
+)
+"""Entries of ``mm_processor_kwargs`` besides those of sizes.
+
+``frame_min_pixels`` and ``frame_max_pixels`` are pixels of each frame of a video, before what sizes say of images and
+videos alike; ``total_pixels`` those of all frames together, as qwen-vl-utils counts them: of one of each temporal
+patch.
+"""
 
 UNKNOWN_FPS = 2.0
 """Of frames without metadata: the rate at which the families' own tools sample."""
@@ -28,6 +37,8 @@ MAX_SECONDS = 1e6
 """Of a temporal patch that comes as embeddings: eleven days."""
 
 MAX_FRAMES = 1 << 20
+MOST_TOTAL = 1 << 40
+"""Pixels that ``total_pixels`` may ask for; other limits come before."""
 PIXELS = PixelRange(128 * 28 * 28, 768 * 28 * 28)
 """Of a frame, where the checkpoint does not say."""
 
@@ -56,8 +67,10 @@ class VideoRules:
         """Raise InvalidRequestError for values out of their range."""
         try:
             narrow(options, self.pixels)
+            narrow(frame_options(options), self.pixels)
         except ConfigError as error:
             raise InvalidRequestError(error.message, param="mm_processor_kwargs") from error
+        total_pixels(options)
         self.sampler(options)
 
     def sampler(self, options: Mapping[str, Any]) -> FrameSampler:
@@ -124,10 +137,12 @@ class VideoRules:
 
     def _limits(self, num_frames: int, options: Mapping[str, Any]) -> PixelRange:
         """Least and most pixels of a frame of so many."""
-        limits = narrow(options, self.pixels)
-        if self.max_tokens is None:
-            return limits
-        total = int(self.max_tokens * self.cell**2 * 0.9)
+        limits = narrow({**options, **frame_options(options)}, self.pixels)
+        total = total_pixels(options)
+        if total is None:
+            if self.max_tokens is None:
+                return limits
+            total = int(self.max_tokens * self.cell**2 * 0.9)
         share = min(limits.most, total * self.temporal_patch_size // num_frames)
         return PixelRange(limits.least, max(share, int(limits.least * 1.05)))
 
@@ -173,6 +188,28 @@ def read_video_rules(
         min_frames=count(config, "min_frames", 4),
         max_frames=count(config, "max_frames", 768),
     )
+
+
+def frame_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that bound each frame, under the names of ``sizes``."""
+    return {name: options[own] for name, own in FRAME_PIXELS.items() if own in options}
+
+
+def total_pixels(options: Mapping[str, Any]) -> int | None:
+    """Return the bound of all frames together; None without one. Raises InvalidRequestError for no positive number."""
+    value = options.get("total_pixels")
+    if value is None:
+        return None
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 1 <= value <= MOST_TOTAL
+    ):
+        raise InvalidRequestError(
+            f"total_pixels must be a number from 1 to {MOST_TOTAL:g}, got {value!r:.80}.",
+            param="mm_processor_kwargs.total_pixels",
+        )
+    return int(value)
 
 
 def read_seconds(value: Any, num_items: int, param: str) -> list[float]:

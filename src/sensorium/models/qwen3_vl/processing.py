@@ -24,7 +24,7 @@ from sensorium.models.qwen2_vl.config import Qwen2VLConfig
 from sensorium.models.qwen2_vl.processing import Qwen2VLProcessor
 from sensorium.models.qwen2_vl.processing import build as build_qwen2_vl
 from sensorium.models.qwen2_vl.sizes import PixelRange, check_aspect, narrow
-from sensorium.models.qwen2_vl.video import VideoRules
+from sensorium.models.qwen2_vl.video import VideoRules, frame_options, total_pixels
 from sensorium.multimodal import sampling
 from sensorium.multimodal.items import Clip, Decoded, Features, Modality
 from sensorium.multimodal.processor import Replacement
@@ -62,6 +62,7 @@ class Qwen3VideoRules(VideoRules):
         if self.max_tokens is not None:
             share = min(self.max_tokens * cell**2, limits.most // num)
             most = max(share, int(limits.least * 1.05)) * num
+        least, most = self._of_frames(limits.least, most, num, options)
         if height < cell or width < cell:
             scale = max(cell / height, cell / width)
             height, width = int(height * scale), int(width * scale)
@@ -71,11 +72,24 @@ class Qwen3VideoRules(VideoRules):
             shrink = math.sqrt(num * height * width / most)
             tall = max(cell, math.floor(height / shrink / cell) * cell)
             wide = max(cell, math.floor(width / shrink / cell) * cell)
-        elif whole * tall * wide < limits.least:
-            grow = math.sqrt(limits.least / (num * height * width))
+        elif whole * tall * wide < least:
+            grow = math.sqrt(least / (num * height * width))
             tall = math.ceil(height * grow / cell) * cell
             wide = math.ceil(width * grow / cell) * cell
         return tall, wide
+
+    def _of_frames(
+        self, least: int, most: int, num: int, options: Mapping[str, Any]
+    ) -> tuple[int, int]:
+        """Least and most pixels of ``num`` frames together, with what is asked of each and of all."""
+        each, total = frame_options(options), total_pixels(options)
+        if total is not None:
+            most = min(most, total * self.temporal_patch_size)
+        if "max_pixels" in each:
+            most = min(most, each["max_pixels"] * num)
+        if "min_pixels" in each:
+            least = each["min_pixels"] * num
+        return min(least, most), most
 
     def timestamps(self, clip: Clip) -> tuple[float, ...]:
         """Seconds of each temporal patch: midway between its first and its last frame."""

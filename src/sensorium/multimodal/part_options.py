@@ -1,0 +1,110 @@
+"""Options in a part of a chat message, which hold for its item alone: sizes of images and videos, frames of videos.
+
+The names are those of qwen-vl-utils. What a model has no use for is refused when the item is checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sensorium.config import suggestion
+from sensorium.errors import InvalidRequestError
+from sensorium.multimodal.items import MediaRef, Modality
+
+_PROCESSING: dict[Modality, dict[str, str]] = {
+    "image": {"min_pixels": "min_pixels", "max_pixels": "max_pixels"},
+    "video": {
+        "min_pixels": "frame_min_pixels",
+        "max_pixels": "frame_max_pixels",
+        "total_pixels": "total_pixels",
+        "min_frames": "min_frames",
+        "max_frames": "max_frames",
+    },
+    "audio": {},
+}
+"""Options of the model's processor, and what they are called in ``mm_processor_kwargs``: of a video in a message,
+pixels are those of each frame, whatever the processor's own options mean."""
+
+_LOADING: dict[Modality, dict[str, str]] = {
+    "image": {},
+    "video": {"fps": "fps", "nframes": "num_frames", "num_frames": "num_frames"},
+    "audio": {},
+}
+"""Options of loading, and what they are called in ``media_io_kwargs``."""
+
+_NO_OPTIONS = ("cache_control", "detail", "id", "index")
+"""Keys that clients put into parts for other servers, and that change nothing."""
+
+
+def names(modality: Modality) -> tuple[str, ...]:
+    """Return the options that a part of this modality may have."""
+    return (*_PROCESSING[modality], *_LOADING[modality])
+
+
+def taken(
+    part: Mapping[str, Any], keys: Sequence[str], known: Sequence[str], param: str
+) -> dict[str, Any]:
+    """Return the options (those of ``known``) among the entries of a part, leaving out those that are None.
+
+    Raises InvalidRequestError for entries that are neither options nor among the part's own ``keys``.
+    """
+    found: dict[str, Any] = {}
+    for key, value in part.items():
+        if key in keys or key in _NO_OPTIONS or value is None:
+            continue
+        if key not in known:
+            near = suggestion(str(key), [*keys, *known])
+            has = f"; its options are {', '.join(known)}" if known else ""
+            raise InvalidRequestError(
+                f"Unknown key {str(key)[:80]!r} in the part{has}.{near}",
+                param=f"{param}.{str(key)[:80]}",
+            )
+        found[key] = value
+    return found
+
+
+def apart(
+    modality: Modality, options: Mapping[str, Any], param: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return options as the processor's and as those of loading. Raises InvalidRequestError for one that comes under
+    two names."""
+    processing = {new: options[old] for old, new in _PROCESSING[modality].items() if old in options}
+    loading: dict[str, Any] = {}
+    for old, new in _LOADING[modality].items():
+        if old not in options:
+            continue
+        if new in loading:
+            raise InvalidRequestError(
+                "nframes and num_frames are two names of one option; give one of them.",
+                param=f"{param}.{old}",
+            )
+        loading[new] = options[old]
+    return processing, loading
+
+
+def as_written(modality: Modality, message: str) -> str:
+    """Return a message about ``mm_processor_kwargs`` with the names of options that the part has."""
+    for old, new in _PROCESSING[modality].items():
+        message = message.replace(new, old)
+    return message
+
+
+def with_rates(
+    refs: Sequence[MediaRef], options: Mapping[str, Any] | None
+) -> tuple[Sequence[MediaRef], Mapping[str, Any] | None]:
+    """Return references and ``mm_processor_kwargs`` of which ``fps`` has become an option of each video.
+
+    Where it is a list of one rate for each, as qwen-vl-utils gives it; otherwise both as they are.
+    """
+    rates = options.get("fps") if isinstance(options, Mapping) else None
+    videos = [i for i, ref in enumerate(refs) if ref.modality == "video"]
+    if options is None or not isinstance(rates, list | tuple) or len(rates) != len(videos):
+        return refs, options
+    own = dict(zip(videos, rates, strict=True))
+    timed = [
+        dataclasses.replace(ref, processing={"fps": own[i], **ref.processing}) if i in own else ref
+        for i, ref in enumerate(refs)
+    ]
+    return timed, {name: value for name, value in options.items() if name != "fps"}
