@@ -40,7 +40,8 @@ def check_video(num_frames: int, pixels_each: int) -> None:
 
 def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:
     """From preprocessor_config.json, with CLIP's values where it says nothing; ConfigError for impossible ones."""
-    scale = preprocessor.get("rescale_factor", 1 / 255) if _flag(preprocessor, "do_rescale") else 1
+    factor = preprocessor.get("rescale_factor")
+    scale = (1 / 255 if factor is None else factor) if _flag(preprocessor, "do_rescale") else 1
     mean: Any = (0.0, 0.0, 0.0)
     std: Any = (1.0, 1.0, 1.0)
     if _flag(preprocessor, "do_normalize"):
@@ -64,7 +65,8 @@ def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:
 
 def read_resample(preprocessor: Mapping[str, Any]) -> int:
     """Pillow's number of the resampling filter; bicubic when the file does not say."""
-    value = preprocessor.get("resample", BICUBIC)
+    value = preprocessor.get("resample")
+    value = BICUBIC if value is None else value
     try:
         return int(Image.Resampling(value))
     except ValueError as error:
