@@ -15,6 +15,7 @@ from sensorium.config import engine_config
 from sensorium.engine import wire
 from sensorium.engine.defaults import generation_values, sampling_defaults
 from sensorium.errors import ConfigError, InvalidRequestError
+from tests.checkpoints import make_text
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 CHATS = [[{"role": "user", "content": f"Say {n}"}] for n in "abcde"]
@@ -120,6 +121,24 @@ def test_defaults_of_another_folder(tmp_path: Path) -> None:
 def test_defaults_that_cannot_be_fail_at_start(keywords: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         generation_values(OWN, engine_config(**keywords).model)
+
+
+def test_downloads_have_a_folder_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of the hub's cache, which is read without the network."""
+    sha = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--somebody--tiny"
+    make_text("llama", repository / "snapshots" / sha)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(sha)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    room = {"max_model_len": 64, "num_kv_blocks": 16}
+    with LLM("somebody/tiny", download_dir=tmp_path, tokenizer="somebody/tiny", **room) as llm:
+        output = llm.generate("a", GREEDY, use_tqdm=False)[0]
+        assert len(output.outputs[0].token_ids) == 4
+    with pytest.raises(ConfigError, match="somebody/tiny"):
+        LLM("somebody/tiny", **room)
 
 
 SCRIPT = """\

@@ -221,7 +221,6 @@ REFUSED = [
     *refused("requests need the tokenizer; prompts may be token ids all the same", skip_tokenizer_init=False),
     *refused("checkpoints of transformers' layout are read (config.json)", harmless=one_of("hf"), config_format="auto"),
     *refused("change values of config.json with --hf-overrides", hf_config_path=None),
-    *refused("set HF_HUB_CACHE in the environment to the folder for downloads", download_dir=None),
     *refused("the family that knows the architecture runs it; others go through transformers",
              harmless=one_of("vllm"), model_impl="auto"),
     *refused("a model's window is kept; a lower --max-model-len stays within it", disable_sliding_window=False),

@@ -37,6 +37,9 @@ class ModelConfig:
     device: str = option("auto", "cpu, cuda, cuda:N, or auto: a GPU when there is one.")
     seed: int = option(0, "Seed of random weights and of unseeded sampling.")
     revision: str | None = option(None, "Branch, tag or commit on the hub.")
+    download_dir: str | None = option(
+        None, "Folder for downloads from the hub; its own cache (HF_HUB_CACHE) when not given."
+    )
     load_format: LoadFormat = option("auto", "dummy makes random weights in the right shapes.")
     hf_overrides: dict[str, Any] = option(
         dict, "Values that replace those of config.json.", factory=True

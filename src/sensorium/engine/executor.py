@@ -48,6 +48,7 @@ def build_engine(config: EngineConfig) -> Engine:
         seed=config.model.seed,
         skip_modalities=switched_off(config),
         runner=config.model.runner,
+        download_dir=config.model.download_dir,
     )
     shape, model = loaded.model.shape, loaded.model
     num_threads = config.model.num_threads or _useful_threads(shape)
@@ -67,8 +68,11 @@ def build_engine(config: EngineConfig) -> Engine:
     caches = ops.allocate_cache(layout, geometry.num_blocks, device)
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)
     store = FeatureStore()
-    name = config.model.tokenizer
-    folder = loaded.config.folder if name is None else loader.read_config(name).folder
+    folder = loaded.config.folder
+    if config.model.tokenizer is not None:
+        folder = loader.read_config(
+            config.model.tokenizer, download_dir=config.model.download_dir
+        ).folder
     runner = ModelRunner(model, caches, store)
     scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
     facts = EngineFacts(

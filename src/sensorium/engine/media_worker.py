@@ -35,7 +35,10 @@ def main() -> int:
     config = message.config
     model = config.model
     loaded = loader.read_config(
-        model.model, revision=model.revision, hf_overrides=model.hf_overrides
+        model.model,
+        revision=model.revision,
+        hf_overrides=model.hf_overrides,
+        download_dir=model.download_dir,
     )
     processor = resolve(loaded.config).build_processor(loaded)
     if processor is None:

@@ -76,7 +76,10 @@ class Preparer:
         self._config = config
         model = config.model
         self._loaded = loader.read_config(
-            model.model, revision=model.revision, hf_overrides=model.hf_overrides
+            model.model,
+            revision=model.revision,
+            hf_overrides=model.hf_overrides,
+            download_dir=model.download_dir,
         )
         self._generation = generation_values(self._loaded.generation, model)
         family = resolve(self._loaded.config)
@@ -452,7 +455,7 @@ class Preparer:
         name = self._config.model.tokenizer
         if name is None:
             return Path(self._loaded.folder)
-        return Path(loader.read_config(name).folder)
+        return Path(loader.read_config(name, download_dir=self._config.model.download_dir).folder)
 
 
 @contextlib.contextmanager

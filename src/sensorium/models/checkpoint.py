@@ -24,9 +24,9 @@ NOT_NEEDED = ("[!0-9a]*/*", "a[!d]*/*")
 ``additional_chat_templates``."""
 
 
-def find(model: str, revision: str | None = None) -> Path:
+def find(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
     """The folder of a checkpoint: one of ``DEMOS``, a local folder, or a Hugging Face id, of which everything but the
-    weights is downloaded if not cached.
+    weights is downloaded if not cached, into ``download_dir`` or the cache of the Hugging Face hub.
 
     Raises ConfigError that says what to do when nothing is found.
     """
@@ -47,10 +47,12 @@ def find(model: str, revision: str | None = None) -> Path:
             "a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', 'demo' or 'demo-audio'.",
             param="model",
         )
-    return _download(model, revision, TEXT_FILES, NOT_NEEDED)
+    return _download(model, revision, TEXT_FILES, NOT_NEEDED, download_dir=download_dir)
 
 
-def fetch_weights(model: str, folder: Path, revision: str | None = None) -> None:
+def fetch_weights(
+    model: str, folder: Path, revision: str | None = None, download_dir: str | None = None
+) -> None:
     """Download the weights of a checkpoint that ``find`` has downloaded; nothing for one that was on this machine.
 
     Only what ``weight_files`` counts is fetched: ``model.safetensors``, else the files that the index names.
@@ -61,12 +63,15 @@ def fetch_weights(model: str, folder: Path, revision: str | None = None) -> None
     same = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
     indexed = weight_files.index_names(folder)
     if weight_files.SINGLE not in (indexed or ()):
-        _download(model, same, (weight_files.SINGLE,))
+        _download(model, same, (weight_files.SINGLE,), download_dir=download_dir)
     if indexed is not None and not (folder / weight_files.SINGLE).is_file():
-        _download(model, same, [glob.escape(name) for name in indexed])
+        names = [glob.escape(name) for name in indexed]
+        _download(model, same, names, download_dir=download_dir)
 
 
-def find_part(name: object, whole: Path, field: str) -> tuple[str, Path]:
+def find_part(
+    name: object, whole: Path, field: str, download_dir: str | None = None
+) -> tuple[str, Path]:
     """The folder of a checkpoint that config.json of ``whole`` names under ``field``: a folder, also relative to
     ``whole``, or a Hugging Face id; with what ``fetch_weights`` takes for it. Raises ConfigError that says what to do
     when nothing is found."""
@@ -79,7 +84,7 @@ def find_part(name: object, whole: Path, field: str) -> tuple[str, Path]:
     if beside.is_dir():
         return str(beside), beside
     try:
-        return name, find(name)
+        return name, find(name, download_dir=download_dir)
     except ConfigError as error:
         raise ConfigError(
             f"The model needs a second checkpoint, which config.json names as {field}. {error.message} The folder can "
@@ -171,7 +176,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _download(
-    model: str, revision: str | None, wanted: Sequence[str], ignored: Sequence[str] = ()
+    model: str,
+    revision: str | None,
+    wanted: Sequence[str],
+    ignored: Sequence[str] = (),
+    *,
+    download_dir: str | None,
 ) -> Path:
     """Fetch the files of a repository that match a pattern of ``wanted`` and none of ``ignored``; their folder."""
     from huggingface_hub import errors as hub
@@ -185,6 +195,7 @@ def _download(
                 revision=revision,
                 allow_patterns=list(wanted),
                 ignore_patterns=list(ignored),
+                cache_dir=download_dir,
             )
         )
     except hub.HFValidationError as error:

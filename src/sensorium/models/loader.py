@@ -48,18 +48,19 @@ def read_config(
     *,
     revision: str | None = None,
     hf_overrides: Mapping[str, Any] | None = None,
+    download_dir: str | None = None,
 ) -> LoadedConfig:
     """Find a checkpoint (``demo``, a folder or a Hugging Face id) and read its configuration files.
 
     No weights are fetched and torch is not imported: with ``resolve(loaded.config)`` and the family's
     ``build_processor(loaded)`` this is all that an HTTP process or a media worker needs. Raises ConfigError.
     """
-    loaded = checkpoint.read(checkpoint.find(model, revision), hf_overrides)
+    loaded = checkpoint.read(checkpoint.find(model, revision, download_dir), hf_overrides)
     try:
         family = resolve(loaded.config)
     except UnsupportedModelError:
         return loaded  # a folder may be read for its tokenizer alone; whoever wants the model hears of it
-    return _with_parts(loaded, family)[0]
+    return _with_parts(loaded, family, download_dir)[0]
 
 
 def load(
@@ -73,33 +74,36 @@ def load(
     skip_modalities: Collection[str] = (),
     seed: int = 0,
     runner: str = "auto",
+    download_dir: str | None = None,
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
 
     dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the weights, else float32.
     device ``auto`` is the first GPU when there is one, else the CPU. skip_modalities: their encoders are not built.
     runner: ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model head.
+    download_dir: where downloads go, in place of the cache of the Hugging Face hub.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration or is quantized, and
     UnsupportedModelError for an unknown architecture; whatever the configuration tells, before weights are downloaded.
     """
     dummy = load_format == "dummy"
-    folder = checkpoint.find(model, revision)
+    folder = checkpoint.find(model, revision, download_dir)
     loaded = checkpoint.read(folder, hf_overrides)
     refuse_quantized(loaded)
     family = resolve(loaded.config)
     needed = [part for part in family.parts if part.modality not in skip_modalities]
-    loaded, names = _with_parts(loaded, family)
+    loaded, names = _with_parts(loaded, family, download_dir)
     for part in needed:
         if part.field in loaded.parts:
             refuse_quantized(loaded.parts[part.field])
     processor = family.build_processor(loaded)
     embedder = embedder_of(loaded, family, runner)
     if not dummy:
-        checkpoint.fetch_weights(model, folder, revision)
+        checkpoint.fetch_weights(model, folder, revision, download_dir)
         for part in needed:
             if part.field in names:
-                checkpoint.fetch_weights(names[part.field], Path(loaded.parts[part.field].folder))
+                beside = Path(loaded.parts[part.field].folder)
+                checkpoint.fetch_weights(names[part.field], beside, None, download_dir)
     source, stored = _source(loaded, family, needed, dummy)
     options = BuildOptions(
         dtype=_dtype(dtype, loaded.config, stored),
@@ -113,13 +117,15 @@ def load(
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
-def _with_parts(loaded: LoadedConfig, family: Family) -> tuple[LoadedConfig, dict[str, str]]:
+def _with_parts(
+    loaded: LoadedConfig, family: Family, download_dir: str | None = None
+) -> tuple[LoadedConfig, dict[str, str]]:
     """The configuration with those of the checkpoints that complete it, and the names of these, by field."""
     whole, parts, names = Path(loaded.folder), {}, {}
     for part in family.parts:
         name = loaded.config.get(part.field)
         if name is not None:
-            names[part.field], folder = checkpoint.find_part(name, whole, part.field)
+            names[part.field], folder = checkpoint.find_part(name, whole, part.field, download_dir)
             parts[part.field] = checkpoint.read(folder)
     return (dataclasses.replace(loaded, parts=parts) if parts else loaded), names
 
