@@ -57,6 +57,12 @@ FORMATS: dict[str, tuple[str, str, dict[str, str]]] = {
     "avi of h264": ("avi", "libx264", {"g": "12", "bf": "2"}),
     "mjpeg": ("avi", "mjpeg", {}),
     "gif": ("gif", "gif", {}),
+    "ts": ("mpegts", "libx264", {"g": "12", "bf": "2"}),
+    "ts of hevc": ("mpegts", "libx265", {"x265-params": "log-level=error:keyint=12"}),
+    "flv": ("flv", "libx264", {"g": "12"}),
+    "sorenson": ("flv", "flv", {"g": "12"}),
+    "wmv": ("asf", "wmv2", {"g": "12"}),
+    "ogv": ("ogg", "libvpx", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
 }
 PIXELS = {"mjpeg": "yuvj420p", "gif": "rgb8"}
 

@@ -2,14 +2,16 @@ import io
 import struct
 import threading
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, TiffImagePlugin, features
 
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
-from sensorium.multimodal import image
+from sensorium.multimodal import heif, image
+from sensorium.multimodal.digest import object_digest
 from sensorium.multimodal.image import ImageOptions, decode, decode_object
 from tests.multimodal.support import encoded, picture
 
@@ -373,3 +375,106 @@ def test_older_spellings_warn() -> None:
     for cls in (image.ImagePixelData, image.ImageFeatureData):
         with pytest.warns(DeprecationWarning, match="multi_modal_data"):
             assert cls("x").content == "x"
+
+
+# --- greys of more than 8 bits, and HEIC -----------------------------------------------------------------------------
+
+
+def tiff(values: np.ndarray, **tags: Any) -> bytes:
+    """A grey TIFF file of these values, with further tags by number."""
+    file = io.BytesIO()
+    info = TiffImagePlugin.ImageFileDirectory_v2()
+    for number, value in tags.items():
+        info[int(number[1:])] = value
+    Image.fromarray(values).save(file, "TIFF", tiffinfo=info)
+    return file.getvalue()
+
+
+def greys(data: bytes) -> list[int]:
+    return decode(data, WHITE, max_pixels=99)[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1, 128, 255], [0, 1, 128, 255]),
+        ([0, 257, 32896, 65535], [0, 1, 128, 255]),
+        ([0, 1 << 24, 1 << 30, (1 << 31) - 1], [0, 2, 128, 255]),
+        ([-5, 0, 100, 200], [0, 0, 100, 200]),
+    ],
+)
+def test_32_bit_values_are_taken_for_what_they_hold(values: list[int], expected: list[int]) -> None:
+    """Programs write 8 and 16 bits into samples of 32, and the file does not say which."""
+    array = np.array([values], np.int32)
+    assert greys(tiff(array)) == expected
+    picture = Image.fromarray(array)
+    assert picture.mode == "I"
+    assert decode_object(picture, WHITE, max_pixels=99)[0, :, 0].tolist() == expected
+
+
+def test_32_bits_without_a_sign() -> None:
+    values = np.array([[0, 1 << 30, 1 << 31, (1 << 32) - 1]], np.uint32)
+    signed = tiff(values.view(np.int32))
+    tag = struct.pack("<HHIH", 339, 3, 1, 2)  # how Pillow says that there is one
+    assert signed.count(tag) == 1
+    data = signed.replace(tag, struct.pack("<HHIH", 339, 3, 1, 1))
+    assert greys(data) == [0, 64, 128, 255]
+
+
+@pytest.mark.parametrize("tag", ["_281", "_341"])
+def test_white_is_what_the_file_names(tag: str) -> None:
+    array = np.array([[0, 500, 1000, 4000]], np.int32)
+    most = (1000,) if tag == "_281" else (1000.0,)
+    assert greys(tiff(array, **{tag: most})) == [0, 128, 255, 255]
+
+
+def test_sixteen_bits_stay_sixteen_bits_however_dark() -> None:
+    """Their file says what white is: a dark picture is not made bright."""
+    dark = np.array([[0, 128, 255, 600]], np.uint16)
+    assert greys(tiff(dark)) == [0, 0, 1, 2]
+    file = io.BytesIO()
+    Image.fromarray(dark).save(file, "PNG")
+    assert greys(file.getvalue()) == [0, 0, 1, 2]
+    assert greys(b"P5 4 1 65535\n" + dark.astype(">u2").tobytes()) == [0, 0, 1, 2]
+
+
+def test_one_value_of_two_whites_has_two_digests() -> None:
+    array = np.array([[0, 500, 1000, 1000]], np.int32)
+    plain = Image.open(io.BytesIO(tiff(array)))
+    named = Image.open(io.BytesIO(tiff(array, _281=(1000,))))
+    assert plain.tobytes() == named.tobytes()
+    assert object_digest(plain) != object_digest(named)
+
+
+@pytest.fixture
+def heic() -> bytes:
+    """A HEIC photo, red above and blue below, that is to be turned by a quarter."""
+    pillow_heif = pytest.importorskip("pillow_heif", reason="the extra 'heif' is not installed")
+    upper = np.zeros((64, 96, 3), np.uint8)
+    upper[:32, :, 0] = upper[32:, :, 2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    made = pillow_heif.from_pillow(Image.fromarray(upper))
+    made.save(file, quality=95, exif=exif.tobytes())
+    return file.getvalue()
+
+
+def test_heic_photos(heic: bytes) -> None:
+    pixels = decode(heic, WHITE, max_pixels=96 * 64).astype(int)
+    assert pixels.shape == (96, 64, 3)
+    right, left = pixels[8:-8, 40:], pixels[8:-8, :24]
+    assert right[..., 0].min() > 200 > 60 > right[..., 2].max()
+    assert left[..., 2].min() > 200 > 60 > left[..., 0].max()
+    with pytest.raises(MediaTooLargeError, match="--max-image-pixels"):
+        decode(heic, WHITE, max_pixels=96 * 64 - 1)
+    with pytest.raises(MediaUndecodableError, match="damaged"):
+        decode(heic[: len(heic) // 2], WHITE, max_pixels=96 * 64)
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"mif1"])
+def test_heic_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch, brand: bytes) -> None:
+    monkeypatch.setattr(heif, "register", lambda: False)
+    data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(64)
+    with pytest.raises(MediaUndecodableError, match=r"pip install 'sensorium\[heif\]'"):
+        decode(data, WHITE, max_pixels=99)

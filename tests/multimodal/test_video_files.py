@@ -52,7 +52,26 @@ def test_every_format_gives_the_frames_asked_for(encoded: bytes, num: int) -> No
     assert numbers_of(clip.frames) == evenly(40, num)
     assert clip.frames.shape == (num, HEIGHT, WIDTH, 3)
     assert clip.frames.dtype == np.uint8
-    assert (clip.num_source_frames, clip.fps) == (40, 10.0)
+    assert (clip.num_source_frames, clip.fps) == (40, pytest.approx(10.0))
+
+
+@pytest.mark.parametrize("codec", ["mpeg1video", "mpeg2video"])
+def test_program_streams_give_the_frames_asked_for(
+    monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """They come in the rates of television only."""
+    monkeypatch.setitem(FORMATS, "mpg", ("mpeg", codec, {"g": "12", "bf": "2"}))
+    data = make_clip("mpg", 40, fps=25)
+    for num in (1, 7, 40):
+        clip = decode(data, num)
+        assert numbers_of(clip.frames) == evenly(40, num)
+        assert (clip.num_source_frames, clip.fps) == (40, pytest.approx(25.0))
+
+
+def test_a_transport_stream_of_a_disc_has_longer_packets() -> None:
+    data = make_clip("ts", 40, container_options={"mpegts_m2ts_mode": "1"})
+    assert data[4:5] == data[196:197] == b"G"
+    assert numbers_of(decode(data, 7).frames) == evenly(40, 7)
 
 
 def test_frames_equal_those_of_decoding_everything(encoded: bytes) -> None:
@@ -270,9 +289,9 @@ def test_a_file_without_pictures() -> None:
 
 
 def test_a_codec_that_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "flv in avi", ("avi", "flv", {}))
+    monkeypatch.setitem(FORMATS, "ffvhuff", ("avi", "ffvhuff", {}))
     with pytest.raises(MediaUndecodableError, match="codec that is not decoded"):
-        decode(make_clip("flv in avi", 3), 2)
+        decode(make_clip("ffvhuff", 3), 2)
 
 
 @pytest.mark.parametrize("form", ["mp4", "mkv", "avi", "avi of h264", "webm", "gif"])

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sensorium.config import MediaConfig
 from sensorium.errors import MediaTooLargeError, MediaUndecodableError, OverloadedError
+from sensorium.multimodal import heif
 from sensorium.multimodal.audio import AudioOptions
 from sensorium.multimodal.decoders import ForkServerCommand, ProcessDecoders
 from sensorium.multimodal.image import ImageOptions
@@ -99,9 +100,18 @@ async def test_sounds_are_decoded_and_leave_no_thread(decoders: ProcessDecoders,
     assert process_of(prepared).num_threads() == 1
 
 
+PICTURES = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "HEIF")
+
+
+def picture_file(width: int, height: int, form: str) -> bytes:
+    """An encoded picture of noise."""
+    assert form != "HEIF" or heif.register()
+    return encoded(picture(width, height), form)
+
+
 async def test_pictures_are_decoded_and_leave_no_thread(decoders: ProcessDecoders) -> None:
-    for form in ("PNG", "JPEG", "WEBP", "AVIF"):
-        data = encoded(picture(64, 48), form)
+    for form in PICTURES:
+        data = picture_file(64, 48, form)
         prepared = await decoders.prepare(Work("image", data, ImageOptions(), {}))
         assert prepared.features.arrays["decoded"].shape == (48, 64, 3)
         assert np.ptp(prepared.features.arrays["decoded"]) > 50
@@ -146,10 +156,20 @@ async def test_a_damaged_clip_is_damaged_on_any_machine(decoders: ProcessDecoder
         await decoders.prepare(Work("video", clip[:40] + bytes(len(clip) - 40), VideoOptions(), {}))
 
 
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF"])
+async def test_a_machine_without_threads_is_not_a_damaged_photo() -> None:
+    """The decoder of HEIC photos starts a thread however many it may have."""
+    photo = picture_file(64, 48, "HEIF")
+    with (
+        workers(16, ROOM_GB, threads=False) as decoders,
+        pytest.raises(OverloadedError, match="no threads"),
+    ):
+        await decoders.prepare(Work("image", photo, ImageOptions(), {}))
+
+
+@pytest.mark.parametrize("form", sorted({*PICTURES} - {"HEIF"}))
 async def test_pictures_need_no_threads(form: str) -> None:
     with workers(128, ROOM_GB, threads=False) as decoders:
-        data = encoded(picture(640, 480), form)
+        data = picture_file(640, 480, form)
         prepared = await decoders.prepare(Work("image", data, ImageOptions(), {}))
         assert prepared.features.arrays["decoded"].shape == (480, 640, 3)
 

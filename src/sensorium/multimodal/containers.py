@@ -44,9 +44,13 @@ if TYPE_CHECKING:
     import av
     import av.container
 
-FORMATS = ("MP4", "MOV", "WebM", "MKV", "AVI", "GIF")
+FORMATS = (
+    *("MP4", "MOV", "WebM", "MKV", "AVI", "GIF", "MPEG-TS", "MPEG-PS", "FLV", "WMV", "OGV"),
+    *("animated WebP", "animated PNG"),
+)
 CODECS = frozenset(
-    "av1 ffv1 gif h263 h264 hevc mjpeg mpeg1video mpeg2video mpeg4 msmpeg4v3 png prores rawvideo theora vp8 vp9".split()
+    "av1 ffv1 flv1 gif h263 h264 hevc mjpeg mpeg1video mpeg2video mpeg4 msmpeg4v3 png prores rawvideo theora vc1 vp6 "
+    "vp6f vp8 vp9 wmv1 wmv2 wmv3".split()
 )
 """What is decoded, of the hundreds that FFmpeg knows."""
 
@@ -54,6 +58,9 @@ MAX_PACKETS = 1 << 20
 """Nine hours at 30 frames per second; more are refused while a container is indexed."""
 MAX_ENTRIES = 32
 """Key packets that are tried for a frame, from the last one on: usually the first or second will do."""
+_ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_TS_PACKETS = ((0, 188), (4, 192), (0, 204))
+"""Where the first packet of an MPEG transport stream begins, with ``G``, and how long each is."""
 _GIF_SIZE = struct.Struct("<6xHH")
 FULL_HD = 1920 * 1088
 """Pixels of a frame that counts as one against the limit on decoded frames; larger ones count as several."""
@@ -90,7 +97,7 @@ def decode(data: bytes, sample: Sample, limits: Limits) -> Clip:
         check_boxes(data)
     if form == "gif" and len(data) >= _GIF_SIZE.size:  # FFmpeg tells it with the first frame only
         width, height = _GIF_SIZE.unpack_from(data)
-        _check_pixels(1, height, width, limits)
+        check_pixels(1, height, width, limits)
     try:
         index = _index(data, form, limits)
         facts = VideoFacts(index.num_frames, index.fps)
@@ -117,6 +124,16 @@ def _form(data: bytes) -> str:
         return "gif"
     if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
         return "mov"
+    if data[:4] == b"FLV\x01":
+        return "flv"
+    if data[:4] == b"OggS":
+        return "ogg"
+    if data[:4] == b"\x00\x00\x01\xba":
+        return "mpeg"
+    if data[:16] == _ASF:
+        return "asf"
+    if any(data[at : at + 2 * size + 1 : size] == b"GGG" for at, size in _TS_PACKETS):
+        return "mpegts"
     raise MediaUndecodableError(
         f"The bytes are not a video in a known format ({', '.join(FORMATS)})."
         if data
@@ -282,7 +299,7 @@ def _frames(context: Any, packet: av.Packet | None) -> list[av.VideoFrame]:
 
 def _prepare(context: Any, num_frames: int, limits: Limits) -> None:
     """Check what the header promises, and start the decoder. Raises OverloadedError when it gets no threads."""
-    _check_pixels(num_frames, context.height, context.width, limits)
+    check_pixels(num_frames, context.height, context.width, limits)
     context.thread_type = "AUTO"
     context.thread_count = decoder_threads()
     context.options = limits.for_decoder()
@@ -300,14 +317,14 @@ def _decode_wanted(
 ) -> Clip | None:
     """Decode the stretches of packets that the wanted frames need; None when these do not come."""
     wanted = sorted({int(i) for i in indices})
-    _check_work(len(wanted), 0, limits)
+    check_work(len(wanted), 0, limits)
     stretches = _stretches(index, wanted)
     num_decoded = sum(end + 1 - start for start, end in stretches)
     at = {index.packets[i] for i in wanted}
     numbers = {index.pts[i]: i for i in wanted}
     with _opened(data, index.form, limits) as (container, stream):
         context = stream.codec_context
-        _check_work(num_decoded, context.height * context.width, limits)
+        check_work(num_decoded, context.height * context.width, limits)
         _prepare(context, len(indices), limits)
         pictures, work = _Pictures(indices, limits), _Work(limits)
         packets = enumerate(_packets(container, stream))
@@ -365,7 +382,7 @@ def _decode_in_order(data: bytes, index: _Index, sample: Sample, limits: Limits)
         indices = sample(facts)
         with _opened(data, index.form, limits) as (container, stream):
             context = stream.codec_context
-            _check_work(index.num_packets, context.height * context.width, limits)
+            check_work(index.num_packets, context.height * context.width, limits)
             _prepare(context, len(indices), limits)
             pictures, work, num = _Pictures(indices, limits), _Work(limits), 0
             for packet in itertools.chain(_packets(container, stream), (None,)):
@@ -379,7 +396,7 @@ def _decode_in_order(data: bytes, index: _Index, sample: Sample, limits: Limits)
     return pictures.clip(facts)
 
 
-def _check_work(num_frames: int, num_pixels: int, limits: Limits) -> None:
+def check_work(num_frames: int, num_pixels: int, limits: Limits) -> None:
     """Raise MediaTooLargeError for more frames, of so many pixels each, than may be decoded."""
     most = int(limits.max_frames * min(1.0, FULL_HD / max(num_pixels, 1)))
     if num_frames > most:
@@ -402,10 +419,10 @@ class _Work:
         """Count a frame. Raises MediaTooLargeError when they are too many."""
         self._num_frames += 1
         self._num_pixels += max(frame.height * frame.width, FULL_HD)
-        _check_work(self._num_frames, self._num_pixels // self._num_frames, self._limits)
+        check_work(self._num_frames, self._num_pixels // self._num_frames, self._limits)
 
 
-def _check_pixels(num_frames: int, height: int, width: int, limits: Limits) -> None:
+def check_pixels(num_frames: int, height: int, width: int, limits: Limits) -> None:
     if height * width > limits.max_frame_pixels:
         raise MediaTooLargeError(
             f"A frame of the video has {width} x {height} pixels; at most {limits.max_frame_pixels} are allowed "
@@ -437,7 +454,7 @@ class _Pictures:
         if number is None or row is None:
             return
         if not self._there:
-            _check_pixels(len(self._indices), frame.height, frame.width, self._limits)
+            check_pixels(len(self._indices), frame.height, frame.width, self._limits)
             self._size = (frame.width, frame.height)
         picture = self._converter.upright(frame, *self._size)
         if not self._there:

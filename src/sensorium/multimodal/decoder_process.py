@@ -34,6 +34,7 @@ from sensorium.errors import (
     OverloadedError,
     SensoriumError,
 )
+from sensorium.multimodal import heif
 from sensorium.multimodal.items import Modality
 from sensorium.multimodal.loaders import LOADERS, Work, prepare
 from sensorium.multimodal.packing import (
@@ -118,6 +119,7 @@ def serve(control: socket.socket, processor: Processor, config: MediaConfig, fol
     # Ours is the configured limit, which is looked at before anything is decoded.
     Image.MAX_IMAGE_PIXELS = None
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # else one per core
+    heif.register()
     gc.collect()
     gc.freeze()  # pages of objects that nobody changes stay shared with the workers
     children: set[int] = set()

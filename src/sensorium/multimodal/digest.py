@@ -16,6 +16,7 @@ import numpy as np
 from blake3 import blake3
 from PIL import Image
 
+from sensorium.multimodal import grey
 from sensorium.multimodal import image as pictures
 from sensorium.multimodal.items import Features, Modality
 from sensorium.multimodal.tensors import is_tensor
@@ -156,6 +157,7 @@ def _pil_digest(image: Image.Image) -> bytes:
             canonical(palette),
             canonical(image.info.get("transparency")),
             pictures.orientation(image),
+            *([grey.white_of(image) or 0] if image.mode in grey.MODES else []),
             image.tobytes(),
         ],
     )

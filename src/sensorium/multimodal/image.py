@@ -11,7 +11,7 @@ import importlib
 import io
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +20,9 @@ from PIL import Image, ImageFile, features
 
 from sensorium.config.notices import warn_caller
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
-from sensorium.multimodal import pixel_values
+from sensorium.multimodal import grey, heif, pixel_values
 from sensorium.multimodal.options import check_names
-from sensorium.multimodal.shortage import check_room, check_shortage
+from sensorium.multimodal.shortage import check_room, check_shortage, check_threads
 from sensorium.multimodal.tensors import is_tensor
 
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -46,6 +46,7 @@ _ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_DAMAGED = "The image is damaged or truncated and cannot be decoded."
 _DECODING_BYTES = 8
 """For each pixel of a picture, that every decoder needs about, with the picture itself."""
 
@@ -103,7 +104,8 @@ def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray
     """(H, W, 3) uint8 RGB of an encoded picture.
 
     Raises MediaTooLargeError when the header promises more than ``max_pixels`` pixels, and MediaUndecodableError when
-    the bytes are no picture of one of ``FORMATS`` or are damaged.
+    the bytes are no picture of one of ``FORMATS`` or are damaged; MemoryError and OverloadedError when the process has
+    no memory or no thread for it.
     """
     if not data:
         raise MediaUndecodableError("The image is empty: 0 bytes.")
@@ -111,11 +113,12 @@ def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray
     if size is not None:
         _check_size(*size, max_pixels)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        formats = (*FORMATS, heif.FORMAT) if heif.is_heif(data) and heif.register() else FORMATS
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             size = image.size
             _check_size(*size, max_pixels)
             image.load()
-            return _to_rgb(image, options)
+            return to_rgb(image, options)
     except (MediaUndecodableError, MediaTooLargeError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -123,16 +126,19 @@ def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray
             "The image has more pixels than can be decoded safely; send a smaller one."
         ) from None
     except Image.UnidentifiedImageError:
+        if heif.is_heif(data):
+            check_threads()
+            raise MediaUndecodableError(_DAMAGED if heif.register() else heif.MISSING) from None
         raise MediaUndecodableError(
             f"The bytes are not an image in a known format ({', '.join(FORMATS)})."
         ) from None
     except Exception as error:  # decoders raise nearly anything for damaged files
         check_shortage(error)
-        if size is not None:  # many decoders do not tell what they lacked
+        # Many decoders do not tell what they lacked.
+        if size is not None:
             check_room(size[0] * size[1] * _DECODING_BYTES)
-        raise MediaUndecodableError(
-            "The image is damaged or truncated and cannot be decoded."
-        ) from None
+        check_threads()
+        raise MediaUndecodableError(_DAMAGED) from None
 
 
 def decode_object(
@@ -148,7 +154,7 @@ def decode_object(
         _check_size(*source.size, max_pixels)
         load(source)
         try:
-            return _to_rgb(source, options)
+            return to_rgb(source, options)
         except MediaUndecodableError:
             raise
         except (OSError, ValueError, TypeError, KeyError):
@@ -255,11 +261,11 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _to_rgb(image: Image.Image, options: ImageOptions) -> np.ndarray:
+def to_rgb(image: Image.Image, options: ImageOptions) -> np.ndarray:
     """Convert a loaded image. The orientation is read after loading: TIFF files turn themselves then."""
     turn = _ORIENTATIONS.get(orientation(image))
-    if image.mode in _SIXTEEN_BIT:
-        image = _SIXTEEN_BIT[image.mode](image)
+    if image.mode in grey.MODES:
+        image = grey.scaled(image)
     elif image.mode == "F":
         raise MediaUndecodableError(
             "Floating-point images have no defined white; convert the image to 8 bits per channel."
@@ -275,22 +281,3 @@ def _to_rgb(image: Image.Image, options: ImageOptions) -> np.ndarray:
     if turn is not None:
         image = image.transpose(turn)
     return np.array(image, dtype=np.uint8, order="C")
-
-
-def _scale_16_bit(image: Image.Image) -> Image.Image:
-    """Greys 0…65535 to 0…255, rounded; the one transparent grey of a PNG becomes an alpha channel.
-
-    Mode "I" (32 bits) is what Pillow makes of some 16-bit files; values outside 16 bits are clipped.
-    """
-    wide = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    grey = Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    key = image.info.get("transparency")
-    if not isinstance(key, int):
-        return grey
-    alpha = Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8))
-    return Image.merge("LA", (grey, alpha))
-
-
-_SIXTEEN_BIT: dict[str, Callable[[Image.Image], Image.Image]] = dict.fromkeys(
-    ("I", "I;16", "I;16L", "I;16B", "I;16N"), _scale_16_bit
-)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import threading
 
 from sensorium.errors import OverloadedError
 
@@ -30,6 +31,16 @@ def check_room(num_bytes: int) -> None:
         mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError:
         raise MemoryError from None
+
+
+def check_threads() -> None:
+    """Raise OverloadedError unless this process can start a thread now."""
+    thread = threading.Thread(target=bool)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise OverloadedError(NO_THREADS) from None
+    thread.join()
 
 
 def check_shortage(error: Exception) -> None:

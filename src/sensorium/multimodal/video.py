@@ -10,7 +10,7 @@ import numpy as np
 
 from sensorium.config import MediaConfig
 from sensorium.errors import MediaTooLargeError
-from sensorium.multimodal import containers, frames, sampling
+from sensorium.multimodal import animations, containers, frames, sampling
 from sensorium.multimodal.items import Clip
 from sensorium.multimodal.options import check_names
 from sensorium.multimodal.processor import FrameChoice, FrameSampler, VideoFacts
@@ -51,7 +51,15 @@ def decode(
     limits = containers.Limits(
         config.max_video_frames, config.max_video_pixels, config.max_image_pixels
     )
-    return containers.decode(data, lambda facts: choose(facts, False), limits)
+    animation = animations.read(data)
+    if animation is None:
+        return containers.decode(data, lambda facts: choose(facts, False), limits)
+
+    def check(num_decoded: int, num_sampled: int, height: int, width: int) -> None:
+        containers.check_work(num_decoded, height * width, limits)
+        containers.check_pixels(num_sampled, height, width, limits)
+
+    return animations.decode(data, animation, lambda facts: choose(facts, False), check)
 
 
 def decode_object(
