@@ -64,6 +64,8 @@ class AttentionBatch:
     """Host copy of the query lengths, in order."""
     kv_lens: list[int]
     """Host copy of kv_len."""
+    invariant: bool = True
+    """Whether a row's result must be the same bits whatever the step is made up of."""
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What kernels derive from the batch once and use in every layer; empty when the batch is built."""
 

@@ -1,11 +1,15 @@
-"""Paged attention of a few query rows per sequence: decoding, and short spans of a prompt.
+"""Paged attention of query rows to the cached tokens of their sequence: decoding, and spans of a prompt.
 
-A *piece* is a run of a sequence's tokens for a run of its query rows; a task is a piece and one KV head. Within a task
-the query heads of the KV head (and the query rows) are the rows of a small matrix, and the tokens go by in chunks:
-scores, running softmax (Milakov and Gimelshein, 2018), weighted values, each through ``multiply_tile``. Pieces of one
-sequence leave partial results, and whichever thread finishes its last piece merges them.
+A *piece* is a run of a sequence's query rows; a task is a piece and one KV head. Within a task the query heads of the
+KV head (and the query rows) are the rows of a small matrix, and the tokens go by in chunks: scores, running softmax
+(Milakov and Gimelshein, 2018), weighted values, each through ``multiply_tile``.
 
-For decoding a task also rotates its queries, and the task whose piece holds the new token first writes its key and
+A row's result is the same bits however its step is made up. Its tokens are cut into *parts* of ``PART_TOKENS``,
+counted from the first token of the sequence; each part has a running softmax of its own, and parts are folded together
+in order. A task takes all parts of its rows, or, where there are few rows and many tokens, a single one: then the parts
+leave their results, and whichever thread finishes the last one folds them, in the same order.
+
+For decoding a task also rotates its queries, and the task whose part holds the new token first writes its key and
 value. Spans are rotated and written beforehand (``cpu_rotary``).
 """
 
@@ -49,6 +53,8 @@ from sensorium.kernels.cpu_tile import TILE_COLUMNS, TILE_ROWS, multiply_tile
 
 CHUNK = 128
 """Tokens whose scores are held at once."""
+PART_TOKENS = 2 * CHUNK
+"""Tokens of a part. Shorter ones would cost more to fold than they save in waiting."""
 HIDDEN_SCORE = f32(-1e30)
 
 # Columns of the table of pieces (int64).
@@ -62,8 +68,8 @@ OUTLINE = {"error_model": "numpy", "boundscheck": False}
 
 
 def scratch_floats(num_rows: int, head_dim: int) -> int:
-    """float32 scratch of one thread whose tasks have ``num_rows`` rows: q, scores, sums, peaks and totals."""
-    return num_rows * (2 * head_dim + CHUNK + 2) + 2 * head_dim
+    """float32 scratch of one thread whose tasks have ``num_rows`` rows: q, scores, and twice sums, peaks, totals."""
+    return num_rows * (3 * head_dim + CHUNK + 4) + 2 * head_dim
 
 
 @njit(**OUTLINE)
@@ -184,25 +190,27 @@ def scale_sums(sums: Any, dim: Any, factor: Any) -> None:
 
 
 @njit(**OUTLINE)
-def merge_parts(
-    partials: Any, num_parts: Any, stride: Any, rows: Any, row: Any, dim: Any, sums: Any
-) -> None:
-    """sums (dim,) = the attention output of one row, from its parts' sums, peaks and totals."""
-    top = HIDDEN_SCORE
-    for part in range(num_parts):
-        top = max(top, load(partials, part * stride + rows * dim + row))
-    for d in range(dim):
-        sums[d] = f32(0.0)
-    weight = f32(0.0)
-    for part in range(num_parts):
-        own = shifted(partials, part * stride)
-        factor = exp1(load(own, rows * dim + row) - top)
-        weight += factor * load(own, rows * dim + rows + row)
-        for d in range(0, dim, WIDTH):
-            count = min(WIDTH, dim - d)
-            value = load_part(own, row * dim + d, count)
-            store_part(sums, d, fma(value, splat(factor), load_part(sums, d, count)), count)
-    scale_sums(sums, dim, f32(1.0) / weight)
+def fold_part(
+    part: Any, part_top: Any, part_total: Any, sums: Any, top: Any, total: Any, dim: Any
+) -> Any:
+    """Fold the sums (dim,), peak and total of a row's next part into those so far; the new (peak, total)."""
+    new_top = max(top, part_top)
+    kept, gained = exp1(top - new_top), exp1(part_top - new_top)
+    for d in range(0, dim, WIDTH):
+        count = min(WIDTH, dim - d)
+        held = load_part(sums, d, count) * splat(kept)
+        store_part(sums, d, fma(load_part(part, d, count), splat(gained), held), count)
+    return new_top, total * kept + part_total * gained
+
+
+@njit(**OUTLINE)
+def clear_rows(rows: Any, dim: Any, sums: Any, tops: Any, totals: Any) -> None:
+    """Set sums (rows, dim), peaks and totals (rows) to those of no token."""
+    for r in range(rows):
+        tops[r] = HIDDEN_SCORE
+        totals[r] = f32(0.0)
+    for i in range(rows * dim):
+        sums[i] = f32(0.0)
 
 
 def build_attend(element: Any) -> Callable[[Any], None]:
@@ -210,8 +218,8 @@ def build_attend(element: Any) -> Callable[[Any], None]:
 
     args: qkv (T, C), cos, sin, k_cache, v_cache, block_table (int32), its row stride, pieces (int64), out, partials
     (float32), done (int64, zeros; left at zero), scratch (float32), its stride, heads, KV heads, D, half of the rotary
-    dimensions, block size, scale, q_norm (0: none), k_norm, eps, q_rotated (T, heads, D) of spans. The number of tasks
-    is pieces times KV heads.
+    dimensions, block size, scale, q_norm (0: none), k_norm, eps, q_rotated (T, heads, D) float32 of spans. The number
+    of tasks is pieces times KV heads.
     """
 
     @njit(**OUTLINE)
@@ -246,40 +254,40 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 out = shifted(q, (i * group + g) * dim)
                 if piece[FRESH] == 0:
                     at = (row * heads + head * group + g) * dim
-                    convert_row(shifted(pointer(args[25], element), at), dim, scale, out)
+                    convert_row(shifted(pointer(args[25], types.float32), at), dim, scale, out)
                     continue
                 at = row * (heads + 2 * kv_heads) * dim + (head * group + g) * dim
                 cos = shifted(pointer(args[4], types.float32), row * half)
                 sin = shifted(pointer(args[5], types.float32), row * half)
                 source, norm = shifted(pointer(args[3], element), at), pointer(args[22], element)
                 normed_head(source, norm, args[22] != 0, as_float(args[24]), dim, scratch)
-                rotate_head(scratch, cos, sin, half, dim, scale, out)
+                # Rotated and scaled one after the other, as the rows of a span are.
+                rotate_head(scratch, cos, sin, half, dim, f32(1.0), out)
+                convert_row(out, dim, scale, out)
 
     @njit(**OUTLINE)
-    def run_chunks(
+    def run_part(
         args: Any,
         piece: Any,
         head: Any,
         group: Any,
         q: Any,
         scores: Any,
+        begin: Any,
+        end: Any,
         sums: Any,
         tops: Any,
         totals: Any,
     ) -> None:
-        """Running softmax over the piece's tokens: sums (rows, D), tops and totals (rows)."""
+        """Running softmax over the tokens [begin, end) of a part: sums (rows, D), tops and totals (rows)."""
         kv_heads, dim, block_size = args[17], args[18], args[20]
         rows = piece[NUM_ROWS] * group
-        for r in range(rows):
-            tops[r] = HIDDEN_SCORE
-            totals[r] = f32(0.0)
-        for i in range(rows * dim):
-            sums[i] = f32(0.0)
+        clear_rows(rows, dim, sums, tops, totals)
         k_cache, v_cache = pointer(args[6], element), pointer(args[7], element)
         table = shifted(pointer(args[8], types.int32), piece[SEQUENCE] * args[9])
         head_at = (kv_heads * dim * block_size, head * dim * block_size)
-        for start in range(piece[BEGIN], piece[END], CHUNK):
-            count = min(CHUNK, piece[END] - start)
+        for start in range(begin, end, CHUNK):
+            count = min(CHUNK, end - start)
             score_chunk(
                 q, rows, dim, k_cache, v_cache, table, head_at, start, count, block_size, scores
             )
@@ -306,10 +314,44 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 head_at,
                 start,
                 count,
-                piece[END],
+                end,
                 block_size,
                 sums,
             )
+
+    @njit(**OUTLINE)
+    def run_parts(
+        args: Any,
+        piece: Any,
+        head: Any,
+        group: Any,
+        q: Any,
+        scores: Any,
+        sums: Any,
+        tops: Any,
+        totals: Any,
+    ) -> None:
+        """``run_part`` for all parts of the piece, folded together in order."""
+        begin, end, dim = piece[BEGIN], piece[END], args[18]
+        if end - begin <= PART_TOKENS:
+            run_part(args, piece, head, group, q, scores, begin, end, sums, tops, totals)
+            return
+        rows = piece[NUM_ROWS] * group
+        own_sums = shifted(totals, rows)
+        own_tops = shifted(own_sums, rows * dim)
+        own_totals = shifted(own_tops, rows)
+        clear_rows(rows, dim, sums, tops, totals)
+        for start in range(begin, end, PART_TOKENS):
+            stop = min(start + PART_TOKENS, end)
+            run_part(
+                *(args, piece, head, group, q, scores),
+                *(start, stop, own_sums, own_tops, own_totals),
+            )
+            for r in range(rows):
+                own, kept = shifted(own_sums, r * dim), shifted(sums, r * dim)
+                tops[r], totals[r] = fold_part(
+                    own, own_tops[r], own_totals[r], kept, tops[r], totals[r], dim
+                )
 
     @njit(**OUTLINE)
     def finish(
@@ -322,7 +364,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         totals: Any,
         row_out: Any,
     ) -> None:
-        """Write the outputs of the piece's rows, or leave its part and merge if it was the last to come."""
+        """Write the outputs of the piece's rows, or leave its part and fold all if it was the last to come."""
         heads, kv_heads, dim = args[16], args[17], args[18]
         out = pointer(args[11], element)
         rows, num_parts = piece[NUM_ROWS] * group, piece[NUM_PARTS]
@@ -349,9 +391,18 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             return
         done[place] = 0
         for r in range(rows):
-            merge_parts(partials, num_parts, stride, rows, r, dim, row_out)
+            top, summed = HIDDEN_SCORE, f32(0.0)
+            for d in range(dim):
+                row_out[d] = f32(0.0)
+            for index in range(num_parts):
+                part = shifted(partials, index * stride)
+                part_top = load(part, rows * dim + r)
+                part_total = load(part, rows * dim + rows + r)
+                top, summed = fold_part(
+                    shifted(part, r * dim), part_top, part_total, row_out, top, summed, dim
+                )
             at = first + (r // group * heads + r % group) * dim
-            convert_row(row_out, dim, f32(1.0), shifted(out, at))
+            convert_row(row_out, dim, f32(1.0) / summed, shifted(out, at))
 
     def attend(args: Any) -> None:
         heads, kv_heads, dim = args[16], args[17], args[18]
@@ -373,7 +424,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             if piece[FRESH] != 0 and piece[BEGIN] <= piece[FIRST_POS] < piece[END]:
                 write_new(args, piece, head, small)
             fill_queries(args, piece, head, group, q, small)
-            run_chunks(args, piece, head, group, q, scores, sums, tops, totals)
+            run_parts(args, piece, head, group, q, scores, sums, tops, totals)
             finish(args, piece, head, group, sums, tops, totals, small)
 
     return attend

@@ -2,16 +2,34 @@
 
 A packed weight lies in the blocks that the multiplication reads, which at decode sizes is 1.4 times as fast as the
 plain layout and needs no repacking in any call.
+
+A row's product must be the same bits whatever rows stand beside it. Libraries sum in one order for many rows, but often
+in another for one row or a few, where they take other code; which numbers of rows these are depends on the CPU, the
+dtype and the shape. So it is tried out once per shape, and too few rows get rows of zeros beside them.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from sensorium.kernels.weight import PackedWeight
+
+logger = logging.getLogger(__name__)
+
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+"""(T, K) -> (T, N)."""
+
+FREE_ROWS = 16
+"""Number of rows from which on products need no more rows beside them."""
+ROW_MULTIPLES = (1, 4, 8, 16)
+"""What is tried. Where one row takes other code, oneDNN is faster with four than with one or two."""
+_TRIED_ROWS = (1, 3, 5, 17, 31)
+_TRIED_FROM = 7
 
 
 @functools.cache
@@ -32,22 +50,18 @@ def packs(dtype: torch.dtype) -> bool:
 def pack_weight(weight: torch.Tensor) -> PackedWeight:
     """The (N, K) weight in oneDNN's layout, or as it is where oneDNN has none for its dtype."""
     num_outputs, num_inputs = weight.shape
-    if not packs(weight.dtype):
-        data = weight.contiguous()
-        return PackedWeight(data, num_outputs, num_inputs, weight.dtype, packed=False)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-    return PackedWeight(packed, num_outputs, num_inputs, weight.dtype, packed=True)
+    packed = packs(weight.dtype)
+    data = weight.contiguous()
+    if packed:
+        data = torch.ops.mkldnn._reorder_linear_weight(data, None)
+    multiply = _product(data, None, packed, "none", "")
+    multiple = _known_multiple(multiply, num_outputs, num_inputs, weight.dtype, packed)
+    return PackedWeight(data, num_outputs, num_inputs, weight.dtype, packed, multiple)
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x W^T + bias`` for a packed weight: (T, K) -> (T, N)."""
-    return _multiply(x, weight.data, bias, "none", [], "")
-
-
-def bind(weight: PackedWeight, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear`` for one packed weight, without a look-up on the way."""
-    data, multiply = weight.data, _multiply
-    return lambda x: multiply(x, data, bias, "none", [], "")
+def bind(weight: PackedWeight, bias: torch.Tensor | None) -> Multiply:
+    """Return ``x W^T + bias`` as a function of x (T, K) -> (T, N)."""
+    return _padded(_product(weight.data, bias, weight.packed, "none", ""), weight.row_multiple)
 
 
 def linear_act(
@@ -55,7 +69,81 @@ def linear_act(
 ) -> torch.Tensor:
     """``act(x W^T + bias)`` for a packed weight and an activation of ``FUSED``."""
     name, algorithm = FUSED[act]
-    return _multiply(x, weight.data, bias, name, [], algorithm)
+    return _padded(_product(weight.data, bias, True, name, algorithm), weight.row_multiple)(x)
+
+
+def row_multiple(
+    multiply: Multiply, num_inputs: int, dtype: torch.dtype, least: int = 1
+) -> int | None:
+    """Find what the number of rows of small products must be a multiple of, for rows to be the same bits in all.
+
+    At least ``least``; None when no number up to 16 will do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = _TRIED_FROM + max(_TRIED_ROWS)
+    rows = torch.randn(size, num_inputs, generator=generator).to(dtype)
+    whole = multiply(rows)
+
+    def same(count: int, multiple: int) -> bool:
+        chosen = rows[_TRIED_FROM : _TRIED_FROM + count].contiguous()
+        expected = whole[_TRIED_FROM : _TRIED_FROM + count]
+        return torch.equal(_padded(multiply, multiple)(chosen), expected)
+
+    for multiple in ROW_MULTIPLES:
+        if multiple >= least and all(same(count, multiple) for count in _TRIED_ROWS):
+            return multiple
+    return None
+
+
+def _padded(multiply: Multiply, multiple: int) -> Multiply:
+    """``multiply`` with rows of zeros beside too few."""
+    if multiple == 1:
+        return multiply
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 2:
+            return run(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        num_rows = x.shape[0]
+        if num_rows >= FREE_ROWS or num_rows % multiple == 0:
+            return multiply(x)
+        return multiply(F.pad(x, (0, 0, 0, -num_rows % multiple)))[:num_rows]
+
+    return run
+
+
+def _product(
+    data: torch.Tensor, bias: torch.Tensor | None, packed: bool, act: str, algorithm: str
+) -> Multiply:
+    """``act(x W^T + bias)`` as a function of x, by oneDNN, or by torch (without activation) for plain weights."""
+    if not packed:
+        return lambda x: F.linear(x, data, bias)
+    multiply = _multiply
+    return lambda x: multiply(x, data, bias, act, [], algorithm)
+
+
+_FOUND: dict[tuple[int, int, torch.dtype, bool], int] = {}
+"""What was found out about products: outputs, inputs, dtype and whether packed -> multiple of rows."""
+
+
+def _known_multiple(
+    multiply: Multiply, num_outputs: int, num_inputs: int, dtype: torch.dtype, packed: bool
+) -> int:
+    """``row_multiple`` of products of one shape, tried once in a process."""
+    key = (num_outputs, num_inputs, dtype, packed)
+    if key not in _FOUND:
+        # Rounded to 16 bits, sums of another order differ too seldom to be found out.
+        least = 4 if packed and dtype != torch.float32 else 1
+        found = row_multiple(multiply, num_inputs, dtype, least)
+        if found is None:
+            logger.warning(
+                "on this CPU the product of a row with a %s weight of %d x %d depends on the rows beside it: answers "
+                "may depend on what else is in the batch",
+                str(dtype).removeprefix("torch."),
+                num_outputs,
+                num_inputs,
+            )
+        _FOUND[key] = found or FREE_ROWS
+    return _FOUND[key]
 
 
 FUSED = {

@@ -1,8 +1,9 @@
 """Attention of a whole step on the CPU: which rows go to which kernel, planned once and used by every layer.
 
-Decoding sequences and short spans of rows (``SHORT_SPAN``) go through the paged kernel; for longer ones matrix units
-pay off, so their keys and values are gathered and torch's flash attention runs, once over the step's own tokens
-(causal) and once over the context, merged by their log-sum-exps.
+All rows go through the paged kernel, which gives a row the same bits however the step is made up, and is faster than
+torch's flash attention on CPUs without matrix tiles. With tiles, where the batch need not be invariant, long spans of
+rows (above ``SHORT_SPAN``) take these: their keys and values are gathered and torch's flash attention runs, once over
+the step's own tokens (causal) and once over the context, merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -12,20 +13,18 @@ from typing import Any
 
 import torch
 
-from sensorium.kernels import reference
+from sensorium.kernels import cpu_amx, reference
 from sensorium.kernels.batch import AttentionBatch, LayerCache
-from sensorium.kernels.cpu_attention import CHUNK, build_attend, scratch_floats
+from sensorium.kernels.cpu_attention import PART_TOKENS, build_attend, scratch_floats
 from sensorium.kernels.cpu_elementwise import kernel, launch
 from sensorium.kernels.cpu_launch import Kernel, float_bits, pack
 from sensorium.kernels.cpu_rotary import ROWS_PER_TASK, build_rope_write
 
-SHORT_SPAN = {torch.bfloat16: 24, torch.float16: 64, torch.float32: 64}
-"""Longest span of query rows that the paged kernel takes. Only bf16 has matrix units; measured behind 1000 tokens."""
+SHORT_SPAN = 24
+"""Longest span of bf16 query rows for which matrix tiles do not pay off; measured behind 1000 tokens."""
 PIECE_MATRIX_ROWS = 64
 """Query rows times group size of one task: bounds its scratch and makes tasks of spans."""
 TASKS_PER_THREAD = 4
-MIN_PIECE = 2 * CHUNK
-"""Fewest tokens of a piece: below this, merging costs more than waiting."""
 
 
 @dataclass(slots=True)
@@ -141,7 +140,7 @@ def _rope_write(
         cache.k.data_ptr(),
         cache.v.data_ptr(),
         plan.q_rotated.data_ptr(),
-        plan.k_rotated.data_ptr(),
+        plan.k_rotated.data_ptr() if plan.spans else 0,
         plan.row_block.data_ptr(),
         plan.row_offset.data_ptr(),
         num_heads,
@@ -172,7 +171,7 @@ def _attend_span(
     num_heads = out.shape[1] // head_dim
     rows = slice(span.first_row, span.first_row + span.num_rows)
     heads = qkv[rows].view(span.num_rows, num_heads + 2 * num_kv_heads, head_dim)
-    q = plan.q_rotated[rows].transpose(0, 1)[None]
+    q = plan.q_rotated[rows].to(qkv.dtype).transpose(0, 1)[None]
     k = plan.k_rotated[rows].transpose(0, 1)[None]
     v = heads[:, num_heads + num_kv_heads :].transpose(0, 1)[None]
     mixed, weight = flash(q, k, v, 0.0, True, scale=scale)
@@ -203,7 +202,8 @@ def _plan(
     _, num_kv_heads, head_dim, block_size = cache.k.shape
     group = num_heads // num_kv_heads
     num_threads = torch.get_num_threads()
-    pieces, spans, num_partial, num_done = _pieces(batch, num_kv_heads, group, num_threads)
+    limit = SHORT_SPAN if _takes_tiles(batch, dtype) else None
+    pieces, spans, num_partial, num_done = _pieces(batch, num_kv_heads, group, num_threads, limit)
     rows_of_task = max((piece[2] for piece in pieces), default=0) * group
     stride = scratch_floats(rows_of_task, head_dim) + 16
     first = batch.num_decodes
@@ -230,8 +230,8 @@ def _plan(
         first_span_row=first,
         row_block=row_block,
         row_offset=row_offset,
-        q_rotated=torch.empty((spanned, num_heads, head_dim), dtype=dtype),
-        k_rotated=torch.empty((spanned, num_kv_heads, head_dim), dtype=dtype),
+        q_rotated=torch.empty((spanned, num_heads, head_dim)),
+        k_rotated=torch.empty((num_tokens if spans else 0, num_kv_heads, head_dim), dtype=dtype),
     )
     plan.args = _attend_args(batch, cache, plan, num_heads)
     return plan
@@ -268,44 +268,46 @@ def _attend_args(
     )
 
 
+def _takes_tiles(batch: AttentionBatch, dtype: torch.dtype) -> bool:
+    """Whether long spans go to matrix tiles."""
+    return not batch.invariant and dtype == torch.bfloat16 and cpu_amx.available()
+
+
 def _pieces(
-    batch: AttentionBatch, num_kv_heads: int, group: int, num_threads: int
+    batch: AttentionBatch, num_kv_heads: int, group: int, num_threads: int, limit: int | None
 ) -> tuple[list[list[int]], list[Span], int, int]:
-    """Rows of the table of pieces, largest first; the long spans; sizes of the partial results and of ``done``."""
-    kv_lens, query_lens, num_decodes = batch.kv_lens, batch.query_lens, batch.num_decodes
+    """Rows of the table of pieces, largest first; the spans of more than ``limit`` rows, which are none of them.
+
+    Last the sizes of the partial results and of ``done``. Parts of a sequence are tasks of their own where it is one
+    piece and there would be too few tasks otherwise.
+    """
+    query_lens, num_decodes = batch.query_lens, batch.num_decodes
     rows_of_task = max(1, PIECE_MATRIX_ROWS // group)
-    limit = SHORT_SPAN[batch.caches[0].k.dtype]
-    short = [n <= limit for n in query_lens]
-    work = num_kv_heads * sum(n for n, use in zip(kv_lens, short, strict=True) if use)
-    share = work // (num_threads * TASKS_PER_THREAD)
-    piece_len = max(MIN_PIECE, -(-share // CHUNK) * CHUNK)
+    shares = [-(-n // rows_of_task) if limit is None or n <= limit else 0 for n in query_lens]
+    work = num_kv_heads * sum(n * m for n, m in zip(batch.kv_lens, shares, strict=True))
+    longest = max(PART_TOKENS, work // (num_threads * TASKS_PER_THREAD))
     pieces: list[list[int]] = []
     spans: list[Span] = []
     num_partial = num_done = row = 0
-    for sequence, (kv_len, query_len) in enumerate(zip(kv_lens, query_lens, strict=True)):
-        fresh = sequence < num_decodes
-        if not (fresh or short[sequence]):
+    for sequence, (kv_len, query_len) in enumerate(zip(batch.kv_lens, query_lens, strict=True)):
+        fresh = int(sequence < num_decodes)
+        if not shares[sequence]:
             spans.append(Span(sequence, row, query_len, kv_len - query_len))
-            row += query_len
-            continue
-        for offset in range(0, query_len, rows_of_task):
-            num_rows = min(rows_of_task, query_len - offset)
-            position = kv_len - query_len + offset
-            seen = position + num_rows
-            num_parts = max(1, round(seen / piece_len))
-            length = -(-seen // (num_parts * CHUNK)) * CHUNK
-            num_parts = -(-seen // length)
+        elif shares[sequence] == 1 and kv_len > longest:
+            place = (sequence, row, query_len, kv_len - query_len)
+            num_parts = -(-kv_len // PART_TOKENS)
             for part in range(num_parts):
-                begin, end = part * length, min((part + 1) * length, seen)
-                pieces.append(
-                    [
-                        *(sequence, row + offset, num_rows, position, begin, end),
-                        *(part, num_parts, num_partial, num_done, int(fresh)),
-                    ]
-                )
-            if num_parts > 1:
-                num_partial += num_parts * num_rows
-                num_done += 1
+                begin, end = part * PART_TOKENS, min((part + 1) * PART_TOKENS, kv_len)
+                tail = (part, num_parts, num_partial, num_done, fresh)
+                pieces.append([*place, begin, end, *tail])
+            num_partial += num_parts * query_len
+            num_done += 1
+        else:
+            for offset in range(0, query_len, rows_of_task):
+                num_rows = min(rows_of_task, query_len - offset)
+                position = kv_len - query_len + offset
+                place = (sequence, row + offset, num_rows, position)
+                pieces.append([*place, 0, position + num_rows, 0, 1, 0, 0, fresh])
         row += query_len
     pieces.sort(key=lambda piece: piece[4] - piece[5])
     return pieces, spans, num_partial, num_done

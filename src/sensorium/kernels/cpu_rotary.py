@@ -92,10 +92,10 @@ def convert_row(source: Any, size: Any, scale: Any, out: Any) -> None:
 def build_rope_write(element: Any) -> Callable[[Any], None]:
     """Rotate the queries of some rows into ``q_out``, write keys and values into the cache.
 
-    args: qkv, cos, sin, k_cache, v_cache, q_out (T, heads, D), k_out (T, KV heads, D), row_block (int64), row_offset
-    (int64), heads, KV heads, D, half of the rotary dimensions, block size, q_norm (0: none), k_norm, eps, first row,
-    number of rows, rows of a task, scratch (float32, 2 D a thread). Row pointers are those of row 0 of the step;
-    row_block and row_offset start at the first row.
+    args: qkv, cos, sin, k_cache, v_cache, q_out (T, heads, D) float32, k_out (T, KV heads, D) (0: none), row_block,
+    row_offset (int64), heads, KV heads, D, half of the rotary dimensions, block size, q_norm (0: none), k_norm, eps,
+    first row, number of rows, rows of a task, scratch (float32, 2 D a thread). Row pointers are those of row 0 of the
+    step; row_block and row_offset start at the first row.
     """
 
     def rope_write(args: Any) -> None:
@@ -117,19 +117,19 @@ def build_rope_write(element: Any) -> Callable[[Any], None]:
                 source = shifted(pointer(args[3], element), row * width)
                 cos = shifted(pointer(args[4], types.float32), row * half)
                 sin = shifted(pointer(args[5], types.float32), row * half)
-                q_out = shifted(pointer(args[8], element), row * heads * dim)
+                q_out = shifted(pointer(args[8], types.float32), row * heads * dim)
                 k_out = shifted(pointer(args[9], element), row * kv_heads * dim)
                 for h in range(heads):
                     q_norm = pointer(args[17], element)
                     normed_head(shifted(source, h * dim), q_norm, args[17] != 0, eps, dim, normed)
-                    rotate_head(normed, cos, sin, half, dim, f32(1.0), rotated)
-                    convert_row(rotated, dim, f32(1.0), shifted(q_out, h * dim))
+                    rotate_head(normed, cos, sin, half, dim, f32(1.0), shifted(q_out, h * dim))
                 for h in range(kv_heads):
                     key = shifted(source, (heads + h) * dim)
                     k_norm = pointer(args[18], element)
                     normed_head(key, k_norm, args[18] != 0, eps, dim, normed)
                     rotate_head(normed, cos, sin, half, dim, f32(1.0), rotated)
-                    convert_row(rotated, dim, f32(1.0), shifted(k_out, h * dim))
+                    if args[9] != 0:
+                        convert_row(rotated, dim, f32(1.0), shifted(k_out, h * dim))
                     head_slot = (block * kv_heads + h) * dim * block_size
                     write_key(rotated, k_cache, head_slot + offset, dim, block_size)
                     value = shifted(key, kv_heads * dim)

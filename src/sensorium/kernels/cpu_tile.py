@@ -1,8 +1,9 @@
 """The inner loop of attention: a few rows of float32 times a narrow matrix, accumulated in registers.
 
 Scores are queries times keys over the head's dimensions, outputs are probabilities times values over tokens; with keys
-stored transposed both are ``c[r, j] += sum_k a[r, k] * b[k, j]`` with b in the cache's type and j contiguous. Up to 8
-rows by 32 columns are held in registers, so that each element of b is read and widened once for 8 rows.
+stored transposed both are ``c[r, j] += sum_k a[r, k] * b[k, j]`` with b in the cache's type and j contiguous. As many
+rows and columns as the registers hold (8 by 32 with AVX-512, 6 by 16 without) go together, so that each element of b
+is read and widened once for all rows. The order of each sum is that of k, whatever the number of rows.
 
 LLVM would not keep such a tile in registers by itself, so its loop is written out here for every number of rows.
 """
@@ -14,11 +15,20 @@ from typing import Any
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 
 from sensorium.kernels.cpu_numeric import WIDTH, _splat, intrinsic, read_lanes, write_lanes
 
-TILE_ROWS = 8
-TILE_COLUMNS = 2 * WIDTH
+
+def _has_wide_registers() -> bool:
+    """Return whether kernels are compiled for a CPU with 32 vector registers of sixteen floats (AVX-512)."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+avx512f" in features.split(",")
+
+
+TILE_ROWS, TILE_VECTORS = (8, 2) if _has_wide_registers() else (6, 1)
+"""Accumulators of a full tile: more would be spilled to memory in every turn of the inner loop."""
+TILE_COLUMNS = TILE_VECTORS * WIDTH
 LINE_BYTES = 64
 
 _VEC = ir.VectorType(ir.FloatType(), WIDTH)
@@ -113,9 +123,9 @@ def multiply_tile(
 ) -> Any:
     """``c[:rows, :width] (+)= a[:rows, :depth] b[:depth, :width]``.
 
-    a, c: float32 pointers with the given row strides in elements; b: pointer of any element type. rows is 1 to 8,
-    width 1 to 16, or 32. add: whether c is added to, or overwritten. ahead: an address like b's whose next
-    32 * depth elements will be needed soon.
+    a, c: float32 pointers with the given row strides in elements; b: pointer of any element type. rows is 1 to
+    TILE_ROWS, width 1 to 16, or TILE_COLUMNS. add: whether c is added to, or overwritten. ahead: an address like b's
+    whose next TILE_COLUMNS * depth elements will be needed soon.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -130,7 +140,7 @@ def multiply_tile(
             wide = builder.icmp_signed("==", tile.width, ir.Constant(ir.IntType(64), TILE_COLUMNS))
             with builder.if_else(wide) as (full, part):
                 with full:
-                    _emit(builder, tile, num_rows, 2, None)
+                    _emit(builder, tile, num_rows, TILE_VECTORS, None)
                 with part:
                     _emit(builder, tile, num_rows, 1, tile.width)
             builder.branch(done)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 
 from sensorium.kernels import (
     cpu_amx,
@@ -60,32 +59,26 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x W^T + bias``: (T, K) -> (T, N)."""
-    if weight.packed:
-        return cpu_linear.linear(x, weight, bias)
-    return reference.linear(x, weight, bias)
+    return bind_linear(weight, bias)(x)
 
 
 def bind_linear(
     weight: PackedWeight, bias: torch.Tensor | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """``linear`` for one weight: what a layer calls in every step."""
-    if weight.packed:
-        return cpu_linear.bind(weight, bias)
-    data = weight.data
-    return lambda x: F.linear(x, data, bias)
+    return cpu_linear.bind(weight, bias)
 
 
 def linear_act(
     x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, act: str
 ) -> torch.Tensor:
     """``act(x W^T + bias)``: (T, K) -> (T, N); act is a key of ``reference.ACTIVATIONS``."""
-    if not weight.packed:
-        return reference.linear_act(x, weight, bias, act)
-    if act == "quick_gelu":
-        return cpu_elementwise.quick_gelu_(cpu_linear.linear(x, weight, bias))
-    if act in cpu_linear.FUSED:
+    if weight.packed and act in cpu_linear.FUSED:
         return cpu_linear.linear_act(x, weight, bias, act)
-    return reference.ACTIVATIONS[act](cpu_linear.linear(x, weight, bias))
+    product = linear(x, weight, bias)
+    if act == "quick_gelu" and _on_cpu(product):
+        return cpu_elementwise.quick_gelu_(product)
+    return reference.ACTIVATIONS[act](product)
 
 
 def rotate_heads(

@@ -1,0 +1,175 @@
+"""A row's numbers are the same bits whatever is computed beside it."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensorium.kernels import cpu_linear, cpu_paged, ops
+from sensorium.kernels.batch import AttentionBatch, KVCacheLayout
+from tests.kernels.batches import DTYPES, make_batch
+
+HEADS = ((14, 2, 64), (4, 4, 24), (3, 1, 128))
+
+
+def cuts(length: int, seed: int) -> list[int]:
+    """Sizes of pieces that sum to ``length``: single rows, a few, many."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes: list[int] = []
+    while length:
+        most = (1, 5, 40, 300)[int(torch.randint(4, (), generator=generator))]
+        size = min(length, int(torch.randint(1, most + 1, (), generator=generator)))
+        sizes.append(size)
+        length -= size
+    return sizes
+
+
+def part_of(whole: AttentionBatch, start: int, size: int) -> AttentionBatch:
+    """The step in which rows [start, start + size) of the only sequence of ``whole`` are computed."""
+    return AttentionBatch(
+        query_start=torch.tensor([0, size], dtype=torch.int32),
+        kv_len=torch.tensor([start + size], dtype=torch.int32),
+        block_table=whole.block_table,
+        num_decodes=int(size == 1),
+        max_query_len=size,
+        max_kv_len=start + size,
+        cos=whole.cos[start : start + size],
+        sin=whole.sin[start : start + size],
+        caches=whole.caches,
+        query_lens=[size],
+        kv_lens=[start + size],
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    heads=st.sampled_from(HEADS),
+    dtype=st.sampled_from(DTYPES),
+    length=st.sampled_from([1, 17, 130, 256, 257, 700]),
+    seed=st.integers(0, 1000),
+    threads=st.sampled_from([1, 2, 16]),
+    normed=st.booleans(),
+)
+def test_attention_does_not_depend_on_how_a_prompt_is_cut(
+    heads: tuple[int, int, int],
+    dtype: torch.dtype,
+    length: int,
+    seed: int,
+    threads: int,
+    normed: bool,
+) -> None:
+    num_heads, num_kv_heads, dim = heads
+    layout = KVCacheLayout(1, num_kv_heads, dim, 16, dtype)
+    whole = make_batch(layout, [(length, length)], dim // 2, seed)
+    whole.num_decodes = int(length == 1)
+    generator = torch.Generator().manual_seed(seed)
+    width = (num_heads + 2 * num_kv_heads) * dim
+    qkv = torch.randn(length, width, generator=generator).to(dtype)
+    norms = [torch.rand(dim, generator=generator).to(dtype) if normed else None for _ in range(2)]
+    run = (0, num_heads, num_kv_heads, dim, dim**-0.5, *norms, 1e-6)
+    expected = ops.rope_attention(qkv, whole, *run).clone()
+    keys = whole.caches[0].k.clone()
+    parts, start = [], 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        for size in cuts(length, seed):
+            step = part_of(whole, start, size)
+            parts.append(ops.rope_attention(qkv[start : start + size], step, *run))
+            start += size
+    assert torch.equal(torch.cat(parts), expected)
+    assert torch.equal(whole.caches[0].k, keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_does_not_depend_on_the_other_sequences(dtype: torch.dtype) -> None:
+    layout = KVCacheLayout(1, 2, 64, 32, dtype)
+    lengths = [(1500, 1), (40, 1), (700, 1), (300, 40), (90, 90)]
+    batch = make_batch(layout, lengths)
+    qkv = torch.randn(sum(batch.query_lens), (6 + 4) * 64).to(dtype)
+    together = ops.rope_attention(qkv, batch, 0, 6, 2, 64, 0.125)
+    starts = batch.query_start.tolist()
+    for index, (kv_len, query_len) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True)):
+        rows = slice(starts[index], starts[index + 1])
+        alone = part_of(batch, kv_len - query_len, query_len)
+        alone.block_table = batch.block_table[index : index + 1]
+        alone.cos, alone.sin = batch.cos[rows], batch.sin[rows]
+        assert torch.equal(ops.rope_attention(qkv[rows], alone, 0, 6, 2, 64, 0.125), together[rows])
+
+
+def test_few_rows_over_many_tokens_are_tasks_by_parts_and_many_rows_are_not() -> None:
+    """Both ways are taken in these tests, as their results must agree."""
+    layout = KVCacheLayout(1, 2, 64, 32, torch.float32)
+    pieces, _, num_partial, num_done = cpu_paged._pieces(
+        make_batch(layout, [(3000, 1), (700, 700)]), 2, 7, 64, None
+    )
+    assert num_done == 1
+    assert num_partial == math.ceil(3000 / 256)
+    assert len(pieces) == num_partial + math.ceil(700 / 9)
+
+
+def test_matrix_tiles_are_left_alone_unless_the_batch_may_vary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_paged.cpu_amx, "available", lambda: True)
+    layout = KVCacheLayout(1, 2, 64, 32, torch.bfloat16)
+    qkv = torch.randn(130, (6 + 4) * 64).to(torch.bfloat16)
+    invariant, free = (make_batch(layout, [(400, 130)]) for _ in range(2))
+    free.invariant = False
+    results = [ops.rope_attention(qkv, b, 0, 6, 2, 64, 0.125) for b in (invariant, free)]
+    spans = [len(next(iter(b.scratch.values())).spans) for b in (invariant, free)]
+    assert spans == [0, 1]
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(128, 128), (96, 64), (448, 64), (4304, 1152), (256, 4864), (33, 77)]
+)
+def test_a_product_does_not_depend_on_the_other_rows(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = ops.pack_weight((torch.randn(shape) / math.sqrt(shape[1])).to(dtype))
+    product = ops.bind_linear(weight, None)
+    rows = torch.randn(70, shape[1]).to(dtype)
+    expected = product(rows)
+    for count in (*range(1, 20), 31, 33, 64, 65):
+        for start in (0, 70 - count):
+            own = slice(start, start + count)
+            assert torch.equal(product(rows[own].contiguous()), expected[own]), (count, start)
+
+
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "relu"])
+def test_activations_neither(act: str) -> None:
+    weight = ops.pack_weight(torch.randn(96, 1152) / 30)
+    rows = torch.randn(40, 1152)
+    expected = ops.linear_act(rows, weight, None, act)
+    for count in (1, 2, 3, 5, 17):
+        assert torch.equal(
+            ops.linear_act(rows[-count:].contiguous(), weight, None, act), expected[-count:]
+        )
+
+
+def test_products_that_differ_for_few_rows_get_more_rows() -> None:
+    """A product that sums in another order for less than four rows, and one that is never the same."""
+    weight = torch.randn(64, 8)
+    sizes: list[int] = []
+
+    def like_a_library(x: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        terms = (x[:, :, None] * weight).unbind(1)
+        return functools.reduce(torch.add, terms if len(x) >= 4 else terms[::-1])
+
+    assert cpu_linear.row_multiple(like_a_library, 64, torch.float32) == 4
+    padded = cpu_linear._padded(like_a_library, 4)
+    rows = torch.randn(20, 64)
+    sizes.clear()
+    for count in (1, 3, 5, 17):
+        assert torch.equal(padded(rows[:count]), like_a_library(rows)[:count])
+    assert sizes[::2] == [4, 4, 8, 17]
+    calls = iter(range(10_000))
+    assert cpu_linear.row_multiple(lambda x: x + next(calls), 64, torch.float32) is None
