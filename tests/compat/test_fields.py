@@ -29,9 +29,10 @@ GUIDED: list[tuple[dict[str, Any], StructuredOutputs | None]] = [
     ({"guided_json_object": False}, None),
     ({"guided_choice": None, "guided_regex": "b"}, StructuredOutputs(regex="b")),
     (
-        {"guided_regex": "a", "guided_decoding_backend": "xgrammar", "guided_whitespace_pattern": " "},
-        StructuredOutputs(regex="a"),
+        {"guided_json": SCHEMA, "guided_decoding_backend": "xgrammar", "guided_whitespace_pattern": " ?"},
+        StructuredOutputs(json=SCHEMA, whitespace_pattern=" ?"),
     ),
+    ({"guided_whitespace_pattern": " "}, None),
     (
         {"structured_outputs": {"json": None, "regex": "a", "structural_tag": None, "json_object": None}},
         StructuredOutputs(regex="a"),

@@ -10,6 +10,7 @@ from sensorium.compat.rule import Effect, Rule, nothing, one_of, refused, same
 from sensorium.errors import InvalidRequestError, SensoriumError
 
 _CONSTRAINT = "structured_outputs"
+_BLANKS = "whitespace_pattern"
 _GUIDED = ("json", "regex", "choice", "grammar")
 _MEMBERS_IGNORED = frozenset({"_backend", "_backend_was_auto", "backend", "disable_fallback"})
 
@@ -32,6 +33,12 @@ SAME = [
         "the answer is a JSON object",
     ),
     same(
+        "guided_whitespace_pattern",
+        f"{_CONSTRAINT}.{_BLANKS}",
+        lambda value: {_CONSTRAINT: {_BLANKS: value}},
+        "what may stand at the gaps of guided JSON",
+    ),
+    same(
         "documents",
         "chat_template_kwargs.documents",
         lambda value: {"chat_template_kwargs": {"documents": value}},
@@ -47,7 +54,6 @@ SAME = [
 
 NOTHING = [
     *nothing("one library compiles all constraints", guided_decoding_backend=None),
-    *nothing("JSON is compact by default", guided_whitespace_pattern=None),
     *nothing("reasoning stays in the content, as the model writes it", include_reasoning=True),
     *nothing("chunks are sent as tokens come", stream_interval=None),
     *nothing("each request is on its own; prefixes are found again by their content", session_id=None),
@@ -107,6 +113,9 @@ def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFiel
         for option, meant in _meaning(rule, value).items():
             _put(adopted.body, option, meant)
             adopted.spelled[rule.to] = rule.name
+    constraint = adopted.body.get(_CONSTRAINT)
+    if isinstance(constraint, dict) and set(constraint) == {_BLANKS} and foreign:
+        del adopted.body[_CONSTRAINT]  # there is no JSON whose gaps it could mean
     return adopted
 
 
