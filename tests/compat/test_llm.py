@@ -8,13 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from sensorium import LLM, SamplingParams
 from sensorium.config import engine_config
 from sensorium.engine import wire
 from sensorium.engine.defaults import generation_values, sampling_defaults
+from sensorium.engine.prompts import parse_prompt
 from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.text.chat import parse_messages
 from tests.checkpoints import make_text
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -172,6 +176,24 @@ def test_warnings_are_seen_once_with_the_callers_line(tmp_path: Path) -> None:
     assert [line.partition(": ")[0] for line in said] == ["3", "3", "5", "7", "14"]
     subjects = " ".join(line.split()[2] for line in said)
     assert subjects == "task image_token_id swap_space ImagePixelData task"
+
+
+def test_older_names_in_prompts_are_warned_of_at_the_call() -> None:
+    """Not in the thread that loads media, which has no line of the caller's."""
+    embeds = {"image_embeds": np.zeros((1, 2, 3), np.float32), "image_size_list": [(1, 1)]}
+    part = {
+        "type": "image_embeds",
+        "image_embeds": {**embeds, "image_embeds": torch.zeros(1, 2, 3)},
+    }
+    prompt = {"prompt": "x", "multi_modal_data": {"image": embeds}}
+    calls = (
+        lambda: parse_prompt(prompt, enable_mm_embeds=True),
+        lambda: parse_messages([{"role": "user", "content": [part]}]),
+    )
+    for call in calls:
+        with pytest.warns(DeprecationWarning, match="image_size_list") as caught:
+            call()
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_another_process_does_not_warn_again(recwarn: pytest.WarningsRecorder) -> None:

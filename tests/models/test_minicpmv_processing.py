@@ -304,10 +304,9 @@ def test_embeddings_with_sizes(ours: Any) -> None:
     assert len(pair) == 2
 
 
-def test_the_older_key_works_with_a_warning(ours: Any) -> None:
+def test_the_older_key_works(ours: Any) -> None:
     source = {"image_embeds": values(1, QUERIES, HIDDEN), "image_size_list": [(56, 56)]}
-    with pytest.warns(DeprecationWarning, match="image_sizes"):
-        (features,) = ours.embeddings("image", source, PARAM)
+    (features,) = ours.embeddings("image", source, PARAM)
     assert features.num_embeds == QUERIES
 
 
@@ -321,7 +320,11 @@ WRONG: dict[str, tuple[Any, str, str]] = {
         r"50 x 200 pixels has 5 views of 5 embeddings here, together 25, got shape \(20, 256\)",
         ".image_embeds[1]",
     ),
-    "items": (sized(values(2, 5, HIDDEN), [[9, 9]]), "1 image_sizes .* 2 images", ".image_sizes"),
+    "items": (
+        sized(values(2, 5, HIDDEN), [[9, 9]]),
+        "image_sizes has 1 entry .* 2 images",
+        ".image_sizes",
+    ),
     "negative": (sized(values(1, 5, HIDDEN), [[9, -9]]), "9 x -9", ".image_sizes"),
     "zero": (sized(values(1, 5, HIDDEN), [[0, 9]]), "from 1", ".image_sizes"),
     "huge": (sized(values(1, 5, HIDDEN), [[1 << 40, 9]]), "from 1 to 1048576", ".image_sizes"),
@@ -356,7 +359,7 @@ def test_embeddings_of_videos(ours: Any) -> None:
         (values(1, 7, HIDDEN), r"A frame has 5 embeddings .* \(7, 256\)"),
         (values(1, 5, HIDDEN + 1), "hidden size 256"),
         ({"video_embeds": values(1, 10, HIDDEN), "num_frames": 3}, "this video 3 frames"),
-        ({"video_embeds": values(1, 10, HIDDEN), "num_frames": [2, 2]}, "2 values .* 1 videos"),
+        ({"video_embeds": values(1, 10, HIDDEN), "num_frames": [2, 2]}, "2 values .* 1 video"),
         ({"video_embeds": values(1, 10, HIDDEN), "num_frames": 0}, "this video 0 frames"),
         ({"video_embeds": values(1, 10, HIDDEN), "num_frames": "2"}, "integers"),
         ({"num_frames": 2}, "'video_embeds'"),

@@ -25,6 +25,7 @@ from sensorium.multimodal.sources import (
     are_numbers,
     refuse,
     split,
+    warn_of_older_names,
 )
 from sensorium.multimodal.tensors import is_tensor
 
@@ -256,6 +257,7 @@ def _embeds_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
             "lists of integers)",
             param,
         )
+    warn_of_older_names(payload)
     return "embeds", payload
 
 

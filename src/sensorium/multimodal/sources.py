@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
+from sensorium.config.notices import warn_caller
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.audio import MOST_RATE, read_samples
 from sensorium.multimodal.frames import read_origin
@@ -58,7 +59,7 @@ def split(value: object, param: str, enable_mm_embeds: bool, kind: Kind) -> list
     if isinstance(value, Mapping) or (
         is_tensor(value) and not kind.is_raw(value, enable_mm_embeds)
     ):
-        return [Source("embeds", value, param)]
+        return [_embeds(value, param)]
     if not isinstance(value, list | tuple) or kind.is_one(value):
         return [_source(value, param, enable_mm_embeds, kind)]
     return [
@@ -71,12 +72,25 @@ def _source(value: Any, param: str, enable_mm_embeds: bool, kind: Kind) -> Sourc
         return Source("cached", None, param)
     _refuse_nested(value, param)
     if isinstance(value, Mapping) or (is_tensor(value) and _is_of_one(value, enable_mm_embeds)):
-        return Source("embeds", value, param)
+        return _embeds(value, param)
     try:
         kind.check(value)
     except InvalidRequestError as error:
         raise error.at(param) from None
     return Source("object", value, param)
+
+
+def warn_of_older_names(embeds: object) -> None:
+    """Warn of older names in a mapping of tensors, here, where the caller's line can still be named."""
+    if isinstance(embeds, Mapping) and "image_size_list" in embeds:
+        warn_caller(
+            "image_size_list is the older spelling: use {'image_embeds': …, 'image_sizes': …}"
+        )
+
+
+def _embeds(value: Any, param: str) -> Source:
+    warn_of_older_names(value)
+    return Source("embeds", value, param)
 
 
 def _is_of_one(tensor: Any, enable_mm_embeds: bool) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from sensorium.config.notices import warn_caller
 from sensorium.errors import InvalidEmbeddingsError, counted
 from sensorium.models import precomputed
 from sensorium.multimodal.items import Features
@@ -21,14 +20,11 @@ def images(
     """Embeddings, original (width, height) and place of each item of ``{"image_embeds": …, "image_sizes": …}``.
 
     ``image_embeds``: a tensor (items, embeddings, hidden size) or a list of (embeddings, hidden size);
-    ``image_sizes``: (width, height) of each. The older name ``image_size_list`` is taken with a warning.
+    ``image_sizes``: (width, height) of each. The older name ``image_size_list`` is taken too; ``sources`` warns of it.
     """
     names = ("image_embeds", "image_sizes")
     values = dict(source) if isinstance(source, Mapping) else {}
     if "image_size_list" in values and "image_sizes" not in values:
-        warn_caller(
-            "image_size_list is the older spelling: use {'image_embeds': …, 'image_sizes': …}"
-        )
         values["image_sizes"] = values.pop("image_size_list")
     if set(values) != set(names):
         raise InvalidEmbeddingsError(
