@@ -4,6 +4,7 @@ imported when starting."""
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ class Tokenizer:
 
     ``special_tokens`` maps names such as ``bos_token`` to their text, as chat templates see them.
     ``eos_token_ids`` are all ids that end a generation: the tokenizer's own and those of
-    ``generation_config.json`` and ``config.json``."""
+    ``generation_config.json`` and ``config.json``. These, the tokens that begin and pad a text and
+    ``control_ids`` act in a prompt, whether or not the files call them special; ``</s>`` does where
+    ``<s>`` does."""
 
     def __init__(
         self,
@@ -29,6 +32,7 @@ class Tokenizer:
         *,
         special_tokens: Mapping[str, str] | None = None,
         eos_token_ids: Sequence[int] = (),
+        control_ids: Sequence[int] = (),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -45,7 +49,8 @@ class Tokenizer:
         self.pad_token_id = self._named_id("pad_token")
         own = () if self.eos_token_id is None else (self.eos_token_id,)
         self.eos_token_ids = tuple(dict.fromkeys((*own, *eos_token_ids)))
-        self.control = ControlTokens.of(self._added.values())
+        named = (self.bos_token_id, self.pad_token_id, *self.eos_token_ids, *control_ids)
+        self.control = ControlTokens.of(self._added.values(), self._acting(named))
         self.prefix_ids, self.suffix_ids = self._surroundings()
         self._inert: InertEncoder | None = None
         self._lock = threading.Lock()
@@ -77,9 +82,17 @@ class Tokenizer:
         config = {**known, **read_json(folder / "special_tokens_map.json"), **config}
         _complete(backend, config)
         named = {name: _content(value) for name, value in _named(config)}
+        control_ids: list[int] = []
         for name in ("generation_config.json", "config.json"):
-            eos_token_ids = (*eos_token_ids, *_eos_ids(read_json(folder / name)))
-        return cls(backend, special_tokens=named, eos_token_ids=eos_token_ids)
+            values = read_json(folder / name)
+            eos_token_ids = (*eos_token_ids, *_ids(values, "eos_token_id"))
+            control_ids += [*_ids(values, "bos_token_id"), *_ids(values, "pad_token_id")]
+        return cls(
+            backend,
+            special_tokens=named,
+            eos_token_ids=eos_token_ids,
+            control_ids=control_ids,
+        )
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -151,6 +164,14 @@ class Tokenizer:
         """Whether the token lies on top of the base vocabulary: special tokens and others such as
         ``<tool_call>``."""
         return token_id in self._added
+
+    def _acting(self, named: Sequence[int | None]) -> set[str]:
+        """Spellings of the tokens ``named``, and of those that end what special tokens begin."""
+        texts = {token.content for token in self._added.values()}
+        acting = {self._added[i].content for i in named if i in self._added}
+        special = {token.content for token in self._added.values() if token.special}
+        ends = {_counterpart(text) for text in acting | special} & texts
+        return {text for text in acting | ends if text.strip()}
 
     def _named_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -265,11 +286,16 @@ def _added_token(entry: Any) -> tokenizers.AddedToken:
     )
 
 
-def _eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """``eos_token_id`` of a configuration (a number or a list), also within ``text_config``."""
+def _counterpart(text: str) -> str:
+    """``</s>`` of ``<s>``; empty for texts of another form."""
+    return f"</{text[1:]}" if re.fullmatch(r"<\w+>", text) else ""
+
+
+def _ids(config: Mapping[str, Any], field: str) -> tuple[int, ...]:
+    """Token ids in a field of a configuration (a number or a list), also within ``text_config``."""
     found: list[int] = []
     for holder in (config, config.get("text_config") or {}):
-        value = holder.get("eos_token_id")
+        value = holder.get(field)
         values = value if isinstance(value, list) else [value]
         found.extend(v for v in values if type(v) is int and v >= 0)
     return tuple(found)
