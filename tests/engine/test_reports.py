@@ -103,6 +103,26 @@ async def test_each_time_is_between_the_right_moments(clock: ManualClock) -> Non
     assert (report.num_generation_tokens, report.longest_sample, report.max_tokens) == (4, 4, 4)
 
 
+async def test_tokens_that_come_with_the_first_are_counted(clock: ManualClock) -> None:
+    """The engine was faster than this process: no token of ten goes missing between the others."""
+    frontend, engine, metrics = new_frontend()
+    stream = frontend.generate(PROMPT, SamplingParams(), request_id="r")
+    waiting = asyncio.ensure_future(anext(stream))
+    while not engine.inboxes:
+        await asyncio.sleep(0)
+    inbox = engine.inboxes["r#0"]
+    clock.now = 15.0
+    for _ in range(4):
+        inbox.put_nowait(token())
+    await waiting
+    clock.now = 18.0
+    for reason in (None, None, None, None, None, "length"):
+        inbox.put_nowait(token(reason=reason))
+    await anext(stream)
+    assert metrics.first == [5.0]
+    assert metrics.between == [0.0] * 3 + [0.5] * 6
+
+
 async def test_samples_side_by_side_are_no_time_between_tokens(clock: ManualClock) -> None:
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(n=3), request_id="r")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sensorium.metrics.families import FAMILIES
+from sensorium.metrics.families import COMMON_LABELS, FAMILIES
 
 FILE = Path(__file__).parents[2] / "examples" / "grafana" / "sensorium.json"
 DASHBOARD: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
@@ -37,7 +37,7 @@ KNOWN = {
     for series in family.series
 }
 LABELS = {
-    series: {"model_name", *family.labels} | ({"le"} if family.kind == "histogram" else set())
+    series: {*COMMON_LABELS, *family.labels} | ({"le"} if family.kind == "histogram" else set())
     for family in FAMILIES
     for series in family.series
 }

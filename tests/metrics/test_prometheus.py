@@ -7,12 +7,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import ConfigError
+from sensorium.metrics.families import COMMON_LABELS
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.report import RequestReport
 
 STATS = EngineStats(
     num_running=3,
     num_waiting=2,
+    num_deferred=1,
+    block_size=32,
+    cache_dtype="bfloat16",
+    iteration_counts=[3, 0, 2, *[0] * 10, 1],
+    iteration_tokens=20_027,
     kv_blocks_total=200,
     kv_blocks_used=50,
     prefix_queries=1000,
@@ -80,8 +86,8 @@ def samples(metrics: ServingMetrics) -> dict[tuple[str, str], float]:
     found = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
-            assert sample.labels["model_name"] == "m"
-            others = [v for k, v in sample.labels.items() if k != "model_name"]
+            assert (sample.labels["model_name"], sample.labels["engine"]) == ("m", "0")
+            others = [v for k, v in sample.labels.items() if k not in COMMON_LABELS]
             found[sample.name, ",".join(others)] = sample.value
     return found
 
@@ -95,6 +101,7 @@ def test_the_engines_numbers() -> None:
         "num_requests_running": 3,
         "num_requests_waiting": 2,
         "kv_cache_usage_perc": 0.25,
+        "prompt_tokens_cached_total": 400,
         "prefix_cache_queries_total": 1000,
         "prefix_cache_hits_total": 400,
         "mm_encoder_cache_queries_total": 9,
@@ -124,6 +131,39 @@ def test_the_engines_numbers() -> None:
         "media_worker_restarts_total": 7,
     }
     assert {name: found[f"vllm:{name}", ""] for name in expected} == expected
+
+
+def test_families_of_newer_dashboards() -> None:
+    metrics = ServingMetrics("vllm:", model_name="m")
+    metrics.update(STATS)
+    metrics.finished(report())
+    found = samples(metrics)
+    assert found["vllm:num_requests_waiting_by_reason", "capacity"] == 1
+    assert found["vllm:num_requests_waiting_by_reason", "deferred"] == 1
+    assert found["vllm:prompt_tokens_by_source_total", "local_compute"] == 800
+    assert found["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == 400
+    assert found["vllm:iteration_tokens_total_sum", ""] == 20_027
+    assert found["vllm:iteration_tokens_total_count", ""] == 6
+    buckets = [
+        found["vllm:iteration_tokens_total_bucket", le] for le in ("1.0", "16.0", "16384.0", "+Inf")
+    ]
+    assert buckets == [3, 5, 5, 6]
+    assert found["vllm:cache_config_info", "32,bfloat16,True,200"] == 1
+    assert found["vllm:request_prefill_kv_computed_tokens_sum", ""] == 36
+
+
+def test_a_new_servers_iterations_are_none() -> None:
+    metrics = ServingMetrics(model_name="m")
+    metrics.update(EngineStats())
+    assert samples(metrics)["sensorium:iteration_tokens_total_count", ""] == 0
+
+
+def test_times_of_creation_are_left_out() -> None:
+    metrics = ServingMetrics(model_name="m")
+    metrics.update(STATS)
+    metrics.finished(report())
+    metrics.http_request("/", "GET", 200, 0.1)
+    assert not [name for name, _ in samples(metrics) if name.endswith("_created")]
 
 
 def test_the_stages_of_media() -> None:

@@ -10,7 +10,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sensorium.engine.stats import EngineStats
-from sensorium.metrics.families import ENGINE_ROWS, FAMILIES, MEDIA_ROWS, STAGE_UNITS, Family
+from sensorium.metrics.families import (
+    COMMON_LABELS,
+    ENGINE_ROWS,
+    FAMILIES,
+    MEDIA_ROWS,
+    STAGE_UNITS,
+    Family,
+)
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.reference import metrics_markdown
 from sensorium.metrics.statistics import Statistics
@@ -29,7 +36,7 @@ def rendered() -> dict[str, tuple[str, frozenset[str]]]:
     families = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         if not family.name.endswith("_created"):
-            labels = frozenset(k for s in family.samples for k in s.labels) - {"le", "model_name"}
+            labels = frozenset(k for s in family.samples for k in s.labels) - {"le", *COMMON_LABELS}
             families[family.name.removeprefix("p:")] = (family.type, labels)
     return families
 

@@ -30,6 +30,7 @@ async def test_an_answer_has_openais_shape() -> None:
         "logprobs": None,
         "finish_reason": "stop",
         "stop_reason": None,
+        "token_ids": None,
     }
     num_prompt = len(TOKENIZER.encode("Hi"))
     assert body["usage"] == {

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sensorium.errors import MediaRefusedError
+from sensorium.metrics.families import COMMON_LABELS
 from tests.server.fake_frontend import FakeFrontend, fail, hang
 from tests.server.harness import USER, App, running, until
 
@@ -19,7 +20,7 @@ def values(app: Any, name: str) -> dict[tuple[str, ...], float]:
     """Values of a series by its labels in order of their names, the model's left out."""
     text = app.state.context.metrics.render().decode()
     return {
-        tuple(v for k, v in sorted(sample.labels.items()) if k != "model_name"): sample.value
+        tuple(v for k, v in sorted(sample.labels.items()) if k not in COMMON_LABELS): sample.value
         for family in text_string_to_metric_families(text)
         for sample in family.samples
         if sample.name == name

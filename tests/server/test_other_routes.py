@@ -50,8 +50,8 @@ async def test_metrics() -> None:
     answer = await app.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     text = answer.body.decode()
-    assert 'vllm:generation_tokens_total{model_name="demo"} 30.0' in text
-    assert 'vllm:kv_cache_usage_perc{model_name="demo"} 0.25' in text
+    assert 'vllm:generation_tokens_total{engine="0",model_name="demo"} 30.0' in text
+    assert 'vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.25' in text
     assert app.frontend.metrics is app.app.state.context.metrics
 
 

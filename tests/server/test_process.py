@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import openai
 import psutil
 import pytest
 from PIL import Image, ImageDraw
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.e2e.serving import tied_to_this_process
 from tests.server.harness import until
@@ -98,6 +100,41 @@ def test_a_picture_is_seen_and_remembered(server: tuple[Server, str]) -> None:
     stream = client.chat.completions.create(**ask, stream=True)
     pieces = [c.choices[0].delta.content or "" for c in stream if c.choices]
     assert "".join(pieces) == text
+
+
+def counts(url: str) -> dict[str, float]:
+    """Sums of the metrics that vLLM's own tests count, by the name of the series."""
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0.0) + sample.value
+    return found
+
+
+def test_ten_requests_of_ten_tokens_are_counted(server: tuple[Server, str]) -> None:
+    client = openai.OpenAI(base_url=f"{server[1]}/v1", api_key="none", max_retries=0)
+    before = counts(server[1])
+    prompt = list(range(300, 320))
+    for _ in range(10):
+        fields = {"ignore_eos": True}
+        client.completions.create(model="demo", prompt=prompt, max_tokens=10, extra_body=fields)
+    after = counts(server[1])
+    expected = {
+        "time_to_first_token_seconds_count": 10,
+        "inter_token_latency_seconds_count": 90,
+        "e2e_request_latency_seconds_count": 10,
+        "request_prompt_tokens_sum": 200,
+        "request_generation_tokens_sum": 100,
+        "request_params_max_tokens_sum": 100,
+        "iteration_tokens_total_sum": 300,
+        "iteration_tokens_total_count": 100,
+        "prompt_tokens_total": 200,
+        "generation_tokens_total": 100,
+        "request_success_total": 10,
+    }
+    found = {name: after[f"sensorium:{name}"] - before[f"sensorium:{name}"] for name in expected}
+    assert found == expected
 
 
 @pytest.mark.parametrize(

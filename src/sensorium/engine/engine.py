@@ -9,6 +9,7 @@ from typing import Protocol
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
+from sensorium.engine.iterations import IterationTokens
 from sensorium.engine.matchers import ConstrainedRequests
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
@@ -50,6 +51,7 @@ class Engine:
         self._store = store
         self._num_prompt_tokens = 0
         self._item_tokens: Counter[str] = Counter()
+        self._iterations = IterationTokens()
 
     @property
     def has_work(self) -> bool:
@@ -74,12 +76,14 @@ class Engine:
         self._num_prompt_tokens += len(request.token_ids)
         for item in request.items:
             self._item_tokens[item.modality] += item.num_embeds
+        self._iterations.admitted(request)
 
     def abort(self, request_id: str) -> None:
         """End a request; unknown ids are ignored, for it may just have finished."""
         self._constrained.discard(request_id)
         self._scheduler.abort(request_id)
         self._store.discard(request_id)
+        self._iterations.discard(request_id)
 
     def step(self) -> list[SequenceUpdate]:
         """Compute one step and return the news of every sequence that moved."""
@@ -89,6 +93,7 @@ class Engine:
         plan = self._scheduler.schedule()
         result = self._runner.execute(plan)
         updates = self._scheduler.commit(plan, result)
+        self._iterations.count(updates)
         for update in updates:
             if update.finish_reason is not None:
                 self._store.discard(update.request_id)
@@ -115,6 +120,7 @@ class Engine:
         self._scheduler.reset()
         self._runner.reset()
         self._store.clear()
+        self._iterations.forget()
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the books do not balance; cheap enough to call when idle."""
@@ -128,6 +134,10 @@ class Engine:
         return EngineStats(
             num_running=core.num_running,
             num_waiting=core.num_waiting + len(self._constrained),
+            num_deferred=len(self._constrained),
+            block_size=self._scheduler.limits.block_size,
+            cache_dtype=self.facts.dtype,
+            enable_prefix_caching=self._scheduler.limits.enable_prefix_caching,
             kv_blocks_total=core.num_blocks,
             kv_blocks_used=core.num_used_blocks,
             prefix_queries=core.num_prefix_queries,
@@ -150,6 +160,8 @@ class Engine:
             generation_tokens=core.num_generated_tokens,
             num_vectors=core.num_vectors,
             num_steps=core.num_steps,
+            iteration_counts=list(self._iterations.counts),
+            iteration_tokens=self._iterations.num_tokens,
             held_features=len(self._store),
             item_tokens=dict(self._item_tokens),
         )

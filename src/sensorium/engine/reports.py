@@ -43,15 +43,18 @@ def report_tokens(
     now, times = time.monotonic(), stream.metrics
     if times.first_token_time is None:
         return
+    since = stream.last_news_time
     if first_before is None:
-        metrics.first_token(times.first_token_time - times.arrival_time)
+        since, num_rounds = (
+            times.first_token_time,
+            num_rounds - 1,
+        )  # its own, that of the first token
+        metrics.first_token(since - times.arrival_time)
         _report_queue(metrics, times)
     elif num_rounds == 0:
         return
-    else:
-        seconds = (now - stream.last_news_time) / num_rounds
-        for _ in range(num_rounds):
-            metrics.inter_token(seconds)
+    for _ in range(num_rounds):
+        metrics.inter_token((now - since) / num_rounds)
     stream.last_news_time = now
 
 

@@ -9,13 +9,19 @@ from dataclasses import dataclass, field, replace
 class EngineStats:
     """A snapshot. Gauges: ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``held_features``,
     ``encoder_resident_embeds``, ``encoder_num_bytes``, ``encoder_capacity_bytes``; the others count from the start of
-    the engine. ``prefix_queries`` and ``prefix_hits`` are in tokens. ``encoder_*`` are about the cache of embeddings,
+    the engine. ``num_deferred`` of ``num_waiting`` wait for their grammar. ``iteration_counts`` are steps by their
+    tokens, in the buckets of ``metrics.families.ITERATION_TOKENS``, and ``iteration_tokens`` all of these tokens.
+    ``prefix_queries`` and ``prefix_hits`` are in tokens. ``encoder_*`` are about the cache of embeddings,
     ``encode_*`` about making them. ``prompt_tokens`` counts the prompt of each sample; ``item_tokens`` those of them
-    that items of a modality fill. ``media`` holds the numbers of the media pipeline by name.
-    ``num_engine_restarts`` counts from the start of the server; the engine itself leaves it at 0."""
+    that items of a modality fill. ``media`` holds the numbers of the media pipeline by name. ``num_engine_restarts``
+    counts from the start of the server; the engine itself leaves it at 0."""
 
     num_running: int = 0
     num_waiting: int = 0
+    num_deferred: int = 0
+    block_size: int = 0
+    cache_dtype: str = ""
+    enable_prefix_caching: bool = True
     kv_blocks_total: int = 0
     kv_blocks_used: int = 0
     prefix_queries: int = 0
@@ -38,6 +44,8 @@ class EngineStats:
     num_vectors: int = 0
     num_unusable: int = 0
     num_steps: int = 0
+    iteration_counts: list[int] = field(default_factory=list)
+    iteration_tokens: int = 0
     held_features: int = 0
     item_tokens: dict[str, int] = field(default_factory=dict)
     media: dict[str, float] = field(default_factory=dict)
@@ -49,6 +57,7 @@ class EngineStats:
             self,
             num_running=0,
             num_waiting=0,
+            num_deferred=0,
             kv_blocks_used=0,
             encoder_resident_embeds=0,
             encoder_num_bytes=0,

@@ -14,11 +14,14 @@ from sensorium import errors
 
 Kind = Literal["gauge", "counter", "histogram"]
 
+COMMON_LABELS = ("model_name", "engine")
+"""``engine`` is the number of the engine, as in vLLM; there is one, and it is 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One metric. ``labels`` are those besides ``model_name``, which all have; ``name`` is without the prefix and, of
-    a counter, without ``_total``."""
+    """One metric. ``labels`` are those besides ``COMMON_LABELS``, which all have; ``name`` is without the prefix and,
+    of a counter, without ``_total``."""
 
     name: str
     kind: Kind
@@ -88,6 +91,11 @@ ENGINE_ROWS = (
         "num_unusable",
         "Sequences ended because the model made infinite, undefined or all-equal numbers of them, or of an item.",
     ),
+    _counter(
+        "prompt_tokens_cached",
+        "prefix_hits",
+        "Prompt tokens that were not computed, for the prefix cache had them.",
+    ),
     _counter("prefix_cache_queries", "prefix_queries", "Prompt tokens looked up in the cache."),
     _counter("prefix_cache_hits", "prefix_hits", "Prompt tokens found in the prefix cache."),
     _counter("mm_encoder_cache_queries", "encoder_queries", "Items whose embeddings were needed."),
@@ -114,6 +122,30 @@ PROMPT_MODALITIES = Family(
     "counter",
     "Prompt tokens taken in, by what fills them: text, image, video or audio.",
     ("modality",),
+)
+
+PROMPT_SOURCES = Family(
+    "prompt_tokens_by_source",
+    "counter",
+    "Prompt tokens taken in, by where their keys and values come from: local_compute or local_cache_hit.",
+    ("source",),
+)
+WAITING_REASONS = Family(
+    "num_requests_waiting_by_reason",
+    "gauge",
+    "Sequences waiting, by reason: capacity (for room in a step or the cache) or deferred (for their grammar).",
+    ("reason",),
+)
+ITERATION_TOKENS = _histogram(
+    "iteration_tokens_total",
+    (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
+    "Tokens of a step that gave some: those generated, and of prompts that were completed all, cached ones too.",
+)
+CACHE_CONFIG = Family(
+    "cache_config_info",
+    "gauge",
+    "Always 1; the labels say how the KV cache is laid out.",
+    ("block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching"),
 )
 
 # ---- numbers of the media pipeline
@@ -200,6 +232,8 @@ _LAG_SECONDS = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075),
     *(0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
 )
+_HTTP_SECONDS = (0.01, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0)
+"""Few, for there is a histogram for each route: times of requests that matter have histograms of their own."""
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _SAMPLES = (1, 2, 5, 10, 20, 50, 100)
 
@@ -251,6 +285,11 @@ LONGEST_SAMPLE = _histogram(
 CACHED_TOKENS = _histogram(
     "request_cached_tokens", (0, *_TOKENS), "Prompt tokens of a request that were cached."
 )
+COMPUTED_TOKENS = _histogram(
+    "request_prefill_kv_computed_tokens",
+    (0, *_TOKENS),
+    "Prompt tokens of a request that were computed, those of the prefix cache left out.",
+)
 PARAM_N = _histogram("request_params_n", _SAMPLES, "Samples that a request asks for.")
 PARAM_MAX_TOKENS = _histogram(
     "request_params_max_tokens", _TOKENS, "Most tokens that a sample of a request may have."
@@ -258,7 +297,7 @@ PARAM_MAX_TOKENS = _histogram(
 REQUESTS = (
     *(SUCCESS, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE_TIME, PREFILL_TIME, DECODE_TIME),
     *(INFERENCE_TIME, TIME_PER_TOKEN, END_TO_END, PROMPT_TOKENS, GENERATION_TOKENS),
-    *(LONGEST_SAMPLE, CACHED_TOKENS, PARAM_N, PARAM_MAX_TOKENS),
+    *(LONGEST_SAMPLE, CACHED_TOKENS, COMPUTED_TOKENS, PARAM_N, PARAM_MAX_TOKENS),
 )
 
 # ---- the HTTP server
@@ -278,13 +317,16 @@ HTTP_SECONDS = Family(
     "histogram",
     "From the head of an HTTP request to the end of its answer, streams included.",
     ("handler", "method"),
-    _SECONDS,
+    _HTTP_SECONDS,
     prefixed=False,
 )
 
 SECTIONS: dict[str, tuple[Family, ...]] = {
     "Requests": REQUESTS,
-    "Engine": (ENGINE_UP, KV_USAGE, PROMPT_MODALITIES, *(row.family for row in ENGINE_ROWS)),
+    "Engine": (
+        *(ENGINE_UP, KV_USAGE, CACHE_CONFIG, WAITING_REASONS, ITERATION_TOKENS),
+        *(PROMPT_MODALITIES, PROMPT_SOURCES, *(row.family for row in ENGINE_ROWS)),
+    ),
     "Media": (
         *(family for family, _ in STAGE_UNITS),
         MEDIA_FAILURES,

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import re
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from sensorium.errors import ConfigError
 from sensorium.metrics import families
-from sensorium.metrics.families import Family
+from sensorium.metrics.families import COMMON_LABELS, Family
 from sensorium.metrics.report import RequestReport
 from sensorium.metrics.statistics import Statistics, StatisticsCollector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+ENGINE = "0"
+"""The number of the only engine."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
@@ -40,6 +49,7 @@ class ServingMetrics:
                 f"metrics_prefix must be letters, digits, '_' and ':', got {prefix!r}.",
                 param="metrics_prefix",
             )
+        disable_created_metrics()  # the times of creation double the counters and tell nothing
         self.registry = registry or CollectorRegistry()
         self._prefix = prefix
         self._model_name = model_name
@@ -55,14 +65,15 @@ class ServingMetrics:
         self._generation_tokens = self._histogram(families.GENERATION_TOKENS)
         self._longest_sample = self._histogram(families.LONGEST_SAMPLE)
         self._cached_tokens = self._histogram(families.CACHED_TOKENS)
+        self._computed_tokens = self._histogram(families.COMPUTED_TOKENS)
         self._num_samples = self._histogram(families.PARAM_N)
         self._max_tokens = self._histogram(families.PARAM_MAX_TOKENS)
         self._loop_lag = self._histogram(families.EVENT_LOOP_LAG)
         success = self._new_counter(families.SUCCESS)
-        self._success = {r: success.labels(model_name, r) for r in families.FINISH_REASONS}
+        self._success = {r: success.labels(model_name, ENGINE, r) for r in families.FINISH_REASONS}
         self._http_requests = self._new_counter(families.HTTP_REQUESTS)
         self._http_seconds = self._new_histogram(families.HTTP_SECONDS)
-        self._statistics = StatisticsCollector(prefix, model_name)
+        self._statistics = StatisticsCollector(prefix, (model_name, ENGINE))
         self.registry.register(self._statistics)
 
     def first_token(self, seconds: float) -> None:
@@ -87,6 +98,7 @@ class ServingMetrics:
         self._end_to_end.observe(report.e2e_seconds)
         self._prompt_tokens.observe(report.num_prompt_tokens)
         self._cached_tokens.observe(report.num_cached_tokens)
+        self._computed_tokens.observe(report.num_prompt_tokens - report.num_cached_tokens)
         self._generation_tokens.observe(report.num_generation_tokens)
         self._longest_sample.observe(report.longest_sample)
         self._num_samples.observe(report.num_samples)
@@ -106,7 +118,7 @@ class ServingMetrics:
         methods that a client makes up do not become labels."""
         handler = route or "none"
         method = method if method in _METHODS else "other"
-        labels = (self._model_name, handler, method)
+        labels = (self._model_name, ENGINE, handler, method)
         self._http_requests.labels(*labels, f"{status // 100}xx", str(status)).inc()
         self._http_seconds.labels(*labels).observe(seconds)
 
@@ -119,17 +131,17 @@ class ServingMetrics:
         return bytes(generate_latest(self.registry))
 
     def _histogram(self, family: Family) -> Histogram:
-        return self._new_histogram(family).labels(self._model_name)
+        return self._new_histogram(family).labels(self._model_name, ENGINE)
 
     def _new_histogram(self, family: Family) -> Histogram:
         return Histogram(
             family.full_name(self._prefix),
             family.help,
-            ("model_name", *family.labels),
+            (*COMMON_LABELS, *family.labels),
             buckets=family.buckets,
             registry=self.registry,
         )
 
     def _new_counter(self, family: Family) -> Counter:
-        name, labels = family.full_name(self._prefix), ("model_name", *family.labels)
+        name, labels = family.full_name(self._prefix), (*COMMON_LABELS, *family.labels)
         return Counter(name, family.help, labels, registry=self.registry)

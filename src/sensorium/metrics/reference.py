@@ -14,9 +14,10 @@ _INTRODUCTION = """# Metrics
 Names begin with `sensorium:`, or with what `--metrics-prefix` says: most are those that vLLM has, so with
 `--metrics-prefix vllm:` its dashboards work. Those that begin with `http_` have no prefix: they are what servers of
 this framework commonly call them. Counters are scraped with `_total`, histograms as `_bucket`, `_sum` and `_count`.
-Every series has the label `model_name`; further ones are listed. Routes are templates such as
-`/v1/models/{name:path}`, never paths; what is refused before it has a route is under `none`. `status` is `2xx`,
-`4xx` and so on, `code` the status itself. A request that is refused before it reaches the engine is counted there only.
+Every series has the labels `model_name` and `engine` (the number of the engine, which is 0, as in vLLM); further ones
+are listed. Routes are templates such as `/v1/models/{name:path}`, never paths; what is refused before it has a route is
+under `none`. `status` is `2xx`, `4xx` and so on, `code` the status itself. A request that is refused before it reaches
+the engine is counted there only. Series of creation times (`_created`) are left out.
 
 Numbers of the engine count from its start, so they begin anew after a restart, as Prometheus expects of counters; those
 of requests, media and HTTP go on. While there is no engine, its counters stay as they were last, and `engine_up` is 0.

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from sensorium.metrics.families import (
+    CACHE_CONFIG,
+    COMMON_LABELS,
     ENGINE_ROWS,
     ENGINE_UP,
     FAILURE,
+    ITERATION_TOKENS,
     KV_USAGE,
     MEDIA_CODES,
     MEDIA_FAILURES,
     MEDIA_ROWS,
     PROMPT_MODALITIES,
+    PROMPT_SOURCES,
     STAGE_UNITS,
     STAGES,
+    WAITING_REASONS,
     Family,
 )
 
@@ -26,6 +37,8 @@ from sensorium.metrics.families import (
 class Statistics(Protocol):
     """What the gauges and counters are read from: plain numbers, counted since the engine's start.
 
+    ``num_deferred`` of ``num_waiting`` wait for a grammar. ``iteration_counts`` are steps by the buckets of
+    ``ITERATION_TOKENS``, the last for what is beyond them (empty while there were none), ``iteration_tokens`` the sum.
     ``item_tokens`` are those of ``prompt_tokens`` that items of a modality fill. ``media`` holds the media pipeline's
     numbers by name: ``processor_cache_queries``, ``fetch_seconds``, ``failure_media_refused`` and so on; a name that is
     absent counts as zero.
@@ -33,6 +46,10 @@ class Statistics(Protocol):
 
     num_running: int
     num_waiting: int
+    num_deferred: int
+    block_size: int
+    cache_dtype: str
+    enable_prefix_caching: bool
     kv_blocks_total: int
     kv_blocks_used: int
     prefix_queries: int
@@ -55,6 +72,8 @@ class Statistics(Protocol):
     num_vectors: int
     num_unusable: int
     num_steps: int
+    iteration_counts: list[int]
+    iteration_tokens: int
     held_features: int
     item_tokens: dict[str, int]
     media: dict[str, float]
@@ -63,9 +82,10 @@ class Statistics(Protocol):
 class StatisticsCollector(Collector):
     """Metrics of the statistics that were given last; nothing before the first."""
 
-    def __init__(self, prefix: str, model_name: str) -> None:
+    def __init__(self, prefix: str, labels: Sequence[str]) -> None:
+        """``labels``: values of ``COMMON_LABELS``."""
         self._prefix = prefix
-        self._labels = [model_name]
+        self._labels = list(labels)
         self._stats: Statistics | None = None
         self._up = False
 
@@ -84,6 +104,16 @@ class StatisticsCollector(Collector):
         for row in ENGINE_ROWS:
             yield self._one(row.family, getattr(stats, row.field))
         yield self._many(PROMPT_MODALITIES, _modalities(stats))
+        cached = stats.prefix_hits
+        sources = {"local_compute": stats.prompt_tokens - cached, "local_cache_hit": cached}
+        yield self._many(PROMPT_SOURCES, sources)
+        reasons = {
+            "capacity": stats.num_waiting - stats.num_deferred,
+            "deferred": stats.num_deferred,
+        }
+        yield self._many(WAITING_REASONS, reasons)
+        yield self._iterations(stats)
+        yield self._cache_config(stats)
         for row in MEDIA_ROWS:
             yield self._one(row.family, stats.media.get(row.field, 0.0))
         stages = {
@@ -97,6 +127,23 @@ class StatisticsCollector(Collector):
                 family, {stage: stages.get(f"{stage}_{unit}", 0.0) for stage in STAGES}
             )
         yield self._many(MEDIA_FAILURES, _failures(stats.media))
+
+    def _iterations(self, stats: Statistics) -> Metric:
+        family = ITERATION_TOKENS
+        metric = HistogramMetricFamily(
+            family.full_name(self._prefix), family.help, labels=COMMON_LABELS
+        )
+        bounds = [*map(str, map(float, family.buckets)), "+Inf"]
+        counts = itertools.accumulate(stats.iteration_counts or [0] * len(bounds))
+        buckets = list(zip(bounds, counts, strict=True))
+        metric.add_metric(self._labels, buckets=buckets, sum_value=stats.iteration_tokens)
+        return metric
+
+    def _cache_config(self, stats: Statistics) -> Metric:
+        metric = self._new(CACHE_CONFIG)
+        values = (stats.block_size, stats.kv_blocks_total, stats.cache_dtype)
+        metric.add_metric([*self._labels, *map(str, values), str(stats.enable_prefix_caching)], 1.0)
+        return metric
 
     def _one(self, family: Family, value: float) -> Metric:
         metric = self._new(family)
@@ -112,7 +159,7 @@ class StatisticsCollector(Collector):
 
     def _new(self, family: Family) -> GaugeMetricFamily | CounterMetricFamily:
         new = GaugeMetricFamily if family.kind == "gauge" else CounterMetricFamily
-        labels = ["model_name", *family.labels]
+        labels = [*COMMON_LABELS, *family.labels]
         return new(family.full_name(self._prefix), family.help, labels=labels)
 
 

@@ -106,11 +106,13 @@ def _completion(answer: ChatAnswer, output: RequestOutput) -> dict[str, Any]:
     completion = answer.head("chat.completion")
     completion["choices"] = [_choice(answer, sample) for sample in output.outputs]
     completion["usage"] = usage([output], answer.context.frontend.modalities)
-    if output.prompt_logprobs is not None:
-        entries = prompt_logprobs(answer.context.spelling, output.prompt_logprobs)
-        completion["prompt_logprobs"] = entries
-    if answer.body.return_token_ids:
-        completion["prompt_token_ids"] = output.prompt_token_ids
+    completion["prompt_logprobs"] = (
+        None
+        if output.prompt_logprobs is None
+        else prompt_logprobs(answer.context.spelling, output.prompt_logprobs)
+    )
+    wants_ids = answer.body.return_token_ids
+    completion["prompt_token_ids"] = output.prompt_token_ids if wants_ids else None
     return completion
 
 
@@ -123,16 +125,14 @@ def _choice(answer: ChatAnswer, sample: CompletionOutput) -> dict[str, Any]:
     if reply.calls:
         message["tool_calls"] = reply.calls
         finish_reason = "tool_calls" if finish_reason == "stop" else finish_reason
-    choice = {
+    return {
         "index": sample.index,
         "message": message,
         "logprobs": answer.logprobs(sample),
         "finish_reason": finish_reason,
         "stop_reason": sample.stop_reason,
+        "token_ids": sample.token_ids if answer.body.return_token_ids else None,
     }
-    if answer.body.return_token_ids:
-        choice["token_ids"] = sample.token_ids
-    return choice
 
 
 async def _chunks(answer: ChatAnswer) -> Chunks:
@@ -171,7 +171,8 @@ class _ChatStream:
         progress = self._progress.get(sample.index)
         if progress is None:
             progress = self._progress[sample.index] = TextProgress(self._answer.tools.reader())
-            chunk = self._chunk(sample, {"role": "assistant", "content": ""})
+            role = {"role": "assistant", "content": ""}
+            chunk = self._chunk(sample, role, with_text=len(self._progress) > 1)
             if self._answer.body.return_token_ids:
                 chunk["prompt_token_ids"] = output.prompt_token_ids
             yield chunk
@@ -199,9 +200,11 @@ class _ChatStream:
         if self._answer.body.return_token_ids:
             choice["token_ids"] = sample.token_ids[start:]
 
-    def _chunk(self, sample: CompletionOutput, delta: dict[str, Any]) -> dict[str, Any]:
+    def _chunk(
+        self, sample: CompletionOutput, delta: dict[str, Any], *, with_text: bool = True
+    ) -> dict[str, Any]:
         chunk = self._answer.head("chat.completion.chunk")
         chunk["choices"] = [
             {"index": sample.index, "delta": delta, "logprobs": None, "finish_reason": None}
         ]
-        return self._report.mark(chunk)
+        return self._report.mark(chunk, with_text=with_text)

@@ -125,9 +125,11 @@ def _choice(
     choice = piece.choice(answer.choice_index(index, sample))
     choice["finish_reason"] = "length" if answer.hides_text else sample.finish_reason
     choice["stop_reason"] = sample.stop_reason
-    if answer.body.prompt_logprobs is not None and output.prompt_logprobs is not None:
-        entries = prompt_logprobs(answer.context.spelling, output.prompt_logprobs)
-        choice["prompt_logprobs"] = entries
+    shown = None if answer.body.prompt_logprobs is None else output.prompt_logprobs
+    spelling = answer.context.spelling
+    choice["prompt_logprobs"] = None if shown is None else prompt_logprobs(spelling, shown)
+    choice.setdefault("prompt_token_ids", None)
+    choice.setdefault("token_ids", None)
     return choice
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,6 +54,7 @@ def embeddings_router() -> APIRouter:
             {
                 "id": f"embd-{request_id}",
                 "object": "list",
+                "created": int(time.time()),
                 "data": data,
                 "model": model,
                 "usage": _usage(outputs, context.frontend.modalities),

@@ -70,7 +70,7 @@ def completion_logprobs(
     offset: int = 0,
 ) -> dict[str, Any]:
     """``choices[].logprobs`` of completions for some positions; ``offset``: characters of the
-    choice before them.
+    choice before them. With ``num_top`` 0 the alternatives are the chosen token alone.
 
     An entry of None (the first token of a prompt) has no probability.
     """
@@ -85,7 +85,7 @@ def completion_logprobs(
     return {
         "tokens": tokens,
         "token_logprobs": values,
-        "top_logprobs": top if num_top else None,
+        "top_logprobs": top,
         "text_offset": offsets,
     }
 

@@ -43,11 +43,11 @@ class TextProgress:
 
 
 class StreamReport:
-    """Usage within and at the end of a stream, as ``stream_options`` ask."""
+    """Usage at the end of a stream and, with ``continuous_usage_stats`` besides ``include_usage``, within it."""
 
     def __init__(self, options: StreamOptions | None, modalities: tuple[str, ...]) -> None:
         self._at_end = bool(options and options.include_usage)
-        self._always = bool(options and options.continuous_usage_stats)
+        self._always = self._at_end and bool(options and options.continuous_usage_stats)
         self._modalities = modalities
         self._outputs: dict[int, RequestOutput] = {}
         self.num_hidden = 0
@@ -56,10 +56,11 @@ class StreamReport:
         """Count the output of a prompt (it is updated in place, so once suffices)."""
         self._outputs[index] = output
 
-    def mark(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        """Add the ``usage`` member that every chunk has when usage is asked for."""
+    def mark(self, chunk: dict[str, Any], *, with_text: bool = True) -> dict[str, Any]:
+        """Add the ``usage`` member that every chunk has when usage is asked for. ``with_text``: the chunk may tell of
+        generated tokens; others count none."""
         if self._always:
-            chunk["usage"] = self._usage()
+            chunk["usage"] = self._usage() if with_text else self._usage_of_prompts()
         elif self._at_end:
             chunk["usage"] = None
         return chunk
@@ -68,6 +69,10 @@ class StreamReport:
         """The chunk without choices that carries the usage, when it was asked for."""
         if self._at_end:
             yield {**head, "choices": [], "usage": self._usage()}
+
+    def _usage_of_prompts(self) -> dict[str, Any]:
+        found = self._usage()
+        return {**found, "completion_tokens": 0, "total_tokens": found["prompt_tokens"]}
 
     def _usage(self) -> dict[str, Any]:
         return usage(self._outputs.values(), self._modalities, num_hidden=self.num_hidden)
