@@ -11,6 +11,7 @@ from contextlib import closing
 from typing import Any, Literal, cast, overload
 
 from sensorium import forks
+from sensorium.compat.calls import takes_call_keywords
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.background import BackgroundLoop, release
 from sensorium.engine.batch import (
@@ -118,6 +119,7 @@ class LLM:
         stream: Literal[True],
     ) -> Generator[RequestOutput, None, None]: ...
 
+    @takes_call_keywords
     def generate(
         self,
         prompts: object,
@@ -172,7 +174,8 @@ class LLM:
         **options: Any,
     ) -> Generator[RequestOutput, None, None]: ...
 
-    def chat(  # type: ignore[misc]  # the options are not written out three times
+    @takes_call_keywords  # type: ignore[misc]  # the options are not written out three times
+    def chat(
         self,
         messages: Iterable[Any],
         sampling_params: Params = None,
@@ -229,6 +232,7 @@ class LLM:
         stream: Literal[True],
     ) -> Generator[EmbeddingRequestOutput, None, None]: ...
 
+    @takes_call_keywords
     def embed(
         self,
         prompts: object,
@@ -247,6 +251,7 @@ class LLM:
         batch = self._vector_batch(prompts, pooling_params)
         return self._results(batch, use_tqdm, stream, as_embedding)
 
+    @takes_call_keywords
     def encode(
         self,
         prompts: object,

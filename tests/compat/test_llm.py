@@ -81,6 +81,33 @@ def test_an_error_with_priorities_names_the_callers_prompt(llm: LLM) -> None:
     assert caught.value.index == 2
 
 
+def test_keywords_of_calls_that_ask_for_nothing_pass(llm: LLM) -> None:
+    plain = llm.generate("a", GREEDY, use_tqdm=False)
+    others = {"lora_request": None, "tokenization_kwargs": {}, "mm_processor_kwargs": None}
+    assert llm.generate("a", GREEDY, use_tqdm=False, **others)[0].outputs == plain[0].outputs
+    llm.chat(
+        CHATS[0], GREEDY, use_tqdm=False, lora_request=None, chat_template_content_format="auto"
+    )
+
+
+@pytest.mark.parametrize(
+    ("keywords", "words"),
+    [
+        ({"lora_request": object()}, "lora_request cannot be had here: LoRA"),
+        ({"tokenization_kwargs": {"a": 1}}, "tokenization_kwargs cannot be had"),
+        ({"mm_processor_kwargs": {"max_pixels": 5}}, "in each prompt"),
+    ],
+)
+def test_keywords_of_calls_that_cannot_be_had(
+    llm: LLM, keywords: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=words) as caught:
+        llm.generate("a", GREEDY, use_tqdm=False, **keywords)
+    assert caught.value.param == next(iter(keywords))
+    with pytest.raises(TypeError, match="no_such"):
+        llm.generate("a", GREEDY, use_tqdm=False, no_such=1)
+
+
 OWN = {"temperature": 0.3, "top_p": 0.5, "do_sample": True, "max_new_tokens": 9}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from sensorium.cli.flags import flag_of
 from sensorium.cli.rewrite import SHORT
+from sensorium.compat.calls import CALL_KEYWORDS
 from sensorium.compat.engine_flags import ENGINE_RULES
 from sensorium.compat.fields import FIELD_RULES
 from sensorium.compat.paths import PATHS
@@ -42,7 +43,7 @@ def from_vllm_markdown() -> str:
     """Return the whole page."""
     rules = [*ENGINE_RULES.values(), *SERVER_RULES.values()]
     flags = (*_flags(rules), *_short_flags(), *_values())
-    return "\n".join([_INTRODUCTION, *flags, *_fields(), *_paths()])
+    return "\n".join([_INTRODUCTION, *flags, *_calls(), *_fields(), *_paths()])
 
 
 def _flags(rules: Sequence[Rule]) -> Iterable[str]:
@@ -84,6 +85,13 @@ def _values() -> Iterable[str]:
             refused = ", ".join(_code(value) for value, reason in values.items() if reason == why)
             rows.append((_code(flag_of(option)), refused, f"cannot be had: {why}"))
     yield from table("Values of flags that both have", ("flag", "vLLM", "here"), rows)
+
+
+def _calls() -> Iterable[str]:
+    title = "Keywords of `LLM.generate`, `chat`, `embed` and `encode`"
+    rows = [(_code(name), instead) for name, instead in CALL_KEYWORDS.items()]
+    head = ("vLLM (None, {} and [] pass)", "why it cannot be had, or what to do instead")
+    yield from table(title, head, rows)
 
 
 def _fields() -> Iterable[str]:

@@ -1,0 +1,48 @@
+"""Keywords of vLLM's ``LLM.generate``, ``chat``, ``embed`` and ``encode`` that are not ours."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from sensorium.errors import InvalidRequestError
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+CALL_KEYWORDS: dict[str, str] = {
+    "lora_request": "LoRA adapters are not available; merge the adapter into the weights",
+    "prompt_adapter_request": "prompt adapters are not available",
+    "tokenization_kwargs": "texts are encoded as the model's tokenizer says; give token ids for another way",
+    "truncate_prompt_tokens": "shorten the prompt before it is given",
+    "guided_options_request": "use SamplingParams(structured_outputs=...)",
+    "mm_processor_kwargs": "give it in each prompt, {'prompt': ..., 'mm_processor_kwargs': ...}, or to LLM(...)",
+    "prompt_token_ids": "give prompts such as {'prompt_token_ids': [...]}",
+    "chat_template_content_format": "give it to LLM(...)",
+    "concurrency_limit": "calls keep twice max_num_seqs prompts at work by themselves",
+}
+"""By keyword: why it cannot be had, or what to do instead. None and vLLM's neutral values pass."""
+
+
+def takes_call_keywords(method: Method) -> Method:
+    """Decorate a method of ``LLM`` so that vLLM's keywords pass where they ask for nothing.
+
+    Raises InvalidRequestError for a value that asks for something; keywords that are in no table are Python's affair.
+    """
+    foreign = CALL_KEYWORDS.keys() - inspect.signature(method).parameters.keys()
+
+    @functools.wraps(method)
+    def call(*args: Any, **keywords: Any) -> Any:
+        for name in foreign & keywords.keys():
+            if not _is_neutral(keywords.pop(name)):
+                raise InvalidRequestError(
+                    f"{name} cannot be had here: {CALL_KEYWORDS[name]}.", param=name
+                )
+        return method(*args, **keywords)
+
+    return cast("Method", call)
+
+
+def _is_neutral(value: Any) -> bool:
+    return value is None or (isinstance(value, dict | list | str) and value in ({}, [], "auto"))
