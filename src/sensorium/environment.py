@@ -60,6 +60,13 @@ def api_keys_of_environment(environ: Mapping[str, str] | None = None) -> tuple[s
     return next(((environ[name],) for name in API_KEYS if environ.get(name)), ())
 
 
+def unread_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Return the ``VLLM_`` variables that are set and have no effect here, in order."""
+    environ = os.environ if environ is None else environ
+    read = {"VLLM_API_KEY", *(f"VLLM_{suffix}" for suffix in _MEDIA_ENVIRONMENT)}
+    return sorted(name for name in environ if name.startswith("VLLM_") and name not in read)
+
+
 def _environment_value(variable: str, text: str, suffix: str) -> bool | float:
     if suffix == "MEDIA_URL_ALLOW_REDIRECTS":
         if text not in ("0", "1"):

@@ -251,7 +251,8 @@ def test_keywords_of_llm() -> None:
         ({"speculative_config": {"model": "x"}}, "speculative decoding"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb 4"),
         ({"convert": "classify"}, "'classify' cannot be had"),
-        ({"uvicorn_log_level": "info"}, "Unknown keyword"),
+        ({"uvicorn_log_level": "info"}, "Unknown keyword .* an option of the server"),
+        ({"port": 8000}, "Unknown keyword 'port'. It is an option of the server"),
     ],
 )
 def test_keywords_that_cannot_be_had(keywords: dict[str, Any], words: str) -> None:

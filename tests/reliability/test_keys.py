@@ -10,7 +10,7 @@ import pytest
 from sensorium.cli.flags import build_server_config
 from sensorium.cli.main import build_parser
 from sensorium.config import ServerConfig
-from sensorium.environment import api_keys_of_environment
+from sensorium.environment import api_keys_of_environment, unread_variables
 from sensorium.server.launch import _tell_access
 from tests.server.harness import App, running, status_of
 
@@ -87,3 +87,14 @@ async def test_every_start_says_so(caplog: pytest.LogCaptureFixture) -> None:
             assert await status_of(reader) == 200
     assert "an API key is needed: 1 accepted" in caplog.text
     assert "secret-key" not in caplog.text
+
+
+def test_other_variables_of_vllms_are_named() -> None:
+    variables = {
+        "VLLM_USE_V1": "1",
+        "VLLM_API_KEY": "k",
+        "VLLM_CPU_KVCACHE_SPACE": "4",
+        "HOME": "/",
+    }
+    assert unread_variables(variables) == ["VLLM_CPU_KVCACHE_SPACE", "VLLM_USE_V1"]
+    assert unread_variables({"VLLM_IMAGE_FETCH_TIMEOUT": "5"}) == []

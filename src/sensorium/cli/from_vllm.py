@@ -30,7 +30,8 @@ edit the tables, not the page.
 - What does nothing here is accepted and said once on the error stream (a `UserWarning` of `LLM`). What cannot be had
   ends the start with the reason, unless its value is vLLM's default.
 - `VLLM_API_KEY`, `VLLM_IMAGE_FETCH_TIMEOUT`, `VLLM_VIDEO_FETCH_TIMEOUT`, `VLLM_AUDIO_FETCH_TIMEOUT` and
-  `VLLM_MEDIA_URL_ALLOW_REDIRECTS` are read where our own variables are unset.
+  `VLLM_MEDIA_URL_ALLOW_REDIRECTS` are read where our own variables are unset. A server's log names other variables of
+  vLLM's that are set, for they have no effect.
 - The server listens on 127.0.0.1 unless `--host` says otherwise; vLLM's listens on all addresses.
 - `--metrics-prefix vllm:` gives metrics vLLM's names.
 """

@@ -15,6 +15,7 @@ from typing import Any
 
 from sensorium.compat.apply import adopt
 from sensorium.compat.engine_flags import ENGINE_RULES
+from sensorium.compat.server_flags import SERVER_RULES
 from sensorium.compat.values import shared_value
 from sensorium.config.engine import (
     CacheConfig,
@@ -89,9 +90,10 @@ def engine_config(**keywords: Any) -> EngineConfig:
         sections[section] = cls(**{k: keywords.pop(k) for k in list(keywords) if k in names})
     if keywords:
         name = next(iter(keywords))
-        raise ConfigError(
-            f"Unknown keyword {name!r}.{suggestion(name, engine_option_names())}", param=name
-        )
+        hint = suggestion(name, engine_option_names())
+        if name in SERVER_RULES or name in {f.name for f in dataclasses.fields(ServerConfig)}:
+            hint = " It is an option of the server: sensorium serve."
+        raise ConfigError(f"Unknown keyword {name!r}.{hint}", param=name)
     config = EngineConfig(**sections)
     # Not in the classes: a configuration that another process reads has been warned of already.
     for message in (*config.model.deprecations(), *config.older.deprecations()):

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from sensorium import __version__
 from sensorium.config import EngineConfig, ServerConfig
 from sensorium.engine.frontend import Frontend
-from sensorium.environment import LOG_LEVEL
+from sensorium.environment import LOG_LEVEL, unread_variables
 from sensorium.errors import ConfigError
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.app import build_app
@@ -45,6 +45,8 @@ def serve(engine: EngineConfig, config: ServerConfig) -> None:
     """
     _configure_logging(config)
     _check(config)
+    if unread := unread_variables():
+        logger.warning("set, but without effect here: %s", ", ".join(unread))
     with contextlib.closing(listening_socket(config.host, config.port)) as listener:
         asyncio.run(_serve(engine, config, listener))
 
