@@ -11,22 +11,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensorium.kernels import cpu_amx, cpu_elementwise, cpu_launch, cpu_pages, ops, threads
+from sensorium.kernels import cpu_amx, cpu_elementwise, cpu_launch, ops, threads
 
 
 def run(code: str, **environment: str) -> str:
     """Output of a fresh interpreter."""
+    return run_in(None, code, **environment).stdout.strip()
+
+
+def run_in(folder: Path | None, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that has worked, in some folder."""
     source = str(Path(__file__).parents[2] / "src")
     env = {**os.environ, "PYTHONPATH": source, **environment}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         env=env,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return done
 
 
 NORM = """
@@ -42,6 +48,45 @@ def test_without_a_writable_cache_folder_kernels_still_work(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert run(NORM, XDG_CACHE_HOME=str(blocked)) == "False 10.0"
+
+
+FOLDER = """
+    from sensorium.kernels import cpu_launch
+    for _ in range(3):
+        print(cpu_launch.cache_folder())
+"""
+
+
+@pytest.mark.parametrize("where", ["a file", "no folder may be made", "relative", "no home"])
+def test_a_cache_folder_that_cannot_be_written_is_told_once(tmp_path: Path, where: str) -> None:
+    """The warning names the place, the reason, the cost and the variable that helps."""
+    (tmp_path / "file").write_text("")
+    environment = {
+        "a file": {"XDG_CACHE_HOME": str(tmp_path / "file")},
+        "no folder may be made": {"XDG_CACHE_HOME": "/proc"},
+        "relative": {"XDG_CACHE_HOME": "somewhere"},
+        "no home": {"HOME": "~", "XDG_CACHE_HOME": ""},  # what "~" stays for an unknown user
+    }[where]
+    done = run_in(tmp_path, FOLDER, **environment)
+    assert done.stdout.split() == ["None"] * 3
+    assert done.stderr.count("set XDG_CACHE_HOME") == 1
+    assert "every start compiles them again" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is written elsewhere"
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_once_and_kernels_still_work(tmp_path: Path) -> None:
+    full = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        import torch
+        from sensorium.kernels import cpu_launch, ops
+        for kind in (torch.float32, torch.bfloat16):
+            print(ops.rms_norm(torch.ones(2, 5, dtype=kind), torch.ones(5, dtype=kind), 0.0).sum().item())
+    """
+    done = run_in(None, full, XDG_CACHE_HOME=str(tmp_path))
+    assert done.stdout.split() == ["10.0", "10.0"]
+    assert done.stderr.count("set XDG_CACHE_HOME") == 1
 
 
 @pytest.mark.slow
@@ -130,15 +175,6 @@ def test_tunables_of_child_processes_are_added_to_the_users():
     ours = "glibc.malloc.top_pad=1:glibc.malloc.hugetlb=1"
     assert run(code, GLIBC_TUNABLES="glibc.malloc.top_pad=1") == ours
     assert run(code, GLIBC_TUNABLES="glibc.malloc.hugetlb=0") == "glibc.malloc.hugetlb=0"
-
-
-def test_huge_page_tensors_are_zeros():
-    for shape in ((3, 5), (3, 1024, 1024)):
-        tensor = cpu_pages.zeros(shape, torch.float32)
-        assert tensor.shape == shape
-        assert not tensor.any()
-        tensor.fill_(2.0)
-        assert tensor.mean() == 2.0
 
 
 @pytest.mark.parametrize("name", ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"])

@@ -23,7 +23,8 @@ flags are read as hyphens. JSON is given in quotes: `--mm-processor-kwargs '{"ma
 | --- | --- |
 | `SENSORIUM_API_KEY` | One more API key of the server (and the key that `sensorium chat` and `bench serve` send). |
 | `SENSORIUM_LOG_LEVEL` | debug, info, warning or error: the log of commands and of the engine's process. |
-| `XDG_CACHE_HOME` | Folder of caches, compiled CPU kernels among them; `~/.cache` when unset. |
+| `XDG_CACHE_HOME` | Folder of caches, compiled CPU kernels among them; `~/.cache` when unset. \
+Where it cannot be written, each start compiles them again, with a warning. |
 | `SENSORIUM_IMAGE_FETCH_TIMEOUT` | Seconds for the whole download of an image. |
 | `SENSORIUM_VIDEO_FETCH_TIMEOUT` | Seconds for the whole download of a video. |
 | `SENSORIUM_AUDIO_FETCH_TIMEOUT` | Seconds for the whole download of a sound. |

@@ -17,7 +17,9 @@ class CacheConfig:
     )
     gpu_memory_utilization: float = option(0.9, "Part of a GPU's memory that may be used.")
     kv_cache_memory_bytes: int | None = option(
-        None, "Bytes for the KV cache; computed from the memory there is when not given."
+        None,
+        "Bytes for the KV cache; computed from the memory there is when not given. A CPU's are taken as they are first "
+        "written.",
     )
     num_kv_blocks: int | None = option(
         None, "Number of KV blocks, in place of a size in bytes; for tests and experiments."

@@ -16,11 +16,11 @@ from sensorium.engine.matchers import Matchers
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import ConfigError
 from sensorium.kernels import ops, threads
-from sensorium.kernels.batch import KVCacheLayout
+from sensorium.kernels.batch import KVCacheLayout, LayerCache
 from sensorium.models import loader
 from sensorium.models.interface import TextShape
 from sensorium.runtime.encoder import FeatureStore
-from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory
+from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory, warn_when_scarce
 from sensorium.runtime.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def build_engine(config: EngineConfig) -> Engine:
         free_bytes=free_memory(device, config.cache.gpu_memory_utilization),
         window=shape.window,
     )
-    caches = ops.allocate_cache(layout, geometry.num_blocks, device)
+    caches = _allocated(layout, geometry.num_blocks, device)
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)
     store = FeatureStore()
     folder = loaded.config.folder
@@ -87,6 +87,20 @@ def build_engine(config: EngineConfig) -> Engine:
         embed_bytes=shape.embed_size * model.dtype.itemsize,
     )
     return Engine(scheduler, runner, store, facts, Matchers(folder, shape.vocab_size))
+
+
+def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> list[LayerCache]:
+    """The KV cache. Raises ConfigError when the system does not even promise so much memory."""
+    num_bytes = num_blocks * layout.bytes_per_block
+    warn_when_scarce(num_bytes, device)
+    try:
+        return ops.allocate_cache(layout, num_blocks, device)
+    except MemoryError:
+        raise ConfigError(
+            f"The KV cache would take {num_bytes} bytes ({num_blocks} blocks of {layout.bytes_per_block}), more than "
+            "the system gives; lower kv_cache_memory_bytes (or num_kv_blocks).",
+            param="kv_cache_memory_bytes",
+        ) from None
 
 
 def switched_off(config: EngineConfig) -> frozenset[str]:

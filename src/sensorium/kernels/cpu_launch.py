@@ -12,6 +12,7 @@ and a region costs about 3 microseconds, where Numba's own launcher would bring 
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import logging
@@ -124,14 +125,32 @@ def _source_digest() -> str:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Folder of compiled kernels for these sources, or None where none can be written."""
+    """Folder of compiled kernels for these sources, or None, with a warning, where none can be written."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(root) / "sensorium" / "kernels" / _source_digest()
+    if not folder.is_absolute():
+        # Such a path is not to be used (XDG's rule); "~" also stays as it is where the user has no home.
+        return _warn_not_kept(root, "it is no absolute path")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+    except OSError as error:
+        return _warn_not_kept(root, error.strerror)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return _warn_not_kept(root, os.strerror(errno.EACCES))
+    if not any(folder.iterdir()):
+        log.info("compiling CPU kernels into %s; later starts load them from there", folder)
+    return folder
+
+
+@functools.cache
+def _warn_not_kept(root: str, reason: str | None) -> None:
+    """Say once that each start of this program takes long, and what to do."""
+    log.warning(
+        "compiled CPU kernels cannot be kept in %r (%s), so every start compiles them again, which takes about half a "
+        "minute: set XDG_CACHE_HOME to a folder that can be written",
+        root,
+        reason,
+    )
 
 
 class _Locator(caching._CacheLocator):
@@ -189,12 +208,13 @@ def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
     signature = ((types.CPointer(types.int64),), types.void)
     options = {"error_model": "numpy", "boundscheck": False, "nopython": True, "nogil": True}
     compiled = CFunc(function, signature, locals={}, options=options)
-    if cache_folder() is not None:
+    if cache_folder() is not None and not _NOT_KEPT:
         compiled._cache = _KernelCache(function)
     try:
         compiled.compile()
     except OSError as error:
-        log.warning("compiled CPU kernels cannot be cached: %s", error.strerror)
+        _warn_not_kept(str(cache_folder()), error.strerror)
+        _NOT_KEPT.append(error)
         compiled._cache = caching.NullCache()
         compiled.compile()
     launcher = Launcher(compiled.address)
@@ -202,6 +222,9 @@ def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
     log.debug("kernel %s (%s): %.2f s", function.__name__, variant, time.perf_counter() - start)
     return launcher
 
+
+_NOT_KEPT: list[OSError] = []
+"""Why a kernel could not be written, such as a full disk: the others are not tried, which would compile each twice."""
 
 _KEPT: list[Any] = []
 """Compiled functions, whose machine code must outlive every launcher."""

@@ -200,7 +200,10 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 def allocate_cache(
     layout: KVCacheLayout, num_blocks: int, device: torch.device
 ) -> list[LayerCache]:
-    """Zeroed K and V tensors of ``num_blocks`` blocks for every layer."""
+    """Zeroed K and V tensors of ``num_blocks`` blocks for every layer; a CPU's take memory as blocks are written.
+
+    Raises MemoryError when a CPU's system promises no more.
+    """
     kv_heads, dim, size = layout.num_kv_heads, layout.head_dim, layout.block_size
 
     def tensor(*shape: int) -> torch.Tensor:

@@ -93,6 +93,18 @@ def free_memory(device: torch.device, gpu_memory_utilization: float) -> int:
     return int(_available_host_memory() * CPU_FRACTION)
 
 
+def warn_when_scarce(num_bytes: int, device: torch.device) -> None:
+    """Say at the start that a cache of the host may outgrow its memory: its pages are taken when they are written."""
+    available = _available_host_memory()
+    if device.type == "cpu" and num_bytes > available:
+        logger.warning(
+            "the KV cache may grow to %.1f GiB, but only %.1f GiB of memory are available: the system may end this "
+            "process then. Lower kv_cache_memory_bytes (or num_kv_blocks)",
+            num_bytes / GIB,
+            available / GIB,
+        )
+
+
 def _available_host_memory() -> int:
     """Available memory of the host, or of the control group where that has less."""
     import psutil
