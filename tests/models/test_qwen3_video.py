@@ -162,3 +162,56 @@ def test_embeddings_in_place_of_a_clip(folder: Path) -> None:
         )
     assert raw.prompt_token_ids == made.prompt_token_ids
     assert raw.outputs[0].token_ids == made.outputs[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("version", "keeps"),
+    [
+        ("4.57.0.dev0", False),
+        ("5.9.0", False),
+        ("5.10.1", True),
+        ("5.24.0", True),
+        (None, False),
+        ("x", False),
+    ],
+)
+def test_the_tokens_around_a_video_are_those_of_the_checkpoints_version(
+    folder: Path, version: str | None, keeps: bool
+) -> None:
+    """The installed version, which keeps them, is asked for the tokens of its own."""
+    loaded = loader.read_config(str(folder), hf_overrides={"transformers_version": version})
+    ours = resolve(loaded.config).build_processor(loaded)
+    assert ours is not None
+    features = ours.process(
+        "video", Clip(np.zeros((3, 64, 64, 3), np.uint8), (0, 10, 20), 30, 10.0), {}
+    )
+    replacement = ours.replacement(features)
+    num = replacement.runs[0][1]
+    patches = "".join(
+        f"<{seconds:.1f} seconds><|vision_start|>{'<|video_pad|>' * num}<|vision_end|>"
+        for seconds in (0.5, 2.0)
+    )
+    whole = f"<|vision_start|>{patches}<|vision_end|>" if keeps else patches
+    assert list(replacement.token_ids) == text_ids(folder, whole)
+    for start, length in replacement.runs:
+        assert set(replacement.token_ids[start : start + length]) == {ours.video_token_id}
+    if version == "5.24.0":
+        assert patches == published_patches(features.meta["grid"], [0, 10, 20], 10.0)
+
+
+def published_patches(grid: tuple[int, int, int], indices: list[int], fps: float) -> str:
+    """What the installed reference puts in place of ``<|video_pad|>`` alone."""
+    from types import SimpleNamespace
+
+    from transformers import Qwen3VLProcessor
+
+    known = SimpleNamespace(
+        video_processor=SimpleNamespace(merge_size=2, temporal_patch_size=2),
+        vision_start_token="<|vision_start|>",
+        vision_end_token="<|vision_end|>",
+        video_token="<|video_pad|>",
+    )
+    known._calculate_timestamps = Qwen3VLProcessor._calculate_timestamps.__get__(known)
+    metadata = SimpleNamespace(fps=fps, frames_indices=indices)
+    inputs = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
+    return str(Qwen3VLProcessor.replace_video_token(known, inputs, 0))

@@ -2,13 +2,14 @@
 
 The placeholder of a video is ``<|vision_start|><|video_pad|><|vision_end|>``; all three become, for each temporal
 patch, ``<1.5 seconds><|vision_start|>`` with the patch's embeddings and ``<|vision_end|>``. Positions treat each patch
-as an image. (That is the rule of the model's first release; a later version of the reference leaves the outer pair of
-tokens standing.)
+as an image. That is the rule of the reference up to version 5.9 of transformers, for which the model's makers published
+it; from 5.10 on the outer pair of tokens stays where it is. A checkpoint gets that of its ``transformers_version``.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -28,6 +29,9 @@ from sensorium.models.qwen2_vl.video import VideoRules, frame_options, total_pix
 from sensorium.multimodal import sampling
 from sensorium.multimodal.items import Clip, Decoded, Features, Modality
 from sensorium.multimodal.processor import Replacement
+
+KEEPS_OUTER_PAIR = (5, 10)
+"""Version of transformers from which on the start and end tokens around a video stay around its patches."""
 
 UNKNOWN_FPS = 24.0
 """Of frames without metadata: what the reference assumes."""
@@ -103,10 +107,12 @@ class Qwen3VideoRules(VideoRules):
 
 @dataclass(frozen=True, slots=True)
 class Qwen3VLProcessor(Qwen2VLProcessor):
-    """``folder``: of the tokenizer that spells times. ``meta["timestamps"]`` of videos: seconds of each patch."""
+    """``folder``: of the tokenizer that spells times. ``keeps_outer``: whether the start and end tokens around a video
+    stay around its patches. ``meta["timestamps"]`` of videos: seconds of each patch."""
 
     start_id: int = 0
     end_id: int = 0
+    keeps_outer: bool = False
     folder: str = ""
 
     @property
@@ -146,12 +152,13 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
             size = self.videos.temporal_patch_size
             middle = (size - 1) / (2 * size)
             times = tuple((k + middle) * features.meta["second_per_grid"] for k in range(t))
-        ids: list[int] = []
+        ids: list[int] = [self.start_id] if self.keeps_outer else []
         runs: list[tuple[int, int]] = []
         for seconds in times:
             ids += [*_spelled(self.folder, f"<{seconds:.1f} seconds>"), self.start_id]
             runs.append((len(ids), num))
             ids += [*(self.video_token_id,) * num, self.end_id]
+        ids += [self.end_id] if self.keeps_outer else []
         return Replacement(tuple(ids), tuple(runs))
 
     def blocks(self, features: Features) -> list[np.ndarray]:
@@ -175,8 +182,15 @@ def build(config: Qwen2VLConfig, loaded: LoadedConfig) -> Qwen3VLProcessor:
         **given,
         start_id=count(loaded.config, "vision_start_token_id", 151652),
         end_id=count(loaded.config, "vision_end_token_id", 151653),
+        keeps_outer=_version(loaded.config.get("transformers_version")) >= KEEPS_OUTER_PAIR,
         folder=loaded.folder,
     )
+
+
+def _version(text: Any) -> tuple[int, int]:
+    """Major and minor number of a version such as ``4.57.0.dev0``; zeros for what is none."""
+    found = re.match(r"(\d{1,6})\.(\d{1,6})", text) if isinstance(text, str) else None
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _spelled(folder: str, text: str) -> list[int]:
