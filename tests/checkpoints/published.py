@@ -85,7 +85,7 @@ def check_weights(loaded: LoadedConfig, family: Family) -> Iterator[str]:
     wanted = {part.name: part for slot in slots for part in slot.parts}
     missing = sorted(set(wanted) - stored)
     skip = re.compile("|".join((*ALWAYS_IGNORED, *model.ignored_weights)))
-    beyond = MORE.get(Path(loaded.folder).name, "nothing")
+    beyond = MORE.get(Path(loaded.folder).name, ())
     others = [name for name in stored - set(wanted) if not skip.fullmatch(name)]
     extra = sorted(name for name in others if not name.startswith(beyond))
     if missing or extra:
@@ -253,8 +253,8 @@ COMPLETED_BY = {
     "ort-ext-phi-3-mini": "phi-3-mini-4k-instruct",
     "ort-ext-phi-3-vision": "phi-3-vision-128k",
 }
-MORE = {"minicpm-v-2_6-scicore": "gene_"}
-"""Models of somebody's own, which have weights (of these names) that the family does not: they are refused."""
+MORE: dict[str, tuple[str, ...]] = {"minicpm-v-2_6-scicore": ("gene_", "nicheformer.")}
+"""Models of somebody's own, which have weights (whose names begin so) that the family does not: they are refused."""
 DECODERS = {
     "ultravox-v0_5-llama-3_2-1b": "llama-3.2-1b-instruct",
     "ultravox-v0_6-llama-3_1-8b": "llama-3.1-8b-bnb",
