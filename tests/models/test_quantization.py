@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sensorium import LLM
 from sensorium.errors import ConfigError
 from sensorium.models import loader
 from sensorium.models.weight_files import INDEX, SINGLE
@@ -133,3 +134,11 @@ def test_a_quantized_backbone(tmp_path: Path) -> None:
     folder = make_ultravox(tmp_path)
     edit(folder / "text" / "config.json", {"quantization_config": {"quant_method": "awq"}})
     refused(str(folder), "awq, says config.json)")
+
+
+def test_the_reason_comes_before_what_else_is_wrong(tmp_path: Path) -> None:
+    folder = make_text("llama", tmp_path)
+    edit(folder / "config.json", {"quantization_config": BITSANDBYTES})
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"is quantized \(bitsandbytes, 8 bits"):
+        LLM(str(folder))

@@ -183,6 +183,22 @@ def test_where_a_repository_has_both_one_is_fetched(
     assert hub.weights == [SINGLE]
 
 
+def test_an_index_may_name_the_single_file_among_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = repository(tmp_path / "repository", sharded=True)
+    (folder / "model-00001-of-00003.safetensors").rename(folder / SINGLE)
+    index = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(index.replace("model-00001-of-00003.safetensors", SINGLE))
+    hub = Hub(monkeypatch, folder, tmp_path)
+    for _ in range(2):  # the second time with the first file there, as after an interruption
+        loader.load("some/model", device="cpu")
+        shards = [f"model-0000{i}-of-00003.safetensors" for i in (2, 3)]
+        assert sorted(hub.weights) == [*shards, SINGLE]
+        (hub.folder / shards[1]).unlink()
+        hub.fetched.remove(shards[1])
+
+
 @pytest.mark.parametrize("make", [make_llava, make_ultravox])
 def test_other_families_load_from_the_same_files(tmp_path: Path, make: Any) -> None:
     folder = make(tmp_path)

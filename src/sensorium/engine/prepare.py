@@ -35,6 +35,7 @@ from sensorium.errors import (
 from sensorium.models import loader
 from sensorium.models.embedder import POOLS, embedder_of
 from sensorium.models.interface import stop_token_ids, warn_of_defaults
+from sensorium.models.quantization import refuse_quantized
 from sensorium.models.registry import resolve
 from sensorium.multimodal.cache import FeatureCache
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
@@ -81,6 +82,7 @@ class Preparer:
             hf_overrides=model.hf_overrides,
             download_dir=model.download_dir,
         )
+        refuse_quantized(self._loaded)
         self._generation = generation_values(self._loaded.generation, model)
         family = resolve(self._loaded.config)
         shape = family.shape(self._loaded)

@@ -61,10 +61,10 @@ def fetch_weights(
         return
     # What the configuration was read of, not what somebody has uploaded since.
     same = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
-    indexed = weight_files.index_names(folder)
-    if weight_files.SINGLE not in (indexed or ()):
-        _download(model, same, (weight_files.SINGLE,), download_dir=download_dir)
-    if indexed is not None and not (folder / weight_files.SINGLE).is_file():
+    indexed, single = weight_files.index_names(folder), weight_files.SINGLE
+    if single not in (indexed or ()):
+        _download(model, same, (single,), download_dir=download_dir)
+    if indexed is not None and (single in indexed or not (folder / single).is_file()):
         names = [glob.escape(name) for name in indexed]
         _download(model, same, names, download_dir=download_dir)
 
