@@ -136,9 +136,10 @@ def test_chat_keeps_the_order_of_the_parts(llm: LLM, plain: PlainReference) -> N
 def test_templates_that_take_strings(
     tmp_path: Path, plain: PlainReference, interleaved: bool
 ) -> None:
-    """As the published one: placeholders stand in front, or where the parts stand if that is asked for."""
+    """As the published one: placeholders stand where the parts stand, or in front if that is asked for."""
     folder = make_minicpmv(tmp_path)
-    with LLM(str(folder), num_kv_blocks=50, interleave_mm_strings=interleaved, **ROOM) as llm:
+    options = {} if interleaved else {"interleave_mm_strings": False}
+    with LLM(str(folder), num_kv_blocks=50, **options, **ROOM) as llm:
         prompt, tokens = chat(llm, text_part("one"), pil_part(SMALL), text_part("two"))
     text = f"one\n{IMAGE}\ntwo" if interleaved else f"{IMAGE}\none\ntwo"
     assert prompt == user(text)

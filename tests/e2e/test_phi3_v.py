@@ -127,7 +127,7 @@ def test_chat_with_two_images(llm: LLM, plain: PlainPhi3V) -> None:
     ]
     prompt, tokens = chatted(llm, messages)
     assert prompt == (
-        "<|system|>\nBe kind.<|end|>\n<|user|>\n<|image_1|>\n<|image_2|>\nWhich is larger?<|end|>\n<|assistant|>\n"
+        "<|system|>\nBe kind.<|end|>\n<|user|>\nWhich is larger?\n<|image_1|>\n<|image_2|><|end|>\n<|assistant|>\n"
     )
     assert tokens == plain.greedy(prompt, [WIDE, TALL], NUM_TOKENS)
 
@@ -138,7 +138,7 @@ def test_chat_numbers_images_through_the_conversation(folder: Path, plain: Plain
         {"role": "assistant", "content": "A fox."},
         {"role": "user", "content": [text("And"), part(TALL)]},
     ]
-    with LLM(str(folder), num_kv_blocks=600, interleave_mm_strings=True, **ROOM) as llm:
+    with LLM(str(folder), num_kv_blocks=600, **ROOM) as llm:
         prompt, tokens = chatted(llm, messages)
     assert prompt == (
         "<|user|>\nLook:\n<|image_1|>\nWhat?<|end|>\n<|assistant|>\nA fox.<|end|>\n"

@@ -115,7 +115,8 @@ def test_media_stand_where_the_parts_stand(chat: ChatTemplate) -> None:
 
 @pytest.mark.parametrize("interleave", [False, True])
 def test_string_templates(llama: Tokenizer, interleave: bool) -> None:
-    template = ChatTemplate({"default": TURNS_TEMPLATE}, llama, interleave_mm_strings=interleave)
+    options = {} if interleave else {"interleave_mm_strings": False}
+    template = ChatTemplate({"default": TURNS_TEMPLATE}, llama, **options)
     assert template.content_format == "string"
     parts = [{"type": "text", "text": "t1"}, IMAGE, {"type": "text", "text": "t2"}]
     prompt = render(

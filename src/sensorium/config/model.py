@@ -77,7 +77,9 @@ class ModelConfig:
         "auto", "Whether the template takes content as a string or as parts (openai)."
     )
     interleave_mm_strings: bool = option(
-        False, "With templates that take strings: put placeholders where the parts stand."
+        True,
+        "With templates that take content as a string: placeholders stand where the parts stand; off puts them in "
+        "front of the texts.",
     )
 
     def __post_init__(self) -> None:

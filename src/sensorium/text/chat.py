@@ -72,7 +72,7 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         *,
         content_format: ContentFormat | Literal["auto"] = "auto",
-        interleave_mm_strings: bool = False,
+        interleave_mm_strings: bool = True,
         trust_request_chat_template: bool = False,
         placeholder_texts: Iterable[str] = (),
         placeholders: PlaceholderIds | None = None,
@@ -99,7 +99,7 @@ class ChatTemplate:
         chat_template: str | None = None,
         fallback: str | None = None,
         content_format: ContentFormat | Literal["auto"] = "auto",
-        interleave_mm_strings: bool = False,
+        interleave_mm_strings: bool = True,
         trust_request_chat_template: bool = False,
         placeholder_texts: Iterable[str] = (),
         placeholders: PlaceholderIds | None = None,
@@ -354,7 +354,7 @@ class _Writer:
         ]
 
     def _joined(self, pieces: list[tuple[Modality | None, str]]) -> str:
-        """Content as one string: placeholders in front of the texts, or in their places."""
+        """Content as one string: placeholders in their places, or in front of the texts where that was asked for."""
         if not self.interleave:
             pieces = sorted(pieces, key=lambda piece: piece[0] is None)
         return "\n".join(
