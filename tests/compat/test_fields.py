@@ -133,6 +133,14 @@ async def test_documents_reach_the_template() -> None:
     assert unknown.error["message"].startswith("Unknown field 'documents'")
 
 
+async def test_defaults_of_the_templates_variables() -> None:
+    app = App(default_chat_template_kwargs={"enable_thinking": False, "a": 1})
+    await app.post(CHAT, {"messages": USER})
+    await app.post(CHAT, {"messages": USER, "chat_template_kwargs": {"enable_thinking": True}})
+    kwargs: list[Any] = [call.prompt.chat_template_kwargs for call in app.frontend.calls]  # type: ignore[union-attr]
+    assert kwargs == [{"enable_thinking": False, "a": 1}, {"enable_thinking": True, "a": 1}]
+
+
 async def test_fields_of_embeddings() -> None:
     app = App(FakeFrontend(embedder=Embedder(8)))
     body = {"input": "a", "use_activation": False, "embed_dtype": "float32", "endianness": "native"}

@@ -53,7 +53,6 @@ NOTHING = [
 REFUSED = [
     *refused("LoRA adapters are not available; merge the adapter into the weights", lora_modules=[],
              prompt_adapters=[]),
-    *refused("send chat_template_kwargs with each request", default_chat_template_kwargs=None),
     *refused("send reasoning_effort or chat_template_kwargs with each request", reasoning_effort_map=None),
     *refused("answers have the role assistant", response_role="assistant"),
     *refused("ask for ids with return_token_ids in the request", return_tokens_as_token_ids=False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sensorium.config.fields import (
     MIB,
@@ -48,6 +49,11 @@ class ServerConfig:
     trust_request_chat_template: bool = option(
         False, "Accept chat templates that come with a request."
     )
+    default_chat_template_kwargs: dict[str, Any] = option(
+        dict,
+        'Variables of the chat template for requests that do not set them, such as {"enable_thinking": false}.',
+        factory=True,
+    )
     shutdown_timeout: float = option(30.0, "Seconds that running requests get at shutdown.")
     log_level: str = option("info", "debug, info, warning or error.")
     disable_access_log: bool = option(False, "Do not log each request.")
@@ -55,6 +61,9 @@ class ServerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_non_empty("host", self.host)
+        if not isinstance(self.default_chat_template_kwargs, dict):
+            kwargs = self.default_chat_template_kwargs
+            bad("default_chat_template_kwargs", f"must be a mapping, got {kwargs!r}")
         check_integer("port", self.port, 0, 65535)
         check_integer("max_body_bytes", self.max_body_bytes, 1, 1 << 40)
         check_integer("max_body_values", self.max_body_values, 1, 1 << 40)
