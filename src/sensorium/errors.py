@@ -91,7 +91,7 @@ class ChatTemplateError(RequestError):
 
     status = 422
     code = "chat_template_failed"
-    type = "server_error"
+    type = "model_error"
 
 
 class PromptTooLongError(RequestError):

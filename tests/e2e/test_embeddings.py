@@ -125,3 +125,30 @@ async def test_messages_and_metrics(server: Server, folder: Path) -> None:
     assert numbers["sensorium:generation_tokens_total"] == 0
     assert numbers["sensorium:num_requests_running"] == 0
     assert 'finished_reason="stop"' in metrics
+
+
+def test_inputs_are_cut_where_asked(server: Server, client: openai.OpenAI) -> None:
+    def ask(**fields: Any) -> tuple[int, np.ndarray]:
+        answer = client.embeddings.create(
+            model=client.models.list().data[0].id,
+            input=fields.pop("input"),
+            encoding_format="float",
+            extra_body=fields,
+        )
+        return answer.usage.prompt_tokens, np.array(answer.data[0].embedding)
+
+    ids = list(range(20, 60))
+    for side, kept in (("right", ids[:10]), ("left", ids[-10:])):
+        num_tokens, vector = ask(input=ids, truncate_prompt_tokens=10, truncation_side=side)
+        assert num_tokens == 10
+        np.testing.assert_allclose(vector, ask(input=kept)[1], atol=1e-5)
+    long = "The quick brown fox. " * 2000
+    assert ask(input=long, truncate_prompt_tokens=10)[0] == 10
+    assert ask(input=long, truncate_prompt_tokens=-1)[0] == 512
+    assert ask(input="a", truncate_prompt_tokens=10)[0] == ask(input="a")[0]
+    for wrong in (513, 0, -2):
+        with pytest.raises(openai.BadRequestError) as caught:
+            ask(input=long, truncate_prompt_tokens=wrong)
+        assert caught.value.param == "truncate_prompt_tokens"
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens"):
+        ask(input=long)

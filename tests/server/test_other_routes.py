@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 import sensorium
+from sensorium import errors
 from tests.server.fake_frontend import TOKENIZER, FakeFrontend
 from tests.server.harness import USER, App
 
@@ -121,6 +125,86 @@ async def test_the_page_names_the_model_and_loads_nothing() -> None:
 async def test_the_page_of_a_text_model_shows_no_image() -> None:
     page = (await App(FakeFrontend(modalities=())).get("/")).body.decode()
     assert "image_url" not in page
+
+
+ROUTES = {
+    "/v1/chat/completions": {"400", "404", "413", "415", "422", "424", "503"},
+    "/v1/embeddings": {"400", "404", "413", "415", "422", "424", "503"},
+    "/detokenize": {"400", "404", "413", "415", "503"},
+    "/v1/models/{name}": {"404"},
+    "/v1/models": set(),
+    "/health": {"503"},
+}
+
+
+async def test_the_description_knows_the_errors() -> None:
+    schema = (await App().get("/openapi.json")).json()
+    schemas = schema["components"]["schemas"]
+    assert "HTTPValidationError" not in schemas
+    assert schemas["Error"]["properties"]["error"]["required"] == [
+        "message",
+        "type",
+        "param",
+        "code",
+    ]
+    for path, expected in ROUTES.items():
+        for operation in schema["paths"][path].values():
+            responses = operation["responses"]
+            assert set(responses) == {"200", *expected}
+            for status in expected:
+                content = responses[status]["content"]["application/json"]
+                assert content == {"schema": {"$ref": "#/components/schemas/Error"}}
+    chat = schema["paths"]["/v1/chat/completions"]["post"]["responses"]
+    for status, code in (
+        ("400", "context_length_exceeded"),
+        ("422", "model_output_not_finite"),
+        ("422", "chat_template_failed"),
+        ("424", "media_fetch_timeout"),
+        ("503", "overloaded"),
+    ):
+        assert f"`{code}`" in chat[status]["description"]
+    assert set(chat["200"]["content"]) == {"application/json", "text/event-stream"}
+
+
+def test_the_page_of_the_server_knows_all_codes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    classes = [errors.RequestError, errors.UnavailableError]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    assert {f"{cls.status} | {cls.code}" for cls in classes} <= {
+        f"{status} | {code}"
+        for status, codes in re.findall(r"^\| (\d+) \| ([^|]*) \|", page, re.MULTILINE)
+        for code in re.findall(r"`(\w+)`", codes)
+    }
+
+
+async def test_the_description_knows_what_is_required() -> None:
+    schemas = (await App().get("/openapi.json")).json()["components"]["schemas"]
+    required = {
+        name: schemas[name].get("required")
+        for name in ("ChatBody", "CompletionBody", "DetokenizeBody")
+    }
+    assert required == {
+        "ChatBody": ["messages"],
+        "CompletionBody": ["prompt"],
+        "DetokenizeBody": ["tokens"],
+    }
+    assert schemas["EmbeddingBody"]["oneOf"] == [
+        {"required": ["input"]},
+        {"required": ["messages"]},
+    ]
+    assert schemas["TokenizeBody"]["oneOf"] == [
+        {"required": ["prompt"]},
+        {"required": ["messages"]},
+    ]
+
+
+async def test_the_description_knows_where_a_key_is_needed() -> None:
+    headers = {"authorization": "Bearer right"}
+    paths = (await App(api_key=("right",)).get("/openapi.json", headers)).json()["paths"]
+    for path, operations in paths.items():
+        for operation in operations.values():
+            assert ("401" in operation["responses"]) == (path not in ("/health", "/ping"))
 
 
 async def test_the_description_knows_the_bodies_and_no_page_loads_from_elsewhere() -> None:

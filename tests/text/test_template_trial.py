@@ -90,7 +90,7 @@ def test_a_failing_template_is_not_the_clients_fault(
     ) as caught:
         rendered(template, USER)
     assert (caught.value.status, caught.value.code) == (422, "chat_template_failed")
-    assert caught.value.type == "server_error"
+    assert caught.value.type == "model_error"
 
 
 def test_failing_on_some_conversations_only_is_not_the_clients_fault_either(

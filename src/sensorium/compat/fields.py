@@ -67,7 +67,11 @@ REFUSED = [
     *refused("the chat template writes the special tokens of a chat", add_special_tokens=False),
     *refused("the answer alone is sent; join it to the last message", echo=False),
     *refused("the answer's length is bounded as a whole, by max_completion_tokens", thinking_token_budget=None),
-    *refused("shorten the prompt before it is sent", truncate_prompt_tokens=None, truncation_side=None),
+    *refused(
+        "shorten the prompt before it is sent (inputs of embeddings take it)",
+        truncate_prompt_tokens=None,
+        truncation_side=None,
+    ),
     *refused("top_logprobs reports the most likely tokens", logprob_token_ids=None),
     *refused("return_token_ids gives ids beside the texts", return_tokens_as_token_ids=False),
     *refused("there is no such output", return_weight_versions=False, routed_experts_prompt_start=0,

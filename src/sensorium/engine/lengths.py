@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sensorium.engine.prompts import ChatPrompt, Prompt
@@ -59,6 +59,37 @@ def refuse_endless(text: str, most: int, count: Callable[[int], int], param: str
             "Shorten it, or start with a larger max_model_len.",
             param=param,
         )
+
+
+def truncate_text(
+    text: str, most: int, encode: Callable[[str], Sequence[int]], *, left: bool
+) -> str:
+    """Return a part of ``text`` that has the tokens which are left when it is cut to ``most``, so that the rest of a
+    long text is not tokenized; ``encode`` tokenizes without special tokens."""
+    num_chars = PROBED_CHARS * most
+    if len(text) < 2 * num_chars:
+        return text
+    part = text[-num_chars:] if left else text[:num_chars]
+    # Where a text is cut, its last tokens may be others than within the whole: these must be cut off, too.
+    return part if len(encode(part)) > most + most // 16 + PROBED_CHARS else text
+
+
+def truncate_ids(
+    ids: Sequence[int],
+    most: int,
+    *,
+    left: bool,
+    prefix: Sequence[int] = (),
+    suffix: Sequence[int] = (),
+) -> tuple[int, ...]:
+    """Return ``most`` of the ids, cut from the beginning (``left``) or the end. The special tokens that the tokenizer
+    put around them, ``prefix`` and ``suffix``, stay as far as they fit."""
+    if len(ids) <= most:
+        return tuple(ids)
+    inner = ids[len(prefix) : len(ids) - len(suffix)]
+    room = max(0, most - len(prefix) - len(suffix))
+    kept = inner[len(inner) - room :] if left else inner[:room]
+    return (*prefix, *kept, *suffix)[:most]
 
 
 def refuse_many(num_samples: int, num_tokens: int, most: int) -> None:

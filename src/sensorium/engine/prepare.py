@@ -9,6 +9,7 @@ import importlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,17 @@ from sensorium.config import GIB, EngineConfig
 from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.engine.defaults import generation_values, sampling_defaults
 from sensorium.engine.grammars import GrammarCompiler
-from sensorium.engine.lengths import is_long, refuse_endless, refuse_many
+from sensorium.engine.lengths import (
+    is_long,
+    refuse_endless,
+    refuse_many,
+    truncate_ids,
+    truncate_text,
+)
 from sensorium.engine.media import process_decoders
 from sensorium.engine.older import check_older
 from sensorium.engine.prepared import Draft, PreparedPrompt
-from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt, salt_of
+from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt, Truncation, salt_of
 from sensorium.engine.rope import ONE_SET, RopeChoice
 from sensorium.engine.stats import EngineFacts
 from sensorium.engine.stretches import attending
@@ -287,19 +294,40 @@ class Preparer:
         )
 
     def _tokenized(self, prompt: RawPrompt) -> Draft:
+        cut = prompt.truncation
+        most = self._most_tokens(cut) if cut is not None else 0
         if prompt.token_ids is not None:
-            return Draft(prompt, None, prompt.token_ids, prompt.refs, prompt.param)
-        text = prompt.text or ""
-        self._refuse_endless(
-            text,
-            lambda num_chars: len(
-                self.tokenizer.encode(text[:num_chars], add_special_tokens=False)
-            ),
-            prompt.param,
-        )
+            ids = prompt.token_ids
+            if cut is not None:
+                ids = truncate_ids(ids, most, left=cut.left)
+            return Draft(prompt, None, ids, prompt.refs, prompt.param)
+        text, adds = prompt.text or "", prompt.add_special_tokens
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        if cut is not None:
+            text = truncate_text(text, most, encode, left=cut.left)
+        else:
+            self._refuse_endless(text, lambda size: len(encode(text[:size])), prompt.param)
         with _placed(prompt.param):
-            ids, numbered = self._split(text, prompt.add_special_tokens, prompt.param)
-        return Draft(prompt, text, tuple(ids), prompt.refs, prompt.param, tuple(numbered))
+            found, numbered = self._split(text, adds, prompt.param)
+        ids = tuple(found)
+        if cut is not None:
+            prefix, suffix = self.tokenizer.prefix_ids, self.tokenizer.suffix_ids
+            around = {"prefix": prefix, "suffix": suffix} if adds else {}
+            ids = truncate_ids(ids, most, left=cut.left, **around)
+        return Draft(prompt, text, ids, prompt.refs, prompt.param, tuple(numbered))
+
+    def _most_tokens(self, truncation: Truncation) -> int:
+        """Return how many tokens a truncated prompt may keep. Raises InvalidRequestError for more than the context."""
+        if self._facts is None:
+            raise RuntimeError("set_facts was not called")
+        context, most = self._facts.max_model_len, truncation.most
+        if most is not None and most > context:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens is {most}, but the model's maximum context length is {context} tokens; give "
+                "no more than that, or -1 for all of it.",
+                param="truncate_prompt_tokens",
+            )
+        return context if most is None else most
 
     def _refuse_endless(self, text: str, count: Callable[[int], int], param: str) -> None:
         if self._facts is not None:

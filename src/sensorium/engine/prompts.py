@@ -30,9 +30,20 @@ class MediaOptions:
     tenant: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """Cut a prompt to ``most`` tokens (None: to the context), from its end, or from its beginning (``left``)."""
+
+    most: int | None = None
+    left: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawPrompt:
-    """A prompt as it stands, with the model's own placeholders: ``text`` or ``token_ids``, exactly one of them."""
+    """A prompt as it stands, with the model's own placeholders: ``text`` or ``token_ids``, exactly one of them.
+
+    ``truncation``: how it is cut when it is too long; None refuses it then.
+    """
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
@@ -40,6 +51,7 @@ class RawPrompt:
     media: MediaOptions = field(default_factory=MediaOptions)
     add_special_tokens: bool = True
     param: str = "prompt"
+    truncation: Truncation | None = None
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.token_ids is None):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from sensorium import __version__
@@ -24,25 +22,11 @@ from sensorium.server.health import health_router
 from sensorium.server.home import home_router
 from sensorium.server.logprobs import TokenSpelling
 from sensorium.server.models import models_router
-from sensorium.server.protocol import (
-    ChatBody,
-    CompletionBody,
-    DetokenizeBody,
-    EmbeddingBody,
-    TokenizeBody,
-)
+from sensorium.server.openapi import describe
 from sensorium.server.tokenize import tokenize_router
 
 if TYPE_CHECKING:
     from sensorium.engine.frontend import Frontend
-
-_BODIES: dict[str, type[BaseModel]] = {
-    "/v1/chat/completions": ChatBody,
-    "/v1/completions": CompletionBody,
-    "/v1/embeddings": EmbeddingBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
-}
 
 
 def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
@@ -80,7 +64,6 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         app.include_router(router)
     install_error_handlers(app)
     _add_layers(app, context)
-    _describe_bodies(app)
     return app
 
 
@@ -91,7 +74,9 @@ def _add_layers(app: FastAPI, context: ServingContext) -> None:
     if not config.metrics_require_api_key:
         open_paths.add("/metrics")
     open_paths |= {config.root_path + path for path in open_paths}
-    app.add_middleware(ApiKeyGuard, keys=ApiKeys(config.api_key), open_paths=frozenset(open_paths))
+    paths = frozenset(open_paths)
+    app.add_middleware(ApiKeyGuard, keys=ApiKeys(config.api_key), open_paths=paths)
+    describe(app, keys=bool(config.api_key), open_paths=paths)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.allowed_origins:
         app.add_middleware(
@@ -104,25 +89,3 @@ def _add_layers(app: FastAPI, context: ServingContext) -> None:
         )
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestGate, context=context)
-
-
-def _describe_bodies(app: FastAPI) -> None:
-    """Let ``/openapi.json`` tell the bodies, which the routes read by themselves."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            schemas = schema.setdefault("components", {}).setdefault("schemas", {})
-            for path, model in _BODIES.items():
-                body = model.model_json_schema(ref_template="#/components/schemas/{model}")
-                schemas |= body.pop("$defs", {})
-                schemas[model.__name__] = body
-                reference = {"$ref": f"#/components/schemas/{model.__name__}"}
-                schema["paths"][path]["post"]["requestBody"] = {
-                    "required": True,
-                    "content": {"application/json": {"schema": reference}},
-                }
-            app.openapi_schema = schema
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]

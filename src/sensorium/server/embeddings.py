@@ -86,6 +86,12 @@ def _prompts(context: ServingContext, request: Request, body: EmbeddingBody) -> 
         )
     if body.messages is None:
         return raw_prompts(request, body)
+    if body.truncate_prompt_tokens is not None:
+        raise InvalidRequestError(
+            "truncate_prompt_tokens works with input; a conversation is not cut, which could tear its template or its "
+            "media apart. Shorten its messages.",
+            param="truncate_prompt_tokens",
+        )
     return [chat_prompt(context, request, body)]
 
 

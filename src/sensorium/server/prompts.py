@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import Request
 
-from sensorium.engine.prompts import ChatPrompt, MediaOptions, RawPrompt
+from sensorium.engine.prompts import ChatPrompt, MediaOptions, RawPrompt, Truncation
 from sensorium.errors import InvalidRequestError
 from sensorium.server.context import ServingContext, tenant_of
 from sensorium.server.payload import shown
@@ -101,17 +101,36 @@ def raw_prompts(request: Request, body: CompletionBody | EmbeddingBody) -> list[
         entries = [(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
     else:
         _bad_prompt(value, name)
+    cut = _truncation(body) if isinstance(body, EmbeddingBody) else None
     prompts = []
     for entry, param in entries:
         if isinstance(entry, str):
-            prompts.append(RawPrompt(text=entry, media=media, add_special_tokens=adds, param=param))
+            prompt = RawPrompt(
+                text=entry, media=media, add_special_tokens=adds, param=param, truncation=cut
+            )
+            prompts.append(prompt)
         elif _is_ids(entry):
             if min(entry) < 0:
                 raise InvalidRequestError(f"Token ids count from 0, got {min(entry)}.", param=param)
-            prompts.append(RawPrompt(token_ids=tuple(entry), media=media, param=param))
+            prompts.append(
+                RawPrompt(token_ids=tuple(entry), media=media, param=param, truncation=cut)
+            )
         else:
             _bad_prompt(entry, param)
     return prompts
+
+
+def _truncation(body: EmbeddingBody) -> Truncation | None:
+    """How the inputs of a body are cut. Raises InvalidRequestError for what cannot be."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return None
+    if most == 0:
+        raise InvalidRequestError(
+            "truncate_prompt_tokens must be at least 1, or -1 for the model's context, got 0.",
+            param="truncate_prompt_tokens",
+        )
+    return Truncation(None if most < 0 else most, left=body.truncation_side == "left")
 
 
 def _is_ids(value: object) -> bool:

@@ -169,13 +169,15 @@ class CompletionBody(GenerationBody):
 
 class EmbeddingBody(Body):
     """Body of ``POST /v1/embeddings``: an ``input`` (a text, token ids, or a list of either), or ``messages`` with what
-    chat knows of rendering.
+    chat knows of rendering. ``truncate_prompt_tokens`` cuts each input to so many tokens (-1: to the context).
     """
 
     model: str | None = None
     input: Any = None
     messages: Items[dict[str, Any]] | None = None
     encoding_format: Literal["float", "base64"] | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=1 << 31)
+    truncation_side: Literal["left", "right"] | None = None
     dimensions: int | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = None
