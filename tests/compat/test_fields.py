@@ -141,6 +141,15 @@ async def test_defaults_of_the_templates_variables() -> None:
     assert kwargs == [{"enable_thinking": False, "a": 1}, {"enable_thinking": True, "a": 1}]
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("forced", [False, True])
+async def test_usage_of_every_stream(path: str, forced: bool) -> None:
+    app = App(enable_force_include_usage=forced)
+    events = (await app.post(path, {**PATHS[path], "stream": True})).events()
+    assert [bool(event.get("usage")) for event in events] == [forced] * len(events)
+    assert bool(events[-1]["choices"]) is not forced
+
+
 async def test_fields_of_embeddings() -> None:
     app = App(FakeFrontend(embedder=Embedder(8)))
     body = {"input": "a", "use_activation": False, "embed_dtype": "float32", "endianness": "native"}

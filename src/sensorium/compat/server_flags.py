@@ -60,7 +60,6 @@ REFUSED = [
     *refused("code of others is not loaded into the server", tool_parser_plugin="", middleware=[]),
     *refused("the server runs no tools", tool_server=None),
     *refused("schemas are always enforced", tool_strict_level=None),
-    *refused("ask for usage with stream_options in the request", enable_force_include_usage=False),
     *refused("streams are sent as tokens come, without comments in between", sse_keep_alive_interval=0),
     *refused("the tokenizer is not shown", enable_tokenizer_info_endpoint=False),
     *refused("the server listens on TCP, at --host and --port", uds=None, grpc=False, grpc_port=None),

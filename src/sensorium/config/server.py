@@ -54,6 +54,10 @@ class ServerConfig:
         'Variables of the chat template for requests that do not set them, such as {"enable_thinking": false}.',
         factory=True,
     )
+    enable_force_include_usage: bool = option(
+        False,
+        "Send usage with every chunk of a stream and at its end, also where the request does not ask for it.",
+    )
     shutdown_timeout: float = option(30.0, "Seconds that running requests get at shutdown.")
     log_level: str = option("info", "debug, info, warning or error.")
     disable_access_log: bool = option(False, "Do not log each request.")

@@ -152,7 +152,11 @@ class _ChatStream:
     def __init__(self, answer: ChatAnswer) -> None:
         self._answer = answer
         self._progress: dict[int, TextProgress] = {}
-        self._report = StreamReport(answer.body.stream_options, answer.context.frontend.modalities)
+        self._report = StreamReport(
+            answer.body.stream_options,
+            answer.context.frontend.modalities,
+            forced=answer.context.config.enable_force_include_usage,
+        )
 
     def chunks(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """What is new in ``output``."""

@@ -206,7 +206,11 @@ class _CompletionStream:
     def __init__(self, answer: CompletionAnswer) -> None:
         self._answer = answer
         self._sent: dict[int, _Sent] = {}
-        self._report = StreamReport(answer.body.stream_options, answer.context.frontend.modalities)
+        self._report = StreamReport(
+            answer.body.stream_options,
+            answer.context.frontend.modalities,
+            forced=answer.context.config.enable_force_include_usage,
+        )
         self._report.num_hidden = answer.num_hidden
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:

@@ -43,11 +43,17 @@ class TextProgress:
 
 
 class StreamReport:
-    """Usage at the end of a stream and, with ``continuous_usage_stats`` besides ``include_usage``, within it."""
+    """Usage at the end of a stream and, with ``continuous_usage_stats`` besides ``include_usage``, within it.
 
-    def __init__(self, options: StreamOptions | None, modalities: tuple[str, ...]) -> None:
-        self._at_end = bool(options and options.include_usage)
-        self._always = self._at_end and bool(options and options.continuous_usage_stats)
+    ``forced``: the server counts every request as one that asks for both.
+    """
+
+    def __init__(
+        self, options: StreamOptions | None, modalities: tuple[str, ...], *, forced: bool
+    ) -> None:
+        self._at_end = forced or bool(options and options.include_usage)
+        continuous = bool(options and options.continuous_usage_stats)
+        self._always = forced or (self._at_end and continuous)
         self._modalities = modalities
         self._outputs: dict[int, RequestOutput] = {}
         self.num_hidden = 0
