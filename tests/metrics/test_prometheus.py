@@ -166,6 +166,21 @@ def test_times_of_creation_are_left_out() -> None:
     assert not [name for name, _ in samples(metrics) if name.endswith("_created")]
 
 
+def num_series(metrics: ServingMetrics) -> int:
+    return sum(not line.startswith("#") for line in metrics.render().decode().splitlines())
+
+
+def test_series_are_few() -> None:
+    """Each is stored for every server and scrape; a route costs ten at most."""
+    metrics = ServingMetrics(model_name="m")
+    metrics.update(STATS)
+    before = num_series(metrics)
+    assert before <= 320
+    for route in ("/a", "/b"):
+        metrics.http_request(route, "GET", 200, 0.1)
+    assert num_series(metrics) - before <= 2 * 10
+
+
 def test_the_stages_of_media() -> None:
     metrics = ServingMetrics(model_name="m")
     metrics.update(STATS)

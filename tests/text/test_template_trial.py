@@ -93,6 +93,16 @@ def test_a_failing_template_is_not_the_clients_fault(
     assert caught.value.type == "model_error"
 
 
+def test_a_template_for_tools_need_not_render_without(
+    chatml: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        sources = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools | length }}"}
+        template = ChatTemplate(sources, chatml)
+    assert not caplog.records
+    assert rendered(template, USER, tools=[{"type": "function", "function": {"name": "f"}}]) == "1"
+
+
 def test_failing_on_some_conversations_only_is_not_the_clients_fault_either(
     chatml: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -85,7 +85,10 @@ class ChatTemplate:
         self._control = _control_tokens(tokenizer, placeholder_texts)
         self._templates = {
             name: compile_template(
-                source, content_format=content_format, variables=tokenizer.special_tokens
+                source,
+                content_format=content_format,
+                variables=tokenizer.special_tokens,
+                plain=name == "default",
             )
             for name, source in sources.items()
         }

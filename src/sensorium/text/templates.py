@@ -42,11 +42,13 @@ def compile_template(
     content_format: ContentFormat | Literal["auto"] = "auto",
     request: bool = False,
     variables: Mapping[str, Any] | None = None,
+    plain: bool = True,
 ) -> CompiledTemplate:
     """Compile ``source``. ``request``: it came with a request, so mistakes are the caller's.
 
     With ``auto`` the form of content that was read from the template is tried on a plain message, with ``variables``
     (the special tokens of the tokenizer); where it fails and the other form works, the other one is taken.
+    ``plain``: the template is for plain messages, so one that fails on them is worth a warning.
 
     Raises ConfigError, or InvalidRequestError for a template of a request, when it is too long or
     malformed."""
@@ -62,7 +64,7 @@ def compile_template(
         raise _error(f"cannot be compiled{line}: {reason}", request) from error
     if content_format == "auto":
         content_format = working_format(template, detect_content_format(tree), variables or {})
-    if not request:
+    if plain and not request:
         warn_if_broken(template, content_format, variables or {})
     return CompiledTemplate(template, content_format, _tests_string(tree), request)
 
