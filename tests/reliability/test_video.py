@@ -176,7 +176,7 @@ def test_clips_that_fail_use_nothing_up(served: Service) -> None:
     [
         np.zeros((0, 8, 8, 3), np.uint8),
         np.zeros((2, 8, 8, 4), np.uint8),
-        np.zeros((2, 8, 8, 3), np.float32),
+        np.full((2, 8, 8, 3), 256.0, np.float32),
         [Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))],
         (np.zeros((2, 8, 8, 3), np.uint8), {"fps": -1}),
         (np.zeros((2, 8, 8, 3), np.uint8), {"fps": float("nan")}),
