@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 _THREADS = (
@@ -22,6 +23,7 @@ STACK_BYTES = 1 << 20
 _ATTRIBUTES_BYTES = 256
 """More than a ``pthread_attr_t`` has anywhere."""
 _ENDED_ITSELF = 0
+_LEAST_AVAILABLE = 1 << 28
 
 
 def python_module(name: str, *arguments: str) -> tuple[str, ...]:
@@ -89,6 +91,21 @@ def _shrink_stacks() -> None:
         _LIBC.pthread_attr_init(attributes)
         _LIBC.pthread_attr_setstacksize(attributes, ctypes.c_size_t(STACK_BYTES))
         _LIBC.pthread_setattr_default_np(attributes)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that are available on this host, or to its control group where that has less."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        text = limit.read_text().strip()
+        if text != "max":
+            available = min(available, int(text) - int(used.read_text()))
+    except (OSError, ValueError):
+        return available
+    return max(available, _LEAST_AVAILABLE)
 
 
 def silence_libraries() -> TextIO:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sensorium.errors import ConfigError, UnsupportedModelError
+from sensorium.kernels import cpu_linear
 from sensorium.models import checkpoint, loader
 from sensorium.models.interface import LoadedConfig, stop_token_ids
 from sensorium.models.registry import FAMILIES, resolve
@@ -223,7 +224,8 @@ def test_hub_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, index: int) 
     assert "'some/model' at revision 'v9'" in caught.value.message
 
 
-def test_dtype(tmp_path: Path) -> None:
+def test_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "has_units", lambda dtype: True)
     folder = make_text("llama", tmp_path, dtype="float16")
     assert load(folder).model.dtype == torch.float16
     assert load(folder, dtype="bfloat16").model.dtype == torch.bfloat16

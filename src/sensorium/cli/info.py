@@ -118,20 +118,26 @@ def _choices() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     return {
         "device": "cuda" if gpu else "cpu",
-        "dtype": "the checkpoint's (--dtype auto)",
-        "bfloat16 in hardware": _has_bfloat16(gpu),
+        "dtype": _auto_dtype(gpu),
         "threads": "1 per stream" if gpu else len(os.sched_getaffinity(0)),
     }
 
 
-def _has_bfloat16(gpu: bool) -> str:
+def _auto_dtype(gpu: bool) -> str:
+    """What ``--dtype auto`` is here for each type of checkpoints."""
     import torch
 
+    from sensorium.kernels import ops
+
     if gpu:
-        return "yes" if torch.cuda.is_bf16_supported() else "no"
-    facts = _cpu_facts()
-    flags = set(facts.get("flags", facts.get("Features", "")).split())
-    return "yes" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "no"
+        return "the checkpoint's (--dtype auto)"
+    without = [t for t in ("bfloat16", "float16") if not ops.has_units(getattr(torch, t))]
+    if not without:
+        return "the checkpoint's (--dtype auto)"
+    return (
+        f"the checkpoint's, but float32 for {' and '.join(without)}, which this CPU has no units for, where the memory "
+        "allows it (--dtype auto)"
+    )
 
 
 def _text(value: Any) -> str:

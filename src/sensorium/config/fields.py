@@ -37,6 +37,8 @@ def check_types(config: Any) -> None:
         value = getattr(config, f.name)
         if f.type == "bool" and not isinstance(value, bool):
             bad(f.name, f"must be true or false, got {value!r}")
+        if f.type == "bool | None" and not isinstance(value, bool | None):
+            bad(f.name, f"must be true, false or left out, got {value!r}")
         is_text = isinstance(value, str) or (value is None and f.type == "str | None")
         if f.type in ("str", "str | None") and not is_text:
             bad(f.name, f"must be a text, got {value!r}")

@@ -33,7 +33,11 @@ class ModelConfig:
     trust_remote_code: bool = option(
         False, "Accepted for compatibility; no code from a checkpoint is ever executed."
     )
-    dtype: Dtype = option("auto", "Type of weights and activations; auto takes the checkpoint's.")
+    dtype: Dtype = option(
+        "auto",
+        "Type of weights and activations; auto takes the checkpoint's, or float32 in place of a 16-bit type that the "
+        "CPU has no units for, where the memory allows it.",
+    )
     device: str = option("auto", "cpu, cuda, cuda:N, or auto: a GPU when there is one.")
     seed: int = option(0, "Seed of random weights and of unseeded sampling.")
     revision: str | None = option(None, "Branch, tag or commit on the hub.")
@@ -58,6 +62,12 @@ class ModelConfig:
         None, "Longest prompt and answer together, in tokens; the model's own when not given."
     )
     quantization: str | None = option(None, "No quantization method is available yet: leave unset.")
+    batch_invariant: bool | None = option(
+        None,
+        "Give a request the same tokens and log-probabilities, to the bit, whatever else is in the batch, however its "
+        "prompt is cut and whatever of it comes from caches. When not given: on where it costs nothing to speak of, "
+        "which is everywhere but on GPUs and, with bf16, on CPUs with matrix tiles (AMX).",
+    )
     enforce_eager: bool = option(False, "Accepted for compatibility: no graphs are captured.")
     num_threads: int | None = option(
         None,

@@ -73,7 +73,8 @@ def build_engine(config: EngineConfig) -> Engine:
         folder = loader.read_config(
             config.model.tokenizer, download_dir=config.model.download_dir
         ).folder
-    runner = ModelRunner(model, caches, store)
+    invariant = is_batch_invariant(config, device, model.dtype)
+    runner = ModelRunner(model, caches, store, batch_invariant=invariant)
     scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
     facts = EngineFacts(
         max_model_len=geometry.max_model_len,
@@ -106,6 +107,31 @@ def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> 
 def switched_off(config: EngineConfig) -> frozenset[str]:
     """Modalities with a limit of 0: their encoders are not loaded."""
     return frozenset(m for m in config.media.limit_mm_per_prompt if config.media.limit(m) == 0)
+
+
+def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a row must be the same bits in every step: as asked for, else where it costs next to nothing.
+
+    Raises ConfigError when it was asked for and cannot be had.
+    """
+    wanted, block_size = config.model.batch_invariant, config.cache.block_size
+    if wanted is False:
+        return False
+    obstacle = None
+    if device.type != "cpu":
+        obstacle = f"on {device.type}: run on the CPU, or leave it out"
+    elif not ops.has_block_size(block_size):
+        obstacle = f"with block_size {block_size}: make it a multiple of 16"
+    if wanted and obstacle:
+        raise ConfigError(f"batch_invariant cannot be had {obstacle}.", param="batch_invariant")
+    if obstacle or (wanted is None and ops.attends_with_tiles(dtype)):
+        logger.info(
+            "the last bits of a request's log-probabilities, and so rarely a token, may depend on what else is in the "
+            "batch%s",
+            "" if obstacle else "; --batch-invariant rules that out, at a cost for long prompts",
+        )
+        return False
+    return True
 
 
 def choose_device(name: str) -> torch.device:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import platform
 from collections.abc import Callable
 
+import llvmlite.binding
 import torch
 import torch.nn.functional as F
 
@@ -45,6 +47,23 @@ def packs(dtype: torch.dtype) -> bool:
     except (AttributeError, RuntimeError):
         return False
     return torch.allclose(result.float(), x.float() @ weight.float().t(), rtol=1e-2, atol=1e-2)
+
+
+@functools.cache
+def has_units(dtype: torch.dtype) -> bool:
+    """Return whether this CPU multiplies numbers of ``dtype`` itself, and torch lets it.
+
+    Where it does not, products of 16-bit numbers run through code that is several times slower than that of float32.
+    """
+    if dtype == torch.float32:
+        return True
+    if not packs(dtype):
+        return False
+    if dtype != torch.bfloat16 or platform.machine() != "x86_64":
+        return True
+    # oneDNN packs bf16 on every CPU with AVX-512, though it has to widen each number where these are missing.
+    features = llvmlite.binding.get_host_cpu_features()
+    return any(features.get(name) for name in ("avx512bf16", "amx-bf16", "avxneconvert"))
 
 
 def pack_weight(weight: torch.Tensor) -> PackedWeight:

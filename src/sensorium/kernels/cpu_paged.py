@@ -202,7 +202,7 @@ def _plan(
     _, num_kv_heads, head_dim, block_size = cache.k.shape
     group = num_heads // num_kv_heads
     num_threads = torch.get_num_threads()
-    limit = SHORT_SPAN if _takes_tiles(batch, dtype) else None
+    limit = SHORT_SPAN if attends_with_tiles(dtype) and not batch.invariant else None
     pieces, spans, num_partial, num_done = _pieces(batch, num_kv_heads, group, num_threads, limit)
     rows_of_task = max((piece[2] for piece in pieces), default=0) * group
     stride = scratch_floats(rows_of_task, head_dim) + 16
@@ -268,9 +268,9 @@ def _attend_args(
     )
 
 
-def _takes_tiles(batch: AttentionBatch, dtype: torch.dtype) -> bool:
-    """Whether long spans go to matrix tiles."""
-    return not batch.invariant and dtype == torch.bfloat16 and cpu_amx.available()
+def attends_with_tiles(dtype: torch.dtype) -> bool:
+    """Return whether long spans may go to matrix tiles."""
+    return dtype == torch.bfloat16 and cpu_amx.available()
 
 
 def _pieces(

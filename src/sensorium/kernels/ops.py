@@ -145,13 +145,28 @@ def rope_attention(
     are written into ``batch.caches[layer]``. Returns (T, num_heads * head_dim).
     """
     cache = batch.caches[layer]
-    if _on_cpu(qkv) and cache.k.dtype == qkv.dtype and cache.k.shape[3] % 16 == 0:
+    if _on_cpu(qkv) and cache.k.dtype == qkv.dtype and has_block_size(cache.k.shape[3]):
         run = cpu_paged.rope_attention
     else:
         run = reference.rope_attention
     return run(
         qkv, batch, layer, num_heads, num_kv_heads, head_dim, scale, q_norm, k_norm, norm_eps
     )
+
+
+def has_units(dtype: torch.dtype) -> bool:
+    """Return whether this CPU multiplies numbers of ``dtype`` itself, rather than by slow emulation."""
+    return cpu_linear.has_units(dtype)
+
+
+def has_block_size(block_size: int) -> bool:
+    """Return whether the CPU kernels of paged attention take blocks of so many tokens."""
+    return block_size % 16 == 0
+
+
+def attends_with_tiles(dtype: torch.dtype) -> bool:
+    """Return whether this CPU has matrix tiles that long prompts may use where the batch need not be invariant."""
+    return cpu_paged.attends_with_tiles(dtype)
 
 
 def paged_attention(
@@ -170,7 +185,7 @@ def paged_attention(
     """
     cache = batch.caches[layer]
     plain = variant.is_plain(batch.max_kv_len)
-    if plain and _on_cpu(q) and cache.k.dtype == q.dtype and cache.k.shape[3] % 16 == 0:
+    if plain and _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3]):
         return cpu_paged.paged_attention(q, k, v, batch, layer, scale)
     return reference.paged_attention(q, k, v, batch, layer, scale, variant)
 

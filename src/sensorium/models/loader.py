@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ConfigError, UnsupportedModelError
 from sensorium.models import checkpoint
-from sensorium.models.configs import declared_dtype
+from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.embedder import Embedder, embedder_of
 from sensorium.models.interface import (
     BuildOptions,
@@ -26,10 +27,8 @@ from sensorium.models.registry import resolve
 if TYPE_CHECKING:
     import torch
 
-    from sensorium.models.weights import WeightSource
+    from sensorium.models.weights import SafetensorsFiles
     from sensorium.multimodal.processor import Processor
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,8 @@ def load(
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
 
-    dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the weights, else float32.
+    dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the weights, else float32;
+    or float32 in place of a 16-bit type that the CPU has no units for, where the memory allows it.
     device ``auto`` is the first GPU when there is one, else the CPU. skip_modalities: their encoders are not built.
     runner: ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model head.
     download_dir: where downloads go, in place of the cache of the Hugging Face hub.
@@ -106,12 +106,14 @@ def load(
                 checkpoint.fetch_weights(names[part.field], beside, None, download_dir)
     source, stored = _source(loaded, family, needed, dummy)
     options = BuildOptions(
-        dtype=_dtype(dtype, loaded.config, stored),
+        dtype=dtype_of(dtype, loaded.config, stored),
         device=_device(device),
         skip_modalities=frozenset(skip_modalities),
         head=embedder is None,
         random_weights=dummy,
     )
+    if dtype == "auto" and options.device.type == "cpu":
+        options = _on_this_cpu(loaded, family, options, source)
     built = family.build_model(loaded, options)
     _fill(built, source, seed)
     return LoadedModel(loaded, family, built, processor, embedder)
@@ -132,7 +134,7 @@ def _with_parts(
 
 def _source(
     loaded: LoadedConfig, family: Family, needed: Collection[PartCheckpoint], dummy: bool
-) -> tuple[WeightSource | None, str | None]:
+) -> tuple[SafetensorsFiles | None, str | None]:
     if dummy:
         return None, None
     from sensorium.models.weights import SafetensorsFiles
@@ -144,23 +146,24 @@ def _source(
     return files, files.first_dtype()
 
 
-def _fill(model: LoadableModel, source: WeightSource | None, seed: int) -> None:
+def _fill(model: LoadableModel, source: SafetensorsFiles | None, seed: int) -> None:
     from sensorium.models.weights import DummyWeights, fill
 
     fill(model, DummyWeights(seed, model.dtype) if source is None else source)
 
 
-def _dtype(wanted: str, config: Mapping[str, Any], stored: str | None) -> torch.dtype:
-    import torch
+def _on_this_cpu(
+    loaded: LoadedConfig, family: Family, options: BuildOptions, source: SafetensorsFiles | None
+) -> BuildOptions:
+    """Return the options with the dtype in which a CPU runs the model best."""
 
-    name = wanted if wanted != "auto" else declared_dtype(config) or stored or "float32"
-    if name not in DTYPES:
-        where = "config.json declares" if wanted == "auto" else "there is no"
-        raise ConfigError(
-            f"{where} dtype {name!r}; give one of {', '.join(DTYPES)}.", param="dtype"
-        )
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+    def count() -> int:
+        if source is not None:
+            return source.num_weights()
+        slots = family.build_model(loaded, options).slots()
+        return sum(math.prod(part.shape) for slot in slots for part in slot.parts)
+
+    return dataclasses.replace(options, dtype=suited_to_cpu(options.dtype, count))
 
 
 def _device(wanted: str) -> torch.device:

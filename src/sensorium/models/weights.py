@@ -8,6 +8,7 @@ size of the model.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -148,6 +149,10 @@ class SafetensorsFiles:
             if dtype is not None:
                 return dtype
         return None
+
+    def num_weights(self) -> int:
+        """Return how many numbers the files hold."""
+        return sum(math.prod(f.get_slice(name).get_shape()) for f, name in self._files.values())
 
     def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
         missing, wrong, wanted = [], [], set()

@@ -31,8 +31,13 @@ class StepInputs:
     pooled_slots: list[Slot]
 
 
-def build(pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCache]) -> StepInputs:
-    """Lay the tokens of all spans out one after the other.
+def build(
+    pairs: Sequence[tuple[Span, Slot]],
+    model: Model,
+    caches: list[LayerCache],
+    invariant: bool = True,
+) -> StepInputs:
+    """Lay the tokens of all spans out one after the other; ``invariant`` as in ``AttentionBatch``.
 
     The spans must come with single-token ones first. Positions get three axes as soon as one sequence has them.
     """
@@ -75,6 +80,7 @@ def build(pairs: Sequence[tuple[Span, Slot]], model: Model, caches: list[LayerCa
         caches=caches,
         query_lens=query_lens,
         kv_lens=kv_lens,
+        invariant=invariant,
     )
     return StepInputs(
         ids=torch.from_numpy(ids).to(device),

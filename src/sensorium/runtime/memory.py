@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from sensorium.config import GIB, CacheConfig
 from sensorium.errors import ConfigError
 from sensorium.kernels.batch import KVCacheLayout
+from sensorium.processes import available_memory
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,12 @@ def free_memory(device: torch.device, gpu_memory_utilization: float) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(free - total * (1.0 - gpu_memory_utilization)))
-    return int(_available_host_memory() * CPU_FRACTION)
+    return int(available_memory() * CPU_FRACTION)
 
 
 def warn_when_scarce(num_bytes: int, device: torch.device) -> None:
     """Say at the start that a cache of the host may outgrow its memory: its pages are taken when they are written."""
-    available = _available_host_memory()
+    available = available_memory()
     if device.type == "cpu" and num_bytes > available:
         logger.warning(
             "the KV cache may grow to %.1f GiB, but only %.1f GiB of memory are available: the system may end this "
@@ -103,18 +103,3 @@ def warn_when_scarce(num_bytes: int, device: torch.device) -> None:
             num_bytes / GIB,
             available / GIB,
         )
-
-
-def _available_host_memory() -> int:
-    """Available memory of the host, or of the control group where that has less."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        text = limit.read_text().strip()
-        if text != "max":
-            available = min(available, int(text) - int(used.read_text()))
-    except (OSError, ValueError):
-        return available
-    return max(available, GIB // 4)

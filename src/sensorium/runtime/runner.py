@@ -32,8 +32,11 @@ class ModelRunner:
         model: Model,
         caches: list[LayerCache],
         store: FeatureStore,
+        *,
+        batch_invariant: bool = True,
     ) -> None:
         self.model = model
+        self._invariant = batch_invariant
         self.encoder = EncoderCache(model, store)
         self._caches = caches
         self._table = SlotTable()
@@ -93,7 +96,7 @@ class ModelRunner:
                     self._run_isolated([pair], result)
 
     def _run(self, pairs: list[tuple[Span, Slot]], result: StepResult) -> None:
-        inputs = build(pairs, self.model, self._caches)
+        inputs = build(pairs, self.model, self._caches, self._invariant)
         embeds = self.model.embed(inputs.ids)
         for (span, slot), row in zip(pairs, inputs.first_row, strict=True):
             if slot.request.items and span.start < slot.num_prompt:

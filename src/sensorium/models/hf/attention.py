@@ -87,15 +87,18 @@ def attend(
         step.shapes.append((key.shape[1], size, value_size))
         return query.new_zeros((1, num_rows, query.shape[1], value_size)), None
     held = step.batch.caches[layer].k.shape[2]
+    num_tokens = sum(step.batch.query_lens)
     mixed = ops.paged_attention(
-        _padded(query, held),
-        _padded(key, held),
-        _padded(value, held),
+        _padded(query[:, :, :num_tokens], held),
+        _padded(key[:, :, :num_tokens], held),
+        _padded(value[:, :, :num_tokens], held),
         step.batch,
         layer,
         size**-0.5 if scaling is None else float(scaling),
         AttentionVariant(sliding_window or None, softcap or None, s_aux, step.stretch),
     )
+    # Rows behind the tokens are there for the linear layers alone.
+    mixed = torch.nn.functional.pad(mixed, (0, 0, 0, 0, 0, num_rows - num_tokens))
     return mixed[None, :, :, :value_size], None
 
 

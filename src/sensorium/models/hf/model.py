@@ -14,6 +14,7 @@ import torch
 
 from sensorium.errors import ConfigError
 from sensorium.kernels.batch import AttentionBatch
+from sensorium.kernels.cpu_linear import FREE_ROWS
 from sensorium.models.hf import attention, check, encoding, processing
 from sensorium.models.hf.config import read_hf_config, refuse, text_shape
 from sensorium.models.hf.foreign import said
@@ -27,6 +28,8 @@ from sensorium.multimodal.processor import PlacedItem
 logger = logging.getLogger(__name__)
 
 EVERYTHING = r".*"
+ROW_MULTIPLE = 4
+"""What the number of rows of small steps is made a multiple of: measured for float32 products of torch."""
 MAX_TRIED = 1024
 """Longest prompt with an item that is compared at the start: the model's own attention takes the square of it."""
 
@@ -209,15 +212,27 @@ class HfModel:
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Hidden states (T, H) after the final norm."""
         step = attention.Step(batch, batch.sin if len(batch.sin) else None)
+        rows, position_ids = _enough(embeds, 0), _enough(batch.cos, batch.cos.dim() - 1)
         with attention.running(step):
-            out = self.decoder(inputs_embeds=embeds[None], position_ids=batch.cos, use_cache=False)
-        hidden: torch.Tensor = out.last_hidden_state[0]
+            out = self.decoder(inputs_embeds=rows[None], position_ids=position_ids, use_cache=False)
+        hidden: torch.Tensor = out.last_hidden_state[0, : len(embeds)]
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (N, V), scaled and capped as the model's own head does it."""
-        logits: torch.Tensor = self.head(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        return logits
+        rows = _enough(hidden, 0)
+        logits: torch.Tensor = self.head(inputs_embeds=rows[None], use_cache=False).logits[0]
+        return logits[: len(hidden)]
+
+
+def _enough(rows: torch.Tensor, axis: int) -> torch.Tensor:
+    """Rows along ``axis`` with zeros behind, where they are so few that linear layers on a CPU sum in another order."""
+    num_rows = rows.shape[axis]
+    if not rows.is_cpu or num_rows >= FREE_ROWS or num_rows % ROW_MULTIPLE == 0:
+        return rows
+    missing = list(rows.shape)
+    missing[axis] = -num_rows % ROW_MULTIPLE
+    return torch.cat((rows, rows.new_zeros(missing)), dim=axis)
 
 
 def build(

@@ -1,0 +1,185 @@
+"""A request's tokens and log-probabilities are the same bits alone, batched, in chunks, preempted and from caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensorium import LLM, RequestOutput, SamplingParams
+from sensorium.config import engine_config
+from sensorium.engine.executor import is_batch_invariant
+from sensorium.errors import ConfigError
+from sensorium.kernels import cpu_amx
+from tests import checkpoints
+from tests.checkpoints.hf import make_hf_text
+from tests.e2e.prompts import WORDS, image
+from tests.e2e.settings import all_at_once
+
+DTYPES = ("float32", "bfloat16", "float16")
+QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
+Make = Callable[[Path], Any]
+FAMILIES: dict[str, tuple[Make, str, str]] = {
+    "llava": (checkpoints.make_llava, "image", "<image>"),
+    "llava_onevision": (checkpoints.make_llava_onevision, "image", "<image>"),
+    "qwen2_vl": (checkpoints.make_qwen2_vl, "image", QWEN),
+    "qwen2_5_vl": (checkpoints.make_qwen2_5_vl, "image", QWEN),
+    "qwen3_vl": (checkpoints.make_qwen3_vl, "image", QWEN),
+    "phi3_v": (checkpoints.make_phi3_v, "image", "<|image_{}|>"),
+    "minicpmv": (checkpoints.make_minicpmv, "image", "(<image>./</image>)"),
+    "ultravox": (checkpoints.make_ultravox, "audio", "<|audio|>"),
+    **{
+        family: (lambda folder, own=family: checkpoints.make_text(own, folder), "", "")
+        for family in ("llama", "qwen2", "qwen3", "mistral", "phi3")
+    },
+    **{
+        family: (lambda folder, own=family: make_hf_text(own, folder), "", "")
+        for family in ("cohere", "gpt2", "olmo2")
+    },
+}
+SMALL = {"block_size": 16, "max_model_len": 512}
+ROOMY = {"num_kv_blocks": 800, **SMALL}
+CHANGED: dict[str, dict[str, Any]] = {
+    "together": ROOMY,
+    "in chunks": {**ROOMY, "max_num_batched_tokens": 7},
+    "in other chunks": {**ROOMY, "max_num_batched_tokens": 45, "block_size": 32},
+    "preempted": {"num_kv_blocks": 40, **SMALL, "max_num_batched_tokens": 64},
+}
+Prompts = list[dict[str, Any]]
+
+
+def make_prompts(modality: str, placeholder: str, count: int = 10) -> Prompts:
+    """Prompts of several lengths, every second with one or two items; some begin alike."""
+    rng = np.random.default_rng(5)
+    opening = " ".join(rng.choice(WORDS, 40))
+    prompts: Prompts = []
+    for index in range(count):
+        items = [_item(modality, rng) for _ in range(index % 3)] if modality else []
+        places = "".join(placeholder.format(i + 1) for i in range(len(items)))
+        text = " ".join(rng.choice(WORDS, rng.integers(1, 30)))
+        prompts.append({"prompt": f"{opening if index % 4 == 0 else ''}{places} {text}"})
+        if items:
+            prompts[-1]["multi_modal_data"] = {modality: items}
+    return prompts
+
+
+def _item(modality: str, rng: np.random.Generator) -> Any:
+    if modality == "image":
+        return image(rng)
+    return rng.normal(0, 0.1, int(rng.integers(2000, 30000))).astype(np.float32), 16000
+
+
+def sampling(index: int) -> SamplingParams:
+    """Greedy for some prompts, seeded for the others."""
+    return SamplingParams(
+        temperature=0 if index % 2 else 0.9, seed=index, max_tokens=9, ignore_eos=True, logprobs=2
+    )
+
+
+def bits(out: RequestOutput) -> tuple[list[int], list[dict[int, float]]]:
+    """Tokens and log-probabilities of an answer."""
+    answer = out.outputs[0]
+    assert answer.logprobs is not None
+    found = [{i: entry.logprob for i, entry in at.items()} for at in answer.logprobs]
+    return answer.token_ids, found
+
+
+def ask(llm: LLM, prompts: Prompts, indexes: list[int]) -> list[Any]:
+    outs = llm.generate(
+        [prompts[i] for i in indexes], [sampling(i) for i in indexes], use_tqdm=False
+    )
+    return [bits(out) for out in outs]
+
+
+def alone(folder: str, dtype: str, prompts: Prompts) -> list[Any]:
+    """Every answer of an engine that has nothing else to do, and no prefix cache."""
+    with LLM(folder, dtype=dtype, enable_prefix_caching=False, max_num_seqs=1, **ROOMY) as llm:
+        return [ask(llm, prompts, [index])[0] for index in range(len(prompts))]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Prompts]:
+    make, modality, placeholder = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    make(folder)
+    return str(folder), make_prompts(modality, placeholder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_families(family: tuple[str, Prompts], dtype: str) -> None:
+    folder, prompts = family
+    expected = alone(folder, dtype, prompts)
+    everything = list(range(len(prompts)))
+    for name, changed in CHANGED.items():
+        with LLM(folder, dtype=dtype, batch_invariant=True, **changed) as llm:
+            all_at_once(llm)
+            assert ask(llm, prompts, everything) == expected, name
+            assert ask(llm, prompts, everything[::-1]) == expected[::-1], f"{name}, from caches"
+
+
+@pytest.fixture(scope="module", params=DTYPES[:2])
+def demo(request: pytest.FixtureRequest) -> tuple[str, Prompts, list[Any]]:
+    chat = "<|im_start|>user\n{}What is in the picture?<|im_end|>\n<|im_start|>assistant\n"
+    prompts = make_prompts("image", QWEN, 8)
+    for index, prompt in enumerate(prompts):
+        prompt["prompt"] = chat.format(QWEN * (index % 3))
+    return request.param, prompts, alone("demo", request.param, prompts)
+
+
+@pytest.mark.slow
+@settings(max_examples=6, deadline=None)
+@given(
+    indexes=st.lists(st.integers(0, 7), min_size=1, max_size=20),
+    budget=st.sampled_from([5, 16, 33, 100, 2048]),
+    num_blocks=st.sampled_from([36, 60, 800]),
+    threads=st.sampled_from([1, 2]),
+    caching=st.booleans(),
+)
+def test_the_demo(
+    demo: tuple[str, Prompts, list[Any]],
+    indexes: list[int],
+    budget: int,
+    num_blocks: int,
+    threads: int,
+    caching: bool,
+) -> None:
+    """Any prompts together, in chunks of any size, with room for all or a few, twice over the prefix cache."""
+    dtype, prompts, expected = demo
+    changed = {"num_kv_blocks": num_blocks, "max_num_batched_tokens": budget}
+    with LLM(
+        "demo", dtype=dtype, num_threads=threads, enable_prefix_caching=caching, **SMALL | changed
+    ) as llm:
+        all_at_once(llm)
+        for _ in range(2):
+            assert ask(llm, prompts, indexes) == [expected[index] for index in indexes]
+
+
+def test_what_cannot_be_had_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_invariant cannot be had with block_size 8: make"):
+        LLM("demo", block_size=8, batch_invariant=True)
+    with pytest.raises(ConfigError, match="batch_invariant must be true, false or left out, got 1"):
+        LLM("demo", batch_invariant=1)
+
+
+def test_it_is_on_unless_matrix_tiles_would_be_left_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(dtype: torch.dtype, **values: Any) -> bool:
+        config = engine_config(model="demo", **values)
+        return is_batch_invariant(config, torch.device("cpu"), dtype)
+
+    monkeypatch.setattr(cpu_amx, "available", lambda: False)
+    assert found(torch.bfloat16)
+    monkeypatch.setattr(cpu_amx, "available", lambda: True)
+    assert not found(torch.bfloat16)
+    assert found(torch.bfloat16, batch_invariant=True)
+    assert found(torch.float32)
+    assert not found(torch.float32, batch_invariant=False)
+    assert not found(torch.float32, block_size=8)
