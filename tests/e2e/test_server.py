@@ -295,7 +295,7 @@ def test_wrong_embeddings_are_refused_and_harm_nothing(client: openai.OpenAI) ->
         ({"extra_body": {"tempature": 1}}, "tempature"),
         ({"extra_body": {"min_p": "high"}}, "min_p"),
         ({"top_p": 7}, "top_p"),
-        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias[999999]"),
     ],
 )
 def test_bad_fields_are_refused(
