@@ -48,6 +48,7 @@ TEXT_EXTRAS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 16, "sliding_window": 24, "tie_word_embeddings": False},
     "diffllama": {},
     "codegen": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global"], 2]]},
     "deepseek_v3": {
         "q_lora_rank": 24,
         "kv_lora_rank": 16,
@@ -77,7 +78,7 @@ def make_hf_text(family: str, folder: Path, seed: int = 0, **values: Any) -> Pat
         "pad_token_id": tokenizer.token_to_id("<|endoftext|>"),
     }
     sizes = {"vocab_size": VOCAB_SIZE, **TEXT_SIZES, **ids, **TEXT_EXTRAS[family], **values}
-    if family in ("gpt2", "codegen"):
+    if family in ("gpt2", "codegen", "gpt_neo"):
         del sizes["num_key_value_heads"], sizes["intermediate_size"]
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(family, **sizes), dtype=torch.float32

@@ -31,6 +31,7 @@ ONE_PICTURE = 80_000 / (1 << 30)
 """GiB of a cache that holds the features of one picture of the demo model's."""
 NARROW: dict[str, Any] = {
     "media_worker_memory_gb": 0.15,
+    "media_decode_timeout": 600.0,  # no file that hangs is to end by it, however slow the machine
     "num_media_workers": 2,
     "num_kv_blocks": 200,
 }
