@@ -56,8 +56,8 @@ def gif(width: int, height: int, num_frames: int = 1) -> bytes:
 
 
 def endless_clip() -> str:
-    """An animation of two megabytes whose decoding would take a minute or more."""
-    return data_url(gif(1400, 1400, 100_000), "image/gif")
+    """An animation of a megabyte, of as many frames as may be decoded, which would take a minute or so."""
+    return data_url(gif(1400, 1400, 40_000), "image/gif")
 
 
 def tone(seconds: float = 0.5, rate: int = RATE, pitch: float = 440.0) -> np.ndarray:
