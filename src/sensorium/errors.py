@@ -122,9 +122,13 @@ class UnsupportedModalityError(RequestError):
 
 
 class PlaceholderMismatchError(RequestError):
-    """The prompt has more or fewer placeholders than there are items."""
+    """The prompt has more or fewer placeholders than there are items: ``found`` says so, without the advice."""
 
     code = "placeholder_mismatch"
+
+    def __init__(self, found: str, advice: str = "", *, param: str | None = None) -> None:
+        super().__init__(f"{found} {advice}" if advice else found, param=param)
+        self.found = found
 
 
 class MediaRefusedError(RequestError):

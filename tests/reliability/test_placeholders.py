@@ -162,3 +162,21 @@ def test_places_stand_once_in_a_message(data: Any, uuids: Any, param: str, messa
     assert caught.value.param == param
     assert caught.value.message.startswith(message)
     assert caught.value.message.count(param) <= 1
+
+
+def test_a_chat_template_without_placeholders_is_named(tmp_path: Path) -> None:
+    """Who writes a chat cannot write placeholders, which are text there: the template is at fault."""
+    checkpoints.make_llava(tmp_path)
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    image = {"type": "image_pil", "image_pil": picture(40, 40, 1)}
+    message = {"role": "user", "content": [image, {"type": "text", "text": "<image> What is it?"}]}
+    with LLM(str(tmp_path), chat_template=template, **ROOM) as llm:
+        for asked, several in (([message], ""), ([[message]], "Prompt 0: ")):
+            with pytest.raises(PlaceholderMismatchError) as caught:
+                llm.chat(asked, GREEDY, use_tqdm=False)
+            assert caught.value.message == (
+                f"{several}The prompt has 0 image placeholders for 1 image item. In a chat the template writes them, "
+                "and this one does not write the model's own for each item: give another one (--chat-template "
+                "FILE_OR_TEXT; in Python chat_template=…)."
+            )
+            assert caught.value.param == "messages"

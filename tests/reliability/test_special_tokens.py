@@ -38,12 +38,12 @@ EVERYTHING = (
     "{% for message in messages %}[{{ message.role }}{{ message.name }}]{{ message.tool_call_id }}"
     "{{ message.reasoning_content }}"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content or [] %}"
-    "{{ part.text }}{% endfor %}{% endif %}"
+    "{{ part.text }}{% if part.type == 'image' %}IMAGE{% endif %}{% endfor %}{% endif %}"
     "{% for call in message.tool_calls or [] %}{{ call.id }}{{ call.function.name }}"
     "{{ call.function.arguments }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
-"""A template that writes all that a template can see."""
+"""A template that writes all that a template can see, and ``IMAGE`` for a picture."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Family:
     make: Callable[[Path], Path]
     options: dict[str, Any]
     typed: tuple[str, ...] = ()
+
+
+def everything(placeholder: str) -> dict[str, Any]:
+    """The option of that template for a model with such a placeholder of images."""
+    return {"chat_template": EVERYTHING.replace("IMAGE", placeholder)}
 
 
 def text_model(family: str) -> Callable[[Path], Path]:
@@ -99,10 +104,10 @@ FAMILIES = {
     ),
     "hf_text": Family(lambda folder: make_hf_text("gpt2", folder), {}),
     "hf_gemma3": Family(
-        lambda folder: make_hf("gemma3", folder), {"chat_template": EVERYTHING}, ("<image_soft_token>",)
+        lambda folder: make_hf("gemma3", folder), everything("<start_of_image>"), ("<image_soft_token>",)
     ),
     "hf_internvl": Family(
-        lambda folder: make_hf("internvl", folder), {"chat_template": EVERYTHING}, ("<IMG_CONTEXT>",)
+        lambda folder: make_hf("internvl", folder), everything("<IMG_CONTEXT>"), ("<IMG_CONTEXT>",)
     ),
 }  # fmt: skip
 

@@ -35,6 +35,7 @@ from sensorium.engine.vocabulary import Vocabulary
 from sensorium.errors import (
     ConfigError,
     InvalidRequestError,
+    PlaceholderMismatchError,
     PromptTooLongError,
     RequestError,
     UnsupportedModalityError,
@@ -189,14 +190,14 @@ class Preparer:
             for ref in draft.refs:
                 counts[ref.modality] += len(ref.uuids) or 1
             unread = {ref.modality for ref in draft.refs if ref.kind == "embeds"}
-            with _placed(draft.param):
+            with _placed(draft.param), _written_by(draft.prompt):
                 check_counts(draft.token_ids, counts, unread, draft.numbered, self._processor)
         return draft
 
     async def complete(self, draft: Draft) -> PreparedPrompt:
         """Load the media of a draft and expand its placeholders. Raises RequestError."""
         items = await self._items(draft)
-        with _placed(draft.param):
+        with _placed(draft.param), _written_by(draft.prompt):
             return self._expanded(draft, items)
 
     async def grammar(self, params: SamplingParams) -> Grammar | None:
@@ -495,3 +496,18 @@ def _placed(param: str) -> Iterator[None]:
         yield
     except RequestError as error:
         raise error.at(param) from error.__cause__
+
+
+@contextlib.contextmanager
+def _written_by(prompt: Prompt) -> Iterator[None]:
+    """Say of placeholders that do not fit their items that a chat template wrote them, where one did."""
+    try:
+        yield
+    except PlaceholderMismatchError as error:
+        if not isinstance(prompt, ChatPrompt):
+            raise
+        raise PlaceholderMismatchError(
+            error.found,
+            "In a chat the template writes them, and this one does not write the model's own for each item: give "
+            "another one (--chat-template FILE_OR_TEXT; in Python chat_template=…).",
+        ) from error

@@ -123,7 +123,8 @@ def _check_numbers(
     hint = _hint(modality, num_items, processor)
     raise PlaceholderMismatchError(
         f"The prompt's {modality} placeholders name the items {named}, but there {'is' if num_items == 1 else 'are'} "
-        f"{items}: name each of 1 to {num_items} at least once.{hint}"
+        f"{items}: name each of 1 to {num_items} at least once.",
+        hint,
     )
 
 
@@ -288,18 +289,18 @@ def mismatch(
     known = sorted(set(lengths))
     if hint and known:
         hint += f" The placeholder in full length ({', '.join(map(str, known[:8]))} tokens) will do as well."
-    return PlaceholderMismatchError(f"The prompt has {found} for {items}.{hint}")
+    return PlaceholderMismatchError(f"The prompt has {found} for {items}.", hint)
 
 
 def _hint(modality: Modality, num_items: int, processor: Processor) -> str:
     """Return a sentence that names the placeholder; of numbered ones the first two."""
     if num_items == 0:
-        return f" Pass the {modality} in multi_modal_data, or leave the placeholder out."
+        return f"Pass the {modality} in multi_modal_data, or leave the placeholder out."
     first, second = (processor.placeholder_text(modality, number) for number in (1, 2))
     if first == second:
-        return f" Write {first!r} where each {modality} goes."
+        return f"Write {first!r} where each {modality} goes."
     more = f", {second!r} for the second" if num_items > 1 else ""
-    return f" Write {first!r} for the first {modality}{more}."
+    return f"Write {first!r} for the first {modality}{more}."
 
 
 def _assemble(
