@@ -341,6 +341,33 @@ async def test_half_a_forced_call_is_neither_call_nor_content(choice: Any, half:
         assert not only["message"].get("tool_calls")
 
 
+@pytest.mark.parametrize(("choice", "half"), HALF_CALLS)
+async def test_a_forced_call_that_a_stop_text_ends_is_none(choice: Any, half: str) -> None:
+    answer = await App(FakeFrontend(reply=half)).chat(tools=TOOLS, tool_choice=choice)
+    [only] = answer.json()["choices"]
+    assert only["finish_reason"] == "stop"
+    assert not only["message"]["content"]
+    assert "tool_calls" not in only["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", [r'{"city": "\ud83d"}', '{"city": 1e999}'])
+async def test_arguments_are_sent_as_they_were_written(text: str, stream: bool) -> None:
+    """Whatever escapes and numbers a model writes, the answer is JSON and no failure of the server."""
+    reply = f'[{{"name": "weather", "parameters": {text}}}]'
+    for choice, written in (("required", reply), (NAMED_TOOL, text), ("auto", reply)):
+        answer = await App(FakeFrontend(reply=written)).chat(
+            tools=TOOLS, tool_choice=choice, stream=stream
+        )
+        assert answer.status == 200
+        if stream:
+            deltas = [e["choices"][0]["delta"] for e in answer.events()]
+            calls = [call for delta in deltas for call in delta.get("tool_calls", [])]
+        else:
+            calls = answer.json()["choices"][0]["message"]["tool_calls"]
+        assert "".join(call["function"]["arguments"] for call in calls) == text
+
+
 async def test_half_a_required_call_is_not_streamed() -> None:
     app = App(FakeFrontend(reply='[{"name": "weather", "parameters": {"city": "Bonn"}}, {"na'))
     answer = await app.chat(tools=TOOLS, tool_choice="required", stream=True)

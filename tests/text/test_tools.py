@@ -168,6 +168,53 @@ def test_half_a_forced_call_is_none_and_no_text(end: int) -> None:
     assert read(CallListReader(), list(LIST[:end])) == ("", [])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        r'{"p": "\ud83d"}',  # half of a pair, which no UTF-8 can hold
+        '{"p": 1e999}',
+        '{"p": -0.10000000000000000000001}',
+        f'{{"p": {"9" * 5000}}}',
+        '{"p":1,\n "q" : [ ]}',
+    ],
+)
+def test_arguments_are_the_text_that_was_written(arguments: str) -> None:
+    """What Python reads of it cannot always be written again as JSON."""
+    call = f'{{"name" : "f" , "arguments": {arguments} }}'
+    forms = {
+        f"<tool_call>{call}</tool_call>": ToolCallParser(),
+        call: ToolCallParser(["f"]),
+        f"[TOOL_CALLS]f{arguments}": ToolCallParser(),
+        f"[ {call}]": CallListReader(),
+        f'<|python_tag|>{{"function": {call}}}': ToolCallParser(),
+    }
+    for text, reader in forms.items():
+        found = [*reader.feed(text), *reader.flush()]
+        assert [d.arguments for d in found if isinstance(d, ToolCallDelta)] == [arguments], text
+        assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        r'{"name": "\ud83d", "arguments": {}}',
+        r'{"name": "f", "arguments": "\ud83d"}',
+        '{"name": "f", "arguments": {"p": NaN}}',
+        '{"name": "no tool has blanks", "arguments": {}}',
+        '{"name": "f", "arguments": ' + "[" * 2000 + "]" * 2000 + "}",
+    ],
+)
+def test_calls_that_nobody_could_answer_are_text(body: str) -> None:
+    text = f"<tool_call>{body}</tool_call>"
+    assert read(ToolCallParser(), [text]) == (text, [])
+
+
+@pytest.mark.parametrize("num_chars", range(1, len("</tool_call>")))
+def test_a_closing_tag_that_is_cut_off_is_no_text(num_chars: int) -> None:
+    text = '<tool_call>{"name": "f", "arguments": {}}' + "</tool_call>"[:num_chars]
+    assert read(ToolCallParser(), [text]) == ("", [("f", {})])
+
+
 def test_tools_may_define_different_things_by_one_name() -> None:
     def tool(name: str, kind: str) -> dict[str, Any]:
         parameters = {**POINT, "$defs": {"P": {"type": kind}}}
@@ -247,7 +294,7 @@ def test_lists_of_calls(pieces: list[str]) -> None:
 
 def test_other_readers() -> None:
     assert read(NamedCallReader("f"), ['{"p"', ": 1}"]) == ("", [("f", {"p": 1})])
-    assert read(NamedCallReader("f"), []) == ("", [("f", {})])
+    assert read(NamedCallReader("f"), []) == ("", [])
     assert read(CallListReader(), ["no list"]) == ("", [])
     assert isinstance(reader_for(ToolChoice("auto")), ToolCallParser)
     assert isinstance(reader_for(ToolChoice("named", "f")), NamedCallReader)

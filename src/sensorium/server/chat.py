@@ -117,7 +117,7 @@ def _completion(answer: ChatAnswer, output: RequestOutput) -> dict[str, Any]:
 
 
 def _choice(answer: ChatAnswer, sample: CompletionOutput) -> dict[str, Any]:
-    reply = answer.tools.reply(sample.text, is_cut=sample.finish_reason == "length")
+    reply = answer.tools.reply(sample.text)
     message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
     finish_reason: str | None = sample.finish_reason
     if reply.calls or answer.tools.forced is not None:

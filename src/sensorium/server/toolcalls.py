@@ -40,8 +40,8 @@ class ToolPlan:
         names = [tool["function"]["name"] for tool in self.shown]
         return DeltaReader(None if self.choice.mode == "none" else reader_for(self.choice, names))
 
-    def reply(self, text: str, *, is_cut: bool = False) -> Reply:
-        """Content and calls of a whole answer. Of one that was cut off, half a call is none."""
+    def reply(self, text: str) -> Reply:
+        """Content and calls of a whole answer. Half a call, of one that was cut off or stopped, is none."""
         reader = self.reader()
         content, calls = "", list[dict[str, Any]]()
         for delta in (*reader.feed(text), *reader.flush()):
@@ -51,7 +51,7 @@ class ToolPlan:
                     calls.append({k: v for k, v in piece.items() if k != "index"})
                 else:
                     calls[-1]["function"]["arguments"] += piece["function"]["arguments"]
-        if is_cut and self.choice.mode == "named":
+        if self.choice.mode == "named":
             calls = [call for call in calls if _is_json(call["function"]["arguments"])]
         return Reply(content, calls)
 

@@ -19,9 +19,21 @@ _TAGS = (_HERMES, _MISTRAL, _LLAMA)
 _ARGS = "[ARGS]"
 _BETWEEN = (";", ",", "")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{0,64}")
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""What a tool can be called."""
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BARE = re.compile(r"\[?\s*\{\s*\"(name|type|function|parameters|arguments|id)\"\s*:")
 _BARE_CHARS = 200
 """Pieces of JSON without a tag after which it must look like a call."""
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+_JSON = json.JSONDecoder(parse_int=float, parse_constant=_no_number)
+"""Reads the JSON of calls, strictly; numbers, which may have any number of digits, are not looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +241,8 @@ class ToolCallParser:
         self._closing = False
         if rest.startswith(_HERMES_END):
             self._buffer = rest.removeprefix(_HERMES_END)
+        elif rest and _HERMES_END.startswith(rest):  # cut off
+            self._buffer = ""
         elif rest[:1] in _BETWEEN and rest[1:].lstrip()[:1] in ("{", "["):
             self._buffer = rest[1:]
         return True
@@ -255,8 +269,8 @@ class NamedCallReader:
         return [ToolCallDelta(0, text, new_call_id() if name else None, name)]
 
     def flush(self) -> list[Delta]:
-        """A call without arguments, if nothing was generated."""
-        return self.feed("{}") if self._name else []
+        """Nothing: what was not generated is no call."""
+        return []
 
 
 class CallListReader:
@@ -294,30 +308,59 @@ def new_call_id() -> str:
 
 
 def _calls(body: str, name: str | None) -> list[tuple[str, str]]:
-    """Names and arguments (JSON text) of the calls in a JSON value; none when it is no call, or not all of it."""
+    """Names and arguments of the calls in a JSON value; none when it is no call, or not all of it.
+
+    Arguments are the very text that was written, for it may hold what no value of Python's can be written back as:
+    halves of surrogate pairs, numbers beyond a float's range."""
     try:
-        value = json.loads(body)
+        value = _JSON.decode(body)
+        if name is not None:
+            return [(name, body.strip())] if isinstance(value, dict) else []
+        texts = list(_members(body).values()) if isinstance(value, list) else [body]
+        calls = [_call(text) for text in texts]
     except (ValueError, RecursionError):
         return []
-    if name is not None:
-        return [(name, json.dumps(value, ensure_ascii=False))] if isinstance(value, dict) else []
-    calls = [_call(one) for one in (value if isinstance(value, list) else [value])]
     return [] if None in calls else [call for call in calls if call is not None]
 
 
-def _call(value: object) -> tuple[str, str] | None:
-    if not isinstance(value, dict):
+def _call(text: str) -> tuple[str, str] | None:
+    """Name and arguments of the call that valid JSON is, or holds as ``function``; None for other JSON."""
+    members = _members(text)
+    inner = members.get("function", "")
+    if inner.startswith("{"):
+        members = _members(inner)
+    name = _JSON.decode(members.get("name", inner or "null"))
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         return None
-    inner = value.get("function")
-    if isinstance(inner, dict):
-        value = inner
-    name = value.get("name", inner)
-    if not isinstance(name, str):
-        return None
-    arguments = value.get("arguments", value.get("parameters"))
-    if isinstance(arguments, str):
-        return name, arguments
-    return name, json.dumps({} if arguments is None else arguments, ensure_ascii=False)
+    arguments = members.get("arguments", members.get("parameters", "null"))
+    if arguments.startswith('"'):  # JSON within a text, as in OpenAI's messages
+        arguments = _JSON.decode(arguments)
+        if not arguments.isascii() and _SURROGATE.search(arguments):
+            return None
+    return name, "{}" if arguments == "null" else arguments
+
+
+def _members(text: str) -> dict[str | int, str]:
+    """The texts of the members of an object or list in valid JSON, by their names or places; none of other values."""
+    found: dict[str | int, str] = {}
+    text = text.strip()
+    is_object = text.startswith("{")
+    pos = _skip_blanks(text, 1)
+    while text[:1] in ("{", "[") and text[pos] not in "]}":
+        name: str | int = len(found)
+        if is_object:
+            name, pos = _JSON.raw_decode(text, pos)
+            pos = _skip_blanks(text, _skip_blanks(text, pos) + len(":"))
+        _, end = _JSON.raw_decode(text, pos)
+        found[name] = text[pos:end]
+        pos = _skip_blanks(text, end)
+        if text[pos] == ",":
+            pos = _skip_blanks(text, pos + 1)
+    return found
+
+
+def _skip_blanks(text: str, pos: int) -> int:
+    return _BLANKS.match(text, pos).end()  # type: ignore[union-attr]
 
 
 def _num_partial(text: str, tag: str) -> int:

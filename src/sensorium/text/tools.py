@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -10,6 +9,7 @@ from typing import Any, Literal, NoReturn
 from sensorium.errors import InvalidRequestError
 from sensorium.text.conversation import plain_data
 from sensorium.text.tool_calls import (
+    TOOL_NAME,
     CallListReader,
     NamedCallReader,
     ToolCallParser,
@@ -21,7 +21,6 @@ MAX_TOOLS = 256
 MAX_CALLS = 16
 """Calls that a forced answer may hold: a weak model goes on for ever."""
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PARAMETERS = ".function.parameters"
 _DATA = ("const", "enum", "default", "examples")
 _MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
@@ -70,7 +69,7 @@ def _tool(tool: object, param: str) -> dict[str, Any]:
         _bad(f"must be 'function', got {tool.get('type')!r:.80}", f"{param}.type")
     function = tool["function"]
     name = function.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
         _bad(
             f"must be 1 to 64 letters, digits, underscores, dots or hyphens, got {name!r:.80}",
             f"{param}.function.name",
