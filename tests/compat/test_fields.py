@@ -137,8 +137,9 @@ async def test_defaults_of_the_templates_variables() -> None:
     app = App(default_chat_template_kwargs={"enable_thinking": False, "a": 1})
     await app.post(CHAT, {"messages": USER})
     await app.post(CHAT, {"messages": USER, "chat_template_kwargs": {"enable_thinking": True}})
-    kwargs: list[Any] = [call.prompt.chat_template_kwargs for call in app.frontend.calls]  # type: ignore[union-attr]
-    assert kwargs == [{"enable_thinking": False, "a": 1}, {"enable_thinking": True, "a": 1}]
+    prompts: list[Any] = [call.prompt for call in app.frontend.calls]
+    assert [p.chat_template_kwargs for p in prompts] == [{}, {"enable_thinking": True}]
+    assert [p.default_template_kwargs for p in prompts] == [{"enable_thinking": False, "a": 1}] * 2
 
 
 @pytest.mark.parametrize("path", PATHS)

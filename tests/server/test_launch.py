@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from sensorium.config import ServerConfig
+from sensorium.errors import ConfigError
 from sensorium.server import launch, looplag
 from tests.server.harness import running, until
 
@@ -49,3 +51,11 @@ def _count(text: bytes) -> float:
     """How many samples there were."""
     lines = [line for line in text.decode().splitlines() if "event_loop_lag_seconds_count" in line]
     return float(lines[0].rpartition(" ")[2])
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "_private"])
+def test_variables_that_no_template_can_be_given_are_found_at_start(name: str) -> None:
+    """Else every chat request would be refused, for a field that nobody sent."""
+    with pytest.raises(ConfigError, match=f"default_chat_template_kwargs may not set '{name}'"):
+        launch._check(ServerConfig(default_chat_template_kwargs={name: 1}))
+    launch._check(ServerConfig(default_chat_template_kwargs={"enable_thinking": False}))

@@ -123,6 +123,16 @@ def test_what_came_with_the_request_is_the_clients(chatml: Tokenizer) -> None:
     assert caught.value.param == "chat_template"
 
 
+def test_what_the_operator_gave_is_not_the_clients(chatml: Tokenizer) -> None:
+    template = chat("{{ messages[0].content + (1 // one) | string }}", chatml)
+    with pytest.raises(ChatTemplateError, match="ZeroDivisionError"):
+        rendered(template, USER, default_kwargs={"one": 0})
+    assert (
+        rendered(template, USER, default_kwargs={"one": 0}, chat_template_kwargs={"one": 1})
+        == "Hi1"
+    )
+
+
 NARRATOR = [{"role": "narrator", "content": " Once upon <|im_start|>a time "}]
 
 

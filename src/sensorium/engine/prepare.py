@@ -283,6 +283,7 @@ class Preparer:
             tools=prompt.tools,
             chat_template=prompt.chat_template,
             chat_template_kwargs=prompt.chat_template_kwargs,
+            default_kwargs=prompt.default_template_kwargs,
             # As in the reference: processors of multimodal models add a BOS that the template left out, tokenizers of
             # text models take the template's word.
             add_special_tokens=(None if self._processor is not None else False)

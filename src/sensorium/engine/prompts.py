@@ -62,6 +62,7 @@ class RawPrompt:
 class ChatPrompt:
     """A conversation to be rendered by the model's chat template.
 
+    ``default_template_kwargs``: the operator's variables of the template, under those of the request.
     ``add_special_tokens``: whether the tokenizer puts its own around what the template wrote; None does as the model's
     processor does.
     """
@@ -72,6 +73,7 @@ class ChatPrompt:
     tools: tuple[Mapping[str, Any], ...] | None = None
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    default_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_special_tokens: bool | None = None
     media: MediaOptions = field(default_factory=MediaOptions)
 

@@ -12,7 +12,8 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,12 +22,13 @@ from sensorium import __version__
 from sensorium.config import EngineConfig, ServerConfig
 from sensorium.engine.frontend import Frontend
 from sensorium.environment import LOG_LEVEL, unread_variables
-from sensorium.errors import ConfigError
+from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
 from sensorium.server.http11 import MAX_HEADER_BYTES, StrictH11Protocol
 from sensorium.server.looplag import LagSampler
+from sensorium.text.rendering import checked_kwargs
 
 logger = logging.getLogger("sensorium.server")
 
@@ -246,6 +248,7 @@ def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
 def _check(config: ServerConfig) -> None:
     """Find what is wrong before the model is loaded. Raises ConfigError."""
     ServingMetrics(config.metrics_prefix)
+    _check_template_kwargs(config.default_chat_template_kwargs)
     root = config.root_path
     if root and (not root.startswith("/") or root.endswith("/")):
         raise ConfigError(
@@ -262,6 +265,16 @@ def _check(config: ServerConfig) -> None:
             f"ssl_certfile and ssl_keyfile cannot be used: {error.strerror or error}.",
             param="ssl_certfile",
         ) from error
+
+
+def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Find variables that no template can be given, which every chat request would be refused for."""
+    try:
+        checked_kwargs(kwargs, {})
+    except InvalidRequestError as error:
+        name = "default_chat_template_kwargs"
+        message = error.message.replace("chat_template_kwargs", name, 1)
+        raise ConfigError(message, param=name) from error
 
 
 def _configure_logging(config: ServerConfig) -> None:

@@ -67,19 +67,16 @@ def chat_prompt(
         continue_final_message=continues,
         tools=tuple(tools) if tools else None,
         chat_template=body.chat_template,
-        chat_template_kwargs=_template_kwargs(body, context.config.default_chat_template_kwargs),
+        chat_template_kwargs=_template_kwargs(body),
+        default_template_kwargs=context.config.default_chat_template_kwargs,
         add_special_tokens=body.add_special_tokens if isinstance(body, EmbeddingBody) else None,
         media=media_options(request, body),
     )
 
 
-def _template_kwargs(
-    body: ChatBody | TokenizeBody | EmbeddingBody, defaults: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """The template's variables, those of the request over the server's; the effort of reasoning is one of them for the
-    models that know it.
-    """
-    kwargs = {**defaults, **(body.chat_template_kwargs or {})}
+def _template_kwargs(body: ChatBody | TokenizeBody | EmbeddingBody) -> Mapping[str, Any]:
+    """The request's variables of the template; the effort of reasoning is one of them for the models that know it."""
+    kwargs = body.chat_template_kwargs or {}
     effort = getattr(body, "reasoning_effort", None)
     return {"reasoning_effort": effort, **kwargs} if effort is not None else kwargs
 

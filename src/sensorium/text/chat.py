@@ -143,6 +143,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        default_kwargs: Mapping[str, Any] | None = None,
         add_special_tokens: bool | None = None,
         check_text: Callable[[str, Callable[[int], int]], None] | None = None,
     ) -> RenderedPrompt:
@@ -151,7 +152,8 @@ class ChatTemplate:
         ``placeholder_text`` gives what stands for an item, by its modality and its number among
         those (from 1), where a template takes strings only.
         ``chat_template`` is a name of one of the model's templates or, where the operator trusts
-        requests, a template. ``add_special_tokens``: None puts a BOS in front where the tokenizer
+        requests, a template. ``default_kwargs`` are the operator's, who answers for them; those of the
+        request win. ``add_special_tokens``: None puts a BOS in front where the tokenizer
         prescribes one and the template wrote none, as the processors of the reference do; True and
         False leave the template out of account. ``check_text`` may refuse the text before it is
         tokenized; it also gets a function that tells how many tokens about so many of its first
@@ -162,7 +164,8 @@ class ChatTemplate:
                 "set one of them to false.",
                 param="continue_final_message",
             )
-        extra = checked_kwargs(chat_template_kwargs or {}, self._tokenizer.special_tokens)
+        given = checked_kwargs(chat_template_kwargs or {}, self._tokenizer.special_tokens)
+        extra = {**plain_data(dict(default_kwargs or {}), "default_chat_template_kwargs"), **given}
         tools = plain_data(list(tools), "tools") if tools else None
         marks = self._pick_marks(conversation, tools, extra)
         chosen = self._choose(chat_template, has_tools=tools is not None)
@@ -178,7 +181,7 @@ class ChatTemplate:
             "tools": writer.guarded(tools),
             "add_generation_prompt": add_generation_prompt,
         }
-        marked = run_template(chosen, variables, marks, has_kwargs=bool(extra))
+        marked = run_template(chosen, variables, marks, has_kwargs=bool(given))
         check_custom_roles(conversation.messages, marked, marks)
         if continue_final_message:
             marked = _up_to_end(marked, marks.end)
