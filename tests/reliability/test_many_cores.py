@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -28,6 +29,7 @@ from tests.multimodal.clips import make_clip, number_of
 from tests.multimodal.support import encoded, picture
 from tests.multimodal.test_audio import encoded as sound_file
 from tests.multimodal.test_audio import muxed, tone
+from tests.reliability import many_cores
 
 CORES = (2, 16, 64, 128)
 ROOM_GB = 0.25
@@ -179,3 +181,24 @@ async def test_sounds_need_no_threads(form: str) -> None:
     with workers(128, ROOM_GB, threads=False) as decoders:
         prepared = await decoders.prepare(Work("audio", SOUNDS[form](), AudioOptions(), {}))
         assert len(prepared.features.arrays["decoded"]) > 5000
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "num_cores", "how"),
+    [("demo", 128, "served"), ("demo-audio", 64, "offline")],
+)
+def test_models_answer_and_leave_nothing_behind(
+    model: str, num_cores: int, how: str, tmp_path: Path
+) -> None:
+    """Threads and descriptors of all processes are the same after each item; ``many_cores`` has every family."""
+    modalities = many_cores.SHIPPED[model]
+    if how == "offline":
+        done = many_cores.in_child(model, modalities, num_cores)
+    else:
+        done = many_cores.served(model, modalities, num_cores, tmp_path / "log")
+    expected = {"demo": "64 frames of mp4", "demo-audio": "M4A"}
+    assert expected[model] in done
