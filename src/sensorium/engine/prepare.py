@@ -59,6 +59,7 @@ from sensorium.multimodal.placeholders import (
 from sensorium.multimodal.processor import PlacedItem
 from sensorium.multimodal.segments import SegmentFolder
 from sensorium.params import SamplingParams
+from sensorium.text.apply import template_applier
 from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat import ChatTemplate
 from sensorium.text.grammar_library import Grammar
@@ -128,6 +129,7 @@ class Preparer:
             placeholder_texts=self._placeholder_texts(),
             placeholders=self._placeholders,
         )
+        self.tokenizer.template = template_applier(self._template, self._placeholder_text)
         self._pipeline = self._new_pipeline(shared)
         self._grammars = GrammarCompiler(
             str(self._folder), self._vocab_size, seconds=config.scheduler.grammar_timeout
@@ -415,6 +417,10 @@ class Preparer:
     def _check_modality(self, ref: MediaRef) -> None:
         if ref.modality in self.modalities:
             return
+        media = self._config.media
+        known = self._processor.modalities if self._processor is not None else ()
+        if ref.kind == "embeds" and media.enable_mm_embeds and ref.modality in known:
+            return  # a limit of 0 switches the encoder off, which embeddings do not need
         offers = ", ".join(self.modalities) or "text only"
         switched_off = self._processor is not None and ref.modality in self._processor.modalities
         why = (

@@ -145,7 +145,15 @@ class MediaPipeline:
             for digest in job.held:
                 self._fetcher.budget.release(digest)
         items = [item for group in groups for item in group]
-        self._check_counts(Counter(item.modality for item in items), refs)
+        self._check_counts(
+            Counter(
+                i.modality
+                for i in items
+                if not self._needs_none(i.modality, i.features.precomputed)
+            ),
+            refs,
+            len(items),
+        )
         return items
 
     def check(self, refs: Sequence[MediaRef]) -> None:
@@ -163,7 +171,10 @@ class MediaPipeline:
                     param=ref.param,
                 )
             self._own_options(ref, self._config.mm_processor_kwargs, self._config_loading)
-        self._check_counts(Counter(ref.modality for ref in refs), refs)
+        counted_refs = (
+            ref.modality for ref in refs if not self._needs_none(ref.modality, ref.kind == "embeds")
+        )
+        self._check_counts(Counter(counted_refs), refs, len(refs))
 
     def stats(self) -> MediaStats:
         """A snapshot of the counters of all stages and of the cache."""
@@ -240,7 +251,13 @@ class MediaPipeline:
             for modality in self.modalities
         }
 
-    def _check_counts(self, counts: Counter[Modality], refs: Sequence[MediaRef]) -> None:
+    def _needs_none(self, modality: Modality, precomputed: bool) -> bool:
+        """Whether an item passes a limit of 0: embeddings do, which need no encoder."""
+        return precomputed and self._config.limit(modality) == 0
+
+    def _check_counts(
+        self, counts: Counter[Modality], refs: Sequence[MediaRef], total: int
+    ) -> None:
         for modality, count in counts.items():
             limit = self._config.limit(modality)
             if limit is not None and count > limit:
@@ -251,9 +268,9 @@ class MediaPipeline:
                     param=beyond[0].param if beyond else None,
                 )
         most = self._config.max_items_per_request
-        if counts.total() > most:
+        if total > most:
             raise TooManyItemsError(
-                f"The request has {counts.total()} media items; at most {most} are allowed "
+                f"The request has {total} media items; at most {most} are allowed "
                 "(--max-items-per-request).",
                 param=refs[most].param if len(refs) > most else None,
             )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import tokenizers
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.text.backend import ids_of
 from sensorium.text.control import ControlTokens, InertEncoder
+
+ApplyTemplate = Callable[..., str]
+"""Makes the text of a conversation, with the options of ``Tokenizer.apply_chat_template`` as keywords."""
 
 
 class Tokenizer:
@@ -53,6 +56,7 @@ class Tokenizer:
         self.control = ControlTokens.of(self._added.values(), self._acting(named))
         self.prefix_ids, self.suffix_ids = self._surroundings()
         self._inert: InertEncoder | None = None
+        self.template: ApplyTemplate | None = None
         self._lock = threading.Lock()
 
     @classmethod
@@ -114,6 +118,38 @@ class Tokenizer:
             return ids_of(self._backend, text, add_special_tokens=add_special_tokens)
         except TypeError as error:
             raise not_text(text) from error
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the id of each token by its text, added tokens included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        **chat_template_kwargs: Any,
+    ) -> str | list[int]:
+        """Return the prompt of a conversation: its ids or, without ``tokenize``, its text.
+
+        As the tokenizers of ``transformers`` do, with the template that the model was loaded with: special tokens that
+        the messages spell act when the prompt is tokenized, and parts of media become placeholders. Raises
+        InvalidRequestError.
+        """
+        if self.template is None:
+            raise InvalidRequestError("This tokenizer was not loaded with a model's chat template.")
+        text = self.template(
+            conversation,
+            tools=tools,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text
 
     @property
     def inert(self) -> InertEncoder:
