@@ -183,6 +183,17 @@ def test_where_a_repository_has_both_one_is_fetched(
     assert hub.weights == [SINGLE]
 
 
+def test_a_repository_without_such_files_is_told_from_a_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = make_text("llama", tmp_path / "repository")
+    (folder / SINGLE).rename(folder / "pytorch_model.bin")
+    hub = Hub(monkeypatch, folder, tmp_path)
+    with pytest.raises(ConfigError, match=r"repository .* no safetensors files.*HF_HUB_OFFLINE"):
+        loader.load("some/model", device="cpu")
+    assert "pytorch_model.bin" not in hub.fetched
+
+
 def test_an_index_may_name_the_single_file_among_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -106,6 +106,12 @@ def _nothing_there(folder: Path) -> str:
             f"safetensors files ({abbreviated(others)}) are not loaded: adapters, optimizer states and copies look the "
             f"same. Rename the one that is the model to {SINGLE}; for shards, add the index written with them."
         )
+    if folder.parent.name == "snapshots":
+        return (
+            f"The model's repository on the Hugging Face hub has no safetensors files, that is neither {SINGLE} nor "
+            f"{INDEX}, or they are not in the local cache and HF_HUB_OFFLINE is set. Unset it, or take a repository "
+            "that has them, or use load_format='dummy' for random weights."
+        )
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         return (
             "The model has its weights as pickle files (.bin, .pth) only. Safetensors files are needed: take a "
