@@ -244,6 +244,23 @@ def test_known_formats_are_enforced(tastes: Taster, kind: str, good: str) -> Non
     assert not tastes.takes({"type": "string", "format": kind}, '"anything else"')
 
 
+def test_formats_end(tastes: Taster) -> None:
+    """A pattern that the client gives beside a format counts as well."""
+    for kind, good, endless in (
+        ("email", "a" * 64 + "@b.example", "a" * 65 + "@b.example"),
+        ("uri", "https://a.example/" + "b" * 300, "a" * 17 + ":b"),
+        ("date-time", "2026-11-29T12:00:00.123456+01:00", f"2026-11-29T12:00:00.{'1' * 40}Z"),
+        ("duration", "P1Y2M3DT4H5M6S", f"P{'1' * 40}Y"),
+    ):
+        schema = {"type": "string", "format": kind}
+        assert tastes.takes(schema, json.dumps(good))
+        assert not tastes.takes(schema, json.dumps(endless))
+        assert tastes.takes({**schema, "pattern": f"^{good[0]}"}, json.dumps(good))
+        assert relaxed(schema) == ()
+    other = {"type": "string", "format": "email", "pattern": "^x"}
+    assert not tastes.takes(other, '"a@b.example"')
+
+
 def test_names_of_properties_become_properties(tastes: Taster) -> None:
     schema = {
         "type": "object",

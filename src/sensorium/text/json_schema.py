@@ -22,6 +22,15 @@ FORMATS = frozenset(
 )
 """Formats that the library has a grammar for."""
 
+BOUNDS_OF_FORMATS = {
+    "date-time": r"^[\s\S]{1,40}$",
+    "time": r"^[\s\S]{1,24}$",
+    "duration": r"^[\s\S]{1,40}$",
+    "email": r"^[^@]{1,64}@([^.@]{1,63}\.){1,8}[^.@]{2,24}$",
+    "uri": r"^[A-Za-z][A-Za-z0-9+.-]{0,15}:",
+}
+"""Patterns that bound what a weak model would write without end before it comes to the part that a format needs."""
+
 UNSUPPORTED = {
     "contains": "contains",
     "minContains": "contains",
@@ -121,7 +130,7 @@ class _Adapter:
                     self.relaxed.add("not")
             elif word == "format":
                 if isinstance(value, str) and value in FORMATS:
-                    out[word] = value
+                    out |= _bounded_format(value, schema)
             elif word == "pattern" and isinstance(value, str):
                 self._pattern(value, out)
             elif word not in _HARMLESS:
@@ -328,6 +337,16 @@ class _Adapter:
 
 
 _OF_NAMES = ("enum", "const", "pattern", "minLength", "maxLength", "format", "not", *_LISTS)
+
+
+def _bounded_format(kind: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A format, and beside it the pattern that bounds it."""
+    bound = BOUNDS_OF_FORMATS.get(kind)
+    if bound is None or "allOf" in schema:
+        return {"format": kind}
+    if "pattern" in schema:
+        return {"format": kind, "allOf": [{"pattern": bound}]}
+    return {"format": kind, "pattern": bound}
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
