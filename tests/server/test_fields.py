@@ -33,6 +33,20 @@ async def test_the_chunk_of_the_role_counts_no_tokens() -> None:
     assert last["usage"]["completion_tokens"] == len(REPLY)
 
 
+async def test_usage_grows_with_each_chunk_that_has_a_choice() -> None:
+    """vLLM's clients rely on it; without usage all along the end has a chunk of its own, as with OpenAI."""
+    for max_tokens in (3, None):
+        fields = {} if max_tokens is None else {"max_tokens": max_tokens}
+        answer = await App().chat(stream=True, stream_options=ALL_ALONG, **fields)
+        *chunks, last = answer.events()
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+        assert counts == list(range(len(counts)))
+        assert last["usage"]["completion_tokens"] == counts[-1]
+        assert [bool(c["choices"][0]["finish_reason"]) for c in chunks] == [False] * (
+            len(counts) - 1
+        ) + [True]
+
+
 async def test_usage_never_falls_within_a_stream_of_several_samples() -> None:
     events = (await App().chat(n=3, stream=True, stream_options=ALL_ALONG)).events()
     counts = [event["usage"]["completion_tokens"] for event in events]

@@ -186,18 +186,26 @@ class _ChatStream:
         wants_tokens = self._answer.body.return_token_ids or sample.logprobs is not None
         if not deltas and news and wants_tokens:
             deltas = [{"content": ""}]
+        joins_end = sample.finished and self._report.always
         for position, delta in enumerate(deltas):
             chunk = self._chunk(sample, delta)
             if position == 0:
                 self._add_tokens(chunk["choices"][0], sample, start)
+            # With usage all along, as in vLLM: each chunk counts more tokens than the one before.
+            if joins_end and position == len(deltas) - 1 and progress.close():
+                self._add_end(chunk["choices"][0], sample, progress)
             yield chunk
         if sample.finished and progress.close():
             chunk = self._chunk(sample, {})
-            reason: str | None = sample.finish_reason
-            called = progress.has_calls and reason == "stop"
-            chunk["choices"][0]["finish_reason"] = "tool_calls" if called else reason
-            chunk["choices"][0]["stop_reason"] = sample.stop_reason
+            self._add_end(chunk["choices"][0], sample, progress)
             yield chunk
+
+    def _add_end(
+        self, choice: dict[str, Any], sample: CompletionOutput, progress: TextProgress
+    ) -> None:
+        called = progress.has_calls and sample.finish_reason == "stop"
+        choice["finish_reason"] = "tool_calls" if called else sample.finish_reason
+        choice["stop_reason"] = sample.stop_reason
 
     def _add_tokens(self, choice: dict[str, Any], sample: CompletionOutput, start: int) -> None:
         choice["logprobs"] = self._answer.logprobs(sample, start)

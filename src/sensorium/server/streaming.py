@@ -45,7 +45,7 @@ class TextProgress:
 class StreamReport:
     """Usage at the end of a stream and, with ``continuous_usage_stats`` besides ``include_usage``, within it.
 
-    ``forced``: the server counts every request as one that asks for both.
+    ``forced``: the server counts every request as one that asks for both. ``always``: each chunk has the usage so far.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StreamReport:
     ) -> None:
         self._at_end = forced or bool(options and options.include_usage)
         continuous = bool(options and options.continuous_usage_stats)
-        self._always = forced or (self._at_end and continuous)
+        self.always = forced or (self._at_end and continuous)
         self._modalities = modalities
         self._outputs: dict[int, RequestOutput] = {}
         self.num_hidden = 0
@@ -65,7 +65,7 @@ class StreamReport:
     def mark(self, chunk: dict[str, Any], *, with_text: bool = True) -> dict[str, Any]:
         """Add the ``usage`` member that every chunk has when usage is asked for. ``with_text``: the chunk may tell of
         generated tokens; others count none."""
-        if self._always:
+        if self.always:
             chunk["usage"] = self._usage() if with_text else self._usage_of_prompts()
         elif self._at_end:
             chunk["usage"] = None
