@@ -42,7 +42,7 @@ def test_right_ones_are_accepted(llava: Path) -> None:
         engine_config(model=str(llava), **RIGHT)
     assert len(caught) == len(RIGHT)
     prepare(llava, **RIGHT)
-    prepare(llava, image_input_shape=(1, 3, 336, 336), image_feature_size=16)
+    prepare(llava, image_input_shape=(1, 3, 56, 56), image_feature_size=16)
     features = {"image_input_type": "image_features", "image_input_shape": "1,16,64"}
     prepare(llava, **features, image_feature_size=16)
 
@@ -65,6 +65,7 @@ def test_of_placeholders_that_are_no_tokens_the_filling_counts(tmp_path: Path) -
         ({"image_token_id": 7}, "image_token_id: is 7, but the model's is"),
         ({**RIGHT, "image_feature_size": 576}, "has 16 embeddings in this model"),
         ({"image_input_shape": "1,4,56,56"}, "must be 1,3,height,width"),
+        ({"image_input_shape": "1,3,336,336"}, "this model makes 56 x 56 of every image"),
         ({"image_input_shape": "1,3,65000,65000"}, "more than 178956970 pixels"),
         ({"image_feature_size": 576}, "says 576, but an image has 16 embeddings"),
         ({"image_input_shape": "1,576,64"}, "says 576, but an image has 16 embeddings"),

@@ -67,11 +67,29 @@ def _check_pixels(
         num = _num_embeds(processor, height, width, media.mm_processor_kwargs)
     except RequestError as error:
         _contradicts("image_input_shape", f"is refused by the model: {error.message}")
+    only = _only_size(processor, media.mm_processor_kwargs)
+    if only is not None and only != (height, width):
+        _contradicts(
+            "image_input_shape",
+            f"says {width} x {height} pixels, but this model makes {only[1]} x {only[0]} of every image",
+        )
     if size is not None and size != num:
         _contradicts(
             "image_feature_size",
             f"is {size}, but an image of {width} x {height} pixels has {num} embeddings in this model",
         )
+
+
+def _only_size(processor: Processor, options: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return height and width to which the model brings every image; None where they depend on the image."""
+    sizes = set()
+    for height, width in FAR_APART:
+        blank = np.zeros((height, width, CHANNELS), np.uint8)
+        pixels = processor.process("image", blank, options).arrays.get("pixels")
+        if pixels is None or pixels.ndim != CHANNELS:
+            return None
+        sizes.add((int(pixels.shape[0]), int(pixels.shape[1])))
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def _check_features(

@@ -93,11 +93,19 @@ class _Legacy:
 
 
 class ImagePixelData(_Legacy):
-    """Older spelling of ``{"image": picture}`` as ``multi_modal_data``."""
+    """Older spelling of ``{"image": picture}`` as ``multi_modal_data``.
+
+    Takes a PIL image or a tensor (1, 3, height, width), the shape that ``image_input_shape`` names, of pixels as in
+    ``multi_modal_data``: not normalised.
+    """
 
 
 class ImageFeatureData(_Legacy):
-    """Older spelling of ``{"image": embeddings}`` as ``multi_modal_data``."""
+    """Older spelling of ``{"image": embeddings}`` as ``multi_modal_data``; needs ``enable_mm_embeds``.
+
+    Takes a tensor (1, image_feature_size, hidden size of the decoder): what the model's projector makes, not the
+    features of its tower.
+    """
 
 
 def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
 from sensorium.config import suggestion
@@ -50,8 +51,10 @@ def refs_from_data(
     ``(num_items, feature_size, hidden_size)`` embeddings when they are enabled, and a CHW picture otherwise if it has
     three channels. Raises InvalidRequestError with ``param`` such as ``multi_modal_data.image[1]``.
     """
-    if isinstance(data, ImagePixelData | ImageFeatureData):
+    if isinstance(data, ImageFeatureData):
         data = {"image": data.content}
+    elif isinstance(data, ImagePixelData):
+        data = {"image": _pictures(data.content)}
     items = _modality_mapping(data, param)
     names = _modality_mapping(uuids, uuids_param)
     refs: list[MediaRef] = []
@@ -78,6 +81,12 @@ def refs_from_data(
         if ref.kind == "cached" and ref.uuid is None:
             refuse("There is neither data nor an id (multi_modal_uuids) for this item", ref.param)
     return refs
+
+
+def _pictures(content: Any) -> list[Any]:
+    """Return the pictures of the older ``ImagePixelData``: one, or those of a batch of four dimensions."""
+    is_batch = (isinstance(content, np.ndarray) or is_tensor(content)) and content.ndim == 4
+    return list(content) if is_batch else [content]
 
 
 def _modality_mapping(value: object, param: str) -> dict[Modality, Any]:
