@@ -199,6 +199,9 @@ def test_long_numbers_that_are_wanted_and_digits_in_strings_are_let_through(
                     for n in "AB"}}, ()),
         ({"type": "string", "pattern": "^(?!x)[a-z]+$"}, ("pattern",)),
         ({"type": "string", "pattern": r"^(a)\1$"}, ("pattern",)),
+        ({"type": "string", "pattern": r"^(?<y>\d{4})-\k<y>$"}, ("pattern",)),
+        ({"type": "object", "patternProperties": {"^(?!x)a": TEXT}}, ("patternProperties",)),
+        ({"type": "object", "patternProperties": {r"^(a)\1$": TEXT}}, ("patternProperties",)),
         ({"type": "object", "patternProperties": {"^a": TEXT, "^ab": TEXT}}, ("patternProperties",)),
         ({"type": "integer", "minimum": -(10**30)}, ("minimum",)),
         ({"$dynamicRef": "#a", "$dynamicAnchor": "a"}, ("$dynamicRef",)),
@@ -323,11 +326,33 @@ def test_names_that_are_keywords_are_names(tastes: Taster) -> None:
         {"required": "a", "properties": {"a": TEXT}},
         {"allOf": 1, "anyOf": {}, "oneOf": None},
         {"pattern": 3, "format": [], "items": [1]},
+        {"patternProperties": [1]},
+        {"$defs": None, "definitions": {"x": NAMED}, "allOf": [{"$ref": "#/definitions/x"}, NAMED]},
+        '{"propertyNames": {"minLength": 1e999}}',
+        '{"type": "array", "uniqueItems": true, "maxItems": NaN, "items": {"enum": [1]}}',
+        r'{"const": "\ud800"}',
     ],
 )
 def test_odd_schemas_are_refused_or_used(schema: Any) -> None:
     with contextlib.suppress(InvalidRequestError):
         assert compile_grammar(StructuredOutputs(json=schema)).text
+
+
+def test_numbers_and_texts_that_are_no_json_are_named() -> None:
+    for schema in ('{"minimum": 1e999}', '{"minimum": NaN}', r'{"const": "\ud800"}'):
+        with pytest.raises(
+            InvalidRequestError, match=r"structured_outputs\.json is not valid JSON"
+        ):
+            compile_grammar(StructuredOutputs(json=schema))
+
+
+def test_names_whose_pattern_cannot_be_expressed_may_be_any_that_it_allows(tastes: Taster) -> None:
+    schema = {"type": "object", "patternProperties": {"^(?!x)a": {"type": "integer"}}}
+    assert tastes.takes(schema, '{"ab":1}')
+    assert not tastes.takes(schema, '{"b":1}')
+    assert not tastes.takes(schema, '{"ab":"x"}')
+    schema = {"type": "object", "patternProperties": {r"^(a)\1$": {"type": "integer"}}}
+    assert tastes.takes(schema, '{"aa":1}')
 
 
 def test_the_tool_at_fault_is_found() -> None:

@@ -88,7 +88,8 @@ def _parsed(outputs: StructuredOutputs) -> Mapping[str, Any]:
     try:
         if isinstance(schema, str):
             schema = json.loads(schema)
-        text = json.dumps(schema, ensure_ascii=False)
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+        text.encode()  # halves of surrogate pairs are no text
     except (ValueError, TypeError, RecursionError) as error:
         raise constraint_error("json", f"is not valid JSON: {error}") from error
     check_chars("json", len(text), MAX_SCHEMA_CHARS)

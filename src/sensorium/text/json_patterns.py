@@ -7,6 +7,7 @@ import re
 _AROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _BOUNDARIES = ("\\b", "\\B")
 _UNREADABLE = ("regex parse error", "lookarounds not supported")
+_GROUP_NAME, _NAME_AGAIN = re.compile(r"\(\?<(?=[A-Za-z_])"), re.compile(r"\\k<(\w+)>")
 
 
 def plain_pattern(pattern: str) -> str | None:
@@ -21,7 +22,7 @@ def plain_pattern(pattern: str) -> str | None:
     if stripped != pattern and _is_usable(stripped):
         return stripped or None
     try:
-        re.compile(pattern)
+        re.compile(_NAME_AGAIN.sub(r"(?P=\1)", _GROUP_NAME.sub("(?P<", pattern)))
     except (re.error, OverflowError, RecursionError):
         if stripped == pattern:
             return pattern

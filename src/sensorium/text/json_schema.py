@@ -95,7 +95,7 @@ class _Adapter:
         adapted = self.schema(self.source, None, 0)
         assert isinstance(adapted, dict)
         if self.added:
-            adapted["$defs"] = {**adapted.get("$defs", {}), **self.added}
+            adapted["$defs"] = {**_members(adapted.get("$defs")), **self.added}
         return adapted
 
     def schema(self, schema: Any, beside: Names | None, depth: int) -> Any:
@@ -133,6 +133,8 @@ class _Adapter:
                     out |= _bounded_format(value, schema)
             elif word == "pattern" and isinstance(value, str):
                 self._pattern(value, out)
+            elif word == "patternProperties" and isinstance(value, Mapping):
+                out[word] = {self._name_pattern(name): below for name, below in value.items()}
             elif word not in _HARMLESS:
                 out[word] = value
         return out
@@ -143,6 +145,13 @@ class _Adapter:
             self.relaxed.add("pattern")
         if plain is not None:
             out["pattern"] = plain
+
+    def _name_pattern(self, pattern: str) -> str:
+        """A pattern of names that can be expressed; it matches all names when nothing is left of it."""
+        plain = plain_pattern(pattern)
+        if plain != pattern:
+            self.relaxed.add("patternProperties")
+        return plain or ""
 
     def _below(
         self, word: str, value: Any, schema: Mapping[str, Any], around: Names, depth: int
