@@ -122,6 +122,36 @@ async def test_an_error_of_the_grammar_names_the_clients_field() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"guided_json": {}, "structured_outputs": {"whitespace": "x"}}, "structured_outputs.whitespace",
+         "structured_outputs.whitespace must be one of"),
+        ({"documents": [], "chat_template_kwargs": 3}, "chat_template_kwargs", "chat_template_kwargs must be"),
+        ({"documents": [], "chat_template_kwargs": None}, None, ""),
+    ],
+)  # fmt: skip
+async def test_what_the_client_says_in_our_words_is_named_in_them(
+    fields: dict[str, Any], param: str | None, words: str
+) -> None:
+    answer = await App().post(CHAT, {"messages": USER, **fields})
+    if param is None:
+        assert answer.status == 200
+        return
+    assert answer.error["param"] == param
+    assert answer.error["message"].startswith(words)
+
+
+async def test_a_hint_at_an_option_is_not_renamed() -> None:
+    def fail(call: object) -> None:
+        name = "structured_outputs.json"
+        raise InvalidRequestError(f"{name} is none, or set structured_outputs.unsupported.", param=name)  # fmt: skip
+
+    answer = await App(FakeFrontend(before=fail)).post(CHAT, {"messages": USER, "guided_json": {}})
+    expected = "guided_json is none, or set structured_outputs.unsupported."
+    assert answer.error["message"] == expected
+
+
 async def test_documents_reach_the_template() -> None:
     app = App()
     documents = [{"title": "t", "text": "x"}]

@@ -123,7 +123,7 @@ async def test_tokens_that_come_with_the_first_are_counted(clock: ManualClock) -
     assert metrics.between == [0.0] * 3 + [0.5] * 6
 
 
-async def test_samples_side_by_side_are_no_time_between_tokens(clock: ManualClock) -> None:
+async def test_samples_side_by_side_have_times_of_their_own(clock: ManualClock) -> None:
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(n=3), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
@@ -138,7 +138,7 @@ async def test_samples_side_by_side_are_no_time_between_tokens(clock: ManualCloc
         await (waiting if at == 15.0 else anext(stream))
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
-    assert metrics.between == [2.0]
+    assert metrics.between == [2.0, 2.0], "five tokens of three samples"
     [report] = metrics.reports
     assert (report.num_samples, report.num_generation_tokens, report.longest_sample) == (3, 5, 2)
     assert report.finish_reason == "length", "one of three was cut"
@@ -223,7 +223,7 @@ def test_a_clock_that_differs_gives_no_negative_times() -> None:
     times = stream.metrics
     times.first_scheduled_time, times.first_token_time = 9.0, 8.0
     metrics = Metrics()
-    reports.report_tokens(metrics, stream, None, 1)
+    reports.report_tokens(metrics, stream, None)
     reports.report_end(metrics, stream, "abort", max_tokens=3)
     assert metrics.queued == [0.0]
     assert metrics.reports[0].prefill_seconds == 0.0
@@ -248,7 +248,7 @@ def test_the_line_of_the_log_speaks_of_media_where_there_are_any() -> None:
     assert "hits 0.0 %" in status_line(EngineStats(media={"num_loading": 0.0}))
 
 
-async def test_a_step_that_comes_in_parts_is_one_time_between_tokens(clock: ManualClock) -> None:
+async def test_a_step_that_comes_in_parts_is_one_time_for_each_sample(clock: ManualClock) -> None:
     """The tokens of many samples are delivered some at a time."""
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(n=3), request_id="r")
@@ -265,4 +265,4 @@ async def test_a_step_that_comes_in_parts_is_one_time_between_tokens(clock: Manu
             await asyncio.sleep(0)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    assert metrics.between == [1.0, 1.0]
+    assert metrics.between == [1.0] * 6, "three samples of three tokens"

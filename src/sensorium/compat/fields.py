@@ -117,6 +117,8 @@ def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFiel
         for option, meant in _meaning(rule, value).items():
             _put(adopted.body, option, meant)
             adopted.spelled[rule.to] = rule.name
+            if body.get(option) is None:  # else the client says it in our words, too
+                adopted.spelled.setdefault(option, rule.name)
     constraint = adopted.body.get(_CONSTRAINT)
     if isinstance(constraint, dict) and set(constraint) == {_BLANKS} and foreign:
         del adopted.body[_CONSTRAINT]  # there is no JSON whose gaps it could mean
@@ -163,9 +165,9 @@ def _refuse(name: str, why: str) -> NoReturn:
 
 def in_their_words(error: SensoriumError, spelled: Mapping[str, str]) -> None:
     """Let an error about a field name the one that the client sent."""
-    for place, name in spelled.items():
-        option = place.partition(".")[0]
-        if (error.param or "").startswith(option):
-            error.message = error.message.replace(place, name).replace(option, name)
-            error.param = name
+    param, message = error.param or "", error.message
+    for place, name in spelled.items():  # members come before the fields that hold them
+        message = message.replace(place, name)
+        if param == place or param.startswith((f"{place}.", f"{place}[")):
+            error.param, error.message = name, message
             return

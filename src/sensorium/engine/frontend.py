@@ -250,11 +250,9 @@ class Frontend:
         """Take in all news that are there; wait for some when there are none."""
         news = await inbox.get()
         before = stream.metrics.first_token_time
-        num_rounds = 0
         while True:
             if isinstance(news, SensoriumError):
                 raise news
-            num_rounds += stream.begins_round(news)
             self._num_generated += news.sample is not None
             if stream.accept(news):
                 self._engine.abort([news.request_id])
@@ -262,7 +260,7 @@ class Frontend:
                 break
             news = inbox.get_nowait()
         if self.metrics is not None:
-            report_tokens(self.metrics, stream, before, num_rounds)
+            report_tokens(self.metrics, stream, before)
 
     async def _log_stats(self) -> None:
         interval = self.config.observability.log_stats_interval

@@ -22,7 +22,7 @@ class Metrics(Protocol):
         ...
 
     def inter_token(self, seconds: float) -> None:
-        """Between two tokens of a request."""
+        """Between two tokens of a sample."""
         ...
 
     def queue(self, seconds: float) -> None:
@@ -34,28 +34,22 @@ class Metrics(Protocol):
         ...
 
 
-def report_tokens(
-    metrics: Metrics, stream: RequestStream, first_before: float | None, num_rounds: int
-) -> None:
-    """News have come. ``first_before``: when the first token had come before them, if it had; ``num_rounds``: how many
-    of the engine's steps begin in them, which are several when this process was slower than the engine, and none when
-    they are more samples' tokens of a step that is known."""
+def report_tokens(metrics: Metrics, stream: RequestStream, first_before: float | None) -> None:
+    """News have come. ``first_before``: when the first token had come before them, if it had.
+
+    Tokens of a sample that come together, as they do when this process is slower than the engine, share the time since
+    the one before them."""
     now, times = time.monotonic(), stream.metrics
-    if times.first_token_time is None:
-        return
-    since = stream.last_news_time
-    if first_before is None:
-        since, num_rounds = (
-            times.first_token_time,
-            num_rounds - 1,
-        )  # its own, that of the first token
-        metrics.first_token(since - times.arrival_time)
+    if first_before is None and times.first_token_time is not None:
+        metrics.first_token(times.first_token_time - times.arrival_time)
         _report_queue(metrics, times)
-    elif num_rounds == 0:
-        return
-    for _ in range(num_rounds):
-        metrics.inter_token((now - since) / num_rounds)
-    stream.last_news_time = now
+    for engine_id, num_tokens in stream.num_unreported.items():
+        since = stream.last_token_times.get(engine_id)
+        num_gaps = num_tokens if since is not None else num_tokens - 1
+        for _ in range(num_gaps):
+            metrics.inter_token((now - since) / num_gaps if since is not None else 0.0)
+        stream.last_token_times[engine_id] = now
+    stream.num_unreported.clear()
 
 
 def report_end(
@@ -68,7 +62,8 @@ def report_end(
     prefill = decode = None
     if times.first_token_time is not None and times.first_scheduled_time is not None:
         prefill = max(0.0, times.first_token_time - times.first_scheduled_time)
-        decode = max(0.0, stream.last_news_time - times.first_token_time)
+        last = max(stream.last_token_times.values(), default=times.first_token_time)
+        decode = max(0.0, last - times.first_token_time)
     metrics.finished(
         RequestReport(
             finish_reason=next(reason for reason in _GRAVEST if reason in reasons),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,8 +70,8 @@ class RequestStream:
         self._samples = [self._new_sample(index) for index in range(len(engine_ids))]
         self._num_open = len(engine_ids)
         self.metrics = RequestMetrics(arrival_time)
-        self.last_news_time = arrival_time
-        self._round: set[str] = set()
+        self.last_token_times: dict[str, float] = {}
+        self.num_unreported: Counter[str] = Counter()
         self.output = RequestOutput(
             request_id=request_id,
             prompt=text,
@@ -102,14 +103,6 @@ class RequestStream:
             tokenizer=tokenizer,
             arrival_time=requests[0].arrival_time,
         )
-
-    def begins_round(self, update: SequenceUpdate) -> bool:
-        """Whether this is the first token of another step of the engine: each has one of a sample at most."""
-        if update.sample is None or (self._round and update.request_id not in self._round):
-            self._round.add(update.request_id)
-            return False
-        self._round = {update.request_id}
-        return True
 
     def _new_sample(self, index: int) -> _Sample:
         params = self._params
@@ -159,6 +152,7 @@ class RequestStream:
             self.output.prompt_logprobs = [None, *map(self._logprobs, update.prompt_logprobs)]
         stopped = False
         if update.sample is not None:
+            self.num_unreported[update.request_id] += 1
             stopped = self._append(sample, update.sample, update)
         if stopped:
             self._close(sample)

@@ -246,9 +246,7 @@ SUCCESS = Family(
 TIME_TO_FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds", _SECONDS, "From arrival to the first token."
 )
-INTER_TOKEN = _histogram(
-    "inter_token_latency_seconds", _SECONDS, "Between two tokens of a request."
-)
+INTER_TOKEN = _histogram("inter_token_latency_seconds", _SECONDS, "Between two tokens of a sample.")
 QUEUE_TIME = _histogram(
     "request_queue_time_seconds",
     _REQUEST_SECONDS,
