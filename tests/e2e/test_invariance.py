@@ -75,10 +75,19 @@ def _item(modality: str, rng: np.random.Generator) -> Any:
     return rng.normal(0, 0.1, int(rng.integers(2000, 30000))).astype(np.float32), 16000
 
 
+DRAWN: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.9},
+    {"temperature": 2.0, "top_p": 0.9},
+    {"temperature": 2.0, "top_k": 300, "repetition_penalty": 1.2},
+    {"temperature": 100.0, "top_p": 0.99, "min_p": 0.1},
+)
+
+
 def sampling(index: int) -> SamplingParams:
-    """Greedy for some prompts, seeded for the others."""
+    """Greedy for some prompts, seeded for the others, with all kinds of filters and numbers of log-probabilities."""
+    chosen = {"temperature": 0.0} if index % 2 else DRAWN[index // 2 % len(DRAWN)]
     return SamplingParams(
-        temperature=0 if index % 2 else 0.9, seed=index, max_tokens=9, ignore_eos=True, logprobs=2
+        **chosen, seed=index, max_tokens=9, ignore_eos=True, logprobs=(2, 5, 20)[index % 3]
     )
 
 

@@ -154,6 +154,51 @@ def test_a_seeded_row_does_not_see_its_neighbours(
     assert together[0].token_id == alone[0].token_id
 
 
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "more log-probabilities": {"logprobs": 20},
+    "a large top_k": {"temperature": 1.0, "top_k": 3000},
+    "a flat distribution": {"temperature": 100.0, "top_p": 0.9},
+    "greedy": {},
+}
+OWN: dict[str, dict[str, Any]] = {
+    "greedy": {"logprobs": 2},
+    "top_p": {"temperature": 3.0, "top_p": 0.9, "logprobs": 3},
+    "top_k": {"temperature": 3.0, "top_k": 40},
+    "min_p": {"temperature": 3.0, "min_p": 0.01, "top_p": 0.7},
+}
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_the_order_of_equally_likely_tokens_does_not_depend_on_neighbours(
+    own: str, neighbour: str
+) -> None:
+    """Many of a row of 16-bit logits are equal: which of them is drawn or reported must be the row's own affair."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (4 * torch.randn(24, 40_000, generator=generator)).bfloat16().float()
+    other = slot(99, seed=1, **NEIGHBOURS[neighbour])
+    for seed in range(0, 24, 2):
+        row, pair = slot(0, seed=seed, **OWN[own]), logits[seed : seed + 2]
+        alone, _ = sampler.sample(pair[:1].clone(), [row])
+        together, _ = sampler.sample(pair.clone(), [row, other])
+        assert together[0] == alone[0]
+
+
+@pytest.mark.parametrize("length", [1, 1000, 1024, 32_769, 151_936])
+def test_sums_of_a_row_are_the_same_bits_alone(length: int) -> None:
+    rows = torch.rand(5, length, generator=torch.Generator().manual_seed(2))
+    together = sampler._sums(rows)
+    torch.testing.assert_close(together, rows.sum(-1))
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            alone = [sampler._sums(rows[i : i + 1]) for i in range(5)]
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(torch.cat(alone), together)
+
+
 def test_uniform_is_uniform_and_depends_on_both() -> None:
     values = [sampler.uniform(seed, pos) for seed in range(60) for pos in range(60)]
     assert all(0.0 < v < 1.0 for v in values)

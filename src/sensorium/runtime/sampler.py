@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from sensorium.core.plan import NO_TOKEN_LEFT
 from sensorium.core.request import TokenSample
@@ -21,6 +22,9 @@ from sensorium.text.grammar import GrammarMatcher
 
 FIRST_CANDIDATES = 256
 """How many of the most likely tokens are sorted at first for top-p; more when they do not hold enough mass."""
+MORE_CANDIDATES = 8
+"""How many times as many are sorted then."""
+SUMMED_AT_ONCE = 1024
 
 _MASK64 = (1 << 64) - 1
 
@@ -116,16 +120,16 @@ def _entries(
 ) -> list[tuple[tuple[int, float, int], ...]]:
     own = logprobs.gather(1, targets[:, None])
     ranks = ((logprobs > own).sum(-1) + 1).tolist()
-    most = max(nums)
-    top_values: list[list[float]] = [[]] * len(nums)
-    top_ids: list[list[int]] = [[]] * len(nums)
-    if most:
-        values, ids = logprobs.topk(min(most, logprobs.shape[-1]), dim=-1)
-        top_values, top_ids = values.tolist(), ids.tolist()
+    tops: list[list[tuple[int, float]]] = [[] for _ in nums]
+    # Each number by itself: which of equally likely tokens come first depends on how many are asked for.
+    for num in set(nums) - {0}:
+        rows = [row for row, wanted in enumerate(nums) if wanted == num]
+        values, ids = logprobs[rows].topk(min(num, logprobs.shape[-1]), dim=-1)
+        for row, *top in zip(rows, ids.tolist(), values.tolist(), strict=True):
+            tops[row] = list(zip(*top, strict=True))
     entries = []
     for row, (target, value) in enumerate(zip(targets.tolist(), own[:, 0].tolist(), strict=True)):
-        top = zip(top_ids[row][: nums[row]], top_values[row][: nums[row]], strict=True)
-        others = [(i, v, rank) for rank, (i, v) in enumerate(top, 1) if i != target]
+        others = [(i, v, rank) for rank, (i, v) in enumerate(tops[row], 1) if i != target]
         entries.append(((target, value, ranks[row]), *others))
     return entries
 
@@ -247,23 +251,57 @@ def _draw_filtered(
 ) -> torch.Tensor:
     """Draw from the ``top_k`` most likely tokens, of these the fewest that reach ``top_p``. All tensors have R rows.
 
-    Only as many candidates are sorted as the filters can keep.
+    Only as many candidates are sorted as the filters can keep. How many depends on the row alone, and rows with as many
+    go together: equally likely tokens come in another order among more candidates.
     """
     vocab = probs.shape[1]
-    limited = top_k[top_k < vocab]
-    size = min(vocab, max(FIRST_CANDIDATES, int(limited.max()) if len(limited) else 0))
-    while True:
-        values, ids = probs.topk(size, dim=-1)
-        rank = torch.arange(size, device=probs.device)
-        values = torch.where(rank[None] < top_k[:, None], values, 0.0)
-        # What top-k keeps is the whole of which top-p is a part.
-        total = torch.where(top_k <= size, values.sum(-1), probs.sum(-1))
-        if size == vocab or bool(((top_k <= size) | (values.sum(-1) >= top_p * total)).all()):
-            break
-        size = min(vocab, size * 8)
-    before = values.cumsum(-1) - values
-    values = torch.where((before < (top_p * total)[:, None]) | (rank[None] == 0), values, 0.0)
-    return ids.gather(1, _invert(values, point)[:, None])[:, 0]
+    mass, tokens = _sums(probs), torch.empty_like(top_k)
+    waiting: dict[int, list[int]] = {}
+    for row, limit in enumerate(top_k.tolist()):
+        size = FIRST_CANDIDATES
+        while size < min(limit, vocab) < vocab:
+            size *= MORE_CANDIDATES
+        waiting.setdefault(min(vocab, size), []).append(row)
+    while waiting:
+        size, rows = waiting.popitem()
+        drawn, enough = _draw_candidate(
+            probs[rows], point[rows], top_k[rows], top_p[rows], mass[rows], size
+        )
+        tokens[rows] = drawn
+        short = [row for row, done in zip(rows, enough.tolist(), strict=True) if not done]
+        if short and size < vocab:
+            waiting.setdefault(min(vocab, size * MORE_CANDIDATES), []).extend(short)
+    return tokens
+
+
+def _draw_candidate(
+    probs: torch.Tensor,
+    point: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    mass: torch.Tensor,
+    size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw as ``_draw_filtered`` from the ``size`` most likely tokens; also whether these are all that filters keep.
+
+    mass: the sum of each row.
+    """
+    values, ids = probs.topk(size, dim=-1)
+    rank = torch.arange(size, device=probs.device)
+    values = torch.where(rank[None] < top_k[:, None], values, 0.0)
+    reached = values.cumsum(-1)
+    # What top-k keeps is the whole of which top-p is a part.
+    limit = top_p * torch.where(top_k <= size, reached[:, -1], mass)
+    kept = torch.where((reached - values < limit[:, None]) | (rank[None] == 0), values, 0.0)
+    enough = (top_k <= size) | (reached[:, -1] >= limit)
+    return ids.gather(1, _invert(kept, point)[:, None])[:, 0], enough
+
+
+def _sums(rows: torch.Tensor) -> torch.Tensor:
+    """Return the sums (R,) of rows (R, N), each the same bits in any batch: torch would split that of a single long row
+    over threads, and no others."""
+    padded = F.pad(rows, (0, -rows.shape[1] % SUMMED_AT_ONCE))
+    return padded.view(len(rows), -1, SUMMED_AT_ONCE).sum(-1).cumsum(-1)[:, -1]
 
 
 def _invert(weights: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
