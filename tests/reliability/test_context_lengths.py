@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,14 @@ import torch.nn.functional as F
 
 from sensorium import LLM, SamplingParams
 from sensorium.errors import ConfigError
-from tests.checkpoints import make_phi3_v, make_text
+from sensorium.models.rope import placed_alike
+from tests.checkpoints import (
+    make_llava,
+    make_llava_onevision,
+    make_phi3_v,
+    make_qwen3_vl,
+    make_text,
+)
 from tests.models.plain_phi3_v import PlainPhi3V
 
 BORDER = 24
@@ -283,3 +291,50 @@ def test_an_older_name_in_the_overrides_counts_over_a_newer_one_in_the_file(tmp_
         [out] = llm.generate(raw([ids(100)]), greedy(1), use_tqdm=False)
     theirs = reference_token(folder, ids(100), {"rope_type": "linear", "factor": 2.0})
     assert out.outputs[0].token_ids == [theirs]
+
+
+@pytest.mark.parametrize("make", [make_llava, make_llava_onevision, make_qwen3_vl])
+def test_overrides_reach_a_decoder_within_a_text_config(
+    tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    """Flags and model cards name ``rope_scaling`` at the top, wherever the file has the decoder."""
+    folder, scaling = make(tmp_path), SCALINGS["yarn"]
+    edit_config(folder, {"max_position_embeddings": DECLARED})
+    texts = [[30 + token % 100 for token in ids(length)] for length in (230, 50)]
+    prompts, options = raw(texts), {"dtype": "float32", **ROOM}
+
+    def answers(**more: Any) -> list[list[int]]:
+        with LLM(str(folder), **options, **more) as llm:
+            assert llm._preparer._facts is not None
+            assert llm._preparer._facts.max_model_len == 4 * DECLARED
+            outputs = llm.generate(prompts, greedy(6), use_tqdm=False)
+            return [out.outputs[0].token_ids for out in outputs]
+
+    overridden = answers(hf_overrides={"rope_scaling": scaling})
+    edit_config(folder, scaling, "rope_scaling")
+    assert answers() == overridden
+
+
+def edit_config(folder: Path, values: dict[str, Any], *inside: str) -> None:
+    """Set values of the decoder in config.json, or of a mapping within, whichever of its names is there."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    part = config["text_config"]
+    for name in inside:
+        part = part.get("rope_parameters") or part.setdefault(name, {})
+    part |= values
+    path.write_text(json.dumps(config))
+
+
+def test_overrides_within_a_text_config_count_as_they_are() -> None:
+    file = {"max_position_embeddings": 9, "text_config": {"rope_parameters": {"rope_theta": 5.0}}}
+    top = {"rope_scaling": {"type": "linear", "factor": 2.0}, "max_position_embeddings": 7}
+    assert placed_alike(file, {**top, "text_config": {"max_position_embeddings": 8}}) == {
+        "max_position_embeddings": 7,
+        "text_config": {
+            "rope_parameters": {"type": "linear", "factor": 2.0, "rope_type": "linear"},
+            "max_position_embeddings": 8,
+        },
+    }
+    assert placed_alike({"vocab_size": 3}, top) == top
+    assert placed_alike(file, {"vocab_size": 3}) == {"vocab_size": 3}

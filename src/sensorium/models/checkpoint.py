@@ -13,7 +13,7 @@ from typing import Any
 from sensorium.errors import ConfigError
 from sensorium.models import weight_files
 from sensorium.models.interface import LoadedConfig
-from sensorium.models.rope import spelled_alike
+from sensorium.models.rope import placed_alike
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """What the frontend needs: configuration, tokenizer, templates."""
@@ -105,7 +105,7 @@ def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConf
     preprocessor, video = _preprocessors(folder, processor)
     return LoadedConfig(
         folder=str(folder),
-        config=merged(config, spelled_alike(config, overrides or {})),
+        config=merged(config, placed_alike(config, overrides or {})),
         generation=_read_json(folder / "generation_config.json") or {},
         preprocessor=preprocessor,
         processor=processor,

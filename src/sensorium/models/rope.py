@@ -10,6 +10,16 @@ from sensorium.errors import ConfigError
 KEYS = ("rope_parameters", "rope_scaling")
 """The newer and the older name of the mapping in config.json."""
 
+OF_DECODERS = (
+    *KEYS,
+    "rope_theta",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "sliding_window",
+    "use_sliding_window",
+)
+"""What config.json says of a decoder's positions: inside ``text_config`` where the model has other parts, too."""
+
 LENGTHENING = ("yarn", "linear", "dynamic")
 """Kinds that make the context ``factor`` times as long, whatever ``max_position_embeddings`` says."""
 
@@ -66,6 +76,20 @@ def short_context(rope: Mapping[str, Any], declared: int) -> int | None:
     if rope.get("rope_type") == "longrope":
         return int(rope.get("original_max_position_embeddings") or declared)
     return None
+
+
+def placed_alike(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of config.json with what is of the decoder where the file has it, and spelled as there.
+
+    Model cards and flags name ``rope_scaling`` alone, also for models whose decoder has a ``text_config``.
+    """
+    text, own = config.get("text_config"), overrides.get("text_config", {})
+    meant = {key: value for key, value in overrides.items() if key in OF_DECODERS}
+    if meant and isinstance(text, Mapping) and isinstance(own, Mapping):
+        # Some files repeat at the top what counts in the text part.
+        kept = {k: v for k, v in overrides.items() if k not in meant or config.get(k) is not None}
+        overrides = {**kept, "text_config": {**meant, **own}}
+    return spelled_alike(config, overrides)
 
 
 def spelled_alike(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
