@@ -152,6 +152,10 @@ def test_short_flags_stand_for_flags_that_are_known(short: str, long: str) -> No
         (["--media-io-kwargs.video.num_frames=40"], "media_io_kwargs", {"video": {"num_frames": 40}}),
         (["--limit_mm_per_prompt.image", "2", "--limit-mm-per-prompt.video.count", "1"],
          "limit_mm_per_prompt", {"image": 2, "video": {"count": 1}}),
+        (["--limit-mm-per-prompt", '{"image": 2, "audio": 1}', "--limit-mm-per-prompt.image", "3"],
+         "limit_mm_per_prompt", {"image": 3, "audio": 1}),
+        (["--limit-mm-per-prompt.image=3", '--limit-mm-per-prompt={"video": 2}'],
+         "limit_mm_per_prompt", {"image": 3, "video": 2}),
         (["--hf-overrides.architectures+", "A,B"], "hf_overrides", {"architectures": ["A", "B"]}),
         (["--hf-overrides.name", "x.y"], "hf_overrides", {"name": "x.y"}),
         (["--rope-theta", "1e6", "--hf-overrides.a", "1"], "hf_overrides", {"rope_theta": 1e6, "a": 1}),
@@ -226,6 +230,16 @@ def test_files_that_are_none(
     file = tmp_path / "serve.yaml"
     file.write_text(text)
     assert words in refusal(capsys, "serve", "demo", "--config", str(file))
+
+
+def test_keys_in_a_file_that_cannot_be_read_are_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("port: 1\napi-key: [sk-secret, b\nhost: x\n")
+    message = refusal(capsys, "serve", "demo", "--config", str(file))
+    assert "line 3" in message
+    assert "secret" not in message
 
 
 def test_keywords_of_llm() -> None:

@@ -139,6 +139,7 @@ async def test_other_refusals_are_told_too(caplog: pytest.LogCaptureFixture) -> 
         (None, None),
         ("messages[0].content[1].image_url", "messages[0].content[1].image_url"),
         ("tools[0].function.parameters.properties.ssn", "tools[0].function.parameters.*.*"),
+        ("response_format.json_schema.schema", "response_format.json_schema.schema"),
         ("logit_bias[four]", "*"),
         ("my words", "*"),
         ("temperature\nfake", "*"),

@@ -6,6 +6,7 @@ member of a flag that takes JSON), and ``--config FILE.yaml``, whose keys are fl
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -91,8 +92,19 @@ def _members_joined(args: Sequence[str]) -> list[str]:
             raise ConfigError(f"{arg} needs a value.")
         _put(objects.setdefault(found[1], {}), found[2][1:].split("."), text)
     for flag, value in objects.items():
-        kept += [flag, json.dumps(value)]
+        kept += [flag, json.dumps({**_object_given(flag, kept), **value})]
     return kept
+
+
+def _object_given(flag: str, args: Sequence[str]) -> dict[str, Any]:
+    """Return the JSON object that a flag was given as a whole, besides its members; empty without one."""
+    texts = [text for name, text in itertools.pairwise(args) if name == flag]
+    texts += [arg.removeprefix(f"{flag}=") for arg in args if arg.startswith(f"{flag}=")]
+    try:
+        value = json.loads(texts[-1]) if texts else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
@@ -156,8 +168,7 @@ def read_flags(path: str) -> Mapping[str, Any]:
     try:
         flags = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config {path!r} cannot be read: {reason}.") from error
+        raise ConfigError(f"--config {path!r} cannot be read: {_reason(error)}.") from error
     if flags is None:
         return {}
     if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
@@ -165,3 +176,11 @@ def read_flags(path: str) -> Mapping[str, Any]:
             f"--config {path!r} must hold flags and their values, such as port: 8000."
         )
     return flags
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a file, without its text: keys may stand in it, and logs keep what is printed."""
+    place = getattr(error, "problem_mark", None)
+    if place is not None:
+        return f"line {place.line + 1}: {getattr(error, 'problem', None)}"
+    return " ".join(str(error).split())

@@ -14,6 +14,7 @@ from sensorium.server.protocol import (
     DetokenizeBody,
     EmbeddingBody,
     JsonSchema,
+    ResponseFormat,
     StreamOptions,
     TokenizeBody,
 )
@@ -23,7 +24,7 @@ REFUSAL = "refusal"
 
 _BODIES = (
     *(ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody),
-    *(StreamOptions, JsonSchema),
+    *(StreamOptions, ResponseFormat, JsonSchema),
 )
 _PARTS = """
     role content type text image_url input_image image_embeds image_pil video video_url audio_url input_audio
