@@ -133,6 +133,19 @@ def test_the_engines_numbers() -> None:
     assert {name: found[f"vllm:{name}", ""] for name in expected} == expected
 
 
+def test_no_counter_falls_when_a_request_starts() -> None:
+    """Prometheus takes a counter that falls for one that began anew, and adds all of it to a rate."""
+    metrics = ServingMetrics("vllm:", model_name="m")
+    seen = []
+    for num_queries, num_hits in ((0, 0), (100, 64)):  # waiting, and running with most of it cached
+        metrics.update(
+            EngineStats(prompt_tokens=100, prefix_queries=num_queries, prefix_hits=num_hits)
+        )
+        seen.append({k: v for k, v in samples(metrics).items() if k[0].endswith("_total")})
+    assert all(seen[1][name] >= value for name, value in seen[0].items())
+    assert seen[1]["vllm:prompt_tokens_by_source_total", "local_compute"] == 36
+
+
 def test_families_of_newer_dashboards() -> None:
     metrics = ServingMetrics("vllm:", model_name="m")
     metrics.update(STATS)
@@ -140,7 +153,7 @@ def test_families_of_newer_dashboards() -> None:
     found = samples(metrics)
     assert found["vllm:num_requests_waiting_by_reason", "capacity"] == 1
     assert found["vllm:num_requests_waiting_by_reason", "deferred"] == 1
-    assert found["vllm:prompt_tokens_by_source_total", "local_compute"] == 800
+    assert found["vllm:prompt_tokens_by_source_total", "local_compute"] == 600
     assert found["vllm:prompt_tokens_by_source_total", "local_cache_hit"] == 400
     assert found["vllm:iteration_tokens_total_sum", ""] == 20_027
     assert found["vllm:iteration_tokens_total_count", ""] == 6

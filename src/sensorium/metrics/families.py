@@ -127,7 +127,8 @@ PROMPT_MODALITIES = Family(
 PROMPT_SOURCES = Family(
     "prompt_tokens_by_source",
     "counter",
-    "Prompt tokens taken in, by where their keys and values come from: local_compute or local_cache_hit.",
+    "Prompt tokens of sequences that started, by where their keys and values come from: local_compute or "
+    "local_cache_hit.",
     ("source",),
 )
 WAITING_REASONS = Family(

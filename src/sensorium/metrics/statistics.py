@@ -104,8 +104,9 @@ class StatisticsCollector(Collector):
         for row in ENGINE_ROWS:
             yield self._one(row.family, getattr(stats, row.field))
         yield self._many(PROMPT_MODALITIES, _modalities(stats))
+        # Not of the prompt tokens, which count when a request is taken in: a counter must not fall when it starts.
         cached = stats.prefix_hits
-        sources = {"local_compute": stats.prompt_tokens - cached, "local_cache_hit": cached}
+        sources = {"local_compute": stats.prefix_queries - cached, "local_cache_hit": cached}
         yield self._many(PROMPT_SOURCES, sources)
         reasons = {
             "capacity": stats.num_waiting - stats.num_deferred,
