@@ -376,23 +376,31 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children(recursive=True)}
 
 
+def own_threads() -> set[threading.Thread]:
+    """Threads beside those that asyncio keeps for this test's own loop."""
+    own = asyncio.get_running_loop()._default_executor  # type: ignore[attr-defined]
+    kept = set() if own is None else own._threads
+    return set(threading.enumerate()) - kept
+
+
 def test_closing_ends_everything(folder: Path) -> None:
     """Also requests that run; those that come later are refused."""
 
     async def main() -> None:
-        before = children()
+        before, threads = children(), own_threads()
         llm = AsyncLLM(str(folder), **ROOM)
         reading = asyncio.create_task(last(llm.generate("hello", LONG)))
         await started(llm.generate("hello", LONG))
         assert children() > before
         await asyncio.to_thread(llm.close)
         llm.shutdown()
-        with pytest.raises((EngineDeadError, InvalidRequestError)):
+        with pytest.raises(InvalidRequestError, match="This AsyncLLM has been closed"):
             await reading
         for call in (last(llm.generate("a", GREEDY)), llm.abort("a"), llm.stats()):
             with pytest.raises(InvalidRequestError, match="closed"):
                 await call
         assert children() <= before
+        assert own_threads() <= threads
 
     run(main())
 

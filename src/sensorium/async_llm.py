@@ -20,7 +20,7 @@ from sensorium.engine.offline.request import AsyncRequest
 from sensorium.engine.offline.run import Vector
 from sensorium.engine.prompts import Prompt, chat_prompt, parse_input, parse_prompt
 from sensorium.engine.stats import EngineStats
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, UnavailableError
 from sensorium.outputs import (
     EmbeddingRequestOutput,
     PoolingOutput,
@@ -319,6 +319,10 @@ class AsyncLLM:
     async def _waited(self, future: asyncio.Future[T]) -> T:
         try:
             return await future
+        except UnavailableError:  # which speaks of a server
+            if self._closed:
+                raise _closed() from None
+            raise
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closed and (task is None or not task.cancelling()):

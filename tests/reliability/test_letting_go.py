@@ -84,6 +84,13 @@ SCRIPT = """
         llm.close()
 
 
+    def closed_and_held():
+        llm = new()
+        after_all(llm)
+        llm.close()
+        kept.append(llm)
+
+
     def held():
         me = psutil.Process()
         threads = sorted(t.name for t in threading.enumerate())
@@ -92,8 +99,10 @@ SCRIPT = """
 
     closed()  # what libraries keep for the process is there now
     gc.collect()
-    before, after = held(), {}
-    for use in (unused, after_text, after_all, in_an_answer, after_its_last_answer, after_an_error, in_a_thread):
+    before, after, kept = held(), {}, []
+    for use in (
+        unused, after_text, after_all, in_an_answer, after_its_last_answer, after_an_error, in_a_thread, closed_and_held
+    ):
         use()
         gc.collect()
         after[use.__name__] = held()
@@ -125,6 +134,7 @@ USES = (
     "after_its_last_answer",
     "after_an_error",
     "in_a_thread",
+    "closed_and_held",
 )
 
 

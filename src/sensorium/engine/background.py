@@ -40,6 +40,10 @@ class BackgroundLoop:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._workers = concurrent.futures.ThreadPoolExecutor(
+            thread_name_prefix=f"{OWN_THREADS}work"
+        )
+        self._loop.set_default_executor(self._workers)
         self._lock = threading.Lock()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="sensorium-loop", daemon=True)
@@ -54,7 +58,7 @@ class BackgroundLoop:
         raise RuntimeError("the event loop has been closed")
 
     def close(self) -> None:
-        """Cancel all tasks and end the thread; further calls do nothing."""
+        """Cancel all tasks and end the thread, and those that worked for it; further calls do nothing."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True  # nothing that was taken comes after the end
@@ -71,4 +75,6 @@ class BackgroundLoop:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            # Here and not by the loop, which would start a thread for it, when Python may be ending.
+            self._workers.shutdown()
             self._loop.close()

@@ -27,7 +27,7 @@ class MediaRef:
     ``uuid``. ``param`` is the place in the request, for error messages. ``uuids``: only for ``embeds`` of several
     items, one per item, in place of ``uuid``. ``alone``: the reference is a part of a message, which stands for one
     item even where it holds embeddings. ``processing``, ``loading``: options of this item alone, in place of those of
-    the same names in ``mm_processor_kwargs`` and in its modality's part of ``media_io_kwargs``.
+    the same names in ``mm_processor_kwargs``, and of all that ``media_io_kwargs`` says of its modality.
     """
 
     modality: Modality

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from sensorium.config import MediaConfig
 from sensorium.errors import (
-    ConfigError,
     InvalidEmbeddingsError,
     InvalidRequestError,
     MediaNotCachedError,
@@ -34,8 +33,9 @@ from sensorium.multimodal.downloads import Downloads
 from sensorium.multimodal.embeds import decode_embeddings
 from sensorium.multimodal.fetch import Fetcher, is_local
 from sensorium.multimodal.flights import SingleFlight
+from sensorium.multimodal.item_options import ItemOptions, OptionRules
 from sensorium.multimodal.items import Features, MediaItem, MediaRef, Modality
-from sensorium.multimodal.loaders import LOADERS, Work, check_loading_options
+from sensorium.multimodal.loaders import LOADERS, Work
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.segments import Segment, SegmentFolder
 from sensorium.multimodal.stats import MediaStats, StageCounters
@@ -53,8 +53,7 @@ _logger = logging.getLogger(__name__)
 class _Job:
     """What the items of one request share. Written by ``MediaPipeline`` only."""
 
-    options: Mapping[str, Any]
-    loading: Mapping[Modality, Any]
+    options: ItemOptions
     tenant: str
     salt: str
     fetch_slots: asyncio.Semaphore
@@ -114,10 +113,7 @@ class MediaPipeline:
             self._workers,
             on_fetch=lambda seconds, num_bytes: self._counters.add("fetch", seconds, num_bytes),
         )
-        try:
-            self._config_loading = self._new_job({}, {}, "", "").loading
-        except RequestError as error:
-            raise ConfigError(error.message, param=error.param) from None
+        self._rules = OptionRules(config, processor, self.modalities)
 
     async def load(
         self,
@@ -135,11 +131,12 @@ class MediaPipeline:
         """
         self.check(refs)
         refs, mm_processor_kwargs = part_options.with_rates(refs, mm_processor_kwargs)
-        job = self._new_job(mm_processor_kwargs, media_io_kwargs, tenant, cache_salt)
+        options = self._rules.of_request(mm_processor_kwargs, media_io_kwargs)
+        job = self._new_job(options, tenant, cache_salt)
         for ref in refs:  # as many as where they are named by their ids alone
             job.num_items[ref.modality] += len(ref.uuids) or 1
         try:
-            groups = await _all([self._load_ref(ref, self._own_job(ref, job)) for ref in refs])
+            groups = await _all([self._load_ref(ref, self._job_of(ref, job)) for ref in refs])
         finally:
             self._cache.unpin(job.pinned)
             for digest in job.held:
@@ -170,7 +167,7 @@ class MediaPipeline:
                     "(enable_mm_embeds=True) to accept them.",
                     param=ref.param,
                 )
-            self._own_options(ref, self._config.mm_processor_kwargs, self._config_loading)
+            self._rules.of_item(ref, self._rules.configured)
         counted_refs = (
             ref.modality for ref in refs if not self._needs_none(ref.modality, ref.kind == "embeds")
         )
@@ -187,69 +184,19 @@ class MediaPipeline:
         self._decoders.close()
         self._workers.close()
 
-    def _new_job(
-        self,
-        mm_processor_kwargs: Mapping[str, Any] | None,
-        media_io_kwargs: Mapping[str, Any] | None,
-        tenant: str,
-        salt: str | None,
-    ) -> _Job:
-        for name, given in (
-            ("mm_processor_kwargs", mm_processor_kwargs),
-            ("media_io_kwargs", media_io_kwargs),
-        ):
-            if given is not None and not isinstance(given, Mapping):
-                raise InvalidRequestError(
-                    f"{name} must be a mapping, got {type(given).__name__}.", param=name
-                )
-        options = {**self._config.mm_processor_kwargs, **(mm_processor_kwargs or {})}
-        self._processor.check_options(options)
+    def _new_job(self, options: ItemOptions, tenant: str, salt: str | None) -> _Job:
         return _Job(
             options=options,
-            loading=self._loading_options(media_io_kwargs or {}),
             tenant=tenant,
             salt=salt or "",
             fetch_slots=asyncio.Semaphore(self._config.max_media_fetches_per_request),
             received=RequestBytes(self._config.max_request_media_bytes),
         )
 
-    def _own_job(self, ref: MediaRef, job: _Job) -> _Job:
-        """The job of a reference with options of its own; the request's for others."""
-        if not ref.processing and not ref.loading:
-            return job
-        options, loading = self._own_options(ref, job.options, job.loading)
-        return dataclasses.replace(job, options=options, loading=loading)
-
-    def _own_options(
-        self, ref: MediaRef, options: Mapping[str, Any], loading: Mapping[Modality, Any]
-    ) -> tuple[Mapping[str, Any], Mapping[Modality, Any]]:
-        """The options that hold for an item: its own before those of the request. Raises InvalidRequestError at the
-        item's place."""
-        try:
-            if ref.processing:
-                options = {**options, **ref.processing}
-                self._processor.check_options(options)
-            if ref.loading:
-                own = LOADERS[ref.modality].parse_options(
-                    ref.loading, f"media_io_kwargs.{ref.modality}"
-                )
-                loading = {**loading, ref.modality: own}
-        except InvalidRequestError as error:
-            message = part_options.as_written(ref.modality, error.message)
-            raise InvalidRequestError(message, param=ref.param) from None
-        return options, loading
-
-    def _loading_options(self, request: Mapping[str, Any]) -> dict[Modality, Any]:
-        """The options of each modality: the configuration's, overridden by the request's."""
-        for given in (self._config.media_io_kwargs, request):
-            check_loading_options(given, self.modalities)
-        return {
-            modality: LOADERS[modality].parse_options(
-                {**self._config.media_io_kwargs.get(modality, {}), **request.get(modality, {})},
-                f"media_io_kwargs.{modality}",
-            )
-            for modality in self.modalities
-        }
+    def _job_of(self, ref: MediaRef, job: _Job) -> _Job:
+        """The job of a reference: one with its own options where it has some."""
+        options = self._rules.of_item(ref, job.options)
+        return job if options is job.options else dataclasses.replace(job, options=options)
 
     def _needs_none(self, modality: Modality, precomputed: bool) -> bool:
         """Whether an item passes a limit of 0: embeddings do, which need no encoder."""
@@ -355,7 +302,13 @@ class MediaPipeline:
         held = self._cache.peek(digest)  # it may have come while the content was fetched
         if held is not None:
             return held
-        work = Work(modality, source, job.loading[modality], job.options, job.num_items[modality])
+        work = Work(
+            modality,
+            source,
+            job.options.loading[modality],
+            job.options.processing,
+            job.num_items[modality],
+        )
         decoders = self._decoders if isinstance(source, bytes) else self._threads
         try:
             prepared = await decoders.prepare(work)
@@ -444,8 +397,8 @@ class MediaPipeline:
         return digests.item_digest(
             modality,
             content,
-            dataclasses.asdict(job.loading[modality]),
-            self._processor.identity(modality, job.options, job.num_items[modality]),
+            dataclasses.asdict(job.options.loading[modality]),
+            self._processor.identity(modality, job.options.processing, job.num_items[modality]),
         )
 
     def _lookup(self, digest: bytes, job: _Job) -> Features | None:
