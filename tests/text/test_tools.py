@@ -148,12 +148,18 @@ def test_the_forms_of_models(form: str) -> None:
         "<tool_call>f{}</tool_call>",
         "{" * 300,
         "[" * 300,
+        '{"name": "f", "age": 3}',
+        '[{"name": "f"}]',
     ],
 )
 def test_text_that_looks_like_a_call_is_text(text: str) -> None:
     for pieces in ([text], list(text)):
         assert read(ToolCallParser(["f", "g"]), pieces) == (text, [])
         assert read(ToolCallParser(), pieces) == (text, [])
+
+
+def test_a_tagged_call_needs_no_arguments() -> None:
+    assert read(ToolCallParser(), ['<tool_call>{"name": "f"}</tool_call>']) == ("", [("f", {})])
 
 
 def test_other_json_need_not_wait_for_its_end() -> None:

@@ -107,8 +107,9 @@ class ToolCallParser:
     ``[TOOL_CALLS]name{…}`` (Mistral).
 
     The tags of the last two are special tokens, which texts are without: at the beginning of an answer and after a
-    call, their JSON alone is a call when it names one of ``names``. A call is reported when it is complete. What looks
-    like one but is no such JSON is given back as text. White space alone before, between and after calls is dropped.
+    call, their JSON alone is a call when it names one of ``names`` and has arguments. A call is reported when it is
+    complete. What looks like one but is no such JSON is given back as text. White space alone before, between and
+    after calls is dropped.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -211,7 +212,7 @@ class ToolCallParser:
             if not self._lead.strip() and not self._may_be_call(piece):
                 self._reject(out)
             return False
-        calls = _calls("".join(self._pieces), self._name)
+        calls = _calls("".join(self._pieces), self._name, is_bare=not self._opener)
         if not calls or (not self._opener and any(name not in self._names for name, _ in calls)):
             self._reject(out)
             return True
@@ -307,8 +308,9 @@ def new_call_id() -> str:
     return f"call_{secrets.token_hex(12)}"
 
 
-def _calls(body: str, name: str | None) -> list[tuple[str, str]]:
-    """Names and arguments of the calls in a JSON value; none when it is no call, or not all of it.
+def _calls(body: str, name: str | None, *, is_bare: bool = False) -> list[tuple[str, str]]:
+    """Names and arguments of the calls in a JSON value; none when it is no call, or not all of it. ``is_bare``: nothing
+    else says that it is one, and an answer may have a member ``name``, too.
 
     Arguments are the very text that was written, for it may hold what no value of Python's can be written back as:
     halves of surrogate pairs, numbers beyond a float's range."""
@@ -317,13 +319,13 @@ def _calls(body: str, name: str | None) -> list[tuple[str, str]]:
         if name is not None:
             return [(name, body.strip())] if isinstance(value, dict) else []
         texts = list(_members(body).values()) if isinstance(value, list) else [body]
-        calls = [_call(text) for text in texts]
+        calls = [_call(text, is_bare) for text in texts]
     except (ValueError, RecursionError):
         return []
     return [] if None in calls else [call for call in calls if call is not None]
 
 
-def _call(text: str) -> tuple[str, str] | None:
+def _call(text: str, is_bare: bool) -> tuple[str, str] | None:
     """Name and arguments of the call that valid JSON is, or holds as ``function``; None for other JSON."""
     members = _members(text)
     inner = members.get("function", "")
@@ -331,6 +333,8 @@ def _call(text: str) -> tuple[str, str] | None:
         members = _members(inner)
     name = _JSON.decode(members.get("name", inner or "null"))
     if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+        return None
+    if is_bare and not inner and members.keys().isdisjoint(("arguments", "parameters")):
         return None
     arguments = members.get("arguments", members.get("parameters", "null"))
     if arguments.startswith('"'):  # JSON within a text, as in OpenAI's messages
