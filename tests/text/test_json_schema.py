@@ -327,6 +327,9 @@ def test_names_that_are_keywords_are_names(tastes: Taster) -> None:
         {"allOf": 1, "anyOf": {}, "oneOf": None},
         {"pattern": 3, "format": [], "items": [1]},
         {"patternProperties": [1]},
+        {"propertyNames": {"format": {}}},
+        {"not": {}, "type": "object"},
+        {"properties": {"a": {"not": {}}}},
         {"$defs": None, "definitions": {"x": NAMED}, "allOf": [{"$ref": "#/definitions/x"}, NAMED]},
         '{"propertyNames": {"minLength": 1e999}}',
         '{"type": "array", "uniqueItems": true, "maxItems": NaN, "items": {"enum": [1]}}',
@@ -336,6 +339,11 @@ def test_names_that_are_keywords_are_names(tastes: Taster) -> None:
 def test_odd_schemas_are_refused_or_used(schema: Any) -> None:
     with contextlib.suppress(InvalidRequestError):
         assert compile_grammar(StructuredOutputs(json=schema)).text
+
+
+def test_a_schema_that_nothing_fulfils_is_told_so() -> None:
+    with pytest.raises(InvalidRequestError, match="allows no value at all"):
+        compile_grammar(StructuredOutputs(json={"not": {}}))
 
 
 def test_numbers_and_texts_that_are_no_json_are_named() -> None:

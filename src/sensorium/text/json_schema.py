@@ -72,7 +72,8 @@ class Adapted:
 def adapt(schema: Mapping[str, Any], *, without: Names = _NONE) -> Adapted:
     """Rewrite a schema so that the grammar library takes it.
 
-    ``without``: further keywords to leave out, and to report. Raises SchemaError for one that is nested too deeply.
+    ``without``: further keywords to leave out, and to report. Raises SchemaError for one that is nested too deeply
+    or that nothing fulfils.
     """
     adapter = _Adapter(schema, without)
     adapted = adapter.root()
@@ -93,7 +94,8 @@ class _Adapter:
     def root(self) -> dict[str, Any]:
         """The whole schema."""
         adapted = self.schema(self.source, None, 0)
-        assert isinstance(adapted, dict)
+        if not isinstance(adapted, dict):
+            raise SchemaError("allows no value at all: its 'not' excludes everything")
         if self.added:
             adapted["$defs"] = {**_members(adapted.get("$defs")), **self.added}
         return adapted
@@ -280,7 +282,12 @@ class _Adapter:
             pattern = pattern_of_lengths(says.get("minLength"), says.get("maxLength"))
         plain = plain_pattern(pattern) if isinstance(pattern, str) else None
         told = set(says) - ({"pattern"} if "pattern" in says else {"minLength", "maxLength"})
-        if plain != pattern or plain is None or told - {"format"} or says.get("format") in FORMATS:
+        if (
+            plain != pattern
+            or plain is None
+            or told - {"format"}
+            or str(says.get("format")) in FORMATS
+        ):
             self.relaxed.add("propertyNames")
         if plain is not None and "patternProperties" not in self.without:
             out["patternProperties"] = {plain: value}
