@@ -53,7 +53,7 @@ class _Engine:
             self._loop.close()
 
     async def _start(self, config: EngineConfig) -> Frontend:
-        start = Frontend.start(config, trust_request_chat_template=True)
+        start = Frontend.start(config, trust_request_chat_template=True, package_files=True)
         self._starting = asyncio.create_task(start)
         return await asyncio.shield(self._starting)
 

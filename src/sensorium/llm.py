@@ -68,7 +68,7 @@ class LLM:
         self.config: EngineConfig = engine_config(model=model, **keywords)
         forks.begin_computing()
         self._made_in = forks.generation()
-        self._preparer = Preparer(self.config, trust_request_chat_template=True)
+        self._preparer = Preparer(self.config, trust_request_chat_template=True, package_files=True)
         try:
             self._engine = build_engine(self.config)
         except BaseException:

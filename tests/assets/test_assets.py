@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import urllib.request
@@ -13,7 +14,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from sensorium import LLM, SamplingParams
+from sensorium import LLM, AsyncLLM, SamplingParams
 from sensorium.assets import AudioAsset, ImageAsset, VideoAsset
 from sensorium.config import MediaConfig
 from sensorium.errors import InvalidRequestError, MediaRefusedError
@@ -113,3 +114,15 @@ def test_a_chat_with_a_file_of_the_package() -> None:
     with LLM("demo", num_kv_blocks=100) as llm:
         (output,) = llm.chat([{"role": "user", "content": content}], SamplingParams(max_tokens=2))
     assert len(output.outputs[0].token_ids) == 2
+
+
+def test_the_same_in_a_program_with_an_event_loop() -> None:
+    content = [{"type": "image_url", "image_url": ImageAsset("stop_sign").url}]
+
+    async def main() -> list[int]:
+        async with AsyncLLM("demo", num_kv_blocks=100) as llm:
+            params = SamplingParams(max_tokens=2, ignore_eos=True, output_kind="final_only")
+            asked = llm.chat([{"role": "user", "content": content}], params)
+            return [len(output.outputs[0].token_ids) async for output in asked]
+
+    assert asyncio.run(main()) == [2]

@@ -14,7 +14,7 @@ from PIL import Image
 from sensorium import LLM, SamplingParams
 from sensorium.assets.video import VideoAsset
 from sensorium.config import MediaConfig
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidEmbeddingsError, InvalidRequestError
 from sensorium.multimodal import image, video
 from sensorium.multimodal.parts import refs_from_data
 from sensorium.multimodal.video import VideoOptions
@@ -159,3 +159,17 @@ def test_values_that_are_no_pixels(lowest: float, highest: float, hint: str) -> 
     alone = wrong[1] if lowest < 0 else wrong[2]
     with pytest.raises(InvalidRequestError, match=rf"image must have values .* 0 to 255.*{hint}"):
         looked_at(alone)
+
+
+def test_a_picture_that_was_read_as_embeddings_is_told_how_to_be_one(tmp_path: Any) -> None:
+    """Where embeddings are enabled, nothing but its place tells a floating-point tensor (3, H, W) from them."""
+    make_qwen2_5_vl(tmp_path)
+    pixels = torch.rand(3, 56, 56) * 255
+    prompt = {"prompt": "<|vision_start|><|image_pad|><|vision_end|>"}
+    with LLM(str(tmp_path), num_kv_blocks=100, enable_mm_embeds=True) as llm:
+        with pytest.raises(InvalidEmbeddingsError, match="put the tensor of a picture into a list"):
+            llm.generate({**prompt, "multi_modal_data": {"image": pixels}}, GREEDY)
+        (listed,) = llm.generate({**prompt, "multi_modal_data": {"image": [pixels]}}, GREEDY)
+        bytes_ = pixels.round().to(torch.uint8)
+        (whole,) = llm.generate({**prompt, "multi_modal_data": {"image": bytes_}}, GREEDY)
+    assert listed.outputs[0].token_ids == whole.outputs[0].token_ids

@@ -188,7 +188,7 @@ def test_wrong_values_are_refused_at_their_part(
         ({"total_pixels": -1}, "total_pixels must be a number"),
         ({"max_pixels": -1}, "max_pixels must be an integer"),
         ({"fps": 0}, "fps must be a number above 0"),
-        ({"nframes": "x"}, "num_frames must be an integer"),
+        ({"nframes": "x"}, r"^nframes \(or num_frames\) must be an integer"),
         ({"nframes": 4, "num_frames": 4}, "two names of one option"),
         ({"resized_height": 280}, "Unknown key 'resized_height'"),
     ],

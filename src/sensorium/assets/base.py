@@ -42,7 +42,7 @@ class Asset:
 
     @property
     def url(self) -> str:
-        """A ``file:`` URL of the file: short enough for an id, and taken by ``LLM`` without further options."""
+        """A ``file:`` URL, short enough for an id; ``LLM`` and ``AsyncLLM`` take it without further options."""
         return self.path.as_uri()
 
     @property

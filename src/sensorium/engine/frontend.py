@@ -59,11 +59,15 @@ class Frontend:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, trust_request_chat_template: bool = False
+        cls,
+        config: EngineConfig,
+        *,
+        trust_request_chat_template: bool = False,
+        package_files: bool = False,
     ) -> Frontend:
         """Start an engine and what prepares its requests. Raises ConfigError when that cannot be.
 
-        An engine that dies later is replaced by another one.
+        An engine that dies later is replaced by another one. ``package_files``: as for ``Preparer``.
         """
         engine = EngineSupervisor(config)
         starting = asyncio.create_task(engine.start())
@@ -75,6 +79,7 @@ class Frontend:
                 config,
                 trust_request_chat_template=trust_request_chat_template,
                 shared=True,
+                package_files=package_files,
             )
             await starting
             engine.watch(preparer.set_facts)

@@ -73,7 +73,8 @@ class Preparer:
 
     Used from one event loop. ``set_facts`` must be called with what the engine found out before requests are built.
     ``embedder`` says how the model makes vectors; None when it generates text. ``shared``: the engine is another
-    process, which must be able to open all features; the media workers are then started at once.
+    process, which must be able to open all features; the media workers are then started at once. ``package_files``:
+    prompts are the program's own, and may name files of ``sensorium.assets``.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Preparer:
         *,
         trust_request_chat_template: bool = False,
         shared: bool = False,
+        package_files: bool = False,
     ) -> None:
         self._config = config
         model = config.model
@@ -130,7 +132,7 @@ class Preparer:
             placeholders=self._placeholders,
         )
         self.tokenizer.template = template_applier(self._template, self._placeholder_text)
-        self._pipeline = self._new_pipeline(shared)
+        self._pipeline = self._new_pipeline(shared, package_files)
         self._grammars = GrammarCompiler(
             str(self._folder), self._vocab_size, seconds=config.scheduler.grammar_timeout
         )
@@ -447,7 +449,7 @@ class Preparer:
             )
         return room
 
-    def _new_pipeline(self, shared: bool) -> MediaPipeline | None:
+    def _new_pipeline(self, shared: bool, package_files: bool) -> MediaPipeline | None:
         if self._processor is None:
             try:
                 check_loading_options(self._config.media.media_io_kwargs, ())
@@ -474,7 +476,7 @@ class Preparer:
             FeatureCache(kept),
             decoders=decoders,
             segments=folder if shared else None,
-            package_files=not shared,
+            package_files=package_files,
             ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
         )
 

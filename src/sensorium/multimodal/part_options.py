@@ -85,10 +85,10 @@ def apart(
 
 
 def as_written(modality: Modality, message: str) -> str:
-    """Return a message about ``mm_processor_kwargs`` with the names of options that the part has."""
+    """Return a message about ``mm_processor_kwargs`` or loading with the names of options that the part has."""
     for old, new in _PROCESSING[modality].items():
         message = message.replace(new, old)
-    return message
+    return message.replace("num_frames", "nframes (or num_frames)")
 
 
 def with_rates(

@@ -38,6 +38,7 @@ from sensorium.multimodal.items import Features, MediaItem, MediaRef, Modality
 from sensorium.multimodal.loaders import LOADERS, Work
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.segments import Segment, SegmentFolder
+from sensorium.multimodal.sources import looks_like_a_picture
 from sensorium.multimodal.stats import MediaStats, StageCounters
 from sensorium.multimodal.workers import ThreadWorkers
 
@@ -356,7 +357,16 @@ class MediaPipeline:
 
     def _read_embeddings(self, ref: MediaRef) -> list[Features]:
         source = decode_embeddings(ref.source, max_bytes=self._config.max_media_bytes)
-        return self._processor.embeddings(ref.modality, source, ref.param)
+        try:
+            return self._processor.embeddings(ref.modality, source, ref.param)
+        except InvalidEmbeddingsError as error:
+            if not looks_like_a_picture(ref.source):
+                raise
+            raise InvalidEmbeddingsError(
+                f"{error.message} (With enable_mm_embeds a floating-point tensor of three dimensions is embeddings: "
+                "put the tensor of a picture into a list, or make it uint8.)",
+                param=error.param,
+            ) from None
 
     async def _shared(self, features: Features) -> Features:
         """The same features in a segment, where they have to be in one. Raises OverloadedError without room for it."""
