@@ -341,6 +341,12 @@ def test_odd_schemas_are_refused_or_used(schema: Any) -> None:
         assert compile_grammar(StructuredOutputs(json=schema)).text
 
 
+def test_a_pattern_of_gaps_that_is_none_is_not_blamed_on_the_schema() -> None:
+    with pytest.raises(InvalidRequestError, match="unclosed group") as caught:
+        compile_grammar(StructuredOutputs(json=NAMED, whitespace_pattern="("))
+    assert caught.value.param == "structured_outputs.whitespace_pattern"
+
+
 def test_a_schema_that_nothing_fulfils_is_told_so() -> None:
     with pytest.raises(InvalidRequestError, match="allows no value at all"):
         compile_grammar(StructuredOutputs(json={"not": {}}))

@@ -43,10 +43,20 @@ def json_grammar(outputs: StructuredOutputs) -> Grammar:
     wants that, cannot be expressed.
     """
     schema = _parsed(outputs)
+    _check_pattern(outputs)
     try:
         return _expressed(schema, outputs)
     except SchemaError as error:
         raise constraint_error(f"json{_alternative(schema, outputs)}", str(error)) from error
+
+
+def _check_pattern(outputs: StructuredOutputs) -> None:
+    """Refuse a pattern of gaps that the library cannot use, which it would blame on the schema."""
+    if outputs.whitespace_pattern is None:
+        return
+    problem = problem_of(_spelled(Adapted({}, ()), outputs))
+    if problem is not None:
+        raise constraint_error("whitespace_pattern", f"cannot be used: {problem}")
 
 
 def _expressed(schema: Mapping[str, Any], outputs: StructuredOutputs) -> Grammar:
