@@ -1,10 +1,13 @@
 """The CPU kernels against plain torch and against the machine's limits: ratios within one run, as JSON.
 
-    python benchmarks/kernels.py [--threads N] [--seconds S] [--output FILE]
+    python benchmarks/kernels.py [--threads N] [--seconds S] [--only PART] [--output FILE]
 
 Both sides of a ratio are run in turn, many times, and compared at their lower quartiles, so that other work on the
 machine troubles both alike. "speedup" is reference time over kernel time; "of_limit" is the limit's time over kernel
-time, where the limit is the time to read the bytes at the bandwidth measured in the same run.
+time, where the limit is the time to read the bytes at the bandwidth measured in the same run. With one thread, time is
+that of its processor, so that a busy machine does not matter much. "invariance" has what it costs that a row is the
+same bits in every step: attention of long spans against torch's flash attention, whose bits depend on the step, and
+products of as many rows as they are made against those of one.
 """
 
 from __future__ import annotations
@@ -24,7 +27,13 @@ threads.prepare()
 import torch  # noqa: E402 - the waiting policy must be set before
 import torch.nn.functional as F  # noqa: E402
 
-from sensorium.kernels import cpu_elementwise, ops, reference  # noqa: E402
+from sensorium.kernels import (  # noqa: E402
+    cpu_elementwise,
+    cpu_linear,
+    cpu_paged,
+    ops,
+    reference,
+)
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32
@@ -42,6 +51,7 @@ def quartile(times: list[float]) -> float:
 
 def race(runs: list[Run], seconds: float) -> list[float]:
     """Seconds of each run's call, the runs taking turns over the layers; lower quartiles."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run(0)
@@ -49,9 +59,9 @@ def race(runs: list[Run], seconds: float) -> list[float]:
     layer = 0
     while time.perf_counter() < end or layer < 5:
         for run, own in zip(runs, times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             run(layer % NUM_LAYERS)
-            own.append(time.perf_counter() - start)
+            own.append(clock() - start)
         layer += 1
     return [quartile(own) for own in times]
 
@@ -126,15 +136,23 @@ def linears(seconds: float, bandwidth: float) -> dict[str, Any]:
     return results
 
 
-def batch_of(kv_len: int, query_len: int, count: int) -> AttentionBatch:
+def batch_of(
+    kv_len: int,
+    query_len: int,
+    count: int,
+    dtype: torch.dtype = DTYPE,
+    kv_heads: int = KV_HEADS,
+    head_dim: int = HEAD_DIM,
+    num_layers: int = NUM_LAYERS,
+) -> AttentionBatch:
     """``count`` equal sequences with blocks in order."""
     per = -(-kv_len // BLOCK)
-    layout = KVCacheLayout(NUM_LAYERS, KV_HEADS, HEAD_DIM, BLOCK, DTYPE)
+    layout = KVCacheLayout(num_layers, kv_heads, head_dim, BLOCK, dtype)
     caches = ops.allocate_cache(layout, per * count, torch.device("cpu"))
     for cache in caches:
         cache.k.normal_()
         cache.v.normal_()
-    angle = torch.rand(count * query_len, HEAD_DIM // 2)
+    angle = torch.rand(count * query_len, head_dim // 2)
     return AttentionBatch(
         query_start=torch.arange(count + 1, dtype=torch.int32) * query_len,
         kv_len=torch.full((count,), kv_len, dtype=torch.int32),
@@ -176,26 +194,90 @@ def attention(seconds: float, bandwidth: float) -> dict[str, Any]:
     return results
 
 
+def invariance(seconds: float) -> dict[str, Any]:
+    """Attention of spans by the paged kernel against flash attention, and small products against those of one row."""
+    results: dict[str, Any] = {}
+    heads = {"14/2 of 64": (14, 2, 64), "32/32 of 96": (32, 32, 96)}
+    spans = ((128, 128), (512, 512), (1024, 1024), (2048, 512))
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        for shape, (num_heads, kv_heads, dim) in heads.items():
+            for kv_len, query_len in spans:
+                fixed, free = (
+                    batch_of(kv_len, query_len, 1, dtype, kv_heads, dim, 1) for _ in range(2)
+                )
+                free.invariant = False
+                qkv = torch.randn(query_len, (num_heads + 2 * kv_heads) * dim).to(dtype)
+                run = (0, num_heads, kv_heads, dim, dim**-0.5)
+                flash, own = race(
+                    [
+                        lambda _, b=free, q=qkv, r=run: ops.rope_attention(q, b, *r),
+                        lambda _, b=fixed, q=qkv, r=run: ops.rope_attention(q, b, *r),
+                    ],
+                    seconds,
+                )
+                assert next(iter(free.scratch.values())).spans, "flash attention was not used"
+                results[f"attention {name} {shape}: {query_len} rows of {kv_len}"] = {
+                    "us": round(own * 1e6, 1),
+                    "speedup": round(flash / own, 2),
+                }
+        for outputs, inputs in ((1152, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)):
+            plain = [torch.randn(outputs, inputs).to(dtype) for _ in range(NUM_LAYERS)]
+            packed = [ops.pack_weight(weight) for weight in plain]
+            direct = [cpu_linear._product(w.data, None, w.packed, "none", "") for w in packed]
+            bound = [ops.bind_linear(weight, None) for weight in packed]
+            x = torch.randn(1, inputs).to(dtype)
+            one, own = race(
+                [lambda i, d=direct, x=x: d[i](x), lambda i, b=bound, x=x: b[i](x)], seconds
+            )
+            results[f"product {name} 1 row {outputs} x {inputs}"] = {
+                "rows": packed[0].row_multiple,
+                "us": round(own * 1e6, 1),
+                "speedup": round(one / own, 2),
+            }
+    return results
+
+
+def processor() -> str:
+    """The processor's name and the instruction sets that kernels are compiled for."""
+    from numba.core.registry import cpu_target
+
+    names = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    name = names[0].partition(":")[2].strip() if names else platform.machine()
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    known = ("avx2", "avx512f", "avx512bf16", "amx-bf16", "amx-int8")
+    return " ".join([name, *(f for f in known if f"+{f}" in features.split(","))])
+
+
 def main() -> None:
     """Run everything and print or write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each comparison")
+    parser.add_argument("--only", choices=("elementwise", "linear", "attention", "invariance"))
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
     num_threads = threads.configure(options.threads)
+    # Matrix tiles are not needed for flash attention, only for its being chosen.
+    cpu_paged.attends_with_tiles = lambda dtype: True
     with torch.inference_mode():
         warm_up = ops.warm_up(DTYPE)
         bandwidth = read_bandwidth(options.seconds)
+        parts: dict[str, Callable[[], dict[str, Any]]] = {
+            "elementwise": lambda: elementwise(options.seconds),
+            "linear": lambda: linears(options.seconds, bandwidth),
+            "attention": lambda: attention(options.seconds, bandwidth),
+            "invariance": lambda: invariance(options.seconds),
+        }
         report = {
-            "machine": platform.processor() or platform.machine(),
-            "torch": torch.__version__,
+            "machine": processor(),
+            "torch": torch.__version__.partition("+")[0],
             "threads": num_threads,
             "warm_up_s": round(warm_up, 2),
             "read_gb_per_s": round(bandwidth / 1e9, 1),
-            "elementwise": elementwise(options.seconds),
-            "linear": linears(options.seconds, bandwidth),
-            "attention": attention(options.seconds, bandwidth),
+            **{name: part() for name, part in parts.items() if options.only in (None, name)},
         }
     text = json.dumps(report, indent=2)
     if options.output is None:
