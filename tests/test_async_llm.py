@@ -469,8 +469,8 @@ def test_a_forked_process(llm: AsyncLLM, folder: Path, own: bool) -> None:
 
 def test_an_engine_that_dies(folder: Path) -> None:
     async def main() -> None:
-        async with AsyncLLM(str(folder), **ROOM) as llm:
-            outputs = llm.generate("hello", LONG)
+        async with AsyncLLM(str(folder), **{**ROOM, "max_model_len": 2000}) as llm:
+            outputs = llm.generate("hello", LONG.replace(max_tokens=1900))
             await started(outputs)
             frontend = await llm._started()
             client = frontend._engine._client

@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from PIL import Image
 
 from sensorium import LLM, EmbeddingRequestOutput, PoolingParams, SamplingParams
-from sensorium.errors import ConfigError, InvalidRequestError, PromptTooLongError, SensoriumError
+from sensorium.errors import (
+    ConfigError,
+    InvalidRequestError,
+    ModelOutputNotFiniteError,
+    PromptTooLongError,
+    SensoriumError,
+)
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf_text
 from tests.e2e.prompts import MixedPrompt, mixed_prompts, qwen2_vl_inputs
@@ -169,7 +175,7 @@ def test_wrong_calls_are_refused_before_anything_runs(llm: LLM) -> None:
     steps = llm.stats().num_steps
     wrong: list[tuple[Any, Any, str]] = [
         (["a"], PoolingParams(dimensions=65), "vectors have 64"),
-        (["a"], [PoolingParams()] * 2, "1 prompts, but 2 pooling_params"),
+        (["a"], [PoolingParams()] * 2, "pooling_params has 2 entries for 1 prompt"),
         (["a"], SamplingParams(), "must be a PoolingParams"),
         (["a"], [SamplingParams()], r"pooling_params\[0\] must be"),
         (["a", [1, 10**6]], None, "Prompt 1: Token id 1000000"),
@@ -213,7 +219,7 @@ def test_a_vector_that_is_not_finite_fails_alone(dse: Dse, block_size: int) -> N
 
         alone = vectors(llm.embed([[5, 6], [7], [8]], use_tqdm=False))
         model.embed = poisoned
-        with pytest.raises(InvalidRequestError, match="undefined numbers"):
+        with pytest.raises(ModelOutputNotFiniteError, match=r"Prompt 1: .* infinite or undefined"):
             llm.embed([[5, 6], [333, 6], [7]], use_tqdm=False)
         found = vectors(llm.embed([[5, 6], [7], [8]], use_tqdm=False))
     np.testing.assert_allclose(found, alone, atol=1e-6)

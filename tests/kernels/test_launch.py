@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sensorium.kernels import cpu_amx, cpu_elementwise, cpu_launch, ops, threads
+from sensorium.processes import child_environment
 
 
 def run(code: str, **environment: str) -> str:
@@ -188,3 +189,43 @@ def test_few_shapes_are_kept_unless_the_user_says_how_many(name: str) -> None:
     assert run(code, **{name: "77"}) == "77"
     unset = f"import os; os.environ.pop('{name}', None)\n" + textwrap.dedent(code)
     assert run(unset) == str(threads.KEPT_PRIMITIVES)
+
+
+COMPILE = """
+import sys, torch
+from sensorium.kernels import ops
+for name in sys.argv[1:]:
+    ops.warm_up(getattr(torch, name), encoders=False)
+"""
+COMPARE = """
+import torch
+from sensorium.kernels import ops, reference
+from sensorium.kernels.batch import KVCacheLayout
+from tests.kernels.batches import TOLERANCE, make_batch, twin
+for dtype in TOLERANCE:
+    ops.warm_up(dtype, encoders=False)
+for dtype, tolerance in TOLERANCE.items():
+    batch = make_batch(KVCacheLayout(1, 2, 64, 32, dtype), [(100, 1), (300, 40)])
+    expected = twin(batch)
+    qkv = torch.randn(41, (6 + 4) * 64).to(dtype)
+    mixed, plain = (
+        run.rope_attention(qkv, b, 0, 6, 2, 64, 0.125) for run, b in ((ops, batch), (reference, expected))
+    )
+    torch.testing.assert_close(mixed, plain, rtol=tolerance, atol=tolerance)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_that_several_processes_compiled_do_not_mix_in_one(tmp_path: Path) -> None:
+    """Each dtype compiled by a process of its own, in which functions get the same numbers; a third loads all."""
+    environment = child_environment() | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
+
+    def run(code: str, *arguments: str) -> None:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+    for name in ("float32", "bfloat16", "float16"):
+        run(COMPILE, name)
+    run(COMPARE)

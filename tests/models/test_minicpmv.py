@@ -197,8 +197,7 @@ def test_tower_as_wide_as_the_decoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_close(tmp_path: Path, dtype: str) -> None:
-    pair = Pair(make_minicpmv(tmp_path, dtype=dtype))
-    assert pair.harness.model.dtype == getattr(torch, dtype)
+    pair = Pair(make_minicpmv(tmp_path, dtype=dtype), dtype=dtype)
     case = CASES["several"]
     prompt, views = pair.plain.prompt(chat(case[0]), items_of(case))
     exact = pair.plain.logits(prompt, views)

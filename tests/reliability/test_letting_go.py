@@ -12,7 +12,7 @@ import pytest
 from tests.checkpoints import make_qwen2_vl
 
 SCRIPT = """
-    import base64, gc, io, json, os, sys, threading
+    import base64, gc, io, json, os, sys, threading, time
     from pathlib import Path
 
     import psutil
@@ -93,6 +93,9 @@ SCRIPT = """
 
     def held():
         me = psutil.Process()
+        until = time.monotonic() + 30  # threads that were told to end may need a moment
+        while threading.active_count() > 1 and time.monotonic() < until:
+            time.sleep(0.01)
         threads = sorted(t.name for t in threading.enumerate())
         return [threads, len(os.listdir("/proc/self/fd")), [p.name() for p in me.children(True)]]
 

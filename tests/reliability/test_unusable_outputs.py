@@ -17,7 +17,12 @@ from tests.models.harness import picture
 from tests.reliability.asking import CHAT, Service, image, log_of, serving, text
 from tests.reliability.media import picture_url
 
-ROOM: dict[str, Any] = {"num_kv_blocks": 100, "block_size": 16, "max_model_len": 600}
+ROOM: dict[str, Any] = {
+    "num_kv_blocks": 100,
+    "block_size": 16,
+    "max_model_len": 600,
+    "dtype": "float16",
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 PROMPT = "<|vision_start|><|image_pad|><|vision_end|> what?"
 ADVICE = "start with --dtype float32"
@@ -64,7 +69,7 @@ def test_a_tower_that_overflows_is_named_with_its_dtype_and_item(
         assert llm.generate(["and text?"], GREEDY, use_tqdm=False)[0].finished
         stats = llm.stats()
         assert (stats.num_unusable, stats.encode_failures, stats.encode_items) == (1, 1, 0)
-    with LLM(str(overflowing), dtype="float32", **ROOM) as llm:
+    with LLM(str(overflowing), **{**ROOM, "dtype": "float32"}) as llm:
         assert llm.generate([asked()], GREEDY, use_tqdm=False)[0].finished, "the advice is good"
 
 
@@ -103,7 +108,10 @@ def test_prompt_logprobs_of_such_a_decoder(tmp_path: Path) -> None:
 def test_logits_that_are_all_equal(tmp_path: Path, temperature: float) -> None:
     """As of a head that was never written: no token is likelier than another."""
     folder = change(checkpoints.make_text("llama", tmp_path), "lm_head", torch.zeros_like)
-    with LLM(str(folder), **ROOM) as llm, pytest.raises(ModelOutputNotFiniteError) as caught:
+    with (
+        LLM(str(folder), **{**ROOM, "dtype": "float32"}) as llm,
+        pytest.raises(ModelOutputNotFiniteError) as caught,
+    ):
         llm.generate(["a b c"], GREEDY.replace(temperature=temperature), use_tqdm=False)
     assert "its logits are all equal in float32. Its weights may be damaged" in caught.value.message
     assert ADVICE not in caught.value.message
@@ -142,6 +150,7 @@ def test_restrictions_that_leave_nothing_are_still_the_callers(tmp_path: Path) -
 @pytest.fixture(scope="module")
 def server(overflowing: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     flags = ("--num-kv-blocks", "100", "--block-size", "16", "--max-model-len", "600")
+    flags += ("--dtype", "float16")
     with serving(str(overflowing), tmp_path_factory.mktemp("log"), flags) as service:
         yield service
 

@@ -257,7 +257,7 @@ def test_ids_of_embeddings_as_a_whole(offline: Offline) -> None:
     again = offline.generate({**prompt, "multi_modal_data": {"image": [None, None]}})
     assert again.text == first.text
     wrong = {**prompt, "multi_modal_uuids": {"image": ["a", "b", "c"]}}
-    offline.generate(wrong).is_refusal(400, "invalid_embeddings", "prompt.multi_modal_data.image")
+    offline.generate(wrong).is_refusal(400, "placeholder_mismatch", "prompt")
 
 
 def test_ids_of_sounds(sounds: Offline) -> None:

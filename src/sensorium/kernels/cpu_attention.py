@@ -21,6 +21,7 @@ from typing import Any
 from numba import types
 
 from sensorium.kernels.cpu_numeric import (
+    OUTLINE,
     WIDTH,
     as_float,
     exp1,
@@ -33,6 +34,7 @@ from sensorium.kernels.cpu_numeric import (
     load16,
     load_part,
     njit,
+    outlined,
     peak,
     pointer,
     shifted,
@@ -62,9 +64,6 @@ SEQUENCE, FIRST_ROW, NUM_ROWS, FIRST_POS, BEGIN, END, PART, NUM_PARTS, PARTIAL, 
     11
 )
 PIECE_COLUMNS = 11
-
-# Every function of a kernel is compiled once for its element type; the larger ones stay functions.
-OUTLINE = {"error_model": "numpy", "boundscheck": False}
 
 
 def scratch_floats(num_rows: int, head_dim: int) -> int:
@@ -222,7 +221,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
     of tasks is pieces times KV heads.
     """
 
-    @njit(**OUTLINE)
+    @outlined(element)
     def write_new(args: Any, piece: Any, head: Any, scratch: Any) -> None:
         """Rotate and write the key and the value of a decoding sequence's new token."""
         heads, kv_heads, dim, half, block_size = args[16], args[17], args[18], args[19], args[20]
@@ -243,7 +242,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         value = shifted(key, kv_heads * dim)
         write_value(value, pointer(args[7], element), slot + offset * dim, dim)
 
-    @njit(**OUTLINE)
+    @outlined(element)
     def fill_queries(args: Any, piece: Any, head: Any, group: Any, q: Any, scratch: Any) -> None:
         """q (rows * group, D) float32 = the rotated, scaled queries of the piece's rows for one KV head."""
         heads, kv_heads, dim, half = args[16], args[17], args[18], args[19]
@@ -265,7 +264,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 rotate_head(scratch, cos, sin, half, dim, f32(1.0), out)
                 convert_row(out, dim, scale, out)
 
-    @njit(**OUTLINE)
+    @outlined(element)
     def run_part(
         args: Any,
         piece: Any,
@@ -319,7 +318,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 sums,
             )
 
-    @njit(**OUTLINE)
+    @outlined(element)
     def run_parts(
         args: Any,
         piece: Any,
@@ -353,7 +352,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                     own, own_tops[r], own_totals[r], kept, tops[r], totals[r], dim
                 )
 
-    @njit(**OUTLINE)
+    @outlined(element)
     def finish(
         args: Any,
         piece: Any,

@@ -30,6 +30,7 @@ import torch
 from numba import types
 from numba.core import caching as numba_caching
 from numba.core import ccallback
+from numba.core.registry import cpu_target
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,10 @@ class Launcher:
 
 @functools.cache
 def _source_digest() -> str:
-    """Digest of the kernels' sources and compiler: a cached kernel is good for exactly these."""
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__} {sys.version}".encode())
+    """Digest of the kernels' sources, compiler and CPU: a cached kernel is good for exactly these."""
+    cpu = cpu_target.target_context.codegen().magic_tuple()
+    versions = (numba.__version__, llvmlite.__version__, sys.version)
+    digest = hashlib.sha256(repr((versions, cpu)).encode())
     for path in sorted(Path(__file__).parent.glob("cpu_*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
@@ -205,6 +208,9 @@ def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
     """
     start = time.perf_counter()
     function.variant = variant  # type: ignore[attr-defined]
+    function.__qualname__ += (
+        f"_{variant}"  # machine code is linked by name, see ``cpu_numeric.outlined``
+    )
     signature = ((types.CPointer(types.int64),), types.void)
     options = {"error_model": "numpy", "boundscheck": False, "nopython": True, "nogil": True}
     compiled = CFunc(function, signature, locals={}, options=options)

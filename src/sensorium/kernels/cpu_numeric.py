@@ -27,6 +27,9 @@ intrinsic: Any = extending.intrinsic
 WIDTH = 16
 """Floats in a vector."""
 
+OUTLINE = {"error_model": "numpy", "boundscheck": False}
+"""Options of functions that stay functions, as they are large."""
+
 ELEMENT = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.float32: types.float32}
 """How elements of a tensor are spelled as pointers."""
 
@@ -36,6 +39,20 @@ INLINE = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _HALF, _VEC = ir.HalfType(), ir.VectorType(ir.FloatType(), WIDTH)
 _CONTRACT = ("contract",)
+
+
+def outlined(element: types.Type) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a function inside a kernel's builder, which stays a function, for one element type.
+
+    The type becomes part of its name: machine code is linked by name, and that of two element types, compiled by two
+    processes and loaded by a third, could otherwise have the same one.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        function.__qualname__ += f"_{element}"
+        return njit(**OUTLINE)(function)
+
+    return compiled
 
 
 class VectorType(types.Type):

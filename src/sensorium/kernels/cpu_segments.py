@@ -28,11 +28,12 @@ from sensorium.kernels.cpu_amx import (
     multiply_block,
     release,
 )
-from sensorium.kernels.cpu_attention import HIDDEN_SCORE, OUTLINE, scale_sums
+from sensorium.kernels.cpu_attention import HIDDEN_SCORE, scale_sums
 from sensorium.kernels.cpu_elementwise import kernel
 from sensorium.kernels.cpu_launch import float_bits, pack
 from sensorium.kernels.cpu_numeric import (
     INLINE,
+    OUTLINE,
     WIDTH,
     as_float,
     exp1,
@@ -42,6 +43,7 @@ from sensorium.kernels.cpu_numeric import (
     largest,
     load16,
     njit,
+    outlined,
     peak,
     pointer,
     shifted,
@@ -251,7 +253,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
     over ln 2, the tiles' configuration, scratch, its bytes a thread.
     """
 
-    @njit(**OUTLINE)
+    @outlined(element)
     def fill_queries(args: Any, task: Any, count: Any, q: Any) -> None:
         """q (32, depth) = the task's queries, the first ``count`` rows; of the others nothing is read."""
         dim, depth = args[9], up(args[9], DEPTH)
@@ -262,7 +264,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             for d in range(dim, depth):
                 q[r * depth + d] = types.uint16(0)
 
-    @njit(**OUTLINE)
+    @outlined(element)
     def run_chunks(
         args: Any,
         task: Any,
