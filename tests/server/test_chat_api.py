@@ -383,6 +383,7 @@ async def test_what_is_not_enforced_is_said_in_a_header(stream: bool) -> None:
     for fields, place in (
         ({"response_format": schema}, "response_format.json_schema.schema"),
         ({"structured_outputs": {"json": {}}}, "structured_outputs.json"),
+        ({"guided_json": {}}, "guided_json"),
         ({"tools": TOOLS, "tool_choice": "required"}, "tools[0].function.parameters"),
         ({"tools": TOOLS, "tool_choice": NAMED_TOOL}, "tools[0].function.parameters"),
         ({"tools": [*TOOLS, OTHER_TOOL], "tool_choice": "required"}, "tools"),
@@ -434,6 +435,17 @@ async def test_tool_choice_none_hides_the_tools() -> None:
     answer = await app.chat(tools=TOOLS, tool_choice="none")
     assert app.frontend.calls[0].prompt.tools is None
     assert answer.json()["choices"][0]["message"]["content"] == CALL
+
+
+async def test_an_error_about_an_option_points_at_the_option() -> None:
+    param = "structured_outputs.whitespace_pattern"
+    app = App(FakeFrontend(before=fail(InvalidRequestError(f"{param} is none.", param=param))))
+    answer = await app.chat(
+        response_format={"type": "json_object"}, structured_outputs={"whitespace_pattern": "("}
+    )
+    assert (answer.error["param"], answer.error["message"]) == (param, f"{param} is none.")
+    answer = await app.chat(guided_json={}, guided_whitespace_pattern="(")
+    assert answer.error["message"] == "guided_whitespace_pattern is none."
 
 
 async def test_errors_about_a_constraint_point_at_the_field_it_came_from() -> None:

@@ -16,6 +16,7 @@ from sensorium.outputs import CompletionOutput, RequestOutput
 from sensorium.server.body import read_body
 from sensorium.server.context import ServingContext, context_of, request_id_of
 from sensorium.server.disconnect import unless_disconnected
+from sensorium.server.errors import SPELLED
 from sensorium.server.generation import Job, finished_outputs, num_values, run_job, usage
 from sensorium.server.logprobs import chat_logprobs, prompt_logprobs
 from sensorium.server.payload import json_response
@@ -88,6 +89,7 @@ def _begin(context: ServingContext, request: Request, body: ChatBody) -> ChatAns
         params=chat_params(body, context.frontend.default_params, plan.forced),
         request_id=request_id_of(request, body.request_id),
         priority=body.priority or 0,
+        spelled=request.scope["state"].get(SPELLED, {}),
         constraint_param=constraint_param(body, plan.forced),
     )
     return ChatAnswer(context, body, job, model, plan)

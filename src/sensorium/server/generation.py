@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ class Job:
     """The prompts of one HTTP request, which share everything else.
 
     ``constraint_param``: the field that a constraint on the answer came from, for errors and ``warnings`` about it.
+    ``spelled``: how the client writes places of the body that came from vLLM's words.
     """
 
     prompts: Sequence[Prompt]
@@ -31,6 +32,7 @@ class Job:
     request_id: str
     priority: int = 0
     constraint_param: str = "structured_outputs"
+    spelled: Mapping[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def headers(self) -> dict[str, str]:
@@ -39,8 +41,8 @@ class Job:
 
     def client_place(self, place: str) -> str:
         """The field of the body that a place in a constraint comes from."""
-        if self.constraint_param == "structured_outputs":
-            return place
+        if self.constraint_param == "structured_outputs" or place in _OPTIONS:
+            return self.spelled.get(place, place)
         call = _IN_CALLS.search(place)
         if self.constraint_param == "tools" and call is not None:
             return f"tools[{call[1]}].function.parameters"
@@ -49,6 +51,10 @@ class Job:
 
 Step = tuple[int, RequestOutput]
 
+_OPTIONS = frozenset(
+    f"structured_outputs.{name}" for name in ("whitespace", "whitespace_pattern", "unsupported")
+)
+"""Fields that are their own, whichever field a constraint comes from."""
 _IN_CALLS = re.compile(r"\.items\.anyOf\[(\d+)\]$")
 
 
