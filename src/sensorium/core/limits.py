@@ -6,8 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 
 from sensorium.core.plan import EncodeReport
-from sensorium.core.request import EngineRequest
+from sensorium.core.request import EngineRequest, Sequence
 from sensorium.errors import ConfigError, MediaTooLargeError, PromptTooLongError
+from sensorium.outputs import FinishReason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +64,20 @@ class SchedulerLimits:
                 param="prompt",
             )
         self._check_items(request)
+
+    def finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        """Why a sequence ends with the token that it has got last; None when it goes on."""
+        is_stop = token_id in seq.eos_ids or token_id in seq.stop_ids
+        if is_stop and seq.num_generated >= seq.request.params.min_tokens:
+            return "stop"
+        num_tokens = len(seq.token_ids)
+        if (
+            seq.num_generated >= seq.request.max_tokens
+            or num_tokens >= self.max_model_len
+            or num_tokens > self.num_cache_tokens
+        ):
+            return "length"
+        return None
 
     def _check_length(self, num_tokens: int, *, pools: bool) -> None:
         has = f"the prompt has {num_tokens} tokens"

@@ -138,3 +138,8 @@ class StepResult:
     failed_items: tuple[bytes, ...] = ()
     unusable_items: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     encoded: EncodeReport = NOTHING_ENCODED
+
+    def item_failure(self, digest: bytes, name: str) -> str:
+        """Why sequences end that need an item of ``failed_items``, which messages call ``name``."""
+        flaw = self.unusable_items.get(digest)
+        return unusable(name, *flaw) if flaw else f"{name.capitalize()} could not be encoded."

@@ -21,10 +21,9 @@ from sensorium.core.blocks import IntegrityError
 from sensorium.core.features import EncodePlanner, FeatureBudget
 from sensorium.core.kv import NO_MATCH, KVLedger, PrefixMatch
 from sensorium.core.limits import SchedulerCounts, SchedulerLimits, SchedulerStats
-from sensorium.core.plan import UNUSABLE, NewSequence, Span, StepPlan, StepResult, unusable
+from sensorium.core.plan import UNUSABLE, NewSequence, Span, StepPlan, StepResult
 from sensorium.core.request import EngineRequest, Sequence, SequenceUpdate, Status
 from sensorium.errors import InvalidRequestError, OverloadedError
-from sensorium.outputs import FinishReason
 
 
 class _Step:
@@ -354,11 +353,7 @@ class Scheduler:
             for seq_id in self._features.holders(digest):
                 items = self._live[seq_id].request.items
                 index = next(i for i, item in enumerate(items) if item.digest == digest)
-                name = f"item {index} ({items[index].modality})"
-                flaw = result.unusable_items.get(digest)
-                message = (
-                    unusable(name, *flaw) if flaw else f"{name.capitalize()} could not be encoded."
-                )
+                message = result.item_failure(digest, f"item {index} ({items[index].modality})")
                 failed.setdefault(seq_id, message)
         return failed
 
@@ -383,7 +378,7 @@ class Scheduler:
         if seq.request.params.prompt_logprobs is not None and seq.num_generated == 1:
             prompt_logprobs = tuple(seq.prompt_logprobs)
             seq.prompt_logprobs.clear()
-        reason = self._finish_reason(seq, sample.token_id)
+        reason = self.limits.finish_reason(seq, sample.token_id)
         stop_token_id = None
         if reason is not None:
             if reason == "stop" and sample.token_id not in seq.eos_ids:
@@ -417,20 +412,6 @@ class Scheduler:
             first_scheduled_time=seq.first_scheduled_time,
             vector=vector,
         )
-
-    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        num_generated = seq.num_generated
-        is_stop = token_id in seq.eos_ids or token_id in seq.stop_ids
-        if is_stop and num_generated >= seq.request.params.min_tokens:
-            return "stop"
-        num_tokens = len(seq.token_ids)
-        if (
-            num_generated >= seq.request.max_tokens
-            or num_tokens >= self.limits.max_model_len
-            or num_tokens > self.limits.num_cache_tokens
-        ):
-            return "length"
-        return None
 
     def _fail(self, seq: Sequence, message: str) -> SequenceUpdate:
         self._end(seq)

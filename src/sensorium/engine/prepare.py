@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import importlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sensorium.config import GIB, EngineConfig
-from sensorium.core.request import EngineRequest, ItemSpan
+from sensorium.config import EngineConfig
+from sensorium.core.request import EngineRequest
 from sensorium.engine.defaults import generation_values, sampling_defaults
+from sensorium.engine.expansion import Traits, expanded
 from sensorium.engine.grammars import GrammarCompiler
 from sensorium.engine.lengths import (
     is_long,
@@ -24,16 +23,14 @@ from sensorium.engine.lengths import (
     truncate_ids,
     truncate_text,
 )
-from sensorium.engine.media import process_decoders
+from sensorium.engine.media import media_pipeline
 from sensorium.engine.older import check_older
 from sensorium.engine.prepared import Draft, PreparedPrompt
-from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt, Truncation, salt_of
+from sensorium.engine.prompts import ChatPrompt, Prompt, RawPrompt, Truncation
 from sensorium.engine.rope import ONE_SET, RopeChoice
 from sensorium.engine.stats import EngineFacts
-from sensorium.engine.stretches import attending
 from sensorium.engine.vocabulary import Vocabulary
 from sensorium.errors import (
-    ConfigError,
     InvalidRequestError,
     PlaceholderMismatchError,
     PromptTooLongError,
@@ -45,27 +42,18 @@ from sensorium.models.embedder import POOLS, embedder_of
 from sensorium.models.interface import stop_token_ids, warn_of_defaults
 from sensorium.models.quantization import refuse_quantized
 from sensorium.models.registry import resolve
-from sensorium.multimodal.cache import FeatureCache
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
-from sensorium.multimodal.loaders import check_loading_options
-from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.placeholders import (
     NumberedPlaceholder,
     PlaceholderIds,
     check_counts,
-    expand,
-    in_order,
 )
-from sensorium.multimodal.processor import PlacedItem
-from sensorium.multimodal.segments import SegmentFolder
 from sensorium.params import SamplingParams
 from sensorium.text.apply import template_applier
 from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat import ChatTemplate
 from sensorium.text.grammar_library import Grammar
 from sensorium.text.tokenizer import Tokenizer
-
-UNBOUNDED_BYTES = 1 << 50
 
 
 class Preparer:
@@ -97,11 +85,11 @@ class Preparer:
         self._generation = generation_values(self._loaded.generation, model)
         family = resolve(self._loaded.config)
         shape = family.shape(self._loaded)
-        self._vocab_size, self._rope = shape.vocab_size, RopeChoice.of(shape)
+        self._vocab_size = shape.vocab_size
         self.embedder = embedder_of(self._loaded, family, model.runner)
         self._processor = family.build_processor(self._loaded)
         warn_of_defaults(self._loaded, family)
-        self._both_ways = family.both_ways
+        self._traits = Traits(self._processor, family.both_ways, RopeChoice.of(shape))
         check_older(config.older, self._processor, config.media)
         markup = self._processor.markup if self._processor is not None else None
         self._placeholders = (
@@ -132,7 +120,9 @@ class Preparer:
             placeholders=self._placeholders,
         )
         self.tokenizer.template = template_applier(self._template, self._placeholder_text)
-        self._pipeline = self._new_pipeline(shared, package_files)
+        self._pipeline = media_pipeline(
+            config, self._processor, shared=shared, package_files=package_files
+        )
         self._grammars = GrammarCompiler(
             str(self._folder), self._vocab_size, seconds=config.scheduler.grammar_timeout
         )
@@ -202,7 +192,7 @@ class Preparer:
         """Load the media of a draft and expand its placeholders. Raises RequestError."""
         items = await self._items(draft)
         with _placed(draft.param), _written_by(draft.prompt):
-            return self._expanded(draft, items)
+            return expanded(draft, items, self._traits, self._room)
 
     async def grammar(self, params: SamplingParams) -> Grammar | None:
         """The grammar of the constraint in ``params``, if there is one. Raises RequestError when it cannot be used,
@@ -368,54 +358,6 @@ class Preparer:
             tenant=media.tenant,
         )
 
-    def _expanded(self, draft: Draft, items: list[MediaItem]) -> PreparedPrompt:
-        prompt, text, token_ids, _, param, numbered = draft
-        salt, continues = salt_of(prompt), isinstance(prompt, RawPrompt)
-        if self._processor is None:
-            return PreparedPrompt(
-                text,
-                token_ids,
-                cache_salt=salt,
-                continues=continues,
-                param=param,
-                rope=self._rope,
-            )
-        if any(placeholder.number is not None for placeholder in numbered):
-            items = in_order(items, numbered, self._processor)
-            # One item may stand in many places: what is too long by far is refused before it is made.
-            self._room(sum(item.features.num_embeds for item in items), param)
-        expansion = expand(token_ids, items, self._processor)
-        self._room(len(expansion.token_ids), param)
-        ordered = tuple(items[span.item_index] for span in expansion.spans)
-        spans = tuple(
-            ItemSpan(item.digest, item.modality, span.runs)
-            for item, span in zip(ordered, expansion.spans, strict=True)
-        )
-        positions, delta = None, 0
-        both_ways = attending(self._both_ways, expansion.token_ids, spans, salt)
-        if ordered:
-            placed = [
-                PlacedItem(item.features, span.runs)
-                for item, span in zip(ordered, spans, strict=True)
-            ]
-            found = self._processor.positions(expansion.token_ids, placed)
-            if found is not None:
-                positions, delta = found
-        return PreparedPrompt(
-            text=text,
-            token_ids=expansion.token_ids,
-            items=ordered,
-            spans=spans,
-            positions=positions,
-            position_delta=delta,
-            num_item_tokens=expansion.num_item_tokens,
-            cache_salt=both_ways.salt,
-            stretches=both_ways.stretches,
-            continues=continues,
-            param=param,
-            rope=self._rope,
-        )
-
     def _check_modality(self, ref: MediaRef) -> None:
         if ref.modality in self.modalities:
             return
@@ -448,37 +390,6 @@ class Preparer:
                 param=param,
             )
         return room
-
-    def _new_pipeline(self, shared: bool, package_files: bool) -> MediaPipeline | None:
-        if self._processor is None:
-            try:
-                check_loading_options(self._config.media.media_io_kwargs, ())
-            except InvalidRequestError as error:
-                raise ConfigError(error.message, param=error.param) from None
-            return None
-        cache = self._config.cache
-        folder = SegmentFolder()
-        decoders = process_decoders(self._config, folder)
-        if shared:
-            decoders.start()
-            if self._config.media.enable_mm_embeds:
-                # Not at the first embeddings: the import holds up every other thread for as long as it takes.
-                importlib.import_module("torch")
-        kept = min(int(cache.mm_processor_cache_gb * GIB), folder.capacity_bytes)
-        media = self._config.media
-        if (
-            not shared
-        ):  # a batch of one caller takes room from nobody, and should wait rather than be refused
-            media = dataclasses.replace(media, max_media_bytes_in_flight=UNBOUNDED_BYTES)
-        return MediaPipeline(
-            media,
-            self._processor,
-            FeatureCache(kept),
-            decoders=decoders,
-            segments=folder if shared else None,
-            package_files=package_files,
-            ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
-        )
 
     def _placeholder_text(self, modality: Modality, number: int) -> str:
         if self._processor is None or modality not in self._processor.modalities:
