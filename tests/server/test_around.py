@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from sensorium.errors import EngineDeadError
 from sensorium.server.refusals import safe_place
+from tests.server.fake_frontend import FakeFrontend
 from tests.server.harness import USER, App, running, status_of
 
 CHAT = "/v1/chat/completions"
@@ -120,6 +122,18 @@ async def test_the_access_log_has_code_and_place(
     assert line.endswith(words) or words in line
     assert SECRET not in line
     assert "diagnosis" not in line
+
+
+async def test_an_error_amid_a_stream_is_told_too(caplog: pytest.LogCaptureFixture) -> None:
+    def ends(call: object) -> None:
+        raise EngineDeadError("The engine is gone.")
+
+    app = App(FakeFrontend(between=ends), disable_access_log=False)
+    with caplog.at_level(logging.INFO, "sensorium.access"):
+        answer = await app.post(CHAT, {"messages": USER, "stream": True})
+    assert answer.status == 200
+    [line] = [r.getMessage() for r in caplog.records if r.name == "sensorium.access"]
+    assert line.endswith(" code=engine_unavailable")
 
 
 async def test_other_refusals_are_told_too(caplog: pytest.LogCaptureFixture) -> None:

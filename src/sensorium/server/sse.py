@@ -9,9 +9,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from sensorium.errors import SensoriumError
 from sensorium.server.disconnect import unless_disconnected
 from sensorium.server.errors import ClientDisconnectedError, error_body, log_unexpected
 from sensorium.server.payload import encode
+from sensorium.server.refusals import note_refusal
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -58,6 +60,8 @@ class EventStream(Response):
                 if not self._started:
                     raise
                 log_unexpected(error, scope)
+                if isinstance(error, SensoriumError):
+                    note_refusal(scope, error)
                 await self._send_events(send, [{"error": error_body(error)}])
         await self._start(send)
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})
