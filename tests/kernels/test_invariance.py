@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensorium.kernels import cpu_linear, cpu_paged, ops
-from sensorium.kernels.batch import AttentionBatch, KVCacheLayout
-from tests.kernels.batches import DTYPES, make_batch
+from sensorium.kernels import cpu_linear, cpu_paged, ops, reference
+from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
+from tests.kernels.batches import DTYPES, TOLERANCE, make_batch, twin
 
 HEADS = ((14, 2, 64), (4, 4, 24), (3, 1, 128))
 
@@ -99,6 +99,39 @@ def test_attention_does_not_depend_on_the_other_sequences(dtype: torch.dtype) ->
         alone.block_table = batch.block_table[index : index + 1]
         alone.cos, alone.sin = batch.cos[rows], batch.sin[rows]
         assert torch.equal(ops.rope_attention(qkv[rows], alone, 0, 6, 2, 64, 0.125), together[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", ["window", "stretch"])
+def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: str) -> None:
+    """A sequence within the window, or without a stretch that attends both ways, beside others that are not so."""
+    layout = KVCacheLayout(1, 2, 64, 32, dtype)
+    batch = make_batch(layout, [(20, 1), (500, 1), (24, 9), (200, 60), (17, 17)])
+    q, k, v = (torch.randn(sum(batch.query_lens), heads, 64).to(dtype) for heads in (6, 2, 2))
+    starts = batch.query_start.tolist()
+    if variant == "window":
+        asked = AttentionVariant(window=24)
+    else:
+        index = [
+            range(end - count, end)
+            for end, count in zip(batch.kv_lens, batch.query_lens, strict=True)
+        ]
+        own = torch.tensor([place for places in index for place in places])
+        stretch = torch.stack((own, own))
+        stretch[:, starts[3] + 5 : starts[3] + 15] = torch.tensor([[145], [154]])
+        asked = AttentionVariant(stretch=stretch)
+    expected = reference.paged_attention(q, k, v, twin(batch), 0, 0.125, asked)
+    together = ops.paged_attention(q, k, v, batch, 0, 0.125, asked)
+    torch.testing.assert_close(together, expected, rtol=0, atol=TOLERANCE[dtype])
+    for index in (0, 2, 4):
+        rows = slice(starts[index], starts[index + 1])
+        alone = part_of(
+            batch, batch.kv_lens[index] - batch.query_lens[index], batch.query_lens[index]
+        )
+        alone.block_table = batch.block_table[index : index + 1]
+        plain = AttentionVariant(window=asked.window)
+        found = ops.paged_attention(q[rows], k[rows], v[rows], alone, 0, 0.125, plain)
+        assert torch.equal(found, together[rows])
 
 
 def test_few_rows_over_many_tokens_are_tasks_by_parts_and_many_rows_are_not() -> None:

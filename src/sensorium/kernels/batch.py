@@ -90,5 +90,27 @@ class AttentionVariant:
         inside = self.window is None or max_kv_len <= self.window
         return inside and self.softcap is None and self.sinks is None and self.stretch is None
 
+    def concerned(self, batch: AttentionBatch) -> list[int]:
+        """Indexes of the sequences for which it makes a difference."""
+        if self.is_plain(batch.max_kv_len):
+            return []
+        everything = range(len(batch.kv_lens))
+        if self.softcap is not None or self.sinks is not None:
+            return list(everything)
+        found = self._stretched(batch) if self.stretch is not None else set()
+        if self.window is not None:
+            found = found | {i for i in everything if batch.kv_lens[i] > self.window}
+        return sorted(found)
+
+    def _stretched(self, batch: AttentionBatch) -> set[int]:
+        """Indexes of the sequences with rows that attend both ways; the same in all layers."""
+        found: set[int] | None = batch.scratch.get("stretched")
+        if found is None:
+            assert self.stretch is not None
+            rows = (self.stretch[0] < self.stretch[1]).split(batch.query_lens)
+            found = {index for index, own in enumerate(rows) if bool(own.any())}
+            batch.scratch["stretched"] = found
+        return found
+
 
 PLAIN = AttentionVariant()

@@ -184,9 +184,12 @@ def paged_attention(
     ``batch.caches[layer]``. ``variant``: what differs from plain causal attention. Returns (T, num_heads, D).
     """
     cache = batch.caches[layer]
-    plain = variant.is_plain(batch.max_kv_len)
-    if plain and _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3]):
-        return cpu_paged.paged_attention(q, k, v, batch, layer, scale)
+    fast = _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3])
+    if fast and len(concerned := variant.concerned(batch)) < len(batch.kv_lens):
+        # Whoever a variant does not concern gets the same bits beside those whom it does.
+        mixed = cpu_paged.paged_attention(q, k, v, batch, layer, scale)
+        reference.attend_variant(q, batch, cache, scale, variant, concerned, mixed)
+        return mixed
     return reference.paged_attention(q, k, v, batch, layer, scale, variant)
 
 

@@ -6,9 +6,9 @@ G query heads per KV head, L tokens with KV, N rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -212,11 +212,26 @@ def paged_attention(
     write_cache(k, v, batch, cache)
     if variant.is_plain(batch.max_kv_len):
         return attend(q, batch, cache, scale)
-    parts, row = [], 0
-    for index, query_len in enumerate(batch.query_lens):
-        parts.append(_attend_variant(q, row, index, batch, cache, scale, variant))
-        row += query_len
-    return torch.cat(parts) if len(parts) != 1 else parts[0]
+    mixed = torch.empty_like(q)
+    attend_variant(q, batch, cache, scale, variant, range(len(batch.query_lens)), mixed)
+    return mixed
+
+
+def attend_variant(
+    q: torch.Tensor,
+    batch: AttentionBatch,
+    cache: LayerCache,
+    scale: float,
+    variant: AttentionVariant,
+    sequences: Iterable[int],
+    out: torch.Tensor,
+) -> None:
+    """Write the attention of q (T, num_heads, D) to what the cache holds into the rows of some sequences of ``out``."""
+    starts = [0, *accumulate(batch.query_lens)]
+    for index in sequences:
+        start = starts[index]
+        found = _attend_variant(q, start, index, batch, cache, scale, variant)
+        out[start : starts[index + 1]] = found
 
 
 def _attend_variant(
