@@ -242,6 +242,19 @@ def test_abort_ends_with_an_output_that_says_so(llm: AsyncLLM) -> None:
     assert 0 < len(ids(end)) < 400
 
 
+def test_abort_ends_the_work_though_nobody_reads(llm: AsyncLLM) -> None:
+    async def main() -> RequestOutput:
+        outputs = llm.generate("hello", LONG, "mine")
+        await started(outputs)
+        await llm.abort("mine")
+        before = (await llm.stats()).generation_tokens
+        await at_rest(llm)
+        assert (await llm.stats()).generation_tokens - before < 100
+        return await last(outputs)
+
+    assert run(main()).outputs[0].finish_reason == "abort"
+
+
 def test_abort_before_anything_is_known(llm: AsyncLLM) -> None:
     """The request waits for its turn, or for its media."""
 

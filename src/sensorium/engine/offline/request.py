@@ -33,6 +33,7 @@ class AsyncRequest:
         self._is_first = True
         self._waiting: asyncio.Future[RequestOutput] | None = None
         self._is_aborted = False
+        self._ending: asyncio.Future[None] | None = None
 
     async def next(self) -> RequestOutput | None:
         """The next output; None after the last one. Raises what the request failed with."""
@@ -44,10 +45,12 @@ class AsyncRequest:
         return None
 
     def abort(self) -> None:
-        """End the work; the next output is the last one, and says so."""
+        """End the work, whether anybody asks for outputs or not; the next one is the last, and says so."""
         self._is_aborted = True
         if self._waiting is not None:
             self._waiting.cancel()
+        else:
+            self._end()
 
     async def close(self) -> None:
         """End the work, whatever stage it is at."""
@@ -55,7 +58,13 @@ class AsyncRequest:
         if waiting is not None:
             waiting.cancel()
             await asyncio.wait({waiting})
-        await self._updates.aclose()
+        await self._end()
+
+    def _end(self) -> asyncio.Future[None]:
+        """Close the updates, once."""
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._updates.aclose())
+        return self._ending
 
     async def _update(self) -> RequestOutput:
         if not self._is_aborted:
@@ -67,7 +76,7 @@ class AsyncRequest:
                     raise
             finally:
                 self._waiting = None
-        await self._updates.aclose()
+        await self._end()
         return aborted(self._latest)
 
     def _part(self) -> RequestOutput:
