@@ -446,6 +446,33 @@ def test_one_value_of_two_whites_has_two_digests() -> None:
     assert object_digest(plain) != object_digest(named)
 
 
+def with_white_zero(data: bytes) -> bytes:
+    """The TIFF file with tag 262 saying that 0 is white."""
+    tag = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert data.count(tag) == 1
+    return data.replace(tag, struct.pack("<HHIH", 262, 3, 1, 0))
+
+
+@pytest.mark.parametrize("values", [np.uint8([0, 1, 128, 255]), np.uint16([0, 257, 32896, 65535])])
+def test_where_zero_is_white_black_and_white_change_places(values: np.ndarray) -> None:
+    assert greys(with_white_zero(tiff(values[None]))) == [255, 254, 127, 0]
+
+
+def test_one_content_of_two_readings_has_two_digests() -> None:
+    wide = np.array([[0, 500, 1000, 1 << 15]], np.uint16)
+    plain = Image.open(io.BytesIO(tiff(wide)))
+    turned = Image.open(io.BytesIO(with_white_zero(tiff(wide))))
+    assert plain.tobytes() == turned.tobytes()
+    assert object_digest(plain) != object_digest(turned)
+    signed = tiff(np.array([[0, 1 << 30, -(1 << 31), -1]], np.int32))
+    unsigned = signed.replace(
+        struct.pack("<HHIH", 339, 3, 1, 2), struct.pack("<HHIH", 339, 3, 1, 1)
+    )
+    first, second = (Image.open(io.BytesIO(data)) for data in (signed, unsigned))
+    assert first.tobytes() == second.tobytes()
+    assert object_digest(first) != object_digest(second)
+
+
 @pytest.fixture
 def heic() -> bytes:
     """A HEIC photo, red above and blue below, that is to be turned by a quarter."""

@@ -157,7 +157,7 @@ def _pil_digest(image: Image.Image) -> bytes:
             canonical(palette),
             canonical(image.info.get("transparency")),
             pictures.orientation(image),
-            *([grey.white_of(image) or 0] if image.mode in grey.MODES else []),
+            *(grey.facts_of(image) if image.mode in grey.MODES else []),
             image.tobytes(),
         ],
     )

@@ -3,7 +3,7 @@
 White is, in this order: what a TIFF file names as its greatest value (tags 281 and 341); what its bits per sample hold,
 up to 16 of them; 65535 for the modes and formats that have 16 bits. Samples of 32 bits say nothing by their type, for
 programs write values of 8 and of 16 bits so: white is then 255, 65535 or 2**31 - 1 (2**32 - 1 without a sign), the
-least of these that no value exceeds.
+least of these that no value exceeds. Where a TIFF file says that 0 is white (tag 262), all is the other way round.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from PIL import Image
 
 MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's, of grey with more than 8 bits."""
-_BITS, _MOST, _SAMPLE_FORMAT, _SIGNED_MOST = 258, 281, 339, 341
+_BITS, _PHOTOMETRIC, _MOST, _SAMPLE_FORMAT, _SIGNED_MOST = 258, 262, 281, 339, 341
+_WHITE_IS_ZERO = 0
 _SIGNED = 2
 _SIXTEEN_BITS = 65535
 _FORMATS_OF_16_BITS = ("PNG", "PPM")
@@ -38,6 +39,11 @@ def white_of(image: Image.Image) -> int | None:
     return None
 
 
+def facts_of(image: Image.Image) -> list[int]:
+    """Return what decides, beside the samples, which picture they make: for the identity of an image."""
+    return [white_of(image) or 0, _white_is_zero(image), _is_unsigned(image)]
+
+
 def scaled(image: Image.Image) -> Image.Image:
     """Return a loaded picture of one of ``MODES`` as 0…255, rounded; values outside are clipped.
 
@@ -48,12 +54,19 @@ def scaled(image: Image.Image) -> Image.Image:
     if white is None:
         values, white = _by_values(values, _is_unsigned(image))
     wide = np.clip(values.astype(np.int64), 0, white)
-    grey = Image.fromarray(((wide * 255 + white // 2) // white).astype(np.uint8))
+    bright = white - wide if _white_is_zero(image) else wide
+    grey = Image.fromarray(((bright * 255 + white // 2) // white).astype(np.uint8))
     key = image.info.get("transparency")
     if not isinstance(key, int):
         return grey
     alpha = Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, alpha))
+
+
+def _white_is_zero(image: Image.Image) -> bool:
+    """Return whether a file says that 0 is white. Pillow minds that with 8 bits and fewer only."""
+    tags: Any = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    return bool(tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
 
 
 def _by_values(values: np.ndarray, is_unsigned: bool) -> tuple[np.ndarray, int]:
