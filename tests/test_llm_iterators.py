@@ -194,3 +194,18 @@ def test_a_stream_is_one_call(llm: LLM) -> None:
         llm.generate("other", GREEDY, use_tqdm=False)
     stream.close()
     assert len(llm.generate("other", GREEDY, use_tqdm=False)) == 1
+
+
+@pytest.mark.parametrize("stream", ["generate", "chat_stream"])
+def test_a_stream_of_an_llm_that_was_closed_says_so(tmp_path: Path, stream: str) -> None:
+    checkpoints.make_qwen2_vl(tmp_path)
+    with LLM(str(tmp_path), num_kv_blocks=64, max_num_seqs=NUM_SEQS) as llm:
+        outputs: Iterator[RequestOutput] = (
+            llm.generate(iter(texts(100)), GREEDY, use_tqdm=False, stream=True)
+            if stream == "generate"
+            else llm.chat_stream(said("hello"), GREEDY)
+        )
+        next(outputs)
+    with pytest.raises(InvalidRequestError, match="This LLM has been closed"):
+        next(outputs)
+    assert list(outputs) == []

@@ -433,7 +433,10 @@ class LLM:
             if self._run is not None:  # another interrupt came while it cleaned up
                 self._run.clean_up(whole=False)
             self._run = self._new_run(batch)
-            yield from self._run.outputs()
+            with closing(self._run.outputs()) as outputs:
+                for output in outputs:
+                    yield output
+                    self._check_open()  # much may have happened since
         finally:
             if self._run is not None and self._run.is_clean:
                 self._run = None
