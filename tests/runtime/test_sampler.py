@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sensorium
 from sensorium.core.plan import NewSequence
 from sensorium.core.request import EngineRequest
-from sensorium.params import SamplingParams
+from sensorium.params import SamplingParams, StructuredOutputs
 from sensorium.runtime import sampler
 from sensorium.runtime.slots import Slot
+from sensorium.text.grammar import GrammarVocabulary, compile_grammar
+from sensorium.text.tokenizer import Tokenizer
 
 
 def slot(
@@ -229,3 +233,38 @@ def test_rows_without_a_usable_distribution_fail_alone(params: dict[str, Any]) -
     samples, failed = sampler.sample(logits, [good, none_left, overflowed])
     assert samples[1].token_id == 1
     assert set(failed) == {2, 3}
+
+
+DEMO = Path(sensorium.__file__).parent / "demo"
+
+
+@pytest.mark.parametrize(
+    ("wish", "params", "expected"),
+    [
+        (10.0, {}, '"'),
+        (4.0, {}, "a"),
+        (10.0, {"min_tokens": 3}, "a"),
+        (10.0, {"allowed_token_ids": ["a"]}, "a"),
+        (10.0, {"logit_bias": {'"': -100.0}}, "a"),
+    ],
+)
+def test_who_wants_to_end_amid_json_closes_what_is_open(
+    wish: float, params: dict[str, Any], expected: str
+) -> None:
+    tokenizer = Tokenizer.from_folder(DEMO)
+    size = tokenizer.max_token_id + 1
+    ids = {text: tokenizer.encode(text)[-1] for text in ("a", '"')}
+    given: dict[str, Any] = dict(params)
+    if "allowed_token_ids" in params:
+        given["allowed_token_ids"] = [ids["a"]]
+    if "logit_bias" in params:
+        given["logit_bias"] = {ids['"']: -100.0}
+    row = slot(eos=tokenizer.eos_token_ids, **given)
+    grammar = compile_grammar(StructuredOutputs(json={"type": "string"}))
+    row.grammar = GrammarVocabulary(tokenizer, size).matcher(grammar.text)
+    assert row.grammar.accept(ids['"'])
+    logits = torch.full((1, size), -5.0)
+    logits[0, ids["a"]] = 5.0
+    logits[0, list(tokenizer.eos_token_ids)] = wish
+    samples, _ = sampler.sample(logits, [row])
+    assert tokenizer.decode([samples[row.seq_id].token_id]) == expected
