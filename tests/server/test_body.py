@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gzip
 import json
 import random
 import threading
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from sensorium.errors import BodyTooLargeError, InvalidRequestError
 from sensorium.server import body as body_module
+from sensorium.server import encoding
 from sensorium.server.body import LARGE_BODY, validate
 from sensorium.server.payload import (
     MANY_VALUES,
@@ -23,7 +25,7 @@ from sensorium.server.payload import (
     shown,
 )
 from sensorium.server.protocol import ChatBody, CompletionBody, DetokenizeBody
-from tests.server.harness import USER, App, running, status_of
+from tests.server.harness import USER, App, running, status_of, until
 from tests.server.test_turns import counted
 
 CHAT = "/v1/chat/completions"
@@ -76,6 +78,33 @@ async def test_large_bodies_are_decoded_one_in_an_iteration(
     found = {url_of(app, call) for call in range(16)}
     assert all(any(url.encode() in body for body in bodies) for url in found)
     assert len(found) == 16
+
+
+async def test_compressed_bodies_wait_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred times the memory that was sent would be held for each otherwise."""
+    app, unpacked, begun, go_on = App(), list[bytes](), list[bytes](), threading.Event()
+    unpack = encoding._unpacked
+
+    def noted(*arguments: Any) -> bytes:
+        unpacked.append(unpack(*arguments))
+        return unpacked[-1]
+
+    def held(body: bytes) -> dict[str, Any]:
+        begun.append(body)
+        assert go_on.wait(60)
+        return decode_object(body)
+
+    monkeypatch.setattr(encoding, "_unpacked", noted)
+    monkeypatch.setattr(body_module, "decode_object", held)
+    ids = {"prompt": [1] * (2 * MANY_VALUES), "max_tokens": 1}  # read in another thread
+    body, headers = gzip.compress(json.dumps(ids).encode()), {"Content-Encoding": "gzip"}
+    asking = [asyncio.ensure_future(app.post("/v1/completions", body, headers)) for _ in range(16)]
+    await until(lambda: len(begun) == encoding.MOST_AT_ONCE)
+    assert len(unpacked) == encoding.MOST_AT_ONCE, "the others wait as they were sent"
+    go_on.set()
+    answers = await asyncio.gather(*asking)
+    assert {answer.status for answer in answers} <= {200, 400}
+    assert len(unpacked) == 16
 
 
 async def test_small_bodies_do_not_wait_for_large_ones() -> None:

@@ -14,7 +14,7 @@ from sensorium.compat.fields import adopt_fields
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError
 from sensorium.server.context import context_of
-from sensorium.server.encoding import decoded
+from sensorium.server.encoding import plain_body
 from sensorium.server.errors import SPELLED
 from sensorium.server.payload import check_num_values, decode_object, has_many_values, shown
 
@@ -57,19 +57,21 @@ async def read_body(
     context = context_of(request)
     with context.admission.arriving():
         raw = await _whole(request)
-    body = await decoded(request, raw, context.config.max_body_bytes)
-    most = context.config.max_body_values
+    config = context.config
+    async with plain_body(request, raw, config.max_body_bytes, context.unpacking) as body:
 
-    def take() -> tuple[ModelT, T]:
-        adopted = adopt_fields(decode_object(body), model.model_fields.keys())
-        request.scope["state"][SPELLED] = adopted.spelled
-        taken = validate(model, adopted.body)
-        return taken, begin(taken)
+        def take() -> tuple[ModelT, T]:
+            adopted = adopt_fields(decode_object(body), model.model_fields.keys())
+            request.scope["state"][SPELLED] = adopted.spelled
+            taken = validate(model, adopted.body)
+            return taken, begin(taken)
 
-    if not has_many_values(body):
+        if has_many_values(body):
+            await asyncio.to_thread(check_num_values, body, config.max_body_values)
+            return await asyncio.to_thread(take)
+        if body is not raw and len(body) >= LARGE_BODY:
+            await context.turns.next()
         return take()
-    await asyncio.to_thread(check_num_values, body, most)
-    return await asyncio.to_thread(take)
 
 
 async def _whole(request: Request) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import itertools
 import time
@@ -15,6 +16,7 @@ from sensorium.errors import InvalidRequestError, ModelNotFoundError
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.models.embedder import POOLS
 from sensorium.server.admission import Admission
+from sensorium.server.encoding import MOST_AT_ONCE
 from sensorium.server.logprobs import TokenSpelling
 from sensorium.server.turns import Turns
 
@@ -27,7 +29,7 @@ class ServingContext:
     """The front end, the configuration, and the little state that the server has of its own.
 
     ``num_in_flight`` counts HTTP requests that have not been answered completely. ``turns`` are for work that holds the
-    event loop.
+    event loop, ``unpacking`` has places for compressed bodies.
     """
 
     frontend: Frontend
@@ -38,6 +40,7 @@ class ServingContext:
     started_at: int = field(default_factory=lambda: int(time.time()))
     num_in_flight: int = 0
     turns: Turns = field(default_factory=Turns)
+    unpacking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_AT_ONCE))
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     @property

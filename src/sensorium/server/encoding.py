@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import Request
 
@@ -20,21 +22,30 @@ MOST_TIMES = 100
 sends little must not be able to fill the memory."""
 _ALWAYS_ALLOWED = 1 << 20
 
+MOST_AT_ONCE = 4
+"""Compressed bodies that are unpacked and read at once: many small ones together must not fill the memory, either."""
 
-async def decoded(request: Request, body: bytes, most: int) -> bytes:
-    """Return the body as it was before its Content-Encoding, ``most`` bytes at the most.
 
-    Raises UnsupportedEncodingError, InvalidRequestError for a damaged body, and BodyTooLargeError.
+@asynccontextmanager
+async def plain_body(
+    request: Request, body: bytes, most: int, unpacking: asyncio.Semaphore
+) -> AsyncIterator[bytes]:
+    """Give the body as it was before its Content-Encoding, ``most`` bytes at the most, to be read within the block.
+
+    ``unpacking`` has ``MOST_AT_ONCE`` places, for which compressed bodies wait. Raises UnsupportedEncodingError,
+    InvalidRequestError for a damaged body, and BodyTooLargeError.
     """
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding in ("", "identity"):
-        return body
+        yield body
+        return
     if encoding not in ENCODINGS:
         raise UnsupportedEncodingError(
             f"Content-Encoding {encoding[:100]!r} is not read here: send the body as it is, or as gzip or deflate.",
         )
     limit = min(most, max(_ALWAYS_ALLOWED, MOST_TIMES * len(body)))
-    return await asyncio.to_thread(_unpacked, body, encoding, limit)
+    async with unpacking:
+        yield await asyncio.to_thread(_unpacked, body, encoding, limit)
 
 
 def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
