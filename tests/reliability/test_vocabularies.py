@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sensorium.errors import InvalidRequestError
 from tests import checkpoints
 from tests.checkpoints.common import VOCAB_SIZE
 from tests.e2e.serving import Server
+from tests.models.harness import picture
 from tests.reliability.asking import CHAT, Answer, Service, serving
 
 NEW = "<|new_word|>"
@@ -125,3 +127,53 @@ def test_placeholders_past_the_table_are_no_such_tokens(
     with caplog.at_level("WARNING"), LLM(str(folder), **OFFLINE) as llm:
         assert llm.generate(["a"], SamplingParams(max_tokens=1), use_tqdm=False)[0].finished
     assert "embedding table" not in caplog.text
+
+
+def moved(folder: Path, token: str) -> Path:
+    """Give a token of the tokenizer an id past the model's table."""
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace(f'"{token}"', '"<|nobody|>"'))
+    return extend(folder, token)
+
+
+@pytest.mark.parametrize(
+    ("make", "placeholder", "token"),
+    [
+        (checkpoints.make_minicpmv, "(<image>./</image>)", "<slice>"),
+        (
+            checkpoints.make_qwen2_vl,
+            "<|vision_start|><|image_pad|><|vision_end|>",
+            "<|vision_end|>",
+        ),
+    ],
+)
+def test_tokens_that_a_processor_puts_around_items(
+    tmp_path: Path, make: Callable[[Path], Path], placeholder: str, token: str
+) -> None:
+    folder = moved(make(tmp_path), token)
+    prompt = {"prompt": f"{placeholder} a", "multi_modal_data": {"image": [picture(224, 112, 1)]}}
+    with LLM(str(folder), **OFFLINE) as llm:
+        with pytest.raises(
+            InvalidRequestError, match=f"the token {re.escape(repr(token))}"
+        ) as caught:
+            llm.generate(prompt, use_tqdm=False)
+        assert caught.value.status == 400
+        assert llm.generate("a b", SamplingParams(max_tokens=2), use_tqdm=False)[0].finished
+
+
+def test_what_items_replace_may_lie_past_the_table(tmp_path: Path) -> None:
+    """The padding that a processor writes where embeddings go is never looked up."""
+    folders = [tmp_path / "plain", tmp_path / "moved"]
+    for folder in folders:
+        folder.mkdir()
+        checkpoints.make_minicpmv(folder)
+    moved(folders[1], "<unk>")
+    image = {"image": [picture(224, 112, 1)]}
+    prompt = {"prompt": "(<image>./</image>) a", "multi_modal_data": image}
+    params = SamplingParams(temperature=0, max_tokens=8)
+    outputs = []
+    for folder in folders:
+        with LLM(str(folder), **OFFLINE) as llm:
+            outputs += llm.generate(prompt, params, use_tqdm=False)
+    assert VOCAB_SIZE in outputs[1].prompt_token_ids
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids

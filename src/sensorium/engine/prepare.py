@@ -192,7 +192,9 @@ class Preparer:
         """Load the media of a draft and expand its placeholders. Raises RequestError."""
         items = await self._items(draft)
         with _placed(draft.param), _written_by(draft.prompt):
-            return expanded(draft, items, self._traits, self._room)
+            prepared = expanded(draft, items, self._traits, self._room)
+        self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, draft.param)
+        return prepared
 
     async def grammar(self, params: SamplingParams) -> Grammar | None:
         """The grammar of the constraint in ``params``, if there is one. Raises RequestError when it cannot be used,

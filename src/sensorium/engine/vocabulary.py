@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 
+from sensorium.core.request import ItemSpan
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.processor import Processor
 from sensorium.text.tokenizer import Tokenizer
@@ -48,6 +49,23 @@ class Vocabulary:
             if not 0 <= token_id < self._num_rows and token_id not in self._placeholders:
                 raise InvalidRequestError(self._refusal(token_id), param=param)
 
+    def check_expanded(
+        self, token_ids: Sequence[int], spans: Sequence[ItemSpan], param: str | None = None
+    ) -> None:
+        """Raise as ``check`` for a prompt whose items are put in: of the tokens around and between their embeddings,
+        which processors add, none is exempt."""
+        if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._num_rows):
+            return
+        filled = {
+            place
+            for span in spans
+            for start, length in span.runs
+            for place in range(start, start + length)
+        }
+        for place, token_id in enumerate(token_ids):
+            if not 0 <= token_id < self._num_rows and place not in filled:
+                raise InvalidRequestError(self._refusal(token_id), param=param)
+
     def warn(self) -> None:
         """Log once that the tokenizer has tokens that the model has not, if that is so."""
         missing = [
@@ -75,7 +93,10 @@ class Vocabulary:
         known = 0 <= token_id <= self._tokenizer.max_token_id
         text = self._tokenizer.token_text(token_id) if known else ""
         if not text:
-            return f"Token id {token_id} is outside the model's vocabulary of {self._num_rows}."
+            return (
+                f"Token id {token_id} is outside the model's vocabulary of {self._num_rows}: give ids from 0 to "
+                f"{self._num_rows - 1}."
+            )
         return (
             f"The prompt holds the token {text[:MOST_CHARS]!r} (id {token_id}), which the tokenizer has, but not the "
             f"model, whose vocabulary is of {self._num_rows}. Leave it out, or use a model that was resized for it."

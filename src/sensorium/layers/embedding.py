@@ -27,8 +27,11 @@ class Embedding:
         self.weight = weight.contiguous()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows (T, size) of the table for ids (T,), in new memory."""
-        return F.embedding(ids, self.weight)
+        """Rows (T, size) of the table for ids (T,), in new memory.
+
+        Any row for ids past its end, as some placeholders are: embeddings of items take their places.
+        """
+        return F.embedding(ids.clamp(max=self.num_rows - 1), self.weight)
 
     __call__ = forward
 
