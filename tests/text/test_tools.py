@@ -275,6 +275,20 @@ def test_what_repeats_without_end_is_read_to_its_end(reader: Any, piece: str) ->
     assert calls or content or isinstance(made, CallListReader)
 
 
+@pytest.mark.parametrize("piece", ["<tool_call>", '<tool_call>{"name":"f"}</tool_call>'])
+def test_a_long_answer_is_read_in_pieces(piece: str) -> None:
+    """Each tag copies what is left to read: of a whole answer at once that took a minute for 100,000 tokens."""
+    left: list[int] = []
+
+    class Noting(ToolCallParser):
+        def _read(self, text: str, *, is_last: bool) -> list[Any]:
+            left.append(len(self._buffer) + len(text))
+            return super()._read(text, is_last=is_last)
+
+    read(Noting(), [piece * 5000])
+    assert max(left) < 4096
+
+
 @pytest.mark.parametrize(
     "body",
     [

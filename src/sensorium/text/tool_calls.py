@@ -24,6 +24,8 @@ TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BARE = re.compile(r"\[?\s*\{\s*\"(name|type|function|parameters|arguments|id)\"\s*:")
+_PIECE_CHARS = 1024
+"""A whole answer is read in pieces of so many characters."""
 _BARE_CHARS = 200
 """Pieces of JSON without a tag after which it must look like a call."""
 
@@ -130,7 +132,12 @@ class ToolCallParser:
 
     def feed(self, text: str) -> list[Delta]:
         """What new text completes."""
-        return self._read(text, is_last=False)
+        out: list[Delta] = []
+        for start in range(
+            0, len(text), _PIECE_CHARS
+        ):  # each step copies the rest of what is there
+            out += self._read(text[start : start + _PIECE_CHARS], is_last=False)
+        return out
 
     def flush(self) -> list[Delta]:
         """The rest: an unclosed call counts if its JSON is complete."""
