@@ -172,6 +172,36 @@ def test_the_demo(
             assert ask(llm, prompts, indexes) == [expected[index] for index in indexes]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probabilities_of_prompts_and_vectors(tmp_path: Path, dtype: str) -> None:
+    folder = str(checkpoints.make_text("qwen2", tmp_path))
+    rng = np.random.default_rng(7)
+    prompts = [" ".join(rng.choice(WORDS, count)) for count in (1, 3, 20, 40, 60)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=count) for count in range(5)
+    ]
+    found: list[tuple[Any, Any]] = []
+    for changed in ({**ROOMY, "max_num_seqs": 1}, *CHANGED.values()):
+        with LLM(folder, dtype=dtype, **changed) as llm:
+            all_at_once(llm)
+            outs = llm.generate(prompts, params, use_tqdm=False)
+            entries = [
+                [
+                    at and {i: (e.logprob, e.rank) for i, e in at.items()}
+                    for at in out.prompt_logprobs
+                ]
+                for out in outs
+                if out.prompt_logprobs is not None
+            ]
+        with LLM(folder, dtype=dtype, runner="pooling", **changed) as llm:
+            all_at_once(llm)
+            vectors = [out.outputs.embedding for out in llm.embed(prompts, use_tqdm=False)]
+        found.append((entries, vectors))
+    assert len(found[0][0]) == len(prompts)
+    for others in found[1:]:
+        assert others == found[0]
+
+
 def test_what_cannot_be_had_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_invariant cannot be had with block_size 8: make"):
         LLM("demo", block_size=8, batch_invariant=True)
