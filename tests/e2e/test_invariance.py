@@ -209,6 +209,19 @@ def test_what_cannot_be_had_is_refused() -> None:
         LLM("demo", batch_invariant=1)
 
 
+@pytest.mark.parametrize(
+    ("make", "is_told"), [(make_hf_text, True), (checkpoints.make_text, False)]
+)
+def test_where_it_may_not_hold_is_told_to_those_who_ask_for_it(
+    tmp_path: Path, make: Callable[..., Path], is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(make("granite" if is_told else "llama", tmp_path))
+    LLM(folder, **ROOMY).close()
+    assert "batch_invariant" not in caplog.text
+    LLM(folder, batch_invariant=True, **ROOMY).close()
+    assert ("batch_invariant: this model runs through the code of" in caplog.text) == is_told
+
+
 def test_it_is_on_unless_matrix_tiles_would_be_left_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(dtype: torch.dtype, **values: Any) -> bool:
         config = engine_config(model="demo", **values)

@@ -74,6 +74,12 @@ def build_engine(config: EngineConfig) -> Engine:
             config.model.tokenizer, download_dir=config.model.download_dir
         ).folder
     invariant = is_batch_invariant(config, device, model.dtype)
+    if config.model.batch_invariant and not loaded.family.invariant:
+        logger.warning(
+            "batch_invariant: this model runs through the code of transformers, where plain decoders keep it, but soft "
+            "caps, attention sinks, mixtures of experts and what lies behind a sliding window do not "
+            "(docs/reproducibility.md)"
+        )
     runner = ModelRunner(model, caches, store, batch_invariant=invariant)
     scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
     facts = EngineFacts(

@@ -180,6 +180,8 @@ class Family:
     """Further values of ``architectures``, of checkpoints without a language-model head: they make vectors."""
     model_types: tuple[str, ...] = ()
     """Values of ``model_type`` in config.json, for checkpoints that name no architecture."""
+    invariant: bool = True
+    """Whether all that its models compute can be the same bits whatever a step is made up of."""
 
     def chat_template(self) -> str | None:
         """The fallback chat template, for checkpoints of this family that publish none."""
