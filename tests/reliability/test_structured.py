@@ -138,3 +138,20 @@ def test_messages_name_the_schema_that_was_sent(served: Service) -> None:
         answer.is_refusal(400, "invalid_request", place)
         assert answer.error["message"].startswith(f"{place} cannot be used: Invalid type")
         assert "structured_outputs" not in answer.error["message"]
+
+
+@pytest.mark.parametrize("value", [r'"\\ud800"', "1e999", "-0\\.1000000000000000000000000001"])
+def test_what_a_model_writes_in_a_call_never_fails_the_server(served: Service, value: str) -> None:
+    """A client can make any model write what no value of Python's can be written back as."""
+    call = rf'<tool_call>[{{]"name": "f", "arguments": [{{]"a": {value}[}}][}}]</tool_call>'
+    answer = served.ask(
+        text("a"),
+        tools=[tool("f", PARAMETERS)],
+        tool_choice="auto",
+        structured_outputs={"regex": call},
+        max_tokens=200,
+    )
+    assert answer.status == 200
+    [made] = answer.body["choices"][0]["message"]["tool_calls"]
+    written = value.replace("\\\\", "\\").replace("\\.", ".")
+    assert made["function"]["arguments"] == f'{{"a": {written}}}'
