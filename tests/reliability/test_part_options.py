@@ -172,6 +172,17 @@ def test_options_act_where_they_stand(anywhere: Service | Offline) -> None:
 WRONG = [{"max_pixels": 0}, {"max_pixels": "many"}, {"min_pixels": 1 << 40}]
 
 
+@pytest.mark.parametrize("name", ["min_pixels", "max_pixels"])
+def test_the_option_that_is_too_large_is_named(anywhere: Service | Offline, name: str) -> None:
+    answer = anywhere.ask(image(picture_url(), **{name: 1 << 40}), text("?"))
+    assert answer.error["message"].startswith(f"{name} may be at most")
+
+
+def test_what_was_sent_is_not_sent_back_whole(anywhere: Service | Offline) -> None:
+    answer = anywhere.ask(image(picture_url(), max_pixels="9" * 100_000), text("?"))
+    assert len(answer.error["message"]) < 200
+
+
 @pytest.mark.parametrize("options", WRONG)
 def test_wrong_values_are_refused_at_their_part(
     anywhere: Service | Offline, options: dict[str, Any]

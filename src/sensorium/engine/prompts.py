@@ -128,7 +128,7 @@ def parse_prompt(value: object, *, enable_mm_embeds: bool, param: str = "prompt"
             "A prompt dict needs either 'prompt' or 'prompt_token_ids'.", param=param
         )
     if text is not None and not isinstance(text, str):
-        raise InvalidRequestError(f"'prompt' must be a string, got {text!r}.", param=param)
+        raise InvalidRequestError(f"'prompt' must be a string, got {text!r:.80}.", param=param)
     data, uuids = value.get("multi_modal_data"), value.get("multi_modal_uuids")
     refs = parts.refs_from_data(
         {} if data is None else data,
@@ -210,7 +210,7 @@ def _token_ids(value: object, param: str) -> tuple[int, ...]:
     for token_id in value:
         if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
             raise InvalidRequestError(
-                f"Token ids must be integers from 0, got {token_id!r}.", param=param
+                f"Token ids must be integers from 0, got {token_id!r:.80}.", param=param
             )
     return tuple(value)
 
@@ -220,7 +220,7 @@ def _mapping(values: Mapping[str, Any], name: str, param: str) -> Mapping[str, A
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise InvalidRequestError(f"{name} must be a dict, got {value!r}.", param=param)
+        raise InvalidRequestError(f"{name} must be a dict, got {value!r:.80}.", param=param)
     return value
 
 
@@ -229,7 +229,7 @@ def _salt(value: object, param: str) -> str:
         return ""
     if not isinstance(value, str) or not value:
         raise InvalidRequestError(
-            f"cache_salt must be a non-empty string, got {value!r}.", param=param
+            f"cache_salt must be a non-empty string, got {value!r:.80}.", param=param
         )
     try:
         value.encode()

@@ -170,7 +170,7 @@ class Tokenizer:
         for token_id in token_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int):
                 raise InvalidRequestError(
-                    f"Token ids must be integers, got {token_id!r}.", param=param
+                    f"Token ids must be integers, got {token_id!r:.80}.", param=param
                 )
             if not 0 <= token_id <= self.max_token_id:
                 raise InvalidRequestError(

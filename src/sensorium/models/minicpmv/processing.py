@@ -75,7 +75,7 @@ class MiniCPMVProcessor:
         most, highest = options.get("max_slice_nums", 1), max(MAX_SLICES, self.max_slices)
         if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= highest:
             raise InvalidRequestError(
-                f"max_slice_nums must be an integer from 1 to {highest}, got {most!r}.",
+                f"max_slice_nums must be an integer from 1 to {highest}, got {most!r:.80}.",
                 param="mm_processor_kwargs.max_slice_nums",
             )
         if not isinstance(options.get("use_image_id", True), bool):

@@ -86,11 +86,12 @@ class Qwen2VLProcessor:
         except ConfigError as error:
             raise InvalidRequestError(error.message, param="mm_processor_kwargs") from error
         highest = max(MAX_PIXELS, self.pixels.most)
-        if limits.most > highest:
-            raise InvalidRequestError(
-                f"max_pixels may be at most {highest} for this model, got {limits.most}.",
-                param="mm_processor_kwargs",
-            )
+        for name, value in (("min_pixels", limits.least), ("max_pixels", limits.most)):
+            if value > highest:
+                raise InvalidRequestError(
+                    f"{name} may be at most {highest} for this model, got {value}.",
+                    param="mm_processor_kwargs",
+                )
         self.videos.check_options(options)
 
     def process(

@@ -45,7 +45,7 @@ def narrow(options: Mapping[str, Any], default: PixelRange) -> PixelRange:
 def _given(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
     size = options.get("size")
     if size is not None and not isinstance(size, Mapping):
-        raise ConfigError(f"size must be a mapping, got {size!r}.", param="size")
+        raise ConfigError(f"size must be a mapping, got {size!r:.80}.", param="size")
     edges = size or {}
     found = []
     for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -54,7 +54,7 @@ def _given(options: Mapping[str, Any]) -> tuple[int | None, int | None]:
         if value is not None and (
             isinstance(value, bool) or not isinstance(value, int) or value < 1
         ):
-            raise ConfigError(f"{name} must be an integer from 1, got {value!r}.", param=name)
+            raise ConfigError(f"{name} must be an integer from 1, got {value!r:.80}.", param=name)
         found.append(value)
     return found[0], found[1]
 
