@@ -11,6 +11,10 @@ Each folder has a working byte-level tokenizer with the family's special tokens,
 generation files. The builders return the folder.
 """
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 from tests.checkpoints.common import SENTENCES, VOCAB_SIZE, enliven
 from tests.checkpoints.embedder import make_embedder
 from tests.checkpoints.llava import make_llava
@@ -23,6 +27,7 @@ from tests.checkpoints.text import make_text
 from tests.checkpoints.ultravox import make_ultravox
 
 __all__ = [
+    "NATIVE",
     "SENTENCES",
     "VOCAB_SIZE",
     "enliven",
@@ -37,3 +42,16 @@ __all__ = [
     "make_text",
     "make_ultravox",
 ]
+
+NATIVE: dict[str, Callable[..., Path]] = {
+    **{f: partial(make_text, f) for f in ("llama", "qwen2", "qwen3", "mistral", "phi3")},
+    "qwen2_vl": make_qwen2_vl,
+    "qwen2_5_vl": make_qwen2_5_vl,
+    "qwen3_vl": make_qwen3_vl,
+    "llava": make_llava,
+    "llava_onevision": make_llava_onevision,
+    "phi3_v": make_phi3_v,
+    "minicpmv": make_minicpmv,
+    "ultravox": make_ultravox,
+}
+"""The builder of each native family."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +15,13 @@ from sensorium.errors import ConfigError, UnsupportedModelError
 from sensorium.models import loader
 from sensorium.models.registry import FAMILIES, resolve
 from sensorium.models.weight_files import INDEX, SINGLE
-from tests.checkpoints import (
-    make_llava,
-    make_llava_onevision,
-    make_minicpmv,
-    make_phi3_v,
-    make_qwen2_5_vl,
-    make_qwen2_vl,
-    make_qwen3_vl,
-    make_text,
-    make_ultravox,
-)
+from tests.checkpoints import NATIVE, make_text
 from tests.checkpoints.hf import make_hf_text
 from tests.models.harness import Harness
 from tests.models.test_weight_files import Hub
 
 IDS = list(range(30, 50))
 SIZES = {"num_kv_blocks": 40, "block_size": 16, "max_model_len": 256}
-NATIVE: dict[str, Callable[..., Path]] = {
-    **{f: partial(make_text, f) for f in ("llama", "qwen2", "qwen3", "mistral", "phi3")},
-    "qwen2_vl": make_qwen2_vl,
-    "qwen2_5_vl": make_qwen2_5_vl,
-    "qwen3_vl": make_qwen3_vl,
-    "llava": make_llava,
-    "llava_onevision": make_llava_onevision,
-    "phi3_v": make_phi3_v,
-    "minicpmv": make_minicpmv,
-    "ultravox": make_ultravox,
-}
 BARE = {
     "qwen2_vl": "Qwen2VLModel",
     "qwen2_5_vl": "Qwen2_5_VLModel",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from sensorium.errors import ConfigError
 from sensorium.models import loader
-from tests.checkpoints import (
-    make_llava,
-    make_llava_onevision,
-    make_minicpmv,
-    make_phi3_v,
-    make_qwen2_5_vl,
-    make_qwen2_vl,
-    make_qwen3_vl,
-    make_text,
-    make_ultravox,
-)
+from tests.checkpoints import NATIVE
 from tests.checkpoints.hf import make_hf_text
 from tests.models.harness import Harness, Reference, Running
 
 HEAD = "lm_head.weight"
 IDS = list(range(30, 50))
-NATIVE: dict[str, Callable[..., Path]] = {
-    **{f: partial(make_text, f) for f in ("llama", "qwen2", "qwen3", "mistral", "phi3")},
-    "qwen2_vl": make_qwen2_vl,
-    "qwen2_5_vl": make_qwen2_5_vl,
-    "qwen3_vl": make_qwen3_vl,
-    "llava": make_llava,
-    "llava_onevision": make_llava_onevision,
-    "phi3_v": make_phi3_v,
-    "minicpmv": make_minicpmv,
-    "ultravox": make_ultravox,
-}
 
 
 def with_flag(folder: Path, value: bool, nested: bool) -> None:
