@@ -84,7 +84,6 @@ class AsyncLLM:
         self._made_in = forks.generation()
         self._engine = _Engine(self.config)
         self._release = weakref.finalize(self, release, self._made_in, self._engine.close)
-        self._closed = False
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._open: dict[str, Callable[[], object]] = {}
@@ -103,7 +102,6 @@ class AsyncLLM:
 
     def close(self) -> None:
         """End the engine's process and what prepares requests; those that run raise an error."""
-        self._closed = True
         self._release()
 
     def shutdown(self) -> None:
@@ -227,9 +225,14 @@ class AsyncLLM:
 
         await self._on_loop(check())
 
+    @property
+    def _is_closed(self) -> bool:
+        """Whether it was closed, or freed because Python ends."""
+        return not self._release.alive
+
     async def _started(self) -> Frontend:
         forks.check_owner(self._made_in, "AsyncLLM")
-        if self._closed:
+        if self._is_closed:
             raise _closed()
         started = self._engine.started
         if started.done():
@@ -320,12 +323,12 @@ class AsyncLLM:
         try:
             return await future
         except UnavailableError:  # which speaks of a server
-            if self._closed:
+            if self._is_closed:
                 raise _closed() from None
             raise
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if self._closed and (task is None or not task.cancelling()):
+            if self._is_closed and (task is None or not task.cancelling()):
                 raise _closed() from None
             raise
 
