@@ -125,7 +125,8 @@ class AsyncLLM:
         InvalidRequestError while another one has it. priority: lower ones run first.
 
         Leaving the loop (``break``, an error, a task that is cancelled) ends the work at whatever stage it is. Raises
-        RequestError for what cannot be served, UnavailableError when the engine dies.
+        RequestError for what cannot be served, UnavailableError when the engine dies, and OverloadedError when more is
+        being downloaded for all requests than ``max_media_bytes_in_flight``: then start fewer at a time.
         """
 
         def parse() -> Prompt:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from contextlib import suppress
 from typing import Any
 
@@ -49,6 +51,16 @@ def test_the_frames_asked_for(form: str, num: int) -> None:
     assert numbers_of(clip.frames) == list(clip.indices)
     assert clip.frames.shape == (num, HEIGHT, WIDTH, 3)
     assert (clip.num_source_frames, clip.fps) == (20, pytest.approx(10.0))
+
+
+def test_an_animation_is_one_however_much_stands_before_its_frames() -> None:
+    """Colour profiles and texts may be long."""
+    data = animated("PNG")
+    text = b"tEXt" + b"Comment\0" + b"x" * 100_000
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    after_header = 8 + 25
+    clip = decode(data[:after_header] + chunk + data[after_header:], 2)
+    assert numbers_of(clip.frames) == [0, 10]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -50,7 +50,7 @@ def read(data: bytes) -> Animation | None:
     try:
         if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and data[20] & 2:
             return _read_webp(data)
-        if data[:8] == _PNG and data.find(b"acTL", 8, 1 << 16) > 0:
+        if data[:8] == _PNG:
             return _read_apng(data)
     except (struct.error, IndexError):
         raise _damaged() from None
@@ -125,8 +125,10 @@ def _read_apng(data: bytes) -> Animation | None:
         elif name == b"fcTL":
             *_, number, ticks = _FRAME_CONTROL.unpack_from(data, start)
             seconds.append(number / (ticks or _APNG_TICKS))
+    if not is_animated:
+        return None
     width, height = struct.unpack_from(">II", data, 16)
-    return _animation(tuple(seconds), width, height, num_before) if is_animated else None
+    return _animation(tuple(seconds), width, height, num_before)
 
 
 def _animation(
