@@ -146,6 +146,21 @@ def test_one_that_waits_starts_as_soon_as_the_other_has_gone() -> None:
     assert spans_of(driver) == [(1, 4, 4)], "the first block is there, the second is not awaited"
 
 
+def test_blocks_with_numbers_that_are_not_finite_are_neither_shared_nor_awaited() -> None:
+    driver = Driver(max_num_batched_tokens=8)
+    prompt = list(range(20))
+    driver.add(request("bad", prompt, 1), request("same", prompt, 1))
+    plan = driver.schedule()
+    assert [(span.seq_id, span.num_tokens) for span in plan.spans] == [(0, 8)]
+    result = driver.runner.execute(plan)
+    result.unsound.add(0)
+    driver.commit(plan, result)
+    assert spans_of(driver) == [(0, 8, 8)], "the step is full"
+    assert spans_of(driver) == [(0, 16, 4), (1, 0, 4)], "from its first token on"
+    driver.run()
+    assert driver.outcomes["same"].last.num_cached_tokens == 0
+
+
 def test_only_the_shared_part_of_a_prompt_is_awaited() -> None:
     driver = Driver(max_num_batched_tokens=8)
     driver.add(request("a", list(range(40))), request("b", [*range(4), 90, 91, 92]))

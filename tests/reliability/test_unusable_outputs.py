@@ -137,6 +137,29 @@ def test_vectors_and_embeddings_given_as_input(tmp_path: Path) -> None:
         llm.embed(["a"], use_tqdm=False)
 
 
+def test_what_is_cached_of_others_is_not_spoilt(tmp_path: Path) -> None:
+    """A prompt that overflows in the midst of a chunk, behind a beginning that others have, too."""
+    folder = checkpoints.make_text("llama", tmp_path, dtype="float16", num_hidden_layers=4)
+    bad = 300
+    change(folder, "mlp.down_proj", lambda weight: weight * 300)
+
+    def with_bad_row(table: torch.Tensor) -> torch.Tensor:
+        return table.index_fill(0, torch.tensor([bad]), 65_000.0)
+
+    change(folder, "embed_tokens", with_bad_row)
+    opening = [20 + index % 200 for index in range(60)]
+    spoilt, sound = [*opening, bad, *range(20, 80)], [*opening, 99, *range(20, 80)]
+    answers = []
+    for first in (None, spoilt):
+        with LLM(str(folder), max_num_batched_tokens=64, **ROOM) as llm:
+            if first is not None:
+                with pytest.raises(ModelOutputNotFiniteError):
+                    llm.generate({"prompt_token_ids": first}, GREEDY, use_tqdm=False)
+            [out] = llm.generate({"prompt_token_ids": sound}, GREEDY, use_tqdm=False)
+            answers.append(out.outputs[0].token_ids)
+    assert answers[0] == answers[1]
+
+
 def test_restrictions_that_leave_nothing_are_still_the_callers(tmp_path: Path) -> None:
     folder = checkpoints.make_text("llama", tmp_path)
     with LLM(str(folder), **ROOM) as llm:

@@ -130,13 +130,17 @@ class KVLedger:
 
     def release(self, seq: Sequence) -> None:
         """Take all blocks back. Those that can be found stay so until they are handed out."""
-        for digest in seq.block_digests[seq.num_registered :]:
-            if self._promised.get(digest) == seq.seq_id:
-                del self._promised[digest]
+        self.withdraw(seq)
         for block_id in reversed(seq.block_ids):
             self._pool.release(block_id, keep=self._index.holds(block_id))
         seq.block_ids = []
         seq.num_registered = 0
+
+    def withdraw(self, seq: Sequence) -> None:
+        """Promise no more blocks of a sequence: whoever waits for one computes it."""
+        for digest in seq.block_digests[seq.num_registered :]:
+            if self._promised.get(digest) == seq.seq_id:
+                del self._promised[digest]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """``sequences``: all that may hold blocks."""

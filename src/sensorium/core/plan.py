@@ -125,6 +125,7 @@ class StepResult:
     clipped to the prompt). ``failed``: sequences that could not be run, with a message for the caller; they have no
     sample and are to be finished with an error; the others are unharmed. ``failed_items``: digests whose encoding
     failed: not resident. ``unusable_items``: of those whose embeddings are no use, the flaw and the dtype.
+    ``unsound``: sequences with infinite or undefined numbers among what was computed: nobody else may use their cache.
     ``encoded``: what encoding cost.
     """
 
@@ -135,6 +136,7 @@ class StepResult:
         default_factory=dict
     )
     failed: dict[int, str] = field(default_factory=dict)
+    unsound: set[int] = field(default_factory=set)
     failed_items: tuple[bytes, ...] = ()
     unusable_items: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     encoded: EncodeReport = NOTHING_ENCODED

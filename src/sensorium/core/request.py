@@ -141,7 +141,8 @@ class Sequence:
     with ``ignore_eos``). ``num_cached`` counts prompt tokens found in the cache at the first admission.
     ``waits_for`` is the digest of a block that another sequence is computing and that this one could then share.
     ``prompt_logprobs`` gathers the pieces of the chunks until the first token is there. ``rope_length`` is the
-    request's at the sequence's present length: ``block_digests`` depend on it.
+    request's at the sequence's present length: ``block_digests`` depend on it. ``is_sound``: whether all numbers
+    computed so far are finite; where they are not, its blocks are not shared.
     """
 
     seq_id: int
@@ -160,6 +161,7 @@ class Sequence:
     waits_for: bytes | None = None
     prompt_logprobs: list[tuple[tuple[int, float, int], ...]] = field(default_factory=list)
     rope_length: int = 0
+    is_sound: bool = True
 
     @property
     def num_prompt_tokens(self) -> int:

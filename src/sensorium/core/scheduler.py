@@ -334,7 +334,7 @@ class Scheduler:
         """Back into the queue, ahead of all that come after it in order."""
         self._leave(seq)
         seq.status = Status.PREEMPTED
-        seq.num_computed = 0
+        seq.num_computed, seq.is_sound = 0, True
         insort(self._waiting, seq, key=_queue_order)
 
     def _change_rope(self, seq: Sequence, rope_length: int) -> None:
@@ -361,7 +361,11 @@ class Scheduler:
         """Count the span's tokens as computed, and what follows from that."""
         seq.num_computed = span.start + span.num_tokens
         self._counts.num_computed_tokens += span.num_tokens
-        self._ledger.commit(seq)
+        if seq.seq_id in result.unsound:
+            seq.is_sound = False
+            self._ledger.withdraw(seq)
+        if seq.is_sound:
+            self._ledger.commit(seq)
         if seq.request.items:
             self._features.unpin_passed(seq.seq_id, seq.num_computed)
         if seq.request.params.prompt_logprobs is not None and seq.num_generated == 0:

@@ -14,7 +14,7 @@ from sensorium.runtime import pooler, sampler
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
 from sensorium.runtime.inputs import StepInputs, build
 from sensorium.runtime.slots import Slot, SlotTable
-from sensorium.runtime.soundness import flaws_of_logits
+from sensorium.runtime.soundness import finite_parts, flaws_of_logits
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ class ModelRunner:
             if slot.request.items and span.start < slot.num_prompt:
                 self.encoder.merge(embeds, row, span.start, span.start + span.num_tokens, slot)
         hidden = self.model.forward(embeds, inputs.batch)
+        result.unsound |= _unsound(pairs, inputs, hidden)
         prompt_logprobs, unusable_prompts = self._prompt_logprobs(pairs, inputs, hidden)
         if inputs.sampled_rows:
             samples, failed = self._sample(hidden, inputs)
@@ -176,6 +177,21 @@ class ModelRunner:
                 entries += sampler.logprobs_of_targets(logits.float(), targets, num_top)
             found[span.seq_id] = tuple(entries)
         return found, failed
+
+
+def _unsound(pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.Tensor) -> set[int]:
+    """Ids of the sequences with rows that are not finite; of single rows, which are sampled, the logits tell.
+
+    Keys and values of such rows reach others of the step, even earlier ones: nothing times a number that is undefined
+    is undefined. So blocks of a beginning that other requests have, too, may be spoilt.
+    """
+    spans = [
+        (span, row)
+        for (span, _), row in zip(pairs, inputs.first_row, strict=True)
+        if span.num_tokens > 1 or not span.samples
+    ]
+    finite = finite_parts([hidden[row : row + span.num_tokens] for span, row in spans])
+    return {span.seq_id for (span, _), good in zip(spans, finite, strict=True) if not good}
 
 
 def _follows(slot: Slot, sample: sampler.TokenSample | None) -> bool:
