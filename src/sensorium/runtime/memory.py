@@ -95,8 +95,10 @@ def free_memory(device: torch.device, gpu_memory_utilization: float) -> int:
 
 def warn_when_scarce(num_bytes: int, device: torch.device) -> None:
     """Say at the start that a cache of the host may outgrow its memory: its pages are taken when they are written."""
+    if device.type != "cpu":
+        return
     available = available_memory()
-    if device.type == "cpu" and num_bytes > available:
+    if num_bytes > available:
         logger.warning(
             "the KV cache may grow to %.1f GiB, but only %.1f GiB of memory are available: the system may end this "
             "process then. Lower kv_cache_memory_bytes (or num_kv_blocks)",
