@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from training.front_ends import Noise, draw_noise
 from training.palette import COLOURS, SHAPES
 from training.picture import Picture, Region, Turn
 from training.pictures import CELL, SCENES, choose_grid, choose_size, draw_picture, small_talk
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 
 MAX_LENGTH = 160
+#: Longest sequence with what front ends put around questions.
+MAX_NOISY_LENGTH = 448
 IGNORED = -100
 PREFIX = 0
 NO_POINTS = (IGNORED,) * 4
@@ -39,6 +42,9 @@ SYSTEMS = (
     "You are a helpful assistant. Answer briefly.",
     "Be brief.",
 )
+#: Layout -> share; front ends mostly put the picture behind the text.
+WAYS = {"packed": 0.7, "question_first": 0.18, "talk": 0.12}
+NOISY_WAYS = {"packed": 0.3, "question_first": 0.55, "talk": 0.15}
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 SHAPE_NAMES = (*SHAPES, "bar")
 COLOUR_NAMES = tuple(COLOURS)
@@ -158,40 +164,46 @@ def layout(
     turns: list[Turn],
     way: str | None = None,
     pairs: int = 0,
+    noise: Noise | None = None,
 ) -> Dialogue:
     """Put ``turns`` about a picture into one sequence of at most ``MAX_LENGTH`` tokens.
 
     ``way`` is ``packed``, ``question_first`` or ``talk``; by default it is drawn. ``pairs``: of
-    frames, for a clip.
+    frames, for a clip. With ``noise`` at most ``MAX_NOISY_LENGTH`` tokens: what it has before a
+    question stands once, what it has behind one is repeated.
     """
-    way = way or rng.choices(("packed", "question_first", "talk"), (0.7, 0.18, 0.12))[0]
+    way = way or rng.choices(tuple(WAYS), tuple(WAYS.values()))[0]
+    longest = MAX_LENGTH if noise is None else MAX_NOISY_LENGTH
+    noise = noise or Noise()
     out = Dialogue(encode, grid, pairs)
     system = SYSTEM if rng.random() < 0.88 else rng.choice(SYSTEMS)
-    out.text(f"<|im_start|>system\n{system}<|im_end|>\n", PREFIX)
+    out.text(f"<|im_start|>system\n{noise.system or system}<|im_end|>\n", PREFIX)
+    out.text("<|im_start|>user\n", PREFIX)
     if way != "question_first":
-        out.text("<|im_start|>user\n", PREFIX)
         out.picture(PREFIX)
+    out.text(noise.before, PREFIX)
     start = out.next_pos
     for turn in turns:
         number = len(out.kinds) + 1
+        asked = turn.question + (noise.after if way != "talk" or number == 1 else "")
         length, position = len(out.ids), out.next_pos
         segment = PREFIX if way == "talk" else number
         if way == "packed":
             out.next_pos = start
-            out.text(turn.question, segment)
+            out.text(asked, segment)
         elif way == "talk":
             if number > 1:
                 out.text("\n<|im_start|>user\n", segment)
-            out.text(turn.question, segment)
+            out.text(asked, segment)
         else:
             out.next_pos = start
-            out.text("<|im_start|>user\n" + turn.question, segment)
+            out.text(asked, segment)
             if turn.kind != "small_talk":
                 if rng.random() < 0.2:
                     out.text("\n", segment)
                 out.picture(segment)
         _answer(out, turn, segment)
-        if len(out.ids) > MAX_LENGTH:
+        if len(out.ids) > longest:
             out.cut(length)
             out.next_pos = position
         else:
@@ -237,39 +249,61 @@ def make_batch(
     size: int,
     scenes: dict[str, float] | None = None,
     way: str | None = None,
+    noisy: float = 0.0,
 ) -> dict[str, Any]:
     """A batch of ``size`` pictures of one grid, as arrays; the seed decides everything.
+
+    A batch has noise of front ends with the probability ``noisy``.
 
     Returns:
         pixels [B, height, width, 3] uint8, patches [B, 4, P], ids, segments, image_index and
         labels [B, L], points [B, L, 4] (before an answer: column and row, in patches, of
         up to two ``points`` of its turn), matches [B, L, 6] (there too: the image tokens of all
         points, or of what is ``counted``, then -1; IGNORED where there are none), positions
-        [3, B, L] and the lists ``kinds`` of the kinds of each segment.
+        [3, B, L], noisy [] and the lists ``kinds`` of the kinds of each segment.
     """
     rng = Random(seed)
     grid = choose_grid(rng)
     shares = {"text": 1.0} if grid[0] == 2 else scenes or SCENES
+    noises = draw_noises(seed, size, noisy)
     sequences, pixels, patches = [], [], []
     for i in range(size):
         scene = rng.choices(list(shares), list(shares.values()))[0]
         picture = draw_picture(seed * 1000 + i, scene, choose_size(rng, grid))
-        sequences.append(_lay_out(rng, encode, grid, picture, way))
+        sequences.append(_lay_out(rng, encode, grid, picture, way, noises[i]))
         resized = picture.image.resize((grid[1] * CELL, grid[0] * CELL), Image.Resampling.BICUBIC)
         pixels.append(np.asarray(resized, np.uint8))
         patches.append(patch_labels(picture.regions, picture.image.size, grid))
     arrays = {"pixels": np.stack(pixels), "patches": np.stack(patches)}
+    arrays["noisy"] = np.array(noises[0] is not None)
     return arrays | stack(encode, sequences)
 
 
+def draw_noises(seed: int, size: int, noisy: float) -> list[Noise | None]:
+    """Noise for each sequence of a batch, or None for all; batches without pad to less.
+
+    The draw has a generator of its own, so that a seed means the same pictures with and without.
+    """
+    rng = Random(f"noise {seed}")
+    if rng.random() >= noisy:
+        return [None] * size
+    return [draw_noise(rng) for _ in range(size)]
+
+
 def _lay_out(
-    rng: Random, encode: Encoder, grid: tuple[int, int], picture: Picture, way: str | None
+    rng: Random,
+    encode: Encoder,
+    grid: tuple[int, int],
+    picture: Picture,
+    way: str | None,
+    noise: Noise | None,
 ) -> Dialogue:
     turns = list(picture.turns)
-    way = way or rng.choices(("packed", "question_first", "talk"), (0.7, 0.18, 0.12))[0]
+    ways = WAYS if noise is None else NOISY_WAYS
+    way = way or rng.choices(tuple(ways), tuple(ways.values()))[0]
     if way == "question_first":
         turns.insert(rng.randint(0, 2), small_talk(rng))
-    return layout(rng, encode, grid, turns, way)
+    return layout(rng, encode, grid, turns, way, noise=noise)
 
 
 def stack(encode: Encoder, sequences: list[Dialogue]) -> dict[str, Any]:

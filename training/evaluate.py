@@ -3,6 +3,7 @@
     python -m training.evaluate --engine reference    # pictures, through transformers
     python -m training.evaluate                       # pictures and clips, through this project
     python -m training.evaluate --speech SPEECH.npz   # the model for sounds
+    python -m training.evaluate --front-ends          # pictures, with what front ends add
 
 prints a table of the share of right answers per kind of question, and with ``--card FILE`` puts it
 between the marks in the model card.
@@ -22,6 +23,7 @@ from PIL import Image
 
 from training import sounds
 from training.clips import draw_clip
+from training.front_ends import FORMS, HELD_OUT_FORMS, Noise
 from training.lettering import FAMILIES, HELD_OUT_FAMILIES
 from training.media import clip_part, picture_part, sound_part
 from training.picture import Turn
@@ -32,6 +34,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "src" / "sensorium"
 DEMO, DEMO_AUDIO = PACKAGE / "demo", PACKAGE / "demo_audio"
 FIRST_SEED = 5 * 10**15
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+BEGIN_FRONT_ENDS, END_FRONT_ENDS = "<!-- front ends -->", "<!-- end of front ends -->"
+HEADS = ("about", "question")
 LOOK, READ = ("shape", "colour", "count", "position"), ("word", "number", "spelling")
 #: Sets of pictures as (name, generator's scene, size in pixels or None for trained sizes, font
 #: families, kinds of questions or None for all).
@@ -56,13 +60,17 @@ SOUND_SETS = (
 
 
 class Question(NamedTuple):
-    """One question to put, and the truth; ``media``: a picture, the frames of a clip, samples."""
+    """One question to put, and the truth; ``media``: a picture, the frames of a clip, samples.
+
+    With ``noise`` it is put as a front end does it: noise around it, and the medium behind the text.
+    """
 
     group: str
     kind: str
     media: Any
     text: str
     answer: str
+    noise: Noise | None = None
 
 
 Answerer = Callable[[list[Question]], list[str]]
@@ -117,6 +125,24 @@ def draw_sound_questions(speech: Speech, count: int, first: int = FIRST_SEED) ->
     return questions + _asked("no sound", None, [sounds.small_talk(rng) for _ in range(40)])
 
 
+def draw_front_end_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
+    """The same ``count`` questions about pictures and clips without noise and in each form of it.
+
+    ``kind`` says whether ``--noisy`` trains on the form.
+    """
+    drawn = draw_questions(count // 6, first)[:-40] + draw_clip_questions(count // 6, first)
+    drawn = Random(first).sample(drawn, min(count, len(drawn)))
+    questions = [question._replace(group="nothing", kind="-") for question in drawn]
+    questions += [question._replace(noise=Noise(), group="nothing, text first", kind="-")
+                  for question in drawn]  # fmt: skip
+    forms = {name: (form, "yes") for name, (form, _) in FORMS.items()}
+    forms |= {name: (form, "no") for name, form in HELD_OUT_FORMS.items()}
+    for name, (form, seen) in forms.items():
+        rng = Random(f"{name} {first}")
+        questions += [q._replace(noise=form(rng), group=name, kind=seen) for q in drawn]
+    return questions
+
+
 def part_of(media: Any) -> dict[str, Any]:
     """The part of a chat message that carries a picture, the frames of a clip, or samples."""
     if isinstance(media, Image.Image):
@@ -127,7 +153,12 @@ def part_of(media: Any) -> dict[str, Any]:
 def messages_of(question: Question, part: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """The chat for one question; ``part`` carries the medium (by default ``part_of`` it)."""
     parts = [] if question.media is None else [part or part_of(question.media)]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
+    noise = question.noise
+    if noise is None:
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": question.text}]}]
+    text = noise.before + question.text + noise.after
+    system = [] if noise.system is None else [{"role": "system", "content": noise.system}]
+    return [*system, {"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
 
 def answer_with_transformers(folder: Path, dtype: str) -> Answerer:
@@ -194,10 +225,10 @@ def count_right(
     return dict(counts)
 
 
-def table_of(counts: dict[tuple[str, str], tuple[int, int]]) -> str:
+def table_of(counts: dict[tuple[str, str], tuple[int, int]], heads: tuple[str, str] = HEADS) -> str:
     """The counts as a Markdown table, in the order in which they were asked."""
     groups = list(dict.fromkeys(group for group, _ in counts))
-    lines = ["| about | question | right | of | share |", "|---|---|---:|---:|---:|"]
+    lines = [f"| {heads[0]} | {heads[1]} | right | of | share |", "|---|---|---:|---:|---:|"]
     for group in groups:
         for (other, kind), (right, asked) in sorted(counts.items()):
             if other == group:
@@ -206,17 +237,29 @@ def table_of(counts: dict[tuple[str, str], tuple[int, int]]) -> str:
     return "\n".join(lines)
 
 
-def put_into_card(card: Path, table: str) -> None:
-    """Replace what stands between the marks in ``card`` by ``table``.
+def put_into_card(card: Path, table: str, begin: str = BEGIN, end: str = END) -> None:
+    """Replace what stands between the marks ``begin`` and ``end`` in ``card`` by ``table``.
 
     Raises:
         ValueError: the card has no marks.
     """
     text = card.read_text(encoding="utf-8")
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{card.name} has no lines {BEGIN} and {END} to put the figures between")
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    card.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+    if begin not in text or end not in text:
+        raise ValueError(f"{card.name} has no lines {begin} and {end} to put the figures between")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    card.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+
+
+def _questions(options: argparse.Namespace) -> list[Question]:
+    count, first = options.questions, options.first_seed
+    if options.speech:
+        return draw_sound_questions(Speech.load(options.speech), count, first)
+    if options.front_ends:
+        return draw_front_end_questions(count, first)
+    questions = draw_questions(count, first)
+    if options.engine == "sensorium":
+        questions += draw_clip_questions(count, first)
+    return questions
 
 
 def main() -> None:
@@ -225,6 +268,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of the checkpoint")
     parser.add_argument("--engine", choices=("reference", "sensorium"), default="sensorium")
     parser.add_argument("--speech", type=Path, help="measure on sounds, with these spoken words")
+    parser.add_argument(
+        "--front-ends", action="store_true", help="measure with what front ends add to a question"
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--questions", type=int, default=400, help="per set")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
@@ -232,19 +278,17 @@ def main() -> None:
     parser.add_argument("--wrong", type=Path, help="write wrong answers here, one JSON per line")
     options = parser.parse_args()
     make = answer_with_sensorium if options.engine == "sensorium" else answer_with_transformers
-    if options.speech:
-        speech = Speech.load(options.speech)
-        questions = draw_sound_questions(speech, options.questions, options.first_seed)
-    else:
-        questions = draw_questions(options.questions, options.first_seed)
-        if options.engine == "sensorium":
-            questions += draw_clip_questions(options.questions, options.first_seed)
+    questions = _questions(options)
     model = options.model or (DEMO_AUDIO if options.speech else DEMO)
     answers = make(model, options.dtype)(questions)
-    table = table_of(count_right(questions, answers))
+    counts = count_right(questions, answers)
+    table = table_of(counts, ("front end", "`--noisy`") if options.front_ends else HEADS)
+    right, asked = (sum(number) for number in zip(*counts.values(), strict=True))
     print(table)
+    print(f"all: {right} of {asked}, {100 * right / asked:.2f} %")
     if options.card:
-        put_into_card(options.card, table)
+        marks = (BEGIN_FRONT_ENDS, END_FRONT_ENDS) if options.front_ends else (BEGIN, END)
+        put_into_card(options.card, table, *marks)
     if options.wrong:
         with options.wrong.open("w", encoding="utf-8") as out:
             for question, answer in zip(questions, answers, strict=True):

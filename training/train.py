@@ -45,15 +45,22 @@ class Supply:
     """Batches: new ones, and in between those drawn lately once more.
 
     Drawing costs a few per cent of a step, so it happens in the training process itself. ``clips``
-    is the share of batches of clips.
+    is the share of batches of clips, ``noisy`` that of batches with what front ends put around
+    questions.
     """
 
     def __init__(
-        self, size: int, first: int, uses: int, shares: dict[str, float], clips: float
+        self,
+        size: int,
+        first: int,
+        uses: int,
+        shares: dict[str, float],
+        clips: float,
+        noisy: float,
     ) -> None:
         self._encode = Encoder()
         self._size, self._seed, self._uses, self._shares = size, first, uses, shares
-        self._clips = clips
+        self._clips, self._noisy = clips, noisy
         self._kept: list[tuple[int, Batch]] = []
         self._rng = Random(first)
 
@@ -69,20 +76,23 @@ class Supply:
                 self._kept.pop()
             return batch
         if self._rng.random() < self._clips:
-            batch = as_tensors(make_clips(self._encode, self._seed, self._size))
+            drawn = make_clips(self._encode, self._seed, self._size, noisy=self._noisy)
         else:
-            batch = as_tensors(make_batch(self._encode, self._seed, self._size, self._shares))
+            drawn = make_batch(
+                self._encode, self._seed, self._size, self._shares, noisy=self._noisy
+            )
+        batch = as_tensors(drawn)
         self._seed += 1
         if self._uses > 1:
             self._kept.append((self._uses - 1, batch))
         return batch
 
 
-def held_out(count: int, size: int = 32) -> list[Batch]:
-    """``count`` batches whose pictures are never trained on."""
+def held_out(count: int, size: int = 32, noisy: float = 0.0) -> list[Batch]:
+    """``count`` batches of pictures, and of clips, that are never trained on."""
     encode = Encoder()
     return [
-        as_tensors(make(encode, HELD_OUT + number, size, way="packed"))
+        as_tensors(make(encode, HELD_OUT + number, size, way="packed", noisy=noisy))
         for number in range(count)
         for make in (make_batch, make_clips)
     ]
@@ -194,12 +204,18 @@ class Run:
         )
 
     def _keeping_loss(self, batch: Batch, logits: Tensor) -> Tensor:
-        """Divergence from what the model of ``--keep`` foretells about pictures."""
-        if self.teacher is None or batch["pixels"].ndim != 4:
+        """Divergence from what the model of ``--keep`` foretells about pictures.
+
+        It is not asked with noise that it may never have seen, nor about clips unless
+        ``--keep-clips`` says that it knows them.
+        """
+        known = batch["pixels"].ndim == 4 or self.options.keep_clips
+        if self.teacher is None or not known or batch["noisy"]:
             return torch.zeros(())
         if "taught" not in batch:
             with torch.no_grad():
                 tokens, _ = self.teacher.visual(normalise(batch["pixels"]))
+                tokens = tokens.view(len(batch["ids"]), -1, tokens.shape[-1])
                 hidden, _ = self.teacher.hidden(
                     batch["ids"], batch["positions"], batch["image_index"],
                     attention_mask(batch["segments"]), tokens,
@@ -256,7 +272,7 @@ def work(rank: int, options: argparse.Namespace) -> None:
     run = Run(options, rank)
     first = options.first_seed + rank * 10**8 + run.step
     shares = json.loads(options.shares)
-    supply = Supply(options.batch, first, options.uses, shares, options.clips)
+    supply = Supply(options.batch, first, options.uses, shares, options.clips, options.noisy)
     test = held_out(10) if rank == 0 else []
     losses: list[tuple[float, float]] = []
     told = reported = time.time()
@@ -293,6 +309,9 @@ def main() -> None:
     parser.add_argument("--report-minutes", type=float, default=6.0)
     parser.add_argument("--shares", default=json.dumps(SCENES), help="kinds of pictures, JSON")
     parser.add_argument("--clips", type=float, default=0.35, help="share of batches of clips")
+    parser.add_argument(
+        "--noisy", type=float, default=0.25, help="share of batches with front ends' additions"
+    )
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--resume", help="a last.pt")
     parser.add_argument(
@@ -302,6 +321,9 @@ def main() -> None:
         "--freeze-vision", action="store_true", help="leave the vision tower as --start-from has it"
     )
     parser.add_argument("--keep", help="a checkpoint whose answers about pictures are to be kept")
+    parser.add_argument(
+        "--keep-clips", action="store_true", help="the model of --keep knows clips, too"
+    )
     parser.add_argument("--heads-from", help="a last.pt whose helping heads --start-from takes too")
     options = parser.parse_args()
     options.export = options.export or f"{options.out}/export"
