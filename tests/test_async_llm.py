@@ -224,6 +224,20 @@ def test_several_event_loops(llm: AsyncLLM, shared: bool) -> None:
     assert [ids(output) for output in run(main())] == [expected] * 2
 
 
+QUEUED = {**ROOM, "max_num_seqs": 1, "max_model_len": 2000}
+
+
+async def queue(llm: AsyncLLM) -> asyncio.Task[RequestOutput]:
+    """Start long requests, one after the other; the last of them, which is returned, is far from its end."""
+    params = LONG.replace(max_tokens=1900)
+    tasks = [asyncio.create_task(last(llm.generate("hello", params))) for _ in range(40)]
+    for task in tasks[:-1]:
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    while (await llm.stats()).num_waiting < 30:
+        await asyncio.sleep(0.01)
+    return tasks[-1]
+
+
 async def started(outputs: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
     return await anext(outputs)
 
@@ -402,9 +416,8 @@ def test_closing_ends_everything(folder: Path) -> None:
 
     async def main() -> None:
         before, threads = children(), own_threads()
-        llm = AsyncLLM(str(folder), **ROOM)
-        reading = asyncio.create_task(last(llm.generate("hello", LONG)))
-        await started(llm.generate("hello", LONG))
+        llm = AsyncLLM(str(folder), **QUEUED)
+        reading = await queue(llm)
         assert children() > before
         await asyncio.to_thread(llm.close)
         llm.shutdown()
@@ -483,16 +496,15 @@ def test_a_forked_process(llm: AsyncLLM, folder: Path, own: bool) -> None:
 
 def test_an_engine_that_dies(folder: Path) -> None:
     async def main() -> None:
-        async with AsyncLLM(str(folder), **{**ROOM, "max_model_len": 2000}) as llm:
-            outputs = llm.generate("hello", LONG.replace(max_tokens=1900))
-            await started(outputs)
+        async with AsyncLLM(str(folder), **QUEUED) as llm:
+            reading = await queue(llm)
             frontend = await llm._started()
             client = frontend._engine._client
             assert client is not None
             assert client._process is not None
             os.kill(client._process.pid, 9)
             with pytest.raises(EngineDeadError):
-                await collected(outputs)
+                await reading
             while True:
                 try:
                     await llm.check_health()
