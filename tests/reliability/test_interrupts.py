@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.assets import ImageAsset
 llm = LLM("demo", num_kv_blocks=100)
 print("ready", flush=True)
+while True:  # so that it is there however late we look for what it starts
 {call}
 """
 
@@ -61,7 +63,7 @@ def heeds_interrupts(process: psutil.Process) -> bool:
 )
 def test_ctrl_c_while_workers_start_prints_nothing_of_theirs(call: str, module: str) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(call=call)],
+        [sys.executable, "-c", SCRIPT.format(call=textwrap.indent(call, "    "))],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # a group of its own, to which a terminal would send

@@ -311,15 +311,13 @@ class _Worker:
         forked = self.start()
         job.begin(self)
         self.is_busy = True
+        begun = time.monotonic()
         try:
             answer = self._ask(forked, message, job.work.source)
             reply = None if answer is None else _reply(answer, job)
         except TimeoutError:
             self._died("was killed: it took too long")
-            raise MediaUndecodableError(
-                f"Decoding and preprocessing the {job.work.modality} took longer than {self._seconds:g} s, the limit "
-                "(--media-decode-timeout); send a smaller or shorter one."
-            ) from None
+            raise self._too_long(job) from None
         except (OSError, ValueError, TypeError):  # it has gone, or does not say what a worker says
             reply = None
         finally:
@@ -329,6 +327,10 @@ class _Worker:
             self._died("ended before it was done")
             if _has_ended(forked.server):
                 raise UnavailableError(_NOT_NOW)
+            if time.monotonic() - begun >= self._seconds:
+                raise self._too_long(
+                    job
+                )  # ended by its limit of processor time, before we came to look at the clock
             raise MediaUndecodableError(
                 f"The process that decoded the {job.work.modality} ended before it was done: the file is damaged, or "
                 "takes too much."
@@ -337,6 +339,13 @@ class _Worker:
         if isinstance(reply, child.Failed):
             raise _error(reply)
         return reply
+
+    def _too_long(self, job: _Job) -> MediaUndecodableError:
+        """Return the error of a job that took longer than it may."""
+        return MediaUndecodableError(
+            f"Decoding and preprocessing the {job.work.modality} took longer than {self._seconds:g} s, the limit "
+            "(--media-decode-timeout); send a smaller or shorter one."
+        )
 
     def kill(self) -> None:
         """Kill the process, if there is one; who waits for it will notice. From any thread."""
