@@ -147,7 +147,7 @@ def test_embeddings_of_many_sizes(folder: Path, plain: PlainPhi3V) -> None:
 
 def test_half_precision_is_close(tmp_path: Path) -> None:
     folder = make_phi3_v(tmp_path, dtype="bfloat16")
-    loaded = loader.load(str(folder), device="cpu")
+    loaded = loader.load(str(folder), device="cpu", dtype="bfloat16")
     assert loaded.model.dtype == torch.bfloat16
     harness, plain, case = Harness(loaded), PlainPhi3V(folder), CASES[2]
     views = [plain.embeds(image) for image in images_of(case)]
