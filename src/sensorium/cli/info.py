@@ -124,7 +124,7 @@ def _choices() -> dict[str, Any]:
 
 
 def _auto_dtype(gpu: bool) -> str:
-    """What ``--dtype auto`` is here for each type of checkpoints."""
+    """Return what ``--dtype auto`` stands for on this machine."""
     import torch
 
     from sensorium.kernels import ops

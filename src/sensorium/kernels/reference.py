@@ -44,18 +44,6 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
     return PackedWeight(weight, num_outputs, num_inputs, weight.dtype, packed=False)
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x W^T + bias``: (T, K) -> (T, N)."""
-    return F.linear(x, weight.data, bias)
-
-
-def linear_act(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, act: str
-) -> torch.Tensor:
-    """``act(x W^T + bias)`` for an activation of ``ACTIVATIONS``."""
-    return ACTIVATIONS[act](linear(x, weight, bias))
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root-mean-square norm over the last axis, in float32: x / sqrt(mean(x^2) + eps) * weight."""
     wide = x.float()

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sensorium.config import GIB
 from sensorium.errors import ConfigError
 from sensorium.models.configs import declared_dtype
 from sensorium.processes import available_memory
@@ -18,7 +19,6 @@ logger = logging.getLogger(__name__)
 DTYPES = ("float32", "float16", "bfloat16")
 LOADING = 2
 """Times the memory of its weights that a model may take while it is loaded."""
-GIB = 1 << 30
 
 
 def dtype_of(wanted: str, config: Mapping[str, Any], stored: str | None) -> torch.dtype:
