@@ -82,10 +82,12 @@ def test_exit_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not model.seen
 
 
-def test_a_picture_by_command(monkeypatch: pytest.MonkeyPatch, picture: Path) -> None:
+@pytest.mark.parametrize("how", ["/image {}", "/image '{}'"])
+def test_a_picture_by_command(monkeypatch: pytest.MonkeyPatch, picture: Path, how: str) -> None:
     model = Echo()
     session = Session(model, {}, system=None)
-    talk(session, monkeypatch, f"/image {picture}", "What?", "And?")
+    talk(session, monkeypatch, how.format(picture), "What?", "And?")
+    assert len(model.seen) == 2  # the command itself is no question
     first, _, second = model.seen[1]
     assert [p["type"] for p in first["content"]] == ["image_url", "text"]
     data = first["content"][0]["image_url"]["url"].removeprefix("data:image/png;base64,")

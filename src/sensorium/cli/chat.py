@@ -30,6 +30,7 @@ HELP = """/image PATH   attach a picture to the next message
 /reset        begin a new conversation
 /help         these lines
 /exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
+COMMANDS = ("/exit", "/quit", "/reset", "/help", *(f"/{modality}" for modality in KINDS))
 
 
 class Model(Protocol):
@@ -114,9 +115,10 @@ class Session:
         except KeyboardInterrupt:
             print("\n/exit leaves.")
             return True
-        if line.startswith("/") and not split_line(line)[1]:
-            return self._command(line.strip())
         text, attachments = split_line(line)
+        # Anything else that begins with a slash may be the path of a file.
+        if line.partition(" ")[0] in COMMANDS or (line.startswith("/") and not attachments):
+            return self._command(line.strip())
         self.attachments += attachments
         if text:
             self._ask(text)
