@@ -109,9 +109,9 @@ async def test_key_and_model() -> None:
 
 
 @given(st.lists(st.sampled_from(["{}", "[DONE]", "ä", "two\nlines"])), st.integers(1, 9))
-def test_events_survive_any_cut(datas: list[str], size: int) -> None:
+def test_events_survive_any_cut(payloads: list[str], size: int) -> None:
     text = ": a comment\r\n\r\n"
-    for data in datas:
+    for data in payloads:
         text += "".join(f"data: {line}\r\n" for line in data.split("\n")) + "\r\n"
     raw = text.encode()
 
@@ -122,4 +122,4 @@ def test_events_survive_any_cut(datas: list[str], size: int) -> None:
     async def collect() -> list[str]:
         return [data async for data in events(chunks())]
 
-    assert asyncio.run(collect()) == datas
+    assert asyncio.run(collect()) == payloads

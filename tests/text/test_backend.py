@@ -18,7 +18,7 @@ SENTENCE = "What is shown in the picture? <|im_end|> Zwölf Boxkämpfer, 日本�
 
 @pytest.mark.parametrize("length", [0, 1, LONG_TEXT - 1, LONG_TEXT, 3 * LONG_TEXT])
 @pytest.mark.parametrize("adds", [False, True])
-def test_the_ids_are_the_librarys(length: int, adds: bool) -> None:
+def test_ids_equal_those_of_the_library(length: int, adds: bool) -> None:
     text = (SENTENCE * (length // len(SENTENCE) + 1))[:length]
     assert ids_of(BACKEND, text, add_special_tokens=adds) == list(
         BACKEND.encode(text, add_special_tokens=adds).ids
