@@ -20,21 +20,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sensorium.kernels import threads
+from sensorium.kernels.cpu import threads
 
 threads.prepare()
 
 import torch  # noqa: E402 - the waiting policy must be set before
 import torch.nn.functional as F  # noqa: E402
 
-from sensorium.kernels import (  # noqa: E402
-    cpu_elementwise,
-    cpu_linear,
-    cpu_paged,
-    ops,
-    reference,
-)
+from sensorium.kernels import ops, reference
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout  # noqa: E402
+from sensorium.kernels.cpu import elementwise as cpu_elementwise
+from sensorium.kernels.cpu import linear, paged
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32
 NUM_LAYERS = 24
@@ -224,7 +220,7 @@ def invariance(seconds: float) -> dict[str, Any]:
         for outputs, inputs in ((1152, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)):
             plain = [torch.randn(outputs, inputs).to(dtype) for _ in range(NUM_LAYERS)]
             packed = [ops.pack_weight(weight) for weight in plain]
-            direct = [cpu_linear._product(w.data, None, w.packed, "none", "") for w in packed]
+            direct = [linear._product(w.data, None, w.packed, "none", "") for w in packed]
             bound = [ops.bind_linear(weight, None) for weight in packed]
             x = torch.randn(1, inputs).to(dtype)
             one, own = race(
@@ -266,7 +262,7 @@ def main() -> None:
     options = parser.parse_args()
     num_threads = threads.configure(options.threads)
     # Matrix tiles are not needed for flash attention, only for its being chosen.
-    cpu_paged.attends_with_tiles = lambda dtype: True
+    paged.attends_with_tiles = lambda dtype: True
     with torch.inference_mode():
         warm_up = ops.warm_up(DTYPE)
         bandwidth = read_bandwidth(options.seconds)

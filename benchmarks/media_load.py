@@ -56,8 +56,8 @@ NOISE = (10, 16, 22, 28)
 
 _SERVE = """
 import sys
-from sensorium.server import looplag
-looplag.SAMPLE_SECONDS = float(sys.argv.pop(1))
+from sensorium.server.http import loop_lag
+loop_lag.SAMPLE_SECONDS = float(sys.argv.pop(1))
 from sensorium.cli.main import main
 sys.exit(main())
 """

@@ -33,13 +33,13 @@ from tests import checkpoints
 
 from sensorium.bench.machine import describe_machine
 from sensorium.config import MediaConfig, engine_config
-from sensorium.engine.media import process_decoders
+from sensorium.engine.prompts.media_workers import process_decoders
 from sensorium.models import loader
 from sensorium.models.registry import resolve
-from sensorium.multimodal.cache import FeatureCache
+from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.items import MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
-from sensorium.multimodal.segments import SegmentFolder
+from sensorium.multimodal.shared_memory import SegmentFolder
 
 RESULTS = Path(__file__).parent / "results"
 AT_ONCE = 8

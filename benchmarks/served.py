@@ -192,12 +192,12 @@ def sensorium_server(model: str, flags: Sequence[str], log: Path) -> ServedProce
 
 def is_sensorium_engine(process: psutil.Process) -> bool:
     """Whether it is the engine of a ``sensorium serve``."""
-    return "sensorium.engine.worker" in process.cmdline()
+    return "sensorium.engine.serving.worker" in process.cmdline()
 
 
 def is_media_worker(process: psutil.Process) -> bool:
     """Whether it is a process of ``sensorium serve`` that decodes media, or the one that these are forked from."""
-    return "sensorium.engine.media_worker" in process.cmdline()
+    return "sensorium.engine.prompts.media_worker" in process.cmdline()
 
 
 # --- processor time --------------------------------------------------------------------------------------------------

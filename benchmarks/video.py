@@ -4,8 +4,8 @@
     python video.py --seconds 60 --size 640x360 --num-frames 16 --runs 3
 
 Encodes a clip of its own into a temporary folder (H.264 with the encoder's usual distance between key frames), then in
-turn takes frames of it as a request does (``sensorium.multimodal.video``) and decodes all of it with the same library
-and as many threads. Written as JSON: every time, the medians and their ratio. The exit status is 1 when the ratio is
+turn takes frames of it as a request does (``multimodal.decode.video.loading``) and decodes all of it with the same
+library and as many threads. Written as JSON: every time, the medians and their ratio. The exit status is 1 when the ratio is
 above ``--largest-ratio``, or when a sampled frame differs from the one of that number in the whole clip.
 """
 
@@ -28,7 +28,8 @@ import numpy as np
 
 from sensorium.bench.machine import describe_machine
 from sensorium.config import MediaConfig
-from sensorium.multimodal import containers, video
+from sensorium.multimodal.decode.video import loading as video
+from sensorium.multimodal.decode.video import video_file
 from sensorium.multimodal.items import Clip
 
 RESULTS = Path(__file__).parent / "results"
@@ -81,7 +82,7 @@ def decode_whole(data: bytes, wanted: frozenset[int]) -> tuple[float, dict[int, 
 
 def num_threads() -> int:
     """As many as a request's decoder has."""
-    return min(containers.MAX_THREADS, len(os.sched_getaffinity(0)))
+    return min(video_file.MAX_THREADS, len(os.sched_getaffinity(0)))
 
 
 def measure(data: bytes, num_frames: int, num_runs: int) -> dict[str, Any]:

@@ -50,8 +50,8 @@ SAME_ROW = {
 MODULES_ALLOWED = {
     # Of core, the runner sees the plans and the messages in them, never the scheduler.
     ("runtime", "core"): {"plan", "request"},
-    ("text", "multimodal"): {"parts", "placeholders", "items", "processor"},
-    ("models", "multimodal"): {"processor", "placeholders", "items", "sampling"},
+    ("text", "multimodal"): {"parse", "placeholders", "items", "processor"},
+    ("models", "multimodal"): {"processor", "placeholders", "items", "decode"},
     ("runtime", "multimodal"): {"items"},
 }
 FORBIDDEN = {

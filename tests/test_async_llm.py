@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from sensorium import LLM, AsyncLLM, PoolingParams, RequestOutput, RequestOutputKind, SamplingParams
-from sensorium.engine import prepare
-from sensorium.engine.stream import RequestStream
+from sensorium.engine.outputs.stream import RequestStream
+from sensorium.engine.prompts import input_processor
 from sensorium.errors import (
     ConfigError,
     EngineDeadError,
@@ -188,7 +188,7 @@ def test_the_callers_loop_goes_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
     async def main() -> int:
         preparer = (await llm._started())._preparer
         monkeypatch.setattr(preparer, "draft", noted("draft", preparer.draft))
-        monkeypatch.setattr(prepare, "expanded", noted("expand", prepare.expanded))
+        monkeypatch.setattr(input_processor, "expanded", noted("expand", input_processor.expanded))
         monkeypatch.setattr(RequestStream, "accept", noted("accept", RequestStream.accept))
         num_turns = 0
 

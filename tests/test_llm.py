@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sensorium import LLM, SamplingParams
-from sensorium.engine.prompts import RawPrompt
+from sensorium.engine.prompts.types import RawPrompt
 from sensorium.errors import (
     ConfigError,
     InvalidEmbeddingsError,
@@ -364,6 +364,6 @@ def test_an_endless_text_is_refused_by_its_beginning(
         ask(qwen, "long " * (40 * most))
     assert seen_chars == [16 * most]
     few = "<|endoftext|>" * (most // 2)
-    monkeypatch.setattr("sensorium.engine.lengths.PROBED_CHARS", 1)
+    monkeypatch.setattr("sensorium.engine.prompts.lengths.PROBED_CHARS", 1)
     assert len(few) > 4 * most
     assert qwen._preparer.draft(RawPrompt(text=few)).token_ids

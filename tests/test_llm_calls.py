@@ -16,10 +16,10 @@ from sensorium import LLM, SamplingParams
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest
 from sensorium.engine import wire
-from sensorium.engine.grammars import ENTRY_CHARS
-from sensorium.engine.lengths import LONG_TEXT
-from sensorium.engine.prepared import Draft, PreparedPrompt
-from sensorium.engine.prompts import Prompt, RawPrompt
+from sensorium.engine.grammar.compiler import ENTRY_CHARS
+from sensorium.engine.prompts.lengths import LONG_TEXT
+from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
+from sensorium.engine.prompts.types import Prompt, RawPrompt
 from sensorium.errors import InvalidRequestError, PromptTooLongError, UnavailableError
 from tests import checkpoints
 
@@ -132,7 +132,7 @@ def test_a_wrong_constraint_names_its_prompt(llm: LLM) -> None:
 def test_more_constraints_than_may_wait_at_a_time(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sensorium.engine.grammars.KEPT_CHARS", 4 * ENTRY_CHARS)
+    monkeypatch.setattr("sensorium.engine.grammar.compiler.KEPT_CHARS", 4 * ENTRY_CHARS)
     monkeypatch.setattr("sensorium.llm.COMPILED_AT_ONCE", 2)
     params = [
         GREEDY.replace(max_tokens=1, structured_outputs={"regex": f"[a-z]{{{number}}}"})

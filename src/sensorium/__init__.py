@@ -74,7 +74,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("LLM", "AsyncLLM"):
         # Before torch is imported, which reads the policy of its threads once.
-        importlib.import_module("sensorium.kernels.threads").prepare()
+        importlib.import_module("sensorium.kernels.cpu.threads").prepare()
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'sensorium' has no attribute {name!r}")

@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 
 from sensorium import forks
 from sensorium.config import EngineConfig, engine_config
-from sensorium.engine.background import BackgroundLoop, release
-from sensorium.engine.batch import as_embedding, as_tensor
-from sensorium.engine.frontend import Frontend
+from sensorium.engine.offline.batch import as_embedding, as_tensor
 from sensorium.engine.offline.request import AsyncRequest
 from sensorium.engine.offline.run import Vector
-from sensorium.engine.prompts import Prompt, chat_prompt, parse_input, parse_prompt
+from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, parse_prompt
+from sensorium.engine.serving.frontend import Frontend
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, UnavailableError
+from sensorium.multimodal.workers.background import BackgroundLoop, release
 from sensorium.outputs import (
     EmbeddingRequestOutput,
     PoolingOutput,

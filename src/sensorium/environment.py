@@ -1,6 +1,6 @@
 """The environment variables of Sensorium, read here. Values that make no sense are refused, except for the log level.
 
-``kernels/threads.py`` and ``kernels/cpu_launch.py`` look at variables of other programs besides (OpenMP's, the C
+``kernels/cpu/threads.py`` and ``kernels/cpu/launch.py`` look at variables of other programs besides (OpenMP's, the C
 library's and ``XDG_CACHE_HOME``).
 """
 

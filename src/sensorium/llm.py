@@ -13,8 +13,8 @@ from typing import Any, Literal, cast, overload
 from sensorium import forks
 from sensorium.compat.calls import takes_call_keywords
 from sensorium.config import EngineConfig, engine_config
-from sensorium.engine.background import BackgroundLoop, release
-from sensorium.engine.batch import (
+from sensorium.engine.executor import build_engine
+from sensorium.engine.offline.batch import (
     Batch,
     Result,
     apart,
@@ -30,15 +30,15 @@ from sensorium.engine.batch import (
     prioritized,
     unchanged,
 )
-from sensorium.engine.executor import build_engine
+from sensorium.engine.offline.progress import Progress
 from sensorium.engine.offline.run import BatchRun, Output
-from sensorium.engine.pooling import resolved
-from sensorium.engine.prepare import Preparer
-from sensorium.engine.prepared import Draft
-from sensorium.engine.progress import Progress
-from sensorium.engine.prompts import Prompt, chat_prompt, parse_input, parse_prompt
+from sensorium.engine.outputs.pooling import resolved
+from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.prompts.prepared import Draft
+from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, parse_prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.multimodal.workers.background import BackgroundLoop, release
 from sensorium.outputs import (
     EmbeddingRequestOutput,
     PoolingOutput,

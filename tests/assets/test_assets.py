@@ -18,7 +18,7 @@ from sensorium import LLM, AsyncLLM, SamplingParams
 from sensorium.assets import AudioAsset, ImageAsset, VideoAsset
 from sensorium.config import MediaConfig
 from sensorium.errors import InvalidRequestError, MediaRefusedError
-from sensorium.multimodal.guard import Guard
+from sensorium.multimodal.fetch.guard import Guard
 
 
 @pytest.mark.parametrize("name", ImageAsset.names)

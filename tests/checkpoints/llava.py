@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sensorium.models import llava
+from sensorium.models.families import llava
 from tests.checkpoints.common import (
     CLIP_MEAN,
     CLIP_STD,

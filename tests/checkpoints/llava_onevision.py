@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sensorium.models import llava_onevision
+from sensorium.models.families import llava_onevision
 from tests.checkpoints.common import (
     TEXT_SIZES,
     VOCAB_SIZE,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sensorium.models import phi3_v
+from sensorium.models.families import phi3_v
 from tests.checkpoints.common import (
     CLIP_MEAN,
     CLIP_STD,

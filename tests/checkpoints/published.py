@@ -20,18 +20,19 @@ from typing import Any
 import torch
 
 from sensorium.config import engine_config
-from sensorium.engine.defaults import generation_values, sampling_defaults
+from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
 from sensorium.errors import ConfigError
-from sensorium.models import checkpoint, loader
+from sensorium.models import loader
 from sensorium.models.embedder import embedder_of
 from sensorium.models.interface import BuildOptions, Family, LoadedConfig, stop_token_ids
-from sensorium.models.pixels import read_normalization
-from sensorium.models.quantization import quantization_of
+from sensorium.models.loading import checkpoint
+from sensorium.models.loading.quantization import quantization_of
+from sensorium.models.loading.weight_files import indexed_weights
+from sensorium.models.loading.weights import ALWAYS_IGNORED, renamed
+from sensorium.models.media.pixels import read_normalization
 from sensorium.models.registry import resolve
-from sensorium.models.weight_files import indexed_weights
-from sensorium.models.weights import ALWAYS_IGNORED, renamed
 from sensorium.params import SamplingParams
-from sensorium.text.templates import compile_template, find_templates
+from sensorium.text.chat.template_files import compile_template, find_templates
 from sensorium.text.tokenizer import Tokenizer
 from tests.models.harness import picture
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sensorium.models import qwen2_vl
+from sensorium.models.families import qwen2_vl
 from tests.checkpoints.common import (
     CLIP_MEAN,
     CLIP_STD,

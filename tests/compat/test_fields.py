@@ -11,7 +11,7 @@ from sensorium.compat.rule import Effect
 from sensorium.errors import InvalidRequestError
 from sensorium.models.embedder import Embedder
 from sensorium.params import StructuredOutputs
-from sensorium.server.protocol import ChatBody, CompletionBody
+from sensorium.server.openai.protocol import ChatBody, CompletionBody
 from tests.server.fake_frontend import FakeFrontend
 from tests.server.harness import USER, App
 

@@ -15,10 +15,10 @@ import torch
 from sensorium import LLM, SamplingParams
 from sensorium.config import engine_config
 from sensorium.engine import wire
-from sensorium.engine.defaults import generation_values, sampling_defaults
-from sensorium.engine.prompts import parse_prompt
+from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
+from sensorium.engine.prompts.types import parse_prompt
 from sensorium.errors import ConfigError, InvalidRequestError
-from sensorium.text.chat import parse_messages
+from sensorium.text.chat.chat_template import parse_messages
 from tests.checkpoints import make_text
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -174,7 +174,7 @@ def test_downloads_have_a_folder_of_their_own(
 
 SCRIPT = """\
 from sensorium.config import engine_config
-from sensorium.multimodal.image import ImagePixelData
+from sensorium.multimodal.decode.image import ImagePixelData
 engine_config(task="generate", image_token_id=5)
 for _ in range(3):
     engine_config(

@@ -82,8 +82,8 @@ class Server:
         """The folder of its features in shared memory; the media workers have it on their command lines."""
         for process in self.children():
             command = process.cmdline()
-            if "sensorium.engine.media_worker" in command:
-                return Path(command[command.index("sensorium.engine.media_worker") + 1])
+            if "sensorium.engine.prompts.media_worker" in command:
+                return Path(command[command.index("sensorium.engine.prompts.media_worker") + 1])
         raise AssertionError("there are no media workers")
 
     def num_descriptors(self) -> int:
@@ -105,6 +105,6 @@ class Server:
 def is_engine(process: psutil.Process) -> bool:
     """Whether it is an engine's process and has not ended."""
     try:
-        return "sensorium.engine.worker" in process.cmdline()
+        return "sensorium.engine.serving.worker" in process.cmdline()
     except psutil.NoSuchProcess:
         return False

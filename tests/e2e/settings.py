@@ -6,7 +6,7 @@ import concurrent.futures
 from typing import Any
 
 from sensorium import LLM
-from sensorium.engine.batch import Batch
+from sensorium.engine.offline.batch import Batch
 from sensorium.engine.offline.run import BatchRun
 
 

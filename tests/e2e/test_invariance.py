@@ -16,7 +16,7 @@ from sensorium import LLM, RequestOutput, SamplingParams
 from sensorium.config import engine_config
 from sensorium.engine.executor import is_batch_invariant
 from sensorium.errors import ConfigError
-from sensorium.kernels import cpu_amx
+from sensorium.kernels.cpu import amx
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf_text
 from tests.e2e.prompts import WORDS, image
@@ -227,9 +227,9 @@ def test_it_is_on_unless_matrix_tiles_would_be_left_idle(monkeypatch: pytest.Mon
         config = engine_config(model="demo", **values)
         return is_batch_invariant(config, torch.device("cpu"), dtype)
 
-    monkeypatch.setattr(cpu_amx, "available", lambda: False)
+    monkeypatch.setattr(amx, "available", lambda: False)
     assert found(torch.bfloat16)
-    monkeypatch.setattr(cpu_amx, "available", lambda: True)
+    monkeypatch.setattr(amx, "available", lambda: True)
     assert not found(torch.bfloat16)
     assert found(torch.bfloat16, batch_invariant=True)
     assert found(torch.float32)

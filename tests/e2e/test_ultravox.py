@@ -27,8 +27,8 @@ from sensorium.errors import (
 from tests.checkpoints import make_ultravox
 from tests.e2e.serving import Server
 from tests.e2e.settings import all_at_once
+from tests.models.families.test_ultravox import AUDIO, RATE, Case, sound, split, woven
 from tests.models.plain_ultravox import PlainUltravox
-from tests.models.test_ultravox import AUDIO, RATE, Case, sound, split, woven
 
 NUM_TOKENS = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)

@@ -17,7 +17,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.config import MediaConfig
 from sensorium.errors import ConfigError, MediaTooLargeError
 from sensorium.models import loader
-from sensorium.multimodal import video
+from sensorium.multimodal.decode.video import loading as video
 from sensorium.multimodal.items import Clip, Decoded
 from tests import checkpoints
 from tests.e2e.serving import Server

@@ -11,7 +11,7 @@ from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
-from sensorium.engine.matchers import Matchers
+from sensorium.engine.grammar.matchers import Matchers
 from sensorium.engine.stats import EngineFacts
 from sensorium.multimodal.items import Features
 from sensorium.params import SamplingParams

@@ -18,14 +18,14 @@ import torch
 from sensorium import LLM, PoolingParams, SamplingParams
 from sensorium.core.plan import TOO_COMPLEX, UNUSABLE
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
-from sensorium.engine.pooling import pooling_request, resolved
-from sensorium.engine.prompts import RawPrompt, parse_prompt
+from sensorium.engine.outputs.pooling import pooling_request, resolved
+from sensorium.engine.prompts.types import RawPrompt, parse_prompt
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
 from sensorium.runtime import pooler, sampler
 from sensorium.runtime.runner import FAILED
 from tests import checkpoints
-from tests.engine.test_frontend import new_frontend
+from tests.engine.serving.test_frontend import new_frontend
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -249,7 +249,7 @@ def test_a_sampler_that_fails_for_one(llm: LLM, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("how", ["refuses", "raises", "stuck", "cannot start"])
 def test_a_grammar_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Beside others that follow grammars of their own, of which each may take a token once only."""
-    from sensorium.text.grammar import Budget, GrammarMatcher
+    from sensorium.text.grammar.grammar import Budget, GrammarMatcher
 
     constrained = [
         GREEDY.replace(structured_outputs={"regex": f"[a-z]{{3}}{number}[0-9]{{4}}"})
@@ -380,7 +380,7 @@ async def test_a_stream_that_fails_when_serving_ends_its_request_alone(
         def flush(self) -> str:
             return ""
 
-    monkeypatch.setattr("sensorium.engine.stream.Detokenizer", Fragile)
+    monkeypatch.setattr("sensorium.engine.outputs.stream.Detokenizer", Fragile)
     frontend, engine, _ = new_frontend()
 
     async def texts(name: str) -> list[str]:

@@ -12,7 +12,7 @@ from sensorium.core.request import EngineRequest
 from sensorium.engine import wire
 from sensorium.engine.shared import SharedFeatures
 from sensorium.multimodal.items import Features
-from sensorium.multimodal.segments import SegmentFolder
+from sensorium.multimodal.shared_memory import SegmentFolder
 from sensorium.params import SamplingParams
 
 ARRAYS = {

@@ -21,8 +21,8 @@ from sensorium.config import MediaConfig
 from sensorium.errors import MediaTooLargeError, RequestError
 from sensorium.models import loader
 from sensorium.models.registry import resolve
+from sensorium.multimodal.decode.loaders import LOADERS
 from sensorium.multimodal.items import Clip, Decoded, Modality, Sound
-from sensorium.multimodal.loaders import LOADERS
 from tests.fuzz.memory import Height
 
 LIMITS = MediaConfig(

@@ -11,9 +11,9 @@ import psutil
 NUM_SAMPLES = 120
 """Of a server's memory, in a run. With less than half of that nothing is compared: it has hardly warmed up."""
 _PROGRAMS = {
-    "engine": "sensorium.engine.worker",
-    "grammars": "sensorium.engine.grammar_worker",
-    "media": "sensorium.engine.media_worker",
+    "engine": "sensorium.engine.serving.worker",
+    "grammars": "sensorium.engine.grammar.worker",
+    "media": "sensorium.engine.prompts.media_worker",
 }
 WARM_UP = 2 / 3
 """Part of a run after which memory is first compared."""

@@ -15,9 +15,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from sensorium.multimodal.frames import is_packed
+from sensorium.multimodal.decode.video.video_frames import is_packed
 from sensorium.multimodal.items import MODALITIES, Modality
-from sensorium.server.protocol import (
+from sensorium.server.openai.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from sensorium.errors import InvalidEmbeddingsError, RequestError
 from sensorium.models import loader
 from sensorium.models.registry import resolve
-from sensorium.multimodal.embeds import decode_embeddings
 from sensorium.multimodal.items import Features
+from sensorium.multimodal.parse.embeddings import decode_embeddings
 from tests.fuzz import vectors
 from tests.fuzz.memory import Height
 from tests.fuzz.messages import leak_in

@@ -9,7 +9,7 @@ from typing import Any
 import av
 import numpy as np
 
-from sensorium.multimodal.frames import pack
+from sensorium.multimodal.decode.video.video_frames import pack
 from tests.fuzz.pictures import picture, saved
 from tests.multimodal.clips import frame_of, make_clip, make_sound
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensorium.kernels import cpu_linear, ops, reference
+from sensorium.kernels import ops, reference
+from sensorium.kernels.cpu import linear
 from tests.kernels.batches import DTYPES
 
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -87,7 +88,7 @@ def test_packed_linear(dtype, rows, inputs, outputs):
     weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
     packed = ops.pack_weight(weight)
     assert packed.shape == (outputs, inputs)
-    assert packed.packed == cpu_linear.packs(dtype)
+    assert packed.packed == linear.packs(dtype)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for own_bias in (None, bias):
         expected = torch.nn.functional.linear(

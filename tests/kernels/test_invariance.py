@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sensorium.kernels import cpu_linear, cpu_paged, ops, reference
+from sensorium.kernels import ops, reference
 from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
+from sensorium.kernels.cpu import linear, paged
 from tests.kernels.batches import DTYPES, TOLERANCE, make_batch, twin
 
 HEADS = ((14, 2, 64), (4, 4, 24), (3, 1, 128))
@@ -137,7 +138,7 @@ def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: 
 def test_few_rows_over_many_tokens_are_tasks_by_parts_and_many_rows_are_not() -> None:
     """Both ways are taken in these tests, as their results must agree."""
     layout = KVCacheLayout(1, 2, 64, 32, torch.float32)
-    pieces, _, num_partial, num_done = cpu_paged._pieces(
+    pieces, _, num_partial, num_done = paged._pieces(
         make_batch(layout, [(3000, 1), (700, 700)]), 2, 7, 64, None
     )
     assert num_done == 1
@@ -148,7 +149,7 @@ def test_few_rows_over_many_tokens_are_tasks_by_parts_and_many_rows_are_not() ->
 def test_matrix_tiles_are_left_alone_unless_the_batch_may_vary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_paged.cpu_amx, "available", lambda: True)
+    monkeypatch.setattr(paged.amx, "available", lambda: True)
     layout = KVCacheLayout(1, 2, 64, 32, torch.bfloat16)
     qkv = torch.randn(130, (6 + 4) * 64).to(torch.bfloat16)
     invariant, free = (make_batch(layout, [(400, 130)]) for _ in range(2))
@@ -197,12 +198,12 @@ def test_products_that_differ_for_few_rows_get_more_rows() -> None:
         terms = (x[:, :, None] * weight).unbind(1)
         return functools.reduce(torch.add, terms if len(x) >= 4 else terms[::-1])
 
-    assert cpu_linear.row_multiple(like_a_library, 64, torch.float32) == 4
-    padded = cpu_linear._padded(like_a_library, 4)
+    assert linear.row_multiple(like_a_library, 64, torch.float32) == 4
+    padded = linear._padded(like_a_library, 4)
     rows = torch.randn(20, 64)
     sizes.clear()
     for count in (1, 3, 5, 17):
         assert torch.equal(padded(rows[:count]), like_a_library(rows)[:count])
     assert sizes[::2] == [4, 4, 8, 17]
     calls = iter(range(10_000))
-    assert cpu_linear.row_multiple(lambda x: x + next(calls), 64, torch.float32) is None
+    assert linear.row_multiple(lambda x: x + next(calls), 64, torch.float32) is None

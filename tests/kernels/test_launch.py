@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensorium.kernels import cpu_amx, cpu_elementwise, cpu_launch, ops, threads
+from sensorium.kernels import ops
+from sensorium.kernels.cpu import amx, elementwise, launch, threads
 from sensorium.processes import child_environment
 
 
@@ -38,9 +39,10 @@ def run_in(folder: Path | None, code: str, **environment: str) -> subprocess.Com
 
 NORM = """
     import torch
-    from sensorium.kernels import cpu_launch, ops
+    from sensorium.kernels import ops
+    from sensorium.kernels.cpu import launch
     x = torch.ones(2, 5)
-    print(cpu_launch.cache_folder() is not None, ops.rms_norm(x, torch.ones(5), 0.0).sum().item())
+    print(launch.cache_folder() is not None, ops.rms_norm(x, torch.ones(5), 0.0).sum().item())
 """
 
 
@@ -52,9 +54,9 @@ def test_without_a_writable_cache_folder_kernels_still_work(tmp_path):
 
 
 FOLDER = """
-    from sensorium.kernels import cpu_launch
+    from sensorium.kernels.cpu import launch
     for _ in range(3):
-        print(cpu_launch.cache_folder())
+        print(launch.cache_folder())
 """
 
 
@@ -81,7 +83,8 @@ def test_a_full_disk_is_told_once_and_kernels_still_work(tmp_path: Path) -> None
         import resource
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         import torch
-        from sensorium.kernels import cpu_launch, ops
+        from sensorium.kernels import ops
+    from sensorium.kernels.cpu import launch
         for kind in (torch.float32, torch.bfloat16):
             print(ops.rms_norm(torch.ones(2, 5, dtype=kind), torch.ones(5, dtype=kind), 0.0).sum().item())
     """
@@ -121,21 +124,19 @@ def test_every_thread_count_gives_the_same_norms():
 
 
 def test_without_openmp_kernels_run_on_one_thread(monkeypatch):
-    monkeypatch.setattr(cpu_launch, "_find_openmp", lambda: None)
-    launcher = cpu_launch.Launcher(
-        cpu_elementwise.kernel(cpu_elementwise.build_norm, torch.float32)._address
-    )
+    monkeypatch.setattr(launch, "_find_openmp", lambda: None)
+    launcher = launch.Launcher(elementwise.kernel(elementwise.build_norm, torch.float32)._address)
     x, out, weight = torch.ones(4, 6), torch.zeros(4, 6), torch.full((6,), 2.0)
     for way in (launcher.parallel, launcher.released):
         out.zero_()
-        values = (x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 6, cpu_launch.float_bits(0.0))
-        way(cpu_launch.pack(4, *values))
+        values = (x.data_ptr(), 0, weight.data_ptr(), out.data_ptr(), 6, launch.float_bits(0.0))
+        way(launch.pack(4, *values))
         assert torch.equal(out, torch.full((4, 6), 2.0))
 
 
 def test_warm_up_covers_what_a_step_needs(monkeypatch):
     ops.warm_up(torch.float32)
-    monkeypatch.setattr(cpu_elementwise, "compile_kernel", None)
+    monkeypatch.setattr(elementwise, "compile_kernel", None)
     ops.silu_mul(torch.ones(1, 4))
     ops.argmax(torch.ones(1, 4))
     ops.rms_norm(torch.ones(1, 4), torch.ones(4), 1e-6)
@@ -145,11 +146,11 @@ def test_warm_up_covers_what_a_step_needs(monkeypatch):
 @pytest.mark.parametrize("encoders", [True, False])
 def test_warm_up_compiles_for_encoders_where_there_are_some(monkeypatch, encoders):
     built = []
-    monkeypatch.setattr(cpu_elementwise, "kernel", lambda build, dtype: built.append(build))
+    monkeypatch.setattr(elementwise, "kernel", lambda build, dtype: built.append(build))
     ops.warm_up(torch.bfloat16, encoders=encoders)
     assert set(built).issuperset(ops.DECODER_KERNELS)
     assert (ops.ENCODER_KERNELS[0] in built) == encoders
-    assert (ops.TILE_KERNELS[0] in built) == (encoders and cpu_amx.available())
+    assert (ops.TILE_KERNELS[0] in built) == (encoders and amx.available())
 
 
 def test_waiting_policy_is_set_before_torch_only_where_the_user_has_none():

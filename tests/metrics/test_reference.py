@@ -21,9 +21,9 @@ from sensorium.metrics.families import (
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.reference import metrics_markdown
 from sensorium.metrics.statistics import Statistics
-from sensorium.multimodal.cache import CacheStats
-from sensorium.multimodal.decoders import DecoderStats
+from sensorium.multimodal.cache.features import CacheStats
 from sensorium.multimodal.stats import StageCounters
+from sensorium.multimodal.workers.pool import DecoderStats
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 

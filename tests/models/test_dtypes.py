@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sensorium.kernels import cpu_linear, ops
+from sensorium.kernels import ops
+from sensorium.kernels.cpu import linear
 from sensorium.models import dtypes, loader
 from sensorium.processes import child_environment
 from tests.checkpoints import make_text
@@ -19,7 +20,7 @@ from tests.checkpoints import make_text
 @pytest.fixture
 def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without units for 16-bit numbers."""
-    monkeypatch.setattr(cpu_linear, "has_units", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(linear, "has_units", lambda dtype: dtype == torch.float32)
 
 
 @pytest.mark.usefixtures("plain_cpu")
@@ -62,7 +63,7 @@ def test_too_little_memory_is_said(
 def test_a_cpu_with_units_keeps_the_checkpoints_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_linear, "has_units", lambda dtype: True)
+    monkeypatch.setattr(linear, "has_units", lambda dtype: True)
     folder = make_text("llama", tmp_path, dtype="bfloat16")
     assert loader.load(str(folder), device="cpu").model.dtype == torch.bfloat16
 
@@ -79,10 +80,10 @@ def test_units_are_found_as_the_library_uses_them() -> None:
 
 
 def test_packing_alone_makes_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear, "packs", lambda dtype: True)
-    monkeypatch.setattr(cpu_linear.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(linear, "packs", lambda dtype: True)
+    monkeypatch.setattr(linear.platform, "machine", lambda: "x86_64")
     features = {"avx512f": True, "avx512bf16": False}
-    monkeypatch.setattr(cpu_linear.llvmlite.binding, "get_host_cpu_features", lambda: features)
-    assert not cpu_linear.has_units.__wrapped__(torch.bfloat16)
+    monkeypatch.setattr(linear.llvmlite.binding, "get_host_cpu_features", lambda: features)
+    assert not linear.has_units.__wrapped__(torch.bfloat16)
     features["avx512bf16"] = True
-    assert cpu_linear.has_units.__wrapped__(torch.bfloat16)
+    assert linear.has_units.__wrapped__(torch.bfloat16)

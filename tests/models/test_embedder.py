@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from sensorium.errors import ConfigError
-from sensorium.models import checkpoint
 from sensorium.models.embedder import PUBLISHED, Embedder, embedder_of
+from sensorium.models.loading import checkpoint
 from sensorium.models.registry import resolve
 from tests.checkpoints.embedder import write_modules
 

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sensorium.errors import ConfigError, UnsupportedModelError
-from sensorium.kernels import cpu_linear
-from sensorium.models import checkpoint, loader
+from sensorium.kernels.cpu import linear
+from sensorium.models import loader
 from sensorium.models.interface import LoadedConfig, stop_token_ids
+from sensorium.models.loading import checkpoint
 from sensorium.models.registry import FAMILIES, resolve
 from tests.checkpoints import make_llava, make_qwen2_vl, make_text
 from tests.models.harness import Harness, Reference, picture, text_ids
@@ -225,7 +226,7 @@ def test_hub_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, index: int) 
 
 
 def test_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_linear, "has_units", lambda dtype: True)
+    monkeypatch.setattr(linear, "has_units", lambda dtype: True)
     folder = make_text("llama", tmp_path, dtype="float16")
     assert load(folder).model.dtype == torch.float16
     assert load(folder, dtype="bfloat16").model.dtype == torch.bfloat16
@@ -256,7 +257,7 @@ def test_dummy_weights(tmp_path: Path) -> None:
 
 
 def test_dummy_weights_are_normal() -> None:
-    from sensorium.models.weights import DummyWeights, Part
+    from sensorium.models.loading.weights import DummyWeights, Part
 
     weights = DummyWeights(0, torch.float32)
     big = weights.read(Part("a.weight", (1500, 1024)))

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.models import loader
-from sensorium.models.interface import BuildOptions
-from sensorium.models.llava.processing import Edges, LlavaProcessor, resize_and_crop
-from sensorium.models.pixels import read_normalization
-from sensorium.models.qwen2_vl.config import VisionConfig
-from sensorium.models.qwen2_vl.processing import (
+from sensorium.models.families.llava.processing import Edges, LlavaProcessor, resize_and_crop
+from sensorium.models.families.qwen2_vl.config import VisionConfig
+from sensorium.models.families.qwen2_vl.processing import (
     PixelRange,
     Qwen2VLProcessor,
     read_pixel_range,
     target_size,
 )
-from sensorium.models.qwen2_vl.video import read_video_rules
-from sensorium.models.qwen2_vl.vision import VisionTower
+from sensorium.models.families.qwen2_vl.video import read_video_rules
+from sensorium.models.families.qwen2_vl.vision import VisionTower
+from sensorium.models.interface import BuildOptions
+from sensorium.models.media.pixels import read_normalization
 from sensorium.models.registry import resolve
 from sensorium.multimodal.items import Features
 from sensorium.multimodal.processor import PlacedItem

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensorium.models.qwen2_5_vl.vision import window_order
+from sensorium.models.families.qwen2_5_vl.vision import window_order
 
 
 def test_the_example_of_the_module() -> None:

@@ -13,9 +13,9 @@ import msgspec
 import numpy as np
 
 from sensorium.config import MediaConfig
-from sensorium.multimodal.decoder_process import serve
 from sensorium.multimodal.items import MODALITIES, Clip, Decoded, Features, Modality, Sound
-from sensorium.multimodal.packing import receive_frame
+from sensorium.multimodal.workers.fork_server import serve
+from sensorium.multimodal.workers.framing import receive_frame
 from tests.multimodal.support import FakeProcessor
 
 RATE = 16000

@@ -15,9 +15,9 @@ import numpy as np
 
 from sensorium.config import MediaConfig
 from sensorium.errors import InvalidRequestError
-from sensorium.multimodal.decoder_process import serve
 from sensorium.multimodal.items import Features, Modality
-from sensorium.multimodal.packing import receive_frame
+from sensorium.multimodal.workers.fork_server import serve
+from sensorium.multimodal.workers.framing import receive_frame
 from tests.multimodal.support import FakeProcessor
 
 

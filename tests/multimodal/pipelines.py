@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from sensorium.config import MediaConfig
-from sensorium.multimodal.cache import FeatureCache
+from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.items import MediaItem, MediaRef, Modality
 from sensorium.multimodal.pipeline import MediaPipeline
-from sensorium.multimodal.workers import ThreadWorkers
+from sensorium.multimodal.workers.threads import ThreadWorkers
 from tests.multimodal.support import (
     FakeProcessor,
 )

@@ -14,12 +14,12 @@ from sensorium.errors import (
     MediaUndecodableError,
     OverloadedError,
 )
-from sensorium.multimodal.cache import FeatureCache
-from sensorium.multimodal.decoders import DecoderStats
+from sensorium.multimodal.cache.features import FeatureCache
+from sensorium.multimodal.decode.loaders import Prepared, Work
 from sensorium.multimodal.items import Features, MediaRef
-from sensorium.multimodal.loaders import Prepared, Work
 from sensorium.multimodal.pipeline import MediaPipeline
-from sensorium.multimodal.segments import Segment, SegmentFolder
+from sensorium.multimodal.shared_memory import Segment, SegmentFolder
+from sensorium.multimodal.workers.pool import DecoderStats
 from tests.multimodal.pipelines import object_ref, url_ref
 from tests.multimodal.support import (
     FakeProcessor,

@@ -9,7 +9,7 @@ from sensorium.errors import (
     TooManyItemsError,
     UnsupportedModalityError,
 )
-from sensorium.multimodal.cache import FeatureCache
+from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.pipeline import MediaPipeline
 from tests.multimodal.pipelines import embeds_ref, object_ref, url_ref
 from tests.multimodal.support import (

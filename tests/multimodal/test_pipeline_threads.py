@@ -4,7 +4,7 @@ import pickle
 import warnings
 
 from sensorium.config import MediaConfig
-from sensorium.multimodal.loaders import prepare
+from sensorium.multimodal.decode.loaders import prepare
 from tests.multimodal.pipelines import url_ref
 from tests.multimodal.support import (
     MediaServer,

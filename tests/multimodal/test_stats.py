@@ -8,12 +8,12 @@ import pytest
 
 from sensorium.config import MediaConfig
 from sensorium.errors import EngineDeadError, MediaUndecodableError, SensoriumError
-from sensorium.multimodal.cache import CacheStats, FeatureCache
-from sensorium.multimodal.decoders import DecoderStats
+from sensorium.multimodal.cache.features import CacheStats, FeatureCache
+from sensorium.multimodal.decode.loaders import Prepared, Work
 from sensorium.multimodal.items import Features, MediaRef
-from sensorium.multimodal.loaders import Prepared, Work
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.stats import StageCounters
+from sensorium.multimodal.workers.pool import DecoderStats
 from tests.multimodal.support import FakeProcessor
 
 CACHE = CacheStats(5, 4, 3, 2, 1, 0)

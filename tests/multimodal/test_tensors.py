@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sensorium.multimodal.digest import canonical
+from sensorium.multimodal.cache.digest import canonical
 from sensorium.multimodal.tensors import is_tensor
 
 

@@ -20,12 +20,12 @@ from sensorium.errors import (
     MediaTooLargeError,
     MediaUndecodableError,
 )
-from sensorium.multimodal import sampling
-from sensorium.multimodal.cache import FeatureCache
-from sensorium.multimodal.dataurl import parse_data_url
+from sensorium.multimodal.cache.features import FeatureCache
+from sensorium.multimodal.decode.video import frame_sampling
+from sensorium.multimodal.fetch.data_url import parse_data_url
 from sensorium.multimodal.items import Clip, Features, MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
-from sensorium.multimodal.workers import ThreadWorkers
+from sensorium.multimodal.workers.threads import ThreadWorkers
 from tests.multimodal.clips import frame_of, make_clip, numbers_of
 from tests.multimodal.support import FakeProcessor, data_url, encoded
 
@@ -118,7 +118,7 @@ async def test_the_configurations_options_are_overridden(make: Any) -> None:
 
 
 async def test_the_models_rule_decides(make: Any) -> None:
-    setup = make(functools.partial(sampling.minicpm_v))
+    setup = make(functools.partial(frame_sampling.minicpm_v))
     item = await setup.load(make_clip("mp4", 40), "bytes")
     assert numbers_of(item.features.arrays["pixels"]) == [0, 10, 20, 30]
     frames = np.stack([frame_of(i) for i in range(40)])

@@ -50,9 +50,9 @@ Ask = Callable[[list[dict[str, Any]]], None]
 def first_items(modality: str) -> list[dict[str, Any]]:
     """Small items to start everything that is started once."""
     from tests.multimodal.clips import make_clip
+    from tests.multimodal.decode.test_audio import encoded as sound_file
+    from tests.multimodal.decode.test_audio import tone
     from tests.multimodal.support import encoded, picture
-    from tests.multimodal.test_audio import encoded as sound_file
-    from tests.multimodal.test_audio import tone
 
     match modality:
         case "image":
@@ -69,9 +69,9 @@ def first_items(modality: str) -> list[dict[str, Any]]:
 def items(modality: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Name and message part of each item."""
     from tests.multimodal.clips import make_clip
+    from tests.multimodal.decode.test_audio import encoded as sound_file
+    from tests.multimodal.decode.test_audio import muxed, tone
     from tests.multimodal.support import encoded, picture
-    from tests.multimodal.test_audio import encoded as sound_file
-    from tests.multimodal.test_audio import muxed, tone
 
     if modality == "image":
         for seed, form in enumerate(("PNG", "JPEG", "WEBP", "AVIF")):

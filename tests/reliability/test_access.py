@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from sensorium.server.auth import ApiKeys
+from sensorium.server.http.auth import ApiKeys
 from tests.reliability.asking import CHAT, SECRETS, Service
 
 BODY = json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}).encode()
@@ -121,7 +121,7 @@ def test_the_comparison_of_keys_takes_the_same_time_whatever_is_sent(
         compared.append((one, other))
         return same(one, other)
 
-    monkeypatch.setattr("sensorium.server.auth.hmac.compare_digest", noted)
+    monkeypatch.setattr("sensorium.server.http.auth.hmac.compare_digest", noted)
     keys = ApiKeys(["first", "second", "third"])
     for presented, right in ((b"first", True), (b"f", False), (b"third", True), (b"", False)):
         compared.clear()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.multimodal.test_audio import muted, muxed
+from tests.multimodal.decode.test_audio import muted, muxed
 from tests.reliability.asking import Answer, Offline, Service, audio, place, text
 from tests.reliability.media import RATE, data_url, sound, sound_url, tone
 

@@ -135,7 +135,7 @@ def decoding(service: Service) -> list[psutil.Process]:
     found = []
     for process in service.server.children():
         with contextlib.suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-            if "sensorium.engine.media_worker" in process.cmdline():
+            if "sensorium.engine.prompts.media_worker" in process.cmdline():
                 found.append(process)
     return found
 

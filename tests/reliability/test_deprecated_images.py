@@ -12,7 +12,7 @@ import torch
 
 from sensorium import LLM, SamplingParams
 from sensorium.errors import ConfigError, InvalidEmbeddingsError
-from sensorium.multimodal.image import ImageFeatureData, ImagePixelData
+from sensorium.multimodal.decode.image import ImageFeatureData, ImagePixelData
 from tests.checkpoints import make_llava
 from tests.reliability.media import picture
 

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
-from sensorium.engine.prompts import ChatPrompt, MediaOptions, RawPrompt
-from sensorium.multimodal import digest
+from sensorium.engine.prompts.types import ChatPrompt, MediaOptions, RawPrompt
+from sensorium.multimodal.cache import digest
 from sensorium.multimodal.items import MediaRef
-from sensorium.text.chat import parse_messages
+from sensorium.text.chat.chat_template import parse_messages
 from tests.multimodal.clips import make_clip
 from tests.reliability.asking import Offline, audio, image, video
 from tests.reliability.media import RATE, data_url, encoded, picture, sound, tone

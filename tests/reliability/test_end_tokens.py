@@ -11,10 +11,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from sensorium.config import engine_config
-from sensorium.engine.prepare import Preparer
-from sensorium.engine.prompts import ChatPrompt, RawPrompt
+from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.prompts.types import ChatPrompt, RawPrompt
 from sensorium.engine.stats import EngineFacts
-from sensorium.text.chat import parse_messages
+from sensorium.text.chat.chat_template import parse_messages
 from sensorium.text.tokenizer import Tokenizer
 from tests import checkpoints
 from tests.checkpoints.common import new_tokenizer

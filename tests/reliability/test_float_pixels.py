@@ -15,9 +15,10 @@ from sensorium import LLM, SamplingParams
 from sensorium.assets.video import VideoAsset
 from sensorium.config import MediaConfig
 from sensorium.errors import InvalidEmbeddingsError, InvalidRequestError
-from sensorium.multimodal import image, video
-from sensorium.multimodal.parts import refs_from_data
-from sensorium.multimodal.video import VideoOptions
+from sensorium.multimodal.decode import image
+from sensorium.multimodal.decode.video import loading as video
+from sensorium.multimodal.decode.video.loading import VideoOptions
+from sensorium.multimodal.parse.messages import refs_from_data
 from tests.checkpoints import make_qwen2_5_vl
 from tests.vision_info import qwen_vl_utils
 

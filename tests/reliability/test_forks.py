@@ -19,7 +19,7 @@ import torch
 
 from sensorium import LLM, SamplingParams
 from sensorium.errors import ForkedProcessError
-from sensorium.multimodal.decoders import ProcessDecoders
+from sensorium.multimodal.workers.pool import ProcessDecoders
 from tests.checkpoints import make_qwen2_vl
 from tests.reliability.media import picture_url
 

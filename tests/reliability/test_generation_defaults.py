@@ -11,7 +11,7 @@ import pytest
 
 from sensorium import LLM, SamplingParams
 from sensorium.config import engine_config
-from sensorium.engine.defaults import generation_values, sampling_defaults
+from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
 from sensorium.models.interface import LoadedConfig, stop_token_ids
 from tests.checkpoints import make_text
 from tests.reliability.asking import log_of, serving, text

@@ -58,7 +58,10 @@ def heeds_interrupts(process: psutil.Process) -> bool:
 
 @pytest.mark.parametrize(
     ("call", "module"),
-    [(PICTURE, "sensorium.engine.media_worker"), (CONSTRAINT, "sensorium.engine.grammar_worker")],
+    [
+        (PICTURE, "sensorium.engine.prompts.media_worker"),
+        (CONSTRAINT, "sensorium.engine.grammar.worker"),
+    ],
     ids=["media", "grammars"],
 )
 def test_ctrl_c_while_workers_start_prints_nothing_of_theirs(call: str, module: str) -> None:

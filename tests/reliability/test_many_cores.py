@@ -16,19 +16,19 @@ from PIL import Image
 
 from sensorium.config import MediaConfig
 from sensorium.errors import MediaTooLargeError, MediaUndecodableError, OverloadedError
-from sensorium.multimodal import heif
-from sensorium.multimodal.audio import AudioOptions
-from sensorium.multimodal.decoders import ForkServerCommand, ProcessDecoders
-from sensorium.multimodal.image import ImageOptions
-from sensorium.multimodal.loaders import Prepared, Work
-from sensorium.multimodal.segments import SegmentFolder
-from sensorium.multimodal.video import VideoOptions
+from sensorium.multimodal.decode import heif
+from sensorium.multimodal.decode.audio import AudioOptions
+from sensorium.multimodal.decode.image import ImageOptions
+from sensorium.multimodal.decode.loaders import Prepared, Work
+from sensorium.multimodal.decode.video.loading import VideoOptions
+from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
 from sensorium.processes import child_environment
 from tests.cores import environment
 from tests.multimodal.clips import make_clip, number_of
+from tests.multimodal.decode.test_audio import encoded as sound_file
+from tests.multimodal.decode.test_audio import muxed, tone
 from tests.multimodal.support import encoded, picture
-from tests.multimodal.test_audio import encoded as sound_file
-from tests.multimodal.test_audio import muxed, tone
 from tests.reliability import many_cores
 
 CORES = (2, 16, 64, 128)

@@ -14,10 +14,10 @@ from sensorium.assets.image import ImageAsset
 from sensorium.assets.video import VideoAsset
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.models import loader
-from sensorium.models.qwen2_vl.sizes import PixelRange
+from sensorium.models.families.qwen2_vl.sizes import PixelRange
 from sensorium.models.registry import resolve
-from sensorium.multimodal.part_options import apart
-from sensorium.text.chat import parse_messages
+from sensorium.multimodal.parse.part_options import apart
+from sensorium.text.chat.chat_template import parse_messages
 from tests.checkpoints import make_llava, make_qwen2_5_vl, make_qwen3_vl
 from tests.reliability.asking import Offline, Service, image, text
 from tests.reliability.media import picture, picture_url
@@ -122,7 +122,7 @@ def test_pixels_of_a_frame_are_a_frames_for_every_family(tmp_path: Any) -> None:
 
 def test_a_rate_for_each_video(qwen: LLM) -> None:
     """``fps`` of the utilities' ``video_kwargs`` is a list, one rate per video."""
-    from sensorium.engine.prompts import MediaOptions
+    from sensorium.engine.prompts.types import MediaOptions
 
     frames = VideoAsset("baby_reading", num_frames=4).np_ndarrays[:, :56, :56]
     prompt = {

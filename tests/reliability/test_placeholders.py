@@ -154,7 +154,7 @@ def test_two_images_in_one_part_of_embeddings(tmp_path: Path) -> None:
     ],
 )
 def test_places_stand_once_in_a_message(data: Any, uuids: Any, param: str, message: str) -> None:
-    from sensorium.engine.prompts import parse_prompt
+    from sensorium.engine.prompts.types import parse_prompt
 
     value = {"prompt": "x", "multi_modal_data": data, "multi_modal_uuids": uuids}
     with pytest.raises(InvalidRequestError) as caught:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import sensorium
-from sensorium.engine.prompts import RawPrompt
+from sensorium.engine.prompts.types import RawPrompt
 from sensorium.errors import PromptTooLongError
-from sensorium.text.chat import parse_messages
+from sensorium.text.chat.chat_template import parse_messages
 from sensorium.text.tokenizer import Tokenizer
 from tests.reliability.asking import CHAT, Answer, Offline, Service, image, text
 from tests.reliability.media import data_url, encoded, picture, picture_url
@@ -191,7 +191,7 @@ def test_long_conversations_are_refused_by_their_beginning(
     ):
         with pytest.raises(PromptTooLongError) as caught:
             preparer.draft(
-                sensorium.engine.prompts.ChatPrompt(conversation=parse_messages(messages))
+                sensorium.engine.prompts.types.ChatPrompt(conversation=parse_messages(messages))
             )
         assert caught.value.param == "messages"
     with pytest.raises(PromptTooLongError):
@@ -205,7 +205,7 @@ def test_long_conversations_are_refused_by_their_beginning(
 def test_long_prompts_leave_the_event_loop(
     offline: Offline, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sensorium.engine.prompts import ChatPrompt, Prompt
+    from sensorium.engine.prompts.types import ChatPrompt, Prompt
 
     words, one = "word " * 10_000, [{"role": "user", "content": "a"}]
     tools = ({"type": "function", "function": {"name": "f", "description": words}},)

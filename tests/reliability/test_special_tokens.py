@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from sensorium.config import engine_config
-from sensorium.engine.prepare import Preparer
-from sensorium.engine.prepared import Draft
-from sensorium.engine.prompts import ChatPrompt
+from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.prompts.prepared import Draft
+from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import InvalidRequestError
-from sensorium.text.chat import parse_messages
+from sensorium.text.chat.chat_template import parse_messages
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf, make_hf_text
 from tests.reliability.asking import text

@@ -246,8 +246,8 @@ def test_local_paths_are_closed_by_default(closed: Service, url: str) -> None:
 
 def test_one_module_alone_downloads() -> None:
     """CVE-2026-34753: a second downloader, of a batch runner, had no guard. Here every download of a request goes
-    through ``multimodal.http`` and its resolver: nothing else imports a client, but for the tools that call a server
-    that their user names."""
+    through ``multimodal.fetch.client`` and its resolver: nothing else imports a client, but for the tools
+    that call a server that their user names."""
     root = Path(sensorium.__file__).parent
     clients = {"aiohttp", "requests", "httpx", "urllib.request", "urllib3", "http.client"}
     found = set()
@@ -260,9 +260,9 @@ def test_one_module_alone_downloads() -> None:
                 found.add(str(path.relative_to(root)))
     tools = {name for name in found if name.split("/")[0] in ("bench", "cli")}
     assert found - tools == {
-        "multimodal/http.py",
-        "multimodal/resolver.py",
-        "multimodal/fetch.py",
+        "multimodal/fetch/client.py",
+        "multimodal/fetch/resolver.py",
+        "multimodal/fetch/fetcher.py",
     }
     fetching = (root / "multimodal" / "fetch.py").read_text()
     assert "if TYPE_CHECKING:\n    from aiohttp" in fetching, "a type only"

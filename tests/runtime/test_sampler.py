@@ -17,7 +17,7 @@ from sensorium.core.request import EngineRequest
 from sensorium.params import SamplingParams, StructuredOutputs
 from sensorium.runtime import sampler
 from sensorium.runtime.slots import Slot
-from sensorium.text.grammar import GrammarVocabulary, compile_grammar
+from sensorium.text.grammar.grammar import GrammarVocabulary, compile_grammar
 from sensorium.text.tokenizer import Tokenizer
 
 

@@ -12,8 +12,8 @@ import numpy as np
 
 import sensorium
 from sensorium.config import EngineConfig, engine_config
-from sensorium.engine.pooling import resolved
-from sensorium.engine.prompts import ChatPrompt, Prompt
+from sensorium.engine.outputs.pooling import resolved
+from sensorium.engine.prompts.types import ChatPrompt, Prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.models.embedder import Embedder

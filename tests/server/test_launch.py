@@ -10,7 +10,8 @@ import pytest
 
 from sensorium.config import ServerConfig
 from sensorium.errors import ConfigError
-from sensorium.server import launch, looplag
+from sensorium.server import launch
+from sensorium.server.http import loop_lag
 from tests.server.harness import running, until
 
 
@@ -33,10 +34,10 @@ def test_what_stays_is_not_collected_again(restored: None) -> None:
 
 
 async def test_a_server_samples_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    samplers: list[looplag.LagSampler] = []
+    samplers: list[loop_lag.LagSampler] = []
 
-    def sampler(observe: Callable[[float], None]) -> looplag.LagSampler:
-        samplers.append(looplag.LagSampler(observe, 0.001))
+    def sampler(observe: Callable[[float], None]) -> loop_lag.LagSampler:
+        samplers.append(loop_lag.LagSampler(observe, 0.001))
         return samplers[-1]
 
     monkeypatch.setattr(launch, "LagSampler", sampler)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sensorium.outputs import CompletionOutput, Logprob, RequestOutput
-from sensorium.server.generation import num_values
+from sensorium.server.openai.generation import num_values
 from sensorium.server.payload import MANY_VALUES, json_response
 from tests.server.fake_frontend import FakeFrontend
 from tests.server.harness import App

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sensorium.errors import InvalidRequestError
 from sensorium.params import StructuredOutputs
-from sensorium.text.grammar import compile_grammar
+from sensorium.text.grammar.grammar import compile_grammar
 from sensorium.text.tool_calls import (
     CallListReader,
     ContentDelta,

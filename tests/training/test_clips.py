@@ -166,7 +166,7 @@ def test_logits_of_a_clip_equal_those_of_transformers(encode: Encoder, tmp_path:
 
 
 def test_frames_are_resized_as_the_generator_thinks() -> None:
-    from sensorium.models.qwen2_vl.sizes import PixelRange, target_size
+    from sensorium.models.families.qwen2_vl.sizes import PixelRange, target_size
 
     limits = PixelRange(CLIP_MIN_PIXELS, CLIP_MAX_PIXELS)
     for size, grid in (((84, 84), (3, 3)), ((640, 480), (3, 4)), ((480, 640), (4, 3)),

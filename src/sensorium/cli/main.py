@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from sensorium import __version__
-from sensorium.cli import bench, chat, embed, generate, info, models, serve
+from sensorium.cli.commands import bench, chat, embed, generate, info, models, serve
 from sensorium.cli.flags import Parser, flag_of
 from sensorium.errors import ConfigError, SensoriumError
 

@@ -18,8 +18,8 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 
 from sensorium.core.blocks import IntegrityError
-from sensorium.core.features import EncodePlanner, FeatureBudget
-from sensorium.core.kv import NO_MATCH, KVLedger, PrefixMatch
+from sensorium.core.encoder_cache import EncodePlanner, FeatureBudget
+from sensorium.core.kv_cache import NO_MATCH, KVLedger, PrefixMatch
 from sensorium.core.limits import SchedulerCounts, SchedulerLimits, SchedulerStats
 from sensorium.core.plan import UNUSABLE, NewSequence, Span, StepPlan, StepResult
 from sensorium.core.request import EngineRequest, Sequence, SequenceUpdate, Status

@@ -9,13 +9,13 @@ from typing import Protocol
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
+from sensorium.engine.grammar.matchers import ConstrainedRequests
 from sensorium.engine.iterations import IterationTokens
-from sensorium.engine.matchers import ConstrainedRequests
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.multimodal.items import Features
 from sensorium.runtime.encoder import FeatureStore
-from sensorium.text.grammar import Budget, GrammarMatcher
+from sensorium.text.grammar.grammar import Budget, GrammarMatcher
 
 MATCHER_SECONDS = 0.005
 """How long a step waits for a matcher when there is nothing else to do."""

@@ -12,11 +12,12 @@ from sensorium.config import GIB, EngineConfig
 from sensorium.core.limits import SchedulerLimits
 from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
-from sensorium.engine.matchers import Matchers
+from sensorium.engine.grammar.matchers import Matchers
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import ConfigError
-from sensorium.kernels import ops, threads
+from sensorium.kernels import ops
 from sensorium.kernels.batch import KVCacheLayout, LayerCache
+from sensorium.kernels.cpu import threads
 from sensorium.models import loader
 from sensorium.models.interface import TextShape
 from sensorium.runtime.encoder import FeatureStore

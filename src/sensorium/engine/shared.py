@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sensorium.multimodal.items import Features
-from sensorium.multimodal.segments import ArraySpec, Segment
+from sensorium.multimodal.shared_memory import ArraySpec, Segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,17 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from sensorium.kernels import (
-    cpu_amx,
-    cpu_attention,
-    cpu_elementwise,
-    cpu_linear,
-    cpu_paged,
-    cpu_pages,
-    cpu_rotary,
-    cpu_segments,
-    reference,
-)
+from sensorium.kernels import reference
 from sensorium.kernels.batch import (
     PLAIN,
     AttentionBatch,
@@ -31,21 +21,23 @@ from sensorium.kernels.batch import (
     KVCacheLayout,
     LayerCache,
 )
+from sensorium.kernels.cpu import amx, attention, elementwise, huge_pages, paged, rotary, varlen
+from sensorium.kernels.cpu import linear as cpu_linear
 from sensorium.kernels.weight import PackedWeight
 
 CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
 
 DECODER_KERNELS = (
-    cpu_elementwise.build_norm,
-    cpu_elementwise.build_silu_mul,
-    cpu_elementwise.build_peaks,
-    cpu_elementwise.build_place,
-    cpu_rotary.build_rope_write,
-    cpu_attention.build_attend,
+    elementwise.build_norm,
+    elementwise.build_silu_mul,
+    elementwise.build_peaks,
+    elementwise.build_place,
+    rotary.build_rope_write,
+    attention.build_attend,
 )
-ENCODER_KERNELS = (cpu_rotary.build_rotate, cpu_elementwise.build_quick_gelu)
-TILE_KERNELS = (cpu_segments.build_pack, cpu_segments.build_attend)
+ENCODER_KERNELS = (rotary.build_rotate, elementwise.build_quick_gelu)
+TILE_KERNELS = (varlen.build_pack, varlen.build_attend)
 
 
 def _on_cpu(x: torch.Tensor) -> bool:
@@ -77,7 +69,7 @@ def linear_act(
         return cpu_linear.linear_act(x, weight, bias, act)
     product = linear(x, weight, bias)
     if act == "quick_gelu" and _on_cpu(product):
-        return cpu_elementwise.quick_gelu_(product)
+        return elementwise.quick_gelu_(product)
     return reference.ACTIVATIONS[act](product)
 
 
@@ -86,18 +78,18 @@ def rotate_heads(
 ) -> None:
     """Rotate the first ``num_heads`` heads of each row (T, width) in place, by cos, sin (T, R/2) float32."""
     if _on_cpu(rows) and rows.is_contiguous():
-        cpu_rotary.rotate_heads(rows, cos.contiguous(), sin.contiguous(), num_heads, head_dim)
+        rotary.rotate_heads(rows, cos.contiguous(), sin.contiguous(), num_heads, head_dim)
     else:
         reference.rotate_heads(rows, cos, sin, num_heads, head_dim)
 
 
-def bind_norm(weight: torch.Tensor, eps: float) -> cpu_elementwise.NormFunctions:
+def bind_norm(weight: torch.Tensor, eps: float) -> elementwise.NormFunctions:
     """``rms_norm(x)`` and ``add_rms_norm(residual, x)`` for one weight: what a layer calls in every step.
 
     x and residual are (T, H), contiguous, of the weight's dtype and device.
     """
     if _on_cpu(weight):
-        return cpu_elementwise.bind_norm(weight, eps)
+        return elementwise.bind_norm(weight, eps)
     return (
         lambda x: reference.rms_norm(x, weight, eps),
         lambda residual, x: reference.add_rms_norm(residual, x, weight, eps),
@@ -123,7 +115,7 @@ def add_rms_norm(
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of (T, 2 I), the gate in the first half -> (T, I)."""
     if _on_cpu(gate_up):
-        return cpu_elementwise.silu_mul(gate_up.contiguous())
+        return elementwise.silu_mul(gate_up.contiguous())
     return reference.silu_mul(gate_up)
 
 
@@ -146,7 +138,7 @@ def rope_attention(
     """
     cache = batch.caches[layer]
     if _on_cpu(qkv) and cache.k.dtype == qkv.dtype and has_block_size(cache.k.shape[3]):
-        run = cpu_paged.rope_attention
+        run = paged.rope_attention
     else:
         run = reference.rope_attention
     return run(
@@ -166,7 +158,7 @@ def has_block_size(block_size: int) -> bool:
 
 def attends_with_tiles(dtype: torch.dtype) -> bool:
     """Return whether this CPU has matrix tiles that long prompts may use where the batch need not be invariant."""
-    return cpu_paged.attends_with_tiles(dtype)
+    return paged.attends_with_tiles(dtype)
 
 
 def paged_attention(
@@ -187,7 +179,7 @@ def paged_attention(
     fast = _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3])
     if fast and len(concerned := variant.concerned(batch)) < len(batch.kv_lens):
         # Whoever a variant does not concern gets the same bits beside those whom it does.
-        mixed = cpu_paged.paged_attention(q, k, v, batch, layer, scale)
+        mixed = paged.paged_attention(q, k, v, batch, layer, scale)
         reference.attend_variant(q, batch, cache, scale, variant, concerned, mixed)
         return mixed
     return reference.paged_attention(q, k, v, batch, layer, scale, variant)
@@ -203,15 +195,15 @@ def segment_attention(
     ordered = all(start <= end for start, end in pairwise(cu_seqlens))
     if not (cu_seqlens and cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[0] and ordered):
         raise ValueError(f"segments {list(cu_seqlens)} do not cover {q.shape[0]} rows in order")
-    if cpu_segments.fits(q, k, v):
-        return cpu_segments.segment_attention(q, k, v, cu_seqlens, scale)
+    if varlen.fits(q, k, v):
+        return varlen.segment_attention(q, k, v, cu_seqlens, scale)
     return reference.segment_attention(q, k, v, cu_seqlens, scale)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index (N,) int64 of the largest logit of each row (N, V), the first of equals."""
     if _on_cpu(logits):
-        return cpu_elementwise.argmax(logits.contiguous())
+        return elementwise.argmax(logits.contiguous())
     return reference.argmax(logits)
 
 
@@ -226,7 +218,7 @@ def allocate_cache(
 
     def tensor(*shape: int) -> torch.Tensor:
         if torch.device(device).type == "cpu":
-            return cpu_pages.zeros(shape, layout.dtype)
+            return huge_pages.zeros(shape, layout.dtype)
         return torch.zeros(shape, dtype=layout.dtype, device=device)
 
     return [
@@ -243,8 +235,8 @@ def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu", encoders: bo
     start = time.perf_counter()
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
         for build in DECODER_KERNELS + (ENCODER_KERNELS if encoders else ()):
-            cpu_elementwise.kernel(build, dtype)
-        if encoders and dtype == torch.bfloat16 and cpu_amx.available():
+            elementwise.kernel(build, dtype)
+        if encoders and dtype == torch.bfloat16 and amx.available():
             for build in TILE_KERNELS:
-                cpu_elementwise.kernel(build, dtype)
+                elementwise.kernel(build, dtype)
     return time.perf_counter() - start

@@ -10,7 +10,7 @@ from typing import Any
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.models.configs import says_tied
 from sensorium.models.interface import Family, LoadedConfig
-from sensorium.models.weight_files import weight_names
+from sensorium.models.loading.weight_files import weight_names
 from sensorium.params import PoolingParams
 
 MODULES = "modules.json"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the HTTP process and media workers use families without eve
     import torch
 
     from sensorium.kernels.batch import AttentionBatch
-    from sensorium.models.weights import Slot
+    from sensorium.models.loading.weights import Slot
     from sensorium.multimodal.items import Features, Modality
     from sensorium.multimodal.processor import Processor
 

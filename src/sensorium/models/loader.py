@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ConfigError, UnsupportedModelError
-from sensorium.models import checkpoint
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.embedder import Embedder, embedder_of
 from sensorium.models.interface import (
@@ -21,13 +20,14 @@ from sensorium.models.interface import (
     Model,
     PartCheckpoint,
 )
-from sensorium.models.quantization import refuse_quantized
+from sensorium.models.loading import checkpoint
+from sensorium.models.loading.quantization import refuse_quantized
 from sensorium.models.registry import resolve
 
 if TYPE_CHECKING:
     import torch
 
-    from sensorium.models.weights import SafetensorsFiles
+    from sensorium.models.loading.weights import SafetensorsFiles
     from sensorium.multimodal.processor import Processor
 
 
@@ -137,7 +137,7 @@ def _source(
 ) -> tuple[SafetensorsFiles | None, str | None]:
     if dummy:
         return None, None
-    from sensorium.models.weights import SafetensorsFiles
+    from sensorium.models.loading.weights import SafetensorsFiles
 
     files = SafetensorsFiles(Path(loaded.folder), family.renames)
     for part in needed:
@@ -147,7 +147,7 @@ def _source(
 
 
 def _fill(model: LoadableModel, source: SafetensorsFiles | None, seed: int) -> None:
-    from sensorium.models.weights import DummyWeights, fill
+    from sensorium.models.loading.weights import DummyWeights, fill
 
     fill(model, DummyWeights(seed, model.dtype) if source is None else source)
 

@@ -13,7 +13,7 @@ from sensorium.models.interface import (
     LoadedConfig,
     TextShape,
 )
-from sensorium.models.pixels import Normalization, read_normalization
+from sensorium.models.media.pixels import Normalization, read_normalization
 from sensorium.multimodal.processor import Processor
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sensorium.errors import UnsupportedModelError
-from sensorium.models import (
+from sensorium.models.families import (
     hf,
     llava,
     llava_onevision,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sensorium.multimodal.segments import Segment
+from sensorium.multimodal.shared_memory import Segment
 
 Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
@@ -117,8 +117,8 @@ class Features:
 class MediaItem:
     """A loaded item: its identity and its features.
 
-    ``digest``: 32 bytes over content, processing options and the processor's identity (``multimodal.digest``). Two
-    items with the same digest have the same embeddings.
+    ``digest``: 32 bytes over content, processing options and the processor's identity
+    (``multimodal.cache.digest``). Two items with the same digest have the same embeddings.
     """
 
     modality: Modality

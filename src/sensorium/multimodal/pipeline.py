@@ -23,24 +23,24 @@ from sensorium.errors import (
     UnsupportedModalityError,
     counted,
 )
-from sensorium.multimodal import digest as digests
-from sensorium.multimodal import part_options
-from sensorium.multimodal.budget import RequestBytes
-from sensorium.multimodal.cache import DigestMemo, FeatureCache
-from sensorium.multimodal.decoder_process import NO_ROOM
-from sensorium.multimodal.decoders import Decoders, ThreadDecoders
-from sensorium.multimodal.downloads import Downloads
-from sensorium.multimodal.embeds import decode_embeddings
-from sensorium.multimodal.fetch import Fetcher, is_local
-from sensorium.multimodal.flights import SingleFlight
-from sensorium.multimodal.item_options import ItemOptions, OptionRules
+from sensorium.multimodal.cache import digest as digests
+from sensorium.multimodal.cache.features import DigestMemo, FeatureCache
+from sensorium.multimodal.cache.single_flight import SingleFlight
+from sensorium.multimodal.decode.loaders import LOADERS, Work
+from sensorium.multimodal.fetch.budget import RequestBytes
+from sensorium.multimodal.fetch.downloads import Downloads
+from sensorium.multimodal.fetch.fetcher import Fetcher, is_local
 from sensorium.multimodal.items import Features, MediaItem, MediaRef, Modality
-from sensorium.multimodal.loaders import LOADERS, Work
+from sensorium.multimodal.parse import part_options
+from sensorium.multimodal.parse.data import looks_like_a_picture
+from sensorium.multimodal.parse.embeddings import decode_embeddings
+from sensorium.multimodal.parse.item_options import ItemOptions, OptionRules
 from sensorium.multimodal.processor import Processor
-from sensorium.multimodal.segments import Segment, SegmentFolder
-from sensorium.multimodal.sources import looks_like_a_picture
+from sensorium.multimodal.shared_memory import Segment, SegmentFolder
 from sensorium.multimodal.stats import MediaStats, StageCounters
-from sensorium.multimodal.workers import ThreadWorkers
+from sensorium.multimodal.workers.fork_server import NO_ROOM
+from sensorium.multimodal.workers.pool import Decoders, ThreadDecoders
+from sensorium.multimodal.workers.threads import ThreadWorkers
 
 MAX_SEEN_URLS = 4096
 HASHED_AT_ONCE = 1 << 19

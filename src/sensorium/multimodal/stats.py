@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sensorium.multimodal.cache import CacheStats
-from sensorium.multimodal.decoders import DecoderStats
-from sensorium.multimodal.downloads import DownloadStats
+from sensorium.multimodal.cache.features import CacheStats
+from sensorium.multimodal.fetch.downloads import DownloadStats
+from sensorium.multimodal.workers.pool import DecoderStats
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from sensorium.core.plan import NO_TOKEN_LEFT
 from sensorium.core.request import TokenSample
 from sensorium.kernels import ops
 from sensorium.runtime.slots import Slot
-from sensorium.text.grammar import GrammarMatcher
+from sensorium.text.grammar.grammar import GrammarMatcher
 
 FIRST_CANDIDATES = 256
 """How many of the most likely tokens are sorted at first for top-p; more when they do not hold enough mass."""

@@ -11,7 +11,7 @@ from sensorium.core.plan import NewSequence, Span
 
 if TYPE_CHECKING:
     from sensorium.core.request import EngineRequest
-    from sensorium.text.grammar import GrammarMatcher
+    from sensorium.text.grammar.grammar import GrammarMatcher
 
 
 @dataclass(slots=True, eq=False)

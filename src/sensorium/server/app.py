@@ -11,22 +11,22 @@ from sensorium import __version__
 from sensorium.config import ServerConfig
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.admission import Admission
-from sensorium.server.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
-from sensorium.server.chat import chat_router
-from sensorium.server.completions import completions_router
 from sensorium.server.context import ServingContext
-from sensorium.server.embeddings import embeddings_router
 from sensorium.server.errors import install_error_handlers
-from sensorium.server.gate import BodyLimit, HeadAsGet, RequestGate
-from sensorium.server.health import health_router
-from sensorium.server.home import home_router
-from sensorium.server.logprobs import TokenSpelling
-from sensorium.server.models import models_router
+from sensorium.server.http.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
+from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestGate
+from sensorium.server.openai.logprobs import TokenSpelling
 from sensorium.server.openapi import describe
-from sensorium.server.tokenize import tokenize_router
+from sensorium.server.routes.chat import chat_router
+from sensorium.server.routes.completions import completions_router
+from sensorium.server.routes.embeddings import embeddings_router
+from sensorium.server.routes.health import health_router
+from sensorium.server.routes.home import home_router
+from sensorium.server.routes.models import models_router
+from sensorium.server.routes.tokenize import tokenize_router
 
 if TYPE_CHECKING:
-    from sensorium.engine.frontend import Frontend
+    from sensorium.engine.serving.frontend import Frontend
 
 
 def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:

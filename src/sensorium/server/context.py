@@ -16,12 +16,12 @@ from sensorium.errors import InvalidRequestError, ModelNotFoundError
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.models.embedder import POOLS
 from sensorium.server.admission import Admission
-from sensorium.server.encoding import MOST_AT_ONCE
-from sensorium.server.logprobs import TokenSpelling
+from sensorium.server.http.encoding import MOST_AT_ONCE
+from sensorium.server.openai.logprobs import TokenSpelling
 from sensorium.server.turns import Turns
 
 if TYPE_CHECKING:
-    from sensorium.engine.frontend import Frontend
+    from sensorium.engine.serving.frontend import Frontend
 
 
 @dataclass(slots=True)

@@ -20,15 +20,15 @@ from fastapi import FastAPI
 
 from sensorium import __version__
 from sensorium.config import EngineConfig, ServerConfig
-from sensorium.engine.frontend import Frontend
+from sensorium.engine.serving.frontend import Frontend
 from sensorium.environment import LOG_LEVEL, unread_variables
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
-from sensorium.server.http11 import MAX_HEADER_BYTES, StrictH11Protocol
-from sensorium.server.looplag import LagSampler
-from sensorium.text.rendering import checked_kwargs
+from sensorium.server.http.http11 import MAX_HEADER_BYTES, StrictH11Protocol
+from sensorium.server.http.loop_lag import LagSampler
+from sensorium.text.chat.rendering import checked_kwargs
 
 logger = logging.getLogger("sensorium.server")
 

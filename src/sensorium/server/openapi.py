@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from sensorium.errors import RequestError, SensoriumError, UnavailableError
-from sensorium.server.protocol import (
+from sensorium.server.openai.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,

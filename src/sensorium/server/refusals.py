@@ -8,7 +8,7 @@ from starlette.types import Scope
 
 from sensorium.compat.fields import FIELD_RULES
 from sensorium.errors import SensoriumError
-from sensorium.server.protocol import (
+from sensorium.server.openai.protocol import (
     ChatBody,
     CompletionBody,
     DetokenizeBody,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from sensorium.errors import InvalidRequestError
-from sensorium.text.conversation import plain_data
+from sensorium.text.chat.conversation import plain_data
 from sensorium.text.tool_calls import (
     TOOL_NAME,
     CallListReader,

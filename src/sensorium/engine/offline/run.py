@@ -9,17 +9,17 @@ from collections.abc import Generator, Iterator
 import numpy as np
 
 from sensorium import forks
-from sensorium.engine.background import BackgroundLoop
-from sensorium.engine.batch import Batch, Job, at_prompt
 from sensorium.engine.engine import Engine
-from sensorium.engine.pooling import PoolingStream, pooling_request
-from sensorium.engine.prepare import Preparer
-from sensorium.engine.prepared import Draft, PreparedPrompt
-from sensorium.engine.stream import RequestStream
+from sensorium.engine.offline.batch import Batch, Job, at_prompt
+from sensorium.engine.outputs.pooling import PoolingStream, pooling_request
+from sensorium.engine.outputs.stream import RequestStream
+from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
 from sensorium.errors import SensoriumError
+from sensorium.multimodal.workers.background import BackgroundLoop
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
 from sensorium.params import PoolingParams, SamplingParams
-from sensorium.text.grammar_library import Grammar
+from sensorium.text.grammar.library import Grammar
 
 Vector = PoolingRequestOutput[np.ndarray]
 Output = RequestOutput | Vector

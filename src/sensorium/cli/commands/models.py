@@ -1,0 +1,83 @@
+"""``sensorium models``: the families that run, what they take, and models that make vectors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "models",
+        help="the families that run, and what they take",
+        description="Print the model families that run, what they take, and a checkpoint of each; then the embedding "
+        "models among them that the documentation names.",
+    )
+    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.set_defaults(handler=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print one line for each family, then for each embedding model that the docs name, then for some of the models
+    that run through the code of transformers."""
+    found = _families() + _embedders() + _others()
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    rows = [("family", "takes", "makes", "architecture", "checkpoint, for example")]
+    for row in found:
+        takes, architectures = ", ".join(row["takes"]), ", ".join(row["architectures"])
+        rows.append((row["family"], takes, row["makes"], architectures, row["checkpoint"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        print("  ".join(padded).rstrip())
+    return 0
+
+
+def _families() -> list[dict[str, Any]]:
+    from sensorium.models.registry import FAMILIES
+
+    return [
+        {
+            "family": family.name,
+            "takes": ["text", *family.modalities],
+            "makes": "text",
+            "architectures": list(family.architectures),
+            "checkpoint": family.checkpoint,
+        }
+        for family in FAMILIES
+    ]
+
+
+def _embedders() -> list[dict[str, Any]]:
+    from sensorium.models.embedder import PUBLISHED
+    from sensorium.models.registry import resolve
+
+    return [
+        {
+            "family": name,
+            "takes": ["text", *resolve({"architectures": [architecture]}).modalities],
+            "makes": "vectors",
+            "architectures": [architecture],
+            "checkpoint": checkpoint,
+        }
+        for name, checkpoint, architecture in PUBLISHED
+    ]
+
+
+def _others() -> list[dict[str, Any]]:
+    from sensorium.models.families.hf import EXAMPLES
+
+    return [
+        {
+            "family": f"{name} (through transformers, as others)",
+            "takes": ["text", *modalities],
+            "makes": "text",
+            "architectures": [architecture],
+            "checkpoint": checkpoint,
+        }
+        for name, checkpoint, architecture, modalities in EXAMPLES
+    ]

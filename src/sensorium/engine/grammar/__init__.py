@@ -1,0 +1,1 @@
+"""Structured outputs: grammars compiled in a helper process, and matchers beside the steps."""

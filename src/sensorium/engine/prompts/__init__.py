@@ -1,0 +1,1 @@
+"""Prompts turned into requests of the engine."""

@@ -1,0 +1,435 @@
+"""From what users ask to what the engine runs: rendering, tokenizing, media, placeholders, positions, all limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sensorium.config import EngineConfig
+from sensorium.core.request import EngineRequest
+from sensorium.engine.grammar.compiler import GrammarCompiler
+from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
+from sensorium.engine.prompts.deprecated import check_older
+from sensorium.engine.prompts.expansion import Traits, expanded
+from sensorium.engine.prompts.lengths import (
+    is_long,
+    refuse_endless,
+    refuse_many,
+    truncate_ids,
+    truncate_text,
+)
+from sensorium.engine.prompts.media_workers import media_pipeline
+from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
+from sensorium.engine.prompts.rope import ONE_SET, RopeChoice
+from sensorium.engine.prompts.types import ChatPrompt, Prompt, RawPrompt, Truncation
+from sensorium.engine.prompts.vocabulary import Vocabulary
+from sensorium.engine.stats import EngineFacts
+from sensorium.errors import (
+    InvalidRequestError,
+    PlaceholderMismatchError,
+    PromptTooLongError,
+    RequestError,
+    UnsupportedModalityError,
+)
+from sensorium.models import loader
+from sensorium.models.embedder import POOLS, embedder_of
+from sensorium.models.interface import stop_token_ids, warn_of_defaults
+from sensorium.models.loading.quantization import refuse_quantized
+from sensorium.models.registry import resolve
+from sensorium.multimodal.items import MediaItem, MediaRef, Modality
+from sensorium.multimodal.placeholders import (
+    NumberedPlaceholder,
+    PlaceholderIds,
+    check_counts,
+)
+from sensorium.params import SamplingParams
+from sensorium.text.bad_words import bad_words_token_ids
+from sensorium.text.chat.apply import template_applier
+from sensorium.text.chat.chat_template import ChatTemplate
+from sensorium.text.grammar.library import Grammar
+from sensorium.text.tokenizer import Tokenizer
+
+
+class Preparer:
+    """Everything of a model besides its weights: tokenizer, chat template, processor, media pipeline.
+
+    Used from one event loop. ``set_facts`` must be called with what the engine found out before requests are built.
+    ``embedder`` says how the model makes vectors; None when it generates text. ``shared``: the engine is another
+    process, which must be able to open all features; the media workers are then started at once. ``package_files``:
+    prompts are the program's own, and may name files of ``sensorium.assets``.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        trust_request_chat_template: bool = False,
+        shared: bool = False,
+        package_files: bool = False,
+    ) -> None:
+        self._config = config
+        model = config.model
+        self._loaded = loader.read_config(
+            model.model,
+            revision=model.revision,
+            hf_overrides=model.hf_overrides,
+            download_dir=model.download_dir,
+        )
+        refuse_quantized(self._loaded)
+        self._generation = generation_values(self._loaded.generation, model)
+        family = resolve(self._loaded.config)
+        shape = family.shape(self._loaded)
+        self._vocab_size = shape.vocab_size
+        self.embedder = embedder_of(self._loaded, family, model.runner)
+        self._processor = family.build_processor(self._loaded)
+        warn_of_defaults(self._loaded, family)
+        self._traits = Traits(self._processor, family.both_ways, RopeChoice.of(shape))
+        check_older(config.older, self._processor, config.media)
+        markup = self._processor.markup if self._processor is not None else None
+        self._placeholders = (
+            PlaceholderIds(self._processor, markup)
+            if self._processor is not None and markup is not None
+            else None
+        )
+        self._folder = self._tokenizer_folder()
+        self.tokenizer = Tokenizer.from_folder(
+            self._folder, eos_token_ids=stop_token_ids(self._loaded)
+        )
+        self._vocabulary = Vocabulary(
+            self.tokenizer, self._vocab_size, self._processor, self._placeholder_texts()
+        )
+        self._vocabulary.warn()
+        extra = [self.tokenizer.token_id(text) for text in family.stop_tokens]
+        known = (*self.tokenizer.eos_token_ids, *(i for i in extra if i is not None))
+        self._eos_token_ids = tuple(dict.fromkeys(known))
+        self._template = ChatTemplate.load(
+            self._loaded.folder,
+            self.tokenizer,
+            chat_template=model.chat_template,
+            fallback=family.chat_template(),
+            content_format=model.chat_template_content_format,
+            interleave_mm_strings=model.interleave_mm_strings,
+            trust_request_chat_template=trust_request_chat_template,
+            placeholder_texts=self._placeholder_texts(),
+            placeholders=self._placeholders,
+        )
+        self.tokenizer.template = template_applier(self._template, self._placeholder_text)
+        self._pipeline = media_pipeline(
+            config, self._processor, shared=shared, package_files=package_files
+        )
+        self._grammars = GrammarCompiler(
+            str(self._folder), self._vocab_size, seconds=config.scheduler.grammar_timeout
+        )
+        self._random = random.Random(model.seed)
+        self._facts: EngineFacts | None = None
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What the model takes besides text and what limits leave of it."""
+        known = self._processor.modalities if self._processor is not None else ()
+        return tuple(m for m in known if self._config.media.limit(m) != 0)
+
+    @property
+    def default_params(self) -> dict[str, Any]:
+        """Return the sampling values that hold where a request names none."""
+        return sampling_defaults(self._generation)
+
+    @property
+    def chat_template_available(self) -> bool:
+        """Whether the model has a chat template, or was given one."""
+        return self._template.exists
+
+    def set_facts(self, facts: EngineFacts) -> None:
+        """Take note of the limits that the engine found."""
+        self._facts = facts
+
+    def media_stats(self) -> dict[str, float]:
+        """Counters of the media pipeline by name; empty for a text model."""
+        return self._pipeline.stats().flat() if self._pipeline is not None else {}
+
+    def close(self) -> None:
+        """End the media workers and the helper that compiles grammars."""
+        self._grammars.close()
+        if self._pipeline is not None:
+            self._pipeline.close()
+
+    async def prepare(self, prompt: Prompt) -> PreparedPrompt:
+        """Render or tokenize a prompt, load its media, expand its placeholders. Raises RequestError."""
+        if is_long(prompt):
+            return await self.complete(await asyncio.to_thread(self.draft, prompt))
+        return await self.complete(self.draft(prompt))
+
+    def draft(self, prompt: Prompt) -> Draft:
+        """Render or tokenize a prompt, and check what can be checked before its media are loaded. Raises
+        RequestError."""
+        draft = (
+            self._rendered(prompt) if isinstance(prompt, ChatPrompt) else self._tokenized(prompt)
+        )
+        if not draft.token_ids:
+            raise InvalidRequestError("The prompt is empty.", param=draft.param)
+        self._vocabulary.check(draft.token_ids, draft.param)
+        self._room(len(draft.token_ids), draft.param)
+        for ref in draft.refs:
+            self._check_modality(ref)
+        if self._pipeline is not None:
+            self._pipeline.check(draft.refs)
+        if self._processor is not None:
+            counts = Counter[Modality]()
+            for ref in draft.refs:
+                counts[ref.modality] += len(ref.uuids) or 1
+            unread = {ref.modality for ref in draft.refs if ref.kind == "embeds"}
+            with _placed(draft.param), _written_by(draft.prompt):
+                check_counts(draft.token_ids, counts, unread, draft.numbered, self._processor)
+        return draft
+
+    async def complete(self, draft: Draft) -> PreparedPrompt:
+        """Load the media of a draft and expand its placeholders. Raises RequestError."""
+        items = await self._items(draft)
+        with _placed(draft.param), _written_by(draft.prompt):
+            prepared = expanded(draft, items, self._traits, self._room)
+        self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, draft.param)
+        return prepared
+
+    async def grammar(self, params: SamplingParams) -> Grammar | None:
+        """The grammar of the constraint in ``params``, if there is one. Raises RequestError when it cannot be used,
+        UnavailableError when that could not be found out."""
+        if params.structured_outputs is None:
+            return None
+        return await self._grammars.compile(params.structured_outputs)
+
+    def requests(
+        self,
+        prepared: PreparedPrompt,
+        params: SamplingParams,
+        request_id: str,
+        priority: int,
+        arrival_time: float,
+        grammar: Grammar | None = None,
+    ) -> list[EngineRequest]:
+        """The engine's requests of a prompt: one per sample. Raises RequestError when it cannot fit.
+
+        Of ``params`` they carry what the engine needs: stop strings are the frontend's to find, and of a constraint
+        there is only what ``grammar`` made of it.
+        """
+        if (grammar is None) != (params.structured_outputs is None):
+            raise ValueError("a constraint and its grammar go together")
+        self.check_params(params)
+        refuse_many(
+            params.n, len(prepared.token_ids), self._config.scheduler.max_sampled_prompt_tokens
+        )
+        room = self._room(len(prepared.token_ids), prepared.param)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        num_tokens, rope = len(prepared.token_ids), ONE_SET
+        if prepared.rope is not None:
+            known = params.max_tokens is not None
+            rope = prepared.rope.fields(num_tokens, num_tokens + max_tokens, known=known)
+        bad_words = bad_words_token_ids(self.tokenizer, params.bad_words)
+        seed = params.seed if params.seed is not None else self._random.getrandbits(63)
+        slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None)
+        return [
+            EngineRequest(
+                request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+                token_ids=prepared.token_ids,
+                # Samples of one request differ by their seed alone.
+                params=slim.replace(seed=(seed + index) % (1 << 63)),
+                max_tokens=max_tokens,
+                eos_token_ids=self._eos_token_ids,
+                items=prepared.spans,
+                positions=prepared.positions,
+                position_delta=prepared.position_delta,
+                bad_words_token_ids=bad_words,
+                grammar=None if grammar is None else grammar.text,
+                cache_salt=prepared.cache_salt,
+                stretches=prepared.stretches,
+                rope_border=rope.border,
+                rope_length=rope.length,
+                priority=priority,
+                arrival_time=arrival_time,
+            )
+            for index in range(params.n)
+        ]
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Refuse token ids that the model does not have, and all when it generates no text. Raises
+        InvalidRequestError."""
+        if self.embedder is not None:
+            raise InvalidRequestError(POOLS)
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token_id in getattr(params, name) or ():
+                if not 0 <= token_id < self._vocab_size:
+                    place = f"{name}[{token_id}]" if name == "logit_bias" else name
+                    raise InvalidRequestError(
+                        f"{name} holds the token id {token_id}, which is outside the model's vocabulary of "
+                        f"{self._vocab_size}.",
+                        param=place,
+                    )
+
+    def _rendered(self, prompt: ChatPrompt) -> Draft:
+        rendered = self._template.render(
+            prompt.conversation,
+            placeholder_text=self._placeholder_text,
+            add_generation_prompt=prompt.add_generation_prompt,
+            continue_final_message=prompt.continue_final_message,
+            tools=prompt.tools,
+            chat_template=prompt.chat_template,
+            chat_template_kwargs=prompt.chat_template_kwargs,
+            default_kwargs=prompt.default_template_kwargs,
+            # As in the reference: processors of multimodal models add a BOS that the template left out, tokenizers of
+            # text models take the template's word.
+            add_special_tokens=(None if self._processor is not None else False)
+            if prompt.add_special_tokens is None
+            else prompt.add_special_tokens,
+            check_text=lambda text, count: self._refuse_endless(text, count, "messages"),
+        )
+        return Draft(
+            prompt, rendered.text, rendered.token_ids, rendered.refs, "messages", rendered.numbered
+        )
+
+    def _tokenized(self, prompt: RawPrompt) -> Draft:
+        cut = prompt.truncation
+        most = self._most_tokens(cut) if cut is not None else 0
+        if prompt.token_ids is not None:
+            ids = prompt.token_ids
+            if cut is not None:
+                ids = truncate_ids(ids, most, left=cut.left)
+            return Draft(prompt, None, ids, prompt.refs, prompt.param)
+        text, adds = prompt.text or "", prompt.add_special_tokens
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        if cut is not None:
+            text = truncate_text(text, most, encode, left=cut.left)
+        else:
+            self._refuse_endless(text, lambda size: len(encode(text[:size])), prompt.param)
+        with _placed(prompt.param):
+            found, numbered = self._split(text, adds, prompt.param)
+        ids = tuple(found)
+        if cut is not None:
+            prefix, suffix = self.tokenizer.prefix_ids, self.tokenizer.suffix_ids
+            around = {"prefix": prefix, "suffix": suffix} if adds else {}
+            ids = truncate_ids(ids, most, left=cut.left, **around)
+        return Draft(prompt, text, ids, prompt.refs, prompt.param, tuple(numbered))
+
+    def _most_tokens(self, truncation: Truncation) -> int:
+        """Return how many tokens a truncated prompt may keep. Raises InvalidRequestError for more than the context."""
+        if self._facts is None:
+            raise RuntimeError("set_facts was not called")
+        context, most = self._facts.max_model_len, truncation.most
+        if most is not None and most > context:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens is {most}, but the model's maximum context length is {context} tokens; give "
+                "no more than that, or -1 for all of it.",
+                param="truncate_prompt_tokens",
+            )
+        return context if most is None else most
+
+    def _refuse_endless(self, text: str, count: Callable[[int], int], param: str) -> None:
+        if self._facts is not None:
+            refuse_endless(text, self._facts.max_model_len, count, param)
+
+    def _split(
+        self, text: str, add_special_tokens: bool, param: str
+    ) -> tuple[list[int], list[NumberedPlaceholder]]:
+        """Ids of a raw prompt; placeholders that are no single tokens are cut out of the text and put in as ids."""
+        if self._placeholders is None:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens), []
+        # Each is a token at least, and costs a call of the tokenizer: more than fit are refused before.
+        most = None if self._facts is None else self._facts.max_model_len + 1
+        stretches, found = self._placeholders.split(text, most)
+        self._room(len(found), param)
+        ids = self.tokenizer.encode(stretches[0], add_special_tokens=add_special_tokens)
+        for placeholder, stretch in zip(found, stretches[1:], strict=True):
+            begun = self._placeholders.prefix_each and add_special_tokens
+            ids += placeholder.ids
+            ids += self.tokenizer.encode(stretch, add_special_tokens=begun)
+        return ids, found
+
+    async def _items(self, draft: Draft) -> list[MediaItem]:
+        if not draft.refs or self._pipeline is None:
+            return []
+        media = draft.prompt.media
+        return await self._pipeline.load(
+            draft.refs,
+            mm_processor_kwargs=media.mm_processor_kwargs,
+            media_io_kwargs=media.media_io_kwargs,
+            cache_salt=media.cache_salt,
+            tenant=media.tenant,
+        )
+
+    def _check_modality(self, ref: MediaRef) -> None:
+        if ref.modality in self.modalities:
+            return
+        media = self._config.media
+        known = self._processor.modalities if self._processor is not None else ()
+        if ref.kind == "embeds" and media.enable_mm_embeds and ref.modality in known:
+            return  # a limit of 0 switches the encoder off, which embeddings do not need
+        offers = ", ".join(self.modalities) or "text only"
+        switched_off = self._processor is not None and ref.modality in self._processor.modalities
+        why = (
+            f"is switched off here by limit_mm_per_prompt ({ref.modality}: 0)"
+            if switched_off
+            else "is not something this model takes"
+        )
+        raise UnsupportedModalityError(
+            f"{ref.modality} {why}; it takes: {offers}.", param=ref.param or None
+        )
+
+    def _room(self, num_tokens: int, param: str) -> int:
+        """How many tokens can be generated after the prompt; at least 1 where any are."""
+        if self._facts is None:
+            raise RuntimeError("set_facts was not called")
+        room = self._facts.max_model_len - num_tokens
+        if room < (self.embedder is None):
+            left = ", and one must be left to generate" if self.embedder is None else ""
+            raise PromptTooLongError.beyond(
+                self._facts.max_model_len,
+                f"the prompt has {num_tokens} tokens{left}. Shorten it, or start with a larger "
+                "max_model_len.",
+                param=param,
+            )
+        return room
+
+    def _placeholder_text(self, modality: Modality, number: int) -> str:
+        if self._processor is None or modality not in self._processor.modalities:
+            return ""
+        return self._processor.placeholder_text(modality, number)
+
+    def _placeholder_texts(self) -> list[str]:
+        known = self._processor.modalities if self._processor is not None else ()
+        numbers = range(1, self._config.media.max_items_per_request + 1)
+        texts = (self._placeholder_text(m, number) for m in known for number in numbers)
+        return list(dict.fromkeys(texts))
+
+    def _tokenizer_folder(self) -> Path:
+        name = self._config.model.tokenizer
+        if name is None:
+            return Path(self._loaded.folder)
+        return Path(loader.read_config(name, download_dir=self._config.model.download_dir).folder)
+
+
+@contextlib.contextmanager
+def _placed(param: str) -> Iterator[None]:
+    """Give request errors from inside their place."""
+    try:
+        yield
+    except RequestError as error:
+        raise error.at(param) from error.__cause__
+
+
+@contextlib.contextmanager
+def _written_by(prompt: Prompt) -> Iterator[None]:
+    """Say of placeholders that do not fit their items that a chat template wrote them, where one did."""
+    try:
+        yield
+    except PlaceholderMismatchError as error:
+        if not isinstance(prompt, ChatPrompt):
+            raise
+        raise PlaceholderMismatchError(
+            error.found,
+            "In a chat the template writes them, and this one does not write the model's own for each item: give "
+            "another one (--chat-template FILE_OR_TEXT; in Python chat_template=…).",
+        ) from error

@@ -1,0 +1,103 @@
+"""How long a prompt is, found out before much work is done for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sensorium.engine.prompts.types import ChatPrompt, Prompt
+from sensorium.errors import InvalidRequestError, PromptTooLongError
+from sensorium.text.chat.conversation import texts_of
+
+PROBED_CHARS = 16
+"""Characters per token of the context that are tokenized first of a text that is much longer."""
+
+LONG_TEXT = 4096
+"""Characters of a prompt from which on it is tokenized in another thread than the event loop's."""
+
+MESSAGE_CHARS = 64
+"""What a message counts even when it is empty: a template takes its time for each."""
+
+
+def is_long(prompt: Prompt) -> bool:
+    """Whether rendering and tokenizing a prompt would hold up an event loop."""
+    if isinstance(prompt, ChatPrompt):
+        if prompt.chat_template is not None:
+            return True  # nobody knows what it does
+        num_chars = sum(map(len, texts_of(prompt.conversation)))
+        num_chars += MESSAGE_CHARS * len(prompt.conversation.messages)
+        return num_chars + _weight(prompt.tools, prompt.chat_template_kwargs) >= LONG_TEXT
+    return len(prompt.text or prompt.token_ids or ()) >= LONG_TEXT
+
+
+def _weight(*values: Any) -> int:
+    """Characters of the texts in plain data and one for each other value; not counted beyond ``LONG_TEXT``."""
+    found, todo = 0, list(values)
+    while todo and found < LONG_TEXT:
+        value = todo.pop()
+        found += len(value) if isinstance(value, str) else 1
+        if isinstance(value, Mapping):
+            todo += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            todo += value
+    return found
+
+
+def refuse_endless(text: str, most: int, count: Callable[[int], int], param: str) -> None:
+    """Refuse a text whose beginning alone has more than ``most`` tokens, before all of it is tokenized: ten megabytes
+    take half a minute. ``count``: how many tokens about so many of the first characters are, in this prompt: in a chat,
+    tokens that a user typed are many. Raises PromptTooLongError."""
+    num_chars = PROBED_CHARS * most
+    if len(text) < 2 * num_chars:
+        return
+    num_tokens = count(num_chars)
+    # Where a text is cut, its last tokens may be others than within the whole.
+    if num_tokens > most + most // 16 + PROBED_CHARS:
+        raise PromptTooLongError.beyond(
+            most,
+            f"the prompt has {len(text)} characters, of which the first {num_chars} alone are {num_tokens} tokens. "
+            "Shorten it, or start with a larger max_model_len.",
+            param=param,
+        )
+
+
+def truncate_text(
+    text: str, most: int, encode: Callable[[str], Sequence[int]], *, left: bool
+) -> str:
+    """Return a part of ``text`` that has the tokens which are left when it is cut to ``most``, so that the rest of a
+    long text is not tokenized; ``encode`` tokenizes without special tokens."""
+    num_chars = PROBED_CHARS * most
+    if len(text) < 2 * num_chars:
+        return text
+    part = text[-num_chars:] if left else text[:num_chars]
+    # Where a text is cut, its last tokens may be others than within the whole: these must be cut off, too.
+    return part if len(encode(part)) > most + most // 16 + PROBED_CHARS else text
+
+
+def truncate_ids(
+    ids: Sequence[int],
+    most: int,
+    *,
+    left: bool,
+    prefix: Sequence[int] = (),
+    suffix: Sequence[int] = (),
+) -> tuple[int, ...]:
+    """Return ``most`` of the ids, cut from the beginning (``left``) or the end. The special tokens that the tokenizer
+    put around them, ``prefix`` and ``suffix``, stay as far as they fit."""
+    if len(ids) <= most:
+        return tuple(ids)
+    inner = ids[len(prefix) : len(ids) - len(suffix)]
+    room = max(0, most - len(prefix) - len(suffix))
+    kept = inner[len(inner) - room :] if left else inner[:room]
+    return (*prefix, *kept, *suffix)[:most]
+
+
+def refuse_many(num_samples: int, num_tokens: int, most: int) -> None:
+    """Raise InvalidRequestError for more samples of a prompt than the engine takes in without holding others up: each
+    brings the whole prompt."""
+    if num_samples > 1 and num_samples * num_tokens > most:
+        raise InvalidRequestError(
+            f"n is {num_samples} and the prompt has {num_tokens} tokens, {num_samples * num_tokens} together; at most "
+            f"{most} are allowed: ask for fewer samples, in several requests.",
+            param="n",
+        )

@@ -1,0 +1,67 @@
+"""The media pipeline of one model and the worker processes that decode for it, as its frontend starts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+
+from sensorium.config import GIB, EngineConfig
+from sensorium.engine import wire
+from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.multimodal.cache.features import FeatureCache
+from sensorium.multimodal.decode.loaders import check_loading_options
+from sensorium.multimodal.pipeline import MediaPipeline
+from sensorium.multimodal.processor import Processor
+from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
+from sensorium.processes import child_environment, python_module
+
+UNBOUNDED_BYTES = 1 << 50
+
+
+def media_pipeline(
+    config: EngineConfig, processor: Processor | None, *, shared: bool, package_files: bool
+) -> MediaPipeline | None:
+    """Return the pipeline of a model; None for one that takes text alone.
+
+    shared: the engine is another process, which must be able to open all features; workers are then started at once.
+    package_files: whether the assets of this package may be read, as in ``Guard``.
+    Raises ConfigError for loading options that cannot be.
+    """
+    media, cache = config.media, config.cache
+    if processor is None:
+        try:
+            check_loading_options(media.media_io_kwargs, ())
+        except InvalidRequestError as error:
+            raise ConfigError(error.message, param=error.param) from None
+        return None
+    folder = SegmentFolder()
+    decoders = process_decoders(config, folder)
+    if shared:
+        decoders.start()
+        if media.enable_mm_embeds:
+            # Not at the first embeddings: the import holds up every other thread for as long as it takes.
+            importlib.import_module("torch")
+    else:
+        # A batch of one caller takes room from nobody, and should wait rather than be refused.
+        media = dataclasses.replace(media, max_media_bytes_in_flight=UNBOUNDED_BYTES)
+    kept = min(int(cache.mm_processor_cache_gb * GIB), folder.capacity_bytes)
+    return MediaPipeline(
+        media,
+        processor,
+        FeatureCache(kept),
+        decoders=decoders,
+        segments=folder if shared else None,
+        package_files=package_files,
+        ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
+    )
+
+
+def process_decoders(config: EngineConfig, folder: SegmentFolder) -> ProcessDecoders:
+    """Decoders whose processes build the model's processor by themselves, at the first item or at ``start``."""
+    command = ForkServerCommand(
+        python_module("sensorium.engine.prompts.media_worker", str(folder.path)),
+        child_environment(one_thread=True),
+        wire.encode(wire.Configure(config)),
+    )
+    return ProcessDecoders(command, config.media, folder)

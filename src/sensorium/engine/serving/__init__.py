@@ -1,0 +1,1 @@
+"""The process of the engine and its front in the server."""

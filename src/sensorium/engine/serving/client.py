@@ -1,0 +1,298 @@
+"""The way to talk to an engine in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+import zmq
+import zmq.asyncio
+
+from sensorium import errors
+from sensorium.config import EngineConfig
+from sensorium.core.request import EngineRequest, SequenceUpdate
+from sensorium.engine import wire
+from sensorium.engine.shared import SharedFeatures
+from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.kernels.cpu import threads
+from sensorium.multimodal.items import MediaItem
+from sensorium.processes import child_environment, interrupts_held, python_module
+
+logger = logging.getLogger(__name__)
+
+News = SequenceUpdate | errors.SensoriumError
+Inbox = asyncio.Queue[News]
+
+STOP_SECONDS = 5.0
+"""How long the engine's process gets to end by itself."""
+
+DELIVERED_AT_ONCE = 16
+"""News of sequences that are delivered before the event loop does other things."""
+
+RESTARTING = "The engine has stopped and is being restarted; try again in a moment."
+STOPPING = "The server is shutting down; send the request to another one."
+
+LONGEST_RETRY = 60
+"""Seconds; most that a client is told to wait before it tries again."""
+
+
+def dead_error(seconds: float) -> errors.EngineDeadError:
+    """What a request gets whose engine has died, when another one is expected in so many seconds."""
+    error = errors.EngineDeadError(RESTARTING)
+    error.retry_after = min(LONGEST_RETRY, max(1, math.ceil(seconds)))
+    return error
+
+
+class EngineClient:
+    """One engine process: started once, talked to and stopped from one event loop.
+
+    Every submitted sequence has an inbox, which receives its updates, or an error, and its items are held until it has
+    ended: so long their segments of shared memory stay. When the process dies, everything open gets an error, and all
+    that is left to do is ``stop``; ``engine.serving.supervisor`` puts another client in this one's place.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._context = zmq.asyncio.Context()
+        try:
+            self._socket = self._context.socket(zmq.PAIR)
+        except BaseException:
+            self._context.term()
+            raise
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        try:
+            self._folder = tempfile.mkdtemp(prefix="sensorium-")
+        except BaseException:
+            self._socket.close()
+            self._context.term()
+            raise
+        self._address = f"ipc://{self._folder}/engine"
+        self._routes: dict[str, tuple[Inbox, tuple[MediaItem, ...]]] = {}
+        self._stats: dict[int, asyncio.Future[EngineStats]] = {}
+        self._numbers = itertools.count()
+        self._process: asyncio.subprocess.Process | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._alive = False
+        self._ended = asyncio.Event()
+        self._start_seconds = 0.0
+        self._facts: EngineFacts | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests can be submitted."""
+        return self._alive
+
+    @property
+    def facts(self) -> EngineFacts:
+        """What the engine found out about itself at its start."""
+        if self._facts is None:
+            raise errors.EngineDeadError("The engine has not been started.")
+        return self._facts
+
+    @property
+    def start_seconds(self) -> float:
+        """How long the start took; what the start of another engine may take."""
+        return self._start_seconds
+
+    @property
+    def num_open(self) -> int:
+        """Sequences that have not ended."""
+        return len(self._routes)
+
+    async def start(self) -> EngineFacts:
+        """Start the process and wait until the model is loaded.
+
+        Raises ConfigError when it cannot be, EngineDeadError when the process ends meanwhile; ``stop`` must follow.
+        """
+        began = time.monotonic()
+        self._socket.bind(self._address)
+        # The C library reads its part of the environment when a process starts, so it must be set here already.
+        threads.prepare()
+        command = python_module(
+            "sensorium.engine.serving.worker", self._address, str(os.getpid()), self._folder
+        )
+        with interrupts_held():
+            self._process = await asyncio.create_subprocess_exec(*command, env=child_environment())
+        # Not waited for: a process that ends before it connects never takes the message.
+        self._send(wire.Configure(self._config))
+        receive = asyncio.ensure_future(self._socket.recv())
+        died = asyncio.ensure_future(self._process.wait())
+        seconds = self._config.scheduler.engine_start_timeout or None
+        done, _ = await asyncio.wait(
+            {receive, died}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
+        if not done:
+            receive.cancel()
+            raise errors.EngineDeadError(
+                f"The engine was not up after {seconds:g} seconds, the most that --engine-start-timeout allows."
+            )
+        if not receive.done():
+            # The reason may still be on its way through the socket.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(receive), 1.0)
+        if not receive.done():
+            receive.cancel()
+            raise errors.EngineDeadError(
+                f"The engine's process {_ending(self._process.returncode)} while starting; "
+                "its messages are above."
+            )
+        message = wire.decode_from_engine(receive.result())
+        if isinstance(message, wire.Failed):
+            raise errors.error_of(message.code, message.message, message.param, errors.ConfigError)
+        if not isinstance(message, wire.Ready):
+            raise errors.EngineDeadError("The engine sent an unexpected first message.")
+        self._facts, self._alive = message.facts, True
+        self._start_seconds = time.monotonic() - began
+        self._tasks = [
+            asyncio.create_task(self._receive()),
+            asyncio.create_task(self._watch(died)),
+        ]
+        return message.facts
+
+    def submit(self, request: EngineRequest, items: Sequence[MediaItem], inbox: Inbox) -> None:
+        """Send a sequence; its news come to ``inbox`` until it has ended or is aborted."""
+        if not self._alive:
+            raise dead_error(self._start_seconds)
+        handles = tuple(SharedFeatures.of(item.features) for item in items)
+        self._send(wire.Submit(request, handles))
+        self._routes[request.request_id] = (inbox, tuple(items))
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End sequences; those that have ended are ignored."""
+        open_ids = tuple(i for i in request_ids if i in self._routes)
+        for request_id in open_ids:
+            del self._routes[request_id]
+        if open_ids and self._alive:
+            self._send(wire.Abort(open_ids))
+
+    async def stats(self) -> EngineStats:
+        """Counters of the engine. Raises EngineDeadError when it has stopped."""
+        if not self._alive:
+            raise dead_error(self._start_seconds)
+        number = next(self._numbers)
+        future = self._stats[number] = asyncio.get_running_loop().create_future()
+        self._send(wire.AskStats(number))
+        try:
+            return await future
+        finally:
+            self._stats.pop(number, None)
+
+    async def wait_ended(self) -> None:
+        """Wait until the process of a started engine has died and everything open has got its error."""
+        await self._ended.wait()
+
+    async def stop(self) -> None:
+        """End the process and give back everything."""
+        try:
+            await self._end_process()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._fail_all(lambda: errors.EngineDeadError(STOPPING))
+            self._socket.close()
+            self._context.term()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _end_process(self) -> None:
+        process, was_alive = self._process, self._alive
+        self._alive = False
+        if process is None or process.returncode is not None:
+            return
+        try:
+            if was_alive:
+                self._send(wire.Stop())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        finally:
+            if process.returncode is None:
+                process.kill()
+        await process.wait()
+
+    def _send(self, message: wire.ToEngine) -> None:
+        # With no high-water mark a send never waits: the future is complete or soon will be.
+        self._socket.send(wire.encode(message))
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                message = wire.decode_from_engine(await self._socket.recv())
+                if isinstance(message, wire.Updates):
+                    await self._deliver_all(message.updates)
+                else:
+                    self._take(message)
+        except Exception:
+            # Nobody would hear of anything any more: better an engine that is known to be dead.
+            logger.exception("a message of the engine could not be taken in")
+            if self._process is not None and self._process.returncode is None:
+                self._process.kill()
+
+    async def _deliver_all(self, updates: Sequence[SequenceUpdate]) -> None:
+        """Deliver the news of a step, a part of them in each iteration of the event loop: each wakes a task that writes
+        to its client."""
+        for number, update in enumerate(updates, 1):
+            self._deliver(update.request_id, update, update.finish_reason is not None)
+            if number % DELIVERED_AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+    def _take(self, message: wire.FromEngine) -> None:
+        if isinstance(message, wire.Refused):
+            error = errors.error_of(
+                message.code, message.message, message.param, errors.UnavailableError
+            )
+            self._deliver(message.request_id, error, True)
+        elif isinstance(message, wire.Stats):
+            future = self._stats.get(message.number)
+            if future is not None and not future.done():
+                future.set_result(message.stats)
+
+    def _deliver(self, request_id: str, news: News, ended: bool) -> None:
+        route = self._routes.get(request_id)
+        if route is None:
+            return
+        if ended:
+            del self._routes[request_id]
+        route[0].put_nowait(news)
+
+    async def _watch(self, died: asyncio.Future[int]) -> None:
+        status = await died
+        if self._alive:
+            logger.error(
+                "the engine's process %s; %d sequences were running or waiting and get 503",
+                _ending(status),
+                len(self._routes),
+            )
+            self._alive = False
+            self._fail_all(lambda: dead_error(self._start_seconds))
+        self._ended.set()
+
+    def _fail_all(self, new_error: Callable[[], errors.EngineDeadError]) -> None:
+        # One error each: who raises it adds its own trace.
+        for request_id in list(self._routes):
+            self._deliver(request_id, new_error(), True)
+        for future in self._stats.values():
+            if not future.done():
+                future.set_exception(new_error())
+
+
+def _ending(status: int | None) -> str:
+    """How a process ended, in words; ``status`` is negative for a signal, as asyncio has it."""
+    if status is None or status >= 0:
+        return f"ended with status {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = " (out of memory?)" if -status == signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"

@@ -1,0 +1,205 @@
+"""The engine's process: ``python -m sensorium.engine.serving.worker ADDRESS PARENT FOLDER ...``.
+
+Started and stopped by ``engine.serving.client``: the address to connect to, the id of the process
+that must stay alive, and the folders to remove when it does not.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from typing import NoReturn
+
+import zmq
+
+from sensorium import environment
+from sensorium.engine import wire
+from sensorium.engine.engine import Engine
+from sensorium.errors import SensoriumError, UnavailableError
+from sensorium.kernels.cpu import threads
+
+logger = logging.getLogger(__name__)
+
+IDLE_POLL_MS = 1000
+"""How often an idle engine looks whether its parent still lives."""
+
+MESSAGES_BETWEEN_STEPS = 64
+"""Most messages that are taken in while sequences wait for their next step."""
+
+BYTES_BETWEEN_STEPS = 1 << 20
+"""No more are taken in then after so many bytes of them."""
+
+
+def main() -> int:
+    """Connect to the frontend, load what it says, then serve until told to stop or left alone."""
+    # A terminal interrupts the whole process group, a supervisor terminates all of a service's processes: the frontend
+    # decides when to stop, for it lets running requests finish.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(
+        level=environment.log_level(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    address, parent, folders = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    context = zmq.Context(io_threads=1)
+    socket = context.socket(zmq.PAIR)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.connect(address)
+    try:
+        return _serve(socket, parent)
+    finally:
+        socket.close()
+        context.term()
+        if os.getppid() != parent:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
+    message = _receive(socket, parent)
+    if not isinstance(message, wire.Configure):
+        return 1
+    try:
+        # Before torch, which the executor brings: its OpenMP library reads the policy when it is loaded.
+        threads.prepare()
+        from sensorium.engine.executor import build_engine
+
+        engine = build_engine(message.config)
+    except SensoriumError as error:
+        socket.send(wire.encode(wire.Failed(error.message, error.code, error.param)))
+        return 1
+    except Exception as error:
+        logger.exception("the engine could not start")
+        text = f"The engine could not start: {type(error).__name__}: {error}"
+        socket.send(wire.encode(wire.Failed(text, "internal_error")))
+        return 1
+    socket.send(wire.encode(wire.Ready(engine.facts)))
+    watch = StepWatch(message.config.scheduler.engine_step_timeout)
+    try:
+        _Loop(socket, parent, watch).run(engine)
+    except Exception:
+        # The books may be wrong now, and nobody can tell whose sequences are whole: a fresh engine can.
+        logger.critical("the engine cannot go on; this process ends", exc_info=True)
+        return 1
+    finally:
+        watch.rest()
+    return 0
+
+
+def _receive(socket: zmq.Socket[bytes], parent: int) -> wire.ToEngine | None:
+    """The next message; None when the parent has gone."""
+    while not socket.poll(IDLE_POLL_MS):
+        if os.getppid() != parent:
+            return None
+    return wire.decode_to_engine(socket.recv())
+
+
+class StepWatch:
+    """Ends the process, with the stacks of its threads in the log, when a step takes longer than ``seconds``; 0: never.
+
+    The interpreter's own watchdog does it, which runs no Python: also a kernel that never ends and keeps the
+    interpreter's lock is caught. Setting it costs tens of microseconds, so it is not set anew for steps that begin
+    within a tenth of the time; it runs as much longer, so that no step is ended early.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._set_at = 0.0
+        self._is_set = False
+
+    def step_begins(self) -> None:
+        """A step begins now."""
+        now = time.monotonic()
+        if self._seconds and not (self._is_set and now - self._set_at < self._seconds / 10):
+            faulthandler.dump_traceback_later(self._seconds * 1.1, exit=True)
+            self._set_at, self._is_set = now, True
+
+    def rest(self) -> None:
+        """No step begins for a while."""
+        if self._is_set:
+            faulthandler.cancel_dump_traceback_later()
+            self._is_set = False
+
+
+class _Loop:
+    """Takes messages between steps; a step when there is work, a blocking wait when there is none."""
+
+    def __init__(self, socket: zmq.Socket[bytes], parent: int, watch: StepWatch) -> None:
+        self._socket = socket
+        self._parent = parent
+        self._watch = watch
+
+    def run(self, engine: Engine) -> None:
+        """Serve until ``Stop`` comes or the parent goes."""
+        while os.getppid() == self._parent:
+            if not engine.has_work:
+                self._watch.rest()
+                message = _receive(self._socket, self._parent)
+                if message is None or not self._handle(engine, message):
+                    return
+            num_bytes = 0
+            for _ in range(MESSAGES_BETWEEN_STEPS):
+                if num_bytes >= BYTES_BETWEEN_STEPS or not self._socket.poll(0):
+                    break
+                data = self._socket.recv()
+                num_bytes += len(data)
+                if not self._handle(engine, wire.decode_to_engine(data)):
+                    return
+            if engine.has_work:
+                self._watch.step_begins()
+                updates = engine.step()
+                if updates:
+                    self._socket.send(wire.encode(wire.Updates(updates)))
+            if not engine.has_work:
+                engine.check_integrity()
+
+    def _handle(self, engine: Engine, message: wire.ToEngine) -> bool:
+        """Act on one message; False when it says stop."""
+        if isinstance(message, wire.Submit):
+            self._submit(engine, message)
+        elif isinstance(message, wire.Abort):
+            for request_id in message.request_ids:
+                engine.abort(request_id)
+        elif isinstance(message, wire.AskStats):
+            self._socket.send(wire.encode(wire.Stats(message.number, engine.stats())))
+        return not isinstance(message, wire.Stop)
+
+    def _submit(self, engine: Engine, message: wire.Submit) -> None:
+        try:
+            features = tuple(shared.open() for shared in message.features)
+            engine.add(message.request, features)
+        except SensoriumError as error:
+            self._refuse(message, error)
+        except OSError:
+            # Mostly the frontend gave the request up, and its features with it, before this message was read.
+            self._refuse(
+                message, UnavailableError("The media of this request are gone; send it again.")
+            )
+        except Exception:
+            logger.exception("a request could not be taken in")
+            self._refuse(message, SensoriumError("The engine could not take this request in."))
+
+    def _refuse(self, message: wire.Submit, error: SensoriumError) -> None:
+        refused = wire.Refused(message.request.request_id, error.message, error.code, error.param)
+        self._socket.send(wire.encode(refused))
+
+
+def _end(code: int) -> NoReturn:
+    """End the process without taking the interpreter apart, which takes seconds once torch and compiled kernels are
+    loaded: everything it holds is the system's to take back."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _end(main())

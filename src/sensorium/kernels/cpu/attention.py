@@ -1,0 +1,429 @@
+"""Paged attention of query rows to the cached tokens of their sequence: decoding, and spans of a prompt.
+
+A *piece* is a run of a sequence's query rows; a task is a piece and one KV head. Within a task the query heads of the
+KV head (and the query rows) are the rows of a small matrix, and the tokens go by in chunks: scores, running softmax
+(Milakov and Gimelshein, 2018), weighted values, each through ``multiply_tile``.
+
+A row's result is the same bits however its step is made up. Its tokens are cut into *parts* of ``PART_TOKENS``,
+counted from the first token of the sequence; each part has a running softmax of its own, and parts are folded together
+in order. A task takes all parts of its rows, or, where there are few rows and many tokens, a single one: then the parts
+leave their results, and whichever thread finishes the last one folds them, in the same order.
+
+For decoding a task also rotates its queries, and the task whose part holds the new token first writes its key and
+value. Spans are rotated and written beforehand (``rotary``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import types
+
+from sensorium.kernels.cpu.numeric import (
+    OUTLINE,
+    WIDTH,
+    as_float,
+    exp1,
+    exp16,
+    f32,
+    fetch_add,
+    fma,
+    largest,
+    load,
+    load16,
+    load_part,
+    njit,
+    outlined,
+    peak,
+    pointer,
+    shifted,
+    splat,
+    store,
+    store16,
+    store_part,
+    total,
+)
+from sensorium.kernels.cpu.rotary import (
+    convert_row,
+    normed_head,
+    rotate_head,
+    write_key,
+    write_value,
+)
+from sensorium.kernels.cpu.tile import TILE_COLUMNS, TILE_ROWS, multiply_tile
+
+CHUNK = 128
+"""Tokens whose scores are held at once."""
+PART_TOKENS = 2 * CHUNK
+"""Tokens of a part. Shorter ones would cost more to fold than they save in waiting."""
+HIDDEN_SCORE = f32(-1e30)
+
+# Columns of the table of pieces (int64).
+SEQUENCE, FIRST_ROW, NUM_ROWS, FIRST_POS, BEGIN, END, PART, NUM_PARTS, PARTIAL, DONE, FRESH = range(
+    11
+)
+PIECE_COLUMNS = 11
+
+
+def scratch_floats(num_rows: int, head_dim: int) -> int:
+    """float32 scratch of one thread whose tasks have ``num_rows`` rows: q, scores, and twice sums, peaks, totals."""
+    return num_rows * (3 * head_dim + CHUNK + 4) + 2 * head_dim
+
+
+@njit(**OUTLINE)
+def score_chunk(
+    q: Any,
+    rows: Any,
+    dim: Any,
+    k_cache: Any,
+    v_cache: Any,
+    table: Any,
+    head_at: Any,
+    start: Any,
+    count: Any,
+    block_size: Any,
+    scores: Any,
+) -> None:
+    """scores (rows, CHUNK) = q (rows, dim) times the keys of tokens [start, start + count).
+
+    Whole blocks are computed; columns behind ``count`` hold values of no meaning. head_at: (stride of a block, offset
+    of the head within it) in elements.
+    """
+    step = TILE_COLUMNS if block_size % TILE_COLUMNS == 0 else WIDTH
+    for column in range(0, count, step):
+        token = start + column
+        block = types.int64(table[token // block_size])
+        offset = token % block_size
+        place = block * head_at[0] + head_at[1]
+        values = shifted(v_cache, place + offset * dim)
+        keys = shifted(k_cache, place + offset)
+        for r in range(0, rows, TILE_ROWS):
+            multiply_tile(
+                min(TILE_ROWS, rows - r),
+                shifted(q, r * dim),
+                dim,
+                keys,
+                block_size,
+                dim,
+                shifted(scores, r * CHUNK + column),
+                CHUNK,
+                step,
+                False,
+                values,
+            )
+
+
+@njit(**OUTLINE)
+def weigh_chunk(
+    scores: Any,
+    rows: Any,
+    dim: Any,
+    k_cache: Any,
+    v_cache: Any,
+    table: Any,
+    head_at: Any,
+    start: Any,
+    count: Any,
+    end: Any,
+    block_size: Any,
+    sums: Any,
+) -> None:
+    """sums (rows, dim) += scores (rows, CHUNK) times the values of tokens [start, start + count)."""
+    token = start
+    while token < start + count:
+        offset = token % block_size
+        depth = min(block_size - offset, start + count - token)
+        block = types.int64(table[token // block_size])
+        later = types.int64(table[min(token + CHUNK, end - 1) // block_size])
+        keys = shifted(k_cache, later * head_at[0] + head_at[1])
+        values = shifted(v_cache, block * head_at[0] + head_at[1] + offset * dim)
+        for r in range(0, rows, TILE_ROWS):
+            weights = shifted(scores, r * CHUNK + token - start)
+            d = 0
+            while d < dim:
+                width = TILE_COLUMNS if dim - d >= TILE_COLUMNS else min(WIDTH, dim - d)
+                multiply_tile(
+                    min(TILE_ROWS, rows - r),
+                    weights,
+                    CHUNK,
+                    shifted(values, d),
+                    dim,
+                    depth,
+                    shifted(sums, r * dim + d),
+                    dim,
+                    width,
+                    True,
+                    shifted(keys, d * depth),
+                )
+                d += width
+        token += depth
+
+
+@njit(**OUTLINE)
+def soften_row(scores: Any, visible: Any, count: Any, top: Any) -> Any:
+    """Turn one row of scores into e^(score - new top), zero from ``visible`` to ``count``; (new top, sum)."""
+    padded = (visible + WIDTH - 1) // WIDTH * WIDTH
+    for j in range(visible, padded):
+        scores[j] = HIDDEN_SCORE
+    best = splat(top)
+    for j in range(0, padded, WIDTH):
+        best = largest(load16(scores, j), best)
+    new_top = peak(best)
+    base, summed = splat(new_top), splat(f32(0.0))
+    for j in range(0, padded, WIDTH):
+        weight = exp16(load16(scores, j) - base)
+        store16(scores, j, weight)
+        summed = weight + summed
+    for j in range(visible, max(count, padded)):
+        scores[j] = f32(0.0)
+    return new_top, total(summed)
+
+
+@njit(**OUTLINE)
+def scale_sums(sums: Any, dim: Any, factor: Any) -> None:
+    """sums (dim,) *= factor."""
+    for d in range(0, dim, WIDTH):
+        count = min(WIDTH, dim - d)
+        store_part(sums, d, load_part(sums, d, count) * splat(factor), count)
+
+
+@njit(**OUTLINE)
+def fold_part(
+    part: Any, part_top: Any, part_total: Any, sums: Any, top: Any, total: Any, dim: Any
+) -> Any:
+    """Fold the sums (dim,), peak and total of a row's next part into those so far; the new (peak, total)."""
+    new_top = max(top, part_top)
+    kept, gained = exp1(top - new_top), exp1(part_top - new_top)
+    for d in range(0, dim, WIDTH):
+        count = min(WIDTH, dim - d)
+        held = load_part(sums, d, count) * splat(kept)
+        store_part(sums, d, fma(load_part(part, d, count), splat(gained), held), count)
+    return new_top, total * kept + part_total * gained
+
+
+@njit(**OUTLINE)
+def clear_rows(rows: Any, dim: Any, sums: Any, tops: Any, totals: Any) -> None:
+    """Set sums (rows, dim), peaks and totals (rows) to those of no token."""
+    for r in range(rows):
+        tops[r] = HIDDEN_SCORE
+        totals[r] = f32(0.0)
+    for i in range(rows * dim):
+        sums[i] = f32(0.0)
+
+
+def build_attend(element: Any) -> Callable[[Any], None]:
+    """Attention of all pieces.
+
+    args: qkv (T, C), cos, sin, k_cache, v_cache, block_table (int32), its row stride, pieces (int64), out, partials
+    (float32), done (int64, zeros; left at zero), scratch (float32), its stride, heads, KV heads, D, half of the rotary
+    dimensions, block size, scale, q_norm (0: none), k_norm, eps, q_rotated (T, heads, D) float32 of spans. The number
+    of tasks is pieces times KV heads.
+    """
+
+    @outlined(element)
+    def write_new(args: Any, piece: Any, head: Any, scratch: Any) -> None:
+        """Rotate and write the key and the value of a decoding sequence's new token."""
+        heads, kv_heads, dim, half, block_size = args[16], args[17], args[18], args[19], args[20]
+        row, position = piece[FIRST_ROW], piece[FIRST_POS]
+        source = shifted(pointer(args[3], element), row * (heads + 2 * kv_heads) * dim)
+        key = shifted(source, (heads + head) * dim)
+        cos = shifted(pointer(args[4], types.float32), row * half)
+        sin = shifted(pointer(args[5], types.float32), row * half)
+        rotated = shifted(scratch, dim)
+        normed_head(
+            key, pointer(args[23], element), args[23] != 0, as_float(args[24]), dim, scratch
+        )
+        rotate_head(scratch, cos, sin, half, dim, f32(1.0), rotated)
+        table = shifted(pointer(args[8], types.int32), piece[SEQUENCE] * args[9])
+        slot = (types.int64(table[position // block_size]) * kv_heads + head) * dim * block_size
+        offset = position % block_size
+        write_key(rotated, pointer(args[6], element), slot + offset, dim, block_size)
+        value = shifted(key, kv_heads * dim)
+        write_value(value, pointer(args[7], element), slot + offset * dim, dim)
+
+    @outlined(element)
+    def fill_queries(args: Any, piece: Any, head: Any, group: Any, q: Any, scratch: Any) -> None:
+        """q (rows * group, D) float32 = the rotated, scaled queries of the piece's rows for one KV head."""
+        heads, kv_heads, dim, half = args[16], args[17], args[18], args[19]
+        scale = as_float(args[21])
+        for i in range(piece[NUM_ROWS]):
+            row = piece[FIRST_ROW] + i
+            for g in range(group):
+                out = shifted(q, (i * group + g) * dim)
+                if piece[FRESH] == 0:
+                    at = (row * heads + head * group + g) * dim
+                    convert_row(shifted(pointer(args[25], types.float32), at), dim, scale, out)
+                    continue
+                at = row * (heads + 2 * kv_heads) * dim + (head * group + g) * dim
+                cos = shifted(pointer(args[4], types.float32), row * half)
+                sin = shifted(pointer(args[5], types.float32), row * half)
+                source, norm = shifted(pointer(args[3], element), at), pointer(args[22], element)
+                normed_head(source, norm, args[22] != 0, as_float(args[24]), dim, scratch)
+                # Rotated and scaled one after the other, as the rows of a span are.
+                rotate_head(scratch, cos, sin, half, dim, f32(1.0), out)
+                convert_row(out, dim, scale, out)
+
+    @outlined(element)
+    def run_part(
+        args: Any,
+        piece: Any,
+        head: Any,
+        group: Any,
+        q: Any,
+        scores: Any,
+        begin: Any,
+        end: Any,
+        sums: Any,
+        tops: Any,
+        totals: Any,
+    ) -> None:
+        """Running softmax over the tokens [begin, end) of a part: sums (rows, D), tops and totals (rows)."""
+        kv_heads, dim, block_size = args[17], args[18], args[20]
+        rows = piece[NUM_ROWS] * group
+        clear_rows(rows, dim, sums, tops, totals)
+        k_cache, v_cache = pointer(args[6], element), pointer(args[7], element)
+        table = shifted(pointer(args[8], types.int32), piece[SEQUENCE] * args[9])
+        head_at = (kv_heads * dim * block_size, head * dim * block_size)
+        for start in range(begin, end, CHUNK):
+            count = min(CHUNK, end - start)
+            score_chunk(
+                q, rows, dim, k_cache, v_cache, table, head_at, start, count, block_size, scores
+            )
+            for r in range(rows):
+                visible = min(count, piece[FIRST_POS] + r // group + 1 - start)
+                row = shifted(scores, r * CHUNK)
+                if visible <= 0:
+                    for j in range(count):
+                        row[j] = f32(0.0)
+                    continue
+                top, part = soften_row(row, visible, count, tops[r])
+                fade = exp1(tops[r] - top)
+                totals[r] = totals[r] * fade + part
+                if fade != f32(1.0):
+                    scale_sums(shifted(sums, r * dim), dim, fade)
+                tops[r] = top
+            weigh_chunk(
+                scores,
+                rows,
+                dim,
+                k_cache,
+                v_cache,
+                table,
+                head_at,
+                start,
+                count,
+                end,
+                block_size,
+                sums,
+            )
+
+    @outlined(element)
+    def run_parts(
+        args: Any,
+        piece: Any,
+        head: Any,
+        group: Any,
+        q: Any,
+        scores: Any,
+        sums: Any,
+        tops: Any,
+        totals: Any,
+    ) -> None:
+        """``run_part`` for all parts of the piece, folded together in order."""
+        begin, end, dim = piece[BEGIN], piece[END], args[18]
+        if end - begin <= PART_TOKENS:
+            run_part(args, piece, head, group, q, scores, begin, end, sums, tops, totals)
+            return
+        rows = piece[NUM_ROWS] * group
+        own_sums = shifted(totals, rows)
+        own_tops = shifted(own_sums, rows * dim)
+        own_totals = shifted(own_tops, rows)
+        clear_rows(rows, dim, sums, tops, totals)
+        for start in range(begin, end, PART_TOKENS):
+            stop = min(start + PART_TOKENS, end)
+            run_part(
+                *(args, piece, head, group, q, scores),
+                *(start, stop, own_sums, own_tops, own_totals),
+            )
+            for r in range(rows):
+                own, kept = shifted(own_sums, r * dim), shifted(sums, r * dim)
+                tops[r], totals[r] = fold_part(
+                    own, own_tops[r], own_totals[r], kept, tops[r], totals[r], dim
+                )
+
+    @outlined(element)
+    def finish(
+        args: Any,
+        piece: Any,
+        head: Any,
+        group: Any,
+        sums: Any,
+        tops: Any,
+        totals: Any,
+        row_out: Any,
+    ) -> None:
+        """Write the outputs of the piece's rows, or leave its part and fold all if it was the last to come."""
+        heads, kv_heads, dim = args[16], args[17], args[18]
+        out = pointer(args[11], element)
+        rows, num_parts = piece[NUM_ROWS] * group, piece[NUM_PARTS]
+        first = (piece[FIRST_ROW] * heads + head * group) * dim
+        if num_parts == 1:
+            for r in range(rows):
+                at = first + (r // group * heads + r % group) * dim
+                convert_row(shifted(sums, r * dim), dim, f32(1.0) / totals[r], shifted(out, at))
+            return
+        size = rows * (dim + 2)
+        stride = size * kv_heads
+        partials = shifted(
+            pointer(args[12], types.float32), piece[PARTIAL] * kv_heads * group * (dim + 2)
+        )
+        partials = shifted(partials, head * size)
+        own = shifted(partials, piece[PART] * stride)
+        convert_row(sums, rows * dim, f32(1.0), own)
+        for r in range(rows):
+            store(own, rows * dim + r, tops[r])
+            store(own, rows * dim + rows + r, totals[r])
+        done = pointer(args[13], types.int64)
+        place = piece[DONE] * kv_heads + head
+        if fetch_add(done, place, 1) != num_parts - 1:
+            return
+        done[place] = 0
+        for r in range(rows):
+            top, summed = HIDDEN_SCORE, f32(0.0)
+            for d in range(dim):
+                row_out[d] = f32(0.0)
+            for index in range(num_parts):
+                part = shifted(partials, index * stride)
+                part_top = load(part, rows * dim + r)
+                part_total = load(part, rows * dim + rows + r)
+                top, summed = fold_part(
+                    shifted(part, r * dim), part_top, part_total, row_out, top, summed, dim
+                )
+            at = first + (r // group * heads + r % group) * dim
+            convert_row(row_out, dim, f32(1.0) / summed, shifted(out, at))
+
+    def attend(args: Any) -> None:
+        heads, kv_heads, dim = args[16], args[17], args[18]
+        group = heads // kv_heads
+        slot = fetch_add(args, 1, 1)
+        small = shifted(pointer(args[14], types.float32), slot * args[15])
+        q = shifted(small, 2 * dim)
+        while True:
+            task = fetch_add(args, 0, 1)
+            if task >= args[2]:
+                break
+            piece = shifted(pointer(args[10], types.int64), task // kv_heads * PIECE_COLUMNS)
+            head = task % kv_heads
+            rows = piece[NUM_ROWS] * group
+            scores = shifted(q, rows * dim)
+            sums = shifted(scores, rows * CHUNK)
+            tops = shifted(sums, rows * dim)
+            totals = shifted(tops, rows)
+            if piece[FRESH] != 0 and piece[BEGIN] <= piece[FIRST_POS] < piece[END]:
+                write_new(args, piece, head, small)
+            fill_queries(args, piece, head, group, q, small)
+            run_parts(args, piece, head, group, q, scores, sums, tops, totals)
+            finish(args, piece, head, group, sums, tops, totals, small)
+
+    return attend

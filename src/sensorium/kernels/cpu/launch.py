@@ -1,0 +1,236 @@
+"""Compiling kernels once, keeping them on disk, and running them on torch's own threads.
+
+A kernel is a C function ``void kernel(int64_t *args)`` that Numba compiles without Python objects. ``args[0]`` counts
+the tasks taken, ``args[1]`` the threads that entered, ``args[2]`` is the number of tasks, the rest are addresses and
+sizes. Every thread runs the same function and takes tasks until none is left.
+
+The threads are those of the OpenMP library that torch has loaded: ``GOMP_parallel`` is what compiled OpenMP code calls
+to open a parallel region. So kernels and torch share one pool and one thread count, no second pool spins against it,
+and a region costs about 3 microseconds, where Numba's own launcher would bring a second OpenMP library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import hashlib
+import logging
+import os
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+import torch
+from numba import types
+from numba.core import caching as numba_caching
+from numba.core import ccallback
+from numba.core.registry import cpu_target
+
+log = logging.getLogger(__name__)
+
+# Numba's cache is not part of its public interface: its classes are taken as they come.
+caching: Any = numba_caching
+CFunc: Any = ccallback.CFunc
+
+NUM_ARGS = 32
+SERIAL_WEIGHT = 256 * 1024
+"""Multiply-adds below which a kernel that does little else runs on one thread."""
+RELEASE_WEIGHT = 256 * 1024 * 1024
+"""Multiply-adds from which it runs without the GIL: some milliseconds."""
+Kernel = Callable[[Any], None]
+
+Args = ctypes.c_int64 * NUM_ARGS
+"""The array of arguments; ``pack`` fills it."""
+
+
+def pack(num_tasks: int, *values: int) -> Any:
+    """Arguments of one launch: counters at zero, the number of tasks, then addresses and integers."""
+    return Args(0, 0, num_tasks, *values)
+
+
+@functools.lru_cache(maxsize=256)
+def float_bits(value: float) -> int:
+    """A float32 as the integer that carries it in the arguments."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+@functools.cache
+def _find_openmp() -> int | None:
+    """Address of ``GOMP_parallel`` in the OpenMP library that torch runs on, if it has one."""
+    if not sys.platform.startswith("linux"):
+        return None
+    path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
+    try:
+        return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        log.warning("torch's OpenMP library was not found: CPU kernels run on one thread")
+        return None
+
+
+class Launcher:
+    """One compiled kernel. ``serial`` runs it on the calling thread, ``parallel`` on ``torch.get_num_threads()``.
+
+    Both keep the GIL, as taking it back from a busy thread costs more than a small kernel; ``released`` is for kernels
+    that run for milliseconds. The three are plain C calls with the arguments' array: between two linear layers that
+    stream megabytes every Python frame is a cache miss or many.
+    """
+
+    __slots__ = ("_address", "_region", "_released", "serial")
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+        self.serial: Kernel = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address)
+        region = _find_openmp()
+        signature = (None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        self._region = None if region is None else ctypes.PYFUNCTYPE(*signature)(region)
+        self._released = None if region is None else ctypes.CFUNCTYPE(*signature)(region)
+
+    def parallel(self, args: Any) -> None:
+        """Run on all threads, holding the GIL."""
+        if self._region is None:
+            self.serial(args)
+        else:
+            self._region(self._address, args, torch.get_num_threads(), 0)
+
+    def for_weight(self, weight: int) -> Kernel:
+        """How to run a kernel of so many multiply-adds: on one thread or all, with or without the GIL."""
+        if weight < SERIAL_WEIGHT:
+            return self.serial
+        return self.parallel if weight < RELEASE_WEIGHT else self.released
+
+    def released(self, args: Any) -> None:
+        """Run on all threads without the GIL."""
+        if self._released is None:
+            self.serial(args)
+        else:
+            self._released(self._address, args, torch.get_num_threads(), 0)
+
+
+# -- compiling ----------------------------------------------------------------------------------
+
+
+@functools.cache
+def _source_digest() -> str:
+    """Digest of the kernels' sources, compiler and CPU: a cached kernel is good for exactly these."""
+    cpu = cpu_target.target_context.codegen().magic_tuple()
+    versions = (numba.__version__, llvmlite.__version__, sys.version)
+    digest = hashlib.sha256(repr((versions, cpu)).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Folder of compiled kernels for these sources, or None, with a warning, where none can be written."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(root) / "sensorium" / "kernels" / _source_digest()
+    if not folder.is_absolute():
+        # Such a path is not to be used (XDG's rule); "~" also stays as it is where the user has no home.
+        return _warn_not_kept(root, "it is no absolute path")
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        return _warn_not_kept(root, error.strerror)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return _warn_not_kept(root, os.strerror(errno.EACCES))
+    if not any(folder.iterdir()):
+        log.info("compiling CPU kernels into %s; later starts load them from there", folder)
+    return folder
+
+
+@functools.cache
+def _warn_not_kept(root: str, reason: str | None) -> None:
+    """Say once that each start of this program takes long, and what to do."""
+    log.warning(
+        "compiled CPU kernels cannot be kept in %r (%s), so every start compiles them again, which takes about half a "
+        "minute: set XDG_CACHE_HOME to a folder that can be written",
+        root,
+        reason,
+    )
+
+
+class _Locator(caching._CacheLocator):
+    """Puts Numba's cache files into ``cache_folder``, one per kernel and element type."""
+
+    def __init__(self, folder: Path, variant: str) -> None:
+        self._folder = folder
+        self._variant = variant
+
+    def get_cache_path(self) -> str:
+        return str(self._folder)
+
+    def get_source_stamp(self) -> str:
+        return _source_digest()
+
+    def get_disambiguator(self) -> str:
+        return self._variant
+
+    @classmethod
+    def from_function(cls, py_func: Any, py_file: str) -> _Locator | None:
+        folder = cache_folder()
+        return None if folder is None else cls(folder, py_func.variant)
+
+
+class _CacheFiles(caching.CompileResultCacheImpl):
+    _locator_classes = [_Locator]  # noqa: RUF012 - Numba's own name and type
+
+
+class _KernelCache(caching.Cache):
+    """Numba's cache, keyed by what determines a kernel here: its name, element type, sources and CPU."""
+
+    _impl_class = _CacheFiles
+
+    def _index_key(self, sig: Any, codegen: Any) -> Any:
+        return (sig, codegen.magic_tuple())
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """What the cache holds, or None; a file that cannot be read is thrown away."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:
+            log.warning("a compiled CPU kernel in the cache is damaged: %s", type(error).__name__)
+            self.flush()
+            return None
+
+
+def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
+    """Compile ``function(args: int64*)``, or load it from the cache; ``variant`` names the element type.
+
+    Costs 0.2 to 3 seconds the first time on a machine, milliseconds later. Works, uncached, where no cache folder can
+    be written.
+    """
+    start = time.perf_counter()
+    function.variant = variant  # type: ignore[attr-defined]
+    function.__qualname__ += (
+        f"_{variant}"  # machine code is linked by name, see ``numeric.outlined``
+    )
+    signature = ((types.CPointer(types.int64),), types.void)
+    options = {"error_model": "numpy", "boundscheck": False, "nopython": True, "nogil": True}
+    compiled = CFunc(function, signature, locals={}, options=options)
+    if cache_folder() is not None and not _NOT_KEPT:
+        compiled._cache = _KernelCache(function)
+    try:
+        compiled.compile()
+    except OSError as error:
+        _warn_not_kept(str(cache_folder()), error.strerror)
+        _NOT_KEPT.append(error)
+        compiled._cache = caching.NullCache()
+        compiled.compile()
+    launcher = Launcher(compiled.address)
+    _KEPT.append(compiled)
+    log.debug("kernel %s (%s): %.2f s", function.__name__, variant, time.perf_counter() - start)
+    return launcher
+
+
+_NOT_KEPT: list[OSError] = []
+"""Why a kernel could not be written, such as a full disk: the others are not tried, which would compile each twice."""
+
+_KEPT: list[Any] = []
+"""Compiled functions, whose machine code must outlive every launcher."""

@@ -1,0 +1,1 @@
+"""The model families, a folder each, and any other model of transformers (``hf``)."""

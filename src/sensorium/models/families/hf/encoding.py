@@ -1,0 +1,75 @@
+"""Embeddings of media, taken where a model of transformers hands its merged embeddings to its decoder.
+
+So no knowledge is needed of how its encoders are called, what they return and how that is cut up: the model's own
+forward pass runs until its decoder is called, and no further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sensorium.models.families.hf.attention import UnfitError
+
+_EXPECTED = frozenset(
+    {
+        *("inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"),
+        *("cache_position", "input_ids", "output_attentions", "output_hidden_states"),
+    }
+)
+"""What a decoder is given besides settings; anything else would be lost."""
+
+
+class _ReachedDecoderError(Exception):
+    """Ends a forward pass whose decoder would run next."""
+
+
+def embed_items(
+    inner: Any, decoder: Any, items: Sequence[Mapping[str, np.ndarray]], dtype: torch.dtype
+) -> torch.Tensor:
+    """(items, n, H): embeddings of the ids of each item, those of the media merged in.
+
+    ``items``: what the processor returned for each, of equal shapes. Raises UnfitError when the model gives its decoder
+    something besides embeddings.
+    """
+    inputs = inputs_of(items, next(decoder.parameters()).device, dtype)
+    found: dict[str, Any] = {}
+
+    def stop(module: Any, args: Any, kwargs: Any) -> None:
+        found.update(kwargs)
+        raise _ReachedDecoderError
+
+    hook = decoder.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        inner(**inputs, use_cache=False)
+    except _ReachedDecoderError:
+        pass
+    finally:
+        hook.remove()
+    embeds = found.pop("inputs_embeds", None)
+    if embeds is None:
+        raise UnfitError("it does not hand merged embeddings to its decoder")
+    more = [name for name, value in found.items() if name not in _EXPECTED and _holds(value)]
+    if more:
+        raise UnfitError(f"it hands {', '.join(more)} to its decoder besides the embeddings")
+    merged_embeds: torch.Tensor = embeds
+    return merged_embeds
+
+
+def inputs_of(
+    items: Sequence[Mapping[str, np.ndarray]], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Arguments of a model for a batch of items: arrays of all joined along the first axis."""
+    joined = {name: np.concatenate([item[name] for item in items]) for name in items[0]}
+    tensors = {name: torch.from_numpy(array).to(device) for name, array in joined.items()}
+    return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+
+
+def _holds(value: Any) -> bool:
+    """Whether tensors are in a value."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds, value))
+    return isinstance(value, torch.Tensor)

@@ -1,0 +1,334 @@
+"""Media of models of transformers: their own processor is called with one item, and what it returns is taken apart.
+
+The processor gets a text that holds nothing but one placeholder, and one item. The ids that come back are what the
+placeholder expands to; those among them that equal the token of ``fill`` are the places of the item's embeddings; all
+else that comes back are the item's features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from sensorium.errors import (
+    ConfigError,
+    InvalidEmbeddingsError,
+    InvalidRequestError,
+    UnsupportedModelError,
+)
+from sensorium.models.families.hf import foreign
+from sensorium.models.families.hf.config import has_axes, read_hf_config, text_shape
+from sensorium.models.families.hf.rope import numbered
+from sensorium.models.families.qwen2_vl.sizes import check_aspect
+from sensorium.models.interface import LoadedConfig
+from sensorium.models.media import precomputed
+from sensorium.models.media.options import check_option_names, identity_of
+from sensorium.models.media.pixels import check_image
+from sensorium.multimodal.items import Decoded, Features, Modality, Sound
+from sensorium.multimodal.placeholders import marker
+from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
+
+BothWays = Literal["items", "prompt"] | None
+BOTH_WAYS: dict[str, BothWays] = {
+    "gemma3": "items",
+    "shieldgemma2": "items",
+    "paligemma": "prompt",
+}
+"""Model types whose images, or whose prompts with images, attend to themselves both ways (``Family.both_ways``)."""
+MAX_LINE_ENDS = 8
+COLOURS = frozenset({"image_mean", "image_std", "rescale_factor", "resample"})
+"""Options whose numbers change what is made of an image, but not how much."""
+PROBE_IMAGE = (64, 64)
+PROBE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How items of a modality stand in a prompt.
+
+    text: the placeholder as a user writes it. ids: as the tokenizer has it; a marker where that is not one token.
+    fill: the id at the places of embeddings. around: what stands before and behind these, for embeddings given as
+    such; None where the places are not one run.
+    """
+
+    modality: Modality
+    text: str
+    ids: tuple[int, ...]
+    fill: int
+    around: tuple[tuple[int, ...], tuple[int, ...]] | None
+
+
+@dataclass(frozen=True, slots=True)
+class HfProcessor:
+    """See ``multimodal.processor.Processor``."""
+
+    folder: str
+    model_type: str
+    fingerprint: str
+    hidden_size: int
+    places: tuple[Place, ...]
+    both_ways: BothWays = None
+    joins: tuple[tuple[tuple[int, int], int], ...] = ()
+    """As in ``Replacement``."""
+    axes_of: str | None = None
+    """The architecture whose code numbers tokens on several axes; None for plain positions."""
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What the model takes."""
+        return tuple(place.modality for place in self.places)
+
+    @property
+    def markup(self) -> Markup | None:
+        """Placeholders that the vocabulary does not hold as one token are found in the text."""
+        patterns = {
+            place.modality: re.escape(place.text)
+            for place in self.places
+            if place.ids == marked(place.modality)
+        }
+        return Markup(patterns) if patterns else None
+
+    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> int | None:
+        """The sampling rate of sounds; images need nothing."""
+        return self._foreign.rate if modality == "audio" else None
+
+    def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
+        """Configuration of model and processor, and options."""
+        return identity_of("transformers 1", self.fingerprint, options, self.model_type)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Names that the processor's parts know, and numbers no larger than the checkpoint's own: the memory that they
+        make an image take is bounded by nothing else. Other values are seen by the processor itself."""
+        most = {
+            name: self._foreign.most(modality, name)
+            for modality in self.modalities
+            for name in self._foreign.options(modality)
+        }
+        check_option_names(options, list(most))
+        for name in options.keys() - COLOURS:
+            for number in foreign.numbers_in(options[name]):
+                if not 0 <= number <= most[name]:
+                    raise InvalidRequestError(
+                        f"Numbers of {name} may be from 0 to {most[name]:g} for this model, got {number!r:.80}.",
+                        param=f"mm_processor_kwargs.{name}",
+                    )
+
+    def process(
+        self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
+    ) -> Features:
+        """``arrays``: all that the processor returned for a text with this item alone."""
+        place = self._place(modality)
+        own = {k: v for k, v in options.items() if k in self._foreign.options(modality)}
+        try:
+            arrays = self._foreign.call(modality, place.text, checked(data), own)
+        except InvalidRequestError:
+            raise
+        except (
+            Exception
+        ) as error:  # whatever it raises for options and sizes that it does not expect
+            raise InvalidRequestError(
+                f"The model's processor does not take this {modality}: {foreign.said(error, self.folder)}"
+            ) from error
+        num_embeds = int((arrays["input_ids"] == place.fill).sum())
+        if num_embeds == 0:
+            raise InvalidRequestError(f"The model's processor leaves nothing of this {modality}.")
+        return Features(modality, arrays, num_embeds)
+
+    def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
+        """A tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or either as the
+        only member of a mapping (``image_embeds``)."""
+        place = self._place(modality)
+        if place.around is None:
+            raise InvalidEmbeddingsError(
+                f"This model's embeddings of one {modality} do not stand side by side: send the {modality} itself.",
+                param=param,
+            )
+        source, param = precomputed.unwrapped(modality, source, param)
+        found = []
+        for array, where in precomputed.per_item(source, param):
+            precomputed.check_width(array, self.hidden_size, where)
+            found.append(Features(modality, {"embeds": array}, len(array), precomputed=True))
+        return found
+
+    def placeholder(self, modality: Modality) -> tuple[int, ...]:
+        """Ids of the placeholder."""
+        return self._place(modality).ids
+
+    def fill(self, modality: Modality) -> int | None:
+        """The token of its configuration, where an item's embeddings stand side by side."""
+        place = self._place(modality)
+        return place.fill if place.around is not None else None
+
+    def placeholder_text(self, modality: Modality, number: int = 1) -> str:
+        """Text of the placeholder."""
+        return self._place(modality).text
+
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
+        """What the processor made of the placeholder."""
+        place = self._place(features.modality)
+        if features.precomputed:
+            before, after = place.around or ((), ())
+            ids = (*before, *(place.fill,) * features.num_embeds, *after)
+            runs = ((len(before), features.num_embeds),)
+            return Replacement(ids, runs, dict(self.joins))
+        found = self._foreign.expanded(features.arrays["input_ids"][0].tolist())
+        return Replacement(tuple(found), runs_of(found, place.fill), dict(self.joins))
+
+    def positions(
+        self, token_ids: Sequence[int], items: Sequence[PlacedItem]
+    ) -> tuple[np.ndarray, int] | None:
+        """None for plain positions; those of three axes where the model has such; and where tokens attend both ways,
+        in three rows each token's index, and the first and last index of its stretch: its own twice outside of any."""
+        if self.axes_of is not None:
+            return numbered(self.folder, self.axes_of, token_ids, items)
+        if self.both_ways is None:
+            return None
+        rows = np.broadcast_to(
+            np.arange(len(token_ids), dtype=np.int32), (3, len(token_ids))
+        ).copy()
+        runs = [run for item in items for run in item.runs]
+        for start, length in [(0, len(token_ids))] if self.both_ways == "prompt" else runs:
+            rows[1, start : start + length] = start
+            rows[2, start : start + length] = start + length - 1
+        return rows, 0
+
+    @property
+    def _foreign(self) -> foreign.Foreign:
+        return foreign.processor_of(self.folder, self.model_type)
+
+    def _place(self, modality: Modality) -> Place:
+        return next(place for place in self.places if place.modality == modality)
+
+
+def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
+    """The processor of a checkpoint; None for a text model.
+
+    Raises ConfigError when the processor cannot be built, and UnsupportedModelError when it cannot be found out what
+    it makes of an item.
+    """
+    config = read_hf_config(loaded.config)
+    shape = text_shape(loaded)  # what its decoder refuses is told first
+    if config.get_text_config(decoder=True) is config:
+        return None
+    own = foreign.processor_of(loaded.folder, config.model_type)
+    places = tuple(find_place(own, modality, config) for modality in own.modalities)
+    if not places:
+        raise UnsupportedModelError(
+            f"Models of type {config.model_type!r} cannot run here: their processor takes neither images nor sounds.",
+            param="model",
+        )
+    known = json.dumps([loaded.config, loaded.preprocessor, loaded.processor], sort_keys=True)
+    return HfProcessor(
+        folder=loaded.folder,
+        model_type=config.model_type,
+        fingerprint=hashlib.sha256(known.encode()).hexdigest(),
+        hidden_size=shape.hidden_size,
+        places=places,
+        both_ways=BOTH_WAYS.get(config.model_type),
+        joins=line_ends(own),
+        axes_of=architecture if has_axes(config.get_text_config(decoder=True)) else None,
+    )
+
+
+def find_place(own: foreign.Foreign, modality: Modality, config: Any) -> Place:
+    """Try the placeholders that there may be on a small item, until one of them is expanded.
+
+    Raises UnsupportedModelError that says what happened when none is.
+    """
+    fill = fill_id(config, modality)
+    reasons = []
+    for text in own.placeholders(modality):
+        try:
+            arrays = own.call(modality, text, probe(modality, own.rate), {})
+        except Exception as error:  # whatever a processor raises for a text that it does not expect
+            reasons.append(f"{text!r}: {foreign.said(error)}")
+            continue
+        ids = own.expanded(arrays["input_ids"][0].tolist())
+        runs = runs_of(ids, fill)
+        if not runs:
+            reasons.append(f"{text!r}: no token {fill} came of it")
+            continue
+        whole = own.ids_of(text)
+        around = None
+        if len(runs) == 1:
+            (start, length) = runs[0]
+            around = (tuple(ids[:start]), tuple(ids[start + length :]))
+        found = whole if len(whole) == 1 or own.keeps_ids else marked(modality)
+        return Place(modality, text, found, fill, around)
+    raise UnsupportedModelError(
+        f"Models of type {config.model_type!r} cannot run here: what their processor makes of one {modality} could not "
+        f"be found out. Tried were {'; '.join(reasons) or 'no placeholders: it names none'}.",
+        param="model",
+    )
+
+
+def marked(modality: Modality) -> tuple[int, ...]:
+    """What stands for a placeholder that is no single token, and is cut out of the text."""
+    return (marker(modality),)
+
+
+def line_ends(own: foreign.Foreign) -> tuple[tuple[tuple[int, int], int], ...]:
+    """Which tokens of line ends are one token when they meet: some tokenizers have one for every few of them."""
+    tokens = {num: own.ids_of("\n" * num) for num in range(1, MAX_LINE_ENDS + 1)}
+    known = {num: ids[0] for num, ids in tokens.items() if len(ids) == 1}
+    return tuple(
+        ((known[first], known[second]), known[first + second])
+        for first in known
+        for second in known
+        if first + second in known
+    )
+
+
+def fill_id(config: Any, modality: Modality) -> int:
+    """The token at whose places embeddings go, from the model's configuration. Raises ConfigError without one."""
+    for name in (f"{modality}_token_id", f"{modality}_token_index"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise ConfigError(
+        f"config.json: no {modality}_token_id or {modality}_token_index says where embeddings go.",
+        param="model",
+    )
+
+
+def runs_of(ids: Sequence[int], fill: int) -> tuple[tuple[int, int], ...]:
+    """(start, length) of each stretch of ``fill``."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], np.asarray(ids) == fill, [0]))))
+    return tuple((int(a), int(b - a)) for a, b in edges.reshape(-1, 2))
+
+
+def checked(data: Decoded) -> np.ndarray:
+    """An image (H, W, 3) uint8, or samples (N,) float32.
+
+    Raises InvalidRequestError for an aspect ratio of which processors that fix the shorter edge make an image of
+    gigabytes.
+    """
+    if isinstance(data, Sound):
+        return data.samples
+    image = check_image(data)
+    height, width = image.shape[:2]
+    check_aspect(height, width, "An image")
+    return image
+
+
+def probe_item(processor: HfProcessor, modality: Modality) -> Decoded:
+    """A small item, as it comes to ``process``."""
+    rate = processor.decoding(modality, {}) or 0
+    data = probe(modality, rate)
+    return Sound(data, rate) if modality == "audio" else data
+
+
+def probe(modality: Modality, rate: int) -> np.ndarray:
+    """A small item to try a processor with."""
+    if modality == "audio":
+        wave = np.sin(np.arange(int(PROBE_SECONDS * rate), dtype=np.float32) * 0.05)
+        return wave.astype(np.float32) * np.float32(0.5)
+    rows, columns = PROBE_IMAGE
+    ramp = np.linspace(0, 255, rows * columns * 3).reshape(rows, columns, 3)
+    return ramp.astype(np.uint8)

@@ -1,0 +1,224 @@
+"""Images and videos of LLaVA-OneVision: an image in tiles, images among several in a square each, frames squeezed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sensorium.errors import ConfigError, InvalidEmbeddingsError, counted
+from sensorium.models.families.llava_onevision.config import LlavaOnevisionConfig, read_pinpoints
+from sensorium.models.families.llava_onevision.tiles import Grids, pad_and_resize
+from sensorium.models.interface import LoadedConfig
+from sensorium.models.media import precomputed
+from sensorium.models.media.options import check_option_names, identity_of
+from sensorium.models.media.pixels import (
+    CLIP_MEAN,
+    check_image,
+    check_video,
+    read_normalization,
+    read_resample,
+    resize,
+)
+from sensorium.multimodal.decode.video import frame_sampling
+from sensorium.multimodal.items import Clip, Decoded, Features, Modality
+from sensorium.multimodal.processor import (
+    FrameSampler,
+    Markup,
+    PlacedItem,
+    Replacement,
+)
+
+PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
+OPTIONS = ("num_frames", "fps")
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaOnevisionProcessor:
+    """See ``multimodal.processor.Processor``. ``arrays["pixels"]``: tiles or frames (N, tile, tile, 3) uint8."""
+
+    image_token_id: int
+    video_token_id: int
+    hidden_size: int
+    grids: Grids
+    background: tuple[int, int, int]
+    """Colour around images that are padded to a square."""
+    resample: int
+    modalities: tuple[Modality, ...] = ("image", "video")
+
+    @property
+    def markup(self) -> Markup | None:
+        """Both tokens are in the vocabulary."""
+        return None
+
+    def decoding(self, modality: Modality, options: Mapping[str, Any]) -> FrameSampler | None:
+        """Frames of a video evenly; images need nothing."""
+        if modality != "video":
+            return None
+        return functools.partial(frame_sampling.uniform, asked=frame_sampling.read_asked(options))
+
+    def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
+        """Class, configuration, options, and whether an image is the prompt's only one."""
+        is_tiled = modality == "image" and num_items == 1
+        return identity_of("llava_onevision 1", self, options, is_tiled)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """``num_frames`` and ``fps`` of videos, as ``media_io_kwargs`` has them."""
+        check_option_names(options, OPTIONS)
+        frame_sampling.read_asked(options)
+
+    def process(
+        self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
+    ) -> Features:
+        """An only image: itself and its tiles. An image among several: one square. A clip: its frames."""
+        if isinstance(data, Clip):
+            return self._clip(data)
+        image = check_image(data)
+        height, width = image.shape[:2]
+        if num_items == 1:
+            pixels = self.grids.cut(image, self.resample)
+            num_embeds = self.grids.num_embeds(height, width)
+        else:
+            pixels = pad_and_resize(image, self.grids.tile, self.background, self.resample)[None]
+            num_embeds = self.grids.num_several
+        return Features(
+            modality, {"pixels": pixels}, num_embeds, {"original_size": (height, width)}
+        )
+
+    def _clip(self, clip: Clip) -> Features:
+        size = self.grids.tile
+        check_video(len(clip.frames), size * size)
+        frames = [resize(check_image(frame), size, size, self.resample) for frame in clip.frames]
+        return Features("video", {"pixels": np.stack(frames)}, self._num_video(len(frames)))
+
+    def _num_video(self, num_frames: int) -> int:
+        """Embeddings of a video of so many frames: each pooled, and one newline."""
+        return num_frames * self.grids.pooled_side**2 + 1
+
+    def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
+        """A list of (num_embeds, hidden size) or a tensor (items, num_embeds, hidden size), also as ``image_embeds`` or
+        ``video_embeds`` of a mapping, for images with ``image_sizes`` (items, 2): height and width of each."""
+        sizes = None
+        if isinstance(source, Mapping):
+            source, sizes, param = self._members(modality, source, param)
+        found = []
+        for array, place in precomputed.per_item(source, param):
+            precomputed.check_width(array, self.hidden_size, place)
+            if modality == "video":
+                self._check_video(array, place)
+            elif not len(array):
+                raise InvalidEmbeddingsError(
+                    f"An image has at least one embedding, got shape {tuple(array.shape)}.",
+                    param=place,
+                )
+            found.append(Features(modality, {"embeds": array}, len(array), precomputed=True))
+        if sizes is not None:
+            self._check_sizes(found, sizes, param)
+        return found
+
+    def _members(
+        self, modality: Modality, source: Mapping[Any, Any], param: str
+    ) -> tuple[Any, Any, str]:
+        """Embeddings, sizes (None without) and the place of the embeddings."""
+        name = f"{modality}_embeds"
+        known = {name, "image_sizes"} if modality == "image" else {name}
+        if name not in source or not set(source) <= known:
+            raise InvalidEmbeddingsError(
+                f"Embeddings for this model are a tensor, a list of tensors, or a mapping with "
+                f"{' and '.join(map(repr, sorted(known)))}, got one with {sorted(map(str, source))}.",
+                param=param,
+            )
+        return source[name], source.get("image_sizes"), f"{param}.{name}"
+
+    def _check_video(self, array: np.ndarray, param: str) -> None:
+        per_frame = self.grids.pooled_side**2
+        if len(array) <= 1 or len(array) % per_frame != 1 % per_frame:
+            raise InvalidEmbeddingsError(
+                f"A video has {per_frame} embeddings a frame and one at the end in this model, got shape "
+                f"{tuple(array.shape)}.",
+                param=param,
+            )
+
+    def _check_sizes(self, found: Sequence[Features], sizes: Any, param: str) -> None:
+        place = param.removesuffix("image_embeds") + "image_sizes"
+        pairs = precomputed.integers(sizes, 2, place)
+        if len(pairs) != len(found):
+            raise InvalidEmbeddingsError(
+                f"image_sizes has {counted(len(pairs), 'entry', 'entries')} for the embeddings of "
+                f"{counted(len(found), 'image')}.",
+                param=place,
+            )
+        for index, (features, (height, width)) in enumerate(zip(found, pairs, strict=True)):
+            if min(height, width) < 1:
+                raise InvalidEmbeddingsError(
+                    f"An image size is a positive height and width in pixels, got {height, width}.",
+                    param=f"{place}[{index}]",
+                )
+            fits = (self.grids.num_embeds(height, width), self.grids.num_several)
+            if features.num_embeds not in fits:
+                raise InvalidEmbeddingsError(
+                    f"An image of height {height} and width {width} has {fits[0]} embeddings in this model, or "
+                    f"{fits[1]} among several images, got {features.num_embeds}.",
+                    param=f"{param}[{index}]",
+                )
+
+    def placeholder(self, modality: Modality) -> tuple[int, ...]:
+        """The image or the video token."""
+        return (self.video_token_id if modality == "video" else self.image_token_id,)
+
+    def fill(self, modality: Modality) -> int:
+        """The placeholder."""
+        return self.placeholder(modality)[0]
+
+    def placeholder_text(self, modality: Modality, number: int = 1) -> str:
+        """The text of the image or of the video token."""
+        return PLACEHOLDERS[modality]
+
+    def replacement(self, features: Features, index: int = 0) -> Replacement:
+        """The token, repeated."""
+        num = features.num_embeds
+        return Replacement(self.placeholder(features.modality) * num, ((0, num),))
+
+    def positions(self, token_ids: Sequence[int], items: Sequence[PlacedItem]) -> None:
+        """Plain positions."""
+        return
+
+
+def build(config: LlavaOnevisionConfig, loaded: LoadedConfig) -> LlavaOnevisionProcessor:
+    """The processor of a checkpoint; ConfigError when its preprocessor makes other tiles than its tower takes."""
+    preprocessor, tile = loaded.preprocessor, config.grids.tile
+    for name in ("size", "crop_size"):
+        edges = _edges(preprocessor.get(name))
+        if edges and edges != {tile}:
+            raise ConfigError(
+                f"preprocessor_config.json: {name} {preprocessor[name]!r} is not the vision tower's image_size {tile}.",
+                param="model",
+            )
+    if preprocessor.get("do_resize") is False:
+        raise ConfigError("preprocessor_config.json: do_resize must not be false.", param="model")
+    pinpoints = preprocessor.get("image_grid_pinpoints")
+    if pinpoints is not None and read_pinpoints(pinpoints, tile) != config.grids.pinpoints:
+        raise ConfigError(
+            "preprocessor_config.json: image_grid_pinpoints are not those of config.json.",
+            param="model",
+        )
+    mean = preprocessor.get("image_mean") or CLIP_MEAN  # also where nothing is normalised
+    red, green, blue = (int(value * 255) for value in read_normalization({"image_mean": mean}).mean)
+    return LlavaOnevisionProcessor(
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        hidden_size=config.text.hidden_size,
+        grids=config.grids,
+        background=(red, green, blue),
+        resample=read_resample(preprocessor),
+    )
+
+
+def _edges(size: Any) -> set[Any]:
+    """The lengths that a size names: a number, or a mapping of them."""
+    if size is None:
+        return set()
+    return set(size.values()) if isinstance(size, Mapping) else {size}

@@ -1,0 +1,134 @@
+"""Ultravox (Fixie AI, 2024): Whisper's hidden states, stacked and projected into the decoder's embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sensorium.errors import ConfigError
+from sensorium.kernels import ops
+from sensorium.layers.activation import activation
+from sensorium.layers.linear import Linear
+from sensorium.layers.norm import RMSNorm
+from sensorium.models.families.ultravox.config import UltravoxConfig
+from sensorium.models.interface import BuildOptions
+from sensorium.models.loading.weights import Part, Slot, linear_slot, norm_slot
+from sensorium.models.parts.decoder import DecoderModel, apart
+from sensorium.models.parts.whisper import Stretch, WhisperEncoder
+from sensorium.multimodal.items import Features
+
+NORM_EPS = 1e-6
+MAX_FRAMES = 24000
+"""Mel frames that go through the tower at once: 8 chunks of 30 seconds. More would take memory and win no time."""
+_TOWER, _PROJECTOR = "audio_tower.", "multi_modal_projector."
+
+
+class Projector:
+    """norm, linear, SwiGLU or another activation, linear, and a norm before (v0.5) or after (v0.3) the last linear."""
+
+    def __init__(self, config: UltravoxConfig) -> None:
+        self.is_gated = config.activation == "swiglu"
+        self.act = activation("silu" if self.is_gated else config.activation)
+        middle = config.inner_size // 2 if self.is_gated else config.inner_size
+        stacked, size = config.audio.hidden_size * config.stack_factor, config.text.hidden_size
+        self.norm_pre = RMSNorm(stacked, NORM_EPS)
+        self.linear_1 = Linear(stacked, config.inner_size)
+        self.linear_2 = Linear(middle, size)
+        self.norm_between = config.norm_between
+        self.norm = RMSNorm(middle if config.norm_between else size, NORM_EPS)
+
+    def slots(self, prefix: str) -> Iterator[Slot]:
+        """Weights under ``prefix``."""
+        yield norm_slot(self.norm_pre, f"{prefix}ln_pre")
+        shape = (self.linear_1.num_outputs, self.linear_1.num_inputs)
+        yield Slot((Part(f"{prefix}linear_1.weight", shape),), self._load_first)
+        yield linear_slot(self.linear_2, [(f"{prefix}linear_2", self.linear_2.num_outputs)])
+        yield norm_slot(self.norm, f"{prefix}{'ln_mid' if self.norm_between else 'ln_post'}")
+
+    def _load_first(self, weight: torch.Tensor) -> None:
+        """The files hold the gate's rows behind the others; our kernel wants them in front."""
+        parts = weight.chunk(2)[::-1] if self.is_gated else (weight,)
+        self.linear_1.load(torch.cat(parts))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, stacked size) -> (T, hidden size of the text)."""
+        x = self.linear_1(self.norm_pre(x))
+        x = ops.silu_mul(x) if self.is_gated else self.act(x)
+        return self.linear_2(self.norm(x)) if self.norm_between else self.norm(self.linear_2(x))
+
+
+class UltravoxModel(DecoderModel):
+    """The decoder with an audio tower and a projector; without both when sounds are skipped."""
+
+    prefix = "language_model."
+
+    def __init__(self, config: UltravoxConfig, options: BuildOptions) -> None:
+        super().__init__(config.text, options)
+        self.config = config
+        self.tower: WhisperEncoder | None = None
+        self.projector: Projector | None = None
+        # What a checkpoint of the whole of Whisper holds besides the encoder.
+        self.ignored_weights += (r"model\.decoder\..*", r"proj_out\..*")
+        if "audio" in options.skip_modalities:
+            self.ignored_weights += (r"audio_tower\..*", r"multi_modal_projector\..*")
+            return
+        try:
+            self.tower = WhisperEncoder(config.audio, options)
+            self.projector = Projector(config)
+        except ValueError as error:
+            raise ConfigError(f"config.json: {error}.", param="model") from error
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether sounds are not skipped."""
+        return self.tower is not None
+
+    def slots(self) -> Iterator[Slot]:
+        """See ``LoadableModel``."""
+        yield from super().slots()
+        if self.tower is not None and self.projector is not None:
+            yield from self.tower.slots(_TOWER)
+            yield from self.projector.slots(_PROJECTOR)
+
+    def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
+        """Embeddings (num_embeds, H) of each sound, the chunks of all in one batch, or in several of them."""
+        if self.tower is None or self.projector is None:
+            return super().encode(items)
+        stretches = [part for item in items for part in self._stretches(item.arrays["mel"])]
+        stack = self.config.stack_factor
+        found = [x for batch in batches(stretches, MAX_FRAMES) for x in self.tower(batch)]
+        rows = [F.pad(x, (0, 0, 0, -len(x) % stack)) for x in found]
+        embeds = self.projector(torch.cat(rows).view(-1, stack * rows[0].shape[1]))
+        return apart(embeds.split([item.num_embeds for item in items]))
+
+    def _stretches(self, mel: np.ndarray) -> Iterator[Stretch]:
+        """The chunks of a sound.
+
+        From v0.5 on, the reference fills the last of several chunks up to the encoder's full length, and stacks rows of
+        that padding with the last rows of the sound. So much of the padding as reaches into embeddings is kept here.
+        """
+        frames = torch.from_numpy(np.require(mel, requirements="W"))
+        step, start = self.config.frames_per_embed, 0
+        for length in self.config.chunks(len(frames)):
+            chunk = frames[start : start + length]
+            if start and self.config.norm_between:
+                wanted = min(-(-length // step) * step, self.config.audio.max_frames)
+                chunk = F.pad(chunk, (0, 0, 0, wanted - length))
+            yield Stretch(chunk, length)
+            start += length
+
+
+def batches(stretches: Sequence[Stretch], most: int) -> Iterator[list[Stretch]]:
+    """The stretches in order, as many together as have at most ``most`` frames, but at least one."""
+    batch: list[Stretch] = []
+    num = 0
+    for stretch in stretches:
+        if batch and num + len(stretch.mel) > most:
+            yield batch
+            batch, num = [], 0
+        batch.append(stretch)
+        num += len(stretch.mel)
+    yield batch

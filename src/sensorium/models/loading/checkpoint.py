@@ -1,0 +1,225 @@
+"""Finding a checkpoint and reading its configuration files; no torch, no transformers."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sensorium.errors import ConfigError
+from sensorium.models.interface import LoadedConfig
+from sensorium.models.loading import weight_files
+from sensorium.models.rope import placed_alike
+
+TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+"""What the frontend needs: configuration, tokenizer, templates."""
+DEMOS = {"demo": "demo", "demo-audio": "demo_audio"}
+"""Models that come with this package, and their folders in it."""
+NOT_NEEDED = ("[!0-9a]*/*", "a[!d]*/*")
+"""Subfolders, but for the numbered ones of embedding models, such as ``1_Pooling``, which hold settings, and
+``additional_chat_templates``."""
+
+
+def find(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """The folder of a checkpoint: one of ``DEMOS``, a local folder, or a Hugging Face id, of which everything but the
+    weights is downloaded if not cached, into ``download_dir`` or the cache of the Hugging Face hub.
+
+    Raises ConfigError that says what to do when nothing is found.
+    """
+    if model in DEMOS:
+        folder = Path(__file__).parents[2] / DEMOS[model]
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"This installation of sensorium lacks the model {model!r}: reinstall it, or name another model.",
+                param="model",
+            )
+        return folder
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if _is_path(model):
+        raise ConfigError(
+            f"Model {model!r}: there is no such folder. Give a folder with config.json and safetensors files, "
+            "a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', 'demo' or 'demo-audio'.",
+            param="model",
+        )
+    return _download(model, revision, TEXT_FILES, NOT_NEEDED, download_dir=download_dir)
+
+
+def fetch_weights(
+    model: str, folder: Path, revision: str | None = None, download_dir: str | None = None
+) -> None:
+    """Download the weights of a checkpoint that ``find`` has downloaded; nothing for one that was on this machine.
+
+    Only what ``weight_files`` counts is fetched: ``model.safetensors``, else the files that the index names.
+    """
+    if model in DEMOS or Path(model).expanduser().is_dir():
+        return
+    # What the configuration was read of, not what somebody has uploaded since.
+    same = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
+    indexed, single = weight_files.index_names(folder), weight_files.SINGLE
+    if single not in (indexed or ()):
+        _download(model, same, (single,), download_dir=download_dir)
+    if indexed is not None and (single in indexed or not (folder / single).is_file()):
+        names = [glob.escape(name) for name in indexed]
+        _download(model, same, names, download_dir=download_dir)
+
+
+def find_part(
+    name: object, whole: Path, field: str, download_dir: str | None = None
+) -> tuple[str, Path]:
+    """The folder of a checkpoint that config.json of ``whole`` names under ``field``: a folder, also relative to
+    ``whole``, or a Hugging Face id; with what ``fetch_weights`` takes for it. Raises ConfigError that says what to do
+    when nothing is found."""
+    if not isinstance(name, str) or not name:
+        raise ConfigError(
+            f"config.json: {field} must be a Hugging Face id or a folder, got {name!r}.",
+            param="model",
+        )
+    beside = whole / name
+    if beside.is_dir():
+        return str(beside), beside
+    try:
+        return name, find(name, download_dir=download_dir)
+    except ConfigError as error:
+        raise ConfigError(
+            f"The model needs a second checkpoint, which config.json names as {field}. {error.message} The folder can "
+            f"also be given with hf_overrides={{{field!r}: …}}.",
+            param="model",
+        ) from error
+
+
+def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConfig:
+    """Read ``config.json`` and its neighbours; ``overrides`` are merged into the former (nested mappings too).
+
+    Raises ConfigError when config.json is missing or a file is not a JSON object.
+    """
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise ConfigError(_no_config(folder), param="model")
+    processor = _read_json(folder / "processor_config.json") or {}
+    preprocessor, video = _preprocessors(folder, processor)
+    return LoadedConfig(
+        folder=str(folder),
+        config=merged(config, placed_alike(config, overrides or {})),
+        generation=_read_json(folder / "generation_config.json") or {},
+        preprocessor=preprocessor,
+        processor=processor,
+        video_preprocessor=video,
+    )
+
+
+def _no_config(folder: Path) -> str:
+    """Say what a folder without config.json is, where that can be told."""
+    adapter = _read_json(folder / "adapter_config.json")
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path")
+        return (
+            "The model's folder has an adapter (adapter_config.json) and no config.json: an adapter is a part of a "
+            f"model that does not run alone. Merge it into its base model, {base!r}, (with peft: merge_and_unload, "
+            "then save_pretrained) and give the folder of the result."
+        )
+    return (
+        "The model's folder has no config.json: it is not a checkpoint in the Hugging Face layout."
+    )
+
+
+def _preprocessors(
+    folder: Path, processor: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The configurations of the processor of images (or sounds), and of that of videos.
+
+    Newer files keep both inside processor_config.json. These count, also beside a file of their own that an earlier
+    version wrote.
+    """
+    parts = [processor.get(name) for name in ("image_processor", "feature_extractor")]
+    nested = [part for part in parts if isinstance(part, dict)]
+    own = nested[0] if nested else _read_json(folder / "preprocessor_config.json") or {}
+    video = processor.get("video_processor")
+    if not isinstance(video, dict):
+        video = _read_json(folder / "video_preprocessor_config.json") or own
+    return own, video
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with the values of ``over``; mappings in both are merged in the same way."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith((".", "~", os.sep)) or model.count("/") > 1 or "\\" in model
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(
+            f"{path.name} of the model cannot be read: {type(error).__name__}.", param="model"
+        ) from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path.name} of the model is not a JSON object.", param="model")
+    return value
+
+
+def _download(
+    model: str,
+    revision: str | None,
+    wanted: Sequence[str],
+    ignored: Sequence[str] = (),
+    *,
+    download_dir: str | None,
+) -> Path:
+    """Fetch the files of a repository that match a pattern of ``wanted`` and none of ``ignored``; their folder."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    where = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(ignored),
+                cache_dir=download_dir,
+            )
+        )
+    except hub.HFValidationError as error:
+        reason = "it is neither a folder here nor a well-formed Hugging Face id"
+        raise ConfigError(f"Model {where}: {reason}.", param="model") from error
+    except hub.GatedRepoError as error:
+        reason = (
+            "its owner asks for agreement first: accept the terms on its page on the Hugging Face hub, "
+            "then log in with `hf auth login` or set HF_TOKEN"
+        )
+        raise ConfigError(f"Model {where}: {reason}.", param="model") from error
+    except hub.RevisionNotFoundError as error:
+        raise ConfigError(
+            f"Model {where}: the hub has no such revision.", param="revision"
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        reason = (
+            "there is no folder of that name here, and the Hugging Face hub has no such model (or it is private: "
+            "log in with `hf auth login` or set HF_TOKEN)"
+        )
+        raise ConfigError(f"Model {where}: {reason}.", param="model") from error
+    except OSError as error:  # also the hub's errors of connection, of status, and of offline mode
+        reason = (
+            "there is no folder of that name here, it is not in the local cache of the Hugging Face hub, and the "
+            "hub cannot be reached. Check the network (and that HF_HUB_OFFLINE is unset), or give a local folder"
+        )
+        raise ConfigError(f"Model {where}: {reason}.", param="model") from error

@@ -1,0 +1,330 @@
+"""From weight files into layers: a model lists its slots, the names are checked, then each tensor is read once.
+
+A slot is a place in the model that wants weights. A fused projection is one slot of several parts, so that its pieces
+are joined and packed while only that much memory is in use; files are mapped, not read, so the peak stays near the
+size of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+
+from sensorium.errors import ConfigError
+from sensorium.layers.linear import Linear
+from sensorium.layers.norm import LayerNorm, RMSNorm
+from sensorium.models.loading.quantization import method_of_names
+from sensorium.models.loading.weight_files import listing, weight_files
+
+if TYPE_CHECKING:
+    from sensorium.models.interface import LoadableModel
+
+logger = logging.getLogger(__name__)
+
+ALWAYS_IGNORED = (
+    r"(.*\.)?rotary_emb\.inv_freq",
+    r"(.*\.)?rotary_pos_emb\.inv_freq",
+    r"(.*\.)?position_ids",
+    r"(.*\.)?masked_bias",
+)
+"""Constants that older files store and models compute."""
+
+_PERIOD = 1_048_573  # a prime: no width of a matrix divides it, so no two of its rows are alike
+_NUM_PERIODS = 24  # most matrices are then a view of the pool, and cost nothing to make
+_DUMMY_STD = 0.02
+_ROWS_COMPARED = 4096
+HEAD = "lm_head.weight"
+"""The output head in our spelling of all families."""
+_HEADLESS = (
+    f"The checkpoint has no output head ({HEAD}), as those of embedding models: start it with --runner pooling "
+    "(runner='pooling' in Python) for vectors. If it generates text and its head is its embedding, start it with "
+    'hf_overrides={"tie_word_embeddings": true}.'
+)
+_UNTIED = (
+    "config.json says that %s is tied to %s, but the checkpoint holds both and they differ: the stored one is used. "
+    "Set tie_word_embeddings to false in config.json to silence this warning."
+)
+
+
+class Part(NamedTuple):
+    """One tensor of a checkpoint: its name (in our spelling) and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on its device.
+
+    ``tied``: set where the one part is expected to be the same as another.
+    """
+
+    parts: tuple[Part, ...]
+    assign: Callable[..., None]
+    tied: Tied | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """A part of another slot, filled before, that a slot shares unless the checkpoint holds something else for it."""
+
+    part: Part
+    assign: Callable[[], None]
+    """Is called, in place of the slot's own ``assign``, where both are the same."""
+
+
+def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> Slot:
+    """The weight and bias of a linear layer whose rows come from ``parts``: (name without suffix, rows), stacked."""
+    weights = [Part(f"{name}.weight", (rows, layer.num_inputs)) for name, rows in parts]
+    biases = [Part(f"{name}.bias", (rows,)) for name, rows in parts] if layer.has_bias else []
+    num = len(weights)
+
+    def assign(*tensors: torch.Tensor) -> None:
+        weight = _joined(tensors[:num])
+        bias = owned(_joined(tensors[num:])) if biases else None
+        layer.load(weight, bias)
+        if num == 1 and layer.weight is not None and not layer.weight.packed:
+            layer.load(owned(weight), bias)  # it was kept as it is, not packed
+
+    return Slot((*weights, *biases), assign)
+
+
+def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> Slot:
+    """The weight of a norm, and its bias if it has one."""
+    parts = [Part(f"{name}.weight", (norm.size,))]
+    if isinstance(norm, LayerNorm) and norm.has_bias:
+        parts.append(Part(f"{name}.bias", (norm.size,)))
+    return Slot(tuple(parts), lambda *tensors: norm.load(*map(owned, tensors)))
+
+
+def owned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy where the tensor may lie in a mapped file: a file that changes must not change a running model."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor
+
+
+class WeightSource(Protocol):
+    """Where tensors come from."""
+
+    def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
+        """Raise ConfigError that lists names that are missing, have another shape or are not wanted."""
+        ...
+
+    def read(self, part: Part) -> torch.Tensor:
+        """The tensor of a part, of any floating dtype, on the CPU."""
+        ...
+
+    def has(self, part: Part) -> bool:
+        """Return whether there is a tensor of that name, of whatever shape."""
+        ...
+
+
+class SafetensorsFiles:
+    """The safetensors files of a checkpoint folder, sharded or not; names in our spelling through ``renames``.
+
+    Raises ConfigError when there are none, when a shard is missing or when a file is damaged.
+    """
+
+    def __init__(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
+        self._files = _named(folder, renames)
+
+    def add(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
+        """Take from another checkpoint folder what this one lacks."""
+        for name, place in _named(folder, renames).items():
+            self._files.setdefault(name, place)
+
+    def first_dtype(self) -> str | None:
+        """Dtype of the first floating tensor, such as ``float16``; None when there is none."""
+        names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+        for file, name in self._files.values():
+            dtype = names.get(str(file.get_slice(name).get_dtype()))
+            if dtype is not None:
+                return dtype
+        return None
+
+    def num_weights(self) -> int:
+        """Return how many numbers the files hold."""
+        return sum(math.prod(f.get_slice(name).get_shape()) for f, name in self._files.values())
+
+    def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
+        missing, wrong, wanted = [], [], set()
+        for part in parts:
+            wanted.add(part.name)
+            if part.name not in self._files:
+                missing.append(part.name)
+                continue
+            file, name = self._files[part.name]
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != part.shape:
+                wrong.append(f"{part.name} is {shape}, not {part.shape}")
+        skip = re.compile("|".join(f"(?:{pattern})" for pattern in (*ALWAYS_IGNORED, *ignored)))
+        extra = [n for n in self._files if n not in wanted and not skip.fullmatch(n)]
+        problems = [
+            listing("are missing", missing),
+            listing("have other shapes than config.json says", wrong),
+            listing("have no place in this architecture", extra),
+        ]
+        if missing == [HEAD] and not wrong:
+            raise ConfigError(_HEADLESS, param="runner")
+        quantization = method_of_names(extra)
+        if quantization is not None:
+            raise ConfigError(
+                f"The checkpoint is quantized ({quantization}), which is not supported: take the unquantized one.",
+                param="model",
+            )
+        if any(problems):
+            raise ConfigError(
+                "The weights do not fit the model's configuration: "
+                + "; ".join(filter(None, problems))
+                + ". Check that config.json and the safetensors files belong together.",
+                param="model",
+            )
+
+    def read(self, part: Part) -> torch.Tensor:
+        file, name = self._files[part.name]
+        tensor: torch.Tensor = file.get_tensor(name)
+        if not tensor.is_floating_point():
+            raise ConfigError(
+                f"Weight {part.name} is stored as {tensor.dtype}: quantized checkpoints are not supported.",
+                param="model",
+            )
+        return tensor
+
+    def has(self, part: Part) -> bool:
+        return part.name in self._files
+
+
+class DummyWeights:
+    """Random weights in the right shapes, quickly: each tensor is a stretch of one pool of repeated normal numbers.
+
+    Norm weights are 1, biases 0, everything else has mean 0 and standard deviation 0.02. The same seed gives the same
+    weights.
+    """
+
+    def __init__(self, seed: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        period = torch.randn(_PERIOD, generator=generator).mul_(_DUMMY_STD).to(dtype)
+        self._pool = period.repeat(_NUM_PERIODS)
+
+    def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
+        """Everything fits."""
+
+    def has(self, part: Part) -> bool:
+        """Only what the configuration says: a tied part is not there."""
+        return False
+
+    def read(self, part: Part) -> torch.Tensor:
+        if part.name.endswith("bias"):
+            return torch.zeros(part.shape, dtype=self._pool.dtype)
+        if len(part.shape) == 1 and part.name.endswith("weight"):
+            return torch.ones(part.shape, dtype=self._pool.dtype)
+        size = torch.Size(part.shape).numel()
+        start = zlib.crc32(part.name.encode()) % _PERIOD
+        stretch = self._pool[start : start + (_NUM_PERIODS - 1) * _PERIOD]
+        if size > len(stretch):
+            flat = torch.empty(size, dtype=stretch.dtype)
+            for place in range(0, size, len(stretch)):
+                end = min(place + len(stretch), size)
+                flat[place:end] = stretch[: end - place]
+            stretch = flat
+        return stretch[:size].view(part.shape)
+
+
+def fill(model: LoadableModel, source: WeightSource) -> None:
+    """Check all names and shapes, then load every slot of the model.
+
+    Raises ConfigError before anything is read when the checkpoint does not fit.
+    """
+    slots = _as_stored(list(model.slots()), source, model.dtype)
+    source.check((part for slot in slots for part in slot.parts), model.ignored_weights)
+    for slot in slots:
+        slot.assign(*(_placed(source.read(part), model) for part in slot.parts))
+
+
+def _as_stored(slots: list[Slot], source: WeightSource, dtype: torch.dtype) -> list[Slot]:
+    """Return the slots with what is tied as the checkpoint has it, whatever its configuration says.
+
+    A part that is absent, or equal in the model's dtype, is tied; one that differs counts, with a warning. Where only
+    the tied part is stored, it stands for the other.
+    """
+    stored: list[Slot] = []
+    instead: dict[Part, Part] = {}
+    for slot in slots:
+        if slot.tied is None:
+            stored.append(slot)
+            continue
+        [part] = slot.parts
+        other = slot.tied.part
+        if source.has(part) and not source.has(other):
+            instead[other] = part
+        elif source.has(part) and not _equal(source, part, other, dtype):
+            logger.warning(_UNTIED, part.name, other.name)
+            stored.append(slot)
+            continue
+        stored.append(Slot((), slot.tied.assign))
+    return [
+        replace(slot, parts=tuple(instead.get(part, part) for part in slot.parts))
+        for slot in stored
+    ]
+
+
+def _equal(source: WeightSource, part: Part, other: Part, dtype: torch.dtype) -> bool:
+    """Return whether two tensors of the checkpoint are the same in a dtype; read band by band until they differ."""
+    first, second = source.read(part), source.read(other)
+    return first.shape == second.shape and all(
+        torch.equal(a.to(dtype), b.to(dtype))
+        for a, b in zip(first.split(_ROWS_COMPARED), second.split(_ROWS_COMPARED), strict=True)
+    )
+
+
+def _named(folder: Path, renames: Sequence[tuple[str, str]]) -> dict[str, tuple[Any, str]]:
+    """Where each weight of a folder is, by its name in our spelling: the open file, and the name there."""
+    rules = [(re.compile(pattern), replacement) for pattern, replacement in renames]
+    found: dict[str, tuple[Any, str]] = {}
+    for path in weight_files(folder):
+        file = _open(path)
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            found[renamed(name, rules)] = (file, name)
+    return found
+
+
+def renamed(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    """The name after the first rule that matches it."""
+    for pattern, replacement in rules:
+        result, matches = pattern.subn(replacement, name, count=1)
+        if matches:
+            return result
+    return name
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{path.name} of the model is not a readable safetensors file: {error}.", param="model"
+        ) from error
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file by their names there, mapped and not read yet; ConfigError for a damaged file."""
+    file = _open(path)
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def _placed(tensor: torch.Tensor, model: LoadableModel) -> torch.Tensor:
+    return tensor.to(device=model.device, dtype=model.dtype)
+
+
+def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -1,0 +1,1 @@
+"""Preprocessing that families share: pixels, log-mel features, precomputed embeddings, options."""

@@ -1,0 +1,1 @@
+"""Decoder, vision towers and audio encoders that families share."""

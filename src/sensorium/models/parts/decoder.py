@@ -1,0 +1,191 @@
+"""One decoder for Llama, Qwen2, Qwen3, Mistral and Phi-3: pre-norm blocks of paged attention and a gated MLP."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from sensorium.errors import ConfigError
+from sensorium.kernels.batch import AttentionBatch
+from sensorium.layers.attention import Attention
+from sensorium.layers.embedding import Embedding, LMHead
+from sensorium.layers.mlp import GatedMLP
+from sensorium.layers.norm import RMSNorm
+from sensorium.layers.rotary import Rotary
+from sensorium.models.configs import TextConfig
+from sensorium.models.interface import BuildOptions
+from sensorium.models.loading.weights import Part, Slot, Tied, linear_slot, norm_slot, owned
+from sensorium.multimodal.items import Features
+
+logger = logging.getLogger(__name__)
+
+
+class DecoderLayer:
+    """Norm, attention, norm, MLP; the residual stream is added to by the norms."""
+
+    __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
+
+    def __init__(self, config: TextConfig) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(
+            config.hidden_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            qkv_bias=config.qkv_bias,
+            o_bias=config.o_bias,
+            qk_norm=config.qk_norm,
+            norm_eps=config.norm_eps,
+        )
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.inner_size, config.mlp_bias, config.activation
+        )
+
+    def slots(self, config: TextConfig, name: str) -> Iterator[Slot]:
+        """Weights under ``name``, such as ``layers.0``; Phi-3's files are fused already."""
+        attention, mlp = self.attention, self.mlp
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        own = f"{name}.self_attn"
+        yield norm_slot(self.attention_norm, f"{name}.input_layernorm")
+        if config.fused:
+            yield linear_slot(attention.qkv, [(f"{own}.qkv_proj", q + 2 * kv)])
+        else:
+            parts = [(f"{own}.q_proj", q), (f"{own}.k_proj", kv), (f"{own}.v_proj", kv)]
+            yield linear_slot(attention.qkv, parts)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            yield norm_slot(attention.q_norm, f"{own}.q_norm")
+            yield norm_slot(attention.k_norm, f"{own}.k_norm")
+        yield linear_slot(attention.o, [(f"{own}.o_proj", config.hidden_size)])
+        yield norm_slot(self.mlp_norm, f"{name}.post_attention_layernorm")
+        inner = config.inner_size
+        if config.fused:
+            yield linear_slot(mlp.gate_up, [(f"{name}.mlp.gate_up_proj", 2 * inner)])
+        else:
+            halves = [(f"{name}.mlp.gate_proj", inner), (f"{name}.mlp.up_proj", inner)]
+            yield linear_slot(mlp.gate_up, halves)
+        yield linear_slot(mlp.down, [(f"{name}.mlp.down_proj", config.hidden_size)])
+
+
+class Decoder:
+    """Embedding, layers, final norm and head, with rotary factors.
+
+    Raises ConfigError for an activation or a rotary scaling that is not known.
+    """
+
+    def __init__(self, config: TextConfig, options: BuildOptions) -> None:
+        self.config = config
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        try:
+            self.layers = [DecoderLayer(config) for _ in range(config.num_layers)]
+            self.rotary = Rotary(
+                config.rotary_dim,
+                config.rope_theta,
+                config.rope,
+                config.max_position,
+                device=options.device,
+            )
+        except KeyError as error:
+            raise ConfigError(f"config.json: the rotary scaling lacks {error}.") from error
+        except ValueError as error:
+            raise ConfigError(f"config.json: {error}.", param="model") from error
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = LMHead(config.vocab_size, config.hidden_size)
+        self.has_head = options.head
+        if config.window is not None:
+            logger.warning(
+                "the model attends to a sliding window of %d tokens, which is not available yet: contexts end there, "
+                "not at %d",
+                config.window,
+                config.context,
+            )
+
+    def slots(self, prefix: str) -> Iterator[Slot]:
+        """Weights under ``prefix``; the head, where it is wanted, is ``lm_head`` without prefix, or the embedding where
+        the configuration says so and the checkpoint holds no other."""
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        table = Part(f"{prefix}embed_tokens.weight", shape)
+        yield Slot((table,), lambda weight: self.embedding.load(owned(weight)))
+        for index, layer in enumerate(self.layers):
+            yield from layer.slots(self.config, f"{prefix}layers.{index}")
+        yield norm_slot(self.norm, f"{prefix}norm")
+        if self.has_head:
+            tied = Tied(table, lambda: self.head.load(self.embedding.weight))
+            head = linear_slot(self.head.linear, [("lm_head", self.config.vocab_size)])
+            yield replace(head, tied=tied if self.config.tied else None)
+
+    def forward(
+        self, embeds: torch.Tensor, batch: AttentionBatch, added: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        """(T, H) -> (T, H) after the final norm; overwrites ``embeds``, which becomes the residual stream.
+
+        ``added``: tensors (T, H) that the first layers add to the stream, one after the other.
+        """
+        residual = embeds
+        layers = self.layers
+        x = layers[0].attention_norm(residual)
+        last = len(layers) - 1
+        for index, layer in enumerate(layers):
+            x = layer.mlp_norm.forward_add(residual, layer.attention(x, batch, index))
+            norm = self.norm if index == last else layers[index + 1].attention_norm
+            x = layer.mlp(x)
+            if index < len(added):
+                residual.add_(added[index])
+            x = norm.forward_add(residual, x)
+        return x
+
+
+class DecoderModel:
+    """The ``Model`` protocol over a ``Decoder``: text models are this, the others add an encoder."""
+
+    prefix = ""
+    """Of the decoder's weight names."""
+
+    def __init__(self, config: TextConfig, options: BuildOptions) -> None:
+        self.shape = config.shape
+        self.dtype = options.dtype
+        self.device = options.device
+        self.decoder = Decoder(config, options)
+        headless = config.tied or not options.head
+        self.ignored_weights: tuple[str, ...] = (r"lm_head\.weight",) if headless else ()
+
+    @property
+    def has_encoder(self) -> bool:
+        """A decoder alone has none."""
+        return False
+
+    def slots(self) -> Iterator[Slot]:
+        """See ``LoadableModel``."""
+        yield from self.decoder.slots(self.prefix)
+
+    def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
+        """A decoder alone takes no media: ValueError for any item."""
+        if items:
+            raise ValueError(f"this model has no encoder for {items[0].modality}")
+        return []
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings (T, H) of ids (T,)."""
+        return self.decoder.embedding(ids)
+
+    def rotary(
+        self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos, sin (T, rotary_dim / 2) of positions (T,) or (3, T) and lengths of sequences (see ``Model``)."""
+        return self.decoder.rotary.cos_sin(positions, lengths)
+
+    def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        """Hidden states (T, H) after the final norm; overwrites ``embeds``."""
+        return self.decoder.forward(embeds, batch)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (N, V) of hidden states (N, H)."""
+        return self.decoder.head(hidden)
+
+
+def apart(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The parts of a batch in memory of their own, so that one that is kept does not keep the others."""
+    return [part.clone() for part in parts] if len(parts) > 1 else list(parts)

@@ -1,0 +1,95 @@
+"""A decoder behind a vision tower and a projector of two layers: what the LLaVA families share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+from sensorium.errors import ConfigError
+from sensorium.layers.mlp import PlainMLP
+from sensorium.models.configs import ClipConfig, TextConfig
+from sensorium.models.interface import BuildOptions
+from sensorium.models.loading.weights import Slot, linear_slot
+from sensorium.models.media.pixels import Normalization
+from sensorium.models.parts.decoder import DecoderModel
+
+TOWER = "vision_tower."
+PROJECTOR = "multi_modal_projector."
+
+
+class ProjectedConfig(Protocol):
+    """What of a configuration the tower and the projector are built of."""
+
+    @property
+    def text(self) -> TextConfig:
+        """The decoder."""
+        ...
+
+    @property
+    def vision(self) -> ClipConfig:
+        """The tower."""
+        ...
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """After how many layers of the tower features are taken; several are joined along the channels."""
+        ...
+
+    @property
+    def projector_activation(self) -> str:
+        """Between the projector's layers."""
+        ...
+
+    @property
+    def projector_bias(self) -> bool:
+        """Whether they have biases."""
+        ...
+
+
+Config = TypeVar("Config", bound=ProjectedConfig)
+Tower = TypeVar("Tower")
+
+
+class ProjectedModel(DecoderModel, Generic[Config, Tower]):
+    """The decoder with a vision tower and a projector; without both when all of ``seen`` is skipped."""
+
+    prefix = "language_model."
+    tower_class: ClassVar[type[Any]]
+    seen: ClassVar[frozenset[str]]
+    """Modalities that go through the tower."""
+
+    def __init__(self, config: Config, normalization: Normalization, options: BuildOptions) -> None:
+        super().__init__(config.text, options)
+        self.config = config
+        self.tower: Tower | None = None
+        self.projector: PlainMLP | None = None
+        if self.seen <= options.skip_modalities:
+            self.ignored_weights += (rf"({TOWER}|{PROJECTOR}).*",)
+            return
+        depth, size = max(config.feature_layers), config.text.hidden_size
+        width = config.vision.hidden_size * len(config.feature_layers)
+        try:
+            tower = self.tower_class(config.vision, depth, normalization, options)
+            self.projector = PlainMLP(
+                width, size, size, act=config.projector_activation, bias=config.projector_bias
+            )
+        except ValueError as error:
+            raise ConfigError(f"config.json: {error}.", param="model") from error
+        self.tower = tower
+        self.ignored_weights += tower.ignored(TOWER)
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether anything that goes through the tower is not skipped."""
+        return self.tower is not None
+
+    def slots(self) -> Iterator[Slot]:
+        """See ``LoadableModel``."""
+        yield from super().slots()
+        tower: Any = self.tower
+        if tower is None or self.projector is None:
+            return
+        yield from tower.slots(TOWER)
+        size = self.config.text.hidden_size
+        yield linear_slot(self.projector.fc1, [(f"{PROJECTOR}linear_1", size)])
+        yield linear_slot(self.projector.fc2, [(f"{PROJECTOR}linear_2", size)])

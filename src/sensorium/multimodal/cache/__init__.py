@@ -1,0 +1,1 @@
+"""Cache of preprocessed features, keyed by digests of items."""

@@ -1,0 +1,114 @@
+"""How each modality is loaded: its options, its decoders. A new modality is an entry of ``LOADERS``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sensorium.config import MediaConfig, suggestion
+from sensorium.errors import InvalidRequestError, MediaUndecodableError, SensoriumError
+from sensorium.multimodal.decode import audio, image
+from sensorium.multimodal.decode.shortage import check_shortage
+from sensorium.multimodal.decode.video import loading as video
+from sensorium.multimodal.items import Decoded, Features, Modality
+from sensorium.multimodal.processor import Processor
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Loader:
+    """The functions of one modality.
+
+    ``parse_options(options, param)`` checks the modality's part of ``media_io_kwargs`` and builds a dataclass of it.
+    ``decode(data, options, config, decoding)`` reads an encoded file, ``decode_object(source, …)`` an object of the
+    caller's; both return what ``Processor.process`` takes. ``decoding`` comes from ``Processor.decoding``.
+    """
+
+    parse_options: Callable[[Mapping[str, Any], str], Any]
+    decode: Callable[[bytes, Any, MediaConfig, Any], Decoded]
+    decode_object: Callable[[Any, Any, MediaConfig, Any], Decoded]
+
+
+def _decode_image(
+    data: bytes, options: image.ImageOptions, config: MediaConfig, decoding: None
+) -> np.ndarray:
+    return image.decode(data, options, max_pixels=config.max_image_pixels)
+
+
+def _decode_image_object(
+    source: Any, options: image.ImageOptions, config: MediaConfig, decoding: None
+) -> np.ndarray:
+    return image.decode_object(source, options, max_pixels=config.max_image_pixels)
+
+
+LOADERS: dict[Modality, Loader] = {
+    "image": Loader(image.ImageOptions.parse, _decode_image, _decode_image_object),
+    "video": Loader(video.VideoOptions.parse, video.decode, video.decode_object),
+    "audio": Loader(audio.AudioOptions.parse, audio.decode, audio.decode_object),
+}
+
+
+def check_loading_options(given: Mapping[str, Any], modalities: Sequence[Modality]) -> None:
+    """Check ``media_io_kwargs`` for a model that takes ``modalities``. Raises InvalidRequestError."""
+    known: dict[str, Loader] = {modality: LOADERS[modality] for modality in modalities}
+    for name, options in given.items():
+        param = f"media_io_kwargs.{str(name)[:80]}"
+        if name not in known:
+            raise InvalidRequestError(
+                f"media_io_kwargs has no options for {str(name)[:80]!r}; this model takes "
+                f"{', '.join(known) or 'text only'}.{suggestion(str(name), list(known))}",
+                param=param,
+            )
+        known[name].parse_options(options, param)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One item to be decoded and preprocessed.
+
+    ``source``: the bytes of an encoded file, or a caller's object. ``loading``: what the modality's ``parse_options``
+    returned. ``options``: ``mm_processor_kwargs``. ``num_items``: how many items of the modality the prompt has.
+    """
+
+    modality: Modality
+    source: Any
+    loading: Any
+    options: Mapping[str, Any]
+    num_items: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Features and what they cost."""
+
+    features: Features
+    decode_seconds: float
+    decoded_bytes: int
+    preprocess_seconds: float
+
+
+def prepare(work: Work, config: MediaConfig, processor: Processor) -> Prepared:
+    """Decode and preprocess one item. Raises RequestError, and MemoryError where memory is limited."""
+    modality, loader = work.modality, LOADERS[work.modality]
+    started = time.perf_counter()
+    decoding = processor.decoding(modality, work.options)
+    decode = loader.decode if isinstance(work.source, bytes) else loader.decode_object
+    data = decode(work.source, work.loading, config, decoding)
+    decoded = time.perf_counter()
+    try:
+        features = processor.process(modality, data, work.options, work.num_items)
+    except (SensoriumError, MemoryError):
+        raise
+    except Exception as error:
+        check_shortage(error)
+        _logger.exception("The processor failed on an %s of shape %s", modality, data.shape)
+        raise MediaUndecodableError(
+            f"The model's processor cannot take this {modality} (decoded shape {data.shape})."
+        ) from None
+    return Prepared(features, decoded - started, data.nbytes, time.perf_counter() - decoded)

@@ -1,0 +1,1 @@
+"""References to bytes: what may be fetched, and how."""

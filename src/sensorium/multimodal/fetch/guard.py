@@ -1,0 +1,273 @@
+"""What may be fetched: schemes, hosts, addresses and local paths. Limits come with the object, never from globals.
+
+A URL is parsed once; the very object that was checked is what the client uses. A host name is resolved once, all its
+addresses are checked, and the connection goes to one of them (``http.GuardedResolver``).
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import ipaddress
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+from yarl import URL
+
+from sensorium.config import MediaConfig
+from sensorium.errors import ConfigError, MediaRefusedError, MediaTooLargeError
+from sensorium.multimodal.fetch.addresses import is_public, literal_address
+
+MAX_URL_LENGTH = 8192
+
+PACKAGE_FILES = os.path.realpath(str(importlib.resources.files("sensorium") / "assets" / "files"))
+"""The folder of ``sensorium.assets``."""
+
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029\ud800-\udfff]")
+_AUTHORITY = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+_BRACKETS = re.compile(r"\[[^\[\]]*:[^\[\]]*:[^\[\]]*\](:[^\[\]]*)?")
+_BAD_PORT = re.compile(r":(?![0-9]{0,5}$)[^:\]]*$")
+_HOST = re.compile(r"^[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """The rules for URLs and paths.
+
+    ``allowed_domains``: hosts as ``normal_host`` writes them; when not empty only these may be fetched, and they may be
+    private. ``local_root``: the real path of the folder below which local files may be read, or None.
+    ``package_files``: the pictures, clip and sounds of this package may be read, too; for callers within the process,
+    as others would learn from it where the package lies.
+    ``max_redirects``: most hops of one download after the first.
+    """
+
+    allowed_domains: frozenset[str] = frozenset()
+    local_root: str | None = None
+    allow_redirects: bool = True
+    max_redirects: int = 5
+    package_files: bool = False
+
+    @classmethod
+    def of(cls, config: MediaConfig, *, package_files: bool = False) -> Guard:
+        """The guard of a configuration. Raises ConfigError for a host or a folder that cannot be used."""
+        root = config.allowed_local_media_path
+        if root and not os.path.isdir(root):
+            raise ConfigError(
+                f"allowed_local_media_path must be an existing folder, got {root!r}.",
+                param="allowed_local_media_path",
+            )
+        return cls(
+            allowed_domains=frozenset(map(_configured_host, config.allowed_media_domains)),
+            local_root=os.path.realpath(root) if root else None,
+            allow_redirects=config.media_url_allow_redirects,
+            max_redirects=config.max_media_redirects,
+            package_files=package_files,
+        )
+
+    def check_url(self, text: str) -> URL:
+        """Parse and check an ``http(s):`` URL; what is returned is what must be used. Raises MediaRefusedError."""
+        if len(text) > MAX_URL_LENGTH:
+            raise MediaRefusedError(
+                f"The URL has {len(text)} characters; at most {MAX_URL_LENGTH} are allowed."
+            )
+        if _FORBIDDEN.search(text) or text != text.strip():
+            raise MediaRefusedError(
+                "The URL has control characters, backslashes or blanks around it; encode or remove them."
+            )
+        authority = _AUTHORITY.match(text)
+        if authority is None:
+            raise MediaRefusedError("The URL has no host; write it as https://host/path.")
+        if "@" in authority[1]:
+            raise MediaRefusedError("The URL has credentials (user@host), which are not allowed.")
+        bracketed = "[" in authority[1] or "]" in authority[1]
+        if "%" in authority[1] or (bracketed and not _BRACKETS.fullmatch(authority[1])):
+            raise MediaRefusedError(
+                "The host of the URL is neither a name nor an IP address in its usual spelling."
+            )
+        if _BAD_PORT.search(authority[1]):
+            raise MediaRefusedError("The port of the URL is not valid.")
+        try:
+            url = URL(text)
+        except ValueError:
+            raise MediaRefusedError("The URL cannot be parsed.") from None
+        return self.check_hop(url)
+
+    def check_hop(self, url: URL) -> URL:
+        """Check a parsed URL, as of a redirect. Raises MediaRefusedError."""
+        if url.scheme not in ("http", "https"):
+            raise MediaRefusedError(
+                f"Media of scheme {url.scheme[:20]!r} are not fetched; use http, https, data or file."
+            )
+        if url.raw_user is not None or url.raw_password is not None:
+            raise MediaRefusedError("The URL has credentials (user@host), which are not allowed.")
+        full_host = url.raw_host or ""
+        host = full_host.removesuffix(".")
+        try:
+            # An address with a final dot is none to the client, which would look it up by itself.
+            literal = literal_address(full_host)
+        except ValueError:
+            raise MediaRefusedError(
+                "The host of the URL is an unusual spelling of an IP address; write it in the usual one."
+            ) from None
+        if literal is None and not _HOST.match(host):
+            raise MediaRefusedError("The host of the URL is not a valid name.")
+        if not url.port:
+            raise MediaRefusedError("The port of the URL is not valid.")
+        if self.allowed_domains:
+            if (literal or host) not in self.allowed_domains:
+                raise MediaRefusedError(
+                    "The host of the URL is not one of those that this server may fetch media from "
+                    "(--allowed-media-domains)."
+                )
+        elif literal is not None and not is_public(literal):
+            raise _not_public()
+        return url
+
+    def check_addresses(self, host: str, addresses: list[str]) -> None:
+        """Check all addresses that a host name resolved to. Raises MediaRefusedError unless each one is allowed."""
+        if normal_host(host) in self.allowed_domains:
+            return
+        if not addresses or not all(map(is_public, addresses)):
+            raise _not_public()
+
+    def is_listed(self, url: URL) -> bool:
+        """Whether the host of a checked URL is one of the allowed domains, and so may be private."""
+        return (
+            bool(self.allowed_domains) and normal_host(url.raw_host or "") in self.allowed_domains
+        )
+
+    def may_connect(self, address: str) -> bool:
+        """Whether a socket may be connected to this address: the last look, whatever the client did with a name."""
+        try:
+            ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return bool(self.allowed_domains) or is_public(address)
+
+    def read_local(self, text: str, max_bytes: int) -> bytes:
+        """Read a ``file:`` URL or a path: a regular file below the allowed folder.
+
+        Symbolic links are resolved before the check; the file is then opened without following any, component by
+        component from the folder, so that exchanging one meanwhile gains nothing. Raises MediaRefusedError and
+        MediaTooLargeError.
+        """
+        roots = [root for root in (self.local_root, self.package_files and PACKAGE_FILES) if root]
+        if not roots:
+            raise _no_local_files()
+        try:
+            real = os.path.realpath(_local_path(text))
+        except MediaRefusedError:
+            raise
+        except (ValueError, OSError):
+            raise MediaRefusedError("The path cannot be read as one.") from None
+        root = next((r for r in roots if Path(real).is_relative_to(r) and real != r), None)
+        if root is None and self.local_root is None:
+            raise _no_local_files()
+        if root is None:
+            raise MediaRefusedError(
+                "The file is not below the folder that --allowed-local-media-path allows."
+            )
+        try:
+            descriptor = _open_beneath(root, os.path.relpath(real, root))
+        except OSError:
+            raise MediaRefusedError(
+                "There is no readable regular file of that name below the allowed folder."
+            ) from None
+        with os.fdopen(descriptor, "rb") as file:
+            # No more than the size it has now: files of the kernel claim none and give what is not meant for requests.
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise MediaTooLargeError(
+                    f"The file has {size} bytes; at most {max_bytes} are allowed (--max-media-bytes)."
+                )
+            try:
+                return file.read(size)
+            except OSError:
+                raise MediaRefusedError("The file cannot be read.") from None
+
+
+def _no_local_files() -> MediaRefusedError:
+    return MediaRefusedError(
+        "Local files are not allowed; start with --allowed-local-media-path FOLDER to allow those below it."
+    )
+
+
+def normal_host(text: str) -> str:
+    """A host name or address in the one spelling that is compared: lower case, IDNA, no brackets, no final dot.
+
+    Raises ValueError for text that is no host.
+    """
+    bare = text.strip().removeprefix("[").removesuffix("]")
+    host = URL.build(scheme="http", host=bare).raw_host or ""
+    host = host.removesuffix(".")
+    literal = literal_address(host)
+    if literal is None and not _HOST.match(host):
+        raise ValueError("not a host name")
+    return literal or host
+
+
+def _configured_host(text: str) -> str:
+    try:
+        return normal_host(text)
+    except ValueError:
+        raise ConfigError(
+            f"allowed_media_domains must hold host names or addresses without scheme, port or path, got {text!r}.",
+            param="allowed_media_domains",
+        ) from None
+
+
+def _not_public() -> MediaRefusedError:
+    return MediaRefusedError(
+        "The host of the URL has an address that is not on the public internet; media are fetched from public "
+        "hosts only, or from those of --allowed-media-domains."
+    )
+
+
+def _local_path(text: str) -> str:
+    """The path that a ``file:`` URL (percent-decoded) or a bare path (as it stands) names."""
+    if len(text) > MAX_URL_LENGTH:
+        raise MediaRefusedError(
+            f"The path has {len(text)} characters; at most {MAX_URL_LENGTH} are allowed."
+        )
+    if text[:5].lower() == "file:":
+        rest = text[5:].partition("?")[0].partition("#")[0]
+        if rest.startswith("//"):
+            host, slash, path = rest[2:].partition("/")
+            if host.lower() not in ("", "localhost"):
+                raise MediaRefusedError("A file: URL must not name another host.")
+            rest = slash + path
+        text = os.fsdecode(unquote_to_bytes(rest))
+    if "\0" in text or not text:
+        raise MediaRefusedError("The path is empty or has a null character.")
+    return text
+
+
+def _open_beneath(root: str, relative: str) -> int:
+    """Descriptor of a regular file, each component opened relative to the one above it without following links.
+
+    Raises OSError when a component is missing or has become a link, or the last one is no regular file.
+    """
+    parts = relative.split(os.sep)
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parts[:-1]:
+            below = os.open(
+                part,
+                os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+                dir_fd=folder,
+            )
+            os.close(folder)
+            folder = below
+        if not stat.S_ISREG(os.stat(parts[-1], dir_fd=folder, follow_symlinks=False).st_mode):
+            raise FileNotFoundError("not a regular file")
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(parts[-1], flags, dir_fd=folder)
+    finally:
+        os.close(folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError("not a regular file")
+    return descriptor

@@ -1,0 +1,1 @@
+"""What callers pass, as references to media."""

@@ -1,0 +1,1 @@
+"""Where decoding runs: worker processes and threads."""

@@ -1,0 +1,1 @@
+"""HTTP below the routes: bodies, middleware, keys, server-sent events."""

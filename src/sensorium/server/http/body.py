@@ -1,0 +1,163 @@
+"""From the bytes of a request to a validated model, or to an error that points at the place."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+
+from sensorium.compat.fields import adopt_fields
+from sensorium.config import suggestion
+from sensorium.errors import InvalidRequestError
+from sensorium.server.context import context_of
+from sensorium.server.errors import SPELLED
+from sensorium.server.http.encoding import plain_body
+from sensorium.server.payload import check_num_values, decode_object, has_many_values, shown
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+T = TypeVar("T")
+
+LARGE_BODY = 16 * 1024
+"""Bytes from which on bodies are taken in turns."""
+
+# What a value should have been, by pydantic's error type.
+_EXPECTED = {
+    "int_type": "an integer",
+    "float_type": "a number",
+    "string_type": "a string",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "none_required": "left out (it is not supported here)",
+    "finite_number": "a finite number",
+}
+
+
+async def read_body(
+    request: Request, model: type[ModelT], begin: Callable[[ModelT], T]
+) -> tuple[ModelT, T]:
+    """Read, decode and validate the body of ``request``: the model, and what ``begin`` makes of it.
+
+    All of that is done at once, or in another thread when there are many values in the body. Raises
+    InvalidRequestError (with ``param``), BodyTooLargeError, also from the limit that lies around
+    the application, EngineDeadError when the server begins to shut down before all is read, and what ``begin``
+    raises.
+    """
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise InvalidRequestError(
+            f"Content-Type must be application/json, got {content_type[:100]!r}. "
+            "With curl, add -H 'Content-Type: application/json'."
+        )
+    context = context_of(request)
+    with context.admission.arriving():
+        raw = await _whole(request)
+    config = context.config
+    async with plain_body(request, raw, config.max_body_bytes, context.unpacking) as body:
+
+        def take() -> tuple[ModelT, T]:
+            adopted = adopt_fields(decode_object(body), model.model_fields.keys())
+            request.scope["state"][SPELLED] = adopted.spelled
+            taken = validate(model, adopted.body)
+            return taken, begin(taken)
+
+        if has_many_values(body):
+            await asyncio.to_thread(check_num_values, body, config.max_body_values)
+            return await asyncio.to_thread(take)
+        if body is not raw and len(body) >= LARGE_BODY:
+            await context.turns.next()
+        return take()
+
+
+async def _whole(request: Request) -> bytes:
+    """The bytes of the body. Pieces of large ones are taken in turns with other requests, and what follows the last is
+    part of its turn: copying and decoding megabytes for many requests at once would hold the event loop for long.
+    """
+    turns = context_of(request).turns
+    pieces: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        more = message.get("more_body", False)
+        if size >= LARGE_BODY:
+            await turns.next()
+    return b"".join(pieces)
+
+
+def validate(model: type[ModelT], value: Mapping[str, Any]) -> ModelT:
+    """An instance of ``model``. Raises InvalidRequestError for the first field that is wrong."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _request_error(model, value, error) from error
+
+
+def _request_error(
+    model: type[BaseModel], body: Mapping[str, Any], error: ValidationError
+) -> InvalidRequestError:
+    details = error.errors(include_url=False, include_context=True)
+    unknown = [d for d in details if d["type"] == "extra_forbidden"]
+    field = [d for d in details if d["loc"][:1] == details[0]["loc"][:1]]
+    # Of a union, the branch that got furthest says most.
+    first = unknown[0] if unknown else max(field, key=lambda d: len(_steps(d["loc"], body)))
+    place = "".join(_steps(first["loc"], body)).removeprefix(".")
+    if unknown:
+        name = str(first["loc"][-1])
+        known = _fields_at(model, first["loc"][:-1])
+        return InvalidRequestError(
+            f"Unknown field {place!r}.{suggestion(name, known)}", param=place
+        )
+    if first["type"] == "missing":
+        return InvalidRequestError(f"{place} is required.", param=place)
+    same = [d for d in field if _steps(d["loc"], body) == _steps(first["loc"], body)]
+    expected = list(dict.fromkeys(_EXPECTED[d["type"]] for d in same if d["type"] in _EXPECTED))
+    if expected:
+        what = f"must be {' or '.join(expected)}, got {shown(first['input'])}"
+    elif first["type"] == "literal_error":
+        what = f"must be {first['ctx']['expected']}, got {shown(first['input'])}"
+    else:
+        what = f"is wrong: {first['msg'].removeprefix('Value error, ')}"
+    return InvalidRequestError(f"{place} {what}.", param=place)
+
+
+def _steps(loc: Iterable[int | str], body: Any) -> list[str]:
+    """``.messages``, ``[0]``, ``.content`` of pydantic's location, without the names of union branches in it."""
+    steps: list[str] = []
+    node = body
+    parts = list(loc)
+    for position, part in enumerate(parts):
+        if isinstance(part, int):
+            if isinstance(node, list) and part < len(node):
+                steps.append(f"[{part}]")
+                node = node[part]
+        elif isinstance(node, Mapping) and (part in node or position == len(parts) - 1):
+            steps.append(f".{part}")
+            node = node.get(part)
+    return steps
+
+
+def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
+    """Names of the fields of the model that lies at ``loc`` below ``model``."""
+    current = model
+    for part in loc:
+        field = current.model_fields.get(str(part))
+        nested = _classes(field.annotation) if field is not None else []
+        if nested:
+            current = nested[0]
+    return list(current.model_fields)
+
+
+def _classes(annotation: Any) -> list[type[BaseModel]]:
+    """The model classes in an annotation such as ``StreamOptions | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [cls for a in getattr(annotation, "__args__", ()) for cls in _classes(a)]

@@ -1,0 +1,174 @@
+"""What lies around all routes: an id for each request, a line in the log, the limit on bodies, the
+last catch.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sensorium.errors import BodyTooLargeError, SensoriumError
+from sensorium.server.context import ServingContext
+from sensorium.server.errors import CLIENT_CLOSED, error_response, log_unexpected
+from sensorium.server.http.http11 import MAX_HEADER_BYTES, headers_too_large
+from sensorium.server.refusals import note_refusal, refusal_of
+
+access = logging.getLogger("sensorium.access")
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+class RequestGate:
+    """ASGI middleware, outermost: names each request, counts it, and answers 500 to what nobody
+    expected.
+    """
+
+    def __init__(self, app: ASGIApp, context: ServingContext) -> None:
+        self._app = app
+        self._context = context
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request from its first byte to its last."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = _request_id(scope)
+        scope["root_path"] = self._context.config.root_path
+        started_at = time.monotonic()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message.setdefault("headers", [])
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", state["request_id"].encode()),
+                ]
+            await send(message)
+
+        app = self._app if _header_bytes(scope) <= MAX_HEADER_BYTES else headers_too_large()
+        self._context.num_in_flight += 1
+        try:
+            await app(scope, receive, send_with_id)
+        except Exception as error:
+            log_unexpected(error, scope)
+            if isinstance(error, SensoriumError):
+                note_refusal(scope, error)
+            if status:
+                raise
+            await error_response(error)(scope, receive, send_with_id)
+        finally:
+            self._context.num_in_flight -= 1
+            self._tell(scope, status, time.monotonic() - started_at)
+
+    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+        """The end of a request, to the metrics and the log."""
+        if not status or scope["state"].get("disconnected"):
+            status = CLIENT_CLOSED
+        route = getattr(scope.get("route"), "path", None)
+        self._context.metrics.http_request(route, scope["method"], status, seconds)
+        if not self._context.config.disable_access_log:
+            _log(scope, status, seconds)
+
+
+class HeadAsGet:
+    """ASGI middleware: HEAD is answered as GET is, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass HEAD on as GET; the scope has its own method again when that is done."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        scope["method"] = "GET"
+        scope.setdefault("state", {})["head"] = True
+        try:
+            await self._app(scope, receive, send_head)
+        finally:
+            scope["method"] = "HEAD"
+
+
+class BodyLimit:
+    """ASGI middleware: a body over ``max_bytes`` is refused as soon as that is known, be it
+    declared or chunked.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with a counted ``receive``."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if _declared_length(scope) > self._max_bytes:
+            note_refusal(scope, self._too_large())
+            await error_response(self._too_large())(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                raise self._too_large()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(
+            f"The body is over {self._max_bytes} bytes, the limit here (--max-body-bytes)."
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's X-Request-Id where it is harmless, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value.decode())
+    return uuid.uuid4().hex
+
+
+def _header_bytes(scope: Scope) -> int:
+    """Size of the request line and the headers; the reader of HTTP bounds only what does not come at one go."""
+    line = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+    return line + sum(len(name) + len(value) for name, value in scope["headers"])
+
+
+def _declared_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and len(value) < 20:
+            return int(value)
+    return 0
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    path = scope.get("raw_path") or scope["path"].encode()
+    access.info(
+        "%s %s %d %.1f ms id=%s%s",
+        scope["method"],
+        path.decode("ascii", "backslashreplace"),
+        status,
+        seconds * 1000,
+        scope["state"]["request_id"],
+        refusal_of(scope),
+    )

@@ -1,0 +1,80 @@
+"""Server-sent events: one ``data:`` line per chunk, ``[DONE]`` at the end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sensorium.errors import SensoriumError
+from sensorium.server.errors import ClientDisconnectedError, error_body, log_unexpected
+from sensorium.server.http.disconnect import unless_disconnected
+from sensorium.server.payload import encode
+from sensorium.server.refusals import note_refusal
+
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+_DONE = b"data: [DONE]\n\n"
+
+Chunks = AsyncGenerator[Sequence[dict[str, Any]], None]
+
+
+class EventStream(Response):
+    """Streams what a generator yields: at each step a few chunks, written together.
+
+    The status line is sent with the first chunk, so what goes wrong before it is an ordinary error
+    with its own status; what goes wrong later becomes an ``error`` event. A client that goes away
+    closes the generator.
+    """
+
+    def __init__(
+        self, chunks: Chunks, headers: Callable[[], Mapping[str, str]] | None = None
+    ) -> None:
+        """``headers`` gives further ones when the first chunk is there."""
+        super().__init__()
+        self._chunks = chunks
+        self._more_headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write the stream."""
+        self._started = False
+        try:
+            await unless_disconnected(receive, self._write(scope, send))
+        except ClientDisconnectedError:
+            if not self._started:
+                raise
+            scope["state"]["disconnected"] = True
+
+    async def _write(self, scope: Scope, send: Send) -> None:
+        async with aclosing(self._chunks) as steps:
+            try:
+                async for step in steps:
+                    await self._send_events(send, step)
+            except Exception as error:
+                if not self._started:
+                    raise
+                log_unexpected(error, scope)
+                if isinstance(error, SensoriumError):
+                    note_refusal(scope, error)
+                await self._send_events(send, [{"error": error_body(error)}])
+        await self._start(send)
+        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+
+    async def _start(self, send: Send) -> None:
+        if not self._started:
+            self._started = True
+            more = self._more_headers() if self._more_headers is not None else {}
+            headers = [*_HEADERS, *((k.lower().encode(), v.encode()) for k, v in more.items())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def _send_events(self, send: Send, chunks: Iterable[dict[str, Any]]) -> None:
+        body = b"".join(b"data: %b\n\n" % encode(chunk) for chunk in chunks)
+        if body:
+            await self._start(send)
+            await send({"type": "http.response.body", "body": body, "more_body": True})

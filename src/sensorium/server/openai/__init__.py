@@ -1,0 +1,1 @@
+"""OpenAI's protocol: bodies, sampling parameters, chunks."""

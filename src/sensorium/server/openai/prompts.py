@@ -1,0 +1,145 @@
+"""From the fields of a body to a prompt for the engine; no dictionary of a body goes further than
+this.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastapi import Request
+
+from sensorium.engine.prompts.types import ChatPrompt, MediaOptions, RawPrompt, Truncation
+from sensorium.errors import InvalidRequestError
+from sensorium.server.context import ServingContext, tenant_of
+from sensorium.server.openai.protocol import (
+    ChatBody,
+    CompletionBody,
+    EmbeddingBody,
+    GenerationBody,
+    TokenizeBody,
+)
+from sensorium.server.payload import shown
+from sensorium.text.chat.chat_template import parse_messages
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def media_options(
+    request: Request, body: GenerationBody | TokenizeBody | EmbeddingBody
+) -> MediaOptions:
+    """How the items of a request are loaded, and whose they are."""
+    return MediaOptions(
+        mm_processor_kwargs=body.mm_processor_kwargs or {},
+        media_io_kwargs=body.media_io_kwargs or {},
+        cache_salt=(getattr(body, "cache_salt", None) or ""),
+        tenant=tenant_of(request),
+    )
+
+
+def chat_prompt(
+    context: ServingContext,
+    request: Request,
+    body: ChatBody | TokenizeBody | EmbeddingBody,
+    tools: list[dict[str, Any]] | None = None,
+) -> ChatPrompt:
+    """The conversation of a body. ``tools``: those that the template is to show.
+
+    A generation prompt is added unless the body says otherwise; for an embedding, only if it says so.
+    Raises InvalidRequestError with the place of what is wrong.
+    """
+    if body.chat_template is not None and not context.config.trust_request_chat_template:
+        raise InvalidRequestError(
+            "chat_template is refused; the server would need --trust-request-chat-template.",
+            param="chat_template",
+        )
+    usual = not isinstance(body, EmbeddingBody)
+    adds = usual if body.add_generation_prompt is None else body.add_generation_prompt
+    continues = bool(body.continue_final_message)
+    if continues and body.add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt exclude each other; set one of them.",
+            param="continue_final_message",
+        )
+    return ChatPrompt(
+        conversation=parse_messages(body.messages or []),
+        add_generation_prompt=adds and not continues,
+        continue_final_message=continues,
+        tools=tuple(tools) if tools else None,
+        chat_template=body.chat_template,
+        chat_template_kwargs=_template_kwargs(body),
+        default_template_kwargs=context.config.default_chat_template_kwargs,
+        add_special_tokens=body.add_special_tokens if isinstance(body, EmbeddingBody) else None,
+        media=media_options(request, body),
+    )
+
+
+def _template_kwargs(body: ChatBody | TokenizeBody | EmbeddingBody) -> Mapping[str, Any]:
+    """The request's variables of the template; the effort of reasoning is one of them for the models that know it."""
+    kwargs = body.chat_template_kwargs or {}
+    effort = getattr(body, "reasoning_effort", None)
+    return {"reasoning_effort": effort, **kwargs} if effort is not None else kwargs
+
+
+def raw_prompts(request: Request, body: CompletionBody | EmbeddingBody) -> list[RawPrompt]:
+    """The prompts of a completion, or the inputs of an embedding: a text, token ids, or a list of either.
+
+    Raises InvalidRequestError that names the entry.
+    """
+    if isinstance(body, EmbeddingBody):
+        name, value = "input", body.input
+    else:
+        name, value = "prompt", body.prompt
+    media = media_options(request, body)
+    adds = True if body.add_special_tokens is None else body.add_special_tokens
+    if isinstance(value, str) or _is_ids(value):
+        entries = [(value, name)]
+    elif isinstance(value, list) and value:
+        entries = [(entry, f"{name}[{i}]") for i, entry in enumerate(value)]
+    else:
+        _bad_prompt(value, name)
+    cut = _truncation(body) if isinstance(body, EmbeddingBody) else None
+    prompts = []
+    for entry, param in entries:
+        if isinstance(entry, str):
+            prompt = RawPrompt(
+                text=entry, media=media, add_special_tokens=adds, param=param, truncation=cut
+            )
+            prompts.append(prompt)
+        elif _is_ids(entry):
+            if min(entry) < 0:
+                raise InvalidRequestError(f"Token ids count from 0, got {min(entry)}.", param=param)
+            prompts.append(
+                RawPrompt(token_ids=tuple(entry), media=media, param=param, truncation=cut)
+            )
+        else:
+            _bad_prompt(entry, param)
+    return prompts
+
+
+def _truncation(body: EmbeddingBody) -> Truncation | None:
+    """How the inputs of a body are cut. Raises InvalidRequestError for what cannot be."""
+    most = body.truncate_prompt_tokens
+    if most is None:
+        return None
+    if most == 0:
+        raise InvalidRequestError(
+            "truncate_prompt_tokens must be at least 1, or -1 for the model's context, got 0.",
+            param="truncate_prompt_tokens",
+        )
+    return Truncation(None if most < 0 else most, left=body.truncation_side == "left")
+
+
+def _is_ids(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    )
+
+
+def _bad_prompt(value: object, param: str) -> NoReturn:
+    raise InvalidRequestError(
+        f"{param} must be a text, a non-empty list of token ids, or a list of either, got {shown(value)}.",
+        param=param,
+    )

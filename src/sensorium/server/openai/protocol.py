@@ -1,0 +1,217 @@
+"""Bodies of requests: OpenAI's fields, and Sensorium's further ones.
+
+Types are strict (``"1"`` is no number, ``true`` no integer), unknown fields are refused, ``null``
+means "not given". Ranges of sampling values are checked by ``SamplingParams``, conversations by
+``text.chat.chat_template``. Of a million wrong values the first is complained of and the others are not looked at: an
+error for each would take seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+T = TypeVar("T")
+Items = Annotated[list[T], Field(fail_fast=True)]
+
+
+def _up_to_first_wrong(*kinds: type) -> BeforeValidator:
+    """Leaves the first member of other kinds of an object where there is one."""
+
+    def first(value: Any) -> Any:
+        if isinstance(value, dict):
+            for key, member in value.items():
+                if type(member) not in kinds:
+                    return {key: member}
+        return value
+
+    return BeforeValidator(first)
+
+
+Numbers = Annotated[dict[str, float], _up_to_first_wrong(int, float)]
+Objects = Annotated[dict[str, dict[str, Any]], _up_to_first_wrong(dict)]
+
+
+class Body(BaseModel):
+    """Base of all bodies."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _up_to_first_unknown(cls, value: Any) -> Any:
+        """Where there are more members than fields, all that are known and the first that is not."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(key for key in value if key not in known)
+        return {key: value[key] for key in (*known, unknown) if key in value}
+
+
+class StreamOptions(Body):
+    """What a stream reports besides the text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class JsonSchema(Body):
+    """A named JSON schema. ``strict`` changes nothing: the schema is always enforced."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form that the answer must have."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class GenerationBody(Body):
+    """What chat and completions have in common."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: str | Items[str] | None = None
+    stop_token_ids: Items[int] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Numbers | None = None
+    allowed_token_ids: Items[int] | None = None
+    bad_words: Items[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: Objects | None = None
+    cache_salt: str | None = Field(None, max_length=1024)
+    priority: int | None = Field(None, ge=-(1 << 31), le=1 << 31)
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
+    return_token_ids: bool | None = None
+    user: str | None = None
+
+
+class ConversationBody(Body):
+    """A conversation and how it is rendered."""
+
+    messages: Items[dict[str, Any]]
+    tools: Items[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ChatBody(ConversationBody, GenerationBody):
+    """Body of ``POST /v1/chat/completions``.
+
+    The block before the last is accepted for clients that send it always; it has no effect here. The
+    last is not supported.
+    """
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    modalities: Items[Literal["text"]] | None = None
+
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prediction: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+    audio: None = None
+    functions: None = None
+    function_call: None = None
+    moderation: None = None
+    web_search_options: None = None
+
+
+class CompletionBody(GenerationBody):
+    """Body of ``POST /v1/completions``. ``prompt``: a text, token ids, or a list of either."""
+
+    prompt: Any
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: None = None
+    add_special_tokens: bool | None = None
+
+
+class EmbeddingBody(Body):
+    """Body of ``POST /v1/embeddings``: an ``input`` (a text, token ids, or a list of either), or ``messages`` with what
+    chat knows of rendering. ``truncate_prompt_tokens`` cuts each input to so many tokens (-1: to the context).
+    """
+
+    model: str | None = None
+    input: Any = None
+    messages: Items[dict[str, Any]] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=1 << 31)
+    truncation_side: Literal["left", "right"] | None = None
+    dimensions: int | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: Objects | None = None
+    cache_salt: str | None = Field(None, max_length=1024)
+    priority: int | None = Field(None, ge=-(1 << 31), le=1 << 31)
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
+    user: str | None = None
+
+
+class TokenizeBody(Body):
+    """Body of ``POST /tokenize``: a ``prompt``, or ``messages`` with what chat knows of rendering."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Items[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    tools: Items[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: Objects | None = None
+
+
+class DetokenizeBody(Body):
+    """Body of ``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: Items[int]

@@ -1,0 +1,84 @@
+"""What has been sent of a stream, and the usage that it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sensorium.outputs import CompletionOutput, RequestOutput
+from sensorium.server.openai.generation import usage
+from sensorium.server.openai.protocol import StreamOptions
+from sensorium.server.openai.tool_calls import DeltaReader
+
+
+class TextProgress:
+    """How much of one sample has been sent."""
+
+    def __init__(self, reader: DeltaReader) -> None:
+        self._reader = reader
+        self._closed = False
+        self.num_chars = 0
+        self.num_tokens = 0
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether tool calls have been sent."""
+        return self._reader.has_calls
+
+    def deltas(self, sample: CompletionOutput) -> list[dict[str, Any]]:
+        """The deltas for what is new in ``sample``."""
+        if self._closed:
+            return []
+        deltas = self._reader.feed(sample.text[self.num_chars :])
+        self.num_chars, self.num_tokens = len(sample.text), len(sample.token_ids)
+        if sample.finished:
+            deltas += self._reader.flush()
+        return deltas
+
+    def close(self) -> bool:
+        """Note that the end was sent; False when it was before."""
+        first = not self._closed
+        self._closed = True
+        return first
+
+
+class StreamReport:
+    """Usage at the end of a stream and, with ``continuous_usage_stats`` besides ``include_usage``, within it.
+
+    ``forced``: the server counts every request as one that asks for both. ``always``: each chunk has the usage so far.
+    """
+
+    def __init__(
+        self, options: StreamOptions | None, modalities: tuple[str, ...], *, forced: bool
+    ) -> None:
+        self._at_end = forced or bool(options and options.include_usage)
+        continuous = bool(options and options.continuous_usage_stats)
+        self.always = forced or (self._at_end and continuous)
+        self._modalities = modalities
+        self._outputs: dict[int, RequestOutput] = {}
+        self.num_hidden = 0
+
+    def take(self, index: int, output: RequestOutput) -> None:
+        """Count the output of a prompt (it is updated in place, so once suffices)."""
+        self._outputs[index] = output
+
+    def mark(self, chunk: dict[str, Any], *, with_text: bool = True) -> dict[str, Any]:
+        """Add the ``usage`` member that every chunk has when usage is asked for. ``with_text``: the chunk may tell of
+        generated tokens; others count none."""
+        if self.always:
+            chunk["usage"] = self._usage() if with_text else self._usage_of_prompts()
+        elif self._at_end:
+            chunk["usage"] = None
+        return chunk
+
+    def last(self, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The chunk without choices that carries the usage, when it was asked for."""
+        if self._at_end:
+            yield {**head, "choices": [], "usage": self._usage()}
+
+    def _usage_of_prompts(self) -> dict[str, Any]:
+        found = self._usage()
+        return {**found, "completion_tokens": 0, "total_tokens": found["prompt_tokens"]}
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(self._outputs.values(), self._modalities, num_hidden=self.num_hidden)

@@ -1,0 +1,78 @@
+"""``POST /tokenize`` and ``POST /detokenize``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from sensorium.engine.prompts.types import RawPrompt
+from sensorium.errors import InvalidRequestError
+from sensorium.server.context import ServingContext, context_of
+from sensorium.server.http.body import read_body
+from sensorium.server.http.disconnect import unless_disconnected
+from sensorium.server.openai.prompts import chat_prompt, media_options
+from sensorium.server.openai.protocol import DetokenizeBody, TokenizeBody
+from sensorium.server.payload import JsonResponse, json_response
+
+if TYPE_CHECKING:
+    from sensorium.engine.prompts.types import Prompt
+
+
+def tokenize_router() -> APIRouter:
+    """The routes between text and token ids."""
+    router = APIRouter()
+
+    @router.post("/tokenize", response_model=None)
+    async def tokenize(request: Request) -> Response:
+        """The ids that the engine would get, with media placeholders expanded."""
+        context = context_of(request)
+        body, prompt = await read_body(
+            request, TokenizeBody, lambda body: _prompt(context, request, body)
+        )
+        with context.admission.enter(1):
+            prepared = await unless_disconnected(request.receive, context.frontend.prepare(prompt))
+        ids = list(prepared.token_ids)
+        answer: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": context.frontend.max_model_len,
+            "tokens": ids,
+            "prompt": prepared.text,
+            "token_strs": None,
+            "modality_tokens": dict(prepared.num_item_tokens),
+        }
+        if not body.return_token_strs:
+            return JsonResponse(answer)
+        text = context.frontend.tokenizer.token_text
+        return await json_response(
+            lambda: {**answer, "token_strs": [text(token_id) for token_id in ids]}, len(ids)
+        )
+
+    @router.post("/detokenize", response_model=None)
+    async def detokenize(request: Request) -> Response:
+        """The text of token ids, special tokens included."""
+        context = context_of(request)
+        _, text = await read_body(request, DetokenizeBody, lambda body: _text(context, body))
+        return JsonResponse({"prompt": text})
+
+    return router
+
+
+def _text(context: ServingContext, body: DetokenizeBody) -> str:
+    context.check_model(body.model)
+    tokenizer = context.frontend.tokenizer
+    tokenizer.check_ids(body.tokens, "tokens")
+    return tokenizer.decode(body.tokens)
+
+
+def _prompt(context: ServingContext, request: Request, body: TokenizeBody) -> Prompt:
+    context.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError(
+            "Give either prompt or messages.", param="prompt" if body.prompt is None else "messages"
+        )
+    if body.messages is not None:
+        return chat_prompt(context, request, body, body.tools)
+    adds = True if body.add_special_tokens is None else body.add_special_tokens
+    return RawPrompt(text=body.prompt, media=media_options(request, body), add_special_tokens=adds)

@@ -1,0 +1,1 @@
+"""Conversations to prompts through chat templates."""

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sensorium.cli.commands.bench import add_parser
+from sensorium.errors import ConfigError
+from tests.bench.fake_server import serving
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    return parser.parse_args(["bench", *arguments])
+
+
+def test_defaults_of_serve() -> None:
+    found = parse("serve")
+    assert found.base_url == "http://127.0.0.1:8000"
+    assert math.isinf(found.request_rate)
+    assert found.concurrency is None
+    assert (found.images, found.image_size) == (0, (640, 480))
+
+
+@pytest.mark.parametrize("kind", ["throughput", "latency", "startup"])
+def test_offline_kinds_take_engine_flags(kind: str) -> None:
+    found = parse(kind, "--model", "some/model", "--max-model-len", "512", "--num-threads", "2")
+    assert found.handler is not None
+
+
+@pytest.mark.parametrize("size", ["640", "ax4", "-1x4", "640x480x3", ""])
+def test_wrong_image_sizes(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("serve", f"--image-size={size}")
+    assert "WIDTHxHEIGHT" in capsys.readouterr().err
+
+
+def test_a_kind_must_be_named() -> None:
+    with pytest.raises(SystemExit):
+        parse()
+
+
+async def test_serve_measures_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.json"
+    async with serving() as fake:
+        arguments = parse(
+            *("serve", "--base-url", fake.base_url, "--num-prompts", "6", "--output-len", "5"),
+            *("--images", "1", "--image-size", "32x24", "--concurrency", "2", "--seed", "7"),
+            *("--ignore-eos", "--extra-body", '{"top_k": 1}', "--api-key", "secret-key"),
+            *("--save-requests", "--output", str(file)),
+        )
+        assert await asyncio.to_thread(arguments.handler, arguments) == 0
+        assert len(fake.bodies) == 7, "one warm-up"
+        assert fake.bodies[0]["messages"] not in [body["messages"] for body in fake.bodies[1:]]
+        assert all(body["ignore_eos"] and body["top_k"] == 1 for body in fake.bodies)
+        assert set(fake.authorizations) == {"Bearer secret-key"}
+    text = file.read_text()
+    found = json.loads(text)
+    assert (found["benchmark"], found["settings"]["model"]) == ("serve", "fake-model")
+    assert (found["num_completed"], found["completion_tokens"]) == (6, 30)
+    assert len(found["requests"]) == 6
+    assert "secret-key" not in text
+    assert "6 of 6 requests completed" in capsys.readouterr().out
+
+
+async def test_serve_fails_when_nothing_completes() -> None:
+    async with serving() as fake:
+        arguments = parse(
+            *("serve", "--base-url", fake.base_url, "--num-prompts", "2"),
+            *("--extra-body", '{"fake": "refuse"}'),
+        )
+        assert await asyncio.to_thread(arguments.handler, arguments) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--extra-body", "{"), "not valid JSON"),
+        (("--extra-body", "[1]"), "must be a JSON object"),
+        (("--base-url", "http://127.0.0.1:9"), "lists no model"),
+        (("--num-prompts", "0"), "num_prompts must be at least 1"),
+    ],
+)
+def test_wrong_flags_of_serve(flags: tuple[str, ...], message: str) -> None:
+    arguments = parse("serve", *flags)
+    with pytest.raises(ConfigError, match=message):
+        arguments.handler(arguments)
+
+
+def test_parsing_is_light() -> None:
+    code = (
+        "import argparse, sys; from sensorium.cli.commands.bench import add_parser; "
+        "add_parser(argparse.ArgumentParser().add_subparsers()); "
+        "print([m for m in ('torch', 'numpy', 'aiohttp', 'PIL', 'numba') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,243 @@
+"""sensorium chat: what is read, what is sent, what is kept; and the client of a running server."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensorium.cli.attachments import Attachment, add_attachment_flags, split_line, user_message
+from sensorium.cli.commands.chat import Session
+from sensorium.cli.main import main
+from sensorium.cli.remote import RemoteModel
+from sensorium.errors import ConfigError, SensoriumError, UnavailableError
+from tests.server.fake_frontend import FakeFrontend, fail, hang
+from tests.server.harness import running, until
+
+
+class Echo:
+    """Says how many messages it saw; ``trouble`` is raised amid the answer."""
+
+    name = "echo"
+
+    def __init__(self) -> None:
+        self.seen: list[list[Any]] = []
+        self.sampling: Mapping[str, Any] = {}
+        self.trouble: BaseException | None = None
+
+    def stream(
+        self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
+    ) -> Iterator[str]:
+        self.seen.append(list(messages))
+        self.sampling = sampling
+        yield "part"
+        if self.trouble is not None:
+            raise self.trouble
+        yield f" {len(messages)}"
+
+    def close(self) -> None:
+        pass
+
+
+def talk(session: Session, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    while session.turn():
+        pass
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "my picture.png"
+    path.write_bytes(b"\x89PNG...")
+    return path
+
+
+def test_the_conversation_grows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Echo()
+    session = Session(model, {"top_k": 3}, system="Be brief.")
+    talk(session, monkeypatch, "One", "", "Two")
+    assert capsys.readouterr().out == "part 2\npart 4\n"
+    assert [m["role"] for m in session.messages] == ["system", *["user", "assistant"] * 2]
+    assert session.messages[2]["content"] == "part 2"
+    assert model.sampling == {"top_k": 3}
+
+
+def test_reset_keeps_the_system_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(Echo(), {}, system="Be brief.")
+    talk(session, monkeypatch, "One", "/reset")
+    assert session.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_exit_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Echo()
+    talk(Session(model, {}, system=None), monkeypatch, "/exit", "not sent")
+    assert not model.seen
+
+
+@pytest.mark.parametrize("how", ["/image {}", "/image '{}'"])
+def test_a_picture_by_command(monkeypatch: pytest.MonkeyPatch, picture: Path, how: str) -> None:
+    model = Echo()
+    session = Session(model, {}, system=None)
+    talk(session, monkeypatch, how.format(picture), "What?", "And?")
+    assert len(model.seen) == 2  # the command itself is no question
+    first, _, second = model.seen[1]
+    assert [p["type"] for p in first["content"]] == ["image_url", "text"]
+    data = first["content"][0]["image_url"]["url"].removeprefix("data:image/png;base64,")
+    assert base64.b64decode(data) == picture.read_bytes()
+    assert second["content"] == "And?"
+
+
+@pytest.mark.parametrize("how", ["'{}' What?", '"{}" What?', "What? {}", "file"])
+def test_a_path_in_the_line_is_attached(how: str, picture: Path) -> None:
+    escaped = str(picture).replace(" ", "\\ ")
+    line = {
+        "What? {}": f"What? {escaped}",
+        "file": f"What? file://{str(picture).replace(' ', '%20')}",
+    }.get(how, how.format(picture))
+    text, attachments = split_line(line)
+    assert text == "What?"
+    [part, _] = user_message(text, attachments)["content"]
+    assert part["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+@pytest.mark.parametrize(
+    ("name", "modality", "media_type"),
+    [
+        ("a.webm", "video", "video/webm"),
+        ("b.MP4", "video", "video/mp4"),
+        ("c.wav", "audio", "audio/"),
+    ],
+)
+def test_the_suffix_tells_what_a_file_is(
+    tmp_path: Path, name: str, modality: str, media_type: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes(b"data")
+    [part, _] = user_message(*split_line(f"{file} What?"))["content"]
+    assert part["type"] == f"{modality}_url"
+    assert part[f"{modality}_url"]["url"].startswith(f"data:{media_type}")
+
+
+def test_flags_and_commands_attach_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"data")
+    parser = argparse.ArgumentParser()
+    add_attachment_flags(parser, "")
+    found = parser.parse_args(["--audio", "a", "--image", "b", "--audio", "c"]).attachments
+    assert found == [("audio", "a"), ("image", "b"), ("audio", "c")]
+    assert parser.parse_args([]).attachments == []
+    echo = Echo()
+    session = Session(echo, {}, system=None)
+    talk(session, monkeypatch, f"/video {file}", f"/audio {file}", "What?")
+    kinds = [part["type"] for part in echo.seen[0][0]["content"]]
+    assert kinds == ["video_url", "audio_url", "text"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("it's 5 o'clock", "see /no/such.png here", 'a "quoted" word', "tail\\", "/etc/passwd"),
+        *("x" * 300 + ".png", "~no-such-user/a.png"),
+    ],
+)
+def test_other_lines_stay_as_they_are(line: str) -> None:
+    assert split_line(line) == (line, [])
+
+
+@pytest.mark.parametrize("source", ["x" * 300 + ".png", "~no-such-user/a.png", "a\0.png"])
+def test_paths_that_no_file_can_have(source: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Attachment("image", source).part()
+
+
+def test_a_wrong_path_is_told_and_forgotten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = Session(Echo(), {}, system=None)
+    talk(session, monkeypatch, "/image /no/such.png", "Hi")
+    shown = capsys.readouterr()
+    assert "error: '/no/such.png' cannot be read" in shown.err
+    assert session.messages[0]["content"] == "Hi"
+
+
+def test_a_failed_question_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Echo()
+    model.trouble = SensoriumError("It is too long.")
+    session = Session(model, {}, system=None)
+    talk(session, monkeypatch, "One")
+    assert session.messages == []
+    assert "error: It is too long." in capsys.readouterr().err
+
+
+def test_a_stopped_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Echo()
+    model.trouble = KeyboardInterrupt()
+    session = Session(model, {}, system=None)
+    talk(session, monkeypatch, "One")
+    assert session.messages[-1] == {"role": "assistant", "content": "part"}
+
+
+async def test_a_running_server() -> None:
+    async with running(FakeFrontend(), api_key=("k",)) as server:
+
+        def ask() -> str:
+            model = RemoteModel(server.base_url, api_key="k")
+            assert model.name == "demo"
+            messages = [{"role": "user", "content": "Hi"}]
+            return "".join(model.stream(messages, {"max_tokens": 50, "temperature": 0.0}))
+
+        assert await asyncio.to_thread(ask) == "Hello, world!"
+        [call] = server.frontend.calls
+        assert (call.params.max_tokens, call.params.temperature) == (50, 0.0)
+
+
+async def test_the_whole_command_against_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], picture: Path
+) -> None:
+    async with running() as server:
+        monkeypatch.setattr("sys.stdin", io.StringIO("What is this?\n/exit\n"))
+        argv = ["chat", "--base-url", server.base_url, "--image", str(picture), "--top-k", "5"]
+        assert await asyncio.to_thread(main, argv) == 0
+        assert "Hello, world!" in capsys.readouterr().out
+        [call] = server.frontend.calls
+        assert len(call.prompt.conversation.refs) == 1
+        assert call.params.top_k == 5
+
+
+async def test_what_a_server_refuses_is_told() -> None:
+    async with running(FakeFrontend(), api_key=("k",)) as server:
+        with pytest.raises(SensoriumError, match="needs an API key"):
+            await asyncio.to_thread(RemoteModel, server.base_url)
+        model = await asyncio.to_thread(RemoteModel, server.base_url, api_key="k")
+        server.frontend.between = fail(RuntimeError("inside"))
+        with pytest.raises(SensoriumError, match="failed to answer"):
+            await asyncio.to_thread(list, model.stream([{"role": "user", "content": "a"}], {}))
+
+
+async def test_stopping_an_answer_frees_the_work() -> None:
+    async with running(FakeFrontend(between=hang)) as server:
+        model = await asyncio.to_thread(RemoteModel, server.base_url)
+        answer = model.stream([{"role": "user", "content": "a"}], {})
+        assert await asyncio.to_thread(next, answer) == ""
+        assert await asyncio.to_thread(next, answer) != ""
+        await asyncio.to_thread(answer.close)
+        await until(lambda: server.frontend.num_open == 0)
+
+
+def test_addresses_that_lead_nowhere() -> None:
+    with pytest.raises(ConfigError):
+        RemoteModel("ftp://example.com")
+    with pytest.raises(UnavailableError, match="does not answer"):
+        RemoteModel("http://127.0.0.1:1")

@@ -1,0 +1,330 @@
+"""The frontend over a client that plays the engine: ends, errors, and the event loop's share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from sensorium.config import EngineConfig, engine_config
+from sensorium.core.request import EngineRequest, SequenceUpdate
+from sensorium.engine.prompts.prepared import PreparedPrompt
+from sensorium.engine.prompts.types import RawPrompt
+from sensorium.engine.serving import frontend as frontend_module
+from sensorium.engine.serving.client import Inbox
+from sensorium.engine.serving.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend
+from sensorium.engine.stats import EngineStats
+from sensorium.errors import ConfigError, EngineDeadError, OverloadedError
+from sensorium.metrics.report import RequestReport
+from sensorium.models.embedder import Embedder
+from sensorium.params import SamplingParams
+
+PROMPT = RawPrompt(text="a")
+
+
+class FakeEngine:
+    """A supervisor that keeps what was submitted; ``fail_after`` sequences, it has no more room."""
+
+    num_restarts = 3
+
+    def __init__(self, config: EngineConfig | None = None) -> None:
+        self.alive = True
+        self.answers: list[EngineStats] = []
+        self.fail_after: int | None = None
+        self.inboxes: dict[str, Inbox] = {}
+        self.aborted: list[str] = []
+        self.stopped = False
+
+    async def start(self) -> None:
+        await asyncio.Event().wait()
+
+    def watch(self, on_start: Callable[[Any], None]) -> None:
+        """It never dies."""
+
+    def check_alive(self) -> None:
+        if not self.alive:
+            raise EngineDeadError("gone")
+
+    def submit(self, request: EngineRequest, items: Sequence[Any], inbox: Inbox) -> None:
+        if len(self.inboxes) == self.fail_after:
+            raise OverloadedError("full")
+        self.inboxes[request.request_id] = inbox
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        self.aborted += [i for i in request_ids if i in self.inboxes]
+        for request_id in request_ids:
+            self.inboxes.pop(request_id, None)
+
+    async def stats(self) -> EngineStats:
+        self.check_alive()
+        if not self.answers:
+            await asyncio.Event().wait()
+        return self.answers.pop()
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+
+class FakePreparer:
+    """Prepares nothing; one request per sample."""
+
+    tokenizer: Any = None
+    embedder: Embedder | None = None
+    closed = False
+    num_prepared = 0
+    token_ids: tuple[int, ...] = (1,)
+
+    async def prepare(self, prompt: object) -> PreparedPrompt:
+        self.num_prepared += 1
+        return PreparedPrompt("a", self.token_ids)
+
+    async def grammar(self, params: SamplingParams) -> None:
+        """No constraints here."""
+
+    def requests(
+        self,
+        prepared: PreparedPrompt,
+        params: SamplingParams,
+        request_id: str,
+        priority: int,
+        arrival_time: float,
+        grammar: str | None,
+    ) -> list[EngineRequest]:
+        one = params.replace(n=1)
+        return [
+            EngineRequest(f"{request_id}#{i}", self.token_ids, one, 4, arrival_time=arrival_time)
+            for i in range(params.n)
+        ]
+
+    def set_facts(self, facts: object) -> None:
+        """No limit is looked at here."""
+
+    def media_stats(self) -> dict[str, float]:
+        return {"fetch_count": 2.0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def new_frontend(**keywords: Any) -> tuple[Frontend, FakeEngine, FakePreparer]:
+    client, preparer = FakeEngine(), FakePreparer()
+    frontend = Frontend(engine_config(**keywords), preparer, client)  # type: ignore[arg-type]
+    return frontend, client, preparer
+
+
+@pytest.fixture(autouse=True)
+def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are not made text here."""
+
+    class NoText:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def append(self, token_ids: object) -> str:
+            return ""
+
+        def flush(self) -> str:
+            return ""
+
+    monkeypatch.setattr("sensorium.engine.outputs.stream.Detokenizer", NoText)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 20_000, 200_000])
+async def test_many_samples_leave_the_event_loop_its_turns(num_tokens: int) -> None:
+    frontend, client, preparer = new_frontend()
+    preparer.token_ids = (1,) * num_tokens
+    counts: list[int] = []
+
+    async def others() -> None:
+        while True:
+            counts.append(len(client.inboxes))
+            await asyncio.sleep(0)
+
+    watching = asyncio.create_task(others())
+    at_once = -(-SUBMITTED_TOKENS // (SAMPLE_TOKENS + num_tokens))
+    params = SamplingParams(n=4 * at_once)
+    stream = frontend.generate(PROMPT, params, request_id="r")
+    waiting = asyncio.ensure_future(anext(stream))
+    while len(client.inboxes) < params.n and not waiting.done():
+        await asyncio.sleep(0)
+    assert {at_once, 2 * at_once} <= set(counts)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert not client.inboxes, "cancelled: nothing is left in the engine"
+    assert len(client.aborted) == params.n
+    watching.cancel()
+
+
+@pytest.mark.parametrize("num_turns", [1, 2, 3, 4, 5])
+async def test_a_cancelled_submission_leaves_nothing(num_turns: int) -> None:
+    frontend, client, _ = new_frontend()
+    stream = frontend.generate(PROMPT, SamplingParams(n=300), request_id="r")
+    task = asyncio.ensure_future(anext(stream))
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert not client.inboxes
+
+
+async def test_a_submission_that_fails_half_way_leaves_nothing() -> None:
+    frontend, client, _ = new_frontend()
+    client.fail_after = 3
+    stream = frontend.generate(PROMPT, SamplingParams(n=5), request_id="r")
+    with pytest.raises(OverloadedError):
+        await anext(stream)
+    assert client.aborted == ["r#0", "r#1", "r#2"]
+
+
+async def test_an_error_of_one_sample_ends_the_others() -> None:
+    frontend, client, _ = new_frontend()
+    stream = frontend.generate(PROMPT, SamplingParams(n=2), request_id="r")
+    waiting = asyncio.ensure_future(anext(stream))
+    while len(client.inboxes) < 2 and not waiting.done():
+        await asyncio.sleep(0)
+    client.inboxes["r#0"].put_nowait(
+        SequenceUpdate("r#0", finish_reason="error", error="it could not be computed")
+    )
+    with pytest.raises(Exception, match="could not be computed"):
+        await waiting
+    assert not client.inboxes
+
+
+async def test_the_log_goes_on_after_the_engine_was_gone(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    frontend, client, preparer = new_frontend()
+    turns = [True, False]
+
+    async def next_interval(_: float) -> None:
+        if not turns:
+            raise asyncio.CancelledError
+        client.alive = turns.pop()
+        client.answers = [EngineStats(num_running=5)]
+        frontend._num_generated += 1
+
+    monkeypatch.setattr(frontend_module.asyncio, "sleep", next_interval)
+    with pytest.raises(asyncio.CancelledError):
+        await frontend._log_stats()
+    monkeypatch.undo()
+    assert [record.message.count("5 running") for record in caplog.records] == [1]
+    frontend._log_task = asyncio.create_task(frontend._log_stats())
+    await frontend.shutdown()
+    assert client.stopped
+    assert preparer.closed
+
+
+async def test_stats_are_what_is_known_when_the_engine_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frontend_module, "STATS_SECONDS", 0.01)
+    frontend, client, _ = new_frontend()
+    client.answers = [EngineStats(num_running=2, kv_blocks_total=9, num_steps=7)]
+    for _ in range(2):
+        stats = await frontend.stats()
+        assert (stats.num_running, stats.num_steps) == (2, 7), "a long step: as it was before it"
+        assert (stats.media, stats.num_engine_restarts) == ({"fetch_count": 2.0}, 3)
+    client.alive = False
+    stats = await frontend.stats()
+    assert (stats.num_running, stats.kv_blocks_total, stats.num_steps) == (0, 9, 7)
+    assert stats.media == {"fetch_count": 2.0}
+    client.alive, client.answers = True, [EngineStats(num_running=1, num_steps=1)]
+    assert (await frontend.stats()).num_steps == 1
+
+
+async def test_while_the_engine_is_gone_nothing_is_prepared() -> None:
+    frontend, client, preparer = new_frontend()
+    client.alive = False
+    with pytest.raises(EngineDeadError):
+        await anext(frontend.generate(PROMPT, SamplingParams(), request_id="r"))
+    with pytest.raises(EngineDeadError):
+        frontend.check_alive()
+    assert preparer.num_prepared == 0
+    client.alive = True
+    frontend.check_alive()
+
+
+@pytest.mark.parametrize("how", ["error", "abort"])
+async def test_what_ends_a_request_is_reported(how: str) -> None:
+    frontend, client, _ = new_frontend()
+    told: list[str] = []
+
+    class Told:
+        def finished(self, report: RequestReport) -> None:
+            told.append(report.finish_reason)
+
+    frontend.metrics = Told()  # type: ignore[assignment]
+    stream = frontend.generate(PROMPT, SamplingParams(), request_id="r")
+    waiting = asyncio.ensure_future(anext(stream))
+    while not client.inboxes and not waiting.done():
+        await asyncio.sleep(0)
+    if how == "error":
+        client.inboxes["r#0"].put_nowait(EngineDeadError("gone"))
+    else:
+        waiting.cancel()
+    with pytest.raises((EngineDeadError, asyncio.CancelledError)):
+        await waiting
+    assert told == [how]
+
+
+async def test_a_start_that_fails_on_either_side_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clients: list[FakeEngine] = []
+    preparers: list[FakePreparer] = []
+
+    def new_client(config: EngineConfig) -> FakeEngine:
+        clients.append(FakeEngine(config))
+        return clients[-1]
+
+    def broken_preparer(*_: object, **__: object) -> None:
+        raise ConfigError("no tokenizer")
+
+    def new_preparer(*_: object, **__: object) -> FakePreparer:
+        preparers.append(FakePreparer())
+        return preparers[-1]
+
+    async def broken_start(self: FakeEngine) -> None:
+        raise ConfigError("no weights")
+
+    monkeypatch.setattr(frontend_module, "EngineSupervisor", new_client)
+    monkeypatch.setattr(frontend_module, "Preparer", broken_preparer)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        await Frontend.start(engine_config())
+    monkeypatch.setattr(frontend_module, "Preparer", new_preparer)
+    monkeypatch.setattr(FakeEngine, "start", broken_start)
+    with pytest.raises(ConfigError, match="weights"):
+        await Frontend.start(engine_config())
+    assert all(client.stopped for client in clients)
+    assert [preparer.closed for preparer in preparers] == [True]
+
+
+async def test_the_line_after_an_outage_is_about_all_of_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No line is written while there is no engine; the tokens from before are spread over the time since the last."""
+    frontend, client, _ = new_frontend(log_stats_interval=1.0)
+    now, frontend._num_generated = 100.0, 60
+    client.alive = False
+    client.answers = [EngineStats()]
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        if now > 102.5:
+            client.alive = True
+        if now > 103.5:
+            raise asyncio.CancelledError
+
+    class Clock:
+        monotonic = staticmethod(lambda: now)
+
+    monkeypatch.setattr("sensorium.engine.serving.frontend.time", Clock)
+    monkeypatch.setattr("sensorium.engine.serving.frontend.asyncio.sleep", sleep)
+    with caplog.at_level("INFO"), pytest.raises(asyncio.CancelledError):
+        await frontend._log_stats()
+    [line] = [record.getMessage() for record in caplog.records if "tokens/s" in record.getMessage()]
+    assert line.startswith("20.0 generated tokens/s")

@@ -1,0 +1,288 @@
+"""What happens when the engine dies, with engines that die on command and a clock that is moved by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sensorium.config import engine_config
+from sensorium.core.request import EngineRequest
+from sensorium.engine.serving import supervisor as supervisor_module
+from sensorium.engine.serving.client import LONGEST_RETRY, Inbox, dead_error
+from sensorium.engine.serving.supervisor import STEADY_SECONDS, Backoff, EngineSupervisor
+from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.errors import ConfigError, EngineDeadError
+from sensorium.params import SamplingParams
+
+REQUEST = EngineRequest("a", (1,), SamplingParams(), 1)
+FACTS = EngineFacts(512, 100, 16, 256, "cpu", "float32", 1, 0.5)
+
+
+class FakeClient:
+    """An engine that starts when ``gate`` is open, unless ``start_error`` is set, and dies when it is told to."""
+
+    def __init__(self, facts: EngineFacts, start_error: Exception | None) -> None:
+        self.facts = facts
+        self.start_error = start_error
+        self.gate = asyncio.Event()
+        self.alive = False
+        self.start_seconds = 4.0
+        self.inboxes: dict[str, Inbox] = {}
+        self.num_stops = 0
+        self.stop_error: Exception | None = None
+        self._ended = asyncio.Event()
+
+    async def start(self) -> EngineFacts:
+        await self.gate.wait()
+        if self.start_error is not None:
+            raise self.start_error
+        self.alive = True
+        return self.facts
+
+    async def wait_ended(self) -> None:
+        await self._ended.wait()
+
+    def die(self) -> None:
+        """The process ends."""
+        self.alive = False
+        for inbox in self.inboxes.values():
+            inbox.put_nowait(EngineDeadError("dead"))
+        self.inboxes.clear()
+        self._ended.set()
+
+    def submit(self, request: EngineRequest, items: object, inbox: Inbox) -> None:
+        if not self.alive:
+            raise dead_error(self.start_seconds)
+        self.inboxes[request.request_id] = inbox
+
+    def abort(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            self.inboxes.pop(request_id, None)
+
+    async def stats(self) -> EngineStats:
+        return EngineStats(num_steps=1)
+
+    async def stop(self) -> None:
+        self.alive = False
+        self.num_stops += 1
+        if self.stop_error is not None:
+            raise self.stop_error
+
+
+class Bench:
+    """A supervisor, the clients that it made, and the time, which stands still but for ``sleep`` and ``now``."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.clients: list[FakeClient] = []
+        self.start_errors: list[Exception | None] = []
+        self.sleeps: list[float] = []
+        self.told: list[EngineFacts] = []
+        self.held = False
+        self.supervisor = EngineSupervisor(
+            engine_config(),
+            new_client=self._new_client,  # type: ignore[arg-type]
+            clock=lambda: self.now,
+            sleep=self._sleep,
+        )
+
+    def _new_client(self, _: object) -> FakeClient:
+        number = len(self.clients)
+        error = self.start_errors.pop(0) if self.start_errors else None
+        self.clients.append(FakeClient(dataclasses.replace(FACTS, num_kv_blocks=number), error))
+        if not self.held:
+            self.clients[-1].gate.set()
+        return self.clients[-1]
+
+    async def _sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        if self.held:
+            await asyncio.Event().wait()
+        self.now += seconds
+
+    async def start(self) -> EngineSupervisor:
+        await self.supervisor.start()
+        self.supervisor.watch(self.told.append)
+        return self.supervisor
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let the other tasks run until it holds; they wait for nothing outside."""
+        for _ in range(1000):
+            if condition():
+                return
+            await asyncio.sleep(0)
+        raise AssertionError("it never happened")
+
+    async def die(self) -> None:
+        """Let the engine die and another one come up."""
+        number = self.supervisor.num_restarts
+        self.clients[-1].die()
+        await self.until(lambda: self.supervisor.num_restarts > number)
+
+
+@pytest.fixture
+async def bench() -> Any:
+    bench = Bench()
+    yield bench
+    await bench.supervisor.stop()
+    assert not bench.supervisor.alive
+    assert [client.num_stops for client in bench.clients] == [1] * len(bench.clients)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+def test_the_delays_of_a_row_of_attempts() -> None:
+    backoff = Backoff()
+    assert [backoff.next_delay() for _ in range(10)] == [0, 0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+    assert {backoff.next_delay() for _ in range(3000)} == {30.0}
+    backoff.reset()
+    assert [backoff.next_delay() for _ in range(2)] == [0, 0.5]
+
+
+async def test_requests_meanwhile_are_refused_and_later_ones_go_to_the_new_engine(
+    bench: Bench,
+) -> None:
+    supervisor = await bench.start()
+    assert supervisor.alive
+    supervisor.check_alive()
+    inbox: Inbox = asyncio.Queue()
+    supervisor.submit(REQUEST, [], inbox)
+    bench.held = True
+    bench.clients[0].die()
+    with pytest.raises(EngineDeadError):
+        supervisor.submit(REQUEST, [], inbox)
+    await bench.until(lambda: len(bench.clients) == 2)
+    assert isinstance(inbox.get_nowait(), EngineDeadError)
+    assert not supervisor.alive
+    with pytest.raises(EngineDeadError, match="being restarted; try again"):
+        supervisor.submit(REQUEST, [], inbox)
+    with pytest.raises(EngineDeadError):
+        await supervisor.stats()
+    supervisor.abort(["a"])
+    bench.now += 1.5
+    with pytest.raises(EngineDeadError) as caught:
+        supervisor.check_alive()
+    assert caught.value.retry_after == 3, "of the 4 seconds that the first one took 1.5 are over"
+    assert supervisor.facts.num_kv_blocks == 0, "those of the latest engine that was up"
+    bench.clients[1].gate.set()
+    await bench.until(lambda: supervisor.alive)
+    assert supervisor.num_restarts == 1
+    supervisor.submit(REQUEST, [], inbox)
+    assert set(bench.clients[1].inboxes) == {"a"}
+    assert (await supervisor.stats()).num_steps == 1
+    supervisor.abort(["a"])
+    assert not bench.clients[1].inboxes
+    assert inbox.empty()
+
+
+async def test_new_facts_are_told_before_a_request_can_come(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor = await bench.start()
+    assert [facts.num_kv_blocks for facts in bench.told] == [0]
+    seen: list[bool] = []
+    supervisor._on_start = lambda facts: seen.append(facts is supervisor.facts)
+    await bench.die()
+    assert seen == [True]
+    assert supervisor.facts.num_kv_blocks == 1
+    assert "restarts so far: 1" in caplog.text
+    assert "its KV cache 1 blocks (0 before)" in caplog.text
+
+
+async def test_quick_deaths_are_followed_by_longer_delays_until_one_lives(bench: Bench) -> None:
+    await bench.start()
+    for _ in range(5):
+        await bench.die()
+    assert bench.sleeps == [0.5, 1, 2, 4]
+    bench.now += STEADY_SECONDS - 1
+    await bench.die()
+    assert bench.sleeps == [0.5, 1, 2, 4, 8]
+    bench.now += STEADY_SECONDS
+    await bench.die()
+    assert bench.sleeps == [0.5, 1, 2, 4, 8]
+    await bench.die()
+    assert bench.sleeps == [0.5, 1, 2, 4, 8, 0.5]
+    assert bench.supervisor.num_restarts == 8
+
+
+async def test_a_restart_that_fails_is_logged_and_tried_again(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    supervisor = await bench.start()
+    bench.start_errors = [
+        ConfigError("no memory for a KV cache"),
+        EngineDeadError("it ended while starting"),
+        OSError("no process can be made"),
+    ]
+    bench.clients[0].stop_error = RuntimeError("a folder that cannot be removed")
+    with caplog.at_level(logging.ERROR, supervisor_module.__name__):
+        await bench.die()
+    bench.clients[0].stop_error = None
+    assert bench.sleeps == [0.5, 1, 2]
+    assert supervisor.num_restarts == 1
+    assert supervisor.alive
+    for text in ("no memory", "ended while", "no process can", "cannot be removed"):
+        assert text in caplog.text
+    assert [client.num_stops for client in bench.clients] == [1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("where", ["sleeping", "starting"])
+async def test_stop_during_a_restart_is_at_once(bench: Bench, where: str) -> None:
+    supervisor = await bench.start()
+    if where == "sleeping":
+        await bench.die()
+    bench.held = True
+    bench.clients[-1].die()
+    expected = 2 if where == "starting" else 3
+    await bench.until(lambda: len(bench.clients) + len(bench.sleeps) == expected)
+    with pytest.raises(EngineDeadError) as caught:
+        supervisor.check_alive()
+    assert caught.value.retry_after == (4 if where == "starting" else 5), "0.5 and 4 seconds"
+    await asyncio.wait_for(supervisor.stop(), 10)
+    assert len(bench.clients) == 2
+    await supervisor.stop()
+
+
+@pytest.mark.parametrize("error", [ConfigError("no such model"), EngineDeadError("killed")])
+async def test_a_first_start_that_fails_is_not_tried_again(bench: Bench, error: Exception) -> None:
+    bench.start_errors = [error]
+    with pytest.raises(type(error)):
+        await bench.supervisor.start()
+    assert [client.num_stops for client in bench.clients] == [1]
+    with pytest.raises(EngineDeadError, match="not been started"):
+        _ = bench.supervisor.facts
+
+
+async def test_a_first_start_that_is_cancelled_leaves_nothing(bench: Bench) -> None:
+    bench.held = True
+    starting = asyncio.create_task(bench.supervisor.start())
+    await bench.until(lambda: len(bench.clients) == 1)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert [client.num_stops for client in bench.clients] == [1]
+
+
+async def test_an_engine_that_died_before_it_was_watched_is_replaced(bench: Bench) -> None:
+    await bench.supervisor.start()
+    bench.clients[0].die()
+    bench.supervisor.watch(bench.told.append)
+    await bench.until(lambda: bench.supervisor.alive)
+    assert [facts.num_kv_blocks for facts in bench.told] == [0, 1]
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(-5, 1), (0.2, 1), (7.1, 8), (1e9, LONGEST_RETRY)])
+def test_how_long_clients_are_told_to_wait(seconds: float, told: int) -> None:
+    assert dead_error(seconds).retry_after == told
+
+
+async def test_a_server_that_stops_promises_no_other_engine() -> None:
+    bench = Bench()
+    supervisor = await bench.start()
+    await supervisor.stop()
+    for call in (supervisor.check_alive, lambda: supervisor.submit(REQUEST, [], asyncio.Queue())):
+        with pytest.raises(EngineDeadError, match="shutting down"):
+            call()

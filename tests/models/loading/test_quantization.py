@@ -1,0 +1,144 @@
+"""Quantized checkpoints are refused with the reason, before a byte of their weights is fetched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sensorium import LLM
+from sensorium.errors import ConfigError
+from sensorium.models import loader
+from sensorium.models.loading.weight_files import INDEX, SINGLE
+from tests.checkpoints import make_text, make_ultravox
+from tests.models.loading.test_weight_files import Hub
+
+GPTQ = {"bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "sym": True}
+"""As published: without a name."""
+AWQ = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
+BITSANDBYTES = {"_load_in_8bit": True, "load_in_4bit": False, "quant_method": "bitsandbytes"}
+MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+COMPRESSED = {"config_groups": {"group_0": {}}, "format": "pack-quantized"}
+IN_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
+    "named": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq, 4 bits"),
+    "gptq": ({"quantization_config": GPTQ}, "gptq, 4 bits"),
+    "bitsandbytes": ({"quantization_config": BITSANDBYTES}, "bitsandbytes, 8 bits"),
+    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+    "compressed-tensors": (
+        {"compression_config": COMPRESSED},
+        "compressed-tensors, pack-quantized",
+    ),
+    "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, "mlx, 4 bits"),
+    "mlx, newer": ({"quantization_config": {"group_size": 64, "bits": 4}}, "mlx, 4 bits"),
+    "of the text part": (
+        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+        "fp8",
+    ),
+}
+BESIDE = {
+    "quantize_config.json": (GPTQ, "gptq, 4 bits"),
+    "quant_config.json": (AWQ, "awq, 4 bits"),
+    "hf_quant_config.json": (MODELOPT, "modelopt, FP8"),
+}
+
+
+def edit(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refused(model: str, what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loader.load(model, device="cpu")
+    assert f"is quantized ({what}" in caught.value.message
+    assert "take the unquantized one" in caught.value.message
+
+
+@pytest.mark.parametrize("kind", IN_CONFIG)
+def test_what_config_json_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str) -> None:
+    folder = make_text("llama", tmp_path / "repository")
+    values, what = IN_CONFIG[kind]
+    edit(folder / "config.json", values)
+    hub = Hub(monkeypatch, folder, tmp_path)
+    refused("some/model", f"{what}, says config.json)")
+    assert not hub.weights
+
+
+@pytest.mark.parametrize("file", BESIDE)
+def test_what_the_files_beside_it_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: str
+) -> None:
+    folder = make_text("llama", tmp_path / "repository")
+    settings, what = BESIDE[file]
+    (folder / file).write_text(json.dumps(settings))
+    hub = Hub(monkeypatch, folder, tmp_path)
+    refused("some/model", f"{what}, says {file})")
+    assert not hub.weights
+
+
+@pytest.mark.parametrize("file", BESIDE)
+def test_files_that_a_merge_has_left_behind_do_not_count(tmp_path: Path, file: str) -> None:
+    folder = make_text("llama", tmp_path)
+    (folder / file).write_text(json.dumps(BESIDE[file][0]))
+    assert loader.load(str(folder), device="cpu").family.name == "Llama"
+
+
+@pytest.mark.parametrize(
+    ("ends", "what"),
+    [
+        (("qweight", "qzeros", "scales"), "gptq or awq, by names"),
+        (("weight_packed", "weight_scale", "weight_shape"), "compressed-tensors, by names"),
+        (("weight", "scales", "biases"), "mlx, by names"),
+        (("weight", "SCB"), "bitsandbytes, by names"),
+        (("weight", "weight_scale_inv"), "fp8, by names"),
+    ],
+)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_what_the_names_of_the_weights_say(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ends: tuple[str, ...],
+    what: str,
+    indexed: bool,
+) -> None:
+    folder = make_text("llama", tmp_path / "repository", sharded=indexed)
+    own = "model.layers.0.mlp.down_proj"
+    added = {f"{own}.{end}": torch.ones(4, dtype=torch.int32) for end in ends}
+    if not indexed:
+        tensors = load_file(folder / SINGLE)
+        del tensors[f"{own}.weight"]
+        save_file(tensors | added, folder / SINGLE)
+        refused(str(folder), what)
+        return
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(added, "model-00001-of-00003.safetensors")
+    (folder / INDEX).write_text(json.dumps(index))
+    hub = Hub(monkeypatch, folder, tmp_path)
+    refused("some/model", what)
+    assert not hub.weights
+
+
+def test_integers_under_plain_names(tmp_path: Path) -> None:
+    folder = make_text("llama", tmp_path)
+    name = "model.layers.0.mlp.down_proj.weight"
+    tensors = load_file(folder / SINGLE)
+    save_file(tensors | {name: tensors[name].to(torch.int8)}, folder / SINGLE)
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp.* is stored as torch\.int8"):
+        loader.load(str(folder), device="cpu")
+
+
+def test_a_quantized_backbone(tmp_path: Path) -> None:
+    folder = make_ultravox(tmp_path)
+    edit(folder / "text" / "config.json", {"quantization_config": {"quant_method": "awq"}})
+    refused(str(folder), "awq, says config.json)")
+
+
+def test_the_reason_comes_before_what_else_is_wrong(tmp_path: Path) -> None:
+    folder = make_text("llama", tmp_path)
+    edit(folder / "config.json", {"quantization_config": BITSANDBYTES})
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"is quantized \(bitsandbytes, 8 bits"):
+        LLM(str(folder))

@@ -1,0 +1,67 @@
+import asyncio
+import threading
+
+import pytest
+
+from sensorium.multimodal.workers.event_loop import LoopThread
+
+
+async def where() -> str:
+    return threading.current_thread().name
+
+
+async def fail() -> None:
+    raise TimeoutError("late")
+
+
+async def test_work_runs_in_the_thread_and_failures_come_back() -> None:
+    thread = LoopThread("other")
+    assert [await thread.run(where()) for _ in range(3)] == ["other"] * 3
+    with pytest.raises(TimeoutError, match="late"):
+        await thread.run(fail())
+    thread.close()
+    thread.close()
+    assert await thread.run(where()) == "other"  # another one
+    thread.close()
+    assert "other" not in [t.name for t in threading.enumerate()]
+
+
+async def test_a_caller_who_is_cancelled_cancels_the_work() -> None:
+    thread = LoopThread("other")
+    started, cancelled = threading.Event(), threading.Event()
+
+    async def work() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    task = asyncio.create_task(thread.run(work()))
+    while not started.is_set():
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert await asyncio.to_thread(cancelled.wait, 30)
+    thread.close()
+
+
+async def test_closing_ends_what_runs() -> None:
+    thread = LoopThread("other")
+    started, ended = threading.Event(), []
+
+    async def work() -> None:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
+
+    task = asyncio.create_task(thread.run(work()))
+    while not started.is_set():
+        await asyncio.sleep(0)
+    thread.close()
+    assert ended == [True]
+    with pytest.raises(asyncio.CancelledError):
+        await task
