@@ -27,10 +27,10 @@ threads.prepare()
 import torch  # noqa: E402 - the waiting policy must be set before
 import torch.nn.functional as F  # noqa: E402
 
-from sensorium.kernels import ops, reference
+from sensorium.kernels import ops, reference  # noqa: E402
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout  # noqa: E402
-from sensorium.kernels.cpu import elementwise as cpu_elementwise
-from sensorium.kernels.cpu import linear, paged
+from sensorium.kernels.cpu import elementwise as cpu_elementwise  # noqa: E402
+from sensorium.kernels.cpu import linear, paged  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32
 NUM_LAYERS = 24

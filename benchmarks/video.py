@@ -3,10 +3,11 @@
     python video.py
     python video.py --seconds 60 --size 640x360 --num-frames 16 --runs 3
 
-Encodes a clip of its own into a temporary folder (H.264 with the encoder's usual distance between key frames), then in
-turn takes frames of it as a request does (``multimodal.decode.video.loading``) and decodes all of it with the same
-library and as many threads. Written as JSON: every time, the medians and their ratio. The exit status is 1 when the ratio is
-above ``--largest-ratio``, or when a sampled frame differs from the one of that number in the whole clip.
+Encodes a clip of its own into a temporary folder (H.264 with the encoder's usual distance between
+key frames), then in turn takes frames of it as a request does (``multimodal.decode.video.loading``)
+and decodes all of it with the same library and as many threads. Written as JSON: every time, the
+medians and their ratio. The exit status is 1 when the ratio is above ``--largest-ratio``, or when a
+sampled frame differs from the one of that number in the whole clip.
 """
 
 from __future__ import annotations

@@ -264,5 +264,5 @@ def test_one_module_alone_downloads() -> None:
         "multimodal/fetch/resolver.py",
         "multimodal/fetch/fetcher.py",
     }
-    fetching = (root / "multimodal" / "fetch.py").read_text()
+    fetching = (root / "multimodal" / "fetch" / "fetcher.py").read_text()
     assert "if TYPE_CHECKING:\n    from aiohttp" in fetching, "a type only"

@@ -1,8 +1,9 @@
 """The process that checks constraints: ``python -m sensorium.engine.grammar.worker FOLDER VOCAB_SIZE SECONDS``.
 
 Started by ``engine.grammar.compiler``, which sends constraints to its input and reads replies from
-its output. It holds the vocabulary and forks a child for each constraint, ``MOST_CHILDREN`` at a time; a child has limits of processor time and
-memory that the kernel enforces, so it ends whatever the grammar library is doing. It ends when its input does.
+its output. It holds the vocabulary and forks a child for each constraint, ``MOST_CHILDREN`` at a
+time; a child has limits of processor time and memory that the kernel enforces, so it ends whatever
+the grammar library is doing. It ends when its input does.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The fork server of media workers: ``python -m sensorium.engine.prompts.media_worker FOLDER DESCRIPTOR``.
 
-Started by ``engine.prompts.media_workers`` with the folder of the segments and the descriptor of its
-control socket, through which the configuration comes first. All it adds to ``multimodal.workers.fork_server`` is the model's processor.
+Started by ``engine.prompts.media_workers`` with the folder of the segments and the descriptor of
+its control socket, through which the configuration comes first. All it adds to
+``multimodal.workers.fork_server`` is the model's processor.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Where items are decoded and preprocessed: in worker processes, seen from the process that wants them.
 
 A fork server (``multimodal.workers.fork_server``) is started once; from it workers are forked in
-milliseconds, one for each of a few threads here that wait for them. A worker that runs out of time is killed, and so is one whose caller has left;
-one that died is replaced before the next item. What happened costs that item an error and nothing else.
+milliseconds, one for each of a few threads here that wait for them. A worker that runs out of time
+is killed, and so is one whose caller has left; one that died is replaced before the next item. What
+happened costs that item an error and nothing else.
 """
 
 from __future__ import annotations
