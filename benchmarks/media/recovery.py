@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 from PIL import Image
 
-from media_load import noisy_jpeg
-from media_sharing import QUESTION, counted
-from served import (
+from benchmarks.media.load import noisy_jpeg
+from benchmarks.media.sharing import QUESTION, counted
+from benchmarks.served import (
     Asker,
     Reply,
     ServedProcess,

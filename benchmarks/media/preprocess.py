@@ -1,7 +1,7 @@
 """Decoding and preprocessing of pictures with one and with two worker processes, for each family of models.
 
-    python media_preprocess.py
-    python media_preprocess.py --families qwen2_vl llava --image-size 2048x2048 --num-images 32 --workers 1 2 4
+    python preprocess.py
+    python preprocess.py --families qwen2_vl llava --image-size 2048x2048 --num-images 32 --workers 1 2 4
 
 Each family's processor has the sizes that its published checkpoint has. JPEGs that were not seen before go through the
 media pipeline, as those of requests do: digest, worker process, segment of shared memory, cache. The numbers of workers

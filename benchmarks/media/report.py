@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import media_sharing
+from benchmarks.media import sharing
 
 MOST_LAG_SECONDS = 0.01
 MOST_ITEM_MS = 1.0
@@ -104,11 +104,11 @@ def cached_rows(found: Mapping[str, Any]) -> list[Row]:
 def once_rows(runs: Sequence[Mapping[str, Any]]) -> list[Row]:
     """For each delay of the host the value that is farthest from one."""
     rows = []
-    for delay in media_sharing.DELAYS:
+    for delay in sharing.DELAYS:
         chosen = [run for run in runs if run["delay_seconds"] == delay]
         where = f"host answers after {delay * 1e3:g} ms"
         fetches = [run["fetches_seen_by_host"] for run in chosen]
-        counters = {name: [run["counters"][name] for run in chosen] for name in media_sharing.ONCE}
+        counters = {name: [run["counters"][name] for run in chosen] for name in sharing.ONCE}
         seconds = statistics.median(run["seconds"] for run in chosen)
         answers = max(run["different_answers"] for run in chosen)
         refused = sum(

@@ -4,12 +4,12 @@
     python media.py --sections cached once --quick
     python media.py --vllm-python ENVIRONMENT/bin/python --peer-model FOLDER
 
-- preprocess: images per second of each family with one and with two worker processes (media_preprocess.py)
-- load: the event loop, /health and short texts while 32 clients send 2048x2048 pictures (media_load.py)
+- preprocess: images per second of each family with one and with two worker processes (preprocess.py)
+- load: the event loop, /health and short texts while 32 clients send 2048x2048 pictures (load.py)
 - cached: processor time of an image that the server knows, and of one named by its uuid only
 - once: 100 requests at once for one URL: fetches, decodes and encodes
 - recovery: a media worker, the process that these are forked from, and the engine are killed under load
-- peers: load, one URL and known images beside vLLM's CPU build (media_peers.py), where ``--vllm-python`` and
+- peers: load, one URL and known images beside vLLM's CPU build (peers.py), where ``--vllm-python`` and
   ``--peer-model`` are given
 
 Each section starts servers of its own and ends them. The results are written as JSON after each section, all values
@@ -31,19 +31,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import media_load
-import media_peers
-import media_recovery
-import media_report
-import media_sharing
+from benchmarks.media import load
+from benchmarks.media import peers
+from benchmarks.media import recovery
+from benchmarks.media import report
+from benchmarks.media import sharing
 from sensorium.bench.report import header
-from served import Asker, MediaHost, sensorium_server
+from benchmarks.served import Asker, MediaHost, sensorium_server
 
 RESULTS = Path(__file__).parent / "results"
 KILLS: dict[str, Callable[..., Any]] = {
-    "worker": media_recovery.worker_killed,
-    "forker": media_recovery.forker_killed,
-    "engine": media_recovery.engine_killed,
+    "worker": recovery.worker_killed,
+    "forker": recovery.forker_killed,
+    "engine": recovery.engine_killed,
 }
 
 
@@ -93,7 +93,7 @@ class Section:
     """What a section found, and its rows of the table."""
 
     found: dict[str, Any]
-    rows: list[media_report.Row]
+    rows: list[report.Row]
 
 
 # --- the sections ----------------------------------------------------------------------------------------------------
@@ -101,22 +101,22 @@ class Section:
 
 def run_preprocess(options: argparse.Namespace, scale: Scale) -> Section:
     """See ``media_preprocess``."""
-    import media_preprocess  # not before: it imports torch, which the clients of the other sections need not
+    from benchmarks.media import preprocess  # not before: it imports torch, which the clients of the other sections need not
 
-    found = media_preprocess.measure_families(
-        scale.families or tuple(media_preprocess.FAMILIES),
+    found = preprocess.measure_families(
+        scale.families or tuple(preprocess.FAMILIES),
         (1024, 1024),
         scale.preprocess_images,
         (1, 2),
         scale.preprocess_rounds,
     )
-    return Section(found, media_report.preprocess_rows(found, media_preprocess.LEAST_RATIO))
+    return Section(found, report.preprocess_rows(found, preprocess.LEAST_RATIO))
 
 
 def run_load(options: argparse.Namespace, scale: Scale) -> Section:
     """See ``media_load``."""
     found = asyncio.run(
-        media_load.measure(
+        load.measure(
             argparse.Namespace(
                 model=options.model,
                 flags=[],
@@ -128,11 +128,11 @@ def run_load(options: argparse.Namespace, scale: Scale) -> Section:
             )
         )
     )
-    return Section(found, media_report.load_rows(found))
+    return Section(found, report.load_rows(found))
 
 
 def run_cached(options: argparse.Namespace, scale: Scale) -> Section:
-    """See ``media_sharing.known_image``."""
+    """See ``sharing.known_image``."""
 
     async def measure() -> dict[str, Any]:
         log = options.logs / "media-cached.log"
@@ -140,7 +140,7 @@ def run_cached(options: argparse.Namespace, scale: Scale) -> Section:
             sensorium_server(options.model, [], log) as server,
             Asker(server.base_url) as asker,
         ):
-            return await media_sharing.known_image(
+            return await sharing.known_image(
                 server,
                 asker,
                 size=(1024, 1024),
@@ -149,11 +149,11 @@ def run_cached(options: argparse.Namespace, scale: Scale) -> Section:
             )
 
     found = asyncio.run(measure())
-    return Section(found, media_report.cached_rows(found))
+    return Section(found, report.cached_rows(found))
 
 
 def run_once(options: argparse.Namespace, scale: Scale) -> Section:
-    """See ``media_sharing.one_url``."""
+    """See ``sharing.one_url``."""
 
     async def measure() -> list[dict[str, Any]]:
         flags = ["--allowed-media-domains", "127.0.0.1"]
@@ -163,12 +163,12 @@ def run_once(options: argparse.Namespace, scale: Scale) -> Section:
             Asker(server.base_url) as asker,
         ):
             with MediaHost() as host:
-                return await media_sharing.one_url(
+                return await sharing.one_url(
                     asker, host, num_requests=scale.url_requests, repeats=scale.url_repeats
                 )
 
     runs = asyncio.run(measure())
-    return Section({"num_requests": scale.url_requests, "runs": runs}, media_report.once_rows(runs))
+    return Section({"num_requests": scale.url_requests, "runs": runs}, report.once_rows(runs))
 
 
 def run_recovery(options: argparse.Namespace, scale: Scale) -> Section:
@@ -185,7 +185,7 @@ def run_recovery(options: argparse.Namespace, scale: Scale) -> Section:
         return found
 
     found = asyncio.run(measure())
-    return Section(found, media_report.recovery_rows(found))
+    return Section(found, report.recovery_rows(found))
 
 
 def run_peers(options: argparse.Namespace, scale: Scale) -> Section:
@@ -193,7 +193,7 @@ def run_peers(options: argparse.Namespace, scale: Scale) -> Section:
     if options.vllm_python is None or options.peer_model is None:
         print("  left out: --vllm-python and --peer-model are not given")
         return Section({"left_out": "--vllm-python and --peer-model were not given"}, [])
-    settings = media_peers.Settings(
+    settings = peers.Settings(
         checkpoint=options.peer_model.absolute(),
         vllm_python=options.vllm_python,
         folder=options.logs,
@@ -208,11 +208,11 @@ def run_peers(options: argparse.Namespace, scale: Scale) -> Section:
         known_requests=scale.peer_known_requests,
         known_rounds=scale.peer_known_rounds,
     )
-    found = asyncio.run(media_peers.measure(settings))
-    print(media_peers.table(found["figures"], [media_peers.OURS, media_peers.VLLM]))
+    found = asyncio.run(peers.measure(settings))
+    print(peers.table(found["figures"], [peers.OURS, peers.VLLM]))
     for engine, killed in found["engine_killed"].items():
         print(f"engine killed, {engine}: {killed}")
-    for name, ratio in media_peers.behind(found).items():
+    for name, ratio in peers.behind(found).items():
         print(f"behind in {name}: {ratio:.3f}")
     return Section(found, [])
 
@@ -245,7 +245,7 @@ def run(options: argparse.Namespace, output: Path) -> list[str]:
             wrong.append(f"{name} failed: {type(error).__name__}")
             report["sections"][name] = {"failed": type(error).__name__}
         else:
-            print(media_report.table_of(section.rows), flush=True)
+            print(report.table_of(section.rows), flush=True)
             report["sections"][name] = section.found
             report["targets"] += [
                 {**asdict(row), "missed": row.missed} for row in section.rows if row.wanted

@@ -1,7 +1,7 @@
 """A served model under a load of large pictures: what its event loop, /health and text requests see.
 
-    python media_load.py
-    python media_load.py --clients 8 --seconds 5 --image-size 1024x1024 -- --num-media-workers 2
+    python load.py
+    python load.py --clients 8 --seconds 5 --image-size 1024x1024 -- --num-media-workers 2
 
 Starts ``sensorium serve`` on a free port. A process of its own sends chat requests over ``--clients`` connections, each
 with a JPEG that the server has not seen, as a data: URL. Meanwhile short texts are asked for one after the other, and
@@ -41,7 +41,7 @@ from sensorium.bench.client import StreamClient
 from sensorium.bench.machine import describe_machine
 from sensorium.bench.summary import summarize
 from sensorium.bench.workload import WORDS, picture
-from served import ServedProcess, is_sensorium_engine, processor_seconds
+from benchmarks.served import ServedProcess, is_sensorium_engine, processor_seconds
 
 RESULTS = Path(__file__).parent / "results"
 LAG = "event_loop_lag_seconds"

@@ -1,6 +1,6 @@
 """What a server is spared when media repeat: processor time of a known image, one fetch for many requests at once, time
 to the first token. Each function measures a server that runs, Sensorium's or another engine's; ``media.py`` and
-``media_peers.py`` call them.
+``peers.py`` call them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from media_load import noisy_jpeg
+from benchmarks.media.load import noisy_jpeg
 from sensorium.bench.client import StreamClient
 from sensorium.bench.workload import WORDS
-from served import (
+from benchmarks.served import (
     Asker,
     MediaHost,
     ServedProcess,

@@ -25,7 +25,7 @@ from typing import Any
 from sensorium.bench.client import RequestRecord, StreamClient
 from sensorium.bench.machine import describe_machine
 from sensorium.bench.workload import WORDS, data_url, picture
-from served import Asker, chat_body, image_part, sensorium_server
+from benchmarks.served import Asker, chat_body, image_part, sensorium_server
 
 RESULTS = Path(__file__).parent / "results"
 LARGEST_RATIO = 0.1

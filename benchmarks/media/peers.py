@@ -18,11 +18,11 @@ from typing import Any
 
 import psutil
 
-from media_load import ImageLoad, ask_texts, image_load, probe_health
-from media_recovery import engine_killed
-from media_sharing import first_tokens, known_image, one_url
+from benchmarks.media.load import ImageLoad, ask_texts, image_load, probe_health
+from benchmarks.media.recovery import engine_killed
+from benchmarks.media.sharing import first_tokens, known_image, one_url
 from sensorium.bench.summary import summarize
-from served import Asker, MediaHost, ServedProcess, is_sensorium_engine
+from benchmarks.served import Asker, MediaHost, ServedProcess, is_sensorium_engine
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
