@@ -1,6 +1,6 @@
 """Draw the comparisons with vLLM in ``results/`` as the charts that README.md and docs/ show.
 
-    python benchmarks/chart.py [--check]
+    python -m benchmarks.chart [--check]
 
 Every bar is a ratio within one run, on a logarithmic scale: to the right Sensorium is faster, to
 the left it is slower. ``--check`` only says whether the committed charts are up to date.
@@ -117,6 +117,7 @@ def media_chart() -> Chart:
     """Images on the servers of both, from ``media-peers-DATE.json``."""
     result = newest("media-peers")
     peers = result["sections"]["peers"]
+    rounds = len(peers["rounds"]) // len(peers["engines"])
     left = dict(MEDIA_ROWS)
     groups: dict[str, list[Bar]] = {}
     for heading, prefix in MEDIA_GROUPS.items():
@@ -126,7 +127,7 @@ def media_chart() -> Chart:
     conditions = (
         f"Qwen2-VL with few layers, so that the time goes into media; "
         f"{peers['num_threads']} threads, {peers['max_pixels']} pixels an image, "
-        f"medians of {result['settings']['peer_rounds']} rounds"
+        f"medians of {rounds} rounds"
     )
     notes = [machine_note(result), conditions, sources_note(result, vllm)]
     return Chart("Images on the servers of Sensorium and vLLM", subtitle(vllm), groups, notes)

@@ -1,6 +1,6 @@
 """The CPU kernels against plain torch and against the machine's limits: ratios within one run, as JSON.
 
-    python benchmarks/kernels.py [--threads N] [--seconds S] [--only PART] [--output FILE]
+    python -m benchmarks.kernels [--threads N] [--seconds S] [--only PART] [--output FILE]
 
 Both sides of a ratio are run in turn, many times, and compared at their lower quartiles, so that other work on the
 machine troubles both alike. "speedup" is reference time over kernel time; "of_limit" is the limit's time over kernel
@@ -13,10 +13,11 @@ products of as many rows as they are made against those of one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ threads.prepare()
 import torch  # noqa: E402 - the waiting policy must be set before
 import torch.nn.functional as F  # noqa: E402
 
+from benchmarks.harness import Report, add_flags, flag, settings_of  # noqa: E402
 from sensorium.kernels import ops, reference  # noqa: E402
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout  # noqa: E402
 from sensorium.kernels.cpu import elementwise as cpu_elementwise  # noqa: E402
@@ -239,52 +241,64 @@ def invariance(seconds: float) -> dict[str, Any]:
     return results
 
 
-def processor() -> str:
-    """The processor's name and the instruction sets that kernels are compiled for."""
+def instruction_sets() -> list[str]:
+    """The instruction sets that kernels are compiled for, of those that matter."""
     from numba.core.registry import cpu_target
 
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    name = names[0].partition(":")[2].strip() if names else platform.machine()
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     known = ("avx2", "avx512f", "avx512bf16", "amx-bf16", "amx-int8")
-    return " ".join([name, *(f for f in known if f"+{f}" in features.split(","))])
+    return [feature for feature in known if f"+{feature}" in features.split(",")]
 
 
-def main() -> None:
-    """Run everything and print or write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each comparison")
-    parser.add_argument("--only", choices=("elementwise", "linear", "attention", "invariance"))
-    parser.add_argument("--output", type=Path, default=None)
-    options = parser.parse_args()
-    num_threads = threads.configure(options.threads)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Threads, the time of each comparison, and which parts."""
+
+    threads: int | None = flag(None, "all cores when not given", type=int)
+    seconds: float = flag(1.0, "of each comparison", quick=0.01)
+    only: str | None = flag(None, choices=("elementwise", "linear", "attention", "invariance"))
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """Run the parts."""
+    num_threads = threads.configure(settings.threads)
     # Matrix tiles are not needed for flash attention, only for its being chosen.
     paged.attends_with_tiles = lambda dtype: True
     with torch.inference_mode():
         warm_up = ops.warm_up(DTYPE)
-        bandwidth = read_bandwidth(options.seconds)
+        bandwidth = read_bandwidth(settings.seconds)
         parts: dict[str, Callable[[], dict[str, Any]]] = {
-            "elementwise": lambda: elementwise(options.seconds),
-            "linear": lambda: linears(options.seconds, bandwidth),
-            "attention": lambda: attention(options.seconds, bandwidth),
-            "invariance": lambda: invariance(options.seconds),
+            "elementwise": lambda: elementwise(settings.seconds),
+            "linear": lambda: linears(settings.seconds, bandwidth),
+            "attention": lambda: attention(settings.seconds, bandwidth),
+            "invariance": lambda: invariance(settings.seconds),
         }
-        report = {
-            "machine": processor(),
-            "torch": torch.__version__.partition("+")[0],
+        return {
+            "instruction_sets": instruction_sets(),
             "threads": num_threads,
             "warm_up_s": round(warm_up, 2),
             "read_gb_per_s": round(bandwidth / 1e9, 1),
-            **{name: part() for name, part in parts.items() if options.only in (None, name)},
+            **{name: part() for name, part in parts.items() if settings.only in (None, name)},
         }
-    text = json.dumps(report, indent=2)
-    if options.output is None:
-        print(text)
-    else:
-        options.output.write_text(text + "\n")
+
+
+def main() -> None:
+    """Measure, write the JSON and print it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="a trial, whose figures mean nothing")
+    parser.add_argument("--output", type=Path, help="default: none, it is only printed")
+    add_flags(parser, [Settings])
+    options = parser.parse_args()
+    settings = settings_of(Settings, options, quick=options.quick)
+    found = measure(settings)
+    report = Report("kernels", dataclasses.asdict(settings), options.output)
+    if options.output is not None:
+        report.write(**found)
+    print(json.dumps({**report.content, **found}, indent=2))
 
 
 if __name__ == "__main__":

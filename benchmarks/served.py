@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import functools
 import json
-import os
-import signal
+import shlex
 import socket
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +22,8 @@ import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from sensorium.processes import end_with
+from benchmarks.harness import flag
+from benchmarks.processes import ProcessTree
 
 START_TIMEOUT = 900.0
 STOP_TIMEOUT = 60.0
@@ -33,6 +32,7 @@ CHILD_TIMEOUT = 5.0
 REQUEST_TIMEOUT = 300.0
 KEEP_SECONDS = 2.0
 """An idle connection is used again for so long: servers close theirs after five seconds, perhaps just when we send."""
+QUESTION = "What is shown in the picture?"
 CHAT = "/v1/chat/completions"
 LOST = "connection_lost"
 """In place of an error's code: the server closed the connection, or there is none."""
@@ -47,6 +47,8 @@ class ServedProcess:
     ``command`` gives the command line for a port; ``is_engine`` tells the engine's process from those that take
     requests and handle media. Leaving ends the server and every process that it has started.
     """
+
+    tree: ProcessTree
 
     def __init__(
         self,
@@ -67,14 +69,7 @@ class ServedProcess:
 
     async def __aenter__(self) -> ServedProcess:
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command,
-                stdout=log,
-                stderr=log,
-                env=self._environment,
-                start_new_session=True,
-                preexec_fn=_tied_to_this_process(),
-            )
+            self.tree = ProcessTree(self._command, env=self._environment, stdout=log, stderr=log)
         try:
             await self._wait()
         except BaseException:
@@ -83,57 +78,31 @@ class ServedProcess:
         return self
 
     async def __aexit__(self, *exception: object) -> None:
-        self.thaw()
         self._stop()
 
     @property
-    def alive(self) -> bool:
-        """Whether its first process runs."""
-        return self._process.poll() is None
-
-    @property
     def process_id(self) -> int:
-        """Of its first process, which takes the requests."""
-        return self._process.pid
+        """The id of its first process, which takes the requests."""
+        return self.tree.root.pid
 
     async def metrics(self) -> str:
         """The text of /metrics."""
         async with Asker(self.base_url) as asker:
             return await asker.text("/metrics")
 
-    def processes(self) -> list[psutil.Process]:
-        """The server's processes that run, parents first."""
-        try:
-            root = psutil.Process(self._process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
-
     def engines(self) -> list[psutil.Process]:
-        """The engine's processes among them."""
-        return [process for process in self.processes() if self._tells_engine(process)]
+        """The engine's processes."""
+        return [process for process in self.tree.processes() if self._tells_engine(process)]
 
     def processor_times(self) -> Times:
         """What each process has used of the processors so far."""
         engine: dict[int, float] = {}
         front: dict[int, float] = {}
-        for process in self.processes():
+        for process in self.tree.processes():
             with contextlib.suppress(OSError, psutil.NoSuchProcess):
                 times = engine if self._tells_engine(process) else front
                 times[process.pid] = processor_seconds(process.pid)
         return Times(front, engine)
-
-    def freeze(self) -> None:
-        """Stop all processes, so that an idle server takes nothing from another one."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Let them run again, children first."""
-        for process in reversed(self.processes()):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGCONT)
 
     def _tells_engine(self, process: psutil.Process) -> bool:
         try:
@@ -145,47 +114,33 @@ class ServedProcess:
         deadline = time.monotonic() + START_TIMEOUT
         async with aiohttp.ClientSession() as session:
             while time.monotonic() < deadline:
-                if not self.alive:
+                if not self.tree.alive:
                     raise RuntimeError(f"the server ended; see {self.log}")
                 with contextlib.suppress(aiohttp.ClientError):
                     async with session.get(f"{self.base_url}/health") as response:
                         if response.status == 200:
                             return
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.02)
         raise RuntimeError(f"the server was not ready within {START_TIMEOUT:g} s; see {self.log}")
 
     def _stop(self) -> None:
-        children = self.processes()[1:]
-        if self.alive:
-            self._process.terminate()
-        try:
-            self._process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        _, alive = psutil.wait_procs(children, timeout=CHILD_TIMEOUT)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=STOP_TIMEOUT)
+        self.tree.end(self.tree.root.terminate, STOP_TIMEOUT, CHILD_TIMEOUT)
 
 
-def _tied_to_this_process() -> Callable[[], None] | None:
-    """A ``preexec_fn`` by which the system kills the server when the measurement ends, however that happens.
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """The model of a ``sensorium serve`` under measurement, and further flags."""
 
-    The system means the thread that starts the child, so there is none for other threads than the main one.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return functools.partial(end_with, os.getpid())
+    model: str = flag("demo")
+    server_flags: str = flag("", "further flags of the server, in one word")
 
 
-def sensorium_server(model: str, flags: Sequence[str], log: Path) -> ServedProcess:
+def sensorium_server(settings: ServerSettings, log: Path, *flags: str) -> ServedProcess:
     """``sensorium serve MODEL`` with these flags, in the Python that runs this."""
 
     def command(port: int) -> list[str]:
-        start = [sys.executable, "-m", "sensorium", "serve", model, "--port", str(port)]
-        return [*start, "--disable-access-log", *flags]
+        start = [sys.executable, "-m", "sensorium", "serve", settings.model, "--port", str(port)]
+        return [*start, "--disable-access-log", *flags, *shlex.split(settings.server_flags)]
 
     return ServedProcess(command, log, is_engine=is_sensorium_engine)
 
@@ -358,6 +313,11 @@ def chat_body(
         **fields,
     }
     return json.dumps(body).encode()
+
+
+def counted(values: Iterable[object]) -> Counter[str]:
+    """How often each value came, by its text, for JSON."""
+    return Counter(map(str, values))
 
 
 # --- a host of media -------------------------------------------------------------------------------------------------

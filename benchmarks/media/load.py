@@ -1,33 +1,26 @@
-"""A served model under a load of large pictures: what its event loop, /health and text requests see.
+"""A load of large images: what the server's event loop, /health and text requests see beside it.
 
-    python load.py
-    python load.py --clients 8 --seconds 5 --image-size 1024x1024 -- --num-media-workers 2
-
-Starts ``sensorium serve`` on a free port. A process of its own sends chat requests over ``--clients`` connections, each
-with a JPEG that the server has not seen, as a data: URL. Meanwhile short texts are asked for one after the other, and
-/health every 20 ms. Read from /metrics: how late the timers of the server's event loop fired. Written as JSON, for the
-server at rest and under load: that histogram with its quantiles (upper bounds of buckets), the latencies of /health,
-the times to the first token of the texts, and processor seconds of the HTTP process per request. The exit status is 1
-when a request failed or the 99th percentile of the loop's lag is above ``--largest-lag``. What follows ``--`` goes to
-the server.
+A process of its own sends chat requests over several connections, each with a JPEG that the
+server has not seen, as a data: URL. Meanwhile short texts are asked for one after the other, and
+/health every 20 ms. Read from /metrics: how late the timers of the server's event loop fired.
+Quantiles of that histogram are upper bounds of buckets.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import base64
 import contextlib
 import dataclasses
-import datetime
 import io
-import json
 import math
 import multiprocessing
+import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,13 +30,19 @@ import numpy as np
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.harness import Found, Row, Size, flag, summary
+from benchmarks.served import (
+    ServedProcess,
+    ServerSettings,
+    chat_body,
+    counted,
+    image_part,
+    is_sensorium_engine,
+    processor_seconds,
+)
 from sensorium.bench.client import StreamClient
-from sensorium.bench.machine import describe_machine
-from sensorium.bench.summary import summarize
 from sensorium.bench.workload import WORDS, picture
-from benchmarks.served import ServedProcess, is_sensorium_engine, processor_seconds
 
-RESULTS = Path(__file__).parent / "results"
 LAG = "event_loop_lag_seconds"
 HEALTH_SECONDS = 0.02
 """Between two requests for /health."""
@@ -63,10 +62,21 @@ sys.exit(main())
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(ServerSettings):
+    """How many clients send what for how long, and the target."""
+
+    clients: int = flag(32, quick=8)
+    seconds: float = flag(20.0, "of the load", quick=3.0)
+    image_size: Size = flag(Size(2048, 2048))
+    distinct: int = flag(0, "images repeat after that many; 0: never")
+    largest_lag: float = flag(0.01, "seconds, 99th percentile")
+
+
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Histogram:
     """``counts[i]`` values were at most ``bounds[i]`` and above the bound before; the last bound is infinite."""
 
@@ -99,15 +109,14 @@ class Histogram:
         return {**{name: _finite(value) for name, value in quantiles.items()}, "counts": counts}
 
 
-def lag_server(
-    model: str, flags: list[str], log: Path, *, lag_sample_seconds: float = LAG_SAMPLE_SECONDS
-) -> ServedProcess:
-    """``sensorium serve MODEL`` with these flags, whose event loop is watched more often than it is by itself."""
+def lag_server(settings: ServerSettings, log: Path) -> ServedProcess:
+    """``sensorium serve`` whose event loop is watched more often than it is by itself."""
 
     def command(port: int) -> list[str]:
-        start = [sys.executable, "-c", _SERVE, str(lag_sample_seconds), "serve", model]
+        start = [sys.executable, "-c", _SERVE, str(LAG_SAMPLE_SECONDS), "serve", settings.model]
         return [*start, "--port", str(port), "--disable-access-log", *flags]
 
+    flags = shlex.split(settings.server_flags)
     return ServedProcess(command, log, is_engine=is_sensorium_engine)
 
 
@@ -146,25 +155,11 @@ class Bodies:
         self.num_bytes = tuple(map(len, files))
         # A file begins with a marker of two bytes; the comment behind it makes that 30, whose base64 has no padding.
         self._rests = [base64.b64encode(file[2:]) for file in files]
-        head, tail = json.dumps(
-            {
-                "model": model,
-                "messages": [
-                    {
-                        "role": "user",
-                        "content": [
-                            {
-                                "type": "image_url",
-                                "image_url": {"url": "data:image/jpeg;base64,PICTURE"},
-                            },
-                            {"type": "text", "text": "What is shown?"},
-                        ],
-                    }
-                ],
-                "max_tokens": max_tokens,
-            }
-        ).split("PICTURE")
-        self._head, self._tail = head.encode(), tail.encode()
+        image = image_part("data:image/jpeg;base64,PICTURE")
+        head, tail = chat_body(model, "What is shown?", image, max_tokens=max_tokens).split(
+            b"PICTURE"
+        )
+        self._head, self._tail = head, tail
 
     def body(self, number: int) -> list[bytes]:
         """The pieces of the body with that number."""
@@ -176,7 +171,7 @@ class Bodies:
 # --- the clients -----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ImageLoad:
     """Clients that send one picture after the other. ``distinct``: after that many the pictures repeat; 0 is never."""
 
@@ -189,12 +184,12 @@ class ImageLoad:
     distinct: int = 0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ImageResult:
     """Latencies in seconds of the requests that were answered with 200, and how many there were of each status."""
 
     seconds: list[float]
-    statuses: dict[int, int]
+    statuses: Counter[int]
     num_body_bytes: int
 
 
@@ -244,7 +239,7 @@ async def _send_images(load: ImageLoad, bodies: Bodies) -> ImageResult:
                     latencies.append(time.perf_counter() - started)
 
     await asyncio.gather(*(client() for _ in range(load.num_clients)))
-    return ImageResult(latencies, dict(statuses), sent[0])
+    return ImageResult(latencies, statuses, sent[0])
 
 
 def _numbers(distinct: int) -> Iterator[int]:
@@ -292,13 +287,8 @@ async def ask_texts(base_url: str, model: str, until: asyncio.Event) -> list[flo
     async with StreamClient(base_url) as client:
         while not until.is_set():
             text = f"{WORDS[number % len(WORDS)]} {number}: what comes next? {time.time()}"
-            body = {
-                "model": model,
-                "messages": [{"role": "user", "content": text}],
-                "max_tokens": 2,
-                "stream": True,
-            }
-            record = await client.send(json.dumps(body).encode())
+            body = chat_body(model, text, max_tokens=2, stream=True)
+            record = await client.send(body)
             if not record.completed:
                 raise RuntimeError(f"a text failed: {record.error}: {record.error_message}")
             seconds.append(record.time_to_first_token or record.end_to_end)
@@ -326,7 +316,7 @@ async def probe_health(base_url: str, until: asyncio.Event) -> list[float]:
 # --- the measurement -------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Phase:
     """What was seen from outside and inside during a stretch of time."""
 
@@ -340,8 +330,8 @@ class Phase:
         """For JSON."""
         return {
             "loop_lag_seconds": self.lag.as_dict(),
-            "health_seconds": _summary(self.health_seconds),
-            "text_first_token_seconds": _summary(self.text_seconds),
+            "health_seconds": summary(self.health_seconds),
+            "text_first_token_seconds": summary(self.text_seconds),
             "processor_seconds": self.processor_seconds,
             "wall_seconds": self.wall_seconds,
         }
@@ -362,112 +352,67 @@ async def watch(server: ServedProcess, model: str, busy: asyncio.Future[Any]) ->
     return Phase(lag, health.result(), texts.result(), used, wall)
 
 
-async def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Start the server, watch it at rest, then under load."""
-    async with lag_server(options.model, options.flags, options.log) as server:
+def measure(settings: Settings, folder: Path) -> Found:
+    """Start a server, watch it at rest, then under load, end it."""
+    found = asyncio.run(_serve(settings, folder / "load.log"))
+    rows = []
+    for name, most in (("at_rest", None), ("under_load", settings.largest_lag)):
+        phase, words = found[name], name.replace("_", " ")
+        health, text = phase["health_seconds"], phase["text_first_token_seconds"]
+        lag = phase["loop_lag_seconds"]["p99"]
+        rows += [
+            Row(f"loop's lag {words}, p99 (at most)", lag, "s", most=most),
+            Row(f"/health {words}, p50", health["p50"], "s"),
+            Row(f"/health {words}, p99", health["p99"], "s"),
+            Row(f"text's first token {words}, p50", text["p50"], "s"),
+            Row(f"text's first token {words}, p99", text["p99"], "s"),
+        ]
+    loaded = found["under_load"]
+    statuses = loaded["statuses"]
+    refused = statuses.total() - statuses["200"] if statuses else None
+    rows += [
+        Row("images", loaded["images_per_second"], "images/s"),
+        Row("data", loaded["body_megabytes_per_second"], "MB/s"),
+        Row("HTTP process for an image", 1e3 * loaded["processor_seconds_per_image"], "ms of CPU"),
+        Row("images refused", refused, most=0),
+    ]
+    return Found(found, rows)
+
+
+async def _serve(settings: Settings, log: Path) -> dict[str, Any]:
+    async with lag_server(settings, log) as server:
         async with StreamClient(server.base_url) as client:
             model = await client.first_model()
         load = ImageLoad(
             server.base_url,
             model,
-            options.clients,
-            options.seconds,
-            options.image_size,
-            distinct=options.distinct,
+            settings.clients,
+            settings.seconds,
+            settings.image_size,
+            distinct=settings.distinct,
         )
         # Imports and first uses are not what is measured.
         async with image_load(dataclasses.replace(load, num_clients=1, seconds=0.5)) as warm_up:
             await warm_up
-        rest = await watch(server, model, asyncio.ensure_future(asyncio.sleep(options.seconds / 2)))
+        sleep = asyncio.ensure_future(asyncio.sleep(settings.seconds / 2))
+        rest = await watch(server, model, sleep)
         async with image_load(load) as task:
             loaded = await watch(server, model, task)
             result = await task
     num_answered = len(result.seconds)
     return {
+        "lag_sample_seconds": LAG_SAMPLE_SECONDS,
         "at_rest": rest.as_dict(),
         "under_load": {
             **loaded.as_dict(),
-            "image_seconds": _summary(result.seconds),
+            "image_seconds": summary(result.seconds),
             "images_per_second": num_answered / loaded.wall_seconds,
             "body_megabytes_per_second": result.num_body_bytes / 1e6 / loaded.wall_seconds,
             "processor_seconds_per_image": loaded.processor_seconds / max(1, num_answered),
-            "statuses": {str(status): count for status, count in result.statuses.items()},
+            "statuses": counted(result.statuses.elements()),
         },
     }
 
 
-def passed(found: Mapping[str, Any], largest_lag: float) -> bool:
-    """Whether all pictures were answered, and the loop was in time."""
-    loaded = found["under_load"]
-    p99 = loaded["loop_lag_seconds"]["p99"]
-    return set(loaded["statuses"]) == {"200"} and p99 is not None and p99 <= largest_lag
-
-
-def _summary(values: list[float]) -> dict[str, float] | None:
-    summary = summarize(values)
-    return None if summary is None else {"count": len(values), **dataclasses.asdict(summary)}
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    return int(width), int(height)
-
-
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of the load")
-    parser.add_argument("--image-size", type=_size, default=(2048, 2048), metavar="WxH")
-    parser.add_argument("--distinct", type=int, default=0, help="pictures repeat after that many")
-    parser.add_argument("--largest-lag", type=float, default=0.01, help="seconds")
-    parser.add_argument("--log", type=Path, default=Path("media-load-server.log"))
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("flags", nargs="*", help="flags of the server, after --")
-    options = parser.parse_args()
-    found = asyncio.run(measure(options))
-    today = datetime.datetime.now(datetime.UTC)
-    results = {
-        "benchmark": "media_load",
-        "date": today.isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "model": Path(options.model).name,
-        "image_size": options.image_size,
-        "num_clients": options.clients,
-        "lag_sample_seconds": LAG_SAMPLE_SECONDS,
-        **found,
-    }
-    output = options.output or RESULTS / f"media-load-{today:%Y-%m-%d}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    for name in ("at_rest", "under_load"):
-        _print(name.replace("_", " "), found[name])
-    ok = passed(found, options.largest_lag)
-    print("passed" if ok else "not passed")
-    return 0 if ok else 1
-
-
-def _print(name: str, phase: Mapping[str, Any]) -> None:
-    lag, health = phase["loop_lag_seconds"], phase["health_seconds"]
-    texts = phase["text_first_token_seconds"]
-    print(
-        f"{name}: loop late by at most {lag['p50']} s (p50), {lag['p99']} s (p99), {lag['max']} s (all)"
-    )
-    print(f"  /health {health['p50'] * 1e3:.1f} ms (p50), {health['p99'] * 1e3:.1f} ms (p99)")
-    print(f"  first token of a text {texts['p50'] * 1e3:.1f} ms (p50), {texts['p99'] * 1e3:.1f} ms")
-    if "images_per_second" in phase:
-        print(
-            f"  {phase['images_per_second']:.1f} pictures/s, {phase['body_megabytes_per_second']:.1f} MB/s, "
-            f"{phase['processor_seconds_per_image'] * 1e3:.1f} ms of the HTTP process each"
-        )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Media on Sensorium's server and on that of vLLM's CPU build: one checkpoint, equal settings, in turns within one run.
+"""Media on Sensorium's server and on that of vLLM's CPU build: one checkpoint, equal settings, in turn in one run.
 
 Both servers run the whole time; while one is measured, all processes of the other are stopped, and the first in turn
 changes with the rounds. What is measured is seen from outside, by HTTP and by the kernel's account of processor time,
@@ -11,55 +11,51 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks import harness
+from benchmarks.harness import Found, Size, figures_table, flag, in_turn, summary
+from benchmarks.media.cache import first_tokens
+from benchmarks.media.known import known_image
 from benchmarks.media.load import ImageLoad, ask_texts, image_load, probe_health
+from benchmarks.media.once import one_url
 from benchmarks.media.recovery import engine_killed
-from benchmarks.media.sharing import first_tokens, known_image, one_url
-from sensorium.bench.summary import summarize
-from benchmarks.served import Asker, MediaHost, ServedProcess, is_sensorium_engine
+from benchmarks.peers.processes import EngineKind
+from benchmarks.served import Asker, MediaHost, ServedProcess, counted, is_sensorium_engine
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-
-from compare import OURS, Series, table
-from processes import EngineKind
-
-__all__ = ["OURS", "VLLM", "Settings", "behind", "measure", "table"]
-
-VLLM = "vllm"
+OURS, VLLM = "sensorium", "vllm"
 NUM_KNOWN = 8
 """Pictures that come again and again in the load of known ones; the first time each of them is new."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What is the same for both servers, and how much is measured."""
 
-    checkpoint: Path
-    vllm_python: Path
-    folder: Path
-    """For logs and for what is compiled."""
-    max_pixels: int
-    num_threads: int
-    rounds: int
-    num_clients: int
-    load_seconds: float
-    image_size: tuple[int, int]
-    url_requests: int
-    pairs: int
-    known_requests: int
-    known_rounds: int
+    checkpoint: Path | None = flag(None, "folder that both serve", type=Path)
+    vllm_python: Path | None = flag(None, "Python of vLLM's environment", type=Path)
+    max_pixels: int = flag(50_176, "of an image for that model")
+    num_threads: int = flag(2, "of each engine")
+    rounds: int = flag(2, quick=1)
+    clients: int = flag(32, quick=8)
+    seconds: float = flag(12.0, quick=3.0)
+    image_size: Size = flag(Size(2048, 2048))
+    url_requests: int = flag(100, "for one URL at once")
+    pairs: int = flag(5, quick=2)
+    known_requests: int = flag(50, quick=10)
+    known_rounds: int = flag(2, quick=1)
     max_model_len: int = 4096
     max_num_seqs: int = 64
     kv_cache_gib: int = 1
 
     def command(self, kind: EngineKind, port: int) -> list[str]:
         """The command line of a server on that port."""
+        assert self.checkpoint is not None
         shared = {
             "--host": "127.0.0.1",
             "--port": port,
@@ -88,20 +84,33 @@ class Settings:
 class Figures:
     """All figures by name, and what else there is to say."""
 
-    series: dict[str, Series] = field(default_factory=dict)
+    series: harness.Figures = field(default_factory=harness.Figures)
     raw: list[dict[str, Any]] = field(default_factory=list)
     not_told: dict[str, dict[str, str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     prompt_tokens: dict[str, list[int]] = field(default_factory=dict)
 
     def note(self, engine: str, name: str, value: float, unit: str, better: str = "lower") -> None:
-        """One more value of a figure."""
-        series = self.series.setdefault(name, Series(unit, better))
-        series.values.setdefault(engine, []).append(value)
+        """Add one value of a figure."""
+        self.series.note(name, engine, value, unit, better)
 
 
-async def measure(settings: Settings) -> dict[str, Any]:
-    """Start both, measure in turns, end both."""
+def measure(settings: Settings, folder: Path) -> Found:
+    """Start both servers, measure in turn, end both, and print the table of medians."""
+    if settings.vllm_python is None or settings.checkpoint is None:
+        print("  left out: --vllm-python and --checkpoint are not given")
+        return Found({"left_out": "--vllm-python and --checkpoint were not given"})
+    found = asyncio.run(_compare(settings, folder))
+    print(figures_table(found["figures"], [OURS, VLLM], OURS))
+    for engine, killed in found["engine_killed"].items():
+        print(f"engine killed, {engine}: {killed}")
+    for name, ratio in behind(found).items():
+        print(f"behind in {name}: {ratio:.3f}")
+    return Found(found)
+
+
+async def _compare(settings: Settings, folder: Path) -> dict[str, Any]:
+    assert settings.vllm_python is not None
     kinds = [
         EngineKind(OURS, Path(sys.executable)),
         EngineKind(VLLM, settings.vllm_python.absolute()),
@@ -109,32 +118,30 @@ async def measure(settings: Settings) -> dict[str, Any]:
     figures, versions, killed = Figures(), {}, {}
     with MediaHost() as host:
         async with contextlib.AsyncExitStack() as running:
-            servers = {}
+            servers: dict[str, ServedProcess] = {}
             for kind in kinds:
-                server = await running.enter_async_context(_server(kind, settings))
+                server = await running.enter_async_context(_server(kind, settings, folder))
                 async with Asker(server.base_url) as asker:
                     versions[kind.name] = json.loads(await asker.text("/version"))["version"]
-                server.freeze()
+                server.tree.freeze()
                 servers[kind.name] = server
             for round_ in range(-1, settings.rounds):
-                names = list(servers)[:: 1 if round_ % 2 == 0 else -1]
-                for name in names:
-                    async with _only(servers[name]):
+                for name in in_turn(list(servers), round_):
+                    with servers[name].tree.only():
                         await _one_round(name, servers[name], settings, host, round_, figures)
             for name, server in servers.items():
-                async with _only(server), Asker(server.base_url) as asker:
-                    killed[name] = {
-                        **await engine_killed(server, asker),
-                        "server_runs": server.alive,
-                    }
+                async with Asker(server.base_url) as asker:
+                    with server.tree.only():
+                        outcome = await engine_killed(server, asker)
+                        killed[name] = {**outcome, "server_runs": server.tree.alive}
     if figures.prompt_tokens[OURS] != figures.prompt_tokens[VLLM]:
         figures.failures.append(f"prompts differ in their tokens: {figures.prompt_tokens}")
     return {
-        "model": settings.checkpoint.name,
-        "engines": versions,
+        "model": settings.checkpoint and settings.checkpoint.name,
         "max_pixels": settings.max_pixels,
         "num_threads": settings.num_threads,
-        "figures": {name: series.summary() for name, series in figures.series.items()},
+        "engines": versions,
+        "figures": figures.series.summary(OURS),
         "engine_killed": killed,
         "not_told": figures.not_told,
         "failures": figures.failures,
@@ -142,30 +149,20 @@ async def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _server(kind: EngineKind, settings: Settings) -> ServedProcess:
+def _server(kind: EngineKind, settings: Settings, folder: Path) -> ServedProcess:
     return ServedProcess(
         lambda port: settings.command(kind, port),
-        settings.folder / f"media-peers-{kind.name}.log",
+        folder / f"peers-{kind.name}.log",
         is_engine=is_sensorium_engine if kind.name == OURS else is_vllm_engine,
         environment=kind.environment(
-            settings.num_threads, settings.kv_cache_gib, settings.folder / f"caches-{kind.name}"
+            settings.num_threads, settings.kv_cache_gib, folder / f"caches-{kind.name}"
         ),
     )
 
 
 def is_vllm_engine(process: psutil.Process) -> bool:
-    """Whether it is the engine of a vLLM server, or one of its workers: these give themselves names."""
+    """True for the engine of a vLLM server and its workers, which give themselves names."""
     return process.cmdline()[:1] != [] and process.cmdline()[0].startswith("VLLM::")
-
-
-@contextlib.asynccontextmanager
-async def _only(server: ServedProcess) -> AsyncIterator[None]:
-    """The server runs within, and is stopped after."""
-    server.thaw()
-    try:
-        yield
-    finally:
-        server.freeze()
 
 
 async def _one_round(
@@ -182,10 +179,8 @@ async def _one_round(
         await first_tokens(server.base_url, pairs=1, number=999)
         return
     base_url, number = server.base_url, 1000 * (round_ + 1)
-    new = await _load(base_url, settings, seconds=settings.load_seconds)
-    known = await _load(
-        base_url, settings, seconds=settings.load_seconds / 2, num_distinct=NUM_KNOWN
-    )
+    new = await _load(base_url, settings, seconds=settings.seconds)
+    known = await _load(base_url, settings, seconds=settings.seconds / 2, num_distinct=NUM_KNOWN)
     tokens = await first_tokens(base_url, pairs=settings.pairs, number=number)
     async with Asker(base_url) as asker:
         urls = await one_url(
@@ -194,7 +189,7 @@ async def _one_round(
         image = await known_image(
             server,
             asker,
-            size=(1024, 1024),
+            size=Size(1024, 1024),
             num_requests=settings.known_requests,
             rounds=settings.known_rounds,
         )
@@ -211,10 +206,11 @@ async def _load(
     base_url: str, settings: Settings, *, seconds: float, num_distinct: int = 0
 ) -> dict[str, Any]:
     """Clients that send pictures, and beside them /health and short texts; see ``media_load``."""
+    assert settings.checkpoint is not None
     load = ImageLoad(
         base_url,
         settings.checkpoint.name,
-        settings.num_clients,
+        settings.clients,
         seconds,
         settings.image_size,
         max_tokens=1,
@@ -233,22 +229,10 @@ async def _load(
     return {
         "images_per_second": len(result.seconds) / wall,
         "wall_seconds": wall,
-        "statuses": {str(status): count for status, count in result.statuses.items()},
-        "image_seconds": _summary(result.seconds),
-        "health_seconds": _summary(health.result()),
-        "text_first_token_seconds": _summary(texts.result()),
-    }
-
-
-def _summary(values: Sequence[float]) -> dict[str, float]:
-    summary = summarize(values)
-    if summary is None:
-        return {"count": 0}
-    return {
-        "count": len(values),
-        "p50": summary.p50,
-        "p99": summary.p99,
-        "maximum": summary.maximum,
+        "statuses": counted(result.statuses.elements()),
+        "image_seconds": summary(result.seconds),
+        "health_seconds": summary(health.result()),
+        "text_first_token_seconds": summary(texts.result()),
     }
 
 
@@ -257,10 +241,10 @@ def _note_load(figures: Figures, engine: str, kind: str, load: Mapping[str, Any]
         engine, f"{kind}_images_per_second", load["images_per_second"], "images/s", "higher"
     )
     for part in ("p50", "p99", "maximum"):
-        if part in load["health_seconds"]:
+        if load["health_seconds"]["count"]:
             figures.note(engine, f"{kind}_health_{part}", load["health_seconds"][part], "s")
     for name in ("image", "text_first_token"):
-        if "p50" in load[f"{name}_seconds"]:
+        if load[f"{name}_seconds"]["count"]:
             figures.note(engine, f"{kind}_{name}_p50", load[f"{name}_seconds"]["p50"], "s")
     if set(load["statuses"]) != {"200"}:
         figures.failures.append(f"{engine}, load of {kind} images: {load['statuses']}")

@@ -1,7 +1,7 @@
-"""How long a server of media needs after one of its processes was killed, and what the requests got that it hit.
+"""Recovery of a server after a kill of one of its processes, and what happened to the requests.
 
-Clients ask about small new images all the while, one request after the other. A victim is killed with SIGKILL: a worker
-in the middle of decoding a large picture, the process that workers are forked from, the engine amid its requests.
+Clients ask about small new images all the while, one request after the other. Killed with SIGKILL are: a worker in the
+middle of decoding a large image, the process that workers are forked from, and the engine amid its requests.
 """
 
 from __future__ import annotations
@@ -11,24 +11,32 @@ import contextlib
 import io
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 from PIL import Image
 
+from benchmarks.harness import Found, Row, flag
 from benchmarks.media.load import noisy_jpeg
-from benchmarks.media.sharing import QUESTION, counted
 from benchmarks.served import (
+    QUESTION,
     Asker,
     Reply,
     ServedProcess,
+    ServerSettings,
     chat_body,
+    counted,
     image_part,
     is_media_worker,
     jpeg_url,
+    sensorium_server,
 )
 
+MOST_SECONDS = {"worker": 2.0, "forker": 10.0, "engine": 20.0}
+"""Targets: until good answers come again."""
 NUM_CLIENTS = 8
 PAUSE_SECONDS = 0.02
 """Of a client that was not served, before it asks again."""
@@ -43,6 +51,47 @@ DECODING_BYTES = 48 << 20
 """By so much has a worker grown that is at the large picture and at none of the small ones."""
 
 _numbers = itertools.count(int(time.time()) * 1_000_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ServerSettings):
+    """How often each process is killed."""
+
+    kills: int = flag(3, "of each process", quick=1)
+
+
+def measure(settings: Settings, folder: Path) -> Found:
+    """Start a server, kill its processes one after the other, end it."""
+
+    async def serve() -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {name: [] for name in KILLS}
+        server = sensorium_server(settings, folder / "recovery.log", "--num-media-workers", "2")
+        async with server:
+            for name, kill in KILLS.items():
+                for _ in range(settings.kills):
+                    async with Asker(server.base_url) as asker:
+                        found[name].append(await kill(server, asker))
+        return found
+
+    found = asyncio.run(serve())
+    rows = []
+    for victim, kills in found.items():
+        for key, words in (
+            ("good_request_seconds", "until a good answer"),
+            ("healthy_seconds", "until /health is 200"),
+        ):
+            times = [kill[key] for kill in kills]
+            longest = None if None in times else max(times)
+            rows.append(Row(f"{victim}: {words}", longest, "s", most=MOST_SECONDS[victim]))
+        later = sum(kill["failed_later"] for kill in kills)
+        rows.append(Row(f"{victim}: failed later", later, most=0))
+    hit = [kill["hit"] + kill["meanwhile"] for kill in found["worker"]]
+    others = sum(codes.total() - codes["200"] for codes in hit)
+    rows.append(Row("worker: other requests that failed", others, most=0))
+    return Found(found, rows)
+
+
+# --- the kills -------------------------------------------------------------------------------------------------------
 
 
 class Load:
@@ -162,6 +211,13 @@ def after_kill(
     }
 
 
+KILLS: dict[str, Callable[[ServedProcess, Asker], Awaitable[dict[str, Any]]]] = {
+    "worker": worker_killed,
+    "forker": forker_killed,
+    "engine": engine_killed,
+}
+
+
 # --- watching --------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +236,7 @@ async def _recovered(load: Load, server: ServedProcess, killed: float) -> None:
     """Wait until good requests succeed again and /health is 200, or the server is gone or the time is over."""
     deadline = killed + RECOVERY_TIMEOUT
     while time.monotonic() < deadline:
-        if not server.alive:
+        if not server.tree.alive:
             await asyncio.sleep(ENDED_SECONDS)
             return
         good = any(reply.status == 200 and reply.started >= killed for reply in load.replies)
@@ -217,7 +273,7 @@ def _workers(server: ServedProcess) -> list[psutil.Process]:
 
 def _forker(server: ServedProcess) -> psutil.Process:
     """The process that workers are forked from: of those that decode the one that the server itself has started."""
-    root, *others = server.processes()
+    root, *others = server.tree.processes()
     for process in others:
         with contextlib.suppress(psutil.NoSuchProcess):
             if process.ppid() == root.pid and is_media_worker(process):

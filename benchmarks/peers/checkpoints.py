@@ -1,7 +1,7 @@
 """Random checkpoints in real shapes, for measurements of speed: no download, no correct answers.
 
-    python checkpoints.py qwen2-0.5b FOLDER
-    python checkpoints.py qwen2-vl-2b FOLDER
+    python -m benchmarks.peers.checkpoints qwen2-0.5b FOLDER
+    python -m benchmarks.peers.checkpoints qwen2-vl-2b FOLDER
 
 - qwen2-0.5b: the text model of LLaVA-OneVision-0.5B as a plain Qwen2 checkpoint
 - qwen2-vl-2b: the shape of Qwen/Qwen2-VL-2B-Instruct, vision tower and all

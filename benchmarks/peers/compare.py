@@ -1,6 +1,7 @@
 """Sensorium beside other engines, in one run: medians, and ours divided by theirs.
 
-    python compare.py --engine sensorium=PYTHON --engine vllm=PYTHON --checkpoint FOLDER [--checkpoint FOLDER …]
+    python -m benchmarks.peers.compare --engine sensorium=PYTHON --engine vllm=PYTHON \\
+        --checkpoint FOLDER [--checkpoint FOLDER …]
 
 Engines are long-lived processes that load once. In each round every measurement is made by each engine in turn, and the
 order of the engines changes from round to round; while one measures, all processes of the others are stopped. Starts
@@ -11,50 +12,21 @@ page cache from the beginning.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from measurements import MEASUREMENTS, PICTURE_MEASUREMENTS, TEXT_MEASUREMENTS
-from processes import HERE, EngineFailure, EngineKind, EngineProcess
-
-from sensorium.bench.machine import describe_machine
+from benchmarks.harness import Figures, Report, figures_table, in_turn
+from benchmarks.peers.measurements import MEASUREMENTS, PICTURE_MEASUREMENTS, TEXT_MEASUREMENTS
+from benchmarks.peers.processes import HERE, EngineFailure, EngineKind, EngineProcess
 
 OURS = "sensorium"
 UNITS = {"start_cold": ("s", "lower"), "start_warm": ("s", "lower")}
-
-
-@dataclass(slots=True)
-class Series:
-    """All values of one figure, by engine."""
-
-    unit: str
-    better: str
-    values: dict[str, list[float]] = field(default_factory=dict)
-
-    def summary(self) -> dict[str, Any]:
-        """Medians, all values, and our median divided by that of each other engine."""
-        medians = {name: statistics.median(values) for name, values in self.values.items()}
-        ratios = {
-            name: medians[OURS] / median
-            for name, median in medians.items()
-            if OURS in medians and name != OURS
-        }
-        return {
-            "unit": self.unit,
-            "better": self.better,
-            "median": medians,
-            "values": self.values,
-            "ours_over": ratios,
-        }
 
 
 class Comparison:
@@ -67,7 +39,7 @@ class Comparison:
         self._options = options
         self._scratch = scratch
         self._caches = Path(tempfile.mkdtemp(prefix="caches-", dir=scratch))
-        self._series: dict[str, Series] = {}
+        self._figures = Figures()
         self._has_vision = "vision_config" in json.loads((checkpoint / "config.json").read_text())
 
     def run(self) -> Iterator[dict[str, Any]]:
@@ -77,18 +49,18 @@ class Comparison:
             engines = self._start_all(running)
             yield self.results()
             for engine in engines:
-                with _only(engine):
+                with engine.only():
                     engine.ask(do="warm_up", pictures=self._has_vision)
             for round_ in range(self._options.rounds):
                 for name in self._measurements():
-                    for engine in _rotated(engines, round_):
+                    for engine in in_turn(engines, round_):
                         self._measure(engine, name, round_)
                 yield self.results()
 
     def results(self) -> dict[str, Any]:
         """What is known by now."""
         return {
-            "figures": {name: series.summary() for name, series in self._series.items()},
+            "figures": self._figures.summary(OURS),
             "failures": self.failures,
         }
 
@@ -97,7 +69,7 @@ class Comparison:
         for kind in self._options.engine:
             self._timed_start(kind, "start_cold").close()
         for round_ in range(self._options.start_rounds - 1):
-            for kind in _rotated(self._options.engine, round_):
+            for kind in in_turn(self._options.engine, round_):
                 self._timed_start(kind, "start_warm").close()
         engines = []
         for kind in self._options.engine:
@@ -121,7 +93,7 @@ class Comparison:
         return engine
 
     def _measure(self, engine: EngineProcess, name: str, round_: int) -> None:
-        with _only(engine):
+        with engine.only():
             try:
                 figures = engine.ask(do="measure", name=name, round=round_)
             except EngineFailure as failure:
@@ -134,44 +106,12 @@ class Comparison:
             )
 
     def _note(self, figure: str, engine: str, value: float, unit: str, better: str) -> None:
-        series = self._series.setdefault(figure, Series(unit, better))
-        series.values.setdefault(engine, []).append(round(value, 5))
+        self._figures.note(figure, engine, round(value, 5), unit, better)
         print(f"  {figure:<26}{engine:<14}{value:>12.4g} {unit}", file=sys.stderr, flush=True)
 
     def _measurements(self) -> list[str]:
         known = {**TEXT_MEASUREMENTS, **(PICTURE_MEASUREMENTS if self._has_vision else {})}
         return [name for name in self._options.measure or known if name in known]
-
-
-def table(figures: dict[str, Any], engines: list[str]) -> str:
-    """The medians of one checkpoint, a line per figure."""
-    others = [name for name in engines if name != OURS]
-    head = f"{'figure':<26}" + "".join(f"{name:>14}" for name in engines)
-    lines = [head + "".join(f"{'ours/' + name:>20}" for name in others)]
-    for name, figure in figures.items():
-        medians = [figure["median"].get(engine) for engine in engines]
-        ratios = [figure["ours_over"].get(engine) for engine in others]
-        cells = "".join(
-            f"{'-' if value is None else format(value, '.4g'):>14}" for value in medians
-        )
-        cells += "".join(f"{'-' if r is None else format(r, '.3f'):>20}" for r in ratios)
-        lines.append(f"{name:<26}{cells}   {figure['unit']}, {figure['better']} is better")
-    return "\n".join(lines)
-
-
-@contextmanager
-def _only(engine: EngineProcess) -> Iterator[None]:
-    """The engine runs within, and is stopped after."""
-    engine.thaw()
-    try:
-        yield
-    finally:
-        engine.freeze()
-
-
-def _rotated(items: list[Any], by: int) -> list[Any]:
-    start = by % len(items)
-    return items[start:] + items[:start]
 
 
 def _read_all(folder: Path) -> None:
@@ -213,35 +153,31 @@ def main() -> None:
     """The command line."""
     options = _arguments()
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.num_threads])
-    today = datetime.datetime.now(datetime.UTC)
-    output = options.output or HERE.parent / "results" / f"peers-{today:%Y-%m-%d}.json"
-    report: dict[str, Any] = {
-        "benchmark": "peers",
-        "date": today.isoformat(timespec="seconds"),
-        "machine": describe_machine(),
-        "load_average_before": os.getloadavg()[0],
-        "num_threads": options.num_threads,
-        "dtype": "bfloat16",
-        "rounds": options.rounds,
-        "start_rounds": options.start_rounds,
-        "engines": {},
-        "checkpoints": {},
-    }
-    if report["load_average_before"] > 0.5:
+    settings = ("num_threads", "rounds", "start_rounds", "kv_cache_gib")
+    report = Report(
+        "peers",
+        {},
+        options.output,
+    )
+    report.content |= {"dtype": "bfloat16", **{name: getattr(options, name) for name in settings}}
+    load = os.getloadavg()[0]
+    if load > 0.5:
         print("warning: something else is running on this machine", file=sys.stderr)
     scratch = options.scratch or Path(tempfile.mkdtemp(prefix="peers-"))
     scratch.mkdir(parents=True, exist_ok=True)
     print(f"logs and caches: {scratch}", file=sys.stderr)
+    engines: dict[str, str] = {}
+    checkpoints: dict[str, Any] = {}
     for checkpoint in options.checkpoint:
         print(checkpoint.name, file=sys.stderr)
         comparison = Comparison(checkpoint.absolute(), options, scratch)
         for results in comparison.run():
-            report["engines"] |= comparison.versions
-            report["checkpoints"][checkpoint.name] = results
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(report, indent=1) + "\n")
-    for name, results in report["checkpoints"].items():
-        print(f"\n{name}\n{table(results['figures'], [kind.name for kind in options.engine])}")
+            engines |= comparison.versions
+            checkpoints[checkpoint.name] = results
+            report.write(load_average_before=load, engines=engines, checkpoints=checkpoints)
+    names = [kind.name for kind in options.engine]
+    for name, results in checkpoints.items():
+        print(f"\n{name}\n{figures_table(results['figures'], names, OURS)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
 
-from workload import Question, Workload, seed_of
+from benchmarks.peers.workload import Question, Workload, seed_of
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128

@@ -4,7 +4,7 @@ PyPI has no CPU build of torchvision. Beside a CPU torch its compiled operators 
 because the schema of ``nms`` is not known. Nothing measured here calls ``nms``: this declares the schema, so
 that the import succeeds. Run it once, with the path of the environment:
 
-    python prepare_vllm.py VENV
+    python -m benchmarks.peers.prepare_vllm VENV
 """
 
 from __future__ import annotations

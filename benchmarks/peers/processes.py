@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import queue
-import signal
 import subprocess
 import threading
 import time
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+from benchmarks.processes import ProcessTree
 
 HERE = Path(__file__).parent
 START_TIMEOUT = 1800.0
@@ -61,7 +60,7 @@ class EngineKind:
         return self.python.parent.parent / "lib" / name
 
 
-class EngineProcess:
+class EngineProcess(ProcessTree):
     """A running engine with its children.
 
     ``start_seconds`` is the time from starting the process to its first token.
@@ -74,14 +73,14 @@ class EngineProcess:
         self._lines: queue.Queue[str | None] = queue.Queue()
         started = time.perf_counter()
         with log.open("ab") as errors:
-            self._process = subprocess.Popen(
-                [str(kind.python), str(HERE / f"run_{kind.name}.py"), *arguments],
+            super().__init__(
+                [str(kind.python), "-m", f"benchmarks.peers.run_{kind.name}", *arguments],
+                cwd=HERE.parents[1],
+                env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=environment,
                 text=True,
-                start_new_session=True,
             )
         threading.Thread(target=self._read, daemon=True).start()
         try:
@@ -93,9 +92,9 @@ class EngineProcess:
         self.version = str(ready["engine"])
 
     def ask(self, **command: object) -> list[dict[str, Any]]:
-        """Send a command and wait for its end; the figures that it made. Raises EngineFailure."""
-        assert self._process.stdin is not None
-        print(json.dumps(command), file=self._process.stdin, flush=True)
+        """Send a command and return the figures that it made. Raises EngineFailure."""
+        assert self.root.stdin is not None
+        print(json.dumps(command), file=self.root.stdin, flush=True)
         figures = []
         while (message := self._next(ANSWER_TIMEOUT))["event"] != "done":
             if message["event"] == "failed":
@@ -103,45 +102,15 @@ class EngineProcess:
             figures.append(message)
         return figures
 
-    def freeze(self) -> None:
-        """Stop all of its processes, so that an idle one cannot take time from another."""
-        for process in self._tree():
-            self._signal(process, signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Let them run again, children first."""
-        for process in reversed(self._tree()):
-            self._signal(process, signal.SIGCONT)
-
     def close(self) -> None:
-        """End it: the end of its stdin, then, after a while, signals to what is left of it."""
-        self.thaw()
-        tree = self._tree()
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-        _, alive = psutil.wait_procs(tree, timeout=30)
-        for process in alive:
-            self._signal(process, signal.SIGKILL)
-        psutil.wait_procs(alive, timeout=10)
-        self._process.wait()
-
-    def _tree(self) -> list[psutil.Process]:
-        """The process and its descendants, parents first."""
-        try:
-            root = psutil.Process(self._process.pid)
-            return [root, *root.children(recursive=True)]
-        except psutil.NoSuchProcess:
-            return []
-
-    @staticmethod
-    def _signal(process: psutil.Process, number: signal.Signals) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+        """End it by the end of its stdin; after a while by signals."""
+        assert self.root.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.end(self.root.stdin.close, timeout=30, children_timeout=10)
 
     def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        assert self.root.stdout is not None
+        for line in self.root.stdout:
             self._lines.put(line)
         self._lines.put(None)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from worker import Settings, run, settings_of
-from workload import Question
+from benchmarks.peers.worker import Settings, run, settings_of
+from benchmarks.peers.workload import Question
 
 
 class TransformersEngine:

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from measurements import MEASUREMENTS, Engine, first_token, warm_up
-from workload import Workload
+from benchmarks.peers.measurements import MEASUREMENTS, Engine, first_token, warm_up
+from benchmarks.peers.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

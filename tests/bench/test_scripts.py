@@ -1,0 +1,89 @@
+"""Each script of ``benchmarks/`` runs to its end in its smallest setting. Its figures mean nothing here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.peers.processes import EngineFailure, EngineKind, EngineProcess
+
+from tests import checkpoints
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(module: str, output: Path, *flags: str) -> dict[str, Any]:
+    """Run a script with a Python of its own. Return its results. A missed target is status 1, too."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--output", str(output), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    assert output.exists(), done.stderr
+    found: dict[str, Any] = json.loads(output.read_text())
+    assert {"benchmark", "date", "machine", "sensorium", "settings"} <= set(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("section", "flags", "keys"),
+    [
+        ("video", "--video-seconds 2 --video-size 64x48", {"ratio", "sampled_seconds"}),
+        pytest.param(
+            "preprocess",
+            "--image-size 64x64 --num-images 2 --workers 1",
+            {"qwen2_vl"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "load",
+            "--clients 1 --seconds 0.5 --image-size 64x64",
+            {"at_rest", "under_load"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "known",
+            "--requests 2 --rounds 1 --image-size 64x64",
+            {"work", "milliseconds"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("once", "--requests 4", {"runs"}, marks=pytest.mark.slow),
+        pytest.param("cache", "--pairs 1", {"new_seconds", "ratio"}, marks=pytest.mark.slow),
+    ],
+)
+def test_media(tmp_path: Path, section: str, flags: str, keys: set[str]) -> None:
+    folder = ("--folder", str(tmp_path))
+    found = run("media", tmp_path / "media.json", section, "--quick", *folder, *flags.split())
+    assert list(found["sections"]) == [section]
+    assert keys <= set(found["sections"][section])
+
+
+@pytest.mark.slow
+def test_kernels(tmp_path: Path) -> None:
+    found = run("kernels", tmp_path / "kernels.json", "--quick", "--only", "elementwise")
+    assert found["elementwise"]["silu_mul 1"]["us"] > 0
+
+
+@pytest.mark.slow
+def test_peers(tmp_path: Path) -> None:
+    checkpoint = checkpoints.make_text("qwen2", tmp_path / "model", max_position_embeddings=4096)
+    engine = EngineProcess(
+        EngineKind("sensorium", Path(sys.executable)),
+        [str(checkpoint), "--num-threads", "1", "--kv-cache-gib", "1"],
+        dict(os.environ),
+        tmp_path / "log",
+    )
+    try:
+        assert engine.start_seconds > 0
+        engine.freeze()
+        with engine.only():
+            (figure,) = engine.ask(do="measure", name="decode_b1", round=0)
+            assert figure["unit"] == "tok/s"
+            with pytest.raises(EngineFailure, match="KeyError"):
+                engine.ask(do="measure", name="nothing", round=0)
+    finally:
+        engine.close()
+    assert not engine.alive
