@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from training.pictures import draw_picture
 
-from tests.e2e.serving import Server
+from tests.docs.pages import blocks_of
+from tests.docs.running import Page
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-ADDRESS = "http://127.0.0.1:8000"
-
-
-def blocks(language: str) -> list[str]:
-    """Return the code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def anchors(page: Path) -> set[str]:
@@ -60,28 +54,14 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return shown
 
 
-def test_the_offline_code_runs(drawn: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    offline, _ = blocks("python")
-    names: dict[str, Any] = {}
-    try:
-        exec(compile(offline, "README.md", "exec"), names)
-    finally:
-        if "llm" in names:
-            names["llm"].close()
-    assert capsys.readouterr().out.strip() == drawn["shapes"]
-
-
-def test_the_served_code_runs(
+@pytest.mark.slow
+def test_its_code_runs_and_answers_rightly(
     drawn: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, served = blocks("python")
-    [command] = [block for block in blocks("sh") if "sensorium serve" in block]
-    _, _, flags = command.partition(" serve ")
-    model, *rest = flags.split()
-    server = Server(model, tmp_path / "log", rest)
+    page = Page(tmp_path)
     try:
-        assert ADDRESS in served
-        exec(compile(served.replace(ADDRESS, server.url), "README.md", "exec"), {})
+        for block in blocks_of("README.md"):
+            page.run(block)
     finally:
-        server.stop()
-    assert capsys.readouterr().out.strip() == drawn["text"]
+        page.close()
+    assert capsys.readouterr().out.split("\n")[:2] == [drawn["shapes"], drawn["text"]]

@@ -1,0 +1,61 @@
+"""The pages' Python blocks run from top to bottom, and their requests are sent to the servers that the pages start.
+
+Models are loaded by the names in the text: below the folder in which the blocks run, each has a tiny checkpoint of its
+architecture. ``demo-media`` is what ``scripts/demo`` draws.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import make_embedder, make_llava, make_qwen2_5_vl, make_ultravox
+from tests.docs.pages import PAGES, ROOT, blocks_of
+from tests.docs.running import Page
+
+CHECKPOINTS: dict[str, Callable[[Path], object]] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": make_qwen2_5_vl,
+    "Qwen/Qwen3-Embedding-0.6B": partial(make_embedder, "qwen3"),
+    "fixie-ai/ultravox-v0_5-llama-3_2-1b": make_ultravox,
+    "llava-hf/llava-1.5-7b-hf": make_llava,
+}
+"""Checkpoints that blocks load."""
+WITH_CODE = [
+    name
+    for name in PAGES
+    if name.startswith("docs/") and any(block.language == "python" for block in blocks_of(name))
+]
+"""Pages to run; the README's answers are compared, too, in ``tests/test_readme.py``."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like the root of the repository after ``scripts/demo``, with models in it."""
+    made = tmp_path_factory.mktemp("docs")
+    for name, build in CHECKPOINTS.items():
+        build(made / name)
+    (made / "examples").symlink_to(ROOT / "examples")
+    draw = [sys.executable, "scripts/demo_media.py", "--seed", "7", "--folder", made / "demo-media"]
+    subprocess.run(draw, cwd=ROOT, check=True, capture_output=True)
+    return made
+
+
+@pytest.fixture
+def page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+    monkeypatch.chdir(folder)
+    made = Page(folder)
+    yield made
+    made.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_blocks_run(page: Page, name: str) -> None:
+    for block in blocks_of(name):
+        page.run(block)
+    assert page.num_run
