@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "sensorium"
 ROWS = {
     "compat": 0,
     "config": 0,
+    "bounds": 0,
     "params": 0,
     "outputs": 0,
     "errors": 0,
@@ -42,6 +43,8 @@ SAME_ROW = {
     ("bench", "llm"),
     ("outputs", "errors"),
     ("params", "errors"),
+    ("params", "bounds"),
+    ("config", "bounds"),
     ("config", "errors"),
     ("config", "environment"),
     ("environment", "errors"),

@@ -76,7 +76,7 @@ def test_three_spellings_of_one_choice() -> None:
     assert engine_config(runner="pooling").model.runner == "pooling"
     assert engine_config(convert="embed").model.runner == "pooling"
     for task, runner in (("generate", "generate"), ("embed", "pooling"), ("embedding", "pooling")):
-        with pytest.warns(DeprecationWarning, match="older spelling"):
+        with pytest.warns(DeprecationWarning, match="deprecated"):
             assert engine_config(task=task).model.runner == runner
     with pytest.raises(ConfigError, match="does not go with runner='generate'"):
         engine_config(convert="embed", runner="generate")

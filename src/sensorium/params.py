@@ -1,14 +1,13 @@
-"""The knobs of one request, validated when built."""
+"""Parameters of one request: sampling, structured outputs, pooling. Validated on construction."""
 
 from __future__ import annotations
 
 import dataclasses
 import enum
-import math
-import reprlib
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from sensorium.bounds import Bounds, abbreviate, bounded, wrong_number
 from sensorium.errors import InvalidRequestError
 
 MAX_NUM_SAMPLES = 16384
@@ -17,6 +16,7 @@ MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LIST_LENGTH = 65536
 MAX_DIMENSIONS = 1 << 20
+LOGIT_BIAS = Bounds(ge=-100.0, le=100.0)
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
 """The fields of ``StructuredOutputs`` that say what the text must be."""
@@ -25,7 +25,10 @@ WHITESPACE = ("compact", "none", "flexible")
 
 
 class RequestOutputKind(enum.StrEnum):
-    """What each output of ``AsyncLLM.generate`` holds: all so far, what is new, or all, once, at the end."""
+    """Content of each output of ``AsyncLLM.generate``.
+
+    ``CUMULATIVE``: everything so far; ``DELTA``: what is new; ``FINAL_ONLY``: everything, once.
+    """
 
     CUMULATIVE = "cumulative"
     DELTA = "delta"
@@ -34,14 +37,22 @@ class RequestOutputKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputs:
-    """A constraint on the generated text; exactly one of the first five fields is set.
+    """A constraint on the generated text; exactly one of the first five attributes is set.
 
-    ``json`` is a JSON schema (dict or text), ``regex`` a regular expression, ``choice`` a list of texts, ``grammar`` a
-    Lark grammar, ``json_object`` any JSON object. The others say how JSON is constrained. whitespace: "compact" (at
-    most one blank after a colon or a comma), "none", or "flexible" (up to 40 blanks and line ends at every gap);
-    whitespace_pattern: a regular expression for the gaps instead. unsupported: "relax" leaves out what a grammar cannot
-    express and says so in ``RequestOutput.warnings``, "refuse" is an error. vLLM's disable_any_whitespace means
-    whitespace "none"; its disable_additional_properties is accepted: objects that list properties are closed anyway.
+    Attributes:
+        json: JSON schema, as an object or a string.
+        regex: regular expression.
+        choice: list of the possible texts.
+        grammar: Lark grammar.
+        json_object: any JSON object.
+        whitespace: "compact" (at most one blank after a colon or a comma), "none", or "flexible"
+            (up to 40 blanks and line ends at every gap).
+        whitespace_pattern: regular expression for the gaps, instead of ``whitespace``.
+        unsupported: what to do with parts of a schema that a grammar cannot express: "relax" leaves
+            them out and reports them in ``RequestOutput.warnings``; "refuse" is an error.
+        disable_any_whitespace: vLLM's spelling of ``whitespace="none"``.
+        disable_additional_properties: vLLM's; accepted, as objects that list properties are closed
+            in any case.
     """
 
     json: dict[str, Any] | str | None = None
@@ -56,6 +67,7 @@ class StructuredOutputs:
     disable_additional_properties: bool = False
 
     def __post_init__(self) -> None:
+        """Normalize and check the values. Raises InvalidRequestError."""
         if isinstance(self.choice, list):
             object.__setattr__(self, "choice", tuple(self.choice))
         self._check_options()
@@ -77,7 +89,8 @@ class StructuredOutputs:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
                 _bad(
-                    f"structured_outputs.{name}", f"must be a non-empty string, got {_shown(value)}"
+                    f"structured_outputs.{name}",
+                    f"must be a non-empty string, got {abbreviate(value)}",
                 )
             if value is not None:
                 _check_unicode(f"structured_outputs.{name}", value)
@@ -88,13 +101,15 @@ class StructuredOutputs:
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
             value = getattr(self, name)
             if not isinstance(value, bool):
-                _bad(f"structured_outputs.{name}", f"must be true or false, got {_shown(value)}")
+                _bad(
+                    f"structured_outputs.{name}", f"must be true or false, got {abbreviate(value)}"
+                )
         for name, known in (("whitespace", WHITESPACE), ("unsupported", ("relax", "refuse"))):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 _bad(
                     f"structured_outputs.{name}",
-                    f"must be one of {', '.join(known)}, got {_shown(value)}",
+                    f"must be one of {', '.join(known)}, got {abbreviate(value)}",
                 )
         if self.disable_any_whitespace:
             object.__setattr__(self, "whitespace", "none")
@@ -102,37 +117,62 @@ class StructuredOutputs:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop.
+    """Sampling and stopping of one request.
 
-    All values are checked on construction; a wrong one raises ``InvalidRequestError`` that names the field. Lists are
-    kept as tuples, so an instance can be shared between requests.
+    Lists are kept as tuples, so an instance can be shared between requests.
 
-    n: samples per prompt. temperature: 0 is greedy. top_k: 0 or -1 keeps all. seed: makes the tokens of the request a
-    function of the seed alone, whatever else is in the batch. max_tokens: None generates up to the context's end.
-    min_tokens: end-of-sequence, stop tokens and stop strings do not count before. logprobs / prompt_logprobs: how many
-    alternatives to report (0: the chosen token only). logit_bias: token id → value added to its logit. output_kind:
-    what each output of ``AsyncLLM`` holds, as ``RequestOutputKind`` or its value; ``LLM`` has whole ones.
+    Attributes:
+        n: number of samples per prompt.
+        temperature: 0 is greedy.
+        top_p: keep the most likely tokens whose probabilities add up to this.
+        top_k: keep this many of the most likely tokens; 0 or -1 keeps all.
+        min_p: keep tokens at least this likely, relative to the most likely one.
+        seed: makes the tokens of the request a function of the seed alone, whatever else is in the
+            batch.
+        max_tokens: maximum number of generated tokens; None generates up to the end of the context.
+        min_tokens: end-of-sequence, stop tokens and stop strings do not count before.
+        stop: strings that end the text; they are not part of it.
+        stop_token_ids: token ids that end the text.
+        ignore_eos: continue after the end-of-sequence token.
+        presence_penalty: subtracted from the logits of generated tokens.
+        frequency_penalty: the same, times the number of occurrences.
+        repetition_penalty: divides positive logits of tokens of the prompt and the text, and
+            multiplies negative ones.
+        logit_bias: added to the logits of token ids, -100 to 100.
+        allowed_token_ids: the only token ids that may be generated.
+        bad_words: texts that must not be generated.
+        logprobs: number of alternatives to report per token; 0: the chosen token only.
+        prompt_logprobs: the same for the tokens of the prompt.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: put spaces between special tokens that are part of the text.
+        include_stop_str_in_output: keep the stop string at the end of the text.
+        structured_outputs: constraint on the text, as an object or a dict of its fields.
+        output_kind: content of each output of ``AsyncLLM``, as ``RequestOutputKind`` or its value;
+            ``LLM`` always returns everything.
+
+    Raises:
+        InvalidRequestError: a value is wrong; ``param`` names the attribute.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    max_tokens: int | None = 16
-    min_tokens: int = 0
+    n: int = bounded(1, ge=1, le=MAX_NUM_SAMPLES)
+    temperature: float = bounded(1.0, ge=0.0, le=100.0)
+    top_p: float = bounded(1.0, gt=0.0, le=1.0)
+    top_k: int = bounded(0, ge=-1, le=1 << 31)
+    min_p: float = bounded(0.0, ge=0.0, le=1.0)
+    seed: int | None = bounded(None, ge=-(1 << 63), le=(1 << 64) - 1)
+    max_tokens: int | None = bounded(16, ge=1, le=1 << 31)
+    min_tokens: int = bounded(0, ge=0, le=1 << 31)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    presence_penalty: float = bounded(0.0, ge=-2.0, le=2.0)
+    frequency_penalty: float = bounded(0.0, ge=-2.0, le=2.0)
+    repetition_penalty: float = bounded(1.0, ge=0.01, le=100.0)
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[str, ...] = ()
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: int | None = bounded(None, ge=0, le=MAX_LOGPROBS)
+    prompt_logprobs: int | None = bounded(None, ge=0, le=MAX_LOGPROBS)
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -140,25 +180,11 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
+        """Normalize and check the values. Raises InvalidRequestError."""
         self._normalize()
-        _check_int("n", self.n, 1, MAX_NUM_SAMPLES)
-        _check_float("temperature", self.temperature, 0.0, 100.0)
-        _check_float("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _check_int("top_k", self.top_k, -1, 1 << 31)
-        _check_float("min_p", self.min_p, 0.0, 1.0)
-        if self.seed is not None:
-            _check_int("seed", self.seed, -(1 << 63), (1 << 64) - 1)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 1 << 31)
-        _check_int("min_tokens", self.min_tokens, 0, 1 << 31)
+        _check_numbers(self)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _bad("min_tokens", f"is {self.min_tokens}, more than max_tokens ({self.max_tokens})")
-        _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         self._check_lists()
         for name in (
             "ignore_eos",
@@ -167,10 +193,10 @@ class SamplingParams:
             "include_stop_str_in_output",
         ):
             if not isinstance(getattr(self, name), bool):
-                _bad(name, f"must be true or false, got {_shown(getattr(self, name))}")
+                _bad(name, f"must be true or false, got {abbreviate(getattr(self, name))}")
 
     def _normalize(self) -> None:
-        """Lists become tuples, a single stop string a tuple of one, string keys of logit_bias integers."""
+        """Turn lists into tuples, a stop string into a tuple, keys of logit_bias into integers."""
         put = object.__setattr__
         if isinstance(self.stop, str):
             put(self, "stop", (self.stop,))
@@ -200,7 +226,7 @@ class SamplingParams:
             put(self, "output_kind", RequestOutputKind(self.output_kind))
         except ValueError:
             kinds = [str(kind) for kind in RequestOutputKind]
-            _bad("output_kind", f"must be one of {kinds}, got {_shown(self.output_kind)}")
+            _bad("output_kind", f"must be one of {kinds}, got {abbreviate(self.output_kind)}")
 
     def _check_lists(self) -> None:
         _check_strings("stop", self.stop, MAX_STOPS, MAX_STOP_LENGTH)
@@ -213,7 +239,7 @@ class SamplingParams:
         if not isinstance(self.logit_bias, dict):
             _bad(
                 "logit_bias",
-                f"must be a mapping of token id to number, got {_shown(self.logit_bias)}",
+                f"must be a mapping of token id to number, got {abbreviate(self.logit_bias)}",
             )
         if len(self.logit_bias) > MAX_LIST_LENGTH:
             _bad(
@@ -223,7 +249,9 @@ class SamplingParams:
         for key, value in self.logit_bias.items():
             if key < 0:
                 _bad(f"logit_bias[{key}]", "is not for a token id, which is an integer from 0")
-            _check_float(f"logit_bias[{key}]", value, -100.0, 100.0)
+            problem = LOGIT_BIAS.problem(value)
+            if problem is not None:
+                _bad(f"logit_bias[{key}]", problem)
         if self.structured_outputs is not None and not isinstance(
             self.structured_outputs, StructuredOutputs
         ):
@@ -231,36 +259,39 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """True if the most likely token is always chosen."""
         return self.temperature == 0.0
 
     def replace(self, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed, validated anew."""
+        """Return a copy with some attributes changed. Raises InvalidRequestError."""
         return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolingParams:
-    """What vector is made of a prompt.
+    """The embedding of one prompt.
 
-    All values are checked on construction; a wrong one raises ``InvalidRequestError`` that names the field.
+    Attributes:
+        dimensions: length of the embedding, for models that were trained for shorter ones
+            (Matryoshka); None is the full length.
+        normalize: scale the embedding, after it was cut, to length 1; None follows the model's
+            files, and scales where they do not say.
 
-    dimensions: keep this many of the first numbers, for models that were trained for it (Matryoshka); None keeps all.
-    normalize: scale the vector, after it was cut, to length 1; None does as the model's files say (and to length 1
-    where they say nothing).
+    Raises:
+        InvalidRequestError: a value is wrong; ``param`` names the attribute.
     """
 
-    dimensions: int | None = None
+    dimensions: int | None = bounded(None, ge=1, le=MAX_DIMENSIONS)
     normalize: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.dimensions is not None:
-            _check_int("dimensions", self.dimensions, 1, MAX_DIMENSIONS)
+        """Normalize and check the values. Raises InvalidRequestError."""
+        _check_numbers(self)
         if self.normalize is not None and not isinstance(self.normalize, bool):
-            _bad("normalize", f"must be true or false, got {_shown(self.normalize)}")
+            _bad("normalize", f"must be true or false, got {abbreviate(self.normalize)}")
 
     def replace(self, **changes: Any) -> PoolingParams:
-        """A copy with some fields changed, validated anew."""
+        """Return a copy with some attributes changed. Raises InvalidRequestError."""
         return dataclasses.replace(self, **changes)
 
 
@@ -268,39 +299,15 @@ def _bad(name: str, what: str) -> NoReturn:
     raise InvalidRequestError(f"{name} {what}.", param=name)
 
 
-def _shown(value: object) -> str:
-    """A value in an error message: what a caller sent may be of any size."""
-    try:
-        return reprlib.repr(value)
-    except ValueError:  # an integer of more digits than Python writes out
-        return f"a very large {type(value).__name__}"
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        _bad(name, f"must be an integer, got {_shown(value)}")
-    if not low <= value <= high:
-        _bad(name, f"must be between {low} and {high}, got {_shown(value)}")
-
-
-def _check_float(
-    name: str, value: object, low: float, high: float, *, low_open: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        _bad(name, f"must be a number, got {_shown(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        _bad(name, f"must be a finite number, got {value}")
-    if not low <= value <= high or (low_open and value == low):
-        _bad(
-            name,
-            f"must be {'above' if low_open else 'at least'} {low:g} and at most {high:g}, "
-            f"got {_shown(value)}",
-        )
+def _check_numbers(params: SamplingParams | PoolingParams) -> None:
+    wrong = wrong_number(params)
+    if wrong is not None:
+        _bad(*wrong)
 
 
 def _check_strings(name: str, values: object, most: int, longest: int) -> None:
     if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
-        _bad(name, f"must be a string or a list of strings, got {_shown(values)}")
+        _bad(name, f"must be a string or a list of strings, got {abbreviate(values)}")
     if len(values) > most:
         _bad(name, f"has {len(values)} entries; at most {most} are allowed")
     for value in values:
@@ -319,18 +326,18 @@ def _check_unicode(name: str, text: str) -> None:
 
 
 def _token_id(key: object) -> int:
-    """Read a key of ``logit_bias``. Raises ValueError with the key when it is no integer."""
+    """Return a key of ``logit_bias`` as an integer. Raises ValueError with the key."""
     try:
         return int(key)  # type: ignore[call-overload]
     except (TypeError, ValueError):
-        raise ValueError(_shown(key)) from None
+        raise ValueError(abbreviate(key)) from None
 
 
 def _check_ids(name: str, values: object) -> None:
     if not isinstance(values, tuple):
-        _bad(name, f"must be a list of token ids, got {_shown(values)}")
+        _bad(name, f"must be a list of token ids, got {abbreviate(values)}")
     if len(values) > MAX_LIST_LENGTH:
         _bad(name, f"has {len(values)} entries; at most {MAX_LIST_LENGTH} are allowed")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            _bad(name, f"must hold token ids (integers from 0), got {_shown(value)}")
+            _bad(name, f"must hold token ids (integers from 0), got {abbreviate(value)}")

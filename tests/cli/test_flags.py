@@ -141,10 +141,10 @@ def test_wrong_configurations_end_with_status_2(
     assert word in shown
 
 
-def test_older_spellings_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_deprecated_flags_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     config = build_engine_config(parse("m", "--task", "generate"))
     assert config.model.runner == "generate"
-    assert capsys.readouterr().err.startswith("warning: task is the older spelling")
+    assert capsys.readouterr().err.startswith("warning: task is deprecated")
 
 
 def run(*argv: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
@@ -183,3 +183,13 @@ def test_the_older_form_of_limits_names_todays(capsys: pytest.CaptureFixture[str
     assert """use --limit-mm-per-prompt '{"image": 2}'""" in capsys.readouterr().err
     parse("m", "--limit-mm-per-prompt", '{"image": 2}')
     assert not capsys.readouterr().err
+
+
+def test_help_shows_the_ranges_of_numbers() -> None:
+    parser = build_parser()
+    [commands] = [a for a in parser._actions if hasattr(a, "choices") and a.choices]
+    help_of = {a.dest: a.help for a in commands.choices["generate"]._actions}
+    assert help_of["block_size"] == "Tokens per block of the KV cache. (1 to 1024; default: 32)"
+    assert "(1 to 2^31)" in help_of["max_model_len"]
+    assert "(above 0, at most 1)" in help_of["sampling_top_p"]
+    assert "(-2^63 to 2^64 - 1)" in help_of["sampling_seed"]

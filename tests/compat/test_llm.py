@@ -224,7 +224,7 @@ def test_older_names_in_prompts_are_warned_of_at_the_call() -> None:
 
 
 def test_another_process_does_not_warn_again(recwarn: pytest.WarningsRecorder) -> None:
-    with pytest.warns(DeprecationWarning, match="older spelling"):
+    with pytest.warns(DeprecationWarning, match="deprecated"):
         config = engine_config(task="generate", image_input_type="pixel_values")
     recwarn.clear()
     received = wire.decode_to_engine(wire.encode(wire.Configure(config)))
@@ -240,5 +240,5 @@ def test_a_command_says_it_once() -> None:
         [*command, "--max-tokens", "1"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("older spelling") == 1
-    assert "warning: task is the older spelling" in done.stderr
+    assert done.stderr.count("deprecated") == 1
+    assert "warning: task is deprecated" in done.stderr

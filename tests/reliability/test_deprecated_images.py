@@ -1,4 +1,4 @@
-"""The older spellings of images with the shapes that older scripts pass."""
+"""Deprecated kinds of images with the shapes that older scripts pass."""
 
 from __future__ import annotations
 

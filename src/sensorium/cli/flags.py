@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NoReturn
 
+from sensorium.bounds import bounds_of
 from sensorium.cli.rewrite import rewritten
 from sensorium.compat.apply import adopt
 from sensorium.compat.engine_flags import ENGINE_RULES
@@ -45,7 +46,7 @@ TITLES = {
     "media": "media",
     "parallel": "parallelism",
     "observability": "observability",
-    "older": "older spellings",
+    "deprecated": "deprecated",
     "server": "server",
 }
 _FOREIGN = "vllm."
@@ -175,7 +176,7 @@ def engine_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_engine_config(arguments: argparse.Namespace) -> EngineConfig:
-    """The engine's configuration; older spellings are named on the error stream. Raises
+    """Return the engine's configuration; warn of deprecated flags on stderr. Raises
     ConfigError.
     """
     with warnings.catch_warnings(record=True) as caught:
@@ -213,9 +214,11 @@ def flag_of(name: str) -> str:
 
 
 def help_of(field: dataclasses.Field[Any]) -> str:
-    """The field's help with its default, where that says something."""
+    """Return the help of a field with its range and its default, as far as it has them."""
     default = default_text(field)
-    return f"{field.metadata['help']} (default: {default})" if default else field.metadata["help"]
+    facts = [str(bounds_of(field)), default and f"default: {default}"]
+    shown = "; ".join(filter(None, facts))
+    return f"{field.metadata['help']} ({shown})" if shown else field.metadata["help"]
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
@@ -322,9 +325,7 @@ def read_object(text: str) -> dict[str, Any]:
 def _limits(text: str) -> dict[str, Any]:
     limits = parse_limits(text)
     if not text.lstrip().startswith("{") and set(limits) <= set(LIMITED):
-        print_warning(
-            f"{text} is the older spelling: use --limit-mm-per-prompt '{json.dumps(limits)}'"
-        )
+        print_warning(f"{text} is deprecated: use --limit-mm-per-prompt '{json.dumps(limits)}'")
     return limits
 
 

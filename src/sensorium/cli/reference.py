@@ -6,6 +6,7 @@ import dataclasses
 import typing
 from typing import Any, Literal
 
+from sensorium.bounds import bounds_of
 from sensorium.cli.flags import TITLES, default_text, fields_of, flag_of, without_none
 from sensorium.config import ENGINE_SECTIONS, ServerConfig
 
@@ -61,17 +62,20 @@ def _row(field: dataclasses.Field[Any], kind: Any) -> str:
     default = default_text(field)
     cells = (
         f"`{flag_of(field.name)}`",
-        _takes(kind),
+        _takes(field, kind),
         f"`{default}`" if default else "",
         field.metadata["help"],
     )
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def _takes(kind: Any) -> str:
+def _takes(field: dataclasses.Field[Any], kind: Any) -> str:
+    """Return the type of a field and its range, such as "integer, 1 to 1024"."""
     kind = without_none(kind)
     origin = typing.get_origin(kind)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
     names = {bool: "on or off", int: "integer", float: "number", str: "text"}
-    return names.get(kind) or {tuple: "texts", dict: "JSON"}.get(origin, "text")
+    name = names.get(kind) or {tuple: "texts", dict: "JSON"}.get(origin, "text")
+    bounds = str(bounds_of(field))
+    return f"{name}, {bounds}" if bounds else name

@@ -1,43 +1,49 @@
-"""The sampling flags of ``chat`` and ``generate``."""
+"""Sampling flags of ``sensorium chat`` and ``sensorium generate``."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any
 
+from sensorium.bounds import NUMERIC, bounds_of
+from sensorium.params import SamplingParams
 
-class _Flag(NamedTuple):
-    name: str
-    kind: type
-    help: str
-
-
-_FLAGS = (
-    _Flag("max_tokens", int, "most tokens of an answer; up to the context's end when not given"),
-    _Flag("temperature", float, "0 always takes the most likely token"),
-    _Flag("top_p", float, "keep the most likely tokens up to this probability together"),
-    _Flag("top_k", int, "keep this many of the most likely tokens; 0 keeps all"),
-    _Flag("min_p", float, "keep tokens at least this likely, relative to the best"),
-    _Flag("seed", int, "makes the answer repeatable"),
-    _Flag("min_tokens", int, "fewest tokens of an answer"),
-    _Flag("presence_penalty", float, "against tokens that occurred, -2 to 2"),
-    _Flag("frequency_penalty", float, "against tokens by how often they occurred, -2 to 2"),
-    _Flag("repetition_penalty", float, "divides the logits of tokens that occurred"),
-)
+_HELP = {
+    "max_tokens": "maximum number of tokens of an answer; to the end of the context if not given",
+    "temperature": "0 always selects the most likely token",
+    "top_p": "keep the most likely tokens whose probabilities add up to this",
+    "top_k": "keep this many of the most likely tokens; 0 keeps all",
+    "min_p": "keep tokens at least this likely, relative to the most likely one",
+    "seed": "makes the answer reproducible",
+    "min_tokens": "minimum number of tokens of an answer",
+    "presence_penalty": "penalty for tokens that were generated before",
+    "frequency_penalty": "penalty for tokens by how often they were generated before",
+    "repetition_penalty": "divides the logits of tokens that occurred before",
+    "n": "number of answers",
+}
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, *, samples: bool = False) -> None:
-    """Add the flags; ``samples``: also ``--n``. Those not given leave no trace."""
+    """Add the flags; one that is not given leaves no attribute.
+
+    Args:
+        parser: of the command.
+        samples: add ``--n``, too.
+    """
     group = parser.add_argument_group("sampling")
-    for flag in _FLAGS:
+    fields = {field.name: field for field in dataclasses.fields(SamplingParams)}
+    for name, text in _HELP.items():
+        if name == "n" and not samples:
+            continue
         group.add_argument(
-            f"--{flag.name.replace('_', '-')}",
+            f"--{name.replace('_', '-')}",
             # The engine has a seed of its own, for random weights.
-            dest=f"sampling_{flag.name}",
-            type=flag.kind,
+            dest=f"sampling_{name}",
+            type=NUMERIC[str(fields[name].type)],
             metavar="N",
             default=argparse.SUPPRESS,
-            help=flag.help,
+            help=f"{text} ({bounds_of(fields[name])})",
         )
     group.add_argument(
         "--stop",
@@ -45,21 +51,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser, *, samples: bool = False
         action="append",
         metavar="TEXT",
         default=argparse.SUPPRESS,
-        help="end the answer where this text comes; repeatable",
+        help="end the answer before this text; repeatable",
     )
-    if samples:
-        group.add_argument(
-            "--n",
-            dest="sampling_n",
-            type=int,
-            metavar="N",
-            default=argparse.SUPPRESS,
-            help="number of answers",
-        )
 
 
 def sampling_values(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The values that were given, by the names of ``SamplingParams`` (and of the API's fields)."""
+    """Return the given values by the names of ``SamplingParams`` (and of the API's fields)."""
     prefix = "sampling_"
     given = vars(arguments)
     return {k.removeprefix(prefix): v for k, v in given.items() if k.startswith(prefix)}

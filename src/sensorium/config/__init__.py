@@ -25,7 +25,7 @@ from sensorium.config.engine import (
 )
 from sensorium.config.fields import GIB, MIB, suggestion
 from sensorium.config.media import LIMITED, MediaConfig, parse_limits
-from sensorium.config.model import ModelConfig, OlderConfig
+from sensorium.config.model import DeprecatedConfig, ModelConfig
 from sensorium.config.notices import warn_caller
 from sensorium.config.server import ServerConfig
 from sensorium.environment import media_environment
@@ -37,11 +37,11 @@ __all__ = [
     "LIMITED",
     "MIB",
     "CacheConfig",
+    "DeprecatedConfig",
     "EngineConfig",
     "MediaConfig",
     "ModelConfig",
     "ObservabilityConfig",
-    "OlderConfig",
     "ParallelConfig",
     "SchedulerConfig",
     "ServerConfig",
@@ -62,7 +62,7 @@ class EngineConfig:
     media: MediaConfig = field(default_factory=MediaConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
-    older: OlderConfig = field(default_factory=OlderConfig)
+    deprecated: DeprecatedConfig = field(default_factory=DeprecatedConfig)
 
 
 ENGINE_SECTIONS: dict[str, type] = {
@@ -72,7 +72,7 @@ ENGINE_SECTIONS: dict[str, type] = {
     "media": MediaConfig,
     "parallel": ParallelConfig,
     "observability": ObservabilityConfig,
-    "older": OlderConfig,
+    "deprecated": DeprecatedConfig,
 }
 
 
@@ -96,7 +96,7 @@ def engine_config(**keywords: Any) -> EngineConfig:
         raise ConfigError(f"Unknown keyword {name!r}.{hint}", param=name)
     config = EngineConfig(**sections)
     # Not in the classes: a configuration that another process reads has been warned of already.
-    for message in (*config.model.deprecations(), *config.older.deprecations()):
+    for message in (*config.model.deprecations(), *config.deprecated.deprecations()):
         warn_caller(message)
     return config
 

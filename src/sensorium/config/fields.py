@@ -1,4 +1,4 @@
-"""Fields with a help text, and the checks that all classes share."""
+"""Fields with a help text and a range, and the checks that all classes share."""
 
 from __future__ import annotations
 
@@ -7,21 +7,40 @@ import difflib
 from dataclasses import field
 from typing import Any, NoReturn
 
+from sensorium.bounds import Bounds, wrong_number
 from sensorium.errors import ConfigError
 
 GIB = 1 << 30
 MIB = 1 << 20
 
 
-def option(default: Any, help: str, *, factory: bool = False) -> Any:
-    """A configuration field with its help text."""
+def option(
+    default: Any,
+    help: str,
+    *,
+    factory: bool = False,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+) -> Any:
+    """Return a configuration field with its help text and, for a number, its range.
+
+    Args:
+        default: the default, or with ``factory`` what makes it.
+        help: one or two sentences for ``--help`` and the documentation.
+        factory: ``default`` is called for each instance.
+        ge: least value.
+        gt: the value must be greater.
+        le: greatest value.
+    """
+    metadata = {"help": help, "bounds": Bounds(ge=ge, gt=gt, le=le)}
     if factory:
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def suggestion(name: str, known: list[str]) -> str:
-    """`` Did you mean 'x'?`` for the nearest known name, or an empty string."""
+    """Return "Did you mean 'x'?" for the nearest known name, or an empty string."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 
@@ -31,8 +50,12 @@ def bad(name: str, what: str) -> NoReturn:
     raise ConfigError(f"{name} {what}.", param=name)
 
 
-def check_types(config: Any) -> None:
-    """Switches, texts and lists of texts must be just that; a list becomes a tuple. Numbers are checked elsewhere."""
+def check_fields(config: Any) -> None:
+    """Check the types of all fields, and the ranges of numbers; a list becomes a tuple.
+
+    Raises:
+        ConfigError: a value has another type than its field, or is out of its range.
+    """
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if f.type == "bool" and not isinstance(value, bool):
@@ -41,11 +64,16 @@ def check_types(config: Any) -> None:
             bad(f.name, f"must be true, false or left out, got {value!r}")
         is_text = isinstance(value, str) or (value is None and f.type == "str | None")
         if f.type in ("str", "str | None") and not is_text:
-            bad(f.name, f"must be a text, got {value!r}")
+            bad(f.name, f"must be a string, got {value!r}")
         if f.type == "tuple[str, ...]":
             if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
-                bad(f.name, f"must be a list of texts, got {value!r}")
+                bad(f.name, f"must be a list of strings, got {value!r}")
             object.__setattr__(config, f.name, tuple(value))
+        if str(f.type).startswith("dict") and not isinstance(value, dict):
+            bad(f.name, f"must be a mapping, got {value!r}")
+    wrong = wrong_number(config)
+    if wrong is not None:
+        bad(*wrong)
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -54,23 +82,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         bad(name, f"must be one of {', '.join(choices)}, got {value!r}")
 
 
-def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Raise ConfigError unless the value is an integer within the bounds."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        bad(name, f"must be an integer, got {value!r}")
-    if not low <= value <= high:
-        bad(name, f"must be between {low} and {high}, got {value}")
-
-
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Raise ConfigError unless the value is a number within the bounds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        bad(name, f"must be a number, got {value!r}")
-    if not low <= value <= high:
-        bad(name, f"must be between {low:g} and {high:g}, got {value:g}")
-
-
 def check_non_empty(name: str, value: object) -> None:
-    """Raise ConfigError unless the value is a text with something in it."""
+    """Raise ConfigError unless the value is a non-empty string."""
     if not isinstance(value, str) or not value:
         bad(name, f"must be a non-empty string, got {value!r}")

@@ -1,4 +1,4 @@
-"""Limits and rules for images, videos and sounds."""
+"""Options of media: fetching, decoding, limits."""
 
 from __future__ import annotations
 
@@ -6,27 +6,23 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from sensorium.config.fields import (
-    MIB,
-    bad,
-    check_choice,
-    check_integer,
-    check_number,
-    check_types,
-    option,
-)
+from sensorium.bounds import Bounds
+from sensorium.config.fields import MIB, bad, check_choice, check_fields, option
 
 LIMITED = ("image", "video", "audio")
 """Keys of ``limit_mm_per_prompt``."""
+_MOST = 1 << 50
+"""Upper bound of counts and sizes that have no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaConfig:
-    """Limits and rules for images, videos and sounds."""
+    """Fetching, decoding and limits of images, videos and audio."""
 
     limit_mm_per_prompt: dict[str, Any] = option(
         dict,
-        'Most items per prompt, such as {"image": 2} or image=2; 0 switches a modality off.',
+        'Maximum number of items per prompt, such as {"image": 2} or image=2; 0 disables a '
+        "modality.",
         factory=True,
     )
     mm_processor_kwargs: dict[str, Any] = option(
@@ -34,135 +30,158 @@ class MediaConfig:
     )
     media_io_kwargs: dict[str, dict[str, Any]] = option(
         dict,
-        'Options of loading, such as {"image": {"rgba_background_color": [255, 255, 255]}}.',
+        "Options of decoding by modality, such as "
+        '{"image": {"rgba_background_color": [255, 255, 255]}}.',
         factory=True,
     )
     enable_mm_embeds: bool = option(False, "Accept precomputed embeddings as input.")
     allowed_local_media_path: str = option(
-        "", "Folder below which file: URLs and local paths may be read; none when empty."
+        "", "Folder below which file: URLs and local paths may be read; none if empty."
     )
     allowed_media_domains: tuple[str, ...] = option(
-        (), "Hosts that may be fetched from; any public host when empty."
+        (), "Hosts that media may be fetched from; any public host if empty."
     )
     media_url_allow_redirects: bool = option(True, "Follow redirects of media URLs.")
-    max_media_redirects: int = option(5, "Most redirects of one download.")
-    image_fetch_timeout: float = option(5.0, "Seconds for the whole download of an image.")
-    video_fetch_timeout: float = option(30.0, "Seconds for the whole download of a video.")
-    audio_fetch_timeout: float = option(10.0, "Seconds for the whole download of a sound.")
+    max_media_redirects: int = option(
+        5, "Maximum number of redirects of one download.", ge=0, le=100
+    )
+    image_fetch_timeout: float = option(
+        5.0, "Seconds for the whole download of an image.", ge=0.001, le=3600.0
+    )
+    video_fetch_timeout: float = option(
+        30.0, "Seconds for the whole download of a video.", ge=0.001, le=3600.0
+    )
+    audio_fetch_timeout: float = option(
+        10.0, "Seconds for the whole download of an audio file.", ge=0.001, le=3600.0
+    )
     media_fetch_retries: int = option(
-        3, "Times that a download is tried again after a failure that may pass, within its seconds."
+        3,
+        "Number of retries of a download after a transient failure, within its timeout.",
+        ge=0,
+        le=100,
     )
     max_media_connections: int = option(
-        128, "Most connections to media hosts at a time; further downloads wait."
+        128, "Maximum number of connections to media hosts; further downloads wait.", ge=1, le=_MOST
     )
     max_media_connections_per_host: int = option(
-        32, "Most connections to one media host at a time; further downloads wait."
+        32,
+        "Maximum number of connections to one media host; further downloads wait.",
+        ge=1,
+        le=_MOST,
     )
     max_media_fetches_per_request: int = option(
-        8, "Most downloads of one request at a time; its further ones wait."
+        8,
+        "Maximum number of concurrent downloads of one request; further ones wait.",
+        ge=1,
+        le=_MOST,
     )
     max_media_bytes_in_flight: int = option(
         2048 * MIB,
-        "Most bytes of downloads together, unfinished ones and finished ones that wait to be decoded; what is past "
-        "it gets 503.",
+        "Maximum number of bytes of all downloads that are running or wait to be decoded; beyond "
+        "it, 503.",
+        ge=1,
+        le=_MOST,
     )
     media_url_reuse_seconds: float = option(
         1.0,
-        "Seconds for which a finished download serves further requests for its URL, unless its host forbids "
-        "storing it; 0: only those that come while it runs.",
+        "Seconds for which a finished download serves further requests for its URL, unless its "
+        "host forbids storing it; 0: only requests that arrive while it runs.",
+        ge=0.0,
+        le=3600.0,
     )
     media_url_reuse_bytes: int = option(
-        64 * MIB, "Most bytes of finished downloads that are kept for such requests."
+        64 * MIB,
+        "Maximum number of bytes of finished downloads kept for such requests.",
+        ge=0,
+        le=_MOST,
     )
     media_download_cache: str = option(
         "",
-        "Folder that keeps downloads between requests and restarts, as far as their hosts allow; none when empty.",
+        "Folder that keeps downloads between requests and restarts, as far as their hosts allow; "
+        "none if empty.",
     )
     media_download_cache_gb: float = option(
-        10.0, "GiB of that folder; what was used least recently goes first."
+        10.0,
+        "Size of that folder in GiB; the least recently used downloads are evicted.",
+        ge=0.001,
+        le=1 << 20,
     )
-    max_media_bytes: int = option(256 * MIB, "Most bytes of one download.")
+    max_media_bytes: int = option(
+        256 * MIB, "Maximum number of bytes of one download.", ge=1, le=_MOST
+    )
     max_request_media_bytes: int = option(
-        256 * MIB, "Most bytes of all media of a request, counted as they come."
+        256 * MIB, "Maximum number of bytes of all media of one request.", ge=1, le=_MOST
     )
     max_image_pixels: int = option(
-        178_956_970, "Most pixels of one image, or of a frame of a video."
+        178_956_970, "Maximum number of pixels of an image or a video frame.", ge=1, le=_MOST
     )
     max_video_frames: int = option(
         36_000,
-        "Most frames of one video that are decoded to get at those that are sampled; those larger than 1920 x 1088 "
-        "count as several.",
+        "Maximum number of frames of one video that are decoded to reach the sampled ones; frames "
+        "larger than 1920 x 1088 count as several.",
+        ge=1,
+        le=_MOST,
     )
     max_video_pixels: int = option(
-        536_870_912, "Most pixels of the sampled frames of one video together."
+        536_870_912,
+        "Maximum number of pixels of all sampled frames of one video.",
+        ge=1,
+        le=_MOST,
     )
-    max_audio_seconds: int = option(600, "Most seconds of one sound.")
+    max_audio_seconds: int = option(600, "Maximum duration of one audio item.", ge=1, le=_MOST)
     max_audio_decoded_bytes: int = option(
-        256 * MIB, "Most bytes of one sound when it is decoded, all its channels together."
+        256 * MIB,
+        "Maximum number of bytes of one decoded audio item, all channels together.",
+        ge=1,
+        le=_MOST,
     )
-    max_items_per_request: int = option(256, "Most media items of one request.")
+    max_items_per_request: int = option(
+        256, "Maximum number of media items of one request.", ge=1, le=_MOST
+    )
     num_media_workers: int | None = option(
         None,
-        "Processes that decode and preprocess, for each modality; one per core, at most 8, when not given.",
+        "Number of processes that decode and preprocess, per modality; one per core and at most 8 "
+        "if unset.",
+        ge=1,
+        le=256,
     )
     media_worker_memory_gb: float = option(
         4.0,
-        "GiB of memory that one of these processes may use for an item; addresses that it only reserves do not count.",
+        "GiB of memory that one of these processes may use for an item; address space that is only "
+        "reserved does not count.",
+        ge=0.0625,
+        le=1024.0,
     )
     media_decode_timeout: float = option(
-        60.0, "Seconds that decoding and preprocessing of one item may take."
+        60.0, "Seconds for decoding and preprocessing one item.", ge=0.001, le=86400.0
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
-        for name in ("image_fetch_timeout", "video_fetch_timeout", "audio_fetch_timeout"):
-            check_number(name, getattr(self, name), 0.001, 3600.0)
-        check_integer("max_media_redirects", self.max_media_redirects, 0, 100)
-        check_integer("media_fetch_retries", self.media_fetch_retries, 0, 100)
-        check_number("media_url_reuse_seconds", self.media_url_reuse_seconds, 0.0, 3600.0)
-        check_integer("media_url_reuse_bytes", self.media_url_reuse_bytes, 0, 1 << 50)
-        check_number("media_download_cache_gb", self.media_download_cache_gb, 0.001, 1 << 20)
-        for name in (
-            "max_media_connections",
-            "max_media_connections_per_host",
-            "max_media_fetches_per_request",
-            "max_media_bytes_in_flight",
-            "max_media_bytes",
-            "max_request_media_bytes",
-            "max_image_pixels",
-            "max_video_frames",
-            "max_video_pixels",
-            "max_audio_seconds",
-            "max_audio_decoded_bytes",
-            "max_items_per_request",
-        ):
-            check_integer(name, getattr(self, name), 1, 1 << 50)
-        check_number("media_worker_memory_gb", self.media_worker_memory_gb, 0.0625, 1024.0)
-        check_number("media_decode_timeout", self.media_decode_timeout, 0.001, 86400.0)
-        if self.num_media_workers is not None:
-            check_integer("num_media_workers", self.num_media_workers, 1, 256)
+        """Check the values. Raises ConfigError."""
+        check_fields(self)
         check_limits("limit_mm_per_prompt", self.limit_mm_per_prompt)
-        for name in ("mm_processor_kwargs", "media_io_kwargs"):
-            if not isinstance(getattr(self, name), dict):
-                bad(name, f"must be a mapping, got {getattr(self, name)!r}")
 
     def fetch_timeout(self, modality: str) -> float:
-        """Seconds that the download of an item of this modality may take."""
+        """Return the seconds for the download of an item of a modality."""
         return float(getattr(self, f"{modality}_fetch_timeout"))
 
     def limit(self, modality: str) -> int | None:
-        """Most items of a modality in one prompt; None when there is no limit of its own."""
+        """Return the maximum number of items of a modality in one prompt, None without limit."""
         value = self.limit_mm_per_prompt.get(modality)
         return value.get("count") if isinstance(value, dict) else value
 
     def max_sampled_frames(self) -> int | None:
-        """Most frames that are sampled of one video; None when ``limit_mm_per_prompt`` sets no limit."""
+        """Return the maximum number of frames sampled from one video, None without limit."""
         value = self.limit_mm_per_prompt.get("video")
         return value.get("num_frames") if isinstance(value, dict) else None
 
 
 def parse_limits(text: str) -> dict[str, Any]:
-    """``image=2,video=1`` (older) or a JSON object, for ``--limit-mm-per-prompt``."""
+    """Parse ``--limit-mm-per-prompt``: a JSON object, or ``image=2,video=1`` (deprecated).
+
+    Raises:
+        ConfigError: the text is neither.
+    """
     if text.lstrip().startswith("{"):
         try:
             value = json.loads(text)
@@ -178,19 +197,20 @@ def parse_limits(text: str) -> dict[str, Any]:
     return limits
 
 
-def check_limits(name: str, value: object) -> None:
-    if not isinstance(value, dict):
-        bad(name, f"must be a mapping such as {{'image': 2}}, got {value!r}")
+def check_limits(name: str, value: dict[Any, Any]) -> None:
+    """Check a value of ``limit_mm_per_prompt``. Raises ConfigError."""
     for modality, limit in value.items():
         check_choice(name, modality, LIMITED)
+        place = f"{name}[{modality!r}]"
         if isinstance(limit, dict):
             for key, number in limit.items():
-                check_choice(
-                    f"{name}[{modality!r}]",
-                    key,
-                    ("count", "num_frames", "width", "height", "length"),
-                )
-                least = 1 if key == "num_frames" else 0
-                check_integer(f"{name}[{modality!r}][{key!r}]", number, least, 1 << 31)
+                check_choice(place, key, ("count", "num_frames", "width", "height", "length"))
+                _check_count(f"{place}[{key!r}]", number, 1 if key == "num_frames" else 0)
         else:
-            check_integer(f"{name}[{modality!r}]", limit, 0, 1 << 31)
+            _check_count(place, limit, 0)
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    problem = Bounds(ge=least, le=1 << 31).problem(value, int)
+    if problem is not None:
+        bad(name, problem)

@@ -1,4 +1,4 @@
-"""Which model, and how it is loaded."""
+"""Options of the model and of how it is loaded."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from sensorium.config.fields import (
-    bad,
-    check_choice,
-    check_integer,
-    check_non_empty,
-    check_types,
-    option,
-)
+from sensorium.config.fields import bad, check_choice, check_fields, check_non_empty, option
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32", "half", "float"]
 """half is float16 and float is float32."""
@@ -26,74 +19,88 @@ ContentFormat = Literal["auto", "string", "openai"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which model, and how it is loaded."""
+    """The model, and how it is loaded."""
 
     model: str = option("demo", "Hugging Face id, local folder, or 'demo'.")
-    tokenizer: str | None = option(None, "Tokenizer id or folder, when not the model's.")
+    tokenizer: str | None = option(None, "Id or folder of the tokenizer, if not the model's.")
     trust_remote_code: bool = option(
         False, "Accepted for compatibility; no code from a checkpoint is ever executed."
     )
     dtype: Dtype = option(
         "auto",
-        "Type of weights and activations; auto takes the checkpoint's, or float32 in place of a 16-bit type that the "
-        "CPU has no units for, where the memory allows it.",
+        "Data type of weights and activations. auto: the checkpoint's, or float32 instead of a "
+        "16-bit type that the CPU does not support in hardware, if the memory suffices.",
     )
-    device: str = option("auto", "cpu, cuda, cuda:N, or auto: a GPU when there is one.")
-    seed: int = option(0, "Seed of random weights and of unseeded sampling.")
-    revision: str | None = option(None, "Branch, tag or commit on the hub.")
+    device: str = option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one.")
+    seed: int = option(
+        0, "Seed of dummy weights and of unseeded sampling.", ge=-(1 << 63), le=(1 << 64) - 1
+    )
+    revision: str | None = option(
+        None, "Branch, tag or commit of the model on the Hugging Face hub."
+    )
     download_dir: str | None = option(
-        None, "Folder for downloads from the hub; its own cache (HF_HUB_CACHE) when not given."
+        None, "Folder for downloads from the hub; the hub's cache (HF_HUB_CACHE) if unset."
     )
-    load_format: LoadFormat = option("auto", "dummy makes random weights in the right shapes.")
+    load_format: LoadFormat = option("auto", "dummy: random weights of the right shapes.")
     hf_overrides: dict[str, Any] = option(
-        dict, "Values that replace those of config.json.", factory=True
+        dict, "Values that override those of config.json.", factory=True
     )
     generation_config: str = option(
         "auto",
-        "Where the model's defaults of sampling come from: auto is its own generation_config.json, vllm none, or a "
-        "folder with such a file.",
+        "Source of the default sampling parameters. auto: the model's generation_config.json; vllm: "
+        "none; or a folder with such a file.",
     )
     override_generation_config: dict[str, Any] = option(
         dict,
-        'Defaults of sampling that win over that file, such as {"temperature": 0.5}.',
+        'Default sampling parameters that override that file, such as {"temperature": 0.5}.',
         factory=True,
     )
     max_model_len: int | None = option(
-        None, "Longest prompt and answer together, in tokens; the model's own when not given."
+        None,
+        "Maximum number of tokens of prompt and output together; the model's own if unset.",
+        ge=1,
+        le=1 << 31,
     )
-    quantization: str | None = option(None, "No quantization method is available yet: leave unset.")
+    quantization: str | None = option(None, "No quantization method is available yet; leave unset.")
     batch_invariant: bool | None = option(
         None,
-        "Give a request the same tokens and log-probabilities, to the bit, whatever else is in the batch, however its "
-        "prompt is cut and whatever of it comes from caches. When not given: on where it costs nothing to speak of, "
-        "which is everywhere but on GPUs and, with bf16, on CPUs with matrix tiles (AMX).",
+        "Make tokens and log probabilities of a request bitwise independent of the rest of the "
+        "batch, of prompt chunks and of caches. If unset: on where its cost is negligible, which is "
+        "everywhere except on GPUs and, with bfloat16, on CPUs with AMX.",
     )
-    enforce_eager: bool = option(False, "Accepted for compatibility: no graphs are captured.")
+    enforce_eager: bool = option(False, "Accepted for compatibility; no graphs are captured.")
     num_threads: int | None = option(
         None,
-        "CPU threads of the engine; when not given all cores, or one for a very small decoder.",
+        "Number of CPU threads of the engine; if unset all cores, or one for a very small decoder.",
+        ge=1,
+        le=1024,
     )
     runner: Runner = option(
         "auto",
-        "generate makes text, pooling makes vectors; auto is generate unless the checkpoint is an embedding model.",
+        "generate: text; pooling: embeddings; auto: generate unless the checkpoint is an embedding "
+        "model.",
     )
     convert: Convert = option(
         "auto",
-        "How a model is adapted for its runner; embed makes vectors of any model's hidden states.",
+        "Conversion of the model for its runner. embed: embeddings from the hidden states of any "
+        "model.",
     )
-    task: str | None = option(None, "Older spelling of the choice of runner: generate or embed.")
-    chat_template: str | None = option(None, "Chat template: a file, or the template's text.")
+    task: str | None = option(None, "Deprecated, use --runner: generate or embed.")
+    chat_template: str | None = option(None, "Chat template: a file, or the text of a template.")
     chat_template_content_format: ContentFormat = option(
-        "auto", "Whether the template takes content as a string or as parts (openai)."
+        "auto",
+        "Form in which the template takes the content of a message: string, or a list of parts "
+        "(openai).",
     )
     interleave_mm_strings: bool = option(
         True,
-        "With templates that take content as a string: placeholders stand where the parts stand; off puts them in "
-        "front of the texts.",
+        "For templates that take content as a string: keep placeholders where the media are in the "
+        "message; off puts them before the text.",
     )
 
     def __post_init__(self) -> None:
-        check_types(self)
+        """Check the values, and resolve aliases. Raises ConfigError."""
+        check_fields(self)
         check_non_empty("model", self.model)
         check_choice("dtype", self.dtype, get_args(Dtype))
         object.__setattr__(self, "dtype", _DTYPES.get(self.dtype, self.dtype))
@@ -105,11 +112,6 @@ class ModelConfig:
             self.chat_template_content_format,
             get_args(ContentFormat),
         )
-        check_integer("seed", self.seed, -(1 << 63), (1 << 64) - 1)
-        if self.max_model_len is not None:
-            check_integer("max_model_len", self.max_model_len, 1, 1 << 31)
-        if self.num_threads is not None:
-            check_integer("num_threads", self.num_threads, 1, 1024)
         if self.quantization is not None:
             bad("quantization", f"{self.quantization!r} is not available; leave it unset")
         if self.task is not None:
@@ -120,62 +122,63 @@ class ModelConfig:
             object.__setattr__(self, "runner", meant)
         if self.convert == "embed":
             if self.runner == "generate":
-                bad("convert", "'embed' makes vectors: it does not go with runner='generate'")
+                bad("convert", "'embed' makes embeddings: it does not go with runner='generate'")
             object.__setattr__(self, "runner", "pooling")
         check_non_empty("generation_config", self.generation_config)
-        for name in ("hf_overrides", "override_generation_config"):
-            if not isinstance(getattr(self, name), dict):
-                bad(name, f"must be a mapping, got {getattr(self, name)!r}")
 
     def deprecations(self) -> list[str]:
-        """Return what to say of older spellings that are used."""
+        """Return a warning for each deprecated option that is set."""
         if self.task is None:
             return []
-        return ["task is the older spelling: use runner='generate' or runner='pooling'"]
+        return ["task is deprecated: use runner='generate' or runner='pooling'"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class OlderConfig:
-    """Spellings of the field's early days: checked against the model, which knows them itself, and then unused."""
+class DeprecatedConfig:
+    """Deprecated options that describe the model: checked against it, otherwise unused."""
 
     image_input_type: str | None = option(
-        None, "Older: pixel_values or image_features; checked, then unused."
+        None, "Deprecated: pixel_values or image_features; checked, otherwise unused."
     )
     image_token_id: int | None = option(
-        None, "Older: id of the image token; checked against the model, then unused."
+        None,
+        "Deprecated: id of the image token; checked against the model, otherwise unused.",
+        ge=0,
+        le=1 << 31,
     )
     image_input_shape: str | None = option(
-        None, "Older: such as 1,3,336,336; checked against the model, then unused."
+        None, "Deprecated: such as 1,3,336,336; checked against the model, otherwise unused."
     )
     image_feature_size: int | None = option(
-        None, "Older: embeddings per image; checked against the model, then unused."
+        None,
+        "Deprecated: embeddings per image; checked against the model, otherwise unused.",
+        ge=0,
+        le=1 << 31,
     )
 
     def __post_init__(self) -> None:
+        """Check the values. Raises ConfigError."""
         if isinstance(self.image_input_shape, list | tuple):
             text = ",".join(map(str, self.image_input_shape))
             object.__setattr__(self, "image_input_shape", text)
-        check_types(self)
+        check_fields(self)
         if self.image_input_type is not None:
             kinds = ("pixel_values", "image_features")
             check_choice("image_input_type", self.image_input_type.lower(), kinds)
-        for name in ("image_token_id", "image_feature_size"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 0, 1 << 31)
         if self.image_input_shape is not None:
             self.shape()
 
     def deprecations(self) -> list[str]:
-        """Return what to say of those that are set."""
-        what = "is an older spelling: the model's own configuration says it, leave it out"
+        """Return a warning for each option that is set."""
+        what = "is deprecated: the model's configuration has it, leave it out"
         return [f"{name} {what}" for name in self.given()]
 
     def given(self) -> list[str]:
-        """Names of those that are set."""
+        """Return the names of the options that are set."""
         return [f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None]
 
     def shape(self) -> tuple[int, ...]:
-        """``image_input_shape`` in numbers. Raises ConfigError."""
+        """Return ``image_input_shape`` as numbers. Raises ConfigError."""
         text = self.image_input_shape or ""
         parts = [part.strip() for part in text.strip("()[]").split(",")]
         if len(parts) not in (3, 4) or not all(

@@ -1,4 +1,4 @@
-"""The older spellings that described images by hand: accepted where they are right, refused where they are wrong."""
+"""Deprecated keywords that described images by hand: accepted where they are right, refused where they are wrong."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare(folder: Path, **older: Any) -> None:
 
 
 def test_right_ones_are_accepted(llava: Path) -> None:
-    with pytest.warns(DeprecationWarning, match="is an older spelling") as caught:
+    with pytest.warns(DeprecationWarning, match="is deprecated") as caught:
         engine_config(model=str(llava), **RIGHT)
     assert len(caught) == len(RIGHT)
     prepare(llava, **RIGHT)

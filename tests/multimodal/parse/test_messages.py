@@ -182,10 +182,10 @@ def test_other_modalities_are_left_to_the_pipeline() -> None:
 
 
 def test_older_spellings() -> None:
-    with pytest.warns(DeprecationWarning, match="older spelling"):
+    with pytest.warns(DeprecationWarning, match="deprecated"):
         refs = refs_from_data(ImagePixelData(PIL))
     assert refs[0].source is PIL
-    with pytest.warns(DeprecationWarning, match="older spelling"):
+    with pytest.warns(DeprecationWarning, match="deprecated"):
         refs = refs_from_data(ImageFeatureData(ONE))
     assert refs[0].kind == "embeds"
 

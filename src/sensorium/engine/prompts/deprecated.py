@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from sensorium.config import MediaConfig, OlderConfig
+from sensorium.config import DeprecatedConfig, MediaConfig
 from sensorium.errors import ConfigError, RequestError
 from sensorium.multimodal.processor import Processor
 
@@ -18,7 +18,7 @@ FAR_APART = ((EDGE, EDGE), (8 * EDGE, 24 * EDGE))
 """Heights and widths of which a model makes different numbers of embeddings unless it makes one of all."""
 
 
-def check_older(older: OlderConfig, processor: Processor | None, media: MediaConfig) -> None:
+def check_older(older: DeprecatedConfig, processor: Processor | None, media: MediaConfig) -> None:
     """Raise ConfigError, naming the argument, where it contradicts the model as it is started with ``media``."""
     given = older.given()
     if not given:
@@ -38,7 +38,7 @@ def check_older(older: OlderConfig, processor: Processor | None, media: MediaCon
         _check_features(older.image_feature_size, shape, processor, options)
 
 
-def _are_features(older: OlderConfig) -> bool:
+def _are_features(older: DeprecatedConfig) -> bool:
     return (older.image_input_type or "").lower() == "image_features"
 
 

@@ -90,7 +90,7 @@ class Preparer:
         self._processor = family.build_processor(self._loaded)
         warn_of_defaults(self._loaded, family)
         self._traits = Traits(self._processor, family.both_ways, RopeChoice.of(shape))
-        check_older(config.older, self._processor, config.media)
+        check_older(config.deprecated, self._processor, config.media)
         markup = self._processor.markup if self._processor is not None else None
         self._placeholders = (
             PlaceholderIds(self._processor, markup)

@@ -9,7 +9,7 @@ from sensorium.cli.main import main
 
 if __name__ == "__main__":
     warnings.warn(
-        "this module is the older spelling: use 'sensorium serve MODEL'",
+        "this module is deprecated: use 'sensorium serve MODEL'",
         DeprecationWarning,
         stacklevel=1,
     )

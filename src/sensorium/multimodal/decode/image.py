@@ -87,9 +87,7 @@ class _Legacy:
     content: Any
 
     def __post_init__(self) -> None:
-        warn_caller(
-            f"{type(self).__name__} is the older spelling: use multi_modal_data={{'image': …}}"
-        )
+        warn_caller(f"{type(self).__name__} is deprecated: use multi_modal_data={{'image': …}}")
 
 
 class ImagePixelData(_Legacy):

@@ -83,9 +83,7 @@ def _source(value: Any, param: str, enable_mm_embeds: bool, kind: Kind) -> Sourc
 def warn_of_older_names(embeds: object) -> None:
     """Warn of older names in a mapping of tensors, here, where the caller's line can still be named."""
     if isinstance(embeds, Mapping) and "image_size_list" in embeds:
-        warn_caller(
-            "image_size_list is the older spelling: use {'image_embeds': …, 'image_sizes': …}"
-        )
+        warn_caller("image_size_list is deprecated: use {'image_embeds': …, 'image_sizes': …}")
 
 
 def _embeds(value: Any, param: str) -> Source:
