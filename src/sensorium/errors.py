@@ -1,4 +1,4 @@
-"""Every error that Sensorium raises on purpose, as one tree.
+"""Errors that Sensorium raises on purpose, as one tree.
 
     SensoriumError
     ├── RequestError                      the caller's fault: 4xx
@@ -27,8 +27,9 @@
         ├── OverloadedError               503 overloaded
         └── EngineDeadError               503 engine_unavailable
 
-Each class carries its HTTP status and code; the server has one handler that maps them, and offline users catch the same
-classes. Request and configuration errors are ``ValueError`` too, so that plain Python code reads naturally.
+Each class carries its HTTP status and code; the server has one handler that maps them, and offline
+users catch the same classes. Request and configuration errors are ``ValueError`` too, so that plain
+Python code reads naturally.
 """
 
 from __future__ import annotations
@@ -37,13 +38,18 @@ from typing import Any
 
 
 class SensoriumError(Exception):
-    """Base of all errors here.
+    """Base class of all errors.
 
-    ``message`` says what was wrong, with the value, and what to do. ``param`` is the place in the request, such as
-    ``messages[0].content[1].image_url``, or None when the whole request is meant.
-
-    Raised by a call of ``LLM`` that was running a list of prompts, ``index`` says whose error it is, and ``outputs``
-    has the outputs that were complete by then at their places, and None at the others; both are None elsewhere.
+    Attributes:
+        message: What was wrong, with the value, and what to do.
+        param: Place in the request, such as ``messages[0].content[1].image_url``; None when the
+            whole request is meant.
+        status: HTTP status.
+        code: Code in the body of an HTTP answer.
+        type: Type in the body of an HTTP answer.
+        index: Of an error in a list of prompts, the place of the prompt; None elsewhere.
+        outputs: Of an error in a list of prompts, the outputs that were complete by then at their
+            places and None at the others; None elsewhere.
     """
 
     status: int = 500
@@ -64,7 +70,7 @@ class SensoriumError(Exception):
         return self
 
     def to_dict(self) -> dict[str, str | None]:
-        """The body of the ``error`` member of an HTTP answer."""
+        """Return the ``error`` member of the body of an HTTP answer."""
         return {
             "message": self.message,
             "type": self.type,
@@ -82,12 +88,15 @@ class RequestError(SensoriumError, ValueError):
 
 
 class InvalidRequestError(RequestError):
-    """Malformed, mistyped or unknown fields, or values out of their range."""
+    """A field is malformed, mistyped or unknown, or a value is out of its range."""
 
 
 class ChatTemplateError(RequestError):
-    """The model's chat template fails on a conversation that is well formed: a mistake of the template, which the
-    operator can replace. (A template that refuses a conversation is obeyed: ``InvalidRequestError``.)"""
+    """The model's chat template fails on a well-formed conversation.
+
+    The mistake is the template's, which the operator can replace. When a template refuses a
+    conversation by itself, the error is ``InvalidRequestError``.
+    """
 
     status = 422
     code = "chat_template_failed"
@@ -95,34 +104,43 @@ class ChatTemplateError(RequestError):
 
 
 class PromptTooLongError(RequestError):
-    """The prompt (with its expanded placeholders) does not fit the model's context or the cache.
+    """The prompt, with its expanded placeholders, does not fit the model's context or the cache.
 
-    Code and words are those of OpenAI's API: programs that shorten their prompt and try again look for them."""
+    Code and words are those of OpenAI's API: programs that shorten their prompt and try again look
+    for them.
+    """
 
     code = "context_length_exceeded"
 
     @classmethod
     def beyond(cls, most: int, however: str, *, param: str | None) -> PromptTooLongError:
-        """Make the error of a prompt beyond ``most`` tokens; ``however`` says how long it is, and what to do."""
+        """Make the error of a prompt beyond ``most`` tokens.
+
+        ``however`` says how long the prompt is, and what to do.
+        """
         return cls(
             f"This model's maximum context length is {most} tokens. However, {however}", param=param
         )
 
 
 class TooManyItemsError(RequestError):
-    """More images, videos or clips than ``limit_mm_per_prompt`` allows."""
+    """The prompt has more items of a modality than ``limit_mm_per_prompt`` allows."""
 
     code = "too_many_items"
 
 
 class UnsupportedModalityError(RequestError):
-    """The model has no such modality."""
+    """The model does not take the modality of an item."""
 
     code = "unsupported_modality"
 
 
 class PlaceholderMismatchError(RequestError):
-    """The prompt has more or fewer placeholders than there are items: ``found`` says so, without the advice."""
+    """The prompt has more or fewer placeholders than there are items.
+
+    Attributes:
+        found: The message without its advice.
+    """
 
     code = "placeholder_mismatch"
 
@@ -144,13 +162,13 @@ class MediaUndecodableError(RequestError):
 
 
 class InvalidEmbeddingsError(RequestError):
-    """Precomputed embeddings of a wrong shape, type or content."""
+    """Precomputed embeddings have a wrong shape, type or content."""
 
     code = "invalid_embeddings"
 
 
 class MediaTooLargeError(RequestError):
-    """Media over a limit of bytes, pixels, frames or seconds."""
+    """A media item is over a limit of bytes, pixels, frames or seconds."""
 
     status = 413
     code = "media_too_large"
@@ -178,8 +196,10 @@ class MediaNotCachedError(RequestError):
 
 
 class ModelOutputNotFiniteError(RequestError):
-    """The model made infinite, undefined or all-equal numbers of an input that is well formed: its weights or its dtype
-    are at fault, for this input at least."""
+    """The model made infinite, undefined or all-equal numbers of a well-formed input.
+
+    Its weights or its dtype are at fault, for this input at least.
+    """
 
     status = 422
     code = "model_output_not_finite"
@@ -201,7 +221,7 @@ class MediaFetchTimeoutError(RequestError):
 
 
 class AuthenticationError(RequestError):
-    """No API key, or a wrong one."""
+    """The request has no API key, or a wrong one."""
 
     status = 401
     code = "invalid_api_key"
@@ -216,7 +236,7 @@ class ModelNotFoundError(RequestError):
 
 
 class ConfigError(SensoriumError, ValueError):
-    """A flag, keyword, environment variable or model file that cannot be used; raised at start."""
+    """A flag, keyword, environment variable or model file cannot be used; raised at start."""
 
     code = "invalid_config"
 
@@ -228,13 +248,20 @@ class UnsupportedModelError(ConfigError):
 
 
 class ForkedProcessError(ConfigError):
-    """This process was forked from one in which a model has run, or that made the object: it lacks the threads."""
+    """The process was forked from one in which a model has run, or that made the object.
+
+    A forked process lacks the threads that compute. Start it by "spawn".
+    """
 
     code = "forked_process"
 
 
 class UnavailableError(SensoriumError):
-    """The request is fine, but cannot be served now. ``retry_after``: seconds until trying again makes sense."""
+    """The request is fine, but cannot be served now.
+
+    Attributes:
+        retry_after: Seconds until trying again makes sense.
+    """
 
     status = 503
     code = "engine_unavailable"
@@ -254,8 +281,10 @@ class EngineDeadError(UnavailableError):
 def error_of(
     code: str, message: str, param: str | None, default: type[SensoriumError]
 ) -> SensoriumError:
-    """The error of this code, built anew, as of one that happened in another process; ``default`` is the class for a
-    code that none here has."""
+    """Rebuild an error of another process from its code.
+
+    ``default`` is the class for a code that none here has.
+    """
     known = {cls.code: cls for cls in _subclasses(SensoriumError)}
     return known.get(code, default)(message, param=param)
 
@@ -266,5 +295,5 @@ def _subclasses(cls: type[SensoriumError]) -> list[type[SensoriumError]]:
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun for a message: ``1 id``, ``2 ids``; ``plural`` where an s does not make it."""
+    """Return a number with its noun: ``1 id``, ``2 ids``; ``plural`` where an s does not make it."""
     return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"

@@ -19,13 +19,29 @@ class _Options(TypedDict):
 
 
 class TextPrompt(_Options):
-    """A prompt as text, with its media."""
+    """A prompt as text, with its media.
+
+    Attributes:
+        prompt: The text, with one placeholder of the model for each item.
+        multi_modal_data: Items by modality, "image", "video" or "audio": one or a list of them.
+        multi_modal_uuids: Your own ids for these items, or None for each that has none.
+        mm_processor_kwargs: Options of the model's processor.
+        cache_salt: Separates the prompt's cache entries from those of other salts.
+    """
 
     prompt: str
 
 
 class TokensPrompt(_Options):
-    """A prompt as token ids, with its media."""
+    """A prompt as token ids, with its media.
+
+    Attributes:
+        prompt_token_ids: The ids, with one placeholder of the model for each item.
+        multi_modal_data: Items by modality, "image", "video" or "audio": one or a list of them.
+        multi_modal_uuids: Your own ids for these items, or None for each that has none.
+        mm_processor_kwargs: Options of the model's processor.
+        cache_salt: Separates the prompt's cache entries from those of other salts.
+    """
 
     prompt_token_ids: list[int]
 

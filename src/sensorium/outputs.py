@@ -1,4 +1,4 @@
-"""What comes back: one ``RequestOutput`` per prompt, one ``CompletionOutput`` per sample; or a vector per prompt."""
+"""Results of requests: text as ``RequestOutput`` and ``CompletionOutput``, or an embedding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 class Logprob:
     """Log probability of one token at one position.
 
-    ``rank`` is 1 for the most likely token of the vocabulary at that position.
+    Attributes:
+        logprob: Natural logarithm of the probability.
+        rank: 1 for the most likely token of the vocabulary at that position.
+        decoded_token: The token's text.
     """
 
     logprob: float
@@ -27,9 +30,17 @@ class Logprob:
 class CompletionOutput:
     """One sample of a request.
 
-    ``logprobs`` has one dict (token id → ``Logprob``) per generated token, or is None when none were asked for.
-    ``finish_reason`` is None while the sample is being generated. ``stop_reason`` is the stop string or stop token id
-    that ended it; None for the end-of-sequence token.
+    Attributes:
+        index: Number of the sample, from 0 to ``n - 1``.
+        text: The generated text.
+        token_ids: The generated tokens.
+        cumulative_logprob: Sum of the log probabilities of the generated tokens; None when no
+            ``logprobs`` were asked for.
+        logprobs: For each generated token a dict of token id to ``Logprob``; None when none were
+            asked for.
+        finish_reason: "stop", "length", "abort" or "error"; None while the sample is generated.
+        stop_reason: The stop string or stop token id that ended the sample; None for the
+            end-of-sequence token.
     """
 
     index: int
@@ -42,13 +53,20 @@ class CompletionOutput:
 
     @property
     def finished(self) -> bool:
-        """Whether this sample is complete."""
+        """True when the sample is complete."""
         return self.finish_reason is not None
 
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of one request, in seconds of ``time.monotonic()``; None when the stage was not reached."""
+    """Times of one request, in seconds of ``time.monotonic()``.
+
+    Attributes:
+        arrival_time: When the request was accepted.
+        first_scheduled_time: When its first step began; None before.
+        first_token_time: When its first token was generated; None before.
+        finished_time: When it ended; None before.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
@@ -57,7 +75,7 @@ class RequestMetrics:
 
     @property
     def time_to_first_token(self) -> float | None:
-        """Seconds from arrival to the first token."""
+        """Seconds from arrival to the first token; None before it."""
         if self.first_token_time is None:
             return None
         return self.first_token_time - self.arrival_time
@@ -65,12 +83,21 @@ class RequestMetrics:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """Everything known of one request.
+    """Result of one request for text.
 
-    ``prompt_token_ids`` are the ids after placeholder expansion. ``prompt_logprobs`` has one entry per prompt token,
-    the first of which is None. ``num_cached_tokens`` counts prompt tokens whose KV came from the prefix cache.
-    ``num_item_tokens`` counts the prompt positions that each modality fills. ``index`` is the place of the prompt among
-    those of a call of ``LLM``, None elsewhere. ``warnings`` say what of the request was not done as it was asked.
+    Attributes:
+        request_id: Id of the request.
+        prompt: The prompt as text; None when it was given as token ids.
+        prompt_token_ids: Ids of the prompt, with placeholders at their full length.
+        outputs: The samples.
+        finished: True when all samples are complete.
+        prompt_logprobs: One entry per prompt token, the first of which is None; None when they were
+            not asked for.
+        num_cached_tokens: Prompt tokens whose keys and values came from the prefix cache.
+        num_item_tokens: Prompt positions that the items of each modality fill.
+        metrics: Times of the request.
+        index: Place of the prompt among those of a call of ``LLM``; None elsewhere.
+        warnings: What of the request was not done as it was asked.
     """
 
     request_id: str
@@ -88,33 +115,46 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class PoolingUsage:
-    """What a vector cost, in tokens; ``cached_tokens`` of the prompt were found in the prefix cache."""
+    """Tokens that an embedding took.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        cached_tokens: Those whose keys and values came from the prefix cache.
+    """
 
     prompt_tokens: int
     cached_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
-        """Nothing is generated: those of the prompt."""
+        """The same as ``prompt_tokens``: nothing is generated."""
         return self.prompt_tokens
 
 
 @dataclass(slots=True)
 class PoolingOutput:
-    """A vector as a tensor ``data`` (dimensions,) float32 on the CPU."""
+    """An embedding as a tensor.
+
+    Attributes:
+        data: Tensor (dimensions,) float32 on the CPU.
+    """
 
     data: torch.Tensor
 
 
 @dataclass(slots=True)
 class EmbeddingOutput:
-    """A vector as a list of numbers."""
+    """An embedding as a list.
+
+    Attributes:
+        embedding: Its numbers.
+    """
 
     embedding: list[float]
 
     @property
     def hidden_size(self) -> int:
-        """How many numbers it has."""
+        """Number of dimensions."""
         return len(self.embedding)
 
 
@@ -123,9 +163,18 @@ OutputsT = TypeVar("OutputsT")
 
 @dataclass(slots=True)
 class PoolingRequestOutput(Generic[OutputsT]):
-    """Everything known of one request for a vector, which is in ``outputs``.
+    """Result of one request for an embedding.
 
-    The other fields are those of ``RequestOutput``.
+    Attributes:
+        request_id: Id of the request.
+        outputs: The embedding.
+        prompt_token_ids: Ids of the prompt, with placeholders at their full length.
+        finished: Always true.
+        num_cached_tokens: Prompt tokens whose keys and values came from the prefix cache.
+        prompt: The prompt as text; None when it was given as token ids.
+        num_item_tokens: Prompt positions that the items of each modality fill.
+        metrics: Times of the request.
+        index: Place of the prompt among those of a call of ``LLM``; None elsewhere.
     """
 
     request_id: str
@@ -140,10 +189,10 @@ class PoolingRequestOutput(Generic[OutputsT]):
 
     @property
     def usage(self) -> PoolingUsage:
-        """What it cost."""
+        """Tokens that the embedding took."""
         return PoolingUsage(len(self.prompt_token_ids), self.num_cached_tokens)
 
 
 @dataclass(slots=True)
 class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
-    """What ``LLM.embed`` returns for each prompt: ``outputs.embedding`` is a list of numbers."""
+    """Result of ``LLM.embed`` for one prompt: ``outputs.embedding`` is a list of numbers."""

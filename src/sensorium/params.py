@@ -27,7 +27,10 @@ WHITESPACE = ("compact", "none", "flexible")
 class RequestOutputKind(enum.StrEnum):
     """Content of each output of ``AsyncLLM.generate``.
 
-    ``CUMULATIVE``: everything so far; ``DELTA``: what is new; ``FINAL_ONLY``: everything, once.
+    Attributes:
+        CUMULATIVE: everything so far.
+        DELTA: what is new.
+        FINAL_ONLY: everything, once, at the end.
     """
 
     CUMULATIVE = "cumulative"
@@ -131,7 +134,7 @@ class SamplingParams:
             batch.
         max_tokens: maximum number of generated tokens; None generates up to the end of the context.
         min_tokens: end-of-sequence, stop tokens and stop strings do not count before.
-        stop: strings that end the text; they are not part of it.
+        stop: a string, or at most 64, that end the text; they are not part of it.
         stop_token_ids: token ids that end the text.
         ignore_eos: continue after the end-of-sequence token.
         presence_penalty: subtracted from the logits of generated tokens.
