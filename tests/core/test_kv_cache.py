@@ -5,20 +5,20 @@ import itertools
 import pytest
 
 from sensorium.core.blocks import IntegrityError
-from sensorium.core.kv_cache import NO_MATCH, KVLedger
+from sensorium.core.kv_cache import NO_MATCH, KVCacheManager
 from sensorium.core.request import Sequence
 from tests.core.driver import request
 
 seq_ids = itertools.count()
 
 
-def open_seq(ledger: KVLedger, prompt: list[int], salt: bytes = b"") -> Sequence:
+def open_seq(ledger: KVCacheManager, prompt: list[int], salt: bytes = b"") -> Sequence:
     seq = Sequence(next(seq_ids), request("r", prompt, salt=salt), list(prompt))
     ledger.open(seq)
     return seq
 
 
-def start(ledger: KVLedger, prompt: list[int], salt: bytes = b"") -> Sequence:
+def start(ledger: KVCacheManager, prompt: list[int], salt: bytes = b"") -> Sequence:
     seq = open_seq(ledger, prompt, salt)
     match = ledger.match(seq)
     assert ledger.reserve(seq, match)
@@ -26,13 +26,13 @@ def start(ledger: KVLedger, prompt: list[int], salt: bytes = b"") -> Sequence:
     return seq
 
 
-def compute(ledger: KVLedger, seq: Sequence, num_computed: int | None = None) -> None:
+def compute(ledger: KVCacheManager, seq: Sequence, num_computed: int | None = None) -> None:
     seq.num_computed = len(seq.token_ids) if num_computed is None else num_computed
     ledger.commit(seq)
 
 
 def test_a_prompt_is_found_again_after_its_sequence_has_gone() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     first = start(ledger, list(range(10)))
     blocks = list(first.block_ids)
     compute(ledger, first)
@@ -45,14 +45,14 @@ def test_a_prompt_is_found_again_after_its_sequence_has_gone() -> None:
 
 
 def test_the_last_token_is_always_left_to_compute() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     compute(ledger, start(ledger, list(range(8))))
     assert ledger.match(open_seq(ledger, list(range(8)))).num_tokens == 4
     assert ledger.match(open_seq(ledger, list(range(9)))).num_tokens == 8
 
 
 def test_only_computed_blocks_are_found() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     seq = start(ledger, list(range(12)))
     compute(ledger, seq, 7)
     match = ledger.match(open_seq(ledger, list(range(12))))
@@ -61,7 +61,7 @@ def test_only_computed_blocks_are_found() -> None:
 
 
 def test_a_promise_ends_when_the_block_is_there() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     seq = start(ledger, list(range(6)))
     (digest,) = seq.block_digests
     assert ledger.is_promised(digest)
@@ -71,7 +71,7 @@ def test_a_promise_ends_when_the_block_is_there() -> None:
 
 
 def test_a_promise_ends_when_its_sequence_goes() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     seq = start(ledger, list(range(6)))
     ledger.release(seq)
     assert not ledger.is_promised(seq.block_digests[0])
@@ -79,7 +79,7 @@ def test_a_promise_ends_when_its_sequence_goes() -> None:
 
 
 def test_another_sequences_promise_survives() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     seq = start(ledger, list(range(6)))
     other = open_seq(ledger, list(range(6)))
     assert ledger.reserve(other, NO_MATCH)
@@ -89,7 +89,7 @@ def test_another_sequences_promise_survives() -> None:
 
 
 def test_generated_tokens_are_found_too() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     seq = start(ledger, [1, 2, 3])
     compute(ledger, seq)
     seq.token_ids += [4, 5, 6]
@@ -99,7 +99,7 @@ def test_generated_tokens_are_found_too() -> None:
 
 
 def test_shared_blocks_are_counted_once_and_outlive_the_first() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     first = start(ledger, list(range(10)))
     compute(ledger, first)
     second = start(ledger, [*range(8), 50, 51])
@@ -112,14 +112,14 @@ def test_shared_blocks_are_counted_once_and_outlive_the_first() -> None:
 
 
 def test_another_salt_finds_nothing() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     compute(ledger, start(ledger, list(range(10)), b"tenant"))
     assert ledger.match(open_seq(ledger, list(range(10)))) == NO_MATCH
     assert ledger.match(open_seq(ledger, list(range(10)), b"tenant")).num_tokens == 8
 
 
 def test_without_prefix_caching_nothing_is_found_or_hashed() -> None:
-    ledger = KVLedger(8, 4, prefix_caching=False)
+    ledger = KVCacheManager(8, 4, prefix_caching=False)
     seq = start(ledger, list(range(10)))
     compute(ledger, seq)
     assert seq.block_digests == []
@@ -127,7 +127,7 @@ def test_without_prefix_caching_nothing_is_found_or_hashed() -> None:
 
 
 def test_reserve_refuses_and_changes_nothing() -> None:
-    ledger = KVLedger(4, 4)
+    ledger = KVCacheManager(4, 4)
     first = start(ledger, list(range(8)))
     compute(ledger, first)
     ledger.release(first)
@@ -144,7 +144,7 @@ def test_reserve_refuses_and_changes_nothing() -> None:
 
 
 def test_matched_blocks_are_not_handed_out_as_new_ones() -> None:
-    ledger = KVLedger(3, 4)
+    ledger = KVCacheManager(3, 4)
     first = start(ledger, list(range(12)))
     compute(ledger, first)
     ledger.release(first)
@@ -154,7 +154,7 @@ def test_matched_blocks_are_not_handed_out_as_new_ones() -> None:
 
 
 def test_a_block_that_gets_other_contents_is_not_found_any_more() -> None:
-    ledger = KVLedger(3, 4)
+    ledger = KVCacheManager(3, 4)
     first = start(ledger, list(range(12)))
     compute(ledger, first)
     ledger.release(first)
@@ -164,7 +164,7 @@ def test_a_block_that_gets_other_contents_is_not_found_any_more() -> None:
 
 
 def test_extend_covers_the_known_tokens_or_says_no() -> None:
-    ledger = KVLedger(2, 4)
+    ledger = KVCacheManager(2, 4)
     seq = start(ledger, [1, 2, 3, 4])
     assert ledger.extend(seq) == ()
     seq.token_ids.append(5)
@@ -177,7 +177,7 @@ def test_extend_covers_the_known_tokens_or_says_no() -> None:
 
 
 def test_a_block_computed_twice_is_kept_once() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     first = start(ledger, list(range(5)))
     second = open_seq(ledger, list(range(5)))
     assert ledger.reserve(second, NO_MATCH)
@@ -188,7 +188,7 @@ def test_a_block_computed_twice_is_kept_once() -> None:
 
 
 def test_integrity_notices_blocks_that_nobody_accounts_for() -> None:
-    ledger = KVLedger(8, 4)
+    ledger = KVCacheManager(8, 4)
     seq = start(ledger, list(range(5)))
     ledger.check_integrity([seq])
     with pytest.raises(IntegrityError):

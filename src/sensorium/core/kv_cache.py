@@ -39,7 +39,7 @@ class PrefixMatch:
 NO_MATCH = PrefixMatch()
 
 
-class KVLedger:
+class KVCacheManager:
     """Blocks of all sequences. Writes ``block_ids``, ``block_digests`` and ``num_registered``.
 
     With ``prefix_caching`` off, no digests are computed and nothing is ever found.

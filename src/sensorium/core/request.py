@@ -133,7 +133,7 @@ class Sequence:
     """The scheduler's record of one request.
 
     ``token_ids`` are all known tokens, ``num_computed`` how many of them have their KV in the cache; a step narrows the
-    gap. There are no phases. Only the scheduler writes to it, the three block fields through its ``KVLedger``.
+    gap. There are no phases. Only the scheduler writes to it, the three block fields through its ``KVCacheManager``.
     Invariant: ``0 <= num_computed <= len(token_ids)``, and ``block_ids`` cover at least ``num_computed`` tokens.
 
     ``block_digests`` are those of the leading full blocks, as far as they were needed; the first ``num_registered``

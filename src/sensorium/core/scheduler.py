@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from sensorium.core.blocks import IntegrityError
 from sensorium.core.encoder_cache import EncodePlanner, FeatureBudget
-from sensorium.core.kv_cache import NO_MATCH, KVLedger, PrefixMatch
+from sensorium.core.kv_cache import NO_MATCH, KVCacheManager, PrefixMatch
 from sensorium.core.limits import SchedulerCounts, SchedulerLimits, SchedulerStats
 from sensorium.core.plan import UNUSABLE, NewSequence, Span, StepPlan, StepResult
 from sensorium.core.request import EngineRequest, Sequence, SequenceUpdate, Status
@@ -63,7 +63,7 @@ class Scheduler:
         reset too.
         """
         limits = self.limits
-        self._ledger = KVLedger(
+        self._ledger = KVCacheManager(
             limits.num_blocks, limits.block_size, prefix_caching=limits.enable_prefix_caching
         )
         self._features = FeatureBudget(limits.feature_budget)
