@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from sensorium.core.blocks import IntegrityError
-from sensorium.core.encoder_cache import EncodePlanner, FeatureBudget
+from sensorium.core.encoder_cache import EncodePlanner, EncoderCacheBudget
 from sensorium.core.request import ItemSpan, Sequence
 from tests.core.driver import item, media_prompt, request
 
@@ -17,7 +17,7 @@ CAT, DOG, OWL = item("cat", 0, 4), item("dog", 0, 3), item("owl", 4, 2)
 
 
 def test_an_item_stays_for_the_next_one_who_wants_it() -> None:
-    budget = FeatureBudget(10)
+    budget = EncoderCacheBudget(10)
     assert budget.admit(1, CAT) == []
     budget.unpin_all(1)
     assert CAT.digest in budget
@@ -28,7 +28,7 @@ def test_an_item_stays_for_the_next_one_who_wants_it() -> None:
 
 
 def test_the_least_recently_used_idle_item_goes_first() -> None:
-    budget = FeatureBudget(9)
+    budget = EncoderCacheBudget(9)
     for seq_id, new in enumerate([CAT, DOG, OWL]):
         budget.admit(seq_id, new)
     for seq_id in (1, 0, 2):
@@ -38,7 +38,7 @@ def test_the_least_recently_used_idle_item_goes_first() -> None:
 
 
 def test_a_pinned_item_is_never_evicted() -> None:
-    budget = FeatureBudget(7)
+    budget = EncoderCacheBudget(7)
     budget.admit(1, CAT)
     budget.admit(2, DOG)
     budget.unpin_all(2)
@@ -49,7 +49,7 @@ def test_a_pinned_item_is_never_evicted() -> None:
 
 
 def test_an_item_is_pinned_until_each_of_its_readers_has_passed() -> None:
-    budget = FeatureBudget(10)
+    budget = EncoderCacheBudget(10)
     budget.admit(1, CAT)
     budget.pin(2, CAT)
     budget.unpin_passed(1, 4)
@@ -61,7 +61,7 @@ def test_an_item_is_pinned_until_each_of_its_readers_has_passed() -> None:
 
 
 def test_the_same_image_twice_in_a_prompt_is_pinned_for_each_place() -> None:
-    budget = FeatureBudget(10)
+    budget = EncoderCacheBudget(10)
     here, there = item("cat", 0, 4), item("cat", 8, 4)
     budget.admit(1, here)
     budget.pin(1, there)
@@ -73,7 +73,7 @@ def test_the_same_image_twice_in_a_prompt_is_pinned_for_each_place() -> None:
 
 
 def test_a_failed_item_is_forgotten_once_nobody_needs_it() -> None:
-    budget = FeatureBudget(10)
+    budget = EncoderCacheBudget(10)
     budget.admit(1, CAT)
     with pytest.raises(ValueError, match="cannot be forgotten"):
         budget.forget(CAT.digest)
@@ -86,7 +86,7 @@ def test_a_failed_item_is_forgotten_once_nobody_needs_it() -> None:
 
 
 def test_integrity_notices_pins_of_the_gone_and_the_passed() -> None:
-    budget = FeatureBudget(10)
+    budget = EncoderCacheBudget(10)
     seq = seq_with(1, ("cat", 4), 5)
     budget.admit(1, seq.request.items[0])
     budget.check_integrity([seq])
@@ -102,7 +102,7 @@ def test_integrity_notices_pins_of_the_gone_and_the_passed() -> None:
 
 
 def test_a_span_reaches_over_what_can_be_encoded_and_stops_before_what_cannot() -> None:
-    budget = FeatureBudget(100)
+    budget = EncoderCacheBudget(100)
     planner = EncodePlanner(budget, encode_budget=6)
     seq = seq_with(1, 5, ("cat", 4), 5, ("dog", 3), 5)
     assert planner.reach(seq, 10) == 6, "the budget of the step has room for the cat only"
@@ -113,7 +113,7 @@ def test_a_span_reaches_over_what_can_be_encoded_and_stops_before_what_cannot() 
 
 
 def test_a_span_may_end_inside_an_item() -> None:
-    planner = EncodePlanner(FeatureBudget(100), encode_budget=6)
+    planner = EncodePlanner(EncoderCacheBudget(100), encode_budget=6)
     seq = seq_with(1, 5, ("cat", 4), 5)
     assert planner.reach(seq, 3) == 3
     planner.take(seq, 3)
@@ -125,7 +125,7 @@ def test_a_span_may_end_inside_an_item() -> None:
 
 
 def test_an_item_wanted_twice_is_encoded_once() -> None:
-    planner = EncodePlanner(FeatureBudget(100), encode_budget=4)
+    planner = EncodePlanner(EncoderCacheBudget(100), encode_budget=4)
     one, two = seq_with(1, ("cat", 4), 5, ("cat", 4)), seq_with(2, ("cat", 4), 6)
     for seq, end in ((one, 9), (two, 5)):
         assert planner.reach(seq, end) == end
@@ -135,7 +135,7 @@ def test_an_item_wanted_twice_is_encoded_once() -> None:
 
 
 def test_a_prefix_hit_behind_the_item_needs_no_encoder() -> None:
-    planner = EncodePlanner(FeatureBudget(100), encode_budget=4)
+    planner = EncodePlanner(EncoderCacheBudget(100), encode_budget=4)
     seq = seq_with(1, ("cat", 4), 5, 6, num_computed=4)
     assert planner.reach(seq, 6) == 6
     planner.take(seq, 6)
@@ -143,14 +143,14 @@ def test_a_prefix_hit_behind_the_item_needs_no_encoder() -> None:
 
 
 def test_a_prefix_hit_inside_the_item_needs_it() -> None:
-    planner = EncodePlanner(FeatureBudget(100), encode_budget=3)
+    planner = EncodePlanner(EncoderCacheBudget(100), encode_budget=3)
     seq = seq_with(1, ("cat", 4), 5, 6, num_computed=2)
     assert planner.reach(seq, 6) == 2, "no step back before what is computed"
-    assert EncodePlanner(FeatureBudget(100), encode_budget=4).reach(seq, 6) == 6
+    assert EncodePlanner(EncoderCacheBudget(100), encode_budget=4).reach(seq, 6) == 6
 
 
 def test_behind_one_that_lacks_room_nobody_starts_an_item() -> None:
-    budget = FeatureBudget(8)
+    budget = EncoderCacheBudget(8)
     half = seq_with(1, ("cat", 4), 5)
     budget.admit(1, half.request.items[0])
     budget.admit(9, DOG)
@@ -163,7 +163,7 @@ def test_behind_one_that_lacks_room_nobody_starts_an_item() -> None:
 
 
 def test_behind_one_that_lacks_budget_residents_may_be_read() -> None:
-    budget = FeatureBudget(100)
+    budget = EncoderCacheBudget(100)
     budget.admit(9, DOG)
     budget.unpin_all(9)
     planner = EncodePlanner(budget, encode_budget=4)
@@ -173,7 +173,7 @@ def test_behind_one_that_lacks_budget_residents_may_be_read() -> None:
 
 
 def test_what_a_span_reads_is_not_evicted_for_what_it_lacks() -> None:
-    budget = FeatureBudget(8)
+    budget = EncoderCacheBudget(8)
     for seq_id, new in ((8, DOG), (9, CAT)):
         budget.admit(seq_id, new)
         budget.unpin_all(seq_id)
@@ -189,6 +189,6 @@ def test_what_a_span_reads_is_not_evicted_for_what_it_lacks() -> None:
 def test_runs_of_an_item_belong_together() -> None:
     clip = ItemSpan(b"clip", "video", ((1, 2), (4, 2)))
     seq = Sequence(1, request("r", [1] * 7, items=[clip]), [1] * 7)
-    planner = EncodePlanner(FeatureBudget(10), encode_budget=10)
+    planner = EncodePlanner(EncoderCacheBudget(10), encode_budget=10)
     planner.take(seq, 3)
     assert [job.num_embeds for job in planner.jobs] == [4]

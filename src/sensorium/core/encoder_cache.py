@@ -16,7 +16,7 @@ from sensorium.core.plan import EncodeJob
 from sensorium.core.request import ItemSpan, Sequence
 
 
-class FeatureBudget:
+class EncoderCacheBudget:
     """The encoder outputs that are resident, within ``capacity`` embeddings.
 
     |----------------------- capacity ------------------------|
@@ -150,7 +150,7 @@ class EncodePlanner:
     behind it may still use what is resident.
     """
 
-    def __init__(self, features: FeatureBudget, encode_budget: int) -> None:
+    def __init__(self, features: EncoderCacheBudget, encode_budget: int) -> None:
         self.jobs: list[EncodeJob] = []
         self.evicted: list[bytes] = []
         self.num_queries = 0

@@ -18,7 +18,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 
 from sensorium.core.blocks import IntegrityError
-from sensorium.core.encoder_cache import EncodePlanner, FeatureBudget
+from sensorium.core.encoder_cache import EncodePlanner, EncoderCacheBudget
 from sensorium.core.kv_cache import NO_MATCH, KVCacheManager, PrefixMatch
 from sensorium.core.limits import SchedulerCounts, SchedulerLimits, SchedulerStats
 from sensorium.core.plan import UNUSABLE, NewSequence, Span, StepPlan, StepResult
@@ -66,7 +66,7 @@ class Scheduler:
         self._ledger = KVCacheManager(
             limits.num_blocks, limits.block_size, prefix_caching=limits.enable_prefix_caching
         )
-        self._features = FeatureBudget(limits.feature_budget)
+        self._features = EncoderCacheBudget(limits.feature_budget)
         self._live: dict[int, Sequence] = {}
         self._seq_ids: dict[str, int] = {}
         self._waiting: list[Sequence] = []
