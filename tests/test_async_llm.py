@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from sensorium import LLM, AsyncLLM, PoolingParams, RequestOutput, RequestOutputKind, SamplingParams
-from sensorium.engine.outputs.stream import RequestStream
+from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts import input_processor
 from sensorium.errors import (
     ConfigError,
@@ -189,7 +189,7 @@ def test_the_callers_loop_goes_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
         preparer = (await llm._started())._preparer
         monkeypatch.setattr(preparer, "draft", noted("draft", preparer.draft))
         monkeypatch.setattr(input_processor, "expanded", noted("expand", input_processor.expanded))
-        monkeypatch.setattr(RequestStream, "accept", noted("accept", RequestStream.accept))
+        monkeypatch.setattr(OutputCollector, "accept", noted("accept", OutputCollector.accept))
         num_turns = 0
 
         async def turns() -> None:

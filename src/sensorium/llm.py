@@ -33,7 +33,7 @@ from sensorium.engine.offline.batch import (
 from sensorium.engine.offline.progress import Progress
 from sensorium.engine.offline.run import BatchRun, Output
 from sensorium.engine.outputs.pooling import resolved
-from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.prepared import Draft
 from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, parse_prompt
 from sensorium.engine.stats import EngineStats
@@ -68,7 +68,9 @@ class LLM:
         self.config: EngineConfig = engine_config(model=model, **keywords)
         forks.begin_computing()
         self._made_in = forks.generation()
-        self._preparer = Preparer(self.config, trust_request_chat_template=True, package_files=True)
+        self._preparer = InputProcessor(
+            self.config, trust_request_chat_template=True, package_files=True
+        )
         try:
             self._engine = build_engine(self.config)
         except BaseException:

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from sensorium.config import engine_config
-from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import ChatPrompt, RawPrompt
 from sensorium.engine.stats import EngineFacts
 from sensorium.text.chat.chat_template import parse_messages
@@ -41,8 +41,8 @@ def publish(folder: Path, *texts: str, **config: Any) -> Path:
     return folder
 
 
-def preparer_of(folder: Path) -> Preparer:
-    found = Preparer(engine_config(model=str(folder)))
+def preparer_of(folder: Path) -> InputProcessor:
+    found = InputProcessor(engine_config(model=str(folder)))
     found.set_facts(EngineFacts(1 << 12, 100, 16, 2048, "cpu", "float32", 1, 0.0))
     return found
 

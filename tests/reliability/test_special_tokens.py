@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from sensorium.config import engine_config
-from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.prepared import Draft
 from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.engine.stats import EngineFacts
@@ -119,7 +119,7 @@ class Kitchen:
         family = FAMILIES[name]
         folder.mkdir(parents=True, exist_ok=True)
         config = engine_config(model=str(family.make(folder)), **family.options)
-        self.preparer = Preparer(config, trust_request_chat_template=True)
+        self.preparer = InputProcessor(config, trust_request_chat_template=True)
         self.preparer.set_facts(EngineFacts(1 << 16, 100, 16, 2048, "cpu", "float32", 1, 0.0))
         tokenizer = self.preparer.tokenizer
         named = (text for text in tokenizer.control.spellings if text.strip())

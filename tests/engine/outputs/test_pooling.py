@@ -12,7 +12,7 @@ import pytest
 from sensorium.core.plan import UNUSABLE
 from sensorium.core.request import SequenceUpdate
 from sensorium.engine import wire
-from sensorium.engine.outputs.pooling import PoolingStream, pooling_request
+from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request
 from sensorium.engine.prompts.prepared import PreparedPrompt
 from sensorium.engine.prompts.types import RawPrompt, parse_conversation
 from sensorium.engine.serving.frontend import Frontend
@@ -55,7 +55,7 @@ def test_a_request_and_its_vector_cross_the_wire() -> None:
 
 def test_a_stream_collects_its_vector() -> None:
     request = pooling_request(PREPARED, PARAMS, "r", 0, 1.5)
-    stream = PoolingStream("outer", PREPARED, request)
+    stream = PoolingCollector("outer", PREPARED, request)
     assert not stream.finished
     assert not stream.accept(news("r", num_cached_tokens=1, first_scheduled_time=2.0))
     output = stream.output
@@ -78,7 +78,7 @@ def test_failures_are_the_callers_or_the_engines(
     message: str, expected: type[SensoriumError], param: str | None
 ) -> None:
     prepared = dataclasses.replace(PREPARED, param="input[3]")
-    stream = PoolingStream("r", prepared, pooling_request(prepared, PARAMS, "r", 0, 0.0))
+    stream = PoolingCollector("r", prepared, pooling_request(prepared, PARAMS, "r", 0, 0.0))
     with pytest.raises(expected, match=message[:20]) as caught:
         stream.accept(SequenceUpdate("r", finish_reason="error", error=message))
     assert caught.value.param == param

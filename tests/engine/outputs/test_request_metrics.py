@@ -11,7 +11,7 @@ from sensorium.core.plan import NO_TOKEN_LEFT
 from sensorium.core.request import SequenceUpdate, TokenSample
 from sensorium.engine.outputs import request_metrics
 from sensorium.engine.outputs.request_metrics import status_line
-from sensorium.engine.outputs.stream import RequestStream
+from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.types import RawPrompt
 from sensorium.engine.serving.frontend import Frontend
 from sensorium.engine.stats import EngineStats
@@ -209,7 +209,7 @@ async def test_a_request_that_got_no_token_has_no_times_of_the_model() -> None:
 
 def test_a_clock_that_differs_gives_no_negative_times() -> None:
     """The engine's process and this one read the same clock, but not at the same moment."""
-    stream = RequestStream(
+    stream = OutputCollector(
         request_id="r",
         engine_ids=["r#0"],
         text="a",

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from sensorium.core.request import SequenceUpdate, TokenSample
-from sensorium.engine.outputs.stream import RequestStream
+from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.errors import UnavailableError
 from sensorium.params import SamplingParams
 from sensorium.text.tokenizer import Tokenizer
@@ -28,10 +28,10 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(backend, eos_token_ids=(EOS,))
 
 
-def stream(tokenizer: Tokenizer, **params: Any) -> RequestStream:
+def stream(tokenizer: Tokenizer, **params: Any) -> OutputCollector:
     sampling = SamplingParams(**{"max_tokens": 50, **params})
     ids = ["r"] if sampling.n == 1 else [f"r#{i}" for i in range(sampling.n)]
-    return RequestStream(
+    return OutputCollector(
         request_id="r",
         engine_ids=ids,
         text="ab",
@@ -49,7 +49,7 @@ def token(letter: str | int, request_id: str = "r", **fields: Any) -> SequenceUp
     return SequenceUpdate(request_id, TokenSample(token_id), **fields)
 
 
-def write(to: RequestStream, text: str) -> list[bool]:
+def write(to: OutputCollector, text: str) -> list[bool]:
     return [to.accept(token(letter)) for letter in text]
 
 

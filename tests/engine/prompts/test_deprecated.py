@@ -13,7 +13,7 @@ from PIL import Image
 
 from sensorium import LLM, SamplingParams
 from sensorium.config import engine_config
-from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.errors import ConfigError
 from sensorium.multimodal.decode.image import ImageFeatureData, ImagePixelData
 from tests.checkpoints import make_llava, make_phi3_v, make_qwen2_vl, make_text
@@ -34,7 +34,7 @@ def prepare(folder: Path, **older: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         config = engine_config(model=str(folder), **older)
-    Preparer(config).close()
+    InputProcessor(config).close()
 
 
 def test_right_ones_are_accepted(llava: Path) -> None:

@@ -291,10 +291,10 @@ async def test_a_start_that_fails_on_either_side_leaves_nothing(
         raise ConfigError("no weights")
 
     monkeypatch.setattr(frontend_module, "EngineSupervisor", new_client)
-    monkeypatch.setattr(frontend_module, "Preparer", broken_preparer)
+    monkeypatch.setattr(frontend_module, "InputProcessor", broken_preparer)
     with pytest.raises(ConfigError, match="tokenizer"):
         await Frontend.start(engine_config())
-    monkeypatch.setattr(frontend_module, "Preparer", new_preparer)
+    monkeypatch.setattr(frontend_module, "InputProcessor", new_preparer)
     monkeypatch.setattr(FakeEngine, "start", broken_start)
     with pytest.raises(ConfigError, match="weights"):
         await Frontend.start(engine_config())

@@ -11,9 +11,9 @@ import numpy as np
 from sensorium import forks
 from sensorium.engine.engine import Engine
 from sensorium.engine.offline.batch import Batch, Job, at_prompt
-from sensorium.engine.outputs.pooling import PoolingStream, pooling_request
-from sensorium.engine.outputs.stream import RequestStream
-from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request
+from sensorium.engine.outputs.stream import OutputCollector
+from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
 from sensorium.errors import SensoriumError
 from sensorium.multimodal.workers.background import BackgroundLoop
@@ -42,7 +42,7 @@ class BatchRun:
         self,
         batch: Batch,
         engine: Engine,
-        preparer: Preparer,
+        preparer: InputProcessor,
         loop: BackgroundLoop,
         numbers: Iterator[int],
         *,
@@ -61,7 +61,7 @@ class BatchRun:
         self._prompts: Iterator[tuple[Draft, SamplingParams | PoolingParams]] | None = batch.prompts
         self._num_read = 0
         self._ready: deque[Job] = deque()
-        self._streams: dict[str, tuple[int, RequestStream | PoolingStream]] = {}
+        self._streams: dict[str, tuple[int, OutputCollector | PoolingCollector]] = {}
         self._errors: list[SensoriumError] = []
         self._reading_error: Exception | None = None
 
@@ -165,17 +165,17 @@ class BatchRun:
     def _start(self, job: Job) -> None:
         (prepared, grammar), params = job.prepared.result(), job.params
         request_id = str(next(self._numbers))
-        stream: RequestStream | PoolingStream
+        stream: OutputCollector | PoolingCollector
         if isinstance(params, PoolingParams):
             requests = [
                 pooling_request(prepared, params, request_id, job.priority, job.arrival_time)
             ]
-            stream = PoolingStream(request_id, prepared, requests[0])
+            stream = PoolingCollector(request_id, prepared, requests[0])
         else:
             requests = self._preparer.requests(
                 prepared, params, request_id, job.priority, job.arrival_time, grammar
             )
-            stream = RequestStream.for_requests(
+            stream = OutputCollector.for_requests(
                 request_id, prepared, requests, params, self._preparer.tokenizer
             )
             if grammar is not None:
@@ -192,11 +192,11 @@ class BatchRun:
             self._engine.abort(engine_id)
             del self._streams[engine_id]
 
-    def _step(self) -> list[tuple[int, RequestStream | PoolingStream]]:
+    def _step(self) -> list[tuple[int, OutputCollector | PoolingCollector]]:
         """One step of the engine; the requests that moved, those that failed left out."""
         if not self._engine.has_work:
             return []
-        moved: dict[int, RequestStream | PoolingStream] = {}
+        moved: dict[int, OutputCollector | PoolingCollector] = {}
         for update in self._engine.step():
             entry = self._streams.get(update.request_id)
             if entry is None:

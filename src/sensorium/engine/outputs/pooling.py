@@ -54,7 +54,7 @@ def pooling_request(
     )
 
 
-class PoolingStream:
+class PoolingCollector:
     """Waits for the one piece of news of a pooling request: its vector, float32, as ``output.outputs``."""
 
     def __init__(self, request_id: str, prepared: PreparedPrompt, request: EngineRequest) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from sensorium.engine.outputs.pooling import PoolingStream
-from sensorium.engine.outputs.stream import RequestStream
+from sensorium.engine.outputs.pooling import PoolingCollector
+from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.stats import EngineStats
 from sensorium.metrics.report import RequestReport
 from sensorium.outputs import FinishReason, RequestMetrics
@@ -34,7 +34,7 @@ class Metrics(Protocol):
         ...
 
 
-def report_tokens(metrics: Metrics, stream: RequestStream, first_before: float | None) -> None:
+def report_tokens(metrics: Metrics, stream: OutputCollector, first_before: float | None) -> None:
     """News have come. ``first_before``: when the first token had come before them, if it had.
 
     Tokens of a sample that come together, as they do when this process is slower than the engine, share the time since
@@ -53,7 +53,7 @@ def report_tokens(metrics: Metrics, stream: RequestStream, first_before: float |
 
 
 def report_end(
-    metrics: Metrics, stream: RequestStream, unfinished: FinishReason, *, max_tokens: int
+    metrics: Metrics, stream: OutputCollector, unfinished: FinishReason, *, max_tokens: int
 ) -> None:
     """A request for text has ended; ``unfinished``: what became of samples that have no reason of their own."""
     output, times, now = stream.output, stream.metrics, time.monotonic()
@@ -80,7 +80,7 @@ def report_end(
     )
 
 
-def report_vector(metrics: Metrics, stream: PoolingStream, unfinished: FinishReason) -> None:
+def report_vector(metrics: Metrics, stream: PoolingCollector, unfinished: FinishReason) -> None:
     """A request for a vector has ended; ``unfinished``: what became of it if the vector did not come."""
     output, times, now = stream.output, stream.metrics, time.monotonic()
     prefill = None

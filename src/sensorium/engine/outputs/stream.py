@@ -42,7 +42,7 @@ class _Sample:
     stops: StopChecker | None
 
 
-class RequestStream:
+class OutputCollector:
     """Collects the updates of a request's samples in one ``RequestOutput``, updated in place.
 
     ``engine_ids`` are the ids of its sequences in the engine, one per sample. ``continues``: the text goes on where the
@@ -90,7 +90,7 @@ class RequestStream:
         requests: Sequence[EngineRequest],
         params: SamplingParams,
         tokenizer: Tokenizer,
-    ) -> RequestStream:
+    ) -> OutputCollector:
         """The stream of a prepared prompt's requests to the engine, one per sample."""
         return cls(
             request_id=request_id,

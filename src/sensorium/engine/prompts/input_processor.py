@@ -56,7 +56,7 @@ from sensorium.text.grammar.library import Grammar
 from sensorium.text.tokenizer import Tokenizer
 
 
-class Preparer:
+class InputProcessor:
     """Everything of a model besides its weights: tokenizer, chat template, processor, media pipeline.
 
     Used from one event loop. ``set_facts`` must be called with what the engine found out before requests are built.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sensorium.config import EngineConfig
-from sensorium.engine.outputs.pooling import PoolingStream, pooling_request, resolved
+from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request, resolved
 from sensorium.engine.outputs.request_metrics import (
     Metrics,
     report_end,
@@ -20,8 +20,8 @@ from sensorium.engine.outputs.request_metrics import (
     report_vector,
     status_line,
 )
-from sensorium.engine.outputs.stream import RequestStream
-from sensorium.engine.prompts.input_processor import Preparer
+from sensorium.engine.outputs.stream import OutputCollector
+from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.prepared import PreparedPrompt
 from sensorium.engine.prompts.types import Prompt
 from sensorium.engine.serving.client import Inbox
@@ -47,7 +47,9 @@ STATS_SECONDS = 2.0
 class Frontend:
     """Prepares prompts in this process and runs them on an engine in another. One event loop."""
 
-    def __init__(self, config: EngineConfig, preparer: Preparer, engine: EngineSupervisor) -> None:
+    def __init__(
+        self, config: EngineConfig, preparer: InputProcessor, engine: EngineSupervisor
+    ) -> None:
         self.config = config
         self.metrics: Metrics | None = None
         self._preparer = preparer
@@ -67,7 +69,7 @@ class Frontend:
     ) -> Frontend:
         """Start an engine and what prepares its requests. Raises ConfigError when that cannot be.
 
-        An engine that dies later is replaced by another one. ``package_files``: as for ``Preparer``.
+        An engine that dies later is replaced by another one. ``package_files``: as for ``InputProcessor``.
         """
         engine = EngineSupervisor(config)
         starting = asyncio.create_task(engine.start())
@@ -75,7 +77,7 @@ class Frontend:
         try:
             # Reading the tokenizer goes on while the engine's process loads the weights.
             preparer = await asyncio.to_thread(
-                Preparer,
+                InputProcessor,
                 config,
                 trust_request_chat_template=trust_request_chat_template,
                 shared=True,
@@ -173,7 +175,9 @@ class Frontend:
         grammar = await self._preparer.grammar(params)
         prepared = await self._preparer.prepare(prompt)
         requests = self._preparer.requests(prepared, params, request_id, priority, arrival, grammar)
-        stream = RequestStream.for_requests(request_id, prepared, requests, params, self.tokenizer)
+        stream = OutputCollector.for_requests(
+            request_id, prepared, requests, params, self.tokenizer
+        )
         if grammar is not None:
             stream.output.warnings = grammar.warnings
         inbox: Inbox = asyncio.Queue()
@@ -220,7 +224,7 @@ class Frontend:
         self._engine.check_alive()
         prepared = await self._preparer.prepare(prompt)
         request = pooling_request(prepared, params, request_id, priority, arrival)
-        stream = PoolingStream(request_id, prepared, request)
+        stream = PoolingCollector(request_id, prepared, request)
         inbox: Inbox = asyncio.Queue()
         unfinished: FinishReason = "abort"
         try:
@@ -251,7 +255,7 @@ class Frontend:
         except RuntimeError:  # Python is ending: no thread can be started
             self._preparer.close()
 
-    async def _collect(self, stream: RequestStream, inbox: Inbox) -> None:
+    async def _collect(self, stream: OutputCollector, inbox: Inbox) -> None:
         """Take in all news that are there; wait for some when there are none."""
         news = await inbox.get()
         before = stream.metrics.first_token_time
