@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the HTTP process and media workers use families without eve
     import torch
 
     from sensorium.kernels.batch import AttentionBatch
-    from sensorium.models.loading.weights import Slot
+    from sensorium.models.loading.weights import WeightSlot
     from sensorium.multimodal.items import Features, Modality
     from sensorium.multimodal.processor import Processor
 
@@ -125,7 +125,7 @@ class LoadableModel(Model, Protocol):
     ignored_weights: tuple[str, ...]
     """Regular expressions of weight names that this model does not use, such as those of layers that it skips."""
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """Each place that wants weights: names and shapes in the checkpoint, and what to call with the tensors."""
         ...
 

@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class WeightSlot:
     """``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on its device.
 
     ``tied``: set where the one part is expected to be the same as another.
@@ -82,7 +82,7 @@ class Tied:
     """Is called, in place of the slot's own ``assign``, where both are the same."""
 
 
-def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> Slot:
+def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
     """The weight and bias of a linear layer whose rows come from ``parts``: (name without suffix, rows), stacked."""
     weights = [Part(f"{name}.weight", (rows, layer.num_inputs)) for name, rows in parts]
     biases = [Part(f"{name}.bias", (rows,)) for name, rows in parts] if layer.has_bias else []
@@ -95,15 +95,15 @@ def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> Slot:
         if num == 1 and layer.weight is not None and not layer.weight.packed:
             layer.load(owned(weight), bias)  # it was kept as it is, not packed
 
-    return Slot((*weights, *biases), assign)
+    return WeightSlot((*weights, *biases), assign)
 
 
-def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> Slot:
+def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> WeightSlot:
     """The weight of a norm, and its bias if it has one."""
     parts = [Part(f"{name}.weight", (norm.size,))]
     if isinstance(norm, LayerNorm) and norm.has_bias:
         parts.append(Part(f"{name}.bias", (norm.size,)))
-    return Slot(tuple(parts), lambda *tensors: norm.load(*map(owned, tensors)))
+    return WeightSlot(tuple(parts), lambda *tensors: norm.load(*map(owned, tensors)))
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
@@ -249,13 +249,15 @@ def fill(model: LoadableModel, source: WeightSource) -> None:
         slot.assign(*(_placed(source.read(part), model) for part in slot.parts))
 
 
-def _as_stored(slots: list[Slot], source: WeightSource, dtype: torch.dtype) -> list[Slot]:
+def _as_stored(
+    slots: list[WeightSlot], source: WeightSource, dtype: torch.dtype
+) -> list[WeightSlot]:
     """Return the slots with what is tied as the checkpoint has it, whatever its configuration says.
 
     A part that is absent, or equal in the model's dtype, is tied; one that differs counts, with a warning. Where only
     the tied part is stored, it stands for the other.
     """
-    stored: list[Slot] = []
+    stored: list[WeightSlot] = []
     instead: dict[Part, Part] = {}
     for slot in slots:
         if slot.tied is None:
@@ -269,7 +271,7 @@ def _as_stored(slots: list[Slot], source: WeightSource, dtype: torch.dtype) -> l
             logger.warning(_UNTIED, part.name, other.name)
             stored.append(slot)
             continue
-        stored.append(Slot((), slot.tied.assign))
+        stored.append(WeightSlot((), slot.tied.assign))
     return [
         replace(slot, parts=tuple(instead.get(part, part) for part in slot.parts))
         for slot in stored

@@ -13,7 +13,7 @@ from sensorium.layers.mlp import PlainMLP
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import ClipConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, linear_slot, norm_slot, owned
+from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot, owned
 from sensorium.models.media.pixels import Normalization
 
 IN_CHANNELS = 3
@@ -57,13 +57,13 @@ class PatchEmbedding:
         self.scale = PixelScale(normalization, options)
         self.linear = Linear(IN_CHANNELS * config.patch_size**2, config.hidden_size, bias)
 
-    def slot(self, name: str) -> Slot:
+    def slot(self, name: str) -> WeightSlot:
         """The kernel (hidden_size, 3, patch, patch) under ``name``, and its bias if it has one."""
         width = self.linear.num_outputs
         parts = [Part(f"{name}.weight", (width, IN_CHANNELS, self.size, self.size))]
         if self.linear.has_bias:
             parts.append(Part(f"{name}.bias", (width,)))
-        return Slot(tuple(parts), self._load)
+        return WeightSlot(tuple(parts), self._load)
 
     def _load(self, kernel: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.linear.load(owned(kernel).flatten(1), None if bias is None else owned(bias))
@@ -96,7 +96,7 @@ class ClipLayer:
         self.mlp_norm = LayerNorm(config.hidden_size, config.norm_eps)
         self.mlp = PlainMLP(config.hidden_size, config.inner_size, act=config.activation)
 
-    def slots(self, config: ClipConfig, name: str) -> Iterator[Slot]:
+    def slots(self, config: ClipConfig, name: str) -> Iterator[WeightSlot]:
         """Weights under ``name``."""
         size = config.hidden_size
         own = f"{name}.self_attn"
@@ -152,7 +152,7 @@ class ClipTower:
         """Regular expressions of the weights under ``prefix`` that a tower of this depth leaves alone."""
         return (rf"{prefix}post_layernorm\..*", *unused_layers(prefix, self.config, self.layers))
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``."""
         config, own = self.config, f"{prefix}embeddings"
         table = (config.num_patches + 1, config.hidden_size)
@@ -160,7 +160,7 @@ class ClipTower:
             Part(f"{own}.class_embedding", (config.hidden_size,)),
             Part(f"{own}.position_embedding.weight", table),
         )
-        yield Slot(parts, self._load_embeddings)
+        yield WeightSlot(parts, self._load_embeddings)
         yield self.patches.slot(f"{own}.patch_embedding")
         yield norm_slot(self.pre_norm, f"{prefix}pre_layrnorm")
         for index, layer in enumerate(self.layers):

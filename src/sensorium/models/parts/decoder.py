@@ -17,7 +17,7 @@ from sensorium.layers.norm import RMSNorm
 from sensorium.layers.rotary import Rotary
 from sensorium.models.configs import TextConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, Tied, linear_slot, norm_slot, owned
+from sensorium.models.loading.weights import Part, Tied, WeightSlot, linear_slot, norm_slot, owned
 from sensorium.multimodal.items import Features
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class DecoderLayer:
             config.hidden_size, config.inner_size, config.mlp_bias, config.activation
         )
 
-    def slots(self, config: TextConfig, name: str) -> Iterator[Slot]:
+    def slots(self, config: TextConfig, name: str) -> Iterator[WeightSlot]:
         """Weights under ``name``, such as ``layers.0``; Phi-3's files are fused already."""
         attention, mlp = self.attention, self.mlp
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -103,12 +103,12 @@ class Decoder:
                 config.context,
             )
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``; the head, where it is wanted, is ``lm_head`` without prefix, or the embedding where
         the configuration says so and the checkpoint holds no other."""
         shape = (self.config.vocab_size, self.config.hidden_size)
         table = Part(f"{prefix}embed_tokens.weight", shape)
-        yield Slot((table,), lambda weight: self.embedding.load(owned(weight)))
+        yield WeightSlot((table,), lambda weight: self.embedding.load(owned(weight)))
         for index, layer in enumerate(self.layers):
             yield from layer.slots(self.config, f"{prefix}layers.{index}")
         yield norm_slot(self.norm, f"{prefix}norm")
@@ -157,7 +157,7 @@ class DecoderModel:
         """A decoder alone has none."""
         return False
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """See ``LoadableModel``."""
         yield from self.decoder.slots(self.prefix)
 

@@ -9,7 +9,7 @@ from sensorium.errors import ConfigError
 from sensorium.layers.mlp import PlainMLP
 from sensorium.models.configs import ClipConfig, TextConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Slot, linear_slot
+from sensorium.models.loading.weights import WeightSlot, linear_slot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.decoder import DecoderModel
 
@@ -83,7 +83,7 @@ class ProjectedModel(DecoderModel, Generic[Config, Tower]):
         """Whether anything that goes through the tower is not skipped."""
         return self.tower is not None
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """See ``LoadableModel``."""
         yield from super().slots()
         tower: Any = self.tower

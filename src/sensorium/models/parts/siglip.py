@@ -14,7 +14,7 @@ import torch
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import ClipConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, norm_slot, owned
+from sensorium.models.loading.weights import Part, WeightSlot, norm_slot, owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import ClipLayer, PatchEmbedding, run_layers, unused_layers
 
@@ -40,12 +40,12 @@ class SiglipTower:
         self.layers = [ClipLayer(config) for _ in range(depth)]
         self.post_norm = LayerNorm(config.hidden_size, config.norm_eps) if post_norm else None
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``."""
         config, own = self.config, f"{prefix}embeddings"
         yield self.patches.slot(f"{own}.patch_embedding")
         table = Part(f"{own}.position_embedding.weight", (config.num_patches, config.hidden_size))
-        yield Slot((table,), self._load_positions)
+        yield WeightSlot((table,), self._load_positions)
         for index, layer in enumerate(self.layers):
             yield from layer.slots(config, f"{prefix}encoder.layers.{index}")
         if self.post_norm is not None:

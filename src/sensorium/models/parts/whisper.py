@@ -15,7 +15,7 @@ from sensorium.layers.mlp import PlainMLP
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import WhisperConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, linear_slot, norm_slot, owned
+from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot, owned
 
 KERNEL = 3
 NORM_EPS = 1e-5
@@ -66,12 +66,12 @@ class WhisperAttention:
         self.o = Linear(size, size, bias=True)
         self.scale = self.head_dim**-0.5
 
-    def slots(self, name: str) -> Iterator[Slot]:
+    def slots(self, name: str) -> Iterator[WeightSlot]:
         """Weights under ``name``."""
         size = self.o.num_outputs
         weights = [Part(f"{name}.{p}_proj.weight", (size, size)) for p in "qkv"]
         biases = [Part(f"{name}.{p}_proj.bias", (size,)) for p in "qv"]
-        yield Slot((*weights, *biases), self._load)
+        yield WeightSlot((*weights, *biases), self._load)
         yield linear_slot(self.o, [(f"{name}.out_proj", size)])
 
     def _load(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> None:
@@ -106,7 +106,7 @@ class WhisperLayer:
         self.mlp_norm = LayerNorm(config.hidden_size, NORM_EPS)
         self.mlp = PlainMLP(config.hidden_size, config.inner_size, act=config.activation)
 
-    def slots(self, name: str) -> Iterator[Slot]:
+    def slots(self, name: str) -> Iterator[WeightSlot]:
         """Weights under ``name``."""
         yield norm_slot(self.attention_norm, f"{name}.self_attn_layer_norm")
         yield from self.attention.slots(f"{name}.self_attn")
@@ -135,13 +135,13 @@ class WhisperEncoder:
         self.layers = [WhisperLayer(config) for _ in range(config.num_layers)]
         self.norm = LayerNorm(size, NORM_EPS)
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``."""
         config, size = self.config, self.config.hidden_size
         yield _conv_slot(self.conv1, f"{prefix}conv1", config.num_bins)
         yield _conv_slot(self.conv2, f"{prefix}conv2", size)
         table = Part(f"{prefix}embed_positions.weight", (config.num_positions, size))
-        yield Slot((table,), self._load_positions)
+        yield WeightSlot((table,), self._load_positions)
         for index, layer in enumerate(self.layers):
             yield from layer.slots(f"{prefix}layers.{index}")
         yield norm_slot(self.norm, f"{prefix}layer_norm")
@@ -188,10 +188,10 @@ def _plan(stretches: Sequence[Stretch]) -> _Plan:
     return _Plan(tuple(starts), tuple(padded))
 
 
-def _conv_slot(layer: Linear, name: str, num_channels: int) -> Slot:
+def _conv_slot(layer: Linear, name: str, num_channels: int) -> WeightSlot:
     """A convolution's kernel (outputs, channels, KERNEL) and bias."""
     parts = (
         Part(f"{name}.weight", (layer.num_outputs, num_channels, KERNEL)),
         Part(f"{name}.bias", (layer.num_outputs,)),
     )
-    return Slot(parts, lambda kernel, bias: layer.load(owned(kernel).flatten(1), owned(bias)))
+    return WeightSlot(parts, lambda kernel, bias: layer.load(owned(kernel).flatten(1), owned(bias)))

@@ -21,7 +21,7 @@ from sensorium.models.families.hf.foreign import said
 from sensorium.models.families.hf.processing import HfProcessor
 from sensorium.models.interface import BuildOptions, LoadedConfig
 from sensorium.models.loading.weight_files import weight_files
-from sensorium.models.loading.weights import Part, Slot, owned, read_safetensors
+from sensorium.models.loading.weights import Part, WeightSlot, owned, read_safetensors
 from sensorium.multimodal.items import Features, Modality
 from sensorium.multimodal.processor import PlacedItem
 
@@ -162,12 +162,12 @@ class HfModel:
         """Whether the model takes media."""
         return bool(self._fills)
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """Nothing when the weights are loaded already; with random weights, each parameter once."""
         if not self._random:
             return
         for name, parameter in self.inner.named_parameters():
-            yield Slot((Part(name, tuple(parameter.shape)),), parameter.data.copy_)
+            yield WeightSlot((Part(name, tuple(parameter.shape)),), parameter.data.copy_)
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
         """Embeddings (num_embeds, H) of each item: what the model itself puts at their places.

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sensorium.models.families.llava_onevision.config import LlavaOnevisionConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, owned
+from sensorium.models.loading.weights import Part, WeightSlot, owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.projected import ProjectedModel
 from sensorium.models.parts.siglip import SiglipTower
@@ -34,12 +34,12 @@ class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
         if self.tower is None:
             self.ignored_weights += ("image_newline",)
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """See ``LoadableModel``."""
         yield from super().slots()
         if self.tower is not None:
             size = self.config.text.hidden_size
-            yield Slot((Part("image_newline", (size,)),), self._load_newline)
+            yield WeightSlot((Part("image_newline", (size,)),), self._load_newline)
 
     def _load_newline(self, newline: torch.Tensor) -> None:
         self.newline = owned(newline)

@@ -12,7 +12,7 @@ from sensorium.models.families.minicpmv.config import MiniCPMVConfig
 from sensorium.models.families.minicpmv.resampler import Resampler
 from sensorium.models.families.minicpmv.vision import Size, view_features
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Slot
+from sensorium.models.loading.weights import WeightSlot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.decoder import DecoderModel, apart
 from sensorium.models.parts.siglip import SiglipTower
@@ -51,7 +51,7 @@ class MiniCPMVModel(DecoderModel):
         """Whether images or videos are taken."""
         return self.tower is not None
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """See ``LoadableModel``."""
         yield from super().slots()
         if self.tower is not None and self.resampler is not None:

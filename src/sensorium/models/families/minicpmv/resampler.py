@@ -13,7 +13,7 @@ from sensorium.layers.norm import LayerNorm
 from sensorium.models.families.minicpmv.config import HEAD_DIM, MiniCPMVConfig
 from sensorium.models.families.minicpmv.vision import Size
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, linear_slot, norm_slot, owned
+from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot, owned
 
 NORM_EPS = 1e-6
 WAVELENGTH = 10000.0
@@ -37,7 +37,7 @@ class Resampler:
         self.queries = torch.empty(0)
         self._axis = torch.empty(0)
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``. The queries pass their norm and their projection once, here."""
         width = self.width
         parts = (
@@ -47,13 +47,13 @@ class Resampler:
             Part(f"{prefix}attn.in_proj_weight", (3 * width, width)),
             Part(f"{prefix}attn.in_proj_bias", (3 * width,)),
         )
-        yield Slot(parts, self._load_attention)
+        yield WeightSlot(parts, self._load_attention)
         if self.kv is not None:
             yield linear_slot(self.kv, [(f"{prefix}kv_proj", width)])
         yield norm_slot(self.kv_norm, f"{prefix}ln_kv")
         yield linear_slot(self.o, [(f"{prefix}attn.out_proj", width)])
         yield norm_slot(self.out_norm, f"{prefix}ln_post")
-        yield Slot((Part(f"{prefix}proj", (width, width)),), self._load_out)
+        yield WeightSlot((Part(f"{prefix}proj", (width, width)),), self._load_out)
 
     def _load_attention(
         self,

@@ -11,7 +11,7 @@ from sensorium.errors import ConfigError
 from sensorium.layers.mlp import PlainMLP
 from sensorium.models.families.phi3_v.config import Phi3VConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, linear_slot, owned
+from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import IN_CHANNELS, ClipTower
 from sensorium.models.parts.decoder import DecoderModel, apart
@@ -51,7 +51,7 @@ class Phi3VModel(DecoderModel):
         """Whether images are not skipped."""
         return self.tower is not None
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """See ``LoadableModel``."""
         yield from super().slots()
         if self.tower is None or self.projector is None:
@@ -64,7 +64,7 @@ class Phi3VModel(DecoderModel):
             Part("separators.sub_GN", (1, 1, 1, width)),
             Part("separators.glb_GN", (1, 1, width)),
         )
-        yield Slot(parts, self._load_separators)
+        yield WeightSlot(parts, self._load_separators)
 
     def _load_separators(self, row_end: torch.Tensor, view_end: torch.Tensor) -> None:
         self.row_end, self.view_end = owned(row_end).flatten(), owned(view_end).flatten()

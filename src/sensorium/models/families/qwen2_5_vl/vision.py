@@ -25,7 +25,7 @@ from sensorium.layers.norm import RMSNorm
 from sensorium.models.families.qwen2_5_vl.config import WindowedVisionConfig
 from sensorium.models.families.qwen2_vl.config import VisionConfig
 from sensorium.models.families.qwen2_vl.vision import NORM_EPS, Grid, VisionTower, frame_starts
-from sensorium.models.loading.weights import Slot, linear_slot, norm_slot
+from sensorium.models.loading.weights import WeightSlot, linear_slot, norm_slot
 
 
 class WindowedBlock:
@@ -39,7 +39,7 @@ class WindowedBlock:
         self.norm2 = RMSNorm(config.hidden_size, NORM_EPS)
         self.mlp = GatedMLP(config.hidden_size, config.inner_size, bias=True, act=config.activation)
 
-    def slots(self, config: VisionConfig, name: str) -> Iterator[Slot]:
+    def slots(self, config: VisionConfig, name: str) -> Iterator[WeightSlot]:
         """Weights under ``name``."""
         size, inner = config.hidden_size, config.inner_size
         yield norm_slot(self.norm1, f"{name}.norm1")

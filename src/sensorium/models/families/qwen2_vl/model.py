@@ -11,7 +11,7 @@ from sensorium.errors import ConfigError
 from sensorium.models.families.qwen2_vl.config import Qwen2VLConfig
 from sensorium.models.families.qwen2_vl.vision import VisionTower
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Slot
+from sensorium.models.loading.weights import WeightSlot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.decoder import DecoderModel, apart
 from sensorium.multimodal.items import Features
@@ -42,7 +42,7 @@ class Qwen2VLModel(DecoderModel):
         """Whether images or videos are not skipped."""
         return self.tower is not None
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """See ``LoadableModel``."""
         yield from super().slots()
         if self.tower is not None:

@@ -26,7 +26,7 @@ from sensorium.layers.norm import LayerNorm
 from sensorium.layers.rotary import axial_cos_sin
 from sensorium.models.families.qwen2_vl.config import VisionConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, linear_slot, norm_slot, owned
+from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot, owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import PixelScale
 
@@ -49,7 +49,7 @@ class VisionBlock:
         self.norm2 = LayerNorm(config.hidden_size, NORM_EPS)
         self.mlp = PlainMLP(config.hidden_size, config.inner_size, act=config.activation)
 
-    def slots(self, config: VisionConfig, name: str) -> Iterator[Slot]:
+    def slots(self, config: VisionConfig, name: str) -> Iterator[WeightSlot]:
         """Weights under ``name``."""
         size = config.hidden_size
         yield norm_slot(self.norm1, f"{name}.norm1")
@@ -87,7 +87,7 @@ class Merger:
         self.norm = norm_class(self.cell if joined_first else config.hidden_size, NORM_EPS)
         self.mlp = PlainMLP(self.cell, self.cell, config.num_outputs, act="gelu")
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``."""
         norm, first, second = (f"{prefix}.{name}" for name in self.names)
         yield norm_slot(self.norm, norm)
@@ -122,7 +122,7 @@ class VisionTower:
         self.blocks = [self.block_class(config) for _ in range(config.depth)]
         self.merger = Merger(config, self.norm_class, self.merger_names)
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``."""
         config = self.config
         size, own = config.patch_size, f"{prefix}patch_embed.proj"
@@ -130,7 +130,7 @@ class VisionTower:
         parts = [Part(f"{own}.weight", kernel)]
         if self.patch_bias:
             parts.append(Part(f"{own}.bias", (config.hidden_size,)))
-        yield Slot(tuple(parts), self._load_patch)
+        yield WeightSlot(tuple(parts), self._load_patch)
         for index, block in enumerate(self.blocks):
             yield from block.slots(config, f"{prefix}blocks.{index}")
         yield from self.merger.slots(f"{prefix}merger")

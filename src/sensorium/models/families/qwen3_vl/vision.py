@@ -17,7 +17,7 @@ from sensorium.models.families.qwen2_vl.vision import (
 )
 from sensorium.models.families.qwen3_vl.config import DeepVisionConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, owned
+from sensorium.models.loading.weights import Part, WeightSlot, owned
 from sensorium.models.media.pixels import Normalization
 
 
@@ -46,11 +46,11 @@ class DeepVisionTower(VisionTower):
             for block in config.deep_blocks
         }
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``."""
         yield from super().slots(prefix)
         table = (self.config.table_side**2, self.config.hidden_size)
-        yield Slot((Part(f"{prefix}pos_embed.weight", table),), self._load_table)
+        yield WeightSlot((Part(f"{prefix}pos_embed.weight", table),), self._load_table)
         for index, merger in enumerate(self.deep_mergers.values()):
             yield from merger.slots(f"{prefix}deepstack_merger_list.{index}")
 

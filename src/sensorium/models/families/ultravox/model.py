@@ -15,7 +15,7 @@ from sensorium.layers.linear import Linear
 from sensorium.layers.norm import RMSNorm
 from sensorium.models.families.ultravox.config import UltravoxConfig
 from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Slot, linear_slot, norm_slot
+from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot
 from sensorium.models.parts.decoder import DecoderModel, apart
 from sensorium.models.parts.whisper import Stretch, WhisperEncoder
 from sensorium.multimodal.items import Features
@@ -40,11 +40,11 @@ class Projector:
         self.norm_between = config.norm_between
         self.norm = RMSNorm(middle if config.norm_between else size, NORM_EPS)
 
-    def slots(self, prefix: str) -> Iterator[Slot]:
+    def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``."""
         yield norm_slot(self.norm_pre, f"{prefix}ln_pre")
         shape = (self.linear_1.num_outputs, self.linear_1.num_inputs)
-        yield Slot((Part(f"{prefix}linear_1.weight", shape),), self._load_first)
+        yield WeightSlot((Part(f"{prefix}linear_1.weight", shape),), self._load_first)
         yield linear_slot(self.linear_2, [(f"{prefix}linear_2", self.linear_2.num_outputs)])
         yield norm_slot(self.norm, f"{prefix}{'ln_mid' if self.norm_between else 'ln_post'}")
 
@@ -86,7 +86,7 @@ class UltravoxModel(DecoderModel):
         """Whether sounds are not skipped."""
         return self.tower is not None
 
-    def slots(self) -> Iterator[Slot]:
+    def slots(self) -> Iterator[WeightSlot]:
         """See ``LoadableModel``."""
         yield from super().slots()
         if self.tower is not None and self.projector is not None:
