@@ -16,7 +16,7 @@ from sensorium.metrics.families import (
     FAMILIES,
     MEDIA_ROWS,
     STAGE_UNITS,
-    Family,
+    MetricFamily,
 )
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.reference import metrics_markdown
@@ -73,6 +73,6 @@ def test_every_number_is_one_that_the_engine_and_the_pipeline_give() -> None:
 
 def test_only_histograms_have_buckets() -> None:
     with pytest.raises(ValueError, match="buckets"):
-        Family("name", "histogram", "help")
+        MetricFamily("name", "histogram", "help")
     with pytest.raises(ValueError, match="buckets"):
-        Family("name", "gauge", "help", buckets=(1.0,))
+        MetricFamily("name", "gauge", "help", buckets=(1.0,))

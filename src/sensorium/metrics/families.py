@@ -19,7 +19,7 @@ COMMON_LABELS = ("model_name", "engine")
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class MetricFamily:
     """One metric. ``labels`` are those besides ``COMMON_LABELS``, which all have; ``name`` is without the prefix and,
     of a counter, without ``_total``."""
 
@@ -52,22 +52,22 @@ class Family:
 class Row:
     """A metric that is one number of the statistics: field ``field`` of them, or of their ``media``."""
 
-    family: Family
+    family: MetricFamily
     field: str
 
 
 def _gauge(name: str, field: str, help: str) -> Row:
-    return Row(Family(name, "gauge", help), field)
+    return Row(MetricFamily(name, "gauge", help), field)
 
 
 def _counter(name: str, field: str, help: str) -> Row:
-    return Row(Family(name, "counter", help), field)
+    return Row(MetricFamily(name, "counter", help), field)
 
 
 def _histogram(
     name: str, buckets: tuple[float, ...], help: str, labels: tuple[str, ...] = ()
-) -> Family:
-    return Family(name, "histogram", help, labels, buckets)
+) -> MetricFamily:
+    return MetricFamily(name, "histogram", help, labels, buckets)
 
 
 # ---- numbers of the engine
@@ -115,23 +115,23 @@ ENGINE_ROWS = (
     _counter("mm_encoder_items", "encoder_items", "Items encoded, or taken in as embeddings."),
     _counter("mm_encoder_failures", "encode_failures", "Items that could not be encoded."),
 )
-ENGINE_UP = Family("engine_up", "gauge", "1 while requests can be served, else 0.")
-KV_USAGE = Family("kv_cache_usage_perc", "gauge", "Part of the KV cache in use, 0 to 1.")
-PROMPT_MODALITIES = Family(
+ENGINE_UP = MetricFamily("engine_up", "gauge", "1 while requests can be served, else 0.")
+KV_USAGE = MetricFamily("kv_cache_usage_perc", "gauge", "Part of the KV cache in use, 0 to 1.")
+PROMPT_MODALITIES = MetricFamily(
     "prompt_tokens_by_modality",
     "counter",
     "Prompt tokens taken in, by what fills them: text, image, video or audio.",
     ("modality",),
 )
 
-PROMPT_SOURCES = Family(
+PROMPT_SOURCES = MetricFamily(
     "prompt_tokens_by_source",
     "counter",
     "Prompt tokens of sequences that started, by where their keys and values come from: local_compute or "
     "local_cache_hit.",
     ("source",),
 )
-WAITING_REASONS = Family(
+WAITING_REASONS = MetricFamily(
     "num_requests_waiting_by_reason",
     "gauge",
     "Sequences waiting, by reason: capacity (for room in a step or the cache) or deferred (for their grammar).",
@@ -142,7 +142,7 @@ ITERATION_TOKENS = _histogram(
     (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
     "Tokens of a step that gave some: those generated, and of prompts that were completed all, cached ones too.",
 )
-CACHE_CONFIG = Family(
+CACHE_CONFIG = MetricFamily(
     "cache_config_info",
     "gauge",
     "Always 1; the labels say how the KV cache is laid out.",
@@ -187,12 +187,17 @@ MEDIA_ROWS = (
 STAGES = ("fetch", "decode", "preprocess", "encode")
 STAGE_UNITS = (
     (
-        Family("media_stage_items", "counter", "Items that a stage was done for.", ("stage",)),
+        MetricFamily(
+            "media_stage_items", "counter", "Items that a stage was done for.", ("stage",)
+        ),
         "count",
     ),
-    (Family("media_stage_seconds", "counter", "Seconds spent in a stage.", ("stage",)), "seconds"),
     (
-        Family(
+        MetricFamily("media_stage_seconds", "counter", "Seconds spent in a stage.", ("stage",)),
+        "seconds",
+    ),
+    (
+        MetricFamily(
             "media_stage_bytes",
             "counter",
             "Bytes that came out of a stage: files, decoded arrays, features, embeddings.",
@@ -206,7 +211,7 @@ STAGE_UNITS = (
 
 FAILURE = "failure_"
 """What the names of failures in ``media`` begin with; the error's code follows."""
-MEDIA_FAILURES = Family(
+MEDIA_FAILURES = MetricFamily(
     "media_failures", "counter", "Items refused, by the code of the error.", ("code",)
 )
 MEDIA_CODES = tuple(
@@ -237,7 +242,7 @@ _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 _SAMPLES = (1, 2, 5, 10, 20, 50, 100)
 
 FINISH_REASONS = ("stop", "length", "abort", "error")
-SUCCESS = Family(
+SUCCESS = MetricFamily(
     "request_success",
     "counter",
     "Requests that ended, by reason: stop (a vector, too), length, abort (the client left), error. "
@@ -302,14 +307,14 @@ REQUESTS = (
 EVENT_LOOP_LAG = _histogram(
     "event_loop_lag_seconds", _LAG_SECONDS, "How late timers of the event loop fire."
 )
-HTTP_REQUESTS = Family(
+HTTP_REQUESTS = MetricFamily(
     "http_requests",
     "counter",
     "HTTP requests answered, by route, method and status; 499 when the client left.",
     ("handler", "method", "status", "code"),
     prefixed=False,
 )
-HTTP_SECONDS = Family(
+HTTP_SECONDS = MetricFamily(
     "http_request_duration_seconds",
     "histogram",
     "From the head of an HTTP request to the end of its answer, streams included.",
@@ -318,7 +323,7 @@ HTTP_SECONDS = Family(
     prefixed=False,
 )
 
-SECTIONS: dict[str, tuple[Family, ...]] = {
+SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
     "Requests": REQUESTS,
     "Engine": (
         *(ENGINE_UP, KV_USAGE, CACHE_CONFIG, WAITING_REASONS, ITERATION_TOKENS),

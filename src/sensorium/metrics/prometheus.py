@@ -17,7 +17,7 @@ from prometheus_client import (
 
 from sensorium.errors import ConfigError
 from sensorium.metrics import families
-from sensorium.metrics.families import COMMON_LABELS, Family
+from sensorium.metrics.families import COMMON_LABELS, MetricFamily
 from sensorium.metrics.report import RequestReport
 from sensorium.metrics.statistics import Statistics, StatisticsCollector
 
@@ -130,10 +130,10 @@ class ServingMetrics:
         """Everything in Prometheus' text format."""
         return bytes(generate_latest(self.registry))
 
-    def _histogram(self, family: Family) -> Histogram:
+    def _histogram(self, family: MetricFamily) -> Histogram:
         return self._new_histogram(family).labels(self._model_name, ENGINE)
 
-    def _new_histogram(self, family: Family) -> Histogram:
+    def _new_histogram(self, family: MetricFamily) -> Histogram:
         return Histogram(
             family.full_name(self._prefix),
             family.help,
@@ -142,6 +142,6 @@ class ServingMetrics:
             registry=self.registry,
         )
 
-    def _new_counter(self, family: Family) -> Counter:
+    def _new_counter(self, family: MetricFamily) -> Counter:
         name, labels = family.full_name(self._prefix), (*COMMON_LABELS, *family.labels)
         return Counter(name, family.help, labels, registry=self.registry)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sensorium.metrics.families import SECTIONS, Family
+from sensorium.metrics.families import SECTIONS, MetricFamily
 
 _INTRODUCTION = """# Metrics
 
@@ -32,7 +32,7 @@ def metrics_markdown() -> str:
     return "\n".join([_INTRODUCTION, *(_section(*section) for section in SECTIONS.items())])
 
 
-def _section(title: str, families: Sequence[Family]) -> str:
+def _section(title: str, families: Sequence[MetricFamily]) -> str:
     rows = [
         f"## {title}",
         "",
@@ -44,7 +44,7 @@ def _section(title: str, families: Sequence[Family]) -> str:
     return "\n".join(rows)
 
 
-def _row(family: Family) -> str:
+def _row(family: MetricFamily) -> str:
     name = f"{family.name}_total" if family.kind == "counter" else family.name
     labels = ", ".join(f"`{label}`" for label in family.labels)
     return f"| `{name}` | {family.kind} | {labels} | {family.help} |"

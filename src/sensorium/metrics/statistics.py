@@ -30,7 +30,7 @@ from sensorium.metrics.families import (
     STAGE_UNITS,
     STAGES,
     WAITING_REASONS,
-    Family,
+    MetricFamily,
 )
 
 
@@ -146,19 +146,19 @@ class StatisticsCollector(Collector):
         metric.add_metric([*self._labels, *map(str, values), str(stats.enable_prefix_caching)], 1.0)
         return metric
 
-    def _one(self, family: Family, value: float) -> Metric:
+    def _one(self, family: MetricFamily, value: float) -> Metric:
         metric = self._new(family)
         metric.add_metric(self._labels, value)
         return metric
 
-    def _many(self, family: Family, values: Mapping[str, float]) -> Metric:
+    def _many(self, family: MetricFamily, values: Mapping[str, float]) -> Metric:
         """A family with one label of its own: values by that label's."""
         metric = self._new(family)
         for label, value in values.items():
             metric.add_metric([*self._labels, label], value)
         return metric
 
-    def _new(self, family: Family) -> GaugeMetricFamily | CounterMetricFamily:
+    def _new(self, family: MetricFamily) -> GaugeMetricFamily | CounterMetricFamily:
         new = GaugeMetricFamily if family.kind == "gauge" else CounterMetricFamily
         labels = [*COMMON_LABELS, *family.labels]
         return new(family.full_name(self._prefix), family.help, labels=labels)
