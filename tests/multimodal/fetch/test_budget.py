@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from sensorium.errors import MediaTooLargeError, OverloadedError
-from sensorium.multimodal.fetch.budget import Arrival, ByteBudget, RequestBytes
+from sensorium.multimodal.fetch.budget import ByteBudget, DownloadProgress, RequestBytes
 
 A, B = b"a" * 32, b"b" * 32
 
@@ -75,9 +75,9 @@ async def test_a_request_is_told_while_it_waits() -> None:
     """The bytes of both downloads count, and come in another thread."""
     request = RequestBytes(100)
     request.add(10)
-    arrivals = [Arrival(), Arrival()]
+    arrivals = [DownloadProgress(), DownloadProgress()]
 
-    async def wait(arrival: Arrival) -> None:
+    async def wait(arrival: DownloadProgress) -> None:
         async with request.waiting(arrival):
             await asyncio.Event().wait()
 
@@ -98,7 +98,7 @@ async def test_a_request_is_told_while_it_waits() -> None:
 
 
 async def test_who_joins_late_is_told_at_once() -> None:
-    arrival = Arrival()
+    arrival = DownloadProgress()
     arrival.update(11)
     with pytest.raises(MediaTooLargeError):
         async with RequestBytes(10).waiting(arrival):
@@ -106,7 +106,7 @@ async def test_who_joins_late_is_told_at_once() -> None:
 
 
 async def test_two_that_wait_for_one_download_count_it_once() -> None:
-    request, arrival = RequestBytes(10), Arrival()
+    request, arrival = RequestBytes(10), DownloadProgress()
     async with request.waiting(arrival), request.waiting(arrival):
         arrival.update(10)
         await asyncio.sleep(0)
@@ -116,6 +116,6 @@ async def test_two_that_wait_for_one_download_count_it_once() -> None:
 async def test_other_timeouts_and_errors_pass() -> None:
     for error in (TimeoutError("mine"), OverloadedError("x")):
         with pytest.raises(type(error)) as caught:
-            async with RequestBytes(10).waiting(Arrival()):
+            async with RequestBytes(10).waiting(DownloadProgress()):
                 raise error
         assert caught.value is error

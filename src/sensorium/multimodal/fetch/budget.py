@@ -99,7 +99,7 @@ class Share:
         self._on_change(self.num_bytes)
 
 
-class Arrival:
+class DownloadProgress:
     """How much of a download is there; it tells those who wait for it. Thread-safe."""
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ class RequestBytes:
         self.limit = limit
         self.num_bytes = 0
         self._lock = threading.Lock()
-        self._arrivals: list[Arrival] = []
+        self._arrivals: list[DownloadProgress] = []
 
     def add(self, num_bytes: int) -> None:
         """Count a content. Raises MediaTooLargeError past the limit."""
@@ -146,7 +146,7 @@ class RequestBytes:
             raise self._too_large()
 
     @asynccontextmanager
-    async def waiting(self, arrival: Arrival) -> AsyncIterator[None]:
+    async def waiting(self, arrival: DownloadProgress) -> AsyncIterator[None]:
         """Count what comes while the block waits. Raises MediaTooLargeError as soon as that is past the limit."""
         loop = asyncio.get_running_loop()
         is_over = has_left = False

@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 from sensorium.config import MediaConfig
 from sensorium.multimodal.cache.digest import encoded_digest
 from sensorium.multimodal.cache.single_flight import SingleFlight
-from sensorium.multimodal.fetch.budget import Arrival, RequestBytes, Share
+from sensorium.multimodal.fetch.budget import DownloadProgress, RequestBytes, Share
 from sensorium.multimodal.fetch.fetcher import Fetcher
 from sensorium.multimodal.items import Modality
 from sensorium.multimodal.workers.threads import Workers
@@ -69,7 +69,7 @@ class Downloads:
         self._recent = _Recent(config.media_url_reuse_seconds, config.media_url_reuse_bytes, clock)
         self._lock = threading.Lock()
         # Of what is being fetched; each lives as long as somebody waits for it.
-        self._arrivals: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, Key], Arrival]
+        self._arrivals: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, Key], DownloadProgress]
         self._arrivals = WeakValueDictionary()
         self._counts = {"requests": 0, "fetches": 0, "cached": 0, "reused": 0, "failures": 0}
 
@@ -88,7 +88,7 @@ class Downloads:
         with self._lock:
             arrival = self._arrivals.get(place)
             if arrival is None:
-                arrival = self._arrivals[place] = Arrival()
+                arrival = self._arrivals[place] = DownloadProgress()
         async with request.waiting(arrival):
             return await self._flights.run(key, lambda: self._fetch(key, arrival))
 
@@ -102,7 +102,7 @@ class Downloads:
         self._recent.clear()
         self._fetcher.close()
 
-    async def _fetch(self, key: Key, arrival: Arrival) -> Download:
+    async def _fetch(self, key: Key, arrival: DownloadProgress) -> Download:
         with self._fetcher.budget.share(arrival.update) as share:
             return await self._fetch_into(share, key)
 
