@@ -12,7 +12,7 @@ from PIL import Image
 
 from sensorium import LLM, SamplingParams
 from sensorium.errors import InvalidEmbeddingsError
-from sensorium.multimodal.items import Clip, Decoded
+from sensorium.multimodal.items import Decoded, Video
 from tests.checkpoints import make_llava_onevision
 from tests.checkpoints.llava_onevision import OLDER_TEMPLATE
 from tests.e2e.settings import all_at_once, settings
@@ -58,7 +58,7 @@ def expected(folder: Path, roomy: LLM) -> list[list[int]]:
 def asked(text: str, media: list[Decoded]) -> dict[str, Any]:
     data: dict[str, list[Any]] = {"image": [], "video": []}
     for item in media:
-        if isinstance(item, Clip):
+        if isinstance(item, Video):
             data["video"].append(item.frames)
         else:
             data["image"].append(Image.fromarray(item))

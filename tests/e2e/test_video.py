@@ -18,7 +18,7 @@ from sensorium.config import MediaConfig
 from sensorium.errors import ConfigError, MediaTooLargeError
 from sensorium.models import loader
 from sensorium.multimodal.decode.video import loading as video
-from sensorium.multimodal.items import Clip, Decoded
+from sensorium.multimodal.items import Decoded, Video
 from tests import checkpoints
 from tests.e2e.serving import Server
 from tests.models.harness import Harness, text_ids
@@ -72,7 +72,7 @@ def llm(request: pytest.FixtureRequest, folder: Path, file: Path) -> Iterator[LL
         yield llm
 
 
-def given(own: Clip) -> tuple[np.ndarray, dict[str, Any]]:
+def given(own: Video) -> tuple[np.ndarray, dict[str, Any]]:
     """A clip as a caller has it."""
     metadata = {"fps": own.fps, "total_num_frames": own.num_source_frames}
     return own.frames, metadata | {"frames_indices": list(own.indices)}
@@ -191,7 +191,7 @@ def test_a_server(folder: Path, file: Path, expect: Any, tmp_path: Path) -> None
                 assert answer.choices[0].token_ids == expected
             pictures = [encoded(Image.fromarray(frame), "PNG") for frame in own.frames]
             parts = ",".join(base64.b64encode(picture).decode() for picture in pictures)
-            plain = Clip(own.frames, tuple(range(6)), 6)
+            plain = Video(own.frames, tuple(range(6)), 6)
             answer = ask(f"data:video/jpeg;base64,{parts}")
             assert answer.choices[0].token_ids == expect(
                 CHAT.format(f"{VIDEO}What happens?"), [plain]

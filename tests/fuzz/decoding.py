@@ -22,7 +22,7 @@ from sensorium.errors import MediaTooLargeError, RequestError
 from sensorium.models import loader
 from sensorium.models.registry import resolve
 from sensorium.multimodal.decode.loaders import LOADERS
-from sensorium.multimodal.items import Clip, Decoded, Modality, Sound
+from sensorium.multimodal.items import Audio, Decoded, Modality, Video
 from tests.fuzz.memory import Height
 
 LIMITS = MediaConfig(
@@ -153,18 +153,18 @@ def _try(modality: Modality, data: bytes, processor: Any) -> tuple[tuple[int, ..
 
 def what_is_wrong(decoded: Decoded) -> str:
     """Empty when this may come of a file, given ``LIMITS``."""
-    if isinstance(decoded, Sound):
+    if isinstance(decoded, Audio):
         samples = decoded.samples
         fine = samples.dtype == np.float32 and samples.ndim == 1 and samples.size > 0
         fine = fine and bool(np.isfinite(samples).all())
         fine = fine and samples.size <= (LIMITS.max_audio_seconds + 1) * decoded.rate
         return "" if fine else f"a sound of shape {samples.shape} and type {samples.dtype}"
-    pixels = decoded.frames if isinstance(decoded, Clip) else decoded
-    most = LIMITS.max_video_pixels if isinstance(decoded, Clip) else LIMITS.max_image_pixels
+    pixels = decoded.frames if isinstance(decoded, Video) else decoded
+    most = LIMITS.max_video_pixels if isinstance(decoded, Video) else LIMITS.max_image_pixels
     fine = pixels.dtype == np.uint8 and pixels.shape[-1] == 3 and 0 not in pixels.shape
-    fine = fine and pixels.ndim == (4 if isinstance(decoded, Clip) else 3)
+    fine = fine and pixels.ndim == (4 if isinstance(decoded, Video) else 3)
     fine = fine and pixels.size <= 3 * most
-    if fine and isinstance(decoded, Clip):
+    if fine and isinstance(decoded, Video):
         numbers = decoded.indices
         fine = len(numbers) == len(pixels) and list(numbers) == sorted(numbers)
         fine = fine and numbers[0] >= 0 and numbers[-1] < decoded.num_source_frames

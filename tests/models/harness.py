@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout
 from sensorium.models.loader import LoadedModel
-from sensorium.multimodal.items import Clip, Decoded, Features, MediaItem, Modality, Sound
+from sensorium.multimodal.items import Audio, Decoded, Features, MediaItem, Modality, Video
 from sensorium.multimodal.placeholders import expand
 from sensorium.multimodal.processor import PlacedItem
 
@@ -223,9 +223,9 @@ class Reference:
 
 def modality_of(data: Decoded) -> Modality:
     """Which modality decoded data are of."""
-    if isinstance(data, Clip):
+    if isinstance(data, Video):
         return "video"
-    return "audio" if isinstance(data, Sound) else "image"
+    return "audio" if isinstance(data, Audio) else "image"
 
 
 def image_processor(folder: Path) -> Any:

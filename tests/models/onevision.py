@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from sensorium.multimodal.items import Clip, Decoded
+from sensorium.multimodal.items import Decoded, Video
 from tests.models.harness import Reference, Running, image_processor, picture
 
 
-def clip(num_frames: int, height: int, width: int, seed: int = 0) -> Clip:
+def clip(num_frames: int, height: int, width: int, seed: int = 0) -> Video:
     """Pictures of one size, each another."""
     frames = np.stack([picture(height, width, 100 * seed + index) for index in range(num_frames)])
-    return Clip(frames, tuple(range(num_frames)), num_frames, 24.0)
+    return Video(frames, tuple(range(num_frames)), num_frames, 24.0)
 
 
 class OnevisionReference(Reference):
@@ -24,7 +24,7 @@ class OnevisionReference(Reference):
     def inputs(self, seq: Running, images: Sequence[Decoded]) -> dict[str, Any]:
         """Arguments of the model for an expanded prompt; clips must have equally many frames."""
         found = super().inputs(seq, [data for data in images if isinstance(data, np.ndarray)])
-        clips = [data for data in images if isinstance(data, Clip)]
+        clips = [data for data in images if isinstance(data, Video)]
         if clips:
             processor = image_processor(self.folder)
             size = processor.size

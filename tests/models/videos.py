@@ -9,18 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from sensorium.multimodal.items import Clip, Decoded
+from sensorium.multimodal.items import Decoded, Video
 from tests.models.harness import Running, image_processor, picture
 from tests.models.test_processing import bare_tower
 
 NUM_TOKENS = 10
 
 
-def clip(frames: int, height: int, width: int, fps: float | None = None, seed: int = 0) -> Clip:
+def clip(frames: int, height: int, width: int, fps: float | None = None, seed: int = 0) -> Video:
     """Something that moves over a picture; every other frame of the source was taken."""
     base = picture(height, width, seed=seed + height * width)
     stack = np.stack([np.roll(base, 3 * i, axis=1) for i in range(frames)])
-    return Clip(stack, tuple(range(0, 2 * frames, 2)), 2 * frames, fps)
+    return Video(stack, tuple(range(0, 2 * frames, 2)), 2 * frames, fps)
 
 
 def tower_rows(pixels: np.ndarray) -> torch.Tensor:
@@ -39,7 +39,7 @@ class VideoReference:
         self.folder = folder
 
     def inputs(self, seq: Running, media: Sequence[Decoded]) -> dict[str, Any]:
-        images = [item for item in media if not isinstance(item, Clip)]
+        images = [item for item in media if not isinstance(item, Video)]
         found: dict[str, Any] = {}
         if images:
             found |= image_processor(self.folder)(

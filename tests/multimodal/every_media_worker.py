@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from sensorium.config import MediaConfig
-from sensorium.multimodal.items import MODALITIES, Clip, Decoded, Features, Modality, Sound
+from sensorium.multimodal.items import MODALITIES, Audio, Decoded, Features, Modality, Video
 from sensorium.multimodal.workers.fork_server import serve
 from sensorium.multimodal.workers.framing import receive_frame
 from tests.multimodal.support import FakeProcessor
@@ -33,9 +33,9 @@ class EveryProcessor(FakeProcessor):
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
         array = data if isinstance(data, np.ndarray) else None
-        if isinstance(data, Clip):
+        if isinstance(data, Video):
             array = data.frames
-        elif isinstance(data, Sound):
+        elif isinstance(data, Audio):
             array = data.samples
         assert array is not None
         return Features(modality, {"decoded": array}, 4, {"process": os.getpid()})

@@ -23,7 +23,7 @@ from sensorium.errors import (
 from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.decode.video import frame_sampling
 from sensorium.multimodal.fetch.data_url import parse_data_url
-from sensorium.multimodal.items import Clip, Features, MediaRef
+from sensorium.multimodal.items import Features, MediaRef, Video
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.workers.threads import ThreadWorkers
 from tests.multimodal.clips import frame_of, make_clip, numbers_of
@@ -38,7 +38,7 @@ class ClipProcessor(FakeProcessor):
     def __init__(self, sampler: Any = None) -> None:
         super().__init__()
         self.sampler = sampler
-        self.clips: list[Clip] = []
+        self.clips: list[Video] = []
 
     def decoding(self, modality: str, options: Mapping[str, Any]) -> Any:
         return self.sampler

@@ -42,7 +42,7 @@ class MediaRef:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Clip:
+class Video:
     """A decoded video, as far as it was sampled.
 
     ``frames``: (T, H, W, 3) uint8 RGB, T from 1. ``indices``: the number of each frame in its source, ascending.
@@ -67,7 +67,7 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Sound:
+class Audio:
     """A decoded sound: ``samples`` (N,) float32 of one channel, from -1 to 1, ``rate`` of them per second."""
 
     samples: np.ndarray
@@ -84,7 +84,7 @@ class Sound:
         return self.samples.nbytes
 
 
-Decoded = np.ndarray | Clip | Sound
+Decoded = np.ndarray | Video | Audio
 """What a processor takes: an image (H, W, 3) uint8 RGB, a clip, a sound."""
 
 

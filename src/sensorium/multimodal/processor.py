@@ -110,7 +110,7 @@ class Processor(Protocol):
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """Features of one decoded item: an image (H, W, 3) uint8 RGB, a ``Clip`` or a ``Sound``.
+        """Features of one decoded item: an image (H, W, 3) uint8 RGB, a ``Video`` or a ``Audio``.
 
         ``num_items``: how many items of the modality the prompt has, for the families whose features depend on it.
         Raises InvalidRequestError or MediaTooLargeError when the model cannot take such an item (aspect ratio, size).

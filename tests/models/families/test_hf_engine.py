@@ -21,7 +21,7 @@ from sensorium.errors import (
     PlaceholderMismatchError,
     PromptTooLongError,
 )
-from sensorium.multimodal.items import Sound
+from sensorium.multimodal.items import Audio
 from tests.checkpoints.hf import make_hf, make_hf_text
 from tests.e2e.settings import all_at_once
 from tests.models.families.test_hf_media import (
@@ -66,8 +66,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def asked(text: str, media: list[Any]) -> dict[str, Any]:
-    sounds = [(item.samples, item.rate) for item in media if isinstance(item, Sound)]
-    images = [item for item in media if not isinstance(item, Sound)]
+    sounds = [(item.samples, item.rate) for item in media if isinstance(item, Audio)]
+    images = [item for item in media if not isinstance(item, Audio)]
     data = {"audio": sounds} if sounds else {"image": images}
     return {"prompt": text, "multi_modal_data": data if media else {}}
 

@@ -12,7 +12,7 @@ import torch
 
 from sensorium.models import loader
 from sensorium.models.families.hf import foreign
-from sensorium.multimodal.items import Features, Sound
+from sensorium.multimodal.items import Audio, Features
 from tests.checkpoints.hf import make_hf
 from tests.models.harness import Harness, Running, picture, text_ids
 
@@ -92,7 +92,7 @@ class Reference:
         if isinstance(self.processor, SimpleNamespace):
             return self._voxtral_inputs(text, media)
         given: dict[str, Any] = {}
-        if media and isinstance(media[0], Sound):
+        if media and isinstance(media[0], Audio):
             given = {"audio": [sound.samples for sound in media], "sampling_rate": 16000}
         elif media:
             given = {"images": [Image.fromarray(image) for image in media]}
@@ -100,7 +100,7 @@ class Reference:
             text = text.removesuffix("\n")  # its processor adds it
         return dict(self.processor(text=[text], return_tensors="pt", **given))
 
-    def _voxtral_inputs(self, text: str, media: list[Sound]) -> dict[str, Any]:
+    def _voxtral_inputs(self, text: str, media: list[Audio]) -> dict[str, Any]:
         """As its processor and the tokenizer of its makers have it: 375 tokens for every 30 seconds begun."""
         ids, features = [], []
         sounds = iter(media)
@@ -137,7 +137,7 @@ def media_of(family: str, num: int) -> list[Any]:
     if family in ("qwen2_audio", "voxtral"):
         rng = np.random.default_rng(num)
         return [
-            Sound(rng.normal(0, 0.3, 1600 * (3 + 4 * index)).astype(np.float32), 16000)
+            Audio(rng.normal(0, 0.3, 1600 * (3 + 4 * index)).astype(np.float32), 16000)
             for index in range(num)
         ]
     return [picture(*SIZES[index], seed=num + index) for index in range(num)]

@@ -21,7 +21,7 @@ from sensorium.models import loader
 from sensorium.models.families.hf import foreign, processing
 from sensorium.models.families.hf.processing import HfProcessor
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import MediaItem, Sound
+from sensorium.multimodal.items import Audio, MediaItem
 from sensorium.multimodal.placeholders import PlaceholderIds, expand
 from sensorium.multimodal.processor import PlacedItem
 from tests.checkpoints.common import write_json
@@ -36,9 +36,9 @@ def processor_at(folder: Path) -> HfProcessor:
     return processor
 
 
-def sound(seconds: float) -> Sound:
+def sound(seconds: float) -> Audio:
     samples = np.random.default_rng(1).normal(0, 0.2, int(16000 * seconds))
-    return Sound(samples.astype(np.float32), 16000)
+    return Audio(samples.astype(np.float32), 16000)
 
 
 def test_an_image_of_tiles(tmp_path: Path) -> None:

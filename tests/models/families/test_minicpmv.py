@@ -15,7 +15,7 @@ from sensorium.models import loader
 from sensorium.models.families.minicpmv import model as own_model
 from sensorium.models.families.minicpmv.resampler import sine_table
 from sensorium.models.families.minicpmv.vision import position_ids
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from sensorium.multimodal.placeholders import PlaceholderIds
 from tests.checkpoints import make_minicpmv
 from tests.models.harness import Harness, Running, picture
@@ -57,9 +57,11 @@ def items_of(case: Case) -> list[Item]:
     return made
 
 
-def media_of(items: list[Item]) -> list[np.ndarray | Clip]:
+def media_of(items: list[Item]) -> list[np.ndarray | Video]:
     return [
-        Clip(np.stack(item), tuple(range(len(item))), len(item)) if isinstance(item, list) else item
+        Video(np.stack(item), tuple(range(len(item))), len(item))
+        if isinstance(item, list)
+        else item
         for item in items
     ]
 

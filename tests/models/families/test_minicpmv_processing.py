@@ -21,7 +21,7 @@ from sensorium.models import loader
 from sensorium.models.families.minicpmv.slicing import Slicing
 from sensorium.models.media import pixels
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import Clip, Features
+from sensorium.multimodal.items import Features, Video
 from sensorium.multimodal.placeholders import marker
 from sensorium.multimodal.processor import FrameChoice, VideoFacts
 from tests.checkpoints import make_minicpmv
@@ -130,7 +130,7 @@ def test_grids_equal_the_plain_ones(most: int) -> None:
 
 def test_videos_are_frames_without_slices(ours: Any) -> None:
     frames = np.stack([picture(120, 90, seed) for seed in range(3)])
-    clip = Clip(frames, (0, 30, 60), 90, 30.0)
+    clip = Video(frames, (0, 30, 60), 90, 30.0)
     features = ours.process("video", clip, {})
     assert (features.num_embeds, len(features.arrays["sizes"])) == (3 * QUERIES, 3)
     for number, frame in enumerate(frames):
@@ -148,9 +148,9 @@ def test_small_frames_that_would_be_gigabytes_are_refused(
     """Resizing makes 56 x 56 pixels of each."""
     monkeypatch.setattr(pixels, "MAX_VIDEO_PIXELS", 3 * 56**2)
     frames = np.zeros((4, 14, 14, 3), np.uint8)
-    ours.process("video", Clip(frames[:3], (0, 1, 2), 3, 30.0), {})
+    ours.process("video", Video(frames[:3], (0, 1, 2), 3, 30.0), {})
     with pytest.raises(MediaTooLargeError, match="4 frames"):
-        ours.process("video", Clip(frames, (0, 1, 2, 3), 4, 30.0), {})
+        ours.process("video", Video(frames, (0, 1, 2, 3), 4, 30.0), {})
 
 
 def test_frames_are_sampled_once_a_second(ours: Any) -> None:
@@ -184,7 +184,7 @@ def test_replacement_spells_the_slices(folder: Path, ours: Any) -> None:
 
 
 def test_no_two_views_share_a_token(ours: Any) -> None:
-    clip = Clip(np.stack([picture(120, 90, seed) for seed in range(2)]), (0, 1), 2)
+    clip = Video(np.stack([picture(120, 90, seed) for seed in range(2)]), (0, 1), 2)
     features = ours.process("video", clip, {"max_slice_nums": 2})
     replacement = ours.replacement(features, 3)
     assert [num for _, num in replacement.runs] == [QUERIES] * 6

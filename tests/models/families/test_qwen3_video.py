@@ -18,7 +18,7 @@ from PIL import Image
 from sensorium import LLM, SamplingParams
 from sensorium.models import loader
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import Clip, Decoded, Features
+from sensorium.multimodal.items import Decoded, Features, Video
 from tests.checkpoints import make_qwen3_vl
 from tests.models.harness import Harness, image_processor, picture, text_ids
 from tests.models.videos import VideoReference, clip
@@ -56,7 +56,7 @@ def rows_of(features: Features) -> torch.Tensor:
 
 class Reference(VideoReference):
     def inputs(self, seq: Any, media: Sequence[Decoded]) -> dict[str, Any]:
-        images = [item for item in media if not isinstance(item, Clip)]
+        images = [item for item in media if not isinstance(item, Video)]
         found: dict[str, Any] = {}
         if images:
             found |= image_processor(self.folder)(
@@ -111,7 +111,7 @@ def test_sizes_equal_the_published_rule(folder: Path) -> None:
 def test_each_patch_is_told_its_time(folder: Path) -> None:
     ours = processor_of(folder)
     frames = np.zeros((5, 64, 64, 3), np.uint8)
-    features = ours.process("video", Clip(frames, (0, 10, 20, 30, 40), 50, 10.0), {})
+    features = ours.process("video", Video(frames, (0, 10, 20, 30, 40), 50, 10.0), {})
     assert features.meta["timestamps"] == (0.5, 2.5, 4.0)
     replacement = ours.replacement(features)
     tokenizer = text_ids
@@ -121,7 +121,7 @@ def test_each_patch_is_told_its_time(folder: Path) -> None:
     )
     assert list(replacement.token_ids) == tokenizer(folder, text)
     assert sum(length for _, length in replacement.runs) == features.num_embeds
-    unknown = ours.process("video", Clip(frames[:2], (0, 1), 2, None), {})
+    unknown = ours.process("video", Video(frames[:2], (0, 1), 2, None), {})
     assert unknown.meta["timestamps"] == (0.5 / 24,)
 
 
@@ -183,7 +183,7 @@ def test_the_tokens_around_a_video_are_those_of_the_checkpoints_version(
     ours = resolve(loaded.config).build_processor(loaded)
     assert ours is not None
     features = ours.process(
-        "video", Clip(np.zeros((3, 64, 64, 3), np.uint8), (0, 10, 20), 30, 10.0), {}
+        "video", Video(np.zeros((3, 64, 64, 3), np.uint8), (0, 10, 20), 30, 10.0), {}
     )
     replacement = ours.replacement(features)
     num = replacement.runs[0][1]

@@ -25,7 +25,7 @@ from sensorium.errors import (
 )
 from sensorium.models import loader
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import Clip, Decoded, Features
+from sensorium.multimodal.items import Decoded, Features, Video
 from sensorium.multimodal.processor import FrameChoice, PlacedItem, VideoFacts
 from tests.checkpoints import make_qwen2_5_vl, make_qwen2_vl
 from tests.checkpoints.common import CLIP_MEAN, CLIP_STD
@@ -108,7 +108,7 @@ def test_features_equal_the_reference(tmp_path: Path) -> None:
 
 def test_small_frames_that_would_be_gigabytes_are_refused(tmp_path: Path) -> None:
     ours = processor_of(make_qwen2_vl(tmp_path))
-    small = Clip(np.zeros((50, 28, 28, 3), np.uint8), tuple(range(50)), 50, 2.0)
+    small = Video(np.zeros((50, 28, 28, 3), np.uint8), tuple(range(50)), 50, 2.0)
     options = {"min_pixels": 12_000_000, "max_pixels": 12_800_000}
     ours.check_options(options)
     with pytest.raises(MediaTooLargeError, match="50 frames"):
@@ -401,7 +401,7 @@ def test_the_order_of_frames_decides(harness: Harness, folder: Path) -> None:
     """Guards the parity tests: a model that ignored time would pass them too."""
     ids = text_ids(folder, CASES["one"][0])
     own = clip(6, 60, 90, 24.0)
-    turned = Clip(own.frames[::-1].copy(), own.indices, own.num_source_frames, own.fps)
+    turned = Video(own.frames[::-1].copy(), own.indices, own.num_source_frames, own.fps)
     first, second = (harness.prefill(harness.add(ids, [c]))[-1] for c in (own, turned))
     assert (first - second).abs().max() > 0.05
 

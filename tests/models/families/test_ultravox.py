@@ -12,7 +12,7 @@ import torch
 from sensorium.models import loader
 from sensorium.models.families.ultravox.model import UltravoxModel
 from sensorium.models.parts.whisper import Stretch
-from sensorium.multimodal.items import Sound
+from sensorium.multimodal.items import Audio
 from sensorium.multimodal.placeholders import marker
 from tests.checkpoints import make_ultravox
 from tests.models.harness import Harness, Running, text_ids
@@ -34,13 +34,13 @@ CASES: list[Case] = [
 ]
 
 
-def sound(length: int) -> Sound:
+def sound(length: int) -> Audio:
     """Tones that rise and fall, with noise."""
     rng = np.random.default_rng(length)
     time = np.arange(length) / RATE
     pitch = rng.uniform(100, 3000) * (1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.3, 2) * time))
     tone = np.sin(2 * np.pi * np.cumsum(pitch) / RATE) * rng.uniform(0.1, 0.9)
-    return Sound((tone + rng.normal(0, 0.01, length)).astype(np.float32), RATE)
+    return Audio((tone + rng.normal(0, 0.01, length)).astype(np.float32), RATE)
 
 
 def split(folder: Path, text: str) -> list[list[int]]:

@@ -18,7 +18,7 @@ from sensorium.multimodal.decode import image
 from sensorium.multimodal.decode.video import animations
 from sensorium.multimodal.decode.video import loading as video
 from sensorium.multimodal.decode.video.loading import VideoOptions
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from tests.multimodal.clips import HEIGHT, WIDTH, frame_of, numbers_of
 
 FORMS = ("WEBP", "PNG")
@@ -40,7 +40,7 @@ def animated(form: str, num_frames: int = 20, duration: Any = 100, **options: An
     return file.getvalue()
 
 
-def decode(data: bytes, num_frames: int | None = None, fps: float | None = None, **config) -> Clip:
+def decode(data: bytes, num_frames: int | None = None, fps: float | None = None, **config) -> Video:
     options = VideoOptions.parse({"num_frames": num_frames, "fps": fps})
     return video.decode(data, options, MediaConfig(**config), None)
 

@@ -25,7 +25,7 @@ from sensorium.errors import (
 from sensorium.multimodal.cache.digest import object_digest
 from sensorium.multimodal.decode.audio import BLOCK_FRAMES, AudioOptions, decode, decode_object
 from sensorium.multimodal.decode.loaders import LOADERS
-from sensorium.multimodal.items import Sound
+from sensorium.multimodal.items import Audio
 
 RATE = 16000
 OPTIONS = AudioOptions()
@@ -79,7 +79,7 @@ def muted() -> bytes:
     return buffer.getvalue()
 
 
-def pitch_of(sound: Sound) -> float:
+def pitch_of(sound: Audio) -> float:
     """The loudest frequency, in hertz."""
     spectrum = np.abs(np.fft.rfft(sound.samples * np.hanning(len(sound.samples))))
     return float(spectrum.argmax() * sound.rate / len(sound.samples))

@@ -20,7 +20,7 @@ from sensorium.errors import MediaTooLargeError, MediaUndecodableError, RequestE
 from sensorium.multimodal.decode.video import loading as video
 from sensorium.multimodal.decode.video import video_file
 from sensorium.multimodal.decode.video.loading import VideoOptions
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from tests.multimodal.clips import (
     FORMATS,
     HEIGHT,
@@ -32,7 +32,7 @@ from tests.multimodal.clips import (
 )
 
 
-def decode(data: bytes, num_frames: int | None = None, fps: float | None = None, **config) -> Clip:
+def decode(data: bytes, num_frames: int | None = None, fps: float | None = None, **config) -> Video:
     options = VideoOptions.parse({"num_frames": num_frames, "fps": fps})
     return video.decode(data, options, MediaConfig(**config), None)
 

@@ -20,7 +20,7 @@ from sensorium.multimodal.cache.digest import object_digest
 from sensorium.multimodal.decode.video import loading as video
 from sensorium.multimodal.decode.video import video_frames as frames
 from sensorium.multimodal.decode.video.loading import VideoOptions
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from sensorium.multimodal.parse.messages import refs_from_data
 from tests.multimodal.support import encoded
 
@@ -40,7 +40,7 @@ FORMS: dict[str, Any] = {
 }
 
 
-def decode(source: Any, options: VideoOptions = VideoOptions(), **config: Any) -> Clip:
+def decode(source: Any, options: VideoOptions = VideoOptions(), **config: Any) -> Video:
     return video.decode_object(source, options, MediaConfig(**config), None)
 
 
@@ -227,7 +227,7 @@ def packed(num: int = 4) -> bytes:
     return frames.pack([encoded(Image.fromarray(frame)) for frame in PIXELS[:num]])
 
 
-def decode_packed(data: bytes, **options: Any) -> Clip:
+def decode_packed(data: bytes, **options: Any) -> Video:
     return video.decode(data, VideoOptions(**options), MediaConfig(), None)
 
 

@@ -27,7 +27,7 @@ from sensorium.errors import (
 from sensorium.multimodal.decode.mp4_bounds import check_boxes
 from sensorium.multimodal.decode.options import check_names
 from sensorium.multimodal.decode.shortage import check_shortage
-from sensorium.multimodal.items import Sound
+from sensorium.multimodal.items import Audio
 from sensorium.multimodal.tensors import is_tensor
 
 CONTAINERS = (
@@ -56,7 +56,7 @@ class AudioOptions:
         return cls()
 
 
-def decode(data: bytes, options: AudioOptions, config: MediaConfig, rate: int) -> Sound:
+def decode(data: bytes, options: AudioOptions, config: MediaConfig, rate: int) -> Audio:
     """The sound of an encoded file, of the first sound track where it has several, at ``rate`` samples per second.
 
     Raises MediaTooLargeError for more than ``config.max_audio_seconds`` or ``config.max_audio_decoded_bytes``, and
@@ -83,7 +83,7 @@ def decode(data: bytes, options: AudioOptions, config: MediaConfig, rate: int) -
     return _at_rate(samples, mixer.rate, rate)
 
 
-def decode_object(source: Any, options: AudioOptions, config: MediaConfig, rate: int) -> Sound:
+def decode_object(source: Any, options: AudioOptions, config: MediaConfig, rate: int) -> Audio:
     """The sound of a pair of samples and their rate, at ``rate`` samples per second.
 
     Samples are a numpy array, a torch tensor or a list. Floats are taken as they are (full scale is -1 to 1), int16,
@@ -269,10 +269,10 @@ def _mixed(samples: np.ndarray) -> np.ndarray:
     return mean
 
 
-def _at_rate(samples: np.ndarray, source_rate: int, rate: int) -> Sound:
+def _at_rate(samples: np.ndarray, source_rate: int, rate: int) -> Audio:
     """The sound at the model's rate. Raises MediaUndecodableError when nothing is left of it, or nothing finite."""
     if source_rate == rate:
-        return Sound(np.ascontiguousarray(samples), rate)
+        return Audio(np.ascontiguousarray(samples), rate)
     import soxr
 
     resampled = soxr.resample(samples, source_rate, rate)
@@ -284,4 +284,4 @@ def _at_rate(samples: np.ndarray, source_rate: int, rate: int) -> Sound:
         raise MediaUndecodableError(
             f"The sound has samples of up to {np.abs(samples).max():.3g}, too large to be resampled: full scale is 1."
         )
-    return Sound(np.ascontiguousarray(resampled, dtype=np.float32), rate)
+    return Audio(np.ascontiguousarray(resampled, dtype=np.float32), rate)

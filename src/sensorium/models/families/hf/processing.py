@@ -30,7 +30,7 @@ from sensorium.models.interface import LoadedConfig
 from sensorium.models.media import precomputed
 from sensorium.models.media.options import check_option_names, identity_of
 from sensorium.models.media.pixels import check_image
-from sensorium.multimodal.items import Decoded, Features, Modality, Sound
+from sensorium.multimodal.items import Audio, Decoded, Features, Modality
 from sensorium.multimodal.placeholders import marker
 from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
 
@@ -309,7 +309,7 @@ def checked(data: Decoded) -> np.ndarray:
     Raises InvalidRequestError for an aspect ratio of which processors that fix the shorter edge make an image of
     gigabytes.
     """
-    if isinstance(data, Sound):
+    if isinstance(data, Audio):
         return data.samples
     image = check_image(data)
     height, width = image.shape[:2]
@@ -321,7 +321,7 @@ def probe_item(processor: HfProcessor, modality: Modality) -> Decoded:
     """A small item, as it comes to ``process``."""
     rate = processor.decoding(modality, {}) or 0
     data = probe(modality, rate)
-    return Sound(data, rate) if modality == "audio" else data
+    return Audio(data, rate) if modality == "audio" else data
 
 
 def probe(modality: Modality, rate: int) -> np.ndarray:

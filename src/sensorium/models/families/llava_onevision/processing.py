@@ -24,7 +24,7 @@ from sensorium.models.media.pixels import (
     resize,
 )
 from sensorium.multimodal.decode.video import frame_sampling
-from sensorium.multimodal.items import Clip, Decoded, Features, Modality
+from sensorium.multimodal.items import Decoded, Features, Modality, Video
 from sensorium.multimodal.processor import (
     FrameSampler,
     Markup,
@@ -74,7 +74,7 @@ class LlavaOnevisionProcessor:
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
         """An only image: itself and its tiles. An image among several: one square. A clip: its frames."""
-        if isinstance(data, Clip):
+        if isinstance(data, Video):
             return self._clip(data)
         image = check_image(data)
         height, width = image.shape[:2]
@@ -88,7 +88,7 @@ class LlavaOnevisionProcessor:
             modality, {"pixels": pixels}, num_embeds, {"original_size": (height, width)}
         )
 
-    def _clip(self, clip: Clip) -> Features:
+    def _clip(self, clip: Video) -> Features:
         size = self.grids.tile
         check_video(len(clip.frames), size * size)
         frames = [resize(check_image(frame), size, size, self.resample) for frame in clip.frames]

@@ -22,7 +22,7 @@ from sensorium.models.media.pixels import (
     read_normalization,
 )
 from sensorium.multimodal.decode.video import frame_sampling
-from sensorium.multimodal.items import Clip, Decoded, Features, Modality
+from sensorium.multimodal.items import Decoded, Features, Modality, Video
 from sensorium.multimodal.placeholders import marker
 from sensorium.multimodal.processor import FrameSampler, Markup, PlacedItem, Replacement
 
@@ -89,7 +89,7 @@ class MiniCPMVProcessor:
     ) -> Features:
         """``arrays["patches"]``: (patches, 3 * patch * patch) uint8, those of all views one after another, row by row;
         ``arrays["sizes"]``: (views, 2) int32, rows and columns of patches of each view."""
-        if isinstance(data, Clip):
+        if isinstance(data, Video):
             most = min(options.get("max_slice_nums", 1), MAX_FRAME_SLICES)
             frames: Sequence[np.ndarray] = [check_image(frame) for frame in data.frames]
             meta: dict[str, Any] = {"num_frames": len(frames)}

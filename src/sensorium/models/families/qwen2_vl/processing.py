@@ -22,7 +22,7 @@ from sensorium.models.interface import LoadedConfig
 from sensorium.models.media import precomputed
 from sensorium.models.media.options import check_option_names, identity_of
 from sensorium.models.media.pixels import check_image, read_resample, resize
-from sensorium.multimodal.items import Clip, Decoded, Features, Modality
+from sensorium.multimodal.items import Decoded, Features, Modality, Video
 from sensorium.multimodal.processor import FrameSampler, Markup, PlacedItem, Replacement
 
 MAX_PIXELS = 16384 * 28 * 28
@@ -105,7 +105,7 @@ class Qwen2VLProcessor:
         """``arrays["pixels"]``: uint8, of an image (height, width, 3), of a video (frames, height, width, 3), edges
         multiples of ``cell`` and frames of the temporal patch."""
         meta: dict[str, Any] = {}
-        if isinstance(data, Clip):
+        if isinstance(data, Video):
             original = data.frames.shape[1:3]
             pixels = self.videos.pixels_of(data, options)
             frames = len(pixels) // self.videos.temporal_patch_size

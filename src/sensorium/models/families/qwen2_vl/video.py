@@ -20,7 +20,7 @@ from sensorium.models.families.qwen2_vl.sizes import (
 from sensorium.models.media import precomputed
 from sensorium.models.media.pixels import check_video, read_normalization, read_resample, resize
 from sensorium.multimodal.decode.video import frame_sampling
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from sensorium.multimodal.processor import FrameChoice, FrameSampler
 
 FRAME_PIXELS = {"min_pixels": "frame_min_pixels", "max_pixels": "frame_max_pixels"}
@@ -106,7 +106,7 @@ class VideoRules:
         """What the rule takes besides."""
         return {"multiple": self.temporal_patch_size}
 
-    def pixels_of(self, clip: Clip, options: Mapping[str, Any]) -> np.ndarray:
+    def pixels_of(self, clip: Video, options: Mapping[str, Any]) -> np.ndarray:
         """(T, height, width, 3) uint8: frames resized, the last one repeated until they fill the temporal patches."""
         num, height, width = clip.frames.shape[:3]
         if self.resizes:
@@ -131,7 +131,7 @@ class VideoRules:
         """Height and width of each of ``num`` frames."""
         return target_size(height, width, self.cell, self._limits(num, options), "A video")
 
-    def seconds_per_grid(self, clip: Clip, options: Mapping[str, Any]) -> float:
+    def seconds_per_grid(self, clip: Video, options: Mapping[str, Any]) -> float:
         """Time from one temporal patch to the next. Where the source's rate is not known, the option ``fps`` is that of
         the frames as they are."""
         if clip.fps is None:

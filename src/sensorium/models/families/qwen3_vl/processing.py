@@ -27,7 +27,7 @@ from sensorium.models.families.qwen2_vl.video import VideoRules, frame_options, 
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.media.options import identity_of
 from sensorium.multimodal.decode.video import frame_sampling
-from sensorium.multimodal.items import Clip, Decoded, Features, Modality
+from sensorium.multimodal.items import Decoded, Features, Modality, Video
 from sensorium.multimodal.processor import Replacement
 
 KEEPS_OUTER_PAIR = (5, 10)
@@ -95,7 +95,7 @@ class Qwen3VideoRules(VideoRules):
             least = each["min_pixels"] * num
         return min(least, most), most
 
-    def timestamps(self, clip: Clip) -> tuple[float, ...]:
+    def timestamps(self, clip: Video) -> tuple[float, ...]:
         """Seconds of each temporal patch: midway between its first and its last frame."""
         size, fps = self.temporal_patch_size, clip.fps or UNKNOWN_FPS
         indices = [*clip.indices, *clip.indices[-1:] * (-len(clip.indices) % size)]
@@ -130,7 +130,7 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
     ) -> Features:
         """As Qwen2-VL's, with the times of a video's patches."""
         features = Qwen2VLProcessor.process(self, modality, data, options, num_items)
-        if not isinstance(data, Clip) or not isinstance(self.videos, Qwen3VideoRules):
+        if not isinstance(data, Video) or not isinstance(self.videos, Qwen3VideoRules):
             return features
         meta = {**features.meta, "timestamps": self.videos.timestamps(data)}
         return Features(modality, features.arrays, features.num_embeds, meta)

@@ -21,7 +21,7 @@ from sensorium.models.interface import LoadedConfig, stop_token_ids
 from sensorium.models.media import precomputed
 from sensorium.models.media.mel import MelConfig, log_mel, pad_to_hops, read_mel_config
 from sensorium.models.media.options import check_option_names, identity_of
-from sensorium.multimodal.items import Decoded, Features, Modality, Sound
+from sensorium.multimodal.items import Audio, Decoded, Features, Modality
 from sensorium.multimodal.placeholders import marker
 from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
 
@@ -65,7 +65,7 @@ class UltravoxProcessor:
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
         """``arrays["mel"]``: (num_frames, num_bins) float32."""
-        if not isinstance(data, Sound) or data.rate != self.mel.rate or not data.samples.size:
+        if not isinstance(data, Audio) or data.rate != self.mel.rate or not data.samples.size:
             raise InvalidRequestError(
                 f"A sound must have samples at {self.mel.rate} per second, got {type(data).__name__} of shape "
                 f"{data.shape}."

@@ -17,7 +17,7 @@ from PIL import Image
 from sensorium.errors import MediaTooLargeError, MediaUndecodableError, RequestError
 from sensorium.multimodal.decode import image
 from sensorium.multimodal.decode.shortage import check_shortage
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from sensorium.multimodal.processor import VideoFacts
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -62,7 +62,7 @@ def decode(
     animation: Animation,
     sample: Callable[[VideoFacts], np.ndarray],
     check: Callable[[int, int, int, int], None],
-) -> Clip:
+) -> Video:
     """The sampled frames over white.
 
     ``check(num_decoded, num_sampled, height, width)`` raises MediaTooLargeError. Raises MediaUndecodableError as well.
@@ -77,7 +77,7 @@ def decode(
     except Exception as error:  # decoders raise nearly anything for damaged files
         check_shortage(error)
         raise _damaged() from None
-    return Clip(frames, tuple(indices), facts.num_frames, facts.fps)
+    return Video(frames, tuple(indices), facts.num_frames, facts.fps)
 
 
 def _frames(data: bytes, animation: Animation, indices: list[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Videos: encoded files, frames of the caller's, pictures of a ``data:`` URL become ``Clip``s of sampled frames."""
+"""Videos: encoded files, frames of the caller's, pictures of a ``data:`` URL become ``Video``s of sampled frames."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sensorium.config import MediaConfig
 from sensorium.errors import MediaTooLargeError
 from sensorium.multimodal.decode.options import check_names
 from sensorium.multimodal.decode.video import animations, frame_sampling, video_file, video_frames
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from sensorium.multimodal.processor import FrameChoice, FrameSampler, VideoFacts
 
 
@@ -39,7 +39,7 @@ class VideoOptions:
 
 def decode(
     data: bytes, options: VideoOptions, config: MediaConfig, sampler: FrameSampler | None
-) -> Clip:
+) -> Video:
     """The sampled frames of an encoded video, or of the pictures of a ``data:video/jpeg`` URL.
 
     ``sampler``: the model's rule; evenly when None. Raises MediaUndecodableError, MediaTooLargeError and
@@ -64,7 +64,7 @@ def decode(
 
 def decode_object(
     source: Any, options: VideoOptions, config: MediaConfig, sampler: FrameSampler | None
-) -> Clip:
+) -> Video:
     """The frames of a list of pictures, an array or a tensor, with metadata or without (``frames.decode_object``).
 
     They are all used unless ``options`` (or the model's own options) ask for fewer. Raises as ``decode``.
@@ -79,7 +79,7 @@ def _frame_limits(config: MediaConfig) -> video_frames.Limits:
     )
 
 
-def _timed(clip: Clip, options: VideoOptions) -> Clip:
+def _timed(clip: Video, options: VideoOptions) -> Video:
     if clip.fps is not None or options.fps is None:
         return clip
     return replace(clip, fps=options.fps)

@@ -37,7 +37,7 @@ from sensorium.multimodal.decode.mp4_bounds import check_boxes
 from sensorium.multimodal.decode.shortage import NO_THREADS, check_shortage, decoder_threads
 from sensorium.multimodal.decode.video.frame_sampling import MAX_FPS
 from sensorium.multimodal.decode.video.orientation import Converter
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from sensorium.multimodal.processor import VideoFacts
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Limits:
         return {"max_pixels": str(min(most, (1 << 31) - 1))}
 
 
-def decode(data: bytes, sample: Sample, limits: Limits) -> Clip:
+def decode(data: bytes, sample: Sample, limits: Limits) -> Video:
     """The sampled frames of an encoded video, upright.
 
     Raises MediaUndecodableError when the bytes are no video of one of ``FORMATS`` and ``CODECS`` or nothing can be
@@ -314,7 +314,7 @@ def _prepare(context: Any, num_frames: int, limits: Limits) -> None:
 
 def _decode_wanted(
     data: bytes, index: _Index, facts: VideoFacts, indices: np.ndarray, limits: Limits
-) -> Clip | None:
+) -> Video | None:
     """Decode the stretches of packets that the wanted frames need; None when these do not come."""
     wanted = sorted({int(i) for i in indices})
     check_work(len(wanted), 0, limits)
@@ -374,7 +374,7 @@ def _entry(index: _Index, frame: int) -> int:
     return 0
 
 
-def _decode_in_order(data: bytes, index: _Index, sample: Sample, limits: Limits) -> Clip | None:
+def _decode_in_order(data: bytes, index: _Index, sample: Sample, limits: Limits) -> Video | None:
     """Decode everything and count; once more when there turn out to be more or fewer frames than packets. None when
     hardly any come."""
     facts = VideoFacts(index.num_frames, index.fps)
@@ -463,7 +463,7 @@ class _Pictures:
             self._rows[row] = picture
             self._there.add(number)
 
-    def clip(self, facts: VideoFacts) -> Clip | None:
+    def clip(self, facts: VideoFacts) -> Video | None:
         """All frames; for one that is missing, the nearest of those that are there. None when more than half are
         missing."""
         there = np.array(sorted(self._there), dtype=np.int64)
@@ -475,4 +475,4 @@ class _Pictures:
         frames = self._rows
         if taken != self._wanted:
             frames = frames[[self._row_of[i] for i in taken]]
-        return Clip(frames, tuple(taken), facts.num_frames, facts.fps)
+        return Video(frames, tuple(taken), facts.num_frames, facts.fps)

@@ -21,7 +21,7 @@ from sensorium.errors import (
     counted,
 )
 from sensorium.multimodal.decode import image, pixel_values
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 from sensorium.multimodal.processor import VideoFacts
 
 _USED = ("fps", "duration", "total_num_frames", "frames_indices", "do_sample_frames")
@@ -150,7 +150,7 @@ class Limits:
     max_frames: int
 
 
-def decode_object(source: Any, choose: Choose, limits: Limits) -> Clip:
+def decode_object(source: Any, choose: Choose, limits: Limits) -> Video:
     """The frames of a list of pictures, a numpy array (T, H, W, 3), a torch tensor (T, 3, H, W), or one of these with
     metadata in a tuple.
 
@@ -183,7 +183,7 @@ def decode_object(source: Any, choose: Choose, limits: Limits) -> Clip:
 
 def _clip(
     picture: Callable[[int], np.ndarray], origin: Origin, choose: Choose, max_pixels: int
-) -> Clip:
+) -> Video:
     """Take the chosen frames, each of which ``picture(index)`` gives as (H, W, 3)."""
     num_given = len(origin.indices)
     rate = None if origin.fps is None else origin.fps * num_given / origin.num_frames
@@ -206,7 +206,7 @@ def _clip(
             )
         frames[row] = own
     indices = tuple(origin.indices[i] for i in chosen)
-    return Clip(frames, indices, origin.num_frames, origin.fps)
+    return Video(frames, indices, origin.num_frames, origin.fps)
 
 
 # --- pictures of a data: URL -----------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def is_packed(data: bytes) -> bool:
     return data.startswith(_MAGIC)
 
 
-def decode_packed(data: bytes, choose: Choose, limits: Limits) -> Clip:
+def decode_packed(data: bytes, choose: Choose, limits: Limits) -> Video:
     """The frames of what ``pack`` made. Raises MediaUndecodableError, MediaTooLargeError and InvalidRequestError."""
     bounds: list[tuple[int, int]] = []
     at = len(_MAGIC)
