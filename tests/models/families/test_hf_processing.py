@@ -206,7 +206,7 @@ def test_a_folder_without_a_processor(tmp_path: Path) -> None:
     assert str(tmp_path) not in caught.value.message
 
 
-class _Silent(foreign.Foreign):
+class _Silent(foreign.HfProcessorAdapter):
     """A processor that returns the text as it is."""
 
     def __init__(self) -> None:

@@ -16,8 +16,8 @@ from sensorium.errors import ConfigError
 from sensorium.kernels.batch import AttentionBatch
 from sensorium.kernels.cpu.linear import FREE_ROWS
 from sensorium.models.families.hf import attention, check, encoding, processing
+from sensorium.models.families.hf.adapter import said
 from sensorium.models.families.hf.config import read_hf_config, refuse, text_shape
-from sensorium.models.families.hf.foreign import said
 from sensorium.models.families.hf.processing import HfProcessor
 from sensorium.models.interface import BuildOptions, LoadedConfig
 from sensorium.models.loading.weight_files import weight_files

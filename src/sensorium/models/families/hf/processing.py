@@ -199,7 +199,7 @@ class HfProcessor:
         return rows, 0
 
     @property
-    def _foreign(self) -> foreign.Foreign:
+    def _foreign(self) -> foreign.HfProcessorAdapter:
         return foreign.processor_of(self.folder, self.model_type)
 
     def _place(self, modality: Modality) -> Place:
@@ -236,7 +236,7 @@ def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
     )
 
 
-def find_place(own: foreign.Foreign, modality: Modality, config: Any) -> Place:
+def find_place(own: foreign.HfProcessorAdapter, modality: Modality, config: Any) -> Place:
     """Try the placeholders that there may be on a small item, until one of them is expanded.
 
     Raises UnsupportedModelError that says what happened when none is.
@@ -273,7 +273,7 @@ def marked(modality: Modality) -> tuple[int, ...]:
     return (marker(modality),)
 
 
-def line_ends(own: foreign.Foreign) -> tuple[tuple[tuple[int, int], int], ...]:
+def line_ends(own: foreign.HfProcessorAdapter) -> tuple[tuple[tuple[int, int], int], ...]:
     """Which tokens of line ends are one token when they meet: some tokenizers have one for every few of them."""
     tokens = {num: own.ids_of("\n" * num) for num in range(1, MAX_LINE_ENDS + 1)}
     known = {num: ids[0] for num, ids in tokens.items() if len(ids) == 1}

@@ -52,7 +52,7 @@ class _NoVideos:
     valid_kwargs = None
 
 
-class Foreign:
+class HfProcessorAdapter:
     """A processor of transformers. Not to be pickled: ``processor_of`` makes it once in each process."""
 
     keeps_ids = False
@@ -130,7 +130,7 @@ class Foreign:
         return list(ids[num_front : len(ids) - num_back])
 
 
-class PaliGemmaForeign(Foreign):
+class PaliGemmaAdapter(HfProcessorAdapter):
     """PaliGemma's, which puts the BOS behind the image, and a line's end behind the text.
 
     So the placeholder is the image token behind the BOS of the tokenizer, and the BOS moves when it is expanded. The
@@ -151,7 +151,7 @@ class PaliGemmaForeign(Foreign):
         return list(ids[: list(ids).index(bos) + 1])
 
 
-class VoxtralForeign(Foreign):
+class VoxtralAdapter(HfProcessorAdapter):
     """Voxtral's, whose own processor takes sounds only through a tokenizer that is not of transformers.
 
     A sound is padded to a multiple of ``_SECONDS``; each such stretch becomes a row of mel frames and the same number
@@ -203,7 +203,7 @@ class VoxtralForeign(Foreign):
 
 
 @functools.lru_cache(maxsize=4)
-def processor_of(folder: str, model_type: str) -> Foreign:
+def processor_of(folder: str, model_type: str) -> HfProcessorAdapter:
     """The processor of a checkpoint, its parts loaded one by one. Raises ConfigError when it cannot be built."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -214,8 +214,8 @@ def processor_of(folder: str, model_type: str) -> Foreign:
         )
     try:
         if name == "VoxtralProcessor":
-            return VoxtralForeign(folder)
-        kind = PaliGemmaForeign if name == "PaliGemmaProcessor" else Foreign
+            return VoxtralAdapter(folder)
+        kind = PaliGemmaAdapter if name == "PaliGemmaProcessor" else HfProcessorAdapter
         return kind(_build(_class(str(name)), folder))
     except Exception as error:
         raise ConfigError(
