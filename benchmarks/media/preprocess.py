@@ -29,7 +29,7 @@ from sensorium.models.registry import resolve
 from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.items import MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
-from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 
 AT_ONCE = 8
 """Items that wait at a time; more than there are workers."""
@@ -150,7 +150,7 @@ class Workers:
         processor = resolve(loaded.config).build_processor(loaded)
         if processor is None:
             raise SystemExit(f"{model.name} takes no media")
-        folder = SegmentFolder()
+        folder = SharedArraysFolder()
         decoders = process_decoders(config, folder)
         self.pipeline = MediaPipeline(
             media, processor, FeatureCache(1 << 30), decoders=decoders, segments=folder

@@ -21,7 +21,7 @@ from benchmarks.harness import Found, Row, Size, flag
 from sensorium.config import MediaConfig
 from sensorium.multimodal.decode.shortage import decoder_threads
 from sensorium.multimodal.decode.video import loading as video
-from sensorium.multimodal.items import Clip
+from sensorium.multimodal.items import Video
 
 KEY_DISTANCE = 250
 """Most frames from one key frame to the next: libx264's own default."""
@@ -101,7 +101,7 @@ def make_clip(path: Path, seconds: int, fps: int, width: int, height: int) -> No
         out.mux(stream.encode(None))
 
 
-def take_frames(data: bytes, num_frames: int) -> tuple[float, Clip]:
+def take_frames(data: bytes, num_frames: int) -> tuple[float, Video]:
     """Seconds to take frames as a request does, and the clip."""
     started = time.perf_counter()
     clip = video.decode(data, video.VideoOptions(num_frames), MediaConfig(), None)

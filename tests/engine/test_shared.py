@@ -12,7 +12,7 @@ from sensorium.core.request import EngineRequest
 from sensorium.engine import wire
 from sensorium.engine.shared import SharedFeatures
 from sensorium.multimodal.items import Features
-from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.params import SamplingParams
 
 ARRAYS = {
@@ -22,8 +22,8 @@ ARRAYS = {
 
 
 @pytest.fixture
-def folder() -> Iterator[SegmentFolder]:
-    folder = SegmentFolder()
+def folder() -> Iterator[SharedArraysFolder]:
+    folder = SharedArraysFolder()
     yield folder
     folder.close()
 
@@ -37,7 +37,7 @@ def crossed(features: Features) -> SharedFeatures:
     return received.features[0]
 
 
-def test_features_cross_the_wire_and_come_out_equal(folder: SegmentFolder) -> None:
+def test_features_cross_the_wire_and_come_out_equal(folder: SharedArraysFolder) -> None:
     features = Features("image", folder.write(ARRAYS), 4, {"grid": (1, 2, 2)}, precomputed=True)
     opened = crossed(features).open()
     assert (opened.modality, opened.num_embeds, opened.precomputed) == ("image", 4, True)
@@ -47,7 +47,7 @@ def test_features_cross_the_wire_and_come_out_equal(folder: SegmentFolder) -> No
         np.testing.assert_array_equal(opened.arrays[name], array)
 
 
-def test_what_is_gone_cannot_be_opened(folder: SegmentFolder) -> None:
+def test_what_is_gone_cannot_be_opened(folder: SharedArraysFolder) -> None:
     features = Features("image", folder.write(ARRAYS), 4)
     handle = crossed(features)
     del features

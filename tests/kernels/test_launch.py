@@ -156,7 +156,7 @@ def test_warm_up_compiles_for_encoders_where_there_are_some(monkeypatch, encoder
 def test_waiting_policy_is_set_before_torch_only_where_the_user_has_none():
     code = """
         import os
-        from sensorium.kernels import threads
+        from sensorium.kernels.cpu import threads
         print(threads.prepare(), os.environ["GOMP_SPINCOUNT"], threads.configure(1))
         import torch
         print(torch.get_num_threads(), threads.prepare())
@@ -169,7 +169,7 @@ def test_waiting_policy_is_set_before_torch_only_where_the_user_has_none():
 def test_tunables_of_child_processes_are_added_to_the_users():
     code = """
         import os
-        from sensorium.kernels import threads
+        from sensorium.kernels.cpu import threads
         threads.prepare()
         print(os.environ["GLIBC_TUNABLES"])
     """
@@ -183,7 +183,7 @@ def test_tunables_of_child_processes_are_added_to_the_users():
 def test_few_shapes_are_kept_unless_the_user_says_how_many(name: str) -> None:
     code = f"""
         import os
-        from sensorium.kernels import threads
+        from sensorium.kernels.cpu import threads
         threads.prepare()
         print(os.environ["{name}"])
     """

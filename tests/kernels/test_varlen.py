@@ -25,7 +25,7 @@ def projected(rows: int, heads: int, dim: int, scale: float = 2.0) -> list[torch
 
 def test_written_out():
     q, k, v = torch.randn(3, 4, 2, 8).unbind(0)
-    mixed = ops.segment_attention(q, k, v, [0, 4], 0.4)
+    mixed = ops.varlen_attention(q, k, v, [0, 4], 0.4)
     weights = torch.softmax(torch.einsum("ihd,jhd->hij", q, k) * 0.4, dim=-1)
     expected = torch.einsum("hij,jhd->ihd", weights, v)
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
@@ -45,8 +45,8 @@ def test_tiles_equal_float32_to_the_rounding_of_bf16(lengths, heads, dim, seed):
     starts = list(accumulate(lengths, initial=0))
     q, k, v = projected(starts[-1], heads, dim)
     assert varlen.fits(q, k, v)
-    mixed = ops.segment_attention(q, k, v, starts, dim**-0.5)
-    expected = reference.segment_attention(q.float(), k.float(), v.float(), starts, dim**-0.5)
+    mixed = ops.varlen_attention(q, k, v, starts, dim**-0.5)
+    expected = reference.varlen_attention(q.float(), k.float(), v.float(), starts, dim**-0.5)
     # Weights are rounded to bf16 before the sum, the sum is once more: two half steps of the largest value.
     torch.testing.assert_close(mixed.float(), expected, rtol=2**-7, atol=2**-8 * v.abs().max())
 
@@ -54,8 +54,8 @@ def test_tiles_equal_float32_to_the_rounding_of_bf16(lengths, heads, dim, seed):
 @needs_tiles
 def test_tiles_do_not_change_with_the_company():
     q, k, v = projected(700, 2, 80)
-    together = ops.segment_attention(q, k, v, [0, 33, 600, 700], 0.1)
-    alone = ops.segment_attention(q[33:600], k[33:600], v[33:600], [0, 567], 0.1)
+    together = ops.varlen_attention(q, k, v, [0, 33, 600, 700], 0.1)
+    alone = ops.varlen_attention(q[33:600], k[33:600], v[33:600], [0, 567], 0.1)
     assert torch.equal(together[33:600], alone)
 
 
@@ -64,8 +64,8 @@ def test_tiles_do_not_change_with_the_company():
 def test_tiles_with_sharp_and_flat_weights(size):
     torch.manual_seed(1)
     q, k, v = (t.contiguous() for t in projected(600, 1, 64))
-    mixed = ops.segment_attention((q * size).bfloat16(), k, v, [0, 600], 0.125)
-    expected = reference.segment_attention(
+    mixed = ops.varlen_attention((q * size).bfloat16(), k, v, [0, 600], 0.125)
+    expected = reference.varlen_attention(
         (q * size).bfloat16().double(), k.double(), v.double(), [0, 600], 0.125
     )
     torch.testing.assert_close(
@@ -77,7 +77,7 @@ def test_tiles_with_sharp_and_flat_weights(size):
 def test_tiles_keep_nan_where_it_is():
     q, k, v = projected(80, 2, 32)
     q[5, 1, 3] = float("nan")
-    mixed = ops.segment_attention(q, k, v, [0, 40, 80], 0.2)
+    mixed = ops.varlen_attention(q, k, v, [0, 40, 80], 0.2)
     assert mixed[5, 1].isnan().all()
     mixed[5, 1] = 0
     assert mixed.isfinite().all()
@@ -95,8 +95,8 @@ def test_other_layouts_take_plain_torch():
     assert not varlen.fits(*odd)
     row = torch.randn(8, 3 * 2 * 32 + 1).bfloat16()[:, 1:].view(8, 3, 2, 32)
     assert not varlen.fits(*row.unbind(1)), "rows of an odd length, from an odd address"
-    expected = reference.segment_attention(*odd, [0, 8], 0.2)
-    assert torch.equal(ops.segment_attention(*odd, [0, 8], 0.2), expected)
+    expected = reference.varlen_attention(*odd, [0, 8], 0.2)
+    assert torch.equal(ops.varlen_attention(*odd, [0, 8], 0.2), expected)
 
 
 @needs_tiles
@@ -104,8 +104,8 @@ def test_other_layouts_take_plain_torch():
 def test_tiles_with_wide_heads(dim):
     torch.manual_seed(dim)
     q, k, v = projected(70, 2, dim)
-    mixed = ops.segment_attention(q, k, v, [0, 33, 70], dim**-0.5)
-    expected = reference.segment_attention(q.float(), k.float(), v.float(), [0, 33, 70], dim**-0.5)
+    mixed = ops.varlen_attention(q, k, v, [0, 33, 70], dim**-0.5)
+    expected = reference.varlen_attention(q.float(), k.float(), v.float(), [0, 33, 70], dim**-0.5)
     torch.testing.assert_close(mixed.float(), expected, rtol=2**-7, atol=2**-8 * v.abs().max())
     assert not varlen.fits(*projected(2, 1, 258))
 
@@ -118,7 +118,7 @@ def test_tiles_on_any_number_of_threads():
         found = []
         for num_threads in (1, 2, 5):
             torch.set_num_threads(num_threads)
-            found.append(ops.segment_attention(q, k, v, [0, 300, 700], 0.1))
+            found.append(ops.varlen_attention(q, k, v, [0, 300, 700], 0.1))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -129,10 +129,10 @@ def test_tiles_on_any_number_of_threads():
 def test_tiles_in_several_runs_of_segments(monkeypatch):
     q, k, v = projected(400, 2, 64)
     starts = [0, 10, 10, 150, 160, 400]
-    at_once = ops.segment_attention(q, k, v, starts, 0.1)
+    at_once = ops.varlen_attention(q, k, v, starts, 0.1)
     monkeypatch.setattr(varlen, "PACKED_BYTES", 40_000)
     assert list(varlen._runs([0, 40, 80, 300], 500)) == [(0, 40), (40, 80), (80, 300)]
-    assert torch.equal(ops.segment_attention(q, k, v, starts, 0.1), at_once)
+    assert torch.equal(ops.varlen_attention(q, k, v, starts, 0.1), at_once)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -140,17 +140,17 @@ def test_segments_must_cover_the_rows(dtype):
     q = torch.randn(8, 2, 16).to(dtype)
     for starts in ([], [0], [0, 7], [0, 9], [1, 8], [0, 5, 4, 8]):
         with pytest.raises(ValueError, match="do not cover 8 rows"):
-            ops.segment_attention(q, q, q, starts, 0.1)
+            ops.varlen_attention(q, q, q, starts, 0.1)
     nothing = q[:0]
-    assert ops.segment_attention(nothing, nothing, nothing, [0], 0.1).shape == (0, 2, 16)
-    assert ops.segment_attention(nothing, nothing, nothing, [0, 0], 0.1).shape == (0, 2, 16)
+    assert ops.varlen_attention(nothing, nothing, nothing, [0], 0.1).shape == (0, 2, 16)
+    assert ops.varlen_attention(nothing, nothing, nothing, [0, 0], 0.1).shape == (0, 2, 16)
 
 
 def test_without_tiles_plain_torch_runs(monkeypatch):
     monkeypatch.setattr(amx, "available", lambda: False)
     q, k, v = projected(40, 2, 32)
-    expected = reference.segment_attention(q, k, v, [0, 40], 0.2)
-    assert torch.equal(ops.segment_attention(q, k, v, [0, 40], 0.2), expected)
+    expected = reference.varlen_attention(q, k, v, [0, 40], 0.2)
+    assert torch.equal(ops.varlen_attention(q, k, v, [0, 40], 0.2), expected)
 
 
 def test_the_configuration_is_that_of_the_manual():
@@ -169,7 +169,7 @@ def test_no_tiles_when_compiling_for_another_cpu():
         "import torch; from sensorium.kernels import ops; from sensorium.kernels.cpu import amx\n"
         "assert not amx.available()\n"
         "q = torch.randn(8, 2, 16).bfloat16()\n"
-        "ops.segment_attention(q, q, q, [0, 8], 0.1)"
+        "ops.varlen_attention(q, q, q, [0, 8], 0.1)"
     )
     subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "NUMBA_CPU_NAME": "generic"}, check=True

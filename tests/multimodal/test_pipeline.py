@@ -18,7 +18,7 @@ from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.decode.loaders import Prepared, Work
 from sensorium.multimodal.items import Features, MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
-from sensorium.multimodal.shared_memory import Segment, SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
 from sensorium.multimodal.workers.pool import DecoderStats
 from tests.multimodal.pipelines import object_ref, url_ref
 from tests.multimodal.support import (
@@ -397,7 +397,7 @@ async def test_what_is_cached_makes_room_once(num_failures: int) -> None:
 
 
 async def test_all_features_lie_in_segments_where_they_have_to() -> None:
-    folder = SegmentFolder()
+    folder = SharedArraysFolder()
     cache = FeatureCache(1 << 20)
     config = MediaConfig(enable_mm_embeds=True)
     pipeline = MediaPipeline(config, FakeProcessor(), cache, segments=folder)
@@ -409,7 +409,7 @@ async def test_all_features_lie_in_segments_where_they_have_to() -> None:
     ]
     items = await pipeline.load(refs)
     items += await pipeline.load([MediaRef("image", "cached", None, "a")])
-    assert all(isinstance(item.features.arrays, Segment) for item in items)
+    assert all(isinstance(item.features.arrays, SharedArrays) for item in items)
     np.testing.assert_array_equal(items[0].features.arrays["pixels"], np.asarray(picture()))
     np.testing.assert_array_equal(items[4].features.arrays["embeds"], embeds[0].numpy())
     assert items[4].features is items[2].features

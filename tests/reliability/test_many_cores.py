@@ -21,7 +21,7 @@ from sensorium.multimodal.decode.audio import AudioOptions
 from sensorium.multimodal.decode.image import ImageOptions
 from sensorium.multimodal.decode.loaders import Prepared, Work
 from sensorium.multimodal.decode.video.loading import VideoOptions
-from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
 from sensorium.processes import child_environment
 from tests.cores import environment
@@ -40,7 +40,7 @@ ROOM_GB = 0.25
 def workers(num_cores: int, memory_gb: float, **how: bool) -> Iterator[ProcessDecoders]:
     """One worker process for each modality on a machine with so many cores."""
     media = MediaConfig(num_media_workers=1, media_worker_memory_gb=memory_gb)
-    folder = SegmentFolder()
+    folder = SharedArraysFolder()
     command = ForkServerCommand(
         (sys.executable, "-m", "tests.multimodal.every_media_worker", str(folder.path)),
         child_environment(one_thread=True) | environment(num_cores, **how),

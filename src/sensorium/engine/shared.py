@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sensorium.multimodal.items import Features
-from sensorium.multimodal.shared_memory import ArraySpec, Segment
+from sensorium.multimodal.shared_memory import ArraySpec, SharedArrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class SharedFeatures:
     def of(cls, features: Features) -> SharedFeatures:
         """The handle to features that lie in a segment. It is good for as long as somebody here holds them."""
         segment = features.arrays
-        if not isinstance(segment, Segment):
+        if not isinstance(segment, SharedArrays):
             raise TypeError("the features are not in a segment")
         return cls(
             path=segment.path,
@@ -39,7 +39,7 @@ class SharedFeatures:
         """The features, mapped when they are looked at and never copied. Raises OSError when the segment is gone."""
         return Features(
             modality=self.modality,  # type: ignore[arg-type]
-            arrays=Segment(self.path, self.arrays, owned=False),
+            arrays=SharedArrays(self.path, self.arrays, owned=False),
             num_embeds=self.num_embeds,
             meta=self.meta,
             precomputed=self.precomputed,

@@ -185,7 +185,7 @@ def paged_attention(
     return reference.paged_attention(q, k, v, batch, layer, scale, variant)
 
 
-def segment_attention(
+def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
 ) -> torch.Tensor:
     """Full attention of q, k, v (T, heads, D) within each segment -> (T, heads, D).
@@ -196,8 +196,8 @@ def segment_attention(
     if not (cu_seqlens and cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[0] and ordered):
         raise ValueError(f"segments {list(cu_seqlens)} do not cover {q.shape[0]} rows in order")
     if varlen.fits(q, k, v):
-        return varlen.segment_attention(q, k, v, cu_seqlens, scale)
-    return reference.segment_attention(q, k, v, cu_seqlens, scale)
+        return varlen.varlen_attention(q, k, v, cu_seqlens, scale)
+    return reference.varlen_attention(q, k, v, cu_seqlens, scale)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:

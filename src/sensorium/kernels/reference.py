@@ -266,7 +266,7 @@ def _attend_variant(
     return mixed.reshape(query_len, *q.shape[1:]).to(q.dtype)
 
 
-def segment_attention(
+def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
 ) -> torch.Tensor:
     """Attention of q, k, v (T, heads, D) within each segment; runs of equally long segments go as one batch."""

@@ -105,7 +105,7 @@ class VisionAttention:
         if cos is not None and sin is not None:
             ops.rotate_heads(mixed, cos, sin, 2 * self.num_heads, self.head_dim)
         q, k, v = mixed.view(num_tokens, 3, self.num_heads, self.head_dim).unbind(1)
-        mixed = ops.segment_attention(q, k, v, cu_seqlens, self.scale)
+        mixed = ops.varlen_attention(q, k, v, cu_seqlens, self.scale)
         return self.o(mixed.reshape(num_tokens, -1))
 
     __call__ = forward

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sensorium.multimodal.shared_memory import Segment
+from sensorium.multimodal.shared_memory import SharedArrays
 
 Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
@@ -93,7 +93,7 @@ class Features:
     """What a processor makes of one item: plain arrays, ready for the model's encoder.
 
     ``arrays`` are C-contiguous numpy arrays (for images: uint8 pixels after resizing, cropping and padding; scaling and
-    normalising is the encoder's first operation, so that little memory moves), or the ``Segment`` that they lie in.
+    normalising is the encoder's first operation, so that little memory moves), or the ``SharedArrays`` that they lie in.
     ``num_embeds`` is the number of embeddings that the encoder will make of them. ``meta`` holds small plain values
     (grid sizes, original size). ``precomputed``: ``arrays["embeds"]`` already holds the embeddings (num_embeds,
     hidden), float32.
@@ -108,7 +108,7 @@ class Features:
     @property
     def num_bytes(self) -> int:
         """Bytes of all arrays."""
-        if isinstance(self.arrays, Segment):
+        if isinstance(self.arrays, SharedArrays):
             return self.arrays.num_bytes
         return sum(a.nbytes for a in self.arrays.values())
 

@@ -36,7 +36,7 @@ from sensorium.multimodal.parse.data import looks_like_a_picture
 from sensorium.multimodal.parse.embeddings import decode_embeddings
 from sensorium.multimodal.parse.item_options import ItemOptions, OptionRules
 from sensorium.multimodal.processor import Processor
-from sensorium.multimodal.shared_memory import Segment, SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
 from sensorium.multimodal.stats import MediaStats, StageCounters
 from sensorium.multimodal.workers.fork_server import NO_ROOM
 from sensorium.multimodal.workers.pool import Decoders, ThreadDecoders
@@ -89,7 +89,7 @@ class MediaPipeline:
         *,
         workers: ThreadWorkers | None = None,
         decoders: Decoders | None = None,
-        segments: SegmentFolder | None = None,
+        segments: SharedArraysFolder | None = None,
         fetcher: Fetcher | None = None,
         package_files: bool = False,
         ids_matter: bool = True,
@@ -370,7 +370,7 @@ class MediaPipeline:
 
     async def _shared(self, features: Features) -> Features:
         """The same features in a segment, where they have to be in one. Raises OverloadedError without room for it."""
-        if self._segments is None or isinstance(features.arrays, Segment):
+        if self._segments is None or isinstance(features.arrays, SharedArrays):
             return features
         try:
             arrays = await self._workers.run(self._segments.write, features.arrays)

@@ -1,7 +1,7 @@
 """Arrays in files of a memory file system: written by one process, mapped by others, without a copy through a pipe.
 
 A segment is a file in a folder that only this user can enter. Whoever makes it known in the frontend's process owns it:
-when the last reference to that ``Segment`` is gone - the processor cache has let go of it, and so has every request
+when the last reference to that ``SharedArrays`` is gone - the processor cache has let go of it, and so has every request
 that uses it - the file is removed. Another process (the engine's) opens it by its path and shapes, and does not own it.
 """
 
@@ -41,7 +41,7 @@ class ArraySpec:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-class Segment(Mapping[str, np.ndarray]):
+class SharedArrays(Mapping[str, np.ndarray]):
     """The arrays of a file by name, mapped into memory while somebody looks at one; what is written to an array stays
     in this process. ``owned``: the file goes with this object.
 
@@ -100,7 +100,7 @@ def remove(path: str) -> None:
     Path(path).unlink(missing_ok=True)
 
 
-class SegmentFolder:
+class SharedArraysFolder:
     """A new folder for segments, in shared memory where that is ample, else among the temporary files (which the system
     keeps in memory as far as it can). Thread-safe."""
 
@@ -122,10 +122,10 @@ class SegmentFolder:
             self._count += 1
             return str(self.path / str(self._count))
 
-    def write(self, arrays: Mapping[str, np.ndarray]) -> Segment:
+    def write(self, arrays: Mapping[str, np.ndarray]) -> SharedArrays:
         """A new segment. Raises OSError when there is no room for it."""
         path = self.new_path()
-        return Segment(path, write(path, arrays), owned=True)
+        return SharedArrays(path, write(path, arrays), owned=True)
 
     def close(self) -> None:
         """Remove the folder and all that is in it; what is mapped stays readable."""

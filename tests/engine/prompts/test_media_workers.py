@@ -19,7 +19,7 @@ from sensorium.models.registry import resolve
 from sensorium.multimodal.decode.loaders import LOADERS, Work
 from sensorium.multimodal.items import Features, Modality
 from sensorium.multimodal.processor import PlacedItem
-from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.multimodal.workers.pool import ThreadDecoders
 from sensorium.multimodal.workers.threads import ThreadWorkers
 from tests import checkpoints
@@ -86,7 +86,7 @@ def test_a_worker_makes_what_the_processor_makes(family: str, tmp_path: Path) ->
     loaded = loader.read_config(str(folder))
     processor = resolve(loaded.config).build_processor(loaded)
     assert processor is not None
-    segments, threads = SegmentFolder(), ThreadWorkers(1)
+    segments, threads = SharedArraysFolder(), ThreadWorkers(1)
     decoders = process_decoders(config, segments)
     try:
         for modality in modalities:

@@ -20,7 +20,7 @@ from sensorium.engine import wire
 from sensorium.engine.serving.client import DELIVERED_AT_ONCE, EngineClient, Inbox
 from sensorium.errors import EngineDeadError, OverloadedError, SensoriumError
 from sensorium.multimodal.items import Features, MediaItem
-from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.params import SamplingParams
 
 REQUEST = EngineRequest("a", (1,), SamplingParams(), 1)
@@ -174,7 +174,7 @@ async def test_features_of_an_open_sequence_stay(
     started: tuple[EngineClient, FakeSocket, FakeProcess],
 ) -> None:
     client, socket, process = started
-    folder = SegmentFolder()
+    folder = SharedArraysFolder()
     inbox: Inbox = asyncio.Queue()
     for request_id in ("aborted", "refused", "died"):
         arrays = folder.write({"pixels": np.zeros((2, 2), np.uint8)})

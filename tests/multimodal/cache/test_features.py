@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from sensorium.multimodal.cache.features import DigestMemo, FeatureCache
 from sensorium.multimodal.items import Features
-from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 
 
 def features(size: int) -> Features:
@@ -153,7 +153,7 @@ TestCacheMachine.settings = settings(max_examples=30, deadline=None)
 
 
 def test_what_somebody_tidied_up_is_no_hit() -> None:
-    folder = SegmentFolder()
+    folder = SharedArraysFolder()
     cache = FeatureCache(1 << 20)
     arrays = folder.write({"pixels": np.zeros(9, np.uint8)})
     cache.put(b"a", Features("image", arrays, 1))

@@ -30,7 +30,7 @@ from sensorium.multimodal.decode.image import ImageOptions
 from sensorium.multimodal.decode.loaders import Prepared, Work
 from sensorium.multimodal.decode.video import video_frames
 from sensorium.multimodal.decode.video.loading import VideoOptions
-from sensorium.multimodal.shared_memory import ArraySpec, Segment, SegmentFolder, write
+from sensorium.multimodal.shared_memory import ArraySpec, SharedArrays, SharedArraysFolder, write
 from sensorium.multimodal.workers import fork_server as child_process
 from sensorium.multimodal.workers import pool as module
 from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
@@ -43,11 +43,11 @@ Start = Callable[..., ProcessDecoders]
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Makes decoders, which are closed at the end; nothing of them may be left then."""
-    made: list[tuple[ProcessDecoders, SegmentFolder]] = []
+    made: list[tuple[ProcessDecoders, SharedArraysFolder]] = []
 
     def start(**config: Any) -> ProcessDecoders:
         media = MediaConfig(**{"num_media_workers": 1, "media_worker_memory_gb": 1.0} | config)
-        folder = SegmentFolder()
+        folder = SharedArraysFolder()
         command = ForkServerCommand(
             (sys.executable, "-m", "tests.multimodal.hostile_worker", str(folder.path)),
             os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
@@ -99,7 +99,7 @@ async def test_features_come_back_in_a_segment(start: Start) -> None:
     decoders = start()
     prepared = await decoders.prepare(work())
     features = prepared.features
-    assert isinstance(features.arrays, Segment)
+    assert isinstance(features.arrays, SharedArrays)
     np.testing.assert_array_equal(features.arrays["pixels"], np.asarray(picture(6, 4)))
     assert features.arrays["none"].shape == (0, 3)
     assert (features.modality, features.num_embeds, features.num_bytes) == ("image", 4, 72)
@@ -258,7 +258,7 @@ async def test_no_further_process_is_no_damaged_file(
 
 
 def job() -> module._Job:
-    folder = SegmentFolder()
+    folder = SharedArraysFolder()
     made = module._Job(work(), folder.new_path())
     write(made.path, {"pixels": np.zeros(30, np.uint8)})
     made.folder = folder  # type: ignore[attr-defined]
@@ -340,7 +340,7 @@ async def test_what_waits_lets_go_of_its_file_when_its_caller_leaves(start: Star
 
 
 async def test_workers_that_cannot_be_started_are_an_error_and_no_hang() -> None:
-    folder = SegmentFolder()
+    folder = SharedArraysFolder()
     command = ForkServerCommand(("/bin/false",), {}, b"")
     decoders = ProcessDecoders(command, MediaConfig(num_media_workers=1), folder)
     with pytest.raises(UnavailableError, match="try again"):

@@ -12,7 +12,7 @@ from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.decode.loaders import check_loading_options
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.processor import Processor
-from sensorium.multimodal.shared_memory import SegmentFolder
+from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
 from sensorium.processes import child_environment, python_module
 
@@ -35,7 +35,7 @@ def media_pipeline(
         except InvalidRequestError as error:
             raise ConfigError(error.message, param=error.param) from None
         return None
-    folder = SegmentFolder()
+    folder = SharedArraysFolder()
     decoders = process_decoders(config, folder)
     if shared:
         decoders.start()
@@ -57,7 +57,7 @@ def media_pipeline(
     )
 
 
-def process_decoders(config: EngineConfig, folder: SegmentFolder) -> ProcessDecoders:
+def process_decoders(config: EngineConfig, folder: SharedArraysFolder) -> ProcessDecoders:
     """Decoders whose processes build the model's processor by themselves, at the first item or at ``start``."""
     command = ForkServerCommand(
         python_module("sensorium.engine.prompts.media_worker", str(folder.path)),

@@ -218,7 +218,7 @@ def build_pack(element: Any) -> Callable[[Any], None]:
     values_out. A task's first row of queries is not looked at.
     """
 
-    def pack_segments(args: Any) -> None:
+    def pack_sequences(args: Any) -> None:
         row_stride, head_stride, dim, heads = args[5], args[6], args[8], args[9]
         depth, columns = up(dim, DEPTH), up(dim, TILE)
         while True:
@@ -236,7 +236,7 @@ def build_pack(element: Any) -> Callable[[Any], None]:
             pairs = pointer(args[11] + place * columns * 2, types.uint32)
             pack_values(values, row_stride, length, dim, pairs)
 
-    return pack_segments
+    return pack_sequences
 
 
 def scratch_bytes(head_dim: int) -> int:
@@ -324,7 +324,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                     start > 0,
                 )
 
-    def attend_segments(args: Any) -> None:
+    def attend_sequences(args: Any) -> None:
         dim, heads = args[9], args[10]
         depth, columns = up(dim, DEPTH), up(dim, TILE)
         q_at = args[14] + fetch_add(args, 1, 1) * args[15]
@@ -350,7 +350,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 convert_row(shifted(sums, r * columns), dim, f32(1.0) / totals[r], out)
         release()
 
-    return attend_segments
+    return attend_sequences
 
 
 @functools.lru_cache(maxsize=64)
@@ -384,10 +384,10 @@ def _configuration() -> np.ndarray:
     return np.frombuffer(amx.full_tiles(), np.uint8).copy()
 
 
-def segment_attention(
+def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
 ) -> torch.Tensor:
-    """As ``reference.segment_attention``, for tensors that ``fits`` has agreed to, and a positive scale."""
+    """As ``reference.varlen_attention``, for tensors that ``fits`` has agreed to, and a positive scale."""
     _, num_heads, dim = q.shape
     out = q.new_empty(q.shape)
     row_bytes = num_heads * (_up(dim, DEPTH) + _up(dim, TILE)) * 2

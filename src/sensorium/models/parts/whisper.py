@@ -85,7 +85,7 @@ class WhisperAttention:
         plain, mixed = plan.starts[-1], []
         if plain:
             heads = (q[:plain], k[:plain], v[:plain])
-            mixed.append(ops.segment_attention(*heads, plan.starts, self.scale))
+            mixed.append(ops.varlen_attention(*heads, plan.starts, self.scale))
         for start, end, seen in plan.padded:
             own = (q[start:end], k[start:seen], v[start:seen])
             queries, keys, values = (part.transpose(0, 1)[None] for part in own)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sensorium.multimodal.items import Features
-from sensorium.multimodal.shared_memory import Segment
+from sensorium.multimodal.shared_memory import SharedArrays
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,11 @@ class FeatureCache:
     def _held(self, digest: bytes) -> Features | None:
         """An entry whose arrays are there; one whose segment somebody has tidied up is forgotten."""
         features = self._entries.get(digest)
-        if features is None or not isinstance(features.arrays, Segment) or features.arrays.is_there:
+        if (
+            features is None
+            or not isinstance(features.arrays, SharedArrays)
+            or features.arrays.is_there
+        ):
             return features
         del self._entries[digest]
         self._num_bytes -= features.num_bytes

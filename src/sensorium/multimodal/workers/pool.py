@@ -35,7 +35,7 @@ from sensorium.errors import (
 from sensorium.multimodal.decode.loaders import Prepared, Work, prepare
 from sensorium.multimodal.items import MODALITIES, Features
 from sensorium.multimodal.processor import Processor
-from sensorium.multimodal.shared_memory import Segment, SegmentFolder, check, remove
+from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder, check, remove
 from sensorium.multimodal.workers import fork_server as child
 from sensorium.multimodal.workers.framing import receive_bytes, receive_frame, send_frame
 from sensorium.multimodal.workers.threads import ThreadWorkers, default_num_workers
@@ -454,7 +454,7 @@ class ProcessDecoders:
     """
 
     def __init__(
-        self, command: ForkServerCommand, config: MediaConfig, folder: SegmentFolder
+        self, command: ForkServerCommand, config: MediaConfig, folder: SharedArraysFolder
     ) -> None:
         self.num_workers = config.num_media_workers or default_num_workers()
         self._server = _ForkServer(command)
@@ -485,7 +485,7 @@ class ProcessDecoders:
                 self._abandon_later(job)
             raise
         # Made here: futures refer to each other in circles, and would keep the segment until these are collected.
-        arrays = Segment(job.path, done.specs, owned=True)
+        arrays = SharedArrays(job.path, done.specs, owned=True)
         features = Features(work.modality, arrays, done.num_embeds, done.meta, done.precomputed)
         return Prepared(features, done.decode_seconds, done.decoded_bytes, done.preprocess_seconds)
 
