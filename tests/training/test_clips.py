@@ -11,7 +11,7 @@ import pytest
 import torch
 from training.batches import IGNORED, Encoder, layout
 from training.clip_batches import clip_labels, make_clips
-from training.clips import CLIP_GRIDS, CLIP_MAX_PIXELS, CLIP_MIN_PIXELS, EVENTS, Video, draw_clip
+from training.clips import CLIP_GRIDS, CLIP_MAX_PIXELS, CLIP_MIN_PIXELS, EVENTS, Clip, draw_clip
 from training.export import export, published_weights, training_weights
 from training.learner import Learner, attention_mask, measure, normalise
 from training.model import DemoModel, Shape
@@ -26,11 +26,11 @@ def encode() -> Encoder:
     return Encoder()
 
 
-def answers(clip: Video, kind: str) -> list[str]:
+def answers(clip: Clip, kind: str) -> list[str]:
     return [turn.answer for turn in clip.turns if turn.kind == kind]
 
 
-def boxes(clip: Video, frame: int) -> dict[str, tuple[float, float, float, float]]:
+def boxes(clip: Clip, frame: int) -> dict[str, tuple[float, float, float, float]]:
     return {f"{r.colour} {r.shape}": r.box for r in clip.regions[frame]}
 
 

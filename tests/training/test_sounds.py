@@ -25,7 +25,7 @@ from training.audio_train import AudioLearner, measure
 from training.batches import IGNORED
 from training.learner import attention_mask
 from training.picture import Turn
-from training.sounds import EVENTS, LONGEST, SCENES, Audio, draw_sound, small_talk
+from training.sounds import EVENTS, LONGEST, SCENES, Sound, draw_sound, small_talk
 from training.speech import (
     DIGITS,
     HELD_OUT_ESPEAK,
@@ -47,7 +47,7 @@ def encode() -> AudioEncoder:
     return AudioEncoder()
 
 
-def answers(sound: Audio, kind: str) -> set[str]:
+def answers(sound: Sound, kind: str) -> set[str]:
     return {turn.answer for turn in sound.turns if turn.kind == kind}
 
 
@@ -179,7 +179,7 @@ def test_events_are_marked_when_they_sound() -> None:
     from training.sounds import Event
 
     events = [Event("beep", 1600, 3200), Event("beep", 4800, 6400)]
-    sounding, begun = event_labels(Audio(np.zeros(8000), [], events), 25)
+    sounding, begun = event_labels(Sound(np.zeros(8000), [], events), 25)
     assert (sounding == EVENTS.index("beep")).nonzero()[0].tolist() == [
         *range(5, 10),
         *range(15, 20),

@@ -92,11 +92,12 @@ Decoded = np.ndarray | Video | Audio
 class Features:
     """What a processor makes of one item: plain arrays, ready for the model's encoder.
 
-    ``arrays`` are C-contiguous numpy arrays (for images: uint8 pixels after resizing, cropping and padding; scaling and
-    normalising is the encoder's first operation, so that little memory moves), or the ``SharedArrays`` that they lie in.
-    ``num_embeds`` is the number of embeddings that the encoder will make of them. ``meta`` holds small plain values
-    (grid sizes, original size). ``precomputed``: ``arrays["embeds"]`` already holds the embeddings (num_embeds,
-    hidden), float32.
+    ``arrays`` are C-contiguous numpy arrays (for images: uint8 pixels after resizing, cropping and
+    padding; scaling and normalising is the encoder's first operation, so that little memory moves),
+    or the ``SharedArrays`` that they lie in. ``num_embeds`` is the number of embeddings that the
+    encoder will make of them. ``meta`` holds small plain values (grid sizes, original size).
+    ``precomputed``: ``arrays["embeds"]`` already holds the embeddings (num_embeds, hidden),
+    float32.
     """
 
     modality: Modality

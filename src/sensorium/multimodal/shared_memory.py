@@ -1,8 +1,9 @@
 """Arrays in files of a memory file system: written by one process, mapped by others, without a copy through a pipe.
 
-A segment is a file in a folder that only this user can enter. Whoever makes it known in the frontend's process owns it:
-when the last reference to that ``SharedArrays`` is gone - the processor cache has let go of it, and so has every request
-that uses it - the file is removed. Another process (the engine's) opens it by its path and shapes, and does not own it.
+A segment is a file in a folder that only this user can enter. Whoever makes it known in the
+frontend's process owns it: when the last reference to that ``SharedArrays`` is gone - the processor
+cache has let go of it, and so has every request that uses it - the file is removed. Another process
+(the engine's) opens it by its path and shapes, and does not own it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sensorium.models import loader
-from sensorium.models.families.hf import foreign
+from sensorium.models.families.hf import adapter
 from sensorium.multimodal.items import Audio, Features
 from tests.checkpoints.hf import make_hf
 from tests.models.harness import Harness, Running, picture, text_ids
@@ -82,7 +82,7 @@ class Reference:
         from transformers import AutoConfig, AutoModelForMultimodalLM
 
         self.model = AutoModelForMultimodalLM.from_pretrained(folder).eval()
-        self.processor = foreign.processor_of(
+        self.processor = adapter.processor_of(
             str(folder), AutoConfig.from_pretrained(folder).model_type
         )._own
 

@@ -18,7 +18,7 @@ from sensorium.errors import (
     UnsupportedModelError,
 )
 from sensorium.models import loader
-from sensorium.models.families.hf import foreign, processing
+from sensorium.models.families.hf import adapter, processing
 from sensorium.models.families.hf.processing import HfProcessor
 from sensorium.models.registry import resolve
 from sensorium.multimodal.items import Audio, MediaItem
@@ -195,7 +195,7 @@ def test_what_foreign_code_says_names_no_files() -> None:
     error = OSError(
         "cannot read /srv/models/one/tokenizer.json of a/b at 0x7f00aa, see https://a.b/c/d"
     )
-    assert foreign.said(error) == "OSError: cannot read a local file of a/b, see https://a.b/c/d"
+    assert adapter.said(error) == "OSError: cannot read a local file of a/b, see https://a.b/c/d"
 
 
 def test_a_folder_without_a_processor(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_folder_without_a_processor(tmp_path: Path) -> None:
     assert str(tmp_path) not in caught.value.message
 
 
-class _Silent(foreign.HfProcessorAdapter):
+class _Silent(adapter.HfProcessorAdapter):
     """A processor that returns the text as it is."""
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class _Silent(foreign.HfProcessorAdapter):
     def rate(self) -> int:
         return 0
 
-    def call(self, modality: Any, text: str, data: Any, options: Any) -> foreign.Arrays:
+    def call(self, modality: Any, text: str, data: Any, options: Any) -> adapter.Arrays:
         if text == "<one>":
             raise ValueError("no <one> at 0x7f001234")
         return {"input_ids": np.array([[5, 6]])}

@@ -22,7 +22,7 @@ from sensorium.errors import (
     InvalidRequestError,
     UnsupportedModelError,
 )
-from sensorium.models.families.hf import foreign
+from sensorium.models.families.hf import adapter
 from sensorium.models.families.hf.config import has_axes, read_hf_config, text_shape
 from sensorium.models.families.hf.rope import numbered
 from sensorium.models.families.qwen2_vl.sizes import check_aspect
@@ -96,7 +96,7 @@ class HfProcessor:
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> int | None:
         """The sampling rate of sounds; images need nothing."""
-        return self._foreign.rate if modality == "audio" else None
+        return self._adapter.rate if modality == "audio" else None
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
         """Configuration of model and processor, and options."""
@@ -106,13 +106,13 @@ class HfProcessor:
         """Names that the processor's parts know, and numbers no larger than the checkpoint's own: the memory that they
         make an image take is bounded by nothing else. Other values are seen by the processor itself."""
         most = {
-            name: self._foreign.most(modality, name)
+            name: self._adapter.most(modality, name)
             for modality in self.modalities
-            for name in self._foreign.options(modality)
+            for name in self._adapter.options(modality)
         }
         check_option_names(options, list(most))
         for name in options.keys() - COLOURS:
-            for number in foreign.numbers_in(options[name]):
+            for number in adapter.numbers_in(options[name]):
                 if not 0 <= number <= most[name]:
                     raise InvalidRequestError(
                         f"Numbers of {name} may be from 0 to {most[name]:g} for this model, got {number!r:.80}.",
@@ -124,16 +124,16 @@ class HfProcessor:
     ) -> Features:
         """``arrays``: all that the processor returned for a text with this item alone."""
         place = self._place(modality)
-        own = {k: v for k, v in options.items() if k in self._foreign.options(modality)}
+        own = {k: v for k, v in options.items() if k in self._adapter.options(modality)}
         try:
-            arrays = self._foreign.call(modality, place.text, checked(data), own)
+            arrays = self._adapter.call(modality, place.text, checked(data), own)
         except InvalidRequestError:
             raise
         except (
             Exception
         ) as error:  # whatever it raises for options and sizes that it does not expect
             raise InvalidRequestError(
-                f"The model's processor does not take this {modality}: {foreign.said(error, self.folder)}"
+                f"The model's processor does not take this {modality}: {adapter.said(error, self.folder)}"
             ) from error
         num_embeds = int((arrays["input_ids"] == place.fill).sum())
         if num_embeds == 0:
@@ -177,7 +177,7 @@ class HfProcessor:
             ids = (*before, *(place.fill,) * features.num_embeds, *after)
             runs = ((len(before), features.num_embeds),)
             return Replacement(ids, runs, dict(self.joins))
-        found = self._foreign.expanded(features.arrays["input_ids"][0].tolist())
+        found = self._adapter.expanded(features.arrays["input_ids"][0].tolist())
         return Replacement(tuple(found), runs_of(found, place.fill), dict(self.joins))
 
     def positions(
@@ -199,8 +199,8 @@ class HfProcessor:
         return rows, 0
 
     @property
-    def _foreign(self) -> foreign.HfProcessorAdapter:
-        return foreign.processor_of(self.folder, self.model_type)
+    def _adapter(self) -> adapter.HfProcessorAdapter:
+        return adapter.processor_of(self.folder, self.model_type)
 
     def _place(self, modality: Modality) -> Place:
         return next(place for place in self.places if place.modality == modality)
@@ -216,7 +216,7 @@ def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
     shape = text_shape(loaded)  # what its decoder refuses is told first
     if config.get_text_config(decoder=True) is config:
         return None
-    own = foreign.processor_of(loaded.folder, config.model_type)
+    own = adapter.processor_of(loaded.folder, config.model_type)
     places = tuple(find_place(own, modality, config) for modality in own.modalities)
     if not places:
         raise UnsupportedModelError(
@@ -236,7 +236,7 @@ def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
     )
 
 
-def find_place(own: foreign.HfProcessorAdapter, modality: Modality, config: Any) -> Place:
+def find_place(own: adapter.HfProcessorAdapter, modality: Modality, config: Any) -> Place:
     """Try the placeholders that there may be on a small item, until one of them is expanded.
 
     Raises UnsupportedModelError that says what happened when none is.
@@ -247,7 +247,7 @@ def find_place(own: foreign.HfProcessorAdapter, modality: Modality, config: Any)
         try:
             arrays = own.call(modality, text, probe(modality, own.rate), {})
         except Exception as error:  # whatever a processor raises for a text that it does not expect
-            reasons.append(f"{text!r}: {foreign.said(error)}")
+            reasons.append(f"{text!r}: {adapter.said(error)}")
             continue
         ids = own.expanded(arrays["input_ids"][0].tolist())
         runs = runs_of(ids, fill)
@@ -273,7 +273,7 @@ def marked(modality: Modality) -> tuple[int, ...]:
     return (marker(modality),)
 
 
-def line_ends(own: foreign.HfProcessorAdapter) -> tuple[tuple[tuple[int, int], int], ...]:
+def line_ends(own: adapter.HfProcessorAdapter) -> tuple[tuple[tuple[int, int], int], ...]:
     """Which tokens of line ends are one token when they meet: some tokenizers have one for every few of them."""
     tokens = {num: own.ids_of("\n" * num) for num in range(1, MAX_LINE_ENDS + 1)}
     known = {num: ids[0] for num, ids in tokens.items() if len(ids) == 1}
