@@ -84,7 +84,7 @@ def test_a_full_disk_is_told_once_and_kernels_still_work(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         import torch
         from sensorium.kernels import ops
-    from sensorium.kernels.cpu import launch
+        from sensorium.kernels.cpu import launch
         for kind in (torch.float32, torch.bfloat16):
             print(ops.rms_norm(torch.ones(2, 5, dtype=kind), torch.ones(5, dtype=kind), 0.0).sum().item())
     """

@@ -63,7 +63,7 @@ def token(request_id: str = "r#0", reason: Any = None, **fields: Any) -> Sequenc
 def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     """The time of the frontend's process; the request comes at 10."""
     clock = ManualClock(10.0)
-    for module in ("frontend", "stream", "reports"):
+    for module in ("serving.frontend", "outputs.stream", "outputs.request_metrics"):
         monkeypatch.setattr(f"sensorium.engine.{module}.time", _Time(clock))
     return clock
 
