@@ -67,16 +67,23 @@ class _Engine:
 
 
 class AsyncLLM:
-    """A model that runs in a process of its own, asked from any event loop of this one.
+    """A model that runs in a process of its own, for programs with an event loop.
 
-    Keywords are those of ``LLM``. The model begins to load when the object is made; the first call waits for it, as
-    does ``start``, and raises ConfigError when it cannot be loaded. Requests run at the same time, as many as
-    ``max_num_seqs``, and others wait; prompts are prepared in a thread, media in processes, so that no event loop of
-    the caller waits for work. Usable from several threads and loops, one after the other or at once.
+    The model begins to load when the object is made; the first call waits for it, as does
+    ``start``. Requests run at the same time, as many as ``max_num_seqs``, and others wait. Prompts
+    are prepared in a thread, media in processes, so that no event loop of the caller waits for
+    work. It may be used from several threads and event loops at once.
 
-    Use it as an asynchronous context manager, or call ``close()``; one that nobody holds any more frees everything by
-    itself. An engine that dies is restarted; what ran in it raises EngineDeadError. A forked process cannot use one of
-    its parent (ForkedProcessError).
+    Use it as an asynchronous context manager, or call ``close()``; one that nobody holds any more
+    frees everything by itself. An engine that dies is restarted; what ran in it raises
+    ``EngineDeadError``. A forked process cannot use one of its parent (``ForkedProcessError``).
+
+    Args:
+        model: Hugging Face id, local folder, "demo" or "demo-audio".
+        **keywords: Engine options, as the page "Configuration" lists them.
+
+    Raises:
+        ConfigError: An option is wrong or unknown.
     """
 
     def __init__(self, model: str, **keywords: Any) -> None:
@@ -97,15 +104,19 @@ class AsyncLLM:
         await asyncio.to_thread(self.close)
 
     async def start(self) -> None:
-        """Wait until the model is loaded. Raises ConfigError when it cannot be."""
+        """Wait until the model is loaded.
+
+        Raises:
+            ConfigError: The model cannot be loaded.
+        """
         await self._started()
 
     def close(self) -> None:
-        """End the engine's process and what prepares requests; those that run raise an error."""
+        """End the engine's process and all that prepares requests; running requests raise an error."""
         self._release()
 
     def shutdown(self) -> None:
-        """The same as ``close``, by the name that vLLM gives it."""
+        """Do the same as ``close``, under vLLM's name."""
         self.close()
 
     def generate(
@@ -116,17 +127,28 @@ class AsyncLLM:
         *,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Complete one prompt, yielding an output whenever there is more of it; the last one is ``finished``.
+        """Complete one prompt, yielding an output whenever there is more of it.
 
-        prompt: one of those that ``LLM.generate`` takes. sampling_params: the model's defaults when not given; its
-        ``output_kind`` says whether each output holds the whole text so far (``"cumulative"``, the default), what is
-        new (``"delta"``; of several samples those that moved), or only the finished answer comes (``"final_only"``).
-        Who reads slowly gets several steps in one. request_id: names the request for ``abort``, made up when not given;
-        InvalidRequestError while another one has it. priority: lower ones run first.
+        Leaving the loop (``break``, an error, a task that is cancelled) ends the work at whatever
+        stage it is.
 
-        Leaving the loop (``break``, an error, a task that is cancelled) ends the work at whatever stage it is. Raises
-        RequestError for what cannot be served, UnavailableError when the engine dies, and OverloadedError when more is
-        being downloaded for all requests than ``max_media_bytes_in_flight``: then start fewer at a time.
+        Args:
+            prompt: One prompt, as ``LLM.generate`` takes it.
+            sampling_params: The model's defaults when not given. Its ``output_kind`` says what each
+                output holds: the whole text so far ("cumulative", the default), what is new
+                ("delta"; of several samples those that moved), or the finished answer alone
+                ("final_only").
+            request_id: Names the request for ``abort``; made up when not given.
+            priority: Lower ones run first.
+
+        Yields:
+            Outputs, the last of which is ``finished``. A slow reader gets several steps in one.
+
+        Raises:
+            RequestError: The prompt cannot be served, or the id is in use.
+            EngineDeadError: The engine died.
+            OverloadedError: More is being downloaded for all requests than
+                ``max_media_bytes_in_flight``: start fewer at a time.
         """
 
         def parse() -> Prompt:
@@ -148,7 +170,23 @@ class AsyncLLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Answer one conversation, a list of messages as for ``LLM.chat``; outputs come as from ``generate``."""
+        """Answer one conversation, yielding outputs as ``generate`` does.
+
+        Args:
+            messages: The conversation, as for ``LLM.chat``, with the same options.
+            sampling_params: The model's defaults when not given.
+            request_id: Names the request for ``abort``; made up when not given.
+            priority: Lower ones run first.
+            chat_template: A template in place of the model's.
+            add_generation_prompt: Let the template open the answer.
+            continue_final_message: Go on with the last message instead of answering it.
+            tools: Tools as in OpenAI's API, for the template.
+            chat_template_kwargs: Variables of the template.
+            mm_processor_kwargs: Options of the model's processor.
+
+        Raises:
+            RequestError: The conversation cannot be served, as for ``generate``.
+        """
 
         def parse() -> Prompt:
             return chat_prompt(
@@ -171,9 +209,19 @@ class AsyncLLM:
         *,
         priority: int = 0,
     ) -> EmbeddingRequestOutput:
-        """The vector of one prompt, as a list of numbers in ``outputs.embedding``; prompts as for ``LLM.embed``.
+        """Make the embedding of one prompt, as a list of numbers in ``outputs.embedding``.
 
-        Cancelling ends the work. Errors are as for ``generate``; InvalidRequestError when it was aborted.
+        Cancelling ends the work.
+
+        Args:
+            prompt: One prompt, as ``LLM.embed`` takes it.
+            pooling_params: What is done with the embedding.
+            request_id: Names the request for ``abort``; made up when not given.
+            priority: Lower ones run first.
+
+        Raises:
+            RequestError: The prompt cannot be served, or the request was aborted; other errors are
+                those of ``generate``.
         """
         return as_embedding(await self._vector(prompt, pooling_params, request_id, priority))
 
@@ -185,13 +233,21 @@ class AsyncLLM:
         *,
         priority: int = 0,
     ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
-        """Yield one output, with the vector of one prompt as a tensor (dimensions,) float32 in ``outputs.data``."""
+        """Make the embedding of one prompt, as a tensor.
+
+        Yields:
+            One output; ``outputs.data`` is a tensor (dimensions,) float32.
+        """
         yield as_tensor(await self._vector(prompt, pooling_params, request_id, priority))
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
-        """End one request or several; ids that are not in use are ignored.
+        """End requests.
 
-        The next output of each is its last one and has ``finish_reason`` "abort" where a sample was not complete.
+        The next output of each is its last one, with ``finish_reason`` "abort" for samples that
+        were not complete.
+
+        Args:
+            request_id: An id, or several. Ids that are not in use are ignored.
         """
         await self._started()
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
@@ -205,20 +261,24 @@ class AsyncLLM:
         await self._on_loop(end())
 
     async def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """Return the model's tokenizer."""
         return (await self._started()).tokenizer
 
     async def get_default_sampling_params(self) -> SamplingParams:
-        """The sampling values that the model's generation_config.json sets, ours where it has none."""
+        """Return the sampling parameters of the model's generation_config.json."""
         return SamplingParams(**(await self._started()).default_params)
 
     async def stats(self) -> EngineStats:
-        """Counters of the engine and of the media pipeline."""
+        """Return counters of the engine and of the media pipeline."""
         frontend = await self._started()
         return await self._on_loop(frontend.stats())
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError while the engine is being restarted."""
+        """Check that the engine runs.
+
+        Raises:
+            EngineDeadError: The engine is being restarted.
+        """
         frontend = await self._started()
 
         async def check() -> None:

@@ -1,4 +1,4 @@
-"""Offline use: ``LLM``. The engine runs in the caller's thread; media load in other threads and in processes."""
+"""The offline ``LLM``: the engine runs in the caller's thread, media load in threads and processes."""
 
 from __future__ import annotations
 
@@ -56,12 +56,20 @@ COMPILED_AT_ONCE = 64
 
 
 class LLM:
-    """A model that is run in this process. One call at a time: another one in the middle of it is refused.
+    """A model that runs in this process.
 
-    Keywords are the fields of ``sensorium.config``; an unknown one raises ConfigError with the nearest name. Use it as
-    a context manager, or call ``close()``, to free its memory early; one that nobody holds any more frees threads,
-    processes and descriptors by itself. Not in a forked process (ForkedProcessError): make it in the process that
-    uses it, and start that by "spawn" once a model has run here.
+    One call runs at a time: a second one in the middle of it is refused. Use it as a context
+    manager, or call ``close()``, to free its memory early; one that nobody holds any more frees its
+    threads, processes and descriptors by itself. A forked process cannot use it: make it in the
+    process that uses it, and start that by "spawn" once a model has run here.
+
+    Args:
+        model: Hugging Face id, local folder, "demo" or "demo-audio".
+        **keywords: Engine options, as the page "Configuration" lists them.
+
+    Raises:
+        ConfigError: An option is wrong or unknown, or the model cannot be loaded.
+        ForkedProcessError: The process was forked after a model has run.
     """
 
     def __init__(self, model: str, **keywords: Any) -> None:
@@ -93,7 +101,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stop loading media, end threads and processes, free the model; nothing but another ``close`` may follow."""
+        """Free the model and end its threads and processes. Only ``close`` may be called after it."""
         if not self._closed:
             self._closed = True
             self._release()
@@ -131,24 +139,33 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         stream: bool = False,
     ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
-        """Complete one prompt, a list of them, or those of an iterator; outputs in the order of the prompts.
+        """Complete one prompt, a list of prompts, or those of an iterator.
 
-        prompts: a string, a dict with ``prompt`` or ``prompt_token_ids`` and optionally ``multi_modal_data``,
-        ``multi_modal_uuids``, ``mm_processor_kwargs`` and ``cache_salt``, or a list of these or of lists of token ids;
-        a flat list of integers is one prompt. Of an iterator (a generator, a data set, a file's lines) only so many
-        prompts are read ahead as keep the model busy: twice ``max_num_seqs`` are held at a time. It is read in the
-        calling thread, between the model's steps. sampling_params: one for all, or one per prompt; the model's defaults
-        when not given. priority: one for all, or a list with one per prompt; lower ones run first, whatever the order
-        of the prompts, and are the last to be preempted.
+        Of an iterator (a generator, a data set, the lines of a file) only so many prompts are read
+        ahead as keep the model busy: twice ``max_num_seqs`` are held at a time. It is read in the
+        calling thread, between the model's steps.
 
-        stream: yield each output when it is finished, whichever comes first; ``output.index`` is the place of its
-        prompt. Closing the generator ends the work.
+        Args:
+            prompts: A string, a dict with ``prompt`` or ``prompt_token_ids`` and optionally
+                ``multi_modal_data``, ``multi_modal_uuids``, ``mm_processor_kwargs`` and
+                ``cache_salt``; or a list or an iterator of these or of lists of token ids. A flat
+                list of integers is one prompt.
+            sampling_params: One for all, or one per prompt; the model's defaults when not given.
+            use_tqdm: Show a progress bar.
+            priority: One for all, or one per prompt. Lower ones run first, whatever the order of
+                the prompts, and are the last to be preempted.
+            stream: Yield each output when it is finished, whichever comes first; ``output.index``
+                is the place of its prompt. Closing the generator ends the work.
 
-        A prompt that cannot be served raises RequestError with its index; wrong ones in a list that can be told without
-        loading media raise before anything runs. When one turns out wrong later, such as a file that is no image, no
-        more are started, those before it are finished, and the error is raised with what is complete: ``error.outputs``
-        has the outputs at their places and None at the others, ``error.index`` is the place of the prompt. What the
-        iterator itself raises comes out as it is, when those before are finished. The LLM can be used on.
+        Returns:
+            The outputs in the order of the prompts, or a generator of them with ``stream``.
+
+        Raises:
+            RequestError: A prompt cannot be served. Where that shows without loading media, nothing
+                has run. Otherwise the prompts before it are finished, and the error has what is
+                complete: ``error.outputs`` at their places, ``error.index`` the place of the
+                prompt. What an iterator raises comes out as it is, when the prompts before are
+                finished. The LLM can be used on.
         """
         values, several = apart(prompts)
         batch = self._text_batch(values, several, self._parse_prompt, sampling_params)
@@ -192,11 +209,23 @@ class LLM:
         priority: int | Sequence[int] | None = None,
         stream: bool = False,
     ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
-        """Answer one conversation (a list of messages), a list of conversations or those of an iterator.
+        """Answer one conversation, a list of conversations, or those of an iterator.
 
-        Messages are dicts as in OpenAI's API; content parts may be URLs, PIL images (``image_pil``) and, where enabled,
-        embeddings. ``continue_final_message`` lets the model go on with the last message instead of answering it.
-        Iterators, ``priority``, ``stream``, the order of outputs and errors are as for ``generate``.
+        Iterators, the outputs returned and errors are as for ``generate``.
+
+        Args:
+            messages: A conversation is a list of messages, dicts as in OpenAI's API. Parts of their
+                content may be URLs, PIL images (``image_pil``) and, where enabled, embeddings.
+            sampling_params: One for all, or one per conversation.
+            use_tqdm: Show a progress bar.
+            chat_template: A template in place of the model's.
+            add_generation_prompt: Let the template open the answer.
+            continue_final_message: Go on with the last message instead of answering it.
+            tools: Tools as in OpenAI's API, for the template.
+            chat_template_kwargs: Variables of the template.
+            mm_processor_kwargs: Options of the model's processor.
+            priority: As for ``generate``.
+            stream: As for ``generate``.
         """
 
         def parse(conversation: Any) -> Prompt:
@@ -243,12 +272,16 @@ class LLM:
         use_tqdm: bool = True,
         stream: bool = False,
     ) -> list[EmbeddingRequestOutput] | Generator[EmbeddingRequestOutput, None, None]:
-        """The vector of one prompt or of each of several, as lists of numbers in ``outputs.embedding``.
+        """Make the embedding of each prompt, as a list of numbers in ``outputs.embedding``.
 
-        prompts: as for ``generate``; or a dict with ``messages`` (and optionally ``add_generation_prompt``,
-        ``continue_final_message``, ``chat_template``, ``chat_template_kwargs``, ``add_special_tokens``,
-        ``mm_processor_kwargs`` and ``cache_salt``), which the chat template renders. pooling_params: one for all, or
-        one per prompt. Iterators, ``stream`` and errors are as for ``generate``.
+        Args:
+            prompts: As for ``generate``; or dicts with ``messages``, which the chat template
+                renders, and optionally ``add_generation_prompt``, ``continue_final_message``,
+                ``chat_template``, ``chat_template_kwargs``, ``add_special_tokens``,
+                ``mm_processor_kwargs`` and ``cache_salt``.
+            pooling_params: One for all, or one per prompt.
+            use_tqdm: Show a progress bar.
+            stream: As for ``generate``, as are the outputs returned and errors.
         """
         batch = self._vector_batch(prompts, pooling_params)
         return self._results(batch, use_tqdm, stream, as_embedding)
@@ -262,7 +295,10 @@ class LLM:
         *,
         pooling_task: str = "embed",
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
-        """The same as ``embed``, with each vector as a tensor (dimensions,) float32 in ``outputs.data``."""
+        """Make the embedding of each prompt, as a tensor (dimensions,) float32 in ``outputs.data``.
+
+        Arguments and errors are those of ``embed``; ``pooling_task`` may only be "embed".
+        """
         if pooling_task != "embed":
             raise InvalidRequestError(
                 f"pooling_task must be 'embed', got {pooling_task!r}.", param="pooling_task"
@@ -283,15 +319,15 @@ class LLM:
                     yield output
 
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
+        """Return the model's tokenizer."""
         return self._preparer.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """The sampling values that the model's generation_config.json sets, ours where it has none."""
+        """Return the sampling parameters of the model's generation_config.json."""
         return SamplingParams(**self._preparer.default_params)
 
     def stats(self) -> EngineStats:
-        """Counters of the engine and of the media pipeline since the start."""
+        """Return counters of the engine and of the media pipeline since the start."""
         self._check_open()
         stats = self._engine.stats()
         stats.media = self._preparer.media_stats()
