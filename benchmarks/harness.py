@@ -112,19 +112,28 @@ class Series:
     values: dict[str, list[float]] = field(default_factory=dict)
 
     def summary(self, ours: str) -> dict[str, Any]:
-        """Medians, all values, and the median of ``ours`` divided by that of each other side."""
+        """Medians, all values, and the median of ``ours`` divided by that of each other side.
+
+        ``range`` has the least and the greatest ratio of two values that were measured in turn.
+        """
         medians = {side: statistics.median(values) for side, values in self.values.items()}
         ratios = {
             side: medians[ours] / median
             for side, median in medians.items()
             if ours in medians and side != ours and median
         }
+        ranges = {}
+        for side in ratios:
+            pairs = zip(self.values[ours], self.values[side], strict=False)
+            each = [our_value / value for our_value, value in pairs if value]
+            ranges[side] = [min(each), max(each)]
         return {
             "unit": self.unit,
             "better": self.better,
             "median": medians,
             "values": self.values,
             "ours_over": ratios,
+            "range": ranges,
         }
 
 
@@ -142,13 +151,16 @@ class Figures(dict[str, Series]):
 
 
 def figures_table(figures: Mapping[str, Any], sides: Sequence[str], ours: str) -> str:
-    """The medians of ``Figures.summary``, a line for each figure."""
+    """The medians and ratios with their ranges of ``Figures.summary``, a line for each figure."""
     others = [side for side in sides if side != ours]
     head = f"{'figure':<26}" + "".join(f"{side:>14}" for side in sides)
-    lines = [head + "".join(f"{ours + '/' + side:>20}" for side in others)]
+    lines = [head + "".join(f"{ours + '/' + side:>24}" for side in others)]
     for name, figure in figures.items():
         cells = [f"{_number(figure['median'].get(side)):>14}" for side in sides]
-        cells += [f"{_number(figure['ours_over'].get(side)):>20}" for side in others]
+        for side in others:
+            low, high = figure["range"].get(side, (None, None))
+            spread = f"{_number(low, 3)} to {_number(high, 3)}"
+            cells.append(f"{_number(figure['ours_over'].get(side), 3):>8}{spread:>16}")
         better = f"{figure['unit']}, {figure['better']} is better"
         lines.append(f"{name:<26}{''.join(cells)}   {better}")
     return "\n".join(lines)
@@ -224,5 +236,5 @@ class Report:
         self.path.write_text(json.dumps(self.content, indent=1, default=str) + "\n")
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"

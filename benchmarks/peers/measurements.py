@@ -18,6 +18,7 @@ from benchmarks.peers.workload import Question, Workload, seed_of
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
+SHORT_NEW_TOKENS = 24
 PREFILL_TOKENS = 2048
 PICTURES_AT_ONCE = 8
 PICTURE_NEW_TOKENS = 32
@@ -61,18 +62,20 @@ def warm_up(engine: Engine, workload: Workload, *, pictures: bool) -> None:
         _answer(engine, [workload.question(seed, seed)], 2)
 
 
-def decode(engine: Engine, workload: Workload, round_: int, *, batch: int) -> Iterator[Figure]:
+def decode(
+    engine: Engine, workload: Workload, round_: int, *, batch: int, num_new: int = NEW_TOKENS
+) -> Iterator[Figure]:
     """New tokens per second over all sequences, without the time to the first token.
 
-    The time of one new token is subtracted from that of 128, each with prompts of its own.
+    The time of one new token is subtracted from that of ``num_new``, each with prompts of its own.
     """
     short = min(
         _complete(engine, _prompts(workload, batch, "decode", batch, round_, attempt), 1)
         for attempt in ("short", "short again")
     )
     prompts = _prompts(workload, batch, "decode", batch, round_, "long")
-    long = _complete(engine, prompts, NEW_TOKENS)
-    rate = batch * (NEW_TOKENS - 1) / (long - short)
+    long = _complete(engine, prompts, num_new)
+    rate = batch * (num_new - 1) / (long - short)
     yield Figure(f"decode_b{batch}", rate, "tok/s", "higher")
 
 
@@ -106,7 +109,11 @@ TEXT_MEASUREMENTS: dict[str, Measurement] = {
     "prefill": prefill,
 }
 PICTURE_MEASUREMENTS: dict[str, Measurement] = {"image": image, "images": images}
-MEASUREMENTS = {**TEXT_MEASUREMENTS, **PICTURE_MEASUREMENTS}
+SHORT_MEASUREMENTS: dict[str, Measurement] = {
+    f"decode_b{batch}_short": partial(decode, batch=batch, num_new=SHORT_NEW_TOKENS)
+    for batch in BATCHES
+}
+MEASUREMENTS = {**TEXT_MEASUREMENTS, **PICTURE_MEASUREMENTS, **SHORT_MEASUREMENTS}
 
 
 def first_token(engine: Engine, workload: Workload) -> None:

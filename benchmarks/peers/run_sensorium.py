@@ -21,7 +21,7 @@ class SensoriumEngine:
         self.name = f"sensorium {sensorium.__version__}"
         self._llm = sensorium.LLM(
             str(settings.checkpoint),
-            dtype="bfloat16",
+            dtype=settings.dtype,
             device="cpu",
             num_threads=settings.num_threads,
             max_model_len=settings.max_model_len,

@@ -9,7 +9,7 @@ from benchmarks.peers.workload import Question
 
 
 class TransformersEngine:
-    """The model class that the configuration names, in bfloat16, with its default attention."""
+    """The model class that the configuration names, with its default attention."""
 
     def __init__(self, settings: Settings) -> None:
         import torch
@@ -26,7 +26,7 @@ class TransformersEngine:
                 settings.checkpoint, max_pixels=settings.max_pixels
             )
             self._processor.tokenizer.padding_side = "left"
-        model = kind.from_pretrained(settings.checkpoint, dtype=torch.bfloat16)
+        model = kind.from_pretrained(settings.checkpoint, dtype=getattr(torch, settings.dtype))
         self._model = model.eval()
 
     def complete(self, prompts: list[list[int]], num_new: int) -> list[int]:

@@ -22,7 +22,7 @@ class VllmEngine:
         self._params = vllm.SamplingParams
         self._llm = vllm.LLM(
             model=str(settings.checkpoint),
-            dtype="bfloat16",
+            dtype=settings.dtype,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             seed=0,

@@ -37,6 +37,7 @@ class Settings:
     max_num_seqs: int
     kv_cache_gib: int
     max_pixels: int
+    dtype: str
 
     @property
     def has_vision(self) -> bool:
@@ -53,6 +54,7 @@ def settings_of(arguments: list[str] | None = None) -> Settings:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--kv-cache-gib", type=int, default=2)
     parser.add_argument("--max-pixels", type=int, default=1003520, help="of Qwen2-VL's processor")
+    parser.add_argument("--dtype", default="bfloat16")
     return Settings(**vars(parser.parse_args(arguments)))
 
 

@@ -68,6 +68,15 @@ def test_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_before_after(tmp_path: Path) -> None:
+    output = tmp_path / "before-after.json"
+    found = run("before_after", output, str(ROOT), str(ROOT), "--server-rounds", "1", "--dtypes")
+    names = {"import", "import_llm", "serve_start", "image_new", "image_known"}
+    assert set(found["figures"]) == names
+    assert all(set(found["figures"][name]["median"]) == {"before", "after"} for name in names)
+
+
+@pytest.mark.slow
 def test_peers(tmp_path: Path) -> None:
     checkpoint = checkpoints.make_text("qwen2", tmp_path / "model", max_position_embeddings=4096)
     engine = EngineProcess(
