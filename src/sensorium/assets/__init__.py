@@ -1,4 +1,4 @@
-"""Pictures, a clip and sounds to try models with, under the names that examples of the field use.
+"""Sample images, video and audio, under the names that examples of vLLM use.
 
 All were drawn or synthesised by this project (``scripts/draw_assets``); nothing is downloaded.
 """

@@ -1,4 +1,4 @@
-"""Sounds."""
+"""Sample audio."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sensorium.assets.base import Asset
 
 @dataclass(frozen=True)
 class AudioAsset(Asset):
-    """``winning_call``: a reporter at a game. ``mary_had_lamb``: a nursery rhyme, spoken, and its tune."""
+    """Sample audio.
+
+    ``winning_call``: a reporter at a game. ``mary_had_lamb``: a spoken nursery rhyme and its tune.
+    """
 
     names: ClassVar[tuple[str, ...]] = ("winning_call", "mary_had_lamb")
     suffix: ClassVar[str] = ".ogg"
@@ -20,7 +23,7 @@ class AudioAsset(Asset):
 
     @property
     def audio_and_sample_rate(self) -> tuple[np.ndarray, int]:
-        """Samples (num_samples,) float32, and how many of them make a second."""
+        """Return the samples, float32 (num_samples,), and their rate in Hz."""
         import soundfile
 
         samples, rate = soundfile.read(self.path, dtype="float32")

@@ -1,4 +1,4 @@
-"""Where the files lie, and how they become URLs."""
+"""Files of the package, and their URLs."""
 
 from __future__ import annotations
 
@@ -15,37 +15,43 @@ FOLDER = Path(__file__).parent / "files"
 
 @dataclass(frozen=True)
 class Asset:
-    """A file of the package, by its name. Raises InvalidRequestError for a name that there is not."""
+    """A file of the package.
+
+    Raises:
+        InvalidRequestError: there is no file of this name.
+    """
 
     name: str
     names: ClassVar[tuple[str, ...]] = ()
-    """Names that there are."""
+    """Available names."""
     suffix: ClassVar[str] = ""
     media_type: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        """Check the name. Raises InvalidRequestError."""
         if self.name not in self.names:
             raise InvalidRequestError(
-                f"There is no {type(self).__name__} {self.name!r}; there are {', '.join(self.names)}."
+                f"There is no {type(self).__name__} {self.name!r}; there are "
+                f"{', '.join(self.names)}."
                 f"{suggestion(str(self.name), list(self.names))}",
                 param="name",
             )
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return FOLDER / f"{self.name}{self.suffix}"
 
     def get_local_path(self) -> Path:
-        """The file, for code that asks an asset for it."""
+        """Return the path of the file, as vLLM's assets do."""
         return self.path
 
     @property
     def url(self) -> str:
-        """A ``file:`` URL, short enough for an id; ``LLM`` and ``AsyncLLM`` take it without further options."""
+        """``file:`` URL, which ``LLM`` and ``AsyncLLM`` accept without further options."""
         return self.path.as_uri()
 
     @property
     def data_url(self) -> str:
-        """A ``data:`` URL of the file, which every server takes, wherever it runs."""
+        """``data:`` URL of the file, which every server accepts."""
         return f"data:{self.media_type};base64,{base64.b64encode(self.path.read_bytes()).decode()}"

@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Sample images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from sensorium.assets.base import Asset
 
 @dataclass(frozen=True)
 class ImageAsset(Asset):
-    """``cherry_blossom``: blossoms before a tower. ``stop_sign``: a stop sign at a street."""
+    """Sample images.
+
+    ``cherry_blossom``: blossoms before a tower. ``stop_sign``: a stop sign at a street.
+    """
 
     names: ClassVar[tuple[str, ...]] = ("cherry_blossom", "stop_sign")
     suffix: ClassVar[str] = ".jpg"
@@ -20,6 +23,6 @@ class ImageAsset(Asset):
 
     @property
     def pil_image(self) -> Image.Image:
-        """The picture, RGB, loaded."""
+        """Load the image, RGB."""
         with Image.open(self.path) as image:
             return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""Clips."""
+"""Sample videos."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from sensorium.errors import InvalidRequestError
 
 @dataclass(frozen=True)
 class VideoAsset(Asset):
-    """``baby_reading``: a child turns the pages of a book, 6 seconds at 15 frames per second.
+    """Sample videos.
 
-    ``num_frames``: how many frames to take, spread evenly from the first to the last; -1 takes all.
+    ``baby_reading``: a child turns the pages of a book, 6 seconds at 15 frames per second.
+
+    Attributes:
+        num_frames: number of frames, evenly spread from the first to the last; -1 is all.
     """
 
     num_frames: int = -1
@@ -25,6 +28,7 @@ class VideoAsset(Asset):
     media_type: ClassVar[str] = "video/mp4"
 
     def __post_init__(self) -> None:
+        """Check the values. Raises InvalidRequestError."""
         super().__post_init__()
         if type(self.num_frames) is not int or (self.num_frames != -1 and self.num_frames < 1):
             raise InvalidRequestError(
@@ -34,24 +38,26 @@ class VideoAsset(Asset):
 
     @property
     def np_ndarrays(self) -> np.ndarray:
-        """Frames (num_frames, height, width, 3) uint8."""
+        """Return the frames, uint8 (num_frames, height, width, 3)."""
         return self._frames()[0]
 
     @property
     def pil_images(self) -> list[Image.Image]:
-        """The frames as pictures."""
+        """Return the frames as images."""
         return [Image.fromarray(frame) for frame in self.np_ndarrays]
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """``fps``, ``duration`` (seconds), ``total_num_frames`` of the clip, ``frames_indices`` of those taken."""
+        """Return ``fps``, ``duration`` (s), ``total_num_frames`` and ``frames_indices``."""
         return self._frames()[1]
 
     def _frames(self) -> tuple[np.ndarray, dict[str, Any]]:
         import av
         from av.video.reformatter import VideoReformatter
 
-        scaler = VideoReformatter()  # one for all frames, without a thread per core
+        scaler = (
+            VideoReformatter()
+        )  # one for all frames; by default each would start a thread per core
         with av.open(str(self.path)) as container:
             stream = container.streams.video[0]
             stream.thread_count = 1

@@ -1,4 +1,4 @@
-"""Pictures, clips and sounds that a user names on the command line or pastes into a line of chat."""
+"""Images, videos and audio named on the command line or in a line of ``sensorium chat``."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from urllib.parse import unquote, urlsplit
 
 from sensorium.errors import ConfigError
 
-KINDS = {"image": "a picture", "video": "a clip", "audio": "a sound"}
+KINDS = {"image": "an image", "video": "a video", "audio": "an audio file"}
 SUFFIXES = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"), "video"),
     **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac"), "audio"),
 }
 _REMOTE = ("http://", "https://", "data:")
-# A quoted path, or one whose spaces are escaped, as terminals write a file that is dropped on them.
+# A quoted path, or one with escaped spaces: terminals write dropped files so.
 _WORD = re.compile(r"""'[^']+'|"[^"]+"|(?:\\.|[^\s\\])+""")
 
 
 class Attachment(NamedTuple):
-    """A path or URL, and what lies there: a key of ``KINDS``."""
+    """A path or URL and its modality, a key of ``KINDS``."""
 
     modality: str
     source: str
 
     def part(self) -> dict[str, Any]:
-        """The content part of a message; a file is read now, into a ``data:`` URL.
+        """Return the content part of a message, a file as a ``data:`` URL.
 
-        Raises ConfigError for a file that cannot be read.
+        Raises:
+            ConfigError: the file cannot be read.
         """
         name = f"{self.modality}_url"
         return {"type": name, name: {"url": _url(self.source)}}
 
 
 class _Attach(argparse.Action):
-    """Collects attachments of all kinds in the order of their flags; ``const`` is the modality."""
+    """Collect attachments of all modalities in the order of their flags; ``const`` is one."""
 
     def __call__(
         self,
@@ -50,13 +51,18 @@ class _Attach(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Take in one."""
+        """Append one attachment."""
         found = [*getattr(namespace, self.dest, ()), Attachment(self.const, values)]
         setattr(namespace, self.dest, found)
 
 
 def add_attachment_flags(parser: argparse.ArgumentParser, whose: str) -> None:
-    """Add ``--image``, ``--video`` and ``--audio``, which fill ``attachments``; ``whose`` ends their help."""
+    """Add ``--image``, ``--video`` and ``--audio``, which fill ``attachments``.
+
+    Args:
+        parser: of the command.
+        whose: end of their help.
+    """
     for modality, kind in KINDS.items():
         parser.add_argument(
             f"--{modality}",
@@ -91,12 +97,12 @@ def _path(source: str) -> Path:
 def _is_file(source: str) -> bool:
     try:
         return _path(source).is_file()
-    except (OSError, RuntimeError):  # too long for a name, or a home of nobody
+    except (OSError, RuntimeError):  # the name is too long, or the user of ~user is unknown
         return False
 
 
 def split_line(line: str) -> tuple[str, list[Attachment]]:
-    """The text of a line, and the existing media files that it names, which are taken out of it."""
+    """Split a line into its text and the existing media files that it names."""
     found: list[Attachment] = []
 
     def take(match: re.Match[str]) -> str:
@@ -120,8 +126,10 @@ def _unquoted(word: str) -> str:
 
 
 def user_message(text: str, attachments: Iterable[Attachment]) -> dict[str, Any]:
-    """A message with the media before the text. Raises ConfigError for a file that cannot be
-    read.
+    """Return a message with the media before the text.
+
+    Raises:
+        ConfigError: a file cannot be read.
     """
     parts: Sequence[Any] = [attachment.part() for attachment in attachments]
     content: Any = [*parts, {"type": "text", "text": text}] if parts else text

@@ -1,9 +1,8 @@
-"""Flags out of the fields of the configuration classes: one place for names, types and help.
+"""Command-line flags, generated from the fields of the configuration classes.
 
 ``max_model_len: int | None`` becomes ``--max-model-len N``, a bool ``--flag`` and ``--no-flag``, a
 dict a flag that takes JSON, a tuple a flag that takes several values or is repeated. A flag that
-is not given leaves no trace in the parsed arguments, so defaults exist in ``sensorium.config``
-alone.
+is not given is absent from the parsed arguments, so defaults exist in ``sensorium.config`` alone.
 """
 
 from __future__ import annotations
@@ -55,11 +54,10 @@ _UNDERSCORED = re.compile(r"--[A-Za-z0-9_-]+(=.*)?", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser with one clear line for a mistake, and the nearest flag for an unknown
-    one.
+    """Argument parser with one-line errors that suggest the nearest flag.
 
-    ``--max_model_len`` is read as ``--max-model-len``; flags are never abbreviated. ``foreign`` are vLLM's flags, which
-    are read as ``sensorium.compat`` says and are not shown in the help.
+    ``--max_model_len`` is read as ``--max-model-len``; flags are never abbreviated. ``foreign`` are
+    vLLM's flags, which are read as ``sensorium.compat`` says and are not shown in the help.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -70,7 +68,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parse; there are no unknown arguments to give back, for one of them is a mistake."""
+        """Parse, and exit at an unknown argument: none is ever returned."""
         args = sys.argv[1:] if args is None else args
         args = self._rewritten(args) if self.foreign else [_dashed(arg) for arg in args]
         parsed, unknown = super().parse_known_args(args, namespace)
@@ -80,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def _rewritten(self, args: Sequence[str]) -> list[str]:
-        """Return the arguments as argparse reads them, with vLLM's flags among those that are known."""
+        """Return the arguments as argparse reads them; vLLM's flags are known, too."""
         for rule in self.foreign.values():
             if flag_of(rule.name) not in self._option_string_actions:
                 self.add_argument(flag_of(rule.name), **_foreign_action(rule))
@@ -91,7 +89,7 @@ class Parser(argparse.ArgumentParser):
             self.error(error.message)
 
     def _adopt_foreign(self, parsed: argparse.Namespace) -> None:
-        """Put our options in place of vLLM's flags; ours win where both are given."""
+        """Replace vLLM's flags by our options; ours win where both are given."""
         given = {
             name: getattr(parsed, _FOREIGN + name)
             for name in self.foreign
@@ -113,7 +111,7 @@ class Parser(argparse.ArgumentParser):
                 setattr(parsed, name, value)
 
     def _refuse(self, flag: str) -> NoReturn:
-        """End with the nearest flag there is."""
+        """Exit, naming the nearest known flag."""
         if not flag.startswith("-"):
             self.error(f"unexpected argument {flag!r}.")
         known = [name for name in self._option_string_actions if name.startswith("--")]
@@ -123,15 +121,17 @@ class Parser(argparse.ArgumentParser):
         self.error(f"unknown flag {flag}.{near}")
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and where to find help; end with status 2."""
+        """Print the error and how to get help, and exit with status 2."""
         message = message if message.endswith((".", "?")) else f"{message}."
         self.exit(2, f"error: {message}\nSee '{self.prog} --help'.\n")
 
 
 def add_engine_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
-    """Add a flag for every field of the engine's configuration, ``--model`` among them.
+    """Add a flag for every field of the engine's configuration, including ``--model``.
 
-    ``without``: names of fields that the command uses otherwise.
+    Args:
+        parser: of the command.
+        without: names of fields that get no flag.
     """
     for section, cls in ENGINE_SECTIONS.items():
         add_flags(parser, cls, TITLES[section], without)
@@ -145,10 +145,13 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_foreign(parser: argparse.ArgumentParser, rules: Mapping[str, Rule]) -> None:
-    """Let a parser of ours read vLLM's flags."""
+    """Accept vLLM's flags."""
     if isinstance(parser, Parser):
         parser.foreign |= rules
-        parser.epilog = "vLLM's other flags are read too: docs/from_vllm.md. --config FILE.yaml has flags as keys."
+        parser.epilog = (
+            "vLLM's flags are accepted, too (docs/from_vllm.md). "
+            "--config FILE.yaml reads flags from a file."
+        )
 
 
 def add_flags(
@@ -169,28 +172,34 @@ def add_flags(
 
 
 def engine_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The engine's fields that were given as flags."""
+    """Return the given flags of the engine as keywords of ``LLM``."""
     given = vars(arguments)
     names = [field.name for cls in ENGINE_SECTIONS.values() for field, _ in fields_of(cls)]
     return {name: given[name] for name in names if name in given}
 
 
 def build_engine_config(arguments: argparse.Namespace) -> EngineConfig:
-    """Return the engine's configuration; warn of deprecated flags on stderr. Raises
-    ConfigError.
+    """Return the engine's configuration; warn of deprecated flags on stderr.
+
+    Raises:
+        ConfigError: a value is wrong.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DeprecationWarning)
         config = engine_config(**engine_keywords(arguments))
     for warning in caught:
         print_warning(str(warning.message))
-        # A command that makes an LLM of the same values would say so again.
+        # A command that creates an LLM from the same values would warn again.
         warnings.filterwarnings("ignore", re.escape(str(warning.message)), warning.category)
     return config
 
 
 def build_server_config(arguments: argparse.Namespace) -> ServerConfig:
-    """The server's configuration, with the API key of the environment. Raises ConfigError."""
+    """Return the server's configuration, with the API key of the environment.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
     given = vars(arguments)
     values = {f.name: given[f.name] for f, _ in fields_of(ServerConfig) if f.name in given}
     keys = (*values.get("api_key", ()), *api_keys_of_environment())
@@ -198,18 +207,18 @@ def build_server_config(arguments: argparse.Namespace) -> ServerConfig:
 
 
 def print_warning(message: str) -> None:
-    """One line on the error stream."""
+    """Print a warning to stderr."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 def fields_of(cls: type) -> list[tuple[dataclasses.Field[Any], Any]]:
-    """The fields of a configuration class with their types."""
+    """Return the fields of a configuration class with their types."""
     hints = typing.get_type_hints(cls)
     return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
 
 
 def flag_of(name: str) -> str:
-    """``--max-model-len`` of ``max_model_len``."""
+    """Return the flag of a field, such as ``--max-model-len`` of ``max_model_len``."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -222,7 +231,7 @@ def help_of(field: dataclasses.Field[Any]) -> str:
 
 
 def default_text(field: dataclasses.Field[Any]) -> str:
-    """How the default is written; empty for None and empty values."""
+    """Return the default as text; empty for None and empty values."""
     default = field.default
     if default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
@@ -234,7 +243,7 @@ def default_text(field: dataclasses.Field[Any]) -> str:
 
 
 def _action(name: str, kind: Any) -> dict[str, Any]:
-    """What ``add_argument`` needs for a field of this type."""
+    """Return the arguments of ``add_argument`` for a field of this type."""
     kind = without_none(kind)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -254,7 +263,11 @@ def _action(name: str, kind: Any) -> dict[str, Any]:
 
 
 def _integer(name: str, text: str) -> int | None:
-    """Read a number such as 8192, 8k or 8K, or a word of vLLM's for the default. Raises ArgumentTypeError."""
+    """Parse a number such as 8192, 8k or 8K, or vLLM's word for the default.
+
+    Raises:
+        ArgumentTypeError: the text is neither.
+    """
     try:
         value = shared_value(name, text)
         return None if value is None else whole_number(value)
@@ -263,7 +276,7 @@ def _integer(name: str, text: str) -> int | None:
 
 
 def _foreign_action(rule: Rule) -> dict[str, Any]:
-    """What ``add_argument`` needs for a flag of vLLM's."""
+    """Return the arguments of ``add_argument`` for one of vLLM's flags."""
     common = {
         "dest": _FOREIGN + rule.name,
         "default": argparse.SUPPRESS,
@@ -277,14 +290,14 @@ def _foreign_action(rule: Rule) -> dict[str, Any]:
 
 
 def without_none(kind: Any) -> Any:
-    """``int`` of ``int | None``."""
+    """Return a type without None, such as ``int`` of ``int | None``."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         [kind] = [k for k in typing.get_args(kind) if k is not type(None)]
     return kind
 
 
 class ExtendWithJson(argparse.Action):
-    """Collects values over several uses; a value that is a JSON list stands for its entries."""
+    """Collect the values of a repeated flag; a JSON list stands for its entries."""
 
     def __call__(
         self,
@@ -293,7 +306,7 @@ class ExtendWithJson(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Take in the values of one use."""
+        """Append the values of one use of the flag."""
         found = list(getattr(namespace, self.dest, ()))
         for value in values:
             found.extend(self._entries(value))
@@ -312,7 +325,7 @@ class ExtendWithJson(argparse.Action):
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError."""
+    """Parse a JSON object. Raises ConfigError."""
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -330,7 +343,7 @@ def _limits(text: str) -> dict[str, Any]:
 
 
 def _readable(reader: Callable[[str], Any]) -> Callable[[str], Any]:
-    """``reader`` with its errors in the form that argparse shows."""
+    """Return ``reader`` with its ConfigError turned into the error that argparse prints."""
 
     def read(text: str) -> Any:
         try:

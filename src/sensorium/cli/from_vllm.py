@@ -1,4 +1,4 @@
-"""The page for users of vLLM, made of the tables by which its names are read."""
+"""docs/from_vllm.md, generated from the tables by which vLLM's names are read."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ from sensorium.compat.values import REFUSED_VALUES, SAME_VALUES
 
 _INTRODUCTION = """# From vLLM
 
-What becomes of vLLM's flags, keywords, fields of requests and paths here: those of its version 0.33, and those of 2024
-and 2025 that it has dropped since. This page is made of the tables in `sensorium.compat` by `scripts/from_vllm_docs`;
-edit the tables, not the page.
+What vLLM's flags, keywords, fields of requests and paths do here: those of its version 0.33, and
+those of 2024 and 2025 that it has dropped since. This page is generated from the tables in
+`sensorium.compat` by `scripts/from_vllm_docs`; edit the tables, not the page.
 
-`vllm serve MODEL ...` becomes `sensorium serve MODEL ...`, `from vllm import LLM, SamplingParams` becomes
-`from sensorium import LLM, SamplingParams`. Flags of the engine are keywords of `LLM(...)` too, with the same outcome.
+`vllm serve MODEL ...` becomes `sensorium serve MODEL ...`, `from vllm import LLM, SamplingParams`
+becomes `from sensorium import LLM, SamplingParams`. Flags of the engine are keywords of `LLM(...)`,
+too, with the same effect.
 
 - Names that both have are listed in `configuration.md`; None leaves a keyword at its default.
-- Flags may be written `--max_model_len`, `--max-model-len=8K` (8192; `8k` is 8000), `--no-enable-prefix-caching` or
-  `--disable-prefix-caching`, and members of a flag that takes JSON `--limit-mm-per-prompt.image 2`.
-- `--config FILE.yaml` has flags as its keys; flags that are given win over the file.
-- What does nothing here is accepted and said once on the error stream (a `UserWarning` of `LLM`). What cannot be had
-  ends the start with the reason, unless its value is vLLM's default.
-- `VLLM_API_KEY`, `VLLM_IMAGE_FETCH_TIMEOUT`, `VLLM_VIDEO_FETCH_TIMEOUT`, `VLLM_AUDIO_FETCH_TIMEOUT` and
-  `VLLM_MEDIA_URL_ALLOW_REDIRECTS` are read where our own variables are unset. A server's log names other variables of
-  vLLM's that are set, for they have no effect.
-- The server listens on 127.0.0.1 unless `--host` says otherwise; vLLM's listens on all addresses.
+- Flags may be written `--max_model_len`, `--max-model-len=8K` (8192; `8k` is 8000),
+  `--no-enable-prefix-caching` or `--disable-prefix-caching`, and members of a flag that takes JSON
+  `--limit-mm-per-prompt.image 2`.
+- `--config FILE.yaml` has flags as its keys; flags on the command line override the file.
+- Flags without effect are accepted, with one warning on stderr (a `UserWarning` of `LLM`). Flags
+  that are not available stop the start with the reason, unless their value is vLLM's default.
+- `VLLM_API_KEY`, `VLLM_IMAGE_FETCH_TIMEOUT`, `VLLM_VIDEO_FETCH_TIMEOUT`, `VLLM_AUDIO_FETCH_TIMEOUT`
+  and `VLLM_MEDIA_URL_ALLOW_REDIRECTS` are read where our own variables are unset. The log of a
+  server names other variables of vLLM that are set, because they have no effect.
+- The server listens on 127.0.0.1 unless `--host` is given; vLLM's listens on all addresses.
 - `--metrics-prefix vllm:` gives metrics vLLM's names.
 """
 
-_FIELDS = """null passes for every field, and so do the values that ask for what is done anyway. Errors name the field
-that was sent."""
+_FIELDS = """null is accepted for every field, and so are values that ask for what is done in any
+case. Errors name the field that was sent."""
 
 
 def from_vllm_markdown() -> str:
@@ -50,9 +52,13 @@ def from_vllm_markdown() -> str:
 def _flags(rules: Sequence[Rule]) -> Iterable[str]:
     same = [rule for rule in rules if rule.effect is Effect.SAME]
     rows = [(_code(flag_of(r.name)), _ours(r.to), r.why) for r in same]
-    yield from table("Flags that do the same under another name", ("vLLM", "here", "meaning"), rows)
-    yield from _by_reason("Flags that do nothing here", "why", Effect.NOTHING, rules)
-    yield from _by_reason("Flags that cannot be had", "why, and what to do", Effect.REFUSED, rules)
+    yield from table(
+        "Flags with the same effect under another name", ("vLLM", "here", "meaning"), rows
+    )
+    yield from _by_reason("Flags without effect", "why", Effect.NOTHING, rules)
+    yield from _by_reason(
+        "Flags that are not available", "why, and what to do", Effect.REFUSED, rules
+    )
 
 
 def _ours(to: str) -> str:
@@ -84,14 +90,14 @@ def _values() -> Iterable[str]:
     for option, values in REFUSED_VALUES.items():
         for why in dict.fromkeys(values.values()):
             refused = ", ".join(_code(value) for value, reason in values.items() if reason == why)
-            rows.append((_code(flag_of(option)), refused, f"cannot be had: {why}"))
+            rows.append((_code(flag_of(option)), refused, f"not available: {why}"))
     yield from table("Values of flags that both have", ("flag", "vLLM", "here"), rows)
 
 
 def _calls() -> Iterable[str]:
     title = "Keywords of `LLM.generate`, `chat`, `embed` and `encode`"
     rows = [(_code(name), instead) for name, instead in CALL_KEYWORDS.items()]
-    head = ("vLLM (None, {} and [] pass)", "why it cannot be had, or what to do instead")
+    head = ("vLLM (None, {} and [] pass)", "why it is not available, or what to do instead")
     yield from table(title, head, rows)
 
 
@@ -109,7 +115,9 @@ def _fields() -> Iterable[str]:
 
 def _paths() -> Iterable[str]:
     rows = [(_code(path), instead) for path, instead in PATHS.items()]
-    yield from table("Paths that are not here", ("path, and those below it", "what to do"), rows)
+    yield from table(
+        "Paths that do not exist here", ("path, and those below it", "what to do"), rows
+    )
 
 
 def _code(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Talking to an engine in this process."""
+"""Client of an engine in this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensorium.llm import LLM
 
 
 class LocalModel:
-    """A model that is loaded here. Ctrl-C while it answers ends the answer between two tokens."""
+    """A model in this process. Ctrl-C ends an answer between two tokens."""
 
     def __init__(self, **keywords: Any) -> None:
         self._llm = LLM(**keywords)
@@ -20,7 +20,7 @@ class LocalModel:
     def stream(
         self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
     ) -> Iterator[str]:
-        """Pieces of the answer; KeyboardInterrupt when Ctrl-C ended it."""
+        """Yield the answer piece by piece. Raises KeyboardInterrupt when Ctrl-C ended it."""
         defaults = self._llm.get_default_sampling_params()
         params = defaults.replace(**{"max_tokens": None, **sampling})
         sent = 0
@@ -42,7 +42,7 @@ class LocalModel:
 
 @contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising it amid a step of the engine."""
+    """Collect Ctrl-C, so that it does not interrupt a step of the engine."""
     caught: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
     try:

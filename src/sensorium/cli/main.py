@@ -1,4 +1,4 @@
-"""``sensorium``: its commands, and what happens to their errors."""
+"""Entry point of the command line: commands, and exit status of errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from sensorium.errors import ConfigError, SensoriumError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 1 for a request that failed, 2 for a wrong configuration."""
+    """Run a command; return its exit status.
+
+    Returns:
+        0, 1 when a request failed, 2 when the configuration is wrong.
+    """
     arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         return int(arguments.handler(arguments) or 0)
@@ -28,10 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Return the parser of all commands."""
     parser = Parser(
         prog="sensorium",
         description="Run and serve multimodal language models.",
+        epilog="'sensorium COMMAND --help' shows the flags of a command. "
+        "To begin with: sensorium chat demo --image FILE.png",
     )
     parser.add_argument("--version", action="version", version=f"sensorium {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -46,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _in_words_of_flags(error: SensoriumError) -> str:
-    """The message with a configuration field spelled as the flag that sets it."""
+    """Return the message with a field of the configuration written as its flag."""
     name = error.param
     if isinstance(error, ConfigError) and name and error.message.startswith(f"{name} "):
         return flag_of(name) + error.message[len(name) :]

@@ -1,4 +1,4 @@
-"""The page of all settings, made of the same fields as the flags."""
+"""docs/configuration.md, generated from the same fields as the flags."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from sensorium.config import ENGINE_SECTIONS, ServerConfig
 
 _INTRODUCTION = """# Configuration
 
-Every setting is a keyword of `LLM(...)` and a flag of `sensorium serve`; the server's own are flags only. This page is
-made from the fields of `sensorium.config` by `scripts/configuration_docs`; edit the fields, not the page.
+Every option is a keyword of `LLM(...)` and a flag of `sensorium serve`; those of the server are
+flags only. This page is generated from the fields of `sensorium.config` by
+`scripts/configuration_docs`; edit the fields, not the page.
 
-A flag that takes several values may be repeated. Flags that switch something on have a `--no-` form. Underscores in
-flags are read as hyphens. JSON is given in quotes: `--mm-processor-kwargs '{"max_pixels": 1003520}'`.
+A flag that takes several values may be repeated. Flags that are on or off have a `--no-` form.
+Underscores in flags are read as hyphens. JSON is given in quotes:
+`--mm-processor-kwargs '{"max_pixels": 1003520}'`.
 
 ## Environment
 
 | variable | meaning |
 | --- | --- |
-| `SENSORIUM_API_KEY` | One more API key of the server (and the key that `sensorium chat` and `bench serve` send). |
-| `SENSORIUM_LOG_LEVEL` | debug, info, warning or error: the log of commands and of the engine's process. |
+| `SENSORIUM_API_KEY` | An API key of the server, and the one that `chat` and `bench serve` send. |
+| `SENSORIUM_LOG_LEVEL` | Log level of commands and of the engine: debug, info, warning or error. |
 | `XDG_CACHE_HOME` | Folder of caches, compiled CPU kernels among them; `~/.cache` when unset. \
 Where it cannot be written, each start compiles them again, with a warning. |
 | `SENSORIUM_IMAGE_FETCH_TIMEOUT` | Seconds for the whole download of an image. |
 | `SENSORIUM_VIDEO_FETCH_TIMEOUT` | Seconds for the whole download of a video. |
-| `SENSORIUM_AUDIO_FETCH_TIMEOUT` | Seconds for the whole download of a sound. |
+| `SENSORIUM_AUDIO_FETCH_TIMEOUT` | Seconds for the whole download of an audio file. |
 | `SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS` | 0 forbids redirects of media URLs, 1 allows them. |
 
-`SENSORIUM_API_KEY` and the last four are also read under their `VLLM_` names, and then their `APHRODITE_` names, where
-ours are unset (or, for the key, empty). Flags win over the last four; the key is one more beside those of `--api-key`.
-The log of each start says whether a key is needed.
+`SENSORIUM_API_KEY` and the last four are also read under their `VLLM_` names, and then their
+`APHRODITE_` names, where ours are unset (or, for the key, empty). Flags override the last four; the
+key is accepted in addition to those of `--api-key`. The log of each start says whether a key is
+needed.
 """
 
 
 def configuration_markdown() -> str:
-    """The whole page."""
+    """Return the page."""
     sections = [*ENGINE_SECTIONS.items(), ("server", ServerConfig)]
     return "\n".join([_INTRODUCTION, *(_section(TITLES[name], cls) for name, cls in sections)])
 
@@ -75,7 +78,7 @@ def _takes(field: dataclasses.Field[Any], kind: Any) -> str:
     origin = typing.get_origin(kind)
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
-    names = {bool: "on or off", int: "integer", float: "number", str: "text"}
-    name = names.get(kind) or {tuple: "texts", dict: "JSON"}.get(origin, "text")
+    names = {bool: "on or off", int: "integer", float: "number", str: "string"}
+    name = names.get(kind) or {tuple: "strings", dict: "JSON"}.get(origin, "string")
     bounds = str(bounds_of(field))
     return f"{name}, {bounds}" if bounds else name

@@ -1,4 +1,4 @@
-"""Talking to a running server, with the standard library alone."""
+"""Client of a running server; uses the standard library only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_SECONDS = 600.0
 
 
 class RemoteModel:
-    """A model behind an OpenAI-compatible API. ``base_url`` with or without ``/v1``."""
+    """A model behind an OpenAI-compatible API; ``base_url`` may end in ``/v1``."""
 
     def __init__(
         self, base_url: str, *, model: str | None = None, api_key: str | None = None
@@ -34,7 +34,11 @@ class RemoteModel:
     def stream(
         self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
     ) -> Iterator[str]:
-        """Pieces of the answer. Raises SensoriumError with what the server says."""
+        """Yield the answer piece by piece.
+
+        Raises:
+            SensoriumError: the server refused the request or failed; its message is included.
+        """
         body = {"model": self.name, "messages": list(messages), "stream": True, **sampling}
         with closing(self._connection()) as connection:
             response = self._send(connection, "POST", "/chat/completions", json.dumps(body))
@@ -47,7 +51,7 @@ class RemoteModel:
                 yield _text_of(json.loads(data))
 
     def close(self) -> None:
-        """Nothing is kept open between two answers."""
+        """Do nothing: no connection is kept between two answers."""
 
     def _first_model(self) -> str:
         with closing(self._connection()) as connection:

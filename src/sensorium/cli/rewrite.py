@@ -1,7 +1,8 @@
-"""Spellings of arguments that argparse does not read by itself, put into the flags that it does.
+"""Rewriting of arguments that argparse does not read by itself into flags that it does.
 
-``--max_model_len``, ``-tp 2``, ``-O3``, ``--disable-x`` for ``--no-enable-x``, ``--limit-mm-per-prompt.image 2`` (a
-member of a flag that takes JSON), and ``--config FILE.yaml``, whose keys are flags.
+``--max_model_len``, ``-tp 2``, ``-O3``, ``--disable-x`` for ``--no-enable-x``,
+``--limit-mm-per-prompt.image 2`` (a member of a flag that takes JSON), and ``--config FILE.yaml``,
+whose keys are flags.
 """
 
 from __future__ import annotations
@@ -50,8 +51,13 @@ _OPPOSITES = {"--enable-": "--disable-", "--disable-": "--enable-"}
 def rewritten(args: Sequence[str], known: Collection[str], *, has_model: bool) -> list[str]:
     """Return the arguments with only flags that argparse reads.
 
-    known: the flags of the parser. has_model: whether a model may come first, without a flag. Raises ConfigError for a
-    file of flags that cannot be read and for a member without a value.
+    Args:
+        args: as given on the command line.
+        known: flags of the parser.
+        has_model: the first argument may be a model, without a flag.
+
+    Raises:
+        ConfigError: a file of flags cannot be read, or a member has no value.
     """
     plain = [_spelled_out(arg, known) for arg in args]
     plain = _with_file(plain, known, has_model=has_model)
@@ -97,7 +103,7 @@ def _members_joined(args: Sequence[str]) -> list[str]:
 
 
 def _object_given(flag: str, args: Sequence[str]) -> dict[str, Any]:
-    """Return the JSON object that a flag was given as a whole, besides its members; empty without one."""
+    """Return the whole JSON object that a flag has besides its members, or an empty one."""
     texts = [text for name, text in itertools.pairwise(args) if name == flag]
     texts += [arg.removeprefix(f"{flag}=") for arg in args if arg.startswith(f"{flag}=")]
     try:
@@ -108,7 +114,7 @@ def _object_given(flag: str, args: Sequence[str]) -> dict[str, Any]:
 
 
 def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
-    """Set the member at ``path``; ``name+`` takes a list of texts with commas between."""
+    """Set the member at ``path``; ``name+`` takes a comma-separated list of strings."""
     *outer, last = path
     for name in outer:
         into = into.setdefault(name, {})
@@ -122,7 +128,7 @@ def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
 
 
 def _with_file(args: Sequence[str], known: Collection[str], *, has_model: bool) -> list[str]:
-    """Return the arguments with the flags of ``--config FILE`` behind them; one that was given wins over the file."""
+    """Append the flags of ``--config FILE`` to the arguments; given flags win over the file."""
     kept, path = list(args), None
     for place, arg in enumerate(args):
         if arg == "--config" or arg.startswith("--config="):
@@ -145,13 +151,13 @@ def _with_file(args: Sequence[str], known: Collection[str], *, has_model: bool) 
 
 
 def _base(arg: str) -> str:
-    """Return the flag that an argument sets, whichever way."""
+    """Return the flag that an argument sets, without ``--no-`` and value."""
     name = arg.partition("=")[0]
     return f"--{name.removeprefix('--no-').removeprefix('--')}"
 
 
 def _as_arguments(flag: str, value: Any) -> list[str]:
-    """Return a key of a file as it would be given on the command line."""
+    """Return a key of a file as command-line arguments."""
     if value is None or value == []:
         return []
     if isinstance(value, bool):
@@ -179,7 +185,7 @@ def read_flags(path: str) -> Mapping[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return what is wrong with a file, without its text: keys may stand in it, and logs keep what is printed."""
+    """Return the reason of an error, without text of the file, which may contain API keys."""
     place = getattr(error, "problem_mark", None)
     if place is not None:
         return f"line {place.line + 1}: {getattr(error, 'problem', None)}"

@@ -1,8 +1,9 @@
-"""Configuration: small frozen classes, each value checked when built.
+"""Configuration: small frozen classes that check their values.
 
-Every field is at once a keyword of ``LLM``, a flag of ``sensorium serve`` (``max_model_len`` is ``--max-model-len``), a
-line of its help and a row of the documentation. ``engine_config(**keywords)`` distributes flat keywords over the
-classes and refuses unknown ones with a suggestion.
+Every field is at once a keyword of ``LLM``, a flag of ``sensorium serve`` (``max_model_len`` is
+``--max-model-len``), a line of its help and a row of the documentation.
+``engine_config(**keywords)`` distributes flat keywords over the classes and refuses unknown ones
+with a suggestion.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Everything that an engine needs; built once by ``engine_config`` and then only read."""
+    """All options of an engine; built by ``engine_config``, immutable."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -77,11 +78,14 @@ ENGINE_SECTIONS: dict[str, type] = {
 
 
 def engine_config(**keywords: Any) -> EngineConfig:
-    """Build an ``EngineConfig`` of flat keywords, with the environment's values where a keyword is not given.
+    """Build an ``EngineConfig`` from flat keywords and the environment.
 
-    Keywords of vLLM's become ours, as ``docs/from_vllm.md`` says, with a warning for those that do nothing. None leaves
-    an option at its default. Raises ConfigError for an unknown keyword (with the nearest known one), for what cannot be
-    had and for values out of their range.
+    vLLM's keywords are translated as ``docs/from_vllm.md`` says, with a warning for those that have
+    no effect. None leaves an option at its default.
+
+    Raises:
+        ConfigError: a keyword is unknown (the nearest known one is named) or not available, or a
+            value is out of its range.
     """
     keywords = {**media_environment(), **_in_our_words(keywords)}
     sections: dict[str, Any] = {}
@@ -95,14 +99,14 @@ def engine_config(**keywords: Any) -> EngineConfig:
             hint = " It is an option of the server: sensorium serve."
         raise ConfigError(f"Unknown keyword {name!r}.{hint}", param=name)
     config = EngineConfig(**sections)
-    # Not in the classes: a configuration that another process reads has been warned of already.
+    # Not in the classes: other processes build them, too, and should not warn again.
     for message in (*config.model.deprecations(), *config.deprecated.deprecations()):
         warn_caller(message)
     return config
 
 
 def _in_our_words(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords without those of vLLM's, and what these mean here. Raises ConfigError."""
+    """Return the keywords with vLLM's translated into ours. Raises ConfigError."""
     ours = set(engine_option_names())
     foreign = {k: v for k, v in keywords.items() if k in ENGINE_RULES and k not in ours}
     adopted = adopt(foreign, ENGINE_RULES)
@@ -117,15 +121,15 @@ def _in_our_words(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(value: Any, before: Any) -> Any:
-    """Return ``value``, over ``before`` where both are mappings."""
+    """Return ``value``, merged over ``before`` if both are mappings."""
     return {**before, **value} if isinstance(value, dict) and isinstance(before, dict) else value
 
 
 def _plain_path(value: Any) -> Any:
-    """Return the text of a path object, and anything else as it is."""
+    """Return the string of a path object, other values unchanged."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def engine_option_names() -> list[str]:
-    """Names of all flat engine keywords."""
+    """Return the names of all engine options."""
     return [f.name for cls in ENGINE_SECTIONS.values() for f in dataclasses.fields(cls)]

@@ -47,8 +47,8 @@ class ModelConfig:
     )
     generation_config: str = option(
         "auto",
-        "Source of the default sampling parameters. auto: the model's generation_config.json; vllm: "
-        "none; or a folder with such a file.",
+        "Source of the default sampling parameters. auto: the model's generation_config.json; "
+        "vllm: none; or a folder with such a file.",
     )
     override_generation_config: dict[str, Any] = option(
         dict,
@@ -65,8 +65,8 @@ class ModelConfig:
     batch_invariant: bool | None = option(
         None,
         "Make tokens and log probabilities of a request bitwise independent of the rest of the "
-        "batch, of prompt chunks and of caches. If unset: on where its cost is negligible, which is "
-        "everywhere except on GPUs and, with bfloat16, on CPUs with AMX.",
+        "batch, of prompt chunks and of caches. If unset: on where its cost is negligible, which "
+        "is everywhere except on GPUs and, with bfloat16, on CPUs with AMX.",
     )
     enforce_eager: bool = option(False, "Accepted for compatibility; no graphs are captured.")
     num_threads: int | None = option(

@@ -1,4 +1,4 @@
-"""Warnings that name the line of the caller outside this package, however deep they arise."""
+"""Warnings that point to the caller outside this package."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def warn_caller(message: str, category: type[Warning] = DeprecationWarning) -> None:
-    """Warn with the line from which the package was called; Python shows each line once."""
+    """Warn with the line that called the package; Python shows each line once."""
     level = 2
     frame = sys._getframe(1)
     while frame.f_back is not None and _is_ours(str(frame.f_globals.get("__name__"))):

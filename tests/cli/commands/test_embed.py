@@ -85,7 +85,7 @@ def test_a_file_in_and_a_file_out(
         (("--text", "a", "--dimensions", "0"), "dimensions must be between 1"),
         (("--image", "nowhere.png"), "'nowhere.png' cannot be read"),
         (("--input", "nowhere.jsonl"), "--input 'nowhere.jsonl' cannot be read"),
-        (("--text", "a", "-o", "nowhere/out.jsonl"), "there is no such folder"),
+        (("--text", "a", "-o", "nowhere/out.jsonl"), "its folder does not exist"),
     ],
 )
 def test_mistakes_are_told_before_the_model_is_loaded(
@@ -99,10 +99,10 @@ def test_mistakes_are_told_before_the_model_is_loaded(
     ("line", "message"),
     [
         ("{", "line 2 is not valid JSON"),
-        ("5", "line 2 must be a text or an object"),
-        ("{}", "line 2 must be a text or an object"),
-        ('{"picture": "a"}', "line 2 must be a text or an object"),
-        ('{"text": 5}', 'line 2 has a "text" that is none: 5'),
+        ("5", "line 2 must be a string or an object"),
+        ("{}", "line 2 must be a string or an object"),
+        ('{"picture": "a"}', "line 2 must be a string or an object"),
+        ('{"text": 5}', 'line 2 has a "text" that is no string: 5'),
         ('{"images": "a.png"}', "no list of paths or URLs"),
     ],
 )

@@ -27,7 +27,7 @@ def test_every_family_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert line.startswith(name)
         assert line.endswith(checkpoint)
-        assert f"  vectors  {architecture}" in line
+        assert f"  embeddings  {architecture}" in line
     for (name, checkpoint, architecture, _), line in zip(
         EXAMPLES, lines[-len(EXAMPLES) :], strict=True
     ):
@@ -52,7 +52,7 @@ def test_as_objects(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["VLM2Vec"] == {
         "family": "VLM2Vec",
         "takes": ["text", "image"],
-        "makes": "vectors",
+        "makes": "embeddings",
         "architectures": ["Phi3VForCausalLM"],
         "checkpoint": "TIGER-Lab/VLM2Vec-Full",
     }

@@ -1,4 +1,4 @@
-"""The flags of ``sensorium bench`` and its four measurements."""
+"""``sensorium bench`` and its four measurements."""
 
 from __future__ import annotations
 
@@ -11,26 +11,35 @@ from sensorium.cli.flags import add_engine_flags, engine_keywords
 from sensorium.config import ModelConfig
 
 Subparsers = Any
-"""What ``ArgumentParser.add_subparsers`` returns; argparse does not name its type publicly."""
+"""Type of ``ArgumentParser.add_subparsers``, which argparse does not name publicly."""
 
 DESCRIPTIONS = {
-    "serve": "Load on a running OpenAI-compatible server: latencies in percentiles, rates, errors.",
-    "throughput": "Many prompts at once through the offline engine: tokens per second.",
-    "latency": "One batch at a time through the offline engine: first token and steps.",
-    "startup": "From starting a process to its first token, with cold and with warm kernels.",
+    "serve": "Measure latencies, rates and errors of a running server under load.",
+    "throughput": "Measure tokens per second of the offline engine with many prompts at once.",
+    "latency": "Measure time to first token and time per step of the offline engine.",
+    "startup": "Measure the time from process start to the first token.",
 }
 
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
-    """Add ``bench`` with its subcommands; each sets ``handler``, which takes the parsed arguments."""
+    """Add ``bench`` with its subcommands; each sets ``handler``."""
     bench: argparse.ArgumentParser = subparsers.add_parser(
-        "bench", help="measure a server or the engine", description="Measure speed."
+        "bench",
+        help="measure the speed of a server or of the engine",
+        description="Measure the speed of a server or of the engine.",
     )
     kinds = bench.add_subparsers(metavar="KIND", required=True)
     for name, add_flags in _FLAGS.items():
-        parser = kinds.add_parser(name, help=DESCRIPTIONS[name], description=DESCRIPTIONS[name])
+        parser = kinds.add_parser(
+            name,
+            help=DESCRIPTIONS[name],
+            usage="%(prog)s [options]",
+            description=DESCRIPTIONS[name],
+        )
         add_flags(parser)
-        parser.add_argument("--output", type=Path, metavar="FILE", help="write the result as JSON")
+        parser.add_argument(
+            "--output", type=Path, metavar="FILE", help="file for the result, as JSON"
+        )
         parser.set_defaults(handler=_HANDLERS[name])
     return bench
 
@@ -38,20 +47,23 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
     server.add_argument(
-        "--base-url", metavar="URL", default="http://127.0.0.1:8000", help="with or without /v1"
+        "--base-url",
+        metavar="URL",
+        default="http://127.0.0.1:8000",
+        help="address of the server; may end in /v1",
     )
     server.add_argument(
         "--model",
         metavar="NAME",
-        help="name of the model; the first that the server lists when not given",
+        help="name of the model; the first that the server lists if not given",
     )
     server.add_argument(
         "--api-key",
         metavar="KEY",
-        help="sent as bearer token; default: SENSORIUM_API_KEY, VLLM_API_KEY, APHRODITE_API_KEY",
+        help="key for the server; default: SENSORIUM_API_KEY, VLLM_API_KEY, APHRODITE_API_KEY",
     )
     server.add_argument(
-        "--timeout", type=float, metavar="N", default=600.0, help="seconds for one request"
+        "--timeout", type=float, metavar="N", default=600.0, help="seconds per request"
     )
     load = parser.add_argument_group("load")
     load.add_argument(
@@ -59,16 +71,20 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="N",
         default=float("inf"),
-        help="mean requests per second, Poisson arrivals; inf sends all at once",
+        help="mean requests per second, with Poisson arrivals; inf sends all at once",
     )
     load.add_argument(
         "--concurrency",
         type=int,
         metavar="N",
-        help="most requests in flight; no bound when not given",
+        help="maximum number of requests in flight; unlimited if not given",
     )
     load.add_argument(
-        "--num-warmups", type=int, metavar="N", default=1, help="requests that do not count"
+        "--num-warmups",
+        type=int,
+        metavar="N",
+        default=1,
+        help="number of requests that are not measured",
     )
     load.add_argument(
         "--seed", type=int, metavar="N", default=0, help="seed of texts, images and arrivals"
@@ -78,16 +94,18 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="N",
         default=0.0,
-        help="part of the clients that hang up midway (0 to 1)",
+        help="fraction of the clients that disconnect midway (0 to 1)",
     )
     load.add_argument(
         "--ignore-eos",
         action="store_true",
-        help="ask for the full output length; for servers that know this field",
+        help="always generate the full output length, on servers that support this field",
     )
-    load.add_argument("--extra-body", metavar="JSON", help="further members of each request")
+    load.add_argument("--extra-body", metavar="JSON", help="further fields of each request")
     load.add_argument(
-        "--save-requests", action="store_true", help="write the times of each request too"
+        "--save-requests",
+        action="store_true",
+        help="include the times of each request in the result",
     )
     _workload_flags(parser, num_prompts=100, input_len=128, output_len=128)
     _reuse_flags(parser)
@@ -100,10 +118,18 @@ def _throughput_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _latency_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, metavar="N", default=1, help="sequences at once")
-    parser.add_argument("--iterations", type=int, metavar="N", default=5, help="batches that count")
     parser.add_argument(
-        "--num-warmups", type=int, metavar="N", default=1, help="batches that do not count"
+        "--batch-size", type=int, metavar="N", default=1, help="sequences per batch"
+    )
+    parser.add_argument(
+        "--iterations", type=int, metavar="N", default=5, help="number of measured batches"
+    )
+    parser.add_argument(
+        "--num-warmups",
+        type=int,
+        metavar="N",
+        default=1,
+        help="number of batches that are not measured",
     )
     _workload_flags(parser, num_prompts=None, input_len=32, output_len=128)
     add_engine_flags(parser)
@@ -111,18 +137,22 @@ def _latency_flags(parser: argparse.ArgumentParser) -> None:
 
 def _startup_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--runs", type=int, metavar="N", default=3, help="processes with warm kernels"
+        "--runs", type=int, metavar="N", default=3, help="number of starts with compiled kernels"
     )
     parser.add_argument(
-        "--cold-runs", type=int, metavar="N", default=1, help="processes that compile kernels"
+        "--cold-runs",
+        type=int,
+        metavar="N",
+        default=1,
+        help="number of starts that compile kernels",
     )
     parser.add_argument(
-        "--timeout", type=float, metavar="N", default=1800.0, help="seconds for one process"
+        "--timeout", type=float, metavar="N", default=1800.0, help="seconds per process"
     )
     parser.add_argument(
         "--command",
         metavar="TEXT",
-        help="time this command to its first output instead of Sensorium",
+        help="measure this command until its first output, instead of Sensorium",
     )
     add_engine_flags(parser)
 
@@ -133,17 +163,21 @@ def _workload_flags(
     group = parser.add_argument_group("workload")
     if num_prompts is not None:
         group.add_argument(
-            "--num-prompts", type=int, metavar="N", default=num_prompts, help="how many requests"
+            "--num-prompts", type=int, metavar="N", default=num_prompts, help="number of requests"
         )
     group.add_argument(
         "--input-len",
         type=int,
         metavar="N",
         default=input_len,
-        help="tokens of a text offline, words against a server or beside images",
+        help="length of a text: tokens offline, words for a server or with images",
     )
     group.add_argument(
-        "--output-len", type=int, metavar="N", default=output_len, help="tokens of an answer"
+        "--output-len",
+        type=int,
+        metavar="N",
+        default=output_len,
+        help="length of an answer in tokens",
     )
     group.add_argument("--images", type=int, default=0, metavar="N", help="images per prompt")
     group.add_argument(
@@ -151,21 +185,25 @@ def _workload_flags(
         type=_size,
         default=(640, 480),
         metavar="WxH",
-        help="pixels of each image; 640x480 when not given",
+        help="size of each image in pixels; default: 640x480",
     )
 
 
 def _reuse_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reuse")
     group.add_argument(
-        "--prefix-len", type=int, metavar="N", default=0, help="words that all prompts begin with"
+        "--prefix-len",
+        type=int,
+        metavar="N",
+        default=0,
+        help="number of words at the beginning that all prompts share",
     )
     group.add_argument(
         "--distinct-images",
         type=int,
         metavar="N",
         default=0,
-        help="draw from N images; 0: all are new",
+        help="number of distinct images; 0: every image is new",
     )
 
 
@@ -177,7 +215,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _keywords(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The engine's keywords, with the model that is meant when none is named."""
+    """Return the engine's keywords, with the default model if none is given."""
     return {"model": ModelConfig().model, **engine_keywords(arguments)}
 
 

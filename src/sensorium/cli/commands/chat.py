@@ -1,4 +1,4 @@
-"""``sensorium chat``: a conversation in the terminal, with pictures."""
+"""``sensorium chat``: a conversation in the terminal, with images, video and audio."""
 
 from __future__ import annotations
 
@@ -21,35 +21,40 @@ from sensorium.environment import api_keys_of_environment
 from sensorium.errors import SensoriumError
 
 DESCRIPTION = (
-    "Talk with a model. Without --base-url the model is loaded here. The path of a picture, a clip "
-    "or a sound that is typed or dropped into a line is attached to it."
+    "Chat with a model. Without --base-url the model is loaded in this process. The path of an "
+    "image, a video or an audio file that is typed or dropped into a line is attached to it."
 )
-HELP = """/image PATH   attach a picture to the next message
-/video PATH   attach a clip
-/audio PATH   attach a sound
-/reset        begin a new conversation
-/help         these lines
-/exit         leave (also Ctrl-D); Ctrl-C stops an answer"""
+HELP = """/image PATH   attach an image to the next message
+/video PATH   attach a video
+/audio PATH   attach an audio file
+/reset        start a new conversation
+/help         show these commands
+/exit         quit (also Ctrl-D); Ctrl-C stops an answer"""
 COMMANDS = ("/exit", "/quit", "/reset", "/help", *(f"/{modality}" for modality in KINDS))
 
 
 class Model(Protocol):
-    """Who answers."""
+    """A source of answers."""
 
     name: str
 
     def stream(
         self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
     ) -> Iterator[str]:
-        """Pieces of the answer."""
+        """Yield the answer piece by piece."""
 
     def close(self) -> None:
-        """Free what is held."""
+        """Release all resources."""
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser("chat", help="talk with a model", description=DESCRIPTION)
+    parser = commands.add_parser(
+        "chat",
+        help="chat with a model in the terminal",
+        usage="%(prog)s [MODEL] [options]",
+        description=DESCRIPTION,
+    )
     add_model_argument(parser)
     parser.add_argument("--base-url", metavar="URL", help="address of a running server")
     parser.add_argument(
@@ -65,10 +70,10 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Talk until the user leaves."""
+    """Chat until the user quits."""
     take_model_argument(arguments)
     for attachment in arguments.attachments:
-        attachment.part()  # a wrong path is better known before the model is loaded
+        attachment.part()  # report a wrong path before the model is loaded
     model = open_model(arguments)
     try:
         session = Session(model, sampling_values(arguments), system=arguments.system)
@@ -84,20 +89,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def open_model(arguments: argparse.Namespace) -> Model:
-    """The model behind ``--base-url``, or one that is loaded here. Raises SensoriumError."""
+    """Return the model behind ``--base-url``, or load one. Raises SensoriumError."""
     if arguments.base_url:
         from sensorium.cli.remote import RemoteModel
 
         key = arguments.api_key or next(iter(api_keys_of_environment()), None)
         return RemoteModel(arguments.base_url, model=getattr(arguments, "model", None), api_key=key)
-    build_engine_config(arguments)  # mistakes are told before torch is imported
+    build_engine_config(arguments)  # report mistakes before torch is imported
     from sensorium.cli.local import LocalModel
 
     return LocalModel(**{"model": "demo", **engine_keywords(arguments)})
 
 
 class Session:
-    """A conversation: its messages, and the media that wait for the next one."""
+    """A conversation: its messages, and the attachments of the next one."""
 
     def __init__(self, model: Model, sampling: Mapping[str, Any], *, system: str | None) -> None:
         self._model = model
@@ -107,13 +112,13 @@ class Session:
         self.attachments: list[Attachment] = []
 
     def turn(self) -> bool:
-        """Read a line and act on it; False when the user leaves."""
+        """Read a line and act on it; return False when the user quits."""
         try:
             line = input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return False
         except KeyboardInterrupt:
-            print("\n/exit leaves.")
+            print("\nType /exit to quit.")
             return True
         text, attachments = split_line(line)
         # Anything else that begins with a slash may be the path of a file.
@@ -123,7 +128,7 @@ class Session:
         if text:
             self._ask(text)
         elif attachments:
-            print(f"{len(self.attachments)} attached; now ask about it.")
+            print(f"{len(self.attachments)} attached; now ask a question.")
         return True
 
     def _command(self, line: str) -> bool:
@@ -152,7 +157,7 @@ class Session:
         print(f"{len(self.attachments)} attached.")
 
     def _ask(self, text: str) -> None:
-        """Send the conversation with a new message; forget the message when that fails."""
+        """Send the conversation with a new message; drop the message if that fails."""
         answer = ""
         try:
             self.messages.append(user_message(text, self.attachments))
@@ -171,7 +176,7 @@ class Session:
 
 
 def _enable_line_editing() -> None:
-    """Arrow keys and history, where Python has them."""
+    """Enable arrow keys and history if Python has readline."""
     import contextlib
     import importlib
 

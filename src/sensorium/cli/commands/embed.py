@@ -1,4 +1,4 @@
-"""``sensorium embed``: vectors of texts and pictures, as JSON lines."""
+"""``sensorium embed``: embeddings of texts and images, as JSON lines."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ if TYPE_CHECKING:
     from sensorium.outputs import EmbeddingRequestOutput
 
 DESCRIPTION = (
-    "Load a model and print a JSON line with the vector of each input. A text alone is taken as it stands; pictures, "
-    "and texts with --chat, become a message that the chat template renders."
+    "Load a model and print a JSON line with the embedding of each input. A text alone is used as "
+    "it is; images, and texts with --chat, become a message that the chat template renders."
 )
 CHOSEN_HERE = ("runner", "convert", "task")
-"""Fields of the configuration that this command decides."""
+"""Options that this command sets itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """What one vector is made of."""
+    """Text and images of one embedding."""
 
     text: str
     images: tuple[str, ...] = ()
 
     def prompt(self, chat: bool) -> dict[str, Any]:
-        """As ``LLM.embed`` takes it. Raises ConfigError for a picture that cannot be read."""
+        """Return the input as a prompt of ``LLM.embed``.
+
+        Raises:
+            ConfigError: an image cannot be read.
+        """
         if not (chat or self.images):
             return {"prompt": self.text}
         message = user_message(self.text, [Attachment("image", source) for source in self.images])
@@ -47,51 +51,57 @@ class Input:
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
-        "embed", help="make vectors of texts and pictures", description=DESCRIPTION
+        "embed",
+        help="compute embeddings of texts and images",
+        usage="%(prog)s [MODEL] [options]",
+        description=DESCRIPTION,
     )
     add_model_argument(parser)
-    for flag, metavar, what in (("--text", "TEXT", "a text"), ("--image", "PATH", "a picture")):
+    for flag, metavar, what in (
+        ("--text", "TEXT", "a text to embed"),
+        ("--image", "PATH", "an image to embed (path or URL)"),
+    ):
         parser.add_argument(
             flag,
             dest=f"{flag[2:]}s",
             action="append",
             default=[],
             metavar=metavar,
-            help=f"{what} to make a vector of{' (path or URL)' if flag == '--image' else ''}; repeatable",
+            help=f"{what}; repeatable",
         )
     parser.add_argument(
         "--together",
         action="store_true",
-        help="one vector of all texts and pictures, as one message",
+        help="one embedding of all texts and images, as one message",
     )
     parser.add_argument(
         "--input",
         metavar="FILE",
-        help='JSON lines, each a text or {"text": ..., "images": [...]}; - reads them from the input',
+        help='JSON lines, each a string or {"text": ..., "images": [...]}; - reads stdin',
     )
     parser.add_argument(
-        "--chat", action="store_true", help="render texts without pictures by the chat template too"
+        "--chat", action="store_true", help="use the chat template for texts without images, too"
     )
     parser.add_argument(
-        "-o", "--output", metavar="FILE", help="where the lines go (default: the output)"
+        "-o", "--output", metavar="FILE", help="file for the lines (default: stdout)"
     )
     parser.add_argument(
-        "--dimensions", type=int, metavar="N", help="keep the first N numbers (Matryoshka models)"
+        "--dimensions", type=int, metavar="N", help="length of the embeddings (Matryoshka models)"
     )
     parser.add_argument(
         "--normalize",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="scale vectors to length 1 (default: as the model's files say)",
+        help="scale embeddings to length 1 (default: as in the model's files)",
     )
     add_engine_flags(parser, without=CHOSEN_HERE)
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Embed and write."""
+    """Compute the embeddings and write them."""
     take_model_argument(arguments)
-    build_engine_config(arguments)  # mistakes are told before torch is imported
+    build_engine_config(arguments)  # report mistakes before torch is imported
     params = PoolingParams(dimensions=arguments.dimensions, normalize=arguments.normalize)
     inputs = _inputs(arguments)
     prompts = [one.prompt(arguments.chat) for one in inputs]
@@ -109,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _inputs(arguments: argparse.Namespace) -> list[Input]:
-    """Everything that is to be embedded: that of the file first, then texts, then pictures."""
+    """Return all inputs: those of the file, then texts, then images."""
     texts, images = arguments.texts, tuple(arguments.images)
     inputs = list(_of_file(arguments.input)) if arguments.input else []
     if arguments.together and (texts or images):
@@ -127,7 +137,9 @@ def _of_file(name: str) -> Iterator[Input]:
         text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--input {name!r} cannot be read: {error}.") from error
-    for number, line in enumerate(text.split("\n"), 1):  # strings may hold other ends of lines
+    for number, line in enumerate(
+        text.split("\n"), 1
+    ):  # not splitlines: JSON strings may contain other line ends
         if line.strip():
             yield _of_line(line, number)
 
@@ -140,12 +152,12 @@ def _of_line(line: str, number: int) -> Input:
     if isinstance(value, str):
         return Input(value)
     if not isinstance(value, dict) or not value or not set(value) <= {"text", "images"}:
-        _bad_line(number, 'must be a text or an object of "text" and "images"')
+        _bad_line(number, 'must be a string or an object of "text" and "images"')
     text, images = value.get("text", ""), value.get("images", [])
     if not isinstance(text, str):
-        _bad_line(number, f'has a "text" that is none: {text!r}')
+        _bad_line(number, f'has a "text" that is no string: {text!r}')
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
-        _bad_line(number, f'has "images" that are no list of paths or URLs: {images!r}')
+        _bad_line(number, f'has "images" that is no list of paths or URLs: {images!r}')
     return Input(text, tuple(images))
 
 
@@ -154,12 +166,14 @@ def _bad_line(number: int, what: str) -> NoReturn:
 
 
 def _output(name: str | None) -> Path | None:
-    """Where the lines go; a folder that does not exist is better known before the model is loaded."""
+    """Return the output file; report a missing folder before the model is loaded."""
     if name is None:
         return None
     path = Path(name).expanduser()
     if not path.parent.is_dir() or path.is_dir():
-        raise ConfigError(f"--output {name!r}: there is no such folder, or it is one itself.")
+        raise ConfigError(
+            f"--output {name!r}: its folder does not exist, or it is a folder itself."
+        )
     return path
 
 

@@ -1,4 +1,4 @@
-"""``sensorium generate``: one prompt, one answer."""
+"""``sensorium generate``: answer one prompt."""
 
 from __future__ import annotations
 
@@ -18,30 +18,35 @@ if TYPE_CHECKING:
     from sensorium.outputs import RequestOutput
     from sensorium.params import SamplingParams
 
-DESCRIPTION = "Load a model, answer one prompt, print the text."
+DESCRIPTION = "Load a model, answer one prompt and print the text."
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser("generate", help="answer one prompt", description=DESCRIPTION)
-    parser.add_argument("prompt", metavar="PROMPT", help="the question; - reads it from the input")
+    parser = commands.add_parser(
+        "generate",
+        help="answer one prompt",
+        usage="%(prog)s PROMPT [options]",
+        description=DESCRIPTION,
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="the prompt; - reads stdin")
     add_attachment_flags(parser, "")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="no chat template: the prompt as it stands, with the model's own placeholders",
+        help="use no chat template: the prompt contains the model's own placeholders",
     )
-    parser.add_argument("--json", action="store_true", help="print an object with all details")
+    parser.add_argument("--json", action="store_true", help="print a JSON object with all details")
     add_sampling_flags(parser, samples=True)
     add_engine_flags(parser, without=("seed",))
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer and print."""
+    """Generate the answer and print it."""
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
-    build_engine_config(arguments)  # mistakes are told before torch is imported
+    build_engine_config(arguments)  # report mistakes before torch is imported
     ask = _raw if arguments.raw else _chat
     question = ask(arguments, text)
     from sensorium.llm import LLM
@@ -59,19 +64,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace, text: str) -> list[dict[str, Any]]:
-    """The messages of a conversation."""
+    """Return the messages of the conversation."""
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     return [*system, user_message(text, arguments.attachments)]
 
 
 def _raw(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
-    """A raw prompt with its pictures."""
+    """Return a raw prompt with its images."""
     if arguments.system:
-        raise ConfigError("--system needs a chat template: leave out --raw.")
+        raise ConfigError("--system needs a chat template: omit --raw.")
     prompt: dict[str, Any] = {"prompt": text}
     for modality, source in arguments.attachments:
         if modality != "image":
-            raise ConfigError(f"--raw takes pictures only; for {KINDS[modality]} leave out --raw.")
+            raise ConfigError(f"--raw supports images only; for {KINDS[modality]} omit --raw.")
         data = prompt.setdefault("multi_modal_data", {"image": []})
         data["image"].append(_opened(source))
     return prompt

@@ -1,4 +1,4 @@
-"""``sensorium info``: versions, hardware, and what would be used on this machine."""
+"""``sensorium info``: versions, hardware, and defaults on this machine."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "info",
-        help="versions, hardware, what would be used",
-        description="Print versions, hardware, and what would be used on this machine.",
+        help="show versions, hardware and the defaults on this machine",
+        description="Print versions, hardware, and the defaults on this machine.",
     )
-    parser.add_argument("--json", action="store_true", help="print an object")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print what is found."""
+    """Print the facts."""
     found = collect()
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -52,13 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, dict[str, Any]]:
-    """Everything, by title and name."""
+    """Return all facts, by section and name."""
     versions = {"sensorium": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in PACKAGES}
     return {
         "versions": versions,
         "processor": _processor(),
-        "gpus": _gpus() or {"none": "torch sees none"},
+        "gpus": _gpus() or {"none": "torch finds none"},
         "would be used": _choices(),
     }
 
@@ -87,7 +87,7 @@ def _processor() -> dict[str, Any]:
 
 
 def _cpu_facts() -> dict[str, str]:
-    """The first processor of Linux's list; empty where there is none."""
+    """Return the fields of the first processor in /proc/cpuinfo; empty if there is no such file."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -112,7 +112,7 @@ def _gpus() -> dict[str, str]:
 
 
 def _choices() -> dict[str, Any]:
-    """What a model in bfloat16, the usual type of checkpoints, would run on."""
+    """Return device, dtype and threads of a model with default options."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -124,7 +124,7 @@ def _choices() -> dict[str, Any]:
 
 
 def _auto_dtype(gpu: bool) -> str:
-    """Return what ``--dtype auto`` stands for on this machine."""
+    """Return the meaning of ``--dtype auto`` on this machine."""
     import torch
 
     from sensorium.kernels import ops
@@ -135,8 +135,8 @@ def _auto_dtype(gpu: bool) -> str:
     if not without:
         return "the checkpoint's (--dtype auto)"
     return (
-        f"the checkpoint's, but float32 for {' and '.join(without)}, which this CPU has no units for, where the memory "
-        "allows it (--dtype auto)"
+        f"the checkpoint's; float32 instead of {' and '.join(without)}, which this CPU does not "
+        "support in hardware, if the memory suffices (--dtype auto)"
     )
 
 

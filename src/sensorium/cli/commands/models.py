@@ -1,4 +1,4 @@
-"""``sensorium models``: the families that run, what they take, and models that make vectors."""
+"""``sensorium models``: list of supported models."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "models",
-        help="the families that run, and what they take",
-        description="Print the model families that run, what they take, and a checkpoint of each; then the embedding "
-        "models among them that the documentation names.",
+        help="list the supported models and what they take",
+        description="Print the supported model families, what they take, and a checkpoint of each; "
+        "then embedding models, and tested models that run through transformers' own code. Other "
+        "models of transformers run the same way (docs/other_models.md).",
     )
-    parser.add_argument("--json", action="store_true", help="print a list of objects")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print one line for each family, then for each embedding model that the docs name, then for some of the models
-    that run through the code of transformers."""
+    """Print a line per family, per embedding model, and per tested model of transformers."""
     found = _families() + _embedders() + _others()
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -60,7 +60,7 @@ def _embedders() -> list[dict[str, Any]]:
         {
             "family": name,
             "takes": ["text", *resolve({"architectures": [architecture]}).modalities],
-            "makes": "vectors",
+            "makes": "embeddings",
             "architectures": [architecture],
             "checkpoint": checkpoint,
         }
@@ -73,7 +73,7 @@ def _others() -> list[dict[str, Any]]:
 
     return [
         {
-            "family": f"{name} (through transformers, as others)",
+            "family": f"{name} (through transformers)",
             "takes": ["text", *modalities],
             "makes": "text",
             "architectures": [architecture],

@@ -1,4 +1,4 @@
-"""``sensorium serve MODEL``, and ``run``, its older name."""
+"""``sensorium serve MODEL``, and its deprecated name ``run``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from sensorium.cli.flags import (
 )
 from sensorium.errors import ConfigError
 
-DESCRIPTION = "Serve a model over HTTP, compatible with OpenAI's API. SIGTERM lets requests finish."
+DESCRIPTION = (
+    "Serve a model over HTTP, compatible with OpenAI's API. On SIGTERM running requests are "
+    "finished before the server stops."
+)
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
-        "serve", aliases=["run"], help="serve a model over HTTP", description=DESCRIPTION
+        "serve",
+        aliases=["run"],
+        help="serve a model over HTTP",
+        usage="%(prog)s [MODEL] [options]",
+        description=DESCRIPTION,
     )
     add_model_argument(parser)
     add_server_flags(parser)
@@ -28,7 +35,7 @@ def add_parser(commands: Any) -> None:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Let the model be named without ``--model``."""
+    """Add the positional argument MODEL, as an alternative to ``--model``."""
     parser.add_argument(
         "model_argument",
         metavar="MODEL",
@@ -38,7 +45,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def take_model_argument(arguments: argparse.Namespace) -> None:
-    """Make MODEL what ``--model`` would be. Raises ConfigError when both are given and differ."""
+    """Use MODEL as ``--model``. Raises ConfigError when both are given and differ."""
     named, flagged = arguments.model_argument, getattr(arguments, "model", None)
     if named and flagged and named != flagged:
         raise ConfigError(f"The model is given twice: {named!r} and --model {flagged!r}.")
@@ -47,7 +54,7 @@ def take_model_argument(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal asks to stop."""
+    """Serve until a signal stops the server."""
     take_model_argument(arguments)
     engine = build_engine_config(arguments)
     server = build_server_config(arguments)
