@@ -19,6 +19,7 @@ ROWS = {
     "environment": 0,
     "processes": 0,
     "forks": 0,
+    "tracing": 0,
     "kernels": 1,
     "core": 1,
     "multimodal": 1,
@@ -49,6 +50,7 @@ SAME_ROW = {
     ("config", "environment"),
     ("environment", "errors"),
     ("forks", "errors"),
+    ("tracing", "errors"),
 }
 MODULES_ALLOWED = {
     # Of core, the runner sees the plans and the messages in them, never the scheduler.

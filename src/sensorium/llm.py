@@ -47,6 +47,7 @@ from sensorium.outputs import (
 )
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.tokenizer import Tokenizer
+from sensorium.tracing import Tracer
 
 Params = SamplingParams | Iterable[SamplingParams] | None
 Pooling = PoolingParams | Iterable[PoolingParams] | None
@@ -76,6 +77,7 @@ class LLM:
         self.config: EngineConfig = engine_config(model=model, **keywords)
         forks.begin_computing()
         self._made_in = forks.generation()
+        self._tracer = Tracer(self.config.observability.trace_dir)
         self._preparer = InputProcessor(
             self.config, trust_request_chat_template=True, package_files=True
         )
@@ -83,12 +85,12 @@ class LLM:
             self._engine = build_engine(self.config)
         except BaseException:
             self._preparer.close()
+            self._tracer.close()
             raise
         self._preparer.set_facts(self._engine.facts)
         self._loop = BackgroundLoop()
-        self._release = weakref.finalize(
-            self, release, self._made_in, self._loop.close, self._preparer.close
-        )
+        closers = (self._loop.close, self._preparer.close, self._tracer.close)
+        self._release = weakref.finalize(self, release, self._made_in, *closers)
         self._in_use = threading.Lock()
         self._closed = False
         self._run: BatchRun | None = None
@@ -487,5 +489,6 @@ class LLM:
             self._preparer,
             self._loop,
             self._request_numbers,
+            self._tracer,
             max_num_seqs=self.config.scheduler.max_num_seqs,
         )

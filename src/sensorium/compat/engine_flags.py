@@ -235,7 +235,7 @@ REFUSED = [
              sleep_mode_offload_cudagraph=False, sleep_preserve_parameter_names=[]),
     *refused("all frames that are sampled reach the model; sample fewer with --media-io-kwargs",
              harmless=one_of(0, 0.0), video_pruning_rate=None, video_pruning_method="evs"),
-    *refused("traces are not sent; docs/metrics.md has the seconds of each stage", otlp_traces_endpoint=None,
+    *refused("traces are not sent; --trace-dir writes them to files", otlp_traces_endpoint=None,
              collect_detailed_traces=[]),
     *refused("the bounds of histograms are fixed", custom_histogram_buckets=None),
     *refused("quantized checkpoints are not available so far", quantization_config=None,

@@ -130,6 +130,11 @@ class ObservabilityConfig:
     log_stats_interval: float = option(
         10.0, "Seconds between two log lines of throughput.", ge=0.1, le=86400.0
     )
+    trace_dir: str | None = option(
+        None,
+        "Folder for Chrome traces of requests, which Perfetto and chrome://tracing open: "
+        "at most 16 files of 1000 requests, without any content of requests.",
+    )
 
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""

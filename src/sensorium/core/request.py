@@ -198,6 +198,7 @@ class SequenceUpdate:
     ``vector`` is the result of a pooling request, little-endian float32; it comes with the end (``"stop"``).
     ``prompt_logprobs`` come once, whole: for each prompt token after the first, its ``(token_id, logprob, rank)``
     tuples, the prompt's own token first. ``error`` is set when ``finish_reason`` is ``"error"``.
+    ``prefilled_time``, of requests that are traced, is when the prompt had been computed; it comes once.
     """
 
     request_id: str
@@ -209,3 +210,4 @@ class SequenceUpdate:
     error: str | None = None
     first_scheduled_time: float | None = None
     vector: bytes | None = None
+    prefilled_time: float | None = None

@@ -11,6 +11,7 @@ from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
 from sensorium.engine.grammar.matchers import ConstrainedRequests
 from sensorium.engine.iterations import IterationTokens
+from sensorium.engine.stations import EngineStations
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.multimodal.items import Features
@@ -43,6 +44,8 @@ class Engine:
         store: FeatureStore,
         facts: EngineFacts,
         new_matcher: Callable[[str, Budget], GrammarMatcher],
+        *,
+        traces: bool = False,
     ) -> None:
         self.facts = facts
         self._constrained = ConstrainedRequests(new_matcher)
@@ -52,6 +55,7 @@ class Engine:
         self._num_prompt_tokens = 0
         self._item_tokens: Counter[str] = Counter()
         self._iterations = IterationTokens()
+        self._stations = EngineStations(traces=traces)
 
     @property
     def has_work(self) -> bool:
@@ -84,6 +88,7 @@ class Engine:
         self._scheduler.abort(request_id)
         self._store.discard(request_id)
         self._iterations.discard(request_id)
+        self._stations.discard(request_id)
 
     def step(self) -> list[SequenceUpdate]:
         """Compute one step and return the news of every sequence that moved."""
@@ -91,8 +96,12 @@ class Engine:
         if not self._scheduler.has_work:
             return refused
         plan = self._scheduler.schedule()
+        if self._stations.wanted:
+            self._stations.scheduled(plan)
         result = self._runner.execute(plan)
         updates = self._scheduler.commit(plan, result)
+        if self._stations.wanted:
+            updates = self._stations.committed(updates)
         self._iterations.count(updates)
         for update in updates:
             if update.finish_reason is not None:
@@ -121,6 +130,7 @@ class Engine:
         self._runner.reset()
         self._store.clear()
         self._iterations.forget()
+        self._stations.clear()
 
     def check_integrity(self) -> None:
         """Raise AssertionError when the books do not balance; cheap enough to call when idle."""

@@ -94,7 +94,14 @@ def build_engine(config: EngineConfig) -> Engine:
         load_seconds=time.monotonic() - started,
         embed_bytes=shape.embed_size * model.dtype.itemsize,
     )
-    return Engine(scheduler, runner, store, facts, Matchers(folder, shape.vocab_size))
+    return Engine(
+        scheduler,
+        runner,
+        store,
+        facts,
+        Matchers(folder, shape.vocab_size),
+        traces=config.observability.trace_dir is not None,
+    )
 
 
 def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> list[LayerCache]:

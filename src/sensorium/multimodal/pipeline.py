@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from sensorium import tracing
 from sensorium.config import MediaConfig
 from sensorium.errors import (
     InvalidEmbeddingsError,
@@ -253,12 +255,17 @@ class MediaPipeline:
             digest = None if seen is None else self._item_digest(ref.modality, seen, job)
         features = None if digest is None else self._lookup(digest, job)
         if digest is not None and features is not None:
+            tracing.station("cached", item=ref.param, modality=ref.modality)
             return MediaItem(ref.modality, digest, features)
         if ref.kind == "cached":
             raise MediaNotCachedError(
                 f"Nothing is cached under the id {ref.uuid!r:.80}; send the {ref.modality} itself."
             )
+        began = time.monotonic()
         content = await self._content(ref, job)
+        if ref.kind == "url":
+            size = len(content.source)
+            tracing.station("fetched", began, item=ref.param, modality=ref.modality, bytes=size)
         if text_digest is not None and content.digest is not None:
             self._seen.put(text_digest, content.digest)
         if digest is None:
@@ -269,8 +276,10 @@ class MediaPipeline:
             features = self._lookup(digest, job)
         if features is None:
             features = await self._preparations.run(
-                digest, lambda: self._prepare(ref.modality, content.source, digest, job)
+                digest, lambda: self._prepare(ref, content.source, digest, job)
             )
+        else:
+            tracing.station("cached", item=ref.param, modality=ref.modality)
         return MediaItem(ref.modality, digest, features)
 
     async def _content(self, ref: MediaRef, job: _Job) -> _Content:
@@ -299,23 +308,20 @@ class MediaPipeline:
         job.received.add(size)
         return content
 
-    async def _prepare(self, modality: Modality, source: Any, digest: bytes, job: _Job) -> Features:
+    async def _prepare(self, ref: MediaRef, source: Any, digest: bytes, job: _Job) -> Features:
         held = self._cache.peek(digest)  # it may have come while the content was fetched
         if held is not None:
             return held
-        work = Work(
-            modality,
-            source,
-            job.options.loading[modality],
-            job.options.processing,
-            job.num_items[modality],
-        )
+        options, num_items = job.options, job.num_items[ref.modality]
+        loading = options.loading[ref.modality]
+        work = Work(ref.modality, source, loading, options.processing, num_items)
         decoders = self._decoders if isinstance(source, bytes) else self._threads
         try:
             prepared = await decoders.prepare(work)
         except OverloadedError:  # no room for the result
             self._cache.clear()
             prepared = await decoders.prepare(work)
+        prepared.trace(ref.param, ref.modality)
         features = await self._shared(prepared.features)
         self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)
         self._counters.add("preprocess", prepared.preprocess_seconds, features.num_bytes)

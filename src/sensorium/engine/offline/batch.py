@@ -23,6 +23,7 @@ from sensorium.outputs import (
 )
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.grammar.library import Grammar
+from sensorium.tracing import RequestTrace
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -39,7 +40,9 @@ class Job:
     params: SamplingParams | PoolingParams
     prepared: concurrent.futures.Future[tuple[PreparedPrompt, Grammar | None]]
     arrival_time: float
+    request_id: str
     priority: int = 0
+    trace: RequestTrace | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from sensorium import forks
+from sensorium import forks, tracing
 from sensorium.engine.engine import Engine
 from sensorium.engine.offline.batch import Batch, Job, at_prompt
 from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request
@@ -45,6 +45,7 @@ class BatchRun:
         preparer: InputProcessor,
         loop: BackgroundLoop,
         numbers: Iterator[int],
+        tracer: tracing.Tracer,
         *,
         max_num_seqs: int,
     ) -> None:
@@ -54,6 +55,8 @@ class BatchRun:
         self._preparer = preparer
         self._loop = loop
         self._numbers = numbers
+        self._tracer = tracer
+        self._traces: dict[int, tracing.RequestTrace] = {}
         self._batch = batch
         self._several = batch.several
         self._is_read_late = batch.total is None
@@ -99,6 +102,9 @@ class BatchRun:
             self._engine.reset()
         for engine_id in self._streams:
             self._engine.abort(engine_id)
+        for trace in self._traces.values():
+            trace.end("aborted")
+        self._traces.clear()
         self._ready.clear()
         self._streams.clear()
         self.is_clean = True
@@ -112,14 +118,18 @@ class BatchRun:
         """Keep enough prompts in preparation that the engine need not wait, and no more."""
         ends = time.monotonic() + READING_SECONDS
         while len(self._ready) + len(self._streams) < self._most_held:
+            began = time.monotonic()
             prompt = self._next_prompt()
             if prompt is None:
                 return
             draft, params = prompt
-            future = self._loop.submit(self._prepared(draft, params))
             index = self._batch.place(self._num_read - 1)
+            request_id = str(next(self._numbers))
+            arrival = time.monotonic()
+            trace = self._trace(index, request_id, began, arrival, draft)
+            future = self._loop.submit(self._prepared(draft, params, trace))
             priority = self._batch.priority_at(index)
-            self._ready.append(Job(index, params, future, time.monotonic(), priority))
+            self._ready.append(Job(index, params, future, arrival, request_id, priority, trace))
             if self._is_read_late and time.monotonic() > ends:
                 return
 
@@ -140,14 +150,29 @@ class BatchRun:
         self._num_read += 1
         return prompt
 
+    def _trace(
+        self, index: int, request_id: str, began: float, arrival: float, draft: Draft
+    ) -> tracing.RequestTrace | None:
+        """Begin the trace, if it is wanted, of a prompt that was rendered between ``began`` and ``arrival``."""
+        trace = self._tracer.request(request_id, arrival)
+        if trace is not None:
+            self._traces[index] = trace
+            num_tokens, num_items = len(draft.token_ids), len(draft.refs)
+            trace.station("rendered", began, arrival, tokens=num_tokens, items=num_items)
+        return trace
+
     async def _prepared(
-        self, draft: Draft, params: SamplingParams | PoolingParams
+        self,
+        draft: Draft,
+        params: SamplingParams | PoolingParams,
+        trace: tracing.RequestTrace | None,
     ) -> tuple[PreparedPrompt, Grammar | None]:
         """A prompt with its media, and the grammar of its constraint."""
-        if isinstance(params, PoolingParams):
-            return await self._preparer.complete(draft), None
-        grammar = await self._preparer.grammar(params)
-        return await self._preparer.complete(draft), grammar
+        with tracing.active(trace):
+            if isinstance(params, PoolingParams):
+                return await self._preparer.complete(draft), None
+            grammar = await self._preparer.grammar(params)
+            return await self._preparer.complete(draft), grammar
 
     def _admit(self) -> None:
         """Give the engine what is prepared, in order; wait only when it has nothing else to do."""
@@ -164,7 +189,7 @@ class BatchRun:
 
     def _start(self, job: Job) -> None:
         (prepared, grammar), params = job.prepared.result(), job.params
-        request_id = str(next(self._numbers))
+        request_id = job.request_id
         stream: OutputCollector | PoolingCollector
         if isinstance(params, PoolingParams):
             requests = [
@@ -181,6 +206,9 @@ class BatchRun:
             if grammar is not None:
                 stream.output.warnings = grammar.warnings
         stream.output.index = job.index
+        stream.trace = job.trace
+        if job.trace is not None:
+            job.trace.station("submitted", sequences=len(requests))
         features = tuple(item.features for item in prepared.items)
         for request in requests:
             self._streams[request.request_id] = (job.index, stream)
@@ -188,6 +216,9 @@ class BatchRun:
 
     def _drop(self, index: int) -> None:
         """End what runs for a prompt."""
+        trace = self._traces.pop(index, None)
+        if trace is not None:
+            trace.end("failed")
         for engine_id in [i for i, (owner, _) in self._streams.items() if owner == index]:
             self._engine.abort(engine_id)
             del self._streams[engine_id]
@@ -214,4 +245,6 @@ class BatchRun:
             if stopped or update.finish_reason is not None:
                 del self._streams[update.request_id]
             moved[index] = stream
+            if stream.finished:
+                self._traces.pop(index, None)
         return list(moved.items())

@@ -14,6 +14,7 @@ from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.models.embedder import GENERATES, Embedder
 from sensorium.outputs import PoolingRequestOutput, RequestMetrics
 from sensorium.params import PoolingParams, SamplingParams
+from sensorium.tracing import RequestTrace
 
 _NOT_SAMPLED = SamplingParams()
 
@@ -61,6 +62,7 @@ class PoolingCollector:
         self.engine_id = request.request_id
         self._param = prepared.param
         self.metrics = RequestMetrics(request.arrival_time)
+        self.trace: RequestTrace | None = None
         self.output: PoolingRequestOutput[np.ndarray] = PoolingRequestOutput(
             request_id=request_id,
             outputs=np.empty(0, np.float32),
@@ -93,4 +95,7 @@ class PoolingCollector:
         output.finished = True
         self.metrics.first_scheduled_time = update.first_scheduled_time
         self.metrics.finished_time = time.monotonic()
+        if self.trace is not None:
+            self.trace.prefilled(update.first_scheduled_time, update.prefilled_time)
+            self.trace.end("finished")
         return False

@@ -22,6 +22,7 @@ from sensorium.params import SamplingParams
 from sensorium.text.detokenizer import Detokenizer, token_bytes
 from sensorium.text.stops import StopChecker
 from sensorium.text.tokenizer import Tokenizer
+from sensorium.tracing import RequestTrace
 
 
 def failure(message: str) -> SensoriumError:
@@ -47,7 +48,7 @@ class OutputCollector:
 
     ``engine_ids`` are the ids of its sequences in the engine, one per sample. ``continues``: the text goes on where the
     prompt ends, so a leading space belongs to it. After ``accept`` found a stop string, the
-    sequence's id is to be aborted in the engine by the caller.
+    sequence's id is to be aborted in the engine by the caller. ``trace`` gets the stations from the engine on.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class OutputCollector:
         self._samples = [self._new_sample(index) for index in range(len(engine_ids))]
         self._num_open = len(engine_ids)
         self.metrics = RequestMetrics(arrival_time)
+        self.trace: RequestTrace | None = None
         self.last_token_times: dict[str, float] = {}
         self.num_unreported: Counter[str] = Counter()
         self.output = RequestOutput(
@@ -206,12 +208,19 @@ class OutputCollector:
         if self.finished:
             self.output.finished = True
             self.metrics.finished_time = time.monotonic()
+            if self.trace is not None:
+                reasons = {str(sample.output.finish_reason) for sample in self._samples}
+                num_tokens = sum(len(sample.output.token_ids) for sample in self._samples)
+                self.trace.end("finished", reason=",".join(sorted(reasons)), tokens=num_tokens)
 
     def _record_times(self, update: SequenceUpdate) -> None:
         if self.metrics.first_scheduled_time is None:
             self.metrics.first_scheduled_time = update.first_scheduled_time
         if update.sample is not None and self.metrics.first_token_time is None:
             self.metrics.first_token_time = time.monotonic()
+            if self.trace is not None:
+                self.trace.prefilled(update.first_scheduled_time, update.prefilled_time)
+                self.trace.station("first token")
             # The first sample computes the prompt; the others find it in the cache.
             self.output.num_cached_tokens = update.num_cached_tokens
 

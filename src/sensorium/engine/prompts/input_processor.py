@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sensorium import tracing
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest
 from sensorium.engine.grammar.compiler import GrammarCompiler
@@ -161,9 +163,13 @@ class InputProcessor:
 
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """Render or tokenize a prompt, load its media, expand its placeholders. Raises RequestError."""
+        began = time.monotonic()
         if is_long(prompt):
-            return await self.complete(await asyncio.to_thread(self.draft, prompt))
-        return await self.complete(self.draft(prompt))
+            draft = await asyncio.to_thread(self.draft, prompt)
+        else:
+            draft = self.draft(prompt)
+        tracing.station("rendered", began, tokens=len(draft.token_ids), items=len(draft.refs))
+        return await self.complete(draft)
 
     def draft(self, prompt: Prompt) -> Draft:
         """Render or tokenize a prompt, and check what can be checked before its media are loaded. Raises
@@ -194,6 +200,7 @@ class InputProcessor:
         with _placed(draft.param), _written_by(draft.prompt):
             prepared = expanded(draft, items, self._traits, self._room)
         self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, draft.param)
+        tracing.station("prepared", tokens=len(prepared.token_ids), items=len(items))
         return prepared
 
     async def grammar(self, params: SamplingParams) -> Grammar | None:

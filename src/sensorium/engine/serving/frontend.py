@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sensorium import tracing
 from sensorium.config import EngineConfig
 from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request, resolved
 from sensorium.engine.outputs.request_metrics import (
@@ -48,7 +49,11 @@ class Frontend:
     """Prepares prompts in this process and runs them on an engine in another. One event loop."""
 
     def __init__(
-        self, config: EngineConfig, preparer: InputProcessor, engine: EngineSupervisor
+        self,
+        config: EngineConfig,
+        preparer: InputProcessor,
+        engine: EngineSupervisor,
+        tracer: tracing.Tracer,
     ) -> None:
         self.config = config
         self.metrics: Metrics | None = None
@@ -58,6 +63,7 @@ class Frontend:
         self._num_generated = 0
         self._num_vectors = 0
         self._log_task: asyncio.Task[None] | None = None
+        self._tracer = tracer
 
     @classmethod
     async def start(
@@ -71,6 +77,7 @@ class Frontend:
 
         An engine that dies later is replaced by another one. ``package_files``: as for ``InputProcessor``.
         """
+        tracer = tracing.Tracer(config.observability.trace_dir)
         engine = EngineSupervisor(config)
         starting = asyncio.create_task(engine.start())
         preparer = None
@@ -91,8 +98,9 @@ class Frontend:
             await engine.stop()
             if preparer is not None:
                 preparer.close()
+            tracer.close()
             raise
-        frontend = cls(config, preparer, engine)
+        frontend = cls(config, preparer, engine, tracer)
         if not config.observability.disable_log_stats:
             frontend._log_task = asyncio.create_task(frontend._log_stats())
         return frontend
@@ -171,18 +179,25 @@ class Frontend:
         dies or is being restarted. Closing the generator ends the work at whatever stage it is.
         """
         arrival = time.monotonic()
-        self._engine.check_alive()
-        grammar = await self._preparer.grammar(params)
-        prepared = await self._preparer.prepare(prompt)
-        requests = self._preparer.requests(prepared, params, request_id, priority, arrival, grammar)
+        trace = self._tracer.request(request_id, arrival)
+        with tracing.active(trace):
+            self._engine.check_alive()
+            grammar = await self._preparer.grammar(params)
+            prepared = await self._preparer.prepare(prompt)
+            requests = self._preparer.requests(
+                prepared, params, request_id, priority, arrival, grammar
+            )
         stream = OutputCollector.for_requests(
             request_id, prepared, requests, params, self.tokenizer
         )
+        stream.trace = trace
         if grammar is not None:
             stream.output.warnings = grammar.warnings
         inbox: Inbox = asyncio.Queue()
         unfinished: FinishReason = "abort"
         try:
+            if trace is not None:
+                trace.station("submitted", sequences=len(requests))
             num_tokens = 0
             for request in requests:
                 self._engine.submit(request, prepared.items, inbox)
@@ -198,6 +213,8 @@ class Frontend:
             raise
         finally:
             self._engine.abort(stream.open_ids)
+            if trace is not None:
+                trace.end("aborted" if unfinished == "abort" else "failed")
             if self.metrics is not None:
                 longest = requests[0].max_tokens
                 report_end(self.metrics, stream, unfinished, max_tokens=longest)
@@ -221,13 +238,18 @@ class Frontend:
         """
         arrival = time.monotonic()
         params = resolved(self._preparer.embedder, params)
-        self._engine.check_alive()
-        prepared = await self._preparer.prepare(prompt)
+        trace = self._tracer.request(request_id, arrival)
+        with tracing.active(trace):
+            self._engine.check_alive()
+            prepared = await self._preparer.prepare(prompt)
         request = pooling_request(prepared, params, request_id, priority, arrival)
         stream = PoolingCollector(request_id, prepared, request)
+        stream.trace = trace
         inbox: Inbox = asyncio.Queue()
         unfinished: FinishReason = "abort"
         try:
+            if trace is not None:
+                trace.station("submitted", sequences=1)
             self._engine.submit(request, prepared.items, inbox)
             while not stream.finished:
                 news = await inbox.get()
@@ -239,6 +261,8 @@ class Frontend:
             raise
         finally:
             self._engine.abort([stream.engine_id])
+            if trace is not None:
+                trace.end("aborted" if unfinished == "abort" else "failed")
             if self.metrics is not None:
                 report_vector(self.metrics, stream, unfinished)
         self._num_vectors += 1
@@ -251,9 +275,13 @@ class Frontend:
             await asyncio.gather(self._log_task, return_exceptions=True)
         await self._engine.stop()
         try:
-            await asyncio.to_thread(self._preparer.close)
+            await asyncio.to_thread(self._close)
         except RuntimeError:  # Python is ending: no thread can be started
-            self._preparer.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._preparer.close()
+        self._tracer.close()
 
     async def _collect(self, stream: OutputCollector, inbox: Inbox) -> None:
         """Take in all news that are there; wait for some when there are none."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sensorium import tracing
 from sensorium.config import MediaConfig, suggestion
 from sensorium.errors import InvalidRequestError, MediaUndecodableError, SensoriumError
 from sensorium.multimodal.decode import audio, image
@@ -91,6 +92,14 @@ class Prepared:
     decode_seconds: float
     decoded_bytes: int
     preprocess_seconds: float
+
+    def trace(self, place: str, modality: Modality) -> None:
+        """Note for the request that is traced that its item at ``place`` was decoded, and processed until now."""
+        end = time.monotonic()
+        middle = end - self.preprocess_seconds
+        began = middle - self.decode_seconds
+        tracing.station("decoded", began, middle, item=place, modality=modality)
+        tracing.station("processed", middle, end, item=place, modality=modality)
 
 
 def prepare(work: Work, config: MediaConfig, processor: Processor) -> Prepared:
