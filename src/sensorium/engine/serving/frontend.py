@@ -53,7 +53,7 @@ class Frontend:
         config: EngineConfig,
         preparer: InputProcessor,
         engine: EngineSupervisor,
-        tracer: tracing.Tracer,
+        tracer: tracing.Tracer | None = None,
     ) -> None:
         self.config = config
         self.metrics: Metrics | None = None
@@ -63,7 +63,7 @@ class Frontend:
         self._num_generated = 0
         self._num_vectors = 0
         self._log_task: asyncio.Task[None] | None = None
-        self._tracer = tracer
+        self._tracer = tracer or tracing.Tracer(None)
 
     @classmethod
     async def start(
