@@ -99,7 +99,7 @@ def test_an_endless_iterator_is_left_when_enough_is_there(llm: LLM) -> None:
 
 @pytest.mark.parametrize("kind", [list, iter])
 def test_outputs_come_as_they_finish(llm: LLM, kind: Callable[[list[str]], Any]) -> None:
-    params = [GREEDY.replace(max_tokens=n) for n in (40, 4, 20, 1)]
+    params = [GREEDY.replace(max_tokens=n) for n in (150, 50, 100, 1)]
     expected = llm.generate(texts(4), params, use_tqdm=False)
     outputs = list(llm.generate(kind(texts(4)), kind(params), use_tqdm=False, stream=True))  # type: ignore[arg-type]
     assert [output.index for output in outputs] == [3, 1, 2, 0]
