@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,8 @@ def test_a_sequence_that_fails_in_the_engine_harms_no_other(
         result = execute(plan)
         num_steps += 1
         assert llm._run is not None
+        # All are running at the third step, however slowly they are prepared.
+        concurrent.futures.wait([pending.prepared for pending in llm._run._ready])
         third = [i for i, (index, _) in llm._run._streams.items() if index == 2]
         if num_steps == 3 and third:
             seq_id = llm._engine._scheduler._seq_ids[third[0]]

@@ -34,6 +34,9 @@ Python code reads naturally.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -62,12 +65,6 @@ class SensoriumError(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
-
-    def at(self, param: str) -> SensoriumError:
-        """Set ``param`` when it is not known yet, and return self, for ``raise error.at("prompt")``."""
-        if self.param is None:
-            self.param = param
-        return self
 
     def to_dict(self) -> dict[str, str | None]:
         """Return the ``error`` member of the body of an HTTP answer."""
@@ -292,6 +289,38 @@ def error_of(
 def _subclasses(cls: type[SensoriumError]) -> list[type[SensoriumError]]:
     # Deepest last: of classes that share a code, those who raise use the special one.
     return [s for child in cls.__subclasses__() for s in (child, *_subclasses(child))]
+
+
+@contextmanager
+def located(
+    param: str | None = None,
+    *,
+    rename: Callable[[str], str] | None = None,
+    prompt: int | None = None,
+) -> Iterator[None]:
+    """Give errors that pass through the place in the caller's request that they are about.
+
+    A copy of the error is raised, since several requests may wait for one load and share its error.
+
+    Args:
+        param: The place of request errors that name none.
+        rename: Maps a place to the name that the caller knows it by; the message follows.
+        prompt: Index of the prompt in the caller's list; the message begins with it.
+    """
+    try:
+        yield
+    except SensoriumError as error:
+        found = copy.copy(error)
+        if isinstance(error, RequestError):
+            found.param = error.param or param
+        if rename is not None and found.param is not None:
+            inner, found.param = found.param, rename(found.param)
+            found.message = found.message.replace(inner, found.param, 1)
+        if prompt is not None:
+            found.index = prompt
+            found.message = f"Prompt {prompt}: {found.message}"
+        found.args = (found.message,)
+        raise found.with_traceback(error.__traceback__) from error.__cause__
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
-from sensorium.errors import InvalidRequestError, SensoriumError, counted
+from sensorium.errors import InvalidRequestError, counted, located
 from sensorium.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -185,14 +185,8 @@ def at_prompt(
     index: int, several: bool, function: Callable[[Value], Result], value: Value
 ) -> Result:
     """Call ``function``; an error of a prompt in a list says which one it is."""
-    try:
+    with located(prompt=index if several else None):
         return function(value)
-    except SensoriumError as error:
-        if several:
-            named = type(error)(f"Prompt {index}: {error.message}", param=error.param)
-            named.index = index
-            raise named from error
-        raise
 
 
 def distinct(values: Sequence[Value]) -> list[tuple[int, Value]]:

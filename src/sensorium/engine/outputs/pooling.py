@@ -10,7 +10,7 @@ from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.outputs.stream import failure
 from sensorium.engine.prompts.prepared import PreparedPrompt
 from sensorium.engine.prompts.rope import ONE_SET
-from sensorium.errors import InvalidRequestError, RequestError
+from sensorium.errors import InvalidRequestError, located
 from sensorium.models.embedder import GENERATES, Embedder
 from sensorium.outputs import PoolingRequestOutput, RequestMetrics
 from sensorium.params import PoolingParams, SamplingParams
@@ -85,8 +85,8 @@ class PoolingCollector:
         compute it.
         """
         if update.error is not None:
-            error = failure(update.error)
-            raise error.at(self._param) if isinstance(error, RequestError) else error
+            with located(self._param):
+                raise failure(update.error)
         if update.vector is None:
             raise ValueError("the news of a pooling request bring its vector")
         output = self.output

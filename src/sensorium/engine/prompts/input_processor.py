@@ -36,8 +36,8 @@ from sensorium.errors import (
     InvalidRequestError,
     PlaceholderMismatchError,
     PromptTooLongError,
-    RequestError,
     UnsupportedModalityError,
+    located,
 )
 from sensorium.models import loader
 from sensorium.models.embedder import POOLS, embedder_of
@@ -190,14 +190,14 @@ class InputProcessor:
             for ref in draft.refs:
                 counts[ref.modality] += len(ref.uuids) or 1
             unread = {ref.modality for ref in draft.refs if ref.kind == "embeds"}
-            with _placed(draft.param), _written_by(draft.prompt):
+            with located(draft.param), _written_by(draft.prompt):
                 check_counts(draft.token_ids, counts, unread, draft.numbered, self._processor)
         return draft
 
     async def complete(self, draft: Draft) -> PreparedPrompt:
         """Load the media of a draft and expand its placeholders. Raises RequestError."""
         items = await self._items(draft)
-        with _placed(draft.param), _written_by(draft.prompt):
+        with located(draft.param), _written_by(draft.prompt):
             prepared = expanded(draft, items, self._traits, self._room)
         self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, draft.param)
         tracing.station("prepared", tokens=len(prepared.token_ids), items=len(items))
@@ -312,7 +312,7 @@ class InputProcessor:
             text = truncate_text(text, most, encode, left=cut.left)
         else:
             self._refuse_endless(text, lambda size: len(encode(text[:size])), prompt.param)
-        with _placed(prompt.param):
+        with located(prompt.param):
             found, numbered = self._split(text, adds, prompt.param)
         ids = tuple(found)
         if cut is not None:
@@ -416,15 +416,6 @@ class InputProcessor:
         if name is None:
             return Path(self._loaded.folder)
         return Path(loader.read_config(name, download_dir=self._config.model.download_dir).folder)
-
-
-@contextlib.contextmanager
-def _placed(param: str) -> Iterator[None]:
-    """Give request errors from inside their place."""
-    try:
-        yield
-    except RequestError as error:
-        raise error.at(param) from error.__cause__
 
 
 @contextlib.contextmanager

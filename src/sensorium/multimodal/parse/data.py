@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sensorium.config.notices import warn_caller
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, located
 from sensorium.multimodal.decode.audio import MOST_RATE, read_samples
 from sensorium.multimodal.decode.image import check_picture
 from sensorium.multimodal.decode.video.video_frames import read_origin
@@ -73,10 +73,8 @@ def _source(value: Any, param: str, enable_mm_embeds: bool, kind: Kind) -> Sourc
     _refuse_nested(value, param)
     if isinstance(value, Mapping) or (is_tensor(value) and _is_of_one(value, enable_mm_embeds)):
         return _embeds(value, param)
-    try:
+    with located(param):
         kind.check(value)
-    except InvalidRequestError as error:
-        raise error.at(param) from None
     return Source("object", value, param)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.errors import InvalidRequestError, located
 from sensorium.multimodal.items import MediaRef, Modality
 from sensorium.multimodal.placeholders import NumberedPlaceholder, PlaceholderIds
 from sensorium.text.chat.content_format import ContentFormat
@@ -310,7 +310,7 @@ class _Writer:
         return value
 
     def _message(self, message: Message, param: str, continues: bool) -> dict[str, Any]:
-        try:
+        with located(param):
             content = self._content(message, f"{param}.content", continues)
             role = message.role if message.role in ROLES else self.guarded(message.role)
             out: dict[str, Any] = {"role": role, "content": content}
@@ -332,8 +332,6 @@ class _Writer:
                     }
                     for call in message.tool_calls
                 ]
-        except SensoriumError as error:
-            raise error.at(param) from error
         return out
 
     def _content(self, message: Message, param: str, continues: bool) -> str | list[dict[str, Any]]:
