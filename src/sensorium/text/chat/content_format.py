@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jinja2
 
-from sensorium.text.chat.sandbox import StepBudget, TemplateRefusal, render_bounded
+from sensorium.text.chat.sandbox import TemplateRefusal, render_bounded
 
 logger = logging.getLogger("sensorium.text")
 
@@ -27,7 +27,7 @@ _TEXT = "sensorium tries this template"
 _PART_AS_TEXT = re.compile(rf"""['"]text['"]\s*:\s*['"]{_TEXT}""")
 """A part that a template wrote as a text, with its keys."""
 
-_STEPS, _SECONDS = 100_000, 2.0
+_SECONDS = 2.0
 
 
 def working_format(
@@ -83,4 +83,4 @@ def _rendered(
         "tools": None,
         "add_generation_prompt": True,
     }
-    return render_bounded(template, values, StepBudget(_STEPS, _SECONDS))
+    return render_bounded(template, values, _SECONDS)

@@ -11,7 +11,7 @@ from sensorium.config import suggestion
 from sensorium.errors import ChatTemplateError, InvalidRequestError
 from sensorium.text.chat.content_format import FAILURES
 from sensorium.text.chat.conversation import ROLES, Message, plain_data
-from sensorium.text.chat.sandbox import TemplateRefusal, render_bounded
+from sensorium.text.chat.sandbox import MAX_SECONDS, TemplateRefusal, render_bounded
 from sensorium.text.chat.template_files import CompiledTemplate
 from sensorium.text.control import unmark
 
@@ -24,6 +24,9 @@ RESERVED_KWARGS = frozenset(
         *("loop", "self", "caller", "varargs", "kwargs"),
     )
 )
+
+REQUEST_SECONDS = 2.0
+"""Time that the template of a request may take; the operator's templates get ``MAX_SECONDS``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,8 @@ def run_template(
     """Return the template's output. What it refuses is the caller's mistake, as is what goes wrong in a template, or
     with ``chat_template_kwargs``, that came with the request; else the template is at fault."""
     try:
-        return render_bounded(chosen.template, variables)
+        seconds = REQUEST_SECONDS if chosen.from_request else MAX_SECONDS
+        return render_bounded(chosen.template, variables, seconds)
     except TemplateRefusal as error:
         raise InvalidRequestError(
             "The model's chat template refuses the conversation: "
