@@ -1,8 +1,10 @@
-"""The directions of imports, as docs/architecture.md draws them: lower rows never import higher ones."""
+"""Import directions, inner rooms and sizes of files, as docs/architecture.md states them."""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,67 @@ FORBIDDEN = {
 EVERYWHERE_LAZY = {"transformers"}
 ONLY_SERVER = {"fastapi", "uvicorn", "starlette"}
 
+INNER_ORDER: dict[str, tuple[set[str], ...]] = {
+    "multimodal": (
+        {"items", "inputs", "stats", "shared_memory"},
+        {"processor", "placeholders"},
+        {"decode"},
+        {"cache", "workers"},
+        {"fetch"},
+        {"parse"},
+        {"pipeline"},
+    ),
+    "text": (
+        {"tokenizer", "backend", "control", "detokenizer", "stops", "grammar"},
+        {"chat"},
+        {"tools", "tool_calls"},
+    ),
+    "kernels": ({"batch", "weight", "reference"}, {"cpu"}, {"ops"}),
+    "models": (
+        {"interface", "configs", "rope", "dtypes", "native"},
+        {"loading"},
+        {"media"},
+        {"parts"},
+        {"embedder"},
+        {"families"},
+        {"registry"},
+        {"loader"},
+    ),
+    "engine": (
+        {"stats", "wire", "shared", "iterations"},
+        {"grammar"},
+        {"engine", "executor"},
+        {"prompts"},
+        {"outputs"},
+        {"serving", "offline"},
+    ),
+    "server": (
+        {"context", "errors", "payload", "admission", "turns", "refusals"},
+        {"http", "openai"},
+        {"routes"},
+        {"openapi", "app"},
+        {"launch"},
+    ),
+    "cli": (
+        {
+            "flags",
+            "sampling",
+            "local",
+            "remote",
+            "attachments",
+            "rewrite",
+            "reference",
+            "from_vllm",
+        },
+        {"commands"},
+        {"main"},
+    ),
+}
+"""Rooms and single modules of a package: each may import those before it, and single modules those beside them."""
+MOST_FILES = 12
+MOST_LINES = 450
+MOST_FUNCTION_LINES = 60
+
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem in ROWS)
 
 
@@ -120,6 +183,85 @@ def test_directions(path: Path) -> None:
             assert parts[2] in allowed, (
                 f"{own} may import only {sorted(allowed)} of {other}: {name}"
             )
+
+
+def inner_room(parts: tuple[str, ...]) -> str:
+    """Folder or module of a package that a dotted name below it belongs to."""
+    return parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        p
+        for p in FILES
+        if room(p) in INNER_ORDER and p.parent != PACKAGE and p.name != "__init__.py"
+    ],
+    ids=lambda p: str(p.relative_to(PACKAGE)),
+)
+def test_inner_directions(path: Path) -> None:
+    package = room(path)
+    order = {name: row for row, names in enumerate(INNER_ORDER[package]) for name in names}
+    own = inner_room(path.relative_to(PACKAGE / package).parts)
+    assert own in order, f"{own} of {package} has no place: add it to INNER_ORDER"
+    for name, _, typing_only in imports(path):
+        parts = name.split(".")
+        if parts[:2] != ["sensorium", package] or len(parts) < 3 or typing_only:
+            continue
+        other = inner_room(tuple(parts[2:]))
+        if other == own or other not in order:
+            continue
+        beside = order[other] == order[own] and not (PACKAGE / package / other).is_dir()
+        assert order[other] < order[own] or beside, f"{package}/{own} imports {name}"
+
+
+def test_folders_are_small() -> None:
+    for folder in {path.parent for path in FILES}:
+        names = {path.name for path in folder.glob("*.py")} - {"__init__.py", "__main__.py"}
+        assert len(names) <= MOST_FILES, f"{folder.relative_to(PACKAGE)}: {len(names)} files"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    """Kernels apart: a kernel is one long loop, and calls in it would cost."""
+    if room(path) == "kernels":
+        return
+    text = path.read_text()
+    assert text.count("\n") <= MOST_LINES, "split it where a reader would"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            num_lines = (node.end_lineno or 0) - node.lineno + 1
+            assert num_lines <= MOST_FUNCTION_LINES, f"{node.name} has {num_lines} lines"
+
+
+def links_of_architecture() -> Iterator[tuple[str, str]]:
+    """(dotted name, file) of each link of docs/architecture.md to a class or function."""
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    yield from re.findall(r"\[`([\w.]+)`\]\(\.\./(src/[^)]+\.py)\)", page)
+
+
+def test_the_steps_of_a_request_name_what_there_is() -> None:
+    found = list(links_of_architecture())
+    assert len(found) >= 10
+    for name, file in found:
+        node: ast.AST = ast.parse((PACKAGE.parents[1] / file).read_text())
+        for part in name.split("."):
+            named = [
+                child
+                for child in ast.walk(node)
+                if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+                and child.name == part
+            ]
+            assert named, f"docs/architecture.md: {file} has no {name}"
+            node = named[0]
+
+
+def test_the_tree_names_each_folder() -> None:
+    page = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    tree = page.partition("```\nsrc/sensorium/")[2].partition("```")[0]
+    named = set(re.findall(r"\b(\w+)/", tree))
+    folders = {path.parent.name for path in FILES if path.parent != PACKAGE}
+    assert folders <= named, f"not in the tree of docs/architecture.md: {folders - named}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
