@@ -57,8 +57,7 @@ def place(
         return list(ids), []
     items = [MediaItem(f.modality, bytes(32), f) for f in features]
     expansion = expand(ids, items, loaded.processor)
-    placed = [PlacedItem(features[span.item_index], span.runs) for span in expansion.spans]
-    return list(expansion.token_ids), placed
+    return list(expansion.token_ids), list(expansion.items)
 
 
 class Harness:

@@ -27,7 +27,7 @@ from sensorium.models.families.qwen2_vl.vision import VisionTower
 from sensorium.models.interface import BuildOptions
 from sensorium.models.media.pixels import read_normalization
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import Features
+from sensorium.multimodal.items import Features, MediaItem
 from sensorium.multimodal.processor import PlacedItem
 from tests.checkpoints import make_llava, make_qwen2_5_vl, make_qwen2_vl
 from tests.models.harness import Reference, image_processor, picture
@@ -327,7 +327,8 @@ def test_placeholders(tmp_path: Path) -> None:
 
 def grid_item(start: int, grid: tuple[int, int, int], merge: int = 2) -> PlacedItem:
     num = grid[0] * grid[1] * grid[2] // merge**2
-    return PlacedItem(Features("image", {}, num, {"grid": grid}), ((start, num),))
+    item = MediaItem("image", bytes(32), Features("image", {}, num, {"grid": grid}))
+    return PlacedItem(item, ((start, num),))
 
 
 @settings(max_examples=40, deadline=None)

@@ -38,26 +38,26 @@ class ThreeTokenProcessor(FakeProcessor):
 def test_one_placeholder_becomes_the_items_length() -> None:
     found = expand([1, 9, 5], [item(3)], FakeProcessor())
     assert found.token_ids == (1, 9, 9, 9, 5)
-    assert found.spans[0].item_index == 0
-    assert found.spans[0].runs == ((1, 3),)
+    assert found.items[0].runs == ((1, 3),)
     assert found.num_item_tokens == {"image": 3}
 
 
 def test_items_go_to_placeholders_in_order() -> None:
-    found = expand((9, 1, 9, 9, 2), [item(2), item(1), item(3)], FakeProcessor())
+    items = [item(2), item(1), item(3)]
+    found = expand((9, 1, 9, 9, 2), items, FakeProcessor())
     assert found.token_ids == (9, 9, 1, 9, 9, 9, 9, 2)
-    assert [span.runs for span in found.spans] == [((0, 2),), ((3, 1),), ((4, 3),)]
-    assert [span.item_index for span in found.spans] == [0, 1, 2]
+    assert [placed.runs for placed in found.items] == [((0, 2),), ((3, 1),), ((4, 3),)]
+    assert [placed.item for placed in found.items] == items
 
 
 def test_modalities_are_counted_apart() -> None:
     items = [item(2), item(3, "video"), item(1)]
     found = expand([8, 1, 9, 9], items, BothProcessor())
     assert found.token_ids == (8, 8, 8, 1, 9, 9, 9)
-    assert [(span.item_index, span.runs) for span in found.spans] == [
-        (1, ((0, 3),)),
-        (0, ((4, 2),)),
-        (2, ((6, 1),)),
+    assert [(placed.item, placed.runs) for placed in found.items] == [
+        (items[1], ((0, 3),)),
+        (items[0], ((4, 2),)),
+        (items[2], ((6, 1),)),
     ]
     assert found.num_item_tokens == {"image": 3, "video": 3}
 
@@ -65,7 +65,7 @@ def test_modalities_are_counted_apart() -> None:
 def test_no_items_and_no_placeholders() -> None:
     found = expand([1, 2, 3], [], FakeProcessor())
     assert found.token_ids == (1, 2, 3)
-    assert found.spans == ()
+    assert found.items == ()
     assert found.num_item_tokens == {}
 
 
@@ -73,9 +73,9 @@ def test_a_prompt_in_full_length_is_kept() -> None:
     prompt = [1, *[9] * 576, 2]
     found = expand(prompt, [item(576)], FakeProcessor())
     assert found.token_ids == tuple(prompt)
-    assert found.spans[0].runs == ((1, 576),)
+    assert found.items[0].runs == ((1, 576),)
     two = expand([*[9] * 4, 1, *[9] * 6], [item(4), item(6)], FakeProcessor())
-    assert [span.runs for span in two.spans] == [((0, 4),), ((5, 6),)]
+    assert [placed.runs for placed in two.items] == [((0, 4),), ((5, 6),)]
 
 
 def test_full_and_short_placeholders_in_one_prompt() -> None:
@@ -94,7 +94,7 @@ def test_as_many_placeholders_as_items_are_single_ones() -> None:
 def test_runs_with_separators() -> None:
     found = expand([1, 9, 2], [item(4)], FramedProcessor())
     assert found.token_ids == (1, 5, 9, 9, 7, 9, 9, 7, 6, 2)
-    assert found.spans[0].runs == ((2, 2), (5, 2))
+    assert found.items[0].runs == ((2, 2), (5, 2))
     assert found.num_item_tokens == {"image": 4}
     again = expand(found.token_ids, [item(4)], FramedProcessor())
     assert again == found
@@ -103,7 +103,7 @@ def test_runs_with_separators() -> None:
 def test_placeholders_of_several_tokens() -> None:
     found = expand([1, 5, 9, 6, 2], [item(3)], ThreeTokenProcessor())
     assert found.token_ids == (1, 5, 9, 9, 9, 6, 2)
-    assert found.spans[0].runs == ((2, 3),)
+    assert found.items[0].runs == ((2, 3),)
     assert expand(found.token_ids, [item(3)], ThreeTokenProcessor()) == found
     assert expand([5, 9, 6], [item(1)], ThreeTokenProcessor()).token_ids == (5, 9, 6)
 
@@ -146,7 +146,7 @@ def test_many_placeholders_take_linear_time() -> None:
     items = [item(2)] * num
     found = expand([9, 1] * num, items, FakeProcessor())
     assert len(found.token_ids) == 3 * num
-    assert found.spans[-1].runs == ((3 * num - 3, 2),)
+    assert found.items[-1].runs == ((3 * num - 3, 2),)
     with pytest.raises(PlaceholderMismatchError, match=f"{num} image placeholders"):
         expand([9] * num, [item(num // 2)], CountingProcessor())
     with pytest.raises(PlaceholderMismatchError):
@@ -182,6 +182,6 @@ def test_short_and_full_placeholders_give_the_same_prompt(parts) -> None:
         sizes.append(value)
     found = expand(prompt, [item(size) for size in sizes], ThreeTokenProcessor())
     assert list(found.token_ids) == expected
-    positions = [p for span in found.spans for s, n in span.runs for p in range(s, s + n)]
+    positions = [p for placed in found.items for s, n in placed.runs for p in range(s, s + n)]
     assert positions == [p for p, token_id in enumerate(expected) if token_id == 9]
     assert found.num_item_tokens.get("image", 0) == sum(sizes)

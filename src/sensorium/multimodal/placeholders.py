@@ -16,7 +16,7 @@ from itertools import repeat
 
 from sensorium.errors import PlaceholderMismatchError, counted
 from sensorium.multimodal.items import MODALITIES, MediaItem, Modality
-from sensorium.multimodal.processor import Markup, Processor, Replacement
+from sensorium.multimodal.processor import Markup, PlacedItem, Processor, Replacement
 
 _NO_ID = 0x10FFFF
 """Stands for ids that no character can hold; such an id is no placeholder."""
@@ -129,23 +129,14 @@ def _check_numbers(
 
 
 @dataclass(frozen=True, slots=True)
-class PlaceholderSpan:
-    """Where item ``item_index`` (of the list given to ``expand``) sits: ``runs`` of ``(start, length)`` positions."""
-
-    item_index: int
-    runs: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Expansion:
-    """A prompt with its placeholders expanded.
+    """A prompt with its placeholders expanded, and its items in their order there.
 
-    ``spans`` are in the order of the prompt, one per item. ``num_item_tokens`` counts the positions that each modality
-    fills; modalities without items are left out.
+    ``num_item_tokens`` counts the positions that each modality fills; modalities without items are left out.
     """
 
     token_ids: tuple[int, ...]
-    spans: tuple[PlaceholderSpan, ...]
+    items: tuple[PlacedItem, ...]
     num_item_tokens: dict[str, int]
 
 
@@ -155,7 +146,7 @@ class _Site:
 
     start: int
     length: int
-    item_index: int
+    item: MediaItem
     replacement: Replacement
 
 
@@ -211,19 +202,17 @@ def expand(token_ids: Sequence[int], items: Sequence[MediaItem], processor: Proc
     prompt = _pack(token_ids)
     sites: list[_Site] = []
     for modality in processor.modalities:
-        indices = [i for i, item in enumerate(items) if item.modality == modality]
+        own = [item for item in items if item.modality == modality]
         replacements = [
-            processor.replacement(items[i].features, number) for number, i in enumerate(indices)
+            processor.replacement(item.features, number) for number, item in enumerate(own)
         ]
         found = _find_sites(prompt, modality, processor, replacements)
         sites.extend(
-            _Site(start, length, index, replacement)
-            for (start, length), index, replacement in zip(
-                found, indices, replacements, strict=True
-            )
+            _Site(start, length, item, replacement)
+            for (start, length), item, replacement in zip(found, own, replacements, strict=True)
         )
     sites.sort(key=lambda site: site.start)
-    return _assemble(token_ids, sites, items)
+    return _assemble(token_ids, sites)
 
 
 def _find_sites(
@@ -303,11 +292,9 @@ def _hint(modality: Modality, num_items: int, processor: Processor) -> str:
     return f"Write {first!r} for the first {modality}{more}."
 
 
-def _assemble(
-    token_ids: Sequence[int], sites: Sequence[_Site], items: Sequence[MediaItem]
-) -> Expansion:
+def _assemble(token_ids: Sequence[int], sites: Sequence[_Site]) -> Expansion:
     out: list[int] = []
-    spans: list[PlaceholderSpan] = []
+    placed: list[PlacedItem] = []
     counts: Counter[str] = Counter()
     joins: Mapping[tuple[int, int], int] = {}
     pos = 0
@@ -321,11 +308,11 @@ def _assemble(
         joins = site.replacement.joins if site.length != len(ids) else {}
         base = _append(out, ids, joins)
         runs = tuple((base + start, length) for start, length in site.replacement.runs)
-        spans.append(PlaceholderSpan(site.item_index, runs))
-        counts[items[site.item_index].modality] += sum(length for _, length in runs)
+        placed.append(PlacedItem(site.item, runs))
+        counts[site.item.modality] += sum(length for _, length in runs)
         pos = site.start + site.length
     _append(out, token_ids[pos:], joins)
-    return Expansion(tuple(out), tuple(spans), dict(counts))
+    return Expansion(tuple(out), tuple(placed), dict(counts))
 
 
 def _append(out: list[int], ids: Sequence[int], joins: Mapping[tuple[int, int], int]) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sensorium.multimodal.items import Decoded, Features, Modality
+from sensorium.multimodal.items import Decoded, Features, MediaItem, Modality
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,15 @@ class Replacement:
 
 @dataclass(frozen=True, slots=True)
 class PlacedItem:
-    """An item's features and where its embeddings go: ``runs`` are absolute ``(start, length)`` positions."""
+    """An item in an expanded prompt; its embeddings fill ``runs`` of absolute ``(start, length)`` positions."""
 
-    features: Features
+    item: MediaItem
     runs: tuple[tuple[int, int], ...]
+
+    @property
+    def features(self) -> Features:
+        """The item's features."""
+        return self.item.features
 
 
 @dataclass(frozen=True, slots=True)

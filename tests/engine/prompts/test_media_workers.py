@@ -17,7 +17,7 @@ from sensorium.engine.prompts.media_workers import process_decoders
 from sensorium.models import loader
 from sensorium.models.registry import resolve
 from sensorium.multimodal.decode.loaders import LOADERS, Work
-from sensorium.multimodal.items import Features, Modality
+from sensorium.multimodal.items import Features, MediaItem, Modality
 from sensorium.multimodal.processor import PlacedItem
 from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.multimodal.workers.pool import ThreadDecoders
@@ -99,7 +99,10 @@ def test_a_worker_makes_what_the_processor_makes(family: str, tmp_path: Path) ->
             same(there, here)
             replacement = processor.replacement(there, 0)
             assert replacement == processor.replacement(here, 0)
-            placed = [PlacedItem(there, replacement.runs)], [PlacedItem(here, replacement.runs)]
+            placed = [
+                [PlacedItem(MediaItem(modality, b"", features), replacement.runs)]
+                for features in (there, here)
+            ]
             ids = replacement.token_ids
             positions = [processor.positions(ids, items) for items in placed]
             assert repr(positions[0]) == repr(positions[1])

@@ -77,7 +77,7 @@ def test_line_ends_that_meet_are_one_token(tmp_path: Path) -> None:
     short = [ends[0], boi, boi, ends[1], 7]
     found = expand(short, [item, item], processor)
     assert list(found.token_ids) == [ends[2], *inside, ends[3], *inside, ends[3], 7]
-    assert [span.runs for span in found.spans] == [((2, 4),), ((9, 4),)]
+    assert [placed.runs for placed in found.items] == [((2, 4),), ((9, 4),)]
     full = [ends[0], ends[1], *inside, ends[1], 7]
     assert list(expand(full, [item], processor).token_ids) == full, "as it stands"
 
@@ -85,7 +85,8 @@ def test_line_ends_that_meet_are_one_token(tmp_path: Path) -> None:
 def test_stretches_as_positions(tmp_path: Path) -> None:
     processor = processor_at(make_hf("gemma3", tmp_path / "items"))
     features = processor.process("image", picture(30, 30, seed=1), {})
-    placed = [PlacedItem(features, ((2, 4),)), PlacedItem(features, ((8, 2),))]
+    item = MediaItem("image", bytes(32), features)
+    placed = [PlacedItem(item, ((2, 4),)), PlacedItem(item, ((8, 2),))]
     found = processor.positions(range(12), placed)
     assert found is not None
     rows, delta = found

@@ -25,7 +25,7 @@ from sensorium.errors import (
 )
 from sensorium.models import loader
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import Decoded, Features, Video
+from sensorium.multimodal.items import Decoded, Features, MediaItem, Video
 from sensorium.multimodal.processor import FrameChoice, PlacedItem, VideoFacts
 from tests.checkpoints import make_qwen2_5_vl, make_qwen2_vl
 from tests.checkpoints.common import CLIP_MEAN, CLIP_STD
@@ -495,8 +495,8 @@ def test_a_video_that_lasts_for_years(tmp_path: Path, seconds: float) -> None:
     """A rate may be anything: times stay in their 32 bits, and in order."""
     ours = processor_of(make_qwen2_5_vl(tmp_path))
     meta = {"grid": (12, 4, 4), "second_per_grid": seconds}
-    features = Features("video", {}, 48, meta)
-    items = [PlacedItem(features, ((start, 48),)) for start in (2, 52, 102)]
+    video = MediaItem("video", bytes(32), Features("video", {}, 48, meta))
+    items = [PlacedItem(video, ((start, 48),)) for start in (2, 52, 102)]
     positions, delta = ours.positions([5] * 152, items)
     assert positions.min() == 0
     assert (np.diff(positions.max(axis=0)) >= 0).all()

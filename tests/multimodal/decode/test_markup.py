@@ -119,4 +119,4 @@ def test_an_item_of_two_placeholders_is_expanded_twice() -> None:
     mark = marker("image")
     ordered = in_order(items(2), [placeholder(p) for p in (2, 1, 2)], FakeProcessor())
     found = expand((mark, 7, mark, mark), ordered, MarkedProcessor())
-    assert [length for span in found.spans for _, length in span.runs] == [2, 1, 2]
+    assert [length for placed in found.items for _, length in placed.runs] == [2, 1, 2]

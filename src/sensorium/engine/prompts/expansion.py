@@ -13,7 +13,7 @@ from sensorium.engine.prompts.rope import RopeChoice
 from sensorium.engine.prompts.types import RawPrompt, salt_of
 from sensorium.multimodal.items import MediaItem
 from sensorium.multimodal.placeholders import expand, in_order
-from sensorium.multimodal.processor import PlacedItem, Processor
+from sensorium.multimodal.processor import Processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,21 +45,15 @@ def expanded(
         check_room(sum(item.features.num_embeds for item in items), param)
     expansion = expand(token_ids, items, processor)
     check_room(len(expansion.token_ids), param)
-    ordered = tuple(items[span.item_index] for span in expansion.spans)
-    spans = tuple(
-        ItemSpan(item.digest, item.modality, span.runs)
-        for item, span in zip(ordered, expansion.spans, strict=True)
-    )
+    placed = expansion.items
+    spans = tuple(ItemSpan(p.item.digest, p.item.modality, p.runs) for p in placed)
     both_ways = attending(model.both_ways, expansion.token_ids, spans, salt)
-    placed = [
-        PlacedItem(item.features, span.runs) for item, span in zip(ordered, spans, strict=True)
-    ]
     found = processor.positions(expansion.token_ids, placed) if placed else None
     positions, delta = (None, 0) if found is None else found
     return PreparedPrompt(
         text=text,
         token_ids=expansion.token_ids,
-        items=ordered,
+        items=tuple(p.item for p in placed),
         spans=spans,
         positions=positions,
         position_delta=delta,

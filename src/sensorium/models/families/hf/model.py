@@ -22,7 +22,7 @@ from sensorium.models.families.hf.processing import HfProcessor
 from sensorium.models.interface import BuildOptions, LoadedConfig
 from sensorium.models.loading.weight_files import weight_files
 from sensorium.models.loading.weights import Part, WeightSlot, owned, read_safetensors
-from sensorium.multimodal.items import Features, Modality
+from sensorium.multimodal.items import Features, MediaItem, Modality
 from sensorium.multimodal.processor import PlacedItem
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,8 @@ class HfModel:
         inputs = encoding.inputs_of([features.arrays], self.device, self.dtype)
         whole = check.run_whole(self.inner, self.decoder, **inputs)
         use(self.decoder, attention.NAME)
-        placed = PlacedItem(features, processing.runs_of(ids, self._fills[modality]))
+        item = MediaItem(modality, b"", features)
+        placed = PlacedItem(item, processing.runs_of(ids, self._fills[modality]))
         found = processor.positions(ids, [placed])
         rows = np.arange(len(ids)) if found is None else found[0]
         check.check_media(self, whole, embeds, torch.from_numpy(rows).long())
