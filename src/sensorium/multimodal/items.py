@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -125,3 +126,12 @@ class MediaItem:
     modality: Modality
     digest: bytes
     features: Features
+
+
+def is_tensor(value: object) -> bool:
+    """Return whether a value is a torch tensor, without importing torch for the question.
+
+    While another thread imports torch, its module is there without its classes: nothing can be a tensor yet.
+    """
+    tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+    return tensor is not None and isinstance(value, tensor)

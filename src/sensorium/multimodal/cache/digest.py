@@ -18,8 +18,7 @@ from PIL import Image
 
 from sensorium.multimodal.decode import grey
 from sensorium.multimodal.decode import image as pictures
-from sensorium.multimodal.items import Features, Modality
-from sensorium.multimodal.tensors import is_tensor
+from sensorium.multimodal.items import Features, Modality, is_tensor
 
 Field = bytes | str | int | memoryview
 

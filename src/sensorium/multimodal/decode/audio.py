@@ -27,8 +27,7 @@ from sensorium.errors import (
 from sensorium.multimodal.decode.mp4_bounds import check_boxes
 from sensorium.multimodal.decode.options import check_names
 from sensorium.multimodal.decode.shortage import check_shortage
-from sensorium.multimodal.items import Audio
-from sensorium.multimodal.tensors import is_tensor
+from sensorium.multimodal.items import Audio, is_tensor
 
 CONTAINERS = (
     *("mov", "matroska", "webm", "ogg", "avi", "flv", "asf", "mpegts", "mpeg", "aac", "ac3"),

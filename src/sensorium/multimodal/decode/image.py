@@ -23,7 +23,7 @@ from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndec
 from sensorium.multimodal.decode import grey, heif, pixel_values
 from sensorium.multimodal.decode.options import check_names
 from sensorium.multimodal.decode.shortage import check_room, check_shortage, check_threads
-from sensorium.multimodal.tensors import is_tensor
+from sensorium.multimodal.items import is_tensor
 
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Raster formats that are decoded; the first bytes decide, whatever a name or a content type says."""

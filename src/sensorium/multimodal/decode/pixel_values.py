@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sensorium.errors import InvalidRequestError
-from sensorium.multimodal.tensors import is_tensor
+from sensorium.multimodal.items import is_tensor
 
 WHITE = 255.0
 

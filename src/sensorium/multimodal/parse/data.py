@@ -18,8 +18,7 @@ from sensorium.errors import InvalidRequestError, located
 from sensorium.multimodal.decode.audio import MOST_RATE, read_samples
 from sensorium.multimodal.decode.image import check_picture
 from sensorium.multimodal.decode.video.video_frames import read_origin
-from sensorium.multimodal.items import MediaRef, Modality, SourceKind
-from sensorium.multimodal.tensors import is_tensor
+from sensorium.multimodal.items import MediaRef, Modality, SourceKind, is_tensor
 
 
 @dataclass(frozen=True, slots=True)

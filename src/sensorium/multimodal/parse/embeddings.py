@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from sensorium.errors import InvalidEmbeddingsError, MediaUndecodableError
 from sensorium.multimodal.fetch.data_url import decode_base64
+from sensorium.multimodal.items import is_tensor
 from sensorium.multimodal.parse.data import are_numbers
-from sensorium.multimodal.tensors import is_tensor
 
 _MAX_PICKLE_BYTES = 1 << 16
 _MAX_DIMENSIONS = 8

@@ -16,7 +16,7 @@ from sensorium.config import suggestion
 from sensorium.errors import counted
 from sensorium.multimodal.cache import digest
 from sensorium.multimodal.decode.image import ImageFeatureData, ImagePixelData
-from sensorium.multimodal.items import MODALITIES, MediaRef, Modality, SourceKind
+from sensorium.multimodal.items import MODALITIES, MediaRef, Modality, SourceKind, is_tensor
 from sensorium.multimodal.parse import part_options
 from sensorium.multimodal.parse.data import (
     IMAGES,
@@ -29,7 +29,6 @@ from sensorium.multimodal.parse.data import (
     split,
     warn_of_older_names,
 )
-from sensorium.multimodal.tensors import is_tensor
 
 MAX_UUID_LENGTH = 1024
 """Characters of an id that is kept as it is."""

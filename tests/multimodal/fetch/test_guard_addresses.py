@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensorium.multimodal.fetch.addresses import is_public, literal_address
+from sensorium.multimodal.fetch.guard import is_public, literal_address
 
 NOT_PUBLIC = [
     "0.0.0.0",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sensorium.multimodal.cache.digest import canonical
-from sensorium.multimodal.tensors import is_tensor
+from sensorium.multimodal.items import is_tensor
 
 
 def test_what_is_a_tensor() -> None:
@@ -26,7 +26,7 @@ def test_while_another_thread_imports_torch(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_torch_is_not_imported_for_it() -> None:
     script = (
-        "import sys; from sensorium.multimodal.tensors import is_tensor; "
+        "import sys; from sensorium.multimodal.items import is_tensor; "
         "assert not is_tensor(1) and 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
