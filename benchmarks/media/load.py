@@ -41,7 +41,7 @@ from benchmarks.served import (
     processor_seconds,
 )
 from sensorium.bench.client import StreamClient
-from sensorium.bench.workload import WORDS, picture
+from sensorium.bench.workload import WORDS, random_image
 
 LAG = "event_loop_lag_seconds"
 HEALTH_SECONDS = 0.02
@@ -139,7 +139,7 @@ def read_histogram(metrics: str, name: str) -> Histogram:
 
 def noisy_jpeg(number: int, width: int, height: int) -> bytes:
     """A JPEG file of smooth colours with noise."""
-    colours = np.asarray(picture(f"media load {number}", width, height), np.float32)
+    colours = np.asarray(random_image(f"media load {number}", width, height), np.float32)
     noise = np.random.default_rng(number).standard_normal(colours.shape, np.float32)
     noisy = (colours + NOISE[number % len(NOISE)] * noise).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()

@@ -6,7 +6,7 @@ import io
 import pytest
 from PIL import Image
 
-from sensorium.bench.workload import RandomWorkload, data_url, picture
+from sensorium.bench.workload import RandomWorkload, data_url, random_image
 from sensorium.errors import ConfigError
 
 
@@ -56,14 +56,14 @@ def test_images_are_drawn_from_as_many_as_asked_for() -> None:
     unlimited = RandomWorkload(**sizes)
 
     def num_distinct(workload: RandomWorkload) -> int:
-        return len({data_url(p) for index in range(5) for p in workload.pictures(index)})
+        return len({data_url(p) for index in range(5) for p in workload.images(index)})
 
     assert num_distinct(limited) == 3
     assert num_distinct(unlimited) == 10
 
 
 def test_a_picture_smaller_than_a_cell() -> None:
-    assert picture("seed", 1, 3).size == (1, 3)
+    assert random_image("seed", 1, 3).size == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""What ``sensorium bench`` runs: load against a server, offline throughput and latency, start-up."""
+"""Measurements of ``sensorium bench``: server load, throughput, latency, start-up."""

@@ -1,4 +1,4 @@
-"""One streamed request to an OpenAI-compatible server, with the time of everything that came."""
+"""Streamed requests to an OpenAI-compatible server, with the time of each chunk."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import aiohttp
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What became of a request. Times are seconds of ``time.perf_counter()``.
+    """Record of one request. Times are seconds of ``time.perf_counter()``.
 
     ``chunk_times`` are those of the chunks with text. Token counts are the server's own, from its
     usage; ``has_usage`` is False when it sent none, and then ``completion_tokens`` is the number
     of chunks. ``error`` is None, or a short code: the HTTP status with the code of the error's
-    body, ``connection``, ``timeout`` or ``broken_stream``. ``left``: the client hung up on
+    body, ``connection``, ``timeout`` or ``broken_stream``. ``left``: the client disconnected on
     purpose.
     """
 
@@ -36,7 +36,7 @@ class RequestRecord:
 
     @property
     def completed(self) -> bool:
-        """Whether the answer came to its end."""
+        """True if the answer arrived completely."""
         return self.error is None and not self.left
 
     @property
@@ -46,7 +46,7 @@ class RequestRecord:
 
     @property
     def time_per_output_token(self) -> float | None:
-        """Mean seconds per token after the first; None for less than two tokens."""
+        """Mean seconds per token after the first; None for fewer than two tokens."""
         if len(self.chunk_times) < 2 or self.completion_tokens < 2:
             return None
         return (self.chunk_times[-1] - self.chunk_times[0]) / (self.completion_tokens - 1)
@@ -64,13 +64,15 @@ class RequestRecord:
 
 
 class BrokenStreamError(Exception):
-    """A stream that ended without its end, or an error in the middle of it."""
+    """A stream ended early, or contained an error."""
 
 
 class StreamClient:
-    """Sends chat requests over one pool of connections; use it as an async context manager.
+    """Client that sends chat requests over one connection pool; an async context manager.
 
-    base_url: with or without ``/v1``. timeout: seconds for one whole request.
+    Args:
+        base_url: address of the server; may end in ``/v1``.
+        timeout: seconds per request.
     """
 
     def __init__(
@@ -94,7 +96,7 @@ class StreamClient:
         await self._open_session.close()
 
     async def first_model(self) -> str:
-        """The first model that the server lists. Raises ConnectionError when it lists none."""
+        """Return the first model that the server lists. Raises ConnectionError if there is none."""
         try:
             async with self._open_session.get(f"{self.base_url}/models") as response:
                 body = json.loads(await response.read())
@@ -108,7 +110,9 @@ class StreamClient:
     async def send(self, body: bytes, *, leave_after: int | None = None) -> RequestRecord:
         """Send a chat request with ``"stream": true`` and read the answer; errors are recorded.
 
-        leave_after: hang up after this many chunks with text.
+        Args:
+            body: JSON of the request.
+            leave_after: disconnect after this many chunks with text.
         """
         record = RequestRecord(start_time=time.perf_counter())
         try:
@@ -153,7 +157,7 @@ class StreamClient:
 
 
 async def events(chunks: AsyncIterable[bytes]) -> AsyncIterator[str]:
-    """The data of server-sent events, from bytes that may be cut anywhere."""
+    """Yield the data of server-sent events from chunks of bytes."""
     rest = b""
     data: list[str] = []
     async for chunk in chunks:
@@ -182,7 +186,7 @@ def _accept(chunk: dict[str, Any], record: RequestRecord, now: float) -> None:
         if delta.get("content") or delta.get("reasoning_content"):
             record.chunk_times.append(now)
         elif choice.get("finish_reason") and not record.chunk_times:
-            record.chunk_times.append(now)  # tokens without any text: the end is all there is
+            record.chunk_times.append(now)  # tokens without text: the end is the only time known
 
 
 def _parsed(data: str) -> dict[str, Any]:
@@ -196,7 +200,7 @@ def _parsed(data: str) -> dict[str, Any]:
 
 
 def _refusal(status: int, body: bytes) -> tuple[str, str]:
-    """(code, message) of an answer that is not 200: ``503 overloaded`` where the body has a code."""
+    """Return code and message of an error answer, such as ``503 overloaded``."""
     try:
         error = json.loads(body)["error"]
         code = error.get("code")

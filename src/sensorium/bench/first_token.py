@@ -1,8 +1,9 @@
-"""A fresh process that says when it reached its first token; ``startup`` runs it.
+"""Process that reports when it reached its first token; ``startup`` runs it.
 
     python -m sensorium.bench.first_token '{"model": "demo"}'
 
-The last line on stdout is JSON: seconds of ``time.monotonic()``, a clock that all processes of a machine share.
+The last line on stdout is JSON: seconds of ``time.monotonic()``, a clock that all processes of a
+machine share.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ PROMPT = "The first word of an answer is often"
 
 
 def main() -> None:
-    """Import, load, generate one token, report."""
+    """Import, load, generate one token and print the times."""
     started = time.monotonic()
     keywords = json.loads(sys.argv[1])
     from sensorium import LLM, SamplingParams

@@ -68,8 +68,14 @@ def run(arguments: argparse.Namespace, keywords: Mapping[str, Any]) -> int:
 
 
 def figures(outputs: list[RequestOutput], start: float, seconds: float) -> dict[str, float]:
-    """What one batch shows. start: ``time.monotonic()`` before it; seconds: until all was done.
+    """Return the figures of one batch.
 
+    Args:
+        outputs: of all sequences.
+        start: ``time.monotonic()`` before the batch.
+        seconds: until all sequences were finished.
+
+    Returns:
     ttft_seconds: until every sequence had its first token. step_seconds: mean time of a step after
     that. decode_tokens_per_second: the tokens of these steps over all sequences.
     """

@@ -1,4 +1,4 @@
-"""Load on a server: when requests are sent, and how many at once."""
+"""Load on a server: arrivals and concurrency of requests."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from typing import Any
 
 from sensorium.bench.client import RequestRecord, StreamClient
 from sensorium.bench.workload import RandomWorkload
+from sensorium.bounds import Bounds
+from sensorium.config.fields import check_number
 from sensorium.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """How requests arrive.
+    """Arrival of requests.
 
-    request_rate: mean arrivals per second of a Poisson process; infinite sends all at once.
-    concurrency: most requests in flight; None for no bound. leave_fraction: part of the clients
-    that hang up before the middle of their answer.
+    Attributes:
+        num_prompts: number of requests.
+        output_len: length of an answer in tokens.
+        request_rate: mean arrivals per second of a Poisson process; infinite sends all at once.
+        concurrency: maximum number of requests in flight; None is unlimited.
+        leave_fraction: fraction of the clients that disconnect before the middle of their answer.
+        seed: of arrivals and of the clients that disconnect.
     """
 
     num_prompts: int
@@ -33,27 +39,19 @@ class LoadPlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "output_len"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{name} must be at least 1, got {getattr(self, name)}.", param=name
-                )
+        """Check the values. Raises ConfigError."""
+        check_number("num_prompts", self.num_prompts, Bounds(ge=1))
+        check_number("output_len", self.output_len, Bounds(ge=1))
+        if self.concurrency is not None:
+            check_number("concurrency", self.concurrency, Bounds(ge=1))
+        check_number("leave_fraction", self.leave_fraction, Bounds(ge=0, le=1), float)
         if not self.request_rate > 0:
             raise ConfigError(
                 f"request_rate must be above 0, got {self.request_rate:g}.", param="request_rate"
             )
-        if self.concurrency is not None and self.concurrency < 1:
-            raise ConfigError(
-                f"concurrency must be at least 1, got {self.concurrency}.", param="concurrency"
-            )
-        if not 0 <= self.leave_fraction <= 1:
-            raise ConfigError(
-                f"leave_fraction must be from 0 to 1, got {self.leave_fraction:g}.",
-                param="leave_fraction",
-            )
 
     def arrivals(self) -> list[float]:
-        """Seconds after the start at which each request is sent."""
+        """Return the time at which each request is sent, in seconds after the start."""
         if math.isinf(self.request_rate):
             return [0.0] * self.num_prompts
         generator = random.Random(f"{self.seed}/arrivals")
@@ -64,7 +62,7 @@ class LoadPlan:
         return times
 
     def leaves(self) -> list[int | None]:
-        """For each request, the number of chunks after which its client hangs up, or None."""
+        """Return for each request the chunks until its client disconnects, or None."""
         generator = random.Random(f"{self.seed}/leaves")
         leaving = set(
             generator.sample(range(self.num_prompts), round(self.leave_fraction * self.num_prompts))
@@ -78,7 +76,7 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class LoadResult:
-    """What a run brought: a record per request, and the seconds from the first request to the last end."""
+    """Records of all requests, and the seconds from the first request to the last end."""
 
     records: list[RequestRecord]
     seconds: float
@@ -89,7 +87,7 @@ class LoadResult:
 
     @property
     def errors(self) -> dict[str, int]:
-        """How many requests failed, by code."""
+        """Number of failed requests by code."""
         codes = [record.error for record in self.records if record.error is not None]
         return {code: codes.count(code) for code in sorted(set(codes))}
 
@@ -97,7 +95,7 @@ class LoadResult:
 def chat_body(
     workload: RandomWorkload, index: int, model: str, output_len: int, extra: dict[str, Any]
 ) -> bytes:
-    """The JSON of one streamed chat request; ``extra`` members are added or replace ours."""
+    """Return the JSON of one streamed chat request; ``extra`` fields override its own."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": workload.content(index)}],
@@ -116,9 +114,9 @@ async def run_load(
     plan: LoadPlan,
     on_end: Callable[[RequestRecord], None] | None = None,
 ) -> LoadResult:
-    """Send the bodies as planned and wait for all answers; ``on_end`` is told of each.
+    """Send the bodies as planned and wait for all answers; ``on_end`` is called with each record.
 
-    Time spent waiting for a free place of ``concurrency`` does not count as a request's latency.
+    Waiting for ``concurrency`` does not count as a request's latency.
     """
     places = asyncio.Semaphore(plan.concurrency or len(bodies))
     start = time.perf_counter()

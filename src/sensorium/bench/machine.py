@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Description of the machine that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("torch", "transformers", "numba", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, usable cores, memory in GiB and versions; nothing that tells whose machine it is."""
+    """Return CPU, usable cores, memory in GiB and versions; nothing that identifies the machine."""
     return {
         "processor": _processor(),
         "num_cores": len(os.sched_getaffinity(0)),

@@ -1,4 +1,4 @@
-"""Results as a dictionary for JSON, and as a table for people."""
+"""Results as dictionaries for JSON and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LATENCIES = {
 
 
 def header(benchmark: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What every result begins with: the kind, when, on what, and how it was run."""
+    """Return the first fields of every result: benchmark, date, machine and settings."""
     return {
         "benchmark": benchmark,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -38,9 +38,9 @@ def header(benchmark: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_results(result: LoadResult) -> dict[str, Any]:
-    """Counts, rates and latencies of a run of load.
+    """Return counts, rates and latencies of a run.
 
-    Rates and latencies are of completed requests; clients that left and errors are only counted.
+    Rates and latencies are of completed requests; disconnected and failed ones are only counted.
     """
     done = [record for record in result.records if record.completed]
     num_input = sum(record.prompt_tokens for record in done)
@@ -66,7 +66,7 @@ def load_results(result: LoadResult) -> dict[str, Any]:
 
 
 def detail(result: LoadResult) -> list[dict[str, Any]]:
-    """One dictionary per request, times in seconds after the first was sent."""
+    """Return one dictionary per request, times in seconds after the first was sent."""
     first = min((record.start_time for record in result.records), default=0.0)
     return [
         {
@@ -84,7 +84,7 @@ def detail(result: LoadResult) -> list[dict[str, Any]]:
 
 
 def load_table(results: Mapping[str, Any]) -> str:
-    """The results of a run of load, for a terminal."""
+    """Return the results of a run as text for the terminal."""
     errors = sum(results["errors"].values())
     completed = f"{results['num_completed']} of {results['num_requests']} requests completed"
     seconds = f"in {results['duration_seconds']:.2f} s"
@@ -111,7 +111,7 @@ def load_table(results: Mapping[str, Any]) -> str:
 
 
 def latency_table(results: Mapping[str, Any]) -> str:
-    """Mean and percentiles of each latency, in milliseconds."""
+    """Return a table with mean and percentiles of each latency in milliseconds."""
     lines = [f"{'milliseconds':<24}" + "".join(f"{column:>10}" for column in COLUMNS)]
     for key, name in LATENCIES.items():
         values = results.get(key)
@@ -122,18 +122,18 @@ def latency_table(results: Mapping[str, Any]) -> str:
 
 
 def figures_table(figures: Mapping[str, float], units: Mapping[str, str]) -> str:
-    """A line per figure with its unit."""
+    """Return a line per figure with its unit."""
     return "\n".join(f"{name:<32}{value:>12.4g} {units[name]}" for name, value in figures.items())
 
 
 def summary_dict(values: Sequence[float]) -> dict[str, float] | None:
-    """The summary of values as a dictionary; None when there are none."""
+    """Return the summary of values as a dictionary, None without values."""
     summary: Summary | None = summarize(values)
     return None if summary is None else dataclasses.asdict(summary)
 
 
 def plain(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Engine keywords for a result: paths by their last part, so that none of a machine is published."""
+    """Return engine keywords for a result; of paths only the last part, to publish none."""
     return {
         name: os.path.basename(os.path.abspath(value))
         if isinstance(value, str) and os.path.exists(value)
@@ -143,7 +143,7 @@ def plain(keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_json(results: Mapping[str, Any], path: Path) -> None:
-    """Write results to a file. Raises ConfigError when that is not possible."""
+    """Write results to a file. Raises ConfigError if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2) + "\n")

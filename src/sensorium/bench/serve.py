@@ -18,11 +18,11 @@ from sensorium.environment import api_keys_of_environment
 from sensorium.errors import ConfigError
 
 WARM_UP_SEED = 1 << 20
-"""Added to the seed for the requests that are not measured, so that they share nothing with the others."""
+"""Added to the seed of warm-up requests, so that they share nothing with measured ones."""
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the load and report it; 1 when no request completed."""
+    """Run the load and report it; return 1 if no request completed."""
     workload, plan = _workload(arguments, arguments.seed), _plan(arguments)
     extra = _extra(arguments)
     model, result = asyncio.run(_run(arguments, workload, plan, extra))
@@ -90,7 +90,7 @@ def _plan(arguments: argparse.Namespace) -> LoadPlan:
 
 
 def _extra(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Further members of each request's body."""
+    """Return the further fields of each request."""
     extra: dict[str, Any] = {"ignore_eos": True} if arguments.ignore_eos else {}
     if arguments.extra_body is None:
         return extra
@@ -106,7 +106,7 @@ def _extra(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags that shape the load; not the key, and nothing about where the server is."""
+    """Return the flags of the load, without the key and the server's address."""
     names = (
         "num_prompts",
         "input_len",

@@ -22,12 +22,12 @@ from sensorium.bench import report
 from sensorium.errors import ConfigError
 
 STAGES = ("interpreter_seconds", "import_seconds", "load_seconds", "first_token_seconds")
-"""The stages of a start, in their order; ``total_seconds`` is their sum."""
+"""Stages of a start in order; ``total_seconds`` is their sum."""
 TAIL_BYTES = 2000
 
 
 def run(arguments: argparse.Namespace, keywords: Mapping[str, Any]) -> int:
-    """Run fresh processes one after another, print medians and write all of it."""
+    """Start processes one after another, print medians and write all values."""
     settings = {"runs": arguments.runs, "cold_runs": arguments.cold_runs}
     if arguments.command is not None:
         seconds = [
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace, keywords: Mapping[str, Any]) -> int:
             "total_seconds": report.summary_dict(seconds),
         }
         print(
-            f"first output after {results['total_seconds']['p50']:.2f} s, median of {arguments.runs}"
+            f"first output after {results['total_seconds']['p50']:.2f} s, "
+            f"median of {arguments.runs}"
         )
     else:
         results = report.header("startup", {**settings, "engine": report.plain(keywords)})
@@ -55,9 +56,15 @@ def run(arguments: argparse.Namespace, keywords: Mapping[str, Any]) -> int:
 
 
 def time_start(keywords: Mapping[str, Any], *, cold: bool, timeout: float) -> dict[str, float]:
-    """Seconds of each stage of one start. cold: with an empty folder for compiled kernels.
+    """Return the seconds of each stage of one start.
 
-    Raises ConfigError with the end of what the process wrote when it fails.
+    Args:
+        keywords: of ``LLM``.
+        cold: use an empty folder for compiled kernels.
+        timeout: seconds for the process.
+
+    Raises:
+        ConfigError: the process failed; the message has the end of its stderr.
     """
     with tempfile.TemporaryDirectory() as empty:
         environment = dict(os.environ)
@@ -78,10 +85,11 @@ def time_start(keywords: Mapping[str, Any], *, cold: bool, timeout: float) -> di
 
 
 def time_command(command: str, timeout: float) -> float:
-    """Seconds until a command writes anything but white space to stdout; it is then ended.
+    """Return the seconds until a command writes non-blank output to stdout; it is then stopped.
 
-    Raises ConfigError when the command cannot be run, ends without output, or needs longer than
-    ``timeout`` seconds.
+    Raises:
+        ConfigError: the command cannot be run, ends without output, or takes longer than
+            ``timeout`` seconds.
     """
     begin = time.monotonic()
     try:
@@ -110,7 +118,7 @@ def time_command(command: str, timeout: float) -> float:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Medians of the stages, cold and warm."""
+    """Return a table with the medians of the stages, cold and warm."""
     lines = [f"{'seconds (median)':<24}{'cold':>10}{'warm':>10}"]
     for stage in (*STAGES, "total_seconds"):
         cells = []

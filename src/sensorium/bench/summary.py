@@ -21,7 +21,7 @@ class Summary:
 
 
 def summarize(values: Sequence[float]) -> Summary | None:
-    """The summary of ``values``; None when there are none."""
+    """Return the summary of ``values``, None without values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -37,10 +37,10 @@ def summarize(values: Sequence[float]) -> Summary | None:
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value below which ``percent`` of the sorted values lie, linear between two of them.
+    """Return a percentile of sorted values, with linear interpolation as numpy's default.
 
-    The smallest is at 0 and the largest at 100, as numpy's default has it. Raises ValueError for
-    an empty sequence or a percentage outside 0 to 100.
+    Raises:
+        ValueError: there are no values, or the percentage is outside 0 to 100.
     """
     if not ordered:
         raise ValueError("no values")

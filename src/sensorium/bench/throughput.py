@@ -79,7 +79,7 @@ def complete(
     *,
     use_tqdm: bool = False,
 ) -> list[RequestOutput]:
-    """Complete the prompts of these numbers: token ids, or conversations where there are pictures."""
+    """Complete the prompts of these numbers: token ids, or conversations with images."""
     if workload.num_images:
         return llm.chat(
             [_conversation(workload, index) for index in indices], params, use_tqdm=use_tqdm
@@ -90,7 +90,7 @@ def complete(
 
 
 def rates(outputs: list[RequestOutput], seconds: float) -> dict[str, Any]:
-    """Counts of tokens, and how many of them a second."""
+    """Return token counts and tokens per second."""
     num_input = sum(len(output.prompt_token_ids) for output in outputs)
     num_output = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
     seconds = max(seconds, 1e-9)
@@ -107,6 +107,6 @@ def rates(outputs: list[RequestOutput], seconds: float) -> dict[str, Any]:
 
 
 def _conversation(workload: RandomWorkload, index: int) -> list[dict[str, Any]]:
-    pictures = [{"type": "image_pil", "image_pil": p} for p in workload.pictures(index)]
-    content = [*pictures, {"type": "text", "text": workload.text(index)}]
+    images = [{"type": "image_pil", "image_pil": p} for p in workload.images(index)]
+    content = [*images, {"type": "text", "text": workload.text(index)}]
     return [{"role": "user", "content": content}]

@@ -1,4 +1,4 @@
-"""Random texts and pictures: the same for the same seed, on every machine."""
+"""Random texts and images, reproducible by seed on every machine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sensorium.bounds import Bounds
+from sensorium.config.fields import check_number
 from sensorium.errors import ConfigError
 
 VOCABULARY = (
@@ -24,7 +26,7 @@ VOCABULARY = (
 )
 WORDS = VOCABULARY.split()
 CELL = 16
-"""Pixels between two random colours of a picture."""
+"""Pixels between two random colours of an image."""
 MAX_SIDE = 16384
 
 Encode = Callable[[str], list[int]]
@@ -32,11 +34,16 @@ Encode = Callable[[str], list[int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomWorkload:
-    """Prompts of ``input_len`` words with ``num_images`` pictures each.
+    """Random prompts of a fixed length.
 
-    The first ``prefix_len`` words are the same in all prompts, the others differ from the first
-    one on, so that no prefix cache helps with them. ``distinct_images``: pictures are taken in
-    turn from that many; 0 makes every one new. ``image_size``: width and height in pixels.
+    Attributes:
+        input_len: number of words of a prompt.
+        seed: determines all texts and images.
+        prefix_len: number of words at the beginning that all prompts share; the first word after
+            them differs, so that a prefix cache does not help further.
+        num_images: images per prompt.
+        image_size: width and height in pixels.
+        distinct_images: number of images that prompts share in turn; 0 makes each one new.
     """
 
     input_len: int
@@ -47,9 +54,10 @@ class RandomWorkload:
     distinct_images: int = 0
 
     def __post_init__(self) -> None:
-        _at_least("input_len", self.input_len, 1)
-        _at_least("num_images", self.num_images, 0)
-        _at_least("distinct_images", self.distinct_images, 0)
+        """Check the values. Raises ConfigError."""
+        check_number("input_len", self.input_len, Bounds(ge=1))
+        check_number("num_images", self.num_images, Bounds(ge=0))
+        check_number("distinct_images", self.distinct_images, Bounds(ge=0))
         if not 0 <= self.prefix_len < self.input_len:
             raise ConfigError(
                 f"prefix_len must be from 0 to below input_len ({self.input_len}), "
@@ -64,13 +72,13 @@ class RandomWorkload:
             )
 
     def text(self, index: int) -> str:
-        """The text of prompt ``index``, in words; most tokenizers make one token of each."""
+        """Return the text of prompt ``index``; most tokenizers encode each word as one token."""
         prefix = _words(self.prefix_len, self.seed, "prefix")
         own = _words(self.input_len - self.prefix_len, self.seed, index)
         return " ".join([*prefix, *own])
 
     def token_ids(self, index: int, encode: Encode) -> list[int]:
-        """The first ``input_len`` token ids of prompt ``index``, whatever a word's length."""
+        """Return the first ``input_len`` token ids of prompt ``index``."""
         num_words, ids = self.input_len, list[int]()
         while len(ids) < self.input_len:
             prefix = _words(self.prefix_len, self.seed, "prefix")
@@ -79,29 +87,29 @@ class RandomWorkload:
             num_words *= 2
         return ids[: self.input_len]
 
-    def pictures(self, index: int) -> list[Image.Image]:
-        """The pictures of prompt ``index``."""
+    def images(self, index: int) -> list[Image.Image]:
+        """Return the images of prompt ``index``."""
         first = index * self.num_images
         numbers = [
             number % self.distinct_images if self.distinct_images else number
             for number in range(first, first + self.num_images)
         ]
-        return [picture(f"{self.seed}/{number}", *self.image_size) for number in numbers]
+        return [random_image(f"{self.seed}/{number}", *self.image_size) for number in numbers]
 
     def content(self, index: int) -> str | list[dict[str, Any]]:
-        """The prompt as content of a chat message: pictures as data: URLs, then the text."""
+        """Return the content of a chat message: images as data: URLs, then the text."""
         text = self.text(index)
         if not self.num_images:
             return text
-        urls = [data_url(image) for image in self.pictures(index)]
+        urls = [data_url(image) for image in self.images(index)]
         parts: list[dict[str, Any]] = [
             {"type": "image_url", "image_url": {"url": url}} for url in urls
         ]
         return [*parts, {"type": "text", "text": text}]
 
 
-def picture(seed: str, width: int, height: int) -> Image.Image:
-    """An RGB picture of smooth random colours."""
+def random_image(seed: str, width: int, height: int) -> Image.Image:
+    """Return an RGB image of smooth random colours."""
     generator = np.random.Generator(np.random.PCG64(list(seed.encode())))
     cells = (max(1, height // CELL), max(1, width // CELL), 3)
     colours = generator.integers(0, 256, cells, dtype=np.uint8)
@@ -109,7 +117,7 @@ def picture(seed: str, width: int, height: int) -> Image.Image:
 
 
 def data_url(image: Image.Image) -> str:
-    """A picture as the data: URL of a JPEG file."""
+    """Return the data: URL of an image as JPEG."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
@@ -117,8 +125,3 @@ def data_url(image: Image.Image) -> str:
 
 def _words(num_words: int, *seed: object) -> list[str]:
     return random.Random("/".join(map(str, seed))).choices(WORDS, k=num_words)
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
-        raise ConfigError(f"{name} must be at least {low}, got {value}.", param=name)

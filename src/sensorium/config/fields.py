@@ -76,6 +76,13 @@ def check_fields(config: Any) -> None:
         bad(*wrong)
 
 
+def check_number(name: str, value: object, bounds: Bounds, kind: type = int) -> None:
+    """Raise ConfigError unless the value is a number of a kind within its bounds."""
+    problem = bounds.problem(value, kind)
+    if problem is not None:
+        bad(name, problem)
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise ConfigError unless the value is one of the choices."""
     if value not in choices:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sensorium.bounds import Bounds
-from sensorium.config.fields import MIB, bad, check_choice, check_fields, option
+from sensorium.config.fields import MIB, bad, check_choice, check_fields, check_number, option
 
 LIMITED = ("image", "video", "audio")
 """Keys of ``limit_mm_per_prompt``."""
@@ -205,12 +205,7 @@ def check_limits(name: str, value: dict[Any, Any]) -> None:
         if isinstance(limit, dict):
             for key, number in limit.items():
                 check_choice(place, key, ("count", "num_frames", "width", "height", "length"))
-                _check_count(f"{place}[{key!r}]", number, 1 if key == "num_frames" else 0)
+                least = 1 if key == "num_frames" else 0
+                check_number(f"{place}[{key!r}]", number, Bounds(ge=least, le=1 << 31))
         else:
-            _check_count(place, limit, 0)
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    problem = Bounds(ge=least, le=1 << 31).problem(value, int)
-    if problem is not None:
-        bad(name, problem)
+            check_number(place, limit, Bounds(ge=0, le=1 << 31))
