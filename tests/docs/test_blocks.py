@@ -25,7 +25,7 @@ from tests.docs.pages import BLOCKS, PAGES, ROOT, Block, text_of
 
 UNREAD = ("", "text", "nginx")
 """Languages of blocks that are not read here: drawings, messages, other programs' files."""
-OTHERS = ("--config", "--no", "--build-arg", "--constraint", "--preload", "--shm-size")
+OTHERS = ("--config", "--no", "--build-arg", "--constraint", "--gpus", "--preload", "--shm-size")
 """What is read before the parser, the beginning of flags, and flags of other programs."""
 HISTORY = ("CHANGELOG.md",)
 """Pages that also name what is gone."""
@@ -97,14 +97,14 @@ def test_flags_that_the_text_names_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in HISTORY])
 def test_files_that_the_text_names_exist(page: str) -> None:
-    """Full paths, and names within the package or the folders of tests that a page speaks of."""
+    """Full paths, and their ends within the package or the folders of tests that a page speaks of."""
     named = {name for code in _CODE.findall(text_of(page)) for name in _FILE.findall(code)}
     folders = [ROOT / folder for folder in _FOLDERS]
     missing = {
         name
         for name in named
         if not any((folder / name).exists() for folder in folders)
-        and ("/" in name or not list((ROOT / "src").rglob(name)))
+        and not any(ROOT.glob(f"src/**/{name}"))
     }
     assert missing == set()
 

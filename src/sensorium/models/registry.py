@@ -57,7 +57,8 @@ def resolve(config: Mapping[str, Any]) -> Family:
     other = hf.find(names)
     if other is not None:
         return other
-    near = difflib.get_close_matches(names[0], [*known, *hf.names()], n=3, cutoff=0.4) or known
+    every = sorted({*known, *hf.names()})  # transformers has most of ours, too
+    near = difflib.get_close_matches(names[0], every, n=3, cutoff=0.4) or known
     raise UnsupportedModelError(
         f"Architecture {names[0]!r} is not supported. The nearest are {', '.join(near)}; "
         "`sensorium models` lists all.",

@@ -97,7 +97,8 @@ class Admission:
 
     def _overloaded(self) -> OverloadedError:
         error = OverloadedError(
-            f"{self.num_waiting} requests are waiting, which is the most here. Try again later."
+            f"{self.num_waiting} requests are waiting; at most {self.max_waiting} may "
+            "(--max-num-waiting). Try again later."
         )
         error.retry_after = min(_LONGEST_RETRY, max(1, round(self._usual_wait)))
         return error
