@@ -24,6 +24,7 @@ from sensorium.errors import (
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf_text
 from tests.e2e.prompts import MixedPrompt, mixed_prompts, qwen2_vl_inputs
+from tests.parts import Parts, build_llm
 
 TEMPLATE = Path(__file__).parents[1] / "examples" / "templates" / "dse_qwen2_vl.jinja"
 TOLERANCE = 1e-4
@@ -107,16 +108,21 @@ def test_vectors_of_texts_and_pictures(dse: Dse, setting: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def llm(dse: Dse) -> Iterator[LLM]:
-    with LLM(
-        str(dse.folder),
+def parts(dse: Dse) -> Iterator[Parts]:
+    with build_llm(
+        dse.folder,
         runner="pooling",
         chat_template=str(TEMPLATE),
         hf_overrides={"is_matryoshka": True},
         enable_mm_embeds=True,
         **ROOM,
-    ) as llm:
-        yield llm
+    ) as parts:
+        yield parts
+
+
+@pytest.fixture(scope="module")
+def llm(parts: Parts) -> LLM:
+    return parts.llm
 
 
 def test_cut_first_then_normalised(llm: LLM, dse: Dse) -> None:
@@ -206,10 +212,12 @@ def test_a_prompt_may_fill_the_whole_context(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("block_size", [8, 16])
-def test_a_vector_that_is_not_finite_fails_alone(dse: Dse, block_size: int) -> None:
+def test_a_vector_that_is_not_finite_fails_alone(
+    dse: Dse, monkeypatch: pytest.MonkeyPatch, block_size: int
+) -> None:
     """Neither its neighbours in a step nor those that get its blocks afterwards are harmed."""
-    with LLM(str(dse.folder), runner="pooling", **{**ROOM, "block_size": block_size}) as llm:
-        model = llm._engine._runner.model  # type: ignore[attr-defined]
+    with build_llm(dse.folder, runner="pooling", **{**ROOM, "block_size": block_size}) as parts:
+        llm, model = parts.llm, parts.runner.model
         embed = model.embed
 
         def poisoned(ids: torch.Tensor) -> torch.Tensor:
@@ -218,15 +226,17 @@ def test_a_vector_that_is_not_finite_fails_alone(dse: Dse, block_size: int) -> N
             return rows
 
         alone = vectors(llm.embed([[5, 6], [7], [8]], use_tqdm=False))
-        model.embed = poisoned
+        monkeypatch.setattr(model, "embed", poisoned)
         with pytest.raises(ModelOutputNotFiniteError, match=r"Prompt 1: .* infinite or undefined"):
             llm.embed([[5, 6], [333, 6], [7]], use_tqdm=False)
         found = vectors(llm.embed([[5, 6], [7], [8]], use_tqdm=False))
     np.testing.assert_allclose(found, alone, atol=1e-6)
 
 
-def test_a_span_that_breaks_the_step_fails_alone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llm._engine._runner.model  # type: ignore[attr-defined]
+def test_a_span_that_breaks_the_step_fails_alone(
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = parts.runner.model
     embed = model.embed
 
     def broken(ids: torch.Tensor) -> torch.Tensor:
@@ -240,13 +250,14 @@ def test_a_span_that_breaks_the_step_fails_alone(llm: LLM, monkeypatch: pytest.M
 
 
 def test_a_generating_model_makes_no_vectors_and_can_be_converted(dse: Dse) -> None:
-    with LLM(str(dse.folder), **ROOM) as llm:
+    with build_llm(dse.folder, **ROOM) as parts:
         with pytest.raises(InvalidRequestError, match="runner='pooling'"):
-            llm.embed("a")
-        assert llm._engine._runner.model.decoder.head.linear.weight is not None  # type: ignore[attr-defined]
-    with LLM(str(dse.folder), convert="embed", **ROOM) as llm:
+            parts.llm.embed("a")
+        assert parts.runner.model.decoder.head.linear.weight is not None  # type: ignore[attr-defined]
+    with build_llm(dse.folder, convert="embed", **ROOM) as parts:
+        llm = parts.llm
         assert len(llm.embed("a", use_tqdm=False)[0].outputs.embedding) == 64
-        assert llm._engine._runner.model.decoder.head.linear.weight is None  # type: ignore[attr-defined]
+        assert parts.runner.model.decoder.head.linear.weight is None  # type: ignore[attr-defined]
         with pytest.raises(InvalidRequestError, match="is_matryoshka"):
             llm.embed("a", pooling_params=PoolingParams(dimensions=8))
     with pytest.warns(DeprecationWarning, match="runner='pooling'"):
@@ -343,11 +354,11 @@ def test_half_precision_is_close_and_normalised_in_float32(tmp_path: Path) -> No
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1.0, atol=1e-6)
 
 
-def test_embeddings_stand_for_pictures(llm: LLM, dse: Dse) -> None:
+def test_embeddings_stand_for_pictures(llm: LLM, parts: Parts, dse: Dse) -> None:
     prompt = next(p for p in asked(dse.prompts) if p["multi_modal_data"])
-    prepared = llm._loop.submit(llm._preparer.prepare(llm._parse_prompt(prompt))).result()
+    prepared = parts.prepare(prompt)
     with torch.inference_mode():
-        encoded = llm._engine._runner.model.encode([i.features for i in prepared.items])  # type: ignore[attr-defined]
+        encoded = parts.runner.model.encode([i.features for i in prepared.items])
     grids = torch.tensor([list(item.features.meta["grid"]) for item in prepared.items])
     data = {"image_embeds": torch.cat(encoded), "image_grid_thw": grids}
     embeds = {"prompt": prompt["prompt"], "multi_modal_data": {"image": data}}

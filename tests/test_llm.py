@@ -26,6 +26,7 @@ from sensorium.errors import (
     UnsupportedModalityError,
 )
 from tests import checkpoints
+from tests.parts import Parts, build_llm
 
 ROOM = {"num_kv_blocks": 400, "block_size": 16, "max_model_len": 512}
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -47,15 +48,25 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def qwen(qwen_folder: Path) -> Iterator[LLM]:
-    with LLM(str(qwen_folder), enable_mm_embeds=True, **ROOM) as llm:
-        yield llm
+def qwen_parts(qwen_folder: Path) -> Iterator[Parts]:
+    with build_llm(qwen_folder, enable_mm_embeds=True, **ROOM) as parts:
+        yield parts
 
 
 @pytest.fixture(scope="module")
-def llava(llava_folder: Path) -> Iterator[LLM]:
-    with LLM(str(llava_folder), enable_mm_embeds=True, **ROOM) as llm:
-        yield llm
+def qwen(qwen_parts: Parts) -> LLM:
+    return qwen_parts.llm
+
+
+@pytest.fixture(scope="module")
+def llava_parts(llava_folder: Path) -> Iterator[Parts]:
+    with build_llm(llava_folder, enable_mm_embeds=True, **ROOM) as parts:
+        yield parts
+
+
+@pytest.fixture(scope="module")
+def llava(llava_parts: Parts) -> LLM:
+    return llava_parts.llm
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (60, 45)) -> Image.Image:
@@ -107,24 +118,25 @@ def test_a_prompt_with_placeholders_in_full_length_is_taken_as_it_stands(llava: 
 
 
 @pytest.mark.parametrize("num_images", [1, 2])
-def test_embeddings_stand_for_images(qwen: LLM, llava: LLM, num_images: int) -> None:
+def test_embeddings_stand_for_images(
+    qwen_parts: Parts, llava_parts: Parts, num_images: int
+) -> None:
     """Embeddings computed from the pictures give the same answers as the pictures."""
     images = [picture(seed) for seed in range(num_images)]
-    loop = qwen._loop.submit
-    for llm, placeholder in ((qwen, VISION), (llava, "<image>")):
+    for parts, placeholder in ((qwen_parts, VISION), (llava_parts, "<image>")):
         prompt = f"{placeholder} and " * num_images
-        prepared = loop(llm._preparer.prepare(llm._parse_prompt(seen(images, prompt)))).result()
+        prepared = parts.prepare(seen(images, prompt))
         with torch.inference_mode():
-            embeds = llm._engine._runner.model.encode([i.features for i in prepared.items])
+            embeds = parts.runner.model.encode([i.features for i in prepared.items])
         data: Any = torch.stack(embeds)
-        if llm is qwen:
+        if parts is qwen_parts:
             grids = torch.tensor([list(i.features.meta["grid"]) for i in prepared.items])
             data = {"image_embeds": torch.cat(embeds), "image_grid_thw": grids}
-        assert ask(llm, seen(data, prompt)) == ask(llm, seen(images, prompt))
+        assert ask(parts.llm, seen(data, prompt)) == ask(parts.llm, seen(images, prompt))
 
 
-def test_wrong_embeddings_are_refused(llava: LLM, llava_folder: Path) -> None:
-    hidden = llava._engine._runner.model.shape.hidden_size
+def test_wrong_embeddings_are_refused(llava: LLM, llava_parts: Parts, llava_folder: Path) -> None:
+    hidden = llava_parts.runner.model.shape.hidden_size
     num = llava.generate(seen(picture(), "<image> a"), GREEDY, use_tqdm=False)[0].num_item_tokens
     size = num["image"]
     good = torch.zeros(1, size, hidden)
@@ -172,12 +184,14 @@ def test_modalities_that_the_model_lacks(qwen: LLM, llava: LLM) -> None:
         ask(llava, {"prompt": "what", "multi_modal_data": {"audio": sound}})
 
 
-def test_a_bad_prompt_in_a_list_is_named_and_stops_nothing_later(qwen: LLM) -> None:
+def test_a_bad_prompt_in_a_list_is_named_and_stops_nothing_later(
+    qwen: LLM, qwen_parts: Parts
+) -> None:
     with pytest.raises(InvalidRequestError, match="Prompt 1"):
         qwen.generate(["good", {"promt": "typo"}], GREEDY, use_tqdm=False)
     with pytest.raises(PromptTooLongError, match="Prompt 2"):
         qwen.generate(["a", "b", "long " * 1000], GREEDY, use_tqdm=False)
-    assert not qwen._engine.has_work or qwen.generate("go on", GREEDY, use_tqdm=False)
+    assert not qwen_parts.engine.has_work or qwen.generate("go on", GREEDY, use_tqdm=False)
     assert qwen.stats().num_running == 0
     assert len(ask(qwen, "go on")) == 8
 
@@ -348,7 +362,7 @@ def test_impossible_settings_are_refused(qwen_folder: Path, tmp_path: Path) -> N
 
 
 def test_an_endless_text_is_refused_by_its_beginning(
-    qwen: LLM, monkeypatch: pytest.MonkeyPatch
+    qwen: LLM, qwen_parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not all of it is tokenized; and a long text of few tokens is not refused for its characters."""
     tokenizer, seen_chars = qwen.get_tokenizer(), []
@@ -359,11 +373,11 @@ def test_an_endless_text_is_refused_by_its_beginning(
         return encode(text, **options)
 
     monkeypatch.setattr(tokenizer, "encode", noted)
-    most = qwen._preparer._facts.max_model_len
+    most = qwen_parts.engine.facts.max_model_len
     with pytest.raises(PromptTooLongError, match="of which the first"):
         ask(qwen, "long " * (40 * most))
     assert seen_chars == [16 * most]
     few = "<|endoftext|>" * (most // 2)
     monkeypatch.setattr("sensorium.engine.prompts.lengths.PROBED_CHARS", 1)
     assert len(few) > 4 * most
-    assert qwen._preparer.draft(RawPrompt(text=few)).token_ids
+    assert qwen_parts.processor.draft(RawPrompt(text=few)).token_ids

@@ -22,25 +22,26 @@ from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
 from sensorium.engine.prompts.types import Prompt, RawPrompt
 from sensorium.errors import InvalidRequestError, PromptTooLongError, UnavailableError
 from tests import checkpoints
+from tests.parts import Parts, build_llm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="module")
-def module_llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
     folder = tmp_path_factory.mktemp("qwen2_vl")
     checkpoints.make_qwen2_vl(folder)
     room = {"num_kv_blocks": 400, "block_size": 16, "max_model_len": 512, "max_num_seqs": 4}
-    with LLM(str(folder), **room) as llm:
-        yield llm
+    with build_llm(folder, **room) as parts:
+        yield parts
 
 
 @pytest.fixture
-def llm(module_llm: LLM) -> Iterator[LLM]:
-    yield module_llm
-    module_llm._engine.check_integrity()
-    stats = module_llm.stats()
+def llm(parts: Parts) -> Iterator[LLM]:
+    yield parts.llm
+    parts.engine.check_integrity()
+    stats = parts.llm.stats()
     assert (stats.num_running, stats.num_waiting, stats.held_features) == (0, 0, 0)
 
 
@@ -58,9 +59,9 @@ def answers(llm: LLM, prompts: list[Any]) -> list[list[int]]:
 @pytest.mark.parametrize("after", [False, True], ids=["before the step", "after the step"])
 @pytest.mark.parametrize("num_steps", [0, 1, 4])
 def test_an_interrupt_in_a_step_leaves_an_llm_that_works(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, num_steps: int, after: bool
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch, num_steps: int, after: bool
 ) -> None:
-    runner, steps = llm._engine._runner, []
+    runner, steps = parts.runner, []
     execute = runner.execute
 
     def interrupted(plan: StepPlan) -> StepResult:
@@ -77,22 +78,22 @@ def test_an_interrupt_in_a_step_leaves_an_llm_that_works(
     with pytest.raises(KeyboardInterrupt):
         answers(llm, [seen(3), *prompts, seen(4)])
     monkeypatch.undo()
-    llm._engine.check_integrity()
+    parts.engine.check_integrity()
     assert answers(llm, prompts) == expected
 
 
 @pytest.mark.parametrize("where", ["abort", "reset"])
 def test_an_interrupt_while_cleaning_up_leaves_an_llm_that_works(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     expected = answers(llm, ["one", "two"])
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(llm._engine, where, interrupted)
+    monkeypatch.setattr(parts.engine, where, interrupted)
     if where == "reset":
-        monkeypatch.setattr(llm._engine, "step", interrupted)
+        monkeypatch.setattr(parts.engine, "step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             answers(llm, ["three"])
     else:
@@ -104,13 +105,13 @@ def test_an_interrupt_while_cleaning_up_leaves_an_llm_that_works(
     assert answers(llm, ["one", "two"]) == expected
 
 
-def test_samples_of_a_long_prompt_are_bounded_together(llm: LLM) -> None:
+def test_samples_of_a_long_prompt_are_bounded_together(llm: LLM, parts: Parts) -> None:
     """Each brings the whole prompt to the engine: a short request must not be hours of work."""
     most = llm.config.scheduler.max_sampled_prompt_tokens
     prepared = PreparedPrompt("", (1,) * (most // 10_000))
 
     def requests(n: int) -> list[EngineRequest]:
-        return llm._preparer.requests(prepared, SamplingParams(n=n), "id", 0, 0.0)
+        return parts.processor.requests(prepared, SamplingParams(n=n), "id", 0, 0.0)
 
     most_samples = most // len(prepared.token_ids)
     assert len(requests(most_samples)) == most_samples
@@ -138,7 +139,9 @@ def test_more_constraints_than_may_wait_at_a_time(
         GREEDY.replace(max_tokens=1, structured_outputs={"regex": f"[a-z]{{{number}}}"})
         for number in range(2, 9)
     ]
-    assert len(llm._sampling(params, len(params))) == 7
+    params.append(GREEDY.replace(structured_outputs={"regex": "("}))
+    with pytest.raises(InvalidRequestError, match=r"^Prompt 7: .*regex"):
+        llm.generate(["a"] * len(params), params, use_tqdm=False)
 
 
 def test_an_error_outside_the_engine_ends_the_work(
@@ -168,16 +171,18 @@ def test_a_call_in_the_middle_of_another_is_refused(llm: LLM) -> None:
     assert len(answers(llm, ["other"])[0]) == 8
 
 
-def test_only_so_many_prompts_are_held_at_a_time(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_prompts_are_held_at_a_time(
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     most, held = 2 * llm.config.scheduler.max_num_seqs, []
-    complete = llm._preparer.complete
+    complete = parts.processor.complete
 
     async def counted(draft: Draft) -> PreparedPrompt:
-        assert llm._run is not None
-        held.append(len(llm._run._streams))
+        stats = parts.engine.stats()
+        held.append(stats.num_running + stats.num_waiting)
         return await complete(draft)
 
-    monkeypatch.setattr(llm._preparer, "complete", counted)
+    monkeypatch.setattr(parts.processor, "complete", counted)
     prompts = [[5 + i % 7] for i in range(3 * most)]
     outputs = llm.generate(prompts, GREEDY.replace(max_tokens=30), use_tqdm=False)
     assert [output.prompt_token_ids for output in outputs] == prompts
@@ -199,20 +204,20 @@ def test_what_is_wrong_without_its_media_is_found_before_anything_runs(llm: LLM)
 
 
 def test_errors_name_the_prompt_even_when_it_is_the_last_one_left(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    complete = llm._preparer.complete
+    complete = parts.processor.complete
 
     async def late(draft: Draft) -> PreparedPrompt:
         if draft.refs:
             steps = llm.stats().num_steps
-            while llm._engine.has_work or llm.stats().num_steps == steps:
+            while parts.engine.has_work or llm.stats().num_steps == steps:
                 await asyncio.sleep(0.001)
             raise UnavailableError("lost")
         return await complete(draft)
 
-    monkeypatch.setattr(llm._preparer, "complete", late)
+    monkeypatch.setattr(parts.processor, "complete", late)
     with pytest.raises(UnavailableError, match="Prompt 1: lost"):
         llm.generate(["a", seen(1)], GREEDY, use_tqdm=False)
 
@@ -226,9 +231,9 @@ def test_a_sequence_that_fails_names_its_prompt(llm: LLM) -> None:
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_a_sequence_that_breaks_the_model_harms_no_other(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, bad: int
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch, bad: int
 ) -> None:
-    model, engine = llm._engine._runner.model, llm._engine
+    model, engine = parts.runner.model, parts.engine
     prompts = [[50 + i, 60 + i, 70 + i] for i in range(3)]
     expected = answers(llm, prompts)
     embed = model.embed
@@ -266,14 +271,14 @@ def test_wrong_types_are_request_errors(llm: LLM) -> None:
     assert llm.generate([], GREEDY, use_tqdm=False) == []
 
 
-def test_what_goes_to_the_engine_can_be_sent(llm: LLM) -> None:
+def test_what_goes_to_the_engine_can_be_sent(llm: LLM, parts: Parts) -> None:
     """Constraints go compiled: a schema may hold numbers that no message can."""
     schema = {"type": "integer", "maximum": 10**30}
     params = SamplingParams(n=3, seed=5, stop=["x"], structured_outputs={"json": schema})  # type: ignore[arg-type]
-    draft = llm._preparer.draft(RawPrompt(text="a"))
-    prepared = llm._loop.submit(llm._preparer.complete(draft)).result(30)
-    grammar = llm._loop.submit(llm._preparer.grammar(params)).result(30)
-    requests = llm._preparer.requests(prepared, params, "id", 0, 0.0, grammar)
+    draft = parts.processor.draft(RawPrompt(text="a"))
+    prepared = parts.run(parts.processor.complete(draft))
+    grammar = parts.run(parts.processor.grammar(params))
+    requests = parts.processor.requests(prepared, params, "id", 0, 0.0, grammar)
     for request in requests:
         sent = wire.decode_to_engine(wire.encode(wire.Submit(request, ())))
         assert isinstance(sent, wire.Submit)
@@ -283,9 +288,9 @@ def test_what_goes_to_the_engine_can_be_sent(llm: LLM) -> None:
 
 
 def test_long_texts_are_tokenized_off_the_event_loop(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft, on_loop = llm._preparer.draft, []
+    draft, on_loop = parts.processor.draft, []
 
     def noted(prompt: Prompt) -> Draft:
         try:
@@ -296,10 +301,10 @@ def test_long_texts_are_tokenized_off_the_event_loop(
             on_loop.append(True)
         return draft(prompt)
 
-    monkeypatch.setattr(llm._preparer, "draft", noted)
-    llm._loop.submit(llm._preparer.prepare(RawPrompt(text="short"))).result(30)
+    monkeypatch.setattr(parts.processor, "draft", noted)
+    parts.run(parts.processor.prepare(RawPrompt(text="short")))
     with pytest.raises(PromptTooLongError):
-        llm._loop.submit(llm._preparer.prepare(RawPrompt(text="long" * LONG_TEXT))).result(30)
+        parts.run(parts.processor.prepare(RawPrompt(text="long" * LONG_TEXT)))
     assert on_loop == [True, False]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import concurrent.futures
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,25 +21,28 @@ from sensorium.errors import (
     UnavailableError,
 )
 from tests import checkpoints
+from tests.parts import Parts, build_patient
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 ROOM = {"num_kv_blocks": 400, "block_size": 16, "max_model_len": 512, "max_num_seqs": 4}
 
 
 @pytest.fixture(scope="module")
-def module_llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(str(checkpoints.make_qwen2_vl(tmp_path_factory.mktemp("qwen"))), **ROOM) as llm:
-        yield llm
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
+    folder = checkpoints.make_qwen2_vl(tmp_path_factory.mktemp("qwen"))
+    with build_patient(folder, **ROOM) as parts:
+        yield parts
 
 
 @pytest.fixture
-def llm(module_llm: LLM) -> Iterator[LLM]:
-    before = tokens(module_llm, [said("alone")])
-    yield module_llm
-    module_llm._engine.check_integrity()
-    stats = module_llm.stats()
+def llm(parts: Parts) -> Iterator[LLM]:
+    llm = parts.llm
+    before = tokens(llm, [said("alone")])
+    yield llm
+    parts.engine.check_integrity()
+    stats = llm.stats()
     assert (stats.num_running, stats.num_waiting, stats.held_features) == (0, 0, 0)
-    assert tokens(module_llm, [said("alone")]) == before
+    assert tokens(llm, [said("alone")]) == before
 
 
 def said(words: str, data: bytes | None = None) -> list[dict[str, Any]]:
@@ -100,27 +102,23 @@ def test_two_broken_pictures_raise_the_first(llm: LLM) -> None:
 
 @pytest.mark.parametrize("num_samples", [1, 3])
 def test_a_sequence_that_fails_in_the_engine_harms_no_other(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, num_samples: int
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch, num_samples: int
 ) -> None:
     """News of the others in the same step, and their later ones, are not lost with it."""
     conversations = [said(f"number {i}") for i in range(8)]
     expected = tokens(llm, conversations)
     params = [GREEDY.replace(n=num_samples if i == 2 else 1) for i in range(8)]
-    runner, num_steps = llm._engine._runner, 0
-    execute = runner.execute
+    runner, num_steps, third = parts.runner, 0, list[int]()
+    execute, decode = runner.execute, llm.get_tokenizer().decode
 
     def failing(plan: StepPlan) -> StepResult:
         nonlocal num_steps
         result = execute(plan)
         num_steps += 1
-        assert llm._run is not None
-        # All are running at the third step, however slowly they are prepared.
-        concurrent.futures.wait([pending.prepared for pending in llm._run._ready])
-        third = [i for i, (index, _) in llm._run._streams.items() if index == 2]
+        third.extend(new.seq_id for new in plan.new if "number 2" in decode(new.token_ids))
         if num_steps == 3 and third:
-            seq_id = llm._engine._scheduler._seq_ids[third[0]]
-            result.samples.pop(seq_id, None)
-            result.failed[seq_id] = "It was told to fail."
+            result.samples.pop(third[0], None)
+            result.failed[third[0]] = "It was told to fail."
         return result
 
     monkeypatch.setattr(runner, "execute", failing)
@@ -136,9 +134,9 @@ def test_a_sequence_that_fails_in_the_engine_harms_no_other(
 
 
 def test_a_request_that_the_engine_does_not_take_leaves_nothing(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add, num_added = llm._engine.add, 0
+    add, num_added = parts.engine.add, 0
 
     def refusing(*arguments: Any) -> None:
         nonlocal num_added
@@ -147,7 +145,7 @@ def test_a_request_that_the_engine_does_not_take_leaves_nothing(
             raise InvalidRequestError("not this one")
         add(*arguments)
 
-    monkeypatch.setattr(llm._engine, "add", refusing)
+    monkeypatch.setattr(parts.engine, "add", refusing)
     params = [GREEDY.replace(n=n) for n in (1, 1, 3, 1)]
     error = failed(llm, [said(word) for word in "abcd"], params)
     monkeypatch.undo()

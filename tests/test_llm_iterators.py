@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from sensorium import LLM, PoolingParams, RequestOutput, SamplingParams
+from sensorium.core.request import SequenceUpdate
 from sensorium.errors import InvalidRequestError, MediaUndecodableError
 from tests import checkpoints
+from tests.parts import Parts, build_llm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 NUM_SEQS = 4
@@ -20,17 +22,17 @@ ROOM = {"num_kv_blocks": 400, "block_size": 16, "max_model_len": 256, "max_num_s
 
 
 @pytest.fixture(scope="module")
-def module_llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(str(checkpoints.make_qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))), **ROOM) as llm:
-        yield llm
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
+    folder = checkpoints.make_qwen2_vl(tmp_path_factory.mktemp("qwen2_vl"))
+    with build_llm(folder, **ROOM) as parts:
+        yield parts
 
 
 @pytest.fixture
-def llm(module_llm: LLM) -> Iterator[LLM]:
-    yield module_llm
-    assert module_llm._run is None
-    module_llm._engine.check_integrity()
-    stats = module_llm.stats()
+def llm(parts: Parts) -> Iterator[LLM]:
+    yield parts.llm
+    parts.engine.check_integrity()
+    stats = parts.llm.stats()
     assert (stats.num_running, stats.num_waiting, stats.held_features) == (0, 0, 0)
 
 
@@ -70,19 +72,26 @@ def test_what_gives_prompts_one_by_one_is_an_iterator(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_only_so_many_prompts_are_read_ahead(llm: LLM, stream: bool) -> None:
-    num_read, most = 0, 0
+def test_only_so_many_prompts_are_read_ahead(
+    llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    num_read, num_finished, most = 0, 0, 0
 
     def endless() -> Iterator[str]:
         nonlocal num_read, most
         for number in range(20 * NUM_SEQS):
-            run = llm._run
-            assert run is not None
-            num_finished = num_read - len(run._ready) - len({i for i, _ in run._streams.values()})
             num_read += 1
             most = max(most, num_read - num_finished)
             yield f"number {number}"
 
+    def counted() -> list[SequenceUpdate]:
+        nonlocal num_finished
+        updates = step()
+        num_finished += sum(update.finish_reason is not None for update in updates)
+        return updates
+
+    step = parts.engine.step
+    monkeypatch.setattr(parts.engine, "step", counted)
     outputs = list(llm.generate(endless(), GREEDY, use_tqdm=False, stream=stream))  # type: ignore[call-overload]
     assert len(outputs) == num_read == 20 * NUM_SEQS
     assert NUM_SEQS <= most <= 2 * NUM_SEQS

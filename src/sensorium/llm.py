@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, overload
 from sensorium import forks
 from sensorium.compat.calls import takes_call_keywords
 from sensorium.config import EngineConfig, engine_config
+from sensorium.engine.engine import Engine
 from sensorium.engine.executor import build_engine
 from sensorium.engine.offline.batch import (
     Batch,
@@ -74,22 +75,55 @@ class LLM:
     """
 
     def __init__(self, model: str, **keywords: Any) -> None:
-        self.config: EngineConfig = engine_config(model=model, **keywords)
+        config = engine_config(model=model, **keywords)
         forks.begin_computing()
-        self._made_in = forks.generation()
-        self._tracer = Tracer(self.config.observability.trace_dir)
-        self._preparer = InputProcessor(
-            self.config, trust_request_chat_template=True, package_files=True
-        )
+        tracer = Tracer(config.observability.trace_dir)
+        preparer = InputProcessor(config, trust_request_chat_template=True, package_files=True)
         try:
-            self._engine = build_engine(self.config)
+            engine = build_engine(config)
         except BaseException:
-            self._preparer.close()
-            self._tracer.close()
+            preparer.close()
+            tracer.close()
             raise
-        self._preparer.set_facts(self._engine.facts)
-        self._loop = BackgroundLoop()
-        closers = (self._loop.close, self._preparer.close, self._tracer.close)
+        self._assemble(config, engine, preparer, BackgroundLoop(), tracer)
+
+    @classmethod
+    def from_parts(
+        cls,
+        config: EngineConfig,
+        engine: Engine,
+        input_processor: InputProcessor,
+        loop: BackgroundLoop,
+    ) -> LLM:
+        """Make an LLM of parts built elsewhere, such as an engine with a runner of another kind.
+
+        Args:
+            config: The configuration that the parts were built with.
+            engine: The engine, which only this LLM uses from now on.
+            input_processor: What prepares prompts for it; closed with the LLM.
+            loop: The event loop on which prompts are prepared; closed with the LLM.
+        """
+        llm = cls.__new__(cls)
+        tracer = Tracer(config.observability.trace_dir)
+        llm._assemble(config, engine, input_processor, loop, tracer)
+        return llm
+
+    def _assemble(
+        self,
+        config: EngineConfig,
+        engine: Engine,
+        preparer: InputProcessor,
+        loop: BackgroundLoop,
+        tracer: Tracer,
+    ) -> None:
+        self.config = config
+        self._made_in = forks.generation()
+        self._engine = engine
+        self._preparer = preparer
+        self._loop = loop
+        self._tracer = tracer
+        preparer.set_facts(engine.facts)
+        closers = (loop.close, preparer.close, tracer.close)
         self._release = weakref.finalize(self, release, self._made_in, *closers)
         self._in_use = threading.Lock()
         self._closed = False

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 from typing import Any
-
-from sensorium import LLM
-from sensorium.engine.offline.batch import Batch
-from sensorium.engine.offline.run import BatchRun
 
 
 def settings(scarce_blocks: int) -> dict[str, dict[str, Any]]:
@@ -27,23 +22,3 @@ def settings(scarce_blocks: int) -> dict[str, dict[str, Any]]:
             "mm_processor_cache_gb": 0.0,
         },
     }
-
-
-def all_at_once(llm: LLM) -> LLM:
-    """Let every call's prompts come to the engine together, however long their media take to prepare: else it depends
-    on the machine how many of them compete for blocks."""
-    new_run = llm._new_run
-
-    def waiting_run(batch: Batch) -> BatchRun:
-        run = new_run(batch)
-        ahead = run._prepare_ahead
-
-        def prepare_all() -> None:
-            ahead()
-            concurrent.futures.wait([job.prepared for job in run._ready])
-
-        run._prepare_ahead = prepare_all  # type: ignore[method-assign]
-        return run
-
-    llm._new_run = waiting_run  # type: ignore[method-assign]
-    return llm

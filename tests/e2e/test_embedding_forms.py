@@ -16,6 +16,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.errors import InvalidEmbeddingsError
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf
+from tests.parts import Parts, build_llm
 from tests.reliability.media import picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -114,21 +115,21 @@ def asked(
     folder = tmp_path_factory.mktemp("model")
     case.make(folder)
     room = {"num_kv_blocks": 200, "max_model_len": 1024}
-    with LLM(str(folder), enable_mm_embeds=True, **room) as llm:
+    with build_llm(folder, enable_mm_embeds=True, **room) as parts:
         items = items_of(case.modality)
-        features, embeds = encoded(llm, case, items)
-        _, (first,) = encoded(llm, case, items[:1])
-        yield Asked(llm, case, items, features, embeds, first)
+        features, embeds = encoded(parts, case, items)
+        _, (first,) = encoded(parts, case, items[:1])
+        yield Asked(parts.llm, case, items, features, embeds, first)
 
 
-def encoded(llm: LLM, case: Case, items: list[Any]) -> tuple[list[Any], list[torch.Tensor]]:
+def encoded(parts: Parts, case: Case, items: list[Any]) -> tuple[list[Any], list[torch.Tensor]]:
     """Features and embeddings of the items of a prompt."""
     text = " ".join(case.placeholders[: len(items)])
     prompt = {"prompt": text, "multi_modal_data": {case.modality: items}}
-    prepared = llm._loop.submit(llm._preparer.prepare(llm._parse_prompt(prompt))).result()
+    prepared = parts.prepare(prompt)
     features = [item.features for item in prepared.items]
     with torch.inference_mode():
-        return features, [made.clone() for made in llm._engine._runner.model.encode(features)]
+        return features, [made.clone() for made in parts.runner.model.encode(features)]
 
 
 def test_every_form_of_two_items(asked: Asked) -> None:

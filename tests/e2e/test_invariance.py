@@ -20,7 +20,7 @@ from sensorium.kernels.cpu import amx
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf_text
 from tests.e2e.prompts import WORDS, image
-from tests.e2e.settings import all_at_once
+from tests.parts import patient_llm
 
 DTYPES = ("float32", "bfloat16", "float16")
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -129,8 +129,7 @@ def test_families(family: tuple[str, Prompts], dtype: str) -> None:
     expected = alone(folder, dtype, prompts)
     everything = list(range(len(prompts)))
     for name, changed in CHANGED.items():
-        with LLM(folder, dtype=dtype, batch_invariant=True, **changed) as llm:
-            all_at_once(llm)
+        with patient_llm(folder, dtype=dtype, batch_invariant=True, **changed) as llm:
             assert ask(llm, prompts, everything) == expected, name
             assert ask(llm, prompts, everything[::-1]) == expected[::-1], f"{name}, from caches"
 
@@ -164,10 +163,9 @@ def test_the_demo(
     """Any prompts together, in chunks of any size, with room for all or a few, twice over the prefix cache."""
     dtype, prompts, expected = demo
     changed = {"num_kv_blocks": num_blocks, "max_num_batched_tokens": budget}
-    with LLM(
+    with patient_llm(
         "demo", dtype=dtype, num_threads=threads, enable_prefix_caching=caching, **SMALL | changed
     ) as llm:
-        all_at_once(llm)
         for _ in range(2):
             assert ask(llm, prompts, indexes) == [expected[index] for index in indexes]
 
@@ -182,8 +180,7 @@ def test_log_probabilities_of_prompts_and_vectors(tmp_path: Path, dtype: str) ->
     ]
     found: list[tuple[Any, Any]] = []
     for changed in ({**ROOMY, "max_num_seqs": 1}, *CHANGED.values()):
-        with LLM(folder, dtype=dtype, **changed) as llm:
-            all_at_once(llm)
+        with patient_llm(folder, dtype=dtype, **changed) as llm:
             outs = llm.generate(prompts, params, use_tqdm=False)
             entries = [
                 [
@@ -193,8 +190,7 @@ def test_log_probabilities_of_prompts_and_vectors(tmp_path: Path, dtype: str) ->
                 for out in outs
                 if out.prompt_logprobs is not None
             ]
-        with LLM(folder, dtype=dtype, runner="pooling", **changed) as llm:
-            all_at_once(llm)
+        with patient_llm(folder, dtype=dtype, runner="pooling", **changed) as llm:
             vectors = [out.outputs.embedding for out in llm.embed(prompts, use_tqdm=False)]
         found.append((entries, vectors))
     assert len(found[0][0]) == len(prompts)

@@ -15,9 +15,10 @@ from sensorium.errors import InvalidEmbeddingsError
 from sensorium.multimodal.items import Decoded, Video
 from tests.checkpoints import make_llava_onevision
 from tests.checkpoints.llava_onevision import OLDER_TEMPLATE
-from tests.e2e.settings import all_at_once, settings
+from tests.e2e.settings import settings
 from tests.models.harness import Running, picture, text_ids
 from tests.models.onevision import OnevisionReference, clip
+from tests.parts import patient_llm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 WIDE, TALL, SQUARE = picture(52, 130, 1), picture(88, 50, 2), picture(44, 44, 3)
@@ -71,8 +72,7 @@ def answers(llm: LLM) -> list[Any]:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_equal_to_the_reference(folder: Path, expected: list[list[int]], setting: str) -> None:
-    with LLM(str(folder), max_model_len=180, **SETTINGS[setting]) as llm:
-        all_at_once(llm)
+    with patient_llm(str(folder), max_model_len=180, **SETTINGS[setting]) as llm:
         for _ in range(2):
             assert [out.outputs[0].token_ids for out in answers(llm)] == expected
         stats = llm.stats()

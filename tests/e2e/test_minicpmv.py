@@ -15,9 +15,9 @@ from PIL import Image
 from sensorium import LLM, SamplingParams
 from sensorium.errors import InvalidEmbeddingsError, InvalidRequestError, PlaceholderMismatchError
 from tests.checkpoints import make_minicpmv
-from tests.e2e.settings import all_at_once
 from tests.models.harness import picture
 from tests.models.plain_minicpmv import Item, PlainReference
+from tests.parts import patient_llm
 
 NUM_TOKENS = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -89,8 +89,7 @@ def expected(plain: PlainReference, text: str, items: list[Item], **options: Any
 def test_generate(folder: Path, plain: PlainReference, settings: dict[str, Any]) -> None:
     """Cold and warm."""
     right = [expected(plain, *prompt) for prompt in PROMPTS]
-    with LLM(str(folder), **{**ROOM, **settings}) as llm:
-        all_at_once(llm)
+    with patient_llm(str(folder), **{**ROOM, **settings}) as llm:
         prompts = [asked(*prompt) for prompt in PROMPTS]
         assert answers(llm, prompts) == right
         assert answers(llm, prompts) == right

@@ -18,7 +18,7 @@ from tests.e2e.prompts import (
     qwen2_vl_inputs,
     reference_tokens,
 )
-from tests.e2e.settings import all_at_once
+from tests.parts import patient_llm
 
 NUM_PROMPTS = 64
 NUM_TOKENS = 12
@@ -81,8 +81,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=SETTINGS)
 def llm(request: pytest.FixtureRequest, case: Case) -> Iterator[LLM]:
-    with LLM(str(case.folder), max_model_len=300, **SETTINGS[request.param]) as llm:
-        all_at_once(llm)
+    with patient_llm(str(case.folder), max_model_len=300, **SETTINGS[request.param]) as llm:
         yield llm
 
 

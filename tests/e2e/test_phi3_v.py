@@ -20,9 +20,9 @@ from sensorium.errors import (
     PromptTooLongError,
 )
 from tests.checkpoints import make_phi3_v
-from tests.e2e.settings import all_at_once
 from tests.models.harness import picture
 from tests.models.plain_phi3_v import PlainPhi3V
+from tests.parts import patient_llm
 
 NUM_TOKENS = 20
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -75,8 +75,7 @@ def answers(llm: LLM, prompts: list[dict[str, Any]]) -> list[list[int]]:
 def test_generate(folder: Path, plain: PlainPhi3V, settings: dict[str, Any]) -> None:
     """Cold and warm; an item that stands in two places of a prompt is encoded once and cut by chunks in both."""
     expected = [plain.greedy(text, images, NUM_TOKENS) for text, images in PROMPTS]
-    with LLM(str(folder), **{**ROOM, "max_model_len": 144, **settings}) as llm:
-        all_at_once(llm)
+    with patient_llm(str(folder), **{**ROOM, "max_model_len": 144, **settings}) as llm:
         prompts = [asked(*prompt) for prompt in PROMPTS]
         assert answers(llm, prompts) == expected
         assert answers(llm, prompts) == expected

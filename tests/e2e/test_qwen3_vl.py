@@ -14,8 +14,9 @@ from sensorium import LLM, SamplingParams
 from sensorium.errors import ConfigError, InvalidEmbeddingsError
 from sensorium.models import loader
 from tests.checkpoints import make_qwen3_vl
-from tests.e2e.settings import all_at_once, settings
+from tests.e2e.settings import settings
 from tests.models.harness import Harness, Reference, Running, picture
+from tests.parts import patient_llm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 HERE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -59,8 +60,7 @@ def expected(folder: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_equal_to_the_reference(folder: Path, expected: list[list[int]], setting: str) -> None:
-    with LLM(str(folder), max_model_len=128, **SETTINGS[setting]) as llm:
-        all_at_once(llm)
+    with patient_llm(str(folder), max_model_len=128, **SETTINGS[setting]) as llm:
         for _ in range(2):
             assert [out.outputs[0].token_ids for out in answers(llm)] == expected
         stats = llm.stats()

@@ -26,9 +26,9 @@ from sensorium.errors import (
 )
 from tests.checkpoints import make_ultravox
 from tests.e2e.serving import Server
-from tests.e2e.settings import all_at_once
 from tests.models.families.test_ultravox import AUDIO, RATE, Case, sound, split, woven
 from tests.models.plain_ultravox import PlainUltravox
+from tests.parts import patient_llm
 
 NUM_TOKENS = 16
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
@@ -114,8 +114,7 @@ def test_generate(folder: Path, plain: PlainUltravox, settings: dict[str, Any]) 
         expected(folder, plain, text, [sound(length).samples for length in lengths])
         for text, lengths in PROMPTS
     ]
-    with LLM(str(folder), **{**ROOM, **settings}) as llm:
-        all_at_once(llm)
+    with patient_llm(str(folder), **{**ROOM, **settings}) as llm:
         prompts = [asked(case) for case in PROMPTS]
         assert answers(llm, prompts) == wanted
         assert answers(llm, prompts) == wanted

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from sensorium import LLM, PoolingParams, SamplingParams
+from sensorium import PoolingParams, SamplingParams
 from sensorium.core.plan import TOO_COMPLEX, UNUSABLE
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
 from sensorium.engine.outputs.pooling import pooling_request, resolved
-from sensorium.engine.prompts.types import RawPrompt, parse_prompt
+from sensorium.engine.prompts.types import RawPrompt
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
 from sensorium.runtime import pooler, sampler
 from sensorium.runtime.runner import FAILED
 from tests import checkpoints
 from tests.engine.serving.test_frontend import new_frontend
+from tests.parts import Parts, build_llm
 
 VISION = "<|vision_start|><|image_pad|><|vision_end|>"
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -40,23 +41,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def module_llm(folder: Path) -> Iterator[LLM]:
-    with LLM(str(folder), **ROOM) as llm:
-        yield llm
+def module_parts(folder: Path) -> Iterator[Parts]:
+    with build_llm(folder, **ROOM) as parts:
+        yield parts
 
 
 @pytest.fixture
-def llm(module_llm: LLM) -> Iterator[LLM]:
-    yield module_llm
-    module_llm._engine.check_integrity()
-    stats = module_llm.stats()
+def parts(module_parts: Parts) -> Iterator[Parts]:
+    yield module_parts
+    module_parts.engine.check_integrity()
+    stats = module_parts.llm.stats()
     assert (stats.num_running, stats.num_waiting, stats.held_features) == (0, 0, 0)
 
 
 @pytest.fixture(scope="module")
-def vectors(folder: Path) -> Iterator[LLM]:
-    with LLM(str(folder), runner="pooling", **ROOM) as llm:
-        yield llm
+def vectors(folder: Path) -> Iterator[Parts]:
+    with build_llm(folder, runner="pooling", **ROOM) as parts:
+        yield parts
 
 
 def seen(seed: int) -> dict[str, Any]:
@@ -69,29 +70,24 @@ def prompts(first: int) -> list[Any]:
     return [f"words {first}", seen(first), seen(first + 1), f"more words {first}", seen(first + 2)]
 
 
-def submit(llm: LLM, number: int, prompt: Any, params: Any) -> EngineRequest:
+def submit(parts: Parts, number: int, prompt: Any, params: Any) -> EngineRequest:
     """Give a prompt to the engine, without the way back."""
-    preparer = llm._preparer
-    raw = (
-        parse_prompt(prompt, enable_mm_embeds=False)
-        if not isinstance(prompt, RawPrompt)
-        else prompt
-    )
-    prepared = llm._loop.submit(preparer.prepare(raw)).result(30)
+    preparer = parts.processor
+    prepared = parts.prepare(prompt)
     if isinstance(params, PoolingParams):
         wanted = resolved(preparer.embedder, params)
         request = pooling_request(prepared, wanted, str(number), 0, 0.0)
     else:
-        grammar = llm._loop.submit(preparer.grammar(params)).result(30)
+        grammar = parts.run(preparer.grammar(params))
         [request] = preparer.requests(prepared, params, str(number), 0, 0.0, grammar)
-    llm._engine.add(request, tuple(item.features for item in prepared.items))
+    parts.engine.add(request, tuple(item.features for item in prepared.items))
     return request
 
 
-def run(llm: LLM) -> dict[str, list[SequenceUpdate]]:
+def run(parts: Parts) -> dict[str, list[SequenceUpdate]]:
     updates: dict[str, list[SequenceUpdate]] = {}
-    while llm._engine.has_work:
-        for update in llm._engine.step():
+    while parts.engine.has_work:
+        for update in parts.engine.step():
             updates.setdefault(update.request_id, []).append(update)
     return updates
 
@@ -100,25 +96,25 @@ def tokens(updates: Sequence[SequenceUpdate]) -> list[int]:
     return [update.sample.token_id for update in updates if update.sample is not None]
 
 
-def alone(llm: LLM, wanted: list[Any], params: Any) -> list[Any]:
+def alone(parts: Parts, wanted: list[Any], params: Any) -> list[Any]:
     """What each request gets by itself: tokens, or a vector."""
     found: list[Any] = []
     for number, prompt in enumerate(wanted):
-        submit(llm, number, prompt, params[number])
-        updates = run(llm)[str(number)]
+        submit(parts, number, prompt, params[number])
+        updates = run(parts)[str(number)]
         found.append(updates[-1].vector or tokens(updates))
-    llm._engine.reset()  # nothing of it is cached
+    parts.engine.reset()  # nothing of it is cached
     return found
 
 
-def together(llm: LLM, wanted: list[Any], params: Any) -> dict[str, list[SequenceUpdate]]:
+def together(parts: Parts, wanted: list[Any], params: Any) -> dict[str, list[SequenceUpdate]]:
     for number, prompt in enumerate(wanted):
-        submit(llm, number, prompt, params[number])
-    return run(llm)
+        submit(parts, number, prompt, params[number])
+    return run(parts)
 
 
 def check(
-    llm: LLM,
+    parts: Parts,
     first: int,
     break_it: Callable[[], Any],
     params: Sequence[Any] = (GREEDY,) * 5,
@@ -126,9 +122,9 @@ def check(
 ) -> str:
     """Run five requests with a fault in one; the message that this one fails with."""
     wanted = wanted or prompts(first)
-    expected = alone(llm, wanted, params)
+    expected = alone(parts, wanted, params)
     break_it()
-    updates = together(llm, wanted, params)
+    updates = together(parts, wanted, params)
     for number in range(5):
         last = updates[str(number)][-1]
         if number == BAD:
@@ -143,9 +139,9 @@ def check(
 
 @pytest.mark.parametrize("how", ["raises", "wrong length", "no list"])
 def test_an_item_that_cannot_be_encoded(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, how: str
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    model = llm._engine._runner.model
+    model = parts.runner.model
     encode = model.encode
     wanted = prompts(100)
     bad_pixels: list[np.ndarray] = []
@@ -165,17 +161,16 @@ def test_an_item_that_cannot_be_encoded(
         ]
 
     def break_it() -> None:
-        raw = parse_prompt(wanted[BAD], enable_mm_embeds=False)
-        prepared = llm._loop.submit(llm._preparer.prepare(raw)).result(30)
+        prepared = parts.prepare(wanted[BAD])
         bad_pixels.extend(prepared.items[0].features.arrays.values())
         monkeypatch.setattr(model, "encode", failing)
 
-    message = check(llm, 100, break_it, wanted=wanted)
+    message = check(parts, 100, break_it, wanted=wanted)
     assert message == "Item 0 (image) could not be encoded."
 
 
-def test_features_that_are_gone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = llm._engine._runner.encoder._store
+def test_features_that_are_gone(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = parts.store
     get = store.get
 
     def losing(request_id: str, index: int) -> Features:
@@ -186,16 +181,16 @@ def test_features_that_are_gone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> No
     def break_it() -> None:
         monkeypatch.setattr(store, "get", losing)
 
-    assert check(llm, 200, break_it) == "Item 0 (image) could not be encoded."
+    assert check(parts, 200, break_it) == "Item 0 (image) could not be encoded."
 
 
 @pytest.mark.parametrize("at_step", [0, 1, 3])
 def test_a_sequence_that_breaks_the_forward_pass(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, at_step: int
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, at_step: int
 ) -> None:
     """As the whole step fails with it, the others are run again: with the same keys at the same places."""
-    runner = llm._engine._runner
-    embed: Callable[[Any], Any] = runner._run
+    runner = parts.runner
+    embed: Callable[[Any, Any], Any] = runner._run
     num_seen = 0
 
     def failing(pairs: Any, result: Any) -> None:
@@ -209,11 +204,11 @@ def test_a_sequence_that_breaks_the_forward_pass(
     def break_it() -> None:
         monkeypatch.setattr(runner, "_run", failing)
 
-    assert check(llm, 300 + 10 * at_step, break_it) == FAILED
+    assert check(parts, 300 + 10 * at_step, break_it) == FAILED
 
 
-def test_a_sequence_whose_numbers_are_none(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = llm._engine._runner
+def test_a_sequence_whose_numbers_are_none(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = parts.runner
     sample = runner._sample
 
     def undefined(hidden: torch.Tensor, inputs: Any) -> Any:
@@ -226,11 +221,11 @@ def test_a_sequence_whose_numbers_are_none(llm: LLM, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(runner, "_sample", undefined)
 
     for first, params in ((400, GREEDY), (410, GREEDY.replace(temperature=1.0, seed=4))):
-        assert check(llm, first, break_it, [params] * 5).startswith(UNUSABLE)
+        assert check(parts, first, break_it, [params] * 5).startswith(UNUSABLE)
         monkeypatch.undo()
 
 
-def test_a_sampler_that_fails_for_one(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sampler_that_fails_for_one(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of the others have been drawn when it fails, and are drawn again: to the same tokens."""
     process = sampler._process
 
@@ -243,11 +238,11 @@ def test_a_sampler_that_fails_for_one(llm: LLM, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(sampler, "_process", failing)
 
     params = GREEDY.replace(temperature=0.8, seed=3, repetition_penalty=1.3, logprobs=2)
-    assert check(llm, 500, break_it, [params] * 5) == FAILED
+    assert check(parts, 500, break_it, [params] * 5) == FAILED
 
 
 @pytest.mark.parametrize("how", ["refuses", "raises", "stuck", "cannot start"])
-def test_a_grammar_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+def test_a_grammar_that_fails(parts: Parts, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Beside others that follow grammars of their own, of which each may take a token once only."""
     from sensorium.text.grammar.grammar import Budget, GrammarMatcher
 
@@ -256,7 +251,7 @@ def test_a_grammar_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: st
         for number in range(5)
     ]
     accept, fresh = GrammarMatcher.accept, GrammarMatcher.fresh
-    slots = llm._engine._runner._table.slots
+    slots = parts.runner._table.slots
 
     def mine(matcher: GrammarMatcher) -> bool:
         return any(
@@ -290,7 +285,7 @@ def test_a_grammar_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: st
             return unready(matcher)
         return fresh(matcher, *budget)  # the engine's own copy for a request
 
-    message = check(llm, 600, break_it, constrained)
+    message = check(parts, 600, break_it, constrained)
     assert message == (
         "The grammar of structured_outputs could not be started."
         if how == "cannot start"
@@ -298,7 +293,7 @@ def test_a_grammar_that_fails(llm: LLM, monkeypatch: pytest.MonkeyPatch, how: st
     )
 
 
-def test_a_vector_that_cannot_be_made(vectors: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vector_that_cannot_be_made(vectors: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pooler.pool
 
     def failing(hidden: torch.Tensor, slots: Any) -> Any:
@@ -312,7 +307,7 @@ def test_a_vector_that_cannot_be_made(vectors: LLM, monkeypatch: pytest.MonkeyPa
     assert check(vectors, 700, break_it, [PoolingParams()] * 5) == FAILED
 
 
-def test_a_vector_that_is_not_finite(vectors: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vector_that_is_not_finite(vectors: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pooler.pool
 
     def spoilt(hidden: torch.Tensor, slots: Any) -> Any:
@@ -328,30 +323,30 @@ def test_a_vector_that_is_not_finite(vectors: LLM, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_model_that_fails_for_all_goes_on_afterwards(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = prompts(900)
-    expected = alone(llm, wanted, [GREEDY] * 5)
-    model: Model = llm._engine._runner.model
+    expected = alone(parts, wanted, [GREEDY] * 5)
+    model: Model = parts.runner.model
 
     def failing(*_: Any) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(model, "forward", failing)
-    updates = together(llm, wanted, [GREEDY] * 5)
+    updates = together(parts, wanted, [GREEDY] * 5)
     assert {updates[str(number)][-1].error for number in range(5)} == {FAILED}
     monkeypatch.undo()
-    updates = together(llm, wanted, [GREEDY] * 5)
+    updates = together(parts, wanted, [GREEDY] * 5)
     assert [tokens(updates[str(number)]) for number in range(5)] == expected
 
 
 def test_a_stream_that_fails_ends_its_request_alone(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frontend and detokenizer: the exception is the request's, its work in the engine ends, the next one is served."""
     from sensorium.text.detokenizer import Detokenizer
 
-    expected = llm.generate("next", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    expected = parts.llm.generate("next", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
     append = Detokenizer.append
 
     def failing(self: Detokenizer, ids: Any) -> str:
@@ -359,9 +354,9 @@ def test_a_stream_that_fails_ends_its_request_alone(
 
     monkeypatch.setattr(Detokenizer, "append", failing)
     with pytest.raises(RuntimeError):
-        llm.generate("next", GREEDY, use_tqdm=False)
+        parts.llm.generate("next", GREEDY, use_tqdm=False)
     monkeypatch.setattr(Detokenizer, "append", append)
-    assert llm.generate("next", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert parts.llm.generate("next", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
 
 
 async def test_a_stream_that_fails_when_serving_ends_its_request_alone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -31,11 +32,39 @@ SMALL_DECODER = 10_000_000
 """Weights (roughly counted) below which a decoder runs on one thread."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is made of: scheduler, runner, store of features, facts, maker of matchers."""
+
+    scheduler: Scheduler
+    runner: ModelRunner
+    store: FeatureStore
+    facts: EngineFacts
+    matchers: Matchers
+    traces: bool
+
+    def engine(self, kind: type[Engine] = Engine) -> Engine:
+        """Make the engine, of the class ``kind``."""
+        return kind(
+            self.scheduler,
+            self.runner,
+            self.store,
+            self.facts,
+            self.matchers,
+            traces=self.traces,
+        )
+
+
 def build_engine(config: EngineConfig) -> Engine:
     """Load the model and return an engine that can take requests.
 
     Raises ConfigError when the configuration cannot be met on this machine.
     """
+    return build_parts(config).engine()
+
+
+def build_parts(config: EngineConfig) -> EngineParts:
+    """Load the model and return the parts of its engine. Raises ConfigError as ``build_engine``."""
     started = time.monotonic()
     device = choose_device(config.model.device)
     threads.configure(config.model.num_threads)
@@ -94,7 +123,7 @@ def build_engine(config: EngineConfig) -> Engine:
         load_seconds=time.monotonic() - started,
         embed_bytes=shape.embed_size * model.dtype.itemsize,
     )
-    return Engine(
+    return EngineParts(
         scheduler,
         runner,
         store,

@@ -23,7 +23,6 @@ from sensorium.errors import (
 )
 from sensorium.multimodal.items import Audio
 from tests.checkpoints.hf import make_hf, make_hf_text
-from tests.e2e.settings import all_at_once
 from tests.models.families.test_hf_media import (
     NUM_TOKENS,
     PLACEHOLDERS,
@@ -33,6 +32,7 @@ from tests.models.families.test_hf_media import (
 )
 from tests.models.harness import Reference as TextReference
 from tests.models.harness import Running, picture, text_ids
+from tests.parts import patient_llm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -75,8 +75,7 @@ def asked(text: str, media: list[Any]) -> dict[str, Any]:
 @pytest.fixture(params=SETTINGS)
 def llm(request: pytest.FixtureRequest, case: Case) -> Iterator[LLM]:
     settings = SETTINGS[request.param]
-    with LLM(str(case.folder), max_model_len=150, **settings) as llm:
-        all_at_once(llm)
+    with patient_llm(str(case.folder), max_model_len=150, **settings) as llm:
         yield llm
 
 
