@@ -1,4 +1,4 @@
-"""Ask the demo model from a program with an event loop: answers side by side, in pieces, and one cut short.
+"""Ask the demo model from an event loop: concurrent answers, streamed, one aborted.
 
 python examples/async_offline.py
 """
@@ -16,21 +16,21 @@ DELTAS = SamplingParams(temperature=0, max_tokens=48, output_kind="delta")
 QUESTIONS = ("What is in the picture?", "What color is the circle?")
 
 
-def picture() -> Image.Image:
-    """A red circle on white."""
-    image = Image.new("RGB", (224, 224), "white")
-    ImageDraw.Draw(image).ellipse((60, 60, 160, 160), fill="red")
-    return image
+def image() -> Image.Image:
+    """Return an image of a red circle on white."""
+    drawn = Image.new("RGB", (224, 224), "white")
+    ImageDraw.Draw(drawn).ellipse((60, 60, 160, 160), fill="red")
+    return drawn
 
 
 def conversation(text: str) -> list[dict[str, Any]]:
-    """A question about the picture."""
-    image = {"type": "image_pil", "image_pil": picture()}
-    return [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+    """Return a question about the image."""
+    part = {"type": "image_pil", "image_pil": image()}
+    return [{"role": "user", "content": [part, {"type": "text", "text": text}]}]
 
 
 async def answer(llm: AsyncLLM, text: str) -> str:
-    """Collect an answer from its pieces; a chat program would show each as it comes."""
+    """Collect an answer from its deltas; a chat program would show each as it arrives."""
     pieces = []
     async for output in llm.chat(conversation(text), DELTAS):
         pieces += [sample.text for sample in output.outputs]
@@ -38,7 +38,7 @@ async def answer(llm: AsyncLLM, text: str) -> str:
 
 
 async def first_words(llm: AsyncLLM, text: str) -> str:
-    """End an answer when enough of it is there: by ``abort``, from anywhere, or by leaving the loop."""
+    """Abort an answer after a few tokens; leaving the loop would do the same."""
     found = ""
     async for output in llm.chat([{"role": "user", "content": text}], request_id="short"):
         found = output.outputs[0].text
@@ -48,7 +48,7 @@ async def first_words(llm: AsyncLLM, text: str) -> str:
 
 
 async def main(model: str = "demo") -> list[str]:
-    """Run all at the same time and print what comes."""
+    """Run all requests concurrently and print the answers."""
     async with AsyncLLM(model=model) as llm:
         asked = [answer(llm, text) for text in QUESTIONS]
         texts = await asyncio.gather(*asked, first_words(llm, "What can you do?"))

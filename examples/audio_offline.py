@@ -1,4 +1,4 @@
-"""Sounds offline: samples with their rate, two in one prompt, and in chat.
+"""Audio offline: samples with their rate, two audio items in one prompt, and chat.
 
 python examples/audio_offline.py EXAMPLE [MODEL]
 """
@@ -19,26 +19,26 @@ PROMPT = (
 )
 
 
-def one_sound(model: str = ULTRAVOX) -> list[RequestOutput]:
-    """Samples and their rate; the model's own rate is made of it."""
+def one_audio(model: str = ULTRAVOX) -> list[RequestOutput]:
+    """Pass samples and their rate; they are resampled to the model's rate."""
     prompt = PROMPT.format(question="<|audio|>\nWhat is recited here?")
-    sound = AudioAsset("mary_had_lamb").audio_and_sample_rate
+    audio = AudioAsset("mary_had_lamb").audio_and_sample_rate
     return LLM(model=model).generate(
-        {"prompt": prompt, "multi_modal_data": {"audio": sound}}, SHORT
+        {"prompt": prompt, "multi_modal_data": {"audio": audio}}, SHORT
     )
 
 
-def two_sounds(model: str = ULTRAVOX) -> list[RequestOutput]:
-    """Two sounds in one prompt."""
+def two_audios(model: str = ULTRAVOX) -> list[RequestOutput]:
+    """Pass two audio items in one prompt."""
     prompt = PROMPT.format(question="<|audio|><|audio|>\nWhat do these have in common?")
     names = ("winning_call", "mary_had_lamb")
-    sounds = [AudioAsset(name).audio_and_sample_rate for name in names]
+    audios = [AudioAsset(name).audio_and_sample_rate for name in names]
     llm = LLM(model=model, limit_mm_per_prompt={"audio": 2})
-    return llm.generate({"prompt": prompt, "multi_modal_data": {"audio": sounds}}, SHORT)
+    return llm.generate({"prompt": prompt, "multi_modal_data": {"audio": audios}}, SHORT)
 
 
 def chat(model: str = ULTRAVOX) -> list[RequestOutput]:
-    """A file by its URL."""
+    """Pass a file by its URL in a chat message."""
     content = [
         {"type": "audio_url", "audio_url": {"url": AudioAsset("winning_call").url}},
         {"type": "text", "text": "What happens in this game?"},
@@ -47,7 +47,7 @@ def chat(model: str = ULTRAVOX) -> list[RequestOutput]:
 
 
 EXAMPLES: dict[str, Callable[..., list[RequestOutput]]] = {
-    function.__name__: function for function in (one_sound, two_sounds, chat)
+    function.__name__: function for function in (one_audio, two_audios, chat)
 }
 
 if __name__ == "__main__":

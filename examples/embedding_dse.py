@@ -1,11 +1,12 @@
-"""Search pages by their pictures with DSE-Qwen2: vectors of pictures and of questions, in one space.
+"""Search images of pages with DSE-Qwen2, which embeds images and questions in one space.
 
 python examples/embedding_dse.py "How many birds are there?" page.png another.png
 python examples/embedding_dse.py --model FOLDER --dimensions 512 "..." page.png
 
-The model learnt to read a question behind a picture, so a question comes with one of 28 x 28 white pixels, which is one
-token. The same by HTTP: `sensorium serve MrLight/dse-qwen2-2b-mrl-v1 --runner pooling --chat-template
-examples/templates/dse_qwen2_vl.jinja`, and `messages` like those below to /v1/embeddings.
+The model was trained on questions that follow an image, so a question comes with one of 28 x 28
+white pixels, which is one token. The same by HTTP: `sensorium serve MrLight/dse-qwen2-2b-mrl-v1
+--runner pooling --chat-template examples/templates/dse_qwen2_vl.jinja`, and `messages` like those
+below to /v1/embeddings.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from sensorium import LLM, PoolingParams
 
 TEMPLATE = Path(__file__).parent / "templates" / "dse_qwen2_vl.jinja"
 PIXELS = {"min_pixels": 28 * 28, "max_pixels": 2560 * 28 * 28}
-"""As the model was trained; they are also what its published preprocessor_config.json says."""
+"""As in training; the published preprocessor_config.json has the same values."""
 DUMMY = Image.new("RGB", (28, 28), "white")
 
 
-def message(picture: Image.Image, text: str) -> dict[str, Any]:
-    """A prompt for ``LLM.embed``: one user's message with a picture and a text."""
-    parts = [{"type": "image_pil", "image_pil": picture}, {"type": "text", "text": text}]
+def message(image: Image.Image, text: str) -> dict[str, Any]:
+    """Return a prompt for ``LLM.embed``: a user message with an image and a text."""
+    parts = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": text}]
     return {"messages": [{"role": "user", "content": parts}]}
 
 
 def ranking(
     llm: LLM, question: str, pages: Sequence[Image.Image], dimensions: int | None = None
 ) -> list[tuple[int, float]]:
-    """(index of a page, its similarity to the question), the most similar first."""
+    """Return (index of the page, similarity to the question), the most similar first."""
     prompts = [message(DUMMY, f"Query: {question}")]
     prompts += [message(page, "What is shown in this image?") for page in pages]
     outputs = llm.embed(prompts, pooling_params=PoolingParams(dimensions=dimensions))
@@ -45,12 +46,12 @@ def ranking(
 
 
 def main() -> None:
-    """Rank the pages of the command line."""
+    """Rank the pages given on the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("question")
-    parser.add_argument("pages", nargs="+", metavar="PICTURE")
+    parser.add_argument("pages", nargs="+", metavar="IMAGE")
     parser.add_argument("--model", default="MrLight/dse-qwen2-2b-mrl-v1")
-    parser.add_argument("--dimensions", type=int, help="keep the first N numbers of each vector")
+    parser.add_argument("--dimensions", type=int, help="length of the embeddings")
     arguments = parser.parse_args()
     with LLM(
         model=arguments.model,

@@ -1,4 +1,4 @@
-"""Precomputed embeddings in place of pictures. They come from a file that torch.save wrote.
+"""Precomputed embeddings in place of images, from a file that torch.save wrote.
 
 python examples/embeddings_offline.py EXAMPLE EMBEDDINGS.pt [MODEL]
 """
@@ -16,7 +16,7 @@ SHORT = SamplingParams(temperature=0, max_tokens=64)
 
 
 def llava(file: str, model: str = "llava-hf/llava-1.5-7b-hf") -> list[RequestOutput]:
-    """LLaVA-1.5: a tensor (1, image_feature_size, hidden_size of the decoder)."""
+    """Pass a tensor (1, image_feature_size, hidden_size of the decoder) to LLaVA-1.5."""
     image_embeds = torch.load(file, weights_only=True)
     llm = LLM(model=model, enable_mm_embeds=True)
     prompt = "USER: <image>\nWhat is the content of this image?\nASSISTANT:"
@@ -24,7 +24,7 @@ def llava(file: str, model: str = "llava-hf/llava-1.5-7b-hf") -> list[RequestOut
 
 
 def llava_chat(file: str, model: str = "llava-hf/llava-1.5-7b-hf") -> list[RequestOutput]:
-    """The same in a conversation."""
+    """Pass the same tensor in a chat message."""
     image_embeds = torch.load(file, weights_only=True)
     llm = LLM(model=model, enable_mm_embeds=True)
     content = [
@@ -35,7 +35,7 @@ def llava_chat(file: str, model: str = "llava-hf/llava-1.5-7b-hf") -> list[Reque
 
 
 def qwen2_vl(file: str, model: str = "Qwen/Qwen2-VL-2B-Instruct") -> list[RequestOutput]:
-    """Qwen2-VL: (num_images, image_feature_size, hidden_size), and the grid of patches of each picture."""
+    """Pass (num_images, image_feature_size, hidden_size) and the patch grids to Qwen2-VL."""
     saved = torch.load(file, weights_only=True)
     llm = LLM(model=model, enable_mm_embeds=True, limit_mm_per_prompt={"image": 4})
     mm_data = {
@@ -52,7 +52,7 @@ def qwen2_vl(file: str, model: str = "Qwen/Qwen2-VL-2B-Instruct") -> list[Reques
 
 
 def minicpmv(file: str, model: str = "openbmb/MiniCPM-V-2_6") -> list[RequestOutput]:
-    """MiniCPM-V: embeddings of all slices of each picture, and its (width, height), which says how it is sliced."""
+    """Pass embeddings of all slices of each image, and the image sizes, to MiniCPM-V."""
     saved = torch.load(file, weights_only=True)
     llm = LLM(model=model, enable_mm_embeds=True, limit_mm_per_prompt={"image": 4})
     mm_data = {

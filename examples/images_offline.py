@@ -1,4 +1,4 @@
-"""Pictures offline: one, a batch, several in one prompt, frames of a clip as many pictures, and chat.
+"""Images offline: one, a batch, several in one prompt, frames of a video, and chat.
 
 python examples/images_offline.py EXAMPLE [MODEL]
 """
@@ -21,7 +21,7 @@ SHORT = SamplingParams(temperature=0, max_tokens=64)
 
 
 def one_image(model: str = LLAVA) -> list[RequestOutput]:
-    """One picture, and the prompt as the model wants it."""
+    """Pass one image, with the model's own placeholder in the prompt."""
     llm = LLM(model=model)
     prompt = "USER: <image>\nWhat is the content of this image?\nASSISTANT:"
     image = ImageAsset("cherry_blossom").pil_image
@@ -29,7 +29,7 @@ def one_image(model: str = LLAVA) -> list[RequestOutput]:
 
 
 def batch(model: str = LLAVA) -> list[RequestOutput]:
-    """Several prompts, each with its picture, run together."""
+    """Run several prompts together, each with its image."""
     llm = LLM(model=model)
     questions = {
         "cherry_blossom": "What colour are the flowers?",
@@ -48,7 +48,7 @@ def batch(model: str = LLAVA) -> list[RequestOutput]:
 
 
 def several_images(model: str = "microsoft/Phi-3.5-vision-instruct") -> list[RequestOutput]:
-    """Two pictures in one prompt."""
+    """Pass two images in one prompt."""
     llm = LLM(model=model, max_model_len=4096, limit_mm_per_prompt={"image": 2})
     prompt = (
         "<|user|>\n<|image_1|>\n<|image_2|>\nWhat is the content of each image?<|end|>\n"
@@ -59,7 +59,7 @@ def several_images(model: str = "microsoft/Phi-3.5-vision-instruct") -> list[Req
 
 
 def frames_as_images(model: str = "Qwen/Qwen2-VL-2B-Instruct") -> list[RequestOutput]:
-    """The frames of a clip, each a picture of its own, in a chat message."""
+    """Pass the frames of a video as separate images in a chat message."""
     llm = LLM(model=model, limit_mm_per_prompt={"image": 4})
     question = "Describe this set of frames. Consider the frames to be a part of the same video."
     content: list[dict[str, object]] = [{"type": "text", "text": question}]
@@ -71,7 +71,7 @@ def frames_as_images(model: str = "Qwen/Qwen2-VL-2B-Instruct") -> list[RequestOu
 
 
 def chat(model: str = LLAVA) -> list[RequestOutput]:
-    """Conversations whose pictures are URLs and PIL images."""
+    """Pass conversations with images as URLs and as PIL images."""
     llm = LLM(model=model)
     sources: list[dict[str, object]] = [
         {"type": "image_url", "image_url": {"url": ImageAsset("stop_sign").url}},
@@ -95,7 +95,7 @@ def chat(model: str = LLAVA) -> list[RequestOutput]:
 
 
 def background_color(model: str = LLAVA) -> list[RequestOutput]:
-    """Transparent pixels over black instead of white."""
+    """Blend transparent pixels with black instead of white."""
     options = {"image": {"rgba_background_color": [0, 0, 0]}}
     llm = LLM(model=model, media_io_kwargs=options)
     image = Image.new("RGBA", (200, 100), (255, 0, 0, 128))
@@ -104,7 +104,7 @@ def background_color(model: str = LLAVA) -> list[RequestOutput]:
 
 
 def data_url(image: Image.Image) -> str:
-    """A picture as a ``data:`` URL."""
+    """Return an image as a ``data:`` URL."""
     file = io.BytesIO()
     image.save(file, "JPEG")
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""Answer many questions: read from an iterator while earlier ones run, written as they finish.
+"""Answer many questions, read from an iterator; answers are written as they finish.
 
 python examples/many_offline.py questions.txt > answers.jsonl
 """
@@ -15,14 +15,14 @@ from sensorium import LLM, SamplingParams
 
 
 def conversations(path: str) -> Iterator[list[dict[str, Any]]]:
-    """One question a line; no more of the file is read than the model needs to be busy."""
+    """Yield one question per line; the file is read only as far as the model needs it."""
     with Path(path).open(encoding="utf-8") as lines:
         for line in lines:
             yield [{"role": "user", "content": line.strip()}]
 
 
 def main(path: str, model: str = "demo") -> None:
-    """Print an object for each line, in the order in which they finish."""
+    """Print a JSON object for each line, in the order in which answers finish."""
     params = SamplingParams(temperature=0, max_tokens=48)
     with LLM(model=model) as llm:
         for output in llm.chat(conversations(path), params, use_tqdm=False, stream=True):

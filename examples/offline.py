@@ -1,6 +1,6 @@
-"""Ask the demo model about pictures, offline, several at once.
+"""Ask the demo model about images, offline, several at once.
 
-python examples/offline.py picture.png another.png
+python examples/offline.py image.png another.png
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sensorium import LLM, SamplingParams
 
 
 def main(paths: list[str]) -> None:
-    """Print what is in each picture."""
+    """Print a description of each image."""
     conversations = [
         [
             {

@@ -1,6 +1,6 @@
-"""Ask a server about a picture with the official client, streamed. Start one with `sensorium serve demo`.
+"""Ask a server (`sensorium serve demo`) about an image with OpenAI's client, streamed.
 
-python examples/openai_client.py picture.png "What is in the picture?" [BASE_URL]
+python examples/openai_client.py image.png "What is in the picture?" [BASE_URL]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from openai import OpenAI
 
 
 def main(path: str, question: str, base_url: str = "http://127.0.0.1:8000/v1") -> None:
-    """Print the answer while it comes, then the number of tokens."""
+    """Print the answer as it arrives, then the number of tokens."""
     kind = mimetypes.guess_type(path)[0] or "image/png"
     data = base64.b64encode(Path(path).read_bytes()).decode()
     client = OpenAI(base_url=base_url, api_key="none")

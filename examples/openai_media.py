@@ -1,4 +1,4 @@
-"""Every kind of input through the official client. The server decides which of them its model takes.
+"""All kinds of input through OpenAI's client; the server's model must support them.
 
 python examples/openai_media.py EXAMPLE [BASE_URL]
 """
@@ -24,53 +24,53 @@ HERE = "http://127.0.0.1:8000/v1"
 
 
 def one_image(base_url: str = HERE) -> ChatCompletion:
-    """A picture as a data: URL; with https: the server would fetch it."""
+    """Send an image as a data: URL; an https: URL would be fetched by the server."""
     return ask(base_url, "What is in this image?", image_part("stop_sign"))
 
 
 def several_images(base_url: str = HERE) -> ChatCompletion:
-    """Several pictures in one message."""
+    """Send several images in one message."""
     parts = [image_part("stop_sign"), image_part("cherry_blossom")]
     return ask(base_url, "What do these images have in common?", *parts)
 
 
 def cached_image(base_url: str = HERE) -> ChatCompletion:
-    """A picture with an id of the caller's; the second request sends the id alone."""
+    """Send an image with an id of your own; the second request sends only the id."""
     ask(base_url, "What is in this image?", {**image_part("stop_sign"), "uuid": "sku-1234"})
     cached = {"type": "image_url", "image_url": None, "uuid": "sku-1234"}
     return ask(base_url, "Which colour is it?", cached)
 
 
 def video(base_url: str = HERE) -> ChatCompletion:
-    """A clip as a data: URL, of which four frames are taken; with https: the server would fetch it."""
+    """Send a video as a data: URL, of which four frames are sampled."""
     part = {"type": "video_url", "video_url": {"url": VideoAsset("baby_reading").data_url}}
     options = {"media_io_kwargs": {"video": {"num_frames": 4}}}
     return ask(base_url, "What happens in this video?", part, **options)
 
 
 def audio_data(base_url: str = HERE) -> ChatCompletion:
-    """A sound as data."""
+    """Send audio as base64 data."""
     data = base64.b64encode(AudioAsset("winning_call").path.read_bytes()).decode()
     part = {"type": "input_audio", "input_audio": {"data": data, "format": "ogg"}}
     return ask(base_url, "What is in this audio?", part)
 
 
 def audio_url(base_url: str = HERE) -> ChatCompletion:
-    """A sound as a data: URL; with https: the server would fetch it."""
+    """Send audio as a data: URL; an https: URL would be fetched by the server."""
     part = {"type": "audio_url", "audio_url": {"url": AudioAsset("winning_call").data_url}}
     return ask(base_url, "What is in this audio?", part)
 
 
 def image_embeds(base_url: str, embeds: torch.Tensor) -> ChatCompletion:
-    """Embeddings in place of a picture (of a server with --enable-mm-embeds), as a file of torch.save in base64."""
+    """Send embeddings instead of an image, to a server with --enable-mm-embeds."""
     file = io.BytesIO()
     torch.save(embeds, file)
     data = base64.b64encode(file.getvalue()).decode()
     return ask(base_url, "What is in this image?", {"type": "image_embeds", "image_embeds": data})
 
 
-def vector(base_url: str = HERE) -> CreateEmbeddingResponse:
-    """The vector of a picture and a text, from a server with --runner pooling."""
+def embedding(base_url: str = HERE) -> CreateEmbeddingResponse:
+    """Return the embedding of an image and a text, from a server with --runner pooling."""
     client = OpenAI(base_url=base_url, api_key="none")
     content = [image_part("stop_sign"), {"type": "text", "text": "What is shown in this image?"}]
     return client.post(
@@ -85,7 +85,7 @@ def vector(base_url: str = HERE) -> CreateEmbeddingResponse:
 
 
 def ask(base_url: str, question: str, *parts: Any, **extra: Any) -> ChatCompletion:
-    """One message of parts and a question; ``extra`` are fields beyond OpenAI's own."""
+    """Send a message of parts and a question; ``extra`` are fields beyond OpenAI's own."""
     client = OpenAI(base_url=base_url, api_key="none")
     content: Any = [*parts, {"type": "text", "text": question}]
     return client.chat.completions.create(
@@ -98,7 +98,7 @@ def ask(base_url: str, question: str, *parts: Any, **extra: Any) -> ChatCompleti
 
 
 def image_part(name: str) -> dict[str, Any]:
-    """One of the pictures that come with the package, as a part."""
+    """Return an image of the package as a content part."""
     return {"type": "image_url", "image_url": {"url": ImageAsset(name).data_url}}
 
 

@@ -1,4 +1,4 @@
-"""Clips offline: as an array, as a tensor with its metadata, as a list of pictures, and in chat.
+"""Videos offline: as an array, a tensor with metadata, a list of images, and in chat.
 
 python examples/videos_offline.py EXAMPLE [MODEL]
 """
@@ -23,7 +23,7 @@ NUM_FRAMES = 8
 
 
 def array(model: str = QWEN) -> list[RequestOutput]:
-    """Frames (T, H, W, 3) as a numpy array."""
+    """Pass frames as a numpy array (T, H, W, 3)."""
     frames = VideoAsset("baby_reading", num_frames=NUM_FRAMES).np_ndarrays
     return LLM(model=model).generate(
         {"prompt": PROMPT, "multi_modal_data": {"video": frames}}, SHORT
@@ -31,7 +31,7 @@ def array(model: str = QWEN) -> list[RequestOutput]:
 
 
 def tensor_with_metadata(model: str = QWEN) -> list[RequestOutput]:
-    """Frames (T, 3, H, W) as a tensor, and where in the clip they come from."""
+    """Pass frames as a tensor (T, 3, H, W), and their positions in the video."""
     asset = VideoAsset("baby_reading", num_frames=NUM_FRAMES)
     frames = torch.from_numpy(asset.np_ndarrays).permute(0, 3, 1, 2)
     video = (frames, asset.metadata)
@@ -40,8 +40,8 @@ def tensor_with_metadata(model: str = QWEN) -> list[RequestOutput]:
     )
 
 
-def pictures(model: str = QWEN) -> list[RequestOutput]:
-    """Frames as a list of pictures."""
+def images(model: str = QWEN) -> list[RequestOutput]:
+    """Pass frames as a list of images."""
     frames = VideoAsset("baby_reading", num_frames=NUM_FRAMES).pil_images
     return LLM(model=model).generate(
         {"prompt": PROMPT, "multi_modal_data": {"video": frames}}, SHORT
@@ -49,7 +49,7 @@ def pictures(model: str = QWEN) -> list[RequestOutput]:
 
 
 def chat(model: str = QWEN) -> list[RequestOutput]:
-    """A file by its URL, of which eight frames are taken."""
+    """Pass a file by its URL, of which eight frames are sampled."""
     llm = LLM(model=model, media_io_kwargs={"video": {"num_frames": NUM_FRAMES}})
     content = [
         {"type": "video_url", "video_url": {"url": VideoAsset("baby_reading").url}},
@@ -59,7 +59,7 @@ def chat(model: str = QWEN) -> list[RequestOutput]:
 
 
 EXAMPLES: dict[str, Callable[..., list[RequestOutput]]] = {
-    function.__name__: function for function in (array, tensor_with_metadata, pictures, chat)
+    function.__name__: function for function in (array, tensor_with_metadata, images, chat)
 }
 
 if __name__ == "__main__":

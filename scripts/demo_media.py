@@ -1,4 +1,4 @@
-"""Draws new pictures, a clip and a sound, asks the demo models about them offline, and prints answers and truth.
+"""Ask the demo models about images, a video and audio drawn just now; print answers and truth.
 
 scripts/demo [--seed N] [--folder FOLDER]
 """
@@ -28,7 +28,7 @@ from training.sounds import draw_sound  # noqa: E402
 
 from sensorium import LLM, SamplingParams  # noqa: E402
 
-# What to draw, and which of the questions about it to ask: those that the models' cards find most reliable.
+# Drawings, and the kinds of questions about them that the models answer most reliably.
 PICTURES = {
     "shapes": ("shape", "colour"),
     "text": ("number",),
@@ -37,11 +37,11 @@ PICTURES = {
 CLIP, CLIP_SIZE = ("motion_what", "motion_where"), (240, 180)
 SOUND = ("beeps", "describe")
 Medium = tuple[str, list[Turn], dict[str, Any]]
-"""Name of the file, questions, part of the chat message."""
+"""File name, questions, content part of the chat message."""
 
 
 def picture(scene: str, folder: Path, seed: int) -> Medium:
-    """A drawn picture, saved as PNG."""
+    """Draw an image and save it as PNG."""
     drawn = draw_picture(seed, scene)
     drawn.image.save(folder / f"{scene}.png")
     turns = [turn for turn in drawn.turns if turn.kind in PICTURES[scene]]
@@ -49,7 +49,7 @@ def picture(scene: str, folder: Path, seed: int) -> Medium:
 
 
 def clip(folder: Path, seed: int) -> Medium:
-    """A drawn clip in which something moves, saved as GIF, and read from that file."""
+    """Draw a video in which something moves, and save it as GIF."""
     drawn = draw_clip(seed, "moves", CLIP_SIZE)
     first, *others = drawn.frames
     path = folder / "clip.gif"
@@ -60,7 +60,7 @@ def clip(folder: Path, seed: int) -> Medium:
 
 
 def sound(folder: Path, seed: int) -> Medium:
-    """Beeps, saved as WAV."""
+    """Synthesise beeps and save them as WAV."""
     drawn = draw_sound(seed, None, "beeps")
     (folder / "sound.wav").write_bytes(wave_file(drawn.samples))
     turns = [turn for turn in drawn.turns if turn.kind in SOUND]
@@ -68,9 +68,9 @@ def sound(folder: Path, seed: int) -> Medium:
 
 
 def main() -> int:
-    """Run the demonstration; the exit status says whether every answer was right."""
+    """Run the demonstration; return 0 if every answer is right, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, prog="scripts/demo")
-    parser.add_argument("--seed", type=int, help="draw the same media again; new ones without")
+    parser.add_argument("--seed", type=int, help="seed of the drawings; random by default")
     parser.add_argument("--folder", type=Path, default=ROOT / "demo-media")
     args = parser.parse_args()
     seed = args.seed if args.seed is not None else secrets.randbelow(10**9)
@@ -78,7 +78,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.WARNING)
 
-    print(f"Pictures, clip and sound: {folder} (--seed {seed})\n")
+    print(f"Images, video and audio: {folder} (--seed {seed})\n")
     pictures = [partial(picture, scene, folder) for scene in PICTURES]
     results = show("demo", [*pictures, partial(clip, folder)], seed)
     results += show("demo-audio", [partial(sound, folder)], seed)
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def show(model: str, makers: list[Callable[[int], Medium]], seed: int) -> list[bool]:
-    """Load a model and ask one question about each medium; whether the answers were right."""
+    """Load a model, ask one question about each item, and return which answers are right."""
     print(f"Loading {model} (the first time, kernels are compiled: up to a minute) …", flush=True)
     started = time.monotonic()
     with LLM(model=model) as llm:
@@ -102,7 +102,7 @@ def show(model: str, makers: list[Callable[[int], Medium]], seed: int) -> list[b
 
 
 def ask(llm: LLM, make: Callable[[int], Medium], seed: int) -> bool:
-    """Ask one question about the first medium from ``seed`` on that has one; whether the answer was right."""
+    """Ask one question about the first item from ``seed`` on that has one; True if right."""
     while True:
         name, turns, part = make(seed)
         if turns:

@@ -211,8 +211,10 @@ def draw(outputs: list[Output], images: dict[str, bytes]) -> str:
         f"  <style>{STYLE.replace('DURATION', f'{total:.1f}')}",
         *(_keyframes(name, at, total) for at, name in frames.items()),
         "  </style>",
-        f'  <rect class="window" x="0.5" y="0.5" width="{width - 1}" height="{height - 1}" rx="10"/>',
-        f'  <path class="bar" d="M1 {BAR}V10a9 9 0 0 1 9-9h{width - 20}a9 9 0 0 1 9 9v{BAR - 10}z"/>',
+        '  <rect class="window" x="0.5" y="0.5" rx="10"',
+        f'        width="{width - 1}" height="{height - 1}"/>',
+        '  <path class="bar"',
+        f'        d="M1 {BAR}V10a9 9 0 0 1 9-9h{width - 20}a9 9 0 0 1 9 9v{BAR - 10}z"/>',
         *(f'  <circle class="light" cx="{20 + 20 * n}" cy="17.5" r="6"/>' for n in range(3)),
     ]
     for run in runs:

@@ -101,12 +101,12 @@ def test_embeddings_of_minicpmv(folders: Callable[..., str], tmp_path: Path) -> 
     checked(example("embeddings_offline").minicpmv(str(tmp_path / "image.pt"), folder))
 
 
-@pytest.mark.parametrize("name", ["one_sound", "two_sounds", "chat"])
+@pytest.mark.parametrize("name", ["one_audio", "two_audios", "chat"])
 def test_sounds(folders: Callable[..., str], name: str) -> None:
     checked(example("audio_offline").EXAMPLES[name](folders(make_ultravox)))
 
 
-@pytest.mark.parametrize("name", ["array", "tensor_with_metadata", "pictures", "chat"])
+@pytest.mark.parametrize("name", ["array", "tensor_with_metadata", "images", "chat"])
 def test_videos(folders: Callable[..., str], name: str) -> None:
     checked(example("videos_offline").EXAMPLES[name](folders(make_qwen2_5_vl)))
 

@@ -65,8 +65,8 @@ def test_audio(start: Start) -> None:
 
 
 @pytest.mark.slow
-def test_vector(start: Start) -> None:
-    found = example("openai_media").vector(start(make_qwen2_5_vl, "pooling"))
+def test_embedding(start: Start) -> None:
+    found = example("openai_media").embedding(start(make_qwen2_5_vl, "pooling"))
     [embedding] = found.data
     assert sum(value * value for value in embedding.embedding) == pytest.approx(1.0, abs=1e-4)
     assert found.usage.prompt_tokens > 8
