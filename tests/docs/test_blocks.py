@@ -23,7 +23,7 @@ from sensorium.compat.server_flags import SERVER_RULES
 from tests.docs.commands import check, commands_of, is_shell
 from tests.docs.pages import BLOCKS, PAGES, ROOT, Block, text_of
 
-UNREAD = ("", "text", "nginx")
+UNREAD = ("", "text", "output", "nginx")
 """Languages of blocks that are not read here: drawings, messages, other programs' files."""
 OTHERS = ("--config", "--no", "--build-arg", "--constraint", "--gpus", "--preload", "--shm-size")
 """What is read before the parser, the beginning of flags, and flags of other programs."""

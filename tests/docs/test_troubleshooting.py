@@ -32,7 +32,7 @@ from tests.checkpoints import make_qwen2_vl
 from tests.docs.pages import text_of
 from tests.e2e.serving import Server
 
-SECTION = re.compile(r"^### (.+?)\n\n```text\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
+SECTION = re.compile(r"^### (.+?)\n\n```output\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 MESSAGES = dict(SECTION.findall(text_of("docs/troubleshooting.md")))
 PROVOCATIONS: dict[str, Callable[..., str]] = {}
 """What leads to each message, by the heading in the page."""
