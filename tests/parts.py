@@ -14,8 +14,7 @@ from sensorium.core.scheduler import Scheduler
 from sensorium.engine.engine import Engine
 from sensorium.engine.executor import build_parts
 from sensorium.engine.prompts.input_processor import InputProcessor
-from sensorium.engine.prompts.prepared import PreparedPrompt
-from sensorium.engine.prompts.types import parse_prompt
+from sensorium.engine.prompts.types import PreparedPrompt, parse_prompt
 from sensorium.multimodal.items import Features
 from sensorium.multimodal.workers.background import BackgroundLoop
 from sensorium.runtime.encoder import FeatureStore

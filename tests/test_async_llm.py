@@ -187,7 +187,7 @@ def test_the_callers_loop_goes_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
 
     async def main() -> int:
         preparer = (await llm._started())._preparer
-        monkeypatch.setattr(preparer, "draft", noted("draft", preparer.draft))
+        monkeypatch.setattr(preparer, "render", noted("render", preparer.render))
         monkeypatch.setattr(input_processor, "expanded", noted("expand", input_processor.expanded))
         monkeypatch.setattr(OutputCollector, "accept", noted("accept", OutputCollector.accept))
         num_turns = 0
@@ -205,7 +205,7 @@ def test_the_callers_loop_goes_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
         return num_turns
 
     assert run(main()) > 1000, "the loop went on meanwhile"
-    assert {name for name, _ in used} == {"draft", "expand", "accept"}
+    assert {name for name, _ in used} == {"render", "expand", "accept"}
     assert caller not in {thread for _, thread in used}
 
 

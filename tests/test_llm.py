@@ -380,4 +380,4 @@ def test_an_endless_text_is_refused_by_its_beginning(
     few = "<|endoftext|>" * (most // 2)
     monkeypatch.setattr("sensorium.engine.prompts.lengths.PROBED_CHARS", 1)
     assert len(few) > 4 * most
-    assert qwen_parts.processor.draft(RawPrompt(text=few)).token_ids
+    assert qwen_parts.processor.render(RawPrompt(text=few)).token_ids

@@ -18,9 +18,9 @@ from sensorium.core.request import EngineRequest
 from sensorium.engine import wire
 from sensorium.engine.grammar.compiler import ENTRY_CHARS
 from sensorium.engine.prompts.lengths import LONG_TEXT
-from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
-from sensorium.engine.prompts.types import Prompt, RawPrompt
+from sensorium.engine.prompts.types import PreparedPrompt, Prompt, RawPrompt
 from sensorium.errors import InvalidRequestError, PromptTooLongError, UnavailableError
+from sensorium.text.chat.chat_template import RenderedPrompt
 from tests import checkpoints
 from tests.parts import Parts, build_llm
 
@@ -177,10 +177,10 @@ def test_only_so_many_prompts_are_held_at_a_time(
     most, held = 2 * llm.config.scheduler.max_num_seqs, []
     complete = parts.processor.complete
 
-    async def counted(draft: Draft) -> PreparedPrompt:
+    async def counted(prompt: Prompt, rendered: RenderedPrompt) -> PreparedPrompt:
         stats = parts.engine.stats()
         held.append(stats.num_running + stats.num_waiting)
-        return await complete(draft)
+        return await complete(prompt, rendered)
 
     monkeypatch.setattr(parts.processor, "complete", counted)
     prompts = [[5 + i % 7] for i in range(3 * most)]
@@ -209,13 +209,13 @@ def test_errors_name_the_prompt_even_when_it_is_the_last_one_left(
 
     complete = parts.processor.complete
 
-    async def late(draft: Draft) -> PreparedPrompt:
-        if draft.refs:
+    async def late(prompt: Prompt, rendered: RenderedPrompt) -> PreparedPrompt:
+        if rendered.refs:
             steps = llm.stats().num_steps
             while parts.engine.has_work or llm.stats().num_steps == steps:
                 await asyncio.sleep(0.001)
             raise UnavailableError("lost")
-        return await complete(draft)
+        return await complete(prompt, rendered)
 
     monkeypatch.setattr(parts.processor, "complete", late)
     with pytest.raises(UnavailableError, match="Prompt 1: lost"):
@@ -275,8 +275,7 @@ def test_what_goes_to_the_engine_can_be_sent(llm: LLM, parts: Parts) -> None:
     """Constraints go compiled: a schema may hold numbers that no message can."""
     schema = {"type": "integer", "maximum": 10**30}
     params = SamplingParams(n=3, seed=5, stop=["x"], structured_outputs={"json": schema})  # type: ignore[arg-type]
-    draft = parts.processor.draft(RawPrompt(text="a"))
-    prepared = parts.run(parts.processor.complete(draft))
+    prepared = parts.prepare("a")
     grammar = parts.run(parts.processor.grammar(params))
     requests = parts.processor.requests(prepared, params, "id", 0, 0.0, grammar)
     for request in requests:
@@ -290,18 +289,18 @@ def test_what_goes_to_the_engine_can_be_sent(llm: LLM, parts: Parts) -> None:
 def test_long_texts_are_tokenized_off_the_event_loop(
     llm: LLM, parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draft, on_loop = parts.processor.draft, []
+    render, on_loop = parts.processor.render, []
 
-    def noted(prompt: Prompt) -> Draft:
+    def noted(prompt: Prompt) -> RenderedPrompt:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             on_loop.append(False)
         else:
             on_loop.append(True)
-        return draft(prompt)
+        return render(prompt)
 
-    monkeypatch.setattr(parts.processor, "draft", noted)
+    monkeypatch.setattr(parts.processor, "render", noted)
     parts.run(parts.processor.prepare(RawPrompt(text="short")))
     with pytest.raises(PromptTooLongError):
         parts.run(parts.processor.prepare(RawPrompt(text="long" * LONG_TEXT)))

@@ -17,6 +17,7 @@ from sensorium.engine.engine import Engine
 from sensorium.engine.executor import build_engine
 from sensorium.engine.offline.batch import (
     Batch,
+    BatchPrompt,
     Result,
     apart,
     as_embedding,
@@ -35,7 +36,6 @@ from sensorium.engine.offline.progress import Progress
 from sensorium.engine.offline.run import BatchRun, Output
 from sensorium.engine.outputs.pooling import resolved
 from sensorium.engine.prompts.input_processor import InputProcessor
-from sensorium.engine.prompts.prepared import Draft
 from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, parse_prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
@@ -420,11 +420,12 @@ class LLM:
         params: Sequence[SamplingParams] | Sequence[PoolingParams],
     ) -> Batch:
         prompts = [at_prompt(index, several, parse, value) for index, value in enumerate(values)]
-        drafts = [
-            at_prompt(index, several, self._preparer.draft, prompt)
+        rendered = [
+            at_prompt(index, several, self._preparer.render, prompt)
             for index, prompt in enumerate(prompts)
         ]
-        return Batch(zip(drafts, params, strict=True), several, len(drafts))
+        items = map(BatchPrompt, prompts, rendered, params)
+        return Batch(items, several, len(prompts))
 
     def _late_batch(
         self,
@@ -432,8 +433,9 @@ class LLM:
         parse: Callable[[Any], Prompt],
         params: Iterator[SamplingParams | PoolingParams],
     ) -> Batch:
-        def read(value: Any) -> tuple[Draft, SamplingParams | PoolingParams]:
-            return self._preparer.draft(parse(value)), next(params)
+        def read(value: Any) -> BatchPrompt:
+            prompt = parse(value)
+            return BatchPrompt(prompt, self._preparer.render(prompt), next(params))
 
         prompts = (at_prompt(index, True, read, value) for index, value in enumerate(values))
         return Batch(prompts, several=True, total=None)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sensorium.core.blocks import IntegrityError
 from sensorium.core.prefix import (
-    MediaStretch,
+    MediaSlice,
     PrefixIndex,
     block_digest,
     extend_digests,
@@ -67,7 +67,7 @@ def test_the_order_of_two_images_counts() -> None:
 
 def test_structures_that_look_alike_when_joined_do_not_collide() -> None:
     parent = block_digest(None, [1])
-    stretch = MediaStretch(b"d", 0, 1, 0)
+    piece = MediaSlice(b"d", 0, 1, 0)
     different = [
         block_digest(None, [1, 2]),
         block_digest(None, [1], salt=b"\x02"),
@@ -77,12 +77,12 @@ def test_structures_that_look_alike_when_joined_do_not_collide() -> None:
         block_digest(None, [], salt=b"a"),
         block_digest(parent, [1, 2]),
         block_digest(None, [1, 2], salt=parent),
-        block_digest(parent, [1, 2], [stretch]),
-        block_digest(parent, [1, 2], [stretch, stretch]),
-        block_digest(parent, [1, 2], [stretch._replace(digest=b"dd")]),
-        block_digest(parent, [1, 2], [stretch._replace(block_pos=1)]),
-        block_digest(parent, [1, 2], [stretch._replace(num_embeds=2)]),
-        block_digest(parent, [1, 2], [stretch._replace(item_pos=1)]),
+        block_digest(parent, [1, 2], [piece]),
+        block_digest(parent, [1, 2], [piece, piece]),
+        block_digest(parent, [1, 2], [piece._replace(digest=b"dd")]),
+        block_digest(parent, [1, 2], [piece._replace(block_pos=1)]),
+        block_digest(parent, [1, 2], [piece._replace(num_embeds=2)]),
+        block_digest(parent, [1, 2], [piece._replace(item_pos=1)]),
         block_digest(parent, [2**40]),
         block_digest(parent, [-1]),
     ]

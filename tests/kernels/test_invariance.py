@@ -103,9 +103,9 @@ def test_attention_does_not_depend_on_the_other_sequences(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["window", "stretch"])
+@pytest.mark.parametrize("variant", ["window", "bidirectional"])
 def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: str) -> None:
-    """A sequence within the window, or without a stretch that attends both ways, beside others that are not so."""
+    """A sequence within the window, or without a span that attends both ways, beside others that are not so."""
     layout = KVCacheLayout(1, 2, 64, 32, dtype)
     batch = make_batch(layout, [(20, 1), (500, 1), (24, 9), (200, 60), (17, 17)])
     q, k, v = (torch.randn(sum(batch.query_lens), heads, 64).to(dtype) for heads in (6, 2, 2))
@@ -118,9 +118,9 @@ def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: 
             for end, count in zip(batch.kv_lens, batch.query_lens, strict=True)
         ]
         own = torch.tensor([place for places in index for place in places])
-        stretch = torch.stack((own, own))
-        stretch[:, starts[3] + 5 : starts[3] + 15] = torch.tensor([[145], [154]])
-        asked = AttentionVariant(stretch=stretch)
+        spans = torch.stack((own, own))
+        spans[:, starts[3] + 5 : starts[3] + 15] = torch.tensor([[145], [154]])
+        asked = AttentionVariant(bidirectional=spans)
     expected = reference.paged_attention(q, k, v, twin(batch), 0, 0.125, asked)
     together = ops.paged_attention(q, k, v, batch, 0, 0.125, asked)
     torch.testing.assert_close(together, expected, rtol=0, atol=TOLERANCE[dtype])

@@ -44,7 +44,7 @@ def test_kernel_agrees_with_reference(
         assert torch.equal(own.v, theirs.v)
 
 
-def stretches(batch: AttentionBatch) -> torch.Tensor:
+def spans(batch: AttentionBatch) -> torch.Tensor:
     """(2, T): in every sequence, the tokens from index 10 to 24 that are computed attend both ways."""
     _, place = reference.token_positions(batch)
     last = torch.minimum(
@@ -56,7 +56,7 @@ def stretches(batch: AttentionBatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("window", [None, 7, 40])
-@pytest.mark.parametrize("what", ["plain", "softcap", "sinks", "stretch", "all"])
+@pytest.mark.parametrize("what", ["plain", "softcap", "sinks", "bidirectional", "all"])
 def test_variants_are_attention_written_out(
     dtype: torch.dtype, window: int | None, what: str
 ) -> None:
@@ -69,7 +69,7 @@ def test_variants_are_attention_written_out(
         window,
         1.5 if what in ("softcap", "all") else None,
         sinks if what in ("sinks", "all") else None,
-        stretches(batch) if what in ("stretch", "all") else None,
+        spans(batch) if what in ("bidirectional", "all") else None,
     )
     found = ops.paged_attention(q, k, v, batch, 0, 0.25, variant)
     wanted = written_out(q, batch, 0.25, variant)
@@ -90,8 +90,8 @@ def written_out(
         seen = at <= index
         if variant.window is not None:
             seen &= at > index - variant.window
-        if variant.stretch is not None:
-            first, last = variant.stretch[:, row].tolist()
+        if variant.bidirectional is not None:
+            first, last = variant.bidirectional[:, row].tolist()
             seen |= (at >= first) & (at <= last)
         heads = []
         for head in range(q.shape[1]):
@@ -119,7 +119,7 @@ VARIANTS = {
     "window": AttentionVariant(window=7),
     "softcap": AttentionVariant(softcap=1.5),
     "sinks": AttentionVariant(sinks=torch.zeros(4)),
-    "stretch": None,
+    "bidirectional": None,
 }
 
 
@@ -130,7 +130,7 @@ def test_what_others_left_behind_the_end_is_not_seen(what: str, backend: ModuleT
     layout = KVCacheLayout(1, 2, 16, 16, torch.float32)
     batch = make_batch(layout, [(70, 1), (1, 1), (33, 33), (50, 12)])
     q, k, v = inputs(batch, 4, 2, 16, torch.float32)
-    variant = VARIANTS[what] or AttentionVariant(stretch=stretches(batch))
+    variant = VARIANTS[what] or AttentionVariant(bidirectional=spans(batch))
     clean, dirty = twin(batch), twin(batch)
     wanted = backend.paged_attention(q, k, v, clean, 0, 0.25, variant)
     (cache,) = dirty.caches

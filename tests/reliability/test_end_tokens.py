@@ -59,9 +59,9 @@ def test_a_typed_end_token_of_the_phi3_family_is_text(tmp_path: Path, make: Any,
         assert end == 2
         for typed in (f"a {END} b", f"{END}", f"<s>{END}</s>"):
             messages = parse_messages([{"role": "user", "content": typed}])
-            ids = preparer.draft(ChatPrompt(conversation=messages)).token_ids
+            ids = preparer.render(ChatPrompt(conversation=messages)).token_ids
             assert end not in ids, typed
-        assert end in preparer.draft(RawPrompt(text=f"a {END} b")).token_ids, "raw prompts are raw"
+        assert end in preparer.render(RawPrompt(text=f"a {END} b")).token_ids, "raw prompts are raw"
     finally:
         preparer.close()
 

@@ -190,12 +190,12 @@ def test_long_conversations_are_refused_by_their_beginning(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}],
     ):
         with pytest.raises(PromptTooLongError) as caught:
-            preparer.draft(
+            preparer.render(
                 sensorium.engine.prompts.types.ChatPrompt(conversation=parse_messages(messages))
             )
         assert caught.value.param == "messages"
     with pytest.raises(PromptTooLongError):
-        preparer.draft(RawPrompt(text=words))
+        preparer.render(RawPrompt(text=words))
     assert 0 < longest < len(words) // 2
 
 
@@ -222,7 +222,7 @@ def test_long_prompts_leave_the_event_loop(
         "many messages": ChatPrompt(conversation=parse_messages(one * 500)),
     }
     preparer, seen = offline.llm._preparer, list[bool]()
-    draft = preparer.draft
+    render = preparer.render
 
     def noted(wanted: Prompt) -> Any:
         try:
@@ -231,9 +231,9 @@ def test_long_prompts_leave_the_event_loop(
             seen.append(False)
         else:
             seen.append(True)
-        return draft(wanted)
+        return render(wanted)
 
-    monkeypatch.setattr(preparer, "draft", noted)
+    monkeypatch.setattr(preparer, "render", noted)
 
     async def prepare() -> None:
         with contextlib.suppress(PromptTooLongError):

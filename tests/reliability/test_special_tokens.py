@@ -16,11 +16,10 @@ import pytest
 
 from sensorium.config import engine_config
 from sensorium.engine.prompts.input_processor import InputProcessor
-from sensorium.engine.prompts.prepared import Draft
 from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import InvalidRequestError
-from sensorium.text.chat.chat_template import parse_messages
+from sensorium.text.chat.chat_template import RenderedPrompt, parse_messages
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf, make_hf_text
 from tests.reliability.asking import text
@@ -143,14 +142,14 @@ class Kitchen:
             found[spelling * 3] = None
         return list(found)
 
-    def draft(self, messages: list[dict[str, Any]], **options: Any) -> Draft:
-        return self.preparer.draft(ChatPrompt(conversation=parse_messages(messages), **options))
+    def render(self, messages: list[dict[str, Any]], **options: Any) -> RenderedPrompt:
+        return self.preparer.render(ChatPrompt(conversation=parse_messages(messages), **options))
 
-    def acting(self, draft: Draft) -> tuple[list[int], int]:
+    def acting(self, rendered: RenderedPrompt) -> tuple[list[int], int]:
         """The control tokens of a prompt in order, and how many placeholders of more than one token it has."""
         vocabulary = self.preparer._vocab_size
-        own = [i for i in draft.token_ids if i in self.control or i >= vocabulary]
-        return own, len(draft.numbered)
+        own = [i for i in rendered.token_ids if i in self.control or i >= vocabulary]
+        return own, len(rendered.numbered)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -217,17 +216,17 @@ def test_what_users_type_never_acts(kitchen: Kitchen, place: str) -> None:
     for template in (EVERYTHING, None):
         words, options = PLACES[place](WORD)
         try:
-            honest = kitchen.draft(words, **options, chat_template=template)
+            honest = kitchen.render(words, **options, chat_template=template)
         except InvalidRequestError:
             assert template is None, "the family's own template knows no such message"
             continue
         for spelling in typed:
             messages, options = PLACES[place](spelling)
-            draft = kitchen.draft(messages, **options, chat_template=template)
-            assert kitchen.acting(draft) == kitchen.acting(honest), (spelling, draft.text)
-            assert not draft.refs
+            rendered = kitchen.render(messages, **options, chat_template=template)
+            assert kitchen.acting(rendered) == kitchen.acting(honest), (spelling, rendered.text)
+            assert not rendered.refs
             if template is not None:
-                assert spelling.strip()[:3] in (draft.text or ""), "it was left out"
+                assert spelling.strip()[:3] in (rendered.text or ""), "it was left out"
 
 
 def test_a_continued_answer_may_spell_anything(kitchen: Kitchen) -> None:
@@ -235,14 +234,14 @@ def test_a_continued_answer_may_spell_anything(kitchen: Kitchen) -> None:
     for template in (None, EVERYTHING):
         messages = [user("a"), {"role": "assistant", "content": f"b {WORD}"}]
         try:
-            plain = kitchen.draft(messages, chat_template=template, **options)
+            plain = kitchen.render(messages, chat_template=template, **options)
         except InvalidRequestError:
             assert template is None, "the family's own template ends every message in its own way"
             continue
         for spelling in (kitchen.undisguised[0], " , ".join(kitchen.spellings)):
             messages[1]["content"] = f"b {spelling}"
-            draft = kitchen.draft(messages, chat_template=template, **options)
-            assert kitchen.acting(draft) == kitchen.acting(plain), spelling
+            rendered = kitchen.render(messages, chat_template=template, **options)
+            assert kitchen.acting(rendered) == kitchen.acting(plain), spelling
 
 
 def test_beside_a_picture_only_its_own_placeholder_acts(kitchen: Kitchen) -> None:
@@ -250,9 +249,9 @@ def test_beside_a_picture_only_its_own_placeholder_acts(kitchen: Kitchen) -> Non
         return
     modality = kitchen.preparer.modalities[0]
     part = {"type": f"{modality}_url", f"{modality}_url": {"url": PIXEL}}
-    plain = kitchen.draft([user([part, text(WORD)])])
+    plain = kitchen.render([user([part, text(WORD)])])
     assert len(plain.refs) == 1
     for spelling in kitchen.undisguised:
         for content in ([part, text(spelling)], [text(spelling), part]):
-            draft = kitchen.draft([user(content)])
-            assert kitchen.acting(draft) == kitchen.acting(plain), spelling
+            rendered = kitchen.render([user(content)])
+            assert kitchen.acting(rendered) == kitchen.acting(plain), spelling

@@ -54,7 +54,7 @@ class SchedulerLimits:
         self._check_length(num_tokens, pools=request.pooling is not None)
         # The others may each have a token in the step.
         most = max(self.max_num_batched_tokens - self.max_num_seqs + 1, 0)
-        longest = max((end - start for start, end in request.stretches), default=0)
+        longest = max((end - start for start, end in request.bidirectional_spans), default=0)
         if longest > most:
             raise PromptTooLongError.beyond(
                 most,

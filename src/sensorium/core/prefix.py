@@ -6,8 +6,8 @@ prefix that it ends. Its digest is
     H( head | token ids | media )
        head   the digest of the block before it, or for the first block the cache salt and the
               length that rotary factors are chosen for (0 for the usual ones)
-       media  for each stretch of the block that is filled from an item: the item's digest, where
-              the stretch starts in the block, its length, and its first embedding in the item
+       media  for each slice of the block that is filled from an item: the item's digest, where
+              the slice starts in the block, its length, and its first embedding in the item
 
 Every part carries a tag or a length, so that no two different structures give the same bytes.
 """
@@ -24,7 +24,7 @@ from sensorium.core.blocks import IntegrityError
 from sensorium.core.request import ItemSpan
 
 
-class MediaStretch(NamedTuple):
+class MediaSlice(NamedTuple):
     """Consecutive positions of one block that hold consecutive embeddings of one item.
 
     ``block_pos`` is relative to the block's first token, ``item_pos`` counts the item's embeddings.
@@ -39,7 +39,7 @@ class MediaStretch(NamedTuple):
 def block_digest(
     parent_digest: bytes | None,
     token_ids: Sequence[int],
-    media: Sequence[MediaStretch] = (),
+    media: Sequence[MediaSlice] = (),
     *,
     salt: bytes = b"",
     rope_length: int = 0,
@@ -49,21 +49,21 @@ def block_digest(
     first = (b"\x00", struct.pack("<QI", rope_length, len(salt)), salt)
     parts = [*first] if parent_digest is None else [b"\x01", parent_digest]
     parts.append(struct.pack(f"<I{len(token_ids)}q", len(token_ids), *token_ids))
-    for stretch in media:
-        frame = (len(stretch.digest), stretch.block_pos, stretch.num_embeds, stretch.item_pos)
-        parts += [struct.pack("<4I", *frame), stretch.digest]
+    for slice_ in media:
+        frame = (len(slice_.digest), slice_.block_pos, slice_.num_embeds, slice_.item_pos)
+        parts += [struct.pack("<4I", *frame), slice_.digest]
     return blake3(b"".join(parts)).digest()
 
 
 def media_by_block(
     items: Sequence[ItemSpan], block_size: int, first_block: int, end_block: int
-) -> dict[int, list[MediaStretch]]:
-    """The stretches of blocks ``first_block .. end_block - 1``; blocks without media are absent.
+) -> dict[int, list[MediaSlice]]:
+    """The slices of blocks ``first_block .. end_block - 1``; blocks without media are absent.
 
     Example: blocks of 4 and an item with the one run (2, 5) give ``{0: [(digest, 2, 2, 0)],
     1: [(digest, 0, 3, 2)]}``.
     """
-    stretches: dict[int, list[MediaStretch]] = {}
+    slices: dict[int, list[MediaSlice]] = {}
     low, high = first_block * block_size, end_block * block_size
     for item in items:
         if item.end <= low or item.start >= high:
@@ -74,12 +74,12 @@ def media_by_block(
             while pos < end:
                 block, block_pos = divmod(pos, block_size)
                 num_embeds = min(block_size - block_pos, end - pos)
-                stretches.setdefault(block, []).append(
-                    MediaStretch(item.digest, block_pos, num_embeds, item_pos + pos - start)
+                slices.setdefault(block, []).append(
+                    MediaSlice(item.digest, block_pos, num_embeds, item_pos + pos - start)
                 )
                 pos += num_embeds
             item_pos += length
-    return stretches
+    return slices
 
 
 def extend_digests(

@@ -51,23 +51,36 @@ class ItemSpan:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One sequence to generate, or one vector to make: the only message into the engine.
+    """The only message into the engine: one sequence to generate, or one prompt to embed.
 
-    A request with ``n`` samples is sent as ``n`` of these. ``positions`` and ``grammar`` are opaque to core and handed
-    to the runner: rotary positions of the prompt when they are not 0, 1, 2 … (numpy int32 (3, num_tokens)) with
-    ``position_delta`` (generated token i has position i + delta), and a grammar: its text on the way to the engine, a
-    matcher of it from there on. ``max_tokens`` is final:
-    the frontend has resolved None and the context's end.
+    A request with ``n`` samples is sent as ``n`` of these.
 
-    With ``pooling`` nothing is generated (``max_tokens`` is 0 and ``params`` are of no account): the sequence ends as
-    soon as its prompt is computed, with a vector of ``pooling``'s kind. Its ``normalize`` is resolved, too.
-
-    ``stretches`` are the parts of the prompt, (start, end), whose tokens attend to one another both ways: a step that
-    computes some of one computes all that is left of it.
-
-    ``rope_length`` is the length of sequence that rotary factors are chosen for, where they depend on it, as soon as
-    the sequence has more than ``rope_border`` tokens; with at most so many, and where it is 0, they are those of short
-    sequences. What was cached with others is of no use then: the sequence is computed again.
+    Attributes:
+        request_id: Unique among the requests that have not ended.
+        token_ids: The prompt, placeholders expanded.
+        params: Sampling parameters; not read when ``pooling`` is set.
+        max_tokens: Most tokens to generate. It is final: the frontend has resolved None and the end
+            of the context. 0 when ``pooling`` is set.
+        eos_token_ids: End-of-sequence tokens of the model.
+        items: Media items in the order of the prompt.
+        positions: Rotary positions of the prompt where they are not 0, 1, 2 …: numpy int32
+            (3, num_tokens), which ``core`` only hands to the runner.
+        position_delta: Generated token i has position i + delta.
+        bad_words_token_ids: Sequences of tokens that must not be generated.
+        grammar: The constraint on the answer: its text on the way to the engine, from there on a
+            matcher of it, which ``core`` only hands to the runner.
+        cache_salt: Scope of the prefix cache; requests with different salts share no blocks.
+        priority: Lower values run first.
+        arrival_time: By ``time.monotonic``, in seconds.
+        pooling: The embedding that is wanted, its ``normalize`` resolved. Nothing is generated: the
+            sequence ends as soon as its prompt is computed.
+        bidirectional_spans: Parts (start, end) of the prompt with bidirectional attention. A step
+            that computes some of one computes all that is left of it.
+        rope_border: See ``rope_length``.
+        rope_length: The length of sequence that rotary factors are chosen for, once the sequence
+            has more than ``rope_border`` tokens; until then, and where it is 0, the factors are
+            those of short sequences. When they change, the sequence is computed again, since keys
+            cached with the others cannot be used.
     """
 
     request_id: str
@@ -84,7 +97,7 @@ class EngineRequest:
     priority: int = 0
     arrival_time: float = 0.0
     pooling: PoolingParams | None = None
-    stretches: tuple[tuple[int, int], ...] = ()
+    bidirectional_spans: tuple[tuple[int, int], ...] = ()
     rope_border: int = 0
     rope_length: int = 0
 
@@ -101,9 +114,11 @@ class EngineRequest:
                 raise ValueError("item spans must be ascending, disjoint and inside the prompt")
             end = item.end
         end = 0
-        for first, last in self.stretches:
+        for first, last in self.bidirectional_spans:
             if not end <= first < last <= len(self.token_ids):
-                raise ValueError("stretches must be ascending, disjoint and inside the prompt")
+                raise ValueError(
+                    "bidirectional_spans must be ascending, disjoint and inside the prompt"
+                )
             end = last
 
     def rope_length_at(self, num_tokens: int) -> int:
@@ -111,9 +126,11 @@ class EngineRequest:
         return self.rope_length if num_tokens > self.rope_border else 0
 
     def stop(self, start: int, end: int) -> int:
-        """Where a span from ``start`` that may go to ``end`` has to stop, lest it end inside a stretch; ``start`` when
-        it has no room for the one that it begins with."""
-        for first, last in self.stretches:
+        """Return the end, at most ``end``, of a span from ``start`` that cuts no bidirectional span.
+
+        It is ``start`` when there is no room for the bidirectional span that it begins with.
+        """
+        for first, last in self.bidirectional_spans:
             if first < end < last:
                 return max(start, first)
         return end

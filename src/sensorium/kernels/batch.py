@@ -74,21 +74,24 @@ class AttentionBatch:
 class AttentionVariant:
     """What a layer's attention does besides attending to its own index and all before.
 
-    window: tokens that a row looks back, itself among them. softcap: scores s become ``c * tanh(s / c)``. sinks
-    (num_heads,): a score of each head that takes part in the softmax and adds nothing. stretch (2, T) int64: first and
-    last index of the stretch in which a row attends both ways, in any layer and past any window; its own index twice
-    for rows of none. All rows of a stretch that are not in the cache yet must be in the batch.
+    Attributes:
+        window: Tokens that a row attends to, itself among them; None for all.
+        softcap: Scores s become ``c * tanh(s / c)``.
+        sinks: (num_heads,), a score of each head that takes part in the softmax and adds nothing.
+        bidirectional: (2, T) int64, first and last index of the span in which a row attends both
+            ways, in any layer and past any window; a row's own index twice outside of spans. All
+            rows of a span that are not in the cache yet must be in the batch.
     """
 
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
-    stretch: torch.Tensor | None = None
+    bidirectional: torch.Tensor | None = None
 
     def is_plain(self, max_kv_len: int) -> bool:
         """Whether it makes no difference for sequences of at most ``max_kv_len`` tokens."""
         inside = self.window is None or max_kv_len <= self.window
-        return inside and self.softcap is None and self.sinks is None and self.stretch is None
+        return inside and self.softcap is None and self.sinks is None and self.bidirectional is None
 
     def concerned(self, batch: AttentionBatch) -> list[int]:
         """Indexes of the sequences for which it makes a difference."""
@@ -97,19 +100,19 @@ class AttentionVariant:
         everything = range(len(batch.kv_lens))
         if self.softcap is not None or self.sinks is not None:
             return list(everything)
-        found = self._stretched(batch) if self.stretch is not None else set()
+        found = self._bidirectional(batch) if self.bidirectional is not None else set()
         if self.window is not None:
             found = found | {i for i in everything if batch.kv_lens[i] > self.window}
         return sorted(found)
 
-    def _stretched(self, batch: AttentionBatch) -> set[int]:
+    def _bidirectional(self, batch: AttentionBatch) -> set[int]:
         """Indexes of the sequences with rows that attend both ways; the same in all layers."""
-        found: set[int] | None = batch.scratch.get("stretched")
+        found: set[int] | None = batch.scratch.get("bidirectional")
         if found is None:
-            assert self.stretch is not None
-            rows = (self.stretch[0] < self.stretch[1]).split(batch.query_lens)
+            assert self.bidirectional is not None
+            rows = (self.bidirectional[0] < self.bidirectional[1]).split(batch.query_lens)
             found = {index for index, own in enumerate(rows) if bool(own.any())}
-            batch.scratch["stretched"] = found
+            batch.scratch["bidirectional"] = found
         return found
 
 

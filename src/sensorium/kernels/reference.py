@@ -238,9 +238,9 @@ def _attend_variant(
     query_len, kv_len = batch.query_lens[index], batch.kv_lens[index]
     rows = slice(row, row + query_len)
     block_size, window = cache.k.shape[3], variant.window
-    stretch = None if variant.stretch is None else variant.stretch[:, rows]
+    spans = None if variant.bidirectional is None else variant.bidirectional[:, rows]
     first = 0
-    if window is not None and stretch is None:
+    if window is not None and spans is None:
         first = max(0, kv_len - query_len - window + 1) // block_size
     blocks = batch.block_table[index : index + 1, first : -(-kv_len // block_size)]
     start = first * block_size
@@ -250,8 +250,8 @@ def _attend_variant(
     seen = place <= own
     if window is not None:
         seen &= place > own - window
-    if stretch is not None:
-        seen |= (place >= stretch[0, :, None]) & (place <= stretch[1, :, None])
+    if spans is not None:
+        seen |= (place >= spans[0, :, None]) & (place <= spans[1, :, None])
     grouped = q[rows].float().view(query_len, keys.shape[0], -1, q.shape[2])
     scores = torch.einsum("nhgd,hkd->hgnk", grouped, keys) * scale
     if variant.softcap is not None:

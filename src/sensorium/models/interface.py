@@ -174,8 +174,8 @@ class Family:
     """(package, file) of the fallback chat template."""
     parts: tuple[PartCheckpoint, ...] = ()
     """Other checkpoints that may complete one of this family."""
-    both_ways: Literal["items", "prompt"] | None = None
-    """What attends to itself both ways: each run of an item's embeddings, or the whole of a prompt that has items."""
+    bidirectional: Literal["items", "prompt"] | None = None
+    """Tokens with bidirectional attention: each run of an item's embeddings, or prompts with items."""
     embedders: tuple[str, ...] = ()
     """Further values of ``architectures``, of checkpoints without a language-model head: they make vectors."""
     model_types: tuple[str, ...] = ()

@@ -13,8 +13,7 @@ from sensorium.core.plan import UNUSABLE
 from sensorium.core.request import SequenceUpdate
 from sensorium.engine import wire
 from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request
-from sensorium.engine.prompts.prepared import PreparedPrompt
-from sensorium.engine.prompts.types import RawPrompt, parse_conversation
+from sensorium.engine.prompts.types import PreparedPrompt, RawPrompt, parse_conversation
 from sensorium.engine.serving.frontend import Frontend
 from sensorium.errors import (
     InvalidRequestError,

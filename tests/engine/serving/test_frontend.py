@@ -11,8 +11,7 @@ import pytest
 
 from sensorium.config import EngineConfig, engine_config
 from sensorium.core.request import EngineRequest, SequenceUpdate
-from sensorium.engine.prompts.prepared import PreparedPrompt
-from sensorium.engine.prompts.types import RawPrompt
+from sensorium.engine.prompts.types import PreparedPrompt, RawPrompt
 from sensorium.engine.serving import frontend as frontend_module
 from sensorium.engine.serving.client import Inbox
 from sensorium.engine.serving.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend

@@ -184,10 +184,13 @@ def test_switched_off_encoders_are_freed(tmp_path: Path) -> None:
 def greedy(harness: Harness, seqs: list[Running], chunks: tuple[int, ...]) -> list[list[int]]:
     """Greedy tokens of all in one batch whose prompts advance by different chunks."""
     found: dict[int, list[int]] = {id(seq): [] for seq in seqs}
-    stretches = harness.loaded.family.both_ways is not None
+    bidirectional = harness.loaded.family.bidirectional is not None
     while any(len(tokens) < NUM_TOKENS for tokens in found.values()):
         spans = [
-            (seq, piece(seq, chunk) if stretches else min(chunk, len(seq.ids) - seq.num_computed))
+            (
+                seq,
+                piece(seq, chunk) if bidirectional else min(chunk, len(seq.ids) - seq.num_computed),
+            )
             for seq, chunk in zip(seqs, chunks, strict=True)
             if len(found[id(seq)]) < NUM_TOKENS
         ]
@@ -200,7 +203,7 @@ def greedy(harness: Harness, seqs: list[Running], chunks: tuple[int, ...]) -> li
 
 
 def piece(seq: Running, chunk: int) -> int:
-    """How many tokens come next: ``chunk`` at most, but a stretch that attends both ways is not cut."""
+    """How many tokens come next: ``chunk`` at most, but a span that attends both ways is not cut."""
     start = seq.num_computed
     end = min(start + chunk, len(seq.ids))
     if seq.positions is not None and end < seq.positions.shape[1]:

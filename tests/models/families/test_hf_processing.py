@@ -82,7 +82,7 @@ def test_line_ends_that_meet_are_one_token(tmp_path: Path) -> None:
     assert list(expand(full, [item], processor).token_ids) == full, "as it stands"
 
 
-def test_stretches_as_positions(tmp_path: Path) -> None:
+def test_bidirectional_spans_as_positions(tmp_path: Path) -> None:
     processor = processor_at(make_hf("gemma3", tmp_path / "items"))
     features = processor.process("image", picture(30, 30, seed=1), {})
     item = MediaItem("image", bytes(32), features)

@@ -7,12 +7,12 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 
-from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
+from sensorium.engine.prompts.types import PreparedPrompt, Prompt
 from sensorium.errors import InvalidRequestError, counted, located
 from sensorium.outputs import (
     EmbeddingOutput,
@@ -22,6 +22,7 @@ from sensorium.outputs import (
     RequestOutput,
 )
 from sensorium.params import PoolingParams, SamplingParams
+from sensorium.text.chat.chat_template import RenderedPrompt
 from sensorium.text.grammar.library import Grammar
 from sensorium.tracing import RequestTrace
 
@@ -32,9 +33,17 @@ ParamsT = TypeVar("ParamsT", SamplingParams, PoolingParams)
 MAX_PRIORITY = 1 << 31
 
 
+class BatchPrompt(NamedTuple):
+    """A prompt of a call, checked as far as that goes without its media."""
+
+    prompt: Prompt
+    rendered: RenderedPrompt
+    params: SamplingParams | PoolingParams
+
+
 @dataclass(slots=True)
-class Job:
-    """One prompt of a batch on its way to the engine."""
+class PendingPrompt:
+    """A prompt that is being prepared for the engine."""
 
     index: int
     params: SamplingParams | PoolingParams
@@ -54,7 +63,7 @@ class Batch:
     where that is not the caller's.
     """
 
-    prompts: Iterator[tuple[Draft, SamplingParams | PoolingParams]]
+    prompts: Iterator[BatchPrompt]
     several: bool
     total: int | None
     priority: int | Sequence[int] = 0

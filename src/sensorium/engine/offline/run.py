@@ -10,15 +10,15 @@ import numpy as np
 
 from sensorium import forks, tracing
 from sensorium.engine.engine import Engine
-from sensorium.engine.offline.batch import Batch, Job, at_prompt
+from sensorium.engine.offline.batch import Batch, BatchPrompt, PendingPrompt, at_prompt
 from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request
 from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
-from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
+from sensorium.engine.prompts.types import PreparedPrompt
 from sensorium.errors import SensoriumError
 from sensorium.multimodal.workers.background import BackgroundLoop
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
-from sensorium.params import PoolingParams, SamplingParams
+from sensorium.params import PoolingParams
 from sensorium.text.grammar.library import Grammar
 
 Vector = PoolingRequestOutput[np.ndarray]
@@ -61,9 +61,9 @@ class BatchRun:
         self._several = batch.several
         self._is_read_late = batch.total is None
         self._most_held = AHEAD * max_num_seqs
-        self._prompts: Iterator[tuple[Draft, SamplingParams | PoolingParams]] | None = batch.prompts
+        self._prompts: Iterator[BatchPrompt] | None = batch.prompts
         self._num_read = 0
-        self._ready: deque[Job] = deque()
+        self._ready: deque[PendingPrompt] = deque()
         self._streams: dict[str, tuple[int, OutputCollector | PoolingCollector]] = {}
         self._errors: list[SensoriumError] = []
         self._reading_error: Exception | None = None
@@ -95,8 +95,8 @@ class BatchRun:
 
     def clean_up(self, *, whole: bool) -> None:
         """End what is left. Not ``whole``: an interrupt came in the middle of a step, or of any bookkeeping."""
-        for job in self._ready:
-            job.prepared.cancel()
+        for pending in self._ready:
+            pending.prepared.cancel()
         self._prompts = None
         if not whole:
             self._engine.reset()
@@ -122,18 +122,19 @@ class BatchRun:
             prompt = self._next_prompt()
             if prompt is None:
                 return
-            draft, params = prompt
             index = self._batch.place(self._num_read - 1)
             request_id = str(next(self._numbers))
             arrival = time.monotonic()
-            trace = self._trace(index, request_id, began, arrival, draft)
-            future = self._loop.submit(self._prepared(draft, params, trace))
+            trace = self._trace(index, request_id, began, arrival, prompt)
+            future = self._loop.submit(self._prepared(prompt, trace))
             priority = self._batch.priority_at(index)
-            self._ready.append(Job(index, params, future, arrival, request_id, priority, trace))
+            self._ready.append(
+                PendingPrompt(index, prompt.params, future, arrival, request_id, priority, trace)
+            )
             if self._is_read_late and time.monotonic() > ends:
                 return
 
-    def _next_prompt(self) -> tuple[Draft, SamplingParams | PoolingParams] | None:
+    def _next_prompt(self) -> BatchPrompt | None:
         """The next prompt, or None when there is none; what goes wrong with it, or in the caller's iterator, is kept
         until those before it are finished."""
         if self._prompts is None:
@@ -151,67 +152,72 @@ class BatchRun:
         return prompt
 
     def _trace(
-        self, index: int, request_id: str, began: float, arrival: float, draft: Draft
+        self, index: int, request_id: str, began: float, arrival: float, prompt: BatchPrompt
     ) -> tracing.RequestTrace | None:
         """Begin the trace, if it is wanted, of a prompt that was rendered between ``began`` and ``arrival``."""
         trace = self._tracer.request(request_id, arrival)
         if trace is not None:
             self._traces[index] = trace
-            num_tokens, num_items = len(draft.token_ids), len(draft.refs)
-            trace.station("rendered", began, arrival, tokens=num_tokens, items=num_items)
+            rendered = prompt.rendered
+            trace.station(
+                "rendered",
+                began,
+                arrival,
+                tokens=len(rendered.token_ids),
+                items=len(rendered.refs),
+            )
         return trace
 
     async def _prepared(
-        self,
-        draft: Draft,
-        params: SamplingParams | PoolingParams,
-        trace: tracing.RequestTrace | None,
+        self, given: BatchPrompt, trace: tracing.RequestTrace | None
     ) -> tuple[PreparedPrompt, Grammar | None]:
         """A prompt with its media, and the grammar of its constraint."""
         with tracing.active(trace):
-            if isinstance(params, PoolingParams):
-                return await self._preparer.complete(draft), None
-            grammar = await self._preparer.grammar(params)
-            return await self._preparer.complete(draft), grammar
+            grammar = None
+            if not isinstance(given.params, PoolingParams):
+                grammar = await self._preparer.grammar(given.params)
+            return await self._preparer.complete(given.prompt, given.rendered), grammar
 
     def _admit(self) -> None:
         """Give the engine what is prepared, in order; wait only when it has nothing else to do."""
         while self._ready and not self._errors:
-            job = self._ready[0]
-            if not job.prepared.done() and self._engine.has_work:
+            pending = self._ready[0]
+            if not pending.prepared.done() and self._engine.has_work:
                 return
             self._ready.popleft()
             try:
-                at_prompt(job.index, self._several, self._start, job)
+                at_prompt(pending.index, self._several, self._start, pending)
             except SensoriumError as error:
-                self._drop(job.index)
+                self._drop(pending.index)
                 self._errors.append(error)
 
-    def _start(self, job: Job) -> None:
-        (prepared, grammar), params = job.prepared.result(), job.params
-        request_id = job.request_id
+    def _start(self, pending: PendingPrompt) -> None:
+        (prepared, grammar), params = pending.prepared.result(), pending.params
+        request_id = pending.request_id
         stream: OutputCollector | PoolingCollector
         if isinstance(params, PoolingParams):
             requests = [
-                pooling_request(prepared, params, request_id, job.priority, job.arrival_time)
+                pooling_request(
+                    prepared, params, request_id, pending.priority, pending.arrival_time
+                )
             ]
             stream = PoolingCollector(request_id, prepared, requests[0])
         else:
             requests = self._preparer.requests(
-                prepared, params, request_id, job.priority, job.arrival_time, grammar
+                prepared, params, request_id, pending.priority, pending.arrival_time, grammar
             )
             stream = OutputCollector.for_requests(
                 request_id, prepared, requests, params, self._preparer.tokenizer
             )
             if grammar is not None:
                 stream.output.warnings = grammar.warnings
-        stream.output.index = job.index
-        stream.trace = job.trace
-        if job.trace is not None:
-            job.trace.station("submitted", sequences=len(requests))
+        stream.output.index = pending.index
+        stream.trace = pending.trace
+        if pending.trace is not None:
+            pending.trace.station("submitted", sequences=len(requests))
         features = tuple(item.features for item in prepared.items)
         for request in requests:
-            self._streams[request.request_id] = (job.index, stream)
+            self._streams[request.request_id] = (pending.index, stream)
             self._engine.add(request, features)
 
     def _drop(self, index: int) -> None:

@@ -8,8 +8,7 @@ import numpy as np
 
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.outputs.stream import failure
-from sensorium.engine.prompts.prepared import PreparedPrompt
-from sensorium.engine.prompts.rope import ONE_SET
+from sensorium.engine.prompts.types import PreparedPrompt
 from sensorium.errors import InvalidRequestError, located
 from sensorium.models.embedder import GENERATES, Embedder
 from sensorium.outputs import PoolingRequestOutput, RequestMetrics
@@ -34,24 +33,14 @@ def pooling_request(
     arrival_time: float,
 ) -> EngineRequest:
     """The engine's request for the vector of a prompt; ``params`` are resolved."""
-    num_tokens, rope = len(prepared.token_ids), ONE_SET
-    if prepared.rope is not None:
-        rope = prepared.rope.fields(num_tokens, num_tokens, known=True)
-    return EngineRequest(
+    return prepared.request(
+        0,
+        known_length=True,
         request_id=request_id,
-        token_ids=prepared.token_ids,
         params=_NOT_SAMPLED,
-        max_tokens=0,
-        items=prepared.spans,
-        positions=prepared.positions,
-        position_delta=prepared.position_delta,
-        cache_salt=prepared.cache_salt,
         priority=priority,
         arrival_time=arrival_time,
         pooling=params,
-        stretches=prepared.stretches,
-        rope_border=rope.border,
-        rope_length=rope.length,
     )
 
 

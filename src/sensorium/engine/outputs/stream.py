@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sensorium.core.plan import NO_TOKEN_LEFT, TOO_COMPLEX, UNUSABLE
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
 from sensorium.engine.grammar.matchers import NO_VOCABULARY
-from sensorium.engine.prompts.prepared import PreparedPrompt
+from sensorium.engine.prompts.types import PreparedPrompt
 from sensorium.errors import (
     InvalidRequestError,
     ModelOutputNotFiniteError,

@@ -27,9 +27,14 @@ from sensorium.engine.prompts.lengths import (
     truncate_text,
 )
 from sensorium.engine.prompts.media_workers import media_pipeline
-from sensorium.engine.prompts.prepared import Draft, PreparedPrompt
-from sensorium.engine.prompts.rope import ONE_SET, RopeChoice
-from sensorium.engine.prompts.types import ChatPrompt, Prompt, RawPrompt, Truncation
+from sensorium.engine.prompts.types import (
+    ChatPrompt,
+    PreparedPrompt,
+    Prompt,
+    RawPrompt,
+    RopeChoice,
+    Truncation,
+)
 from sensorium.engine.prompts.vocabulary import Vocabulary
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import (
@@ -53,7 +58,7 @@ from sensorium.multimodal.placeholders import (
 from sensorium.params import SamplingParams
 from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat.apply import template_applier
-from sensorium.text.chat.chat_template import ChatTemplate
+from sensorium.text.chat.chat_template import ChatTemplate, RenderedPrompt
 from sensorium.text.grammar.library import Grammar
 from sensorium.text.tokenizer import Tokenizer
 
@@ -91,7 +96,7 @@ class InputProcessor:
         self.embedder = embedder_of(self._loaded, family, model.runner)
         self._processor = family.build_processor(self._loaded)
         warn_of_defaults(self._loaded, family)
-        self._traits = Traits(self._processor, family.both_ways, RopeChoice.of(shape))
+        self._traits = Traits(self._processor, family.bidirectional, RopeChoice.of(shape))
         check_older(config.deprecated, self._processor, config.media)
         markup = self._processor.markup if self._processor is not None else None
         self._placeholders = (
@@ -165,41 +170,44 @@ class InputProcessor:
         """Render or tokenize a prompt, load its media, expand its placeholders. Raises RequestError."""
         began = time.monotonic()
         if is_long(prompt):
-            draft = await asyncio.to_thread(self.draft, prompt)
+            rendered = await asyncio.to_thread(self.render, prompt)
         else:
-            draft = self.draft(prompt)
-        tracing.station("rendered", began, tokens=len(draft.token_ids), items=len(draft.refs))
-        return await self.complete(draft)
+            rendered = self.render(prompt)
+        tracing.station("rendered", began, tokens=len(rendered.token_ids), items=len(rendered.refs))
+        return await self.complete(prompt, rendered)
 
-    def draft(self, prompt: Prompt) -> Draft:
-        """Render or tokenize a prompt, and check what can be checked before its media are loaded. Raises
-        RequestError."""
-        draft = (
+    def render(self, prompt: Prompt) -> RenderedPrompt:
+        """Render or tokenize a prompt, and check all that needs no media.
+
+        Raises RequestError.
+        """
+        rendered = (
             self._rendered(prompt) if isinstance(prompt, ChatPrompt) else self._tokenized(prompt)
         )
-        if not draft.token_ids:
-            raise InvalidRequestError("The prompt is empty.", param=draft.param)
-        self._vocabulary.check(draft.token_ids, draft.param)
-        self._room(len(draft.token_ids), draft.param)
-        for ref in draft.refs:
+        ids, refs, param = rendered.token_ids, rendered.refs, prompt.param
+        if not ids:
+            raise InvalidRequestError("The prompt is empty.", param=param)
+        self._vocabulary.check(ids, param)
+        self._room(len(ids), param)
+        for ref in refs:
             self._check_modality(ref)
         if self._pipeline is not None:
-            self._pipeline.check(draft.refs)
+            self._pipeline.check(refs)
         if self._processor is not None:
             counts = Counter[Modality]()
-            for ref in draft.refs:
+            for ref in refs:
                 counts[ref.modality] += len(ref.uuids) or 1
-            unread = {ref.modality for ref in draft.refs if ref.kind == "embeds"}
-            with located(draft.param), _written_by(draft.prompt):
-                check_counts(draft.token_ids, counts, unread, draft.numbered, self._processor)
-        return draft
+            unread = {ref.modality for ref in refs if ref.kind == "embeds"}
+            with located(param), _advised(prompt):
+                check_counts(ids, counts, unread, rendered.numbered, self._processor)
+        return rendered
 
-    async def complete(self, draft: Draft) -> PreparedPrompt:
-        """Load the media of a draft and expand its placeholders. Raises RequestError."""
-        items = await self._items(draft)
-        with located(draft.param), _written_by(draft.prompt):
-            prepared = expanded(draft, items, self._traits, self._room)
-        self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, draft.param)
+    async def complete(self, prompt: Prompt, rendered: RenderedPrompt) -> PreparedPrompt:
+        """Load the media of a rendered prompt and expand its placeholders. Raises RequestError."""
+        items = await self._items(prompt, rendered)
+        with located(prompt.param), _advised(prompt):
+            prepared = expanded(prompt, rendered, items, self._traits, self._room)
+        self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, prompt.param)
         tracing.station("prepared", tokens=len(prepared.token_ids), items=len(items))
         return prepared
 
@@ -232,30 +240,19 @@ class InputProcessor:
         )
         room = self._room(len(prepared.token_ids), prepared.param)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        num_tokens, rope = len(prepared.token_ids), ONE_SET
-        if prepared.rope is not None:
-            known = params.max_tokens is not None
-            rope = prepared.rope.fields(num_tokens, num_tokens + max_tokens, known=known)
         bad_words = bad_words_token_ids(self.tokenizer, params.bad_words)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None)
         return [
-            EngineRequest(
+            prepared.request(
+                max_tokens,
+                known_length=params.max_tokens is not None,
                 request_id=request_id if params.n == 1 else f"{request_id}#{index}",
-                token_ids=prepared.token_ids,
                 # Samples of one request differ by their seed alone.
                 params=slim.replace(seed=(seed + index) % (1 << 63)),
-                max_tokens=max_tokens,
                 eos_token_ids=self._eos_token_ids,
-                items=prepared.spans,
-                positions=prepared.positions,
-                position_delta=prepared.position_delta,
                 bad_words_token_ids=bad_words,
                 grammar=None if grammar is None else grammar.text,
-                cache_salt=prepared.cache_salt,
-                stretches=prepared.stretches,
-                rope_border=rope.border,
-                rope_length=rope.length,
                 priority=priority,
                 arrival_time=arrival_time,
             )
@@ -277,8 +274,8 @@ class InputProcessor:
                         param=place,
                     )
 
-    def _rendered(self, prompt: ChatPrompt) -> Draft:
-        rendered = self._template.render(
+    def _rendered(self, prompt: ChatPrompt) -> RenderedPrompt:
+        return self._template.render(
             prompt.conversation,
             placeholder_text=self._placeholder_text,
             add_generation_prompt=prompt.add_generation_prompt,
@@ -287,25 +284,22 @@ class InputProcessor:
             chat_template=prompt.chat_template,
             chat_template_kwargs=prompt.chat_template_kwargs,
             default_kwargs=prompt.default_template_kwargs,
-            # As in the reference: processors of multimodal models add a BOS that the template left out, tokenizers of
-            # text models take the template's word.
+            # As in the reference: processors of multimodal models add a BOS that the template left
+            # out, tokenizers of text models take the template's word.
             add_special_tokens=(None if self._processor is not None else False)
             if prompt.add_special_tokens is None
             else prompt.add_special_tokens,
-            check_text=lambda text, count: self._refuse_endless(text, count, "messages"),
-        )
-        return Draft(
-            prompt, rendered.text, rendered.token_ids, rendered.refs, "messages", rendered.numbered
+            check_text=lambda text, count: self._refuse_endless(text, count, prompt.param),
         )
 
-    def _tokenized(self, prompt: RawPrompt) -> Draft:
+    def _tokenized(self, prompt: RawPrompt) -> RenderedPrompt:
         cut = prompt.truncation
         most = self._most_tokens(cut) if cut is not None else 0
         if prompt.token_ids is not None:
             ids = prompt.token_ids
             if cut is not None:
                 ids = truncate_ids(ids, most, left=cut.left)
-            return Draft(prompt, None, ids, prompt.refs, prompt.param)
+            return RenderedPrompt(None, ids, prompt.refs)
         text, adds = prompt.text or "", prompt.add_special_tokens
         encode = partial(self.tokenizer.encode, add_special_tokens=False)
         if cut is not None:
@@ -319,7 +313,7 @@ class InputProcessor:
             prefix, suffix = self.tokenizer.prefix_ids, self.tokenizer.suffix_ids
             around = {"prefix": prefix, "suffix": suffix} if adds else {}
             ids = truncate_ids(ids, most, left=cut.left, **around)
-        return Draft(prompt, text, ids, prompt.refs, prompt.param, tuple(numbered))
+        return RenderedPrompt(text, ids, prompt.refs, tuple(numbered))
 
     def _most_tokens(self, truncation: Truncation) -> int:
         """Return how many tokens a truncated prompt may keep. Raises InvalidRequestError for more than the context."""
@@ -346,21 +340,21 @@ class InputProcessor:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens), []
         # Each is a token at least, and costs a call of the tokenizer: more than fit are refused before.
         most = None if self._facts is None else self._facts.max_model_len + 1
-        stretches, found = self._placeholders.split(text, most)
+        pieces, found = self._placeholders.split(text, most)
         self._room(len(found), param)
-        ids = self.tokenizer.encode(stretches[0], add_special_tokens=add_special_tokens)
-        for placeholder, stretch in zip(found, stretches[1:], strict=True):
+        ids = self.tokenizer.encode(pieces[0], add_special_tokens=add_special_tokens)
+        for placeholder, piece in zip(found, pieces[1:], strict=True):
             begun = self._placeholders.prefix_each and add_special_tokens
             ids += placeholder.ids
-            ids += self.tokenizer.encode(stretch, add_special_tokens=begun)
+            ids += self.tokenizer.encode(piece, add_special_tokens=begun)
         return ids, found
 
-    async def _items(self, draft: Draft) -> list[MediaItem]:
-        if not draft.refs or self._pipeline is None:
+    async def _items(self, prompt: Prompt, rendered: RenderedPrompt) -> list[MediaItem]:
+        if not rendered.refs or self._pipeline is None:
             return []
-        media = draft.prompt.media
+        media = prompt.media
         return await self._pipeline.load(
-            draft.refs,
+            rendered.refs,
             mm_processor_kwargs=media.mm_processor_kwargs,
             media_io_kwargs=media.media_io_kwargs,
             cache_salt=media.cache_salt,
@@ -419,8 +413,8 @@ class InputProcessor:
 
 
 @contextlib.contextmanager
-def _written_by(prompt: Prompt) -> Iterator[None]:
-    """Say of placeholders that do not fit their items that a chat template wrote them, where one did."""
+def _advised(prompt: Prompt) -> Iterator[None]:
+    """Add advice to errors about placeholders that a chat template wrote."""
     try:
         yield
     except PlaceholderMismatchError as error:

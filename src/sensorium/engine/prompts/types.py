@@ -1,15 +1,23 @@
-"""What users ask, before it becomes an ``EngineRequest``: a raw prompt or a conversation."""
+"""Prompts as callers give them (``RawPrompt``, ``ChatPrompt``) and as the engine takes them.
+
+``InputProcessor`` renders a prompt to a ``RenderedPrompt``, of ``text.chat``, and expands that to a
+``PreparedPrompt``, of which ``EngineRequest``s are made.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from sensorium.config import suggestion
+from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.errors import InvalidRequestError
-from sensorium.multimodal.items import MediaRef
+from sensorium.models.interface import TextShape
+from sensorium.multimodal.items import MediaItem, MediaRef
 from sensorium.multimodal.parse import messages as parts
 from sensorium.text.chat.chat_template import parse_messages
 
@@ -19,9 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MediaOptions:
-    """How the items of a request are loaded, and whose they are.
+    """Options for loading the items of a request, and the scope of what is cached of it.
 
-    ``tenant`` and ``cache_salt`` scope uuids; the prefix cache is scoped by both where there is a salt, else shared.
+    ``tenant`` and ``cache_salt`` scope uuids. The prefix cache is shared by all unless there is a
+    salt; then it is scoped by both.
     """
 
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -32,7 +41,10 @@ class MediaOptions:
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """Cut a prompt to ``most`` tokens (None: to the context), from its end, or from its beginning (``left``)."""
+    """Truncation of a prompt to ``most`` tokens (None: the context), at its end or its beginning.
+
+    ``left`` cuts the beginning off.
+    """
 
     most: int | None = None
     left: bool = False
@@ -40,9 +52,10 @@ class Truncation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawPrompt:
-    """A prompt as it stands, with the model's own placeholders: ``text`` or ``token_ids``, exactly one of them.
+    """A prompt that no template renders, with the model's own placeholders.
 
-    ``truncation``: how it is cut when it is too long; None refuses it then.
+    Exactly one of ``text`` and ``token_ids`` is given. Without a ``truncation`` a prompt that is too
+    long is refused.
     """
 
     text: str | None = None
@@ -60,11 +73,11 @@ class RawPrompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatPrompt:
-    """A conversation to be rendered by the model's chat template.
+    """A conversation for the model's chat template.
 
-    ``default_template_kwargs``: the operator's variables of the template, under those of the request.
-    ``add_special_tokens``: whether the tokenizer puts its own around what the template wrote; None does as the model's
-    processor does.
+    ``chat_template_kwargs`` override the operator's ``default_template_kwargs``.
+    ``add_special_tokens`` lets the tokenizer add its own around the template's text; None does as
+    the model's processor does.
     """
 
     conversation: Conversation
@@ -76,9 +89,110 @@ class ChatPrompt:
     default_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_special_tokens: bool | None = None
     media: MediaOptions = field(default_factory=MediaOptions)
+    param: str = "messages"
 
 
 Prompt = RawPrompt | ChatPrompt
+
+
+class RopeFields(NamedTuple):
+    """``rope_border`` and ``rope_length`` of an ``EngineRequest``."""
+
+    border: int
+    length: int
+
+
+ONE_SET = RopeFields(0, 0)
+"""For models with one set of rotary factors, and requests that end within the short context."""
+
+
+@dataclass(frozen=True, slots=True)
+class RopeChoice:
+    """Rotary factors of a model that has others beyond ``short_context`` tokens.
+
+    With ``grows`` they change with each further token.
+    """
+
+    short_context: int
+    grows: bool
+
+    @classmethod
+    def of(cls, shape: TextShape) -> RopeChoice | None:
+        """Return the choice that a decoder has; None for one set of factors."""
+        if shape.short_context is None:
+            return None
+        return cls(shape.short_context, shape.rope_grows)
+
+    def fields(self, num_prompt: int, final_length: int, *, known: bool) -> RopeFields:
+        """Return the choice for a prompt of ``num_prompt`` tokens that ends at ``final_length``.
+
+        With ``known``, the request gives its length (``max_tokens``): one set serves from start to
+        end. Otherwise ``final_length`` is only an upper bound: the sequence begins with the factors
+        of short ones and is computed again with the others once it has outgrown them, as in the
+        models' published code.
+        """
+        if final_length <= self.short_context:
+            return ONE_SET
+        begins_short = not known and num_prompt <= self.short_context
+        # Longrope has one set for all long sequences: these share what is cached.
+        length = final_length if self.grows else self.short_context + 1
+        return RopeFields(self.short_context if begins_short else 0, length)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt with its media loaded and its placeholders expanded.
+
+    Attributes:
+        text: The prompt for people; None when it was given as ids.
+        token_ids: All ids, placeholders expanded.
+        items: The media items in the order of the prompt.
+        spans: The positions of each item.
+        positions: (3, num_tokens) int32 for models with several position axes, else None.
+        position_delta: Added to the index of a generated token to get its position.
+        num_item_tokens: Tokens that items fill, by modality.
+        cache_salt: Scope of the prefix cache.
+        bidirectional_spans: As in ``EngineRequest``.
+        continues: The answer's text goes on where the prompt's ends.
+        param: Place of the prompt in the caller's request, for errors.
+        rope: Rotary factors that depend on the length; None for one set.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    items: tuple[MediaItem, ...] = ()
+    spans: tuple[ItemSpan, ...] = ()
+    positions: np.ndarray | None = None
+    position_delta: int = 0
+    num_item_tokens: dict[str, int] = field(default_factory=dict)
+    cache_salt: bytes = b""
+    bidirectional_spans: tuple[tuple[int, int], ...] = ()
+    continues: bool = False
+    param: str = "prompt"
+    rope: RopeChoice | None = None
+
+    def request(self, max_tokens: int, *, known_length: bool, **fields: Any) -> EngineRequest:
+        """Return a request of this prompt to the engine.
+
+        ``known_length``: the caller gave ``max_tokens``; ``fields`` are those of ``EngineRequest``
+        that the prompt does not know.
+        """
+        num_tokens, rope = len(self.token_ids), ONE_SET
+        if self.rope is not None:
+            rope = self.rope.fields(num_tokens, num_tokens + max_tokens, known=known_length)
+        return EngineRequest(
+            token_ids=self.token_ids,
+            max_tokens=max_tokens,
+            items=self.spans,
+            positions=self.positions,
+            position_delta=self.position_delta,
+            cache_salt=self.cache_salt,
+            bidirectional_spans=self.bidirectional_spans,
+            rope_border=rope.border,
+            rope_length=rope.length,
+            **fields,
+        )
+
 
 _PROMPT_KEYS = (
     "prompt",
@@ -88,7 +202,6 @@ _PROMPT_KEYS = (
     "mm_processor_kwargs",
     "cache_salt",
 )
-
 
 _CONVERSATION_KEYS = (
     "messages",
@@ -103,7 +216,7 @@ _CONVERSATION_KEYS = (
 
 
 def parse_prompt(value: object, *, enable_mm_embeds: bool, param: str = "prompt") -> RawPrompt:
-    """A prompt as the offline API takes it: text, a list of token ids, or a dict of ``_PROMPT_KEYS``.
+    """Parse a prompt of the offline API: text, token ids, or a dict of ``_PROMPT_KEYS``.
 
     Raises RequestError for anything else, naming the place.
     """
@@ -159,7 +272,10 @@ def chat_prompt(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     mm_processor_kwargs: Mapping[str, Any] | None = None,
 ) -> ChatPrompt:
-    """A conversation to be answered, as ``chat`` of the offline API takes it. Raises RequestError, naming the place."""
+    """Parse a conversation of the offline API's ``chat``.
+
+    Raises RequestError, naming the place.
+    """
     return ChatPrompt(
         conversation=parse_messages(messages),
         chat_template=chat_template,
@@ -172,14 +288,20 @@ def chat_prompt(
 
 
 def parse_input(value: object, *, enable_mm_embeds: bool) -> Prompt:
-    """What a vector is made of: a prompt, or a conversation (a dict with ``messages``). Raises RequestError."""
+    """Parse an input of ``embed``: a prompt, or a conversation as a dict with ``messages``.
+
+    Raises RequestError, naming the place.
+    """
     if isinstance(value, Mapping) and "messages" in value:
         return parse_conversation(value)
     return parse_prompt(value, enable_mm_embeds=enable_mm_embeds)
 
 
 def parse_conversation(value: Mapping[str, Any], param: str = "prompt") -> ChatPrompt:
-    """A conversation to be embedded: a dict of ``_CONVERSATION_KEYS``. Raises RequestError, naming the place."""
+    """Parse a conversation to be embedded: a dict of ``_CONVERSATION_KEYS``.
+
+    Raises RequestError, naming the place.
+    """
     for key in value:
         if key not in _CONVERSATION_KEYS:
             near = suggestion(str(key), list(_CONVERSATION_KEYS))
@@ -241,7 +363,7 @@ def _salt(value: object, param: str) -> str:
 
 
 def salt_of(prompt: Prompt) -> bytes:
-    """What scopes the prefix cache: the caller's salt and, only together with it, the tenant."""
+    """Return the scope of the prefix cache: the caller's salt and, only with it, the tenant."""
     if not prompt.media.cache_salt:
         return b""
     text = f"{prompt.media.tenant}\0{prompt.media.cache_salt}"

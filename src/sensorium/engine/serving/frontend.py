@@ -23,8 +23,7 @@ from sensorium.engine.outputs.request_metrics import (
 )
 from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
-from sensorium.engine.prompts.prepared import PreparedPrompt
-from sensorium.engine.prompts.types import Prompt
+from sensorium.engine.prompts.types import PreparedPrompt, Prompt
 from sensorium.engine.serving.client import Inbox
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineStats

@@ -21,7 +21,8 @@ def template_applier(template: ChatTemplate, placeholder_text: Any) -> ApplyTemp
 
     def apply(messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         conversation = parse_messages([_without_media(message) for message in messages])
-        return template.render(conversation, placeholder_text=placeholder_text, **options).text
+        rendered = template.render(conversation, placeholder_text=placeholder_text, **options)
+        return rendered.text or ""
 
     return apply
 

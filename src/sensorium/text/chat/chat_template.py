@@ -47,13 +47,14 @@ _NO_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """A conversation as the model sees it.
+    """A prompt as token ids, its placeholders not expanded yet.
 
-    ``text`` is for people. ``token_ids`` is what counts: it holds one unexpanded placeholder per
-    item. ``refs`` are the items; those of one modality are in the order of their placeholders, or
-    of the numbers in ``numbered``, the placeholders that are no tokens."""
+    ``text`` is for people; None when the prompt was given as ids. ``token_ids`` hold one placeholder
+    per item. ``refs`` are the items; those of one modality are in the order of their placeholders,
+    or of the numbers in ``numbered``, the placeholders that are no single tokens.
+    """
 
-    text: str
+    text: str | None
     token_ids: tuple[int, ...]
     refs: tuple[MediaRef, ...]
     numbered: tuple[NumberedPlaceholder, ...] = ()

@@ -109,6 +109,6 @@ def _family(architecture: str, model_type: str) -> Family:
         build_model=partial(_build_model, architecture),
         renames=(),
         template=(__name__, TEMPLATES[model_type]) if model_type in TEMPLATES else None,
-        both_ways=processing.BOTH_WAYS.get(model_type),
+        bidirectional=processing.BIDIRECTIONAL.get(model_type),
         invariant=False,  # soft caps, sinks, experts: what its code does is not known before
     )

@@ -25,12 +25,15 @@ class UnfitError(Exception):
 class Step:
     """What the layers of one forward pass share.
 
-    batch: None for a step that only looks what comes to attention. stretch: as in ``AttentionVariant``, for the rows of
-    the step. layers, shapes: which have called so far, with their (KV heads, size of keys, size of values).
+    Attributes:
+        batch: None for a dry run that only records the calls of attention.
+        bidirectional: As in ``AttentionVariant``, for the rows of the step.
+        layers: The layers that have called so far.
+        shapes: Their (KV heads, size of keys, size of values).
     """
 
     batch: AttentionBatch | None
-    stretch: torch.Tensor | None = None
+    bidirectional: torch.Tensor | None = None
     layers: list[int] = field(default_factory=list)
     shapes: list[tuple[int, int, int]] = field(default_factory=list)
 
@@ -95,7 +98,7 @@ def attend(
         step.batch,
         layer,
         size**-0.5 if scaling is None else float(scaling),
-        AttentionVariant(sliding_window or None, softcap or None, s_aux, step.stretch),
+        AttentionVariant(sliding_window or None, softcap or None, s_aux, step.bidirectional),
     )
     # Rows behind the tokens are there for the linear layers alone.
     mixed = torch.nn.functional.pad(mixed, (0, 0, 0, 0, 0, num_rows - num_tokens))

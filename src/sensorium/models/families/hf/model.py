@@ -64,7 +64,8 @@ class HfModel:
     """See ``models.interface.Model``. The decoder runs the T tokens of a step as one row, (1, T, H).
 
     ``rotary`` hands positions through: as ``batch.cos`` the position ids (1, T), or (3, 1, T) where they have axes; as
-    ``batch.sin`` the stretches (2, T) of ``AttentionVariant``, or nothing (0, T). No layer of ours rotates here.
+    ``batch.sin`` the bidirectional spans (2, T) of ``AttentionVariant``, or nothing (0, T): no layer of
+    ours rotates here.
     """
 
     ignored_weights: tuple[str, ...] = (EVERYTHING,)
@@ -201,14 +202,17 @@ class HfModel:
     def rotary(
         self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Position ids and stretches of positions (T,) or (3, T): three axes, or index, first and last of a stretch."""
+        """Return position ids, and bidirectional spans, of positions (T,) or (3, T).
+
+        The three rows are axes, or a token's index and the first and last index of its span.
+        """
         rows = positions if positions.dim() == 2 else positions[None]
         if self._has_axes:
             return rows.expand(3, -1)[:, None] + self.first_position, rows[:0]
-        stretch = rows[1:]
-        if not bool((stretch[-1:] > stretch[:1]).any()):
-            stretch = stretch[:0]
-        return rows[:1] + self.first_position, stretch
+        spans = rows[1:]
+        if not bool((spans[-1:] > spans[:1]).any()):
+            spans = spans[:0]
+        return rows[:1] + self.first_position, spans
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Hidden states (T, H) after the final norm."""

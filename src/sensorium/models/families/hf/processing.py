@@ -34,13 +34,13 @@ from sensorium.multimodal.items import Audio, Decoded, Features, Modality
 from sensorium.multimodal.placeholders import marker
 from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
 
-BothWays = Literal["items", "prompt"] | None
-BOTH_WAYS: dict[str, BothWays] = {
+Bidirectional = Literal["items", "prompt"] | None
+BIDIRECTIONAL: dict[str, Bidirectional] = {
     "gemma3": "items",
     "shieldgemma2": "items",
     "paligemma": "prompt",
 }
-"""Model types whose images, or whose prompts with images, attend to themselves both ways (``Family.both_ways``)."""
+"""Model types whose images, or whose prompts with images, attend to themselves both ways (``Family.bidirectional``)."""
 MAX_LINE_ENDS = 8
 COLOURS = frozenset({"image_mean", "image_std", "rescale_factor", "resample"})
 """Options whose numbers change what is made of an image, but not how much."""
@@ -73,7 +73,7 @@ class HfProcessor:
     fingerprint: str
     hidden_size: int
     places: tuple[Place, ...]
-    both_ways: BothWays = None
+    bidirectional: Bidirectional = None
     joins: tuple[tuple[tuple[int, int], int], ...] = ()
     """As in ``Replacement``."""
     axes_of: str | None = None
@@ -184,16 +184,16 @@ class HfProcessor:
         self, token_ids: Sequence[int], items: Sequence[PlacedItem]
     ) -> tuple[np.ndarray, int] | None:
         """None for plain positions; those of three axes where the model has such; and where tokens attend both ways,
-        in three rows each token's index, and the first and last index of its stretch: its own twice outside of any."""
+        in three rows each token's index, and the first and last index of its span: its own twice outside of any."""
         if self.axes_of is not None:
             return numbered(self.folder, self.axes_of, token_ids, items)
-        if self.both_ways is None:
+        if self.bidirectional is None:
             return None
         rows = np.broadcast_to(
             np.arange(len(token_ids), dtype=np.int32), (3, len(token_ids))
         ).copy()
         runs = [run for item in items for run in item.runs]
-        for start, length in [(0, len(token_ids))] if self.both_ways == "prompt" else runs:
+        for start, length in [(0, len(token_ids))] if self.bidirectional == "prompt" else runs:
             rows[1, start : start + length] = start
             rows[2, start : start + length] = start + length - 1
         return rows, 0
@@ -230,7 +230,7 @@ def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
         fingerprint=hashlib.sha256(known.encode()).hexdigest(),
         hidden_size=shape.hidden_size,
         places=places,
-        both_ways=BOTH_WAYS.get(config.model_type),
+        bidirectional=BIDIRECTIONAL.get(config.model_type),
         joins=line_ends(own),
         axes_of=architecture if has_axes(config.get_text_config(decoder=True)) else None,
     )
@@ -298,7 +298,7 @@ def fill_id(config: Any, modality: Modality) -> int:
 
 
 def runs_of(ids: Sequence[int], fill: int) -> tuple[tuple[int, int], ...]:
-    """(start, length) of each stretch of ``fill``."""
+    """(start, length) of each run of ``fill``."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], np.asarray(ids) == fill, [0]))))
     return tuple((int(a), int(b - a)) for a, b in edges.reshape(-1, 2))
 
