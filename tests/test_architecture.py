@@ -108,7 +108,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
     ),
     "server": (
         {"openai.protocol", "openai.logprobs", "http.encoding"},
-        {"context", "errors", "payload", "admission", "turns", "refusals"},
+        {"context", "errors", "payload", "admission", "turns", "access_log"},
         {"http", "openai"},
         {"routes"},
         {"openapi", "app"},

@@ -92,10 +92,10 @@ FIELD_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *NOTHING, *R
 
 @dataclass(slots=True)
 class AdoptedFields:
-    """A body in our words, and how the client spells the places that came from other words."""
+    """A body with our fields only, and the client's names of those that came from other fields."""
 
     body: dict[str, Any]
-    spelled: dict[str, str] = field(default_factory=dict)
+    client_names: dict[str, str] = field(default_factory=dict)
 
 
 def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFields:
@@ -116,9 +116,9 @@ def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFiel
     for rule, value in foreign:
         for option, meant in _meaning(rule, value).items():
             _put(adopted.body, option, meant)
-            adopted.spelled[rule.to] = rule.name
+            adopted.client_names[rule.to] = rule.name
             if body.get(option) is None:  # else the client says it in our words, too
-                adopted.spelled.setdefault(option, rule.name)
+                adopted.client_names.setdefault(option, rule.name)
     constraint = adopted.body.get(_CONSTRAINT)
     if isinstance(constraint, dict) and set(constraint) == {_BLANKS} and foreign:
         del adopted.body[_CONSTRAINT]  # there is no JSON whose gaps it could mean
@@ -163,10 +163,10 @@ def _refuse(name: str, why: str) -> NoReturn:
     raise InvalidRequestError(f"{name} cannot be had here: {why}.", param=name)
 
 
-def in_their_words(error: SensoriumError, spelled: Mapping[str, str]) -> None:
-    """Let an error about a field name the one that the client sent."""
+def rename_for_client(error: SensoriumError, client_names: Mapping[str, str]) -> None:
+    """Put the names that the client used into an error about a field, in place."""
     param, message = error.param or "", error.message
-    for place, name in spelled.items():  # members come before the fields that hold them
+    for place, name in client_names.items():  # members come before the fields that hold them
         message = message.replace(place, name)
         if param == place or param.startswith((f"{place}.", f"{place}[")):
             error.param, error.message = name, message

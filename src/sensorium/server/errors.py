@@ -17,11 +17,11 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Scope
 
-from sensorium.compat.fields import in_their_words
+from sensorium.compat.fields import rename_for_client
 from sensorium.compat.paths import instead_of
 from sensorium.errors import AuthenticationError, SensoriumError, UnavailableError
+from sensorium.server.access_log import LOGGED_ERROR, record_error
 from sensorium.server.payload import JsonResponse
-from sensorium.server.refusals import REFUSAL, note_refusal
 
 logger = logging.getLogger("sensorium.server")
 
@@ -30,8 +30,8 @@ _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 _OTHER_CODE = "invalid_request"
 _ALIKE = 0.85
 """How alike paths must be for one to be a slip of the other: /v1/responses is not one of /v1/models."""
-SPELLED = "spelled"
-"""Where the state of a request keeps how its client spells our fields."""
+CLIENT_NAMES = "client_names"
+"""Key of a request's state: our fields by the names that its client used for them."""
 
 
 class ClientDisconnectedError(Exception):
@@ -74,14 +74,17 @@ def install_error_handlers(app: FastAPI) -> None:
 
     async def known(request: Request, error: Exception) -> Response:
         assert isinstance(error, SensoriumError)
-        in_their_words(error, request.scope["state"].get(SPELLED, {}))
+        rename_for_client(error, request.scope["state"].get(CLIENT_NAMES, {}))
         log_unexpected(error, request.scope)
-        note_refusal(request.scope, error)
+        record_error(request.scope, error)
         return error_response(error)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        request.scope["state"][REFUSAL] = (_HTTP_CODES.get(error.status_code, _OTHER_CODE), None)
+        request.scope["state"][LOGGED_ERROR] = (
+            _HTTP_CODES.get(error.status_code, _OTHER_CODE),
+            None,
+        )
         return _http_error(request, error, list(app.openapi()["paths"]))
 
     async def gone(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sensorium.errors import EngineDeadError
-from sensorium.server.refusals import safe_place
+from sensorium.server.access_log import redacted_param
 from tests.server.fake_frontend import FakeFrontend
 from tests.server.harness import USER, App, running, status_of
 
@@ -161,4 +161,4 @@ async def test_other_refusals_are_told_too(caplog: pytest.LogCaptureFixture) -> 
     ],
 )
 def test_places_are_shown_in_names_of_the_api(param: str | None, shown: str | None) -> None:
-    assert safe_place(param) == shown
+    assert redacted_param(param) == shown

@@ -243,13 +243,6 @@ async def test_two_keys_are_two_tenants() -> None:
     assert first == third != second
 
 
-async def test_templates_of_requests_need_trust() -> None:
-    answer = await App().chat(chat_template="{{ 1 }}")
-    assert answer.status == 400
-    assert answer.error["param"] == "chat_template"
-    assert "--trust-request-chat-template" in answer.error["message"]
-
-
 async def test_the_callers_request_id_is_used_and_engine_ids_stay_unique() -> None:
     app = App()
     first = await app.chat(request_id="mine-1")

@@ -16,7 +16,7 @@ from sensorium.errors import PromptTooLongError
 from sensorium.models.embedder import Embedder
 from sensorium.params import PoolingParams
 from sensorium.server.payload import encode
-from sensorium.server.routes.embeddings import AT_ONCE
+from sensorium.server.routes.embeddings import BATCH_SIZE
 from tests.server.fake_frontend import TOKENIZER, FakeFrontend, fail, hang
 from tests.server.harness import USER, App, running, until
 
@@ -117,7 +117,6 @@ async def test_messages_as_in_chat() -> None:
         ({"input": "Hi", "dimensions": "8"}, "dimensions", "must be an integer"),
         ({"input": "Hi", "encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
         ({"input": "Hi", "normalise": True}, "normalise", "Did you mean 'normalize'"),
-        ({"messages": USER, "chat_template": "x"}, "chat_template", "--trust-request-chat-template"),
         ({"input": "Hi", "model": "other"}, "model", "is not served here"),
         ({"input": ["Hi"] * 65}, "input", "input has 65 entries"),
     ],
@@ -219,7 +218,7 @@ async def test_others_have_their_turns_while_an_answer_is_written(
     task.cancel()
     assert [entry["index"] for entry in body["data"]] == list(range(60))
     assert written == 60
-    assert most <= AT_ONCE
+    assert most <= BATCH_SIZE
 
 
 async def test_the_description_of_the_api() -> None:

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sensorium.errors import AuthenticationError
+from sensorium.server.access_log import record_error
 from sensorium.server.context import tenant_of_key
 from sensorium.server.errors import error_response
-from sensorium.server.refusals import note_refusal
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 
@@ -63,7 +63,7 @@ class ApiKeyGuard:
                 else "The API key is not valid here."
             )
             error = AuthenticationError(message)
-            note_refusal(scope, error)
+            record_error(scope, error)
             await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)

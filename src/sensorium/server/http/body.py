@@ -14,7 +14,7 @@ from sensorium.compat.fields import adopt_fields
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError
 from sensorium.server.context import context_of
-from sensorium.server.errors import SPELLED
+from sensorium.server.errors import CLIENT_NAMES
 from sensorium.server.http.encoding import plain_body
 from sensorium.server.payload import check_num_values, decode_object, has_many_values, shown
 
@@ -62,7 +62,7 @@ async def read_body(
 
         def take() -> tuple[ModelT, T]:
             adopted = adopt_fields(decode_object(body), model.model_fields.keys())
-            request.scope["state"][SPELLED] = adopted.spelled
+            request.scope["state"][CLIENT_NAMES] = adopted.client_names
             taken = validate(model, adopted.body)
             return taken, begin(taken)
 

@@ -13,10 +13,10 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sensorium.errors import BodyTooLargeError, SensoriumError
+from sensorium.server.access_log import error_of, record_error
 from sensorium.server.context import ServingContext
 from sensorium.server.errors import CLIENT_CLOSED, error_response, log_unexpected
 from sensorium.server.http.http11 import MAX_HEADER_BYTES, headers_too_large
-from sensorium.server.refusals import note_refusal, refusal_of
 
 access = logging.getLogger("sensorium.access")
 
@@ -61,7 +61,7 @@ class RequestGate:
         except Exception as error:
             log_unexpected(error, scope)
             if isinstance(error, SensoriumError):
-                note_refusal(scope, error)
+                record_error(scope, error)
             if status:
                 raise
             await error_response(error)(scope, receive, send_with_id)
@@ -119,7 +119,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         if _declared_length(scope) > self._max_bytes:
-            note_refusal(scope, self._too_large())
+            record_error(scope, self._too_large())
             await error_response(self._too_large())(scope, receive, send)
             return
         num_bytes = 0
@@ -170,5 +170,5 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
         status,
         seconds * 1000,
         scope["state"]["request_id"],
-        refusal_of(scope),
+        error_of(scope),
     )

@@ -10,10 +10,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sensorium.errors import SensoriumError
+from sensorium.server.access_log import record_error
 from sensorium.server.errors import ClientDisconnectedError, error_body, log_unexpected
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.payload import encode
-from sensorium.server.refusals import note_refusal
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -61,7 +61,7 @@ class EventStream(Response):
                     raise
                 log_unexpected(error, scope)
                 if isinstance(error, SensoriumError):
-                    note_refusal(scope, error)
+                    record_error(scope, error)
                 await self._send_events(send, [{"error": error_body(error)}])
         await self._start(send)
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})

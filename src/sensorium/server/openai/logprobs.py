@@ -1,4 +1,4 @@
-"""Log probabilities in OpenAI's two forms, and how a token is spelled in them."""
+"""Log probabilities in OpenAI's two forms, with the text and bytes of tokens."""
 
 from __future__ import annotations
 
@@ -12,38 +12,35 @@ if TYPE_CHECKING:
     from sensorium.text.tokenizer import Tokenizer
 
 LOWEST = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
+"""In place of minus infinity, which JSON does not have."""
 
 Entry = Mapping[int, Logprob]
 
 
 class TokenSpelling:
-    """Text and bytes of single tokens, remembered."""
+    """Cache of the text and the bytes of single tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, bytes] = {}
 
     def to_bytes(self, token_id: int) -> bytes:
-        """The bytes that the token stands for; those of half a character where it is no more than
-        that.
-        """
+        """Return the token's bytes, which may be a part of a character."""
         found = self._known.get(token_id)
         if found is None:
             found = self._known[token_id] = token_bytes(self._tokenizer, token_id)
         return found
 
     def text(self, token_id: int) -> str:
-        """The token's text, with U+FFFD for half characters."""
+        """Return the token's text, with U+FFFD for incomplete characters."""
         return self.to_bytes(token_id).decode("utf-8", "replace")
 
 
 def chat_entry(
     spelling: TokenSpelling, token_id: int, entry: Entry, num_top: int
 ) -> dict[str, Any]:
-    """One position of ``choices[].logprobs.content``: the chosen token and the ``num_top`` most
-    likely ones.
-    """
+    """Return an entry of ``choices[].logprobs.content``: the sampled token and the ``num_top`` most
+    likely ones."""
     top = sorted((e.rank, i) for i, e in entry.items() if e.rank <= num_top)
     return {
         **_token(spelling, token_id, entry[token_id]),
@@ -54,7 +51,7 @@ def chat_entry(
 def chat_logprobs(
     spelling: TokenSpelling, token_ids: Sequence[int], entries: Sequence[Entry], num_top: int
 ) -> dict[str, Any]:
-    """``choices[].logprobs`` of chat for some positions."""
+    """Return ``choices[].logprobs`` of chat for some positions."""
     content = [
         chat_entry(spelling, token_id, entry, num_top)
         for token_id, entry in zip(token_ids, entries, strict=True)
@@ -69,10 +66,10 @@ def completion_logprobs(
     num_top: int,
     offset: int = 0,
 ) -> dict[str, Any]:
-    """``choices[].logprobs`` of completions for some positions; ``offset``: characters of the
-    choice before them. With ``num_top`` 0 the alternatives are the chosen token alone.
+    """Return ``choices[].logprobs`` of completions for some positions.
 
-    An entry of None (the first token of a prompt) has no probability.
+    ``offset``: characters of the choice before them. With ``num_top`` 0 only the sampled token is
+    listed. An entry of None (the first token of a prompt) has no probability.
     """
     tokens, values, top, offsets = [], [], [], []
     for token_id, entry in zip(token_ids, entries, strict=True):
@@ -91,9 +88,13 @@ def completion_logprobs(
 
 
 def prompt_logprobs(
-    spelling: TokenSpelling, entries: Sequence[Entry | None]
-) -> list[dict[str, Any] | None]:
-    """``prompt_logprobs``: for each prompt token the probabilities by token id."""
+    spelling: TokenSpelling, entries: Sequence[Entry | None] | None
+) -> list[dict[str, Any] | None] | None:
+    """Return ``prompt_logprobs``: for each prompt token the probabilities by token id.
+
+    None where none were asked for."""
+    if entries is None:
+        return None
     return [
         None
         if entry is None
@@ -112,7 +113,7 @@ def prompt_logprobs(
 def _alternatives(
     spelling: TokenSpelling, token_id: int, entry: Entry, num_top: int
 ) -> dict[str, float]:
-    """The most likely tokens, and the chosen one in any case."""
+    """Return the most likely tokens and the sampled one."""
     kept = sorted((e.rank, i) for i, e in entry.items() if e.rank <= num_top or i == token_id)
     return {spelling.text(i): _finite(entry[i].logprob) for _, i in kept}
 

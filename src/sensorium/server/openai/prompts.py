@@ -1,6 +1,4 @@
-"""From the fields of a body to a prompt for the engine; no dictionary of a body goes further than
-this.
-"""
+"""Prompts of a body. No dictionary of a body goes further than this."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ if TYPE_CHECKING:
 def media_options(
     request: Request, body: GenerationBody | TokenizeBody | EmbeddingBody
 ) -> MediaOptions:
-    """How the items of a request are loaded, and whose they are."""
+    """Return the options for loading the items of a request, and their tenant."""
     return MediaOptions(
         mm_processor_kwargs=body.mm_processor_kwargs or {},
         media_io_kwargs=body.media_io_kwargs or {},
@@ -43,27 +41,18 @@ def chat_prompt(
     body: ChatBody | TokenizeBody | EmbeddingBody,
     tools: list[dict[str, Any]] | None = None,
 ) -> ChatPrompt:
-    """The conversation of a body. ``tools``: those that the template is to show.
+    """Return the conversation of a body. ``tools``: those that the template lists.
 
-    A generation prompt is added unless the body says otherwise; for an embedding, only if it says so.
-    Raises InvalidRequestError with the place of what is wrong.
+    Unless the body says otherwise, a generation prompt is added where text is generated and no
+    message is continued. Raises InvalidRequestError with the place of what is wrong.
     """
-    if body.chat_template is not None and not context.config.trust_request_chat_template:
-        raise InvalidRequestError(
-            "chat_template is refused; the server would need --trust-request-chat-template.",
-            param="chat_template",
-        )
-    usual = not isinstance(body, EmbeddingBody)
-    adds = usual if body.add_generation_prompt is None else body.add_generation_prompt
     continues = bool(body.continue_final_message)
-    if continues and body.add_generation_prompt:
-        raise InvalidRequestError(
-            "continue_final_message and add_generation_prompt exclude each other; set one of them.",
-            param="continue_final_message",
-        )
+    adds = body.add_generation_prompt
+    if adds is None:
+        adds = not continues and not isinstance(body, EmbeddingBody)
     return ChatPrompt(
         conversation=parse_messages(body.messages or []),
-        add_generation_prompt=adds and not continues,
+        add_generation_prompt=adds,
         continue_final_message=continues,
         tools=tuple(tools) if tools else None,
         chat_template=body.chat_template,
@@ -75,16 +64,16 @@ def chat_prompt(
 
 
 def _template_kwargs(body: ChatBody | TokenizeBody | EmbeddingBody) -> Mapping[str, Any]:
-    """The request's variables of the template; the effort of reasoning is one of them for the models that know it."""
+    """Return the template's variables of a request, with its reasoning effort."""
     kwargs = body.chat_template_kwargs or {}
     effort = getattr(body, "reasoning_effort", None)
     return {"reasoning_effort": effort, **kwargs} if effort is not None else kwargs
 
 
 def raw_prompts(request: Request, body: CompletionBody | EmbeddingBody) -> list[RawPrompt]:
-    """The prompts of a completion, or the inputs of an embedding: a text, token ids, or a list of either.
+    """Return the prompts of a completion, or the inputs of an embedding.
 
-    Raises InvalidRequestError that names the entry.
+    Each is a text or token ids. Raises InvalidRequestError that names the entry.
     """
     if isinstance(body, EmbeddingBody):
         name, value = "input", body.input
@@ -118,7 +107,7 @@ def raw_prompts(request: Request, body: CompletionBody | EmbeddingBody) -> list[
 
 
 def _truncation(body: EmbeddingBody) -> Truncation | None:
-    """How the inputs of a body are cut. Raises InvalidRequestError for what cannot be."""
+    """Return how inputs are truncated; None if not. Raises InvalidRequestError for 0 tokens."""
     most = body.truncate_prompt_tokens
     if most is None:
         return None

@@ -1,6 +1,4 @@
-"""From a body to ``SamplingParams``: what the request says, else what the model's configuration
-says.
-"""
+"""Sampling parameters of a body: what the request says, else what the model's configuration says."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, located
 from sensorium.params import CONSTRAINTS, SamplingParams
 from sensorium.server.openai.protocol import (
     ChatBody,
@@ -25,9 +23,9 @@ _COMPLETION_TOKENS = 16
 def chat_params(
     body: ChatBody, defaults: Mapping[str, Any], forced: ForcedCall | None = None
 ) -> SamplingParams:
-    """How a chat answer is sampled. Without a limit it may fill the context.
+    """Return the sampling parameters of a chat. Without a limit the answer may fill the context.
 
-    ``forced``: a call that follows from the tools. Raises InvalidRequestError that names the field of the body.
+    ``forced``: a tool call that the body demands. Raises InvalidRequestError that names the field.
     """
     renamed = {}
     max_tokens = body.max_completion_tokens
@@ -47,14 +45,14 @@ def chat_params(
             param="top_logprobs",
         )
     values = _values(body, defaults, forced)
-    return _build({**values, "max_tokens": max_tokens, "logprobs": logprobs}, renamed, body)
+    with located(rename=lambda param: renamed.get(param, param)):
+        return SamplingParams(**{**values, "max_tokens": max_tokens, "logprobs": logprobs})
 
 
 def completion_params(body: CompletionBody, defaults: Mapping[str, Any]) -> SamplingParams:
-    """How a completion is sampled: 16 tokens where the request names no number.
+    """Return the sampling parameters of a completion, of 16 tokens unless the request says more.
 
-    ``max_tokens=0`` goes with ``echo`` only, to score a prompt: one token is generated, and not
-    shown.
+    ``max_tokens=0`` goes with ``echo`` only, to score a prompt: one token is generated and hidden.
     """
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequestError(
@@ -73,13 +71,13 @@ def completion_params(body: CompletionBody, defaults: Mapping[str, Any]) -> Samp
     values |= {"max_tokens": max_tokens, "logprobs": body.logprobs}
     if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
         values["prompt_logprobs"] = body.logprobs
-    return _build(values, {}, body)
+    return SamplingParams(**values)
 
 
 def _values(
     body: GenerationBody, defaults: Mapping[str, Any], forced: ForcedCall | None
 ) -> dict[str, Any]:
-    """Every sampling field that the model's configuration or the request sets; the request wins."""
+    """Return the fields that the model's configuration or the request sets; the request wins."""
     values = {name: defaults[name] for name in _FIELDS if name in defaults}
     for name in _FIELDS:
         given = getattr(body, name, None)
@@ -103,7 +101,7 @@ def _values(
         raise InvalidRequestError(
             f"{ways[0]} and {ways[1]} both constrain the answer; give one of them.", param=ways[0]
         )
-    # Without a constraint of its own, structured_outputs says how the other one is applied.
+    # structured_outputs without a constraint holds options for the other constraint.
     constraint = wanted or ({"json": forced.schema} if forced is not None else {})
     if given or constraint:
         values["structured_outputs"] = {**given, **constraint}
@@ -111,7 +109,7 @@ def _values(
 
 
 def _format_constraint(form: ResponseFormat | None) -> dict[str, Any] | None:
-    """The field of ``StructuredOutputs`` that a format stands for."""
+    """Return the field of ``StructuredOutputs`` that a format means."""
     if form is None or form.type == "text":
         return None
     if form.type == "json_object":
@@ -124,30 +122,8 @@ def _format_constraint(form: ResponseFormat | None) -> dict[str, Any] | None:
     return {"json": form.json_schema.schema_}
 
 
-def _build(
-    values: dict[str, Any], renamed: Mapping[str, str], body: GenerationBody
-) -> SamplingParams:
-    try:
-        return SamplingParams(**values)
-    except InvalidRequestError as error:
-        raise _renamed(error, renamed, body) from error
-
-
-def _renamed(
-    error: InvalidRequestError, renamed: Mapping[str, str], body: GenerationBody
-) -> InvalidRequestError:
-    """``error`` in the words of the body, where its field has another name than the sampling
-    parameter.
-    """
-    param = error.param or ""
-    if param in renamed:
-        name = renamed[param]
-        return InvalidRequestError(error.message.replace(param, name, 1), param=name)
-    return error
-
-
 def constraint_param(body: GenerationBody, forced: ForcedCall | None = None) -> str:
-    """The field that the constraint on the answer comes from."""
+    """Return the field of the body that the constraint on the answer comes from."""
     if forced is not None:
         return forced.param
     if _format_constraint(body.response_format) is None:

@@ -1,4 +1,4 @@
-"""What has been sent of a stream, and the usage that it reports."""
+"""Progress of a stream, and the usage that it reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sensorium.server.openai.tool_calls import DeltaReader
 
 
 class TextProgress:
-    """How much of one sample has been sent."""
+    """The part of one sample that has been sent."""
 
     def __init__(self, reader: DeltaReader) -> None:
         self._reader = reader
@@ -22,11 +22,11 @@ class TextProgress:
 
     @property
     def has_calls(self) -> bool:
-        """Whether tool calls have been sent."""
+        """True when tool calls have been sent."""
         return self._reader.has_calls
 
     def deltas(self, sample: CompletionOutput) -> list[dict[str, Any]]:
-        """The deltas for what is new in ``sample``."""
+        """Return the deltas for what is new in ``sample``."""
         if self._closed:
             return []
         deltas = self._reader.feed(sample.text[self.num_chars :])
@@ -36,35 +36,44 @@ class TextProgress:
         return deltas
 
     def close(self) -> bool:
-        """Note that the end was sent; False when it was before."""
+        """Mark the sample as ended; return False when it was before."""
         first = not self._closed
         self._closed = True
         return first
 
 
 class StreamReport:
-    """Usage at the end of a stream and, with ``continuous_usage_stats`` besides ``include_usage``, within it.
+    """Usage at the end of a stream and, with ``continuous_usage_stats``, in each chunk.
 
-    ``forced``: the server counts every request as one that asks for both. ``always``: each chunk has the usage so far.
+    ``continuous_usage_stats`` acts beside ``include_usage`` only. ``forced``: the server treats
+    every request as if it asked for both. ``num_hidden``: generated tokens of each sample that the
+    answer does not show. The attribute ``always``: each chunk has the usage so far.
     """
 
     def __init__(
-        self, options: StreamOptions | None, modalities: tuple[str, ...], *, forced: bool
+        self,
+        options: StreamOptions | None,
+        modalities: tuple[str, ...],
+        *,
+        forced: bool,
+        num_hidden: int = 0,
     ) -> None:
         self._at_end = forced or bool(options and options.include_usage)
         continuous = bool(options and options.continuous_usage_stats)
         self.always = forced or (self._at_end and continuous)
         self._modalities = modalities
         self._outputs: dict[int, RequestOutput] = {}
-        self.num_hidden = 0
+        self._num_hidden = num_hidden
 
-    def take(self, index: int, output: RequestOutput) -> None:
-        """Count the output of a prompt (it is updated in place, so once suffices)."""
+    def update(self, index: int, output: RequestOutput) -> None:
+        """Count the tokens of ``output``, which may grow in place, for the prompt ``index``."""
         self._outputs[index] = output
 
     def mark(self, chunk: dict[str, Any], *, with_text: bool = True) -> dict[str, Any]:
-        """Add the ``usage`` member that every chunk has when usage is asked for. ``with_text``: the chunk may tell of
-        generated tokens; others count none."""
+        """Add the ``usage`` member that every chunk has when usage is asked for.
+
+        Without ``with_text`` the chunk counts no generated tokens.
+        """
         if self.always:
             chunk["usage"] = self._usage() if with_text else self._usage_of_prompts()
         elif self._at_end:
@@ -72,7 +81,7 @@ class StreamReport:
         return chunk
 
     def last(self, head: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The chunk without choices that carries the usage, when it was asked for."""
+        """Yield the chunk without choices that carries the usage, when it was asked for."""
         if self._at_end:
             yield {**head, "choices": [], "usage": self._usage()}
 
@@ -81,4 +90,4 @@ class StreamReport:
         return {**found, "completion_tokens": 0, "total_tokens": found["prompt_tokens"]}
 
     def _usage(self) -> dict[str, Any]:
-        return usage(self._outputs.values(), self._modalities, num_hidden=self.num_hidden)
+        return usage(self._outputs.values(), self._modalities, num_hidden=self._num_hidden)

@@ -1,4 +1,4 @@
-"""Tools of a chat request: which of them the template shows, and the calls in what the model wrote."""
+"""Tools of a chat request: those that the template lists, and the calls in the model's output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sensorium.text.tools import (
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole answer, taken apart: its text, and OpenAI's ``tool_calls``."""
+    """The text and OpenAI's ``tool_calls`` of a whole answer."""
 
     content: str
     calls: list[dict[str, Any]]
@@ -29,19 +29,22 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """``shown``: tools for the template; ``forced``: what a forced call must look like."""
+    """Tools of a request.
+
+    ``for_template``: those that the template lists. ``forced``: the form of a call that is demanded.
+    """
 
     choice: ToolChoice
-    shown: list[dict[str, Any]] = field(default_factory=list)
+    for_template: list[dict[str, Any]] = field(default_factory=list)
     forced: ForcedCall | None = None
 
     def reader(self) -> DeltaReader:
-        """A reader for one sample."""
-        names = [tool["function"]["name"] for tool in self.shown]
+        """Return a reader for one sample."""
+        names = [tool["function"]["name"] for tool in self.for_template]
         return DeltaReader(None if self.choice.mode == "none" else reader_for(self.choice, names))
 
     def reply(self, text: str) -> Reply:
-        """Content and calls of a whole answer. Half a call, of one that was cut off or stopped, is none."""
+        """Return the content and the calls of a whole answer, without a call that was cut off."""
         reader = self.reader()
         content, calls = "", list[dict[str, Any]]()
         for delta in (*reader.feed(text), *reader.flush()):
@@ -57,7 +60,7 @@ class ToolPlan:
 
 
 def tool_plan(body: ChatBody) -> ToolPlan:
-    """What the tools of ``body`` mean. Raises InvalidRequestError with the place of what is wrong."""
+    """Return the tools and the choice of ``body``. Raises InvalidRequestError with the place."""
     tools = parse_tools(body.tools)
     choice = parse_tool_choice(body.tool_choice, tools)
     if choice.mode == "none":
@@ -67,20 +70,23 @@ def tool_plan(body: ChatBody) -> ToolPlan:
 
 
 class DeltaReader:
-    """Turns growing text into the ``delta`` members of chunks; without a reader of calls, all of it is content."""
+    """Turns text, as it grows, into the ``delta`` members of chunks.
+
+    Without a reader of calls all of it is content.
+    """
 
     def __init__(self, calls: ToolCallReader | None) -> None:
         self._calls = calls
         self.has_calls = False
 
     def feed(self, text: str) -> list[dict[str, Any]]:
-        """Deltas for the text that was added."""
+        """Return the deltas for the text that was added."""
         if self._calls is None:
             return [{"content": text}] if text else []
         return list(self._members(self._calls.feed(text)))
 
     def flush(self) -> list[dict[str, Any]]:
-        """Deltas for what was held back."""
+        """Return the deltas for text that was held back."""
         return [] if self._calls is None else list(self._members(self._calls.flush()))
 
     def _members(self, deltas: Iterable[Delta]) -> Iterable[dict[str, Any]]:
@@ -101,7 +107,7 @@ def _is_json(text: str) -> bool:
 
 
 def _piece(delta: ToolCallDelta) -> dict[str, Any]:
-    """A piece of a call; its head comes with the id and the name, the rest with arguments alone."""
+    """Return a piece of a call: the first has id and name, later ones have arguments alone."""
     if delta.id is None:
         return {"index": delta.index, "function": {"arguments": delta.arguments}}
     return {

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ from sensorium.server.admission import Place
 from sensorium.server.context import ServingContext, context_of, request_id_of
 from sensorium.server.http.body import read_body
 from sensorium.server.http.disconnect import unless_disconnected
+from sensorium.server.openai.generation import usage_of_prompts
 from sensorium.server.openai.prompts import chat_prompt, raw_prompts
 from sensorium.server.openai.protocol import EmbeddingBody
 from sensorium.server.payload import JsonResponse, encode
@@ -27,56 +28,53 @@ from sensorium.server.payload import JsonResponse, encode
 if TYPE_CHECKING:
     from sensorium.engine.prompts.types import Prompt
 
-Vector = PoolingRequestOutput[np.ndarray]
+Output = PoolingRequestOutput[np.ndarray]
 
-AT_ONCE = 16
-"""Inputs that are tokenized and sent, or vectors that are written, before other tasks of the event loop get their
-turn."""
+BATCH_SIZE = 16
+"""Inputs that are sent, or embeddings that are written, in one iteration of the event loop."""
+
+
+class _PoolingRequest(NamedTuple):
+    model: str
+    params: PoolingParams
+    prompts: Sequence[Prompt]
+    request_id: str
+    priority: int
 
 
 def embeddings_router() -> APIRouter:
-    """The route of vectors."""
+    """Return the router of embeddings."""
     router = APIRouter()
 
     @router.post("/v1/embeddings", response_model=None)
     async def embeddings(request: Request) -> Response:
-        """The vector of each input, or of a conversation."""
+        """Return the embedding of each input, or of a conversation."""
         context = context_of(request)
-        body, begun = await read_body(
+        body, pooling = await read_body(
             request, EmbeddingBody, lambda body: _begin(context, request, body)
         )
-        model, params, prompts = begun
-        request_id = request_id_of(request, body.request_id)
-        work = _vectors(context, prompts, params, request_id, body.priority or 0)
-        outputs = await unless_disconnected(request.receive, work)
-        data = await _written(outputs, body.encoding_format == "base64")
+        outputs = await unless_disconnected(request.receive, _run(context, pooling))
         return JsonResponse(
             {
-                "id": f"embd-{request_id}",
+                "id": f"embd-{pooling.request_id}",
                 "object": "list",
                 "created": int(time.time()),
-                "data": data,
-                "model": model,
-                "usage": _usage(outputs, context.frontend.modalities),
+                "data": await _entries(outputs, body.encoding_format == "base64"),
+                "model": pooling.model,
+                "usage": usage_of_prompts(outputs, context.frontend.modalities),
             }
         )
 
     return router
 
 
-class _Begun(NamedTuple):
-    """A request as far as it goes without the engine."""
-
-    model: str
-    params: PoolingParams
-    prompts: Sequence[Prompt]
-
-
-def _begin(context: ServingContext, request: Request, body: EmbeddingBody) -> _Begun:
+def _begin(context: ServingContext, request: Request, body: EmbeddingBody) -> _PoolingRequest:
     model = context.check_model(body.model)
     params = PoolingParams(dimensions=body.dimensions, normalize=body.normalize)
     context.frontend.check_pooling(params)
-    return _Begun(model, params, _prompts(context, request, body))
+    prompts = _prompts(context, request, body)
+    request_id = request_id_of(request, body.request_id)
+    return _PoolingRequest(model, params, prompts, request_id, body.priority or 0)
 
 
 def _prompts(context: ServingContext, request: Request, body: EmbeddingBody) -> Sequence[Prompt]:
@@ -88,35 +86,32 @@ def _prompts(context: ServingContext, request: Request, body: EmbeddingBody) -> 
         return raw_prompts(request, body)
     if body.truncate_prompt_tokens is not None:
         raise InvalidRequestError(
-            "truncate_prompt_tokens works with input; a conversation is not cut, which could tear its template or its "
-            "media apart. Shorten its messages.",
+            "truncate_prompt_tokens works with input only: truncation could cut through the chat "
+            "template or the media of a conversation. Shorten the messages instead.",
             param="truncate_prompt_tokens",
         )
     return [chat_prompt(context, request, body)]
 
 
-async def _vectors(
-    context: ServingContext,
-    prompts: Sequence[Prompt],
-    params: PoolingParams,
-    request_id: str,
-    priority: int,
-) -> list[Vector]:
-    """The vectors of all prompts, in order. The first error of any of them ends all."""
+async def _run(context: ServingContext, pooling: _PoolingRequest) -> list[Output]:
+    """Return the outputs of all prompts, in order. The first error of any of them ends all."""
 
-    async def one(prompt: Prompt, place: Place) -> Vector:
+    async def one(prompt: Prompt, place: Place) -> Output:
         output = await context.frontend.embed(
-            prompt, params, request_id=context.engine_id(request_id), priority=priority
+            prompt,
+            pooling.params,
+            request_id=context.engine_id(pooling.request_id),
+            priority=pooling.priority,
         )
         place.leave()
         return output
 
-    with context.admission.enter(len(prompts), "input") as places:
-        tasks: list[asyncio.Task[Vector]] = []
+    with context.admission.enter(len(pooling.prompts), "input") as places:
+        tasks: list[asyncio.Task[Output]] = []
         try:
-            for prompt, place in zip(prompts, places, strict=True):
+            for prompt, place in zip(pooling.prompts, places, strict=True):
                 tasks.append(asyncio.create_task(one(prompt, place)))
-                if len(tasks) % AT_ONCE == 0:
+                if len(tasks) % BATCH_SIZE == 0:
                     await asyncio.sleep(0)
             return await asyncio.gather(*tasks)
         finally:
@@ -125,34 +120,23 @@ async def _vectors(
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _written(outputs: Sequence[Vector], as_base64: bool) -> list[msgspec.Raw]:
-    """The entries of an answer, each as JSON: many long vectors are not written at one go."""
+async def _entries(outputs: Sequence[Output], as_base64: bool) -> list[msgspec.Raw]:
+    """Return the entries of ``data``, each as JSON.
+
+    Many long embeddings are written in batches, since writing them at once would hold the loop.
+    """
     entries = []
     for index, output in enumerate(outputs):
         entry = {"object": "embedding", "index": index, "embedding": _values(output, as_base64)}
         entries.append(msgspec.Raw(encode(entry)))
-        if len(entries) % AT_ONCE == 0:
+        if len(entries) % BATCH_SIZE == 0:
             await asyncio.sleep(0)
     return entries
 
 
-def _values(output: Vector, as_base64: bool) -> str | list[float]:
-    """Numbers, or base64 of little-endian float32."""
+def _values(output: Output, as_base64: bool) -> str | list[float]:
+    """Return numbers, or base64 of little-endian float32."""
     if as_base64:
         return base64.b64encode(output.outputs.astype("<f4", copy=False).tobytes()).decode()
     numbers: list[float] = output.outputs.tolist()
     return numbers
-
-
-def _usage(outputs: Sequence[Vector], modalities: Sequence[str]) -> dict[str, Any]:
-    num_tokens = sum(output.usage.prompt_tokens for output in outputs)
-    details = {"cached_tokens": sum(output.num_cached_tokens for output in outputs)}
-    for modality in modalities:
-        details[f"{modality}_tokens"] = sum(
-            output.num_item_tokens.get(modality, 0) for output in outputs
-        )
-    return {
-        "prompt_tokens": num_tokens,
-        "total_tokens": num_tokens,
-        "prompt_tokens_details": details,
-    }

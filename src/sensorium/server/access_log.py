@@ -1,4 +1,4 @@
-"""What the access log says of a request that was refused: the code, and the place in the body, never its content."""
+"""Code and parameter of an error in the access log, without any content of the request."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sensorium.server.openai.protocol import (
     TokenizeBody,
 )
 
-REFUSAL = "refusal"
-"""Where the state of a request keeps (code, place) of its error."""
+LOGGED_ERROR = "logged_error"
+"""Key of a request's state: code and parameter of its error."""
 
 _BODIES = (
     *(ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody),
@@ -36,25 +36,25 @@ _STEP = re.compile(r"([A-Za-z_]\w*)((?:\[\d+\])*)", re.ASCII)
 _DEEPEST = 8
 
 
-def note_refusal(scope: Scope, error: SensoriumError) -> None:
-    """Keep what the access log is to say of an error."""
-    scope.setdefault("state", {})[REFUSAL] = (error.code, safe_place(error.param))
+def record_error(scope: Scope, error: SensoriumError) -> None:
+    """Keep the code and the parameter of an error for the access log."""
+    scope.setdefault("state", {})[LOGGED_ERROR] = (error.code, redacted_param(error.param))
 
 
-def refusal_of(scope: Scope) -> str:
-    """Return the end of the request's line in the log; empty for one that was not refused."""
-    code, place = scope.get("state", {}).get(REFUSAL, (None, None))
+def error_of(scope: Scope) -> str:
+    """Return the end of a line of the access log: ``code=`` and ``param=`` of an error, if any."""
+    code, place = scope.get("state", {}).get(LOGGED_ERROR, (None, None))
     words = ([f"code={code}"] if code else []) + ([f"param={place}"] if place else [])
     return "".join(f" {word}" for word in words)
 
 
-def safe_place(param: str | None) -> str | None:
-    """Return a place in a body with names that the API has; names that a client made up become ``*``."""
+def redacted_param(param: str | None) -> str | None:
+    """Return a parameter with ``*`` in place of names that are not the API's."""
     if param is None:
         return None
     steps = param.split(".")
-    shown = [_safe_step(step) for step in steps[:_DEEPEST]]
-    return ".".join([*shown, "*"] if len(steps) > _DEEPEST else shown)
+    known = [_safe_step(step) for step in steps[:_DEEPEST]]
+    return ".".join([*known, "*"] if len(steps) > _DEEPEST else known)
 
 
 def _safe_step(step: str) -> str:
