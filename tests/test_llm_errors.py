@@ -72,7 +72,7 @@ def failed(llm: LLM, conversations: list[Any], params: Any = GREEDY) -> Sensoriu
 
 
 @pytest.mark.parametrize("bad", [0, 3, 9, 19])
-def test_what_was_started_before_a_broken_picture_is_not_lost(llm: LLM, bad: int) -> None:
+def test_what_was_started_before_a_broken_image_is_not_lost(llm: LLM, bad: int) -> None:
     """All answers before the bad prompt are there, whatever the order in which they were computed."""
     conversations = [said(f"number {i}", png(i) if i % 2 else None) for i in range(20)]
     expected = tokens(llm, conversations)

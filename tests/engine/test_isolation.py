@@ -293,7 +293,7 @@ def test_a_grammar_that_fails(parts: Parts, monkeypatch: pytest.MonkeyPatch, how
     )
 
 
-def test_a_vector_that_cannot_be_made(vectors: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_embedding_that_cannot_be_made(vectors: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pooler.pool
 
     def failing(hidden: torch.Tensor, slots: Any) -> Any:

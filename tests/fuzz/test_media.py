@@ -81,7 +81,7 @@ def test_files_as_they_are(decoder: Decoder, modality: Modality) -> None:
 @pytest.mark.slow
 @given(damaged("image"))
 @BOUNDED
-def test_damaged_pictures(decoder: Decoder, file: Damaged) -> None:
+def test_damaged_images(decoder: Decoder, file: Damaged) -> None:
     check(decoder.decode("image", file.data()), "image")
 
 
@@ -95,7 +95,7 @@ def test_damaged_videos(decoder: Decoder, file: Damaged) -> None:
 @pytest.mark.slow
 @given(damaged("audio"))
 @BOUNDED
-def test_damaged_sounds(decoder: Decoder, file: Damaged) -> None:
+def test_damaged_audio(decoder: Decoder, file: Damaged) -> None:
     check(decoder.decode("audio", file.data()), "audio")
 
 

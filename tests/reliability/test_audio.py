@@ -46,7 +46,7 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_sound_has_an_answer(listening: Service | Offline, name: str) -> None:
+def test_every_audio_clip_has_an_answer(listening: Service | Offline, name: str) -> None:
     """One sample, eight channels, 1 Hz to 768 kHz, every width of sample: an answer, or 400 at the part."""
     part = audio(data_url(FILES[name](), "audio/wav"))
     is_answer_or_refusal(listening.ask(part, QUESTION), part)
@@ -82,7 +82,7 @@ NOTHING: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", NOTHING)
-def test_what_is_no_sound_is_refused(listening: Service | Offline, name: str) -> None:
+def test_what_is_no_audio_is_refused(listening: Service | Offline, name: str) -> None:
     """0 samples, NaN, play lists that name files and hosts: 400 at the part."""
     part = audio(data_url(NOTHING[name](), "audio/wav"))
     listening.ask(part, QUESTION).is_refusal(400, "media_undecodable", place(part))
@@ -140,7 +140,7 @@ def test_all_channels_are_heard_alike(sounds: Offline) -> None:
         (np.zeros(100, np.float32), 16000.5),
     ],
 )
-def test_arrays_that_are_no_sounds(sounds: Offline, samples: np.ndarray, rate: float) -> None:
+def test_arrays_that_are_no_audio(sounds: Offline, samples: np.ndarray, rate: float) -> None:
     """The same of ``multi_modal_data``: no samples, NaN, dimensions, types and rates that cannot be."""
     prompt = {"prompt": "<|audio|>\nWhat is it?", "multi_modal_data": {"audio": (samples, rate)}}
     answer = sounds.generate(prompt)

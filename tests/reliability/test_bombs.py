@@ -83,7 +83,7 @@ PICTURES: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_pictures_are_measured_by_their_header(anywhere: Service | Offline, name: str) -> None:
+def test_images_are_measured_by_their_header(anywhere: Service | Offline, name: str) -> None:
     """Decompression bombs of each format: the pixels of the header are counted before any is decoded."""
     part = image(data_url(PICTURES[name]()))
     answer = anywhere.ask(part)
@@ -117,7 +117,7 @@ OTHERS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_formats_that_nobody_needs_are_not_opened(served: Service, name: str) -> None:
+def test_rare_formats_are_not_opened(served: Service, name: str) -> None:
     """CVE-2026-40192: Pillow unpacked a FITS file's gzip without a bound. Of its formats a short list is opened."""
     part = image(data_url(OTHERS[name]()))
     answer = served.ask(part)
@@ -134,7 +134,7 @@ def packed(num_frames: int) -> str:
     return frame + ("," + frame.partition(",")[2]) * (num_frames - 1)
 
 
-def test_pictures_as_a_clip_are_counted(served: Service) -> None:
+def test_images_as_a_video_are_counted(served: Service) -> None:
     """CVE-2026-34755, CVE-2026-5497: a ``video/jpeg`` URL of a hundred thousand tiny frames ate all memory."""
     part = video("data:video/jpeg;base64," + ",".join(["/9j/"] * 100_000))
     served.ask(part).is_refusal(413, "media_too_large", place(part))
@@ -191,7 +191,7 @@ CLIPS: dict[str, tuple[Callable[[], bytes], int]] = {
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_clips_are_measured_before_they_are_decoded(served: Service, name: str) -> None:
+def test_videos_are_measured_before_they_are_decoded(served: Service, name: str) -> None:
     """Clips that grow: frames of a size, numbers of frames, and tables that promise millions of samples."""
     make, status = CLIPS[name]
     part = video(data_url(make(), "video/mp4"))
@@ -270,7 +270,7 @@ SOUNDS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", SOUNDS)
-def test_sounds_are_counted_while_they_are_decoded(listening: Service | Offline, name: str) -> None:
+def test_audio_is_counted_while_it_is_decoded(listening: Service | Offline, name: str) -> None:
     """CVE-2026-54233: 25 MB of Opus became 15 GB of samples. Seconds are counted by the header and while decoding."""
     data = SOUNDS[name]()
     assert len(data) < 300_000
@@ -280,7 +280,7 @@ def test_sounds_are_counted_while_they_are_decoded(listening: Service | Offline,
     assert "--max-audio-seconds" in answer.error["message"]
 
 
-def test_a_header_of_a_sound_is_not_believed(listening: Service | Offline) -> None:
+def test_a_header_of_audio_is_not_believed(listening: Service | Offline) -> None:
     """A header that promises gigabytes is refused or read as far as there is something."""
     part = audio(data_url(endless_wav(), "audio/wav"))
     answer = listening.ask(part, text("What do you hear?"))

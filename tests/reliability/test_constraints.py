@@ -110,7 +110,7 @@ def test_a_schema_that_never_compiles_is_refused(served: Service, kind: str) -> 
     answer.is_discreet()
 
 
-def test_a_schema_that_never_compiles_stalls_nobody(served: Service) -> None:
+def test_a_schema_that_never_compiles_stalls_no_other_request(served: Service) -> None:
     """While schemas are being compiled that take all the time they may, others are answered: with a constraint of
     their own, with a picture, with plain text."""
     with concurrent.futures.ThreadPoolExecutor(4) as pool:

@@ -70,7 +70,7 @@ def palette(*colours: int, clear: object = None) -> Image.Image:
     return found
 
 
-def test_pictures_that_nearly_collide(offline: Offline) -> None:
+def test_images_that_nearly_collide(offline: Offline) -> None:
     """CVE-2025-46722: a hash of the pixels alone took 30 x 100 for 100 x 30, a palette for grey, and opaque for clear.
     Mode, size, palette, alpha, orientation, type and order of axes all count."""
     black = Image.new("RGB", (30, 100))

@@ -36,7 +36,7 @@ SLOW: dict[str, Callable[[Host], str]] = {
 }
 
 
-def test_slow_hosts_end_at_the_deadline_and_hold_nobody_up(
+def test_slow_hosts_end_at_the_deadline_and_delay_no_other(
     served: Service, media_host: Host
 ) -> None:
     """Slow loris: the deadline is that of the whole download, not of each read. Others are served meanwhile."""
@@ -134,7 +134,7 @@ def test_broken_answers_are_the_hosts_fault(served: Service, media_host: Host, n
     assert "secret" not in answer.error["message"]
 
 
-def test_bytes_beyond_the_length_belong_to_nobody(served: Service, media_host: Host) -> None:
+def test_bytes_beyond_the_length_are_dropped(served: Service, media_host: Host) -> None:
     """A picture longer than its Content-Length is no HTTP, or a picture that is cut: never the next answer."""
     part = image(media_host.send("/short", HEAD + b"Content-Length: 60\r\n\r\n" + GOOD))
     answer = served.ask(part)

@@ -267,7 +267,7 @@ def test_embeddings_of_a_whole_prompt_are_no_field(served: Service, path: str) -
         {},
     ],
 )
-def test_wrong_embeddings_of_sounds(sounds: Offline, value: Any) -> None:
+def test_wrong_embeddings_of_audio(sounds: Offline, value: Any) -> None:
     """The same where embeddings come without a grid."""
     prompt = {"prompt": "<|audio|>\nWhat is it?", "multi_modal_data": {"audio": value}}
     answer = sounds.generate(prompt)

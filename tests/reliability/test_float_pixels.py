@@ -129,7 +129,7 @@ def test_videos_of_floats(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", [f for f in sorted(FLOATS) if "bytes" not in f])
-def test_pictures_of_floats(form: str) -> None:
+def test_images_of_floats(form: str) -> None:
     expected = FRAMES.clip(1, 254) if form == "between whole numbers" else FRAMES
     np.testing.assert_array_equal(looked_at(FLOATS[form][1]), expected[1])
 

@@ -72,7 +72,7 @@ def test_open_webui_lists_the_files_of_a_message_before_its_question(served: Ser
     assert share_right(served, chats, tools=[TOOL]) >= 0.8
 
 
-def test_the_place_of_the_picture_in_a_message_does_not_matter(served: Service) -> None:
+def test_the_place_of_the_image_in_a_message_does_not_matter(served: Service) -> None:
     chats = []
     for turn, part in drawn():
         content = [{"type": "text", "text": turn.question}, part]

@@ -213,7 +213,7 @@ def test_transparent_pixels_are_what_is_shown(served: Service) -> None:
     assert over_red.text == red.text
 
 
-def test_texts_within_pictures_are_bounded(served: Service) -> None:
+def test_texts_within_images_are_bounded(served: Service) -> None:
     """Compressed comments of a PNG unpack to any size; Pillow's bound on them ends in a refusal, not in memory."""
     import zlib
 

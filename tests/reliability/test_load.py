@@ -70,7 +70,7 @@ def crowd(service: Service, first: int, num_requests: int) -> tuple[int, int]:
     return outcomes.count(True), outcomes.count(False)
 
 
-def test_a_tenth_of_corrupt_media_harms_nobody(tight: Service) -> None:
+def test_a_tenth_of_corrupt_media_harms_no_other_request(tight: Service) -> None:
     """vLLM issue 55546: one bad item brought the whole engine down. Of 32 clients' requests a tenth is corrupt, in ten
     ways: each good one gets the answer about its own picture, each bad one its
     error, and afterwards memory and open files are those of before."""

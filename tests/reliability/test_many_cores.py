@@ -60,7 +60,7 @@ def process_of(prepared: Prepared) -> psutil.Process:
     return psutil.Process(prepared.features.meta["process"])
 
 
-async def test_clips_of_any_length_are_decoded_and_leave_no_thread(
+async def test_videos_of_any_length_are_decoded_and_leave_no_thread(
     decoders: ProcessDecoders,
 ) -> None:
     clip = make_clip("mp4", 64)
@@ -96,7 +96,7 @@ SOUNDS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("form", SOUNDS)
-async def test_sounds_are_decoded_and_leave_no_thread(decoders: ProcessDecoders, form: str) -> None:
+async def test_audio_is_decoded_and_leaves_no_thread(decoders: ProcessDecoders, form: str) -> None:
     prepared = await decoders.prepare(Work("audio", SOUNDS[form](), AudioOptions(), {}))
     assert abs(len(prepared.features.arrays["decoded"]) - 8000) < 2500
     assert process_of(prepared).num_threads() == 1
@@ -111,7 +111,7 @@ def picture_file(width: int, height: int, form: str) -> bytes:
     return encoded(picture(width, height), form)
 
 
-async def test_pictures_are_decoded_and_leave_no_thread(decoders: ProcessDecoders) -> None:
+async def test_images_are_decoded_and_leave_no_thread(decoders: ProcessDecoders) -> None:
     for form in PICTURES:
         data = picture_file(64, 48, form)
         prepared = await decoders.prepare(Work("image", data, ImageOptions(), {}))
@@ -124,7 +124,7 @@ async def test_pictures_are_decoded_and_leave_no_thread(decoders: ProcessDecoder
 
 
 @pytest.mark.parametrize("form", ["mp4", "webm", "av1"])
-async def test_a_clip_without_room_for_its_frames_is_too_large_and_not_damaged(form: str) -> None:
+async def test_a_video_without_room_for_its_frames_is_too_large_and_not_damaged(form: str) -> None:
     clip = make_clip(form, 6, size=(2304, 4096))
     with workers(16, 0.0625) as decoders:
         with pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"):
@@ -134,7 +134,7 @@ async def test_a_clip_without_room_for_its_frames_is_too_large_and_not_damaged(f
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF"])
-async def test_a_picture_without_room_is_too_large_and_not_damaged(form: str) -> None:
+async def test_an_image_without_room_is_too_large_and_not_damaged(form: str) -> None:
     data = encoded(Image.new("RGB", (8192, 8192)), form)
     with (
         workers(16, 0.0625) as decoders,
@@ -144,7 +144,7 @@ async def test_a_picture_without_room_is_too_large_and_not_damaged(form: str) ->
 
 
 @pytest.mark.parametrize("form", ["mp4", "webm", "av1"])
-async def test_a_machine_without_threads_is_not_a_damaged_clip(form: str) -> None:
+async def test_a_machine_without_threads_is_not_a_damaged_video(form: str) -> None:
     with (
         workers(16, ROOM_GB, threads=False) as decoders,
         pytest.raises(OverloadedError, match="no threads"),

@@ -48,7 +48,7 @@ def test_images_stand_where_their_parts_stand(family: str, tmp_path: Path) -> No
         assert first_text < placeholder
 
 
-def test_sounds_likewise(tmp_path: Path) -> None:
+def test_audio_likewise(tmp_path: Path) -> None:
     checkpoints.make_ultravox(tmp_path)
     sound = {"type": "input_audio", "input_audio": {"data": _wav(), "format": "wav"}}
     with LLM(str(tmp_path), **ROOM) as llm:

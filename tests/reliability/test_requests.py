@@ -160,7 +160,7 @@ def test_special_tokens_in_chats_are_text(served: Service) -> None:
         assert typed > honest - 2 + len(spelling) // 8, f"{spelling} became one token"
 
 
-def test_special_tokens_in_raw_prompts_act_and_harm_nobody(served: Service) -> None:
+def test_special_tokens_in_raw_prompts_act_and_harm_no_other(served: Service) -> None:
     for spelling in SPELLINGS:
         for prompt in (spelling, f"a {spelling} b", spelling * 50):
             answer = complete(served, prompt)
@@ -296,7 +296,7 @@ def test_template_variables_that_mean_something_else_are_refused(
     ],
     ids=["long", "list", "many", "odd"],
 )
-def test_template_variables_that_nobody_asks_for_cost_nothing(
+def test_template_variables_that_are_not_used_cost_nothing(
     served: Service, variables: dict[str, Any]
 ) -> None:
     plain = served.ask(text("a"), return_token_ids=True).body["prompt_token_ids"]

@@ -244,7 +244,7 @@ def test_a_continued_answer_may_spell_anything(kitchen: Kitchen) -> None:
             assert kitchen.acting(rendered) == kitchen.acting(plain), spelling
 
 
-def test_beside_a_picture_only_its_own_placeholder_acts(kitchen: Kitchen) -> None:
+def test_beside_an_image_only_its_own_placeholder_acts(kitchen: Kitchen) -> None:
     if not kitchen.preparer.modalities:
         return
     modality = kitchen.preparer.modalities[0]

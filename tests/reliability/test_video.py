@@ -72,7 +72,7 @@ ANSWERED: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", ANSWERED)
-def test_odd_clips_are_answered(anywhere: Service | Offline, name: str) -> None:
+def test_odd_videos_are_answered(anywhere: Service | Offline, name: str) -> None:
     """One frame, a variable rate, no duration, a turned track, a tail that is missing."""
     assert anywhere.ask(video(data_url(ANSWERED[name](), "video/mp4")), QUESTION).status == 200
 
@@ -125,14 +125,14 @@ REFUSED: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_clip_is_refused(anywhere: Service | Offline, name: str) -> None:
+def test_what_is_no_video_is_refused(anywhere: Service | Offline, name: str) -> None:
     """0 frames, sound only, play lists that name files and hosts: 400 at the part."""
     part = video(data_url(REFUSED[name](), "video/mp4"))
     anywhere.ask(QUESTION, part).is_refusal(400, "media_undecodable", place(part, 1))
 
 
 @pytest.mark.parametrize("form", sorted(FORMATS))
-def test_damaged_clips_are_answered_or_refused(served: Service, form: str) -> None:
+def test_damaged_videos_are_answered_or_refused(served: Service, form: str) -> None:
     """Cut at many places, with bytes turned: an answer or 400 at the part."""
     data = make_clip(form, 8)
     random = np.random.default_rng(0)
@@ -147,7 +147,7 @@ def test_damaged_clips_are_answered_or_refused(served: Service, form: str) -> No
         is_answer_or_refusal(served.ask(part, QUESTION), part)
 
 
-def test_clips_that_fail_use_nothing_up(served: Service) -> None:
+def test_videos_that_fail_use_nothing_up(served: Service) -> None:
     """GHSA-j682-9xp5-rrf3: slots of a decoder leaked with each clip that failed, until none was left. After two hundred
     failures, some while a decoder was open, one is answered as at first, with as many files open."""
     good = data_url(make_clip("mp4", 6), "video/mp4")
@@ -186,7 +186,7 @@ def test_clips_that_fail_use_nothing_up(served: Service) -> None:
         (np.zeros((2, 8, 8, 3), np.uint8), {"unknown": 1}),
     ],
 )
-def test_arrays_that_are_no_clips(offline: Offline, frames: Any) -> None:
+def test_arrays_that_are_no_videos(offline: Offline, frames: Any) -> None:
     """The same of ``multi_modal_data``: no frames, other shapes and types, metadata that cannot be."""
     prompt = {
         "prompt": "<|vision_start|><|video_pad|><|vision_end|>What?",

@@ -87,7 +87,7 @@ async def test_what_cannot_be_used_names_its_field(
     assert len(caught.value.message) < 700
 
 
-async def test_what_never_ends_is_ended_and_holds_up_nobody(compiler: GrammarCompiler) -> None:
+async def test_what_never_ends_is_ended_and_delays_no_other(compiler: GrammarCompiler) -> None:
     slow = [asyncio.create_task(compiler.compile(endless(number))) for number in range(3)]
     for number in range(4):
         assert await compiler.compile(StructuredOutputs(regex=f"a{number}"))
