@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 
 from sensorium.multimodal.items import Modality
-from tests.fuzz.pictures import pictures
-from tests.fuzz.sounds import sounds
+from tests.fuzz.audio import audio
+from tests.fuzz.images import images
 from tests.fuzz.videos import videos
 
-_MAKERS = {"image": pictures, "video": videos, "audio": sounds}
+_MAKERS = {"image": images, "video": videos, "audio": audio}
 
 
 @functools.cache

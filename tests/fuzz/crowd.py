@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from sensorium.multimodal.items import MODALITIES
-from tests.fuzz import vectors
+from tests.fuzz import embeddings
 from tests.fuzz.campaign import Plan, finish, good_answers
 from tests.fuzz.corpus import corpus, kind_of
 from tests.fuzz.mutation import mutate
@@ -66,7 +66,7 @@ async def _send(served: Served, sent: Sent, report: Report, expected: str | None
 def _damaged(served: Served, rng: random.Random) -> Sent:
     modality = rng.choice(served.target.modalities)
     if modality == "image" and rng.random() < 0.2:
-        part = {"type": "image_embeds", "image_embeds": vectors.payload(rng)}
+        part = {"type": "image_embeds", "image_embeds": embeddings.payload(rng)}
         return _chat([part, {"type": "text", "text": "What is shown?"}])
     name = rng.choice(sorted(corpus(modality)))
     others = [data for m in MODALITIES for data in corpus(m).values()]

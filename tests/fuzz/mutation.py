@@ -7,7 +7,7 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 
-from tests.fuzz.pictures import png_chunk
+from tests.fuzz.images import png_chunk
 from tests.fuzz.structures import structure_of
 
 INTERESTING = (

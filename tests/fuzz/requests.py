@@ -24,7 +24,7 @@ from sensorium.server.openai.protocol import (
     EmbeddingBody,
     TokenizeBody,
 )
-from tests.fuzz import vectors
+from tests.fuzz import embeddings
 from tests.fuzz.corpus import corpus, kind_of
 from tests.fuzz.mutation import mutate
 from tests.fuzz.values import GOOD, Values
@@ -190,7 +190,7 @@ class RequestMaker:
         rng = self._rng
         key = f"{modality}_embeds"
         good = rng.random() < 0.3
-        payload = vectors.good_payload(rng.randrange(3)) if good else vectors.payload(rng)
+        payload = embeddings.good_payload(rng.randrange(3)) if good else embeddings.payload(rng)
         return {"type": key, key: payload}
 
     def _cached(self, modality: Modality) -> dict[str, Any]:

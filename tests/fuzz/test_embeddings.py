@@ -16,7 +16,7 @@ from sensorium.models import loader
 from sensorium.models.registry import resolve
 from sensorium.multimodal.items import Features
 from sensorium.multimodal.parse.embeddings import decode_embeddings
-from tests.fuzz import vectors
+from tests.fuzz import embeddings
 from tests.fuzz.memory import Height
 from tests.fuzz.messages import leak_in
 
@@ -45,15 +45,15 @@ def check(result: list[Features] | RequestError) -> None:
         return
     for features in result:
         embeds = features.arrays["embeds"]
-        assert embeds.shape == (features.num_embeds, vectors.HIDDEN)
+        assert embeds.shape == (features.num_embeds, embeddings.HIDDEN)
         assert embeds.dtype == np.float32
         assert np.isfinite(embeds).all()
 
 
-@pytest.mark.parametrize("name", sorted(vectors.files()))
+@pytest.mark.parametrize("name", sorted(embeddings.files()))
 def test_files_as_they_are(name: str) -> None:
-    data = vectors.text(vectors.files()[name])
-    alone = {"image_embeds": data, "image_grid_thw": [vectors.GRID]}
+    data = embeddings.text(embeddings.files()[name])
+    alone = {"image_embeds": data, "image_grid_thw": [embeddings.GRID]}
     result = read(data if name.startswith("both") else alone)
     check(result)
     fits = name.startswith(("good", "both"))
@@ -65,4 +65,4 @@ def test_files_as_they_are(name: str) -> None:
 @given(st.integers(0, (1 << 32) - 1))
 @settings(max_examples=800, deadline=None, derandomize=True)
 def test_damaged_files(seed: int) -> None:
-    check(read(vectors.payload(random.Random(seed))))
+    check(read(embeddings.payload(random.Random(seed))))

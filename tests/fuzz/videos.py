@@ -10,7 +10,7 @@ import av
 import numpy as np
 
 from sensorium.multimodal.decode.video.video_frames import pack
-from tests.fuzz.pictures import picture, saved
+from tests.fuzz.images import drawing, saved
 from tests.multimodal.clips import frame_of, make_clip, make_sound
 
 NUM_FRAMES = 9
@@ -37,9 +37,9 @@ def videos() -> dict[str, bytes]:
         "mp4 sound only": make_sound(),
         "mkv of no duration": without_duration(),
         "gif of pictures": saved(
-            picture(), "GIF", save_all=True, append_images=[picture(seed=s) for s in (1, 2)]
+            drawing(), "GIF", save_all=True, append_images=[drawing(seed=s) for s in (1, 2)]
         ),
-        "jpegs": pack([saved(picture(seed=s), "JPEG") for s in range(4)]),
+        "jpegs": pack([saved(drawing(seed=s), "JPEG") for s in range(4)]),
     }
 
 

@@ -1,4 +1,4 @@
-"""Short sounds of every accepted format, made when they are needed."""
+"""Short audio clips of every accepted format, made when they are needed."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ _STREAMS = {
 }
 
 
-def sounds() -> dict[str, bytes]:
-    """Encoded sounds by name: ``wav 16 bit``, ``m4a`` …"""
+def audio() -> dict[str, bytes]:
+    """Encoded audio clips by name: ``wav 16 bit``, ``m4a`` …"""
     return {
         **{name: written(tone(2), *of) for name, of in _FILES.items()},
         **{name: muxed(*of) for name, of in _STREAMS.items()},

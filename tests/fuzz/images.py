@@ -1,4 +1,4 @@
-"""Small pictures of every accepted format, made when they are needed."""
+"""Small images of every accepted format, made when they are needed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image, ImageCms, features
 WIDTH, HEIGHT = 27, 18
 
 
-def pictures() -> dict[str, bytes]:
-    """Encoded pictures by name: ``png grey``, ``jpeg cmyk`` …"""
+def images() -> dict[str, bytes]:
+    """Encoded images by name: ``png grey``, ``jpeg cmyk`` …"""
     return {**_png(), **_jpeg(), **_webp(), **_gif(), **_tiff(), **_others()}
 
 
-def picture(mode: str = "RGB", seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Any:
+def drawing(mode: str = "RGB", seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Any:
     """A picture of smooth colours with a little noise, so that every coder has something to do."""
     width, height = size
     rows, columns = np.indices((height, width))
@@ -40,27 +40,27 @@ def saved(image: Any, form: str, **options: Any) -> bytes:
 
 
 def _several() -> dict[str, Any]:
-    return {"save_all": True, "append_images": [picture(seed=s) for s in (1, 2)]}
+    return {"save_all": True, "append_images": [drawing(seed=s) for s in (1, 2)]}
 
 
 def _png() -> dict[str, bytes]:
-    wide = picture("L").convert("I").point(lambda grey: grey * 257)
-    palette = picture("P")
+    wide = drawing("L").convert("I").point(lambda grey: grey * 257)
+    palette = drawing("P")
     return {
-        "png rgb": saved(picture(), "PNG"),
-        "png rgba": saved(picture("RGBA"), "PNG"),
-        "png grey": saved(picture("L"), "PNG"),
-        "png grey alpha": saved(picture("LA"), "PNG"),
-        "png 1 bit": saved(picture("1"), "PNG"),
+        "png rgb": saved(drawing(), "PNG"),
+        "png rgba": saved(drawing("RGBA"), "PNG"),
+        "png grey": saved(drawing("L"), "PNG"),
+        "png grey alpha": saved(drawing("LA"), "PNG"),
+        "png 1 bit": saved(drawing("1"), "PNG"),
         "png 16 bit": saved(wide.convert("I;16"), "PNG"),
         "png 16 bit rgb": interlaced(16, 2, adam7=False),
         "png palette": saved(palette, "PNG", transparency=bytes(range(0, 256, 3))),
-        "png one transparent colour": saved(picture(), "PNG", transparency=(8, 9, 10)),
+        "png one transparent colour": saved(drawing(), "PNG", transparency=(8, 9, 10)),
         "png interlaced": interlaced(8, 2),
-        "png texts": saved(picture(), "PNG", pnginfo=_texts(), exif=_exif(6)),
-        "png 1x1": saved(picture(size=(1, 1)), "PNG"),
-        "png 1xN": saved(picture(size=(1, 300)), "PNG"),
-        "apng": saved(picture(), "PNG", duration=50, **_several()),
+        "png texts": saved(drawing(), "PNG", pnginfo=_texts(), exif=_exif(6)),
+        "png 1x1": saved(drawing(size=(1, 1)), "PNG"),
+        "png 1xN": saved(drawing(size=(1, 300)), "PNG"),
+        "apng": saved(drawing(), "PNG", duration=50, **_several()),
     }
 
 
@@ -78,7 +78,7 @@ def interlaced(depth: int, kind: int, *, adam7: bool = True) -> bytes:
     sample = depth // 8
     passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)]
     passes += [(0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
-    pixels = np.asarray(picture()).astype(f">u{sample}") * (1 if sample == 1 else 257)
+    pixels = np.asarray(drawing()).astype(f">u{sample}") * (1 if sample == 1 else 257)
     lines = []
     for left, top, across, down in passes if adam7 else [(0, 0, 1, 1)]:
         part = pixels[top::down, left::across]
@@ -105,50 +105,50 @@ def _exif(orientation: int) -> Any:
 def _jpeg() -> dict[str, bytes]:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     turned = {
-        f"jpeg exif {number}": saved(picture(seed=number), "JPEG", exif=_exif(number))
+        f"jpeg exif {number}": saved(drawing(seed=number), "JPEG", exif=_exif(number))
         for number in range(1, 9)
     }
     return {
-        "jpeg baseline": saved(picture(), "JPEG"),
-        "jpeg 4:4:4": saved(picture(), "JPEG", subsampling=0, quality=95),
-        "jpeg restarts": saved(picture(size=(64, 40)), "JPEG", restart_marker_blocks=2),
-        "jpeg progressive": saved(picture(), "JPEG", progressive=True),
-        "jpeg grey": saved(picture("L"), "JPEG"),
-        "jpeg cmyk": saved(picture("CMYK"), "JPEG"),
-        "jpeg icc": saved(picture(), "JPEG", icc_profile=profile),
+        "jpeg baseline": saved(drawing(), "JPEG"),
+        "jpeg 4:4:4": saved(drawing(), "JPEG", subsampling=0, quality=95),
+        "jpeg restarts": saved(drawing(size=(64, 40)), "JPEG", restart_marker_blocks=2),
+        "jpeg progressive": saved(drawing(), "JPEG", progressive=True),
+        "jpeg grey": saved(drawing("L"), "JPEG"),
+        "jpeg cmyk": saved(drawing("CMYK"), "JPEG"),
+        "jpeg icc": saved(drawing(), "JPEG", icc_profile=profile),
         **turned,
     }
 
 
 def _webp() -> dict[str, bytes]:
     return {
-        "webp lossy": saved(picture(), "WEBP"),
-        "webp lossy alpha": saved(picture("RGBA"), "WEBP"),
-        "webp lossless": saved(picture("RGBA"), "WEBP", lossless=True),
-        "webp animated": saved(picture(), "WEBP", duration=50, **_several()),
+        "webp lossy": saved(drawing(), "WEBP"),
+        "webp lossy alpha": saved(drawing("RGBA"), "WEBP"),
+        "webp lossless": saved(drawing("RGBA"), "WEBP", lossless=True),
+        "webp animated": saved(drawing(), "WEBP", duration=50, **_several()),
     }
 
 
 def _gif() -> dict[str, bytes]:
     return {
-        "gif": saved(picture("P"), "GIF"),
-        "gif interlaced transparent": saved(picture("P"), "GIF", interlace=1, transparency=3),
-        "gif animated": saved(picture(), "GIF", duration=50, loop=0, **_several()),
+        "gif": saved(drawing("P"), "GIF"),
+        "gif interlaced transparent": saved(drawing("P"), "GIF", interlace=1, transparency=3),
+        "gif animated": saved(drawing(), "GIF", duration=50, loop=0, **_several()),
     }
 
 
 def _tiff() -> dict[str, bytes]:
     coders = ("raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg")
-    made = {f"tiff {coder}": saved(picture(), "TIFF", compression=coder) for coder in coders}
+    made = {f"tiff {coder}": saved(drawing(), "TIFF", compression=coder) for coder in coders}
     return {
         **made,
-        "tiff group4": saved(picture("1"), "TIFF", compression="group4"),
-        "tiff 16 bit": saved(picture("I;16"), "TIFF"),
-        "tiff float": saved(picture("F"), "TIFF"),
-        "tiff cmyk": saved(picture("CMYK"), "TIFF"),
-        "tiff rgba": saved(picture("RGBA"), "TIFF", compression="tiff_lzw"),
-        "tiff pages": saved(picture(), "TIFF", compression="packbits", **_several()),
-        "tiff turned": saved(picture(), "TIFF", tiffinfo={0x0112: 6}),
+        "tiff group4": saved(drawing("1"), "TIFF", compression="group4"),
+        "tiff 16 bit": saved(drawing("I;16"), "TIFF"),
+        "tiff float": saved(drawing("F"), "TIFF"),
+        "tiff cmyk": saved(drawing("CMYK"), "TIFF"),
+        "tiff rgba": saved(drawing("RGBA"), "TIFF", compression="tiff_lzw"),
+        "tiff pages": saved(drawing(), "TIFF", compression="packbits", **_several()),
+        "tiff turned": saved(drawing(), "TIFF", tiffinfo={0x0112: 6}),
         "tiff tiled": tiled(),
     }
 
@@ -156,7 +156,7 @@ def _tiff() -> dict[str, bytes]:
 def tiled() -> bytes:
     """A grey TIFF of four tiles of 16 x 16; Pillow writes strips only."""
     pixels = np.zeros((32, 32), np.uint8)
-    pixels[:HEIGHT, :WIDTH] = np.asarray(picture("L"))
+    pixels[:HEIGHT, :WIDTH] = np.asarray(drawing("L"))
     tiles = [pixels[y : y + 16, x : x + 16].tobytes() for y in (0, 16) for x in (0, 16)]
     entries = 10
     lists = 8 + 2 + entries * 12 + 4
@@ -175,19 +175,19 @@ def tiled() -> bytes:
 
 def _others() -> dict[str, bytes]:
     made = {
-        "bmp": saved(picture(), "BMP"),
-        "bmp palette": saved(picture("P"), "BMP"),
-        "bmp 1 bit": saved(picture("1"), "BMP"),
+        "bmp": saved(drawing(), "BMP"),
+        "bmp palette": saved(drawing("P"), "BMP"),
+        "bmp 1 bit": saved(drawing("1"), "BMP"),
         "bmp run length": run_length_bmp(),
-        "ppm": saved(picture(), "PPM"),
-        "pgm": saved(picture("L"), "PPM"),
-        "pbm": saved(picture("1"), "PPM"),
+        "ppm": saved(drawing(), "PPM"),
+        "pgm": saved(drawing("L"), "PPM"),
+        "pbm": saved(drawing("1"), "PPM"),
         "pgm 16 bit": b"P5 4 3 65535\n" + bytes(range(24)),
         "ppm of words": b"P3\n# a comment\n2 2 255\n255 0 0 0 255 0\n0 0 255 9 9 9\n",
     }
     if features.check("avif"):
-        made["avif"] = saved(picture(), "AVIF", speed=10)
-        made["avif alpha"] = saved(picture("RGBA"), "AVIF", speed=10)
+        made["avif"] = saved(drawing(), "AVIF", speed=10)
+        made["avif alpha"] = saved(drawing("RGBA"), "AVIF", speed=10)
     return made
 
 
