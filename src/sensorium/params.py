@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from sensorium.bounds import Bounds, abbreviate, bounded, wrong_number
 from sensorium.errors import InvalidRequestError
@@ -331,7 +331,7 @@ def _check_unicode(name: str, text: str) -> None:
 def _token_id(key: object) -> int:
     """Return a key of ``logit_bias`` as an integer. Raises ValueError with the key."""
     try:
-        return int(key)  # type: ignore[call-overload]
+        return int(cast(Any, key))
     except (TypeError, ValueError):
         raise ValueError(abbreviate(key)) from None
 

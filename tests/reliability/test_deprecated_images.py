@@ -64,6 +64,6 @@ def test_features_are_what_the_projector_makes(llm: LLM) -> None:
     hidden = llm._engine._runner.model.shape.hidden_size
     embeds = torch.randn(1, processor.num_embeds, hidden)
     assert tokens(llm, ImageFeatureData(embeds)) == tokens(llm, {"image": embeds})
-    assert "not the\n    features of its tower" in str(ImageFeatureData.__doc__)
+    assert "not the features of its tower" in " ".join(str(ImageFeatureData.__doc__).split())
     with pytest.raises(InvalidEmbeddingsError, match=f"hidden size {hidden}"):
         tokens(llm, ImageFeatureData(embeds[..., :-1]))

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from sensorium.core.plan import TOO_COMPLEX, Span, StepPlan, StepResult, unusable
+from sensorium.core.request import TokenSample
 from sensorium.kernels import ops
 from sensorium.kernels.batch import LayerCache
 from sensorium.models.interface import Model
@@ -119,7 +120,7 @@ class ModelRunner:
 
     def _sample(
         self, hidden: torch.Tensor, inputs: StepInputs
-    ) -> tuple[dict[int, sampler.TokenSample], dict[int, str]]:
+    ) -> tuple[dict[int, TokenSample], dict[int, str]]:
         slots = inputs.sampled_slots
         last = _rows(hidden, inputs.sampled_rows)
         logits = self.model.logits(last)
@@ -142,7 +143,7 @@ class ModelRunner:
         return unusable("this input", f"its logits {flaw}", dtype)
 
     def _accept(
-        self, samples: dict[int, sampler.TokenSample], failed: dict[int, str], slots: list[Slot]
+        self, samples: dict[int, TokenSample], failed: dict[int, str], slots: list[Slot]
     ) -> None:
         """Move the slots one token on."""
         for slot in slots:
@@ -194,7 +195,7 @@ def _unsound(pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.T
     return {span.seq_id for (span, _), good in zip(spans, finite, strict=True) if not good}
 
 
-def _follows(slot: Slot, sample: sampler.TokenSample | None) -> bool:
+def _follows(slot: Slot, sample: TokenSample | None) -> bool:
     """Move a slot's grammar one token on; False when it cannot follow, and then nor can the sequence."""
     grammar = slot.grammar
     if grammar is None or sample is None:

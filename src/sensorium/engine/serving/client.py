@@ -181,7 +181,8 @@ class EngineClient:
         if not self._alive:
             raise dead_error(self._start_seconds)
         number = next(self._numbers)
-        future = self._stats[number] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
+        self._stats[number] = future
         self._send(wire.AskStats(number))
         try:
             return await future

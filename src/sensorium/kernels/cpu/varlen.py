@@ -241,7 +241,8 @@ def build_pack(element: Any) -> Callable[[Any], None]:
 
 def scratch_bytes(head_dim: int) -> int:
     """Scratch of a thread: queries, weights, scores, sums, tops and totals of 32 rows."""
-    depth, columns = _up(head_dim, DEPTH), _up(head_dim, TILE)
+    depth: int = _up(head_dim, DEPTH)
+    columns: int = _up(head_dim, TILE)
     halves = depth + WEIGHT_STRIDE
     return BLOCK * (2 * halves + 4 * (SCORE_STRIDE + columns + 2))
 

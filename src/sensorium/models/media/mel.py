@@ -98,7 +98,8 @@ def mel_filters(config: MelConfig) -> np.ndarray:
     rising = above[:, :-2] / widths[:-1]
     falling = -above[:, 2:] / widths[1:]
     triangles = np.maximum(0.0, np.minimum(rising, falling))
-    return triangles * (2.0 / (edges[2:] - edges[:-2]))
+    filters: np.ndarray = triangles * (2.0 / (edges[2:] - edges[:-2]))
+    return filters
 
 
 @functools.lru_cache(maxsize=8)

@@ -33,7 +33,8 @@ def white_of(image: Image.Image) -> int | None:
             return most
     bits = _number(tags.get(_BITS))
     if bits is not None and 8 <= bits <= 16:
-        return (1 << (bits - (tags.get(_SAMPLE_FORMAT) == (_SIGNED,)))) - 1
+        is_signed: bool = tags.get(_SAMPLE_FORMAT) == (_SIGNED,)
+        return (1 << (bits - is_signed)) - 1
     if image.mode != "I" or image.format in _FORMATS_OF_16_BITS:
         return _SIXTEEN_BITS
     return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, features
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from sensorium.config.notices import warn_caller
 from sensorium.errors import InvalidRequestError, MediaTooLargeError, MediaUndecodableError
@@ -131,7 +131,7 @@ def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray
         raise MediaTooLargeError(
             "The image has more pixels than can be decoded safely; send a smaller one."
         ) from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         if heif.is_heif(data):
             check_threads()
             raise MediaUndecodableError(_DAMAGED if heif.register() else heif.MISSING) from None

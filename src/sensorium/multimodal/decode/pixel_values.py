@@ -21,7 +21,7 @@ WHITE = 255.0
 def is_floating(value: Any) -> bool:
     """Return whether a value is an array or a tensor of floating-point numbers."""
     if isinstance(value, np.ndarray):
-        return value.dtype.kind == "f"
+        return bool(value.dtype.kind == "f")
     return is_tensor(value) and value.is_floating_point()
 
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError
@@ -216,13 +216,17 @@ def _arguments(arguments: object, param: str) -> Mapping[str, Any] | str:
     if arguments is None or arguments == "":
         return {}
     if isinstance(arguments, Mapping):
-        return plain_data(arguments, param)
+        return _plain_mapping(arguments, param)
     text = _text(arguments, param) or ""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return text
-    return plain_data(value, param) if isinstance(value, Mapping) else text
+    return _plain_mapping(value, param) if isinstance(value, Mapping) else text
+
+
+def _plain_mapping(value: Mapping[Any, Any], param: str) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], plain_data(value, param))
 
 
 def plain_data(value: Any, param: str, depth: int = 0) -> Any:

@@ -19,8 +19,9 @@ from typing import Any, cast
 
 import jinja2
 from jinja2 import ext, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.filters import do_format
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_TEMPLATE_CHARS = 1 << 20
@@ -53,7 +54,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum", None)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Bounds().visit(super()._parse(source, name, filename))
+        return cast(nodes.Template, _Bounds().visit(super()._parse(source, name, filename)))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Compute ``left operator right``. Raises SecurityError where the result would be huge."""

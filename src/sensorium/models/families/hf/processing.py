@@ -328,7 +328,8 @@ def probe(modality: Modality, rate: int) -> np.ndarray:
     """A small item to try a processor with."""
     if modality == "audio":
         wave = np.sin(np.arange(int(PROBE_SECONDS * rate), dtype=np.float32) * 0.05)
-        return wave.astype(np.float32) * np.float32(0.5)
+        quiet: np.ndarray = wave.astype(np.float32) * np.float32(0.5)
+        return quiet
     rows, columns = PROBE_IMAGE
     ramp = np.linspace(0, 255, rows * columns * 3).reshape(rows, columns, 3)
     return ramp.astype(np.uint8)

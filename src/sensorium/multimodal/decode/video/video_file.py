@@ -173,7 +173,7 @@ def _opened(
         yield container, stream
 
 
-def _packets(container: av.container.InputContainer, stream: Any) -> Iterator[av.Packet]:
+def _packets(container: av.container.InputContainer, stream: Any) -> Iterator[av.Packet[Any]]:
     """The packets of the stream up to where the file ends or is damaged beyond reading. Raises MemoryError."""
     import av.error
 
@@ -244,7 +244,7 @@ def _index(data: bytes, form: str, limits: Limits) -> _Index:
         return _Index(form, number + 1, [at for _, at in timed], pts, keys, fps)
 
 
-def _is_hidden(packet: av.Packet) -> bool:
+def _is_hidden(packet: av.Packet[Any]) -> bool:
     """Whether a VP8 packet only makes a reference for others (RFC 6386, 9.1: the bit ``show_frame``)."""
     return not bytes(memoryview(packet)[:1])[0] & 0x10
 
@@ -263,12 +263,12 @@ def _comes_in_order(data: bytes, form: str, limits: Limits) -> bool:
 def _rate(pts: Sequence[int], time_base: float, declared: Any) -> float | None:
     """Frames per second on average: what the file declares where that is near what is measured, else the latter."""
     span = (pts[-1] - pts[0]) * time_base
-    declared = _plausible(declared)
+    told = _plausible(declared)
     if len(pts) < 2:
-        return declared
+        return told
     measured = _plausible((len(pts) - 1) / span)
-    if measured is None or (declared is not None and abs(declared / measured - 1) < 0.02):
-        return declared
+    if measured is None or (told is not None and abs(told / measured - 1) < 0.02):
+        return told
     return measured
 
 
@@ -285,7 +285,7 @@ def _damaged() -> MediaUndecodableError:
 # --- decoding --------------------------------------------------------------------------------------------------------
 
 
-def _frames(context: Any, packet: av.Packet | None) -> list[av.VideoFrame]:
+def _frames(context: Any, packet: av.Packet[Any] | None) -> list[av.VideoFrame]:
     """What comes out when a packet goes in (or, for None, what is still inside); nothing for a damaged one.
     Raises MemoryError."""
     import av.error

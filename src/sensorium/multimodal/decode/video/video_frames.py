@@ -127,7 +127,8 @@ def _whole(metadata: Mapping[Any, Any], name: str) -> int | None:
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not is_number or not 1 <= value <= _MOST_FRAMES:
         _bad(f"has {name}={value!r:.80}; it must be a number from 1 to {_MOST_FRAMES}")
-    return round(value)  # qwen-vl-utils computes it as seconds times a rate, and leaves it a float
+    whole: int = round(value)  # qwen-vl-utils computes seconds times a rate, and leaves a float
+    return whole
 
 
 def _bad(what: str) -> NoReturn:
