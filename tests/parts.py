@@ -15,7 +15,10 @@ from sensorium.engine.engine import Engine
 from sensorium.engine.executor import build_parts
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import PreparedPrompt, parse_prompt
+from sensorium.models import loader
+from sensorium.models.registry import resolve
 from sensorium.multimodal.items import Features
+from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.workers.background import BackgroundLoop
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.runner import ModelRunner
@@ -73,6 +76,14 @@ class PatientEngine(Engine):
     def has_work(self) -> bool:
         again, self.was_asked = self.was_asked, True
         return again and super().has_work
+
+
+def processor_of(model: str | Path) -> Processor:
+    """Return the processor of a multimodal checkpoint."""
+    loaded = loader.read_config(str(model))
+    processor = resolve(loaded.config).build_processor(loaded)
+    assert processor is not None
+    return processor
 
 
 def build_llm(model: str | Path, **options: Any) -> Parts:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from sensorium import LLM, SamplingParams
+from sensorium import SamplingParams
 from sensorium.errors import SensoriumError
 from tests.e2e.serving import Server
+from tests.parts import Parts
 
 CHAT = "/v1/chat/completions"
 PLAIN = {"max_tokens": 4, "temperature": 0}
@@ -168,8 +169,9 @@ class Client:
 class Offline:
     """An ``LLM``, asked like a server; exceptions become the answers that a server would give."""
 
-    def __init__(self, llm: LLM) -> None:
-        self.llm = llm
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.llm = parts.llm
         self._good = self.ask(text("What can you do?")).text
 
     def chat(self, messages: list[Any], **fields: Any) -> Answer:

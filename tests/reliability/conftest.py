@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sensorium import LLM
+from tests.parts import build_llm
 from tests.reliability.asking import Offline, Service, flags, image, serving, text
 from tests.reliability.listeners import Host, Internet, host
 from tests.reliability.media import picture, picture_url
@@ -143,8 +143,10 @@ def narrow(shared_narrow_server: Service) -> Iterator[Service]:
 @pytest.fixture(scope="session")
 def shared_offline(folder: Path) -> Iterator[Offline]:
     options = {**LIMITS, "limit_mm_per_prompt": {"image": 4, "video": 2}}
-    with LLM("demo", enable_mm_embeds=True, allowed_local_media_path=str(folder), **options) as llm:
-        yield Offline(llm)
+    with build_llm(
+        "demo", enable_mm_embeds=True, allowed_local_media_path=str(folder), **options
+    ) as parts:
+        yield Offline(parts)
 
 
 @pytest.fixture
@@ -157,8 +159,8 @@ def offline(shared_offline: Offline) -> Iterator[Offline]:
 @pytest.fixture(scope="session")
 def shared_sounds() -> Iterator[Offline]:
     options = {**LIMITS, "limit_mm_per_prompt": {"audio": 2}}
-    with LLM("demo-audio", enable_mm_embeds=True, **options) as llm:
-        yield Offline(llm)
+    with build_llm("demo-audio", enable_mm_embeds=True, **options) as parts:
+        yield Offline(parts)
 
 
 @pytest.fixture

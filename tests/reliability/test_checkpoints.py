@@ -17,6 +17,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.errors import ConfigError
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf, make_hf_text
+from tests.parts import build_llm
 from tests.reliability.media import picture
 
 pytestmark = pytest.mark.slow
@@ -82,10 +83,11 @@ def test_no_code_of_a_checkpoint_is_executed(
     folder, marker = MAKERS[maker](tmp_path / "model"), tmp_path / "marker"
     poison(folder, marker)
     options = {"num_kv_blocks": 60, "block_size": 16, "max_model_len": 512}
-    with LLM(str(folder), trust_remote_code=trust_remote_code, **options) as llm:
+    with build_llm(folder, trust_remote_code=trust_remote_code, **options) as parts:
+        llm, processor = parts.llm, parts.processor
         [output] = llm.generate(["a"], SamplingParams(max_tokens=2, temperature=0), use_tqdm=False)
         assert len(output.outputs[0].token_ids) <= 2
-        if "image" in llm._preparer.modalities and llm._preparer.chat_template_available:
+        if "image" in processor.modalities and processor.chat_template_available:
             content = [{"type": "image_pil", "image_pil": picture()}, {"type": "text", "text": "a"}]
             llm.chat(
                 [{"role": "user", "content": content}], SamplingParams(max_tokens=1), use_tqdm=False

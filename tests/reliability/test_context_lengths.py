@@ -23,6 +23,7 @@ from tests.checkpoints import (
     make_text,
 )
 from tests.models.plain_phi3_v import PlainPhi3V
+from tests.parts import build_llm
 
 BORDER = 24
 LONGROPE = {
@@ -232,12 +233,12 @@ def test_a_scaling_lengthens_the_context(tmp_path: Path, name: str, how: str) ->
         options["hf_overrides"] = {"rope_scaling": SCALINGS[name]}
     folder = make_text("qwen2", tmp_path, layout="t5" if how == "newer file" else "hub", **sizes)
     prompts = [ids(230, seed) for seed in (1, 2)] + [ids(9)]
-    with LLM(str(folder), num_kv_blocks=100, block_size=16, **options) as llm:
-        assert llm._preparer._facts is not None
-        assert llm._preparer._facts.max_model_len == 4 * DECLARED
+    with build_llm(folder, num_kv_blocks=100, block_size=16, **options) as parts:
+        assert parts.engine.facts.max_model_len == 4 * DECLARED
         # Dynamic scaling is that of the final length: of a prompt and one token here, of the prompt in the reference.
         last = [1 if name == "dynamic" else 3] * 3
-        outputs = llm.generate(raw(prompts), [greedy(num) for num in last], use_tqdm=False)
+        params = [greedy(num) for num in last]
+        outputs = parts.llm.generate(raw(prompts), params, use_tqdm=False)
     found = [out.outputs[0].token_ids[0] for out in outputs]
     assert found == [reference_token(folder, prompt, SCALINGS[name]) for prompt in prompts]
 
@@ -263,9 +264,8 @@ def test_a_sliding_window_ends_the_context_and_the_log_says_so(
     """As Phi-3-mini-4k (2047 of 4096) and Mistral 7B v0.1 (4096 of 32768) are published."""
     sizes = {"sliding_window": window, "max_position_embeddings": 2 * DECLARED}
     folder = make_text(family, tmp_path, original_max_position_embeddings=2 * DECLARED, **sizes)
-    with caplog.at_level("WARNING"), LLM(str(folder), **ROOM) as llm:
-        assert llm._preparer._facts is not None
-        assert llm._preparer._facts.max_model_len == window
+    with caplog.at_level("WARNING"), build_llm(folder, **ROOM) as parts:
+        assert parts.engine.facts.max_model_len == window
     [line] = [record.getMessage() for record in caplog.records if "window" in record.getMessage()]
     assert line == (
         f"the model attends to a sliding window of {window} tokens, which is not available yet: "
@@ -304,10 +304,9 @@ def test_overrides_reach_a_decoder_within_a_text_config(
     prompts, options = raw(texts), {"dtype": "float32", **ROOM}
 
     def answers(**more: Any) -> list[list[int]]:
-        with LLM(str(folder), **options, **more) as llm:
-            assert llm._preparer._facts is not None
-            assert llm._preparer._facts.max_model_len == 4 * DECLARED
-            outputs = llm.generate(prompts, greedy(6), use_tqdm=False)
+        with build_llm(folder, **options, **more) as parts:
+            assert parts.engine.facts.max_model_len == 4 * DECLARED
+            outputs = parts.llm.generate(prompts, greedy(6), use_tqdm=False)
             return [out.outputs[0].token_ids for out in outputs]
 
     overridden = answers(hf_overrides={"rope_scaling": scaling})

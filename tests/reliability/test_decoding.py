@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from sensorium import LLM
 from tests.multimodal.clips import make_clip
+from tests.parts import build_llm
 from tests.reliability.asking import (
     Answer,
     Client,
@@ -52,14 +52,14 @@ def hasty(hasty_server: Service) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def hasty_offline() -> Iterator[Offline]:
-    with LLM("demo", **HASTY) as llm:
-        yield Offline(llm)
+    with build_llm("demo", **HASTY) as parts:
+        yield Offline(parts)
 
 
 @pytest.fixture(scope="module")
 def narrow_offline() -> Iterator[Offline]:
-    with LLM("demo", **NARROW) as llm:
-        yield Offline(llm)
+    with build_llm("demo", **NARROW) as parts:
+        yield Offline(parts)
 
 
 @pytest.fixture(params=["narrow", "narrow_offline"])

@@ -14,6 +14,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.errors import ConfigError, InvalidEmbeddingsError
 from sensorium.multimodal.decode.image import ImageFeatureData, ImagePixelData
 from tests.checkpoints import make_llava
+from tests.parts import Parts, build_llm, processor_of
 from tests.reliability.media import picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -30,14 +31,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llm(folder: Path) -> Iterator[LLM]:
-    with LLM(str(folder), **ROOM) as llm:
-        yield llm
+def parts(folder: Path) -> Iterator[Parts]:
+    with build_llm(folder, **ROOM) as parts:
+        yield parts
+
+
+@pytest.fixture(scope="module")
+def llm(parts: Parts) -> LLM:
+    return parts.llm
+
+
+def seen(data: Any) -> dict[str, Any]:
+    return {"prompt": "<image> what?", "multi_modal_data": data}
 
 
 def tokens(llm: LLM, data: Any) -> list[int]:
-    prompt = {"prompt": "<image> what?", "multi_modal_data": data}
-    return list(llm.generate([prompt], GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
+    return list(llm.generate([seen(data)], GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
 
 
 def test_pixels_of_the_shape_that_the_argument_names(llm: LLM) -> None:
@@ -49,8 +58,8 @@ def test_pixels_of_the_shape_that_the_argument_names(llm: LLM) -> None:
     assert tokens(llm, ImagePixelData(image)) == expected
 
 
-def test_the_shape_is_checked_against_the_model(folder: Path, llm: LLM) -> None:
-    pixels = llm._preparer._processor.process("image", np.zeros((9, 7, 3), np.uint8), {})
+def test_the_shape_is_checked_against_the_model(folder: Path) -> None:
+    pixels = processor_of(folder).process("image", np.zeros((9, 7, 3), np.uint8), {})
     height, width = pixels.arrays["pixels"].shape[:2]
     with LLM(str(folder), image_input_shape=f"1,3,{height},{width}", **ROOM):
         pass
@@ -59,10 +68,10 @@ def test_the_shape_is_checked_against_the_model(folder: Path, llm: LLM) -> None:
     assert caught.value.param == "image_input_shape"
 
 
-def test_features_are_what_the_projector_makes(llm: LLM) -> None:
-    processor = llm._preparer._processor
-    hidden = llm._engine._runner.model.shape.hidden_size
-    embeds = torch.randn(1, processor.num_embeds, hidden)
+def test_features_are_what_the_projector_makes(llm: LLM, parts: Parts) -> None:
+    hidden = parts.runner.model.shape.hidden_size
+    [output] = llm.generate([seen({"image": picture()})], GREEDY, use_tqdm=False)
+    embeds = torch.randn(1, output.num_item_tokens["image"], hidden)
     assert tokens(llm, ImageFeatureData(embeds)) == tokens(llm, {"image": embeds})
     assert "not the features of its tower" in " ".join(str(ImageFeatureData.__doc__).split())
     with pytest.raises(InvalidEmbeddingsError, match=f"hidden size {hidden}"):

@@ -46,8 +46,7 @@ def identity_of_part(model: Offline, part: dict[str, Any], **media: Any) -> byte
 
 
 def _digest(model: Offline, prompt: RawPrompt | ChatPrompt) -> bytes:
-    llm = model.llm
-    prepared = llm._loop.submit(llm._preparer.prepare(prompt)).result()
+    prepared = model.parts.run(model.parts.processor.prepare(prompt))
     (span,) = prepared.spans
     return span.digest
 

@@ -16,6 +16,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.errors import InvalidRequestError, UnsupportedModalityError
 from sensorium.text.tokenizer import Tokenizer
 from tests import checkpoints
+from tests.parts import build_llm
 from tests.reliability.media import picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -81,19 +82,20 @@ def test_embeddings_alone_need_no_tower(tmp_path: Path) -> None:
     """A limit of 0 switches the encoder off; embeddings pass, several of them, in ``generate`` and in ``chat``."""
     checkpoints.make_llava(tmp_path)
     off = {"limit_mm_per_prompt": {"image": 0}, "enable_mm_embeds": True, **ROOM}
-    with LLM(str(tmp_path), enable_mm_embeds=True, **ROOM) as whole:
-        embeds = torch.randn(
-            2, whole._preparer._processor.num_embeds, whole._engine._runner.model.shape.hidden_size
-        )
+    raw = {"prompt": "<image>", "multi_modal_data": {"image": picture()}}
+    with build_llm(tmp_path, enable_mm_embeds=True, **ROOM) as whole:
+        (seen,) = whole.llm.generate([raw], GREEDY, use_tqdm=False)
+        size = seen.num_item_tokens["image"], whole.runner.model.shape.hidden_size
+        embeds = torch.randn(2, *size)
         prompt = {"prompt": "<image> and <image>", "multi_modal_data": {"image": embeds}}
-        (expected,) = whole.generate([prompt], GREEDY, use_tqdm=False)
-    with LLM(str(tmp_path), **off) as llm:
-        assert not llm._engine._runner.model.has_encoder
+        (expected,) = whole.llm.generate([prompt], GREEDY, use_tqdm=False)
+    with build_llm(tmp_path, **off) as parts:
+        llm = parts.llm
+        assert not parts.runner.model.has_encoder
         (found,) = llm.generate([prompt], GREEDY, use_tqdm=False)
         assert found.outputs[0].token_ids == expected.outputs[0].token_ids
         part = {"type": "image_embeds", "image_embeds": embeds[0]}
         assert llm.chat([{"role": "user", "content": [part]}], GREEDY, use_tqdm=False)
-        raw = {"prompt": "<image>", "multi_modal_data": {"image": picture()}}
         with pytest.raises(UnsupportedModalityError, match="switched off here by limit_mm"):
             llm.generate([raw], GREEDY)
     with (

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sensorium import LLM
 from sensorium.assets.image import ImageAsset
 from sensorium.assets.video import VideoAsset
+from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.models import loader
 from sensorium.models.families.qwen2_vl.sizes import PixelRange
@@ -19,6 +19,7 @@ from sensorium.models.registry import resolve
 from sensorium.multimodal.parse.part_options import apart
 from sensorium.text.chat.chat_template import parse_messages
 from tests.checkpoints import make_llava, make_qwen2_5_vl, make_qwen3_vl
+from tests.parts import Parts, build_llm
 from tests.reliability.asking import Offline, Service, image, text
 from tests.reliability.media import picture, picture_url
 from tests.vision_info import qwen_vl_utils
@@ -29,27 +30,26 @@ CLIP = str(VideoAsset("baby_reading").path)
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    with LLM(str(make_qwen2_5_vl(tmp_path_factory.mktemp("qwen2_5_vl"))), **ROOM) as llm:
-        yield llm
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Parts]:
+    with build_llm(make_qwen2_5_vl(tmp_path_factory.mktemp("qwen2_5_vl")), **ROOM) as parts:
+        yield parts
 
 
-def features(llm: LLM, *parts: dict[str, Any]) -> list[Any]:
+def features(model: Parts, *parts: dict[str, Any]) -> list[Any]:
     """What is made of the items of a message."""
-    refs = parse_messages([{"role": "user", "content": list(parts)}]).refs
-    pipeline = llm._preparer._pipeline
-    assert pipeline is not None
-    return [item.features for item in llm._loop.submit(pipeline.load(refs)).result()]
+    messages = parse_messages([{"role": "user", "content": list(parts)}])
+    prepared = model.run(model.processor.prepare(ChatPrompt(conversation=messages)))
+    return [item.features for item in prepared.items]
 
 
-def sizes(llm: LLM, *parts: dict[str, Any]) -> list[tuple[int, int]]:
+def sizes(model: Parts, *parts: dict[str, Any]) -> list[tuple[int, int]]:
     """Height and width of each image or frame as the model sees it."""
-    found = [made.arrays["pixels"].shape for made in features(llm, *parts)]
+    found = [made.arrays["pixels"].shape for made in features(model, *parts)]
     return [(int(shape[-3]), int(shape[-2])) for shape in found]
 
 
-def num_frames(llm: LLM, part: dict[str, Any]) -> int:
-    (found,) = features(llm, part)
+def num_frames(model: Parts, part: dict[str, Any]) -> int:
+    (found,) = features(model, part)
     return int(found.arrays["pixels"].shape[0])
 
 
@@ -70,7 +70,7 @@ OF_IMAGES = [
 
 
 @pytest.mark.parametrize("options", OF_IMAGES)
-def test_sizes_of_images_equal_those_of_the_utilities(qwen: LLM, options: dict[str, int]) -> None:
+def test_sizes_of_images_equal_those_of_the_utilities(qwen: Parts, options: dict[str, int]) -> None:
     source = ImageAsset("cherry_blossom").pil_image.convert("RGB").resize((300, 200))
     part = {"type": "image", "image": source, **options}
     ((expected,), _) = qwen_vl_utils().process_vision_info([{"role": "user", "content": [part]}])
@@ -91,7 +91,7 @@ OF_VIDEOS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OF_VIDEOS)
 def test_frames_and_sizes_of_videos_equal_those_of_the_utilities(
-    qwen: LLM, options: dict[str, Any]
+    qwen: Parts, options: dict[str, Any]
 ) -> None:
     content = [{"type": "video", "video": CLIP, **options}]
     _, ((expected),) = qwen_vl_utils().process_vision_info([{"role": "user", "content": content}])
@@ -120,19 +120,15 @@ def test_pixels_of_a_frame_are_a_frames_for_every_family(tmp_path: Any) -> None:
         assert published.target(8, height, width, own) == tuple(expected.shape[2:])
 
 
-def test_a_rate_for_each_video(qwen: LLM) -> None:
+def test_a_rate_for_each_video(qwen: Parts) -> None:
     """``fps`` of the utilities' ``video_kwargs`` is a list, one rate per video."""
-    from sensorium.engine.prompts.types import MediaOptions
-
     frames = VideoAsset("baby_reading", num_frames=4).np_ndarrays[:, :56, :56]
     prompt = {
         "prompt": "<|vision_start|><|video_pad|><|vision_end|>" * 2,
         "multi_modal_data": {"video": [frames, frames]},
         "mm_processor_kwargs": {"fps": [2.0, 4.0], "do_sample_frames": False},
     }
-    parsed = qwen._parse_prompt(prompt)
-    assert isinstance(parsed.media, MediaOptions)
-    prepared = qwen._loop.submit(qwen._preparer.prepare(parsed)).result()
+    prepared = qwen.prepare(prompt)
     assert [i.features.meta["second_per_grid"] for i in prepared.items] == [1.0, 0.5]
 
 
@@ -204,7 +200,7 @@ def test_wrong_values_are_refused_at_their_part(
         ({"resized_height": 280}, "Unknown key 'resized_height'"),
     ],
 )
-def test_wrong_options_of_videos(qwen: LLM, options: dict[str, Any], words: str) -> None:
+def test_wrong_options_of_videos(qwen: Parts, options: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidRequestError, match=words) as caught:
         features(qwen, clip(**options))
     assert str(caught.value.param).startswith("messages[0].content[0]")
@@ -212,7 +208,7 @@ def test_wrong_options_of_videos(qwen: LLM, options: dict[str, Any], words: str)
 
 def test_a_model_without_such_sizes_says_so(tmp_path: Any) -> None:
     make_llava(tmp_path)
-    with LLM(str(tmp_path), **ROOM) as llm, pytest.raises(RequestError) as caught:
-        features(llm, shown(picture(), max_pixels=3136))
+    with build_llm(tmp_path, **ROOM) as parts, pytest.raises(RequestError) as caught:
+        features(parts, shown(picture(), max_pixels=3136))
     assert "has no option 'max_pixels'" in caught.value.message
     assert caught.value.param == "messages[0].content[0].image_pil"

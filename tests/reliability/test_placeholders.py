@@ -15,6 +15,7 @@ from sensorium import LLM, SamplingParams
 from sensorium.errors import InvalidEmbeddingsError, InvalidRequestError, PlaceholderMismatchError
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf
+from tests.parts import build_llm
 from tests.reliability.media import picture
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
@@ -116,9 +117,12 @@ def test_sounds_and_videos_likewise(tmp_path: Path) -> None:
 
 def test_two_images_in_one_part_of_embeddings(tmp_path: Path) -> None:
     checkpoints.make_llava(tmp_path)
-    with LLM(str(tmp_path), **ROOM) as llm:
-        num = llm._preparer._processor.num_embeds  # type: ignore[union-attr]
-        two = torch.zeros(2, num, llm._engine._runner.model.shape.hidden_size)
+    with build_llm(tmp_path, **ROOM) as parts:
+        llm = parts.llm
+        prompt = {"prompt": "<image>", "multi_modal_data": {"image": picture()}}
+        [output] = llm.generate([prompt], GREEDY, use_tqdm=False)
+        size = output.num_item_tokens["image"], parts.runner.model.shape.hidden_size
+        two = torch.zeros(2, *size)
         for value in (two, {"image_embeds": two}, {"image_embeds": list(two)}):
             content = [
                 {"type": "image_embeds", "image_embeds": value},

@@ -172,7 +172,7 @@ def test_special_tokens_in_raw_prompts_act_and_harm_no_other(served: Service) ->
 def test_long_conversations_are_refused_by_their_beginning(
     offline: Offline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preparer = offline.llm._preparer
+    preparer = offline.parts.processor
     longest = 0
     encode = Tokenizer.encode
 
@@ -221,7 +221,7 @@ def test_long_prompts_leave_the_event_loop(
         ),
         "many messages": ChatPrompt(conversation=parse_messages(one * 500)),
     }
-    preparer, seen = offline.llm._preparer, list[bool]()
+    preparer, seen = offline.parts.processor, list[bool]()
     render = preparer.render
 
     def noted(wanted: Prompt) -> Any:

@@ -19,6 +19,8 @@ from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import InvalidRequestError
+from sensorium.models import loader
+from sensorium.models.registry import resolve
 from sensorium.text.chat.chat_template import RenderedPrompt, parse_messages
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf, make_hf_text
@@ -117,7 +119,12 @@ class Kitchen:
     def __init__(self, name: str, folder: Path) -> None:
         family = FAMILIES[name]
         folder.mkdir(parents=True, exist_ok=True)
-        config = engine_config(model=str(family.make(folder)), **family.options)
+        model = family.make(folder)
+        loaded = loader.read_config(str(model))
+        code = resolve(loaded.config)
+        self._media = code.build_processor(loaded)
+        self._vocab_size = code.shape(loaded).vocab_size
+        config = engine_config(model=str(model), **family.options)
         self.preparer = InputProcessor(config, trust_request_chat_template=True)
         self.preparer.set_facts(EngineFacts(1 << 16, 100, 16, 2048, "cpu", "float32", 1, 0.0))
         tokenizer = self.preparer.tokenizer
@@ -130,7 +137,7 @@ class Kitchen:
         known = dict.fromkeys(self.preparer.tokenizer.control.spellings)
         for number in (1, 2, 3):
             for modality in self.preparer.modalities:
-                known[self.preparer._placeholder_text(modality, number)] = None
+                known[self._media.placeholder_text(modality, number)] = None  # type: ignore[union-attr]
         known |= dict.fromkeys(typed)
         # Tokens of nothing but white space, as some vocabularies have them, mean nothing beyond it.
         found = dict.fromkeys(spelling for spelling in known if spelling.strip())
@@ -147,8 +154,7 @@ class Kitchen:
 
     def acting(self, rendered: RenderedPrompt) -> tuple[list[int], int]:
         """The control tokens of a prompt in order, and how many placeholders of more than one token it has."""
-        vocabulary = self.preparer._vocab_size
-        own = [i for i in rendered.token_ids if i in self.control or i >= vocabulary]
+        own = [i for i in rendered.token_ids if i in self.control or i >= self._vocab_size]
         return own, len(rendered.numbered)
 
 

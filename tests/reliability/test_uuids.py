@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from sensorium import LLM, SamplingParams
+from sensorium import SamplingParams
+from tests.parts import build_llm
 from tests.reliability.asking import (
     PLAIN,
     Answer,
@@ -304,20 +305,21 @@ def test_what_was_admitted_stays_until_it_is_used() -> None:
         }
 
     options: dict[str, Any] = {"num_kv_blocks": 60, "block_size": 16, "max_num_seqs": 4}
-    with LLM("demo", **options) as llm:
-        expected = [Offline(llm).generate(prompt(*one)).text for one in named_pictures]
+    with build_llm("demo", **options) as parts:
+        expected = [Offline(parts).generate(prompt(*one)).text for one in named_pictures]
     params = SamplingParams(**PLAIN)
     for first in (0, 3):
         order = named_pictures[first:] + named_pictures[:first]
-        with LLM("demo", **options, mm_processor_cache_gb=ONE_PICTURE) as llm:
+        with build_llm("demo", **options, mm_processor_cache_gb=ONE_PICTURE) as parts:
+            llm = parts.llm
             # Loaded, but not encoded: no other cache has it.
-            identity(Offline(llm), of("image", order[0][1], order[0][0]))
+            identity(Offline(parts), of("image", order[0][1], order[0][0]))
             batch = [prompt(*one) for one in order]
             batch[0] = prompt(order[0][0], None)
             outputs = llm.generate(batch, params, use_tqdm=False)
             texts = expected[first:] + expected[:first]
             assert [output.outputs[0].text for output in outputs] == texts
-            evicted = Offline(llm).generate(batch[0])
+            evicted = Offline(parts).generate(batch[0])
             evicted.is_refusal(404, "media_not_cached", "prompt.multi_modal_data.image")
 
 
@@ -350,10 +352,10 @@ def test_evictions_under_load_are_misses_or_nothing(tight: Service) -> None:
 def test_ids_are_ignored_without_caches_offline(caplog: pytest.LogCaptureFixture) -> None:
     """With both caches off an id changes nothing, which is said once; data cannot be left out then."""
     with (
-        LLM("demo", enable_prefix_caching=False, **NO_CACHES) as llm,
+        build_llm("demo", enable_prefix_caching=False, **NO_CACHES) as parts,
         caplog.at_level(logging.WARNING),
     ):
-        off = Offline(llm)
+        off = Offline(parts)
         one, other = PARTS["image"]
         plain = [ask(off, each).text for each in (one, other)]
         for _ in range(2):
