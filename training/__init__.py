@@ -1,1 +1,1 @@
-"""Training of the demo model: picture generator, tokenizer, model, training and evaluation."""
+"""Training of the demo model: image generator, tokenizer, model, training and evaluation."""

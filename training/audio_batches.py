@@ -48,7 +48,7 @@ def mel_filters() -> Tensor:
 
 
 def log_mel(samples: Any) -> Tensor:
-    """Whisper's features of float32 samples at 16 kHz: [80, F] with a frame per 160 samples begun."""
+    """Whisper's features [80, F] of float32 samples at 16 kHz, a frame per 160 samples."""
     sound = torch.as_tensor(samples, dtype=torch.float32)
     sound = torch.nn.functional.pad(sound, (0, -len(sound) % HOP))
     window = torch.hann_window(WINDOW)
@@ -69,7 +69,7 @@ class AudioEncoder(TextEncoder):
 
 @dataclass
 class AudioDialogue:
-    """One sequence in the making; ``segment`` 0 is heard by all later segments."""
+    """One sequence under construction; ``segment`` 0 is heard by all later segments."""
 
     encode: AudioEncoder
     tokens: int
@@ -90,7 +90,7 @@ class AudioDialogue:
         self.next_pos += 1
 
     def text(self, text: str, segment: int, answer: bool = False) -> None:
-        """Append ``text``; with ``answer`` the model has to foretell each of its tokens."""
+        """Append ``text``; with ``answer`` the model has to predict each of its tokens."""
         for token in self.encode(text):
             if answer:
                 self.labels[-1] = token
@@ -102,7 +102,7 @@ class AudioDialogue:
             self._append(self.encode.audio, segment, index)
 
     def cut(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens."""
+        """Drop everything after the first ``length`` tokens."""
         for row in (self.ids, self.positions, self.segments, self.audio_index, self.labels):
             del row[length:]
 
@@ -150,7 +150,7 @@ def layout(
 
 
 def event_labels(sound: Sound, positions: int) -> tuple[Any, Any]:
-    """What sounds at each position of the encoder, and how many events have begun: [E] each."""
+    """Events at each position of the encoder, and the number of events begun: [E] each."""
     sounding = np.zeros(positions, np.int64)
     begun = np.zeros(positions, np.int64)
     middle = (np.arange(positions) * 2 + 0.5) * HOP
@@ -187,7 +187,9 @@ def make_sounds(
     return batches
 
 
-def _batch(rng: Random, encode: AudioEncoder, sounds: list[Sound], way: str | None) -> dict[str, Any]:  # fmt: skip
+def _batch(
+    rng: Random, encode: AudioEncoder, sounds: list[Sound], way: str | None
+) -> dict[str, Any]:
     features = [log_mel(sound.samples) for sound in sounds]
     lengths = torch.tensor([row.shape[1] for row in features])
     frames = -(-int(lengths.max()) // FRAMES_PER_TOKEN) * FRAMES_PER_TOKEN

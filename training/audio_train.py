@@ -67,7 +67,7 @@ class AudioSupply:
 class AudioLearner(nn.Module):
     """The model with heads that are only used while training.
 
-    ``events`` and ``begun`` foretell at each position of the encoder what sounds there and how many
+    ``events`` and ``begun`` predict at each position of the encoder what sounds there and how many
     events have begun so far; ``counted`` the latter from the last text layer but one, at each audio
     token.
     """

@@ -1,8 +1,8 @@
-"""From pictures to arrays: several questions about one picture share one sequence.
+"""From images to arrays: several questions about one image share one sequence.
 
-Three layouts, as users write: the picture first and several questions that see the picture but not
+Three layouts, as users write: the image first and several questions that see the image but not
 each other (most samples: each question then costs few tokens and looks exactly like a prompt of
-its own); the question first and then the picture; a talk of several turns.
+its own); the question first and then the image; a talk of several turns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_NOISY_LENGTH = 448
 IGNORED = -100
 PREFIX = 0
 NO_POINTS = (IGNORED,) * 4
-#: Most things in a picture; no question counts more.
+#: Most things in an image; no question counts more.
 MOST_THINGS = 6
 NOTHING_ASKED = (IGNORED,) * MOST_THINGS
 NO_MATCH = -1
@@ -42,7 +42,7 @@ SYSTEMS = (
     "You are a helpful assistant. Answer briefly.",
     "Be brief.",
 )
-#: Layout -> share; front ends mostly put the picture behind the text.
+#: Layout -> share; front ends mostly put the image behind the text.
 WAYS = {"packed": 0.7, "question_first": 0.18, "talk": 0.12}
 NOISY_WAYS = {"packed": 0.3, "question_first": 0.55, "talk": 0.15}
 GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -71,7 +71,7 @@ class TextEncoder:
 
 
 class Encoder(TextEncoder):
-    """The encoder of the model for pictures and clips."""
+    """The encoder of the model for images and videos."""
 
     def __init__(self) -> None:
         super().__init__(build_tokenizer())
@@ -82,9 +82,9 @@ class Encoder(TextEncoder):
 
 @dataclass
 class Dialogue:
-    """One sequence in the making; ``segment`` 0 is seen by all later segments.
+    """One sequence under construction; ``segment`` 0 is seen by all later segments.
 
-    ``pairs`` is 0 for a picture, and the number of pairs of frames of a clip.
+    ``pairs`` is 0 for an image, and the number of pairs of frames of a video.
     """
 
     encode: Encoder
@@ -101,7 +101,7 @@ class Dialogue:
     next_pos: int = 0
 
     def text(self, text: str, segment: int, answer: bool = False) -> None:
-        """Append ``text``; with ``answer`` the model has to foretell each of its tokens."""
+        """Append ``text``; with ``answer`` the model has to predict each of its tokens."""
         for token in self.encode(text):
             if answer:
                 self.labels[-1] = token
@@ -115,7 +115,7 @@ class Dialogue:
             self.next_pos += 1
 
     def picture(self, segment: int) -> None:
-        """Append the picture or the clip between its two marks."""
+        """Append the image or the video between its two marks."""
         self.text("<|vision_start|>", segment)
         rows, columns = self.grid
         for cell in range(max(1, self.pairs) * rows * columns):
@@ -134,7 +134,7 @@ class Dialogue:
         self.text("<|vision_end|>", segment)
 
     def cut(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens."""
+        """Drop everything after the first ``length`` tokens."""
         for row in (
             self.ids, self.positions, self.segments, self.image_index, self.labels, self.points,
             self.matches,
@@ -166,10 +166,10 @@ def layout(
     pairs: int = 0,
     noise: Noise | None = None,
 ) -> Dialogue:
-    """Put ``turns`` about a picture into one sequence of at most ``MAX_LENGTH`` tokens.
+    """Put ``turns`` about an image into one sequence of at most ``MAX_LENGTH`` tokens.
 
     ``way`` is ``packed``, ``question_first`` or ``talk``; by default it is drawn. ``pairs``: of
-    frames, for a clip. With ``noise`` at most ``MAX_NOISY_LENGTH`` tokens: what it has before a
+    frames, for a video. With ``noise`` at most ``MAX_NOISY_LENGTH`` tokens: what it has before a
     question stands once, what it has behind one is repeated.
     """
     way = way or rng.choices(tuple(WAYS), tuple(WAYS.values()))[0]
@@ -212,7 +212,7 @@ def layout(
 
 
 def patch_labels(regions: Sequence[Region], size: tuple[int, int], grid: tuple[int, int]) -> Any:
-    """What lies at each patch of a picture of ``size``: [4, P], 0 for nothing, merged order.
+    """Return the labels of each patch of an image of ``size``: [4, P], 0 for nothing, merged order.
 
     Shape, colour and glyph; in the fourth row shape or glyph only where its middle lies.
     """
@@ -251,7 +251,7 @@ def make_batch(
     way: str | None = None,
     noisy: float = 0.0,
 ) -> dict[str, Any]:
-    """A batch of ``size`` pictures of one grid, as arrays; the seed decides everything.
+    """A batch of ``size`` images of one grid, as arrays; the seed decides everything.
 
     A batch has noise of front ends with the probability ``noisy``.
 
@@ -282,7 +282,7 @@ def make_batch(
 def draw_noises(seed: int, size: int, noisy: float) -> list[Noise | None]:
     """Noise for each sequence of a batch, or None for all; batches without pad to less.
 
-    The draw has a generator of its own, so that a seed means the same pictures with and without.
+    The draw has a generator of its own, so that a seed means the same images with and without.
     """
     rng = Random(f"noise {seed}")
     if rng.random() >= noisy:

@@ -1,4 +1,4 @@
-"""From clips to arrays, in the layouts of ``training.batches``."""
+"""From videos to arrays, in the layouts of ``training.batches``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def choose_clip_size(rng: Random, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def clip_labels(clip: Clip, grid: tuple[int, int]) -> Any:
-    """What lies at each patch of each pair of frames: [T, 4, P], as ``patch_labels``.
+    """Labels of each patch of each pair of frames: [T, 4, P], as ``patch_labels``.
 
     A thing that moves is where it is in the first frame of the pair.
     """
@@ -38,12 +38,12 @@ def clip_labels(clip: Clip, grid: tuple[int, int]) -> Any:
 def make_clips(
     encode: Encoder, seed: int, size: int, way: str | None = None, noisy: float = 0.0
 ) -> dict[str, Any]:
-    """A batch of ``size`` clips of one grid and one number of frames, as arrays.
+    """A batch of ``size`` videos of one grid and one number of frames, as arrays.
 
     A batch has noise of front ends with the probability ``noisy``.
 
     Returns:
-        What ``make_batch`` does, but pixels [B, F, height, width, 3] uint8 and patches [B, T, 4, P],
+        As ``make_batch``, but pixels [B, F, height, width, 3] uint8 and patches [B, T, 4, P],
         with T pairs of frames; image tokens are counted through all pairs.
     """
     rng = Random(seed)

@@ -1,4 +1,4 @@
-"""The many ways in which questions about clips are put."""
+"""The many ways in which questions about videos are put."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ CLIP_QUESTIONS: dict[str, tuple[str, ...]] = {
         "Does anything move?", "Is there any motion?", "Does something move in the video?",
         "Is anything moving?",
     ),
-    "moving_colour": ("What color is the moving object?", "Which color does the moving shape have?"),
+    "moving_colour": (
+        "What color is the moving object?",
+        "Which color does the moving shape have?",
+    ),
     "moving_shape": ("What shape is the moving object?", "Which shape is moving?"),
     "happens": (
         "What happens?", "What happens in the video?", "Describe the video.",
@@ -51,7 +54,10 @@ CLIP_QUESTIONS: dict[str, tuple[str, ...]] = {
         "Does {x} grow or shrink?", "Is {x} growing or shrinking?",
         "Does {x} get bigger or smaller?",
     ),
-    "end_count": ("How many objects are there at the end?", "How many shapes are there at the end?"),
+    "end_count": (
+        "How many objects are there at the end?",
+        "How many shapes are there at the end?",
+    ),
     "start_count": (
         "How many objects are there at the start?", "How many shapes are there at first?",
     ),
@@ -64,7 +70,7 @@ CLIP_ANSWERS = ("moves turns from to appears disappears grows shrinks left right
 
 
 def ask_clip(rng: Random, key: str, x: str = "") -> str:
-    """One phrasing of the question ``key`` about a clip."""
+    """One phrasing of the question ``key`` about a video."""
     text = rng.choice(CLIP_QUESTIONS[key]).format(x=x)
     if rng.random() < 0.3:
         text = text.replace("color", "colour")

@@ -1,4 +1,4 @@
-"""The clip generator: from a seed to a few frames in which one thing happens, with questions."""
+"""The video generator: from a seed to a few frames in which one thing happens, with questions."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def draw_clip(
     size: tuple[int, int] | None = None,
     frames: int | None = None,
 ) -> Clip:
-    """Draw one clip.
+    """Draw one video.
 
     Args:
         seed: any integer; it decides everything that the other arguments leave open.
         event: one of ``EVENTS``; by default drawn by their shares.
         size: (width, height) in pixels; by default one cell of 28 pixels per image token.
-        frames: how many frames; by default drawn from ``NUM_FRAMES``.
+        frames: number of frames; by default drawn from ``NUM_FRAMES``.
 
     Raises:
         ValueError: ``event`` is unknown.
@@ -105,7 +105,7 @@ def _draw_frame(image: Image.Image, colours: dict[str, Colour], scene: list[Acto
 
 
 def _apart(scene: list[Actor]) -> bool:
-    """Whether no two things of a frame touch."""
+    """True if no two things of a frame touch."""
     seen = [a for a in scene if a.r]
     return all(
         math.hypot(a.x - b.x, a.y - b.y) > (a.r + b.r) * 1.08 + 1
@@ -134,12 +134,16 @@ def _refer(rng: Random, actor: Actor) -> str:
 
 def _track(actors: list[Actor], size: tuple[int, int]) -> tuple[tuple[int, float, float], ...]:
     """Where a thing is in each pair of frames: (pair, x, y), in shares of width and height."""
-    pairs = [actors[i : i + 2] for i in range(0, len(actors), 2)]
-    return tuple(
-        (i, sum(a.x for a in pair) / len(pair) / size[0], sum(a.y for a in pair) / len(pair) / size[1])
-        for i, pair in enumerate(pairs)
-        if any(a.r for a in pair)
-    )  # fmt: skip
+    width, height = size
+    found = []
+    for number, start in enumerate(range(0, len(actors), 2)):
+        pair = actors[start : start + 2]
+        if any(actor.r for actor in pair):
+            x, y = (
+                sum(place) / len(pair) for place in zip(*((a.x, a.y) for a in pair), strict=True)
+            )
+            found.append((number, x / width, y / height))
+    return tuple(found)
 
 
 def _marked(turns: list[Turn], actors: list[Actor], size: tuple[int, int]) -> list[Turn]:
@@ -210,7 +214,9 @@ def _turns(rng: Random, size: tuple[int, int], frames: int, colours: list[str]) 
     return [[place, *cast[1:]] for place in path], turns
 
 
-def _comes(rng: Random, size: tuple[int, int], frames: int, colours: list[str], goes: bool) -> Scene:  # fmt: skip
+def _comes(
+    rng: Random, size: tuple[int, int], frames: int, colours: list[str], goes: bool
+) -> Scene:
     cast = _cast(rng, size, colours, rng.choices((1, 2, 3), (3, 4, 3))[0])
     hero, key = cast[0], "disappears" if goes else "appears"
     when = rng.randint(2, frames - 2)
@@ -274,7 +280,7 @@ def _still(rng: Random, size: tuple[int, int], frames: int, colours: list[str]) 
 
 
 def _ask_motionless(rng: Random) -> list[Turn]:
-    """Now and then, ask whether something moves where nothing does."""
+    """Ask, sometimes, if something moves where nothing does."""
     options = [
         Turn("motion", ask_clip(rng, "anything_moves"), "no"),
         Turn("motion_what", ask_clip(rng, "what_moves"), ABSENT),
@@ -283,7 +289,7 @@ def _ask_motionless(rng: Random) -> list[Turn]:
 
 
 def _ask_still(rng: Random, cast: list[Actor]) -> list[Turn]:
-    """What could be asked about a picture too: how many things, which shape and colour."""
+    """Ask what could be asked about an image, too: number of things, shapes and colours."""
     actor = rng.choice(cast)
     shaped = f"the {actor.colour} {rng.choice(('object', 'shape'))}"
     options = [

@@ -1,9 +1,9 @@
-"""Measure the demo models: held-out pictures, clips and sounds, one question at a time, exact answers.
+"""Measure the demo models on held-out images, videos and sounds by exact answers.
 
-    python -m training.evaluate --engine reference    # pictures, through transformers
-    python -m training.evaluate                       # pictures and clips, through this project
+    python -m training.evaluate --engine reference    # images, through transformers
+    python -m training.evaluate                       # images and videos, through this project
     python -m training.evaluate --speech SPEECH.npz   # the model for sounds
-    python -m training.evaluate --front-ends          # pictures, with what front ends add
+    python -m training.evaluate --front-ends          # images, with what front ends add
 
 prints a table of the share of right answers per kind of question, and with ``--card FILE`` puts it
 between the marks in the model card.
@@ -37,7 +37,7 @@ BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 BEGIN_FRONT_ENDS, END_FRONT_ENDS = "<!-- front ends -->", "<!-- end of front ends -->"
 HEADS = ("about", "question")
 LOOK, READ = ("shape", "colour", "count", "position"), ("word", "number", "spelling")
-#: Sets of pictures as (name, generator's scene, size in pixels or None for trained sizes, font
+#: Sets of images as (name, generator's scene, size in pixels or None for trained sizes, font
 #: families, kinds of questions or None for all).
 SETS = (
     ("shapes", "shapes", None, FAMILIES, None),
@@ -47,7 +47,7 @@ SETS = (
     ("text, 640x480", "text", (640, 480), FAMILIES, READ),
     ("text, font never seen", "text", None, HELD_OUT_FAMILIES, READ),
 )
-#: Sets of clips as (name, size in pixels or None for trained sizes).
+#: Sets of videos as (name, size in pixels or None for trained sizes).
 CLIP_SETS = (("clips", None), ("clips, 320x240", (320, 240)))
 #: Sets of sounds as (name, generator's scenes, set of voices).
 SOUND_SETS = (
@@ -60,9 +60,9 @@ SOUND_SETS = (
 
 
 class Question(NamedTuple):
-    """One question to put, and the truth; ``media``: a picture, the frames of a clip, samples.
+    """One question to put, and the truth; ``media``: an image, the frames of a video, samples.
 
-    With ``noise`` it is put as a front end does it: noise around it, and the medium behind the text.
+    With ``noise`` it is put as a front end does it: noise around it, and the medium after the text.
     """
 
     group: str
@@ -77,7 +77,7 @@ Answerer = Callable[[list[Question]], list[str]]
 
 
 def draw_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
-    """About ``count`` questions for each of ``SETS``, and some without a picture."""
+    """About ``count`` questions for each of ``SETS``, and some without an image."""
     questions = []
     for number, (group, scene, size, families, kinds) in enumerate(SETS):
         seed = first + number * 10**9
@@ -126,9 +126,9 @@ def draw_sound_questions(speech: Speech, count: int, first: int = FIRST_SEED) ->
 
 
 def draw_front_end_questions(count: int, first: int = FIRST_SEED) -> list[Question]:
-    """The same ``count`` questions about pictures and clips without noise and in each form of it.
+    """The same ``count`` questions about images and videos without noise and in each form of it.
 
-    ``kind`` says whether ``--noisy`` trains on the form.
+    ``kind`` is yes if ``--noisy`` trains on the form, else no.
     """
     drawn = draw_questions(count // 6, first)[:-40] + draw_clip_questions(count // 6, first)
     drawn = Random(first).sample(drawn, min(count, len(drawn)))
@@ -144,7 +144,7 @@ def draw_front_end_questions(count: int, first: int = FIRST_SEED) -> list[Questi
 
 
 def part_of(media: Any) -> dict[str, Any]:
-    """The part of a chat message that carries a picture, the frames of a clip, or samples."""
+    """The part of a chat message that carries an image, the frames of a video, or samples."""
     if isinstance(media, Image.Image):
         return picture_part(media)
     return clip_part(media) if isinstance(media, list) else sound_part(media)
@@ -216,7 +216,7 @@ def answer_with_sensorium(folder: Path, dtype: str) -> Answerer:
 def count_right(
     questions: list[Question], answers: list[str]
 ) -> dict[tuple[str, str], tuple[int, int]]:
-    """(group, kind) -> (right answers, questions). Right is what equals the truth exactly."""
+    """Map (group, kind) to (right answers, questions); right answers equal the truth exactly."""
     counts: dict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
     for question, answer in zip(questions, answers, strict=True):
         right, asked = counts[question.group, question.kind]

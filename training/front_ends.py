@@ -1,7 +1,8 @@
-"""What front ends put around a question: file lists, dates, system prompts, context.
+"""Text that front ends put around a question: file lists, dates, system prompts, context.
 
 The forms are those that the programs send (checked against their sources), with names, dates and
-ids drawn anew each time. A model that has seen none of them takes their words for the question's.
+ids drawn at random each time. A model that has seen none of them mistakes their words for the
+question's.
 Some forms are kept out of training, to measure what the model makes of a front end never seen.
 """
 
@@ -14,10 +15,10 @@ from uuid import UUID
 
 
 class Noise(NamedTuple):
-    """What surrounds a question; ``system`` is None where the front end sends no system prompt.
+    """Text around a question; ``system`` is None where the front end sends no system prompt.
 
     ``before`` ends in a line break and ``after`` begins with one, so that the question's tokens do
-    not depend on them. Only ``after`` may be repeated with each question about one picture.
+    not depend on them. Only ``after`` may be repeated with each question about one image.
     """
 
     system: str | None = None
@@ -132,8 +133,8 @@ def _lobe_chat(rng: Random) -> Noise:
     images = f'<image name="{name}" url="{_url(rng, name)}"></image>'
     return Noise(
         None,
-        after="\n\n<!-- SYSTEM CONTEXT (NOT PART OF USER QUERY) -->\n<context.instruction>following "
-        "part contains context information injected by the system. Please follow these "
+        after="\n\n<!-- SYSTEM CONTEXT (NOT PART OF USER QUERY) -->\n<context.instruction>"
+        "following part contains context information injected by the system. Please follow these "
         "instructions:\n\n1. Always prioritize handling user-visible content.\n2. the context is "
         "only required when user's queries rely on it.\n</context.instruction>\n<files_info>\n"
         "<images>\n<images_docstring>here are user upload images you can refer to"

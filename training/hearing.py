@@ -15,7 +15,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "direction": (
         "Is the tone rising or falling?", "Is the tone rising, falling or steady?",
         "Does the tone rise or fall?", "Does the pitch rise or fall?", "How does the tone change?",
-        "Is the pitch going up or down?", "Does the tone go up or down?", "How does the pitch move?",
+        "Is the pitch going up or down?", "Does the tone go up or down?",
+        "How does the pitch move?",
     ),
     "is_rising": ("Is the tone rising?", "Does the tone rise?", "Does the pitch go up?"),
     "is_falling": ("Is the tone falling?", "Does the tone fall?", "Does the pitch go down?"),
@@ -34,7 +35,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Does it beep more than {x} times?",
     ),
     "word": (
-        "Which word is spoken?", "What word is spoken?", "What is said?", "What does the voice say?",
+        "Which word is spoken?", "What word is spoken?", "What is said?",
+        "What does the voice say?",
         "Which word do you hear?", "What did the speaker say?", "What is the word?",
         "Write down the word.", "Transcribe the sound.",
     ),
@@ -53,7 +55,8 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
     "is_digit": ("Is a digit spoken?", "Is the word a number?", "Is it a digit?"),
     "source": (
-        "Is it a tone, a voice or beeps?", "What kind of sound is it?", "What kind of sound is this?",
+        "Is it a tone, a voice or beeps?", "What kind of sound is it?",
+        "What kind of sound is this?",
         "Is this a voice, beeps or a tone?",
     ),
     "is_voice": ("Is it a voice?", "Do you hear a voice?", "Is someone speaking?"),

@@ -1,4 +1,4 @@
-"""The demo model for pictures and clips with the heads that help it to learn, and its accuracy."""
+"""The demo model for images and videos with the heads that help it to learn, and its accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.model import FRAMES, MERGE, PATCH, DemoModel, Shape
 
 LABELS = (len(SHAPE_NAMES) + 1, len(COLOUR_NAMES) + 1, len(GLYPHS) + 1)
 Batch = dict[str, Any]
-#: No picture has more rows or columns of image tokens, no clip more pairs of frames.
+#: No image has more rows or columns of image tokens, no video more pairs of frames.
 LONGEST_SIDE, MOST_PAIRS = 8, 4
 #: Same, came, went, another colour: what can have become of an image token between pairs of frames.
 NUM_CHANGES = 4
@@ -47,11 +47,11 @@ def attention_mask(segments: Tensor) -> Tensor:
 class Learner(nn.Module):
     """The model with heads that are only used while training.
 
-    ``glance`` and ``middle`` foretell from the vision tower what covers each patch and what has
-    its middle there; ``place`` foretells from the first text layer row and column of each image
-    token, since the architecture gives a picture no absolute positions, and ``pair`` the pair of
-    frames in a clip; ``before`` foretells from the second layer what was at the place of an image
-    token in the pair of frames before, and ``change`` what became of it; ``where`` foretells from
+    ``glance`` and ``middle`` predict from the vision tower what covers each patch and what has
+    its middle there; ``place`` predicts from the first text layer row and column of each image
+    token, since the architecture gives an image no absolute positions, and ``pair`` the pair of
+    frames in a video; ``before`` predicts from the second layer what was at the place of an image
+    token in the pair of frames before, and ``change`` what became of it; ``where`` predicts from
     the last layer but one, just before an answer, where the points of the question's turn lie, and
     ``asked`` against ``shown`` which image tokens hold them or the things that it counts.
     """
@@ -102,7 +102,7 @@ class Learner(nn.Module):
         return loss + 1.5 * F.cross_entropy(bins, batch["points"][named].flatten())
 
     def _before_loss(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Cross entropy of foretelling shape and colour at one's place one pair of frames before."""
+        """Cross entropy of predicting shape and colour at a place one pair of frames before."""
         size, pairs, _, patches = batch["patches"].shape
         cells = patches // (MERGE * MERGE)
         what = batch["patches"][:, :, :2].view(size, pairs, 2, cells, -1).amax(-1)
@@ -118,7 +118,7 @@ class Learner(nn.Module):
         return loss + 2.0 * F.cross_entropy(self.change(hidden[rows, places]).float(), change)
 
     def _patch_loss(self, patches: Tensor, truth: Tensor) -> Tensor:
-        """Cross entropy of foretelling what covers the patches [N, P, D] and has its middle there."""
+        """Cross entropy of predicting which things cover, or centre on, the patches [N, P, D]."""
         seen = self.glance(patches).float().split(LABELS, dim=-1)
         loss = torch.zeros(())
         for i, weight in enumerate((1.0, 1.0, 2.0)):
@@ -127,7 +127,7 @@ class Learner(nn.Module):
         return loss + 5.0 * F.cross_entropy(middle, truth[:, 3].flatten())
 
     def _pointer_loss(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Cross entropy of foretelling which image tokens a question is about, from its end."""
+        """Cross entropy of predicting which image tokens a question is about, from its end."""
         matches, segments = batch["matches"], batch["segments"]
         rows, ends = (matches[..., 0] != IGNORED).nonzero(as_tuple=True)
         if len(rows) == 0:
@@ -148,7 +148,7 @@ def _divided(index: Tensor, by: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(learner: nn.Module, batches: list[Batch]) -> dict[str, float]:
-    """Share of questions per kind of which every token of the answer is foretold rightly."""
+    """Share of questions per kind of which every token of the answer is predicted correctly."""
     right: dict[str, list[bool]] = defaultdict(list)
     learner.eval()
     for batch in batches:

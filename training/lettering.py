@@ -1,4 +1,4 @@
-"""Pictures with a word or a number, some with a shape beside it, and questions about them."""
+"""Images with a word or a number, some with a shape beside it, and questions about them."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def fit_font(
 def draw_lettering(
     rng: Random, size: tuple[int, int], families: tuple[str, ...] = FAMILIES
 ) -> Picture:
-    """Draw a word or number in a picture of ``size`` = (width, height) and ask about it."""
+    """Draw a word or number in an image of ``size`` = (width, height) and ask about it."""
     width, height = size
     image, behind = draw_background(rng, size)
     draw = ImageDraw.Draw(image)

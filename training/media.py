@@ -1,4 +1,4 @@
-"""Pictures, clips and sounds as parts of chat messages, for measuring through the engine."""
+"""Images, videos and sounds as parts of chat messages, for measuring through the engine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 from training.speech import RATE
 
 Part = dict[str, Any]
-#: Frames per second of encoded clips.
+#: Frames per second of encoded videos.
 FPS = 4
 
 
 def picture_part(picture: Image.Image) -> Part:
-    """A picture as it is."""
+    """An image as it is."""
     return {"type": "image_pil", "image_pil": picture}
 
 

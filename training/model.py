@@ -1,10 +1,10 @@
-"""The Qwen2-VL architecture in plain torch, for training: batches of pictures of one size.
+"""The Qwen2-VL architecture in plain torch, for training: batches of images of one size.
 
 The parameters carry the names of the published checkpoints (``visual.*``, ``model.*``, tied head).
-Equal sizes allow dense attention in the vision tower. A still picture fills both frames of a
+Equal sizes allow dense attention in the vision tower. A still image fills both frames of a
 temporal patch with the same pixels, so that it meets the sum of the weights for both.
 
-Legend of shapes: B pictures, P patches, I image tokens (P / 4), L tokens, D width, H heads,
+Legend of shapes: B images, P patches, I image tokens (P / 4), L tokens, D width, H heads,
 K head dimension.
 """
 
@@ -119,7 +119,7 @@ class Vision(nn.Module):
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised pixels -> tokens [B, I, D], patches [B, P, D].
 
-        Pictures are [B, 3, height, width], pairs of frames [B, 3, 2, height, width].
+        Images are [B, 3, height, width], pairs of frames [B, 3, 2, height, width].
         """
         batch, height, width = pixels.shape[0], *pixels.shape[-2:]
         rows, columns = height // PATCH, width // PATCH
@@ -157,7 +157,7 @@ class TextShape(Protocol):
 
 
 class TextLayer(nn.Module):
-    """One decoder layer; ``bias``: of the projections to queries, keys and values, as Qwen2 has them."""
+    """One decoder layer; ``bias``: of the query, key and value projections, as in Qwen2."""
 
     def __init__(self, shape: TextShape, bias: bool = True, eps: float = 1e-6) -> None:
         super().__init__()
@@ -207,7 +207,10 @@ class Text(nn.Module):
         self.norm = nn.RMSNorm(shape.width, eps=eps)
 
     def embed(self, ids: Tensor, media_index: Tensor, tokens: Tensor) -> Tensor:
-        """[B, L, D] of ids [B, L]; where ``media_index`` [B, L] is not -1, that one of ``tokens`` [B, I, D]."""
+        """Embed ids [B, L] as [B, L, D].
+
+        Where ``media_index`` [B, L] is not -1, that one of ``tokens`` [B, I, D] is used.
+        """
         x = self.embed_tokens(ids)
         index = media_index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1])
         picked = tokens.to(x.dtype).gather(1, index)
@@ -225,7 +228,7 @@ class Text(nn.Module):
 
 
 class DemoModel(nn.Module):
-    """Qwen2-VL for pictures of one size per batch."""
+    """Qwen2-VL for images of one size per batch."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -263,7 +266,7 @@ class DemoModel(nn.Module):
         Args:
             ids: [B, L] token ids.
             positions: [3, B, L].
-            image_index: [B, L], which of the picture's tokens stands here, or -1.
+            image_index: [B, L], which of the image's tokens stands here, or -1.
             mask: [B, 1, L, L], 0 where a token may look and very low elsewhere.
             tokens: [B, I, D] from the vision tower.
         """

@@ -1,4 +1,4 @@
-"""Colours, backgrounds and shapes that the generated pictures are made of."""
+"""Colours, backgrounds and shapes that the generated images are made of."""
 
 from __future__ import annotations
 

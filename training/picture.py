@@ -1,4 +1,4 @@
-"""What the generator gives out: a picture, questions with answers, and what lies where."""
+"""Types that the generator returns: image, questions with answers, and regions."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from PIL import Image
 
 
 class Turn(NamedTuple):
-    """One question about a picture with its true answer; ``kind`` groups the accuracy figures.
+    """One question about an image with its true answer; ``kind`` groups the accuracy figures.
 
     ``points`` are the middles of up to two things that the question names (of bars, of their upper
     edges, and also of the bar that is the answer), in shares of width and height; ``counted`` those
-    of the things that it counts, None when it counts nothing; ``track``, of a question about a clip,
-    where the thing is in each pair of frames: (pair, x, y). Auxiliary losses use them.
+    of the things that it counts, None when it counts nothing; ``track``, of a question about a
+    video, where the thing is in each pair of frames: (pair, x, y). Auxiliary losses use them.
     """
 
     kind: str
@@ -37,7 +37,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn picture, its turns in random order and its regions."""
+    """A drawn image, its turns in random order and its regions."""
 
     image: Image.Image
     turns: list[Turn]

@@ -1,6 +1,6 @@
-"""The picture generator: from a seed to a picture with questions and true answers.
+"""The image generator: from a seed to an image with questions and true answers.
 
-Needs Pillow and NumPy only. The same seed gives the same picture, as long as the machine has the
+Needs Pillow and NumPy only. The same seed gives the same image, as long as the machine has the
 same fonts.
 """
 
@@ -24,10 +24,10 @@ __all__ = [
 CELL = 28
 MIN_PIXELS = 112 * 112
 MAX_PIXELS = 140 * 140
-#: Kinds of pictures with their share.
+#: Kinds of images with their share.
 SCENES = {"shapes": 0.56, "text": 0.32, "chart": 0.12}
 #: (rows, columns) of image tokens with their share: all that the two limits above let through
-#: of pictures up to 2:1, and a wide one for text.
+#: of images up to 2:1, and a wide one for text.
 GRIDS = {
     (5, 5): 0.42, (4, 6): 0.18, (4, 5): 0.13, (4, 4): 0.09, (6, 4): 0.05, (5, 4): 0.05,
     (3, 6): 0.03, (3, 7): 0.03, (2, 8): 0.02,
@@ -35,7 +35,7 @@ GRIDS = {
 
 
 def smart_size(width: int, height: int) -> tuple[int, int]:
-    """(width, height) to which the image processor of the demo model resizes a picture.
+    """(width, height) to which the image processor of the demo model resizes an image.
 
     The rule of ``Qwen2VLImageProcessor``: both sides multiples of 28, the area between
     ``MIN_PIXELS`` and ``MAX_PIXELS``, the ratio of the sides nearly kept.
@@ -58,7 +58,7 @@ def choose_grid(rng: Random) -> tuple[int, int]:
 
 
 def choose_size(rng: Random, grid: tuple[int, int]) -> tuple[int, int]:
-    """A size (width, height) of a picture that the processor resizes to ``grid``."""
+    """A size (width, height) of an image that the processor resizes to ``grid``."""
     rows, columns = grid
     for _ in range(30):
         scale = rng.uniform(1.0, 2.6)
@@ -75,7 +75,7 @@ def draw_picture(
     size: tuple[int, int] | None = None,
     families: tuple[str, ...] = FAMILIES,
 ) -> Picture:
-    """Draw one picture.
+    """Draw one image.
 
     Args:
         seed: any integer; it decides everything that the other arguments leave open.
@@ -103,7 +103,7 @@ def draw_picture(
 
 
 def small_talk(rng: Random) -> Turn:
-    """A question without a picture and the fixed answer to it."""
+    """A question without an image and the fixed answer to it."""
     if rng.random() < 0.4:
         key = rng.choice(("describe", "word", "number", "text_colour", "bars", "tallest"))
         return Turn("small_talk", ask(rng, key), NO_PICTURE)

@@ -1,4 +1,4 @@
-"""Pictures with zero to six coloured shapes, and questions about them."""
+"""Images with zero to six coloured shapes, and questions about them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.palette import (
 from training.picture import Picture, Region, Turn
 from training.wording import ABSENT, ask, join, with_article
 
-#: Shares of pictures with 0, 1, ... 6 things.
+#: Shares of images with 0, 1, ... 6 things.
 OBJECTS = (1, 15, 42, 24, 8, 5, 5)
 #: How much likelier a kind of question stands before others.
 WEIGHTS = {"position": 5.0, "place": 2.5, "count": 3.0, "size": 2.0}
@@ -28,7 +28,7 @@ WEIGHTS = {"position": 5.0, "place": 2.5, "count": 3.0, "size": 2.0}
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape in a picture; ``x``, ``y`` and ``r`` (half its side) in pixels."""
+    """One shape in an image; ``x``, ``y`` and ``r`` (half its side) in pixels."""
 
     shape: str
     colour: str
@@ -66,7 +66,7 @@ def place_things(
 
 
 def _choose_looks(rng: Random, colours: list[str], count: int) -> list[tuple[str, str]]:
-    """Colour and shape of ``count`` things; some pictures repeat one shape or one colour."""
+    """Colour and shape of ``count`` things; some images repeat one shape or one colour."""
     repeat = rng.random()
     shapes = list(SHAPES) if repeat > 0.35 else rng.sample(SHAPES, rng.randint(1, 3))
     few = colours if repeat < 0.2 or repeat > 0.5 else colours[: rng.randint(1, 3)]
@@ -74,7 +74,7 @@ def _choose_looks(rng: Random, colours: list[str], count: int) -> list[tuple[str
 
 
 def draw_things(rng: Random, size: tuple[int, int]) -> Picture:
-    """Draw a picture of ``size`` = (width, height) with shapes and ask about it."""
+    """Draw an image of ``size`` = (width, height) with shapes and ask about it."""
     image, behind = draw_background(rng, size)
     colours: dict[str, Colour] = usable_colours(rng, behind)
     count = rng.choices(range(7), OBJECTS)[0]
@@ -99,7 +99,7 @@ def draw_things(rng: Random, size: tuple[int, int]) -> Picture:
 
 
 def refer(rng: Random, things: list[Thing], thing: Thing) -> str | None:
-    """Words that name ``thing`` and nothing else in the picture; None if there are none."""
+    """Words that name ``thing`` and nothing else in the image; None if there are none."""
     ways = []
     if sum(t.name == thing.name for t in things) == 1:
         ways.append(f"the {thing.name}")
@@ -210,7 +210,7 @@ def _third(share: float, names: tuple[str, str]) -> str | None:
 
 
 def _ask_places(rng: Random, size: tuple[int, int], things: list[Thing]) -> list[Turn]:
-    """Where single things are in the picture; nothing is asked near a border between answers."""
+    """Where single things are in the image; nothing is asked near a border between answers."""
     turns = []
     for thing in rng.sample(things, min(2, len(things))):
         name = refer(rng, things, thing)

@@ -29,7 +29,7 @@ EVENTS = ("nothing", *DIRECTIONS, "beep", *WORDS)
 
 @dataclass(frozen=True)
 class Event:
-    """What sounds from sample ``start`` to ``stop``; one of ``EVENTS``."""
+    """An event, one of ``EVENTS``, from sample ``start`` to ``stop``."""
 
     name: str
     start: int
@@ -38,7 +38,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Sound:
-    """Samples (float32 in -1 to 1, 16 kHz), the turns in random order, and what sounds when."""
+    """Samples (float32 in -1 to 1, 16 kHz), the turns in random order, and the events."""
 
     samples: Any
     turns: list[Turn]
@@ -87,7 +87,7 @@ def small_talk(rng: Random) -> Turn:
 
 
 def _wave(rng: Random, frequencies: Any) -> Any:
-    """A tone with the given frequency in Hz at each sample, of a random timbre, faded at its ends."""
+    """A tone of the given frequency in Hz at each sample, of random timbre, faded at the ends."""
     phase = np.cumsum(frequencies) * (2 * math.pi / RATE)
     kind = rng.choice(("sine", "sine", "overtones", "square", "triangle"))
     if kind == "sine":
@@ -147,7 +147,7 @@ def _tilt(rng: Random, samples: Any) -> Any:
 
 
 def _add_background(rng: Random, samples: Any) -> Any:
-    """Noise 8 to 40 dB below what sounds; a quarter of the sounds keep nothing but a trace of it."""
+    """Add noise 8 to 40 dB below the sound; a quarter of the sounds get a trace of it."""
     loud = np.abs(samples) > 0.02 * np.abs(samples).max()
     level = float(np.sqrt(np.mean(samples[loud] ** 2)))
     below = rng.uniform(8, 40) if rng.random() < 0.75 else rng.uniform(45, 80)

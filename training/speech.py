@@ -39,7 +39,7 @@ FLITE_VOICES = ("kal", "kal16", "awb", "rms")
 HELD_OUT_ACCENTS = ("en-gb-scotland",)
 HELD_OUT_ESPEAK = ("f4", "m6", "ed", "rob", "iven", "steph2")
 HELD_OUT_FLITE = ("slt",)
-#: The sets of voices in the file: those of training, unknown ones of eSpeak, an unknown one of Flite.
+#: Sets of voices in the file: for training, unknown ones of eSpeak, an unknown one of Flite.
 SPEAKERS = ("trained", "espeak", "flite")
 
 
@@ -100,7 +100,7 @@ class Speech:
 
 
 def read_wave(data: bytes) -> Any:
-    """Samples of a mono 16-bit WAV file at 16 kHz, float32 in -1 to 1, silence at both ends cut off.
+    """Read a mono 16-bit WAV file as float32 in -1 to 1 at 16 kHz, without silence at the ends.
 
     Raises:
         SilenceError: the file has no sound in it.
@@ -140,12 +140,13 @@ def espeak(word: str, voice: str, speed: int, pitch: int) -> Any:
 
 def flite(word: str, voice: str, stretch: float, pitch: float) -> Any:
     """Samples of ``word``: ``stretch`` times as slow as usual, mean pitch in Hz."""
-    return _speak(["flite", "-voice", voice, "--setf", f"duration_stretch={stretch:.3f}",
-                   "--setf", f"int_f0_target_mean={pitch:.0f}", "-t", word, "-o", "/dev/stdout"])  # fmt: skip
+    options = (f"duration_stretch={stretch:.3f}", f"int_f0_target_mean={pitch:.0f}")
+    settings = [part for option in options for part in ("--setf", option)]
+    return _speak(["flite", "-voice", voice, *settings, "-t", word, "-o", "/dev/stdout"])
 
 
 def settings(rng: Random, count: int) -> list[tuple[str, str, tuple[Any, ...]]]:
-    """(set of voices, synthesiser, its arguments) of ``count`` voices of training and a third more."""
+    """Return (set of voices, synthesiser, arguments) of ``count`` voices and a third more."""
     made: list[tuple[str, str, tuple[Any, ...]]] = []
     for i in range(count + count // 3):
         held_out = i >= count
@@ -173,7 +174,9 @@ def main() -> None:
     options = parser.parse_args()
     say = {"espeak": espeak, "flite": flite}
     samples, ends, rows, end = [], [], [], 0
-    for voice, (speaker, name, arguments) in enumerate(settings(Random(options.seed), options.voices)):  # fmt: skip
+    for voice, (speaker, name, arguments) in enumerate(
+        settings(Random(options.seed), options.voices)
+    ):
         for place, word in enumerate(WORDS):
             try:
                 said = say[name](word, *arguments)

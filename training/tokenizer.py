@@ -1,7 +1,7 @@
 """The demo model's tokenizer: byte level, whole tokens for the words of questions and answers.
 
 It has no merges. A word of the vocabulary is one token, everything else falls apart into single
-bytes. So the words that the model reads in pictures are always spelled letter by letter, and any
+bytes. So the words that the model reads in images are always spelled letter by letter, and any
 UTF-8 text survives encoding and decoding.
 """
 
@@ -30,7 +30,7 @@ SPECIAL = (
 )  # fmt: skip
 #: How text is cut before words are looked up: letters with the blank before them, single digits.
 PIECES = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+(?!\S)|\s+"
-#: Further words that users may write; most for questions about clips and sounds.
+#: Further words that users may write; most for questions about videos and sounds.
 _MORE = """
     system user assistant You are a helpful assistant Answer in one word briefly Be brief yes no
     none nothing and an the with chart bar bars word number left right above below top bottom
@@ -45,7 +45,7 @@ _MORE = """
     next grey rectangle line point background dark light bright
 """
 CHAT_TEMPLATE = (
-    # Open WebUI lists the files of a message before its text; the pictures among them are in the message anyway.
+    # Open WebUI lists the files of a message before its text; the message has the images anyway.
     "{% macro said(text) %}"
     "{% set around = text.split('<attached_files>') if '</attached_files>' in text else [text] %}"
     "{{ around[0] }}"
@@ -57,7 +57,7 @@ CHAT_TEMPLATE = (
     "<|im_start|>system\n" + SYSTEM + "<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ said(message['content']) }}{% else %}"
-    # Pictures and clips come before the words, as in training, wherever they stand.
+    # Images and videos come before the words, as in training, wherever they stand.
     "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
     "{% set images.n = images.n + 1 %}"
@@ -106,7 +106,7 @@ def words_in(texts: Iterable[str]) -> list[str]:
 
 
 def picture_lexicon() -> Lexicon:
-    """Words, special tokens and chat template of the demo model for pictures and clips."""
+    """Words, special tokens and chat template of the demo model for images and videos."""
     texts = [x.format(x=" ", y=" ") for xs in QUESTIONS.values() for x in xs]
     texts += [text for group, _ in SMALL_TALK for text in group]
     texts += [answer for _, answer in SMALL_TALK] + [GREETING, IDENTITY, NO_PICTURE, SYSTEM, _MORE]
@@ -118,7 +118,7 @@ def picture_lexicon() -> Lexicon:
 def build_tokenizer(lexicon: Lexicon | None = None) -> Tokenizer:
     """The tokenizer: 256 bytes, then whole words, then the special tokens.
 
-    ``lexicon`` is that of pictures and clips by default.
+    ``lexicon`` is that of images and videos by default.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""Train the demo model on pictures that it draws while it trains.
+"""Train the demo model on images that it draws while it trains.
 
     python -m training.train --out RUN_FOLDER --minutes 120
 
@@ -45,7 +45,7 @@ class Supply:
     """Batches: new ones, and in between those drawn lately once more.
 
     Drawing costs a few per cent of a step, so it happens in the training process itself. ``clips``
-    is the share of batches of clips, ``noisy`` that of batches with what front ends put around
+    is the share of batches of videos, ``noisy`` that of batches with what front ends put around
     questions.
     """
 
@@ -89,7 +89,7 @@ class Supply:
 
 
 def held_out(count: int, size: int = 32, noisy: float = 0.0) -> list[Batch]:
-    """``count`` batches of pictures, and of clips, that are never trained on."""
+    """``count`` batches of images, and of videos, that are never trained on."""
     encode = Encoder()
     return [
         as_tensors(make(encode, HELD_OUT + number, size, way="packed", noisy=noisy))
@@ -167,7 +167,7 @@ class Run:
         return [group for o in self.optimizers for group in o.param_groups]
 
     def _clock(self) -> float:
-        """Share of the time that is gone; by the clock, so that a run always ends in time."""
+        """Share of the time that has passed; by the clock, so that a run always ends in time."""
         deadline = self.options.deadline or self.started + 60 * self.options.minutes
         return min(1.0, (time.time() - self.started) / max(1.0, deadline - self.started))
 
@@ -204,9 +204,9 @@ class Run:
         )
 
     def _keeping_loss(self, batch: Batch, logits: Tensor) -> Tensor:
-        """Divergence from what the model of ``--keep`` foretells about pictures.
+        """Divergence from what the model of ``--keep`` predicts about images.
 
-        It is not asked with noise that it may never have seen, nor about clips unless
+        It is not asked with noise that it may never have seen, nor about videos unless
         ``--keep-clips`` says that it knows them.
         """
         known = batch["pixels"].ndim == 4 or self.options.keep_clips

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-#: What the model says of something that is not in the picture.
+#: What the model says of something that is not in the image.
 ABSENT = "none"
 
 QUESTIONS: dict[str, tuple[str, ...]] = {

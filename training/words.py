@@ -1,4 +1,4 @@
-"""Short English words that the generator writes into pictures, beside letters that are no word."""
+"""Short English words that the generator writes into images, beside letters that are no word."""
 
 _LIST = """
     able acid age ago aim air all also and ant any ape apple arch area arm army art ask aunt away

@@ -50,7 +50,8 @@ def test_values_have_the_types_of_their_fields() -> None:
     arguments = parse(
         "m", "--max-model-len", "512", "--gpu-memory-utilization", "0.5", "--dtype", "float32",
         "--no-enable-prefix-caching", "--enforce-eager", "--hf-overrides", '{"a": {"b": 1}}',
-        "--limit-mm-per-prompt", "image=2,video=0", "--allowed-media-domains", "a.example", "b.example",
+        "--limit-mm-per-prompt", "image=2,video=0",
+        "--allowed-media-domains", "a.example", "b.example",
         "--mm-processor-kwargs", '{"max_pixels": 5}',
     )  # fmt: skip
     config = build_engine_config(arguments)
@@ -158,7 +159,8 @@ def test_help_needs_nothing_heavy() -> None:
         "import sys\n"
         "from sensorium.cli.main import build_parser\n"
         "build_parser().format_help()\n"
-        "heavy = ('torch', 'numpy', 'fastapi', 'uvicorn', 'pydantic', 'transformers', 'numba', 'PIL')\n"
+        "heavy = ('torch', 'numpy', 'fastapi', 'uvicorn', 'pydantic', 'transformers', 'numba', "
+        "'PIL')\n"
         "print([m for m in heavy if m in sys.modules])"
     )
     assert run("-c", code).stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The search with DSE-Qwen2 runs as it stands, with a small checkpoint in place of the published one."""
+"""The search with DSE-Qwen2 runs as it is, with a small checkpoint."""
 
 from __future__ import annotations
 

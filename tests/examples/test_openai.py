@@ -1,4 +1,4 @@
-"""The examples with the official client run as they stand, against real servers of small checkpoints."""
+"""The examples with OpenAI's client run as they are, against servers of small checkpoints."""
 
 from __future__ import annotations
 
