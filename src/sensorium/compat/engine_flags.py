@@ -29,7 +29,7 @@ def _no_modalities(value: Any) -> dict[str, Any]:
 
 
 def _pools_alike(value: Any) -> bool:
-    """Pooling of the last token and vectors of length 1, as is done here."""
+    """Return true for pooling of the last token and embeddings of length 1, as is done here."""
     last = {"pooling_type", "seq_pooling_type"}
     scaled = {"normalize", "use_activation"}
     return isinstance(value, dict) and all(
@@ -229,7 +229,7 @@ REFUSED = [
     *refused("log-probabilities are those of the model, before penalties and temperature",
              logprobs_mode="raw_logprobs"),
     *refused("embeddings of media are taken (--enable-mm-embeds), those of text are not", enable_prompt_embeds=False),
-    *refused("vectors are those of the last token; Matryoshka by --hf-overrides '{\"is_matryoshka\": true}'",
+    *refused("embeddings are those of the last token; Matryoshka by --hf-overrides '{\"is_matryoshka\": true}'",
              harmless=_pools_alike, pooler_config={}, override_pooler_config={}),
     *refused("stop the server to free its memory", enable_sleep_mode=False, sleep_mode_backend="cumem",
              sleep_mode_offload_cudagraph=False, sleep_preserve_parameter_names=[]),

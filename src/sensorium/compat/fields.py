@@ -48,7 +48,7 @@ SAME = [
         "use_activation",
         "normalize",
         lambda value: {"normalize": value},
-        "vectors of length 1",
+        "embeddings of length 1",
     ),
 ]
 
@@ -83,7 +83,7 @@ REFUSED = [
     *refused("repetition_penalty and frequency_penalty act against repetition", repetition_detection=None),
     *refused("code of others is not loaded into the engine", logits_processors=[], vllm_xargs={}),
     *refused("use guided_json, guided_regex, guided_choice or guided_grammar", structural_tag=None),
-    *refused("vectors are float32 numbers of this machine's byte order, or base64 of them",
+    *refused("embeddings are float32 numbers of this machine's byte order, or base64 of them",
              harmless=one_of("little"), embed_dtype="float32", endianness="native"),
 ]  # fmt: skip
 

@@ -27,9 +27,11 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
     ),
     "task": dict.fromkeys(
         ("classify", "score", "reward", "transcription", "draft"),
-        "models generate text or make vectors: generate or embed",
+        "models generate text or make embeddings: generate or embed",
     ),
-    "convert": dict.fromkeys(("classify", "reward"), "models are adapted for vectors only: embed"),
+    "convert": dict.fromkeys(
+        ("classify", "reward"), "models are adapted for embeddings only: embed"
+    ),
     "runner": {"draft": "there is no speculative decoding"},
 }
 """By option: vLLM's values that cannot be had, and why."""

@@ -85,7 +85,7 @@ ENGINE_ROWS = (
         "Prompt tokens taken in, cached ones too; those of each sample of a request.",
     ),
     _counter("generation_tokens", "generation_tokens", "Tokens generated."),
-    _counter("vectors", "num_vectors", "Vectors made of prompts."),
+    _counter("vectors", "num_vectors", "Embeddings made of prompts."),
     _counter(
         "model_output_not_finite",
         "num_unusable",
@@ -245,7 +245,7 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 SUCCESS = MetricFamily(
     "request_success",
     "counter",
-    "Requests that ended, by reason: stop (a vector, too), length, abort (the client left), error. "
+    "Requests that ended, by reason: stop (an embedding, too), length, abort (the client left), error. "
     "Of several samples, the gravest counts.",
     ("finished_reason",),
 )
@@ -261,7 +261,7 @@ QUEUE_TIME = _histogram(
 PREFILL_TIME = _histogram(
     "request_prefill_time_seconds",
     _REQUEST_SECONDS,
-    "From the first step to the first token, or to the vector.",
+    "From the first step to the first token, or to the embedding.",
 )
 DECODE_TIME = _histogram(
     "request_decode_time_seconds", _REQUEST_SECONDS, "From the first token to the last."

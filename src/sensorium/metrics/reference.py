@@ -19,7 +19,7 @@ are listed. Routes are templates such as `/v1/models/{name:path}`, never paths; 
 under `none`. `status` is `2xx`, `4xx` and so on, `code` the status itself. A request that is refused before it reaches
 the engine is counted there only. Series of creation times (`_created`) are left out.
 
-Numbers of the engine count from its start, so they begin anew after a restart, as Prometheus expects of counters; those
+Numbers of the engine count from its start, so they begin at 0 after a restart, as Prometheus expects of counters; those
 of requests, media and HTTP go on. While there is no engine, its counters stay as they were last, and `engine_up` is 0.
 
 `examples/grafana/sensorium.json` is a dashboard of them: import it in Grafana and choose the data source; its variable

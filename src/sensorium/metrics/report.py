@@ -11,8 +11,8 @@ from sensorium.outputs import FinishReason
 class RequestReport:
     """One request, whatever came of it. Times in seconds; None where the request did not get so far.
 
-    ``finish_reason``: "stop" for a vector that came, "abort" when the caller left, "error" for every failure.
-    ``max_tokens`` is 0 for a vector. ``longest_sample`` is in tokens; ``num_generation_tokens`` sums all samples.
+    ``finish_reason``: "stop" for an embedding that came, "abort" when the caller left, "error" for every failure.
+    ``max_tokens`` is 0 for an embedding. ``longest_sample`` is in tokens; ``num_generation_tokens`` sums all samples.
     """
 
     finish_reason: FinishReason
@@ -28,7 +28,7 @@ class RequestReport:
 
     @property
     def inference_seconds(self) -> float | None:
-        """From the first step to the end of the work; None for what gave neither a token nor a vector."""
+        """From the first step to the end of the work; None for what gave neither a token nor an embedding."""
         if self.prefill_seconds is None:
             return None
         return self.prefill_seconds + (self.decode_seconds or 0.0)
