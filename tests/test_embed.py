@@ -180,7 +180,7 @@ def test_forms_of_a_text_are_one_text(llm: LLM) -> None:
 def test_wrong_calls_are_refused_before_anything_runs(llm: LLM) -> None:
     steps = llm.stats().num_steps
     wrong: list[tuple[Any, Any, str]] = [
-        (["a"], PoolingParams(dimensions=65), "vectors have 64"),
+        (["a"], PoolingParams(dimensions=65), "embeddings have 64"),
         (["a"], [PoolingParams()] * 2, "pooling_params has 2 entries for 1 prompt"),
         (["a"], SamplingParams(), "must be a PoolingParams"),
         (["a"], [SamplingParams()], r"pooling_params\[0\] must be"),
@@ -198,7 +198,9 @@ def test_wrong_calls_are_refused_before_anything_runs(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="pooling_task must be 'embed', got 'classify'"):
         llm.encode("a", pooling_task="classify")
     for call in (llm.generate, lambda prompt: llm.chat([{"role": "user", "content": prompt}])):
-        with pytest.raises(InvalidRequestError, match="makes vectors here and generates no text"):
+        with pytest.raises(
+            InvalidRequestError, match="returns embeddings here and generates no text"
+        ):
             call("a")
     assert llm.stats().num_steps == steps
 

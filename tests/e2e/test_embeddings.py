@@ -79,7 +79,7 @@ def test_the_openai_client(client: openai.OpenAI, folder: Path) -> None:
     np.testing.assert_allclose(cut.data[0].embedding, wanted[0], atol=1e-4)
     with pytest.raises(openai.BadRequestError, match="cut to 16, 32 only"):
         client.embeddings.create(model=model, input="a", dimensions=17)
-    with pytest.raises(openai.BadRequestError, match="makes vectors here"):
+    with pytest.raises(openai.BadRequestError, match="returns embeddings here"):
         client.chat.completions.create(model=model, messages=[{"role": "user", "content": "a"}])
     long = client.embeddings.create(model=model, input=[[5] * 512])
     assert long.usage.prompt_tokens == 512

@@ -257,7 +257,8 @@ def test_dummy_weights(tmp_path: Path) -> None:
 
 
 def test_dummy_weights_are_normal() -> None:
-    from sensorium.models.loading.weights import DummyWeights, Part
+    from sensorium.models.interface import Part
+    from sensorium.models.loading.weights import DummyWeights
 
     weights = DummyWeights(0, torch.float32)
     big = weights.read(Part("a.weight", (1500, 1024)))

@@ -1,4 +1,7 @@
-"""What attention kernels must know of a step: which queries belong to which sequence, and where its keys lie."""
+"""Inputs of the attention kernels for one step.
+
+Which queries belong to which sequence, and where its keys are.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import torch
 class KVCacheLayout:
     """Shape of the paged cache: one K and one V tensor a layer.
 
-    K is (num_blocks, num_kv_heads, head_dim, block_size): transposed within a block, so that the inner loop of decode
-    attention runs over tokens. V is (num_blocks, num_kv_heads, block_size, head_dim).
+    K is (num_blocks, num_kv_heads, head_dim, block_size): transposed within a block, so that the
+    inner loop of decode attention runs over tokens. V is (num_blocks, num_kv_heads, block_size,
+    head_dim).
     """
 
     num_layers: int
@@ -41,14 +45,15 @@ class LayerCache:
 class AttentionBatch:
     """One step's ragged batch of S sequences and T tokens; the tokens of a sequence are adjacent.
 
-    Sequences with a single query token come first (``num_decodes`` of them), so that decode and chunked prefill are two
-    contiguous parts. All tensors are int32 on the device of the model.
+    Sequences with a single query token come first (``num_decodes`` of them), so that decode and
+    chunked prefill are two contiguous parts. All tensors are int32 on the device of the model.
 
-    query_start (S+1): first token row of each sequence, and T at the end. kv_len (S): tokens of the sequence with KV
-    after this step (cached + this step's). block_table (S, B): block ids, padded with 0. Row r of sequence s is the
-    token at index ``kv_len[s] - (query_start[s+1] - query_start[s]) + (r - query_start[s])`` and attends to that index
-    and all before. cos, sin (T, rotary_dim // 2) float32: rotary factors of each row, computed once a step. caches:
-    one per layer.
+    query_start (S+1): first token row of each sequence, and T at the end. kv_len (S): tokens of the
+    sequence with KV after this step (cached + this step's). block_table (S, B): block ids, padded
+    with 0. Row r of sequence s is the token at index ``kv_len[s] - (query_start[s+1] -
+    query_start[s]) + (r - query_start[s])`` and attends to that index and all before. cos, sin (T,
+    rotary_dim // 2) float32: rotary factors of each row, computed once a step. caches: one per
+    layer.
     """
 
     query_start: torch.Tensor
@@ -65,14 +70,15 @@ class AttentionBatch:
     kv_lens: list[int]
     """Host copy of kv_len."""
     invariant: bool = True
-    """Whether a row's result must be the same bits whatever the step is made up of."""
+    """If true, a row's result has the same bits whatever else is in the step."""
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-    """What kernels derive from the batch once and use in every layer; empty when the batch is built."""
+    """Values that kernels derive from the batch once and use in every layer; empty when the
+    batch is built."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionVariant:
-    """What a layer's attention does besides attending to its own index and all before.
+    """Deviations of a layer's attention from plain causal attention.
 
     Attributes:
         window: Tokens that a row attends to, itself among them; None for all.
@@ -89,7 +95,7 @@ class AttentionVariant:
     bidirectional: torch.Tensor | None = None
 
     def is_plain(self, max_kv_len: int) -> bool:
-        """Whether it makes no difference for sequences of at most ``max_kv_len`` tokens."""
+        """Return whether this equals plain attention for sequences of at most ``max_kv_len`` tokens."""
         inside = self.window is None or max_kv_len <= self.window
         return inside and self.softcap is None and self.sinks is None and self.bidirectional is None
 

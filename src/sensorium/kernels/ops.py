@@ -1,8 +1,8 @@
 """The operations that layers call, and the one table that says which code runs them where.
 
-On the CPU, bf16, fp16 and fp32 have kernels of their own (attention of encoders only bf16, where the CPU has matrix
-tiles); everything else (other devices, other dtypes, block sizes that are no multiple of 16) runs the plain torch of
-``reference``.
+On the CPU, bf16, fp16 and fp32 have kernels of their own (attention of encoders only bf16, where
+the CPU has matrix tiles); everything else (other devices, other dtypes, block sizes that are no
+multiple of 16) runs the plain torch of ``reference``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ def _on_cpu(x: torch.Tensor) -> bool:
 
 
 def pack_weight(weight: torch.Tensor) -> PackedWeight:
-    """Pack a (N, K) weight for ``linear``. The caller should drop its own reference, to save memory."""
+    """Pack a (N, K) weight for ``linear``.
+
+    The caller should drop its own reference, to save memory.
+    """
     return cpu_linear.pack_weight(weight) if _on_cpu(weight) else reference.pack_weight(weight)
 
 
@@ -84,7 +87,9 @@ def rotate_heads(
 
 
 def bind_norm(weight: torch.Tensor, eps: float) -> elementwise.NormFunctions:
-    """``rms_norm(x)`` and ``add_rms_norm(residual, x)`` for one weight: what a layer calls in every step.
+    """``rms_norm(x)`` and ``add_rms_norm(residual, x)`` for one weight.
+
+    What a layer calls in every step.
 
     x and residual are (T, H), contiguous, of the weight's dtype and device.
     """
@@ -97,7 +102,7 @@ def bind_norm(weight: torch.Tensor, eps: float) -> elementwise.NormFunctions:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis: (T, H) -> (T, H)."""
+    """X / sqrt(mean(x^2) + eps) * weight over the last axis: (T, H) -> (T, H)."""
     if x.dtype != weight.dtype:
         return reference.rms_norm(x, weight, eps)
     return bind_norm(weight, eps)[0](x.contiguous())
@@ -133,8 +138,8 @@ def rope_attention(
 ) -> torch.Tensor:
     """Optional per-head norm, rotary, cache write and paged causal attention of one layer.
 
-    qkv (T, C): q, k, v heads of each row side by side. q_norm, k_norm (head_dim,) or None. Keys and values of all rows
-    are written into ``batch.caches[layer]``. Returns (T, num_heads * head_dim).
+    qkv (T, C): q, k, v heads of each row side by side. q_norm, k_norm (head_dim,) or None. Keys and
+    values of all rows are written into ``batch.caches[layer]``. Returns (T, num_heads * head_dim).
     """
     cache = batch.caches[layer]
     if _on_cpu(qkv) and cache.k.dtype == qkv.dtype and has_block_size(cache.k.shape[3]):
@@ -173,7 +178,8 @@ def paged_attention(
     """Cache write and paged attention of one layer, for q, k, v that carry their positions already.
 
     q (T, num_heads, D), k and v (T, num_kv_heads, D); keys and values of all rows are written into
-    ``batch.caches[layer]``. ``variant``: what differs from plain causal attention. Returns (T, num_heads, D).
+    ``batch.caches[layer]``. ``variant``: what differs from plain causal attention. Returns (T,
+    num_heads, D).
     """
     cache = batch.caches[layer]
     fast = _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3])
@@ -190,7 +196,8 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Full attention of q, k, v (T, heads, D) within each segment -> (T, heads, D).
 
-    cu_seqlens: row at which each segment starts, and T at the end; ValueError when it is not like that.
+    cu_seqlens: row at which each segment starts, and T at the end; ValueError when it is not like
+    that.
     """
     ordered = all(start <= end for start, end in pairwise(cu_seqlens))
     if not (cu_seqlens and cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[0] and ordered):
@@ -210,7 +217,9 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 def allocate_cache(
     layout: KVCacheLayout, num_blocks: int, device: torch.device
 ) -> list[LayerCache]:
-    """Zeroed K and V tensors of ``num_blocks`` blocks for every layer; a CPU's take memory as blocks are written.
+    """Zeroed K and V tensors of ``num_blocks`` blocks for every layer.
+
+    A CPU's take memory as blocks are written.
 
     Raises MemoryError when a CPU's system promises no more.
     """
@@ -228,7 +237,9 @@ def allocate_cache(
 
 
 def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu", encoders: bool = True) -> float:
-    """Compile or load every kernel for ``dtype``, so that the first request does not wait; seconds that it took.
+    """Compile or load every kernel for ``dtype``, so that the first request does not wait.
+
+    Seconds that it took.
 
     encoders: those of vision and audio towers too. Nothing is done where no kernels are used.
     """

@@ -1,7 +1,7 @@
 """Plain-torch forms of every kernel: what CUDA runs, and what the CPU kernels are checked against.
 
-Shape letters: T tokens of the step, S sequences, H hidden size, C channels of the fused QKV projection, D head size,
-G query heads per KV head, L tokens with KV, N rows, V vocabulary.
+Shape letters: T tokens of the step, S sequences, H hidden size, C channels of the fused QKV
+projection, D head size, G query heads per KV head, L tokens with KV, N rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sensorium.kernels.weight import PackedWeight
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x): the approximation of GELU that CLIP was trained with."""
+    """X * sigmoid(1.702 x): the approximation of GELU that CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -85,7 +85,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def rotate_heads(
     rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, head_dim: int
 ) -> None:
-    """Rotate the first ``num_heads`` heads of rows (T, width) in place; cos, sin as in ``rotate``."""
+    """Rotate the first ``num_heads`` heads of rows (T, width) in place.
+
+    Cos, sin as in ``rotate``.
+    """
     heads = rows[:, : num_heads * head_dim].view(rows.shape[0], num_heads, head_dim)
     heads.copy_(rotate(heads, cos, sin))
 
@@ -102,7 +105,10 @@ def rope_attention(
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> torch.Tensor:
-    """Optional per-head norm, rotary, cache write and paged causal attention: (T, C) -> (T, num_heads * D)."""
+    """Optional per-head norm, rotary, cache write and paged causal attention.
+
+    (T, C) -> (T, num_heads * D).
+    """
     num_tokens = qkv.shape[0]
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = heads.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
@@ -148,13 +154,17 @@ def gather(cache: LayerCache, blocks: torch.Tensor) -> tuple[torch.Tensor, torch
     k = cache.k[index].view(num_sequences, num_blocks, num_kv_heads, head_dim, block_size)
     v = cache.v[index].view(num_sequences, num_blocks, num_kv_heads, block_size, head_dim)
     shape = (num_sequences, num_kv_heads, length, head_dim)
-    # A single block would be reshaped to a view whose last axis has gaps, which attention kernels do not take.
+    # A single block would be reshaped to a view whose last axis has gaps, which attention kernels
+    # do not take.
     k = k.permute(0, 2, 1, 4, 3).reshape(shape).contiguous()
     return k, v.permute(0, 2, 1, 3, 4).reshape(shape)
 
 
 def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: float) -> torch.Tensor:
-    """Causal attention of q (T, num_heads, D) to what the cache holds of its sequence; the shape of q."""
+    """Causal attention of q (T, num_heads, D) to what the cache holds of its sequence.
+
+    The shape of q.
+    """
     block_size = cache.k.shape[3]
     num_decodes = batch.num_decodes
     parts = []
@@ -163,7 +173,8 @@ def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: flo
         k, v = gather(cache, batch.block_table[:num_decodes, :num_blocks])
         seen = torch.arange(k.shape[2], device=q.device) < batch.kv_len[:num_decodes, None]
         for gathered in (k, v):
-            # Behind the end may lie what another sequence left: even times zero, a NaN of it would be one here.
+            # Behind the end may lie what another sequence left: even times zero, a NaN of it would
+            # be one here.
             gathered.masked_fill_(~seen[:, None, :, None], 0.0)
         out = F.scaled_dot_product_attention(
             q[:num_decodes, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True
@@ -195,7 +206,10 @@ def paged_attention(
     scale: float,
     variant: AttentionVariant = PLAIN,
 ) -> torch.Tensor:
-    """Cache write and paged attention of q (T, num_heads, D), k and v (T, num_kv_heads, D); the shape of q."""
+    """Cache write and paged attention of q (T, num_heads, D), k and v (T, num_kv_heads, D).
+
+    The shape of q.
+    """
     cache = batch.caches[layer]
     write_cache(k, v, batch, cache)
     if variant.is_plain(batch.max_kv_len):
@@ -231,7 +245,9 @@ def _attend_variant(
     scale: float,
     variant: AttentionVariant,
 ) -> torch.Tensor:
-    """Attention of sequence ``index``, whose rows begin at ``row``: (n, num_heads, D) of q (T, num_heads, D).
+    """Attention of sequence ``index``, whose rows begin at ``row``.
+
+    (n, num_heads, D) of q (T, num_heads, D).
 
     Blocks before every row's window are not read.
     """
@@ -269,7 +285,10 @@ def _attend_variant(
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
 ) -> torch.Tensor:
-    """Attention of q, k, v (T, heads, D) within each segment; runs of equally long segments go as one batch."""
+    """Attention of q, k, v (T, heads, D) within each segment.
+
+    Runs of equally long segments go as one batch.
+    """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     parts, index = [], 0
     while index < len(lengths):

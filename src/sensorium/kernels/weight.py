@@ -11,9 +11,10 @@ import torch
 class PackedWeight:
     """Weight of ``y = x W^T`` with N outputs and K inputs, in whatever order the multiplication likes best.
 
-    ``data`` is the plain (N, K) tensor when ``packed`` is false, else an opaque oneDNN tensor that only
-    ``kernels.cpu.linear`` may read. ``row_multiple``: the number of rows of a product with fewer than
-    ``cpu.linear.FREE_ROWS`` of them must be a multiple of this, so that each row is the same bits in any product.
+    ``data`` is the plain (N, K) tensor when ``packed`` is false, else an opaque oneDNN tensor that
+    only ``kernels.cpu.linear`` may read. ``row_multiple``: the number of rows of a product with
+    fewer than ``cpu.linear.FREE_ROWS`` of them must be a multiple of this, so that each row is the
+    same bits in any product.
     """
 
     data: torch.Tensor

@@ -12,7 +12,10 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def activation(name: str) -> Activation:
-    """The function that a configuration calls ``name``; ValueError with the known names otherwise."""
+    """The function that a configuration calls ``name``.
+
+    ValueError with the known names otherwise.
+    """
     try:
         return ACTIVATIONS[name]
     except KeyError:

@@ -15,7 +15,8 @@ from sensorium.layers.norm import RMSNorm
 class Attention:
     """Causal self-attention with grouped KV heads over the paged cache.
 
-    ``qkv`` holds the rows of q, then k, then v; ``q_norm`` and ``k_norm`` are per-head RMS norms (Qwen3) or None.
+    ``qkv`` holds the rows of q, then k, then v; ``q_norm`` and ``k_norm`` are per-head RMS norms
+    (Qwen3) or None.
     """
 
     __slots__ = (
@@ -51,7 +52,10 @@ class Attention:
         self.scale = head_dim**-0.5 if scale is None else scale
 
     def forward(self, x: torch.Tensor, batch: AttentionBatch, layer: int) -> torch.Tensor:
-        """(T, hidden_size) -> (T, hidden_size); writes K and V of the rows into ``batch.caches[layer]``."""
+        """(T, hidden_size) -> (T, hidden_size).
+
+        Writes K and V of the rows into ``batch.caches[layer]``.
+        """
         mixed = ops.rope_attention(
             self.qkv(x),
             batch,
@@ -70,7 +74,10 @@ class Attention:
 
 
 class VisionAttention:
-    """Full (not causal) self-attention within segments of a ragged batch; ``qkv`` holds q, k, v rows in that order."""
+    """Full (not causal) self-attention within segments of a ragged batch.
+
+    ``qkv`` holds q, k, v rows in that order.
+    """
 
     __slots__ = ("head_dim", "num_heads", "o", "qkv", "scale")
 
@@ -97,8 +104,9 @@ class VisionAttention:
     ) -> torch.Tensor:
         """(T, hidden_size) -> (T, hidden_size).
 
-        cu_seqlens: row at which each segment starts, and T at the end. cos, sin (T, rotary_dim / 2) float32: rotary
-        factors of each row (both axes side by side for two-dimensional rotary), or None.
+        cu_seqlens: row at which each segment starts, and T at the end. cos, sin (T, rotary_dim / 2)
+        float32: rotary factors of each row (both axes side by side for two-dimensional rotary), or
+        None.
         """
         num_tokens = x.shape[0]
         mixed = self.qkv(x)

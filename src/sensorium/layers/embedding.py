@@ -9,7 +9,7 @@ from sensorium.layers.linear import Linear
 
 
 class Embedding:
-    """A table (num_rows, size) of vectors, set by ``load``."""
+    """Embedding table (num_rows, size), set by ``load``."""
 
     __slots__ = ("num_rows", "size", "weight")
 
@@ -22,14 +22,16 @@ class Embedding:
         """Take the table (num_rows, size); ValueError for another shape."""
         if tuple(weight.shape) != (self.num_rows, self.size):
             raise ValueError(
-                f"embedding has shape {tuple(weight.shape)}, expected ({self.num_rows}, {self.size})"
+                f"embedding has shape {tuple(weight.shape)}, expected ({self.num_rows}, "
+                f"{self.size})"
             )
         self.weight = weight.contiguous()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows (T, size) of the table for ids (T,), in new memory.
 
-        Any row for ids past its end, as some placeholders are: embeddings of items take their places.
+        Any row for ids past its end, as some placeholders are: embeddings of items take their
+        places.
         """
         return F.embedding(ids.clamp(max=self.num_rows - 1), self.weight)
 
@@ -37,7 +39,10 @@ class Embedding:
 
 
 class LMHead:
-    """Logits over the vocabulary. Tied heads are loaded with the embedding's tensor: they keep a packed copy of it."""
+    """Logits over the vocabulary.
+
+    Tied heads are loaded with the embedding's tensor: they keep a packed copy of it.
+    """
 
     __slots__ = ("linear",)
 

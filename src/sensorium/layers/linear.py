@@ -11,7 +11,10 @@ from sensorium.kernels.weight import PackedWeight
 
 
 class Linear:
-    """``y = x W^T + b``. Owns no storage until ``load``; fused projections are loaded with the concatenated tensor."""
+    """``y = x W^T + b``.
+
+    Owns no storage until ``load``; fused projections are loaded with the concatenated tensor.
+    """
 
     __slots__ = ("bias", "forward", "has_bias", "num_inputs", "num_outputs", "weight")
 

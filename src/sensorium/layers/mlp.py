@@ -11,13 +11,17 @@ from sensorium.layers.activation import activation
 from sensorium.layers.linear import Linear
 
 INNER_BYTES = 24 * 1024 * 1024
-"""Largest intermediate result on the CPU. The C library gives larger ones back to the system when they are freed, and
-touching the fresh pages of the next one costs half as much as the multiplication; the caches like parts better too."""
+"""Largest intermediate result on the CPU. The C library gives larger ones back to the system
+when they are freed, and touching the fresh pages of the next one costs half as much as the
+multiplication; the caches like parts better too."""
 MIN_ROWS = 256
 
 
 class GatedMLP:
-    """down(act(gate(x)) * up(x)) with gate and up in one projection: ``gate_up`` holds gate's rows first."""
+    """down(act(gate(x)) * up(x)) with gate and up in one projection.
+
+    ``gate_up`` holds gate's rows first.
+    """
 
     __slots__ = ("act", "down", "gate_up", "is_silu")
 

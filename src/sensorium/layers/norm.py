@@ -11,7 +11,10 @@ from sensorium.kernels import ops
 
 
 class RMSNorm:
-    """Root-mean-square norm (Zhang and Sennrich, 2019) over the last axis; ``weight`` (size,) is set by ``load``."""
+    """Root-mean-square norm (Zhang and Sennrich, 2019) over the last axis.
+
+    ``weight`` (size,) is set by ``load``.
+    """
 
     __slots__ = ("eps", "forward", "forward_add", "size", "weight")
 
@@ -54,7 +57,10 @@ class LayerNorm:
         self.bias = None
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Take weight and bias (size,); ValueError for other shapes or a missing or unexpected bias."""
+        """Take weight and bias (size,).
+
+        ValueError for other shapes or a missing or unexpected bias.
+        """
         if (bias is not None) != self.has_bias:
             raise ValueError(f"layer norm {'needs' if self.has_bias else 'takes no'} bias")
         self.weight = checked_vector(weight, self.size, "layer norm weight")

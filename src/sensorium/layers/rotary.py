@@ -17,7 +17,8 @@ Scaling = Mapping[str, Any]
 class Frequencies:
     """inverse (rotary_dim / 2,) float32 radians per position, and the factor that cos and sin are multiplied by.
 
-    ``for_length``: from the length of a sequence beyond the original one to its ``inverse``; None where one serves all.
+    ``for_length``: from the length of a sequence beyond the original one to its ``inverse``; None
+    where one serves all.
     """
 
     inverse: torch.Tensor
@@ -28,13 +29,15 @@ class Frequencies:
 class Rotary:
     """cos and sin of each position times each frequency.
 
-    head_dim: number of rotated dimensions of a head (all of them unless rotary is partial). rope_scaling: the
-    checkpoint's dictionary (``rope_scaling`` or ``rope_parameters``) or None; its ``rope_type`` (or ``type``) is
-    default, mrope, linear, dynamic, llama3, yarn, or longrope (also "su"). max_position: ``max_position_embeddings``.
-    original_max_position: ``original_max_position_embeddings`` where it stands outside the dictionary.
+    head_dim: number of rotated dimensions of a head (all of them unless rotary is partial).
+    rope_scaling: the checkpoint's dictionary (``rope_scaling`` or ``rope_parameters``) or None; its
+    ``rope_type`` (or ``type``) is default, mrope, linear, dynamic, llama3, yarn, or longrope (also
+    "su"). max_position: ``max_position_embeddings``. original_max_position:
+    ``original_max_position_embeddings`` where it stands outside the dictionary.
 
-    Longrope has a second set of frequencies for sequences beyond the original maximum, and "dynamic" one for each
-    length beyond it. Keys that were cached with one set are invalid for another, so a request keeps its choice.
+    Longrope has a second set of frequencies for sequences beyond the original maximum, and
+    "dynamic" one for each length beyond it. Keys that were cached with one set are invalid for
+    another, so a request keeps its choice.
     """
 
     def __init__(
@@ -78,8 +81,9 @@ class Rotary:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin (T, rotary_dim / 2) float32 of positions (T,), or (3, T): time, height, width.
 
-        Without ``mrope_section`` the first row of three-axis positions counts. lengths: (length, number of rows) of one
-        run of rows after the other, T rows in all; 0 for sequences within the original maximum, as when none are given.
+        Without ``mrope_section`` the first row of three-axis positions counts. lengths: (length,
+        number of rows) of one run of rows after the other, T rows in all; 0 for sequences within
+        the original maximum, as when none are given.
         """
         if positions.dim() == 2 and self.axes is None:
             positions = positions[0]
@@ -103,10 +107,11 @@ class Rotary:
 
 
 def axis_of_frequency(section: list[int], size: int, interleaved: bool) -> torch.Tensor:
-    """Which axis (0 time, 1 height, 2 width) each of ``size`` frequencies follows, int64.
+    """Return the axis (0 time, 1 height, 2 width) of each of ``size`` frequencies, int64.
 
-    Chunked (Qwen2-VL): section[0] frequencies of time, then height, then width. Interleaved (Qwen3-VL): t h w t h w …
-    as long as the sections of height and width last, and time for the rest.
+    Chunked (Qwen2-VL): section[0] frequencies of time, then height, then width. Interleaved
+    (Qwen3-VL): t h w t h w … as long as the sections of height and width last, and time for the
+    rest.
     """
     if sum(section) != size:
         raise ValueError(f"mrope_section {section} must sum to {size}, half the rotary dimensions")
@@ -125,7 +130,9 @@ def axis_of_frequency(section: list[int], size: int, interleaved: bool) -> torch
 def axial_cos_sin(
     positions: torch.Tensor, head_dim: int, theta: float = 10000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin (T, head_dim / 2) float32 for (T, 2) row and column positions: half the frequencies follow each axis.
+    """cos, sin (T, head_dim / 2) float32 for (T, 2) row and column positions.
+
+    Half the frequencies follow each axis.
 
     This is the two-dimensional rotary of the Qwen vision towers.
     """
@@ -208,7 +215,10 @@ def _yarn_factor(scaling: Scaling, factor: float) -> float:
 
 
 def _longrope(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
-    """Ding et al., LongRoPE (2024): a factor per frequency, one set for short and one for long sequences."""
+    """Ding et al., LongRoPE (2024).
+
+    A factor per frequency, one set for short and one for long sequences.
+    """
     original = int(scaling.get("original_max_position_embeddings") or max_position)
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim
 

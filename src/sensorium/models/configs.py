@@ -1,4 +1,4 @@
-"""What a decoder's part of config.json means: sizes, rotary scaling, biases, in the older and the newer spelling."""
+"""Decoder configurations read from config.json, in deprecated and current spelling."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
     },
 }
-"""Values that published files leave out, by ``model_type``: those of the reference implementation's classes."""
+"""Values that published files leave out, by ``model_type``: those of the reference
+implementation's classes."""
 
 _NULL_MEANS = ("sliding_window",)
 _QKV_BIAS = ("qwen2", "qwen2_vl", "qwen2_vl_text")
@@ -95,20 +96,24 @@ class TextConfig:
     mlp_bias: bool
     qk_norm: bool
     fused: bool
-    """Whether the checkpoint itself holds fused QKV and gate-up projections (Phi-3)."""
+    """If true, the checkpoint stores fused QKV and gate-up projections (Phi-3)."""
     rope_theta: float
     rope: Mapping[str, Any]
     """Rotary scaling with ``rope_type``; ``mrope_section`` when there are several axes."""
     rotary_dim: int
     context: int
-    """Tokens of the longest sequence: ``max_position`` (``max_position_embeddings``), or what a scaling makes of it."""
+    """Tokens of the longest sequence: ``max_position`` (``max_position_embeddings``), or what a
+    scaling makes of it."""
     window: int | None
     """Tokens that a layer looks back, when that is fewer than ``context``."""
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs. With a sliding window the context ends at the window: within it full
-        attention and windowed attention are the same, and past it there is no windowed attention here."""
+        """The sizes that the engine needs.
+
+        With a sliding window the context ends at the window: within it full attention and windowed
+        attention are the same, and past it there is no windowed attention here.
+        """
         short = short_context(self.rope, self.max_position)
         return TextShape(
             num_layers=self.num_layers,
@@ -209,7 +214,8 @@ CLIP_LARGE_336: Mapping[str, Any] = {
     "image_size": 336,
     "patch_size": 14,
 }
-"""Sizes of CLIP ViT-L/14 at 336 pixels, which published files of families that have it leave out."""
+"""Sizes of CLIP ViT-L/14 at 336 pixels, which published files of families that have it leave
+out."""
 _CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _SIGLIP = {
     "hidden_size": 768,
@@ -232,7 +238,10 @@ def read_clip_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 
 
 def read_siglip_config(config: Mapping[str, Any]) -> ClipConfig:
-    """Interpret a SigLIP vision configuration. Raises ConfigError naming the field for values that are impossible."""
+    """Interpret a SigLIP vision configuration.
+
+    Raises ConfigError naming the field for values that are impossible.
+    """
     return _read_tower(config, "siglip_vision_model", _SIGLIP)
 
 
@@ -262,7 +271,10 @@ def _read_tower(
 
 @dataclass(frozen=True, slots=True)
 class WhisperConfig:
-    """A Whisper audio encoder. ``num_positions`` rows are the most that it takes at once, two mel frames each."""
+    """A Whisper audio encoder.
+
+    ``num_positions`` rows are the most that it takes at once, two mel frames each.
+    """
 
     hidden_size: int
     inner_size: int
@@ -290,7 +302,10 @@ _WHISPER = {
 
 
 def read_whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
-    """Interpret a Whisper configuration. Raises ConfigError naming the field for values that are impossible."""
+    """Interpret a Whisper configuration.
+
+    Raises ConfigError naming the field for values that are impossible.
+    """
     model_type = config.get("model_type") or "whisper"
     if model_type != "whisper":
         bad("audio_config.model_type", f"{model_type!r} is not supported, only 'whisper'")
@@ -310,8 +325,11 @@ def read_whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
 
 
 def feature_layers(value: Any, num_layers: int) -> tuple[int, ...]:
-    """After how many layers of a tower features are taken; ``value``: an index into its hidden states, or a list of
-    them, where 0 is before the first layer and -1 after the last. ConfigError for one outside."""
+    """After how many layers of a tower features are taken.
+
+    ``value``: an index into its hidden states, or a list of them, where 0 is before the first layer
+    and -1 after the last. ConfigError for one outside.
+    """
     found = []
     for index in value if isinstance(value, list) and value else [value]:
         if isinstance(index, bool) or not isinstance(index, int):
@@ -333,8 +351,10 @@ def filled(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
 
 
 def count(values: Mapping[str, Any], name: str, default: Any = None) -> int:
-    """A positive integer of a configuration, ``default`` where it is absent or null; ConfigError naming the field for
-    anything else."""
+    """A positive integer of a configuration, ``default`` where it is absent or null.
+
+    ConfigError naming the field for anything else.
+    """
     value = default if values.get(name) is None else values[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         bad(name, f"must be a positive integer, got {value!r}")
@@ -342,7 +362,10 @@ def count(values: Mapping[str, Any], name: str, default: Any = None) -> int:
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A nested mapping of a configuration, such as ``vision_config``; ConfigError when it is missing."""
+    """A nested mapping of a configuration, such as ``vision_config``.
+
+    ConfigError when it is missing.
+    """
     value = config.get(name)
     if not isinstance(value, Mapping):
         bad(name, f"must be a mapping, got {value!r}")
@@ -355,14 +378,17 @@ def bad(name: str, reason: str) -> NoReturn:
 
 
 def says_tied(config: Mapping[str, Any]) -> bool:
-    """Return whether the output head is said to be the embedding: of the whole or of its text part, either one."""
+    """Return whether the output head is said to be the embedding.
+
+    Of the whole or of its text part, either one.
+    """
     text = config.get("text_config")
     nested = isinstance(text, Mapping) and bool(text.get("tie_word_embeddings"))
     return bool(config.get("tie_word_embeddings")) or nested
 
 
 def declared_dtype(config: Mapping[str, Any]) -> str | None:
-    """``dtype`` (newer) or ``torch_dtype`` (older), of the whole or of its text part, without a ``torch.`` prefix."""
+    """``dtype`` or ``torch_dtype`` (deprecated), of the whole or of its text part, without a ``torch.`` prefix."""
     text = config.get("text_config")
     for source in (config, text if isinstance(text, Mapping) else {}):
         for key in ("dtype", "torch_dtype"):

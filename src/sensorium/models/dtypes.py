@@ -41,8 +41,8 @@ def dtype_of(wanted: str, config: Mapping[str, Any], stored: str | None) -> torc
 def suited_to_cpu(dtype: torch.dtype, count: Callable[[], int]) -> torch.dtype:
     """Return the dtype in which a CPU best runs a model of ``count()`` numbers stored as ``dtype``.
 
-    That is its own where the CPU multiplies such numbers, else float32 where the memory allows it. Logs which, and
-    what it costs.
+    That is its own where the CPU multiplies such numbers, else float32 where the memory allows it.
+    Logs which, and what it costs.
     """
     import torch
 
@@ -54,8 +54,10 @@ def suited_to_cpu(dtype: torch.dtype, count: Callable[[], int]) -> torch.dtype:
     available = available_memory()
     if size * LOADING > available:
         logger.warning(
-            "this CPU has no units for %s, so the model runs several times slower than it would in float32; but its "
-            "weights in float32 (%.1f GiB, twice that while loading) do not fit into the %.1f GiB of memory that are "
+            "this CPU has no units for %s, so the model runs several times slower than it would in "
+            "float32; but its "
+            "weights in float32 (%.1f GiB, twice that while loading) do not fit into the %.1f GiB "
+            "of memory that are "
             "available. --dtype float32 tries all the same",
             name,
             size / GIB,
@@ -63,7 +65,8 @@ def suited_to_cpu(dtype: torch.dtype, count: Callable[[], int]) -> torch.dtype:
         )
         return dtype
     logger.info(
-        "this CPU has no units for %s: the weights are held as float32 (%.1f GiB), which is several times faster. "
+        "this CPU has no units for %s: the weights are held as float32 (%.1f GiB), which is "
+        "several times faster. "
         "--dtype %s keeps them as they are stored",
         name,
         size / GIB,

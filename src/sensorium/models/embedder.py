@@ -1,4 +1,4 @@
-"""Whether a checkpoint makes vectors rather than text, and which: what its files and the configuration say."""
+"""Detection of embedding models, and of how they pool, from the configuration and the checkpoint's files."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ PUBLISHED = (
 """(name, checkpoint, architecture) of embedding models that the docs name."""
 
 GENERATES = (
-    "This model generates text here and makes no vectors. Start it with --runner pooling (runner='pooling' in Python) "
+    "This model generates text here and returns no embeddings. Start it with --runner pooling "
+    "(runner='pooling' in Python) "
     "for those."
 )
-"""Why a vector cannot be had."""
+"""Error for requests for an embedding to a model that generates text."""
 
 POOLS = (
-    "This model makes vectors here and generates no text: ask for embeddings, or start it with --runner generate "
+    "This model returns embeddings here and generates no text: ask for embeddings, or start it "
+    "with --runner generate "
     "(runner='generate' in Python)."
 )
-"""Why no text can be had."""
+"""Error for requests for text to an embedding model."""
 
 _HOW_TO_CUT = (
     'If its makers trained it for that, start with hf_overrides={"is_matryoshka": true}, or with '
@@ -44,10 +46,11 @@ _HOW_TO_CUT = (
 
 @dataclass(frozen=True, slots=True)
 class Embedder:
-    """How a model makes vectors: of the hidden state after the final norm at the last token.
+    """Pooling of an embedding model: the hidden state after the final norm at the last token.
 
-    ``size``: numbers of a whole vector. ``normalize``: whether it is scaled to length 1 where the request says nothing.
-    ``matryoshka``: whether a vector may be cut; ``sizes``: to which sizes alone, to any when empty.
+    ``size``: numbers of a whole embedding. ``normalize``: whether it is scaled to length 1 where
+    the request says nothing. ``matryoshka``: whether an embedding may be cut; ``sizes``: to which
+    sizes alone, to any when empty.
     """
 
     size: int
@@ -56,7 +59,10 @@ class Embedder:
     sizes: tuple[int, ...] = ()
 
     def resolve(self, params: PoolingParams) -> PoolingParams:
-        """The parameters with nothing left open. Raises InvalidRequestError for a size that the model does not have."""
+        """The parameters with nothing left open.
+
+        Raises InvalidRequestError for a size that the model does not have.
+        """
         if params.dimensions not in (None, self.size):
             self._check_cut(params.dimensions or 0)
         if params.normalize is None:
@@ -66,29 +72,31 @@ class Embedder:
     def _check_cut(self, dimensions: int) -> None:
         if not self.matryoshka:
             raise InvalidRequestError(
-                f"dimensions is {dimensions}, but this model's vectors have {self.size} and are not known to be of use "
+                f"dimensions is {dimensions}, but this model's embeddings have {self.size} and are "
+                "not known to be of use "
                 f"when cut. {_HOW_TO_CUT}",
                 param="dimensions",
             )
         if self.sizes and dimensions not in self.sizes:
             known = ", ".join(map(str, self.sizes))
             raise InvalidRequestError(
-                f"dimensions is {dimensions}, but this model's vectors can be cut to {known} only.",
+                f"dimensions is {dimensions}, but this model's embeddings can be cut to {known} "
+                "only.",
                 param="dimensions",
             )
         if dimensions > self.size:
             raise InvalidRequestError(
-                f"dimensions is {dimensions}, but this model's vectors have {self.size}.",
+                f"dimensions is {dimensions}, but this model's embeddings have {self.size}.",
                 param="dimensions",
             )
 
 
 def embedder_of(loaded: LoadedConfig, family: Family, runner: str) -> Embedder | None:
-    """How the model makes vectors, or None when it generates text.
+    """Return how the model makes embeddings, or None when it generates text.
 
-    ``runner`` ``auto`` is ``pooling`` for a folder of the sentence-transformers layout, for an architecture without a
-    language-model head, and for a checkpoint of another that stores none and does not tie it. Raises ConfigError for
-    steps that are not available here.
+    ``runner`` ``auto`` is ``pooling`` for a folder of the sentence-transformers layout, for an
+    architecture without a language-model head, and for a checkpoint of another that stores none and
+    does not tie it. Raises ConfigError for steps that are not available here.
     """
     folder = Path(loaded.folder)
     listed = (folder / MODULES).is_file()
@@ -99,7 +107,8 @@ def embedder_of(loaded: LoadedConfig, family: Family, runner: str) -> Embedder |
         return None
     if loaded.config.get("is_causal") is False:
         raise ConfigError(
-            "The model's tokens attend to those behind them too (is_causal is false in config.json), which is not "
+            "The model's tokens attend to those behind them too (is_causal is false in "
+            "config.json), which is not "
             "available here.",
             param="model",
         )
@@ -118,8 +127,10 @@ def _names_no_head(loaded: LoadedConfig, family: Family) -> bool:
 
 
 def _stores_no_head(loaded: LoadedConfig, family: Family) -> bool:
-    """Whether the files of a native family lack a head that their configuration does not tie to the embedding, as
-    those of Qwen3-VL-Embedding do; False where their names are not known yet."""
+    """Return whether the files of a native family lack a head that is not tied to the embedding.
+
+    Those of Qwen3-VL-Embedding do. False where the names of the weights are not known yet.
+    """
     if not family.embedders or says_tied(loaded.config):
         return False
     names = weight_names(Path(loaded.folder))
@@ -130,14 +141,18 @@ def _sizes(config: dict[str, Any]) -> tuple[int, ...]:
     value = config.get("matryoshka_dimensions") or []
     if not isinstance(value, list) or not all(type(size) is int and size > 0 for size in value):
         raise ConfigError(
-            f"config.json: matryoshka_dimensions must be a list of positive integers, got {value!r}.",
+            "config.json: matryoshka_dimensions must be a list of positive integers, got "
+            f"{value!r}.",
             param="hf_overrides",
         )
     return tuple(sorted(value))
 
 
 def _normalizes(folder: Path) -> bool:
-    """Whether the steps of ``modules.json`` end with a normalisation. Raises ConfigError for any that is unknown."""
+    """Return whether the steps of ``modules.json`` end with a normalisation.
+
+    Raises ConfigError for an unknown step.
+    """
     steps = _read(folder / MODULES)
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise ConfigError(f"{MODULES} of the model is not a list of modules.", param="model")
@@ -145,7 +160,8 @@ def _normalizes(folder: Path) -> bool:
     for step, kind in zip(steps, kinds, strict=True):
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise ConfigError(
-                f"{MODULES} of the model has the step {kind!r}, which is not available here: only Transformer, Pooling "
+                f"{MODULES} of the model has the step {kind!r}, which is not available here: only "
+                "Transformer, Pooling "
                 "of the last token and Normalize are.",
                 param="model",
             )
@@ -166,7 +182,8 @@ def _check_pooling(path: Path) -> None:
         modes = set(str(settings["pooling_mode"]).split("+"))
     if modes != {"lasttoken"}:
         raise ConfigError(
-            f"The model pools by {', '.join(sorted(modes)) or 'an unknown rule'}; only pooling of the last token "
+            f"The model pools by {', '.join(sorted(modes)) or 'an unknown rule'}; only pooling of "
+            "the last token "
             "(lasttoken) is available here.",
             param="model",
         )

@@ -1,4 +1,4 @@
-"""What the runner asks of a model, and what a model family brings to the registry."""
+"""Interfaces of models and of model families."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the HTTP process and media workers use families without ever importing torch
     import torch
 
     from sensorium.kernels.batch import AttentionBatch
-    from sensorium.models.loading.weights import WeightSlot
     from sensorium.multimodal.items import Features, Modality
     from sensorium.multimodal.processor import Processor
 
@@ -31,13 +30,16 @@ class TextShape:
     vocab_size: int
     max_position: int
     num_deep: int = 0
-    """How many parts of hidden_size, besides the first, an item's embedding has, for layers further up."""
+    """Number of parts of hidden_size that an item's embedding has besides the first, for deeper
+    layers (DeepStack)."""
     short_context: int | None = None
-    """Tokens up to which a sequence has other rotary factors than beyond, where these differ (longrope, dynamic)."""
+    """Tokens up to which a sequence has other rotary factors than beyond, where these differ
+    (longrope, dynamic)."""
     window: int | None = None
     """Tokens that a layer looks back, where that is why the context ends at ``max_position``."""
     rope_grows: bool = False
-    """Whether the rotary factors beyond ``short_context`` are others for each length of a sequence (dynamic)."""
+    """If true, the rotary factors beyond ``short_context`` depend on the length of the sequence
+    (dynamic)."""
 
     @property
     def embed_size(self) -> int:
@@ -57,16 +59,21 @@ class Model(Protocol):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether ``encode`` takes items of any modality."""
+        """Return whether ``encode`` takes items of any modality."""
         ...
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, shape.embed_size) of each item; the items (of one modality) may have different sizes
-        and are run in one batch."""
+        """Embeddings (num_embeds, shape.embed_size) of each item.
+
+        The items (of one modality) may have different sizes and are run in one batch.
+        """
         ...
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (T, shape.embed_size) of ids (T,). Ids of placeholder positions may be anything below V."""
+        """Token embeddings (T, shape.embed_size) of ids (T,).
+
+        Ids of placeholder positions may be anything below V.
+        """
         ...
 
     def rotary(
@@ -74,13 +81,16 @@ class Model(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos, sin (T, rotary_dim // 2) float32 of positions (T,) or, with several axes, (3, T) int64.
 
-        lengths: (``EngineRequest.rope_length``, number of rows) of one sequence after the other; none when all are 0.
+        lengths: (``EngineRequest.rope_length``, number of rows) of one sequence after the other;
+        none when all are 0.
         """
         ...
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Hidden states (T, H) after the final norm. Writes K and V of all T tokens into ``batch.caches``. May
-        overwrite ``embeds``."""
+        """Hidden states (T, H) after the final norm.
+
+        Writes K and V of all T tokens into ``batch.caches``. May overwrite ``embeds``.
+        """
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -98,18 +108,20 @@ class LoadedConfig:
     preprocessor: dict[str, Any]
     processor: dict[str, Any]
     video_preprocessor: dict[str, Any] = field(default_factory=dict)
-    """Of videos; the image processor's values where the checkpoint has none of its own."""
+    """Preprocessor of videos; the image processor's values where the checkpoint has none of its
+    own."""
     parts: Mapping[str, LoadedConfig] = field(default_factory=dict)
-    """Checkpoints that complete this one, by the field of config.json that names them: see ``PartCheckpoint``."""
+    """Checkpoints that complete this one, by the field of config.json that names them: see
+    ``PartCheckpoint``."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuildOptions:
-    """How a model is built.
+    """Options of building a model.
 
-    ``skip_modalities``: their encoders are neither built nor loaded. ``head``: whether logits will be asked for; where
-    they will not, the language-model head is not loaded. ``random_weights``: every slot will be filled with random
-    numbers, whatever lies in the checkpoint's folder.
+    ``skip_modalities``: their encoders are neither built nor loaded. ``head``: whether logits will
+    be asked for; where they will not, the language-model head is not loaded. ``random_weights``:
+    every slot will be filled with random numbers, whatever lies in the checkpoint's folder.
     """
 
     dtype: torch.dtype
@@ -119,14 +131,46 @@ class BuildOptions:
     random_weights: bool = False
 
 
+class Part(NamedTuple):
+    """One tensor of a checkpoint: its name (in our spelling) and its shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlot:
+    """``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on its device.
+
+    ``tied``: set where the one part is expected to be the same as another.
+    """
+
+    parts: tuple[Part, ...]
+    assign: Callable[..., None]
+    tied: Tied | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tied:
+    """A part of another slot, filled before, that a slot shares unless the checkpoint holds something else for it."""
+
+    part: Part
+    assign: Callable[[], None]
+    """Is called, in place of the slot's own ``assign``, where both are the same."""
+
+
 class LoadableModel(Model, Protocol):
     """A model whose weights the loader fills in."""
 
     ignored_weights: tuple[str, ...]
-    """Regular expressions of weight names that this model does not use, such as those of layers that it skips."""
+    """Regular expressions of weight names that this model does not use, such as those of layers
+    that it skips."""
 
     def slots(self) -> Iterator[WeightSlot]:
-        """Each place that wants weights: names and shapes in the checkpoint, and what to call with the tensors."""
+        """Each place that wants weights.
+
+        Names and shapes in the checkpoint, and what to call with the tensors.
+        """
         ...
 
 
@@ -134,9 +178,10 @@ class LoadableModel(Model, Protocol):
 class PartCheckpoint:
     """Another checkpoint that completes one, such as a decoder that is published apart.
 
-    ``field``: of config.json, with its Hugging Face id or folder (also relative to the checkpoint's own); nothing is
-    completed where it is absent or null. ``renames``: as ``Family.renames``, for its weights; where both hold a weight,
-    that of the checkpoint itself counts. ``modality``: whose encoder it is, so that it is not needed without.
+    ``field``: of config.json, with its Hugging Face id or folder (also relative to the checkpoint's
+    own); nothing is completed where it is absent or null. ``renames``: as ``Family.renames``, for
+    its weights; where both hold a weight, that of the checkpoint itself counts. ``modality``: whose
+    encoder it is, so that it is not needed without.
     """
 
     field: str
@@ -152,13 +197,13 @@ class Family:
     """
 
     name: str
-    """As in the docs, such as ``LLaVA-1.5``."""
+    """Name in the docs, such as ``LLaVA-1.5``."""
     checkpoint: str
     """The published checkpoint that the docs name."""
     architectures: tuple[str, ...]
     """Values of ``architectures`` in config.json."""
     modalities: tuple[Modality, ...]
-    """What it takes besides text."""
+    """Modalities that it takes besides text."""
     shape: Callable[[LoadedConfig], TextShape]
     """Sizes of the decoder. Raises ConfigError for values that are missing or impossible."""
     build_processor: Callable[[LoadedConfig], Processor | None]
@@ -166,10 +211,11 @@ class Family:
     build_model: Callable[[LoadedConfig, BuildOptions], LoadableModel]
     """The model, without weights."""
     renames: tuple[tuple[str, str], ...]
-    """(regular expression, replacement): the first that matches turns a checkpoint's weight name into ours."""
+    """(regular expression, replacement): the first that matches turns a checkpoint's weight name
+    into ours."""
     stop_tokens: tuple[str, ...] = ()
-    """Texts of tokens that end an answer besides those of the checkpoint's configuration, where the tokenizer has
-    them."""
+    """Texts of tokens that end an answer besides those of the checkpoint's configuration, where
+    the tokenizer has them."""
     template: tuple[str, str] | None = None
     """(package, file) of the fallback chat template."""
     parts: tuple[PartCheckpoint, ...] = ()
@@ -177,11 +223,12 @@ class Family:
     bidirectional: Literal["items", "prompt"] | None = None
     """Tokens with bidirectional attention: each run of an item's embeddings, or prompts with items."""
     embedders: tuple[str, ...] = ()
-    """Further values of ``architectures``, of checkpoints without a language-model head: they make vectors."""
+    """Further values of ``architectures``, of checkpoints without a language-model head: they
+    return embeddings."""
     model_types: tuple[str, ...] = ()
     """Values of ``model_type`` in config.json, for checkpoints that name no architecture."""
     invariant: bool = True
-    """Whether all that its models compute can be the same bits whatever a step is made up of."""
+    """If true, all results can have the same bits whatever else is in the step."""
 
     def chat_template(self) -> str | None:
         """The fallback chat template, for checkpoints of this family that publish none."""
@@ -192,7 +239,9 @@ class Family:
 
 
 def stop_token_ids(loaded: LoadedConfig) -> tuple[int, ...]:
-    """Ids that end an answer: ``eos_token_id`` of generation_config.json, else of config.json; in order, each once.
+    """Ids that end an answer: ``eos_token_id`` of generation_config.json, else of config.json.
+
+    In order, each once.
 
     What is no id (an integer from 0) is left out, as if the file did not hold it.
     """
@@ -209,11 +258,14 @@ def stop_token_ids(loaded: LoadedConfig) -> tuple[int, ...]:
 def warn_of_defaults(loaded: LoadedConfig, family: Family) -> None:
     """Log a warning where no file of a checkpoint says how its images are prepared.
 
-    The processor then takes the defaults of its family, with which a model that was trained otherwise answers worse.
+    The processor then takes the defaults of its family, with which a model that was trained
+    otherwise answers worse.
     """
     if "image" in family.modalities and not loaded.preprocessor:
         logger.warning(
-            "The model has neither preprocessor_config.json nor an image_processor in processor_config.json: images "
-            "are prepared with the defaults of %s. Copy the file from the checkpoint that the model was made from.",
+            "The model has neither preprocessor_config.json nor an image_processor in "
+            "processor_config.json: images "
+            "are prepared with the defaults of %s. Copy the file from the checkpoint that the "
+            "model was made from.",
             family.name,
         )

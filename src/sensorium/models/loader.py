@@ -1,4 +1,7 @@
-"""From a model's name to a loaded model. Configuration and processor need no torch; only ``load`` does."""
+"""From a model's name to a loaded model.
+
+Configuration and processor need no torch; only ``load`` does.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +54,9 @@ def read_config(
 ) -> LoadedConfig:
     """Find a checkpoint (``demo``, a folder or a Hugging Face id) and read its configuration files.
 
-    No weights are fetched and torch is not imported: with ``resolve(loaded.config)`` and the family's
-    ``build_processor(loaded)`` this is all that an HTTP process or a media worker needs. Raises ConfigError.
+    No weights are fetched and torch is not imported: with ``resolve(loaded.config)`` and the
+    family's ``build_processor(loaded)`` this is all that an HTTP process or a media worker needs.
+    Raises ConfigError.
     """
     loaded = checkpoint.read(checkpoint.find(model, revision, download_dir), hf_overrides)
     try:
@@ -77,14 +81,16 @@ def load(
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
 
-    dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the weights, else float32;
-    or float32 in place of a 16-bit type that the CPU has no units for, where the memory allows it.
-    device ``auto`` is the first GPU when there is one, else the CPU. skip_modalities: their encoders are not built.
-    runner: ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model head.
-    download_dir: where downloads go, in place of the cache of the Hugging Face hub.
+    dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the
+    weights, else float32; or float32 in place of a 16-bit type that the CPU has no units for, where
+    the memory allows it. device ``auto`` is the first GPU when there is one, else the CPU.
+    skip_modalities: their encoders are not built. runner: ``generate``, ``pooling`` or ``auto``; a
+    model for pooling is loaded without its language-model head. download_dir: where downloads go,
+    in place of the cache of the Hugging Face hub.
 
-    Raises ConfigError when the checkpoint cannot be found, does not fit its configuration or is quantized, and
-    UnsupportedModelError for an unknown architecture; whatever the configuration tells, before weights are downloaded.
+    Raises ConfigError when the checkpoint cannot be found, does not fit its configuration or is
+    quantized, and UnsupportedModelError for an unknown architecture; whatever the configuration
+    tells, before weights are downloaded.
     """
     dummy = load_format == "dummy"
     folder = checkpoint.find(model, revision, download_dir)

@@ -39,8 +39,8 @@ def native_family(
 ) -> Family:
     """A family whose model is the class ``model`` (``package.module:Class``), imported when one is built.
 
-    The class takes the configuration, then, unless ``normalization`` is None, what that reads of the image processor's
-    configuration, and the options. ``row``: the other fields of ``Family``.
+    The class takes the configuration, then, unless ``normalization`` is None, what that reads of
+    the image processor's configuration, and the options. ``row``: the other fields of ``Family``.
     """
 
     def shape(loaded: LoadedConfig) -> TextShape:

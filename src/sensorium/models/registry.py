@@ -1,4 +1,7 @@
-"""The model families, and which of them reads a given configuration. A new family is a folder and a line here."""
+"""The model families, and which of them reads a given configuration.
+
+A new family is a folder and a line here.
+"""
 
 from __future__ import annotations
 
@@ -42,10 +45,12 @@ _BY_MODEL_TYPE = {name: family for family in FAMILIES for name in family.model_t
 
 
 def resolve(config: Mapping[str, Any]) -> Family:
-    """The family of the first of the configuration's ``architectures`` that is known; transformers' own where none is.
+    """The family of the first of the configuration's ``architectures`` that is known.
 
-    Without any, ``model_type`` says it. Raises UnsupportedModelError that lists the nearest names, or says why
-    transformers' model cannot run here.
+    Transformers' own where none is.
+
+    Without any, ``model_type`` says it. Raises UnsupportedModelError that lists the nearest names,
+    or says why transformers' model cannot run here.
     """
     names = _architectures(config)
     if not names:
@@ -82,7 +87,8 @@ def _by_model_type(model_type: object) -> Family:
             return other
     known = ", ".join(sorted(_BY_MODEL_TYPE))
     raise UnsupportedModelError(
-        f"config.json names no architectures, and its model_type {model_type!r:.80} is none that runs here. Known are "
+        f"config.json names no architectures, and its model_type {model_type!r:.80} is none that "
+        "runs here. Known are "
         f"{known}, and those of models of transformers that generate text.",
         param="model",
     )

@@ -1,4 +1,4 @@
-"""What a configuration says of rotary scaling: its kind, how long a context it gives, where its factors change."""
+"""Rotary scaling of a configuration: its type, the context length, and where its factors change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from sensorium.errors import ConfigError
 
 KEYS = ("rope_parameters", "rope_scaling")
-"""The newer and the older name of the mapping in config.json."""
+"""The current and the deprecated name of the mapping in config.json."""
 
 OF_DECODERS = (
     *KEYS,
@@ -18,18 +18,20 @@ OF_DECODERS = (
     "sliding_window",
     "use_sliding_window",
 )
-"""What config.json says of a decoder's positions: inside ``text_config`` where the model has other parts, too."""
+"""Fields of config.json about a decoder's positions, inside ``text_config`` for multimodal
+models."""
 
 LENGTHENING = ("yarn", "linear", "dynamic")
-"""Kinds that make the context ``factor`` times as long, whatever ``max_position_embeddings`` says."""
+"""Kinds that make the context ``factor`` times as long, whatever ``max_position_embeddings``
+says."""
 
 
 def read_rope(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    """The rotary scaling of ``rope_scaling`` (older files) or ``rope_parameters`` (newer ones), as one mapping.
+    """The rotary scaling of ``rope_scaling`` (deprecated) or ``rope_parameters``, as one mapping.
 
     ``rope_type`` is always set; Phi-3's other names of longrope ("su", "yarn") are resolved, and
-    ``original_max_position_embeddings`` is where the rotary layer looks for it. Raises ConfigError for anything else
-    than a mapping of plain values.
+    ``original_max_position_embeddings`` is where the rotary layer looks for it. Raises ConfigError
+    for anything else than a mapping of plain values.
     """
     rope: dict[str, Any] = {}
     for key in KEYS:
@@ -51,7 +53,9 @@ def read_rope(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def context_length(rope: Mapping[str, Any], declared: int) -> int:
-    """Tokens of the longest context. declared: ``max_position_embeddings``, which kinds that lengthen leave as it was.
+    """Tokens of the longest context. declared.
+
+    ``max_position_embeddings``, which kinds that lengthen leave as it was.
 
     Raises ConfigError for a factor that is no number of at least 1.
     """
@@ -70,7 +74,10 @@ def context_length(rope: Mapping[str, Any], declared: int) -> int:
 
 
 def short_context(rope: Mapping[str, Any], declared: int) -> int | None:
-    """Tokens up to which a sequence has other factors than beyond; None where one set serves all."""
+    """Tokens up to which a sequence has other factors than beyond.
+
+    None where one set serves all.
+    """
     if rope.get("rope_type") == "dynamic":
         return declared
     if rope.get("rope_type") == "longrope":
@@ -81,7 +88,8 @@ def short_context(rope: Mapping[str, Any], declared: int) -> int | None:
 def placed_alike(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Overrides of config.json with what is of the decoder where the file has it, and spelled as there.
 
-    Model cards and flags name ``rope_scaling`` alone, also for models whose decoder has a ``text_config``.
+    Model cards and flags name ``rope_scaling`` alone, also for models whose decoder has a
+    ``text_config``.
     """
     text, own = config.get("text_config"), overrides.get("text_config", {})
     meant = {key: value for key, value in overrides.items() if key in OF_DECODERS}
@@ -102,7 +110,8 @@ def spelled_alike(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> di
             old = config.get(name)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
             if name in KEYS:
-                # The older name of the kind, given alone, would be hidden by the newer one in the file.
+                # The deprecated name of the type, given alone, would be hidden by the current one
+                # in the file.
                 kind = value.get("rope_type") or value.get("type")
                 value = {**value, "rope_type": kind} if kind else value
             else:

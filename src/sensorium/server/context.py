@@ -60,7 +60,7 @@ class ServingContext:
         return name
 
     def check_generates(self) -> None:
-        """Raise InvalidRequestError when the model makes vectors here."""
+        """Raise InvalidRequestError when the model returns embeddings here."""
         if self.frontend.runner == "pooling":
             raise InvalidRequestError(POOLS)
 

@@ -155,9 +155,13 @@ async def test_a_generating_frontend_makes_no_vectors() -> None:
     ("params", "embedder", "message"),
     [
         (PoolingParams(dimensions=4), Embedder(8), "is_matryoshka"),
-        (PoolingParams(dimensions=9), Embedder(8, matryoshka=True), "vectors have 8"),
+        (PoolingParams(dimensions=9), Embedder(8, matryoshka=True), "embeddings have 8"),
         (PoolingParams(dimensions=5), Embedder(8, matryoshka=True, sizes=(2, 4)), "2, 4 only"),
-        (PoolingParams(dimensions=9), Embedder(8, matryoshka=True, sizes=(9,)), "vectors have 8"),
+        (
+            PoolingParams(dimensions=9),
+            Embedder(8, matryoshka=True, sizes=(9,)),
+            "embeddings have 8",
+        ),
     ],
 )
 def test_sizes_that_a_model_does_not_have(

@@ -154,7 +154,7 @@ def test_items_share_batches(harness: Harness, monkeypatch: pytest.MonkeyPatch) 
     with torch.inference_mode():
         alone = [harness.model.encode([item])[0] for item in (*images, *clips)]
         for size in (1, 3, 16):
-            monkeypatch.setattr(onevision, "PICTURES_PER_BATCH", size)
+            monkeypatch.setattr(onevision, "IMAGES_PER_BATCH", size)
             found = [*harness.model.encode(images), *harness.model.encode(clips)]
             for embeds, expected in zip(found, alone, strict=True):
                 torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=1e-5)

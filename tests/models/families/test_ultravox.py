@@ -11,7 +11,7 @@ import torch
 
 from sensorium.models import loader
 from sensorium.models.families.ultravox.model import UltravoxModel
-from sensorium.models.parts.whisper import Stretch
+from sensorium.models.parts.whisper import MelChunk
 from sensorium.multimodal.items import Audio
 from sensorium.multimodal.placeholders import marker
 from tests.checkpoints import make_ultravox
@@ -119,7 +119,7 @@ def test_many_chunks_go_through_the_tower_in_several_batches(
     whole, tower = model.encode(items), model.tower
     calls: list[int] = []
 
-    def counted(stretches: Sequence[Stretch]) -> list[torch.Tensor]:
+    def counted(stretches: Sequence[MelChunk]) -> list[torch.Tensor]:
         assert tower is not None
         calls.append(sum(len(stretch.mel) for stretch in stretches))
         return tower(stretches)

@@ -113,7 +113,7 @@ async def test_messages_as_in_chat() -> None:
         ({"input": ["Hi", 5.5]}, "input[1]", r"input[1] must be a text"),
         ({"input": [[-1]]}, "input[0]", "count from 0"),
         ({"input": "Hi", "dimensions": 0}, "dimensions", "between 1 and"),
-        ({"input": "Hi", "dimensions": 65}, "dimensions", "vectors have 64"),
+        ({"input": "Hi", "dimensions": 65}, "dimensions", "embeddings have 64"),
         ({"input": "Hi", "dimensions": "8"}, "dimensions", "must be an integer"),
         ({"input": "Hi", "encoding_format": "hex"}, "encoding_format", "'float' or 'base64'"),
         ({"input": "Hi", "normalise": True}, "normalise", "Did you mean 'normalize'"),
@@ -142,7 +142,7 @@ async def test_each_kind_of_server_says_what_it_is_not() -> None:
     app = embedding_app()
     for answer in (await app.chat(), await app.complete(), await app.chat(stream=True)):
         assert answer.status == 400
-        assert "makes vectors here" in answer.error["message"]
+        assert "returns embeddings here" in answer.error["message"]
     generating = App()
     answer = await generating.post(PATH, {"input": "Hi"})
     assert answer.status == 400
@@ -188,7 +188,7 @@ async def test_the_openai_client() -> None:
         plain = await client.embeddings.create(model="demo", input="Hi", encoding_format="float")
         assert plain.data[0].embedding == [len(HI), sum(HI), 0.25, 0.25]
         assert plain.usage.prompt_tokens == len(HI)
-        with pytest.raises(openai.BadRequestError, match="vectors have 64"):
+        with pytest.raises(openai.BadRequestError, match="embeddings have 64"):
             await client.embeddings.create(model="demo", input="Hi", dimensions=100)
         await client.close()
 

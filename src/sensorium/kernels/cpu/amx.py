@@ -1,11 +1,12 @@
 """Matrix tiles of x86 (AMX): products of bf16 blocks, summed in float32.
 
-A tile is a register of 16 rows of 64 bytes. ``C += A B`` takes A as 16 rows of 32 bf16, B as 16 rows of 16 *pairs*
-(rows 2 i and 2 i + 1 of B side by side, the order of all vector instructions for bf16), and C as 16 rows of 16 float32:
-Intel 64 and IA-32 Architectures Software Developer's Manual, "Intel AMX programming".
+A tile is a register of 16 rows of 64 bytes. ``C += A B`` takes A as 16 rows of 32 bf16, B as 16
+rows of 16 *pairs* (rows 2 i and 2 i + 1 of B side by side, the order of all vector instructions for
+bf16), and C as 16 rows of 16 float32: Intel 64 and IA-32 Architectures Software Developer's Manual,
+"Intel AMX programming".
 
-The tiles' shapes are a state of the thread. Who multiplies sets it for the time of a task loop and gives the tiles
-back, as oneDNN does.
+The tiles' shapes are a state of the thread. Who multiplies sets it for the time of a task loop and
+gives the tiles back, as oneDNN does.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _C, _A, _B = (0, 1, 2, 3), (4, 5), (6, 7)
 
 @functools.cache
 def available() -> bool:
-    """Whether kernels may use the tiles in this process; asks the system for them, which Linux wants once a process.
+    """Return whether kernels may use the tiles in this process.
+
+    Request them from Linux, once per process.
 
     Kernels with tiles are compiled and run only where this has said yes.
     """
@@ -106,8 +109,9 @@ def multiply_block(
 ) -> Any:
     """``c[:32, :32] (+)= a[:32, :depth] b[:depth, :32]``, or 16 columns unless ``wide``.
 
-    a, b: pointers to bf16; c: pointer to float32; strides in elements, that of b between two rows of pairs. depth is a
-    multiple of 32; b has depth / 2 rows of pairs. add: whether c is added to, or overwritten.
+    a, b: pointers to bf16; c: pointer to float32; strides in elements, that of b between two rows
+    of pairs. depth is a multiple of 32; b has depth / 2 rows of pairs. add: whether c is added to,
+    or overwritten.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:

@@ -1,16 +1,20 @@
-"""Paged attention of query rows to the cached tokens of their sequence: decoding, and spans of a prompt.
+"""Paged attention of query rows to the cached tokens of their sequence.
 
-A *piece* is a run of a sequence's query rows; a task is a piece and one KV head. Within a task the query heads of the
-KV head (and the query rows) are the rows of a small matrix, and the tokens go by in chunks: scores, running softmax
-(Milakov and Gimelshein, 2018), weighted values, each through ``multiply_tile``.
+Decoding, and spans of a prompt.
 
-A row's result is the same bits however its step is made up. Its tokens are cut into *parts* of ``PART_TOKENS``,
-counted from the first token of the sequence; each part has a running softmax of its own, and parts are folded together
-in order. A task takes all parts of its rows, or, where there are few rows and many tokens, a single one: then the parts
-leave their results, and whichever thread finishes the last one folds them, in the same order.
+A *piece* is a run of a sequence's query rows; a task is a piece and one KV head. Within a task the
+query heads of the KV head (and the query rows) are the rows of a small matrix, and the tokens go by
+in chunks: scores, running softmax (Milakov and Gimelshein, 2018), weighted values, each through
+``multiply_tile``.
 
-For decoding a task also rotates its queries, and the task whose part holds the new token first writes its key and
-value. Spans are rotated and written beforehand (``rotary``).
+A row's result is the same bits however its step is made up. Its tokens are cut into *parts* of
+``PART_TOKENS``, counted from the first token of the sequence; each part has a running softmax of
+its own, and parts are folded together in order. A task takes all parts of its rows, or, where there
+are few rows and many tokens, a single one: then the parts leave their results, and whichever thread
+finishes the last one folds them, in the same order.
+
+For decoding a task also rotates its queries, and the task whose part holds the new token first
+writes its key and value. Spans are rotated and written beforehand (``rotary``).
 """
 
 from __future__ import annotations
@@ -67,7 +71,10 @@ PIECE_COLUMNS = 11
 
 
 def scratch_floats(num_rows: int, head_dim: int) -> int:
-    """float32 scratch of one thread whose tasks have ``num_rows`` rows: q, scores, and twice sums, peaks, totals."""
+    """float32 scratch of one thread whose tasks have ``num_rows`` rows.
+
+    Q, scores, and twice sums, peaks, totals.
+    """
     return num_rows * (3 * head_dim + CHUNK + 4) + 2 * head_dim
 
 
@@ -85,10 +92,10 @@ def score_chunk(
     block_size: Any,
     scores: Any,
 ) -> None:
-    """scores (rows, CHUNK) = q (rows, dim) times the keys of tokens [start, start + count).
+    """Scores (rows, CHUNK) = q (rows, dim) times the keys of tokens [start, start + count).
 
-    Whole blocks are computed; columns behind ``count`` hold values of no meaning. head_at: (stride of a block, offset
-    of the head within it) in elements.
+    Whole blocks are computed; columns behind ``count`` hold values of no meaning. head_at: (stride
+    of a block, offset of the head within it) in elements.
     """
     step = TILE_COLUMNS if block_size % TILE_COLUMNS == 0 else WIDTH
     for column in range(0, count, step):
@@ -129,7 +136,7 @@ def weigh_chunk(
     block_size: Any,
     sums: Any,
 ) -> None:
-    """sums (rows, dim) += scores (rows, CHUNK) times the values of tokens [start, start + count)."""
+    """Sums (rows, dim) += scores (rows, CHUNK) times the values of tokens [start, start + count)."""
     token = start
     while token < start + count:
         offset = token % block_size
@@ -162,7 +169,10 @@ def weigh_chunk(
 
 @njit(**OUTLINE)
 def soften_row(scores: Any, visible: Any, count: Any, top: Any) -> Any:
-    """Turn one row of scores into e^(score - new top), zero from ``visible`` to ``count``; (new top, sum)."""
+    """Turn one row of scores into e^(score - new top), zero from ``visible`` to ``count``.
+
+    (new top, sum).
+    """
     padded = (visible + WIDTH - 1) // WIDTH * WIDTH
     for j in range(visible, padded):
         scores[j] = HIDDEN_SCORE
@@ -182,7 +192,7 @@ def soften_row(scores: Any, visible: Any, count: Any, top: Any) -> Any:
 
 @njit(**OUTLINE)
 def scale_sums(sums: Any, dim: Any, factor: Any) -> None:
-    """sums (dim,) *= factor."""
+    """Sums (dim,) *= factor."""
     for d in range(0, dim, WIDTH):
         count = min(WIDTH, dim - d)
         store_part(sums, d, load_part(sums, d, count) * splat(factor), count)
@@ -192,7 +202,10 @@ def scale_sums(sums: Any, dim: Any, factor: Any) -> None:
 def fold_part(
     part: Any, part_top: Any, part_total: Any, sums: Any, top: Any, total: Any, dim: Any
 ) -> Any:
-    """Fold the sums (dim,), peak and total of a row's next part into those so far; the new (peak, total)."""
+    """Fold the sums (dim,), peak and total of a row's next part into those so far.
+
+    The new (peak, total).
+    """
     new_top = max(top, part_top)
     kept, gained = exp1(top - new_top), exp1(part_top - new_top)
     for d in range(0, dim, WIDTH):
@@ -215,10 +228,11 @@ def clear_rows(rows: Any, dim: Any, sums: Any, tops: Any, totals: Any) -> None:
 def build_attend(element: Any) -> Callable[[Any], None]:
     """Attention of all pieces.
 
-    args: qkv (T, C), cos, sin, k_cache, v_cache, block_table (int32), its row stride, pieces (int64), out, partials
-    (float32), done (int64, zeros; left at zero), scratch (float32), its stride, heads, KV heads, D, half of the rotary
-    dimensions, block size, scale, q_norm (0: none), k_norm, eps, q_rotated (T, heads, D) float32 of spans. The number
-    of tasks is pieces times KV heads.
+    args: qkv (T, C), cos, sin, k_cache, v_cache, block_table (int32), its row stride, pieces
+    (int64), out, partials (float32), done (int64, zeros; left at zero), scratch (float32), its
+    stride, heads, KV heads, D, half of the rotary dimensions, block size, scale, q_norm (0: none),
+    k_norm, eps, q_rotated (T, heads, D) float32 of spans. The number of tasks is pieces times KV
+    heads.
     """
 
     @outlined(element)
@@ -244,7 +258,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
 
     @outlined(element)
     def fill_queries(args: Any, piece: Any, head: Any, group: Any, q: Any, scratch: Any) -> None:
-        """q (rows * group, D) float32 = the rotated, scaled queries of the piece's rows for one KV head."""
+        """Q (rows * group, D) float32 = the rotated, scaled queries of the piece's rows for one KV head."""
         heads, kv_heads, dim, half = args[16], args[17], args[18], args[19]
         scale = as_float(args[21])
         for i in range(piece[NUM_ROWS]):

@@ -1,7 +1,9 @@
-"""The small operations between linear layers, each read and written once: norms, SiLU, rotary, argmax.
+"""The small operations between linear layers, each read and written once.
 
-Tasks are rows, or parts of rows. Work below ``SERIAL_ELEMENTS`` runs on the calling thread: opening a parallel region
-costs as much as some ten thousand elements.
+Norms, SiLU, rotary, argmax.
+
+Tasks are rows, or parts of rows. Work below ``SERIAL_ELEMENTS`` runs on the calling thread: opening
+a parallel region costs as much as some ten thousand elements.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ def square_sum(row: Any, size: Any) -> Any:
 
 @njit(**INLINE)
 def add_row(residual: Any, x: Any, size: Any) -> None:
-    """residual += x, rounded to the stored type."""
+    """Residual += x, rounded to the stored type."""
     full = size - size % WIDTH
     for i in range(0, full, WIDTH):
         store16(residual, i, load16(residual, i) + load16(x, i))
@@ -89,7 +91,7 @@ def add_row(residual: Any, x: Any, size: Any) -> None:
 
 @njit(**INLINE)
 def scale_row(source: Any, weight: Any, out: Any, size: Any, factor: Any) -> None:
-    """out = source * factor * weight."""
+    """Out = source * factor * weight."""
     full = size - size % WIDTH
     wide = splat(factor)
     for i in range(0, full, WIDTH):
@@ -191,7 +193,7 @@ def build_silu_mul(element: Any) -> Callable[[Any], None]:
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """As ``reference.silu_mul``; contiguous."""
+    """Compute ``reference.silu_mul`` for contiguous tensors."""
     num_rows, double = gate_up.shape
     inner = double // 2
     out = gate_up.new_empty((num_rows, inner))
@@ -229,7 +231,7 @@ def build_quick_gelu(element: Any) -> Callable[[Any], None]:
 
 
 def quick_gelu_(x: torch.Tensor) -> torch.Tensor:
-    """x * sigmoid(1.702 x), in place; contiguous."""
+    """X * sigmoid(1.702 x), in place; contiguous."""
     num_elements = x.numel()
     args = pack(-(-num_elements // SILU_PART), x.data_ptr(), num_elements, SILU_PART)
     launch(kernel(build_quick_gelu, x.dtype), args, num_elements)
@@ -270,7 +272,10 @@ def build_peaks(element: Any) -> Callable[[Any], None]:
 
 
 def build_place(element: Any) -> Callable[[Any], None]:
-    """args as of ``build_peaks``, places (int64): finds the first logit that equals the first highest peak."""
+    """Args as of ``build_peaks``, places (int64).
+
+    Finds the first logit that equals the first highest peak.
+    """
 
     def place(args: Any) -> None:
         vocab, part, per_row = args[4], args[5], args[6]
@@ -294,7 +299,7 @@ def build_place(element: Any) -> Callable[[Any], None]:
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """As ``reference.argmax``; contiguous."""
+    """Compute ``reference.argmax`` for contiguous logits."""
     num_rows, vocab = logits.shape
     per_row = -(-vocab // ARGMAX_PART)
     peaks = torch.empty((num_rows, per_row), dtype=torch.float32)

@@ -1,11 +1,12 @@
 """Memory for caches: taken from the system page by page when it is first written, in huge pages.
 
-A KV cache is made for as many sequences as may ever run, and most of it is not written for long: touching all of it at
-the start would take gigabytes for a model of megabytes.
+A KV cache is made for as many sequences as may ever run, and most of it is not written for long:
+touching all of it at the start would take gigabytes for a model of megabytes.
 
-With pages of 4 KiB, reading caches and weights waits for address translation: on the machine this was measured on, sums
-over a large tensor ran at 19 GB/s with them and at 27 GB/s with pages of 2 MiB, attention over long contexts gained a
-fifth. Linux gives such pages out on request. (Weights lie in memory of oneDNN's: see ``threads.prepare``.)
+With pages of 4 KiB, reading caches and weights waits for address translation: on the machine this
+was measured on, sums over a large tensor ran at 19 GB/s with them and at 27 GB/s with pages of 2
+MiB, attention over long contexts gained a fifth. Linux gives such pages out on request. (Weights
+lie in memory of oneDNN's: see ``threads.prepare``.)
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ import torch
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """``torch.zeros`` in memory of its own, of which no page is there before it is written.
 
-    Huge pages where whole ones fit and the system has them. Raises MemoryError when the system promises no more.
+    Huge pages where whole ones fit and the system has them. Raises MemoryError when the system
+    promises no more.
     """
     num_values = math.prod(shape)
     if num_values == 0 or not sys.platform.startswith("linux"):
         return torch.zeros(shape, dtype=dtype)
     num_bytes = num_values * dtype.itemsize
     try:
-        # Private: a forked child that writes would change the parent's, and shared pages are counted otherwise.
+        # Private: a forked child that writes would change the parent's, and shared pages are
+        # counted otherwise.
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"the system has no {num_bytes} bytes for a cache") from error

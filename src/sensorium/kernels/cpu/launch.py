@@ -1,12 +1,14 @@
 """Compiling kernels once, keeping them on disk, and running them on torch's own threads.
 
-A kernel is a C function ``void kernel(int64_t *args)`` that Numba compiles without Python objects. ``args[0]`` counts
-the tasks taken, ``args[1]`` the threads that entered, ``args[2]`` is the number of tasks, the rest are addresses and
-sizes. Every thread runs the same function and takes tasks until none is left.
+A kernel is a C function ``void kernel(int64_t *args)`` that Numba compiles without Python objects.
+``args[0]`` counts the tasks taken, ``args[1]`` the threads that entered, ``args[2]`` is the number
+of tasks, the rest are addresses and sizes. Every thread runs the same function and takes tasks
+until none is left.
 
-The threads are those of the OpenMP library that torch has loaded: ``GOMP_parallel`` is what compiled OpenMP code calls
-to open a parallel region. So kernels and torch share one pool and one thread count, no second pool spins against it,
-and a region costs about 3 microseconds, where Numba's own launcher would bring a second OpenMP library.
+The threads are those of the OpenMP library that torch has loaded: ``GOMP_parallel`` is what
+compiled OpenMP code calls to open a parallel region. So kernels and torch share one pool and one
+thread count, no second pool spins against it, and a region costs about 3 microseconds, where
+Numba's own launcher would bring a second OpenMP library.
 """
 
 from __future__ import annotations
@@ -74,11 +76,14 @@ def _find_openmp() -> int | None:
 
 
 class Launcher:
-    """One compiled kernel. ``serial`` runs it on the calling thread, ``parallel`` on ``torch.get_num_threads()``.
+    """One compiled kernel.
 
-    Both keep the GIL, as taking it back from a busy thread costs more than a small kernel; ``released`` is for kernels
-    that run for milliseconds. The three are plain C calls with the arguments' array: between two linear layers that
-    stream megabytes every Python frame is a cache miss or many.
+    ``serial`` runs it on the calling thread, ``parallel`` on ``torch.get_num_threads()``.
+
+    Both keep the GIL, as taking it back from a busy thread costs more than a small kernel;
+    ``released`` is for kernels that run for milliseconds. The three are plain C calls with the
+    arguments' array: between two linear layers that stream megabytes every Python frame is a cache
+    miss or many.
     """
 
     __slots__ = ("_address", "_region", "_released", "serial")
@@ -99,7 +104,10 @@ class Launcher:
             self._region(self._address, args, torch.get_num_threads(), 0)
 
     def for_weight(self, weight: int) -> Kernel:
-        """How to run a kernel of so many multiply-adds: on one thread or all, with or without the GIL."""
+        """Return how to run a kernel of so many multiply-adds.
+
+        On one thread or all, with or without the GIL.
+        """
         if weight < SERIAL_WEIGHT:
             return self.serial
         return self.parallel if weight < RELEASE_WEIGHT else self.released
@@ -117,7 +125,10 @@ class Launcher:
 
 @functools.cache
 def _source_digest() -> str:
-    """Digest of the kernels' sources, compiler and CPU: a cached kernel is good for exactly these."""
+    """Digest of the kernels' sources, compiler and CPU.
+
+    A cached kernel is good for exactly these.
+    """
     cpu = cpu_target.target_context.codegen().magic_tuple()
     versions = (numba.__version__, llvmlite.__version__, sys.version)
     digest = hashlib.sha256(repr((versions, cpu)).encode())
@@ -132,7 +143,8 @@ def cache_folder() -> Path | None:
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(root) / "sensorium" / "kernels" / _source_digest()
     if not folder.is_absolute():
-        # Such a path is not to be used (XDG's rule); "~" also stays as it is where the user has no home.
+        # Such a path is not to be used (XDG's rule); "~" also stays as it is where the user has no
+        # home.
         return _warn_not_kept(root, "it is no absolute path")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -149,7 +161,8 @@ def cache_folder() -> Path | None:
 def _warn_not_kept(root: str, reason: str | None) -> None:
     """Say once that each start of this program takes long, and what to do."""
     log.warning(
-        "compiled CPU kernels cannot be kept in %r (%s), so every start compiles them again, which takes about half a "
+        "compiled CPU kernels cannot be kept in %r (%s), so every start compiles them again, which "
+        "takes about half a "
         "minute: set XDG_CACHE_HOME to a folder that can be written",
         root,
         reason,
@@ -183,7 +196,10 @@ class _CacheFiles(caching.CompileResultCacheImpl):
 
 
 class _KernelCache(caching.Cache):
-    """Numba's cache, keyed by what determines a kernel here: its name, element type, sources and CPU."""
+    """Numba's cache, keyed by what determines a kernel here.
+
+    Its name, element type, sources and CPU.
+    """
 
     _impl_class = _CacheFiles
 
@@ -191,7 +207,7 @@ class _KernelCache(caching.Cache):
         return (sig, codegen.magic_tuple())
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """What the cache holds, or None; a file that cannot be read is thrown away."""
+        """Return the cached kernel, or None; delete a file that cannot be read."""
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:
@@ -201,10 +217,12 @@ class _KernelCache(caching.Cache):
 
 
 def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
-    """Compile ``function(args: int64*)``, or load it from the cache; ``variant`` names the element type.
+    """Compile ``function(args: int64*)``, or load it from the cache.
 
-    Costs 0.2 to 3 seconds the first time on a machine, milliseconds later. Works, uncached, where no cache folder can
-    be written.
+    ``variant`` names the element type.
+
+    Costs 0.2 to 3 seconds the first time on a machine, milliseconds later. Works, uncached, where
+    no cache folder can be written.
     """
     start = time.perf_counter()
     function.variant = variant  # type: ignore[attr-defined]
@@ -230,7 +248,8 @@ def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
 
 
 _NOT_KEPT: list[OSError] = []
-"""Why a kernel could not be written, such as a full disk: the others are not tried, which would compile each twice."""
+"""Reason why a kernel could not be written, such as a full disk; later kernels are then not
+written either."""
 
 _KEPT: list[Any] = []
 """Compiled functions, whose machine code must outlive every launcher."""

@@ -1,11 +1,12 @@
 """Linear layers through oneDNN with weights packed once.
 
-A packed weight lies in the blocks that the multiplication reads, which at decode sizes is 1.4 times as fast as the
-plain layout and needs no repacking in any call.
+A packed weight lies in the blocks that the multiplication reads, which at decode sizes is 1.4 times
+as fast as the plain layout and needs no repacking in any call.
 
-A row's product must be the same bits whatever rows stand beside it. Libraries sum in one order for many rows, but often
-in another for one row or a few, where they take other code; which numbers of rows these are depends on the CPU, the
-dtype and the shape. So it is tried out once per shape, and too few rows get rows of zeros beside them.
+A row's product must be the same bits whatever rows stand beside it. Libraries sum in one order for
+many rows, but often in another for one row or a few, where they take other code; which numbers of
+rows these are depends on the CPU, the dtype and the shape. So it is tried out once per shape, and
+too few rows get rows of zeros beside them.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ Multiply = Callable[[torch.Tensor], torch.Tensor]
 FREE_ROWS = 16
 """Number of rows from which on products need no more rows beside them."""
 ROW_MULTIPLES = (1, 4, 8, 16)
-"""What is tried. Where one row takes other code, oneDNN is faster with four than with one or two."""
+"""Row multiples to try. Where one row takes other code, oneDNN is faster with four than with one
+or two."""
 _TRIED_ROWS = (1, 3, 5, 17, 31)
 _TRIED_FROM = 7
 
 
 @functools.cache
 def packs(dtype: torch.dtype) -> bool:
-    """Whether this torch packs weights of ``dtype`` and multiplies by them correctly: tried once on a small weight."""
+    """Return whether this torch packs weights of ``dtype`` correctly, as tried once on a small one."""
     if not torch.backends.mkldnn.is_available():
         return False
     x = torch.linspace(-1, 1, 3 * 32).reshape(3, 32).to(dtype)
@@ -53,7 +55,8 @@ def packs(dtype: torch.dtype) -> bool:
 def has_units(dtype: torch.dtype) -> bool:
     """Return whether this CPU multiplies numbers of ``dtype`` itself, and torch lets it.
 
-    Where it does not, products of 16-bit numbers run through code that is several times slower than that of float32.
+    Where it does not, products of 16-bit numbers run through code that is several times slower than
+    that of float32.
     """
     if dtype == torch.float32:
         return True
@@ -61,7 +64,8 @@ def has_units(dtype: torch.dtype) -> bool:
         return False
     if dtype != torch.bfloat16 or platform.machine() != "x86_64":
         return True
-    # oneDNN packs bf16 on every CPU with AVX-512, though it has to widen each number where these are missing.
+    # oneDNN packs bf16 on every CPU with AVX-512, though it has to widen each number where these
+    # are missing.
     features = llvmlite.binding.get_host_cpu_features()
     return any(features.get(name) for name in ("avx512bf16", "amx-bf16", "avxneconvert"))
 
@@ -141,7 +145,7 @@ def _product(
 
 
 _FOUND: dict[tuple[int, int, torch.dtype, bool], int] = {}
-"""What was found out about products: outputs, inputs, dtype and whether packed -> multiple of rows."""
+"""Row multiples found so far, by (outputs, inputs, dtype, packed)."""
 
 
 def _known_multiple(
@@ -155,7 +159,8 @@ def _known_multiple(
         found = row_multiple(multiply, num_inputs, dtype, least)
         if found is None:
             logger.warning(
-                "on this CPU the product of a row with a %s weight of %d x %d depends on the rows beside it: answers "
+                "on this CPU the product of a row with a %s weight of %d x %d depends on the rows "
+                "beside it: answers "
                 "may depend on what else is in the batch",
                 str(dtype).removeprefix("torch."),
                 num_outputs,

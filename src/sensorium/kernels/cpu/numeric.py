@@ -1,8 +1,11 @@
-"""Numbers as the CPU kernels see them: pointers to bf16, fp16 and fp32, and vectors of sixteen floats.
+"""Numbers as the CPU kernels see them.
 
-Numba knows neither bf16 nor vectors, so both are given to it here, as LLVM code that any CPU with vectors of some width
-runs well. A pointer's element type says how numbers are stored: uint16 is bf16 by its bits, int16 is fp16 by its bits,
-float32 is itself. Everything is computed in float32; storing rounds to nearest even.
+Pointers to bf16, fp16 and fp32, and vectors of sixteen floats.
+
+Numba knows neither bf16 nor vectors, so both are given to it here, as LLVM code that any CPU with
+vectors of some width runs well. A pointer's element type says how numbers are stored: uint16 is
+bf16 by its bits, int16 is fp16 by its bits, float32 is itself. Everything is computed in float32;
+storing rounds to nearest even.
 
 Nothing here checks bounds: the callers in ``attention`` and ``elementwise`` do.
 """
@@ -20,7 +23,8 @@ import torch
 from numba import extending, types
 from numba.core import cgutils
 
-# The kernels are written in a language of Numba's, whose pointers and vectors Python's type checkers do not know.
+# The kernels are written in a language of Numba's, whose pointers and vectors Python's type
+# checkers do not know.
 njit: Any = numba.njit
 intrinsic: Any = extending.intrinsic
 
@@ -31,7 +35,7 @@ OUTLINE = {"error_model": "numpy", "boundscheck": False}
 """Options of functions that stay functions, as they are large."""
 
 ELEMENT = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.float32: types.float32}
-"""How elements of a tensor are spelled as pointers."""
+"""Pointer types of tensor elements."""
 
 f32 = np.float32
 INLINE = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
@@ -44,8 +48,8 @@ _CONTRACT = ("contract",)
 def outlined(element: types.Type) -> Callable[[Callable[..., Any]], Any]:
     """Compile a function inside a kernel's builder, which stays a function, for one element type.
 
-    The type becomes part of its name: machine code is linked by name, and that of two element types, compiled by two
-    processes and loaded by a third, could otherwise have the same one.
+    The type becomes part of its name: machine code is linked by name, and that of two element
+    types, compiled by two processes and loaded by a third, could otherwise have the same one.
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
@@ -178,7 +182,10 @@ def _mask(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
 def read_lanes(
     builder: ir.IRBuilder, ptr: types.CPointer, place: ir.Value, count: ir.Value | None = None
 ) -> ir.Value:
-    """Sixteen elements at an address as float32; with ``count``, zeros from lane ``count`` on, which is not read."""
+    """Sixteen elements at an address as float32.
+
+    With ``count``, zeros from lane ``count`` on, which is not read.
+    """
     raw_type, align = _stored_lanes(ptr.dtype)
     place = builder.bitcast(place, raw_type.as_pointer())
     if count is None:
@@ -267,7 +274,7 @@ def splat(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, lane by lane."""
+    """A * b + c, lane by lane."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return _call(builder, "llvm.fmuladd.v16f32", _VEC, list(args))
@@ -355,10 +362,12 @@ _define(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
 
 @njit(**INLINE)
 def exp16(x: Any) -> Any:
-    """e^x by lanes, within 2 units in the last place for x in [-87, 88]; clamped outside, NaN of NaN.
+    """e^x by lanes, within 2 units in the last place for x in [-87, 88].
 
-    x = k ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; then 2^k times the Taylor polynomial of
-    degree 7 (its remainder, r^8 / 8!, is below 6e-9).
+    Clamped outside, NaN of NaN.
+
+    x = k ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; then 2^k times the
+    Taylor polynomial of degree 7 (its remainder, r^8 / 8!, is below 6e-9).
     """
     # ``largest`` takes its second operand when one is NaN: NaN stays NaN.
     clamped = largest(splat(f32(-87.0)), x)
@@ -407,7 +416,10 @@ def as_float(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def fetch_add(typingctx: Any, ptr: Any, index: Any, amount: Any) -> Any:
-    """Add to element ``index`` atomically and return what it was; orders memory between the threads that do so."""
+    """Add to element ``index`` atomically and return what it was.
+
+    Orders memory between the threads that do so.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         place = builder.gep(args[0], [args[1]])

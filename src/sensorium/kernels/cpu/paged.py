@@ -1,9 +1,12 @@
-"""Attention of a whole step on the CPU: which rows go to which kernel, planned once and used by every layer.
+"""Attention of a whole step on the CPU.
 
-All rows go through the paged kernel, which gives a row the same bits however the step is made up, and is faster than
-torch's flash attention on CPUs without matrix tiles. With tiles, where the batch need not be invariant, long spans of
-rows (above ``SHORT_SPAN``) take these: their keys and values are gathered and torch's flash attention runs, once over
-the step's own tokens (causal) and once over the context, merged by their log-sum-exps.
+Which rows go to which kernel, planned once and used by every layer.
+
+All rows go through the paged kernel, which gives a row the same bits however the step is made up,
+and is faster than torch's flash attention on CPUs without matrix tiles. With tiles, where the batch
+need not be invariant, long spans of rows (above ``SHORT_SPAN``) take these: their keys and values
+are gathered and torch's flash attention runs, once over the step's own tokens (causal) and once
+over the context, merged by their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from sensorium.kernels.cpu.launch import Kernel, float_bits, pack
 from sensorium.kernels.cpu.rotary import ROWS_PER_TASK, build_rope_write
 
 SHORT_SPAN = 24
-"""Longest span of bf16 query rows for which matrix tiles do not pay off; measured behind 1000 tokens."""
+"""Longest span of bf16 query rows for which matrix tiles do not pay off; measured behind 1000
+tokens."""
 PIECE_MATRIX_ROWS = 64
 """Query rows times group size of one task: bounds its scratch and makes tasks of spans."""
 TASKS_PER_THREAD = 4
@@ -30,7 +34,10 @@ TASKS_PER_THREAD = 4
 
 @dataclass(slots=True)
 class Span:
-    """A long run of query rows of one sequence: ``num_rows`` from ``first_row``, behind ``context`` cached tokens."""
+    """A long run of query rows of one sequence.
+
+    ``num_rows`` from ``first_row``, behind ``context`` cached tokens.
+    """
 
     sequence: int
     first_row: int
@@ -40,7 +47,10 @@ class Span:
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """What one step needs in every layer with the same head geometry. Buffers are reused from layer to layer."""
+    """Plan of one step for all layers with the same head geometry.
+
+    Buffers are reused from layer to layer.
+    """
 
     num_pieces: int
     pieces: torch.Tensor
@@ -70,7 +80,7 @@ def rope_attention(
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> torch.Tensor:
-    """As ``reference.rope_attention``; the cache of qkv's dtype, block size a multiple of 16."""
+    """Compute ``reference.rope_attention`` for a cache of qkv's dtype and a block size that is a multiple of 16."""
     qkv = qkv.contiguous()
     num_tokens = qkv.shape[0]
     cache = batch.caches[layer]
@@ -110,7 +120,7 @@ def paged_attention(
     layer: int,
     scale: float,
 ) -> torch.Tensor:
-    """As ``reference.paged_attention`` without variant: the kernels above, with no dimension left to rotate."""
+    """Compute ``reference.paged_attention`` without variant, by the kernels above with no dimension to rotate."""
     unrotated: AttentionBatch | None = batch.scratch.get("unrotated")
     if unrotated is None:
         none = torch.empty((q.shape[0], 0))
@@ -277,10 +287,12 @@ def attends_with_tiles(dtype: torch.dtype) -> bool:
 def _pieces(
     batch: AttentionBatch, num_kv_heads: int, group: int, num_threads: int, limit: int | None
 ) -> tuple[list[list[int]], list[Span], int, int]:
-    """Rows of the table of pieces, largest first; the spans of more than ``limit`` rows, which are none of them.
+    """Rows of the table of pieces, largest first.
 
-    Last the sizes of the partial results and of ``done``. Parts of a sequence are tasks of their own where it is one
-    piece and there would be too few tasks otherwise.
+    The spans of more than ``limit`` rows, which are none of them.
+
+    Last the sizes of the partial results and of ``done``. Parts of a sequence are tasks of their
+    own where it is one piece and there would be too few tasks otherwise.
     """
     query_lens, num_decodes = batch.query_lens, batch.num_decodes
     rows_of_task = max(1, PIECE_MATRIX_ROWS // group)

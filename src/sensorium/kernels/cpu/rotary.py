@@ -34,7 +34,7 @@ ROWS_PER_TASK = 4
 
 @njit(**INLINE)
 def rotate_head(source: Any, cos: Any, sin: Any, half: Any, dim: Any, scale: Any, out: Any) -> None:
-    """out (float32) = scale * source, its first 2 * half elements rotated by cos, sin (half,)."""
+    """Out (float32) = scale * source, its first 2 * half elements rotated by cos, sin (half,)."""
     factor = splat(scale)
     for i in range(0, half, WIDTH):
         count = min(WIDTH, half - i)
@@ -49,7 +49,7 @@ def rotate_head(source: Any, cos: Any, sin: Any, half: Any, dim: Any, scale: Any
 
 @njit(**INLINE)
 def normed_head(source: Any, norm: Any, use: Any, eps: Any, dim: Any, out: Any) -> None:
-    """out (float32) = source, RMS-normed with the weight ``norm`` where ``use`` says so."""
+    """Out (float32) = source, RMS-normed with the weight ``norm`` where ``use`` says so."""
     factor = f32(1.0)
     if use:
         factor /= math.sqrt(square_sum(source, dim) / f32(dim) + eps)
@@ -79,7 +79,7 @@ def write_value(value: Any, v_cache: Any, slot: Any, dim: Any) -> None:
 
 @njit(**INLINE)
 def convert_row(source: Any, size: Any, scale: Any, out: Any) -> None:
-    """out = source * scale, from one element type to another."""
+    """Out = source * scale, from one element type to another."""
     factor = splat(scale)
     full = size - size % WIDTH
     for i in range(0, full, WIDTH):
@@ -92,10 +92,11 @@ def convert_row(source: Any, size: Any, scale: Any, out: Any) -> None:
 def build_rope_write(element: Any) -> Callable[[Any], None]:
     """Rotate the queries of some rows into ``q_out``, write keys and values into the cache.
 
-    args: qkv, cos, sin, k_cache, v_cache, q_out (T, heads, D) float32, k_out (T, KV heads, D) (0: none), row_block,
-    row_offset (int64), heads, KV heads, D, half of the rotary dimensions, block size, q_norm (0: none), k_norm, eps,
-    first row, number of rows, rows of a task, scratch (float32, 2 D a thread). Row pointers are those of row 0 of the
-    step; row_block and row_offset start at the first row.
+    args: qkv, cos, sin, k_cache, v_cache, q_out (T, heads, D) float32, k_out (T, KV heads, D) (0:
+    none), row_block, row_offset (int64), heads, KV heads, D, half of the rotary dimensions, block
+    size, q_norm (0: none), k_norm, eps, first row, number of rows, rows of a task, scratch
+    (float32, 2 D a thread). Row pointers are those of row 0 of the step; row_block and row_offset
+    start at the first row.
     """
 
     def rope_write(args: Any) -> None:
@@ -141,8 +142,8 @@ def build_rope_write(element: Any) -> Callable[[Any], None]:
 def build_rotate(element: Any) -> Callable[[Any], None]:
     """Rotate the first heads of each row in place.
 
-    args: rows (T, width), cos, sin, width, heads to rotate, D, half of the rotary dimensions, T, rows of a task,
-    scratch (float32, D a thread).
+    args: rows (T, width), cos, sin, width, heads to rotate, D, half of the rotary dimensions, T,
+    rows of a task, scratch (float32, D a thread).
     """
 
     def rotate(args: Any) -> None:
@@ -169,7 +170,7 @@ def build_rotate(element: Any) -> Callable[[Any], None]:
 def rotate_heads(
     rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, head_dim: int
 ) -> None:
-    """As ``reference.rotate_heads``; contiguous rows and float32 factors."""
+    """Compute ``reference.rotate_heads`` for contiguous rows and float32 factors."""
     num_rows, width = rows.shape
     scratch = torch.empty(torch.get_num_threads() * head_dim)
     args = pack(

@@ -1,18 +1,22 @@
-"""How many threads compute, how long they wait for each other, on what pages, and for how many shapes code is kept: set
-here and nowhere else.
+"""Settings of threads: their number, spinning, huge pages and cached shapes.
 
-Threads: torch's OpenMP library runs everything, the CPU kernels included (``launch``). Between two parallel regions
-its threads first spin, so that the next region starts at once, then sleep. By default they spin for some 10
-milliseconds, which is right on an idle machine; but when another process wants the core (a server's HTTP process,
-decoders of media), a spinning thread keeps it from the one that everybody waits for: steps become many times slower.
-The gaps between regions of a step are tens of microseconds, so half a millisecond of spinning serves both.
+The only place that sets them.
 
-Shapes: oneDNN compiles a primitive for each shape and keeps a thousand of them, hundreds of megabytes, though prompts
-of one length hardly ever come twice; the shapes of decoding, which do, are few.
+Threads: torch's OpenMP library runs everything, the CPU kernels included (``launch``). Between two
+parallel regions its threads first spin, so that the next region starts at once, then sleep. By
+default they spin for some 10 milliseconds, which is right on an idle machine; but when another
+process wants the core (a server's HTTP process, decoders of media), a spinning thread keeps it from
+the one that everybody waits for: steps become many times slower. The gaps between regions of a step
+are tens of microseconds, so half a millisecond of spinning serves both.
 
-Pages: decoding reads every weight once a token, and with pages of 4 KiB a tenth of that time goes into address
-translation. glibc takes huge pages for what it allocates when its tunables say so; it reads them when a process starts,
-so this works for the processes that are started from here, such as a server's engine.
+Shapes: oneDNN compiles a primitive for each shape and keeps a thousand of them, hundreds of
+megabytes, though prompts of one length hardly ever come twice; the shapes of decoding, which do,
+are few.
+
+Pages: decoding reads every weight once a token, and with pages of 4 KiB a tenth of that time goes
+into address translation. glibc takes huge pages for what it allocates when its tunables say so; it
+reads them when a process starts, so this works for the processes that are started from here, such
+as a server's engine.
 """
 
 from __future__ import annotations
@@ -24,15 +28,16 @@ SPIN_COUNT = 10_000
 """Looks at the flag before a waiting thread sleeps; each takes some 50 nanoseconds."""
 HUGE_PAGES = "glibc.malloc.hugetlb"
 KEPT_PRIMITIVES = 256
-"""Compiled matrix multiplications, one for each shape, that oneDNN and torch keep; each takes a third of a megabyte."""
+"""Compiled matrix multiplications, one for each shape, that oneDNN and torch keep; each takes a
+third of a megabyte."""
 _PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def prepare() -> bool:
     """Set the waiting policy and the pages of child processes, unless the environment says something about them.
 
-    Must come before torch is imported, as its OpenMP library reads the environment when it is loaded; returns whether
-    it came in time.
+    Must come before torch is imported, as its OpenMP library reads the environment when it is
+    loaded; returns whether it came in time.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)

@@ -1,11 +1,15 @@
-"""The inner loop of attention: a few rows of float32 times a narrow matrix, accumulated in registers.
+"""The inner loop of attention.
 
-Scores are queries times keys over the head's dimensions, outputs are probabilities times values over tokens; with keys
-stored transposed both are ``c[r, j] += sum_k a[r, k] * b[k, j]`` with b in the cache's type and j contiguous. As many
-rows and columns as the registers hold (8 by 32 with AVX-512, 6 by 16 without) go together, so that each element of b
-is read and widened once for all rows. The order of each sum is that of k, whatever the number of rows.
+A few rows of float32 times a narrow matrix, accumulated in registers.
 
-LLVM would not keep such a tile in registers by itself, so its loop is written out here for every number of rows.
+Scores are queries times keys over the head's dimensions, outputs are probabilities times values
+over tokens; with keys stored transposed both are ``c[r, j] += sum_k a[r, k] * b[k, j]`` with b in
+the cache's type and j contiguous. As many rows and columns as the registers hold (8 by 32 with
+AVX-512, 6 by 16 without) go together, so that each element of b is read and widened once for all
+rows. The order of each sum is that of k, whatever the number of rows.
+
+LLVM would not keep such a tile in registers by itself, so its loop is written out here for every
+number of rows.
 """
 
 from __future__ import annotations
@@ -46,7 +50,10 @@ class _Tile:
 def _emit(
     builder: ir.IRBuilder, tile: _Tile, num_rows: int, num_vectors: int, count: ir.Value | None
 ) -> None:
-    """Code for a fixed number of rows and vectors; ``count`` limits the lanes of a single vector."""
+    """Code for a fixed number of rows and vectors.
+
+    ``count`` limits the lanes of a single vector.
+    """
     zero = ir.Constant(_VEC, [0.0] * WIDTH)
     slots = [
         [cgutils.alloca_once(builder, _VEC) for _ in range(num_vectors)] for _ in range(num_rows)
@@ -94,7 +101,10 @@ def _emit(
 
 
 def fetch_ahead(builder: ir.IRBuilder, tile: _Tile, index: ir.Value) -> None:
-    """Ask for the next ``TILE_COLUMNS`` elements at ``ahead``: a little in each turn, as a burst would block loads."""
+    """Ask for the next ``TILE_COLUMNS`` elements at ``ahead``.
+
+    A little in each turn, as a burst would block loads.
+    """
     number = ir.IntType(32)
     size = 4 if tile.b_kind.dtype == types.float32 else 2
     kind = ir.FunctionType(ir.VoidType(), [tile.ahead.type, number, number, number])
@@ -123,9 +133,10 @@ def multiply_tile(
 ) -> Any:
     """``c[:rows, :width] (+)= a[:rows, :depth] b[:depth, :width]``.
 
-    a, c: float32 pointers with the given row strides in elements; b: pointer of any element type. rows is 1 to
-    TILE_ROWS, width 1 to 16, or TILE_COLUMNS. add: whether c is added to, or overwritten. ahead: an address like b's
-    whose next TILE_COLUMNS * depth elements will be needed soon.
+    a, c: float32 pointers with the given row strides in elements; b: pointer of any element type.
+    rows is 1 to TILE_ROWS, width 1 to 16, or TILE_COLUMNS. add: whether c is added to, or
+    overwritten. ahead: an address like b's whose next TILE_COLUMNS * depth elements will be needed
+    soon.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:

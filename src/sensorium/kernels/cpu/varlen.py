@@ -1,8 +1,11 @@
-"""Attention of encoders: every row sees all rows of its segment. On CPUs with matrix tiles, in bf16.
+"""Varlen attention of encoders: every row attends to all rows of its sequence.
 
-Keys and values are first packed, head by head, in the order that the tiles read: keys in blocks of 32, pairs of
-dimensions side by side; values in pairs of rows. A task then takes 32 rows of queries through its segment in chunks of
-keys: scores, running softmax (Milakov and Gimelshein, 2018) to the base 2, weighted values.
+In bf16, on CPUs with AMX.
+
+Keys and values are first packed, head by head, in the order that the tiles read: keys in blocks of
+32, pairs of dimensions side by side; values in pairs of rows. A task then takes 32 rows of queries
+through its segment in chunks of keys: scores, running softmax (Milakov and Gimelshein, 2018) to the
+base 2, weighted values.
 """
 
 from __future__ import annotations
@@ -56,20 +59,21 @@ from sensorium.kernels.cpu.rotary import convert_row, write_value
 KEYS = 512
 """Keys whose scores are held at once."""
 SCORE_STRIDE, WEIGHT_STRIDE = KEYS + WIDTH, KEYS + 2 * WIDTH
-"""Lengths of rows in scratch memory; no multiples of a page, which would crowd one set of the caches."""
+"""Lengths of rows in scratch memory; no multiples of a page, which would crowd one set of the
+caches."""
 MAX_HEAD_DIM = 256
 LOG_2 = f32(math.log(2))
 PACKED_BYTES = 32 * 1024 * 1024
 """Most memory for packed keys and values at a time, unless one segment takes more."""
 
-# Columns of the table of tasks (int64): segment's first row, its length, place of its packed keys in rows, head, and
-# the first row of queries within the segment.
+# Columns of the table of tasks (int64): segment's first row, its length, place of its packed keys
+# in rows, head, and the first row of queries within the segment.
 START, LENGTH, PACKED, HEAD, FIRST = range(5)
 TASK_COLUMNS = 5
 
 
 def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether these kernels run for q, k, v (T, heads, D) on this machine."""
+    """Return whether these kernels run for q, k, v (T, heads, D) on this machine."""
     if not (q.is_cpu and q.dtype == torch.bfloat16 and amx.available()):
         return False
     same = all(t.shape == q.shape and t.dtype == q.dtype and t.device == q.device for t in (k, v))
@@ -90,7 +94,10 @@ up = njit(**INLINE)(_up)
 
 @njit(**OUTLINE)
 def pack_keys(keys: Any, stride: Any, length: Any, dim: Any, out: Any) -> None:
-    """keys (length, dim), in pairs (uint32) with a row stride, into blocks of 32 keys: (blocks, depth / 2, 32)."""
+    """Keys (length, dim), in pairs (uint32) with a row stride, into blocks of 32 keys.
+
+    (blocks, depth / 2, 32).
+    """
     half, depth = dim // 2, up(dim, DEPTH) // 2
     for first in range(0, up(length, BLOCK), BLOCK):
         block = shifted(out, first * depth)
@@ -108,10 +115,10 @@ def pack_keys(keys: Any, stride: Any, length: Any, dim: Any, out: Any) -> None:
 
 @njit(**OUTLINE)
 def pack_values(values: Any, stride: Any, length: Any, dim: Any, out: Any) -> None:
-    """values (length, dim), with a row stride, into blocks of 32 keys: pairs (blocks, 16, columns).
+    """Values (length, dim), with a row stride, into blocks of 32 keys: pairs (blocks, 16, columns).
 
-    A pair (uint32) holds the keys i and i + 16 of its block, as ``store_weights`` pairs their weights. Zeros where
-    there is nothing.
+    A pair (uint32) holds the keys i and i + 16 of its block, as ``store_weights`` pairs their
+    weights. Zeros where there is nothing.
     """
     columns = up(dim, TILE)
     for first in range(0, up(length, BLOCK), BLOCK):
@@ -135,8 +142,8 @@ def pack_values(values: Any, stride: Any, length: Any, dim: Any, out: Any) -> No
 def exp2_nonpositive(typingctx: Any, x: Any) -> Any:
     """2^x by lanes for x <= 0, within 8e-5 of the value, which is a small part of a rounding step of bf16.
 
-    x = k + r with |r| <= 1/2; 2^k times a polynomial of degree 3 in r, fitted for the smallest relative error. Below
-    -126 the result is that of -126; NaN of NaN.
+    x = k + r with |r| <= 1/2; 2^k times a polynomial of degree 3 in r, fitted for the smallest
+    relative error. Below -126 the result is that of -126; NaN of NaN.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -189,9 +196,10 @@ def store_weights(typingctx: Any, ptr: Any, index: Any, first: Any, second: Any)
 
 @njit(**OUTLINE)
 def soften(scores: Any, count: Any, scale: Any, top: Any, weights: Any) -> Any:
-    """weights (bf16) = 2^(scale * (score - new top)) of a row of scores; scale is positive.
+    """Weights (bf16) = 2^(scale * (score - new top)) of a row of scores; scale is positive.
 
-    Behind ``count``, up to the block's end, weights are too small to matter. Returns the new top and the sum.
+    Behind ``count``, up to the block's end, weights are too small to matter. Returns the new top
+    and the sum.
     """
     padded = up(count, BLOCK)
     for j in range(count, padded):
@@ -214,8 +222,8 @@ def soften(scores: Any, count: Any, scale: Any, top: Any, weights: Any) -> Any:
 def build_pack(element: Any) -> Callable[[Any], None]:
     """Pack keys and values.
 
-    args: k, v (rows of row stride, heads of D), their row stride and head stride, tasks, D, heads, keys_out,
-    values_out. A task's first row of queries is not looked at.
+    args: k, v (rows of row stride, heads of D), their row stride and head stride, tasks, D, heads,
+    keys_out, values_out. A task's first row of queries is not looked at.
     """
 
     def pack_sequences(args: Any) -> None:
@@ -250,13 +258,16 @@ def scratch_bytes(head_dim: int) -> int:
 def build_attend(element: Any) -> Callable[[Any], None]:
     """Attention of all tasks.
 
-    args: q, its row stride and head stride, packed keys, packed values, tasks, D, heads, out (T, heads, D), the scale
-    over ln 2, the tiles' configuration, scratch, its bytes a thread.
+    args: q, its row stride and head stride, packed keys, packed values, tasks, D, heads, out (T,
+    heads, D), the scale over ln 2, the tiles' configuration, scratch, its bytes a thread.
     """
 
     @outlined(element)
     def fill_queries(args: Any, task: Any, count: Any, q: Any) -> None:
-        """q (32, depth) = the task's queries, the first ``count`` rows; of the others nothing is read."""
+        """Q (32, depth) = the task's queries, the first ``count`` rows.
+
+        Of the others nothing is read.
+        """
         dim, depth = args[9], up(args[9], DEPTH)
         for r in range(count):
             row = task[START] + task[FIRST] + r
@@ -388,7 +399,7 @@ def _configuration() -> np.ndarray:
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
 ) -> torch.Tensor:
-    """As ``reference.varlen_attention``, for tensors that ``fits`` has agreed to, and a positive scale."""
+    """Compute ``reference.varlen_attention`` for tensors that ``fits`` accepts and a positive scale."""
     _, num_heads, dim = q.shape
     out = q.new_empty(q.shape)
     row_bytes = num_heads * (_up(dim, DEPTH) + _up(dim, TILE)) * 2

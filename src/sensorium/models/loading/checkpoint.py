@@ -16,17 +16,19 @@ from sensorium.models.loading import weight_files
 from sensorium.models.rope import placed_alike
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
-"""What the frontend needs: configuration, tokenizer, templates."""
+"""Files that the frontend needs: configuration, tokenizer, templates."""
 DEMOS = {"demo": "demo", "demo-audio": "demo_audio"}
 """Models that come with this package, and their folders in it."""
 NOT_NEEDED = ("[!0-9a]*/*", "a[!d]*/*")
-"""Subfolders, but for the numbered ones of embedding models, such as ``1_Pooling``, which hold settings, and
-``additional_chat_templates``."""
+"""Subfolders, but for the numbered ones of embedding models, such as ``1_Pooling``, which hold
+settings, and ``additional_chat_templates``."""
 
 
 def find(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The folder of a checkpoint: one of ``DEMOS``, a local folder, or a Hugging Face id, of which everything but the
-    weights is downloaded if not cached, into ``download_dir`` or the cache of the Hugging Face hub.
+    """The folder of a checkpoint.
+
+    One of ``DEMOS``, a local folder, or a Hugging Face id, of which everything but the weights is
+    downloaded if not cached, into ``download_dir`` or the cache of the Hugging Face hub.
 
     Raises ConfigError that says what to do when nothing is found.
     """
@@ -34,7 +36,8 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
         folder = Path(__file__).parents[2] / DEMOS[model]
         if not (folder / "config.json").is_file():
             raise ConfigError(
-                f"This installation of sensorium lacks the model {model!r}: reinstall it, or name another model.",
+                f"This installation of sensorium lacks the model {model!r}: reinstall it, or name "
+                "another model.",
                 param="model",
             )
         return folder
@@ -43,7 +46,8 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
         return folder
     if _is_path(model):
         raise ConfigError(
-            f"Model {model!r}: there is no such folder. Give a folder with config.json and safetensors files, "
+            f"Model {model!r}: there is no such folder. Give a folder with config.json and "
+            "safetensors files, "
             "a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', 'demo' or 'demo-audio'.",
             param="model",
         )
@@ -53,9 +57,12 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
 def fetch_weights(
     model: str, folder: Path, revision: str | None = None, download_dir: str | None = None
 ) -> None:
-    """Download the weights of a checkpoint that ``find`` has downloaded; nothing for one that was on this machine.
+    """Download the weights of a checkpoint that ``find`` has downloaded.
 
-    Only what ``weight_files`` counts is fetched: ``model.safetensors``, else the files that the index names.
+    Nothing for one that was on this machine.
+
+    Only what ``weight_files`` counts is fetched: ``model.safetensors``, else the files that the
+    index names.
     """
     if model in DEMOS or Path(model).expanduser().is_dir():
         return
@@ -72,9 +79,11 @@ def fetch_weights(
 def find_part(
     name: object, whole: Path, field: str, download_dir: str | None = None
 ) -> tuple[str, Path]:
-    """The folder of a checkpoint that config.json of ``whole`` names under ``field``: a folder, also relative to
-    ``whole``, or a Hugging Face id; with what ``fetch_weights`` takes for it. Raises ConfigError that says what to do
-    when nothing is found."""
+    """The folder of a checkpoint that config.json of ``whole`` names under ``field``.
+
+    A folder, also relative to ``whole``, or a Hugging Face id; with what ``fetch_weights`` takes
+    for it. Raises ConfigError that says what to do when nothing is found.
+    """
     if not isinstance(name, str) or not name:
         raise ConfigError(
             f"config.json: {field} must be a Hugging Face id or a folder, got {name!r}.",
@@ -87,14 +96,17 @@ def find_part(
         return name, find(name, download_dir=download_dir)
     except ConfigError as error:
         raise ConfigError(
-            f"The model needs a second checkpoint, which config.json names as {field}. {error.message} The folder can "
+            f"The model needs a second checkpoint, which config.json names as {field}. "
+            f"{error.message} The folder can "
             f"also be given with hf_overrides={{{field!r}: …}}.",
             param="model",
         ) from error
 
 
 def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConfig:
-    """Read ``config.json`` and its neighbours; ``overrides`` are merged into the former (nested mappings too).
+    """Read ``config.json`` and its neighbours.
+
+    ``overrides`` are merged into the former (nested mappings too).
 
     Raises ConfigError when config.json is missing or a file is not a JSON object.
     """
@@ -119,8 +131,10 @@ def _no_config(folder: Path) -> str:
     if adapter is not None:
         base = adapter.get("base_model_name_or_path")
         return (
-            "The model's folder has an adapter (adapter_config.json) and no config.json: an adapter is a part of a "
-            f"model that does not run alone. Merge it into its base model, {base!r}, (with peft: merge_and_unload, "
+            "The model's folder has an adapter (adapter_config.json) and no config.json: an "
+            "adapter is a part of a "
+            f"model that does not run alone. Merge it into its base model, {base!r}, (with peft: "
+            "merge_and_unload, "
             "then save_pretrained) and give the folder of the result."
         )
     return (
@@ -131,10 +145,10 @@ def _no_config(folder: Path) -> str:
 def _preprocessors(
     folder: Path, processor: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configurations of the processor of images (or sounds), and of that of videos.
+    """The configurations of the processor of images (or audio), and of that of videos.
 
-    Newer files keep both inside processor_config.json. These count, also beside a file of their own that an earlier
-    version wrote.
+    Newer files keep both inside processor_config.json. These count, also beside a file of their own
+    that an earlier version wrote.
     """
     parts = [processor.get(name) for name in ("image_processor", "feature_extractor")]
     nested = [part for part in parts if isinstance(part, dict)]
@@ -183,7 +197,10 @@ def _download(
     *,
     download_dir: str | None,
 ) -> Path:
-    """Fetch the files of a repository that match a pattern of ``wanted`` and none of ``ignored``; their folder."""
+    """Fetch the files of a repository that match a pattern of ``wanted`` and none of ``ignored``.
+
+    Their folder.
+    """
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -203,7 +220,8 @@ def _download(
         raise ConfigError(f"Model {where}: {reason}.", param="model") from error
     except hub.GatedRepoError as error:
         reason = (
-            "its owner asks for agreement first: accept the terms on its page on the Hugging Face hub, "
+            "its owner asks for agreement first: accept the terms on its page on the Hugging Face "
+            "hub, "
             "then log in with `hf auth login` or set HF_TOKEN"
         )
         raise ConfigError(f"Model {where}: {reason}.", param="model") from error
@@ -213,13 +231,16 @@ def _download(
         ) from error
     except hub.RepositoryNotFoundError as error:
         reason = (
-            "there is no folder of that name here, and the Hugging Face hub has no such model (or it is private: "
+            "there is no folder of that name here, and the Hugging Face hub has no such model (or "
+            "it is private: "
             "log in with `hf auth login` or set HF_TOKEN)"
         )
         raise ConfigError(f"Model {where}: {reason}.", param="model") from error
     except OSError as error:  # also the hub's errors of connection, of status, and of offline mode
         reason = (
-            "there is no folder of that name here, it is not in the local cache of the Hugging Face hub, and the "
-            "hub cannot be reached. Check the network (and that HF_HUB_OFFLINE is unset), or give a local folder"
+            "there is no folder of that name here, it is not in the local cache of the Hugging "
+            "Face hub, and the "
+            "hub cannot be reached. Check the network (and that HF_HUB_OFFLINE is unset), or give "
+            "a local folder"
         )
         raise ConfigError(f"Model {where}: {reason}.", param="model") from error

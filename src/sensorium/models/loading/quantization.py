@@ -1,4 +1,4 @@
-"""How a checkpoint is quantized, told from its configuration and the files beside it, before its weights are needed."""
+"""Detection of quantized checkpoints from configuration files, before weights are downloaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIDE_FILES = {
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
 }
-"""Files beside config.json in which the older versions of these tools wrote what they had done."""
+"""Files beside config.json in which old versions of these tools wrote their settings."""
 _NAMES = (
     (".qweight", "gptq or awq"),
     (".weight_packed", "compressed-tensors"),
@@ -34,16 +34,20 @@ def refuse_quantized(loaded: LoadedConfig) -> None:
     found = quantization_of(loaded)
     if found is not None:
         raise ConfigError(
-            f"The checkpoint is quantized ({found}), which is not supported: take the unquantized one.",
+            f"The checkpoint is quantized ({found}), which is not supported: take the unquantized "
+            "one.",
             param="model",
         )
 
 
 def quantization_of(loaded: LoadedConfig) -> str | None:
-    """Return how the checkpoint is quantized, such as ``gptq, 4 bits, says config.json``; None when it is not.
+    """Return how the checkpoint is quantized, such as ``gptq, 4 bits, says config.json``.
 
-    config.json decides. Without a word there, files beside it do, unless the names of the weights, where these are
-    known, are those of an unquantized model: such files are also left behind by merges and conversions.
+    None when it is not.
+
+    config.json decides. Without a word there, files beside it do, unless the names of the weights,
+    where these are known, are those of an unquantized model: such files are also left behind by
+    merges and conversions.
     """
     for section in (loaded.config, loaded.config.get("text_config")):
         if isinstance(section, Mapping):
@@ -62,7 +66,10 @@ def quantization_of(loaded: LoadedConfig) -> str | None:
 
 
 def method_of_names(names: Iterable[str]) -> str | None:
-    """Return what wrote a file that has weights of these names; None when nothing in them tells of quantization."""
+    """Return what wrote a file that has weights of these names.
+
+    None when nothing in them tells of quantization.
+    """
     for name in names:
         for end, method in _NAMES:
             if name.endswith(end):
@@ -77,7 +84,10 @@ def _default_method(key: str) -> str:
 
 
 def _described(settings: Any, method: str) -> str:
-    """Return method and number of bits of the settings that a tool has written; ``method`` where they name none."""
+    """Return method and number of bits of the settings that a tool has written.
+
+    ``method`` where they name none.
+    """
     if not isinstance(settings, Mapping):
         return method
     nested = settings.get("quantization")  # ModelOpt's own file

@@ -1,4 +1,4 @@
-"""Which files of a folder are the checkpoint's weights, by the rule of those who write them; no torch."""
+"""Selection of the files of a folder that are the checkpoint's weights. No torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ _LISTED = 6
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint: ``model.safetensors``, else those that its index names.
+    """Return the safetensors files of a checkpoint.
 
-    Nothing else in the folder counts: adapters, the state of optimizers, averaged or older copies. A second candidate
-    that is ignored is warned of. Raises ConfigError when there is none, when the index cannot be read, or when it names
-    a file that is not there.
+    ``model.safetensors``, else those that its index names.
+
+    Nothing else in the folder counts: adapters, the state of optimizers, averaged or previous
+    copies. A second candidate that is ignored is warned of. Raises ConfigError when there is none,
+    when the index cannot be read, or when it names a file that is not there.
     """
     single, index = folder / SINGLE, folder / INDEX
     indexed = index_names(folder)
@@ -29,7 +31,8 @@ def weight_files(folder: Path) -> list[Path]:
         present = [name for name in indexed or () if (folder / name).is_file()]
         if present:
             logger.warning(
-                "The model's folder has %s, and %s with %d files (%s). %s is loaded and the others are ignored: delete "
+                "The model's folder has %s, and %s with %d files (%s). %s is loaded and the others "
+                "are ignored: delete "
                 "whichever is out of date.",
                 SINGLE,
                 INDEX,
@@ -67,7 +70,10 @@ def index_names(folder: Path) -> list[str] | None:
 
 
 def indexed_weights(folder: Path) -> dict[str, str] | None:
-    """Return the file of each weight, by the checkpoint's own names, as its index has it; None without an index."""
+    """Return the file of each weight, by the checkpoint's own names, as its index has it.
+
+    None without an index.
+    """
     index = folder / INDEX
     if not index.is_file():
         return None
@@ -81,8 +87,9 @@ def indexed_weights(folder: Path) -> dict[str, str] | None:
 def weight_names(folder: Path) -> list[str] | None:
     """Return the names of a checkpoint's weights, of its one file, else of its index.
 
-    None where neither is here, or the one file is damaged (whoever loads it hears of that). Of a folder in the hub's
-    cache the index alone is asked: whether the file itself is there depends on who looks first.
+    None where neither is here, or the one file is damaged (whoever loads it hears of that). Of a
+    folder in the hub's cache the index alone is asked: whether the file itself is there depends on
+    who looks first.
     """
     single = folder / SINGLE
     if single.is_file() and folder.parent.name != "snapshots":
@@ -102,26 +109,36 @@ def _nothing_there(folder: Path) -> str:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         return (
-            f"The model's folder has neither {SINGLE} nor {INDEX}, which say what the weights are. Its other "
-            f"safetensors files ({abbreviated(others)}) are not loaded: adapters, optimizer states and copies look the "
-            f"same. Rename the one that is the model to {SINGLE}; for shards, add the index written with them."
+            f"The model's folder has neither {SINGLE} nor {INDEX}, which say what the weights are. "
+            "Its other "
+            f"safetensors files ({abbreviated(others)}) are not loaded: adapters, optimizer states "
+            "and copies look the "
+            f"same. Rename the one that is the model to {SINGLE}; for shards, add the index "
+            "written with them."
         )
     if folder.parent.name == "snapshots":
         return (
-            f"The model's repository on the Hugging Face hub has no safetensors files, that is neither {SINGLE} nor "
-            f"{INDEX}, or they are not in the local cache and HF_HUB_OFFLINE is set. Unset it, or take a repository "
+            "The model's repository on the Hugging Face hub has no safetensors files, that is "
+            f"neither {SINGLE} nor "
+            f"{INDEX}, or they are not in the local cache and HF_HUB_OFFLINE is set. Unset it, or "
+            "take a repository "
             "that has them, or use load_format='dummy' for random weights."
         )
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         return (
-            "The model has its weights as pickle files (.bin, .pth) only. Safetensors files are needed: take a "
-            "revision that has them, or convert it with transformers (from_pretrained, then save_pretrained)."
+            "The model has its weights as pickle files (.bin, .pth) only. Safetensors files are "
+            "needed: take a "
+            "revision that has them, or convert it with transformers (from_pretrained, then "
+            "save_pretrained)."
         )
     return "The model's folder has no safetensors files. Add them, or use load_format='dummy' for random weights."
 
 
 def _is_beside(name: str) -> bool:
-    """Return whether a name stays within the folder. Links are followed: the hub's cache consists of them."""
+    """Return whether a name stays within the folder.
+
+    Links are followed: the hub's cache consists of them.
+    """
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts
 

@@ -1,8 +1,10 @@
-"""From weight files into layers: a model lists its slots, the names are checked, then each tensor is read once.
+"""From weight files into layers.
 
-A slot is a place in the model that wants weights. A fused projection is one slot of several parts, so that its pieces
-are joined and packed while only that much memory is in use; files are mapped, not read, so the peak stays near the
-size of the model.
+A model lists its slots, the names are checked, then each tensor is read once.
+
+A slot is a place in the model that wants weights. A fused projection is one slot of several parts,
+so that its pieces are joined and packed while only that much memory is in use; files are mapped,
+not read, so the peak stays near the size of the model.
 """
 
 from __future__ import annotations
@@ -11,21 +13,19 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from sensorium.errors import ConfigError
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import LayerNorm, RMSNorm
+from sensorium.models.interface import LoadableModel, Part, WeightSlot
 from sensorium.models.loading.quantization import method_of_names
 from sensorium.models.loading.weight_files import listing, weight_files
-
-if TYPE_CHECKING:
-    from sensorium.models.interface import LoadableModel
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ ALWAYS_IGNORED = (
     r"(.*\.)?position_ids",
     r"(.*\.)?masked_bias",
 )
-"""Constants that older files store and models compute."""
+"""Constants that old files store and models compute."""
 
 _PERIOD = 1_048_573  # a prime: no width of a matrix divides it, so no two of its rows are alike
 _NUM_PERIODS = 24  # most matrices are then a view of the pool, and cost nothing to make
@@ -44,46 +44,24 @@ _ROWS_COMPARED = 4096
 HEAD = "lm_head.weight"
 """The output head in our spelling of all families."""
 _HEADLESS = (
-    f"The checkpoint has no output head ({HEAD}), as those of embedding models: start it with --runner pooling "
-    "(runner='pooling' in Python) for vectors. If it generates text and its head is its embedding, start it with "
+    f"The checkpoint has no output head ({HEAD}), as those of embedding models: start it with "
+    "--runner pooling "
+    "(runner='pooling' in Python) for embeddings. If it generates text and its head is its "
+    "embedding, start it with "
     'hf_overrides={"tie_word_embeddings": true}.'
 )
 _UNTIED = (
-    "config.json says that %s is tied to %s, but the checkpoint holds both and they differ: the stored one is used. "
+    "config.json says that %s is tied to %s, but the checkpoint holds both and they differ: the "
+    "stored one is used. "
     "Set tie_word_embeddings to false in config.json to silence this warning."
 )
 
 
-class Part(NamedTuple):
-    """One tensor of a checkpoint: its name (in our spelling) and its shape."""
-
-    name: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WeightSlot:
-    """``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on its device.
-
-    ``tied``: set where the one part is expected to be the same as another.
-    """
-
-    parts: tuple[Part, ...]
-    assign: Callable[..., None]
-    tied: Tied | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Tied:
-    """A part of another slot, filled before, that a slot shares unless the checkpoint holds something else for it."""
-
-    part: Part
-    assign: Callable[[], None]
-    """Is called, in place of the slot's own ``assign``, where both are the same."""
-
-
 def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
-    """The weight and bias of a linear layer whose rows come from ``parts``: (name without suffix, rows), stacked."""
+    """The weight and bias of a linear layer whose rows come from ``parts``.
+
+    (name without suffix, rows), stacked.
+    """
     weights = [Part(f"{name}.weight", (rows, layer.num_inputs)) for name, rows in parts]
     biases = [Part(f"{name}.bias", (rows,)) for name, rows in parts] if layer.has_bias else []
     num = len(weights)
@@ -107,12 +85,15 @@ def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> WeightSlot:
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy where the tensor may lie in a mapped file: a file that changes must not change a running model."""
+    """A copy where the tensor may lie in a mapped file.
+
+    A file that changes must not change a running model.
+    """
     return tensor.clone() if tensor.device.type == "cpu" else tensor
 
 
 class WeightSource(Protocol):
-    """Where tensors come from."""
+    """Source of weights."""
 
     def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
         """Raise ConfigError that lists names that are missing, have another shape or are not wanted."""
@@ -128,7 +109,9 @@ class WeightSource(Protocol):
 
 
 class SafetensorsFiles:
-    """The safetensors files of a checkpoint folder, sharded or not; names in our spelling through ``renames``.
+    """The safetensors files of a checkpoint folder, sharded or not.
+
+    Names in our spelling through ``renames``.
 
     Raises ConfigError when there are none, when a shard is missing or when a file is damaged.
     """
@@ -177,7 +160,8 @@ class SafetensorsFiles:
         quantization = method_of_names(extra)
         if quantization is not None:
             raise ConfigError(
-                f"The checkpoint is quantized ({quantization}), which is not supported: take the unquantized one.",
+                f"The checkpoint is quantized ({quantization}), which is not supported: take the "
+                "unquantized one.",
                 param="model",
             )
         if any(problems):
@@ -193,7 +177,8 @@ class SafetensorsFiles:
         tensor: torch.Tensor = file.get_tensor(name)
         if not tensor.is_floating_point():
             raise ConfigError(
-                f"Weight {part.name} is stored as {tensor.dtype}: quantized checkpoints are not supported.",
+                f"Weight {part.name} is stored as {tensor.dtype}: quantized checkpoints are not "
+                "supported.",
                 param="model",
             )
         return tensor
@@ -203,10 +188,12 @@ class SafetensorsFiles:
 
 
 class DummyWeights:
-    """Random weights in the right shapes, quickly: each tensor is a stretch of one pool of repeated normal numbers.
+    """Random weights in the right shapes, quickly.
 
-    Norm weights are 1, biases 0, everything else has mean 0 and standard deviation 0.02. The same seed gives the same
-    weights.
+    Each tensor is a slice of one pool of repeated normal numbers.
+
+    Norm weights are 1, biases 0, everything else has mean 0 and standard deviation 0.02. The same
+    seed gives the same weights.
     """
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
@@ -228,14 +215,14 @@ class DummyWeights:
             return torch.ones(part.shape, dtype=self._pool.dtype)
         size = torch.Size(part.shape).numel()
         start = zlib.crc32(part.name.encode()) % _PERIOD
-        stretch = self._pool[start : start + (_NUM_PERIODS - 1) * _PERIOD]
-        if size > len(stretch):
-            flat = torch.empty(size, dtype=stretch.dtype)
-            for place in range(0, size, len(stretch)):
-                end = min(place + len(stretch), size)
-                flat[place:end] = stretch[: end - place]
-            stretch = flat
-        return stretch[:size].view(part.shape)
+        values = self._pool[start : start + (_NUM_PERIODS - 1) * _PERIOD]
+        if size > len(values):
+            flat = torch.empty(size, dtype=values.dtype)
+            for place in range(0, size, len(values)):
+                end = min(place + len(values), size)
+                flat[place:end] = values[: end - place]
+            values = flat
+        return values[:size].view(part.shape)
 
 
 def fill(model: LoadableModel, source: WeightSource) -> None:
@@ -254,8 +241,8 @@ def _as_stored(
 ) -> list[WeightSlot]:
     """Return the slots with what is tied as the checkpoint has it, whatever its configuration says.
 
-    A part that is absent, or equal in the model's dtype, is tied; one that differs counts, with a warning. Where only
-    the tied part is stored, it stands for the other.
+    A part that is absent, or equal in the model's dtype, is tied; one that differs counts, with a
+    warning. Where only the tied part is stored, it stands for the other.
     """
     stored: list[WeightSlot] = []
     instead: dict[Part, Part] = {}
@@ -279,7 +266,10 @@ def _as_stored(
 
 
 def _equal(source: WeightSource, part: Part, other: Part, dtype: torch.dtype) -> bool:
-    """Return whether two tensors of the checkpoint are the same in a dtype; read band by band until they differ."""
+    """Return whether two tensors of the checkpoint are the same in a dtype.
+
+    Read band by band until they differ.
+    """
     first, second = source.read(part), source.read(other)
     return first.shape == second.shape and all(
         torch.equal(a.to(dtype), b.to(dtype))
@@ -288,7 +278,7 @@ def _equal(source: WeightSource, part: Part, other: Part, dtype: torch.dtype) ->
 
 
 def _named(folder: Path, renames: Sequence[tuple[str, str]]) -> dict[str, tuple[Any, str]]:
-    """Where each weight of a folder is, by its name in our spelling: the open file, and the name there."""
+    """Map our name of each weight in a folder to the open file and the name there."""
     rules = [(re.compile(pattern), replacement) for pattern, replacement in renames]
     found: dict[str, tuple[Any, str]] = {}
     for path in weight_files(folder):
@@ -319,7 +309,10 @@ def _open(path: Path) -> Any:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file by their names there, mapped and not read yet; ConfigError for a damaged file."""
+    """Return the tensors of a file by their names there, mapped and not read yet.
+
+    ConfigError for a damaged file.
+    """
     file = _open(path)
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 

@@ -1,8 +1,9 @@
 """Log-mel spectrograms as Whisper hears them (Radford et al., 2022), in numpy. No torch.
 
-Frames of ``window`` samples, ``hop`` apart and centred on their places (the signal is mirrored at both ends), weighted
-by a Hann window; power spectra; triangular filters of Slaney's Auditory Toolbox (1998), each of unit area; logarithm to
-base 10, floored at 8 below the loudest value, then scaled to about -1 to 1.
+Frames of ``window`` samples, ``hop`` apart and centred on their places (the signal is mirrored at
+both ends), weighted by a Hann window; power spectra; triangular filters of Slaney's Auditory
+Toolbox (1998), each of unit area; logarithm to base 10, floored at 8 below the loudest value, then
+scaled to about -1 to 1.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from sensorium.models.configs import bad, count
 
 POWER_FLOOR = 1e-10
 DYNAMIC_RANGE = 8.0
-"""Powers of ten between the loudest value of a sound and what counts as silence."""
+"""Powers of ten between the loudest value of an audio item and what counts as silence."""
 LINEAR_HZ = 1000.0
-"""Below, the mel scale is linear, 3 mel to 200 Hz; above, each mel is a factor of 6.4 ** (1 / 27)."""
+"""Below, the mel scale is linear, 3 mel to 200 Hz; above, each mel is a factor of 6.4 ** (1 /
+27)."""
 _BLOCK = 4096  # frames that are transformed at a time
 
 
 @dataclass(frozen=True, slots=True)
 class MelConfig:
-    """``num_bins`` filters from 0 Hz to half of ``rate`` (samples per second); ``window`` and ``hop`` in samples."""
+    """``num_bins`` filters from 0 Hz to half of ``rate`` (samples per second).
+
+    ``window`` and ``hop`` in samples.
+    """
 
     num_bins: int
     rate: int = 16000

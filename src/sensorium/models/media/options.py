@@ -1,4 +1,4 @@
-"""What processors of families share: their identity, and the check of option names. No torch."""
+"""Identity and option checks that the families' processors share. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from sensorium.errors import InvalidRequestError
 
 
 def identity_of(name: str, processor: Any, options: Mapping[str, Any], *more: object) -> bytes:
-    """A processor's ``identity``: name and version of its code, its configuration (``repr``), options, what else."""
+    """A processor's ``identity``.
+
+    Name and version of its code, its configuration (``repr``), options, what else.
+    """
     given = json.dumps(dict(options), sort_keys=True, default=dict)
     return " ".join([name, repr(processor), given, *map(repr, more)]).encode()
 

@@ -1,4 +1,7 @@
-"""Steps that image processors share: resizing as Pillow does it, and the numbers of normalisation. No torch."""
+"""Steps that image processors share: resizing as Pillow does it, and the numbers of normalisation.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3
 MAX_VIDEO_PIXELS = 1 << 29
-"""Of all resized frames of a video together: a multiple of what any context has tokens for."""
+"""Largest number of pixels of a video's resized frames together: a multiple of what any context
+can hold."""
 
 Box = tuple[float, float, float, float]
 
@@ -33,13 +37,17 @@ def check_video(num_frames: int, pixels_each: int) -> None:
     """Raise MediaTooLargeError for frames, small ones perhaps, of which resizing would make gigabytes."""
     if num_frames * pixels_each > MAX_VIDEO_PIXELS:
         raise MediaTooLargeError(
-            f"This model makes {pixels_each} pixels of each of the video's {num_frames} frames; at most "
+            f"This model makes {pixels_each} pixels of each of the video's {num_frames} frames; at "
+            "most "
             f"{MAX_VIDEO_PIXELS} together are possible. Ask for fewer frames."
         )
 
 
 def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:
-    """From preprocessor_config.json, with CLIP's values where it says nothing; ConfigError for impossible ones."""
+    """From preprocessor_config.json, with CLIP's values where it says nothing.
+
+    ConfigError for impossible ones.
+    """
     factor = preprocessor.get("rescale_factor")
     scale = (1 / 255 if factor is None else factor) if _flag(preprocessor, "do_rescale") else 1
     mean: Any = (0.0, 0.0, 0.0)
@@ -54,7 +62,8 @@ def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:
             raise ValueError
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            "preprocessor_config.json: rescale_factor, image_mean and image_std must be a number and two lists of "
+            "preprocessor_config.json: rescale_factor, image_mean and image_std must be a number "
+            "and two lists of "
             f"three, with positive deviations; got {scale!r}, {mean!r}, {std!r}.",
             param="model",
         ) from error
@@ -78,11 +87,14 @@ def read_resample(preprocessor: Mapping[str, Any]) -> int:
 def resize(
     image: np.ndarray, height: int, width: int, resample: int, box: Box | None = None
 ) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3) uint8; ``box`` (left, top, right, bottom) is the part that is kept."""
+    """(H, W, 3) uint8 -> (height, width, 3) uint8.
+
+    ``box`` (left, top, right, bottom) is the part that is kept.
+    """
     if box is None and image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    small = picture.resize((width, height), resample=Image.Resampling(resample), box=box)
+    source = Image.fromarray(np.ascontiguousarray(image))
+    small = source.resize((width, height), resample=Image.Resampling(resample), box=box)
     return np.array(small)
 
 
@@ -92,7 +104,8 @@ def check_image(image: Any) -> np.ndarray:
         raise InvalidRequestError(f"An image must be an array, got {type(image).__name__}.")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise InvalidRequestError(
-            f"An image must be (height, width, 3) of 8-bit values and not empty, got {image.shape} of {image.dtype}."
+            f"An image must be (height, width, 3) of 8-bit values and not empty, got {image.shape} "
+            f"of {image.dtype}."
         )
     return image
 

@@ -1,4 +1,6 @@
-"""Checks of precomputed embeddings: what may come as a torch tensor or an array leaves as float32 numpy, or not at all.
+"""Checks of precomputed embeddings.
+
+What may come as a torch tensor or an array leaves as float32 numpy, or not at all.
 
 torch is never imported here: whoever hands in a tensor has imported it.
 """
@@ -16,8 +18,8 @@ from sensorium.errors import InvalidEmbeddingsError
 def dense(value: Any, param: str) -> np.ndarray:
     """Floating values as a C-contiguous float32 array of the same shape.
 
-    Takes torch tensors and numpy arrays. Raises InvalidEmbeddingsError at ``param`` for other things, for integers,
-    sparse, quantized, nested or meta tensors, and for NaN or infinite values.
+    Takes torch tensors and numpy arrays. Raises InvalidEmbeddingsError at ``param`` for other
+    things, for integers, sparse, quantized, nested or meta tensors, and for NaN or infinite values.
     """
     array = _from_torch(value, param) if is_tensor(value) else value
     if not isinstance(array, np.ndarray):
@@ -36,7 +38,8 @@ def dense(value: Any, param: str) -> np.ndarray:
     if not np.isfinite(result).all():
         wrong = int(result.size - np.isfinite(result).sum())
         raise InvalidEmbeddingsError(
-            f"Embeddings must be finite in float32; {wrong} of {result.size} values are NaN or infinite.",
+            f"Embeddings must be finite in float32; {wrong} of {result.size} values are NaN or "
+            "infinite.",
             param=param,
         )
     return result
@@ -53,14 +56,16 @@ def per_item(source: Any, param: str) -> list[tuple[np.ndarray, str]]:
             return [(array, param)]
         if array.ndim != 3 or len(array) == 0:
             raise InvalidEmbeddingsError(
-                "Embeddings must have 3 dimensions (items, features, hidden size) and at least one item, got shape "
+                "Embeddings must have 3 dimensions (items, features, hidden size) and at least one "
+                "item, got shape "
                 f"{tuple(array.shape)}. A list of (features, hidden size) works too.",
                 param=param,
             )
         return [(array[i], f"{param}[{i}]") for i in range(len(array))]
     if not isinstance(source, Sequence) or isinstance(source, str | bytes) or not source:
         raise InvalidEmbeddingsError(
-            "Embeddings must be a tensor (items, features, hidden size) or a list of (features, hidden size), got "
+            "Embeddings must be a tensor (items, features, hidden size) or a list of (features, "
+            "hidden size), got "
             f"{describe(source)}.",
             param=param,
         )
@@ -68,16 +73,20 @@ def per_item(source: Any, param: str) -> list[tuple[np.ndarray, str]]:
 
 
 def unwrapped(modality: str, source: Any, param: str) -> tuple[Any, str]:
-    """Return embeddings and their place: the only member of ``{"image_embeds": …}``, or ``source`` where it is none.
+    """Return embeddings and their place: the only member of ``{"image_embeds".
 
-    For families that need nothing beside the embeddings. Raises InvalidEmbeddingsError for a mapping with other keys.
+    …}``, or ``source`` where it is none.
+
+    For families that need nothing beside the embeddings. Raises InvalidEmbeddingsError for a
+    mapping with other keys.
     """
     if not isinstance(source, Mapping):
         return source, param
     name = f"{modality}_embeds"
     if set(source) != {name}:
         raise InvalidEmbeddingsError(
-            f"Embeddings for this model are a tensor, a list of tensors, or a mapping with {name!r} alone, got one "
+            "Embeddings for this model are a tensor, a list of tensors, or a mapping with "
+            f"{name!r} alone, got one "
             f"with {sorted(map(str, source))}.",
             param=param,
         )
@@ -88,14 +97,17 @@ def check_width(array: np.ndarray, hidden_size: int, param: str) -> None:
     """Raise InvalidEmbeddingsError unless the last axis is the model's hidden size."""
     if array.shape[-1] != hidden_size:
         raise InvalidEmbeddingsError(
-            f"Embeddings must have the model's hidden size {hidden_size} as their last dimension, got shape "
+            f"Embeddings must have the model's hidden size {hidden_size} as their last dimension, "
+            "got shape "
             f"{tuple(array.shape)}.",
             param=param,
         )
 
 
 def integers(value: Any, width: int, param: str) -> list[tuple[int, ...]]:
-    """Rows of ``width`` integers each, of a tensor, an array or nested lists; a bare row is one of one.
+    """Rows of ``width`` integers each, of a tensor, an array or nested lists.
+
+    A bare row is one of one.
 
     Raises InvalidEmbeddingsError at ``param`` for other shapes and types.
     """
@@ -109,19 +121,20 @@ def integers(value: Any, width: int, param: str) -> list[tuple[int, ...]]:
         array = array[None]
     if array.ndim != 2 or array.shape[1] != width or not len(array) or array.dtype.kind not in "iu":
         raise InvalidEmbeddingsError(
-            f"Must be integers of shape (items, {width}), got shape {tuple(array.shape)} of {array.dtype}.",
+            f"Must be integers of shape (items, {width}), got shape {tuple(array.shape)} of "
+            f"{array.dtype}.",
             param=param,
         )
     return [tuple(map(int, row)) for row in array]
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether the value is a torch tensor."""
+    """Return whether the value is a torch tensor."""
     return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "detach")
 
 
 def is_array(value: Any) -> bool:
-    """Whether the value is a torch tensor or a numpy array."""
+    """Return whether the value is a torch tensor or a numpy array."""
     return isinstance(value, np.ndarray) or is_tensor(value)
 
 
@@ -138,7 +151,8 @@ def _item(value: Any, param: str) -> tuple[np.ndarray, str]:
         array = array[0]
     if array.ndim != 2:
         raise InvalidEmbeddingsError(
-            f"Embeddings of one item must have 2 dimensions (features, hidden size), got shape {tuple(array.shape)}.",
+            "Embeddings of one item must have 2 dimensions (features, hidden size), got shape "
+            f"{tuple(array.shape)}.",
             param=param,
         )
     return array, param
@@ -159,7 +173,8 @@ def _from_torch(tensor: Any, param: str) -> np.ndarray:
         )
     if not tensor.dtype.is_floating_point:
         raise InvalidEmbeddingsError(
-            f"Embeddings must be of a floating type, got {str(tensor.dtype).removeprefix('torch.')}.",
+            "Embeddings must be of a floating type, got "
+            f"{str(tensor.dtype).removeprefix('torch.')}.",
             param=param,
         )
     array: np.ndarray = tensor.detach().cpu().float().numpy()

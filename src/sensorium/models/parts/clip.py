@@ -12,8 +12,8 @@ from sensorium.layers.linear import Linear
 from sensorium.layers.mlp import PlainMLP
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import ClipConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot, owned
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import linear_slot, norm_slot, owned
 from sensorium.models.media.pixels import Normalization
 
 IN_CHANNELS = 3
@@ -44,7 +44,10 @@ class PixelScale:
 
 
 class PatchEmbedding:
-    """Squares of pixels, normalised and projected to the tower's width: a convolution whose stride is its kernel's."""
+    """Squares of pixels, normalised and projected to the tower's width.
+
+    A convolution whose stride is its kernel's.
+    """
 
     def __init__(
         self,
@@ -117,7 +120,10 @@ class ClipLayer:
 def run_layers(
     layers: Sequence[ClipLayer], x: torch.Tensor, starts: Sequence[int], wanted: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Hidden states (T, size) after ``wanted`` numbers of layers, 0 for ``x`` itself; ``starts`` as layers take it."""
+    """Hidden states (T, size) after ``wanted`` numbers of layers, 0 for ``x`` itself.
+
+    ``starts`` as layers take it.
+    """
     found = {0: x}
     for number, layer in enumerate(layers, start=1):
         x = layer(x, starts)
@@ -135,7 +141,8 @@ def unused_layers(prefix: str, config: ClipConfig, layers: Sequence[ClipLayer]) 
 class ClipTower:
     """Patch embedding, class token, learnt positions and the first ``depth`` layers.
 
-    ``depth`` may be less than the configuration's number of layers: then the rest is neither built nor loaded.
+    ``depth`` may be less than the configuration's number of layers: then the rest is neither built
+    nor loaded.
     """
 
     def __init__(
@@ -174,7 +181,7 @@ class ClipTower:
         return self.states_of(self.patches(images), wanted)
 
     def states_of(self, patches: torch.Tensor, wanted: Sequence[int]) -> list[torch.Tensor]:
-        """The same of embedded patches (B, patches, size)."""
+        """Hidden states of embedded patches (B, patches, size)."""
         batch, rows = len(patches), self.config.num_patches + 1
         first = self.class_token.expand(batch, 1, -1)
         x = torch.cat((first, patches), dim=1).add_(self.positions)

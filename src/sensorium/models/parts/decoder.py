@@ -1,4 +1,7 @@
-"""One decoder for Llama, Qwen2, Qwen3, Mistral and Phi-3: pre-norm blocks of paged attention and a gated MLP."""
+"""One decoder for Llama, Qwen2, Qwen3, Mistral and Phi-3.
+
+Pre-norm blocks of paged attention and a gated MLP.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from sensorium.layers.mlp import GatedMLP
 from sensorium.layers.norm import RMSNorm
 from sensorium.layers.rotary import Rotary
 from sensorium.models.configs import TextConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, Tied, WeightSlot, linear_slot, norm_slot, owned
+from sensorium.models.interface import BuildOptions, Part, Tied, WeightSlot
+from sensorium.models.loading.weights import linear_slot, norm_slot, owned
 from sensorium.multimodal.items import Features
 
 logger = logging.getLogger(__name__)
@@ -97,7 +100,8 @@ class Decoder:
         self.has_head = options.head
         if config.window is not None:
             logger.warning(
-                "the model attends to a sliding window of %d tokens, which is not available yet: contexts end there, "
+                "the model attends to a sliding window of %d tokens, which is not available yet: "
+                "contexts end there, "
                 "not at %d",
                 config.window,
                 config.context,
@@ -105,7 +109,8 @@ class Decoder:
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Weights under ``prefix``; the head, where it is wanted, is ``lm_head`` without prefix, or the embedding where
-        the configuration says so and the checkpoint holds no other."""
+        the configuration says so and the checkpoint holds no other.
+        """
         shape = (self.config.vocab_size, self.config.hidden_size)
         table = Part(f"{prefix}embed_tokens.weight", shape)
         yield WeightSlot((table,), lambda weight: self.embedding.load(owned(weight)))
@@ -120,7 +125,9 @@ class Decoder:
     def forward(
         self, embeds: torch.Tensor, batch: AttentionBatch, added: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
-        """(T, H) -> (T, H) after the final norm; overwrites ``embeds``, which becomes the residual stream.
+        """(T, H) -> (T, H) after the final norm.
+
+        Overwrites ``embeds``, which becomes the residual stream.
 
         ``added``: tensors (T, H) that the first layers add to the stream, one after the other.
         """
@@ -139,10 +146,13 @@ class Decoder:
 
 
 class DecoderModel:
-    """The ``Model`` protocol over a ``Decoder``: text models are this, the others add an encoder."""
+    """The ``Model`` protocol over a ``Decoder``.
+
+    Text models are this, the others add an encoder.
+    """
 
     prefix = ""
-    """Of the decoder's weight names."""
+    """Prefix of the decoder's weight names."""
 
     def __init__(self, config: TextConfig, options: BuildOptions) -> None:
         self.shape = config.shape

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from sensorium.errors import ConfigError
 from sensorium.layers.mlp import PlainMLP
 from sensorium.models.configs import ClipConfig, TextConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import WeightSlot, linear_slot
+from sensorium.models.interface import BuildOptions, WeightSlot
+from sensorium.models.loading.weights import linear_slot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.decoder import DecoderModel
 
@@ -18,7 +18,7 @@ PROJECTOR = "multi_modal_projector."
 
 
 class ProjectedConfig(Protocol):
-    """What of a configuration the tower and the projector are built of."""
+    """Fields of a configuration that define tower and projector."""
 
     @property
     def text(self) -> TextConfig:
@@ -32,7 +32,10 @@ class ProjectedConfig(Protocol):
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """After how many layers of the tower features are taken; several are joined along the channels."""
+        """After how many layers of the tower features are taken.
+
+        Several are joined along the channels.
+        """
         ...
 
     @property
@@ -42,7 +45,7 @@ class ProjectedConfig(Protocol):
 
     @property
     def projector_bias(self) -> bool:
-        """Whether they have biases."""
+        """If true, the projector's layers have biases."""
         ...
 
 
@@ -51,7 +54,10 @@ Tower = TypeVar("Tower")
 
 
 class ProjectedModel(DecoderModel, Generic[Config, Tower]):
-    """The decoder with a vision tower and a projector; without both when all of ``seen`` is skipped."""
+    """The decoder with a vision tower and a projector.
+
+    Without both when all of ``seen`` is skipped.
+    """
 
     prefix = "language_model."
     tower_class: ClassVar[type[Any]]
@@ -80,7 +86,7 @@ class ProjectedModel(DecoderModel, Generic[Config, Tower]):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether anything that goes through the tower is not skipped."""
+        """Return whether any modality of the tower is taken."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:

@@ -1,7 +1,8 @@
 """The SigLIP vision transformer (Zhai et al., 2023): every patch counts, there is no class token.
 
-``SiglipTower.hidden_states`` takes square images of the trained size. ``embed`` and ``run`` take rows of patches with a
-position each, so that images of several sizes, whose positions come from elsewhere (NaViT), share a batch.
+``SiglipTower.hidden_states`` takes square images of the trained size. ``embed`` and ``run`` take
+rows of patches with a position each, so that images of several sizes, whose positions come from
+elsewhere (NaViT), share a batch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import ClipConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, norm_slot, owned
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import norm_slot, owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import ClipLayer, PatchEmbedding, run_layers, unused_layers
 
@@ -22,7 +23,8 @@ from sensorium.models.parts.clip import ClipLayer, PatchEmbedding, run_layers, u
 class SiglipTower:
     """Patch embedding, learnt positions, the first ``depth`` layers, and the norm after the last if it is wanted.
 
-    ``depth`` may be less than the configuration's number of layers: then the rest is neither built nor loaded.
+    ``depth`` may be less than the configuration's number of layers: then the rest is neither built
+    nor loaded.
     """
 
     def __init__(
@@ -80,7 +82,8 @@ class SiglipTower:
     def run(self, x: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
         """(T, size) -> (T, size): all layers, then the norm if there is one.
 
-        ``starts``: the row at which each image begins, and T at the end; attention stays within each.
+        ``starts``: the row at which each image begins, and T at the end; attention stays within
+        each.
         """
         for layer in self.layers:
             x = layer(x, starts)

@@ -1,4 +1,4 @@
-"""The encoder of Whisper (Radford et al., 2022) over stretches of any length, several in one batch without padding."""
+"""The encoder of Whisper (Radford et al., 2022) over chunks of any length, several in one batch without padding."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from sensorium.layers.linear import Linear
 from sensorium.layers.mlp import PlainMLP
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import WhisperConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot, owned
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import linear_slot, norm_slot, owned
 
 KERNEL = 3
 NORM_EPS = 1e-5
@@ -23,10 +23,10 @@ _HALF_LIMIT = torch.finfo(torch.float16).max - 1000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stretch:
-    """One run of the encoder: ``mel`` (F, bins), whose first ``num_frames`` frames are sound and the rest padding.
+class MelChunk:
+    """One run of the encoder: ``mel`` (F, bins), whose first ``num_frames`` frames are audio and the rest padding.
 
-    The encoder makes (F + 1) // 2 rows of it. Rows of padding see those of sound, but are not seen.
+    The encoder makes (F + 1) // 2 rows of it. Rows of padding see those of audio, but are not seen.
     """
 
     mel: torch.Tensor
@@ -45,9 +45,10 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Which rows of a batch see which: stretches without padding come first.
+    """Attention plan of a batch: chunks without padding come first.
 
-    ``starts``: where each of those starts, and where the last ends. ``padded``: (start, end, end of what is seen).
+    ``starts``: where each of those starts, and where the last ends. ``padded``: (start, end, end of
+    what is seen).
     """
 
     starts: tuple[int, ...]
@@ -55,7 +56,7 @@ class _Plan:
 
 
 class WhisperAttention:
-    """Self-attention within stretches; queries and values have a bias, keys have none."""
+    """Self-attention within chunks; queries and values have a bias, keys have none."""
 
     __slots__ = ("head_dim", "num_heads", "o", "qkv", "scale")
 
@@ -149,22 +150,25 @@ class WhisperEncoder:
     def _load_positions(self, table: torch.Tensor) -> None:
         self.positions = owned(table)
 
-    def __call__(self, stretches: Sequence[Stretch]) -> list[torch.Tensor]:
-        """Hidden states (num_rows, size) of each stretch, each of at most ``config.max_frames`` frames."""
+    def __call__(self, chunks: Sequence[MelChunk]) -> list[torch.Tensor]:
+        """Hidden states (num_rows, size) of each chunk, each of at most ``config.max_frames`` frames."""
         order = sorted(
-            range(len(stretches)),
-            key=lambda i: stretches[i].num_seen < stretches[i].num_rows,
+            range(len(chunks)),
+            key=lambda i: chunks[i].num_seen < chunks[i].num_rows,
         )
-        lengths = [stretches[i].num_rows for i in order]
-        x = torch.cat([self._rows(stretches[i].mel) for i in order])
-        plan = _plan([stretches[i] for i in order])
+        lengths = [chunks[i].num_rows for i in order]
+        x = torch.cat([self._rows(chunks[i].mel) for i in order])
+        plan = _plan([chunks[i] for i in order])
         for layer in self.layers:
             x = layer(x, plan)
         parts = dict(zip(order, self.norm(x).split(lengths), strict=True))
-        return [parts[i] for i in range(len(stretches))]
+        return [parts[i] for i in range(len(chunks))]
 
     def _rows(self, mel: torch.Tensor) -> torch.Tensor:
-        """(F, bins) -> ((F + 1) // 2, size): convolutions as products with the windows that they see."""
+        """(F, bins) -> ((F + 1) // 2, size).
+
+        Convolutions as products with the windows that they see.
+        """
         x = mel.to(device=self.device, dtype=self.dtype)
         x = self.conv1.forward_act(_windows(x, 1), "gelu")
         x = self.conv2.forward_act(_windows(x, 2), "gelu")
@@ -172,19 +176,22 @@ class WhisperEncoder:
 
 
 def _windows(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """(F, C) -> (ceil(F / stride), C * KERNEL): each row with its neighbours, zeros beyond both ends."""
+    """(F, C) -> (ceil(F / stride), C * KERNEL).
+
+    Each row with its neighbours, zeros beyond both ends.
+    """
     return F.pad(x, (0, 0, 1, 1)).unfold(0, KERNEL, stride).flatten(1)
 
 
-def _plan(stretches: Sequence[Stretch]) -> _Plan:
+def _plan(chunks: Sequence[MelChunk]) -> _Plan:
     starts, padded = [0], []
-    ends = accumulate(stretch.num_rows for stretch in stretches)
-    for stretch, end in zip(stretches, ends, strict=True):
-        if stretch.num_seen >= stretch.num_rows:
+    ends = accumulate(chunk.num_rows for chunk in chunks)
+    for chunk, end in zip(chunks, ends, strict=True):
+        if chunk.num_seen >= chunk.num_rows:
             starts.append(end)
         else:
-            start = end - stretch.num_rows
-            padded.append((start, end, start + stretch.num_seen))
+            start = end - chunk.num_rows
+            padded.append((start, end, start + chunk.num_seen))
     return _Plan(tuple(starts), tuple(padded))
 
 

@@ -1,4 +1,7 @@
-"""Every other model of transformers: its own modelling code and processor, with our paged attention."""
+"""Every other model of transformers.
+
+Its own modelling code and processor, with our paged attention.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,8 @@ EXAMPLES: tuple[tuple[str, str, str, tuple[Modality, ...]], ...] = (
     ("Cohere", "CohereLabs/c4ai-command-r-v01", "CohereForCausalLM", ()),
     ("gpt-oss", "openai/gpt-oss-20b", "GptOssForCausalLM", ()),
 )
-"""Some of what runs this way, each tested: name, published checkpoint, architecture, what it takes besides text."""
+"""Some of what runs this way, each tested: name, published checkpoint, architecture, what it
+takes besides text."""
 
 
 TEMPLATES = {"qwen2_audio": "qwen2_audio.jinja", "voxtral": "voxtral.jinja"}
@@ -72,7 +76,9 @@ def names() -> tuple[str, ...]:
 
 
 def find(names: Sequence[str]) -> Family | None:
-    """The family of the first of these architectures that transformers has; None when it has none of them.
+    """The family of the first of these architectures that transformers has.
+
+    None when it has none of them.
 
     Raises UnsupportedModelError for those of which is known that they cannot run here.
     """
@@ -81,7 +87,8 @@ def find(names: Sequence[str]) -> Family | None:
         kind = known.get(name)
         if kind == ENCODER_DECODER:
             raise UnsupportedModelError(
-                f"Architecture {name!r} is an encoder-decoder: its decoder attends to an encoder's output, for which "
+                f"Architecture {name!r} is an encoder-decoder: its decoder attends to an encoder's "
+                "output, for which "
                 "there is no cache here.",
                 param="model",
             )

@@ -1,4 +1,7 @@
-"""The processor classes of transformers, built and called; with a stand-in for what needs torchvision."""
+"""The processor classes of transformers, built and called.
+
+With a stand-in for what needs torchvision.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ _SETTINGS_OF_CALLS = frozenset(
         *("padding", "sampling_rate", "return_attention_mask"),
     }
 )
-"""What a caller of ours may not set: it concerns the form of what comes back, not what it is made of."""
+"""Options that requests may not set: they change the form of the result, not its content."""
 _OF_THE_WEIGHTS = frozenset(
     {
         *("patch_size", "merge_size", "temporal_patch_size", "image_seq_length"),
         *("crop_size", "pad_size", "max_image_size"),
     }
 )
-"""What must be as the weights were trained; a picture of a million patches of one pixel would come of another."""
+"""Options that must stay as the weights were trained: others make a million patches of an image."""
 MOST_OF_OPEN = 256
 """The largest number that a caller may set where the checkpoint sets none."""
 
@@ -53,10 +56,13 @@ class _NoVideos:
 
 
 class HfProcessorAdapter:
-    """A processor of transformers. Not to be pickled: ``processor_of`` makes it once in each process."""
+    """A processor of transformers.
+
+    Not to be pickled: ``processor_of`` makes it once in each process.
+    """
 
     keeps_ids = False
-    """Whether placeholders of several tokens are what they are, not texts to be cut out."""
+    """If true, placeholders of several tokens stay as they are and are not cut out of the text."""
 
     def __init__(self, own: Any) -> None:
         self._own = own
@@ -65,13 +71,13 @@ class HfProcessorAdapter:
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """What it has parts for."""
+        """Return the modalities that it has processors for."""
         has_images = getattr(self._own, "image_processor", None) is not None
         return (*(("image",) if has_images else ()), *(("audio",) if self._hears else ()))
 
     @property
     def rate(self) -> int:
-        """Samples per second of sounds; 0 when it takes none."""
+        """Samples per second of audio; 0 when it takes none."""
         return int(self._hears.sampling_rate) if self._hears else 0
 
     @property
@@ -86,7 +92,10 @@ class HfProcessorAdapter:
         return sorted(set(known) - _SETTINGS_OF_CALLS - _OF_THE_WEIGHTS)
 
     def most(self, modality: Modality, name: str) -> float:
-        """The largest number that a caller may set an option to, or anything in it: the checkpoint's own largest."""
+        """The largest number that a caller may set an option to, or anything in it.
+
+        The checkpoint's own largest.
+        """
         part = self._own.image_processor if modality == "image" else self._hears
         return max(numbers_in(getattr(part, name, None)), default=MOST_OF_OPEN)
 
@@ -106,7 +115,7 @@ class HfProcessorAdapter:
     def call(
         self, modality: Modality, text: str, data: np.ndarray, options: Mapping[str, Any]
     ) -> Arrays:
-        """What it returns for a text with one placeholder and an image (H, W, 3) or samples (N,).
+        """Return the processor's result for a text with one placeholder and an image (H, W, 3) or samples (N,).
 
         ``input_ids`` (1, n) are among it.
         """
@@ -133,8 +142,8 @@ class HfProcessorAdapter:
 class PaliGemmaAdapter(HfProcessorAdapter):
     """PaliGemma's, which puts the BOS behind the image, and a line's end behind the text.
 
-    So the placeholder is the image token behind the BOS of the tokenizer, and the BOS moves when it is expanded. The
-    line's end is the prompt's own. One image a prompt.
+    So the placeholder is the image token behind the BOS of the tokenizer, and the BOS moves when it
+    is expanded. The line's end is the prompt's own. One image a prompt.
     """
 
     keeps_ids = True
@@ -152,10 +161,10 @@ class PaliGemmaAdapter(HfProcessorAdapter):
 
 
 class VoxtralAdapter(HfProcessorAdapter):
-    """Voxtral's, whose own processor takes sounds only through a tokenizer that is not of transformers.
+    """Voxtral's, whose own processor takes audio only through a tokenizer that is not of transformers.
 
-    A sound is padded to a multiple of ``_SECONDS``; each such stretch becomes a row of mel frames and the same number
-    of audio tokens.
+    An audio item is padded to a multiple of ``_SECONDS``; each such part becomes a row of mel
+    frames and the same number of audio tokens.
     """
 
     keeps_ids = True
@@ -174,7 +183,10 @@ class VoxtralAdapter(HfProcessorAdapter):
         self._per_row = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
 
     def placeholders(self, modality: Modality) -> list[str]:
-        """The audio token, whatever its text is; behind the one that begins a sound, where there is such a token."""
+        """The audio token, whatever its text is.
+
+        Behind the one that begins an audio item, where there is such a token.
+        """
         tokenizer = self._own.tokenizer
         audio = str(tokenizer.convert_ids_to_tokens(self._fill))
         begin = ("[BEGIN_AUDIO]",) if "[BEGIN_AUDIO]" in tokenizer.get_vocab() else ()
@@ -204,7 +216,10 @@ class VoxtralAdapter(HfProcessorAdapter):
 
 @functools.lru_cache(maxsize=4)
 def processor_of(folder: str, model_type: str) -> HfProcessorAdapter:
-    """The processor of a checkpoint, its parts loaded one by one. Raises ConfigError when it cannot be built."""
+    """The processor of a checkpoint, its parts loaded one by one.
+
+    Raises ConfigError when it cannot be built.
+    """
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
     name = _declared(folder) or PROCESSOR_MAPPING_NAMES.get(model_type)
@@ -224,7 +239,10 @@ def processor_of(folder: str, model_type: str) -> HfProcessorAdapter:
 
 
 def as_arrays(made: Mapping[str, Any]) -> Arrays:
-    """Tensors and lists as numpy arrays; what is neither is left out, and what is meant for training."""
+    """Tensors and lists as numpy arrays.
+
+    What is neither is left out, and what is meant for training.
+    """
     found: Arrays = {}
     for name, value in made.items():
         if name == "labels":
@@ -251,7 +269,7 @@ def numbers_in(value: Any) -> list[float]:
 
 
 def said(error: Exception, folder: str = "") -> str:
-    """What an exception of foreign code says, without local paths and addresses in memory, in one line."""
+    """Return the message of another library's exception in one line, without local paths and memory addresses."""
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
     if folder:
         text = text.replace(folder, "the model's folder")
@@ -285,7 +303,8 @@ def _class(name: str) -> Any:
             break
     else:
         raise ValueError(f"transformers has no class {name}")
-    # The check of the arguments' types would refuse the stand-in, and its repr could not write it down.
+    # The check of the arguments' types would refuse the stand-in, and its repr could not write it
+    # down.
     changed = {
         "check_argument_for_proper_class": lambda *_: None,
         "__repr__": object.__repr__,
@@ -296,7 +315,8 @@ def _class(name: str) -> Any:
 def _module(home: str) -> Any:
     """The module of a processor class; None when there is none.
 
-    Where it asks the image processor of torchvision for a function, it gets that of PIL, which has the same ones.
+    Where it asks the image processor of torchvision for a function, it gets that of PIL, which has
+    the same ones.
     """
     path = f"transformers.models.{home}"
     try:

@@ -1,4 +1,7 @@
-"""The attention function that modelling code of transformers calls: our paged attention, in the running step."""
+"""The attention function that modelling code of transformers calls.
+
+Our paged attention, in the running step.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,15 @@ NAME = "sensorium_paged"
 
 
 class UnfitError(Exception):
-    """The modelling code asks for something that paged attention does not do; the text says what."""
+    """The modelling code asks for something that paged attention does not do.
+
+    The text says what.
+    """
 
 
 @dataclass(slots=True)
 class Step:
-    """What the layers of one forward pass share.
+    """State that the layers of one forward pass share.
 
     Attributes:
         batch: None for a dry run that only records the calls of attention.
@@ -73,8 +79,8 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """Paged attention of query (1, num_heads, T, D), key and value (1, num_kv_heads, T, D) -> (1, T, num_heads, D).
 
-    The arguments are those of the attention interface of transformers; the mask is ours to know. Raises UnfitError for
-    attention that is not that of a decoder to itself.
+    The arguments are those of the attention interface of transformers; the mask is ours to know.
+    Raises UnfitError for attention that is not that of a decoder to itself.
     """
     step = _RUNNING.get()
     layer = getattr(module, "layer_idx", None)

@@ -1,4 +1,7 @@
-"""What is tried on a model of transformers before it serves: whether it does the same in pieces over our cache."""
+"""Checks of a model of transformers before it serves.
+
+Chunks over our cache must equal its own forward pass.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ from sensorium.models.families.hf import attention
 
 BLOCK_SIZE = 16
 STEPS = (((7, 0, 4), (5, 0, 3)), ((5, 3, 1), (7, 4, 2)), ((7, 6, 1), (5, 4, 1)))
-"""Steps of two sequences, each (length, tokens computed before, tokens computed now), single tokens first."""
+"""Steps of two sequences, each (length, tokens computed before, tokens computed now), single
+tokens first."""
 LENGTHS = (7, 5)
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.25}
-"""Mean error, relative to the mean size: what rounding makes is far below, what a missing state makes far above."""
+"""Mean error, relative to the mean size: what rounding makes is far below, what a missing state
+makes far above."""
 
 IN_PIECES = (
-    "when a text is computed in pieces: it remembers something besides keys and values, or attends otherwise than its "
+    "when a text is computed in pieces: it remembers something besides keys and values, or attends "
+    "otherwise than its "
     "configuration says"
 )
 WITH_MEDIA = (
@@ -31,7 +37,10 @@ WITH_MEDIA = (
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """What the layers of a decoder hand to attention: as many KV heads in each, keys and values padded to one size."""
+    """Head geometry of a decoder's layers.
+
+    Equal numbers of KV heads, keys and values padded to one size.
+    """
 
     num_kv_heads: int
     head_dim: int
@@ -39,7 +48,10 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """What a model makes of the tokens of one sequence by itself: (T, H), (T, V), and its position ids or None."""
+    """Results of the model's own forward pass over one sequence.
+
+    (T, H), (T, V), and its position ids or None.
+    """
 
     hidden: torch.Tensor
     logits: torch.Tensor
@@ -49,14 +61,16 @@ class Whole:
 def measure(decoder: Any, embeds: torch.Tensor, num_layers: int) -> Geometry:
     """Run (T, H) through the decoder and see what comes to attention.
 
-    Raises UnfitError when that is not the keys and values of each of ``num_layers`` layers once, all of one shape.
+    Raises UnfitError when that is not the keys and values of each of ``num_layers`` layers once,
+    all of one shape.
     """
     step = attention.Step(None)
     with attention.running(step):
         _decode(decoder, embeds, torch.arange(len(embeds), device=embeds.device)[None])
     if not step.layers:
         raise attention.UnfitError(
-            "its layers do not call the attention interface of transformers, or have no attention at all"
+            "its layers do not call the attention interface of transformers, or have no attention "
+            "at all"
         )
     if sorted(step.layers) != list(range(num_layers)):
         raise attention.UnfitError(
@@ -90,7 +104,10 @@ def run_whole(inner: Any, decoder: Any, **inputs: torch.Tensor) -> Whole:
 
 
 def first_position(whole: Whole) -> int:
-    """The number that the model gives to the first token; UnfitError unless it counts up from there."""
+    """The number that the model gives to the first token.
+
+    UnfitError unless it counts up from there.
+    """
     if whole.positions is None:
         return 0
     rows = whole.positions.reshape(-1, whole.positions.shape[-1])
@@ -102,7 +119,9 @@ def first_position(whole: Whole) -> int:
 
 
 def check_pieces(model: Any, wholes: Sequence[Whole], embeds: Sequence[torch.Tensor]) -> None:
-    """Compare two sequences run in pieces, side by side, with what each gave whole. Raises UnfitError.
+    """Compare two sequences run in pieces, side by side, with what each gave whole.
+
+    Raises UnfitError.
 
     ``model`` is an ``HfModel``; the sequences have the lengths that ``STEPS`` names.
     """
@@ -127,7 +146,9 @@ def check_pieces(model: Any, wholes: Sequence[Whole], embeds: Sequence[torch.Ten
 
 
 def check_media(model: Any, whole: Whole, embeds: torch.Tensor, positions: torch.Tensor) -> None:
-    """Compare a sequence (T, H) with media, run in one piece, with what the model makes of it. Raises UnfitError.
+    """Compare a sequence (T, H) with media, run in one piece, with what the model makes of it.
+
+    Raises UnfitError.
 
     positions: (T,) or (3, T), as ``HfModel.rotary`` takes them.
     """

@@ -1,4 +1,4 @@
-"""Which architectures of transformers can run here, and what the engine must know of their configuration."""
+"""Architectures of transformers that can run here, and the sizes that the engine needs of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sensorium.models.interface import LoadedConfig, TextShape
 from sensorium.models.rope import context_length
 
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-"""What a layer of a decoder may be."""
+"""Kinds of decoder layers that can run."""
 _OTHER_STATE = {
     "ssm_state_size": "state-space layers",
     "state_size": "state-space layers",
@@ -30,8 +30,10 @@ ENCODER_DECODER = "encoder-decoder"
 
 
 def known_architectures() -> dict[str, str]:
-    """Architectures of transformers that turn text, or text and media, into text: name -> model type, or for those with
-    two streams of tokens ``ENCODER_DECODER``."""
+    """Architectures of transformers that turn text, or text and media, into text.
+
+    Name -> model type, or for those with two streams of tokens ``ENCODER_DECODER``.
+    """
     from transformers.models.auto import modeling_auto as auto
 
     found: dict[str, str] = {}
@@ -56,7 +58,10 @@ def _named(mapping: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def read_hf_config(config: Mapping[str, Any]) -> Any:
-    """The configuration object of transformers. Raises ConfigError when its class does not take the values."""
+    """The configuration object of transformers.
+
+    Raises ConfigError when its class does not take the values.
+    """
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
@@ -83,7 +88,10 @@ def _plain(value: Any) -> Any:
 
 
 def text_shape(loaded: LoadedConfig) -> TextShape:
-    """Sizes of the decoder. Raises UnsupportedModelError for a decoder that keeps more than keys and values."""
+    """Sizes of the decoder.
+
+    Raises UnsupportedModelError for a decoder that keeps more than keys and values.
+    """
     config = read_hf_config(loaded.config)
     if getattr(config, "is_encoder_decoder", False):
         refuse(config, "it is an encoder-decoder: its decoder attends to the encoder's output")
@@ -107,14 +115,15 @@ def _max_position(text: Any) -> int:
     declared = _count(text, "max_position_embeddings")
     rope = _value(text, "rope_parameters") or {}
     if rope.get("rope_type") == "longrope":
-        # Past the original length its code takes other factors, for which what is in the cache is wrong.
+        # Past the original length its code takes other factors, for which what is in the cache is
+        # wrong.
         return int(rope.get("original_max_position_embeddings") or declared)
     # With dynamic scaling, likewise: there it ends at the declared length.
     return declared if rope.get("rope_type") == "dynamic" else context_length(rope, declared)
 
 
 def has_axes(text: Any) -> bool:
-    """Whether the positions of a decoder have several axes (multimodal rotary embedding)."""
+    """Return whether the positions of a decoder have several axes (multimodal rotary embedding)."""
     return bool((_value(text, "rope_parameters") or {}).get("mrope_section"))
 
 
@@ -133,14 +142,19 @@ def refuse_other_state(text: Any) -> None:
 def refuse(config: Any, reason: str) -> NoReturn:
     """Raise UnsupportedModelError with the reason."""
     raise UnsupportedModelError(
-        f"Models of type {getattr(config, 'model_type', '?')!r} cannot run here: {reason}. Of the models of "
-        "transformers those can whose decoder keeps keys and values of every token in every layer, and nothing else.",
+        f"Models of type {getattr(config, 'model_type', '?')!r} cannot run here: {reason}. Of the "
+        "models of "
+        "transformers those can whose decoder keeps keys and values of every token in every layer, "
+        "and nothing else.",
         param="model",
     )
 
 
 def _value(config: Any, name: str) -> Any:
-    """A field; None when there is none. UnsupportedModelError when it differs from layer to layer."""
+    """A field; None when there is none.
+
+    UnsupportedModelError when it differs from layer to layer.
+    """
     try:
         return getattr(config, name, None)
     except Exception as error:  # the class that transformers raises is not public

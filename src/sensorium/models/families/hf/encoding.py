@@ -1,7 +1,7 @@
 """Embeddings of media, taken where a model of transformers hands its merged embeddings to its decoder.
 
-So no knowledge is needed of how its encoders are called, what they return and how that is cut up: the model's own
-forward pass runs until its decoder is called, and no further.
+So no knowledge is needed of how its encoders are called, what they return and how that is cut up:
+the model's own forward pass runs until its decoder is called, and no further.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _EXPECTED = frozenset(
         *("cache_position", "input_ids", "output_attentions", "output_hidden_states"),
     }
 )
-"""What a decoder is given besides settings; anything else would be lost."""
+"""Arguments of a decoder besides settings; anything else would be lost."""
 
 
 class _ReachedDecoderError(Exception):
@@ -32,8 +32,8 @@ def embed_items(
 ) -> torch.Tensor:
     """(items, n, H): embeddings of the ids of each item, those of the media merged in.
 
-    ``items``: what the processor returned for each, of equal shapes. Raises UnfitError when the model gives its decoder
-    something besides embeddings.
+    ``items``: what the processor returned for each, of equal shapes. Raises UnfitError when the
+    model gives its decoder something besides embeddings.
     """
     inputs = inputs_of(items, next(decoder.parameters()).device, dtype)
     found: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def inputs_of(
 
 
 def _holds(value: Any) -> bool:
-    """Whether tensors are in a value."""
+    """Return whether a value contains tensors."""
     if isinstance(value, list | tuple):
         return any(map(_holds, value))
     return isinstance(value, torch.Tensor)

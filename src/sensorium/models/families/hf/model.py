@@ -19,9 +19,9 @@ from sensorium.models.families.hf import attention, check, encoding, processing
 from sensorium.models.families.hf.adapter import said
 from sensorium.models.families.hf.config import read_hf_config, refuse, text_shape
 from sensorium.models.families.hf.processing import HfProcessor
-from sensorium.models.interface import BuildOptions, LoadedConfig
+from sensorium.models.interface import BuildOptions, LoadedConfig, Part, WeightSlot
 from sensorium.models.loading.weight_files import weight_files
-from sensorium.models.loading.weights import Part, WeightSlot, owned, read_safetensors
+from sensorium.models.loading.weights import owned, read_safetensors
 from sensorium.multimodal.items import Features, MediaItem, Modality
 from sensorium.multimodal.processor import PlacedItem
 
@@ -29,13 +29,14 @@ logger = logging.getLogger(__name__)
 
 EVERYTHING = r".*"
 ROW_MULTIPLE = 4
-"""What the number of rows of small steps is made a multiple of: measured for float32 products of torch."""
+"""Row multiple to which small steps are padded, as measured for float32 products of torch."""
 MAX_TRIED = 1024
-"""Longest prompt with an item that is compared at the start: the model's own attention takes the square of it."""
+"""Longest prompt with an item that is compared at the start: the model's own attention takes the
+square of it."""
 
 
 class _Answer:
-    """What a decoder returns, with nothing but its hidden states."""
+    """Result of a decoder with nothing but its hidden states."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden
@@ -156,12 +157,12 @@ class HfModel:
 
     @property
     def encodes(self) -> tuple[Modality, ...]:
-        """What ``encode`` takes."""
+        """Return the modalities that ``encode`` takes."""
         return tuple(self._fills)
 
     @property
     def has_encoder(self) -> bool:
-        """Whether the model takes media."""
+        """Return whether the model takes media."""
         return bool(self._fills)
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -245,7 +246,8 @@ def build(
 ) -> HfModel:
     """Load the model, and see that it does the same in pieces over our cache as whole with its own attention.
 
-    Raises ConfigError for weights that do not fit, UnsupportedModelError with the reason for a model that cannot run.
+    Raises ConfigError for weights that do not fit, UnsupportedModelError with the reason for a
+    model that cannot run.
     """
     import transformers
 
@@ -285,8 +287,8 @@ def use(decoder: torch.nn.Module, implementation: str) -> None:
 def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -> Any:
     """The model with the checkpoint's weights. Raises ConfigError when they do not fit.
 
-    The library is given the weights and no folder: there it would look for adapters, too, and add them to a model that
-    they have been merged into.
+    The library is given the weights and no folder: there it would look for adapters, too, and add
+    them to a model that they have been merged into.
     """
     weights = {
         name: tensor
@@ -306,7 +308,8 @@ def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -
     ]
     if problems:
         raise ConfigError(
-            f"The weights do not fit the model's configuration: {'; '.join(problems)}. Check that config.json and the "
+            f"The weights do not fit the model's configuration: {'; '.join(problems)}. Check that "
+            "config.json and the "
             "safetensors files belong together.",
             param="model",
         )

@@ -1,8 +1,10 @@
-"""Media of models of transformers: their own processor is called with one item, and what it returns is taken apart.
+"""Media of models of transformers.
 
-The processor gets a text that holds nothing but one placeholder, and one item. The ids that come back are what the
-placeholder expands to; those among them that equal the token of ``fill`` are the places of the item's embeddings; all
-else that comes back are the item's features.
+Their own processor is called with one item, and what it returns is taken apart.
+
+The processor gets a text that holds nothing but one placeholder, and one item. The ids that come
+back are what the placeholder expands to; those among them that equal the token of ``fill`` are the
+places of the item's embeddings; all else that comes back are the item's features.
 """
 
 from __future__ import annotations
@@ -50,11 +52,11 @@ PROBE_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """How items of a modality stand in a prompt.
+    """Form of a modality's items in a prompt.
 
-    text: the placeholder as a user writes it. ids: as the tokenizer has it; a marker where that is not one token.
-    fill: the id at the places of embeddings. around: what stands before and behind these, for embeddings given as
-    such; None where the places are not one run.
+    text: the placeholder as a user writes it. ids: as the tokenizer has it; a marker where that is
+    not one token. fill: the id at the places of embeddings. around: what stands before and behind
+    these, for embeddings given as such; None where the places are not one run.
     """
 
     modality: Modality
@@ -75,13 +77,13 @@ class HfProcessor:
     places: tuple[Place, ...]
     bidirectional: Bidirectional = None
     joins: tuple[tuple[tuple[int, int], int], ...] = ()
-    """As in ``Replacement``."""
+    """See ``Replacement``."""
     axes_of: str | None = None
     """The architecture whose code numbers tokens on several axes; None for plain positions."""
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """What the model takes."""
+        """Return the modalities that the model takes."""
         return tuple(place.modality for place in self.places)
 
     @property
@@ -95,7 +97,7 @@ class HfProcessor:
         return Markup(patterns) if patterns else None
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> int | None:
-        """The sampling rate of sounds; images need nothing."""
+        """The sampling rate of audio; images need nothing."""
         return self._adapter.rate if modality == "audio" else None
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
@@ -103,8 +105,11 @@ class HfProcessor:
         return identity_of("transformers 1", self.fingerprint, options, self.model_type)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Names that the processor's parts know, and numbers no larger than the checkpoint's own: the memory that they
-        make an image take is bounded by nothing else. Other values are seen by the processor itself."""
+        """Names that the processor's parts know, and numbers no larger than the checkpoint's own.
+
+        The memory that they make an image take is bounded by nothing else. Other values are seen by
+        the processor itself.
+        """
         most = {
             name: self._adapter.most(modality, name)
             for modality in self.modalities
@@ -115,7 +120,8 @@ class HfProcessor:
             for number in adapter.numbers_in(options[name]):
                 if not 0 <= number <= most[name]:
                     raise InvalidRequestError(
-                        f"Numbers of {name} may be from 0 to {most[name]:g} for this model, got {number!r:.80}.",
+                        f"Numbers of {name} may be from 0 to {most[name]:g} for this model, got "
+                        f"{number!r:.80}.",
                         param=f"mm_processor_kwargs.{name}",
                     )
 
@@ -133,7 +139,8 @@ class HfProcessor:
             Exception
         ) as error:  # whatever it raises for options and sizes that it does not expect
             raise InvalidRequestError(
-                f"The model's processor does not take this {modality}: {adapter.said(error, self.folder)}"
+                f"The model's processor does not take this {modality}: "
+                f"{adapter.said(error, self.folder)}"
             ) from error
         num_embeds = int((arrays["input_ids"] == place.fill).sum())
         if num_embeds == 0:
@@ -142,11 +149,13 @@ class HfProcessor:
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
         """A tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or either as the
-        only member of a mapping (``image_embeds``)."""
+        only member of a mapping (``image_embeds``).
+        """
         place = self._place(modality)
         if place.around is None:
             raise InvalidEmbeddingsError(
-                f"This model's embeddings of one {modality} do not stand side by side: send the {modality} itself.",
+                f"This model's embeddings of one {modality} do not stand side by side: send the "
+                f"{modality} itself.",
                 param=param,
             )
         source, param = precomputed.unwrapped(modality, source, param)
@@ -170,7 +179,7 @@ class HfProcessor:
         return self._place(modality).text
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """What the processor made of the placeholder."""
+        """Return what the processor put in place of the placeholder."""
         place = self._place(features.modality)
         if features.precomputed:
             before, after = place.around or ((), ())
@@ -209,8 +218,8 @@ class HfProcessor:
 def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
     """The processor of a checkpoint; None for a text model.
 
-    Raises ConfigError when the processor cannot be built, and UnsupportedModelError when it cannot be found out what
-    it makes of an item.
+    Raises ConfigError when the processor cannot be built, and UnsupportedModelError when it cannot
+    be found out what it makes of an item.
     """
     config = read_hf_config(loaded.config)
     shape = text_shape(loaded)  # what its decoder refuses is told first
@@ -220,7 +229,8 @@ def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
     places = tuple(find_place(own, modality, config) for modality in own.modalities)
     if not places:
         raise UnsupportedModelError(
-            f"Models of type {config.model_type!r} cannot run here: their processor takes neither images nor sounds.",
+            f"Models of type {config.model_type!r} cannot run here: their processor takes neither "
+            "images nor audio.",
             param="model",
         )
     known = json.dumps([loaded.config, loaded.preprocessor, loaded.processor], sort_keys=True)
@@ -262,19 +272,20 @@ def find_place(own: adapter.HfProcessorAdapter, modality: Modality, config: Any)
         found = whole if len(whole) == 1 or own.keeps_ids else marked(modality)
         return Place(modality, text, found, fill, around)
     raise UnsupportedModelError(
-        f"Models of type {config.model_type!r} cannot run here: what their processor makes of one {modality} could not "
+        f"Models of type {config.model_type!r} cannot run here: what their processor makes of one "
+        f"{modality} could not "
         f"be found out. Tried were {'; '.join(reasons) or 'no placeholders: it names none'}.",
         param="model",
     )
 
 
 def marked(modality: Modality) -> tuple[int, ...]:
-    """What stands for a placeholder that is no single token, and is cut out of the text."""
+    """Return the mark for a placeholder that is not a single token and is cut out of the text."""
     return (marker(modality),)
 
 
 def line_ends(own: adapter.HfProcessorAdapter) -> tuple[tuple[tuple[int, int], int], ...]:
-    """Which tokens of line ends are one token when they meet: some tokenizers have one for every few of them."""
+    """Return which runs of line-end tokens merge into one token, as some tokenizers have."""
     tokens = {num: own.ids_of("\n" * num) for num in range(1, MAX_LINE_ENDS + 1)}
     known = {num: ids[0] for num, ids in tokens.items() if len(ids) == 1}
     return tuple(
@@ -286,7 +297,10 @@ def line_ends(own: adapter.HfProcessorAdapter) -> tuple[tuple[tuple[int, int], i
 
 
 def fill_id(config: Any, modality: Modality) -> int:
-    """The token at whose places embeddings go, from the model's configuration. Raises ConfigError without one."""
+    """The token at whose places embeddings go, from the model's configuration.
+
+    Raises ConfigError without one.
+    """
     for name in (f"{modality}_token_id", f"{modality}_token_index"):
         value = getattr(config, name, None)
         if isinstance(value, int):
@@ -306,8 +320,8 @@ def runs_of(ids: Sequence[int], fill: int) -> tuple[tuple[int, int], ...]:
 def checked(data: Decoded) -> np.ndarray:
     """An image (H, W, 3) uint8, or samples (N,) float32.
 
-    Raises InvalidRequestError for an aspect ratio of which processors that fix the shorter edge make an image of
-    gigabytes.
+    Raises InvalidRequestError for an aspect ratio of which processors that fix the shorter edge
+    make an image of gigabytes.
     """
     if isinstance(data, Audio):
         return data.samples

@@ -47,7 +47,10 @@ def numbered(
 
 @functools.lru_cache(maxsize=4)
 def rope_index(folder: str, architecture: str) -> Callable[..., Any]:
-    """``get_rope_index`` of a model without weights. Raises UnsupportedModelError when it has none."""
+    """``get_rope_index`` of a model without weights.
+
+    Raises UnsupportedModelError when it has none.
+    """
     import torch
     import transformers
 
@@ -61,6 +64,7 @@ def rope_index(folder: str, architecture: str) -> Callable[..., Any]:
             index: Callable[..., Any] = module.get_rope_index
             return index
     raise UnsupportedModelError(
-        f"Architecture {architecture!r} has positions of several axes, but no code that numbers tokens with them.",
+        f"Architecture {architecture!r} has positions of several axes, but no code that numbers "
+        "tokens with them.",
         param="model",
     )

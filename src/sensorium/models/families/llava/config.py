@@ -1,4 +1,4 @@
-"""What config.json of a LLaVA-1.5 checkpoint means."""
+"""Configuration of LLaVA-1.5, read from config.json."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class LlavaConfig:
     projector_activation: str
     projector_bias: bool
     feature_layers: tuple[int, ...]
-    """After how many layers of the tower features are taken; several are joined along the channels."""
+    """After how many layers of the tower features are taken; several are joined along the
+    channels."""
     keep_class_token: bool
 
     @property

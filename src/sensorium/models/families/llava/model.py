@@ -1,4 +1,7 @@
-"""LLaVA-1.5 (Liu et al., 2023): CLIP features of an image, projected into the decoder's embeddings."""
+"""LLaVA-1.5 (Liu et al., 2023).
+
+CLIP features of an image, projected into the decoder's embeddings.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Images of LLaVA-1.5: shortest edge resized, centre cropped; as CLIP's processor does it, without its dependencies."""
+"""Images of LLaVA-1.5: shortest edge resized, centre cropped.
+
+As CLIP's processor does it, without its dependencies.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
 PLACEHOLDER = "<image>"
 MAX_SIZE = 4096
 _LONG = 64
-"""An image that resizing would make this many times as large as the crop is cropped while it is resized (a few
-pixels then differ by one, for the rounding of the cut)."""
+"""An image that resizing would make this many times as large as the crop is cropped while it is
+resized (a few pixels then differ by one, for the rounding of the cut)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +96,16 @@ class LlavaProcessor:
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
         """A tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or either as the
-        only member of a mapping (``image_embeds``)."""
+        only member of a mapping (``image_embeds``).
+        """
         source, param = precomputed.unwrapped(modality, source, param)
         found = []
         for array, place in precomputed.per_item(source, param):
             precomputed.check_width(array, self.hidden_size, place)
             if len(array) != self.num_embeds:
                 raise InvalidEmbeddingsError(
-                    f"Each image has {self.num_embeds} embeddings in this model, got shape {tuple(array.shape)}.",
+                    f"Each image has {self.num_embeds} embeddings in this model, got shape "
+                    f"{tuple(array.shape)}.",
                     param=place,
                 )
             found.append(Features(modality, {"embeds": array}, len(array), precomputed=True))
@@ -129,7 +134,10 @@ class LlavaProcessor:
 
 
 def build(config: LlavaConfig, loaded: LoadedConfig) -> LlavaProcessor:
-    """The processor of a checkpoint; ConfigError when its preprocessor makes other sizes than its tower takes."""
+    """The processor of a checkpoint.
+
+    ConfigError when its preprocessor makes other sizes than its tower takes.
+    """
     preprocessor, size = loaded.preprocessor, config.vision.image_size
     crops = preprocessor.get("do_center_crop") is not False
     edges = None
@@ -139,13 +147,15 @@ def build(config: LlavaConfig, loaded: LoadedConfig) -> LlavaProcessor:
         crop = read_edges(preprocessor.get("crop_size", size))
         if (crop.height, crop.width) != (size, size):
             raise ConfigError(
-                f"preprocessor_config.json: crop_size {crop.height} x {crop.width} is not the vision tower's "
+                f"preprocessor_config.json: crop_size {crop.height} x {crop.width} is not the "
+                "vision tower's "
                 f"image_size {size}.",
                 param="model",
             )
     elif edges is None or edges.shortest or (edges.height, edges.width) != (size, size):
         raise ConfigError(
-            f"preprocessor_config.json: without do_center_crop, size must be {size} x {size}, the vision tower's.",
+            f"preprocessor_config.json: without do_center_crop, size must be {size} x {size}, the "
+            "vision tower's.",
             param="model",
         )
     return LlavaProcessor(
@@ -159,7 +169,9 @@ def build(config: LlavaConfig, loaded: LoadedConfig) -> LlavaProcessor:
 
 
 def read_edges(size: Any) -> Edges:
-    """An integer or ``{"shortest_edge": n}``: the shortest edge; ``{"height": h, "width": w}``: both.
+    """An integer or ``{"shortest_edge": n}``: the shortest edge.
+
+    ``{"height": h, "width": w}``: both.
 
     Raises ConfigError for anything else and for edges outside 1 to MAX_SIZE.
     """
@@ -177,7 +189,8 @@ def read_edges(size: Any) -> Edges:
 
 def _bad_size(size: Any) -> NoReturn:
     raise ConfigError(
-        "size must be an integer, {'shortest_edge': n} or {'height': h, 'width': w} with edges from 1 to "
+        "size must be an integer, {'shortest_edge': n} or {'height': h, 'width': w} with edges "
+        "from 1 to "
         f"{MAX_SIZE}, got {size!r:.80}.",
         param="size",
     )
@@ -188,8 +201,8 @@ def resize_and_crop(
 ) -> np.ndarray:
     """Resize (H, W, 3) to ``target``, then cut or pad (black) its centre to (size, size, 3).
 
-    What an extreme aspect ratio would blow up beyond reason (1 x 10000 pixels: 3 million rows) is resized only where
-    the crop is, with the same filter at the same places.
+    What an extreme aspect ratio would blow up beyond reason (1 x 10000 pixels: 3 million rows) is
+    resized only where the crop is, with the same filter at the same places.
     """
     (height, width), (tall, wide) = image.shape[:2], target
     if tall * wide > _LONG * size * size:

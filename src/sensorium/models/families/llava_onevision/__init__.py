@@ -1,4 +1,7 @@
-"""LLaVA-OneVision: a SigLIP tower, a projector and a Qwen2 decoder; one image in tiles, several, and videos."""
+"""LLaVA-OneVision: a SigLIP tower, a projector and a Qwen2 decoder.
+
+One image in tiles, several, and videos.
+"""
 
 from __future__ import annotations
 

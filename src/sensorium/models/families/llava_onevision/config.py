@@ -1,4 +1,4 @@
-"""What config.json of a LLaVA-OneVision checkpoint means."""
+"""Configuration of LLaVA-OneVision, read from config.json."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class LlavaOnevisionConfig:
     projector_activation: str
     projector_bias: bool
     feature_layers: tuple[int, ...]
-    """After how many layers of the tower features are taken; several are joined along the channels."""
+    """After how many layers of the tower features are taken; several are joined along the
+    channels."""
     grids: Grids
 
     @property
@@ -57,7 +58,8 @@ class LlavaOnevisionConfig:
 def read_llava_onevision_config(config: Mapping[str, Any]) -> LlavaOnevisionConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible.
 
-    The head is tied when either the whole or its decoder says so: published files say it of the decoder alone.
+    The head is tied when either the whole or its decoder says so: published files say it of the
+    decoder alone.
     """
     config = filled({}, config)
     text = section(config, "text_config")
@@ -101,7 +103,8 @@ def read_pinpoints(value: Any, tile: int) -> Pinpoints:
         if [type(edge) is int and edge > 0 and edge % tile == 0 for edge in edges] != [True, True]:
             bad(
                 "image_grid_pinpoints",
-                f"must be pairs of positive multiples of the vision tower's image_size {tile}, got {pair!r}",
+                f"must be pairs of positive multiples of the vision tower's image_size {tile}, got "
+                f"{pair!r}",
             )
         found.append((edges[0], edges[1]))
     return tuple(found)

@@ -1,4 +1,7 @@
-"""LLaVA-OneVision (Li et al., 2024): SigLIP features of tiles and frames, projected into the decoder's embeddings."""
+"""LLaVA-OneVision (Li et al., 2024).
+
+SigLIP features of tiles and frames, projected into the decoder's embeddings.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,23 @@ import torch
 import torch.nn.functional as F
 
 from sensorium.models.families.llava_onevision.config import LlavaOnevisionConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, owned
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.projected import ProjectedModel
 from sensorium.models.parts.siglip import SiglipTower
 from sensorium.multimodal.items import Features
 
-PICTURES_PER_BATCH = 16
-"""Tiles or frames that the tower sees at once: enough to fill a machine, few enough for its memory."""
+IMAGES_PER_BATCH = 16
+"""Tiles or frames that the tower sees at once: enough to fill a machine, few enough for its
+memory."""
 
 
 class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
-    """The decoder with a vision tower and a projector; without both when images and videos are skipped."""
+    """The decoder with a vision tower and a projector.
+
+    Without both when images and videos are skipped.
+    """
 
     tower_class = SiglipTower
     seen = frozenset({"image", "video"})
@@ -45,13 +52,16 @@ class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
         self.newline = owned(newline)
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each item; the tiles of all images, or frames of all videos, share batches."""
+        """Embeddings (num_embeds, H) of each item.
+
+        The tiles of all images, or frames of all videos, share batches.
+        """
         if self.tower is None or self.projector is None or not items:
             return super().encode(items)
-        pictures = [item.arrays["pixels"] for item in items]
+        images = [item.arrays["pixels"] for item in items]
         is_video = items[0].modality == "video"
-        features = self._features(np.concatenate(pictures), is_video)
-        parts = features.split([len(own) for own in pictures])
+        features = self._features(np.concatenate(images), is_video)
+        parts = features.split([len(own) for own in images])
         if is_video:
             return [torch.cat((part.flatten(0, 1), self.newline[None])) for part in parts]
         return [
@@ -59,22 +69,22 @@ class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
             for part, item in zip(parts, items, strict=True)
         ]
 
-    def _features(self, pictures: np.ndarray, pooled: bool) -> torch.Tensor:
+    def _features(self, images: np.ndarray, pooled: bool) -> torch.Tensor:
         """(N, size, size, 3) uint8 -> (N, features, H)."""
         found = []
-        for start in range(0, len(pictures), PICTURES_PER_BATCH):
-            features = self._projected(pictures[start : start + PICTURES_PER_BATCH])
+        for start in range(0, len(images), IMAGES_PER_BATCH):
+            features = self._projected(images[start : start + IMAGES_PER_BATCH])
             found.append(self._pooled(features) if pooled else features)
         return torch.cat(found) if len(found) > 1 else found[0]
 
-    def _projected(self, pictures: np.ndarray) -> torch.Tensor:
+    def _projected(self, images: np.ndarray) -> torch.Tensor:
         """(N, size, size, 3) uint8 -> (N, side * side, H)."""
         assert self.tower is not None
         assert self.projector is not None
-        states = self.tower.hidden_states(pictures, self.config.feature_layers)
+        states = self.tower.hidden_states(images, self.config.feature_layers)
         features = torch.cat(states, dim=-1) if len(states) > 1 else states[0]
         embeds = self.projector(features.flatten(0, 1))
-        return embeds.view(len(pictures), -1, embeds.shape[-1])
+        return embeds.view(len(images), -1, embeds.shape[-1])
 
     def _pooled(self, features: torch.Tensor) -> torch.Tensor:
         """(N, side * side, H) -> (N, pooled_side * pooled_side, H)."""

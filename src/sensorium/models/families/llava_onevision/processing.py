@@ -1,4 +1,7 @@
-"""Images and videos of LLaVA-OneVision: an image in tiles, images among several in a square each, frames squeezed."""
+"""Images and videos of LLaVA-OneVision.
+
+An image in tiles, images among several in a square each, frames squeezed.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,10 @@ OPTIONS = ("num_frames", "fps")
 
 @dataclass(frozen=True, slots=True)
 class LlavaOnevisionProcessor:
-    """See ``multimodal.processor.Processor``. ``arrays["pixels"]``: tiles or frames (N, tile, tile, 3) uint8."""
+    """See ``multimodal.processor.Processor``.
+
+    ``arrays["pixels"]``: tiles or frames (N, tile, tile, 3) uint8.
+    """
 
     image_token_id: int
     video_token_id: int
@@ -73,7 +79,10 @@ class LlavaOnevisionProcessor:
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """An only image: itself and its tiles. An image among several: one square. A clip: its frames."""
+        """An only image: itself and its tiles.
+
+        An image among several: one square. A clip: its frames.
+        """
         if isinstance(data, Video):
             return self._clip(data)
         image = check_image(data)
@@ -100,7 +109,8 @@ class LlavaOnevisionProcessor:
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
         """A list of (num_embeds, hidden size) or a tensor (items, num_embeds, hidden size), also as ``image_embeds`` or
-        ``video_embeds`` of a mapping, for images with ``image_sizes`` (items, 2): height and width of each."""
+        ``video_embeds`` of a mapping, for images with ``image_sizes`` (items, 2): height and width of each.
+        """
         sizes = None
         if isinstance(source, Mapping):
             source, sizes, param = self._members(modality, source, param)
@@ -128,7 +138,8 @@ class LlavaOnevisionProcessor:
         if name not in source or not set(source) <= known:
             raise InvalidEmbeddingsError(
                 f"Embeddings for this model are a tensor, a list of tensors, or a mapping with "
-                f"{' and '.join(map(repr, sorted(known)))}, got one with {sorted(map(str, source))}.",
+                f"{' and '.join(map(repr, sorted(known)))}, got one with "
+                f"{sorted(map(str, source))}.",
                 param=param,
             )
         return source[name], source.get("image_sizes"), f"{param}.{name}"
@@ -137,7 +148,8 @@ class LlavaOnevisionProcessor:
         per_frame = self.grids.pooled_side**2
         if len(array) <= 1 or len(array) % per_frame != 1 % per_frame:
             raise InvalidEmbeddingsError(
-                f"A video has {per_frame} embeddings a frame and one at the end in this model, got shape "
+                f"A video has {per_frame} embeddings a frame and one at the end in this model, got "
+                "shape "
                 f"{tuple(array.shape)}.",
                 param=param,
             )
@@ -160,7 +172,8 @@ class LlavaOnevisionProcessor:
             fits = (self.grids.num_embeds(height, width), self.grids.num_several)
             if features.num_embeds not in fits:
                 raise InvalidEmbeddingsError(
-                    f"An image of height {height} and width {width} has {fits[0]} embeddings in this model, or "
+                    f"An image of height {height} and width {width} has {fits[0]} embeddings in "
+                    "this model, or "
                     f"{fits[1]} among several images, got {features.num_embeds}.",
                     param=f"{param}[{index}]",
                 )
@@ -188,13 +201,17 @@ class LlavaOnevisionProcessor:
 
 
 def build(config: LlavaOnevisionConfig, loaded: LoadedConfig) -> LlavaOnevisionProcessor:
-    """The processor of a checkpoint; ConfigError when its preprocessor makes other tiles than its tower takes."""
+    """The processor of a checkpoint.
+
+    ConfigError when its preprocessor makes other tiles than its tower takes.
+    """
     preprocessor, tile = loaded.preprocessor, config.grids.tile
     for name in ("size", "crop_size"):
         edges = _edges(preprocessor.get(name))
         if edges and edges != {tile}:
             raise ConfigError(
-                f"preprocessor_config.json: {name} {preprocessor[name]!r} is not the vision tower's image_size {tile}.",
+                f"preprocessor_config.json: {name} {preprocessor[name]!r} is not the vision "
+                f"tower's image_size {tile}.",
                 param="model",
             )
     if preprocessor.get("do_resize") is False:

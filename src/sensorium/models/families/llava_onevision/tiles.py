@@ -1,7 +1,9 @@
-"""How LLaVA-OneVision (Li et al., 2024) lays out an image: fitted into a grid of tiles, padded, and unpadded again.
+"""Tiles of LLaVA-OneVision (Li et al., 2024).
 
-An image of 500 x 300 pixels and tiles of 384: of the pinpoints that keep all of it 768 x 384 is the smallest, so that
-it is enlarged to 640 x 384 and put into the middle of two tiles:
+An image is fitted into a grid, padded, and unpadded again.
+
+An image of 500 x 300 pixels and tiles of 384: of the pinpoints that keep all of it 768 x 384 is the
+smallest, so that it is enlarged to 640 x 384 and put into the middle of two tiles:
 
     +------------+------------+
     |..##########|##########..|
@@ -11,8 +13,8 @@ it is enlarged to 640 x 384 and put into the middle of two tiles:
 
 The tower makes 27 x 27 features of each tile; of these 54 x 27 the 46 x 27 in the middle are kept.
 
-More features than those of ``most`` tiles are scaled down to about that many. A newline ends each row; the whole image,
-squeezed into one tile, goes before.
+More features than those of ``most`` tiles are scaled down to about that many. A newline ends each
+row; the whole image, squeezed into one tile, goes before.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ _MAX_SQUARE = 8192
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where an image is in its grid. Tiles in tiles; the kept features, from ``top`` and ``left``, in features."""
+    """Place of an image in its grid.
+
+    Tiles in tiles; the kept features, from ``top`` and ``left``, in features.
+    """
 
     tile_rows: int
     tile_columns: int
@@ -91,7 +96,7 @@ class Grids:
         return max(self.pinpoints, key=kept_and_waste)
 
     def layout(self, height: int, width: int) -> Layout:
-        """Where an image of this size is in its grid."""
+        """Return the place of an image of this size in its grid."""
         tall, wide = self.pinpoint(height, width)
         tile_rows, tile_columns = tall // self.tile, wide // self.tile
         rows, columns = tile_rows * self.side, tile_columns * self.side
@@ -113,7 +118,10 @@ class Grids:
         return self.num_base + rows * (columns + 1)
 
     def cut(self, image: np.ndarray, resample: int) -> np.ndarray:
-        """(H, W, 3) uint8 -> (1 + tiles, tile, tile, 3) uint8: the whole image, then its grid row by row."""
+        """(H, W, 3) uint8 -> (1 + tiles, tile, tile, 3) uint8.
+
+        The whole image, then its grid row by row.
+        """
         height, width = image.shape[:2]
         tall, wide = self.pinpoint(height, width)
         rows, columns = _fitted(height, width, tall, wide)
@@ -140,8 +148,9 @@ def pad_and_resize(
 ) -> np.ndarray:
     """Pad (H, W, 3) uint8 to a square with ``background``, the image in the middle, and resize to (size, size, 3).
 
-    Equal to doing just that: Pillow resizes rows first, each by itself, then columns, so that neither the square nor
-    its empty rows need to be made. Images with an edge above 8192 are shrunk to that first.
+    Equal to doing just that: Pillow resizes rows first, each by itself, then columns, so that
+    neither the square nor its empty rows need to be made. Images with an edge above 8192 are shrunk
+    to that first.
     """
     image = _shrunk(image, resample)
     height, width = image.shape[:2]

@@ -1,4 +1,4 @@
-"""What config.json of a MiniCPM-V 2.6 checkpoint means; the decoder's fields lie flat in it."""
+"""Configuration of MiniCPM-V 2.6, read from config.json, whose decoder fields are at the top level."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sensorium.models.configs import (
 from sensorium.models.interface import TextShape
 
 HEAD_DIM = 128
-"""Of the resampler's attention."""
+"""Dimension of a head of the resampler's attention."""
 
 _VISION_DEFAULTS = {
     "hidden_size": 1152,
@@ -50,8 +50,11 @@ class MiniCPMVConfig:
 
 
 def read_minicpmv_config(config: Mapping[str, Any]) -> MiniCPMVConfig:
-    """Interpret config.json. Raises ConfigError naming the field for values that are impossible, and for the other
-    versions, which share the name of the architecture and little else."""
+    """Interpret config.json.
+
+    Raises ConfigError naming the field for values that are impossible, and for the other versions,
+    which share the name of the architecture and little else.
+    """
     version = config.get("version")
     if str(version) != "2.6":
         raise ConfigError(

@@ -1,4 +1,7 @@
-"""Precomputed embeddings of MiniCPM-V: ``num_queries`` for each view, of images (with their sizes) and of videos."""
+"""Precomputed embeddings of MiniCPM-V.
+
+``num_queries`` for each view, of images (with their sizes) and of videos.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,13 @@ _MAX_EDGE = 1 << 20
 def images(
     source: Any, param: str, hidden_size: int
 ) -> list[tuple[np.ndarray, tuple[int, int], str]]:
-    """Embeddings, original (width, height) and place of each item of ``{"image_embeds": …, "image_sizes": …}``.
+    """Embeddings, original (width, height) and place of each item of ``{"image_embeds".
 
-    ``image_embeds``: a tensor (items, embeddings, hidden size) or a list of (embeddings, hidden size);
-    ``image_sizes``: (width, height) of each. The older name ``image_size_list`` is taken too; ``sources`` warns of it.
+    …, "image_sizes": …}``.
+
+    ``image_embeds``: a tensor (items, embeddings, hidden size) or a list of (embeddings, hidden
+    size); ``image_sizes``: (width, height) of each. The deprecated name ``image_size_list`` is
+    read, too, with a warning.
     """
     names = ("image_embeds", "image_sizes")
     values = dict(source) if isinstance(source, Mapping) else {}
@@ -28,7 +34,8 @@ def images(
         values["image_sizes"] = values.pop("image_size_list")
     if set(values) != set(names):
         raise InvalidEmbeddingsError(
-            "Embeddings for this model are a mapping with 'image_embeds' (items, embeddings, hidden size) and "
+            "Embeddings for this model are a mapping with 'image_embeds' (items, embeddings, "
+            "hidden size) and "
             f"'image_sizes' (width and height of each original image), got {_got(source)}.",
             param=param,
         )
@@ -51,7 +58,8 @@ def check_count(
     """Raise InvalidEmbeddingsError unless there are as many embeddings as an image of this size has."""
     if len(array) != num_views * num_queries:
         raise InvalidEmbeddingsError(
-            f"An image of {size[0]} x {size[1]} pixels has {num_views} views of {num_queries} embeddings here, "
+            f"An image of {size[0]} x {size[1]} pixels has {num_views} views of {num_queries} "
+            "embeddings here, "
             f"together {num_views * num_queries}, got shape {tuple(array.shape)}.",
             param=param,
         )
@@ -59,13 +67,15 @@ def check_count(
 
 def videos(source: Any, param: str, num_queries: int, hidden_size: int) -> list[Features]:
     """Features of each video: a tensor (items, frames * num_queries, hidden size), a list of (frames * num_queries,
-    hidden size), or ``{"video_embeds": either of them, "num_frames": one number or one per item}``."""
+    hidden size), or ``{"video_embeds": either of them, "num_frames": one number or one per item}``.
+    """
     wanted: list[int] | None = None
     place = param
     if isinstance(source, Mapping):
         if set(source) - {"num_frames"} != {"video_embeds"}:
             raise InvalidEmbeddingsError(
-                "Embeddings of videos are a tensor (items, frames times embeddings of a frame, hidden size), or a "
+                "Embeddings of videos are a tensor (items, frames times embeddings of a frame, "
+                "hidden size), or a "
                 f"mapping with 'video_embeds' and optionally 'num_frames', got {_got(source)}.",
                 param=param,
             )
@@ -76,7 +86,8 @@ def videos(source: Any, param: str, num_queries: int, hidden_size: int) -> list[
     arrays = precomputed.per_item(source, place)
     if wanted is not None and len(wanted) != len(arrays):
         raise InvalidEmbeddingsError(
-            f"num_frames has {counted(len(wanted), 'value')} for the embeddings of {counted(len(arrays), 'video')}.",
+            f"num_frames has {counted(len(wanted), 'value')} for the embeddings of "
+            f"{counted(len(arrays), 'video')}.",
             param=f"{param}.num_frames",
         )
     found = []
@@ -86,7 +97,8 @@ def videos(source: Any, param: str, num_queries: int, hidden_size: int) -> list[
         if num_frames < 1 or len(array) != num_frames * num_queries:
             said = "" if wanted is None else f", and this video {num_frames} frames"
             raise InvalidEmbeddingsError(
-                f"A frame has {num_queries} embeddings in this model{said}; got shape {tuple(array.shape)}.",
+                f"A frame has {num_queries} embeddings in this model{said}; got shape "
+                f"{tuple(array.shape)}.",
                 param=item_place,
             )
         meta = {"grid": (0, 0), "num_frames": num_frames}

@@ -1,4 +1,7 @@
-"""MiniCPM-V 2.6 (Yao et al., 2024): a tower for views of any shape, a resampler, and a Qwen2 decoder."""
+"""MiniCPM-V 2.6 (Yao et al., 2024).
+
+A tower for views of any shape, a resampler, and a Qwen2 decoder.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,23 @@ from sensorium.errors import ConfigError
 from sensorium.models.families.minicpmv.config import MiniCPMVConfig
 from sensorium.models.families.minicpmv.resampler import Resampler
 from sensorium.models.families.minicpmv.vision import Size, view_features
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import WeightSlot
+from sensorium.models.interface import BuildOptions, WeightSlot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.decoder import DecoderModel, apart
 from sensorium.models.parts.siglip import SiglipTower
 from sensorium.multimodal.items import Features
 
 MAX_PATCHES = 16384
-"""Patches that go through the tower at once: 16 views of usual size. More would take memory and win no time."""
+"""Patches that go through the tower at once: 16 views of usual size. More would take memory and
+win no time."""
 MEDIA = frozenset({"image", "video"})
 
 
 class MiniCPMVModel(DecoderModel):
-    """The decoder with a tower and a resampler; without these when images and videos are both skipped."""
+    """The decoder with a tower and a resampler.
+
+    Without these when images and videos are both skipped.
+    """
 
     prefix = "language_model."
 
@@ -48,7 +54,7 @@ class MiniCPMVModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether images or videos are taken."""
+        """Return whether images or videos are taken."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -59,8 +65,10 @@ class MiniCPMVModel(DecoderModel):
             yield from self.resampler.slots("resampler.")
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each image or video; the views of all of them in one batch, or in several
-        where there are many patches."""
+        """Embeddings (num_embeds, H) of each image or video.
+
+        The views of all of them in one batch, or in several where there are many patches.
+        """
         if self.tower is None or self.resampler is None:
             return super().encode(items)
         embeds = []
@@ -74,7 +82,8 @@ class MiniCPMVModel(DecoderModel):
 
 def batches(items: Sequence[Features], most: int) -> Iterator[tuple[np.ndarray, list[Size]]]:
     """The views of all items in order, as many together as have at most ``most`` patches, but at least one: their
-    patches (P, values) uint8, and their sizes in patches."""
+    patches (P, values) uint8, and their sizes in patches.
+    """
     parts: list[np.ndarray] = []
     sizes: list[Size] = []
     num = 0

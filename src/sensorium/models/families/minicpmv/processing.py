@@ -1,4 +1,7 @@
-"""Images and videos of MiniCPM-V 2.6: views in whole patches, and placeholders that tell source views from slices."""
+"""Images and videos of MiniCPM-V 2.6.
+
+Views in whole patches, and placeholders that tell source views from slices.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,13 @@ PLACEHOLDERS: dict[Modality, str] = {"image": "(<image>./</image>)", "video": "(
 MARKUP = Markup({"image": r"\(<image>\./</image>\)", "video": r"\(<video>\./</video>\)"})
 OPTIONS = ("max_slice_nums", "use_image_id")
 MAX_SLICES = 36
-"""The largest ``max_slice_nums`` that a request may ask for, unless the checkpoint's own is larger."""
+"""The largest ``max_slice_nums`` that a request may ask for, unless the checkpoint's own is
+larger."""
 MAX_FRAME_SLICES = 2
-"""What ``max_slice_nums`` may raise the slices of a video's frame to, from one: more would fill any context."""
+"""Largest ``max_slice_nums`` of a video's frame, one by default: more would fill any context."""
 LONGEST = 4
-"""Views of more than this many times the usual number of patches are refused: lines of pixels, not pictures."""
+"""Views of more than this many times the usual number of patches are refused: lines of pixels,
+not images."""
 
 _HALF = [0.5, 0.5, 0.5]
 
@@ -43,8 +48,8 @@ _HALF = [0.5, 0.5, 0.5]
 class MiniCPMVProcessor:
     """See ``multimodal.processor.Processor``.
 
-    ``meta`` of its features: ``grid`` (columns, rows) of an image's or a frame's slices, (0, 0) without;
-    ``use_image_id`` of images; ``num_frames`` of videos.
+    ``meta`` of its features: ``grid`` (columns, rows) of an image's or a frame's slices, (0, 0)
+    without; ``use_image_id`` of images; ``num_frames`` of videos.
     """
 
     vocabulary: Vocabulary
@@ -61,7 +66,7 @@ class MiniCPMVProcessor:
         return MARKUP
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> FrameSampler | None:
-        """Of a video one frame a second, at most 64."""
+        """Return the frame sampling of videos: one frame per second, at most 64."""
         return frame_sampling.minicpm_v if modality == "video" else None
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
@@ -69,8 +74,10 @@ class MiniCPMVProcessor:
         return identity_of("minicpmv 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """``max_slice_nums``: the most cells that an image (or, up to 2, a frame) is cut into; ``use_image_id``:
-        whether images are numbered in the prompt."""
+        """``max_slice_nums``: the most cells that an image (or, up to 2, a frame) is cut into.
+
+        ``use_image_id``: whether images are numbered in the prompt.
+        """
         check_option_names(options, OPTIONS)
         most, highest = options.get("max_slice_nums", 1), max(MAX_SLICES, self.max_slices)
         if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= highest:
@@ -88,7 +95,8 @@ class MiniCPMVProcessor:
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
         """``arrays["patches"]``: (patches, 3 * patch * patch) uint8, those of all views one after another, row by row;
-        ``arrays["sizes"]``: (views, 2) int32, rows and columns of patches of each view."""
+        ``arrays["sizes"]``: (views, 2) int32, rows and columns of patches of each view.
+        """
         if isinstance(data, Video):
             most = min(options.get("max_slice_nums", 1), MAX_FRAME_SLICES)
             frames: Sequence[np.ndarray] = [check_image(frame) for frame in data.frames]
@@ -109,12 +117,13 @@ class MiniCPMVProcessor:
         longest = LONGEST * self.slicing.scale**2
         if max(w * h for w, h in (layout.source, layout.cell)) > longest:
             raise InvalidRequestError(
-                f"An image of {width} x {height} pixels is too narrow for this model. Crop or pad it."
+                f"An image of {width} x {height} pixels is too narrow for this model. Crop or pad "
+                "it."
             )
         return layout
 
     def _cut(self, frames: Sequence[np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
-        """The patches of all views of pictures that are all of one size."""
+        """The patches of all views of images that are all of one size."""
         size = self.slicing.patch
         views = [layout.source] + [layout.cell] * (layout.num_views - 1)
         sizes = [(height // size, width // size) for width, height in views] * len(frames)
@@ -130,8 +139,10 @@ class MiniCPMVProcessor:
         return {"patches": patches, "sizes": np.array(sizes, np.int32)}
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """Images with their original sizes, which tell their slices; frames of videos, one after another: see
-        ``embeds``."""
+        """Images with their original sizes, which tell their slices.
+
+        Frames of videos, one after another: see ``embeds``.
+        """
         if modality == "video":
             return embeds.videos(source, param, self.num_queries, self.hidden_size)
         found = embeds.images(source, param, self.hidden_size)
@@ -152,11 +163,14 @@ class MiniCPMVProcessor:
         return self.vocabulary.pad
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
-        """As the published code has it."""
+        """Return the placeholder of the published code."""
         return PLACEHOLDERS[modality]
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """Pads between start and end tokens, of an image after its number; of a video frame after frame."""
+        """Pads between start and end tokens, of an image after its number.
+
+        Of a video frame after frame.
+        """
         columns, rows = features.meta["grid"]
         if features.modality == "image":
             number = index if features.meta["use_image_id"] else None
@@ -176,13 +190,17 @@ class MiniCPMVProcessor:
 
 
 def build(config: MiniCPMVConfig, loaded: LoadedConfig) -> MiniCPMVProcessor:
-    """The processor of a checkpoint. Raises ConfigError when its preprocessor makes other patches than its tower, and
-    when its tokenizer lacks the tokens that mark images."""
+    """The processor of a checkpoint.
+
+    Raises ConfigError when its preprocessor makes other patches than its tower, and when its
+    tokenizer lacks the tokens that mark images.
+    """
     preprocessor = {**_slice_config(loaded.config), **loaded.preprocessor}
     patch = config.vision.patch_size
     if preprocessor.get("patch_size", patch) != patch:
         raise ConfigError(
-            f"preprocessor_config.json: patch_size {preprocessor['patch_size']!r} is not the vision tower's {patch}.",
+            f"preprocessor_config.json: patch_size {preprocessor['patch_size']!r} is not the "
+            f"vision tower's {patch}.",
             param="model",
         )
     slices = preprocessor.get("slice_mode", loaded.config.get("slice_mode", True))
@@ -218,7 +236,7 @@ def _positive(preprocessor: Mapping[str, Any], name: str, usual: int) -> int:
 
 
 def _slice_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says of slices, where preprocessor_config.json does not."""
+    """Return the slicing options of config.json, for checkpoints whose preprocessor_config.json has none."""
     value = config.get("slice_config")
     names = ("max_slice_nums", "scale_resolution", "patch_size")
     return (

@@ -12,8 +12,8 @@ from sensorium.layers.linear import Linear
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.families.minicpmv.config import HEAD_DIM, MiniCPMVConfig
 from sensorium.models.families.minicpmv.vision import Size
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot, owned
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import linear_slot, norm_slot, owned
 
 NORM_EPS = 1e-6
 WAVELENGTH = 10000.0
@@ -96,7 +96,10 @@ class Resampler:
         return x.view(*x.shape[:2], -1, HEAD_DIM).transpose(1, 2)
 
     def positions(self, size: Size) -> torch.Tensor:
-        """Sines and cosines (rows * columns, H): of the column in the first half of the channels, then of the row."""
+        """Sines and cosines (rows * columns, H).
+
+        Of the column in the first half of the channels, then of the row.
+        """
         rows, columns = size
         if len(self._axis) < max(size):
             self._axis = sine_table(max(size), self.width // 2).to(self.device, self.dtype)

@@ -1,7 +1,8 @@
 """Views of an image: the whole of it, small, and where it is large also the cells of a grid laid over it.
 
-A view has about ``scale`` x ``scale`` pixels whatever its shape, in whole patches. 1920 x 1080 pixels, for scale 448
-and patches of 14, become a source view of 602 x 336 and 4 x 2 cells of 420 x 476 (width x height).
+A view has about ``scale`` x ``scale`` pixels whatever its shape, in whole patches. 1920 x 1080
+pixels, for scale 448 and patches of 14, become a source view of 602 x 336 and 4 x 2 cells of 420 x
+476 (width x height).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Slicing:
-    """How images are cut: patches of ``patch`` pixels, views near ``scale`` pixels squared."""
+    """Slicing options: patches of ``patch`` pixels, views near ``scale`` pixels squared."""
 
     scale: int
     patch: int
@@ -35,7 +36,10 @@ class Slicing:
         return Layout(source, grid, self.fit(wide, tall, enlarge=True))
 
     def fit(self, width: float, height: float, *, enlarge: bool) -> Size:
-        """Size of a view of about the same shape, in whole patches; smaller ones are enlarged or left as they are."""
+        """Size of a view of about the same shape, in whole patches.
+
+        Smaller ones are enlarged or left as they are.
+        """
         wide, tall = width, height
         if enlarge or width * height > self.scale**2:
             aspect = width / height
@@ -47,7 +51,10 @@ class Slicing:
         return max(round(length / self.patch), 1)
 
     def views(self, image: np.ndarray, layout: Layout) -> list[np.ndarray]:
-        """The views of an image (H, W, 3) uint8, as (h, w, 3): the source, then the cells row by row."""
+        """The views of an image (H, W, 3) uint8, as (h, w, 3).
+
+        The source, then the cells row by row.
+        """
         width, height = layout.source
         found = [resize(image, height, width, BICUBIC)]
         if layout.grid is None:
@@ -63,7 +70,10 @@ class Slicing:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of an image's views in pixels: ``source``, and ``grid`` (columns, rows) cells of ``cell``, or no grid."""
+    """Sizes of an image's views in pixels.
+
+    ``source``, and ``grid`` (columns, rows) cells of ``cell``, or no grid.
+    """
 
     source: Size
     grid: Size | None
@@ -76,7 +86,10 @@ class Layout:
 
 
 def best_grid(width: int, height: int, wanted: int, most: int) -> Size:
-    """Columns and rows, about ``wanted`` cells in all, whose shape is nearest to the image's; the first of equals."""
+    """Columns and rows, about ``wanted`` cells in all, whose shape is nearest to the image's.
+
+    The first of equals.
+    """
     best, least = (1, 1), math.inf
     for number in (wanted - 1, wanted, wanted + 1):
         if number == 1 or number > most:

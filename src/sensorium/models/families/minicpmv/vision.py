@@ -1,5 +1,7 @@
-"""Views of any shape in a tower that was trained on square images: learnt positions are looked up by relative place
-(Dehghani et al., "Patch n' Pack", 2023)."""
+"""Views of any shape in a tower that was trained on square images.
+
+Learnt positions are looked up by relative place (Dehghani et al., "Patch n' Pack", 2023).
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,9 @@ def view_features(tower: SiglipTower, patches: torch.Tensor, sizes: Sequence[Siz
 def position_ids(size: Size, side: int) -> torch.Tensor:
     """Entries (rows * columns,) int64 of a table of side x side positions for the patches of a view.
 
-    The patch in row i of n has the table's row that the fraction i / n falls into. Both are float32 and come of the
-    same operations as in the reference: where n and ``side`` have a divisor in common, rounding decides.
+    The patch in row i of n has the table's row that the fraction i / n falls into. Both are float32
+    and come of the same operations as in the reference: where n and ``side`` have a divisor in
+    common, rounding decides.
     """
     bounds = torch.arange(1 / side, 1.0, 1 / side)
     rows, columns = (

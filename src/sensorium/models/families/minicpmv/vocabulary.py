@@ -40,7 +40,8 @@ class Vocabulary:
     def views(self, num_queries: int, grid: tuple[int, int], index: int | None) -> Replacement:
         """The text of one image: its number if ``index`` is not None, its source view, its cells row by row.
 
-        Of the ids, the ``num_queries`` pads within each pair of start and end are what embeddings fill.
+        Of the ids, the ``num_queries`` pads within each pair of start and end are what embeddings
+        fill.
         """
         columns, rows = grid
         ids: list[int] = []
@@ -72,8 +73,11 @@ def read_vocabulary(folder: str, preprocessor: Mapping[str, Any]) -> Vocabulary:
 def _lookup(
     folder: str, stamp: int, spellings: tuple[str, ...]
 ) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    """Ids of the spellings, of the newline and of the digits. Reading a tokenizer takes a second, and is wanted twice
-    where the engine shares the process; ``stamp`` tells another file of the same name."""
+    """Ids of the spellings, of the newline and of the digits.
+
+    Reading a tokenizer takes a second, and is wanted twice where the engine shares the process;
+    ``stamp`` tells another file of the same name.
+    """
     from sensorium.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(folder)

@@ -1,4 +1,4 @@
-"""What config.json of a Phi-3.5-Vision checkpoint means."""
+"""Configuration of Phi-3.5-Vision, read from config.json."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ class Phi3VConfig:
     feature_layer: int
     """After how many layers of the tower features are taken."""
     global_first: bool
-    """Whether the small copy of the whole comes before the tiles."""
+    """If true, the thumbnail comes before the tiles."""
 
     @property
     def cells(self) -> int:
-        """Rows, and columns, of embeddings that one tile makes: four patches are merged into each."""
+        """Rows, and columns, of embeddings that one tile makes.
+
+        Four patches are merged into each.
+        """
         return self.vision.image_size // self.vision.patch_size // 2
 
     @property
@@ -56,9 +59,9 @@ class Phi3VConfig:
 def read_phi3_v_config(config: Mapping[str, Any]) -> Phi3VConfig:
     """Interpret config.json.
 
-    Published files describe no vision tower. Two keys go beyond them, so that other sizes are possible:
-    ``img_processor.vision_config`` overrides sizes of the tower, ``image_token_id`` the id that stands for images.
-    Raises ConfigError naming the field for values that are impossible.
+    Published files describe no vision tower. Two keys go beyond them, so that other sizes are
+    possible: ``img_processor.vision_config`` overrides sizes of the tower, ``image_token_id`` the
+    id that stands for images. Raises ConfigError naming the field for values that are impossible.
     """
     text = read_text_config({**config, "model_type": "phi3"})
     image, layout = section(config, "img_processor"), section(config, "embd_layer")
@@ -100,7 +103,10 @@ def _read_tower(image: Mapping[str, Any]) -> ClipConfig:
 
 
 def _feature_layer(image: Mapping[str, Any]) -> int:
-    """``layer_idx`` counts hidden states as Python does: -1 is after the last layer, 0 before the first."""
+    """``layer_idx`` counts hidden states as Python does.
+
+    -1 is after the last layer, 0 before the first.
+    """
     num_layers = _read_tower(image).num_layers
     index = image.get("layer_idx", -2)
     if isinstance(index, bool) or not isinstance(index, int):

@@ -1,5 +1,8 @@
-"""Phi-3.5-Vision (Abdin et al., 2024): CLIP features of the tiles of an image and of a small copy of the whole, merged,
-with learnt separators between rows and views, projected into the decoder's embeddings."""
+"""Phi-3.5-Vision (Abdin et al., 2024).
+
+CLIP features of the tiles of an image and of a small copy of the whole, merged, with learnt
+separators between rows and views, projected into the decoder's embeddings.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import torch
 from sensorium.errors import ConfigError
 from sensorium.layers.mlp import PlainMLP
 from sensorium.models.families.phi3_v.config import Phi3VConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, owned
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import linear_slot, owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import IN_CHANNELS, ClipTower
 from sensorium.models.parts.decoder import DecoderModel, apart
@@ -48,7 +51,7 @@ class Phi3VModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether images are not skipped."""
+        """Return whether images are taken."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -84,10 +87,12 @@ class Phi3VModel(DecoderModel):
         return apart(embeds.split([len(sequence) for sequence in sequences]))
 
     def views(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The tiles of an image (H, W, 3) uint8 row by row, then the whole at a tile's size: (views, 3, tile, tile).
+        """The tiles of an image (H, W, 3) uint8 row by row, then the whole at a tile's size.
 
-        The whole is made of the normalised image with bicubic interpolation in float32 without antialiasing, as the
-        reference's processor has it.
+        (views, 3, tile, tile).
+
+        The whole is made of the normalised image with bicubic interpolation in float32 without
+        antialiasing, as the reference's processor has it.
         """
         if self.tower is None:
             raise ValueError("the vision tower is switched off")
@@ -100,7 +105,10 @@ class Phi3VModel(DecoderModel):
         return torch.cat((cut.reshape(-1, IN_CHANNELS, size, size), whole)).to(scale.dtype)
 
     def _features(self, views: torch.Tensor) -> torch.Tensor:
-        """(B, 3, tile, tile) -> (B, cells, cells, 4 * size): the features of 2 x 2 patches joined, row by row."""
+        """(B, 3, tile, tile) -> (B, cells, cells, 4 * size).
+
+        The features of 2 x 2 patches joined, row by row.
+        """
         assert self.tower is not None
         patch, cells, batch = self.config.vision.patch_size, self.config.cells, len(views)
         side = 2 * cells

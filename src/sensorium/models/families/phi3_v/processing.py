@@ -1,4 +1,7 @@
-"""Images of Phi-3.5-Vision: whole tiles, padded with white; the small copy of the whole is left to the encoder."""
+"""Images of Phi-3.5-Vision: whole tiles, padded with white.
+
+The small copy of the whole is left to the encoder.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,8 @@ _NAMES = ("image_embeds", "image_sizes")
 class Phi3VProcessor:
     """See ``multimodal.processor.Processor``.
 
-    ``tile``: edge of a tile in pixels, which makes ``cells`` rows and as many columns of embeddings. ``num_crops``:
-    tiles of an image at most.
+    ``tile``: edge of a tile in pixels, which makes ``cells`` rows and as many columns of
+    embeddings. ``num_crops``: tiles of an image at most.
     """
 
     image_token_id: int
@@ -45,7 +48,10 @@ class Phi3VProcessor:
 
     @property
     def markup(self) -> Markup:
-        """``<|image_1|>`` and so on are no tokens; every stretch of text between them begins with a BOS."""
+        """``<|image_1|>`` and so on are no tokens.
+
+        Every piece of text between them begins with a BOS.
+        """
         return Markup({"image": r"<\|image_(?P<number>\d+)\|>"}, prefix_each=True)
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> None:
@@ -79,19 +85,24 @@ class Phi3VProcessor:
         return Features(modality, {"pixels": pixels}, self.num_embeds(*size), meta)
 
     def num_embeds(self, height: int, width: int) -> int:
-        """Embeddings of an image of this size after processing: each row of the tiles and of the small copy ends with a
-        separator, and one stands between the two."""
+        """Embeddings of an image of this size after processing.
+
+        Each row of the tiles and of the small copy ends with a separator, and one stands between
+        the two.
+        """
         rows, columns = height // self.tile * self.cells, width // self.tile * self.cells
         return rows * (columns + 1) + 1 + self.cells * (self.cells + 1)
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
         """A tensor (items, embeddings, hidden size), a list of (embeddings, hidden size), or a mapping of that as
-        ``image_embeds`` with ``image_sizes`` (items, 2): height and width of the images after processing."""
+        ``image_embeds`` with ``image_sizes`` (items, 2): height and width of the images after processing.
+        """
         sizes: list[tuple[int, int]] | None = None
         if isinstance(source, Mapping):
             if not {_NAMES[0]} <= set(source) <= set(_NAMES):
                 raise InvalidEmbeddingsError(
-                    f"Embeddings as a mapping have {_NAMES[0]!r} and, if wanted, {_NAMES[1]!r}, got "
+                    f"Embeddings as a mapping have {_NAMES[0]!r} and, if wanted, {_NAMES[1]!r}, "
+                    "got "
                     f"{sorted(map(str, source))}.",
                     param=param,
                 )
@@ -137,7 +148,8 @@ class Phi3VProcessor:
         precomputed.check_width(array, self.hidden_size, param)
         if size is not None and len(array) != self.num_embeds(*size):
             raise InvalidEmbeddingsError(
-                f"An image of {size[0]} x {size[1]} (height, width) has {self.num_embeds(*size)} embeddings in this "
+                f"An image of {size[0]} x {size[1]} (height, width) has {self.num_embeds(*size)} "
+                "embeddings in this "
                 f"model, got shape {tuple(array.shape)}.",
                 param=param,
             )
@@ -151,7 +163,7 @@ class Phi3VProcessor:
         return Features(modality, {"embeds": array}, len(array), meta, precomputed=True)
 
     def _is_some_image(self, num_embeds: int) -> bool:
-        """Whether there is an image, of however many tiles, with so many embeddings."""
+        """Return whether some number of tiles gives this number of embeddings."""
         left = num_embeds - self.num_embeds(0, 0)
         height = self.cells
         while height * (self.cells + 1) <= left:
@@ -166,7 +178,8 @@ class Phi3VProcessor:
         for index, size in enumerate(sizes):
             if min(size) < 1 or size[0] % self.tile or size[1] % self.tile:
                 raise InvalidEmbeddingsError(
-                    "An image size is (height, width) in pixels after processing, positive multiples of "
+                    "An image size is (height, width) in pixels after processing, positive "
+                    "multiples of "
                     f"{self.tile}; got {size}.",
                     param=f"{param}[{index}]",
                 )
@@ -174,12 +187,16 @@ class Phi3VProcessor:
 
 
 def build(config: Phi3VConfig, loaded: LoadedConfig) -> Phi3VProcessor:
-    """The processor of a checkpoint. Raises ConfigError for an impossible ``num_crops`` and for another number of
-    embeddings per tile than the tower makes."""
+    """The processor of a checkpoint.
+
+    Raises ConfigError for an impossible ``num_crops`` and for another number of embeddings per tile
+    than the tower makes.
+    """
     preprocessor, num = loaded.preprocessor, config.cells**2
     if preprocessor.get("num_img_tokens", num) != num:
         raise ConfigError(
-            f"preprocessor_config.json: num_img_tokens {preprocessor['num_img_tokens']!r} is not the {num} of a tile "
+            f"preprocessor_config.json: num_img_tokens {preprocessor['num_img_tokens']!r} is not "
+            f"the {num} of a tile "
             f"of {config.vision.image_size} pixels.",
             param="model",
         )
@@ -205,9 +222,10 @@ def read_num_crops(value: Any) -> int:
 def to_tiles(image: np.ndarray, tile: int, num_crops: int) -> np.ndarray:
     """The image (H, W, 3) at the largest size at which ``num_crops`` tiles cover it, padded with white to whole tiles.
 
-    Its longer edge is a whole number of tiles; the padding is shared between the two sides of the other, the odd row
-    going to the end. An upright image is handled lying on its side, which decides how resizing rounds. Raises
-    InvalidRequestError for an image so narrow that nothing would be left of it.
+    Its longer edge is a whole number of tiles; the padding is shared between the two sides of the
+    other, the odd row going to the end. An upright image is handled lying on its side, which
+    decides how resizing rounds. Raises InvalidRequestError for an image so narrow that nothing
+    would be left of it.
     """
     upright = image.shape[0] > image.shape[1]
     lying = image.transpose(1, 0, 2) if upright else image
@@ -220,7 +238,8 @@ def to_tiles(image: np.ndarray, tile: int, num_crops: int) -> np.ndarray:
     tall = int(wide / ratio)
     if tall < 1:
         raise InvalidRequestError(
-            f"An image of {image.shape[1]} x {image.shape[0]} pixels is too narrow for this model: at {wide} pixels of "
+            f"An image of {image.shape[1]} x {image.shape[0]} pixels is too narrow for this model: "
+            f"at {wide} pixels of "
             "length nothing of its width is left. Crop or pad it."
         )
     small = resize(lying, tall, wide, Image.Resampling.BILINEAR)

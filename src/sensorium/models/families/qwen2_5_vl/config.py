@@ -1,4 +1,4 @@
-"""What config.json of a Qwen2.5-VL checkpoint means: Qwen2-VL's, with another vision tower."""
+"""Configuration of Qwen2.5-VL, read from config.json: Qwen2-VL's with another vision tower."""
 
 from __future__ import annotations
 

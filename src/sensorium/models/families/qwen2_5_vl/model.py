@@ -7,6 +7,6 @@ from sensorium.models.families.qwen2_vl.model import Qwen2VLModel
 
 
 class Qwen2_5VLModel(Qwen2VLModel):
-    """As Qwen2-VL's, with windows in the tower."""
+    """Qwen2-VL with window attention in the vision tower."""
 
     tower_class = WindowedTower

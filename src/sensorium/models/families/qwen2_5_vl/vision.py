@@ -1,7 +1,10 @@
-"""The vision tower of Qwen2.5-VL (Bai et al., 2025): most blocks attend within windows of merge cells.
+"""The vision tower of Qwen2.5-VL (Bai et al., 2025).
 
-The rows are brought into the order of the windows once, before the first block, so that a window is a run of rows, and
-back after the last. A frame of 5 x 6 merge cells in windows of 4 x 4 has four windows:
+Most blocks attend within windows of merge cells.
+
+The rows are brought into the order of the windows once, before the first block, so that a window is
+a run of rows, and back after the last. A frame of 5 x 6 merge cells in windows of 4 x 4 has four
+windows:
 
      0  1  2  3 |  4  5
      6  7  8  9 | 10 11
@@ -25,7 +28,8 @@ from sensorium.layers.norm import RMSNorm
 from sensorium.models.families.qwen2_5_vl.config import WindowedVisionConfig
 from sensorium.models.families.qwen2_vl.config import VisionConfig
 from sensorium.models.families.qwen2_vl.vision import NORM_EPS, Grid, VisionTower, frame_starts
-from sensorium.models.loading.weights import WeightSlot, linear_slot, norm_slot
+from sensorium.models.interface import WeightSlot
+from sensorium.models.loading.weights import linear_slot, norm_slot
 
 
 class WindowedBlock:
@@ -59,7 +63,7 @@ class WindowedBlock:
 
 
 class WindowedTower(VisionTower):
-    """As ``VisionTower``, with windows."""
+    """``VisionTower`` with window attention."""
 
     block_class = WindowedBlock
     norm_class = RMSNorm

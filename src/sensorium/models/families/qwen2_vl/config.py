@@ -1,4 +1,4 @@
-"""What config.json of a Qwen2-VL checkpoint means, flat (as published) or with ``text_config`` (newer files)."""
+"""Configuration of Qwen2-VL, read from config.json, flat (as published) or with ``text_config``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ _MROPE_SECTION = [16, 24, 24]
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The vision tower. ``hidden_size`` is the width inside, ``num_outputs`` that of its embeddings."""
+    """The vision tower.
+
+    ``hidden_size`` is the width inside, ``num_outputs`` that of its embeddings.
+    """
 
     depth: int
     hidden_size: int
@@ -48,7 +51,7 @@ class VisionConfig:
 
     @property
     def num_deep(self) -> int:
-        """How many features besides the last block's the tower gives."""
+        """Number of features that the tower returns besides the last block's."""
         return 0
 
 
@@ -61,7 +64,8 @@ class Qwen2VLConfig:
     image_token_id: int
     video_token_id: int
     tokens_per_second: float | None = None
-    """Temporal positions of a second of video, where positions follow time; else they count temporal patches."""
+    """Temporal positions of a second of video, where positions follow time; else they count
+    temporal patches."""
 
     @property
     def shape(self) -> TextShape:
@@ -79,7 +83,7 @@ def read_vl_config(
     read_vision: Callable[[Mapping[str, Any]], VisionConfig],
     model_type: str = "qwen2_vl_text",
 ) -> Qwen2VLConfig:
-    """As ``read_qwen2_vl_config``, for families that differ in their ``vision_config`` and the kind of decoder."""
+    """Read the configuration of a family that differs from Qwen2-VL in ``vision_config`` and decoder."""
     nested = config.get("text_config")
     text = config if nested is None else section(config, "text_config")
     decoder = read_text_config(
@@ -89,7 +93,8 @@ def read_vl_config(
     if vision.num_outputs != decoder.hidden_size:
         bad(
             "vision_config",
-            f"its output size {vision.num_outputs} is not the decoder's hidden size {decoder.hidden_size}",
+            f"its output size {vision.num_outputs} is not the decoder's hidden size "
+            f"{decoder.hidden_size}",
         )
     ids = {
         "image_token_id": count(config, "image_token_id", 151655),
@@ -123,7 +128,10 @@ def _read_vision(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def read_common_vision(values: Mapping[str, Any], width: str) -> dict[str, Any]:
-    """The fields of ``VisionConfig`` that all towers of this kind spell alike; ``width`` names that of the width."""
+    """The fields of ``VisionConfig`` that all towers of this kind spell alike.
+
+    ``width`` names that of the width.
+    """
     hidden_size, num_heads = count(values, width), count(values, "num_heads")
     if hidden_size % num_heads or hidden_size // num_heads % 4:
         bad(

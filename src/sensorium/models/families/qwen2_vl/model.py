@@ -1,4 +1,7 @@
-"""Qwen2-VL (Wang et al., 2024): a vision tower of any resolution before a Qwen2 decoder with three position axes."""
+"""Qwen2-VL (Wang et al., 2024).
+
+A vision tower of any resolution before a Qwen2 decoder with three position axes.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,7 @@ import torch
 from sensorium.errors import ConfigError
 from sensorium.models.families.qwen2_vl.config import Qwen2VLConfig
 from sensorium.models.families.qwen2_vl.vision import VisionTower
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import WeightSlot
+from sensorium.models.interface import BuildOptions, WeightSlot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.decoder import DecoderModel, apart
 from sensorium.multimodal.items import Features
@@ -39,7 +41,7 @@ class Qwen2VLModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether images or videos are not skipped."""
+        """Return whether images or videos are taken."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:

@@ -1,5 +1,7 @@
-"""Images and videos of Qwen2-VL: resized to multiples of a merge cell within a range of pixels; positions on three
-axes."""
+"""Images and videos of Qwen2-VL: resized to multiples of a merge cell within a range of pixels.
+
+Positions on three axes.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ MAX_PIXELS = 16384 * 28 * 28
 OPTIONS = ("min_pixels", "max_pixels", "size")
 SECONDS = "second_per_grid_ts"
 MAX_TIME = 1 << 22
-"""Positions on the time axis of one video: days, behind which all is at the end, so that no sum leaves its 32 bits."""
+"""Positions on the time axis of one video: days, behind which all is at the end, so that no sum
+leaves its 32 bits."""
 PLACEHOLDERS = {
     "image": "<|vision_start|><|image_pad|><|vision_end|>",
     "video": "<|vision_start|><|video_pad|><|vision_end|>",
@@ -41,8 +44,8 @@ PLACEHOLDERS = {
 class Qwen2VLProcessor:
     """See ``multimodal.processor.Processor``.
 
-    ``meta`` of its features: ``grid`` is (t, h, w) in patches; ``second_per_grid``, of videos of the models whose
-    positions follow time (``tokens_per_second``), the seconds of a temporal patch.
+    ``meta`` of its features: ``grid`` is (t, h, w) in patches; ``second_per_grid``, of videos of
+    the models whose positions follow time (``tokens_per_second``), the seconds of a temporal patch.
     """
 
     image_token_id: int
@@ -59,7 +62,7 @@ class Qwen2VLProcessor:
 
     @property
     def takes_seconds(self) -> bool:
-        """Whether embeddings of videos may come with the seconds of a temporal patch."""
+        """Return whether embeddings of videos may come with the seconds of a temporal patch."""
         return self.tokens_per_second is not None
 
     @property
@@ -73,7 +76,7 @@ class Qwen2VLProcessor:
         return None
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> FrameSampler | None:
-        """Which frames of a video are taken; images need nothing."""
+        """Return the frame sampling of videos; images need nothing."""
         if modality == "image":
             return None
         return self.videos.sampler(options)
@@ -84,7 +87,8 @@ class Qwen2VLProcessor:
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """``min_pixels``, ``max_pixels``, and ``size`` with ``shortest_edge`` and ``longest_edge`` (in pixels too), of
-        an image or of a video's frame; of videos those of ``video.OPTIONS``."""
+        an image or of a video's frame; of videos those of ``video.OPTIONS``.
+        """
         check_option_names(options, OPTIONS + video.OPTIONS)
         try:
             limits = narrow(options, self.pixels)
@@ -103,7 +107,8 @@ class Qwen2VLProcessor:
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
         """``arrays["pixels"]``: uint8, of an image (height, width, 3), of a video (frames, height, width, 3), edges
-        multiples of ``cell`` and frames of the temporal patch."""
+        multiples of ``cell`` and frames of the temporal patch.
+        """
         meta: dict[str, Any] = {}
         if isinstance(data, Video):
             original = data.frames.shape[1:3]
@@ -128,7 +133,8 @@ class Qwen2VLProcessor:
             return resize(image, tall, wide, self.resample)
         if height % self.cell or width % self.cell:
             raise InvalidRequestError(
-                f"This model does not resize images: edges must be multiples of {self.cell}, got {width} x {height}."
+                f"This model does not resize images: edges must be multiples of {self.cell}, got "
+                f"{width} x {height}."
             )
         return np.ascontiguousarray(image)
 
@@ -139,9 +145,9 @@ class Qwen2VLProcessor:
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
         """``{"image_embeds": …, "image_grid_thw": (items, 3)}``, of videos likewise.
 
-        The embeddings are a tensor (items, embeddings, hidden size), a list of (embeddings, hidden size), or all one
-        after another, (all embeddings, hidden size). Where positions follow time, videos may have
-        ``second_per_grid_ts`` (items,) besides, 1 when it is missing.
+        The embeddings are a tensor (items, embeddings, hidden size), a list of (embeddings, hidden
+        size), or all one after another, (all embeddings, hidden size). Where positions follow time,
+        videos may have ``second_per_grid_ts`` (items,) besides, 1 when it is missing.
         """
         names = (f"{modality}_embeds", f"{modality}_grid_thw")
         timed = modality == "video" and self.takes_seconds
@@ -149,7 +155,8 @@ class Qwen2VLProcessor:
         if not isinstance(source, Mapping) or set(source) - extra != set(names):
             got = sorted(map(str, source)) if isinstance(source, Mapping) else type(source).__name__
             raise InvalidEmbeddingsError(
-                f"Embeddings for this model are a mapping with {names[0]!r} (items, embeddings, hidden size) and "
+                f"Embeddings for this model are a mapping with {names[0]!r} (items, embeddings, "
+                "hidden size) and "
                 f"{names[1]!r} (items, 3), got {got}.",
                 param=param,
             )
@@ -174,7 +181,8 @@ class Qwen2VLProcessor:
             precomputed.check_width(whole, self.hidden_size, param)
             if sum(sizes) != len(whole):
                 raise InvalidEmbeddingsError(
-                    f"The grids {_few(grids)} stand for {_few(sizes)} embeddings, together {sum(sizes)}, but there "
+                    f"The grids {_few(grids)} stand for {_few(sizes)} embeddings, together "
+                    f"{sum(sizes)}, but there "
                     f"are {len(whole)}.",
                     param=param,
                 )
@@ -182,7 +190,8 @@ class Qwen2VLProcessor:
         items = precomputed.per_item(embeds, param)
         if len(items) != len(grids):
             raise InvalidEmbeddingsError(
-                f"There {'is' if len(grids) == 1 else 'are'} {counted(len(grids), 'grid')} for the embeddings of "
+                f"There {'is' if len(grids) == 1 else 'are'} {counted(len(grids), 'grid')} for the "
+                "embeddings of "
                 f"{counted(len(items), 'item')}.",
                 param=param,
             )
@@ -215,7 +224,10 @@ class Qwen2VLProcessor:
     def positions(
         self, token_ids: Sequence[int], items: Sequence[PlacedItem]
     ) -> tuple[np.ndarray, int] | None:
-        """M-RoPE: (3, num_tokens) int32 and the delta; None without items, when all three axes count alike."""
+        """M-RoPE: (3, num_tokens) int32 and the delta.
+
+        None without items, when all three axes count alike.
+        """
         if not items:
             return None
         parts, token_pos, next_id = [], 0, 0
@@ -231,13 +243,16 @@ class Qwen2VLProcessor:
         return np.concatenate(parts, axis=1), next_id + rest - len(token_ids)
 
     def blocks(self, features: Features) -> list[np.ndarray]:
-        """Time, row and column (3, embeddings) int32 of each embedding of an item, from 0: one array for each run of
-        its placeholder."""
+        """Time, row and column (3, embeddings) int32 of each embedding of an item, from 0.
+
+        One array for each run of its placeholder.
+        """
         t, h, w = features.meta["grid"]
         h, w = h // self.merge_size, w // self.merge_size
         block = np.indices((t, h, w), dtype=np.int32).reshape(3, -1)
         if features.modality == "video" and self.tokens_per_second is not None:
-            # In single precision, as the reference: it decides where a product falls on a whole number.
+            # In single precision, as the reference: it decides where a product falls on a whole
+            # number.
             step = np.float32(
                 min(self.tokens_per_second * features.meta["second_per_grid"], MAX_TIME)
             )
@@ -250,7 +265,8 @@ class Qwen2VLProcessor:
         for index, (t, h, w) in enumerate(grids):
             if min(t, h, w) < 1 or h % self.merge_size or w % self.merge_size:
                 raise InvalidEmbeddingsError(
-                    f"A grid is (frames, height, width) in patches, positive, height and width multiples of "
+                    "A grid is (frames, height, width) in patches, positive, height and width "
+                    "multiples of "
                     f"{self.merge_size}; got {(t, h, w)}.",
                     param=f"{param}[{index}]",
                 )
@@ -266,8 +282,9 @@ def build(
 ) -> Qwen2VLProcessor:
     """The processor of a checkpoint.
 
-    ``rules``, ``video_defaults``, ``video_pixels``: the family's kind of rules of videos, the values that its files may
-    leave out, and the range of pixels. Raises ConfigError when its preprocessors make other patches than its tower.
+    ``rules``, ``video_defaults``, ``video_pixels``: the family's kind of rules of videos, the
+    values that its files may leave out, and the range of pixels. Raises ConfigError when its
+    preprocessors make other patches than its tower.
     """
     preprocessor, vision = loaded.preprocessor, config.vision
     _check_patches(preprocessor, config)
@@ -300,7 +317,8 @@ def _check_patches(preprocessor: Mapping[str, Any], config: Qwen2VLConfig) -> No
     for name, size in sizes.items():
         if preprocessor.get(name, size) != size:
             raise ConfigError(
-                f"preprocessor_config.json: {name} {preprocessor[name]!r} is not the vision tower's {size}.",
+                f"preprocessor_config.json: {name} {preprocessor[name]!r} is not the vision "
+                f"tower's {size}.",
                 param="model",
             )
 

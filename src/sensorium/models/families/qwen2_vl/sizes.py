@@ -1,4 +1,7 @@
-"""Sizes of resized images and frames of the Qwen-VL families: multiples of a merge cell within a range of pixels."""
+"""Sizes of resized images and frames of the Qwen-VL families.
+
+Multiples of a merge cell within a range of pixels.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +35,11 @@ def read_pixel_range(options: Mapping[str, Any], default: PixelRange) -> PixelRa
 
 
 def narrow(options: Mapping[str, Any], default: PixelRange) -> PixelRange:
-    """As ``read_pixel_range``, but a value that comes alone moves the other end of ``default`` where it must: for
-    options that hold for images and videos alike, whose ranges differ."""
+    """Read a range for options that hold for images and videos alike, whose ranges differ.
+
+    As ``read_pixel_range``, but a value that comes alone moves the other end of ``default`` where
+    it must.
+    """
     least, most = _given(options)
     if least is None:
         least = default.least if most is None else min(default.least, most)
@@ -70,7 +76,8 @@ def check_aspect(height: int, width: int, what: str) -> None:
     aspect = max(height, width) / min(height, width)
     if aspect > MAX_ASPECT:
         raise InvalidRequestError(
-            f"{what} of {width} x {height} pixels has an aspect ratio of {aspect:.0f}; this model takes at most "
+            f"{what} of {width} x {height} pixels has an aspect ratio of {aspect:.0f}; this model "
+            "takes at most "
             f"{MAX_ASPECT}. Crop or pad it."
         )
 

@@ -1,4 +1,7 @@
-"""Videos of Qwen2-VL and Qwen2.5-VL: which frames are taken, their size, and how fast they go by."""
+"""Videos of Qwen2-VL and Qwen2.5-VL.
+
+Which frames are taken, their size, and how fast they go by.
+"""
 
 from __future__ import annotations
 
@@ -30,30 +33,29 @@ OPTIONS = (
 )
 """Entries of ``mm_processor_kwargs`` besides those of sizes.
 
-``frame_min_pixels`` and ``frame_max_pixels`` are pixels of each frame of a video, before what sizes say of images and
-videos alike; ``total_pixels`` those of all frames together, as qwen-vl-utils counts them: of one of each temporal
-patch.
-"""
+``frame_min_pixels`` and ``frame_max_pixels`` are pixels of each frame of a video, before what sizes
+say of images and videos alike; ``total_pixels`` those of all frames together, as qwen-vl-utils
+counts them: of one of each temporal patch."""
 
 UNKNOWN_FPS = 2.0
-"""Of frames without metadata: the rate at which the families' own tools sample."""
+"""Rate of frames without metadata: the one at which the families' own tools sample."""
 
 MAX_SECONDS = 1e6
-"""Of a temporal patch that comes as embeddings: eleven days."""
+"""Longest temporal patch that comes as embeddings: eleven days."""
 
 MAX_FRAMES = 1 << 20
 MOST_TOTAL = 1 << 40
 """Pixels that ``total_pixels`` may ask for; other limits come before."""
 PIXELS = PixelRange(128 * 28 * 28, 768 * 28 * 28)
-"""Of a frame, where the checkpoint does not say."""
+"""Pixels of a frame, where the checkpoint does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class VideoRules:
-    """What a checkpoint says of videos.
+    """Video options of a checkpoint.
 
-    ``max_tokens``: embeddings that a whole video is meant to stay below, where the checkpoint caps them; ``default``:
-    the frames that are taken of a file where nobody asks for any others.
+    ``max_tokens``: embeddings that a whole video is meant to stay below, where the checkpoint caps
+    them; ``default``: the frames that are taken of a file where nobody asks for any others.
     """
 
     cell: int
@@ -103,17 +105,21 @@ class VideoRules:
         )
 
     def rule_options(self) -> dict[str, Any]:
-        """What the rule takes besides."""
+        """Return the further options of the sampling rule."""
         return {"multiple": self.temporal_patch_size}
 
     def pixels_of(self, clip: Video, options: Mapping[str, Any]) -> np.ndarray:
-        """(T, height, width, 3) uint8: frames resized, the last one repeated until they fill the temporal patches."""
+        """(T, height, width, 3) uint8.
+
+        Frames resized, the last one repeated until they fill the temporal patches.
+        """
         num, height, width = clip.frames.shape[:3]
         if self.resizes:
             tall, wide = self.target(num, height, width, options)
         elif height % self.cell or width % self.cell:
             raise InvalidRequestError(
-                f"This model does not resize videos: edges must be multiples of {self.cell}, got {width} x {height}."
+                f"This model does not resize videos: edges must be multiples of {self.cell}, got "
+                f"{width} x {height}."
             )
         else:
             tall, wide = height, width
@@ -132,8 +138,10 @@ class VideoRules:
         return target_size(height, width, self.cell, self._limits(num, options), "A video")
 
     def seconds_per_grid(self, clip: Video, options: Mapping[str, Any]) -> float:
-        """Time from one temporal patch to the next. Where the source's rate is not known, the option ``fps`` is that of
-        the frames as they are."""
+        """Time from one temporal patch to the next.
+
+        Where the source's rate is not known, the option ``fps`` is that of the frames as they are.
+        """
         if clip.fps is None:
             fps = _fps(options) or UNKNOWN_FPS
         else:
@@ -162,15 +170,16 @@ def read_video_rules(
 ) -> VideoRules:
     """Interpret the video processor's configuration, or the image processor's in its place.
 
-    ``images``: the image processor's, with which it must share its normalisation. ``rules``, ``pixels``: the family's
-    kind of rules and range of pixels. Raises ConfigError.
+    ``images``: the image processor's, with which it must share its normalisation. ``rules``,
+    ``pixels``: the family's kind of rules and range of pixels. Raises ConfigError.
     """
     own, theirs = read_normalization(config), read_normalization(images)
     if not np.allclose(
         [own.scale, *own.mean, *own.std], [theirs.scale, *theirs.mean, *theirs.std], rtol=1e-6
     ):
         raise ConfigError(
-            "The checkpoint normalises videos otherwise than images (image_mean, image_std, rescale_factor), which is "
+            "The checkpoint normalises videos otherwise than images (image_mean, image_std, "
+            "rescale_factor), which is "
             "not supported.",
             param="model",
         )
@@ -201,7 +210,10 @@ def frame_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def total_pixels(options: Mapping[str, Any]) -> int | None:
-    """Return the bound of all frames together; None without one. Raises InvalidRequestError for no positive number."""
+    """Return the bound of all frames together; None without one.
+
+    Raises InvalidRequestError for no positive number.
+    """
     value = options.get("total_pixels")
     if value is None:
         return None

@@ -1,7 +1,10 @@
-"""The vision tower of Qwen2-VL (Wang et al., 2024): any resolution, two-dimensional rotary, patches merged 2 x 2.
+"""The vision tower of Qwen2-VL (Wang et al., 2024).
 
-A *patch* is temporal_patch_size frames of patch_size x patch_size pixels. The patches of a merge cell are adjacent
-rows, so that the merger is a reshape. For a grid of 1 x 4 x 4 patches, merged 2 x 2, the rows come in this order:
+Any resolution, two-dimensional rotary, patches merged 2 x 2.
+
+A *patch* is temporal_patch_size frames of patch_size x patch_size pixels. The patches of a merge
+cell are adjacent rows, so that the merger is a reshape. For a grid of 1 x 4 x 4 patches, merged 2 x
+2, the rows come in this order:
 
      0  1 |  4  5
      2  3 |  6  7
@@ -25,8 +28,8 @@ from sensorium.layers.mlp import PlainMLP
 from sensorium.layers.norm import LayerNorm
 from sensorium.layers.rotary import axial_cos_sin
 from sensorium.models.families.qwen2_vl.config import VisionConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot, owned
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import linear_slot, norm_slot, owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import PixelScale
 
@@ -69,8 +72,11 @@ class VisionBlock:
 
 
 class Merger:
-    """Joins the patches of a merge cell into one embedding: norm of the patches or, with ``joined_first``, of the
-    joined cell, then an MLP. ``names``: of the norm and of the two layers in the checkpoint."""
+    """Joins the patches of a merge cell into one embedding.
+
+    Norm of the patches or, with ``joined_first``, of the joined cell, then an MLP. ``names``: of
+    the norm and of the two layers in the checkpoint.
+    """
 
     __slots__ = ("cell", "joined_first", "mlp", "names", "norm")
 
@@ -141,9 +147,9 @@ class VisionTower:
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Embeddings (t * h * w / merge_size^2, num_outputs or a multiple of it) of each item.
 
-        An item is an image (H, W, 3) or a clip (frames, H, W, 3), uint8, its edges multiples of patch_size times
-        merge_size, its number of frames a multiple of temporal_patch_size. Attention is full within each temporal
-        index of an item.
+        An item is an image (H, W, 3) or a clip (frames, H, W, 3), uint8, its edges multiples of
+        patch_size times merge_size, its number of frames a multiple of temporal_patch_size.
+        Attention is full within each temporal index of an item.
         """
         patches, grids = [], []
         for item in pixels:
@@ -185,7 +191,10 @@ class VisionTower:
         return self.scale(flat).flatten(1), grid
 
     def rotary(self, grids: Sequence[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (P, head_dim / 2) float32 of all patches: half the frequencies follow rows, half columns."""
+        """cos, sin (P, head_dim / 2) float32 of all patches.
+
+        Half the frequencies follow rows, half columns.
+        """
         merge = self.config.merge_size
         positions = []
         for t, h, w in grids:

@@ -1,4 +1,4 @@
-"""What config.json of a Qwen3-VL checkpoint means."""
+"""Configuration of Qwen3-VL, read from config.json."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Qwen3-VL: the decoder adds a part of each item's embeddings to the residual stream after its first layers.
 
-Between encoder and decoder an embedding is (1 + D) * H wide: what takes the place of the token's embedding, then what
-is added after layer 0, 1 … D - 1. Embeddings of tokens have zeros there.
+Between encoder and decoder an embedding is (1 + D) * H wide: what takes the place of the token's
+embedding, then what is added after layer 0, 1 … D - 1. Embeddings of tokens have zeros there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""Images and videos of Qwen3-VL: a video's size is bounded as a whole, and its text tells the time of each patch.
+"""Images and videos of Qwen3-VL.
 
-The placeholder of a video is ``<|vision_start|><|video_pad|><|vision_end|>``; all three become, for each temporal
-patch, ``<1.5 seconds><|vision_start|>`` with the patch's embeddings and ``<|vision_end|>``. Positions treat each patch
-as an image. That is the rule of the reference up to version 5.9 of transformers, for which the model's makers published
-it; from 5.10 on the outer pair of tokens stays where it is. A checkpoint gets that of its ``transformers_version``.
+A video's size is bounded as a whole, and its text tells the time of each patch.
+
+The placeholder of a video is ``<|vision_start|><|video_pad|><|vision_end|>``; all three become, for
+each temporal patch, ``<1.5 seconds><|vision_start|>`` with the patch's embeddings and
+``<|vision_end|>``. Positions treat each patch as an image. That is the rule of the reference up to
+version 5.9 of transformers, for which the model's makers published it; from 5.10 on the outer pair
+of tokens stays where it is. A checkpoint gets that of its ``transformers_version``.
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ from sensorium.multimodal.items import Decoded, Features, Modality, Video
 from sensorium.multimodal.processor import Replacement
 
 KEEPS_OUTER_PAIR = (5, 10)
-"""Version of transformers from which on the start and end tokens around a video stay around its patches."""
+"""Version of transformers from which on the start and end tokens around a video stay around its
+patches."""
 
 UNKNOWN_FPS = 24.0
-"""Of frames without metadata: what the reference assumes."""
+"""Rate of frames without metadata, as the reference assumes it."""
 
 VIDEO_DEFAULTS = {
     "do_sample_frames": True,
@@ -59,7 +63,10 @@ class Qwen3VideoRules(VideoRules):
     def target(
         self, num: int, height: int, width: int, options: Mapping[str, Any]
     ) -> tuple[int, int]:
-        """Height and width of each of ``num`` frames: multiples of ``cell``, all frames within the range of pixels."""
+        """Height and width of each of ``num`` frames.
+
+        Multiples of ``cell``, all frames within the range of pixels.
+        """
         check_aspect(height, width, "A video")
         cell, limits = self.cell, narrow(options, self.pixels)
         most = limits.most
@@ -107,8 +114,11 @@ class Qwen3VideoRules(VideoRules):
 
 @dataclass(frozen=True, slots=True)
 class Qwen3VLProcessor(Qwen2VLProcessor):
-    """``folder``: of the tokenizer that spells times. ``keeps_outer``: whether the start and end tokens around a video
-    stay around its patches. ``meta["timestamps"]`` of videos: seconds of each patch."""
+    """``folder``: of the tokenizer that spells times.
+
+    ``keeps_outer``: whether the start and end tokens around a video stay around its patches.
+    ``meta["timestamps"]`` of videos: seconds of each patch.
+    """
 
     start_id: int = 0
     end_id: int = 0
@@ -128,7 +138,7 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """As Qwen2-VL's, with the times of a video's patches."""
+        """Process an item as Qwen2-VL does, and add the timestamps of a video's patches."""
         features = Qwen2VLProcessor.process(self, modality, data, options, num_items)
         if not isinstance(data, Video) or not isinstance(self.videos, Qwen3VideoRules):
             return features
@@ -202,7 +212,10 @@ def _spelled(folder: str, text: str) -> list[int]:
 
 @lru_cache(maxsize=2)
 def _tokenizer(folder: str, stamp: int) -> Any:
-    """The checkpoint's tokenizer, read once by whoever expands placeholders; ``stamp`` tells a changed file."""
+    """The checkpoint's tokenizer, read once by whoever expands placeholders.
+
+    ``stamp`` tells a changed file.
+    """
     from sensorium.text.tokenizer import Tokenizer
 
     return Tokenizer.from_folder(folder)

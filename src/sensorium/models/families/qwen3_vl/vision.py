@@ -1,5 +1,8 @@
-"""The vision tower of Qwen3-VL: learnt positions besides the rotary ones, and mergers after several blocks (DeepStack,
-Meng et al., 2024)."""
+"""The vision tower of Qwen3-VL.
+
+Learnt positions besides the rotary ones, and mergers after several blocks (DeepStack, Meng et al.,
+2024).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from sensorium.models.families.qwen2_vl.vision import (
     frame_starts,
 )
 from sensorium.models.families.qwen3_vl.config import DeepVisionConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, owned
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import owned
 from sensorium.models.media.pixels import Normalization
 
 

@@ -1,4 +1,4 @@
-"""What config.json of an Ultravox checkpoint means, with those of the backbones that it may name."""
+"""Configuration of Ultravox, read from config.json and from those of the backbones that it names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ class UltravoxConfig:
     """Width after the projector's first linear layer; its SwiGLU halves it."""
     activation: str
     norm_between: bool
-    """Whether the projector's second norm stands before its second linear layer (from v0.5 on) or after it."""
+    """If true, the projector's second norm comes before its second linear layer (from v0.5 on),
+    else after it."""
 
     @property
     def frames_per_embed(self) -> int:
@@ -41,12 +42,15 @@ class UltravoxConfig:
         return 2 * self.stack_factor
 
     def chunks(self, num_frames: int) -> list[int]:
-        """Lengths in mel frames of the chunks in which a sound is encoded: whole ones, then the rest."""
+        """Lengths in mel frames of the chunks in which an audio item is encoded.
+
+        Whole ones, then the rest.
+        """
         whole, rest = divmod(num_frames, self.audio.max_frames)
         return [self.audio.max_frames] * whole + [rest] * (rest > 0)
 
     def num_embeds(self, num_frames: int) -> int:
-        """Embeddings of a sound of so many mel frames."""
+        """Embeddings of an audio item of so many mel frames."""
         return sum(-(-length // self.frames_per_embed) for length in self.chunks(num_frames))
 
     @property
@@ -56,7 +60,10 @@ class UltravoxConfig:
 
 
 def read_ultravox_config(loaded: LoadedConfig) -> UltravoxConfig:
-    """Interpret config.json. Raises ConfigError naming the field for values that are impossible or not supported."""
+    """Interpret config.json.
+
+    Raises ConfigError naming the field for values that are impossible or not supported.
+    """
     config = filled({}, loaded.config)
     text = read_text_config(
         filled({"model_type": "llama"}, _backbone(loaded, TEXT_PART, "text_config"))
@@ -67,7 +74,7 @@ def read_ultravox_config(loaded: LoadedConfig) -> UltravoxConfig:
     if activation == "swiglu" and inner_size % 2:
         bad("hidden_size", f"{inner_size} must be even for a SwiGLU projector")
     if config.get("audio_latency_block_size") is not None:
-        bad("audio_latency_block_size", "is not supported: sounds are encoded as a whole")
+        bad("audio_latency_block_size", "is not supported: audio is encoded as a whole")
     if config.get("num_projector_layers"):
         bad("num_projector_layers", "is not supported: the projector has linear layers only")
     for name in ("text_model_lora_config", "audio_model_lora_config"):

@@ -1,4 +1,7 @@
-"""Ultravox (Fixie AI, 2024): Whisper's hidden states, stacked and projected into the decoder's embeddings."""
+"""Ultravox (Fixie AI, 2024).
+
+Whisper's hidden states, stacked and projected into the decoder's embeddings.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,16 @@ from sensorium.layers.activation import activation
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import RMSNorm
 from sensorium.models.families.ultravox.config import UltravoxConfig
-from sensorium.models.interface import BuildOptions
-from sensorium.models.loading.weights import Part, WeightSlot, linear_slot, norm_slot
+from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.loading.weights import linear_slot, norm_slot
 from sensorium.models.parts.decoder import DecoderModel, apart
-from sensorium.models.parts.whisper import Stretch, WhisperEncoder
+from sensorium.models.parts.whisper import MelChunk, WhisperEncoder
 from sensorium.multimodal.items import Features
 
 NORM_EPS = 1e-6
 MAX_FRAMES = 24000
-"""Mel frames that go through the tower at once: 8 chunks of 30 seconds. More would take memory and win no time."""
+"""Mel frames that go through the tower at once: 8 chunks of 30 seconds. More would take memory
+and win no time."""
 _TOWER, _PROJECTOR = "audio_tower.", "multi_modal_projector."
 
 
@@ -61,7 +65,7 @@ class Projector:
 
 
 class UltravoxModel(DecoderModel):
-    """The decoder with an audio tower and a projector; without both when sounds are skipped."""
+    """The decoder with an audio tower and a projector; without both when audio is skipped."""
 
     prefix = "language_model."
 
@@ -83,7 +87,7 @@ class UltravoxModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether sounds are not skipped."""
+        """Return whether audio is taken."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -94,21 +98,22 @@ class UltravoxModel(DecoderModel):
             yield from self.projector.slots(_PROJECTOR)
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each sound, the chunks of all in one batch, or in several of them."""
+        """Embeddings (num_embeds, H) of each audio item, the chunks of all in one batch, or in several of them."""
         if self.tower is None or self.projector is None:
             return super().encode(items)
-        stretches = [part for item in items for part in self._stretches(item.arrays["mel"])]
+        chunks = [part for item in items for part in self._chunks(item.arrays["mel"])]
         stack = self.config.stack_factor
-        found = [x for batch in batches(stretches, MAX_FRAMES) for x in self.tower(batch)]
+        found = [x for batch in batches(chunks, MAX_FRAMES) for x in self.tower(batch)]
         rows = [F.pad(x, (0, 0, 0, -len(x) % stack)) for x in found]
         embeds = self.projector(torch.cat(rows).view(-1, stack * rows[0].shape[1]))
         return apart(embeds.split([item.num_embeds for item in items]))
 
-    def _stretches(self, mel: np.ndarray) -> Iterator[Stretch]:
-        """The chunks of a sound.
+    def _chunks(self, mel: np.ndarray) -> Iterator[MelChunk]:
+        """The chunks of an audio item.
 
-        From v0.5 on, the reference fills the last of several chunks up to the encoder's full length, and stacks rows of
-        that padding with the last rows of the sound. So much of the padding as reaches into embeddings is kept here.
+        From v0.5 on, the reference fills the last of several chunks up to the encoder's full
+        length, and stacks rows of that padding with the last rows of the audio. So much of the
+        padding as reaches into embeddings is kept here.
         """
         frames = torch.from_numpy(np.require(mel, requirements="W"))
         step, start = self.config.frames_per_embed, 0
@@ -117,18 +122,18 @@ class UltravoxModel(DecoderModel):
             if start and self.config.norm_between:
                 wanted = min(-(-length // step) * step, self.config.audio.max_frames)
                 chunk = F.pad(chunk, (0, 0, 0, wanted - length))
-            yield Stretch(chunk, length)
+            yield MelChunk(chunk, length)
             start += length
 
 
-def batches(stretches: Sequence[Stretch], most: int) -> Iterator[list[Stretch]]:
-    """The stretches in order, as many together as have at most ``most`` frames, but at least one."""
-    batch: list[Stretch] = []
+def batches(chunks: Sequence[MelChunk], most: int) -> Iterator[list[MelChunk]]:
+    """The chunks in order, as many together as have at most ``most`` frames, but at least one."""
+    batch: list[MelChunk] = []
     num = 0
-    for stretch in stretches:
-        if batch and num + len(stretch.mel) > most:
+    for chunk in chunks:
+        if batch and num + len(chunk.mel) > most:
             yield batch
             batch, num = [], 0
-        batch.append(stretch)
-        num += len(stretch.mel)
+        batch.append(chunk)
+        num += len(chunk.mel)
     yield batch

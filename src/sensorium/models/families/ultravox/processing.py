@@ -1,9 +1,10 @@
-"""Sounds of Ultravox: log-mel features, as many as the sound is long. No torch.
+"""Audio of Ultravox: log-mel features, as many as the audio is long. No torch.
 
-Releases up to v0.4.1 cut a sound to whole frames of 10 ms; from v0.5 on (those whose projector has its norm in the
-middle) the last frame is filled up with silence. Each sound is prepared as if it were alone in its prompt; in the
-reference the frames at the very end of a sound depend on whether a longer one stands in the same prompt. Releases up to
-v0.4.1 refuse sounds of more than 30 seconds; here they are encoded in chunks of that length, each on its own.
+Releases up to v0.4.1 cut an audio item to whole frames of 10 ms; from v0.5 on (those whose
+projector has its norm in the middle) the last frame is filled up with silence. Each audio item is
+prepared as if it were alone in its prompt; in the reference the frames at the very end of an audio
+item depend on whether a longer one stands in the same prompt. Releases up to v0.4.1 refuse audio of
+more than 30 seconds; here they are encoded in chunks of that length, each on its own.
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
 
 PLACEHOLDER = "<|audio|>"
 LEAST_HOPS = 2
-"""Shorter sounds are followed by silence: the reference's features need as much."""
+"""Shorter audio is followed by silence: the reference's features need as much."""
 
 
 @dataclass(frozen=True, slots=True)
 class UltravoxProcessor:
     """See ``multimodal.processor.Processor``.
 
-    ``filler_id`` is what stands in the expanded prompt for each embedding: the tokenizer's end-of-sequence token, as in
-    the reference's own processor (so that a repetition penalty counts the same tokens). ``audio_token_index`` of
-    config.json is not used: older files give an ordinary token there, newer ones an id outside the vocabulary.
+    ``filler_id`` is what stands in the expanded prompt for each embedding: the tokenizer's
+    end-of-sequence token, as in the reference's own processor (so that a repetition penalty counts
+    the same tokens). ``audio_token_index`` of config.json is not used: some files give an ordinary
+    token there, others an id outside the vocabulary.
     """
 
     config: UltravoxConfig
@@ -67,7 +69,8 @@ class UltravoxProcessor:
         """``arrays["mel"]``: (num_frames, num_bins) float32."""
         if not isinstance(data, Audio) or data.rate != self.mel.rate or not data.samples.size:
             raise InvalidRequestError(
-                f"A sound must have samples at {self.mel.rate} per second, got {type(data).__name__} of shape "
+                f"Audio must have samples at {self.mel.rate} per second, got {type(data).__name__} "
+                "of shape "
                 f"{data.shape}."
             )
         samples = data.samples
@@ -78,14 +81,16 @@ class UltravoxProcessor:
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
         """A tensor (items, length, hidden size), a list of (length, hidden size), or either as ``audio_embeds`` of a
-        mapping."""
+        mapping.
+        """
         source, param = precomputed.unwrapped(modality, source, param)
         found = []
         for array, place in precomputed.per_item(source, param):
             precomputed.check_width(array, self.config.text.hidden_size, place)
             if not len(array):
                 raise InvalidEmbeddingsError(
-                    f"The embeddings of a sound are empty: their shape is {tuple(array.shape)}.",
+                    "The embeddings of an audio item are empty: their shape is "
+                    f"{tuple(array.shape)}.",
                     param=place,
                 )
             found.append(Features(modality, {"embeds": array}, len(array), precomputed=True))
@@ -100,11 +105,11 @@ class UltravoxProcessor:
         return self.filler_id
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
-        """As the reference spells it."""
+        """Return the placeholder of the reference."""
         return PLACEHOLDER
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """The filler, repeated: the chunks of a long sound follow each other."""
+        """The filler, repeated: the chunks of a long audio item follow each other."""
         num = features.num_embeds
         return Replacement((self.filler_id,) * num, ((0, num),))
 
@@ -114,7 +119,10 @@ class UltravoxProcessor:
 
 
 def build(config: UltravoxConfig, loaded: LoadedConfig) -> UltravoxProcessor:
-    """The processor of a checkpoint; the encoder's own checkpoint knows how its features are made."""
+    """The processor of a checkpoint.
+
+    The encoder's own checkpoint knows how its features are made.
+    """
     audio = loaded.parts.get(AUDIO_PART)
     preprocessor = loaded.preprocessor or (audio.preprocessor if audio is not None else {})
     return UltravoxProcessor(
@@ -125,7 +133,10 @@ def build(config: UltravoxConfig, loaded: LoadedConfig) -> UltravoxProcessor:
 
 
 def _filler_id(loaded: LoadedConfig, vocab_size: int) -> int:
-    """The tokenizer's end-of-sequence token; where its files do not tell the id, the first that ends an answer."""
+    """The tokenizer's end-of-sequence token.
+
+    Where its files do not tell the id, the first that ends an answer.
+    """
     file = Path(loaded.folder) / "tokenizer_config.json"
     try:
         tokenizer = json.loads(file.read_text(encoding="utf-8"))
