@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import multiprocessing
-import os
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 from sensorium import LLM, AsyncLLM, PoolingParams, RequestOutput, RequestOutputKind, SamplingParams
 from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts import input_processor
+from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.errors import (
     ConfigError,
     EngineDeadError,
@@ -49,7 +49,7 @@ def module_llm(folder: Path) -> Iterator[AsyncLLM]:
 @pytest.fixture
 def llm(module_llm: AsyncLLM) -> Iterator[AsyncLLM]:
     yield module_llm
-    assert module_llm._open == {}
+    assert not module_llm.request_ids()
     run(at_rest(module_llm))
 
 
@@ -186,8 +186,8 @@ def test_the_callers_loop_goes_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
         return note
 
     async def main() -> int:
-        preparer = (await llm._started())._preparer
-        monkeypatch.setattr(preparer, "render", noted("render", preparer.render))
+        await llm.start()
+        monkeypatch.setattr(InputProcessor, "render", noted("render", InputProcessor.render))
         monkeypatch.setattr(input_processor, "expanded", noted("expand", input_processor.expanded))
         monkeypatch.setattr(OutputCollector, "accept", noted("accept", OutputCollector.accept))
         num_turns = 0
@@ -275,7 +275,7 @@ def test_abort_before_anything_is_known(llm: AsyncLLM) -> None:
     async def main() -> RequestOutput:
         others = [asyncio.create_task(last(llm.generate("hello", LONG))) for _ in range(4)]
         mine = asyncio.create_task(last(llm.generate(seen(77), LONG.replace(n=2), "mine")))
-        while "mine" not in llm._open:
+        while "mine" not in llm.request_ids():
             await asyncio.sleep(0)
         await llm.abort("mine")
         end = await mine
@@ -313,7 +313,7 @@ def test_who_leaves_ends_the_work(llm: AsyncLLM, how: str) -> None:
             [end] = await asyncio.gather(task, return_exceptions=True)
             kinds = {"break": type(None), "error": ZeroDivisionError}
             assert type(end) is kinds.get(how, asyncio.CancelledError)
-        while llm._open:
+        while llm.request_ids():
             await asyncio.sleep(0)
         before = (await llm.stats()).generation_tokens
         await at_rest(llm)
@@ -390,7 +390,7 @@ def test_vectors(tmp_path: Path) -> None:
             [tensor] = [o async for o in llm.encode("one", PoolingParams())]
             assert tensor.outputs.data.tolist() == expected[0].outputs.embedding
             waiting = asyncio.create_task(llm.embed("three " * 60, request_id="mine"))
-            while "mine" not in llm._open:
+            while "mine" not in llm.request_ids():
                 await asyncio.sleep(0)
             await llm.abort("mine")
             with pytest.raises(InvalidRequestError, match="'mine' was aborted"):
@@ -496,13 +496,14 @@ def test_a_forked_process(llm: AsyncLLM, folder: Path, own: bool) -> None:
 
 def test_an_engine_that_dies(folder: Path) -> None:
     async def main() -> None:
+        before = children()
         async with AsyncLLM(str(folder), **QUEUED) as llm:
             reading = await queue(llm)
-            frontend = await llm._started()
-            client = frontend._engine._client
-            assert client is not None
-            assert client._process is not None
-            os.kill(client._process.pid, 9)
+            started_by_it = [psutil.Process(pid) for pid in children() - before]
+            [engine] = [
+                p for p in started_by_it if "sensorium.engine.serving.worker" in p.cmdline()
+            ]
+            engine.kill()
             with pytest.raises(EngineDeadError):
                 await reading
             while True:

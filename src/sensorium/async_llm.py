@@ -260,6 +260,11 @@ class AsyncLLM:
 
         await self._on_loop(end())
 
+    def request_ids(self) -> frozenset[str]:
+        """Return the ids of the requests that have not ended, those that wait among them."""
+        with self._lock:
+            return frozenset(self._open)
+
     async def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer."""
         return (await self._started()).tokenizer

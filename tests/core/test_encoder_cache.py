@@ -113,12 +113,13 @@ def test_a_span_reaches_over_what_can_be_encoded_and_stops_before_what_cannot() 
 
 
 def test_a_span_may_end_inside_an_item() -> None:
-    planner = EncodePlanner(EncoderCacheBudget(100), encode_budget=6)
+    budget = EncoderCacheBudget(100)
+    planner = EncodePlanner(budget, encode_budget=6)
     seq = seq_with(1, 5, ("cat", 4), 5)
     assert planner.reach(seq, 3) == 3
     planner.take(seq, 3)
     seq.num_computed = 3
-    later = EncodePlanner(planner._features, encode_budget=0)
+    later = EncodePlanner(budget, encode_budget=0)
     assert later.reach(seq, 6) == 6, "it is there already"
     later.take(seq, 6)
     assert (later.jobs, later.num_queries) == ([], 0)
