@@ -58,8 +58,9 @@ def test_as_objects(capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-def test_the_readme_lists_the_same_families() -> None:
-    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/models.md"])
+def test_a_page_lists_the_same_families(page: str) -> None:
+    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
     rows = re.findall(r"^\| ([^|]+) \| [^|]+/[^|]+ \| (text[^|]*) \|$", text, re.MULTILINE)
     listed = {
         name: takes.replace("images", "image").split(", ")
@@ -69,8 +70,9 @@ def test_the_readme_lists_the_same_families() -> None:
     assert listed == {family.name: ["text", *family.modalities] for family in FAMILIES}
 
 
-def test_the_readme_lists_the_same_embedding_models() -> None:
-    text = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/embedding_models.md"])
+def test_a_page_lists_the_same_embedding_models(page: str) -> None:
+    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
     _, _, table = text.partition("| embedding model |")
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+/[^|]+) \| ([^|]*) \|$", table, re.MULTILINE)
     assert [(name, checkpoint) for name, checkpoint, _ in rows] == [
