@@ -322,7 +322,7 @@ PRIVATE_NAMES = {
     "multimodal": 86,
     "reliability": 1,
     "runtime": 2,
-    "server": 10,
+    "server": 8,
     "text": 6,
     "training": 5,
 }

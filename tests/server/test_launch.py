@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import pytest
 
@@ -34,18 +35,26 @@ def test_what_stays_is_not_collected_again(restored: None) -> None:
 
 
 async def test_a_server_samples_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    samplers: list[loop_lag.LagSampler] = []
+    running_now: list[loop_lag.LagSampler] = []
 
-    def sampler(observe: Callable[[float], None]) -> loop_lag.LagSampler:
-        samplers.append(loop_lag.LagSampler(observe, 0.001))
-        return samplers[-1]
+    class Sampler(loop_lag.LagSampler):
+        def __init__(self, observe: Callable[[float], None]) -> None:
+            super().__init__(observe, 0.001)
 
-    monkeypatch.setattr(launch, "LagSampler", sampler)
+        def __enter__(self) -> Self:
+            running_now.append(self)
+            return super().__enter__()
+
+        def __exit__(self, *error: object) -> None:
+            super().__exit__(*error)
+            running_now.remove(self)
+
+    monkeypatch.setattr(launch, "LagSampler", Sampler)
     async with running() as server:
         metrics = server.app.state.context.metrics
         await until(lambda: _count(metrics.render()) >= 3)
-        assert not samplers[0]._timer.cancelled()
-    assert samplers[0]._timer.cancelled()
+        assert len(running_now) == 1
+    assert not running_now
 
 
 def _count(text: bytes) -> float:
