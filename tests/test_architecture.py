@@ -315,7 +315,7 @@ PRIVATE_NAMES = {
     # through a door: parts that it makes itself (tests/parts.py), a snapshot, what users see.
     ".": 1,
     "core": 2,
-    "engine": 55,
+    "engine": 49,
     "gpu": 1,
     "kernels": 6,
     "models": 6,

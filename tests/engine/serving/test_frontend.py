@@ -15,6 +15,7 @@ from sensorium.engine.prompts.types import PreparedPrompt, RawPrompt
 from sensorium.engine.serving import frontend as frontend_module
 from sensorium.engine.serving.client import Inbox
 from sensorium.engine.serving.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend
+from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import ConfigError, EngineDeadError, OverloadedError
 from sensorium.metrics.report import RequestReport
@@ -195,22 +196,26 @@ async def test_the_log_goes_on_after_the_engine_was_gone(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    frontend, client, preparer = new_frontend()
+    client, num_made = FakeEngine(), 0
     turns = [True, False]
 
     async def next_interval(_: float) -> None:
+        nonlocal num_made
         if not turns:
             raise asyncio.CancelledError
         client.alive = turns.pop()
         client.answers = [EngineStats(num_running=5)]
-        frontend._num_generated += 1
+        num_made += 1
 
-    monkeypatch.setattr(frontend_module.asyncio, "sleep", next_interval)
+    monkeypatch.setattr("sensorium.engine.serving.stats_log.asyncio.sleep", next_interval)
     with pytest.raises(asyncio.CancelledError):
-        await frontend._log_stats()
+        await log_stats(lambda: num_made, client.stats, interval=1.0, unit="generated tokens")
     monkeypatch.undo()
     assert [record.message.count("5 running") for record in caplog.records] == [1]
-    frontend._log_task = asyncio.create_task(frontend._log_stats())
+
+
+async def test_a_frontend_that_is_shut_down_ends_what_it_uses() -> None:
+    frontend, client, preparer = new_frontend()
     await frontend.shutdown()
     assert client.stopped
     assert preparer.closed
@@ -305,8 +310,7 @@ async def test_the_line_after_an_outage_is_about_all_of_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """No line is written while there is no engine; the tokens from before are spread over the time since the last."""
-    frontend, client, _ = new_frontend(log_stats_interval=1.0)
-    now, frontend._num_generated = 100.0, 60
+    client, now = FakeEngine(), 100.0
     client.alive = False
     client.answers = [EngineStats()]
 
@@ -321,9 +325,9 @@ async def test_the_line_after_an_outage_is_about_all_of_it(
     class Clock:
         monotonic = staticmethod(lambda: now)
 
-    monkeypatch.setattr("sensorium.engine.serving.frontend.time", Clock)
-    monkeypatch.setattr("sensorium.engine.serving.frontend.asyncio.sleep", sleep)
+    monkeypatch.setattr("sensorium.engine.serving.stats_log.time", Clock)
+    monkeypatch.setattr("sensorium.engine.serving.stats_log.asyncio.sleep", sleep)
     with caplog.at_level("INFO"), pytest.raises(asyncio.CancelledError):
-        await frontend._log_stats()
+        await log_stats(lambda: 60, client.stats, interval=1.0, unit="generated tokens")
     [line] = [record.getMessage() for record in caplog.records if "tokens/s" in record.getMessage()]
     assert line.startswith("20.0 generated tokens/s")

@@ -19,12 +19,12 @@ from sensorium.engine.outputs.request_metrics import (
     report_end,
     report_tokens,
     report_vector,
-    status_line,
 )
 from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import PreparedPrompt, Prompt
 from sensorium.engine.serving.client import Inbox
+from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
@@ -299,22 +299,16 @@ class Frontend:
             report_tokens(self.metrics, stream, before)
 
     async def _log_stats(self) -> None:
-        interval = self.config.observability.log_stats_interval
         pools = self.runner == "pooling"
-        last, since = 0, time.monotonic()
-        while True:
-            await asyncio.sleep(interval)
-            num_made = self._num_vectors if pools else self._num_generated
-            now = time.monotonic()
-            if num_made == last:
-                since = now
-                continue
-            try:
-                stats = await self._engine.stats()
-            except EngineDeadError:
-                continue  # the next line is about this time, too
+
+        async def read_stats() -> EngineStats:
+            stats = await self._engine.stats()
             stats.media = self._preparer.media_stats()
-            unit = "vectors" if pools else "generated tokens"
-            rate = (num_made - last) / (now - since)
-            logger.info("%.1f %s/s; %s", rate, unit, status_line(stats))
-            last, since = num_made, now
+            return stats
+
+        await log_stats(
+            lambda: self._num_vectors if pools else self._num_generated,
+            read_stats,
+            interval=self.config.observability.log_stats_interval,
+            unit="vectors" if pools else "generated tokens",
+        )
