@@ -60,7 +60,7 @@ class FakeRunner:
 
     ``next_token`` replaces the hash by a script of one's own. ``fail_requests`` and ``fail_items``
     (request ids, digests) may be changed between steps: they fail as a runner would report it.
-    ``feature_budget`` is the most embeddings that may be resident, ``encode_budget`` the most that
+    ``encoder_cache_size`` is the most embeddings that may be resident, ``encode_budget`` the most that
     one plan may encode; None does not check.
     """
 
@@ -71,14 +71,14 @@ class FakeRunner:
         num_blocks: int | None = None,
         vocab_size: int = 256,
         next_token: NextToken | None = None,
-        feature_budget: int | None = None,
+        encoder_cache_size: int | None = None,
         encode_budget: int | None = None,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
         self.next_token = next_token
-        self.feature_budget = feature_budget
+        self.encoder_cache_size = encoder_cache_size
         self.encode_budget = encode_budget
         self.fail_requests: set[str] = set()
         self.fail_items: set[bytes] = set()
@@ -167,9 +167,9 @@ class FakeRunner:
         num_embeds = sum(job.num_embeds for job in jobs)
         if self.encode_budget is not None:
             _check(num_embeds <= self.encode_budget, f"encodes {num_embeds} embeddings")
-        if self.feature_budget is not None:
+        if self.encoder_cache_size is not None:
             num_resident = sum(self._resident.values())
-            _check(num_resident <= self.feature_budget, f"{num_resident} embeddings resident")
+            _check(num_resident <= self.encoder_cache_size, f"{num_resident} embeddings resident")
 
     def _append_blocks(self, span: Span) -> None:
         _check(span.seq_id in self._held, f"runs sequence {span.seq_id}, which is not held")
@@ -205,7 +205,7 @@ class FakeRunner:
         if span.samples:
             result.samples[span.seq_id] = self._sample(held)
         if span.pools:
-            result.vectors[span.seq_id] = held.prefix_hashes[-1]
+            result.embeddings[span.seq_id] = held.prefix_hashes[-1]
 
     def _check_span(self, span: Span, held: _Held) -> None:
         end = span.start + span.num_tokens

@@ -189,7 +189,7 @@ def test_the_callers_loop_goes_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
         await llm.start()
         monkeypatch.setattr(InputProcessor, "render", noted("render", InputProcessor.render))
         monkeypatch.setattr(input_processor, "expanded", noted("expand", input_processor.expanded))
-        monkeypatch.setattr(OutputCollector, "accept", noted("accept", OutputCollector.accept))
+        monkeypatch.setattr(OutputCollector, "apply", noted("apply", OutputCollector.apply))
         num_turns = 0
 
         async def turns() -> None:
@@ -205,7 +205,7 @@ def test_the_callers_loop_goes_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
         return num_turns
 
     assert run(main()) > 1000, "the loop went on meanwhile"
-    assert {name for name, _ in used} == {"render", "expand", "accept"}
+    assert {name for name, _ in used} == {"render", "expand", "apply"}
     assert caller not in {thread for _, thread in used}
 
 

@@ -101,7 +101,7 @@ def test_vectors_of_texts_and_pictures(dse: Dse, setting: str) -> None:
         stats = llm.stats()
     assert len({tuple(row.round(3)) for row in wanted}) == len(wanted), "vectors must vary"
     assert (stats.kv_blocks_used, stats.held_features, stats.generation_tokens) == (0, 0, 0)
-    assert stats.num_vectors == 2 * len(wanted)
+    assert stats.num_embeddings == 2 * len(wanted)
     if setting == "together":
         assert all(new.num_cached_tokens > 0 for new in again if len(new.prompt_token_ids) > 16)
         assert all(new.num_cached_tokens < len(new.prompt_token_ids) for new in again)

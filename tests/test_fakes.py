@@ -101,7 +101,7 @@ def test_budgets_are_checked() -> None:
     with pytest.raises(PlanError, match="encodes 3 embeddings"):
         runner(encode_budget=2).execute(FIRST)
     with pytest.raises(PlanError, match="3 embeddings resident"):
-        runner(feature_budget=2).execute(FIRST)
+        runner(encoder_cache_size=2).execute(FIRST)
 
 
 def test_failures_are_reported_as_a_runner_would() -> None:

@@ -78,14 +78,16 @@ class LLM:
         config = engine_config(model=model, **keywords)
         forks.begin_computing()
         tracer = Tracer(config.observability.trace_dir)
-        preparer = InputProcessor(config, trust_request_chat_template=True, package_files=True)
+        input_processor = InputProcessor(
+            config, trust_request_chat_template=True, package_files=True
+        )
         try:
             engine = build_engine(config)
         except BaseException:
-            preparer.close()
+            input_processor.close()
             tracer.close()
             raise
-        self._assemble(config, engine, preparer, BackgroundLoop(), tracer)
+        self._assemble(config, engine, input_processor, BackgroundLoop(), tracer)
 
     @classmethod
     def from_parts(
@@ -112,18 +114,18 @@ class LLM:
         self,
         config: EngineConfig,
         engine: Engine,
-        preparer: InputProcessor,
+        input_processor: InputProcessor,
         loop: BackgroundLoop,
         tracer: Tracer,
     ) -> None:
         self.config = config
         self._made_in = forks.generation()
         self._engine = engine
-        self._preparer = preparer
+        self._input_processor = input_processor
         self._loop = loop
         self._tracer = tracer
-        preparer.set_facts(engine.facts)
-        closers = (loop.close, preparer.close, tracer.close)
+        input_processor.set_facts(engine.facts)
+        closers = (loop.close, input_processor.close, tracer.close)
         self._release = weakref.finalize(self, release, self._made_in, *closers)
         self._in_use = threading.Lock()
         self._closed = False
@@ -356,17 +358,17 @@ class LLM:
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer."""
-        return self._preparer.tokenizer
+        return self._input_processor.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the sampling parameters of the model's generation_config.json."""
-        return SamplingParams(**self._preparer.default_params)
+        return SamplingParams(**self._input_processor.default_params)
 
     def stats(self) -> EngineStats:
         """Return counters of the engine and of the media pipeline since the start."""
         self._check_open()
         stats = self._engine.stats()
-        stats.media = self._preparer.media_stats()
+        stats.media = self._input_processor.media_stats()
         return stats
 
     def _check_open(self) -> None:
@@ -402,7 +404,7 @@ class LLM:
         given = PoolingParams() if params is None else params
 
         def checked(one: PoolingParams) -> PoolingParams:
-            return resolved(self._preparer.embedder, one)
+            return resolved(self._input_processor.embedder, one)
 
         values, several = apart(prompts)
         if is_read_late(values):
@@ -421,7 +423,7 @@ class LLM:
     ) -> Batch:
         prompts = [at_prompt(index, several, parse, value) for index, value in enumerate(values)]
         rendered = [
-            at_prompt(index, several, self._preparer.render, prompt)
+            at_prompt(index, several, self._input_processor.render, prompt)
             for index, prompt in enumerate(prompts)
         ]
         items = map(BatchPrompt, prompts, rendered, params)
@@ -435,7 +437,7 @@ class LLM:
     ) -> Batch:
         def read(value: Any) -> BatchPrompt:
             prompt = parse(value)
-            return BatchPrompt(prompt, self._preparer.render(prompt), next(params))
+            return BatchPrompt(prompt, self._input_processor.render(prompt), next(params))
 
         prompts = (at_prompt(index, True, read, value) for index, value in enumerate(values))
         return Batch(prompts, several=True, total=None)
@@ -446,10 +448,10 @@ class LLM:
         several = not isinstance(given, SamplingParams)
         different = distinct(for_each)
         for index, one in different:
-            at_prompt(index, several, self._preparer.check_params, one)
+            at_prompt(index, several, self._input_processor.check_params, one)
         constrained = [(index, one) for index, one in different if one.structured_outputs]
         for some in batched(constrained, COMPILED_AT_ONCE):
-            compiled = [self._loop.submit(self._preparer.grammar(one)) for _, one in some]
+            compiled = [self._loop.submit(self._input_processor.grammar(one)) for _, one in some]
             concurrent.futures.wait(compiled)
             for (index, _), grammar in zip(some, compiled, strict=True):
                 at_prompt(index, several, lambda done: done.result(), grammar)
@@ -522,7 +524,7 @@ class LLM:
         return BatchRun(
             batch,
             self._engine,
-            self._preparer,
+            self._input_processor,
             self._loop,
             self._request_numbers,
             self._tracer,

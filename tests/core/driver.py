@@ -43,7 +43,7 @@ class Driver:
             "num_blocks": 64,
             "block_size": 4,
             "encode_budget": 32,
-            "feature_budget": 64,
+            "encoder_cache_size": 64,
         }
         self.limits = SchedulerLimits(**(roomy | limits))
         self.clock = ManualClock()
@@ -52,7 +52,7 @@ class Driver:
             block_size=self.limits.block_size,
             num_blocks=self.limits.num_blocks,
             vocab_size=vocab_size,
-            feature_budget=self.limits.feature_budget,
+            encoder_cache_size=self.limits.encoder_cache_size,
             encode_budget=self.limits.encode_budget,
         )
         self.outcomes: dict[str, Outcome] = {}

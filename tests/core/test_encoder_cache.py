@@ -106,7 +106,7 @@ def test_a_span_reaches_over_what_can_be_encoded_and_stops_before_what_cannot() 
     planner = EncodePlanner(budget, encode_budget=6)
     seq = seq_with(1, 5, ("cat", 4), 5, ("dog", 3), 5)
     assert planner.reach(seq, 10) == 6, "the budget of the step has room for the cat only"
-    planner.take(seq, 6)
+    planner.pin_items(seq, 6)
     (job,) = planner.jobs
     assert (job.digest, job.seq_id, job.item_index, job.num_embeds) == (b"cat", 1, 0, 4)
     assert budget.holders(b"dog") == []
@@ -117,11 +117,11 @@ def test_a_span_may_end_inside_an_item() -> None:
     planner = EncodePlanner(budget, encode_budget=6)
     seq = seq_with(1, 5, ("cat", 4), 5)
     assert planner.reach(seq, 3) == 3
-    planner.take(seq, 3)
+    planner.pin_items(seq, 3)
     seq.num_computed = 3
     later = EncodePlanner(budget, encode_budget=0)
     assert later.reach(seq, 6) == 6, "it is there already"
-    later.take(seq, 6)
+    later.pin_items(seq, 6)
     assert (later.jobs, later.num_queries) == ([], 0)
 
 
@@ -130,7 +130,7 @@ def test_an_item_wanted_twice_is_encoded_once() -> None:
     one, two = seq_with(1, ("cat", 4), 5, ("cat", 4)), seq_with(2, ("cat", 4), 6)
     for seq, end in ((one, 9), (two, 5)):
         assert planner.reach(seq, end) == end
-        planner.take(seq, end)
+        planner.pin_items(seq, end)
     assert len(planner.jobs) == 1
     assert (planner.num_queries, planner.num_hits) == (3, 2)
 
@@ -139,7 +139,7 @@ def test_a_prefix_hit_behind_the_item_needs_no_encoder() -> None:
     planner = EncodePlanner(EncoderCacheBudget(100), encode_budget=4)
     seq = seq_with(1, ("cat", 4), 5, 6, num_computed=4)
     assert planner.reach(seq, 6) == 6
-    planner.take(seq, 6)
+    planner.pin_items(seq, 6)
     assert planner.jobs == []
 
 
@@ -181,7 +181,7 @@ def test_what_a_span_reads_is_not_evicted_for_what_it_lacks() -> None:
     planner = EncodePlanner(budget, encode_budget=100)
     seq = seq_with(1, ("elk", 5), ("dog", 3))
     assert planner.reach(seq, 8) == 8
-    planner.take(seq, 8)
+    planner.pin_items(seq, 8)
     assert planner.evicted == [b"cat"]
     seq_2 = seq_with(2, ("fox", 1))
     assert planner.reach(seq_2, 1) == 0
@@ -191,5 +191,5 @@ def test_runs_of_an_item_belong_together() -> None:
     clip = ItemSpan(b"clip", "video", ((1, 2), (4, 2)))
     seq = Sequence(1, request("r", [1] * 7, items=[clip]), [1] * 7)
     planner = EncodePlanner(EncoderCacheBudget(10), encode_budget=10)
-    planner.take(seq, 3)
+    planner.pin_items(seq, 3)
     assert [job.num_embeds for job in planner.jobs] == [4]

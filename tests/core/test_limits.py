@@ -17,7 +17,7 @@ def limits(**changes: Any) -> SchedulerLimits:
         "num_blocks": 5,
         "block_size": 4,
         "encode_budget": 6,
-        "feature_budget": 8,
+        "encoder_cache_size": 8,
     }
     return SchedulerLimits(**(given | changes))
 
@@ -31,7 +31,7 @@ def limits(**changes: Any) -> SchedulerLimits:
         ("num_blocks", 0),
         ("block_size", -1),
         ("encode_budget", -1),
-        ("feature_budget", -1),
+        ("encoder_cache_size", -1),
         ("max_num_waiting", 0),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_prompt_must_fit_one_step_when_it_cannot_be_split() -> None:
         limits(enable_chunked_prefill=False).check(request("r", 17))
 
 
-@pytest.mark.parametrize("name", ["encode_budget", "feature_budget"])
+@pytest.mark.parametrize("name", ["encode_budget", "encoder_cache_size"])
 def test_an_item_must_fit_both_budgets(name: str) -> None:
     ids, items = media_prompt(("cat", 3), 1, ("dog", 4))
     limits(**{name: 4}).check(request("r", ids, items=items))

@@ -182,7 +182,7 @@ def test_a_chunk_may_end_inside_an_item() -> None:
 
 
 def test_an_item_is_reused_by_a_later_prompt_and_evicted_when_room_is_needed() -> None:
-    driver = Driver(feature_budget=6)
+    driver = Driver(encoder_cache_size=6)
     for name, animal in [("a", "cat"), ("b", "cat"), ("c", "dog"), ("d", "cat")]:
         ids, items = media_prompt(ord(name), (animal, 4))
         driver.add(request(name, ids, items=items))
@@ -193,7 +193,7 @@ def test_an_item_is_reused_by_a_later_prompt_and_evicted_when_room_is_needed() -
 
 
 def test_an_item_covered_by_the_prefix_cache_is_not_encoded() -> None:
-    driver = Driver(feature_budget=4)
+    driver = Driver(encoder_cache_size=4)
     ids, items = media_prompt(("cat", 4), 1, 2, 3, 4)
     driver.add(request("a", ids, items=items))
     driver.run()
@@ -225,7 +225,7 @@ def test_an_item_larger_than_the_budget_is_refused_by_number() -> None:
 
 
 def test_a_stream_of_small_items_does_not_keep_a_large_one_out() -> None:
-    driver = Driver(feature_budget=8, encode_budget=8, max_num_batched_tokens=6, max_num_seqs=4)
+    driver = Driver(encoder_cache_size=8, encode_budget=8, max_num_batched_tokens=6, max_num_seqs=4)
     for number in range(6):
         ids, items = media_prompt(number, (f"small {number}", 5), 3)
         driver.add(request(f"s{number}", ids, 2, items=items))

@@ -1,4 +1,4 @@
-"""Sequences whose vector is wanted: computed like prompts, over as soon as they are computed."""
+"""Sequences whose embedding is wanted: computed like prompts, over as soon as they are computed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def test_a_vector_comes_with_the_last_chunk_and_ends_the_sequence() -> None:
         (8, 2, False, True),
     ]
     [update] = driver.outcomes["a"].updates
-    assert (update.vector, update.finish_reason) == (expected_vector(wanted), "stop")
+    assert (update.embedding, update.finish_reason) == (expected_vector(wanted), "stop")
     assert update.sample is None
     assert driver.scheduler.num_running == 0
     assert driver.step().dropped == (0,)
     driver.run()
     stats = driver.scheduler.stats()
-    assert (stats.num_vectors, stats.num_generated_tokens) == (1, 0)
+    assert (stats.num_embeddings, stats.num_generated_tokens) == (1, 0)
 
 
 def test_vectors_and_tokens_in_one_step() -> None:
@@ -38,7 +38,7 @@ def test_vectors_and_tokens_in_one_step() -> None:
     assert [(s.samples, s.pools) for s in plan.spans] == [(True, False), (False, True)]
     outcomes = driver.run()
     assert outcomes["a"].token_ids == expected_tokens(generates, vocab_size=64)
-    assert outcomes["b"].last.vector == expected_vector(pools)
+    assert outcomes["b"].last.embedding == expected_vector(pools)
 
 
 def test_the_last_token_is_computed_though_the_whole_prompt_is_cached() -> None:
@@ -50,7 +50,7 @@ def test_the_last_token_is_computed_though_the_whole_prompt_is_cached() -> None:
     plan = driver.step()
     assert [(s.start, s.num_tokens, s.pools) for s in plan.spans] == [(4, 4, True)]
     assert driver.outcomes["b"].last.num_cached_tokens == 4
-    assert driver.outcomes["b"].last.vector == driver.outcomes["a"].last.vector
+    assert driver.outcomes["b"].last.embedding == driver.outcomes["a"].last.embedding
     driver.run()
 
 
@@ -83,7 +83,7 @@ def test_a_preempted_prompt_begins_anew_and_ends_the_same() -> None:
         driver.step()
     driver.add(wanted)
     outcomes = driver.run()
-    assert outcomes["wanted"].last.vector == expected_vector(wanted)
+    assert outcomes["wanted"].last.embedding == expected_vector(wanted)
     assert outcomes["grows"].token_ids == expected_tokens(grows, vocab_size=64)
     assert driver.scheduler.stats().num_preemptions > 0
 
@@ -93,7 +93,7 @@ def test_items_are_encoded_for_vectors_too() -> None:
     driver = Driver(max_num_batched_tokens=3)
     wanted = pooling_request("a", ids, items=items)
     driver.add(wanted)
-    assert driver.run()["a"].last.vector == expected_vector(wanted)
+    assert driver.run()["a"].last.embedding == expected_vector(wanted)
     assert driver.runner.num_encoded == {b"cat": 1}
 
 
@@ -104,14 +104,14 @@ def test_a_failure_and_a_missing_vector_are_errors_of_that_sequence() -> None:
     driver.add(pooling_request("bad", 5), good)
     outcomes = driver.run()
     assert outcomes["bad"].finish_reason == "error"
-    assert outcomes["good"].last.vector == expected_vector(good)
+    assert outcomes["good"].last.embedding == expected_vector(good)
     driver.add(pooling_request("lost", 5))
     plan = driver.schedule()
     driver.runner.execute(plan)
     [update] = driver.scheduler.commit(plan, StepResult(plan.step_id))
     assert (update.finish_reason, update.error) == (
         "error",
-        "The step returned no vector for this request.",
+        "The step returned no embedding for this request.",
     )
 
 

@@ -104,7 +104,7 @@ tight_limits = st.fixed_dictionaries(
         "num_blocks": st.integers(6, 24),
         "block_size": st.integers(1, 4),
         "encode_budget": st.sampled_from([4, 7, 8, 14]),
-        "feature_budget": st.sampled_from([4, 7, 8, 11, 20]),
+        "encoder_cache_size": st.sampled_from([4, 7, 8, 11, 20]),
         "enable_prefix_caching": st.booleans(),
         "enable_chunked_prefill": st.booleans(),
     }
@@ -184,7 +184,7 @@ class Scenario:
         driver, outcome = self.driver, self.driver.outcomes[wanted.request_id]
         if wanted.pooling is not None:
             vectors = [
-                update.vector for update in outcome.updates if update.finish_reason == "stop"
+                update.embedding for update in outcome.updates if update.finish_reason == "stop"
             ]
             assert vectors in ([], [expected_vector(wanted)])
             assert not outcome.token_ids
@@ -251,7 +251,7 @@ def test_aborts_and_failures_harm_nobody_else(
 def test_with_room_for_all_nothing_is_preempted_or_encoded_twice(
     limits: dict[str, Any], operations: list[object]
 ) -> None:
-    roomy = limits | {"num_blocks": 2000, "feature_budget": 100}
+    roomy = limits | {"num_blocks": 2000, "encoder_cache_size": 100}
     scenario = Scenario(roomy)
     for operation in operations:
         scenario.carry_out(operation)
@@ -262,7 +262,7 @@ def test_with_room_for_all_nothing_is_preempted_or_encoded_twice(
     assert scenario.driver.runner.num_computed_tokens == stats.num_computed_tokens
     computed = [scenario.num_computed(wanted) for wanted in scenario.requests]
     known, again = sum(once for once, _ in computed), sum(more for _, more in computed)
-    assert stats.num_vectors == sum(r.pooling is not None for r in scenario.requests)
+    assert stats.num_embeddings == sum(r.pooling is not None for r in scenario.requests)
     num_seen = stats.num_computed_tokens + stats.num_prefix_hits
     # Of what is computed again, the cache may hold some; only the hits of a first admission are counted.
     assert known <= num_seen <= known + again, "each token once"

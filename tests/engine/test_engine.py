@@ -45,9 +45,9 @@ def new_engine() -> tuple[Engine, Interrupted]:
         num_blocks=16,
         block_size=4,
         encode_budget=8,
-        feature_budget=8,
+        encoder_cache_size=8,
     )
-    runner = Interrupted(block_size=4, num_blocks=16, feature_budget=8, encode_budget=8)
+    runner = Interrupted(block_size=4, num_blocks=16, encoder_cache_size=8, encode_budget=8)
     return Engine(Scheduler(limits), runner, FeatureStore(), FACTS, Matchers("", 1)), runner
 
 

@@ -72,14 +72,14 @@ def prompts(first: int) -> list[Any]:
 
 def submit(parts: Parts, number: int, prompt: Any, params: Any) -> EngineRequest:
     """Give a prompt to the engine, without the way back."""
-    preparer = parts.processor
+    input_processor = parts.processor
     prepared = parts.prepare(prompt)
     if isinstance(params, PoolingParams):
-        wanted = resolved(preparer.embedder, params)
+        wanted = resolved(input_processor.embedder, params)
         request = pooling_request(prepared, wanted, str(number), 0, 0.0)
     else:
-        grammar = parts.run(preparer.grammar(params))
-        [request] = preparer.requests(prepared, params, str(number), 0, 0.0, grammar)
+        grammar = parts.run(input_processor.grammar(params))
+        [request] = input_processor.requests(prepared, params, str(number), 0, 0.0, grammar)
     parts.engine.add(request, tuple(item.features for item in prepared.items))
     return request
 
@@ -102,7 +102,7 @@ def alone(parts: Parts, wanted: list[Any], params: Any) -> list[Any]:
     for number, prompt in enumerate(wanted):
         submit(parts, number, prompt, params[number])
         updates = run(parts)[str(number)]
-        found.append(updates[-1].vector or tokens(updates))
+        found.append(updates[-1].embedding or tokens(updates))
     parts.engine.reset()  # nothing of it is cached
     return found
 
@@ -133,7 +133,7 @@ def check(
             message = last.error
         else:
             assert last.error is None
-            assert (last.vector or tokens(updates[str(number)])) == expected[number], number
+            assert (last.embedding or tokens(updates[str(number)])) == expected[number], number
     return message
 
 
@@ -383,14 +383,14 @@ async def test_a_stream_that_fails_when_serving_ends_its_request_alone(
         return [output.outputs[0].text async for output in steps]
 
     bad, good = (asyncio.create_task(texts(name)) for name in ("bad", "good"))
-    while len(engine.inboxes) < 2:
+    while len(engine.output_queues) < 2:
         await asyncio.sleep(0)
     for name, token_ids in (("bad", (5, 13, 6)), ("good", (5, 13 + 1, 6))):
-        inbox = engine.inboxes[f"{name}#0"]
+        output_queue = engine.output_queues[f"{name}#0"]
         for position, token_id in enumerate(token_ids):
             reason = "length" if position == 2 else None
             sample = TokenSample(token_id)
-            inbox.put_nowait(SequenceUpdate(f"{name}#0", sample, finish_reason=reason))
+            output_queue.put_nowait(SequenceUpdate(f"{name}#0", sample, finish_reason=reason))
     with pytest.raises(RuntimeError, match="a bug"):
         await bad
     assert (await good)[-1] == "xxx"

@@ -53,17 +53,19 @@ def test_a_typed_end_token_of_the_phi3_family_is_text(tmp_path: Path, make: Any,
     """Phi-3-Vision names it in config.json; Phi-3.5-mini does not, but ``<s>`` begins its texts."""
     made = checkpoints.make_text(make, tmp_path) if isinstance(make, str) else make(tmp_path)
     folder = publish(made, END, eos_token_id=eos)
-    preparer = preparer_of(folder)
+    input_processor = preparer_of(folder)
     try:
-        end = preparer.tokenizer.token_id(END)
+        end = input_processor.tokenizer.token_id(END)
         assert end == 2
         for typed in (f"a {END} b", f"{END}", f"<s>{END}</s>"):
             messages = parse_messages([{"role": "user", "content": typed}])
-            ids = preparer.render(ChatPrompt(conversation=messages)).token_ids
+            ids = input_processor.render(ChatPrompt(conversation=messages)).token_ids
             assert end not in ids, typed
-        assert end in preparer.render(RawPrompt(text=f"a {END} b")).token_ids, "raw prompts are raw"
+        assert end in input_processor.render(RawPrompt(text=f"a {END} b")).token_ids, (
+            "raw prompts are raw"
+        )
     finally:
-        preparer.close()
+        input_processor.close()
 
 
 def test_begin_and_padding_of_config_json_act_too(tmp_path: Path) -> None:

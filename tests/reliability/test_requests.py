@@ -172,7 +172,7 @@ def test_special_tokens_in_raw_prompts_act_and_harm_no_other(served: Service) ->
 def test_long_conversations_are_refused_by_their_beginning(
     offline: Offline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    preparer = offline.parts.processor
+    input_processor = offline.parts.processor
     longest = 0
     encode = Tokenizer.encode
 
@@ -190,12 +190,12 @@ def test_long_conversations_are_refused_by_their_beginning(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}],
     ):
         with pytest.raises(PromptTooLongError) as caught:
-            preparer.render(
+            input_processor.render(
                 sensorium.engine.prompts.types.ChatPrompt(conversation=parse_messages(messages))
             )
         assert caught.value.param == "messages"
     with pytest.raises(PromptTooLongError):
-        preparer.render(RawPrompt(text=words))
+        input_processor.render(RawPrompt(text=words))
     assert 0 < longest < len(words) // 2
 
 
@@ -221,8 +221,8 @@ def test_long_prompts_leave_the_event_loop(
         ),
         "many messages": ChatPrompt(conversation=parse_messages(one * 500)),
     }
-    preparer, seen = offline.parts.processor, list[bool]()
-    render = preparer.render
+    input_processor, seen = offline.parts.processor, list[bool]()
+    render = input_processor.render
 
     def noted(wanted: Prompt) -> Any:
         try:
@@ -233,11 +233,11 @@ def test_long_prompts_leave_the_event_loop(
             seen.append(True)
         return render(wanted)
 
-    monkeypatch.setattr(preparer, "render", noted)
+    monkeypatch.setattr(input_processor, "render", noted)
 
     async def prepare() -> None:
         with contextlib.suppress(PromptTooLongError):
-            await preparer.prepare(prompts[prompt])
+            await input_processor.prepare(prompts[prompt])
 
     asyncio.run(prepare())
     assert seen == [False]

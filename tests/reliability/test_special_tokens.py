@@ -125,18 +125,20 @@ class Kitchen:
         self._media = code.build_processor(loaded)
         self._vocab_size = code.shape(loaded).vocab_size
         config = engine_config(model=str(model), **family.options)
-        self.preparer = InputProcessor(config, trust_request_chat_template=True)
-        self.preparer.set_facts(EngineFacts(1 << 16, 100, 16, 2048, "cpu", "float32", 1, 0.0))
-        tokenizer = self.preparer.tokenizer
+        self.input_processor = InputProcessor(config, trust_request_chat_template=True)
+        self.input_processor.set_facts(
+            EngineFacts(1 << 16, 100, 16, 2048, "cpu", "float32", 1, 0.0)
+        )
+        tokenizer = self.input_processor.tokenizer
         named = (text for text in tokenizer.control.spellings if text.strip())
         self.control = {tokenizer.token_id(spelling) for spelling in named}
         self.spellings = self._spellings(family.typed)
 
     def _spellings(self, typed: tuple[str, ...]) -> list[str]:
         """All special and added tokens, all placeholders of the family, and disguises of each."""
-        known = dict.fromkeys(self.preparer.tokenizer.control.spellings)
+        known = dict.fromkeys(self.input_processor.tokenizer.control.spellings)
         for number in (1, 2, 3):
-            for modality in self.preparer.modalities:
+            for modality in self.input_processor.modalities:
                 known[self._media.placeholder_text(modality, number)] = None  # type: ignore[union-attr]
         known |= dict.fromkeys(typed)
         # Tokens of nothing but white space, as some vocabularies have them, mean nothing beyond it.
@@ -150,7 +152,9 @@ class Kitchen:
         return list(found)
 
     def render(self, messages: list[dict[str, Any]], **options: Any) -> RenderedPrompt:
-        return self.preparer.render(ChatPrompt(conversation=parse_messages(messages), **options))
+        return self.input_processor.render(
+            ChatPrompt(conversation=parse_messages(messages), **options)
+        )
 
     def acting(self, rendered: RenderedPrompt) -> tuple[list[int], int]:
         """The control tokens of a prompt in order, and how many placeholders of more than one token it has."""
@@ -164,7 +168,7 @@ def kitchen(
 ) -> Iterator[Kitchen]:
     found = Kitchen(request.param, tmp_path_factory.mktemp(request.param))
     yield found
-    found.preparer.close()
+    found.input_processor.close()
 
 
 def user(content: Any) -> dict[str, Any]:
@@ -251,9 +255,9 @@ def test_a_continued_answer_may_spell_anything(kitchen: Kitchen) -> None:
 
 
 def test_beside_an_image_only_its_own_placeholder_acts(kitchen: Kitchen) -> None:
-    if not kitchen.preparer.modalities:
+    if not kitchen.input_processor.modalities:
         return
-    modality = kitchen.preparer.modalities[0]
+    modality = kitchen.input_processor.modalities[0]
     part = {"type": f"{modality}_url", f"{modality}_url": {"url": PIXEL}}
     plain = kitchen.render([user([part, text(WORD)])])
     assert len(plain.refs) == 1

@@ -132,7 +132,7 @@ def test_vectors_and_embeddings_given_as_input(tmp_path: Path) -> None:
     change(folder, "model.norm", huge)
     with (
         LLM(str(folder), runner="pooling", **ROOM) as llm,
-        pytest.raises(ModelOutputNotFiniteError, match="its vector's numbers are infinite"),
+        pytest.raises(ModelOutputNotFiniteError, match="its embedding's numbers are infinite"),
     ):
         llm.embed(["a"], use_tqdm=False)
 

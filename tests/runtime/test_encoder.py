@@ -126,19 +126,19 @@ def test_any_cut_of_the_prompt_gets_the_same_embeddings() -> None:
 
 def test_a_report_says_what_was_encoded_since_the_one_before() -> None:
     cache, _, _ = encode([1, 2, 3])
-    report = cache.take_report()
+    report = cache.pop_report()
     assert (report.num_items, report.num_bytes, report.num_failed) == (3, 3 * 2 * HIDDEN * 4, 0)
     assert report.seconds > 0
-    assert cache.take_report() == EncodeReport()
+    assert cache.pop_report() == EncodeReport()
 
 
 @pytest.mark.parametrize("bad", [-1, 100])
 def test_what_failed_is_counted_apart(bad: int) -> None:
     cache, _, model = encode([1, bad, 3])
-    report = cache.take_report()
+    report = cache.pop_report()
     assert (report.num_items, report.num_bytes, report.num_failed) == (2, 2 * 2 * HIDDEN * 4, 1)
     assert model.batches == [3, 1, 1, 1]
-    assert encode([bad])[0].take_report() == EncodeReport(num_failed=1), "no time, no bytes"
+    assert encode([bad])[0].pop_report() == EncodeReport(num_failed=1), "no time, no bytes"
 
 
 def test_embeddings_that_came_with_a_request_are_not_counted() -> None:
@@ -147,4 +147,4 @@ def test_embeddings_that_came_with_a_request_are_not_counted() -> None:
     store.put("r", (given,))
     cache = EncoderCache(model, store)  # type: ignore[arg-type]
     assert not cache.encode([EncodeJob(digest(0), 0, 0, 2)], {0: slot_of(1)})
-    assert (len(cache), cache.take_report()) == (1, EncodeReport())
+    assert (len(cache), cache.pop_report()) == (1, EncodeReport())

@@ -46,7 +46,7 @@ def test_rows_that_are_not_finite_fail_alone() -> None:
     params = PoolingParams(dimensions=2, normalize=True)
     vectors, failed = pool(hidden, [slot(i, params) for i in range(3)])
     assert set(vectors) == {1}
-    why = unusable("this input", "its vector's numbers are infinite or undefined", "float32")
+    why = unusable("this input", "its embedding's numbers are infinite or undefined", "float32")
     assert failed == {0: why, 2: why}
 
 

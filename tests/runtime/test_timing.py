@@ -23,11 +23,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 def test_pieces_of_work_are_summed_and_taken_once(clock: list[float]) -> None:
     clock += [1.0, 1.5, 10.0, 12.0]
     timer = DeviceTimer(torch.device("cpu"))
-    assert timer.take() == 0.0
+    assert timer.pop_seconds() == 0.0
     for _ in range(2):
         with timer.measured():
             pass
-    assert (timer.take(), timer.take()) == (2.5, 0.0)
+    assert (timer.pop_seconds(), timer.pop_seconds()) == (2.5, 0.0)
 
 
 def test_what_failed_has_no_time(clock: list[float]) -> None:
@@ -35,7 +35,7 @@ def test_what_failed_has_no_time(clock: list[float]) -> None:
     timer = DeviceTimer(torch.device("cpu"))
     with pytest.raises(KeyError), timer.measured():
         raise KeyError
-    assert timer.take() == 0.0
+    assert timer.pop_seconds() == 0.0
 
 
 class Event:
@@ -67,12 +67,12 @@ def test_on_a_gpu_time_is_known_when_it_has_passed(monkeypatch: pytest.MonkeyPat
     for _ in range(2):
         with timer.measured():
             pass
-    assert timer.take() == 0.0, "nothing has run yet, and nobody waits for it"
+    assert timer.pop_seconds() == 0.0, "nothing has run yet, and nobody waits for it"
     monkeypatch.setattr(Event, "passed", 3)
-    assert timer.take() == pytest.approx(1.0)
-    assert timer.take() == 0.0
+    assert timer.pop_seconds() == pytest.approx(1.0)
+    assert timer.pop_seconds() == 0.0
     monkeypatch.setattr(Event, "passed", 4)
-    assert timer.take() == pytest.approx(1.02)
+    assert timer.pop_seconds() == pytest.approx(1.02)
 
 
 def test_what_failed_on_a_gpu_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,4 +83,4 @@ def test_what_failed_on_a_gpu_has_no_time(monkeypatch: pytest.MonkeyPatch) -> No
     timer = DeviceTimer(torch.device("cuda:1"))
     with pytest.raises(KeyError), timer.measured():
         raise KeyError
-    assert timer.take() == 0.0
+    assert timer.pop_seconds() == 0.0

@@ -150,30 +150,30 @@ class EncodePlanner:
     behind it may still use what is resident.
     """
 
-    def __init__(self, features: EncoderCacheBudget, encode_budget: int) -> None:
+    def __init__(self, cache: EncoderCacheBudget, encode_budget: int) -> None:
         self.jobs: list[EncodeJob] = []
         self.evicted: list[bytes] = []
         self.num_queries = 0
         self.num_hits = 0
-        self._features = features
+        self._cache = cache
         self._encode_left = encode_budget
         self._closed = False
 
     def reach(self, seq: Sequence, end: int) -> int:
         """How far a span from ``seq.num_computed`` can go, at most to ``end``: to the start of the
-        first item that can neither be found nor encoded now. ``take`` makes it so."""
-        room, encode_left = self._features.num_room, self._encode_left
+        first item that can neither be found nor encoded now. ``pin_items`` makes it so."""
+        room, encode_left = self._cache.num_room, self._encode_left
         wanted: set[bytes] = set()
         for _, item in self._items_to_pin(seq, end):
             digest = item.digest
             if digest in wanted:
                 continue
             wanted.add(digest)
-            resident = digest in self._features
+            resident = digest in self._cache
             if not resident and item.num_embeds > encode_left:
                 self._encode_left = 0
                 return max(item.start, seq.num_computed)
-            needs_room = not resident or self._features.is_idle(digest)
+            needs_room = not resident or self._cache.is_idle(digest)
             if self._closed or (needs_room and item.num_embeds > room):
                 self._closed = True
                 return max(item.start, seq.num_computed)
@@ -183,23 +183,23 @@ class EncodePlanner:
                 encode_left -= item.num_embeds
         return end
 
-    def take(self, seq: Sequence, end: int) -> None:
+    def pin_items(self, seq: Sequence, end: int) -> None:
         """Pin the items of the span up to ``end``, and plan to encode those that are missing."""
         to_pin = list(self._items_to_pin(seq, end))
         self.num_queries += len(to_pin)
         missing = []
         for index, item in to_pin:  # what is there first, lest it be evicted for what is not
-            if item.digest in self._features:
-                self._features.pin(seq.seq_id, item)
+            if item.digest in self._cache:
+                self._cache.pin(seq.seq_id, item)
                 self.num_hits += 1
             else:
                 missing.append((index, item))
         for index, item in missing:
-            if item.digest in self._features:  # twice in this span
-                self._features.pin(seq.seq_id, item)
+            if item.digest in self._cache:  # twice in this span
+                self._cache.pin(seq.seq_id, item)
                 self.num_hits += 1
                 continue
-            self.evicted += self._features.admit(seq.seq_id, item)
+            self.evicted += self._cache.admit(seq.seq_id, item)
             self._encode_left -= item.num_embeds
             self.jobs.append(EncodeJob(item.digest, seq.seq_id, index, item.num_embeds))
 
@@ -210,5 +210,5 @@ class EncodePlanner:
         for index, item in enumerate(items):
             if item.start >= end:
                 return
-            if item.end > seq.num_computed and not self._features.holds(seq.seq_id, item):
+            if item.end > seq.num_computed and not self._cache.holds(seq.seq_id, item):
                 yield index, item

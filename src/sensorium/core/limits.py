@@ -17,7 +17,7 @@ class SchedulerLimits:
 
     max_num_seqs, max_num_batched_tokens: sequences and tokens of one step. max_model_len: tokens of
     a sequence, prompt and generated. num_blocks, block_size: the KV cache, in blocks and tokens.
-    encode_budget: embeddings encoded in one step; feature_budget: embeddings kept for use and
+    encode_budget: embeddings encoded in one step; encoder_cache_size: embeddings kept for use and
     reuse; both at least as large as the largest item that is to be served. max_num_waiting: longer
     queues are refused; None for any length.
     """
@@ -28,13 +28,13 @@ class SchedulerLimits:
     num_blocks: int
     block_size: int
     encode_budget: int = 0
-    feature_budget: int = 0
+    encoder_cache_size: int = 0
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     max_num_waiting: int | None = None
 
     def __post_init__(self) -> None:
-        lows = {"encode_budget": 0, "feature_budget": 0, "max_model_len": 2}
+        lows = {"encode_budget": 0, "encoder_cache_size": 0, "max_model_len": 2}
         for limit in dataclasses.fields(self):
             value = getattr(self, limit.name)
             if isinstance(value, bool) or value is None:
@@ -102,7 +102,7 @@ class SchedulerLimits:
             )
 
     def _check_items(self, request: EngineRequest) -> None:
-        budget = min(self.encode_budget, self.feature_budget)
+        budget = min(self.encode_budget, self.encoder_cache_size)
         for index, item in enumerate(request.items):
             if item.num_embeds > budget:
                 raise MediaTooLargeError(
@@ -129,7 +129,7 @@ class SchedulerCounts:
     num_steps: int = 0
     num_computed_tokens: int = 0
     num_generated_tokens: int = 0
-    num_vectors: int = 0
+    num_embeddings: int = 0
     num_preemptions: int = 0
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
@@ -154,7 +154,7 @@ class SchedulerCounts:
 class SchedulerStats:
     """The scheduler's state and its counts since the start.
 
-    ``num_vectors`` are those of pooling requests. ``num_prefix_queries`` and ``num_prefix_hits``
+    ``num_embeddings`` are those of pooling requests. ``num_prefix_queries`` and ``num_prefix_hits``
     are prompt tokens looked up and found, at the first admission of each sequence.
     ``num_encoder_queries`` and ``num_encoder_hits`` are items that were needed, and those of them
     that lay ready or were in the same step's batch already. ``num_resident_embeds`` of
@@ -171,7 +171,7 @@ class SchedulerStats:
     num_steps: int
     num_computed_tokens: int
     num_generated_tokens: int
-    num_vectors: int
+    num_embeddings: int
     num_preemptions: int
     num_prefix_queries: int
     num_prefix_hits: int

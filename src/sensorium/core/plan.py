@@ -49,7 +49,7 @@ class Span:
 
     ``new_block_ids`` are appended to the blocks that the runner knows of this sequence. ``samples`` says that the span
     reaches the last known token, so that a new one is to be sampled; ``pools``, that it reaches the last token of a
-    sequence whose vector is wanted. Never both.
+    sequence whose embedding is wanted. Never both.
     """
 
     seq_id: int
@@ -117,21 +117,26 @@ NOTHING_ENCODED = EncodeReport()
 
 @dataclass(slots=True)
 class StepResult:
-    """What came of a plan.
+    """The result of a plan.
 
-    ``samples``: one token for each span with ``samples``. ``vectors``: little-endian float32 numbers for each span with
-    ``pools``. ``prompt_logprobs``: for spans of sequences that asked for
-    them, the entries of the prompt tokens *predicted by* the span's positions (positions start+1 … start+num_tokens,
-    clipped to the prompt). ``failed``: sequences that could not be run, with a message for the caller; they have no
-    sample and are to be finished with an error; the others are unharmed. ``failed_items``: digests whose encoding
-    failed: not resident. ``unusable_items``: of those whose embeddings are no use, the flaw and the dtype.
-    ``unsound``: sequences with infinite or undefined numbers among what was computed: nobody else may use their cache.
-    ``encoded``: what encoding cost.
+    Attributes:
+        step_id: That of the plan.
+        samples: A token for each span with ``samples``, by sequence id.
+        embeddings: Little-endian float32 numbers for each span with ``pools``, by sequence id.
+        prompt_logprobs: Of sequences that asked for them, the entries of the prompt tokens
+            *predicted by* the span's positions (start+1 … start+num_tokens, clipped to the prompt).
+        failed: Messages for the callers of sequences that could not be run. They have no sample and
+            are finished with an error; the others are unharmed.
+        unsound: Sequences with infinite or undefined numbers among what was computed: their blocks
+            must not be shared.
+        failed_items: Digests of items whose encoding failed; they are not resident.
+        unusable_items: Of those whose embeddings are unusable, the flaw and the dtype.
+        encoded: The cost of encoding.
     """
 
     step_id: int
     samples: dict[int, TokenSample] = field(default_factory=dict)
-    vectors: dict[int, bytes] = field(default_factory=dict)
+    embeddings: dict[int, bytes] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[tuple[tuple[int, float, int], ...], ...]] = field(
         default_factory=dict
     )

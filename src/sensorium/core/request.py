@@ -212,7 +212,7 @@ class TokenSample:
 class SequenceUpdate:
     """News of one sequence after a step: at most one new token, and the end if it came.
 
-    ``vector`` is the result of a pooling request, little-endian float32; it comes with the end (``"stop"``).
+    ``embedding`` is the result of a pooling request, little-endian float32; it comes with the end (``"stop"``).
     ``prompt_logprobs`` come once, whole: for each prompt token after the first, its ``(token_id, logprob, rank)``
     tuples, the prompt's own token first. ``error`` is set when ``finish_reason`` is ``"error"``.
     ``prefilled_time``, of requests that are traced, is when the prompt had been computed; it comes once.
@@ -226,5 +226,5 @@ class SequenceUpdate:
     prompt_logprobs: tuple[tuple[tuple[int, float, int], ...], ...] | None = None
     error: str | None = None
     first_scheduled_time: float | None = None
-    vector: bytes | None = None
+    embedding: bytes | None = None
     prefilled_time: float | None = None

@@ -63,10 +63,10 @@ class Scheduler:
         reset too.
         """
         limits = self.limits
-        self._ledger = KVCacheManager(
+        self._kv_cache = KVCacheManager(
             limits.num_blocks, limits.block_size, prefix_caching=limits.enable_prefix_caching
         )
-        self._features = EncoderCacheBudget(limits.feature_budget)
+        self._encoder_cache = EncoderCacheBudget(limits.encoder_cache_size)
         self._live: dict[int, Sequence] = {}
         self._seq_ids: dict[str, int] = {}
         self._waiting: list[Sequence] = []
@@ -99,7 +99,7 @@ class Scheduler:
             rope_length=request.rope_length_at(len(request.token_ids)),
         )
         self._num_added += 1
-        self._ledger.open(seq)
+        self._kv_cache.open(seq)
         self._live[seq.seq_id] = seq
         self._seq_ids[request.request_id] = seq.seq_id
         insort(self._waiting, seq, key=_queue_order)
@@ -120,7 +120,7 @@ class Scheduler:
         """The next step. Running sequences come first, then waiting ones, each in queue order."""
         if self._plan is not None:
             raise RuntimeError(f"plan {self._plan.step_id} has not been committed yet")
-        encoder = EncodePlanner(self._features, self.limits.encode_budget)
+        encoder = EncodePlanner(self._encoder_cache, self.limits.encode_budget)
         step = _Step(self.limits.max_num_batched_tokens, encoder)
         self._schedule_running(step)
         if not step.preempted:
@@ -160,11 +160,11 @@ class Scheduler:
                 continue
             self._advance(seq, span, result)
             if span.samples:
-                updates.append(self._take_sample(seq, result))
+                updates.append(self._apply_sample(seq, result))
             elif span.pools:
-                updates.append(self._take_vector(seq, result))
+                updates.append(self._apply_embedding(seq, result))
         for digest in result.failed_items:
-            self._features.forget(digest)
+            self._encoder_cache.forget(digest)
         return updates
 
     @property
@@ -188,9 +188,9 @@ class Scheduler:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             num_blocks=self.limits.num_blocks,
-            num_used_blocks=self._ledger.num_used_blocks,
-            num_resident_embeds=self._features.num_resident,
-            num_embeds_capacity=self._features.capacity,
+            num_used_blocks=self._kv_cache.num_used_blocks,
+            num_resident_embeds=self._encoder_cache.num_resident,
+            num_embeds_capacity=self._encoder_cache.capacity,
             **dataclasses.asdict(self._counts),
         )
 
@@ -210,8 +210,8 @@ class Scheduler:
         for seq in self._running:
             if seq.status is not Status.RUNNING or seq.num_uncomputed < 1:
                 raise IntegrityError(f"sequence {seq.seq_id} runs, but has nothing to compute")
-        self._ledger.check_integrity(self._live.values())
-        self._features.check_integrity(self._running)
+        self._kv_cache.check_integrity(self._live.values())
+        self._encoder_cache.check_integrity(self._running)
 
     # ---- making a plan
 
@@ -230,7 +230,7 @@ class Scheduler:
             if end > seq.num_computed:
                 new_block_ids = self._make_room(step, seq)
                 if new_block_ids is not None:
-                    self._take(step, seq, end, new_block_ids)
+                    self._add_span(step, seq, end, new_block_ids)
             pos += 1
 
     def _schedule_waiting(self, step: _Step) -> None:
@@ -246,7 +246,7 @@ class Scheduler:
             and step.tokens_left > 0
         ):
             seq = self._waiting[pos]
-            if seq.waits_for is not None and self._ledger.is_promised(seq.waits_for):
+            if seq.waits_for is not None and self._kv_cache.is_promised(seq.waits_for):
                 pos += 1
                 continue
             match = self._match(seq)
@@ -261,14 +261,14 @@ class Scheduler:
     def _match(self, seq: Sequence) -> PrefixMatch:
         if seq.request.params.prompt_logprobs is not None and seq.num_generated == 0:
             return NO_MATCH  # each prompt position has to be computed, for its logits
-        return self._ledger.match(seq)
+        return self._kv_cache.match(seq)
 
     def _start(self, step: _Step, seq: Sequence, match: PrefixMatch) -> bool:
         """Let a waiting sequence run, with its first span; False when it does not fit now."""
         seq.num_computed = match.num_tokens
         end = self._reach(step, seq, step.tokens_left)
         num_spare = self._num_spare_blocks if self._running else 0
-        if end == seq.num_computed or not self._ledger.reserve(seq, match, num_spare=num_spare):
+        if end == seq.num_computed or not self._kv_cache.reserve(seq, match, num_spare=num_spare):
             seq.num_computed = 0
             return False
         if seq.first_scheduled_time is None:
@@ -279,7 +279,7 @@ class Scheduler:
         seq.status = Status.RUNNING
         insort(self._running, seq, key=_queue_order)
         step.new.append(NewSequence(seq.seq_id, seq.request, tuple(seq.token_ids)))
-        self._take(step, seq, end, tuple(seq.block_ids))
+        self._add_span(step, seq, end, tuple(seq.block_ids))
         return True
 
     def _reach(self, step: _Step, seq: Sequence, num_tokens: int) -> int:
@@ -303,7 +303,7 @@ class Scheduler:
         """Blocks for all known tokens of a running sequence, preempting from the end of the queue;
         None when it was itself the last."""
         while True:
-            new_block_ids = self._ledger.extend(seq)
+            new_block_ids = self._kv_cache.extend(seq)
             if new_block_ids is not None:
                 return new_block_ids
             victim = self._running[-1]
@@ -312,10 +312,12 @@ class Scheduler:
             if victim is seq:
                 return None
 
-    def _take(self, step: _Step, seq: Sequence, end: int, new_block_ids: tuple[int, ...]) -> None:
+    def _add_span(
+        self, step: _Step, seq: Sequence, end: int, new_block_ids: tuple[int, ...]
+    ) -> None:
         start = seq.num_computed
         if seq.request.items:
-            step.encoder.take(seq, end)
+            step.encoder.pin_items(seq, end)
         step.tokens_left -= end - start
         at_end = end == len(seq.token_ids)
         samples = at_end and seq.request.pooling is None
@@ -342,7 +344,7 @@ class Scheduler:
         self._requeue(seq)
         seq.rope_length = rope_length
         seq.block_digests.clear()
-        self._ledger.open(seq)
+        self._kv_cache.open(seq)
 
     # ---- taking in a result
 
@@ -350,7 +352,7 @@ class Scheduler:
         """Messages for the sequences that cannot go on, by their own or an item's failure."""
         failed = dict(result.failed)
         for digest in result.failed_items:
-            for seq_id in self._features.holders(digest):
+            for seq_id in self._encoder_cache.holders(digest):
                 items = self._live[seq_id].request.items
                 index = next(i for i, item in enumerate(items) if item.digest == digest)
                 message = result.item_failure(digest, f"item {index} ({items[index].modality})")
@@ -363,15 +365,15 @@ class Scheduler:
         self._counts.num_computed_tokens += span.num_tokens
         if seq.seq_id in result.unsound:
             seq.is_sound = False
-            self._ledger.withdraw(seq)
+            self._kv_cache.withdraw(seq)
         if seq.is_sound:
-            self._ledger.commit(seq)
+            self._kv_cache.commit(seq)
         if seq.request.items:
-            self._features.unpin_passed(seq.seq_id, seq.num_computed)
+            self._encoder_cache.unpin_passed(seq.seq_id, seq.num_computed)
         if seq.request.params.prompt_logprobs is not None and seq.num_generated == 0:
             seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.seq_id, ()))
 
-    def _take_sample(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
+    def _apply_sample(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
         """Append the new token, and end the sequence if it is the last."""
         sample = result.samples.get(seq.seq_id)
         if sample is None:
@@ -402,19 +404,19 @@ class Scheduler:
             first_scheduled_time=seq.first_scheduled_time,
         )
 
-    def _take_vector(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
+    def _apply_embedding(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
         """End a pooling sequence: its prompt is computed, and that was all."""
-        vector = result.vectors.get(seq.seq_id)
-        if vector is None:
-            return self._fail(seq, "The step returned no vector for this request.")
-        self._counts.num_vectors += 1
+        embedding = result.embeddings.get(seq.seq_id)
+        if embedding is None:
+            return self._fail(seq, "The step returned no embedding for this request.")
+        self._counts.num_embeddings += 1
         self._end(seq)
         return SequenceUpdate(
             request_id=seq.request.request_id,
             finish_reason="stop",
             num_cached_tokens=seq.num_cached,
             first_scheduled_time=seq.first_scheduled_time,
-            vector=vector,
+            embedding=embedding,
         )
 
     def _fail(self, seq: Sequence, message: str) -> SequenceUpdate:
@@ -441,8 +443,8 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """Out of the running ones: give back blocks and pins, and have the runner forget it."""
         _remove(self._running, seq)
-        self._ledger.release(seq)
-        self._features.unpin_all(seq.seq_id)
+        self._kv_cache.release(seq)
+        self._encoder_cache.unpin_all(seq.seq_id)
         self._dropped.append(seq.seq_id)
 
 

@@ -168,7 +168,7 @@ class Engine:
             computed_tokens=core.num_computed_tokens,
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=core.num_generated_tokens,
-            num_vectors=core.num_vectors,
+            num_embeddings=core.num_embeddings,
             num_steps=core.num_steps,
             iteration_counts=list(self._iterations.counts),
             iteration_tokens=self._iterations.num_tokens,

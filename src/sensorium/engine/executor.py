@@ -230,7 +230,7 @@ def _limits(
         block_size=geometry.block_size,
         # One item may fill the whole context; beyond that, encode about as much as a step takes in.
         encode_budget=min(kept, max(batched_tokens, geometry.max_model_len)),
-        feature_budget=kept,
+        encoder_cache_size=kept,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
     )

@@ -37,7 +37,7 @@ class IterationTokens:
         """Count a step by its updates."""
         num_tokens = 0
         for update in updates:
-            if update.sample is not None or update.vector is not None:
+            if update.sample is not None or update.embedding is not None:
                 num_tokens += self._prompts.pop(update.request_id, 0)
                 num_tokens += update.sample is not None
             elif update.finish_reason is not None:

@@ -67,7 +67,7 @@ class EngineStations:
     def _stamped(self, update: SequenceUpdate, now: float) -> SequenceUpdate:
         request_id = update.request_id
         arrival = self._arrivals.get(request_id)
-        is_computed = update.sample is not None or update.vector is not None
+        is_computed = update.sample is not None or update.embedding is not None
         if is_computed and arrival is not None and request_id not in self._prefilled:
             self._prefilled.add(request_id)
             tracing.log_station(request_id, "prefilled", arrival, None, now, {})

@@ -41,7 +41,7 @@ class EngineStats:
     computed_tokens: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
-    num_vectors: int = 0
+    num_embeddings: int = 0
     num_unusable: int = 0
     num_steps: int = 0
     iteration_counts: list[int] = field(default_factory=list)

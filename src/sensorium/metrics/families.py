@@ -85,7 +85,7 @@ ENGINE_ROWS = (
         "Prompt tokens taken in, cached ones too; those of each sample of a request.",
     ),
     _counter("generation_tokens", "generation_tokens", "Tokens generated."),
-    _counter("vectors", "num_vectors", "Embeddings made of prompts."),
+    _counter("vectors", "num_embeddings", "Embeddings made of prompts."),
     _counter(
         "model_output_not_finite",
         "num_unusable",

@@ -69,7 +69,7 @@ class Statistics(Protocol):
     num_engine_restarts: int
     prompt_tokens: int
     generation_tokens: int
-    num_vectors: int
+    num_embeddings: int
     num_unusable: int
     num_steps: int
     iteration_counts: list[int]

@@ -81,7 +81,7 @@ class EncoderCache:
             try:
                 features = self._store.get(slots[job.seq_id].request.request_id, job.item_index)
                 if features.precomputed:
-                    failed += self._take_given(job.digest, features)
+                    failed += self._keep_given(job.digest, features)
                 else:
                     groups.setdefault(features.modality, []).append((job.digest, features))
             except Exception:
@@ -93,15 +93,15 @@ class EncoderCache:
         self._num_failed += len(failed)
         return tuple(failed)
 
-    def take_unusable(self) -> dict[bytes, tuple[str, str]]:
+    def pop_unusable(self) -> dict[bytes, tuple[str, str]]:
         """Of the items that failed since this was asked last because their embeddings are no use: flaw and dtype."""
         found, self._unusable = self._unusable, {}
         return found
 
-    def take_report(self) -> EncodeReport:
+    def pop_report(self) -> EncodeReport:
         """What encoding cost since the report before this one."""
         report = EncodeReport(
-            self._num_items, self._timer.take(), self._num_bytes, self._num_failed
+            self._num_items, self._timer.pop_seconds(), self._num_bytes, self._num_failed
         )
         self._num_items = self._num_bytes = self._num_failed = 0
         return report
@@ -134,7 +134,7 @@ class EncoderCache:
         self._num_bytes += num_bytes
         return failed
 
-    def _take_given(self, digest: bytes, features: Features) -> list[bytes]:
+    def _keep_given(self, digest: bytes, features: Features) -> list[bytes]:
         """Keep embeddings that came with a request; the digest when they do not fit the model's type."""
         self._keep(digest, torch.from_numpy(features.arrays["embeds"]))
         if finite_parts([self._embeddings[digest]])[0]:

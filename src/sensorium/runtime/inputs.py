@@ -19,7 +19,7 @@ class StepInputs:
     """T tokens of S sequences.
 
     ids (T,) int64; batch: what attention needs; first_row (S): row of each sequence's first token; sampled_rows: rows
-    whose logits are sampled, with their slots; pooled_rows: rows that become vectors, likewise.
+    whose logits are sampled, with their slots; pooled_rows: rows that become embeddings, likewise.
     """
 
     ids: torch.Tensor

@@ -52,7 +52,7 @@ class ModelRunner:
             self._start_grammar(self._table.add(new), result)
         if plan.encode:
             result.failed_items = self.encoder.encode(plan.encode, self._table.slots)
-            result.unusable_items = self.encoder.take_unusable()
+            result.unusable_items = self.encoder.pop_unusable()
         lost = set(result.failed_items)
         pairs = [
             (span, slot)
@@ -61,7 +61,7 @@ class ModelRunner:
         ]
         if pairs:
             self._run_isolated(pairs, result)
-        result.encoded = self.encoder.take_report()
+        result.encoded = self.encoder.pop_report()
         return result
 
     def reset(self) -> None:
@@ -93,7 +93,7 @@ class ModelRunner:
                 result.failed[pairs[0][0].seq_id] = FAILED
                 return
             for pair in pairs:
-                if pair[0].seq_id not in result.samples and pair[0].seq_id not in result.vectors:
+                if pair[0].seq_id not in result.samples and pair[0].seq_id not in result.embeddings:
                     self._run_isolated([pair], result)
 
     def _run(self, pairs: list[tuple[Span, Slot]], result: StepResult) -> None:
@@ -112,8 +112,8 @@ class ModelRunner:
             result.failed.update(failed)
         if inputs.pooled_rows:
             last = _rows(hidden, inputs.pooled_rows)
-            vectors, failed = pooler.pool(last, inputs.pooled_slots)
-            result.vectors.update(vectors)
+            embeddings, failed = pooler.pool(last, inputs.pooled_slots)
+            result.embeddings.update(embeddings)
             result.failed.update(failed)
         result.prompt_logprobs.update(prompt_logprobs)
         result.failed.update(unusable_prompts)
@@ -127,7 +127,7 @@ class ModelRunner:
         flaws = flaws_of_logits(logits, last)
         if all(sampler.is_plain(slot) for slot in slots):
             usable = [flaw is None for flaw in flaws]
-            samples, failed = sampler.take(ops.argmax(logits).tolist(), usable, slots)
+            samples, failed = sampler.token_samples(ops.argmax(logits).tolist(), usable, slots)
         else:
             samples, failed = sampler.sample(logits.float(), slots)
         for slot, flaw in zip(slots, flaws, strict=True):

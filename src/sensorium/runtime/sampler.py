@@ -67,7 +67,7 @@ def sample(
             tokens[drawable] = _draw(logits[drawable], [slots[row] for row in drawable])
     chosen = tokens.tolist()
     reports = _reports(raw, wanted, chosen) if raw is not None else {}
-    samples, failed = take(chosen, usable, slots)
+    samples, failed = token_samples(chosen, usable, slots)
     for row, entries in reports.items():
         seq_id = slots[row].seq_id
         if seq_id in samples:
@@ -81,7 +81,7 @@ def is_plain(slot: Slot) -> bool:
     return params.greedy and params.logprobs is None and not _needs_processing(slot)
 
 
-def take(
+def token_samples(
     tokens: Sequence[int], usable: Sequence[bool], slots: Sequence[Slot]
 ) -> tuple[dict[int, TokenSample], dict[int, str]]:
     """Samples for the rows that have a usable distribution, messages for the others; both by sequence id."""

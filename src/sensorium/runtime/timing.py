@@ -36,7 +36,7 @@ class DeviceTimer:
             yield
             self._seconds += time.perf_counter() - started
 
-    def take(self) -> float:
+    def pop_seconds(self) -> float:
         """Seconds of the work that is complete and was not taken before."""
         while self._pending and self._pending[0][1].query():
             begin, end = self._pending.popleft()

@@ -49,7 +49,7 @@ def new_engine(slow: Slow) -> tuple[Engine, FakeRunner]:
         num_blocks=16,
         block_size=4,
         encode_budget=8,
-        feature_budget=8,
+        encoder_cache_size=8,
     )
     runner = FakeRunner(block_size=4, num_blocks=16)
     return Engine(Scheduler(limits), runner, FeatureStore(), FACTS, slow), runner

@@ -34,7 +34,7 @@ VECTOR = np.array([0.5, -0.25, 3e-8], np.float32)
 
 
 def news(request_id: str, **fields: Any) -> SequenceUpdate:
-    return SequenceUpdate(request_id, finish_reason="stop", vector=VECTOR.tobytes(), **fields)
+    return SequenceUpdate(request_id, finish_reason="stop", embedding=VECTOR.tobytes(), **fields)
 
 
 def test_a_request_and_its_vector_cross_the_wire() -> None:
@@ -44,9 +44,9 @@ def test_a_request_and_its_vector_cross_the_wire() -> None:
     sent = wire.decode_to_engine(wire.encode(wire.Submit(request, ())))
     assert isinstance(sent, wire.Submit)
     assert sent.request == request
-    large = SequenceUpdate("r", finish_reason="stop", vector=bytes(range(256)) * 32)
+    large = SequenceUpdate("r", finish_reason="stop", embedding=bytes(range(256)) * 32)
     data = wire.encode(wire.Updates([large]))
-    assert len(data) < len(large.vector or b"") + 300, "raw bytes, not a list of numbers"
+    assert len(data) < len(large.embedding or b"") + 300, "raw bytes, not a list of numbers"
     received = wire.decode_from_engine(data)
     assert isinstance(received, wire.Updates)
     assert received.updates == [large]
@@ -56,7 +56,7 @@ def test_a_stream_collects_its_vector() -> None:
     request = pooling_request(PREPARED, PARAMS, "r", 0, 1.5)
     stream = PoolingCollector("outer", PREPARED, request)
     assert not stream.finished
-    assert not stream.accept(news("r", num_cached_tokens=1, first_scheduled_time=2.0))
+    assert not stream.apply(news("r", num_cached_tokens=1, first_scheduled_time=2.0))
     output = stream.output
     assert stream.finished
     np.testing.assert_array_equal(output.outputs, VECTOR)
@@ -65,8 +65,8 @@ def test_a_stream_collects_its_vector() -> None:
     assert (output.usage.total_tokens, output.usage.cached_tokens) == (2, 1)
     assert output.num_item_tokens == {"image": 1}
     assert stream.metrics.first_scheduled_time == 2.0
-    with pytest.raises(ValueError, match="bring its vector"):
-        stream.accept(SequenceUpdate("r"))
+    with pytest.raises(ValueError, match="has its embedding"):
+        stream.apply(SequenceUpdate("r"))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_failures_are_the_callers_or_the_engines(
     prepared = dataclasses.replace(PREPARED, param="input[3]")
     stream = PoolingCollector("r", prepared, pooling_request(prepared, PARAMS, "r", 0, 0.0))
     with pytest.raises(expected, match=message[:20]) as caught:
-        stream.accept(SequenceUpdate("r", finish_reason="error", error=message))
+        stream.apply(SequenceUpdate("r", finish_reason="error", error=message))
     assert caught.value.param == param
     assert not stream.finished
 
@@ -99,11 +99,11 @@ class Metrics:
 
 
 def pooling_frontend() -> tuple[Frontend, FakeEngine, FakePreparer, Metrics]:
-    frontend, client, preparer = new_frontend()
-    preparer.embedder = Embedder(8, normalize=False, matryoshka=True)
+    frontend, client, input_processor = new_frontend()
+    input_processor.embedder = Embedder(8, normalize=False, matryoshka=True)
     metrics = Metrics()
     frontend.metrics = metrics  # type: ignore[assignment]
-    return frontend, client, preparer, metrics
+    return frontend, client, input_processor, metrics
 
 
 async def test_the_frontend_waits_for_the_vector_and_reports_it() -> None:
@@ -112,13 +112,13 @@ async def test_the_frontend_waits_for_the_vector_and_reports_it() -> None:
     work = asyncio.ensure_future(
         frontend.embed(RawPrompt(text="a"), PoolingParams(), request_id="r")
     )
-    while not client.inboxes:
+    while not client.output_queues:
         await asyncio.sleep(0)
-    client.inboxes["r"].put_nowait(news("r", num_cached_tokens=1, first_scheduled_time=0.0))
+    client.output_queues["r"].put_nowait(news("r", num_cached_tokens=1, first_scheduled_time=0.0))
     output = await work
     np.testing.assert_array_equal(output.outputs, VECTOR)
     assert metrics.told == ["queue", ("stop", 1, 1)]
-    assert not client.inboxes
+    assert not client.output_queues
 
 
 @pytest.mark.parametrize("how", ["cancel", "error", "full"])
@@ -129,15 +129,15 @@ async def test_whatever_ends_it_leaves_nothing(how: str) -> None:
     work = asyncio.ensure_future(
         frontend.embed(RawPrompt(text="a"), PoolingParams(), request_id="r")
     )
-    while not client.inboxes and not work.done():
+    while not client.output_queues and not work.done():
         await asyncio.sleep(0)
     if how == "cancel":
         work.cancel()
     elif how == "error":
-        client.inboxes["r"].put_nowait(OverloadedError("full"))
+        client.output_queues["r"].put_nowait(OverloadedError("full"))
     with pytest.raises((OverloadedError, asyncio.CancelledError)):
         await work
-    assert not client.inboxes
+    assert not client.output_queues
     assert metrics.told == [("abort" if how == "cancel" else "error", 1, 0)]
 
 
@@ -148,7 +148,7 @@ async def test_a_generating_frontend_makes_no_vectors() -> None:
         await frontend.embed(RawPrompt(text="a"), PoolingParams(), request_id="r")
     with pytest.raises(InvalidRequestError, match="--runner pooling"):
         frontend.check_pooling(PoolingParams())
-    assert not client.inboxes
+    assert not client.output_queues
 
 
 @pytest.mark.parametrize(

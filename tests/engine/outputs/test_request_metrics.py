@@ -77,18 +77,18 @@ async def test_each_time_is_between_the_right_moments(clock: ManualClock) -> Non
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while not engine.inboxes:
+    while not engine.output_queues:
         await asyncio.sleep(0)
-    inbox = engine.inboxes["r#0"]
+    output_queue = engine.output_queues["r#0"]
     clock.now = 15.0
-    inbox.put_nowait(token())
+    output_queue.put_nowait(token())
     await waiting
     clock.now = 16.0
-    inbox.put_nowait(token())
+    output_queue.put_nowait(token())
     await anext(stream)
     clock.now = 19.0
-    inbox.put_nowait(token())
-    inbox.put_nowait(token(reason="length"))
+    output_queue.put_nowait(token())
+    output_queue.put_nowait(token(reason="length"))
     await anext(stream)
     clock.now = 25.0  # the client is slow to take it
     with pytest.raises(StopAsyncIteration):
@@ -108,16 +108,16 @@ async def test_tokens_that_come_with_the_first_are_counted(clock: ManualClock) -
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while not engine.inboxes:
+    while not engine.output_queues:
         await asyncio.sleep(0)
-    inbox = engine.inboxes["r#0"]
+    output_queue = engine.output_queues["r#0"]
     clock.now = 15.0
     for _ in range(4):
-        inbox.put_nowait(token())
+        output_queue.put_nowait(token())
     await waiting
     clock.now = 18.0
     for reason in (None, None, None, None, None, "length"):
-        inbox.put_nowait(token(reason=reason))
+        output_queue.put_nowait(token(reason=reason))
     await anext(stream)
     assert metrics.first == [5.0]
     assert metrics.between == [0.0] * 3 + [0.5] * 6
@@ -127,14 +127,14 @@ async def test_samples_side_by_side_have_times_of_their_own(clock: ManualClock) 
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(n=3), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while len(engine.inboxes) < 3:
+    while len(engine.output_queues) < 3:
         await asyncio.sleep(0)
-    inboxes = dict(engine.inboxes)
+    output_queues = dict(engine.output_queues)
     for at, reasons in ((15.0, (None, None, "length")), (17.0, ("stop", "length", None))):
         clock.now = at
-        for name, reason in zip(inboxes, reasons, strict=True):
+        for name, reason in zip(output_queues, reasons, strict=True):
             if at == 15.0 or reason:
-                inboxes[name].put_nowait(token(name, reason))
+                output_queues[name].put_nowait(token(name, reason))
         await (waiting if at == 15.0 else anext(stream))
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
@@ -159,10 +159,10 @@ async def test_what_ends_a_request_before_its_time(ending: Any, reason: str) -> 
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(n=2), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while len(engine.inboxes) < 2:
+    while len(engine.output_queues) < 2:
         await asyncio.sleep(0)
-    inbox = engine.inboxes["r#0"]
-    inbox.put_nowait(token(reason="stop"))
+    output_queue = engine.output_queues["r#0"]
+    output_queue.put_nowait(token(reason="stop"))
     await waiting
     if ending == "leave":
         await stream.aclose()
@@ -172,21 +172,21 @@ async def test_what_ends_a_request_before_its_time(ending: Any, reason: str) -> 
         if ending == "cancel":
             further.cancel()
         else:
-            inbox.put_nowait(ending)
+            output_queue.put_nowait(ending)
         with pytest.raises((SensoriumError, KeyError, asyncio.CancelledError)):
             await further
     [report] = metrics.reports
     assert report.finish_reason == reason, "though one sample had ended well"
-    assert not engine.inboxes.keys() - {"r#0"}
+    assert not engine.output_queues.keys() - {"r#0"}
 
 
 async def test_a_client_that_leaves_after_the_end_takes_nothing_back() -> None:
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while not engine.inboxes:
+    while not engine.output_queues:
         await asyncio.sleep(0)
-    engine.inboxes["r#0"].put_nowait(token(reason="stop"))
+    engine.output_queues["r#0"].put_nowait(token(reason="stop"))
     await waiting
     await stream.aclose()
     assert [report.finish_reason for report in metrics.reports] == ["stop"]
@@ -197,7 +197,7 @@ async def test_a_request_that_got_no_token_has_no_times_of_the_model() -> None:
     work = asyncio.ensure_future(
         anext(frontend.generate(RawPrompt(text="a"), SamplingParams(), request_id="r"))
     )
-    while not engine.inboxes:
+    while not engine.output_queues:
         await asyncio.sleep(0)
     work.cancel()
     await asyncio.gather(work, return_exceptions=True)
@@ -253,13 +253,13 @@ async def test_a_step_that_comes_in_parts_is_one_time_for_each_sample(clock: Man
     frontend, engine, metrics = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(n=3), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while len(engine.inboxes) < 3:
+    while len(engine.output_queues) < 3:
         await asyncio.sleep(0)
-    inbox = engine.inboxes["r#0"]
+    output_queue = engine.output_queues["r#0"]
     for step in range(3):
         clock.now = 15.0 + step
         for sample in range(3):
-            inbox.put_nowait(token(f"r#{sample}"))
+            output_queue.put_nowait(token(f"r#{sample}"))
             await waiting
             waiting = asyncio.ensure_future(anext(stream))
             await asyncio.sleep(0)

@@ -50,7 +50,7 @@ def token(letter: str | int, request_id: str = "r", **fields: Any) -> SequenceUp
 
 
 def write(to: OutputCollector, text: str) -> list[bool]:
-    return [to.accept(token(letter)) for letter in text]
+    return [to.apply(token(letter)) for letter in text]
 
 
 def test_text_grows_and_the_end_token_is_counted_but_not_shown(tokenizer: Tokenizer) -> None:
@@ -58,7 +58,7 @@ def test_text_grows_and_the_end_token_is_counted_but_not_shown(tokenizer: Tokeni
     write(s, "hello")
     assert s.output.outputs[0].text == "hello"
     assert not s.finished
-    assert not s.accept(token(EOS, finish_reason="stop"))
+    assert not s.apply(token(EOS, finish_reason="stop"))
     sample = s.output.outputs[0]
     assert (sample.text, sample.finish_reason, sample.stop_reason) == ("hello", "stop", None)
     assert sample.token_ids[-1] == EOS
@@ -67,15 +67,15 @@ def test_text_grows_and_the_end_token_is_counted_but_not_shown(tokenizer: Tokeni
 
 def test_characters_of_several_tokens_come_whole(tokenizer: Tokenizer) -> None:
     s = stream(tokenizer)
-    s.accept(token(30))
+    s.apply(token(30))
     assert s.output.outputs[0].text == ""
-    s.accept(token(31))
+    s.apply(token(31))
     assert s.output.outputs[0].text == "é"
 
 
 def test_a_broken_character_at_the_end_is_replaced(tokenizer: Tokenizer) -> None:
     s = stream(tokenizer)
-    s.accept(token(30, finish_reason="length"))
+    s.apply(token(30, finish_reason="length"))
     assert s.output.outputs[0].text == "\ufffd"
 
 
@@ -85,7 +85,7 @@ def test_stop_string_across_tokens_is_cut_and_reported(tokenizer: Tokenizer) -> 
     sample = s.output.outputs[0]
     assert (sample.text, sample.finish_reason, sample.stop_reason) == ("hel", "stop", "lo")
     assert s.finished
-    assert not s.accept(token("x")), "the engine may be a step ahead of the abort"
+    assert not s.apply(token("x")), "the engine may be a step ahead of the abort"
     assert sample.text == "hel"
     assert s.open_ids == []
 
@@ -100,7 +100,7 @@ def test_held_back_text_appears_when_the_sample_ends_otherwise(tokenizer: Tokeni
     s = stream(tokenizer, stop=["xyz"])
     write(s, "ax")
     assert s.output.outputs[0].text == "a"
-    s.accept(token("y", finish_reason="length"))
+    s.apply(token("y", finish_reason="length"))
     assert s.output.outputs[0].text == "axy"
     assert s.output.outputs[0].finish_reason == "length"
 
@@ -115,15 +115,15 @@ def test_a_stop_token_is_shown_only_when_asked_for(tokenizer: Tokenizer) -> None
     for included, text in ((False, "a"), (True, "ab")):
         s = stream(tokenizer, include_stop_str_in_output=included)
         write(s, "a")
-        s.accept(token("b", finish_reason="stop", stop_token_id=2))
+        s.apply(token("b", finish_reason="stop", stop_token_id=2))
         sample = s.output.outputs[0]
         assert (sample.text, sample.stop_reason) == (text, 2)
 
 
 def test_samples_end_one_by_one(tokenizer: Tokenizer) -> None:
     s = stream(tokenizer, n=2)
-    s.accept(token("a", "r#0", num_cached_tokens=7))
-    s.accept(token("b", "r#1", finish_reason="length", num_cached_tokens=9))
+    s.apply(token("a", "r#0", num_cached_tokens=7))
+    s.apply(token("b", "r#1", finish_reason="length", num_cached_tokens=9))
     assert [o.text for o in s.output.outputs] == ["a", "b"]
     assert not s.finished
     assert s.open_ids == ["r#0"]
@@ -137,7 +137,7 @@ def test_logprobs_and_prompt_logprobs(tokenizer: Tokenizer) -> None:
     s = stream(tokenizer, logprobs=1, prompt_logprobs=0)
     entries = ((1, -0.5, 1), (400, -2.0, 2))
     update = SequenceUpdate("r", TokenSample(1, entries), prompt_logprobs=(((2, -1.0, 3),),))
-    s.accept(update)
+    s.apply(update)
     sample = s.output.outputs[0]
     assert sample.logprobs is not None
     assert sample.logprobs[0][1].decoded_token == "a"
@@ -151,4 +151,4 @@ def test_logprobs_and_prompt_logprobs(tokenizer: Tokenizer) -> None:
 def test_an_error_of_the_engine_is_raised(tokenizer: Tokenizer) -> None:
     s = stream(tokenizer)
     with pytest.raises(UnavailableError, match="broken"):
-        s.accept(SequenceUpdate("r", finish_reason="error", error="broken"))
+        s.apply(SequenceUpdate("r", finish_reason="error", error="broken"))

@@ -17,7 +17,7 @@ import pytest
 from sensorium.config import engine_config
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
-from sensorium.engine.serving.client import DELIVERED_AT_ONCE, EngineClient, Inbox
+from sensorium.engine.serving.client import DELIVERED_AT_ONCE, EngineClient, OutputQueue
 from sensorium.errors import EngineDeadError, OverloadedError, SensoriumError
 from sensorium.multimodal.items import Features, MediaItem
 from sensorium.multimodal.shared_memory import SharedArraysFolder
@@ -89,14 +89,14 @@ class FakeProcess:
 
 
 class FakeSocket:
-    """Receives what is put into ``inbox``; what was sent is in ``sent``."""
+    """Receives what is put into ``incoming``; what was sent is in ``sent``."""
 
     def __init__(self) -> None:
-        self.inbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self.incoming: asyncio.Queue[bytes] = asyncio.Queue()
         self.sent: list[Any] = []
 
     async def recv(self) -> bytes:
-        return await self.inbox.get()
+        return await self.incoming.get()
 
     def send(self, data: bytes) -> None:
         self.sent.append(wire.decode_to_engine(data))
@@ -127,45 +127,45 @@ async def test_a_message_that_cannot_be_read_ends_everything_with_an_error(
     started: tuple[EngineClient, FakeSocket, FakeProcess],
 ) -> None:
     client, socket, process = started
-    inbox: Inbox = asyncio.Queue()
-    client.submit(REQUEST, [], inbox)
+    output_queue: OutputQueue = asyncio.Queue()
+    client.submit(REQUEST, [], output_queue)
     waiting = asyncio.create_task(client.stats())
-    socket.inbox.put_nowait(b"\xc1")
-    assert isinstance(await asyncio.wait_for(inbox.get(), 10), EngineDeadError)
+    socket.incoming.put_nowait(b"\xc1")
+    assert isinstance(await asyncio.wait_for(output_queue.get(), 10), EngineDeadError)
     with pytest.raises(EngineDeadError):
         await asyncio.wait_for(waiting, 10)
     assert process.returncode is not None
     assert not client.alive
     with pytest.raises(EngineDeadError):
-        client.submit(REQUEST, [], inbox)
+        client.submit(REQUEST, [], output_queue)
 
 
 async def test_news_go_to_their_request_until_it_ends(
     started: tuple[EngineClient, FakeSocket, FakeProcess],
 ) -> None:
     client, socket, _ = started
-    inbox: Inbox = asyncio.Queue()
-    client.submit(REQUEST, [], inbox)
+    output_queue: OutputQueue = asyncio.Queue()
+    client.submit(REQUEST, [], output_queue)
     client.abort(["a", "unknown"])
     client.abort(["a"])
     assert [type(message) for message in socket.sent] == [wire.Submit, wire.Abort]
-    client.submit(REQUEST, [], inbox)
+    client.submit(REQUEST, [], output_queue)
     refused = wire.Refused("a", "no", "overloaded")
     for message in (refused, wire.Refused("other", "no", "overloaded")):
-        socket.inbox.put_nowait(wire.encode(message))
-    assert isinstance(await asyncio.wait_for(inbox.get(), 10), OverloadedError)
+        socket.incoming.put_nowait(wire.encode(message))
+    assert isinstance(await asyncio.wait_for(output_queue.get(), 10), OverloadedError)
     assert client.num_open == 0
-    assert inbox.empty()
+    assert output_queue.empty()
 
 
 async def test_what_an_unknown_code_means_is_not_the_callers_fault(
     started: tuple[EngineClient, FakeSocket, FakeProcess],
 ) -> None:
     client, socket, _ = started
-    inbox: Inbox = asyncio.Queue()
-    client.submit(REQUEST, [], inbox)
-    socket.inbox.put_nowait(wire.encode(wire.Refused("a", "no", "never heard of")))
-    news = await asyncio.wait_for(inbox.get(), 10)
+    output_queue: OutputQueue = asyncio.Queue()
+    client.submit(REQUEST, [], output_queue)
+    socket.incoming.put_nowait(wire.encode(wire.Refused("a", "no", "never heard of")))
+    news = await asyncio.wait_for(output_queue.get(), 10)
     assert isinstance(news, SensoriumError)
     assert news.status == 503
 
@@ -175,22 +175,22 @@ async def test_features_of_an_open_sequence_stay(
 ) -> None:
     client, socket, process = started
     folder = SharedArraysFolder()
-    inbox: Inbox = asyncio.Queue()
+    output_queue: OutputQueue = asyncio.Queue()
     for request_id in ("aborted", "refused", "died"):
         arrays = folder.write({"pixels": np.zeros((2, 2), np.uint8)})
         features = Features("image", arrays, 1)
         request = dataclasses.replace(REQUEST, request_id=request_id)
-        client.submit(request, [MediaItem("image", b"digest", features)], inbox)
+        client.submit(request, [MediaItem("image", b"digest", features)], output_queue)
         del arrays, features
     assert len(os.listdir(folder.path)) == 3
     assert [len(sent.features[0].open().arrays) for sent in socket.sent] == [1, 1, 1]
     client.abort(["aborted"])
     assert len(os.listdir(folder.path)) == 2
-    socket.inbox.put_nowait(wire.encode(wire.Refused("refused", "no", "overloaded")))
-    await inbox.get()
+    socket.incoming.put_nowait(wire.encode(wire.Refused("refused", "no", "overloaded")))
+    await output_queue.get()
     assert len(os.listdir(folder.path)) == 1
     process.kill()
-    await inbox.get()
+    await output_queue.get()
     assert not os.listdir(folder.path)
     folder.close()
 
@@ -210,12 +210,12 @@ async def test_a_process_that_dies_gives_each_request_an_error_of_its_own(
 ) -> None:
     client, _, process = started
     client._start_seconds = 2.5
-    inboxes: list[Inbox] = [asyncio.Queue() for _ in range(3)]
-    for number, inbox in enumerate(inboxes):
-        client.submit(dataclasses.replace(REQUEST, request_id=str(number)), [], inbox)
+    output_queues: list[OutputQueue] = [asyncio.Queue() for _ in range(3)]
+    for number, output_queue in enumerate(output_queues):
+        client.submit(dataclasses.replace(REQUEST, request_id=str(number)), [], output_queue)
     process.kill()
     await asyncio.wait_for(client.wait_ended(), 10)
-    errors = [inbox.get_nowait() for inbox in inboxes]
+    errors = [output_queue.get_nowait() for output_queue in output_queues]
     assert len(set(map(id, errors))) == 3
     for error in errors:
         assert isinstance(error, EngineDeadError)
@@ -229,33 +229,35 @@ async def test_stopping_says_that_the_server_stops(
     started: tuple[EngineClient, FakeSocket, FakeProcess],
 ) -> None:
     client, socket, process = started
-    inbox: Inbox = asyncio.Queue()
-    client.submit(REQUEST, [], inbox)
+    output_queue: OutputQueue = asyncio.Queue()
+    client.submit(REQUEST, [], output_queue)
     stopping = asyncio.create_task(client.stop())
     while wire.Stop not in map(type, socket.sent):
         await asyncio.sleep(0)
     process.kill()
     await stopping
-    error = inbox.get_nowait()
+    error = output_queue.get_nowait()
     assert isinstance(error, EngineDeadError)
     assert "shutting down" in error.message
-    assert inbox.empty()
+    assert output_queue.empty()
 
 
 async def test_the_news_of_many_sequences_leave_the_loop_time_for_others(
     started: tuple[EngineClient, FakeSocket, FakeProcess],
 ) -> None:
     client, socket, _ = started
-    inboxes: list[Inbox] = [asyncio.Queue() for _ in range(3 * DELIVERED_AT_ONCE)]
-    for number, inbox in enumerate(inboxes):
-        client.submit(dataclasses.replace(REQUEST, request_id=str(number)), [], inbox)
-    updates = [SequenceUpdate(str(n), finish_reason="stop") for n in range(len(inboxes))]
-    socket.inbox.put_nowait(wire.encode(wire.Updates(updates)))
+    output_queues: list[OutputQueue] = [asyncio.Queue() for _ in range(3 * DELIVERED_AT_ONCE)]
+    for number, output_queue in enumerate(output_queues):
+        client.submit(dataclasses.replace(REQUEST, request_id=str(number)), [], output_queue)
+    updates = [SequenceUpdate(str(n), finish_reason="stop") for n in range(len(output_queues))]
+    socket.incoming.put_nowait(wire.encode(wire.Updates(updates)))
     seen = [0]
-    while seen[-1] < len(inboxes):
+    while seen[-1] < len(output_queues):
         await asyncio.sleep(0)
-        seen.append(sum(not inbox.empty() for inbox in inboxes))
+        seen.append(sum(not output_queue.empty() for output_queue in output_queues))
     steps = [later - earlier for earlier, later in itertools.pairwise(seen)]
     assert max(steps) == DELIVERED_AT_ONCE
-    assert [inbox.get_nowait().request_id for inbox in inboxes] == [u.request_id for u in updates]
+    assert [output_queue.get_nowait().request_id for output_queue in output_queues] == [
+        u.request_id for u in updates
+    ]
     assert client.num_open == 0

@@ -13,7 +13,7 @@ from sensorium.config import EngineConfig, engine_config
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.prompts.types import PreparedPrompt, RawPrompt
 from sensorium.engine.serving import frontend as frontend_module
-from sensorium.engine.serving.client import Inbox
+from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.stats import EngineStats
@@ -34,7 +34,7 @@ class FakeEngine:
         self.alive = True
         self.answers: list[EngineStats] = []
         self.fail_after: int | None = None
-        self.inboxes: dict[str, Inbox] = {}
+        self.output_queues: dict[str, OutputQueue] = {}
         self.aborted: list[str] = []
         self.stopped = False
 
@@ -48,15 +48,17 @@ class FakeEngine:
         if not self.alive:
             raise EngineDeadError("gone")
 
-    def submit(self, request: EngineRequest, items: Sequence[Any], inbox: Inbox) -> None:
-        if len(self.inboxes) == self.fail_after:
+    def submit(
+        self, request: EngineRequest, items: Sequence[Any], output_queue: OutputQueue
+    ) -> None:
+        if len(self.output_queues) == self.fail_after:
             raise OverloadedError("full")
-        self.inboxes[request.request_id] = inbox
+        self.output_queues[request.request_id] = output_queue
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        self.aborted += [i for i in request_ids if i in self.inboxes]
+        self.aborted += [i for i in request_ids if i in self.output_queues]
         for request_id in request_ids:
-            self.inboxes.pop(request_id, None)
+            self.output_queues.pop(request_id, None)
 
     async def stats(self) -> EngineStats:
         self.check_alive()
@@ -110,9 +112,9 @@ class FakePreparer:
 
 
 def new_frontend(**keywords: Any) -> tuple[Frontend, FakeEngine, FakePreparer]:
-    client, preparer = FakeEngine(), FakePreparer()
-    frontend = Frontend(engine_config(**keywords), preparer, client)  # type: ignore[arg-type]
-    return frontend, client, preparer
+    client, input_processor = FakeEngine(), FakePreparer()
+    frontend = Frontend(engine_config(**keywords), input_processor, client)  # type: ignore[arg-type]
+    return frontend, client, input_processor
 
 
 @pytest.fixture(autouse=True)
@@ -133,13 +135,13 @@ def no_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 20_000, 200_000])
 async def test_many_samples_leave_the_event_loop_its_turns(num_tokens: int) -> None:
-    frontend, client, preparer = new_frontend()
-    preparer.token_ids = (1,) * num_tokens
+    frontend, client, input_processor = new_frontend()
+    input_processor.token_ids = (1,) * num_tokens
     counts: list[int] = []
 
     async def others() -> None:
         while True:
-            counts.append(len(client.inboxes))
+            counts.append(len(client.output_queues))
             await asyncio.sleep(0)
 
     watching = asyncio.create_task(others())
@@ -147,12 +149,12 @@ async def test_many_samples_leave_the_event_loop_its_turns(num_tokens: int) -> N
     params = SamplingParams(n=4 * at_once)
     stream = frontend.generate(PROMPT, params, request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while len(client.inboxes) < params.n and not waiting.done():
+    while len(client.output_queues) < params.n and not waiting.done():
         await asyncio.sleep(0)
     assert {at_once, 2 * at_once} <= set(counts)
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
-    assert not client.inboxes, "cancelled: nothing is left in the engine"
+    assert not client.output_queues, "cancelled: nothing is left in the engine"
     assert len(client.aborted) == params.n
     watching.cancel()
 
@@ -166,7 +168,7 @@ async def test_a_cancelled_submission_leaves_nothing(num_turns: int) -> None:
         await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert not client.inboxes
+    assert not client.output_queues
 
 
 async def test_a_submission_that_fails_half_way_leaves_nothing() -> None:
@@ -182,14 +184,14 @@ async def test_an_error_of_one_sample_ends_the_others() -> None:
     frontend, client, _ = new_frontend()
     stream = frontend.generate(PROMPT, SamplingParams(n=2), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while len(client.inboxes) < 2 and not waiting.done():
+    while len(client.output_queues) < 2 and not waiting.done():
         await asyncio.sleep(0)
-    client.inboxes["r#0"].put_nowait(
+    client.output_queues["r#0"].put_nowait(
         SequenceUpdate("r#0", finish_reason="error", error="it could not be computed")
     )
     with pytest.raises(Exception, match="could not be computed"):
         await waiting
-    assert not client.inboxes
+    assert not client.output_queues
 
 
 async def test_the_log_goes_on_after_the_engine_was_gone(
@@ -215,10 +217,10 @@ async def test_the_log_goes_on_after_the_engine_was_gone(
 
 
 async def test_a_frontend_that_is_shut_down_ends_what_it_uses() -> None:
-    frontend, client, preparer = new_frontend()
+    frontend, client, input_processor = new_frontend()
     await frontend.shutdown()
     assert client.stopped
-    assert preparer.closed
+    assert input_processor.closed
 
 
 async def test_stats_are_what_is_known_when_the_engine_does_not_answer(
@@ -240,13 +242,13 @@ async def test_stats_are_what_is_known_when_the_engine_does_not_answer(
 
 
 async def test_while_the_engine_is_gone_nothing_is_prepared() -> None:
-    frontend, client, preparer = new_frontend()
+    frontend, client, input_processor = new_frontend()
     client.alive = False
     with pytest.raises(EngineDeadError):
         await anext(frontend.generate(PROMPT, SamplingParams(), request_id="r"))
     with pytest.raises(EngineDeadError):
         frontend.check_alive()
-    assert preparer.num_prepared == 0
+    assert input_processor.num_prepared == 0
     client.alive = True
     frontend.check_alive()
 
@@ -263,10 +265,10 @@ async def test_what_ends_a_request_is_reported(how: str) -> None:
     frontend.metrics = Told()  # type: ignore[assignment]
     stream = frontend.generate(PROMPT, SamplingParams(), request_id="r")
     waiting = asyncio.ensure_future(anext(stream))
-    while not client.inboxes and not waiting.done():
+    while not client.output_queues and not waiting.done():
         await asyncio.sleep(0)
     if how == "error":
-        client.inboxes["r#0"].put_nowait(EngineDeadError("gone"))
+        client.output_queues["r#0"].put_nowait(EngineDeadError("gone"))
     else:
         waiting.cancel()
     with pytest.raises((EngineDeadError, asyncio.CancelledError)):
@@ -303,7 +305,7 @@ async def test_a_start_that_fails_on_either_side_leaves_nothing(
     with pytest.raises(ConfigError, match="weights"):
         await Frontend.start(engine_config())
     assert all(client.stopped for client in clients)
-    assert [preparer.closed for preparer in preparers] == [True]
+    assert [input_processor.closed for input_processor in preparers] == [True]
 
 
 async def test_the_line_after_an_outage_is_about_all_of_it(

@@ -13,7 +13,7 @@ import pytest
 from sensorium.config import engine_config
 from sensorium.core.request import EngineRequest
 from sensorium.engine.serving import supervisor as supervisor_module
-from sensorium.engine.serving.client import LONGEST_RETRY, Inbox, dead_error
+from sensorium.engine.serving.client import LONGEST_RETRY, OutputQueue, dead_error
 from sensorium.engine.serving.supervisor import STEADY_SECONDS, Backoff, EngineSupervisor
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.errors import ConfigError, EngineDeadError
@@ -32,7 +32,7 @@ class FakeClient:
         self.gate = asyncio.Event()
         self.alive = False
         self.start_seconds = 4.0
-        self.inboxes: dict[str, Inbox] = {}
+        self.output_queues: dict[str, OutputQueue] = {}
         self.num_stops = 0
         self.stop_error: Exception | None = None
         self._ended = asyncio.Event()
@@ -50,19 +50,19 @@ class FakeClient:
     def die(self) -> None:
         """The process ends."""
         self.alive = False
-        for inbox in self.inboxes.values():
-            inbox.put_nowait(EngineDeadError("dead"))
-        self.inboxes.clear()
+        for output_queue in self.output_queues.values():
+            output_queue.put_nowait(EngineDeadError("dead"))
+        self.output_queues.clear()
         self._ended.set()
 
-    def submit(self, request: EngineRequest, items: object, inbox: Inbox) -> None:
+    def submit(self, request: EngineRequest, items: object, output_queue: OutputQueue) -> None:
         if not self.alive:
             raise dead_error(self.start_seconds)
-        self.inboxes[request.request_id] = inbox
+        self.output_queues[request.request_id] = output_queue
 
     def abort(self, request_ids: list[str]) -> None:
         for request_id in request_ids:
-            self.inboxes.pop(request_id, None)
+            self.output_queues.pop(request_id, None)
 
     async def stats(self) -> EngineStats:
         return EngineStats(num_steps=1)
@@ -149,17 +149,17 @@ async def test_requests_meanwhile_are_refused_and_later_ones_go_to_the_new_engin
     supervisor = await bench.start()
     assert supervisor.alive
     supervisor.check_alive()
-    inbox: Inbox = asyncio.Queue()
-    supervisor.submit(REQUEST, [], inbox)
+    output_queue: OutputQueue = asyncio.Queue()
+    supervisor.submit(REQUEST, [], output_queue)
     bench.held = True
     bench.clients[0].die()
     with pytest.raises(EngineDeadError):
-        supervisor.submit(REQUEST, [], inbox)
+        supervisor.submit(REQUEST, [], output_queue)
     await bench.until(lambda: len(bench.clients) == 2)
-    assert isinstance(inbox.get_nowait(), EngineDeadError)
+    assert isinstance(output_queue.get_nowait(), EngineDeadError)
     assert not supervisor.alive
     with pytest.raises(EngineDeadError, match="being restarted; try again"):
-        supervisor.submit(REQUEST, [], inbox)
+        supervisor.submit(REQUEST, [], output_queue)
     with pytest.raises(EngineDeadError):
         await supervisor.stats()
     supervisor.abort(["a"])
@@ -171,12 +171,12 @@ async def test_requests_meanwhile_are_refused_and_later_ones_go_to_the_new_engin
     bench.clients[1].gate.set()
     await bench.until(lambda: supervisor.alive)
     assert supervisor.num_restarts == 1
-    supervisor.submit(REQUEST, [], inbox)
-    assert set(bench.clients[1].inboxes) == {"a"}
+    supervisor.submit(REQUEST, [], output_queue)
+    assert set(bench.clients[1].output_queues) == {"a"}
     assert (await supervisor.stats()).num_steps == 1
     supervisor.abort(["a"])
-    assert not bench.clients[1].inboxes
-    assert inbox.empty()
+    assert not bench.clients[1].output_queues
+    assert output_queue.empty()
 
 
 async def test_new_facts_are_told_before_a_request_can_come(

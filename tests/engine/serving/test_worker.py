@@ -148,17 +148,17 @@ def test_an_orphan_removes_the_folders_and_signals_are_left_to_the_parent(
 
 
 class FakeSocket:
-    """Gives what is in ``inbox``; what was sent is in ``sent``."""
+    """Gives what is in ``incoming``; what was sent is in ``sent``."""
 
-    def __init__(self, *inbox: wire.ToEngine) -> None:
-        self.inbox = [wire.encode(message) for message in inbox]
+    def __init__(self, *incoming: wire.ToEngine) -> None:
+        self.incoming = [wire.encode(message) for message in incoming]
         self.sent: list[Any] = []
 
     def poll(self, _: int) -> int:
-        return len(self.inbox)
+        return len(self.incoming)
 
     def recv(self) -> bytes:
-        return self.inbox.pop(0)
+        return self.incoming.pop(0)
 
     def send(self, data: bytes) -> None:
         self.sent.append(wire.decode_from_engine(data))

@@ -42,7 +42,7 @@ class BatchRun:
         self,
         batch: Batch,
         engine: Engine,
-        preparer: InputProcessor,
+        input_processor: InputProcessor,
         loop: BackgroundLoop,
         numbers: Iterator[int],
         tracer: tracing.Tracer,
@@ -52,7 +52,7 @@ class BatchRun:
         self.is_clean = False
         self._made_in = forks.generation()
         self._engine = engine
-        self._preparer = preparer
+        self._input_processor = input_processor
         self._loop = loop
         self._numbers = numbers
         self._tracer = tracer
@@ -175,8 +175,8 @@ class BatchRun:
         with tracing.active(trace):
             grammar = None
             if not isinstance(given.params, PoolingParams):
-                grammar = await self._preparer.grammar(given.params)
-            return await self._preparer.complete(given.prompt, given.rendered), grammar
+                grammar = await self._input_processor.grammar(given.params)
+            return await self._input_processor.complete(given.prompt, given.rendered), grammar
 
     def _admit(self) -> None:
         """Give the engine what is prepared, in order; wait only when it has nothing else to do."""
@@ -203,11 +203,11 @@ class BatchRun:
             ]
             stream = PoolingCollector(request_id, prepared, requests[0])
         else:
-            requests = self._preparer.requests(
+            requests = self._input_processor.requests(
                 prepared, params, request_id, pending.priority, pending.arrival_time, grammar
             )
             stream = OutputCollector.for_requests(
-                request_id, prepared, requests, params, self._preparer.tokenizer
+                request_id, prepared, requests, params, self._input_processor.tokenizer
             )
             if grammar is not None:
                 stream.output.warnings = grammar.warnings
@@ -240,7 +240,7 @@ class BatchRun:
                 continue
             index, stream = entry
             try:
-                stopped = at_prompt(index, self._several, stream.accept, update)
+                stopped = at_prompt(index, self._several, stream.apply, update)
             except SensoriumError as error:
                 self._drop(index)
                 moved.pop(index, None)

@@ -1,4 +1,4 @@
-"""Requests whose result is a vector: how they are made of prompts, and what is collected of them."""
+"""Requests for embeddings: the engine's request of a prompt, and the collector of its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _NOT_SAMPLED = SamplingParams()
 
 
 def resolved(embedder: Embedder | None, params: PoolingParams) -> PoolingParams:
-    """The parameters with nothing left open. Raises InvalidRequestError when the model has no such vectors."""
+    """Return the parameters with the model's defaults filled in.
+
+    Raises InvalidRequestError when the model makes no such embeddings.
+    """
     if embedder is None:
         raise InvalidRequestError(GENERATES)
     return embedder.resolve(params)
@@ -32,7 +35,7 @@ def pooling_request(
     priority: int,
     arrival_time: float,
 ) -> EngineRequest:
-    """The engine's request for the vector of a prompt; ``params`` are resolved."""
+    """Return the engine's request for the embedding of a prompt; ``params`` are resolved."""
     return prepared.request(
         0,
         known_length=True,
@@ -45,7 +48,7 @@ def pooling_request(
 
 
 class PoolingCollector:
-    """Waits for the one piece of news of a pooling request: its vector, float32, as ``output.outputs``."""
+    """Collects the only update of a pooling request: its embedding, float32, as ``output.outputs``."""
 
     def __init__(self, request_id: str, prepared: PreparedPrompt, request: EngineRequest) -> None:
         self.engine_id = request.request_id
@@ -64,22 +67,22 @@ class PoolingCollector:
 
     @property
     def finished(self) -> bool:
-        """Whether the vector is there."""
+        """Return True once the embedding is there."""
         return self.output.finished
 
-    def accept(self, update: SequenceUpdate) -> bool:
-        """Take in the vector; False, for there is nothing to be aborted.
+    def apply(self, update: SequenceUpdate) -> bool:
+        """Take the embedding over, and return False: there is nothing left to abort.
 
-        Raises RequestError at the prompt when it has no vector, UnavailableError when the engine could not
-        compute it.
+        Raises RequestError when the prompt has no usable embedding, UnavailableError when the engine
+        could not compute it.
         """
         if update.error is not None:
             with located(self._param):
                 raise failure(update.error)
-        if update.vector is None:
-            raise ValueError("the news of a pooling request bring its vector")
+        if update.embedding is None:
+            raise ValueError("the update of a pooling request has its embedding")
         output = self.output
-        output.outputs = np.frombuffer(update.vector, "<f4").astype(np.float32)
+        output.outputs = np.frombuffer(update.embedding, "<f4").astype(np.float32)
         output.num_cached_tokens = update.num_cached_tokens
         output.finished = True
         self.metrics.first_scheduled_time = update.first_scheduled_time

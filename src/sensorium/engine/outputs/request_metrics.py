@@ -80,7 +80,7 @@ def report_end(
     )
 
 
-def report_vector(metrics: Metrics, stream: PoolingCollector, unfinished: FinishReason) -> None:
+def report_embedding(metrics: Metrics, stream: PoolingCollector, unfinished: FinishReason) -> None:
     """A request for a vector has ended; ``unfinished``: what became of it if the vector did not come."""
     output, times, now = stream.output, stream.metrics, time.monotonic()
     prefill = None

@@ -47,7 +47,7 @@ class OutputCollector:
     """Collects the updates of a request's samples in one ``RequestOutput``, updated in place.
 
     ``engine_ids`` are the ids of its sequences in the engine, one per sample. ``continues``: the text goes on where the
-    prompt ends, so a leading space belongs to it. After ``accept`` found a stop string, the
+    prompt ends, so a leading space belongs to it. After ``apply`` found a stop string, the
     sequence's id is to be aborted in the engine by the caller. ``trace`` gets the stations from the engine on.
     """
 
@@ -138,7 +138,7 @@ class OutputCollector:
         """Engine ids of the samples that are not complete."""
         return [i for i, at in self._index.items() if not self._samples[at].output.finished]
 
-    def accept(self, update: SequenceUpdate) -> bool:
+    def apply(self, update: SequenceUpdate) -> bool:
         """Take in the news of one sequence; True when a stop string ended it, so that it must be aborted.
 
         News of a sample that is complete already are ignored: the engine may be a step ahead of an abort. Raises

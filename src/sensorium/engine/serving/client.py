@@ -29,8 +29,8 @@ from sensorium.processes import child_environment, interrupts_held, python_modul
 
 logger = logging.getLogger(__name__)
 
-News = SequenceUpdate | errors.SensoriumError
-Inbox = asyncio.Queue[News]
+RequestUpdate = SequenceUpdate | errors.SensoriumError
+OutputQueue = asyncio.Queue[RequestUpdate]
 
 STOP_SECONDS = 5.0
 """How long the engine's process gets to end by itself."""
@@ -55,9 +55,9 @@ def dead_error(seconds: float) -> errors.EngineDeadError:
 class EngineClient:
     """One engine process: started once, talked to and stopped from one event loop.
 
-    Every submitted sequence has an inbox, which receives its updates, or an error, and its items are held until it has
-    ended: so long their segments of shared memory stay. When the process dies, everything open gets an error, and all
-    that is left to do is ``stop``; ``engine.serving.supervisor`` puts another client in this one's place.
+    The updates of a submitted sequence, or its error, go to its output queue. Its items are held
+    until it has ended, which keeps their shared memory. When the process dies, every open sequence
+    gets an error, and only ``stop`` is left to call; ``EngineSupervisor`` then makes another client.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -78,7 +78,7 @@ class EngineClient:
             self._context.term()
             raise
         self._address = f"ipc://{self._folder}/engine"
-        self._routes: dict[str, tuple[Inbox, tuple[MediaItem, ...]]] = {}
+        self._routes: dict[str, tuple[OutputQueue, tuple[MediaItem, ...]]] = {}
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._numbers = itertools.count()
         self._process: asyncio.subprocess.Process | None = None
@@ -160,13 +160,15 @@ class EngineClient:
         ]
         return message.facts
 
-    def submit(self, request: EngineRequest, items: Sequence[MediaItem], inbox: Inbox) -> None:
-        """Send a sequence; its news come to ``inbox`` until it has ended or is aborted."""
+    def submit(
+        self, request: EngineRequest, items: Sequence[MediaItem], output_queue: OutputQueue
+    ) -> None:
+        """Send a sequence; its news come to ``output_queue`` until it has ended or is aborted."""
         if not self._alive:
             raise dead_error(self._start_seconds)
         handles = tuple(SharedFeatures.of(item.features) for item in items)
         self._send(wire.Submit(request, handles))
-        self._routes[request.request_id] = (inbox, tuple(items))
+        self._routes[request.request_id] = (output_queue, tuple(items))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """End sequences; those that have ended are ignored."""
@@ -232,7 +234,7 @@ class EngineClient:
                 if isinstance(message, wire.Updates):
                     await self._deliver_all(message.updates)
                 else:
-                    self._take(message)
+                    self._handle(message)
         except Exception:
             # Nobody would hear of anything any more: better an engine that is known to be dead.
             logger.exception("a message of the engine could not be taken in")
@@ -247,7 +249,7 @@ class EngineClient:
             if number % DELIVERED_AT_ONCE == 0:
                 await asyncio.sleep(0)
 
-    def _take(self, message: wire.FromEngine) -> None:
+    def _handle(self, message: wire.FromEngine) -> None:
         if isinstance(message, wire.Refused):
             error = errors.error_of(
                 message.code, message.message, message.param, errors.UnavailableError
@@ -258,7 +260,7 @@ class EngineClient:
             if future is not None and not future.done():
                 future.set_result(message.stats)
 
-    def _deliver(self, request_id: str, news: News, ended: bool) -> None:
+    def _deliver(self, request_id: str, news: RequestUpdate, ended: bool) -> None:
         route = self._routes.get(request_id)
         if route is None:
             return

@@ -16,14 +16,14 @@ from sensorium.config import EngineConfig
 from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request, resolved
 from sensorium.engine.outputs.request_metrics import (
     Metrics,
+    report_embedding,
     report_end,
     report_tokens,
-    report_vector,
 )
 from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import PreparedPrompt, Prompt
-from sensorium.engine.serving.client import Inbox
+from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineStats
@@ -50,17 +50,17 @@ class Frontend:
     def __init__(
         self,
         config: EngineConfig,
-        preparer: InputProcessor,
+        input_processor: InputProcessor,
         engine: EngineSupervisor,
         tracer: tracing.Tracer | None = None,
     ) -> None:
         self.config = config
         self.metrics: Metrics | None = None
-        self._preparer = preparer
+        self._input_processor = input_processor
         self._engine = engine
         self._stats = EngineStats()
         self._num_generated = 0
-        self._num_vectors = 0
+        self._num_embeddings = 0
         self._log_task: asyncio.Task[None] | None = None
         self._tracer = tracer or tracing.Tracer(None)
 
@@ -79,10 +79,10 @@ class Frontend:
         tracer = tracing.Tracer(config.observability.trace_dir)
         engine = EngineSupervisor(config)
         starting = asyncio.create_task(engine.start())
-        preparer = None
+        input_processor = None
         try:
             # Reading the tokenizer goes on while the engine's process loads the weights.
-            preparer = await asyncio.to_thread(
+            input_processor = await asyncio.to_thread(
                 InputProcessor,
                 config,
                 trust_request_chat_template=trust_request_chat_template,
@@ -90,16 +90,16 @@ class Frontend:
                 package_files=package_files,
             )
             await starting
-            engine.watch(preparer.set_facts)
+            engine.watch(input_processor.set_facts)
         except BaseException:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
             await engine.stop()
-            if preparer is not None:
-                preparer.close()
+            if input_processor is not None:
+                input_processor.close()
             tracer.close()
             raise
-        frontend = cls(config, preparer, engine, tracer)
+        frontend = cls(config, input_processor, engine, tracer)
         if not config.observability.disable_log_stats:
             frontend._log_task = asyncio.create_task(frontend._log_stats())
         return frontend
@@ -117,27 +117,27 @@ class Frontend:
     @property
     def runner(self) -> Literal["generate", "pooling"]:
         """What the model does here: text or vectors."""
-        return "generate" if self._preparer.embedder is None else "pooling"
+        return "generate" if self._input_processor.embedder is None else "pooling"
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """What the model takes besides text."""
-        return self._preparer.modalities
+        return self._input_processor.modalities
 
     @property
     def default_params(self) -> dict[str, Any]:
         """Sampling values that the model's generation_config.json sets."""
-        return self._preparer.default_params
+        return self._input_processor.default_params
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        return self._preparer.tokenizer
+        return self._input_processor.tokenizer
 
     @property
     def chat_template_available(self) -> bool:
         """Whether conversations can be rendered without a template in the request."""
-        return self._preparer.chat_template_available
+        return self._input_processor.chat_template_available
 
     def check_alive(self) -> None:
         """Raise EngineDeadError while the engine is being restarted; its ``retry_after`` says when to come again."""
@@ -145,7 +145,7 @@ class Frontend:
 
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """Text and ids of a prompt with its placeholders expanded; media are loaded."""
-        return await self._preparer.prepare(prompt)
+        return await self._input_processor.prepare(prompt)
 
     async def stats(self) -> EngineStats:
         """Counters of the engine, which begin anew when it is restarted, and of the media pipeline.
@@ -160,7 +160,7 @@ class Frontend:
             logger.info("the engine is in a long step; these are its counters from before it")
         return dataclasses.replace(
             self._stats,
-            media=self._preparer.media_stats(),
+            media=self._input_processor.media_stats(),
             num_engine_restarts=self._engine.num_restarts,
         )
 
@@ -181,9 +181,9 @@ class Frontend:
         trace = self._tracer.request(request_id, arrival)
         with tracing.active(trace):
             self._engine.check_alive()
-            grammar = await self._preparer.grammar(params)
-            prepared = await self._preparer.prepare(prompt)
-            requests = self._preparer.requests(
+            grammar = await self._input_processor.grammar(params)
+            prepared = await self._input_processor.prepare(prompt)
+            requests = self._input_processor.requests(
                 prepared, params, request_id, priority, arrival, grammar
             )
         stream = OutputCollector.for_requests(
@@ -192,20 +192,20 @@ class Frontend:
         stream.trace = trace
         if grammar is not None:
             stream.output.warnings = grammar.warnings
-        inbox: Inbox = asyncio.Queue()
+        output_queue: OutputQueue = asyncio.Queue()
         unfinished: FinishReason = "abort"
         try:
             if trace is not None:
                 trace.station("submitted", sequences=len(requests))
             num_tokens = 0
             for request in requests:
-                self._engine.submit(request, prepared.items, inbox)
+                self._engine.submit(request, prepared.items, output_queue)
                 num_tokens += len(request.token_ids) + SAMPLE_TOKENS
                 if num_tokens >= SUBMITTED_TOKENS:
                     num_tokens = 0
                     await asyncio.sleep(0)
             while not stream.finished:
-                await self._collect(stream, inbox)
+                await self._collect(stream, output_queue)
                 yield stream.output
         except Exception:  # neither cancelled nor closed: it failed
             unfinished = "error"
@@ -220,7 +220,7 @@ class Frontend:
 
     def check_pooling(self, params: PoolingParams) -> None:
         """Raise InvalidRequestError when the model makes no such vectors."""
-        resolved(self._preparer.embedder, params)
+        resolved(self._input_processor.embedder, params)
 
     async def embed(
         self,
@@ -236,25 +236,25 @@ class Frontend:
         restarted. Cancelling ends the work at whatever stage it is.
         """
         arrival = time.monotonic()
-        params = resolved(self._preparer.embedder, params)
+        params = resolved(self._input_processor.embedder, params)
         trace = self._tracer.request(request_id, arrival)
         with tracing.active(trace):
             self._engine.check_alive()
-            prepared = await self._preparer.prepare(prompt)
+            prepared = await self._input_processor.prepare(prompt)
         request = pooling_request(prepared, params, request_id, priority, arrival)
         stream = PoolingCollector(request_id, prepared, request)
         stream.trace = trace
-        inbox: Inbox = asyncio.Queue()
+        output_queue: OutputQueue = asyncio.Queue()
         unfinished: FinishReason = "abort"
         try:
             if trace is not None:
                 trace.station("submitted", sequences=1)
-            self._engine.submit(request, prepared.items, inbox)
+            self._engine.submit(request, prepared.items, output_queue)
             while not stream.finished:
-                news = await inbox.get()
-                if isinstance(news, SensoriumError):
-                    raise news
-                stream.accept(news)
+                update = await output_queue.get()
+                if isinstance(update, SensoriumError):
+                    raise update
+                stream.apply(update)
         except Exception:
             unfinished = "error"
             raise
@@ -263,8 +263,8 @@ class Frontend:
             if trace is not None:
                 trace.end("aborted" if unfinished == "abort" else "failed")
             if self.metrics is not None:
-                report_vector(self.metrics, stream, unfinished)
-        self._num_vectors += 1
+                report_embedding(self.metrics, stream, unfinished)
+        self._num_embeddings += 1
         return stream.output
 
     async def shutdown(self) -> None:
@@ -279,22 +279,22 @@ class Frontend:
             self._close()
 
     def _close(self) -> None:
-        self._preparer.close()
+        self._input_processor.close()
         self._tracer.close()
 
-    async def _collect(self, stream: OutputCollector, inbox: Inbox) -> None:
+    async def _collect(self, stream: OutputCollector, output_queue: OutputQueue) -> None:
         """Take in all news that are there; wait for some when there are none."""
-        news = await inbox.get()
+        update = await output_queue.get()
         before = stream.metrics.first_token_time
         while True:
-            if isinstance(news, SensoriumError):
-                raise news
-            self._num_generated += news.sample is not None
-            if stream.accept(news):
-                self._engine.abort([news.request_id])
-            if inbox.empty():
+            if isinstance(update, SensoriumError):
+                raise update
+            self._num_generated += update.sample is not None
+            if stream.apply(update):
+                self._engine.abort([update.request_id])
+            if output_queue.empty():
                 break
-            news = inbox.get_nowait()
+            update = output_queue.get_nowait()
         if self.metrics is not None:
             report_tokens(self.metrics, stream, before)
 
@@ -303,12 +303,12 @@ class Frontend:
 
         async def read_stats() -> EngineStats:
             stats = await self._engine.stats()
-            stats.media = self._preparer.media_stats()
+            stats.media = self._input_processor.media_stats()
             return stats
 
         await log_stats(
-            lambda: self._num_vectors if pools else self._num_generated,
+            lambda: self._num_embeddings if pools else self._num_generated,
             read_stats,
             interval=self.config.observability.log_stats_interval,
-            unit="vectors" if pools else "generated tokens",
+            unit="embeddings" if pools else "generated tokens",
         )

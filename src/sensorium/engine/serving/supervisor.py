@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest
-from sensorium.engine.serving.client import STOPPING, EngineClient, Inbox, dead_error
+from sensorium.engine.serving.client import STOPPING, EngineClient, OutputQueue, dead_error
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.multimodal.items import MediaItem
@@ -106,9 +106,11 @@ class EngineSupervisor:
         if not self.alive or self._stopping:
             raise self._gone()
 
-    def submit(self, request: EngineRequest, items: Sequence[MediaItem], inbox: Inbox) -> None:
+    def submit(
+        self, request: EngineRequest, items: Sequence[MediaItem], output_queue: OutputQueue
+    ) -> None:
         """``EngineClient.submit``; raises EngineDeadError while there is no engine."""
-        self._current().submit(request, items, inbox)
+        self._current().submit(request, items, output_queue)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         """``EngineClient.abort``; ids of an engine that is gone are ignored."""
