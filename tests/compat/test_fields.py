@@ -1,4 +1,4 @@
-"""vLLM's fields of requests: guided decoding works, neutral values pass, what cannot be had says why."""
+"""vLLM's fields of requests: guided decoding works, neutral values pass, what is not supported says why."""
 
 from __future__ import annotations
 

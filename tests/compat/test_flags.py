@@ -100,14 +100,14 @@ def test_other_commands_read_them_too(
     assert build_engine_config(arguments).model.max_model_len == 64
     assert "--swap-space does nothing here" in capsys.readouterr().err
     message = refusal(capsys, command, *argv, "--kv_cache_dtype", "fp8")
-    assert "--kv-cache-dtype fp8 cannot be had here: " in message
+    assert "--kv-cache-dtype fp8 is not supported here: " in message
 
 
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["-pp", "2"], ["--pipeline-parallel-size 2 cannot be had", "one server per device"]),
-        (["--enable-lora"], ["--enable-lora cannot be had", "merge the adapter"]),
+        (["-pp", "2"], ["--pipeline-parallel-size 2 is not supported", "one server per device"]),
+        (["--enable-lora"], ["--enable-lora is not supported", "merge the adapter"]),
         (["--speculative-config", '{"method": "ngram"}'], ["speculative decoding"]),
         (["--max-logprobs", "-1"], ["--max-logprobs -1", "20"]),
         (["--load-format", "gguf"], ["--load-format", "'gguf'", "safetensors"]),
@@ -261,10 +261,10 @@ def test_keywords_of_llm() -> None:
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"enable_lora": True}, "enable_lora cannot be had here: LoRA"),
+        ({"enable_lora": True}, "enable_lora is not supported here: LoRA"),
         ({"speculative_config": {"model": "x"}}, "speculative decoding"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb 4"),
-        ({"convert": "classify"}, "'classify' cannot be had"),
+        ({"convert": "classify"}, "'classify' is not supported"),
         ({"uvicorn_log_level": "info"}, "Unknown keyword .* an option of the server"),
         ({"port": 8000}, "Unknown keyword 'port'. It is an option of the server"),
     ],

@@ -22,7 +22,7 @@ from tests.server.harness import App
         ("/v1/batches", "side by side, POST /v1/chat/completions"),
         ("/api/generate", "Ollama's API is not available; use POST /v1/completions"),
         ("/api/tags", "GET /v1/models"),
-        ("/v1/images/generations", "do not draw"),
+        ("/v1/images/generations", "do not generate them"),
         ("/generate", "use POST /v1/completions"),
         ("/v1/v1/chat/completions", "leave one out"),
         ("/chat/completions", "use /v1/chat/completions: the base URL ends with /v1"),

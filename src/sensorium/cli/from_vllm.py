@@ -30,7 +30,7 @@ too, with the same effect.
   `--limit-mm-per-prompt.image 2`.
 - `--config FILE.yaml` has flags as its keys; flags on the command line override the file.
 - Flags without effect are accepted, with one warning on stderr (a `UserWarning` of `LLM`). Flags
-  that are not available stop the start with the reason, unless their value is vLLM's default.
+  that are not supported stop the start with the reason, unless their value is vLLM's default.
 - `VLLM_API_KEY`, `VLLM_IMAGE_FETCH_TIMEOUT`, `VLLM_VIDEO_FETCH_TIMEOUT`, `VLLM_AUDIO_FETCH_TIMEOUT`
   and `VLLM_MEDIA_URL_ALLOW_REDIRECTS` are read where our own variables are unset. The log of a
   server names other variables of vLLM that are set, because they have no effect.
@@ -57,7 +57,7 @@ def _flags(rules: Sequence[Rule]) -> Iterable[str]:
     )
     yield from _by_reason("Flags without effect", "why", Effect.NOTHING, rules)
     yield from _by_reason(
-        "Flags that are not available", "why, and what to do", Effect.REFUSED, rules
+        "Flags that are not supported", "why, and what to do", Effect.REFUSED, rules
     )
 
 
@@ -90,14 +90,14 @@ def _values() -> Iterable[str]:
     for option, values in REFUSED_VALUES.items():
         for why in dict.fromkeys(values.values()):
             refused = ", ".join(_code(value) for value, reason in values.items() if reason == why)
-            rows.append((_code(flag_of(option)), refused, f"not available: {why}"))
+            rows.append((_code(flag_of(option)), refused, f"not supported: {why}"))
     yield from table("Values of flags that both have", ("flag", "vLLM", "here"), rows)
 
 
 def _calls() -> Iterable[str]:
     title = "Keywords of `LLM.generate`, `chat`, `embed` and `encode`"
     rows = [(_code(name), instead) for name, instead in CALL_KEYWORDS.items()]
-    head = ("vLLM (None, {} and [] pass)", "why it is not available, or what to do instead")
+    head = ("vLLM (None, {} and [] pass)", "why it is not supported, or what to do instead")
     yield from table(title, head, rows)
 
 

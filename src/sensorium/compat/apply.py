@@ -28,7 +28,7 @@ def adopt(
 ) -> Adopted:
     """Apply the rules of the names in ``given``; each must have one.
 
-    spelled: how a name is written in messages. Raises ConfigError for what cannot be had.
+    spelled: how a name is written in messages. Raises ConfigError for what is not supported.
     """
     adopted, idle = Adopted(), dict[str, list[str]]()
     for name, value in given.items():
@@ -41,7 +41,9 @@ def adopt(
             _add(adopted.options, _converted(rule, value, spelled(name)))
         else:
             shown = "" if value is True or name in _SECRET else f" {_shown(value)}"
-            raise ConfigError(f"{spelled(name)}{shown} cannot be had here: {rule.why}.", param=name)
+            raise ConfigError(
+                f"{spelled(name)}{shown} is not supported here: {rule.why}.", param=name
+            )
     for why, names in idle.items():
         verb = "does" if len(names) == 1 else "do"
         adopted.notes.append(f"{', '.join(names)} {verb} nothing here: {why}.")

@@ -22,7 +22,7 @@ CALL_KEYWORDS: dict[str, str] = {
     "chat_template_content_format": "give it to LLM(...)",
     "concurrency_limit": "calls keep twice max_num_seqs prompts at work by themselves",
 }
-"""By keyword: why it cannot be had, or what to do instead. None and vLLM's neutral values pass."""
+"""By keyword: why it is not supported, or what to do instead. None and vLLM's neutral values pass."""
 
 
 def takes_call_keywords(method: Method) -> Method:
@@ -37,7 +37,7 @@ def takes_call_keywords(method: Method) -> Method:
         for name in foreign & keywords.keys():
             if not _is_neutral(keywords.pop(name)):
                 raise InvalidRequestError(
-                    f"{name} cannot be had here: {CALL_KEYWORDS[name]}.", param=name
+                    f"{name} is not supported here: {CALL_KEYWORDS[name]}.", param=name
                 )
         return method(*args, **keywords)
 

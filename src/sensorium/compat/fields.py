@@ -101,7 +101,7 @@ class AdoptedFields:
 def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFields:
     """Return the body without vLLM's fields, and with what these mean.
 
-    known: the fields that are ours in such a body. Raises InvalidRequestError for what cannot be had.
+    known: the fields that are ours in such a body. Raises InvalidRequestError for what is not supported.
     """
     adopted = AdoptedFields({})
     foreign: list[tuple[Rule, Any]] = []
@@ -160,7 +160,7 @@ def _members(constraint: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _refuse(name: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{name} cannot be had here: {why}.", param=name)
+    raise InvalidRequestError(f"{name} is not supported here: {why}.", param=name)
 
 
 def rename_for_client(error: SensoriumError, client_names: Mapping[str, str]) -> None:

@@ -19,7 +19,7 @@ class Effect(enum.Enum):
 
     SAME = "does the same"
     NOTHING = "does nothing here"
-    REFUSED = "cannot be had"
+    REFUSED = "not supported"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
     ),
     "runner": {"draft": "there is no speculative decoding"},
 }
-"""By option: vLLM's values that cannot be had, and why."""
+"""By option: vLLM's values that are not supported, and why."""
 
 _SIZES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -42,11 +42,11 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT])")
 
 
 def shared_value(option: str, value: Any) -> Any:
-    """Return our value for one of vLLM's. Raises ConfigError for one that cannot be had."""
+    """Return our value for one of vLLM's. Raises ConfigError for one that is not supported."""
     key = str(value)
     why = REFUSED_VALUES.get(option, {}).get(key)
     if why is not None:
-        raise ConfigError(f"{option} {key!r} cannot be had here: {why}.", param=option)
+        raise ConfigError(f"{option} {key!r} is not supported here: {why}.", param=option)
     return SAME_VALUES.get(option, {}).get(key, value)
 
 
