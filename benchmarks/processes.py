@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from sensorium.processes import end_with
+from sensorium.processes.start import end_with
 
 
 class ProcessTree:

@@ -55,6 +55,8 @@ SAME_ROW = {
     ("environment", "errors"),
     ("forks", "errors"),
     ("tracing", "errors"),
+    ("processes", "environment"),
+    ("processes", "errors"),
 }
 MODULES_ALLOWED = {
     # Of core, the runner sees the plans and the messages in them, never the scheduler.

@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import psutil
 
-from sensorium.processes import end_with
+from sensorium.processes.start import end_with
 
 STARTED = re.compile(r"serving .* at (http://127\.0\.0\.1:\d+)")
 START_SECONDS = 120

@@ -13,7 +13,7 @@ import torch
 
 from sensorium.kernels import ops
 from sensorium.kernels.cpu import amx, elementwise, launch, threads
-from sensorium.processes import child_environment
+from sensorium.processes.start import child_environment
 
 
 def run(code: str, **environment: str) -> str:

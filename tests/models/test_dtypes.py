@@ -13,7 +13,7 @@ import torch
 from sensorium.kernels import ops
 from sensorium.kernels.cpu import linear
 from sensorium.models import dtypes, loader
-from sensorium.processes import child_environment
+from sensorium.processes.start import child_environment
 from tests.checkpoints import make_text
 
 

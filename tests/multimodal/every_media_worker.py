@@ -14,8 +14,8 @@ import numpy as np
 
 from sensorium.config import MediaConfig
 from sensorium.multimodal.items import MODALITIES, Audio, Decoded, Features, Modality, Video
-from sensorium.multimodal.workers.fork_server import serve
-from sensorium.multimodal.workers.framing import receive_frame
+from sensorium.multimodal.workers.decode_worker import serve
+from sensorium.processes.framing import receive_frame
 from tests.multimodal.support import FakeProcessor
 
 RATE = 16000

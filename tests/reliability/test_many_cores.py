@@ -23,7 +23,7 @@ from sensorium.multimodal.decode.loaders import Prepared, Work
 from sensorium.multimodal.decode.video.loading import VideoOptions
 from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
-from sensorium.processes import child_environment
+from sensorium.processes.start import child_environment
 from tests.cores import environment
 from tests.multimodal.clips import make_clip, number_of
 from tests.multimodal.decode.test_audio import encoded as sound_file

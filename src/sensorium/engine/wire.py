@@ -8,7 +8,7 @@ from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.shared import SharedFeatures
 from sensorium.engine.stats import EngineFacts, EngineStats
-from sensorium.multimodal.workers.framing import decode_extension, encode_other
+from sensorium.multimodal.workers.packing import decode_extension, encode_other
 
 
 class Submit(msgspec.Struct, tag=True):

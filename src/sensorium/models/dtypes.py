@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sensorium.config import GIB
 from sensorium.errors import ConfigError
 from sensorium.models.configs import declared_dtype
-from sensorium.processes import available_memory
+from sensorium.processes.limits import available_memory
 
 if TYPE_CHECKING:
     import torch

@@ -40,7 +40,7 @@ from sensorium.multimodal.parse.item_options import ItemOptions, OptionRules
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
 from sensorium.multimodal.stats import MediaStats, StageCounters
-from sensorium.multimodal.workers.fork_server import NO_ROOM
+from sensorium.multimodal.workers.decode_worker import NO_ROOM
 from sensorium.multimodal.workers.pool import Decoders, ThreadDecoders
 from sensorium.multimodal.workers.threads import ThreadWorkers
 

@@ -10,7 +10,7 @@ import torch
 from sensorium.config import GIB, CacheConfig
 from sensorium.errors import ConfigError
 from sensorium.kernels.batch import KVCacheLayout
-from sensorium.processes import available_memory
+from sensorium.processes.limits import available_memory
 
 logger = logging.getLogger(__name__)
 

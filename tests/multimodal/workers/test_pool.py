@@ -31,7 +31,7 @@ from sensorium.multimodal.decode.loaders import Prepared, Work
 from sensorium.multimodal.decode.video import video_frames
 from sensorium.multimodal.decode.video.loading import VideoOptions
 from sensorium.multimodal.shared_memory import ArraySpec, SharedArrays, SharedArraysFolder, write
-from sensorium.multimodal.workers import fork_server as child_process
+from sensorium.multimodal.workers import decode_worker as child_process
 from sensorium.multimodal.workers import pool as module
 from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
 from tests.multimodal.support import FakeProcessor, encoded, picture

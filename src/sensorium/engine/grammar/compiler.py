@@ -27,7 +27,7 @@ from sensorium import forks
 from sensorium.errors import InvalidRequestError, OverloadedError, UnavailableError
 from sensorium.multimodal.workers.background import release
 from sensorium.params import StructuredOutputs
-from sensorium.processes import child_environment, interrupts_held, python_module
+from sensorium.processes.start import child_environment, interrupts_held, python_module
 from sensorium.text.grammar.grammar import check_size, field_of
 from sensorium.text.grammar.library import Grammar
 

@@ -29,7 +29,8 @@ from sensorium.engine.grammar.compiler import (
 )
 from sensorium.errors import ConfigError, SensoriumError
 from sensorium.params import StructuredOutputs
-from sensorium.processes import end_with, limit_memory, silence_libraries
+from sensorium.processes.limits import limit_memory
+from sensorium.processes.start import end_with, silence_libraries
 from sensorium.text.grammar.grammar import GrammarVocabulary
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 Started by ``engine.prompts.media_workers`` with the folder of the segments and the descriptor of
 its control socket, through which the configuration comes first. All it adds to
-``multimodal.workers.fork_server`` is the model's processor.
+``multimodal.workers.decode_worker`` is the model's processor.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from sensorium import environment
 from sensorium.engine import wire
 from sensorium.models import loader
 from sensorium.models.registry import resolve
-from sensorium.multimodal.workers.fork_server import serve
-from sensorium.multimodal.workers.framing import receive_frame
+from sensorium.multimodal.workers.decode_worker import serve
+from sensorium.processes.framing import receive_frame
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.shared_memory import SharedArraysFolder
 from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
-from sensorium.processes import child_environment, python_module
+from sensorium.processes.start import child_environment, python_module
 
 UNBOUNDED_BYTES = 1 << 50
 

@@ -25,7 +25,7 @@ from sensorium.engine.shared import SharedFeatures
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.kernels.cpu import threads
 from sensorium.multimodal.items import MediaItem
-from sensorium.processes import child_environment, interrupts_held, python_module
+from sensorium.processes.start import child_environment, interrupts_held, python_module
 
 logger = logging.getLogger(__name__)
 

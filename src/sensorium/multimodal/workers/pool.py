@@ -1,6 +1,6 @@
 """Where items are decoded and preprocessed: in worker processes, seen from the process that wants them.
 
-A fork server (``multimodal.workers.fork_server``) is started once; from it workers are forked in
+A fork server (``multimodal.workers.decode_worker``) is started once; from it workers are forked in
 milliseconds, one for each of a few threads here that wait for them. A worker that runs out of time
 is killed, and so is one whose caller has left; one that died is replaced before the next item. What
 happened costs that item an error and nothing else.
@@ -36,10 +36,10 @@ from sensorium.multimodal.decode.loaders import Prepared, Work, prepare
 from sensorium.multimodal.items import MODALITIES, Features
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder, check, remove
-from sensorium.multimodal.workers import fork_server as child
-from sensorium.multimodal.workers.framing import receive_bytes, receive_frame, send_frame
+from sensorium.multimodal.workers import decode_worker as child
 from sensorium.multimodal.workers.threads import ThreadWorkers, default_num_workers
-from sensorium.processes import interrupts_held
+from sensorium.processes.framing import receive_bytes, receive_frame, send_frame
+from sensorium.processes.start import interrupts_held
 
 JOBS_PER_PROCESS = 500
 """Items after which a worker is replaced, so that what a library may leak stays small."""

@@ -40,14 +40,10 @@ from sensorium.multimodal.decode.shortage import check_shortage
 from sensorium.multimodal.items import Modality
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.shared_memory import ArraySpec, write
-from sensorium.multimodal.workers.framing import (
-    decode_extension,
-    encode_other,
-    receive_bytes,
-    receive_frame,
-    send_frame,
-)
-from sensorium.processes import end_with, limit_memory, lower, silence_libraries
+from sensorium.multimodal.workers.packing import decode_extension, encode_other
+from sensorium.processes.framing import receive_bytes, receive_frame, send_frame
+from sensorium.processes.limits import limit_memory, lower
+from sensorium.processes.start import end_with, silence_libraries
 
 SPAWN, KILL, RETIRE = b"s", b"k", b"r"
 ID_BYTES = 4

@@ -1,0 +1,1 @@
+"""Processes of this program: their start, their limits, fork servers."""
