@@ -20,7 +20,7 @@ from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, par
 from sensorium.engine.serving.frontend import Frontend
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, UnavailableError
-from sensorium.multimodal.workers.background import BackgroundLoop, release
+from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.outputs import (
     EmbeddingRequestOutput,
     PoolingOutput,
@@ -37,7 +37,7 @@ class _Engine:
     """A frontend with its engine on an event loop of their own, from their start to their end."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._loop = BackgroundLoop()
+        self._loop = LoopThread("loop")
         self._starting: asyncio.Task[Frontend] | None = None
         self.started = self._loop.submit(self._start(config))
 
@@ -90,7 +90,7 @@ class AsyncLLM:
         self.config: EngineConfig = engine_config(model=model, **keywords)
         self._made_in = forks.generation()
         self._engine = _Engine(self.config)
-        self._release = weakref.finalize(self, release, self._made_in, self._engine.close)
+        self._release = weakref.finalize(self, forks.release, self._made_in, self._engine.close)
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._open: dict[str, Callable[[], object]] = {}

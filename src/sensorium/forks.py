@@ -1,13 +1,14 @@
-"""What a process that was forked must not use: a fork copies memory and locks, but of all threads only the one that
-called it.
+"""Guards of forked processes: a fork copies memory and locks, but of all threads only the one that called it.
 
-Where a model has run, the libraries that compute keep threads; in a child they would be waited for for ever. So would
-those of an ``LLM`` that the child has from its parent.
+Where a model has run, the libraries that compute keep threads; a child would wait for them for ever. So it would for
+those of an ``LLM`` that it has from its parent.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Iterable
 
 from sensorium.errors import ForkedProcessError
 
@@ -17,9 +18,12 @@ _ADVICE = (
     "process that uses it (with gunicorn in post_fork, not before with --preload)."
 )
 
+OWN_THREADS = "sensorium-"
+"""Prefix of the names of the threads that are started here, and that closing waits for."""
+
 
 class _Lineage:
-    """How often this process and those before it were forked, and whether threads were left behind."""
+    """Number of forks that led to this process, and the threads that they left behind."""
 
     def __init__(self) -> None:
         self.num_forks = 0
@@ -27,7 +31,7 @@ class _Lineage:
         self.cannot_compute = False
 
     def forked(self) -> None:
-        """Called in every child."""
+        """Note a fork; called in every child."""
         self.num_forks += 1
         self.cannot_compute = self.cannot_compute or self.has_computed
 
@@ -37,12 +41,31 @@ os.register_at_fork(after_in_child=_LINEAGE.forked)
 
 
 def generation() -> int:
-    """A number that is another one in a forked child."""
+    """Return a number that differs in a forked child."""
     return _LINEAGE.num_forks
 
 
+def release(made_in: int, *closers: Callable[[], object]) -> None:
+    """Free an object's threads, processes and descriptors when the object is gone, for ``weakref.finalize``.
+
+    Does nothing in a forked child, where they are the parent's: ``made_in`` is the generation of the object. The last
+    reference may go in any thread: one of ours, which a closer may wait for, leaves the work to another.
+    """
+    if made_in != generation():
+        return
+    if threading.current_thread().name.startswith(OWN_THREADS):
+        threading.Thread(target=_call, args=(closers,), name="closing").start()
+    else:
+        _call(closers)
+
+
+def _call(closers: Iterable[Callable[[], object]]) -> None:
+    for close in closers:
+        close()
+
+
 def begin_computing() -> None:
-    """Note that a model runs in this process from now on. Raises ForkedProcessError where none can."""
+    """Note that a model runs in this process from now on. Raises ForkedProcessError where none can run."""
     if _LINEAGE.cannot_compute:
         raise ForkedProcessError(
             "No model can run in this process: it was forked from one in which a model has run, and lacks the threads "
@@ -52,7 +75,7 @@ def begin_computing() -> None:
 
 
 def check_owner(made_in: int, name: str) -> None:
-    """Raise ForkedProcessError where an object, made in generation ``made_in``, came by a fork."""
+    """Raise ForkedProcessError for an object that a fork brought: ``made_in`` is its generation."""
     if made_in != _LINEAGE.num_forks:
         raise ForkedProcessError(
             f"This {name} belongs to the process from which this one was forked: its threads are not here. {_ADVICE}"

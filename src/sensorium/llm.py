@@ -39,7 +39,7 @@ from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, parse_prompt
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
-from sensorium.multimodal.workers.background import BackgroundLoop, release
+from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.outputs import (
     EmbeddingRequestOutput,
     PoolingOutput,
@@ -87,7 +87,7 @@ class LLM:
             input_processor.close()
             tracer.close()
             raise
-        self._assemble(config, engine, input_processor, BackgroundLoop(), tracer)
+        self._assemble(config, engine, input_processor, LoopThread("loop"), tracer)
 
     @classmethod
     def from_parts(
@@ -95,7 +95,7 @@ class LLM:
         config: EngineConfig,
         engine: Engine,
         input_processor: InputProcessor,
-        loop: BackgroundLoop,
+        loop: LoopThread,
     ) -> LLM:
         """Make an LLM of parts built elsewhere, such as an engine with a runner of another kind.
 
@@ -115,7 +115,7 @@ class LLM:
         config: EngineConfig,
         engine: Engine,
         input_processor: InputProcessor,
-        loop: BackgroundLoop,
+        loop: LoopThread,
         tracer: Tracer,
     ) -> None:
         self.config = config
@@ -126,7 +126,7 @@ class LLM:
         self._tracer = tracer
         input_processor.set_facts(engine.facts)
         closers = (loop.close, input_processor.close, tracer.close)
-        self._release = weakref.finalize(self, release, self._made_in, *closers)
+        self._release = weakref.finalize(self, forks.release, self._made_in, *closers)
         self._in_use = threading.Lock()
         self._closed = False
         self._run: BatchRun | None = None

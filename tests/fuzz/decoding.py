@@ -143,7 +143,7 @@ def _decode(modality: Modality, data: bytes, processor: Any) -> dict[str, Any]:
 
 
 def _try(modality: Modality, data: bytes, processor: Any) -> tuple[tuple[int, ...], str]:
-    loading = LOADERS[modality].parse_options({}, "")
+    loading = LOADERS[modality].options.parse({}, "")
     decoding = processor.decoding(modality, {})
     decoded = LOADERS[modality].decode(data, loading, LIMITS, decoding)
     fault = what_is_wrong(decoded)

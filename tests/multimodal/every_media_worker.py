@@ -4,7 +4,6 @@ tests.multimodal.every_media_worker FOLDER DESCRIPTOR``. The first message is a 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 from sensorium.config import MediaConfig
 from sensorium.multimodal.items import MODALITIES, Audio, Decoded, Features, Modality, Video
 from sensorium.multimodal.workers.decode_worker import serve
-from sensorium.processes.framing import receive_frame
+from sensorium.processes.fork_server import begin_server
 from tests.multimodal.support import FakeProcessor
 
 RATE = 16000
@@ -42,6 +41,6 @@ class EveryProcessor(FakeProcessor):
 
 
 if __name__ == "__main__":
-    control = socket.socket(fileno=int(sys.argv[2]))
-    config = msgspec.msgpack.decode(receive_frame(control) or b"", type=MediaConfig)
+    control, first = begin_server(sys.argv[2])
+    config = msgspec.msgpack.decode(first or b"", type=MediaConfig)
     serve(control, EveryProcessor(), config, sys.argv[1])

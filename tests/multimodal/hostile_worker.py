@@ -3,9 +3,9 @@ DESCRIPTOR``. The first message is a ``MediaConfig``."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +17,11 @@ from sensorium.config import MediaConfig
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.items import Features, Modality
 from sensorium.multimodal.workers.decode_worker import serve
-from sensorium.processes.framing import receive_frame
+from sensorium.processes.fork_server import begin_server
 from tests.multimodal.support import FakeProcessor
+
+FULL = "TEST_NO_FORK"
+"""Environment variable under which the system has no further process."""
 
 
 class HostileProcessor(FakeProcessor):
@@ -49,7 +52,13 @@ class HostileProcessor(FakeProcessor):
         return Features(modality, {"pixels": data, "none": np.zeros((0, 3))}, 4, meta)
 
 
+def _no_fork() -> int:
+    raise BlockingIOError(errno.EAGAIN, "no more processes")
+
+
 if __name__ == "__main__":
-    control = socket.socket(fileno=int(sys.argv[2]))
-    config = msgspec.msgpack.decode(receive_frame(control) or b"", type=MediaConfig)
+    if FULL in os.environ:
+        os.fork = _no_fork
+    control, first = begin_server(sys.argv[2])
+    config = msgspec.msgpack.decode(first or b"", type=MediaConfig)
     serve(control, HostileProcessor(), config, sys.argv[1])

@@ -15,7 +15,7 @@ from sensorium.errors import (
     OverloadedError,
 )
 from sensorium.multimodal.cache.features import FeatureCache
-from sensorium.multimodal.decode.loaders import Prepared, Work
+from sensorium.multimodal.decode.loaders import DecodeJob, Prepared
 from sensorium.multimodal.items import Features, MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
@@ -366,7 +366,7 @@ class FullDecoders:
         self.cache = cache
         self.num_entries: list[int] = []
 
-    async def prepare(self, work: Work) -> Prepared:
+    async def prepare(self, job: DecodeJob, source: object) -> Prepared:
         self.num_entries.append(self.cache.stats().num_entries)
         if len(self.num_entries) <= self.num_failures:
             raise OverloadedError("no room")

@@ -9,7 +9,7 @@ import pytest
 from sensorium.config import MediaConfig
 from sensorium.errors import EngineDeadError, MediaUndecodableError, SensoriumError
 from sensorium.multimodal.cache.features import CacheStats, FeatureCache
-from sensorium.multimodal.decode.loaders import Prepared, Work
+from sensorium.multimodal.decode.loaders import DecodeJob, Prepared
 from sensorium.multimodal.items import Features, MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.stats import StageCounters
@@ -62,7 +62,7 @@ class Decoders:
         self.error = error
         self.num_loading: list[float] = []
 
-    async def prepare(self, work: Work) -> Prepared:
+    async def prepare(self, job: DecodeJob, source: object) -> Prepared:
         assert self.pipeline is not None
         self.num_loading.append(self.pipeline.stats().flat()["num_loading"])
         if self.error is not None:

@@ -19,10 +19,11 @@ from sensorium.errors import MediaTooLargeError, MediaUndecodableError, Overload
 from sensorium.multimodal.decode import heif
 from sensorium.multimodal.decode.audio import AudioOptions
 from sensorium.multimodal.decode.image import ImageOptions
-from sensorium.multimodal.decode.loaders import Prepared, Work
+from sensorium.multimodal.decode.loaders import DecodeJob, Prepared
 from sensorium.multimodal.decode.video.loading import VideoOptions
 from sensorium.multimodal.shared_memory import SharedArraysFolder
-from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
+from sensorium.multimodal.workers.pool import ProcessDecoders
+from sensorium.processes.fork_server import ForkServerCommand
 from sensorium.processes.start import child_environment
 from tests.cores import environment
 from tests.multimodal.clips import make_clip, number_of
@@ -66,8 +67,8 @@ async def test_videos_of_any_length_are_decoded_and_leave_no_thread(
     clip = make_clip("mp4", 64)
     started: tuple[int, int] | None = None
     for num_frames in (8, 32, 64, 64):
-        work = Work("video", clip, VideoOptions(num_frames=num_frames), {})
-        prepared = await decoders.prepare(work)
+        job = DecodeJob("video", VideoOptions(num_frames=num_frames), {})
+        prepared = await decoders.prepare(job, clip)
         frames = prepared.features.arrays["decoded"]
         assert [number_of(frame) for frame in frames] == [
             i * 64 // num_frames for i in range(num_frames)
@@ -81,7 +82,7 @@ async def test_videos_of_any_length_are_decoded_and_leave_no_thread(
 @pytest.mark.parametrize("form", ["webm", "av1", "mjpeg", "gif", "hevc"])
 async def test_every_codec_is_decoded(decoders: ProcessDecoders, form: str) -> None:
     prepared = await decoders.prepare(
-        Work("video", make_clip(form, 32), VideoOptions(num_frames=32), {})
+        DecodeJob("video", VideoOptions(num_frames=32), {}), make_clip(form, 32)
     )
     assert prepared.features.arrays["decoded"].shape[0] == 32
     assert process_of(prepared).num_threads() == 1
@@ -97,7 +98,7 @@ SOUNDS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("form", SOUNDS)
 async def test_audio_is_decoded_and_leaves_no_thread(decoders: ProcessDecoders, form: str) -> None:
-    prepared = await decoders.prepare(Work("audio", SOUNDS[form](), AudioOptions(), {}))
+    prepared = await decoders.prepare(DecodeJob("audio", AudioOptions(), {}), SOUNDS[form]())
     assert abs(len(prepared.features.arrays["decoded"]) - 8000) < 2500
     assert process_of(prepared).num_threads() == 1
 
@@ -114,7 +115,7 @@ def picture_file(width: int, height: int, form: str) -> bytes:
 async def test_images_are_decoded_and_leave_no_thread(decoders: ProcessDecoders) -> None:
     for form in PICTURES:
         data = picture_file(64, 48, form)
-        prepared = await decoders.prepare(Work("image", data, ImageOptions(), {}))
+        prepared = await decoders.prepare(DecodeJob("image", ImageOptions(), {}), data)
         assert prepared.features.arrays["decoded"].shape == (48, 64, 3)
         assert np.ptp(prepared.features.arrays["decoded"]) > 50
         assert process_of(prepared).num_threads() == 1
@@ -128,8 +129,8 @@ async def test_a_video_without_room_for_its_frames_is_too_large_and_not_damaged(
     clip = make_clip(form, 6, size=(2304, 4096))
     with workers(16, 0.0625) as decoders:
         with pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"):
-            await decoders.prepare(Work("video", clip, VideoOptions(num_frames=1), {}))
-        small = await decoders.prepare(Work("video", make_clip(form, 6), VideoOptions(), {}))
+            await decoders.prepare(DecodeJob("video", VideoOptions(num_frames=1), {}), clip)
+        small = await decoders.prepare(DecodeJob("video", VideoOptions(), {}), make_clip(form, 6))
         assert len(small.features.arrays["decoded"]) == 6
 
 
@@ -140,7 +141,7 @@ async def test_an_image_without_room_is_too_large_and_not_damaged(form: str) -> 
         workers(16, 0.0625) as decoders,
         pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"),
     ):
-        await decoders.prepare(Work("image", data, ImageOptions(), {}))
+        await decoders.prepare(DecodeJob("image", ImageOptions(), {}), data)
 
 
 @pytest.mark.parametrize("form", ["mp4", "webm", "av1"])
@@ -149,13 +150,15 @@ async def test_a_machine_without_threads_is_not_a_damaged_video(form: str) -> No
         workers(16, ROOM_GB, threads=False) as decoders,
         pytest.raises(OverloadedError, match="no threads"),
     ):
-        await decoders.prepare(Work("video", make_clip(form, 6), VideoOptions(), {}))
+        await decoders.prepare(DecodeJob("video", VideoOptions(), {}), make_clip(form, 6))
 
 
 async def test_a_damaged_clip_is_damaged_on_any_machine(decoders: ProcessDecoders) -> None:
     clip = make_clip("mp4", 32)
     with pytest.raises(MediaUndecodableError, match="damaged or truncated"):
-        await decoders.prepare(Work("video", clip[:40] + bytes(len(clip) - 40), VideoOptions(), {}))
+        await decoders.prepare(
+            DecodeJob("video", VideoOptions(), {}), clip[:40] + bytes(len(clip) - 40)
+        )
 
 
 async def test_a_machine_without_threads_is_not_a_damaged_photo() -> None:
@@ -165,21 +168,21 @@ async def test_a_machine_without_threads_is_not_a_damaged_photo() -> None:
         workers(16, ROOM_GB, threads=False) as decoders,
         pytest.raises(OverloadedError, match="no threads"),
     ):
-        await decoders.prepare(Work("image", photo, ImageOptions(), {}))
+        await decoders.prepare(DecodeJob("image", ImageOptions(), {}), photo)
 
 
 @pytest.mark.parametrize("form", sorted({*PICTURES} - {"HEIF"}))
 async def test_pictures_need_no_threads(form: str) -> None:
     with workers(128, ROOM_GB, threads=False) as decoders:
         data = picture_file(640, 480, form)
-        prepared = await decoders.prepare(Work("image", data, ImageOptions(), {}))
+        prepared = await decoders.prepare(DecodeJob("image", ImageOptions(), {}), data)
         assert prepared.features.arrays["decoded"].shape == (480, 640, 3)
 
 
 @pytest.mark.parametrize("form", SOUNDS)
 async def test_sounds_need_no_threads(form: str) -> None:
     with workers(128, ROOM_GB, threads=False) as decoders:
-        prepared = await decoders.prepare(Work("audio", SOUNDS[form](), AudioOptions(), {}))
+        prepared = await decoders.prepare(DecodeJob("audio", AudioOptions(), {}), SOUNDS[form]())
         assert len(prepared.features.arrays["decoded"]) > 5000
 
 

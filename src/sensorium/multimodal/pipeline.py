@@ -28,7 +28,7 @@ from sensorium.errors import (
 from sensorium.multimodal.cache import digest as digests
 from sensorium.multimodal.cache.features import DigestMemo, FeatureCache
 from sensorium.multimodal.cache.single_flight import SingleFlight
-from sensorium.multimodal.decode.loaders import LOADERS, Work
+from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob
 from sensorium.multimodal.fetch.budget import RequestBytes
 from sensorium.multimodal.fetch.downloads import Downloads
 from sensorium.multimodal.fetch.fetcher import Fetcher, is_local
@@ -314,13 +314,13 @@ class MediaPipeline:
             return held
         options, num_items = job.options, job.num_items[ref.modality]
         loading = options.loading[ref.modality]
-        work = Work(ref.modality, source, loading, options.processing, num_items)
+        decode = DecodeJob(ref.modality, loading, options.processing, num_items)
         decoders = self._decoders if isinstance(source, bytes) else self._threads
         try:
-            prepared = await decoders.prepare(work)
+            prepared = await decoders.prepare(decode, source)
         except OverloadedError:  # no room for the result
             self._cache.clear()
-            prepared = await decoders.prepare(work)
+            prepared = await decoders.prepare(decode, source)
         prepared.trace(ref.param, ref.modality)
         features = await self._shared(prepared.features)
         self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from typing import TextIO
+
+from sensorium import environment
 
 _THREADS = (
     *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"),
@@ -20,34 +23,49 @@ _ENDED_ITSELF = 0
 
 
 def python_module(name: str, *arguments: str) -> tuple[str, ...]:
-    """The command that runs a module of this package, whatever lies in the working folder."""
+    """Return the command that runs a module of this package, whatever lies in the working folder."""
     return (sys.executable, "-P", "-m", name, *arguments)
 
 
 def child_environment(*, one_thread: bool = False) -> dict[str, str]:
-    """The caller's environment, with the import path under which this package was found.
+    """Return the caller's environment, with the import path under which this package was found.
 
     ``one_thread``: libraries start no threads of their own, as in a process that is to fork.
     """
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    variables = dict(os.environ)
+    variables["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
     if one_thread:
-        environment |= dict.fromkeys(_THREADS, "1")
-    return environment
+        variables |= dict.fromkeys(_THREADS, "1")
+    return variables
 
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Start processes in here whose program decides itself when to end: Ctrl-C does not reach them.
+    """Block Ctrl-C for the processes that are started in this context.
 
-    A terminal interrupts the whole process group. A process that is only starting has no say in it yet, and Python
-    would end it with a traceback; the mask of signals is inherited, so that it may take its time to ignore them.
+    A terminal interrupts the whole process group, and Python ends a process with a traceback that has not come to
+    ``begin_child`` yet. The mask of signals is inherited, and stays.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_child() -> None:
+    """Begin a process that another one of this program has started: it ignores signals of its group, and logs.
+
+    A terminal interrupts the whole process group, and a supervisor terminates all processes of a service. The process
+    in front decides when to stop, and lets running requests finish.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(
+        level=environment.log_level(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
 
 
 def end_with(parent_id: int) -> None:
@@ -58,9 +76,11 @@ def end_with(parent_id: int) -> None:
 
 
 def silence_libraries() -> TextIO:
-    """Point the error output at nothing; returns where it went, for our own lines."""
+    """Discard what this process writes to its standard output and error; return the error stream from before, for the
+    log."""
     log = os.fdopen(os.dup(2), "w", buffering=1)
     nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
+    for descriptor in (1, 2):
+        os.dup2(nothing, descriptor)
     os.close(nothing)
     return log

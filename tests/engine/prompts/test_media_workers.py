@@ -16,7 +16,7 @@ from sensorium.config import engine_config
 from sensorium.engine.prompts.media_workers import process_decoders
 from sensorium.models import loader
 from sensorium.models.registry import resolve
-from sensorium.multimodal.decode.loaders import LOADERS, Work
+from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob
 from sensorium.multimodal.items import Features, MediaItem, Modality
 from sensorium.multimodal.processor import PlacedItem
 from sensorium.multimodal.shared_memory import SharedArraysFolder
@@ -90,11 +90,11 @@ def test_a_worker_makes_what_the_processor_makes(family: str, tmp_path: Path) ->
     decoders = process_decoders(config, segments)
     try:
         for modality in modalities:
-            loading = LOADERS[modality].parse_options({}, "media_io_kwargs")
-            work = Work(modality, FILES[modality](), loading, {}, 1)
-            there = asyncio.run(decoders.prepare(work)).features
+            loading = LOADERS[modality].options.parse({}, "media_io_kwargs")
+            job, file = DecodeJob(modality, loading, {}, 1), FILES[modality]()
+            there = asyncio.run(decoders.prepare(job, file)).features
             here = asyncio.run(
-                ThreadDecoders(threads, config.media, processor).prepare(work)
+                ThreadDecoders(threads, config.media, processor).prepare(job, file)
             ).features
             same(there, here)
             replacement = processor.replacement(there, 0)

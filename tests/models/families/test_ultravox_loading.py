@@ -208,13 +208,13 @@ def test_the_frontend_needs_no_torch(tmp_path: Path) -> None:
         "from sensorium.models import loader\n"
         "from sensorium.models.registry import resolve\n"
         "from sensorium.config import MediaConfig\n"
-        "from sensorium.multimodal.decode.loaders import LOADERS, Work, prepare\n"
+        "from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob, prepare\n"
         f"read = loader.read_config({str(folder)!r})\n"
         "processor = resolve(read.config).build_processor(read)\n"
         "pair = ([0.1] * 4000, 8000)\n"
-        "options = LOADERS['audio'].parse_options({}, '')\n"
-        "work = Work('audio', pair, options, {}, 1)\n"
-        "made = prepare(work, MediaConfig(), processor)\n"
+        "options = LOADERS['audio'].options.parse({}, '')\n"
+        "job = DecodeJob('audio', options, {}, 1)\n"
+        "made = prepare(job, pair, MediaConfig(), processor)\n"
         "print(made.features.num_embeds, 'torch' in sys.modules)\n"
     )
     done = subprocess.run(

@@ -418,9 +418,9 @@ def test_the_callers_samples_stay_as_they_are() -> None:
 
 def test_options() -> None:
     loader = LOADERS["audio"]
-    assert loader.parse_options({}, "media_io_kwargs.audio") == AudioOptions()
+    assert loader.options.parse({}, "media_io_kwargs.audio") == AudioOptions()
     with pytest.raises(InvalidRequestError, match=r"'mono'.*sounds have none") as caught:
-        loader.parse_options({"mono": True}, "media_io_kwargs.audio")
+        loader.options.parse({"mono": True}, "media_io_kwargs.audio")
     assert caught.value.param == "media_io_kwargs.audio"
     with pytest.raises(InvalidRequestError, match="must be a mapping"):
         AudioOptions.parse([])  # type: ignore[arg-type]

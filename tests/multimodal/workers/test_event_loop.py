@@ -16,14 +16,14 @@ async def fail() -> None:
 
 async def test_work_runs_in_the_thread_and_failures_come_back() -> None:
     thread = LoopThread("other")
-    assert [await thread.run(where()) for _ in range(3)] == ["other"] * 3
+    assert [await thread.run(where()) for _ in range(3)] == ["sensorium-other"] * 3
     with pytest.raises(TimeoutError, match="late"):
         await thread.run(fail())
     thread.close()
     thread.close()
-    assert await thread.run(where()) == "other"  # another one
-    thread.close()
-    assert "other" not in [t.name for t in threading.enumerate()]
+    with pytest.raises(RuntimeError, match="closed"):
+        await thread.run(where())
+    assert "sensorium-other" not in [t.name for t in threading.enumerate()]
 
 
 async def test_a_caller_who_is_cancelled_cancels_the_work() -> None:
@@ -65,3 +65,36 @@ async def test_closing_ends_what_runs() -> None:
     assert ended == [True]
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_results_and_errors_come_back() -> None:
+    async def double(value: int) -> int:
+        return 2 * value
+
+    async def fail() -> None:
+        raise ValueError("no")
+
+    loop = LoopThread("other")
+    assert loop.submit(double(4)).result(10) == 8
+    with pytest.raises(ValueError, match="no"):
+        loop.submit(fail()).result(10)
+    loop.close()
+
+
+def test_closing_cancels_what_runs_and_ends_the_thread() -> None:
+    started, ended = threading.Event(), threading.Event()
+
+    async def wait() -> None:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    loop = LoopThread("other")
+    future = loop.submit(wait())
+    assert started.wait(10)
+    loop.close()
+    assert ended.is_set()
+    assert future.cancelled()
+    loop.close()

@@ -16,7 +16,7 @@ from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import PreparedPrompt
 from sensorium.errors import SensoriumError
-from sensorium.multimodal.workers.background import BackgroundLoop
+from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
 from sensorium.params import PoolingParams
 from sensorium.text.grammar.library import Grammar
@@ -43,7 +43,7 @@ class BatchRun:
         batch: Batch,
         engine: Engine,
         input_processor: InputProcessor,
-        loop: BackgroundLoop,
+        loop: LoopThread,
         numbers: Iterator[int],
         tracer: tracing.Tracer,
         *,

@@ -15,7 +15,7 @@ from typing import Any
 from sensorium import tracing
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest
-from sensorium.engine.grammar.compiler import GrammarCompiler
+from sensorium.engine.grammar.compiler import GrammarCompiler, grammar_server
 from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
 from sensorium.engine.prompts.deprecated import check_older
 from sensorium.engine.prompts.expansion import Traits, expanded
@@ -130,8 +130,9 @@ class InputProcessor:
         self._pipeline = media_pipeline(
             config, self._processor, shared=shared, package_files=package_files
         )
+        seconds = config.scheduler.grammar_timeout
         self._grammars = GrammarCompiler(
-            str(self._folder), self._vocab_size, seconds=config.scheduler.grammar_timeout
+            grammar_server(str(self._folder), self._vocab_size, seconds), seconds=seconds
         )
         self._random = random.Random(model.seed)
         self._facts: EngineFacts | None = None

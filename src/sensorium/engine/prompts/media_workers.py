@@ -13,7 +13,8 @@ from sensorium.multimodal.decode.loaders import check_loading_options
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.shared_memory import SharedArraysFolder
-from sensorium.multimodal.workers.pool import ForkServerCommand, ProcessDecoders
+from sensorium.multimodal.workers.pool import ProcessDecoders
+from sensorium.processes.fork_server import ForkServerCommand
 from sensorium.processes.start import child_environment, python_module
 
 UNBOUNDED_BYTES = 1 << 50

@@ -10,18 +10,17 @@ import faulthandler
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from typing import NoReturn
 
 import zmq
 
-from sensorium import environment
 from sensorium.engine import wire
 from sensorium.engine.engine import Engine
 from sensorium.errors import SensoriumError, UnavailableError
 from sensorium.kernels.cpu import threads
+from sensorium.processes.start import begin_child
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +36,7 @@ BYTES_BETWEEN_STEPS = 1 << 20
 
 def main() -> int:
     """Connect to the frontend, load what it says, then serve until told to stop or left alone."""
-    # A terminal interrupts the whole process group, a supervisor terminates all of a service's processes: the frontend
-    # decides when to stop, for it lets running requests finish.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(
-        level=environment.log_level(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    begin_child()
     address, parent, folders = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
     context = zmq.Context(io_threads=1)
     socket = context.socket(zmq.PAIR)

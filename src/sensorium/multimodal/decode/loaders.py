@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sensorium import tracing
@@ -26,12 +27,12 @@ _logger = logging.getLogger(__name__)
 class Loader:
     """The functions of one modality.
 
-    ``parse_options(options, param)`` checks the modality's part of ``media_io_kwargs`` and builds a dataclass of it.
+    ``options`` holds the modality's part of ``media_io_kwargs``, which ``options.parse(given, param)`` checks.
     ``decode(data, options, config, decoding)`` reads an encoded file, ``decode_object(source, …)`` an object of the
     caller's; both return what ``Processor.process`` takes. ``decoding`` comes from ``Processor.decoding``.
     """
 
-    parse_options: Callable[[Mapping[str, Any], str], Any]
+    options: type[image.ImageOptions] | type[video.VideoOptions] | type[audio.AudioOptions]
     decode: Callable[[bytes, Any, MediaConfig, Any], Decoded]
     decode_object: Callable[[Any, Any, MediaConfig, Any], Decoded]
 
@@ -49,9 +50,9 @@ def _decode_image_object(
 
 
 LOADERS: dict[Modality, Loader] = {
-    "image": Loader(image.ImageOptions.parse, _decode_image, _decode_image_object),
-    "video": Loader(video.VideoOptions.parse, video.decode, video.decode_object),
-    "audio": Loader(audio.AudioOptions.parse, audio.decode, audio.decode_object),
+    "image": Loader(image.ImageOptions, _decode_image, _decode_image_object),
+    "video": Loader(video.VideoOptions, video.decode, video.decode_object),
+    "audio": Loader(audio.AudioOptions, audio.decode, audio.decode_object),
 }
 
 
@@ -66,19 +67,17 @@ def check_loading_options(given: Mapping[str, Any], modalities: Sequence[Modalit
                 f"{', '.join(known) or 'text only'}.{suggestion(str(name), list(known))}",
                 param=param,
             )
-        known[name].parse_options(options, param)
+        known[name].options.parse(options, param)
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One item to be decoded and preprocessed.
+class DecodeJob(msgspec.Struct, frozen=True):
+    """How to decode and preprocess one item, in this process or in a worker.
 
-    ``source``: the bytes of an encoded file, or a caller's object. ``loading``: what the modality's ``parse_options``
-    returned. ``options``: ``mm_processor_kwargs``. ``num_items``: how many items of the modality the prompt has.
+    ``loading``: an object of the modality's ``Loader.options``. ``options``: ``mm_processor_kwargs``. ``num_items``:
+    how many items of the modality the prompt has.
     """
 
     modality: Modality
-    source: Any
     loading: Any
     options: Mapping[str, Any]
     num_items: int = 1
@@ -86,7 +85,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Features and what they cost."""
+    """Features of an item, and what they cost."""
 
     features: Features
     decode_seconds: float
@@ -102,21 +101,24 @@ class Prepared:
         tracing.station("processed", middle, end, item=place, modality=modality)
 
 
-def prepare(work: Work, config: MediaConfig, processor: Processor) -> Prepared:
-    """Decode and preprocess one item. Raises RequestError, and MemoryError where memory is limited."""
-    modality, loader = work.modality, LOADERS[work.modality]
+def prepare(job: DecodeJob, source: Any, config: MediaConfig, processor: Processor) -> Prepared:
+    """Decode and preprocess one item: the bytes of an encoded file, or a caller's object.
+
+    Raises RequestError, and MemoryError where memory is limited.
+    """
+    modality, loader = job.modality, LOADERS[job.modality]
     started = time.perf_counter()
-    decoding = processor.decoding(modality, work.options)
-    decode = loader.decode if isinstance(work.source, bytes) else loader.decode_object
-    data = decode(work.source, work.loading, config, decoding)
+    decoding = processor.decoding(modality, job.options)
+    decode = loader.decode if isinstance(source, bytes) else loader.decode_object
+    data = decode(source, job.loading, config, decoding)
     decoded = time.perf_counter()
     try:
-        features = processor.process(modality, data, work.options, work.num_items)
+        features = processor.process(modality, data, job.options, job.num_items)
     except (SensoriumError, MemoryError):
         raise
     except Exception as error:
         check_shortage(error)
-        _logger.exception("The processor failed on an %s of shape %s", modality, data.shape)
+        _logger.exception("the processor failed on an item (%s) of shape %s", modality, data.shape)
         raise MediaUndecodableError(
             f"The model's processor cannot take this {modality} (decoded shape {data.shape})."
         ) from None

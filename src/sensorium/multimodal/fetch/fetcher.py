@@ -59,7 +59,7 @@ class Fetcher:
         self._workers = workers
         self._resolver = resolver
         self._store = _store_of(config)
-        self._network = LoopThread("sensorium-downloads")
+        self._network = LoopThread("downloads")
         self._http: HttpClient | None = None
 
     async def fetch(self, url: str, modality: Modality) -> bytes:

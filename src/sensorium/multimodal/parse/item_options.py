@@ -67,7 +67,7 @@ class OptionRules:
                 processing = {**processing, **ref.processing}
                 self._processor.check_options(processing)
             if ref.loading:
-                own = LOADERS[ref.modality].parse_options(
+                own = LOADERS[ref.modality].options.parse(
                     ref.loading, f"media_io_kwargs.{ref.modality}"
                 )
                 loading = {**loading, ref.modality: own}
@@ -80,7 +80,7 @@ class OptionRules:
         for given in (self._config.media_io_kwargs, request):
             check_loading_options(given, self._modalities)
         return {
-            modality: LOADERS[modality].parse_options(
+            modality: LOADERS[modality].options.parse(
                 {**self._config.media_io_kwargs.get(modality, {}), **request.get(modality, {})},
                 f"media_io_kwargs.{modality}",
             )

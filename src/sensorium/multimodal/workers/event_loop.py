@@ -1,7 +1,8 @@
-"""A thread with an event loop of its own.
+"""An event loop in a thread of its own.
 
-What strangers send is read there: a host that sends its answer in a hundred thousand pieces of one byte keeps a loop
-busy for tens of milliseconds at a time, which must not be the loop that serves everyone.
+Synchronous callers run coroutines there. Downloads run there, too: a host that sends its answer in a hundred thousand
+pieces of one byte keeps a loop busy for tens of milliseconds at a time, and that must not be the loop that serves
+everyone.
 """
 
 from __future__ import annotations
@@ -9,58 +10,70 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from sensorium.forks import OWN_THREADS
 
 T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines in a thread that starts with the first one. Usable from several event loops."""
+    """Runs coroutines in a thread that starts with the first one. Usable from several threads and event loops."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self._name = f"{OWN_THREADS}{name}"
         self._lock = threading.Lock()
+        self._is_closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a coroutine on the loop. Raises RuntimeError after ``close``."""
+        with self._lock:
+            if not self._is_closed:
+                return asyncio.run_coroutine_threadsafe(work, self._running())
+        work.close()
+        raise RuntimeError("the event loop has been closed")
+
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``; a caller that is cancelled cancels it."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._running()))
+        """Return the result of a coroutine; cancelling the caller cancels it. Raises as ``submit`` does."""
+        return await asyncio.wrap_future(self.submit(work))
 
     def close(self) -> None:
-        """Cancel what runs, wait until it has ended, and stop the thread; the next ``run`` starts another."""
+        """Cancel what runs, wait until it has ended, and end the thread; further calls only wait."""
         with self._lock:
+            was_closed, self._is_closed = self._is_closed, True
             loop, thread = self._loop, self._thread
-            self._loop = self._thread = None
-        if loop is not None and thread is not None and thread.is_alive():
+        if loop is None or thread is None or not thread.is_alive():
+            return
+        if not was_closed:
             loop.call_soon_threadsafe(loop.stop)
-            thread.join()
+        thread.join()
 
     def _running(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            # A child made by fork has the object, but not the thread.
-            if self._loop is None or self._thread is None or not self._thread.is_alive():
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(
-                    target=_serve, args=(self._loop,), name=self._name, daemon=True
-                )
-                self._thread.start()
-            return self._loop
-
-
-async def _end_tasks() -> None:
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        # A forked child has the object, but not the thread.
+        if self._loop is None or self._thread is None or not self._thread.is_alive():
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(
+                target=_serve, args=(self._loop,), name=self._name, daemon=True
+            )
+            self._thread.start()
+        return self._loop
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    workers = ThreadPoolExecutor(thread_name_prefix=f"{OWN_THREADS}work")
+    loop.set_default_executor(workers)
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
-        loop.run_until_complete(_end_tasks())
-        loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
-        asyncio.set_event_loop(None)
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        # Not by the loop, which would start a thread for it, when Python may be ending.
+        workers.shutdown()
         loop.close()

@@ -1,0 +1,92 @@
+"""Messages between the pool of decoders and its worker processes.
+
+Arrays do not travel: a worker writes the features into a file of shared memory, and answers with their shapes. Answers
+are checked, for a worker has read untrusted files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sensorium.errors import (
+    InvalidRequestError,
+    MediaUndecodableError,
+    OverloadedError,
+    RequestError,
+    SensoriumError,
+    error_of,
+)
+from sensorium.multimodal.decode.loaders import DecodeJob
+from sensorium.multimodal.shared_memory import ArraySpec, check
+from sensorium.multimodal.workers.packing import decode_extension, encode_other
+
+MOST_EMBEDS = 1 << 24
+MOST_MESSAGE_CHARS = 1000
+
+
+class DecodeRequest(msgspec.Struct):
+    """To a worker: the job, the path of the file to write, and how many bytes of the encoded file follow."""
+
+    job: DecodeJob
+    path: str
+    num_bytes: int
+
+
+class Done(msgspec.Struct, tag=True):
+    """From a worker: the features, whose arrays lie in the request's file, and what they cost."""
+
+    specs: dict[str, ArraySpec]
+    num_embeds: int
+    meta: dict[str, Any]
+    precomputed: bool
+    decode_seconds: float
+    decoded_bytes: int
+    preprocess_seconds: float
+
+
+class Failed(msgspec.Struct, tag=True):
+    """From a worker: the error of the item; ``code`` is that of its class."""
+
+    message: str
+    code: str
+    param: str | None = None
+
+    def error(self) -> SensoriumError:
+        """Return the error to raise: one of an item, for a worker cannot speak for the engine."""
+        message = self.message[:MOST_MESSAGE_CHARS]
+        error = error_of(self.code, message, self.param, MediaUndecodableError)
+        if isinstance(error, RequestError | OverloadedError):
+            return error
+        return MediaUndecodableError(message, param=self.param)
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=encode_other).encode
+decode_request = msgspec.msgpack.Decoder(DecodeRequest, ext_hook=decode_extension).decode
+_decode_reply = msgspec.msgpack.Decoder(Done | Failed, ext_hook=decode_extension).decode
+
+
+def encode_request(request: DecodeRequest) -> bytes:
+    """Return a request as bytes. Raises InvalidRequestError for options that cannot be encoded."""
+    try:
+        return encode(request)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        raise InvalidRequestError(
+            "mm_processor_kwargs holds a value that is no plain one (a number below 2**64, a text, a list or a "
+            "mapping of those).",
+            param="mm_processor_kwargs",
+        ) from None
+
+
+def decode_reply(data: bytes, path: str) -> Done | Failed:
+    """Return a worker's reply, whose arrays lie in the file ``path``.
+
+    Raises ValueError, TypeError or OSError for one that cannot be true.
+    """
+    reply = _decode_reply(data)
+    if isinstance(reply, Done):
+        check(path, reply.specs)
+        if not 0 <= reply.num_embeds <= MOST_EMBEDS:
+            raise ValueError(f"a worker cannot have made {reply.num_embeds} embeddings")
+    return reply
