@@ -19,7 +19,7 @@ from sensorium.models import loader
 from sensorium.models.registry import resolve
 from sensorium.multimodal.items import Features
 from sensorium.multimodal.processor import Processor
-from sensorium.multimodal.workers.background import BackgroundLoop
+from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.runner import ModelRunner
 
@@ -36,7 +36,7 @@ class Parts:
     scheduler: Scheduler
     store: FeatureStore
     processor: InputProcessor
-    loop: BackgroundLoop
+    loop: LoopThread
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the event loop on which prompts are prepared."""
@@ -104,7 +104,7 @@ def patient_llm(model: str | Path, **options: Any) -> LLM:
 def _assembled(kind: type[Engine], config: EngineConfig) -> Parts:
     forks.begin_computing()
     processor = InputProcessor(config, trust_request_chat_template=True, package_files=True)
-    parts, loop = build_parts(config), BackgroundLoop()
+    parts, loop = build_parts(config), LoopThread("loop")
     engine = parts.engine(kind)
     llm = LLM.from_parts(config, engine, processor, loop)
     return Parts(llm, engine, parts.runner, parts.scheduler, parts.store, processor, loop)
