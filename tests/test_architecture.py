@@ -317,11 +317,11 @@ PRIVATE_NAMES = {
     # through a door: parts that it makes itself (tests/parts.py), a snapshot, what users see.
     ".": 1,
     "core": 2,
-    "engine": 49,
+    "engine": 28,
     "gpu": 1,
     "kernels": 6,
     "models": 6,
-    "multimodal": 86,
+    "multimodal": 57,
     "reliability": 1,
     "runtime": 2,
     "server": 8,
