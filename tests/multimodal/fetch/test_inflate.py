@@ -60,7 +60,7 @@ def test_members_are_bounded() -> None:
 
 
 def test_a_bomb_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 MiB in 64 KiB: no more than the limit and a byte is ever made of them."""
+    """64 MiB in 64 KiB: no more than the limit and a step are unpacked."""
     made: list[int] = []
     real = zlib.decompressobj
 
@@ -79,7 +79,7 @@ def test_a_bomb_is_left_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zlib, "decompressobj", Counting)
     with pytest.raises(MediaTooLargeError):
         unzip([gzip.compress(bytes(64 << 20), 9)], "gzip", 3_000_000)
-    assert sum(made) == 3_000_001
+    assert 3_000_000 < sum(made) <= 3_000_000 + (1 << 20)
     assert max(made) <= 1 << 20
 
 
