@@ -23,6 +23,6 @@ def make() -> Iterator[Callable[..., Setup]]:
 
     yield build
     for setup in made:
-        assert not setup.cache._pins
+        assert setup.cache.num_pinned == 0
         setup.cache.check_integrity()
         setup.pipeline.close()

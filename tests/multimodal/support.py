@@ -16,9 +16,13 @@ from aiohttp import web
 from aiohttp.abc import AbstractResolver, ResolveResult
 from PIL import Image
 
+from sensorium.config import MediaConfig
 from sensorium.errors import InvalidEmbeddingsError, InvalidRequestError
+from sensorium.multimodal.fetch.budget import RequestBytes
+from sensorium.multimodal.fetch.fetcher import Fetcher
 from sensorium.multimodal.items import Features, MediaItem, Modality
 from sensorium.multimodal.processor import PlacedItem, Replacement
+from sensorium.multimodal.workers.threads import ThreadWorkers
 
 
 class FakeProcessor:
@@ -219,3 +223,21 @@ class FakeResolver(AbstractResolver):
 
     async def close(self) -> None:
         return
+
+
+class BytesFetcher:
+    """A fetcher that gives bytes, each time from the host."""
+
+    def __init__(
+        self, workers: ThreadWorkers, resolver: FakeResolver | None = None, **config: Any
+    ) -> None:
+        config.setdefault("allowed_media_domains", ("127.0.0.1",))
+        config.setdefault("media_url_reuse_seconds", 0.0)
+        self.fetcher = Fetcher(
+            MediaConfig(**config), workers, resolver=None if resolver is None else lambda: resolver
+        )
+        self.budget = self.fetcher.budget
+        self.close = self.fetcher.close
+
+    async def fetch(self, url: str, modality: Modality) -> bytes:
+        return (await self.fetcher.fetch(url, modality, RequestBytes(1 << 40))).data

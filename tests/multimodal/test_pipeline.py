@@ -16,7 +16,7 @@ from sensorium.errors import (
 )
 from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.decode.loaders import DecodeJob, Prepared
-from sensorium.multimodal.items import Features, MediaRef
+from sensorium.multimodal.items import Features, Fetched, MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
 from sensorium.multimodal.workers.pool import DecoderStats
@@ -69,10 +69,10 @@ async def test_a_repeated_data_url_is_not_even_read_again(make, monkeypatch) -> 
     ref = url_ref(data_url(encoded(picture())))
     first = (await setup.load(ref))[0]
 
-    async def fetch(url: str, modality: str) -> bytes:
+    async def fetch(*args: object) -> Fetched:
         raise AssertionError("read again")
 
-    monkeypatch.setattr(setup.pipeline._fetcher, "fetch", fetch)
+    monkeypatch.setattr(setup.pipeline.fetcher, "fetch", fetch)
     assert (await setup.load(ref))[0].features is first.features
     monkeypatch.undo()
     scaled = (await setup.load(ref, mm_processor_kwargs={"scale": 2}))[0]
@@ -143,15 +143,10 @@ async def test_a_hundred_requests_for_one_url_are_one_fetch_and_one_decode(make)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         release.set()
-        while not setup.pipeline._preparations.num_running:
-            await asyncio.sleep(0)
         while setup.processor.num_calls == 0:
             await asyncio.sleep(0)
-        for _ in range(1000):  # every waiter gets to the digest before the processor may end
-            await setup.pipeline._workers.run(len, b"")
-            flights = setup.pipeline._preparations._flights
-            if sum(flight.num_waiters for flight in flights.values()) == 100:
-                break
+        while setup.cache.stats().queries < 100:  # all know the digest before the processor ends
+            await asyncio.sleep(0)
         setup.processor.gate.set()
         items = [item for found in await asyncio.gather(*loads) for item in found]
     assert server.paths == ["/a"]
@@ -214,7 +209,7 @@ async def test_a_caller_who_leaves_does_not_cancel_the_fetch_of_others(make) -> 
         last.cancel()
         await asyncio.gather(last, return_exceptions=True)
         await gone.wait()  # the server sees the connection close
-    assert setup.pipeline._downloads._flights.num_running == 0
+    assert setup.pipeline.fetcher.num_running == 0
 
 
 async def test_one_bad_item_cancels_the_rest_and_is_named(make) -> None:
@@ -224,7 +219,7 @@ async def test_one_bad_item_cancels_the_rest_and_is_named(make) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             await setup.load(*refs)
     assert caught.value.param == "bad"
-    assert setup.pipeline._downloads._flights.num_running == 0
+    assert setup.pipeline.fetcher.num_running == 0
 
 
 async def test_a_shared_failure_names_each_callers_place(make) -> None:
@@ -247,7 +242,7 @@ async def test_a_shared_refusal_is_each_callers_own(make, monkeypatch) -> None:
     async def refuse(*args: object) -> None:
         raise shared
 
-    monkeypatch.setattr(setup.pipeline._downloads, "get", refuse)
+    monkeypatch.setattr(setup.pipeline.fetcher, "fetch", refuse)
     found = await asyncio.gather(
         *(setup.load(url_ref("http://127.0.0.1/a")) for _ in range(2)), return_exceptions=True
     )
@@ -262,7 +257,7 @@ async def test_downloads_that_wait_to_be_decoded_are_bounded(make) -> None:
     data = [encoded(picture()), encoded(picture(40, 40))]
     assert len(data[1]) > len(data[0])
     setup = make(max_media_bytes_in_flight=len(data[0]) + len(data[1]) - 1)
-    budget = setup.pipeline._fetcher.budget
+    budget = setup.pipeline.fetcher.budget
     setup.processor.gate = threading.Event()
     async with media_server() as server:
         for path, body in zip("ab", data, strict=True):
@@ -270,7 +265,7 @@ async def test_downloads_that_wait_to_be_decoded_are_bounded(make) -> None:
         server.serve("/again", data[0])
         refs = [url_ref(server.url(path)) for path in ("/a", "/a", "/again")]
         loads = [asyncio.create_task(setup.load(ref)) for ref in refs]
-        while sum(n for n, _ in budget._held.values()) < 3:
+        while budget.num_holders < 3:
             assert not any(load.done() for load in loads)
             await asyncio.sleep(0)
         assert budget.num_bytes == len(data[0])
@@ -314,7 +309,7 @@ async def test_a_request_is_refused_as_soon_as_too_much_has_come(make) -> None:
         assert caught.value.param in ("a", "b", "c")
         release.set()
         assert len(await other) == 1
-    assert setup.pipeline._fetcher.budget.num_bytes == 0
+    assert setup.pipeline.fetcher.budget.num_bytes == 0
 
 
 async def test_all_downloads_of_a_request_are_bounded_together(make) -> None:

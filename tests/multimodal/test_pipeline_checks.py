@@ -23,7 +23,7 @@ from tests.multimodal.support import (
 async def test_modalities_that_the_model_does_not_have(make) -> None:
     setup = make()
     for modality in ("video", "audio"):
-        with pytest.raises(UnsupportedModalityError, match="takes image only") as caught:
+        with pytest.raises(UnsupportedModalityError, match="it takes: image") as caught:
             await setup.load(url_ref("https://a.example/", param="here", modality=modality))
         assert caught.value.param == "here"
     text = FakeProcessor()
@@ -32,11 +32,12 @@ async def test_modalities_that_the_model_does_not_have(make) -> None:
     with pytest.raises(UnsupportedModalityError, match="text only"):
         await pipeline.load([object_ref(picture())])
     pipeline.close()
+    off = make(limit_mm_per_prompt={"image": 0})
+    with pytest.raises(UnsupportedModalityError, match="switched off here by limit_mm_per_prompt"):
+        await off.load(object_ref(picture()))
 
 
-@pytest.mark.parametrize(
-    ("limit", "most"), [(0, 0), (2, 2), ({"count": 1}, 1), ({"num_frames": 3}, 256)]
-)
+@pytest.mark.parametrize(("limit", "most"), [(2, 2), ({"count": 1}, 1), ({"num_frames": 3}, 256)])
 async def test_items_are_counted(make, limit: object, most: int) -> None:
     setup = make(limit_mm_per_prompt={"image": limit})
     refs = [object_ref(picture(1, 1, i % 4), param=f"p{i}") for i in range(most + 1)]

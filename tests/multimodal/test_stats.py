@@ -7,9 +7,15 @@ import contextlib
 import pytest
 
 from sensorium.config import MediaConfig
-from sensorium.errors import EngineDeadError, MediaUndecodableError, SensoriumError
+from sensorium.errors import (
+    EngineDeadError,
+    MediaRefusedError,
+    MediaUndecodableError,
+    SensoriumError,
+)
 from sensorium.multimodal.cache.features import CacheStats, FeatureCache
 from sensorium.multimodal.decode.loaders import DecodeJob, Prepared
+from sensorium.multimodal.fetch.fetcher import DownloadStats
 from sensorium.multimodal.items import Features, MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
 from sensorium.multimodal.stats import StageCounters
@@ -20,7 +26,7 @@ CACHE = CacheStats(5, 4, 3, 2, 1, 0)
 
 
 def flat(counters: StageCounters) -> dict[str, float]:
-    return counters.snapshot(CACHE, DecoderStats(6, 7, 8)).flat()
+    return counters.snapshot(CACHE, DecoderStats(6, 7, 8), DownloadStats(5)).flat()
 
 
 def test_runs_of_a_stage_are_summed() -> None:
@@ -32,13 +38,15 @@ def test_runs_of_a_stage_are_summed() -> None:
     assert stage == [2, 0.75, 15]
     assert (numbers["fetch_count"], numbers["preprocess_seconds"]) == (0, 0)
     assert (numbers["processor_cache_queries"], numbers["processor_cache_evictions"]) == (5, 0)
+    assert numbers["downloads_num_requests"] == 5
     assert [numbers[f"num_{n}"] for n in ("busy", "waiting", "worker_restarts")] == [6, 7, 8]
 
 
 def test_failures_have_their_code() -> None:
     counters = StageCounters()
-    for code in ("media_refused", "media_refused", "media_undecodable"):
-        counters.add_failure(code)
+    for error in (MediaRefusedError, MediaRefusedError, MediaUndecodableError):
+        with pytest.raises(error), counters.loading():
+            raise error("no")
     numbers = flat(counters)
     assert (numbers["failure_media_refused"], numbers["failure_media_undecodable"]) == (2, 1)
     assert numbers["failures"] == 3

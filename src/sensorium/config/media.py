@@ -100,6 +100,13 @@ class MediaConfig:
         "Folder that keeps downloads between requests and restarts, as far as their hosts allow; "
         "none if empty.",
     )
+    media_download_cache_seconds: float = option(
+        3600.0,
+        "Seconds for which that folder keeps a download; fewer if the Cache-Control or Expires of its "
+        "host says so.",
+        ge=0.001,
+        le=365 * 86400.0,
+    )
     media_download_cache_gb: float = option(
         10.0,
         "Size of that folder in GiB; the least recently used downloads are evicted.",

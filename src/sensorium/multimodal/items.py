@@ -43,6 +43,24 @@ class MediaRef:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Fetched:
+    """An encoded file: its bytes and its content digest.
+
+    Attributes:
+        data: The bytes.
+        digest: ``cache.digest.encoded_digest`` of them.
+        cached: They come from the disk cache of downloads.
+        reusable: They may serve requests that come right after. A local file never is: it may have
+            changed by then.
+    """
+
+    data: bytes
+    digest: bytes
+    cached: bool = False
+    reusable: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Video:
     """A decoded video, as far as it was sampled.
 

@@ -1,8 +1,9 @@
-"""References in, items out: guard, fetch, digest, cache, decode and preprocess, concurrently and each thing once."""
+"""Loading of media: from references to items with features, concurrently and each content once."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
@@ -19,22 +20,18 @@ from sensorium.errors import (
     MediaNotCachedError,
     MediaTooLargeError,
     OverloadedError,
-    RequestError,
-    TooManyItemsError,
-    UnavailableError,
-    UnsupportedModalityError,
     counted,
+    located,
 )
 from sensorium.multimodal.cache import digest as digests
 from sensorium.multimodal.cache.features import DigestMemo, FeatureCache
 from sensorium.multimodal.cache.single_flight import SingleFlight
 from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob
 from sensorium.multimodal.fetch.budget import RequestBytes
-from sensorium.multimodal.fetch.downloads import Downloads
-from sensorium.multimodal.fetch.fetcher import Fetcher, is_local
-from sensorium.multimodal.items import Features, MediaItem, MediaRef, Modality
-from sensorium.multimodal.parse import part_options
-from sensorium.multimodal.parse.data import looks_like_a_picture
+from sensorium.multimodal.fetch.fetcher import Fetcher, is_data_url, is_local
+from sensorium.multimodal.items import Features, Fetched, MediaItem, MediaRef, Modality
+from sensorium.multimodal.parse import limits, part_options
+from sensorium.multimodal.parse.data import has_image_shape
 from sensorium.multimodal.parse.embeddings import decode_embeddings
 from sensorium.multimodal.parse.item_options import ItemOptions, OptionRules
 from sensorium.multimodal.processor import Processor
@@ -45,16 +42,16 @@ from sensorium.multimodal.workers.pool import Decoders, ThreadDecoders
 from sensorium.multimodal.workers.threads import ThreadWorkers
 
 MAX_SEEN_URLS = 4096
-HASHED_AT_ONCE = 1 << 19
-"""Characters of a ``data:`` URL that the event loop hashes itself: a quarter of a millisecond."""
+MAX_INLINE_HASH_CHARS = 1 << 19
+"""Length of a ``data:`` URL that the event loop hashes itself: a quarter of a millisecond."""
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class _Job:
-    """What the items of one request share. Written by ``MediaPipeline`` only."""
+class LoadContext:
+    """State that the items of one request share. Written by ``MediaPipeline`` only."""
 
     options: ItemOptions
     tenant: str
@@ -66,21 +63,19 @@ class _Job:
     held: list[bytes] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Content:
-    """An encoded file with its content digest, or a caller's object without one yet."""
-
-    source: Any
-    digest: bytes | None = None
-
-
 class MediaPipeline:
-    """Loads the media of requests for one model.
+    """Loads the media of requests for one model. Usable from several event loops.
 
-    ``decoders`` take encoded files; without them threads of this process do. ``segments``: where all features are to
-    lie, so that another process can open them; they lie where they were made without it. ``ids_matter``: False when
-    neither the processor cache nor the prefix cache is on, so that a caller's ids would change nothing; they are then
-    ignored, with one warning. Usable from several event loops.
+    Args:
+        config: Limits and options.
+        processor: The model's processor.
+        cache: Features by item digest.
+        workers: Threads for short work; made here by default.
+        decoders: Decode encoded files; threads of this process by default.
+        segments: Holds all features in shared memory, for another process.
+        package_files: See ``Guard``.
+        ids_matter: False if neither the processor cache nor the prefix cache is on. The callers' ids
+            would change nothing; they are then ignored, with one warning.
     """
 
     def __init__(
@@ -92,7 +87,6 @@ class MediaPipeline:
         workers: ThreadWorkers | None = None,
         decoders: Decoders | None = None,
         segments: SharedArraysFolder | None = None,
-        fetcher: Fetcher | None = None,
         package_files: bool = False,
         ids_matter: bool = True,
     ) -> None:
@@ -104,18 +98,17 @@ class MediaPipeline:
         self._threads = ThreadDecoders(self._workers, config, processor)
         self._decoders = decoders or self._threads
         self._segments = segments
-        self._fetcher = fetcher or Fetcher(config, self._workers, package_files=package_files)
+        self._counters = StageCounters()
+        self.fetcher = Fetcher(
+            config,
+            self._workers,
+            package_files=package_files,
+            on_fetch=lambda seconds, num_bytes: self._counters.add("fetch", seconds, num_bytes),
+        )
         self._ids_matter = ids_matter
         self._warned_of_ids = False
         self._preparations: SingleFlight[Features] = SingleFlight()
         self._seen = DigestMemo(MAX_SEEN_URLS)
-        self._counters = StageCounters()
-        self._downloads = Downloads(
-            config,
-            self._fetcher,
-            self._workers,
-            on_fetch=lambda seconds, num_bytes: self._counters.add("fetch", seconds, num_bytes),
-        )
         self._rules = OptionRules(config, processor, self.modalities)
 
     async def load(
@@ -127,43 +120,40 @@ class MediaPipeline:
         cache_salt: str | None = None,
         tenant: str = "",
     ) -> list[MediaItem]:
-        """The items behind ``refs``, in order; embeddings of several items give as many.
+        """Return the items behind ``refs``, in order; embeddings of several items give as many.
 
-        ``tenant`` and ``cache_salt`` scope the callers' ids. Raises the first item's error to come up, a RequestError
-        with the item's ``param``; the loading of the others is then cancelled, unless another request waits for it.
+        ``tenant`` and ``cache_salt`` scope the callers' ids. Raises the first RequestError or
+        UnavailableError of an item, with its ``param``; the loading of the other items is then
+        cancelled, unless another request waits for it.
         """
         self.check(refs)
         refs, mm_processor_kwargs = part_options.with_rates(refs, mm_processor_kwargs)
         options = self._rules.of_request(mm_processor_kwargs, media_io_kwargs)
-        job = self._new_job(options, tenant, cache_salt)
-        for ref in refs:  # as many as where they are named by their ids alone
-            job.num_items[ref.modality] += len(ref.uuids) or 1
+        context = LoadContext(
+            options=options,
+            tenant=tenant,
+            salt=cache_salt or "",
+            fetch_slots=asyncio.Semaphore(self._config.max_media_fetches_per_request),
+            received=RequestBytes(self._config.max_request_media_bytes),
+        )
+        for ref in refs:
+            context.num_items[ref.modality] += len(ref.uuids) or 1
         try:
-            groups = await _all([self._load_ref(ref, self._job_of(ref, job)) for ref in refs])
+            groups = await _all([self._load_ref(ref, self._own(ref, context)) for ref in refs])
         finally:
-            self._cache.unpin(job.pinned)
-            for digest in job.held:
-                self._fetcher.budget.release(digest)
+            self._cache.unpin(context.pinned)
+            for digest in context.held:
+                self.fetcher.budget.release(digest)
         items = [item for group in groups for item in group]
-        self._check_counts(
-            Counter(
-                i.modality
-                for i in items
-                if not self._needs_none(i.modality, i.features.precomputed)
-            ),
-            refs,
-            len(items),
+        limits.check_counts(
+            [(i.modality, i.features.precomputed) for i in items], refs, self._config
         )
         return items
 
     def check(self, refs: Sequence[MediaRef]) -> None:
-        """Refuse what needs no loading to be refused: modalities, counts, embeddings that are not enabled."""
+        """Refuse references that can be refused without loading them. Raises RequestError."""
         for ref in refs:
-            if ref.modality not in self.modalities:
-                takes = f"takes {', '.join(self.modalities)}" if self.modalities else "takes text"
-                raise UnsupportedModalityError(
-                    f"This model {takes} only; it has no {ref.modality} input.", param=ref.param
-                )
+            limits.check_modality(ref, self.modalities, self._config)
             if ref.kind == "embeds" and not self._config.enable_mm_embeds:
                 raise InvalidRequestError(
                     "Precomputed embeddings are not enabled; start with --enable-mm-embeds "
@@ -171,89 +161,47 @@ class MediaPipeline:
                     param=ref.param,
                 )
             self._rules.of_item(ref, self._rules.configured)
-        counted_refs = (
-            ref.modality for ref in refs if not self._needs_none(ref.modality, ref.kind == "embeds")
-        )
-        self._check_counts(Counter(counted_refs), refs, len(refs))
+        limits.check_counts([(r.modality, r.kind == "embeds") for r in refs], refs, self._config)
 
     def stats(self) -> MediaStats:
-        """A snapshot of the counters of all stages and of the cache."""
-        counted = self._counters.snapshot(self._cache.stats(), self._decoders.stats())
-        return dataclasses.replace(counted, downloads=self._downloads.stats())
+        """Return a snapshot of the counters of all stages and of the cache."""
+        return self._counters.snapshot(
+            self._cache.stats(), self._decoders.stats(), self.fetcher.stats()
+        )
 
     def close(self) -> None:
-        """Free the workers. Nothing may be loading."""
-        self._downloads.close()
+        """Stop the workers. Nothing may be loading."""
+        self.fetcher.close()
         self._decoders.close()
         self._workers.close()
 
-    def _new_job(self, options: ItemOptions, tenant: str, salt: str | None) -> _Job:
-        return _Job(
-            options=options,
-            tenant=tenant,
-            salt=salt or "",
-            fetch_slots=asyncio.Semaphore(self._config.max_media_fetches_per_request),
-            received=RequestBytes(self._config.max_request_media_bytes),
+    def _own(self, ref: MediaRef, context: LoadContext) -> LoadContext:
+        """Return the context of an item: a copy where the item has options of its own."""
+        options = self._rules.of_item(ref, context.options)
+        return (
+            context if options is context.options else dataclasses.replace(context, options=options)
         )
 
-    def _job_of(self, ref: MediaRef, job: _Job) -> _Job:
-        """The job of a reference: one with its own options where it has some."""
-        options = self._rules.of_item(ref, job.options)
-        return job if options is job.options else dataclasses.replace(job, options=options)
-
-    def _needs_none(self, modality: Modality, precomputed: bool) -> bool:
-        """Whether an item passes a limit of 0: embeddings do, which need no encoder."""
-        return precomputed and self._config.limit(modality) == 0
-
-    def _check_counts(
-        self, counts: Counter[Modality], refs: Sequence[MediaRef], total: int
-    ) -> None:
-        for modality, count in counts.items():
-            limit = self._config.limit(modality)
-            if limit is not None and count > limit:
-                beyond = [ref for ref in refs if ref.modality == modality][limit:]
-                raise TooManyItemsError(
-                    f"The prompt has {counted(count, f'{modality} item')}; at most {limit} "
-                    f"{'is' if limit == 1 else 'are'} allowed (--limit-mm-per-prompt).",
-                    param=beyond[0].param if beyond else None,
-                )
-        most = self._config.max_items_per_request
-        if total > most:
-            raise TooManyItemsError(
-                f"The request has {total} media items; at most {most} are allowed "
-                "(--max-items-per-request).",
-                param=refs[most].param if len(refs) > most else None,
+    async def _load_ref(self, ref: MediaRef, context: LoadContext) -> list[MediaItem]:
+        """Load the items of one reference; errors name its place."""
+        with located(ref.param or None), self._counters.loading():
+            items = (
+                await self._load_embeddings(ref, context)
+                if ref.kind == "embeds"
+                else [await self._load_item(ref, context)]
             )
+        is_named = self._ids_matter and (ref.uuid or ref.uuids)
+        return [_with_length(item) for item in items] if is_named else items
 
-    async def _load_ref(self, ref: MediaRef, job: _Job) -> list[MediaItem]:
-        """The items of one reference. Errors are given this reference's ``param``; shared ones are copied for it."""
-        try:
-            with self._counters.loading():
-                items = (
-                    await self._load_embeddings(ref, job)
-                    if ref.kind == "embeds"
-                    else [await self._load_item(ref, job)]
-                )
-            named = self._ids_matter and (ref.uuid or ref.uuids)
-            return [_sized(item) for item in items] if named else items
-        except UnavailableError as error:
-            self._counters.add_failure(error.code)
-            copy = type(error)(error.message, param=error.param)
-            copy.retry_after = error.retry_after
-            raise copy from None
-        except RequestError as error:
-            self._counters.add_failure(error.code)
-            raise type(error)(error.message, param=error.param or ref.param or None) from None
-
-    async def _load_item(self, ref: MediaRef, job: _Job) -> MediaItem:
-        """One item: by its id or, for a ``data:`` URL, by its text, if that is known; else by its content."""
-        digest = self._id_digest(ref.modality, ref.uuid, job)
+    async def _load_item(self, ref: MediaRef, context: LoadContext) -> MediaItem:
+        """Load one item: from the cache by its id or by the text of its ``data:`` URL, else by content."""
+        digest = self._id_digest(ref.modality, ref.uuid, context)
         text_digest = None
-        if digest is None and _is_data_url(ref):
+        if digest is None and ref.kind == "url" and is_data_url(ref.source):
             text_digest = await self._text_digest(ref.source)
             seen = self._seen.get(text_digest)
-            digest = None if seen is None else self._item_digest(ref.modality, seen, job)
-        features = None if digest is None else self._lookup(digest, job)
+            digest = None if seen is None else self._item_digest(ref.modality, seen, context)
+        features = None if digest is None else self._lookup(digest, context)
         if digest is not None and features is not None:
             tracing.station("cached", item=ref.param, modality=ref.modality)
             return MediaItem(ref.modality, digest, features)
@@ -261,58 +209,60 @@ class MediaPipeline:
             raise MediaNotCachedError(
                 f"Nothing is cached under the id {ref.uuid!r:.80}; send the {ref.modality} itself."
             )
-        began = time.monotonic()
-        content = await self._content(ref, job)
-        if ref.kind == "url":
-            size = len(content.source)
-            tracing.station("fetched", began, item=ref.param, modality=ref.modality, bytes=size)
-        if text_digest is not None and content.digest is not None:
-            self._seen.put(text_digest, content.digest)
+        fetched = None if ref.kind == "object" else await self._fetch(ref, context)
+        source = ref.source if fetched is None else fetched.data
+        if text_digest is not None and fetched is not None:
+            self._seen.put(text_digest, fetched.digest)
         if digest is None:
-            identity = content.digest
-            if identity is None:
-                identity = await self._workers.run(digests.object_digest, content.source)
-            digest = self._item_digest(ref.modality, identity, job)
-            features = self._lookup(digest, job)
+            content = (
+                await self._workers.run(digests.object_digest, source)
+                if fetched is None
+                else fetched.digest
+            )
+            digest = self._item_digest(ref.modality, content, context)
+            features = self._lookup(digest, context)
         if features is None:
             features = await self._preparations.run(
-                digest, lambda: self._prepare(ref, content.source, digest, job)
+                digest, lambda: self._prepare(ref, source, digest, context)
             )
         else:
             tracing.station("cached", item=ref.param, modality=ref.modality)
         return MediaItem(ref.modality, digest, features)
 
-    async def _content(self, ref: MediaRef, job: _Job) -> _Content:
-        """The encoded file, fetched if need be, or the caller's object. Bytes count against the request's limit, and
-        what was downloaded against that of all downloads, until the request is loaded."""
-        if ref.kind == "object":
-            return _Content(ref.source)
+    async def _fetch(self, ref: MediaRef, context: LoadContext) -> Fetched:
+        """Return the encoded file of a reference, fetched if need be.
+
+        Its bytes count against the request's limit; what was downloaded also counts against that of
+        all downloads until the request is loaded.
+        """
+        began = time.monotonic()
         if ref.kind == "bytes":
-            content = await self._workers.run(_encoded, bytes(ref.source))
-        elif _is_data_url(ref):
-            data = await self._fetcher.fetch(ref.source, ref.modality)
-            content = await self._workers.run(_encoded, data)
+            fetched = await self._workers.run(_hashed, ref.source)
         else:
-            async with job.fetch_slots:
-                download = await self._downloads.get(ref.source, ref.modality, job.received)
-            content = _Content(download.data, download.digest)
-            if not is_local(ref.source):
-                self._fetcher.budget.hold(download.digest, len(download.data))
-                job.held.append(download.digest)
-        size = len(content.source)
+            is_data = is_data_url(ref.source)
+            async with contextlib.nullcontext() if is_data else context.fetch_slots:
+                fetched = await self.fetcher.fetch(ref.source, ref.modality, context.received)
+            if not is_data and not is_local(ref.source):
+                self.fetcher.budget.hold(fetched.digest, len(fetched.data))
+                context.held.append(fetched.digest)
+        size = len(fetched.data)
+        if ref.kind == "url":
+            tracing.station("fetched", began, item=ref.param, modality=ref.modality, bytes=size)
         if size > self._config.max_media_bytes:
             raise MediaTooLargeError(
-                f"The {ref.modality} has {size} bytes; at most {self._config.max_media_bytes} are allowed "
-                "(--max-media-bytes)."
+                f"The {ref.modality} has {size} bytes; at most {self._config.max_media_bytes} are "
+                "allowed (--max-media-bytes)."
             )
-        job.received.add(size)
-        return content
+        context.received.add(size)
+        return fetched
 
-    async def _prepare(self, ref: MediaRef, source: Any, digest: bytes, job: _Job) -> Features:
-        held = self._cache.peek(digest)  # it may have come while the content was fetched
-        if held is not None:
-            return held
-        options, num_items = job.options, job.num_items[ref.modality]
+    async def _prepare(
+        self, ref: MediaRef, source: Any, digest: bytes, context: LoadContext
+    ) -> Features:
+        cached = self._cache.peek(digest)  # added while the content was fetched?
+        if cached is not None:
+            return cached
+        options, num_items = context.options, context.num_items[ref.modality]
         loading = options.loading[ref.modality]
         decode = DecodeJob(ref.modality, loading, options.processing, num_items)
         decoders = self._decoders if isinstance(source, bytes) else self._threads
@@ -328,14 +278,14 @@ class MediaPipeline:
         self._cache.put(digest, features)
         return features
 
-    async def _load_embeddings(self, ref: MediaRef, job: _Job) -> list[MediaItem]:
+    async def _load_embeddings(self, ref: MediaRef, context: LoadContext) -> list[MediaItem]:
         ids = ref.uuids or (ref.uuid,)
-        known = [self._id_digest(ref.modality, uuid, job) for uuid in ids]
-        held = [None if digest is None else self._lookup(digest, job) for digest in known]
-        if all(held):
+        known = [self._id_digest(ref.modality, uuid, context) for uuid in ids]
+        cached = [None if digest is None else self._lookup(digest, context) for digest in known]
+        if all(cached):
             return [
                 MediaItem(ref.modality, digest, features)
-                for digest, features in zip(known, held, strict=True)
+                for digest, features in zip(known, cached, strict=True)
                 if digest is not None and features is not None
             ]
         read = await self._workers.run(self._read_embeddings, ref)
@@ -355,7 +305,7 @@ class MediaPipeline:
         for features, digest in zip(all_features, known, strict=True):
             if digest is None:
                 content = await self._workers.run(digests.features_digest, features)
-                digest = self._item_digest(ref.modality, content, job)
+                digest = self._item_digest(ref.modality, content, context)
             else:
                 self._cache.put(digest, features)
             items.append(MediaItem(ref.modality, digest, features))
@@ -366,16 +316,16 @@ class MediaPipeline:
         try:
             return self._processor.embeddings(ref.modality, source, ref.param)
         except InvalidEmbeddingsError as error:
-            if not looks_like_a_picture(ref.source):
+            if not has_image_shape(ref.source):
                 raise
             raise InvalidEmbeddingsError(
-                f"{error.message} (With enable_mm_embeds a floating-point tensor of three dimensions is embeddings: "
-                "put the tensor of a picture into a list, or make it uint8.)",
+                f"{error.message} (With enable_mm_embeds a floating-point tensor of three dimensions "
+                "is embeddings: put the tensor of an image into a list, or make it uint8.)",
                 param=error.param,
             ) from None
 
     async def _shared(self, features: Features) -> Features:
-        """The same features in a segment, where they have to be in one. Raises OverloadedError without room for it."""
+        """Move features to shared memory, if they must be there. Raises OverloadedError if it is full."""
         if self._segments is None or isinstance(features.arrays, SharedArrays):
             return features
         try:
@@ -385,18 +335,20 @@ class MediaPipeline:
             try:
                 arrays = await self._workers.run(self._segments.write, features.arrays)
             except OSError:
-                _logger.exception("features could not be written to shared memory")
+                _logger.exception("failed to write features to shared memory")
                 raise OverloadedError(NO_ROOM) from None
         return dataclasses.replace(features, arrays=arrays)
 
     async def _text_digest(self, url: str) -> bytes:
-        """Of a short URL at once: a thread would take longer to begin than the hash of half a megabyte takes."""
-        if len(url) <= HASHED_AT_ONCE:
+        """Hash a URL; a short one here, as switching to a thread would take longer."""
+        if len(url) <= MAX_INLINE_HASH_CHARS:
             return digests.text_digest(url)
         return await self._workers.run(digests.text_digest, url)
 
-    def _id_digest(self, modality: Modality, uuid: str | None, job: _Job) -> bytes | None:
-        """The item digest under a caller's id; None without one, or when ids are ignored."""
+    def _id_digest(
+        self, modality: Modality, uuid: str | None, context: LoadContext
+    ) -> bytes | None:
+        """Return the item digest for a caller's id; None without an id, or when ids are ignored."""
         if uuid is None:
             return None
         if not self._ids_matter:
@@ -406,41 +358,42 @@ class MediaPipeline:
                     "multi_modal_uuids are ignored: the processor cache and prefix caching are both off"
                 )
             return None
-        content = digests.uuid_digest(modality, uuid, tenant=job.tenant, salt=job.salt)
-        return self._item_digest(modality, content, job)
+        content = digests.uuid_digest(modality, uuid, tenant=context.tenant, salt=context.salt)
+        return self._item_digest(modality, content, context)
 
-    def _item_digest(self, modality: Modality, content: bytes, job: _Job) -> bytes:
+    def _item_digest(self, modality: Modality, content: bytes, context: LoadContext) -> bytes:
         return digests.item_digest(
             modality,
             content,
-            dataclasses.asdict(job.options.loading[modality]),
-            self._processor.identity(modality, job.options.processing, job.num_items[modality]),
+            dataclasses.asdict(context.options.loading[modality]),
+            self._processor.identity(
+                modality, context.options.processing, context.num_items[modality]
+            ),
         )
 
-    def _lookup(self, digest: bytes, job: _Job) -> Features | None:
-        """Look into the cache, and keep what is under the digest there until the request is loaded."""
+    def _lookup(self, digest: bytes, context: LoadContext) -> Features | None:
+        """Look a digest up in the cache, and pin it there until the request is loaded."""
         self._cache.pin([digest])
-        job.pinned.append(digest)
+        context.pinned.append(digest)
         return self._cache.get(digest)
 
 
-def _sized(item: MediaItem) -> MediaItem:
-    """An item that a caller named, with its length in its digest: under a name used again for something of another
-    length, embeddings that were kept would not fit."""
+def _with_length(item: MediaItem) -> MediaItem:
+    """Return an item that a caller named, with its length in its digest.
+
+    If the name is used again for an item of another length, embeddings in a cache would not fit.
+    """
     digest = digests.framed("sized", [item.digest, item.features.num_embeds])
     return dataclasses.replace(item, digest=digest)
 
 
-def _is_data_url(ref: MediaRef) -> bool:
-    return ref.kind == "url" and ref.source[:5].lower() == "data:"
-
-
-def _encoded(data: bytes) -> _Content:
-    return _Content(data, digests.encoded_digest(data))
+def _hashed(source: bytes | bytearray | memoryview) -> Fetched:
+    data = bytes(source)
+    return Fetched(data, digests.encoded_digest(data))
 
 
 async def _all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results in order; when one fails, or the caller is cancelled, the others are cancelled and waited for."""
+    """Return results in order. If one fails or the caller is cancelled, cancel and await the others."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

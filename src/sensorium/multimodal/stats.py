@@ -1,4 +1,4 @@
-"""Counters of the media stages: how often, how long, how many bytes."""
+"""Counters of the media stages: runs, seconds, bytes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from sensorium.errors import RequestError, UnavailableError
 from sensorium.multimodal.cache.features import CacheStats
-from sensorium.multimodal.fetch.downloads import DownloadStats
+from sensorium.multimodal.fetch.fetcher import DownloadStats
 from sensorium.multimodal.workers.pool import DecoderStats
 
 
 @dataclass(frozen=True, slots=True)
 class StageStats:
-    """One stage since the start: runs that succeeded, their seconds summed, and the bytes that came out of them."""
+    """Counters of one stage since the start: successful runs, their seconds, and the bytes they gave."""
 
     count: int = 0
     seconds: float = 0.0
@@ -59,7 +60,7 @@ class MediaStats:
 
 
 class StageCounters:
-    """The counters themselves; written by the pipeline from any thread."""
+    """Counters that the pipeline updates, from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -77,26 +78,34 @@ class StageCounters:
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """Count an item as being loaded, within."""
+        """Count an item as being loaded within the block, and its error if it is refused."""
         with self._lock:
             self._num_loading += 1
         try:
             yield
+        except (RequestError, UnavailableError) as error:
+            with self._lock:
+                self._failures[error.code] += 1
+            raise
         finally:
             with self._lock:
                 self._num_loading -= 1
 
-    def add_failure(self, code: str) -> None:
-        """Count one item that was refused."""
-        with self._lock:
-            self._failures[code] += 1
-
-    def snapshot(self, cache: CacheStats, decoders: DecoderStats) -> MediaStats:
-        """All counters at one moment."""
+    def snapshot(
+        self, cache: CacheStats, decoders: DecoderStats, downloads: DownloadStats
+    ) -> MediaStats:
+        """Return all counters at one moment."""
         with self._lock:
             fetch, decode, preprocess = (
                 self._stages.get(stage, StageStats()) for stage in ("fetch", "decode", "preprocess")
             )
             return MediaStats(
-                fetch, decode, preprocess, cache, decoders, dict(self._failures), self._num_loading
+                fetch,
+                decode,
+                preprocess,
+                cache,
+                decoders,
+                dict(self._failures),
+                self._num_loading,
+                downloads,
             )

@@ -71,10 +71,11 @@ def test_replacing_an_entry_counts_its_bytes_once() -> None:
     cache.check_integrity()
 
 
-def test_the_books_are_checked() -> None:
+def test_bytes_that_do_not_add_up_are_found() -> None:
     cache = FeatureCache(30)
-    cache.put(b"a", features(10))
-    cache._num_bytes += 1
+    changed = Features("image", {"pixels": np.zeros(10, np.uint8)}, 1)
+    cache.put(b"a", changed)
+    changed.arrays["more"] = np.zeros(1, np.uint8)
     with pytest.raises(AssertionError):
         cache.check_integrity()
 

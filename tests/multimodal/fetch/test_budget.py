@@ -92,7 +92,7 @@ async def test_a_request_is_told_while_it_waits() -> None:
         await tasks[1]
     tasks[0].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert request._num_coming() == 10
+    assert request.num_coming == 10
     for arrival in arrivals:
         arrival.update(1000)  # tells nobody
 

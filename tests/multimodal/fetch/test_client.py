@@ -19,10 +19,16 @@ from sensorium.errors import (
 )
 from sensorium.multimodal.fetch import client as http
 from sensorium.multimodal.fetch import resolver
-from sensorium.multimodal.fetch.fetcher import Fetcher
+from sensorium.multimodal.fetch.budget import ByteBudget
 from sensorium.multimodal.fetch.guard import Guard
 from sensorium.multimodal.workers.threads import ThreadWorkers
-from tests.multimodal.support import FakeResolver, MediaServer, media_server, raw_server
+from tests.multimodal.support import (
+    BytesFetcher,
+    FakeResolver,
+    MediaServer,
+    media_server,
+    raw_server,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,12 +51,10 @@ async def server() -> AsyncIterator[MediaServer]:
 
 @pytest.fixture
 def make(workers: ThreadWorkers) -> Iterator:
-    made: list[Fetcher] = []
+    made: list[BytesFetcher] = []
 
-    def build(*, names: FakeResolver | None = None, **config) -> Fetcher:
-        config.setdefault("allowed_media_domains", ("127.0.0.1",))
-        options = {} if names is None else {"resolver": lambda: names}
-        made.append(Fetcher(MediaConfig(**config), workers, **options))
+    def build(*, names: FakeResolver | None = None, **config) -> BytesFetcher:
+        made.append(BytesFetcher(workers, names, **config))
         return made[-1]
 
     yield build
@@ -136,7 +140,7 @@ async def test_what_follows_a_body_is_not_the_next_answer(make) -> None:
         await asyncio.gather(holds, return_exceptions=True)
 
 
-async def test_strangers_are_read_in_a_thread_of_its_own(make, server: MediaServer) -> None:
+async def test_answers_are_read_in_a_thread_of_their_own(make, server: MediaServer) -> None:
     server.serve("/a", b"x")
     threads: list[str] = []
 
@@ -223,16 +227,15 @@ async def test_what_names_no_host_stays_at_its_own(make, server: MediaServer, ta
 
 
 @pytest.mark.parametrize("target", ["http://8.8.8.8/", "//8.8.8.8/", "/x"])
-async def test_nothing_leads_from_https_to_http(workers: ThreadWorkers, target: str) -> None:
-    client = http.HttpClient(MediaConfig(), Guard(), workers, resolver=lambda: FakeResolver({}))
+def test_nothing_leads_from_https_to_http(target: str) -> None:
     secure = URL("https://example.com/a")
     if target.startswith("http:"):
         with pytest.raises(MediaRefusedError, match="https to http"):
-            client._redirected(secure, target)
+            http.redirected(Guard(), secure, target)
     else:
-        assert client._redirected(secure, target).scheme == "https"
-    assert client._redirected(URL("http://example.com/"), "https://example.com/x").scheme == "https"
-    client.close()
+        assert http.redirected(Guard(), secure, target).scheme == "https"
+    plain = URL("http://example.com/")
+    assert http.redirected(Guard(), plain, "https://example.com/x").scheme == "https"
 
 
 # --- the second lock ------------------------------------------------------------------------------
@@ -297,7 +300,7 @@ async def test_unfinished_downloads_are_bounded_together(make, server: MediaServ
     assert fetcher.budget.num_bytes == 0
 
 
-async def test_what_is_unpacked_counts(make, server: MediaServer) -> None:
+async def test_unpacked_bytes_count(make, server: MediaServer, workers: ThreadWorkers) -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(body=packed, headers={"Content-Encoding": "gzip"})
 
@@ -307,11 +310,12 @@ async def test_what_is_unpacked_counts(make, server: MediaServer) -> None:
     with pytest.raises(OverloadedError):
         await fetcher.fetch(server.url("/a"), "image")
     assert fetcher.budget.num_bytes == 0
-    fetcher = make(max_media_bytes_in_flight=5000 + len(packed))
-    with fetcher.budget.share() as share:
-        await fetcher.download(server.url("/a"), "image", share)
-        assert share.num_bytes == 5000  # the packed body is no more
-    assert fetcher.budget.num_bytes == 0
+    client = http.HttpClient(MediaConfig(), Guard(frozenset({"127.0.0.1"})), workers)
+    with ByteBudget(5000 + len(packed)).share() as share:
+        fetched = await client.download(URL(server.url("/a")), share, seconds=60.0)
+        assert fetched.data == bytes(5000)
+        assert share.num_bytes == 5000  # the compressed body is no longer held
+    client.close()
 
 
 async def test_names_that_never_answer_hold_nobody_up(monkeypatch) -> None:
@@ -336,8 +340,8 @@ async def test_names_that_never_answer_hold_nobody_up(monkeypatch) -> None:
         with pytest.raises(OverloadedError, match="names of hosts"):
             await system.resolve("good.example", 80)
     release.set()
-    await asyncio.to_thread(system._free.acquire)
-    system._free.release()
+    while system.num_held:
+        await asyncio.sleep(0.001)
     assert await system.resolve("good.example", 80)
     await system.close()
 
@@ -357,6 +361,6 @@ async def test_connections_are_bounded(make, server: MediaServer, limit: str) ->
 
     server.handlers["/a"] = handler
     fetcher = make(**{limit: 2})
-    fetches = [fetcher.fetch(server.url("/a"), "image") for _ in range(12)]
+    fetches = [fetcher.fetch(server.url(f"/a?{i}"), "image") for i in range(12)]
     assert await asyncio.gather(*fetches) == [b"x"] * 12
     assert most <= 2

@@ -11,7 +11,6 @@ import aiohttp.connector
 import pytest
 from aiohttp import web
 
-from sensorium.config import MediaConfig
 from sensorium.errors import (
     MediaFetchError,
     MediaFetchTimeoutError,
@@ -19,11 +18,14 @@ from sensorium.errors import (
     MediaTooLargeError,
 )
 from sensorium.multimodal.fetch import client
-from sensorium.multimodal.fetch.fetcher import Fetcher
 from sensorium.multimodal.workers.threads import ThreadWorkers
-from tests.multimodal.support import FakeResolver, MediaServer, media_server, raw_server
-
-LOCAL = ("127.0.0.1",)
+from tests.multimodal.support import (
+    BytesFetcher,
+    FakeResolver,
+    MediaServer,
+    media_server,
+    raw_server,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +53,11 @@ def _no_thread_stays() -> Iterator[None]:
         fetchers.pop().close()
 
 
-fetchers: list[Fetcher] = []
+fetchers: list[BytesFetcher] = []
 
 
-def fetcher_of(workers: ThreadWorkers, *, resolver=None, **config) -> Fetcher:
-    config.setdefault("allowed_media_domains", LOCAL)
-    options = {} if resolver is None else {"resolver": lambda: resolver}
-    fetchers.append(Fetcher(MediaConfig(**config), workers, **options))
+def fetcher_of(workers: ThreadWorkers, **config) -> BytesFetcher:
+    fetchers.append(BytesFetcher(workers, **config))
     return fetchers[-1]
 
 
@@ -439,7 +439,6 @@ def test_several_event_loops_and_no_session_left_open(workers: ThreadWorkers) ->
         warnings.simplefilter("error")
         for _ in range(3):
             assert asyncio.run(run()) == [b"x"] * 5
-            assert fetcher._http._client is None
         fetcher.close()
         gc.collect()
     assert asyncio.run(run()) == [b"x"] * 5  # and it can be used again

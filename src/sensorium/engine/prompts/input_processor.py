@@ -41,7 +41,6 @@ from sensorium.errors import (
     InvalidRequestError,
     PlaceholderMismatchError,
     PromptTooLongError,
-    UnsupportedModalityError,
     located,
 )
 from sensorium.models import loader
@@ -49,7 +48,8 @@ from sensorium.models.embedder import POOLS, embedder_of
 from sensorium.models.interface import stop_token_ids, warn_of_defaults
 from sensorium.models.loading.quantization import refuse_quantized
 from sensorium.models.registry import resolve
-from sensorium.multimodal.items import MediaItem, MediaRef, Modality
+from sensorium.multimodal.items import MediaItem, Modality
+from sensorium.multimodal.parse.limits import check_modality
 from sensorium.multimodal.placeholders import (
     NumberedPlaceholder,
     PlaceholderIds,
@@ -190,10 +190,11 @@ class InputProcessor:
             raise InvalidRequestError("The prompt is empty.", param=param)
         self._vocabulary.check(ids, param)
         self._room(len(ids), param)
-        for ref in refs:
-            self._check_modality(ref)
         if self._pipeline is not None:
             self._pipeline.check(refs)
+        else:
+            for ref in refs:
+                check_modality(ref, (), self._config.media)
         if self._processor is not None:
             counts = Counter[Modality]()
             for ref in refs:
@@ -360,24 +361,6 @@ class InputProcessor:
             media_io_kwargs=media.media_io_kwargs,
             cache_salt=media.cache_salt,
             tenant=media.tenant,
-        )
-
-    def _check_modality(self, ref: MediaRef) -> None:
-        if ref.modality in self.modalities:
-            return
-        media = self._config.media
-        known = self._processor.modalities if self._processor is not None else ()
-        if ref.kind == "embeds" and media.enable_mm_embeds and ref.modality in known:
-            return  # a limit of 0 switches the encoder off, which embeddings do not need
-        offers = ", ".join(self.modalities) or "text only"
-        switched_off = self._processor is not None and ref.modality in self._processor.modalities
-        why = (
-            f"is switched off here by limit_mm_per_prompt ({ref.modality}: 0)"
-            if switched_off
-            else "is not something this model takes"
-        )
-        raise UnsupportedModalityError(
-            f"{ref.modality} {why}; it takes: {offers}.", param=ref.param or None
         )
 
     def _room(self, num_tokens: int, param: str) -> int:

@@ -47,6 +47,12 @@ class FeatureCache:
         """Whether anything is ever kept."""
         return self.capacity_bytes > 0
 
+    @property
+    def num_pinned(self) -> int:
+        """Number of digests that are pinned."""
+        with self._lock:
+            return len(self._pins)
+
     def get(self, digest: bytes) -> Features | None:
         """The features under a digest, which become the most recently used; None when there are none."""
         with self._lock:

@@ -24,6 +24,12 @@ class ByteBudget:
         """Bytes that are taken now."""
         return self._num_bytes
 
+    @property
+    def num_holders(self) -> int:
+        """Calls of ``hold`` that no ``release`` has ended."""
+        with self._lock:
+            return sum(num_holders for num_holders, _ in self._held.values())
+
     @contextmanager
     def share(self, on_change: Callable[[int], None] = lambda num_bytes: None) -> Iterator[Share]:
         """A share for one download, which ends with it. ``on_change`` is told how many bytes it has."""
@@ -153,7 +159,7 @@ class RequestBytes:
 
         def look() -> None:  # in whatever thread the bytes come
             nonlocal is_over
-            if not is_over and self._num_coming() > self.limit:
+            if not is_over and self.num_coming > self.limit:
                 is_over = True
                 loop.call_soon_threadsafe(ring)
 
@@ -178,7 +184,9 @@ class RequestBytes:
             with self._lock:
                 self._arrivals.remove(arrival)
 
-    def _num_coming(self) -> int:
+    @property
+    def num_coming(self) -> int:
+        """Bytes that are there or come now."""
         with self._lock:
             return self.num_bytes + sum(arrival.num_bytes for arrival in set(self._arrivals))
 

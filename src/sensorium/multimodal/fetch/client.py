@@ -1,23 +1,27 @@
 """Downloads over HTTP.
 
-One deadline covers a whole download, its redirects and its retries. Bodies are read in pieces and counted, whatever
-their headers promise. Proxies of the environment, cookies and stored credentials are not used. Imported at the first
-``http:`` or ``https:`` URL: the client library takes longer to import than all else here.
+One deadline covers a whole download, its redirects and its retries. Bodies are read in pieces and
+counted, whatever their headers promise. Proxies of the environment, cookies and stored credentials
+are not used. Imported at the first ``http:`` or ``https:`` URL, as aiohttp is slow to import.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import NoReturn
 
 import aiohttp
 from aiohttp.abc import AbstractResolver
+from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from sensorium.config import MediaConfig
@@ -26,9 +30,10 @@ from sensorium.errors import (
     MediaRefusedError,
     SensoriumError,
 )
+from sensorium.multimodal.cache.digest import encoded_digest
 from sensorium.multimodal.fetch.budget import Share
+from sensorium.multimodal.fetch.disk_cache import DiskCache
 from sensorium.multimodal.fetch.guard import Guard
-from sensorium.multimodal.fetch.http_cache import HttpCache, Stored, may_reuse
 from sensorium.multimodal.fetch.inflate import ENCODINGS, too_large, unzip
 from sensorium.multimodal.fetch.resolver import (
     ForbiddenAddressError,
@@ -36,7 +41,10 @@ from sensorium.multimodal.fetch.resolver import (
     SystemResolver,
     guarded_socket,
 )
+from sensorium.multimodal.items import Fetched
 from sensorium.multimodal.workers.threads import Workers
+
+Headers = CIMultiDict[str] | CIMultiDictProxy[str]
 
 _PIECE_BYTES = 1 << 20
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -47,21 +55,8 @@ _PLAIN = frozenset({"", "identity"})
 _HEADERS = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "sensorium"}
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a download brought.
-
-    ``cached``: the body was in the cache, and its host, if it was asked at all, said that it is still the same.
-    ``reusable``: its host does not forbid giving it to those who ask a moment later.
-    """
-
-    body: bytes
-    cached: bool
-    reusable: bool
-
-
 class _TransientError(Exception):
-    """Worth another attempt; ``outcome`` is what the caller is told if there is none left."""
+    """A failure that is worth another attempt; ``outcome`` is raised if none is left."""
 
     def __init__(self, outcome: MediaFetchError) -> None:
         super().__init__(outcome.message)
@@ -73,20 +68,12 @@ class _Redirect:
     location: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Errand:
-    """What the steps of one download share."""
-
-    client: aiohttp.ClientSession
-    share: Share
-
-
 class HttpClient:
     """Downloads over HTTP for a ``Fetcher``, all from one event loop.
 
-    The client session exists while downloads run and is closed by the last of them: connections are shared by what is
-    fetched together, and nothing stays open behind. ``resolver`` makes the resolver underneath the guard's, which lives
-    as long as this object; by default the system's.
+    The client session exists while downloads run and is closed by the last of them: they share
+    connections, and no connection stays open afterwards. ``resolver`` makes the resolver below the
+    guard's, the system's by default; it lives as long as this object.
     """
 
     def __init__(
@@ -96,7 +83,7 @@ class HttpClient:
         workers: Workers,
         *,
         resolver: Callable[[], AbstractResolver] | None = None,
-        cache: HttpCache | None = None,
+        cache: DiskCache | None = None,
     ) -> None:
         self._config = config
         self._guard = guard
@@ -107,16 +94,17 @@ class HttpClient:
         self._client: aiohttp.ClientSession | None = None
         self._num_users = 0
 
-    async def download(self, url: URL, share: Share, *, seconds: float) -> Answer:
-        """What is behind a URL that the guard has checked, whole within ``seconds``; its bytes are in ``share``.
+    async def download(self, url: URL, share: Share, *, seconds: float) -> Fetched:
+        """Download a URL that the guard has checked; ``share`` counts the bytes as they come.
 
-        Raises MediaRefusedError, MediaTooLargeError, MediaFetchError or OverloadedError, and TimeoutError.
+        Raises MediaRefusedError, MediaTooLargeError, MediaFetchError, OverloadedError, and TimeoutError
+        after ``seconds``.
         """
         async with asyncio.timeout(seconds), self._session() as client:
-            return await self._with_retries(_Errand(client, share), url)
+            return await self._with_retries(client, url, share)
 
     def close(self) -> None:
-        """Free the threads that look up names. Nothing may be loading."""
+        """Stop the threads that look up names. Nothing may be loading."""
         self._system.stop()
 
     @asynccontextmanager
@@ -150,93 +138,65 @@ class HttpClient:
             headers=_HEADERS,
         )
 
-    async def _with_retries(self, errand: _Errand, url: URL) -> Answer:
+    async def _with_retries(self, client: aiohttp.ClientSession, url: URL, share: Share) -> Fetched:
         num_retries = 0
         while True:
             try:
-                return await self._follow(errand, url)
+                return await self._follow(client, url, share)
             except _TransientError as error:
-                errand.share.give_back()
+                share.give_back()
                 if num_retries == self._config.media_fetch_retries:
                     raise error.outcome from None
             pause = min(_FIRST_BACKOFF * 2**num_retries, _LAST_BACKOFF)
             await asyncio.sleep(pause * random.uniform(0.5, 1.5))
             num_retries += 1
 
-    async def _follow(self, errand: _Errand, url: URL) -> Answer:
-        """Download ``url``, following redirects; every hop is checked before anything is sent to it."""
+    async def _follow(self, client: aiohttp.ClientSession, url: URL, share: Share) -> Fetched:
+        """Download ``url``, following redirects; each target is checked before it is requested."""
         for _ in range(self._guard.max_redirects + 1):
-            answer = await self._visit(errand, url)
-            if isinstance(answer, Answer):
-                return answer
+            found = await self._visit(client, url, share)
+            if isinstance(found, Fetched):
+                return found
             if not self._guard.allow_redirects:
                 raise MediaRefusedError(
                     "The URL redirects, which is not allowed here (--no-media-url-allow-redirects, or "
                     "SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS=0)."
                 )
-            url = self._redirected(url, answer.location)
+            url = redirected(self._guard, url, found.location)
         raise MediaRefusedError(
             f"The URL redirects more than {self._guard.max_redirects} times (--max-media-redirects)."
         )
 
-    def _redirected(self, url: URL, location: str) -> URL:
-        if "://" in location.partition("?")[0]:
-            target = location
-        else:
-            try:
-                target = str(url.join(URL(location)))
-            except ValueError:
-                raise MediaFetchError("The URL redirects to a place that is no URL.") from None
-        checked = self._guard.check_url(target)
-        if url.scheme == "https" and checked.scheme != "https":
-            raise MediaRefusedError(
-                "The URL redirects from https to http, where anyone on the way could exchange what is sent."
-            )
-        return checked
-
-    async def _visit(self, errand: _Errand, url: URL) -> Answer | _Redirect:
-        """One hop: from the cache while what is there is fresh, else from the host."""
-        if self._cache is None:
-            return await self._request(errand, url, None)
+    async def _visit(
+        self, client: aiohttp.ClientSession, url: URL, share: Share
+    ) -> Fetched | _Redirect:
+        """Take one hop: from the disk cache if the URL is there, else from its host."""
         listed = self._guard.is_listed(url)
-        stored = await self._workers.run(
-            self._cache.get, str(url), listed, self._config.max_media_bytes
-        )
-        if stored is not None:
-            errand.share.change(len(stored.body))
-        if stored is not None and stored.is_fresh:
-            return Answer(stored.body, cached=True, reusable=True)
-        return await self._request(errand, url, stored)
-
-    async def _request(
-        self, errand: _Errand, url: URL, stored: Stored | None
-    ) -> Answer | _Redirect:
-        conditions = stored.conditions if stored is not None else {}
-        asked = time.time()
+        if self._cache is not None:
+            limit = self._config.max_media_bytes
+            kept = await self._workers.run(self._cache.get, str(url), listed, limit)
+            if kept is not None:
+                share.change(len(kept.data))
+                return kept
         try:
-            async with errand.client.get(
-                url, allow_redirects=False, headers=conditions
-            ) as response:
+            async with client.get(url, allow_redirects=False) as response:
                 if response.status in _REDIRECTS and "Location" in response.headers:
                     return _Redirect(response.headers["Location"])
-                if response.status == 304 and stored is not None and self._cache is not None:
-                    self._cache.renew(stored, response.headers, asked)
-                    return Answer(stored.body, cached=True, reusable=may_reuse(response.headers))
                 if response.status != 200:
                     _refuse_status(response.status)
-                errand.share.give_back()
-                body = await self._body(response, errand.share)
+                data = await self._body(response, share)
         except SensoriumError:
             raise
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise _outcome(error) from None
+        digest = await self._workers.run(encoded_digest, data)
+        fetched = Fetched(data, digest, reusable=may_reuse(response.headers))
         if self._cache is not None:
-            listed = self._guard.is_listed(url)
-            self._cache.put(str(url), listed, response.headers, body, asked)
-        return Answer(body, cached=False, reusable=may_reuse(response.headers))
+            self._cache.put(str(url), listed, fetched, seconds_to_keep(response.headers))
+        return fetched
 
     async def _body(self, response: aiohttp.ClientResponse, share: Share) -> bytes:
-        """The body, unpacked if need be; it is put together outside the event loop."""
+        """Read the body, and unpack and join it outside the event loop."""
         limit = self._config.max_media_bytes
         encoding = response.headers.get("Content-Encoding", "").strip().lower()
         if encoding not in _PLAIN and encoding not in ENCODINGS:
@@ -247,12 +207,61 @@ class HttpClient:
         return pieces[0] if len(pieces) == 1 else await self._workers.run(b"".join, pieces)
 
 
-async def _read(
-    response: aiohttp.ClientResponse, limit: int, take: Callable[[int], None]
-) -> list[bytes]:
-    """The body as it is sent, in pieces of about 1 MiB; never more than ``limit`` bytes of it.
+def redirected(guard: Guard, url: URL, location: str) -> URL:
+    """Return the checked target of a redirect. Raises MediaRefusedError or MediaFetchError."""
+    if "://" in location.partition("?")[0]:
+        target = location
+    else:
+        try:
+            target = str(url.join(URL(location)))
+        except ValueError:
+            raise MediaFetchError("The URL redirects to a place that is no URL.") from None
+    checked = guard.check_url(target)
+    if url.scheme == "https" and checked.scheme != "https":
+        raise MediaRefusedError(
+            "The URL redirects from https to http, where anyone on the way could exchange what is sent."
+        )
+    return checked
 
-    ``take`` is told of bytes before they are kept.
+
+def may_reuse(headers: Headers) -> bool:
+    """Return whether a response may serve requests that come right after it."""
+    forbidden = re.search(r"no-store|no-cache", _cache_control(headers))
+    return forbidden is None and "*" not in ",".join(headers.getall("Vary", []))
+
+
+def seconds_to_keep(headers: Headers) -> float:
+    """Return how long a response may be kept: 0 if not at all, infinity if it does not say."""
+    control = _cache_control(headers)
+    if not may_reuse(headers) or "private" in control:
+        return 0.0
+    max_age = re.search(r'(?<![\w-])max-age\s*=?\s*"?([^",\s]*)', control)
+    if max_age is not None:
+        return _seconds(max_age[1]) - _seconds(headers.get("Age", ""))
+    if "Expires" not in headers:
+        return math.inf
+    try:
+        return parsedate_to_datetime(headers["Expires"]).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return 0.0
+
+
+def _cache_control(headers: Headers) -> str:
+    lines = headers.getall("Cache-Control", []) or headers.getall("Pragma", [])
+    return ",".join(lines).lower()
+
+
+def _seconds(text: str) -> float:
+    """Return a number of seconds in a header; 0 for other text, which lets a response expire."""
+    return float(text[:12]) if text.isascii() and text.isdigit() else 0.0
+
+
+async def _read(
+    response: aiohttp.ClientResponse, limit: int, count: Callable[[int], None]
+) -> list[bytes]:
+    """Read a body as it is sent, in pieces of about 1 MiB and at most ``limit`` bytes.
+
+    ``count`` is called with each number of bytes before they are kept, and may raise.
     """
     if response.content_length is not None and response.content_length > limit:
         raise too_large(limit)
@@ -263,7 +272,7 @@ async def _read(
         size += len(chunk)
         if size > limit:
             raise too_large(limit)
-        take(len(chunk))
+        count(len(chunk))
         piece += chunk
         if len(piece) >= _PIECE_BYTES:
             pieces.append(bytes(piece))
@@ -285,7 +294,7 @@ def _unpack(pieces: list[bytes], encoding: str, limit: int, share: Share) -> byt
 
 
 def _outcome(error: Exception) -> Exception:
-    """What a failure of the client means. Its own text may hold addresses and is not passed on."""
+    """Return the error for a failure of aiohttp, whose own text may hold addresses."""
     if isinstance(error, aiohttp.ClientConnectorDNSError):
         unknown = MediaFetchError("The host of the URL cannot be found.")
         return _TransientError(unknown) if error.errno == socket.EAI_AGAIN else unknown

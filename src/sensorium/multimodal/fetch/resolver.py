@@ -31,23 +31,29 @@ class SystemResolver(AbstractResolver):
     """
 
     def __init__(self, num_threads: int) -> None:
-        self._free = threading.Semaphore(num_threads)
+        self._num_threads = num_threads
+        self._lock = threading.Lock()
+        self.num_held = 0
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="sensorium-names")
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
         """All addresses of a name. Raises OSError when there are none, OverloadedError when no thread is free."""
-        if not self._free.acquire(blocking=False):
-            raise OverloadedError("Too many names of hosts wait for an answer; try again later.")
-        try:
+        with self._lock:
+            if self.num_held == self._num_threads:
+                raise OverloadedError(
+                    "Too many names of hosts wait for an answer; try again later."
+                )
             asked = self._pool.submit(_look_up, host, port, family)
-        except RuntimeError:
-            self._free.release()
-            raise
-        asked.add_done_callback(lambda _: self._free.release())
+            self.num_held += 1
+        asked.add_done_callback(self._release)
         found = await asyncio.wrap_future(asked)
         return [_result(host, info) for info in found]
+
+    def _release(self, _: object) -> None:
+        with self._lock:
+            self.num_held -= 1
 
     async def close(self) -> None:
         """See ``stop``."""

@@ -96,7 +96,7 @@ def _is_of_one(tensor: Any, enable_mm_embeds: bool) -> bool:
     return bool(tensor.ndim == 2)
 
 
-def looks_like_a_picture(embeds: Any) -> bool:
+def has_image_shape(embeds: Any) -> bool:
     """Return whether a tensor that was read as embeddings has the shape of a picture, (3, H, W)."""
     return is_tensor(embeds) and embeds.ndim == 3 and embeds.shape[0] == 3
 
