@@ -22,6 +22,7 @@ from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.reference import metrics_markdown
 from sensorium.metrics.statistics import Statistics
 from sensorium.multimodal.cache.features import CacheStats
+from sensorium.multimodal.fetch.fetcher import DownloadStats
 from sensorium.multimodal.stats import StageCounters
 from sensorium.multimodal.workers.pool import DecoderStats
 
@@ -63,7 +64,11 @@ def test_every_number_is_one_that_the_engine_and_the_pipeline_give() -> None:
     fields = {field.name for field in dataclasses.fields(EngineStats)}
     assert {row.field for row in ENGINE_ROWS} <= fields
     assert set(Statistics.__annotations__) <= fields
-    media = StageCounters().snapshot(CacheStats(0, 0, 0, 0, 0, 0), DecoderStats()).flat()
+    media = (
+        StageCounters()
+        .snapshot(CacheStats(0, 0, 0, 0, 0, 0), DecoderStats(), DownloadStats())
+        .flat()
+    )
     assert {row.field for row in MEDIA_ROWS} <= set(media)
     stages = {
         f"{stage}_{unit}" for stage in ("fetch", "decode", "preprocess") for _, unit in STAGE_UNITS

@@ -165,7 +165,7 @@ def test_all_pictures_together_count_against_the_limit() -> None:
 
 
 def test_commas_alone_cost_nothing() -> None:
-    with pytest.raises(MediaTooLargeError, match="20001 pictures; at most 16384"):
+    with pytest.raises(MediaTooLargeError, match="20001 images; at most 16384"):
         parse_data_url("data:video/jpeg;base64," + "," * 20_000, 1 << 20)
 
 

@@ -1,4 +1,4 @@
-"""Media in, features out: references, guard, fetch, decoding, digests, caches. Knows nothing of the engine."""
+"""Loading of media, from references to features: fetching, decoding, digests, caches."""
 
 from sensorium.multimodal.inputs import MultiModalDataDict, MultiModalUUIDDict
 

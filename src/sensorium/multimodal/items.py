@@ -1,4 +1,4 @@
-"""What a media item is at each station: a reference, decoded data, features with their length."""
+"""Media items at each stage: reference, encoded file, decoded data, features."""
 
 from __future__ import annotations
 
@@ -19,16 +19,27 @@ SourceKind = Literal["url", "bytes", "object", "embeds", "cached"]
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
-    """Where an item is, and of what kind it should be. Nothing is loaded yet.
+    """Reference to an item that is not loaded yet.
 
-    kind ``url``: ``source`` is a string (``http(s):``, ``data:``, ``file:`` or a local path); ``bytes``: an encoded
-    file; ``object``: a PIL image, numpy array or torch tensor, for videos also a list of such frames or a pair of
-    frames and metadata, for sounds a pair of array and sampling rate; ``embeds``: a torch tensor or a mapping of
-    tensors, or base64 text in place of a tensor, possibly of several items; ``cached``: None, to be found under
-    ``uuid``. ``param`` is the place in the request, for error messages. ``uuids``: only for ``embeds`` of several
-    items, one per item, in place of ``uuid``. ``alone``: the reference is a part of a message, which stands for one
-    item even where it holds embeddings. ``processing``, ``loading``: options of this item alone, in place of those of
-    the same names in ``mm_processor_kwargs``, and of all that ``media_io_kwargs`` says of its modality.
+    Attributes:
+        modality: What the item should be.
+        kind: What ``source`` is.
+
+            - ``url``: a string (``http(s):``, ``data:``, ``file:`` or a local path).
+            - ``bytes``: an encoded file.
+            - ``object``: a PIL image, numpy array or torch tensor; for videos also a list of such
+              frames or a pair of frames and metadata, for audio a pair of samples and sampling
+              rate.
+            - ``embeds``: a torch tensor or a mapping of tensors, or base64 text in place of a
+              tensor, possibly of several items.
+            - ``cached``: None; the item is cached under ``uuid``.
+        source: The item, or where it is.
+        uuid: The caller's id.
+        param: Place in the request, for error messages.
+        uuids: One id per item, in place of ``uuid``, for ``embeds`` of several items.
+        alone: The reference is a part of a message: one item, also if it holds embeddings.
+        processing: Options of this item alone, over those in ``mm_processor_kwargs``.
+        loading: Options of this item alone, in place of all of its modality in ``media_io_kwargs``.
     """
 
     modality: Modality
@@ -62,11 +73,13 @@ class Fetched:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Video:
-    """A decoded video, as far as it was sampled.
+    """The sampled frames of a decoded video.
 
-    ``frames``: (T, H, W, 3) uint8 RGB, T from 1. ``indices``: the number of each frame in its source, ascending.
-    ``num_source_frames``: how many the source has. ``fps``: frames per second of the source, None when nobody knows (a
-    list of pictures without metadata).
+    Attributes:
+        frames: (T, H, W, 3) uint8 RGB, T from 1.
+        indices: Index of each frame in its source, ascending.
+        num_source_frames: Number of frames of the source.
+        fps: Frames per second of the source; None if unknown (a list of images without metadata).
     """
 
     frames: np.ndarray
@@ -76,47 +89,49 @@ class Video:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the frames."""
+        """Shape of the frames."""
         return self.frames.shape
 
     @property
     def nbytes(self) -> int:
-        """Of the frames."""
+        """Bytes of the frames."""
         return self.frames.nbytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Audio:
-    """A decoded sound: ``samples`` (N,) float32 of one channel, from -1 to 1, ``rate`` of them per second."""
+    """Decoded audio: ``samples`` (N,) float32 of one channel, from -1 to 1, ``rate`` per second."""
 
     samples: np.ndarray
     rate: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the samples."""
+        """Shape of the samples."""
         return self.samples.shape
 
     @property
     def nbytes(self) -> int:
-        """Of the samples."""
+        """Bytes of the samples."""
         return self.samples.nbytes
 
 
 Decoded = np.ndarray | Video | Audio
-"""What a processor takes: an image (H, W, 3) uint8 RGB, a clip, a sound."""
+"""Input of a processor: an image (H, W, 3) uint8 RGB, a video, or audio."""
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What a processor makes of one item: plain arrays, ready for the model's encoder.
+    """Preprocessed input of one item for the model's encoder.
 
-    ``arrays`` are C-contiguous numpy arrays (for images: uint8 pixels after resizing, cropping and
-    padding; scaling and normalising is the encoder's first operation, so that little memory moves),
-    or the ``SharedArrays`` that they lie in. ``num_embeds`` is the number of embeddings that the
-    encoder will make of them. ``meta`` holds small plain values (grid sizes, original size).
-    ``precomputed``: ``arrays["embeds"]`` already holds the embeddings (num_embeds, hidden),
-    float32.
+    Attributes:
+        modality: The item's modality.
+        arrays: C-contiguous numpy arrays, or the ``SharedArrays`` that hold them. For images: uint8
+            pixels after resizing, cropping and padding; scaling and normalising is the encoder's
+            first operation, so that little memory moves.
+        num_embeds: Number of embeddings that the encoder will make of them.
+        meta: Small plain values, such as grid sizes and the original size.
+        precomputed: ``arrays["embeds"]`` holds the embeddings (num_embeds, hidden), float32.
     """
 
     modality: Modality
@@ -135,10 +150,13 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class MediaItem:
-    """A loaded item: its identity and its features.
+    """A loaded item.
 
-    ``digest``: 32 bytes over content, processing options and the processor's identity
-    (``multimodal.cache.digest``). Two items with the same digest have the same embeddings.
+    Attributes:
+        modality: The item's modality.
+        digest: 32 bytes over content, processing options and the processor's identity
+            (``multimodal.cache.digest``). Items with equal digests have equal embeddings.
+        features: Its preprocessed input.
     """
 
     modality: Modality
@@ -149,7 +167,8 @@ class MediaItem:
 def is_tensor(value: object) -> bool:
     """Return whether a value is a torch tensor, without importing torch for the question.
 
-    While another thread imports torch, its module is there without its classes: nothing can be a tensor yet.
+    While another thread imports torch, its module is there without its classes: nothing can be a
+    tensor yet.
     """
     tensor = getattr(sys.modules.get("torch"), "Tensor", None)
     return tensor is not None and isinstance(value, tensor)

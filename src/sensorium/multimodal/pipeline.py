@@ -74,8 +74,8 @@ class MediaPipeline:
         decoders: Decode encoded files; threads of this process by default.
         segments: Holds all features in shared memory, for another process.
         package_files: See ``Guard``.
-        ids_matter: False if neither the processor cache nor the prefix cache is on. The callers' ids
-            would change nothing; they are then ignored, with one warning.
+        ids_matter: False if neither the processor cache nor the prefix cache is on. The callers'
+            ids would change nothing; they are then ignored, with one warning.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class MediaPipeline:
         return [_with_length(item) for item in items] if is_named else items
 
     async def _load_item(self, ref: MediaRef, context: LoadContext) -> MediaItem:
-        """Load one item: from the cache by its id or by the text of its ``data:`` URL, else by content."""
+        """Load an item: from the cache by id or text of a ``data:`` URL, else by its content."""
         digest = self._id_digest(ref.modality, ref.uuid, context)
         text_digest = None
         if digest is None and ref.kind == "url" and is_data_url(ref.source):
@@ -291,15 +291,16 @@ class MediaPipeline:
         read = await self._workers.run(self._read_embeddings, ref)
         if ref.alone and len(read) > 1:
             raise InvalidEmbeddingsError(
-                f"The part holds the embeddings of {len(read)} {ref.modality} items; send one part per item."
+                f"The part holds the embeddings of {len(read)} {ref.modality} items; send one part "
+                "per item."
             )
         all_features = [await self._shared(features) for features in read]
         if len(ids) == 1 and ids[0] is None:
             known = [None] * len(all_features)
         if len(known) != len(all_features):
             raise InvalidEmbeddingsError(
-                f"There {'is' if len(known) == 1 else 'are'} {counted(len(known), 'id')} for the embeddings of "
-                f"{counted(len(all_features), ref.modality)}."
+                f"There {'is' if len(known) == 1 else 'are'} {counted(len(known), 'id')} for the "
+                f"embeddings of {counted(len(all_features), ref.modality)}."
             )
         items = []
         for features, digest in zip(all_features, known, strict=True):
@@ -319,13 +320,14 @@ class MediaPipeline:
             if not has_image_shape(ref.source):
                 raise
             raise InvalidEmbeddingsError(
-                f"{error.message} (With enable_mm_embeds a floating-point tensor of three dimensions "
-                "is embeddings: put the tensor of an image into a list, or make it uint8.)",
+                f"{error.message} (With enable_mm_embeds a floating-point tensor of three "
+                "dimensions is embeddings: put the tensor of an image into a list, or make it "
+                "uint8.)",
                 param=error.param,
             ) from None
 
     async def _shared(self, features: Features) -> Features:
-        """Move features to shared memory, if they must be there. Raises OverloadedError if it is full."""
+        """Move features to shared memory, if required. Raises OverloadedError if it is full."""
         if self._segments is None or isinstance(features.arrays, SharedArrays):
             return features
         try:
@@ -355,7 +357,8 @@ class MediaPipeline:
             if not self._warned_of_ids:
                 self._warned_of_ids = True
                 _logger.warning(
-                    "multi_modal_uuids are ignored: the processor cache and prefix caching are both off"
+                    "multi_modal_uuids are ignored: the processor cache and prefix caching are "
+                    "both off"
                 )
             return None
         content = digests.uuid_digest(modality, uuid, tenant=context.tenant, salt=context.salt)
@@ -393,7 +396,7 @@ def _hashed(source: bytes | bytearray | memoryview) -> Fetched:
 
 
 async def _all(coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return results in order. If one fails or the caller is cancelled, cancel and await the others."""
+    """Return results in order; on a failure or cancellation, cancel and await the others."""
     tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

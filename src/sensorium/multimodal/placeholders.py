@@ -1,8 +1,9 @@
-"""Placeholders in a prompt become the runs of tokens that the items' embeddings fill.
+"""Expansion of placeholders in a prompt to the tokens that the items' embeddings fill.
 
-Example: with ``<image>`` as token 9 and a picture of three embeddings, ``[1, 9, 5]`` becomes ``[1, 9, 9, 9, 5]`` with
-one span whose runs are ``((1, 3),)``. All work is linear in the length of the prompt and of the result: token ids are
-packed into a ``str`` of one character per id, which Python searches in linear time whatever the pattern.
+Example: with ``<image>`` as token 9 and an image of three embeddings, ``[1, 9, 5]`` becomes ``[1,
+    9, 9, 9, 5]`` with one item whose runs are ``((1, 3),)``. All work is linear in the lengths of
+    prompt and result: token ids are packed into a ``str`` of one character per id, which Python
+    searches in linear time for any pattern.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from sensorium.multimodal.items import MODALITIES, MediaItem, Modality
 from sensorium.multimodal.processor import Markup, PlacedItem, Processor, Replacement
 
 _NO_ID = 0x10FFFF
-"""Stands for ids that no character can hold; such an id is no placeholder."""
+"""Replaces ids that no character can hold; such an id is no placeholder."""
 _MARKERS = _NO_ID - len(MODALITIES)
-"""From here on ids are markers of placeholders, not tokens."""
+"""Ids from here on are markers of placeholders, not tokens."""
 _MAX_DIGITS = 9
 _LISTED = 8
 
 
 def marker(modality: Modality) -> int:
-    """An id that no vocabulary holds, for placeholders that are no single tokens (``processor.Markup``)."""
+    """Return an id outside all vocabularies, for placeholders that are not single tokens."""
     return _NO_ID - 1 - MODALITIES.index(modality)
 
 
@@ -40,7 +41,10 @@ class PlaceholderIds:
         self._ids = {modality: processor.placeholder(modality) for modality in self._patterns}
 
     def read(self, text: str) -> NumberedPlaceholder | None:
-        """The placeholder that a text is; None for other texts. Raises PlaceholderMismatchError as ``split`` does."""
+        """Parse a text that is one placeholder; None for other texts.
+
+        Raises PlaceholderMismatchError for a number that no item can have.
+        """
         for modality, pattern in self._patterns.items():
             hit = pattern.fullmatch(text)
             if hit is not None:
@@ -50,13 +54,13 @@ class PlaceholderIds:
     def split(
         self, text: str, most: int | None = None
     ) -> tuple[list[str], list[NumberedPlaceholder]]:
-        """The stretches of text between placeholders, one more than there are of these, and the placeholders.
+        """Return the pieces of text around placeholders, and the placeholders, one fewer.
 
-        After ``most`` of them no more are looked for: the rest is the last stretch. Raises PlaceholderMismatchError for
+        After ``most`` placeholders the rest is the last piece. Raises PlaceholderMismatchError for
         a number that no item can have.
         """
         found_by = [zip(pattern.finditer(text), repeat(m)) for m, pattern in self._patterns.items()]
-        stretches: list[str] = []
+        text_pieces: list[str] = []
         found: list[NumberedPlaceholder] = []
         end = 0
         for hit, modality in heapq.merge(*found_by, key=lambda pair: pair[0].start()):
@@ -64,17 +68,17 @@ class PlaceholderIds:
                 continue
             if len(found) == most:
                 break
-            stretches.append(text[end : hit.start()])
+            text_pieces.append(text[end : hit.start()])
             found.append(self._placeholder(modality, hit))
             end = hit.end()
-        return [*stretches, text[end:]], found
+        return [*text_pieces, text[end:]], found
 
     def _placeholder(self, modality: Modality, hit: re.Match[str]) -> NumberedPlaceholder:
         digits = hit.groupdict().get("number")
         if digits is not None and len(digits) > _MAX_DIGITS:
             raise PlaceholderMismatchError(
-                f"A placeholder names the {modality} {digits[:_MAX_DIGITS]}…, a number of {len(digits)} digits; items "
-                "are numbered from 1."
+                f"A placeholder names the {modality} {digits[:_MAX_DIGITS]}…, a number of "
+                f"{len(digits)} digits; items are numbered from 1."
             )
         number = None if digits is None else int(digits)
         return NumberedPlaceholder(modality, self._ids[modality], number)
@@ -82,7 +86,7 @@ class PlaceholderIds:
 
 @dataclass(frozen=True, slots=True)
 class NumberedPlaceholder:
-    """A placeholder found in text: its ids, and the number (from 1) that it gives its item, if any."""
+    """A placeholder found in text: its ids, and the number of its item (from 1), if any."""
 
     modality: Modality
     ids: tuple[int, ...]
@@ -92,7 +96,7 @@ class NumberedPlaceholder:
 def in_order(
     items: Sequence[MediaItem], placeholders: Sequence[NumberedPlaceholder], processor: Processor
 ) -> list[MediaItem]:
-    """The items of numbered placeholders in the order of these, an item of two placeholders twice; others after them.
+    """Order items as their numbered placeholders, an item of two placeholders twice; others follow.
 
     Raises PlaceholderMismatchError unless each item is named at least once and no other number is.
     """
@@ -122,8 +126,9 @@ def _check_numbers(
     items = counted(num_items, f"{modality} item")
     hint = _hint(modality, num_items, processor)
     raise PlaceholderMismatchError(
-        f"The prompt's {modality} placeholders name the items {named}, but there {'is' if num_items == 1 else 'are'} "
-        f"{items}: name each of 1 to {num_items} at least once.",
+        f"The prompt's {modality} placeholders name the items {named}, but there "
+        f"{'is' if num_items == 1 else 'are'} {items}: name each of 1 to {num_items} at least "
+        "once.",
         hint,
     )
 
@@ -132,7 +137,7 @@ def _check_numbers(
 class Expansion:
     """A prompt with its placeholders expanded, and its items in their order there.
 
-    ``num_item_tokens`` counts the positions that each modality fills; modalities without items are left out.
+    ``num_item_tokens`` counts the positions that each modality with items fills.
     """
 
     token_ids: tuple[int, ...]
@@ -142,7 +147,7 @@ class Expansion:
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """A stretch of the prompt that one item replaces."""
+    """A slice of the prompt that the expansion of one item replaces."""
 
     start: int
     length: int
@@ -157,10 +162,11 @@ def check_counts(
     numbered: Sequence[NumberedPlaceholder],
     processor: Processor,
 ) -> None:
-    """Refuse, before items are loaded, a prompt whose placeholders cannot fit them whatever their lengths.
+    """Refuse a prompt whose placeholders cannot fit its items, before these are loaded.
 
-    ``least``: how many items of each modality there are; of those in ``uncertain``, such as embeddings that nobody has
-    read, there may be more. What could be a placeholder in full length passes. Raises PlaceholderMismatchError.
+    ``least`` holds the number of items of each modality; of those in ``uncertain``, such as
+    embeddings that were not read yet, there may be more. Tokens that could be a placeholder in full
+    length pass. Raises PlaceholderMismatchError.
     """
     prompt = _pack(token_ids)
     for modality in processor.modalities:
@@ -185,7 +191,7 @@ def check_counts(
 
 
 def _are_short(prompt: str, placeholder: str, fill: str, spare: int) -> bool:
-    """Return whether none of the placeholders can be a part of one in full length."""
+    """Return whether no placeholder can be part of one in full length."""
     if ord(placeholder[0]) >= _MARKERS:
         return True
     if fill not in placeholder:
@@ -194,10 +200,10 @@ def _are_short(prompt: str, placeholder: str, fill: str, spare: int) -> bool:
 
 
 def expand(token_ids: Sequence[int], items: Sequence[MediaItem], processor: Processor) -> Expansion:
-    """Expand the placeholders of ``token_ids``, the first of a modality for its first item, and so on.
+    """Expand the placeholders of ``token_ids``, in order of the items of each modality.
 
-    A placeholder that stands there in full length already is kept as it is. Raises PlaceholderMismatchError, with both
-    counts, when a modality has more or fewer placeholders than items.
+    A placeholder that is in full length already is kept. Raises PlaceholderMismatchError, with both
+    counts, if a modality has more or fewer placeholders than items.
     """
     prompt = _pack(token_ids)
     sites: list[_Site] = []
@@ -221,7 +227,7 @@ def _find_sites(
     processor: Processor,
     replacements: Sequence[Replacement],
 ) -> list[tuple[int, int]]:
-    """``(start, length)`` of what each replacement takes the place of, in order."""
+    """Return ``(start, length)`` of the tokens that each replacement stands for, in order."""
     placeholder = _pack(processor.placeholder(modality))
     fulls = [_pack(replacement.token_ids) for replacement in replacements]
     count = prompt.count(placeholder)
@@ -230,7 +236,7 @@ def _find_sites(
     pos = 0
     for full in fulls:
         short_at = search.find(placeholder, pos)
-        # As many placeholders as items: none of them is one in full length, except those that look alike.
+        # With as many placeholders as items none is in full length, unless both forms look alike.
         may_be_full = count != len(fulls) or full.count(placeholder) == 1
         full_at = search.find(full, pos) if may_be_full else -1
         if full_at != -1 and (short_at == -1 or full_at <= short_at):
@@ -247,14 +253,14 @@ def _find_sites(
 
 
 class _Search:
-    """Finds patterns from a position that only grows, without searching the same stretch twice for one pattern."""
+    """Finds patterns from a growing position, without searching a part of the text twice."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._next: dict[str, int] = {}
 
     def find(self, pattern: str, start: int) -> int:
-        """First index of ``pattern`` at or after ``start``; -1 when there is none."""
+        """Return the first index of ``pattern`` at or after ``start``; -1 if there is none."""
         at = self._next.get(pattern)
         if at is None or -1 < at < start:
             at = self._next[pattern] = self._text.find(pattern, start)
@@ -268,21 +274,22 @@ def mismatch(
     processor: Processor,
     lengths: Iterable[int] = (),
 ) -> PlaceholderMismatchError:
-    """Return the error for so many placeholders and items, with the placeholder that this model has.
+    """Return the error for so many placeholders and items, with the model's placeholder.
 
-    ``lengths``: tokens of each item's placeholder in full length, where that is known.
+    ``lengths`` are the tokens of each item's placeholder in full length, if known.
     """
     found = counted(num_found, f"{modality} placeholder")
     items = counted(num_items, f"{modality} item")
     hint = _hint(modality, num_items, processor)
     known = sorted(set(lengths))
     if hint and known:
-        hint += f" The placeholder in full length ({', '.join(map(str, known[:8]))} tokens) will do as well."
+        tokens = ", ".join(map(str, known[:8]))
+        hint += f" The placeholder in full length ({tokens} tokens) will do as well."
     return PlaceholderMismatchError(f"The prompt has {found} for {items}.", hint)
 
 
 def _hint(modality: Modality, num_items: int, processor: Processor) -> str:
-    """Return a sentence that names the placeholder; of numbered ones the first two."""
+    """Return a sentence that names the placeholder; the first two if they are numbered."""
     if num_items == 0:
         return f"Pass the {modality} in multi_modal_data, or leave the placeholder out."
     first, second = (processor.placeholder_text(modality, number) for number in (1, 2))
@@ -301,7 +308,8 @@ def _assemble(token_ids: Sequence[int], sites: Sequence[_Site]) -> Expansion:
     for site in sites:
         if site.start < pos:
             raise PlaceholderMismatchError(
-                "Placeholders of two modalities overlap in the prompt; write them one after another."
+                "Placeholders of two modalities overlap in the prompt; write them one after "
+                "another."
             )
         _append(out, token_ids[pos : site.start], joins)
         ids = site.replacement.token_ids
@@ -316,7 +324,10 @@ def _assemble(token_ids: Sequence[int], sites: Sequence[_Site]) -> Expansion:
 
 
 def _append(out: list[int], ids: Sequence[int], joins: Mapping[tuple[int, int], int]) -> int:
-    """Append ``ids``, the first of them as one with the last before it where ``joins`` says so; where they begin."""
+    """Append ``ids``; join the first with the last before it where ``joins`` says so.
+
+    Returns the position of the first of ``ids``.
+    """
     one = joins.get((out[-1], ids[0])) if joins and out and ids else None
     if one is not None:
         out[-1] = one

@@ -1,4 +1,4 @@
-"""The protocol between the media pipeline and a model family: how pictures become features and placeholders tokens."""
+"""Protocol between the media pipeline and a model family: features, placeholders, positions."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from sensorium.multimodal.items import Decoded, Features, MediaItem, Modality
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """What one placeholder expands to.
+    """Expansion of one placeholder.
 
-    ``token_ids`` replace the placeholder; ``runs`` are ``(start, length)`` pairs relative to them: the positions that
-    embeddings fill. Usually all of them: ``runs == ((0, len(token_ids)),)``. ``joins``: pairs of ids that are one token
-    when they meet at an edge of the replacement, as line ends do for some tokenizers, and that token.
+    Attributes:
+        token_ids: Tokens in place of the placeholder.
+        runs: ``(start, length)`` pairs, relative to ``token_ids``, of the positions that embeddings
+            fill; usually all of them, ``((0, len(token_ids)),)``.
+        joins: Pairs of ids that become one token where they meet at an edge of the replacement, as
+            line ends do for some tokenizers, and that token.
     """
 
     token_ids: tuple[int, ...]
@@ -27,7 +30,7 @@ class Replacement:
 
 @dataclass(frozen=True, slots=True)
 class PlacedItem:
-    """An item in an expanded prompt; its embeddings fill ``runs`` of absolute ``(start, length)`` positions."""
+    """An item in an expanded prompt; ``runs`` are the ``(start, length)`` of its embeddings."""
 
     item: MediaItem
     runs: tuple[tuple[int, int], ...]
@@ -40,9 +43,11 @@ class PlacedItem:
 
 @dataclass(frozen=True, slots=True)
 class VideoFacts:
-    """What is known of a video before its frames are decoded.
+    """Facts of a video that are known before its frames are decoded.
 
-    ``num_frames``: how many it has. ``fps``: its frames per second; None for a list of pictures without metadata.
+    Attributes:
+        num_frames: Number of frames.
+        fps: Frames per second; None for a list of images without metadata.
     """
 
     num_frames: int
@@ -51,10 +56,14 @@ class VideoFacts:
 
 @dataclass(frozen=True, slots=True)
 class FrameChoice:
-    """What the caller asked for, each None when not: so many frames, uniformly; or so many per second.
+    """The caller's options for sampling frames; None where there is none.
 
-    ``at_most``: the limit of ``limit_mm_per_prompt``, which no sampling exceeds. ``given``: the frames are the caller's
-    own choice already, not a file's; all of them are used unless the caller asks for fewer.
+    Attributes:
+        num_frames: So many frames, evenly spaced.
+        fps: So many frames per second.
+        at_most: Limit of ``limit_mm_per_prompt``, which no sampling exceeds.
+        given: The frames are an object of the caller, not a file: all are used unless
+            ``num_frames`` or ``fps`` asks for fewer.
     """
 
     num_frames: int | None = None
@@ -64,18 +73,24 @@ class FrameChoice:
 
 
 FrameSampler = Callable[[VideoFacts, FrameChoice], np.ndarray]
-"""Which frames of a video a model sees: ascending int64 indices, at least one; a frame may come twice. Picklable."""
+"""Returns the indices of the frames that a model sees, picklable.
+
+Ascending, int64, at least one; a frame may come twice.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Markup:
-    """Placeholders that the vocabulary does not hold as single tokens: the text is split there before it is tokenized.
+    """Placeholders that are not single tokens; text is split at them before it is tokenized.
 
-    ``patterns``: a regular expression for each modality; where placeholders are numbered, its group ``number`` is the
-    item's number, from 1, and one item may stand in several places. In the split ids each is
-    ``Processor.placeholder(modality)``, which may then be a ``placeholders.marker`` that no vocabulary holds.
-    ``prefix_each``: every stretch of text begins with what the tokenizer puts in front (a BOS), not only the first, as
-    the reference's processor has it.
+    In the token ids each becomes ``Processor.placeholder(modality)``, which may then be a
+    ``placeholders.marker`` that is in no vocabulary.
+
+    Attributes:
+        patterns: A regular expression for each modality. Where placeholders are numbered, its group
+            ``number`` is the item's number, from 1, and one item may stand in several places.
+        prefix_each: Each piece of text begins with the tokenizer's prefix (a BOS), not only the
+            first, as in the reference's processor.
     """
 
     patterns: Mapping[Modality, str] = field(default_factory=dict)
@@ -83,75 +98,101 @@ class Markup:
 
 
 class Processor(Protocol):
-    """One per loaded model; made of its configuration files. Stateless, picklable, cheap to build, without torch.
+    """Preprocessing of one model, made of its configuration files.
 
-    It runs in media workers and in the frontend, never in the engine.
+    Stateless, picklable, cheap to build, without torch. It runs in media workers and in the
+    frontend, never in the engine.
     """
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """What the model takes; empty for a text model."""
+        """Modalities that the model takes; none for a text model."""
         ...
 
     @property
     def markup(self) -> Markup | None:
-        """How placeholders look that are no tokens of the vocabulary; None where they all are."""
+        """Placeholders that are not single tokens; None if all are."""
         ...
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> Any:
-        """What decoding must know of the model: a ``FrameSampler`` for videos, the sampling rate (int, per second) for
-        sounds, None for images."""
+        """Return the model's parameter for decoding.
+
+        A ``FrameSampler`` for videos, the sampling rate (int, per second) for audio, None for
+        images.
+        """
         ...
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Everything besides the content that decides the features: class, configuration, ``options`` and, only where
-        it makes a difference, how many items of the modality the prompt has."""
+        """Return the identity of all that decides the features besides the content.
+
+        Class, configuration, ``options``, and ``num_items`` only where it makes a difference.
+        """
         ...
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Validate ``mm_processor_kwargs``. Raises InvalidRequestError naming the option and those that exist."""
+        """Validate ``mm_processor_kwargs``. Raises InvalidRequestError with the known options."""
         ...
 
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """Features of one decoded item: an image (H, W, 3) uint8 RGB, a ``Video`` or a ``Audio``.
+        """Return the features of a decoded item.
 
-        ``num_items``: how many items of the modality the prompt has, for the families whose features depend on it.
-        Raises InvalidRequestError or MediaTooLargeError when the model cannot take such an item (aspect ratio, size).
+        Args:
+            modality: The item's modality.
+            data: An image (H, W, 3) uint8 RGB, a ``Video`` or an ``Audio``.
+            options: ``mm_processor_kwargs``.
+            num_items: Number of items of the modality in the prompt, on which the features of some
+                families depend.
+
+        Raises:
+            InvalidRequestError: The model cannot take such an item (aspect ratio, size).
+            MediaTooLargeError: As above.
         """
         ...
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """Check precomputed embeddings (tensor, list or mapping): one ``Features`` per item.
+        """Check precomputed embeddings (tensor, list or mapping); return one ``Features`` per item.
 
-        Raises InvalidEmbeddingsError naming the item for a wrong shape, hidden size, dtype, count, grid, NaN.
+        Raises InvalidEmbeddingsError, which names the item, for a wrong shape, hidden size, dtype,
+        count, grid, or NaN.
         """
         ...
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """Token ids of one unexpanded placeholder in a prompt, such as ``(image_token_id,)``."""
+        """Return the token ids of one unexpanded placeholder, such as ``(image_token_id,)``."""
         ...
 
     def fill(self, modality: Modality) -> int | None:
-        """The token that stands in an expanded prompt where an item's embeddings go, side by side with no other token
-        between those of one image; None where that is not known. What is wrong with the placeholders of a prompt is
-        then found before its items are loaded."""
+        """Return the token of an expanded prompt at the positions of an item's embeddings.
+
+        It lets wrong placeholders be found before items are loaded. None if it is not known, or if
+        other tokens stand between those of one image.
+        """
         ...
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
-        """The placeholder of the item of this number (of its modality, from 1) as a user writes it in a raw prompt,
-        such as ``<image>`` (what goes *in front* of text when a chat template takes only strings; for Qwen2-VL with its
-        vision start and end tokens). Most families do not number them."""
+        """Return an item's placeholder as a user writes it in a raw prompt, such as ``<image>``.
+
+        It is also put in front of text for chat templates that take only strings (for Qwen2-VL with
+        its vision start and end tokens). ``number`` counts items of the modality from 1; most
+        families do not number placeholders.
+        """
         ...
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """What the placeholder of this item expands to; ``index``: of the item among those of its modality, from 0."""
+        """Return the expansion of an item's placeholder.
+
+        ``index`` counts the items of its modality from 0.
+        """
         ...
 
     def positions(
         self, token_ids: Sequence[int], items: Sequence[PlacedItem]
     ) -> tuple[np.ndarray, int] | None:
-        """Rotary positions (3, num_tokens) int32 of an expanded prompt and the delta for generated tokens, for models
-        with several position axes (M-RoPE); None for plain positions 0, 1, 2 …"""
+        """Return rotary positions of an expanded prompt and the delta for generated tokens.
+
+        (3, num_tokens) int32, for models with several position axes (M-RoPE, arXiv:2409.12191);
+        None for plain positions 0, 1, 2 ...
+        """
         ...

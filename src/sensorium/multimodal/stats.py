@@ -17,7 +17,7 @@ from sensorium.multimodal.workers.pool import DecoderStats
 
 @dataclass(frozen=True, slots=True)
 class StageStats:
-    """Counters of one stage since the start: successful runs, their seconds, and the bytes they gave."""
+    """Counters of one stage since the start: successful runs, their seconds, bytes of output."""
 
     count: int = 0
     seconds: float = 0.0
@@ -26,10 +26,17 @@ class StageStats:
 
 @dataclass(frozen=True, slots=True)
 class MediaStats:
-    """A snapshot of the pipeline's counters.
+    """Counters of the media pipeline.
 
-    ``fetch`` counts downloads and files read, ``decode`` decoded files and converted objects, ``preprocess`` runs of
-    the model's processor. ``failures`` counts refused items by error code; ``num_loading`` are the items being loaded.
+    Attributes:
+        fetch: Downloads and files read.
+        decode: Decoded files and converted objects.
+        preprocess: Runs of the model's processor.
+        cache: The processor cache.
+        decoders: The worker processes.
+        failures: Refused items by error code.
+        num_loading: Items that are being loaded.
+        downloads: Shared and cached downloads.
     """
 
     fetch: StageStats
@@ -42,7 +49,7 @@ class MediaStats:
     downloads: DownloadStats = field(default_factory=DownloadStats)
 
     def flat(self) -> dict[str, float]:
-        """All counters as plain numbers by name, such as ``decode_seconds``."""
+        """Return all counters as plain numbers by name, such as ``decode_seconds``."""
         flat: dict[str, float] = {}
         for stage in ("fetch", "decode", "preprocess"):
             for name, value in dataclasses.asdict(getattr(self, stage)).items():

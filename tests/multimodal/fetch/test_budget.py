@@ -35,7 +35,7 @@ def test_shares_and_contents_have_one_limit() -> None:
         with pytest.raises(OverloadedError):
             share.change(1)
         share.change(-20)
-        share.give_back()
+        share.reset()
         share.change(5)
         assert budget.num_bytes == 35
     assert budget.num_bytes == 30
@@ -75,40 +75,40 @@ async def test_a_request_is_told_while_it_waits() -> None:
     """The bytes of both downloads count, and come in another thread."""
     request = RequestBytes(100)
     request.add(10)
-    arrivals = [DownloadProgress(), DownloadProgress()]
+    downloads = [DownloadProgress(), DownloadProgress()]
 
-    async def wait(arrival: DownloadProgress) -> None:
-        async with request.waiting(arrival):
+    async def wait(download: DownloadProgress) -> None:
+        async with request.waiting(download):
             await asyncio.Event().wait()
 
-    tasks = [asyncio.create_task(wait(arrival)) for arrival in arrivals]
+    tasks = [asyncio.create_task(wait(download)) for download in downloads]
     await asyncio.sleep(0)
-    await asyncio.to_thread(arrivals[0].update, 50)
-    await asyncio.to_thread(arrivals[1].update, 40)
+    await asyncio.to_thread(downloads[0].update, 50)
+    await asyncio.to_thread(downloads[1].update, 40)
     await asyncio.sleep(0)
     assert not any(task.done() for task in tasks)
-    await asyncio.to_thread(arrivals[1].update, 41)
+    await asyncio.to_thread(downloads[1].update, 41)
     with pytest.raises(MediaTooLargeError, match="more than 100 bytes together"):
         await tasks[1]
     tasks[0].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert request.num_coming == 10
-    for arrival in arrivals:
-        arrival.update(1000)  # tells nobody
+    for download in downloads:
+        download.update(1000)  # no listener is left
 
 
-async def test_who_joins_late_is_told_at_once() -> None:
-    arrival = DownloadProgress()
-    arrival.update(11)
+async def test_a_request_that_joins_late_is_refused_at_once() -> None:
+    download = DownloadProgress()
+    download.update(11)
     with pytest.raises(MediaTooLargeError):
-        async with RequestBytes(10).waiting(arrival):
+        async with RequestBytes(10).waiting(download):
             await asyncio.Event().wait()
 
 
 async def test_two_that_wait_for_one_download_count_it_once() -> None:
-    request, arrival = RequestBytes(10), DownloadProgress()
-    async with request.waiting(arrival), request.waiting(arrival):
-        arrival.update(10)
+    request, download = RequestBytes(10), DownloadProgress()
+    async with request.waiting(download), request.waiting(download):
+        download.update(10)
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 

@@ -1,9 +1,10 @@
 """Identity of media: 32-byte BLAKE3 digests over framed and tagged fields.
 
-Every field goes in with its length before it and every kind of content with a tag of its own, so that no two different
-inputs give the same bytes to hash: 30 x 100 and 100 x 30 pixels, a palette and the grey values that look alike, an
-orientation in the metadata and none. A digest of an item covers its content (or the caller's id), the loading options
-and the processor's identity; two items with the same digest have the same features.
+Each field is hashed after its length and each kind of content after a tag of its own, so that
+different inputs never give the same bytes to hash: 30 x 100 and 100 x 30 pixels, a palette and
+equal grey values, an orientation in the metadata and none. The digest of an item covers its content
+(or the caller's id), the loading options and the processor's identity: items with equal digests
+have equal features.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from blake3 import blake3
 from PIL import Image
 
 from sensorium.multimodal.decode import grey
-from sensorium.multimodal.decode import image as pictures
+from sensorium.multimodal.decode import image as images
 from sensorium.multimodal.items import Features, Modality, is_tensor
 
 Field = bytes | str | int | memoryview
 
 
 def framed(tag: str, fields: Iterable[Field]) -> bytes:
-    """BLAKE3 over ``tag`` and ``fields``, each as type letter, length (8 bytes, little-endian) and content."""
+    """Hash ``tag`` and ``fields``, each as type letter, length (8 bytes little-endian), content."""
     hasher = blake3()
     for field in (tag, *fields):
         letter, content = _encode(field)
@@ -44,20 +45,21 @@ def _encode(field: Field) -> tuple[bytes, bytes | memoryview]:
 
 
 def encoded_digest(data: bytes) -> bytes:
-    """Content digest of an encoded file."""
+    """Return the content digest of an encoded file."""
     return framed("encoded", [data])
 
 
 def text_digest(text: str) -> bytes:
-    """Digest of a ``data:`` URL as it is written, to recognise it without decoding it. Not a content digest."""
+    """Return the digest of a ``data:`` URL's text, which recognises it without decoding it."""
     return framed("text", [text])
 
 
 def object_digest(source: Any) -> bytes:
-    """Content digest of a PIL image, numpy array or torch tensor: kind, type, shape and every byte; and of lists and
-    pairs of those with plain values and mappings between them (frames with metadata, samples with their rate).
+    """Return the content digest of a PIL image, an array, a tensor, or a list or pair of those.
 
-    Raises MediaUndecodableError when a lazily opened PIL image cannot be read.
+    It covers kind, type, shape and every byte. Lists and pairs may hold plain values and mappings,
+    too (frames with metadata, samples with their rate). Raises MediaUndecodableError if a lazily
+    opened PIL image cannot be read.
     """
     if isinstance(source, Image.Image):
         return _pil_digest(source)
@@ -74,7 +76,7 @@ def object_digest(source: Any) -> bytes:
 
 
 def features_digest(features: Features) -> bytes:
-    """Content digest of features that came as embeddings: every array with its name, and the small values."""
+    """Return the content digest of precomputed embeddings: named arrays and metadata."""
     fields: list[Field] = [features.modality, features.num_embeds]
     for name in sorted(features.arrays):
         fields += [name, *_array_fields(features.arrays[name])]
@@ -82,19 +84,19 @@ def features_digest(features: Features) -> bytes:
 
 
 def uuid_digest(modality: Modality, uuid: str, *, tenant: str, salt: str) -> bytes:
-    """Content digest in place of one over content: the caller's id, in the tenant's and the salt's own space."""
+    """Return a content digest for a caller's id, within the namespace of tenant and salt."""
     return framed("uuid", [modality, tenant, salt, uuid])
 
 
 def item_digest(
     modality: Modality, content: bytes, options: Mapping[str, Any], identity: bytes
 ) -> bytes:
-    """Digest of an item: content digest, loading options of the modality, and the processor's identity."""
+    """Return the digest of an item, over content digest, options and the processor's identity."""
     return framed("item", [modality, content, canonical(dict(options)), identity])
 
 
 def canonical(value: Any) -> str:
-    """One text for equal plain values, whatever the order of mapping keys; different values give different texts."""
+    """Return a text that is the same for equal plain values only, in any order of keys."""
     if isinstance(value, Mapping):
         members = sorted((repr(key), canonical(value[key])) for key in value)
         return "{" + ",".join(f"{key}:{member}" for key, member in members) + "}"
@@ -112,7 +114,7 @@ def canonical(value: Any) -> str:
 
 
 def _numbers(source: Any) -> np.ndarray | None:
-    """A list of numbers, or of lists of them, as an array: samples of a sound are too many to be hashed one by one."""
+    """Return nested lists of numbers as an array: samples are too many to hash one by one."""
     first = source
     while isinstance(first, list) and first:
         first = first[0]
@@ -145,7 +147,7 @@ def _bytes_of(array: np.ndarray) -> memoryview:
 
 
 def _pil_digest(image: Image.Image) -> bytes:
-    pictures.load(image)
+    images.load(image)
     palette = image.getpalette("RGBA") if image.mode in ("P", "PA") else None
     return framed(
         "pil",
@@ -155,7 +157,7 @@ def _pil_digest(image: Image.Image) -> bytes:
             image.height,
             canonical(palette),
             canonical(image.info.get("transparency")),
-            pictures.orientation(image),
+            images.orientation(image),
             *(grey.facts_of(image) if image.mode in grey.MODES else []),
             image.tobytes(),
         ],

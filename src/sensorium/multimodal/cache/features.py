@@ -1,4 +1,4 @@
-"""The processor cache: features by item digest, bounded in bytes, least recently used first out."""
+"""Processor cache: features by item digest, bounded in bytes, least recently used first out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensorium.multimodal.shared_memory import SharedArrays
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """A snapshot of the counters: ``queries`` and ``hits`` since the start, what is held now and what was evicted."""
+    """Counters of the cache: queries, hits and evictions since the start, and what it holds now."""
 
     queries: int
     hits: int
@@ -24,10 +24,10 @@ class CacheStats:
 
 
 class FeatureCache:
-    """Features by digest, at most ``capacity_bytes`` of them; 0 switches the cache off.
+    """Features by digest, at most ``capacity_bytes`` of them (0: no cache). Thread-safe.
 
-    Thread-safe. Pinned digests (``pin``/``unpin``, counted) are not evicted; a pin may come before its entry. Features
-    that find no room beside the pinned ones are not kept, which costs time and nothing else.
+    Pinned digests are not evicted; pins are counted, and may come before their entry. Features that
+    do not fit beside the pinned ones are not kept.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -44,7 +44,7 @@ class FeatureCache:
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is ever kept."""
+        """Return whether the cache keeps anything."""
         return self.capacity_bytes > 0
 
     @property
@@ -54,7 +54,7 @@ class FeatureCache:
             return len(self._pins)
 
     def get(self, digest: bytes) -> Features | None:
-        """The features under a digest, which become the most recently used; None when there are none."""
+        """Return the features under a digest and mark them as used; None if there are none."""
         with self._lock:
             self._queries += 1
             features = self._held(digest)
@@ -64,12 +64,12 @@ class FeatureCache:
             return features
 
     def peek(self, digest: bytes) -> Features | None:
-        """The features under a digest, as if nobody had asked."""
+        """Return the features under a digest, without counting a query or marking them as used."""
         with self._lock:
             return self._held(digest)
 
     def put(self, digest: bytes, features: Features) -> bool:
-        """Keep features; returns whether they are kept. What was there under the digest is replaced."""
+        """Keep features in place of those under the digest; return False if they do not fit."""
         size = features.num_bytes
         with self._lock:
             old = self._entries.pop(digest, None)
@@ -87,7 +87,7 @@ class FeatureCache:
             self._pins.update(digests)
 
     def unpin(self, digests: Iterable[bytes]) -> None:
-        """Undo one ``pin`` for each digest. Raises ValueError for one that is not pinned."""
+        """Undo one ``pin`` of each digest. Raises ValueError for one that is not pinned."""
         with self._lock:
             for digest in digests:
                 if self._pins[digest] < 1:
@@ -104,7 +104,7 @@ class FeatureCache:
                 self._num_bytes -= self._entries.pop(digest).num_bytes
 
     def stats(self) -> CacheStats:
-        """A snapshot of the counters."""
+        """Return a snapshot of the counters."""
         with self._lock:
             return CacheStats(
                 queries=self._queries,
@@ -116,11 +116,11 @@ class FeatureCache:
             )
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when the books do not agree with the entries."""
+        """Raise AssertionError if counters and entries disagree."""
         with self._lock:
             held = sum(features.num_bytes for features in self._entries.values())
             if held != self._num_bytes:
-                raise AssertionError(f"{held} bytes held, {self._num_bytes} in the books")
+                raise AssertionError(f"{held} bytes held, {self._num_bytes} counted")
             if held > self.capacity_bytes:
                 raise AssertionError(f"{held} bytes held, capacity {self.capacity_bytes}")
             if any(count < 1 for count in self._pins.values()):
@@ -129,7 +129,7 @@ class FeatureCache:
                 raise AssertionError(f"{self._hits} hits of {self._queries} queries")
 
     def _held(self, digest: bytes) -> Features | None:
-        """An entry whose arrays are there; one whose segment somebody has tidied up is forgotten."""
+        """Return an entry; drop it if its file in shared memory was removed."""
         features = self._entries.get(digest)
         if (
             features is None
@@ -142,7 +142,7 @@ class FeatureCache:
         return None
 
     def _make_room(self, size: int) -> bool:
-        """Evict until ``size`` bytes fit, if they can at all; nothing is evicted when they cannot."""
+        """Evict until ``size`` bytes fit; evict nothing and return False if they cannot."""
         excess = self._num_bytes + size - self.capacity_bytes
         victims: list[bytes] = []
         for digest, features in self._entries.items():
@@ -160,7 +160,7 @@ class FeatureCache:
 
 
 class DigestMemo:
-    """Content digests of ``data:`` URLs by the digest of their text, the latest ``capacity`` of them. Thread-safe."""
+    """Content digests of the latest ``data:`` URLs, by the digest of their text. Thread-safe."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -168,12 +168,12 @@ class DigestMemo:
         self._lock = threading.Lock()
 
     def get(self, text_digest: bytes) -> bytes | None:
-        """The content digest of a URL that was decoded before; None when it is not known."""
+        """Return the content digest of a URL that was decoded before; None if it is not known."""
         with self._lock:
             return self._entries.get(text_digest)
 
     def put(self, text_digest: bytes, content_digest: bytes) -> None:
-        """Remember a URL, and forget the oldest beyond the capacity."""
+        """Remember a URL; forget the oldest beyond the capacity."""
         with self._lock:
             self._entries[text_digest] = content_digest
             self._entries.move_to_end(text_digest)

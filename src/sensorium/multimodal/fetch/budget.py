@@ -1,4 +1,4 @@
-"""Bytes of downloads: of all together, while they come and until they are decoded, and of the request that waits."""
+"""Budgets in bytes: of all downloads until they are decoded, and of the media of one request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensorium.errors import MediaTooLargeError, OverloadedError
 
 
 class ByteBudget:
-    """At most ``limit`` bytes of downloads at a time: unfinished ones, and contents that requests hold. Thread-safe."""
+    """Bounds the bytes of running downloads and of contents that requests hold. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -21,7 +21,7 @@ class ByteBudget:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are taken now."""
+        """Bytes in use now."""
         return self._num_bytes
 
     @property
@@ -32,7 +32,7 @@ class ByteBudget:
 
     @contextmanager
     def share(self, on_change: Callable[[int], None] = lambda num_bytes: None) -> Iterator[Share]:
-        """A share for one download, which ends with it. ``on_change`` is told how many bytes it has."""
+        """Open the share of one download; ``on_change`` is called with its bytes at each change."""
         share = Share(self, on_change)
         try:
             yield share
@@ -40,7 +40,7 @@ class ByteBudget:
             share.end()
 
     def hold(self, digest: bytes, num_bytes: int) -> None:
-        """Count a content once, however many hold it, until each has called ``release``. Raises OverloadedError."""
+        """Count a content until ``release``, once for all its holders. Raises OverloadedError."""
         with self._lock:
             num_holders, size = self._held.get(digest, (0, num_bytes))
             if not num_holders:
@@ -57,21 +57,21 @@ class ByteBudget:
                 self._num_bytes -= size
 
     def change(self, num_bytes: int) -> None:
-        """Take bytes, or give some back when ``num_bytes`` is negative. Raises OverloadedError."""
+        """Reserve bytes, or release some if ``num_bytes`` is negative. Raises OverloadedError."""
         with self._lock:
             self._add(num_bytes)
 
     def _add(self, num_bytes: int) -> None:
         if num_bytes > 0 and self._num_bytes + num_bytes > self.limit:
             raise OverloadedError(
-                "Too many bytes of media are being downloaded or wait to be decoded; try again later "
-                "(--max-media-bytes-in-flight)."
+                "Too many bytes of media are being downloaded or wait to be decoded; try again "
+                "later (--max-media-bytes-in-flight)."
             )
         self._num_bytes += num_bytes
 
 
 class Share:
-    """What one download has of a budget. Thread-safe."""
+    """The part of a budget that one download uses. Thread-safe."""
 
     def __init__(self, budget: ByteBudget, on_change: Callable[[int], None]) -> None:
         self._budget = budget
@@ -81,20 +81,22 @@ class Share:
         self.num_bytes = 0
 
     def change(self, num_bytes: int) -> None:
-        """Take bytes before they are kept, or give some back. Raises OverloadedError; also once the share has ended,
-        which stops a thread that goes on unpacking for a download that was given up."""
+        """Reserve bytes before they are kept, or release some. Raises OverloadedError.
+
+        Raises it also after ``end``, which stops a thread that still unpacks an abandoned download.
+        """
         with self._lock:
             if self._has_ended:
-                raise OverloadedError("The download was given up.")
+                raise OverloadedError("The download was abandoned.")
             self._change(num_bytes)
 
-    def give_back(self) -> None:
-        """Give all back, as before another attempt."""
+    def reset(self) -> None:
+        """Release all bytes, as before another attempt."""
         with self._lock:
             self._change(-self.num_bytes)
 
     def end(self) -> None:
-        """Give all back, for good."""
+        """Release all bytes, for good."""
         with self._lock:
             self._has_ended = True
             self._change(-self.num_bytes)
@@ -106,7 +108,7 @@ class Share:
 
 
 class DownloadProgress:
-    """How much of a download is there; it tells those who wait for it. Thread-safe."""
+    """Bytes of a running download, with listeners for its changes. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -114,15 +116,15 @@ class DownloadProgress:
         self.num_bytes = 0
 
     def update(self, num_bytes: int) -> None:
-        """Note how many bytes are there now."""
+        """Set the number of bytes, and call the listeners."""
         with self._lock:
             self.num_bytes = num_bytes
             for listener in self._listeners:
                 listener()
 
     @contextmanager
-    def told(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Call ``listener`` at once and after every change; never any more when the block has been left."""
+    def watched(self, listener: Callable[[], None]) -> Iterator[None]:
+        """Call ``listener`` at once and at every change, until the block ends."""
         with self._lock:
             self._listeners.append(listener)
             listener()
@@ -134,16 +136,17 @@ class DownloadProgress:
 
 
 class RequestBytes:
-    """Bytes of one request: of contents that are there, and of downloads that it waits for, as they come.
+    """Bounds the bytes of one request: contents it has, and downloads it waits for, as they come.
 
-    The downloads of a request that is past ``limit`` may go on for others. Belongs to one event loop.
+    A download may go on for other requests when this one is past ``limit``. Belongs to one event
+    loop.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.num_bytes = 0
         self._lock = threading.Lock()
-        self._arrivals: list[DownloadProgress] = []
+        self._downloads: list[DownloadProgress] = []
 
     def add(self, num_bytes: int) -> None:
         """Count a content. Raises MediaTooLargeError past the limit."""
@@ -152,43 +155,43 @@ class RequestBytes:
             raise self._too_large()
 
     @asynccontextmanager
-    async def waiting(self, arrival: DownloadProgress) -> AsyncIterator[None]:
-        """Count what comes while the block waits. Raises MediaTooLargeError as soon as that is past the limit."""
+    async def waiting(self, download: DownloadProgress) -> AsyncIterator[None]:
+        """Count a download that the block waits for. Raises MediaTooLargeError past the limit."""
         loop = asyncio.get_running_loop()
         is_over = has_left = False
 
-        def look() -> None:  # in whatever thread the bytes come
+        def check() -> None:  # runs in the thread of the download
             nonlocal is_over
             if not is_over and self.num_coming > self.limit:
                 is_over = True
-                loop.call_soon_threadsafe(ring)
+                loop.call_soon_threadsafe(end_wait)
 
-        def ring() -> None:
+        def end_wait() -> None:
             if not has_left:
-                alarm.reschedule(loop.time())
+                timeout.reschedule(loop.time())
 
         with self._lock:
-            self._arrivals.append(arrival)
+            self._downloads.append(download)
         try:
-            async with asyncio.timeout(None) as alarm:
+            async with asyncio.timeout(None) as timeout:
                 try:
-                    with arrival.told(look):
+                    with download.watched(check):
                         yield
                 finally:
                     has_left = True
         except TimeoutError:
-            if alarm.expired():
+            if timeout.expired():
                 raise self._too_large() from None
             raise
         finally:
             with self._lock:
-                self._arrivals.remove(arrival)
+                self._downloads.remove(download)
 
     @property
     def num_coming(self) -> int:
-        """Bytes that are there or come now."""
+        """Bytes of contents and of running downloads."""
         with self._lock:
-            return self.num_bytes + sum(arrival.num_bytes for arrival in set(self._arrivals))
+            return self.num_bytes + sum(d.num_bytes for d in set(self._downloads))
 
     def _too_large(self) -> MediaTooLargeError:
         return MediaTooLargeError(

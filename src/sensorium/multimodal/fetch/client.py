@@ -97,8 +97,8 @@ class HttpClient:
     async def download(self, url: URL, share: Share, *, seconds: float) -> Fetched:
         """Download a URL that the guard has checked; ``share`` counts the bytes as they come.
 
-        Raises MediaRefusedError, MediaTooLargeError, MediaFetchError, OverloadedError, and TimeoutError
-        after ``seconds``.
+        Raises MediaRefusedError, MediaTooLargeError, MediaFetchError, OverloadedError, and
+        TimeoutError after ``seconds``.
         """
         async with asyncio.timeout(seconds), self._session() as client:
             return await self._with_retries(client, url, share)
@@ -144,7 +144,7 @@ class HttpClient:
             try:
                 return await self._follow(client, url, share)
             except _TransientError as error:
-                share.give_back()
+                share.reset()
                 if num_retries == self._config.media_fetch_retries:
                     raise error.outcome from None
             pause = min(_FIRST_BACKOFF * 2**num_retries, _LAST_BACKOFF)
@@ -159,12 +159,13 @@ class HttpClient:
                 return found
             if not self._guard.allow_redirects:
                 raise MediaRefusedError(
-                    "The URL redirects, which is not allowed here (--no-media-url-allow-redirects, or "
-                    "SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS=0)."
+                    "The URL redirects, which is not allowed here (--no-media-url-allow-redirects, "
+                    "or SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS=0)."
                 )
             url = redirected(self._guard, url, found.location)
         raise MediaRefusedError(
-            f"The URL redirects more than {self._guard.max_redirects} times (--max-media-redirects)."
+            f"The URL redirects more than {self._guard.max_redirects} times "
+            "(--max-media-redirects)."
         )
 
     async def _visit(
@@ -219,7 +220,8 @@ def redirected(guard: Guard, url: URL, location: str) -> URL:
     checked = guard.check_url(target)
     if url.scheme == "https" and checked.scheme != "https":
         raise MediaRefusedError(
-            "The URL redirects from https to http, where anyone on the way could exchange what is sent."
+            "The URL redirects from https to http, where anyone on the way could exchange what is "
+            "sent."
         )
     return checked
 

@@ -1,4 +1,7 @@
-"""``data:`` URLs (RFC 2397): base64 or percent-encoded; ``data:video/jpeg;base64,`` is pictures with commas between."""
+"""``data:`` URLs (RFC 2397), base64 or percent-encoded.
+
+``data:video/jpeg;base64,`` holds the frames of a video as JPEG images with commas between.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,21 @@ from sensorium.multimodal.decode.video.video_frames import MAX_PICTURES, pack
 
 _MAX_HEADER = 1024
 _BINARY = ("image", "video", "audio", "base64", "application")
-"""What media types begin with whose data are no text; ``data:base64,`` lacks the semicolon."""
+"""First parts of media types whose data are binary; ``data:base64,`` lacks the semicolon."""
 _ESCAPED_BASE64 = ("%2b", "%2f", "%3d", "%0a", "%0d", "%20")
 _PIECE = 1 << 16
-"""Characters that are rewritten at a time: between pieces other threads get the interpreter."""
+"""Characters rewritten per step; other threads can run between two steps."""
 
 _BLANKS = b" \n\r\t"
 _STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
 def parse_data_url(text: str, max_bytes: int) -> bytes:
-    """The content of a ``data:`` URL. Its size is checked before it is decoded.
+    """Decode a ``data:`` URL; its size is checked first.
 
-    Raises MediaRefusedError for a URL without a comma and for text that is not encoded as the URL says,
-    MediaTooLargeError, and MediaUndecodableError for bad base64 and for text that no encoding has.
+    Raises MediaRefusedError for a URL without a comma or text that is not encoded as the URL says,
+    MediaTooLargeError, and MediaUndecodableError for bad base64 or characters that have no
+    encoding.
     """
     comma = text.find(",", 0, _MAX_HEADER)
     if comma < 0:
@@ -39,10 +43,11 @@ def parse_data_url(text: str, max_bytes: int) -> bytes:
             raise MediaRefusedError("The data: URL holds a second data: URL; send that alone.")
         if start[:1] == "%" and start[:3] not in _ESCAPED_BASE64:
             raise MediaRefusedError(
-                "The data: URL says ;base64, but its data are percent-encoded; leave ;base64 out, or encode them so."
+                "The data: URL says ;base64, but its data are percent-encoded; leave ;base64 out, "
+                "or encode them so."
             )
         if media_type == "video/jpeg":
-            return _pictures(text[comma + 1 :], max_bytes)
+            return _frames(text[comma + 1 :], max_bytes)
         return decode_base64(text[comma + 1 :], max_bytes)
     if (len(text) - comma - 1) > 3 * max_bytes:
         raise _too_large(max_bytes)
@@ -54,7 +59,7 @@ def parse_data_url(text: str, max_bytes: int) -> bytes:
 
 
 def _check_escaped(text: str, start: int, media_type: str) -> None:
-    """Raise MediaRefusedError for data that cannot be percent-encoded media: these have bytes that must be escaped."""
+    """Raise MediaRefusedError for binary data without escapes, which cannot be percent-encoded."""
     if media_type.partition("/")[0] in _BINARY and text.find("%", start) < 0:
         raise MediaRefusedError(
             f"The data: URL does not say ;base64, and its data are not percent-encoded; write "
@@ -62,28 +67,30 @@ def _check_escaped(text: str, start: int, media_type: str) -> None:
         )
 
 
-def _pictures(text: str, max_bytes: int) -> bytes:
-    """The pictures of a ``video/jpeg`` URL, as ``frames.pack`` writes them."""
+def _frames(text: str, max_bytes: int) -> bytes:
+    """Return the frames of a ``video/jpeg`` URL, as ``video_frames.pack`` writes them."""
     num = text.count(",") + 1
     if num > MAX_PICTURES:
         raise MediaTooLargeError(
-            f"The data: URL has {num} pictures; at most {MAX_PICTURES} make a video. Send fewer, or a video file."
+            f"The data: URL has {num} images; at most {MAX_PICTURES} make a video. Send fewer, or "
+            "a video file."
         )
-    pictures: list[bytes] = []
+    frames: list[bytes] = []
     left = max_bytes
     for part in text.split(","):
         try:
-            pictures.append(decode_base64(part, left))
+            frames.append(decode_base64(part, left))
         except MediaTooLargeError:
             raise _too_large(max_bytes) from None
-        left -= len(pictures[-1])
-    return pack(pictures)
+        left -= len(frames[-1])
+    return pack(frames)
 
 
 def decode_base64(text: str, max_bytes: int) -> bytes:
     """Decode base64, standard or URL-safe, with or without padding; blanks are skipped.
 
-    Raises MediaTooLargeError before decoding, and MediaUndecodableError for other characters or a wrong length.
+    Raises MediaTooLargeError before decoding, and MediaUndecodableError for other characters or a
+    wrong length.
     """
     if len(text) > 4 * max_bytes + _MAX_HEADER:
         raise _too_large(max_bytes)
@@ -101,13 +108,13 @@ def decode_base64(text: str, max_bytes: int) -> bytes:
 
 
 def _decoded_size(text: str | bytes) -> int:
-    """Bytes that standard base64 stands for."""
+    """Return the number of bytes that standard base64 decodes to."""
     end = text[-2:] if isinstance(text, str) else text[-2:].decode("latin-1")
     return (len(text) - len(end) + len(end.rstrip("="))) * 3 // 4
 
 
 def _decode(text: str | bytes) -> bytes | None:
-    """Decode standard base64 with its padding, in one go and without the interpreter's lock; None if it is not that."""
+    """Decode padded standard base64, without the interpreter's lock; None for other text."""
     try:
         return pybase64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
@@ -115,7 +122,7 @@ def _decode(text: str | bytes) -> bytes | None:
 
 
 def _plain_base64(text: str) -> bytes:
-    """The same data in standard letters, without blanks, padded as they should be."""
+    """Rewrite base64 to the standard alphabet, without blanks, with its padding."""
     source = _unquoted(text, 0) if "%" in text else _encoded(text, 0)
     plain = b"".join(piece.translate(_STANDARD, _BLANKS) for piece in source).rstrip(b"=")
     return plain + b"=" * (-len(plain) % 4)
@@ -126,7 +133,7 @@ def _unquote(text: str, start: int) -> bytes:
 
 
 def _unquoted(text: str, start: int) -> Iterator[bytes]:
-    """The text from ``start`` on without percent-encoding, piece by piece: all at once takes fifty times its memory."""
+    """Undo percent-encoding in steps: all at once takes fifty times the memory of the text."""
     while start < len(text):
         end = start + _PIECE
         if end < len(text):  # not within an escape
@@ -144,7 +151,9 @@ def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise MediaUndecodableError("The data: URL has characters that no encoding has.") from None
+        raise MediaUndecodableError(
+            "The data: URL has characters that cannot be encoded."
+        ) from None
 
 
 def _too_large(max_bytes: int) -> MediaTooLargeError:

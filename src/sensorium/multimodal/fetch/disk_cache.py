@@ -1,7 +1,7 @@
 """Downloads kept in a folder for a time to live; several servers may share the folder.
 
-One file per URL, ``<folder>/sensorium-downloads-2/<digest of the URL>``: the content digest of the body
-(32 bytes), then the body. It expires at its time of modification; its time of access is its last use.
+One file per URL, ``<folder>/sensorium-downloads-2/<digest of the URL>``: the content digest of the
+body (32 bytes), then the body. It expires at its time of modification; access is its last use.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _DIGEST_BYTES, _BLOCK_BYTES = 32, 4096
 class DiskCache:
     """Downloads by URL in a folder of bounded size, least recently used first out; thread-safe.
 
-    One download takes a quarter at most. Each process scans the folder after every sixteenth that it
-    adds: several may exceed the whole by as much each. A failing disk costs entries and a warning.
+    One download takes a quarter at most. Each process scans the folder after adding a sixteenth, so
+    that several may exceed the size by as much each. A failing disk costs entries and a warning.
     """
 
     def __init__(self, config: MediaConfig) -> None:
@@ -47,21 +47,20 @@ class DiskCache:
                 raise PermissionError(errno.EPERM, "it belongs to another user or is a link")
             os.chmod(self._root, 0o700)
         except OSError as error:
-            problem = (
-                f"must be a folder that can be made and written, got {folder!r}: {error.strerror}."
+            name, reason = "media_download_cache", error.strerror
+            text = (
+                f"{name} must be a folder that can be made and written, got {folder!r}: {reason}."
             )
-            name = "media_download_cache"
-            raise ConfigError(f"{name} {problem}", param=name) from None
+            raise ConfigError(text, param=name) from None
         self._lock = threading.Lock()
-        self._num_pending_bytes = 0
-        self._has_warned = False
+        self._num_pending_bytes, self._has_warned = 0, False
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="sensorium-download-cache")
         self._num_unscanned_bytes = self._capacity_bytes  # the writer's alone
 
     def get(self, url: str, listed: bool, max_bytes: int) -> Fetched | None:
         """Return a download of at most ``max_bytes`` that has not expired.
 
-        ``listed``: the guard lets the host be private; what was kept so serves only under this rule.
+        ``listed``: the guard lets the host be private; an entry serves under the same rule only.
         """
         path, now = self._path(url, listed), time.time()
         try:
@@ -77,10 +76,10 @@ class DiskCache:
         except OSError as error:
             self._warn(error)
             return None
-        if encoded_digest(data) != digest:
-            _unlink(path)
-            return None
-        return Fetched(data, digest, cached=True, reusable=True)
+        if encoded_digest(data) == digest:
+            return Fetched(data, digest, cached=True, reusable=True)
+        _unlink(path)
+        return None
 
     def put(self, url: str, listed: bool, fetched: Fetched, seconds: float) -> None:
         """Keep a download for the time to live, at most ``seconds``; another thread writes it."""

@@ -57,9 +57,9 @@ class Fetcher:
     """Reads media within the limits of a ``MediaConfig``, once for all that want a URL together.
 
     Requests share a fetch while it runs. Cancelling one does not end it for the others; a failure
-    reaches all of them and is then forgotten. What came over the network serves further requests for
-    ``media_url_reuse_seconds``, so that sharing does not depend on how fast a host answers. Usable
-    from several event loops, each of which has fetches of its own.
+    reaches all of them and is then forgotten. What came over the network serves further requests
+    for ``media_url_reuse_seconds``, so that sharing does not depend on how fast a host answers.
+    Usable from several event loops, each of which has fetches of its own.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class Fetcher:
 
 
 class RecentDownloads:
-    """Downloads of the last ``seconds``, at most ``capacity_bytes``, oldest first out. Thread-safe."""
+    """Downloads of the last seconds, of bounded size, oldest first out. Thread-safe."""
 
     def __init__(self, seconds: float, capacity_bytes: int, clock: Callable[[], float]) -> None:
         self.num_bytes = 0

@@ -1,7 +1,8 @@
-"""What may be fetched: schemes, hosts, addresses and local paths. Limits come with the object, never from globals.
+"""Rules for what may be fetched: schemes, hosts, addresses and local paths.
 
-A URL is parsed once; the very object that was checked is what the client uses. A host name is resolved once, all its
-addresses are checked, and the connection goes to one of them (``http.GuardedResolver``).
+A URL is parsed once, and the client uses the very object that was checked. A host name is resolved
+once, all its addresses are checked, and the connection goes to one of them
+(``resolver.GuardedResolver``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sensorium.errors import ConfigError, MediaRefusedError, MediaTooLargeError
 MAX_URL_LENGTH = 8192
 
 PACKAGE_FILES = os.path.realpath(str(importlib.resources.files("sensorium") / "assets" / "files"))
-"""The folder of ``sensorium.assets``."""
+"""Folder of the files of ``sensorium.assets``."""
 
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\\\u2028\u2029\ud800-\udfff]")
 _AUTHORITY = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
@@ -34,13 +35,16 @@ _HOST = re.compile(r"^[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """The rules for URLs and paths.
+    """Rules for URLs and paths.
 
-    ``allowed_domains``: hosts as ``normal_host`` writes them; when not empty only these may be fetched, and they may be
-    private. ``local_root``: the real path of the folder below which local files may be read, or None.
-    ``package_files``: the pictures, clip and sounds of this package may be read, too; for callers within the process,
-    as others would learn from it where the package lies.
-    ``max_redirects``: most hops of one download after the first.
+    Attributes:
+        allowed_domains: Hosts as ``normal_host`` writes them. If there are any, only these may be
+            fetched, and they may be private.
+        local_root: Real path of the folder below which local files may be read, or None.
+        allow_redirects: Redirects are followed.
+        max_redirects: Maximum number of redirects of one download.
+        package_files: The files of ``sensorium.assets`` may be read, too. For callers within the
+            process only: it tells where the package is installed.
     """
 
     allowed_domains: frozenset[str] = frozenset()
@@ -51,7 +55,7 @@ class Guard:
 
     @classmethod
     def of(cls, config: MediaConfig, *, package_files: bool = False) -> Guard:
-        """The guard of a configuration. Raises ConfigError for a host or a folder that cannot be used."""
+        """Make the guard of a configuration. Raises ConfigError for an unusable host or folder."""
         root = config.allowed_local_media_path
         if root and not os.path.isdir(root):
             raise ConfigError(
@@ -67,14 +71,15 @@ class Guard:
         )
 
     def check_url(self, text: str) -> URL:
-        """Parse and check an ``http(s):`` URL; what is returned is what must be used. Raises MediaRefusedError."""
+        """Parse and check an ``http(s):`` URL; use what is returned. Raises MediaRefusedError."""
         if len(text) > MAX_URL_LENGTH:
             raise MediaRefusedError(
                 f"The URL has {len(text)} characters; at most {MAX_URL_LENGTH} are allowed."
             )
         if _FORBIDDEN.search(text) or text != text.strip():
             raise MediaRefusedError(
-                "The URL has control characters, backslashes or blanks around it; encode or remove them."
+                "The URL has control characters, backslashes or blanks around it; encode or remove "
+                "them."
             )
         authority = _AUTHORITY.match(text)
         if authority is None:
@@ -98,18 +103,20 @@ class Guard:
         """Check a parsed URL, as of a redirect. Raises MediaRefusedError."""
         if url.scheme not in ("http", "https"):
             raise MediaRefusedError(
-                f"Media of scheme {url.scheme[:20]!r} are not fetched; use http, https, data or file."
+                f"Media of scheme {url.scheme[:20]!r} are not fetched; use http, https, data or "
+                "file."
             )
         if url.raw_user is not None or url.raw_password is not None:
             raise MediaRefusedError("The URL has credentials (user@host), which are not allowed.")
         full_host = url.raw_host or ""
         host = full_host.removesuffix(".")
         try:
-            # An address with a final dot is none to the client, which would look it up by itself.
+            # aiohttp takes an address with a final dot for a name, and would look it up by itself.
             literal = literal_address(full_host)
         except ValueError:
             raise MediaRefusedError(
-                "The host of the URL is an unusual spelling of an IP address; write it in the usual one."
+                "The host of the URL is an unusual spelling of an IP address; write it in the "
+                "usual one."
             ) from None
         if literal is None and not _HOST.match(host):
             raise MediaRefusedError("The host of the URL is not a valid name.")
@@ -126,20 +133,20 @@ class Guard:
         return url
 
     def check_addresses(self, host: str, addresses: list[str]) -> None:
-        """Check all addresses that a host name resolved to. Raises MediaRefusedError unless each one is allowed."""
+        """Check all addresses of a host name. Raises MediaRefusedError unless each is allowed."""
         if normal_host(host) in self.allowed_domains:
             return
         if not addresses or not all(map(is_public, addresses)):
             raise _not_public()
 
     def is_listed(self, url: URL) -> bool:
-        """Whether the host of a checked URL is one of the allowed domains, and so may be private."""
+        """Return whether the host of a checked URL is an allowed domain, and so may be private."""
         return (
             bool(self.allowed_domains) and normal_host(url.raw_host or "") in self.allowed_domains
         )
 
     def may_connect(self, address: str) -> bool:
-        """Whether a socket may be connected to this address: the last look, whatever the client did with a name."""
+        """Return whether a socket may connect to this address: the last check before it does."""
         try:
             ipaddress.ip_address(address)
         except ValueError:
@@ -149,9 +156,9 @@ class Guard:
     def read_local(self, text: str, max_bytes: int) -> bytes:
         """Read a ``file:`` URL or a path: a regular file below the allowed folder.
 
-        Symbolic links are resolved before the check; the file is then opened without following any, component by
-        component from the folder, so that exchanging one meanwhile gains nothing. Raises MediaRefusedError and
-        MediaTooLargeError.
+        Symbolic links are resolved before the check. The file is then opened without following any,
+        component by component from the folder, so that exchanging one meanwhile has no effect.
+        Raises MediaRefusedError or MediaTooLargeError.
         """
         roots = [root for root in (self.local_root, self.package_files and PACKAGE_FILES) if root]
         if not roots:
@@ -176,11 +183,12 @@ class Guard:
                 "There is no readable regular file of that name below the allowed folder."
             ) from None
         with os.fdopen(descriptor, "rb") as file:
-            # No more than the size it has now: files of the kernel claim none and give what is not meant for requests.
+            # At most the size it has now: files of the kernel have none, and are not for requests.
             size = os.fstat(file.fileno()).st_size
             if size > max_bytes:
                 raise MediaTooLargeError(
-                    f"The file has {size} bytes; at most {max_bytes} are allowed (--max-media-bytes)."
+                    f"The file has {size} bytes; at most {max_bytes} are allowed "
+                    "(--max-media-bytes)."
                 )
             try:
                 return file.read(size)
@@ -190,12 +198,13 @@ class Guard:
 
 def _no_local_files() -> MediaRefusedError:
     return MediaRefusedError(
-        "Local files are not allowed; start with --allowed-local-media-path FOLDER to allow those below it."
+        "Local files are not allowed; start with --allowed-local-media-path FOLDER to allow those "
+        "below it."
     )
 
 
 def normal_host(text: str) -> str:
-    """A host name or address in the one spelling that is compared: lower case, IDNA, no brackets, no final dot.
+    """Return a host in the spelling that is compared: lower case, IDNA, no brackets, no final dot.
 
     Raises ValueError for text that is no host.
     """
@@ -213,20 +222,21 @@ def _configured_host(text: str) -> str:
         return normal_host(text)
     except ValueError:
         raise ConfigError(
-            f"allowed_media_domains must hold host names or addresses without scheme, port or path, got {text!r}.",
+            "allowed_media_domains must hold host names or addresses without scheme, port or path, "
+            f"got {text!r}.",
             param="allowed_media_domains",
         ) from None
 
 
 def _not_public() -> MediaRefusedError:
     return MediaRefusedError(
-        "The host of the URL has an address that is not on the public internet; media are fetched from public "
-        "hosts only, or from those of --allowed-media-domains."
+        "The host of the URL has an address that is not on the public internet; media are fetched "
+        "from public hosts only, or from those of --allowed-media-domains."
     )
 
 
 def _local_path(text: str) -> str:
-    """The path that a ``file:`` URL (percent-decoded) or a bare path (as it stands) names."""
+    """Return the path of a ``file:`` URL, percent-decoded, or a bare path as it is."""
     if len(text) > MAX_URL_LENGTH:
         raise MediaRefusedError(
             f"The path has {len(text)} characters; at most {MAX_URL_LENGTH} are allowed."
@@ -245,9 +255,9 @@ def _local_path(text: str) -> str:
 
 
 def _open_beneath(root: str, relative: str) -> int:
-    """Descriptor of a regular file, each component opened relative to the one above it without following links.
+    """Open a regular file, each component relative to the one above it, without following links.
 
-    Raises OSError when a component is missing or has become a link, or the last one is no regular file.
+    Raises OSError if a component is missing or has become a link, or the last is no regular file.
     """
     parts = relative.split(os.sep)
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -274,9 +284,9 @@ def _open_beneath(root: str, relative: str) -> int:
 
 # --- addresses ---------------------------------------------------------------------------------
 
-# The tables follow the IANA special-purpose address registries (RFC 6890 and its updates). They are
-# written out so that the answer does not depend on the Python version. IPv6 forms that carry an IPv4
-# address (mapped, compatible, NAT64, 6to4, Teredo, ISATAP) are never public, whatever they carry.
+# The tables follow the IANA special-purpose address registries (RFC 6890 and its updates). They
+# are written out so that the answer does not depend on the Python version. IPv6 forms that carry an
+# IPv4 address (mapped, compatible, NAT64, 6to4, Teredo, ISATAP) are never public.
 
 _SPECIAL_V4 = tuple(
     ipaddress.IPv4Network(text)
@@ -316,7 +326,7 @@ _ISATAP_MARKS = (0x0000_5EFE, 0x0200_5EFE)
 
 
 def is_public(address: str) -> bool:
-    """Return whether an address belongs to the public internet; False for anything that is no address."""
+    """Return whether an address is on the public internet; False for text that is no address."""
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -333,8 +343,9 @@ def is_public(address: str) -> bool:
 def literal_address(host: str) -> str | None:
     """Return the address that a URL's host is, or None if it is a name.
 
-    Raises ValueError for other spellings of an IPv4 address (decimal, octal, hexadecimal, short), which a resolver may
-    read as an address: as in the WHATWG URL standard, a host whose last label is a number is an address or invalid.
+    Raises ValueError for other spellings of an IPv4 address (decimal, octal, hexadecimal, short),
+    which a resolver may read as an address: as in the WHATWG URL standard, a host whose last label
+    is a number is an address or invalid.
     """
     try:
         return str(ipaddress.ip_address(host))

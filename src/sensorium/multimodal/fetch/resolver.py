@@ -1,4 +1,4 @@
-"""From names to addresses to sockets, each checked by the guard on the way."""
+"""Resolution of host names to addresses and sockets that the guard has checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sensorium.errors import OverloadedError
 from sensorium.multimodal.fetch.guard import Guard
 
 AddressInfo = tuple[Any, Any, int, str, tuple[Any, ...]]
-"""As ``socket.getaddrinfo`` gives them: family, type, protocol, canonical name, socket address."""
+"""One result of ``socket.getaddrinfo``: family, type, protocol, canonical name, socket address."""
 
 
 class ForbiddenAddressError(OSError):
@@ -23,11 +23,11 @@ class ForbiddenAddressError(OSError):
 
 
 class SystemResolver(AbstractResolver):
-    """Asks the system, in threads of its own, one for each connection that may be open.
+    """Looks names up with the system's resolver, in one thread per possible connection.
 
-    A question cannot be taken back, and a name whose servers never answer holds its thread for long after its download
-    was given up (as long as the system's resolver tries): with few threads, or with those of everyone else, it would
-    hold up other names. When all are held no question waits: it is refused, at once and with a reason.
+    A lookup cannot be cancelled. If the servers of a name never answer, it holds its thread until
+    the system's resolver gives up, long after its download was abandoned; in threads shared with
+    other work it would delay that work. When all threads are held, a lookup is refused at once.
     """
 
     def __init__(self, num_threads: int) -> None:
@@ -39,7 +39,7 @@ class SystemResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """All addresses of a name. Raises OSError when there are none, OverloadedError when no thread is free."""
+        """Return all addresses of a name. Raises OSError if there are none, or OverloadedError."""
         with self._lock:
             if self.num_held == self._num_threads:
                 raise OverloadedError(
@@ -56,16 +56,16 @@ class SystemResolver(AbstractResolver):
             self.num_held -= 1
 
     async def close(self) -> None:
-        """See ``stop``."""
+        """Stop, as ``stop`` does."""
         self.stop()
 
     def stop(self) -> None:
-        """Drop questions that have not begun; those that have end by themselves."""
+        """Drop lookups that have not begun; those that have begun end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class GuardedResolver(AbstractResolver):
-    """The resolver of the HTTP client: the addresses that it returns have passed the guard."""
+    """Resolver of the HTTP client, which returns only addresses that have passed the guard."""
 
     def __init__(self, guard: Guard, resolver: AbstractResolver) -> None:
         self._guard = guard
@@ -74,21 +74,21 @@ class GuardedResolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """Resolve once and check every address. Raises MediaRefusedError, or OSError when there is no such host."""
+        """Resolve once and check all addresses. Raises MediaRefusedError or OSError."""
         found = await self._resolver.resolve(host, port, family)
         self._guard.check_addresses(host, [entry["host"] for entry in found])
         return found
 
     async def close(self) -> None:
-        """Close the resolver underneath."""
+        """Close the resolver below."""
         await self._resolver.close()
 
 
 def guarded_socket(guard: Guard) -> Callable[[AddressInfo], socket.socket]:
-    """Makes the client's sockets, and looks at each address once more, right before it is connected to.
+    """Return the client's factory of sockets, which checks each address again before a connection.
 
-    What it makes raises ForbiddenAddressError for an address that the guard does not allow, and for a name: the client
-    would look that up by itself.
+    It raises ForbiddenAddressError for an address that the guard does not allow, and for a name,
+    which the client would look up by itself.
     """
 
     def make(info: AddressInfo) -> socket.socket:

@@ -1,7 +1,7 @@
-"""What ``multi_modal_data`` holds for one modality, taken apart into one source per item.
+"""The values of ``multi_modal_data``, split into one source per item.
 
-The modalities differ in two functions only: what one item looks like (a video may be a list of frames, so that a list
-is not always several items), and how an item is checked.
+The modalities differ in what one item looks like (a video may be a list of frames, so that a list
+is not always several items) and in how an item is checked.
 """
 
 from __future__ import annotations
@@ -23,24 +23,28 @@ from sensorium.multimodal.items import MediaRef, Modality, SourceKind, is_tensor
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One entry of ``multi_modal_data``, without its id."""
+    """One item of ``multi_modal_data``, without its id."""
 
     kind: SourceKind
     content: Any
     param: str
 
     def ref(self, modality: Modality, uuid: str | None = None) -> MediaRef:
-        """The reference, with the caller's id."""
+        """Return the reference to the item, with the caller's id."""
         return MediaRef(modality, self.kind, self.content, uuid, self.param)
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How items of a modality come as objects.
+    """Rules for items of a modality that are objects.
 
-    ``is_one(value)``: whether a value that is no tensor of embeddings stands for one item and not for a list of items.
-    ``is_raw(value, enable_mm_embeds)``: whether a tensor of several dimensions is an item, not embeddings of items.
-    ``check(value)``: raises InvalidRequestError for what can be seen to be no item without reading all of it.
+    Attributes:
+        is_one: ``is_one(value)`` returns whether a value other than a tensor of embeddings is one
+            item and not a list of items.
+        is_raw: ``is_raw(tensor, enable_mm_embeds)`` returns whether a tensor of several dimensions
+            is an item and not embeddings of items.
+        check: ``check(value)`` raises InvalidRequestError for a value that is no item, as far as
+            that shows without reading all of it.
     """
 
     is_one: Callable[[Any], bool]
@@ -49,10 +53,11 @@ class Kind:
 
 
 def split(value: object, param: str, enable_mm_embeds: bool, kind: Kind) -> list[Source]:
-    """One source per item, or one for embeddings of all items given as a whole.
+    """Return one source per item, or one for the embeddings of all items given as a whole.
 
-    A mapping, and a tensor that is no raw item, are embeddings; a tensor of two dimensions is those of one item. None
-    is an item that is cached. A list may mix raw items and embeddings. Raises InvalidRequestError for what is neither.
+    A mapping, and a tensor that is no raw item, are embeddings; a tensor of two dimensions holds
+    those of one item. None is a cached item. A list may mix raw items and embeddings. Raises
+    InvalidRequestError for other values.
     """
     _refuse_nested(value, param)
     if isinstance(value, Mapping) or (
@@ -77,45 +82,47 @@ def _source(value: Any, param: str, enable_mm_embeds: bool, kind: Kind) -> Sourc
     return Source("object", value, param)
 
 
-def warn_of_older_names(embeds: object) -> None:
-    """Warn of older names in a mapping of tensors, here, where the caller's line can still be named."""
+def warn_of_deprecated_names(embeds: object) -> None:
+    """Warn of deprecated names in a mapping of tensors, while the caller's line is known."""
     if isinstance(embeds, Mapping) and "image_size_list" in embeds:
         warn_caller("image_size_list is deprecated: use {'image_embeds': …, 'image_sizes': …}")
 
 
 def _embeds(value: Any, param: str) -> Source:
-    warn_of_older_names(value)
+    warn_of_deprecated_names(value)
     return Source("embeds", value, param)
 
 
 def _is_of_one(tensor: Any, enable_mm_embeds: bool) -> bool:
-    """Return whether a tensor is the embeddings of one item: (features, hidden size), with or without an axis of one
-    item in front. No picture has one channel."""
+    """Return whether a tensor holds the embeddings of one item, ([1, ]num_embeds, hidden_size).
+
+    A tensor with one channel is never an image.
+    """
     if tensor.ndim == 3 and enable_mm_embeds:
         return bool(tensor.shape[0] == 1 and tensor.is_floating_point())
     return bool(tensor.ndim == 2)
 
 
 def has_image_shape(embeds: Any) -> bool:
-    """Return whether a tensor that was read as embeddings has the shape of a picture, (3, H, W)."""
+    """Return whether a tensor that was read as embeddings has the shape of an image, (3, H, W)."""
     return is_tensor(embeds) and embeds.ndim == 3 and embeds.shape[0] == 3
 
 
 def _refuse_nested(value: Any, param: str) -> None:
-    """A nested tensor has no shape that one could look at."""
+    """Raise InvalidRequestError for a nested tensor, whose shape cannot be checked."""
     if is_tensor(value) and value.is_nested:
         refuse("must be an ordinary dense tensor, not a nested one", param)
 
 
 def are_numbers(value: object) -> bool:
-    """Whether a value is a number, a list of them, or a list of such lists: sizes and seconds beside embeddings."""
+    """Return whether a value holds numbers, in at most two levels of lists, as sizes do."""
     rows = value if isinstance(value, list | tuple) else [value]
     members = [m for row in rows for m in (row if isinstance(row, list | tuple) else [row])]
     return bool(members) and all(type(member) in (int, float) for member in members)
 
 
 def refuse(message: str, param: str) -> NoReturn:
-    """Raise InvalidRequestError; a message that begins in lower case goes on from the name of the place."""
+    """Raise InvalidRequestError; ``param`` is put before a message that begins in lower case."""
     if message[0].islower():
         message = f"{param} {message}"
     raise InvalidRequestError(
@@ -127,14 +134,18 @@ def _check_image(value: Any) -> None:
     if not (isinstance(value, Image.Image | np.ndarray) or is_tensor(value)):
         hint = "; for a URL or a path use a chat message" if isinstance(value, str | bytes) else ""
         raise InvalidRequestError(
-            "An image must be a PIL.Image, a numpy HWC uint8 array, a torch CHW tensor, or embeddings, "
-            f"got {type(value).__name__}{hint}."
+            "An image must be a PIL.Image, a numpy HWC uint8 array, a torch CHW tensor, or "
+            f"embeddings, got {type(value).__name__}{hint}."
         )
     check_picture(value)
 
 
 def _is_raw_image(tensor: Any, enable_mm_embeds: bool) -> bool:
-    """Three dimensions are a CHW picture, or embeddings where these are enabled; four are refused as a picture."""
+    """Return whether a tensor is read as an image.
+
+    Three dimensions are a CHW image, or embeddings if these are enabled; four are refused as an
+    image.
+    """
     if tensor.ndim != 3:
         return bool(tensor.ndim == 4)
     is_float = tensor.is_floating_point() or tensor.is_complex()
@@ -145,14 +156,14 @@ IMAGES = Kind(is_one=lambda value: False, is_raw=_is_raw_image, check=_check_ima
 
 
 def _is_frame(value: Any) -> bool:
-    """Whether a value is a picture among the frames of a video."""
+    """Return whether a value can be one frame of a video."""
     return isinstance(value, Image.Image) or (
         (isinstance(value, np.ndarray) or is_tensor(value)) and value.ndim == 3
     )
 
 
 def _is_one_video(value: Any) -> bool:
-    """A list of frames, or frames with metadata."""
+    """Return whether a value is a list of frames, or frames with metadata."""
     return _has_metadata(value) or (bool(value) and _is_frame(value[0]))
 
 
@@ -176,27 +187,29 @@ def _check_frames(frames: Any) -> None:
     if not (isinstance(frames, np.ndarray) or is_tensor(frames)):
         hint = "; for a URL or a path use a chat message" if isinstance(frames, str | bytes) else ""
         raise InvalidRequestError(
-            "A video must be a list of frames (PIL.Image or numpy HWC), a numpy array (T, H, W, 3), a torch tensor "
-            f"(T, 3, H, W), one of these with metadata in a tuple, or embeddings, got {type(frames).__name__}{hint}."
+            "A video must be a list of frames (PIL.Image or numpy HWC), a numpy array "
+            "(T, H, W, 3), a torch tensor (T, 3, H, W), one of these with metadata in a tuple, or "
+            f"embeddings, got {type(frames).__name__}{hint}."
         )
     if frames.ndim != 4 or not len(frames):
         layout = "(T, 3, H, W)" if is_tensor(frames) else "(T, H, W, 3)"
         raise InvalidRequestError(
-            f"A video as an array must have shape {layout} with at least one frame, got {tuple(frames.shape)}."
+            f"A video as an array must have shape {layout} with at least one frame, got "
+            f"{tuple(frames.shape)}."
         )
     check_picture(frames[0])
 
 
 def _is_raw_video(tensor: Any, enable_mm_embeds: bool) -> bool:
-    """Frames have four dimensions (more are refused as a video); embeddings of videos have two or three."""
+    """Return whether a tensor is read as frames; more than four dimensions are refused later."""
     return bool(tensor.ndim >= 4)
 
 
 VIDEOS = Kind(is_one=_is_one_video, is_raw=_is_raw_video, check=_check_video)
 
 
-def _is_one_sound(value: Any) -> bool:
-    """Samples with their rate."""
+def _is_one_audio(value: Any) -> bool:
+    """Return whether a value is a pair of samples and sampling rate."""
     return (
         isinstance(value, tuple)
         and len(value) == 2
@@ -204,23 +217,25 @@ def _is_one_sound(value: Any) -> bool:
     )
 
 
-def _check_sound(value: Any) -> None:
-    if not _is_one_sound(value):
+def _check_audio(value: Any) -> None:
+    if not _is_one_audio(value):
         hint = "; for a URL or a path use a chat message" if isinstance(value, str | bytes) else ""
         raise InvalidRequestError(
-            f"A sound must be a tuple of samples and sampling rate, or embeddings, got {type(value).__name__}{hint}."
+            "Audio must be a tuple of samples and sampling rate, or embeddings, got "
+            f"{type(value).__name__}{hint}."
         )
     samples, rate = value
     if not (isinstance(samples, np.ndarray | list) or is_tensor(samples)):
         raise InvalidRequestError(
-            "The samples of a sound must be a numpy array, a torch tensor or a list, got "
+            "The samples of audio must be a numpy array, a torch tensor or a list, got "
             f"{type(samples).__name__}."
         )
     if isinstance(rate, bool) or not 1 <= rate <= MOST_RATE or not float(rate).is_integer():
         raise InvalidRequestError(
-            f"The sampling rate of a sound must be a whole number from 1 to {MOST_RATE} per second, got {rate!r:.80}."
+            f"The sampling rate of audio must be a whole number from 1 to {MOST_RATE} per second, "
+            f"got {rate!r:.80}."
         )
-    read_samples(samples)  # of a type that cannot be hashed, or read
+    read_samples(samples)  # raises for types that cannot be hashed or read
 
 
-SOUNDS = Kind(is_one=_is_one_sound, is_raw=lambda tensor, enable: False, check=_check_sound)
+AUDIO = Kind(is_one=_is_one_audio, is_raw=lambda tensor, enable: False, check=_check_audio)

@@ -1,8 +1,9 @@
-"""Precomputed embeddings from clients: base64 of a safetensors or ``torch.save`` file becomes a dense tensor.
+"""Precomputed embeddings from clients: safetensors or ``torch.save`` files to dense tensors.
 
-Nothing is executed. A ``torch.save`` file is a zip archive with a pickle and raw storages; the pickle is not given to
-Python's unpickler but read by ``_PickleReader``, which knows the few instructions that a file of dense tensors needs
-and builds plain values only. Storage sizes, offsets and strides are checked before memory is touched.
+Nothing is executed. A ``torch.save`` file is a zip archive with a pickle and raw storages. The
+pickle is not given to Python's unpickler but read by ``_PickleReader``, which knows only the
+instructions that a file of dense tensors needs and builds plain values. Storage sizes, offsets and
+strides are checked before memory is touched.
 """
 
 from __future__ import annotations
@@ -44,11 +45,10 @@ _STORAGES = {
 
 
 def decode_embeddings(source: Any, *, max_bytes: int) -> Any:
-    """Dense torch tensors of what a request holds: a tensor, base64 text, a mapping or a list of those.
+    """Return dense torch tensors for a tensor, base64 text, or a mapping or list of those.
 
-    Returns a tensor, a mapping of name to tensor (or to numbers, such as sizes, in lists), or a list, as
-    ``Processor.embeddings`` takes them. Raises
-    InvalidEmbeddingsError, and MediaTooLargeError for more than ``max_bytes``.
+    The result has the same form, as ``Processor.embeddings`` takes it; numbers in mappings, such as
+    sizes, stay numbers. Raises InvalidEmbeddingsError, or MediaTooLargeError beyond ``max_bytes``.
     """
     if isinstance(source, Mapping):
         return {
@@ -68,7 +68,9 @@ def decode_embeddings(source: Any, *, max_bytes: int) -> Any:
         if isinstance(source, Mapping):
             return {name: _dense(tensor) for name, tensor in source.items()}
         return _dense(source)
-    return _dense(source).clone()  # what is cached must not change with the caller's
+    return _dense(
+        source
+    ).clone()  # the caller may change the tensor; the cached one must not change
 
 
 def _dense(value: Any) -> Any:
@@ -109,7 +111,7 @@ def _read_safetensors(data: bytes) -> Any:
     return next(iter(tensors.values())) if len(tensors) == 1 else tensors
 
 
-# --- torch.save ------------------------------------------------------------------------------------------------------
+# --- torch.save -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class _Name:
 
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    """A raw storage of the archive: element type, bytes per element, key of its record, number of elements."""
+    """A raw storage of the archive; ``key`` names its record."""
 
     dtype: str
     item_bytes: int
@@ -176,7 +178,7 @@ def _read_torch_file(data: bytes) -> Any:
 
 
 def _check_tensors(tensors: Mapping[str, Any], file_bytes: int) -> None:
-    """Few tensors, together not larger than the file: a file must not make more memory than it sends."""
+    """Refuse many tensors, and tensors that are together larger than the file."""
     if not tensors or not all(isinstance(tensor, _Tensor) for tensor in tensors.values()):
         _bad("The torch.save file must hold a tensor or a dict of tensors")
     if len(tensors) > _MAX_TENSORS:
@@ -186,8 +188,10 @@ def _check_tensors(tensors: Mapping[str, Any], file_bytes: int) -> None:
 
 
 def _build_tensor(tensor: _Tensor, raw: bytearray) -> Any:
-    """The dense tensor, checked against the bytes that are there; no more elements than the storage has. A copy: one
-    element must not keep the storage of millions."""
+    """Build a dense tensor, checked against the size of its storage.
+
+    It is a copy, since a view of one element would keep the storage of millions.
+    """
     import torch
 
     storage = tensor.storage
@@ -207,12 +211,12 @@ def _build_tensor(tensor: _Tensor, raw: bytearray) -> Any:
 class _PickleReader:
     """Reads the pickle of a ``torch.save`` file as data.
 
-    A stack machine for the instructions that describe dense tensors, and dictionaries and tuples of plain values.
-    Names of classes stay names; of "calls" only those of torch's rebuilding function and of an empty ordered
-    dictionary are understood, as descriptions.
+    A stack machine for the instructions that describe dense tensors, and dictionaries and tuples of
+    plain values. Names of classes stay names. The only calls that it understands, as descriptions,
+    are those of torch's rebuilding function and of an empty ordered dictionary.
 
-    A few hundred bytes can describe a tuple of tuples with 2**60 leaves. So nothing that may be one is ever hashed,
-    compared in depth or printed: keys and names are strings, and are known to be before anything else is done to them.
+    A few hundred bytes can describe a tuple of tuples with 2**60 leaves. So no value that may be
+    one is hashed, compared in depth or printed: keys and names are checked to be strings first.
     """
 
     def __init__(self) -> None:
@@ -221,7 +225,7 @@ class _PickleReader:
         self._memo: dict[int, Any] = {}
 
     def read(self, data: bytes) -> Any:
-        """The value that the pickle describes. Raises InvalidEmbeddingsError for any other instruction."""
+        """Return the value that the pickle describes. Raises InvalidEmbeddingsError."""
         try:
             for opcode, argument, _ in pickletools.genops(data):
                 if opcode.name == "STOP":
@@ -293,7 +297,7 @@ class _PickleReader:
         self._stack.append(_Name(_text(module), _text(name)))
 
     def _persistent(self, _: Any) -> None:
-        """A storage: ``("storage", type, key, device, number of elements)``."""
+        """Read a storage: ``("storage", type, key, device, number of elements)``."""
         tag, kind, key, _, num_items = self._stack.pop()
         if _text(tag) != "storage" or not isinstance(kind, _Name) or kind.module != "torch":
             raise ValueError("not a storage")

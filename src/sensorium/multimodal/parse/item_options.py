@@ -1,4 +1,4 @@
-"""The options that an item is loaded and processed with: the configuration's, its request's, its part's."""
+"""Options of loading and processing an item: the configuration's, its request's, its part's."""
 
 from __future__ import annotations
 
@@ -16,16 +16,21 @@ from sensorium.multimodal.processor import Processor
 
 @dataclass(frozen=True, slots=True)
 class ItemOptions:
-    """``processing``: ``mm_processor_kwargs``. ``loading``: ``media_io_kwargs`` by modality, as its loader reads it."""
+    """Options of one item.
+
+    Attributes:
+        processing: ``mm_processor_kwargs``.
+        loading: ``media_io_kwargs`` by modality, as its loader has parsed them.
+    """
 
     processing: Mapping[str, Any]
     loading: Mapping[Modality, Any]
 
 
 class OptionRules:
-    """Which options hold, and whether they can; made once for a model.
+    """Merges and checks options; made once for a model.
 
-    Raises ConfigError for options of the configuration that cannot be.
+    Raises ConfigError for invalid options of the configuration.
     """
 
     def __init__(
@@ -44,7 +49,7 @@ class OptionRules:
         mm_processor_kwargs: Mapping[str, Any] | None,
         media_io_kwargs: Mapping[str, Any] | None,
     ) -> ItemOptions:
-        """Return the options of a request before those of the configuration. Raises InvalidRequestError."""
+        """Merge the options of a request over the configuration's. Raises InvalidRequestError."""
         for name, given in (
             ("mm_processor_kwargs", mm_processor_kwargs),
             ("media_io_kwargs", media_io_kwargs),
@@ -58,7 +63,7 @@ class OptionRules:
         return ItemOptions(processing, self._loading(media_io_kwargs or {}))
 
     def of_item(self, ref: MediaRef, options: ItemOptions) -> ItemOptions:
-        """Return an item's own options before ``options``. Raises InvalidRequestError at the item's place."""
+        """Merge an item's own options over ``options``. Raises InvalidRequestError at its place."""
         if not ref.processing and not ref.loading:
             return options
         processing, loading = options.processing, options.loading

@@ -11,7 +11,7 @@ from sensorium.multimodal.items import MediaRef, Modality
 
 
 def check_modality(ref: MediaRef, known: Sequence[Modality], config: MediaConfig) -> None:
-    """Raise UnsupportedModalityError unless a model of the modalities ``known`` takes this item here.
+    """Raise UnsupportedModalityError unless a model of modalities ``known`` takes this item here.
 
     A limit of 0 switches a modality's encoder off, which precomputed embeddings do not need.
     """

@@ -1,6 +1,6 @@
-"""References to media items, made of what callers write: ``multi_modal_data`` and the parts of chat messages.
+"""References to media items, from ``multi_modal_data`` and from the parts of chat messages.
 
-Nothing is loaded here; every mistake that can be seen without loading is refused here, with the place where it is.
+Nothing is loaded here; mistakes that show without loading are refused here, with their place.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from sensorium.multimodal.decode.image import ImageFeatureData, ImagePixelData
 from sensorium.multimodal.items import MODALITIES, MediaRef, Modality, SourceKind, is_tensor
 from sensorium.multimodal.parse import part_options
 from sensorium.multimodal.parse.data import (
+    AUDIO,
     IMAGES,
-    SOUNDS,
     VIDEOS,
     Kind,
     Source,
     are_numbers,
     refuse,
     split,
-    warn_of_older_names,
+    warn_of_deprecated_names,
 )
 
 MAX_UUID_LENGTH = 1024
-"""Characters of an id that is kept as it is."""
+"""Length of an id that is kept as it is."""
 
 
-# --- multi_modal_data ------------------------------------------------------------------------------------------------
+# --- multi_modal_data -----------------------------------------------------------------------------
 
 
 def refs_from_data(
@@ -45,16 +45,17 @@ def refs_from_data(
     param: str = "multi_modal_data",
     uuids_param: str = "multi_modal_uuids",
 ) -> list[MediaRef]:
-    """References for ``multi_modal_data`` and ``multi_modal_uuids`` of a prompt, modality by modality, in order.
+    """Return the references of ``multi_modal_data`` and its uuids, modality by modality.
 
-    ``enable_mm_embeds`` decides one reading only: a bare floating-point tensor of three dimensions is
-    ``(num_items, feature_size, hidden_size)`` embeddings when they are enabled, and a CHW picture otherwise if it has
-    three channels. Raises InvalidRequestError with ``param`` such as ``multi_modal_data.image[1]``.
+    ``enable_mm_embeds`` decides one reading only: a bare floating-point tensor of three dimensions
+    is embeddings ``(num_items, feature_size, hidden_size)`` if they are enabled, else a CHW image
+    if it has three channels. Raises InvalidRequestError with ``param`` such as
+    ``multi_modal_data.image[1]``.
     """
     if isinstance(data, ImageFeatureData):
         data = {"image": data.content}
     elif isinstance(data, ImagePixelData):
-        data = {"image": _pictures(data.content)}
+        data = {"image": _images(data.content)}
     items = _modality_mapping(data, param)
     names = _modality_mapping(uuids, uuids_param)
     refs: list[MediaRef] = []
@@ -73,8 +74,8 @@ def refs_from_data(
     for modality in names:
         if modality not in items:
             refuse(
-                f"There are ids for {modality!r}, but multi_modal_data has no {modality!r}; pass None "
-                "there for each cached item",
+                f"There are ids for {modality!r}, but multi_modal_data has no {modality!r}; pass "
+                "None there for each cached item",
                 f"{uuids_param}.{modality}",
             )
     for ref in refs:
@@ -83,8 +84,8 @@ def refs_from_data(
     return refs
 
 
-def _pictures(content: Any) -> list[Any]:
-    """Return the pictures of the older ``ImagePixelData``: one, or those of a batch of four dimensions."""
+def _images(content: Any) -> list[Any]:
+    """Return the images of a deprecated ``ImagePixelData``: one, or a batch of 4 dimensions."""
     is_batch = (isinstance(content, np.ndarray) or is_tensor(content)) and content.ndim == 4
     return list(content) if is_batch else [content]
 
@@ -108,9 +109,9 @@ def _modality_mapping(value: object, param: str) -> dict[Modality, Any]:
 _KINDS: dict[Modality, Kind] = {
     "image": IMAGES,
     "video": VIDEOS,
-    "audio": SOUNDS,
+    "audio": AUDIO,
 }
-"""How the items of each modality come as objects."""
+"""Rules for items of each modality that are objects."""
 
 
 def _with_uuids(
@@ -119,22 +120,23 @@ def _with_uuids(
     entries = list(uuids) if isinstance(uuids, list | tuple) else [uuids]
     ids = [check_uuid(entry, f"{param}[{i}]") for i, entry in enumerate(entries)]
     if len(sources) == 1 and sources[0].kind == "embeds" and len(ids) > 1:
-        # How many items there are is known when the processor has read the embeddings.
+        # The processor finds the number of items when it reads the embeddings.
         source = sources[0]
         return [MediaRef(modality, source.kind, source.content, None, source.param, tuple(ids))]
     if len(ids) != len(sources):
         refuse(
             f"There {'is' if len(ids) == 1 else 'are'} {counted(len(ids), 'id')} for "
-            f"{counted(len(sources), f'{modality} item')}; pass one per item (None for those without an id)",
+            f"{counted(len(sources), f'{modality} item')}; pass one per item (None for those "
+            "without an id)",
             param,
         )
     return [source.ref(modality, uuid) for source, uuid in zip(sources, ids, strict=True)]
 
 
 def check_uuid(value: object, param: str) -> str | None:
-    """A caller's id for an item, or None. Long ones, such as data: URLs, become their digest.
+    """Return a caller's id for an item, or None. Long ids, such as data: URLs, become their digest.
 
-    Raises InvalidRequestError unless it is a non-empty string.
+    Raises InvalidRequestError for other values than a non-empty string or None.
     """
     if value is None:
         return None
@@ -145,18 +147,18 @@ def check_uuid(value: object, param: str) -> str | None:
     return value
 
 
-# --- parts of chat messages ------------------------------------------------------------------------------------------
+# --- parts of chat messages -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _PartType:
     modality: Modality
-    payload: Literal["url", "picture", "embeds", "base64"]
+    payload: Literal["url", "image", "embeds", "base64"]
     keys: tuple[str, ...]
 
 
 def _part_type(
-    modality: Modality, payload: Literal["url", "picture", "embeds", "base64"], *keys: str
+    modality: Modality, payload: Literal["url", "image", "embeds", "base64"], *keys: str
 ) -> _PartType:
     return _PartType(modality, payload, keys)
 
@@ -164,7 +166,7 @@ def _part_type(
 _PART_TYPES: dict[str, _PartType] = {
     "image_url": _part_type("image", "url", "image_url"),
     "input_image": _part_type("image", "url", "input_image", "image_url"),
-    "image_pil": _part_type("image", "picture", "image_pil"),
+    "image_pil": _part_type("image", "image", "image_pil"),
     "image_embeds": _part_type("image", "embeds", "image_embeds"),
     "video_url": _part_type("video", "url", "video_url"),
     "video": _part_type("video", "url", "video"),
@@ -180,14 +182,14 @@ MEDIA_PART_TYPES: tuple[str, ...] = tuple(_PART_TYPES)
 
 _PAYLOAD_KEYS: dict[str, tuple[str, ...]] = {
     "url": ("url", "uuid", "detail", "format"),
-    "picture": (),
+    "image": (),
     "base64": ("data", "format", "uuid"),
 }
 """Keys of a payload that is an object, besides options."""
 
 
 def media_part_type(part: Mapping[str, Any]) -> str | None:
-    """The media type of a content part: its ``type``, or, without one, its payload key. None for other parts."""
+    """Return the media type of a content part, by ``type`` or payload key; None for others."""
     kind = part.get("type")
     if kind is not None:
         return kind if isinstance(kind, str) and kind in _PART_TYPES else None
@@ -195,11 +197,12 @@ def media_part_type(part: Mapping[str, Any]) -> str | None:
 
 
 def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
-    """The reference of a media part such as ``{"type": "image_url", "image_url": {"url": …}, "uuid": …}``.
+    """Return the reference of a media part.
 
-    ``param`` is the part's own place (``messages[0].content[1]``); the payload's key is added to it. A payload of None
-    with a ``uuid`` names a cached item. ``part_options`` in the part or in its payload are for this item alone. Raises
-    InvalidRequestError, for unknown keys as well.
+    Such a part is ``{"type": "image_url", "image_url": {"url": …}, "uuid": …}``. ``param`` is its
+    own place (``messages[0].content[1]``), to which the payload's key is added. A payload of None
+    with a ``uuid`` names a cached item. ``part_options`` in the part or in its payload are for this
+    item alone. Raises InvalidRequestError, for unknown keys as well.
     """
     name = media_part_type(part)
     if name is None:
@@ -214,13 +217,13 @@ def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
     payload = part.get(key)
     place = f"{param}.{key}"
     known = () if kind.payload == "embeds" else part_options.names(kind.modality)
-    options = part_options.taken(part, ("type", "uuid", *kind.keys), known, param)
+    options = part_options.select(part, ("type", "uuid", *kind.keys), known, param)
     if isinstance(payload, Mapping) and kind.payload != "embeds":
         uuid = uuid or check_uuid(payload.get("uuid"), f"{place}.uuid")
-        options |= part_options.taken(payload, _PAYLOAD_KEYS[kind.payload], known, place)
+        options |= part_options.select(payload, _PAYLOAD_KEYS[kind.payload], known, place)
         if kind.payload == "url":
             payload = payload.get("url")
-    processing, loading = part_options.apart(kind.modality, options, param)
+    processing, loading = part_options.by_use(kind.modality, options, param)
     if payload is None and uuid is None:
         refuse(
             f"The part has no {key!r}; only a part with a 'uuid' of a cached item may leave it out",
@@ -250,7 +253,7 @@ def _url_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
     return "url", payload
 
 
-def _picture_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
+def _image_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
     if not isinstance(payload, Image.Image):
         refuse(f"must be a PIL.Image, got {type(payload).__name__}", param)
     return "object", payload
@@ -259,14 +262,14 @@ def _picture_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
 def _embeds_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
     is_object = isinstance(payload, Mapping)
     members = list(payload.values()) if isinstance(payload, Mapping) else [payload]
-    known = (_is_text_or_tensor(m) or (is_object and _is_listed(m)) for m in members)
+    known = (_is_text_or_tensor(m) or (is_object and _is_list_of_embeddings(m)) for m in members)
     if not members or not all(known):
         refuse(
-            "must be a tensor, base64 of a safetensors or torch.save file, or an object of those (sizes in it may be "
-            "lists of integers)",
+            "must be a tensor, base64 of a safetensors or torch.save file, or an object of those "
+            "(sizes in it may be lists of integers)",
             param,
         )
-    warn_of_older_names(payload)
+    warn_of_deprecated_names(payload)
     return "embeds", payload
 
 
@@ -274,8 +277,8 @@ def _is_text_or_tensor(value: object) -> bool:
     return isinstance(value, str) or is_tensor(value)
 
 
-def _is_listed(value: object) -> bool:
-    """Return whether a value is one of numbers, or a list of tensors or of their files."""
+def _is_list_of_embeddings(value: object) -> bool:
+    """Return whether a value holds numbers, or is a list of tensors or of their files."""
     return are_numbers(value) or (
         isinstance(value, list | tuple) and bool(value) and all(map(_is_text_or_tensor, value))
     )
@@ -292,7 +295,7 @@ def _base64_payload(payload: object, param: str) -> tuple[SourceKind, Any]:
 _PAYLOADS: dict[str, Callable[[object, str], tuple[SourceKind, Any]]] = {
     "none": lambda payload, param: ("cached", None),
     "url": _url_payload,
-    "picture": _picture_payload,
+    "image": _image_payload,
     "embeds": _embeds_payload,
     "base64": _base64_payload,
 }

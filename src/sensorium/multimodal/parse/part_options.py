@@ -1,6 +1,7 @@
-"""Options in a part of a chat message, which hold for its item alone: sizes of images and videos, frames of videos.
+"""Options in a part of a chat message, for its item alone: sizes of images and videos, frames.
 
-The names are those of qwen-vl-utils. What a model has no use for is refused when the item is checked.
+The names are those of qwen-vl-utils. Options that a model does not know are refused when the item
+is checked.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ _PROCESSING: dict[Modality, dict[str, str]] = {
     },
     "audio": {},
 }
-"""Options of the model's processor, and what they are called in ``mm_processor_kwargs``: of a video in a message,
-pixels are those of each frame, whatever the processor's own options mean."""
+"""Options of the model's processor, and their names in ``mm_processor_kwargs``.
+
+Of a video in a message, pixels are those of each frame, whatever the processor's own options mean.
+"""
 
 _LOADING: dict[Modality, dict[str, str]] = {
     "image": {},
     "video": {"fps": "fps", "nframes": "num_frames", "num_frames": "num_frames"},
     "audio": {},
 }
-"""Options of loading, and what they are called in ``media_io_kwargs``."""
+"""Options of loading, and their names in ``media_io_kwargs``."""
 
 _NO_OPTIONS = ("cache_control", "detail", "id", "index")
-"""Keys that clients put into parts for other servers, and that change nothing."""
+"""Keys that clients send for other servers; they are ignored."""
 
 
 def names(modality: Modality) -> tuple[str, ...]:
@@ -43,12 +46,13 @@ def names(modality: Modality) -> tuple[str, ...]:
     return (*_PROCESSING[modality], *_LOADING[modality])
 
 
-def taken(
+def select(
     part: Mapping[str, Any], keys: Sequence[str], known: Sequence[str], param: str
 ) -> dict[str, Any]:
-    """Return the options (those of ``known``) among the entries of a part, leaving out those that are None.
+    """Return the options among the entries of a part that are not None.
 
-    Raises InvalidRequestError for entries that are neither options nor among the part's own ``keys``.
+    Raises InvalidRequestError for entries that are neither ``known`` options nor the part's
+    ``keys``.
     """
     found: dict[str, Any] = {}
     for key, value in part.items():
@@ -65,11 +69,13 @@ def taken(
     return found
 
 
-def apart(
+def by_use(
     modality: Modality, options: Mapping[str, Any], param: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return options as the processor's and as those of loading. Raises InvalidRequestError for one that comes under
-    two names."""
+    """Split options into the processor's and those of loading.
+
+    Raises InvalidRequestError for one that is given under two names.
+    """
     processing = {new: options[old] for old, new in _PROCESSING[modality].items() if old in options}
     loading: dict[str, Any] = {}
     for old, new in _LOADING[modality].items():
@@ -85,7 +91,7 @@ def apart(
 
 
 def as_written(modality: Modality, message: str) -> str:
-    """Return a message about ``mm_processor_kwargs`` or loading with the names of options that the part has."""
+    """Return a message about processing or loading with the names that options have in a part."""
     for old, new in _PROCESSING[modality].items():
         message = message.replace(new, old)
     return message.replace("num_frames", "nframes (or num_frames)")
@@ -94,9 +100,9 @@ def as_written(modality: Modality, message: str) -> str:
 def with_rates(
     refs: Sequence[MediaRef], options: Mapping[str, Any] | None
 ) -> tuple[Sequence[MediaRef], Mapping[str, Any] | None]:
-    """Return references and ``mm_processor_kwargs`` of which ``fps`` has become an option of each video.
+    """Turn ``fps`` of ``mm_processor_kwargs`` into an option of each video, if it is a list.
 
-    Where it is a list of one rate for each, as qwen-vl-utils gives it; otherwise both as they are.
+    qwen-vl-utils gives one rate for each video. Otherwise both are returned as they are.
     """
     rates = options.get("fps") if isinstance(options, Mapping) else None
     videos = [i for i, ref in enumerate(refs) if ref.modality == "video"]
