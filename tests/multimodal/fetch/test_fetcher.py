@@ -441,5 +441,3 @@ def test_several_event_loops_and_no_session_left_open(workers: ThreadWorkers) ->
             assert asyncio.run(run()) == [b"x"] * 5
         fetcher.close()
         gc.collect()
-    assert asyncio.run(run()) == [b"x"] * 5  # and it can be used again
-    fetcher.close()
