@@ -20,6 +20,7 @@ COMMANDS_RUN = ("generate", "embed", "info", "models")
 SIZES = {"hidden_size = 2048": "hidden_size = 64"}
 """What differs between the published checkpoints and the tiny ones."""
 FEW_RESOURCES = ("--num-kv-blocks", "128", "--max-num-seqs", "4", "--num-media-workers", "1")
+FEW_RESOURCES += ("--media-decode-timeout", "600")  # of a machine that is busy with other tests
 
 
 class Page:
