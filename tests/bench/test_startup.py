@@ -52,7 +52,7 @@ def test_stages_of_a_start(monkeypatch: pytest.MonkeyPatch, cold: bool) -> None:
         return subprocess.CompletedProcess(command, 0, "\n".join(lines), "")
 
     monkeypatch.delenv("HF_HOME", raising=False)
-    monkeypatch.setattr(startup.subprocess, "run", fake_run)
+    monkeypatch.setattr(subprocess, "run", fake_run)
     found = startup.time_start({"model": "demo"}, cold=cold, timeout=5)
     assert [found[stage] for stage in startup.STAGES] == pytest.approx([1, 2, 3, 4], abs=0.1)
     assert found["total_seconds"] == pytest.approx(10, abs=0.1)
@@ -68,6 +68,6 @@ def test_a_failed_start_shows_what_the_process_said(monkeypatch: pytest.MonkeyPa
     def fake_run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1, "", "ConfigError: no such model\n")
 
-    monkeypatch.setattr(startup.subprocess, "run", fake_run)
+    monkeypatch.setattr(subprocess, "run", fake_run)
     with pytest.raises(ConfigError, match="no such model"):
         startup.time_start({"model": "nothing"}, cold=False, timeout=5)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sensorium.models.families import qwen2_vl
 from tests.checkpoints.common import (
+    QWEN_TOKENS,
     TEXT_SIZES,
     VOCAB_SIZE,
     Names,
@@ -16,7 +17,6 @@ from tests.checkpoints.common import (
     write_model,
     write_tokenizer,
 )
-from tests.checkpoints.qwen import QWEN_TOKENS
 
 
 def make_qwen3_vl(

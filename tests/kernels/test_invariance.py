@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
 from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
-from sensorium.kernels.cpu import linear, paged
+from sensorium.kernels.cpu import amx, linear, paged
 from tests.kernels.batches import DTYPES, TOLERANCE, make_batch, twin
 
 HEADS = ((14, 2, 64), (4, 4, 24), (3, 1, 128))
@@ -149,7 +149,7 @@ def test_few_rows_over_many_tokens_are_tasks_by_parts_and_many_rows_are_not() ->
 def test_matrix_tiles_are_left_alone_unless_the_batch_may_vary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(paged.amx, "available", lambda: True)
+    monkeypatch.setattr(amx, "available", lambda: True)
     layout = KVCacheLayout(1, 2, 64, 32, torch.bfloat16)
     qkv = torch.randn(130, (6 + 4) * 64).to(torch.bfloat16)
     invariant, free = (make_batch(layout, [(400, 130)]) for _ in range(2))

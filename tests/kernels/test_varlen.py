@@ -91,7 +91,7 @@ def test_other_layouts_take_plain_torch():
     assert not varlen.fits(q, k.float(), v.float())
     assert not varlen.fits(q, k[:, :1], v[:, :1])
     assert not varlen.fits(q, k, v.contiguous())
-    odd = [t[..., :31] for t in (q, k, v)]
+    odd = (q[..., :31], k[..., :31], v[..., :31])
     assert not varlen.fits(*odd)
     row = torch.randn(8, 3 * 2 * 32 + 1).bfloat16()[:, 1:].view(8, 3, 2, 32)
     assert not varlen.fits(*row.unbind(1)), "rows of an odd length, from an odd address"

@@ -126,7 +126,11 @@ def test_many_rows_go_in_parts_and_come_out_the_same(make, monkeypatch):
     run = mlp.in_parts
 
     def counted(run_part, x, width):
-        return run(lambda part: widths.append(len(part)) or run_part(part), x, width)
+        def noted(part):
+            widths.append(len(part))
+            return run_part(part)
+
+        return run(noted, x, width)
 
     monkeypatch.setattr(mlp, "in_parts", counted)
     torch.testing.assert_close(block(x), whole, **CLOSE)

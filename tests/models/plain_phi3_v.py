@@ -80,9 +80,8 @@ def published_module(config: Mapping[str, Any]) -> torch.nn.Module:
     original = config["original_max_position_embeddings"]
     rope = config["rope_scaling"] | {"original_max_position_embeddings": original}
     arguments = {name: config[name] for name in names}
-    text = Phi3Config(
-        **arguments, rope_scaling=rope, sliding_window=None, pad_token_id=0, eos_token_id=None
-    )
+    arguments |= {"rope_scaling": rope, "pad_token_id": 0}
+    text = Phi3Config(**arguments, sliding_window=None, eos_token_id=None)
     model = Phi3ForCausalLM(text)
     model.model.vision_embed_tokens = ImageEmbedding(config)
     return model

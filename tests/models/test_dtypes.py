@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import platform
 import subprocess
 import sys
 from pathlib import Path
 
+import llvmlite.binding
 import pytest
 import torch
 
@@ -81,9 +83,9 @@ def test_units_are_found_as_the_library_uses_them() -> None:
 
 def test_packing_alone_makes_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "packs", lambda dtype: True)
-    monkeypatch.setattr(linear.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     features = {"avx512f": True, "avx512bf16": False}
-    monkeypatch.setattr(linear.llvmlite.binding, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
     assert not linear.has_units.__wrapped__(torch.bfloat16)
     features["avx512bf16"] = True
     assert linear.has_units.__wrapped__(torch.bfloat16)

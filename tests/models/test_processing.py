@@ -16,12 +16,8 @@ from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.models import loader
 from sensorium.models.families.llava.processing import Edges, LlavaProcessor, resize_and_crop
 from sensorium.models.families.qwen2_vl.config import VisionConfig
-from sensorium.models.families.qwen2_vl.processing import (
-    PixelRange,
-    Qwen2VLProcessor,
-    read_pixel_range,
-    target_size,
-)
+from sensorium.models.families.qwen2_vl.processing import Qwen2VLProcessor
+from sensorium.models.families.qwen2_vl.sizes import PixelRange, read_pixel_range, target_size
 from sensorium.models.families.qwen2_vl.video import read_video_rules
 from sensorium.models.families.qwen2_vl.vision import VisionTower
 from sensorium.models.interface import BuildOptions
@@ -397,7 +393,8 @@ def test_tower_on_clips_equals_reference(qwen_reference: Reference) -> None:
     rng = np.random.default_rng(0)
     shapes = [(4, 56, 84, 3), (84, 56, 3), (6, 28, 28, 3), (140, 84, 3)]
     items = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
-    tower = loaded.model.tower
+    model: Any = loaded.model
+    tower = model.tower
     with torch.inference_mode():
         found = tower(items)
         rows = [tower.patches(torch.from_numpy(item)) for item in items]

@@ -18,7 +18,7 @@ import pytest
 from sensorium.multimodal import shared_memory as module
 from sensorium.multimodal.shared_memory import ArraySpec, SharedArrays, SharedArraysFolder
 
-ARRAYS = {
+ARRAYS: dict[str, np.ndarray] = {
     "pixels": np.arange(30, dtype=np.uint8).reshape(2, 5, 3),
     "none": np.zeros((0, 4), np.float32),
     "scale": np.array(0.5, np.float64),

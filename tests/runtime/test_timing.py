@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from sensorium.runtime import timing
 from sensorium.runtime.timing import DeviceTimer
 
 
@@ -15,7 +15,7 @@ from sensorium.runtime.timing import DeviceTimer
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """What ``perf_counter`` says, one after the other."""
     times: list[float] = []
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: times.pop(0))
+    monkeypatch.setattr(time, "perf_counter", lambda: times.pop(0))
     yield times
     assert not times
 

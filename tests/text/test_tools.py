@@ -187,7 +187,7 @@ def test_half_a_forced_call_is_none_and_no_text(end: int) -> None:
 def test_arguments_are_the_text_that_was_written(arguments: str) -> None:
     """What Python reads of it cannot always be written again as JSON."""
     call = f'{{"name" : "f" , "arguments": {arguments} }}'
-    forms = {
+    forms: dict[str, ToolCallReader] = {
         f"<tool_call>{call}</tool_call>": ToolCallParser(),
         call: ToolCallParser(["f"]),
         f"[TOOL_CALLS]f{arguments}": ToolCallParser(),

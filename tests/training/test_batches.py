@@ -159,7 +159,7 @@ def test_logits_equal_those_of_transformers(encode: Encoder, tmp_path: Path) -> 
     with torch.no_grad():
         expected = reference(
             input_ids=ids, attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == encode.image_pad).int(), **inputs,
+            mm_token_type_ids=torch.eq(ids, encode.image_pad).int(), **inputs,
         ).logits  # fmt: skip
         tokens, _ = model.visual(normalise(as_tensors({"pixels": pixels})["pixels"]))
         hidden, _ = model.hidden(

@@ -153,7 +153,7 @@ def test_logits_of_a_clip_equal_those_of_transformers(encode: Encoder, tmp_path:
     with torch.no_grad():
         expected = reference(
             input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions,
-            mm_token_type_ids=2 * (ids == encode.video_pad).int(),
+            mm_token_type_ids=2 * torch.eq(ids, encode.video_pad).int(),
             pixel_values_videos=rows.reshape(-1, 3 * 2 * 14 * 14),
             video_grid_thw=torch.tensor([[3, 6, 8]]),
         ).logits  # fmt: skip

@@ -21,9 +21,9 @@ from training.audio_batches import (
 )
 from training.audio_export import export, published_weights
 from training.audio_model import AudioDemoModel, AudioShape, token_counts
-from training.audio_train import AudioLearner, measure
+from training.audio_train import AudioLearner
 from training.batches import IGNORED
-from training.learner import attention_mask
+from training.learner import attention_mask, measure
 from training.picture import Turn
 from training.sounds import EVENTS, LONGEST, SCENES, Sound, draw_sound, small_talk
 from training.speech import (

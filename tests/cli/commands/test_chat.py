@@ -229,7 +229,7 @@ async def test_what_a_server_refuses_is_told() -> None:
 async def test_stopping_an_answer_frees_the_work() -> None:
     async with running(FakeFrontend(between=hang)) as server:
         model = await asyncio.to_thread(RemoteModel, server.base_url)
-        answer = model.stream([{"role": "user", "content": "a"}], {})
+        answer: Any = model.stream([{"role": "user", "content": "a"}], {})
         assert await asyncio.to_thread(next, answer) == ""
         assert await asyncio.to_thread(next, answer) != ""
         await asyncio.to_thread(answer.close)

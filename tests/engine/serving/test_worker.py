@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,8 +215,8 @@ def test_a_hung_step_ends_the_process_and_shows_where(seconds: float, hangs: boo
 
 def test_the_watch_is_set_for_long_steps_and_not_at_each(monkeypatch: pytest.MonkeyPatch) -> None:
     now, told = 100.0, []
-    monkeypatch.setattr(worker.time, "monotonic", lambda: now)
-    fault = worker.faulthandler
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    fault = faulthandler
     monkeypatch.setattr(fault, "dump_traceback_later", lambda s, exit: told.append((now, s, exit)))
     monkeypatch.setattr(fault, "cancel_dump_traceback_later", lambda: told.append("cancelled"))
     watch = StepWatch(100.0)

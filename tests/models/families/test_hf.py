@@ -169,7 +169,7 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_calls_that_are_not_a_decoders(tmp_path: Path) -> None:
-    model = loader.load(str(make_hf_text("granite", tmp_path)), device="cpu").model
+    model: Any = loader.load(str(make_hf_text("granite", tmp_path)), device="cpu").model
     layer = model.decoder.layers[0].self_attn
     q, k = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16)
     with attention.running(attention.Step(None)):

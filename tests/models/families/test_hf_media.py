@@ -167,6 +167,8 @@ def test_equal_to_the_reference(tmp_path: Path, family: str) -> None:
 
 def test_switched_off_encoders_are_freed(tmp_path: Path) -> None:
     folder = make_hf("gemma3", tmp_path)
+    whole: Any
+    part: Any
     whole, part = (
         loader.load(str(folder), device="cpu", skip_modalities=skipped).model
         for skipped in ((), ("image",))

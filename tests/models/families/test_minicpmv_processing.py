@@ -72,7 +72,8 @@ def published(folder: Path) -> Any:
 
 @pytest.mark.parametrize(("size", "source", "grid", "cell"), PUBLISHED)
 def test_published_sizes(size: Any, source: Any, grid: Any, cell: Any) -> None:
-    layout = Slicing(448, 14).layout(*size, 9)
+    width, height = size
+    layout = Slicing(448, 14).layout(width, height, 9)
     assert (layout.source, layout.grid) == (source, grid)
     assert layout.num_views == (1 if grid is None else 1 + grid[0] * grid[1])
     if cell is not None:

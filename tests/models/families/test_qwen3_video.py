@@ -180,7 +180,7 @@ def test_the_tokens_around_a_video_are_those_of_the_checkpoints_version(
 ) -> None:
     """The installed version, which keeps them, is asked for the tokens of its own."""
     loaded = loader.read_config(str(folder), hf_overrides={"transformers_version": version})
-    ours = resolve(loaded.config).build_processor(loaded)
+    ours: Any = resolve(loaded.config).build_processor(loaded)
     assert ours is not None
     features = ours.process(
         "video", Video(np.zeros((3, 64, 64, 3), np.uint8), (0, 10, 20), 30, 10.0), {}

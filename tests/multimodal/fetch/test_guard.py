@@ -8,8 +8,8 @@ from yarl import URL
 
 from sensorium.config import MediaConfig
 from sensorium.errors import ConfigError, MediaRefusedError, MediaTooLargeError
-from sensorium.multimodal.fetch.client import GuardedResolver
 from sensorium.multimodal.fetch.guard import Guard, normal_host
+from sensorium.multimodal.fetch.resolver import GuardedResolver
 from tests.multimodal.support import FakeResolver
 
 REFUSED = [

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def saved(value: object, **options) -> bytes:
     return file.getvalue()
 
 
-def read(data: bytes) -> object:
+def read(data: bytes) -> Any:
     return decode_embeddings(base64.b64encode(data).decode(), max_bytes=LIMIT)
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.text.chat.rendering import REQUEST_SECONDS
