@@ -134,7 +134,7 @@ def test_more_constraints_than_may_wait_at_a_time(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sensorium.engine.grammar.compiler.KEPT_CHARS", 4 * ENTRY_CHARS)
-    monkeypatch.setattr("sensorium.llm.COMPILED_AT_ONCE", 2)
+    monkeypatch.setattr("sensorium.engine.offline.batch.COMPILED_AT_ONCE", 2)
     params = [
         GREEDY.replace(max_tokens=1, structured_outputs={"regex": f"[a-z]{{{number}}}"})
         for number in range(2, 9)
@@ -152,7 +152,7 @@ def test_an_error_outside_the_engine_ends_the_work(
     def broken(*_: object) -> None:
         raise OSError("the terminal has gone")
 
-    monkeypatch.setattr("sensorium.llm.Progress.done", broken)
+    monkeypatch.setattr("sensorium.engine.offline.progress.Progress.done", broken)
     params = [GREEDY.replace(max_tokens=2), GREEDY.replace(max_tokens=300)]
     with pytest.raises(OSError, match="terminal") as caught:
         llm.generate(["three", "four"], params, use_tqdm=False)

@@ -15,7 +15,7 @@ from sensorium import forks
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.offline.batch import as_embedding, as_tensor
 from sensorium.engine.offline.request import AsyncRequest
-from sensorium.engine.offline.run import Vector
+from sensorium.engine.offline.run import PooledOutput
 from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, parse_prompt
 from sensorium.engine.serving.frontend import Frontend
 from sensorium.engine.stats import EngineStats
@@ -223,7 +223,7 @@ class AsyncLLM:
             RequestError: The prompt cannot be served, or the request was aborted; other errors are
                 those of ``generate``.
         """
-        return as_embedding(await self._vector(prompt, pooling_params, request_id, priority))
+        return as_embedding(await self._pooled(prompt, pooling_params, request_id, priority))
 
     async def encode(
         self,
@@ -238,7 +238,7 @@ class AsyncLLM:
         Yields:
             One output; ``outputs.data`` is a tensor (dimensions,) float32.
         """
-        yield as_tensor(await self._vector(prompt, pooling_params, request_id, priority))
+        yield as_tensor(await self._pooled(prompt, pooling_params, request_id, priority))
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests.
@@ -267,11 +267,11 @@ class AsyncLLM:
 
     async def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer."""
-        return (await self._started()).tokenizer
+        return (await self._started()).input_processor.tokenizer
 
     async def get_default_sampling_params(self) -> SamplingParams:
         """Return the sampling parameters of the model's generation_config.json."""
-        return SamplingParams(**(await self._started()).default_params)
+        return SamplingParams(**(await self._started()).input_processor.default_params)
 
     async def stats(self) -> EngineStats:
         """Return counters of the engine and of the media pipeline."""
@@ -331,13 +331,13 @@ class AsyncLLM:
             with contextlib.suppress(RuntimeError):  # closed, and the request with it
                 self._engine.submit(request.close())
 
-    async def _vector(
+    async def _pooled(
         self,
         prompt: object,
         params: PoolingParams | None,
         request_id: str | None,
         priority: int,
-    ) -> Vector:
+    ) -> PooledOutput:
         frontend = await self._started()
         parsed = parse_input(prompt, enable_mm_embeds=self.config.media.enable_mm_embeds)
         params = PoolingParams() if params is None else params

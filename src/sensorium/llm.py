@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
-import threading
-import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Any, Literal, cast, overload
+from functools import partial
+from typing import Any, Literal, overload
 
-from sensorium import forks
 from sensorium.compat.calls import takes_call_keywords
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.engine import Engine
-from sensorium.engine.executor import build_engine
 from sensorium.engine.offline.batch import (
-    Batch,
-    BatchPrompt,
-    Result,
-    apart,
+    BatchBuilder,
+    BatchInput,
+    Prompts,
     as_embedding,
+    as_list,
     as_tensor,
-    at_prompt,
-    batched,
     conversations,
-    distinct,
-    each_with,
-    is_read_late,
-    listed,
-    prioritized,
     unchanged,
 )
-from sensorium.engine.offline.progress import Progress
-from sensorium.engine.offline.run import BatchRun, Output
-from sensorium.engine.outputs.pooling import resolved
+from sensorium.engine.offline.engine import OfflineEngine
 from sensorium.engine.prompts.input_processor import InputProcessor
-from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, parse_prompt
+from sensorium.engine.prompts.types import chat_prompt, parse_input, parse_prompt
 from sensorium.engine.stats import EngineStats
-from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.outputs import (
     EmbeddingRequestOutput,
@@ -52,9 +38,6 @@ from sensorium.tracing import Tracer
 
 Params = SamplingParams | Iterable[SamplingParams] | None
 Pooling = PoolingParams | Iterable[PoolingParams] | None
-
-COMPILED_AT_ONCE = 64
-"""Constraints that are given to the helper at a time, which lets none wait for long."""
 
 
 class LLM:
@@ -75,19 +58,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **keywords: Any) -> None:
-        config = engine_config(model=model, **keywords)
-        forks.begin_computing()
-        tracer = Tracer(config.observability.trace_dir)
-        input_processor = InputProcessor(
-            config, trust_request_chat_template=True, package_files=True
-        )
-        try:
-            engine = build_engine(config)
-        except BaseException:
-            input_processor.close()
-            tracer.close()
-            raise
-        self._assemble(config, engine, input_processor, LoopThread("loop"), tracer)
+        self._use(OfflineEngine.build(engine_config(model=model, **keywords)))
 
     @classmethod
     def from_parts(
@@ -107,30 +78,16 @@ class LLM:
         """
         llm = cls.__new__(cls)
         tracer = Tracer(config.observability.trace_dir)
-        llm._assemble(config, engine, input_processor, loop, tracer)
+        llm._use(OfflineEngine(config, engine, input_processor, loop, tracer))
         return llm
 
-    def _assemble(
-        self,
-        config: EngineConfig,
-        engine: Engine,
-        input_processor: InputProcessor,
-        loop: LoopThread,
-        tracer: Tracer,
-    ) -> None:
-        self.config = config
-        self._made_in = forks.generation()
+    def _use(self, engine: OfflineEngine) -> None:
+        self.config = engine.config
         self._engine = engine
-        self._input_processor = input_processor
-        self._loop = loop
-        self._tracer = tracer
-        input_processor.set_facts(engine.facts)
-        closers = (loop.close, input_processor.close, tracer.close)
-        self._release = weakref.finalize(self, forks.release, self._made_in, *closers)
-        self._in_use = threading.Lock()
-        self._closed = False
-        self._run: BatchRun | None = None
-        self._request_numbers = itertools.count()
+        self._batches = BatchBuilder(engine.input_processor, engine.loop)
+        embeds = engine.config.media.enable_mm_embeds
+        self._parse_prompt = partial(parse_prompt, enable_mm_embeds=embeds)
+        self._parse_input = partial(parse_input, enable_mm_embeds=embeds)
 
     def __enter__(self) -> LLM:
         return self
@@ -140,10 +97,7 @@ class LLM:
 
     def close(self) -> None:
         """Free the model and end its threads and processes. Only ``close`` may be called after it."""
-        if not self._closed:
-            self._closed = True
-            self._release()
-            del self._engine
+        self._engine.close()
 
     @overload
     def generate(
@@ -205,9 +159,9 @@ class LLM:
                 prompt. What an iterator raises comes out as it is, when the prompts before are
                 finished. The LLM can be used on.
         """
-        values, several = apart(prompts)
-        batch = self._text_batch(values, several, self._parse_prompt, sampling_params)
-        return self._results(prioritized(batch, priority), use_tqdm, stream, unchanged)
+        self._engine.check_open()
+        batch = self._batches.text(as_list(prompts), self._parse_prompt, sampling_params, priority)
+        return self._engine.results(batch, use_tqdm, stream, unchanged)
 
     @overload
     def chat(
@@ -266,20 +220,18 @@ class LLM:
             stream: As for ``generate``.
         """
 
-        def parse(conversation: Any) -> Prompt:
-            return chat_prompt(
-                conversation,
-                chat_template=chat_template,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template_kwargs=chat_template_kwargs,
-                mm_processor_kwargs=mm_processor_kwargs,
-            )
-
-        values, several = conversations(messages)
-        batch = self._text_batch(values, several, parse, sampling_params)
-        return self._results(prioritized(batch, priority), use_tqdm, stream, unchanged)
+        self._engine.check_open()
+        parse = partial(
+            chat_prompt,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
+        batch = self._batches.text(conversations(messages), parse, sampling_params, priority)
+        return self._engine.results(batch, use_tqdm, stream, unchanged)
 
     @overload
     def embed(
@@ -321,8 +273,8 @@ class LLM:
             use_tqdm: Show a progress bar.
             stream: As for ``generate``, as are the outputs returned and errors.
         """
-        batch = self._vector_batch(prompts, pooling_params)
-        return self._results(batch, use_tqdm, stream, as_embedding)
+        batch = self._embedding_batch(prompts, pooling_params)
+        return self._engine.results(batch, use_tqdm, stream, as_embedding)
 
     @takes_call_keywords
     def encode(
@@ -341,7 +293,8 @@ class LLM:
             raise InvalidRequestError(
                 f"pooling_task must be 'embed', got {pooling_task!r}.", param="pooling_task"
             )
-        return self._complete(self._vector_batch(prompts, pooling_params), use_tqdm, as_tensor)
+        batch = self._embedding_batch(prompts, pooling_params)
+        return self._engine.complete(batch, use_tqdm, as_tensor)
 
     def chat_stream(
         self, messages: Sequence[Any], sampling_params: SamplingParams | None = None
@@ -350,183 +303,25 @@ class LLM:
 
         Closing the generator ends the work.
         """
-        batch = self._text_batch([messages], False, chat_prompt, sampling_params)
-        with closing(self._outputs(batch)) as outputs:
+        self._engine.check_open()
+        batch = self._batches.text(Prompts([messages], False), chat_prompt, sampling_params)
+        with closing(self._engine.updates(batch)) as outputs:
             for _, output in outputs:
                 if isinstance(output, RequestOutput):
                     yield output
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer."""
-        return self._input_processor.tokenizer
+        return self._engine.input_processor.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Return the sampling parameters of the model's generation_config.json."""
-        return SamplingParams(**self._input_processor.default_params)
+        return SamplingParams(**self._engine.input_processor.default_params)
 
     def stats(self) -> EngineStats:
         """Return counters of the engine and of the media pipeline since the start."""
-        self._check_open()
-        stats = self._engine.stats()
-        stats.media = self._input_processor.media_stats()
-        return stats
+        return self._engine.stats()
 
-    def _check_open(self) -> None:
-        forks.check_owner(self._made_in, "LLM")
-        if self._closed:
-            raise InvalidRequestError("This LLM has been closed; make a new one.")
-
-    def _parse_prompt(self, value: object) -> Prompt:
-        return parse_prompt(value, enable_mm_embeds=self.config.media.enable_mm_embeds)
-
-    def _parse_input(self, value: object) -> Prompt:
-        return parse_input(value, enable_mm_embeds=self.config.media.enable_mm_embeds)
-
-    def _text_batch(
-        self,
-        values: Iterable[Any],
-        several: bool,
-        parse: Callable[[Any], Prompt],
-        params: Params,
-    ) -> Batch:
-        """What is to be generated, checked as far as that goes without loading media."""
-        self._check_open()
-        given = self.get_default_sampling_params() if params is None else params
-        if is_read_late(values):
-            each = each_with(given, SamplingParams, "sampling_params", self._checked)
-            return self._late_batch(values, parse, each)
-        values = list(values)
-        return self._batch(values, several, parse, self._sampling(given, len(values)))
-
-    def _vector_batch(self, prompts: object, params: Pooling) -> Batch:
-        """Of what vectors are to be made, checked as far as that goes without loading media."""
-        self._check_open()
-        given = PoolingParams() if params is None else params
-
-        def checked(one: PoolingParams) -> PoolingParams:
-            return resolved(self._input_processor.embedder, one)
-
-        values, several = apart(prompts)
-        if is_read_late(values):
-            each = each_with(given, PoolingParams, "pooling_params", checked)
-            return self._late_batch(values, self._parse_input, each)
-        values = list(values)
-        for_each = [checked(o) for o in listed(given, len(values), PoolingParams, "pooling_params")]
-        return self._batch(values, several, self._parse_input, for_each)
-
-    def _batch(
-        self,
-        values: Sequence[Any],
-        several: bool,
-        parse: Callable[[Any], Prompt],
-        params: Sequence[SamplingParams] | Sequence[PoolingParams],
-    ) -> Batch:
-        prompts = [at_prompt(index, several, parse, value) for index, value in enumerate(values)]
-        rendered = [
-            at_prompt(index, several, self._input_processor.render, prompt)
-            for index, prompt in enumerate(prompts)
-        ]
-        items = map(BatchPrompt, prompts, rendered, params)
-        return Batch(items, several, len(prompts))
-
-    def _late_batch(
-        self,
-        values: Iterable[Any],
-        parse: Callable[[Any], Prompt],
-        params: Iterator[SamplingParams | PoolingParams],
-    ) -> Batch:
-        def read(value: Any) -> BatchPrompt:
-            prompt = parse(value)
-            return BatchPrompt(prompt, self._input_processor.render(prompt), next(params))
-
-        prompts = (at_prompt(index, True, read, value) for index, value in enumerate(values))
-        return Batch(prompts, several=True, total=None)
-
-    def _sampling(self, given: object, num_prompts: int) -> list[SamplingParams]:
-        """Sampling values for each prompt of a list, checked."""
-        for_each = listed(given, num_prompts, SamplingParams, "sampling_params")
-        several = not isinstance(given, SamplingParams)
-        different = distinct(for_each)
-        for index, one in different:
-            at_prompt(index, several, self._input_processor.check_params, one)
-        constrained = [(index, one) for index, one in different if one.structured_outputs]
-        for some in batched(constrained, COMPILED_AT_ONCE):
-            compiled = [self._loop.submit(self._input_processor.grammar(one)) for _, one in some]
-            concurrent.futures.wait(compiled)
-            for (index, _), grammar in zip(some, compiled, strict=True):
-                at_prompt(index, several, lambda done: done.result(), grammar)
-        return for_each
-
-    def _checked(self, params: SamplingParams) -> SamplingParams:
-        return self._sampling(params, 1)[0]
-
-    def _results(
-        self, batch: Batch, use_tqdm: bool, stream: bool, form: Callable[[Any], Result]
-    ) -> list[Result] | Generator[Result, None, None]:
-        if stream:
-            return self._streamed(batch, use_tqdm, form)
-        return self._complete(batch, use_tqdm, form)
-
-    def _streamed(
-        self, batch: Batch, use_tqdm: bool, form: Callable[[Any], Result]
-    ) -> Generator[Result, None, None]:
-        with closing(self._finished(batch, use_tqdm)) as finished:
-            for _, output in finished:
-                yield form(output)
-
-    def _complete(
-        self, batch: Batch, use_tqdm: bool, form: Callable[[Any], Result]
-    ) -> list[Result]:
-        """The outputs of a batch when all are finished; an error carries those that are."""
-        outputs: list[Result | None] = [None] * (batch.total or 0)
-        try:
-            for index, output in self._finished(batch, use_tqdm):
-                outputs += [None] * (index + 1 - len(outputs))
-                outputs[index] = form(output)
-        except SensoriumError as error:
-            error.outputs = outputs
-            raise
-        return cast("list[Result]", outputs)
-
-    def _finished(self, batch: Batch, use_tqdm: bool) -> Generator[tuple[int, Output], None, None]:
-        """Run a batch and yield (index, output) of each prompt when it is complete."""
-        with (
-            Progress(batch.total, shown=use_tqdm) as progress,
-            closing(self._outputs(batch)) as outputs,
-        ):
-            for index, output in outputs:
-                if output.finished:
-                    progress.done(output)
-                    yield index, output
-
-    def _outputs(self, batch: Batch) -> Generator[tuple[int, Output], None, None]:
-        """Run a batch and yield (index, output) whenever one moved; ends all work when left early."""
-        if not self._in_use.acquire(blocking=False):
-            raise InvalidRequestError(
-                "This LLM is in the middle of another call: exhaust or close the stream that chat_stream or "
-                "stream=True returned, or wait for the other thread."
-            )
-        try:
-            self._check_open()
-            if self._run is not None:  # another interrupt came while it cleaned up
-                self._run.clean_up(whole=False)
-            self._run = self._new_run(batch)
-            with closing(self._run.outputs()) as outputs:
-                for output in outputs:
-                    yield output
-                    self._check_open()  # much may have happened since
-        finally:
-            if self._run is not None and self._run.is_clean:
-                self._run = None
-            self._in_use.release()
-
-    def _new_run(self, batch: Batch) -> BatchRun:
-        return BatchRun(
-            batch,
-            self._engine,
-            self._input_processor,
-            self._loop,
-            self._request_numbers,
-            self._tracer,
-            max_num_seqs=self.config.scheduler.max_num_seqs,
-        )
+    def _embedding_batch(self, prompts: object, params: Pooling) -> BatchInput:
+        self._engine.check_open()
+        return self._batches.embeddings(as_list(prompts), self._parse_input, params)

@@ -69,7 +69,8 @@ def test_no_more_sequences_than_allowed() -> None:
     driver = Driver(max_num_seqs=2)
     driver.add(*(request(name) for name in "abc"))
     driver.step()
-    assert (driver.scheduler.num_running, driver.scheduler.num_waiting) == (2, 1)
+    stats = driver.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting) == (2, 1)
     driver.run()
 
 
@@ -199,7 +200,7 @@ def test_the_last_to_come_is_preempted_and_goes_on_later_unchanged() -> None:
         plan = driver.step()
     assert [span.seq_id for span in plan.spans] == [0]
     assert plan.dropped == (1,)
-    assert driver.scheduler.num_waiting == 1
+    assert driver.scheduler.stats().num_waiting == 1
     outcomes = driver.run()
     for wanted in requests:
         outcome = outcomes[wanted.request_id]

@@ -23,7 +23,7 @@ def test_a_vector_comes_with_the_last_chunk_and_ends_the_sequence() -> None:
     [update] = driver.outcomes["a"].updates
     assert (update.embedding, update.finish_reason) == (expected_vector(wanted), "stop")
     assert update.sample is None
-    assert driver.scheduler.num_running == 0
+    assert driver.scheduler.stats().num_running == 0
     assert driver.step().dropped == (0,)
     driver.run()
     stats = driver.scheduler.stats()

@@ -18,7 +18,7 @@ import torch
 from sensorium import PoolingParams, SamplingParams
 from sensorium.core.plan import TOO_COMPLEX, UNUSABLE
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
-from sensorium.engine.outputs.pooling import pooling_request, resolved
+from sensorium.engine.outputs.pooling import pooling_request
 from sensorium.engine.prompts.types import RawPrompt
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
@@ -75,7 +75,7 @@ def submit(parts: Parts, number: int, prompt: Any, params: Any) -> EngineRequest
     input_processor = parts.processor
     prepared = parts.prepare(prompt)
     if isinstance(params, PoolingParams):
-        wanted = resolved(input_processor.embedder, params)
+        wanted = input_processor.resolve_pooling(params)
         request = pooling_request(prepared, wanted, str(number), 0, 0.0)
     else:
         grammar = parts.run(input_processor.grammar(params))

@@ -12,11 +12,10 @@ import numpy as np
 
 import sensorium
 from sensorium.config import EngineConfig, engine_config
-from sensorium.engine.outputs.pooling import resolved
 from sensorium.engine.prompts.types import ChatPrompt, Prompt
 from sensorium.engine.stats import EngineStats
-from sensorium.errors import EngineDeadError, SensoriumError
-from sensorium.models.embedder import Embedder
+from sensorium.errors import EngineDeadError, InvalidRequestError, SensoriumError
+from sensorium.models.embedder import GENERATES, Embedder
 from sensorium.outputs import CompletionOutput, Logprob, PoolingRequestOutput, RequestOutput
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.detokenizer import Detokenizer
@@ -62,7 +61,6 @@ class FakeFrontend:
     model_name: str = "demo"
     max_model_len: int = 4096
     modalities: tuple[str, ...] = ("image",)
-    chat_template_available: bool = True
     alive: bool = True
     metrics: Any = None
     embedder: Embedder | None = None
@@ -73,7 +71,12 @@ class FakeFrontend:
     @property
     def config(self) -> EngineConfig:
         """Just what the server reads of it."""
-        return engine_config(max_num_waiting=self.max_num_waiting)
+        return engine_config(model=self.model_name, max_num_waiting=self.max_num_waiting)
+
+    @property
+    def input_processor(self) -> FakeFrontend:
+        """Itself: it prepares prompts, too."""
+        return self
 
     @property
     def num_open(self) -> int:
@@ -96,9 +99,11 @@ class FakeFrontend:
         """What it does."""
         return "generate" if self.embedder is None else "pooling"
 
-    def check_pooling(self, params: PoolingParams) -> None:
+    def resolve_pooling(self, params: PoolingParams) -> PoolingParams:
         """Refuse what is refused."""
-        resolved(self.embedder, params)
+        if self.embedder is None:
+            raise InvalidRequestError(GENERATES)
+        return self.embedder.resolve(params)
 
     async def embed(
         self, prompt: Prompt, params: PoolingParams, *, request_id: str, priority: int = 0

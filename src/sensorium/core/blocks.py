@@ -1,8 +1,8 @@
-"""Which blocks of the KV cache are free and how often the others are used.
+"""The pool of KV-cache blocks: which are free, and how many sequences use the others.
 
-The pool knows nothing of what blocks contain: that is the prefix index's part. A block that nobody
-uses stays in the free list, with its contents, until it is handed out again; so what was computed
-for one request can be taken up by a later one as long as nobody needed the room.
+The pool does not know what blocks contain; the prefix index does. An unused block stays in the free
+list with its contents until it is handed out again, so a later request can reuse what an earlier one
+computed as long as the room was not needed.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from collections.abc import Iterable
 
 
 class IntegrityError(AssertionError):
-    """The bookkeeping contradicts itself: a bug in this package, never a caller's fault."""
+    """The bookkeeping contradicts itself: a bug in this package, not a caller's mistake."""
 
 
 class BlockPool:
     """Block ids ``0 .. num_blocks - 1`` with reference counts and a free list.
 
-    The free list is an ``OrderedDict`` without values: the front is handed out next. It is needed
-    for one operation that neither a deque nor a heap has at constant cost: taking a block out of
-    the middle, when a free block is found to hold a wanted prefix. (A plain dict would do that too,
-    but finding its first key slows down with every key that was deleted before it.)
+    The free list is an ``OrderedDict`` without values, whose front is handed out next. It removes a
+    block from the middle at constant cost, when a free block holds a wanted prefix; neither a deque
+    nor a heap does. (A plain dict would, but finding its first key slows down with every key that
+    was deleted before it.) ::
 
         front                                                  back
-        blank blocks (contents of no use) | kept blocks, least recently used first
+        blank blocks (useless contents) | kept blocks, least recently used first
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -39,23 +39,23 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that can be allocated."""
+        """Return the number of blocks that can be allocated."""
         return len(self._free)
 
     @property
     def num_used(self) -> int:
-        """Blocks that at least one sequence uses."""
+        """Return the number of blocks that at least one sequence uses."""
         return self.num_blocks - len(self._free)
 
     def is_free(self, block_id: int) -> bool:
-        """Whether no sequence uses the block."""
+        """Return True if no sequence uses the block."""
         return self._num_refs[block_id] == 0
 
     def allocate(self, num_blocks: int) -> list[int]:
         """Hand out blocks with one reference each: blank ones first, then the least recently used.
 
-        Whoever tracks contents must forget those of the blocks handed out. Raises ``ValueError``
-        when fewer are free; then nothing has changed.
+        The prefix index must forget their contents. Raises ``ValueError``, and changes nothing, when
+        fewer are free.
         """
         if num_blocks > len(self._free):
             raise ValueError(f"{num_blocks} blocks wanted, {len(self._free)} are free")
@@ -71,11 +71,11 @@ class BlockPool:
         self._num_refs[block_id] += 1
 
     def release(self, block_id: int, *, keep: bool = False) -> None:
-        """Drop a reference. The last one frees the block: to the back of the list when its contents
-        are worth keeping, else to the front.
+        """Drop a reference; the last one frees the block.
 
-        Release the blocks of a sequence last to first: then its tail is evicted before its head,
-        and what is left is still a prefix.
+        With ``keep`` it goes to the back of the free list, else to the front. Release the blocks of
+        a sequence last to first: its tail is then evicted before its head, and the rest is still a
+        prefix.
         """
         if self._num_refs[block_id] < 1:
             raise ValueError(f"block {block_id} is released, but nobody uses it")

@@ -1,9 +1,9 @@
-"""Which items' embeddings lie ready on the device, and which are to be encoded in a step.
+"""Bookkeeping of the encoder cache: which encoder outputs are on the device, and who needs them.
 
-Encoder outputs are a cache of their own beside the KV cache: keyed by the item's digest, counted in
-embeddings, shared between requests. A sequence *pins* an item from the step that first reads it to
-the step that computes past its end. What nobody pins stays for the next request with the same item,
-until room is needed: least recently used goes first.
+Encoder outputs have a cache of their own beside the KV cache: keyed by the digest of the item,
+counted in embeddings, shared between requests. A sequence *pins* an item from the step that first
+reads it to the step that computes past its end. Outputs that no sequence pins stay for later
+requests with the same item until room is needed; the least recently used go first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sensorium.core.request import ItemSpan, Sequence
 
 
 class EncoderCacheBudget:
-    """The encoder outputs that are resident, within ``capacity`` embeddings.
+    """The resident encoder outputs, within ``capacity`` embeddings::
 
     |----------------------- capacity ------------------------|
     | pinned (num_pinned)  |  idle, evictable  |  never used  |
@@ -37,23 +37,23 @@ class EncoderCacheBudget:
 
     @property
     def num_room(self) -> int:
-        """Embeddings that could be taken in if everything idle were evicted."""
+        """Return how many embeddings fit if everything idle were evicted."""
         return self.capacity - self.num_pinned
 
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._sizes
 
     def is_idle(self, digest: bytes) -> bool:
-        """Whether the item is resident and nobody pins it."""
+        """Return True for a resident item that no sequence pins."""
         return digest in self._idle
 
     def holds(self, seq_id: int, item: ItemSpan) -> bool:
-        """Whether the sequence pins the item at this place (the same image may come twice)."""
+        """Return True if the sequence pins the item at this place; an image may come twice."""
         held = self._held.get(seq_id)
         return held is not None and item.start in held
 
     def holders(self, digest: bytes) -> list[int]:
-        """Sequences that pin the item."""
+        """Return the ids of the sequences that pin the item."""
         return [
             seq_id
             for seq_id, held in self._held.items()
@@ -61,7 +61,7 @@ class EncoderCacheBudget:
         ]
 
     def pin(self, seq_id: int, item: ItemSpan) -> None:
-        """Keep a resident item until the sequence lets go of it."""
+        """Keep a resident item until the sequence unpins it."""
         digest = item.digest
         if digest in self._idle:
             del self._idle[digest]
@@ -70,9 +70,9 @@ class EncoderCacheBudget:
         self._held.setdefault(seq_id, {})[item.start] = item
 
     def admit(self, seq_id: int, item: ItemSpan) -> list[bytes]:
-        """Take in a new item, pinned, and return the digests that were evicted for it.
+        """Add a new item, pinned, and return the digests that were evicted for it.
 
-        Raises ``ValueError`` when what is pinned leaves too little room; then nothing has changed.
+        Raises ``ValueError``, and changes nothing, when pinned items leave too little room.
         """
         if item.digest in self._sizes:
             raise ValueError("the item is resident already")
@@ -90,7 +90,7 @@ class EncoderCacheBudget:
         return evicted
 
     def unpin_passed(self, seq_id: int, num_computed: int) -> None:
-        """Let go of the items that end at or before the position ``num_computed``."""
+        """Unpin the items that end at or before the position ``num_computed``."""
         held = self._held.get(seq_id)
         if held is None:
             return
@@ -100,12 +100,12 @@ class EncoderCacheBudget:
             del self._held[seq_id]
 
     def unpin_all(self, seq_id: int) -> None:
-        """Let go of everything that the sequence pins."""
+        """Unpin all items of the sequence."""
         for item in self._held.pop(seq_id, {}).values():
             self._unpin(item.digest)
 
     def forget(self, digest: bytes) -> None:
-        """The item is not there after all. Raises ``ValueError`` while it is pinned."""
+        """Remove an item whose encoding failed. Raises ``ValueError`` while it is pinned."""
         if digest in self._num_pins:
             raise ValueError("an item that sequences need cannot be forgotten")
         if digest in self._sizes:
@@ -113,7 +113,7 @@ class EncoderCacheBudget:
             self.num_resident -= self._sizes.pop(digest)
 
     def check_integrity(self, sequences: Collection[Sequence]) -> None:
-        """``sequences``: those that may pin items."""
+        """Raise ``IntegrityError`` on a contradiction; ``sequences`` are all that may pin items."""
         num_pins: dict[bytes, int] = {}
         for held in self._held.values():
             for item in held.values():
@@ -142,12 +142,12 @@ class EncoderCacheBudget:
 
 
 class EncodePlanner:
-    """The items of one step: decides how far spans may reach, and collects jobs and evictions.
+    """Plans the encoding of one step: how far spans may reach, what is encoded, what is evicted.
 
-    Sequences come in queue order. Once one of them had to stop before an item for want of room,
-    those behind it may only go on with items that they pin already; otherwise a stream of small
-    items could keep a large one out for ever. For want of this step's ``encode_budget``, those
-    behind it may still use what is resident.
+    Sequences come in queue order. Once one of them had to stop before an item because the cache has
+    no room, those behind it may only use items that they already pin; otherwise a stream of small
+    items could keep a large one out forever. When only the ``encode_budget`` of the step is used up,
+    those behind it may still use all that is resident.
     """
 
     def __init__(self, cache: EncoderCacheBudget, encode_budget: int) -> None:
@@ -160,8 +160,11 @@ class EncodePlanner:
         self._closed = False
 
     def reach(self, seq: Sequence, end: int) -> int:
-        """How far a span from ``seq.num_computed`` can go, at most to ``end``: to the start of the
-        first item that can neither be found nor encoded now. ``pin_items`` makes it so."""
+        """Return how far a span from ``seq.num_computed`` can go, at most ``end``.
+
+        It ends before the first item that is neither resident nor can be encoded in this step.
+        Nothing changes; ``pin_items`` must follow for the span that is planned.
+        """
         room, encode_left = self._cache.num_room, self._encode_left
         wanted: set[bytes] = set()
         for _, item in self._items_to_pin(seq, end):
@@ -188,7 +191,7 @@ class EncodePlanner:
         to_pin = list(self._items_to_pin(seq, end))
         self.num_queries += len(to_pin)
         missing = []
-        for index, item in to_pin:  # what is there first, lest it be evicted for what is not
+        for index, item in to_pin:  # resident ones first, so that new ones do not evict them
             if item.digest in self._cache:
                 self._cache.pin(seq.seq_id, item)
                 self.num_hits += 1

@@ -1,7 +1,7 @@
-"""The ledger of the KV cache: which sequence holds which blocks, and what may be shared.
+"""The KV cache manager: which sequence holds which blocks, and which blocks can be shared.
 
-It joins the pool (which blocks are free) and the prefix index (what they contain) for the five
-things that the scheduler does with them. For one sequence with blocks of 4:
+It joins the block pool (which blocks are free) and the prefix index (what they contain) for the five
+things that the scheduler does with them. For one sequence with blocks of 4 tokens::
 
     token_ids       a b c d | e f g h | i j
     block_ids          7    |    2    |  5
@@ -9,9 +9,9 @@ things that the scheduler does with them. For one sequence with blocks of 4:
                     (shared)| (own)   |
 
 ``match`` finds block 7 by its digest, ``reserve`` shares it and allocates 2 and 5, ``extend`` adds
-a block when tokens need it, ``commit`` makes block 2 findable once it is computed, ``release``
-gives all back. A block that can be found is never written again while anybody holds it: matches are
-whole blocks, and what follows them goes into blocks of one's own.
+a block when tokens need it, ``commit`` registers block 2 in the index once it is computed, and
+``release`` frees all. A registered block is never written again while a sequence holds it: matches
+are whole blocks, and what follows goes into blocks of the sequence's own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from sensorium.core.request import Sequence
 
 @dataclass(frozen=True, slots=True)
 class PrefixMatch:
-    """What of a sequence is in the cache now.
+    """The cached prefix of a sequence.
 
-    ``waits_for`` is the digest of the next block when a running sequence is about to compute it.
+    ``waits_for`` is the digest of the next block, when a running sequence is about to compute it.
     """
 
     block_ids: tuple[int, ...] = ()
@@ -40,9 +40,10 @@ NO_MATCH = PrefixMatch()
 
 
 class KVCacheManager:
-    """Blocks of all sequences. Writes ``block_ids``, ``block_digests`` and ``num_registered``.
+    """The blocks of all sequences.
 
-    With ``prefix_caching`` off, no digests are computed and nothing is ever found.
+    It is the only writer of ``block_ids``, ``block_digests`` and ``num_registered`` of a
+    ``Sequence``. Without ``prefix_caching`` no digests are computed, and nothing is ever found.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
@@ -52,32 +53,27 @@ class KVCacheManager:
         self._promised: dict[bytes, int] = {}
 
     @property
-    def num_free_blocks(self) -> int:
-        """Blocks that nobody holds."""
-        return self._pool.num_free
-
-    @property
     def num_used_blocks(self) -> int:
-        """Blocks that at least one sequence holds."""
+        """Return the number of blocks that at least one sequence holds."""
         return self._pool.num_used
 
     @property
     def max_tokens(self) -> int:
-        """Tokens that fit when one sequence has all blocks."""
+        """Return how many tokens fit in all blocks."""
         return self._pool.num_blocks * self._pool.block_size
 
     def is_promised(self, digest: bytes) -> bool:
-        """Whether a sequence that holds blocks is going to compute this one."""
+        """Return True if a running sequence is going to compute the block with this digest."""
         return digest in self._promised
 
     def open(self, seq: Sequence) -> None:
-        """Compute the digests of a new sequence, once: matching it again costs look-ups only."""
+        """Compute the digests of a new sequence, once: later matches are look-ups only."""
         self._extend_digests(seq, len(seq.token_ids) // self._pool.block_size)
 
     def match(self, seq: Sequence) -> PrefixMatch:
-        """Longest cached prefix of the known tokens. Changes nothing.
+        """Return the longest cached prefix of the known tokens; nothing changes.
 
-        The last known token is never part of it: it must be computed, to predict the next one.
+        The last known token is never part of it: it must be computed to predict the next one.
         """
         max_blocks = min((len(seq.token_ids) - 1) // self._pool.block_size, len(seq.block_digests))
         block_ids = self._index.longest_match(seq.block_digests, max_blocks)
@@ -87,10 +83,10 @@ class KVCacheManager:
         return PrefixMatch(tuple(block_ids), num_blocks * self._pool.block_size, waits_for)
 
     def reserve(self, seq: Sequence, match: PrefixMatch, *, num_spare: int = 0) -> bool:
-        """Give a sequence without blocks the matched ones and new ones for all its known tokens.
+        """Give a sequence the matched blocks, and new ones for all its other known tokens.
 
-        All at once, so that a prompt that has been begun can also be finished. False, and nothing
-        has changed, unless ``num_spare`` blocks stay free for the growth of the others.
+        They are taken all at once, so that a prompt that has started can finish. Returns False, and
+        changes nothing, unless ``num_spare`` blocks stay free for the growth of others.
         """
         num_new = self._num_blocks_for(seq) - len(match.block_ids)
         num_taken = sum(map(self._pool.is_free, match.block_ids))
@@ -106,7 +102,7 @@ class KVCacheManager:
         return True
 
     def extend(self, seq: Sequence) -> tuple[int, ...] | None:
-        """Cover all known tokens with blocks: the new ones, or None when there are too few."""
+        """Allocate blocks for all known tokens, and return the new ones; None if too few are free."""
         num_new = self._num_blocks_for(seq) - len(seq.block_ids)
         if num_new <= 0:
             return ()
@@ -117,7 +113,7 @@ class KVCacheManager:
         return tuple(new_block_ids)
 
     def commit(self, seq: Sequence) -> None:
-        """Make the blocks findable that ``num_computed`` has filled."""
+        """Register the blocks that ``num_computed`` has filled in the prefix index."""
         num_full = seq.num_computed // self._pool.block_size
         if num_full <= seq.num_registered or not self._prefix_caching:
             return
@@ -129,7 +125,7 @@ class KVCacheManager:
         seq.num_registered = num_full
 
     def release(self, seq: Sequence) -> None:
-        """Take all blocks back. Those that can be found stay so until they are handed out."""
+        """Free all blocks. Registered ones can be found until they are handed out again."""
         self.withdraw(seq)
         for block_id in reversed(seq.block_ids):
             self._pool.release(block_id, keep=self._index.holds(block_id))
@@ -137,13 +133,13 @@ class KVCacheManager:
         seq.num_registered = 0
 
     def withdraw(self, seq: Sequence) -> None:
-        """Promise no more blocks of a sequence: whoever waits for one computes it."""
+        """Withdraw the promised blocks of a sequence: those that wait for one compute it."""
         for digest in seq.block_digests[seq.num_registered :]:
             if self._promised.get(digest) == seq.seq_id:
                 del self._promised[digest]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """``sequences``: all that may hold blocks."""
+        """Raise ``IntegrityError`` on a contradiction; ``sequences`` are all that may hold blocks."""
         sequences = list(sequences)
         self._pool.check_integrity(b for seq in sequences for b in seq.block_ids)
         self._index.check_integrity()

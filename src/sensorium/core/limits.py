@@ -1,4 +1,4 @@
-"""What bounds the scheduler, and what it counts."""
+"""Limits of the scheduler, and its counters."""
 
 from __future__ import annotations
 
@@ -45,11 +45,14 @@ class SchedulerLimits:
 
     @property
     def num_cache_tokens(self) -> int:
-        """Tokens that fit in the whole KV cache."""
+        """Return how many tokens fit in the KV cache."""
         return self.num_blocks * self.block_size
 
     def check(self, request: EngineRequest) -> None:
-        """Refuse what could never be scheduled: ``PromptTooLongError``, ``MediaTooLargeError``."""
+        """Refuse a request that could never be scheduled.
+
+        Raises ``PromptTooLongError`` or ``MediaTooLargeError``.
+        """
         num_tokens = len(request.token_ids)
         self._check_length(num_tokens, pools=request.pooling is not None)
         # The others may each have a token in the step.
@@ -66,7 +69,7 @@ class SchedulerLimits:
         self._check_items(request)
 
     def finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Why a sequence ends with the token that it has got last; None when it goes on."""
+        """Return why a sequence ends with its latest token; None when it goes on."""
         is_stop = token_id in seq.eos_ids or token_id in seq.stop_ids
         if is_stop and seq.num_generated >= seq.request.params.min_tokens:
             return "stop"
@@ -124,7 +127,7 @@ class SchedulerLimits:
 
 @dataclass(slots=True)
 class SchedulerCounts:
-    """What the scheduler has counted since the start; ``SchedulerStats`` says what."""
+    """Counters since the start, described in ``SchedulerStats``."""
 
     num_steps: int = 0
     num_computed_tokens: int = 0
@@ -142,8 +145,15 @@ class SchedulerCounts:
     num_encode_failures: int = 0
     num_unusable: int = 0
 
+    def add_step(self, num_encoder_queries: int, num_hits: int, num_evictions: int) -> None:
+        """Count a step, and the look-ups in the encoder cache for it."""
+        self.num_steps += 1
+        self.num_encoder_queries += num_encoder_queries
+        self.num_encoder_hits += num_hits
+        self.num_encoder_evictions += num_evictions
+
     def add_encoded(self, report: EncodeReport) -> None:
-        """Count what encoding cost in a step."""
+        """Add the cost of encoding in a step."""
         self.num_encoded_items += report.num_items
         self.encode_seconds += report.seconds
         self.num_encoded_bytes += report.num_bytes
@@ -152,7 +162,7 @@ class SchedulerCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerStats:
-    """The scheduler's state and its counts since the start.
+    """Gauges of the scheduler, and its counters since the start.
 
     ``num_embeddings`` are those of pooling requests. ``num_prefix_queries`` and ``num_prefix_hits``
     are prompt tokens looked up and found, at the first admission of each sequence.

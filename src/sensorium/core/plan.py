@@ -1,4 +1,4 @@
-"""The two plain values that cross to the device and back: ``StepPlan`` and ``StepResult``."""
+"""Messages between scheduler and runner: ``StepPlan`` and ``StepResult``, plain values both."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ NO_TOKEN_LEFT = (
     "(allowed_token_ids, bad_words, logit_bias, min_tokens, structured_outputs) leave no token, or a penalty or bias "
     "made its numbers overflow. Relax them."
 )
-"""Why a sequence failed when no token could be sampled: the caller's to mend."""
+"""Message of a sequence for which no token could be sampled; the caller can mend that."""
 
 TOO_COMPLEX = "The constraint of structured_outputs became too complex to follow within the answer; simplify it."
-"""Why a sequence failed whose grammar reached a limit of time or size: the caller's to mend, too."""
+"""Message of a sequence whose grammar reached a limit of time or size; the caller can mend that."""
 
 UNUSABLE = "The model made no usable numbers of "
-"""How messages begin of sequences that failed by what the model computed: the operator's to mend, not the caller's."""
+"""Beginning of messages about unusable numbers of the model; only the operator can mend that."""
 
 
 def unusable(what: str, flaw: str, dtype: str) -> str:
-    """Why a sequence failed. what: the input or an item of it; flaw: what its numbers are, such as "its logits are all
-    equal"; dtype: the model's."""
+    """Return the message of a sequence that failed by what the model computed.
+
+    Args:
+        what: The input, or an item of it.
+        flaw: What is wrong with the numbers, such as "its logits are all equal".
+        dtype: That of the model.
+    """
     advice = (
         "Its weights may be damaged, or the input is outside of what it can compute"
         if dtype == "float32"
@@ -33,9 +38,9 @@ def unusable(what: str, flaw: str, dtype: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class NewSequence:
-    """A sequence that the runner does not hold yet: never run, or preempted before.
+    """A sequence that the runner does not hold: new, or preempted before.
 
-    ``token_ids`` are all known tokens: the prompt and, after a preemption, what had been generated.
+    ``token_ids`` are all known tokens: the prompt and, after a preemption, the generated ones.
     """
 
     seq_id: int
@@ -47,9 +52,9 @@ class NewSequence:
 class Span:
     """The part of one sequence that a step computes: positions ``start`` to ``start + num_tokens``.
 
-    ``new_block_ids`` are appended to the blocks that the runner knows of this sequence. ``samples`` says that the span
-    reaches the last known token, so that a new one is to be sampled; ``pools``, that it reaches the last token of a
-    sequence whose embedding is wanted. Never both.
+    ``new_block_ids`` are appended to the blocks that the runner knows of this sequence. ``samples``:
+    the span reaches the last known token, and the next one is sampled. ``pools``: it reaches the last
+    token of a sequence whose embedding is wanted. Never both.
     """
 
     seq_id: int
@@ -62,10 +67,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """One item to encode before the forward pass: item ``item_index`` of sequence ``seq_id``.
+    """An item to encode before the forward pass: item ``item_index`` of sequence ``seq_id``.
 
-    The features are those that came with that sequence's request; the result is kept under ``digest`` until a plan
-    lists it in ``evict``.
+    Its features came with the request of that sequence. The encoder output is kept under ``digest``
+    until a plan lists it in ``evict``.
     """
 
     digest: bytes
@@ -76,11 +81,11 @@ class EncodeJob:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the runner is to do in one step, in this order: drop, evict, add, encode, run the spans, sample and pool."""
+    """One step of the runner: drop, evict, add, encode, run the spans, sample and pool."""
 
     step_id: int
     dropped: tuple[int, ...] = ()
-    """Sequences that finished, were aborted or preempted since the last plan: forget them."""
+    """Sequences to forget: finished, aborted or preempted since the last plan."""
     evict: tuple[bytes, ...] = ()
     """Digests of encoder outputs to forget."""
     new: tuple[NewSequence, ...] = ()
@@ -89,21 +94,21 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens computed in this step."""
+        """Return the number of tokens that this step computes."""
         return sum(span.num_tokens for span in self.spans)
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to tell the runner."""
+        """Return True when the runner has nothing to do."""
         return not (self.spans or self.dropped or self.evict or self.new or self.encode)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What encoding cost: items encoded, seconds and bytes of the embeddings made of them, and items that failed.
+    """The cost of encoding: items, seconds, bytes of encoder outputs, and items that failed.
 
-    Seconds are those of whole batches that succeeded. On a device that works behind the host's back they come with the
-    report of a later step. Embeddings that came with a request are not encoded, and not counted.
+    Seconds are those of whole batches that succeeded. On a device that runs asynchronously they come
+    with the report of a later step. Precomputed embeddings are not encoded, and not counted.
     """
 
     num_items: int = 0
@@ -147,6 +152,6 @@ class StepResult:
     encoded: EncodeReport = NOTHING_ENCODED
 
     def item_failure(self, digest: bytes, name: str) -> str:
-        """Why sequences end that need an item of ``failed_items``, which messages call ``name``."""
+        """Return the message for sequences that need the failed item, which is called ``name``."""
         flaw = self.unusable_items.get(digest)
         return unusable(name, *flaw) if flaw else f"{name.capitalize()} could not be encoded."

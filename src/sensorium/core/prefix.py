@@ -1,7 +1,7 @@
-"""What the blocks of the KV cache contain: chained digests, and the index from digest to block.
+"""The prefix cache: chained digests of blocks, and the index from digest to block.
 
 The keys and values of a token depend on everything before it, so a block is identified by the whole
-prefix that it ends. Its digest is
+prefix that it ends. Its digest is::
 
     H( head | token ids | media )
        head   the digest of the block before it, or for the first block the cache salt and the
@@ -44,8 +44,11 @@ def block_digest(
     salt: bytes = b"",
     rope_length: int = 0,
 ) -> bytes:
-    """Digest (32 bytes) of a full block. ``salt`` and ``rope_length`` count for the first block (no
-    parent) only: the later ones have them from their parent."""
+    """Return the digest (32 bytes) of a full block.
+
+    ``salt`` and ``rope_length`` only count for the first block, which has no parent; later blocks
+    inherit them.
+    """
     first = (b"\x00", struct.pack("<QI", rope_length, len(salt)), salt)
     parts = [*first] if parent_digest is None else [b"\x01", parent_digest]
     parts.append(struct.pack(f"<I{len(token_ids)}q", len(token_ids), *token_ids))
@@ -58,7 +61,7 @@ def block_digest(
 def media_by_block(
     items: Sequence[ItemSpan], block_size: int, first_block: int, end_block: int
 ) -> dict[int, list[MediaSlice]]:
-    """The slices of blocks ``first_block .. end_block - 1``; blocks without media are absent.
+    """Return the slices in blocks ``first_block .. end_block - 1``; blocks without media are absent.
 
     Example: blocks of 4 and an item with the one run (2, 5) give ``{0: [(digest, 2, 2, 0)],
     1: [(digest, 0, 3, 2)]}``.
@@ -91,7 +94,7 @@ def extend_digests(
     salt: bytes,
     rope_length: int = 0,
 ) -> None:
-    """Append to ``digests`` what it lacks of the digests of blocks ``0 .. end_block - 1``."""
+    """Append the missing ones of the digests of blocks ``0 .. end_block - 1`` to ``digests``."""
     first_block = len(digests)
     if end_block <= first_block:
         return
@@ -109,10 +112,9 @@ def extend_digests(
 
 
 class PrefixIndex:
-    """Digest → block, one to one, for blocks whose contents are complete.
+    """One-to-one map from digests to blocks whose contents are complete.
 
-    A digest has one block: when two sequences compute the same block side by side, the first to
-    finish is the one that is found.
+    When two sequences compute the same block side by side, the first to finish is registered.
     """
 
     def __init__(self) -> None:
@@ -126,11 +128,11 @@ class PrefixIndex:
         return digest in self._block_of
 
     def holds(self, block_id: int) -> bool:
-        """Whether the block can be found by a digest."""
+        """Return True if the block is registered."""
         return block_id in self._digest_of
 
     def register(self, digest: bytes, block_id: int) -> bool:
-        """Make the block findable; False when the digest or the block has an entry already."""
+        """Register the block; return False when the digest or the block already has an entry."""
         if digest in self._block_of or block_id in self._digest_of:
             return False
         self._block_of[digest] = block_id
@@ -138,13 +140,13 @@ class PrefixIndex:
         return True
 
     def forget(self, block_id: int) -> None:
-        """The block gets other contents. Nothing happens when it has no entry."""
+        """Remove the entry of a block, if there is one, because its contents change."""
         digest = self._digest_of.pop(block_id, None)
         if digest is not None:
             del self._block_of[digest]
 
     def longest_match(self, digests: Sequence[bytes], max_blocks: int) -> list[int]:
-        """Blocks of the longest run of known digests from the start, at most ``max_blocks``."""
+        """Return the blocks of the longest run of known digests from the start."""
         block_ids: list[int] = []
         for digest in digests[:max_blocks]:
             block_id = self._block_of.get(digest)
@@ -154,6 +156,6 @@ class PrefixIndex:
         return block_ids
 
     def check_integrity(self) -> None:
-        """Both directions must agree."""
+        """Raise ``IntegrityError`` unless both directions agree."""
         if {block: digest for digest, block in self._block_of.items()} != self._digest_of:
             raise IntegrityError("the prefix index's two directions differ")

@@ -1,4 +1,4 @@
-"""The message into the engine, the scheduler's record of it, and the news that come back."""
+"""The engine's request, the scheduler's record of it, and the updates that come back."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from sensorium.params import PoolingParams, SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class ItemSpan:
-    """Where one image, video or audio clip sits in the token ids of a request.
+    """Positions of one image, video or audio clip in the token ids of a request.
 
-    ``runs`` are ``(start, length)`` pairs, ascending and disjoint: the positions that the item's embeddings fill, in
-    order. An item without separators between its parts has one run. Example: ids ``[1, 9, 9, 9, 5]`` with an image of
-    three embeddings at 9: ``runs == ((1, 3),)``, ``start == 1``, ``end == 4``, ``num_embeds == 3``.
+    ``runs`` are ``(start, length)`` pairs, ascending and disjoint: the positions that the item's
+    embeddings fill, in order. An item without separators between its parts has one run. Example: ids
+    ``[1, 9, 9, 9, 5]`` with an image of three embeddings at 9 have ``runs == ((1, 3),)``,
+    ``start == 1``, ``end == 4`` and ``num_embeds == 3``.
     """
 
     digest: bytes
@@ -34,18 +35,18 @@ class ItemSpan:
 
     @property
     def start(self) -> int:
-        """First position that the item fills."""
+        """Return the first position that the item fills."""
         return self.runs[0][0]
 
     @property
     def end(self) -> int:
-        """One past the last position that the item fills."""
+        """Return one past the last position that the item fills."""
         start, length = self.runs[-1]
         return start + length
 
     @property
     def num_embeds(self) -> int:
-        """Number of embeddings of the item."""
+        """Return the number of embeddings of the item."""
         return sum(length for _, length in self.runs)
 
 
@@ -122,7 +123,7 @@ class EngineRequest:
             end = last
 
     def rope_length_at(self, num_tokens: int) -> int:
-        """The ``rope_length`` that counts for a sequence of so many tokens; 0 for that of short ones."""
+        """Return the ``rope_length`` for a sequence of ``num_tokens``; 0 for short ones."""
         return self.rope_length if num_tokens > self.rope_border else 0
 
     def stop(self, start: int, end: int) -> int:
@@ -137,7 +138,7 @@ class EngineRequest:
 
 
 class Status(enum.Enum):
-    """Where a sequence is."""
+    """State of a sequence."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -147,19 +148,25 @@ class Status(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """The scheduler's record of one request.
+    """The scheduler's record of one request. Only the scheduler writes to it.
 
-    ``token_ids`` are all known tokens, ``num_computed`` how many of them have their KV in the cache; a step narrows the
-    gap. There are no phases. Only the scheduler writes to it, the three block fields through its ``KVCacheManager``.
-    Invariant: ``0 <= num_computed <= len(token_ids)``, and ``block_ids`` cover at least ``num_computed`` tokens.
+    Invariant: ``0 <= num_computed <= len(token_ids)``, and ``block_ids`` cover at least
+    ``num_computed`` tokens.
 
-    ``block_digests`` are those of the leading full blocks, as far as they were needed; the first ``num_registered``
-    blocks have been offered to the prefix index. ``eos_ids`` and ``stop_ids`` end the sequence (``eos_ids`` is empty
-    with ``ignore_eos``). ``num_cached`` counts prompt tokens found in the cache at the first admission.
-    ``waits_for`` is the digest of a block that another sequence is computing and that this one could then share.
-    ``prompt_logprobs`` gathers the pieces of the chunks until the first token is there. ``rope_length`` is the
-    request's at the sequence's present length: ``block_digests`` depend on it. ``is_sound``: whether all numbers
-    computed so far are finite; where they are not, its blocks are not shared.
+    Attributes:
+        token_ids: All known tokens: the prompt and the generated ones.
+        num_computed: How many of them have their keys and values in the cache.
+        num_cached: Prompt tokens found in the prefix cache when the sequence first started.
+        block_ids: Its blocks; like the next field and ``num_registered``, written by
+            ``KVCacheManager``.
+        block_digests: Those of the leading full blocks, as far as they were needed.
+        num_registered: Leading blocks that have been offered to the prefix index.
+        eos_ids: Tokens that end the sequence; empty with ``ignore_eos``.
+        stop_ids: Further tokens that end it.
+        waits_for: Digest of a block that another sequence is computing and this one could share.
+        prompt_logprobs: Entries of the chunks so far, until the first token is generated.
+        rope_length: The request's, at the present length; ``block_digests`` depend on it.
+        is_sound: All numbers computed so far are finite; otherwise its blocks are not shared.
     """
 
     seq_id: int
@@ -182,17 +189,17 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt, placeholders expanded."""
+        """Return the number of tokens of the prompt, placeholders expanded."""
         return len(self.request.token_ids)
 
     @property
     def num_generated(self) -> int:
-        """Tokens generated so far."""
+        """Return the number of tokens generated so far."""
         return len(self.token_ids) - len(self.request.token_ids)
 
     @property
     def num_uncomputed(self) -> int:
-        """The gap that steps narrow."""
+        """Return the number of known tokens that are still to be computed."""
         return len(self.token_ids) - self.num_computed
 
 
@@ -200,8 +207,8 @@ class Sequence:
 class TokenSample:
     """One sampled token.
 
-    ``logprobs`` holds ``(token_id, logprob, rank)``, the chosen token first, then the most likely ones; None when not
-    asked for.
+    ``logprobs`` are tuples ``(token_id, logprob, rank)``, the sampled token first, then the most
+    likely ones; None when not asked for.
     """
 
     token_id: int
@@ -210,11 +217,12 @@ class TokenSample:
 
 @dataclass(frozen=True, slots=True)
 class SequenceUpdate:
-    """News of one sequence after a step: at most one new token, and the end if it came.
+    """Update of one sequence after a step: at most one new token, and its end.
 
-    ``embedding`` is the result of a pooling request, little-endian float32; it comes with the end (``"stop"``).
-    ``prompt_logprobs`` come once, whole: for each prompt token after the first, its ``(token_id, logprob, rank)``
-    tuples, the prompt's own token first. ``error`` is set when ``finish_reason`` is ``"error"``.
+    ``embedding`` is the result of a pooling request, little-endian float32; it comes with the end
+    (``"stop"``). ``prompt_logprobs`` come once, whole: for each prompt token after the first, its
+    ``(token_id, logprob, rank)`` tuples, the prompt's own token first. ``error`` is set when
+    ``finish_reason`` is ``"error"``.
     ``prefilled_time``, of requests that are traced, is when the prompt had been computed; it comes once.
     """
 

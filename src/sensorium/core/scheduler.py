@@ -1,13 +1,21 @@
-"""Decides what each step computes, and takes in what came of it.
+"""The scheduler: decides what each step computes, and applies the results.
 
-There are no phases. Every sequence has tokens *known* and tokens *computed*; a step narrows the
-gap. A prompt in chunks, a hit in the prefix cache, a recomputation after a preemption and a wait
-for an encoder are the same subtraction.
+There are no phases such as prefill and decode. Every sequence has *known* tokens (its prompt and
+what was generated) and *computed* ones (whose keys and values are in the KV cache). A step computes
+a *span* of each chosen sequence, which narrows that gap; a span that reaches the last known token
+samples the next one. Chunked prefill, prefix-cache hits, recomputation after a preemption and
+waiting for an encoder are all the same subtraction.
 
-Why every request ends: sequences are ordered by (priority, arrival). Of those that run, the first
-in that order is never preempted, has blocks for all it knows, is offered the token budget first and
-the room for items too; so it moves whenever it is scheduled, and it ends. When nothing runs, the
-first that waits fits, for larger ones are refused on arrival.
+One step, as the engine runs it::
+
+    plan = scheduler.schedule()            # which spans, on which blocks, with which items
+    result = runner.execute(plan)          # the model runs: sampled tokens, failures
+    updates = scheduler.commit(plan, result)   # tokens appended, sequences finished
+
+No request starves. Sequences are ordered by (priority, arrival). The first running one in that order
+is never preempted, holds blocks for all it knows, and is offered the token budget and the room in
+the encoder cache first, so it progresses in every step until it ends. When nothing runs, the first
+waiting sequence fits, because ``add`` refuses what never could.
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ from sensorium.errors import InvalidRequestError, OverloadedError
 
 
 class _Step:
-    """A plan in the making."""
+    """The plan that ``schedule`` is building."""
 
     def __init__(self, num_tokens: int, encoder: EncodePlanner) -> None:
         self.tokens_left = num_tokens
@@ -40,8 +48,8 @@ class _Step:
 class Scheduler:
     """Continuous batching under one token budget. Not thread-safe.
 
-    ``schedule`` and ``commit`` alternate: a plan is carried out before the next one is made.
-    ``add`` and ``abort`` may come at any time between.
+    ``schedule`` and ``commit`` alternate: a plan is executed before the next one is made. ``add`` and
+    ``abort`` may be called at any time in between.
     """
 
     def __init__(
@@ -54,13 +62,10 @@ class Scheduler:
         self._counts = SchedulerCounts()
         self.reset()
 
-    # ---- what the engine asks for
-
     def reset(self) -> None:
-        """Forget all requests, what is cached, and a plan that was never committed; the counts go on.
+        """Drop all requests, caches and an uncommitted plan; counters are kept.
 
-        For a step that was interrupted, of which nobody knows how far it got. The runner must be
-        reset too.
+        This is for a step that was interrupted at an unknown point. The runner must be reset, too.
         """
         limits = self.limits
         self._kv_cache = KVCacheManager(
@@ -77,8 +82,9 @@ class Scheduler:
     def add(self, request: EngineRequest) -> None:
         """Put a request into the queue.
 
-        Raises ``RequestError`` for what could never run or an id that is in use, and
-        ``OverloadedError`` when the queue is full; then nothing has changed.
+        Raises:
+            RequestError: It could never run, or its id is in use.
+            OverloadedError: The queue is full.
         """
         if request.request_id in self._seq_ids:
             raise InvalidRequestError(
@@ -105,10 +111,10 @@ class Scheduler:
         insort(self._waiting, seq, key=_queue_order)
 
     def abort(self, request_id: str) -> bool:
-        """Forget a request; False when there is none (any more). No update comes of it.
+        """Remove a request, without an update of it; return False when it is unknown or has ended.
 
-        While a plan is being carried out, too: its blocks may be handed out in the next plan, which
-        runs after this one, and its share of the result is ignored.
+        It may be called while a plan is being executed: the blocks of the request are reused by the
+        next plan at the earliest, which runs after this one, and its part of the result is ignored.
         """
         seq_id = self._seq_ids.get(request_id)
         if seq_id is None:
@@ -117,7 +123,7 @@ class Scheduler:
         return True
 
     def schedule(self) -> StepPlan:
-        """The next step. Running sequences come first, then waiting ones, each in queue order."""
+        """Return the plan of the next step: running sequences first, then waiting ones, in order."""
         if self._plan is not None:
             raise RuntimeError(f"plan {self._plan.step_id} has not been committed yet")
         encoder = EncodePlanner(self._encoder_cache, self.limits.encode_budget)
@@ -134,16 +140,13 @@ class Scheduler:
             spans=tuple(step.spans),
         )
         self._dropped.clear()
-        self._counts.num_steps += 1
-        self._counts.num_encoder_queries += encoder.num_queries
-        self._counts.num_encoder_hits += encoder.num_hits
-        self._counts.num_encoder_evictions += len(encoder.evicted)
+        self._counts.add_step(encoder.num_queries, encoder.num_hits, len(encoder.evicted))
         return self._plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
-        """Take in what came of the plan: news of the sequences that have any, in the plan's order.
+        """Apply the result of the plan, and return updates of sequences in the order of the plan.
 
-        A chunk that does not reach the end of what is known is no news.
+        A chunk that does not reach the last known token gives no update.
         """
         if plan is not self._plan or result.step_id != plan.step_id:
             raise RuntimeError(f"plan {plan.step_id} is not the one to be committed")
@@ -169,21 +172,11 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``schedule`` has something to say: sequences to run, or ended ones to drop."""
+        """Return True while there are sequences to run, or ended ones for the runner to drop."""
         return bool(self._live or self._dropped)
 
-    @property
-    def num_running(self) -> int:
-        """Sequences that hold blocks."""
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences in the queue, preempted ones included."""
-        return len(self._waiting)
-
     def stats(self) -> SchedulerStats:
-        """State and counts."""
+        """Return gauges and counters."""
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -195,9 +188,11 @@ class Scheduler:
         )
 
     def check_integrity(self) -> None:
-        """Raise ``IntegrityError`` when the books contradict each other. Costs time: for tests and
-        idle moments. With no request left, it implies that all blocks are free and no item is
-        pinned."""
+        """Raise ``IntegrityError`` when the bookkeeping contradicts itself.
+
+        It is slow: for tests and idle moments. With no request left, it implies that all blocks are
+        free and no item is pinned.
+        """
         for queue in (self._running, self._waiting):
             if queue != sorted(queue, key=_queue_order):
                 raise IntegrityError("a queue is out of order")
@@ -213,14 +208,12 @@ class Scheduler:
         self._kv_cache.check_integrity(self._live.values())
         self._encoder_cache.check_integrity(self._running)
 
-    # ---- making a plan
-
     def _schedule_running(self, step: _Step) -> None:
-        """One span for each running sequence, as far as tokens and items allow.
+        """Plan a span for each running sequence, as far as tokens and items allow.
 
-        A long prompt leaves a token for each sequence behind it, so that those which are generating
-        go on while it is computed. Victims of preemption are taken from the end: never one that has
-        its span already.
+        A long prompt leaves one token for each sequence behind it, so that generation goes on while
+        it is computed. Preemption takes sequences from the end of the queue, never one that already
+        has its span.
         """
         pos = 0
         while pos < len(self._running) and step.tokens_left > 0:
@@ -236,8 +229,8 @@ class Scheduler:
     def _schedule_waiting(self, step: _Step) -> None:
         """Start waiting sequences in order, until one does not fit.
 
-        Only a sequence that waits for another's block lets those behind it pass: it is the first
-        again as soon as that block is there, or the other has gone.
+        Only a sequence that waits for a block of another lets those behind it pass. It is first
+        again once that block is computed, or its owner has ended.
         """
         pos = 0
         while (
@@ -264,7 +257,7 @@ class Scheduler:
         return self._kv_cache.match(seq)
 
     def _start(self, step: _Step, seq: Sequence, match: PrefixMatch) -> bool:
-        """Let a waiting sequence run, with its first span; False when it does not fit now."""
+        """Plan the first span of a waiting sequence; return False when it does not fit now."""
         seq.num_computed = match.num_tokens
         end = self._reach(step, seq, step.tokens_left)
         num_spare = self._num_spare_blocks if self._running else 0
@@ -283,10 +276,10 @@ class Scheduler:
         return True
 
     def _reach(self, step: _Step, seq: Sequence, num_tokens: int) -> int:
-        """Where a span of at most ``num_tokens`` ends; ``seq.num_computed`` when there is none.
+        """Return the end of a span of at most ``num_tokens``; ``seq.num_computed`` for no span.
 
-        Without chunked prefill a prompt goes whole or not at all. Only what has grown beyond a step
-        while it was generated, and was preempted, has to come back in pieces.
+        Without chunked prefill a prompt is computed whole. The exception is a preempted sequence
+        that has grown beyond the token budget of a step: it is recomputed in chunks.
         """
         start, known = seq.num_computed, len(seq.token_ids)
         most = self.limits.max_num_batched_tokens
@@ -300,8 +293,10 @@ class Scheduler:
         return start if whole and end < known else end
 
     def _make_room(self, step: _Step, seq: Sequence) -> tuple[int, ...] | None:
-        """Blocks for all known tokens of a running sequence, preempting from the end of the queue;
-        None when it was itself the last."""
+        """Allocate blocks for all known tokens of a running sequence, preempting from the end.
+
+        Returns the new blocks; None when the sequence was itself preempted.
+        """
         while True:
             new_block_ids = self._kv_cache.extend(seq)
             if new_block_ids is not None:
@@ -325,7 +320,7 @@ class Scheduler:
         step.spans.append(span)
 
     def _preempt(self, seq: Sequence) -> None:
-        """Give up the blocks of a sequence; it is computed again later."""
+        """Take the blocks of a sequence; it is computed again later."""
         self._requeue(seq)
         seq.num_preemptions += 1
         if seq.num_generated == 0:
@@ -333,23 +328,21 @@ class Scheduler:
         self._counts.num_preemptions += 1
 
     def _requeue(self, seq: Sequence) -> None:
-        """Back into the queue, ahead of all that come after it in order."""
+        """Move a running sequence back into the queue, at its place in the order."""
         self._leave(seq)
         seq.status = Status.PREEMPTED
         seq.num_computed, seq.is_sound = 0, True
         insort(self._waiting, seq, key=_queue_order)
 
     def _change_rope(self, seq: Sequence, rope_length: int) -> None:
-        """Compute a sequence again with the rotary factors of the length that it has reached."""
+        """Recompute a sequence with the rotary factors of the length that it has reached."""
         self._requeue(seq)
         seq.rope_length = rope_length
         seq.block_digests.clear()
         self._kv_cache.open(seq)
 
-    # ---- taking in a result
-
     def _failures(self, result: StepResult) -> dict[int, str]:
-        """Messages for the sequences that cannot go on, by their own or an item's failure."""
+        """Return messages for the sequences that failed, by themselves or with one of their items."""
         failed = dict(result.failed)
         for digest in result.failed_items:
             for seq_id in self._encoder_cache.holders(digest):
@@ -360,7 +353,7 @@ class Scheduler:
         return failed
 
     def _advance(self, seq: Sequence, span: Span, result: StepResult) -> None:
-        """Count the span's tokens as computed, and what follows from that."""
+        """Count the tokens of a span as computed: register full blocks, unpin passed items."""
         seq.num_computed = span.start + span.num_tokens
         self._counts.num_computed_tokens += span.num_tokens
         if seq.seq_id in result.unsound:
@@ -374,7 +367,7 @@ class Scheduler:
             seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.seq_id, ()))
 
     def _apply_sample(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
-        """Append the new token, and end the sequence if it is the last."""
+        """Append the sampled token, and end the sequence if it is the last."""
         sample = result.samples.get(seq.seq_id)
         if sample is None:
             return self._fail(seq, "The step returned no token for this request.")
@@ -405,7 +398,7 @@ class Scheduler:
         )
 
     def _apply_embedding(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
-        """End a pooling sequence: its prompt is computed, and that was all."""
+        """End a pooling sequence, whose prompt is computed."""
         embedding = result.embeddings.get(seq.seq_id)
         if embedding is None:
             return self._fail(seq, "The step returned no embedding for this request.")
@@ -431,7 +424,7 @@ class Scheduler:
         )
 
     def _end(self, seq: Sequence) -> None:
-        """Finished, failed or aborted: nothing of the sequence stays but findable blocks."""
+        """Remove a sequence that finished, failed or was aborted; its cached blocks can be found."""
         if seq.status is Status.RUNNING:
             self._leave(seq)
         else:
@@ -441,7 +434,7 @@ class Scheduler:
         del self._seq_ids[seq.request.request_id]
 
     def _leave(self, seq: Sequence) -> None:
-        """Out of the running ones: give back blocks and pins, and have the runner forget it."""
+        """Remove a sequence from the running ones: release blocks and pins, drop it in the runner."""
         _remove(self._running, seq)
         self._kv_cache.release(seq)
         self._encoder_cache.unpin_all(seq.seq_id)
@@ -449,7 +442,7 @@ class Scheduler:
 
 
 def _queue_order(seq: Sequence) -> tuple[int, int]:
-    """Lower priority values first, then order of arrival."""
+    """Sort key of queues: lower priority values first, then order of arrival."""
     return seq.request.priority, seq.seq_id
 
 

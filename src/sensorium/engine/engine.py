@@ -1,4 +1,9 @@
-"""The loop: schedule, run, commit."""
+"""The engine: one loop of schedule, execute, commit.
+
+``Engine.step`` asks the scheduler for a plan, lets the runner execute it on the device, and commits
+the result, which gives updates of sequences. ``LLM`` calls it in the caller's thread; in a server
+``engine.serving.worker`` calls it in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +24,33 @@ from sensorium.runtime.encoder import FeatureStore
 from sensorium.text.grammar.grammar import Budget, GrammarMatcher
 
 MATCHER_SECONDS = 0.005
-"""How long a step waits for a matcher when there is nothing else to do."""
+"""Most time that a step waits for a grammar matcher when it has nothing to compute."""
 
 
 class Runner(Protocol):
-    """What the engine asks of a model runner."""
+    """Interface of a model runner."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one plan."""
+        """Execute a plan; failures of single sequences and items are in the result."""
         ...
 
     def reset(self) -> None:
-        """Forget all sequences and encoder outputs."""
+        """Drop all sequences and encoder outputs."""
         ...
 
 
 class Engine:
-    """One scheduler, one runner, and the features that admitted requests still need. Not thread-safe."""
+    """A scheduler, a runner, and the features of the requests that have not ended. Not thread-safe.
+
+    Args:
+        scheduler: Decides what each step computes.
+        runner: Executes plans; any object with the methods of ``Runner``.
+        store: Features of admitted requests, from which the runner encodes items.
+        facts: What the model and this machine allow, for those who prepare requests.
+        new_matcher: Makes the matcher of a grammar, in another thread; requests with a constraint
+            are admitted when theirs is there.
+        traces: Updates tell when the prompt of a sequence was computed.
+    """
 
     def __init__(
         self,
@@ -59,11 +74,14 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do something."""
+        """Return True if a step would do something."""
         return self._scheduler.has_work or len(self._constrained) > 0
 
     def add(self, request: EngineRequest, features: tuple[Features, ...] = ()) -> None:
-        """Admit a request. Raises RequestError when it can never be served."""
+        """Admit a request with the features of its items, in order.
+
+        Raises RequestError when it can never be served.
+        """
         if len(features) != len(request.items):
             raise ValueError(f"{len(request.items)} items, but {len(features)} features")
         if request.grammar is None:
@@ -83,7 +101,7 @@ class Engine:
         self._iterations.admitted(request)
 
     def abort(self, request_id: str) -> None:
-        """End a request; unknown ids are ignored, for it may just have finished."""
+        """End a request; unknown ids are ignored, since it may just have finished."""
         self._constrained.discard(request_id)
         self._scheduler.abort(request_id)
         self._store.discard(request_id)
@@ -91,7 +109,7 @@ class Engine:
         self._stations.discard(request_id)
 
     def step(self) -> list[SequenceUpdate]:
-        """Compute one step and return the news of every sequence that moved."""
+        """Run one step and return the updates of its sequences."""
         refused = self._admit_constrained() if len(self._constrained) else []
         if not self._scheduler.has_work:
             return refused
@@ -109,7 +127,7 @@ class Engine:
         return [*refused, *updates]
 
     def _admit_constrained(self) -> list[SequenceUpdate]:
-        """Let in the requests whose matchers are made; news of those that fail."""
+        """Admit the requests whose matchers are ready; return updates of those that failed."""
         refused = []
         for arrival in self._constrained.take(0 if self._scheduler.has_work else MATCHER_SECONDS):
             error = arrival.error
@@ -124,7 +142,7 @@ class Engine:
         return refused
 
     def reset(self) -> None:
-        """Forget all requests and all that is cached, whatever state an interrupted call has left."""
+        """Drop all requests and caches, whatever state an interrupted call has left."""
         self._constrained.clear()
         self._scheduler.reset()
         self._runner.reset()
@@ -133,13 +151,13 @@ class Engine:
         self._stations.clear()
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when the books do not balance; cheap enough to call when idle."""
+        """Raise AssertionError when bookkeeping contradicts itself; cheap enough for idle moments."""
         self._scheduler.check_integrity()
         if not self._scheduler.has_work and len(self._store):
             raise AssertionError(f"{len(self._store)} requests' features are held without work")
 
     def stats(self) -> EngineStats:
-        """A snapshot of the counters."""
+        """Return a snapshot of gauges and counters."""
         core = self._scheduler.stats()
         return EngineStats(
             num_running=core.num_running,

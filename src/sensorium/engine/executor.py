@@ -1,4 +1,4 @@
-"""Builds an engine in this process: loads the model, sizes the cache, wires scheduler and runner."""
+"""Builds an engine in this process: loads the model, sizes the caches, wires the parts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_BATCHED_TOKENS = 2048
 SMALL_DECODER = 10_000_000
-"""Weights (roughly counted) below which a decoder runs on one thread."""
+"""Number of weights, roughly counted, below which a decoder runs on one thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ def build_parts(config: EngineConfig) -> EngineParts:
 
 
 def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> list[LayerCache]:
-    """The KV cache. Raises ConfigError when the system does not even promise so much memory."""
+    """Allocate the KV cache. Raises ConfigError when the system refuses that much memory."""
     num_bytes = num_blocks * layout.bytes_per_block
     warn_when_scarce(num_bytes, device)
     try:
@@ -148,14 +148,15 @@ def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> 
 
 
 def switched_off(config: EngineConfig) -> frozenset[str]:
-    """Modalities with a limit of 0: their encoders are not loaded."""
+    """Return the modalities with a limit of 0, whose encoders are not loaded."""
     return frozenset(m for m in config.media.limit_mm_per_prompt if config.media.limit(m) == 0)
 
 
 def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a row must be the same bits in every step: as asked for, else where it costs next to nothing.
+    """Return True if a row must have the same bits in every step.
 
-    Raises ConfigError when it was asked for and cannot be had.
+    That is as configured; by default where it costs next to nothing. Raises ConfigError when it is
+    asked for and not possible.
     """
     wanted, block_size = config.model.batch_invariant, config.cache.block_size
     if wanted is False:
@@ -178,7 +179,10 @@ def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is a GPU when there is one. Raises ConfigError for a device that is not there."""
+    """Return the device; ``auto`` is a GPU when there is one.
+
+    Raises ConfigError for a device that is not available.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -199,17 +203,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def _useful_threads(shape: TextShape) -> int:
-    """All cores, but one for a decoder so small that its weights lie in one core's cache.
+    """Return the number of threads: all cores, but 1 for a decoder that fits one core's cache.
 
-    Handing such work to a second thread costs more than it saves, and very much more on a busy machine, where each of
-    the many short parallel regions may wait for a thread that is not running.
+    A second thread costs more than it saves there, and very much more on a busy machine, where each
+    of the many short parallel regions may wait for a thread that is not running.
     """
     num_weights = 12 * shape.num_layers * shape.hidden_size**2
     return 1 if num_weights < SMALL_DECODER else len(os.sched_getaffinity(0))
 
 
 def _batched_tokens(config: EngineConfig, max_model_len: int) -> int:
-    """The token budget of a step: as configured, else enough for what must run in one piece."""
+    """Return the token budget of a step: as configured, else enough for what must run whole."""
     if config.scheduler.max_num_batched_tokens is not None:
         return config.scheduler.max_num_batched_tokens
     if not config.scheduler.enable_chunked_prefill:

@@ -1,4 +1,4 @@
-"""How many tokens the steps of an engine give."""
+"""Histogram of the tokens per step of an engine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from sensorium.metrics.families import ITERATION_TOKENS
 
 
 class IterationTokens:
-    """Steps by their tokens: a prompt counts whole in the step that completes it, each generated token in its own.
+    """Counts steps by their tokens.
 
-    ``counts`` has a number for each bucket of ``ITERATION_TOKENS`` and one for what is beyond; steps that give nothing
-    are not counted. ``num_tokens`` sums all.
+    A prompt counts whole in the step that completes it, a generated token in its own. ``counts`` has
+    a number for each bucket of ``ITERATION_TOKENS`` and one for what is beyond; steps without tokens
+    are not counted. ``num_tokens`` is the sum.
     """
 
     def __init__(self) -> None:
@@ -22,15 +23,15 @@ class IterationTokens:
         self._prompts: dict[str, int] = {}
 
     def admitted(self, request: EngineRequest) -> None:
-        """Note the prompt of a sequence that is to be computed."""
+        """Note the prompt of a sequence that was admitted."""
         self._prompts[request.request_id] = len(request.token_ids)
 
     def discard(self, request_id: str) -> None:
-        """Forget a sequence that ended."""
+        """Drop a sequence that has ended."""
         self._prompts.pop(request_id, None)
 
     def forget(self) -> None:
-        """Forget all sequences, but not what was counted."""
+        """Drop all sequences, but no counts."""
         self._prompts.clear()
 
     def count(self, updates: Iterable[SequenceUpdate]) -> None:

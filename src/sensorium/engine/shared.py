@@ -1,4 +1,4 @@
-"""Handles to features in shared memory: what crosses the socket to the engine in place of the arrays."""
+"""Handles to features in shared memory, which cross the socket to the engine instead of arrays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sensorium.multimodal.shared_memory import ArraySpec, SharedArrays
 
 @dataclass(frozen=True, slots=True)
 class SharedFeatures:
-    """A handle to features in a segment; small, and serialisable as plain values."""
+    """A handle to features in shared memory: plain values that can be serialised."""
 
     path: str
     modality: str
@@ -22,21 +22,24 @@ class SharedFeatures:
 
     @classmethod
     def of(cls, features: Features) -> SharedFeatures:
-        """The handle to features that lie in a segment. It is good for as long as somebody here holds them."""
-        segment = features.arrays
-        if not isinstance(segment, SharedArrays):
-            raise TypeError("the features are not in a segment")
+        """Return the handle to features in shared memory; it is valid while they are referenced."""
+        shared = features.arrays
+        if not isinstance(shared, SharedArrays):
+            raise TypeError("the features are not in shared memory")
         return cls(
-            path=segment.path,
+            path=shared.path,
             modality=features.modality,
             num_embeds=features.num_embeds,
-            arrays=segment.specs,
+            arrays=shared.specs,
             meta=dict(features.meta),
             precomputed=features.precomputed,
         )
 
     def open(self) -> Features:
-        """The features, mapped when they are looked at and never copied. Raises OSError when the segment is gone."""
+        """Return the features, mapped at their first use and never copied.
+
+        Raises OSError when the file is gone.
+        """
         return Features(
             modality=self.modality,  # type: ignore[arg-type]
             arrays=SharedArrays(self.path, self.arrays, owned=False),

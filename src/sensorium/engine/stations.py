@@ -1,4 +1,4 @@
-"""The stations of sequences inside the engine: when each is first computed, and when its prompt is."""
+"""Stations of sequences inside the engine, for traces: scheduled, and prefilled."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sensorium.core.request import SequenceUpdate
 
 
 class EngineStations:
-    """Writes the lines of sequences that are being computed, and gives the frontend the times that it cannot see.
+    """Logs the stations of sequences, and stamps updates with times that the frontend cannot see.
 
-    ``traces``: times are wanted also where the log has no lines of level debug.
+    With ``traces`` updates are stamped even when the log level is not debug.
     """
 
     def __init__(self, *, traces: bool) -> None:
@@ -25,11 +25,11 @@ class EngineStations:
 
     @property
     def wanted(self) -> bool:
-        """Whether anybody reads stations."""
+        """Return True if stations are logged or traced."""
         return self._traces or tracing.logger.isEnabledFor(logging.DEBUG)
 
     def scheduled(self, plan: StepPlan) -> None:
-        """A plan is about to be run."""
+        """Log the sequences that a plan starts; call it before the plan is executed."""
         now = time.monotonic()
         starts = {span.seq_id: span.start for span in plan.spans}
         for new in plan.new:
@@ -50,17 +50,17 @@ class EngineStations:
             )
 
     def committed(self, updates: Sequence[SequenceUpdate]) -> list[SequenceUpdate]:
-        """Return the updates of a step, those that say that a prompt is computed with the time of it."""
+        """Return the updates of a step, with the time in those that complete a prompt."""
         now = time.monotonic()
         return [self._stamped(update, now) for update in updates]
 
     def discard(self, request_id: str) -> None:
-        """Forget a sequence that has ended."""
+        """Drop a sequence that has ended."""
         self._arrivals.pop(request_id, None)
         self._prefilled.discard(request_id)
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Drop all sequences."""
         self._arrivals.clear()
         self._prefilled.clear()
 

@@ -1,4 +1,4 @@
-"""Numbers about a running engine: gauges of now and counters since its start."""
+"""Gauges and counters of a running engine, and the facts it found at its start."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from dataclasses import dataclass, field, replace
 
 @dataclass(slots=True)
 class EngineStats:
-    """A snapshot. Gauges: ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``held_features``,
-    ``encoder_resident_embeds``, ``encoder_num_bytes``, ``encoder_capacity_bytes``; the others count from the start of
-    the engine. ``num_deferred`` of ``num_waiting`` wait for their grammar. ``iteration_counts`` are steps by their
-    tokens, in the buckets of ``metrics.families.ITERATION_TOKENS``, and ``iteration_tokens`` all of these tokens.
-    ``prefix_queries`` and ``prefix_hits`` are in tokens. ``encoder_*`` are about the cache of embeddings,
-    ``encode_*`` about making them. ``prompt_tokens`` counts the prompt of each sample; ``item_tokens`` those of them
-    that items of a modality fill. ``media`` holds the numbers of the media pipeline by name. ``num_engine_restarts``
-    counts from the start of the server; the engine itself leaves it at 0."""
+    """A snapshot of gauges and counters.
+
+    ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``held_features``,
+    ``encoder_resident_embeds``, ``encoder_num_bytes`` and ``encoder_capacity_bytes`` are gauges; the
+    others count from the start of the engine.
+
+    Attributes:
+        num_deferred: Those of ``num_waiting`` that wait for their grammar.
+        prefix_queries: Prompt tokens looked up in the prefix cache; ``prefix_hits`` were found.
+        encoder_queries: Items looked up in the encoder cache; all ``encoder_*`` are about that
+            cache, ``encode_*`` about running encoders.
+        prompt_tokens: Prompt tokens, counted for each sample.
+        item_tokens: Those that items fill, by modality.
+        iteration_counts: Steps by their tokens, in the buckets of
+            ``metrics.families.ITERATION_TOKENS``; ``iteration_tokens`` is the sum of the tokens.
+        media: Counters of the media pipeline, by name.
+        num_engine_restarts: Restarts since the start of the server; 0 in the engine itself.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -52,7 +62,7 @@ class EngineStats:
     num_engine_restarts: int = 0
 
     def at_rest(self) -> EngineStats:
-        """What is left of a snapshot when its engine has died: the counters and sizes, but nothing in use."""
+        """Return the snapshot after the death of the engine: counters and sizes, nothing in use."""
         return replace(
             self,
             num_running=0,
@@ -67,7 +77,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What a started engine found out about itself. ``embed_bytes`` is the size of one embedding of an item."""
+    """Facts that an engine found at its start; ``embed_bytes`` is the size of one item embedding."""
 
     max_model_len: int
     num_kv_blocks: int

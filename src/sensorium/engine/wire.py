@@ -1,4 +1,4 @@
-"""Messages between the frontend's process and the engine's: plain values, MessagePack, no pickle."""
+"""Messages between frontend and engine process: plain values in MessagePack, no pickle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sensorium.multimodal.workers.packing import decode_extension, encode_other
 
 
 class Submit(msgspec.Struct, tag=True):
-    """To the engine: a request and where its features lie, one per item."""
+    """To the engine: a request, and handles to the features of its items."""
 
     request: EngineRequest
     features: tuple[SharedFeatures, ...]
@@ -64,7 +64,7 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Updates(msgspec.Struct, tag=True):
-    """From the engine: the news of one step."""
+    """From the engine: the updates of one step."""
 
     updates: list[SequenceUpdate]
 
@@ -86,15 +86,15 @@ _from_engine = msgspec.msgpack.Decoder(FromEngine, ext_hook=decode_extension)
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
-    """The bytes of a message."""
+    """Return the bytes of a message."""
     return _encoder.encode(message)
 
 
 def decode_to_engine(data: bytes) -> ToEngine:
-    """A message that the engine receives."""
+    """Decode a message that the engine receives."""
     return _to_engine.decode(data)
 
 
 def decode_from_engine(data: bytes) -> FromEngine:
-    """A message that the frontend receives."""
+    """Decode a message that the frontend receives."""
     return _from_engine.decode(data)

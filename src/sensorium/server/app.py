@@ -34,7 +34,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
 
     Raises ConfigError for a metrics prefix that Prometheus does not allow.
     """
-    names = config.served_model_name or (frontend.model_name,)
+    names = config.served_model_name or (frontend.config.model.model,)
     metrics = ServingMetrics(config.metrics_prefix, model_name=names[0])
     frontend.metrics = metrics
     context = ServingContext(
@@ -42,7 +42,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         config=config,
         metrics=metrics,
         admission=Admission(frontend.config.scheduler.max_num_waiting),
-        spelling=TokenSpelling(frontend.tokenizer),
+        spelling=TokenSpelling(frontend.input_processor.tokenizer),
     )
     app = FastAPI(
         title="Sensorium",

@@ -46,7 +46,7 @@ class ServingContext:
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names that requests may use; the first is the one that answers carry."""
-        return self.config.served_model_name or (self.frontend.model_name,)
+        return self.config.served_model_name or (self.frontend.config.model.model,)
 
     def check_model(self, name: str | None) -> str:
         """The name for the answer. Raises ModelNotFoundError when ``name`` is not served here."""
@@ -61,7 +61,7 @@ class ServingContext:
 
     def check_generates(self) -> None:
         """Raise InvalidRequestError when the model returns embeddings here."""
-        if self.frontend.runner == "pooling":
+        if self.frontend.input_processor.runner == "pooling":
             raise InvalidRequestError(POOLS)
 
     def engine_id(self, request_id: str) -> str:

@@ -108,7 +108,6 @@ def pooling_frontend() -> tuple[Frontend, FakeEngine, FakePreparer, Metrics]:
 
 async def test_the_frontend_waits_for_the_vector_and_reports_it() -> None:
     frontend, client, _, metrics = pooling_frontend()
-    assert frontend.runner == "pooling"
     work = asyncio.ensure_future(
         frontend.embed(RawPrompt(text="a"), PoolingParams(), request_id="r")
     )
@@ -143,11 +142,8 @@ async def test_whatever_ends_it_leaves_nothing(how: str) -> None:
 
 async def test_a_generating_frontend_makes_no_vectors() -> None:
     frontend, client, _ = new_frontend()
-    assert frontend.runner == "generate"
     with pytest.raises(InvalidRequestError, match="--runner pooling"):
         await frontend.embed(RawPrompt(text="a"), PoolingParams(), request_id="r")
-    with pytest.raises(InvalidRequestError, match="--runner pooling"):
-        frontend.check_pooling(PoolingParams())
     assert not client.output_queues
 
 

@@ -128,9 +128,8 @@ def test_samples_end_one_by_one(tokenizer: Tokenizer) -> None:
     assert not s.finished
     assert s.open_ids == ["r#0"]
     assert s.output.num_cached_tokens == 7
-    s.abort()
+    s.apply(token("c", "r#0", finish_reason="length"))
     assert s.finished
-    assert s.output.outputs[0].finish_reason == "abort"
 
 
 def test_logprobs_and_prompt_logprobs(tokenizer: Tokenizer) -> None:

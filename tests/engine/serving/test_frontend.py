@@ -17,10 +17,10 @@ from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.stats import EngineStats
-from sensorium.errors import ConfigError, EngineDeadError, OverloadedError
+from sensorium.errors import ConfigError, EngineDeadError, InvalidRequestError, OverloadedError
 from sensorium.metrics.report import RequestReport
-from sensorium.models.embedder import Embedder
-from sensorium.params import SamplingParams
+from sensorium.models.embedder import GENERATES, Embedder
+from sensorium.params import PoolingParams, SamplingParams
 
 PROMPT = RawPrompt(text="a")
 
@@ -44,9 +44,10 @@ class FakeEngine:
     def watch(self, on_start: Callable[[Any], None]) -> None:
         """It never dies."""
 
-    def check_alive(self) -> None:
+    def current(self) -> FakeEngine:
         if not self.alive:
             raise EngineDeadError("gone")
+        return self
 
     def submit(
         self, request: EngineRequest, items: Sequence[Any], output_queue: OutputQueue
@@ -61,7 +62,7 @@ class FakeEngine:
             self.output_queues.pop(request_id, None)
 
     async def stats(self) -> EngineStats:
-        self.check_alive()
+        self.current()
         if not self.answers:
             await asyncio.Event().wait()
         return self.answers.pop()
@@ -78,6 +79,11 @@ class FakePreparer:
     closed = False
     num_prepared = 0
     token_ids: tuple[int, ...] = (1,)
+
+    def resolve_pooling(self, params: PoolingParams) -> PoolingParams:
+        if self.embedder is None:
+            raise InvalidRequestError(GENERATES)
+        return self.embedder.resolve(params)
 
     async def prepare(self, prompt: object) -> PreparedPrompt:
         self.num_prepared += 1

@@ -148,33 +148,32 @@ async def test_requests_meanwhile_are_refused_and_later_ones_go_to_the_new_engin
 ) -> None:
     supervisor = await bench.start()
     assert supervisor.alive
-    supervisor.check_alive()
+    supervisor.current()
     output_queue: OutputQueue = asyncio.Queue()
-    supervisor.submit(REQUEST, [], output_queue)
+    supervisor.current().submit(REQUEST, [], output_queue)
     bench.held = True
     bench.clients[0].die()
     with pytest.raises(EngineDeadError):
-        supervisor.submit(REQUEST, [], output_queue)
+        supervisor.current().submit(REQUEST, [], output_queue)
     await bench.until(lambda: len(bench.clients) == 2)
     assert isinstance(output_queue.get_nowait(), EngineDeadError)
     assert not supervisor.alive
     with pytest.raises(EngineDeadError, match="being restarted; try again"):
-        supervisor.submit(REQUEST, [], output_queue)
+        supervisor.current().submit(REQUEST, [], output_queue)
     with pytest.raises(EngineDeadError):
-        await supervisor.stats()
-    supervisor.abort(["a"])
+        await supervisor.current().stats()
     bench.now += 1.5
     with pytest.raises(EngineDeadError) as caught:
-        supervisor.check_alive()
+        supervisor.current()
     assert caught.value.retry_after == 3, "of the 4 seconds that the first one took 1.5 are over"
     assert supervisor.facts.num_kv_blocks == 0, "those of the latest engine that was up"
     bench.clients[1].gate.set()
     await bench.until(lambda: supervisor.alive)
     assert supervisor.num_restarts == 1
-    supervisor.submit(REQUEST, [], output_queue)
+    supervisor.current().submit(REQUEST, [], output_queue)
     assert set(bench.clients[1].output_queues) == {"a"}
-    assert (await supervisor.stats()).num_steps == 1
-    supervisor.abort(["a"])
+    assert (await supervisor.current().stats()).num_steps == 1
+    supervisor.current().abort(["a"])
     assert not bench.clients[1].output_queues
     assert output_queue.empty()
 
@@ -190,7 +189,7 @@ async def test_new_facts_are_told_before_a_request_can_come(
     assert seen == [True]
     assert supervisor.facts.num_kv_blocks == 1
     assert "restarts so far: 1" in caplog.text
-    assert "its KV cache 1 blocks (0 before)" in caplog.text
+    assert "the KV cache 1 blocks (was 0)" in caplog.text
 
 
 async def test_quick_deaths_are_followed_by_longer_delays_until_one_lives(bench: Bench) -> None:
@@ -240,7 +239,7 @@ async def test_stop_during_a_restart_is_at_once(bench: Bench, where: str) -> Non
     expected = 2 if where == "starting" else 3
     await bench.until(lambda: len(bench.clients) + len(bench.sleeps) == expected)
     with pytest.raises(EngineDeadError) as caught:
-        supervisor.check_alive()
+        supervisor.current()
     assert caught.value.retry_after == (4 if where == "starting" else 5), "0.5 and 4 seconds"
     await asyncio.wait_for(supervisor.stop(), 10)
     assert len(bench.clients) == 2
@@ -283,6 +282,5 @@ async def test_a_server_that_stops_promises_no_other_engine() -> None:
     bench = Bench()
     supervisor = await bench.start()
     await supervisor.stop()
-    for call in (supervisor.check_alive, lambda: supervisor.submit(REQUEST, [], asyncio.Queue())):
-        with pytest.raises(EngineDeadError, match="shutting down"):
-            call()
+    with pytest.raises(EngineDeadError, match="shutting down"):
+        supervisor.current()

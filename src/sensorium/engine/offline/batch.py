@@ -1,4 +1,4 @@
-"""What one call of ``LLM`` asks for: its prompts, the values for each, and whose an error is."""
+"""The arguments of one call of ``LLM``: its prompts, and the parameters and priority of each."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 
-from sensorium.engine.prompts.types import PreparedPrompt, Prompt
+from sensorium.engine.prompts.input_processor import InputProcessor
+from sensorium.engine.prompts.types import Prompt
 from sensorium.errors import InvalidRequestError, counted, located
+from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -23,8 +25,6 @@ from sensorium.outputs import (
 )
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.chat.chat_template import RenderedPrompt
-from sensorium.text.grammar.library import Grammar
-from sensorium.tracing import RequestTrace
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -32,35 +32,36 @@ ParamsT = TypeVar("ParamsT", SamplingParams, PoolingParams)
 
 MAX_PRIORITY = 1 << 31
 
+COMPILED_AT_ONCE = 64
+"""Constraints that are compiled at a time, so that none waits long in the queue of the helper."""
+
+
+class Prompts(NamedTuple):
+    """The prompts of a call. ``several``: they came as a list or an iterable, not one alone."""
+
+    values: Iterable[Any]
+    several: bool
+
 
 class BatchPrompt(NamedTuple):
-    """A prompt of a call, checked as far as that goes without its media."""
+    """A prompt of a batch, checked as far as that goes without its media."""
 
     prompt: Prompt
     rendered: RenderedPrompt
     params: SamplingParams | PoolingParams
 
 
-@dataclass(slots=True)
-class PendingPrompt:
-    """A prompt that is being prepared for the engine."""
-
-    index: int
-    params: SamplingParams | PoolingParams
-    prepared: concurrent.futures.Future[tuple[PreparedPrompt, Grammar | None]]
-    arrival_time: float
-    request_id: str
-    priority: int = 0
-    trace: RequestTrace | None = None
-
-
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """What one call asks for. ``several``: the prompts were not one alone, so that errors name the prompt's index.
+class BatchInput:
+    """The checked input of one call.
 
-    ``total``: how many prompts there are; None where they are read from an iterator while earlier ones run.
-    ``priority``: of all prompts, or of each; ``order``: the places of the prompts in the order in which they come,
-    where that is not the caller's.
+    Attributes:
+        prompts: The prompts, in the order in which they run.
+        several: The caller gave a list or an iterable: errors name the prompt's index.
+        total: Number of prompts; None when they are read from an iterator while others run.
+        priority: That of all prompts, or of each.
+        order: Index of each prompt in the caller's order, where that is not the order of
+            ``prompts``.
     """
 
     prompts: Iterator[BatchPrompt]
@@ -69,38 +70,132 @@ class Batch:
     priority: int | Sequence[int] = 0
     order: Sequence[int] | None = None
 
-    def place(self, number: int) -> int:
+    def index_of(self, number: int) -> int:
         """Return the caller's index of the prompt that is read as the ``number``-th, from 0."""
         return number if self.order is None else self.order[number]
 
-    def priority_at(self, place: int) -> int:
+    def priority_of(self, index: int) -> int:
         """Return the priority of the prompt with this index."""
-        return self.priority if isinstance(self.priority, int) else self.priority[place]
+        return self.priority if isinstance(self.priority, int) else self.priority[index]
+
+    def error_index(self, index: int) -> int | None:
+        """Return the index that an error of a prompt names; None for a prompt alone."""
+        return index if self.several else None
 
 
-def apart(prompts: object) -> tuple[Iterable[Any], bool]:
-    """The prompts of an argument that is one of them, a list, or an iterable to be read late; False for one alone."""
+class BatchBuilder:
+    """Checks the arguments of a call as far as that goes without loading media."""
+
+    def __init__(self, input_processor: InputProcessor, loop: LoopThread) -> None:
+        self._input_processor = input_processor
+        self._loop = loop
+
+    def text(
+        self,
+        prompts: Prompts,
+        parse: Callable[[Any], Prompt],
+        params: object,
+        priority: int | Sequence[int] | None = None,
+    ) -> BatchInput:
+        """Return the input of a call that generates text. Raises RequestError."""
+        if params is None:
+            params = SamplingParams(**self._input_processor.default_params)
+        batch = self._batch(prompts, parse, params, SamplingParams, self._checked_sampling)
+        return prioritized(batch, priority)
+
+    def embeddings(
+        self, prompts: Prompts, parse: Callable[[Any], Prompt], params: object
+    ) -> BatchInput:
+        """Return the input of a call that makes embeddings. Raises RequestError."""
+
+        def resolved(each: list[PoolingParams], several: bool) -> list[PoolingParams]:
+            return [self._input_processor.resolve_pooling(one) for one in each]
+
+        params = PoolingParams() if params is None else params
+        return self._batch(prompts, parse, params, PoolingParams, resolved)
+
+    def _batch(
+        self,
+        prompts: Prompts,
+        parse: Callable[[Any], Prompt],
+        params: object,
+        kind: type[ParamsT],
+        check: Callable[[list[ParamsT], bool], list[ParamsT]],
+    ) -> BatchInput:
+        name = "sampling_params" if kind is SamplingParams else "pooling_params"
+        values, several = prompts
+        if not isinstance(values, list | tuple):
+            each = one_by_one(params, kind, name, lambda one: check([one], False)[0])
+            return BatchInput(self._read(values, parse, each), True, None)
+        found = check(per_prompt(params, len(values), kind, name), not isinstance(params, kind))
+        parsed = _each(parse, values, several)
+        rendered = _each(self._input_processor.render, parsed, several)
+        return BatchInput(map(BatchPrompt, parsed, rendered, found), several, len(values))
+
+    def _read(
+        self,
+        values: Iterable[Any],
+        parse: Callable[[Any], Prompt],
+        params: Iterator[SamplingParams | PoolingParams],
+    ) -> Iterator[BatchPrompt]:
+        """Parse and render the prompts of an iterator when they are asked for."""
+        for index, value in enumerate(values):
+            with located(prompt=index):
+                prompt = parse(value)
+                rendered = self._input_processor.render(prompt)
+                found = BatchPrompt(prompt, rendered, next(params))
+            yield found
+
+    def _checked_sampling(self, each: list[SamplingParams], several: bool) -> list[SamplingParams]:
+        """Check each object once, and compile its constraint."""
+        different = unique(each)
+        for index, one in different:
+            with located(prompt=index if several else None):
+                self._input_processor.check_params(one)
+        constrained = [(index, one) for index, one in different if one.structured_outputs]
+        for begin in range(0, len(constrained), COMPILED_AT_ONCE):
+            some = constrained[begin : begin + COMPILED_AT_ONCE]
+            compiled = [self._loop.submit(self._input_processor.grammar(one)) for _, one in some]
+            concurrent.futures.wait(compiled)
+            for (index, _), grammar in zip(some, compiled, strict=True):
+                with located(prompt=index if several else None):
+                    grammar.result()
+        return each
+
+
+def _each(
+    function: Callable[[Value], Result], values: Iterable[Value], several: bool
+) -> list[Result]:
+    found = []
+    for index, value in enumerate(values):
+        with located(prompt=index if several else None):
+            found.append(function(value))
+    return found
+
+
+def as_list(prompts: object) -> Prompts:
+    """Return the prompts of an argument that is one of them, a list or an iterable."""
     if isinstance(prompts, list | tuple):
         alone = bool(prompts) and isinstance(prompts[0], int)
     else:
         alone = not isinstance(prompts, Iterable) or isinstance(prompts, str | bytes | Mapping)
-    return ([prompts], False) if alone else (cast("Iterable[Any]", prompts), True)
+    return Prompts([prompts], False) if alone else Prompts(cast("Iterable[Any]", prompts), True)
 
 
-def conversations(messages: object) -> tuple[Iterable[Any], bool]:
-    """The same for conversations, one of which is a sequence of mappings."""
+def conversations(messages: object) -> Prompts:
+    """Return the conversations of an argument, as ``as_list``; one is a sequence of mappings."""
     if isinstance(messages, Iterator):
-        return messages, True
+        return Prompts(messages, True)
     if isinstance(messages, list | tuple) and messages and not isinstance(messages[0], Mapping):
-        return messages, True
-    late = isinstance(messages, Iterable) and not isinstance(messages, str | Mapping | Sequence)
-    return (cast("Iterable[Any]", messages), True) if late else ([messages], False)
+        return Prompts(messages, True)
+    lazy = isinstance(messages, Iterable) and not isinstance(messages, str | Mapping | Sequence)
+    return Prompts(cast("Iterable[Any]", messages), True) if lazy else Prompts([messages], False)
 
 
-def prioritized(batch: Batch, priority: int | Sequence[int] | None) -> Batch:
-    """Return the batch with priorities, lower ones first, those that are equal in the order of the prompts.
+def prioritized(batch: BatchInput, priority: int | Sequence[int] | None) -> BatchInput:
+    """Return the batch with priorities; lower ones run first, equal ones in the caller's order.
 
-    priority: of all prompts, or a list with one for each. Raises InvalidRequestError.
+    ``priority`` is that of all prompts, or a list with one for each. Raises InvalidRequestError.
     """
     if priority is None:
         return batch
@@ -109,36 +204,34 @@ def prioritized(batch: Batch, priority: int | Sequence[int] | None) -> Batch:
     if batch.total != len(priority):
         there = "an iterator's" if batch.total is None else str(batch.total)
         raise InvalidRequestError(
-            f"priority has {len(priority)} entries for {there} prompts: give one for all, or one for each of a list.",
+            f"priority has {len(priority)} entries for {there} prompts: give one for all, or one "
+            "for each of a list.",
             param="priority",
         )
     each = [_checked_priority(value) for value in priority]
     order = sorted(range(len(each)), key=each.__getitem__)
     prompts = list(batch.prompts)
-    sorted_prompts = iter([prompts[place] for place in order])
-    return dataclasses.replace(batch, prompts=sorted_prompts, priority=each, order=order)
+    in_order = iter([prompts[index] for index in order])
+    return dataclasses.replace(batch, prompts=in_order, priority=each, order=order)
 
 
 def _checked_priority(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or abs(value) > MAX_PRIORITY:
         raise InvalidRequestError(
-            f"priority must be an integer between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value!r:.80}.",
+            f"priority must be an integer between {-MAX_PRIORITY} and {MAX_PRIORITY}, "
+            f"got {value!r:.80}.",
             param="priority",
         )
     return value
 
 
-def is_read_late(prompts: Iterable[Any]) -> bool:
-    """Whether prompts are read one by one while earlier ones run."""
-    return not isinstance(prompts, list | tuple)
-
-
-def each_with(
+def one_by_one(
     params: object, kind: type[ParamsT], name: str, check: Callable[[ParamsT], ParamsT]
 ) -> Iterator[ParamsT]:
-    """One ``kind`` after the other, for prompts that are read late: of one for all, or as many as an iterable has.
+    """Return an iterator of parameters for prompts that are read from an iterator.
 
-    Raises InvalidRequestError: at once for an argument that is neither, at the place of one that is wrong or missing.
+    ``params`` is one for all, or an iterable. Raises InvalidRequestError: at once for an argument
+    that is neither, at its place for an entry that is wrong or missing.
     """
     if isinstance(params, kind):
         return itertools.repeat(check(params))
@@ -154,13 +247,17 @@ def _checked_each(
     for count, value in enumerate(params, 1):
         yield check(_checked(value, count - 1, kind, name))
     raise InvalidRequestError(
-        f"There are more prompts than {name}, of which there are {count}: give one for all, or one per prompt.",
+        f"There are more prompts than {name}, of which there are {count}: give one for all, or one "
+        "per prompt.",
         param=name,
     )
 
 
-def listed(params: object, num_prompts: int, kind: type[ParamsT], name: str) -> list[ParamsT]:
-    """One ``kind`` for each prompt, of an argument that is one for all or a list. Raises InvalidRequestError."""
+def per_prompt(params: object, num_prompts: int, kind: type[ParamsT], name: str) -> list[ParamsT]:
+    """Return the parameters of each prompt, of an argument that is one for all or a list.
+
+    Raises InvalidRequestError.
+    """
     if isinstance(params, kind):
         return [params] * num_prompts
     if isinstance(params, str | Mapping) or not isinstance(params, Sequence):
@@ -168,8 +265,8 @@ def listed(params: object, num_prompts: int, kind: type[ParamsT], name: str) -> 
     values = list(params)
     if len(values) != num_prompts:
         raise InvalidRequestError(
-            f"{name} has {counted(len(values), 'entry', 'entries')} for {counted(num_prompts, 'prompt')}: give one for "
-            "all, or one per prompt.",
+            f"{name} has {counted(len(values), 'entry', 'entries')} for "
+            f"{counted(num_prompts, 'prompt')}: give one for all, or one per prompt.",
             param=name,
         )
     return [_checked(value, index, kind, name) for index, value in enumerate(values)]
@@ -185,50 +282,35 @@ def _checked(value: object, index: int, kind: type[ParamsT], name: str) -> Param
 
 def _not_params(params: object, kind: type[ParamsT], name: str) -> InvalidRequestError:
     return InvalidRequestError(
-        f"{name} must be a {kind.__name__} or a list of them, one per prompt; got {type(params).__name__}.",
+        f"{name} must be a {kind.__name__} or a list of them, one per prompt; "
+        f"got {type(params).__name__}.",
         param=name,
     )
 
 
-def at_prompt(
-    index: int, several: bool, function: Callable[[Value], Result], value: Value
-) -> Result:
-    """Call ``function``; an error of a prompt in a list says which one it is."""
-    with located(prompt=index if several else None):
-        return function(value)
-
-
-def distinct(values: Sequence[Value]) -> list[tuple[int, Value]]:
-    """Each object among the values once, with its first index."""
+def unique(values: Sequence[Value]) -> list[tuple[int, Value]]:
+    """Return each object among the values once, with its first index."""
     found: dict[int, tuple[int, Value]] = {}
     for index, value in enumerate(values):
         found.setdefault(id(value), (index, value))
     return list(found.values())
 
 
-def batched(values: Sequence[Value], most: int) -> list[Sequence[Value]]:
-    """The values in their order, so many at a time."""
-    return [values[begin : begin + most] for begin in range(0, len(values), most)]
-
-
-def fields_with(output: PoolingRequestOutput[Any], outputs: object) -> dict[str, Any]:
-    """The fields of an output with its vector in another form."""
-    known = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    return {**known, "outputs": outputs}
-
-
 def unchanged(output: RequestOutput) -> RequestOutput:
-    """The output as it is."""
+    """Return the output as it is."""
     return output
 
 
 def as_embedding(output: PoolingRequestOutput[np.ndarray]) -> EmbeddingRequestOutput:
-    """The output with its vector as a list of numbers."""
-    return EmbeddingRequestOutput(**fields_with(output, EmbeddingOutput(output.outputs.tolist())))
+    """Return the output with its embedding as a list of numbers."""
+    return EmbeddingRequestOutput(**_fields(output, EmbeddingOutput(output.outputs.tolist())))
 
 
 def as_tensor(output: PoolingRequestOutput[np.ndarray]) -> PoolingRequestOutput[PoolingOutput]:
-    """The output with its vector as a tensor (dimensions,) float32."""
-    return PoolingRequestOutput(
-        **fields_with(output, PoolingOutput(torch.from_numpy(output.outputs)))
-    )
+    """Return the output with its embedding as a tensor (dimensions,) float32."""
+    return PoolingRequestOutput(**_fields(output, PoolingOutput(torch.from_numpy(output.outputs))))
+
+
+def _fields(output: PoolingRequestOutput[Any], outputs: object) -> dict[str, Any]:
+    known = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    return {**known, "outputs": outputs}

@@ -1,4 +1,4 @@
-"""How far a batch has come, on the terminal."""
+"""Progress bar of a batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from sensorium.outputs import PoolingRequestOutput, RequestOutput
 
 
 class Progress:
-    """A tqdm bar over requests with the rates of input and output tokens; ``total`` is None when nobody knows it."""
+    """A tqdm bar over requests, with rates of input and output tokens.
+
+    ``total`` is None for prompts of an iterator; no bar is made unless ``shown``.
+    """
 
     def __init__(self, total: int | None, *, shown: bool) -> None:
-        # Not even one that is disabled: it starts a thread.
+        # A disabled bar would not do: it starts a thread.
         self._bar = tqdm(total=total, desc="Requests", dynamic_ncols=True) if shown else None
         self._start = time.monotonic()
         self._num_input = 0

@@ -1,4 +1,4 @@
-"""One request of ``AsyncLLM``: its outputs as the caller wants them, until they end or it is aborted."""
+"""One request of ``AsyncLLM``: its outputs in the form that the caller asked for."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from sensorium.params import RequestOutputKind, SamplingParams
 
 
 class AsyncRequest:
-    """Outputs of one request, each an object of its own. Lives on the event loop of its engine.
+    """Outputs of one request, each a copy. All methods are called on the engine's event loop.
 
-    ``updates`` yields one output, updated in place; what came while nobody asked is merged into the next one.
+    ``updates`` yields one output, updated in place; updates between two calls of ``next`` are merged.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class AsyncRequest:
         samples = [CompletionOutput(i, "", []) for i in range(params.n)]
         self._latest = RequestOutput(request_id, None, [], samples, finished=False)
         self._shown = [(0, 0)] * params.n
-        """Characters and tokens of each sample that the caller has, where it wants what is new."""
+        """Characters and tokens of each sample that a caller of deltas already has."""
         self._ended: set[int] = set()
         self._is_first = True
         self._waiting: asyncio.Future[RequestOutput] | None = None
@@ -36,7 +36,7 @@ class AsyncRequest:
         self._ending: asyncio.Future[None] | None = None
 
     async def next(self) -> RequestOutput | None:
-        """The next output; None after the last one. Raises what the request failed with."""
+        """Return the next output; None after the last one. Raises the error of the request."""
         while not self._latest.finished:
             update = await self._update()
             self._latest = copied(update, self._request_id)
@@ -45,7 +45,7 @@ class AsyncRequest:
         return None
 
     def abort(self) -> None:
-        """End the work, whether anybody asks for outputs or not; the next one is the last, and says so."""
+        """End the work; the next output is the last, with ``finish_reason`` "abort"."""
         self._is_aborted = True
         if self._waiting is not None:
             self._waiting.cancel()
@@ -53,7 +53,7 @@ class AsyncRequest:
             self._end()
 
     async def close(self) -> None:
-        """End the work, whatever stage it is at."""
+        """End the work at whatever stage it is."""
         waiting = self._waiting
         if waiting is not None:
             waiting.cancel()
@@ -80,7 +80,7 @@ class AsyncRequest:
         return aborted(self._latest)
 
     def _part(self) -> RequestOutput:
-        """What the caller gets of the latest output."""
+        """Return the part of the latest output that the caller asked for."""
         if self._kind != RequestOutputKind.DELTA:
             return self._latest
         latest, samples = self._latest, []
@@ -98,14 +98,17 @@ class AsyncRequest:
 
 
 def copied(output: RequestOutput, request_id: str) -> RequestOutput:
-    """An output that later updates leave as it is, under another id."""
+    """Copy an output, with another id, so that later updates do not change it."""
     metrics = None if output.metrics is None else dataclasses.replace(output.metrics)
     samples = [after(sample, 0, 0) for sample in output.outputs]
     return dataclasses.replace(output, request_id=request_id, outputs=samples, metrics=metrics)
 
 
 def after(sample: CompletionOutput, num_chars: int, num_tokens: int) -> CompletionOutput:
-    """A copy of a sample without the first of its text and tokens; the sum of log probabilities stays the whole one."""
+    """Copy a sample without its first characters and tokens.
+
+    The cumulative log probability stays that of the whole sample.
+    """
     logprobs = sample.logprobs
     return dataclasses.replace(
         sample,
@@ -116,7 +119,7 @@ def after(sample: CompletionOutput, num_chars: int, num_tokens: int) -> Completi
 
 
 def aborted(output: RequestOutput) -> RequestOutput:
-    """A copy in which all samples that were not complete were aborted."""
+    """Copy an output with all incomplete samples marked as aborted."""
     samples = [
         sample if sample.finished else dataclasses.replace(sample, finish_reason="abort")
         for sample in output.outputs

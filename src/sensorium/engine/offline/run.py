@@ -1,46 +1,62 @@
-"""One call of ``LLM`` while it runs: prompts are prepared ahead, given to the engine, and their outputs yielded."""
+"""The run of one call of ``LLM``: prompts are prepared ahead and submitted, outputs are yielded."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from sensorium import forks, tracing
 from sensorium.engine.engine import Engine
-from sensorium.engine.offline.batch import Batch, BatchPrompt, PendingPrompt, at_prompt
+from sensorium.engine.offline.batch import BatchInput, BatchPrompt
 from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request
 from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import PreparedPrompt
-from sensorium.errors import SensoriumError
+from sensorium.errors import SensoriumError, located
 from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
-from sensorium.params import PoolingParams
+from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.grammar.library import Grammar
 
-Vector = PoolingRequestOutput[np.ndarray]
-Output = RequestOutput | Vector
+PooledOutput = PoolingRequestOutput[np.ndarray]
+Output = RequestOutput | PooledOutput
 
 AHEAD = 2
-"""How many sequences are held at a time, media and all, running or on their way, as a multiple of those of a step."""
+"""Most prompts that are held with their media, pending or running, as a multiple of max_num_seqs."""
 
 READING_SECONDS = 0.01
-"""How long a caller's iterator is read between two steps; at least one prompt of it is."""
+"""Most time for reading the caller's iterator between two steps; at least one prompt is read."""
+
+
+@dataclass(slots=True)
+class PendingPrompt:
+    """A prompt that is being prepared for the engine."""
+
+    index: int
+    params: SamplingParams | PoolingParams
+    prepared: concurrent.futures.Future[tuple[PreparedPrompt, Grammar | None]]
+    arrival_time: float
+    request_id: str
+    priority: int = 0
+    trace: tracing.RequestTrace | None = None
 
 
 class BatchRun:
-    """The prompts of one call on their way through the engine, in the caller's thread.
+    """Runs the prompts of one call on the engine, in the caller's thread.
 
-    ``numbers`` gives the ids of requests. Whoever leaves ``outputs`` early must close it; a run that was interrupted
-    while it cleaned up is not ``is_clean``, and must be cleaned up again before the engine is used.
+    A generator of ``outputs`` that is left early must be closed. A run that was interrupted during
+    its clean-up is not ``is_clean``; it must be cleaned up again before the engine is used.
+    ``numbers`` gives the ids of requests.
     """
 
     def __init__(
         self,
-        batch: Batch,
+        batch: BatchInput,
         engine: Engine,
         input_processor: InputProcessor,
         loop: LoopThread,
@@ -58,7 +74,6 @@ class BatchRun:
         self._tracer = tracer
         self._traces: dict[int, tracing.RequestTrace] = {}
         self._batch = batch
-        self._several = batch.several
         self._is_read_late = batch.total is None
         self._most_held = AHEAD * max_num_seqs
         self._prompts: Iterator[BatchPrompt] | None = batch.prompts
@@ -69,9 +84,10 @@ class BatchRun:
         self._reading_error: Exception | None = None
 
     def outputs(self) -> Generator[tuple[int, Output], None, None]:
-        """Run the prompts and yield (index, output) whenever one moved; ends all work when left early.
+        """Yield (index, output) whenever an output grows; closing the generator ends all work.
 
-        After an error of one prompt no more are started; those that were are finished, and then it is raised.
+        After an error of one prompt no more are started. Those that run are finished, and then it is
+        raised.
         """
         whole = False
         try:
@@ -94,7 +110,11 @@ class BatchRun:
             self.clean_up(whole=whole)
 
     def clean_up(self, *, whole: bool) -> None:
-        """End what is left. Not ``whole``: an interrupt came in the middle of a step, or of any bookkeeping."""
+        """End all work that is left.
+
+        ``whole`` is False when an interrupt came in the middle of a step or of bookkeeping: the
+        engine is reset then.
+        """
         for pending in self._ready:
             pending.prepared.cancel()
         self._prompts = None
@@ -115,19 +135,19 @@ class BatchRun:
         return bool(self._streams) or (left and not self._errors)
 
     def _prepare_ahead(self) -> None:
-        """Keep enough prompts in preparation that the engine need not wait, and no more."""
+        """Keep just enough prompts in preparation that the engine need not wait."""
         ends = time.monotonic() + READING_SECONDS
         while len(self._ready) + len(self._streams) < self._most_held:
             began = time.monotonic()
             prompt = self._next_prompt()
             if prompt is None:
                 return
-            index = self._batch.place(self._num_read - 1)
+            index = self._batch.index_of(self._num_read - 1)
             request_id = str(next(self._numbers))
             arrival = time.monotonic()
             trace = self._trace(index, request_id, began, arrival, prompt)
             future = self._loop.submit(self._prepared(prompt, trace))
-            priority = self._batch.priority_at(index)
+            priority = self._batch.priority_of(index)
             self._ready.append(
                 PendingPrompt(index, prompt.params, future, arrival, request_id, priority, trace)
             )
@@ -135,8 +155,10 @@ class BatchRun:
                 return
 
     def _next_prompt(self) -> BatchPrompt | None:
-        """The next prompt, or None when there is none; what goes wrong with it, or in the caller's iterator, is kept
-        until those before it are finished."""
+        """Return the next prompt, or None at the end.
+
+        An error of it, or of the caller's iterator, is kept until the prompts before are finished.
+        """
         if self._prompts is None:
             return None
         try:
@@ -154,7 +176,7 @@ class BatchRun:
     def _trace(
         self, index: int, request_id: str, began: float, arrival: float, prompt: BatchPrompt
     ) -> tracing.RequestTrace | None:
-        """Begin the trace, if it is wanted, of a prompt that was rendered between ``began`` and ``arrival``."""
+        """Begin the trace, if one is wanted, of a prompt rendered between ``began`` and ``arrival``."""
         trace = self._tracer.request(request_id, arrival)
         if trace is not None:
             self._traces[index] = trace
@@ -171,7 +193,7 @@ class BatchRun:
     async def _prepared(
         self, given: BatchPrompt, trace: tracing.RequestTrace | None
     ) -> tuple[PreparedPrompt, Grammar | None]:
-        """A prompt with its media, and the grammar of its constraint."""
+        """Prepare a prompt with its media, and compile the grammar of its constraint."""
         with tracing.active(trace):
             grammar = None
             if not isinstance(given.params, PoolingParams):
@@ -179,14 +201,15 @@ class BatchRun:
             return await self._input_processor.complete(given.prompt, given.rendered), grammar
 
     def _admit(self) -> None:
-        """Give the engine what is prepared, in order; wait only when it has nothing else to do."""
+        """Submit prepared prompts in order; wait for one only when the engine is idle."""
         while self._ready and not self._errors:
             pending = self._ready[0]
             if not pending.prepared.done() and self._engine.has_work:
                 return
             self._ready.popleft()
             try:
-                at_prompt(pending.index, self._several, self._start, pending)
+                with located(prompt=self._batch.error_index(pending.index)):
+                    self._start(pending)
             except SensoriumError as error:
                 self._drop(pending.index)
                 self._errors.append(error)
@@ -221,7 +244,7 @@ class BatchRun:
             self._engine.add(request, features)
 
     def _drop(self, index: int) -> None:
-        """End what runs for a prompt."""
+        """Abort the sequences of a prompt."""
         trace = self._traces.pop(index, None)
         if trace is not None:
             trace.end("failed")
@@ -230,7 +253,7 @@ class BatchRun:
             del self._streams[engine_id]
 
     def _step(self) -> list[tuple[int, OutputCollector | PoolingCollector]]:
-        """One step of the engine; the requests that moved, those that failed left out."""
+        """Run one step and return the collectors that grew; failed requests are left out."""
         if not self._engine.has_work:
             return []
         moved: dict[int, OutputCollector | PoolingCollector] = {}
@@ -240,7 +263,8 @@ class BatchRun:
                 continue
             index, stream = entry
             try:
-                stopped = at_prompt(index, self._several, stream.apply, update)
+                with located(prompt=self._batch.error_index(index)):
+                    stopped = stream.apply(update)
             except SensoriumError as error:
                 self._drop(index)
                 moved.pop(index, None)

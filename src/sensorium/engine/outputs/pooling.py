@@ -9,23 +9,12 @@ import numpy as np
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.outputs.stream import failure
 from sensorium.engine.prompts.types import PreparedPrompt
-from sensorium.errors import InvalidRequestError, located
-from sensorium.models.embedder import GENERATES, Embedder
+from sensorium.errors import located
 from sensorium.outputs import PoolingRequestOutput, RequestMetrics
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.tracing import RequestTrace
 
 _NOT_SAMPLED = SamplingParams()
-
-
-def resolved(embedder: Embedder | None, params: PoolingParams) -> PoolingParams:
-    """Return the parameters with the model's defaults filled in.
-
-    Raises InvalidRequestError when the model makes no such embeddings.
-    """
-    if embedder is None:
-        raise InvalidRequestError(GENERATES)
-    return embedder.resolve(params)
 
 
 def pooling_request(

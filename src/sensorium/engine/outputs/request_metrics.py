@@ -1,4 +1,4 @@
-"""What the frontend tells of its requests: to the metrics of each, to the log of all."""
+"""Metrics of requests in the frontend, and the line about all of them in the log."""
 
 from __future__ import annotations
 
@@ -15,30 +15,32 @@ _GRAVEST: tuple[FinishReason, ...] = ("error", "abort", "length", "stop")
 
 
 class Metrics(Protocol):
-    """What the frontend reports of each request; times in seconds."""
+    """Receiver of the measurements of each request, in seconds."""
 
     def first_token(self, seconds: float) -> None:
-        """From arrival to the first token."""
+        """Record the time from arrival to the first token."""
         ...
 
     def inter_token(self, seconds: float) -> None:
-        """Between two tokens of a sample."""
+        """Record the time between two tokens of a sample."""
         ...
 
     def queue(self, seconds: float) -> None:
-        """From arrival to the first step that computed something of the request."""
+        """Record the time from arrival to the first step with the request."""
         ...
 
     def finished(self, report: RequestReport) -> None:
-        """The request has ended, whatever came of it."""
+        """Record a request that has ended, successfully or not."""
         ...
 
 
 def report_tokens(metrics: Metrics, stream: OutputCollector, first_before: float | None) -> None:
-    """News have come. ``first_before``: when the first token had come before them, if it had.
+    """Report the tokens of the updates that were just applied.
 
-    Tokens of a sample that come together, as they do when this process is slower than the engine, share the time since
-    the one before them."""
+    ``first_before`` is the time of the first token before these updates, if there was one. Tokens of
+    a sample that come together, because this process is slower than the engine, share the time since
+    the token before them.
+    """
     now, times = time.monotonic(), stream.metrics
     if first_before is None and times.first_token_time is not None:
         metrics.first_token(times.first_token_time - times.arrival_time)
@@ -55,7 +57,10 @@ def report_tokens(metrics: Metrics, stream: OutputCollector, first_before: float
 def report_end(
     metrics: Metrics, stream: OutputCollector, unfinished: FinishReason, *, max_tokens: int
 ) -> None:
-    """A request for text has ended; ``unfinished``: what became of samples that have no reason of their own."""
+    """Report the end of a request for text.
+
+    ``unfinished`` is the finish reason of samples that have none of their own.
+    """
     output, times, now = stream.output, stream.metrics, time.monotonic()
     lengths = [len(sample.token_ids) for sample in output.outputs]
     reasons = {sample.finish_reason or unfinished for sample in output.outputs}
@@ -81,7 +86,7 @@ def report_end(
 
 
 def report_embedding(metrics: Metrics, stream: PoolingCollector, unfinished: FinishReason) -> None:
-    """A request for a vector has ended; ``unfinished``: what became of it if the vector did not come."""
+    """Report the end of a request for an embedding; ``unfinished`` is its reason without one."""
     output, times, now = stream.output, stream.metrics, time.monotonic()
     prefill = None
     if times.first_scheduled_time is not None:
@@ -103,7 +108,7 @@ def report_embedding(metrics: Metrics, stream: PoolingCollector, unfinished: Fin
 
 
 def status_line(stats: EngineStats) -> str:
-    """What the engine and, where the model takes media, their loading are at; hits are those since the start."""
+    """Return the log line: load and cache hits (since the start) of the engine and of media."""
     used = _percent(stats.kv_blocks_used, stats.kv_blocks_total)
     parts = [
         f"{stats.num_running} running, {stats.num_waiting} waiting",

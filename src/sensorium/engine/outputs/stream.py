@@ -26,7 +26,7 @@ from sensorium.tracing import RequestTrace
 
 
 def failure(message: str) -> SensoriumError:
-    """The exception for a sequence that the engine could not finish: the caller's fault, or the engine's."""
+    """Return the exception for a sequence that the engine could not finish."""
     if message in (TOO_COMPLEX, NO_VOCABULARY):
         return InvalidRequestError(message, param="structured_outputs")
     if message.startswith(UNUSABLE):
@@ -44,7 +44,7 @@ class _Sample:
 
 
 class OutputCollector:
-    """Collects the updates of a request's samples in one ``RequestOutput``, updated in place.
+    """Collects the updates of the samples of a request in one ``RequestOutput``, updated in place.
 
     ``engine_ids`` are the ids of its sequences in the engine, one per sample. ``continues``: the text goes on where the
     prompt ends, so a leading space belongs to it. After ``apply`` found a stop string, the
@@ -93,7 +93,7 @@ class OutputCollector:
         params: SamplingParams,
         tokenizer: Tokenizer,
     ) -> OutputCollector:
-        """The stream of a prepared prompt's requests to the engine, one per sample."""
+        """Make the collector for the requests of a prepared prompt, one per sample."""
         return cls(
             request_id=request_id,
             engine_ids=[request.request_id for request in requests],
@@ -130,19 +130,19 @@ class OutputCollector:
 
     @property
     def finished(self) -> bool:
-        """Whether all samples are complete."""
+        """Return True if all samples are complete."""
         return self._num_open == 0
 
     @property
     def open_ids(self) -> list[str]:
-        """Engine ids of the samples that are not complete."""
+        """Return the engine ids of the samples that are not complete."""
         return [i for i, at in self._index.items() if not self._samples[at].output.finished]
 
     def apply(self, update: SequenceUpdate) -> bool:
-        """Take in the news of one sequence; True when a stop string ended it, so that it must be aborted.
+        """Apply an update; return True when a stop string ended the sequence, which must be aborted.
 
-        News of a sample that is complete already are ignored: the engine may be a step ahead of an abort. Raises
-        UnavailableError when the engine could not compute the sequence.
+        Updates of a complete sample are ignored, since the engine may be a step ahead of an abort.
+        Raises RequestError or UnavailableError when the engine could not compute the sequence.
         """
         sample = self._samples[self._index[update.request_id]]
         if sample.output.finished:
@@ -162,15 +162,8 @@ class OutputCollector:
             self._end(sample, update)
         return stopped
 
-    def abort(self) -> None:
-        """End all open samples."""
-        for sample in self._samples:
-            if not sample.output.finished:
-                sample.output.finish_reason = "abort"
-                self._close(sample)
-
     def _append(self, sample: _Sample, token: TokenSample, update: SequenceUpdate) -> bool:
-        """Add a token and its text; whether a stop string was completed."""
+        """Add a token and its text; return True if that completes a stop string."""
         output = sample.output
         output.token_ids.append(token.token_id)
         if output.logprobs is not None and token.logprobs is not None:
@@ -183,7 +176,7 @@ class OutputCollector:
         return self._emit(sample, text)
 
     def _emit(self, sample: _Sample, text: str) -> bool:
-        """Publish new text, up to what may become a stop string; whether one was completed."""
+        """Publish text up to a possible stop string; return True if one was completed."""
         output, stops = sample.output, sample.stops
         if stops is None:
             output.text += text

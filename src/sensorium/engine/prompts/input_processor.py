@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sensorium import tracing
 from sensorium.config import EngineConfig
@@ -44,7 +44,7 @@ from sensorium.errors import (
     located,
 )
 from sensorium.models import loader
-from sensorium.models.embedder import POOLS, embedder_of
+from sensorium.models.embedder import GENERATES, POOLS, embedder_of
 from sensorium.models.interface import stop_token_ids, warn_of_defaults
 from sensorium.models.loading.quantization import refuse_quantized
 from sensorium.models.registry import resolve
@@ -55,7 +55,7 @@ from sensorium.multimodal.placeholders import (
     PlaceholderIds,
     check_counts,
 )
-from sensorium.params import SamplingParams
+from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat.apply import template_applier
 from sensorium.text.chat.chat_template import ChatTemplate, RenderedPrompt
@@ -136,6 +136,11 @@ class InputProcessor:
         )
         self._random = random.Random(model.seed)
         self._facts: EngineFacts | None = None
+
+    @property
+    def runner(self) -> Literal["generate", "pooling"]:
+        """Return what the model makes of prompts: text, or embeddings ("pooling")."""
+        return "generate" if self.embedder is None else "pooling"
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -275,6 +280,15 @@ class InputProcessor:
                         f"{self._vocab_size}.",
                         param=place,
                     )
+
+    def resolve_pooling(self, params: PoolingParams) -> PoolingParams:
+        """Return the parameters of an embedding with the model's defaults filled in.
+
+        Raises InvalidRequestError when the model makes no such embeddings.
+        """
+        if self.embedder is None:
+            raise InvalidRequestError(GENERATES)
+        return self.embedder.resolve(params)
 
     def _rendered(self, prompt: ChatPrompt) -> RenderedPrompt:
         return self._template.render(

@@ -1,4 +1,4 @@
-"""The one way from prompts to outputs when serving: prepare, submit, collect."""
+"""The frontend of a server: it prepares prompts, submits requests and collects their outputs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator
-from typing import Any, Literal
 
 import numpy as np
 
 from sensorium import tracing
 from sensorium.config import EngineConfig
-from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request, resolved
+from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request
 from sensorium.engine.outputs.request_metrics import (
     Metrics,
     report_embedding,
@@ -22,30 +21,37 @@ from sensorium.engine.outputs.request_metrics import (
 )
 from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
-from sensorium.engine.prompts.types import PreparedPrompt, Prompt
-from sensorium.engine.serving.client import OutputQueue
+from sensorium.engine.prompts.types import Prompt
+from sensorium.engine.serving.client import EngineClient, OutputQueue
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.outputs import FinishReason, PoolingRequestOutput, RequestOutput
 from sensorium.params import PoolingParams, SamplingParams
-from sensorium.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 SUBMITTED_TOKENS = 1 << 16
-"""Tokens of prompts that are sent, for the samples of a request, before other tasks of the event loop have a turn."""
+"""Prompt tokens that are sent, for the samples of a request, before other tasks get a turn."""
 
 SAMPLE_TOKENS = 1 << 10
-"""What a sample counts for besides its prompt."""
+"""Tokens that a sample counts for besides its prompt."""
 
 STATS_SECONDS = 2.0
-"""How long the engine, which answers between two steps, is waited for when its counters are asked for."""
+"""Timeout of a request for the engine's counters, which it answers between two steps."""
 
 
 class Frontend:
-    """Prepares prompts in this process and runs them on an engine in another. One event loop."""
+    """Prepares prompts in this process and runs them on an engine in another.
+
+    All methods are called on one event loop.
+
+    Attributes:
+        input_processor: Prepares the prompts; it knows the model's tokenizer, modalities and
+            defaults.
+        metrics: Where requests are reported; None for nowhere.
+    """
 
     def __init__(
         self,
@@ -56,7 +62,7 @@ class Frontend:
     ) -> None:
         self.config = config
         self.metrics: Metrics | None = None
-        self._input_processor = input_processor
+        self.input_processor = input_processor
         self._engine = engine
         self._stats = EngineStats()
         self._num_generated = 0
@@ -72,9 +78,10 @@ class Frontend:
         trust_request_chat_template: bool = False,
         package_files: bool = False,
     ) -> Frontend:
-        """Start an engine and what prepares its requests. Raises ConfigError when that cannot be.
+        """Start an engine and its input processor.
 
-        An engine that dies later is replaced by another one. ``package_files``: as for ``InputProcessor``.
+        An engine that dies later is replaced. ``trust_request_chat_template`` and ``package_files``
+        are those of ``InputProcessor``. Raises ConfigError when the model cannot be loaded.
         """
         tracer = tracing.Tracer(config.observability.trace_dir)
         engine = EngineSupervisor(config)
@@ -105,62 +112,29 @@ class Frontend:
         return frontend
 
     @property
-    def model_name(self) -> str:
-        """The model's id or folder, as configured."""
-        return self.config.model.model
-
-    @property
     def max_model_len(self) -> int:
-        """Longest prompt and answer together, in tokens."""
+        """Return the longest prompt and answer together, in tokens."""
         return self._engine.facts.max_model_len
 
-    @property
-    def runner(self) -> Literal["generate", "pooling"]:
-        """What the model does here: text or vectors."""
-        return "generate" if self._input_processor.embedder is None else "pooling"
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """What the model takes besides text."""
-        return self._input_processor.modalities
-
-    @property
-    def default_params(self) -> dict[str, Any]:
-        """Sampling values that the model's generation_config.json sets."""
-        return self._input_processor.default_params
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._input_processor.tokenizer
-
-    @property
-    def chat_template_available(self) -> bool:
-        """Whether conversations can be rendered without a template in the request."""
-        return self._input_processor.chat_template_available
-
     def check_alive(self) -> None:
-        """Raise EngineDeadError while the engine is being restarted; its ``retry_after`` says when to come again."""
-        self._engine.check_alive()
-
-    async def prepare(self, prompt: Prompt) -> PreparedPrompt:
-        """Text and ids of a prompt with its placeholders expanded; media are loaded."""
-        return await self._input_processor.prepare(prompt)
+        """Raise EngineDeadError while the engine is being restarted, with a ``retry_after``."""
+        self._engine.current()
 
     async def stats(self) -> EngineStats:
-        """Counters of the engine, which begin anew when it is restarted, and of the media pipeline.
+        """Return the counters of the engine and of the media pipeline.
 
-        What is known when the engine does not answer: its last counters, and no work while there is no engine.
+        Those of the engine restart from 0 with it. When it does not answer, they are the last known
+        ones, without running work while there is no engine.
         """
         try:
-            self._stats = await asyncio.wait_for(self._engine.stats(), STATS_SECONDS)
+            self._stats = await asyncio.wait_for(self._engine.current().stats(), STATS_SECONDS)
         except EngineDeadError:
             self._stats = self._stats.at_rest()
         except TimeoutError:
-            logger.info("the engine is in a long step; these are its counters from before it")
+            logger.info("the engine did not answer in time: counters are those of its last answer")
         return dataclasses.replace(
             self._stats,
-            media=self._input_processor.media_stats(),
+            media=self.input_processor.media_stats(),
             num_engine_restarts=self._engine.num_restarts,
         )
 
@@ -172,55 +146,57 @@ class Frontend:
         request_id: str,
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Yield the output of a request, one object updated in place, whenever there are news of it.
+        """Yield the output of a request, one object updated in place, whenever it grows.
 
-        Raises RequestError before the first yield for a request that cannot be served, UnavailableError when the engine
-        dies or is being restarted. Closing the generator ends the work at whatever stage it is.
+        Closing the generator ends the work at whatever stage it is.
+
+        Raises:
+            RequestError: The request cannot be served; raised before the first output.
+            UnavailableError: The engine died or is being restarted.
         """
         arrival = time.monotonic()
         trace = self._tracer.request(request_id, arrival)
         with tracing.active(trace):
-            self._engine.check_alive()
-            grammar = await self._input_processor.grammar(params)
-            prepared = await self._input_processor.prepare(prompt)
-            requests = self._input_processor.requests(
+            self._engine.current()
+            grammar = await self.input_processor.grammar(params)
+            prepared = await self.input_processor.prepare(prompt)
+            requests = self.input_processor.requests(
                 prepared, params, request_id, priority, arrival, grammar
             )
         stream = OutputCollector.for_requests(
-            request_id, prepared, requests, params, self.tokenizer
+            request_id, prepared, requests, params, self.input_processor.tokenizer
         )
         stream.trace = trace
         if grammar is not None:
             stream.output.warnings = grammar.warnings
         output_queue: OutputQueue = asyncio.Queue()
         unfinished: FinishReason = "abort"
+        client: EngineClient | None = None
         try:
+            client = self._engine.current()
             if trace is not None:
                 trace.station("submitted", sequences=len(requests))
             num_tokens = 0
             for request in requests:
-                self._engine.submit(request, prepared.items, output_queue)
+                client.submit(request, prepared.items, output_queue)
                 num_tokens += len(request.token_ids) + SAMPLE_TOKENS
                 if num_tokens >= SUBMITTED_TOKENS:
                     num_tokens = 0
                     await asyncio.sleep(0)
             while not stream.finished:
-                await self._collect(stream, output_queue)
+                await self._collect(client, stream, output_queue)
                 yield stream.output
         except Exception:  # neither cancelled nor closed: it failed
             unfinished = "error"
             raise
         finally:
-            self._engine.abort(stream.open_ids)
+            if client is not None:
+                client.abort(stream.open_ids)
             if trace is not None:
                 trace.end("aborted" if unfinished == "abort" else "failed")
             if self.metrics is not None:
                 longest = requests[0].max_tokens
                 report_end(self.metrics, stream, unfinished, max_tokens=longest)
-
-    def check_pooling(self, params: PoolingParams) -> None:
-        """Raise InvalidRequestError when the model makes no such vectors."""
-        resolved(self._input_processor.embedder, params)
 
     async def embed(
         self,
@@ -230,26 +206,31 @@ class Frontend:
         request_id: str,
         priority: int = 0,
     ) -> PoolingRequestOutput[np.ndarray]:
-        """The vector of a prompt, float32.
+        """Return the embedding of a prompt, an array (dimensions,) float32.
 
-        Raises RequestError for a request that cannot be served, UnavailableError when the engine dies or is being
-        restarted. Cancelling ends the work at whatever stage it is.
+        Cancelling ends the work at whatever stage it is.
+
+        Raises:
+            RequestError: The request cannot be served.
+            UnavailableError: The engine died or is being restarted.
         """
         arrival = time.monotonic()
-        params = resolved(self._input_processor.embedder, params)
+        params = self.input_processor.resolve_pooling(params)
         trace = self._tracer.request(request_id, arrival)
         with tracing.active(trace):
-            self._engine.check_alive()
-            prepared = await self._input_processor.prepare(prompt)
+            self._engine.current()
+            prepared = await self.input_processor.prepare(prompt)
         request = pooling_request(prepared, params, request_id, priority, arrival)
         stream = PoolingCollector(request_id, prepared, request)
         stream.trace = trace
         output_queue: OutputQueue = asyncio.Queue()
         unfinished: FinishReason = "abort"
+        client: EngineClient | None = None
         try:
+            client = self._engine.current()
             if trace is not None:
                 trace.station("submitted", sequences=1)
-            self._engine.submit(request, prepared.items, output_queue)
+            client.submit(request, prepared.items, output_queue)
             while not stream.finished:
                 update = await output_queue.get()
                 if isinstance(update, SensoriumError):
@@ -259,7 +240,8 @@ class Frontend:
             unfinished = "error"
             raise
         finally:
-            self._engine.abort([stream.engine_id])
+            if client is not None:
+                client.abort([stream.engine_id])
             if trace is not None:
                 trace.end("aborted" if unfinished == "abort" else "failed")
             if self.metrics is not None:
@@ -279,11 +261,13 @@ class Frontend:
             self._close()
 
     def _close(self) -> None:
-        self._input_processor.close()
+        self.input_processor.close()
         self._tracer.close()
 
-    async def _collect(self, stream: OutputCollector, output_queue: OutputQueue) -> None:
-        """Take in all news that are there; wait for some when there are none."""
+    async def _collect(
+        self, client: EngineClient, stream: OutputCollector, output_queue: OutputQueue
+    ) -> None:
+        """Apply all updates in the queue; wait for one when it is empty."""
         update = await output_queue.get()
         before = stream.metrics.first_token_time
         while True:
@@ -291,7 +275,7 @@ class Frontend:
                 raise update
             self._num_generated += update.sample is not None
             if stream.apply(update):
-                self._engine.abort([update.request_id])
+                client.abort([update.request_id])
             if output_queue.empty():
                 break
             update = output_queue.get_nowait()
@@ -299,11 +283,11 @@ class Frontend:
             report_tokens(self.metrics, stream, before)
 
     async def _log_stats(self) -> None:
-        pools = self.runner == "pooling"
+        pools = self.input_processor.runner == "pooling"
 
         async def read_stats() -> EngineStats:
-            stats = await self._engine.stats()
-            stats.media = self._input_processor.media_stats()
+            stats = await self._engine.current().stats()
+            stats.media = self.input_processor.media_stats()
             return stats
 
         await log_stats(

@@ -1,37 +1,35 @@
-"""The engine of a server: one process at a time, and another one when it dies."""
+"""Supervision of the engine process: a new one is started whenever it dies."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 from sensorium.config import EngineConfig
-from sensorium.core.request import EngineRequest
-from sensorium.engine.serving.client import STOPPING, EngineClient, OutputQueue, dead_error
-from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.engine.serving.client import STOPPING, EngineClient, dead_error
+from sensorium.engine.stats import EngineFacts
 from sensorium.errors import EngineDeadError, SensoriumError
-from sensorium.multimodal.items import MediaItem
 
 logger = logging.getLogger(__name__)
 
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
-"""Seconds before the second attempt of a row; each later one waits twice as long, up to the longest."""
+"""Seconds before the second attempt in a row; each later one waits twice as long, up to the longest."""
 
 STEADY_SECONDS = 300.0
-"""An engine that lived so long ends the row of attempts: when it dies, the next one is started at once."""
+"""An engine that lived this long ends the row of attempts: its successor is started at once."""
 
 
 class Backoff:
-    """How long to wait before each of a row of attempts: not at all, then ever longer."""
+    """Delays before the attempts in a row: none, then doubling up to a limit."""
 
     def __init__(self) -> None:
         self._num_attempts = 0
 
     def next_delay(self) -> float:
-        """Seconds before the attempt that is made now."""
+        """Count an attempt and return the seconds to wait before it."""
         self._num_attempts += 1
         if self._num_attempts == 1:
             return 0.0
@@ -39,15 +37,16 @@ class Backoff:
         return min(LONGEST_DELAY, FIRST_DELAY * 2.0 ** min(self._num_attempts - 2, 16))
 
     def reset(self) -> None:
-        """The row has ended."""
+        """Begin a new row."""
         self._num_attempts = 0
 
 
 class EngineSupervisor:
-    """Owns the engine's client, replaces it when its process dies, and never gives up while it is not stopped.
+    """Owner of the engine's client, which it replaces whenever the process dies, until it is stopped.
 
-    Requests in flight get EngineDeadError from the client that dies, new ones from here until there is another. Nothing
-    is sent again by itself: a request that ends the engine would end the next one, too. One event loop.
+    Requests in flight get EngineDeadError from the client that dies; new ones get it from
+    ``current`` until there is another. Requests are not sent again: one that kills an engine would
+    kill the next one, too. All methods are called on one event loop.
     """
 
     def __init__(
@@ -74,55 +73,50 @@ class EngineSupervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether requests can be submitted now."""
+        """Return True while requests can be submitted."""
         return self._client is not None and self._client.alive
 
     @property
     def facts(self) -> EngineFacts:
-        """What the latest engine that was up found out about itself."""
+        """Return the facts of the latest engine that was up."""
         if self._facts is None:
             raise EngineDeadError("The engine has not been started.")
         return self._facts
 
     @property
     def num_restarts(self) -> int:
-        """How often an engine that died has been replaced by one that came up."""
+        """Return how many engines that died were replaced."""
         return self._num_restarts
 
     async def start(self) -> None:
-        """Start the first engine. Raises ConfigError when it cannot be; then nothing of it is left."""
+        """Start the first engine. Raises ConfigError when it cannot start; nothing of it is left then."""
         self._client = await self._started()
         self._facts = self._client.facts
 
     def watch(self, on_start: Callable[[EngineFacts], None]) -> None:
-        """From now on replace an engine that dies. ``on_start`` gets the facts of the one that was started, and of each
-        later one before any request reaches it."""
+        """Replace the engine from now on whenever it dies.
+
+        ``on_start`` gets the facts of the engine that runs, and of each later one before any request
+        reaches it.
+        """
         on_start(self.facts)
         self._on_start = on_start
         self._task = asyncio.create_task(self._keep_alive())
 
-    def check_alive(self) -> None:
-        """Raise EngineDeadError unless requests can be submitted now."""
-        if not self.alive or self._stopping:
+    def current(self) -> EngineClient:
+        """Return the client of the engine that takes requests now.
+
+        Raises:
+            EngineDeadError: The engine is being restarted, or the server is shutting down;
+                ``retry_after`` says when to try again.
+        """
+        client = self._client
+        if client is None or not client.alive or self._stopping:
             raise self._gone()
-
-    def submit(
-        self, request: EngineRequest, items: Sequence[MediaItem], output_queue: OutputQueue
-    ) -> None:
-        """``EngineClient.submit``; raises EngineDeadError while there is no engine."""
-        self._current().submit(request, items, output_queue)
-
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """``EngineClient.abort``; ids of an engine that is gone are ignored."""
-        if self._client is not None:
-            self._client.abort(request_ids)
-
-    async def stats(self) -> EngineStats:
-        """``EngineClient.stats``; raises EngineDeadError while there is no engine."""
-        return await self._current().stats()
+        return client
 
     async def stop(self) -> None:
-        """End whatever engine there is, or is being started, and give back everything."""
+        """Stop the engine, also one that is starting, and release all resources."""
         self._stopping = True
         if self._task is not None:
             self._task.cancel()
@@ -131,17 +125,12 @@ class EngineSupervisor:
         if client is not None:
             await client.stop()
 
-    def _current(self) -> EngineClient:
-        if self._client is None or self._stopping:
-            raise self._gone()
-        return self._client
-
     def _gone(self) -> EngineDeadError:
-        return EngineDeadError(STOPPING) if self._stopping else dead_error(self._seconds_left())
-
-    def _seconds_left(self) -> float:
-        """Until another engine may be up, going by how long this one took to start."""
-        return self._expected_at - self._clock()
+        if self._stopping:
+            return EngineDeadError(STOPPING)
+        released = self._client is None
+        seconds = self._expected_at - self._clock() if released else self._start_seconds
+        return dead_error(seconds)
 
     async def _started(self) -> EngineClient:
         client = self._new_client(self._config)
@@ -156,15 +145,16 @@ class EngineSupervisor:
     async def _keep_alive(self) -> None:
         while True:
             since = self._clock()
-            await self._current().wait_ended()
+            if self._client is not None:
+                await self._client.wait_ended()
             if self._clock() - since >= STEADY_SECONDS:
                 self._backoff.reset()
-            await self._give_back()
+            await self._release()
             while not await self._replaced():
                 pass
 
-    async def _give_back(self) -> None:
-        """Free what the dead engine's client holds: its socket and its folders."""
+    async def _release(self) -> None:
+        """Release the resources of the dead engine's client: its socket and its folders."""
         self._expected_at = self._clock() + self._start_seconds
         client, self._client = self._client, None
         if client is None:
@@ -172,30 +162,30 @@ class EngineSupervisor:
         try:
             await client.stop()
         except Exception:
-            logger.exception("what the engine that died has left could not be given back in full")
+            logger.exception("failed to release the resources of the dead engine")
 
     async def _replaced(self) -> bool:
-        """One attempt to start another engine, after its delay; False, and a line in the log, when it fails."""
+        """Try once, after a delay, to start another engine; log a failure and return False."""
         delay = self._backoff.next_delay()
         self._expected_at = self._clock() + delay + self._start_seconds
         if delay:
-            logger.info("the engine is started again in %g s", delay)
+            logger.info("restarting the engine in %g s", delay)
             await self._sleep(delay)
         else:
-            logger.info("the engine is started again")
+            logger.info("restarting the engine")
         try:
             client = await self._started()
         except SensoriumError as error:
-            logger.error("the engine could not be started again: %s", error.message)
+            logger.error("failed to restart the engine: %s", error.message)
             return False
         except Exception:
-            logger.exception("the engine could not be started again")
+            logger.exception("failed to restart the engine")
             return False
         self._take_over(client)
         return True
 
     def _take_over(self, client: EngineClient) -> None:
-        """Let requests go to the engine that has come up."""
+        """Send requests to the new engine from now on."""
         before, after = self.facts, client.facts
         self._num_restarts += 1
         logger.warning(
@@ -208,7 +198,7 @@ class EngineSupervisor:
             before.num_kv_blocks,
         ):
             logger.warning(
-                "its context now holds %d tokens (%d before), its KV cache %d blocks (%d before)",
+                "the context length is now %d tokens (was %d), the KV cache %d blocks (was %d)",
                 after.max_model_len,
                 before.max_model_len,
                 after.num_kv_blocks,

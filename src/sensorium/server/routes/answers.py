@@ -76,7 +76,7 @@ class AnswerStream(ABC):
         self._base = answer
         self._report = StreamReport(
             answer.body.stream_options,
-            answer.context.frontend.modalities,
+            answer.context.frontend.input_processor.modalities,
             forced=answer.context.config.enable_force_include_usage,
             num_hidden=num_hidden,
         )

@@ -43,7 +43,7 @@ def _begin(context: ServingContext, request: Request, body: ChatBody) -> ChatAns
     model = check_generation(context, body)
     plan = tool_plan(body)
     prompt = chat_prompt(context, request, body, plan.for_template)
-    params = chat_params(body, context.frontend.default_params, plan.forced)
+    params = chat_params(body, context.frontend.input_processor.default_params, plan.forced)
     serving = serving_request(request, body, [prompt], params, plan.forced)
     return ChatAnswer(context, body, serving, model, plan)
 
@@ -62,7 +62,7 @@ class ChatAnswer(Answer[ChatBody]):
         return {
             **self.head("chat.completion"),
             "choices": [self._choice(sample) for sample in output.outputs],
-            "usage": usage(outputs, self.context.frontend.modalities),
+            "usage": usage(outputs, self.context.frontend.input_processor.modalities),
             "prompt_logprobs": prompt_logprobs(spelling, output.prompt_logprobs),
             "prompt_token_ids": output.prompt_token_ids if wants_ids else None,
         }

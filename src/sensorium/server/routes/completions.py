@@ -39,7 +39,7 @@ def completions_router() -> APIRouter:
 
 def _begin(context: ServingContext, request: Request, body: CompletionBody) -> CompletionAnswer:
     model = check_generation(context, body)
-    params = completion_params(body, context.frontend.default_params)
+    params = completion_params(body, context.frontend.input_processor.default_params)
     serving = serving_request(request, body, raw_prompts(request, body), params)
     return CompletionAnswer(context, body, serving, model)
 
@@ -62,7 +62,7 @@ class CompletionAnswer(Answer[CompletionBody]):
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the answer that is not streamed."""
-        modalities = self.context.frontend.modalities
+        modalities = self.context.frontend.input_processor.modalities
         return {
             **self.head("text_completion"),
             "choices": [
@@ -90,7 +90,7 @@ class CompletionAnswer(Answer[CompletionBody]):
         """Return the text that ``echo`` puts in front."""
         if output.prompt is not None:
             return output.prompt
-        tokenizer = self.context.frontend.tokenizer
+        tokenizer = self.context.frontend.input_processor.tokenizer
         # A model's vocabulary may be padded beyond its tokenizer's, with ids that stand for no text.
         return tokenizer.decode([i for i in output.prompt_token_ids if i <= tokenizer.max_token_id])
 

@@ -61,7 +61,7 @@ def embeddings_router() -> APIRouter:
                 "created": int(time.time()),
                 "data": await _entries(outputs, body.encoding_format == "base64"),
                 "model": pooling.model,
-                "usage": usage_of_prompts(outputs, context.frontend.modalities),
+                "usage": usage_of_prompts(outputs, context.frontend.input_processor.modalities),
             }
         )
 
@@ -71,7 +71,7 @@ def embeddings_router() -> APIRouter:
 def _begin(context: ServingContext, request: Request, body: EmbeddingBody) -> _PoolingRequest:
     model = context.check_model(body.model)
     params = PoolingParams(dimensions=body.dimensions, normalize=body.normalize)
-    context.frontend.check_pooling(params)
+    context.frontend.input_processor.resolve_pooling(params)
     prompts = _prompts(context, request, body)
     request_id = request_id_of(request, body.request_id)
     return _PoolingRequest(model, params, prompts, request_id, body.priority or 0)

@@ -92,7 +92,7 @@ def _base_url(request: Request) -> str:
 def _page(context: ServingContext, base_url: str) -> str:
     model = context.model_names[0]
     has_key = bool(context.config.api_key)
-    pools = context.frontend.runner == "pooling"
+    pools = context.frontend.input_processor.runner == "pooling"
     routes = ("/v1/embeddings",) if pools else ("/v1/chat/completions", "/v1/completions")
     body = {"model": model, **({"input": "Hello!"} if pools else {"messages": _messages(context)})}
     python = _ASK_FOR_VECTOR if pools else _ASK_FOR_TEXT
@@ -101,7 +101,7 @@ def _page(context: ServingContext, base_url: str) -> str:
     return _PAGE.format(
         version=__version__,
         model=html.escape(model),
-        modalities=html.escape(", ".join(("text", *context.frontend.modalities))),
+        modalities=html.escape(", ".join(("text", *context.frontend.input_processor.modalities))),
         max_model_len=context.frontend.max_model_len,
         routes=", ".join(f"<code>{route}</code>" for route in routes),
         curl=html.escape(_curl(base_url + routes[0].removeprefix("/v1"), body, has_key)),
@@ -112,7 +112,7 @@ def _page(context: ServingContext, base_url: str) -> str:
 
 def _messages(context: ServingContext) -> Messages:
     """A question that the model could be asked."""
-    if "image" not in context.frontend.modalities:
+    if "image" not in context.frontend.input_processor.modalities:
         return [{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]
     picture = {"type": "image_url", "image_url": {"url": "https://example.com/picture.png"}}
     question = {"type": "text", "text": "What is shown here?"}

@@ -40,5 +40,5 @@ def _card(context: ServingContext, name: str) -> dict[str, Any]:
         "root": context.model_names[0],
         "parent": None,
         "max_model_len": context.frontend.max_model_len,
-        "modalities": ["text", *context.frontend.modalities],
+        "modalities": ["text", *context.frontend.input_processor.modalities],
     }

@@ -32,7 +32,9 @@ def tokenize_router() -> APIRouter:
             request, TokenizeBody, lambda body: _prompt(context, request, body)
         )
         with context.admission.enter(1):
-            prepared = await unless_disconnected(request.receive, context.frontend.prepare(prompt))
+            prepared = await unless_disconnected(
+                request.receive, context.frontend.input_processor.prepare(prompt)
+            )
         ids = list(prepared.token_ids)
         answer: dict[str, Any] = {
             "count": len(ids),
@@ -44,7 +46,7 @@ def tokenize_router() -> APIRouter:
         }
         if not body.return_token_strs:
             return JsonResponse(answer)
-        text = context.frontend.tokenizer.token_text
+        text = context.frontend.input_processor.tokenizer.token_text
         return await json_response(
             lambda: {**answer, "token_strs": [text(token_id) for token_id in ids]}, len(ids)
         )
@@ -61,7 +63,7 @@ def tokenize_router() -> APIRouter:
 
 def _text(context: ServingContext, body: DetokenizeBody) -> str:
     context.check_model(body.model)
-    tokenizer = context.frontend.tokenizer
+    tokenizer = context.frontend.input_processor.tokenizer
     tokenizer.check_ids(body.tokens, "tokens")
     return tokenizer.decode(body.tokens)
 
