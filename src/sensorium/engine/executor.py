@@ -66,7 +66,7 @@ def build_engine(config: EngineConfig) -> Engine:
 def build_parts(config: EngineConfig) -> EngineParts:
     """Load the model and return the parts of its engine. Raises ConfigError as ``build_engine``."""
     started = time.monotonic()
-    device = choose_device(config.model.device)
+    device = loader.find_device(config.model.device)
     threads.configure(config.model.num_threads)
     loaded = loader.load(
         config.model.model,
@@ -176,30 +176,6 @@ def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.
         )
         return False
     return True
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device; ``auto`` is a GPU when there is one.
-
-    Raises ConfigError for a device that is not available.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(
-            f"device must be cpu, cuda or cuda:N, got {name!r}.", param="device"
-        ) from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be cpu, cuda or cuda:N, got {name!r}.", param="device")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "device is cuda, but torch sees no GPU: check the driver and torch's build, or use "
-            "device='cpu'.",
-            param="device",
-        )
-    return device
 
 
 def _useful_threads(shape: TextShape) -> int:

@@ -5,6 +5,7 @@ Configuration and processor need no torch; only ``load`` does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
@@ -113,7 +114,7 @@ def load(
     source, stored = _source(loaded, family, needed, dummy)
     options = BuildOptions(
         dtype=dtype_of(dtype, loaded.config, stored),
-        device=_device(device),
+        device=find_device(device),
         skip_modalities=frozenset(skip_modalities),
         head=embedder is None,
         random_weights=dummy,
@@ -172,22 +173,28 @@ def _on_this_cpu(
     return dataclasses.replace(options, dtype=suited_to_cpu(options.dtype, count))
 
 
-def _device(wanted: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """Return the device of a name: cpu, cuda, cuda:N, or auto for a GPU if there is one.
+
+    Raises ConfigError for a device that is not available.
+    """
     import torch
 
-    if wanted == "auto":
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
+    device: torch.device | None = None
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(name)
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ConfigError(
-            f"{wanted!r} is no device: give cpu, cuda, cuda:N or auto.", param="device"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"Device {wanted!r} is not supported: give cpu or cuda.", param="device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            f"device must be cpu, cuda, cuda:N or auto, got {name!r}.", param="device"
+        )
+    num_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= num_gpus:
+        found = f"this machine has {num_gpus} usable GPUs" if num_gpus else "torch sees no GPU"
         raise ConfigError(
-            f"Device {wanted!r}: this machine has {torch.cuda.device_count()} usable GPUs.",
+            f"device is {name}, but {found}: check the driver and torch's build, or use "
+            "device='cpu'.",
             param="device",
         )
     return device

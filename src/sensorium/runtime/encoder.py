@@ -1,4 +1,4 @@
-"""Media encoding in batches, the features that wait for it, and the embeddings that come of it."""
+"""Encoding of media in batches: features of admitted requests in, encoder outputs out."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class FeatureStore:
-    """Features of admitted requests, by request id, from submission until the request has ended.
+    """Features of admitted requests by request id, until the request has ended.
 
-    They outlive a preemption, after which an item may have to be encoded again. Written by the engine.
+    They outlive a preemption, after which an item may have to be encoded again. Only the engine
+    writes to it.
     """
 
     def __init__(self) -> None:
@@ -32,15 +33,15 @@ class FeatureStore:
             self._features[request_id] = features
 
     def discard(self, request_id: str) -> None:
-        """The request has ended."""
+        """Drop the features of a request that has ended."""
         self._features.pop(request_id, None)
 
     def clear(self) -> None:
-        """All requests have ended."""
+        """Drop all features."""
         self._features.clear()
 
     def get(self, request_id: str, item_index: int) -> Features:
-        """Features of one item of a request."""
+        """Return the features of one item of a request."""
         return self._features[request_id][item_index]
 
     def __len__(self) -> int:
@@ -48,7 +49,10 @@ class FeatureStore:
 
 
 class EncoderCache:
-    """Embeddings by item digest, (num_embeds, H) on the device. What is kept is decided by the scheduler's plans."""
+    """Encoder outputs (num_embeds, H) on the device, by the digest of the item.
+
+    The plans of the scheduler decide what is kept.
+    """
 
     def __init__(self, model: Model, store: FeatureStore) -> None:
         self._model = model
@@ -62,18 +66,18 @@ class EncoderCache:
         return len(self._embeddings)
 
     def evict(self, digests: Sequence[bytes]) -> None:
-        """Forget embeddings."""
+        """Drop the encoder outputs with these digests."""
         for digest in digests:
             self._embeddings.pop(digest, None)
 
     def clear(self) -> None:
-        """Forget all embeddings."""
+        """Drop all encoder outputs."""
         self._embeddings.clear()
 
     def encode(self, jobs: Sequence[EncodeJob], slots: dict[int, Slot]) -> tuple[bytes, ...]:
-        """Encode the items of a plan, all of one modality in one batch; digests of those that failed are returned.
+        """Encode the items of a plan, a batch per modality; return the digests of those that failed.
 
-        When a batch fails, its items are tried one by one, so that one bad item harms no other.
+        When a batch fails, its items are tried one by one, so that a bad item harms no other.
         """
         groups: dict[str, list[tuple[bytes, Features]]] = {}
         failed: list[bytes] = []
@@ -94,12 +98,12 @@ class EncoderCache:
         return tuple(failed)
 
     def pop_unusable(self) -> dict[bytes, tuple[str, str]]:
-        """Of the items that failed since this was asked last because their embeddings are no use: flaw and dtype."""
+        """Return flaw and dtype of items with unusable outputs, since the last call."""
         found, self._unusable = self._unusable, {}
         return found
 
     def pop_report(self) -> EncodeReport:
-        """What encoding cost since the report before this one."""
+        """Return the cost of encoding since the last call."""
         report = EncodeReport(
             self._num_items, self._timer.pop_seconds(), self._num_bytes, self._num_failed
         )
@@ -135,7 +139,7 @@ class EncoderCache:
         return failed
 
     def _keep_given(self, digest: bytes, features: Features) -> list[bytes]:
-        """Keep embeddings that came with a request; the digest when they do not fit the model's type."""
+        """Keep precomputed embeddings; return the digest if they are not finite in the model's dtype."""
         self._keep(digest, torch.from_numpy(features.arrays["embeds"]))
         if finite_parts([self._embeddings[digest]])[0]:
             return []
@@ -162,13 +166,16 @@ class EncoderCache:
                 )
 
     def _keep(self, digest: bytes, embeds: torch.Tensor) -> int:
-        """Keep an item's embeddings; how many bytes they take."""
+        """Keep the encoder output of an item, and return its size in bytes."""
         kept = embeds.to(device=self._model.device, dtype=self._model.dtype)
         self._embeddings[digest] = kept
         return kept.nbytes
 
     def merge(self, embeds: torch.Tensor, first_row: int, start: int, end: int, slot: Slot) -> None:
-        """Write the items' embeddings over rows of ``embeds`` (T, H) that hold positions ``start`` to ``end``."""
+        """Write encoder outputs over the rows of ``embeds`` (T, H) with the items' positions.
+
+        The span of ``slot`` from position ``start`` to ``end`` begins at ``first_row``.
+        """
         for item in slot.request.items:
             if item.end <= start:
                 continue

@@ -1,4 +1,4 @@
-"""From a plan's spans to the tensors of one forward pass."""
+"""Builds the tensors of one forward pass from the spans of a plan."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from sensorium.runtime.slots import Slot
 class StepInputs:
     """T tokens of S sequences.
 
-    ids (T,) int64; batch: what attention needs; first_row (S): row of each sequence's first token; sampled_rows: rows
-    whose logits are sampled, with their slots; pooled_rows: rows that become embeddings, likewise.
+    Attributes:
+        ids: (T,) int64.
+        batch: The input of attention.
+        first_row: Row of the first token of each sequence, S numbers.
+        sampled_rows: Rows whose logits are sampled; ``sampled_slots`` are their slots.
+        pooled_rows: Rows that become embeddings; ``pooled_slots`` are their slots.
     """
 
     ids: torch.Tensor
@@ -37,9 +41,9 @@ def build(
     caches: list[LayerCache],
     invariant: bool = True,
 ) -> StepInputs:
-    """Lay the tokens of all spans out one after the other; ``invariant`` as in ``AttentionBatch``.
+    """Concatenate the tokens of all spans; ``invariant`` is that of ``AttentionBatch``.
 
-    The spans must come with single-token ones first. Positions get three axes as soon as one sequence has them.
+    Spans of a single token must come first. Positions have three axes if one sequence has them.
     """
     query_lens = [span.num_tokens for span, _ in pairs]
     kv_lens = [span.start + span.num_tokens for span, _ in pairs]

@@ -1,4 +1,4 @@
-"""How much memory the KV cache gets: computed from the configuration and the memory there is."""
+"""Size of the KV cache, from the configuration and the available memory."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def cache_geometry(
 
 
 def free_memory(device: torch.device, gpu_memory_utilization: float) -> int:
-    """Bytes that the cache may take on this device."""
+    """Return the bytes that the cache may take on this device."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return max(0, int(free - total * (1.0 - gpu_memory_utilization)))
@@ -94,7 +94,7 @@ def free_memory(device: torch.device, gpu_memory_utilization: float) -> int:
 
 
 def warn_when_scarce(num_bytes: int, device: torch.device) -> None:
-    """Say at the start that a cache of the host may outgrow its memory: its pages are taken when they are written."""
+    """Warn at start of a cache on the host that may outgrow its memory, since pages come late."""
     if device.type != "cpu":
         return
     available = available_memory()

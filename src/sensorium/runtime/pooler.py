@@ -1,4 +1,4 @@
-"""From hidden states to embeddings: the last token's state, cut and normalised."""
+"""Pools hidden states to embeddings: the state of the last token, cut and normalised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Executes step plans: drop, evict, add, encode, forward, sample, pool. All device work of the engine happens here."""
+"""The model runner: executes step plans on a device.
+
+A plan is executed in this order: drop ended sequences, evict encoder outputs, add new sequences,
+encode items, merge their embeddings into those of the tokens, run the forward pass over all spans as
+one ragged batch, sample or pool. All device work of the engine happens here. A failure of one
+sequence or item is reported in the ``StepResult`` and does not harm the others.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +26,22 @@ from sensorium.runtime.soundness import finite_parts, flaws_of_logits
 logger = logging.getLogger(__name__)
 
 LOGIT_ROWS = 256
-"""Rows of prompt logits computed at once when prompt_logprobs are asked for: bounds their memory."""
+"""Rows of prompt logits that are computed at once for prompt_logprobs; bounds their memory."""
 
 FAILED = "The model could not compute this request; the others were not affected."
 
 
 class ModelRunner:
-    """Holds the model, its KV cache and the slots. ``execute`` is the one way in; not thread-safe."""
+    """The model with its KV cache, its encoder cache and a slot per running sequence.
+
+    Not thread-safe.
+
+    Args:
+        model: The loaded model.
+        caches: The KV cache, layer by layer.
+        store: Features of admitted requests.
+        batch_invariant: As in ``AttentionBatch``: a row has the same bits in every batch.
+    """
 
     def __init__(
         self,
@@ -44,7 +59,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
-        """Run one plan. Failures of single sequences or items are reported in the result, not raised."""
+        """Execute a plan; failures of single sequences or items are in the result, not raised."""
         result = StepResult(plan.step_id)
         self._table.drop(plan.dropped)
         self.encoder.evict(plan.evict)
@@ -65,7 +80,7 @@ class ModelRunner:
         return result
 
     def reset(self) -> None:
-        """Forget all sequences and encoder outputs; what the KV cache holds is of no use then."""
+        """Drop all sequences and encoder outputs; the contents of the KV cache become useless."""
         self._table.drop(tuple(self._table.slots))
         self.encoder.clear()
 
@@ -81,7 +96,7 @@ class ModelRunner:
             result.failed[slot.seq_id] = "The grammar of structured_outputs could not be started."
 
     def _run_isolated(self, pairs: list[tuple[Span, Slot]], result: StepResult) -> None:
-        """Run the spans together; when that fails, one by one, so that only the guilty ones fail.
+        """Run the spans as one batch; if that fails, one by one, so that only the faulty ones fail.
 
         Running a span twice is harmless: it writes the same keys and values to the same places.
         """
@@ -137,7 +152,7 @@ class ModelRunner:
         return samples, failed
 
     def _unusable(self, slot: Slot, flaw: str) -> str:
-        """Why a sequence ends whose logits are no use; the log has it, too."""
+        """Log unusable logits of a sequence, and return the message that it ends with."""
         dtype = str(self.model.dtype).removeprefix("torch.")
         logger.error("request %s: its logits %s in %s", slot.request.request_id, flaw, dtype)
         return unusable("this input", f"its logits {flaw}", dtype)
@@ -145,7 +160,7 @@ class ModelRunner:
     def _accept(
         self, samples: dict[int, TokenSample], failed: dict[int, str], slots: list[Slot]
     ) -> None:
-        """Move the slots one token on."""
+        """Append the sampled tokens to their slots, and advance the grammars."""
         for slot in slots:
             sample = samples.get(slot.seq_id)
             if sample is not None:
@@ -157,7 +172,7 @@ class ModelRunner:
     def _prompt_logprobs(
         self, pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.Tensor
     ) -> tuple[dict[int, tuple[tuple[tuple[int, float, int], ...], ...]], dict[int, str]]:
-        """Entries of the prompts' tokens, and messages for prompts whose logits are no use; both by sequence id."""
+        """Return the entries of prompt tokens, and messages of unusable prompts, by sequence id."""
         found: dict[int, tuple[tuple[tuple[int, float, int], ...], ...]] = {}
         failed: dict[int, str] = {}
         for (span, slot), row in zip(pairs, inputs.first_row, strict=True):
@@ -181,10 +196,11 @@ class ModelRunner:
 
 
 def _unsound(pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.Tensor) -> set[int]:
-    """Ids of the sequences with rows that are not finite; of single rows, which are sampled, the logits tell.
+    """Return the ids of sequences with rows that are not finite.
 
-    Keys and values of such rows reach others of the step, even earlier ones: nothing times a number that is undefined
-    is undefined. So blocks of a beginning that other requests have, too, may be spoilt.
+    Single rows are sampled: their logits show it. Keys and values of such rows reach other rows of
+    the step, even earlier ones, because 0 times NaN is NaN: so blocks of a prefix that is shared with
+    other requests may be spoilt.
     """
     spans = [
         (span, row)
@@ -196,7 +212,7 @@ def _unsound(pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.T
 
 
 def _follows(slot: Slot, sample: TokenSample | None) -> bool:
-    """Move a slot's grammar one token on; False when it cannot follow, and then nor can the sequence."""
+    """Advance the grammar of a slot by a token; return False when it fails, and the sequence too."""
     grammar = slot.grammar
     if grammar is None or sample is None:
         return grammar is None or grammar.error is None
@@ -212,7 +228,7 @@ def _rows(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 
 def _needs(span: Span, slot: Slot, digests: set[bytes]) -> bool:
-    """Whether a span covers positions of one of these items."""
+    """Return True if a span covers positions of one of these items."""
     end = span.start + span.num_tokens
     return any(
         item.digest in digests and item.start < end and item.end > span.start

@@ -1,9 +1,9 @@
-"""From logits to tokens, batched over the sequences of a step.
+"""Samples tokens from logits, batched over the sequences of a step.
 
-Order of operations for a row: report raw log probabilities, restrict (allowed tokens, bad words, minimum length,
-grammar), bias, penalise, scale by temperature, filter (min-p, top-k, top-p), draw. The draw inverts the cumulative
-distribution at one uniform number that is a function of (seed, position) alone, so a seeded request gets the same
-tokens in any batch.
+Order of operations for a row: report raw log probabilities, restrict (allowed tokens, bad words,
+minimum length, grammar), add biases, apply penalties, scale by temperature, filter (min-p, top-k,
+top-p), sample. Sampling inverts the cumulative distribution at one uniform number that is a function
+of (seed, position) alone, so a seeded request gets the same tokens in any batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in (0, 1) that depends on ``seed`` and ``position`` alone.
+    """Return a number in (0, 1) that depends on ``seed`` and ``position`` alone.
 
     SplitMix64 (Steele, Lea, Flood 2014) of both, its upper 53 bits.
     """
@@ -46,9 +46,9 @@ def uniform(seed: int, position: int) -> float:
 def sample(
     logits: torch.Tensor, slots: Sequence[Slot]
 ) -> tuple[dict[int, TokenSample], dict[int, str]]:
-    """One token for each row of ``logits`` (N, V) float32, which may be overwritten.
+    """Sample one token for each row of ``logits`` (N, V) float32, which may be overwritten.
 
-    Returns the samples and, for rows that have no usable distribution, messages; both by sequence id.
+    Returns the samples and, for rows without a usable distribution, messages; both by sequence id.
     """
     wanted = {
         row: slot for row, slot in enumerate(slots) if slot.request.params.logprobs is not None
@@ -76,7 +76,7 @@ def sample(
 
 
 def is_plain(slot: Slot) -> bool:
-    """Whether the next token of a sequence is the likeliest one as the model gives it, and nothing else is asked."""
+    """Return True if the next token is the argmax of the model's logits and nothing else is asked."""
     params = slot.request.params
     return params.greedy and params.logprobs is None and not _needs_processing(slot)
 
@@ -84,7 +84,7 @@ def is_plain(slot: Slot) -> bool:
 def token_samples(
     tokens: Sequence[int], usable: Sequence[bool], slots: Sequence[Slot]
 ) -> tuple[dict[int, TokenSample], dict[int, str]]:
-    """Samples for the rows that have a usable distribution, messages for the others; both by sequence id."""
+    """Return samples of rows with a usable distribution, messages for the others, by sequence id."""
     samples: dict[int, TokenSample] = {}
     failed: dict[int, str] = {}
     for token, good, slot in zip(tokens, usable, slots, strict=True):
@@ -98,7 +98,7 @@ def token_samples(
 def logprobs_of_targets(
     logits: torch.Tensor, targets: torch.Tensor, num_top: int
 ) -> list[tuple[tuple[int, float, int], ...]]:
-    """For each row of ``logits`` (N, V): the target token's (id, logprob, rank), then those of the most likely ones."""
+    """Return (id, logprob, rank) of the target of each row (N, V), then of the likeliest tokens."""
     logprobs = torch.log_softmax(logits, dim=-1)
     return _entries(logprobs, targets, [num_top] * len(targets))
 
@@ -173,7 +173,7 @@ def _ids(ids: Sequence[int], row: torch.Tensor) -> torch.Tensor:
 
 
 def _tail_matches(slot: Slot, prefix: tuple[int, ...]) -> bool:
-    """Whether the generated tokens end with ``prefix``."""
+    """Return True if the generated tokens end with ``prefix``."""
     if len(prefix) > slot.num_generated:
         return False
     tail = slot.token_ids[slot.num_tokens - len(prefix) : slot.num_tokens]
@@ -181,10 +181,10 @@ def _tail_matches(slot: Slot, prefix: tuple[int, ...]) -> bool:
 
 
 def _restrict(row: torch.Tensor, grammar: GrammarMatcher, ends: tuple[int, ...]) -> None:
-    """Bar the tokens that the grammar does not allow next.
+    """Mask the tokens that the grammar does not allow next.
 
-    A model that wants to end in the middle of JSON ends what is open, a text or a list, in place of the answer: what it
-    gives to the tokens in ``ends`` counts for the closing sign.
+    A model that wants to end within JSON closes the open string or list instead of the answer: the
+    probability of the tokens in ``ends`` is added to that of the closing token.
     """
     words = np.zeros(-(-row.shape[0] // 32), np.int32)
     grammar.mask(words)
@@ -198,7 +198,7 @@ def _restrict(row: torch.Tensor, grammar: GrammarMatcher, ends: tuple[int, ...])
 
 
 def _penalise(row: torch.Tensor, slot: Slot) -> None:
-    """Repetition over prompt and answer (Keskar et al. 2019), presence and frequency over the answer."""
+    """Apply penalties: repetition over prompt and answer (Keskar et al. 2019), others over the answer."""
     params = slot.request.params
     if params.repetition_penalty != 1.0:
         seen = torch.unique(torch.from_numpy(slot.token_ids[: slot.num_tokens])).to(row.device)
@@ -214,7 +214,7 @@ def _penalise(row: torch.Tensor, slot: Slot) -> None:
 
 
 def _draw(logits: torch.Tensor, slots: list[Slot]) -> torch.Tensor:
-    """Draw one token for each row of ``logits`` (R, V)."""
+    """Sample one token for each row of ``logits`` (R, V)."""
     params = [slot.request.params for slot in slots]
     device = logits.device
     temperature = torch.tensor([p.temperature for p in params], device=device)
@@ -249,10 +249,11 @@ def _draw(logits: torch.Tensor, slots: list[Slot]) -> torch.Tensor:
 def _draw_filtered(
     probs: torch.Tensor, point: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
 ) -> torch.Tensor:
-    """Draw from the ``top_k`` most likely tokens, of these the fewest that reach ``top_p``. All tensors have R rows.
+    """Sample from the fewest of the ``top_k`` likeliest tokens that reach ``top_p``.
 
-    Only as many candidates are sorted as the filters can keep. How many depends on the row alone, and rows with as many
-    go together: equally likely tokens come in another order among more candidates.
+    All tensors have R rows. Only as many candidates are sorted as the filters can keep. Their number
+    depends on the row alone, and rows with the same number go together, since equally likely tokens
+    come in another order among more candidates.
     """
     vocab = probs.shape[1]
     mass, tokens = _sums(probs), torch.empty_like(top_k)
@@ -282,9 +283,9 @@ def _draw_candidate(
     mass: torch.Tensor,
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw as ``_draw_filtered`` from the ``size`` most likely tokens; also whether these are all that filters keep.
+    """Sample as ``_draw_filtered`` from the ``size`` likeliest tokens.
 
-    mass: the sum of each row.
+    ``mass`` is the sum of each row. Also returns whether these are all that the filters keep.
     """
     values, ids = probs.topk(size, dim=-1)
     rank = torch.arange(size, device=probs.device)
@@ -298,14 +299,16 @@ def _draw_candidate(
 
 
 def _sums(rows: torch.Tensor) -> torch.Tensor:
-    """Return the sums (R,) of rows (R, N), each the same bits in any batch: torch would split that of a single long row
-    over threads, and no others."""
+    """Return the sums (R,) of rows (R, N), each with the same bits in any batch.
+
+    torch would split the sum of a single long row over threads, and no others.
+    """
     padded = F.pad(rows, (0, -rows.shape[1] % SUMMED_AT_ONCE))
     return padded.view(len(rows), -1, SUMMED_AT_ONCE).sum(-1).cumsum(-1)[:, -1]
 
 
 def _invert(weights: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
-    """Index at which the cumulative weights (R, V) pass the fraction ``point`` (R,) of their sum."""
+    """Return the index at which cumulative weights (R, V) pass the fraction ``point`` (R,) of the sum."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     target = point[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]

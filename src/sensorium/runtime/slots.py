@@ -1,4 +1,4 @@
-"""What the runner keeps of each sequence between steps: tokens, positions, blocks, sampling state."""
+"""Slots: the runner's state of each sequence between steps."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One sequence on the device side. Written by the runner only.
+    """One sequence in the runner, which is its only writer.
 
-    ``token_ids`` (capacity) int64, of which ``num_tokens`` are known; ``block_ids`` (capacity) int32, of which
-    ``num_blocks`` are filled. ``positions`` (3, num_prompt) int32 for models with several position axes, else None.
-    ``counts`` maps generated token ids to how often they came, kept only when a penalty needs it. ``rope_length`` is
-    what the request's was when the sequence came: it comes again where that changes.
+    Attributes:
+        token_ids: (capacity,) int64, of which ``num_tokens`` are known.
+        block_ids: (capacity,) int32, of which ``num_blocks`` are filled.
+        positions: (3, num_prompt) int32 for models with several position axes, else None.
+        counts: How often each token was generated; None when no penalty needs it.
+        rope_length: The request's when the sequence was added; it is added again when that changes.
     """
 
     seq_id: int
@@ -37,7 +39,7 @@ class Slot:
 
     @classmethod
     def of(cls, new: NewSequence) -> Slot:
-        """A slot for a sequence that comes, or comes back after a preemption."""
+        """Make the slot of a sequence that is new, or was preempted before."""
         known = len(new.token_ids)
         capacity = len(new.request.token_ids) + new.request.max_tokens
         token_ids = np.empty(max(known, min(capacity, known + 256)), np.int64)
@@ -60,12 +62,12 @@ class Slot:
 
     @property
     def num_prompt(self) -> int:
-        """Tokens of the prompt."""
+        """Return the number of tokens of the prompt."""
         return len(self.request.token_ids)
 
     @property
     def num_generated(self) -> int:
-        """Tokens generated so far."""
+        """Return the number of tokens generated so far."""
         return self.num_tokens - len(self.request.token_ids)
 
     def append(self, token_id: int) -> None:
@@ -111,17 +113,20 @@ class SlotTable:
     slots: dict[int, Slot] = field(default_factory=dict)
 
     def drop(self, seq_ids: tuple[int, ...]) -> None:
-        """Forget sequences; unknown ones are ignored, for a sequence may end before its first span."""
+        """Drop sequences; unknown ids are ignored: a sequence may end before its first span."""
         for seq_id in seq_ids:
             self.slots.pop(seq_id, None)
 
     def add(self, new: NewSequence) -> Slot:
-        """Take in a sequence."""
+        """Add a sequence, and return its slot."""
         slot = self.slots[new.seq_id] = Slot.of(new)
         return slot
 
     def spans_of(self, spans: tuple[Span, ...]) -> list[tuple[Span, Slot]]:
-        """Each span with its slot; single-token spans first, as kernels want them, otherwise in plan order."""
+        """Return each span with its slot: single-token ones first, as kernels need it.
+
+        The new blocks of the spans are added to their slots.
+        """
         for span in spans:
             self.slots[span.seq_id].add_blocks(span.new_block_ids)
         pairs = [(span, self.slots[span.seq_id]) for span in spans]

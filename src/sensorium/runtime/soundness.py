@@ -1,4 +1,4 @@
-"""Whether what a model computed can be used: logits, states and embeddings that are finite, and logits that differ."""
+"""Checks of what a model computed: finite logits, states and embeddings; logits that differ."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ EQUAL = "are all equal"
 
 
 def flaws_of_logits(logits: torch.Tensor, hidden: torch.Tensor) -> list[str | None]:
-    """What is wrong with each row of logits (N, V), made of hidden states (N, H); None where nothing is.
+    """Return the flaw of each row of logits (N, V), of hidden states (N, H); None for no flaw.
 
-    Logits may be minus infinity where a model bars tokens, as long as some are left. Costs little beside the product
-    that made them: rows are looked at closely only where their sum, or their first and last numbers, give cause.
+    Logits may be minus infinity where a model bars tokens, as long as some are left. It costs little
+    beside the product that made them: only rows whose sum, or whose first and last number, are
+    suspicious are checked in full.
     """
     finite = torch.isfinite(hidden).all(-1)
     doubtful = ~torch.isfinite(logits.sum(-1)) | (logits[:, 0] == logits[:, -1]) | ~finite
@@ -30,7 +31,7 @@ def flaws_of_logits(logits: torch.Tensor, hidden: torch.Tensor) -> list[str | No
 
 
 def finite_parts(parts: Sequence[torch.Tensor]) -> list[bool]:
-    """Whether each of some tensors is finite throughout, asked of the device at once."""
+    """Return whether each tensor is finite throughout, with one transfer from the device."""
     if not parts:
         return []
     found: list[bool] = torch.stack([torch.isfinite(part).all() for part in parts]).tolist()

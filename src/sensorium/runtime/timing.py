@@ -1,4 +1,4 @@
-"""Seconds that pieces of work take on a device, measured without waiting for it."""
+"""Timing of work on a device without waiting for it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 class DeviceTimer:
-    """Sums the seconds of the pieces of work that ran within ``measured``; those that raised are left out.
+    """Sums the seconds of work within ``measured``; work that raises is not counted.
 
-    On a GPU the host only hands work over: events in its stream mark where a piece begins and ends there, and its time
-    is known once the GPU has passed them.
+    On a GPU, events in the stream mark begin and end of the work, and its time is known once the GPU
+    has passed them.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class DeviceTimer:
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Count the work that is done, or handed over to the device, within."""
+        """Measure the work that is done, or enqueued on the device, within the block."""
         if self._device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record(torch.cuda.current_stream(self._device))
@@ -37,7 +37,7 @@ class DeviceTimer:
             self._seconds += time.perf_counter() - started
 
     def pop_seconds(self) -> float:
-        """Seconds of the work that is complete and was not taken before."""
+        """Return the seconds of work that has completed since the last call."""
         while self._pending and self._pending[0][1].query():
             begin, end = self._pending.popleft()
             self._seconds += begin.elapsed_time(end) / 1000.0
