@@ -1,23 +1,21 @@
-"""From a conversation to token ids, through the model's chat template.
+"""Rendering of conversations to token ids through the model's chat template.
 
-What users write stays plain text whatever it spells: role markers and placeholders act only where
-the template, or this module on behalf of a media part, put them (see ``sensorium.text.control``
-for how)."""
+Text of users stays plain text whatever it contains: role markers and placeholders act only where
+the template, or this module for a media part, wrote them (see ``sensorium.text.control``).
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sensorium.errors import InvalidRequestError, located
+from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.items import MediaRef, Modality
 from sensorium.multimodal.placeholders import NumberedPlaceholder, PlaceholderIds
 from sensorium.text.chat.content_format import ContentFormat
 from sensorium.text.chat.conversation import (
-    ROLES,
     Conversation,
     Message,
     TextPart,
@@ -27,6 +25,7 @@ from sensorium.text.chat.conversation import (
 )
 from sensorium.text.chat.rendering import Marks, check_custom_roles, checked_kwargs, run_template
 from sensorium.text.chat.template_files import CompiledTemplate, compile_template, find_templates
+from sensorium.text.chat.variables import VariableWriter, up_to_end
 from sensorium.text.control import ControlTokens, pick_mark, unmark
 from sensorium.text.tokenizer import Tokenizer
 
@@ -63,9 +62,9 @@ class RenderedPrompt:
 class ChatTemplate:
     """The chat templates of a model, with its tokenizer. Immutable, usable from several threads.
 
-    ``placeholder_texts`` are the spellings of media placeholders, which users must not be able to
-    type even where they are no tokens of the vocabulary. ``placeholders`` turns those that are none
-    into ids."""
+    ``placeholder_texts`` are the spellings of media placeholders, which have no effect where users
+    type them. ``placeholders`` gives ids to those that are not in the vocabulary.
+    """
 
     def __init__(
         self,
@@ -108,11 +107,11 @@ class ChatTemplate:
         placeholder_texts: Iterable[str] = (),
         placeholders: PlaceholderIds | None = None,
     ) -> ChatTemplate:
-        """The templates of a model folder, or ``chat_template`` (a file or text) in their place,
-        or ``fallback``.
+        """Load the templates of a model folder, or ``chat_template`` (a file or text) instead.
 
-        A model without any can be loaded; only ``render`` then refuses. Raises ConfigError for a
-        template that cannot be read or compiled."""
+        ``fallback`` is the template where there is none. Without one, too, only ``render`` fails.
+        Raises ConfigError for a template that cannot be read or compiled.
+        """
         sources = find_templates(folder, override=chat_template, fallback=fallback)
         return cls(
             sources,
@@ -126,12 +125,12 @@ class ChatTemplate:
 
     @property
     def exists(self) -> bool:
-        """Whether the model has a template."""
+        """True when the model has a template."""
         return "default" in self._templates
 
     @property
     def content_format(self) -> ContentFormat | None:
-        """The form of content that the usual template takes; None without a template."""
+        """Form of content that the default template takes; None without a template."""
         return self._templates["default"].content_format if self.exists else None
 
     def render(
@@ -148,17 +147,18 @@ class ChatTemplate:
         add_special_tokens: bool | None = None,
         check_text: Callable[[str, Callable[[int], int]], None] | None = None,
     ) -> RenderedPrompt:
-        """The prompt of a conversation.
+        """Render and tokenize a conversation.
 
-        ``placeholder_text`` gives what stands for an item, by its modality and its number among
-        those (from 1), where a template takes strings only.
-        ``chat_template`` is a name of one of the model's templates or, where the operator trusts
-        requests, a template. ``default_kwargs`` are the operator's, who answers for them; those of the
-        request win. ``add_special_tokens``: None puts a BOS in front where the tokenizer
-        prescribes one and the template wrote none, as the processors of the reference do; True and
-        False leave the template out of account. ``check_text`` may refuse the text before it is
-        tokenized; it also gets a function that tells how many tokens about so many of its first
-        characters are. Raises InvalidRequestError."""
+        ``placeholder_text`` returns the placeholder of an item, by its modality and its number
+        among those (from 1), for templates that take strings only. ``chat_template`` is the name of
+        one of the model's templates or, where requests are trusted, the text of one.
+        ``default_kwargs`` are the operator's; ``chat_template_kwargs``, of the request, win.
+        ``add_special_tokens``: None adds BOS where the tokenizer prescribes it and the template
+        wrote none, as processors of ``transformers`` do; True and False apply to any template.
+        ``check_text`` may refuse the text before it is tokenized; its second argument returns the
+        number of tokens of about so many first characters. Raises InvalidRequestError, and
+        ChatTemplateError when the model's template fails.
+        """
         if continue_final_message and add_generation_prompt:
             raise InvalidRequestError(
                 "continue_final_message and add_generation_prompt cannot both be true; "
@@ -170,29 +170,32 @@ class ChatTemplate:
         tools = plain_data(list(tools), "tools") if tools else None
         marks = self._pick_marks(conversation, tools, extra)
         chosen = self._choose(chat_template, has_tools=tools is not None)
-        writer = _Writer(
-            self._control, marks, chosen, self._interleave, placeholder_text, Counter()
-        )
-        messages = writer.messages(conversation, continue_final_message)
+        writer = VariableWriter(self._control, marks, chosen, self._interleave, placeholder_text)
         variables = {
             **self._tokenizer.special_tokens,
-            "documents": None,
-            **writer.guarded(extra),
-            "messages": messages,
-            "tools": writer.guarded(tools),
+            **writer.variables(conversation, extra, tools=tools, continues=continue_final_message),
             "add_generation_prompt": add_generation_prompt,
         }
         marked = run_template(chosen, variables, marks, has_kwargs=bool(given))
         check_custom_roles(conversation.messages, marked, marks)
         if continue_final_message:
-            marked = _up_to_end(marked, marks.end)
+            marked = up_to_end(marked, marks.end)
         if check_text is not None:
             check_text(
                 unmark(marked, marks.guard),
                 lambda num_chars: len(self._encode(marked[:num_chars], marks.guard)[1]),
             )
-        stretches, found = self._split(marked)
-        encoded = [self._encode(stretch, marks.guard) for stretch in stretches]
+        return self._tokenized(marked, marks.guard, add_special_tokens, conversation.refs)
+
+    def _tokenized(
+        self,
+        marked: str,
+        guard: str,
+        add_special_tokens: bool | None,
+        refs: tuple[MediaRef, ...],
+    ) -> RenderedPrompt:
+        pieces, found = self._split(marked)
+        encoded = [self._encode(piece, guard) for piece in pieces]
         texts = [encoded[0][0]]
         ids = list(self._opened(encoded[0][1], add_special_tokens))
         for (spelling, placeholder), (more_text, more_ids) in zip(found, encoded[1:], strict=True):
@@ -201,22 +204,22 @@ class ChatTemplate:
         if add_special_tokens:
             ids += self._tokenizer.suffix_ids
         numbered = tuple(placeholder for _, placeholder in found)
-        return RenderedPrompt("".join(texts), tuple(ids), conversation.refs, numbered)
+        return RenderedPrompt("".join(texts), tuple(ids), refs, numbered)
 
     def _split(self, marked: str) -> tuple[list[str], list[tuple[str, NumberedPlaceholder]]]:
-        """The marked text, split at acting placeholders that the vocabulary does not hold; these, with their texts."""
-        stretches, found, end = [], [], 0
+        """Split the marked text at acting placeholders that are not in the vocabulary."""
+        pieces, found, end = [], [], 0
         if self._placeholders is not None:
             for control in self._control.pattern.finditer(marked):
                 placeholder = self._placeholders.read(control[0])
                 if placeholder is not None:
-                    stretches.append(marked[end : control.start()])
+                    pieces.append(marked[end : control.start()])
                     found.append((control[0], placeholder))
                     end = control.end()
-        return [*stretches, marked[end:]], found
+        return [*pieces, marked[end:]], found
 
     def _begun(self, ids: list[int], add_special_tokens: bool | None) -> list[int]:
-        """A stretch of text after a placeholder, with what the family puts in front of each."""
+        """Return a piece of text after a placeholder, with the prefix that the model gives each."""
         each = self._placeholders is not None and self._placeholders.prefix_each
         if not each or add_special_tokens is False:
             return ids
@@ -250,8 +253,7 @@ class ChatTemplate:
         return self._templates["default"]
 
     def _encode(self, marked: str, mark: str) -> tuple[str, list[int]]:
-        """Text without the mark, and ids in which only the control tokens of the marked text
-        act."""
+        """Return the text without marks, and ids in which only unmarked control tokens act."""
         text = unmark(marked, mark)
         pieces: list[tuple[str, bool]] = []
         acting: list[tuple[int, str]] = []
@@ -269,119 +271,11 @@ class ChatTemplate:
         return text, self._tokenizer.inert.encode_pieces(pieces)
 
     def _opened(self, ids: list[int], add_special_tokens: bool | None) -> list[int]:
-        """The first stretch of a prompt, with what the tokenizer puts in front."""
+        """Return the first piece of a prompt, with the prefix of the tokenizer."""
         written = ids[:1] == [self._tokenizer.bos_token_id]
         if add_special_tokens or (add_special_tokens is None and not written):
             return [*self._tokenizer.prefix_ids, *ids]
         return ids
-
-
-@dataclass(frozen=True, slots=True)
-class _Writer:
-    """Makes the values that a template sees, with all texts of users guarded."""
-
-    control: ControlTokens
-    marks: Marks
-    template: CompiledTemplate
-    interleave: bool
-    placeholder_text: Callable[[Modality, int], str]
-    numbers: Counter[Modality]
-
-    def messages(self, conversation: Conversation, continues: bool) -> list[dict[str, Any]]:
-        """The messages of the conversation; the last text ends with the end mark if it is to be
-        continued."""
-        last = len(conversation.messages) - 1
-        return [
-            self._message(message, f"messages[{i}]", continues and i == last)
-            for i, message in enumerate(conversation.messages)
-        ]
-
-    def guarded(self, value: Any, key: str = "") -> Any:
-        """Plain data with all its texts guarded. Of keys and of values under ``type``, which
-        templates compare, only complete spellings are broken."""
-        if isinstance(value, str):
-            return self.control.protect(value, self.marks.guard, whole_only=key == "type")
-        if isinstance(value, dict):
-            return {
-                self.control.protect(k, self.marks.guard, whole_only=True): self.guarded(v, k)
-                for k, v in value.items()
-            }
-        if isinstance(value, list):
-            return [self.guarded(item) for item in value]
-        return value
-
-    def _message(self, message: Message, param: str, continues: bool) -> dict[str, Any]:
-        with located(param):
-            content = self._content(message, f"{param}.content", continues)
-            role = message.role if message.role in ROLES else self.guarded(message.role)
-            out: dict[str, Any] = {"role": role, "content": content}
-            if message.name is not None:
-                out["name"] = self.guarded(message.name)
-            if message.tool_call_id is not None:
-                out["tool_call_id"] = self.guarded(message.tool_call_id)
-            if message.reasoning is not None:
-                out["reasoning_content"] = self.guarded(message.reasoning)
-            if message.tool_calls:
-                out["tool_calls"] = [
-                    {
-                        "id": self.guarded(call.id),
-                        "type": "function",
-                        "function": {
-                            "name": self.guarded(call.name),
-                            "arguments": self.guarded(call.arguments),
-                        },
-                    }
-                    for call in message.tool_calls
-                ]
-        return out
-
-    def _content(self, message: Message, param: str, continues: bool) -> str | list[dict[str, Any]]:
-        last = max(
-            (i for i, p in enumerate(message.parts) if isinstance(p, TextPart)), default=None
-        )
-        if continues and last is None:
-            raise InvalidRequestError(
-                "continue_final_message needs a final message with text.", param=param
-            )
-        pieces: list[tuple[Modality | None, str]] = []
-        for i, part in enumerate(message.parts):
-            if isinstance(part, MediaRef):
-                pieces.append((part.modality, ""))
-            else:
-                end = f"{self.marks.end} " if continues and i == last else ""
-                pieces.append((None, self.guarded(part.text) + end))
-        keeps_string = message.is_string and self.template.tests_string
-        if self.template.content_format == "string" or keeps_string:
-            return self._joined(pieces)
-        return [
-            {"type": "text", "text": text} if modality is None else {"type": modality}
-            for modality, text in pieces
-        ]
-
-    def _joined(self, pieces: list[tuple[Modality | None, str]]) -> str:
-        """Content as one string: placeholders in their places, or in front of the texts where that was asked for."""
-        if not self.interleave:
-            pieces = sorted(pieces, key=lambda piece: piece[0] is None)
-        return "\n".join(
-            text if modality is None else self._placeholder(modality) for modality, text in pieces
-        )
-
-    def _placeholder(self, modality: Modality) -> str:
-        self.numbers[modality] += 1
-        return self.placeholder_text(modality, self.numbers[modality])
-
-
-def _up_to_end(marked: str, end: str) -> str:
-    """What stands before the end mark; where the template trimmed the message, trailing white
-    space goes too."""
-    at = marked.rfind(end)
-    if at < 0:
-        raise InvalidRequestError(
-            "continue_final_message: the chat template leaves the final message out.",
-            param="continue_final_message",
-        )
-    kept = marked[:at]
-    return kept if marked[at + 1 : at + 2] == " " else kept.rstrip()
 
 
 def _control_tokens(tokenizer: Tokenizer, placeholder_texts: Iterable[str]) -> ControlTokens:
