@@ -325,7 +325,7 @@ def _check_unicode(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        _bad(name, "holds a lone surrogate, which is no valid Unicode")
+        _bad(name, "contains a lone surrogate, which is not valid Unicode")
 
 
 def _token_id(key: object) -> int:

@@ -1,4 +1,4 @@
-"""vLLM's fields of requests: guided decoding works, neutral values pass, what is not supported says why."""
+"""vLLM's fields of requests: guided decoding works, neutral values pass, unavailable fields say why."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def _means_other(name: str, body: type[Any]) -> bool:
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"use_beam_search": True}, "use_beam_search", "beam search is not available"),
+        ({"use_beam_search": True}, "use_beam_search", "beam search does not exist here"),
         ({"length_penalty": 1.5}, "length_penalty", "beam search"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "shorten the prompt"),
-        ({"echo": True}, "echo", "the answer alone"),
+        ({"echo": True}, "echo", "only the answer is returned"),
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "guided_json"),
         ({"guided_regex": 5}, "guided_regex", "guided_regex must be a non-empty string"),
         ({"guided_choice": []}, "guided_choice", "guided_choice must be"),

@@ -98,9 +98,9 @@ def test_other_commands_read_them_too(
 ) -> None:
     arguments = parse(*argv, "-tp", "1", "--swap-space", "4", "--max_model_len=64", command=command)
     assert build_engine_config(arguments).model.max_model_len == 64
-    assert "--swap-space does nothing here" in capsys.readouterr().err
+    assert "--swap-space has no effect" in capsys.readouterr().err
     message = refusal(capsys, command, *argv, "--kv_cache_dtype", "fp8")
-    assert "--kv-cache-dtype fp8 is not supported here: " in message
+    assert "--kv-cache-dtype fp8 is not supported: " in message
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_file_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert arguments.enable_prefix_caching is False
     assert arguments.allowed_origins == ("a", "b")
     assert arguments.limit_mm_per_prompt == {"image": 3}
-    assert "--async-scheduling does nothing here" in capsys.readouterr().err
+    assert "--async-scheduling has no effect" in capsys.readouterr().err
     over = parse(
         "demo",
         "--port=1",
@@ -243,7 +243,7 @@ def test_keys_in_a_file_that_cannot_be_read_are_not_shown(
 
 
 def test_keywords_of_llm() -> None:
-    with pytest.warns(UserWarning, match=r"swap_space does nothing here") as caught:
+    with pytest.warns(UserWarning, match=r"swap_space has no effect") as caught:
         config = engine_config(
             model=Path("demo"), swap_space=4, tokenizer_mode="auto", enable_lora=False, rope_theta=5e5,
             max_seq_len_to_capture=None, limit_mm_per_prompt=None, max_num_seqs=None, dtype="float",
@@ -261,7 +261,7 @@ def test_keywords_of_llm() -> None:
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"enable_lora": True}, "enable_lora is not supported here: LoRA"),
+        ({"enable_lora": True}, "enable_lora is not supported: LoRA"),
         ({"speculative_config": {"model": "x"}}, "speculative decoding"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb 4"),
         ({"convert": "classify"}, "'classify' is not supported"),

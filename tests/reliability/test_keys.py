@@ -11,7 +11,7 @@ from sensorium.cli.flags import build_server_config
 from sensorium.cli.main import build_parser
 from sensorium.config import ServerConfig
 from sensorium.environment import api_keys_of_environment, unread_variables
-from sensorium.server.launch import _tell_access
+from sensorium.server.launch import log_access
 from tests.server.harness import App, running, status_of
 
 
@@ -62,18 +62,18 @@ def test_clients_of_the_command_line_send_the_same_key() -> None:
 @pytest.mark.parametrize(
     ("config", "level", "words"),
     [
-        ({"api_key": ("a", "b")}, logging.INFO, "an API key is needed: 2 accepted"),
-        ({}, logging.INFO, "no API key is needed"),
-        ({"host": "localhost"}, logging.INFO, "no API key is needed"),
-        ({"host": "0.0.0.0"}, logging.WARNING, "whoever reaches 0.0.0.0 may call"),
-        ({"host": "::"}, logging.WARNING, "whoever reaches :: may call"),
+        ({"api_key": ("a", "b")}, logging.INFO, "requests need an API key; accepted keys: 2"),
+        ({}, logging.INFO, "requests need no API key"),
+        ({"host": "localhost"}, logging.INFO, "requests need no API key"),
+        ({"host": "0.0.0.0"}, logging.WARNING, "listens on 0.0.0.0: anyone who can reach it"),
+        ({"host": "::"}, logging.WARNING, "listens on ::: anyone who can reach it"),
     ],
 )
 def test_the_log_says_whether_a_key_is_needed(
     config: dict[str, object], level: int, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "sensorium.server"):
-        _tell_access(ServerConfig(**config))  # type: ignore[arg-type]
+        log_access(ServerConfig(**config))  # type: ignore[arg-type]
     [record] = caplog.records
     assert record.levelno == level
     assert words in record.getMessage()
@@ -85,7 +85,7 @@ async def test_every_start_says_so(caplog: pytest.LogCaptureFixture) -> None:
         async with running(api_key=("secret-key",)) as server:
             reader, _ = await server.send("/health", None, method="GET")
             assert await status_of(reader) == 200
-    assert "an API key is needed: 1 accepted" in caplog.text
+    assert "requests need an API key; accepted keys: 1" in caplog.text
     assert "secret-key" not in caplog.text
 
 

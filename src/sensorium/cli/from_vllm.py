@@ -55,7 +55,7 @@ def _flags(rules: Sequence[Rule]) -> Iterable[str]:
     yield from table(
         "Flags with the same effect under another name", ("vLLM", "here", "meaning"), rows
     )
-    yield from _by_reason("Flags without effect", "why", Effect.NOTHING, rules)
+    yield from _by_reason("Flags without effect", "why", Effect.IGNORED, rules)
     yield from _by_reason(
         "Flags that are not supported", "why, and what to do", Effect.REFUSED, rules
     )

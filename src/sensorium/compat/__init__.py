@@ -1,4 +1,4 @@
-"""What users of vLLM bring along: its flags, fields of requests and paths, each with what becomes of it here.
+"""vLLM's flags, keywords, request fields and paths, and their meaning in Sensorium.
 
-The tables are data; ``docs/from_vllm.md`` is made of them.
+The tables are data; ``docs/from_vllm.md`` is generated from them.
 """

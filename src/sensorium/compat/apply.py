@@ -1,4 +1,4 @@
-"""vLLM's names that were given, turned into options of ours."""
+"""Translation of vLLM's options into Sensorium's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SECRET = frozenset({"hf_token"})
 
 @dataclass(slots=True)
 class Adopted:
-    """Options of ours that follow, and what is to be told of names that do nothing."""
+    """Sensorium's options, and notes about vLLM's options that have no effect."""
 
     options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -24,42 +24,41 @@ class Adopted:
 def adopt(
     given: Mapping[str, Any],
     rules: Mapping[str, Rule],
-    spelled: Callable[[str], str] = lambda name: name,
+    display: Callable[[str], str] = lambda name: name,
 ) -> Adopted:
     """Apply the rules of the names in ``given``; each must have one.
 
-    spelled: how a name is written in messages. Raises ConfigError for what is not supported.
+    ``display`` gives the form of a name in messages. Raises ConfigError for options that are not
+    available.
     """
     adopted, idle = Adopted(), dict[str, list[str]]()
     for name, value in given.items():
         rule = rules[name]
-        if rule.effect is Effect.NOTHING and value is not None:
-            idle.setdefault(rule.why, []).append(spelled(name))
+        if rule.effect is Effect.IGNORED and value is not None:
+            idle.setdefault(rule.why, []).append(display(name))
         elif rule.passes(value):
             continue
         elif rule.convert is not None:
-            _add(adopted.options, _converted(rule, value, spelled(name)))
+            _add(adopted.options, _converted(rule, value, display(name)))
         else:
             shown = "" if value is True or name in _SECRET else f" {_shown(value)}"
-            raise ConfigError(
-                f"{spelled(name)}{shown} is not supported here: {rule.why}.", param=name
-            )
+            raise ConfigError(f"{display(name)}{shown} is not supported: {rule.why}.", param=name)
     for why, names in idle.items():
-        verb = "does" if len(names) == 1 else "do"
-        adopted.notes.append(f"{', '.join(names)} {verb} nothing here: {why}.")
+        verb = "has" if len(names) == 1 else "have"
+        adopted.notes.append(f"{', '.join(names)} {verb} no effect: {why}.")
     return adopted
 
 
-def _converted(rule: Rule, value: Any, spelled: str) -> Mapping[str, Any]:
+def _converted(rule: Rule, value: Any, display: str) -> Mapping[str, Any]:
     assert rule.convert is not None
     try:
         return rule.convert(plain(value))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{spelled} has a value that is none: {_shown(value)}.") from error
+        raise ConfigError(f"{display} has an invalid value: {_shown(value)}.") from error
 
 
 def _add(options: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Add options; mappings (``hf_overrides``) of several names are put together."""
+    """Add options; mappings such as ``hf_overrides`` are merged."""
     for name, value in more.items():
         before = options.get(name)
         options[name] = {**before, **value} if isinstance(before, dict) else value

@@ -1,4 +1,4 @@
-"""Keywords of vLLM's ``LLM.generate``, ``chat``, ``embed`` and ``encode`` that are not ours."""
+"""Keywords of vLLM's ``LLM.generate``, ``chat``, ``embed`` and ``encode`` that Sensorium lacks."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 CALL_KEYWORDS: dict[str, str] = {
     "lora_request": "LoRA adapters are not available; merge the adapter into the weights",
     "prompt_adapter_request": "prompt adapters are not available",
-    "tokenization_kwargs": "texts are encoded as the model's tokenizer says; give token ids for another way",
-    "truncate_prompt_tokens": "shorten the prompt before it is given",
+    "tokenization_kwargs": "texts are encoded with the tokenizer's own settings; pass token ids instead",
+    "truncate_prompt_tokens": "shorten the prompt before you pass it",
     "guided_options_request": "use SamplingParams(structured_outputs=...)",
-    "mm_processor_kwargs": "give it in each prompt, {'prompt': ..., 'mm_processor_kwargs': ...}, or to LLM(...)",
-    "prompt_token_ids": "give prompts such as {'prompt_token_ids': [...]}",
-    "chat_template_content_format": "give it to LLM(...)",
-    "concurrency_limit": "calls keep twice max_num_seqs prompts at work by themselves",
+    "mm_processor_kwargs": "pass it in each prompt, {'prompt': ..., 'mm_processor_kwargs': ...}, or to LLM(...)",
+    "prompt_token_ids": "pass prompts such as {'prompt_token_ids': [...]}",
+    "chat_template_content_format": "pass it to LLM(...)",
+    "concurrency_limit": "calls keep up to twice max_num_seqs prompts in flight by themselves",
 }
-"""By keyword: why it is not supported, or what to do instead. None and vLLM's neutral values pass."""
+"""By keyword: why it is not available, or what to do instead. None and neutral values pass."""
 
 
 def takes_call_keywords(method: Method) -> Method:
-    """Decorate a method of ``LLM`` so that vLLM's keywords pass where they ask for nothing.
+    """Decorate a method of ``LLM`` to accept vLLM's keywords with neutral values.
 
-    Raises InvalidRequestError for a value that asks for something; keywords that are in no table are Python's affair.
+    Other values raise InvalidRequestError. Keywords that are in no table raise TypeError, as usual.
     """
     foreign = CALL_KEYWORDS.keys() - inspect.signature(method).parameters.keys()
 
@@ -37,7 +37,7 @@ def takes_call_keywords(method: Method) -> Method:
         for name in foreign & keywords.keys():
             if not _is_neutral(keywords.pop(name)):
                 raise InvalidRequestError(
-                    f"{name} is not supported here: {CALL_KEYWORDS[name]}.", param=name
+                    f"{name} is not supported: {CALL_KEYWORDS[name]}.", param=name
                 )
         return method(*args, **keywords)
 

@@ -1,4 +1,4 @@
-"""vLLM's engine arguments (version 0.33, and those of 2024 and 2025 that are gone): flags, and keywords of ``LLM``.
+"""vLLM's engine arguments (0.33, and those of 2024 and 2025 since removed): flags, keywords of LLM.
 
 Names that vLLM and Sensorium share are fields of ``sensorium.config`` and are not listed.
 """
@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from sensorium.compat.rule import Effect, Rule, nothing, one_of, refused, same
+from sensorium.compat.rule import Effect, Rule, ignored, one_of, refused, same
 
-_ONE_DEVICE = "one device runs a model"
+_ONE_DEVICE = "a model runs on one device"
 _NO_GRAPHS = "nothing is compiled or captured as a graph"
-_KERNELS = "the kernels follow from the hardware and the model"
+_KERNELS = "kernels are chosen by hardware and model"
 _NO_LORA = "LoRA adapters are not available; merge the adapter into the weights"
 _NO_SPECULATION = "speculative decoding is not available"
 _NO_TRANSFER = "KV and encoder caches stay in one process"
-_NO_PLUGINS = "code of others is not loaded into the engine"
-_LOADING = "weights are mapped from their files as they stand"
-_SCHEDULING = "one token budget is shared by all: --max-num-batched-tokens"
-_METRICS = "docs/metrics.md lists what is measured, always"
-_STATE_SPACE = "models with state-space or linear-attention layers are not served"
-_EXPERTS = "experts run on the one device, through the model's own code"
-_CACHED_MEDIA = "features of media lie in shared memory, bounded by --mm-processor-cache-gb"
+_NO_PLUGINS = "plugins cannot be loaded into the engine"
+_LOADING = "weight files are memory-mapped as they are"
+_SCHEDULING = "all requests share one token budget per step, --max-num-batched-tokens"
+_METRICS = "metrics are always on; docs/metrics.md lists them"
+_STATE_SPACE = "models with state-space or linear-attention layers are not supported"
+_EXPERTS = "all experts run on one device, in the model's own code"
+_CACHED_MEDIA = "preprocessed media are kept in shared memory, up to --mm-processor-cache-gb"
 
 
 def _no_modalities(value: Any) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def _no_modalities(value: Any) -> dict[str, Any]:
 
 
 def _pools_alike(value: Any) -> bool:
-    """Return true for pooling of the last token and embeddings of length 1, as is done here."""
+    """Return true for last-token pooling and embeddings of length 1, Sensorium's behaviour."""
     last = {"pooling_type", "seq_pooling_type"}
     scaled = {"normalize", "use_activation"}
     return isinstance(value, dict) and all(
@@ -43,72 +43,72 @@ SAME = [
         "device_memory_utilization",
         "gpu_memory_utilization",
         lambda value: {"gpu_memory_utilization": float(value)},
-        "part of a device's memory",
+        "fraction of the device's memory",
     ),
     same(
         "num_gpu_blocks_override",
         "num_kv_blocks",
         lambda value: {"num_kv_blocks": int(value)},
-        "the number of KV blocks",
+        "number of KV cache blocks",
     ),
     same(
         "disable_mm_preprocessor_cache",
         "mm_processor_cache_gb 0",
         lambda value: {"mm_processor_cache_gb": 0.0} if value else {},
-        "preprocessed media are not kept",
+        "no cache of preprocessed media",
         takes="switch",
     ),
     same(
         "language_model_only",
         "limit_mm_per_prompt 0 for each modality",
         _no_modalities,
-        "no media, and no encoder is loaded",
+        "media are refused and no encoder is loaded",
         takes="switch",
     ),
     same(
         "max_num_queued_reqs",
         "max_num_waiting",
         lambda value: {"max_num_waiting": max(1, int(value))},
-        "past it, 503 with Retry-After; samples are counted, not requests",
+        "beyond it, 503 with Retry-After; counts samples, not requests",
     ),
     same(
         "rope_scaling",
         "hf_overrides",
         lambda value: {"hf_overrides": {"rope_scaling": value}},
-        "replaces that of config.json",
+        "replaces the value in config.json",
         takes="json",
     ),
     same(
         "rope_theta",
         "hf_overrides",
         lambda value: {"hf_overrides": {"rope_theta": value}},
-        "replaces that of config.json",
+        "replaces the value in config.json",
     ),
 ]  # fmt: skip
 
-NOTHING = [
-    *nothing(
+IGNORED = [
+    *ignored(
         _NO_GRAPHS, compilation_config={}, optimization_level=2, performance_mode="balanced",
         cudagraph_capture_sizes=[], cuda_graph_sizes=[], max_cudagraph_capture_size=None,
         max_seq_len_to_capture=8192, use_cudagraph=True,
     ),
-    *nothing(
+    *ignored(
         _KERNELS, attention_backend=None, attention_config={}, kernel_config={}, ir_op_priority={},
         enable_flashinfer_autotune=True, monokernel=False, linear_backend="auto",
         sparse_indexer_topk_backend="auto", gdn_prefill_backend=None, kda_prefill_backend=None,
         kda_decode_backend=None, disable_cascade_attn=False, use_fp64_gumbel=False,
         mm_encoder_attn_backend=None, jit_monitor_mode="warn", jit_monitor_verbose=False,
     ),
-    *nothing("there is no swapping: a preempted request is computed again", swap_space=4, preemption_mode=None),
-    *nothing(
+    *ignored("there is no swapping: a preempted request is recomputed", swap_space=4, preemption_mode=None),
+    *ignored(
         _SCHEDULING, async_scheduling=False, num_scheduler_steps=1, multi_step_stream_outputs=True,
         scheduler_delay_factor=0.0, max_num_partial_prefills=1, max_long_partial_prefills=1,
         long_prefill_token_threshold=0, long_prefill_token_threshold_adaptive=False, num_lookahead_slots=0,
         max_num_scheduled_tokens=None, max_num_active_seqs=None, scheduler_reserve_full_isl=True, watermark=0.0,
         prefill_schedule_interval=1, disable_chunked_mm_input=False, disable_async_output_proc=False,
     ),
-    *nothing("requests are ordered by priority, then by arrival", scheduling_policy="fcfs"),
-    *nothing(
+    *ignored("requests are ordered by priority, then by arrival", scheduling_policy="fcfs"),
+    *ignored(
         _ONE_DEVICE, distributed_executor_backend=None, disable_custom_all_reduce=False, worker_use_ray=False,
         ray_workers_use_nsight=False, engine_use_ray=False, mm_encoder_tp_mode="weights", numa_bind=False,
         numa_bind_nodes=[], numa_bind_cpus=[], distributed_timeout_seconds=None, cpu_distributed_timeout_seconds=None,
@@ -119,71 +119,71 @@ NOTHING = [
         dbo_decode_token_threshold=32, dbo_prefill_token_threshold=512, enable_nccl_comm_suspend=False,
         enable_cumem_allocator=False, fault_tolerance_config={}, watchdog_config={},
     ),
-    *nothing(
+    *ignored(
         _EXPERTS, enable_expert_parallel=False, enable_eplb=False, eplb_config={}, moe_backend="auto",
         all2all_backend="allgather_reducescatter", expert_placement_strategy="linear", enable_ep_weight_filter=False,
         num_redundant_experts=0, enable_elastic_ep=False, elastic_ep_max_dp_size=None,
     ),
-    *nothing(
+    *ignored(
         _LOADING, use_tqdm_on_load=True, pt_load_map_location="cpu", ignore_patterns=[], model_loader_extra_config={},
         safetensors_load_strategy=None, safetensors_prefetch_num_threads=None, safetensors_prefetch_block_size=None,
         max_parallel_loading_workers=None,
     ),
-    *nothing("no code of a checkpoint is executed", code_revision=None),
-    *nothing(
+    *ignored("no code of a checkpoint is executed", code_revision=None),
+    *ignored(
         _CACHED_MEDIA, mm_processor_cache_type="lru", mm_shm_cache_max_object_size_mb=128, mm_tensor_ipc="direct_rpc",
         mm_ipc_gpu_memory_gb=0, mm_hasher_algorithm="blake3", mm_processor_device="auto", mm_device_do_normalize=False,
         renderer_num_workers=1, mm_encoder_attn_dtype=None, mm_encoder_fp8_scale_path=None,
         mm_encoder_fp8_scale_save_path=None, mm_encoder_fp8_scale_save_margin=1.5,
     ),
-    *nothing("memory for media is computed from the configuration", skip_mm_profiling=False),
-    *nothing(
-        "one library compiles all constraints; JSON is compact and objects are closed",
+    *ignored("memory for media is derived from the configuration", skip_mm_profiling=False),
+    *ignored(
+        "all constraints use one backend; JSON is compact and objects have no additional properties",
         guided_decoding_backend="auto", structured_outputs_config={}, guided_decoding_disable_fallback=False,
         guided_decoding_disable_any_whitespace=False, guided_decoding_disable_additional_properties=False,
     ),
-    *nothing(
-        "a model's reasoning stays in the content, as the model writes it",
+    *ignored(
+        "reasoning stays in the content, as the model writes it",
         reasoning_parser="", reasoning_parser_plugin="", reasoning_config={}, enable_reasoning=False,
     ),
-    *nothing(
+    *ignored(
         _METRICS, show_hidden_metrics_for_version=None, kv_cache_metrics=False, kv_cache_metrics_sample=0.01,
         cudagraph_metrics=False, enable_mfu_metrics=False, enable_mm_processor_stats=False,
         enable_logging_iteration_details=False, enable_layerwise_nvtx_tracing=False, aggregate_engine_logging=False,
         per_request_spec_decode_metrics="none", profiler_config={},
     ),
-    *nothing(
+    *ignored(
         _STATE_SPACE, mamba_cache_dtype="auto", mamba_ssm_cache_dtype="auto", mamba_block_size=None, mamba_config={},
         mamba_backend="triton", mamba_ssu_algorithm=None, mamba_cache_mode=None, mamba_cache_philox_rounds=None,
         enable_mamba_cache_stochastic_rounding=False, enable_mamba_shared_prefix_checkpoint=False,
         replayssm_buffer_len=16, use_replayssm=False,
     ),
-    *nothing(
-        "blocks are found by SHA-256 and freed by least recent use", prefix_caching_hash_algo="sha256",
+    *ignored(
+        "blocks are keyed by SHA-256 and evicted least recently used first", prefix_caching_hash_algo="sha256",
         prefix_cache_retention_interval=0, prefix_match_unit=None, use_v2_block_manager=True,
         disable_hybrid_kv_cache_manager=False, kv_sharing_fast_prefill=False, swa_bounded_replay=True,
     ),
-    *nothing(
-        "the library decides by itself", tokenizer_pool_size=0, tokenizer_pool_type="ray",
+    *ignored(
+        "chosen automatically", tokenizer_pool_size=0, tokenizer_pool_type="ray",
         tokenizer_pool_extra_config={}, intial_incremental_detokenization_offset=5, fail_on_environ_validation=False,
     ),
-    *nothing("the KV cache has the type of the weights", calculate_kv_scales=False, kv_cache_dtype_skip_layers=[]),
-    *nothing("chunks are sent as tokens come", stream_interval=1),
-    *nothing("no content of requests is logged", disable_log_requests=False, enable_log_requests=False),
+    *ignored("the KV cache has the dtype of the weights", calculate_kv_scales=False, kv_cache_dtype_skip_layers=[]),
+    *ignored("chunks are sent as soon as there are tokens", stream_interval=1),
+    *ignored("the content of requests is never logged", disable_log_requests=False, enable_log_requests=False),
 ]  # fmt: skip
 
 REFUSED = [
     *refused(
-        f"{_ONE_DEVICE} so far; start one server per device and balance between them",
+        f"{_ONE_DEVICE}; start one server per device and balance the load between them",
         pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, nnodes=1,
         node_rank=0, data_parallel_rank=None, data_parallel_start_rank=None, data_parallel_size_local=None,
         data_parallel_hybrid_lb=False, data_parallel_external_lb=False, data_parallel_multi_port_external_lb=False,
         enable_fault_tolerance=False,
     ),
-    *refused("choose the device with --device, or with CUDA_VISIBLE_DEVICES", device_ids=None),
-    *refused("the KV cache has the type of the weights so far; leave it at auto", kv_cache_dtype="auto"),
+    *refused("choose the device with --device or CUDA_VISIBLE_DEVICES", device_ids=None),
+    *refused("the KV cache has the dtype of the weights; leave it at auto", kv_cache_dtype="auto"),
     *refused(
-        "all weights and the KV cache must fit the device's memory", cpu_offload_gb=0, cpu_offload_params=[],
+        "weights and KV cache must fit into the device's memory", cpu_offload_gb=0, cpu_offload_params=[],
         offload_backend="auto", offload_group_size=0, offload_num_in_group=1, offload_prefetch_step=1,
         offload_params=[], kv_offloading_size=None, kv_offloading_backend="native",
     ),
@@ -212,38 +212,42 @@ REFUSED = [
         override_neuron_config={},
     ),
     *refused(
-        "tokenizers of the tokenizers library are read (tokenizer.json)", harmless=one_of("hf", "fast"),
+        "only tokenizers of the tokenizers library are supported (tokenizer.json)", harmless=one_of("hf", "fast"),
         tokenizer_mode="auto",
     ),
-    *refused("the tokenizer comes from the model's revision; give a folder with --tokenizer", tokenizer_revision=None),
-    Rule("hf_token", Effect.REFUSED, "set HF_TOKEN in the environment; others see the flags of a process",
+    *refused("the tokenizer has the model's revision; pass another as a folder, --tokenizer",
+             tokenizer_revision=None),
+    Rule("hf_token", Effect.REFUSED, "set HF_TOKEN in the environment; other users can see the flags of a process",
          takes="optional", harmless=one_of(True, False)),
-    *refused("requests need the tokenizer; prompts may be token ids all the same", skip_tokenizer_init=False),
-    *refused("checkpoints of transformers' layout are read (config.json)", harmless=one_of("hf"), config_format="auto"),
+    *refused("the tokenizer is always loaded; prompts may still be token ids", skip_tokenizer_init=False),
+    *refused("only checkpoints in the layout of transformers are supported (config.json)",
+             harmless=one_of("hf"), config_format="auto"),
     *refused("change values of config.json with --hf-overrides", hf_config_path=None),
-    *refused("the family that knows the architecture runs it; others go through transformers",
+    *refused("a native implementation runs the model where there is one, else transformers does",
              harmless=one_of("vllm"), model_impl="auto"),
-    *refused("a model's window is kept; a lower --max-model-len stays within it", disable_sliding_window=False),
-    *refused("up to 20 alternatives are reported", max_logprobs=20,
+    *refused("the model's window is kept; a --max-model-len up to its size has the same effect",
+             disable_sliding_window=False),
+    *refused("at most 20 log probabilities are reported per token", max_logprobs=20,
              harmless=lambda value: isinstance(value, int) and 0 <= value <= 20),
-    *refused("log-probabilities are those of the model, before penalties and temperature",
+    *refused("log probabilities are the model's, before penalties and temperature",
              logprobs_mode="raw_logprobs"),
-    *refused("embeddings of media are taken (--enable-mm-embeds), those of text are not", enable_prompt_embeds=False),
-    *refused("embeddings are those of the last token; Matryoshka by --hf-overrides '{\"is_matryoshka\": true}'",
+    *refused("embeddings of media are accepted (--enable-mm-embeds), those of text are not",
+             enable_prompt_embeds=False),
+    *refused("embeddings are those of the last token; for Matryoshka, --hf-overrides '{\"is_matryoshka\": true}'",
              harmless=_pools_alike, pooler_config={}, override_pooler_config={}),
     *refused("stop the server to free its memory", enable_sleep_mode=False, sleep_mode_backend="cumem",
              sleep_mode_offload_cudagraph=False, sleep_preserve_parameter_names=[]),
-    *refused("all frames that are sampled reach the model; sample fewer with --media-io-kwargs",
+    *refused("all sampled frames reach the model; sample fewer with --media-io-kwargs",
              harmless=one_of(0, 0.0), video_pruning_rate=None, video_pruning_method="evs"),
-    *refused("traces are not sent; --trace-dir writes them to files", otlp_traces_endpoint=None,
+    *refused("traces are not exported; --trace-dir writes them to files", otlp_traces_endpoint=None,
              collect_detailed_traces=[]),
-    *refused("the bounds of histograms are fixed", custom_histogram_buckets=None),
-    *refused("quantized checkpoints are not available so far", quantization_config=None,
+    *refused("histogram buckets are fixed", custom_histogram_buckets=None),
+    *refused("quantized checkpoints are not supported", quantization_config=None,
              allow_deprecated_quantization=False),
     *refused("there is no such output", enable_return_routed_experts=False, return_sampling_mask=False,
              enable_trace_replay=False, aux_output_config={}, watermark_config=None, diffusion_config=None,
              engram_config=None),
-    *refused("bound the queue with --max-num-waiting, which counts samples", max_num_queued_tokens=None),
+    *refused("limit the queue with --max-num-waiting, which counts samples", max_num_queued_tokens=None),
 ]  # fmt: skip
 
-ENGINE_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *NOTHING, *REFUSED)}
+ENGINE_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *IGNORED, *REFUSED)}

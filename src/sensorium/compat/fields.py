@@ -1,4 +1,4 @@
-"""Fields of vLLM's requests that are not ours: of version 0.33, and those of 2024 and 2025 that are gone."""
+"""Request fields of vLLM (0.33, and those of 2024 and 2025 since removed) that Sensorium lacks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from sensorium.compat.rule import Effect, Rule, nothing, one_of, refused, same
+from sensorium.compat.rule import Effect, Rule, ignored, one_of, refused, same
 from sensorium.errors import InvalidRequestError, SensoriumError
 
 _CONSTRAINT = "structured_outputs"
@@ -36,13 +36,13 @@ SAME = [
         "guided_whitespace_pattern",
         f"{_CONSTRAINT}.{_BLANKS}",
         lambda value: {_CONSTRAINT: {_BLANKS: value}},
-        "what may stand at the gaps of guided JSON",
+        "white space between the tokens of guided JSON",
     ),
     same(
         "documents",
         "chat_template_kwargs.documents",
         lambda value: {"chat_template_kwargs": {"documents": value}},
-        "the chat template sees them",
+        "a variable of the chat template",
     ),
     same(
         "use_activation",
@@ -52,42 +52,42 @@ SAME = [
     ),
 ]
 
-NOTHING = [
-    *nothing("one library compiles all constraints", guided_decoding_backend=None),
-    *nothing("reasoning stays in the content, as the model writes it", include_reasoning=True),
-    *nothing("chunks are sent as tokens come", stream_interval=None),
-    *nothing("each request is on its own; prefixes are found again by their content", session_id=None),
-    *nothing("inputs are not padded", padding=None),
-    *nothing("nothing is shown of features", mm_payload="tensors", return_mm_kwargs=None),
+IGNORED = [
+    *ignored("all constraints use one backend", guided_decoding_backend=None),
+    *ignored("reasoning stays in the content, as the model writes it", include_reasoning=True),
+    *ignored("chunks are sent as soon as there are tokens", stream_interval=None),
+    *ignored("requests are independent; cached prefixes are found by content", session_id=None),
+    *ignored("inputs are never padded", padding=None),
+    *ignored("preprocessed media are not returned", mm_payload="tensors", return_mm_kwargs=None),
 ]  # fmt: skip
 
 REFUSED = [
-    *refused("beam search is not available; n with a temperature gives several answers", use_beam_search=False,
+    *refused("beam search does not exist here; for several answers use n with a temperature", use_beam_search=False,
              length_penalty=1.0, early_stopping=False),
-    *refused("the chat template writes the special tokens of a chat", add_special_tokens=False),
-    *refused("the answer alone is sent; join it to the last message", echo=False),
-    *refused("the answer's length is bounded as a whole, by max_completion_tokens", thinking_token_budget=None),
+    *refused("in a chat the template writes the special tokens", add_special_tokens=False),
+    *refused("only the answer is returned; prepend the last message yourself", echo=False),
+    *refused("max_completion_tokens limits the whole answer, reasoning included", thinking_token_budget=None),
     *refused(
-        "shorten the prompt before it is sent (inputs of embeddings take it)",
+        "shorten the prompt before you send it (embeddings support truncation)",
         truncate_prompt_tokens=None,
         truncation_side=None,
     ),
-    *refused("top_logprobs reports the most likely tokens", logprob_token_ids=None),
-    *refused("return_token_ids gives ids beside the texts", return_tokens_as_token_ids=False),
-    *refused("there is no such output", return_weight_versions=False, routed_experts_prompt_start=0,
+    *refused("use top_logprobs for the most likely tokens", logprob_token_ids=None),
+    *refused("use return_token_ids for ids beside the text", return_tokens_as_token_ids=False),
+    *refused("this output does not exist here", return_weight_versions=False, routed_experts_prompt_start=0,
              return_token_offsets=False, return_prompt_text=False),
-    *refused("embeddings of media are taken, those of text are not", prompt_embeds=None),
+    *refused("embeddings of media are accepted, those of text are not", prompt_embeds=None),
     *refused("KV and encoder caches stay in one process", kv_transfer_params=None, ec_transfer_params=None,
              data_parallel_rank=None),
-    *refused("answers are not marked", watermarking=False),
-    *refused("repetition_penalty and frequency_penalty act against repetition", repetition_detection=None),
-    *refused("code of others is not loaded into the engine", logits_processors=[], vllm_xargs={}),
+    *refused("answers are not watermarked", watermarking=False),
+    *refused("use repetition_penalty or frequency_penalty against repetition", repetition_detection=None),
+    *refused("plugins cannot be loaded into the engine", logits_processors=[], vllm_xargs={}),
     *refused("use guided_json, guided_regex, guided_choice or guided_grammar", structural_tag=None),
-    *refused("embeddings are float32 numbers of this machine's byte order, or base64 of them",
+    *refused("embeddings are numbers, or base64 of little-endian float32",
              harmless=one_of("little"), embed_dtype="float32", endianness="native"),
 ]  # fmt: skip
 
-FIELD_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *NOTHING, *REFUSED)}
+FIELD_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *IGNORED, *REFUSED)}
 
 
 @dataclass(slots=True)
@@ -99,9 +99,10 @@ class AdoptedFields:
 
 
 def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFields:
-    """Return the body without vLLM's fields, and with what these mean.
+    """Return the body with vLLM's fields translated into Sensorium's.
 
-    known: the fields that are ours in such a body. Raises InvalidRequestError for what is not supported.
+    ``known``: Sensorium's fields of such a body. Raises InvalidRequestError for fields that are not
+    available.
     """
     adopted = AdoptedFields({})
     foreign: list[tuple[Rule, Any]] = []
@@ -117,22 +118,22 @@ def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFiel
         for option, meant in _meaning(rule, value).items():
             _put(adopted.body, option, meant)
             adopted.client_names[rule.to] = rule.name
-            if body.get(option) is None:  # else the client says it in our words, too
+            if body.get(option) is None:  # else the client sent our field, too
                 adopted.client_names.setdefault(option, rule.name)
     constraint = adopted.body.get(_CONSTRAINT)
     if isinstance(constraint, dict) and set(constraint) == {_BLANKS} and foreign:
-        del adopted.body[_CONSTRAINT]  # there is no JSON whose gaps it could mean
+        del adopted.body[_CONSTRAINT]  # without a constraint on JSON it has no meaning
     return adopted
 
 
 def _applies(rule: Rule, known: Collection[str]) -> bool:
-    """Return true unless the rule means a field that such a body does not have."""
+    """Return true unless the rule sets a field that such a body does not have."""
     return not rule.to or rule.to.partition(".")[0] in known
 
 
 def _meaning(rule: Rule, value: Any) -> Mapping[str, Any]:
-    """Return our fields for the value of one of vLLM's. Raises InvalidRequestError."""
-    if value is None or rule.effect is Effect.NOTHING:
+    """Return Sensorium's fields for the value of one of vLLM's. Raises InvalidRequestError."""
+    if value is None or rule.effect is Effect.IGNORED:
         return {}
     if rule.convert is not None:
         return rule.convert(value)
@@ -143,7 +144,7 @@ def _meaning(rule: Rule, value: Any) -> Mapping[str, Any]:
 
 
 def _put(body: dict[str, Any], option: str, meant: Any) -> None:
-    """Set a field, or a member of one; what the client says in our words wins."""
+    """Set a field, or a member of one, unless the client set it itself."""
     before = body.get(option)
     if isinstance(before, dict) and isinstance(meant, dict):
         body[option] = {**meant, **before}
@@ -152,7 +153,7 @@ def _put(body: dict[str, Any], option: str, meant: Any) -> None:
 
 
 def _members(constraint: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the members of ``structured_outputs`` that say something; None where all are null."""
+    """Return the members of ``structured_outputs`` that are set; None where all are null."""
     if constraint.get("structural_tag") is not None:
         _refuse(f"{_CONSTRAINT}.structural_tag", FIELD_RULES["structural_tag"].why)
     said = {n: v for n, v in constraint.items() if v is not None and n not in _MEMBERS_IGNORED}
@@ -160,7 +161,7 @@ def _members(constraint: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _refuse(name: str, why: str) -> NoReturn:
-    raise InvalidRequestError(f"{name} is not supported here: {why}.", param=name)
+    raise InvalidRequestError(f"{name} is not supported: {why}.", param=name)
 
 
 def rename_for_client(error: SensoriumError, client_names: Mapping[str, str]) -> None:

@@ -5,31 +5,31 @@ from __future__ import annotations
 import re
 
 _CHAT = "use POST /v1/chat/completions"
-_EMBEDDINGS = "use POST /v1/embeddings (on a server of an embedding model, --runner pooling)"
+_EMBEDDINGS = "use POST /v1/embeddings (of a server started with --runner pooling)"
 _ADAPTERS = "LoRA adapters are not available"
-_CACHES = "caches make room by themselves; another cache_salt finds nothing that was cached before"
-_CONTROL = "a running server is not changed from outside; stop it and start another"
+_CACHES = "caches evict entries by themselves; a new cache_salt makes requests start without cached entries"
+_CONTROL = "a running server cannot be reconfigured; stop it and start another"
 
 PATHS: dict[str, str] = {
     "/v1/responses": f"the Responses API is not available; {_CHAT}",
     "/v1/messages": f"Anthropic's API is not available; {_CHAT}",
     "/v1/complete": f"Anthropic's API is not available; {_CHAT}",
-    "/v1/files": "files are not kept; send media as data: URLs or as URLs, in the parts of a message",
-    "/v1/uploads": "files are not kept; send media as data: URLs or as URLs, in the parts of a message",
-    "/v1/batches": f"batches of files are not available; send requests side by side, {_CHAT.removeprefix('use ')}",
-    "/v1/chat/completions/batch": f"send requests side by side; {_CHAT}",
-    "/v1/chat/completions/render": "use POST /tokenize, whose prompt is what the chat template writes",
-    "/v1/audio/transcriptions": f"{_CHAT} with an input_audio part and the question what is said",
-    "/v1/audio/translations": f"{_CHAT} with an input_audio part and the wish for a translation",
-    "/v1/audio/speech": "models here write text; they do not speak",
-    "/v1/images": "models here read images, they do not generate them",
-    "/v1/videos": "models here read videos, they do not generate them",
-    "/v1/moderations": "no model here moderates",
+    "/v1/files": "files are not stored; send media as URLs or data: URLs in the parts of a message",
+    "/v1/uploads": "files are not stored; send media as URLs or data: URLs in the parts of a message",
+    "/v1/batches": f"batch files are not available; send concurrent requests, {_CHAT.removeprefix('use ')}",
+    "/v1/chat/completions/batch": f"send concurrent requests; {_CHAT}",
+    "/v1/chat/completions/render": "use POST /tokenize: its prompt is the rendered chat template",
+    "/v1/audio/transcriptions": f"{_CHAT} with an input_audio part, and ask for a transcription",
+    "/v1/audio/translations": f"{_CHAT} with an input_audio part, and ask for a translation",
+    "/v1/audio/speech": "models here generate text, no speech",
+    "/v1/images": "models here take images as input but generate none",
+    "/v1/videos": "models here take videos as input but generate none",
+    "/v1/moderations": "moderation models are not supported",
     "/v1/realtime": f"the Realtime API is not available; {_CHAT} with stream: true",
     "/v1/assistants": f"the Assistants API is not available; {_CHAT}",
     "/v1/threads": f"the Assistants API is not available; {_CHAT}",
     "/v1/vector_stores": f"nothing is stored; {_EMBEDDINGS}",
-    "/v1/fine_tuning": "models are not trained here",
+    "/v1/fine_tuning": "training is not supported",
     "/v1/engines": "use /v1/completions and /v1/embeddings, with model in the body",
     "/v1/edits": _CHAT,
     "/v1/score": f"scores are not available; compare embeddings: {_EMBEDDINGS}",
@@ -39,7 +39,7 @@ PATHS: dict[str, str] = {
     "/score": f"scores are not available; compare embeddings: {_EMBEDDINGS}",
     "/rerank": f"ranking is not available; compare embeddings: {_EMBEDDINGS}",
     "/pooling": _EMBEDDINGS,
-    "/classify": "no model here classifies; ask one, with structured_outputs.choice for the classes",
+    "/classify": "classifiers are not supported; ask a chat model, with structured_outputs.choice",
     "/invocations": f"SageMaker's API is not available; {_CHAT}",
     "/inference": f"{_CHAT}, or POST /v1/completions with token ids as the prompt",
     "/api/generate": "Ollama's API is not available; use POST /v1/completions or /v1/chat/completions",
@@ -50,7 +50,7 @@ PATHS: dict[str, str] = {
     "/api/version": "use GET /version",
     "/api/embed": f"Ollama's API is not available; {_EMBEDDINGS}",
     "/api/embeddings": f"Ollama's API is not available; {_EMBEDDINGS}",
-    "/api/v1": "the API begins with /v1: leave out /api",
+    "/api/v1": "the API begins with /v1: omit /api",
     "/generate": "use POST /v1/completions, or /v1/chat/completions",
     "/generate_stream": "use POST /v1/completions with stream: true",
     "/completion": "use POST /v1/completions",
@@ -69,8 +69,8 @@ PATHS: dict[str, str] = {
     "/props": "use GET /v1/models",
     "/slots": "use GET /metrics",
     "/load": "use GET /metrics",
-    "/docs": "there is no page for it; GET /openapi.json describes the API",
-    "/redoc": "there is no page for it; GET /openapi.json describes the API",
+    "/docs": "there is no such page; GET /openapi.json describes the API",
+    "/redoc": "there is no such page; GET /openapi.json describes the API",
     "/v1/load_lora_adapter": _ADAPTERS,
     "/v1/unload_lora_adapter": _ADAPTERS,
     "/sleep": _CONTROL,
@@ -83,20 +83,20 @@ PATHS: dict[str, str] = {
     "/reset_prefix_cache": _CACHES,
     "/reset_mm_cache": _CACHES,
     "/reset_encoder_cache": _CACHES,
-    "/start_profile": "GET /metrics has the seconds of each stage",
-    "/stop_profile": "GET /metrics has the seconds of each stage",
+    "/start_profile": "use GET /metrics for the time of each stage, or start the server with --trace-dir",
+    "/stop_profile": "use GET /metrics for the time of each stage, or start the server with --trace-dir",
 }  # fmt: skip
-"""By path: what to do instead. A path means those below it, too."""
+"""By path: what to do instead. An entry covers the paths below it, too."""
 
 _VERSION_TWICE = re.compile(r"^(/v1){2,}(?=/)")
 _WITHOUT_VERSION = ("/chat/completions", "/completions", "/embeddings", "/models")
 
 
 def instead_of(path: str) -> str | None:
-    """Return what to do instead of calling a path that is not here; None when nothing is known of it."""
+    """Return what to do instead of calling an unknown path; None where nothing is known."""
     path = path.rstrip("/") or "/"
     if _VERSION_TWICE.match(path):
-        return "the base URL ends with /v1 already: leave one out"
+        return "the base URL already ends with /v1: omit one of them"
     if path == "/v1":
         return "this is the base URL: add /chat/completions, /completions, /embeddings or /models"
     if any(path == bare or path.startswith(f"{bare}/") for bare in _WITHOUT_VERSION):

@@ -1,4 +1,4 @@
-"""One row of a table: a name of vLLM's, and what becomes of it here."""
+"""Rows of the tables: one of vLLM's names and its effect in Sensorium."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Takes = Literal["switch", "text", "texts", "json", "optional"]
-"""What follows a flag: nothing, a value, several, JSON, or a value that may be left out."""
+"""Value of a flag: none, one, several, JSON, or an optional one."""
 
 Convert = Callable[[Any], Mapping[str, Any]]
 
 
 class Effect(enum.Enum):
-    """What a name of vLLM's does here."""
+    """Effect of one of vLLM's names."""
 
-    SAME = "does the same"
-    NOTHING = "does nothing here"
+    SAME = "has the same effect"
+    IGNORED = "no effect"
     REFUSED = "not supported"
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What becomes of a name.
+    """Treatment of one of vLLM's names.
 
-    default: vLLM's value, which passes in silence whatever the effect is. harmless: tells further values that pass.
-    convert: our options out of a value, for those that do the same; ``to`` names them for the page.
+    ``default``: vLLM's value, which is accepted silently in any case, as are values for which
+    ``harmless`` returns true. ``convert`` returns Sensorium's options for a value, where there are
+    any; ``to`` names them in the documentation.
     """
 
     name: str
@@ -40,32 +41,32 @@ class Rule:
     harmless: Callable[[Any], bool] = lambda value: False
 
     def passes(self, value: Any) -> bool:
-        """Return true for null and the values that ask for what is done here anyway."""
+        """Return true for null and for values that ask for the behaviour there is anyway."""
         value = plain(value)
         return value is None or value == self.default or self.harmless(value)
 
 
 def same(name: str, to: str, convert: Convert, why: str, *, takes: Takes = "text") -> Rule:
-    """A name whose value sets options of ours."""
+    """Return the rule of a name that sets Sensorium's options."""
     return Rule(name, Effect.SAME, why, takes=takes, to=to, convert=convert)
 
 
-def nothing(why: str, **defaults: Any) -> list[Rule]:
-    """Names that are accepted without effect, with vLLM's defaults."""
-    return [Rule(n, Effect.NOTHING, why, d, takes_of(d)) for n, d in defaults.items()]
+def ignored(why: str, **defaults: Any) -> list[Rule]:
+    """Return rules of names that are accepted without effect, with vLLM's defaults."""
+    return [Rule(n, Effect.IGNORED, why, d, takes_of(d)) for n, d in defaults.items()]
 
 
 def refused(
     why: str, *, harmless: Callable[[Any], bool] = lambda value: False, **defaults: Any
 ) -> list[Rule]:
-    """Names that are refused unless they have vLLM's default, or a value that is harmless."""
+    """Return rules of names that are refused unless they have a default or harmless value."""
     return [
         Rule(n, Effect.REFUSED, why, d, takes_of(d), harmless=harmless) for n, d in defaults.items()
     ]
 
 
 def takes_of(default: Any) -> Takes:
-    """Return what follows the flag of an option with this default."""
+    """Return the kind of value of a flag with this default."""
     if isinstance(default, bool):
         return "switch"
     if isinstance(default, dict):
@@ -74,7 +75,7 @@ def takes_of(default: Any) -> Takes:
 
 
 def plain(value: Any) -> Any:
-    """Return the value that a text on the command line stands for: ``1`` of ``"1"``, None of ``"None"``."""
+    """Return the value of a text on the command line: 1 of ``"1"``, None of ``"None"``."""
     if not isinstance(value, str):
         return value
     if value in ("None", "none", "null"):
@@ -86,5 +87,5 @@ def plain(value: Any) -> Any:
 
 
 def one_of(*values: Any) -> Callable[[Any], bool]:
-    """Return a test for these values."""
+    """Return a function that is true for these values."""
     return lambda value: value in values

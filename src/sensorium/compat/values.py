@@ -1,4 +1,4 @@
-"""Values of options that vLLM and Sensorium share by name, where vLLM knows further ones."""
+"""vLLM's further values of options that both have."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ SAME_VALUES: dict[str, dict[str, Any]] = {
     "max_model_len": {"auto": None, "-1": None},
     "task": {"auto": None},
 }
-"""By option: vLLM's values and ours; None leaves the option at its default."""
+"""By option: vLLM's values and Sensorium's; None leaves the option at its default."""
 
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "load_format": dict.fromkeys(
         "pt npcache mistral tensorizer sharded_state runai_streamer_sharded ipc_cache modelexpress gguf "
         "bitsandbytes".split(),
-        "safetensors files are read; convert the checkpoint, or use load_format dummy",
+        "only safetensors are supported; convert the checkpoint, or use load_format dummy",
     ),
     "task": dict.fromkeys(
         ("classify", "score", "reward", "transcription", "draft"),
-        "models generate text or make embeddings: generate or embed",
+        "models generate text or compute embeddings: use generate or embed",
     ),
     "convert": dict.fromkeys(
-        ("classify", "reward"), "models are adapted for embeddings only: embed"
+        ("classify", "reward"), "models can be converted for embeddings only: use embed"
     ),
-    "runner": {"draft": "there is no speculative decoding"},
+    "runner": {"draft": "speculative decoding is not available"},
 }
-"""By option: vLLM's values that are not supported, and why."""
+"""By option: vLLM's values that are not available, and why."""
 
 _SIZES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -42,11 +42,11 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)([kKmMgGtT])")
 
 
 def shared_value(option: str, value: Any) -> Any:
-    """Return our value for one of vLLM's. Raises ConfigError for one that is not supported."""
+    """Return Sensorium's value for one of vLLM's. Raises ConfigError where there is none."""
     key = str(value)
     why = REFUSED_VALUES.get(option, {}).get(key)
     if why is not None:
-        raise ConfigError(f"{option} {key!r} is not supported here: {why}.", param=option)
+        raise ConfigError(f"{option} {key!r} is not supported: {why}.", param=option)
     return SAME_VALUES.get(option, {}).get(key, value)
 
 

@@ -1,8 +1,8 @@
-"""Every metric that a server has: its name after the prefix, its kind, its labels and what it means.
+"""Table of all metrics: name without the prefix, kind, labels and help text.
 
-Names are vLLM's where it has the metric, so that its dashboards work with ``--metrics-prefix vllm:``. Those of HTTP
-have no prefix: they are the names that servers of this framework commonly have, and dashboards expect.
-``docs/metrics.md`` is written from here.
+Names are vLLM's where it has the metric, so that its dashboards work with ``--metrics-prefix
+vllm:``. The metrics of HTTP have no prefix: they have the names that dashboards for FastAPI expect.
+``docs/metrics.md`` is generated from this table.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from sensorium import errors
 Kind = Literal["gauge", "counter", "histogram"]
 
 COMMON_LABELS = ("model_name", "engine")
-"""``engine`` is the number of the engine, as in vLLM; there is one, and it is 0."""
+"""``engine`` is the index of the engine, as in vLLM. There is one, 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class MetricFamily:
-    """One metric. ``labels`` are those besides ``COMMON_LABELS``, which all have; ``name`` is without the prefix and,
-    of a counter, without ``_total``."""
+    """One metric.
+
+    ``name`` has no prefix and, of a counter, no ``_total``. ``labels`` are those besides
+    ``COMMON_LABELS``, which all metrics have.
+    """
 
     name: str
     kind: Kind
@@ -32,15 +35,15 @@ class MetricFamily:
 
     def __post_init__(self) -> None:
         if (self.kind == "histogram") != bool(self.buckets):
-            raise ValueError(f"a histogram has buckets, and nothing else has: {self.name}")
+            raise ValueError(f"histograms have buckets, and other metrics have none: {self.name}")
 
     def full_name(self, prefix: str) -> str:
-        """The name with the prefix, where it has one; of a counter without ``_total``."""
+        """Return the name with its prefix, if any; of a counter without ``_total``."""
         return prefix + self.name if self.prefixed else self.name
 
     @property
     def series(self) -> tuple[str, ...]:
-        """The names under which values are scraped, without the prefix."""
+        """Names of the scraped series, without the prefix."""
         if self.kind == "counter":
             return (f"{self.name}_total",)
         if self.kind == "histogram":
@@ -50,7 +53,7 @@ class MetricFamily:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A metric that is one number of the statistics: field ``field`` of them, or of their ``media``."""
+    """A metric of one number: the field ``field`` of the statistics, or of their ``media``."""
 
     family: MetricFamily
     field: str
@@ -75,121 +78,142 @@ def _histogram(
 ENGINE_ROWS = (
     _gauge("num_requests_running", "num_running", "Sequences being computed."),
     _gauge("num_requests_waiting", "num_waiting", "Sequences waiting to be scheduled."),
-    _gauge("mm_held_requests", "held_features", "Requests whose media the engine holds."),
+    _gauge("mm_held_requests", "held_features", "Requests whose media the engine holds in memory."),
     _counter("num_preemptions", "num_preemptions", "Sequences preempted."),
     _counter("engine_steps", "num_steps", "Steps of the engine."),
-    _counter("engine_restarts", "num_engine_restarts", "Engines started after one had died."),
+    _counter("engine_restarts", "num_engine_restarts", "Restarts of the engine after it had died."),
     _counter(
         "prompt_tokens",
         "prompt_tokens",
-        "Prompt tokens taken in, cached ones too; those of each sample of a request.",
+        "Prompt tokens of admitted requests, cached ones included; counted for each sample.",
     ),
     _counter("generation_tokens", "generation_tokens", "Tokens generated."),
-    _counter("vectors", "num_embeddings", "Embeddings made of prompts."),
+    _counter("vectors", "num_vectors", "Embeddings computed."),
     _counter(
         "model_output_not_finite",
         "num_unusable",
-        "Sequences ended because the model made infinite, undefined or all-equal numbers of them, or of an item.",
+        "Sequences ended because the output of the model or of an encoder was infinite, NaN or "
+        "constant.",
     ),
     _counter(
         "prompt_tokens_cached",
         "prefix_hits",
-        "Prompt tokens that were not computed, for the prefix cache had them.",
+        "Prompt tokens taken from the prefix cache.",
     ),
-    _counter("prefix_cache_queries", "prefix_queries", "Prompt tokens looked up in the cache."),
+    _counter(
+        "prefix_cache_queries", "prefix_queries", "Prompt tokens looked up in the prefix cache."
+    ),
     _counter("prefix_cache_hits", "prefix_hits", "Prompt tokens found in the prefix cache."),
-    _counter("mm_encoder_cache_queries", "encoder_queries", "Items whose embeddings were needed."),
-    _counter("mm_encoder_cache_hits", "encoder_hits", "Items whose embeddings were there."),
-    _counter("mm_encoder_cache_evictions", "encoder_evictions", "Items forgotten for others."),
+    _counter(
+        "mm_encoder_cache_queries", "encoder_queries", "Items looked up in the encoder cache."
+    ),
+    _counter("mm_encoder_cache_hits", "encoder_hits", "Items found in the encoder cache."),
+    _counter(
+        "mm_encoder_cache_evictions", "encoder_evictions", "Items evicted from the encoder cache."
+    ),
     _gauge(
         "mm_encoder_cache_resident_embeds",
         "encoder_resident_embeds",
-        "Embeddings of items held for use and reuse.",
+        "Embeddings in the encoder cache.",
     ),
-    _gauge("mm_encoder_cache_bytes", "encoder_num_bytes", "Bytes of these embeddings."),
+    _gauge("mm_encoder_cache_bytes", "encoder_num_bytes", "Bytes of the encoder cache."),
     _gauge(
         "mm_encoder_cache_capacity_bytes",
         "encoder_capacity_bytes",
-        "Most bytes of embeddings that are held (--mm-encoder-cache-gb).",
+        "Maximum bytes of the encoder cache (--mm-encoder-cache-gb).",
     ),
-    _counter("mm_encoder_items", "encoder_items", "Items encoded, or taken in as embeddings."),
+    _counter("mm_encoder_items", "encoder_items", "Items encoded, or received as embeddings."),
     _counter("mm_encoder_failures", "encode_failures", "Items that could not be encoded."),
 )
 ENGINE_UP = MetricFamily("engine_up", "gauge", "1 while requests can be served, else 0.")
-KV_USAGE = MetricFamily("kv_cache_usage_perc", "gauge", "Part of the KV cache in use, 0 to 1.")
+KV_USAGE = MetricFamily("kv_cache_usage_perc", "gauge", "Fraction of the KV cache in use, 0 to 1.")
 PROMPT_MODALITIES = MetricFamily(
     "prompt_tokens_by_modality",
     "counter",
-    "Prompt tokens taken in, by what fills them: text, image, video or audio.",
+    "Prompt tokens of admitted requests, by modality: text, image, video or audio.",
     ("modality",),
 )
 
 PROMPT_SOURCES = MetricFamily(
     "prompt_tokens_by_source",
     "counter",
-    "Prompt tokens of sequences that started, by where their keys and values come from: local_compute or "
+    "Prompt tokens of started sequences, by source of their keys and values: local_compute or "
     "local_cache_hit.",
     ("source",),
 )
 WAITING_REASONS = MetricFamily(
     "num_requests_waiting_by_reason",
     "gauge",
-    "Sequences waiting, by reason: capacity (for room in a step or the cache) or deferred (for their grammar).",
+    "Sequences waiting, by reason: capacity (of a step or of the cache) or deferred (until their "
+    "grammar is compiled).",
     ("reason",),
 )
 ITERATION_TOKENS = _histogram(
     "iteration_tokens_total",
     (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384),
-    "Tokens of a step that gave some: those generated, and of prompts that were completed all, cached ones too.",
+    "Tokens per step that generated any: generated tokens, and all prompt tokens of completed "
+    "prefills, cached ones included.",
 )
 CACHE_CONFIG = MetricFamily(
     "cache_config_info",
     "gauge",
-    "Always 1; the labels say how the KV cache is laid out.",
+    "Always 1; the labels describe the KV cache.",
     ("block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching"),
 )
 
 # ---- numbers of the media pipeline
 
 MEDIA_ROWS = (
-    _counter("mm_cache_queries", "processor_cache_queries", "Items looked up preprocessed."),
-    _counter("mm_cache_hits", "processor_cache_hits", "Items found preprocessed."),
-    _counter("mm_cache_evictions", "processor_cache_evictions", "Items forgotten for others."),
-    _gauge("mm_cache_entries", "processor_cache_num_entries", "Preprocessed items held."),
-    _gauge("mm_cache_bytes", "processor_cache_num_bytes", "Bytes of preprocessed media held."),
+    _counter(
+        "mm_cache_queries",
+        "processor_cache_queries",
+        "Items looked up in the cache of preprocessed media.",
+    ),
+    _counter(
+        "mm_cache_hits", "processor_cache_hits", "Items found in the cache of preprocessed media."
+    ),
+    _counter(
+        "mm_cache_evictions",
+        "processor_cache_evictions",
+        "Items evicted from the cache of preprocessed media.",
+    ),
+    _gauge(
+        "mm_cache_entries",
+        "processor_cache_num_entries",
+        "Items in the cache of preprocessed media.",
+    ),
+    _gauge(
+        "mm_cache_bytes", "processor_cache_num_bytes", "Bytes of the cache of preprocessed media."
+    ),
     _gauge(
         "mm_cache_capacity_bytes",
         "processor_cache_capacity_bytes",
-        "Most bytes of preprocessed media that are held (--mm-processor-cache-gb).",
+        "Maximum bytes of the cache of preprocessed media (--mm-processor-cache-gb).",
     ),
-    _counter(
-        "media_downloads", "downloads_num_requests", "Files that items wanted by URL or path."
-    ),
+    _counter("media_downloads", "downloads_num_requests", "Files requested by URL or path."),
     _counter(
         "media_downloads_reused",
         "downloads_num_reused",
-        "Those that had come a moment before (--media-url-reuse-seconds).",
+        "Files taken from a recent download (--media-url-reuse-seconds).",
     ),
     _counter(
         "media_download_cache_hits",
         "downloads_num_cached",
-        "Those that the folder of downloads had (--media-download-cache).",
+        "Files taken from the cache of downloads (--media-download-cache).",
     ),
-    _gauge("media_loading", "num_loading", "Items being loaded, from fetch to preprocessing."),
-    _gauge("media_waiting", "num_waiting", "Items that wait for a worker."),
-    _gauge("media_workers_busy", "num_busy", "Workers that decode an item."),
+    _gauge("media_loading", "num_loading", "Items being fetched, decoded or preprocessed."),
+    _gauge("media_waiting", "num_waiting", "Items waiting for a media worker."),
+    _gauge("media_workers_busy", "num_busy", "Media workers that process an item."),
     _counter(
         "media_worker_restarts",
         "num_worker_restarts",
-        "Workers that died, or were killed over a limit, and were replaced.",
+        "Media workers replaced after they had died or been killed at a limit.",
     ),
 )
 STAGES = ("fetch", "decode", "preprocess", "encode")
 STAGE_UNITS = (
     (
-        MetricFamily(
-            "media_stage_items", "counter", "Items that a stage was done for.", ("stage",)
-        ),
+        MetricFamily("media_stage_items", "counter", "Items that passed a stage.", ("stage",)),
         "count",
     ),
     (
@@ -200,17 +224,17 @@ STAGE_UNITS = (
         MetricFamily(
             "media_stage_bytes",
             "counter",
-            "Bytes that came out of a stage: files, decoded arrays, features, embeddings.",
+            "Bytes of the output of a stage: files, decoded arrays, features, embeddings.",
             ("stage",),
         ),
         "num_bytes",
     ),
 )
-"""Families of the stages, and what ``media`` calls their numbers: ``fetch_count``, ``decode_seconds`` …; those of
-``encode`` are the engine's: ``encode_items``, ``encode_seconds``, ``encode_num_bytes``."""
+"""Families of the stages, with the suffix of their numbers in ``media``: ``fetch_count``,
+``decode_seconds`` and so on. Those of ``encode`` come from the engine."""
 
 FAILURE = "failure_"
-"""What the names of failures in ``media`` begin with; the error's code follows."""
+"""Prefix of the names of failures in ``media``; the error's code follows."""
 MEDIA_FAILURES = MetricFamily(
     "media_failures", "counter", "Items refused, by the code of the error.", ("code",)
 )
@@ -226,7 +250,7 @@ MEDIA_CODES = tuple(
         errors.MediaFetchTimeoutError,
     )
 )
-"""Codes that are there from the start, with 0; others come when they occur."""
+"""Codes that are exported from the start, with 0; others when they occur."""
 
 # ---- requests
 
@@ -237,7 +261,7 @@ _SECONDS = (
 _REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0, 600.0)
 _LAG_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 1.0)
 _HTTP_SECONDS = (0.1, 0.5, 1.0, 5.0, 30.0)
-"""Few, for there is a histogram for each route: times of requests that matter have histograms of their own."""
+"""Few, since there is a histogram for each route; inference has finer histograms of its own."""
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 _SAMPLES = (1, 2, 5, 10, 20, 50, 100)
 
@@ -245,37 +269,41 @@ FINISH_REASONS = ("stop", "length", "abort", "error")
 SUCCESS = MetricFamily(
     "request_success",
     "counter",
-    "Requests that ended, by reason: stop (an embedding, too), length, abort (the client left), error. "
-    "Of several samples, the gravest counts.",
+    "Finished requests, by reason: stop (embeddings included), length, abort (the client "
+    "disconnected), error. Of several samples the most severe reason counts.",
     ("finished_reason",),
 )
 TIME_TO_FIRST_TOKEN = _histogram(
-    "time_to_first_token_seconds", _SECONDS, "From arrival to the first token."
+    "time_to_first_token_seconds", _SECONDS, "Time from arrival to the first token."
 )
-INTER_TOKEN = _histogram("inter_token_latency_seconds", _SECONDS, "Between two tokens of a sample.")
+INTER_TOKEN = _histogram(
+    "inter_token_latency_seconds", _SECONDS, "Time between two tokens of a sample."
+)
 QUEUE_TIME = _histogram(
     "request_queue_time_seconds",
     _REQUEST_SECONDS,
-    "From arrival to the first step, loading of media included.",
+    "Time from arrival to the first step, loading of media included.",
 )
 PREFILL_TIME = _histogram(
     "request_prefill_time_seconds",
     _REQUEST_SECONDS,
-    "From the first step to the first token, or to the embedding.",
+    "Time from the first step to the first token, or to the embedding.",
 )
 DECODE_TIME = _histogram(
-    "request_decode_time_seconds", _REQUEST_SECONDS, "From the first token to the last."
+    "request_decode_time_seconds", _REQUEST_SECONDS, "Time from the first token to the last."
 )
 INFERENCE_TIME = _histogram(
-    "request_inference_time_seconds", _REQUEST_SECONDS, "From the first step to the last token."
+    "request_inference_time_seconds",
+    _REQUEST_SECONDS,
+    "Time from the first step to the last token.",
 )
 TIME_PER_TOKEN = _histogram(
     "request_time_per_output_token_seconds",
     _SECONDS,
-    "Mean time between the tokens of a request, of those with at least two.",
+    "Mean time between the tokens of a request that has at least two.",
 )
 END_TO_END = _histogram(
-    "e2e_request_latency_seconds", _REQUEST_SECONDS, "From arrival to the end of a request."
+    "e2e_request_latency_seconds", _REQUEST_SECONDS, "Time from arrival to the end of a request."
 )
 PROMPT_TOKENS = _histogram("request_prompt_tokens", _TOKENS, "Prompt tokens of a request.")
 GENERATION_TOKENS = _histogram(
@@ -285,16 +313,20 @@ LONGEST_SAMPLE = _histogram(
     "request_max_num_generation_tokens", _TOKENS, "Tokens of the longest sample of a request."
 )
 CACHED_TOKENS = _histogram(
-    "request_cached_tokens", (0, *_TOKENS), "Prompt tokens of a request that were cached."
+    "request_cached_tokens",
+    (0, *_TOKENS),
+    "Prompt tokens of a request taken from the prefix cache.",
 )
 COMPUTED_TOKENS = _histogram(
     "request_prefill_kv_computed_tokens",
     (0, *_TOKENS),
-    "Prompt tokens of a request that were computed, those of the prefix cache left out.",
+    "Prompt tokens of a request that were computed, without those from the prefix cache.",
 )
-PARAM_N = _histogram("request_params_n", _SAMPLES, "Samples that a request asks for.")
+PARAM_N = _histogram("request_params_n", _SAMPLES, "Samples that a request asks for (n).")
 PARAM_MAX_TOKENS = _histogram(
-    "request_params_max_tokens", _TOKENS, "Most tokens that a sample of a request may have."
+    "request_params_max_tokens",
+    _TOKENS,
+    "Maximum number of tokens that a sample of a request may have.",
 )
 REQUESTS = (
     *(SUCCESS, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE_TIME, PREFILL_TIME, DECODE_TIME),
@@ -305,19 +337,21 @@ REQUESTS = (
 # ---- the HTTP server
 
 EVENT_LOOP_LAG = _histogram(
-    "event_loop_lag_seconds", _LAG_SECONDS, "How late timers of the event loop fire."
+    "event_loop_lag_seconds",
+    _LAG_SECONDS,
+    "Lag of the HTTP server's event loop: delay of its timers.",
 )
 HTTP_REQUESTS = MetricFamily(
     "http_requests",
     "counter",
-    "HTTP requests answered, by route, method and status; 499 when the client left.",
+    "HTTP requests, by route, method and status; 499 when the client disconnected.",
     ("handler", "method", "status", "code"),
     prefixed=False,
 )
 HTTP_SECONDS = MetricFamily(
     "http_request_duration_seconds",
     "histogram",
-    "From the head of an HTTP request to the end of its answer, streams included.",
+    "Time from the headers of an HTTP request to the end of its answer, streams included.",
     ("handler", "method"),
     _HTTP_SECONDS,
     prefixed=False,
@@ -336,6 +370,6 @@ SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
     ),
     "HTTP server": (HTTP_REQUESTS, HTTP_SECONDS, EVENT_LOOP_LAG),
 }
-"""All families, as ``docs/metrics.md`` groups them."""
+"""All families, in the sections of ``docs/metrics.md``."""
 
 FAMILIES = tuple(family for section in SECTIONS.values() for family in section)

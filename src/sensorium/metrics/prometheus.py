@@ -1,6 +1,6 @@
-"""What Prometheus scrapes: histograms and counters that requests fill, and what is read from the engine's statistics.
+"""Prometheus metrics of a server: of its requests, and of the statistics of its engine.
 
-Each instance has a registry of its own: two servers in one process do not meet.
+Each instance has a registry of its own, so one process may run several servers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sensorium.metrics.statistics import Statistics, StatisticsCollector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ENGINE = "0"
-"""The number of the only engine."""
+"""Index of the only engine."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
@@ -32,9 +32,9 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"
 class ServingMetrics:
     """The metrics of one server.
 
-    The front end calls ``first_token``, ``inter_token``, ``queue`` and ``finished``, the server's layers
-    ``http_request``, its ``LagSampler`` ``loop_lag``; the handler of ``/metrics`` calls ``update`` and ``render``.
-    Raises ConfigError for a prefix that Prometheus does not allow.
+    The frontend calls ``first_token``, ``inter_token``, ``queue`` and ``finished``, the middleware
+    ``http_request``, ``LagSampler`` ``loop_lag``, and the route of ``/metrics`` ``update`` and
+    ``render``. Raises ConfigError for a prefix that Prometheus does not allow.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ServingMetrics:
                 f"metrics_prefix must be letters, digits, '_' and ':', got {prefix!r}.",
                 param="metrics_prefix",
             )
-        disable_created_metrics()  # the times of creation double the counters and tell nothing
+        disable_created_metrics()  # they double the series and are of no use
         self.registry = registry or CollectorRegistry()
         self._prefix = prefix
         self._model_name = model_name
@@ -77,23 +77,23 @@ class ServingMetrics:
         self.registry.register(self._statistics)
 
     def first_token(self, seconds: float) -> None:
-        """A request got its first token, this long after its arrival."""
+        """Record the time from a request's arrival to its first token."""
         self._first_token.observe(seconds)
 
     def inter_token(self, seconds: float) -> None:
-        """A request got a further token, this long after the one before."""
+        """Record the time between two tokens of a request."""
         self._inter_token.observe(seconds)
 
     def queue(self, seconds: float) -> None:
-        """A request was scheduled for the first time, this long after its arrival."""
+        """Record the time from a request's arrival to its first step."""
         self._queue.observe(seconds)
 
     def loop_lag(self, seconds: float) -> None:
-        """A timer of the server's event loop fired this late."""
+        """Record how late a timer of the event loop fired."""
         self._loop_lag.observe(seconds)
 
     def finished(self, report: RequestReport) -> None:
-        """A request ended."""
+        """Record a request that has ended."""
         self._success[report.finish_reason].inc()
         self._end_to_end.observe(report.e2e_seconds)
         self._prompt_tokens.observe(report.num_prompt_tokens)
@@ -114,8 +114,11 @@ class ServingMetrics:
                 histogram.observe(seconds)
 
     def http_request(self, route: str | None, method: str, status: int, seconds: float) -> None:
-        """An HTTP request was answered. ``route`` is the template of its path, None where there is none; paths and
-        methods that a client makes up do not become labels."""
+        """Record an HTTP request.
+
+        ``route`` is the template of its path, or None. Unknown paths and methods do not become
+        labels, as clients could make up any number of them.
+        """
         handler = route or "none"
         method = method if method in _METHODS else "other"
         labels = (self._model_name, ENGINE, handler, method)
@@ -123,11 +126,11 @@ class ServingMetrics:
         self._http_seconds.labels(*labels).observe(seconds)
 
     def update(self, stats: Statistics, *, up: bool = True) -> None:
-        """Take the engine's numbers for the renderings that follow; ``up``: whether it can serve."""
+        """Set the engine's statistics for the next renderings. ``up``: it can serve requests."""
         self._statistics.update(stats, up=up)
 
     def render(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return bytes(generate_latest(self.registry))
 
     def _histogram(self, family: MetricFamily) -> Histogram:

@@ -1,4 +1,4 @@
-"""The page of all metrics, made of the same families as ``/metrics``."""
+"""The documentation page of all metrics, from the same families as ``/metrics``."""
 
 from __future__ import annotations
 
@@ -8,27 +8,30 @@ from sensorium.metrics.families import SECTIONS, MetricFamily
 
 _INTRODUCTION = """# Metrics
 
-`GET /metrics` answers in Prometheus' text format. This page is made from `sensorium.metrics.families` by
-`scripts/metrics_docs`; edit the families, not the page.
+`GET /metrics` returns all metrics in Prometheus' text format. This page is generated from
+`sensorium.metrics.families` by `scripts/metrics_docs`; edit the families, not the page.
 
-Names begin with `sensorium:`, or with what `--metrics-prefix` says: most are those that vLLM has, so with
-`--metrics-prefix vllm:` its dashboards work. Those that begin with `http_` have no prefix: they are what servers of
-this framework commonly call them. Counters are scraped with `_total`, histograms as `_bucket`, `_sum` and `_count`.
-Every series has the labels `model_name` and `engine` (the number of the engine, which is 0, as in vLLM); further ones
-are listed. Routes are templates such as `/v1/models/{name:path}`, never paths; what is refused before it has a route is
-under `none`. `status` is `2xx`, `4xx` and so on, `code` the status itself. A request that is refused before it reaches
-the engine is counted there only. Series of creation times (`_created`) are left out.
+Names have the prefix `sensorium:` or that of `--metrics-prefix`. Most are vLLM's, so with
+`--metrics-prefix vllm:` its dashboards work. Metrics of HTTP (`http_...`) have no prefix: they have
+the names that dashboards for FastAPI expect. Counters are scraped with `_total`, histograms as
+`_bucket`, `_sum` and `_count`; series of creation times (`_created`) are left out.
 
-Numbers of the engine count from its start, so they begin at 0 after a restart, as Prometheus expects of counters; those
-of requests, media and HTTP go on. While there is no engine, its counters stay as they were last, and `engine_up` is 0.
+Every series has the labels `model_name` and `engine` (the index of the engine, 0); further labels
+are listed. `handler` is the template of a route, such as `/v1/models/{name:path}`, or `none` for a
+request without a route. `status` is `2xx`, `4xx` and so on, `code` the status itself. A request that
+is refused before it reaches the engine counts as an HTTP request only.
 
-`examples/grafana/sensorium.json` is a dashboard of them: import it in Grafana and choose the data source; its variable
-`prefix` is for servers with another one.
+Counters of the engine start at 0 again after a restart, as Prometheus expects; those of requests,
+media and HTTP continue. While there is no engine, its metrics keep their last values and `engine_up`
+is 0.
+
+`examples/grafana/sensorium.json` is a dashboard: import it into Grafana and choose the data source.
+Its variable `prefix` is for servers with another prefix.
 """
 
 
 def metrics_markdown() -> str:
-    """The whole page."""
+    """Return the page."""
     return "\n".join([_INTRODUCTION, *(_section(*section) for section in SECTIONS.items())])
 
 

@@ -1,4 +1,4 @@
-"""What the metrics are told of a request that has ended."""
+"""Summary of a finished request for the metrics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from sensorium.outputs import FinishReason
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestReport:
-    """One request, whatever came of it. Times in seconds; None where the request did not get so far.
+    """A request that has ended. Times are in seconds; None where the request did not get so far.
 
-    ``finish_reason``: "stop" for an embedding that came, "abort" when the caller left, "error" for every failure.
-    ``max_tokens`` is 0 for an embedding. ``longest_sample`` is in tokens; ``num_generation_tokens`` sums all samples.
+    ``finish_reason``: "stop" for an embedding, too; "abort" when the caller left, "error" for any
+    failure. ``max_tokens`` is 0 for an embedding. ``longest_sample`` is in tokens;
+    ``num_generation_tokens`` is the sum of all samples.
     """
 
     finish_reason: FinishReason
@@ -28,14 +29,14 @@ class RequestReport:
 
     @property
     def inference_seconds(self) -> float | None:
-        """From the first step to the end of the work; None for what gave neither a token nor an embedding."""
+        """Time from the first step to the last token; None without a token or an embedding."""
         if self.prefill_seconds is None:
             return None
         return self.prefill_seconds + (self.decode_seconds or 0.0)
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Mean time between tokens; None without two tokens of one sample."""
+        """Mean time between tokens; None where no sample has two."""
         if self.decode_seconds is None or self.longest_sample < 2:
             return None
         return self.decode_seconds / (self.longest_sample - 1)

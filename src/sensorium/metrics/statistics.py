@@ -1,4 +1,4 @@
-"""Gauges and counters that are read from the engine's statistics when they are scraped."""
+"""Gauges and counters of the engine's statistics, read when they are scraped."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ from sensorium.metrics.families import (
 
 
 class Statistics(Protocol):
-    """What the gauges and counters are read from: plain numbers, counted since the engine's start.
+    """Statistics of an engine, counted since its start.
 
-    ``num_deferred`` of ``num_waiting`` wait for a grammar. ``iteration_counts`` are steps by the buckets of
-    ``ITERATION_TOKENS``, the last for what is beyond them (empty while there were none), ``iteration_tokens`` the sum.
-    ``item_tokens`` are those of ``prompt_tokens`` that items of a modality fill. ``media`` holds the media pipeline's
-    numbers by name: ``processor_cache_queries``, ``fetch_seconds``, ``failure_media_refused`` and so on; a name that is
-    absent counts as zero.
+    ``num_deferred`` of ``num_waiting`` wait for their grammar. ``iteration_counts`` has the numbers
+    of steps by bucket of ``ITERATION_TOKENS`` and a last one for larger steps (it is empty before
+    the first step); ``iteration_tokens`` is the sum. ``item_tokens`` has the part of
+    ``prompt_tokens`` that items fill, by modality. ``media`` has the numbers of the media pipeline
+    by name, such as ``processor_cache_queries``, ``fetch_seconds`` and ``failure_media_refused``;
+    an absent name counts as zero.
     """
 
     num_running: int
@@ -80,7 +81,7 @@ class Statistics(Protocol):
 
 
 class StatisticsCollector(Collector):
-    """Metrics of the statistics that were given last; nothing before the first."""
+    """Collector of the statistics that were set last; of no metric before the first."""
 
     def __init__(self, prefix: str, labels: Sequence[str]) -> None:
         """``labels``: values of ``COMMON_LABELS``."""
@@ -90,11 +91,11 @@ class StatisticsCollector(Collector):
         self._up = False
 
     def update(self, stats: Statistics, *, up: bool) -> None:
-        """Take these numbers; ``up`` says whether the engine can serve."""
+        """Set the statistics. ``up``: the engine can serve requests."""
         self._stats, self._up = stats, up
 
     def collect(self) -> Iterator[Metric]:
-        """Each family with its values."""
+        """Yield each family with its values."""
         stats = self._stats
         if stats is None:
             return
@@ -104,7 +105,7 @@ class StatisticsCollector(Collector):
         for row in ENGINE_ROWS:
             yield self._one(row.family, getattr(stats, row.field))
         yield self._many(PROMPT_MODALITIES, _modalities(stats))
-        # Not of the prompt tokens, which count when a request is taken in: a counter must not fall when it starts.
+        # Not from prompt_tokens, which count at admission: the counter must not fall at the start.
         cached = stats.prefix_hits
         sources = {"local_compute": stats.prefix_queries - cached, "local_cache_hit": cached}
         yield self._many(PROMPT_SOURCES, sources)
@@ -152,7 +153,7 @@ class StatisticsCollector(Collector):
         return metric
 
     def _many(self, family: MetricFamily, values: Mapping[str, float]) -> Metric:
-        """A family with one label of its own: values by that label's."""
+        """Return a family with one label of its own; ``values`` by that label."""
         metric = self._new(family)
         for label, value in values.items():
             metric.add_metric([*self._labels, label], value)

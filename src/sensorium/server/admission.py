@@ -1,4 +1,4 @@
-"""How many requests may wait: past the limit, a new one is refused at once rather than queued."""
+"""Admission control: past the limit of waiting requests, a new one is refused at once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SHUTTING_DOWN = "The server is shutting down; send the request to another one."
 
 
 class Admission:
-    """Counts the samples that have not got their first token: a prompt with ``n=8`` waits eight times.
+    """Counter of the samples that wait for their first token: a prompt with ``n=8`` counts 8.
 
-    ``max_waiting``: most of them at a time. ``draining``: set when the server shuts down; nothing
-    enters any more.
+    ``max_waiting``: the most at a time. ``draining``: set when the server shuts down; from then on
+    no request is admitted.
     """
 
     def __init__(self, max_waiting: int) -> None:
@@ -29,16 +29,17 @@ class Admission:
         self._arriving: set[asyncio.Task[Any]] = set()
 
     def drain(self) -> None:
-        """Let nothing enter any more, nor wait for bodies that are on their way: their requests would be refused."""
+        """Admit no more requests, and stop reading bodies, whose requests would be refused."""
         self.draining = True
         for task in self._arriving:
             task.cancel()
 
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Stand for a body that is being read within the block.
+        """Mark the task within the block as one that reads a body.
 
-        Raises EngineDeadError when the server shuts down, before or meanwhile."""
+        Raises EngineDeadError when the server shuts down before or while the body is read.
+        """
         task = asyncio.current_task()
         if self.draining or task is None:
             raise EngineDeadError(_SHUTTING_DOWN)
@@ -57,24 +58,25 @@ class Admission:
     def enter(
         self, count: int, param: str = "prompt", *, num_samples: int = 1
     ) -> Iterator[list[Place]]:
-        """Places for ``count`` prompts of the field ``param`` with ``num_samples`` each, all or none, left at the end
-        of the block at the latest.
+        """Give places to ``count`` prompts of the field ``param`` with ``num_samples`` each, or to none.
 
-        Raises OverloadedError when there is no room, InvalidRequestError when there never will be,
-        and EngineDeadError while the server shuts down.
+        The places are given back at the end of the block at the latest. Raises OverloadedError when
+        there is no room now, InvalidRequestError when there never will be, and EngineDeadError
+        while the server shuts down.
         """
         if self.draining:
             raise EngineDeadError(_SHUTTING_DOWN)
         if count > self.max_waiting:
             raise InvalidRequestError(
-                f"{param} has {count} entries; at most {self.max_waiting} are possible here.",
+                f"{param} has {count} entries; this server takes at most {self.max_waiting} in one "
+                "request (--max-num-waiting).",
                 param=param,
             )
         if count * num_samples > self.max_waiting:
             each = "" if count == 1 else f" for each of {count} prompts"
             raise InvalidRequestError(
-                f"n is {num_samples}{each}; at most {self.max_waiting} samples of a request are possible here "
-                "(--max-num-waiting).",
+                f"n is {num_samples}{each}; this server takes at most {self.max_waiting} samples in "
+                "one request (--max-num-waiting).",
                 param="n",
             )
         if self.num_waiting + count * num_samples > self.max_waiting:
@@ -88,8 +90,9 @@ class Admission:
                 place.leave(served=False)
 
     def left(self, count: int, waited: float | None) -> None:
-        """Samples wait no longer: after ``waited`` seconds by a first token, or None when the request
-        ended before.
+        """Count ``count`` samples less.
+
+        ``waited``: seconds until their first token; None when the request ended before.
         """
         self.num_waiting -= count
         if waited is not None:
@@ -105,7 +108,7 @@ class Admission:
 
 
 class Place:
-    """One prompt's place among those that wait; ``num_held`` of its samples still do."""
+    """One prompt's place among those that wait; ``num_held`` of its samples still wait."""
 
     def __init__(self, admission: Admission, num_samples: int = 1) -> None:
         self.num_held = num_samples
@@ -113,13 +116,13 @@ class Place:
         self._since = time.monotonic()
 
     def keep(self, count: int) -> None:
-        """Only ``count`` samples have not got their first token."""
+        """Reduce the samples that wait to ``count``: the others have their first token."""
         if count < self.num_held:
             num_left, self.num_held = self.num_held - count, count
             self._admission.left(num_left, time.monotonic() - self._since)
 
     def leave(self, *, served: bool = True) -> None:
-        """Give the place back; a second call does nothing."""
+        """Give the place back. A second call does nothing."""
         if self.num_held:
             num_left, self.num_held = self.num_held, 0
             self._admission.left(num_left, time.monotonic() - self._since if served else None)

@@ -1,4 +1,4 @@
-"""The application: routes, the layers around them, and the description of the API."""
+"""The application: routes, middleware, and the description of the API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sensorium.server.admission import Admission
 from sensorium.server.context import ServingContext
 from sensorium.server.errors import install_error_handlers
 from sensorium.server.http.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
-from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestGate
+from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestTracking
 from sensorium.server.openai.logprobs import TokenSpelling
 from sensorium.server.openapi import describe
 from sensorium.server.routes.chat import chat_router
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
-    """The application that serves ``frontend``, which must be started; it is not shut down here.
+    """Return the application that serves ``frontend``, which the caller starts and shuts down.
 
     Raises ConfigError for a metrics prefix that Prometheus does not allow.
     """
@@ -63,12 +63,12 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     ):
         app.include_router(router)
     install_error_handlers(app)
-    _add_layers(app, context)
+    _add_middleware(app, context)
     return app
 
 
-def _add_layers(app: FastAPI, context: ServingContext) -> None:
-    """What a request passes before it reaches a route; the layer added last is the outermost."""
+def _add_middleware(app: FastAPI, context: ServingContext) -> None:
+    """Add the middleware; the one added last is the outermost."""
     config = context.config
     open_paths = set(OPEN_PATHS)
     if not config.metrics_require_api_key:
@@ -88,4 +88,4 @@ def _add_layers(app: FastAPI, context: ServingContext) -> None:
             expose_headers=["X-Request-Id", "X-Sensorium-Warning"],
         )
     app.add_middleware(HeadAsGet)
-    app.add_middleware(RequestGate, context=context)
+    app.add_middleware(RequestTracking, context=context)

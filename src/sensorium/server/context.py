@@ -1,4 +1,4 @@
-"""What the routes of one server share. It hangs on the application; there are no module globals."""
+"""State that the routes of one server share, as an attribute of the application."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ServingContext:
-    """The front end, the configuration, and the little state that the server has of its own.
+    """The frontend, the configuration, and the state of the HTTP server itself.
 
-    ``num_in_flight`` counts HTTP requests that have not been answered completely. ``turns`` are for work that holds the
-    event loop, ``unpacking`` has places for compressed bodies.
+    ``num_in_flight`` counts HTTP requests that have not been answered completely. ``turns`` spreads
+    work that blocks the event loop; ``unpacking`` limits how many bodies are decompressed at once.
     """
 
     frontend: Frontend
@@ -45,48 +45,50 @@ class ServingContext:
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """Names that requests may use; the first is the one that answers carry."""
+        """Names that requests may use; answers have the first."""
         return self.config.served_model_name or (self.frontend.config.model.model,)
 
     def check_model(self, name: str | None) -> str:
-        """The name for the answer. Raises ModelNotFoundError when ``name`` is not served here."""
+        """Return the name for the answer. Raises ModelNotFoundError for a model not served here."""
         if name is None:
             return self.model_names[0]
         if name not in self.model_names:
             served = ", ".join(map(repr, self.model_names))
             raise ModelNotFoundError(
-                f"Model {name[:200]!r} is not served here; it is {served}.", param="model"
+                f"Model {name[:200]!r} is not served here; this server serves {served}.",
+                param="model",
             )
         return name
 
     def check_generates(self) -> None:
-        """Raise InvalidRequestError when the model returns embeddings here."""
+        """Raise InvalidRequestError when the model computes embeddings and generates no text."""
         if self.frontend.input_processor.runner == "pooling":
             raise InvalidRequestError(POOLS)
 
     def engine_id(self, request_id: str) -> str:
-        """An id that no other request of this server has, though callers may repeat theirs."""
+        """Return an id that is unique in this server, though callers may repeat theirs."""
         return f"{request_id}-{next(self._numbers)}"
 
 
 def context_of(request: Request) -> ServingContext:
-    """The context of the application that got ``request``."""
+    """Return the context of the application that got ``request``."""
     return cast(ServingContext, request.app.state.context)
 
 
 def tenant_of_key(key: bytes) -> str:
-    """A name for the holder of an API key, from which the key cannot be told."""
+    """Return a name for the holder of an API key that does not reveal the key."""
     return hashlib.sha256(b"sensorium tenant\0" + key).hexdigest()[:32]
 
 
 def tenant_of(request: Request) -> str:
-    """Whose request this is; empty when the server asks for no key."""
+    """Return the tenant of a request; empty when the server asks for no key."""
     return str(request.scope["state"].get("tenant", ""))
 
 
 def request_id_of(request: Request, wanted: str | None) -> str:
-    """The id of the request: the body's, else the one that the gate gave it. The answer's header
-    carries it too.
+    """Return the id of a request: that of its body, else of the ``X-Request-Id`` header, else new.
+
+    The answer's ``X-Request-Id`` header has it, too.
     """
     state = request.scope["state"]
     if wanted:

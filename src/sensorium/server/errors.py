@@ -1,7 +1,7 @@
-"""From exceptions to HTTP answers: one function, and the handlers that call it.
+"""HTTP answers to exceptions.
 
-The body is always ``{"error": {"message", "type", "param", "code"}}``. An exception that nobody
-expected is logged with the request's id and answered without a word about the inside.
+The body is always ``{"error": {"message", "type", "param", "code"}}``. An unexpected
+exception is logged with the request's id; its answer tells nothing of the internals.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CLIENT_CLOSED = 499
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
 _OTHER_CODE = "invalid_request"
 _ALIKE = 0.85
-"""How alike paths must be for one to be a slip of the other: /v1/responses is not one of /v1/models."""
+"""Similarity above which a path counts as a typing error of another, as /v1/responses does not."""
 CLIENT_NAMES = "client_names"
 """Key of a request's state: our fields by the names that its client used for them."""
 
@@ -39,16 +39,17 @@ class ClientDisconnectedError(Exception):
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
-    """What ``error`` is for the client: the value of the ``error`` member."""
+    """Return the ``error`` member of the answer to ``error``."""
     if isinstance(error, SensoriumError) and error.status != 500:
         return error.to_dict()
     return SensoriumError(
-        "The server failed to answer this request; its log has the cause, under X-Request-Id."
+        "The server failed to answer this request. Its log has the cause, under the id in the "
+        "X-Request-Id header."
     ).to_dict()
 
 
 def error_response(error: BaseException) -> Response:
-    """The HTTP answer to ``error``."""
+    """Return the HTTP answer to ``error``."""
     if isinstance(error, ClientDisconnectedError | ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED)
     if not isinstance(error, SensoriumError):
@@ -62,7 +63,7 @@ def error_response(error: BaseException) -> Response:
 
 
 def log_unexpected(error: BaseException, scope: Scope) -> None:
-    """Write the trace of an exception that is no SensoriumError, with the id of its request."""
+    """Log the traceback of an unexpected exception, with the id of its request."""
     if isinstance(error, SensoriumError) and error.status != 500:
         return
     request_id = scope.get("state", {}).get("request_id", "-")
@@ -70,7 +71,7 @@ def log_unexpected(error: BaseException, scope: Scope) -> None:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Register the answers to all exceptions that a route may raise."""
+    """Register the handlers of all exceptions that a route may raise."""
 
     async def known(request: Request, error: Exception) -> Response:
         assert isinstance(error, SensoriumError)
@@ -100,13 +101,13 @@ def install_error_handlers(app: FastAPI) -> None:
 def plain_error(
     status: int, code: str, message: str, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """An error of HTTP itself, in the same shape as the others."""
+    """Return an error of HTTP itself, in the same form as the others."""
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     return JsonResponse({"error": body}, status_code=status, headers=headers)
 
 
 def _hint(path: str, paths: list[str]) -> str:
-    """Return the end of the sentence about a path that is not here: what to use instead, if that can be told."""
+    """Return the end of a sentence about an unknown path: what to use instead, where known."""
     if path.rstrip("/") in paths:
         return f"; use {path.rstrip('/')!r}, without a slash at its end."
     instead = instead_of(path)

@@ -1,4 +1,4 @@
-"""Starting, announcing, draining and stopping a server."""
+"""Start, announcement, draining and shutdown of a server."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ _KEEP_ALIVE_SECONDS = 65
 _CLOSING_SECONDS = 2
 _POLL_SECONDS = 0.05
 _SWITCH_SECONDS = 0.001
-"""After which a thread that works in Python lets others do so; Python's own 5 ms are half of what the event loop may be
-late, for each time that it comes back from the system."""
+"""Interval at which Python threads yield to each other. Python's default, 5 ms, would add up to
+5 ms of lag each time the event loop returns from a system call."""
 
 
 def serve(engine: EngineConfig, config: ServerConfig) -> None:
-    """Serve until SIGTERM or SIGINT, then let running requests finish and return.
+    """Serve until SIGTERM or SIGINT; then let running requests finish.
 
     Raises ConfigError when the address, the certificate or the model cannot be used.
     """
     _configure_logging(config)
     _check(config)
     if unread := unread_variables():
-        logger.warning("set, but without effect here: %s", ", ".join(unread))
+        logger.warning("environment variables without effect: %s", ", ".join(unread))
     with contextlib.closing(listening_socket(config.host, config.port)) as listener:
         asyncio.run(_serve(engine, config, listener))
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A bound socket. It is taken before the model loads, so that a port in use is known at once.
+    """Return a bound socket. It is bound before the model loads, so that a port in use fails early.
 
     Raises ConfigError when the address cannot be used.
     """
@@ -79,7 +79,7 @@ def listening_socket(host: str, port: int) -> socket.socket:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT: the first asks to stop, the second to hurry."""
+    """SIGTERM and SIGINT: the first sets ``stop``, the second ``hurry``."""
 
     def __init__(self) -> None:
         self.stop = asyncio.Event()
@@ -99,7 +99,7 @@ class StopSignals:
                 loop.remove_signal_handler(number)
 
     def on_signal(self) -> None:
-        """One more signal came."""
+        """Count one more signal."""
         if self.stop.is_set():
             self.hurry.set()
         self.stop.set()
@@ -128,9 +128,10 @@ async def _serve(engine: EngineConfig, config: ServerConfig, listener: socket.so
 
 
 def _settle() -> None:
-    """Take what was made while starting, which stays, out of what the garbage collector looks through: a full
-    collection would hold the event loop for tens of milliseconds. And let threads that hold the interpreter give it up
-    soon.
+    """Reduce pauses of the event loop.
+
+    Objects made during the start stay; frozen, they are no longer scanned by full collections,
+    which would block the loop for tens of milliseconds. Threads release the interpreter sooner.
     """
     gc.collect()
     gc.freeze()
@@ -143,10 +144,10 @@ async def run_app(
     listener: socket.socket,
     signals: StopSignals,
 ) -> None:
-    """Serve ``app`` until the signals ask to stop and its requests are done, or their time is over.
+    """Serve ``app`` until a signal asks to stop and its requests have ended or their time is over.
 
-    Its front end is shut down at the end, before the connections, so that what still runs can tell
-    its client.
+    The frontend is shut down before the connections are closed, so that requests that still run
+    are answered with an error.
     """
     server = _Server(_uvicorn_config(app, config))
     context: ServingContext = app.state.context
@@ -166,7 +167,7 @@ async def run_app(
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, whose signals are handled outside and which tells when it listens."""
+    """uvicorn's server with signals handled outside; ``listening`` is set when it listens."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -174,11 +175,11 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
+        """Install no signal handlers."""
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen, and set ``listening``."""
         await super().startup(sockets)
         self.listening.set()
 
@@ -189,25 +190,26 @@ async def _announce(server: _Server, context: ServingContext, listener: socket.s
     scheme = "https" if config.ssl_certfile else "http"
     host = f"[{config.host}]" if ":" in config.host else config.host
     address = f"{scheme}://{host}:{listener.getsockname()[1]}{config.root_path}"
-    _tell_access(config)
+    log_access(config)
     print(f"Sensorium {__version__} serving {context.model_names[0]} at {address}", flush=True)
 
 
-def _tell_access(config: ServerConfig) -> None:
-    """Log whether callers need a key; as a warning where other machines may call without one."""
+def log_access(config: ServerConfig) -> None:
+    """Log if requests need an API key; a warning where other machines may send some without."""
     if config.api_key:
-        logger.info("an API key is needed: %d accepted", len(config.api_key))
+        logger.info("requests need an API key; accepted keys: %d", len(config.api_key))
     elif _is_loopback(config.host):
-        logger.info("no API key is needed: every program on this machine may call")
+        logger.info("requests need no API key; the server listens on the loopback interface only")
     else:
         logger.warning(
-            "no API key is needed: whoever reaches %s may call; --api-key or SENSORIUM_API_KEY sets one",
+            "requests need no API key, and the server listens on %s: anyone who can reach it can use "
+            "it; set a key with --api-key or SENSORIUM_API_KEY",
             config.host,
         )
 
 
 def _is_loopback(host: str) -> bool:
-    """Return true for the names and addresses that only this machine reaches."""
+    """Return true for names and addresses of the loopback interface."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -246,7 +248,7 @@ def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
 
 
 def _check(config: ServerConfig) -> None:
-    """Find what is wrong before the model is loaded. Raises ConfigError."""
+    """Check the configuration before the model is loaded. Raises ConfigError."""
     ServingMetrics(config.metrics_prefix)
     _check_template_kwargs(config.default_chat_template_kwargs)
     root = config.root_path
@@ -268,7 +270,7 @@ def _check(config: ServerConfig) -> None:
 
 
 def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """Find variables that no template can be given, which every chat request would be refused for."""
+    """Raise ConfigError for template variables that every chat request would be refused for."""
     try:
         checked_kwargs(kwargs, {})
     except InvalidRequestError as error:

@@ -1,4 +1,4 @@
-"""What ``/openapi.json`` says beside the routes: bodies, which the routes read by themselves, and errors."""
+"""Bodies and errors in ``/openapi.json``: routes read their bodies without FastAPI's help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/detokenize": DetokenizeBody,
 }
 _EITHER = {EmbeddingBody: ("input", "messages"), TokenizeBody: ("prompt", "messages")}
-"""Bodies of which exactly one of two fields must be given."""
+"""Bodies that need exactly one of two fields."""
 
 _BODY_STATUSES = (400, 404, 413, 415, 503)
 _PROMPT_STATUSES = (*_BODY_STATUSES, 422, 424)
@@ -37,12 +37,12 @@ _STATUSES: dict[str, tuple[int, ...]] = {
     "/health": (503,),
     "/ping": (503,),
 }
-"""Errors of each route, but for 401: every route has it that needs a key."""
+"""Errors of each route. Those that need an API key have 401, too."""
 
 _ERROR = {
     "type": "object",
     "title": "Error",
-    "description": "What every error is answered with, on every route and as an event of a stream.",
+    "description": "The body of every error, on every route, and of an error event in a stream.",
     "required": ["error"],
     "properties": {
         "error": {
@@ -51,7 +51,7 @@ _ERROR = {
             "properties": {
                 "message": {
                     "type": "string",
-                    "description": "What was wrong with the value, and what to do.",
+                    "description": "What is wrong with the value, and what to do.",
                 },
                 "type": {"type": "string"},
                 "param": {
@@ -66,15 +66,17 @@ _ERROR = {
 
 
 def describe(app: FastAPI, *, keys: bool, open_paths: frozenset[str]) -> None:
-    """Make ``app.openapi`` tell the bodies and errors of the routes. ``keys``: whether a key is asked for, on all paths
-    but ``open_paths``."""
+    """Add the bodies and errors of the routes to ``app.openapi``.
+
+    ``keys``: requests need an API key, on all paths but ``open_paths``.
+    """
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             schemas = schema.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
-                schemas.pop(name, None)  # the framework's own form, which is never answered
+                schemas.pop(name, None)  # FastAPI's own form of errors, which is never sent
             schemas["Error"] = _ERROR
             for path, operations in schema["paths"].items():
                 guarded = keys and path not in open_paths
@@ -122,7 +124,7 @@ def _add_errors(operation: dict[str, Any], statuses: tuple[int, ...], guarded: b
 
 
 def _codes(status: int) -> list[str]:
-    """Codes of the errors that are answered with ``status``."""
+    """Return the codes of the errors that are answered with ``status``."""
     classes = [*_below(RequestError), *_below(UnavailableError)]
     return sorted({cls.code for cls in classes if cls.status == status})
 

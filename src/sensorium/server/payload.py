@@ -1,4 +1,4 @@
-"""JSON in and out: strict when reading, quick when writing."""
+"""Strict reading and fast writing of JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sensorium.errors import BodyTooLargeError, InvalidRequestError
 encode = msgspec.json.encode
 
 MANY_VALUES = 2048
-"""Values that take a good part of a millisecond to read or to write."""
+"""JSON values from which on reading or writing takes a good part of a millisecond."""
 
 _LONGEST_EXPLAINED = 1 << 20
 _LONGEST_SHOWN = 80
@@ -28,7 +28,7 @@ _VALUE_MARKS = (b",", b"[", b"{")
 
 
 class JsonResponse(Response):
-    """A JSON body; everything in it must be finite."""
+    """Response with a JSON body, whose numbers must be finite."""
 
     media_type = "application/json"
 
@@ -41,15 +41,16 @@ class JsonResponse(Response):
 async def json_response(
     make: Callable[[], Any], num_values: int, headers: Mapping[str, str] | None = None
 ) -> JsonResponse:
-    """What ``make`` makes, as an answer; in another thread when it has ``MANY_VALUES`` of them or more."""
+    """Return the result of ``make`` as JSON; made in another thread if it has ``MANY_VALUES``."""
     if num_values < MANY_VALUES:
         return JsonResponse(make(), headers=headers)
     return await asyncio.to_thread(lambda: JsonResponse(make(), headers=headers))
 
 
 def has_many_values(body: bytes) -> bool:
-    """Whether the JSON in ``body`` has commas for ``MANY_VALUES``, some of which may stand in texts. There are none in
-    base64, so that large pictures are searched at the speed of memory.
+    """Return true when ``body`` has ``MANY_VALUES`` commas, be they between values or in strings.
+
+    Base64 has none, so large images are searched at the speed of memory.
     """
     end = 0
     for _ in range(MANY_VALUES):
@@ -60,24 +61,25 @@ def has_many_values(body: bytes) -> bool:
 
 
 def check_num_values(body: bytes, most: int) -> None:
-    """Raise BodyTooLargeError when the JSON in ``body`` may hold more than ``most`` values, each of which takes many
-    times its own bytes when decoded.
+    """Raise BodyTooLargeError when the JSON in ``body`` may hold more than ``most`` values.
+
+    Decoded, a value takes many times its own bytes.
     """
-    if len(body) <= 2 * most:  # each takes a byte besides its mark, and to count takes time
+    if len(body) <= 2 * most:  # each takes a byte besides its mark; counting takes time
         return
     num_values = sum(map(body.count, _VALUE_MARKS))
     if num_values > most:
         raise BodyTooLargeError(
-            f"The body has {num_values} commas and opening brackets, each of which may begin a value; at most {most} "
-            "are allowed here (--max-body-values). Send fewer values, or several requests."
+            f"The body has about {num_values} values (commas and opening brackets are counted); at most "
+            f"{most} are allowed (--max-body-values). Send fewer values, or several requests."
         )
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in ``body``.
+    """Return the JSON object in ``body``.
 
-    Raises InvalidRequestError for malformed JSON (NaN and infinities are none), for nesting that
-    is too deep and for anything that is not an object.
+    Raises InvalidRequestError for malformed JSON, NaN and infinities, for nesting that is too deep
+    and for anything that is not an object.
     """
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="none")
@@ -90,7 +92,7 @@ def decode_object(body: bytes) -> dict[str, Any]:
 
 
 def _explain(body: bytes, error: Exception) -> NoReturn:
-    """Say what is wrong with a body, at its place where that can be found."""
+    """Raise InvalidRequestError for a malformed body, with the place where that can be found."""
     if not body.strip():
         raise InvalidRequestError("The body is empty; a JSON object is needed.") from error
     if len(body) <= _LONGEST_EXPLAINED:
@@ -106,13 +108,13 @@ def _refuse_non_finite(value: Any) -> None:
     if place is not None:
         place = place.removeprefix(".")
         raise InvalidRequestError(
-            f"{place or 'The body'} must be a finite number; JSON has no others.",
+            f"{place or 'The body'} must be a finite number; JSON has no NaN and no infinity.",
             param=place or None,
         )
 
 
 def _non_finite(value: Any) -> str | None:
-    """Where below ``value`` the first number stands that is not finite; None without one."""
+    """Return the path to the first number that is not finite; None without one."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     if isinstance(value, dict):
@@ -128,7 +130,7 @@ def _non_finite(value: Any) -> str | None:
 
 
 def _are_finite(values: Iterable[Any]) -> bool:
-    """Whether these are finite numbers and other plain values only, which is known without a step for each."""
+    """Return true for finite numbers and other plain values, found without a loop in Python."""
     kinds = set(map(type, values))
     if kinds.isdisjoint((float, dict, list)):
         return True
@@ -141,7 +143,7 @@ def _json_type(value: Any) -> str:
 
 
 class _Brief(reprlib.Repr):
-    """Like ``repr``, of the beginning of a value only."""
+    """``repr`` of the beginning of a value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +152,7 @@ class _Brief(reprlib.Repr):
         self.maxstring = self.maxlong = self.maxother = 2 * _LONGEST_SHOWN
 
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        """In the order of the value: the base class sorts all keys."""
+        """Keep the order of the members; the base class sorts all keys."""
         if not x or level <= 0:
             return "{...}" if x else "{}"
         members = [

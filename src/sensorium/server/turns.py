@@ -1,4 +1,4 @@
-"""Taking turns at work that holds the event loop, so that many requests at once hold it one after the other."""
+"""Turns for work that blocks the event loop, so that it handles sockets and timers in between."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections import deque
 
 
 class Turns:
-    """Gives one turn in each iteration of the event loop, in the order of asking.
+    """Queue that lets one waiter run in each iteration of the event loop, in the order of asking.
 
-    An iteration runs everything that is ready before timers and sockets are looked at again. What takes a fraction of
-    a millisecond for one request holds the loop for long when thirty are ready at once, unless each waits for its turn.
-    Of one event loop; a turn is not given back, it ends with the iteration.
+    An iteration runs everything that is ready before it looks at timers and sockets again. Work of
+    a fraction of a millisecond for one request would block the loop for long when thirty requests
+    are ready at once. Belongs to one event loop. A turn ends with its iteration.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Turns:
         self._taken = False
 
     async def next(self) -> None:
-        """Return in an iteration in which nobody else does. Who is cancelled while waiting loses nobody a turn."""
+        """Wait for an iteration of its own. Cancelling a waiter does not delay the others."""
         loop = asyncio.get_running_loop()
         if not self._taken:
             self._taken = True
@@ -30,7 +30,7 @@ class Turns:
         await turn
 
     def _pass_on(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Called once in each iteration while anyone waits: who is woken here runs in the next one."""
+        """Wake the next waiter, which runs in the next iteration. Called once in each."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():

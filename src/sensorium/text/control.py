@@ -205,7 +205,7 @@ class InertEncoder:
             ids = ids_of(self._twin, text, add_special_tokens=False)
         except TypeError as error:
             raise InvalidRequestError(
-                "The text holds a lone surrogate, which is no valid Unicode."
+                "The text contains a lone surrogate, which is not valid Unicode."
             ) from error
         if not self._control_ids.isdisjoint(i for i in ids if i not in self._real):
             return None

@@ -357,7 +357,7 @@ def _salt(value: object, param: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise InvalidRequestError(
-            "cache_salt holds a lone surrogate, which is no valid Unicode.", param=param
+            "cache_salt contains a lone surrogate, which is not valid Unicode.", param=param
         ) from None
     return value
 

@@ -1,4 +1,4 @@
-"""API keys: who may call, and whose media and caches a call may see."""
+"""API keys, and the tenants that share no media and caches."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ OPEN_PATHS = frozenset({"/health", "/ping"})
 class ApiKeys:
     """The accepted keys, kept as digests.
 
-    The digest of a presented key is compared with each of them in constant time, so neither the
-    time nor the length of a comparison tells anything.
+    The digest of a presented key is compared with each of them in constant time, so the time of a
+    comparison reveals nothing.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -30,7 +30,7 @@ class ApiKeys:
         return bool(self._digests)
 
     def accepts(self, key: bytes) -> bool:
-        """Whether ``key`` is one of them; all are compared whatever the outcome."""
+        """Return true for an accepted key; all are compared, whatever the outcome."""
         digest = hashlib.sha256(key).digest()
         found = False
         for known in self._digests:
@@ -39,8 +39,9 @@ class ApiKeys:
 
 
 class ApiKeyGuard:
-    """ASGI middleware: answers 401 to calls without a valid ``Authorization: Bearer`` key, and
-    names the tenant.
+    """ASGI middleware that answers 401 to requests without a valid ``Authorization: Bearer`` key.
+
+    It also sets the tenant of a request.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str]) -> None:
@@ -49,7 +50,7 @@ class ApiKeyGuard:
         self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the call on, or refuse it."""
+        """Pass the request on, or refuse it."""
         if scope["type"] != "http" or not self._keys:
             await self._app(scope, receive, send)
             return
@@ -60,7 +61,7 @@ class ApiKeyGuard:
             message = (
                 "This server needs an API key: send 'Authorization: Bearer KEY'."
                 if key is None
-                else "The API key is not valid here."
+                else "The API key is not valid for this server."
             )
             error = AuthenticationError(message)
             record_error(scope, error)
@@ -70,7 +71,7 @@ class ApiKeyGuard:
 
 
 def _presented(scope: Scope) -> bytes | None:
-    """The key of the first Authorization header."""
+    """Return the key of the first Authorization header."""
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, key = value.partition(b" ")

@@ -1,4 +1,4 @@
-"""From the bytes of a request to a validated model, or to an error that points at the place."""
+"""Reading, decoding and validation of bodies; errors name the place."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 T = TypeVar("T")
 
 LARGE_BODY = 16 * 1024
-"""Bytes from which on bodies are taken in turns."""
+"""Bytes from which on bodies are read in turns with other requests."""
 
-# What a value should have been, by pydantic's error type.
+# Expected values by pydantic's error type.
 _EXPECTED = {
     "int_type": "an integer",
     "float_type": "a number",
@@ -33,7 +33,7 @@ _EXPECTED = {
     "list_type": "a list",
     "dict_type": "an object",
     "model_type": "an object",
-    "none_required": "left out (it is not supported here)",
+    "none_required": "left out (it is not supported)",
     "finite_number": "a finite number",
 }
 
@@ -41,12 +41,11 @@ _EXPECTED = {
 async def read_body(
     request: Request, model: type[ModelT], begin: Callable[[ModelT], T]
 ) -> tuple[ModelT, T]:
-    """Read, decode and validate the body of ``request``: the model, and what ``begin`` makes of it.
+    """Read, decode and validate the body of ``request``; return it with the result of ``begin``.
 
-    All of that is done at once, or in another thread when there are many values in the body. Raises
-    InvalidRequestError (with ``param``), BodyTooLargeError, also from the limit that lies around
-    the application, EngineDeadError when the server begins to shut down before all is read, and what ``begin``
-    raises.
+    A body of many values is handled in another thread. Raises InvalidRequestError (with ``param``),
+    BodyTooLargeError, EngineDeadError when the server begins to shut down before all is read, and
+    what ``begin`` raises.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
@@ -60,23 +59,26 @@ async def read_body(
     config = context.config
     async with plain_body(request, raw, config.max_body_bytes, context.unpacking) as body:
 
-        def take() -> tuple[ModelT, T]:
+        def parse() -> tuple[ModelT, T]:
             adopted = adopt_fields(decode_object(body), model.model_fields.keys())
             request.scope["state"][CLIENT_NAMES] = adopted.client_names
-            taken = validate(model, adopted.body)
-            return taken, begin(taken)
+            validated = validate(model, adopted.body)
+            return validated, begin(validated)
 
         if has_many_values(body):
             await asyncio.to_thread(check_num_values, body, config.max_body_values)
-            return await asyncio.to_thread(take)
+            return await asyncio.to_thread(parse)
         if body is not raw and len(body) >= LARGE_BODY:
             await context.turns.next()
-        return take()
+        return parse()
 
 
 async def _whole(request: Request) -> bytes:
-    """The bytes of the body. Pieces of large ones are taken in turns with other requests, and what follows the last is
-    part of its turn: copying and decoding megabytes for many requests at once would hold the event loop for long.
+    """Return the bytes of the body.
+
+    Pieces of large bodies are read in turns with other requests: copying and decoding megabytes for
+    many requests in one iteration would block the event loop. The turn of the last piece includes
+    the decoding that follows.
     """
     turns = context_of(request).turns
     pieces: list[bytes] = []
@@ -94,7 +96,7 @@ async def _whole(request: Request) -> bytes:
 
 
 def validate(model: type[ModelT], value: Mapping[str, Any]) -> ModelT:
-    """An instance of ``model``. Raises InvalidRequestError for the first field that is wrong."""
+    """Return an instance of ``model``. Raises InvalidRequestError for the first wrong field."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -107,7 +109,7 @@ def _request_error(
     details = error.errors(include_url=False, include_context=True)
     unknown = [d for d in details if d["type"] == "extra_forbidden"]
     field = [d for d in details if d["loc"][:1] == details[0]["loc"][:1]]
-    # Of a union, the branch that got furthest says most.
+    # Of a union, the branch that got furthest fits the value best.
     first = unknown[0] if unknown else max(field, key=lambda d: len(_steps(d["loc"], body)))
     place = "".join(_steps(first["loc"], body)).removeprefix(".")
     if unknown:
@@ -130,7 +132,7 @@ def _request_error(
 
 
 def _steps(loc: Iterable[int | str], body: Any) -> list[str]:
-    """``.messages``, ``[0]``, ``.content`` of pydantic's location, without the names of union branches in it."""
+    """Return ``.messages``, ``[0]``, ``.content`` of pydantic's location, without union branches."""
     steps: list[str] = []
     node = body
     parts = list(loc)
@@ -146,7 +148,7 @@ def _steps(loc: Iterable[int | str], body: Any) -> list[str]:
 
 
 def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
-    """Names of the fields of the model that lies at ``loc`` below ``model``."""
+    """Return the names of the fields of the model at ``loc`` below ``model``."""
     current = model
     for part in loc:
         field = current.model_fields.get(str(part))
@@ -157,7 +159,7 @@ def _fields_at(model: type[BaseModel], loc: Iterable[int | str]) -> list[str]:
 
 
 def _classes(annotation: Any) -> list[type[BaseModel]]:
-    """The model classes in an annotation such as ``StreamOptions | None``."""
+    """Return the model classes in an annotation such as ``StreamOptions | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [cls for a in getattr(annotation, "__args__", ()) for cls in _classes(a)]

@@ -1,4 +1,4 @@
-"""Work that ends when nobody waits for it any more."""
+"""Cancelling work when its client disconnects."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of ``work``, which is cancelled when the client closes its connection.
+    """Return the result of ``work``; cancel it when the client closes its connection.
 
-    The body of the request must have been read: what ``receive`` brings next is the end of the
-    connection. ``work`` has ended, and has cleaned up, when this returns or raises. Raises
+    The body of the request must have been read, so that the next message of ``receive`` is the end
+    of the connection. ``work`` has ended and cleaned up when this returns or raises. Raises
     ClientDisconnectedError.
     """
     task = asyncio.ensure_future(work)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 as uvicorn speaks it, with refusals in the same shape as all other errors."""
+"""HTTP/1.1 of uvicorn, with its own errors in the same form as all others."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ MAX_HEADER_BYTES = 64 * 1024
 
 
 def headers_too_large() -> Response:
-    """The answer to headers over the limit."""
-    message = f"The headers are over {MAX_HEADER_BYTES} bytes."
+    """Return the answer to headers over the limit."""
+    message = f"The headers are larger than {MAX_HEADER_BYTES} bytes, the limit."
     return plain_error(431, "headers_too_large", message, {"connection": "close"})
 
 
 class StrictH11Protocol(H11Protocol):
-    """Answers 431 to headers over ``MAX_HEADER_BYTES`` and 400 to what is no HTTP, then closes the
-    connection.
+    """Protocol that answers 431 to headers over ``MAX_HEADER_BYTES`` and 400 to invalid HTTP.
+
+    It then closes the connection.
     """
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse the request that is being read; called while its exception is handled."""
+        """Refuse the request that is being read. Called while its exception is handled."""
         error = sys.exc_info()[1]
         if getattr(error, "error_status_hint", 400) == 431:
             response = headers_too_large()

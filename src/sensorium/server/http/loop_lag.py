@@ -1,4 +1,4 @@
-"""How late the event loop does what is due: what everything that holds it costs each request."""
+"""Lag of the event loop: the delay that anything blocking it adds to each request."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import asyncio
 from collections.abc import Callable
 
 SAMPLE_SECONDS = 0.05
-"""Between two samples, where nothing else is asked for."""
+"""Default time between two samples."""
 
 _MOST_MISSED = 1024
-"""Timers that one stall counts for; it bounds the work after a machine was suspended."""
+"""Samples that one stall may count as; bounds the work after a machine was suspended."""
 
 
 class LagSampler:
-    """Sets a timer of the running loop every ``interval`` seconds and reports how many seconds late each one fires;
-    use it as a context manager.
+    """Context manager that reports how many seconds late timers of the running loop fire.
 
-    The timers that fall due within a stall count too, each with its own lateness: else a stall of a second would weigh
-    as much as one of a millisecond, though it meets a thousand times as many requests. Linux waits in whole
-    milliseconds, so an idle loop is up to one late.
+    A timer is set every ``interval`` seconds. Timers that fall due within a stall are reported,
+    too, each with its own lag: else a stall of a second would weigh as much as one of a
+    millisecond, though it delays a thousand times as many requests. Linux waits in whole
+    milliseconds, so an idle loop has a lag of up to one.
     """
 
     def __init__(self, observe: Callable[[float], None], interval: float | None = None) -> None:

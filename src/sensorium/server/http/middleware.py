@@ -1,6 +1,4 @@
-"""What lies around all routes: an id for each request, a line in the log, the limit on bodies, the
-last catch.
-"""
+"""Middleware around all routes: request ids, the access log, the limit on bodies, HEAD."""
 
 from __future__ import annotations
 
@@ -23,10 +21,8 @@ access = logging.getLogger("sensorium.access")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
-class RequestGate:
-    """ASGI middleware, outermost: names each request, counts it, and answers 500 to what nobody
-    expected.
-    """
+class RequestTracking:
+    """Outermost ASGI middleware: ids, counts and log of requests; 500 for unexpected exceptions."""
 
     def __init__(self, app: ASGIApp, context: ServingContext) -> None:
         self._app = app
@@ -67,10 +63,10 @@ class RequestGate:
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self._context.num_in_flight -= 1
-            self._tell(scope, status, time.monotonic() - started_at)
+            self._report(scope, status, time.monotonic() - started_at)
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
-        """The end of a request, to the metrics and the log."""
+    def _report(self, scope: Scope, status: int, seconds: float) -> None:
+        """Report the end of a request to the metrics and the log."""
         if not status or scope["state"].get("disconnected"):
             status = CLIENT_CLOSED
         route = getattr(scope.get("route"), "path", None)
@@ -80,13 +76,13 @@ class RequestGate:
 
 
 class HeadAsGet:
-    """ASGI middleware: HEAD is answered as GET is, without the body."""
+    """ASGI middleware that answers HEAD as GET, without the body."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass HEAD on as GET; the scope has its own method again when that is done."""
+        """Pass HEAD on as GET; restore the method in the scope afterwards."""
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
@@ -105,9 +101,7 @@ class HeadAsGet:
 
 
 class BodyLimit:
-    """ASGI middleware: a body over ``max_bytes`` is refused as soon as that is known, be it
-    declared or chunked.
-    """
+    """ASGI middleware that refuses a body over ``max_bytes`` as soon as its size is known."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -136,12 +130,12 @@ class BodyLimit:
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(
-            f"The body is over {self._max_bytes} bytes, the limit here (--max-body-bytes)."
+            f"The body is larger than {self._max_bytes} bytes, the limit (--max-body-bytes)."
         )
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's X-Request-Id where it is harmless, else a new one."""
+    """Return the client's X-Request-Id where it is valid, else a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value.decode())
@@ -149,7 +143,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def _header_bytes(scope: Scope) -> int:
-    """Size of the request line and the headers; the reader of HTTP bounds only what does not come at one go."""
+    """Return the size of request line and headers, which h11 bounds only when they come in pieces."""
     line = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
     return line + sum(len(name) + len(value) for name, value in scope["headers"])
 

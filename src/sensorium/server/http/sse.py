@@ -26,17 +26,17 @@ Chunks = AsyncGenerator[Sequence[dict[str, Any]], None]
 
 
 class EventStream(Response):
-    """Streams what a generator yields: at each step a few chunks, written together.
+    """Response that streams the chunks of a generator; those of one step are written together.
 
-    The status line is sent with the first chunk, so what goes wrong before it is an ordinary error
-    with its own status; what goes wrong later becomes an ``error`` event. A client that goes away
-    closes the generator.
+    The status line is sent with the first chunk, so an error before it is answered with its own
+    status; a later one becomes an ``error`` event. The generator is closed when the client
+    disconnects.
     """
 
     def __init__(
         self, chunks: Chunks, headers: Callable[[], Mapping[str, str]] | None = None
     ) -> None:
-        """``headers`` gives further ones when the first chunk is there."""
+        """``headers`` is called before the first chunk is sent, and returns further headers."""
         super().__init__()
         self._chunks = chunks
         self._more_headers = headers

@@ -173,8 +173,10 @@ def usage_of_prompts(
     modalities: Iterable[str],
     num_generated: int | None = None,
 ) -> dict[str, Any]:
-    """Return the ``usage`` member: tokens of the prompts, those from the prefix cache, those of
-    each modality, and ``num_generated`` where text is generated."""
+    """Return the ``usage`` member: tokens of prompts, of the prefix cache and of each modality.
+
+    ``num_generated``: tokens generated; None where no text is generated.
+    """
     num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
     details = {"cached_tokens": sum(output.num_cached_tokens for output in outputs)}
     for modality in modalities:

@@ -39,8 +39,7 @@ class TokenSpelling:
 def chat_entry(
     spelling: TokenSpelling, token_id: int, entry: Entry, num_top: int
 ) -> dict[str, Any]:
-    """Return an entry of ``choices[].logprobs.content``: the sampled token and the ``num_top`` most
-    likely ones."""
+    """Return an entry of ``choices[].logprobs.content``: sampled token and ``num_top`` likeliest."""
     top = sorted((e.rank, i) for i, e in entry.items() if e.rank <= num_top)
     return {
         **_token(spelling, token_id, entry[token_id]),
@@ -92,7 +91,8 @@ def prompt_logprobs(
 ) -> list[dict[str, Any] | None] | None:
     """Return ``prompt_logprobs``: for each prompt token the probabilities by token id.
 
-    None where none were asked for."""
+    None where none were asked for.
+    """
     if entries is None:
         return None
     return [

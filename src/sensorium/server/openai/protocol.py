@@ -1,9 +1,9 @@
-"""Bodies of requests: OpenAI's fields, and Sensorium's further ones.
+"""Bodies of requests: OpenAI's fields, and Sensorium's own.
 
 Types are strict (``"1"`` is no number, ``true`` no integer), unknown fields are refused, ``null``
 means "not given". Ranges of sampling values are checked by ``SamplingParams``, conversations by
-``text.chat.chat_template``. Of a million wrong values the first is complained of and the others are not looked at: an
-error for each would take seconds.
+``text.chat.conversation``. Validation stops at the first wrong value of a list: an error for each
+of a million would take seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Items = Annotated[list[T], Field(fail_fast=True)]
 
 
 def _up_to_first_wrong(*kinds: type) -> BeforeValidator:
-    """Leaves the first member of other kinds of an object where there is one."""
+    """Return a validator that reduces an object to its first member of another type, if any."""
 
     def first(value: Any) -> Any:
         if isinstance(value, dict):
@@ -34,7 +34,7 @@ Objects = Annotated[dict[str, dict[str, Any]], _up_to_first_wrong(dict)]
 
 
 class Body(BaseModel):
-    """Base of all bodies."""
+    """Base class of all bodies."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
@@ -43,7 +43,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _up_to_first_unknown(cls, value: Any) -> Any:
-        """Where there are more members than fields, all that are known and the first that is not."""
+        """Reduce an object with many unknown members to the known ones and the first unknown."""
         if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
             return value
         known = {field.alias or name for name, field in cls.model_fields.items()}
@@ -52,7 +52,7 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
-    """What a stream reports besides the text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -60,7 +60,7 @@ class StreamOptions(Body):
 
 
 class JsonSchema(Body):
-    """A named JSON schema. ``strict`` changes nothing: the schema is always enforced."""
+    """A named JSON schema. ``strict`` has no effect: the schema is always enforced."""
 
     name: str | None = None
     description: str | None = None
@@ -76,7 +76,7 @@ class ResponseFormat(Body):
 
 
 class GenerationBody(Body):
-    """What chat and completions have in common."""
+    """Fields that chat and completions share."""
 
     model: str | None = None
     n: int | None = None
@@ -127,8 +127,8 @@ class ConversationBody(Body):
 class ChatBody(ConversationBody, GenerationBody):
     """Body of ``POST /v1/chat/completions``.
 
-    The block before the last is accepted for clients that send it always; it has no effect here. The
-    last is not supported.
+    Of the last two blocks, the first is accepted without effect, for clients that always send it;
+    the second is not supported.
     """
 
     max_completion_tokens: int | None = None
@@ -194,7 +194,7 @@ class EmbeddingBody(Body):
 
 
 class TokenizeBody(Body):
-    """Body of ``POST /tokenize``: a ``prompt``, or ``messages`` with what chat knows of rendering."""
+    """Body of ``POST /tokenize``: a ``prompt``, or ``messages`` with the options of rendering."""
 
     model: str | None = None
     prompt: str | None = None

@@ -1,4 +1,4 @@
-"""Sampling parameters of a body: what the request says, else what the model's configuration says."""
+"""Sampling parameters of a body: the request's values, else those of the model's configuration."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Reply:
 class ToolPlan:
     """Tools of a request.
 
-    ``for_template``: those that the template lists. ``forced``: the form of a call that is demanded.
+    ``for_template``: tools that the template lists. ``forced``: the form of a demanded call.
     """
 
     choice: ToolChoice

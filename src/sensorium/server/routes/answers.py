@@ -1,4 +1,4 @@
-"""The parts that the routes of chat and of completions share: from a body to an answer or a stream."""
+"""Parts that the routes of chat and of completions share, from a body to an answer or a stream."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ def check_generation(context: ServingContext, body: GenerationBody) -> str:
     """Return the name of the model for the answer.
 
     Raises ModelNotFoundError, and InvalidRequestError when the model generates no text or an option
-    of streams is given without a stream."""
+    of streams is given without a stream.
+    """
     model = context.check_model(body.model)
     context.check_generates()
     if body.stream_options is not None and not body.stream:

@@ -15,31 +15,34 @@ from sensorium.server.payload import JsonResponse
 
 
 def health_router() -> APIRouter:
-    """The routes for those who watch the server."""
+    """Return the router of health, version and metrics."""
     router = APIRouter()
 
     @router.head("/health", response_model=None, include_in_schema=False)
     @router.get("/health", response_model=None)
     async def health(request: Request) -> Response:
-        """200 while requests can be served, else 503."""
+        """Answer 200 while requests can be served, else 503."""
         _check_alive(context_of(request))
         return JsonResponse({"status": "ok"})
 
     @router.post("/ping", response_model=None, include_in_schema=False)
     @router.get("/ping", response_model=None)
     async def ping(request: Request) -> Response:
-        """The same as /health, under the name that some platforms ask for."""
+        """Answer as /health does, under the name that some platforms use."""
         _check_alive(context_of(request))
         return JsonResponse({"status": "ok"})
 
     @router.get("/version", response_model=None)
     async def version() -> Response:
-        """The version of Sensorium."""
+        """Return the version of Sensorium."""
         return JsonResponse({"version": __version__})
 
     @router.get("/metrics", response_model=None)
     async def metrics(request: Request) -> Response:
-        """Everything in Prometheus' text format; what is known of the engine when it does not answer."""
+        """Return all metrics in Prometheus' text format.
+
+        While there is no engine its metrics keep their last values.
+        """
         context = context_of(request)
         stats = await context.frontend.stats()
         context.metrics.update(stats, up=_alive(context))

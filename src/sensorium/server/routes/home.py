@@ -1,4 +1,4 @@
-"""``GET /``: a plain page that says what is served here and how to ask it."""
+"""``GET /``: a page with the model, its limits, and requests to try."""
 
 from __future__ import annotations
 
@@ -35,30 +35,30 @@ dt {{ font-weight: 600; }}
 <h1>Sensorium {version}</h1>
 <dl>
 <dt>Model</dt><dd>{model}</dd>
-<dt>Takes</dt><dd>{modalities}</dd>
-<dt>Context</dt><dd>{max_model_len} tokens</dd>
+<dt>Input</dt><dd>{modalities}</dd>
+<dt>Context length</dt><dd>{max_model_len} tokens</dd>
 </dl>
-<h2>Ask with curl</h2>
+<h2>Try it with curl</h2>
 <pre><code>{curl}</code></pre>
-<h2>Ask with Python</h2>
+<h2>Try it with Python</h2>
 <pre><code>{python}</code></pre>
-<h2>More</h2>
-<p>OpenAI-compatible: {routes}, <code>/v1/models</code>. Also <code>/tokenize</code>, <code>/detokenize</code>,
-<code>/health</code>, <code>/version</code> and <code>/metrics</code>; all described in
-<a href="{root}/openapi.json">openapi.json</a>.</p>
+<h2>API</h2>
+<p>OpenAI-compatible routes: {routes} and <code>/v1/models</code>. Further routes: <code>/tokenize</code>,
+<code>/detokenize</code>, <code>/health</code>, <code>/version</code> and <code>/metrics</code>.
+<a href="{root}/openapi.json">openapi.json</a> describes all of them.</p>
 </main>
 </body>
 </html>
 """
 
-_ASK_FOR_TEXT = """from openai import OpenAI
+_PYTHON_CHAT = """from openai import OpenAI
 
 client = OpenAI(base_url={url!r}, api_key={key!r})
 messages = {messages}
 answer = client.chat.completions.create(model={model!r}, messages=messages)
 print(answer.choices[0].message.content)"""
 
-_ASK_FOR_VECTOR = """from openai import OpenAI
+_PYTHON_EMBEDDING = """from openai import OpenAI
 
 client = OpenAI(base_url={url!r}, api_key={key!r})
 answer = client.embeddings.create(model={model!r}, input="Hello!")
@@ -66,12 +66,12 @@ print(answer.data[0].embedding)"""
 
 
 def home_router() -> APIRouter:
-    """The route of the page."""
+    """Return the router of the home page."""
     router = APIRouter()
 
     @router.get("/", response_model=None, include_in_schema=False)
     async def home(request: Request) -> Response:
-        """The page."""
+        """Return the home page."""
         context = context_of(request)
         page = _page(context, _base_url(request))
         return HTMLResponse(page, headers={"content-security-policy": _SECURITY})
@@ -80,9 +80,7 @@ def home_router() -> APIRouter:
 
 
 def _base_url(request: Request) -> str:
-    """The address of the API, after the listening socket and not after what the Host header
-    claims.
-    """
+    """Return the address of the API, from the listening socket, as a Host header can be forged."""
     host, port = request.scope.get("server") or ("127.0.0.1", None)
     host = f"[{host}]" if ":" in host else host
     where = host if port is None else f"{host}:{port}"
@@ -95,7 +93,7 @@ def _page(context: ServingContext, base_url: str) -> str:
     pools = context.frontend.input_processor.runner == "pooling"
     routes = ("/v1/embeddings",) if pools else ("/v1/chat/completions", "/v1/completions")
     body = {"model": model, **({"input": "Hello!"} if pools else {"messages": _messages(context)})}
-    python = _ASK_FOR_VECTOR if pools else _ASK_FOR_TEXT
+    python = _PYTHON_EMBEDDING if pools else _PYTHON_CHAT
     shown = json.dumps(body.get("messages"), indent=4, ensure_ascii=False)
     key = "KEY" if has_key else "none"
     return _PAGE.format(
@@ -111,12 +109,12 @@ def _page(context: ServingContext, base_url: str) -> str:
 
 
 def _messages(context: ServingContext) -> Messages:
-    """A question that the model could be asked."""
+    """Return an example conversation for the model."""
     if "image" not in context.frontend.input_processor.modalities:
         return [{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]
-    picture = {"type": "image_url", "image_url": {"url": "https://example.com/picture.png"}}
-    question = {"type": "text", "text": "What is shown here?"}
-    return [{"role": "user", "content": [question, picture]}]
+    image = {"type": "image_url", "image_url": {"url": "https://example.com/image.png"}}
+    question = {"type": "text", "text": "What is in this image?"}
+    return [{"role": "user", "content": [question, image]}]
 
 
 def _curl(url: str, body: Mapping[str, object], has_key: bool) -> str:

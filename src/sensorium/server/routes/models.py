@@ -12,19 +12,19 @@ from sensorium.server.payload import JsonResponse
 
 
 def models_router() -> APIRouter:
-    """The routes that say which model is served."""
+    """Return the router of models."""
     router = APIRouter()
 
     @router.get("/v1/models", response_model=None)
     async def list_models(request: Request) -> Response:
-        """All names of the model."""
+        """List all names of the model."""
         context = context_of(request)
         cards = [_card(context, name) for name in context.model_names]
         return JsonResponse({"object": "list", "data": cards})
 
     @router.get("/v1/models/{name:path}", response_model=None)
     async def get_model(request: Request, name: str) -> Response:
-        """One name of the model."""
+        """Return one name of the model."""
         context = context_of(request)
         return JsonResponse(_card(context, context.check_model(name)))
 

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def tokenize_router() -> APIRouter:
-    """The routes between text and token ids."""
+    """Return the router of tokenization."""
     router = APIRouter()
 
     @router.post("/tokenize", response_model=None)
     async def tokenize(request: Request) -> Response:
-        """The ids that the engine would get, with media placeholders expanded."""
+        """Return the token ids that the engine would get, with media placeholders expanded."""
         context = context_of(request)
         body, prompt = await read_body(
             request, TokenizeBody, lambda body: _prompt(context, request, body)
@@ -53,7 +53,7 @@ def tokenize_router() -> APIRouter:
 
     @router.post("/detokenize", response_model=None)
     async def detokenize(request: Request) -> Response:
-        """The text of token ids, special tokens included."""
+        """Return the text of token ids, special tokens included."""
         context = context_of(request)
         _, text = await read_body(request, DetokenizeBody, lambda body: _text(context, body))
         return JsonResponse({"prompt": text})

@@ -1,4 +1,4 @@
-"""``apply_chat_template`` as users of ``transformers`` know it: messages to the text of a prompt, or to its ids."""
+"""``apply_chat_template`` as in ``transformers``: from messages to the text or ids of a prompt."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sensorium.text.chat.chat_template import ChatTemplate, parse_messages
 from sensorium.text.tokenizer import ApplyTemplate
 
 _BARE = {"image": "image_url", "video": "video_url", "audio": "audio_url"}
-"""Media parts without their media, as processors of ``transformers`` take them, and what they are here."""
+"""Types of parts that stand for media without holding them, as ``transformers`` has them."""
 
 
 def template_applier(template: ChatTemplate, placeholder_text: Any) -> ApplyTemplate:
-    """Return a function from messages to text; parts of media become this model's placeholders.
+    """Return a function from messages to text, in which media parts become placeholders.
 
     ``placeholder_text``: as for ``ChatTemplate.render``. The function raises InvalidRequestError.
     """
@@ -28,7 +28,7 @@ def template_applier(template: ChatTemplate, placeholder_text: Any) -> ApplyTemp
 
 
 def _without_media(message: Any) -> Any:
-    """Return a message whose media parts stand for items that nobody loads."""
+    """Return a message whose media parts refer to no media, as none are loaded."""
     content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, list | tuple):
         return message

@@ -1,7 +1,8 @@
-"""Trying a chat template on a plain message, to see which form of content it can take.
+"""Trial of a chat template on a plain message, to find the form of content that it takes.
 
-Reading the template alone can mislead: it may loop over the content of tool results and join that of users as text. So
-what was read from it is tried once, when it is compiled."""
+Its source alone can mislead: a template may loop over the content of tool results, but expect that
+of users to be a string. So the form found in the source is tried once, at compilation.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +22,11 @@ FAILURES = (
     *(jinja2.TemplateError, ArithmeticError, LookupError, RuntimeError),
     *(AttributeError, MemoryError, TypeError, ValueError),
 )
-"""What a template raises when it cannot render: errors of Jinja, of its bounds, and of Python expressions."""
+"""Exceptions of a template that fails: of Jinja, of its bounds, and of Python expressions."""
 
 _TEXT = "sensorium tries this template"
 _PART_AS_TEXT = re.compile(rf"""['"]text['"]\s*:\s*['"]{_TEXT}""")
-"""A part that a template wrote as a text, with its keys."""
+"""A part that a template wrote as a Python literal instead of its text."""
 
 _SECONDS = 2.0
 
@@ -33,10 +34,11 @@ _SECONDS = 2.0
 def working_format(
     template: jinja2.Template, found: ContentFormat, variables: Mapping[str, Any]
 ) -> ContentFormat:
-    """Return ``found``, or the other form when a plain message renders in that one alone.
+    """Return ``found``, or the other form when a plain message renders in that form only.
 
-    ``variables`` are the special tokens that templates write. A template that renders no plain message in either
-    form keeps ``found``."""
+    ``variables`` are the special tokens that templates write. A template that renders a plain
+    message in neither form keeps ``found``.
+    """
     other: ContentFormat = "string" if found == "openai" else "openai"
     for candidate in (found, other):
         if _renders(template, candidate, variables):
@@ -54,8 +56,8 @@ def warn_if_broken(
         pass
     except FAILURES as error:
         logger.warning(
-            "the chat template fails on a plain user message (%s: %.200s); chat requests will be answered with an "
-            "error until it is replaced with --chat-template",
+            "the chat template fails on a plain user message (%s: %.200s); chat requests will fail "
+            "with 422 until it is replaced with --chat-template",
             type(error).__name__,
             error,
         )

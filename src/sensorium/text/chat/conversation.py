@@ -1,4 +1,4 @@
-"""A conversation: messages of text and media references, made once of what callers write."""
+"""Conversations: messages of text and media references, parsed from OpenAI's form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sensorium.multimodal.items import MediaRef
 from sensorium.multimodal.parse.messages import MEDIA_PART_TYPES, media_part_type, ref_from_part
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "query", "document")
-"""Roles that templates commonly know. Others are passed on: the template decides."""
+"""Roles that templates commonly know. Others are passed on for the template to decide."""
 
 TEXT_PART_TYPES = ("text", "input_text", "output_text", "refusal")
 
@@ -36,8 +36,7 @@ Part = TextPart | MediaRef
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the assistant made. ``arguments`` is an object where the text could be read as
-    one, else the text."""
+    """A tool call of the assistant. ``arguments`` is a mapping, or text that is no JSON object."""
 
     id: str
     name: str
@@ -46,8 +45,7 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message. ``is_string``: the caller gave its content as a plain string (or not at all),
-    not as parts."""
+    """One message. ``is_string``: its content was a string (or missing), not a list of parts."""
 
     role: str
     parts: tuple[Part, ...] = ()
@@ -59,13 +57,13 @@ class Message:
 
     @property
     def text(self) -> str:
-        """The texts of the message, joined by line breaks."""
+        """Texts of the message, joined by line breaks."""
         return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order; ``refs`` are their media items in order."""
+    """Messages, and the references to their media items, in order."""
 
     messages: tuple[Message, ...]
     refs: tuple[MediaRef, ...] = field(init=False)
@@ -78,9 +76,9 @@ class Conversation:
 def parse_messages(
     messages: Sequence[Mapping[str, Any]], *, param: str = "messages"
 ) -> Conversation:
-    """The conversation that a list of message objects in OpenAI's form describes.
+    """Parse messages in OpenAI's form.
 
-    Raises InvalidRequestError with the place (``messages[0].content[1].type``) of what is wrong.
+    Raises InvalidRequestError with the place of the mistake (``messages[0].content[1].type``).
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         _bad(f"must be a list of messages, got {type(messages).__name__}", param)
@@ -96,15 +94,15 @@ def parse_messages(
     ]
     if len(with_embeds) > 1:
         _bad(
-            "holds precomputed embeddings, and so does an earlier message; only one message of a "
-            "conversation may contain them",
+            "has precomputed embeddings, as an earlier message has; only one message of a "
+            "conversation may have them",
             f"{param}[{with_embeds[1]}].content",
         )
     return Conversation(parsed)
 
 
 def texts_of(conversation: Conversation, *more: Any) -> Iterator[str]:
-    """All texts of a conversation, and of the plain data in ``more``: those that a template may write."""
+    """Yield all texts of a conversation and of the plain data in ``more``."""
     for message in conversation.messages:
         yield from (part.text for part in message.parts if isinstance(part, TextPart))
         yield from (
@@ -132,8 +130,8 @@ def _message(message: Mapping[str, Any], param: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or _ROLE.fullmatch(role) is None:
         _bad(
-            f"must be a role such as {', '.join(ROLES)}, or another name of up to 64 letters, digits, '_', '-' and "
-            f"'.' that the chat template knows; got {role!r:.80}",
+            f"must be a role such as {', '.join(ROLES)}, or another name of up to 64 letters, digits, "
+            f"'_', '-' and '.' that the chat template knows; got {role!r:.80}",
             f"{param}.role",
         )
     content = message.get("content")
@@ -173,7 +171,7 @@ def _part(part: object, param: str) -> Part:
     if kind is None:
         key = next((key for key in TEXT_PART_TYPES if key in part), None)
         if key is None:
-            _bad("has no 'type', and none of the known keys", f"{param}.type")
+            _bad("has neither a 'type' nor a known key", f"{param}.type")
     elif kind in TEXT_PART_TYPES:
         key = "refusal" if kind == "refusal" else "text"
     else:
@@ -211,8 +209,7 @@ def _tool_call(call: object, param: str) -> ToolCall:
 
 
 def _arguments(arguments: object, param: str) -> Mapping[str, Any] | str:
-    """Templates expect an object; OpenAI's form has its text. A text that is no object stays as it
-    is."""
+    """Return arguments as the object that templates expect; text that is no object stays text."""
     if arguments is None or arguments == "":
         return {}
     if isinstance(arguments, Mapping):
@@ -230,10 +227,11 @@ def _plain_mapping(value: Mapping[Any, Any], param: str) -> Mapping[str, Any]:
 
 
 def plain_data(value: Any, param: str, depth: int = 0) -> Any:
-    """A copy of ``value`` out of plain JSON types only, which is all that a template may see.
+    """Return a copy of ``value`` of plain JSON types, the only ones that templates get.
 
     Raises InvalidRequestError for other types, lone surrogates, and nesting deeper than
-    ``MAX_DEPTH``."""
+    ``MAX_DEPTH``.
+    """
     if depth > MAX_DEPTH:
         _bad(f"is nested deeper than {MAX_DEPTH} levels", param)
     if value is None or isinstance(value, bool):
@@ -261,7 +259,7 @@ def _text(value: object, param: str) -> str | None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        _bad("holds a lone surrogate, which is no valid Unicode", param)
+        _bad("contains a lone surrogate, which is not valid Unicode", param)
     return str(value)
 
 

@@ -1,4 +1,4 @@
-"""Running a chat template on a conversation: what it may be given, and whose mistake it is when it fails."""
+"""Rendering of a chat template: its variables, and the errors for its failures."""
 
 from __future__ import annotations
 
@@ -31,8 +31,11 @@ REQUEST_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """``guard`` breaks typed control tokens; ``end`` stands where the final message is to be
-    continued."""
+    """Marks in the rendered text.
+
+    ``guard`` breaks the spellings of control tokens that users typed; ``end`` is the place where
+    the final message is continued.
+    """
 
     guard: str
     end: str
@@ -41,8 +44,11 @@ class Marks:
 def run_template(
     chosen: CompiledTemplate, variables: dict[str, Any], marks: Marks, has_kwargs: bool
 ) -> str:
-    """Return the template's output. What it refuses is the caller's mistake, as is what goes wrong in a template, or
-    with ``chat_template_kwargs``, that came with the request; else the template is at fault."""
+    """Return the template's output.
+
+    Raises InvalidRequestError where the template refuses the conversation, or fails and it, or its
+    ``chat_template_kwargs``, came with the request; ChatTemplateError where it fails otherwise.
+    """
     try:
         seconds = REQUEST_SECONDS if chosen.from_request else MAX_SECONDS
         return render_bounded(chosen.template, variables, seconds)
@@ -72,7 +78,7 @@ def _shown(text: object, marks: Marks) -> str:
 
 
 def _custom_roles(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Name the first role that is none of the usual ones, which is likely what a template refuses."""
+    """Return a note on the first unusual role, the likely reason of a template's refusal."""
     for index, message in enumerate(messages):
         if message["role"] not in ROLES:
             near = suggestion(message["role"], list(ROLES))
@@ -81,9 +87,7 @@ def _custom_roles(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_custom_roles(messages: Sequence[Message], marked: str, marks: Marks) -> None:
-    """Refuse messages of roles that the template does not know and therefore leaves out.
-
-    Raises InvalidRequestError."""
+    """Raise InvalidRequestError for messages that the template leaves out for their role."""
     if all(message.role in ROLES for message in messages):
         return
     text = _shown(marked, marks)
@@ -94,21 +98,23 @@ def check_custom_roles(messages: Sequence[Message], marked: str, marks: Marks) -
         if word not in text:
             near = suggestion(message.role, list(ROLES))
             raise InvalidRequestError(
-                f"The model's chat template leaves out messages[{index}], whose role {message.role!r} it does not "
-                f"know; use one that it knows.{near}",
+                f"The model's chat template ignores messages[{index}], whose role {message.role!r} "
+                f"it does not know; use a role that it knows.{near}",
                 param=f"messages[{index}].role",
             )
 
 
 def checked_kwargs(given: Mapping[str, Any], special: Mapping[str, str]) -> dict[str, Any]:
-    """Return ``chat_template_kwargs`` as plain data. Raises InvalidRequestError for reserved names and for
-    ``special``, the names of special tokens."""
+    """Return ``chat_template_kwargs`` as plain data.
+
+    Raises InvalidRequestError for reserved names and for ``special``, the names of special tokens.
+    """
     param = "chat_template_kwargs"
     plain = plain_data(dict(given), param)
     for name in plain:
         if name in RESERVED_KWARGS or name in special or name.startswith(("_", "sensorium")):
             raise InvalidRequestError(
-                f"chat_template_kwargs may not set {name!r}, which has a meaning of its own.",
+                f"chat_template_kwargs may not set {name!r}, a reserved name.",
                 param=f"{param}.{name}",
             )
     return dict(plain)

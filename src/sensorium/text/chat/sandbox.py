@@ -3,7 +3,8 @@
 A template comes with a model or, where the operator allows it, with a request. Jinja's sandbox
 keeps it from Python objects. It does not keep it from running or growing without end; here every
 loop iteration, call, filter and intercepted operator looks at the clock, and what one operation of
-C could take for ever (a huge repetition, exponent or width) is refused before it runs."""
+C could take for ever (a huge repetition, exponent or width) is refused before it runs.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 class GenerationBlock(ext.Extension):
     """``{% generation %} … {% endgeneration %}``, which marks the assistant's text for training.
 
-    Here it renders its body."""
+    Here it renders its body.
+    """
 
     tags = {"generation"}  # noqa: RUF012  (Jinja's own declaration)
 
@@ -120,7 +122,8 @@ def render_bounded(
 ) -> str:
     """Render ``template`` within ``seconds``.
 
-    Raises SecurityError past the bounds, and whatever the template raises."""
+    Raises SecurityError past the bounds, and whatever the template raises.
+    """
     size = 0
     pieces = []
     token = _deadline.set(time.monotonic() + seconds)

@@ -1,5 +1,4 @@
-"""Chat templates: where a model keeps them, how they are compiled, and which form of content they
-take."""
+"""Chat templates: their files, their compilation, and the form of content that they take."""
 
 from __future__ import annotations
 
@@ -25,9 +24,9 @@ _ENVIRONMENT = BoundedEnvironment()
 class CompiledTemplate:
     """A template ready to run.
 
-    ``content_format``: whether it wants the content of a message as a string or as a list of parts.
-    ``tests_string``: whether it asks if content is a string; then such content may stay one.
-    ``from_request``: whether it came with a request.
+    ``content_format``: the form in which it takes the content of a message, a string or a list of
+    parts. ``tests_string``: it tests for strings, so that content given as a string may stay one.
+    ``from_request``: it came with a request.
     """
 
     template: jinja2.Template
@@ -44,14 +43,20 @@ def compile_template(
     variables: Mapping[str, Any] | None = None,
     plain: bool = True,
 ) -> CompiledTemplate:
-    """Compile ``source``. ``request``: it came with a request, so mistakes are the caller's.
+    """Compile ``source``.
 
-    With ``auto`` the form of content that was read from the template is tried on a plain message, with ``variables``
-    (the special tokens of the tokenizer); where it fails and the other form works, the other one is taken.
-    ``plain``: the template is for plain messages, so one that fails on them is worth a warning.
+    Args:
+        source: The text of the template.
+        content_format: With ``auto``, the form of content found in the source is tried on a plain
+            message; where it fails and the other form works, the other form is taken.
+        request: The template came with a request, so its mistakes are the caller's.
+        variables: The special tokens of the tokenizer, by name.
+        plain: The template is for plain messages: log a warning if it fails on them.
 
-    Raises ConfigError, or InvalidRequestError for a template of a request, when it is too long or
-    malformed."""
+    Raises:
+        ConfigError: The template is too long or malformed.
+        InvalidRequestError: The same, of a template of a request.
+    """
     limit = MAX_REQUEST_TEMPLATE_CHARS if request else MAX_TEMPLATE_CHARS
     if len(source) > limit:
         raise _error(f"has {len(source)} characters; at most {limit} are allowed.", request)
@@ -78,10 +83,11 @@ def _error(what: str, request: bool) -> SensoriumError:
 def find_templates(
     folder: str | Path | None, *, override: str | None = None, fallback: str | None = None
 ) -> dict[str, str]:
-    """The named templates of a model, ``default`` being the usual one; empty when there is none.
+    """Return the templates of a model by name; empty when there is none.
 
-    ``override`` is a file or a template's text, and wins; ``fallback`` is used when the folder has
-    none. Raises ConfigError when ``override`` is neither."""
+    ``default`` is the usual one. ``override``, a file or the text of a template, wins; ``fallback``
+    is used when the folder has none. Raises ConfigError when ``override`` is neither.
+    """
     if override is not None:
         return {"default": _file_or_text(override)}
     found = _folder_templates(Path(folder)) if folder is not None else {}
@@ -107,7 +113,7 @@ def _file_or_text(value: str) -> str:
 
 
 def _folder_templates(folder: Path) -> dict[str, str]:
-    """Templates of a model folder: files of their own come before entries in configurations."""
+    """Return the templates of a model folder; template files win over entries in configurations."""
     found: dict[str, str] = {}
     for name in ("tokenizer_config.json", "processor_config.json", "chat_template.json"):
         found |= _named(read_json(folder / name).get("chat_template"))
@@ -120,8 +126,10 @@ def _folder_templates(folder: Path) -> dict[str, str]:
 
 
 def _named(value: Any) -> dict[str, str]:
-    """A configuration's ``chat_template``: one text, a mapping of names, or a list of ``{"name",
-    "template"}``."""
+    """Return the templates of a configuration's ``chat_template`` by name.
+
+    It is one text, a mapping of names, or a list of ``{"name": ..., "template": ...}``.
+    """
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, Mapping):
@@ -136,7 +144,7 @@ def _named(value: Any) -> dict[str, str]:
 
 
 def detect_content_format(tree: nodes.Template) -> ContentFormat:
-    """``openai`` when the template loops over the content of a message, else ``string``."""
+    """Return ``openai`` when the template loops over the content of a message, else ``string``."""
     aliases = _content_names(tree)
     for loop in tree.find_all(nodes.For):
         if any(_is_content(node, aliases) for node in _filtered(loop.iter)):
@@ -148,8 +156,10 @@ def detect_content_format(tree: nodes.Template) -> ContentFormat:
 
 
 def _content_names(tree: nodes.Template) -> set[str]:
-    """Names that stand for the content of a message: those that it is assigned to, those that
-    loops over pairs unpack, and parameters of macros that it is passed to."""
+    """Return names bound to the content of a message.
+
+    Such are targets of assignments, names unpacked by loops over pairs, and parameters of macros.
+    """
     aliases = {"content"} & _loop_targets(tree)
     others = _names_of_other_fields(tree)
     size = -1
@@ -163,8 +173,10 @@ def _content_names(tree: nodes.Template) -> set[str]:
 
 
 def _names_of_other_fields(tree: nodes.Template) -> set[str]:
-    """Names that some assignment gives another field of a message, as in ``set calls = message.tool_calls``: what
-    loops over them need not loop over content."""
+    """Return names bound to other fields of a message, as in ``set calls = message.tool_calls``.
+
+    A loop over one of them need not be a loop over content.
+    """
     return {
         assign.target.name
         for assign in tree.find_all(nodes.Assign)
@@ -184,7 +196,7 @@ _LIST_FILTERS = ("selectattr", "rejectattr", "select", "reject", "map", "groupby
 
 
 def _loop_targets(tree: nodes.Template) -> set[str]:
-    """Names that loops over ``messages`` unpack, as in ``for role, content in …``."""
+    """Return names that loops unpack, as in ``for role, content in …``."""
     return {
         name.name
         for loop in tree.find_all(nodes.For)
@@ -194,7 +206,7 @@ def _loop_targets(tree: nodes.Template) -> set[str]:
 
 
 def _filtered(node: nodes.Node | None) -> Iterator[nodes.Node]:
-    """The expression and what its filters and slices are applied to."""
+    """Yield the expression and the operands of its filters and slices."""
     while node is not None:
         yield node
         if isinstance(node, nodes.Filter):
@@ -206,7 +218,7 @@ def _filtered(node: nodes.Node | None) -> Iterator[nodes.Node]:
 
 
 def _is_content(node: nodes.Node | None, aliases: set[str]) -> bool:
-    """Whether an expression is the ``content`` of something, or a name for it."""
+    """Return true for the ``content`` of something, or a name bound to it."""
     if isinstance(node, nodes.Name):
         return node.name in aliases
     if isinstance(node, nodes.Getattr):
@@ -221,7 +233,7 @@ def _is_content(node: nodes.Node | None, aliases: set[str]) -> bool:
 
 
 def _macro_parameters(tree: nodes.Template, aliases: set[str]) -> set[str]:
-    """Parameters of the template's macros that some call gives content to."""
+    """Return parameters of macros that some call passes content to."""
     macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
     found = set()
     for call in tree.find_all(nodes.Call):
