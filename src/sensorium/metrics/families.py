@@ -88,7 +88,7 @@ ENGINE_ROWS = (
         "Prompt tokens of admitted requests, cached ones included; counted for each sample.",
     ),
     _counter("generation_tokens", "generation_tokens", "Tokens generated."),
-    _counter("vectors", "num_vectors", "Embeddings computed."),
+    _counter("vectors", "num_embeddings", "Embeddings computed."),
     _counter(
         "model_output_not_finite",
         "num_unusable",

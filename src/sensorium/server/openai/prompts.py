@@ -13,7 +13,7 @@ from sensorium.server.openai.protocol import (
     ChatBody,
     CompletionBody,
     EmbeddingBody,
-    GenerationBody,
+    PromptBody,
     TokenizeBody,
 )
 from sensorium.server.payload import shown
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def media_options(
-    request: Request, body: GenerationBody | TokenizeBody | EmbeddingBody
-) -> MediaOptions:
+def media_options(request: Request, body: PromptBody) -> MediaOptions:
     """Return the options for loading the items of a request, and their tenant."""
     return MediaOptions(
         mm_processor_kwargs=body.mm_processor_kwargs or {},

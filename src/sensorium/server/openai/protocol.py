@@ -75,10 +75,35 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
-class GenerationBody(Body):
-    """Fields that chat and completions share."""
+class PromptBody(Body):
+    """Fields of all bodies with prompts."""
 
     model: str | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+    media_io_kwargs: Objects | None = None
+
+
+class RequestBody(PromptBody):
+    """Fields of all bodies that the engine computes."""
+
+    cache_salt: str | None = Field(None, max_length=1024)
+    priority: int | None = Field(None, ge=-(1 << 31), le=1 << 31)
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
+    user: str | None = None
+
+
+class RenderingBody(Body):
+    """Fields of all bodies that may have a conversation: options of its rendering."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class GenerationBody(RequestBody):
+    """Fields that chat and completions share."""
+
     n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -104,33 +129,18 @@ class GenerationBody(Body):
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    mm_processor_kwargs: dict[str, Any] | None = None
-    media_io_kwargs: Objects | None = None
-    cache_salt: str | None = Field(None, max_length=1024)
-    priority: int | None = Field(None, ge=-(1 << 31), le=1 << 31)
-    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
     return_token_ids: bool | None = None
-    user: str | None = None
 
 
-class ConversationBody(Body):
-    """A conversation and how it is rendered."""
-
-    messages: Items[dict[str, Any]]
-    tools: Items[dict[str, Any]] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-class ChatBody(ConversationBody, GenerationBody):
+class ChatBody(RenderingBody, GenerationBody):
     """Body of ``POST /v1/chat/completions``.
 
     Of the last two blocks, the first is accepted without effect, for clients that always send it;
     the second is not supported.
     """
 
+    messages: Items[dict[str, Any]]
+    tools: Items[dict[str, Any]] | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -167,12 +177,13 @@ class CompletionBody(GenerationBody):
     add_special_tokens: bool | None = None
 
 
-class EmbeddingBody(Body):
-    """Body of ``POST /v1/embeddings``: an ``input`` (a text, token ids, or a list of either), or ``messages`` with what
-    chat knows of rendering. ``truncate_prompt_tokens`` cuts each input to so many tokens (-1: to the context).
+class EmbeddingBody(RenderingBody, RequestBody):
+    """Body of ``POST /v1/embeddings``: an ``input`` or ``messages``.
+
+    ``input`` is a text, token ids, or a list of either; ``truncate_prompt_tokens`` cuts each to so
+    many tokens (-1: to the context).
     """
 
-    model: str | None = None
     input: Any = None
     messages: Items[dict[str, Any]] | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -181,33 +192,16 @@ class EmbeddingBody(Body):
     dimensions: int | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    mm_processor_kwargs: dict[str, Any] | None = None
-    media_io_kwargs: Objects | None = None
-    cache_salt: str | None = Field(None, max_length=1024)
-    priority: int | None = Field(None, ge=-(1 << 31), le=1 << 31)
-    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
-    user: str | None = None
 
 
-class TokenizeBody(Body):
+class TokenizeBody(RenderingBody, PromptBody):
     """Body of ``POST /tokenize``: a ``prompt``, or ``messages`` with the options of rendering."""
 
-    model: str | None = None
     prompt: str | None = None
     messages: Items[dict[str, Any]] | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     tools: Items[dict[str, Any]] | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    mm_processor_kwargs: dict[str, Any] | None = None
-    media_io_kwargs: Objects | None = None
 
 
 class DetokenizeBody(Body):

@@ -171,7 +171,7 @@ def _part(part: object, param: str) -> Part:
     if kind is None:
         key = next((key for key in TEXT_PART_TYPES if key in part), None)
         if key is None:
-            _bad("has neither a 'type' nor a known key", f"{param}.type")
+            _bad("has no 'type' and no known key", f"{param}.type")
     elif kind in TEXT_PART_TYPES:
         key = "refusal" if kind == "refusal" else "text"
     else:
