@@ -226,7 +226,9 @@ class Tokenizer:
 def not_text(text: object) -> InvalidRequestError:
     """The error for a prompt that is no valid Unicode string."""
     if isinstance(text, str):
-        return InvalidRequestError("The text contains a lone surrogate, which is not valid Unicode.")
+        return InvalidRequestError(
+            "The text contains a lone surrogate, which is not valid Unicode."
+        )
     return InvalidRequestError(f"A text must be a string, got {type(text).__name__}.")
 
 

@@ -174,7 +174,10 @@ async def test_errors_about_many_values_are_the_usual_ones() -> None:
         assert answer.status in (400, 404)
         assert answer.error["param"] == param
     answer = await app.post("/v1/completions", b'{"prompt": [' + b"1," * 5000 + b"NaN]}")
-    assert answer.error["message"] == "prompt[5000] must be a finite number; JSON has no NaN and no infinity."
+    assert (
+        answer.error["message"]
+        == "prompt[5000] must be a finite number; JSON has no NaN and no infinity."
+    )
     assert not app.frontend.calls
 
 
