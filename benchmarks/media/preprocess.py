@@ -153,7 +153,7 @@ class Workers:
         folder = SharedArraysFolder()
         decoders = process_decoders(config, folder)
         self.pipeline = MediaPipeline(
-            media, processor, FeatureCache(1 << 30), decoders=decoders, segments=folder
+            media, processor, FeatureCache(1 << 30), decoders=decoders, shared_folder=folder
         )
         self._number = 0
 

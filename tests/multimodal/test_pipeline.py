@@ -395,7 +395,7 @@ async def test_all_features_lie_in_segments_where_they_have_to() -> None:
     folder = SharedArraysFolder()
     cache = FeatureCache(1 << 20)
     config = MediaConfig(enable_mm_embeds=True)
-    pipeline = MediaPipeline(config, FakeProcessor(), cache, segments=folder)
+    pipeline = MediaPipeline(config, FakeProcessor(), cache, shared_folder=folder)
     embeds = torch.ones(2, 4, 8)
     refs = [
         MediaRef("image", "object", picture()),

@@ -72,7 +72,7 @@ class MediaPipeline:
         cache: Features by item digest.
         workers: Threads for short work; made here by default.
         decoders: Decode encoded files; threads of this process by default.
-        segments: Holds all features in shared memory, for another process.
+        shared_folder: Holds all features in shared memory, for another process.
         package_files: See ``Guard``.
         ids_matter: False if neither the processor cache nor the prefix cache is on. The callers'
             ids would change nothing; they are then ignored, with one warning.
@@ -86,7 +86,7 @@ class MediaPipeline:
         *,
         workers: ThreadWorkers | None = None,
         decoders: Decoders | None = None,
-        segments: SharedArraysFolder | None = None,
+        shared_folder: SharedArraysFolder | None = None,
         package_files: bool = False,
         ids_matter: bool = True,
     ) -> None:
@@ -97,7 +97,7 @@ class MediaPipeline:
         self._workers = workers or ThreadWorkers()
         self._threads = ThreadDecoders(self._workers, config, processor)
         self._decoders = decoders or self._threads
-        self._segments = segments
+        self._shared_folder = shared_folder
         self._counters = StageCounters()
         self.fetcher = Fetcher(
             config,
@@ -328,14 +328,14 @@ class MediaPipeline:
 
     async def _shared(self, features: Features) -> Features:
         """Move features to shared memory, if required. Raises OverloadedError if it is full."""
-        if self._segments is None or isinstance(features.arrays, SharedArrays):
+        if self._shared_folder is None or isinstance(features.arrays, SharedArrays):
             return features
         try:
-            arrays = await self._workers.run(self._segments.write, features.arrays)
+            arrays = await self._workers.run(self._shared_folder.write, features.arrays)
         except OSError:
             self._cache.clear()
             try:
-                arrays = await self._workers.run(self._segments.write, features.arrays)
+                arrays = await self._workers.run(self._shared_folder.write, features.arrays)
             except OSError:
                 _logger.exception("failed to write features to shared memory")
                 raise OverloadedError(NO_ROOM) from None

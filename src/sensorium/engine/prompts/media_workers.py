@@ -52,7 +52,7 @@ def media_pipeline(
         processor,
         FeatureCache(kept),
         decoders=decoders,
-        segments=folder if shared else None,
+        shared_folder=folder if shared else None,
         package_files=package_files,
         ids_matter=cache.mm_processor_cache_gb > 0 or cache.enable_prefix_caching,
     )
