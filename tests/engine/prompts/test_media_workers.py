@@ -106,9 +106,9 @@ def test_a_worker_makes_what_the_processor_makes(family: str, tmp_path: Path) ->
             ids = replacement.token_ids
             positions = [processor.positions(ids, items) for items in placed]
             assert repr(positions[0]) == repr(positions[1])
-        server = decoders._server._process
-        assert server is not None
-        is_safe_to_fork(server.pid, native=family not in WRAPPED)
+        process_id = decoders.server.process_id
+        assert process_id is not None
+        is_safe_to_fork(process_id, native=family not in WRAPPED)
     finally:
         decoders.close()
         threads.close()
