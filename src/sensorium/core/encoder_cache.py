@@ -17,7 +17,7 @@ from sensorium.core.request import ItemSpan, Sequence
 
 
 class EncoderCacheBudget:
-    """The resident encoder outputs, within ``capacity`` embeddings::
+    """The resident encoder outputs, within ``capacity`` embeddings.
 
     |----------------------- capacity ------------------------|
     | pinned (num_pinned)  |  idle, evictable  |  never used  |

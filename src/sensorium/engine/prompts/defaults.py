@@ -1,4 +1,4 @@
-"""The sampling values of requests that name none: the model's, or those that the operator chose."""
+"""Default sampling parameters: the model's generation_config.json, or the operator's choice."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _OVERRIDABLE = (*SAMPLED, "max_new_tokens", "do_sample")
 
 
 def generation_values(own: Mapping[str, Any], model: ModelConfig) -> dict[str, Any]:
-    """Return what counts as generation_config.json: the model's ``own``, none, or a folder's, and what overrides it.
+    """Return the effective generation_config.json: the model's ``own``, none, or that of a folder.
 
-    A value of the file that cannot be is left out, with a warning: no request could do anything about it. Raises
-    ConfigError for a folder's file that cannot be read and for overrides that cannot be.
+    Overrides of the configuration are applied. An invalid value of the file is left out with a
+    warning, since requests could not do anything about it. Raises ConfigError for a folder's file
+    that cannot be read, and for invalid overrides.
     """
     if model.generation_config == "auto":
         values = dict(own)
@@ -41,7 +42,7 @@ def generation_values(own: Mapping[str, Any], model: ModelConfig) -> dict[str, A
 
 
 def _usable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a file without those that no request may have; each is warned of once, at the start."""
+    """Return the valid values of a file; log a warning for each of the others."""
     found = dict(values)
     for name in (*SAMPLED, "max_new_tokens"):
         value = found.get(name)

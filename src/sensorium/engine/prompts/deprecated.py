@@ -1,4 +1,4 @@
-"""Older spellings that described a model's images by hand: checked against the model, then unused."""
+"""Deprecated arguments that described a model's images: checked against the model, then unused."""
 
 from __future__ import annotations
 
@@ -13,37 +13,41 @@ from sensorium.multimodal.processor import Processor
 
 CHANNELS = 3
 EDGE = 56
-"""Of a blank picture, in pixels: every model takes it."""
+"""Height and width of a blank image that every model takes, in pixels."""
 FAR_APART = ((EDGE, EDGE), (8 * EDGE, 24 * EDGE))
 """Heights and widths of which a model makes different numbers of embeddings unless it makes one of all."""
 
 
-def check_older(older: DeprecatedConfig, processor: Processor | None, media: MediaConfig) -> None:
-    """Raise ConfigError, naming the argument, where it contradicts the model as it is started with ``media``."""
-    given = older.given()
+def check_deprecated(
+    deprecated: DeprecatedConfig, processor: Processor | None, media: MediaConfig
+) -> None:
+    """Raise ConfigError for an argument that contradicts the model as configured."""
+    given = deprecated.given()
     if not given:
         return
     if processor is None or "image" not in processor.modalities:
         _contradicts(given[0], "this model takes no images")
     tokens = _image_tokens(processor)
-    if older.image_token_id is not None and tokens != {older.image_token_id}:
+    if deprecated.image_token_id is not None and tokens != {deprecated.image_token_id}:
         known = f"{min(tokens)}" if len(tokens) == 1 else "no single token"
-        _contradicts("image_token_id", f"is {older.image_token_id}, but the model's is {known}")
+        _contradicts(
+            "image_token_id", f"is {deprecated.image_token_id}, but the model's is {known}"
+        )
     options, shape = media.mm_processor_kwargs, None
-    if older.image_input_shape is not None:
-        shape = older.shape()
-    if shape is not None and len(shape) == CHANNELS + 1 and not _are_features(older):
-        _check_pixels(older.image_feature_size, shape, processor, media)
+    if deprecated.image_input_shape is not None:
+        shape = deprecated.shape()
+    if shape is not None and len(shape) == CHANNELS + 1 and not _are_features(deprecated):
+        _check_pixels(deprecated.image_feature_size, shape, processor, media)
     else:
-        _check_features(older.image_feature_size, shape, processor, options)
+        _check_features(deprecated.image_feature_size, shape, processor, options)
 
 
-def _are_features(older: DeprecatedConfig) -> bool:
-    return (older.image_input_type or "").lower() == "image_features"
+def _are_features(deprecated: DeprecatedConfig) -> bool:
+    return (deprecated.image_input_type or "").lower() == "image_features"
 
 
 def _image_tokens(processor: Processor) -> set[int]:
-    """The ids of a placeholder; where it is no token of the vocabulary, those that an image fills."""
+    """Return the ids of a placeholder, or those that an image fills where it is no single token."""
     if processor.markup is None or "image" not in processor.markup.patterns:
         return set(processor.placeholder("image"))
     blank = np.zeros((EDGE, EDGE, CHANNELS), np.uint8)
@@ -55,7 +59,7 @@ def _image_tokens(processor: Processor) -> set[int]:
 def _check_pixels(
     size: int | None, shape: tuple[int, ...], processor: Processor, media: MediaConfig
 ) -> None:
-    """``shape``: 1, channels, height and width of an image of which ``size`` embeddings are made."""
+    """Check ``shape`` (1, channels, height, width), of which ``size`` embeddings are made."""
     _, channels, height, width = shape
     if channels != CHANNELS:
         _contradicts("image_input_shape", f"must be 1,3,height,width, got {shape}")
@@ -81,7 +85,7 @@ def _check_pixels(
 
 
 def _only_size(processor: Processor, options: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return height and width to which the model brings every image; None where they depend on the image."""
+    """Return the height and width of all preprocessed images; None if they depend on the image."""
     sizes = set()
     for height, width in FAR_APART:
         blank = np.zeros((height, width, CHANNELS), np.uint8)
@@ -98,7 +102,7 @@ def _check_features(
     processor: Processor,
     options: Mapping[str, Any],
 ) -> None:
-    """``size``, and the last dimension but one of ``shape``: the embeddings of an image, where all have as many."""
+    """Check ``size`` and ``shape[-2]``: the number of embeddings of an image, if it is constant."""
     said = None if shape is None else shape[-2]
     if size is not None and said is not None and size != said:
         _contradicts("image_feature_size", f"is {size}, but image_input_shape says {said}")

@@ -1,4 +1,8 @@
-"""From what users ask to what the engine runs: rendering, tokenizing, media, placeholders, positions, all limits."""
+"""The input processor: from prompts to engine requests.
+
+It renders templates, tokenizes, loads media, expands placeholders, computes positions and checks all
+limits, for ``LLM`` and the server alike.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest
 from sensorium.engine.grammar.compiler import GrammarCompiler, grammar_server
 from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
-from sensorium.engine.prompts.deprecated import check_older
+from sensorium.engine.prompts.deprecated import check_deprecated
 from sensorium.engine.prompts.expansion import Traits, expanded
 from sensorium.engine.prompts.lengths import (
     is_long,
@@ -64,7 +68,7 @@ from sensorium.text.tokenizer import Tokenizer
 
 
 class InputProcessor:
-    """Everything of a model besides its weights: tokenizer, chat template, processor, media pipeline.
+    """Tokenizer, chat template, processor and media pipeline of a model: all but its weights.
 
     Used from one event loop. ``set_facts`` must be called with what the engine found out before requests are built.
     ``embedder`` says how the model makes vectors; None when it generates text. ``shared``: the engine is another
@@ -97,7 +101,7 @@ class InputProcessor:
         self._processor = family.build_processor(self._loaded)
         warn_of_defaults(self._loaded, family)
         self._traits = Traits(self._processor, family.bidirectional, RopeChoice.of(shape))
-        check_older(config.deprecated, self._processor, config.media)
+        check_deprecated(config.deprecated, self._processor, config.media)
         markup = self._processor.markup if self._processor is not None else None
         self._placeholders = (
             PlaceholderIds(self._processor, markup)
@@ -144,26 +148,26 @@ class InputProcessor:
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """What the model takes besides text and what limits leave of it."""
+        """Return the modalities that the model takes and the limits allow, besides text."""
         known = self._processor.modalities if self._processor is not None else ()
         return tuple(m for m in known if self._config.media.limit(m) != 0)
 
     @property
     def default_params(self) -> dict[str, Any]:
-        """Return the sampling values that hold where a request names none."""
+        """Return the default sampling parameters."""
         return sampling_defaults(self._generation)
 
     @property
     def chat_template_available(self) -> bool:
-        """Whether the model has a chat template, or was given one."""
+        """Return True if the model has a chat template, or was given one."""
         return self._template.exists
 
     def set_facts(self, facts: EngineFacts) -> None:
-        """Take note of the limits that the engine found."""
+        """Set the limits that the engine found; required before requests are built."""
         self._facts = facts
 
     def media_stats(self) -> dict[str, float]:
-        """Counters of the media pipeline by name; empty for a text model."""
+        """Return the counters of the media pipeline by name; empty for a text model."""
         return self._pipeline.stats().flat() if self._pipeline is not None else {}
 
     def close(self) -> None:
@@ -219,8 +223,11 @@ class InputProcessor:
         return prepared
 
     async def grammar(self, params: SamplingParams) -> Grammar | None:
-        """The grammar of the constraint in ``params``, if there is one. Raises RequestError when it cannot be used,
-        UnavailableError when that could not be found out."""
+        """Compile the constraint in ``params``; return None without one.
+
+        Raises RequestError for a constraint that cannot be used, UnavailableError when the helper
+        process fails.
+        """
         if params.structured_outputs is None:
             return None
         return await self._grammars.compile(params.structured_outputs)
@@ -234,10 +241,11 @@ class InputProcessor:
         arrival_time: float,
         grammar: Grammar | None = None,
     ) -> list[EngineRequest]:
-        """The engine's requests of a prompt: one per sample. Raises RequestError when it cannot fit.
+        """Return the engine's requests of a prompt, one per sample.
 
-        Of ``params`` they carry what the engine needs: stop strings are the frontend's to find, and of a constraint
-        there is only what ``grammar`` made of it.
+        They carry only the parameters that the engine needs: the output collector finds stop strings,
+        and a constraint is there as its ``grammar``. Raises RequestError when the prompt does not
+        fit.
         """
         if (grammar is None) != (params.structured_outputs is None):
             raise ValueError("a constraint and its grammar go together")
@@ -267,8 +275,10 @@ class InputProcessor:
         ]
 
     def check_params(self, params: SamplingParams) -> None:
-        """Refuse token ids that the model does not have, and all when it generates no text. Raises
-        InvalidRequestError."""
+        """Refuse token ids that the model lacks, and all parameters if it generates no text.
+
+        Raises InvalidRequestError.
+        """
         if self.embedder is not None:
             raise InvalidRequestError(POOLS)
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
@@ -332,7 +342,10 @@ class InputProcessor:
         return RenderedPrompt(text, ids, prompt.refs, tuple(numbered))
 
     def _most_tokens(self, truncation: Truncation) -> int:
-        """Return how many tokens a truncated prompt may keep. Raises InvalidRequestError for more than the context."""
+        """Return how many tokens a truncated prompt keeps.
+
+        Raises InvalidRequestError for more than the context.
+        """
         if self._facts is None:
             raise RuntimeError("set_facts was not called")
         context, most = self._facts.max_model_len, truncation.most
@@ -351,7 +364,7 @@ class InputProcessor:
     def _split(
         self, text: str, add_special_tokens: bool, param: str
     ) -> tuple[list[int], list[NumberedPlaceholder]]:
-        """Ids of a raw prompt; placeholders that are no single tokens are cut out of the text and put in as ids."""
+        """Tokenize a raw prompt, and find its placeholders that are no single tokens."""
         if self._placeholders is None:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens), []
         # Each is a token at least, and costs a call of the tokenizer: more than fit are refused before.
@@ -378,7 +391,10 @@ class InputProcessor:
         )
 
     def _room(self, num_tokens: int, param: str) -> int:
-        """How many tokens can be generated after the prompt; at least 1 where any are."""
+        """Return how many tokens can be generated after the prompt.
+
+        Raises PromptTooLongError when there is no room.
+        """
         if self._facts is None:
             raise RuntimeError("set_facts was not called")
         room = self._facts.max_model_len - num_tokens

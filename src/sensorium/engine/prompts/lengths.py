@@ -1,4 +1,4 @@
-"""How long a prompt is, found out before much work is done for it."""
+"""Early checks of the length of prompts, and truncation, before much work is done for them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from sensorium.errors import InvalidRequestError, PromptTooLongError
 from sensorium.text.chat.conversation import texts_of
 
 PROBED_CHARS = 16
-"""Characters per token of the context that are tokenized first of a text that is much longer."""
+"""Characters per token of the context that are tokenized first of a much longer text."""
 
 LONG_TEXT = 4096
-"""Characters of a prompt from which on it is tokenized in another thread than the event loop's."""
+"""Characters from which on a prompt is tokenized in a thread rather than on the event loop."""
 
 MESSAGE_CHARS = 64
-"""What a message counts even when it is empty: a template takes its time for each."""
+"""Characters that each message counts for besides its text, since templates loop over them."""
 
 
 def is_long(prompt: Prompt) -> bool:
-    """Whether rendering and tokenizing a prompt would hold up an event loop."""
+    """Return True if rendering and tokenizing a prompt would block an event loop."""
     if isinstance(prompt, ChatPrompt):
         if prompt.chat_template is not None:
-            return True  # nobody knows what it does
+            return True  # its cost is unknown
         num_chars = sum(map(len, texts_of(prompt.conversation)))
         num_chars += MESSAGE_CHARS * len(prompt.conversation.messages)
         return num_chars + _weight(prompt.tools, prompt.chat_template_kwargs) >= LONG_TEXT
@@ -31,7 +31,7 @@ def is_long(prompt: Prompt) -> bool:
 
 
 def _weight(*values: Any) -> int:
-    """Characters of the texts in plain data and one for each other value; not counted beyond ``LONG_TEXT``."""
+    """Count the characters of plain data, and 1 for each other value, up to ``LONG_TEXT``."""
     found, todo = 0, list(values)
     while todo and found < LONG_TEXT:
         value = todo.pop()
@@ -44,14 +44,17 @@ def _weight(*values: Any) -> int:
 
 
 def refuse_endless(text: str, most: int, count: Callable[[int], int], param: str) -> None:
-    """Refuse a text whose beginning alone has more than ``most`` tokens, before all of it is tokenized: ten megabytes
-    take half a minute. ``count``: how many tokens about so many of the first characters are, in this prompt: in a chat,
-    tokens that a user typed are many. Raises PromptTooLongError."""
+    """Refuse a text whose beginning alone has more than ``most`` tokens.
+
+    The rest is not tokenized: ten megabytes take half a minute. ``count`` returns the number of
+    tokens of about so many first characters in this prompt; in a chat, control tokens that a user
+    typed become several. Raises PromptTooLongError.
+    """
     num_chars = PROBED_CHARS * most
     if len(text) < 2 * num_chars:
         return
     num_tokens = count(num_chars)
-    # Where a text is cut, its last tokens may be others than within the whole.
+    # Cutting a text may change its last tokens.
     if num_tokens > most + most // 16 + PROBED_CHARS:
         raise PromptTooLongError.beyond(
             most,
@@ -64,13 +67,15 @@ def refuse_endless(text: str, most: int, count: Callable[[int], int], param: str
 def truncate_text(
     text: str, most: int, encode: Callable[[str], Sequence[int]], *, left: bool
 ) -> str:
-    """Return a part of ``text`` that has the tokens which are left when it is cut to ``most``, so that the rest of a
-    long text is not tokenized; ``encode`` tokenizes without special tokens."""
+    """Return a part of ``text`` with all the tokens that truncation to ``most`` keeps.
+
+    The rest of a long text is not tokenized. ``encode`` tokenizes without special tokens.
+    """
     num_chars = PROBED_CHARS * most
     if len(text) < 2 * num_chars:
         return text
     part = text[-num_chars:] if left else text[:num_chars]
-    # Where a text is cut, its last tokens may be others than within the whole: these must be cut off, too.
+    # Cutting a text may change its last tokens.
     return part if len(encode(part)) > most + most // 16 + PROBED_CHARS else text
 
 
@@ -82,8 +87,10 @@ def truncate_ids(
     prefix: Sequence[int] = (),
     suffix: Sequence[int] = (),
 ) -> tuple[int, ...]:
-    """Return ``most`` of the ids, cut from the beginning (``left``) or the end. The special tokens that the tokenizer
-    put around them, ``prefix`` and ``suffix``, stay as far as they fit."""
+    """Return ``most`` of the ids, cut at the beginning (``left``) or at the end.
+
+    ``prefix`` and ``suffix``, special tokens that the tokenizer added, are kept as far as they fit.
+    """
     if len(ids) <= most:
         return tuple(ids)
     inner = ids[len(prefix) : len(ids) - len(suffix)]
@@ -93,8 +100,10 @@ def truncate_ids(
 
 
 def refuse_many(num_samples: int, num_tokens: int, most: int) -> None:
-    """Raise InvalidRequestError for more samples of a prompt than the engine takes in without holding others up: each
-    brings the whole prompt."""
+    """Refuse more samples of a prompt than the engine can admit without delaying others.
+
+    Each sample carries the whole prompt. Raises InvalidRequestError.
+    """
     if num_samples > 1 and num_samples * num_tokens > most:
         raise InvalidRequestError(
             f"n is {num_samples} and the prompt has {num_tokens} tokens, {num_samples * num_tokens} together; at most "

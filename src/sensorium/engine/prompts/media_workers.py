@@ -1,4 +1,4 @@
-"""The media pipeline of one model and the worker processes that decode for it, as its frontend starts them."""
+"""Builds the media pipeline of a model, with the worker processes that decode for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids against the model's embedding table: a tokenizer may have tokens that the model has no row for."""
+"""Checks token ids against the embedding table: a tokenizer may have tokens without a row."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from sensorium.text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 MOST_NAMED = 3
-"""Tokens that the warning at start names."""
+"""Most tokens that the warning at start names."""
 MOST_CHARS = 60
-"""Characters of a token that messages show."""
+"""Most characters of a token in messages."""
 
 
 class Vocabulary:
-    """The rows that the embedding table has, and the ids that may stand in a prompt before its items are put in.
+    """The ids that prompts may contain: rows of the embedding table, and placeholders.
 
-    ``num_rows``: of the table. Ids of placeholders may lie behind them: no embedding of theirs is ever looked up.
+    ``num_rows`` is the size of the table. Ids of placeholders may be beyond it, because their
+    embeddings are never looked up.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Vocabulary:
     def check_expanded(
         self, token_ids: Sequence[int], spans: Sequence[ItemSpan], param: str | None = None
     ) -> None:
-        """Raise as ``check`` for a prompt whose items are put in: of the tokens around and between their embeddings,
-        which processors add, none is exempt."""
+        """Raise as ``check`` for a prompt with expanded placeholders.
+
+        Tokens that a processor adds around and between embeddings are checked, too.
+        """
         if not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._num_rows):
             return
         filled = {
@@ -67,7 +70,7 @@ class Vocabulary:
                 raise InvalidRequestError(self._refusal(token_id), param=param)
 
     def warn(self) -> None:
-        """Log once that the tokenizer has tokens that the model has not, if that is so."""
+        """Log a warning if the tokenizer has tokens that the model lacks."""
         missing = [
             (token_id, text)
             for token_id in range(self._num_rows, self._tokenizer.max_token_id + 1)

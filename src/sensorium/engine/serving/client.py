@@ -1,4 +1,4 @@
-"""The way to talk to an engine in a process of its own."""
+"""The client of an engine in a process of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STOP_SECONDS = 5.0
 """How long the engine's process gets to end by itself."""
 
 DELIVERED_AT_ONCE = 16
-"""News of sequences that are delivered before the event loop does other things."""
+"""Updates that are delivered before other tasks of the event loop get a turn."""
 
 RESTARTING = "The engine has stopped and is being restarted; try again in a moment."
 STOPPING = "The server is shutting down; send the request to another one."
@@ -90,24 +90,24 @@ class EngineClient:
 
     @property
     def alive(self) -> bool:
-        """Whether requests can be submitted."""
+        """Return True while requests can be submitted."""
         return self._alive
 
     @property
     def facts(self) -> EngineFacts:
-        """What the engine found out about itself at its start."""
+        """Return the facts that the engine found at its start."""
         if self._facts is None:
             raise errors.EngineDeadError("The engine has not been started.")
         return self._facts
 
     @property
     def start_seconds(self) -> float:
-        """How long the start took; what the start of another engine may take."""
+        """Return how long the start took, in seconds."""
         return self._start_seconds
 
     @property
     def num_open(self) -> int:
-        """Sequences that have not ended."""
+        """Return the number of sequences that have not ended."""
         return len(self._routes)
 
     async def start(self) -> EngineFacts:
@@ -163,7 +163,7 @@ class EngineClient:
     def submit(
         self, request: EngineRequest, items: Sequence[MediaItem], output_queue: OutputQueue
     ) -> None:
-        """Send a sequence; its news come to ``output_queue`` until it has ended or is aborted."""
+        """Send a sequence; its updates go to ``output_queue`` until it ends or is aborted."""
         if not self._alive:
             raise dead_error(self._start_seconds)
         handles = tuple(SharedFeatures.of(item.features) for item in items)
@@ -171,7 +171,7 @@ class EngineClient:
         self._routes[request.request_id] = (output_queue, tuple(items))
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        """End sequences; those that have ended are ignored."""
+        """End sequences; ids of ended ones are ignored."""
         open_ids = tuple(i for i in request_ids if i in self._routes)
         for request_id in open_ids:
             del self._routes[request_id]
@@ -179,7 +179,7 @@ class EngineClient:
             self._send(wire.Abort(open_ids))
 
     async def stats(self) -> EngineStats:
-        """Counters of the engine. Raises EngineDeadError when it has stopped."""
+        """Return the counters of the engine. Raises EngineDeadError when it has stopped."""
         if not self._alive:
             raise dead_error(self._start_seconds)
         number = next(self._numbers)
@@ -192,11 +192,11 @@ class EngineClient:
             self._stats.pop(number, None)
 
     async def wait_ended(self) -> None:
-        """Wait until the process of a started engine has died and everything open has got its error."""
+        """Wait until the process has died and all open sequences have got their error."""
         await self._ended.wait()
 
     async def stop(self) -> None:
-        """End the process and give back everything."""
+        """End the process and release all resources."""
         try:
             await self._end_process()
             for task in self._tasks:
@@ -236,14 +236,16 @@ class EngineClient:
                 else:
                     self._handle(message)
         except Exception:
-            # Nobody would hear of anything any more: better an engine that is known to be dead.
-            logger.exception("a message of the engine could not be taken in")
+            # No update would arrive any more: a dead engine is at least noticed and replaced.
+            logger.exception("failed to handle a message of the engine")
             if self._process is not None and self._process.returncode is None:
                 self._process.kill()
 
     async def _deliver_all(self, updates: Sequence[SequenceUpdate]) -> None:
-        """Deliver the news of a step, a part of them in each iteration of the event loop: each wakes a task that writes
-        to its client."""
+        """Deliver the updates of a step in groups, one per iteration of the event loop.
+
+        Each update wakes a task that writes to its client.
+        """
         for number, update in enumerate(updates, 1):
             self._deliver(update.request_id, update, update.finish_reason is not None)
             if number % DELIVERED_AT_ONCE == 0:
@@ -290,7 +292,7 @@ class EngineClient:
 
 
 def _ending(status: int | None) -> str:
-    """How a process ended, in words; ``status`` is negative for a signal, as asyncio has it."""
+    """Describe how a process ended; ``status`` is negative for a signal, as in asyncio."""
     if status is None or status >= 0:
         return f"ended with status {status}"
     try:

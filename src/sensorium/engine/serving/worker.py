@@ -77,7 +77,7 @@ def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
     try:
         _Loop(socket, parent, watch).run(engine)
     except Exception:
-        # The books may be wrong now, and nobody can tell whose sequences are whole: a fresh engine can.
+        # Bookkeeping may be wrong now, and which sequences are intact is unknown: start afresh.
         logger.critical("the engine cannot go on; this process ends", exc_info=True)
         return 1
     finally:
