@@ -52,7 +52,7 @@ async def test_other_paths_are_only_not_there(path: str) -> None:
     assert instead_of(path) is None
     if path != "/":
         answer = await App().get(path)
-        assert answer.error["message"] == f"There is nothing at {path!r}."
+        assert answer.error["message"] == f"The path {path!r} does not exist."
 
 
 async def test_no_path_of_the_table_is_here() -> None:

@@ -94,7 +94,7 @@ def test_usual_messages_give_nothing_away() -> None:
         "The image has 9 x 9 pixels; at most 4 pixels are allowed (--max-image-pixels).",
         "The bytes are not an image in a known format (PNG, JPEG, WEBP).",
         "messages[0].content[1].image_url must be a URL or an object with 'url', got int.",
-        "There is nothing at '/v1/chat'. Did you mean '/v1/chat/completions'?",
+        "The path '/v1/chat' does not exist. Did you mean '/v1/chat/completions'?",
         "Content-Type must be application/json, got 'text/plain'.",
     ):
         assert not leak_in(message), message

@@ -121,7 +121,7 @@ def _http_error(request: Request, error: HTTPException, paths: list[str]) -> Res
     path = request.scope["path"]
     if error.status_code == 404:
         return plain_error(
-            404, "not_found", f"There is nothing at {path[:200]!r}{_hint(path, paths)}"
+            404, "not_found", f"The path {path[:200]!r} does not exist{_hint(path, paths)}"
         )
     if error.status_code == 405:
         headers = {name.lower(): value for name, value in (error.headers or {}).items()}

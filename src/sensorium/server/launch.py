@@ -284,4 +284,5 @@ def _configure_logging(config: ServerConfig) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("uvicorn").setLevel(max(logging.WARNING, logging.getLogger().level))
+    for name, least in (("uvicorn", logging.WARNING), ("asyncio", logging.INFO)):
+        logging.getLogger(name).setLevel(max(least, logging.getLogger().level))
