@@ -321,9 +321,7 @@ PRIVATE_NAMES = {
     "kernels": 6,
     "models": 6,
     "multimodal": 57,
-    "reliability": 1,
     "runtime": 2,
-    "server": 8,
     "text": 6,
     "training": 5,
 }

@@ -28,10 +28,10 @@ def restored() -> Iterator[None]:
 def test_what_stays_is_not_collected_again(restored: None) -> None:
     gc.unfreeze()
     num_objects = len(gc.get_objects())
-    launch._settle()
+    launch.reduce_pauses()
     assert gc.get_freeze_count() > num_objects / 2
     assert len(gc.get_objects()) < num_objects / 2
-    assert sys.getswitchinterval() == pytest.approx(launch._SWITCH_SECONDS)
+    assert sys.getswitchinterval() == pytest.approx(launch.SWITCH_SECONDS)
 
 
 async def test_a_server_samples_its_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,5 +67,5 @@ def _count(text: bytes) -> float:
 def test_variables_that_no_template_can_be_given_are_found_at_start(name: str) -> None:
     """Else every chat request would be refused, for a field that nobody sent."""
     with pytest.raises(ConfigError, match=f"default_chat_template_kwargs may not set '{name}'"):
-        launch._check(ServerConfig(default_chat_template_kwargs={name: 1}))
-    launch._check(ServerConfig(default_chat_template_kwargs={"enable_thinking": False}))
+        launch.check_config(ServerConfig(default_chat_template_kwargs={name: 1}))
+    launch.check_config(ServerConfig(default_chat_template_kwargs={"enable_thinking": False}))

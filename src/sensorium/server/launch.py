@@ -33,9 +33,9 @@ from sensorium.text.chat.rendering import checked_kwargs
 logger = logging.getLogger("sensorium.server")
 
 _KEEP_ALIVE_SECONDS = 65
-_CLOSING_SECONDS = 2
+CLOSING_SECONDS = 2
 _POLL_SECONDS = 0.05
-_SWITCH_SECONDS = 0.001
+SWITCH_SECONDS = 0.001
 """Interval at which Python threads yield to each other. Python's default, 5 ms, would add up to
 5 ms of lag each time the event loop returns from a system call."""
 
@@ -46,7 +46,7 @@ def serve(engine: EngineConfig, config: ServerConfig) -> None:
     Raises ConfigError when the address, the certificate or the model cannot be used.
     """
     _configure_logging(config)
-    _check(config)
+    check_config(config)
     if unread := unread_variables():
         logger.warning("environment variables without effect: %s", ", ".join(unread))
     with contextlib.closing(listening_socket(config.host, config.port)) as listener:
@@ -123,11 +123,11 @@ async def _serve(engine: EngineConfig, config: ServerConfig, listener: socket.so
         except BaseException:
             await frontend.shutdown()
             raise
-        _settle()
+        reduce_pauses()
         await run_app(app, config, listener, signals)
 
 
-def _settle() -> None:
+def reduce_pauses() -> None:
     """Reduce pauses of the event loop.
 
     Objects made during the start stay; frozen, they are no longer scanned by full collections,
@@ -135,7 +135,7 @@ def _settle() -> None:
     """
     gc.collect()
     gc.freeze()
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 async def run_app(
@@ -240,14 +240,14 @@ def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=_CLOSING_SECONDS,
+        timeout_graceful_shutdown=CLOSING_SECONDS,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
     )
 
 
-def _check(config: ServerConfig) -> None:
+def check_config(config: ServerConfig) -> None:
     """Check the configuration before the model is loaded. Raises ConfigError."""
     ServingMetrics(config.metrics_prefix)
     _check_template_kwargs(config.default_chat_template_kwargs)

@@ -83,7 +83,7 @@ async def test_large_bodies_are_decoded_one_in_an_iteration(
 async def test_compressed_bodies_wait_for_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred times the memory that was sent would be held for each otherwise."""
     app, unpacked, begun, go_on = App(), list[bytes](), list[bytes](), threading.Event()
-    unpack = encoding._unpacked
+    unpack = encoding.decompress
 
     def noted(*arguments: Any) -> bytes:
         unpacked.append(unpack(*arguments))
@@ -94,7 +94,7 @@ async def test_compressed_bodies_wait_for_a_place(monkeypatch: pytest.MonkeyPatc
         assert go_on.wait(60)
         return decode_object(body)
 
-    monkeypatch.setattr(encoding, "_unpacked", noted)
+    monkeypatch.setattr(encoding, "decompress", noted)
     monkeypatch.setattr(body_module, "decode_object", held)
     ids = {"prompt": [1] * (2 * MANY_VALUES), "max_tokens": 1}  # read in another thread
     body, headers = gzip.compress(json.dumps(ids).encode()), {"Content-Encoding": "gzip"}

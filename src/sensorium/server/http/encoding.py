@@ -46,10 +46,11 @@ async def plain_body(
         )
     limit = min(most, max(_ALWAYS_ALLOWED, MOST_TIMES * len(body)))
     async with unpacking:
-        yield await asyncio.to_thread(_unpacked, body, encoding, limit)
+        yield await asyncio.to_thread(decompress, body, encoding, limit)
 
 
-def _unpacked(body: bytes, encoding: str, limit: int) -> bytes:
+def decompress(body: bytes, encoding: str, limit: int) -> bytes:
+    """Return the decompressed body. Raises BodyTooLargeError or InvalidRequestError."""
     try:
         return unzip([body], encoding, limit)
     except MediaTooLargeError as error:

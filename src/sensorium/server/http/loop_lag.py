@@ -8,7 +8,7 @@ from collections.abc import Callable
 SAMPLE_SECONDS = 0.05
 """Default time between two samples."""
 
-_MOST_MISSED = 1024
+MOST_MISSED = 1024
 """Samples that one stall may count as; bounds the work after a machine was suspended."""
 
 
@@ -41,7 +41,7 @@ class LagSampler:
 
     def _fire(self) -> None:
         late = max(0.0, self._loop.time() - self._due)
-        num_missed = min(int(late / self._interval), _MOST_MISSED)
+        num_missed = min(int(late / self._interval), MOST_MISSED)
         for number in range(num_missed + 1):
             self._observe(late - number * self._interval)
         self._set(max(self._due + (num_missed + 1) * self._interval, self._loop.time()))
