@@ -41,7 +41,7 @@ def adopt(
         elif rule.convert is not None:
             _add(adopted.options, _converted(rule, value, display(name)))
         else:
-            shown = "" if value is True or name in _SECRET else f" {_shown(value)}"
+            shown = "" if value is True or name in _SECRET else f" {_abbreviate(value)}"
             raise ConfigError(f"{display(name)}{shown} is not supported: {rule.why}.", param=name)
     for why, names in idle.items():
         verb = "has" if len(names) == 1 else "have"
@@ -54,7 +54,7 @@ def _converted(rule: Rule, value: Any, display: str) -> Mapping[str, Any]:
     try:
         return rule.convert(plain(value))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{display} has an invalid value: {_shown(value)}.") from error
+        raise ConfigError(f"{display} has an invalid value: {_abbreviate(value)}.") from error
 
 
 def _add(options: dict[str, Any], more: Mapping[str, Any]) -> None:
@@ -64,6 +64,6 @@ def _add(options: dict[str, Any], more: Mapping[str, Any]) -> None:
         options[name] = {**before, **value} if isinstance(before, dict) else value
 
 
-def _shown(value: Any) -> str:
+def _abbreviate(value: Any) -> str:
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -165,7 +165,7 @@ class _Brief(reprlib.Repr):
 _brief = _Brief()
 
 
-def shown(value: Any) -> str:
-    """A value of a body as messages show it: short, and soon made however large it is."""
+def abbreviate(value: Any) -> str:
+    """Return a short text of a value for messages, at little cost however large the value is."""
     text = _brief.repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 3]}..."

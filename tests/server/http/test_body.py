@@ -20,10 +20,10 @@ from sensorium.server.http.body import LARGE_BODY, validate
 from sensorium.server.openai.protocol import ChatBody, CompletionBody, DetokenizeBody
 from sensorium.server.payload import (
     MANY_VALUES,
+    abbreviate,
     check_num_values,
     decode_object,
     has_many_values,
-    shown,
 )
 from tests.server.harness import USER, App, running, status_of, until
 from tests.server.test_turns import counted
@@ -268,7 +268,7 @@ def test_many_right_values_stay() -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_values_in_messages_are_short(value: Any, text: str) -> None:
-    assert shown(value) == text
+    assert abbreviate(value) == text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from sensorium.errors import InvalidRequestError
 from sensorium.server.context import context_of
 from sensorium.server.errors import CLIENT_NAMES
 from sensorium.server.http.encoding import plain_body
-from sensorium.server.payload import check_num_values, decode_object, has_many_values, shown
+from sensorium.server.payload import abbreviate, check_num_values, decode_object, has_many_values
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 T = TypeVar("T")
@@ -123,9 +123,9 @@ def _request_error(
     same = [d for d in field if _steps(d["loc"], body) == _steps(first["loc"], body)]
     expected = list(dict.fromkeys(_EXPECTED[d["type"]] for d in same if d["type"] in _EXPECTED))
     if expected:
-        what = f"must be {' or '.join(expected)}, got {shown(first['input'])}"
+        what = f"must be {' or '.join(expected)}, got {abbreviate(first['input'])}"
     elif first["type"] == "literal_error":
-        what = f"must be {first['ctx']['expected']}, got {shown(first['input'])}"
+        what = f"must be {first['ctx']['expected']}, got {abbreviate(first['input'])}"
     else:
         what = f"is wrong: {first['msg'].removeprefix('Value error, ')}"
     return InvalidRequestError(f"{place} {what}.", param=place)

@@ -16,7 +16,7 @@ from sensorium.server.openai.protocol import (
     PromptBody,
     TokenizeBody,
 )
-from sensorium.server.payload import shown
+from sensorium.server.payload import abbreviate
 from sensorium.text.chat.chat_template import parse_messages
 
 if TYPE_CHECKING:
@@ -127,6 +127,6 @@ def _is_ids(value: object) -> bool:
 
 def _bad_prompt(value: object, param: str) -> NoReturn:
     raise InvalidRequestError(
-        f"{param} must be a text, a non-empty list of token ids, or a list of either, got {shown(value)}.",
+        f"{param} must be a text, a non-empty list of token ids, or a list of either, got {abbreviate(value)}.",
         param=param,
     )

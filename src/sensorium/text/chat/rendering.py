@@ -55,11 +55,11 @@ def run_template(
     except TemplateRefusal as error:
         raise InvalidRequestError(
             "The model's chat template refuses the conversation: "
-            + _shown(f"{error.message}{_custom_roles(variables['messages'])}", marks),
+            + _unmarked(f"{error.message}{_custom_roles(variables['messages'])}", marks),
             param="messages",
         ) from error
     except FAILURES as error:
-        reason = f"{type(error).__name__}: {_shown(error, marks)[:300]}"
+        reason = f"{type(error).__name__}: {_unmarked(error, marks)[:300]}"
         if chosen.from_request or has_kwargs:
             param = "chat_template" if chosen.from_request else "chat_template_kwargs"
             raise InvalidRequestError(
@@ -73,7 +73,7 @@ def run_template(
         ) from error
 
 
-def _shown(text: object, marks: Marks) -> str:
+def _unmarked(text: object, marks: Marks) -> str:
     return unmark(unmark(str(text), marks.guard), marks.end)
 
 
@@ -90,7 +90,7 @@ def check_custom_roles(messages: Sequence[Message], marked: str, marks: Marks) -
     """Raise InvalidRequestError for messages that the template leaves out for their role."""
     if all(message.role in ROLES for message in messages):
         return
-    text = _shown(marked, marks)
+    text = _unmarked(marked, marks)
     for index, message in enumerate(messages):
         if message.role in ROLES:
             continue
