@@ -320,7 +320,7 @@ PRIVATE_NAMES = {
     "gpu": 1,
     "kernels": 6,
     "models": 6,
-    "multimodal": 57,
+    "multimodal": 13,
     "runtime": 2,
     "text": 6,
     "training": 5,
