@@ -1,14 +1,15 @@
-"""Tiny random checkpoints of the native families, written to a folder as their publishers write them.
+"""Tiny random checkpoints of the native families, written to a folder as their publishers write
+them.
 
-Each builder makes a ``transformers`` model with lively random weights (so that greedy answers vary and depend on the
-picture), and writes its weights under the names of one of three layouts:
+Each builder makes a ``transformers`` model with lively random weights (so that greedy answers vary
+and depend on the picture), and writes its weights under the names of one of three layouts:
 
 - ``hub``: as first published, with the constants that older files store, and an older config.json
 - ``resaved``: as transformers 4.52 and later wrote them
 - ``t5``: as ``save_pretrained`` of transformers 5 writes them, with a newer config.json
 
-Each folder has a working byte-level tokenizer with the family's special tokens, a chat template, and the processor and
-generation files. The builders return the folder.
+Each folder has a working byte-level tokenizer with the family's special tokens, a chat template,
+and the processor and generation files. The builders return the folder.
 """
 
 from collections.abc import Callable

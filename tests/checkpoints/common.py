@@ -1,4 +1,6 @@
-"""What the builders share: sentences, sizes, names of weights in each layout, a tokenizer, the writing of files."""
+"""What the builders share: sentences, sizes, names of weights in each layout, a tokenizer, the
+writing of files.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ SENTENCES = (
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 QWEN_TOKENS = (
@@ -45,7 +48,10 @@ TEXT_SIZES = {
 
 @dataclass(frozen=True)
 class Names:
-    """Prefixes of weight names of each layout, where they differ from those in memory; first match counts."""
+    """Prefixes of weight names of each layout, where they differ from those in memory.
+
+    First match counts.
+    """
 
     hub: tuple[tuple[str, str], ...] = ()
     resaved: tuple[tuple[str, str], ...] = ()
@@ -159,7 +165,9 @@ def write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], sharded: bo
 
 
 def enliven(model: torch.nn.Module, seed: int) -> None:
-    """Fill a model with random weights large enough that its answers vary and depend on every input."""
+    """Fill a model with random weights large enough that its answers vary and depend on every
+    input.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         noise = torch.randn(parameter.shape, generator=generator)

@@ -1,4 +1,6 @@
-"""Text embedding models: a decoder without a language-model head, and the files of the sentence-transformers layout."""
+"""Text embedding models: a decoder without a language-model head, and the files of the
+sentence-transformers layout.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ def make_embedder(
     seed: int = 0,
     **values: Any,
 ) -> Path:
-    """``llama``, ``qwen2``, ``qwen3`` or ``mistral``, as ``LlamaModel`` and so on. ``steps``: those of modules.json,
-    None for a folder without; ``values``: of config.json."""
+    """``llama``, ``qwen2``, ``qwen3`` or ``mistral``, as ``LlamaModel`` and so on.
+
+    ``steps``: those of modules.json, None for a folder without; ``values``: of config.json.
+    """
     from transformers import AutoConfig, AutoModel
 
     tokenizer = new_tokenizer(first=("<unk>", "<s>", "</s>"), last=QWEN_TOKENS[:3], bos="<s>")

@@ -49,7 +49,10 @@ def make_llava(
     text: Mapping[str, Any] | None = None,
     **top: Any,
 ) -> Path:
-    """LLaVA-1.5: an image of 56 x 56 pixels is 16 embeddings. ``vision``, ``text``, ``top``: values of config.json."""
+    """LLaVA-1.5: an image of 56 x 56 pixels is 16 embeddings.
+
+    ``vision``, ``text``, ``top``: values of config.json.
+    """
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = new_tokenizer(first=("<unk>", "<s>", "</s>"), last=("<image>", "<pad>"), bos="<s>")

@@ -43,9 +43,12 @@ def make_llava_onevision(
     template: str | None = None,
     **top: Any,
 ) -> Path:
-    """LLaVA-OneVision: tiles of 44 pixels are 9 embeddings, frames 4; past 4 tiles' worth images are scaled down.
+    """LLaVA-OneVision: tiles of 44 pixels are 9 embeddings, frames 4.
 
-    ``vision``, ``text``, ``top``: values of config.json. The decoder alone says that the head is tied.
+    Past 4 tiles' worth images are scaled down.
+
+    ``vision``, ``text``, ``top``: values of config.json. The decoder alone says that the head is
+    tied.
     """
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 

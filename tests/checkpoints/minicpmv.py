@@ -36,8 +36,8 @@ def make_minicpmv(
 ) -> Path:
     """MiniCPM-V 2.6: 5 embeddings a view of about 56 x 56 pixels, images in at most 4 slices.
 
-    There is one layout only, and no class of ``transformers``. ``vision``, ``preprocessor``, ``top``: values of the
-    files; ``template``: None for a tokenizer without one.
+    There is one layout only, and no class of ``transformers``. ``vision``, ``preprocessor``,
+    ``top``: values of the files; ``template``: None for a tokenizer without one.
     """
     from tests.models.plain_minicpmv import PlainMiniCPMV
 

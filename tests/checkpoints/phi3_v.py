@@ -42,8 +42,8 @@ def make_phi3_v(
 ) -> Path:
     """Phi-3.5-Vision with tiles of 56 x 56 pixels, 2 x 2 embeddings each.
 
-    ``layout``: ``hub`` with the second name of the table of embeddings, ``resaved`` without it. ``vision``: values of
-    ``img_processor.vision_config``; ``top``: values of config.json.
+    ``layout``: ``hub`` with the second name of the table of embeddings, ``resaved`` without it.
+    ``vision``: values of ``img_processor.vision_config``; ``top``: values of config.json.
     """
     from tests.models.plain_phi3_v import published_module
 

@@ -1,10 +1,12 @@
-"""Reads the small files of published checkpoints as the loader does, and compares with what `transformers` reads.
+"""Reads the small files of published checkpoints as the loader does, and compares with what
+`transformers` reads.
 
     python -m tests.checkpoints.published FOLDER
 
-FOLDER holds a folder per checkpoint: config.json, and what there is of index, processor, tokenizer, templates and
-generation defaults, without weights. Prints a line per checkpoint, and what differs; the status is 1 when anything
-does. Processors that are published alone are read with the configuration of a neighbour: see COMPLETED_BY.
+FOLDER holds a folder per checkpoint: config.json, and what there is of index, processor, tokenizer,
+templates and generation defaults, without weights. Prints a line per checkpoint, and what differs;
+the status is 1 when anything does. Processors that are published alone are read with the
+configuration of a neighbour: see COMPLETED_BY.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def check_sizes(loaded: LoadedConfig, family: Family) -> Iterator[str]:
 
 
 def check_weights(loaded: LoadedConfig, family: Family) -> Iterator[str]:
-    """Every weight that the model wants is in the index and the other way round, and all have the size that it says."""
+    """Every weight that the model wants is in the index and the other way round, and all have
+    the size that it says.
+    """
     weights = indexed_weights(Path(loaded.folder))
     if weights is None or quantization_of(loaded) is not None:
         return
@@ -101,7 +105,9 @@ def check_weights(loaded: LoadedConfig, family: Family) -> Iterator[str]:
 
 
 def check_images(loaded: LoadedConfig, family: Family) -> Iterator[str]:
-    """An image is as many embeddings as transformers' image processor makes of it, with the same normalisation."""
+    """An image is as many embeddings as transformers' image processor makes of it, with the same
+    normalisation.
+    """
     try:
         processor: Any = family.build_processor(loaded)
     except ConfigError as error:
@@ -135,7 +141,10 @@ def check_images(loaded: LoadedConfig, family: Family) -> Iterator[str]:
 
 
 def _image_processor(loaded: LoadedConfig) -> Any:
-    """Transformers' processor with the values that the loader found; None for those whose code is in the checkpoint."""
+    """Transformers' processor with the values that the loader found.
+
+    None for those whose code is in the checkpoint.
+    """
     import transformers
 
     name = str(loaded.preprocessor.get("image_processor_type", "")).removesuffix("Fast")
@@ -144,7 +153,9 @@ def _image_processor(loaded: LoadedConfig) -> Any:
 
 
 def check_defaults(loaded: LoadedConfig, family: Family) -> Iterator[str]:
-    """The sampling defaults are values of the file, and the ids that end an answer those that it lists."""
+    """The sampling defaults are values of the file, and the ids that end an answer those that it
+    lists.
+    """
     generation = loaded.generation
     found = sampling_defaults(generation_values(generation, engine_config(model="demo").model))
     SamplingParams(**found)
@@ -224,8 +235,11 @@ def report(folder: Path, overrides: dict[str, Any] | None = None) -> tuple[str, 
 
 
 def completed(folder: Path, others: Path, scratch: Path) -> tuple[Path, dict[str, Any] | None]:
-    """The folder with what lies elsewhere: processors that are saved alone get the configuration of their model, and
-    Ultravox that of its decoder."""
+    """The folder with what lies elsewhere.
+
+    Processors that are saved alone get the configuration of their model, and Ultravox that of its
+    decoder.
+    """
     base = COMPLETED_BY.get(folder.name)
     if base is not None and (others / base).is_dir():
         whole = scratch / folder.name
@@ -255,7 +269,8 @@ COMPLETED_BY = {
     "ort-ext-phi-3-vision": "phi-3-vision-128k",
 }
 MORE: dict[str, tuple[str, ...]] = {"minicpm-v-2_6-scicore": ("gene_", "nicheformer.")}
-"""Models of somebody's own, which have weights (whose names begin so) that the family does not: they are refused."""
+"""Models of somebody's own, which have weights (whose names begin so) that the family does not:
+they are refused."""
 DECODERS = {
     "ultravox-v0_5-llama-3_2-1b": "llama-3.2-1b-instruct",
     "ultravox-v0_6-llama-3_1-8b": "llama-3.1-8b-bnb",

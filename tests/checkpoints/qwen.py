@@ -32,7 +32,10 @@ def make_qwen2_vl(
     text: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """Qwen2-VL: at most 48 embeddings an image. ``vision``, ``text``, ``options``: values of config.json."""
+    """Qwen2-VL: at most 48 embeddings an image.
+
+    ``vision``, ``text``, ``options``: values of config.json.
+    """
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     own = {
@@ -126,7 +129,10 @@ def make_qwen(
 
 
 def make_qwen2_5_vl(folder: Path, **options: Any) -> Path:
-    """Qwen2.5-VL with windows of 2 x 2 merge cells and one block of full attention. ``options`` as of Qwen2-VL's."""
+    """Qwen2.5-VL with windows of 2 x 2 merge cells and one block of full attention.
+
+    ``options`` as of Qwen2-VL's.
+    """
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     vision = {

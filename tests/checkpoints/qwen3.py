@@ -30,7 +30,10 @@ def make_qwen3_vl(
     max_pixels: int = 32 * 32 * 48,
     **top: Any,
 ) -> Path:
-    """Qwen3-VL with features of two depths; all layouts have the same names. At most 48 embeddings an image."""
+    """Qwen3-VL with features of two depths; all layouts have the same names.
+
+    At most 48 embeddings an image.
+    """
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     tokenizer = new_tokenizer(last=QWEN_TOKENS)

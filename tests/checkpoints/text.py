@@ -31,7 +31,10 @@ def make_text(
     sharded: bool = False,
     **sizes: Any,
 ) -> Path:
-    """A text model: ``llama``, ``qwen2``, ``qwen3``, ``mistral`` or ``phi3``. ``sizes``: values of config.json."""
+    """A text model: ``llama``, ``qwen2``, ``qwen3``, ``mistral`` or ``phi3``.
+
+    ``sizes``: values of config.json.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = new_tokenizer(first=("<unk>", "<s>", "</s>"), last=QWEN_TOKENS[:3])

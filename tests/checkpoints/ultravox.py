@@ -43,11 +43,14 @@ def make_ultravox(
     audio: Mapping[str, Any] | None = None,
     **top: Any,
 ) -> Path:
-    """Ultravox: from v0.5 on if ``newer``, else v0.3. ``audio``, ``top``: values of the configurations.
+    """Ultravox: from v0.5 on if ``newer``, else v0.3.
 
-    ``hub``: the encoder in the file and the text backbone named, as v0.5 is published; ``embedded``: all in the file,
-    as v0.3 (8B); ``ids``: both backbones named, as v0.3 (1B) and v0.4. The folders ``text`` and ``whisper`` hold the
-    whole backbones in each case. ``tower``: what the encoder's names begin with in the file.
+    ``audio``, ``top``: values of the configurations.
+
+    ``hub``: the encoder in the file and the text backbone named, as v0.5 is published;
+    ``embedded``: all in the file, as v0.3 (8B); ``ids``: both backbones named, as v0.3 (1B) and
+    v0.4. The folders ``text`` and ``whisper`` hold the whole backbones in each case. ``tower``:
+    what the encoder's names begin with in the file.
     """
     text = json.loads(
         (

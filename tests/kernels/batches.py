@@ -21,7 +21,10 @@ def make_batch(
     rotary_dim: int | None = None,
     seed: int = 0,
 ) -> AttentionBatch:
-    """A batch of sequences given as (kv length, query length), single queries first; the cache is full of noise."""
+    """A batch of sequences given as (kv length, query length), single queries first.
+
+    The cache is full of noise.
+    """
     generator = torch.Generator().manual_seed(seed)
     lengths = sorted(lengths, key=lambda pair: pair[1] != 1)
     size = layout.block_size

@@ -1,4 +1,6 @@
-"""Paged attention against the plain-torch reference, and the reference against attention written out."""
+"""Paged attention against the plain-torch reference, and the reference against attention written
+out.
+"""
 
 from __future__ import annotations
 

@@ -105,7 +105,9 @@ def test_attention_does_not_depend_on_the_other_sequences(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["window", "bidirectional"])
 def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: str) -> None:
-    """A sequence within the window, or without a span that attends both ways, beside others that are not so."""
+    """A sequence within the window, or without a span that attends both ways, beside others that
+    are not so.
+    """
     layout = KVCacheLayout(1, 2, 64, 32, dtype)
     batch = make_batch(layout, [(20, 1), (500, 1), (24, 9), (200, 60), (17, 17)])
     q, k, v = (torch.randn(sum(batch.query_lens), heads, 64).to(dtype) for heads in (6, 2, 2))

@@ -218,7 +218,10 @@ for dtype, tolerance in TOLERANCE.items():
 
 @pytest.mark.slow
 def test_kernels_that_several_processes_compiled_do_not_mix_in_one(tmp_path: Path) -> None:
-    """Each dtype compiled by a process of its own, in which functions get the same numbers; a third loads all."""
+    """Each dtype compiled by a process of its own, in which functions get the same numbers.
+
+    A third loads all.
+    """
     environment = child_environment() | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] += os.pathsep + str(Path(__file__).parents[2])
 

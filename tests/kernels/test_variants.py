@@ -1,5 +1,8 @@
-"""Paged attention of q, k, v that carry their positions: the kernel against the reference, and what is not plain
-against attention written out over whole sequences."""
+"""Paged attention of q, k, v that carry their positions.
+
+The kernel against the reference, and what is not plain against attention written out over whole
+sequences.
+"""
 
 from __future__ import annotations
 

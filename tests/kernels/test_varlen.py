@@ -47,7 +47,8 @@ def test_tiles_equal_float32_to_the_rounding_of_bf16(lengths, heads, dim, seed):
     assert varlen.fits(q, k, v)
     mixed = ops.varlen_attention(q, k, v, starts, dim**-0.5)
     expected = reference.varlen_attention(q.float(), k.float(), v.float(), starts, dim**-0.5)
-    # Weights are rounded to bf16 before the sum, the sum is once more: two half steps of the largest value.
+    # Weights are rounded to bf16 before the sum, the sum is once more: two half steps of the
+    # largest value.
     torch.testing.assert_close(mixed.float(), expected, rtol=2**-7, atol=2**-8 * v.abs().max())
 
 

@@ -1,4 +1,6 @@
-"""Runs a loaded model over a paged cache without an engine, and the reference implementation beside it."""
+"""Runs a loaded model over a paged cache without an engine, and the reference implementation
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,8 @@ class Harness:
     def add(self, ids: Sequence[int], media: Sequence[Decoded] = (), **options: Any) -> Running:
         """Process and encode the items, each modality in one batch, and expand the placeholders.
 
-        ``ids`` may hold the markers of placeholders that are no tokens; ``options`` are ``mm_processor_kwargs``.
+        ``ids`` may hold the markers of placeholders that are no tokens; ``options`` are
+        ``mm_processor_kwargs``.
         """
         features = self.process(media, **options)
         expanded, items = place(self.loaded, ids, features)

@@ -19,7 +19,9 @@ def clip(num_frames: int, height: int, width: int, seed: int = 0) -> Video:
 
 
 class OnevisionReference(Reference):
-    """With clips: their frames go through the image processor, as the video processor needs torchvision."""
+    """With clips: their frames go through the image processor, as the video processor needs
+    torchvision.
+    """
 
     def inputs(self, seq: Running, images: Sequence[Decoded]) -> dict[str, Any]:
         """Arguments of the model for an expanded prompt; clips must have equally many frames."""

@@ -1,7 +1,8 @@
 """MiniCPM-V 2.6 in plain torch, written down from the published description and not from ours.
 
-The tower's layers and the decoder are those of ``transformers``, the resampler's attention is torch's. Views come as a
-padded batch with masks, as in the published model; nothing here is shared with the package.
+The tower's layers and the decoder are those of ``transformers``, the resampler's attention is
+torch's. Views come as a padded batch with masks, as in the published model; nothing here is shared
+with the package.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(self.side**2, config.hidden_size)
 
     def forward(self, strips: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
-        """Strips of patches (B, 3, p, p * L), zero past each view's own, and rows and columns of each view."""
+        """Strips of patches (B, 3, p, p * L), zero past each view's own, and rows and columns of
+        each view.
+        """
         found = self.patch_embedding(strips)[:, :, 0].transpose(1, 2)
         ids = torch.zeros(found.shape[:2], dtype=torch.long)
         bounds = torch.arange(1 / self.side, 1.0, 1 / self.side).numpy()
@@ -219,7 +222,8 @@ class PlainReference:
     ) -> tuple[list[int], list[Image.Image]]:
         """Token ids with the placeholders written out, and the views in the order of the prompt.
 
-        ``items``: pictures and videos in the order in which they stand; ``ids``: whether pictures are numbered.
+        ``items``: pictures and videos in the order in which they stand; ``ids``: whether pictures
+        are numbered.
         """
         views: list[Image.Image] = []
         num_pictures = 0

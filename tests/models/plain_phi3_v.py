@@ -1,7 +1,8 @@
 """Phi-3.5-Vision put together plainly, for comparison: there is no such class in ``transformers``.
 
-The tower and the decoder are those of ``transformers``; what lies between, the images' way to tiles and the prompt's
-way to ids are written here a second time, from the description of the model, one image at a time and without caches.
+The tower and the decoder are those of ``transformers``; what lies between, the images' way to tiles
+and the prompt's way to ids are written here a second time, from the description of the model, one
+image at a time and without caches.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Ultravox as its publishers describe it, put together of plain parts: the reference that transformers does not have.
+"""Ultravox as its publishers describe it, put together of plain parts.
 
-Whisper's and the decoder's layers are those of transformers; chunks, padding, mask, projector and the placing of
-embeddings are written here from the description of the format.
+The reference that transformers does not have.
+
+Whisper's and the decoder's layers are those of transformers; chunks, padding, mask, projector and
+the placing of embeddings are written here from the description of the format.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ class PlainUltravox:
         return torch.cat(found)
 
     def encode(self, mel: torch.Tensor, length: int) -> torch.Tensor:
-        """(rows, size): Whisper's encoder on fewer frames than it was made for, keys behind ``length`` masked."""
+        """(rows, size): Whisper's encoder on fewer frames than it was made for, keys behind
+        ``length`` masked.
+        """
         encoder = self.encoder
         x = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel[None].float()))))
         x = x.transpose(1, 2)

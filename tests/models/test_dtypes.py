@@ -71,7 +71,10 @@ def test_a_cpu_with_units_keeps_the_checkpoints_dtype(
 
 
 def test_units_are_found_as_the_library_uses_them() -> None:
-    """Told to do without AVX-512, oneDNN packs no 16-bit weights; a CPU that only widens them has no units either."""
+    """Told to do without AVX-512, oneDNN packs no 16-bit weights.
+
+    A CPU that only widens them has no units either.
+    """
     assert ops.has_units(torch.float32)
     code = "import torch; from sensorium.kernels import ops; print(ops.has_units(torch.bfloat16))"
     environment = child_environment() | {"ONEDNN_MAX_CPU_ISA": "AVX2"}

@@ -1,4 +1,6 @@
-"""Logits and greedy tokens equal those of transformers on the same weights, in every layout, whole and in chunks."""
+"""Logits and greedy tokens equal those of transformers on the same weights, in every layout,
+whole and in chunks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from tests.models.harness import Harness, Reference, Running, picture, text_ids
 
 TOLERANCE = 1e-4
 WIDER = {"qwen2_5_vl": 3e-4}
-"""Where rounding alone makes more: there the reference differs from itself in float64 by as much."""
+"""Where rounding alone makes more: there the reference differs from itself in float64 by as
+much."""
 NUM_TOKENS = 20
 LAYOUTS = ("hub", "resaved", "t5")
 
@@ -37,7 +40,8 @@ QWEN_CASES: list[Case] = [
     ("<|im_start|>user\nHow many birds?<|im_end|>\n<|im_start|>assistant\n", []),
     (f"<|im_start|>user\n{VISION}What is shown?<|im_end|>\n<|im_start|>assistant\n", [(97, 133)]),
     (
-        f"<|im_start|>user\nLeft {VISION} and {VISION}{VISION} right?<|im_end|>\n<|im_start|>assistant\n",
+        f"<|im_start|>user\nLeft {VISION} and {VISION}{VISION} "
+        "right?<|im_end|>\n<|im_start|>assistant\n",
         [(60, 200), (300, 61), (28, 28)],
     ),
 ]

@@ -1,4 +1,7 @@
-"""Image processors equal the reference's, with and without options; extreme sizes get an answer or an error."""
+"""Image processors equal the reference's, with and without options.
+
+Extreme sizes get an answer or an error.
+"""
 
 from __future__ import annotations
 
@@ -366,7 +369,10 @@ def test_adjacent_images_count_on() -> None:
 
 
 def test_text_after_a_video_continues_after_its_largest_position() -> None:
-    """Two text tokens, eight frames of 2 x 2: text goes on at 10, as the released code of the model's time has it."""
+    """Two text tokens, eight frames of 2 x 2.
+
+    Text goes on at 10, as the released code of the model's time has it.
+    """
     items = [grid_item(2, (8, 4, 4))]
     rows, delta = qwen_processor().positions([9] * 35, items)
     assert rows[0, 2:34].tolist() == [2 + frame for frame in range(8) for _ in range(4)]
@@ -388,7 +394,10 @@ def qwen_reference(
 
 
 def test_tower_on_clips_equals_reference(qwen_reference: Reference) -> None:
-    """Grids with several temporal indices: attention stays within each, and items of all sizes share a batch."""
+    """Grids with several temporal indices.
+
+    Attention stays within each, and items of all sizes share a batch.
+    """
     loaded = loader.load(str(qwen_reference.folder), device="cpu")
     rng = np.random.default_rng(0)
     shapes = [(4, 56, 84, 3), (84, 56, 3), (6, 28, 28, 3), (140, 84, 3)]

@@ -1,5 +1,8 @@
-"""Facts of published checkpoints: what a few lines of their configurations must come out as, and the check of whole
-folders (`python -m tests.checkpoints.published`) that found them."""
+"""Facts of published checkpoints.
+
+What a few lines of their configurations must come out as, and the check of whole folders (`python
+-m tests.checkpoints.published`) that found them.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,8 @@ QWEN3_VL_8B = {
     "vision_config": {"depth": 27, "hidden_size": 1152, "out_hidden_size": 4096},
 }
 FACTS: dict[str, tuple[dict[str, Any], int]] = {
-    # What config.json says (the rest are defaults of the class), and the bytes that the index says the weights have.
+    # What config.json says (the rest are defaults of the class), and the bytes that the index says
+    # the weights have.
     "Llama 3.2 3B": (
         {
             "model_type": "llama",

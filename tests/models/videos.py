@@ -1,4 +1,6 @@
-"""A clip with something that moves, and transformers beside it, for the tests of the Qwen-VL families' videos."""
+"""A clip with something that moves, and transformers beside it, for the tests of the Qwen-VL
+families' videos.
+"""
 
 from __future__ import annotations
 

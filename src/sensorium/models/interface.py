@@ -221,7 +221,8 @@ class Family:
     parts: tuple[PartCheckpoint, ...] = ()
     """Other checkpoints that may complete one of this family."""
     bidirectional: Literal["items", "prompt"] | None = None
-    """Tokens with bidirectional attention: each run of an item's embeddings, or prompts with items."""
+    """Tokens with bidirectional attention: each run of an item's embeddings, or prompts with
+    items."""
     embedders: tuple[str, ...] = ()
     """Further values of ``architectures``, of checkpoints without a language-model head: they
     return embeddings."""

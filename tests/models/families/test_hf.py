@@ -1,4 +1,6 @@
-"""Text models without a family of their own run as transformers runs them, or are refused with the reason."""
+"""Text models without a family of their own run as transformers runs them, or are refused with
+the reason.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ RUNNING = ("cohere", "gemma2", "gpt2", "gpt_oss", "granite", "olmo2", "stablelm"
 
 @pytest.mark.parametrize("family", RUNNING)
 def test_equal_to_the_reference(tmp_path: Path, family: str) -> None:
-    """Windows, capped scores and logits, sinks, experts, scaled heads, learned positions: whatever they have."""
+    """Windows, capped scores and logits, sinks, experts, scaled heads, learned positions.
+
+    Whatever they have.
+    """
     assert_parity(make_hf_text(family, tmp_path), TEXT_PROMPTS)
 
 

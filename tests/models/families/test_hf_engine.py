@@ -1,4 +1,7 @@
-"""Models that run through the code of transformers, in the engine: cut up, cached, side by side, in chat, refused."""
+"""Models that run through the code of transformers, in the engine.
+
+Cut up, cached, side by side, in chat, refused.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +99,9 @@ def test_equal_to_the_reference_cold_and_warm(
 def test_a_prompt_that_attends_to_itself_shares_its_cache_with_its_like_only(
     tmp_path: Path,
 ) -> None:
-    """PaliGemma: the keys of the image differ with the text behind it, which a plain prefix cache would not see."""
+    """PaliGemma: the keys of the image differ with the text behind it, which a plain prefix
+    cache would not see.
+    """
     folder = make_hf("paligemma", tmp_path)
     reference, image = Reference(folder), picture(30, 50, seed=1)
     texts = ["<image>caption en\n", "<image>caption de\n", "<image>caption en\n"]

@@ -1,4 +1,6 @@
-"""Models that run through the code of transformers give its greedy tokens, with its own processor beside ours."""
+"""Models that run through the code of transformers give its greedy tokens, with its own
+processor beside ours.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,9 @@ SIZES = ((97, 33), (40, 160), (61, 59))
 
 
 class Reference:
-    """The model by itself: its processor makes the inputs of a whole prompt, and ``generate`` the tokens."""
+    """The model by itself: its processor makes the inputs of a whole prompt, and ``generate``
+    the tokens.
+    """
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoConfig, AutoModelForMultimodalLM
@@ -101,7 +105,10 @@ class Reference:
         return dict(self.processor(text=[text], return_tensors="pt", **given))
 
     def _voxtral_inputs(self, text: str, media: list[Audio]) -> dict[str, Any]:
-        """As its processor and the tokenizer of its makers have it: 375 tokens for every 30 seconds begun."""
+        """As its processor and the tokenizer of its makers have it.
+
+        375 tokens for every 30 seconds begun.
+        """
         ids, features = [], []
         sounds = iter(media)
         for token in self.processor.tokenizer(text)["input_ids"]:

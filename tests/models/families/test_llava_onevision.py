@@ -119,7 +119,10 @@ def test_the_head_is_tied_when_the_decoder_says_so(tmp_path: Path, tied: bool) -
 
 
 def test_published_geometry(tmp_path: Path) -> None:
-    """Tiles of 27 x 27 features, the published grids: features of an image that is scaled down, and of two frames."""
+    """Tiles of 27 x 27 features, the published grids.
+
+    Features of an image that is scaled down, and of two frames.
+    """
     folder = make_llava_onevision(
         tmp_path,
         vision={"image_size": 384, "hidden_size": 16, "intermediate_size": 16},
@@ -184,7 +187,9 @@ def test_embeddings_take_the_place_of_items(folder: Path, harness: Harness, ours
 
 
 def test_tower_of_patches_in_any_order(harness: Harness) -> None:
-    """Rows of patches with positions of their own, several images in one batch, give what whole images give."""
+    """Rows of patches with positions of their own, several images in one batch, give what whole
+    images give.
+    """
     from sensorium.models.media.pixels import Normalization
     from sensorium.models.parts.siglip import SiglipTower
 

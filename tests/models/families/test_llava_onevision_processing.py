@@ -187,7 +187,10 @@ def test_placeholders(ours: Any) -> None:
 
 
 def test_identity(ours: Any) -> None:
-    """One image alone differs from one among several; two differ in nothing from three, nor clips from clips."""
+    """One image alone differs from one among several.
+
+    Two differ in nothing from three, nor clips from clips.
+    """
     assert pickle.loads(pickle.dumps(ours)) == ours
     assert ours.identity("image", {}, 1) != ours.identity("image", {}, 2)
     assert ours.identity("image", {}, 2) == ours.identity("image", {}, 3)

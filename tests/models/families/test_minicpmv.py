@@ -1,4 +1,7 @@
-"""MiniCPM-V 2.6 equals the plain model in ``plain_minicpmv``: tokens, logits, features; and what it refuses."""
+"""MiniCPM-V 2.6 equals the plain model in ``plain_minicpmv``: tokens, logits, features.
+
+And what it refuses.
+"""
 
 from __future__ import annotations
 

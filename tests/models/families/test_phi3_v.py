@@ -1,4 +1,7 @@
-"""Phi-3.5-Vision equals a plain implementation: features, logits, greedy tokens; both layouts, whole and in chunks."""
+"""Phi-3.5-Vision equals a plain implementation: features, logits, greedy tokens.
+
+Both layouts, whole and in chunks.
+"""
 
 from __future__ import annotations
 

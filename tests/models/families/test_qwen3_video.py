@@ -1,7 +1,7 @@
 """Videos of Qwen3-VL: sizes, times, positions, logits and greedy tokens equal the reference's.
 
-The reference's video processor needs torchvision; its rule of sizes does not. Its features are made here of the frames
-that ours resized.
+The reference's video processor needs torchvision; its rule of sizes does not. Its features are made
+here of the frames that ours resized.
 """
 
 from __future__ import annotations

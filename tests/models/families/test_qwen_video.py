@@ -1,7 +1,10 @@
-"""Videos of Qwen2-VL and Qwen2.5-VL: features, positions, logits and greedy tokens equal the reference's.
+"""Videos of Qwen2-VL and Qwen2.5-VL.
 
-The reference's video processor needs torchvision; ``reference_video`` is its arithmetic in plain torch. Its model
-counts positions after a video by another rule (see ``positions_by_loops``), so that it is given ours.
+Features, positions, logits and greedy tokens equal the reference's.
+
+The reference's video processor needs torchvision; ``reference_video`` is its arithmetic in plain
+torch. Its model counts positions after a video by another rule (see ``positions_by_loops``), so
+that it is given ours.
 """
 
 from __future__ import annotations
@@ -257,8 +260,11 @@ def positions_by_loops(
     intervals: Sequence[float],
     after: str,
 ) -> tuple[list[tuple[int, ...]], int]:
-    """Positions one by one. ``after``: where text after an item goes on, past all its positions (``max``, as the models
-    were trained) or past its rows and columns only (``space``, as in newer code of the reference)."""
+    """Positions one by one.
+
+    ``after``: where text after an item goes on, past all its positions (``max``, as the models were
+    trained) or past its rows and columns only (``space``, as in newer code of the reference).
+    """
     found: list[tuple[int, ...]] = []
     start, at, item = 0, 0, 0
     while at < len(ids):
@@ -293,7 +299,10 @@ CASES: dict[str, tuple[str, list[Callable[[], Decoded]]]] = {
 
 
 def intervals_of(seq: Running, family: str) -> list[float]:
-    """Temporal positions from one temporal patch to the next; the checkpoints have the default of 4 a second."""
+    """Temporal positions from one temporal patch to the next.
+
+    The checkpoints have the default of 4 a second.
+    """
     if family == "qwen2_vl":
         return [1.0] * len(seq.items)
     return [4.0 * item.features.meta.get("second_per_grid", 0.25) for item in seq.items]

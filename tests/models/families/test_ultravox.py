@@ -1,4 +1,7 @@
-"""Ultravox equals an independent plain implementation: embeddings, logits, greedy tokens, whole and in chunks."""
+"""Ultravox equals an independent plain implementation.
+
+Embeddings, logits, greedy tokens, whole and in chunks.
+"""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ def test_counts_of_the_published_sizes() -> None:
 
 
 def test_backbones_lie_beside_or_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named relative to the checkpoint, by an absolute folder, by hf_overrides, or by an id of the hub."""
+    """Named relative to the checkpoint, by an absolute folder, by hf_overrides, or by an id of
+    the hub.
+    """
     folder = make_ultravox(tmp_path / "model", layout="ids")
     expected = embeds_of(folder)
     elsewhere = tmp_path / "elsewhere"
@@ -90,7 +92,10 @@ def test_the_encoders_weights_are_not_fetched_without_sounds(tmp_path: Path) -> 
 
 
 def test_weights_of_the_file_itself_count(tmp_path: Path) -> None:
-    """v0.5 comes with an encoder that was trained further; were it also named, its own weights count."""
+    """v0.5 comes with an encoder that was trained further.
+
+    Were it also named, its own weights count.
+    """
     folder = make_ultravox(tmp_path, layout="hub")
     expected = embeds_of(folder)
     change_config(folder, audio_model_id="whisper")

@@ -1,4 +1,6 @@
-"""Checkpoints without a head are embedders, and those that name no architecture are read by their model_type."""
+"""Checkpoints without a head are embedders, and those that name no architecture are read by
+their model_type.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_a_model_type_that_does_not_run_is_named(model_type: Any) -> None:
 
 
 def save_bare(folder: Path, architecture: str, to: Path) -> Any:
-    """Save the model inside a checkpoint as transformers saves it, with the neighbours of the whole."""
+    """Save the model inside a checkpoint as transformers saves it, with the neighbours of the
+    whole.
+    """
     import transformers
 
     whole = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
@@ -148,7 +152,9 @@ def test_a_missing_head_that_is_tied_generates(tmp_path: Path) -> None:
 def test_a_missing_head_that_shows_late_is_explained(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One file on the hub: what is in it is known when it is here, after the kind of model was decided."""
+    """One file on the hub: what is in it is known when it is here, after the kind of model was
+    decided.
+    """
     folder = headless(NATIVE["llama"](tmp_path / "repository"), indexed=False)
     Hub(monkeypatch, folder, tmp_path)
     with pytest.raises(ConfigError, match=r"no output head .*--runner pooling"):

@@ -1,4 +1,7 @@
-"""A null in config.json is as good as nothing: the value of the reference implementation's class holds."""
+"""A null in config.json is as good as nothing.
+
+The value of the reference implementation's class holds.
+"""
 
 from __future__ import annotations
 

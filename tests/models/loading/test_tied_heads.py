@@ -1,4 +1,7 @@
-"""A stored output head that differs from the embedding counts, whatever the tie flag says; equal or absent is tied."""
+"""A stored output head that differs from the embedding counts, whatever the tie flag says.
+
+Equal or absent is tied.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ IDS = list(range(30, 50))
 
 
 def with_flag(folder: Path, value: bool, nested: bool) -> None:
-    """Set ``tie_word_embeddings``: of the text part where ``nested`` and there is one, else of the whole, alone."""
+    """Set ``tie_word_embeddings``.
+
+    Of the text part where ``nested`` and there is one, else of the whole, alone.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text())
     text = config.get("text_config", {})

@@ -1,4 +1,7 @@
-"""Which files of a folder or repository are the checkpoint: ``model.safetensors``, else its index, nothing else."""
+"""Which files of a folder or repository are the checkpoint.
+
+``model.safetensors``, else its index, nothing else.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,9 @@ def test_a_folder_with_an_adapter_alone(tmp_path: Path) -> None:
 
 
 class Hub:
-    """Stands for a repository: its files appear in a folder as patterns ask for them, as the hub's client does it."""
+    """Stands for a repository: its files appear in a folder as patterns ask for them, as the
+    hub's client does it.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, repository: Path, cache: Path) -> None:
         self.repository, self.folder = repository, cache / "snapshots" / ("a1" * 20)

@@ -57,7 +57,10 @@ def test_fifty_lengths(num_bins: int) -> None:
 
 @pytest.mark.parametrize("num_bins", [80, 128])
 def test_padded_to_hops_as_the_reference_is_called(num_bins: int) -> None:
-    """The call of Ultravox: no truncation, a multiple of the hop. Its single precision is the wider tolerance's."""
+    """The call of Ultravox: no truncation, a multiple of the hop.
+
+    Its single precision is the wider tolerance's.
+    """
     reference, config = extractor(num_bins), MelConfig(num_bins)
     for seed, length in enumerate((320, 321, 5000, 16000, 80037)):
         samples = sound(length, seed)

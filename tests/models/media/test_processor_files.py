@@ -1,4 +1,7 @@
-"""Which file tells how media are prepared, when a folder has several: what lies inside processor_config.json counts."""
+"""Which file tells how media are prepared, when a folder has several.
+
+What lies inside processor_config.json counts.
+"""
 
 from __future__ import annotations
 

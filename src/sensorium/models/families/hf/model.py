@@ -62,11 +62,13 @@ class _Given(torch.nn.Module):
 
 
 class HfModel:
-    """See ``models.interface.Model``. The decoder runs the T tokens of a step as one row, (1, T, H).
+    """See ``models.interface.Model``.
 
-    ``rotary`` hands positions through: as ``batch.cos`` the position ids (1, T), or (3, 1, T) where they have axes; as
-    ``batch.sin`` the bidirectional spans (2, T) of ``AttentionVariant``, or nothing (0, T): no layer of
-    ours rotates here.
+    The decoder runs the T tokens of a step as one row, (1, T, H).
+
+    ``rotary`` hands positions through: as ``batch.cos`` the position ids (1, T), or (3, 1, T) where
+    they have axes; as ``batch.sin`` the bidirectional spans (2, T) of ``AttentionVariant``, or
+    nothing (0, T): no layer of ours rotates here.
     """
 
     ignored_weights: tuple[str, ...] = (EVERYTHING,)

@@ -42,7 +42,8 @@ BIDIRECTIONAL: dict[str, Bidirectional] = {
     "shieldgemma2": "items",
     "paligemma": "prompt",
 }
-"""Model types whose images, or whose prompts with images, attend to themselves both ways (``Family.bidirectional``)."""
+"""Model types whose images, or whose prompts with images, attend to themselves both ways
+(``Family.bidirectional``)."""
 MAX_LINE_ENDS = 8
 COLOURS = frozenset({"image_mean", "image_std", "rescale_factor", "resample"})
 """Options whose numbers change what is made of an image, but not how much."""
@@ -192,8 +193,11 @@ class HfProcessor:
     def positions(
         self, token_ids: Sequence[int], items: Sequence[PlacedItem]
     ) -> tuple[np.ndarray, int] | None:
-        """None for plain positions; those of three axes where the model has such; and where tokens attend both ways,
-        in three rows each token's index, and the first and last index of its span: its own twice outside of any."""
+        """None for plain positions; those of three axes where the model has such.
+
+        And where tokens attend both ways, in three rows each token's index, and the first and last
+        index of its span: its own twice outside of any.
+        """
         if self.axes_of is not None:
             return numbered(self.folder, self.axes_of, token_ids, items)
         if self.bidirectional is None:
