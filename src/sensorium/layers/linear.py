@@ -38,8 +38,8 @@ class Linear:
         """
         if tuple(weight.shape) != (self.num_outputs, self.num_inputs):
             raise ValueError(
-                f"linear weight has shape {tuple(weight.shape)}, "
-                f"expected ({self.num_outputs}, {self.num_inputs})"
+                f"linear weight has shape {tuple(weight.shape)}, expected ({self.num_outputs}, "
+                f"{self.num_inputs})"
             )
         if (bias is not None) != self.has_bias:
             raise ValueError(f"linear layer {'needs' if self.has_bias else 'takes no'} bias")

@@ -55,10 +55,8 @@ def suited_to_cpu(dtype: torch.dtype, count: Callable[[], int]) -> torch.dtype:
     if size * LOADING > available:
         logger.warning(
             "this CPU has no units for %s, so the model runs several times slower than it would in "
-            "float32; but its "
-            "weights in float32 (%.1f GiB, twice that while loading) do not fit into the %.1f GiB "
-            "of memory that are "
-            "available. --dtype float32 tries all the same",
+            "float32; but its weights in float32 (%.1f GiB, twice that while loading) do not fit "
+            "into the %.1f GiB of memory that are available. --dtype float32 tries all the same",
             name,
             size / GIB,
             available / GIB,
@@ -66,8 +64,7 @@ def suited_to_cpu(dtype: torch.dtype, count: Callable[[], int]) -> torch.dtype:
         return dtype
     logger.info(
         "this CPU has no units for %s: the weights are held as float32 (%.1f GiB), which is "
-        "several times faster. "
-        "--dtype %s keeps them as they are stored",
+        "several times faster. --dtype %s keeps them as they are stored",
         name,
         size / GIB,
         name,

@@ -26,15 +26,13 @@ PUBLISHED = (
 
 GENERATES = (
     "This model generates text here and returns no embeddings. Start it with --runner pooling "
-    "(runner='pooling' in Python) "
-    "for those."
+    "(runner='pooling' in Python) for those."
 )
 """Error for requests for an embedding to a model that generates text."""
 
 POOLS = (
     "This model returns embeddings here and generates no text: ask for embeddings, or start it "
-    "with --runner generate "
-    "(runner='generate' in Python)."
+    "with --runner generate (runner='generate' in Python)."
 )
 """Error for requests for text to an embedding model."""
 
@@ -73,8 +71,7 @@ class Embedder:
         if not self.matryoshka:
             raise InvalidRequestError(
                 f"dimensions is {dimensions}, but this model's embeddings have {self.size} and are "
-                "not known to be of use "
-                f"when cut. {_HOW_TO_CUT}",
+                f"not known to be of use when cut. {_HOW_TO_CUT}",
                 param="dimensions",
             )
         if self.sizes and dimensions not in self.sizes:
@@ -108,8 +105,7 @@ def embedder_of(loaded: LoadedConfig, family: Family, runner: str) -> Embedder |
     if loaded.config.get("is_causal") is False:
         raise ConfigError(
             "The model's tokens attend to those behind them too (is_causal is false in "
-            "config.json), which is not "
-            "available here.",
+            "config.json), which is not available here.",
             param="model",
         )
     sizes = _sizes(loaded.config)
@@ -161,8 +157,7 @@ def _normalizes(folder: Path) -> bool:
         if kind not in ("Transformer", "Pooling", "Normalize"):
             raise ConfigError(
                 f"{MODULES} of the model has the step {kind!r}, which is not available here: only "
-                "Transformer, Pooling "
-                "of the last token and Normalize are.",
+                "Transformer, Pooling of the last token and Normalize are.",
                 param="model",
             )
         if kind == "Pooling":
@@ -183,8 +178,7 @@ def _check_pooling(path: Path) -> None:
     if modes != {"lasttoken"}:
         raise ConfigError(
             f"The model pools by {', '.join(sorted(modes)) or 'an unknown rule'}; only pooling of "
-            "the last token "
-            "(lasttoken) is available here.",
+            "the last token (lasttoken) is available here.",
             param="model",
         )
 

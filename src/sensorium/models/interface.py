@@ -265,8 +265,7 @@ def warn_of_defaults(loaded: LoadedConfig, family: Family) -> None:
     if "image" in family.modalities and not loaded.preprocessor:
         logger.warning(
             "The model has neither preprocessor_config.json nor an image_processor in "
-            "processor_config.json: images "
-            "are prepared with the defaults of %s. Copy the file from the checkpoint that the "
-            "model was made from.",
+            "processor_config.json: images are prepared with the defaults of %s. Copy the file "
+            "from the checkpoint that the model was made from.",
             family.name,
         )

@@ -88,7 +88,6 @@ def _by_model_type(model_type: object) -> Family:
     known = ", ".join(sorted(_BY_MODEL_TYPE))
     raise UnsupportedModelError(
         f"config.json names no architectures, and its model_type {model_type!r:.80} is none that "
-        "runs here. Known are "
-        f"{known}, and those of models of transformers that generate text.",
+        f"runs here. Known are {known}, and those of models of transformers that generate text.",
         param="model",
     )

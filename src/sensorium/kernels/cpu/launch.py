@@ -162,8 +162,7 @@ def _warn_not_kept(root: str, reason: str | None) -> None:
     """Say once that each start of this program takes long, and what to do."""
     log.warning(
         "compiled CPU kernels cannot be kept in %r (%s), so every start compiles them again, which "
-        "takes about half a "
-        "minute: set XDG_CACHE_HOME to a folder that can be written",
+        "takes about half a minute: set XDG_CACHE_HOME to a folder that can be written",
         root,
         reason,
     )

@@ -160,8 +160,7 @@ def _known_multiple(
         if found is None:
             logger.warning(
                 "on this CPU the product of a row with a %s weight of %d x %d depends on the rows "
-                "beside it: answers "
-                "may depend on what else is in the batch",
+                "beside it: answers may depend on what else is in the batch",
                 str(dtype).removeprefix("torch."),
                 num_outputs,
                 num_inputs,

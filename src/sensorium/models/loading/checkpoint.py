@@ -47,8 +47,8 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
     if _is_path(model):
         raise ConfigError(
             f"Model {model!r}: there is no such folder. Give a folder with config.json and "
-            "safetensors files, "
-            "a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', 'demo' or 'demo-audio'.",
+            "safetensors files, a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', 'demo' or "
+            "'demo-audio'.",
             param="model",
         )
     return _download(model, revision, TEXT_FILES, NOT_NEEDED, download_dir=download_dir)
@@ -132,10 +132,9 @@ def _no_config(folder: Path) -> str:
         base = adapter.get("base_model_name_or_path")
         return (
             "The model's folder has an adapter (adapter_config.json) and no config.json: an "
-            "adapter is a part of a "
-            f"model that does not run alone. Merge it into its base model, {base!r}, (with peft: "
-            "merge_and_unload, "
-            "then save_pretrained) and give the folder of the result."
+            "adapter is a part of a model that does not run alone. Merge it into its base model, "
+            f"{base!r}, (with peft: merge_and_unload, then save_pretrained) and give the folder of "
+            "the result."
         )
     return (
         "The model's folder has no config.json: it is not a checkpoint in the Hugging Face layout."
@@ -221,8 +220,7 @@ def _download(
     except hub.GatedRepoError as error:
         reason = (
             "its owner asks for agreement first: accept the terms on its page on the Hugging Face "
-            "hub, "
-            "then log in with `hf auth login` or set HF_TOKEN"
+            "hub, then log in with `hf auth login` or set HF_TOKEN"
         )
         raise ConfigError(f"Model {where}: {reason}.", param="model") from error
     except hub.RevisionNotFoundError as error:
@@ -232,15 +230,13 @@ def _download(
     except hub.RepositoryNotFoundError as error:
         reason = (
             "there is no folder of that name here, and the Hugging Face hub has no such model (or "
-            "it is private: "
-            "log in with `hf auth login` or set HF_TOKEN)"
+            "it is private: log in with `hf auth login` or set HF_TOKEN)"
         )
         raise ConfigError(f"Model {where}: {reason}.", param="model") from error
     except OSError as error:  # also the hub's errors of connection, of status, and of offline mode
         reason = (
             "there is no folder of that name here, it is not in the local cache of the Hugging "
-            "Face hub, and the "
-            "hub cannot be reached. Check the network (and that HF_HUB_OFFLINE is unset), or give "
-            "a local folder"
+            "Face hub, and the hub cannot be reached. Check the network (and that HF_HUB_OFFLINE "
+            "is unset), or give a local folder"
         )
         raise ConfigError(f"Model {where}: {reason}.", param="model") from error

@@ -32,8 +32,7 @@ def weight_files(folder: Path) -> list[Path]:
         if present:
             logger.warning(
                 "The model's folder has %s, and %s with %d files (%s). %s is loaded and the others "
-                "are ignored: delete "
-                "whichever is out of date.",
+                "are ignored: delete whichever is out of date.",
                 SINGLE,
                 INDEX,
                 len(present),
@@ -110,26 +109,22 @@ def _nothing_there(folder: Path) -> str:
     if others:
         return (
             f"The model's folder has neither {SINGLE} nor {INDEX}, which say what the weights are. "
-            "Its other "
-            f"safetensors files ({abbreviated(others)}) are not loaded: adapters, optimizer states "
-            "and copies look the "
-            f"same. Rename the one that is the model to {SINGLE}; for shards, add the index "
-            "written with them."
+            f"Its other safetensors files ({abbreviated(others)}) are not loaded: adapters, "
+            "optimizer states and copies look the same. Rename the one that is the model to "
+            f"{SINGLE}; for shards, add the index written with them."
         )
     if folder.parent.name == "snapshots":
         return (
             "The model's repository on the Hugging Face hub has no safetensors files, that is "
-            f"neither {SINGLE} nor "
-            f"{INDEX}, or they are not in the local cache and HF_HUB_OFFLINE is set. Unset it, or "
-            "take a repository "
-            "that has them, or use load_format='dummy' for random weights."
+            f"neither {SINGLE} nor {INDEX}, or they are not in the local cache and HF_HUB_OFFLINE "
+            "is set. Unset it, or take a repository that has them, or use load_format='dummy' for "
+            "random weights."
         )
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
         return (
             "The model has its weights as pickle files (.bin, .pth) only. Safetensors files are "
-            "needed: take a "
-            "revision that has them, or convert it with transformers (from_pretrained, then "
-            "save_pretrained)."
+            "needed: take a revision that has them, or convert it with transformers "
+            "(from_pretrained, then save_pretrained)."
         )
     return "The model's folder has no safetensors files. Add them, or use load_format='dummy' for random weights."
 

@@ -52,8 +52,7 @@ _HEADLESS = (
 )
 _UNTIED = (
     "config.json says that %s is tied to %s, but the checkpoint holds both and they differ: the "
-    "stored one is used. "
-    "Set tie_word_embeddings to false in config.json to silence this warning."
+    "stored one is used. Set tie_word_embeddings to false in config.json to silence this warning."
 )
 
 

@@ -38,8 +38,7 @@ def check_video(num_frames: int, pixels_each: int) -> None:
     if num_frames * pixels_each > MAX_VIDEO_PIXELS:
         raise MediaTooLargeError(
             f"This model makes {pixels_each} pixels of each of the video's {num_frames} frames; at "
-            "most "
-            f"{MAX_VIDEO_PIXELS} together are possible. Ask for fewer frames."
+            f"most {MAX_VIDEO_PIXELS} together are possible. Ask for fewer frames."
         )
 
 
@@ -63,8 +62,7 @@ def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:
     except (TypeError, ValueError) as error:
         raise ConfigError(
             "preprocessor_config.json: rescale_factor, image_mean and image_std must be a number "
-            "and two lists of "
-            f"three, with positive deviations; got {scale!r}, {mean!r}, {std!r}.",
+            f"and two lists of three, with positive deviations; got {scale!r}, {mean!r}, {std!r}.",
             param="model",
         ) from error
     return Normalization(

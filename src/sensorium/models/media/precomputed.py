@@ -57,16 +57,15 @@ def per_item(source: Any, param: str) -> list[tuple[np.ndarray, str]]:
         if array.ndim != 3 or len(array) == 0:
             raise InvalidEmbeddingsError(
                 "Embeddings must have 3 dimensions (items, features, hidden size) and at least one "
-                "item, got shape "
-                f"{tuple(array.shape)}. A list of (features, hidden size) works too.",
+                f"item, got shape {tuple(array.shape)}. A list of (features, hidden size) works "
+                "too.",
                 param=param,
             )
         return [(array[i], f"{param}[{i}]") for i in range(len(array))]
     if not isinstance(source, Sequence) or isinstance(source, str | bytes) or not source:
         raise InvalidEmbeddingsError(
             "Embeddings must be a tensor (items, features, hidden size) or a list of (features, "
-            "hidden size), got "
-            f"{describe(source)}.",
+            f"hidden size), got {describe(source)}.",
             param=param,
         )
     return [_item(value, f"{param}[{i}]") for i, value in enumerate(source)]
@@ -86,8 +85,7 @@ def unwrapped(modality: str, source: Any, param: str) -> tuple[Any, str]:
     if set(source) != {name}:
         raise InvalidEmbeddingsError(
             "Embeddings for this model are a tensor, a list of tensors, or a mapping with "
-            f"{name!r} alone, got one "
-            f"with {sorted(map(str, source))}.",
+            f"{name!r} alone, got one with {sorted(map(str, source))}.",
             param=param,
         )
     return source[name], f"{param}.{name}"
@@ -98,8 +96,7 @@ def check_width(array: np.ndarray, hidden_size: int, param: str) -> None:
     if array.shape[-1] != hidden_size:
         raise InvalidEmbeddingsError(
             f"Embeddings must have the model's hidden size {hidden_size} as their last dimension, "
-            "got shape "
-            f"{tuple(array.shape)}.",
+            f"got shape {tuple(array.shape)}.",
             param=param,
         )
 

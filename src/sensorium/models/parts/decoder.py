@@ -101,8 +101,7 @@ class Decoder:
         if config.window is not None:
             logger.warning(
                 "the model attends to a sliding window of %d tokens, which is not available yet: "
-                "contexts end there, "
-                "not at %d",
+                "contexts end there, not at %d",
                 config.window,
                 config.context,
             )

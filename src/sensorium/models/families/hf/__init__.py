@@ -88,8 +88,7 @@ def find(names: Sequence[str]) -> Family | None:
         if kind == ENCODER_DECODER:
             raise UnsupportedModelError(
                 f"Architecture {name!r} is an encoder-decoder: its decoder attends to an encoder's "
-                "output, for which "
-                "there is no cache here.",
+                "output, for which there is no cache here.",
                 param="model",
             )
         if kind is not None:

@@ -27,8 +27,7 @@ makes far above."""
 
 IN_PIECES = (
     "when a text is computed in pieces: it remembers something besides keys and values, or attends "
-    "otherwise than its "
-    "configuration says"
+    "otherwise than its configuration says"
 )
 WITH_MEDIA = (
     "in a prompt with media: it attends to these, or numbers their tokens, in a way of its own"

@@ -143,9 +143,8 @@ def refuse(config: Any, reason: str) -> NoReturn:
     """Raise UnsupportedModelError with the reason."""
     raise UnsupportedModelError(
         f"Models of type {getattr(config, 'model_type', '?')!r} cannot run here: {reason}. Of the "
-        "models of "
-        "transformers those can whose decoder keeps keys and values of every token in every layer, "
-        "and nothing else.",
+        "models of transformers those can whose decoder keeps keys and values of every token in "
+        "every layer, and nothing else.",
         param="model",
     )
 

@@ -311,8 +311,7 @@ def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -
     if problems:
         raise ConfigError(
             f"The weights do not fit the model's configuration: {'; '.join(problems)}. Check that "
-            "config.json and the "
-            "safetensors files belong together.",
+            "config.json and the safetensors files belong together.",
             param="model",
         )
     return inner

@@ -277,8 +277,8 @@ def find_place(own: adapter.HfProcessorAdapter, modality: Modality, config: Any)
         return Place(modality, text, found, fill, around)
     raise UnsupportedModelError(
         f"Models of type {config.model_type!r} cannot run here: what their processor makes of one "
-        f"{modality} could not "
-        f"be found out. Tried were {'; '.join(reasons) or 'no placeholders: it names none'}.",
+        f"{modality} could not be found out. Tried were "
+        f"{'; '.join(reasons) or 'no placeholders: it names none'}.",
         param="model",
     )
 

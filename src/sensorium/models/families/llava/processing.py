@@ -148,8 +148,7 @@ def build(config: LlavaConfig, loaded: LoadedConfig) -> LlavaProcessor:
         if (crop.height, crop.width) != (size, size):
             raise ConfigError(
                 f"preprocessor_config.json: crop_size {crop.height} x {crop.width} is not the "
-                "vision tower's "
-                f"image_size {size}.",
+                f"vision tower's image_size {size}.",
                 param="model",
             )
     elif edges is None or edges.shortest or (edges.height, edges.width) != (size, size):
@@ -190,8 +189,7 @@ def read_edges(size: Any) -> Edges:
 def _bad_size(size: Any) -> NoReturn:
     raise ConfigError(
         "size must be an integer, {'shortest_edge': n} or {'height': h, 'width': w} with edges "
-        "from 1 to "
-        f"{MAX_SIZE}, got {size!r:.80}.",
+        f"from 1 to {MAX_SIZE}, got {size!r:.80}.",
         param="size",
     )
 

@@ -137,7 +137,7 @@ class LlavaOnevisionProcessor:
         known = {name, "image_sizes"} if modality == "image" else {name}
         if name not in source or not set(source) <= known:
             raise InvalidEmbeddingsError(
-                f"Embeddings for this model are a tensor, a list of tensors, or a mapping with "
+                "Embeddings for this model are a tensor, a list of tensors, or a mapping with "
                 f"{' and '.join(map(repr, sorted(known)))}, got one with "
                 f"{sorted(map(str, source))}.",
                 param=param,
@@ -149,8 +149,7 @@ class LlavaOnevisionProcessor:
         if len(array) <= 1 or len(array) % per_frame != 1 % per_frame:
             raise InvalidEmbeddingsError(
                 f"A video has {per_frame} embeddings a frame and one at the end in this model, got "
-                "shape "
-                f"{tuple(array.shape)}.",
+                f"shape {tuple(array.shape)}.",
                 param=param,
             )
 
@@ -173,8 +172,7 @@ class LlavaOnevisionProcessor:
             if features.num_embeds not in fits:
                 raise InvalidEmbeddingsError(
                     f"An image of height {height} and width {width} has {fits[0]} embeddings in "
-                    "this model, or "
-                    f"{fits[1]} among several images, got {features.num_embeds}.",
+                    f"this model, or {fits[1]} among several images, got {features.num_embeds}.",
                     param=f"{param}[{index}]",
                 )
 

@@ -35,8 +35,8 @@ def images(
     if set(values) != set(names):
         raise InvalidEmbeddingsError(
             "Embeddings for this model are a mapping with 'image_embeds' (items, embeddings, "
-            "hidden size) and "
-            f"'image_sizes' (width and height of each original image), got {_got(source)}.",
+            "hidden size) and 'image_sizes' (width and height of each original image), got "
+            f"{_got(source)}.",
             param=param,
         )
     arrays = precomputed.per_item(values["image_embeds"], f"{param}.image_embeds")
@@ -59,8 +59,7 @@ def check_count(
     if len(array) != num_views * num_queries:
         raise InvalidEmbeddingsError(
             f"An image of {size[0]} x {size[1]} pixels has {num_views} views of {num_queries} "
-            "embeddings here, "
-            f"together {num_views * num_queries}, got shape {tuple(array.shape)}.",
+            f"embeddings here, together {num_views * num_queries}, got shape {tuple(array.shape)}.",
             param=param,
         )
 
@@ -75,8 +74,8 @@ def videos(source: Any, param: str, num_queries: int, hidden_size: int) -> list[
         if set(source) - {"num_frames"} != {"video_embeds"}:
             raise InvalidEmbeddingsError(
                 "Embeddings of videos are a tensor (items, frames times embeddings of a frame, "
-                "hidden size), or a "
-                f"mapping with 'video_embeds' and optionally 'num_frames', got {_got(source)}.",
+                "hidden size), or a mapping with 'video_embeds' and optionally 'num_frames', got "
+                f"{_got(source)}.",
                 param=param,
             )
         place = f"{param}.video_embeds"

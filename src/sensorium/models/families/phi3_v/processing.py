@@ -102,8 +102,7 @@ class Phi3VProcessor:
             if not {_NAMES[0]} <= set(source) <= set(_NAMES):
                 raise InvalidEmbeddingsError(
                     f"Embeddings as a mapping have {_NAMES[0]!r} and, if wanted, {_NAMES[1]!r}, "
-                    "got "
-                    f"{sorted(map(str, source))}.",
+                    f"got {sorted(map(str, source))}.",
                     param=param,
                 )
             if _NAMES[1] in source:
@@ -149,8 +148,7 @@ class Phi3VProcessor:
         if size is not None and len(array) != self.num_embeds(*size):
             raise InvalidEmbeddingsError(
                 f"An image of {size[0]} x {size[1]} (height, width) has {self.num_embeds(*size)} "
-                "embeddings in this "
-                f"model, got shape {tuple(array.shape)}.",
+                f"embeddings in this model, got shape {tuple(array.shape)}.",
                 param=param,
             )
         if size is None and not self._is_some_image(len(array)):
@@ -179,8 +177,7 @@ class Phi3VProcessor:
             if min(size) < 1 or size[0] % self.tile or size[1] % self.tile:
                 raise InvalidEmbeddingsError(
                     "An image size is (height, width) in pixels after processing, positive "
-                    "multiples of "
-                    f"{self.tile}; got {size}.",
+                    f"multiples of {self.tile}; got {size}.",
                     param=f"{param}[{index}]",
                 )
         return sizes
@@ -196,8 +193,7 @@ def build(config: Phi3VConfig, loaded: LoadedConfig) -> Phi3VProcessor:
     if preprocessor.get("num_img_tokens", num) != num:
         raise ConfigError(
             f"preprocessor_config.json: num_img_tokens {preprocessor['num_img_tokens']!r} is not "
-            f"the {num} of a tile "
-            f"of {config.vision.image_size} pixels.",
+            f"the {num} of a tile of {config.vision.image_size} pixels.",
             param="model",
         )
     return Phi3VProcessor(
@@ -239,8 +235,7 @@ def to_tiles(image: np.ndarray, tile: int, num_crops: int) -> np.ndarray:
     if tall < 1:
         raise InvalidRequestError(
             f"An image of {image.shape[1]} x {image.shape[0]} pixels is too narrow for this model: "
-            f"at {wide} pixels of "
-            "length nothing of its width is left. Crop or pad it."
+            f"at {wide} pixels of length nothing of its width is left. Crop or pad it."
         )
     small = resize(lying, tall, wide, Image.Resampling.BILINEAR)
     canvas = np.full((-(-tall // tile) * tile, wide, 3), WHITE, np.uint8)

@@ -156,8 +156,7 @@ class Qwen2VLProcessor:
             got = sorted(map(str, source)) if isinstance(source, Mapping) else type(source).__name__
             raise InvalidEmbeddingsError(
                 f"Embeddings for this model are a mapping with {names[0]!r} (items, embeddings, "
-                "hidden size) and "
-                f"{names[1]!r} (items, 3), got {got}.",
+                f"hidden size) and {names[1]!r} (items, 3), got {got}.",
                 param=param,
             )
         grids = self._grids(source[names[1]], f"{param}.{names[1]}")
@@ -182,8 +181,7 @@ class Qwen2VLProcessor:
             if sum(sizes) != len(whole):
                 raise InvalidEmbeddingsError(
                     f"The grids {_few(grids)} stand for {_few(sizes)} embeddings, together "
-                    f"{sum(sizes)}, but there "
-                    f"are {len(whole)}.",
+                    f"{sum(sizes)}, but there are {len(whole)}.",
                     param=param,
                 )
             return np.split(whole, np.cumsum(sizes)[:-1])
@@ -191,8 +189,7 @@ class Qwen2VLProcessor:
         if len(items) != len(grids):
             raise InvalidEmbeddingsError(
                 f"There {'is' if len(grids) == 1 else 'are'} {counted(len(grids), 'grid')} for the "
-                "embeddings of "
-                f"{counted(len(items), 'item')}.",
+                f"embeddings of {counted(len(items), 'item')}.",
                 param=param,
             )
         for (array, place), grid, size in zip(items, grids, sizes, strict=True):
@@ -266,8 +263,7 @@ class Qwen2VLProcessor:
             if min(t, h, w) < 1 or h % self.merge_size or w % self.merge_size:
                 raise InvalidEmbeddingsError(
                     "A grid is (frames, height, width) in patches, positive, height and width "
-                    "multiples of "
-                    f"{self.merge_size}; got {(t, h, w)}.",
+                    f"multiples of {self.merge_size}; got {(t, h, w)}.",
                     param=f"{param}[{index}]",
                 )
         return grids

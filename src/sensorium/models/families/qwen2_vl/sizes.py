@@ -77,8 +77,7 @@ def check_aspect(height: int, width: int, what: str) -> None:
     if aspect > MAX_ASPECT:
         raise InvalidRequestError(
             f"{what} of {width} x {height} pixels has an aspect ratio of {aspect:.0f}; this model "
-            "takes at most "
-            f"{MAX_ASPECT}. Crop or pad it."
+            f"takes at most {MAX_ASPECT}. Crop or pad it."
         )
 
 

@@ -179,8 +179,7 @@ def read_video_rules(
     ):
         raise ConfigError(
             "The checkpoint normalises videos otherwise than images (image_mean, image_std, "
-            "rescale_factor), which is "
-            "not supported.",
+            "rescale_factor), which is not supported.",
             param="model",
         )
     fps, num_frames = config.get("fps"), config.get("num_frames")

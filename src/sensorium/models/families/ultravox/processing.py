@@ -70,8 +70,7 @@ class UltravoxProcessor:
         if not isinstance(data, Audio) or data.rate != self.mel.rate or not data.samples.size:
             raise InvalidRequestError(
                 f"Audio must have samples at {self.mel.rate} per second, got {type(data).__name__} "
-                "of shape "
-                f"{data.shape}."
+                f"of shape {data.shape}."
             )
         samples = data.samples
         if self.config.norm_between or len(samples) < LEAST_HOPS * self.mel.hop:
