@@ -318,8 +318,6 @@ PRIVATE_NAMES = {
     "core": 2,
     "engine": 28,
     "gpu": 1,
-    "kernels": 6,
-    "models": 6,
     "multimodal": 13,
     "runtime": 2,
     "text": 6,

@@ -1,6 +1,4 @@
-"""Paged attention against the plain-torch reference, and the reference against attention written
-out.
-"""
+"""Paged attention against the PyTorch reference, and that against attention written out."""
 
 from __future__ import annotations
 
@@ -98,7 +96,7 @@ def test_block_sizes_without_a_kernel_use_the_reference():
 def test_long_contexts_are_split_and_merged(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     batch = make_batch(KVCacheLayout(1, 2, 64, 32, torch.float32), [(3000, 1)])
-    pieces, _, num_partial, _ = paged._pieces(batch, 2, 7, 4, None)
+    pieces, _, num_partial, _ = paged.plan_pieces(batch, 2, 7, 4, None)
     assert len(pieces) > 2
     assert num_partial == len(pieces)
     covered = sorted((piece[4], piece[5]) for piece in pieces)

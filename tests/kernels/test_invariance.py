@@ -31,7 +31,7 @@ def cuts(length: int, seed: int) -> list[int]:
 
 
 def part_of(whole: AttentionBatch, start: int, size: int) -> AttentionBatch:
-    """The step in which rows [start, start + size) of the only sequence of ``whole`` are computed."""
+    """Return the step that computes rows [start, start + size) of the only sequence of ``whole``."""
     return AttentionBatch(
         query_start=torch.tensor([0, size], dtype=torch.int32),
         kv_len=torch.tensor([start + size], dtype=torch.int32),
@@ -105,9 +105,7 @@ def test_attention_does_not_depend_on_the_other_sequences(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["window", "bidirectional"])
 def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: str) -> None:
-    """A sequence within the window, or without a span that attends both ways, beside others that
-    are not so.
-    """
+    """Sequences within the window, or without bidirectional spans, get the bits of plain attention."""
     layout = KVCacheLayout(1, 2, 64, 32, dtype)
     batch = make_batch(layout, [(20, 1), (500, 1), (24, 9), (200, 60), (17, 17)])
     q, k, v = (torch.randn(sum(batch.query_lens), heads, 64).to(dtype) for heads in (6, 2, 2))
@@ -140,7 +138,7 @@ def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: 
 def test_few_rows_over_many_tokens_are_tasks_by_parts_and_many_rows_are_not() -> None:
     """Both ways are taken in these tests, as their results must agree."""
     layout = KVCacheLayout(1, 2, 64, 32, torch.float32)
-    pieces, _, num_partial, num_done = paged._pieces(
+    pieces, _, num_partial, num_done = paged.plan_pieces(
         make_batch(layout, [(3000, 1), (700, 700)]), 2, 7, 64, None
     )
     assert num_done == 1
@@ -183,15 +181,17 @@ def test_a_product_does_not_depend_on_the_other_rows(
 def test_activations_neither(act: str) -> None:
     weight = ops.pack_weight(torch.randn(96, 1152) / 30)
     rows = torch.randn(40, 1152)
-    expected = ops.linear_act(rows, weight, None, act)
+    product = ops.bind_linear(weight, None, act)
+    expected = product(rows)
     for count in (1, 2, 3, 5, 17):
-        assert torch.equal(
-            ops.linear_act(rows[-count:].contiguous(), weight, None, act), expected[-count:]
-        )
+        assert torch.equal(product(rows[-count:].contiguous()), expected[-count:])
 
 
 def test_products_that_differ_for_few_rows_get_more_rows() -> None:
-    """A product that sums in another order for less than four rows, and one that is never the same."""
+    """A product that sums less than four rows in another order is padded to four of them.
+
+    One that is never the same has no multiple.
+    """
     weight = torch.randn(64, 8)
     sizes: list[int] = []
 
@@ -201,7 +201,7 @@ def test_products_that_differ_for_few_rows_get_more_rows() -> None:
         return functools.reduce(torch.add, terms if len(x) >= 4 else terms[::-1])
 
     assert linear.row_multiple(like_a_library, 64, torch.float32) == 4
-    padded = linear._padded(like_a_library, 4)
+    padded = linear.pad_rows(like_a_library, 4)
     rows = torch.randn(20, 64)
     sizes.clear()
     for count in (1, 3, 5, 17):

@@ -86,7 +86,8 @@ def test_a_full_disk_is_told_once_and_kernels_still_work(tmp_path: Path) -> None
         from sensorium.kernels import ops
         from sensorium.kernels.cpu import launch
         for kind in (torch.float32, torch.bfloat16):
-            print(ops.rms_norm(torch.ones(2, 5, dtype=kind), torch.ones(5, dtype=kind), 0.0).sum().item())
+            ones = torch.ones(2, 5, dtype=kind), torch.ones(5, dtype=kind)
+            print(ops.rms_norm(*ones, 0.0).sum().item())
     """
     done = run_in(None, full, XDG_CACHE_HOME=str(tmp_path))
     assert done.stdout.split() == ["10.0", "10.0"]
@@ -123,9 +124,9 @@ def test_every_thread_count_gives_the_same_norms():
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-def test_without_openmp_kernels_run_on_one_thread(monkeypatch):
-    monkeypatch.setattr(launch, "_find_openmp", lambda: None)
-    launcher = launch.Launcher(elementwise.kernel(elementwise.build_norm, torch.float32)._address)
+def test_without_openmp_kernels_run_on_one_thread():
+    compiled = elementwise.kernel(elementwise.build_norm, torch.float32)
+    launcher = launch.Launcher(compiled.address, None)
     x, out, weight = torch.ones(4, 6), torch.zeros(4, 6), torch.full((6,), 2.0)
     for way in (launcher.parallel, launcher.released):
         out.zero_()
@@ -209,9 +210,8 @@ for dtype, tolerance in TOLERANCE.items():
     batch = make_batch(KVCacheLayout(1, 2, 64, 32, dtype), [(100, 1), (300, 40)])
     expected = twin(batch)
     qkv = torch.randn(41, (6 + 4) * 64).to(dtype)
-    mixed, plain = (
-        run.rope_attention(qkv, b, 0, 6, 2, 64, 0.125) for run, b in ((ops, batch), (reference, expected))
-    )
+    mixed = ops.rope_attention(qkv, batch, 0, 6, 2, 64, 0.125)
+    plain = reference.rope_attention(qkv, expected, 0, 6, 2, 64, 0.125)
     torch.testing.assert_close(mixed, plain, rtol=tolerance, atol=tolerance)
 """
 

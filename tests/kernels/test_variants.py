@@ -48,7 +48,7 @@ def test_kernel_agrees_with_reference(
 
 
 def spans(batch: AttentionBatch) -> torch.Tensor:
-    """(2, T): in every sequence, the tokens from index 10 to 24 that are computed attend both ways."""
+    """Return spans (2, T) of the computed tokens from index 10 to 24 of every sequence."""
     _, place = reference.token_positions(batch)
     last = torch.minimum(
         torch.tensor(24), batch.kv_len.long()[reference.token_positions(batch)[0]] - 1

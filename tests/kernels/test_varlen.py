@@ -132,7 +132,7 @@ def test_tiles_in_several_runs_of_segments(monkeypatch):
     starts = [0, 10, 10, 150, 160, 400]
     at_once = ops.varlen_attention(q, k, v, starts, 0.1)
     monkeypatch.setattr(varlen, "PACKED_BYTES", 40_000)
-    assert list(varlen._runs([0, 40, 80, 300], 500)) == [(0, 40), (40, 80), (80, 300)]
+    assert list(varlen.segment_runs([0, 40, 80, 300], 500)) == [(0, 40), (40, 80), (80, 300)]
     assert torch.equal(ops.varlen_attention(q, k, v, starts, 0.1), at_once)
 
 

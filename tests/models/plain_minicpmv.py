@@ -114,11 +114,10 @@ class PlainMiniCPMV(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        vision = SiglipVisionConfig(**config["vision_config"])
-        vision._attn_implementation = "eager"
+        vision = SiglipVisionConfig(**config["vision_config"], attn_implementation="eager")
         own = {"vision_config", "slice_config", "architectures", "model_type"}
-        text = Qwen2Config(**{k: v for k, v in config.items() if k not in own})
-        text._attn_implementation = "eager"
+        fields = {k: v for k, v in config.items() if k not in own}
+        text = Qwen2Config(**fields, attn_implementation="eager")
         self.llm = Qwen2ForCausalLM(text)
         self.vpm = Tower(vision, config["drop_vision_last_layer"])
         self.resampler = Resampler(config["query_num"], text.hidden_size, vision.hidden_size)

@@ -40,8 +40,10 @@ QWEN_CASES: list[Case] = [
     ("<|im_start|>user\nHow many birds?<|im_end|>\n<|im_start|>assistant\n", []),
     (f"<|im_start|>user\n{VISION}What is shown?<|im_end|>\n<|im_start|>assistant\n", [(97, 133)]),
     (
-        f"<|im_start|>user\nLeft {VISION} and {VISION}{VISION} "
-        "right?<|im_end|>\n<|im_start|>assistant\n",
+        (
+            f"<|im_start|>user\nLeft {VISION} and {VISION}{VISION} right?<|im_end|>\n"
+            "<|im_start|>assistant\n"
+        ),
         [(60, 200), (300, 61), (28, 28)],
     ),
 ]

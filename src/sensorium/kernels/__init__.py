@@ -1,1 +1,1 @@
-"""The operations that must be fast: a dispatch table, plain-torch references, CPU kernels."""
+"""Performance-critical operations: a dispatch table, PyTorch references and CPU kernels."""

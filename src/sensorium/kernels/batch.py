@@ -1,7 +1,4 @@
-"""Inputs of the attention kernels for one step.
-
-Which queries belong to which sequence, and where its keys are.
-"""
+"""Inputs of the attention kernels for one step: each sequence's queries, and where its keys are."""
 
 from __future__ import annotations
 
@@ -95,12 +92,12 @@ class AttentionVariant:
     bidirectional: torch.Tensor | None = None
 
     def is_plain(self, max_kv_len: int) -> bool:
-        """Return whether this equals plain attention for sequences of at most ``max_kv_len`` tokens."""
+        """Return whether plain attention gives the same for up to ``max_kv_len`` tokens."""
         inside = self.window is None or max_kv_len <= self.window
         return inside and self.softcap is None and self.sinks is None and self.bidirectional is None
 
-    def concerned(self, batch: AttentionBatch) -> list[int]:
-        """Indexes of the sequences for which it makes a difference."""
+    def affected_sequences(self, batch: AttentionBatch) -> list[int]:
+        """Return the indexes of the sequences whose attention differs from plain attention."""
         if self.is_plain(batch.max_kv_len):
             return []
         everything = range(len(batch.kv_lens))
@@ -112,7 +109,7 @@ class AttentionVariant:
         return sorted(found)
 
     def _bidirectional(self, batch: AttentionBatch) -> set[int]:
-        """Indexes of the sequences with rows that attend both ways; the same in all layers."""
+        """Return the indexes of the sequences with bidirectional rows, the same in all layers."""
         found: set[int] | None = batch.scratch.get("bidirectional")
         if found is None:
             assert self.bidirectional is not None

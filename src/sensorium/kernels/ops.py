@@ -1,4 +1,4 @@
-"""The operations that layers call, and the one table that says which code runs them where.
+"""Operations that layers call, dispatched to the code for each device and dtype.
 
 On the CPU, bf16, fp16 and fp32 have kernels of their own (attention of encoders only bf16, where
 the CPU has matrix tiles); everything else (other devices, other dtypes, block sizes that are no
@@ -52,34 +52,38 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
     return cpu_linear.pack_weight(weight) if _on_cpu(weight) else reference.pack_weight(weight)
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x W^T + bias``: (T, K) -> (T, N)."""
-    return bind_linear(weight, bias)(x)
+def linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None = None,
+    act: str | None = None,
+) -> torch.Tensor:
+    """Compute ``act(x W^T + bias)``: (T, K) -> (T, N).
+
+    act: a key of ``reference.ACTIVATIONS``, or None.
+    """
+    return bind_linear(weight, bias, act)(x)
 
 
 def bind_linear(
-    weight: PackedWeight, bias: torch.Tensor | None
+    weight: PackedWeight, bias: torch.Tensor | None, act: str | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear`` for one weight: what a layer calls in every step."""
-    return cpu_linear.bind(weight, bias)
-
-
-def linear_act(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, act: str
-) -> torch.Tensor:
-    """``act(x W^T + bias)``: (T, K) -> (T, N); act is a key of ``reference.ACTIVATIONS``."""
-    if weight.packed and act in cpu_linear.FUSED:
-        return cpu_linear.linear_act(x, weight, bias, act)
-    product = linear(x, weight, bias)
-    if act == "quick_gelu" and _on_cpu(product):
-        return elementwise.quick_gelu_(product)
-    return reference.ACTIVATIONS[act](product)
+    """Return ``linear`` bound to one weight, as a layer calls it in every step."""
+    if act is None or (weight.packed and act in cpu_linear.FUSED):
+        return cpu_linear.bind(weight, bias, act)
+    product, activate = cpu_linear.bind(weight, bias), reference.ACTIVATIONS[act]
+    if act == "quick_gelu" and weight.data.is_cpu and weight.dtype in CPU_DTYPES:
+        activate = elementwise.quick_gelu_
+    return lambda x: activate(product(x))
 
 
 def rotate_heads(
     rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, head_dim: int
 ) -> None:
-    """Rotate the first ``num_heads`` heads of each row (T, width) in place, by cos, sin (T, R/2) float32."""
+    """Rotate the first ``num_heads`` heads of each row (T, width) in place.
+
+    cos, sin: (T, R/2) float32.
+    """
     if _on_cpu(rows) and rows.is_contiguous():
         rotary.rotate_heads(rows, cos.contiguous(), sin.contiguous(), num_heads, head_dim)
     else:
@@ -87,11 +91,10 @@ def rotate_heads(
 
 
 def bind_norm(weight: torch.Tensor, eps: float) -> elementwise.NormFunctions:
-    """``rms_norm(x)`` and ``add_rms_norm(residual, x)`` for one weight.
+    """Return ``rms_norm(x)`` and ``add_rms_norm(residual, x)`` bound to one weight.
 
-    What a layer calls in every step.
-
-    x and residual are (T, H), contiguous, of the weight's dtype and device.
+    A layer calls them in every step. x and residual are (T, H), contiguous, of the weight's dtype
+    and device.
     """
     if _on_cpu(weight):
         return elementwise.bind_norm(weight, eps)
@@ -102,7 +105,7 @@ def bind_norm(weight: torch.Tensor, eps: float) -> elementwise.NormFunctions:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """X / sqrt(mean(x^2) + eps) * weight over the last axis: (T, H) -> (T, H)."""
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last axis: (T, H) -> (T, H)."""
     if x.dtype != weight.dtype:
         return reference.rms_norm(x, weight, eps)
     return bind_norm(weight, eps)[0](x.contiguous())
@@ -111,14 +114,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """``residual += x`` in place, and the norm of the sum. All (T, H)."""
+    """Add ``x`` to ``residual`` in place and return the norm of the sum. All (T, H)."""
     if not (x.dtype == weight.dtype == residual.dtype and residual.is_contiguous()):
         return reference.add_rms_norm(residual, x, weight, eps)
     return bind_norm(weight, eps)[1](residual, x.contiguous())
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of (T, 2 I), the gate in the first half -> (T, I)."""
+    """Compute silu(gate) * up of (T, 2 I), the gate in the first half -> (T, I)."""
     if _on_cpu(gate_up):
         return elementwise.silu_mul(gate_up.contiguous())
     return reference.silu_mul(gate_up)
@@ -136,7 +139,7 @@ def rope_attention(
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> torch.Tensor:
-    """Optional per-head norm, rotary, cache write and paged causal attention of one layer.
+    """Run optional per-head norm, rotary, cache write and paged causal attention of one layer.
 
     qkv (T, C): q, k, v heads of each row side by side. q_norm, k_norm (head_dim,) or None. Keys and
     values of all rows are written into ``batch.caches[layer]``. Returns (T, num_heads * head_dim).
@@ -152,7 +155,7 @@ def rope_attention(
 
 
 def has_units(dtype: torch.dtype) -> bool:
-    """Return whether this CPU multiplies numbers of ``dtype`` itself, rather than by slow emulation."""
+    """Return whether this CPU has multiply instructions for ``dtype``, not slow emulation."""
     return cpu_linear.has_units(dtype)
 
 
@@ -162,7 +165,10 @@ def has_block_size(block_size: int) -> bool:
 
 
 def attends_with_tiles(dtype: torch.dtype) -> bool:
-    """Return whether this CPU has matrix tiles that long prompts may use where the batch need not be invariant."""
+    """Return whether matrix tiles of this CPU may compute long prompts.
+
+    They are used only where the batch need not be invariant.
+    """
     return paged.attends_with_tiles(dtype)
 
 
@@ -175,18 +181,18 @@ def paged_attention(
     scale: float,
     variant: AttentionVariant = PLAIN,
 ) -> torch.Tensor:
-    """Cache write and paged attention of one layer, for q, k, v that carry their positions already.
+    """Write keys and values to the cache and run paged attention of one layer.
 
-    q (T, num_heads, D), k and v (T, num_kv_heads, D); keys and values of all rows are written into
-    ``batch.caches[layer]``. ``variant``: what differs from plain causal attention. Returns (T,
-    num_heads, D).
+    q (T, num_heads, D), k and v (T, num_kv_heads, D) carry their positions already; keys and values
+    of all rows are written into ``batch.caches[layer]``. ``variant``: the differences from plain
+    causal attention. Returns (T, num_heads, D).
     """
     cache = batch.caches[layer]
     fast = _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3])
-    if fast and len(concerned := variant.concerned(batch)) < len(batch.kv_lens):
-        # Whoever a variant does not concern gets the same bits beside those whom it does.
+    if fast and len(affected_sequences := variant.affected_sequences(batch)) < len(batch.kv_lens):
+        # Sequences that the variant does not affect get the same bits as without it.
         mixed = paged.paged_attention(q, k, v, batch, layer, scale)
-        reference.attend_variant(q, batch, cache, scale, variant, concerned, mixed)
+        reference.attend_variant(q, batch, cache, scale, variant, affected_sequences, mixed)
         return mixed
     return reference.paged_attention(q, k, v, batch, layer, scale, variant)
 
@@ -196,8 +202,7 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Full attention of q, k, v (T, heads, D) within each segment -> (T, heads, D).
 
-    cu_seqlens: row at which each segment starts, and T at the end; ValueError when it is not like
-    that.
+    cu_seqlens: first row of each segment, and T at the end. Raises ValueError for anything else.
     """
     ordered = all(start <= end for start, end in pairwise(cu_seqlens))
     if not (cu_seqlens and cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[0] and ordered):
@@ -217,11 +222,10 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 def allocate_cache(
     layout: KVCacheLayout, num_blocks: int, device: torch.device
 ) -> list[LayerCache]:
-    """Zeroed K and V tensors of ``num_blocks`` blocks for every layer.
+    """Allocate zeroed K and V tensors of ``num_blocks`` blocks for every layer.
 
-    A CPU's take memory as blocks are written.
-
-    Raises MemoryError when a CPU's system promises no more.
+    On a CPU, memory is committed as blocks are written. Raises MemoryError when the system cannot
+    reserve as much.
     """
     kv_heads, dim, size = layout.num_kv_heads, layout.head_dim, layout.block_size
 
@@ -239,9 +243,8 @@ def allocate_cache(
 def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu", encoders: bool = True) -> float:
     """Compile or load every kernel for ``dtype``, so that the first request does not wait.
 
-    Seconds that it took.
-
-    encoders: those of vision and audio towers too. Nothing is done where no kernels are used.
+    Returns the seconds that it took. encoders: include the kernels of vision and audio towers. Does
+    nothing where no kernels are used.
     """
     start = time.perf_counter()
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:

@@ -1,4 +1,4 @@
-"""Plain-torch forms of every kernel: what CUDA runs, and what the CPU kernels are checked against.
+"""Plain PyTorch versions of every kernel: the CUDA path, and the reference for the CPU kernels.
 
 Shape letters: T tokens of the step, S sequences, H hidden size, C channels of the fused QKV
 projection, D head size, G query heads per KV head, L tokens with KV, N rows, V vocabulary.
@@ -18,7 +18,7 @@ from sensorium.kernels.weight import PackedWeight
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """X * sigmoid(1.702 x): the approximation of GELU that CLIP was trained with."""
+    """Compute x * sigmoid(1.702 x), the approximation of GELU that CLIP was trained with."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -39,7 +39,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def pack_weight(weight: torch.Tensor) -> PackedWeight:
-    """The (N, K) weight as it is."""
+    """Return the (N, K) weight unpacked."""
     num_outputs, num_inputs = weight.shape
     return PackedWeight(weight, num_outputs, num_inputs, weight.dtype, packed=False)
 
@@ -54,13 +54,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     residual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> torch.Tensor:
-    """``residual += x`` in place; the norm of the sum. All (T, H)."""
+    """Add ``x`` to ``residual`` in place and return the norm of the sum. All (T, H)."""
     residual.add_(x)
     return rms_norm(residual, weight, eps)
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of (T, 2 I), the gate in the first half -> (T, I)."""
+    """Compute silu(gate) * up of (T, 2 I), the gate in the first half -> (T, I)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gate.float()) * up.float()).to(gate_up.dtype)
 
@@ -71,9 +71,10 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate-half rotary embedding of (T, heads, D) by cos, sin (T, R/2) over the first R dimensions, in float32.
+    """Apply rotary embedding (rotate-half) to (T, heads, D) by cos, sin (T, R/2), in float32.
 
-    Su et al., RoFormer (2021), with the pairing (d, d + R/2) that Hugging Face checkpoints use.
+    The first R dimensions of each head are rotated. Su et al., RoFormer (2021), with the pairing
+    (d, d + R/2) that Hugging Face checkpoints use.
     """
     half = cos.shape[1]
     wide = x.float()
@@ -87,7 +88,7 @@ def rotate_heads(
 ) -> None:
     """Rotate the first ``num_heads`` heads of rows (T, width) in place.
 
-    Cos, sin as in ``rotate``.
+    cos, sin as in ``rotate``.
     """
     heads = rows[:, : num_heads * head_dim].view(rows.shape[0], num_heads, head_dim)
     heads.copy_(rotate(heads, cos, sin))
@@ -105,9 +106,9 @@ def rope_attention(
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> torch.Tensor:
-    """Optional per-head norm, rotary, cache write and paged causal attention.
+    """Run optional per-head norm, rotary, cache write and paged causal attention.
 
-    (T, C) -> (T, num_heads * D).
+    qkv (T, C) -> (T, num_heads * D).
     """
     num_tokens = qkv.shape[0]
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
@@ -123,7 +124,7 @@ def rope_attention(
 
 
 def token_positions(batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence (T,) and index within its sequence (T,) of each row, int64."""
+    """Return the sequence (T,) and the index within its sequence (T,) of each row, int64."""
     device = batch.query_start.device
     starts = batch.query_start.long()
     lens = starts[1:] - starts[:-1]
@@ -146,7 +147,7 @@ def write_cache(k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: 
 
 
 def gather(cache: LayerCache, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V (S, num_kv_heads, B * block_size, D) that lie in the blocks (S, B) of the cache."""
+    """Gather K and V (S, num_kv_heads, B * block_size, D) from the blocks (S, B) of the cache."""
     num_sequences, num_blocks = blocks.shape
     _, num_kv_heads, head_dim, block_size = cache.k.shape
     length = num_blocks * block_size
@@ -161,9 +162,9 @@ def gather(cache: LayerCache, blocks: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: float) -> torch.Tensor:
-    """Causal attention of q (T, num_heads, D) to what the cache holds of its sequence.
+    """Causal attention of q (T, num_heads, D) to the cached tokens of its sequence.
 
-    The shape of q.
+    The result has the shape of q.
     """
     block_size = cache.k.shape[3]
     num_decodes = batch.num_decodes
@@ -173,8 +174,8 @@ def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: flo
         k, v = gather(cache, batch.block_table[:num_decodes, :num_blocks])
         seen = torch.arange(k.shape[2], device=q.device) < batch.kv_len[:num_decodes, None]
         for gathered in (k, v):
-            # Behind the end may lie what another sequence left: even times zero, a NaN of it would
-            # be one here.
+            # Behind the end there may be values of another sequence: a NaN among them would stay a
+            # NaN even times zero.
             gathered.masked_fill_(~seen[:, None, :, None], 0.0)
         out = F.scaled_dot_product_attention(
             q[:num_decodes, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True
@@ -206,9 +207,9 @@ def paged_attention(
     scale: float,
     variant: AttentionVariant = PLAIN,
 ) -> torch.Tensor:
-    """Cache write and paged attention of q (T, num_heads, D), k and v (T, num_kv_heads, D).
+    """Write keys and values to the cache and run paged attention.
 
-    The shape of q.
+    q (T, num_heads, D), k and v (T, num_kv_heads, D). The result has the shape of q.
     """
     cache = batch.caches[layer]
     write_cache(k, v, batch, cache)
@@ -228,7 +229,10 @@ def attend_variant(
     sequences: Iterable[int],
     out: torch.Tensor,
 ) -> None:
-    """Write the attention of q (T, num_heads, D) to what the cache holds into the rows of some sequences of ``out``."""
+    """Write the attention of some sequences to their cached tokens into their rows of ``out``.
+
+    q and out: (T, num_heads, D).
+    """
     starts = [0, *accumulate(batch.query_lens)]
     for index in sequences:
         start = starts[index]
@@ -245,11 +249,9 @@ def _attend_variant(
     scale: float,
     variant: AttentionVariant,
 ) -> torch.Tensor:
-    """Attention of sequence ``index``, whose rows begin at ``row``.
+    """Attention of sequence ``index``, whose rows begin at ``row``: (n, num_heads, D).
 
-    (n, num_heads, D) of q (T, num_heads, D).
-
-    Blocks before every row's window are not read.
+    q is (T, num_heads, D). Blocks before every row's window are not read.
     """
     query_len, kv_len = batch.query_lens[index], batch.kv_lens[index]
     rows = slice(row, row + query_len)
@@ -287,7 +289,7 @@ def varlen_attention(
 ) -> torch.Tensor:
     """Attention of q, k, v (T, heads, D) within each segment.
 
-    Runs of equally long segments go as one batch.
+    Consecutive segments of equal length run as one batch.
     """
     lengths = [end - start for start, end in pairwise(cu_seqlens)]
     parts, index = [], 0

@@ -1,4 +1,4 @@
-"""The form in which a linear layer's weight waits for its multiplications."""
+"""Weight of a linear layer in the layout that its kernel reads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """Weight of ``y = x W^T`` with N outputs and K inputs, in whatever order the multiplication likes best.
+    """Weight of ``y = x W^T`` with N outputs and K inputs, packed for its kernel or plain.
 
     ``data`` is the plain (N, K) tensor when ``packed`` is false, else an opaque oneDNN tensor that
-    only ``kernels.cpu.linear`` may read. ``row_multiple``: the number of rows of a product with
-    fewer than ``cpu.linear.FREE_ROWS`` of them must be a multiple of this, so that each row is the
+    only ``kernels.cpu.linear`` may read. ``row_multiple``: products of fewer than
+    ``cpu.linear.FREE_ROWS`` rows are padded to a multiple of this many rows, so that a row has the
     same bits in any product.
     """
 
@@ -26,5 +26,5 @@ class PackedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, K), whatever the packing."""
+        """Shape (N, K) of the unpacked weight."""
         return self.num_outputs, self.num_inputs

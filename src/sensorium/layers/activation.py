@@ -12,9 +12,9 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 def activation(name: str) -> Activation:
-    """The function that a configuration calls ``name``.
+    """Return the function that configurations call ``name``.
 
-    ValueError with the known names otherwise.
+    Raises ValueError with the known names for any other.
     """
     try:
         return ACTIVATIONS[name]

@@ -52,7 +52,7 @@ class Attention:
         self.scale = head_dim**-0.5 if scale is None else scale
 
     def forward(self, x: torch.Tensor, batch: AttentionBatch, layer: int) -> torch.Tensor:
-        """(T, hidden_size) -> (T, hidden_size).
+        """Run (T, hidden_size) -> (T, hidden_size).
 
         Writes K and V of the rows into ``batch.caches[layer]``.
         """
@@ -102,9 +102,9 @@ class VisionAttention:
         cos: torch.Tensor | None = None,
         sin: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, hidden_size) -> (T, hidden_size).
+        """Run (T, hidden_size) -> (T, hidden_size).
 
-        cu_seqlens: row at which each segment starts, and T at the end. cos, sin (T, rotary_dim / 2)
+        cu_seqlens: first row of each segment, and T at the end. cos, sin (T, rotary_dim / 2)
         float32: rotary factors of each row (both axes side by side for two-dimensional rotary), or
         None.
         """

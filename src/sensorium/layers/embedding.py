@@ -19,7 +19,7 @@ class Embedding:
         self.weight = torch.empty(0)
 
     def load(self, weight: torch.Tensor) -> None:
-        """Take the table (num_rows, size); ValueError for another shape."""
+        """Set the table (num_rows, size). Raises ValueError for another shape."""
         if tuple(weight.shape) != (self.num_rows, self.size):
             raise ValueError(
                 f"embedding has shape {tuple(weight.shape)}, expected ({self.num_rows}, "
@@ -28,10 +28,10 @@ class Embedding:
         self.weight = weight.contiguous()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows (T, size) of the table for ids (T,), in new memory.
+        """Look up rows (T, size) of the table for ids (T,), in new memory.
 
-        Any row for ids past its end, as some placeholders are: embeddings of items take their
-        places.
+        Ids past the table's end, as some placeholders are, give an arbitrary row: embeddings of
+        items replace these.
         """
         return F.embedding(ids.clamp(max=self.num_rows - 1), self.weight)
 
@@ -39,7 +39,7 @@ class Embedding:
 
 
 class LMHead:
-    """Logits over the vocabulary.
+    """Language-model head: logits over the vocabulary.
 
     Tied heads are loaded with the embedding's tensor: they keep a packed copy of it.
     """
@@ -50,11 +50,11 @@ class LMHead:
         self.linear = Linear(hidden_size, vocab_size, bias)
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Take the weight (vocab_size, hidden_size) and the bias (vocab_size,) if the head has one."""
+        """Set the weight (vocab_size, hidden_size) and, if there is one, the bias (vocab_size,)."""
         self.linear.load(weight, bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, vocab_size) of hidden states (N, hidden_size), in their dtype."""
+        """Return logits (N, vocab_size) of hidden states (N, hidden_size), in their dtype."""
         return self.linear(hidden)
 
     __call__ = forward

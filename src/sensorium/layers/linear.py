@@ -1,4 +1,4 @@
-"""Linear layers whose weight arrives after they are built."""
+"""Linear layers, built without weights and loaded later."""
 
 from __future__ import annotations
 
@@ -8,22 +8,29 @@ import torch
 
 from sensorium.kernels import ops
 from sensorium.kernels.weight import PackedWeight
+from sensorium.layers.activation import activation
 
 
 class Linear:
-    """``y = x W^T + b``.
+    """Linear layer ``y = act(x W^T + b)``.
 
-    Owns no storage until ``load``; fused projections are loaded with the concatenated tensor.
+    ``act`` names an activation, which is fused where the device can; None for none. The layer has
+    no weight until ``load``; fused projections are loaded with the concatenated tensor.
     """
 
-    __slots__ = ("bias", "forward", "has_bias", "num_inputs", "num_outputs", "weight")
+    __slots__ = ("act", "bias", "forward", "has_bias", "num_inputs", "num_outputs", "weight")
 
     weight: PackedWeight | None
     bias: torch.Tensor | None
     forward: Callable[[torch.Tensor], torch.Tensor]
     """(T, num_inputs) -> (T, num_outputs)."""
 
-    def __init__(self, num_inputs: int, num_outputs: int, bias: bool = False) -> None:
+    def __init__(
+        self, num_inputs: int, num_outputs: int, bias: bool = False, act: str | None = None
+    ) -> None:
+        if act is not None:
+            activation(act)  # an unknown name fails here
+        self.act = act
         self.num_inputs = num_inputs
         self.num_outputs = num_outputs
         self.has_bias = bias
@@ -32,7 +39,7 @@ class Linear:
         self.forward = _not_loaded
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Take the weight (num_outputs, num_inputs) and, if the layer has one, the bias (num_outputs,).
+        """Set the weight (num_outputs, num_inputs) and, if there is one, the bias (num_outputs,).
 
         Raises ValueError for other shapes or when a bias is missing or unexpected.
         """
@@ -49,13 +56,7 @@ class Linear:
             )
         self.weight = ops.pack_weight(weight)
         self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
-        self.forward = ops.bind_linear(self.weight, self.bias)
-
-    def forward_act(self, x: torch.Tensor, act: str) -> torch.Tensor:
-        """act(forward(x)) for an activation's name, fused where the device can."""
-        if self.weight is None:
-            return _not_loaded(x)
-        return ops.linear_act(x, self.weight, self.bias, act)
+        self.forward = ops.bind_linear(self.weight, self.bias, self.act)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward(x)

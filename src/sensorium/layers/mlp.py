@@ -11,14 +11,14 @@ from sensorium.layers.activation import activation
 from sensorium.layers.linear import Linear
 
 INNER_BYTES = 24 * 1024 * 1024
-"""Largest intermediate result on the CPU. The C library gives larger ones back to the system
-when they are freed, and touching the fresh pages of the next one costs half as much as the
-multiplication; the caches like parts better too."""
+"""Largest intermediate result on the CPU. The C library returns larger ones to the system when
+they are freed, and page faults of the next one cost half as much as the multiplication; smaller
+parts also use the CPU's caches better."""
 MIN_ROWS = 256
 
 
 class GatedMLP:
-    """down(act(gate(x)) * up(x)) with gate and up in one projection.
+    """MLP down(act(gate(x)) * up(x)) with gate and up in one projection.
 
     ``gate_up`` holds gate's rows first.
     """
@@ -34,7 +34,7 @@ class GatedMLP:
         self.is_silu = act in ("silu", "swish")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, hidden_size) -> (T, hidden_size)."""
+        """Run (T, hidden_size) -> (T, hidden_size)."""
         return in_parts(self._run, x, self.gate_up.num_outputs)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,9 +48,9 @@ class GatedMLP:
 
 
 class PlainMLP:
-    """fc2(act(fc1(x)))."""
+    """MLP fc2(act(fc1(x)))."""
 
-    __slots__ = ("act", "fc1", "fc2")
+    __slots__ = ("fc1", "fc2")
 
     def __init__(
         self,
@@ -60,17 +60,15 @@ class PlainMLP:
         act: str = "gelu",
         bias: bool = True,
     ) -> None:
-        self.fc1 = Linear(num_inputs, inner_size, bias)
+        self.fc1 = Linear(num_inputs, inner_size, bias, act)
         self.fc2 = Linear(inner_size, num_inputs if num_outputs is None else num_outputs, bias)
-        activation(act)  # an unknown name fails here
-        self.act = act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., num_inputs) -> (..., num_outputs)."""
+        """Run (..., num_inputs) -> (..., num_outputs)."""
         return in_parts(self._run, x, self.fc1.num_outputs)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.fc1.forward_act(x, self.act))
+        return self.fc2(self.fc1(x))
 
     __call__ = forward
 
@@ -78,7 +76,10 @@ class PlainMLP:
 def in_parts(
     run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, width: int
 ) -> torch.Tensor:
-    """``run(x)``, in parts of rows where ``width`` numbers a row would make too large an intermediate result."""
+    """Compute ``run(x)`` in parts of rows that bound the size of the intermediate result.
+
+    ``width``: numbers of the intermediate result per row.
+    """
     num_rows = x.shape[0]
     if num_rows <= MIN_ROWS or not x.is_cpu or x.dim() != 2:
         return run(x)

@@ -30,7 +30,7 @@ class RMSNorm:
         self.forward = self.forward_add = _not_loaded
 
     def load(self, weight: torch.Tensor) -> None:
-        """Take the weight (size,); ValueError for another shape."""
+        """Set the weight (size,). Raises ValueError for another shape."""
         self.weight = checked_vector(weight, self.size, "RMS norm weight")
         self.forward, self.forward_add = ops.bind_norm(self.weight, self.eps)
 
@@ -57,9 +57,9 @@ class LayerNorm:
         self.bias = None
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Take weight and bias (size,).
+        """Set weight and bias (size,).
 
-        ValueError for other shapes or a missing or unexpected bias.
+        Raises ValueError for other shapes or a missing or unexpected bias.
         """
         if (bias is not None) != self.has_bias:
             raise ValueError(f"layer norm {'needs' if self.has_bias else 'takes no'} bias")
@@ -67,14 +67,14 @@ class LayerNorm:
         self.bias = None if bias is None else checked_vector(bias, self.size, "layer norm bias")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., size) -> (..., size)."""
+        """Normalise (..., size) -> (..., size)."""
         return F.layer_norm(x, (self.size,), self.weight, self.bias, self.eps)
 
     __call__ = forward
 
 
 def checked_vector(tensor: torch.Tensor, size: int, name: str) -> torch.Tensor:
-    """The tensor, contiguous; ValueError unless its shape is (size,)."""
+    """Return the tensor, contiguous. Raises ValueError unless its shape is (size,)."""
     if tuple(tensor.shape) != (size,):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected ({size},)")
     return tensor.contiguous()

@@ -1,4 +1,4 @@
-"""Rotary position factors: plain and multi-axis, with the length scalings that checkpoints declare."""
+"""Rotary position factors, plain and multi-axis, with the length scalings of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Scaling = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Frequencies:
-    """inverse (rotary_dim / 2,) float32 radians per position, and the factor that cos and sin are multiplied by.
+    """Rotary frequencies in radians per position, with the factor of cos and sin.
 
-    ``for_length``: from the length of a sequence beyond the original one to its ``inverse``; None
-    where one serves all.
+    ``inverse``: (rotary_dim / 2,) float32. ``for_length``: for scalings that depend on it, a
+    function from a sequence's length beyond the original one to its ``inverse``.
     """
 
     inverse: torch.Tensor
@@ -27,13 +27,13 @@ class Frequencies:
 
 
 class Rotary:
-    """cos and sin of each position times each frequency.
+    """Rotary embedding: cos and sin of each position times each frequency.
 
     head_dim: number of rotated dimensions of a head (all of them unless rotary is partial).
     rope_scaling: the checkpoint's dictionary (``rope_scaling`` or ``rope_parameters``) or None; its
     ``rope_type`` (or ``type``) is default, mrope, linear, dynamic, llama3, yarn, or longrope (also
     "su"). max_position: ``max_position_embeddings``. original_max_position:
-    ``original_max_position_embeddings`` where it stands outside the dictionary.
+    ``original_max_position_embeddings`` where it is outside the dictionary.
 
     Longrope has a second set of frequencies for sequences beyond the original maximum, and
     "dynamic" one for each length beyond it. Keys that were cached with one set are invalid for
@@ -79,11 +79,11 @@ class Rotary:
     def cos_sin(
         self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (T, rotary_dim / 2) float32 of positions (T,), or (3, T): time, height, width.
+        """Return cos, sin (T, rotary_dim / 2) float32 of positions.
 
-        Without ``mrope_section`` the first row of three-axis positions counts. lengths: (length,
-        number of rows) of one run of rows after the other, T rows in all; 0 for sequences within
-        the original maximum, as when none are given.
+        positions: (T,), or (3, T): time, height, width; without ``mrope_section`` the first row
+        counts. lengths: (length, number of rows) of consecutive runs of rows, T rows in all; the
+        length is 0 for sequences within the original maximum, as when none are given.
         """
         if positions.dim() == 2 and self.axes is None:
             positions = positions[0]
@@ -96,7 +96,7 @@ class Rotary:
         return cos, sin
 
     def _frequencies(self, lengths: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """(rotary_dim / 2,) of all rows, or (T, rotary_dim / 2) where rows differ."""
+        """Return (rotary_dim / 2,) of all rows, or (T, rotary_dim / 2) where rows differ."""
         choose = self._for_length
         if choose is None or not any(length for length, _ in lengths):
             return self.inverse
@@ -130,11 +130,9 @@ def axis_of_frequency(section: list[int], size: int, interleaved: bool) -> torch
 def axial_cos_sin(
     positions: torch.Tensor, head_dim: int, theta: float = 10000.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin (T, head_dim / 2) float32 for (T, 2) row and column positions.
+    """Return cos, sin (T, head_dim / 2) float32 for (T, 2) row and column positions.
 
-    Half the frequencies follow each axis.
-
-    This is the two-dimensional rotary of the Qwen vision towers.
+    Half the frequencies follow each axis: the two-dimensional rotary of the Qwen vision towers.
     """
     inverse = inverse_frequencies(head_dim // 2, theta).to(positions.device)
     angle = (positions.to(torch.float32)[:, :, None] * inverse).flatten(1)
@@ -142,7 +140,7 @@ def axial_cos_sin(
 
 
 def inverse_frequencies(dim: int, theta: float) -> torch.Tensor:
-    """theta^(-2 i / dim) for i in [0, dim / 2), float32."""
+    """Return theta^(-2 i / dim) for i in [0, dim / 2), float32."""
     return 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
 
 
@@ -179,7 +177,10 @@ def _llama3(dim: int, theta: float, scaling: Scaling, max_position: int) -> Freq
 
 
 def _yarn(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
-    """Peng et al., YaRN (2023): interpolate slow frequencies, keep fast ones, ramp between, and sharpen attention."""
+    """YaRN scaling (Peng et al., 2023).
+
+    Slow frequencies are interpolated, fast ones kept, with a ramp between; attention is sharpened.
+    """
     original = scaling.get("original_max_position_embeddings") or max_position
     declared = scaling.get("factor")
     factor = max_position / original if declared is None else float(declared)
@@ -215,9 +216,9 @@ def _yarn_factor(scaling: Scaling, factor: float) -> float:
 
 
 def _longrope(dim: int, theta: float, scaling: Scaling, max_position: int) -> Frequencies:
-    """Ding et al., LongRoPE (2024).
+    """LongRoPE scaling (Ding et al., 2024): a factor per frequency.
 
-    A factor per frequency, one set for short and one for long sequences.
+    There is one set of factors for short and one for long sequences.
     """
     original = int(scaling.get("original_max_position_embeddings") or max_position)
     exponent = torch.arange(0, dim, 2, dtype=torch.float32) / dim

@@ -1,4 +1,4 @@
-"""Decoder configurations read from config.json, in deprecated and current spelling."""
+"""Decoder and tower configurations read from config.json, in deprecated and current spelling."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ _QKV_BIAS = ("qwen2", "qwen2_vl", "qwen2_vl_text")
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """A decoder of the Llama kind."""
+    """Configuration of a decoder of the Llama kind."""
 
     model_type: str
     hidden_size: int
@@ -109,10 +109,10 @@ class TextConfig:
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs.
+        """Sizes that the engine needs.
 
         With a sliding window the context ends at the window: within it full attention and windowed
-        attention are the same, and past it there is no windowed attention here.
+        attention are the same, and windowed attention beyond it is not available.
         """
         short = short_context(self.rope, self.max_position)
         return TextShape(
@@ -130,7 +130,7 @@ class TextConfig:
 
     @property
     def usable_context(self) -> int:
-        """Tokens of the longest sequence that can be run here."""
+        """Length in tokens of the longest sequence that can be run."""
         return min(self.context, self.window or self.context)
 
 
@@ -189,7 +189,7 @@ def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> 
 
 @dataclass(frozen=True, slots=True)
 class ClipConfig:
-    """A CLIP vision tower, or a SigLIP one, which has the same sizes."""
+    """Configuration of a CLIP vision tower, or of a SigLIP one, which has the same sizes."""
 
     hidden_size: int
     inner_size: int
@@ -202,7 +202,7 @@ class ClipConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches of one square image, without a class token."""
+        """Number of patches of one square image, without a class token."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -271,9 +271,9 @@ def _read_tower(
 
 @dataclass(frozen=True, slots=True)
 class WhisperConfig:
-    """A Whisper audio encoder.
+    """Configuration of a Whisper audio encoder.
 
-    ``num_positions`` rows are the most that it takes at once, two mel frames each.
+    ``num_positions``: the largest number of rows at once, of two mel frames each.
     """
 
     hidden_size: int
@@ -286,7 +286,7 @@ class WhisperConfig:
 
     @property
     def max_frames(self) -> int:
-        """Mel frames that it takes at once."""
+        """Largest number of mel frames at once."""
         return 2 * self.num_positions
 
 
@@ -325,10 +325,10 @@ def read_whisper_config(config: Mapping[str, Any]) -> WhisperConfig:
 
 
 def feature_layers(value: Any, num_layers: int) -> tuple[int, ...]:
-    """After how many layers of a tower features are taken.
+    """Return the numbers of layers of a tower after which features are taken.
 
     ``value``: an index into its hidden states, or a list of them, where 0 is before the first layer
-    and -1 after the last. ConfigError for one outside.
+    and -1 after the last. Raises ConfigError for one outside.
     """
     found = []
     for index in value if isinstance(value, list) and value else [value]:
@@ -344,16 +344,16 @@ def feature_layers(value: Any, num_layers: int) -> tuple[int, ...]:
 def filled(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a configuration, with defaults for what it leaves out or sets to null.
 
-    A null stays where it means something: that a decoder has no sliding window.
+    A null stays where it has a meaning: that a decoder has no sliding window.
     """
     given = {k: v for k, v in config.items() if v is not None or k in _NULL_MEANS}
     return {**defaults, **given}
 
 
 def count(values: Mapping[str, Any], name: str, default: Any = None) -> int:
-    """A positive integer of a configuration, ``default`` where it is absent or null.
+    """Return a positive integer of a configuration, ``default`` where it is absent or null.
 
-    ConfigError naming the field for anything else.
+    Raises ConfigError naming the field for anything else.
     """
     value = default if values.get(name) is None else values[name]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -362,9 +362,9 @@ def count(values: Mapping[str, Any], name: str, default: Any = None) -> int:
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A nested mapping of a configuration, such as ``vision_config``.
+    """Return a nested mapping of a configuration, such as ``vision_config``.
 
-    ConfigError when it is missing.
+    Raises ConfigError when it is missing.
     """
     value = config.get(name)
     if not isinstance(value, Mapping):
@@ -378,9 +378,9 @@ def bad(name: str, reason: str) -> NoReturn:
 
 
 def says_tied(config: Mapping[str, Any]) -> bool:
-    """Return whether the output head is said to be the embedding.
+    """Return whether the configuration ties the output head to the embedding.
 
-    Of the whole or of its text part, either one.
+    Either the whole configuration or its text part may say so.
     """
     text = config.get("text_config")
     nested = isinstance(text, Mapping) and bool(text.get("tie_word_embeddings"))
@@ -388,7 +388,10 @@ def says_tied(config: Mapping[str, Any]) -> bool:
 
 
 def declared_dtype(config: Mapping[str, Any]) -> str | None:
-    """``dtype`` or ``torch_dtype`` (deprecated), of the whole or of its text part, without a ``torch.`` prefix."""
+    """Return ``dtype`` or ``torch_dtype`` (deprecated), without a ``torch.`` prefix.
+
+    The top level takes precedence over the text part. None where there is none.
+    """
     text = config.get("text_config")
     for source in (config, text if isinstance(text, Mapping) else {}):
         for key in ("dtype", "torch_dtype"):

@@ -1,4 +1,4 @@
-"""The dtype in which a model is held and computed."""
+"""Selection of the dtype in which a model is held and computed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ LOADING = 2
 
 
 def dtype_of(wanted: str, config: Mapping[str, Any], stored: str | None) -> torch.dtype:
-    """Return the wanted dtype; for ``auto`` the one that config.json declares, else that of the weights, else float32.
+    """Return the wanted dtype.
 
-    Raises ConfigError for one that there is not.
+    ``auto`` is the one that config.json declares, else that of the weights, else float32. Raises
+    ConfigError for an unknown one.
     """
     import torch
 
@@ -42,7 +43,7 @@ def suited_to_cpu(dtype: torch.dtype, count: Callable[[], int]) -> torch.dtype:
     """Return the dtype in which a CPU best runs a model of ``count()`` numbers stored as ``dtype``.
 
     That is its own where the CPU multiplies such numbers, else float32 where the memory allows it.
-    Logs which, and what it costs.
+    Logs the choice and its cost.
     """
     import torch
 

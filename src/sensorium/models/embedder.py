@@ -1,4 +1,4 @@
-"""Detection of embedding models, and of how they pool, from the configuration and the checkpoint's files."""
+"""Detection of embedding models and their pooling from the checkpoint's files."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ _HOW_TO_CUT = (
 class Embedder:
     """Pooling of an embedding model: the hidden state after the final norm at the last token.
 
-    ``size``: numbers of a whole embedding. ``normalize``: whether it is scaled to length 1 where
-    the request says nothing. ``matryoshka``: whether an embedding may be cut; ``sizes``: to which
-    sizes alone, to any when empty.
+    ``size``: dimensions of a full embedding. ``normalize``: scale it to length 1 unless the request
+    says otherwise. ``matryoshka``: embeddings may be cut, to ``sizes`` only, or to any size when
+    that is empty.
     """
 
     size: int
@@ -57,7 +57,7 @@ class Embedder:
     sizes: tuple[int, ...] = ()
 
     def resolve(self, params: PoolingParams) -> PoolingParams:
-        """The parameters with nothing left open.
+        """Return the parameters with defaults filled in.
 
         Raises InvalidRequestError for a size that the model does not have.
         """
@@ -89,7 +89,7 @@ class Embedder:
 
 
 def embedder_of(loaded: LoadedConfig, family: Family, runner: str) -> Embedder | None:
-    """Return how the model makes embeddings, or None when it generates text.
+    """Return the pooling of an embedding model, or None for a model that generates text.
 
     ``runner`` ``auto`` is ``pooling`` for a folder of the sentence-transformers layout, for an
     architecture without a language-model head, and for a checkpoint of another that stores none and
@@ -125,7 +125,8 @@ def _names_no_head(loaded: LoadedConfig, family: Family) -> bool:
 def _stores_no_head(loaded: LoadedConfig, family: Family) -> bool:
     """Return whether the files of a native family lack a head that is not tied to the embedding.
 
-    Those of Qwen3-VL-Embedding do. False where the names of the weights are not known yet.
+    That is so for those of Qwen3-VL-Embedding. False where the names of the weights are not known
+    yet.
     """
     if not family.embedders or says_tied(loaded.config):
         return False

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class TextShape:
-    """The sizes of a decoder that the engine needs: memory planning, cache layout, checks."""
+    """Sizes of a decoder that the engine needs for memory planning, cache layout and checks."""
 
     num_layers: int
     hidden_size: int
@@ -43,7 +43,7 @@ class TextShape:
 
     @property
     def embed_size(self) -> int:
-        """Numbers of one embedding of an item."""
+        """Size of one embedding of an item."""
         return (1 + self.num_deep) * self.hidden_size
 
 
@@ -63,14 +63,14 @@ class Model(Protocol):
         ...
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, shape.embed_size) of each item.
+        """Return embeddings (num_embeds, shape.embed_size) of each item.
 
         The items (of one modality) may have different sizes and are run in one batch.
         """
         ...
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (T, shape.embed_size) of ids (T,).
+        """Return token embeddings (T, shape.embed_size) of ids (T,).
 
         Ids of placeholder positions may be anything below V.
         """
@@ -79,28 +79,29 @@ class Model(Protocol):
     def rotary(
         self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (T, rotary_dim // 2) float32 of positions (T,) or, with several axes, (3, T) int64.
+        """Return cos, sin (T, rotary_dim // 2) float32 of positions.
 
-        lengths: (``EngineRequest.rope_length``, number of rows) of one sequence after the other;
-        none when all are 0.
+        positions: (T,) or, with several axes, (3, T) int64. lengths:
+        (``EngineRequest.rope_length``, number of rows) of consecutive sequences; none when all are
+        0.
         """
         ...
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Hidden states (T, H) after the final norm.
+        """Return hidden states (T, H) after the final norm.
 
         Writes K and V of all T tokens into ``batch.caches``. May overwrite ``embeds``.
         """
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) of hidden states (N, H), in the type in which they are computed."""
+        """Return logits (N, V) of hidden states (N, H), in the type in which they are computed."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedConfig:
-    """``config.json`` and its neighbours of a checkpoint folder, read but not interpreted."""
+    """``config.json`` and its neighbours of a checkpoint folder, parsed but not interpreted."""
 
     folder: str
     config: dict[str, Any]
@@ -119,9 +120,9 @@ class LoadedConfig:
 class BuildOptions:
     """Options of building a model.
 
-    ``skip_modalities``: their encoders are neither built nor loaded. ``head``: whether logits will
-    be asked for; where they will not, the language-model head is not loaded. ``random_weights``:
-    every slot will be filled with random numbers, whatever lies in the checkpoint's folder.
+    ``skip_modalities``: their encoders are neither built nor loaded. ``head``: if false, no logits
+    will be requested and the language-model head is not loaded. ``random_weights``: every slot will
+    be filled with random numbers, whatever the checkpoint's folder holds.
     """
 
     dtype: torch.dtype
@@ -140,9 +141,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
-    """``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on its device.
+    """A place in a model that takes weights: its tensors and the function that sets them.
 
-    ``tied``: set where the one part is expected to be the same as another.
+    ``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on
+    its device. ``tied``: set where the one part is expected to be the same as another.
     """
 
     parts: tuple[Part, ...]
@@ -152,7 +154,10 @@ class WeightSlot:
 
 @dataclass(frozen=True, slots=True)
 class Tied:
-    """A part of another slot, filled before, that a slot shares unless the checkpoint holds something else for it."""
+    """A part of another slot, filled before, that a slot shares.
+
+    It is not shared when the checkpoint holds other values for the slot.
+    """
 
     part: Part
     assign: Callable[[], None]
@@ -167,21 +172,18 @@ class LoadableModel(Model, Protocol):
     that it skips."""
 
     def slots(self) -> Iterator[WeightSlot]:
-        """Each place that wants weights.
-
-        Names and shapes in the checkpoint, and what to call with the tensors.
-        """
+        """Return each place that takes weights, with the names and shapes of the checkpoint."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PartCheckpoint:
-    """Another checkpoint that completes one, such as a decoder that is published apart.
+    """Another checkpoint that completes one, such as a decoder that is published separately.
 
     ``field``: of config.json, with its Hugging Face id or folder (also relative to the checkpoint's
     own); nothing is completed where it is absent or null. ``renames``: as ``Family.renames``, for
-    its weights; where both hold a weight, that of the checkpoint itself counts. ``modality``: whose
-    encoder it is, so that it is not needed without.
+    its weights; where both hold a weight, that of the checkpoint itself is used. ``modality``: the
+    part is its encoder, and not needed where the modality is skipped.
     """
 
     field: str
@@ -191,7 +193,7 @@ class PartCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row of the registry: what reads configurations, prepares media and builds models of some architectures.
+    """One row of the registry: the configuration, processor and model of some architectures.
 
     Nothing here imports torch until ``build_model`` is called.
     """
@@ -232,7 +234,7 @@ class Family:
     """If true, all results can have the same bits whatever else is in the step."""
 
     def chat_template(self) -> str | None:
-        """The fallback chat template, for checkpoints of this family that publish none."""
+        """Return the fallback chat template, for checkpoints of this family that publish none."""
         if self.template is None:
             return None
         package, file = self.template
@@ -240,11 +242,9 @@ class Family:
 
 
 def stop_token_ids(loaded: LoadedConfig) -> tuple[int, ...]:
-    """Ids that end an answer: ``eos_token_id`` of generation_config.json, else of config.json.
+    """Return the ids that end an answer: ``eos_token_id`` of generation_config.json or config.json.
 
-    In order, each once.
-
-    What is no id (an integer from 0) is left out, as if the file did not hold it.
+    They are in order, each once. Values that are not ids (integers from 0) are ignored.
     """
     text = loaded.config.get("text_config")
     for source in (loaded.generation, loaded.config, text if isinstance(text, dict) else {}):
@@ -257,10 +257,10 @@ def stop_token_ids(loaded: LoadedConfig) -> tuple[int, ...]:
 
 
 def warn_of_defaults(loaded: LoadedConfig, family: Family) -> None:
-    """Log a warning where no file of a checkpoint says how its images are prepared.
+    """Log a warning where no file of a checkpoint configures its image preprocessing.
 
-    The processor then takes the defaults of its family, with which a model that was trained
-    otherwise answers worse.
+    The processor then uses the defaults of its family. A model that was trained with other values
+    answers worse with these.
     """
     if "image" in family.modalities and not loaded.preprocessor:
         logger.warning(

@@ -1,4 +1,4 @@
-"""From a model's name to a loaded model.
+"""Loading of a model by its name.
 
 Configuration and processor need no torch; only ``load`` does.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, with what it was made of."""
+    """A model ready to run, with its configuration, family and processor."""
 
     config: LoadedConfig
     family: Family
@@ -129,7 +129,10 @@ def load(
 def _with_parts(
     loaded: LoadedConfig, family: Family, download_dir: str | None = None
 ) -> tuple[LoadedConfig, dict[str, str]]:
-    """The configuration with those of the checkpoints that complete it, and the names of these, by field."""
+    """Complete a configuration with those of the checkpoints that it names.
+
+    Also returns the names of these checkpoints, by field.
+    """
     whole, parts, names = Path(loaded.folder), {}, {}
     for part in family.parts:
         name = loaded.config.get(part.field)

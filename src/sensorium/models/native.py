@@ -1,4 +1,4 @@
-"""The row of a family whose parts are a configuration, a processor of it and a model of it."""
+"""Registry rows of native families: a configuration, a processor and a model class."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sensorium.multimodal.processor import Processor
 
 
 class HasShape(Protocol):
-    """A configuration that knows the sizes of its decoder."""
+    """Configuration that knows the sizes of its decoder."""
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs."""
+        """Sizes of the decoder that the engine needs."""
         ...
 
 
@@ -37,10 +37,11 @@ def native_family(
     normalization: Callable[[Mapping[str, Any]], Normalization] | None = read_normalization,
     **row: Any,
 ) -> Family:
-    """A family whose model is the class ``model`` (``package.module:Class``), imported when one is built.
+    """Return the registry row of a family whose model is the class ``model``.
 
-    The class takes the configuration, then, unless ``normalization`` is None, what that reads of
-    the image processor's configuration, and the options. ``row``: the other fields of ``Family``.
+    ``model`` is ``package.module:Class``, imported when a model is built. The class is called with
+    the configuration, then, unless ``normalization`` is None, its result for the image processor's
+    configuration, and the options. ``row``: the other fields of ``Family``.
     """
 
     def shape(loaded: LoadedConfig) -> TextShape:

@@ -1,4 +1,4 @@
-"""The model families, and which of them reads a given configuration.
+"""The model families, and the choice of one for a configuration.
 
 A new family is a folder and a line here.
 """
@@ -45,12 +45,11 @@ _BY_MODEL_TYPE = {name: family for family in FAMILIES for name in family.model_t
 
 
 def resolve(config: Mapping[str, Any]) -> Family:
-    """The family of the first of the configuration's ``architectures`` that is known.
+    """Return the family of the first known architecture of a configuration.
 
-    Transformers' own where none is.
-
-    Without any, ``model_type`` says it. Raises UnsupportedModelError that lists the nearest names,
-    or says why transformers' model cannot run here.
+    Where none of ``architectures`` is known, this is transformers' own model; without any,
+    ``model_type`` decides. Raises UnsupportedModelError that lists the nearest names, or the reason
+    why transformers' model cannot run here.
     """
     names = _architectures(config)
     if not names:
@@ -78,7 +77,7 @@ def _architectures(config: Mapping[str, Any]) -> list[str]:
 
 
 def _by_model_type(model_type: object) -> Family:
-    """The family of a checkpoint that names no architectures, as some that are saved by hand."""
+    """Return the family of a checkpoint that names no architectures, as some saved by hand."""
     if isinstance(model_type, str):
         if model_type in _BY_MODEL_TYPE:
             return _BY_MODEL_TYPE[model_type]

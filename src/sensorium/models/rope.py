@@ -1,4 +1,4 @@
-"""Rotary scaling of a configuration: its type, the context length, and where its factors change."""
+"""Rotary scaling of a configuration: its type, and the context lengths that follow from it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ says."""
 
 
 def read_rope(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
-    """The rotary scaling of ``rope_scaling`` (deprecated) or ``rope_parameters``, as one mapping.
+    """Return the rotary scaling of ``rope_scaling`` (deprecated) or ``rope_parameters``.
 
-    ``rope_type`` is always set; Phi-3's other names of longrope ("su", "yarn") are resolved, and
-    ``original_max_position_embeddings`` is where the rotary layer looks for it. Raises ConfigError
-    for anything else than a mapping of plain values.
+    It is one mapping. ``rope_type`` is always set; Phi-3's other names of longrope ("su", "yarn")
+    are resolved, and ``original_max_position_embeddings`` is where the rotary layer reads it.
+    Raises ConfigError for anything else than a mapping of plain values.
     """
     rope: dict[str, Any] = {}
     for key in KEYS:
@@ -53,11 +53,10 @@ def read_rope(values: Mapping[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def context_length(rope: Mapping[str, Any], declared: int) -> int:
-    """Tokens of the longest context. declared.
+    """Return the tokens of the longest context.
 
-    ``max_position_embeddings``, which kinds that lengthen leave as it was.
-
-    Raises ConfigError for a factor that is no number of at least 1.
+    declared: ``max_position_embeddings``, which does not include the factor of the kinds of scaling
+    that lengthen the context. Raises ConfigError for a factor that is no number of at least 1.
     """
     factor = rope.get("factor")
     if rope.get("rope_type") not in LENGTHENING or factor is None:
@@ -74,10 +73,7 @@ def context_length(rope: Mapping[str, Any], declared: int) -> int:
 
 
 def short_context(rope: Mapping[str, Any], declared: int) -> int | None:
-    """Tokens up to which a sequence has other factors than beyond.
-
-    None where one set serves all.
-    """
+    """Return the length in tokens beyond which the rotary factors of a sequence change, or None."""
     if rope.get("rope_type") == "dynamic":
         return declared
     if rope.get("rope_type") == "longrope":
@@ -86,7 +82,7 @@ def short_context(rope: Mapping[str, Any], declared: int) -> int | None:
 
 
 def placed_alike(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides of config.json with what is of the decoder where the file has it, and spelled as there.
+    """Move overrides of the decoder to where the file has its fields, in the file's spelling.
 
     Model cards and flags name ``rope_scaling`` alone, also for models whose decoder has a
     ``text_config``.
@@ -101,7 +97,7 @@ def placed_alike(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 def spelled_alike(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides of config.json with rotary scaling under the names that the file itself uses, so that they count."""
+    """Rename overrides of rotary scaling as the file spells them, so that they take effect."""
     found: dict[str, Any] = {}
     for key, value in overrides.items():
         name, old = key, config.get(key)

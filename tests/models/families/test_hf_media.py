@@ -88,7 +88,7 @@ class Reference:
         self.model = AutoModelForMultimodalLM.from_pretrained(folder).eval()
         self.processor = adapter.processor_of(
             str(folder), AutoConfig.from_pretrained(folder).model_type
-        )._own
+        ).own
 
     def inputs(self, text: str, media: list[Any]) -> dict[str, Any]:
         from PIL import Image

@@ -94,7 +94,7 @@ def test_frames_are_squeezed(ours: Any) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(2, 1500), (1500, 2), (400, 1499), (1499, 400)])
 def test_padding_in_strips(height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "_CANVAS_PIXELS", 50_000)
+    monkeypatch.setattr(tiles, "CANVAS_PIXELS", 50_000)
     image, background = picture(height, width, 0), (127, 3, 250)
     edge = max(height, width)
     square = np.empty((edge, edge, 3), np.uint8)
@@ -110,7 +110,7 @@ def test_very_long_images(
     ours: Any, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Padded to a square these would have up to ten thousand million pixels."""
-    monkeypatch.setattr(tiles, "_MAX_SQUARE", 1024)
+    monkeypatch.setattr(tiles, "MAX_SQUARE", 1024)
     image = np.full(shape, 200, np.uint8)
     assert ours.process("image", image, {}, 2).arrays["pixels"].shape == (1, TILE, TILE, 3)
     assert ours.process("image", image, {}, 1).arrays["pixels"][0].min() == 200
@@ -119,7 +119,7 @@ def test_very_long_images(
 def test_shrinking_first_changes_little(monkeypatch: pytest.MonkeyPatch) -> None:
     image = picture(300, 1700, 0)
     exact = pad_and_resize(image, 56, (127, 127, 127), 3).astype(int)
-    monkeypatch.setattr(tiles, "_MAX_SQUARE", 1024)
+    monkeypatch.setattr(tiles, "MAX_SQUARE", 1024)
     difference = np.abs(pad_and_resize(image, 56, (127, 127, 127), 3) - exact)
     assert 0 < difference.max() <= 12
     assert difference.mean() < 1

@@ -5,8 +5,8 @@ rows of 16 *pairs* (rows 2 i and 2 i + 1 of B side by side, the order of all vec
 bf16), and C as 16 rows of 16 float32: Intel 64 and IA-32 Architectures Software Developer's Manual,
 "Intel AMX programming".
 
-The tiles' shapes are a state of the thread. Who multiplies sets it for the time of a task loop and
-gives the tiles back, as oneDNN does.
+The tile configuration is state of the thread. A kernel sets it before its task loop and releases
+the tiles after it, as oneDNN does.
 """
 
 from __future__ import annotations
@@ -42,15 +42,14 @@ _C, _A, _B = (0, 1, 2, 3), (4, 5), (6, 7)
 def available() -> bool:
     """Return whether kernels may use the tiles in this process.
 
-    Request them from Linux, once per process.
-
-    Kernels with tiles are compiled and run only where this has said yes.
+    The first call requests permission from Linux. Kernels with tiles are compiled and run only
+    after this has returned true.
     """
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return False
     compiler: Any = numba_config
     if sys.maxsize < 2**32 or compiler.CPU_NAME or compiler.CPU_FEATURES:
-        return False  # Numba is told to compile for another CPU than LLVM finds here
+        return False  # Numba is configured to compile for another CPU than this one
     features = llvmlite.binding.get_host_cpu_features()
     if not (features.get("amx-tile") and features.get("amx-bf16")):
         return False
@@ -60,7 +59,7 @@ def available() -> bool:
 
 
 def full_tiles() -> bytes:
-    """The configuration in which all eight tiles have 16 rows of 64 bytes."""
+    """Return the configuration in which all eight tiles have 16 rows of 64 bytes."""
     palette, start_row, reserved = b"\x01", b"\x00", bytes(14)
     row_bytes = (64).to_bytes(2, "little") * 8 + bytes(16)
     rows = bytes([TILE]) * 8 + bytes(8)
@@ -74,7 +73,7 @@ def _call(builder: ir.IRBuilder, name: str, *args: ir.Value) -> None:
 
 @intrinsic
 def configure(typingctx: Any, configuration: Any) -> Any:
-    """Take the tiles' shapes from the 64 bytes at ``configuration``."""
+    """Configure the tiles from the 64 bytes at ``configuration``."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _call(builder, "ldtilecfg", builder.bitcast(args[0], _PTR))
@@ -85,7 +84,7 @@ def configure(typingctx: Any, configuration: Any) -> Any:
 
 @intrinsic
 def release(typingctx: Any) -> Any:
-    """Give the tiles back."""
+    """Release the tiles."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         _call(builder, "tilerelease")
@@ -107,11 +106,11 @@ def multiply_block(
     wide: Any,
     add: Any,
 ) -> Any:
-    """``c[:32, :32] (+)= a[:32, :depth] b[:depth, :32]``, or 16 columns unless ``wide``.
+    """Compute ``c[:32, :32] (+)= a[:32, :depth] b[:depth, :32]``, or 16 columns unless ``wide``.
 
     a, b: pointers to bf16; c: pointer to float32; strides in elements, that of b between two rows
-    of pairs. depth is a multiple of 32; b has depth / 2 rows of pairs. add: whether c is added to,
-    or overwritten.
+    of pairs. depth is a multiple of 32; b has depth / 2 rows of pairs. add: add to c if true, else
+    overwrite it.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -128,7 +127,7 @@ def multiply_block(
 
 
 def _emit_block(builder: ir.IRBuilder, args: Any, num_columns: int) -> None:
-    """Two tiles of rows by ``num_columns`` tiles of columns."""
+    """Emit code for two tiles of rows by ``num_columns`` tiles of columns."""
     a, a_stride, b, b_stride, depth, c, c_stride, _, add = args
 
     def at(ptr: ir.Value, *offsets: ir.Value) -> ir.Value:

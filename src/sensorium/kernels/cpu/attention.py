@@ -1,17 +1,15 @@
-"""Paged attention of query rows to the cached tokens of their sequence.
-
-Decoding, and spans of a prompt.
+"""Paged attention of query rows to the cached tokens of their sequence, for decoding and prefill.
 
 A *piece* is a run of a sequence's query rows; a task is a piece and one KV head. Within a task the
-query heads of the KV head (and the query rows) are the rows of a small matrix, and the tokens go by
-in chunks: scores, running softmax (Milakov and Gimelshein, 2018), weighted values, each through
-``multiply_tile``.
+query heads of the KV head (and the query rows) are the rows of a small matrix, and the tokens are
+processed in chunks: scores, online softmax (Milakov and Gimelshein, 2018), weighted values, each
+through ``multiply_tile``.
 
-A row's result is the same bits however its step is made up. Its tokens are cut into *parts* of
-``PART_TOKENS``, counted from the first token of the sequence; each part has a running softmax of
-its own, and parts are folded together in order. A task takes all parts of its rows, or, where there
-are few rows and many tokens, a single one: then the parts leave their results, and whichever thread
-finishes the last one folds them, in the same order.
+A row's result has the same bits however its step is made up. Its tokens are cut into *parts* of
+``PART_TOKENS``, counted from the first token of the sequence; each part has an online softmax of
+its own, and parts are merged in order. A task computes all parts of its rows, or, where there are
+few rows and many tokens, a single one: then the parts store their results, and the thread that
+finishes the last one merges them, in the same order.
 
 For decoding a task also rotates its queries, and the task whose part holds the new token first
 writes its key and value. Spans are rotated and written beforehand (``rotary``).
@@ -60,7 +58,7 @@ from sensorium.kernels.cpu.tile import TILE_COLUMNS, TILE_ROWS, multiply_tile
 CHUNK = 128
 """Tokens whose scores are held at once."""
 PART_TOKENS = 2 * CHUNK
-"""Tokens of a part. Shorter ones would cost more to fold than they save in waiting."""
+"""Tokens of a part. Merging shorter ones would cost more than they save in waiting."""
 HIDDEN_SCORE = f32(-1e30)
 
 # Columns of the table of pieces (int64).
@@ -71,9 +69,9 @@ PIECE_COLUMNS = 11
 
 
 def scratch_floats(num_rows: int, head_dim: int) -> int:
-    """float32 scratch of one thread whose tasks have ``num_rows`` rows.
+    """Return the float32 scratch size of one thread whose tasks have ``num_rows`` rows.
 
-    Q, scores, and twice sums, peaks, totals.
+    It holds Q, scores, and twice sums, peaks and totals.
     """
     return num_rows * (3 * head_dim + CHUNK + 4) + 2 * head_dim
 
@@ -92,10 +90,10 @@ def score_chunk(
     block_size: Any,
     scores: Any,
 ) -> None:
-    """Scores (rows, CHUNK) = q (rows, dim) times the keys of tokens [start, start + count).
+    """Compute scores (rows, CHUNK) = q (rows, dim) times the keys of tokens [start, start + count).
 
-    Whole blocks are computed; columns behind ``count`` hold values of no meaning. head_at: (stride
-    of a block, offset of the head within it) in elements.
+    Whole blocks are computed; columns from ``count`` on hold arbitrary values. head_at: (stride of
+    a block, offset of the head within it) in elements.
     """
     step = TILE_COLUMNS if block_size % TILE_COLUMNS == 0 else WIDTH
     for column in range(0, count, step):
@@ -122,7 +120,7 @@ def score_chunk(
 
 
 @njit(**OUTLINE)
-def weigh_chunk(
+def add_weighted_values(
     scores: Any,
     rows: Any,
     dim: Any,
@@ -136,7 +134,10 @@ def weigh_chunk(
     block_size: Any,
     sums: Any,
 ) -> None:
-    """Sums (rows, dim) += scores (rows, CHUNK) times the values of tokens [start, start + count)."""
+    """Add scores (rows, CHUNK) times the values of tokens [start, start + count) to ``sums``.
+
+    sums: (rows, dim).
+    """
     token = start
     while token < start + count:
         offset = token % block_size
@@ -168,10 +169,10 @@ def weigh_chunk(
 
 
 @njit(**OUTLINE)
-def soften_row(scores: Any, visible: Any, count: Any, top: Any) -> Any:
+def online_softmax_row(scores: Any, visible: Any, count: Any, top: Any) -> Any:
     """Turn one row of scores into e^(score - new top), zero from ``visible`` to ``count``.
 
-    (new top, sum).
+    This is one step of the online softmax. Returns (new top, sum).
     """
     padded = (visible + WIDTH - 1) // WIDTH * WIDTH
     for j in range(visible, padded):
@@ -192,19 +193,19 @@ def soften_row(scores: Any, visible: Any, count: Any, top: Any) -> Any:
 
 @njit(**OUTLINE)
 def scale_sums(sums: Any, dim: Any, factor: Any) -> None:
-    """Sums (dim,) *= factor."""
+    """Multiply sums (dim,) by ``factor`` in place."""
     for d in range(0, dim, WIDTH):
         count = min(WIDTH, dim - d)
         store_part(sums, d, load_part(sums, d, count) * splat(factor), count)
 
 
 @njit(**OUTLINE)
-def fold_part(
+def merge_part(
     part: Any, part_top: Any, part_total: Any, sums: Any, top: Any, total: Any, dim: Any
 ) -> Any:
-    """Fold the sums (dim,), peak and total of a row's next part into those so far.
+    """Merge the sums (dim,), peak and total of a row's next part into those so far.
 
-    The new (peak, total).
+    Returns the new (peak, total).
     """
     new_top = max(top, part_top)
     kept, gained = exp1(top - new_top), exp1(part_top - new_top)
@@ -226,7 +227,7 @@ def clear_rows(rows: Any, dim: Any, sums: Any, tops: Any, totals: Any) -> None:
 
 
 def build_attend(element: Any) -> Callable[[Any], None]:
-    """Attention of all pieces.
+    """Build the attention kernel over all pieces.
 
     args: qkv (T, C), cos, sin, k_cache, v_cache, block_table (int32), its row stride, pieces
     (int64), out, partials (float32), done (int64, zeros; left at zero), scratch (float32), its
@@ -258,7 +259,10 @@ def build_attend(element: Any) -> Callable[[Any], None]:
 
     @outlined(element)
     def fill_queries(args: Any, piece: Any, head: Any, group: Any, q: Any, scratch: Any) -> None:
-        """Q (rows * group, D) float32 = the rotated, scaled queries of the piece's rows for one KV head."""
+        """Fill Q (rows * group, D) float32 with the piece's queries for one KV head.
+
+        They are rotated and scaled.
+        """
         heads, kv_heads, dim, half = args[16], args[17], args[18], args[19]
         scale = as_float(args[21])
         for i in range(piece[NUM_ROWS]):
@@ -292,7 +296,10 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         tops: Any,
         totals: Any,
     ) -> None:
-        """Running softmax over the tokens [begin, end) of a part: sums (rows, D), tops and totals (rows)."""
+        """Run the online softmax over the tokens [begin, end) of a part.
+
+        Results: sums (rows, D), tops and totals (rows).
+        """
         kv_heads, dim, block_size = args[17], args[18], args[20]
         rows = piece[NUM_ROWS] * group
         clear_rows(rows, dim, sums, tops, totals)
@@ -311,13 +318,13 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                     for j in range(count):
                         row[j] = f32(0.0)
                     continue
-                top, part = soften_row(row, visible, count, tops[r])
+                top, part = online_softmax_row(row, visible, count, tops[r])
                 fade = exp1(tops[r] - top)
                 totals[r] = totals[r] * fade + part
                 if fade != f32(1.0):
                     scale_sums(shifted(sums, r * dim), dim, fade)
                 tops[r] = top
-            weigh_chunk(
+            add_weighted_values(
                 scores,
                 rows,
                 dim,
@@ -344,7 +351,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         tops: Any,
         totals: Any,
     ) -> None:
-        """``run_part`` for all parts of the piece, folded together in order."""
+        """Run ``run_part`` for all parts of the piece and merge them in order."""
         begin, end, dim = piece[BEGIN], piece[END], args[18]
         if end - begin <= PART_TOKENS:
             run_part(args, piece, head, group, q, scores, begin, end, sums, tops, totals)
@@ -362,7 +369,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             )
             for r in range(rows):
                 own, kept = shifted(own_sums, r * dim), shifted(sums, r * dim)
-                tops[r], totals[r] = fold_part(
+                tops[r], totals[r] = merge_part(
                     own, own_tops[r], own_totals[r], kept, tops[r], totals[r], dim
                 )
 
@@ -377,7 +384,10 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         totals: Any,
         row_out: Any,
     ) -> None:
-        """Write the outputs of the piece's rows, or leave its part and fold all if it was the last to come."""
+        """Write the outputs of the piece's rows, or store a part's result.
+
+        The thread that stores the last part merges all of them.
+        """
         heads, kv_heads, dim = args[16], args[17], args[18]
         out = pointer(args[11], element)
         rows, num_parts = piece[NUM_ROWS] * group, piece[NUM_PARTS]
@@ -411,7 +421,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 part = shifted(partials, index * stride)
                 part_top = load(part, rows * dim + r)
                 part_total = load(part, rows * dim + rows + r)
-                top, summed = fold_part(
+                top, summed = merge_part(
                     shifted(part, r * dim), part_top, part_total, row_out, top, summed, dim
                 )
             at = first + (r // group * heads + r % group) * dim

@@ -1,6 +1,4 @@
-"""The small operations between linear layers, each read and written once.
-
-Norms, SiLU, rotary, argmax.
+"""Small operations between linear layers, each in one pass: norms, SiLU, argmax.
 
 Tasks are rows, or parts of rows. Work below ``SERIAL_ELEMENTS`` runs on the calling thread: opening
 a parallel region costs as much as some ten thousand elements.
@@ -49,12 +47,12 @@ Build = Callable[[Any], Callable[[Any], None]]
 
 @functools.cache
 def kernel(build: Build, dtype: torch.dtype) -> Launcher:
-    """The kernel that ``build`` makes for tensors of ``dtype``, compiled or loaded at first use."""
+    """Return the kernel of ``build`` for tensors of ``dtype``, compiled or loaded at first use."""
     return compile_kernel(build(ELEMENT[dtype]), str(dtype).removeprefix("torch."))
 
 
 def launch(kernel: Launcher, args: Any, num_elements: int) -> None:
-    """Run on one thread or on all, by the size of the work."""
+    """Run a kernel on one thread or on all, by the size of the work."""
     if num_elements <= SERIAL_ELEMENTS:
         kernel.serial(args)
     else:
@@ -66,7 +64,7 @@ def launch(kernel: Launcher, args: Any, num_elements: int) -> None:
 
 @njit(**INLINE)
 def square_sum(row: Any, size: Any) -> Any:
-    """Sum of the squares of ``size`` elements."""
+    """Return the sum of the squares of ``size`` elements."""
     squares = splat(f32(0.0))
     full = size - size % WIDTH
     for i in range(0, full, WIDTH):
@@ -80,7 +78,7 @@ def square_sum(row: Any, size: Any) -> Any:
 
 @njit(**INLINE)
 def add_row(residual: Any, x: Any, size: Any) -> None:
-    """Residual += x, rounded to the stored type."""
+    """Add ``x`` to ``residual``, rounded to the stored type."""
     full = size - size % WIDTH
     for i in range(0, full, WIDTH):
         store16(residual, i, load16(residual, i) + load16(x, i))
@@ -91,7 +89,7 @@ def add_row(residual: Any, x: Any, size: Any) -> None:
 
 @njit(**INLINE)
 def scale_row(source: Any, weight: Any, out: Any, size: Any, factor: Any) -> None:
-    """Out = source * factor * weight."""
+    """Compute out = source * factor * weight."""
     full = size - size % WIDTH
     wide = splat(factor)
     for i in range(0, full, WIDTH):
@@ -103,7 +101,10 @@ def scale_row(source: Any, weight: Any, out: Any, size: Any, factor: Any) -> Non
 
 
 def build_norm(element: Any) -> Callable[[Any], None]:
-    """args: residual, x (0: nothing to add), weight, out, size, eps."""
+    """Build the RMS norm kernel.
+
+    args: residual, x (0: nothing to add), weight, out, size, eps.
+    """
 
     def norm(args: Any) -> None:
         weight = pointer(args[5], element)
@@ -129,7 +130,7 @@ NormFunctions = tuple[
 
 
 def bind_norm(weight: torch.Tensor, eps: float) -> NormFunctions:
-    """``rms_norm(x)`` and ``add_rms_norm(residual, x)`` with a weight, as in ``reference``, in one Python frame each.
+    """Bind ``reference.rms_norm`` and ``add_rms_norm`` to a weight, one Python frame per call.
 
     x, residual: contiguous, of the weight's dtype.
     """
@@ -162,13 +163,16 @@ def bind_norm(weight: torch.Tensor, eps: float) -> NormFunctions:
 
 @njit(**INLINE)
 def gated(gate: Any, up: Any) -> Any:
-    """silu(gate) * up = gate / (1 + e^-gate) * up; below -88 silu is zero to all purposes."""
+    """Compute silu(gate) * up = gate / (1 + e^-gate) * up; silu is taken as zero below -88."""
     gate = largest(splat(f32(-88.0)), gate)
     return gate / (splat(f32(1.0)) + exp16(splat(f32(0.0)) - gate)) * up
 
 
 def build_silu_mul(element: Any) -> Callable[[Any], None]:
-    """args: gate_up, out, inner size, elements of a task, tasks of a row."""
+    """Build the kernel of silu(gate) * up.
+
+    args: gate_up, out, inner size, elements of a task, tasks of a row.
+    """
 
     def silu_mul(args: Any) -> None:
         inner, part, per_row = args[5], args[6], args[7]
@@ -206,13 +210,16 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def build_quick_gelu(element: Any) -> Callable[[Any], None]:
-    """args: x, overwritten; number of elements; elements of a task."""
+    """Build the kernel of x * sigmoid(1.702 x).
+
+    args: x, overwritten; number of elements; elements of a task.
+    """
 
     def quick_gelu(args: Any) -> None:
         num_elements, part = args[4], args[5]
         slope = splat(f32(-1.702))
         one = splat(f32(1.0))
-        floor = splat(f32(-51.0))  # below it the product is zero to all purposes
+        floor = splat(f32(-51.0))  # below, the product is taken as zero
         while True:
             task = fetch_add(args, 0, 1)
             if task >= args[2]:
@@ -231,7 +238,7 @@ def build_quick_gelu(element: Any) -> Callable[[Any], None]:
 
 
 def quick_gelu_(x: torch.Tensor) -> torch.Tensor:
-    """X * sigmoid(1.702 x), in place; contiguous."""
+    """Compute x * sigmoid(1.702 x) in place; x is contiguous."""
     num_elements = x.numel()
     args = pack(-(-num_elements // SILU_PART), x.data_ptr(), num_elements, SILU_PART)
     launch(kernel(build_quick_gelu, x.dtype), args, num_elements)
@@ -243,7 +250,7 @@ def quick_gelu_(x: torch.Tensor) -> torch.Tensor:
 
 @njit(**INLINE)
 def block_peak(row: Any, size: Any) -> Any:
-    """The largest of ``size`` elements."""
+    """Return the largest of ``size`` elements."""
     best = splat(f32(-3.4e38))
     full = size - size % WIDTH
     for i in range(0, full, WIDTH):
@@ -255,7 +262,10 @@ def block_peak(row: Any, size: Any) -> Any:
 
 
 def build_peaks(element: Any) -> Callable[[Any], None]:
-    """args: logits, vocabulary size, elements of a task, tasks of a row, peaks (float32)."""
+    """Build the kernel that finds the largest logit of each task.
+
+    args: logits, vocabulary size, elements of a task, tasks of a row, peaks (float32).
+    """
 
     def peaks(args: Any) -> None:
         vocab, part, per_row = args[4], args[5], args[6]
@@ -272,9 +282,9 @@ def build_peaks(element: Any) -> Callable[[Any], None]:
 
 
 def build_place(element: Any) -> Callable[[Any], None]:
-    """Args as of ``build_peaks``, places (int64).
+    """Build the kernel that finds the first logit that equals the first highest peak.
 
-    Finds the first logit that equals the first highest peak.
+    args: those of ``build_peaks``, then places (int64).
     """
 
     def place(args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compiling kernels once, keeping them on disk, and running them on torch's own threads.
+"""Compilation of kernels, their cache on disk, and their launch on torch's own threads.
 
 A kernel is a C function ``void kernel(int64_t *args)`` that Numba compiles without Python objects.
 ``args[0]`` counts the tasks taken, ``args[1]`` the threads that entered, ``args[2]`` is the number
@@ -36,7 +36,7 @@ from numba.core.registry import cpu_target
 
 log = logging.getLogger(__name__)
 
-# Numba's cache is not part of its public interface: its classes are taken as they come.
+# Numba's cache is not part of its public interface and has no types.
 caching: Any = numba_caching
 CFunc: Any = ccallback.CFunc
 
@@ -52,19 +52,22 @@ Args = ctypes.c_int64 * NUM_ARGS
 
 
 def pack(num_tasks: int, *values: int) -> Any:
-    """Arguments of one launch: counters at zero, the number of tasks, then addresses and integers."""
+    """Pack the arguments of one launch.
+
+    They are zeroed counters, the number of tasks, then addresses and integers.
+    """
     return Args(0, 0, num_tasks, *values)
 
 
 @functools.lru_cache(maxsize=256)
 def float_bits(value: float) -> int:
-    """A float32 as the integer that carries it in the arguments."""
+    """Return the bits of a float32 as an integer, the form in which arguments carry floats."""
     return int(struct.unpack("<i", struct.pack("<f", value))[0])
 
 
 @functools.cache
-def _find_openmp() -> int | None:
-    """Address of ``GOMP_parallel`` in the OpenMP library that torch runs on, if it has one."""
+def find_openmp() -> int | None:
+    """Return the address of ``GOMP_parallel`` in torch's OpenMP library, None if it has none."""
     if not sys.platform.startswith("linux"):
         return None
     path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
@@ -78,20 +81,18 @@ def _find_openmp() -> int | None:
 class Launcher:
     """One compiled kernel.
 
-    ``serial`` runs it on the calling thread, ``parallel`` on ``torch.get_num_threads()``.
-
-    Both keep the GIL, as taking it back from a busy thread costs more than a small kernel;
-    ``released`` is for kernels that run for milliseconds. The three are plain C calls with the
-    arguments' array: between two linear layers that stream megabytes every Python frame is a cache
-    miss or many.
+    ``serial`` runs it on the calling thread, ``parallel`` on ``torch.get_num_threads()``. Both keep
+    the GIL, as taking it back from a busy thread costs more than a small kernel; ``released`` is
+    for kernels that run for milliseconds. The three are plain C calls with the arguments' array:
+    between two linear layers that stream megabytes, every Python frame costs cache misses.
     """
 
-    __slots__ = ("_address", "_region", "_released", "serial")
+    __slots__ = ("_region", "_released", "address", "serial")
 
-    def __init__(self, address: int) -> None:
-        self._address = address
+    def __init__(self, address: int, region: int | None) -> None:
+        """Wrap the kernel at ``address``; ``region``: what ``find_openmp`` returns."""
+        self.address = address
         self.serial: Kernel = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address)
-        region = _find_openmp()
         signature = (None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         self._region = None if region is None else ctypes.PYFUNCTYPE(*signature)(region)
         self._released = None if region is None else ctypes.CFUNCTYPE(*signature)(region)
@@ -101,12 +102,12 @@ class Launcher:
         if self._region is None:
             self.serial(args)
         else:
-            self._region(self._address, args, torch.get_num_threads(), 0)
+            self._region(self.address, args, torch.get_num_threads(), 0)
 
     def for_weight(self, weight: int) -> Kernel:
-        """Return how to run a kernel of so many multiply-adds.
+        """Return the way to launch a kernel of so many multiply-adds.
 
-        On one thread or all, with or without the GIL.
+        That is on one thread or all, with or without the GIL.
         """
         if weight < SERIAL_WEIGHT:
             return self.serial
@@ -117,7 +118,7 @@ class Launcher:
         if self._released is None:
             self.serial(args)
         else:
-            self._released(self._address, args, torch.get_num_threads(), 0)
+            self._released(self.address, args, torch.get_num_threads(), 0)
 
 
 # -- compiling ----------------------------------------------------------------------------------
@@ -125,9 +126,9 @@ class Launcher:
 
 @functools.cache
 def _source_digest() -> str:
-    """Digest of the kernels' sources, compiler and CPU.
+    """Return the digest of the kernels' sources, the compiler and the CPU.
 
-    A cached kernel is good for exactly these.
+    A cached kernel is valid for exactly these.
     """
     cpu = cpu_target.target_context.codegen().magic_tuple()
     versions = (numba.__version__, llvmlite.__version__, sys.version)
@@ -139,13 +140,16 @@ def _source_digest() -> str:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Folder of compiled kernels for these sources, or None, with a warning, where none can be written."""
+    """Return the folder of compiled kernels for these sources, None if it cannot be written.
+
+    A warning is logged in that case.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(root) / "sensorium" / "kernels" / _source_digest()
     if not folder.is_absolute():
-        # Such a path is not to be used (XDG's rule); "~" also stays as it is where the user has no
+        # XDG's rule says to ignore such a path; "~" also stays as it is where the user has no
         # home.
-        return _warn_not_kept(root, "it is no absolute path")
+        return _warn_not_kept(root, "it is not an absolute path")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
@@ -159,7 +163,7 @@ def cache_folder() -> Path | None:
 
 @functools.cache
 def _warn_not_kept(root: str, reason: str | None) -> None:
-    """Say once that each start of this program takes long, and what to do."""
+    """Log once that kernels are compiled at every start, and how to avoid it."""
     log.warning(
         "compiled CPU kernels cannot be kept in %r (%s), so every start compiles them again, which "
         "takes about half a minute: set XDG_CACHE_HOME to a folder that can be written",
@@ -169,7 +173,7 @@ def _warn_not_kept(root: str, reason: str | None) -> None:
 
 
 class _Locator(caching._CacheLocator):
-    """Puts Numba's cache files into ``cache_folder``, one per kernel and element type."""
+    """Location of Numba's cache files: ``cache_folder``, one file per kernel and element type."""
 
     def __init__(self, folder: Path, variant: str) -> None:
         self._folder = folder
@@ -195,10 +199,7 @@ class _CacheFiles(caching.CompileResultCacheImpl):
 
 
 class _KernelCache(caching.Cache):
-    """Numba's cache, keyed by what determines a kernel here.
-
-    Its name, element type, sources and CPU.
-    """
+    """Numba's cache, keyed by a kernel's name, element type, sources and CPU."""
 
     _impl_class = _CacheFiles
 
@@ -218,10 +219,8 @@ class _KernelCache(caching.Cache):
 def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
     """Compile ``function(args: int64*)``, or load it from the cache.
 
-    ``variant`` names the element type.
-
-    Costs 0.2 to 3 seconds the first time on a machine, milliseconds later. Works, uncached, where
-    no cache folder can be written.
+    ``variant`` names the element type. Compiling takes 0.2 to 3 seconds the first time on a
+    machine, loading milliseconds. Works, uncached, where no cache folder can be written.
     """
     start = time.perf_counter()
     function.variant = variant  # type: ignore[attr-defined]
@@ -240,7 +239,7 @@ def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
         _NOT_KEPT.append(error)
         compiled._cache = caching.NullCache()
         compiled.compile()
-    launcher = Launcher(compiled.address)
+    launcher = Launcher(compiled.address, find_openmp())
     _KEPT.append(compiled)
     log.debug("kernel %s (%s): %.2f s", function.__name__, variant, time.perf_counter() - start)
     return launcher

@@ -3,10 +3,10 @@
 A packed weight lies in the blocks that the multiplication reads, which at decode sizes is 1.4 times
 as fast as the plain layout and needs no repacking in any call.
 
-A row's product must be the same bits whatever rows stand beside it. Libraries sum in one order for
-many rows, but often in another for one row or a few, where they take other code; which numbers of
-rows these are depends on the CPU, the dtype and the shape. So it is tried out once per shape, and
-too few rows get rows of zeros beside them.
+A row's product must have the same bits whatever other rows are in the batch. Libraries sum in one
+order for many rows, but often in another for one row or a few, where they run other code; for which
+numbers of rows depends on the CPU, the dtype and the shape. So it is measured once per shape, and
+smaller batches are padded with rows of zeros.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Multiply = Callable[[torch.Tensor], torch.Tensor]
 """(T, K) -> (T, N)."""
 
 FREE_ROWS = 16
-"""Number of rows from which on products need no more rows beside them."""
+"""Number of rows from which on products need no padding."""
 ROW_MULTIPLES = (1, 4, 8, 16)
-"""Row multiples to try. Where one row takes other code, oneDNN is faster with four than with one
+"""Row multiples to try. Where one row runs other code, oneDNN is faster with four than with one
 or two."""
 _TRIED_ROWS = (1, 3, 5, 17, 31)
 _TRIED_FROM = 7
@@ -38,7 +38,7 @@ _TRIED_FROM = 7
 
 @functools.cache
 def packs(dtype: torch.dtype) -> bool:
-    """Return whether this torch packs weights of ``dtype`` correctly, as tried once on a small one."""
+    """Return whether this torch packs weights of ``dtype`` correctly, as measured on one."""
     if not torch.backends.mkldnn.is_available():
         return False
     x = torch.linspace(-1, 1, 3 * 32).reshape(3, 32).to(dtype)
@@ -53,10 +53,10 @@ def packs(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def has_units(dtype: torch.dtype) -> bool:
-    """Return whether this CPU multiplies numbers of ``dtype`` itself, and torch lets it.
+    """Return whether this CPU has multiply instructions for ``dtype``, and torch uses them.
 
-    Where it does not, products of 16-bit numbers run through code that is several times slower than
-    that of float32.
+    Otherwise products of 16-bit numbers run through code that is several times slower than that of
+    float32.
     """
     if dtype == torch.float32:
         return True
@@ -71,7 +71,7 @@ def has_units(dtype: torch.dtype) -> bool:
 
 
 def pack_weight(weight: torch.Tensor) -> PackedWeight:
-    """The (N, K) weight in oneDNN's layout, or as it is where oneDNN has none for its dtype."""
+    """Return the (N, K) weight in oneDNN's layout, or plain where oneDNN has none for its dtype."""
     num_outputs, num_inputs = weight.shape
     packed = packs(weight.dtype)
     data = weight.contiguous()
@@ -82,25 +82,23 @@ def pack_weight(weight: torch.Tensor) -> PackedWeight:
     return PackedWeight(data, num_outputs, num_inputs, weight.dtype, packed, multiple)
 
 
-def bind(weight: PackedWeight, bias: torch.Tensor | None) -> Multiply:
-    """Return ``x W^T + bias`` as a function of x (T, K) -> (T, N)."""
-    return _padded(_product(weight.data, bias, weight.packed, "none", ""), weight.row_multiple)
+def bind(weight: PackedWeight, bias: torch.Tensor | None, act: str | None = None) -> Multiply:
+    """Return ``act(x W^T + bias)`` as a function of x (T, K) -> (T, N).
 
-
-def linear_act(
-    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, act: str
-) -> torch.Tensor:
-    """``act(x W^T + bias)`` for a packed weight and an activation of ``FUSED``."""
-    name, algorithm = FUSED[act]
-    return _padded(_product(weight.data, bias, True, name, algorithm), weight.row_multiple)(x)
+    act: a key of ``FUSED`` for a packed weight, or None.
+    """
+    name, algorithm = ("none", "") if act is None else FUSED[act]
+    product = _product(weight.data, bias, weight.packed, name, algorithm)
+    return pad_rows(product, weight.row_multiple)
 
 
 def row_multiple(
     multiply: Multiply, num_inputs: int, dtype: torch.dtype, least: int = 1
 ) -> int | None:
-    """Find what the number of rows of small products must be a multiple of, for rows to be the same bits in all.
+    """Find the multiple of rows that small products are padded to for invariant results.
 
-    At least ``least``; None when no number up to 16 will do.
+    The smallest of ``ROW_MULTIPLES``, and at least ``least``, with which a row has the same bits in
+    products of any size; None when none of them will do.
     """
     generator = torch.Generator().manual_seed(0)
     size = _TRIED_FROM + max(_TRIED_ROWS)
@@ -110,7 +108,7 @@ def row_multiple(
     def same(count: int, multiple: int) -> bool:
         chosen = rows[_TRIED_FROM : _TRIED_FROM + count].contiguous()
         expected = whole[_TRIED_FROM : _TRIED_FROM + count]
-        return torch.equal(_padded(multiply, multiple)(chosen), expected)
+        return torch.equal(pad_rows(multiply, multiple)(chosen), expected)
 
     for multiple in ROW_MULTIPLES:
         if multiple >= least and all(same(count, multiple) for count in _TRIED_ROWS):
@@ -118,8 +116,8 @@ def row_multiple(
     return None
 
 
-def _padded(multiply: Multiply, multiple: int) -> Multiply:
-    """``multiply`` with rows of zeros beside too few."""
+def pad_rows(multiply: Multiply, multiple: int) -> Multiply:
+    """Pad the rows of small inputs of ``multiply`` with zeros to a multiple of ``multiple``."""
     if multiple == 1:
         return multiply
 
@@ -137,7 +135,10 @@ def _padded(multiply: Multiply, multiple: int) -> Multiply:
 def _product(
     data: torch.Tensor, bias: torch.Tensor | None, packed: bool, act: str, algorithm: str
 ) -> Multiply:
-    """``act(x W^T + bias)`` as a function of x, by oneDNN, or by torch (without activation) for plain weights."""
+    """Return ``act(x W^T + bias)`` as a function of x.
+
+    It runs in oneDNN, or for plain weights in torch, without activation.
+    """
     if not packed:
         return lambda x: F.linear(x, data, bias)
     multiply = _multiply
@@ -151,10 +152,10 @@ _FOUND: dict[tuple[int, int, torch.dtype, bool], int] = {}
 def _known_multiple(
     multiply: Multiply, num_outputs: int, num_inputs: int, dtype: torch.dtype, packed: bool
 ) -> int:
-    """``row_multiple`` of products of one shape, tried once in a process."""
+    """Return ``row_multiple`` for products of one shape, measured once in a process."""
     key = (num_outputs, num_inputs, dtype, packed)
     if key not in _FOUND:
-        # Rounded to 16 bits, sums of another order differ too seldom to be found out.
+        # Rounded to 16 bits, sums in another order differ too rarely for the measurement.
         least = 4 if packed and dtype != torch.float32 else 1
         found = row_multiple(multiply, num_inputs, dtype, least)
         if found is None:
@@ -177,6 +178,6 @@ FUSED = {
     "gelu_tanh": ("gelu", "tanh"),
     "relu": ("relu", ""),
 }
-"""Activations that oneDNN applies while it stores its results, by its names."""
+"""Activations that oneDNN fuses into the product: name here -> its name and algorithm."""
 
 _multiply = torch.ops.mkldnn._linear_pointwise.default

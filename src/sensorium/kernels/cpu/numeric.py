@@ -1,9 +1,7 @@
-"""Numbers as the CPU kernels see them.
+"""Number types of the CPU kernels: pointers to bf16, fp16 and fp32, and vectors of sixteen floats.
 
-Pointers to bf16, fp16 and fp32, and vectors of sixteen floats.
-
-Numba knows neither bf16 nor vectors, so both are given to it here, as LLVM code that any CPU with
-vectors of some width runs well. A pointer's element type says how numbers are stored: uint16 is
+Numba knows neither bf16 nor vectors, so both are defined here, as LLVM code that any CPU with
+vectors of some width runs well. A pointer's element type tells how numbers are stored: uint16 is
 bf16 by its bits, int16 is fp16 by its bits, float32 is itself. Everything is computed in float32;
 storing rounds to nearest even.
 
@@ -46,7 +44,7 @@ _CONTRACT = ("contract",)
 
 
 def outlined(element: types.Type) -> Callable[[Callable[..., Any]], Any]:
-    """Compile a function inside a kernel's builder, which stays a function, for one element type.
+    """Compile a function inside a kernel's builder for one element type, without inlining it.
 
     The type becomes part of its name: machine code is linked by name, and that of two element
     types, compiled by two processes and loaded by a third, could otherwise have the same one.
@@ -60,7 +58,7 @@ def outlined(element: types.Type) -> Callable[[Callable[..., Any]], Any]:
 
 
 class VectorType(types.Type):
-    """Numba's name for <16 x float>."""
+    """Numba type of <16 x float>."""
 
     def __init__(self) -> None:
         super().__init__(name="vec16f32")
@@ -95,7 +93,7 @@ def _call(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[ir.Value
 
 
 def widened(builder: ir.IRBuilder, element: types.Type, raw: ir.Value, wide: ir.Type) -> ir.Value:
-    """Stored numbers (scalar or vector) of an element type as float32."""
+    """Convert stored numbers (scalar or vector) of an element type to float32."""
     if element == types.float32:
         return raw
     vector = isinstance(wide, ir.VectorType)
@@ -107,7 +105,7 @@ def widened(builder: ir.IRBuilder, element: types.Type, raw: ir.Value, wide: ir.
 
 
 def narrowed(builder: ir.IRBuilder, element: types.Type, value: ir.Value) -> ir.Value:
-    """float32 (scalar or vector) as the stored numbers of an element type."""
+    """Convert float32 (scalar or vector) to the stored numbers of an element type."""
     if element == types.float32:
         return value
     vector = isinstance(value.type, ir.VectorType)
@@ -129,7 +127,7 @@ def narrowed(builder: ir.IRBuilder, element: types.Type, value: ir.Value) -> ir.
 
 @intrinsic
 def pointer(typingctx: Any, address: Any, like: Any) -> Any:
-    """``pointer(address, like)``: the address as a pointer to elements of the type ``like``."""
+    """Cast an address to a pointer to elements of the type ``like``."""
     element = like.instance_type if isinstance(like, types.TypeRef) else like.dtype
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -140,7 +138,7 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:
 
 @intrinsic
 def shifted(typingctx: Any, ptr: Any, offset: Any) -> Any:
-    """The pointer moved on by ``offset`` elements."""
+    """Advance a pointer by ``offset`` elements."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return builder.gep(args[0], [args[1]])
@@ -150,7 +148,7 @@ def shifted(typingctx: Any, ptr: Any, offset: Any) -> Any:
 
 @intrinsic
 def load(typingctx: Any, ptr: Any, index: Any) -> Any:
-    """Element ``index`` as float32."""
+    """Load element ``index`` as float32."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         raw = builder.load(builder.gep(args[0], [args[1]]))
@@ -161,7 +159,7 @@ def load(typingctx: Any, ptr: Any, index: Any) -> Any:
 
 @intrinsic
 def store(typingctx: Any, ptr: Any, index: Any, value: Any) -> Any:
-    """Round a float32 into element ``index``."""
+    """Store a float32, rounded, into element ``index``."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         builder.store(narrowed(builder, ptr.dtype, args[2]), builder.gep(args[0], [args[1]]))
@@ -182,9 +180,9 @@ def _mask(builder: ir.IRBuilder, count: ir.Value) -> ir.Value:
 def read_lanes(
     builder: ir.IRBuilder, ptr: types.CPointer, place: ir.Value, count: ir.Value | None = None
 ) -> ir.Value:
-    """Sixteen elements at an address as float32.
+    """Read sixteen elements at an address as float32.
 
-    With ``count``, zeros from lane ``count`` on, which is not read.
+    With ``count``, lanes from ``count`` on are zeros and their memory is not read.
     """
     raw_type, align = _stored_lanes(ptr.dtype)
     place = builder.bitcast(place, raw_type.as_pointer())
@@ -205,7 +203,7 @@ def write_lanes(
     value: ir.Value,
     count: ir.Value | None = None,
 ) -> None:
-    """Round sixteen floats into the elements at an address, or only the first ``count`` of them."""
+    """Write sixteen floats, rounded, to an address, or only the first ``count`` of them."""
     raw_type, align = _stored_lanes(ptr.dtype)
     place = builder.bitcast(place, raw_type.as_pointer())
     raw = narrowed(builder, ptr.dtype, value)
@@ -219,7 +217,7 @@ def write_lanes(
 
 @intrinsic
 def load16(typingctx: Any, ptr: Any, index: Any) -> Any:
-    """Elements ``index`` to ``index + 15`` as a vector."""
+    """Load the elements ``index`` to ``index + 15`` as a vector."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return read_lanes(builder, ptr, builder.gep(args[0], [args[1]]))
@@ -229,7 +227,7 @@ def load16(typingctx: Any, ptr: Any, index: Any) -> Any:
 
 @intrinsic
 def load_part(typingctx: Any, ptr: Any, index: Any, count: Any) -> Any:
-    """The ``count`` <= 16 elements from ``index`` on as a vector, zeros behind them."""
+    """Load the ``count`` <= 16 elements from ``index`` on as a vector, zeros behind them."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return read_lanes(builder, ptr, builder.gep(args[0], [args[1]]), args[2])
@@ -239,7 +237,7 @@ def load_part(typingctx: Any, ptr: Any, index: Any, count: Any) -> Any:
 
 @intrinsic
 def store16(typingctx: Any, ptr: Any, index: Any, value: Any) -> Any:
-    """Round a vector into elements ``index`` to ``index + 15``."""
+    """Store a vector, rounded, into the elements ``index`` to ``index + 15``."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         write_lanes(builder, ptr, builder.gep(args[0], [args[1]]), args[2])
@@ -250,7 +248,7 @@ def store16(typingctx: Any, ptr: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def store_part(typingctx: Any, ptr: Any, index: Any, value: Any, count: Any) -> Any:
-    """Round the first ``count`` <= 16 lanes of a vector into the elements from ``index`` on."""
+    """Store the first ``count`` <= 16 lanes of a vector, rounded, from element ``index`` on."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         write_lanes(builder, ptr, builder.gep(args[0], [args[1]]), args[2], args[3])
@@ -264,7 +262,7 @@ def store_part(typingctx: Any, ptr: Any, index: Any, value: Any, count: Any) -> 
 
 @intrinsic
 def splat(typingctx: Any, value: Any) -> Any:
-    """A vector with ``value`` in every lane."""
+    """Return a vector with ``value`` in every lane."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return _splat(builder, args[0])
@@ -274,7 +272,7 @@ def splat(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """A * b + c, lane by lane."""
+    """Compute a * b + c, lane by lane."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return _call(builder, "llvm.fmuladd.v16f32", _VEC, list(args))
@@ -284,7 +282,7 @@ def fma(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic
 def largest(typingctx: Any, a: Any, b: Any) -> Any:
-    """The larger of a and b, lane by lane; b where one of them is NaN."""
+    """Return the larger of a and b, lane by lane; b where one of them is NaN."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[0], args[1])
@@ -294,7 +292,7 @@ def largest(typingctx: Any, a: Any, b: Any) -> Any:
 
 @intrinsic
 def total(typingctx: Any, a: Any) -> Any:
-    """Sum of the lanes."""
+    """Return the sum of the lanes."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         kind = ir.FunctionType(_F32, [_F32, _VEC])
@@ -308,7 +306,7 @@ def total(typingctx: Any, a: Any) -> Any:
 
 @intrinsic
 def peak(typingctx: Any, a: Any) -> Any:
-    """The largest lane."""
+    """Return the largest lane."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         kind = ir.FunctionType(_F32, [_VEC])
@@ -322,7 +320,7 @@ def peak(typingctx: Any, a: Any) -> Any:
 
 @intrinsic
 def nearest(typingctx: Any, a: Any) -> Any:
-    """Each lane rounded to the nearest integer."""
+    """Round each lane to the nearest integer."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return _call(builder, "llvm.nearbyint.v16f32", _VEC, list(args))
@@ -332,7 +330,7 @@ def nearest(typingctx: Any, a: Any) -> Any:
 
 @intrinsic
 def power_of_two(typingctx: Any, a: Any) -> Any:
-    """2^a for lanes that hold integers in [-126, 127]."""
+    """Compute 2^a for lanes that hold integers in [-126, 127]."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         bits = _lanes(_I32)
@@ -343,7 +341,7 @@ def power_of_two(typingctx: Any, a: Any) -> Any:
 
 
 def _define(operation: Any, emit: Callable[[ir.IRBuilder, ir.Value, ir.Value], ir.Value]) -> None:
-    """Teach Numba an operator between two vectors."""
+    """Define an operator between two vectors for Numba."""
 
     @extending.type_callable(operation)
     def kind(context: Any) -> Any:
@@ -362,12 +360,11 @@ _define(operator.truediv, lambda builder, a, b: builder.fdiv(a, b))
 
 @njit(**INLINE)
 def exp16(x: Any) -> Any:
-    """e^x by lanes, within 2 units in the last place for x in [-87, 88].
+    """Compute e^x by lanes, within 2 units in the last place for x in [-87, 88].
 
-    Clamped outside, NaN of NaN.
-
-    x = k ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is exact; then 2^k times the
-    Taylor polynomial of degree 7 (its remainder, r^8 / 8!, is below 6e-9).
+    Clamped outside, NaN of NaN. x = k ln 2 + r with |r| <= ln 2 / 2, ln 2 in two parts so that r is
+    exact; then 2^k times the Taylor polynomial of degree 7 (its remainder, r^8 / 8!, is below
+    6e-9).
     """
     # ``largest`` takes its second operand when one is NaN: NaN stays NaN.
     clamped = largest(splat(f32(-87.0)), x)
@@ -387,7 +384,7 @@ def exp16(x: Any) -> Any:
 
 @intrinsic
 def first_lane(typingctx: Any, a: Any) -> Any:
-    """Lane 0."""
+    """Return lane 0."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return builder.extract_element(args[0], _I32(0))
@@ -397,13 +394,13 @@ def first_lane(typingctx: Any, a: Any) -> Any:
 
 @njit(**INLINE)
 def exp1(x: Any) -> Any:
-    """e^x of one float; see ``exp16``."""
+    """Compute e^x of one float; see ``exp16``."""
     return first_lane(exp16(splat(x)))
 
 
 @intrinsic
 def as_float(typingctx: Any, bits: Any) -> Any:
-    """The float32 whose bits are the low half of an int64 (see ``launch.float_bits``)."""
+    """Return the float32 whose bits are the low half of an int64 (see ``launch.float_bits``)."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return builder.bitcast(builder.trunc(args[0], _I32), _F32)
@@ -416,7 +413,7 @@ def as_float(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def fetch_add(typingctx: Any, ptr: Any, index: Any, amount: Any) -> Any:
-    """Add to element ``index`` atomically and return what it was.
+    """Add to element ``index`` atomically and return its old value.
 
     Orders memory between the threads that do so.
     """

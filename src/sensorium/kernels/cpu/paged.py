@@ -1,10 +1,8 @@
-"""Attention of a whole step on the CPU.
-
-Which rows go to which kernel, planned once and used by every layer.
+"""Paged attention of a whole step on the CPU: a plan of kernel launches that all layers share.
 
 All rows go through the paged kernel, which gives a row the same bits however the step is made up,
 and is faster than torch's flash attention on CPUs without matrix tiles. With tiles, where the batch
-need not be invariant, long spans of rows (above ``SHORT_SPAN``) take these: their keys and values
+need not be invariant, long spans of rows (above ``SHORT_SPAN``) use these: their keys and values
 are gathered and torch's flash attention runs, once over the step's own tokens (causal) and once
 over the context, merged by their log-sum-exps.
 """
@@ -25,8 +23,8 @@ from sensorium.kernels.cpu.launch import Kernel, float_bits, pack
 from sensorium.kernels.cpu.rotary import ROWS_PER_TASK, build_rope_write
 
 SHORT_SPAN = 24
-"""Longest span of bf16 query rows for which matrix tiles do not pay off; measured behind 1000
-tokens."""
+"""Longest span of bf16 query rows for which matrix tiles do not pay off; measured with a context
+of 1000 tokens."""
 PIECE_MATRIX_ROWS = 64
 """Query rows times group size of one task: bounds its scratch and makes tasks of spans."""
 TASKS_PER_THREAD = 4
@@ -36,7 +34,7 @@ TASKS_PER_THREAD = 4
 class Span:
     """A long run of query rows of one sequence.
 
-    ``num_rows`` from ``first_row``, behind ``context`` cached tokens.
+    ``num_rows`` rows from ``first_row``, behind ``context`` cached tokens.
     """
 
     sequence: int
@@ -47,10 +45,7 @@ class Span:
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """Plan of one step for all layers with the same head geometry.
-
-    Buffers are reused from layer to layer.
-    """
+    """Plan of one step for all layers with the same head geometry; layers reuse its buffers."""
 
     num_pieces: int
     pieces: torch.Tensor
@@ -80,7 +75,10 @@ def rope_attention(
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> torch.Tensor:
-    """Compute ``reference.rope_attention`` for a cache of qkv's dtype and a block size that is a multiple of 16."""
+    """Compute ``reference.rope_attention`` with CPU kernels.
+
+    The cache must have qkv's dtype and a block size that is a multiple of 16.
+    """
     qkv = qkv.contiguous()
     num_tokens = qkv.shape[0]
     cache = batch.caches[layer]
@@ -97,7 +95,7 @@ def rope_attention(
     if plan.first_span_row < num_tokens:
         _rope_write(qkv, batch, cache, plan, num_heads, norms)
     if plan.num_pieces:
-        # Only what differs between layers: the rest stands in the plan's arguments.
+        # Only what differs between layers: the rest is in the plan's arguments.
         args = plan.args
         args[0] = args[1] = 0
         args[3] = qkv.data_ptr()
@@ -120,7 +118,10 @@ def paged_attention(
     layer: int,
     scale: float,
 ) -> torch.Tensor:
-    """Compute ``reference.paged_attention`` without variant, by the kernels above with no dimension to rotate."""
+    """Compute ``reference.paged_attention`` without variant.
+
+    It runs the kernels of ``rope_attention`` with no dimension to rotate.
+    """
     unrotated: AttentionBatch | None = batch.scratch.get("unrotated")
     if unrotated is None:
         none = torch.empty((q.shape[0], 0))
@@ -214,7 +215,9 @@ def _plan(
     group = num_heads // num_kv_heads
     num_threads = torch.get_num_threads()
     limit = SHORT_SPAN if attends_with_tiles(dtype) and not batch.invariant else None
-    pieces, spans, num_partial, num_done = _pieces(batch, num_kv_heads, group, num_threads, limit)
+    pieces, spans, num_partial, num_done = plan_pieces(
+        batch, num_kv_heads, group, num_threads, limit
+    )
     rows_of_task = max((piece[2] for piece in pieces), default=0) * group
     stride = scratch_floats(rows_of_task, head_dim) + 16
     first = batch.num_decodes
@@ -251,7 +254,10 @@ def _plan(
 def _attend_args(
     batch: AttentionBatch, cache: LayerCache, plan: AttentionPlan, num_heads: int
 ) -> Any:
-    """Arguments of ``build_attend``, zeros where ``rope_attention`` puts what differs between layers."""
+    """Pack the arguments of ``build_attend``.
+
+    Those that differ between layers are zero; ``rope_attention`` fills them in.
+    """
     _, num_kv_heads, head_dim, block_size = cache.k.shape
     per_layer = 0
     return pack(
@@ -280,19 +286,18 @@ def _attend_args(
 
 
 def attends_with_tiles(dtype: torch.dtype) -> bool:
-    """Return whether long spans may go to matrix tiles."""
+    """Return whether matrix tiles may compute long spans."""
     return dtype == torch.bfloat16 and amx.available()
 
 
-def _pieces(
+def plan_pieces(
     batch: AttentionBatch, num_kv_heads: int, group: int, num_threads: int, limit: int | None
 ) -> tuple[list[list[int]], list[Span], int, int]:
-    """Rows of the table of pieces, largest first.
+    """Split a step into pieces, largest first, and spans of more than ``limit`` rows.
 
-    The spans of more than ``limit`` rows, which are none of them.
-
-    Last the sizes of the partial results and of ``done``. Parts of a sequence are tasks of their
-    own where it is one piece and there would be too few tasks otherwise.
+    Returns the table of pieces, the spans (which are in no piece), and the sizes of the partial
+    results and of ``done``. Parts of a sequence are tasks of their own where it is one piece and
+    there would be too few tasks otherwise.
     """
     query_lens, num_decodes = batch.query_lens, batch.num_decodes
     rows_of_task = max(1, PIECE_MATRIX_ROWS // group)

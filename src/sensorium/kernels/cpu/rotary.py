@@ -1,4 +1,4 @@
-"""Rotary embedding and cache writes for spans of tokens, and the per-head steps that decode attention shares."""
+"""Rotary embedding and cache writes for spans of tokens, with the steps that decoding shares."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ ROWS_PER_TASK = 4
 
 @njit(**INLINE)
 def rotate_head(source: Any, cos: Any, sin: Any, half: Any, dim: Any, scale: Any, out: Any) -> None:
-    """Out (float32) = scale * source, its first 2 * half elements rotated by cos, sin (half,)."""
+    """Compute out (float32) = scale * source, rotated by cos, sin (half,).
+
+    The first 2 * half elements are rotated.
+    """
     factor = splat(scale)
     for i in range(0, half, WIDTH):
         count = min(WIDTH, half - i)
@@ -49,7 +52,7 @@ def rotate_head(source: Any, cos: Any, sin: Any, half: Any, dim: Any, scale: Any
 
 @njit(**INLINE)
 def normed_head(source: Any, norm: Any, use: Any, eps: Any, dim: Any, out: Any) -> None:
-    """Out (float32) = source, RMS-normed with the weight ``norm`` where ``use`` says so."""
+    """Compute out (float32) = source, RMS-normed with the weight ``norm`` if ``use`` is true."""
     factor = f32(1.0)
     if use:
         factor /= math.sqrt(square_sum(source, dim) / f32(dim) + eps)
@@ -79,7 +82,7 @@ def write_value(value: Any, v_cache: Any, slot: Any, dim: Any) -> None:
 
 @njit(**INLINE)
 def convert_row(source: Any, size: Any, scale: Any, out: Any) -> None:
-    """Out = source * scale, from one element type to another."""
+    """Compute out = source * scale, from one element type to another."""
     factor = splat(scale)
     full = size - size % WIDTH
     for i in range(0, full, WIDTH):

@@ -1,22 +1,22 @@
-"""Settings of threads: their number, spinning, huge pages and cached shapes.
+"""Process-wide settings of CPU threads: their number, spinning, huge pages and cached shapes.
 
-The only place that sets them.
+This is the only module that sets them.
 
 Threads: torch's OpenMP library runs everything, the CPU kernels included (``launch``). Between two
 parallel regions its threads first spin, so that the next region starts at once, then sleep. By
-default they spin for some 10 milliseconds, which is right on an idle machine; but when another
-process wants the core (a server's HTTP process, decoders of media), a spinning thread keeps it from
-the one that everybody waits for: steps become many times slower. The gaps between regions of a step
-are tens of microseconds, so half a millisecond of spinning serves both.
+default they spin for some 10 milliseconds, which is right on an idle machine. But when another
+process needs the core (a server's HTTP process, media decoders), a spinning thread takes it from
+the thread that all others wait for: steps become many times slower. The gaps between regions of a
+step are tens of microseconds, so half a millisecond of spinning serves both.
 
 Shapes: oneDNN compiles a primitive for each shape and keeps a thousand of them, hundreds of
-megabytes, though prompts of one length hardly ever come twice; the shapes of decoding, which do,
-are few.
+megabytes. Prompts of the same length are rare, so few of these are used again; the shapes of
+decoding, which are, are few.
 
 Pages: decoding reads every weight once a token, and with pages of 4 KiB a tenth of that time goes
-into address translation. glibc takes huge pages for what it allocates when its tunables say so; it
-reads them when a process starts, so this works for the processes that are started from here, such
-as a server's engine.
+into address translation. glibc uses huge pages for its allocations when its tunables say so; it
+reads them when a process starts, so this works for the child processes that are started from here,
+such as a server's engine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import os
 import sys
 
 SPIN_COUNT = 10_000
-"""Looks at the flag before a waiting thread sleeps; each takes some 50 nanoseconds."""
+"""Polls of the flag before a waiting thread sleeps; each takes some 50 nanoseconds."""
 HUGE_PAGES = "glibc.malloc.hugetlb"
 KEPT_PRIMITIVES = 256
 """Compiled matrix multiplications, one for each shape, that oneDNN and torch keep; each takes a
@@ -34,10 +34,10 @@ _PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 
 def prepare() -> bool:
-    """Set the waiting policy and the pages of child processes, unless the environment says something about them.
+    """Set the OpenMP waiting policy and the huge pages of child processes.
 
-    Must come before torch is imported, as its OpenMP library reads the environment when it is
-    loaded; returns whether it came in time.
+    What the environment already sets is kept. Must come before torch is imported, as its OpenMP
+    library reads the environment when it is loaded; returns whether it came in time.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)
@@ -50,7 +50,7 @@ def prepare() -> bool:
 
 
 def configure(num_threads: int | None = None) -> int:
-    """Use ``num_threads`` threads, or as many as this process may run on; returns the number.
+    """Use ``num_threads`` threads, or as many as this process may run on, and return the number.
 
     Call ``prepare`` first, before torch is imported anywhere.
     """

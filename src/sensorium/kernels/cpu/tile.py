@@ -1,6 +1,4 @@
-"""The inner loop of attention.
-
-A few rows of float32 times a narrow matrix, accumulated in registers.
+"""Inner loop of attention: a few rows of float32 times a narrow matrix, summed in registers.
 
 Scores are queries times keys over the head's dimensions, outputs are probabilities times values
 over tokens; with keys stored transposed both are ``c[r, j] += sum_k a[r, k] * b[k, j]`` with b in
@@ -25,7 +23,7 @@ from sensorium.kernels.cpu.numeric import WIDTH, _splat, intrinsic, read_lanes, 
 
 
 def _has_wide_registers() -> bool:
-    """Return whether kernels are compiled for a CPU with 32 vector registers of sixteen floats (AVX-512)."""
+    """Return whether kernels are compiled for AVX-512: 32 vector registers of sixteen floats."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return "+avx512f" in features.split(",")
 
@@ -39,7 +37,7 @@ _VEC = ir.VectorType(ir.FloatType(), WIDTH)
 
 
 class _Tile:
-    """The operands of one multiplication, as LLVM values."""
+    """Operands of one multiplication, as LLVM values."""
 
     def __init__(self, kinds: Any, args: Any) -> None:
         self.b_kind, self.c_kind = kinds.args[3], kinds.args[6]
@@ -50,7 +48,7 @@ class _Tile:
 def _emit(
     builder: ir.IRBuilder, tile: _Tile, num_rows: int, num_vectors: int, count: ir.Value | None
 ) -> None:
-    """Code for a fixed number of rows and vectors.
+    """Emit code for a fixed number of rows and vectors.
 
     ``count`` limits the lanes of a single vector.
     """
@@ -101,9 +99,9 @@ def _emit(
 
 
 def fetch_ahead(builder: ir.IRBuilder, tile: _Tile, index: ir.Value) -> None:
-    """Ask for the next ``TILE_COLUMNS`` elements at ``ahead``.
+    """Prefetch the next ``TILE_COLUMNS`` elements at ``ahead``.
 
-    A little in each turn, as a burst would block loads.
+    Each turn prefetches a little, as a burst would block loads.
     """
     number = ir.IntType(32)
     size = 4 if tile.b_kind.dtype == types.float32 else 2
@@ -131,12 +129,11 @@ def multiply_tile(
     add: Any,
     ahead: Any,
 ) -> Any:
-    """``c[:rows, :width] (+)= a[:rows, :depth] b[:depth, :width]``.
+    """Compute ``c[:rows, :width] (+)= a[:rows, :depth] b[:depth, :width]``.
 
     a, c: float32 pointers with the given row strides in elements; b: pointer of any element type.
-    rows is 1 to TILE_ROWS, width 1 to 16, or TILE_COLUMNS. add: whether c is added to, or
-    overwritten. ahead: an address like b's whose next TILE_COLUMNS * depth elements will be needed
-    soon.
+    rows is 1 to TILE_ROWS, width 1 to 16, or TILE_COLUMNS. add: add to c if true, else overwrite
+    it. ahead: an address like b's whose next TILE_COLUMNS * depth elements will be needed soon.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:

@@ -1,10 +1,8 @@
-"""Varlen attention of encoders: every row attends to all rows of its sequence.
-
-In bf16, on CPUs with AMX.
+"""Varlen attention of encoders in bf16 with AMX: every row attends to all rows of its sequence.
 
 Keys and values are first packed, head by head, in the order that the tiles read: keys in blocks of
 32, pairs of dimensions side by side; values in pairs of rows. A task then takes 32 rows of queries
-through its segment in chunks of keys: scores, running softmax (Milakov and Gimelshein, 2018) to the
+through its segment in chunks of keys: scores, online softmax (Milakov and Gimelshein, 2018) to the
 base 2, weighted values.
 """
 
@@ -59,7 +57,7 @@ from sensorium.kernels.cpu.rotary import convert_row, write_value
 KEYS = 512
 """Keys whose scores are held at once."""
 SCORE_STRIDE, WEIGHT_STRIDE = KEYS + WIDTH, KEYS + 2 * WIDTH
-"""Lengths of rows in scratch memory; no multiples of a page, which would crowd one set of the
+"""Lengths of rows in scratch memory. Multiples of a page would all map to one set of the CPU's
 caches."""
 MAX_HEAD_DIM = 256
 LOG_2 = f32(math.log(2))
@@ -84,19 +82,19 @@ def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     return paired and q.stride(2) == element == 1 and head_dim <= MAX_HEAD_DIM
 
 
-def _up(number: Any, step: Any) -> Any:
-    """``number`` rounded up to a multiple of ``step``."""
+def _round_up(number: Any, step: Any) -> Any:
+    """Round ``number`` up to a multiple of ``step``."""
     return (number + step - 1) // step * step
 
 
-up = njit(**INLINE)(_up)
+up = njit(**INLINE)(_round_up)
 
 
 @njit(**OUTLINE)
 def pack_keys(keys: Any, stride: Any, length: Any, dim: Any, out: Any) -> None:
-    """Keys (length, dim), in pairs (uint32) with a row stride, into blocks of 32 keys.
+    """Pack keys (length, dim) into blocks of 32 keys: (blocks, depth / 2, 32).
 
-    (blocks, depth / 2, 32).
+    Keys are read as pairs (uint32) with a row stride.
     """
     half, depth = dim // 2, up(dim, DEPTH) // 2
     for first in range(0, up(length, BLOCK), BLOCK):
@@ -115,10 +113,10 @@ def pack_keys(keys: Any, stride: Any, length: Any, dim: Any, out: Any) -> None:
 
 @njit(**OUTLINE)
 def pack_values(values: Any, stride: Any, length: Any, dim: Any, out: Any) -> None:
-    """Values (length, dim), with a row stride, into blocks of 32 keys: pairs (blocks, 16, columns).
+    """Pack values (length, dim) into blocks of 32 keys: pairs (blocks, 16, columns).
 
-    A pair (uint32) holds the keys i and i + 16 of its block, as ``store_weights`` pairs their
-    weights. Zeros where there is nothing.
+    Values are read with a row stride. A pair (uint32) holds the keys i and i + 16 of its block, as
+    ``store_weights`` pairs their weights. The rest is zeros.
     """
     columns = up(dim, TILE)
     for first in range(0, up(length, BLOCK), BLOCK):
@@ -140,10 +138,11 @@ def pack_values(values: Any, stride: Any, length: Any, dim: Any, out: Any) -> No
 
 @intrinsic
 def exp2_nonpositive(typingctx: Any, x: Any) -> Any:
-    """2^x by lanes for x <= 0, within 8e-5 of the value, which is a small part of a rounding step of bf16.
+    """Compute 2^x by lanes for x <= 0, with an error of at most 8e-5.
 
-    x = k + r with |r| <= 1/2; 2^k times a polynomial of degree 3 in r, fitted for the smallest
-    relative error. Below -126 the result is that of -126; NaN of NaN.
+    That is a small part of a rounding step of bf16. x = k + r with |r| <= 1/2; 2^k times a
+    polynomial of degree 3 in r, fitted for the smallest relative error. Below -126 the result is
+    that of -126; NaN of NaN.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -195,11 +194,11 @@ def store_weights(typingctx: Any, ptr: Any, index: Any, first: Any, second: Any)
 
 
 @njit(**OUTLINE)
-def soften(scores: Any, count: Any, scale: Any, top: Any, weights: Any) -> Any:
-    """Weights (bf16) = 2^(scale * (score - new top)) of a row of scores; scale is positive.
+def online_softmax_row(scores: Any, count: Any, scale: Any, top: Any, weights: Any) -> Any:
+    """Turn a row of scores into weights (bf16) 2^(scale * (score - new top)); scale is positive.
 
-    Behind ``count``, up to the block's end, weights are too small to matter. Returns the new top
-    and the sum.
+    This is one step of the online softmax. Weights behind ``count``, up to the block's end, are too
+    small to matter. Returns the new top and the sum.
     """
     padded = up(count, BLOCK)
     for j in range(count, padded):
@@ -220,10 +219,10 @@ def soften(scores: Any, count: Any, scale: Any, top: Any, weights: Any) -> Any:
 
 
 def build_pack(element: Any) -> Callable[[Any], None]:
-    """Pack keys and values.
+    """Build the kernel that packs keys and values.
 
     args: k, v (rows of row stride, heads of D), their row stride and head stride, tasks, D, heads,
-    keys_out, values_out. A task's first row of queries is not looked at.
+    keys_out, values_out. The first query row of a task is not used.
     """
 
     def pack_sequences(args: Any) -> None:
@@ -248,15 +247,18 @@ def build_pack(element: Any) -> Callable[[Any], None]:
 
 
 def scratch_bytes(head_dim: int) -> int:
-    """Scratch of a thread: queries, weights, scores, sums, tops and totals of 32 rows."""
-    depth: int = _up(head_dim, DEPTH)
-    columns: int = _up(head_dim, TILE)
+    """Return the scratch size of a thread.
+
+    It holds queries, weights, scores, sums, tops and totals of 32 rows.
+    """
+    depth: int = _round_up(head_dim, DEPTH)
+    columns: int = _round_up(head_dim, TILE)
     halves = depth + WEIGHT_STRIDE
     return BLOCK * (2 * halves + 4 * (SCORE_STRIDE + columns + 2))
 
 
 def build_attend(element: Any) -> Callable[[Any], None]:
-    """Attention of all tasks.
+    """Build the attention kernel over all tasks.
 
     args: q, its row stride and head stride, packed keys, packed values, tasks, D, heads, out (T,
     heads, D), the scale over ln 2, the tiles' configuration, scratch, its bytes a thread.
@@ -264,10 +266,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
 
     @outlined(element)
     def fill_queries(args: Any, task: Any, count: Any, q: Any) -> None:
-        """Q (32, depth) = the task's queries, the first ``count`` rows.
-
-        Of the others nothing is read.
-        """
+        """Fill Q (32, depth) with the task's ``count`` query rows, and leave the others."""
         dim, depth = args[9], up(args[9], DEPTH)
         for r in range(count):
             row = task[START] + task[FIRST] + r
@@ -288,7 +287,10 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         tops: Any,
         totals: Any,
     ) -> None:
-        """Running softmax over the segment's keys: sums (32, columns), tops and totals (32)."""
+        """Run the online softmax over the segment's keys.
+
+        Results: sums (32, columns), tops and totals (32).
+        """
         dim, heads, scale = args[9], args[10], as_float(args[12])
         depth, columns = up(dim, DEPTH), up(dim, TILE)
         length = task[LENGTH]
@@ -316,7 +318,9 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 )
             for r in range(count):
                 row = shifted(scores, r * SCORE_STRIDE)
-                top, part = soften(row, seen, scale, tops[r], shifted(weights, r * WEIGHT_STRIDE))
+                top, part = online_softmax_row(
+                    row, seen, scale, tops[r], shifted(weights, r * WEIGHT_STRIDE)
+                )
                 fade = exp1((tops[r] - top) * scale * LOG_2)
                 totals[r] = totals[r] * fade + part
                 if start > 0 and fade != f32(1.0):
@@ -367,22 +371,25 @@ def build_attend(element: Any) -> Callable[[Any], None]:
 
 @functools.lru_cache(maxsize=64)
 def _tasks(starts: tuple[int, ...], num_heads: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tasks of packing and of attention, and the number of packed rows."""
+    """Return the tasks of packing and of attention, and the number of packed rows."""
     packing, attending, packed = [], [], 0
     for start, end in pairwise(starts):
         length = end - start
         for head in range(num_heads):
             packing.append((start, length, packed, head, 0))
             attending += [(start, length, packed, head, row) for row in range(0, length, BLOCK)]
-        packed += _up(length, BLOCK)
+        packed += _round_up(length, BLOCK)
     return np.array(packing, np.int64), np.array(attending, np.int64), packed
 
 
-def _runs(starts: Sequence[int], row_bytes: int) -> Iterator[tuple[int, ...]]:
-    """Starts and end of runs of segments whose packed rows fit into ``PACKED_BYTES``, or that are alone."""
+def segment_runs(starts: Sequence[int], row_bytes: int) -> Iterator[tuple[int, ...]]:
+    """Yield start and end of runs of segments whose packed rows fit into ``PACKED_BYTES``.
+
+    A longer segment is a run of its own.
+    """
     run, size = [starts[0]], 0
     for start, end in pairwise(starts):
-        own = _up(end - start, BLOCK) * row_bytes
+        own = _round_up(end - start, BLOCK) * row_bytes
         if len(run) > 1 and size + own > PACKED_BYTES:
             yield tuple(run)
             run, size = [start], 0
@@ -399,11 +406,14 @@ def _configuration() -> np.ndarray:
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
 ) -> torch.Tensor:
-    """Compute ``reference.varlen_attention`` for tensors that ``fits`` accepts and a positive scale."""
+    """Compute ``reference.varlen_attention`` with AMX.
+
+    For tensors that ``fits`` accepts and a positive scale.
+    """
     _, num_heads, dim = q.shape
     out = q.new_empty(q.shape)
-    row_bytes = num_heads * (_up(dim, DEPTH) + _up(dim, TILE)) * 2
-    for starts in _runs(cu_seqlens, row_bytes):
+    row_bytes = num_heads * (_round_up(dim, DEPTH) + _round_up(dim, TILE)) * 2
+    for starts in segment_runs(cu_seqlens, row_bytes):
         _attend_run(q, k, v, starts, scale, out)
     return out
 
@@ -416,12 +426,12 @@ def _attend_run(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attention of some segments, into their rows of ``out``."""
+    """Compute the attention of some segments into their rows of ``out``."""
     _, num_heads, dim = q.shape
     packing, attending, packed = _tasks(starts, num_heads)
     weight = 2 * num_heads * dim * sum((end - start) ** 2 for start, end in pairwise(starts))
-    keys = q.new_empty(packed * num_heads * _up(dim, DEPTH))
-    values = q.new_empty(packed * num_heads * _up(dim, TILE))
+    keys = q.new_empty(packed * num_heads * _round_up(dim, DEPTH))
+    values = q.new_empty(packed * num_heads * _round_up(dim, TILE))
     args = pack(
         len(packing),
         k.data_ptr(),
@@ -435,7 +445,7 @@ def _attend_run(
         values.data_ptr(),
     )
     kernel(build_pack, q.dtype).for_weight(weight)(args)
-    size = _up(scratch_bytes(dim), 64)
+    size = _round_up(scratch_bytes(dim), 64)
     scratch = torch.empty(size * torch.get_num_threads(), dtype=torch.uint8)
     args = pack(
         len(attending),

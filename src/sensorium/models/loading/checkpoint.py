@@ -1,4 +1,4 @@
-"""Finding a checkpoint and reading its configuration files; no torch, no transformers."""
+"""Finding a checkpoint and reading its configuration files, without torch or transformers."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ settings, and ``additional_chat_templates``."""
 
 
 def find(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The folder of a checkpoint.
+    """Return the folder of a checkpoint.
 
-    One of ``DEMOS``, a local folder, or a Hugging Face id, of which everything but the weights is
-    downloaded if not cached, into ``download_dir`` or the cache of the Hugging Face hub.
-
-    Raises ConfigError that says what to do when nothing is found.
+    model: one of ``DEMOS``, a local folder, or a Hugging Face id. Of the last everything but the
+    weights is downloaded if not cached, into ``download_dir`` or the cache of the Hugging Face hub.
+    Raises ConfigError with advice when nothing is found.
     """
     if model in DEMOS:
         folder = Path(__file__).parents[2] / DEMOS[model]
@@ -59,10 +58,8 @@ def fetch_weights(
 ) -> None:
     """Download the weights of a checkpoint that ``find`` has downloaded.
 
-    Nothing for one that was on this machine.
-
-    Only what ``weight_files`` counts is fetched: ``model.safetensors``, else the files that the
-    index names.
+    Does nothing for a local one. Only the files of ``weight_files`` are fetched:
+    ``model.safetensors``, else the files that the index names.
     """
     if model in DEMOS or Path(model).expanduser().is_dir():
         return
@@ -79,10 +76,10 @@ def fetch_weights(
 def find_part(
     name: object, whole: Path, field: str, download_dir: str | None = None
 ) -> tuple[str, Path]:
-    """The folder of a checkpoint that config.json of ``whole`` names under ``field``.
+    """Return the folder of a checkpoint that config.json of ``whole`` names under ``field``.
 
-    A folder, also relative to ``whole``, or a Hugging Face id; with what ``fetch_weights`` takes
-    for it. Raises ConfigError that says what to do when nothing is found.
+    It may be a folder, also relative to ``whole``, or a Hugging Face id; its weights are downloaded
+    as by ``fetch_weights``. Raises ConfigError with advice when nothing is found.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(
@@ -104,11 +101,10 @@ def find_part(
 
 
 def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConfig:
-    """Read ``config.json`` and its neighbours.
+    """Read ``config.json`` and its neighbours, with ``overrides`` merged into the former.
 
-    ``overrides`` are merged into the former (nested mappings too).
-
-    Raises ConfigError when config.json is missing or a file is not a JSON object.
+    Nested mappings are merged, too. Raises ConfigError when config.json is missing or a file is not
+    a JSON object.
     """
     config = _read_json(folder / "config.json")
     if config is None:
@@ -126,7 +122,7 @@ def read(folder: Path, overrides: Mapping[str, Any] | None = None) -> LoadedConf
 
 
 def _no_config(folder: Path) -> str:
-    """Say what a folder without config.json is, where that can be told."""
+    """Describe a folder without config.json, as an adapter where it is one."""
     adapter = _read_json(folder / "adapter_config.json")
     if adapter is not None:
         base = adapter.get("base_model_name_or_path")
@@ -144,10 +140,10 @@ def _no_config(folder: Path) -> str:
 def _preprocessors(
     folder: Path, processor: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configurations of the processor of images (or audio), and of that of videos.
+    """Return the configurations of the image (or audio) processor and of the video processor.
 
-    Newer files keep both inside processor_config.json. These count, also beside a file of their own
-    that an earlier version wrote.
+    Newer files keep both inside processor_config.json. These take precedence over files of their
+    own that an earlier version wrote.
     """
     parts = [processor.get(name) for name in ("image_processor", "feature_extractor")]
     nested = [part for part in parts if isinstance(part, dict)]
@@ -159,7 +155,7 @@ def _preprocessors(
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with the values of ``over``; mappings in both are merged in the same way."""
+    """Return ``base`` with the values of ``over``; mappings in both are merged in the same way."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
@@ -196,9 +192,9 @@ def _download(
     *,
     download_dir: str | None,
 ) -> Path:
-    """Fetch the files of a repository that match a pattern of ``wanted`` and none of ``ignored``.
+    """Download the files of a repository that match ``wanted`` and not ``ignored``.
 
-    Their folder.
+    Returns their folder.
     """
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download

@@ -41,13 +41,11 @@ def refuse_quantized(loaded: LoadedConfig) -> None:
 
 
 def quantization_of(loaded: LoadedConfig) -> str | None:
-    """Return how the checkpoint is quantized, such as ``gptq, 4 bits, says config.json``.
+    """Return how the checkpoint is quantized, such as ``gptq, 4 bits, says config.json``, or None.
 
-    None when it is not.
-
-    config.json decides. Without a word there, files beside it do, unless the names of the weights,
-    where these are known, are those of an unquantized model: such files are also left behind by
-    merges and conversions.
+    config.json decides. If it has no such settings, files beside it do, unless the names of the
+    weights, where these are known, are those of an unquantized model: such files are also left
+    behind by merges and conversions.
     """
     for section in (loaded.config, loaded.config.get("text_config")):
         if isinstance(section, Mapping):
@@ -66,10 +64,7 @@ def quantization_of(loaded: LoadedConfig) -> str | None:
 
 
 def method_of_names(names: Iterable[str]) -> str | None:
-    """Return what wrote a file that has weights of these names.
-
-    None when nothing in them tells of quantization.
-    """
+    """Return the tool that wrote a file with weights of these names, None if no name tells."""
     for name in names:
         for end, method in _NAMES:
             if name.endswith(end):
@@ -84,10 +79,7 @@ def _default_method(key: str) -> str:
 
 
 def _described(settings: Any, method: str) -> str:
-    """Return method and number of bits of the settings that a tool has written.
-
-    ``method`` where they name none.
-    """
+    """Return method and number of bits of a tool's settings; ``method`` where they name none."""
     if not isinstance(settings, Mapping):
         return method
     nested = settings.get("quantization")  # ModelOpt's own file

@@ -17,13 +17,11 @@ _LISTED = 6
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint.
+    """Return the safetensors files of a checkpoint: ``model.safetensors``, else those of its index.
 
-    ``model.safetensors``, else those that its index names.
-
-    Nothing else in the folder counts: adapters, the state of optimizers, averaged or previous
-    copies. A second candidate that is ignored is warned of. Raises ConfigError when there is none,
-    when the index cannot be read, or when it names a file that is not there.
+    Nothing else in the folder counts: adapters, optimizer states, averaged or previous copies. A
+    second candidate is ignored with a warning. Raises ConfigError when there is none, when the
+    index cannot be read, or when it names a file that does not exist.
     """
     single, index = folder / SINGLE, folder / INDEX
     indexed = index_names(folder)
@@ -69,10 +67,7 @@ def index_names(folder: Path) -> list[str] | None:
 
 
 def indexed_weights(folder: Path) -> dict[str, str] | None:
-    """Return the file of each weight, by the checkpoint's own names, as its index has it.
-
-    None without an index.
-    """
+    """Return the file of each weight, by the checkpoint's own names; None without an index."""
     index = folder / INDEX
     if not index.is_file():
         return None
@@ -84,11 +79,11 @@ def indexed_weights(folder: Path) -> dict[str, str] | None:
 
 
 def weight_names(folder: Path) -> list[str] | None:
-    """Return the names of a checkpoint's weights, of its one file, else of its index.
+    """Return the names of a checkpoint's weights, from its one file, else from its index.
 
-    None where neither is here, or the one file is damaged (whoever loads it hears of that). Of a
-    folder in the hub's cache the index alone is asked: whether the file itself is there depends on
-    who looks first.
+    None where neither exists, or the one file is damaged (loading it raises the error). In a folder
+    of the hub's cache only the index is read, so that the result does not depend on whether the
+    weights were downloaded before.
     """
     single = folder / SINGLE
     if single.is_file() and folder.parent.name != "snapshots":
@@ -104,7 +99,7 @@ def weight_names(folder: Path) -> list[str] | None:
 
 
 def _nothing_there(folder: Path) -> str:
-    """Say why a folder with neither ``model.safetensors`` nor an index has no weights that can be loaded."""
+    """Explain why a folder without ``model.safetensors`` and index has no loadable weights."""
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     if others:
         return (
@@ -139,11 +134,11 @@ def _is_beside(name: str) -> bool:
 
 
 def listing(what: str, names: Sequence[str]) -> str:
-    """Return ``3 are missing (a, b, c)``; nothing where there are no names."""
+    """Return text such as ``3 are missing (a, b, c)``; empty where there are no names."""
     return f"{len(names)} {what} ({abbreviated(names)})" if names else ""
 
 
 def abbreviated(names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names, and the number of the others."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
     return ", ".join(names[:_LISTED]) + more

@@ -1,10 +1,9 @@
-"""From weight files into layers.
+"""Loading of weight files into layers.
 
-A model lists its slots, the names are checked, then each tensor is read once.
-
-A slot is a place in the model that wants weights. A fused projection is one slot of several parts,
-so that its pieces are joined and packed while only that much memory is in use; files are mapped,
-not read, so the peak stays near the size of the model.
+A model lists its slots, the names are checked, then each tensor is read once. A slot is a place in
+the model that takes weights. A fused projection is one slot of several parts, so that its pieces
+are joined and packed while only that much memory is in use; files are mapped, not read, so the peak
+stays near the size of the model.
 """
 
 from __future__ import annotations
@@ -57,9 +56,9 @@ _UNTIED = (
 
 
 def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
-    """The weight and bias of a linear layer whose rows come from ``parts``.
+    """Slot of the weight and bias of a linear layer whose rows are the stacked ``parts``.
 
-    (name without suffix, rows), stacked.
+    parts: (name without suffix, rows).
     """
     weights = [Part(f"{name}.weight", (rows, layer.num_inputs)) for name, rows in parts]
     biases = [Part(f"{name}.bias", (rows,)) for name, rows in parts] if layer.has_bias else []
@@ -76,7 +75,7 @@ def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
 
 
 def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> WeightSlot:
-    """The weight of a norm, and its bias if it has one."""
+    """Slot of the weight of a norm, and of its bias if it has one."""
     parts = [Part(f"{name}.weight", (norm.size,))]
     if isinstance(norm, LayerNorm) and norm.has_bias:
         parts.append(Part(f"{name}.bias", (norm.size,)))
@@ -84,7 +83,7 @@ def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> WeightSlot:
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy where the tensor may lie in a mapped file.
+    """Return a copy where the tensor may be in a mapped file.
 
     A file that changes must not change a running model.
     """
@@ -95,22 +94,20 @@ class WeightSource(Protocol):
     """Source of weights."""
 
     def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
-        """Raise ConfigError that lists names that are missing, have another shape or are not wanted."""
+        """Raise ConfigError that lists missing, misshapen and unexpected names."""
         ...
 
     def read(self, part: Part) -> torch.Tensor:
-        """The tensor of a part, of any floating dtype, on the CPU."""
+        """Return the tensor of a part, of any floating dtype, on the CPU."""
         ...
 
     def has(self, part: Part) -> bool:
-        """Return whether there is a tensor of that name, of whatever shape."""
+        """Return whether there is a tensor of that name, of any shape."""
         ...
 
 
 class SafetensorsFiles:
-    """The safetensors files of a checkpoint folder, sharded or not.
-
-    Names in our spelling through ``renames``.
+    """Safetensors files of a checkpoint folder, sharded or not, with names mapped by ``renames``.
 
     Raises ConfigError when there are none, when a shard is missing or when a file is damaged.
     """
@@ -119,12 +116,12 @@ class SafetensorsFiles:
         self._files = _named(folder, renames)
 
     def add(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
-        """Take from another checkpoint folder what this one lacks."""
+        """Add the weights of another checkpoint folder that this one lacks."""
         for name, place in _named(folder, renames).items():
             self._files.setdefault(name, place)
 
     def first_dtype(self) -> str | None:
-        """Dtype of the first floating tensor, such as ``float16``; None when there is none."""
+        """Return the dtype of the first floating tensor, such as ``float16``, or None."""
         names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         for file, name in self._files.values():
             dtype = names.get(str(file.get_slice(name).get_dtype()))
@@ -133,7 +130,7 @@ class SafetensorsFiles:
         return None
 
     def num_weights(self) -> int:
-        """Return how many numbers the files hold."""
+        """Return the total number of elements in the files."""
         return sum(math.prod(f.get_slice(name).get_shape()) for f, name in self._files.values())
 
     def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
@@ -187,9 +184,7 @@ class SafetensorsFiles:
 
 
 class DummyWeights:
-    """Random weights in the right shapes, quickly.
-
-    Each tensor is a slice of one pool of repeated normal numbers.
+    """Random weights of the right shapes, sliced from one pool of repeated normal numbers.
 
     Norm weights are 1, biases 0, everything else has mean 0 and standard deviation 0.02. The same
     seed gives the same weights.
@@ -201,10 +196,10 @@ class DummyWeights:
         self._pool = period.repeat(_NUM_PERIODS)
 
     def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
-        """Everything fits."""
+        """Accept all parts: random weights have any shape."""
 
     def has(self, part: Part) -> bool:
-        """Only what the configuration says: a tied part is not there."""
+        """Return false: tied parts follow the configuration alone."""
         return False
 
     def read(self, part: Part) -> torch.Tensor:
@@ -238,10 +233,10 @@ def fill(model: LoadableModel, source: WeightSource) -> None:
 def _as_stored(
     slots: list[WeightSlot], source: WeightSource, dtype: torch.dtype
 ) -> list[WeightSlot]:
-    """Return the slots with what is tied as the checkpoint has it, whatever its configuration says.
+    """Return the slots with tied parts as the checkpoint stores them.
 
-    A part that is absent, or equal in the model's dtype, is tied; one that differs counts, with a
-    warning. Where only the tied part is stored, it stands for the other.
+    A part that is absent, or equal in the model's dtype, is tied; one that differs is used, with a
+    warning. Where only the tied part is stored, it replaces the other.
     """
     stored: list[WeightSlot] = []
     instead: dict[Part, Part] = {}
@@ -265,10 +260,7 @@ def _as_stored(
 
 
 def _equal(source: WeightSource, part: Part, other: Part, dtype: torch.dtype) -> bool:
-    """Return whether two tensors of the checkpoint are the same in a dtype.
-
-    Read band by band until they differ.
-    """
+    """Return whether two tensors of the checkpoint are equal in a dtype, reading them in bands."""
     first, second = source.read(part), source.read(other)
     return first.shape == second.shape and all(
         torch.equal(a.to(dtype), b.to(dtype))
@@ -288,7 +280,7 @@ def _named(folder: Path, renames: Sequence[tuple[str, str]]) -> dict[str, tuple[
 
 
 def renamed(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
-    """The name after the first rule that matches it."""
+    """Return the name after the first rule that matches it."""
     for pattern, replacement in rules:
         result, matches = pattern.subn(replacement, name, count=1)
         if matches:
@@ -308,9 +300,9 @@ def _open(path: Path) -> Any:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file by their names there, mapped and not read yet.
+    """Return the tensors of a file by their names, mapped and not read yet.
 
-    ConfigError for a damaged file.
+    Raises ConfigError for a damaged file.
     """
     file = _open(path)
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as Whisper hears them (Radford et al., 2022), in numpy. No torch.
+"""Log-mel spectrograms of Whisper (Radford et al., 2022), in numpy, without torch.
 
 Frames of ``window`` samples, ``hop`` apart and centred on their places (the signal is mirrored at
 both ends), weighted by a Hann window; power spectra; triangular filters of Slaney's Auditory
@@ -28,9 +28,9 @@ _BLOCK = 4096  # frames that are transformed at a time
 
 @dataclass(frozen=True, slots=True)
 class MelConfig:
-    """``num_bins`` filters from 0 Hz to half of ``rate`` (samples per second).
+    """Mel spectrogram of ``num_bins`` filters from 0 Hz to half of ``rate`` (samples per second).
 
-    ``window`` and ``hop`` in samples.
+    ``window`` and ``hop`` are in samples.
     """
 
     num_bins: int
@@ -40,9 +40,10 @@ class MelConfig:
 
 
 def read_mel_config(num_bins: int, preprocessor: Mapping[str, Any]) -> MelConfig:
-    """From preprocessor_config.json of a ``WhisperFeatureExtractor``, with Whisper's values where it says nothing.
+    """Read preprocessor_config.json of a ``WhisperFeatureExtractor``, with Whisper's defaults.
 
-    Raises ConfigError when it makes other bins than the encoder takes, or for impossible values.
+    Raises ConfigError when it makes another number of bins than the encoder takes, or for
+    impossible values.
     """
     own = count(preprocessor, "feature_size", num_bins)
     if own != num_bins:
@@ -64,7 +65,7 @@ def read_mel_config(num_bins: int, preprocessor: Mapping[str, Any]) -> MelConfig
 
 
 def log_mel(samples: np.ndarray, config: MelConfig) -> np.ndarray:
-    """Features (len(samples) // hop, num_bins) float32 of samples (N,); N at least ``hop``."""
+    """Return features (len(samples) // hop, num_bins) float32 of samples (N,), N >= ``hop``."""
     margin = config.window // 2
     padded = np.pad(samples.astype(np.float64), margin, mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, config.window)[:: config.hop]
@@ -80,13 +81,13 @@ def log_mel(samples: np.ndarray, config: MelConfig) -> np.ndarray:
 
 
 def pad_to_hops(samples: np.ndarray, config: MelConfig, least: int = 1) -> np.ndarray:
-    """The samples with silence behind them, up to a multiple of ``hop`` and at least ``least`` hops."""
+    """Pad samples with silence to a multiple of ``hop``, at least ``least`` hops."""
     num_hops = max(-(-len(samples) // config.hop), least)
     return pad_to(samples, num_hops * config.hop)
 
 
 def pad_to(samples: np.ndarray, length: int) -> np.ndarray:
-    """The samples with silence behind them, or cut, so that there are ``length`` of them."""
+    """Pad samples with silence, or cut them, to ``length``."""
     if len(samples) >= length:
         return samples[:length]
     return np.pad(samples, (0, length - len(samples)))
@@ -94,7 +95,7 @@ def pad_to(samples: np.ndarray, length: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def mel_filters(config: MelConfig) -> np.ndarray:
-    """Weights (window // 2 + 1, num_bins) float64 of the frequencies of a power spectrum in each filter."""
+    """Return weights (window // 2 + 1, num_bins) float64 of the frequencies in each filter."""
     top = _to_mel(np.array(config.rate / 2))
     edges = _to_hertz(np.linspace(0.0, top, config.num_bins + 2))
     frequencies = np.linspace(0.0, config.rate / 2, config.window // 2 + 1)
@@ -109,7 +110,7 @@ def mel_filters(config: MelConfig) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _hann(length: int) -> np.ndarray:
-    """The periodic Hann window."""
+    """Return the periodic Hann window."""
     return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(length) / length)
 
 

@@ -1,7 +1,4 @@
-"""Steps that image processors share: resizing as Pillow does it, and the numbers of normalisation.
-
-No torch.
-"""
+"""Steps that image processors share: resizing as in Pillow and normalisation, without torch."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Normalization:
-    """``(pixel * scale - mean) / std`` for pixels 0 to 255, per channel."""
+    """Normalisation ``(pixel * scale - mean) / std`` of pixels 0 to 255, per channel."""
 
     scale: float
     mean: tuple[float, float, float]
@@ -34,7 +31,10 @@ class Normalization:
 
 
 def check_video(num_frames: int, pixels_each: int) -> None:
-    """Raise MediaTooLargeError for frames, small ones perhaps, of which resizing would make gigabytes."""
+    """Raise MediaTooLargeError for frames that resizing would turn into gigabytes.
+
+    Small frames count, too: some models enlarge every frame to a fixed size.
+    """
     if num_frames * pixels_each > MAX_VIDEO_PIXELS:
         raise MediaTooLargeError(
             f"This model makes {pixels_each} pixels of each of the video's {num_frames} frames; at "
@@ -43,9 +43,9 @@ def check_video(num_frames: int, pixels_each: int) -> None:
 
 
 def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:
-    """From preprocessor_config.json, with CLIP's values where it says nothing.
+    """Read the normalisation from preprocessor_config.json, with CLIP's values as defaults.
 
-    ConfigError for impossible ones.
+    Raises ConfigError for impossible values.
     """
     factor = preprocessor.get("rescale_factor")
     scale = (1 / 255 if factor is None else factor) if _flag(preprocessor, "do_rescale") else 1
@@ -71,7 +71,7 @@ def read_normalization(preprocessor: Mapping[str, Any]) -> Normalization:
 
 
 def read_resample(preprocessor: Mapping[str, Any]) -> int:
-    """Pillow's number of the resampling filter; bicubic when the file does not say."""
+    """Return Pillow's number of the resampling filter; bicubic when the file does not name one."""
     value = preprocessor.get("resample")
     value = BICUBIC if value is None else value
     try:
@@ -85,9 +85,9 @@ def read_resample(preprocessor: Mapping[str, Any]) -> int:
 def resize(
     image: np.ndarray, height: int, width: int, resample: int, box: Box | None = None
 ) -> np.ndarray:
-    """(H, W, 3) uint8 -> (height, width, 3) uint8.
+    """Resize (H, W, 3) uint8 to (height, width, 3) uint8.
 
-    ``box`` (left, top, right, bottom) is the part that is kept.
+    ``box``: the part (left, top, right, bottom) that is kept.
     """
     if box is None and image.shape[:2] == (height, width):
         return np.ascontiguousarray(image)
@@ -97,7 +97,7 @@ def resize(
 
 
 def check_image(image: Any) -> np.ndarray:
-    """The (H, W, 3) uint8 image itself. Raises InvalidRequestError for an empty or mistyped one."""
+    """Return the (H, W, 3) uint8 image. Raises InvalidRequestError for an empty or mistyped one."""
     if not isinstance(image, np.ndarray):
         raise InvalidRequestError(f"An image must be an array, got {type(image).__name__}.")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:

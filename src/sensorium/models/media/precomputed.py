@@ -1,8 +1,6 @@
-"""Checks of precomputed embeddings.
+"""Validation of precomputed embeddings: torch tensors or arrays in, float32 numpy out.
 
-What may come as a torch tensor or an array leaves as float32 numpy, or not at all.
-
-torch is never imported here: whoever hands in a tensor has imported it.
+torch is never imported here: a caller that passes a tensor has imported it.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from sensorium.errors import InvalidEmbeddingsError
 
 
 def dense(value: Any, param: str) -> np.ndarray:
-    """Floating values as a C-contiguous float32 array of the same shape.
+    """Return floating values as a C-contiguous float32 array of the same shape.
 
     Takes torch tensors and numpy arrays. Raises InvalidEmbeddingsError at ``param`` for other
     things, for integers, sparse, quantized, nested or meta tensors, and for NaN or infinite values.
@@ -46,9 +44,10 @@ def dense(value: Any, param: str) -> np.ndarray:
 
 
 def per_item(source: Any, param: str) -> list[tuple[np.ndarray, str]]:
-    """Split a tensor (items, features, hidden), or a list of (features, hidden), into arrays with their places.
+    """Split embeddings into one array per item, each with its place in the request.
 
-    One item may also come as a bare (features, hidden). The sizes are the caller's to check.
+    source: a tensor (items, features, hidden), or a list of (features, hidden). One item may also
+    come as a bare (features, hidden). The caller checks the sizes.
     """
     if is_array(source):
         array = dense(source, param)
@@ -72,12 +71,11 @@ def per_item(source: Any, param: str) -> list[tuple[np.ndarray, str]]:
 
 
 def unwrapped(modality: str, source: Any, param: str) -> tuple[Any, str]:
-    """Return embeddings and their place: the only member of ``{"image_embeds".
+    """Return embeddings and their place, unwrapped from a mapping with one key.
 
-    …}``, or ``source`` where it is none.
-
-    For families that need nothing beside the embeddings. Raises InvalidEmbeddingsError for a
-    mapping with other keys.
+    The key is ``image_embeds`` for images, and likewise for others; sources that are not mappings
+    are returned as they are. For families that need nothing beside the embeddings. Raises
+    InvalidEmbeddingsError for a mapping with other keys.
     """
     if not isinstance(source, Mapping):
         return source, param
@@ -102,11 +100,10 @@ def check_width(array: np.ndarray, hidden_size: int, param: str) -> None:
 
 
 def integers(value: Any, width: int, param: str) -> list[tuple[int, ...]]:
-    """Rows of ``width`` integers each, of a tensor, an array or nested lists.
+    """Return rows of ``width`` integers each from a tensor, an array or nested lists.
 
-    A bare row is one of one.
-
-    Raises InvalidEmbeddingsError at ``param`` for other shapes and types.
+    A bare row is returned as one row. Raises InvalidEmbeddingsError at ``param`` for other shapes
+    and types.
     """
     rows = value if isinstance(value, list | tuple) else [value]
     try:
@@ -136,7 +133,7 @@ def is_array(value: Any) -> bool:
 
 
 def describe(value: Any) -> str:
-    """Type of a value, with its length if it is an empty list."""
+    """Return the type of a value, with its length if it is an empty list."""
     return (
         "an empty list" if isinstance(value, list | tuple) and not value else type(value).__name__
     )

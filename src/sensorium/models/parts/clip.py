@@ -20,7 +20,7 @@ IN_CHANNELS = 3
 
 
 class PixelScale:
-    """Normalises pixels on the model's device in float32, then casts to its dtype."""
+    """Normalisation of pixels on the model's device in float32, cast to the model's dtype."""
 
     def __init__(self, normalization: Normalization, options: BuildOptions) -> None:
         mean = torch.tensor(normalization.mean, device=options.device)
@@ -30,23 +30,23 @@ class PixelScale:
         self.dtype, self.device = options.dtype, options.device
 
     def to_device(self, pixels: np.ndarray) -> torch.Tensor:
-        """The array as a uint8 tensor on the device."""
+        """Return the array as a uint8 tensor on the device."""
         return torch.from_numpy(np.require(pixels, requirements="W")).to(self.device)
 
     def exact(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (..., C, n) -> float32: channels on the last axis but one."""
+        """Normalise uint8 (..., C, n) to float32; channels on the last axis but one."""
         x = pixels.to(torch.float32)
         return x.mul_(self.weight[:, None]).add_(self.bias[:, None])
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (..., C, n) -> the model's dtype: channels on the last axis but one."""
+        """Normalise uint8 (..., C, n) to the model's dtype; channels on the last axis but one."""
         return self.exact(pixels).to(self.dtype)
 
 
 class PatchEmbedding:
-    """Squares of pixels, normalised and projected to the tower's width.
+    """Patch embedding: squares of pixels, normalised and projected to the tower's width.
 
-    A convolution whose stride is its kernel's.
+    This is a convolution whose stride is its kernel's size.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class PatchEmbedding:
         self.linear = Linear(IN_CHANNELS * config.patch_size**2, config.hidden_size, bias)
 
     def slot(self, name: str) -> WeightSlot:
-        """The kernel (hidden_size, 3, patch, patch) under ``name``, and its bias if it has one."""
+        """Slot of the kernel (hidden_size, 3, patch, patch) under ``name``, and of its bias."""
         width = self.linear.num_outputs
         parts = [Part(f"{name}.weight", (width, IN_CHANNELS, self.size, self.size))]
         if self.linear.has_bias:
@@ -72,9 +72,10 @@ class PatchEmbedding:
         self.linear.load(owned(kernel).flatten(1), None if bias is None else owned(bias))
 
     def rows(self, images: np.ndarray) -> torch.Tensor:
-        """Images (B, H, W, 3) uint8 of one size -> (B * rows * columns, 3 * patch * patch), normalised.
+        """Cut images (B, H, W, 3) uint8 of one size into rows of normalised patches.
 
-        What is left of H and W over multiples of the patch is not looked at.
+        The result is (B * rows * columns, 3 * patch * patch). Pixels of H and W beyond a multiple
+        of the patch are not used.
         """
         size, (batch, height, width, channels) = self.size, images.shape
         rows, columns = height // size, width // size
@@ -84,7 +85,7 @@ class PatchEmbedding:
         return self.scale(cells).flatten(1)
 
     def __call__(self, images: np.ndarray) -> torch.Tensor:
-        """(B, H, W, 3) uint8 -> (B, rows * columns, hidden_size)."""
+        """Embed (B, H, W, 3) uint8 -> (B, rows * columns, hidden_size)."""
         return self.linear(self.rows(images)).view(len(images), -1, self.linear.num_outputs)
 
 
@@ -112,7 +113,10 @@ class ClipLayer:
         yield linear_slot(self.mlp.fc2, [(f"{name}.mlp.fc2", size)])
 
     def __call__(self, x: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
-        """(T, size) -> (T, size) in new memory; ``starts`` as ``cu_seqlens`` of VisionAttention."""
+        """Run (T, size) -> (T, size) in new memory.
+
+        ``starts``: as ``cu_seqlens`` of VisionAttention.
+        """
         x = x + self.attention(self.attention_norm(x), starts)
         return x.add_(self.mlp(self.mlp_norm(x)))
 
@@ -120,9 +124,9 @@ class ClipLayer:
 def run_layers(
     layers: Sequence[ClipLayer], x: torch.Tensor, starts: Sequence[int], wanted: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Hidden states (T, size) after ``wanted`` numbers of layers, 0 for ``x`` itself.
+    """Return hidden states (T, size) after ``wanted`` numbers of layers, 0 for ``x`` itself.
 
-    ``starts`` as layers take it.
+    ``starts``: as for the layers.
     """
     found = {0: x}
     for number, layer in enumerate(layers, start=1):
@@ -133,7 +137,7 @@ def run_layers(
 
 
 def unused_layers(prefix: str, config: ClipConfig, layers: Sequence[ClipLayer]) -> tuple[str, ...]:
-    """Regular expressions of the weights of a tower's layers behind those that are built."""
+    """Regular expressions of the weights of a tower's layers that are not built."""
     numbers = range(len(layers), config.num_layers)
     return tuple(rf"{prefix}encoder\.layers\.{number}\..*" for number in numbers)
 
@@ -156,7 +160,7 @@ class ClipTower:
         self.layers = [ClipLayer(config) for _ in range(depth)]
 
     def ignored(self, prefix: str) -> tuple[str, ...]:
-        """Regular expressions of the weights under ``prefix`` that a tower of this depth leaves alone."""
+        """Regular expressions of the weights under ``prefix`` that this depth does not use."""
         return (rf"{prefix}post_layernorm\..*", *unused_layers(prefix, self.config, self.layers))
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
@@ -177,11 +181,14 @@ class ClipTower:
         self.class_token, self.positions = owned(class_token), owned(positions)
 
     def hidden_states(self, images: np.ndarray, wanted: Sequence[int]) -> list[torch.Tensor]:
-        """Hidden states (B, 1 + patches, size) after ``wanted`` numbers of layers, of images (B, H, W, 3) uint8."""
+        """Return hidden states (B, 1 + patches, size) after ``wanted`` numbers of layers.
+
+        images: (B, H, W, 3) uint8.
+        """
         return self.states_of(self.patches(images), wanted)
 
     def states_of(self, patches: torch.Tensor, wanted: Sequence[int]) -> list[torch.Tensor]:
-        """Hidden states of embedded patches (B, patches, size)."""
+        """Return hidden states of embedded patches (B, patches, size)."""
         batch, rows = len(patches), self.config.num_patches + 1
         first = self.class_token.expand(batch, 1, -1)
         x = torch.cat((first, patches), dim=1).add_(self.positions)

@@ -1,7 +1,4 @@
-"""One decoder for Llama, Qwen2, Qwen3, Mistral and Phi-3.
-
-Pre-norm blocks of paged attention and a gated MLP.
-"""
+"""The decoder of Llama, Qwen2, Qwen3, Mistral and Phi-3: pre-norm blocks of attention and MLP."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class DecoderLayer:
-    """Norm, attention, norm, MLP; the residual stream is added to by the norms."""
+    """Norm, attention, norm, MLP; the norms also add to the residual stream."""
 
     __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
 
@@ -49,7 +46,10 @@ class DecoderLayer:
         )
 
     def slots(self, config: TextConfig, name: str) -> Iterator[WeightSlot]:
-        """Weights under ``name``, such as ``layers.0``; Phi-3's files are fused already."""
+        """Slots of the weights under ``name``, such as ``layers.0``.
+
+        Phi-3's files are fused already.
+        """
         attention, mlp = self.attention, self.mlp
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         own = f"{name}.self_attn"
@@ -76,7 +76,7 @@ class DecoderLayer:
 class Decoder:
     """Embedding, layers, final norm and head, with rotary factors.
 
-    Raises ConfigError for an activation or a rotary scaling that is not known.
+    Raises ConfigError for an unknown activation or rotary scaling.
     """
 
     def __init__(self, config: TextConfig, options: BuildOptions) -> None:
@@ -107,8 +107,10 @@ class Decoder:
             )
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """Weights under ``prefix``; the head, where it is wanted, is ``lm_head`` without prefix, or the embedding where
-        the configuration says so and the checkpoint holds no other.
+        """Slots of the weights under ``prefix``.
+
+        The head, where it is wanted, is ``lm_head`` without prefix. It is the embedding where the
+        configuration ties them and the checkpoint holds no other.
         """
         shape = (self.config.vocab_size, self.config.hidden_size)
         table = Part(f"{prefix}embed_tokens.weight", shape)
@@ -124,11 +126,10 @@ class Decoder:
     def forward(
         self, embeds: torch.Tensor, batch: AttentionBatch, added: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
-        """(T, H) -> (T, H) after the final norm.
+        """Run all layers and the final norm: (T, H) -> (T, H).
 
-        Overwrites ``embeds``, which becomes the residual stream.
-
-        ``added``: tensors (T, H) that the first layers add to the stream, one after the other.
+        Overwrites ``embeds``, which becomes the residual stream. ``added``: tensors (T, H) that the
+        first layers add to the stream, one per layer.
         """
         residual = embeds
         layers = self.layers
@@ -145,9 +146,9 @@ class Decoder:
 
 
 class DecoderModel:
-    """The ``Model`` protocol over a ``Decoder``.
+    """The ``Model`` protocol over a ``Decoder``, the base of all native models.
 
-    Text models are this, the others add an encoder.
+    Text models use it as it is, others add an encoder.
     """
 
     prefix = ""
@@ -163,7 +164,7 @@ class DecoderModel:
 
     @property
     def has_encoder(self) -> bool:
-        """A decoder alone has none."""
+        """Return false: a decoder alone has no encoder."""
         return False
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -171,30 +172,30 @@ class DecoderModel:
         yield from self.decoder.slots(self.prefix)
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """A decoder alone takes no media: ValueError for any item."""
+        """Raise ValueError for any item: a decoder alone takes no media."""
         if items:
             raise ValueError(f"this model has no encoder for {items[0].modality}")
         return []
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (T, H) of ids (T,)."""
+        """Return token embeddings (T, H) of ids (T,)."""
         return self.decoder.embedding(ids)
 
     def rotary(
         self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (T, rotary_dim / 2) of positions (T,) or (3, T) and lengths of sequences (see ``Model``)."""
+        """Return cos, sin (T, rotary_dim / 2) of positions (T,) or (3, T); see ``Model``."""
         return self.decoder.rotary.cos_sin(positions, lengths)
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Hidden states (T, H) after the final norm; overwrites ``embeds``."""
+        """Return hidden states (T, H) after the final norm; overwrites ``embeds``."""
         return self.decoder.forward(embeds, batch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V) of hidden states (N, H)."""
+        """Return logits (N, V) of hidden states (N, H)."""
         return self.decoder.head(hidden)
 
 
 def apart(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The parts of a batch in memory of their own, so that one that is kept does not keep the others."""
+    """Copy the parts of a batch, so that keeping one does not keep the memory of the others."""
     return [part.clone() for part in parts] if len(parts) > 1 else list(parts)

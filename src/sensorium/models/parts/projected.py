@@ -1,4 +1,4 @@
-"""A decoder behind a vision tower and a projector of two layers: what the LLaVA families share."""
+"""A decoder with a vision tower and a two-layer projector, as the LLaVA families share it."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class ProjectedConfig(Protocol):
 
     @property
     def feature_layers(self) -> tuple[int, ...]:
-        """After how many layers of the tower features are taken.
+        """Numbers of layers of the tower after which features are taken.
 
-        Several are joined along the channels.
+        Several are concatenated along the channels.
         """
         ...
 
     @property
     def projector_activation(self) -> str:
-        """Between the projector's layers."""
+        """Activation between the projector's layers."""
         ...
 
     @property
@@ -54,9 +54,9 @@ Tower = TypeVar("Tower")
 
 
 class ProjectedModel(DecoderModel, Generic[Config, Tower]):
-    """The decoder with a vision tower and a projector.
+    """The decoder with a vision tower and a projector, both left out when they are not needed.
 
-    Without both when all of ``seen`` is skipped.
+    That is when all modalities of ``seen`` are skipped.
     """
 
     prefix = "language_model."
@@ -86,7 +86,7 @@ class ProjectedModel(DecoderModel, Generic[Config, Tower]):
 
     @property
     def has_encoder(self) -> bool:
-        """Return whether any modality of the tower is taken."""
+        """Return whether the model takes any modality of the tower."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:

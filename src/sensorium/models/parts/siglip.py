@@ -1,4 +1,4 @@
-"""The SigLIP vision transformer (Zhai et al., 2023): every patch counts, there is no class token.
+"""The SigLIP vision transformer (Zhai et al., 2023), which has no class token.
 
 ``SiglipTower.hidden_states`` takes square images of the trained size. ``embed`` and ``run`` take
 rows of patches with a position each, so that images of several sizes, whose positions come from
@@ -21,7 +21,7 @@ from sensorium.models.parts.clip import ClipLayer, PatchEmbedding, run_layers, u
 
 
 class SiglipTower:
-    """Patch embedding, learnt positions, the first ``depth`` layers, and the norm after the last if it is wanted.
+    """Patch embedding, learnt positions, the first ``depth`` layers and an optional final norm.
 
     ``depth`` may be less than the configuration's number of layers: then the rest is neither built
     nor loaded.
@@ -54,7 +54,7 @@ class SiglipTower:
             yield norm_slot(self.post_norm, f"{prefix}post_layernorm")
 
     def ignored(self, prefix: str) -> tuple[str, ...]:
-        """Regular expressions of the weights under ``prefix`` that a tower of this depth leaves alone."""
+        """Regular expressions of the weights under ``prefix`` that this depth does not use."""
         norm = () if self.post_norm is not None else (rf"{prefix}post_layernorm\..*",)
         return (
             rf"{prefix}head\..*",
@@ -66,9 +66,10 @@ class SiglipTower:
         self.positions = owned(table)
 
     def hidden_states(self, images: np.ndarray, wanted: Sequence[int]) -> list[torch.Tensor]:
-        """Hidden states (B, patches, size) after ``wanted`` numbers of layers, without the norm after the last.
+        """Return hidden states (B, patches, size) after ``wanted`` numbers of layers.
 
-        ``images``: (B, H, W, 3) uint8, H and W the configuration's image_size.
+        They do not pass the final norm. ``images``: (B, H, W, 3) uint8, H and W the configuration's
+        image_size.
         """
         batch, rows = len(images), self.config.num_patches
         x = self.patches(images).add_(self.positions).view(batch * rows, -1)
@@ -76,14 +77,17 @@ class SiglipTower:
         return [state.view(batch, rows, -1) for state in run_layers(self.layers, x, starts, wanted)]
 
     def embed(self, patches: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """Rows of ``patches.rows`` (T, 3 * patch * patch), an index into the positions for each (T,) -> (T, size)."""
+        """Embed rows of patches (T, 3 * patch * patch) -> (T, size).
+
+        ``patches``: as of ``patches.rows``; ``position_ids`` (T,): an index into the positions for
+        each.
+        """
         return self.patches.linear(patches).add_(self.positions[position_ids])
 
     def run(self, x: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
-        """(T, size) -> (T, size): all layers, then the norm if there is one.
+        """Run all layers, then the norm if there is one: (T, size) -> (T, size).
 
-        ``starts``: the row at which each image begins, and T at the end; attention stays within
-        each.
+        ``starts``: first row of each image, and T at the end; attention stays within each.
         """
         for layer in self.layers:
             x = layer(x, starts)

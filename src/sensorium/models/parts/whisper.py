@@ -1,4 +1,7 @@
-"""The encoder of Whisper (Radford et al., 2022) over chunks of any length, several in one batch without padding."""
+"""The encoder of Whisper (Radford et al., 2022) over a batch of chunks without padding.
+
+Chunks may have any length up to the encoder's.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,10 @@ _HALF_LIMIT = torch.finfo(torch.float16).max - 1000
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MelChunk:
-    """One run of the encoder: ``mel`` (F, bins), whose first ``num_frames`` frames are audio and the rest padding.
+    """One run of the encoder over ``mel`` (F, bins).
 
-    The encoder makes (F + 1) // 2 rows of it. Rows of padding see those of audio, but are not seen.
+    The first ``num_frames`` frames are audio, the rest is padding. The encoder makes (F + 1) // 2
+    rows of it. Rows of padding attend to those of audio, but not the reverse.
     """
 
     mel: torch.Tensor
@@ -34,12 +38,12 @@ class MelChunk:
 
     @property
     def num_rows(self) -> int:
-        """Rows that come out."""
+        """Number of output rows."""
         return (len(self.mel) + 1) // 2
 
     @property
     def num_seen(self) -> int:
-        """Rows that others see."""
+        """Number of rows that others attend to."""
         return (self.num_frames + 1) // 2
 
 
@@ -47,8 +51,8 @@ class MelChunk:
 class _Plan:
     """Attention plan of a batch: chunks without padding come first.
 
-    ``starts``: where each of those starts, and where the last ends. ``padded``: (start, end, end of
-    what is seen).
+    ``starts``: first row of each of those, and the end of the last. ``padded``: (start, end, end of
+    the rows that are attended to).
     """
 
     starts: tuple[int, ...]
@@ -80,7 +84,7 @@ class WhisperAttention:
         self.qkv.load(torch.cat((q, k, v)), biases)
 
     def __call__(self, x: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        """(T, size) -> (T, size)."""
+        """Run (T, size) -> (T, size)."""
         num_rows = x.shape[0]
         q, k, v = self.qkv(x).view(num_rows, 3, self.num_heads, self.head_dim).unbind(1)
         plain, mixed = plan.starts[-1], []
@@ -116,7 +120,7 @@ class WhisperLayer:
         yield linear_slot(self.mlp.fc2, [(f"{name}.fc2", self.mlp.fc2.num_outputs)])
 
     def __call__(self, x: torch.Tensor, plan: _Plan) -> torch.Tensor:
-        """(T, size) -> (T, size) in new memory."""
+        """Run (T, size) -> (T, size) in new memory."""
         x = x + self.attention(self.attention_norm(x), plan)
         x.add_(self.mlp(self.mlp_norm(x)))
         # Large checkpoints overflow half precision; the reference clamps at the same place.
@@ -130,8 +134,8 @@ class WhisperEncoder:
         self.config = config
         self.dtype, self.device = options.dtype, options.device
         size = config.hidden_size
-        self.conv1 = Linear(KERNEL * config.num_bins, size, bias=True)
-        self.conv2 = Linear(KERNEL * size, size, bias=True)
+        self.conv1 = Linear(KERNEL * config.num_bins, size, bias=True, act="gelu")
+        self.conv2 = Linear(KERNEL * size, size, bias=True, act="gelu")
         self.positions = torch.empty(0)
         self.layers = [WhisperLayer(config) for _ in range(config.num_layers)]
         self.norm = LayerNorm(size, NORM_EPS)
@@ -151,7 +155,10 @@ class WhisperEncoder:
         self.positions = owned(table)
 
     def __call__(self, chunks: Sequence[MelChunk]) -> list[torch.Tensor]:
-        """Hidden states (num_rows, size) of each chunk, each of at most ``config.max_frames`` frames."""
+        """Return hidden states (num_rows, size) of each chunk.
+
+        Each has at most ``config.max_frames`` frames.
+        """
         order = sorted(
             range(len(chunks)),
             key=lambda i: chunks[i].num_seen < chunks[i].num_rows,
@@ -165,20 +172,20 @@ class WhisperEncoder:
         return [parts[i] for i in range(len(chunks))]
 
     def _rows(self, mel: torch.Tensor) -> torch.Tensor:
-        """(F, bins) -> ((F + 1) // 2, size).
+        """Run both convolutions: (F, bins) -> ((F + 1) // 2, size).
 
-        Convolutions as products with the windows that they see.
+        They are products with the windows of their input.
         """
         x = mel.to(device=self.device, dtype=self.dtype)
-        x = self.conv1.forward_act(_windows(x, 1), "gelu")
-        x = self.conv2.forward_act(_windows(x, 2), "gelu")
+        x = self.conv1(_windows(x, 1))
+        x = self.conv2(_windows(x, 2))
         return x.add_(self.positions[: len(x)])
 
 
 def _windows(x: torch.Tensor, stride: int) -> torch.Tensor:
-    """(F, C) -> (ceil(F / stride), C * KERNEL).
+    """Join each row with its neighbours: (F, C) -> (ceil(F / stride), C * KERNEL).
 
-    Each row with its neighbours, zeros beyond both ends.
+    Neighbours beyond both ends are zeros.
     """
     return F.pad(x, (0, 0, 1, 1)).unfold(0, KERNEL, stride).flatten(1)
 
@@ -196,7 +203,7 @@ def _plan(chunks: Sequence[MelChunk]) -> _Plan:
 
 
 def _conv_slot(layer: Linear, name: str, num_channels: int) -> WeightSlot:
-    """A convolution's kernel (outputs, channels, KERNEL) and bias."""
+    """Slot of a convolution's kernel (outputs, channels, KERNEL) and bias."""
     parts = (
         Part(f"{name}.weight", (layer.num_outputs, num_channels, KERNEL)),
         Part(f"{name}.bias", (layer.num_outputs,)),

@@ -65,14 +65,14 @@ class HfProcessorAdapter:
     """If true, placeholders of several tokens stay as they are and are not cut out of the text."""
 
     def __init__(self, own: Any) -> None:
-        self._own = own
+        self.own = own
         self._lock = threading.Lock()  # tokenizers change their settings while they are called
         self._specials: list[int] = own.tokenizer("")["input_ids"]
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """Return the modalities that it has processors for."""
-        has_images = getattr(self._own, "image_processor", None) is not None
+        has_images = getattr(self.own, "image_processor", None) is not None
         return (*(("image",) if has_images else ()), *(("audio",) if self._hears else ()))
 
     @property
@@ -82,12 +82,12 @@ class HfProcessorAdapter:
 
     @property
     def _hears(self) -> Any:
-        own = self._own
+        own = self.own
         return getattr(own, "feature_extractor", None) or getattr(own, "audio_processor", None)
 
     def options(self, modality: Modality) -> list[str]:
         """Names of what its part for a modality can be told."""
-        part = self._own.image_processor if modality == "image" else self._hears
+        part = self.own.image_processor if modality == "image" else self._hears
         known = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
         return sorted(set(known) - _SETTINGS_OF_CALLS - _OF_THE_WEIGHTS)
 
@@ -96,21 +96,21 @@ class HfProcessorAdapter:
 
         The checkpoint's own largest.
         """
-        part = self._own.image_processor if modality == "image" else self._hears
+        part = self.own.image_processor if modality == "image" else self._hears
         return max(numbers_in(getattr(part, name, None)), default=MOST_OF_OPEN)
 
     def placeholders(self, modality: Modality) -> list[str]:
         """Texts that may be the placeholder, the likeliest first."""
         names = [f"{modality}_token", "boi_token" if modality == "image" else "boa_token"]
         texts = [
-            getattr(part, name, None) for part in (self._own, self._own.tokenizer) for name in names
+            getattr(part, name, None) for part in (self.own, self.own.tokenizer) for name in names
         ]
         found = [getattr(text, "content", text) for text in texts if text]
         return list(dict.fromkeys((*map(str, found), *_TEXTS[modality])))
 
     def ids_of(self, text: str) -> tuple[int, ...]:
         """Ids of a text without special tokens around it."""
-        return tuple(self._own.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return tuple(self.own.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def call(
         self, modality: Modality, text: str, data: np.ndarray, options: Mapping[str, Any]
@@ -126,7 +126,7 @@ class HfProcessorAdapter:
         else:
             media = {"audio": [data], "sampling_rate": self.rate}
         with self._lock:
-            return as_arrays(self._own(text=[text], return_tensors="pt", **media, **options))
+            return as_arrays(self.own(text=[text], return_tensors="pt", **media, **options))
 
     def expanded(self, ids: Sequence[int]) -> list[int]:
         """The ids without the special tokens that the tokenizer puts around a text."""
@@ -151,12 +151,12 @@ class PaliGemmaAdapter(HfProcessorAdapter):
     def ids_of(self, text: str) -> tuple[int, ...]:
         """A placeholder behind the BOS; any other text alone."""
         ids = super().ids_of(text)
-        is_image = text == getattr(self._own, "image_token", None)
-        return (int(self._own.tokenizer.bos_token_id), *ids) if is_image else ids
+        is_image = text == getattr(self.own, "image_token", None)
+        return (int(self.own.tokenizer.bos_token_id), *ids) if is_image else ids
 
     def expanded(self, ids: Sequence[int]) -> list[int]:
         """Image tokens and BOS, without the line's end."""
-        bos = int(self._own.tokenizer.bos_token_id)
+        bos = int(self.own.tokenizer.bos_token_id)
         return list(ids[: list(ids).index(bos) + 1])
 
 
@@ -187,7 +187,7 @@ class VoxtralAdapter(HfProcessorAdapter):
 
         Behind the one that begins an audio item, where there is such a token.
         """
-        tokenizer = self._own.tokenizer
+        tokenizer = self.own.tokenizer
         audio = str(tokenizer.convert_ids_to_tokens(self._fill))
         begin = ("[BEGIN_AUDIO]",) if "[BEGIN_AUDIO]" in tokenizer.get_vocab() else ()
         return ["".join((*begin, audio))]
@@ -196,7 +196,7 @@ class VoxtralAdapter(HfProcessorAdapter):
         self, modality: Modality, text: str, data: np.ndarray, options: Mapping[str, Any]
     ) -> Arrays:
         """``input_features`` (rows, mel bins, frames) and ``input_ids`` (1, n)."""
-        extractor = self._own.feature_extractor
+        extractor = self.own.feature_extractor
         frames = extractor(
             data,
             sampling_rate=self.rate,
@@ -208,7 +208,7 @@ class VoxtralAdapter(HfProcessorAdapter):
         width = self._SECONDS * self.rate // extractor.hop_length
         rows = frames.reshape(frames.shape[0], -1, width).transpose(1, 0, 2)
         ids: list[int] = []
-        for token in self._own.tokenizer(text)["input_ids"]:
+        for token in self.own.tokenizer(text)["input_ids"]:
             ids += [token] * (len(rows) * self._per_row if token == self._fill else 1)
         features = np.ascontiguousarray(rows, dtype=np.float32)
         return {"input_features": features, "input_ids": np.array([ids])}

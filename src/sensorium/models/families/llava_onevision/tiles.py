@@ -29,8 +29,8 @@ from sensorium.models.media.pixels import resize
 Pinpoints = tuple[tuple[int, int], ...]
 """Heights and widths."""
 _SLACK = 1.1
-_CANVAS_PIXELS = 1 << 22
-_MAX_SQUARE = 8192
+CANVAS_PIXELS = 1 << 22
+MAX_SQUARE = 8192
 """Longest edge that is padded to a square as it is; longer images are first shrunk to it."""
 
 
@@ -158,7 +158,7 @@ def pad_and_resize(
     canvas = np.empty((edge, size, 3), np.uint8)
     canvas[:] = background
     top, left = (edge - height) // 2, (edge - width) // 2
-    num_rows = max(1, _CANVAS_PIXELS // edge)
+    num_rows = max(1, CANVAS_PIXELS // edge)
     for start in range(0, height, num_rows):
         part = image[start : start + num_rows]
         strip = np.empty((len(part), edge, 3), np.uint8)
@@ -171,7 +171,7 @@ def pad_and_resize(
 
 def _shrunk(image: np.ndarray, resample: int) -> np.ndarray:
     height, width = image.shape[:2]
-    scale = _MAX_SQUARE / max(height, width)
+    scale = MAX_SQUARE / max(height, width)
     if scale >= 1:
         return image
     tall, wide = max(1, round(height * scale)), max(1, round(width * scale))
