@@ -16,7 +16,7 @@ from PIL import Image
 
 from sensorium import LLM, AsyncLLM, PoolingParams, RequestOutput, RequestOutputKind, SamplingParams
 from sensorium.engine.outputs.stream import OutputCollector
-from sensorium.engine.prompts import input_processor
+from sensorium.engine.prompts import expansion, input_processor
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.errors import (
     ConfigError,
@@ -188,7 +188,7 @@ def test_the_callers_loop_goes_on(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
     async def main() -> int:
         await llm.start()
         monkeypatch.setattr(InputProcessor, "render", noted("render", InputProcessor.render))
-        monkeypatch.setattr(input_processor, "expanded", noted("expand", input_processor.expanded))
+        monkeypatch.setattr(input_processor, "expanded", noted("expand", expansion.expanded))
         monkeypatch.setattr(OutputCollector, "apply", noted("apply", OutputCollector.apply))
         num_turns = 0
 

@@ -16,7 +16,7 @@ from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.models import loader
 from sensorium.models.families.qwen2_vl.sizes import PixelRange
 from sensorium.models.registry import resolve
-from sensorium.multimodal.parse.part_options import apart
+from sensorium.multimodal.parse.part_options import by_use
 from sensorium.text.chat.chat_template import parse_messages
 from tests.checkpoints import make_llava, make_qwen2_5_vl, make_qwen3_vl
 from tests.parts import Parts, build_llm
@@ -116,7 +116,7 @@ def test_pixels_of_a_frame_are_a_frames_for_every_family(tmp_path: Any) -> None:
     ):
         part = {"video": CLIP, "nframes": 8, **options}
         expected = utils.fetch_video(part, image_patch_size=16)
-        own, _ = apart("video", options, "part")
+        own, _ = by_use("video", options, "part")
         assert published.target(8, height, width, own) == tuple(expected.shape[2:])
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import sensorium
-from sensorium.engine.prompts.types import RawPrompt
+from sensorium.engine.prompts.types import ChatPrompt, RawPrompt
 from sensorium.errors import PromptTooLongError
 from sensorium.text.chat.chat_template import parse_messages
 from sensorium.text.tokenizer import Tokenizer
@@ -190,9 +190,7 @@ def test_long_conversations_are_refused_by_their_beginning(
         [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}],
     ):
         with pytest.raises(PromptTooLongError) as caught:
-            input_processor.render(
-                sensorium.engine.prompts.types.ChatPrompt(conversation=parse_messages(messages))
-            )
+            input_processor.render(ChatPrompt(conversation=parse_messages(messages)))
         assert caught.value.param == "messages"
     with pytest.raises(PromptTooLongError):
         input_processor.render(RawPrompt(text=words))
@@ -205,7 +203,7 @@ def test_long_conversations_are_refused_by_their_beginning(
 def test_long_prompts_leave_the_event_loop(
     offline: Offline, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sensorium.engine.prompts.types import ChatPrompt, Prompt
+    from sensorium.engine.prompts.types import Prompt
 
     words, one = "word " * 10_000, [{"role": "user", "content": "a"}]
     tools = ({"type": "function", "function": {"name": "f", "description": words}},)

@@ -126,7 +126,7 @@ def table(results: Mapping[str, Any]) -> str:
             summary = results[name][stage]
             cells.append(f"{'-' if summary is None else format(summary['p50'], '.2f'):>10}")
         lines.append(f"{stage.removesuffix('_seconds').replace('_', ' '):<24}" + "".join(cells))
-    lines.append("cold: the CPU kernels are compiled anew; warm: they come from the cache on disk")
+    lines.append("cold: the CPU kernels are compiled; warm: they come from the cache on disk")
     return "\n".join(lines)
 
 

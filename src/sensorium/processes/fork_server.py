@@ -109,7 +109,7 @@ def _fork(control: socket.socket, descriptor: int, work: Callable[[socket.socket
 
 @dataclass(frozen=True, slots=True)
 class ForkServerCommand:
-    """How to start a fork server: the program, to which the number of the control socket's descriptor is added; the
+    """Command that starts a fork server: the program, to which the number of the control socket's descriptor is added; the
     environment; the first message."""
 
     program: tuple[str, ...]

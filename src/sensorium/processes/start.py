@@ -1,4 +1,4 @@
-"""How processes of this program are started, and how they begin."""
+"""Start and common beginning of child processes."""
 
 from __future__ import annotations
 
