@@ -1,4 +1,7 @@
-"""One harness for the benchmarks: flags from fields, sides in turn, rows with targets, JSON with the machine."""
+"""One harness for the benchmarks.
+
+Flags from fields, sides in turn, rows with targets, JSON with the machine.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,8 @@ class Size(NamedTuple):
 def flag(default: Any, help: str = "", *, quick: Any = dataclasses.MISSING, **parsing: Any) -> Any:
     """A field of settings that is a flag; ``quick`` is its value in a trial of seconds.
 
-    ``parsing`` goes to ``add_argument``; the type is that of the default, a tuple takes several values.
+    ``parsing`` goes to ``add_argument``; the type is that of the default, a tuple takes several
+    values.
     """
     chosen = default if quick is dataclasses.MISSING else quick
     return field(default=default, metadata={"help": help, "quick": chosen, "parsing": parsing})

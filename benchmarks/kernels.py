@@ -1,13 +1,16 @@
-"""The CPU kernels against plain torch and against the machine's limits: ratios within one run, as JSON.
+"""The CPU kernels against plain torch and against the machine's limits.
+
+Ratios within one run, as JSON.
 
     python -m benchmarks.kernels [--threads N] [--seconds S] [--only PART] [--output FILE]
 
-Both sides of a ratio are run in turn, many times, and compared at their lower quartiles, so that other work on the
-machine troubles both alike. "speedup" is reference time over kernel time; "of_limit" is the limit's time over kernel
-time, where the limit is the time to read the bytes at the bandwidth measured in the same run. With one thread, time is
-that of its processor, so that a busy machine does not matter much. "invariance" has what it costs that a row is the
-same bits in every step: attention of long spans against torch's flash attention, whose bits depend on the step, and
-products of as many rows as they are made against those of one.
+Both sides of a ratio are run in turn, many times, and compared at their lower quartiles, so that
+other work on the machine troubles both alike. "speedup" is reference time over kernel time;
+"of_limit" is the limit's time over kernel time, where the limit is the time to read the bytes at
+the bandwidth measured in the same run. With one thread, time is that of its processor, so that a
+busy machine does not matter much. "invariance" has what it costs that a row is the same bits in
+every step: attention of long spans against torch's flash attention, whose bits depend on the step,
+and products of as many rows as they are made against those of one.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ from sensorium.kernels.cpu import linear, paged  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32
 NUM_LAYERS = 24
-"""Copies of every weight and cache: each call finds its data in memory, not in the processor's caches."""
+"""Copies of every weight and cache: each call finds its data in memory, not in the processor's
+caches."""
 DTYPE = torch.bfloat16
 
 Run = Callable[[int], Any]
@@ -193,7 +197,9 @@ def attention(seconds: float, bandwidth: float) -> dict[str, Any]:
 
 
 def invariance(seconds: float) -> dict[str, Any]:
-    """Attention of spans by the paged kernel against flash attention, and small products against those of one row."""
+    """Attention of spans by the paged kernel against flash attention, and small products against
+    those of one row.
+    """
     results: dict[str, Any] = {}
     heads = {"14/2 of 64": (14, 2, 64), "32/32 of 96": (32, 32, 96)}
     spans = ((128, 128), (512, 512), (1024, 1024), (2048, 512))

@@ -1,4 +1,7 @@
-"""Processes under measurement: started, stopped while another side is measured, ended with all that they started."""
+"""Processes under measurement.
+
+Started, stopped while another side is measured, ended with all that they started.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ from sensorium.processes.start import end_with
 
 
 class ProcessTree:
-    """A process of our own with its descendants. It is killed when this process ends, however that happens."""
+    """A process of our own with its descendants.
+
+    It is killed when this process ends, however that happens.
+    """
 
     def __init__(
         self, command: Sequence[str], *, env: Mapping[str, str] | None = None, **streams: Any
@@ -61,7 +67,9 @@ class ProcessTree:
             self.freeze()
 
     def end(self, ask: Callable[[], None], timeout: float, children_timeout: float) -> None:
-        """Call ``ask``, which makes the first process end, and kill what is left after the timeouts."""
+        """Call ``ask``, which makes the first process end, and kill what is left after the
+        timeouts.
+        """
         self.thaw()
         children = self.processes()[1:]
         if self.alive:

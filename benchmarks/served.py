@@ -1,4 +1,7 @@
-"""Servers under measurement, Sensorium's or others': started, asked over HTTP, watched from outside, ended."""
+"""Servers under measurement, Sensorium's or others'.
+
+Started, asked over HTTP, watched from outside, ended.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,8 @@ CHILD_TIMEOUT = 5.0
 """What a server has started may live on for so long after it."""
 REQUEST_TIMEOUT = 300.0
 KEEP_SECONDS = 2.0
-"""An idle connection is used again for so long: servers close theirs after five seconds, perhaps just when we send."""
+"""An idle connection is used again for so long: servers close theirs after five seconds, perhaps
+just when we send."""
 QUESTION = "What is shown in the picture?"
 CHAT = "/v1/chat/completions"
 LOST = "connection_lost"
@@ -44,8 +48,9 @@ LOST = "connection_lost"
 class ServedProcess:
     """A server of our own on a free port of this machine, as an async context manager.
 
-    ``command`` gives the command line for a port; ``is_engine`` tells the engine's process from those that take
-    requests and handle media. Leaving ends the server and every process that it has started.
+    ``command`` gives the command line for a port; ``is_engine`` tells the engine's process from
+    those that take requests and handle media. Leaving ends the server and every process that it has
+    started.
     """
 
     tree: ProcessTree
@@ -151,7 +156,9 @@ def is_sensorium_engine(process: psutil.Process) -> bool:
 
 
 def is_media_worker(process: psutil.Process) -> bool:
-    """Whether it is a process of ``sensorium serve`` that decodes media, or the one that these are forked from."""
+    """Whether it is a process of ``sensorium serve`` that decodes media, or the one that these
+    are forked from.
+    """
     return "sensorium.engine.prompts.media_worker" in process.cmdline()
 
 
@@ -160,18 +167,27 @@ def is_media_worker(process: psutil.Process) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of processor time by process id: of the engine, and of all other processes of a server."""
+    """Seconds of processor time by process id.
+
+    Of the engine, and of all other processes of a server.
+    """
 
     front: Mapping[int, float]
     engine: Mapping[int, float]
 
     def since(self, earlier: Times) -> tuple[float, float]:
-        """Seconds used after ``earlier``: (front, engine). A process that began since counts from its beginning."""
+        """Seconds used after ``earlier``: (front, engine).
+
+        A process that began since counts from its beginning.
+        """
         return _rise(earlier.front, self.front), _rise(earlier.engine, self.engine)
 
 
 def processor_seconds(process_id: int) -> float:
-    """Processor time of a process, all its threads, with the kernel's resolution. Raises OSError when it is gone."""
+    """Processor time of a process, all its threads, with the kernel's resolution.
+
+    Raises OSError when it is gone.
+    """
     return time.clock_gettime(~process_id << 3 | 2)  # what clock_getcpuclockid(3) makes of the id
 
 
@@ -183,8 +199,10 @@ def _rise(earlier: Mapping[int, float], now: Mapping[int, float]) -> float:
 
 
 def read_counters(metrics: str) -> dict[str, float]:
-    """The counters in the text of /metrics, by name without prefix; ``name/stage`` where there is one for each stage.
-    Series that differ in other labels are summed."""
+    """The counters in the text of /metrics, by name without prefix.
+
+    ``name/stage`` where there is one for each stage. Series that differ in other labels are summed.
+    """
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
@@ -207,8 +225,11 @@ def rises(
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What became of a request. ``started`` and ``ended`` are seconds of ``time.monotonic()``; ``status`` is 0 and
-    ``code`` is ``LOST`` when no answer came; ``code`` is "" for a good answer."""
+    """What became of a request.
+
+    ``started`` and ``ended`` are seconds of ``time.monotonic()``; ``status`` is 0 and ``code`` is
+    ``LOST`` when no answer came; ``code`` is "" for a good answer.
+    """
 
     started: float
     ended: float
@@ -324,8 +345,10 @@ def counted(values: Iterable[object]) -> Counter[str]:
 
 
 class MediaHost:
-    """An HTTP server on 127.0.0.1 with files to fetch, as a context manager. ``fetched`` lists the paths of all
-    requests in the order in which they came."""
+    """An HTTP server on 127.0.0.1 with files to fetch, as a context manager.
+
+    ``fetched`` lists the paths of all requests in the order in which they came.
+    """
 
     def __init__(self) -> None:
         self.fetched: list[str] = []

@@ -1,8 +1,9 @@
 """Hook of mkdocs: includes files of the repository, and mends links to files outside ``docs/``.
 
-Pages are read in two places: in the repository, where a link such as ``../examples/offline.py`` works, and on the
-site, where it does not. On the site such a link leads to the repository's host when mkdocs.yml has ``repo_url``, and is
-plain text otherwise. A link to a file that is not there is a warning, which fails the strict build.
+Pages are read in two places: in the repository, where a link such as ``../examples/offline.py``
+works, and on the site, where it does not. On the site such a link leads to the repository's host
+when mkdocs.yml has ``repo_url``, and is plain text otherwise. A link to a file that is not there is
+a warning, which fails the strict build.
 """
 
 from __future__ import annotations

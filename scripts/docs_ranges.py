@@ -1,6 +1,9 @@
-"""Extension of griffe, which reads docstrings for the site: defaults and ranges of dataclasses' fields.
+"""Extension of griffe, which reads docstrings for the site.
 
-``n: int = bounded(1, ge=1, le=16384)`` is shown with the default 1, and its range follows its description.
+Defaults and ranges of dataclasses' fields.
+
+``n: int = bounded(1, ge=1, le=16384)`` is shown with the default 1, and its range follows its
+description.
 """
 
 from __future__ import annotations

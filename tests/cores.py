@@ -1,7 +1,7 @@
 """Machines with other numbers of cores than this one, for the processes that a test starts.
 
-A small C library, compiled when it is first wanted and loaded before all others, answers in place of the C library when
-FFmpeg, OpenBLAS, OpenMP or Python ask how many processors there are.
+A small C library, compiled when it is first wanted and loaded before all others, answers in place
+of the C library when FFmpeg, OpenBLAS, OpenMP or Python ask how many processors there are.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _library() -> Path:
 def environment(num_cores: int, *, threads: bool = True) -> dict[str, str]:
     """What a process has to find in its environment to see so many cores; its children do as well.
 
-    Without ``threads`` the system has none for them, as where a limit on processes has been reached.
+    Without ``threads`` the system has none for them, as where a limit on processes has been
+    reached.
 
     Variables that would bound the threads of libraries are emptied: users set none.
     """

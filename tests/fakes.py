@@ -1,9 +1,9 @@
 """Stand-ins for the expensive parts of the engine, in pure Python.
 
 ``FakeRunner`` carries out step plans like the real runner, with a hash in place of a model: the
-token that follows a prefix is a function of the whole prefix, the items in it, the salt and the length
-that rotary factors are chosen for, and of nothing else. Its KV cache holds one such prefix hash per
-slot, so it notices when a block does not contain what the plan says it does.
+token that follows a prefix is a function of the whole prefix, the items in it, the salt and the
+length that rotary factors are chosen for, and of nothing else. Its KV cache holds one such prefix
+hash per slot, so it notices when a block does not contain what the plan says it does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ NextToken = Callable[[EngineRequest, Sequence[int]], int]
 
 
 EMBED_BYTES = 8
-"""Of an embedding, as ``FakeRunner`` reports what it encodes; and an item takes a quarter of a second."""
+"""Of an embedding, as ``FakeRunner`` reports what it encodes; and an item takes a quarter of a
+second."""
 
 
 class PlanError(AssertionError):
@@ -60,8 +61,8 @@ class FakeRunner:
 
     ``next_token`` replaces the hash by a script of one's own. ``fail_requests`` and ``fail_items``
     (request ids, digests) may be changed between steps: they fail as a runner would report it.
-    ``encoder_cache_size`` is the most embeddings that may be resident, ``encode_budget`` the most that
-    one plan may encode; None does not check.
+    ``encoder_cache_size`` is the most embeddings that may be resident, ``encode_budget`` the most
+    that one plan may encode; None does not check.
     """
 
     def __init__(
@@ -251,7 +252,10 @@ class FakeRunner:
 
 
 def expected_vector(request: EngineRequest) -> bytes:
-    """The vector that ``request`` gets: like its tokens, a function of its prompt, items and salt alone."""
+    """The vector that ``request`` gets.
+
+    Like its tokens, a function of its prompt, items and salt alone.
+    """
     held = _Held(request, list(request.token_ids))
     _extend_hashes(held)
     return held.prefix_hashes[-1]

@@ -133,7 +133,8 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"main"},
     ),
 }
-"""Rooms and single modules of a package: each may import those of earlier rows, and single modules of its own row."""
+"""Rooms and single modules of a package: each may import those of earlier rows, and single
+modules of its own row."""
 MOST_FILES = 12
 MOST_LINES = 450
 MOST_FUNCTION_LINES = 60

@@ -1,4 +1,7 @@
-"""``AsyncLLM`` on a tiny checkpoint: outputs, their kinds, ends of all sorts, and the caller's event loop."""
+"""``AsyncLLM`` on a tiny checkpoint.
+
+Outputs, their kinds, ends of all sorts, and the caller's event loop.
+"""
 
 from __future__ import annotations
 
@@ -228,7 +231,10 @@ QUEUED = {**ROOM, "max_num_seqs": 1, "max_model_len": 2000}
 
 
 async def queue(llm: AsyncLLM) -> asyncio.Task[RequestOutput]:
-    """Start long requests, one after the other; the last of them, which is returned, is far from its end."""
+    """Start long requests, one after the other.
+
+    The last of them, which is returned, is far from its end.
+    """
     params = LONG.replace(max_tokens=1900)
     tasks = [asyncio.create_task(last(llm.generate("hello", params))) for _ in range(40)]
     for task in tasks[:-1]:
@@ -466,7 +472,10 @@ def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 @pytest.mark.parametrize("own", [False, True])
 def test_a_forked_process(llm: AsyncLLM, folder: Path, own: bool) -> None:
-    """As workers of a server that loads before it forks: the parent's is refused, one of its own works."""
+    """As workers of a server that loads before it forks.
+
+    The parent's is refused, one of its own works.
+    """
     expected = ids(run(last(llm.generate("hello", GREEDY))))
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()

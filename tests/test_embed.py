@@ -1,4 +1,7 @@
-"""Vectors equal a plain computation with ``transformers``: text, pictures and both, however the work is cut up."""
+"""Vectors equal a plain computation with ``transformers``.
+
+Text, pictures and both, however the work is cut up.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,9 @@ TEXTS = ("How many birds?", "a", "The quick brown fox jumps over the lazy dog " 
 
 @dataclass(frozen=True)
 class Dse:
-    """A checkpoint of DSE-Qwen2's kind, prompts, and the reference's hidden states at their last tokens."""
+    """A checkpoint of DSE-Qwen2's kind, prompts, and the reference's hidden states at their last
+    tokens.
+    """
 
     folder: Path
     prompts: list[MixedPrompt]

@@ -1,4 +1,7 @@
-"""Calls of the offline API that end badly or overlap: what is left of them must not harm the next one."""
+"""Calls of the offline API that end badly or overlap.
+
+What is left of them must not harm the next one.
+"""
 
 from __future__ import annotations
 

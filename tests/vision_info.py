@@ -1,8 +1,9 @@
-"""The real ``qwen_vl_utils``, which this project's users prepare clips with, without all of torchvision.
+"""The real ``qwen_vl_utils``, which this project's users prepare clips with, without all of
+torchvision.
 
-The package imports torchvision, of which it uses two functions: reading a file and resizing. The project needs no
-torchvision and none is installed for one package; both functions are here as torchvision has them, over PyAV and
-``torch.nn.functional.interpolate``.
+The package imports torchvision, of which it uses two functions: reading a file and resizing. The
+project needs no torchvision and none is installed for one package; both functions are here as
+torchvision has them, over PyAV and ``torch.nn.functional.interpolate``.
 """
 
 from __future__ import annotations

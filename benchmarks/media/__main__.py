@@ -1,13 +1,13 @@
 """Media handling of a server, measured in sections. Run from the root of the repository.
 
-    python -m benchmarks.media
-    python -m benchmarks.media known once --quick
-    python -m benchmarks.media load --clients 8 --image-size 1024x1024 --server-flags "--num-media-workers 2"
+    python -m benchmarks.media python -m benchmarks.media known once --quick python -m
+    benchmarks.media load --clients 8 --image-size 1024x1024 --server-flags "--num-media-workers 2"
     python -m benchmarks.media peers --vllm-python ENVIRONMENT/bin/python --checkpoint FOLDER
 
-Each section starts servers of its own and ends them. The results are written as JSON after each section, all values
-beside the medians. The exit status is 1 when a target is missed or a section failed; the last lines say which. With
-``--quick`` everything is small and few: it shows that all works, and its figures mean nothing.
+Each section starts servers of its own and ends them. The results are written as JSON after each
+section, all values beside the medians. The exit status is 1 when a target is missed or a section
+failed; the last lines say which. With ``--quick`` everything is small and few: it shows that all
+works, and its figures mean nothing.
 """
 
 from __future__ import annotations

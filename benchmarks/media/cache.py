@@ -1,7 +1,7 @@
 """A repeated image: the second request decodes, preprocesses and encodes nothing.
 
-Each pair is two requests with one image that the server has not seen before and different texts. Measured are both
-times to the first token, and between them the counters of ``/metrics``.
+Each pair is two requests with one image that the server has not seen before and different texts.
+Measured are both times to the first token, and between them the counters of ``/metrics``.
 """
 
 from __future__ import annotations
@@ -71,9 +71,11 @@ def measure(settings: Settings, folder: Path) -> Found:
 async def first_tokens(
     base_url: str, *, pairs: int, size: Size = Size(640, 480), number: int = 0
 ) -> dict[str, Any]:
-    """Seconds to the first token of a new image, and of the same one with another text, one after the other.
+    """Seconds to the first token of a new image, and of the same one with another text, one
+    after the other.
 
-    ``number`` keeps the images of several calls apart. Counters that the server does not have are None.
+    ``number`` keeps the images of several calls apart. Counters that the server does not have are
+    None.
     """
     found: dict[str, Any] = {
         f"{kind}_{what}": [] for kind in ("new", "known") for what in ("seconds", "counters")

@@ -1,6 +1,7 @@
 """Processor time of an image that the server knows, sent as data and by its uuid.
 
-Processor time is the kernel's account of the HTTP process and all processes that handle media, without the engine's.
+Processor time is the kernel's account of the HTTP process and all processes that handle media,
+without the engine's.
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ async def known_image(
 ) -> dict[str, Any]:
     """Processor time of a request with an image that the server knows, beside the same one without.
 
-    Requests come one after the other. In each round every form is sent ``num_requests`` times, the order changing
-    with the rounds; ``again`` is the plain text once more, so that its difference to ``text`` shows what the method is
-    worth. ``front``: processes that take requests and handle media; ``engine``: the engine's.
+    Requests come one after the other. In each round every form is sent ``num_requests`` times, the
+    order changing with the rounds; ``again`` is the plain text once more, so that its difference to
+    ``text`` shows what the method is worth. ``front``: processes that take requests and handle
+    media; ``engine``: the engine's.
     """
     model = await asker.model()
     file = noisy_jpeg(0, *size)
@@ -115,7 +117,10 @@ async def known_image(
 
 
 def _forms(model: str, url: str) -> dict[str, bytes]:
-    """The bodies of one request: without an image, with one, with its id only, and without once more."""
+    """The bodies of one request.
+
+    Without an image, with one, with its id only, and without once more.
+    """
     text = chat_body(model, QUESTION)
     return {
         "text": text,
@@ -126,7 +131,10 @@ def _forms(model: str, url: str) -> dict[str, bytes]:
 
 
 async def _make_known(asker: Asker, forms: dict[str, bytes]) -> dict[str, str]:
-    """Show the image under its content and under its id. Drop the forms that the server refuses, and return why."""
+    """Show the image under its content and under its id.
+
+    Drop the forms that the server refuses, and return why.
+    """
     with_id = json.loads(forms["image"])
     with_id["messages"][0]["content"][0]["uuid"] = "known-image"
     await asker.good(forms["image"])
@@ -141,7 +149,10 @@ async def _make_known(asker: Asker, forms: dict[str, bytes]) -> dict[str, str]:
 
 
 def _summary(values: Mapping[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """Milliseconds per request by form, and what each form adds to the text: medians, and round by round."""
+    """Milliseconds per request by form, and what each form adds to the text.
+
+    Medians, and round by round.
+    """
     found: dict[str, Any] = {"milliseconds": {}, "added_milliseconds": {}}
     for index, part in enumerate(("front", "engine")):
         rounds = {

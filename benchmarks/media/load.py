@@ -47,11 +47,13 @@ LAG = "event_loop_lag_seconds"
 HEALTH_SECONDS = 0.02
 """Between two requests for /health."""
 LAG_SAMPLE_SECONDS = 0.005
-"""Between two samples of the server's lag; finer than the server's own interval, so that a short run has enough."""
+"""Between two samples of the server's lag; finer than the server's own interval, so that a short
+run has enough."""
 NUM_PICTURES = 8
 """Pictures that are drawn; a number in the comment of each copy makes it another file."""
 NOISE = (10, 16, 22, 28)
-"""Standard deviations of the noise on the pictures, so that 2048x2048 pixels make 1 to 4 MB of JPEG."""
+"""Standard deviations of the noise on the pictures, so that 2048x2048 pixels make 1 to 4 MB of
+JPEG."""
 
 _SERVE = """
 import sys
@@ -78,7 +80,10 @@ class Settings(ServerSettings):
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """``counts[i]`` values were at most ``bounds[i]`` and above the bound before; the last bound is infinite."""
+    """``counts[i]`` values were at most ``bounds[i]`` and above the bound before.
+
+    The last bound is infinite.
+    """
 
     bounds: tuple[float, ...]
     counts: tuple[int, ...]
@@ -121,7 +126,10 @@ def lag_server(settings: ServerSettings, log: Path) -> ServedProcess:
 
 
 def read_histogram(metrics: str, name: str) -> Histogram:
-    """The histogram of that name, without prefix, in the text of /metrics. Raises LookupError when it is not there."""
+    """The histogram of that name, without prefix, in the text of /metrics.
+
+    Raises LookupError when it is not there.
+    """
     for family in text_string_to_metric_families(metrics):
         if family.name.rpartition(":")[2] == name:
             upto = {float(s.labels["le"]): int(s.value) for s in family.samples if "le" in s.labels}
@@ -148,12 +156,16 @@ def noisy_jpeg(number: int, width: int, height: int) -> bytes:
 
 
 class Bodies:
-    """Bodies of chat requests with one picture each, all of them different. Their large parts are made once."""
+    """Bodies of chat requests with one picture each, all of them different.
+
+    Their large parts are made once.
+    """
 
     def __init__(self, model: str, size: tuple[int, int], max_tokens: int) -> None:
         files = [noisy_jpeg(number, *size) for number in range(NUM_PICTURES)]
         self.num_bytes = tuple(map(len, files))
-        # A file begins with a marker of two bytes; the comment behind it makes that 30, whose base64 has no padding.
+        # A file begins with a marker of two bytes; the comment behind it makes that 30, whose
+        # base64 has no padding.
         self._rests = [base64.b64encode(file[2:]) for file in files]
         image = image_part("data:image/jpeg;base64,PICTURE")
         head, tail = chat_body(model, "What is shown?", image, max_tokens=max_tokens).split(
@@ -173,7 +185,10 @@ class Bodies:
 
 @dataclass(frozen=True, slots=True)
 class ImageLoad:
-    """Clients that send one picture after the other. ``distinct``: after that many the pictures repeat; 0 is never."""
+    """Clients that send one picture after the other.
+
+    ``distinct``: after that many the pictures repeat; 0 is never.
+    """
 
     base_url: str
     model: str
@@ -186,7 +201,9 @@ class ImageLoad:
 
 @dataclass(frozen=True, slots=True)
 class ImageResult:
-    """Latencies in seconds of the requests that were answered with 200, and how many there were of each status."""
+    """Latencies in seconds of the requests that were answered with 200, and how many there were
+    of each status.
+    """
 
     seconds: list[float]
     statuses: Counter[int]
@@ -195,8 +212,10 @@ class ImageResult:
 
 @contextlib.asynccontextmanager
 async def image_load(load: ImageLoad) -> AsyncIterator[asyncio.Task[ImageResult]]:
-    """The clients in a process of their own, so that they hold up nobody else's clock. Entered when they begin to send;
-    the task ends with them."""
+    """The clients in a process of their own, so that they hold up nobody else's clock.
+
+    Entered when they begin to send; the task ends with them.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_images, args=(load, theirs), daemon=True)
@@ -253,8 +272,11 @@ def _numbers(distinct: int) -> Iterator[int]:
 
 
 class _Connection:
-    """One connection for requests one after the other. It writes pieces as they are: joining megabytes on the client's
-    side would cost the cores that are measured."""
+    """One connection for requests one after the other.
+
+    It writes pieces as they are: joining megabytes on the client's side would cost the cores that
+    are measured.
+    """
 
     def __init__(self, base_url: str) -> None:
         self._host, self._port = urlsplit(base_url).hostname, urlsplit(base_url).port
@@ -282,7 +304,10 @@ class _Connection:
 
 
 async def ask_texts(base_url: str, model: str, until: asyncio.Event) -> list[float]:
-    """Seconds to the first token of short texts, one after the other, all new. Raises RuntimeError when one fails."""
+    """Seconds to the first token of short texts, one after the other, all new.
+
+    Raises RuntimeError when one fails.
+    """
     seconds, number = [], 0
     async with StreamClient(base_url) as client:
         while not until.is_set():
@@ -298,8 +323,10 @@ async def ask_texts(base_url: str, model: str, until: asyncio.Event) -> list[flo
 
 
 async def probe_health(base_url: str, until: asyncio.Event) -> list[float]:
-    """Seconds that /health took, asked again and again over one connection. Raises RuntimeError for any other status
-    than 200."""
+    """Seconds that /health took, asked again and again over one connection.
+
+    Raises RuntimeError for any other status than 200.
+    """
     seconds = []
     async with aiohttp.ClientSession() as session:
         while not until.is_set():

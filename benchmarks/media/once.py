@@ -32,7 +32,8 @@ ONCE = (
 )
 """Counters of Sensorium that rise by one for an item, however many requests want it."""
 DELAYS = (0.0, 0.3)
-"""Seconds after which the media host answers: at once, and when all requests have come long since."""
+"""Seconds after which the media host answers: at once, and when all requests have come long
+since."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,8 @@ async def one_url(
 ) -> list[dict[str, Any]]:
     """Requests for one new URL, all at once, ``repeats`` times for each of ``DELAYS``.
 
-    Returns how often it was fetched by the host's own log, what the counters say, and how many different answers there
-    were. ``number`` keeps the images of several calls apart.
+    Returns how often it was fetched by the host's own log, what the counters say, and how many
+    different answers there were. ``number`` keeps the images of several calls apart.
     """
     model = await asker.model()
     found = []

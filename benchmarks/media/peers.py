@@ -1,8 +1,11 @@
-"""Media on Sensorium's server and on that of vLLM's CPU build: one checkpoint, equal settings, in turn in one run.
+"""Media on Sensorium's server and on that of vLLM's CPU build.
 
-Both servers run the whole time; while one is measured, all processes of the other are stopped, and the first in turn
-changes with the rounds. What is measured is seen from outside, by HTTP and by the kernel's account of processor time,
-and so means the same for both; what one of them does not tell or cannot do is in ``not_told``.
+One checkpoint, equal settings, in turn in one run.
+
+Both servers run the whole time; while one is measured, all processes of the other are stopped, and
+the first in turn changes with the rounds. What is measured is seen from outside, by HTTP and by the
+kernel's account of processor time, and so means the same for both; what one of them does not tell
+or cannot do is in ``not_told``.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ from benchmarks.served import Asker, MediaHost, ServedProcess, counted, is_senso
 
 OURS, VLLM = "sensorium", "vllm"
 NUM_KNOWN = 8
-"""Pictures that come again and again in the load of known ones; the first time each of them is new."""
+"""Pictures that come again and again in the load of known ones; the first time each of them is
+new."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +177,10 @@ async def _one_round(
     round_: int,
     figures: Figures,
 ) -> None:
-    """All measurements on one server; round -1 warms it up, shortly, and leaves nothing in ``figures``."""
+    """All measurements on one server.
+
+    Round -1 warms it up, shortly, and leaves nothing in ``figures``.
+    """
     if round_ < 0:
         await _load(server.base_url, settings, seconds=1.0)
         await first_tokens(server.base_url, pairs=1, number=999)

@@ -1,8 +1,9 @@
-"""Decoding and preprocessing of images with one and with two worker processes, for each family of models.
+"""Decoding and preprocessing of images with one and with two worker processes, for each family
+of models.
 
 Each family's processor has the sizes that its published checkpoint has. JPEGs that were not seen
-before go through the media pipeline, as those of requests do: digest, worker process, shared memory,
-cache. The numbers of workers take turns, and every round's figure is kept.
+before go through the media pipeline, as those of requests do: digest, worker process, shared
+memory, cache. The numbers of workers take turns, and every round's figure is kept.
 """
 
 from __future__ import annotations
@@ -176,7 +177,10 @@ class Workers:
 async def rates(
     model: Path, files: Sequence[bytes], num_workers: Sequence[int], rounds: int
 ) -> dict[str, Any]:
-    """Images per second by number of workers; the first round, which starts the processes, is left out."""
+    """Images per second by number of workers.
+
+    The first round, which starts the processes, is left out.
+    """
     setups = {num: Workers(model, num) for num in num_workers}
     found: dict[int, list[float]] = {num: [] for num in num_workers}
     try:

@@ -1,7 +1,8 @@
 """Recovery of a server after a kill of one of its processes, and what happened to the requests.
 
-Clients ask about small new images all the while, one request after the other. Killed with SIGKILL are: a worker in the
-middle of decoding a large image, the process that workers are forked from, and the engine amid its requests.
+Clients ask about small new images all the while, one request after the other. Killed with SIGKILL
+are: a worker in the middle of decoding a large image, the process that workers are forked from, and
+the engine amid its requests.
 """
 
 from __future__ import annotations
@@ -95,8 +96,11 @@ def measure(settings: Settings, folder: Path) -> Found:
 
 
 class Load:
-    """Clients that ask about small new images, and one that asks for /health; ``replies`` are in the order of their
-    ends, ``health`` has the time and the status of each answer."""
+    """Clients that ask about small new images, and one that asks for /health.
+
+    ``replies`` are in the order of their ends, ``health`` has the time and the status of each
+    answer.
+    """
 
     def __init__(self, asker: Asker, model: str) -> None:
         self.replies: list[Reply] = []
@@ -137,7 +141,10 @@ class Load:
 
 
 async def worker_killed(server: ServedProcess, asker: Asker) -> dict[str, Any]:
-    """Kill the worker that decodes a large picture, under load. The request of that picture is in ``victim``."""
+    """Kill the worker that decodes a large picture, under load.
+
+    The request of that picture is in ``victim``.
+    """
     load = Load(asker, await asker.model())
     body = chat_body(await asker.model(), QUESTION, image_part(_large_picture()))
     async with load.running():
@@ -179,10 +186,14 @@ async def _killed(
 def after_kill(
     replies: Sequence[Reply], health: Sequence[tuple[float, int]], killed: float
 ) -> dict[str, Any]:
-    """What a kill at ``killed`` did. ``good_request_seconds``: from the kill to the end of the first good request that
-    was sent after it; ``healthy_seconds``: to the last moment at which /health was not yet 200 again, 0 when it always
-    was; both None when that never came. ``hit``: requests in flight at the kill, ``meanwhile``: those that failed
-    between it and the first good one, both by status and code. ``failed_later``: how many failed after that."""
+    """What a kill at ``killed`` did.
+
+    ``good_request_seconds``: from the kill to the end of the first good request that was sent after
+    it; ``healthy_seconds``: to the last moment at which /health was not yet 200 again, 0 when it
+    always was; both None when that never came. ``hit``: requests in flight at the kill,
+    ``meanwhile``: those that failed between it and the first good one, both by status and code.
+    ``failed_later``: how many failed after that.
+    """
     good = [reply for reply in replies if reply.status == 200 and reply.started >= killed]
     first = min((reply.ended for reply in good), default=None)
     hit = [reply for reply in replies if reply.started < killed < reply.ended]
@@ -222,7 +233,10 @@ KILLS: dict[str, Callable[[ServedProcess, Asker], Awaitable[dict[str, Any]]]] = 
 
 
 async def _busy(load: Load) -> None:
-    """Wait until the load has got answers for a while. Raises RuntimeError when it gets none that is good."""
+    """Wait until the load has got answers for a while.
+
+    Raises RuntimeError when it gets none that is good.
+    """
     await asyncio.sleep(QUIET_SECONDS)
     async with asyncio.timeout(RECOVERY_TIMEOUT):
         while len(load.replies) < NUM_CLIENTS:
@@ -233,7 +247,9 @@ async def _busy(load: Load) -> None:
 
 
 async def _recovered(load: Load, server: ServedProcess, killed: float) -> None:
-    """Wait until good requests succeed again and /health is 200, or the server is gone or the time is over."""
+    """Wait until good requests succeed again and /health is 200, or the server is gone or the
+    time is over.
+    """
     deadline = killed + RECOVERY_TIMEOUT
     while time.monotonic() < deadline:
         if not server.tree.alive:
@@ -249,7 +265,10 @@ async def _recovered(load: Load, server: ServedProcess, killed: float) -> None:
 async def _decoding(
     server: ServedProcess, before: dict[int, int], victim: asyncio.Task[Reply]
 ) -> psutil.Process:
-    """The worker that has grown as only the large picture makes it. Raises RuntimeError when it is done before."""
+    """The worker that has grown as only the large picture makes it.
+
+    Raises RuntimeError when it is done before.
+    """
     while not victim.done():
         for process in _workers(server):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -272,7 +291,10 @@ def _workers(server: ServedProcess) -> list[psutil.Process]:
 
 
 def _forker(server: ServedProcess) -> psutil.Process:
-    """The process that workers are forked from: of those that decode the one that the server itself has started."""
+    """The process that workers are forked from.
+
+    Of those that decode the one that the server itself has started.
+    """
     root, *others = server.tree.processes()
     for process in others:
         with contextlib.suppress(psutil.NoSuchProcess):

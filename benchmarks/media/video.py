@@ -1,7 +1,8 @@
 """Frames sampled of a long video, beside decoding the video whole.
 
-Encodes a video of its own into a temporary folder (H.264 with the encoder's usual distance between key frames), then in
-turn takes frames of it as a request does and decodes all of it with the same library and as many threads.
+Encodes a video of its own into a temporary folder (H.264 with the encoder's usual distance between
+key frames), then in turn takes frames of it as a request does and decodes all of it with the same
+library and as many threads.
 """
 
 from __future__ import annotations

@@ -5,14 +5,16 @@
 
 - qwen2-0.5b: the text model of LLaVA-OneVision-0.5B as a plain Qwen2 checkpoint
 - qwen2-vl-2b: the shape of Qwen/Qwen2-VL-2B-Instruct, vision tower and all
-- qwen2-vl-shallow: the same with two layers in the tower and two in the text model, so that a server's time goes into
-  media and not into the model
+- qwen2-vl-shallow: the same with two layers in the tower and two in the text model, so that a
+  server's time goes into media and not into the model
 
-A folder gets everything that an engine expects beside the weights: configuration in the spelling of the published
-files, tokenizer, chat template, processor and generation settings. The same name and seed give the same weights.
+A folder gets everything that an engine expects beside the weights: configuration in the spelling of
+the published files, tokenizer, chat template, processor and generation settings. The same name and
+seed give the same weights.
 
-The tokenizer is a byte-level BPE trained on Python's standard library. The rest of the real vocabulary is filled with
-tokens that no merge produces, so that special tokens have their real ids and every id decodes to some text.
+The tokenizer is a byte-level BPE trained on Python's standard library. The rest of the real
+vocabulary is filled with tokens that no merge produces, so that special tokens have their real ids
+and every id decodes to some text.
 """
 
 from __future__ import annotations

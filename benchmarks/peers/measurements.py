@@ -1,9 +1,9 @@
 """What is measured, written once for all engines.
 
-An engine offers two calls, ``complete`` (token ids in) and ``answer`` (a picture and a text in, through the chat
-template); both are greedy, ignore the end of the sequence and return the number of new tokens of each prompt. No prompt
-and no picture occurs twice, except where a measurement is about repetition, so that no cache answers in place of the
-model.
+An engine offers two calls, ``complete`` (token ids in) and ``answer`` (a picture and a text in,
+through the chat template); both are greedy, ignore the end of the sequence and return the number of
+new tokens of each prompt. No prompt and no picture occurs twice, except where a measurement is
+about repetition, so that no cache answers in place of the model.
 """
 
 from __future__ import annotations
@@ -86,7 +86,10 @@ def prefill(engine: Engine, workload: Workload, round_: int) -> Iterator[Figure]
 
 
 def image(engine: Engine, workload: Workload, round_: int) -> Iterator[Figure]:
-    """Seconds to the first token: of a new picture, the same request again, the picture with another text."""
+    """Seconds to the first token.
+
+    Of a new picture, the same request again, the picture with another text.
+    """
     seed, other = seed_of("image", round_), seed_of("image", round_, "other text")
     first = _answer(engine, [workload.question(seed, seed, PROMPT_TOKENS)], 1)
     yield Figure("image_first", first, "s", "lower")

@@ -1,8 +1,8 @@
 """Make vLLM's CPU build start in an environment whose torchvision was built for CUDA.
 
-PyPI has no CPU build of torchvision. Beside a CPU torch its compiled operators do not load, and the import fails
-because the schema of ``nms`` is not known. Nothing measured here calls ``nms``: this declares the schema, so
-that the import succeeds. Run it once, with the path of the environment:
+PyPI has no CPU build of torchvision. Beside a CPU torch its compiled operators do not load, and the
+import fails because the schema of ``nms`` is not known. Nothing measured here calls ``nms``: this
+declares the schema, so that the import succeeds. Run it once, with the path of the environment:
 
     python -m benchmarks.peers.prepare_vllm VENV
 """
@@ -23,7 +23,10 @@ ANCHOR = "import torchvision.extension"
 
 
 def prepare(environment: Path) -> Path:
-    """Insert the declaration once; the changed file. Raises FileNotFoundError or ValueError when it is not so."""
+    """Insert the declaration once; the changed file.
+
+    Raises FileNotFoundError or ValueError when it is not so.
+    """
     pattern = "lib/python3*/site-packages/torchvision/_meta_registrations.py"
     file = next(environment.glob(pattern), None)
     if file is None:

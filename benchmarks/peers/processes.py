@@ -32,7 +32,10 @@ class EngineKind:
     python: Path
 
     def environment(self, num_threads: int, kv_cache_gib: int, caches: Path) -> dict[str, str]:
-        """The process environment. ``caches`` takes all that the engine compiles, so that it can be cold or warm."""
+        """The process environment.
+
+        ``caches`` takes all that the engine compiles, so that it can be cold or warm.
+        """
         found = {
             **os.environ,
             "OMP_NUM_THREADS": str(num_threads),

@@ -1,4 +1,7 @@
-"""``transformers``' own ``generate`` behind ``worker.py``: one batch at a time, no cache between calls."""
+"""``transformers``' own ``generate`` behind ``worker.py``.
+
+One batch at a time, no cache between calls.
+"""
 
 from __future__ import annotations
 

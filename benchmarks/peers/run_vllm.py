@@ -9,7 +9,10 @@ from benchmarks.peers.workload import Question
 
 
 class VllmEngine:
-    """As its documentation shows it: compiled, prefix caching on; threads and cache size come from the environment."""
+    """As its documentation shows it: compiled, prefix caching on.
+
+    Threads and cache size come from the environment.
+    """
 
     def __init__(self, settings: Settings) -> None:
         import vllm

@@ -7,8 +7,9 @@ Lines of JSON on stdout, one for each event:
     {"event": "done"}                                             the command is finished
     {"event": "failed", "message": …}                             it is finished, but did not work
 
-Commands are JSON lines too: {"do": "warm_up", "pictures": true} and {"do": "measure", "name": "decode_b8", "round": 0}.
-The end of stdin ends the process. Whatever the engine itself prints goes to stderr.
+Commands are JSON lines too: {"do": "warm_up", "pictures": true} and {"do": "measure", "name":
+"decode_b8", "round": 0}. The end of stdin ends the process. Whatever the engine itself prints goes
+to stderr.
 """
 
 from __future__ import annotations

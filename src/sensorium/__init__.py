@@ -8,7 +8,8 @@
     )
     print(out[0].outputs[0].text)
 
-The names below are the public ones; they are imported on first use, so that ``import sensorium`` itself is light.
+The names below are the public ones; they are imported on first use, so that ``import sensorium``
+itself is light.
 """
 
 from __future__ import annotations

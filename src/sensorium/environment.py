@@ -1,7 +1,9 @@
-"""The environment variables of Sensorium, read here. Values that make no sense are refused, except for the log level.
+"""The environment variables of Sensorium, read here.
 
-``kernels/cpu/threads.py`` and ``kernels/cpu/launch.py`` look at variables of other programs besides (OpenMP's, the C
-library's and ``XDG_CACHE_HOME``).
+Values that make no sense are refused, except for the log level.
+
+``kernels/cpu/threads.py`` and ``kernels/cpu/launch.py`` look at variables of other programs besides
+(OpenMP's, the C library's and ``XDG_CACHE_HOME``).
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 def log_level(environ: Mapping[str, str] | None = None) -> str:
-    """The level in ``SENSORIUM_LOG_LEVEL``, in capitals as ``logging`` has it; ``INFO`` when it is unset or unknown."""
+    """The level in ``SENSORIUM_LOG_LEVEL``, in capitals as ``logging`` has it.
+
+    ``INFO`` when it is unset or unknown.
+    """
     environ = os.environ if environ is None else environ
     level = environ.get(LOG_LEVEL, "").lower()
     return level.upper() if level in LOG_LEVELS else "INFO"
@@ -35,8 +40,10 @@ _MEDIA_ENVIRONMENT = {
 
 
 def media_environment(environ: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Media settings of the environment: ``SENSORIUM_IMAGE_FETCH_TIMEOUT`` and its kin, else the names of vLLM
-    (``VLLM_…``), else those of its fork Aphrodite (``APHRODITE_…``).
+    """Media settings of the environment.
+
+    ``SENSORIUM_IMAGE_FETCH_TIMEOUT`` and its kin, else the names of vLLM (``VLLM_…``), else those
+    of its fork Aphrodite (``APHRODITE_…``).
 
     Raises ConfigError for a value that cannot be read.
     """
@@ -55,7 +62,10 @@ API_KEYS = tuple(f"{prefix}_API_KEY" for prefix in _PREFIXES)
 
 
 def api_keys_of_environment(environ: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The API key in ``SENSORIUM_API_KEY``, ``VLLM_API_KEY`` or ``APHRODITE_API_KEY``; none where all are empty."""
+    """The API key in ``SENSORIUM_API_KEY``, ``VLLM_API_KEY`` or ``APHRODITE_API_KEY``.
+
+    None where all are empty.
+    """
     environ = os.environ if environ is None else environ
     return next(((environ[name],) for name in API_KEYS if environ.get(name)), ())
 

@@ -1,7 +1,9 @@
-"""Guards of forked processes: a fork copies memory and locks, but of all threads only the one that called it.
+"""Guards of forked processes.
 
-Where a model has run, the libraries that compute keep threads; a child would wait for them for ever. So it would for
-those of an ``LLM`` that it has from its parent.
+A fork copies memory and locks, but of all threads only the one that called it.
+
+Where a model has run, the libraries that compute keep threads; a child would wait for them for
+ever. So it would for those of an ``LLM`` that it has from its parent.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ from collections.abc import Callable, Iterable
 from sensorium.errors import ForkedProcessError
 
 _ADVICE = (
-    "Start processes by 'spawn' (multiprocessing.get_context('spawn'), ProcessPoolExecutor(mp_context=…), "
-    "DataLoader(multiprocessing_context='spawn')), or fork them before the first LLM is made; and make the LLM in the "
+    "Start processes by 'spawn' (multiprocessing.get_context('spawn'), "
+    "ProcessPoolExecutor(mp_context=…), "
+    "DataLoader(multiprocessing_context='spawn')), or fork them before the first LLM is made; and "
+    "make the LLM in the "
     "process that uses it (with gunicorn in post_fork, not before with --preload)."
 )
 
@@ -46,10 +50,11 @@ def generation() -> int:
 
 
 def release(made_in: int, *closers: Callable[[], object]) -> None:
-    """Free an object's threads, processes and descriptors when the object is gone, for ``weakref.finalize``.
+    """Free threads, processes and descriptors of an object that is gone (``weakref.finalize``).
 
-    Does nothing in a forked child, where they are the parent's: ``made_in`` is the generation of the object. The last
-    reference may go in any thread: one of ours, which a closer may wait for, leaves the work to another.
+    Does nothing in a forked child, where they are the parent's: ``made_in`` is the generation of
+    the object. The last reference may go in any thread: one of ours, which a closer may wait for,
+    leaves the work to another.
     """
     if made_in != generation():
         return
@@ -65,10 +70,14 @@ def _call(closers: Iterable[Callable[[], object]]) -> None:
 
 
 def begin_computing() -> None:
-    """Note that a model runs in this process from now on. Raises ForkedProcessError where none can run."""
+    """Note that a model runs in this process from now on.
+
+    Raises ForkedProcessError where none can run.
+    """
     if _LINEAGE.cannot_compute:
         raise ForkedProcessError(
-            "No model can run in this process: it was forked from one in which a model has run, and lacks the threads "
+            "No model can run in this process: it was forked from one in which a model has run, "
+            "and lacks the threads "
             f"that compute. {_ADVICE}"
         )
     _LINEAGE.has_computed = True
@@ -78,5 +87,6 @@ def check_owner(made_in: int, name: str) -> None:
     """Raise ForkedProcessError for an object that a fork brought: ``made_in`` is its generation."""
     if made_in != _LINEAGE.num_forks:
         raise ForkedProcessError(
-            f"This {name} belongs to the process from which this one was forked: its threads are not here. {_ADVICE}"
+            f"This {name} belongs to the process from which this one was forked: its threads are "
+            f"not here. {_ADVICE}"
         )

@@ -1,8 +1,9 @@
 """The stations of requests: one line each in the log at level debug, and Chrome traces in a folder.
 
-A station is a moment on a request's way, or a piece of work that has just ended. Its line has the request's id and the
-milliseconds since the request arrived. All times are those of ``time.monotonic``, which on Linux is one clock for all
-processes of a machine, so that the times of the engine's process need no conversion.
+A station is a moment on a request's way, or a piece of work that has just ended. Its line has the
+request's id and the milliseconds since the request arrived. All times are those of
+``time.monotonic``, which on Linux is one clock for all processes of a machine, so that the times of
+the engine's process need no conversion.
 
 Neither lines nor traces hold content of requests, only ids, numbers, sizes and places such as
 ``messages[0].content[1]``.
@@ -40,9 +41,12 @@ Fact = int | float | str
 
 
 class RequestTrace:
-    """The stations of one request, in the frontend's process. ``arrival`` is the time that its lines count from.
+    """The stations of one request, in the frontend's process.
 
-    ``writer`` gets the trace when the request has ended; without one there are only lines in the log.
+    ``arrival`` is the time that its lines count from.
+
+    ``writer`` gets the trace when the request has ended; without one there are only lines in the
+    log.
     """
 
     def __init__(self, request_id: str, arrival: float, writer: TraceWriter | None = None) -> None:
@@ -64,13 +68,19 @@ class RequestTrace:
         log_station(self.request_id, name, self.arrival, start, end, facts)
 
     def prefilled(self, scheduled: float | None, prefilled: float | None) -> None:
-        """Keep two stations whose lines the engine has written: the prompt was first computed, and was done."""
+        """Keep two stations whose lines the engine has written.
+
+        The prompt was first computed, and was done.
+        """
         for name, moment in (("scheduled", scheduled), ("prefilled", prefilled)):
             if moment is not None:
                 self._keep(name, moment, moment, {})
 
     def end(self, name: str, **facts: Fact) -> None:
-        """Note the last station, such as "finished", and give the trace to the writer; later ones are ignored."""
+        """Note the last station, such as "finished", and give the trace to the writer.
+
+        Later ones are ignored.
+        """
         if self.ended:
             return
         del self.stations[MAX_STATIONS - 1 :]
@@ -85,7 +95,9 @@ class RequestTrace:
 
 
 class Tracer:
-    """Makes the traces of requests, where they are wanted. ``folder``: where Chrome traces are written, if anywhere.
+    """Makes the traces of requests, where they are wanted.
+
+    ``folder``: where Chrome traces are written, if anywhere.
 
     Raises ConfigError when the folder cannot be written to.
     """
@@ -110,9 +122,10 @@ _current: ContextVar[RequestTrace | None] = ContextVar("sensorium_trace", defaul
 
 @contextlib.contextmanager
 def active(trace: RequestTrace | None) -> Iterator[None]:
-    """Let ``station`` mean this trace within the block, also in tasks and threads that are started from it.
+    """Make this trace the current one within the block, also in tasks and threads started there.
 
-    An exception ends the trace. Not around a ``yield`` of a generator, whose callers have contexts of their own.
+    An exception ends the trace. Not around a ``yield`` of a generator, whose callers have contexts
+    of their own.
     """
     if trace is None:
         yield
@@ -159,9 +172,9 @@ def log_station(
 class TraceWriter:
     """Writes ended traces into files of a folder, in a thread of its own; ``put`` never waits.
 
-    A file holds at most ``REQUESTS_PER_FILE`` requests and about ``BYTES_PER_FILE`` bytes, the folder ``MAX_FILES``
-    files, whichever process wrote them. Each file is a whole JSON array after every write. Raises ConfigError when the
-    folder cannot be written to.
+    A file holds at most ``REQUESTS_PER_FILE`` requests and about ``BYTES_PER_FILE`` bytes, the
+    folder ``MAX_FILES`` files, whichever process wrote them. Each file is a whole JSON array after
+    every write. Raises ConfigError when the folder cannot be written to.
     """
 
     def __init__(self, folder: str) -> None:
@@ -261,9 +274,12 @@ _PHASES = (
 
 
 def chrome_events(trace: RequestTrace) -> list[dict[str, Any]]:
-    """Return the trace as events of Chrome's format: nestable asynchronous spans, one track for each request and item.
+    """Return the trace as events of Chrome's format.
 
-    Times are microseconds of ``time.monotonic``. See the "Trace Event Format" of the Chromium project.
+    Nestable asynchronous spans, one track for each request and item.
+
+    Times are microseconds of ``time.monotonic``. See the "Trace Event Format" of the Chromium
+    project.
     """
     base = {"cat": "request", "pid": os.getpid(), "tid": 0}
     events: list[dict[str, Any]] = []

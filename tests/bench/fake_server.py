@@ -20,8 +20,9 @@ class FakeServer:
     """What the server saw, and how it should behave.
 
     A request's ``fake`` member picks the behaviour: ``refuse`` (503), ``plain_refuse`` (500 without
-    JSON), ``break`` (ends midway), ``error`` (an error event), ``silent`` (no text), ``slow`` (never
-    answers), ``no_usage``, ``pairs`` (two tokens in a chunk). Otherwise ``max_tokens`` chunks.
+    JSON), ``break`` (ends midway), ``error`` (an error event), ``silent`` (no text), ``slow``
+    (never answers), ``no_usage``, ``pairs`` (two tokens in a chunk). Otherwise ``max_tokens``
+    chunks.
     """
 
     base_url: str = ""

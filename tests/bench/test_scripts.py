@@ -1,4 +1,7 @@
-"""Each script of ``benchmarks/`` runs to its end in its smallest setting. Its figures mean nothing here."""
+"""Each script of ``benchmarks/`` runs to its end in its smallest setting.
+
+Its figures mean nothing here.
+"""
 
 from __future__ import annotations
 

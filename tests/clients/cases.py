@@ -60,7 +60,10 @@ class Scene(BaseModel):
 
 
 def count(case: str, ask: Callable[[int], Any]) -> None:
-    """Ask ``COUNT`` times, and print how many answers were valid: ``ask`` raises for those that are not."""
+    """Ask ``COUNT`` times, and print how many answers were valid.
+
+    ``ask`` raises for those that are not.
+    """
     errors: list[str] = []
     for number in range(COUNT):
         try:

@@ -1,4 +1,7 @@
-"""Serve the demo model and count the valid answers that real clients get of it: see README.md beside this file."""
+"""Serve the demo model and count the valid answers that real clients get of it.
+
+See README.md beside this file.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,9 @@ def _served(url: str | None, cache: Path) -> Iterator[str]:
 
 
 def _prepared(name: str, cache: Path) -> tuple[list[str], str]:
-    """The command that runs a client, installed where it is not yet, and the versions of its packages."""
+    """The command that runs a client, installed where it is not yet, and the versions of its
+    packages.
+    """
     folder = cache / name
     if name == AI_SDK:
         folder.mkdir(parents=True, exist_ok=True)

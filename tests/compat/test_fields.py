@@ -1,4 +1,7 @@
-"""vLLM's fields of requests: guided decoding works, neutral values pass, unavailable fields say why."""
+"""vLLM's fields of requests.
+
+Guided decoding works, neutral values pass, unavailable fields say why.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +114,8 @@ async def test_what_cannot_be_had_names_the_clients_field(
 
 async def test_an_error_of_the_grammar_names_the_clients_field() -> None:
     def fail(call: object) -> None:
-        raise InvalidRequestError("structured_outputs.json is no schema.", param="structured_outputs.json")  # fmt: skip
+        raise InvalidRequestError("structured_outputs.json is no "
+                                  "schema.", param="structured_outputs.json")  # fmt: skip
 
     answer = await App(FakeFrontend(before=fail)).post(
         CHAT, {"messages": USER, "guided_json": {"type": "x"}}
@@ -145,7 +149,8 @@ async def test_what_the_client_says_in_our_words_is_named_in_them(
 async def test_a_hint_at_an_option_is_not_renamed() -> None:
     def fail(call: object) -> None:
         name = "structured_outputs.json"
-        raise InvalidRequestError(f"{name} is none, or set structured_outputs.unsupported.", param=name)  # fmt: skip
+        raise InvalidRequestError(f"{name} is none, or set "
+                                  "structured_outputs.unsupported.", param=name)  # fmt: skip
 
     answer = await App(FakeFrontend(before=fail)).post(CHAT, {"messages": USER, "guided_json": {}})
     expected = "guided_json is none, or set structured_outputs.unsupported."

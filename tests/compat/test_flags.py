@@ -1,4 +1,7 @@
-"""vLLM's flags and keywords: each does the same, does nothing and says so, or is refused with the reason."""
+"""vLLM's flags and keywords.
+
+Each does the same, does nothing and says so, or is refused with the reason.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +59,12 @@ def _serve_actions() -> list[argparse.Action]:
 
 
 EVERYDAY = (
-    "demo --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3 --disable-log-requests "
-    "--uvicorn-log-level warning -tp 1 --pipeline-parallel-size 1 --swap-space 4 --kv-cache-dtype auto "
-    "--generation-config vllm --limit-mm-per-prompt.image 2 --tokenizer-mode auto --max-logprobs 20 "
+    "demo --enable-auto-tool-choice --tool-call-parser hermes --reasoning-parser qwen3 "
+    "--disable-log-requests "
+    "--uvicorn-log-level warning -tp 1 --pipeline-parallel-size 1 --swap-space 4 --kv-cache-dtype "
+    "auto "
+    "--generation-config vllm --limit-mm-per-prompt.image 2 --tokenizer-mode auto --max-logprobs "
+    "20 "
     "--enable-prompt-tokens-details --async-scheduling -O3 --max-model-len 4K --dtype half"
 ).split()
 

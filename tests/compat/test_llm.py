@@ -1,4 +1,7 @@
-"""Keywords of vLLM's ``LLM`` at work: priorities, types by their older names, defaults of sampling, warnings once."""
+"""Keywords of vLLM's ``LLM`` at work.
+
+Priorities, types by their older names, defaults of sampling, warnings once.
+"""
 
 from __future__ import annotations
 

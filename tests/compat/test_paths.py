@@ -1,4 +1,6 @@
-"""Paths of other servers: the answer says what to use instead, and never names what is only spelled alike."""
+"""Paths of other servers: the answer says what to use instead, and never names what is only
+spelled alike.
+"""
 
 from __future__ import annotations
 

@@ -174,7 +174,9 @@ class Scenario:
         self.driver.scheduler.check_integrity()
 
     def num_computed(self, wanted: EngineRequest) -> tuple[int, int]:
-        """Tokens to compute for a request that ended, and those of them to compute again as its factors changed."""
+        """Tokens to compute for a request that ended, and those of them to compute again as its
+        factors changed.
+        """
         num_generated = len(self.driver.outcomes[wanted.request_id].token_ids)
         prompt, most = len(wanted.token_ids), wanted.rope_border
         changed = bool(wanted.rope_length) and prompt <= most < prompt + num_generated - 1
@@ -264,5 +266,6 @@ def test_with_room_for_all_nothing_is_preempted_or_encoded_twice(
     known, again = sum(once for once, _ in computed), sum(more for _, more in computed)
     assert stats.num_embeddings == sum(r.pooling is not None for r in scenario.requests)
     num_seen = stats.num_computed_tokens + stats.num_prefix_hits
-    # Of what is computed again, the cache may hold some; only the hits of a first admission are counted.
+    # Of what is computed again, the cache may hold some; only the hits of a first admission are
+    # counted.
     assert known <= num_seen <= known + again, "each token once"

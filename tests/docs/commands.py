@@ -35,7 +35,10 @@ class Command:
 
 
 def is_shell(block: Block) -> bool:
-    """Return true for a block of commands: one that says so, or one of no language that begins with a command."""
+    """Return true for a block of commands.
+
+    One that says so, or one of no language that begins with a command.
+    """
     return block.language in _SHELLS or (
         not block.language and _FIRST_WORDS.match(block.code) is not None
     )

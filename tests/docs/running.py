@@ -24,9 +24,11 @@ FEW_RESOURCES += ("--media-decode-timeout", "600")  # of a machine that is busy 
 
 
 class Page:
-    """A page that is being run: the names that its blocks have defined, and the server that it has started last.
+    """A page that is being run: the names that its blocks have defined, and the server that it
+    has started last.
 
-    All its servers have one port, as for a reader, so that a client goes on when the page starts another server.
+    All its servers have one port, as for a reader, so that a client goes on when the page starts
+    another server.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Code blocks and names in the pages: what they say is there - flags, files, variables - and can be parsed.
+"""Code blocks and names in the pages.
+
+What they say is there - flags, files, variables - and can be parsed.
 
 Blocks of Python and requests are run by ``test_running.py``.
 """
@@ -76,7 +78,9 @@ def flags_of(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 @functools.cache
 def known_flags() -> frozenset[str]:
-    """Return all flags: of the commands, of vLLM as far as there is a rule for them, of scripts and tools."""
+    """Return all flags: of the commands, of vLLM as far as there is a rule for them, of scripts
+    and tools.
+    """
     found = {*flags_of(build_parser()), *OTHERS}
     found |= {f"--{name.replace('_', '-')}" for name in (*ENGINE_RULES, *SERVER_RULES)}
     tools = [*(ROOT / "scripts").iterdir(), *ROOT.glob("benchmarks/**/*.py")]

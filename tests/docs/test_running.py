@@ -1,7 +1,8 @@
-"""The pages' Python blocks run from top to bottom, and their requests are sent to the servers that the pages start.
+"""The pages' Python blocks run from top to bottom, and their requests are sent to the servers
+that the pages start.
 
-Models are loaded by the names in the text: below the folder in which the blocks run, each has a tiny checkpoint of its
-architecture. ``demo-media`` is what ``scripts/demo`` draws.
+Models are loaded by the names in the text: below the folder in which the blocks run, each has a
+tiny checkpoint of its architecture. ``demo-media`` is what ``scripts/demo`` draws.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ WITH_CODE = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that looks like the root of the repository after ``scripts/demo``, with models in it."""
+    """A folder that looks like the root of the repository after ``scripts/demo``, with models in
+    it.
+    """
     made = tmp_path_factory.mktemp("docs")
     for name, build in CHECKPOINTS.items():
         build(made / name)

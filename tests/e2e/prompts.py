@@ -37,7 +37,10 @@ def image(rng: np.random.Generator) -> Image.Image:
 def mixed_prompts(
     count: int, placeholder: str, *, chat: tuple[str, str], seed: int = 0
 ) -> list[MixedPrompt]:
-    """``count`` prompts: no, one or several images; raw or between ``chat``'s two texts; short and long."""
+    """``count`` prompts: no, one or several images; raw or between ``chat``'s two texts.
+
+    Short and long.
+    """
     rng = np.random.default_rng(seed)
     prompts = []
     for index in range(count):
@@ -63,7 +66,8 @@ def reference_tokens(
     from transformers import AutoModelForImageTextToText
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    # Past any end token, as with ``ignore_eos``; ``min_new_tokens`` would keep the end from being chosen.
+    # Past any end token, as with ``ignore_eos``; ``min_new_tokens`` would keep the end from being
+    # chosen.
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     tokens = []
     for values in inputs:
@@ -87,7 +91,9 @@ def llava_inputs(folder: Path, prompts: list[MixedPrompt]) -> list[dict[str, Any
 
 
 def qwen2_vl_inputs(folder: Path, prompts: list[MixedPrompt]) -> list[dict[str, Any]]:
-    """Image processor and tokenizer put together as Qwen2-VL's processor does (which needs torchvision)."""
+    """Image processor and tokenizer put together as Qwen2-VL's processor does (which needs
+    torchvision).
+    """
     from transformers import AutoImageProcessor, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -23,9 +23,11 @@ START_SECONDS = 120
 
 
 def tied_to_this_process() -> Callable[[], None] | None:
-    """A ``preexec_fn`` by which the system kills a child when the test run ends, however that happens.
+    """A ``preexec_fn`` by which the system kills a child when the test run ends, however that
+    happens.
 
-    The system means the thread that starts the child, so there is none for other threads than the main one.
+    The system means the thread that starts the child, so there is none for other threads than the
+    main one.
     """
     if threading.current_thread() is not threading.main_thread():
         return None
@@ -33,8 +35,10 @@ def tied_to_this_process() -> Callable[[], None] | None:
 
 
 class Server:
-    """A running server, with ``flags``, and ``variables`` in its environment. Stop it with ``stop``, which returns its
-    exit status."""
+    """A running server, with ``flags``, and ``variables`` in its environment.
+
+    Stop it with ``stop``, which returns its exit status.
+    """
 
     def __init__(
         self,
@@ -79,7 +83,10 @@ class Server:
         return [process for process in self.children() if is_engine(process)]
 
     def segments(self) -> Path:
-        """The folder of its features in shared memory; the media workers have it on their command lines."""
+        """The folder of its features in shared memory.
+
+        The media workers have it on their command lines.
+        """
         for process in self.children():
             command = process.cmdline()
             if "sensorium.engine.prompts.media_worker" in command:

@@ -6,7 +6,10 @@ from typing import Any
 
 
 def settings(scarce_blocks: int) -> dict[str, dict[str, Any]]:
-    """Keywords of ``LLM`` by name; ``scarce_blocks`` of 8 tokens are so few that prompts displace each other."""
+    """Keywords of ``LLM`` by name.
+
+    ``scarce_blocks`` of 8 tokens are so few that prompts displace each other.
+    """
     return {
         "roomy": {"num_kv_blocks": 400, "block_size": 16},
         "cut up": {"num_kv_blocks": 400, "block_size": 8, "max_num_batched_tokens": 7},

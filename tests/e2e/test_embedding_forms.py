@@ -1,4 +1,7 @@
-"""Precomputed embeddings in every documented form, of every family: the answer is that to the items themselves."""
+"""Precomputed embeddings in every documented form, of every family.
+
+The answer is that to the items themselves.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,9 @@ def alone(found: list[Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """A family's checkpoint, its placeholder of the second and of the first item, and what its embeddings need beside
-    them: nothing when they may come bare."""
+    """A family's checkpoint, its placeholder of the second and of the first item, and what its
+    embeddings need beside them: nothing when they may come bare.
+    """
 
     make: Callable[[Path], Any]
     modality: str

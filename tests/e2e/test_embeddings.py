@@ -1,4 +1,7 @@
-"""A server of vectors as a user meets it: a process, HTTP, the ``openai`` client, against ``transformers``."""
+"""A server of vectors as a user meets it.
+
+A process, HTTP, the ``openai`` client, against ``transformers``.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,8 @@ async def test_messages_and_metrics(server: Server, folder: Path) -> None:
     ]
     body = {"messages": [{"role": "user", "content": parts}]}
     prompt = (
-        f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{VISION}{text}"
+        "<|im_start|>system\nYou are a helpful "
+        f"assistant.<|im_end|>\n<|im_start|>user\n{VISION}{text}"
         "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
     )
     [wanted] = expected(folder, [MixedPrompt(prompt, [image])])

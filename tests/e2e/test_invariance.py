@@ -1,4 +1,6 @@
-"""A request's tokens and log-probabilities are the same bits alone, batched, in chunks, preempted and from caches."""
+"""A request's tokens and log-probabilities are the same bits alone, batched, in chunks,
+preempted and from caches.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ DRAWN: tuple[dict[str, Any], ...] = (
 
 
 def sampling(index: int) -> SamplingParams:
-    """Greedy for some prompts, seeded for the others, with all kinds of filters and numbers of log-probabilities."""
+    """Greedy for some prompts, seeded for the others, with all kinds of filters and numbers of
+    log-probabilities.
+    """
     chosen = {"temperature": 0.0} if index % 2 else DRAWN[index // 2 % len(DRAWN)]
     return SamplingParams(
         **chosen, seed=index, max_tokens=9, ignore_eos=True, logprobs=(2, 5, 20)[index % 3]
@@ -160,7 +164,9 @@ def test_the_demo(
     threads: int,
     caching: bool,
 ) -> None:
-    """Any prompts together, in chunks of any size, with room for all or a few, twice over the prefix cache."""
+    """Any prompts together, in chunks of any size, with room for all or a few, twice over the
+    prefix cache.
+    """
     dtype, prompts, expected = demo
     changed = {"num_kv_blocks": num_blocks, "max_num_batched_tokens": budget}
     with patient_llm(

@@ -1,4 +1,7 @@
-"""LLaVA-OneVision in the engine: images, clips and embeddings together, cut up, preempted and cached; its templates."""
+"""LLaVA-OneVision in the engine.
+
+Images, clips and embeddings together, cut up, preempted and cached; its templates.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,8 @@ def test_equal_to_the_reference(folder: Path, expected: list[list[int]], setting
         if setting == "preempted":
             assert stats.num_preemptions > 0
         if setting == "roomy":
-            # Of the three pictures two stand alone somewhere; in company all of them look different.
+            # Of the three pictures two stand alone somewhere; in company all of them look
+            # different.
             assert stats.media["preprocess_count"] == 2 + 3 + 4
 
 
@@ -127,12 +131,16 @@ def test_embeddings_of_nothing_are_refused(roomy: LLM) -> None:
 
 GENERATION = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' "
+    "}}{% endfor %}"
     "{% if message['role'] != 'assistant' %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}"
-    "{% endfor %}{% else %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + "
+    "part['text'] }}"
+    "{% endfor %}{% else %}{% for part in message['content'] | selectattr('type', 'equalto', "
+    "'text') %}"
     "{% generation %}{{ '\n' + part['text'] }}{% endgeneration %}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% "
+    "endif %}"
 )
 MESSAGES = [
     {

@@ -1,5 +1,7 @@
-"""MiniCPM-V 2.6 through the offline API: placeholders that are no tokens, videos, chats, embeddings; against the plain
-model."""
+"""MiniCPM-V 2.6 through the offline API.
+
+Placeholders that are no tokens, videos, chats, embeddings; against the plain model.
+"""
 
 from __future__ import annotations
 
@@ -135,7 +137,9 @@ def test_chat_keeps_the_order_of_the_parts(llm: LLM, plain: PlainReference) -> N
 def test_templates_that_take_strings(
     tmp_path: Path, plain: PlainReference, interleaved: bool
 ) -> None:
-    """As the published one: placeholders stand where the parts stand, or in front if that is asked for."""
+    """As the published one: placeholders stand where the parts stand, or in front if that is
+    asked for.
+    """
     folder = make_minicpmv(tmp_path)
     options = {} if interleaved else {"interleave_mm_strings": False}
     with LLM(str(folder), num_kv_blocks=50, **options, **ROOM) as llm:

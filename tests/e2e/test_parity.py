@@ -57,8 +57,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return _case(folder, make, qwen2_vl_inputs, placeholder, QWEN_CHAT)
 
 
-# Block sizes and budgets so small that prompts are cut inside images, and so few blocks that sequences push each
-# other out.
+# Block sizes and budgets so small that prompts are cut inside images, and so few blocks that
+# sequences push each other out.
 SETTINGS: dict[str, dict[str, Any]] = {
     "roomy": {"num_kv_blocks": 2000, "block_size": 16, "max_num_seqs": 64},
     "alone": {"num_kv_blocks": 200, "block_size": 16, "max_num_seqs": 1},

@@ -1,5 +1,7 @@
-"""Phi-3.5-Vision through the offline API: numbered placeholders, several images, chats, embeddings; against a plain
-implementation."""
+"""Phi-3.5-Vision through the offline API: numbered placeholders, several images, chats, embeddings.
+
+Against a plain implementation.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def answers(llm: LLM, prompts: list[dict[str, Any]]) -> list[list[int]]:
     ids=["roomy", "chunked", "preempted"],
 )
 def test_generate(folder: Path, plain: PlainPhi3V, settings: dict[str, Any]) -> None:
-    """Cold and warm; an item that stands in two places of a prompt is encoded once and cut by chunks in both."""
+    """Cold and warm; an item that stands in two places of a prompt is encoded once and cut by
+    chunks in both.
+    """
     expected = [plain.greedy(text, images, NUM_TOKENS) for text, images in PROMPTS]
     with patient_llm(str(folder), **{**ROOM, "max_model_len": 144, **settings}) as llm:
         prompts = [asked(*prompt) for prompt in PROMPTS]
@@ -87,7 +91,10 @@ def test_generate(folder: Path, plain: PlainPhi3V, settings: dict[str, Any]) -> 
 
 
 def test_the_prompt_in_ids(llm: LLM, plain: PlainPhi3V) -> None:
-    """A BOS begins every stretch of text, also an empty one; ids expanded by the caller stand as they are."""
+    """A BOS begins every stretch of text, also an empty one.
+
+    Ids expanded by the caller stand as they are.
+    """
     views = [plain.embeds(image) for image in (WIDE, TALL)]
     (out,) = llm.generate(asked(*PROMPTS[2]), GREEDY, use_tqdm=False)
     image = plain.config["image_token_id"]
@@ -126,7 +133,8 @@ def test_chat_with_two_images(llm: LLM, plain: PlainPhi3V) -> None:
     ]
     prompt, tokens = chatted(llm, messages)
     assert prompt == (
-        "<|system|>\nBe kind.<|end|>\n<|user|>\nWhich is larger?\n<|image_1|>\n<|image_2|><|end|>\n<|assistant|>\n"
+        "<|system|>\nBe kind.<|end|>\n<|user|>\nWhich is "
+        "larger?\n<|image_1|>\n<|image_2|><|end|>\n<|assistant|>\n"
     )
     assert tokens == plain.greedy(prompt, [WIDE, TALL], NUM_TOKENS)
 

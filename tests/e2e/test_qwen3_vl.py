@@ -1,4 +1,6 @@
-"""Qwen3-VL in the engine: what its first layers add is cut up, preempted and cached like the embeddings themselves."""
+"""Qwen3-VL in the engine: what its first layers add is cut up, preempted and cached like the
+embeddings themselves.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,10 @@ def test_equal_to_the_reference(folder: Path, expected: list[list[int]], setting
 
 
 def test_embeddings_in_place_of_images(folder: Path, expected: list[list[int]]) -> None:
-    """They are as wide as what the encoder makes: with what the first layers add beside what they begin with."""
+    """They are as wide as what the encoder makes.
+
+    With what the first layers add beside what they begin with.
+    """
     harness = Harness(loader.load(str(folder), device="cpu"))
     text, images = PROMPTS[2]
     features = harness.process(images)

@@ -1,4 +1,7 @@
-"""A server whose engine is killed, again and again, while clients use it; and an engine whose server is killed."""
+"""A server whose engine is killed, again and again, while clients use it.
+
+And an engine whose server is killed.
+"""
 
 from __future__ import annotations
 

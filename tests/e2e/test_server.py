@@ -392,7 +392,8 @@ def test_64_clients_of_which_a_third_leave(server: Server, client: openai.OpenAI
         segments.append({path.name for path in server.segments().iterdir()})
         # The first crowd starts all media workers.
         descriptors = descriptors or server.num_descriptors()
-    # The later crowds bring the pictures of the first: what is shared between the processes is there already.
+    # The later crowds bring the pictures of the first: what is shared between the processes is
+    # there already.
     assert segments[0]
     assert segments[0] == segments[1] == segments[2]
     # Sockets of the metrics requests themselves may still be closing.

@@ -1,4 +1,7 @@
-"""A request's way as operators see it: lines at ``--log-level debug`` and Chrome traces in ``--trace-dir``."""
+"""A request's way as operators see it.
+
+Lines at ``--log-level debug`` and Chrome traces in ``--trace-dir``.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from sensorium import LLM, SamplingParams
 from tests.e2e.serving import Server
 
 LINE = re.compile(
-    r"DEBUG sensorium\.tracing: (\S+?)-\d+ \+(\d+\.\d) ms (first token|\w+)(?: in (\d+\.\d) ms)?(.*)"
+    r"DEBUG sensorium\.tracing: (\S+?)-\d+ \+(\d+\.\d) ms (first token|\w+)(?: in (\d+\.\d) "
+    r"ms)?(.*)"
 )
 SECRET = "zebra-crossing"
 """A word of the prompts: it may be in no line and in no trace."""
@@ -34,7 +38,9 @@ class Line(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a server has left: the lines and the events of each request, all in the order of writing."""
+    """What a server has left: the lines and the events of each request, all in the order of
+    writing.
+    """
 
     lines: dict[str, list[Line]]
     events: dict[str, list[dict[str, Any]]]
@@ -80,8 +86,10 @@ def ask(client: openai.OpenAI, request_id: str, **fields: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """Four requests to a server: a chat, the same again, a stream, and a stream that the client leaves; and a wrong
-    one."""
+    """Four requests to a server.
+
+    A chat, the same again, a stream, and a stream that the client leaves; and a wrong one.
+    """
     folder = tmp_path_factory.mktemp("chat")
     flags = ("--log-level", "debug", "--trace-dir", str(folder / "traces"))
     endless = {"ignore_eos": True}

@@ -1,4 +1,7 @@
-"""Ultravox through the offline API and a server: tuples, files, base64, embeddings; against a plain implementation."""
+"""Ultravox through the offline API and a server: tuples, files, base64, embeddings.
+
+Against a plain implementation.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,10 @@ def test_generate(folder: Path, plain: PlainUltravox, settings: dict[str, Any]) 
 
 
 def test_the_prompt_in_ids(llm: LLM, folder: Path) -> None:
-    """The tokenizer's end token stands for each embedding; ids expanded by the caller stand as they are."""
+    """The tokenizer's end token stands for each embedding.
+
+    Ids expanded by the caller stand as they are.
+    """
     (out,) = llm.generate(asked(PROMPTS[1]), GREEDY, use_tqdm=False)
     end = split(folder, "<|eot_id|>")[0][-1]
     texts = split(folder, PROMPTS[1][0])
@@ -138,7 +144,10 @@ def test_the_prompt_in_ids(llm: LLM, folder: Path) -> None:
 
 
 def test_any_rate_and_layout(llm: LLM) -> None:
-    """The same sound as a tensor, as a list, in two channels either way round; at half the rate it is twice as long."""
+    """The same sound as a tensor, as a list, in two channels either way round.
+
+    At half the rate it is twice as long.
+    """
     samples = sound(7231).samples
     forms: list[Any] = [
         samples,

@@ -1,4 +1,7 @@
-"""Videos from a caller's hand to tokens: offline and served, whole and cut up, equal to the reference."""
+"""Videos from a caller's hand to tokens.
+
+Offline and served, whole and cut up, equal to the reference.
+"""
 
 from __future__ import annotations
 

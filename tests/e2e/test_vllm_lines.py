@@ -1,5 +1,8 @@
-"""Eight everyday ``vllm serve`` lines of vLLM's documentation start a server here: the same words, with a tiny
-checkpoint of the same family, of dummy weights, in place of the model, and our templates in place of vLLM's."""
+"""Eight everyday ``vllm serve`` lines of vLLM's documentation start a server here.
+
+The same words, with a tiny checkpoint of the same family, of dummy weights, in place of the model,
+and our templates in place of vLLM's.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""VLM2Vec's way to vectors, by its template, against a plain implementation: pictures, texts and both."""
+"""VLM2Vec's way to vectors, by its template, against a plain implementation.
+
+Pictures, texts and both.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""A fault in one sequence or item of a step fails that request alone; the others get the tokens that they get alone.
+"""A fault in one sequence or item of a step fails that request alone.
 
-The engine is a real one on a tiny checkpoint; faults are put into the model, the encoder, the grammar, the pooler and
-the way from tokens to text.
+The others get the tokens that they get alone.
+
+The engine is a real one on a tiny checkpoint; faults are put into the model, the encoder, the
+grammar, the pooler and the way from tokens to text.
 """
 
 from __future__ import annotations
@@ -188,7 +190,10 @@ def test_features_that_are_gone(parts: Parts, monkeypatch: pytest.MonkeyPatch) -
 def test_a_sequence_that_breaks_the_forward_pass(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, at_step: int
 ) -> None:
-    """As the whole step fails with it, the others are run again: with the same keys at the same places."""
+    """As the whole step fails with it, the others are run again.
+
+    With the same keys at the same places.
+    """
     runner = parts.runner
     embed: Callable[[Any, Any], Any] = runner._run
     num_seen = 0
@@ -226,7 +231,10 @@ def test_a_sequence_whose_numbers_are_none(parts: Parts, monkeypatch: pytest.Mon
 
 
 def test_a_sampler_that_fails_for_one(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of the others have been drawn when it fails, and are drawn again: to the same tokens."""
+    """The rows of the others have been drawn when it fails, and are drawn again.
+
+    To the same tokens.
+    """
     process = sampler._process
 
     def failing(row: torch.Tensor, slot: Any) -> None:
@@ -343,7 +351,9 @@ def test_a_model_that_fails_for_all_goes_on_afterwards(
 def test_a_stream_that_fails_ends_its_request_alone(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frontend and detokenizer: the exception is the request's, its work in the engine ends, the next one is served."""
+    """Frontend and detokenizer: the exception is the request's, its work in the engine ends, the
+    next one is served.
+    """
     from sensorium.text.detokenizer import Detokenizer
 
     expected = parts.llm.generate("next", GREEDY, use_tqdm=False)[0].outputs[0].token_ids

@@ -38,7 +38,8 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz",
-        description="Send damaged and absurd requests to served models; exit 1 when one does what it must not.",
+        description="Send damaged and absurd requests to served models; exit 1 when one does what "
+        "it must not.",
     )
     parser.add_argument("--requests", type=int, default=1000, help="requests to each model")
     parser.add_argument(
@@ -53,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
         "--corrupt",
         type=_percent,
         metavar="PERCENT",
-        help="send good requests with this part of damaged media among them (such as 10%%) in place of fuzz, and "
+        help="send good requests with this part of damaged media among them (such as 10%%) in "
+        "place of fuzz, and "
         "compare each answer with the one given alone",
     )
     parser.add_argument("--keep", type=Path, help="folder for offending requests and logs")

@@ -24,7 +24,9 @@ _FEWEST_BETWEEN_SAMPLES = 12
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of it: requests, clients that send them at the same time, the seed that decides all of them."""
+    """How much of it: requests, clients that send them at the same time, the seed that decides
+    all of them.
+    """
 
     num_requests: int
     num_clients: int
@@ -38,7 +40,9 @@ class Plan:
 
 
 async def fuzz(served: Served, plan: Plan) -> Report:
-    """Send ``plan.num_requests`` requests and judge the answers; the same good requests come first and last.
+    """Send ``plan.num_requests`` requests and judge the answers.
+
+    The same good requests come first and last.
 
     After the warm-up come requests that came before: then memory has no reason to grow any more.
     """

@@ -21,8 +21,9 @@ from tests.fuzz.verdict import what_is_wrong
 
 
 async def mixed(served: Served, plan: Plan, corrupt: float) -> Report:
-    """``plan.num_clients`` clients at the same time; a part ``corrupt`` of the requests holds a damaged file, or
-    damaged embeddings.
+    """``plan.num_clients`` clients at the same time.
+
+    A part ``corrupt`` of the requests holds a damaged file, or damaged embeddings.
 
     Every good request must get the answer that it gets alone.
     """

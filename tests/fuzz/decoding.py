@@ -1,7 +1,9 @@
-"""A process that decodes what it is given and tells what came of it; it may be killed by what it decodes.
+"""A process that decodes what it is given and tells what came of it.
 
-``python -m tests.fuzz.decoding``: on standard input a line of JSON and then as many bytes as it says, again and again;
-on standard output a line of JSON for each. ``Decoder`` is the other side.
+It may be killed by what it decodes.
+
+``python -m tests.fuzz.decoding``: on standard input a line of JSON and then as many bytes as it
+says, again and again; on standard output a line of JSON for each. ``Decoder`` is the other side.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ _MODELS = {"image": "demo", "video": "demo", "audio": "demo-audio"}
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one file: ``shape`` of what was decoded, or the error. ``grown``: bytes at the height of it."""
+    """What came of one file: ``shape`` of what was decoded, or the error.
+
+    ``grown``: bytes at the height of it.
+    """
 
     shape: tuple[int, ...] = ()
     code: str = ""
@@ -56,8 +61,11 @@ class Outcome:
 
 
 class Decoder:
-    """A child that decodes. When it dies, or answers nothing for ``HANG_SECONDS``, that is the file's fault, and the
-    next file gets a new child."""
+    """A child that decodes.
+
+    When it dies, or answers nothing for ``HANG_SECONDS``, that is the file's fault, and the next
+    file gets a new child.
+    """
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None

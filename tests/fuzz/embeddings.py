@@ -1,4 +1,7 @@
-"""Precomputed embeddings for the demo model, as clients send them: right ones, wrong ones, damaged ones."""
+"""Precomputed embeddings for the demo model, as clients send them.
+
+Right ones, wrong ones, damaged ones.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +123,8 @@ def _strange(good: torch.Tensor) -> dict[str, bytes]:
         ),
         "pickle": pickle.dumps({"image_embeds": [1.0]}),
         "pickle of a command": pickle.dumps(Command()),
-        "numpy": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (4, 256), }",
+        "numpy": b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortran_order': False, 'shape': (4, "
+        b"256), }",
         "text": b"no tensors here",
         "empty": b"",
     }
@@ -147,7 +151,10 @@ def _pickle_of(data: bytes) -> bytes:
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """A file with small changes: anywhere, or within an archive that stays whole, or in a header of JSON."""
+    """A file with small changes.
+
+    Anywhere, or within an archive that stays whole, or in a header of JSON.
+    """
     others = list(files().values())
     if data[:2] == b"PK" and rng.random() < 0.7:
         members = _members(data)
@@ -215,7 +222,10 @@ def text(data: bytes) -> str:
 
 
 def payload(rng: random.Random) -> Any:
-    """What a part holds under ``image_embeds``: mostly a mapping with a file that is wrong or damaged."""
+    """What a part holds under ``image_embeds``.
+
+    Mostly a mapping with a file that is wrong or damaged.
+    """
     every = files()
     name = rng.choice(sorted(every))
     data = every[name] if rng.random() < 0.3 else damaged(every[name], rng)

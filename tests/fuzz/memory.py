@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 
 NUM_SAMPLES = 120
-"""Of a server's memory, in a run. With less than half of that nothing is compared: it has hardly warmed up."""
+"""Of a server's memory, in a run. With less than half of that nothing is compared: it has hardly
+warmed up."""
 _PROGRAMS = {
     "engine": "sensorium.engine.serving.worker",
     "grammars": "sensorium.engine.grammar.worker",
@@ -24,7 +25,9 @@ SLACK_FILES = 64
 
 
 class Height:
-    """How far this process grows from now on, at its height, though it shrink again before anybody looks."""
+    """How far this process grows from now on, at its height, though it shrink again before
+    anybody looks.
+    """
 
     def __init__(self) -> None:
         Path("/proc/self/clear_refs").write_text("5")
@@ -43,8 +46,10 @@ def _highest() -> int:
 
 
 def family(root: int) -> dict[str, list[psutil.Process]]:
-    """The processes of a server by what they do: ``http``, ``engine``, ``grammars``, ``media``; fork servers with their
-    workers."""
+    """The processes of a server by what they do: ``http``, ``engine``, ``grammars``, ``media``.
+
+    Fork servers with their workers.
+    """
     http = psutil.Process(root)
     found: dict[str, list[psutil.Process]] = {"http": [http], **{name: [] for name in _PROGRAMS}}
     for process in http.children(recursive=True):
@@ -115,7 +120,10 @@ class Growth:
 
 
 def growth(samples: Sequence[Sample]) -> list[Growth]:
-    """Compare medians of the last samples of the warm-up with those at the end; nothing for too few samples."""
+    """Compare medians of the last samples of the warm-up with those at the end.
+
+    Nothing for too few samples.
+    """
     if len(samples) < NUM_SAMPLES // 2:
         return []
     warm, width = round(len(samples) * WARM_UP), len(samples) // 10

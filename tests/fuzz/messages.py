@@ -11,7 +11,8 @@ _PATTERNS = {
     "an object of Python": r"<[\w.]+ (?:object|instance) at|<class '|<function |<module ",
     "a library's own words": (
         r"Errno|Traceback|errno|avcodec|libav|swscale|Invalid data found|\bPIL\.|_io\.|BytesIO|"
-        r"numpy\.|torch\._|zlib|broken data stream|SyntaxError|IndexError|KeyError|TypeError|OverflowError|"
+        r"numpy\.|torch\._|zlib|broken data "
+        r"stream|SyntaxError|IndexError|KeyError|TypeError|OverflowError|"
         r"RuntimeError|site-packages|soundfile\.|sndfile"
     ),
     "an inner address": r"\b(?:127\.0\.0\.1|localhost|169\.254\.\d+\.\d+)\b",
@@ -20,7 +21,10 @@ _COMPILED = {what: re.compile(pattern) for what, pattern in _PATTERNS.items()}
 
 
 def leak_in(message: str, sent: str = "") -> str:
-    """What a message gives away that the client had not ``sent`` itself; empty when it gives nothing away."""
+    """What a message gives away that the client had not ``sent`` itself.
+
+    Empty when it gives nothing away.
+    """
     for what, pattern in _COMPILED.items():
         for found in pattern.finditer(message):
             if found[0] not in sent:

@@ -1,4 +1,6 @@
-"""Damage: small changes to a file that leave most of it in order, so that a decoder gets far before it stumbles."""
+"""Damage: small changes to a file that leave most of it in order, so that a decoder gets far
+before it stumbles.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ Mutator = Callable[[bytes, random.Random, Sequence[bytes]], bytes]
 def mutate(
     data: bytes, rng: random.Random, others: Sequence[bytes] = (), num: int | None = None
 ) -> bytes:
-    """``data`` after ``num`` changes (one to four when not given). ``others``: files to take pieces from."""
+    """``data`` after ``num`` changes (one to four when not given).
+
+    ``others``: files to take pieces from.
+    """
     for _ in range(num or rng.choice((1, 1, 1, 2, 2, 3, 4))):
         data = rng.choice(_CHOICE)(data, rng, others)[:MOST_BYTES]
     seal = structure_of(data).seal
@@ -35,7 +40,9 @@ def mutate(
 
 
 def _span(data: bytes, rng: random.Random, most: int = 64) -> tuple[int, int]:
-    """A stretch of the file, mostly a short one, more often near its beginning, where the headers are."""
+    """A stretch of the file, mostly a short one, more often near its beginning, where the
+    headers are.
+    """
     start = rng.randrange(len(data) + 1)
     if rng.random() < 0.5:
         start = min(start, rng.randrange(200))
@@ -146,7 +153,10 @@ def move_piece(data: bytes, rng: random.Random, others: Sequence[bytes]) -> byte
 
 
 def repack(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
-    """Damage below the compression: a PNG's scan lines; a text header's numbers. Others: a number of the header."""
+    """Damage below the compression: a PNG's scan lines; a text header's numbers.
+
+    Others: a number of the header.
+    """
     at = data.find(b"IDAT")
     if data.startswith(b"\x89PNG") and at > 4:
         end = at + 4 + int.from_bytes(data[at - 4 : at], "big")

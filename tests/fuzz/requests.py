@@ -1,6 +1,7 @@
 """Requests that nobody should send, and some that anybody might.
 
-Bodies with a few fields changed, media that are damaged, texts that spell special tokens, bytes that are no JSON.
+Bodies with a few fields changed, media that are damaged, texts that spell special tokens, bytes
+that are no JSON.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ _TYPES = {"image": "image_url", "video": "video_url", "audio": "audio_url"}
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """A request, byte for byte. ``value``: what the body holds, where it is JSON; ``what``: what was done to it."""
+    """A request, byte for byte.
+
+    ``value``: what the body holds, where it is JSON; ``what``: what was done to it.
+    """
 
     path: str
     body: bytes

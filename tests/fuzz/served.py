@@ -35,7 +35,8 @@ UNCACHED = (
 )
 """Every item is decoded and encoded anew."""
 VARIABLES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-"""oneDNN, and torch's layer above it, keep what they made for the last 1024 shapes of matrices if not told so."""
+"""oneDNN, and torch's layer above it, keep what they made for the last 1024 shapes of matrices
+if not told so."""
 
 _SURPRISES = ("Traceback", "Warning:", " ERROR ")
 
@@ -73,7 +74,9 @@ class Served:
         return Path(self.model).name
 
     def surprises(self) -> list[str]:
-        """Lines of the server's log about what nobody foresaw, or that a client can make appear at will."""
+        """Lines of the server's log about what nobody foresaw, or that a client can make appear
+        at will.
+        """
         lines = self.server.log.read_text(errors="replace").splitlines()
         return [line for line in lines if any(word in line for word in _SURPRISES)]
 

@@ -1,7 +1,7 @@
 """Where in a file the numbers and the pieces are that its decoder believes, for each kind of file.
 
-A walker reads a file as far as it makes sense and notes what it passes; it never fails, because the file may be damaged
-already.
+A walker reads a file as far as it makes sense and notes what it passes; it never fails, because the
+file may be damaged already.
 """
 
 from __future__ import annotations
@@ -239,7 +239,8 @@ def _boxes(data: bytes, at: int, end: int, found: Structure, depth: int) -> None
 
 _MASTERS = {
     int(text, 16)
-    for text in "1A45DFA3 18538067 1654AE6B AE E0 E1 1F43B675 A0 1C53BB6B BB B7 114D9B74 4DBB 1549A966".split()
+    for text in "1A45DFA3 18538067 1654AE6B AE E0 E1 1F43B675 A0 1C53BB6B BB B7 114D9B74 4DBB "
+    "1549A966".split()
 }
 
 

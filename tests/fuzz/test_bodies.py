@@ -1,4 +1,6 @@
-"""Whatever a client sends to the HTTP layer, it gets an answer that is no 5xx, and errors in the usual shape."""
+"""Whatever a client sends to the HTTP layer, it gets an answer that is no 5xx, and errors in the
+usual shape.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Embeddings of clients are read as dense finite tensors that fit the model, or refused; nothing in them is run."""
+"""Embeddings of clients are read as dense finite tensors that fit the model, or refused.
+
+Nothing in them is run.
+"""
 
 from __future__ import annotations
 

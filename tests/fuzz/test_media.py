@@ -1,4 +1,7 @@
-"""A damaged file is decoded to something sane, or refused as damaged; it costs no more memory than allowed."""
+"""A damaged file is decoded to something sane, or refused as damaged.
+
+It costs no more memory than allowed.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ BOUNDED = settings(max_examples=NUM_EXAMPLES, deadline=None, derandomize=True)
 
 @dataclass(frozen=True)
 class Damaged:
-    """A file of the corpus after ``num`` changes that ``seed`` chooses; its ``repr`` is all that making it takes."""
+    """A file of the corpus after ``num`` changes that ``seed`` chooses.
+
+    Its ``repr`` is all that making it takes.
+    """
 
     modality: Modality
     name: str

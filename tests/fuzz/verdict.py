@@ -48,7 +48,8 @@ CODES = {
 """Every code that a client may see, with its status."""
 
 PLACED = frozenset(
-    "media_undecodable invalid_embeddings media_not_cached media_refused media_fetch_failed media_fetch_timeout "
+    "media_undecodable invalid_embeddings media_not_cached media_refused media_fetch_failed "
+    "media_fetch_timeout "
     "unsupported_modality".split()
 )
 """Codes of errors that always have a place in the request."""
@@ -83,7 +84,9 @@ def what_is_wrong(sent: Sent, answer: Answer) -> str:
 
 
 def wrong_error(sent: Sent, error: Any, status: int | None = None) -> str:
-    """What is wrong with the member ``error`` of an answer, or of an event of a stream (without a ``status``)."""
+    """What is wrong with the member ``error`` of an answer, or of an event of a stream (without
+    a ``status``).
+    """
     if not isinstance(error, dict) or set(error) != {"message", "type", "param", "code"}:
         return f"an error with other members: {error!r:.200}"
     code, message, param = error["code"], error["message"], error["param"]
@@ -112,8 +115,9 @@ def _value_of(sent: Sent) -> Any:
 
 
 def _exists(value: Any, param: str) -> bool:
-    """Whether ``messages[0].content[1].image_url`` names something in ``value`` (its last step may be missing there);
-    True when nobody knows ``value``."""
+    """Whether ``messages[0].content[1].image_url`` names something in ``value`` (its last step
+    may be missing there); True when nobody knows ``value``.
+    """
     if value is None:
         return True
     for number, name in _STEP.findall(param):

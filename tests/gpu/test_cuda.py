@@ -1,4 +1,7 @@
-"""The engine on an NVIDIA GPU gives the tokens of the engine on the CPU; skipped, with the reason, without one."""
+"""The engine on an NVIDIA GPU gives the tokens of the engine on the CPU.
+
+Skipped, with the reason, without one.
+"""
 
 from __future__ import annotations
 

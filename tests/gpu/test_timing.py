@@ -1,4 +1,7 @@
-"""Time of encoding on an NVIDIA GPU is the GPU's, and nobody waits for it; skipped, with the reason, without one."""
+"""Time of encoding on an NVIDIA GPU is the GPU's, and nobody waits for it.
+
+Skipped, with the reason, without one.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def rendered() -> dict[str, tuple[str, frozenset[str]]]:
-    """Kind and labels of each family that is scraped, by name, without the series of creation times."""
+    """Kind and labels of each family that is scraped, by name, without the series of creation
+    times.
+    """
     metrics = ServingMetrics("p:", model_name="m")
     metrics.update(EngineStats())
     metrics.http_request("/", "GET", 200, 0.1)

@@ -20,7 +20,9 @@ CORNER = 8
 
 
 def frame_of(number: int, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """(height, width, 3): the number in white and black blocks of 16 x 16, over grey that moves with it."""
+    """(height, width, 3): the number in white and black blocks of 16 x 16, over grey that moves
+    with it.
+    """
     rows, columns = np.indices((height, width))
     grey = 96 + (rows + 3 * columns + 5 * number) % 64
     frame = np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
@@ -77,7 +79,10 @@ def make_clip(
     options: Mapping[str, str] | None = None,
     **container: Any,
 ) -> bytes:
-    """An encoded video of ``frame_of(0)``, ``frame_of(1)`` … ``stamps``: times of the frames, in 1/``fps`` seconds."""
+    """An encoded video of ``frame_of(0)``, ``frame_of(1)`` … ``stamps``.
+
+    Times of the frames, in 1/``fps`` seconds.
+    """
     name, codec, own = FORMATS[form]
     file = io.BytesIO()
     with av.open(file, "w", format=name, **container) as out:

@@ -1,5 +1,8 @@
-"""A fork server whose processor takes images, videos and sounds as they come out of the decoders: ``python -m
-tests.multimodal.every_media_worker FOLDER DESCRIPTOR``. The first message is a ``MediaConfig``."""
+"""A fork server whose processor takes images, videos and sounds as they come out of the decoders.
+
+``python -m tests.multimodal.every_media_worker FOLDER DESCRIPTOR``. The first message is a
+``MediaConfig``.
+"""
 
 from __future__ import annotations
 

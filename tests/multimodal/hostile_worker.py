@@ -1,5 +1,8 @@
-"""A fork server whose processor does what the option ``do`` says: ``python -m tests.multimodal.hostile_worker FOLDER
-DESCRIPTOR``. The first message is a ``MediaConfig``."""
+"""A fork server whose processor does what the option ``do`` says.
+
+``python -m tests.multimodal.hostile_worker FOLDER DESCRIPTOR``. The first message is a
+``MediaConfig``.
+"""
 
 from __future__ import annotations
 

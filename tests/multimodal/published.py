@@ -1,4 +1,7 @@
-"""Functions of the published video processors, taken out of their source: to import them takes torchvision."""
+"""Functions of the published video processors, taken out of their source.
+
+To import them takes torchvision.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ import torch
 
 
 def published(model: str, name: str) -> Callable[..., Any]:
-    """The function or method ``name`` of ``models/<model>/video_processing_<model>.py`` of transformers."""
+    """The function or method ``name`` of ``models/<model>/video_processing_<model>.py`` of
+    transformers.
+    """
     spec = importlib.util.find_spec("transformers")
     assert spec is not None
     assert spec.submodule_search_locations

@@ -163,7 +163,8 @@ async def media_server() -> AsyncIterator[MediaServer]:
 class RawServer:
     """A TCP server that counts connections and writes ``answer`` to each, byte for byte.
 
-    With ``keep_open`` it then never closes a connection by itself. ``gone`` is set when a client closes one.
+    With ``keep_open`` it then never closes a connection by itself. ``gone`` is set when a client
+    closes one.
     """
 
     def __init__(self, answer: bytes, keep_open: bool) -> None:

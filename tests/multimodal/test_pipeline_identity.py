@@ -66,8 +66,10 @@ async def test_an_id_that_is_not_cached(make) -> None:
 
 
 async def test_what_a_request_uses_is_not_evicted_meanwhile(make) -> None:
-    """The cache has room for two items; the third must not push out one that the request waits
-    with."""
+    """The cache has room for two items.
+
+    The third must not push out one that the request waits with.
+    """
     setup = make(cache_bytes=200)
     await setup.load(object_ref(picture(5, 6, 1), "a"))
     refs = [cached_ref("a"), object_ref(picture(5, 6, 2), "b"), object_ref(picture(5, 6, 3), "c")]

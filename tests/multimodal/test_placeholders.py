@@ -16,8 +16,10 @@ class BothProcessor(FakeProcessor):
 
 
 class FramedProcessor(FakeProcessor):
-    """The placeholder is a pad (9); it becomes start (5), rows of two pads ended by 7, and an end
-    (6)."""
+    """The placeholder is a pad (9).
+
+    It becomes start (5), rows of two pads ended by 7, and an end (6).
+    """
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
         rows = features.num_embeds // 2
@@ -168,7 +170,8 @@ segments = st.lists(
 @given(segments)
 def test_short_and_full_placeholders_give_the_same_prompt(parts) -> None:
     """Pads of neighbouring items are kept apart by a token, as their order would be unclear
-    otherwise."""
+    otherwise.
+    """
     prompt: list[int] = []
     expected: list[int] = []
     sizes: list[int] = []

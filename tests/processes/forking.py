@@ -1,4 +1,7 @@
-"""A fork server whose children answer each message: ``python -m tests.processes.forking DESCRIPTOR``."""
+"""A fork server whose children answer each message.
+
+``python -m tests.processes.forking DESCRIPTOR``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from sensorium.processes.framing import receive_frame, send_frame
 
 
 def work(connection: socket.socket) -> int:
-    """Send back what comes, with the process id; ``exit N`` ends with this code, ``fail`` with an exception."""
+    """Send back what comes, with the process id.
+
+    ``exit N`` ends with this code, ``fail`` with an exception.
+    """
     while (message := receive_frame(connection)) is not None:
         if message == b"fail":
             raise ValueError("as it was told")

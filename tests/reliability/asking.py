@@ -29,7 +29,8 @@ SECRETS = re.compile(
     r"object at|BytesIO|Traceback|Errno|site-packages|PIL\.\w+\.|/sensorium/",
     re.IGNORECASE,
 )
-"""What no message to a client may hold: addresses of memory and of hosts, paths, the inside of libraries."""
+"""What no message to a client may hold: addresses of memory and of hosts, paths, the inside of
+libraries."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,10 @@ def _decoded(data: bytes) -> Any:
 
 
 def until(happened: Callable[[], Any], what: Callable[[], str] = str, seconds: float = 60) -> None:
-    """Wait until something is the case, and no longer than ``seconds``; ``what`` says what is there instead."""
+    """Wait until something is the case, and no longer than ``seconds``.
+
+    ``what`` says what is there instead.
+    """
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline, f"it never came to that: {what()}"

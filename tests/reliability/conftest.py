@@ -87,7 +87,9 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Ite
 
 @pytest.fixture
 def served(shared_server: Service) -> Iterator[Service]:
-    """The demo model behind HTTP with embeddings, a local folder, two API keys and one media host, ``localhost``."""
+    """The demo model behind HTTP with embeddings, a local folder, two API keys and one media
+    host, ``localhost``.
+    """
     yield shared_server
     shared_server.is_well()
 
@@ -151,7 +153,10 @@ def shared_offline(folder: Path) -> Iterator[Offline]:
 
 @pytest.fixture
 def offline(shared_offline: Offline) -> Iterator[Offline]:
-    """The demo model in this process with embeddings and a local folder; any public host may be fetched from."""
+    """The demo model in this process with embeddings and a local folder.
+
+    Any public host may be fetched from.
+    """
     yield shared_offline
     shared_offline.is_well()
 

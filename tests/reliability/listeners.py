@@ -1,4 +1,6 @@
-"""Hosts on this machine: one that must never be connected to, and one that serves media in every wrong way."""
+"""Hosts on this machine: one that must never be connected to, and one that serves media in every
+wrong way.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ Script = Callable[[socket.socket], None]
 
 
 class Host:
-    """A host on 127.0.0.1 (and on ::1, where there is IPv6) that does to each path what a script says.
+    """A host on 127.0.0.1 (and on ::1, where there is IPv6) that does to each path what a script
+    says.
 
-    ``paths``: of the requests that came, in order. ``num_connections`` counts also those that sent nothing.
+    ``paths``: of the requests that came, in order. ``num_connections`` counts also those that sent
+    nothing.
     """
 
     def __init__(self) -> None:
@@ -64,7 +68,9 @@ class Host:
         return self.url(path)
 
     def drip(self, path: str, head: bytes, drop: bytes) -> str:
-        """Answer ``path`` with a head and then ``drop`` again and again, slowly, until the client leaves."""
+        """Answer ``path`` with a head and then ``drop`` again and again, slowly, until the
+        client leaves.
+        """
 
         def script(connection: socket.socket) -> None:
             connection.sendall(head)
@@ -130,8 +136,9 @@ def host() -> Iterator[Host]:
 class Internet:
     """Names and connections of this process, as a test wants them.
 
-    ``names``: addresses that each name resolves to, one entry for each question, the last one for all that follow.
-    ``moved``: public addresses to the ports on 127.0.0.1 that stand for them. ``connected``: what was connected to.
+    ``names``: addresses that each name resolves to, one entry for each question, the last one for
+    all that follow. ``moved``: public addresses to the ports on 127.0.0.1 that stand for them.
+    ``connected``: what was connected to.
     """
 
     def __init__(self) -> None:

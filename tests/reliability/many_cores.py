@@ -1,9 +1,11 @@
-"""Pictures, clips of 8, 32 and 64 frames and sounds for every family, offline and served, with 2 to 128 cores emulated:
+"""Pictures, clips of 8, 32 and 64 frames and sounds for every family, offline and served, with 2
+to 128 cores emulated:
 
 python -m tests.reliability.many_cores [--cores 2 16 64 128] [FAMILY …]
 
-After each item the threads and descriptors of every process are what they were before it. A few small items of its
-modality come first, all at once, so that the pools of threads and workers, which are bounded, are full by then.
+After each item the threads and descriptors of every process are what they were before it. A few
+small items of its modality come first, all at once, so that the pools of threads and workers, which
+are bounded, are full by then.
 """
 
 from __future__ import annotations
@@ -91,7 +93,10 @@ def part(modality: str, data: bytes) -> dict[str, Any]:
 
 
 def run(ask: Ask, process_id: int, modalities: tuple[str, ...]) -> list[str]:
-    """Ask about everything; what was asked is returned. Raises AssertionError for what an item leaves behind."""
+    """Ask about everything; what was asked is returned.
+
+    Raises AssertionError for what an item leaves behind.
+    """
     done = []
     for modality in modalities:
         ask(first_items(modality))
@@ -173,7 +178,10 @@ def served(model: str, modalities: tuple[str, ...], num_cores: int, log: Path) -
 
 
 def in_child(model: str, modalities: tuple[str, ...], num_cores: int) -> list[str]:
-    """``offline`` in a process that sees so many cores. Raises AssertionError with what it wrote when it fails."""
+    """``offline`` in a process that sees so many cores.
+
+    Raises AssertionError with what it wrote when it fails.
+    """
     command = [sys.executable, "-m", "tests.reliability.many_cores", "--offline", model]
     done = subprocess.run(
         [*command, *modalities], env=environment(num_cores), capture_output=True, text=True

@@ -56,7 +56,9 @@ def gif(width: int, height: int, num_frames: int = 1) -> bytes:
 
 
 def endless_clip() -> str:
-    """An animation of a megabyte, of as many frames as may be decoded, which would take a minute or so."""
+    """An animation of a megabyte, of as many frames as may be decoded, which would take a minute
+    or so.
+    """
     return data_url(gif(1400, 1400, 40_000), "image/gif")
 
 

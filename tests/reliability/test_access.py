@@ -19,7 +19,10 @@ MOST_HEADER_BYTES = 64 * 1024
 
 
 def raw(served: Service, head: str, body: bytes = b"") -> tuple[int, bytes]:
-    """Status and the rest of the answer to bytes as they are; 0 when the connection was closed without one."""
+    """Status and the rest of the answer to bytes as they are.
+
+    0 when the connection was closed without one.
+    """
     parts = urlsplit(served.server.url)
     with socket.create_connection((str(parts.hostname), int(parts.port or 0)), 30) as connection:
         connection.sendall(head.encode("latin-1") + body)
@@ -113,7 +116,9 @@ def test_other_headers_are_no_key(served: Service, headers: list[str]) -> None:
 def test_the_comparison_of_keys_takes_the_same_time_whatever_is_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Digests of one length are compared, each with each of the keys, by the function that takes constant time."""
+    """Digests of one length are compared, each with each of the keys, by the function that takes
+    constant time.
+    """
     compared: list[tuple[bytes, bytes]] = []
     same = hmac.compare_digest
 
@@ -157,7 +162,9 @@ def test_a_request_line_over_the_limit(served: Service) -> None:
 
 
 def test_a_body_over_the_limit(served: Service) -> None:
-    """Refused by its declared length, before any of it is read, and while it comes when it has none."""
+    """Refused by its declared length, before any of it is read, and while it comes when it has
+    none.
+    """
     key = f"Authorization: Bearer {served.keys[0]}"
     head = [
         f"POST {CHAT} HTTP/1.1",
@@ -175,7 +182,9 @@ def test_a_body_over_the_limit(served: Service) -> None:
 
 
 def endless_chunks(served: Service, head: str) -> tuple[int, bytes]:
-    """Status and answer to a request whose body has no end and no declared length, as long as it is taken."""
+    """Status and answer to a request whose body has no end and no declared length, as long as it
+    is taken.
+    """
     parts = urlsplit(served.server.url)
     chunk = b"100000\r\n" + b" " * (1 << 20) + b"\r\n"
     received = b""

@@ -1,4 +1,6 @@
-"""Sounds of every odd kind: an answer or a clear refusal, and what the model hears is what was sent."""
+"""Sounds of every odd kind: an answer or a clear refusal, and what the model hears is what was
+sent.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ FILES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_audio_clip_has_an_answer(listening: Service | Offline, name: str) -> None:
-    """One sample, eight channels, 1 Hz to 768 kHz, every width of sample: an answer, or 400 at the part."""
+    """One sample, eight channels, 1 Hz to 768 kHz, every width of sample.
+
+    An answer, or 400 at the part.
+    """
     part = audio(data_url(FILES[name](), "audio/wav"))
     is_answer_or_refusal(listening.ask(part, QUESTION), part)
 
@@ -106,9 +111,11 @@ def test_damaged_files_are_answered_or_refused(listening: Service | Offline, for
 
 
 def test_all_channels_are_heard_alike(sounds: Offline) -> None:
-    """CVE-2026-34760: what a listener hears of several channels and what a model got of them differed, so that speech
-    could be hidden from one of both. Here it is the mean of all channels, which the documentation says: nothing that is
-    in a channel is lost, and the order of channels does not matter."""
+    """CVE-2026-34760: what a listener hears of several channels and what a model got of them
+    differed, so that speech could be hidden from one of both. Here it is the mean of all
+    channels, which the documentation says: nothing that is in a channel is lost, and the order
+    of channels does not matter.
+    """
     loud, quiet = tone(pitch=440), tone(pitch=1000) * 0.1
     silent = np.zeros_like(loud)
 
@@ -141,7 +148,10 @@ def test_all_channels_are_heard_alike(sounds: Offline) -> None:
     ],
 )
 def test_arrays_that_are_no_audio(sounds: Offline, samples: np.ndarray, rate: float) -> None:
-    """The same of ``multi_modal_data``: no samples, NaN, dimensions, types and rates that cannot be."""
+    """The same of ``multi_modal_data``.
+
+    No samples, NaN, dimensions, types and rates that cannot be.
+    """
     prompt = {"prompt": "<|audio|>\nWhat is it?", "multi_modal_data": {"audio": (samples, rate)}}
     answer = sounds.generate(prompt)
     answer.is_refusal(400, "invalid_request", "prompt.multi_modal_data.audio")

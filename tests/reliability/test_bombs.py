@@ -1,4 +1,7 @@
-"""Small files that claim, or unpack to, something enormous: refused by their headers, or while they unpack."""
+"""Small files that claim, or unpack to, something enormous.
+
+Refused by their headers, or while they unpack.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +87,10 @@ PICTURES: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_images_are_measured_by_their_header(anywhere: Service | Offline, name: str) -> None:
-    """Decompression bombs of each format: the pixels of the header are counted before any is decoded."""
+    """Decompression bombs of each format.
+
+    The pixels of the header are counted before any is decoded.
+    """
     part = image(data_url(PICTURES[name]()))
     answer = anywhere.ask(part)
     answer.is_refusal(413, "media_too_large", place(part))
@@ -118,7 +124,10 @@ OTHERS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_rare_formats_are_not_opened(served: Service, name: str) -> None:
-    """CVE-2026-40192: Pillow unpacked a FITS file's gzip without a bound. Of its formats a short list is opened."""
+    """CVE-2026-40192: Pillow unpacked a FITS file's gzip without a bound.
+
+    Of its formats a short list is opened.
+    """
     part = image(data_url(OTHERS[name]()))
     answer = served.ask(part)
     answer.is_refusal(400, "media_undecodable", place(part))
@@ -135,7 +144,10 @@ def packed(num_frames: int) -> str:
 
 
 def test_images_as_a_video_are_counted(served: Service) -> None:
-    """CVE-2026-34755, CVE-2026-5497: a ``video/jpeg`` URL of a hundred thousand tiny frames ate all memory."""
+    """CVE-2026-34755, CVE-2026-5497.
+
+    A ``video/jpeg`` URL of a hundred thousand tiny frames ate all memory.
+    """
     part = video("data:video/jpeg;base64," + ",".join(["/9j/"] * 100_000))
     served.ask(part).is_refusal(413, "media_too_large", place(part))
     part = video(packed(6000))
@@ -192,7 +204,9 @@ CLIPS: dict[str, tuple[Callable[[], bytes], int]] = {
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_videos_are_measured_before_they_are_decoded(served: Service, name: str) -> None:
-    """Clips that grow: frames of a size, numbers of frames, and tables that promise millions of samples."""
+    """Clips that grow: frames of a size, numbers of frames, and tables that promise millions of
+    samples.
+    """
     make, status = CLIPS[name]
     part = video(data_url(make(), "video/mp4"))
     code = "media_too_large" if status == 413 else "media_undecodable"
@@ -215,8 +229,11 @@ GREEDY = (
 
 @pytest.mark.parametrize("fields", GREEDY, ids=str)
 def test_requests_do_not_set_how_much_is_allocated(served: Service, fields: dict[str, Any]) -> None:
-    """GHSA-58v5-2m8f-94pr (CVE-2026-105760): fps and frames of a request decided how much memory was taken. The
-    server's limits stand above what a request asks."""
+    """GHSA-58v5-2m8f-94pr (CVE-2026-105760).
+
+    Fps and frames of a request decided how much memory was taken. The server's limits stand above
+    what a request asks.
+    """
     clip = data_url(make_clip("mp4", 20), "video/mp4")
     for content in ((video(clip), text("What?")), (image(data_url(encoded(picture()))),)):
         answer = served.ask(*content, **fields)
@@ -271,7 +288,10 @@ SOUNDS: dict[str, Callable[[], bytes]] = {
 
 @pytest.mark.parametrize("name", SOUNDS)
 def test_audio_is_counted_while_it_is_decoded(listening: Service | Offline, name: str) -> None:
-    """CVE-2026-54233: 25 MB of Opus became 15 GB of samples. Seconds are counted by the header and while decoding."""
+    """CVE-2026-54233: 25 MB of Opus became 15 GB of samples.
+
+    Seconds are counted by the header and while decoding.
+    """
     data = SOUNDS[name]()
     assert len(data) < 300_000
     part = audio(data_url(data, "audio/ogg"))

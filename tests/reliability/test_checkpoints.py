@@ -1,4 +1,6 @@
-"""Hostile checkpoints: no code of theirs is executed whatever the flags say, and damaged files are refused in words."""
+"""Hostile checkpoints: no code of theirs is executed whatever the flags say, and damaged files
+are refused in words.
+"""
 
 from __future__ import annotations
 
@@ -109,8 +111,10 @@ def test_no_code_of_a_tokenizer_is_executed(tmp_path: Path, trust_remote_code: b
 
 
 def test_nothing_here_unpickles_or_evaluates() -> None:
-    """Neither checkpoints nor clients nor other processes can send what would be executed: no module reads such
-    things. Pickles are only taken apart, by ``pickletools``."""
+    """Neither checkpoints nor clients nor other processes can send what would be executed.
+
+    No module reads such things. Pickles are only taken apart, by ``pickletools``.
+    """
     modules = {
         "pickle",
         "cPickle",

@@ -1,4 +1,7 @@
-"""Schemas, regular expressions and grammars that never end, explode or are none: 400, and nobody else waits."""
+"""Schemas, regular expressions and grammars that never end, explode or are none.
+
+400, and nobody else waits.
+"""
 
 from __future__ import annotations
 
@@ -111,8 +114,10 @@ def test_a_schema_that_never_compiles_is_refused(served: Service, kind: str) -> 
 
 
 def test_a_schema_that_never_compiles_stalls_no_other_request(served: Service) -> None:
-    """While schemas are being compiled that take all the time they may, others are answered: with a constraint of
-    their own, with a picture, with plain text."""
+    """While schemas are being compiled that take all the time they may, others are answered.
+
+    With a constraint of their own, with a picture, with plain text.
+    """
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         slow = [
             pool.submit(ask, served, {"json": {"allOf": [*EXCLUDING, {"title": str(number)}]}})

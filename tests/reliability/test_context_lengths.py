@@ -1,4 +1,6 @@
-"""Long contexts: rotary factors by each request's own length, and contexts as long as the scaling makes them."""
+"""Long contexts: rotary factors by each request's own length, and contexts as long as the
+scaling makes them.
+"""
 
 from __future__ import annotations
 
@@ -153,7 +155,10 @@ def test_the_prefix_cache_keeps_the_sets_apart(llm: LLM, phi3: Phi3) -> None:
 def test_an_answer_without_max_tokens_changes_the_set_at_the_border_as_published(
     folder: Path, phi3: Phi3
 ) -> None:
-    """Nobody knows how long it gets: it begins short, and is computed again when it has outgrown the border."""
+    """Nobody knows how long it gets.
+
+    It begins short, and is computed again when it has outgrown the border.
+    """
     prompts = [ids(BORDER - 6, 1), ids(BORDER, 2), ids(BORDER + 1, 3)]
     with LLM(str(folder), max_model_len=BORDER + 12, **ROOM) as llm:
         outputs = llm.generate(raw(prompts), greedy(None), use_tqdm=False)
@@ -235,7 +240,8 @@ def test_a_scaling_lengthens_the_context(tmp_path: Path, name: str, how: str) ->
     prompts = [ids(230, seed) for seed in (1, 2)] + [ids(9)]
     with build_llm(folder, num_kv_blocks=100, block_size=16, **options) as parts:
         assert parts.engine.facts.max_model_len == 4 * DECLARED
-        # Dynamic scaling is that of the final length: of a prompt and one token here, of the prompt in the reference.
+        # Dynamic scaling is that of the final length: of a prompt and one token here, of the prompt
+        # in the reference.
         last = [1 if name == "dynamic" else 3] * 3
         params = [greedy(num) for num in last]
         outputs = parts.llm.generate(raw(prompts), params, use_tqdm=False)
@@ -315,7 +321,9 @@ def test_overrides_reach_a_decoder_within_a_text_config(
 
 
 def edit_config(folder: Path, values: dict[str, Any], *inside: str) -> None:
-    """Set values of the decoder in config.json, or of a mapping within, whichever of its names is there."""
+    """Set values of the decoder in config.json, or of a mapping within, whichever of its names
+    is there.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text())
     part = config["text_config"]

@@ -1,4 +1,7 @@
-"""Decoders that hang, take all memory, or die: the request that has the file gets an error, and nobody else notices."""
+"""Decoders that hang, take all memory, or die.
+
+The request that has the file gets an error, and nobody else notices.
+"""
 
 from __future__ import annotations
 
@@ -83,15 +86,19 @@ def large_picture() -> str:
 
 
 def millions_of_samples() -> bytes:
-    """Two megabytes of MP4 that say, in a table of one size for all, that they are 33 million samples."""
+    """Two megabytes of MP4 that say, in a table of one size for all, that they are 33 million
+    samples.
+    """
     data = changed(make_clip("mp4", 6), b"stsz", 4, 1, 33_000_000)
     return data + struct.pack(">I", 2_200_000) + b"free" + bytes(2_199_992)
 
 
 @pytest.mark.parametrize("where", ["hasty", "hasty_offline"])
 def test_a_decode_over_the_deadline(request: pytest.FixtureRequest, where: str) -> None:
-    """A file that keeps a decoder busy for ever costs its request 400 once the time is over; the message names the
-    flag."""
+    """A file that keeps a decoder busy for ever costs its request 400 once the time is over.
+
+    The message names the flag.
+    """
     limited: Service | Offline = request.getfixturevalue(where)
     part = video(endless_clip())
     answer = limited.ask(part, QUESTION)
@@ -121,7 +128,10 @@ def test_a_decode_over_the_memory_limit(limited: Service | Offline) -> None:
 
 
 def test_a_table_of_thirty_three_million_samples(limited: Service | Offline) -> None:
-    """What FFmpeg makes of the table when it opens the file takes most of a GiB: it ends at the worker's limit."""
+    """What FFmpeg makes of the table when it opens the file takes most of a GiB.
+
+    It ends at the worker's limit.
+    """
     part = video(data_url(millions_of_samples(), "video/mp4"))
     answer = limited.ask(part, QUESTION)
     answer.is_discreet()
@@ -178,8 +188,10 @@ def busy_worker(service: Service) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_worker_that_dies_in_the_middle(tight: Service, number: signal.Signals) -> None:
-    """Killed, as by the system that has no memory left, or crashed by a file: that request gets 400, others in flight
-    are answered, and another worker takes its place."""
+    """Killed, as by the system that has no memory left, or crashed by a file.
+
+    That request gets 400, others in flight are answered, and another worker takes its place.
+    """
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         before = tight.counters()["media_worker_restarts_total"]
         hanging = pool.submit(tight.ask, video(endless_clip()), QUESTION)
@@ -196,7 +208,10 @@ def test_a_worker_that_dies_in_the_middle(tight: Service, number: signal.Signals
 
 
 def test_all_workers_and_their_parent_killed(narrow: Service) -> None:
-    """The process that forks the workers takes them along when it dies; the next item starts another one."""
+    """The process that forks the workers takes them along when it dies.
+
+    The next item starts another one.
+    """
     parent = fork_server_of(narrow)
     os.kill(parent.pid, signal.SIGKILL)
     until(lambda: not parent.is_running() or parent.status() == psutil.STATUS_ZOMBIE)

@@ -1,4 +1,6 @@
-"""Identity: different things never share a cache entry, equal things do, through the way that every request takes."""
+"""Identity: different things never share a cache entry, equal things do, through the way that
+every request takes.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,10 @@ def palette(*colours: int, clear: object = None) -> Image.Image:
 
 
 def test_images_that_nearly_collide(offline: Offline) -> None:
-    """CVE-2025-46722: a hash of the pixels alone took 30 x 100 for 100 x 30, a palette for grey, and opaque for clear.
-    Mode, size, palette, alpha, orientation, type and order of axes all count."""
+    """CVE-2025-46722: a hash of the pixels alone took 30 x 100 for 100 x 30, a palette for grey,
+    and opaque for clear. Mode, size, palette, alpha, orientation, type and order of axes all
+    count.
+    """
     black = Image.new("RGB", (30, 100))
     exif = Image.open(io.BytesIO(turned(black, 6)))
     exif.load()
@@ -101,7 +105,9 @@ def test_images_that_nearly_collide(offline: Offline) -> None:
 
 
 def test_files_that_nearly_collide(offline: Offline) -> None:
-    """One picture in several files is as many items, and none of them that of its pixels as an object."""
+    """One picture in several files is as many items, and none of them that of its pixels as an
+    object.
+    """
     source = picture(56, 28)
     files = {
         "PNG": encoded(source),
@@ -118,7 +124,10 @@ def test_files_that_nearly_collide(offline: Offline) -> None:
 
 
 def test_clips_that_nearly_collide(offline: Offline) -> None:
-    """Order of frames, their number, size, rate and metadata count; and a clip of one frame is no picture."""
+    """Order of frames, their number, size, rate and metadata count.
+
+    And a clip of one frame is no picture.
+    """
     frames = np.random.default_rng(0).integers(0, 256, (4, 28, 56, 3), dtype=np.uint8)
     sources: dict[str, Any] = {
         "array": frames,
@@ -167,7 +176,10 @@ def test_sounds_that_nearly_collide(sounds: Offline) -> None:
 
 
 def test_options_are_part_of_the_identity(offline: Offline) -> None:
-    """What loading and the processor are told; as options of a request, they must not share what others cached."""
+    """What loading and the processor are told.
+
+    As options of a request, they must not share what others cached.
+    """
     clear = image(data_url(encoded(Image.new("RGBA", (56, 28)))))
     clip = video(data_url(make_clip("mp4", 12), "video/mp4"))
     red = {"image": {"rgba_background_color": [255, 0, 0]}}
@@ -199,7 +211,9 @@ def test_options_are_part_of_the_identity(offline: Offline) -> None:
 
 
 def test_ids_and_contents_never_meet(offline: Offline) -> None:
-    """An id is neither a content nor another tenant's, salt's or modality's id, however they are cut."""
+    """An id is neither a content nor another tenant's, salt's or modality's id, however they are
+    cut.
+    """
     source = picture(56, 28)
     scopes: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -245,7 +259,9 @@ SAME: dict[str, Callable[[Path], tuple[list[Any], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("name", SAME)
 def test_equal_things_are_one(offline: Offline, folder: Path, name: str) -> None:
-    """A picture is loaded once, whether it comes in the request, from a file, or with its defaults written out."""
+    """A picture is loaded once, whether it comes in the request, from a file, or with its
+    defaults written out.
+    """
     parts, options = SAME[name](folder)
     found = {identity_of_part(offline, part) for part in parts}
     found |= {identity_of_part(offline, part, **options) for part in parts}

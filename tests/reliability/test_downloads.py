@@ -1,4 +1,7 @@
-"""Hosts that are slow, endless, wrong about what they send, or gone: each download ends, at the cost of its request."""
+"""Hosts that are slow, endless, wrong about what they send, or gone.
+
+Each download ends, at the cost of its request.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ SLOW: dict[str, Callable[[Host], str]] = {
 def test_slow_hosts_end_at_the_deadline_and_delay_no_other(
     served: Service, media_host: Host
 ) -> None:
-    """Slow loris: the deadline is that of the whole download, not of each read. Others are served meanwhile."""
+    """Slow loris: the deadline is that of the whole download, not of each read.
+
+    Others are served meanwhile.
+    """
     parts = {name: image(make(media_host)) for name, make in SLOW.items()}
     answers: dict[str, Answer] = {}
 
@@ -135,7 +141,10 @@ def test_broken_answers_are_the_hosts_fault(served: Service, media_host: Host, n
 
 
 def test_bytes_beyond_the_length_are_dropped(served: Service, media_host: Host) -> None:
-    """A picture longer than its Content-Length is no HTTP, or a picture that is cut: never the next answer."""
+    """A picture longer than its Content-Length is no HTTP, or a picture that is cut.
+
+    Never the next answer.
+    """
     part = image(media_host.send("/short", HEAD + b"Content-Length: 60\r\n\r\n" + GOOD))
     answer = served.ask(part)
     answer.is_discreet()

@@ -1,4 +1,7 @@
-"""Precomputed embeddings of every wrong kind: refused before the engine sees them, and nothing in them is executed."""
+"""Precomputed embeddings of every wrong kind.
+
+Refused before the engine sees them, and nothing in them is executed.
+"""
 
 from __future__ import annotations
 
@@ -106,8 +109,10 @@ WRONG: dict[str, tuple[Any, Any]] = {
 def test_wrong_embeddings_are_refused(
     anywhere: Service | Offline, name: str, modality: str
 ) -> None:
-    """CVE-2025-62372: embeddings of a wrong shape ended vLLM's engine. Shapes, types, values and grids are checked
-    before it sees them."""
+    """CVE-2025-62372: embeddings of a wrong shape ended vLLM's engine.
+
+    Shapes, types, values and grids are checked before it sees them.
+    """
     value, grid = WRONG[name]
     if isinstance(anywhere, Service):
         value, grid = served_form(value), served_form(grid)
@@ -119,7 +124,10 @@ def test_wrong_embeddings_are_refused(
 
 
 def test_good_embeddings_are_answered(anywhere: Service | Offline) -> None:
-    """What the tests around this one change is good otherwise: tensors and files, of pictures and clips."""
+    """What the tests around this one change is good otherwise.
+
+    Tensors and files, of pictures and clips.
+    """
     forms: list[Callable[[torch.Tensor], Any]] = [saved, safe]
     if isinstance(anywhere, Offline):
         forms.append(lambda tensor: tensor)
@@ -226,8 +234,10 @@ FILES: dict[str, Callable[[], str]] = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_files_that_are_no_dense_tensors(served: Service, name: str) -> None:
-    """CVE-2025-62164: a sparse tensor with indices out of bounds wrote outside of its memory when it was made dense. No
-    sparse tensor is made at all; and what a file claims is checked against its bytes."""
+    """CVE-2025-62164: a sparse tensor with indices out of bounds wrote outside of its memory
+    when it was made dense. No sparse tensor is made at all; and what a file claims is checked
+    against its bytes.
+    """
     answer = served.ask(part(FILES[name]()))
     answer.is_discreet()
     assert answer.error["code"] in ("invalid_embeddings", "media_too_large"), answer.body
@@ -247,8 +257,11 @@ def test_embeddings_are_off_unless_enabled(closed: Service) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_embeddings_of_a_whole_prompt_are_no_field(served: Service, path: str) -> None:
-    """CVE-2026-55514 (GHSA-33cg-gxv8-3p8g): embeddings in place of a whole prompt ended engines of models with M-RoPE,
-    as this one is. There is no such field: 400, and the engine lives."""
+    """CVE-2026-55514 (GHSA-33cg-gxv8-3p8g).
+
+    Embeddings in place of a whole prompt ended engines of models with M-RoPE, as this one is. There
+    is no such field: 400, and the engine lives.
+    """
     body: dict[str, Any] = {"prompt_embeds": saved(embeds()), "max_tokens": 2}
     if "chat" in path:
         body["messages"] = [{"role": "user", "content": "x"}]

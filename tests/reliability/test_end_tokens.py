@@ -1,4 +1,7 @@
-"""Tokens that begin, end and pad a text act, whatever the files call them: typed by a user they are text."""
+"""Tokens that begin, end and pad a text act, whatever the files call them.
+
+Typed by a user they are text.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ END = "</s>"
 
 
 def publish(folder: Path, *texts: str, **config: Any) -> Path:
-    """Tokens as the Phi-3 family publishes ``</s>`` (not special, blanks to its right are its own); and config.json."""
+    """Tokens as the Phi-3 family publishes ``</s>`` (not special, blanks to its right are its own).
+
+    And config.json.
+    """
     path = folder / "tokenizer.json"
     layout = json.loads(path.read_text())
     for token in layout["added_tokens"]:
@@ -85,7 +91,9 @@ def test_begin_and_padding_of_config_json_act_too(tmp_path: Path) -> None:
 
 
 def test_markup_of_other_vocabularies_stays_markup() -> None:
-    """Gemma's vocabulary has ``<s>`` and ``</s>`` as tags of crossed-out text, which no special token begins."""
+    """Gemma's vocabulary has ``<s>`` and ``</s>`` as tags of crossed-out text, which no special
+    token begins.
+    """
     backend = new_tokenizer(first=("<bos>", "<eos>"))
     backend.add_tokens([AddedToken(text, normalized=False) for text in ("<s>", END)])
     tokenizer = Tokenizer(backend)

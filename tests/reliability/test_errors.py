@@ -1,4 +1,6 @@
-"""Every error about media: its status, its code and the place of the part, from every stage, offline and over HTTP."""
+"""Every error about media: its status, its code and the place of the part, from every stage,
+offline and over HTTP.
+"""
 
 from __future__ import annotations
 
@@ -183,7 +185,10 @@ def test_errors_point_at_their_part(anywhere: Service | Offline, name: str) -> N
 )
 @pytest.mark.parametrize("path", [CHAT, "/tokenize"])
 def test_errors_are_the_same_on_every_route(served: Service, name: str, path: str) -> None:
-    """In a stream an error before the first token has its status too; counting tokens loads media as answering does."""
+    """In a stream an error before the first token has its status too.
+
+    Counting tokens loads media as answering does.
+    """
     case = CASES[name]
     body: dict[str, Any] = {"messages": conversation(case.part())}
     if path == CHAT:
@@ -193,7 +198,10 @@ def test_errors_are_the_same_on_every_route(served: Service, name: str, path: st
 
 
 def test_errors_of_downloads(served: Service, media_host: Any) -> None:
-    """What a host did wrong, in another message than the first; a time-out is in ``test_downloads``."""
+    """What a host did wrong, in another message than the first.
+
+    A time-out is in ``test_downloads``.
+    """
     for path, status in (("/gone", "410 Gone"), ("/teapot", "418 Teapot")):
         url = media_host.serve(path, b"", status=status)
         answer = served.chat(conversation(image(url)))
@@ -244,8 +252,10 @@ COUNTS = [(0, 1), (1, 0), (1, 2), (2, 1), (3, 2), (2, 4)]
 def test_placeholders_and_items_must_agree(
     offline: Offline, num_placeholders: int, num_items: int
 ) -> None:
-    """vLLM issue 55546: placeholders that disagreed with their items ended the whole engine; SGLang answered 500. Here
-    both counts are told before the engine hears of it."""
+    """vLLM issue 55546: placeholders that disagreed with their items ended the whole engine.
+
+    SGLang answered 500. Here both counts are told before the engine hears of it.
+    """
     prompt: dict[str, Any] = {"prompt": "What is " + IMAGE * num_placeholders + "?"}
     if num_items:
         prompt["multi_modal_data"] = {"image": [picture(seed=i) for i in range(num_items)]}
@@ -267,14 +277,18 @@ def test_placeholders_and_items_must_agree(
     ],
 )
 def test_placeholders_without_items_over_http(served: Service, prompt: Any) -> None:
-    """CVE-2026-44222: literal placeholders in a text without media ended the worker of a model with M-RoPE."""
+    """CVE-2026-44222: literal placeholders in a text without media ended the worker of a model
+    with M-RoPE.
+    """
     body = {"prompt": prompt, "max_tokens": 2}
     served.post("/v1/completions", body).is_refusal(400, "placeholder_mismatch", "prompt")
 
 
 def test_a_hundred_thousand_placeholders(anywhere: Service | Offline) -> None:
-    """CVE-2025-46560: expanding placeholders took time that grew with their square. Here a text of them is refused in
-    one pass, and in a chat they are words like any others."""
+    """CVE-2025-46560: expanding placeholders took time that grew with their square.
+
+    Here a text of them is refused in one pass, and in a chat they are words like any others.
+    """
     many = "<|image_pad|>" * 100_000
 
     def refused(answer: Answer) -> None:

@@ -1,5 +1,7 @@
-"""Pixels that come as floating-point numbers, as qwen-vl-utils and other preparing code hand them over: 0 to 255 where
-the published processors take them so, 0 to 1 only where they can be nothing else."""
+"""Pixels that come as floating-point numbers, as qwen-vl-utils and other preparing code hand
+them over: 0 to 255 where the published processors take them so, 0 to 1 only where they can be
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,10 @@ def test_the_guides_video_example(llm: LLM) -> None:
 
 
 def test_metadata_of_the_utilities(llm: LLM) -> None:
-    """``return_video_metadata=True`` gives pairs of frames and metadata; of a file with indices as a tensor."""
+    """``return_video_metadata=True`` gives pairs of frames and metadata.
+
+    Of a file with indices as a tensor.
+    """
     _, videos, options = qwen_vl_utils().process_vision_info(
         messages(**SMALL), return_video_kwargs=True, return_video_metadata=True
     )
@@ -135,7 +140,9 @@ def test_images_of_floats(form: str) -> None:
 
 
 def test_a_dark_frame_is_not_brightened() -> None:
-    """One scale for all frames: those of 0 and 1 stay dark beside one of 255, and in 0 to 1 beside a fraction."""
+    """One scale for all frames: those of 0 and 1 stay dark beside one of 255, and in 0 to 1
+    beside a fraction.
+    """
     clip = np.concatenate((DARK, FRAMES)).astype(np.float32)
     np.testing.assert_array_equal(seen(clip)[:4], DARK)
     np.testing.assert_array_equal(seen(list(clip.clip(0, 254) + np.float32(0.25)))[:4], DARK)
@@ -163,7 +170,9 @@ def test_values_that_are_no_pixels(lowest: float, highest: float, hint: str) -> 
 
 
 def test_a_picture_that_was_read_as_embeddings_is_told_how_to_be_one(tmp_path: Any) -> None:
-    """Where embeddings are enabled, nothing but its place tells a floating-point tensor (3, H, W) from them."""
+    """Where embeddings are enabled, nothing but its place tells a floating-point tensor (3, H,
+    W) from them.
+    """
     make_qwen2_5_vl(tmp_path)
     pixels = torch.rand(3, 56, 56) * 255
     prompt = {"prompt": "<|vision_start|><|image_pad|><|vision_end|>"}

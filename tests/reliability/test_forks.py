@@ -1,4 +1,7 @@
-"""Processes forked from one that runs a model: an error that says what to do, instead of waiting for ever."""
+"""Processes forked from one that runs a model.
+
+An error that says what to do, instead of waiting for ever.
+"""
 
 from __future__ import annotations
 

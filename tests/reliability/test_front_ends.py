@@ -16,7 +16,8 @@ NUM_PICTURES = 16
 FILE_ID = "0b7d5c1e-6a0f-4d3c-9a63-5f0f6f2f1a4e"
 ATTACHED = (
     "<attached_files>\n"
-    f'<file type="image" id="{FILE_ID}" url="{FILE_ID}" content_type="image/png" name="circle.png"/>\n'
+    f'<file type="image" id="{FILE_ID}" url="{FILE_ID}" content_type="image/png" '
+    'name="circle.png"/>\n'
     "</attached_files>\n\n"
 )
 #: One of the tools that Open WebUI brings, and always sends with such a message.

@@ -1,4 +1,7 @@
-"""Values of generation_config.json that cannot be: ignored with a warning at start, never an error of a request."""
+"""Values of generation_config.json that cannot be.
+
+Ignored with a warning at start, never an error of a request.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,9 @@ def test_a_value_that_cannot_be_is_ignored_with_a_warning(
 
 
 def test_values_that_can_be_are_kept_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    """Those that are published: null for none, whole numbers written as fractions, temperatures next to zero."""
+    """Those that are published: null for none, whole numbers written as fractions, temperatures
+    next to zero.
+    """
     assert defaults(temperature=0.000001, top_p=0.001, top_k=None, repetition_penalty=1.05) == {
         "temperature": 0.000001,
         "top_p": 0.001,

@@ -1,4 +1,7 @@
-"""Pictures of every odd kind: an answer or a clear refusal, never a crash, and what the model sees is what was sent."""
+"""Pictures of every odd kind.
+
+An answer or a clear refusal, never a crash, and what the model sees is what was sent.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,11 @@ SIZES = [
 def test_every_shape_has_an_answer(
     anywhere: Service | Offline, size: tuple[int, int], kind: str
 ) -> None:
-    """CVE-2026-22773: a picture of one pixel, of ambiguous axes, ended the worker of vLLM; llama.cpp issue 13827:
-    others of a certain aspect ended its server. Here: an answer, or 400 with the place."""
+    """CVE-2026-22773: a picture of one pixel, of ambiguous axes, ended the worker of vLLM.
+
+    llama.cpp issue 13827: others of a certain aspect ended its server. Here: an answer, or 400 with
+    the place.
+    """
     if kind == "image":
         part = image(data_url(encoded(picture(*size))))
     else:
@@ -97,7 +103,10 @@ def test_every_kind_has_an_answer(served: Service, name: str) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_damaged_files_are_answered_or_refused(anywhere: Service | Offline, form: str) -> None:
-    """Cut at many places, with bytes turned, with another format's head: an answer or 400 at the part."""
+    """Cut at many places, with bytes turned, with another format's head.
+
+    An answer or 400 at the part.
+    """
     skip_avif(form)
     data = encoded(picture(40, 30), form)
     random = np.random.default_rng(0)
@@ -125,8 +134,11 @@ def test_damaged_files_are_answered_or_refused(anywhere: Service | Offline, form
 )
 @pytest.mark.parametrize("route", ["/v1/chat/completions", "/tokenize"])
 def test_messages_hold_no_addresses_of_memory(served: Service, data: bytes, route: str) -> None:
-    """CVE-2026-22778, CVE-2026-54236: Pillow's text for bytes that are no picture names the object that they lie in,
-    and with it an address in the server's memory; on some routes it was passed on."""
+    """CVE-2026-22778, CVE-2026-54236.
+
+    Pillow's text for bytes that are no picture names the object that they lie in, and with it an
+    address in the server's memory; on some routes it was passed on.
+    """
     part = image(data_url(data))
     body = {"messages": [{"role": "user", "content": [part]}]}
     if route == "/v1/chat/completions":
@@ -147,8 +159,10 @@ def jpeg2000_clip() -> bytes:
 
 
 def test_jpeg_2000_is_not_decoded(served: Service) -> None:
-    """CVE-2026-22778: a clip of JPEG 2000 frames overflowed a decoder that nobody needs. It is not among those that are
-    used, for pictures or clips."""
+    """CVE-2026-22778: a clip of JPEG 2000 frames overflowed a decoder that nobody needs.
+
+    It is not among those that are used, for pictures or clips.
+    """
     part = video(data_url(jpeg2000_clip(), "video/quicktime"))
     answer = served.ask(part, QUESTION)
     answer.is_refusal(400, "media_undecodable", place(part))
@@ -167,9 +181,12 @@ def turned(upright: Image.Image, turn: int) -> bytes:
 
 
 def test_orientation_is_applied_before_the_model_sees(offline: Offline) -> None:
-    """CVE-2026-12491 (GHSA-8jr5-v98p-w75m): the model saw other pixels than people do. All eight orientations of one
-    picture give the answer, to the last bit of its probabilities, of the upright one. Each file is asked about once, so
-    that no cache answers; what is stored turned without saying so gives another."""
+    """CVE-2026-12491 (GHSA-8jr5-v98p-w75m): the model saw other pixels than people do.
+
+    All eight orientations of one picture give the answer, to the last bit of its probabilities, of
+    the upright one. Each file is asked about once, so that no cache answers; what is stored turned
+    without saying so gives another.
+    """
     upright = picture(112, 56, seed=5)
 
     def seen(data: bytes) -> object:
@@ -183,8 +200,11 @@ def test_orientation_is_applied_before_the_model_sees(offline: Offline) -> None:
 
 
 def test_transparent_pixels_are_what_is_shown(served: Service) -> None:
-    """The same fault with transparency: colours under transparent pixels are hidden from people. Whatever they are, the
-    answer is that of the background, and each file still has an identity of its own."""
+    """The same fault with transparency: colours under transparent pixels are hidden from people.
+
+    Whatever they are, the answer is that of the background, and each file still has an identity of
+    its own.
+    """
     hidden, plain = [], Image.new("RGB", (64, 48), "white")
     for colour in ("red", "blue", "black"):
         clear = Image.new("RGBA", (64, 48), colour)
@@ -214,7 +234,10 @@ def test_transparent_pixels_are_what_is_shown(served: Service) -> None:
 
 
 def test_texts_within_images_are_bounded(served: Service) -> None:
-    """Compressed comments of a PNG unpack to any size; Pillow's bound on them ends in a refusal, not in memory."""
+    """Compressed comments of a PNG unpack to any size.
+
+    Pillow's bound on them ends in a refusal, not in memory.
+    """
     import zlib
 
     bomb = zlib.compress(bytes(20_000_000), 9)

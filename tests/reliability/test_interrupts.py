@@ -1,4 +1,7 @@
-"""Ctrl-C while processes are still starting: the caller hears of it, and no other process says anything."""
+"""Ctrl-C while processes are still starting.
+
+The caller hears of it, and no other process says anything.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Who has a key in the environment has a server that asks for it, whichever program's name the variable has."""
+"""Who has a key in the environment has a server that asks for it, whichever program's name the
+variable has.
+"""
 
 from __future__ import annotations
 

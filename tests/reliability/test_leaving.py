@@ -1,4 +1,6 @@
-"""A client that leaves, at whatever stage its request is, takes all of its work along and nothing else."""
+"""A client that leaves, at whatever stage its request is, takes all of its work along and
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ LONG: dict[str, Any] = {"max_tokens": 900, "ignore_eos": True, "stream": True, "
 def test_leaving_while_the_media_server_is_slow(
     patient: Service, media_host: Host, stream: bool
 ) -> None:
-    """The download ends with the client, not with its deadline of minutes: the slow host sees its connection closed."""
+    """The download ends with the client, not with its deadline of minutes.
+
+    The slow host sees its connection closed.
+    """
     closed = threading.Event()
 
     def dawdle(connection: socket.socket) -> None:
@@ -126,8 +131,10 @@ def test_leaving_amid_the_answer(patient: Service, more: dict[str, Any]) -> None
 
 
 def test_leaving_at_any_moment(patient: Service) -> None:
-    """Forty clients leave after a while that grows from nothing to a whole answer: within the body, the preparation,
-    the encoder's step, the prompt's, the answer's."""
+    """Forty clients leave after a while that grows from nothing to a whole answer.
+
+    Within the body, the preparation, the encoder's step, the prompt's, the answer's.
+    """
     turns = 40
     for number in range(turns):
         client = Client(

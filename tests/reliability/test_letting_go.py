@@ -1,4 +1,7 @@
-"""An ``LLM`` that nobody holds any more leaves nothing: no thread, no process, no descriptor, no warning."""
+"""An ``LLM`` that nobody holds any more leaves nothing.
+
+No thread, no process, no descriptor, no warning.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,10 @@ def own_bytes(service: Service) -> tuple[int, int]:
 
 
 def crowd(service: Service, first: int, num_requests: int) -> tuple[int, int]:
-    """Send requests from many clients at once, every tenth with corrupt media; how many were good and bad."""
+    """Send requests from many clients at once, every tenth with corrupt media.
+
+    How many were good and bad.
+    """
 
     def one(number: int) -> bool:
         if number % 10 == 9:
@@ -71,18 +74,22 @@ def crowd(service: Service, first: int, num_requests: int) -> tuple[int, int]:
 
 
 def test_a_tenth_of_corrupt_media_harms_no_other_request(tight: Service) -> None:
-    """vLLM issue 55546: one bad item brought the whole engine down. Of 32 clients' requests a tenth is corrupt, in ten
-    ways: each good one gets the answer about its own picture, each bad one its
-    error, and afterwards memory and open files are those of before."""
+    """vLLM issue 55546: one bad item brought the whole engine down.
+
+    Of 32 clients' requests a tenth is corrupt, in ten ways: each good one gets the answer about its
+    own picture, each bad one its error, and afterwards memory and open files are those of before.
+    """
     assert crowd(tight, 0, 200) == (180, 20)
     memory = own_bytes(tight)
     files = tight.server.num_descriptors()
     assert crowd(tight, 200, 200) == (180, 20)
     grown = [now - before for now, before in zip(own_bytes(tight), memory, strict=True)]
     assert grown[0] < 16 << 20
-    # The engine's kernels of matrix products are compiled, and kept, for each number of tokens in a step.
+    # The engine's kernels of matrix products are compiled, and kept, for each number of tokens in a
+    # step.
     assert grown[1] < 128 << 20
-    # The server closes the connections of clients that have gone; each corrupt request may have cost one file.
+    # The server closes the connections of clients that have gone; each corrupt request may have
+    # cost one file.
     until(
         lambda: tight.server.num_descriptors() <= files + 8,
         lambda: str((files, tight.server.num_descriptors())),

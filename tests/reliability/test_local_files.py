@@ -54,7 +54,9 @@ NO_FILE = (
 
 @pytest.fixture(scope="module")
 def traps(folder: Path) -> Path:
-    """The allowed folder, with links out of it, a pipe that nobody writes to, and a secret beside it."""
+    """The allowed folder, with links out of it, a pipe that nobody writes to, and a secret
+    beside it.
+    """
     picture().save(folder.parent / "secret.png")
     evil = folder.parent / f"{folder.name}-evil"
     evil.mkdir()
@@ -72,7 +74,10 @@ def traps(folder: Path) -> Path:
 def test_nothing_outside_the_folder_is_read(
     anywhere: Service | Offline, traps: Path, url: str
 ) -> None:
-    """Traversal, encoded traversal, links, other hosts, folders, pipes: refused, and the path is not repeated."""
+    """Traversal, encoded traversal, links, other hosts, folders, pipes.
+
+    Refused, and the path is not repeated.
+    """
     part = image(url.format(folder=traps))
     answer = anywhere.ask(text("What is this?"), part)
     answer.is_refusal(400, "media_refused", place(part, 1))

@@ -197,7 +197,10 @@ async def test_sounds_need_no_threads(form: str) -> None:
 def test_models_answer_and_leave_nothing_behind(
     model: str, num_cores: int, how: str, tmp_path: Path
 ) -> None:
-    """Threads and descriptors of all processes are the same after each item; ``many_cores`` has every family."""
+    """Threads and descriptors of all processes are the same after each item.
+
+    ``many_cores`` has every family.
+    """
     modalities = many_cores.SHIPPED[model]
     if how == "offline":
         done = many_cores.in_child(model, modalities, num_cores)

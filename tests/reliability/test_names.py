@@ -1,4 +1,6 @@
-"""Names that scripts for vLLM and Aphrodite import or call, and embeddings for a model whose tower is not loaded."""
+"""Names that scripts for vLLM and Aphrodite import or call, and embeddings for a model whose
+tower is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,10 @@ def test_a_tokenizer_alone_has_no_template(tmp_path: Path) -> None:
 
 
 def test_embeddings_alone_need_no_tower(tmp_path: Path) -> None:
-    """A limit of 0 switches the encoder off; embeddings pass, several of them, in ``generate`` and in ``chat``."""
+    """A limit of 0 switches the encoder off.
+
+    Embeddings pass, several of them, in ``generate`` and in ``chat``.
+    """
     checkpoints.make_llava(tmp_path)
     off = {"limit_mm_per_prompt": {"image": 0}, "enable_mm_embeds": True, **ROOM}
     raw = {"prompt": "<image>", "multi_modal_data": {"image": picture()}}

@@ -1,4 +1,6 @@
-"""The order of text and media in a message is kept wherever the model's template can say it, without any flag."""
+"""The order of text and media in a message is kept wherever the model's template can say it,
+without any flag.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Options in a part of a message hold for its item alone, as those of qwen-vl-utils do; unknown keys are refused."""
+"""Options in a part of a message hold for its item alone, as those of qwen-vl-utils do.
+
+Unknown keys are refused.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +106,10 @@ def test_frames_and_sizes_of_videos_equal_those_of_the_utilities(
 
 
 def test_pixels_of_a_frame_are_a_frames_for_every_family(tmp_path: Any) -> None:
-    """Qwen3-VL's own processor counts those of all frames together; a part means each, as in its cookbook."""
+    """Qwen3-VL's own processor counts those of all frames together.
+
+    A part means each, as in its cookbook.
+    """
     loaded_config = loader.read_config(str(make_qwen3_vl(tmp_path)))
     rules = resolve(loaded_config.config).build_processor(loaded_config).videos  # type: ignore[union-attr]
     published = dataclasses.replace(rules, pixels=PixelRange(4096, 25165824), max_tokens=None)

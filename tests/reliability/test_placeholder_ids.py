@@ -1,4 +1,7 @@
-"""A placeholder one past the embedding table, as Ultravox v0.6 is published: sounds and texts are answered."""
+"""A placeholder one past the embedding table, as Ultravox v0.6 is published.
+
+Sounds and texts are answered.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,9 @@ PLACEHOLDER = "<|audio|>"
 
 
 def with_token(folder: Path) -> Path:
-    """Put the placeholder into the tokenizer, as its last token, one past the table of the text model."""
+    """Put the placeholder into the tokenizer, as its last token, one past the table of the text
+    model.
+    """
     text = json.loads((folder / "text" / "config.json").read_text())
     path = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
@@ -43,7 +48,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def answers(folder: Path) -> list[tuple[int, ...]]:
-    """Greedy tokens: of a raw prompt with a sound, of a conversation with one, of a text that spells the token."""
+    """Greedy tokens: of a raw prompt with a sound, of a conversation with one, of a text that
+    spells the token.
+    """
     with LLM(str(folder), **SIZES) as llm:
         raw = {"prompt": f"{PLACEHOLDER} What?", "multi_modal_data": {"audio": SOUND}}
         [first] = llm.generate(raw, GREEDY, use_tqdm=False)

@@ -1,5 +1,7 @@
-"""Prompts whose placeholders do not fit their items: found before anything runs, and the message names this model's
-placeholder."""
+"""Prompts whose placeholders do not fit their items.
+
+Found before anything runs, and the message names this model's placeholder.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def refused(llm: LLM, *prompts: Any) -> PlaceholderMismatchError:
-    """The error of a list of prompts, of which the first is good; nothing has run and no picture was loaded."""
+    """The error of a list of prompts, of which the first is good.
+
+    Nothing has run and no picture was loaded.
+    """
     before = llm.stats().media
     good = {"prompt": "Hello"}
     with pytest.raises(PlaceholderMismatchError) as caught:
@@ -83,7 +88,9 @@ def test_too_few_and_too_many(model: tuple[LLM, str, str]) -> None:
 
 
 def test_placeholders_in_full_length_pass(model: tuple[LLM, str, str]) -> None:
-    """Ids that a caller has expanded hold none of the placeholders that a prompt would have, or many."""
+    """Ids that a caller has expanded hold none of the placeholders that a prompt would have, or
+    many.
+    """
     llm, first, second = model
     asked = prompt(f"{first} and {second}?", 2)
     (out,) = llm.generate([asked], GREEDY, use_tqdm=False)
@@ -179,8 +186,10 @@ def test_a_chat_template_without_placeholders_is_named(tmp_path: Path) -> None:
             with pytest.raises(PlaceholderMismatchError) as caught:
                 llm.chat(asked, GREEDY, use_tqdm=False)
             assert caught.value.message == (
-                f"{several}The prompt has 0 image placeholders for 1 image item. In a chat the template writes them, "
-                "and this one does not write the model's own for each item: give another one (--chat-template "
+                f"{several}The prompt has 0 image placeholders for 1 image item. In a chat the "
+                "template writes them, "
+                "and this one does not write the model's own for each item: give another one "
+                "(--chat-template "
                 "FILE_OR_TEXT; in Python chat_template=…)."
             )
             assert caught.value.param == "messages"

@@ -1,4 +1,7 @@
-"""What requests say besides its media: numbers, ids, templates, long texts, special tokens; never more than 4xx."""
+"""What requests say besides its media: numbers, ids, templates, long texts, special tokens.
+
+Never more than 4xx.
+"""
 
 from __future__ import annotations
 
@@ -309,8 +312,9 @@ def cached(served: Service, words: str, key: str, salt: str | None) -> int:
 
 
 def test_a_salt_hides_what_others_asked(served: Service) -> None:
-    """Who knows no salt cannot tell from the prefix cache, nor from its timing, what was asked under it; another key
-    with the same salt neither."""
+    """Who knows no salt cannot tell from the prefix cache, nor from its timing, what was asked
+    under it; another key with the same salt neither.
+    """
     ada, ben = served.keys
     words = "A long and secret text about three red squares and a circle. " * 8
     assert cached(served, words, ada, "pepper") == 0
@@ -322,7 +326,10 @@ def test_a_salt_hides_what_others_asked(served: Service) -> None:
 
 
 def test_corrupt_requests_amid_a_load_harm_no_other(served: Service) -> None:
-    """One in ten is broken in its media, its numbers or its tokens; all others answer as they do alone."""
+    """One in ten is broken in its media, its numbers or its tokens.
+
+    All others answer as they do alone.
+    """
     url, broken = picture_url(), data_url(encoded(picture())[:60])
     good = [
         lambda: served.ask(image(url), text("What is shown?")),

@@ -1,4 +1,7 @@
-"""A hundred requests at once for one URL: one fetch, one decode, one encode, by counters and by the host's own log."""
+"""A hundred requests at once for one URL.
+
+One fetch, one decode, one encode, by counters and by the host's own log.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""What users type stays text, whatever it spells: in every place of a conversation, for every family.
+"""What users type stays text, whatever it spells.
 
-The control tokens of a prompt are compared with those of the same prompt in which an honest word stands in the typed
-one's place.
+In every place of a conversation, for every family.
+
+The control tokens of a prompt are compared with those of the same prompt in which an honest word
+stands in the typed one's place.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ WORD = "word"
 EVERYTHING = (
     "{% for tool in tools or [] %}<tool>{{ tool | tojson }}{{ tool.function.name }}"
     "{% for name in tool.function.parameters %}{{ name }}{% endfor %}</tool>{% endfor %}"
-    "{{ subject }}{{ (subjects or {}) | tojson }}{% for key in subjects or {} %}{{ key }}{% endfor %}"
+    "{{ subject }}{{ (subjects or {}) | tojson }}{% for key in subjects or {} %}{{ key }}{% endfor "
+    "%}"
     "{% for message in messages %}[{{ message.role }}{{ message.name }}]{{ message.tool_call_id }}"
     "{{ message.reasoning_content }}"
-    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content or [] %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in "
+    "message.content or [] %}"
     "{{ part.text }}{% if part.type == 'image' %}IMAGE{% endif %}{% endfor %}{% endif %}"
     "{% for call in message.tool_calls or [] %}{{ call.id }}{{ call.function.name }}"
     "{{ call.function.arguments }}{{ call.function.arguments | tojson }}{% endfor %}{% endfor %}"
@@ -49,7 +53,9 @@ EVERYTHING = (
 
 @dataclass(frozen=True)
 class Family:
-    """How a tiny checkpoint of a family is made, how it is loaded, and spellings that it might fall for."""
+    """How a tiny checkpoint of a family is made, how it is loaded, and spellings that it might
+    fall for.
+    """
 
     make: Callable[[Path], Path]
     options: dict[str, Any]
@@ -157,7 +163,9 @@ class Kitchen:
         )
 
     def acting(self, rendered: RenderedPrompt) -> tuple[list[int], int]:
-        """The control tokens of a prompt in order, and how many placeholders of more than one token it has."""
+        """The control tokens of a prompt in order, and how many placeholders of more than one
+        token it has.
+        """
         own = [i for i in rendered.token_ids if i in self.control or i >= self._vocab_size]
         return own, len(rendered.numbered)
 
@@ -204,8 +212,10 @@ PLACES: dict[str, Place] = {
     "tool call name": lambda t: ([user("a"), called(name=t), user("b")], {}),
     "tool call id": lambda t: ([user("a"), called(call_id=t), user("b")], {}),
     "tool call argument": lambda t: ([user("a"), called(arguments=json.dumps({"k": t})), user("b")], {}),
-    "tool call argument name": lambda t: ([user("a"), called(arguments=json.dumps({t: 1})), user("b")], {}),
-    "tool call arguments that are no JSON": lambda t: ([user("a"), called(arguments=t), user("b")], {}),
+    "tool call argument "
+    "name": lambda t: ([user("a"), called(arguments=json.dumps({t: 1})), user("b")], {}),
+    "tool call arguments that are no "
+    "JSON": lambda t: ([user("a"), called(arguments=t), user("b")], {}),
     "reasoning": lambda t: (
         [user("a"), {"role": "assistant", "content": "b", "reasoning_content": t}, user("c")], {}
     ),
@@ -213,7 +223,8 @@ PLACES: dict[str, Place] = {
     "tool description": lambda t: ([user("a")], {"tools": tool(description=t)}),
     "tool parameter": lambda t: ([user("a")], {"tools": tool(parameters={t: {"type": t, "enum": [t]}})}),
     "template variable": lambda t: ([user("a")], {"chat_template_kwargs": {"subject": t}}),
-    "name in a template variable": lambda t: ([user("a")], {"chat_template_kwargs": {"subjects": {t: [t]}}}),
+    "name in a template "
+    "variable": lambda t: ([user("a")], {"chat_template_kwargs": {"subjects": {t: [t]}}}),
 }  # fmt: skip
 
 

@@ -66,7 +66,10 @@ INSIDE = (
 def test_this_machine_is_not_fetched_from_by_default(
     closed: Service, trap: Host, name: str
 ) -> None:
-    """CVE-2025-6242: a media URL of the server's own network was fetched. The listener sees no connection."""
+    """CVE-2025-6242: a media URL of the server's own network was fetched.
+
+    The listener sees no connection.
+    """
     part = audio(f"http://{name}:{trap.port}/x.wav")
     closed.ask(part).is_refusal(400, "media_refused", place(part))
 
@@ -112,8 +115,11 @@ def test_no_inner_address_is_connected_to_offline(
 def test_the_list_of_hosts_is_not_passed_by(
     served: Service, media_host: Host, trap: Host, url: str, kind: object
 ) -> None:
-    """CVE-2026-24779, CVE-2026-25960: two parsers read one URL differently, and the list of hosts was checked against
-    one and fetched with the other."""
+    """CVE-2026-24779, CVE-2026-25960.
+
+    Two parsers read one URL differently, and the list of hosts was checked against one and fetched
+    with the other.
+    """
     part = kind(url.format(port=media_host.port, trap=trap.port))  # type: ignore[operator]
     asked = list(media_host.paths)
     served.ask(part).is_refusal(400, "media_refused", place(part))
@@ -146,7 +152,10 @@ def test_a_listed_host_is_fetched_from(served: Service, media_host: Host) -> Non
 def test_a_redirect_does_not_lead_inside(
     served: Service, media_host: Host, trap: Host, target: str
 ) -> None:
-    """A host that may be fetched from sends the server to one that may not: refused, without a connection."""
+    """A host that may be fetched from sends the server to one that may not.
+
+    Refused, without a connection.
+    """
     part = image(media_host.redirect("/away", target.format(trap=trap.port)))
     served.ask(part).is_refusal(400, "media_refused", place(part))
 
@@ -164,8 +173,10 @@ def test_a_redirect_that_could_be_read_in_two_ways_stays_on_its_host(
 def test_a_redirect_from_a_public_host_does_not_lead_inside(
     offline: Offline, media_host: Host, trap: Host, internet: Internet, target: str
 ) -> None:
-    """vLLM issue 57157: inner hosts reachable by default, and by a redirect of a public one. Each hop is resolved and
-    checked anew."""
+    """vLLM issue 57157: inner hosts reachable by default, and by a redirect of a public one.
+
+    Each hop is resolved and checked anew.
+    """
     internet.names = {"public.example": [[PUBLIC]], "inner.example": [["127.0.0.1"]]}
     internet.moved = {PUBLIC: media_host.port}
     media_host.redirect("/away", target.format(trap=trap.port))
@@ -180,8 +191,10 @@ def test_a_redirect_from_a_public_host_does_not_lead_inside(
 def test_a_name_that_changes_its_address(
     offline: Offline, media_host: Host, trap: Host, internet: Internet
 ) -> None:
-    """DNS rebinding: public when asked first, private afterwards. The connection goes to the address that was checked,
-    and another attempt checks anew."""
+    """DNS rebinding: public when asked first, private afterwards.
+
+    The connection goes to the address that was checked, and another attempt checks anew.
+    """
     internet.names = {"rebound.example": [[PUBLIC], ["127.0.0.1"]]}
     internet.moved = {PUBLIC: media_host.port}
     media_host.serve("/busy", b"", status="503 Busy")
@@ -239,15 +252,20 @@ def test_links_in_texts_are_not_followed(served: Service, media_host: Host) -> N
     "url", ["/etc/hostname", "file:///etc/hostname", "./README.md", "file:/proc/self/environ"]
 )
 def test_local_paths_are_closed_by_default(closed: Service, url: str) -> None:
-    """CVE-2026-33626 (LMDeploy) and SGLang's media loader: inner hosts and local files were open unless listed."""
+    """CVE-2026-33626 (LMDeploy) and SGLang's media loader.
+
+    Inner hosts and local files were open unless listed.
+    """
     part = audio(url)
     closed.ask(part).is_refusal(400, "media_refused", place(part))
 
 
 def test_one_module_alone_downloads() -> None:
-    """CVE-2026-34753: a second downloader, of a batch runner, had no guard. Here every download of a request goes
-    through ``multimodal.fetch.client`` and its resolver: nothing else imports a client, but for the tools
-    that call a server that their user names."""
+    """CVE-2026-34753: a second downloader, of a batch runner, had no guard.
+
+    Here every download of a request goes through ``multimodal.fetch.client`` and its resolver:
+    nothing else imports a client, but for the tools that call a server that their user names.
+    """
     root = Path(sensorium.__file__).parent
     clients = {"aiohttp", "requests", "httpx", "urllib.request", "urllib3", "http.client"}
     found = set()

@@ -1,4 +1,7 @@
-"""What a grammar allows in excess, a small model does: schemas of clients are fulfilled, in few tokens, every time."""
+"""What a grammar allows in excess, a small model does.
+
+Schemas of clients are fulfilled, in few tokens, every time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ def llm() -> Iterator[LLM]:
 
 
 def ask(llm: LLM, temperature: float = 1.0, **constraint: Any) -> list[RequestOutput]:
-    """The answers to ``NUM_ASKED`` requests that differ by their seed; the context is their only limit."""
+    """The answers to ``NUM_ASKED`` requests that differ by their seed.
+
+    The context is their only limit.
+    """
     messages = [{"role": "user", "content": "What is in the picture?"}]
     params = [
         SamplingParams(

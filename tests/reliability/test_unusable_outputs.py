@@ -60,8 +60,10 @@ def test_a_tower_that_overflows_is_named_with_its_dtype_and_item(
         with pytest.raises(ModelOutputNotFiniteError) as caught:
             llm.generate([asked()], GREEDY, use_tqdm=False)
         assert caught.value.message == (
-            "Prompt 0: The model made no usable numbers of item 0 (image): its embeddings are infinite or undefined in "
-            "float16. Numbers may be too large for this type: start with --dtype float32 (in Python dtype='float32')."
+            "Prompt 0: The model made no usable numbers of item 0 (image): its embeddings are "
+            "infinite or undefined in "
+            "float16. Numbers may be too large for this type: start with --dtype float32 (in "
+            "Python dtype='float32')."
         )
         assert (caught.value.status, caught.value.code) == (422, "model_output_not_finite")
         [line] = [r.getMessage() for r in caplog.records if "infinite" in r.getMessage()]

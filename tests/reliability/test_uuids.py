@@ -1,4 +1,6 @@
-"""Callers' ids of items: every rule of them, for every modality and for embeddings, offline and over HTTP."""
+"""Callers' ids of items: every rule of them, for every modality and for embeddings, offline and
+over HTTP.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,10 @@ def ask(model: Service | Offline, *content: Any, **more: Any) -> Answer:
 
 @pytest.mark.parametrize("kind", PARTS)
 def test_an_id_stands_for_its_item(anywhere: Service | Offline, kind: str) -> None:
-    """With its data once; then without them, or with any others under the same id: the item is the first one."""
+    """With its data once; then without them, or with any others under the same id.
+
+    The item is the first one.
+    """
     one, other = PARTS[kind]
     name = f"stands for {kind}"
     first = ask(anywhere, named(one, name)).text
@@ -154,8 +159,10 @@ def test_ids_may_be_any_text(anywhere: Service | Offline, uuid: str) -> None:
 
 @pytest.mark.parametrize("kind", PARTS)
 def test_another_tenants_id_is_unknown(served: Service, kind: str) -> None:
-    """An id shared among tenants could read another's media (a risk that vLLM documents). Ids belong to the API key and
-    the salt under which they were made."""
+    """An id shared among tenants could read another's media (a risk that vLLM documents).
+
+    Ids belong to the API key and the salt under which they were made.
+    """
     one, other = PARTS[kind]
     name = f"private {kind}"
     missing = without_data(one, name)
@@ -224,7 +231,9 @@ def test_ids_and_items_must_agree(
 
 
 def test_none_falls_back_to_the_content(offline: Offline) -> None:
-    """Named and unnamed items of both modalities in one prompt, then the named ones without their data."""
+    """Named and unnamed items of both modalities in one prompt, then the named ones without
+    their data.
+    """
     pictures = [picture(seed=401), picture(seed=402)]
     prompt = {
         "prompt": IMAGE * 2 + CLIP + "What is it?",
@@ -293,8 +302,11 @@ def pictures_by_name(count: int) -> list[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_what_was_admitted_stays_until_it_is_used() -> None:
-    """Eviction between admission and use (vLLM issue 31404 is such a fault): the cache holds one picture, and while a
-    request by its id waits for its turn, those after it push it out. It is answered all the same."""
+    """Eviction between admission and use (vLLM issue 31404 is such a fault).
+
+    The cache holds one picture, and while a request by its id waits for its turn, those after it
+    push it out. It is answered all the same.
+    """
     named_pictures = [(f"picture {number}", picture(seed=500 + number)) for number in range(8)]
 
     def prompt(name: str, data: Any) -> dict[str, Any]:
@@ -324,8 +336,10 @@ def test_what_was_admitted_stays_until_it_is_used() -> None:
 
 
 def test_evictions_under_load_are_misses_or_nothing(tight: Service) -> None:
-    """Eight clients name pictures with and without data, of which the cache holds one: each answer is that picture's,
-    or 404 for one that is not there, and never another's."""
+    """Eight clients name pictures with and without data, of which the cache holds one.
+
+    Each answer is that picture's, or 404 for one that is not there, and never another's.
+    """
     names = pictures_by_name(8)
     expected = {name: ask(tight, image(url)).text for name, url in names}
     missing = image(None, uuid="x")

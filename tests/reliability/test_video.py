@@ -148,8 +148,10 @@ def test_damaged_videos_are_answered_or_refused(served: Service, form: str) -> N
 
 
 def test_videos_that_fail_use_nothing_up(served: Service) -> None:
-    """GHSA-j682-9xp5-rrf3: slots of a decoder leaked with each clip that failed, until none was left. After two hundred
-    failures, some while a decoder was open, one is answered as at first, with as many files open."""
+    """GHSA-j682-9xp5-rrf3: slots of a decoder leaked with each clip that failed, until none was
+    left. After two hundred failures, some while a decoder was open, one is answered as at first,
+    with as many files open.
+    """
     good = data_url(make_clip("mp4", 6), "video/mp4")
     first = served.ask(video(good), QUESTION, max_tokens=8).text
     data = make_clip("webm", 6)

@@ -1,4 +1,7 @@
-"""A tokenizer with tokens that the model has no embedding for: every way from text to ids ends in a check."""
+"""A tokenizer with tokens that the model has no embedding for.
+
+Every way from text to ids ends in a check.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 
 
 def extend(folder: Path, *texts: str) -> Path:
-    """Add tokens to the tokenizer of a checkpoint, and leave the model as it is; ids from ``VOCAB_SIZE`` on."""
+    """Add tokens to the tokenizer of a checkpoint, and leave the model as it is.
+
+    Ids from ``VOCAB_SIZE`` on.
+    """
     path = str(folder / "tokenizer.json")
     tokenizer = Tokenizer.from_file(path)
     num_known = tokenizer.get_vocab_size()
@@ -51,7 +57,8 @@ class Vectors(Service):
 def refusal(answer: Answer, param: str) -> None:
     answer.is_refusal(400, "invalid_request", param)
     assert answer.error["message"].startswith(
-        f"The prompt holds the token {NEW!r} (id {VOCAB_SIZE}), which the tokenizer has, but not the model, whose "
+        f"The prompt holds the token {NEW!r} (id {VOCAB_SIZE}), which the tokenizer has, but not "
+        "the model, whose "
         f"vocabulary is of {VOCAB_SIZE}."
     )
 

@@ -1,4 +1,7 @@
-"""Features in, embeddings kept: one bad item harms no other, and embeddings land on their positions."""
+"""Features in, embeddings kept.
+
+One bad item harms no other, and embeddings land on their positions.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ HIDDEN = 3
 
 
 class FakeModel:
-    """Each embedding is the item's number; an item below zero breaks its whole batch, 100 has one too few."""
+    """Each embedding is the item's number.
+
+    An item below zero breaks its whole batch, 100 has one too few.
+    """
 
     device = torch.device("cpu")
     dtype = torch.float32

@@ -1,4 +1,6 @@
-"""Sampling: restrictions, penalties, filters, draws that depend on the seed alone, log probabilities."""
+"""Sampling: restrictions, penalties, filters, draws that depend on the seed alone, log
+probabilities.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +179,10 @@ OWN: dict[str, dict[str, Any]] = {
 def test_the_order_of_equally_likely_tokens_does_not_depend_on_neighbours(
     own: str, neighbour: str
 ) -> None:
-    """Many of a row of 16-bit logits are equal: which of them is drawn or reported must be the row's own affair."""
+    """Many of a row of 16-bit logits are equal.
+
+    Which of them is drawn or reported must be the row's own affair.
+    """
     generator = torch.Generator().manual_seed(1)
     logits = (4 * torch.randn(24, 40_000, generator=generator)).bfloat16().float()
     other = slot(99, seed=1, **NEIGHBOURS[neighbour])

@@ -48,8 +48,11 @@ class Prepared:
 
 @dataclass
 class FakeFrontend:
-    """Answers with ``reply``. ``before`` and ``between`` run before the first and each further token; whatever they
-    raise or wait for happens to the request."""
+    """Answers with ``reply``.
+
+    ``before`` and ``between`` run before the first and each further token; whatever they raise or
+    wait for happens to the request.
+    """
 
     reply: str = "Hello, world!"
     before: Callable[[Call], Any] | None = None
@@ -212,7 +215,9 @@ class FakeFrontend:
 
 
 def alternatives(token_id: int, num: int) -> dict[int, Logprob]:
-    """The chosen token on rank 2 (so that it is no alternative of one), and ``num`` others around it."""
+    """The chosen token on rank 2 (so that it is no alternative of one), and ``num`` others
+    around it.
+    """
     ranks = [rank for rank in range(1, num + 1) if rank != 2]
     others = {token_id + rank: Logprob(-float(rank), rank) for rank in ranks}
     return {token_id: Logprob(-2.0, 2), **others}

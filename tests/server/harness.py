@@ -1,4 +1,6 @@
-"""Calling the application: straight through ASGI, or over a socket from a server that runs in the same loop."""
+"""Calling the application: straight through ASGI, or over a socket from a server that runs in
+the same loop.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Fields of answers that clients written for vLLM read: there, and null where there is nothing to say."""
+"""Fields of answers that clients written for vLLM read.
+
+There, and null where there is nothing to say.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ async def test_the_chunk_of_the_role_counts_no_tokens() -> None:
 
 
 async def test_usage_grows_with_each_chunk_that_has_a_choice() -> None:
-    """vLLM's clients rely on it; without usage all along the end has a chunk of its own, as with OpenAI."""
+    """vLLM's clients rely on it.
+
+    Without usage all along the end has a chunk of its own, as with OpenAI.
+    """
     for max_tokens in (3, None):
         fields = {} if max_tokens is None else {"max_tokens": max_tokens}
         answer = await App().chat(stream=True, stream_options=ALL_ALONG, **fields)

@@ -177,7 +177,10 @@ async def test_draining_lets_running_requests_finish() -> None:
 
 
 async def test_an_idle_connection_does_not_delay_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A client that keeps its connection for later: nothing is waited for, neither for requests nor for closing."""
+    """A client that keeps its connection for later.
+
+    Nothing is waited for, neither for requests nor for closing.
+    """
     monkeypatch.setattr(launch, "CLOSING_SECONDS", 3600)
     async with running(shutdown_timeout=3600) as server:
         idle, writer = await server.send(CHAT, {"messages": USER})

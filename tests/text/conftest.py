@@ -59,7 +59,8 @@ TURNS_TEMPLATE = (
 
 def byte_level() -> tokenizers.Tokenizer:
     """Like Qwen2: byte-level BPE without BOS, special tokens, and two added tokens that are not
-    special."""
+    special.
+    """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,8 +81,10 @@ def byte_level() -> tokenizers.Tokenizer:
 
 
 def byte_fallback(*, legacy: bool = False) -> tokenizers.Tokenizer:
-    """Like Llama 2: BPE on ``▁`` with byte fallback and a BOS; ``legacy`` prepends to every
-    stretch of text."""
+    """Like Llama 2: BPE on ``▁`` with byte fallback and a BOS.
+
+    ``legacy`` prepends to every stretch of text.
+    """
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
@@ -118,7 +121,8 @@ def byte_fallback(*, legacy: bool = False) -> tokenizers.Tokenizer:
 
 def unigram() -> tokenizers.Tokenizer:
     """Like T5 or XLM-R: Unigram on ``▁``, whose base vocabulary spells ``</s>`` and ``<image>``
-    itself."""
+    itself.
+    """
     trained = tokenizers.Tokenizer(models.Unigram())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(

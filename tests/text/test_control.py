@@ -27,7 +27,9 @@ def test_the_longest_spelling_at_the_first_place_is_found(spellings: list[str], 
 def test_protected_texts_form_no_control_token(
     spellings: list[str], typed: list[str], written: list[str]
 ) -> None:
-    """However a template joins typed texts with its own, a spelling that is found lies wholly in its own text."""
+    """However a template joins typed texts with its own, a spelling that is found lies wholly in
+    its own text.
+    """
     control = ControlTokens.from_texts(spellings)
     mark = pick_mark(typed)
     joined = ""

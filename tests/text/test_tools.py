@@ -96,13 +96,16 @@ def test_a_closing_tag_in_an_argument_is_an_argument(pieces: list[str]) -> None:
 
 
 FORMS = {
-    "Llama 3": '<|python_tag|>{"name": "f", "parameters": {"p": "}"}}; {"name": "g", "parameters": {}}',
-    "Llama 3, tag left out": '{"name": "f", "parameters": {"p": "}"}}; {"name": "g", "parameters": {}}',
+    "Llama 3": '<|python_tag|>{"name": "f", "parameters": {"p": "}"}}; {"name": "g", "parameters": '
+    "{}}",
+    "Llama 3, tag left out": '{"name": "f", "parameters": {"p": "}"}}; {"name": "g", "parameters": '
+    "{}}",
     "Llama 3, as published": (
         '{"type": "function", "name": "f", "parameters": {"p": "}"}}\n'
         '{"type": "function", "function": {"name": "g"}}'
     ),
-    "Mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"p": "}"}}, {"name": "g", "arguments": {}}]',
+    "Mistral": '[TOOL_CALLS] [{"name": "f", "arguments": {"p": "}"}}, {"name": "g", "arguments": '
+    "{}}]",
     "Mistral, tag left out": (
         '[{"name": "f", "arguments": {"p": "}"}}, {"name": "g", "arguments": {}, "id": "x"}]'
     ),
@@ -266,7 +269,10 @@ def test_unclosed_calls() -> None:
     "piece", ["<tool_call>", "<tool_call>{", "</tool_call>", "[", "[{", '"', "\\", "(a=1,", "A" * 9]
 )
 def test_what_repeats_without_end_is_read_to_its_end(reader: Any, piece: str) -> None:
-    """No expression backtracks over what a model writes, and nothing of it is evaluated: it is JSON or it is text."""
+    """No expression backtracks over what a model writes, and nothing of it is evaluated.
+
+    It is JSON or it is text.
+    """
     content, calls = "", 0
     made = reader()
     for delta in [d for _ in range(5000) for d in made.feed(piece)] + made.flush():
@@ -277,7 +283,10 @@ def test_what_repeats_without_end_is_read_to_its_end(reader: Any, piece: str) ->
 
 @pytest.mark.parametrize("piece", ["<tool_call>", '<tool_call>{"name":"f"}</tool_call>'])
 def test_a_long_answer_is_read_in_pieces(piece: str) -> None:
-    """Each tag copies what is left to read: of a whole answer at once that took a minute for 100,000 tokens."""
+    """Each tag copies what is left to read.
+
+    Of a whole answer at once that took a minute for 100,000 tokens.
+    """
     left: list[int] = []
 
     class Noting(ToolCallParser):

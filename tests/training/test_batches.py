@@ -191,7 +191,8 @@ def test_the_pointer_loss_looks_at_the_image_tokens_of_its_question(way: str) ->
     others[row, end] = False
     changed = torch.where(others[..., None], torch.randn_like(hidden), hidden)
     assert torch.equal(learner._pointer_loss(batch, changed), whole)
-    # Bringing the shown token of a match nearer to what is asked must help, of any other token hurt.
+    # Bringing the shown token of a match nearer to what is asked must help, of any other token
+    # hurt.
     asked = learner.asked(hidden[row, end])
     towards = torch.linalg.lstsq(learner.shown.weight, asked[:, None]).solution[:, 0]
     for place in seen.nonzero()[:, 0].tolist():

@@ -42,7 +42,8 @@ def test_noise_of_a_seed_is_always_the_same() -> None:
 def test_open_webui_tells_each_file_of_a_message_in_a_tag_before_the_text() -> None:
     form = re.compile(
         r"<attached_files>\n"
-        r'(<file type="image" id="[0-9a-f-]{36}" url="[^"]+" content_type="image/\w+" name="[^"]+"/>\n)+'
+        r'(<file type="image" id="[0-9a-f-]{36}" url="[^"]+" content_type="image/\w+" '
+        r'name="[^"]+"/>\n)+'
         r"</attached_files>\n\n"
     )
     assert all(form.fullmatch(open_webui(Random(seed)).before) for seed in range(50))

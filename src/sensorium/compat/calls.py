@@ -14,10 +14,12 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 CALL_KEYWORDS: dict[str, str] = {
     "lora_request": "LoRA adapters are not available; merge the adapter into the weights",
     "prompt_adapter_request": "prompt adapters are not available",
-    "tokenization_kwargs": "texts are encoded with the tokenizer's own settings; pass token ids instead",
+    "tokenization_kwargs": "texts are encoded with the tokenizer's own settings; pass token ids "
+    "instead",
     "truncate_prompt_tokens": "shorten the prompt before you pass it",
     "guided_options_request": "use SamplingParams(structured_outputs=...)",
-    "mm_processor_kwargs": "pass it in each prompt, {'prompt': ..., 'mm_processor_kwargs': ...}, or to LLM(...)",
+    "mm_processor_kwargs": "pass it in each prompt, {'prompt': ..., 'mm_processor_kwargs': ...}, "
+    "or to LLM(...)",
     "prompt_token_ids": "pass prompts such as {'prompt_token_ids': [...]}",
     "chat_template_content_format": "pass it to LLM(...)",
     "concurrency_limit": "calls keep up to twice max_num_seqs prompts in flight by themselves",

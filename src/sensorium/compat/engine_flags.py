@@ -99,7 +99,8 @@ IGNORED = [
         kda_decode_backend=None, disable_cascade_attn=False, use_fp64_gumbel=False,
         mm_encoder_attn_backend=None, jit_monitor_mode="warn", jit_monitor_verbose=False,
     ),
-    *ignored("there is no swapping: a preempted request is recomputed", swap_space=4, preemption_mode=None),
+    *ignored("there is no swapping: a preempted request is "
+             "recomputed", swap_space=4, preemption_mode=None),
     *ignored(
         _SCHEDULING, async_scheduling=False, num_scheduler_steps=1, multi_step_stream_outputs=True,
         scheduler_delay_factor=0.0, max_num_partial_prefills=1, max_long_partial_prefills=1,
@@ -138,7 +139,8 @@ IGNORED = [
     ),
     *ignored("memory for media is derived from the configuration", skip_mm_profiling=False),
     *ignored(
-        "all constraints use one backend; JSON is compact and objects have no additional properties",
+        "all constraints use one backend; JSON is compact and objects have no additional "
+        "properties",
         guided_decoding_backend="auto", structured_outputs_config={}, guided_decoding_disable_fallback=False,
         guided_decoding_disable_any_whitespace=False, guided_decoding_disable_additional_properties=False,
     ),
@@ -159,7 +161,8 @@ IGNORED = [
         replayssm_buffer_len=16, use_replayssm=False,
     ),
     *ignored(
-        "blocks are keyed by SHA-256 and evicted least recently used first", prefix_caching_hash_algo="sha256",
+        "blocks are keyed by SHA-256 and evicted least recently used "
+        "first", prefix_caching_hash_algo="sha256",
         prefix_cache_retention_interval=0, prefix_match_unit=None, use_v2_block_manager=True,
         disable_hybrid_kv_cache_manager=False, kv_sharing_fast_prefill=False, swa_bounded_replay=True,
     ),
@@ -167,9 +170,11 @@ IGNORED = [
         "chosen automatically", tokenizer_pool_size=0, tokenizer_pool_type="ray",
         tokenizer_pool_extra_config={}, intial_incremental_detokenization_offset=5, fail_on_environ_validation=False,
     ),
-    *ignored("the KV cache has the dtype of the weights", calculate_kv_scales=False, kv_cache_dtype_skip_layers=[]),
+    *ignored("the KV cache has the dtype of the "
+             "weights", calculate_kv_scales=False, kv_cache_dtype_skip_layers=[]),
     *ignored("chunks are sent as soon as there are tokens", stream_interval=1),
-    *ignored("the content of requests is never logged", disable_log_requests=False, enable_log_requests=False),
+    *ignored("the content of requests is never "
+             "logged", disable_log_requests=False, enable_log_requests=False),
 ]  # fmt: skip
 
 REFUSED = [
@@ -183,7 +188,8 @@ REFUSED = [
     *refused("choose the device with --device or CUDA_VISIBLE_DEVICES", device_ids=None),
     *refused("the KV cache has the dtype of the weights; leave it at auto", kv_cache_dtype="auto"),
     *refused(
-        "weights and KV cache must fit into the device's memory", cpu_offload_gb=0, cpu_offload_params=[],
+        "weights and KV cache must fit into the device's "
+        "memory", cpu_offload_gb=0, cpu_offload_params=[],
         offload_backend="auto", offload_group_size=0, offload_num_in_group=1, offload_prefetch_step=1,
         offload_params=[], kv_offloading_size=None, kv_offloading_backend="native",
     ),
@@ -212,14 +218,17 @@ REFUSED = [
         override_neuron_config={},
     ),
     *refused(
-        "only tokenizers of the tokenizers library are supported (tokenizer.json)", harmless=one_of("hf", "fast"),
+        "only tokenizers of the tokenizers library are supported "
+        "(tokenizer.json)", harmless=one_of("hf", "fast"),
         tokenizer_mode="auto",
     ),
     *refused("the tokenizer has the model's revision; pass another as a folder, --tokenizer",
              tokenizer_revision=None),
-    Rule("hf_token", Effect.REFUSED, "set HF_TOKEN in the environment; other users can see the flags of a process",
+    Rule("hf_token", Effect.REFUSED, "set HF_TOKEN in the environment; other users can see the "
+                                     "flags of a process",
          takes="optional", harmless=one_of(True, False)),
-    *refused("the tokenizer is always loaded; prompts may still be token ids", skip_tokenizer_init=False),
+    *refused("the tokenizer is always loaded; prompts may still be token "
+             "ids", skip_tokenizer_init=False),
     *refused("only checkpoints in the layout of transformers are supported (config.json)",
              harmless=one_of("hf"), config_format="auto"),
     *refused("change values of config.json with --hf-overrides", hf_config_path=None),
@@ -233,9 +242,11 @@ REFUSED = [
              logprobs_mode="raw_logprobs"),
     *refused("embeddings of media are accepted (--enable-mm-embeds), those of text are not",
              enable_prompt_embeds=False),
-    *refused("embeddings are those of the last token; for Matryoshka, --hf-overrides '{\"is_matryoshka\": true}'",
+    *refused("embeddings are those of the last token; for Matryoshka, --hf-overrides "
+             "'{\"is_matryoshka\": true}'",
              harmless=_pools_alike, pooler_config={}, override_pooler_config={}),
-    *refused("stop the server to free its memory", enable_sleep_mode=False, sleep_mode_backend="cumem",
+    *refused("stop the server to free its "
+             "memory", enable_sleep_mode=False, sleep_mode_backend="cumem",
              sleep_mode_offload_cudagraph=False, sleep_preserve_parameter_names=[]),
     *refused("all sampled frames reach the model; sample fewer with --media-io-kwargs",
              harmless=one_of(0, 0.0), video_pruning_rate=None, video_pruning_method="evs"),
@@ -244,10 +255,12 @@ REFUSED = [
     *refused("histogram buckets are fixed", custom_histogram_buckets=None),
     *refused("quantized checkpoints are not supported", quantization_config=None,
              allow_deprecated_quantization=False),
-    *refused("there is no such output", enable_return_routed_experts=False, return_sampling_mask=False,
+    *refused("there is no such "
+             "output", enable_return_routed_experts=False, return_sampling_mask=False,
              enable_trace_replay=False, aux_output_config={}, watermark_config=None, diffusion_config=None,
              engram_config=None),
-    *refused("limit the queue with --max-num-waiting, which counts samples", max_num_queued_tokens=None),
+    *refused("limit the queue with --max-num-waiting, which counts "
+             "samples", max_num_queued_tokens=None),
 ]  # fmt: skip
 
 ENGINE_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *IGNORED, *REFUSED)}

@@ -62,11 +62,13 @@ IGNORED = [
 ]  # fmt: skip
 
 REFUSED = [
-    *refused("beam search does not exist here; for several answers use n with a temperature", use_beam_search=False,
+    *refused("beam search does not exist here; for several answers use n with a "
+             "temperature", use_beam_search=False,
              length_penalty=1.0, early_stopping=False),
     *refused("in a chat the template writes the special tokens", add_special_tokens=False),
     *refused("only the answer is returned; prepend the last message yourself", echo=False),
-    *refused("max_completion_tokens limits the whole answer, reasoning included", thinking_token_budget=None),
+    *refused("max_completion_tokens limits the whole answer, reasoning "
+             "included", thinking_token_budget=None),
     *refused(
         "shorten the prompt before you send it (embeddings support truncation)",
         truncate_prompt_tokens=None,
@@ -74,13 +76,16 @@ REFUSED = [
     ),
     *refused("use top_logprobs for the most likely tokens", logprob_token_ids=None),
     *refused("use return_token_ids for ids beside the text", return_tokens_as_token_ids=False),
-    *refused("this output does not exist here", return_weight_versions=False, routed_experts_prompt_start=0,
+    *refused("this output does not exist "
+             "here", return_weight_versions=False, routed_experts_prompt_start=0,
              return_token_offsets=False, return_prompt_text=False),
     *refused("embeddings of media are accepted, those of text are not", prompt_embeds=None),
-    *refused("KV and encoder caches stay in one process", kv_transfer_params=None, ec_transfer_params=None,
+    *refused("KV and encoder caches stay in one "
+             "process", kv_transfer_params=None, ec_transfer_params=None,
              data_parallel_rank=None),
     *refused("answers are not watermarked", watermarking=False),
-    *refused("use repetition_penalty or frequency_penalty against repetition", repetition_detection=None),
+    *refused("use repetition_penalty or frequency_penalty against "
+             "repetition", repetition_detection=None),
     *refused("plugins cannot be loaded into the engine", logits_processors=[], vllm_xargs={}),
     *refused("use guided_json, guided_regex, guided_choice or guided_grammar", structural_tag=None),
     *refused("embeddings are numbers, or base64 of little-endian float32",

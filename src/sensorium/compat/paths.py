@@ -15,8 +15,10 @@ PATHS: dict[str, str] = {
     "/v1/messages": f"Anthropic's API is not available; {_CHAT}",
     "/v1/complete": f"Anthropic's API is not available; {_CHAT}",
     "/v1/files": "files are not stored; send media as URLs or data: URLs in the parts of a message",
-    "/v1/uploads": "files are not stored; send media as URLs or data: URLs in the parts of a message",
-    "/v1/batches": f"batch files are not available; send concurrent requests, {_CHAT.removeprefix('use ')}",
+    "/v1/uploads": "files are not stored; send media as URLs or data: URLs in the parts of a "
+                   "message",
+    "/v1/batches": "batch files are not available; send concurrent requests, "
+                   f"{_CHAT.removeprefix('use ')}",
     "/v1/chat/completions/batch": f"send concurrent requests; {_CHAT}",
     "/v1/chat/completions/render": "use POST /tokenize: its prompt is the rendered chat template",
     "/v1/audio/transcriptions": f"{_CHAT} with an input_audio part, and ask for a transcription",
@@ -42,7 +44,8 @@ PATHS: dict[str, str] = {
     "/classify": "classifiers are not supported; ask a chat model, with structured_outputs.choice",
     "/invocations": f"SageMaker's API is not available; {_CHAT}",
     "/inference": f"{_CHAT}, or POST /v1/completions with token ids as the prompt",
-    "/api/generate": "Ollama's API is not available; use POST /v1/completions or /v1/chat/completions",
+    "/api/generate": "Ollama's API is not available; use POST /v1/completions or "
+                     "/v1/chat/completions",
     "/api/chat": f"Ollama's API is not available; {_CHAT}",
     "/api/tags": "Ollama's API is not available; use GET /v1/models",
     "/api/show": "Ollama's API is not available; use GET /v1/models",
@@ -83,8 +86,10 @@ PATHS: dict[str, str] = {
     "/reset_prefix_cache": _CACHES,
     "/reset_mm_cache": _CACHES,
     "/reset_encoder_cache": _CACHES,
-    "/start_profile": "use GET /metrics for the time of each stage, or start the server with --trace-dir",
-    "/stop_profile": "use GET /metrics for the time of each stage, or start the server with --trace-dir",
+    "/start_profile": "use GET /metrics for the time of each stage, or start the server with "
+                      "--trace-dir",
+    "/stop_profile": "use GET /metrics for the time of each stage, or start the server with "
+                     "--trace-dir",
 }  # fmt: skip
 """By path: what to do instead. An entry covers the paths below it, too."""
 

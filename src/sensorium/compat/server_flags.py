@@ -31,17 +31,23 @@ IGNORED = [
         enable_auto_tool_choice=False, tool_call_parser=None,
     ),
     *ignored("usage always has them", enable_prompt_tokens_details=False),
-    *ignored("the content of requests and answers is never logged", max_log_len=None, enable_log_outputs=False,
+    *ignored("the content of requests and answers is never "
+             "logged", max_log_len=None, enable_log_outputs=False,
              enable_log_deltas=True),
     *ignored("every answer has the header X-Request-Id", enable_request_id_headers=False),
-    *ignored("these pages do not exist; /openapi.json describes the API", disable_fastapi_docs=False,
+    *ignored("these pages do not exist; /openapi.json describes the "
+             "API", disable_fastapi_docs=False,
              enable_offline_docs=False),
-    *ignored("the HTTP server and the engine are always two processes", disable_frontend_multiprocessing=False,
+    *ignored("the HTTP server and the engine are always two "
+             "processes", disable_frontend_multiprocessing=False,
              api_server_count=1),
-    *ignored("headers are limited to 64 KiB", h11_max_incomplete_event_size=None, h11_max_header_count=None),
-    *ignored("/metrics has the numbers of running and waiting requests", enable_server_load_tracking=False,
+    *ignored("headers are limited to 64 "
+             "KiB", h11_max_incomplete_event_size=None, h11_max_header_count=None),
+    *ignored("/metrics has the numbers of running and waiting "
+             "requests", enable_server_load_tracking=False,
              enable_per_request_metrics=False),
-    *ignored("mm_processor_kwargs of requests are accepted within the server's limits", trust_request_mm_kwargs=False),
+    *ignored("mm_processor_kwargs of requests are accepted within the server's "
+             "limits", trust_request_mm_kwargs=False),
     *ignored("answers have no system fingerprint", fingerprint_mode="full", fingerprint_value=None),
     *ignored("tracebacks of internal errors are always logged", log_error_stack=False),
     *ignored("this API does not exist here", cohere_is_reasoning_model=True, cohere_format="cmd4",
@@ -53,7 +59,8 @@ IGNORED = [
 REFUSED = [
     *refused("LoRA adapters are not available; merge the adapter into the weights", lora_modules=[],
              prompt_adapters=[]),
-    *refused("send reasoning_effort or chat_template_kwargs with each request", reasoning_effort_map=None),
+    *refused("send reasoning_effort or chat_template_kwargs with each "
+             "request", reasoning_effort_map=None),
     *refused("answers always have the role assistant", response_role="assistant"),
     *refused("send return_token_ids with the request", return_tokens_as_token_ids=False),
     *refused("the chat template decides", exclude_tools_when_tool_choice_none=False),
@@ -62,13 +69,16 @@ REFUSED = [
     *refused("schemas are always enforced", tool_strict_level=None),
     *refused("streams have no keep-alive comments", sse_keep_alive_interval=0),
     *refused("the tokenizer's configuration is not exposed", enable_tokenizer_info_endpoint=False),
-    *refused("the server listens on TCP, on --host and --port", uds=None, grpc=False, grpc_port=None),
+    *refused("the server listens on TCP, on --host and "
+             "--port", uds=None, grpc=False, grpc_port=None),
     *refused("one process serves HTTP and starts the engine", headless=False, tokens_only=False,
              enable_scale_out=False),
-    *refused("client certificates are not supported; put a proxy in front", ssl_ca_certs=None, ssl_cert_reqs=0,
+    *refused("client certificates are not supported; put a proxy in "
+             "front", ssl_ca_certs=None, ssl_cert_reqs=0,
              ssl_ciphers=None, enable_ssl_refresh=False),
     *refused("use --log-level", log_config_file=None, logging_config={}),
-    *refused("--disable-access-log turns off the access log for all paths", disable_access_log_for_endpoints=None),
+    *refused("--disable-access-log turns off the access log for all "
+             "paths", disable_access_log_for_endpoints=None),
 ]  # fmt: skip
 
 SERVER_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *IGNORED, *REFUSED)}

@@ -1,8 +1,8 @@
 """The pool of KV-cache blocks: which are free, and how many sequences use the others.
 
 The pool does not know what blocks contain; the prefix index does. An unused block stays in the free
-list with its contents until it is handed out again, so a later request can reuse what an earlier one
-computed as long as the room was not needed.
+list with its contents until it is handed out again, so a later request can reuse what an earlier
+one computed as long as the room was not needed.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class BlockPool:
     def allocate(self, num_blocks: int) -> list[int]:
         """Hand out blocks with one reference each: blank ones first, then the least recently used.
 
-        The prefix index must forget their contents. Raises ``ValueError``, and changes nothing, when
-        fewer are free.
+        The prefix index must forget their contents. Raises ``ValueError``, and changes nothing,
+        when fewer are free.
         """
         if num_blocks > len(self._free):
             raise ValueError(f"{num_blocks} blocks wanted, {len(self._free)} are free")

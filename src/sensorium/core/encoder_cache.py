@@ -146,8 +146,8 @@ class EncodePlanner:
 
     Sequences come in queue order. Once one of them had to stop before an item because the cache has
     no room, those behind it may only use items that they already pin; otherwise a stream of small
-    items could keep a large one out forever. When only the ``encode_budget`` of the step is used up,
-    those behind it may still use all that is resident.
+    items could keep a large one out forever. When only the ``encode_budget`` of the step is used
+    up, those behind it may still use all that is resident.
     """
 
     def __init__(self, cache: EncoderCacheBudget, encode_budget: int) -> None:

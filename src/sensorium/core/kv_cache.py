@@ -1,7 +1,7 @@
 """The KV cache manager: which sequence holds which blocks, and which blocks can be shared.
 
-It joins the block pool (which blocks are free) and the prefix index (what they contain) for the five
-things that the scheduler does with them. For one sequence with blocks of 4 tokens::
+It joins the block pool (which blocks are free) and the prefix index (what they contain) for the
+five things that the scheduler does with them. For one sequence with blocks of 4 tokens::
 
     token_ids       a b c d | e f g h | i j
     block_ids          7    |    2    |  5

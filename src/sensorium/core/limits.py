@@ -61,8 +61,10 @@ class SchedulerLimits:
         if longest > most:
             raise PromptTooLongError.beyond(
                 most,
-                f"{longest} tokens of the prompt attend to one another both ways and have to be computed in one step, "
-                f"which has room for {most} (max_num_batched_tokens less max_num_seqs); raise max_num_batched_tokens, "
+                f"{longest} tokens of the prompt attend to one another both ways and have to be "
+                "computed in one step, "
+                f"which has room for {most} (max_num_batched_tokens less max_num_seqs); raise "
+                "max_num_batched_tokens, "
                 "or shorten the prompt.",
                 param="prompt",
             )
@@ -92,14 +94,16 @@ class SchedulerLimits:
         if num_tokens > self.num_cache_tokens:
             raise PromptTooLongError.beyond(
                 self.num_cache_tokens,
-                f"{has}, and the KV cache holds no more than that ({self.num_blocks} blocks of {self.block_size}); "
+                f"{has}, and the KV cache holds no more than that ({self.num_blocks} blocks of "
+                f"{self.block_size}); "
                 "shorten the prompt or give the cache more memory.",
                 param="prompt",
             )
         if not self.enable_chunked_prefill and num_tokens > self.max_num_batched_tokens:
             raise PromptTooLongError.beyond(
                 self.max_num_batched_tokens,
-                f"{has}, a step takes no more than that, and chunked prefill is off; shorten the prompt, raise "
+                f"{has}, a step takes no more than that, and chunked prefill is off; shorten the "
+                "prompt, raise "
                 "max_num_batched_tokens or switch it on.",
                 param="prompt",
             )

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from sensorium.core.request import EngineRequest, TokenSample
 
 NO_TOKEN_LEFT = (
-    "The model gave no usable distribution for the next token: either the restrictions of the request "
-    "(allowed_token_ids, bad_words, logit_bias, min_tokens, structured_outputs) leave no token, or a penalty or bias "
+    "The model gave no usable distribution for the next token: either the restrictions of the "
+    "request "
+    "(allowed_token_ids, bad_words, logit_bias, min_tokens, structured_outputs) leave no token, or "
+    "a penalty or bias "
     "made its numbers overflow. Relax them."
 )
 """Message of a sequence for which no token could be sampled; the caller can mend that."""
@@ -31,7 +33,8 @@ def unusable(what: str, flaw: str, dtype: str) -> str:
     advice = (
         "Its weights may be damaged, or the input is outside of what it can compute"
         if dtype == "float32"
-        else "Numbers may be too large for this type: start with --dtype float32 (in Python dtype='float32')"
+        else "Numbers may be too large for this type: start with --dtype float32 (in Python "
+        "dtype='float32')"
     )
     return f"{UNUSABLE}{what}: {flaw} in {dtype}. {advice}."
 
@@ -52,9 +55,9 @@ class NewSequence:
 class Span:
     """The part of one sequence that a step computes: positions ``start`` to ``start + num_tokens``.
 
-    ``new_block_ids`` are appended to the blocks that the runner knows of this sequence. ``samples``:
-    the span reaches the last known token, and the next one is sampled. ``pools``: it reaches the last
-    token of a sequence whose embedding is wanted. Never both.
+    ``new_block_ids`` are appended to the blocks that the runner knows of this sequence.
+    ``samples``: the span reaches the last known token, and the next one is sampled. ``pools``: it
+    reaches the last token of a sequence whose embedding is wanted. Never both.
     """
 
     seq_id: int
@@ -107,8 +110,8 @@ class StepPlan:
 class EncodeReport:
     """The cost of encoding: items, seconds, bytes of encoder outputs, and items that failed.
 
-    Seconds are those of whole batches that succeeded. On a device that runs asynchronously they come
-    with the report of a later step. Precomputed embeddings are not encoded, and not counted.
+    Seconds are those of whole batches that succeeded. On a device that runs asynchronously they
+    come with the report of a later step. Precomputed embeddings are not encoded, and not counted.
     """
 
     num_items: int = 0

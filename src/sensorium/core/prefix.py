@@ -61,7 +61,9 @@ def block_digest(
 def media_by_block(
     items: Sequence[ItemSpan], block_size: int, first_block: int, end_block: int
 ) -> dict[int, list[MediaSlice]]:
-    """Return the slices in blocks ``first_block .. end_block - 1``; blocks without media are absent.
+    """Return the slices in blocks ``first_block .. end_block - 1``.
+
+    Blocks without media are absent.
 
     Example: blocks of 4 and an item with the one run (2, 5) give ``{0: [(digest, 2, 2, 0)],
     1: [(digest, 0, 3, 2)]}``.

@@ -15,8 +15,8 @@ class ItemSpan:
     """Positions of one image, video or audio clip in the token ids of a request.
 
     ``runs`` are ``(start, length)`` pairs, ascending and disjoint: the positions that the item's
-    embeddings fill, in order. An item without separators between its parts has one run. Example: ids
-    ``[1, 9, 9, 9, 5]`` with an image of three embeddings at 9 have ``runs == ((1, 3),)``,
+    embeddings fill, in order. An item without separators between its parts has one run. Example:
+    ids ``[1, 9, 9, 9, 5]`` with an image of three embeddings at 9 have ``runs == ((1, 3),)``,
     ``start == 1``, ``end == 4`` and ``num_embeds == 3``.
     """
 
@@ -127,7 +127,7 @@ class EngineRequest:
         return self.rope_length if num_tokens > self.rope_border else 0
 
     def stop(self, start: int, end: int) -> int:
-        """Return the end, at most ``end``, of a span from ``start`` that cuts no bidirectional span.
+        """Return an end, at most ``end``, at which no bidirectional span is cut.
 
         It is ``start`` when there is no room for the bidirectional span that it begins with.
         """
@@ -222,8 +222,8 @@ class SequenceUpdate:
     ``embedding`` is the result of a pooling request, little-endian float32; it comes with the end
     (``"stop"``). ``prompt_logprobs`` come once, whole: for each prompt token after the first, its
     ``(token_id, logprob, rank)`` tuples, the prompt's own token first. ``error`` is set when
-    ``finish_reason`` is ``"error"``.
-    ``prefilled_time``, of requests that are traced, is when the prompt had been computed; it comes once.
+    ``finish_reason`` is ``"error"``. ``prefilled_time``, of requests that are traced, is when the
+    prompt had been computed; it comes once.
     """
 
     request_id: str

@@ -12,10 +12,10 @@ One step, as the engine runs it::
     result = runner.execute(plan)          # the model runs: sampled tokens, failures
     updates = scheduler.commit(plan, result)   # tokens appended, sequences finished
 
-No request starves. Sequences are ordered by (priority, arrival). The first running one in that order
-is never preempted, holds blocks for all it knows, and is offered the token budget and the room in
-the encoder cache first, so it progresses in every step until it ends. When nothing runs, the first
-waiting sequence fits, because ``add`` refuses what never could.
+No request starves. Sequences are ordered by (priority, arrival). The first running one in that
+order is never preempted, holds blocks for all it knows, and is offered the token budget and the
+room in the encoder cache first, so it progresses in every step until it ends. When nothing runs,
+the first waiting sequence fits, because ``add`` refuses what never could.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class _Step:
 class Scheduler:
     """Continuous batching under one token budget. Not thread-safe.
 
-    ``schedule`` and ``commit`` alternate: a plan is executed before the next one is made. ``add`` and
-    ``abort`` may be called at any time in between.
+    ``schedule`` and ``commit`` alternate: a plan is executed before the next one is made. ``add``
+    and ``abort`` may be called at any time in between.
     """
 
     def __init__(

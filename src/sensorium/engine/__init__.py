@@ -1,1 +1,1 @@
-"""The loop, the way to talk to it, and the frontend that turns prompts into requests and tokens into text."""
+"""The engine: its loop, its process, and the frontend from prompts to text."""

@@ -106,8 +106,10 @@ def build_parts(config: EngineConfig) -> EngineParts:
     invariant = is_batch_invariant(config, device, model.dtype)
     if config.model.batch_invariant and not loaded.family.invariant:
         logger.warning(
-            "batch_invariant: this model runs through the code of transformers, where plain decoders keep it, but soft "
-            "caps, attention sinks, mixtures of experts and what lies behind a sliding window do not "
+            "batch_invariant: this model runs through the code of transformers, where plain "
+            "decoders keep it, but soft "
+            "caps, attention sinks, mixtures of experts and what lies behind a sliding window do "
+            "not "
             "(docs/reproducibility.md)"
         )
     runner = ModelRunner(model, caches, store, batch_invariant=invariant)
@@ -141,7 +143,8 @@ def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> 
         return ops.allocate_cache(layout, num_blocks, device)
     except MemoryError:
         raise ConfigError(
-            f"The KV cache would take {num_bytes} bytes ({num_blocks} blocks of {layout.bytes_per_block}), more than "
+            f"The KV cache would take {num_bytes} bytes ({num_blocks} blocks of "
+            f"{layout.bytes_per_block}), more than "
             "the system gives; lower kv_cache_memory_bytes (or num_kv_blocks).",
             param="kv_cache_memory_bytes",
         ) from None
@@ -170,7 +173,8 @@ def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.
         raise ConfigError(f"batch_invariant cannot be had {obstacle}.", param="batch_invariant")
     if obstacle or (wanted is None and ops.attends_with_tiles(dtype)):
         logger.info(
-            "the last bits of a request's log-probabilities, and so rarely a token, may depend on what else is in the "
+            "the last bits of a request's log-probabilities, and so rarely a token, may depend on "
+            "what else is in the "
             "batch%s",
             "" if obstacle else "; --batch-invariant rules that out, at a cost for long prompts",
         )

@@ -12,9 +12,9 @@ from sensorium.metrics.families import ITERATION_TOKENS
 class IterationTokens:
     """Counts steps by their tokens.
 
-    A prompt counts whole in the step that completes it, a generated token in its own. ``counts`` has
-    a number for each bucket of ``ITERATION_TOKENS`` and one for what is beyond; steps without tokens
-    are not counted. ``num_tokens`` is the sum.
+    A prompt counts whole in the step that completes it, a generated token in its own. ``counts``
+    has a number for each bucket of ``ITERATION_TOKENS`` and one for what is beyond; steps without
+    tokens are not counted. ``num_tokens`` is the sum.
     """
 
     def __init__(self) -> None:

@@ -10,8 +10,8 @@ class EngineStats:
     """A snapshot of gauges and counters.
 
     ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``held_features``,
-    ``encoder_resident_embeds``, ``encoder_num_bytes`` and ``encoder_capacity_bytes`` are gauges; the
-    others count from the start of the engine.
+    ``encoder_resident_embeds``, ``encoder_num_bytes`` and ``encoder_capacity_bytes`` are gauges;
+    the others count from the start of the engine.
 
     Attributes:
         num_deferred: Those of ``num_waiting`` that wait for their grammar.

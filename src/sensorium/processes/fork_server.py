@@ -109,8 +109,10 @@ def _fork(control: socket.socket, descriptor: int, work: Callable[[socket.socket
 
 @dataclass(frozen=True, slots=True)
 class ForkServerCommand:
-    """Command that starts a fork server: the program, to which the number of the control socket's descriptor is added; the
-    environment; the first message."""
+    """Command that starts a fork server: program, environment and first message.
+
+    The number of the control socket's descriptor is added to the program's arguments.
+    """
 
     program: tuple[str, ...]
     environment: Mapping[str, str]

@@ -75,7 +75,9 @@ class EncoderCache:
         self._embeddings.clear()
 
     def encode(self, jobs: Sequence[EncodeJob], slots: dict[int, Slot]) -> tuple[bytes, ...]:
-        """Encode the items of a plan, a batch per modality; return the digests of those that failed.
+        """Encode the items of a plan, a batch per modality.
+
+        Return the digests of those that failed.
 
         When a batch fails, its items are tried one by one, so that a bad item harms no other.
         """
@@ -122,7 +124,8 @@ class EncoderCache:
                 ):
                     if embeds.shape[0] != features.num_embeds:
                         raise RuntimeError(
-                            f"the encoder made {embeds.shape[0]} embeddings of {features.num_embeds}"
+                            f"the encoder made {embeds.shape[0]} embeddings of "
+                            f"{features.num_embeds}"
                         )
                     if sound:
                         num_bytes += self._keep(digest, embeds)
@@ -139,7 +142,10 @@ class EncoderCache:
         return failed
 
     def _keep_given(self, digest: bytes, features: Features) -> list[bytes]:
-        """Keep precomputed embeddings; return the digest if they are not finite in the model's dtype."""
+        """Keep precomputed embeddings.
+
+        Return the digest if they are not finite in the model's dtype.
+        """
         self._keep(digest, torch.from_numpy(features.arrays["embeds"]))
         if finite_parts([self._embeddings[digest]])[0]:
             return []

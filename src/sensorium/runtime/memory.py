@@ -15,7 +15,8 @@ from sensorium.processes.limits import available_memory
 logger = logging.getLogger(__name__)
 
 CPU_FRACTION = 0.4
-"""Part of the memory that is free after loading the model which the cache may take on a CPU by default."""
+"""Part of the memory that is free after loading the model which the cache may take on a CPU by
+default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +40,23 @@ def cache_geometry(
 ) -> CacheGeometry:
     """Number of blocks and longest context.
 
-    Without ``kv_cache_memory_bytes`` the cache gets a fixed part of the free memory, but never more than
-    ``max_num_seqs`` sequences of full length could use. A ``max_model_len`` that was asked for and does not fit, or is
-    beyond what the model was made for (``max_position``), is a ConfigError; the model's own is lowered with a warning.
-    ``window``: that of the model's attention, where it is why the context ends.
+    Without ``kv_cache_memory_bytes`` the cache gets a fixed part of the free memory, but never more
+    than ``max_num_seqs`` sequences of full length could use. A ``max_model_len`` that was asked for
+    and does not fit, or is beyond what the model was made for (``max_position``), is a ConfigError;
+    the model's own is lowered with a warning. ``window``: that of the model's attention, where it
+    is why the context ends.
     """
     if max_model_len is not None and max_model_len > max_position:
         advice = (
-            "Lower it, or, where the model's makers say how it goes further, set hf_overrides accordingly"
+            "Lower it, or, where the model's makers say how it goes further, set hf_overrides "
+            "accordingly"
             if window is None
-            else f"Lower it: attention beyond the model's sliding window of {window} tokens is not available yet"
+            else f"Lower it: attention beyond the model's sliding window of {window} tokens is not "
+            "available yet"
         )
         raise ConfigError(
-            f"max_model_len is {max_model_len}, but the model's context ends at {max_position}. {advice}.",
+            f"max_model_len is {max_model_len}, but the model's context ends at {max_position}. "
+            f"{advice}.",
             param="max_model_len",
         )
     wanted_len = max_model_len or max_position
@@ -100,7 +105,8 @@ def warn_when_scarce(num_bytes: int, device: torch.device) -> None:
     available = available_memory()
     if num_bytes > available:
         logger.warning(
-            "the KV cache may grow to %.1f GiB, but only %.1f GiB of memory are available: the system may end this "
+            "the KV cache may grow to %.1f GiB, but only %.1f GiB of memory are available: the "
+            "system may end this "
             "process then. Lower kv_cache_memory_bytes (or num_kv_blocks)",
             num_bytes / GIB,
             available / GIB,

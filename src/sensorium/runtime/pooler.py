@@ -16,9 +16,9 @@ def pool(hidden: torch.Tensor, slots: Sequence[Slot]) -> tuple[dict[int, bytes],
     """Return the embedding of each row of ``hidden`` (N, H), the last tokens of ``slots``.
 
     ``hidden`` are states after the final norm. They are taken as float32, cut to the first
-    ``dimensions`` numbers, and only then scaled to length 1, so that embeddings of a Matryoshka model
-    (Kusupati et al., 2022) have that length at every size. Returns the numbers as little-endian
-    float32 and, for rows that are not finite, messages; both by sequence id.
+    ``dimensions`` numbers, and only then scaled to length 1, so that embeddings of a Matryoshka
+    model (Kusupati et al., 2022) have that length at every size. Returns the numbers as
+    little-endian float32 and, for rows that are not finite, messages; both by sequence id.
     """
     rows = hidden.to(device="cpu", dtype=torch.float32)
     usable = torch.isfinite(rows).all(-1).tolist()

@@ -1,8 +1,8 @@
 """The model runner: executes step plans on a device.
 
 A plan is executed in this order: drop ended sequences, evict encoder outputs, add new sequences,
-encode items, merge their embeddings into those of the tokens, run the forward pass over all spans as
-one ragged batch, sample or pool. All device work of the engine happens here. A failure of one
+encode items, merge their embeddings into those of the tokens, run the forward pass over all spans
+as one ragged batch, sample or pool. All device work of the engine happens here. A failure of one
 sequence or item is reported in the ``StepResult`` and does not harm the others.
 """
 
@@ -199,8 +199,8 @@ def _unsound(pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.T
     """Return the ids of sequences with rows that are not finite.
 
     Single rows are sampled: their logits show it. Keys and values of such rows reach other rows of
-    the step, even earlier ones, because 0 times NaN is NaN: so blocks of a prefix that is shared with
-    other requests may be spoilt.
+    the step, even earlier ones, because 0 times NaN is NaN: so blocks of a prefix that is shared
+    with other requests may be spoilt.
     """
     spans = [
         (span, row)

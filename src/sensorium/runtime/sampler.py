@@ -2,8 +2,8 @@
 
 Order of operations for a row: report raw log probabilities, restrict (allowed tokens, bad words,
 minimum length, grammar), add biases, apply penalties, scale by temperature, filter (min-p, top-k,
-top-p), sample. Sampling inverts the cumulative distribution at one uniform number that is a function
-of (seed, position) alone, so a seeded request gets the same tokens in any batch.
+top-p), sample. Sampling inverts the cumulative distribution at one uniform number that is a
+function of (seed, position) alone, so a seeded request gets the same tokens in any batch.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sensorium.runtime.slots import Slot
 from sensorium.text.grammar.grammar import GrammarMatcher
 
 FIRST_CANDIDATES = 256
-"""How many of the most likely tokens are sorted at first for top-p; more when they do not hold enough mass."""
+"""How many of the most likely tokens are sorted at first for top-p; more when they do not hold
+enough mass."""
 MORE_CANDIDATES = 8
 """How many times as many are sorted then."""
 SUMMED_AT_ONCE = 1024
@@ -121,7 +122,8 @@ def _entries(
     own = logprobs.gather(1, targets[:, None])
     ranks = ((logprobs > own).sum(-1) + 1).tolist()
     tops: list[list[tuple[int, float]]] = [[] for _ in nums]
-    # Each number by itself: which of equally likely tokens come first depends on how many are asked for.
+    # Each number by itself: which of equally likely tokens come first depends on how many are asked
+    # for.
     for num in set(nums) - {0}:
         rows = [row for row, wanted in enumerate(nums) if wanted == num]
         values, ids = logprobs[rows].topk(min(num, logprobs.shape[-1]), dim=-1)
@@ -198,7 +200,10 @@ def _restrict(row: torch.Tensor, grammar: GrammarMatcher, ends: tuple[int, ...])
 
 
 def _penalise(row: torch.Tensor, slot: Slot) -> None:
-    """Apply penalties: repetition over prompt and answer (Keskar et al. 2019), others over the answer."""
+    """Apply penalties: repetition over prompt and answer (Keskar et al.
+
+    2019), others over the answer.
+    """
     params = slot.request.params
     if params.repetition_penalty != 1.0:
         seen = torch.unique(torch.from_numpy(slot.token_ids[: slot.num_tokens])).to(row.device)
@@ -251,9 +256,9 @@ def _draw_filtered(
 ) -> torch.Tensor:
     """Sample from the fewest of the ``top_k`` likeliest tokens that reach ``top_p``.
 
-    All tensors have R rows. Only as many candidates are sorted as the filters can keep. Their number
-    depends on the row alone, and rows with the same number go together, since equally likely tokens
-    come in another order among more candidates.
+    All tensors have R rows. Only as many candidates are sorted as the filters can keep. Their
+    number depends on the row alone, and rows with the same number go together, since equally likely
+    tokens come in another order among more candidates.
     """
     vocab = probs.shape[1]
     mass, tokens = _sums(probs), torch.empty_like(top_k)
@@ -308,7 +313,7 @@ def _sums(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _invert(weights: torch.Tensor, point: torch.Tensor) -> torch.Tensor:
-    """Return the index at which cumulative weights (R, V) pass the fraction ``point`` (R,) of the sum."""
+    """Return the index at which cumulative weights (R, V) pass ``point`` (R,) of their sum."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     target = point[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]

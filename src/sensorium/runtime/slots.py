@@ -90,7 +90,9 @@ class Slot:
         self.num_blocks = needed
 
     def rotary_positions(self, start: int, num_tokens: int, out: np.ndarray) -> None:
-        """Write the positions of tokens ``start`` … into ``out``: (num_tokens,) or (3, num_tokens) int64.
+        """Write the positions of tokens ``start`` … into ``out``.
+
+        (num_tokens,) or (3, num_tokens) int64.
 
         A generated token i has position i + delta on every axis.
         """

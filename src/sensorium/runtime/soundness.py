@@ -13,9 +13,9 @@ EQUAL = "are all equal"
 def flaws_of_logits(logits: torch.Tensor, hidden: torch.Tensor) -> list[str | None]:
     """Return the flaw of each row of logits (N, V), of hidden states (N, H); None for no flaw.
 
-    Logits may be minus infinity where a model bars tokens, as long as some are left. It costs little
-    beside the product that made them: only rows whose sum, or whose first and last number, are
-    suspicious are checked in full.
+    Logits may be minus infinity where a model bars tokens, as long as some are left. It costs
+    little beside the product that made them: only rows whose sum, or whose first and last number,
+    are suspicious are checked in full.
     """
     finite = torch.isfinite(hidden).all(-1)
     doubtful = ~torch.isfinite(logits.sum(-1)) | (logits[:, 0] == logits[:, -1]) | ~finite

@@ -13,8 +13,8 @@ import torch
 class DeviceTimer:
     """Sums the seconds of work within ``measured``; work that raises is not counted.
 
-    On a GPU, events in the stream mark begin and end of the work, and its time is known once the GPU
-    has passed them.
+    On a GPU, events in the stream mark begin and end of the work, and its time is known once the
+    GPU has passed them.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -58,7 +58,7 @@ class Admission:
     def enter(
         self, count: int, param: str = "prompt", *, num_samples: int = 1
     ) -> Iterator[list[Place]]:
-        """Give places to ``count`` prompts of the field ``param`` with ``num_samples`` each, or to none.
+        """Give places to all ``count`` prompts of the field ``param``, or to none.
 
         The places are given back at the end of the block at the latest. Raises OverloadedError when
         there is no room now, InvalidRequestError when there never will be, and EngineDeadError
@@ -75,7 +75,8 @@ class Admission:
         if count * num_samples > self.max_waiting:
             each = "" if count == 1 else f" for each of {count} prompts"
             raise InvalidRequestError(
-                f"n is {num_samples}{each}; this server takes at most {self.max_waiting} samples in "
+                f"n is {num_samples}{each}; this server takes at most {self.max_waiting} samples "
+                "in "
                 "one request (--max-num-waiting).",
                 param="n",
             )

@@ -202,7 +202,8 @@ def log_access(config: ServerConfig) -> None:
         logger.info("requests need no API key; the server listens on the loopback interface only")
     else:
         logger.warning(
-            "requests need no API key, and the server listens on %s: anyone who can reach it can use "
+            "requests need no API key, and the server listens on %s: anyone who can reach it can "
+            "use "
             "it; set a key with --api-key or SENSORIUM_API_KEY",
             config.host,
         )

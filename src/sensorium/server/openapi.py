@@ -56,7 +56,8 @@ _ERROR = {
                 "type": {"type": "string"},
                 "param": {
                     "type": ["string", "null"],
-                    "description": "The place in the request, such as messages[0].content[1].image_url.",
+                    "description": "The place in the request, such as "
+                    "messages[0].content[1].image_url.",
                 },
                 "code": {"type": "string"},
             },

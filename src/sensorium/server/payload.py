@@ -70,7 +70,8 @@ def check_num_values(body: bytes, most: int) -> None:
     num_values = sum(map(body.count, _VALUE_MARKS))
     if num_values > most:
         raise BodyTooLargeError(
-            f"The body has about {num_values} values (commas and opening brackets are counted); at most "
+            f"The body has about {num_values} values (commas and opening brackets are counted); at "
+            "most "
             f"{most} are allowed (--max-body-values). Send fewer values, or several requests."
         )
 

@@ -1,8 +1,9 @@
-"""A fork server for constraints whose children do what a regular expression says: ``python -m
-tests.engine.grammar.hostile_worker DESCRIPTOR``.
+"""A fork server for constraints whose children do what a regular expression says.
 
-The first message has a file to which each child adds a line, a file that a child may have to wait for until nobody
-locks it, how often there is no process at first, and the processor time.
+``python -m tests.engine.grammar.hostile_worker DESCRIPTOR``.
+
+The first message has a file to which each child adds a line, a file that a child may have to wait
+for until nobody locks it, how often there is no process at first, and the processor time.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ def fork_server(compiler: GrammarCompiler) -> psutil.Process:
 
 
 class Hostile:
-    """A compiler whose children do what a constraint says, the constraints that they got, and their gate."""
+    """A compiler whose children do what a constraint says, the constraints that they got, and
+    their gate.
+    """
 
     def __init__(self, folder: Path, seconds: float, num_failures: int = 0) -> None:
         self._log, self._gate = folder / "log", folder / "gate"
@@ -162,8 +164,10 @@ async def test_what_never_ends_is_ended_and_delays_no_other(compiler: GrammarCom
 async def test_what_becomes_of_a_child(
     hostile: Callable[..., Hostile], how: str, error: type[Exception], says: str
 ) -> None:
-    """The limits are the kernel's: nothing that goes on in the child has a say. What ended without meeting one of them
-    says nothing about the constraint."""
+    """The limits are the kernel's: nothing that goes on in the child has a say.
+
+    What ended without meeting one of them says nothing about the constraint.
+    """
     one = hostile(0.05)
     with pytest.raises(error, match=says):
         await one.compile(how)[0]
@@ -198,7 +202,10 @@ async def until(condition: Callable[[], bool]) -> None:
 async def test_what_nobody_waits_for_any_more_is_not_begun(
     hostile: Callable[..., Hostile],
 ) -> None:
-    """And what is under way keeps its place until it has ended: a caller that leaves makes no room for more work."""
+    """And what is under way keeps its place until it has ended.
+
+    A caller that leaves makes no room for more work.
+    """
     one = hostile()
     with one.waiting():
         first = one.compile(*(f"wait{number}" for number in range(MOST_CHILDREN)))

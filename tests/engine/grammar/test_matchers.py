@@ -148,7 +148,10 @@ def test_samples_share_what_their_grammar_is_made_of() -> None:
 
 
 def test_the_samples_of_a_request_share_one_budget() -> None:
-    """Else ``n`` multiplies what a grammar may cost everybody; a sequence that starts again does not get it anew."""
+    """Else ``n`` multiplies what a grammar may cost everybody.
+
+    A sequence that starts again does not get it anew.
+    """
     given: list[Budget] = []
 
     def new_matcher(grammar: str, budget: Budget) -> Any:

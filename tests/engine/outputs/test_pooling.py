@@ -1,4 +1,6 @@
-"""Requests for vectors: over the wire as bytes, through the frontend, their metrics and their failures."""
+"""Requests for vectors: over the wire as bytes, through the frontend, their metrics and their
+failures.
+"""
 
 from __future__ import annotations
 

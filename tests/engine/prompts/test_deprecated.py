@@ -1,4 +1,7 @@
-"""Deprecated keywords that described images by hand: accepted where they are right, refused where they are wrong."""
+"""Deprecated keywords that described images by hand.
+
+Accepted where they are right, refused where they are wrong.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,9 @@ def test_right_ones_are_accepted(llava: Path) -> None:
 
 
 def test_of_placeholders_that_are_no_tokens_the_filling_counts(tmp_path: Path) -> None:
-    """Of Phi-3.5-Vision; the number of embeddings follows the options that the model is started with."""
+    """Of Phi-3.5-Vision; the number of embeddings follows the options that the model is started
+    with.
+    """
     folder = make_phi3_v(tmp_path)
     token_id = json.loads((folder / "config.json").read_text())["image_token_id"]
     shape = {"image_token_id": token_id, "image_input_shape": "1,3,168,224"}

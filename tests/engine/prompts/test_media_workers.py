@@ -58,8 +58,10 @@ def plain(value: Any) -> Any:
 
 
 def is_safe_to_fork(process_id: int, native: bool) -> None:
-    """Check that the process which forks the workers of a native family has one thread and does without torch. The
-    libraries of others start a thread when they are imported, which then waits for work that never comes."""
+    """Check that the process which forks the workers of a native family has one thread and does
+    without torch. The libraries of others start a thread when they are imported, which then
+    waits for work that never comes.
+    """
     assert not native or len(os.listdir(f"/proc/{process_id}/task")) == 1
     assert ("libtorch" in Path(f"/proc/{process_id}/maps").read_text()) is not native
 

@@ -317,7 +317,10 @@ async def test_a_start_that_fails_on_either_side_leaves_nothing(
 async def test_the_line_after_an_outage_is_about_all_of_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No line is written while there is no engine; the tokens from before are spread over the time since the last."""
+    """No line is written while there is no engine.
+
+    The tokens from before are spread over the time since the last.
+    """
     client, now = FakeEngine(), 100.0
     client.alive = False
     client.answers = [EngineStats()]

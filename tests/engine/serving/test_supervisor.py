@@ -1,4 +1,6 @@
-"""What happens when the engine dies, with engines that die on command and a clock that is moved by hand."""
+"""What happens when the engine dies, with engines that die on command and a clock that is moved
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ FACTS = EngineFacts(512, 100, 16, 256, "cpu", "float32", 1, 0.5)
 
 
 class FakeClient:
-    """An engine that starts when ``gate`` is open, unless ``start_error`` is set, and dies when it is told to."""
+    """An engine that starts when ``gate`` is open, unless ``start_error`` is set, and dies when
+    it is told to.
+    """
 
     def __init__(self, facts: EngineFacts, start_error: Exception | None) -> None:
         self.facts = facts
@@ -75,7 +79,9 @@ class FakeClient:
 
 
 class Bench:
-    """A supervisor, the clients that it made, and the time, which stands still but for ``sleep`` and ``now``."""
+    """A supervisor, the clients that it made, and the time, which stands still but for ``sleep``
+    and ``now``.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -1,4 +1,7 @@
-"""Hosts that do not keep to HTTP, or keep to it in ways that cost; the fetcher's own tests are in test_fetch.py."""
+"""Hosts that do not keep to HTTP, or keep to it in ways that cost.
+
+The fetcher's own tests are in test_fetch.py.
+"""
 
 import asyncio
 import gzip
@@ -127,7 +130,9 @@ async def test_answers_without_an_end(make, piece: bytes) -> None:
 
 
 async def test_what_follows_a_body_is_not_the_next_answer(make) -> None:
-    """The length is too short: what comes behind must not be taken for the answer to another request."""
+    """The length is too short: what comes behind must not be taken for the answer to another
+    request.
+    """
     trick = OK + b"Content-Length: 3\r\n\r\nabc" + OK + b"Content-Length: 4\r\n\r\nevil"
     async with raw_server(trick, keep_open=True) as server, raw_server(keep_open=True) as slow:
         fetcher = make(image_fetch_timeout=60.0)

@@ -339,8 +339,10 @@ async def test_no_spelling_of_a_private_address_is_connected_to(workers, host: s
 
 
 async def test_the_connection_goes_to_the_address_that_was_checked(workers, monkeypatch) -> None:
-    """The second question would be answered by a private address: there is one question per
-    attempt."""
+    """The second question would be answered by a private address.
+
+    There is one question per attempt.
+    """
     connected: list[str] = []
 
     async def start_connection(addr_infos, **_):

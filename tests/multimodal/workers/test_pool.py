@@ -1,4 +1,6 @@
-"""Worker processes: what a file does to a decoder costs that file's request an error, and nothing else."""
+"""Worker processes: what a file does to a decoder costs that file's request an error, and
+nothing else.
+"""
 
 from __future__ import annotations
 

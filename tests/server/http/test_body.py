@@ -1,4 +1,6 @@
-"""Bodies: large ones hold the event loop for short times only, and wrong values cost no more than right ones."""
+"""Bodies: large ones hold the event loop for short times only, and wrong values cost no more
+than right ones.
+"""
 
 from __future__ import annotations
 

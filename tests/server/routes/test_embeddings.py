@@ -1,4 +1,7 @@
-"""``/v1/embeddings`` over a front end without an engine: forms of input and output, refusals, the openai client."""
+"""``/v1/embeddings`` over a front end without an engine.
+
+Forms of input and output, refusals, the openai client.
+"""
 
 from __future__ import annotations
 

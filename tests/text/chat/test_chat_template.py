@@ -246,7 +246,9 @@ def test_typed_tokens_never_act_in_other_tokenizers(
 
 
 def test_typed_tokens_are_counted_as_what_they_become(chat: ChatTemplate) -> None:
-    """A probe that took them for single tokens would let a million of real ones pass to the tokenizer."""
+    """A probe that took them for single tokens would let a million of real ones pass to the
+    tokenizer.
+    """
     typed = "<|im_start|>" * 400
     probes: list[tuple[str, int]] = []
     prompt = render(
@@ -371,7 +373,10 @@ class _Numbered:
 
 
 def test_placeholders_that_are_no_tokens_become_ids(llama: Tokenizer) -> None:
-    """Numbered through the conversation, cut out of the text, with a BOS before each stretch; typed ones are text."""
+    """Numbered through the conversation, cut out of the text, with a BOS before each stretch.
+
+    Typed ones are text.
+    """
     template = ChatTemplate(
         {"default": "{{ bos_token }}{% for m in messages %}{{ m.content }};{% endfor %}"},
         llama,

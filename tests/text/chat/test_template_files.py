@@ -105,7 +105,7 @@ def run(source: str, seconds: float = 60.0, **variables: object) -> str:
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for v in [range(99999)] * 99999 %}{% for w in v %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) + f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}",
         "{{ ([range(999) | list] * 99999) | map('sum') | sum }}",
     ],
 )

@@ -195,7 +195,10 @@ def test_a_vocabulary_needs_an_end(chatml: Tokenizer) -> None:
 def test_a_grammar_that_costs_too_much_time_ends(
     vocabulary: GrammarVocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By processor time, so that a busy machine ends nobody; what was used is not given back all at once."""
+    """By processor time, so that a busy machine ends nobody.
+
+    What was used is not given back all at once.
+    """
     grammar = compile_grammar(StructuredOutputs(grammar="start: /[a-z ]+/")).text
     now = 0.0
     monkeypatch.setattr("sensorium.text.grammar.grammar.time.thread_time", lambda: now)

@@ -1,4 +1,6 @@
-"""What clients mean by their schemas is what a grammar lets through, and what it cannot express is said."""
+"""What clients mean by their schemas is what a grammar lets through, and what it cannot express
+is said.
+"""
 
 from __future__ import annotations
 
@@ -223,7 +225,8 @@ def test_what_a_grammar_cannot_express_is_left_out_and_said(
 
 @pytest.mark.parametrize(
     "kind",
-    "binary path password cuid2 emoji jwt base64 base64url uuid4 int32 idn-email color ulid x".split(),
+    "binary path password cuid2 emoji jwt base64 base64url uuid4 int32 idn-email color ulid "
+    "x".split(),
 )
 def test_unknown_formats_are_annotations(tastes: Taster, kind: str) -> None:
     schema = {"type": "string", "format": kind}

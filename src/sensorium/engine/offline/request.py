@@ -13,7 +13,8 @@ from sensorium.params import RequestOutputKind, SamplingParams
 class AsyncRequest:
     """Outputs of one request, each a copy. All methods are called on the engine's event loop.
 
-    ``updates`` yields one output, updated in place; updates between two calls of ``next`` are merged.
+    ``updates`` yields one output, updated in place; updates between two calls of ``next`` are
+    merged.
     """
 
     def __init__(

@@ -27,7 +27,8 @@ PooledOutput = PoolingRequestOutput[np.ndarray]
 Output = RequestOutput | PooledOutput
 
 AHEAD = 2
-"""Most prompts that are held with their media, pending or running, as a multiple of max_num_seqs."""
+"""Most prompts that are held with their media, pending or running, as a multiple of
+max_num_seqs."""
 
 READING_SECONDS = 0.01
 """Most time for reading the caller's iterator between two steps; at least one prompt is read."""
@@ -86,8 +87,8 @@ class BatchRun:
     def outputs(self) -> Generator[tuple[int, Output], None, None]:
         """Yield (index, output) whenever an output grows; closing the generator ends all work.
 
-        After an error of one prompt no more are started. Those that run are finished, and then it is
-        raised.
+        After an error of one prompt no more are started. Those that run are finished, and then it
+        is raised.
         """
         whole = False
         try:
@@ -176,7 +177,7 @@ class BatchRun:
     def _trace(
         self, index: int, request_id: str, began: float, arrival: float, prompt: BatchPrompt
     ) -> tracing.RequestTrace | None:
-        """Begin the trace, if one is wanted, of a prompt rendered between ``began`` and ``arrival``."""
+        """Begin the trace, if any, of a prompt rendered between ``began`` and ``arrival``."""
         trace = self._tracer.request(request_id, arrival)
         if trace is not None:
             self._traces[index] = trace

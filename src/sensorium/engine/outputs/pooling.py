@@ -62,8 +62,8 @@ class PoolingCollector:
     def apply(self, update: SequenceUpdate) -> bool:
         """Take the embedding over, and return False: there is nothing left to abort.
 
-        Raises RequestError when the prompt has no usable embedding, UnavailableError when the engine
-        could not compute it.
+        Raises RequestError when the prompt has no usable embedding, UnavailableError when the
+        engine could not compute it.
         """
         if update.error is not None:
             with located(self._param):

@@ -37,9 +37,9 @@ class Metrics(Protocol):
 def report_tokens(metrics: Metrics, stream: OutputCollector, first_before: float | None) -> None:
     """Report the tokens of the updates that were just applied.
 
-    ``first_before`` is the time of the first token before these updates, if there was one. Tokens of
-    a sample that come together, because this process is slower than the engine, share the time since
-    the token before them.
+    ``first_before`` is the time of the first token before these updates, if there was one. Tokens
+    of a sample that come together, because this process is slower than the engine, share the time
+    since the token before them.
     """
     now, times = time.monotonic(), stream.metrics
     if first_before is None and times.first_token_time is not None:

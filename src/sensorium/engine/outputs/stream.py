@@ -1,4 +1,7 @@
-"""From the engine's updates to a ``RequestOutput``: detokenizing, stop strings, log probabilities, times."""
+"""From the engine's updates to a ``RequestOutput``.
+
+Detokenizing, stop strings, log probabilities, times.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,10 @@ class _Sample:
 class OutputCollector:
     """Collects the updates of the samples of a request in one ``RequestOutput``, updated in place.
 
-    ``engine_ids`` are the ids of its sequences in the engine, one per sample. ``continues``: the text goes on where the
-    prompt ends, so a leading space belongs to it. After ``apply`` found a stop string, the
-    sequence's id is to be aborted in the engine by the caller. ``trace`` gets the stations from the engine on.
+    ``engine_ids`` are the ids of its sequences in the engine, one per sample. ``continues``: the
+    text goes on where the prompt ends, so a leading space belongs to it. After ``apply`` found a
+    stop string, the sequence's id is to be aborted in the engine by the caller. ``trace`` gets the
+    stations from the engine on.
     """
 
     def __init__(
@@ -139,7 +143,7 @@ class OutputCollector:
         return [i for i, at in self._index.items() if not self._samples[at].output.finished]
 
     def apply(self, update: SequenceUpdate) -> bool:
-        """Apply an update; return True when a stop string ended the sequence, which must be aborted.
+        """Apply an update; return True when a stop string ended the sequence: then abort it.
 
         Updates of a complete sample are ignored, since the engine may be a step ahead of an abort.
         Raises RequestError or UnavailableError when the engine could not compute the sequence.

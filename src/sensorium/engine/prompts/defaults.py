@@ -58,7 +58,10 @@ def _usable(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling parameters that generation_config.json sets; ``do_sample: false`` means greedy."""
+    """Return the sampling parameters that generation_config.json sets.
+
+    ``do_sample: false`` means greedy.
+    """
     found = {k: generation[k] for k in SAMPLED if generation.get(k) is not None}
     if generation.get("do_sample") is False:
         found = {k: v for k, v in found.items() if k == "repetition_penalty"}
@@ -74,7 +77,8 @@ def _of_folder(name: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"generation_config must be auto, vllm or a folder with {_FILE}; {name!r} cannot be read: "
+            f"generation_config must be auto, vllm or a folder with {_FILE}; {name!r} cannot be "
+            "read: "
             f"{type(error).__name__}.",
             param="generation_config",
         ) from error

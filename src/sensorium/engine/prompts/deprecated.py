@@ -15,7 +15,8 @@ CHANNELS = 3
 EDGE = 56
 """Height and width of a blank image that every model takes, in pixels."""
 FAR_APART = ((EDGE, EDGE), (8 * EDGE, 24 * EDGE))
-"""Heights and widths of which a model makes different numbers of embeddings unless it makes one of all."""
+"""Heights and widths of which a model makes different numbers of embeddings unless it makes one
+of all."""
 
 
 def check_deprecated(
@@ -75,12 +76,14 @@ def _check_pixels(
     if only is not None and only != (height, width):
         _contradicts(
             "image_input_shape",
-            f"says {width} x {height} pixels, but this model makes {only[1]} x {only[0]} of every image",
+            f"says {width} x {height} pixels, but this model makes {only[1]} x {only[0]} of every "
+            "image",
         )
     if size is not None and size != num:
         _contradicts(
             "image_feature_size",
-            f"is {size}, but an image of {width} x {height} pixels has {num} embeddings in this model",
+            f"is {size}, but an image of {width} x {height} pixels has {num} embeddings in this "
+            "model",
         )
 
 

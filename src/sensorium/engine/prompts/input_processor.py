@@ -1,7 +1,7 @@
 """The input processor: from prompts to engine requests.
 
-It renders templates, tokenizes, loads media, expands placeholders, computes positions and checks all
-limits, for ``LLM`` and the server alike.
+It renders templates, tokenizes, loads media, expands placeholders, computes positions and checks
+all limits, for ``LLM`` and the server alike.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ from sensorium.text.tokenizer import Tokenizer
 class InputProcessor:
     """Tokenizer, chat template, processor and media pipeline of a model: all but its weights.
 
-    Used from one event loop. ``set_facts`` must be called with what the engine found out before requests are built.
-    ``embedder`` says how the model makes vectors; None when it generates text. ``shared``: the engine is another
-    process, which must be able to open all features; the media workers are then started at once. ``package_files``:
-    prompts are the program's own, and may name files of ``sensorium.assets``.
+    Used from one event loop. ``set_facts`` must be called with what the engine found out before
+    requests are built. ``embedder`` says how the model makes vectors; None when it generates text.
+    ``shared``: the engine is another process, which must be able to open all features; the media
+    workers are then started at once. ``package_files``: prompts are the program's own, and may name
+    files of ``sensorium.assets``.
     """
 
     def __init__(
@@ -177,7 +178,10 @@ class InputProcessor:
             self._pipeline.close()
 
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
-        """Render or tokenize a prompt, load its media, expand its placeholders. Raises RequestError."""
+        """Render or tokenize a prompt, load its media, expand its placeholders.
+
+        Raises RequestError.
+        """
         began = time.monotonic()
         if is_long(prompt):
             rendered = await asyncio.to_thread(self.render, prompt)
@@ -243,9 +247,9 @@ class InputProcessor:
     ) -> list[EngineRequest]:
         """Return the engine's requests of a prompt, one per sample.
 
-        They carry only the parameters that the engine needs: the output collector finds stop strings,
-        and a constraint is there as its ``grammar``. Raises RequestError when the prompt does not
-        fit.
+        They carry only the parameters that the engine needs: the output collector finds stop
+        strings, and a constraint is there as its ``grammar``. Raises RequestError when the prompt
+        does not fit.
         """
         if (grammar is None) != (params.structured_outputs is None):
             raise ValueError("a constraint and its grammar go together")
@@ -286,7 +290,8 @@ class InputProcessor:
                 if not 0 <= token_id < self._vocab_size:
                     place = f"{name}[{token_id}]" if name == "logit_bias" else name
                     raise InvalidRequestError(
-                        f"{name} holds the token id {token_id}, which is outside the model's vocabulary of "
+                        f"{name} holds the token id {token_id}, which is outside the model's "
+                        "vocabulary of "
                         f"{self._vocab_size}.",
                         param=place,
                     )
@@ -351,7 +356,8 @@ class InputProcessor:
         context, most = self._facts.max_model_len, truncation.most
         if most is not None and most > context:
             raise InvalidRequestError(
-                f"truncate_prompt_tokens is {most}, but the model's maximum context length is {context} tokens; give "
+                f"truncate_prompt_tokens is {most}, but the model's maximum context length is "
+                f"{context} tokens; give "
                 "no more than that, or -1 for all of it.",
                 param="truncate_prompt_tokens",
             )
@@ -367,7 +373,8 @@ class InputProcessor:
         """Tokenize a raw prompt, and find its placeholders that are no single tokens."""
         if self._placeholders is None:
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens), []
-        # Each is a token at least, and costs a call of the tokenizer: more than fit are refused before.
+        # Each is a token at least, and costs a call of the tokenizer: more than fit are refused
+        # before.
         most = None if self._facts is None else self._facts.max_model_len + 1
         pieces, found = self._placeholders.split(text, most)
         self._room(len(found), param)
@@ -436,6 +443,7 @@ def _advised(prompt: Prompt) -> Iterator[None]:
             raise
         raise PlaceholderMismatchError(
             error.found,
-            "In a chat the template writes them, and this one does not write the model's own for each item: give "
+            "In a chat the template writes them, and this one does not write the model's own for "
+            "each item: give "
             "another one (--chat-template FILE_OR_TEXT; in Python chat_template=…).",
         ) from error

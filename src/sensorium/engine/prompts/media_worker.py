@@ -1,7 +1,10 @@
-"""The fork server of media workers: ``python -m sensorium.engine.prompts.media_worker FOLDER DESCRIPTOR``.
+"""The fork server of media workers.
 
-Started by ``engine.prompts.media_workers`` with the folder for features and the descriptor of its control socket,
-through which the configuration comes first. Adds the model's processor to ``multimodal.workers.decode_worker``.
+``python -m sensorium.engine.prompts.media_worker FOLDER DESCRIPTOR``.
+
+Started by ``engine.prompts.media_workers`` with the folder for features and the descriptor of its
+control socket, through which the configuration comes first. Adds the model's processor to
+``multimodal.workers.decode_worker``.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def media_pipeline(
 ) -> MediaPipeline | None:
     """Return the pipeline of a model; None for one that takes text alone.
 
-    shared: the engine is another process, which must be able to open all features; workers are then started at once.
-    package_files: whether the assets of this package may be read, as in ``Guard``.
+    shared: the engine is another process, which must be able to open all features; workers are then
+    started at once. package_files: whether the assets of this package may be read, as in ``Guard``.
     Raises ConfigError for loading options that cannot be.
     """
     media, cache = config.media, config.cache
@@ -41,7 +41,8 @@ def media_pipeline(
     if shared:
         decoders.start()
         if media.enable_mm_embeds:
-            # Not at the first embeddings: the import holds up every other thread for as long as it takes.
+            # Not at the first embeddings: the import holds up every other thread for as long as it
+            # takes.
             importlib.import_module("torch")
     else:
         # A batch of one caller takes room from nobody, and should wait rather than be refused.
@@ -59,7 +60,7 @@ def media_pipeline(
 
 
 def process_decoders(config: EngineConfig, folder: SharedArraysFolder) -> ProcessDecoders:
-    """Decoders whose processes build the model's processor by themselves, at the first item or at ``start``."""
+    """Return decoders whose processes build the model's processor, at ``start`` or the first item."""
     command = ForkServerCommand(
         python_module("sensorium.engine.prompts.media_worker", str(folder.path)),
         child_environment(one_thread=True),

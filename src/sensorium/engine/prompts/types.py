@@ -54,8 +54,8 @@ class Truncation:
 class RawPrompt:
     """A prompt that no template renders, with the model's own placeholders.
 
-    Exactly one of ``text`` and ``token_ids`` is given. Without a ``truncation`` a prompt that is too
-    long is refused.
+    Exactly one of ``text`` and ``token_ids`` is given. Without a ``truncation`` a prompt that is
+    too long is refused.
     """
 
     text: str | None = None
@@ -226,7 +226,8 @@ def parse_prompt(value: object, *, enable_mm_embeds: bool, param: str = "prompt"
         return RawPrompt(token_ids=_token_ids(value, param), param=param)
     if not isinstance(value, Mapping):
         raise InvalidRequestError(
-            f"A prompt must be a string, a list of token ids or a dict, got {type(value).__name__}.",
+            "A prompt must be a string, a list of token ids or a dict, got "
+            f"{type(value).__name__}.",
             param=param,
         )
     for key in value:

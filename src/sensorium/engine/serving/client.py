@@ -57,7 +57,8 @@ class EngineClient:
 
     The updates of a submitted sequence, or its error, go to its output queue. Its items are held
     until it has ended, which keeps their shared memory. When the process dies, every open sequence
-    gets an error, and only ``stop`` is left to call; ``EngineSupervisor`` then makes another client.
+    gets an error, and only ``stop`` is left to call; ``EngineSupervisor`` then makes another
+    client.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -113,11 +114,13 @@ class EngineClient:
     async def start(self) -> EngineFacts:
         """Start the process and wait until the model is loaded.
 
-        Raises ConfigError when it cannot be, EngineDeadError when the process ends meanwhile; ``stop`` must follow.
+        Raises ConfigError when it cannot be, EngineDeadError when the process ends meanwhile;
+        ``stop`` must follow.
         """
         began = time.monotonic()
         self._socket.bind(self._address)
-        # The C library reads its part of the environment when a process starts, so it must be set here already.
+        # The C library reads its part of the environment when a process starts, so it must be set
+        # here already.
         threads.prepare()
         command = python_module(
             "sensorium.engine.serving.worker", self._address, str(os.getpid()), self._folder
@@ -135,7 +138,8 @@ class EngineClient:
         if not done:
             receive.cancel()
             raise errors.EngineDeadError(
-                f"The engine was not up after {seconds:g} seconds, the most that --engine-start-timeout allows."
+                f"The engine was not up after {seconds:g} seconds, the most that "
+                "--engine-start-timeout allows."
             )
         if not receive.done():
             # The reason may still be on its way through the socket.

@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_DELAY = 0.5
 LONGEST_DELAY = 30.0
-"""Seconds before the second attempt in a row; each later one waits twice as long, up to the longest."""
+"""Seconds before the second attempt in a row; each later one waits twice as long, up to the
+longest."""
 
 STEADY_SECONDS = 300.0
 """An engine that lived this long ends the row of attempts: its successor is started at once."""
@@ -42,7 +43,7 @@ class Backoff:
 
 
 class EngineSupervisor:
-    """Owner of the engine's client, which it replaces whenever the process dies, until it is stopped.
+    """Owner of the engine's client, which it replaces whenever the engine process dies.
 
     Requests in flight get EngineDeadError from the client that dies; new ones get it from
     ``current`` until there is another. Requests are not sent again: one that kills an engine would
@@ -89,15 +90,18 @@ class EngineSupervisor:
         return self._num_restarts
 
     async def start(self) -> None:
-        """Start the first engine. Raises ConfigError when it cannot start; nothing of it is left then."""
+        """Start the first engine.
+
+        Raises ConfigError when it cannot start; nothing of it is left then.
+        """
         self._client = await self._started()
         self._facts = self._client.facts
 
     def watch(self, on_start: Callable[[EngineFacts], None]) -> None:
         """Replace the engine from now on whenever it dies.
 
-        ``on_start`` gets the facts of the engine that runs, and of each later one before any request
-        reaches it.
+        ``on_start`` gets the facts of the engine that runs, and of each later one before any
+        request reaches it.
         """
         on_start(self.facts)
         self._on_start = on_start

@@ -59,7 +59,8 @@ def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
     if not isinstance(message, wire.Configure):
         return 1
     try:
-        # Before torch, which the executor brings: its OpenMP library reads the policy when it is loaded.
+        # Before torch, which the executor brings: its OpenMP library reads the policy when it is
+        # loaded.
         threads.prepare()
         from sensorium.engine.executor import build_engine
 
@@ -94,11 +95,13 @@ def _receive(socket: zmq.Socket[bytes], parent: int) -> wire.ToEngine | None:
 
 
 class StepWatch:
-    """Ends the process, with the stacks of its threads in the log, when a step takes longer than ``seconds``; 0: never.
+    """Watchdog that ends the process when a step takes longer than ``seconds``; 0: never.
 
-    The interpreter's own watchdog does it, which runs no Python: also a kernel that never ends and keeps the
-    interpreter's lock is caught. Setting it costs tens of microseconds, so it is not set anew for steps that begin
-    within a tenth of the time; it runs as much longer, so that no step is ended early.
+    The stacks of all threads go to the log. The interpreter's own watchdog does it, which runs no
+    Python, so a kernel that never ends and holds the GIL is caught as well. Setting it costs tens
+    of microseconds, so it is not set again for steps that begin within a tenth of the time; it runs
+    as much longer, so that no step is
+    ended early.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -170,7 +173,8 @@ class _Loop:
         except SensoriumError as error:
             self._refuse(message, error)
         except OSError:
-            # Mostly the frontend gave the request up, and its features with it, before this message was read.
+            # Mostly the frontend gave the request up, and its features with it, before this message
+            # was read.
             self._refuse(
                 message, UnavailableError("The media of this request are gone; send it again.")
             )
@@ -184,8 +188,11 @@ class _Loop:
 
 
 def _end(code: int) -> NoReturn:
-    """End the process without taking the interpreter apart, which takes seconds once torch and compiled kernels are
-    loaded: everything it holds is the system's to take back."""
+    """End the process without the interpreter's shutdown.
+
+    That takes seconds once torch and compiled kernels are loaded, and the system takes all of it
+    back anyway.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

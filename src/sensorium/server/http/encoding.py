@@ -41,7 +41,8 @@ async def plain_body(
         return
     if encoding not in ENCODINGS:
         raise UnsupportedEncodingError(
-            f"Content-Encoding {encoding[:100]!r} is not supported; send the body uncompressed, or as "
+            f"Content-Encoding {encoding[:100]!r} is not supported; send the body uncompressed, or "
+            "as "
             "gzip or deflate.",
         )
     limit = min(most, max(_ALWAYS_ALLOWED, MOST_TIMES * len(body)))
@@ -56,7 +57,8 @@ def decompress(body: bytes, encoding: str, limit: int) -> bytes:
     except MediaTooLargeError as error:
         raise BodyTooLargeError(
             f"The body has {len(body)} bytes and decompresses to more than {limit}, the limit "
-            f"(--max-body-bytes, and {MOST_TIMES} times what was sent). Send it uncompressed, or in "
+            f"(--max-body-bytes, and {MOST_TIMES} times what was sent). Send it uncompressed, or "
+            "in "
             "several requests."
         ) from error
     except MediaFetchError as error:

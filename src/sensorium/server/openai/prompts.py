@@ -127,6 +127,7 @@ def _is_ids(value: object) -> bool:
 
 def _bad_prompt(value: object, param: str) -> NoReturn:
     raise InvalidRequestError(
-        f"{param} must be a text, a non-empty list of token ids, or a list of either, got {abbreviate(value)}.",
+        f"{param} must be a text, a non-empty list of token ids, or a list of either, got "
+        f"{abbreviate(value)}.",
         param=param,
     )

@@ -91,7 +91,8 @@ class CompletionAnswer(Answer[CompletionBody]):
         if output.prompt is not None:
             return output.prompt
         tokenizer = self.context.frontend.input_processor.tokenizer
-        # A model's vocabulary may be padded beyond its tokenizer's, with ids that stand for no text.
+        # A model's vocabulary may be padded beyond its tokenizer's, with ids that stand for no
+        # text.
         return tokenizer.decode([i for i in output.prompt_token_ids if i <= tokenizer.max_token_id])
 
     def _choice(

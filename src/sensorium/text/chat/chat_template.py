@@ -48,9 +48,9 @@ _NO_TEMPLATE = (
 class RenderedPrompt:
     """A prompt as token ids, its placeholders not expanded yet.
 
-    ``text`` is for people; None when the prompt was given as ids. ``token_ids`` hold one placeholder
-    per item. ``refs`` are the items; those of one modality are in the order of their placeholders,
-    or of the numbers in ``numbered``, the placeholders that are no single tokens.
+    ``text`` is for people; None when the prompt was given as ids. ``token_ids`` hold one
+    placeholder per item. ``refs`` are the items; those of one modality are in the order of their
+    placeholders, or of the numbers in ``numbered``, the placeholders that are no single tokens.
     """
 
     text: str | None

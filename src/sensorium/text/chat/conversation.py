@@ -130,7 +130,8 @@ def _message(message: Mapping[str, Any], param: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or _ROLE.fullmatch(role) is None:
         _bad(
-            f"must be a role such as {', '.join(ROLES)}, or another name of up to 64 letters, digits, "
+            f"must be a role such as {', '.join(ROLES)}, or another name of up to 64 letters, "
+            "digits, "
             f"'_', '-' and '.' that the chat template knows; got {role!r:.80}",
             f"{param}.role",
         )

@@ -98,7 +98,8 @@ def check_custom_roles(messages: Sequence[Message], marked: str, marks: Marks) -
         if word not in text:
             near = suggestion(message.role, list(ROLES))
             raise InvalidRequestError(
-                f"The model's chat template leaves out messages[{index}], whose role {message.role!r} "
+                f"The model's chat template leaves out messages[{index}], whose role "
+                f"{message.role!r} "
                 f"it does not know; use a role that it knows.{near}",
                 param=f"messages[{index}].role",
             )
