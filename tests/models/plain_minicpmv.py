@@ -114,10 +114,11 @@ class PlainMiniCPMV(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        vision = SiglipVisionConfig(**config["vision_config"], attn_implementation="eager")
+        eager = {"attn_implementation": "eager"}
+        vision = SiglipVisionConfig(**config["vision_config"], **eager)
         own = {"vision_config", "slice_config", "architectures", "model_type"}
         fields = {k: v for k, v in config.items() if k not in own}
-        text = Qwen2Config(**fields, attn_implementation="eager")
+        text = Qwen2Config(**fields, **eager)
         self.llm = Qwen2ForCausalLM(text)
         self.vpm = Tower(vision, config["drop_vision_last_layer"])
         self.resampler = Resampler(config["query_num"], text.hidden_size, vision.hidden_size)
