@@ -1,7 +1,4 @@
-"""Every other model of transformers.
-
-Its own modelling code and processor, with our paged attention.
-"""
+"""Every other model of transformers: its modelling code and processor, with our paged attention."""
 
 from __future__ import annotations
 
@@ -71,16 +68,14 @@ def _build_model(architecture: str, loaded: LoadedConfig, options: BuildOptions)
 
 
 def names() -> tuple[str, ...]:
-    """All architectures of transformers that ``find`` would give a family."""
+    """Return all architectures of transformers for which ``find`` returns a family."""
     return tuple(n for n, kind in known_architectures().items() if kind != ENCODER_DECODER)
 
 
 def find(names: Sequence[str]) -> Family | None:
-    """The family of the first of these architectures that transformers has.
+    """Return the family of the first of these architectures that transformers has, or None.
 
-    None when it has none of them.
-
-    Raises UnsupportedModelError for those of which is known that they cannot run here.
+    Raises UnsupportedModelError for those that are known not to run here.
     """
     known = known_architectures() if names else {}
     for name in names:
@@ -97,7 +92,7 @@ def find(names: Sequence[str]) -> Family | None:
 
 
 def find_by_model_type(model_type: str) -> Family | None:
-    """The family of transformers' model of this type that makes text; None when there is none."""
+    """Return the family of transformers' text-generating model of this type, or None."""
     for name, kind in known_architectures().items():
         if kind == model_type:
             return _family(name, kind)

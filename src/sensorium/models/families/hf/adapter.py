@@ -1,7 +1,4 @@
-"""The processor classes of transformers, built and called.
-
-With a stand-in for what needs torchvision.
-"""
+"""Construction and calls of the processor classes of transformers, without torchvision."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class _NoVideos:
-    """Stands where a processor wants one for videos: that of transformers needs torchvision."""
+    """Stand-in for the video processor of transformers, which needs torchvision."""
 
     model_input_names: tuple[str, ...] = ()
     valid_kwargs = None
@@ -58,7 +55,7 @@ class _NoVideos:
 class HfProcessorAdapter:
     """A processor of transformers.
 
-    Not to be pickled: ``processor_of`` makes it once in each process.
+    It cannot be pickled: ``processor_of`` makes it once in each process.
     """
 
     keeps_ids = False
@@ -86,21 +83,21 @@ class HfProcessorAdapter:
         return getattr(own, "feature_extractor", None) or getattr(own, "audio_processor", None)
 
     def options(self, modality: Modality) -> list[str]:
-        """Names of what its part for a modality can be told."""
+        """Return the names of the options of its part for a modality."""
         part = self.own.image_processor if modality == "image" else self._hears
         known = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
         return sorted(set(known) - _SETTINGS_OF_CALLS - _OF_THE_WEIGHTS)
 
     def most(self, modality: Modality, name: str) -> float:
-        """The largest number that a caller may set an option to, or anything in it.
+        """Return the largest number that a caller may set in an option.
 
-        The checkpoint's own largest.
+        That is the checkpoint's own largest number there.
         """
         part = self.own.image_processor if modality == "image" else self._hears
         return max(numbers_in(getattr(part, name, None)), default=MOST_OF_OPEN)
 
     def placeholders(self, modality: Modality) -> list[str]:
-        """Texts that may be the placeholder, the likeliest first."""
+        """Return texts that may be the placeholder, the likeliest first."""
         names = [f"{modality}_token", "boi_token" if modality == "image" else "boa_token"]
         texts = [
             getattr(part, name, None) for part in (self.own, self.own.tokenizer) for name in names
@@ -109,15 +106,15 @@ class HfProcessorAdapter:
         return list(dict.fromkeys((*map(str, found), *_TEXTS[modality])))
 
     def ids_of(self, text: str) -> tuple[int, ...]:
-        """Ids of a text without special tokens around it."""
+        """Return the ids of a text without special tokens around it."""
         return tuple(self.own.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def call(
         self, modality: Modality, text: str, data: np.ndarray, options: Mapping[str, Any]
     ) -> Arrays:
-        """Return the processor's result for a text with one placeholder and an image (H, W, 3) or samples (N,).
+        """Return the processor's result for a text with one placeholder, and one item.
 
-        ``input_ids`` (1, n) are among it.
+        data: an image (H, W, 3) or samples (N,). The result has ``input_ids`` (1, n).
         """
         if modality == "image":
             from PIL import Image
@@ -129,7 +126,7 @@ class HfProcessorAdapter:
             return as_arrays(self.own(text=[text], return_tensors="pt", **media, **options))
 
     def expanded(self, ids: Sequence[int]) -> list[int]:
-        """The ids without the special tokens that the tokenizer puts around a text."""
+        """Return the ids without the special tokens that the tokenizer puts around a text."""
         specials, num_front = self._specials, 0
         while num_front < min(len(specials), len(ids)) and ids[num_front] == specials[num_front]:
             num_front += 1
@@ -140,28 +137,28 @@ class HfProcessorAdapter:
 
 
 class PaliGemmaAdapter(HfProcessorAdapter):
-    """PaliGemma's, which puts the BOS behind the image, and a line's end behind the text.
+    """Processor of PaliGemma, which puts the BOS behind the image and a newline behind the text.
 
     So the placeholder is the image token behind the BOS of the tokenizer, and the BOS moves when it
-    is expanded. The line's end is the prompt's own. One image a prompt.
+    is expanded. The newline belongs to the prompt. One image per prompt.
     """
 
     keeps_ids = True
 
     def ids_of(self, text: str) -> tuple[int, ...]:
-        """A placeholder behind the BOS; any other text alone."""
+        """Return the ids of a placeholder behind the BOS, or of any other text alone."""
         ids = super().ids_of(text)
         is_image = text == getattr(self.own, "image_token", None)
         return (int(self.own.tokenizer.bos_token_id), *ids) if is_image else ids
 
     def expanded(self, ids: Sequence[int]) -> list[int]:
-        """Image tokens and BOS, without the line's end."""
+        """Return image tokens and BOS, without the newline."""
         bos = int(self.own.tokenizer.bos_token_id)
         return list(ids[: list(ids).index(bos) + 1])
 
 
 class VoxtralAdapter(HfProcessorAdapter):
-    """Voxtral's, whose own processor takes audio only through a tokenizer that is not of transformers.
+    """Processor of Voxtral, whose own class needs a tokenizer that is not of transformers.
 
     An audio item is padded to a multiple of ``_SECONDS``; each such part becomes a row of mel
     frames and the same number of audio tokens.
@@ -183,9 +180,9 @@ class VoxtralAdapter(HfProcessorAdapter):
         self._per_row = audio.max_source_positions * audio.hidden_size // audio.intermediate_size
 
     def placeholders(self, modality: Modality) -> list[str]:
-        """The audio token, whatever its text is.
+        """Return the audio token, whatever its text is.
 
-        Behind the one that begins an audio item, where there is such a token.
+        It is behind the token that begins an audio item, where there is one.
         """
         tokenizer = self.own.tokenizer
         audio = str(tokenizer.convert_ids_to_tokens(self._fill))
@@ -195,7 +192,7 @@ class VoxtralAdapter(HfProcessorAdapter):
     def call(
         self, modality: Modality, text: str, data: np.ndarray, options: Mapping[str, Any]
     ) -> Arrays:
-        """``input_features`` (rows, mel bins, frames) and ``input_ids`` (1, n)."""
+        """Return ``input_features`` (rows, mel bins, frames) and ``input_ids`` (1, n)."""
         extractor = self.own.feature_extractor
         frames = extractor(
             data,
@@ -216,7 +213,7 @@ class VoxtralAdapter(HfProcessorAdapter):
 
 @functools.lru_cache(maxsize=4)
 def processor_of(folder: str, model_type: str) -> HfProcessorAdapter:
-    """The processor of a checkpoint, its parts loaded one by one.
+    """Build the processor of a checkpoint, its parts loaded one by one.
 
     Raises ConfigError when it cannot be built.
     """
@@ -239,9 +236,9 @@ def processor_of(folder: str, model_type: str) -> HfProcessorAdapter:
 
 
 def as_arrays(made: Mapping[str, Any]) -> Arrays:
-    """Tensors and lists as numpy arrays.
+    """Convert tensors and lists to numpy arrays.
 
-    What is neither is left out, and what is meant for training.
+    Other values, and those meant for training, are left out.
     """
     found: Arrays = {}
     for name, value in made.items():
@@ -255,7 +252,7 @@ def as_arrays(made: Mapping[str, Any]) -> Arrays:
 
 
 def numbers_in(value: Any) -> list[float]:
-    """All numbers of a value of an option, however deep; truth values are none."""
+    """Return all numbers of an option's value at any depth; booleans are none."""
     if isinstance(value, bool):
         return []
     if isinstance(value, int | float):
@@ -269,7 +266,10 @@ def numbers_in(value: Any) -> list[float]:
 
 
 def said(error: Exception, folder: str = "") -> str:
-    """Return the message of another library's exception in one line, without local paths and memory addresses."""
+    """Return the message of another library's exception in one line.
+
+    Local paths and memory addresses are removed.
+    """
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", str(error))
     if folder:
         text = text.replace(folder, "the model's folder")
@@ -278,7 +278,7 @@ def said(error: Exception, folder: str = "") -> str:
 
 
 def _declared(folder: str) -> str | None:
-    """``processor_class`` of the checkpoint's files."""
+    """Return ``processor_class`` of the checkpoint's files."""
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
         path = Path(folder) / file
         if path.is_file():
@@ -313,10 +313,10 @@ def _class(name: str) -> Any:
 
 
 def _module(home: str) -> Any:
-    """The module of a processor class; None when there is none.
+    """Return the module of a processor class; None when there is none.
 
-    Where it asks the image processor of torchvision for a function, it gets that of PIL, which has
-    the same ones.
+    Where it imports a function from the torchvision image processor, it gets the one of the PIL
+    image processor, which has the same functions.
     """
     path = f"transformers.models.{home}"
     try:

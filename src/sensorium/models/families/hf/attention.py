@@ -1,7 +1,4 @@
-"""The attention function that modelling code of transformers calls.
-
-Our paged attention, in the running step.
-"""
+"""Paged attention as an attention function of transformers, for the running step."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ NAME = "sensorium_paged"
 
 
 class UnfitError(Exception):
-    """The modelling code asks for something that paged attention does not do.
+    """The modelling code needs attention that paged attention does not support.
 
-    The text says what.
+    The text names it.
     """
 
 
@@ -49,7 +46,7 @@ _RUNNING: ContextVar[Step] = ContextVar("sensorium_step")
 
 @contextmanager
 def running(step: Step) -> Iterator[Step]:
-    """Attention within goes to the caches of this step."""
+    """Direct attention within the context to the caches of this step."""
     token = _RUNNING.set(step)
     try:
         yield step
@@ -58,7 +55,7 @@ def running(step: Step) -> Iterator[Step]:
 
 
 def register() -> str:
-    """Make the function known to transformers; the name to select it by."""
+    """Register the function with transformers and return its name."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend)
@@ -77,10 +74,11 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Paged attention of query (1, num_heads, T, D), key and value (1, num_kv_heads, T, D) -> (1, T, num_heads, D).
+    """Paged attention in the layout of transformers.
 
-    The arguments are those of the attention interface of transformers; the mask is ours to know.
-    Raises UnfitError for attention that is not that of a decoder to itself.
+    query (1, num_heads, T, D), key and value (1, num_kv_heads, T, D) -> (1, T, num_heads, D). The
+    arguments are those of the attention interface of transformers; its mask is not used. Raises
+    UnfitError for attention that is not causal self-attention of a decoder.
     """
     step = _RUNNING.get()
     layer = getattr(module, "layer_idx", None)
@@ -112,7 +110,7 @@ def attend(
 
 
 def _padded(heads: torch.Tensor, size: int) -> torch.Tensor:
-    """(1, heads, T, D) -> (T, heads, size), zeros behind: they change no score and add nothing."""
+    """Pad (1, heads, T, D) to (T, heads, size) with zeros, which change no result."""
     rows = heads[0].transpose(0, 1)
     missing = size - rows.shape[2]
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows

@@ -1,7 +1,4 @@
-"""Checks of a model of transformers before it serves.
-
-Chunks over our cache must equal its own forward pass.
-"""
+"""Checks of a model of transformers before it serves: chunks must equal its own forward pass."""
 
 from __future__ import annotations
 
@@ -38,7 +35,7 @@ WITH_MEDIA = (
 class Geometry:
     """Head geometry of a decoder's layers.
 
-    Equal numbers of KV heads, keys and values padded to one size.
+    The number of KV heads is the same in all; keys and values are padded to one size.
     """
 
     num_kv_heads: int
@@ -58,9 +55,9 @@ class Whole:
 
 
 def measure(decoder: Any, embeds: torch.Tensor, num_layers: int) -> Geometry:
-    """Run (T, H) through the decoder and see what comes to attention.
+    """Run (T, H) through the decoder and record the calls of attention.
 
-    Raises UnfitError when that is not the keys and values of each of ``num_layers`` layers once,
+    Raises UnfitError unless these are the keys and values of each of ``num_layers`` layers once,
     all of one shape.
     """
     step = attention.Step(None)
@@ -86,7 +83,7 @@ def measure(decoder: Any, embeds: torch.Tensor, num_layers: int) -> Geometry:
 
 
 def run_whole(inner: Any, decoder: Any, **inputs: torch.Tensor) -> Whole:
-    """The model's own forward pass over one sequence, with the attention that its decoder is set to."""
+    """Run the model's own forward pass over one sequence, with its decoder's current attention."""
     found: dict[str, Any] = {}
 
     def note(module: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -103,9 +100,9 @@ def run_whole(inner: Any, decoder: Any, **inputs: torch.Tensor) -> Whole:
 
 
 def first_position(whole: Whole) -> int:
-    """The number that the model gives to the first token.
+    """Return the number that the model gives to the first token.
 
-    UnfitError unless it counts up from there.
+    Raises UnfitError unless it counts up from there.
     """
     if whole.positions is None:
         return 0
@@ -118,11 +115,9 @@ def first_position(whole: Whole) -> int:
 
 
 def check_pieces(model: Any, wholes: Sequence[Whole], embeds: Sequence[torch.Tensor]) -> None:
-    """Compare two sequences run in pieces, side by side, with what each gave whole.
+    """Compare two sequences run in pieces, side by side, with the results of each as a whole.
 
-    Raises UnfitError.
-
-    ``model`` is an ``HfModel``; the sequences have the lengths that ``STEPS`` names.
+    Raises UnfitError. ``model`` is an ``HfModel``; the sequences have the lengths of ``STEPS``.
     """
     caches = _caches(model, len(wholes))
     index = {len(rows): number for number, rows in enumerate(embeds)}
@@ -145,11 +140,9 @@ def check_pieces(model: Any, wholes: Sequence[Whole], embeds: Sequence[torch.Ten
 
 
 def check_media(model: Any, whole: Whole, embeds: torch.Tensor, positions: torch.Tensor) -> None:
-    """Compare a sequence (T, H) with media, run in one piece, with what the model makes of it.
+    """Compare a sequence (T, H) with media, run in one piece, with the model's own result.
 
-    Raises UnfitError.
-
-    positions: (T,) or (3, T), as ``HfModel.rotary`` takes them.
+    Raises UnfitError. positions: (T,) or (3, T), as ``HfModel.rotary`` takes them.
     """
     num = len(embeds)
     num_blocks = -(-num // BLOCK_SIZE)

@@ -1,4 +1,4 @@
-"""Architectures of transformers that can run here, and the sizes that the engine needs of them."""
+"""Architectures of transformers that can run here, and the sizes that the engine needs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ ENCODER_DECODER = "encoder-decoder"
 
 
 def known_architectures() -> dict[str, str]:
-    """Architectures of transformers that turn text, or text and media, into text.
+    """Return the architectures of transformers that turn text, with or without media, into text.
 
-    Name -> model type, or for those with two streams of tokens ``ENCODER_DECODER``.
+    Name -> model type, or for encoder-decoders ``ENCODER_DECODER``.
     """
     from transformers.models.auto import modeling_auto as auto
 
@@ -58,7 +58,7 @@ def _named(mapping: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def read_hf_config(config: Mapping[str, Any]) -> Any:
-    """The configuration object of transformers.
+    """Return the configuration object of transformers.
 
     Raises ConfigError when its class does not take the values.
     """
@@ -79,7 +79,10 @@ def read_hf_config(config: Mapping[str, Any]) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of JSON values, with the numbers that JSON has no way to write and transformers writes as mappings."""
+    """Copy JSON values, and read numbers that transformers writes as mappings.
+
+    JSON has no way to write these, such as infinity.
+    """
     if isinstance(value, Mapping):
         if set(value) == {"__float__"}:
             return float(value["__float__"])
@@ -88,7 +91,7 @@ def _plain(value: Any) -> Any:
 
 
 def text_shape(loaded: LoadedConfig) -> TextShape:
-    """Sizes of the decoder.
+    """Return the sizes of the decoder.
 
     Raises UnsupportedModelError for a decoder that keeps more than keys and values.
     """
@@ -111,7 +114,7 @@ def text_shape(loaded: LoadedConfig) -> TextShape:
 
 
 def _max_position(text: Any) -> int:
-    """Tokens of the longest context."""
+    """Return the tokens of the longest context."""
     declared = _count(text, "max_position_embeddings")
     rope = _value(text, "rope_parameters") or {}
     if rope.get("rope_type") == "longrope":
@@ -150,9 +153,9 @@ def refuse(config: Any, reason: str) -> NoReturn:
 
 
 def _value(config: Any, name: str) -> Any:
-    """A field; None when there is none.
+    """Return a field; None when there is none.
 
-    UnsupportedModelError when it differs from layer to layer.
+    Raises UnsupportedModelError when it differs from layer to layer.
     """
     try:
         return getattr(config, name, None)

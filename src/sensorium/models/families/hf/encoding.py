@@ -1,6 +1,6 @@
-"""Embeddings of media, taken where a model of transformers hands its merged embeddings to its decoder.
+"""Embeddings of media, captured where a model of transformers calls its decoder with them.
 
-So no knowledge is needed of how its encoders are called, what they return and how that is cut up:
+So no knowledge is needed of how its encoders are called, what they return and how that is split:
 the model's own forward pass runs until its decoder is called, and no further.
 """
 
@@ -24,16 +24,16 @@ _EXPECTED = frozenset(
 
 
 class _ReachedDecoderError(Exception):
-    """Ends a forward pass whose decoder would run next."""
+    """Stop of a forward pass whose decoder would run next."""
 
 
 def embed_items(
     inner: Any, decoder: Any, items: Sequence[Mapping[str, np.ndarray]], dtype: torch.dtype
 ) -> torch.Tensor:
-    """(items, n, H): embeddings of the ids of each item, those of the media merged in.
+    """Return embeddings (items, n, H) of the ids of each item, with those of the media merged in.
 
-    ``items``: what the processor returned for each, of equal shapes. Raises UnfitError when the
-    model gives its decoder something besides embeddings.
+    ``items``: the processor's results, of equal shapes. Raises UnfitError when the model gives its
+    decoder something besides embeddings.
     """
     inputs = inputs_of(items, next(decoder.parameters()).device, dtype)
     found: dict[str, Any] = {}
@@ -62,7 +62,7 @@ def embed_items(
 def inputs_of(
     items: Sequence[Mapping[str, np.ndarray]], device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Arguments of a model for a batch of items: arrays of all joined along the first axis."""
+    """Return a model's arguments for a batch of items: arrays joined along the first axis."""
     joined = {name: np.concatenate([item[name] for item in items]) for name in items[0]}
     tensors = {name: torch.from_numpy(array).to(device) for name, array in joined.items()}
     return {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}

@@ -36,7 +36,7 @@ square of it."""
 
 
 class _Answer:
-    """Result of a decoder with nothing but its hidden states."""
+    """Result of a decoder that has hidden states only."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.last_hidden_state = hidden
@@ -49,26 +49,25 @@ class _Answer:
 
 
 class _Given(torch.nn.Module):
-    """Stands where the head expects its decoder, and hands it hidden states that are there already."""
+    """Stand-in for a head's decoder that returns hidden states that are already computed."""
 
     @property
     def decoder(self) -> _Given:
-        """Some heads reach for the decoder inside the model that they are given."""
+        """This object: some heads use the decoder inside the model that they are given."""
         return self
 
     def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Answer:
-        """The given hidden states, (1, N, H)."""
+        """Return the given hidden states, (1, N, H)."""
         return _Answer(inputs_embeds)
 
 
 class HfModel:
-    """See ``models.interface.Model``.
+    """A model of transformers behind the ``Model`` protocol.
 
-    The decoder runs the T tokens of a step as one row, (1, T, H).
-
-    ``rotary`` hands positions through: as ``batch.cos`` the position ids (1, T), or (3, 1, T) where
-    they have axes; as ``batch.sin`` the bidirectional spans (2, T) of ``AttentionVariant``, or
-    nothing (0, T): no layer of ours rotates here.
+    The decoder runs the T tokens of a step as one row, (1, T, H). ``rotary`` passes positions on:
+    as ``batch.cos`` the position ids (1, T), or (3, 1, T) where they have axes; as ``batch.sin``
+    the bidirectional spans (2, T) of ``AttentionVariant``, or nothing (0, T), as no layer of ours
+    rotates here.
     """
 
     ignored_weights: tuple[str, ...] = (EVERYTHING,)
@@ -98,7 +97,7 @@ class HfModel:
         }
 
     def drop_encoders(self) -> None:
-        """Free everything that is neither decoder nor head, where no modality is left that needs it."""
+        """Free everything but decoder and head, where no modality is left that needs it."""
         kept = (self.decoder, self.table, *filter(None, self.head.children()))
         needed = {module for root in kept for module in root.modules()}
         for owner in [m for m in self.inner.modules() if m not in needed]:
@@ -107,9 +106,9 @@ class HfModel:
                     owner._modules[name] = None
 
     def adopt(self) -> None:
-        """Measure the decoder, give it our attention, and check that it still does the same.
+        """Measure the decoder, set our attention, and check that the results stay the same.
 
-        Raises UnfitError with the reason when it does not.
+        Raises UnfitError with the reason when they do not.
         """
         use(self.decoder, attention.register())
         vocab_size = self.shape.vocab_size
@@ -134,7 +133,7 @@ class HfModel:
         check.check_pieces(self, wholes, embeds)
 
     def try_media(self, processor: HfProcessor, modality: Modality) -> None:
-        """Encode a small item, and check that it means to the decoder what it means to the model.
+        """Encode a small item, and check that the decoder treats it as the whole model does.
 
         Raises UnfitError with the reason when it does not.
         """
@@ -168,14 +167,14 @@ class HfModel:
         return bool(self._fills)
 
     def slots(self) -> Iterator[WeightSlot]:
-        """Nothing when the weights are loaded already; with random weights, each parameter once."""
+        """Slots of random weights, one per parameter; none when the weights are loaded already."""
         if not self._random:
             return
         for name, parameter in self.inner.named_parameters():
             yield WeightSlot((Part(name, tuple(parameter.shape)),), parameter.data.copy_)
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each item: what the model itself puts at their places.
+        """Return embeddings (num_embeds, H) of each item, as the model itself merges them.
 
         Items whose arrays have the same shapes are run as one batch.
         """
@@ -197,7 +196,10 @@ class HfModel:
         return [found[index] for index in range(len(items))]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (T, H); ids past the table (placeholders of some models) get any."""
+        """Return token embeddings (T, H).
+
+        Ids past the table (placeholders of some models) get an arbitrary one.
+        """
         known = ids.clamp(max=self.table.weight.shape[0] - 1)
         embeds: torch.Tensor = self.table(known[None])[0]
         return embeds.to(self.dtype)
@@ -218,7 +220,7 @@ class HfModel:
         return rows[:1] + self.first_position, spans
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Hidden states (T, H) after the final norm."""
+        """Return hidden states (T, H) after the final norm."""
         step = attention.Step(batch, batch.sin if len(batch.sin) else None)
         rows, position_ids = _enough(embeds, 0), _enough(batch.cos, batch.cos.dim() - 1)
         with attention.running(step):
@@ -227,14 +229,17 @@ class HfModel:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (N, V), scaled and capped as the model's own head does it."""
+        """Return logits (N, V), scaled and capped as by the model's own head."""
         rows = _enough(hidden, 0)
         logits: torch.Tensor = self.head(inputs_embeds=rows[None], use_cache=False).logits[0]
         return logits[: len(hidden)]
 
 
 def _enough(rows: torch.Tensor, axis: int) -> torch.Tensor:
-    """Rows along ``axis`` with zeros behind, where they are so few that linear layers on a CPU sum in another order."""
+    """Pad rows along ``axis`` with zeros where they are few.
+
+    Linear layers on a CPU sum a few rows in another order.
+    """
     num_rows = rows.shape[axis]
     if not rows.is_cpu or num_rows >= FREE_ROWS or num_rows % ROW_MULTIPLE == 0:
         return rows
@@ -246,7 +251,7 @@ def _enough(rows: torch.Tensor, axis: int) -> torch.Tensor:
 def build(
     architecture: str, loaded: LoadedConfig, options: BuildOptions, processor: HfProcessor | None
 ) -> HfModel:
-    """Load the model, and see that it does the same in pieces over our cache as whole with its own attention.
+    """Load the model, and check its results over our cache against its own forward pass.
 
     Raises ConfigError for weights that do not fit, UnsupportedModelError with the reason for a
     model that cannot run.
@@ -287,10 +292,10 @@ def use(decoder: torch.nn.Module, implementation: str) -> None:
 
 
 def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -> Any:
-    """The model with the checkpoint's weights. Raises ConfigError when they do not fit.
+    """Load the model with the checkpoint's weights. Raises ConfigError when they do not fit.
 
-    The library is given the weights and no folder: there it would look for adapters, too, and add
-    them to a model that they have been merged into.
+    The library is given the weights and no folder: in a folder it would also search for adapters,
+    and add them to a model that they have been merged into.
     """
     weights = {
         name: tensor
@@ -318,7 +323,7 @@ def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -
 
 
 def _head(inner: Any, config: Any) -> Any:
-    """The part of the model that makes logits of hidden states, as its own code does it."""
+    """Return the part of the model that makes logits of hidden states."""
     outputs = inner.get_output_embeddings()
     owners = [] if outputs is None else [m for m in inner.modules() if outputs in m.children()]
     names = [getattr(owner, "base_model_prefix", "") for owner in owners]

@@ -1,9 +1,7 @@
-"""Media of models of transformers.
-
-Their own processor is called with one item, and what it returns is taken apart.
+"""Media of models of transformers: their own processor runs on one item at a time.
 
 The processor gets a text that holds nothing but one placeholder, and one item. The ids that come
-back are what the placeholder expands to; those among them that equal the token of ``fill`` are the
+back are the expansion of the placeholder; those among them that equal the token of ``fill`` are the
 places of the item's embeddings; all else that comes back are the item's features.
 """
 
@@ -55,9 +53,9 @@ PROBE_SECONDS = 1.0
 class Place:
     """Form of a modality's items in a prompt.
 
-    text: the placeholder as a user writes it. ids: as the tokenizer has it; a marker where that is
-    not one token. fill: the id at the places of embeddings. around: what stands before and behind
-    these, for embeddings given as such; None where the places are not one run.
+    text: the placeholder as a user writes it. ids: its token ids, or a marker if it is not one
+    token. fill: the id at the places of embeddings. around: the ids before and behind these, for
+    precomputed embeddings; None where the places are not one run.
     """
 
     modality: Modality
@@ -69,7 +67,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class HfProcessor:
-    """See ``multimodal.processor.Processor``."""
+    """Processor of a model of transformers; see ``multimodal.processor.Processor``."""
 
     folder: str
     model_type: str
@@ -89,7 +87,7 @@ class HfProcessor:
 
     @property
     def markup(self) -> Markup | None:
-        """Placeholders that the vocabulary does not hold as one token are found in the text."""
+        """Return a pattern of the placeholders that are not one token of the vocabulary."""
         patterns = {
             place.modality: re.escape(place.text)
             for place in self.places
@@ -98,18 +96,18 @@ class HfProcessor:
         return Markup(patterns) if patterns else None
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> int | None:
-        """The sampling rate of audio; images need nothing."""
+        """Return the sampling rate of audio; images need no options."""
         return self._adapter.rate if modality == "audio" else None
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Configuration of model and processor, and options."""
+        """Return configuration of model and processor, and options."""
         return identity_of("transformers 1", self.fingerprint, options, self.model_type)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Names that the processor's parts know, and numbers no larger than the checkpoint's own.
+        """Check names against the processor's parts, and numbers against the checkpoint's own.
 
-        The memory that they make an image take is bounded by nothing else. Other values are seen by
-        the processor itself.
+        Nothing else bounds the memory that they make an image take. The processor itself checks
+        other values.
         """
         most = {
             name: self._adapter.most(modality, name)
@@ -129,7 +127,7 @@ class HfProcessor:
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """``arrays``: all that the processor returned for a text with this item alone."""
+        """Return ``arrays``: the processor's whole result for a text with this item alone."""
         place = self._place(modality)
         own = {k: v for k, v in options.items() if k in self._adapter.options(modality)}
         try:
@@ -149,8 +147,10 @@ class HfProcessor:
         return Features(modality, arrays, num_embeds)
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """A tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or either as the
-        only member of a mapping (``image_embeds``).
+        """Read precomputed embeddings.
+
+        source: a tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or
+        either as the only member of a mapping (``image_embeds``).
         """
         place = self._place(modality)
         if place.around is None:
@@ -167,20 +167,20 @@ class HfProcessor:
         return found
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """Ids of the placeholder."""
+        """Return the ids of the placeholder."""
         return self._place(modality).ids
 
     def fill(self, modality: Modality) -> int | None:
-        """The token of its configuration, where an item's embeddings stand side by side."""
+        """Return the token of the configuration, where an item's embeddings are one run."""
         place = self._place(modality)
         return place.fill if place.around is not None else None
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
-        """Text of the placeholder."""
+        """Return the text of the placeholder."""
         return self._place(modality).text
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """Return what the processor put in place of the placeholder."""
+        """Return the processor's expansion of the placeholder."""
         place = self._place(features.modality)
         if features.precomputed:
             before, after = place.around or ((), ())
@@ -193,9 +193,9 @@ class HfProcessor:
     def positions(
         self, token_ids: Sequence[int], items: Sequence[PlacedItem]
     ) -> tuple[np.ndarray, int] | None:
-        """None for plain positions; those of three axes where the model has such.
+        """Return None for plain positions, three axes where the model has them, or spans.
 
-        And where tokens attend both ways, in three rows each token's index, and the first and last
+        With bidirectional attention the three rows are each token's index, and the first and last
         index of its span: its own twice outside of any.
         """
         if self.axes_of is not None:
@@ -220,10 +220,10 @@ class HfProcessor:
 
 
 def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
-    """The processor of a checkpoint; None for a text model.
+    """Build the processor of a checkpoint; None for a text model.
 
-    Raises ConfigError when the processor cannot be built, and UnsupportedModelError when it cannot
-    be found out what it makes of an item.
+    Raises ConfigError when the processor cannot be built, and UnsupportedModelError when its
+    expansion of an item cannot be determined.
     """
     config = read_hf_config(loaded.config)
     shape = text_shape(loaded)  # what its decoder refuses is told first
@@ -251,9 +251,9 @@ def build(architecture: str, loaded: LoadedConfig) -> HfProcessor | None:
 
 
 def find_place(own: adapter.HfProcessorAdapter, modality: Modality, config: Any) -> Place:
-    """Try the placeholders that there may be on a small item, until one of them is expanded.
+    """Try possible placeholders on a small item until the processor expands one.
 
-    Raises UnsupportedModelError that says what happened when none is.
+    Raises UnsupportedModelError with all results when none is.
     """
     fill = fill_id(config, modality)
     reasons = []
@@ -284,12 +284,12 @@ def find_place(own: adapter.HfProcessorAdapter, modality: Modality, config: Any)
 
 
 def marked(modality: Modality) -> tuple[int, ...]:
-    """Return the mark for a placeholder that is not a single token and is cut out of the text."""
+    """Return the marker of a placeholder that is not a single token and is cut out of the text."""
     return (marker(modality),)
 
 
 def line_ends(own: adapter.HfProcessorAdapter) -> tuple[tuple[tuple[int, int], int], ...]:
-    """Return which runs of line-end tokens merge into one token, as some tokenizers have."""
+    """Return the runs of newline tokens that some tokenizers merge into one token."""
     tokens = {num: own.ids_of("\n" * num) for num in range(1, MAX_LINE_ENDS + 1)}
     known = {num: ids[0] for num, ids in tokens.items() if len(ids) == 1}
     return tuple(
@@ -301,7 +301,7 @@ def line_ends(own: adapter.HfProcessorAdapter) -> tuple[tuple[tuple[int, int], i
 
 
 def fill_id(config: Any, modality: Modality) -> int:
-    """The token at whose places embeddings go, from the model's configuration.
+    """Return the token at the places of embeddings, from the model's configuration.
 
     Raises ConfigError without one.
     """
@@ -316,16 +316,16 @@ def fill_id(config: Any, modality: Modality) -> int:
 
 
 def runs_of(ids: Sequence[int], fill: int) -> tuple[tuple[int, int], ...]:
-    """(start, length) of each run of ``fill``."""
+    """Return (start, length) of each run of ``fill``."""
     edges = np.flatnonzero(np.diff(np.concatenate(([0], np.asarray(ids) == fill, [0]))))
     return tuple((int(a), int(b - a)) for a, b in edges.reshape(-1, 2))
 
 
 def checked(data: Decoded) -> np.ndarray:
-    """An image (H, W, 3) uint8, or samples (N,) float32.
+    """Return an image (H, W, 3) uint8, or samples (N,) float32.
 
-    Raises InvalidRequestError for an aspect ratio of which processors that fix the shorter edge
-    make an image of gigabytes.
+    Raises InvalidRequestError for an aspect ratio that would make an image of gigabytes in
+    processors that fix the shorter edge.
     """
     if isinstance(data, Audio):
         return data.samples
@@ -336,14 +336,14 @@ def checked(data: Decoded) -> np.ndarray:
 
 
 def probe_item(processor: HfProcessor, modality: Modality) -> Decoded:
-    """A small item, as it comes to ``process``."""
+    """Return a small item in the form that ``process`` takes."""
     rate = processor.decoding(modality, {}) or 0
     data = probe(modality, rate)
     return Audio(data, rate) if modality == "audio" else data
 
 
 def probe(modality: Modality, rate: int) -> np.ndarray:
-    """A small item to try a processor with."""
+    """Return a small item to try a processor with."""
     if modality == "audio":
         wave = np.sin(np.arange(int(PROBE_SECONDS * rate), dtype=np.float32) * 0.05)
         quiet: np.ndarray = wave.astype(np.float32) * np.float32(0.5)

@@ -1,4 +1,4 @@
-"""Positions of several axes, as the modelling code of transformers numbers the tokens of a prompt with media."""
+"""Multi-axis positions of prompts with media, numbered by the modelling code of transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ TOKEN_TYPES: Mapping[Modality, int] = {"image": 1, "video": 2, "audio": 3}
 def numbered(
     folder: str, architecture: str, token_ids: Sequence[int], items: Sequence[PlacedItem]
 ) -> tuple[np.ndarray, int]:
-    """Rotary positions (3, num_tokens) int32 of an expanded prompt, and the delta for generated tokens."""
+    """Return rotary positions (3, num_tokens) int32 of an expanded prompt, and their delta.
+
+    The delta is added to the positions of generated tokens.
+    """
     import torch
 
     index = rope_index(folder, architecture)
@@ -47,7 +50,7 @@ def numbered(
 
 @functools.lru_cache(maxsize=4)
 def rope_index(folder: str, architecture: str) -> Callable[..., Any]:
-    """``get_rope_index`` of a model without weights.
+    """Return ``get_rope_index`` of a model without weights.
 
     Raises UnsupportedModelError when it has none.
     """

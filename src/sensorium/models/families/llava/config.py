@@ -24,7 +24,7 @@ from sensorium.models.interface import TextShape
 
 @dataclass(frozen=True, slots=True)
 class LlavaConfig:
-    """A CLIP tower, a two-layer projector and a decoder."""
+    """Configuration of LLaVA-1.5: a CLIP tower, a two-layer projector and a decoder."""
 
     text: TextConfig
     vision: ClipConfig
@@ -38,12 +38,12 @@ class LlavaConfig:
 
     @property
     def num_embeds(self) -> int:
-        """Embeddings of one image."""
+        """Number of embeddings of one image."""
         return self.vision.num_patches + self.keep_class_token
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs."""
+        """Sizes that the engine needs."""
         return self.text.shape
 
 

@@ -1,7 +1,4 @@
-"""LLaVA-1.5 (Liu et al., 2023).
-
-CLIP features of an image, projected into the decoder's embeddings.
-"""
+"""LLaVA-1.5 (Liu et al., 2023): CLIP features of an image, projected for the decoder."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ class LlavaModel(ProjectedModel[LlavaConfig, ClipTower]):
     seen = frozenset({"image"})
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each image, all in one batch."""
+        """Return embeddings (num_embeds, H) of each image, all in one batch."""
         if self.tower is None or self.projector is None:
             return super().encode(items)
         images = np.stack([item.arrays["pixels"] for item in items])

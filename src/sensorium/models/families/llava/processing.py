@@ -1,7 +1,4 @@
-"""Images of LLaVA-1.5: shortest edge resized, centre cropped.
-
-As CLIP's processor does it, without its dependencies.
-"""
+"""Images of LLaVA-1.5: shortest edge resized, centre cropped, as in CLIP's processor."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ class Edges:
     shortest: bool
 
     def target(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that an image of this size gets."""
+        """Return height and width of the resized image."""
         if not self.shortest:
             return self.height, self.width
         edge = self.height
@@ -47,7 +44,10 @@ class Edges:
 
 @dataclass(frozen=True, slots=True)
 class LlavaProcessor:
-    """See ``multimodal.processor.Processor``. Every image becomes ``num_embeds`` embeddings."""
+    """Processor of LLaVA-1.5: every image becomes ``num_embeds`` embeddings.
+
+    See ``multimodal.processor.Processor``.
+    """
 
     image_token_id: int
     num_embeds: int
@@ -59,19 +59,19 @@ class LlavaProcessor:
 
     @property
     def markup(self) -> Markup | None:
-        """The image token is in the vocabulary."""
+        """Return None: the image token is in the vocabulary."""
         return None
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> None:
-        """Images need nothing."""
+        """Return no decoding options: images need none."""
         return
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Class, configuration and options."""
+        """Return class, configuration and options."""
         return identity_of("llava 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Only ``size`` exists: see ``read_edges``."""
+        """Check ``size``, the only option: see ``read_edges``."""
         check_option_names(options, ("size",))
         if "size" in options:
             try:
@@ -84,7 +84,7 @@ class LlavaProcessor:
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """``arrays["pixels"]``: (image_size, image_size, 3) uint8."""
+        """Return ``arrays["pixels"]``: (image_size, image_size, 3) uint8."""
         image = check_image(data)
         height, width = image.shape[:2]
         edges = read_edges(options["size"]) if "size" in options else self.edges
@@ -95,8 +95,10 @@ class LlavaProcessor:
         )
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """A tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or either as the
-        only member of a mapping (``image_embeds``).
+        """Read precomputed embeddings of images.
+
+        source: a tensor (items, num_embeds, hidden size), a list of (num_embeds, hidden size), or
+        either as the only member of a mapping (``image_embeds``).
         """
         source, param = precomputed.unwrapped(modality, source, param)
         found = []
@@ -112,31 +114,31 @@ class LlavaProcessor:
         return found
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """The image token."""
+        """Return the image token."""
         return (self.image_token_id,)
 
     def fill(self, modality: Modality) -> int:
-        """The image token."""
+        """Return the image token."""
         return self.image_token_id
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
-        """The image token's text."""
+        """Return the image token's text."""
         return PLACEHOLDER
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """The image token, repeated."""
+        """Return the image token, repeated."""
         num = features.num_embeds
         return Replacement((self.image_token_id,) * num, ((0, num),))
 
     def positions(self, token_ids: Sequence[int], items: Sequence[PlacedItem]) -> None:
-        """Plain positions."""
+        """Return None: positions are plain."""
         return
 
 
 def build(config: LlavaConfig, loaded: LoadedConfig) -> LlavaProcessor:
-    """The processor of a checkpoint.
+    """Build the processor of a checkpoint.
 
-    ConfigError when its preprocessor makes other sizes than its tower takes.
+    Raises ConfigError when its preprocessor makes other sizes than its tower takes.
     """
     preprocessor, size = loaded.preprocessor, config.vision.image_size
     crops = preprocessor.get("do_center_crop") is not False
@@ -168,11 +170,10 @@ def build(config: LlavaConfig, loaded: LoadedConfig) -> LlavaProcessor:
 
 
 def read_edges(size: Any) -> Edges:
-    """An integer or ``{"shortest_edge": n}``: the shortest edge.
+    """Read a size: the shortest edge, or both edges.
 
-    ``{"height": h, "width": w}``: both.
-
-    Raises ConfigError for anything else and for edges outside 1 to MAX_SIZE.
+    An integer or ``{"shortest_edge": n}`` is the shortest edge, ``{"height": h, "width": w}`` are
+    both. Raises ConfigError for anything else and for edges outside 1 to MAX_SIZE.
     """
     values = dict(size) if isinstance(size, Mapping) else {"shortest_edge": size}
     names = tuple(sorted(map(str, values)))
@@ -199,8 +200,8 @@ def resize_and_crop(
 ) -> np.ndarray:
     """Resize (H, W, 3) to ``target``, then cut or pad (black) its centre to (size, size, 3).
 
-    What an extreme aspect ratio would blow up beyond reason (1 x 10000 pixels: 3 million rows) is
-    resized only where the crop is, with the same filter at the same places.
+    An image that its extreme aspect ratio would make too large (1 x 10000 pixels: 3 million rows)
+    is resized only where the crop is, with the same filter at the same places.
     """
     (height, width), (tall, wide) = image.shape[:2], target
     if tall * wide > _LONG * size * size:
@@ -214,7 +215,7 @@ def resize_and_crop(
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """The centre (size, size, 3) of an image; black around it where it is smaller."""
+    """Return the centre (size, size, 3) of an image; black around it where it is smaller."""
     (top, rows), (left, columns) = _kept(image.shape[0], size), _kept(image.shape[1], size)
     part = image[top : top + rows, left : left + columns]
     if part.shape[:2] == (size, size):
@@ -226,5 +227,5 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _kept(length: int, size: int) -> tuple[int, int]:
-    """Start and length of the part of an axis that a centre crop keeps."""
+    """Return start and length of the part of an axis that a centre crop keeps."""
     return (max(0, (length - size) // 2), min(length, size))

@@ -1,7 +1,4 @@
-"""LLaVA-OneVision: a SigLIP tower, a projector and a Qwen2 decoder.
-
-One image in tiles, several, and videos.
-"""
+"""LLaVA-OneVision: SigLIP features of tiles and frames before a Qwen2 decoder."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ DEFAULT_PINPOINTS: Pinpoints = tuple((height, width) for height in _EDGES for wi
 
 @dataclass(frozen=True, slots=True)
 class LlavaOnevisionConfig:
-    """A SigLIP tower, a two-layer projector and a decoder."""
+    """Configuration of LLaVA-OneVision: a SigLIP tower, a two-layer projector and a decoder."""
 
     text: TextConfig
     vision: ClipConfig
@@ -51,7 +51,7 @@ class LlavaOnevisionConfig:
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs."""
+        """Sizes that the engine needs."""
         return self.text.shape
 
 
@@ -90,7 +90,7 @@ def read_llava_onevision_config(config: Mapping[str, Any]) -> LlavaOnevisionConf
 
 
 def read_pinpoints(value: Any, tile: int) -> Pinpoints:
-    """Heights and widths that images are fitted into; the published ones for None.
+    """Return the grid sizes (height, width) that images are fitted into; published ones for None.
 
     Raises ConfigError for anything but a list of pairs of positive multiples of ``tile``.
     """

@@ -1,7 +1,4 @@
-"""LLaVA-OneVision (Li et al., 2024).
-
-SigLIP features of tiles and frames, projected into the decoder's embeddings.
-"""
+"""LLaVA-OneVision (Li et al., 2024): projected SigLIP features of tiles and frames."""
 
 from __future__ import annotations
 
@@ -25,10 +22,7 @@ memory."""
 
 
 class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
-    """The decoder with a vision tower and a projector.
-
-    Without both when images and videos are skipped.
-    """
+    """The decoder with a vision tower and a projector, or alone without images and videos."""
 
     tower_class = SiglipTower
     seen = frozenset({"image", "video"})
@@ -52,7 +46,7 @@ class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
         self.newline = owned(newline)
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each item.
+        """Return embeddings (num_embeds, H) of each item.
 
         The tiles of all images, or frames of all videos, share batches.
         """
@@ -70,7 +64,7 @@ class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
         ]
 
     def _features(self, images: np.ndarray, pooled: bool) -> torch.Tensor:
-        """(N, size, size, 3) uint8 -> (N, features, H)."""
+        """Return features (N, features, H) of (N, size, size, 3) uint8."""
         found = []
         for start in range(0, len(images), IMAGES_PER_BATCH):
             features = self._projected(images[start : start + IMAGES_PER_BATCH])
@@ -78,7 +72,7 @@ class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def _projected(self, images: np.ndarray) -> torch.Tensor:
-        """(N, size, size, 3) uint8 -> (N, side * side, H)."""
+        """Return projected features (N, side * side, H) of (N, size, size, 3) uint8."""
         assert self.tower is not None
         assert self.projector is not None
         states = self.tower.hidden_states(images, self.config.feature_layers)
@@ -87,14 +81,15 @@ class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
         return embeds.view(len(images), -1, embeds.shape[-1])
 
     def _pooled(self, features: torch.Tensor) -> torch.Tensor:
-        """(N, side * side, H) -> (N, pooled_side * pooled_side, H)."""
+        """Pool features: (N, side * side, H) -> (N, pooled_side * pooled_side, H)."""
         grids = self.config.grids
         maps = features.unflatten(1, (grids.side, grids.side))
         return scale_down(maps, grids.pooled_side, grids.pooled_side).flatten(1, 2)
 
     def _image(self, features: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """(1 + tiles, side * side, H), or (1, side * side, H) of one image among several -> (num_embeds, H).
+        """Join the features of an image's tiles into embeddings (num_embeds, H).
 
+        features: (1 + tiles, side * side, H), or (1, side * side, H) of one image among several.
         ``height`` and ``width``: the image's own, in pixels.
         """
         grids, size = self.config.grids, features.shape[-1]
@@ -118,6 +113,6 @@ class LlavaOnevisionModel(ProjectedModel[LlavaOnevisionConfig, SiglipTower]):
 
 
 def scale_down(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(N, rows, columns, C) -> (N, height, width, C), bilinear between centres."""
+    """Scale (N, rows, columns, C) to (N, height, width, C), bilinear between centres."""
     scaled = F.interpolate(maps.permute(0, 3, 1, 2), size=(height, width), mode="bilinear")
     return scaled.permute(0, 2, 3, 1)

@@ -1,6 +1,7 @@
 """Images and videos of LLaVA-OneVision.
 
-An image in tiles, images among several in a square each, frames squeezed.
+A single image is cut into tiles, images among several are padded to a square, and frames are
+resized to one without padding.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ OPTIONS = ("num_frames", "fps")
 
 @dataclass(frozen=True, slots=True)
 class LlavaOnevisionProcessor:
-    """See ``multimodal.processor.Processor``.
+    """Processor of LLaVA-OneVision; see ``multimodal.processor.Processor``.
 
     ``arrays["pixels"]``: tiles or frames (N, tile, tile, 3) uint8.
     """
@@ -57,31 +58,31 @@ class LlavaOnevisionProcessor:
 
     @property
     def markup(self) -> Markup | None:
-        """Both tokens are in the vocabulary."""
+        """Return None: both tokens are in the vocabulary."""
         return None
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> FrameSampler | None:
-        """Frames of a video evenly; images need nothing."""
+        """Return uniform frame sampling for videos; images need no options."""
         if modality != "video":
             return None
         return functools.partial(frame_sampling.uniform, asked=frame_sampling.read_asked(options))
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Class, configuration, options, and whether an image is the prompt's only one."""
+        """Return class, configuration, options, and whether an image is the prompt's only one."""
         is_tiled = modality == "image" and num_items == 1
         return identity_of("llava_onevision 1", self, options, is_tiled)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """``num_frames`` and ``fps`` of videos, as ``media_io_kwargs`` has them."""
+        """Check ``num_frames`` and ``fps`` of videos, as in ``media_io_kwargs``."""
         check_option_names(options, OPTIONS)
         frame_sampling.read_asked(options)
 
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """An only image: itself and its tiles.
+        """Process a single image into itself and its tiles, one of several into a square.
 
-        An image among several: one square. A clip: its frames.
+        A video becomes its frames.
         """
         if isinstance(data, Video):
             return self._clip(data)
@@ -104,12 +105,15 @@ class LlavaOnevisionProcessor:
         return Features("video", {"pixels": np.stack(frames)}, self._num_video(len(frames)))
 
     def _num_video(self, num_frames: int) -> int:
-        """Embeddings of a video of so many frames: each pooled, and one newline."""
+        """Return the number of embeddings of a video: pooled frames and one newline."""
         return num_frames * self.grids.pooled_side**2 + 1
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """A list of (num_embeds, hidden size) or a tensor (items, num_embeds, hidden size), also as ``image_embeds`` or
-        ``video_embeds`` of a mapping, for images with ``image_sizes`` (items, 2): height and width of each.
+        """Read precomputed embeddings of images or videos.
+
+        source: a list of (num_embeds, hidden size) or a tensor (items, num_embeds, hidden size),
+        also as ``image_embeds`` or ``video_embeds`` of a mapping, for images with ``image_sizes``
+        (items, 2): height and width of each.
         """
         sizes = None
         if isinstance(source, Mapping):
@@ -132,7 +136,7 @@ class LlavaOnevisionProcessor:
     def _members(
         self, modality: Modality, source: Mapping[Any, Any], param: str
     ) -> tuple[Any, Any, str]:
-        """Embeddings, sizes (None without) and the place of the embeddings."""
+        """Return embeddings, sizes (None without) and the place of the embeddings."""
         name = f"{modality}_embeds"
         known = {name, "image_sizes"} if modality == "image" else {name}
         if name not in source or not set(source) <= known:
@@ -177,31 +181,31 @@ class LlavaOnevisionProcessor:
                 )
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """The image or the video token."""
+        """Return the image or the video token."""
         return (self.video_token_id if modality == "video" else self.image_token_id,)
 
     def fill(self, modality: Modality) -> int:
-        """The placeholder."""
+        """Return the placeholder."""
         return self.placeholder(modality)[0]
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
-        """The text of the image or of the video token."""
+        """Return the text of the image or of the video token."""
         return PLACEHOLDERS[modality]
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """The token, repeated."""
+        """Return the token, repeated."""
         num = features.num_embeds
         return Replacement(self.placeholder(features.modality) * num, ((0, num),))
 
     def positions(self, token_ids: Sequence[int], items: Sequence[PlacedItem]) -> None:
-        """Plain positions."""
+        """Return None: positions are plain."""
         return
 
 
 def build(config: LlavaOnevisionConfig, loaded: LoadedConfig) -> LlavaOnevisionProcessor:
-    """The processor of a checkpoint.
+    """Build the processor of a checkpoint.
 
-    ConfigError when its preprocessor makes other tiles than its tower takes.
+    Raises ConfigError when its preprocessor makes other tiles than its tower takes.
     """
     preprocessor, tile = loaded.preprocessor, config.grids.tile
     for name in ("size", "crop_size"):
@@ -233,7 +237,7 @@ def build(config: LlavaOnevisionConfig, loaded: LoadedConfig) -> LlavaOnevisionP
 
 
 def _edges(size: Any) -> set[Any]:
-    """The lengths that a size names: a number, or a mapping of them."""
+    """Return the lengths of a size: a number, or a mapping of them."""
     if size is None:
         return set()
     return set(size.values()) if isinstance(size, Mapping) else {size}

@@ -38,7 +38,8 @@ MAX_SQUARE = 8192
 class Layout:
     """Place of an image in its grid.
 
-    Tiles in tiles; the kept features, from ``top`` and ``left``, in features.
+    ``tile_rows`` and ``tile_columns`` in tiles; the kept features, from ``top`` and ``left``, in
+    features.
     """
 
     tile_rows: int
@@ -52,18 +53,18 @@ class Layout:
 
     @property
     def rows_and_columns(self) -> tuple[int, int]:
-        """Features that become embeddings, a newline aside."""
+        """Rows and columns of features that become embeddings, without newlines."""
         return self.scaled or (self.height, self.width)
 
     @property
     def num_tiles(self) -> int:
-        """Tiles of the grid."""
+        """Number of tiles of the grid."""
         return self.tile_rows * self.tile_columns
 
 
 @dataclass(frozen=True, slots=True)
 class Grids:
-    """The grids that a model knows. ``tile``: edge of a tile in pixels; ``side``: in features."""
+    """Grids of a model. ``tile``: edge of a tile in pixels; ``side``: in features."""
 
     tile: int
     side: int
@@ -72,12 +73,12 @@ class Grids:
 
     @property
     def num_base(self) -> int:
-        """Features of one tile."""
+        """Number of features of one tile."""
         return self.side**2
 
     @property
     def num_several(self) -> int:
-        """Embeddings of an image among several: one tile and a newline."""
+        """Number of embeddings of an image among several: one tile and a newline."""
         return self.num_base + 1
 
     @property
@@ -86,7 +87,7 @@ class Grids:
         return -(-self.side // 2)
 
     def pinpoint(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the grid that keeps most pixels of an image, the smallest of such."""
+        """Return height and width of the smallest grid that keeps most pixels of an image."""
 
         def kept_and_waste(grid: tuple[int, int]) -> tuple[int, int]:
             scale = min(grid[1] / width, grid[0] / height)
@@ -113,12 +114,12 @@ class Grids:
         return Layout(tile_rows, tile_columns, top, left, rows, columns, scaled)
 
     def num_embeds(self, height: int, width: int) -> int:
-        """Embeddings of an image of this size that is alone in its prompt."""
+        """Return the number of embeddings of an image of this size that is alone in its prompt."""
         rows, columns = self.layout(height, width).rows_and_columns
         return self.num_base + rows * (columns + 1)
 
     def cut(self, image: np.ndarray, resample: int) -> np.ndarray:
-        """(H, W, 3) uint8 -> (1 + tiles, tile, tile, 3) uint8.
+        """Cut (H, W, 3) uint8 into (1 + tiles, tile, tile, 3) uint8.
 
         The whole image, then its grid row by row.
         """
@@ -137,7 +138,7 @@ class Grids:
 
 
 def _fitted(height: int, width: int, tall: int, wide: int) -> tuple[int, int]:
-    """The size with the image's aspect ratio that just fits into ``tall`` x ``wide``."""
+    """Return the largest size within ``tall`` x ``wide`` of the image's aspect ratio."""
     if wide / width < tall / height:
         return min(math.ceil(height * (wide / width)), tall), wide
     return tall, min(math.ceil(width * (tall / height)), wide)
@@ -146,11 +147,11 @@ def _fitted(height: int, width: int, tall: int, wide: int) -> tuple[int, int]:
 def pad_and_resize(
     image: np.ndarray, size: int, background: tuple[int, int, int], resample: int
 ) -> np.ndarray:
-    """Pad (H, W, 3) uint8 to a square with ``background``, the image in the middle, and resize to (size, size, 3).
+    """Pad (H, W, 3) uint8 to a square with the image centred, and resize it to (size, size, 3).
 
-    Equal to doing just that: Pillow resizes rows first, each by itself, then columns, so that
-    neither the square nor its empty rows need to be made. Images with an edge above 8192 are shrunk
-    to that first.
+    ``background``: the colour of the padding. The result equals doing just that: Pillow resizes
+    rows first, each by itself, then columns, so that neither the square nor its empty rows need to
+    be made. Images with an edge above 8192 are shrunk to that first.
     """
     image = _shrunk(image, resample)
     height, width = image.shape[:2]

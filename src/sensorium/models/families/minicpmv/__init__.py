@@ -1,4 +1,4 @@
-"""MiniCPM-V 2.6: views of images and of frames through a SigLIP tower and a resampler, before a Qwen2 decoder."""
+"""MiniCPM-V 2.6: views of images and frames, a SigLIP tower, a resampler, a Qwen2 decoder."""
 
 from __future__ import annotations
 

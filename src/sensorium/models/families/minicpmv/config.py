@@ -1,4 +1,4 @@
-"""Configuration of MiniCPM-V 2.6, read from config.json, whose decoder fields are at the top level."""
+"""Configuration of MiniCPM-V 2.6, read from config.json with decoder fields at the top level."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _VISION_DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class MiniCPMVConfig:
-    """A SigLIP tower for views of any shape, a resampler, and a Qwen2 decoder."""
+    """Configuration of a SigLIP tower for views of any shape, a resampler, and a Qwen2 decoder."""
 
     text: TextConfig
     vision: ClipConfig
@@ -45,7 +45,7 @@ class MiniCPMVConfig:
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs."""
+        """Sizes that the engine needs."""
         return self.text.shape
 
 
@@ -74,7 +74,7 @@ def read_minicpmv_config(config: Mapping[str, Any]) -> MiniCPMVConfig:
 
 
 def _siglip(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The tower's configuration, with one name of its kind: files have two."""
+    """Return the tower's configuration with one name of its kind, as files have two."""
     if config.get("model_type") != "siglip":
         return dict(config)
     return {**config, "model_type": "siglip_vision_model"}

@@ -1,6 +1,6 @@
-"""Precomputed embeddings of MiniCPM-V.
+"""Precomputed embeddings of MiniCPM-V, of images (with their sizes) and of videos.
 
-``num_queries`` for each view, of images (with their sizes) and of videos.
+There are ``num_queries`` for each view.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ _MAX_EDGE = 1 << 20
 def images(
     source: Any, param: str, hidden_size: int
 ) -> list[tuple[np.ndarray, tuple[int, int], str]]:
-    """Embeddings, original (width, height) and place of each item of ``{"image_embeds".
+    """Return embeddings, original (width, height) and place of each image.
 
-    …, "image_sizes": …}``.
-
-    ``image_embeds``: a tensor (items, embeddings, hidden size) or a list of (embeddings, hidden
-    size); ``image_sizes``: (width, height) of each. The deprecated name ``image_size_list`` is
-    read, too, with a warning.
+    source: ``{"image_embeds": …, "image_sizes": …}``. ``image_embeds``: a tensor (items,
+    embeddings, hidden size) or a list of (embeddings, hidden size); ``image_sizes``: (width,
+    height) of each. The deprecated name ``image_size_list`` is read, too, with a warning.
     """
     names = ("image_embeds", "image_sizes")
     values = dict(source) if isinstance(source, Mapping) else {}
@@ -55,7 +53,7 @@ def images(
 def check_count(
     array: np.ndarray, num_views: int, num_queries: int, size: tuple[int, int], param: str
 ) -> None:
-    """Raise InvalidEmbeddingsError unless there are as many embeddings as an image of this size has."""
+    """Raise InvalidEmbeddingsError unless the number of embeddings fits the image's size."""
     if len(array) != num_views * num_queries:
         raise InvalidEmbeddingsError(
             f"An image of {size[0]} x {size[1]} pixels has {num_views} views of {num_queries} "
@@ -65,7 +63,9 @@ def check_count(
 
 
 def videos(source: Any, param: str, num_queries: int, hidden_size: int) -> list[Features]:
-    """Features of each video: a tensor (items, frames * num_queries, hidden size), a list of (frames * num_queries,
+    """Return the features of each video.
+
+    source: a tensor (items, frames * num_queries, hidden size), a list of (frames * num_queries,
     hidden size), or ``{"video_embeds": either of them, "num_frames": one number or one per item}``.
     """
     wanted: list[int] | None = None
@@ -117,7 +117,7 @@ def _sizes(value: Any, param: str) -> list[tuple[int, int]]:
 
 
 def _frames(value: Any, param: str) -> list[int]:
-    """One number, or one per video."""
+    """Return one number, or one per video."""
     listed = value.tolist() if precomputed.is_array(value) else value
     rows = [[number] for number in (listed if isinstance(listed, list | tuple) else [listed])]
     return [number for (number,) in precomputed.integers(rows, 1, param)]

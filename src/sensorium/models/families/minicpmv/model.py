@@ -1,7 +1,4 @@
-"""MiniCPM-V 2.6 (Yao et al., 2024).
-
-A tower for views of any shape, a resampler, and a Qwen2 decoder.
-"""
+"""MiniCPM-V 2.6 (Yao et al., 2024): a tower for views of any shape, a resampler, Qwen2 decoder."""
 
 from __future__ import annotations
 
@@ -27,10 +24,7 @@ MEDIA = frozenset({"image", "video"})
 
 
 class MiniCPMVModel(DecoderModel):
-    """The decoder with a tower and a resampler.
-
-    Without these when images and videos are both skipped.
-    """
+    """The decoder with a tower and a resampler, or alone without images and videos."""
 
     prefix = "language_model."
 
@@ -54,7 +48,7 @@ class MiniCPMVModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Return whether images or videos are taken."""
+        """Return whether the model takes images or videos."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -65,9 +59,9 @@ class MiniCPMVModel(DecoderModel):
             yield from self.resampler.slots("resampler.")
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each image or video.
+        """Return embeddings (num_embeds, H) of each image or video.
 
-        The views of all of them in one batch, or in several where there are many patches.
+        The views of all of them run in one batch, or in several where there are many patches.
         """
         if self.tower is None or self.resampler is None:
             return super().encode(items)
@@ -81,8 +75,10 @@ class MiniCPMVModel(DecoderModel):
 
 
 def batches(items: Sequence[Features], most: int) -> Iterator[tuple[np.ndarray, list[Size]]]:
-    """The views of all items in order, as many together as have at most ``most`` patches, but at least one: their
-    patches (P, values) uint8, and their sizes in patches.
+    """Yield consecutive views of all items, as many together as have at most ``most`` patches.
+
+    A larger view is a batch of its own. A batch is its patches (P, values) uint8, and the sizes of
+    its views in patches.
     """
     parts: list[np.ndarray] = []
     sizes: list[Size] = []

@@ -1,7 +1,4 @@
-"""Images and videos of MiniCPM-V 2.6.
-
-Views in whole patches, and placeholders that tell source views from slices.
-"""
+"""Images and videos of MiniCPM-V 2.6: views in whole patches, marked as source or slice."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ _HALF = [0.5, 0.5, 0.5]
 
 @dataclass(frozen=True, slots=True)
 class MiniCPMVProcessor:
-    """See ``multimodal.processor.Processor``.
+    """Processor of MiniCPM-V 2.6; see ``multimodal.processor.Processor``.
 
     ``meta`` of its features: ``grid`` (columns, rows) of an image's or a frame's slices, (0, 0)
     without; ``use_image_id`` of images; ``num_frames`` of videos.
@@ -62,7 +59,10 @@ class MiniCPMVProcessor:
 
     @property
     def markup(self) -> Markup:
-        """Placeholders are texts of several tokens, which tokenize differently beside different neighbours."""
+        """Return the pattern of placeholders, which are texts of several tokens.
+
+        They tokenize differently beside different neighbours.
+        """
         return MARKUP
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> FrameSampler | None:
@@ -70,13 +70,14 @@ class MiniCPMVProcessor:
         return frame_sampling.minicpm_v if modality == "video" else None
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Class, configuration and options."""
+        """Return class, configuration and options."""
         return identity_of("minicpmv 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """``max_slice_nums``: the most cells that an image (or, up to 2, a frame) is cut into.
+        """Check ``max_slice_nums`` and ``use_image_id``.
 
-        ``use_image_id``: whether images are numbered in the prompt.
+        ``max_slice_nums``: the most cells that an image (or, up to 2, a frame) is cut into.
+        ``use_image_id``: if true, images are numbered in the prompt.
         """
         check_option_names(options, OPTIONS)
         most, highest = options.get("max_slice_nums", 1), max(MAX_SLICES, self.max_slices)
@@ -94,7 +95,9 @@ class MiniCPMVProcessor:
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """``arrays["patches"]``: (patches, 3 * patch * patch) uint8, those of all views one after another, row by row;
+        """Return the patches of all views and the sizes of the views.
+
+        ``arrays["patches"]``: (patches, 3 * patch * patch) uint8, view after view, row by row;
         ``arrays["sizes"]``: (views, 2) int32, rows and columns of patches of each view.
         """
         if isinstance(data, Video):
@@ -123,7 +126,7 @@ class MiniCPMVProcessor:
         return layout
 
     def _cut(self, frames: Sequence[np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
-        """The patches of all views of images that are all of one size."""
+        """Return the patches of all views of images of one size."""
         size = self.slicing.patch
         views = [layout.source] + [layout.cell] * (layout.num_views - 1)
         sizes = [(height // size, width // size) for width, height in views] * len(frames)
@@ -139,9 +142,9 @@ class MiniCPMVProcessor:
         return {"patches": patches, "sizes": np.array(sizes, np.int32)}
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """Images with their original sizes, which tell their slices.
+        """Read precomputed embeddings: images with their original sizes, videos frame by frame.
 
-        Frames of videos, one after another: see ``embeds``.
+        The sizes determine the slices: see ``embeds``.
         """
         if modality == "video":
             return embeds.videos(source, param, self.num_queries, self.hidden_size)
@@ -155,11 +158,11 @@ class MiniCPMVProcessor:
         return Features("image", {"embeds": array}, len(array), meta, precomputed=True)
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """An id that no vocabulary holds: see ``markup``."""
+        """Return an id that no vocabulary holds: see ``markup``."""
         return (marker(modality),)
 
     def fill(self, modality: Modality) -> int:
-        """The pad token."""
+        """Return the pad token."""
         return self.vocabulary.pad
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
@@ -167,9 +170,9 @@ class MiniCPMVProcessor:
         return PLACEHOLDERS[modality]
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """Pads between start and end tokens, of an image after its number.
+        """Return pads between start and end tokens.
 
-        Of a video frame after frame.
+        An image has its number before them; a video is frame after frame.
         """
         columns, rows = features.meta["grid"]
         if features.modality == "image":
@@ -185,14 +188,14 @@ class MiniCPMVProcessor:
         return Replacement(frame.token_ids * num_frames, tuple(runs))
 
     def positions(self, token_ids: Sequence[int], items: Sequence[PlacedItem]) -> None:
-        """Plain positions."""
+        """Return None: positions are plain."""
         return
 
 
 def build(config: MiniCPMVConfig, loaded: LoadedConfig) -> MiniCPMVProcessor:
-    """The processor of a checkpoint.
+    """Build the processor of a checkpoint.
 
-    Raises ConfigError when its preprocessor makes other patches than its tower, and when its
+    Raises ConfigError when its preprocessor makes other patches than its tower takes, and when its
     tokenizer lacks the tokens that mark images.
     """
     preprocessor = {**_slice_config(loaded.config), **loaded.preprocessor}
@@ -216,7 +219,7 @@ def build(config: MiniCPMVConfig, loaded: LoadedConfig) -> MiniCPMVProcessor:
 
 
 def normalization(preprocessor: Mapping[str, Any]) -> Normalization:
-    """From preprocessor_config.json, whose names for it are the family's own."""
+    """Read the normalisation from preprocessor_config.json, under the family's own names."""
     return read_normalization(
         {
             "image_mean": preprocessor.get("norm_mean") or _HALF,
@@ -236,7 +239,7 @@ def _positive(preprocessor: Mapping[str, Any], name: str, usual: int) -> int:
 
 
 def _slice_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the slicing options of config.json, for checkpoints whose preprocessor_config.json has none."""
+    """Return the slicing options of config.json, for checkpoints without them elsewhere."""
     value = config.get("slice_config")
     names = ("max_slice_nums", "scale_resolution", "patch_size")
     return (

@@ -1,4 +1,4 @@
-"""The resampler: learnt queries gather a view's features by one cross attention with sine positions on the keys."""
+"""The resampler: learnt queries attend to a view's features, with sine positions on the keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ WAVELENGTH = 10000.0
 
 
 class Resampler:
-    """Features of views of any shape to ``num_queries`` embeddings each, of the decoder's width H."""
+    """Resampler of views of any shape to ``num_queries`` embeddings each, of width H.
+
+    H is the decoder's hidden size.
+    """
 
     def __init__(self, config: MiniCPMVConfig, options: BuildOptions) -> None:
         width = config.text.hidden_size
@@ -38,7 +41,10 @@ class Resampler:
         self._axis = torch.empty(0)
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
-        """Weights under ``prefix``. The queries pass their norm and their projection once, here."""
+        """Slots of the weights under ``prefix``.
+
+        Norm and projection of the queries run once, when they are loaded.
+        """
         width = self.width
         parts = (
             Part(f"{prefix}query", (self.num_queries, width)),
@@ -74,7 +80,10 @@ class Resampler:
         self.out.load(weight.t().contiguous())  # the file has it for x @ weight
 
     def __call__(self, features: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
-        """Embeddings (V, num_queries, H) of features (P, width of the tower), the rows of V views of these sizes."""
+        """Return embeddings (V, num_queries, H) of features (P, width of the tower).
+
+        The features are the rows of V views of these sizes.
+        """
         kv = self.kv_norm(features if self.kv is None else self.kv(features))
         values = self.v(kv)
         keys = self.k(kv.add_(torch.cat([self.positions(size) for size in sizes])))
@@ -92,13 +101,13 @@ class Resampler:
         return embeds.view(len(sizes), self.num_queries, self.width)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(V, L, H) -> (V, heads, L, head_dim)."""
+        """Split heads: (V, L, H) -> (V, heads, L, head_dim)."""
         return x.view(*x.shape[:2], -1, HEAD_DIM).transpose(1, 2)
 
     def positions(self, size: Size) -> torch.Tensor:
-        """Sines and cosines (rows * columns, H).
+        """Return sines and cosines (rows * columns, H).
 
-        Of the column in the first half of the channels, then of the row.
+        The first half of the channels is of the column, the second of the row.
         """
         rows, columns = size
         if len(self._axis) < max(size):
@@ -109,7 +118,10 @@ class Resampler:
 
 
 def sine_table(length: int, width: int) -> torch.Tensor:
-    """(length, width) float32: sines, then cosines, of m / 10000^(2 k / width) in row m (Vaswani et al., 2017)."""
+    """Return sine positions (length, width) float32 (Vaswani et al., 2017).
+
+    Row m holds sines, then cosines, of m / 10000^(2 k / width).
+    """
     half = width // 2
     omega = WAVELENGTH ** -(torch.arange(half, dtype=torch.float64) / half)
     angles = torch.arange(length, dtype=torch.float64)[:, None] * omega

@@ -1,4 +1,4 @@
-"""Views of an image: the whole of it, small, and where it is large also the cells of a grid laid over it.
+"""Views of an image: a small one of the whole, and for large images the cells of a grid.
 
 A view has about ``scale`` x ``scale`` pixels whatever its shape, in whole patches. 1920 x 1080
 pixels, for scale 448 and patches of 14, become a source view of 602 x 336 and 4 x 2 cells of 420 x
@@ -26,7 +26,7 @@ class Slicing:
     patch: int
 
     def layout(self, width: int, height: int, most: int) -> Layout:
-        """The views of an image of this size, with at most ``most`` cells."""
+        """Return the views of an image of this size, with at most ``most`` cells."""
         wanted = min(math.ceil(width * height / self.scale**2), most)
         if wanted <= 1:
             return Layout(self.fit(width, height, enlarge=True), None, (0, 0))
@@ -36,7 +36,7 @@ class Slicing:
         return Layout(source, grid, self.fit(wide, tall, enlarge=True))
 
     def fit(self, width: float, height: float, *, enlarge: bool) -> Size:
-        """Size of a view of about the same shape, in whole patches.
+        """Return the size of a view of about the same shape, in whole patches.
 
         Smaller ones are enlarged or left as they are.
         """
@@ -51,9 +51,9 @@ class Slicing:
         return max(round(length / self.patch), 1)
 
     def views(self, image: np.ndarray, layout: Layout) -> list[np.ndarray]:
-        """The views of an image (H, W, 3) uint8, as (h, w, 3).
+        """Cut an image (H, W, 3) uint8 into views (h, w, 3).
 
-        The source, then the cells row by row.
+        The source comes first, then the cells row by row.
         """
         width, height = layout.source
         found = [resize(image, height, width, BICUBIC)]
@@ -81,14 +81,14 @@ class Layout:
 
     @property
     def num_views(self) -> int:
-        """The source and the cells."""
+        """Number of views: the source and the cells."""
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
 
 def best_grid(width: int, height: int, wanted: int, most: int) -> Size:
-    """Columns and rows, about ``wanted`` cells in all, whose shape is nearest to the image's.
+    """Return columns and rows of about ``wanted`` cells whose shape is nearest to the image's.
 
-    The first of equals.
+    The first of equals is returned.
     """
     best, least = (1, 1), math.inf
     for number in (wanted - 1, wanted, wanted + 1):
@@ -105,12 +105,15 @@ def best_grid(width: int, height: int, wanted: int, most: int) -> Size:
 
 
 def divisible(length: int, parts: int) -> int:
-    """The nearest multiple of ``parts``, at least one of each."""
+    """Return the nearest multiple of ``parts``, at least ``parts``."""
     return max(round(length / parts) * parts, parts)
 
 
 def write_patches(view: np.ndarray, size: int, out: np.ndarray) -> None:
-    """Write the patches of a view (h, w, 3), row by row, into ``out`` (h * w / size^2, 3 * size * size)."""
+    """Write the patches of a view (h, w, 3), row by row, into ``out``.
+
+    out: (h * w / size^2, 3 * size * size).
+    """
     rows, columns = view.shape[0] // size, view.shape[1] // size
     cells = view.reshape(rows, size, columns, size, 3).transpose(0, 2, 4, 1, 3)
     out.reshape(rows, columns, 3, size, size)[...] = cells

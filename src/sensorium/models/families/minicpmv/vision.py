@@ -19,9 +19,9 @@ Size = tuple[int, int]
 
 
 def view_features(tower: SiglipTower, patches: torch.Tensor, sizes: Sequence[Size]) -> torch.Tensor:
-    """Features (P, width) of patches (P, 3 * patch * patch) uint8, those of all views one after another.
+    """Return features (P, width) of the patches (P, 3 * patch * patch) uint8 of all views.
 
-    Attention stays within each view.
+    Views follow one another. Attention stays within each view.
     """
     scale = tower.patches.scale
     rows = scale(patches.view(len(patches), IN_CHANNELS, -1)).flatten(1)
@@ -33,11 +33,11 @@ def view_features(tower: SiglipTower, patches: torch.Tensor, sizes: Sequence[Siz
 
 @lru_cache(maxsize=256)
 def position_ids(size: Size, side: int) -> torch.Tensor:
-    """Entries (rows * columns,) int64 of a table of side x side positions for the patches of a view.
+    """Return indexes (rows * columns,) int64 into the side x side position table for a view.
 
     The patch in row i of n has the table's row that the fraction i / n falls into. Both are float32
-    and come of the same operations as in the reference: where n and ``side`` have a divisor in
-    common, rounding decides.
+    and come of the same operations as in the reference: where n and ``side`` have a common divisor,
+    rounding decides.
     """
     bounds = torch.arange(1 / side, 1.0, 1 / side)
     rows, columns = (

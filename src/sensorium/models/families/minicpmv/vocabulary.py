@@ -1,4 +1,4 @@
-"""The token ids that expanded placeholders are made of, looked up in the checkpoint's own tokenizer."""
+"""Token ids of expanded placeholders, looked up in the checkpoint's own tokenizer."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Vocabulary:
     digits: tuple[int, ...]
 
     def views(self, num_queries: int, grid: tuple[int, int], index: int | None) -> Replacement:
-        """The text of one image: its number if ``index`` is not None, its source view, its cells row by row.
+        """Return the tokens of one image: its number, its source view, its cells row by row.
 
-        Of the ids, the ``num_queries`` pads within each pair of start and end are what embeddings
-        fill.
+        The number is left out if ``index`` is None. Embeddings replace the ``num_queries`` pads
+        within each pair of start and end.
         """
         columns, rows = grid
         ids: list[int] = []
@@ -61,7 +61,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: str, preprocessor: Mapping[str, Any]) -> Vocabulary:
-    """The ids in a checkpoint's tokenizer. Raises ConfigError when it lacks one of the tokens."""
+    """Look up the ids in a checkpoint's tokenizer. Raises ConfigError when it lacks one."""
     spellings = tuple(str(preprocessor.get(key, usual)) for key, usual in _SPELLINGS.values())
     file = Path(folder) / "tokenizer.json"
     stamp = file.stat().st_mtime_ns if file.is_file() else 0
@@ -73,10 +73,10 @@ def read_vocabulary(folder: str, preprocessor: Mapping[str, Any]) -> Vocabulary:
 def _lookup(
     folder: str, stamp: int, spellings: tuple[str, ...]
 ) -> tuple[tuple[int, ...], int, tuple[int, ...]]:
-    """Ids of the spellings, of the newline and of the digits.
+    """Return the ids of the spellings, of the newline and of the digits.
 
-    Reading a tokenizer takes a second, and is wanted twice where the engine shares the process;
-    ``stamp`` tells another file of the same name.
+    Reading a tokenizer takes a second, and is needed twice where the engine shares the process;
+    ``stamp`` changes with the file.
     """
     from sensorium.text.tokenizer import Tokenizer
 

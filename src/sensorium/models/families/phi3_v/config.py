@@ -31,7 +31,7 @@ _REQUIRED = {
 
 @dataclass(frozen=True, slots=True)
 class Phi3VConfig:
-    """A CLIP tower that sees tiles and a small copy of the whole, separators, a projector and a Phi-3 decoder."""
+    """Configuration of Phi-3.5-Vision: CLIP tower, separators, projector and Phi-3 decoder."""
 
     text: TextConfig
     vision: ClipConfig
@@ -44,7 +44,7 @@ class Phi3VConfig:
 
     @property
     def cells(self) -> int:
-        """Rows, and columns, of embeddings that one tile makes.
+        """Number of rows, and of columns, of embeddings that one tile makes.
 
         Four patches are merged into each.
         """
@@ -52,7 +52,7 @@ class Phi3VConfig:
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs."""
+        """Sizes that the engine needs."""
         return self.text.shape
 
 
@@ -103,7 +103,7 @@ def _read_tower(image: Mapping[str, Any]) -> ClipConfig:
 
 
 def _feature_layer(image: Mapping[str, Any]) -> int:
-    """``layer_idx`` counts hidden states as Python does.
+    """Return the number of layers before the features; ``layer_idx`` indexes hidden states.
 
     -1 is after the last layer, 0 before the first.
     """

@@ -1,7 +1,7 @@
-"""Phi-3.5-Vision (Abdin et al., 2024).
+"""Phi-3.5-Vision (Abdin et al., 2024): CLIP features of tiles and thumbnail, with separators.
 
-CLIP features of the tiles of an image and of a small copy of the whole, merged, with learnt
-separators between rows and views, projected into the decoder's embeddings.
+The features are merged, get learnt separators between rows and views, and are projected into the
+decoder's embeddings. The thumbnail is the whole image at a tile's size.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Phi3VModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Return whether images are taken."""
+        """Return whether the model takes images."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -73,7 +73,7 @@ class Phi3VModel(DecoderModel):
         self.row_end, self.view_end = owned(row_end).flatten(), owned(view_end).flatten()
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each image; the tiles of all of them run together."""
+        """Return embeddings (num_embeds, H) of each image; all their tiles run together."""
         if self.tower is None or self.projector is None:
             return super().encode(items)
         size = self.config.vision.image_size
@@ -87,12 +87,11 @@ class Phi3VModel(DecoderModel):
         return apart(embeds.split([len(sequence) for sequence in sequences]))
 
     def views(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The tiles of an image (H, W, 3) uint8 row by row, then the whole at a tile's size.
+        """Return the views (views, 3, tile, tile) of an image (H, W, 3) uint8.
 
-        (views, 3, tile, tile).
-
-        The whole is made of the normalised image with bicubic interpolation in float32 without
-        antialiasing, as the reference's processor has it.
+        These are its tiles row by row, then the thumbnail. The thumbnail is made of the normalised
+        image with bicubic interpolation in float32 without antialiasing, as in the reference's
+        processor.
         """
         if self.tower is None:
             raise ValueError("the vision tower is switched off")
@@ -105,9 +104,9 @@ class Phi3VModel(DecoderModel):
         return torch.cat((cut.reshape(-1, IN_CHANNELS, size, size), whole)).to(scale.dtype)
 
     def _features(self, views: torch.Tensor) -> torch.Tensor:
-        """(B, 3, tile, tile) -> (B, cells, cells, 4 * size).
+        """Return features (B, cells, cells, 4 * size) of views (B, 3, tile, tile).
 
-        The features of 2 x 2 patches joined, row by row.
+        The features of 2 x 2 patches are joined, row by row.
         """
         assert self.tower is not None
         patch, cells, batch = self.config.vision.patch_size, self.config.cells, len(views)
@@ -120,9 +119,10 @@ class Phi3VModel(DecoderModel):
         return quads.permute(0, 1, 3, 2, 4, 5).reshape(batch, cells, cells, -1)
 
     def _sequence(self, features: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Features of an image's views (rows * columns + 1, cells, cells, D) as the projector takes them (n, D).
+        """Join features of an image's views, with separators, into the projector's input (n, D).
 
-        A view is its rows, each followed by ``row_end``; ``view_end`` stands between the two views.
+        features: (rows * columns + 1, cells, cells, D). A view is its rows, each followed by
+        ``row_end``; ``view_end`` stands between the two views.
         """
         (rows, columns), cells = grid, self.config.cells
         tiles = features[:-1].view(rows, columns, cells, cells, -1).transpose(1, 2)
@@ -135,6 +135,6 @@ class Phi3VModel(DecoderModel):
         return torch.cat((views[0], self.view_end[None], views[1]))
 
     def _with_row_ends(self, view: torch.Tensor) -> torch.Tensor:
-        """(rows, columns, D) -> (rows * (columns + 1), D)."""
+        """Append a row end to each row: (rows, columns, D) -> (rows * (columns + 1), D)."""
         ends = self.row_end.expand(view.shape[0], 1, -1)
         return torch.cat((view, ends), dim=1).flatten(0, 1)

@@ -1,7 +1,4 @@
-"""Images of Phi-3.5-Vision: whole tiles, padded with white.
-
-The small copy of the whole is left to the encoder.
-"""
+"""Images of Phi-3.5-Vision: whole tiles, padded with white. The encoder makes the thumbnail."""
 
 from __future__ import annotations
 
@@ -33,10 +30,10 @@ _NAMES = ("image_embeds", "image_sizes")
 
 @dataclass(frozen=True, slots=True)
 class Phi3VProcessor:
-    """See ``multimodal.processor.Processor``.
+    """Processor of Phi-3.5-Vision; see ``multimodal.processor.Processor``.
 
     ``tile``: edge of a tile in pixels, which makes ``cells`` rows and as many columns of
-    embeddings. ``num_crops``: tiles of an image at most.
+    embeddings. ``num_crops``: the most tiles of an image.
     """
 
     image_token_id: int
@@ -48,22 +45,22 @@ class Phi3VProcessor:
 
     @property
     def markup(self) -> Markup:
-        """``<|image_1|>`` and so on are no tokens.
+        """Return the pattern of ``<|image_1|>`` and so on, which are no tokens.
 
         Every piece of text between them begins with a BOS.
         """
         return Markup({"image": r"<\|image_(?P<number>\d+)\|>"}, prefix_each=True)
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> None:
-        """Images need nothing."""
+        """Return no decoding options: images need none."""
         return
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Class, configuration and options."""
+        """Return class, configuration and options."""
         return identity_of("phi3_v 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """Only ``num_crops`` exists: see ``read_num_crops``."""
+        """Check ``num_crops``, the only option: see ``read_num_crops``."""
         check_option_names(options, ("num_crops",))
         if "num_crops" in options:
             try:
@@ -76,7 +73,7 @@ class Phi3VProcessor:
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """``arrays["pixels"]``: (H, W, 3) uint8, both multiples of ``tile``."""
+        """Return ``arrays["pixels"]``: (H, W, 3) uint8, both multiples of ``tile``."""
         image = check_image(data)
         num_crops = read_num_crops(options.get("num_crops", self.num_crops))
         pixels = to_tiles(image, self.tile, num_crops)
@@ -85,17 +82,20 @@ class Phi3VProcessor:
         return Features(modality, {"pixels": pixels}, self.num_embeds(*size), meta)
 
     def num_embeds(self, height: int, width: int) -> int:
-        """Embeddings of an image of this size after processing.
+        """Return the number of embeddings of an image of this size after processing.
 
-        Each row of the tiles and of the small copy ends with a separator, and one stands between
-        the two.
+        Each row of the tiles and of the thumbnail ends with a separator, and one stands between the
+        two.
         """
         rows, columns = height // self.tile * self.cells, width // self.tile * self.cells
         return rows * (columns + 1) + 1 + self.cells * (self.cells + 1)
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """A tensor (items, embeddings, hidden size), a list of (embeddings, hidden size), or a mapping of that as
-        ``image_embeds`` with ``image_sizes`` (items, 2): height and width of the images after processing.
+        """Read precomputed embeddings of images.
+
+        source: a tensor (items, embeddings, hidden size), a list of (embeddings, hidden size), or a
+        mapping of that as ``image_embeds`` with ``image_sizes`` (items, 2): height and width of the
+        images after processing.
         """
         sizes: list[tuple[int, int]] | None = None
         if isinstance(source, Mapping):
@@ -121,24 +121,24 @@ class Phi3VProcessor:
         ]
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """A marker that no vocabulary holds."""
+        """Return a marker that no vocabulary holds."""
         return (marker(modality),)
 
     def fill(self, modality: Modality) -> int:
-        """The image token."""
+        """Return the image token."""
         return self.image_token_id
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
-        """``<|image_1|>`` for the first."""
+        """Return ``<|image_1|>`` for the first image, and so on."""
         return f"<|image_{number}|>"
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """The image token, repeated."""
+        """Return the image token, repeated."""
         num = features.num_embeds
         return Replacement((self.image_token_id,) * num, ((0, num),))
 
     def positions(self, token_ids: Sequence[int], items: Sequence[PlacedItem]) -> None:
-        """Plain positions."""
+        """Return None: positions are plain."""
         return
 
     def _precomputed(
@@ -184,7 +184,7 @@ class Phi3VProcessor:
 
 
 def build(config: Phi3VConfig, loaded: LoadedConfig) -> Phi3VProcessor:
-    """The processor of a checkpoint.
+    """Build the processor of a checkpoint.
 
     Raises ConfigError for an impossible ``num_crops`` and for another number of embeddings per tile
     than the tower makes.
@@ -206,7 +206,7 @@ def build(config: Phi3VConfig, loaded: LoadedConfig) -> Phi3VProcessor:
 
 
 def read_num_crops(value: Any) -> int:
-    """An integer from 1 to MAX_CROPS; ConfigError for anything else."""
+    """Return an integer from 1 to MAX_CROPS. Raises ConfigError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_CROPS:
         raise ConfigError(
             f"num_crops must be an integer from 1 to {MAX_CROPS}, got {value!r:.80}.",
@@ -216,12 +216,12 @@ def read_num_crops(value: Any) -> int:
 
 
 def to_tiles(image: np.ndarray, tile: int, num_crops: int) -> np.ndarray:
-    """The image (H, W, 3) at the largest size at which ``num_crops`` tiles cover it, padded with white to whole tiles.
+    """Resize an image (H, W, 3) to at most ``num_crops`` tiles and pad it with white to whole ones.
 
-    Its longer edge is a whole number of tiles; the padding is shared between the two sides of the
-    other, the odd row going to the end. An upright image is handled lying on its side, which
-    decides how resizing rounds. Raises InvalidRequestError for an image so narrow that nothing
-    would be left of it.
+    It gets the largest size that the tiles allow: its longer edge is a whole number of tiles; the
+    padding is shared between the two sides of the other, the odd row going to the end. An upright
+    image is handled lying on its side, which decides how resizing rounds. Raises
+    InvalidRequestError for an image so narrow that nothing would be left of it.
     """
     upright = image.shape[0] > image.shape[1]
     lying = image.transpose(1, 0, 2) if upright else image

@@ -34,7 +34,10 @@ _VISION_DEFAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class WindowedVisionConfig(VisionConfig):
-    """A tower whose blocks attend within windows of ``window_cells`` x ``window_cells`` merge cells, but for some."""
+    """A tower whose blocks, but for ``full_blocks``, attend within windows of merge cells.
+
+    Windows are ``window_cells`` x ``window_cells``.
+    """
 
     window_cells: int
     full_blocks: frozenset[int]

@@ -57,20 +57,20 @@ class WindowedBlock:
     def __call__(
         self, x: torch.Tensor, starts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """(P, size) -> (P, size), in place."""
+        """Run (P, size) -> (P, size), in place."""
         mixed = self.attention(self.norm1(x), starts, cos, sin)
         return x.add_(self.mlp(self.norm2.forward_add(x, mixed)))
 
 
 class WindowedTower(VisionTower):
-    """``VisionTower`` with window attention."""
+    """Vision tower of Qwen2-VL with window attention."""
 
     block_class = WindowedBlock
     norm_class = RMSNorm
     config: WindowedVisionConfig
 
     def run_blocks(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """(P, size) -> (P, size)."""
+        """Run (P, size) -> (P, size)."""
         cells = self.config.merge_size**2
         order, sizes = window_order(grids, self.config.merge_size, self.config.window_cells)
         rows = torch.from_numpy((order[:, None] * cells + np.arange(cells)).reshape(-1))
@@ -89,7 +89,7 @@ class WindowedTower(VisionTower):
 def window_order(
     grids: Sequence[Grid], merge_size: int, window_cells: int
 ) -> tuple[np.ndarray, list[int]]:
-    """Merge cells of all items in the order of their windows (C,) int64, and the number of cells of each window."""
+    """Return merge cells of all items in window order (C,) int64, and the size of each window."""
     orders, sizes, first = [], [], 0
     for t, h, w in grids:
         tall, wide = h // merge_size, w // merge_size

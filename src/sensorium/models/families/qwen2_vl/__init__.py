@@ -21,7 +21,7 @@ def qwen_vl_family(
     model: str,
     new_processor: Callable[[Qwen2VLConfig, LoadedConfig], Processor] = build,
 ) -> Family:
-    """The row of a family that resembles Qwen2-VL; ``model`` as of ``native_family``."""
+    """Return the registry row of a family that resembles Qwen2-VL; see ``native_family``."""
     return native_family(
         lambda loaded: read_config(loaded.config),
         new_processor,

@@ -34,7 +34,7 @@ _MROPE_SECTION = [16, 24, 24]
 
 @dataclass(frozen=True, slots=True)
 class VisionConfig:
-    """The vision tower.
+    """Configuration of the vision tower.
 
     ``hidden_size`` is the width inside, ``num_outputs`` that of its embeddings.
     """
@@ -57,7 +57,7 @@ class VisionConfig:
 
 @dataclass(frozen=True, slots=True)
 class Qwen2VLConfig:
-    """A vision tower with a merger, and a decoder with three position axes."""
+    """Configuration of a vision tower with a merger, and a decoder with three position axes."""
 
     text: TextConfig
     vision: VisionConfig
@@ -69,7 +69,7 @@ class Qwen2VLConfig:
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs."""
+        """Sizes that the engine needs."""
         return replace(self.text.shape, num_deep=self.vision.num_deep)
 
 
@@ -83,7 +83,10 @@ def read_vl_config(
     read_vision: Callable[[Mapping[str, Any]], VisionConfig],
     model_type: str = "qwen2_vl_text",
 ) -> Qwen2VLConfig:
-    """Read the configuration of a family that differs from Qwen2-VL in ``vision_config`` and decoder."""
+    """Read the configuration of a family that resembles Qwen2-VL.
+
+    It differs in ``vision_config`` and decoder.
+    """
     nested = config.get("text_config")
     text = config if nested is None else section(config, "text_config")
     decoder = read_text_config(
@@ -107,7 +110,7 @@ def read_vl_config(
 
 
 def _with_section(text: Mapping[str, Any]) -> dict[str, Any]:
-    """The text configuration with an ``mrope_section``, which some files leave out."""
+    """Return the text configuration with an ``mrope_section``, which some files leave out."""
     key = "rope_parameters" if not text.get("rope_scaling") else "rope_scaling"
     rope = text.get(key) or {}
     if not isinstance(rope, Mapping):
@@ -128,9 +131,9 @@ def _read_vision(config: Mapping[str, Any]) -> VisionConfig:
 
 
 def read_common_vision(values: Mapping[str, Any], width: str) -> dict[str, Any]:
-    """The fields of ``VisionConfig`` that all towers of this kind spell alike.
+    """Read the fields of ``VisionConfig`` that all towers of this kind spell alike.
 
-    ``width`` names that of the width.
+    ``width``: the name of the field of the width.
     """
     hidden_size, num_heads = count(values, width), count(values, "num_heads")
     if hidden_size % num_heads or hidden_size // num_heads % 4:

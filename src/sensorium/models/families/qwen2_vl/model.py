@@ -1,6 +1,6 @@
-"""Qwen2-VL (Wang et al., 2024).
+"""Qwen2-VL (Wang et al., 2024): a vision tower of any resolution before a Qwen2 decoder.
 
-A vision tower of any resolution before a Qwen2 decoder with three position axes.
+The decoder has three position axes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Qwen2VLModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Return whether images or videos are taken."""
+        """Return whether the model takes images or videos."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -51,7 +51,7 @@ class Qwen2VLModel(DecoderModel):
             yield from self.tower.slots("visual.")
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each image or video, all in one batch."""
+        """Return embeddings (num_embeds, H) of each image or video, all in one batch."""
         if self.tower is None:
             return super().encode(items)
         return apart(self.tower([item.arrays["pixels"] for item in items]))

@@ -1,6 +1,6 @@
-"""Images and videos of Qwen2-VL: resized to multiples of a merge cell within a range of pixels.
+"""Images and videos of Qwen2-VL, resized within a range of pixels, with positions on three axes.
 
-Positions on three axes.
+Edges are multiples of a merge cell.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PLACEHOLDERS = {
 
 @dataclass(frozen=True, slots=True)
 class Qwen2VLProcessor:
-    """See ``multimodal.processor.Processor``.
+    """Processor of Qwen2-VL; see ``multimodal.processor.Processor``.
 
     ``meta`` of its features: ``grid`` is (t, h, w) in patches; ``second_per_grid``, of videos of
     the models whose positions follow time (``tokens_per_second``), the seconds of a temporal patch.
@@ -67,12 +67,12 @@ class Qwen2VLProcessor:
 
     @property
     def cell(self) -> int:
-        """Edge in pixels of what becomes one embedding."""
+        """Edge in pixels of the square that becomes one embedding."""
         return self.patch_size * self.merge_size
 
     @property
     def markup(self) -> Markup | None:
-        """The pad tokens are in the vocabulary."""
+        """Return None: the pad tokens are in the vocabulary."""
         return None
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> FrameSampler | None:
@@ -82,12 +82,14 @@ class Qwen2VLProcessor:
         return self.videos.sampler(options)
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Class, configuration and options."""
+        """Return class, configuration and options."""
         return identity_of("qwen2_vl 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """``min_pixels``, ``max_pixels``, and ``size`` with ``shortest_edge`` and ``longest_edge`` (in pixels too), of
-        an image or of a video's frame; of videos those of ``video.OPTIONS``.
+        """Check the options of sizes, and for videos those of ``video.OPTIONS``.
+
+        Sizes are ``min_pixels``, ``max_pixels``, and ``size`` with ``shortest_edge`` and
+        ``longest_edge`` (in pixels too), of an image or of a video's frame.
         """
         check_option_names(options, OPTIONS + video.OPTIONS)
         try:
@@ -106,8 +108,10 @@ class Qwen2VLProcessor:
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """``arrays["pixels"]``: uint8, of an image (height, width, 3), of a video (frames, height, width, 3), edges
-        multiples of ``cell`` and frames of the temporal patch.
+        """Return ``arrays["pixels"]``, uint8, resized.
+
+        An image is (height, width, 3), a video (frames, height, width, 3); edges are multiples of
+        ``cell`` and frames of the temporal patch.
         """
         meta: dict[str, Any] = {}
         if isinstance(data, Video):
@@ -139,11 +143,11 @@ class Qwen2VLProcessor:
         return np.ascontiguousarray(image)
 
     def num_embeds(self, grid: Sequence[int]) -> int:
-        """Embeddings of a grid of patches (t, h, w)."""
+        """Return the number of embeddings of a grid of patches (t, h, w)."""
         return grid[0] * grid[1] * grid[2] // self.merge_size**2
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """``{"image_embeds": …, "image_grid_thw": (items, 3)}``, of videos likewise.
+        """Read ``{"image_embeds": …, "image_grid_thw": (items, 3)}``, and likewise for videos.
 
         The embeddings are a tensor (items, embeddings, hidden size), a list of (embeddings, hidden
         size), or all one after another, (all embeddings, hidden size). Where positions follow time,
@@ -173,7 +177,10 @@ class Qwen2VLProcessor:
     def _parts(
         self, embeds: Any, grids: Sequence[tuple[int, int, int]], param: str
     ) -> list[np.ndarray]:
-        """The embeddings of each item, as many as its grid says. Raises InvalidEmbeddingsError."""
+        """Return the embeddings of each item, as many as its grid has.
+
+        Raises InvalidEmbeddingsError for any other number.
+        """
         sizes = [self.num_embeds(grid) for grid in grids]
         if precomputed.is_array(embeds) and embeds.ndim == 2:
             whole = precomputed.dense(embeds, param)
@@ -202,26 +209,26 @@ class Qwen2VLProcessor:
         return [array for array, _ in items]
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """The pad token between the vision start and end tokens."""
+        """Return the pad token between the vision start and end tokens."""
         return (self.video_token_id if modality == "video" else self.image_token_id,)
 
     def fill(self, modality: Modality) -> int:
-        """The pad token."""
+        """Return the pad token."""
         return self.video_token_id if modality == "video" else self.image_token_id
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
-        """The pad token's text between those of the vision start and end tokens."""
+        """Return the pad token's text between those of the vision start and end tokens."""
         return PLACEHOLDERS[modality]
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """The pad token, repeated."""
+        """Return the pad token, repeated."""
         num = features.num_embeds
         return Replacement(self.placeholder(features.modality) * num, ((0, num),))
 
     def positions(
         self, token_ids: Sequence[int], items: Sequence[PlacedItem]
     ) -> tuple[np.ndarray, int] | None:
-        """M-RoPE: (3, num_tokens) int32 and the delta.
+        """Return M-RoPE positions (3, num_tokens) int32 and the delta.
 
         None without items, when all three axes count alike.
         """
@@ -240,9 +247,9 @@ class Qwen2VLProcessor:
         return np.concatenate(parts, axis=1), next_id + rest - len(token_ids)
 
     def blocks(self, features: Features) -> list[np.ndarray]:
-        """Time, row and column (3, embeddings) int32 of each embedding of an item, from 0.
+        """Return time, row and column (3, embeddings) int32 of each embedding of an item, from 0.
 
-        One array for each run of its placeholder.
+        There is one array for each run of its placeholder.
         """
         t, h, w = features.meta["grid"]
         h, w = h // self.merge_size, w // self.merge_size
@@ -276,11 +283,11 @@ def build(
     video_defaults: Mapping[str, Any] | None = None,
     video_pixels: PixelRange = video.PIXELS,
 ) -> Qwen2VLProcessor:
-    """The processor of a checkpoint.
+    """Build the processor of a checkpoint.
 
-    ``rules``, ``video_defaults``, ``video_pixels``: the family's kind of rules of videos, the
-    values that its files may leave out, and the range of pixels. Raises ConfigError when its
-    preprocessors make other patches than its tower.
+    ``rules``, ``video_defaults``, ``video_pixels``: the family's class of video rules, the values
+    that its files may leave out, and the range of pixels. Raises ConfigError when its preprocessors
+    make other patches than its tower takes.
     """
     preprocessor, vision = loaded.preprocessor, config.vision
     _check_patches(preprocessor, config)
@@ -320,10 +327,10 @@ def _check_patches(preprocessor: Mapping[str, Any], config: Qwen2VLConfig) -> No
 
 
 def _few(values: Sequence[object]) -> str:
-    """The first of many values."""
+    """Return the first of many values."""
     return f"[{', '.join(map(str, values[:8]))}{', …' if len(values) > 8 else ''}]"
 
 
 def _line(start: int, length: int) -> np.ndarray:
-    """(3, length) int32: start, start + 1 … on every axis."""
+    """Return (3, length) int32: start, start + 1 … on every axis."""
     return np.broadcast_to(np.arange(start, start + length, dtype=np.int32), (3, length))

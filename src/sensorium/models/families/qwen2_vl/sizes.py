@@ -1,6 +1,6 @@
 """Sizes of resized images and frames of the Qwen-VL families.
 
-Multiples of a merge cell within a range of pixels.
+They are multiples of a merge cell within a range of pixels.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ MAX_ASPECT = 200
 
 @dataclass(frozen=True, slots=True)
 class PixelRange:
-    """Least and most pixels (height times width) of a resized image or frame."""
+    """Smallest and largest number of pixels (height times width) of a resized image or frame."""
 
     least: int
     most: int
 
 
 def read_pixel_range(options: Mapping[str, Any], default: PixelRange) -> PixelRange:
-    """``min_pixels`` and ``max_pixels``, or ``size`` with either these names or ``shortest_edge`` and ``longest_edge``.
+    """Read ``min_pixels`` and ``max_pixels``, or ``size`` with these or deprecated names.
 
-    Raises ConfigError for values that are not integers from 1, or out of order.
+    Those are ``shortest_edge`` and ``longest_edge``, also in pixels. Raises ConfigError for values
+    that are not integers from 1, or out of order.
     """
     least, most = _given(options)
     return _ordered(
@@ -35,7 +36,7 @@ def read_pixel_range(options: Mapping[str, Any], default: PixelRange) -> PixelRa
 
 
 def narrow(options: Mapping[str, Any], default: PixelRange) -> PixelRange:
-    """Read a range for options that hold for images and videos alike, whose ranges differ.
+    """Read a range for options that apply to images and videos, whose default ranges differ.
 
     As ``read_pixel_range``, but a value that comes alone moves the other end of ``default`` where
     it must.
@@ -84,9 +85,9 @@ def check_aspect(height: int, width: int, what: str) -> None:
 def target_size(
     height: int, width: int, cell: int, limits: PixelRange, what: str = "An image"
 ) -> tuple[int, int]:
-    """Height and width, multiples of ``cell``, near the image's own, with their product within ``limits``.
+    """Return height and width, multiples of ``cell``, near the image's own.
 
-    Raises InvalidRequestError for an aspect ratio above 200.
+    Their product is within ``limits``. Raises InvalidRequestError for an aspect ratio above 200.
     """
     check_aspect(height, width, what)
     tall, wide = round(height / cell) * cell, round(width / cell) * cell

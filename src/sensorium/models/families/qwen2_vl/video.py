@@ -1,7 +1,4 @@
-"""Videos of Qwen2-VL and Qwen2.5-VL.
-
-Which frames are taken, their size, and how fast they go by.
-"""
+"""Videos of Qwen2-VL and Qwen2.5-VL: frame sampling, frame sizes and rates."""
 
 from __future__ import annotations
 
@@ -54,8 +51,8 @@ PIXELS = PixelRange(128 * 28 * 28, 768 * 28 * 28)
 class VideoRules:
     """Video options of a checkpoint.
 
-    ``max_tokens``: embeddings that a whole video is meant to stay below, where the checkpoint caps
-    them; ``default``: the frames that are taken of a file where nobody asks for any others.
+    ``max_tokens``: upper bound of the embeddings of a whole video, where the checkpoint caps them;
+    ``default``: the frames that are sampled of a file unless a request asks for others.
     """
 
     cell: int
@@ -81,7 +78,10 @@ class VideoRules:
         self.sampler(options)
 
     def sampler(self, options: Mapping[str, Any]) -> FrameSampler:
-        """The rule that picks frames. Raises InvalidRequestError for options out of their range."""
+        """Return the rule that samples frames.
+
+        Raises InvalidRequestError for options out of their range.
+        """
         asked, default = FrameChoice(_num_frames(options), _fps(options)), self.default
         sample = _flag(options, "do_sample_frames")
         if sample is False:
@@ -109,9 +109,9 @@ class VideoRules:
         return {"multiple": self.temporal_patch_size}
 
     def pixels_of(self, clip: Video, options: Mapping[str, Any]) -> np.ndarray:
-        """(T, height, width, 3) uint8.
+        """Return resized frames (T, height, width, 3) uint8.
 
-        Frames resized, the last one repeated until they fill the temporal patches.
+        The last frame is repeated until they fill the temporal patches.
         """
         num, height, width = clip.frames.shape[:3]
         if self.resizes:
@@ -134,11 +134,11 @@ class VideoRules:
     def target(
         self, num: int, height: int, width: int, options: Mapping[str, Any]
     ) -> tuple[int, int]:
-        """Height and width of each of ``num`` frames."""
+        """Return height and width of each of ``num`` frames."""
         return target_size(height, width, self.cell, self._limits(num, options), "A video")
 
     def seconds_per_grid(self, clip: Video, options: Mapping[str, Any]) -> float:
-        """Time from one temporal patch to the next.
+        """Return the seconds from one temporal patch to the next.
 
         Where the source's rate is not known, the option ``fps`` is that of the frames as they are.
         """
@@ -149,7 +149,7 @@ class VideoRules:
         return self.temporal_patch_size / fps
 
     def _limits(self, num_frames: int, options: Mapping[str, Any]) -> PixelRange:
-        """Least and most pixels of a frame of so many."""
+        """Return the least and most pixels of a frame in a video of so many frames."""
         limits = narrow({**options, **frame_options(options)}, self.pixels)
         total = total_pixels(options)
         if total is None:
@@ -168,10 +168,10 @@ def read_video_rules(
     rules: type[VideoRules] = VideoRules,
     pixels: PixelRange = PIXELS,
 ) -> VideoRules:
-    """Interpret the video processor's configuration, or the image processor's in its place.
+    """Read the video processor's configuration, or the image processor's in its place.
 
     ``images``: the image processor's, with which it must share its normalisation. ``rules``,
-    ``pixels``: the family's kind of rules and range of pixels. Raises ConfigError.
+    ``pixels``: the family's class of rules and range of pixels. Raises ConfigError.
     """
     own, theirs = read_normalization(config), read_normalization(images)
     if not np.allclose(
@@ -229,9 +229,10 @@ def total_pixels(options: Mapping[str, Any]) -> int | None:
 
 
 def read_seconds(value: Any, num_items: int, param: str) -> list[float]:
-    """Seconds of a temporal patch of each item, of a tensor, an array or a list; 1 each for None.
+    """Return the seconds of a temporal patch of each item; 1 each for None.
 
-    Raises InvalidEmbeddingsError for a wrong number of them and for what is no positive number.
+    value: a tensor, an array or a list. Raises InvalidEmbeddingsError for a wrong number of them
+    and for values that are not positive numbers.
     """
     if value is None:
         return [1.0] * num_items
@@ -255,7 +256,7 @@ def _num_frames(options: Mapping[str, Any]) -> int | None:
 
 
 def _fps(options: Mapping[str, Any]) -> float | None:
-    """The rate; also as a list of one, as the families' own tools give it."""
+    """Return the rate; also from a list of one, as the families' own tools give it."""
     value = options.get("fps")
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]

@@ -66,13 +66,13 @@ class VisionBlock:
     def __call__(
         self, x: torch.Tensor, starts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
-        """(P, size) -> (P, size), in place."""
+        """Run (P, size) -> (P, size), in place."""
         x.add_(self.attention(self.norm1(x), starts, cos, sin))
         return x.add_(self.mlp(self.norm2(x)))
 
 
 class Merger:
-    """Joins the patches of a merge cell into one embedding.
+    """Merger of the patches of a merge cell into one embedding.
 
     Norm of the patches or, with ``joined_first``, of the joined cell, then an MLP. ``names``: of
     the norm and of the two layers in the checkpoint.
@@ -101,13 +101,16 @@ class Merger:
         yield linear_slot(self.mlp.fc2, [(second, self.mlp.fc2.num_outputs)])
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(P, size) -> (cells, num_outputs)."""
+        """Merge (P, size) -> (cells, num_outputs)."""
         cells = self.norm(x.view(-1, self.cell) if self.joined_first else x)
         return self.mlp(cells.view(-1, self.cell))
 
 
 class VisionTower:
-    """Pixels of several images or clips, of different sizes, to embeddings of the decoder's width."""
+    """Vision tower over images or videos of different sizes.
+
+    Its outputs have the decoder's width.
+    """
 
     block_class: type[Any] = VisionBlock
     norm_class: type[Any] = LayerNorm
@@ -145,11 +148,12 @@ class VisionTower:
         self.patch.load(owned(kernel).flatten(1), *map(owned, bias))
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Embeddings (t * h * w / merge_size^2, num_outputs or a multiple of it) of each item.
+        """Return embeddings of each item.
 
-        An item is an image (H, W, 3) or a clip (frames, H, W, 3), uint8, its edges multiples of
-        patch_size times merge_size, its number of frames a multiple of temporal_patch_size.
-        Attention is full within each temporal index of an item.
+        They are (t * h * w / merge_size^2, num_outputs or a multiple of it). An item is an image
+        (H, W, 3) or a video (frames, H, W, 3), uint8, its edges multiples of patch_size times
+        merge_size, its number of frames a multiple of temporal_patch_size. Attention is full within
+        each temporal index of an item.
         """
         patches, grids = [], []
         for item in pixels:
@@ -161,11 +165,11 @@ class VisionTower:
         return list(self.merged(x, grids).split([t * h * w // cells for t, h, w in grids]))
 
     def merged(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embedded patches (P, size) -> embeddings of all merge cells, in the order of the patches."""
+        """Merge embedded patches (P, size) into embeddings of all cells, in patch order."""
         return self.merger(self.run_blocks(x, grids))
 
     def run_blocks(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """(P, size) -> (P, size), in place."""
+        """Run (P, size) -> (P, size), in place."""
         cos, sin = self.rotary(grids)
         starts = frame_starts(grids)
         for block in self.blocks:
@@ -173,7 +177,10 @@ class VisionTower:
         return x
 
     def patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, Grid]:
-        """Normalised patches (t * h * w, 3 * frames * patch * patch) of an item, and its grid (t, h, w)."""
+        """Return normalised patches of an item, and its grid (t, h, w).
+
+        The patches are (t * h * w, 3 * frames * patch * patch).
+        """
         size, merge, depth = (
             self.config.patch_size,
             self.config.merge_size,
@@ -191,7 +198,7 @@ class VisionTower:
         return self.scale(flat).flatten(1), grid
 
     def rotary(self, grids: Sequence[Grid]) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos, sin (P, head_dim / 2) float32 of all patches.
+        """Return cos, sin (P, head_dim / 2) float32 of all patches.
 
         Half the frequencies follow rows, half columns.
         """
@@ -208,6 +215,6 @@ class VisionTower:
 
 
 def frame_starts(grids: Sequence[Grid]) -> list[int]:
-    """Row at which each temporal index of each item begins, and the number of rows."""
+    """Return the first row of each temporal index of each item, and the number of rows."""
     lengths = [h * w for t, h, w in grids for _ in range(t)]
     return list(accumulate(lengths, initial=0))

@@ -1,4 +1,4 @@
-"""Qwen3-VL: features of several depths of the vision tower, added to the first layers of a Qwen3 decoder."""
+"""Qwen3-VL: vision features of several depths, added to the first layers of a Qwen3 decoder."""
 
 from __future__ import annotations
 

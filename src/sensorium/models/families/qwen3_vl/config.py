@@ -41,14 +41,17 @@ _MROPE = {"mrope_section": [24, 20, 20], "mrope_interleaved": True}
 
 @dataclass(frozen=True, slots=True)
 class DeepVisionConfig(VisionConfig):
-    """A tower with a square table of learnt positions, which gives features after ``deep_blocks`` (from 0) too."""
+    """A tower with a square table of learnt positions and features of several depths.
+
+    Features are also taken after ``deep_blocks`` (from 0).
+    """
 
     table_side: int
     deep_blocks: tuple[int, ...]
 
     @property
     def num_deep(self) -> int:
-        """One per deep block."""
+        """Number of deep blocks."""
         return len(self.deep_blocks)
 
 

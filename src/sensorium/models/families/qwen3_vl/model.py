@@ -1,6 +1,6 @@
-"""Qwen3-VL: the decoder adds a part of each item's embeddings to the residual stream after its first layers.
+"""Qwen3-VL: vision features of several depths, added to the first layers of a Qwen3 decoder.
 
-Between encoder and decoder an embedding is (1 + D) * H wide: what takes the place of the token's
+Between encoder and decoder an embedding is (1 + D) * H wide: the replacement of the token's
 embedding, then what is added after layer 0, 1 … D - 1. Embeddings of tokens have zeros there.
 """
 
@@ -34,7 +34,7 @@ class Qwen3VLModel(Qwen2VLModel):
             self.num_deep = config.vision.num_deep
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings (T, (1 + D) * H) of ids (T,), zeros from H on."""
+        """Return token embeddings (T, (1 + D) * H) of ids (T,), zeros from H on."""
         plain = super().embed(ids)
         if not self.num_deep:
             return plain
@@ -43,6 +43,6 @@ class Qwen3VLModel(Qwen2VLModel):
         return wide
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Hidden states (T, H) after the final norm of embeddings (T, (1 + D) * H)."""
+        """Return hidden states (T, H) after the final norm of embeddings (T, (1 + D) * H)."""
         first, *deep = (part.contiguous() for part in embeds.chunk(1 + self.num_deep, dim=1))
         return self.decoder.forward(first, batch, deep)

@@ -1,6 +1,4 @@
-"""Images and videos of Qwen3-VL.
-
-A video's size is bounded as a whole, and its text tells the time of each patch.
+"""Images and videos of Qwen3-VL: total video size is bounded, timestamps are in the prompt.
 
 The placeholder of a video is ``<|vision_start|><|video_pad|><|vision_end|>``; all three become, for
 each temporal patch, ``<1.5 seconds><|vision_start|>`` with the patch's embeddings and
@@ -52,20 +50,23 @@ VIDEO_PIXELS = PixelRange(128 * 32 * 32, 768 * 32 * 32)
 
 @dataclass(frozen=True, slots=True)
 class Qwen3VideoRules(VideoRules):
-    """``pixels`` and ``max_tokens``: of all frames together, and of one frame."""
+    """Video options of Qwen3-VL.
+
+    ``pixels`` bounds all frames together; ``max_tokens`` bounds one frame.
+    """
 
     rule: ClassVar[Callable[..., np.ndarray]] = staticmethod(frame_sampling.qwen3_vl)
 
     def rule_options(self) -> dict[str, Any]:
-        """The rule knows of no multiple."""
+        """Return no options: the rule has no multiple of frames."""
         return {}
 
     def target(
         self, num: int, height: int, width: int, options: Mapping[str, Any]
     ) -> tuple[int, int]:
-        """Height and width of each of ``num`` frames.
+        """Return height and width of each of ``num`` frames.
 
-        Multiples of ``cell``, all frames within the range of pixels.
+        They are multiples of ``cell``, and all frames together are within the range of pixels.
         """
         check_aspect(height, width, "A video")
         cell, limits = self.cell, narrow(options, self.pixels)
@@ -92,7 +93,10 @@ class Qwen3VideoRules(VideoRules):
     def _of_frames(
         self, least: int, most: int, num: int, options: Mapping[str, Any]
     ) -> tuple[int, int]:
-        """Least and most pixels of ``num`` frames together, with what is asked of each and of all."""
+        """Return least and most pixels of ``num`` frames together.
+
+        Options may bound each frame and all of them.
+        """
         each, total = frame_options(options), total_pixels(options)
         if total is not None:
             most = min(most, total * self.temporal_patch_size)
@@ -103,7 +107,7 @@ class Qwen3VideoRules(VideoRules):
         return min(least, most), most
 
     def timestamps(self, clip: Video) -> tuple[float, ...]:
-        """Seconds of each temporal patch: midway between its first and its last frame."""
+        """Return the seconds of each temporal patch, midway between its first and last frame."""
         size, fps = self.temporal_patch_size, clip.fps or UNKNOWN_FPS
         indices = [*clip.indices, *clip.indices[-1:] * (-len(clip.indices) % size)]
         return tuple(
@@ -114,10 +118,11 @@ class Qwen3VideoRules(VideoRules):
 
 @dataclass(frozen=True, slots=True)
 class Qwen3VLProcessor(Qwen2VLProcessor):
-    """``folder``: of the tokenizer that spells times.
+    """Processor of Qwen3-VL: Qwen2-VL's, with timestamps of videos.
 
-    ``keeps_outer``: whether the start and end tokens around a video stay around its patches.
-    ``meta["timestamps"]`` of videos: seconds of each patch.
+    ``folder``: of the tokenizer for the text of times. ``keeps_outer``: if true, the start and end
+    tokens around a video stay around its patches. ``meta["timestamps"]`` of videos: seconds of each
+    patch.
     """
 
     start_id: int = 0
@@ -131,7 +136,7 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         return True
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Class, configuration and options, wherever the checkpoint lies."""
+        """Return class, configuration and options, independent of the checkpoint's folder."""
         known = [getattr(self, f.name) for f in fields(self) if f.name != "folder"]
         return identity_of("qwen3_vl 1", known, options)
 
@@ -146,13 +151,13 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         return Features(modality, features.arrays, features.num_embeds, meta)
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """The pad token; of videos with the start and end tokens around it."""
+        """Return the pad token; for videos with the start and end tokens around it."""
         if modality == "image":
             return (self.image_token_id,)
         return (self.start_id, self.video_token_id, self.end_id)
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """The pad token, repeated; of videos for each patch with its time before it."""
+        """Return the pad token, repeated; for videos per patch, with its time before it."""
         if features.modality == "image":
             return Qwen2VLProcessor.replacement(self, features, index)
         t, h, w = features.meta["grid"]
@@ -172,14 +177,14 @@ class Qwen3VLProcessor(Qwen2VLProcessor):
         return Replacement(tuple(ids), tuple(runs))
 
     def blocks(self, features: Features) -> list[np.ndarray]:
-        """Time, row and column (3, embeddings) of each patch of a video, as of an image each."""
+        """Return time, row and column (3, embeddings) of each patch of a video, as of an image."""
         t, h, w = features.meta["grid"]
         still = np.indices((1, h // self.merge_size, w // self.merge_size), dtype=np.int32)
         return [still.reshape(3, -1)] * t
 
 
 def build(config: Qwen2VLConfig, loaded: LoadedConfig) -> Qwen3VLProcessor:
-    """The processor of a checkpoint. Raises ConfigError as Qwen2-VL's."""
+    """Build the processor of a checkpoint. Raises ConfigError as Qwen2-VL's."""
     base = build_qwen2_vl(
         config,
         loaded,
@@ -198,7 +203,7 @@ def build(config: Qwen2VLConfig, loaded: LoadedConfig) -> Qwen3VLProcessor:
 
 
 def _version(text: Any) -> tuple[int, int]:
-    """Major and minor number of a version such as ``4.57.0.dev0``; zeros for what is none."""
+    """Return major and minor number of a version such as ``4.57.0.dev0``; zeros if it is none."""
     found = re.match(r"(\d{1,6})\.(\d{1,6})", text) if isinstance(text, str) else None
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
@@ -212,9 +217,9 @@ def _spelled(folder: str, text: str) -> list[int]:
 
 @lru_cache(maxsize=2)
 def _tokenizer(folder: str, stamp: int) -> Any:
-    """The checkpoint's tokenizer, read once by whoever expands placeholders.
+    """Return the checkpoint's tokenizer, cached per process.
 
-    ``stamp`` tells a changed file.
+    ``stamp`` changes with the file.
     """
     from sensorium.text.tokenizer import Tokenizer
 

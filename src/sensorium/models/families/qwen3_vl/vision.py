@@ -1,7 +1,6 @@
-"""The vision tower of Qwen3-VL.
+"""The vision tower of Qwen3-VL: learnt positions, and mergers after several blocks (DeepStack).
 
-Learnt positions besides the rotary ones, and mergers after several blocks (DeepStack, Meng et al.,
-2024).
+DeepStack: Meng et al., 2024. Positions are rotary, too.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from sensorium.models.media.pixels import Normalization
 
 
 class DeepVisionBlock(VisionBlock):
-    """Qwen2-VL's block, whose MLP is spelled otherwise."""
+    """Block of Qwen2-VL with other weight names of its MLP."""
 
     __slots__ = ()
     fc_names = ("linear_fc1", "linear_fc2")
 
 
 class DeepVisionTower(VisionTower):
-    """Gives (1 + number of deep blocks) embeddings per merge cell, side by side."""
+    """Vision tower with (1 + number of deep blocks) embeddings per merge cell, side by side."""
 
     block_class: type[Any] = DeepVisionBlock
     merger_names = ("norm", "linear_fc1", "linear_fc2")
@@ -62,7 +61,10 @@ class DeepVisionTower(VisionTower):
         self.table = owned(table).t().reshape(1, -1, side, side).contiguous()
 
     def merged(self, x: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Embeddings (cells, (1 + deep blocks) * num_outputs), the deep ones in the order of their blocks."""
+        """Return embeddings (cells, (1 + deep blocks) * num_outputs).
+
+        The deep ones are in the order of their blocks.
+        """
         x.add_(torch.cat([self._positions(grid) for grid in grids]))
         cos, sin = self.rotary(grids)
         starts = frame_starts(grids)
@@ -74,7 +76,10 @@ class DeepVisionTower(VisionTower):
         return torch.cat([self.merger(x), *deep], dim=1)
 
     def _positions(self, grid: Grid) -> torch.Tensor:
-        """Learnt positions (t * h * w, size) of a grid, interpolated from the table, in the order of the patches."""
+        """Return learnt positions (t * h * w, size) of a grid, in the order of the patches.
+
+        They are interpolated from the table.
+        """
         t, h, w = grid
         merge = self.config.merge_size
         plane = torch.nn.functional.interpolate(

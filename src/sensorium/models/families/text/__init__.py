@@ -25,7 +25,7 @@ def _build_model(loaded: LoadedConfig, options: BuildOptions) -> LoadableModel:
 
 
 def _no_processor(loaded: LoadedConfig) -> None:
-    """Text models take no media."""
+    """Return None: text models take no media."""
 
 
 def _family(name: str, checkpoint: str, kind: str, stop_tokens: tuple[str, ...] = ()) -> Family:

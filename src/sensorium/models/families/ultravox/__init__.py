@@ -1,4 +1,4 @@
-"""Ultravox v0.3 to v0.6: a Whisper encoder, a stacking projector and a decoder of any text family here."""
+"""Ultravox v0.3 to v0.6: a Whisper encoder, a stacking projector and any text family's decoder."""
 
 from __future__ import annotations
 

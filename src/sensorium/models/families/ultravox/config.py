@@ -24,7 +24,7 @@ TEXT_PART, AUDIO_PART = "text_model_id", "audio_model_id"
 
 @dataclass(frozen=True, slots=True)
 class UltravoxConfig:
-    """A Whisper encoder, a projector that stacks its rows, and a decoder."""
+    """Configuration of Ultravox: a Whisper encoder, a stacking projector and a decoder."""
 
     text: TextConfig
     audio: WhisperConfig
@@ -38,24 +38,24 @@ class UltravoxConfig:
 
     @property
     def frames_per_embed(self) -> int:
-        """Mel frames that one embedding stands for."""
+        """Number of mel frames per embedding."""
         return 2 * self.stack_factor
 
     def chunks(self, num_frames: int) -> list[int]:
-        """Lengths in mel frames of the chunks in which an audio item is encoded.
+        """Return the lengths in mel frames of the chunks in which an audio item is encoded.
 
-        Whole ones, then the rest.
+        Full chunks come first, then the rest.
         """
         whole, rest = divmod(num_frames, self.audio.max_frames)
         return [self.audio.max_frames] * whole + [rest] * (rest > 0)
 
     def num_embeds(self, num_frames: int) -> int:
-        """Embeddings of an audio item of so many mel frames."""
+        """Return the number of embeddings of an audio item of so many mel frames."""
         return sum(-(-length // self.frames_per_embed) for length in self.chunks(num_frames))
 
     @property
     def shape(self) -> TextShape:
-        """The sizes that the engine needs."""
+        """Sizes that the engine needs."""
         return self.text.shape
 
 
@@ -92,7 +92,7 @@ def read_ultravox_config(loaded: LoadedConfig) -> UltravoxConfig:
 
 
 def _backbone(loaded: LoadedConfig, part: str, embedded: str) -> dict[str, Any]:
-    """The configuration of a backbone: of the checkpoint that is named, else the embedded one."""
+    """Return the configuration of a backbone: of the checkpoint it names, else the embedded one."""
     if part in loaded.parts:
         return dict(loaded.parts[part].config)
     return section(loaded.config, embedded)

@@ -1,7 +1,4 @@
-"""Ultravox (Fixie AI, 2024).
-
-Whisper's hidden states, stacked and projected into the decoder's embeddings.
-"""
+"""Ultravox (Fixie AI, 2024): Whisper's hidden states, stacked and projected for the decoder."""
 
 from __future__ import annotations
 
@@ -31,7 +28,10 @@ _TOWER, _PROJECTOR = "audio_tower.", "multi_modal_projector."
 
 
 class Projector:
-    """norm, linear, SwiGLU or another activation, linear, and a norm before (v0.5) or after (v0.3) the last linear."""
+    """Projector of Ultravox: norm, linear, SwiGLU or another activation, linear, and a second norm.
+
+    The second norm is before (v0.5) or after (v0.3) the last linear layer.
+    """
 
     def __init__(self, config: UltravoxConfig) -> None:
         self.is_gated = config.activation == "swiglu"
@@ -53,12 +53,15 @@ class Projector:
         yield norm_slot(self.norm, f"{prefix}{'ln_mid' if self.norm_between else 'ln_post'}")
 
     def _load_first(self, weight: torch.Tensor) -> None:
-        """The files hold the gate's rows behind the others; our kernel wants them in front."""
+        """Load the first linear layer with gate and up rows swapped.
+
+        The files hold the gate's rows behind the others; the kernel needs them in front.
+        """
         parts = weight.chunk(2)[::-1] if self.is_gated else (weight,)
         self.linear_1.load(torch.cat(parts))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(T, stacked size) -> (T, hidden size of the text)."""
+        """Run (T, stacked size) -> (T, hidden size of the text)."""
         x = self.linear_1(self.norm_pre(x))
         x = ops.silu_mul(x) if self.is_gated else self.act(x)
         return self.linear_2(self.norm(x)) if self.norm_between else self.norm(self.linear_2(x))
@@ -87,7 +90,7 @@ class UltravoxModel(DecoderModel):
 
     @property
     def has_encoder(self) -> bool:
-        """Return whether audio is taken."""
+        """Return whether the model takes audio."""
         return self.tower is not None
 
     def slots(self) -> Iterator[WeightSlot]:
@@ -98,7 +101,10 @@ class UltravoxModel(DecoderModel):
             yield from self.projector.slots(_PROJECTOR)
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Embeddings (num_embeds, H) of each audio item, the chunks of all in one batch, or in several of them."""
+        """Return embeddings (num_embeds, H) of each audio item.
+
+        The chunks of all items run in one batch, or in several of them.
+        """
         if self.tower is None or self.projector is None:
             return super().encode(items)
         chunks = [part for item in items for part in self._chunks(item.arrays["mel"])]
@@ -109,11 +115,11 @@ class UltravoxModel(DecoderModel):
         return apart(embeds.split([item.num_embeds for item in items]))
 
     def _chunks(self, mel: np.ndarray) -> Iterator[MelChunk]:
-        """The chunks of an audio item.
+        """Return the chunks of an audio item.
 
-        From v0.5 on, the reference fills the last of several chunks up to the encoder's full
-        length, and stacks rows of that padding with the last rows of the audio. So much of the
-        padding as reaches into embeddings is kept here.
+        From v0.5 on, the reference pads the last of several chunks to the encoder's full length,
+        and stacks rows of that padding with the last rows of the audio. As much of the padding as
+        reaches into embeddings is kept here.
         """
         frames = torch.from_numpy(np.require(mel, requirements="W"))
         step, start = self.config.frames_per_embed, 0
@@ -127,7 +133,10 @@ class UltravoxModel(DecoderModel):
 
 
 def batches(chunks: Sequence[MelChunk], most: int) -> Iterator[list[MelChunk]]:
-    """The chunks in order, as many together as have at most ``most`` frames, but at least one."""
+    """Yield consecutive chunks, as many together as have at most ``most`` frames.
+
+    A larger chunk is a batch of its own.
+    """
     batch: list[MelChunk] = []
     num = 0
     for chunk in chunks:

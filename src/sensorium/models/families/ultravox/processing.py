@@ -1,4 +1,4 @@
-"""Audio of Ultravox: log-mel features, as many as the audio is long. No torch.
+"""Audio of Ultravox: log-mel features of the audio's own length, without torch.
 
 Releases up to v0.4.1 cut an audio item to whole frames of 10 ms; from v0.5 on (those whose
 projector has its norm in the middle) the last frame is filled up with silence. Each audio item is
@@ -33,9 +33,9 @@ LEAST_HOPS = 2
 
 @dataclass(frozen=True, slots=True)
 class UltravoxProcessor:
-    """See ``multimodal.processor.Processor``.
+    """Processor of Ultravox; see ``multimodal.processor.Processor``.
 
-    ``filler_id`` is what stands in the expanded prompt for each embedding: the tokenizer's
+    ``filler_id`` takes the place of each embedding in the expanded prompt: the tokenizer's
     end-of-sequence token, as in the reference's own processor (so that a repetition penalty counts
     the same tokens). ``audio_token_index`` of config.json is not used: some files give an ordinary
     token there, others an id outside the vocabulary.
@@ -48,25 +48,25 @@ class UltravoxProcessor:
 
     @property
     def markup(self) -> Markup | None:
-        """The placeholder is in no vocabulary."""
+        """Return the pattern of the placeholder, which is in no vocabulary."""
         return Markup({"audio": re.escape(PLACEHOLDER)})
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> int:
-        """The sampling rate."""
+        """Return the sampling rate."""
         return self.mel.rate
 
     def identity(self, modality: Modality, options: Mapping[str, Any], num_items: int = 1) -> bytes:
-        """Class and configuration."""
+        """Return class and configuration."""
         return identity_of("ultravox 1", self, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        """There are none."""
+        """Refuse all options: there are none."""
         check_option_names(options, ())
 
     def process(
         self, modality: Modality, data: Decoded, options: Mapping[str, Any], num_items: int = 1
     ) -> Features:
-        """``arrays["mel"]``: (num_frames, num_bins) float32."""
+        """Return ``arrays["mel"]``: (num_frames, num_bins) float32."""
         if not isinstance(data, Audio) or data.rate != self.mel.rate or not data.samples.size:
             raise InvalidRequestError(
                 f"Audio must have samples at {self.mel.rate} per second, got {type(data).__name__} "
@@ -79,8 +79,10 @@ class UltravoxProcessor:
         return Features(modality, {"mel": frames}, self.config.num_embeds(len(frames)))
 
     def embeddings(self, modality: Modality, source: Any, param: str) -> list[Features]:
-        """A tensor (items, length, hidden size), a list of (length, hidden size), or either as ``audio_embeds`` of a
-        mapping.
+        """Read precomputed embeddings of audio.
+
+        source: a tensor (items, length, hidden size), a list of (length, hidden size), or either as
+        ``audio_embeds`` of a mapping.
         """
         source, param = precomputed.unwrapped(modality, source, param)
         found = []
@@ -96,11 +98,11 @@ class UltravoxProcessor:
         return found
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """No token: see ``markup``."""
+        """Return a marker that is no token: see ``markup``."""
         return (marker("audio"),)
 
     def fill(self, modality: Modality) -> int:
-        """The filler."""
+        """Return the filler."""
         return self.filler_id
 
     def placeholder_text(self, modality: Modality, number: int = 1) -> str:
@@ -108,19 +110,19 @@ class UltravoxProcessor:
         return PLACEHOLDER
 
     def replacement(self, features: Features, index: int = 0) -> Replacement:
-        """The filler, repeated: the chunks of a long audio item follow each other."""
+        """Return the filler, repeated: the chunks of a long audio item follow each other."""
         num = features.num_embeds
         return Replacement((self.filler_id,) * num, ((0, num),))
 
     def positions(self, token_ids: Sequence[int], items: Sequence[PlacedItem]) -> None:
-        """Plain positions."""
+        """Return None: positions are plain."""
         return
 
 
 def build(config: UltravoxConfig, loaded: LoadedConfig) -> UltravoxProcessor:
-    """The processor of a checkpoint.
+    """Build the processor of a checkpoint.
 
-    The encoder's own checkpoint knows how its features are made.
+    The mel settings come from the encoder's own checkpoint.
     """
     audio = loaded.parts.get(AUDIO_PART)
     preprocessor = loaded.preprocessor or (audio.preprocessor if audio is not None else {})
@@ -132,9 +134,9 @@ def build(config: UltravoxConfig, loaded: LoadedConfig) -> UltravoxProcessor:
 
 
 def _filler_id(loaded: LoadedConfig, vocab_size: int) -> int:
-    """The tokenizer's end-of-sequence token.
+    """Return the tokenizer's end-of-sequence token.
 
-    Where its files do not tell the id, the first that ends an answer.
+    Where its files do not name the id, the first stop token.
     """
     file = Path(loaded.folder) / "tokenizer_config.json"
     try:
