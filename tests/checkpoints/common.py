@@ -68,7 +68,7 @@ class Names:
 
 
 def class_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration class takes; a copy, because these classes change what they are given."""
+    """Return a copy of a configuration for its class, as these classes change their arguments."""
     arguments = copy.deepcopy(dict(config))
     arguments.pop("torch_dtype", None)
     return arguments

@@ -31,7 +31,7 @@ def cuts(length: int, seed: int) -> list[int]:
 
 
 def part_of(whole: AttentionBatch, start: int, size: int) -> AttentionBatch:
-    """Return the step that computes rows [start, start + size) of the only sequence of ``whole``."""
+    """Return the step that computes rows [start, start + size) of ``whole``'s only sequence."""
     return AttentionBatch(
         query_start=torch.tensor([0, size], dtype=torch.int32),
         kv_len=torch.tensor([start + size], dtype=torch.int32),
@@ -105,7 +105,7 @@ def test_attention_does_not_depend_on_the_other_sequences(dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["window", "bidirectional"])
 def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: str) -> None:
-    """Sequences within the window, or without bidirectional spans, get the bits of plain attention."""
+    """Sequences within the window, or without spans, get the bits of plain attention."""
     layout = KVCacheLayout(1, 2, 64, 32, dtype)
     batch = make_batch(layout, [(20, 1), (500, 1), (24, 9), (200, 60), (17, 17)])
     q, k, v = (torch.randn(sum(batch.query_lens), heads, 64).to(dtype) for heads in (6, 2, 2))

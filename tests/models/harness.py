@@ -63,7 +63,7 @@ def place(
 
 
 class Harness:
-    """A loaded model and its cache. Sequences join with ``add``; ``step`` runs some tokens of each."""
+    """A loaded model and its cache: ``add`` adds sequences, ``step`` runs some tokens of each."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         self.loaded = loaded

@@ -143,7 +143,7 @@ class PlainMiniCPMV(nn.Module):
         return self.resampler(self.vpm(batch, sizes, mask), sizes, mask)
 
 
-# --- preprocessing ---------------------------------------------------------------------------------------------------
+# --- preprocessing --------------------------------------------------------------------------------
 
 
 def whole(length: float, patch: int) -> int:

@@ -25,7 +25,7 @@ TAG = re.compile(r"<\|image_\d+\|>")
 
 
 class ImageEmbedding(torch.nn.Module):
-    """``model.vision_embed_tokens`` of the published files, but for the second name of the table."""
+    """``model.vision_embed_tokens`` of the published files, without the table's second name."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         from transformers import CLIPVisionConfig, CLIPVisionModel

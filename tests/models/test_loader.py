@@ -1,4 +1,4 @@
-"""Finding, reading and loading checkpoints: every wrong one gets an error that says what is wrong."""
+"""Finding, reading and loading checkpoints, and the errors for broken ones."""
 
 from __future__ import annotations
 
@@ -292,8 +292,8 @@ def test_a_sliding_window_ends_the_context(
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
-        ({"num_attention_heads": 0}, "num_attention_heads must be a positive integer, got 0"),
-        ({"hidden_size": "big"}, "hidden_size must be a positive integer, got 'big'"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        ({"hidden_size": "big"}, "hidden_size must be an integer, got 'big'"),
         ({"num_key_value_heads": 3}, "3 does not divide 4 heads"),
         ({"hidden_act": "mystery"}, "unknown activation 'mystery'"),
         ({"rope_scaling": {"type": "spiral"}}, "unknown rope type 'spiral'"),

@@ -181,7 +181,7 @@ def test_target_size_equals_reference(height: int, width: int, least: int, more:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 10000), (10000, 1), (2, 60000), (7, 1000)])
 def test_llava_takes_any_aspect(height: int, width: int) -> None:
-    """Resized as a whole these would be millions of pixels wide; the answer is that of the whole."""
+    """Resized whole, these would be millions of pixels wide; the result equals that."""
     image = picture(height, width, seed=1)
     ours = LlavaProcessor(9, 16, 64, 56, Edges(56, 56, True), 3)
     pixels = ours.process("image", image, {}).arrays["pixels"]

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from sensorium.bounds import Bounds
 from sensorium.errors import ConfigError
 from sensorium.models.interface import TextShape
 from sensorium.models.rope import context_length, read_rope, short_context
 
+POSITIVE = Bounds(ge=1)
 _COMMON: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -355,10 +357,11 @@ def count(values: Mapping[str, Any], name: str, default: Any = None) -> int:
 
     Raises ConfigError naming the field for anything else.
     """
-    value = default if values.get(name) is None else values[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        bad(name, f"must be a positive integer, got {value!r}")
-    return value
+    value: Any = default if values.get(name) is None else values[name]
+    problem = POSITIVE.problem(value, int)
+    if problem is not None:
+        bad(name, problem)
+    return int(value)
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -377,7 +380,7 @@ def bad(name: str, reason: str) -> NoReturn:
     raise ConfigError(f"config.json: {name} {reason}.", param="model")
 
 
-def says_tied(config: Mapping[str, Any]) -> bool:
+def ties_head(config: Mapping[str, Any]) -> bool:
     """Return whether the configuration ties the output head to the embedding.
 
     Either the whole configuration or its text part may say so.

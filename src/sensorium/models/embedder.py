@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sensorium.errors import ConfigError, InvalidRequestError
-from sensorium.models.configs import says_tied
+from sensorium.models.configs import ties_head
 from sensorium.models.interface import Family, LoadedConfig
 from sensorium.models.loading.weight_files import weight_names
 from sensorium.params import PoolingParams
@@ -128,7 +128,7 @@ def _stores_no_head(loaded: LoadedConfig, family: Family) -> bool:
     That is so for those of Qwen3-VL-Embedding. False where the names of the weights are not known
     yet.
     """
-    if not family.embedders or says_tied(loaded.config):
+    if not family.embedders or ties_head(loaded.config):
         return False
     names = weight_names(Path(loaded.folder))
     return names is not None and not any(name.endswith("lm_head.weight") for name in names)

@@ -63,7 +63,7 @@ def read_config(
     try:
         family = resolve(loaded.config)
     except UnsupportedModelError:
-        return loaded  # a folder may be read for its tokenizer alone; whoever wants the model hears of it
+        return loaded  # a folder may be read for its tokenizer alone; loading it raises the error
     return _with_parts(loaded, family, download_dir)[0]
 
 

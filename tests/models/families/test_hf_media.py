@@ -212,7 +212,7 @@ def greedy(harness: Harness, seqs: list[Running], chunks: tuple[int, ...]) -> li
 
 
 def piece(seq: Running, chunk: int) -> int:
-    """How many tokens come next: ``chunk`` at most, but a span that attends both ways is not cut."""
+    """Return the size of the next chunk: at most ``chunk``, but bidirectional spans are not cut."""
     start = seq.num_computed
     end = min(start + chunk, len(seq.ids))
     if seq.positions is not None and end < seq.positions.shape[1]:

@@ -1,4 +1,4 @@
-"""What processors of transformers make of one item is taken apart, and what cannot be is refused."""
+"""Results of processors of transformers for one item, and refusals of unusable ones."""
 
 from __future__ import annotations
 
@@ -196,7 +196,9 @@ def test_what_foreign_code_says_names_no_files() -> None:
     error = OSError(
         "cannot read /srv/models/one/tokenizer.json of a/b at 0x7f00aa, see https://a.b/c/d"
     )
-    assert adapter.said(error) == "OSError: cannot read a local file of a/b, see https://a.b/c/d"
+    assert (
+        adapter.error_text(error) == "OSError: cannot read a local file of a/b, see https://a.b/c/d"
+    )
 
 
 def test_a_folder_without_a_processor(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What LLaVA-OneVision's processor makes of images, clips, embeddings and options; what it refuses."""
+"""LLaVA-OneVision's processor: images, videos, embeddings, options, and refusals."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_shrinking_first_changes_little(monkeypatch: pytest.MonkeyPatch) -> None
     assert difference.mean() < 1
 
 
-# --- lengths ---------------------------------------------------------------------------------------------------------
+# --- lengths --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_frames_are_chosen_evenly(ours: Any) -> None:
     assert ours.decoding("image", {}) is None
 
 
-# --- embeddings ------------------------------------------------------------------------------------------------------
+# --- embeddings -----------------------------------------------------------------------------------
 
 PARAM = "multi_modal_data.image"
 
@@ -301,7 +301,7 @@ def test_wrong_embeddings(ours: Any, name: str) -> None:
     assert caught.value.param == place
 
 
-# --- configuration and options ---------------------------------------------------------------------------------------
+# --- configuration and options --------------------------------------------------------------------
 
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "strategy": ({"vision_feature_select_strategy": "default"}, "no class token"),

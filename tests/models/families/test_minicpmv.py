@@ -267,7 +267,7 @@ def test_version_as_number_or_text(tmp_path: Path, version: Any) -> None:
         ({"version": "4.0"}, r"version '4\.0' is not supported"),
         ({"version": None}, "version None is not supported"),
         ({"hidden_size": 64}, "64 must be a multiple of 128"),
-        ({"query_num": 0}, "query_num must be a positive integer"),
+        ({"query_num": 0}, "query_num must be at least 1, got 0"),
         ({"vision_config": {"model_type": "idefics2"}}, "'idefics2' is not supported"),
         ({"vision_config": {"image_size": 10}}, "10 is less than a patch"),
         (

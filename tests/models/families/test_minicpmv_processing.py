@@ -255,7 +255,7 @@ def test_preprocessor_that_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"patch_size 16 is not .* 14"):
         processor_of(tmp_path)
     change(tmp_path, patch_size=14, scale_resolution=0)
-    with pytest.raises(ConfigError, match="scale_resolution must be a positive integer, got 0"):
+    with pytest.raises(ConfigError, match="scale_resolution must be at least 1, got 0"):
         processor_of(tmp_path)
     change(tmp_path, scale_resolution=56, im_id_start="<number>")
     with pytest.raises(ConfigError, match="lacks <number>"):
@@ -274,7 +274,7 @@ def test_values_of_the_preprocessor(tmp_path: Path) -> None:
     assert (ours.max_slices, ours.slicing.scale, ours.use_image_id) == (4, 56, True)
 
 
-# --- embeddings ------------------------------------------------------------------------------------------------------
+# --- embeddings -----------------------------------------------------------------------------------
 
 
 def values(*shape: int) -> torch.Tensor:

@@ -47,7 +47,7 @@ def processor_of(folder: Path, **overrides: Any) -> Any:
     return resolve(loaded.config).build_processor(loaded)
 
 
-# --- features --------------------------------------------------------------------------------------------------------
+# --- features -------------------------------------------------------------------------------------
 
 
 def reference_size(
@@ -177,14 +177,14 @@ def test_a_video_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"patch_size": 16}, "patch_size 16 is not the vision tower's 14"),
         ({"image_mean": [0.5, 0.5, 0.5]}, "normalises videos otherwise"),
         ({"fps": -1}, "fps must be a number above 0"),
-        ({"max_frames": 0}, "max_frames must be a positive integer"),
+        ({"max_frames": 0}, "max_frames must be at least 1, got 0"),
     ):
         write(folder, "video_preprocessor_config.json", VIDEO_FILE | change)
         with pytest.raises(ConfigError, match=pattern):
             processor_of(folder)
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_line_of_pixels_is_refused(ours: Any) -> None:
         ours.process("video", clip(2, 1, 300), {})
 
 
-# --- positions -------------------------------------------------------------------------------------------------------
+# --- positions ------------------------------------------------------------------------------------
 
 
 def positions_by_loops(
@@ -377,7 +377,7 @@ def test_seconds_of_a_temporal_patch(ours: Any) -> None:
     assert seconds(None, fps=4) == 0.5
 
 
-# --- the whole model -------------------------------------------------------------------------------------------------
+# --- the whole model ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["hub", "resaved", "t5"])
@@ -415,7 +415,7 @@ def test_the_order_of_frames_decides(harness: Harness, folder: Path) -> None:
     assert (first - second).abs().max() > 0.05
 
 
-# --- embeddings and switches -----------------------------------------------------------------------------------------
+# --- embeddings and switches ----------------------------------------------------------------------
 
 
 def test_precomputed_embeddings_give_the_same(harness: Harness, folder: Path, family: str) -> None:

@@ -155,7 +155,7 @@ def test_other_names_of_the_encoder(tmp_path: Path, tower: str) -> None:
 
 
 def test_thirty_second_chunks(tmp_path: Path) -> None:
-    """The published sizes of chunks: full ones are 187.5 embeddings long, the 188th is filled up."""
+    """Full chunks of the published size are 187.5 embeddings long; the 188th is filled up."""
     folder = make_ultravox(tmp_path, audio={"max_source_positions": 1500, "encoder_layers": 1})
     harness, plain = Harness(loader.load(str(folder), device="cpu")), PlainUltravox(folder)
     sounds = [sound(31 * RATE), sound(RATE), sound(29 * RATE + 7)]

@@ -1,4 +1,4 @@
-"""Where the parts of Ultravox come from, which weights count, and what is refused with the reason."""
+"""Sources of Ultravox's parts, precedence of their weights, and refusals with reasons."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_unknown_weights_are_refused(tmp_path: Path) -> None:
         ({"audio_config": {"model_type": "wav2vec2"}}, "'wav2vec2' is not supported"),
         ({"audio_config": {"d_model": 33}}, "33 is not a multiple"),
         ({"hidden_size": 47}, "hidden_size 47 must be even"),
-        ({"stack_factor": 0}, "stack_factor must be a positive integer"),
+        ({"stack_factor": 0}, "stack_factor must be at least 1, got 0"),
         ({"projector_act": "tanhshrink"}, "unknown activation 'tanhshrink'"),
         ({"audio_latency_block_size": 100}, "audio_latency_block_size is not supported"),
         ({"num_projector_layers": 2}, "num_projector_layers is not supported"),

@@ -115,7 +115,7 @@ def test_one_warning_where_no_file_tells(
 
 
 def test_no_warning_for_sounds_and_texts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Ultravox is published without: its sounds are prepared as Whisper's, which has one way alone."""
+    """Ultravox is published without one: its audio is prepared as Whisper's."""
     make_text("llama", tmp_path / "text")
     make_ultravox(tmp_path / "sounds")
     (tmp_path / "sounds" / "preprocessor_config.json").unlink(missing_ok=True)

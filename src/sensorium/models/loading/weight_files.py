@@ -121,7 +121,10 @@ def _nothing_there(folder: Path) -> str:
             "needed: take a revision that has them, or convert it with transformers "
             "(from_pretrained, then save_pretrained)."
         )
-    return "The model's folder has no safetensors files. Add them, or use load_format='dummy' for random weights."
+    return (
+        "The model's folder has no safetensors files. Add them, or use load_format='dummy' for "
+        "random weights."
+    )
 
 
 def _is_beside(name: str) -> bool:

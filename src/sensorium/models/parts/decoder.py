@@ -196,6 +196,6 @@ class DecoderModel:
         return self.decoder.head(hidden)
 
 
-def apart(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def clone_parts(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copy the parts of a batch, so that keeping one does not keep the memory of the others."""
     return [part.clone() for part in parts] if len(parts) > 1 else list(parts)

@@ -70,21 +70,21 @@ class HfProcessorAdapter:
     def modalities(self) -> tuple[Modality, ...]:
         """Return the modalities that it has processors for."""
         has_images = getattr(self.own, "image_processor", None) is not None
-        return (*(("image",) if has_images else ()), *(("audio",) if self._hears else ()))
+        return (*(("image",) if has_images else ()), *(("audio",) if self._audio_part else ()))
 
     @property
     def rate(self) -> int:
         """Samples per second of audio; 0 when it takes none."""
-        return int(self._hears.sampling_rate) if self._hears else 0
+        return int(self._audio_part.sampling_rate) if self._audio_part else 0
 
     @property
-    def _hears(self) -> Any:
+    def _audio_part(self) -> Any:
         own = self.own
         return getattr(own, "feature_extractor", None) or getattr(own, "audio_processor", None)
 
     def options(self, modality: Modality) -> list[str]:
         """Return the names of the options of its part for a modality."""
-        part = self.own.image_processor if modality == "image" else self._hears
+        part = self.own.image_processor if modality == "image" else self._audio_part
         known = getattr(getattr(part, "valid_kwargs", None), "__annotations__", {})
         return sorted(set(known) - _SETTINGS_OF_CALLS - _OF_THE_WEIGHTS)
 
@@ -93,7 +93,7 @@ class HfProcessorAdapter:
 
         That is the checkpoint's own largest number there.
         """
-        part = self.own.image_processor if modality == "image" else self._hears
+        part = self.own.image_processor if modality == "image" else self._audio_part
         return max(numbers_in(getattr(part, name, None)), default=MOST_OF_OPEN)
 
     def placeholders(self, modality: Modality) -> list[str]:
@@ -231,7 +231,8 @@ def processor_of(folder: str, model_type: str) -> HfProcessorAdapter:
         return kind(_build(_class(str(name)), folder))
     except Exception as error:
         raise ConfigError(
-            f"The model's processor ({name}) cannot be built: {said(error, folder)}", param="model"
+            f"The model's processor ({name}) cannot be built: {error_text(error, folder)}",
+            param="model",
         ) from error
 
 
@@ -265,7 +266,7 @@ def numbers_in(value: Any) -> list[float]:
     return numbers_in(vars(value)) if dataclasses.is_dataclass(value) else []
 
 
-def said(error: Exception, folder: str = "") -> str:
+def error_text(error: Exception, folder: str = "") -> str:
     """Return the message of another library's exception in one line.
 
     Local paths and memory addresses are removed.

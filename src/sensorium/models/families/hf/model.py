@@ -16,7 +16,7 @@ from sensorium.errors import ConfigError
 from sensorium.kernels.batch import AttentionBatch
 from sensorium.kernels.cpu.linear import FREE_ROWS
 from sensorium.models.families.hf import attention, check, encoding, processing
-from sensorium.models.families.hf.adapter import said
+from sensorium.models.families.hf.adapter import error_text
 from sensorium.models.families.hf.config import read_hf_config, refuse, text_shape
 from sensorium.models.families.hf.processing import HfProcessor
 from sensorium.models.interface import BuildOptions, LoadedConfig, Part, WeightSlot
@@ -35,7 +35,7 @@ MAX_TRIED = 1024
 square of it."""
 
 
-class _Answer:
+class _DecoderOutput:
     """Result of a decoder that has hidden states only."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
@@ -48,17 +48,17 @@ class _Answer:
         return (self.last_hidden_state,)[index]
 
 
-class _Given(torch.nn.Module):
+class _FixedDecoder(torch.nn.Module):
     """Stand-in for a head's decoder that returns hidden states that are already computed."""
 
     @property
-    def decoder(self) -> _Given:
+    def decoder(self) -> _FixedDecoder:
         """This object: some heads use the decoder inside the model that they are given."""
         return self
 
-    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _Answer:
+    def forward(self, *args: Any, inputs_embeds: torch.Tensor, **kwargs: Any) -> _DecoderOutput:
         """Return the given hidden states, (1, N, H)."""
-        return _Answer(inputs_embeds)
+        return _DecoderOutput(inputs_embeds)
 
 
 class HfModel:
@@ -222,7 +222,7 @@ class HfModel:
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Return hidden states (T, H) after the final norm."""
         step = attention.Step(batch, batch.sin if len(batch.sin) else None)
-        rows, position_ids = _enough(embeds, 0), _enough(batch.cos, batch.cos.dim() - 1)
+        rows, position_ids = _pad_few_rows(embeds, 0), _pad_few_rows(batch.cos, batch.cos.dim() - 1)
         with attention.running(step):
             out = self.decoder(inputs_embeds=rows[None], position_ids=position_ids, use_cache=False)
         hidden: torch.Tensor = out.last_hidden_state[0, : len(embeds)]
@@ -230,12 +230,12 @@ class HfModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (N, V), scaled and capped as by the model's own head."""
-        rows = _enough(hidden, 0)
+        rows = _pad_few_rows(hidden, 0)
         logits: torch.Tensor = self.head(inputs_embeds=rows[None], use_cache=False).logits[0]
         return logits[: len(hidden)]
 
 
-def _enough(rows: torch.Tensor, axis: int) -> torch.Tensor:
+def _pad_few_rows(rows: torch.Tensor, axis: int) -> torch.Tensor:
     """Pad rows along ``axis`` with zeros where they are few.
 
     Linear layers on a CPU sum a few rows in another order.
@@ -279,7 +279,7 @@ def build(
         refuse(config, str(error))
     except Exception as error:
         logger.debug("trying the model out failed", exc_info=True)
-        refuse(config, f"trying it out failed with {said(error, loaded.folder)}")
+        refuse(config, f"trying it out failed with {error_text(error, loaded.folder)}")
     return model
 
 
@@ -330,5 +330,5 @@ def _head(inner: Any, config: Any) -> Any:
     if not names or names[0] not in owners[0]._modules:
         refuse(config, "its head cannot be told from its decoder")
     head = copy.copy(owners[0])
-    head._modules = {**head._modules, names[0]: _Given()}
+    head._modules = {**head._modules, names[0]: _FixedDecoder()}
     return head

@@ -139,7 +139,7 @@ class HfProcessor:
         ) as error:  # whatever it raises for options and sizes that it does not expect
             raise InvalidRequestError(
                 f"The model's processor does not take this {modality}: "
-                f"{adapter.said(error, self.folder)}"
+                f"{adapter.error_text(error, self.folder)}"
             ) from error
         num_embeds = int((arrays["input_ids"] == place.fill).sum())
         if num_embeds == 0:
@@ -261,7 +261,7 @@ def find_place(own: adapter.HfProcessorAdapter, modality: Modality, config: Any)
         try:
             arrays = own.call(modality, text, probe(modality, own.rate), {})
         except Exception as error:  # whatever a processor raises for a text that it does not expect
-            reasons.append(f"{text!r}: {adapter.said(error)}")
+            reasons.append(f"{text!r}: {adapter.error_text(error)}")
             continue
         ids = own.expanded(arrays["input_ids"][0].tolist())
         runs = runs_of(ids, fill)

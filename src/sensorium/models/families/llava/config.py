@@ -16,8 +16,8 @@ from sensorium.models.configs import (
     filled,
     read_clip_config,
     read_text_config,
-    says_tied,
     section,
+    ties_head,
 )
 from sensorium.models.interface import TextShape
 
@@ -51,7 +51,7 @@ def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:
     """Interpret config.json. Raises ConfigError naming the field for values that are impossible."""
     config = filled({}, config)
     text = section(config, "text_config")
-    decoder = read_text_config(filled({"model_type": "llama"}, text), tied=says_tied(config))
+    decoder = read_text_config(filled({"model_type": "llama"}, text), tied=ties_head(config))
     vision = read_clip_config(section(config, "vision_config"), CLIP_LARGE_336)
     name = "image_token_id" if "image_token_id" in config else "image_token_index"
     image_token_id = count(config, name, 32000)

@@ -9,7 +9,7 @@ import torch
 
 from sensorium.models.families.llava.config import LlavaConfig
 from sensorium.models.parts.clip import ClipTower
-from sensorium.models.parts.decoder import apart
+from sensorium.models.parts.decoder import clone_parts
 from sensorium.models.parts.projected import ProjectedModel
 from sensorium.multimodal.items import Features
 
@@ -30,4 +30,4 @@ class LlavaModel(ProjectedModel[LlavaConfig, ClipTower]):
         features = torch.cat(states, dim=-1) if len(states) > 1 else states[0]
         rows = features[:, first:]
         embeds = self.projector(rows.reshape(-1, rows.shape[-1]))
-        return apart(embeds.view(len(items), -1, embeds.shape[-1]).unbind(0))
+        return clone_parts(embeds.view(len(items), -1, embeds.shape[-1]).unbind(0))

@@ -16,8 +16,8 @@ from sensorium.models.configs import (
     filled,
     read_siglip_config,
     read_text_config,
-    says_tied,
     section,
+    ties_head,
 )
 from sensorium.models.families.llava_onevision.tiles import Grids, Pinpoints
 from sensorium.models.interface import TextShape
@@ -63,7 +63,7 @@ def read_llava_onevision_config(config: Mapping[str, Any]) -> LlavaOnevisionConf
     """
     config = filled({}, config)
     text = section(config, "text_config")
-    decoder = read_text_config(filled({"model_type": "qwen2"}, text), tied=says_tied(config))
+    decoder = read_text_config(filled({"model_type": "qwen2"}, text), tied=ties_head(config))
     whole = {"vision_config": _SIGLIP_DEFAULTS, **config}
     vision = read_siglip_config(section(whole, "vision_config"))
     strategy = config.get("vision_feature_select_strategy", "full")

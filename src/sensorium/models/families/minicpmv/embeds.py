@@ -34,7 +34,7 @@ def images(
         raise InvalidEmbeddingsError(
             "Embeddings for this model are a mapping with 'image_embeds' (items, embeddings, "
             "hidden size) and 'image_sizes' (width and height of each original image), got "
-            f"{_got(source)}.",
+            f"{_describe(source)}.",
             param=param,
         )
     arrays = precomputed.per_item(values["image_embeds"], f"{param}.image_embeds")
@@ -75,7 +75,7 @@ def videos(source: Any, param: str, num_queries: int, hidden_size: int) -> list[
             raise InvalidEmbeddingsError(
                 "Embeddings of videos are a tensor (items, frames times embeddings of a frame, "
                 "hidden size), or a mapping with 'video_embeds' and optionally 'num_frames', got "
-                f"{_got(source)}.",
+                f"{_describe(source)}.",
                 param=param,
             )
         place = f"{param}.video_embeds"
@@ -94,9 +94,9 @@ def videos(source: Any, param: str, num_queries: int, hidden_size: int) -> list[
         precomputed.check_width(array, hidden_size, item_place)
         num_frames = len(array) // num_queries if wanted is None else wanted[index]
         if num_frames < 1 or len(array) != num_frames * num_queries:
-            said = "" if wanted is None else f", and this video {num_frames} frames"
+            frames_given = "" if wanted is None else f", and this video {num_frames} frames"
             raise InvalidEmbeddingsError(
-                f"A frame has {num_queries} embeddings in this model{said}; got shape "
+                f"A frame has {num_queries} embeddings in this model{frames_given}; got shape "
                 f"{tuple(array.shape)}.",
                 param=item_place,
             )
@@ -123,7 +123,7 @@ def _frames(value: Any, param: str) -> list[int]:
     return [number for (number,) in precomputed.integers(rows, 1, param)]
 
 
-def _got(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a mapping with {sorted(map(str, value))}"
     return precomputed.describe(value)

@@ -13,7 +13,7 @@ from sensorium.models.families.minicpmv.resampler import Resampler
 from sensorium.models.families.minicpmv.vision import Size, view_features
 from sensorium.models.interface import BuildOptions, WeightSlot
 from sensorium.models.media.pixels import Normalization
-from sensorium.models.parts.decoder import DecoderModel, apart
+from sensorium.models.parts.decoder import DecoderModel, clone_parts
 from sensorium.models.parts.siglip import SiglipTower
 from sensorium.multimodal.items import Features
 
@@ -71,7 +71,7 @@ class MiniCPMVModel(DecoderModel):
             rows = view_features(self.tower, pixels, sizes)
             embeds.append(self.resampler(rows, sizes).flatten(0, 1))
         joined = torch.cat(embeds) if len(embeds) > 1 else embeds[0]
-        return apart(joined.split([item.num_embeds for item in items]))
+        return clone_parts(joined.split([item.num_embeds for item in items]))
 
 
 def batches(items: Sequence[Features], most: int) -> Iterator[tuple[np.ndarray, list[Size]]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.models.configs import POSITIVE
 from sensorium.models.families.minicpmv import embeds
 from sensorium.models.families.minicpmv.config import MiniCPMVConfig
 from sensorium.models.families.minicpmv.slicing import Layout, Slicing, write_patches
@@ -230,12 +231,10 @@ def normalization(preprocessor: Mapping[str, Any]) -> Normalization:
 
 def _positive(preprocessor: Mapping[str, Any], name: str, usual: int) -> int:
     value = preprocessor.get(name, usual)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(
-            f"preprocessor_config.json: {name} must be a positive integer, got {value!r}.",
-            param="model",
-        )
-    return value
+    problem = POSITIVE.problem(value, int)
+    if problem is not None:
+        raise ConfigError(f"preprocessor_config.json: {name} {problem}.", param="model")
+    return int(value)
 
 
 def _slice_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Phi-3.5-Vision: a CLIP tower over tiles of an image, separators, a projector and a Phi-3 decoder."""
+"""Phi-3.5-Vision: a CLIP tower over tiles of an image, a projector and a Phi-3 decoder."""
 
 from __future__ import annotations
 

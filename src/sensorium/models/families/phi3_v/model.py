@@ -17,7 +17,7 @@ from sensorium.models.interface import BuildOptions, Part, WeightSlot
 from sensorium.models.loading.weights import linear_slot, owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import IN_CHANNELS, ClipTower
-from sensorium.models.parts.decoder import DecoderModel, apart
+from sensorium.models.parts.decoder import DecoderModel, clone_parts
 from sensorium.multimodal.items import Features
 
 MERGED = 4
@@ -84,7 +84,7 @@ class Phi3VModel(DecoderModel):
         parts = features.split([rows * columns + 1 for rows, columns in grids])
         sequences = [self._sequence(*pair) for pair in zip(parts, grids, strict=True)]
         embeds = self.projector(torch.cat(sequences))
-        return apart(embeds.split([len(sequence) for sequence in sequences]))
+        return clone_parts(embeds.split([len(sequence) for sequence in sequences]))
 
     def views(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the views (views, 3, tile, tile) of an image (H, W, 3) uint8.

@@ -1,4 +1,4 @@
-"""Qwen2-VL: a vision tower of any resolution and a Qwen2 decoder with multi-axis rotary positions."""
+"""Qwen2-VL: a vision tower of any resolution and a Qwen2 decoder with M-RoPE."""
 
 from __future__ import annotations
 

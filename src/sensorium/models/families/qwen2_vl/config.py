@@ -12,8 +12,8 @@ from sensorium.models.configs import (
     count,
     filled,
     read_text_config,
-    says_tied,
     section,
+    ties_head,
 )
 from sensorium.models.interface import TextShape
 
@@ -90,7 +90,7 @@ def read_vl_config(
     nested = config.get("text_config")
     text = config if nested is None else section(config, "text_config")
     decoder = read_text_config(
-        {**_with_section(text), "model_type": model_type}, tied=says_tied(config)
+        {**_with_section(text), "model_type": model_type}, tied=ties_head(config)
     )
     vision = read_vision(section(config, "vision_config"))
     if vision.num_outputs != decoder.hidden_size:

@@ -15,7 +15,7 @@ from sensorium.models.families.qwen2_vl.config import Qwen2VLConfig
 from sensorium.models.families.qwen2_vl.vision import VisionTower
 from sensorium.models.interface import BuildOptions, WeightSlot
 from sensorium.models.media.pixels import Normalization
-from sensorium.models.parts.decoder import DecoderModel, apart
+from sensorium.models.parts.decoder import DecoderModel, clone_parts
 from sensorium.multimodal.items import Features
 
 
@@ -54,4 +54,4 @@ class Qwen2VLModel(DecoderModel):
         """Return embeddings (num_embeds, H) of each image or video, all in one batch."""
         if self.tower is None:
             return super().encode(items)
-        return apart(self.tower([item.arrays["pixels"] for item in items]))
+        return clone_parts(self.tower([item.arrays["pixels"] for item in items]))

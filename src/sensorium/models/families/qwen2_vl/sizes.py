@@ -24,7 +24,7 @@ class PixelRange:
 
 
 def read_pixel_range(options: Mapping[str, Any], default: PixelRange) -> PixelRange:
-    """Read ``min_pixels`` and ``max_pixels``, or ``size`` with these or deprecated names.
+    """Read ``min_pixels`` and ``max_pixels``, or ``size`` with these or other names.
 
     Those are ``shortest_edge`` and ``longest_edge``, also in pixels. Raises ConfigError for values
     that are not integers from 1, or out of order.

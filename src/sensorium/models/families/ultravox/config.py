@@ -1,4 +1,4 @@
-"""Configuration of Ultravox, read from config.json and from those of the backbones that it names."""
+"""Configuration of Ultravox, read from config.json and from those of its backbones."""
 
 from __future__ import annotations
 

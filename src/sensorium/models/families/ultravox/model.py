@@ -16,7 +16,7 @@ from sensorium.layers.norm import RMSNorm
 from sensorium.models.families.ultravox.config import UltravoxConfig
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
 from sensorium.models.loading.weights import linear_slot, norm_slot
-from sensorium.models.parts.decoder import DecoderModel, apart
+from sensorium.models.parts.decoder import DecoderModel, clone_parts
 from sensorium.models.parts.whisper import MelChunk, WhisperEncoder
 from sensorium.multimodal.items import Features
 
@@ -112,7 +112,7 @@ class UltravoxModel(DecoderModel):
         found = [x for batch in batches(chunks, MAX_FRAMES) for x in self.tower(batch)]
         rows = [F.pad(x, (0, 0, 0, -len(x) % stack)) for x in found]
         embeds = self.projector(torch.cat(rows).view(-1, stack * rows[0].shape[1]))
-        return apart(embeds.split([item.num_embeds for item in items]))
+        return clone_parts(embeds.split([item.num_embeds for item in items]))
 
     def _chunks(self, mel: np.ndarray) -> Iterator[MelChunk]:
         """Return the chunks of an audio item.

@@ -146,6 +146,6 @@ def _filler_id(loaded: LoadedConfig, vocab_size: int) -> int:
         listed = tokenizer["added_tokens_decoder"].items()
         own = [int(i) for i, token in listed if token["content"] == text]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        own = []  # other files, or other forms of this one: whatever is wrong, the tokenizer's reader says it
+        own = []  # the code that loads the tokenizer reports what is wrong with the file
     known = [i for i in (*own, *stop_token_ids(loaded), 0) if 0 <= i < vocab_size]
     return known[0]
