@@ -10,9 +10,10 @@ from sensorium.config import MediaConfig
 from sensorium.errors import MediaTooLargeError, MediaUndecodableError
 from sensorium.multimodal.decode import audio, mp4_bounds
 from sensorium.multimodal.decode.video import video_file
+from sensorium.multimodal.decode.video.limits import Limits
 from tests.multimodal.clips import make_clip, make_sound
 
-LIMITS = video_file.Limits(1000, 1 << 24, 1 << 24)
+LIMITS = Limits(1000, 1 << 24, 1 << 24)
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov"}
 
 

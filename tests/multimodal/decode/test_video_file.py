@@ -17,8 +17,8 @@ from PIL import Image
 
 from sensorium.config import MediaConfig
 from sensorium.errors import MediaTooLargeError, MediaUndecodableError, RequestError
+from sensorium.multimodal.decode.video import container
 from sensorium.multimodal.decode.video import loading as video
-from sensorium.multimodal.decode.video import video_file
 from sensorium.multimodal.decode.video.loading import VideoOptions
 from sensorium.multimodal.items import Video
 from tests.multimodal.clips import (
@@ -229,9 +229,9 @@ def test_times_that_descend_are_no_endless_search(monkeypatch: pytest.MonkeyPatc
     """Each frame can be entered, but has a time before all that are stored before it."""
     num = 20_000
     keys = [(number, num - number) for number in range(num)]
-    index = video_file._Index("avi", num, [*range(num)][::-1], [*range(1, num + 1)], keys, 10.0)
-    monkeypatch.setattr(video_file, "MAX_ENTRIES", 3)
-    assert video_file._entry(index, 0) == num - 1
+    index = container.FrameIndex("avi", num, [*range(num)][::-1], [*range(1, num + 1)], keys, 10.0)
+    monkeypatch.setattr(container, "MAX_ENTRIES", 3)
+    assert container.packet_ranges(index, [0]) == [(num - 1, num - 1)]
     late = dataclasses.replace(index, pts=[-1] * num)
     looked_at: list[int] = []
 
@@ -240,14 +240,15 @@ def test_times_that_descend_are_no_endless_search(monkeypatch: pytest.MonkeyPatc
             looked_at.append(place)
             return super().__getitem__(place)
 
-    assert video_file._entry(dataclasses.replace(late, keys=Keys(keys)), 0) == 0
+    late = dataclasses.replace(late, keys=Keys(keys))
+    assert container.packet_ranges(late, [0]) == [(0, num - 1)]
     assert len(looked_at) < 25, "those of the bisection, and three"
 
 
 def test_more_frames_than_may_be_decoded_are_not_looked_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(video_file, "_stretches", lambda *_: pytest.fail("looked up"))
+    monkeypatch.setattr(container, "packet_ranges", lambda *_: pytest.fail("looked up"))
     with pytest.raises(MediaTooLargeError, match="20 frames of the video"):
         decode(make_clip("mp4", 20), -1, max_video_frames=19)
 
@@ -348,7 +349,13 @@ def test_a_hole_is_filled_with_its_neighbour() -> None:
 def test_frames_under_other_timestamps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a decoder gives frames times that their packets did not have, all are decoded in their order."""
     data = make_clip("mp4", 40)
-    monkeypatch.setattr(video_file, "_number", lambda frame, numbers: None)
+    index_frames = container.index_frames
+
+    def shifted(*arguments: Any) -> container.FrameIndex:
+        index = index_frames(*arguments)
+        return dataclasses.replace(index, pts=[pts + 1 for pts in index.pts])
+
+    monkeypatch.setattr(container, "index_frames", shifted)
     assert numbers_of(decode(data, 7).frames) == evenly(40, 7)
 
 

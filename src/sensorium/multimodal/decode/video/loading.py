@@ -12,6 +12,7 @@ from sensorium.config import MediaConfig
 from sensorium.errors import MediaTooLargeError
 from sensorium.multimodal.decode.options import check_names
 from sensorium.multimodal.decode.video import animations, frame_sampling, video_file, video_frames
+from sensorium.multimodal.decode.video.limits import Limits, check_pixels, check_work
 from sensorium.multimodal.items import Video
 from sensorium.multimodal.processor import FrameChoice, FrameSampler, VideoFacts
 
@@ -48,16 +49,14 @@ def decode(
     choose = _Choose(options, config, sampler)
     if video_frames.is_packed(data):
         return _timed(video_frames.decode_packed(data, choose, _frame_limits(config)), options)
-    limits = video_file.Limits(
-        config.max_video_frames, config.max_video_pixels, config.max_image_pixels
-    )
+    limits = Limits(config.max_video_frames, config.max_video_pixels, config.max_image_pixels)
     animation = animations.read(data)
     if animation is None:
         return video_file.decode(data, lambda facts: choose(facts, False), limits)
 
     def check(num_decoded: int, num_sampled: int, height: int, width: int) -> None:
-        video_file.check_work(num_decoded, height * width, limits)
-        video_file.check_pixels(num_sampled, height, width, limits)
+        check_work(num_decoded, height * width, limits)
+        check_pixels(num_sampled, height, width, limits)
 
     return animations.decode(data, animation, lambda facts: choose(facts, False), check)
 
