@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from sensorium.text.detokenizer import Detokenizer, token_bytes
+from sensorium.text.detokenizer import Detokenizer
 from sensorium.text.tokenizer import Tokenizer
 
 ids = st.lists(st.integers(0, 10_000), max_size=30)
@@ -110,11 +110,11 @@ def test_token_bytes(chatml: Tokenizer, llama: Tokenizer) -> None:
     text = "Äpfel 🎉 the"
     for tokenizer in (chatml, llama):
         token_ids = tokenizer.encode(text, add_special_tokens=False)
-        joined = b"".join(token_bytes(tokenizer, i) for i in token_ids)
+        joined = b"".join(tokenizer.token_bytes(i) for i in token_ids)
         assert joined.decode().lstrip(" ") == text
-    assert token_bytes(chatml, chatml.token_id("<|im_end|>")) == b"<|im_end|>"
+    assert chatml.token_bytes(chatml.token_id("<|im_end|>")) == b"<|im_end|>"
 
 
 def test_ids_that_pad_a_vocabulary_stand_for_nothing(chatml: Tokenizer) -> None:
     """A model may give them log probabilities, and prompts of ids may hold them."""
-    assert token_bytes(chatml, chatml.max_token_id + 1) == b""
+    assert chatml.token_bytes(chatml.max_token_id + 1) == b""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.stops import StopChecker
 from sensorium.text.tokenizer import Tokenizer
 
@@ -69,9 +68,9 @@ def test_text_that_may_not_stop() -> None:
 
 
 def test_bad_words(chatml: Tokenizer, llama: Tokenizer) -> None:
-    (plain, spaced) = bad_words_token_ids(chatml, ["a"])
+    (plain, spaced) = chatml.bad_words_token_ids(["a"])
     assert chatml.decode(plain) == "a"
     assert chatml.decode(spaced) == " a"
-    assert len(bad_words_token_ids(chatml, [" a", "a"])) == 2
-    for sequence in bad_words_token_ids(llama, ["the"]):
+    assert len(chatml.bad_words_token_ids([" a", "a"])) == 2
+    for sequence in llama.bad_words_token_ids(["the"]):
         assert llama.bos_token_id not in sequence

@@ -15,7 +15,6 @@ from sensorium.server.context import ServingContext
 from sensorium.server.errors import install_error_handlers
 from sensorium.server.http.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
 from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestTracking
-from sensorium.server.openai.logprobs import TokenSpelling
 from sensorium.server.openapi import describe
 from sensorium.server.routes.chat import chat_router
 from sensorium.server.routes.completions import completions_router
@@ -24,6 +23,7 @@ from sensorium.server.routes.health import health_router
 from sensorium.server.routes.home import home_router
 from sensorium.server.routes.models import models_router
 from sensorium.server.routes.tokenize import tokenize_router
+from sensorium.text.detokenizer import TokenSpelling
 
 if TYPE_CHECKING:
     from sensorium.engine.serving.frontend import Frontend

@@ -17,8 +17,8 @@ from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.models.embedder import POOLS
 from sensorium.server.admission import Admission
 from sensorium.server.http.encoding import MOST_AT_ONCE
-from sensorium.server.openai.logprobs import TokenSpelling
 from sensorium.server.turns import Turns
+from sensorium.text.detokenizer import TokenSpelling
 
 if TYPE_CHECKING:
     from sensorium.engine.serving.frontend import Frontend

@@ -1,9 +1,8 @@
-"""Token ids to text while they come, without broken characters.
+"""Incremental detokenizing: token ids to text while they come, without broken characters.
 
-Three ways, by what the tokenizer's decoder is. Byte-level vocabularies (GPT-2, Qwen, Llama 3) and
-byte-fallback ones (Llama 2, Mistral, Phi-3) are streams of bytes: a UTF-8 decoder holds back what
-is incomplete. Anything else decodes a window of the last tokens twice, with and without the new
-one, and emits the difference. Each costs constant time per token.
+Three ways, by the kind of the tokenizer's decoder. Byte-level and byte-fallback vocabularies are streams of bytes: a
+UTF-8 decoder holds back what is incomplete. For all others a window of the last tokens is decoded twice, with and
+without the new one, and the difference is emitted. Each costs constant time per token.
 
 What comes out joined equals ``Tokenizer.decode`` of all ids, with one exception: where
 byte-fallback tokens do not form UTF-8, the library replaces every byte of the whole run, even of
@@ -13,20 +12,18 @@ cannot be taken back."""
 from __future__ import annotations
 
 import codecs
-import json
-import re
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
+from sensorium.text.spelling import byte_level_bytes, byte_of
 from sensorium.text.tokenizer import Tokenizer
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _REPLACEMENT = "\ufffd"
 _MAX_HELD_TOKENS = 8  # a character has at most four bytes: more held tokens will not become one
 
 
 class Detokenizer:
-    """The text of one generated sequence, growing.
+    """Text of one generated sequence, as it grows.
 
     ``continues``: the sequence continues a prompt, so a leading space that the vocabulary writes
     at the beginning of a word is kept; otherwise it is dropped as ``decode`` drops it.
@@ -48,11 +45,11 @@ class Detokenizer:
         self._last_was_added = False
 
     def append(self, token_ids: Sequence[int]) -> str:
-        """The text that these tokens complete; ids outside the vocabulary add nothing."""
+        """Return the text that these tokens complete; ids outside the vocabulary add nothing."""
         return "".join([self._append(token_id) for token_id in token_ids])
 
     def flush(self) -> str:
-        """What was held back, broken characters replaced; to be called once, at the end."""
+        """Return what was held back, with broken characters replaced; call it once, at the end."""
         return self._stream.flush()
 
     def _append(self, token_id: int) -> str:
@@ -78,24 +75,20 @@ class _Stream(Protocol):
 
 
 class _ByteLevel:
-    """Characters of a token stand for bytes; a token with other characters stands for itself."""
+    """Stream of a byte-level vocabulary."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int, token: str) -> str:
-        try:
-            data = bytes([_BYTES[char] for char in token])
-        except KeyError:
-            data = token.encode()
-        return self._decoder.decode(data)
+        return self._decoder.decode(byte_level_bytes(token))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
 
 class _ByteFallback:
-    """``<0xE2>`` stands for a byte, every other token for its text with ``▁`` as a space."""
+    """Stream of a byte-fallback vocabulary."""
 
     def __init__(self, space: str, strip_first: bool) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -103,12 +96,10 @@ class _ByteFallback:
         self._strips = strip_first
 
     def push(self, token_id: int, token: str) -> str:
-        byte = _BYTE_TOKEN.fullmatch(token)
+        byte = byte_of(token)
         if byte is not None:
-            text = self._decoder.decode(bytes([int(byte[1], 16)]))
-        else:
-            text = self.flush() + token.replace(self._space, " ")
-        return self._stripped(text)
+            return self._stripped(self._decoder.decode(byte))
+        return self._stripped(self.flush() + token.replace(self._space, " "))
 
     def flush(self) -> str:
         text = self._decoder.decode(b"", final=True)
@@ -116,7 +107,7 @@ class _ByteFallback:
         return self._stripped(text)
 
     def _stripped(self, text: str) -> str:
-        """The first text of all without its leading space."""
+        """Strip a leading space from the first text."""
         if not self._strips or not text:
             return text
         self._strips = False
@@ -124,7 +115,7 @@ class _ByteFallback:
 
 
 class _Window:
-    """The difference that the newest token makes to the decoded text of a few tokens before it."""
+    """Stream of any other vocabulary: the difference that a token makes to the decoded text of a few before it."""
 
     def __init__(self, tokenizer: Tokenizer, continues: bool) -> None:
         self._decode = tokenizer.backend.decode
@@ -154,63 +145,28 @@ class _Window:
 
 
 def _stream(tokenizer: Tokenizer, continues: bool) -> _Stream:
-    decoder: Any = tokenizer.backend.decoder
-    layout = json.loads(decoder.__getstate__()) if decoder is not None else {}
-    if layout.get("type") == "ByteLevel":
+    spelling = tokenizer.spelling
+    if spelling.kind == "byte_level":
         return _ByteLevel()
-    fallback = _byte_fallback(layout)
-    if fallback is not None:
-        space, strips = fallback
-        return _ByteFallback(space, strips and not continues)
+    if spelling.kind == "byte_fallback":
+        return _ByteFallback(spelling.space, spelling.strips_first and not continues)
     return _Window(tokenizer, continues)
 
 
-def _byte_fallback(layout: dict[str, Any]) -> tuple[str, bool] | None:
-    """The space character and whether a leading space is stripped, when the decoder is Llama's:
-    replace, byte fallback, fuse and perhaps strip one space at the left. None for other
-    decoders."""
-    steps = layout.get("decoders", []) if layout.get("type") == "Sequence" else []
-    kinds = [step.get("type") for step in steps]
-    if kinds[:3] != ["Replace", "ByteFallback", "Fuse"] or len(kinds) > 4:
-        return None
-    space = steps[0].get("pattern", {}).get("String")
-    if not isinstance(space, str) or steps[0].get("content") != " ":
-        return None
-    if len(kinds) == 3:
-        return space, False
-    strip = {k: steps[3].get(k) for k in ("type", "content", "start", "stop")}
-    if strip != {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
-        return None
-    return space, True
+class TokenSpelling:
+    """Text and bytes of single tokens, each computed once."""
 
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
 
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte: itself where it is printable, else the next one
-    from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+    def to_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that the token stands for, which may be part of a character."""
+        found = self._known.get(token_id)
+        if found is None:
+            found = self._known[token_id] = self._tokenizer.token_bytes(token_id)
+        return found
 
-
-_BYTES = _byte_alphabet()
-
-
-def token_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:
-    """The bytes that a token stands for in the middle of a text; empty for an id without a token, as those are that
-    pad a model's vocabulary beyond its tokenizer's."""
-    if token_id > tokenizer.max_token_id:
-        return b""
-    token = tokenizer.token_text(token_id)
-    if not token or tokenizer.is_added(token_id):
-        return token.encode()
-    stream = _stream(tokenizer, continues=True)
-    if isinstance(stream, _ByteLevel):
-        try:
-            return bytes([_BYTES[char] for char in token])
-        except KeyError:
-            return token.encode()
-    byte = _BYTE_TOKEN.fullmatch(token)
-    if byte is not None:
-        return bytes([int(byte[1], 16)])
-    return token.replace("▁", " ").encode()
+    def text(self, token_id: int) -> str:
+        """Return the token's text, with U+FFFD for incomplete characters."""
+        return self.to_bytes(token_id).decode("utf-8", "replace")

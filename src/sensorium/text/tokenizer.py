@@ -1,5 +1,4 @@
-"""Text to token ids and back, on the ``tokenizers`` library alone: ``transformers`` is not
-imported when starting."""
+"""Tokenizers of model folders, on the ``tokenizers`` library alone: starting does not import ``transformers``."""
 
 from __future__ import annotations
 
@@ -15,13 +14,14 @@ import tokenizers
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.text.backend import ids_of
 from sensorium.text.control import ControlTokens, InertEncoder
+from sensorium.text.spelling import Spelling
 
 ApplyTemplate = Callable[..., str]
-"""Makes the text of a conversation, with the options of ``Tokenizer.apply_chat_template`` as keywords."""
+"""Function that renders a conversation, with the options of ``Tokenizer.apply_chat_template`` as keywords."""
 
 
 class Tokenizer:
-    """A tokenizer of a model folder; immutable once built, usable from several threads.
+    """Tokenizer of a model folder; immutable once built, usable from several threads.
 
     ``special_tokens`` maps names such as ``bos_token`` to their text, as chat templates see them.
     ``eos_token_ids`` are all ids that end a generation: the tokenizer's own and those of
@@ -41,6 +41,7 @@ class Tokenizer:
         backend.no_padding()
         backend.encode_special_tokens = False
         self._backend = backend
+        self.spelling = Spelling.of(backend)
         self.special_tokens: dict[str, str] = dict(special_tokens or {})
         self._added: dict[int, Any] = dict(backend.get_added_tokens_decoder())
         vocab = backend.get_vocab(with_added_tokens=True)
@@ -100,13 +101,13 @@ class Tokenizer:
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
-        """The library's object; read only."""
+        """Object of the library; read only."""
         return self._backend
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, allow_special: bool = True
     ) -> list[int]:
-        """Token ids of ``text``.
+        """Return the token ids of ``text``.
 
         ``add_special_tokens`` puts what the tokenizer prescribes around it (a BOS for Llama). With
         ``allow_special=False`` special and added tokens that are spelled out in the text are
@@ -153,15 +154,17 @@ class Tokenizer:
 
     @property
     def inert(self) -> InertEncoder:
-        """The twin in which only tokens named by us act; built at the first use, which takes about
-        a second for a vocabulary of 150,000."""
+        """Encoder in which only control tokens that we insert act.
+
+        Built at the first use, which takes about a second for a vocabulary of 150,000.
+        """
         with self._lock:
             if self._inert is None:
                 self._inert = InertEncoder(self._backend, self.control)
             return self._inert
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Text of ``token_ids``. Raises InvalidRequestError for an id outside the vocabulary."""
+        """Return the text of ``token_ids``. Raises InvalidRequestError for an id outside the vocabulary."""
         self.check_ids(token_ids)
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
@@ -179,30 +182,57 @@ class Tokenizer:
                 )
 
     def token_text(self, token_id: int) -> str:
-        """How the vocabulary spells a token (``Ġhello``, ``▁hello``, ``<|im_end|>``); empty for an
-        unused id.
+        """Return how the vocabulary spells a token (``Ġhello``, ``▁hello``, ``<|im_end|>``).
 
-        Raises InvalidRequestError for an id outside the vocabulary.
+        Empty for an unused id. Raises InvalidRequestError for an id outside the vocabulary.
         """
         self.check_ids((token_id,))
         return self._backend.id_to_token(token_id) or ""
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for in the middle of a text.
+
+        Empty for an id without a token, as those that pad a model's vocabulary beyond its tokenizer's.
+        """
+        if token_id > self.max_token_id:
+            return b""
+        token = self.token_text(token_id)
+        return token.encode() if self.is_added(token_id) else self.spelling.to_bytes(token)
+
+    def bad_words_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Return the id sequences of words that must not be generated: at the start of a text, and after a space.
+
+        The second form counts where it is as long as the first and begins with another token; else it would forbid the
+        bare space. Raises InvalidRequestError for a word that has no tokens.
+        """
+        sequences: dict[tuple[int, ...], None] = {}
+        for i, word in enumerate(words):
+            plain = tuple(self.encode(word.lstrip(), add_special_tokens=False))
+            if not plain:
+                raise InvalidRequestError(
+                    f"bad_words[{i}] is {word!r}, which has no tokens.", param=f"bad_words[{i}]"
+                )
+            sequences[plain] = None
+            spaced = tuple(self.encode(" " + word.lstrip(), add_special_tokens=False))
+            if spaced and spaced[0] != plain[0] and len(spaced) == len(plain):
+                sequences[spaced] = None
+        return tuple(sequences)
+
     def token_id(self, text: str) -> int | None:
-        """Id of the token that is spelled ``text``, or None."""
+        """Return the id of the token that is spelled ``text``, or None."""
         found = self._backend.token_to_id(text)
         return None if found is None else int(found)
 
     def is_special(self, token_id: int) -> bool:
-        """Whether decoding with ``skip_special_tokens`` leaves the token out."""
+        """Return True if decoding with ``skip_special_tokens`` leaves the token out."""
         return token_id in self.all_special_ids
 
     def is_added(self, token_id: int) -> bool:
-        """Whether the token lies on top of the base vocabulary: special tokens and others such as
-        ``<tool_call>``."""
+        """Return True for a token on top of the base vocabulary: special ones, and others such as ``<tool_call>``."""
         return token_id in self._added
 
     def _acting(self, named: Sequence[int | None]) -> set[str]:
-        """Spellings of the tokens ``named``, and of those that end what special tokens begin."""
+        """Return the texts of the tokens ``named``, and of those that end what special tokens begin."""
         texts = {token.content for token in self._added.values()}
         acting = {self._added[i].content for i in named if i in self._added}
         special = {token.content for token in self._added.values() if token.special}
@@ -214,7 +244,7 @@ class Tokenizer:
         return None if text is None else self.token_id(text)
 
     def _surroundings(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What ``add_special_tokens`` puts before and after a text."""
+        """Return the ids that ``add_special_tokens`` puts before and after a text."""
         bare = self._backend.encode("a", add_special_tokens=False).ids
         full = self._backend.encode("a", add_special_tokens=True).ids
         for start in range(len(full) - len(bare) + 1):
@@ -224,7 +254,7 @@ class Tokenizer:
 
 
 def not_text(text: object) -> InvalidRequestError:
-    """The error for a prompt that is no valid Unicode string."""
+    """Return the error for a prompt that is no valid Unicode string."""
     if isinstance(text, str):
         return InvalidRequestError(
             "The text contains a lone surrogate, which is not valid Unicode."
@@ -233,8 +263,7 @@ def not_text(text: object) -> InvalidRequestError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, or an empty one if there is no such file. Raises ConfigError when
-    it is malformed."""
+    """Return the object in a JSON file, or an empty one without the file. Raises ConfigError for a malformed one."""
     if not path.is_file():
         return {}
     try:
@@ -249,8 +278,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _converted(
     folder: Path, trust_remote_code: bool
 ) -> tuple[tokenizers.Tokenizer, Mapping[str, Any]]:
-    """The backend and the named tokens of a tokenizer without ``tokenizer.json``: converted by
-    ``transformers``."""
+    """Convert a tokenizer without ``tokenizer.json`` by ``transformers``; return it and its named tokens."""
     from transformers import AutoTokenizer
 
     try:
@@ -270,7 +298,7 @@ def _converted(
 
 
 def _named(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The entries ``*_token`` of a tokenizer's configuration."""
+    """Return the entries ``*_token`` of a tokenizer's configuration."""
     return [
         (key, value)
         for key, value in config.items()
@@ -279,8 +307,10 @@ def _named(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _complete(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Add the tokens that the configuration names and ``tokenizer.json`` lacks, in the order of
-    their ids; then see that the named ones count as special (as in ``transformers``)."""
+    """Add the tokens that the configuration names and ``tokenizer.json`` lacks, in the order of their ids.
+
+    Named tokens become special, as in ``transformers``.
+    """
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     listed = config.get("added_tokens_decoder") or {}
     missing = [
@@ -325,12 +355,12 @@ def _added_token(entry: Any) -> tokenizers.AddedToken:
 
 
 def _counterpart(text: str) -> str:
-    """``</s>`` of ``<s>``; empty for texts of another form."""
+    """Return ``</s>`` for ``<s>``; empty for texts of another form."""
     return f"</{text[1:]}" if re.fullmatch(r"<\w+>", text) else ""
 
 
 def _ids(config: Mapping[str, Any], field: str) -> tuple[int, ...]:
-    """Token ids in a field of a configuration (a number or a list), also within ``text_config``."""
+    """Return the token ids in a field of a configuration, a number or a list, also within ``text_config``."""
     found: list[int] = []
     for holder in (config, config.get("text_config") or {}):
         value = holder.get(field)

@@ -22,7 +22,7 @@ from sensorium.errors import (
 )
 from sensorium.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from sensorium.params import SamplingParams
-from sensorium.text.detokenizer import Detokenizer, token_bytes
+from sensorium.text.detokenizer import Detokenizer
 from sensorium.text.stops import StopChecker
 from sensorium.text.tokenizer import Tokenizer
 from sensorium.tracing import RequestTrace
@@ -225,7 +225,4 @@ class OutputCollector:
         return {i: Logprob(value, rank, self._token_text(i)) for i, value, rank in entries}
 
     def _token_text(self, token_id: int) -> str:
-        # A model's vocabulary may be padded beyond its tokenizer's.
-        if token_id > self._tokenizer.max_token_id:
-            return ""
-        return token_bytes(self._tokenizer, token_id).decode("utf-8", "replace")
+        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")

@@ -60,7 +60,6 @@ from sensorium.multimodal.placeholders import (
     check_counts,
 )
 from sensorium.params import PoolingParams, SamplingParams
-from sensorium.text.bad_words import bad_words_token_ids
 from sensorium.text.chat.apply import template_applier
 from sensorium.text.chat.chat_template import ChatTemplate, RenderedPrompt
 from sensorium.text.grammar.library import Grammar
@@ -259,7 +258,7 @@ class InputProcessor:
         )
         room = self._room(len(prepared.token_ids), prepared.param)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        bad_words = bad_words_token_ids(self.tokenizer, params.bad_words)
+        bad_words = self.tokenizer.bad_words_token_ids(params.bad_words)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None)
         return [

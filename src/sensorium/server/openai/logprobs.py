@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sensorium.outputs import Logprob
-from sensorium.text.detokenizer import token_bytes
-
-if TYPE_CHECKING:
-    from sensorium.text.tokenizer import Tokenizer
+from sensorium.text.detokenizer import TokenSpelling
 
 LOWEST = -9999.0
 """In place of minus infinity, which JSON does not have."""
 
 Entry = Mapping[int, Logprob]
-
-
-class TokenSpelling:
-    """Cache of the text and the bytes of single tokens."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, bytes] = {}
-
-    def to_bytes(self, token_id: int) -> bytes:
-        """Return the token's bytes, which may be a part of a character."""
-        found = self._known.get(token_id)
-        if found is None:
-            found = self._known[token_id] = token_bytes(self._tokenizer, token_id)
-        return found
-
-    def text(self, token_id: int) -> str:
-        """Return the token's text, with U+FFFD for incomplete characters."""
-        return self.to_bytes(token_id).decode("utf-8", "replace")
 
 
 def chat_entry(

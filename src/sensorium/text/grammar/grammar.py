@@ -19,7 +19,6 @@ import numpy as np
 
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.params import StructuredOutputs
-from sensorium.text.detokenizer import token_bytes
 from sensorium.text.grammar.json_grammar import MAX_SCHEMA_CHARS, json_grammar
 from sensorium.text.grammar.json_text import JsonText, JsonTokens
 from sensorium.text.grammar.library import (
@@ -210,12 +209,6 @@ class GrammarMatcher:
         )
 
     @property
-    def is_finished(self) -> bool:
-        """Whether the text is complete and nothing but the end may follow (or there was an
-        error)."""
-        return bool(self._matcher.is_stopped())
-
-    @property
     def is_accepting(self) -> bool:
         """Whether the text could end here."""
         return bool(self._matcher.is_accepting())
@@ -270,7 +263,7 @@ class _SpelledTokens:
 
     def __init__(self, tokenizer: Tokenizer, num_ids: int) -> None:
         known = range(min(num_ids, tokenizer.max_token_id + 1))
-        self.tokens = [token_bytes(tokenizer, i) for i in known]
+        self.tokens = [tokenizer.token_bytes(i) for i in known]
         self.tokens += [b""] * (num_ids - len(self.tokens))
         self.special_token_ids = sorted(tokenizer.all_special_ids)
         self.eos_token_id = tokenizer.eos_token_ids[0]
