@@ -1,4 +1,4 @@
-"""Grey pictures of more than 8 bits become such of 8 bits, by what their file says about white.
+"""Conversion of grey images of more than 8 bits to 8 bits, by what their file says about white.
 
 White is, in this order: what a TIFF file names as its greatest value (tags 281 and 341); what its bits per sample hold,
 up to 16 of them; 65535 for the modes and formats that have 16 bits. Samples of 32 bits say nothing by their type, for
@@ -41,12 +41,12 @@ def white_of(image: Image.Image) -> int | None:
 
 
 def facts_of(image: Image.Image) -> list[int]:
-    """Return what decides, beside the samples, which picture they make: for the identity of an image."""
+    """Return the facts beside the samples that decide how an image looks, for its identity."""
     return [white_of(image) or 0, _white_is_zero(image), _is_unsigned(image)]
 
 
 def scaled(image: Image.Image) -> Image.Image:
-    """Return a loaded picture of one of ``MODES`` as 0…255, rounded; values outside are clipped.
+    """Return a loaded image of one of ``MODES`` as 0…255, rounded; values outside are clipped.
 
     The one transparent grey of a PNG file becomes an alpha channel.
     """
@@ -65,7 +65,7 @@ def scaled(image: Image.Image) -> Image.Image:
 
 
 def _white_is_zero(image: Image.Image) -> bool:
-    """Return whether a file says that 0 is white. Pillow minds that with 8 bits and fewer only."""
+    """Return True if a file says that 0 is white, which Pillow obeys for at most 8 bits."""
     tags: Any = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     return bool(tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
 
@@ -79,7 +79,7 @@ def _by_values(values: np.ndarray, is_unsigned: bool) -> tuple[np.ndarray, int]:
 
 
 def _is_unsigned(image: Image.Image) -> bool:
-    """Whether Pillow read 32 bits without a sign as if they had one."""
+    """Return True if Pillow read 32 bits without a sign as if they had one."""
     tags: Any = getattr(image, "tag_v2", None)
     return (
         image.format == "TIFF" and tags is not None and tags.get(_SAMPLE_FORMAT, (1,)) != (_SIGNED,)

@@ -1,4 +1,7 @@
-"""HEIC and HEIF photos, as iPhones take them, through pillow-heif: an extra, for its decoder has another licence."""
+"""HEIC and HEIF photos, as iPhones take them, through pillow-heif.
+
+pillow-heif is an extra because its decoder has another licence.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _AVIF = (b"avif", b"avis")
 
 
 def is_heif(data: bytes) -> bool:
-    """Whether a file says that it is a HEIF picture, and not one that Pillow reads by itself."""
+    """Return True for a HEIF image, unless it is one that Pillow reads by itself."""
     if data[4:8] != b"ftyp":
         return False
     length = min(int.from_bytes(data[:4], "big"), 256)

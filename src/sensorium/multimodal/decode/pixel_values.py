@@ -1,4 +1,4 @@
-"""Pixel values that come as floating-point numbers, in numpy arrays and torch tensors, become bytes.
+"""Conversion of floating-point pixel values, in numpy arrays and torch tensors, to bytes.
 
 The published processors take such values as 0 to 255, and so does this module. Only where no value is above 1 and some
 lie between 0 and 1 are they taken as 0 to 1. All frames of a video share one scale: a dark frame is not brightened.
@@ -19,7 +19,7 @@ WHITE = 255.0
 
 
 def is_floating(value: Any) -> bool:
-    """Return whether a value is an array or a tensor of floating-point numbers."""
+    """Return True for an array or a tensor of floating-point numbers."""
     if isinstance(value, np.ndarray):
         return bool(value.dtype.kind == "f")
     return is_tensor(value) and value.is_floating_point()

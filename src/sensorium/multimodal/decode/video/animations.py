@@ -46,7 +46,7 @@ class Animation:
 
 
 def read(data: bytes) -> Animation | None:
-    """What an animated WebP or PNG file says of itself; None for everything else, still pictures among it."""
+    """Return the facts of an animated WebP or PNG file; None for others, still images included."""
     try:
         if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X" and data[20] & 2:
             return _read_webp(data)
@@ -63,7 +63,7 @@ def decode(
     sample: Callable[[VideoFacts], np.ndarray],
     check: Callable[[int, int, int, int], None],
 ) -> Video:
-    """The sampled frames over white.
+    """Decode the sampled frames over white.
 
     ``check(num_decoded, num_sampled, height, width)`` raises MediaTooLargeError. Raises MediaUndecodableError as well.
     """
@@ -112,7 +112,7 @@ def _read_webp(data: bytes) -> Animation:
 
 
 def _read_apng(data: bytes) -> Animation | None:
-    """PNG, third edition, 11.3.6: each ``fcTL`` begins a frame; the first may come after the still picture."""
+    """PNG, third edition, 11.3.6: each ``fcTL`` begins a frame; the first may come after the still image."""
     seconds: list[float] = []
     num_before, is_animated = 0, False
     for name, start in _chunks(data, 8, ">I4s", padded=False):

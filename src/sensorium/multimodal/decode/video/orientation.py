@@ -1,4 +1,4 @@
-"""Frames as a decoder gives them, as they are to be shown: RGB over white, turned as the file says."""
+"""Conversion of decoded frames to RGB over white, in the orientation that the file asks for."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     import av
 
 BAND_PIXELS = 1 << 20
-"""Transparent frames are mixed with white in bands of about so many, lest the intermediate numbers be many."""
+"""Pixels blended per band; bounds temporary memory."""
 
 
 class Converter:
-    """Converts the frames of one clip, by one scaler that has no threads of its own.
+    """Converter of the frames of one video, by one scaler that has no threads of its own.
 
     A frame that converts itself makes a scaler with a thread per core, and keeps it.
     """
@@ -46,7 +46,7 @@ class Converter:
 
 
 def _over_white(pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) of (H, W, 4) RGBA uint8."""
+    """Blend (H, W, 4) RGBA uint8 with white into (H, W, 3)."""
     if pixels[..., 3].min() == 255:
         return np.ascontiguousarray(pixels[..., :3])
     picture = np.empty((*pixels.shape[:2], 3), np.uint8)
