@@ -40,7 +40,10 @@ KV_CACHE_GIB = 1
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A checkout, and a folder for what it compiles and logs."""
+    """A checkout, and a folder for what it compiles and logs.
+
+    A checkout that is compared with itself is compiled once.
+    """
 
     name: str
     checkout: Path
@@ -55,7 +58,7 @@ class Side:
     @property
     def environment(self) -> dict[str, str]:
         """The environment in which ``import sensorium`` finds this checkout."""
-        caches = self.scratch / f"caches-{self.name}"
+        caches = self.scratch / "caches" / "-".join(self.checkout.parts[1:])
         found = self.kind.environment(self.num_threads, KV_CACHE_GIB, caches)
         return {**found, "PYTHONPATH": str(self.checkout / "src")}
 

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ BYTES_PER_FILE = 16 << 20
 MAX_FILES = 16
 """Trace files in a folder; the oldest are removed."""
 CLOSING_SECONDS = 5.0
+_FILE_NAME = re.compile(r"trace-\d{8}-\d{6}-\d+-\d{4,}\.json")
 
 Fact = int | float | str
 
@@ -89,6 +91,15 @@ class RequestTrace:
         if self._writer is not None:
             self._writer.put(self)
 
+    def end_by(self, error: BaseException) -> None:
+        """Note the last station of a request that ``error`` ended."""
+        if isinstance(error, SensoriumError):
+            self.end("failed", code=error.code)
+        elif isinstance(error, Exception):
+            self.end("failed", code=type(error).__name__)
+        else:  # cancelled, or closed by the caller
+            self.end("aborted")
+
     def _keep(self, name: str, start: float, end: float, facts: dict[str, Fact]) -> None:
         if len(self.stations) < MAX_STATIONS:
             self.stations.append((name, start, end, facts))
@@ -133,14 +144,8 @@ def active(trace: RequestTrace | None) -> Iterator[None]:
     token = _current.set(trace)
     try:
         yield
-    except SensoriumError as error:
-        trace.end("failed", code=error.code)
-        raise
-    except Exception as error:
-        trace.end("failed", code=type(error).__name__)
-        raise
-    except BaseException:
-        trace.end("aborted")
+    except BaseException as error:
+        trace.end_by(error)
         raise
     finally:
         _current.reset(token)
@@ -254,7 +259,8 @@ class TraceWriter:
 
     def _remove_oldest(self) -> None:
         # Names begin with the time, so they sort by age.
-        for path in sorted(self._folder.glob("trace-*-*.json"))[:-MAX_FILES]:
+        own = [path for path in self._folder.iterdir() if _FILE_NAME.fullmatch(path.name)]
+        for path in sorted(own)[:-MAX_FILES]:
             path.unlink(missing_ok=True)
 
     def _end_file(self) -> None:

@@ -186,14 +186,16 @@ class Frontend:
             while not stream.finished:
                 await self._collect(client, stream, output_queue)
                 yield stream.output
-        except Exception:  # neither cancelled nor closed: it failed
+        except Exception as error:  # neither cancelled nor closed: it failed
             unfinished = "error"
+            if trace is not None:
+                trace.end_by(error)
             raise
         finally:
             if client is not None:
                 client.abort(stream.open_ids)
             if trace is not None:
-                trace.end("aborted" if unfinished == "abort" else "failed")
+                trace.end("aborted")  # unless it has ended
             if self.metrics is not None:
                 longest = requests[0].max_tokens
                 report_end(self.metrics, stream, unfinished, max_tokens=longest)
@@ -236,14 +238,16 @@ class Frontend:
                 if isinstance(update, SensoriumError):
                     raise update
                 stream.apply(update)
-        except Exception:
+        except Exception as error:
             unfinished = "error"
+            if trace is not None:
+                trace.end_by(error)
             raise
         finally:
             if client is not None:
                 client.abort([stream.engine_id])
             if trace is not None:
-                trace.end("aborted" if unfinished == "abort" else "failed")
+                trace.end("aborted")  # unless it has ended
             if self.metrics is not None:
                 report_embedding(self.metrics, stream, unfinished)
         self._num_embeddings += 1
