@@ -87,7 +87,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"pipeline"},
     ),
     "text": (
-        {"tokenizer", "backend", "control", "detokenizer", "stops", "grammar", "bad_words"},
+        {"spelling", "tokenizer", "backend", "control", "detokenizer", "stops", "grammar"},
         {"chat"},
         {"tools", "tool_calls"},
     ),
