@@ -114,6 +114,50 @@ def test_time_is_bounded(source: str) -> None:
         run(source, seconds=0.05)
 
 
+DOUBLED = (
+    "{% set ns = namespace(v=['a']) %}{% for i in range(60) %}"
+    "{% set ns.v = [ns.v, ns.v] %}{% endfor %}"
+)
+BIG = "{% set big = 'a' * 1048576 %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        DOUBLED + "{{ ns.v }}",
+        DOUBLED + "{{ ns.v | tojson }}",
+        DOUBLED + "{{ ns.v | string | length }}",
+        DOUBLED + "{{ 'x' ~ ns.v }}",
+        DOUBLED + "{{ '%s' % [ns.v] }}",
+        DOUBLED + "{{ '{}'.format(ns.v) }}",
+        DOUBLED + "{{ ns }}",
+        DOUBLED + "{% set a = ns.v %}" + DOUBLED + "{{ a == ns.v }}",
+        BIG + "{{ ([big] * 1000) | join | length }}",
+        BIG + "{{ ([big] * 1000) | select | join | length }}",
+        BIG + "{{ ''.join([big] * 1000) | length }}",
+        BIG + "{{ ''.join(([big] * 1000) | select) | length }}",
+        BIG + "{{ big.replace('a', 'b' * 1000) | length }}",
+        BIG + "{{ big | replace('a', 'b' * 1000) | length }}",
+        BIG + "{{ ('{0}' * 1000).format(big) | length }}",
+        BIG + "{% set x %}{% for i in range(9999) %}{{ big }}{% endfor %}{% endset %}",
+        BIG + "{% set x = [] %}{% for i in range(9999) %}{% set y = big ~ i %}{% endfor %}",
+        "{{ ('\t' * 10000).expandtabs(1000000) | length }}",
+        "{{ ('\n' * 10000) | indent(1000000) | length }}",
+        "{{ ([1] * 10000) | tojson(indent=1000000) | length }}",
+    ],
+)
+def test_no_single_operation_is_huge(source: str) -> None:
+    with pytest.raises(SecurityError, match=r"too long|too many"):
+        render_bounded(BoundedEnvironment().from_string(source), {}, seconds=600.0)
+
+
+def test_values_that_are_shared_or_hold_themselves() -> None:
+    assert run("{% set a = [1] %}{{ [a, a] == [a, a] }}{{ [a, a] }}") == "True[[1], [1]]"
+    assert run("{% set ns = namespace() %}{% set ns.a = [ns] %}{{ ns == ns }}") == "True"
+    assert run("{{ ['a', 'b'] | select | join('-') }}{{ '+'.join('ab' | list) }}") == "a-ba+b"
+    assert run("{{ 'a\nb' | indent(2) }}{{ 'aaa' | replace('a', 'b', 2) }}") == "a\n  bbba"
+
+
 def test_time_of_requests_is_bounded_more_tightly() -> None:
     assert REQUEST_SECONDS < MAX_SECONDS
 
