@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 T = TypeVar("T")
 
 
-# --- flags -----------------------------------------------------------------------------------------------------------
+# --- flags ----------------------------------------------------------------------------------------
 
 
 class Size(NamedTuple):
@@ -98,7 +98,7 @@ def _shown(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-# --- sides in turn ---------------------------------------------------------------------------------------------------
+# --- sides in turn --------------------------------------------------------------------------------
 
 
 def in_turn(items: Sequence[T], round_: int) -> list[T]:
@@ -177,7 +177,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     return {"count": len(values), **{part: found and getattr(found, part) for part in parts}}
 
 
-# --- rows and results ------------------------------------------------------------------------------------------------
+# --- rows and results -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

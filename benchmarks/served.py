@@ -42,7 +42,7 @@ LOST = "connection_lost"
 """In place of an error's code: the server closed the connection, or there is none."""
 
 
-# --- the server ------------------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------
 
 
 class ServedProcess:
@@ -162,7 +162,7 @@ def is_media_worker(process: psutil.Process) -> bool:
     return "sensorium.engine.prompts.media_worker" in process.cmdline()
 
 
-# --- processor time --------------------------------------------------------------------------------------------------
+# --- processor time -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def _rise(earlier: Mapping[int, float], now: Mapping[int, float]) -> float:
     return sum(seconds - earlier.get(process_id, 0.0) for process_id, seconds in now.items())
 
 
-# --- its counters ----------------------------------------------------------------------------------------------------
+# --- its counters ---------------------------------------------------------------------------------
 
 
 def read_counters(metrics: str) -> dict[str, float]:
@@ -220,7 +220,7 @@ def rises(
     return {name: after[name] - before.get(name, 0.0) if name in after else None for name in names}
 
 
-# --- requests --------------------------------------------------------------------------------------------------------
+# --- requests -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +341,7 @@ def counted(values: Iterable[object]) -> Counter[str]:
     return Counter(map(str, values))
 
 
-# --- a host of media -------------------------------------------------------------------------------------------------
+# --- a host of media ------------------------------------------------------------------------------
 
 
 class MediaHost:

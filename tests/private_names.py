@@ -60,4 +60,5 @@ def own_names() -> frozenset[str]:
                 found.add(node.attr)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 found.add(node.id)
-    return frozenset(name for name in found if name.startswith("_") and not name.endswith("__"))
+    private = {name for name in found if name.startswith("_") and not name.endswith("__")}
+    return frozenset(private - {"_replace", "_asdict"})  # public methods of named tuples

@@ -75,7 +75,7 @@ class Settings(ServerSettings):
     largest_lag: float = flag(0.01, "seconds, 99th percentile")
 
 
-# --- the server ------------------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def read_histogram(metrics: str, name: str) -> Histogram:
     raise LookupError(f"/metrics has no histogram {name!r}")
 
 
-# --- the pictures ----------------------------------------------------------------------------------------------------
+# --- the pictures ---------------------------------------------------------------------------------
 
 
 def noisy_jpeg(number: int, width: int, height: int) -> bytes:
@@ -180,7 +180,7 @@ class Bodies:
         return [self._head, base64.b64encode(comment), rest, self._tail]
 
 
-# --- the clients -----------------------------------------------------------------------------------------------------
+# --- the clients ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,7 +340,7 @@ async def probe_health(base_url: str, until: asyncio.Event) -> list[float]:
     return seconds
 
 
-# --- the measurement -------------------------------------------------------------------------------------------------
+# --- the measurement ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

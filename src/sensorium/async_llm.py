@@ -94,7 +94,7 @@ class AsyncLLM:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._open: dict[str, Callable[[], object]] = {}
-        """How each request that has not ended is aborted, on the engine's loop."""
+        """Callbacks that abort each request that has not ended, on the engine's loop."""
 
     async def __aenter__(self) -> AsyncLLM:
         await self.start()
@@ -112,7 +112,7 @@ class AsyncLLM:
         await self._started()
 
     def close(self) -> None:
-        """End the engine's process and all that prepares requests; running requests raise an error."""
+        """End the engine's process and all workers; running requests raise an error."""
         self._release()
 
     def shutdown(self) -> None:
@@ -293,7 +293,7 @@ class AsyncLLM:
 
     @property
     def _is_closed(self) -> bool:
-        """Whether it was closed, or freed because Python ends."""
+        """Return whether it was closed, or freed because Python ends."""
         return not self._release.alive
 
     async def _started(self) -> Frontend:
@@ -356,7 +356,7 @@ class AsyncLLM:
         return output
 
     def _new_number(self) -> str:
-        """An id for the engine: callers' may be anything, and those of samples are derived from it."""
+        """Return an id for the engine; callers' ids may be anything, and samples derive theirs."""
         return f"request-{next(self._numbers)}"
 
     def _name(self, given: str | None, number: str) -> str:

@@ -324,5 +324,5 @@ def located(
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun: ``1 id``, ``2 ids``; ``plural`` where an s does not make it."""
+    """Return a number with its noun: ``1 id``, ``2 ids``; ``plural`` if it is irregular."""
     return f"{number} {noun}" if number == 1 else f"{number} {plural or noun + 's'}"

@@ -1,4 +1,4 @@
-"""The offline ``LLM``: the engine runs in the caller's thread, media load in threads and processes."""
+"""The offline ``LLM``: the engine runs in the caller's thread, media load elsewhere."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Free the model and end its threads and processes. Only ``close`` may be called after it."""
+        """Free the model and end its threads and processes; nothing else may follow."""
         self._engine.close()
 
     @overload
@@ -219,7 +219,6 @@ class LLM:
             priority: As for ``generate``.
             stream: As for ``generate``.
         """
-
         self._engine.check_open()
         parse = partial(
             chat_prompt,

@@ -62,7 +62,7 @@ class RequestTrace:
     def station(
         self, name: str, start: float | None = None, end: float | None = None, **facts: Fact
     ) -> None:
-        """Note a station: a moment, or work that began at ``start``. ``end`` is now unless given."""
+        """Record a station: a moment, or work from ``start`` to ``end``, now by default."""
         if self.ended:
             return
         end = time.monotonic() if end is None else end

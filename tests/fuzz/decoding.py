@@ -114,7 +114,7 @@ class Decoder:
         return Outcome(fault=f"the decoding process {what} (status {child.returncode})")
 
 
-# --- the child -------------------------------------------------------------------------------------------------------
+# --- the child ------------------------------------------------------------------------------------
 
 
 def main() -> None:

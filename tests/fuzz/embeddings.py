@@ -147,7 +147,7 @@ def _pickle_of(data: bytes) -> bytes:
     return next(v for name, v in _members(data).items() if name.endswith("data.pkl"))
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
+# --- damage ---------------------------------------------------------------------------------------
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:

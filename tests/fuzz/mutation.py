@@ -36,7 +36,7 @@ def mutate(
     return seal(data) if seal is not None and rng.random() < 0.8 else data
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def _span(data: bytes, rng: random.Random, most: int = 64) -> tuple[int, int]:
@@ -112,7 +112,7 @@ def put_integer(data: bytes, rng: random.Random, others: Sequence[bytes]) -> byt
     return data[:at] + value.to_bytes(size, rng.choice(("little", "big"))) + data[at + size :]
 
 
-# --- structure -------------------------------------------------------------------------------------------------------
+# --- structure ------------------------------------------------------------------------------------
 
 
 def change_number(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:

@@ -160,7 +160,7 @@ class RequestMaker:
     def _text_part(self) -> dict[str, Any]:
         return {"type": self._rng.choice(("text", "input_text")), "text": self._values.text()}
 
-    # --- media -------------------------------------------------------------------------------------------------------
+    # --- media ------------------------------------------------------------------------------------
 
     def _media(self) -> dict[str, Any]:
         rng = self._rng
@@ -211,7 +211,7 @@ class RequestMaker:
         part[name] = self._values.any()
         return part
 
-    # --- bytes -------------------------------------------------------------------------------------------------------
+    # --- bytes ------------------------------------------------------------------------------------
 
     def _raw(self, path: str, data: bytes) -> Sent:
         """A body that is hardly JSON any more."""

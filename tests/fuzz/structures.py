@@ -59,7 +59,7 @@ def structure_of(data: bytes) -> Structure:
     return found
 
 
-# --- PNG -------------------------------------------------------------------------------------------------------------
+# --- PNG ------------------------------------------------------------------------------------------
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -94,7 +94,7 @@ def _seal_png(data: bytes) -> bytes:
     return bytes(whole)
 
 
-# --- JPEG, GIF, BMP, TIFF --------------------------------------------------------------------------------------------
+# --- JPEG, GIF, BMP, TIFF -------------------------------------------------------------------------
 
 
 def _walk_jpeg(data: bytes, found: Structure) -> None:
@@ -181,7 +181,7 @@ def _walk_tiff(data: bytes, found: Structure, base: int = 0) -> None:
         pointer = Number(start + 2 + 12 * entries, 4, little)
 
 
-# --- RIFF and IFF (WAV, WebP, AVI, AIFF) -----------------------------------------------------------------------------
+# --- RIFF and IFF (WAV, WebP, AVI, AIFF) ----------------------------------------------------------
 
 _LISTS = (b"RIFF", b"LIST", b"FORM", b"RF64", b"RIFX", b"ANMF")
 
@@ -209,7 +209,7 @@ def _riff_chunks(
         at = stop + (stop - at) % 2
 
 
-# --- boxes (MP4, MOV, AVIF) ------------------------------------------------------------------------------------------
+# --- boxes (MP4, MOV, AVIF) -----------------------------------------------------------------------
 
 _BOXES_OF_BOXES = frozenset(
     b"moov trak mdia minf stbl edts moof traf mvex dinf udta iprp ipco meta stsd avc1".split()
@@ -235,7 +235,7 @@ def _boxes(data: bytes, at: int, end: int, found: Structure, depth: int) -> None
         at = stop
 
 
-# --- EBML (WebM, MKV) ------------------------------------------------------------------------------------------------
+# --- EBML (WebM, MKV) -----------------------------------------------------------------------------
 
 _MASTERS = {
     int(text, 16)
@@ -278,7 +278,7 @@ def _variable(data: bytes, at: int, *, marked: bool) -> tuple[int, int]:
     return (value if marked else value & ((1 << 7 * length) - 1)), at + length
 
 
-# --- Ogg, FLAC, safetensors ------------------------------------------------------------------------------------------
+# --- Ogg, FLAC, safetensors -----------------------------------------------------------------------
 
 
 def _walk_ogg(data: bytes, found: Structure) -> None:

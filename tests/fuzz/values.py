@@ -252,7 +252,7 @@ class Values:
             value = [value] if self._rng.random() < 0.5 else {"a": value}
         return value
 
-    # --- fields, by their names --------------------------------------------------------------------------------------
+    # --- fields, by their names -------------------------------------------------------------------
 
     def _n(self) -> Any:
         return self._rng.choice((0, -1, 1, 2, 8, 16385, 10**9, 1 << 63, 1 << 70, "2", 1.0, True))

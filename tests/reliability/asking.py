@@ -228,7 +228,7 @@ def until(happened: Callable[[], Any], what: Callable[[], str] = str, seconds: f
         time.sleep(PAUSE)
 
 
-# --- parts of messages -----------------------------------------------------------------------------------------------
+# --- parts of messages ----------------------------------------------------------------------------
 
 
 def text(words: str) -> dict[str, Any]:

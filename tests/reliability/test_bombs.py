@@ -134,7 +134,7 @@ def test_rare_formats_are_not_opened(served: Service, name: str) -> None:
     assert "known format" in answer.error["message"]
 
 
-# --- clips -----------------------------------------------------------------------------------------------------------
+# --- clips ----------------------------------------------------------------------------------------
 
 
 def packed(num_frames: int) -> str:
@@ -250,7 +250,7 @@ def test_requests_do_not_set_how_much_is_allocated(served: Service, fields: dict
             assert answer.error["code"] in allowed, answer.body
 
 
-# --- sounds ----------------------------------------------------------------------------------------------------------
+# --- sounds ---------------------------------------------------------------------------------------
 
 
 def opus(seconds: int) -> bytes:

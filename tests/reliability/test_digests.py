@@ -286,7 +286,7 @@ def test_equal_objects_are_one(offline: Offline, sounds: Offline) -> None:
     assert len({identity(sounds, of("audio", source)) for source in pairs}) == 1
 
 
-# --- for all ---------------------------------------------------------------------------------------------------------
+# --- for all --------------------------------------------------------------------------------------
 
 TYPES = st.sampled_from([np.uint8, np.int8, np.uint16, np.int16, np.float32])
 SHAPES = arrays.array_shapes(min_dims=1, max_dims=4, max_side=4)

@@ -139,7 +139,7 @@ def test_good_embeddings_are_answered(anywhere: Service | Offline) -> None:
     assert anywhere.ask(part(saved(embeds()), GRID, "video"), QUESTION).status == 200
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -244,7 +244,7 @@ def test_files_that_are_no_dense_tensors(served: Service, name: str) -> None:
     assert str(answer.error["param"]).startswith("messages[0].content[0].image_embeds")
 
 
-# --- where they may be -----------------------------------------------------------------------------------------------
+# --- where they may be ----------------------------------------------------------------------------
 
 
 def test_embeddings_are_off_unless_enabled(closed: Service) -> None:

@@ -121,7 +121,7 @@ async def test_images_are_decoded_and_leave_no_thread(decoders: ProcessDecoders)
         assert process_of(prepared).num_threads() == 1
 
 
-# --- what is said when there is no room ------------------------------------------------------------------------------
+# --- what is said when there is no room -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["mp4", "webm", "av1"])
@@ -186,7 +186,7 @@ async def test_sounds_need_no_threads(form: str) -> None:
         assert len(prepared.features.arrays["decoded"]) > 5000
 
 
-# --- whole models ----------------------------------------------------------------------------------------------------
+# --- whole models ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def ask(model: Service | Offline, *content: Any, **more: Any) -> Answer:
     return model.ask(*content, QUESTION, max_tokens=6, **more)
 
 
-# --- what an id stands for -------------------------------------------------------------------------------------------
+# --- what an id stands for ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -154,7 +154,7 @@ def test_ids_may_be_any_text(anywhere: Service | Offline, uuid: str) -> None:
     assert ask(anywhere, without_data(PARTS["image"][0], uuid)).text == first
 
 
-# --- whose they are --------------------------------------------------------------------------------------------------
+# --- whose they are -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -197,7 +197,7 @@ def test_salts_separate_offline(offline: Offline) -> None:
         offline.generate(other).is_refusal(404, "media_not_cached", "prompt.multi_modal_data.image")
 
 
-# --- ``multi_modal_uuids`` -------------------------------------------------------------------------------------------
+# --- ``multi_modal_uuids`` ------------------------------------------------------------------------
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CLIP = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -293,7 +293,7 @@ def test_a_missing_id_in_a_batch_is_named(offline: Offline) -> None:
     assert "Prompt 1" in answer.error["message"]
 
 
-# --- caches that are small, or off -----------------------------------------------------------------------------------
+# --- caches that are small, or off ----------------------------------------------------------------
 
 
 def pictures_by_name(count: int) -> list[tuple[str, str]]:

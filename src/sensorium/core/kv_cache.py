@@ -102,7 +102,7 @@ class KVCacheManager:
         return True
 
     def extend(self, seq: Sequence) -> tuple[int, ...] | None:
-        """Allocate blocks for all known tokens, and return the new ones; None if too few are free."""
+        """Allocate blocks for all known tokens; return the new ones, None if too few are free."""
         num_new = self._num_blocks_for(seq) - len(seq.block_ids)
         if num_new <= 0:
             return ()
@@ -139,7 +139,7 @@ class KVCacheManager:
                 del self._promised[digest]
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Raise ``IntegrityError`` on a contradiction; ``sequences`` are all that may hold blocks."""
+        """Raise ``IntegrityError`` on a contradiction; only ``sequences`` may hold blocks."""
         sequences = list(sequences)
         self._pool.check_integrity(b for seq in sequences for b in seq.block_ids)
         self._index.check_integrity()

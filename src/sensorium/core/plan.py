@@ -15,7 +15,10 @@ NO_TOKEN_LEFT = (
 )
 """Message of a sequence for which no token could be sampled; the caller can mend that."""
 
-TOO_COMPLEX = "The constraint of structured_outputs became too complex to follow within the answer; simplify it."
+TOO_COMPLEX = (
+    "The constraint of structured_outputs became too complex to follow within the answer; "
+    "simplify it."
+)
 """Message of a sequence whose grammar reached a limit of time or size; the caller can mend that."""
 
 UNUSABLE = "The model made no usable numbers of "

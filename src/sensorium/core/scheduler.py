@@ -123,7 +123,7 @@ class Scheduler:
         return True
 
     def schedule(self) -> StepPlan:
-        """Return the plan of the next step: running sequences first, then waiting ones, in order."""
+        """Return the plan of the next step: running sequences first, then waiting ones."""
         if self._plan is not None:
             raise RuntimeError(f"plan {self._plan.step_id} has not been committed yet")
         encoder = EncodePlanner(self._encoder_cache, self.limits.encode_budget)
@@ -342,7 +342,7 @@ class Scheduler:
         self._kv_cache.open(seq)
 
     def _failures(self, result: StepResult) -> dict[int, str]:
-        """Return messages for the sequences that failed, by themselves or with one of their items."""
+        """Return messages for the sequences that failed, alone or with one of their items."""
         failed = dict(result.failed)
         for digest in result.failed_items:
             for seq_id in self._encoder_cache.holders(digest):
@@ -424,7 +424,7 @@ class Scheduler:
         )
 
     def _end(self, seq: Sequence) -> None:
-        """Remove a sequence that finished, failed or was aborted; its cached blocks can be found."""
+        """Remove a sequence that has ended; its cached blocks can still be found."""
         if seq.status is Status.RUNNING:
             self._leave(seq)
         else:
@@ -434,7 +434,7 @@ class Scheduler:
         del self._seq_ids[seq.request.request_id]
 
     def _leave(self, seq: Sequence) -> None:
-        """Remove a sequence from the running ones: release blocks and pins, drop it in the runner."""
+        """Remove a running sequence: release blocks and pins, drop it in the runner."""
         _remove(self._running, seq)
         self._kv_cache.release(seq)
         self._encoder_cache.unpin_all(seq.seq_id)

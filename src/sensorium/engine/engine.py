@@ -151,7 +151,7 @@ class Engine:
         self._stations.clear()
 
     def check_integrity(self) -> None:
-        """Raise AssertionError when bookkeeping contradicts itself; cheap enough for idle moments."""
+        """Raise AssertionError when bookkeeping contradicts itself; cheap when idle."""
         self._scheduler.check_integrity()
         if not self._scheduler.has_work and len(self._store):
             raise AssertionError(f"{len(self._store)} requests' features are held without work")

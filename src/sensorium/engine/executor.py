@@ -34,7 +34,7 @@ SMALL_DECODER = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What an engine is made of: scheduler, runner, store of features, facts, maker of matchers."""
+    """Parts of an engine: scheduler, runner, store of features, facts, maker of matchers."""
 
     scheduler: Scheduler
     runner: ModelRunner

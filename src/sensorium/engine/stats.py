@@ -77,7 +77,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """Facts that an engine found at its start; ``embed_bytes`` is the size of one item embedding."""
+    """Facts that an engine found at its start; ``embed_bytes`` is one item embedding's."""
 
     max_model_len: int
     num_kv_blocks: int

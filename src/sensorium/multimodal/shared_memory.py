@@ -1,4 +1,6 @@
-"""Arrays in files of a memory file system: written by one process, mapped by others, without a copy through a pipe.
+"""Arrays in files of a memory file system.
+
+Written by one process, mapped by others, without a copy through a pipe.
 
 A segment is a file in a folder that only this user can enter. Whoever makes it known in the
 frontend's process owns it: when the last reference to that ``SharedArrays`` is gone - the processor
@@ -43,8 +45,9 @@ class ArraySpec:
 
 
 class SharedArrays(Mapping[str, np.ndarray]):
-    """The arrays of a file by name, mapped into memory while somebody looks at one; what is written to an array stays
-    in this process. ``owned``: the file goes with this object.
+    """The arrays of a file by name, mapped into memory while somebody looks at one.
+
+    What is written to an array stays in this process. ``owned``: the file goes with this object.
 
     Raises OSError when the file is gone, ValueError when it does not hold what ``specs`` say.
     """
@@ -55,7 +58,8 @@ class SharedArrays(Mapping[str, np.ndarray]):
         check(path, self.specs)
         self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
         if owned:
-            # A child that the caller's program forks has this object too, and must not remove what is not its own.
+            # A child that the caller's program forks has this object too, and must not remove what
+            # is not its own.
             weakref.finalize(self, _remove_own, path, os.getpid())
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -67,7 +71,7 @@ class SharedArrays(Mapping[str, np.ndarray]):
 
     @property
     def is_there(self) -> bool:
-        """Whether the file still exists: somebody may have tidied up."""
+        """Return whether the file still exists: somebody may have tidied up."""
         return os.path.exists(self.path)
 
     def __iter__(self) -> Iterator[str]:
@@ -78,7 +82,10 @@ class SharedArrays(Mapping[str, np.ndarray]):
 
 
 def write(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, ArraySpec]:
-    """Write arrays into a new file. Raises OSError, and leaves none behind, when there is no room for them."""
+    """Write arrays into a new file.
+
+    Raises OSError, and leaves none behind, when there is no room for them.
+    """
     specs: dict[str, ArraySpec] = {}
     offset = 0
     for name, array in arrays.items():
@@ -102,8 +109,11 @@ def remove(path: str) -> None:
 
 
 class SharedArraysFolder:
-    """A new folder for segments, in shared memory where that is ample, else among the temporary files (which the system
-    keeps in memory as far as it can). Thread-safe."""
+    """Create a folder for shared arrays. Thread-safe.
+
+    In shared memory where that is ample, else among the temporary files, which the system keeps in
+    memory as far as it can. Thread-safe.
+    """
 
     def __init__(self) -> None:
         parent = MEMORY_FOLDER if _is_ample(MEMORY_FOLDER) else None
@@ -115,8 +125,10 @@ class SharedArraysFolder:
         self._remove = weakref.finalize(self, _remove_own_folder, self.path, os.getpid())
 
     def new_path(self) -> str:
-        """A path that no segment has had. The folder is made again when somebody has tidied it up, as systems do when a
-        user logs out."""
+        """A path that no segment has had.
+
+        The folder is made again when somebody has tidied it up, as systems do when a user logs out.
+        """
         with self._lock:
             if self._remove.alive:
                 self.path.mkdir(mode=0o700, exist_ok=True)
@@ -134,7 +146,7 @@ class SharedArraysFolder:
 
 
 def check(path: str, specs: Mapping[str, ArraySpec]) -> None:
-    """Check that a file can hold these arrays, which a process says that has decoded what strangers send.
+    """Check that a file can hold these arrays, as a worker that decodes says.
 
     Raises ValueError or TypeError when it cannot, OSError when it is not there.
     """
@@ -164,5 +176,5 @@ def _remove_own_folder(path: Path, process_id: int) -> None:
 
 
 def _is_ample(folder: Path) -> bool:
-    """Many containers have 64 MiB of shared memory, less than a few pictures of a large model take."""
+    """Return whether the folder has room; many containers have 64 MiB of shared memory."""
     return os.access(folder, os.W_OK) and shutil.disk_usage(folder).total >= _AMPLE_BYTES

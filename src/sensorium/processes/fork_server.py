@@ -1,11 +1,15 @@
-"""Processes forked from a fork server, one process that has imported what they need: both sides of it.
+"""Processes forked from a fork server, one process that has imported what they need.
 
-A fork server has one thread and does nothing but fork, kill and wait. Its parent talks to each child through a socket
-of the child's own. Children end with the fork server, which ends when its parent hangs up.
+Both sides of it.
 
-Control protocol, on a stream socket: ``SPAWN`` comes with the descriptor of the child's socket and is answered with the
-child's process id, or ``NO_CHILD``; ``WAIT`` comes with a process id and is answered with the exit code; ``KILL`` comes
-with a process id and has no answer. Numbers are 4 bytes, little-endian. ``RETIRE``: another fork server takes over.
+A fork server has one thread and does nothing but fork, kill and wait. Its parent talks to each
+child through a socket of the child's own. Children end with the fork server, which ends when its
+parent hangs up.
+
+Control protocol, on a stream socket: ``SPAWN`` comes with the descriptor of the child's socket and
+is answered with the child's process id, or ``NO_CHILD``; ``WAIT`` comes with a process id and is
+answered with the exit code; ``KILL`` comes with a process id and has no answer. Numbers are 4
+bytes, little-endian. ``RETIRE``: another fork server takes over.
 """
 
 from __future__ import annotations
@@ -37,7 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 def begin_server(descriptor: str) -> tuple[socket.socket, bytes | None]:
-    """Begin a fork server's process; return its control socket and the first message, None if the parent has gone."""
+    """Begin a fork server's process.
+
+    Return its control socket and the first message, None if the parent has gone.
+    """
     begin_child()
     control = socket.socket(fileno=int(descriptor))
     return control, receive_frame(control)
@@ -46,8 +53,8 @@ def begin_server(descriptor: str) -> tuple[socket.socket, bytes | None]:
 def serve(control: socket.socket, work: Callable[[socket.socket], int]) -> bool:
     """Fork, kill and wait for children until the parent hangs up, then kill those that are left.
 
-    ``work`` runs in a child with the child's socket and returns the exit code. Call this in a process with one thread.
-    Returns False when another fork server takes over.
+    ``work`` runs in a child with the child's socket and returns the exit code. Call this in a
+    process with one thread. Returns False when another fork server takes over.
     """
     gc.collect()
     gc.freeze()  # pages of objects that nobody changes stay shared with the children
@@ -86,7 +93,10 @@ def serve(control: socket.socket, work: Callable[[socket.socket], int]) -> bool:
 
 
 def _fork(control: socket.socket, descriptor: int, work: Callable[[socket.socket], int]) -> int:
-    """Fork a child that works with the socket ``descriptor``; return its process id or ``NO_CHILD``."""
+    """Fork a child that works with the socket ``descriptor``.
+
+    Return its process id or ``NO_CHILD``.
+    """
     parent = os.getpid()
     with socket.socket(fileno=descriptor) as connection:
         try:
@@ -120,7 +130,10 @@ class ForkServerCommand:
 
 
 class _Running:
-    """The process of a fork server, and the control socket to it. Raises OSError when it cannot start."""
+    """The process of a fork server, and the control socket to it.
+
+    Raises OSError when it cannot start.
+    """
 
     def __init__(self, command: ForkServerCommand, answer_seconds: float) -> None:
         self._asking = threading.Lock()
@@ -142,7 +155,10 @@ class _Running:
             send_frame(self.control, command.message)
 
     def ask(self, question: bytes, descriptors: Sequence[int] = ()) -> int:
-        """Return the answer to a question. Raises OSError when there is none; the process ends then."""
+        """Return the answer to a question.
+
+        Raises OSError when there is none; the process ends then.
+        """
         with self._asking:
             try:
                 socket.send_fds(self.control, [question], descriptors)
@@ -189,7 +205,10 @@ class Child:
             self._server.control.send(KILL + _encoded(self.process_id), socket.MSG_DONTWAIT)
 
     def wait(self) -> int | None:
-        """Wait for a process that is about to end; return its exit code, None when the fork server has ended."""
+        """Wait for a process that is about to end.
+
+        Return its exit code, None when the fork server has ended.
+        """
         try:
             return self._server.ask(WAIT + _encoded(self.process_id))
         except OSError:
@@ -203,10 +222,13 @@ class Child:
 
 
 class ForkServer:
-    """A fork server, started when its first child is wanted and again when it has died. Thread-safe.
+    """A fork server, started when its first child is wanted and again when it has died.
 
-    ``name``: what its children are, for the log. ``refusal``: the message of the error when there can be none.
-    ``answer_seconds``: how long an answer may take, the start of the fork server included.
+    Thread-safe.
+
+    ``name``: what its children are, for the log. ``refusal``: the message of the error when there
+    can be none. ``answer_seconds``: how long an answer may take, the start of the fork server
+    included.
     """
 
     def __init__(

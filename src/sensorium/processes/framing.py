@@ -18,7 +18,10 @@ def send_frame(to: socket.socket, message: bytes, payload: bytes = b"") -> None:
 
 
 def receive_frame(source: socket.socket, most: int = MAX_FRAME_BYTES) -> bytes | None:
-    """The next message; None when the other side has closed. Raises OSError for one of more than ``most`` bytes."""
+    """The next message; None when the other side has closed.
+
+    Raises OSError for one of more than ``most`` bytes.
+    """
     head = receive_bytes(source, 4)
     if head is None:
         return None
@@ -29,8 +32,10 @@ def receive_frame(source: socket.socket, most: int = MAX_FRAME_BYTES) -> bytes |
 
 
 def receive_bytes(source: socket.socket, num_bytes: int) -> bytes | None:
-    """Exactly so many bytes; None when the other side closes before they have come. The socket's timeout is one for all
-    of them: raises TimeoutError."""
+    """Exactly so many bytes; None when the other side closes before they have come.
+
+    The socket's timeout is one for all of them: raises TimeoutError.
+    """
     seconds = source.gettimeout()
     deadline = None if seconds is None else time.monotonic() + seconds
     data = bytearray(num_bytes)

@@ -23,10 +23,11 @@ def lower(kind: int, most: int) -> None:
 
 
 def limit_memory(num_bytes: int) -> None:
-    """Let this process have no more than ``num_bytes`` of memory of its own beyond what it has, and dump no core.
+    """Limit this process to ``num_bytes`` more memory than it has, and to no core dump.
 
-    Private memory that can be written to counts (the heap, anonymous mappings), addresses that are only reserved do
-    not. The stacks of threads that start from now on, which count whole, become small: ``STACK_BYTES``.
+    Private memory that can be written to counts (the heap, anonymous mappings), addresses that are
+    only reserved do not. The stacks of threads that start from now on, which count whole, become
+    small: ``STACK_BYTES``.
     """
     with open("/proc/self/status", encoding="ascii") as file:
         kib = next(line.split()[1] for line in file if line.startswith("VmData:"))
@@ -36,7 +37,10 @@ def limit_memory(num_bytes: int) -> None:
 
 
 def _shrink_stacks() -> None:
-    """Set the size of the stacks of threads for which a library asks for no other; where that cannot be, they stay."""
+    """Set the size of the stacks of threads for which a library asks for no other.
+
+    Where that cannot be, they stay.
+    """
     attributes = ctypes.create_string_buffer(_ATTRIBUTES_BYTES)
     with contextlib.suppress(AttributeError):  # another C library than glibc and musl
         _LIBC.pthread_attr_init(attributes)
@@ -45,7 +49,7 @@ def _shrink_stacks() -> None:
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that are available on this host, or to its control group where that has less."""
+    """Return the bytes of memory that this host or its control group has available."""
     import psutil
 
     available = int(psutil.virtual_memory().available)

@@ -23,7 +23,7 @@ _ENDED_ITSELF = 0
 
 
 def python_module(name: str, *arguments: str) -> tuple[str, ...]:
-    """Return the command that runs a module of this package, whatever lies in the working folder."""
+    """Return the command that runs a module of this package from any working folder."""
     return (sys.executable, "-P", "-m", name, *arguments)
 
 
@@ -43,8 +43,8 @@ def child_environment(*, one_thread: bool = False) -> dict[str, str]:
 def interrupts_held() -> Iterator[None]:
     """Block Ctrl-C for the processes that are started in this context.
 
-    A terminal interrupts the whole process group, and Python ends a process with a traceback that has not come to
-    ``begin_child`` yet. The mask of signals is inherited, and stays.
+    A terminal interrupts the whole process group, and Python ends a process with a traceback that
+    has not come to ``begin_child`` yet. The mask of signals is inherited, and stays.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -54,10 +54,12 @@ def interrupts_held() -> Iterator[None]:
 
 
 def begin_child() -> None:
-    """Begin a process that another one of this program has started: it ignores signals of its group, and logs.
+    """Begin a process that another one of this program has started.
 
-    A terminal interrupts the whole process group, and a supervisor terminates all processes of a service. The process
-    in front decides when to stop, and lets running requests finish.
+    It ignores signals of its group, and logs.
+
+    A terminal interrupts the whole process group, and a supervisor terminates all processes of a
+    service. The process in front decides when to stop, and lets running requests finish.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -69,15 +71,20 @@ def begin_child() -> None:
 
 
 def end_with(parent_id: int) -> None:
-    """Let the kernel end this process, just forked, when its parent ends; at once if that is so already."""
+    """Let the kernel end this process, just forked, when its parent ends.
+
+    At once if that is so already.
+    """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_id:
         os._exit(_ENDED_ITSELF)
 
 
 def silence_libraries() -> TextIO:
-    """Discard what this process writes to its standard output and error; return the error stream from before, for the
-    log."""
+    """Discard what this process writes to its standard output and error.
+
+    Return the error stream from before, for the log.
+    """
     log = os.fdopen(os.dup(2), "w", buffering=1)
     nothing = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):

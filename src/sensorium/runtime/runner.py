@@ -212,7 +212,7 @@ def _unsound(pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.T
 
 
 def _follows(slot: Slot, sample: TokenSample | None) -> bool:
-    """Advance the grammar of a slot by a token; return False when it fails, and the sequence too."""
+    """Advance the grammar of a slot by a token; return False when the sequence fails."""
     grammar = slot.grammar
     if grammar is None or sample is None:
         return grammar is None or grammar.error is None

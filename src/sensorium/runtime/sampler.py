@@ -21,10 +21,10 @@ from sensorium.runtime.slots import Slot
 from sensorium.text.grammar.grammar import GrammarMatcher
 
 FIRST_CANDIDATES = 256
-"""How many of the most likely tokens are sorted at first for top-p; more when they do not hold
+"""Number of the most likely tokens that are sorted at first for top-p; more when they do not hold
 enough mass."""
 MORE_CANDIDATES = 8
-"""How many times as many are sorted then."""
+"""Factor by which more are sorted then."""
 SUMMED_AT_ONCE = 1024
 
 _MASK64 = (1 << 64) - 1
@@ -77,7 +77,7 @@ def sample(
 
 
 def is_plain(slot: Slot) -> bool:
-    """Return True if the next token is the argmax of the model's logits and nothing else is asked."""
+    """Return True if the next token is the plain argmax of the model's logits."""
     params = slot.request.params
     return params.greedy and params.logprobs is None and not _needs_processing(slot)
 
@@ -85,7 +85,7 @@ def is_plain(slot: Slot) -> bool:
 def token_samples(
     tokens: Sequence[int], usable: Sequence[bool], slots: Sequence[Slot]
 ) -> tuple[dict[int, TokenSample], dict[int, str]]:
-    """Return samples of rows with a usable distribution, messages for the others, by sequence id."""
+    """Return samples of usable rows and messages for the others, by sequence id."""
     samples: dict[int, TokenSample] = {}
     failed: dict[int, str] = {}
     for token, good, slot in zip(tokens, usable, slots, strict=True):

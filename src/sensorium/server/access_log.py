@@ -27,9 +27,12 @@ _BODIES = (
     *(StreamOptions, ResponseFormat, JsonSchema),
 )
 _PARTS = """
-    role content type text image_url input_image image_embeds image_pil video video_url audio_url input_audio
-    audio_embeds video_embeds url detail data format uuid refusal tool_calls tool_call_id id function name arguments
-    parameters strict schema json regex choice grammar json_object whitespace image audio num_frames fps file
+    role content type text image_url input_image image_embeds image_pil video video_url
+    audio_url input_audio
+    audio_embeds video_embeds url detail data format uuid refusal tool_calls tool_call_id
+    id function name arguments
+    parameters strict schema json regex choice grammar json_object whitespace image audio num_frames
+    fps file
 """.split()
 _KNOWN = {*FIELD_RULES, *_PARTS, *(name for body in _BODIES for name in body.model_fields)}
 _STEP = re.compile(r"([A-Za-z_]\w*)((?:\[\d+\])*)", re.ASCII)

@@ -1,4 +1,4 @@
-"""How the tokenizers of the ``tokenizers`` library are called."""
+"""Calls of the ``tokenizers`` library."""
 
 from __future__ import annotations
 

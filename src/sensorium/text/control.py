@@ -1,12 +1,12 @@
-"""Control tokens: the spellings that act in a prompt (``<|im_start|>``, ``<image>``), and how to
-keep those that users type from acting.
+"""Control tokens, and how to keep those that users type from acting.
 
 Two devices work together. A *mark* is one private-use character that occurs in none of the texts
 of a request; put into a typed spelling it breaks the spelling until the template has run. An
 *alias* is a secret name: a twin of the tokenizer knows each control token only by its alias, so
 that in its eyes a typed ``<|im_start|>`` is ordinary text, whereas the ones that the template
 wrote are replaced by aliases before encoding. One call encodes the whole prompt, therefore spaces
-and merges around the tokens come out as in the original tokenizer."""
+and merges around the tokens come out as in the original tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ _MARKS = re.compile(f"[{chr(_FIRST_MARK)}-{_BORDER}]")
 
 @dataclass(frozen=True, slots=True)
 class ControlTokens:
-    """The spellings that act: all special tokens, and added tokens other than white space and
-    plain markup."""
+    """Spellings that act in a prompt, such as ``<|im_start|>`` and ``<image>``.
+
+    All special tokens, and added tokens other than white space and plain markup.
+    """
 
     spellings: tuple[str, ...]
     pattern: re.Pattern[str]
@@ -55,8 +57,10 @@ class ControlTokens:
 
     @classmethod
     def of(cls, added: Iterable[Any], extra: Iterable[str] = ()) -> ControlTokens:
-        """``added``: the library's AddedToken objects. ``extra``: spellings that act for other
-        reasons."""
+        """``added``: the library's AddedToken objects.
+
+        ``extra``: spellings that act for other reasons.
+        """
         texts = {t.content for t in added if t.special or not _is_text(t.content)} | set(extra)
         return cls.from_texts(text for text in texts if text)
 
@@ -80,12 +84,14 @@ class ControlTokens:
         return ControlTokens.from_texts({*self.spellings, *more}) if more else self
 
     def occurs(self, text: str) -> bool:
-        """Whether one of the spellings is in ``text``."""
+        """Return whether one of the spellings is in ``text``."""
         return self.pattern.search(text) is not None
 
     def cut(self, text: str, knife: str) -> str:
-        """``text`` with ``knife`` after the first character of every spelling, also of those that
-        overlap."""
+        """Return ``text`` with ``knife`` after the first character of every spelling.
+
+        Also of those that overlap.
+        """
         pieces = []
         pos = 0
         while found := self.pattern.search(text, pos):
@@ -95,12 +101,14 @@ class ControlTokens:
         return "".join([*pieces, text[pos:]])
 
     def protect(self, text: str, mark: str, *, whole_only: bool = False) -> str:
-        """``text`` with ``mark`` put in so that no control token can arise from it, alone or with
-        its neighbours.
+        """Return ``text`` with ``mark`` put in so that no control token can arise.
+
+        Neither alone nor with its neighbours.
 
         ``whole_only`` looks at complete spellings only and leaves the borders alone: for texts
         that a template compares. Raises InvalidRequestError for a control token of one character,
-        which cannot be broken."""
+        which cannot be broken.
+        """
         if self.occurs(text):
             for found in self.pattern.finditer(text):
                 if len(found[0]) == 1:
@@ -178,11 +186,13 @@ class InertEncoder:
         return self.encode_pieces([(text, False)])
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
-        """Ids of the joined pieces ``(text, acts)``: a piece that acts is a control token, the
-        others are plain text.
+        """Ids of the joined pieces ``(text, acts)``.
+
+        A piece that acts is a control token, the others are plain text.
 
         Raises InvalidRequestError for text that is not valid Unicode, and for text that the
-        tokenizer turns into a control token whatever one does."""
+        tokenizer turns into a control token whatever one does.
+        """
         pieces = list(pieces)
         ids = self._encode("".join(self._acting(t) if acts else t for t, acts in pieces))
         if ids is None:  # the base vocabulary itself spells a control token: cut such words apart
@@ -194,7 +204,10 @@ class InertEncoder:
         return ids
 
     def _acting(self, text: str) -> str:
-        """A piece that acts with its control tokens under their secret names; a placeholder may consist of several."""
+        """A piece that acts with its control tokens under their secret names.
+
+        A placeholder may consist of several.
+        """
         if text in self._alias:
             return self._alias[text]
         return self._alias_pattern.sub(lambda found: self._alias[found[0]], text)
@@ -213,8 +226,10 @@ class InertEncoder:
 
 
 def _fix_ids(vocab: Any, real_ids: dict[str, int], new_names: list[str]) -> None:
-    """Give the new names ids of their own, above all others; kept names keep theirs. A list has no
-    holes, so the library numbers them right by itself."""
+    """Give the new names ids of their own, above all others; kept names keep theirs.
+
+    A list has no holes, so the library numbers them right by itself.
+    """
     if not isinstance(vocab, dict):
         return
     for name, token_id in real_ids.items():
@@ -232,8 +247,10 @@ def _from_layout(layout: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _either(texts: Iterable[str]) -> str:
-    """A regular expression for the longest of ``texts`` that fits, as a tree of their common
-    beginnings: its cost does not grow with their number."""
+    """Return a regular expression for the longest of ``texts`` that fits.
+
+    Its cost does not grow with their number.
+    """
     groups: dict[str, list[str]] = {}
     for text in texts:
         groups.setdefault(text[:1], []).append(text)
@@ -253,6 +270,6 @@ def _common_start(one: str, other: str) -> str:
 
 
 def _is_text(content: str) -> bool:
-    """Whether a non-special added token is mere text: white space or a plain markup tag."""
+    """Return whether a non-special added token is mere text: white space or a plain markup tag."""
     tag = _TAG.fullmatch(content)
     return not content.strip(" \t\r\n▁") or (tag is not None and tag[1] in _MARKUP)

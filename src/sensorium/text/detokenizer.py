@@ -1,13 +1,15 @@
 """Incremental detokenizing: token ids to text while they come, without broken characters.
 
-Three ways, by the kind of the tokenizer's decoder. Byte-level and byte-fallback vocabularies are streams of bytes: a
-UTF-8 decoder holds back what is incomplete. For all others a window of the last tokens is decoded twice, with and
-without the new one, and the difference is emitted. Each costs constant time per token.
+Three ways, by the kind of the tokenizer's decoder. Byte-level and byte-fallback vocabularies are
+streams of bytes: a UTF-8 decoder holds back what is incomplete. For all others a window of the last
+tokens is decoded twice, with and without the new one, and the difference is emitted. Each costs
+constant time per token.
 
 What comes out joined equals ``Tokenizer.decode`` of all ids, with one exception: where
 byte-fallback tokens do not form UTF-8, the library replaces every byte of the whole run, even of
 characters that were complete, whereas here only the broken bytes become U+FFFD; text that was sent
-cannot be taken back."""
+cannot be taken back.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class Detokenizer:
     ``continues``: the sequence continues a prompt, so a leading space that the vocabulary writes
     at the beginning of a word is kept; otherwise it is dropped as ``decode`` drops it.
     ``spaces_between_special_tokens=False`` writes adjacent added tokens without the spaces that
-    some decoders put between them."""
+    some decoders put between them.
+    """
 
     def __init__(
         self,
@@ -115,7 +118,10 @@ class _ByteFallback:
 
 
 class _Window:
-    """Stream of any other vocabulary: the difference that a token makes to the decoded text of a few before it."""
+    """Stream of any other vocabulary.
+
+    The difference that a token makes to the decoded text of a few before it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, continues: bool) -> None:
         self._decode = tokenizer.backend.decode

@@ -1,7 +1,8 @@
-"""How the vocabulary of a tokenizer spells text, as its decoder says.
+"""Spelling of text in the vocabulary of a tokenizer, as its decoder defines it.
 
-Byte-level vocabularies (GPT-2, Qwen, Llama 3) have a character for each byte. Byte-fallback ones (Llama 2, Mistral,
-Phi-3) write ``▁`` for a space and ``<0xE2>`` for a byte of a character that has no token.
+Byte-level vocabularies (GPT-2, Qwen, Llama 3) have a character for each byte. Byte-fallback ones
+(Llama 2, Mistral, Phi-3) write ``▁`` for a space and ``<0xE2>`` for a byte of a character that has
+no token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Return GPT-2's printable character for each byte: itself where it is printable, else one from U+0100 on."""
+    """Return GPT-2's printable character for each byte.
+
+    Itself where it is printable, else one from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     table = {chr(byte): byte for byte in printable}
@@ -29,7 +33,10 @@ _BYTES = _byte_alphabet()
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """The kind of a tokenizer's decoder; of a byte-fallback one its space, and if it strips a leading one."""
+    """The kind of a tokenizer's decoder.
+
+    Of a byte-fallback one its space, and if it strips a leading one.
+    """
 
     kind: Literal["byte_level", "byte_fallback", "other"]
     space: str = "▁"
@@ -67,7 +74,9 @@ def byte_of(token: str) -> bytes | None:
 
 
 def _byte_fallback(layout: dict[str, Any]) -> Spelling | None:
-    """Return the spelling of Llama's decoder: replace, byte fallback, fuse and perhaps strip one space at the left.
+    """Return the spelling of Llama's decoder.
+
+    Replace, byte fallback, fuse and perhaps strip one space at the left.
 
     None for other decoders.
     """

@@ -7,21 +7,25 @@ from typing import NamedTuple
 
 
 class StopResult(NamedTuple):
-    """What a piece of text released: text that may be sent, and the stop string that ended the
-    generation, if any."""
+    """Text that a piece released.
+
+    Text that may be sent, and the stop string that ended the generation, if any.
+    """
 
     text: str
     stop: str | None
 
 
 class StopChecker:
-    """Finds the first stop string in a text that comes in pieces, and holds back what may become
-    one.
+    """Search for the first stop string in a text that comes in pieces.
+
+    Holds back what may become one.
 
     The stop string that is complete first wins; of several that end at the same character, the
     longest. The outcome does not depend on how the text is cut into pieces. Nothing from the stop
     string on is released, unless ``include_stop_str`` asks for the string itself. Costs constant
-    time per character and stop string (Knuth, Morris and Pratt 1977)."""
+    time per character and stop string (Knuth, Morris and Pratt 1977).
+    """
 
     def __init__(self, stop: Sequence[str], include_stop_str: bool = False) -> None:
         self._stops = sorted(set(stop), key=len, reverse=True)
@@ -35,7 +39,8 @@ class StopChecker:
         """Add text. After a stop string was found, all further text is dropped.
 
         ``may_stop=False``: the generation may not end yet (``min_tokens``), so this text is
-        released as it is, and no stop string begins in it."""
+        released as it is, and no stop string begins in it.
+        """
         if self._stopped:
             return StopResult("", None)
         if not self._stops or not may_stop:
@@ -54,7 +59,7 @@ class StopChecker:
         return StopResult(seen[:safe], None)
 
     def flush(self) -> str:
-        """What was held back, when the text has ended without a stop string."""
+        """Return the text held back, when the text has ended without a stop string."""
         held, self._held = self._held, ""
         self._matched = [0] * len(self._stops)
         return held

@@ -1,4 +1,7 @@
-"""Tokenizers of model folders, on the ``tokenizers`` library alone: starting does not import ``transformers``."""
+"""Tokenizers of model folders, on the ``tokenizers`` library alone.
+
+Starting does not import ``transformers``.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from sensorium.text.control import ControlTokens, InertEncoder
 from sensorium.text.spelling import Spelling
 
 ApplyTemplate = Callable[..., str]
-"""Function that renders a conversation, with the options of ``Tokenizer.apply_chat_template`` as keywords."""
+"""Function that renders a conversation, with the options of ``Tokenizer.apply_chat_template`` as
+keywords."""
 
 
 class Tokenizer:
@@ -27,7 +31,8 @@ class Tokenizer:
     ``eos_token_ids`` are all ids that end a generation: the tokenizer's own and those of
     ``generation_config.json`` and ``config.json``. These, the tokens that begin and pad a text and
     ``control_ids`` act in a prompt, whether or not the files call them special; ``</s>`` does where
-    ``<s>`` does."""
+    ``<s>`` does.
+    """
 
     def __init__(
         self,
@@ -72,7 +77,8 @@ class Tokenizer:
 
         ``tokenizer.json`` is the truth where there is one; otherwise ``transformers`` converts
         what the folder has. ``eos_token_ids`` are added to those that the files name. Raises
-        ConfigError when there is no usable tokenizer."""
+        ConfigError when there is no usable tokenizer.
+        """
         folder = Path(folder)
         file = folder / "tokenizer.json"
         if file.is_file():
@@ -111,7 +117,8 @@ class Tokenizer:
 
         ``add_special_tokens`` puts what the tokenizer prescribes around it (a BOS for Llama). With
         ``allow_special=False`` special and added tokens that are spelled out in the text are
-        encoded as plain text. Raises InvalidRequestError when the text is not valid Unicode."""
+        encoded as plain text. Raises InvalidRequestError when the text is not valid Unicode.
+        """
         if not allow_special and self.control.occurs(text):
             ids = self.inert.encode_plain(text)
             return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
@@ -136,9 +143,9 @@ class Tokenizer:
     ) -> str | list[int]:
         """Return the prompt of a conversation: its ids or, without ``tokenize``, its text.
 
-        As the tokenizers of ``transformers`` do, with the template that the model was loaded with: special tokens that
-        the messages spell act when the prompt is tokenized, and parts of media become placeholders. Raises
-        InvalidRequestError.
+        As the tokenizers of ``transformers`` do, with the template that the model was loaded with:
+        special tokens that the messages spell act when the prompt is tokenized, and parts of media
+        become placeholders. Raises InvalidRequestError.
         """
         if self.template is None:
             raise InvalidRequestError("This tokenizer was not loaded with a model's chat template.")
@@ -164,7 +171,10 @@ class Tokenizer:
             return self._inert
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """Return the text of ``token_ids``. Raises InvalidRequestError for an id outside the vocabulary."""
+        """Return the text of ``token_ids``.
+
+        Raises InvalidRequestError for an id outside the vocabulary.
+        """
         self.check_ids(token_ids)
         return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
@@ -192,7 +202,8 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that a token stands for in the middle of a text.
 
-        Empty for an id without a token, as those that pad a model's vocabulary beyond its tokenizer's.
+        Empty for an id without a token, as those that pad a model's vocabulary beyond its
+        tokenizer's.
         """
         if token_id > self.max_token_id:
             return b""
@@ -200,10 +211,12 @@ class Tokenizer:
         return token.encode() if self.is_added(token_id) else self.spelling.to_bytes(token)
 
     def bad_words_token_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Return the id sequences of words that must not be generated: at the start of a text, and after a space.
+        """Return the id sequences of words that must not be generated.
 
-        The second form counts where it is as long as the first and begins with another token; else it would forbid the
-        bare space. Raises InvalidRequestError for a word that has no tokens.
+        At the start of a text, and after a space.
+
+        The second form counts where it is as long as the first and begins with another token; else
+        it would forbid the bare space. Raises InvalidRequestError for a word that has no tokens.
         """
         sequences: dict[tuple[int, ...], None] = {}
         for i, word in enumerate(words):
@@ -228,11 +241,17 @@ class Tokenizer:
         return token_id in self.all_special_ids
 
     def is_added(self, token_id: int) -> bool:
-        """Return True for a token on top of the base vocabulary: special ones, and others such as ``<tool_call>``."""
+        """Return True for a token on top of the base vocabulary.
+
+        Special ones, and others such as ``<tool_call>``.
+        """
         return token_id in self._added
 
     def _acting(self, named: Sequence[int | None]) -> set[str]:
-        """Return the texts of the tokens ``named``, and of those that end what special tokens begin."""
+        """Return the texts of the tokens ``named``.
+
+        And of those that end what special tokens begin.
+        """
         texts = {token.content for token in self._added.values()}
         acting = {self._added[i].content for i in named if i in self._added}
         special = {token.content for token in self._added.values() if token.special}
@@ -263,7 +282,10 @@ def not_text(text: object) -> InvalidRequestError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty one without the file. Raises ConfigError for a malformed one."""
+    """Return the object in a JSON file, or an empty one without the file.
+
+    Raises ConfigError for a malformed one.
+    """
     if not path.is_file():
         return {}
     try:
@@ -278,7 +300,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def _converted(
     folder: Path, trust_remote_code: bool
 ) -> tuple[tokenizers.Tokenizer, Mapping[str, Any]]:
-    """Convert a tokenizer without ``tokenizer.json`` by ``transformers``; return it and its named tokens."""
+    """Convert a tokenizer without ``tokenizer.json`` by ``transformers``.
+
+    Return it and its named tokens.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -307,7 +332,9 @@ def _named(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _complete(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Add the tokens that the configuration names and ``tokenizer.json`` lacks, in the order of their ids.
+    """Add the tokens that the configuration names and ``tokenizer.json`` lacks.
+
+    In the order of their ids.
 
     Named tokens become special, as in ``transformers``.
     """
@@ -360,7 +387,10 @@ def _counterpart(text: str) -> str:
 
 
 def _ids(config: Mapping[str, Any], field: str) -> tuple[int, ...]:
-    """Return the token ids in a field of a configuration, a number or a list, also within ``text_config``."""
+    """Return the token ids in a field of a configuration: a number or a list.
+
+    Also within ``text_config``.
+    """
     found: list[int] = []
     for holder in (config, config.get("text_config") or {}):
         value = holder.get(field)

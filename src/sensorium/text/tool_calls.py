@@ -1,7 +1,7 @@
 """Reading calls of tools out of what a model writes, while it writes.
 
-Calls are found by their JSON, never by a closing tag, which may stand in an argument. Nothing is evaluated: it is JSON
-or it is text.
+Calls are found by their JSON, never by a closing tag, which may stand in an argument. Nothing is
+evaluated: it is JSON or it is text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ARGS = "[ARGS]"
 _BETWEEN = (";", ",", "")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{0,64}")
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-"""What a tool can be called."""
+"""Pattern of tools' names."""
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BARE = re.compile(r"\[?\s*\{\s*\"(name|type|function|parameters|arguments|id)\"\s*:")
@@ -35,7 +35,8 @@ def _no_number(text: str) -> None:
 
 
 _JSON = json.JSONDecoder(parse_int=float, parse_constant=_no_number)
-"""Reads the JSON of calls, strictly; numbers, which may have any number of digits, are not looked at."""
+"""Reads the JSON of calls, strictly; numbers, which may have any number of digits, are not
+looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,10 @@ class ContentDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of call ``index``: ``id`` and ``name`` come once, at its beginning; ``arguments``
-    are JSON text to append."""
+    """A piece of call ``index``: ``id`` and ``name`` come once, at its beginning.
+
+    ``arguments`` are JSON text to append.
+    """
 
     index: int
     arguments: str
@@ -63,7 +66,7 @@ class ToolCallReader(Protocol):
     """Turns generated text into deltas."""
 
     def feed(self, text: str) -> list[Delta]:
-        """What new text completes."""
+        """Return the calls and text that new text completes."""
         ...
 
     def flush(self) -> list[Delta]:
@@ -95,7 +98,10 @@ class JsonValue:
             self.depth -= 1
 
     def end_in(self, text: str) -> int | None:
-        """Where in ``text``, which goes on with what was seen, the value ends; None when it does not."""
+        """Return where in ``text``, the continuation of what was seen, the value ends.
+
+        None when it does not.
+        """
         for pos, char in enumerate(text):
             self.step(char)
             if self.depth <= 0:
@@ -104,14 +110,15 @@ class JsonValue:
 
 
 class ToolCallParser:
-    """Calls amid text, as models were trained to write them: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``
-    (Hermes, Qwen), ``<|python_tag|>{"name": …, "parameters": {…}}`` (Llama 3), ``[TOOL_CALLS] [{…}, …]`` and
-    ``[TOOL_CALLS]name{…}`` (Mistral).
+    """Calls amid text, as models were trained to write them: ``<tool_call>{"name": …, "arguments".
 
-    The tags of the last two are special tokens, which texts are without: at the beginning of an answer and after a
-    call, their JSON alone is a call when it names one of ``names`` and has arguments. A call is reported when it is
-    complete. What looks like one but is no such JSON is given back as text. White space alone before, between and
-    after calls is dropped.
+    {…}}</tool_call>`` (Hermes, Qwen), ``<|python_tag|>{"name": …, "parameters": {…}}`` (Llama 3),
+    ``[TOOL_CALLS] [{…}, …]`` and ``[TOOL_CALLS]name{…}`` (Mistral).
+
+    The tags of the last two are special tokens, which texts are without: at the beginning of an
+    answer and after a call, their JSON alone is a call when it names one of ``names`` and has
+    arguments. A call is reported when it is complete. What looks like one but is no such JSON is
+    given back as text. White space alone before, between and after calls is dropped.
     """
 
     def __init__(self, names: Iterable[str] = ()) -> None:
@@ -131,7 +138,7 @@ class ToolCallParser:
         self._blank = ""
 
     def feed(self, text: str) -> list[Delta]:
-        """What new text completes."""
+        """Return the calls and text that new text completes."""
         out: list[Delta] = []
         for start in range(
             0, len(text), _PIECE_CHARS
@@ -231,13 +238,16 @@ class ToolCallParser:
         return True
 
     def _may_be_call(self, piece: str) -> bool:
-        """Whether JSON without a tag begins like a call, so that other JSON need not wait for its end."""
+        """Return whether JSON without a tag begins like a call.
+
+        Other JSON need not wait for its end.
+        """
         if ":" not in piece and len(self._pieces) < _BARE_CHARS:
             return True
         return bool(_BARE.match("".join(self._pieces[:_BARE_CHARS])))
 
     def _reject(self, out: list[Delta]) -> None:
-        """What was taken for a call is text."""
+        """Treat as text what was taken for a call."""
         self._value, self._opener = None, None
         self._text(self._lead + "".join(self._pieces), out)
 
@@ -282,8 +292,10 @@ class NamedCallReader:
 
 
 class CallListReader:
-    """The text is a JSON list of ``{"name", "parameters"}`` (``tool_choice`` is ``required``); each call is reported
-    when it is complete. Half a call is none, and never content."""
+    """The text is a JSON list of ``{"name", "parameters"}`` (``tool_choice`` is ``required``).
+
+    Each call is reported when it is complete. Half a call is none, and never content.
+    """
 
     def __init__(self) -> None:
         self._call: list[str] = []  # in pieces: text that grows by characters is copied each time
@@ -316,11 +328,13 @@ def new_call_id() -> str:
 
 
 def _calls(body: str, name: str | None, *, is_bare: bool = False) -> list[tuple[str, str]]:
-    """Names and arguments of the calls in a JSON value; none when it is no call, or not all of it. ``is_bare``: nothing
-    else says that it is one, and an answer may have a member ``name``, too.
+    """Names and arguments of the calls in a JSON value; none when it is no call, or not all of it.
 
-    Arguments are the very text that was written, for it may hold what no value of Python's can be written back as:
-    halves of surrogate pairs, numbers beyond a float's range."""
+    ``is_bare``: nothing else says that it is one, and an answer may have a member ``name``, too.
+
+    Arguments are the very text that was written, for it may hold what no value of Python's can be
+    written back as: halves of surrogate pairs, numbers beyond a float's range.
+    """
     try:
         value = _JSON.decode(body)
         if name is not None:
@@ -333,7 +347,10 @@ def _calls(body: str, name: str | None, *, is_bare: bool = False) -> list[tuple[
 
 
 def _call(text: str, is_bare: bool) -> tuple[str, str] | None:
-    """Name and arguments of the call that valid JSON is, or holds as ``function``; None for other JSON."""
+    """Name and arguments of the call that valid JSON is, or holds as ``function``.
+
+    None for other JSON.
+    """
     members = _members(text)
     inner = members.get("function", "")
     if inner.startswith("{"):
@@ -352,7 +369,10 @@ def _call(text: str, is_bare: bool) -> tuple[str, str] | None:
 
 
 def _members(text: str) -> dict[str | int, str]:
-    """The texts of the members of an object or list in valid JSON, by their names or places; none of other values."""
+    """The texts of the members of an object or list in valid JSON, by their names or places.
+
+    None of other values.
+    """
     found: dict[str | int, str] = {}
     text = text.strip()
     is_object = text.startswith("{")

@@ -28,8 +28,10 @@ _MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "defini
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """What the caller asked for: no call, the model's choice, at least one call, or a call of
-    ``name``."""
+    """The tool choice of a request.
+
+    No call, the model's choice, at least one call, or a call of ``name``.
+    """
 
     mode: Literal["none", "auto", "required", "named"]
     name: str | None = None
@@ -37,15 +39,20 @@ class ToolChoice:
 
 @dataclass(frozen=True, slots=True)
 class ForcedCall:
-    """A JSON schema that a call must fulfil. ``param``: the field of the request that it comes from."""
+    """A JSON schema that a call must fulfil.
+
+    ``param``: the field of the request that it comes from.
+    """
 
     schema: dict[str, Any]
     param: str
 
 
 def parse_tools(tools: object, *, param: str = "tools") -> list[dict[str, Any]]:
-    """Tools in OpenAI's form, checked, out of plain JSON values. Raises InvalidRequestError with
-    the place."""
+    """Tools in OpenAI's form, checked, out of plain JSON values.
+
+    Raises InvalidRequestError with the place.
+    """
     if tools is None:
         return []
     if not isinstance(tools, list | tuple):
@@ -83,8 +90,10 @@ def _tool(tool: object, param: str) -> dict[str, Any]:
 def parse_tool_choice(
     choice: object, tools: Sequence[Mapping[str, Any]], *, param: str = "tool_choice"
 ) -> ToolChoice:
-    """OpenAI's ``tool_choice``; None is ``auto`` with tools and ``none`` without. Raises
-    InvalidRequestError."""
+    """OpenAI's ``tool_choice``; None is ``auto`` with tools and ``none`` without.
+
+    Raises InvalidRequestError.
+    """
     if choice is None:
         return ToolChoice("auto" if tools else "none")
     if choice in ("none", "auto", "required"):
@@ -104,8 +113,11 @@ def parse_tool_choice(
 def forced_call(
     choice: ToolChoice, tools: Sequence[Mapping[str, Any]], *, parallel: bool = True
 ) -> ForcedCall | None:
-    """The constraint that makes the model call: for ``named`` the arguments, for ``required`` a
-    list of ``{"name", "parameters"}``, at most ``MAX_CALLS``; None when nothing is forced."""
+    """The constraint that makes the model call.
+
+    For ``named`` the arguments, for ``required`` a list of ``{"name", "parameters"}``, at most
+    ``MAX_CALLS``; None when nothing is forced.
+    """
     if choice.mode == "named":
         index = [tool["function"]["name"] for tool in tools].index(choice.name)
         return ForcedCall(arguments_schema(tools[index], "#"), f"tools[{index}]{_PARAMETERS}")
@@ -135,8 +147,10 @@ def forced_call(
 
 
 def arguments_schema(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The schema of a tool's arguments, which are an object, for use at ``place`` of another schema, from whose root
-    its references then count."""
+    """Return the schema of a tool's arguments, which are an object.
+
+    For use at ``place`` of another schema, from whose root its references then count.
+    """
     schema = tool["function"].get("parameters") or {}
     if not any(
         word in schema for word in ("type", "$ref", "enum", "const", "allOf", "anyOf", "oneOf")
@@ -165,7 +179,7 @@ def _rebased(schema: Any, place: str) -> Any:
 
 
 def reader_for(choice: ToolChoice, names: Iterable[str] = ()) -> ToolCallReader:
-    """What reads the text that a model generates under ``choice``, with tools of these names."""
+    """Return the reader of text generated under ``choice``, with tools of these names."""
     if choice.mode == "named" and choice.name is not None:
         return NamedCallReader(choice.name)
     if choice.mode == "required":

@@ -1,4 +1,7 @@
-"""Sounds of every kind come out as one channel at the model's rate; what is too long, empty or damaged is refused."""
+"""Sounds of every kind come out as one channel at the model's rate.
+
+What is too long, empty or damaged is refused.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +88,7 @@ def pitch_of(sound: Audio) -> float:
     return float(spectrum.argmax() * sound.rate / len(sound.samples))
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -160,7 +163,9 @@ def test_channels_are_averaged_and_rates_converted() -> None:
 
 @pytest.mark.parametrize("layout", ["stereo", "5.1", "7.1", "hexadecagonal"])
 def test_channels_of_files_that_only_ffmpeg_reads(layout: str) -> None:
-    """Eight and more channels are where planes of samples do not fit the first list of FFmpeg's frames."""
+    """Eight and more channels are where planes of samples do not fit the first list of FFmpeg's
+    frames.
+    """
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="matroska") as file:
         stream: Any = file.add_stream("pcm_f32le", rate=RATE)
@@ -253,7 +258,7 @@ def test_samples_that_resampling_cannot_take() -> None:
             read(source, OPTIONS, CONFIG, RATE)
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("data", [WAV, M4A, encoded(tone(), RATE, "OGG")])
@@ -310,7 +315,7 @@ def test_limits_are_checked_themselves() -> None:
             MediaConfig(**{name: 0})
 
 
-# --- objects ---------------------------------------------------------------------------------------------------------
+# --- objects --------------------------------------------------------------------------------------
 
 
 def test_kinds_of_samples() -> None:
@@ -413,7 +418,7 @@ def test_the_callers_samples_stay_as_they_are() -> None:
     np.testing.assert_array_equal(sound.samples, before)
 
 
-# --- options and the way there ---------------------------------------------------------------------------------------
+# --- options and the way there --------------------------------------------------------------------
 
 
 def test_options() -> None:

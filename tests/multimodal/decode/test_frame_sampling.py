@@ -1,4 +1,6 @@
-"""Indices of frames equal those of the published processors, and within the limits of the configuration."""
+"""Indices of frames equal those of the published processors, and within the limits of the
+configuration.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,9 @@ def test_what_holds_for_every_rule(
 
 
 def test_who_decides() -> None:
-    """The loading's options before the processor's, these before the checkpoint's, and 32 frames where nobody says."""
+    """The loading's options before the processor's, these before the checkpoint's, and 32 frames
+    where nobody says.
+    """
     rule = functools.partial(frame_sampling.uniform, asked=FrameChoice(num_frames=5))
     assert len(rule(facts(100, 10.0), FrameChoice(num_frames=7))) == 7
     assert len(rule(facts(100, 10.0), FrameChoice(fps=2.0))) == 20

@@ -377,7 +377,7 @@ def test_older_spellings_warn() -> None:
             assert cls("x").content == "x"
 
 
-# --- greys of more than 8 bits, and HEIC -----------------------------------------------------------------------------
+# --- greys of more than 8 bits, and HEIC ----------------------------------------------------------
 
 
 def tiff(values: np.ndarray, **tags: Any) -> bytes:

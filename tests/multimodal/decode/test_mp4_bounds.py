@@ -69,7 +69,9 @@ def test_a_compressed_header() -> None:
 
 
 def test_what_only_looks_like_a_table() -> None:
-    """Pictures hold any bytes; and numbers of a header may spell a name, but give no length of a box then."""
+    """Pictures hold any bytes; and numbers of a header may spell a name, but give no length of a
+    box then.
+    """
     table = b"stsz\0\0\0\0" + struct.pack(">II", 1, 1 << 30)
     pictures = struct.pack(">I", 28) + b"mdat" + struct.pack(">I", 20) + table
     mp4_bounds.check_boxes(pictures + b"\0\0\0\x20free" + b"\xff\0\0\0" + table)

@@ -1,4 +1,6 @@
-"""Encoded videos: the right frames, upright, of every format, decoding no more than they need, whatever is damaged."""
+"""Encoded videos: the right frames, upright, of every format, decoding no more than they need,
+whatever is damaged.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,10 @@ def test_by_rate_and_by_default(encoded: bytes) -> None:
 
 
 def test_only_what_is_needed_is_decoded() -> None:
-    """The limit on decoded frames tells how many there are: within 12 of each wanted one there is a key frame."""
+    """The limit on decoded frames tells how many there are.
+
+    Within 12 of each wanted one there is a key frame.
+    """
     data = make_clip("mp4", 600)
     with pytest.raises(MediaTooLargeError, match=r"--max-video-frames") as caught:
         decode(data, 8, max_video_frames=7)
@@ -186,7 +191,7 @@ def test_transparent_pixels_are_white() -> None:
         np.testing.assert_array_equal(frame, expected)
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------
 
 
 def test_pixels_are_limited() -> None:
@@ -263,7 +268,7 @@ def test_sampled_frames_are_limited() -> None:
     assert len(decode(data, 3, **config).frames) == 3
 
 
-# --- what is no video, or damaged ------------------------------------------------------------------------------------
+# --- what is no video, or damaged -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -347,7 +352,9 @@ def test_a_hole_is_filled_with_its_neighbour() -> None:
 
 
 def test_frames_under_other_timestamps_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a decoder gives frames times that their packets did not have, all are decoded in their order."""
+    """Where a decoder gives frames times that their packets did not have, all are decoded in
+    their order.
+    """
     data = make_clip("mp4", 40)
     index_frames = container.index_frames
 

@@ -1,4 +1,7 @@
-"""Videos that come as frames: every form gives the same clip; metadata are checked; nothing is sampled unasked."""
+"""Videos that come as frames: every form gives the same clip; metadata are checked.
+
+Nothing is sampled unasked.
+"""
 
 from __future__ import annotations
 
@@ -182,7 +185,7 @@ def test_limits() -> None:
     assert len(decode(PIXELS, VideoOptions(num_frames=4), limit_mm_per_prompt=limit).frames) == 4
 
 
-# --- identity --------------------------------------------------------------------------------------------------------
+# --- identity -------------------------------------------------------------------------------------
 
 
 def test_different_videos_have_different_digests() -> None:
@@ -220,7 +223,7 @@ def test_indices_as_a_tensor_have_a_digest() -> None:
     assert object_digest(one) != object_digest(two)
 
 
-# --- pictures of a data: URL -----------------------------------------------------------------------------------------
+# --- pictures of a data: URL ----------------------------------------------------------------------
 
 
 def packed(num: int = 4) -> bytes:
@@ -258,12 +261,15 @@ def test_packed_pictures_that_are_damaged(data: bytes) -> None:
 
 
 def test_more_packed_pictures_than_make_a_video() -> None:
-    """A file from anywhere may look like an unpacked URL: a few bytes for each of millions of empty pictures."""
+    """A file from anywhere may look like an unpacked URL.
+
+    A few bytes for each of millions of empty pictures.
+    """
     with pytest.raises(MediaTooLargeError, match=f"more than {frames.MAX_PICTURES} pictures"):
         decode_packed(frames.pack([b""] * (frames.MAX_PICTURES + 1)))
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
+# --- options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ async def test_a_large_body_through_a_socket() -> None:
             assert source == body["messages"][0]["content"][0]["image_url"]["url"]
 
 
-# --- many values -----------------------------------------------------------------------------------------------------
+# --- many values ----------------------------------------------------------------------------------
 
 
 def test_what_counts_as_many() -> None:
@@ -205,7 +205,7 @@ def test_the_limit_on_values_is_exact() -> None:
         check_num_values(body, 4)
 
 
-# --- wrong values ----------------------------------------------------------------------------------------------------
+# --- wrong values ---------------------------------------------------------------------------------
 
 WRONG: list[tuple[type[BaseModel], dict[str, Any], str]] = [
     (ChatBody, {"messages": [1] * 10_000}, "messages[0]"),

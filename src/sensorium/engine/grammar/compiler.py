@@ -1,9 +1,10 @@
 """Compiles constraints to grammars in processes of their own, which end when one takes too long.
 
-A schema of a few lines can keep the grammar library busy for ever, and nothing inside a process can stop it. So a fork
-server (``engine.grammar.worker``), started at the first constraint, forks a child for each; the kernel ends a child
-that has used up its time. What a child lets through has been started once as the engine will start it. A limited number
-is compiled at a time; other constraints wait here, for a limited time, and are dropped when no request wants them.
+A schema of a few lines can keep the grammar library busy for ever, and nothing inside a process can
+stop it. So a fork server (``engine.grammar.worker``), started at the first constraint, forks a
+child for each; the kernel ends a child that has used up its time. What a child lets through has
+been started once as the engine will start it. A limited number is compiled at a time; other
+constraints wait here, for a limited time, and are dropped when no request wants them.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ MOST_CHILDREN = 8
 """Constraints that are compiled at a time."""
 
 WAITING_FACTOR = 20
-"""How much longer than its processor time a constraint may take by the clock, on a busy machine; as long it may wait
-for its turn."""
+"""Extra time by the clock that a constraint may take beyond its processor time, on a busy machine;
+as long it may wait for its turn."""
 
 STARTING_SECONDS = 60.0
-"""How long the fork server, which reads a vocabulary first, may take for anything but compiling."""
+"""Seconds that the fork server, which reads a vocabulary first, may take for anything but
+compiling."""
 
 KEPT_CHARS = 1 << 24
-"""Constraints and their grammars that are remembered, in characters; also the constraints that wait."""
+"""Constraints and their grammars that are remembered, in characters; also the constraints that
+wait."""
 
 ENTRY_CHARS = 2048
 """Size of an entry besides its characters."""
@@ -51,8 +54,9 @@ OUT_OF_MEMORY, FAILED = 2, 3
 """Exit codes of a child: it got no memory; the library failed, which is in the reply."""
 
 _LIMIT_CODES = (OUT_OF_MEMORY, -signal.SIGPROF, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
-"""Exit codes of a child that meets its limit of processor time or memory; the library aborts when it gets no memory.
-Any other end, such as by the clock or for want of memory of the machine, says nothing about the constraint."""
+"""Exit codes of a child that meets its limit of processor time or memory; the library aborts
+when it gets no memory. Any other end, such as by the clock or for want of memory of the machine,
+says nothing about the constraint."""
 
 _TOO_MUCH = "{}"
 """The reply for a constraint that meets a limit."""
@@ -61,7 +65,10 @@ _LOST = "The constraint could not be checked; try again."
 
 
 def grammar_server(folder: str, vocab_size: int, seconds: float) -> ForkServerCommand:
-    """Return how to start the fork server of a tokenizer's folder, a model's vocabulary and the time for one."""
+    """Return the command of the fork server of a tokenizer and a vocabulary size.
+
+    It holds what is needed to compile; each constraint may take so many seconds.
+    """
     return ForkServerCommand(
         python_module("sensorium.engine.grammar.worker"),
         child_environment(one_thread=True),
@@ -79,10 +86,12 @@ class _Compilation:
 
 
 class GrammarCompiler:
-    """Checks the constraints of requests, several at a time; the same one once. Used from one event loop.
+    """Checks the constraints of requests, several at a time; the same one once.
 
-    ``server``: see ``grammar_server``. ``seconds``: the processor time for one, which the server has been told. The
-    processes end with ``close``, or when this object is gone.
+    Used from one event loop.
+
+    ``server``: see ``grammar_server``. ``seconds``: the processor time for one, which the server
+    has been told. The processes end with ``close``, or when this object is gone.
     """
 
     def __init__(self, server: ForkServerCommand, *, seconds: float) -> None:
@@ -107,8 +116,9 @@ class GrammarCompiler:
     async def compile(self, outputs: StructuredOutputs) -> Grammar:
         """Return the grammar of a constraint, whose text is for ``GrammarVocabulary.matcher``.
 
-        Raises InvalidRequestError, with the field as ``param``, for what is malformed, not supported, too large or
-        takes too long, OverloadedError when too many wait, UnavailableError when a process died.
+        Raises InvalidRequestError, with the field as ``param``, for what is malformed, not
+        supported, too large or takes too long, OverloadedError when too many wait, UnavailableError
+        when a process died.
         """
         job = await asyncio.to_thread(_encoded, outputs)
         is_new = job not in self._known
@@ -139,8 +149,10 @@ class GrammarCompiler:
         return len(self._under_way)
 
     async def _reply(self, job: bytes) -> str:
-        """Return the reply for a constraint. A caller that is cancelled drops it if it was the last, and only while the
-        constraint waits."""
+        """Return the reply for a constraint.
+
+        A caller that is cancelled drops it if it was the last, and only while the constraint waits.
+        """
         known = self._known.get(job)
         if known is not None:
             self._known.move_to_end(job)
@@ -194,7 +206,8 @@ class GrammarCompiler:
         if self._closed:
             raise UnavailableError("The server is shutting down; send the request again.")
         reply: Future[str] = Future()
-        # Not a thread of the loop's pool: one that waits must hold up neither other work nor the end of the program.
+        # Not a thread of the loop's pool: one that waits must hold up neither other work nor the
+        # end of the program.
         thread = threading.Thread(
             target=_compile,
             args=(self.server, job, self._reply_seconds, reply),
@@ -223,7 +236,10 @@ class GrammarCompiler:
 
 
 def _compile(server: ForkServer, job: bytes, seconds: float, reply: Future[str]) -> None:
-    """Let a new child work on a constraint, and wait for its reply. Does not know the compiler, which may go first."""
+    """Let a new child work on a constraint, and wait for its reply.
+
+    Does not know the compiler, which may go first.
+    """
     try:
         child = server.spawn()
         if not reply.set_running_or_notify_cancel():  # the server took too long for it
@@ -245,7 +261,10 @@ def _compile(server: ForkServer, job: bytes, seconds: float, reply: Future[str])
 
 
 def _verdict(reply: bytes | None, code: int | None) -> str:
-    """Return the reply of a child that ended with this exit code. Raises UnavailableError for one that was lost."""
+    """Return the reply of a child that ended with this exit code.
+
+    Raises UnavailableError for one that was lost.
+    """
     if code in _LIMIT_CODES:
         return _TOO_MUCH
     if reply is None or code not in (0, FAILED):

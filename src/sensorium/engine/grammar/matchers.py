@@ -1,4 +1,7 @@
-"""Requests with a constraint, on the engine's side: their matchers are made while the engine goes on."""
+"""Requests with a constraint, on the engine's side.
+
+Their matchers are made while the engine goes on.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,15 @@ NUM_THREADS = 2
 """Matchers that are made at a time; the library releases the interpreter's lock meanwhile."""
 
 NUM_KEPT = 64
-"""Grammars of which a matcher is kept, so that the samples of a request, and requests that are alike, share it."""
+"""Grammars of which a matcher is kept, so that the samples of a request, and requests that are
+alike, share it."""
 
 
 class Matchers:
-    """Makes matchers. The vocabulary that they share is read at the first one, which takes about a second."""
+    """Makes matchers.
+
+    The vocabulary that they share is read at the first one, which takes about a second.
+    """
 
     def __init__(self, folder: str, vocab_size: int) -> None:
         self._folder = folder
@@ -42,7 +49,10 @@ class Matchers:
         self._lock = threading.Lock()
 
     def __call__(self, grammar: str, budget: Budget) -> GrammarMatcher:
-        """A matcher at the start of ``grammar``; usable from several threads. Raises InvalidRequestError."""
+        """A matcher at the start of ``grammar``; usable from several threads.
+
+        Raises InvalidRequestError.
+        """
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = self._read()
@@ -76,8 +86,11 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
-    """A request whose matcher is made and stands in the place of its grammar; or that failed, with a message."""
+class ReadyRequest:
+    """A request whose matcher is made and stands in the place of its grammar.
+
+    Or that failed, with a message.
+    """
 
     request: EngineRequest
     features: tuple[Features, ...]
@@ -117,19 +130,19 @@ class ConstrainedRequests:
         for request_id in list(self._entries):
             self.discard(request_id)
 
-    def take(self, seconds: float) -> list[Arrival]:
+    def take(self, seconds: float) -> list[ReadyRequest]:
         """The requests whose matchers are made; waits so long for a first one."""
         waiting = [entry.matcher for entry in self._entries.values()]
         concurrent.futures.wait(waiting, seconds, concurrent.futures.FIRST_COMPLETED)
         done = [i for i, entry in self._entries.items() if entry.matcher.done()]
         return [self._arrival(self._entries.pop(request_id)) for request_id in done]
 
-    def _arrival(self, entry: _Entry) -> Arrival:
+    def _arrival(self, entry: _Entry) -> ReadyRequest:
         try:
             request = dataclasses.replace(entry.request, grammar=entry.matcher.result())
         except ConfigError as error:
-            return Arrival(entry.request, entry.features, error.message)
+            return ReadyRequest(entry.request, entry.features, error.message)
         except Exception:
             logger.exception("a grammar could not be started")
-            return Arrival(entry.request, entry.features, NOT_STARTED)
-        return Arrival(request, entry.features)
+            return ReadyRequest(entry.request, entry.features, NOT_STARTED)
+        return ReadyRequest(request, entry.features)

@@ -1,7 +1,8 @@
 """Fork server for constraints: ``python -m sensorium.engine.grammar.worker DESCRIPTOR``.
 
-Started by ``engine.grammar.compiler``. It holds the vocabulary and forks a child for each constraint; a child has
-limits of processor time and memory that the kernel enforces, so it ends whatever the grammar library is doing.
+Started by ``engine.grammar.compiler``. It holds the vocabulary and forks a child for each
+constraint; a child has limits of processor time and memory that the kernel enforces, so it ends
+whatever the grammar library is doing.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def _answer(vocabulary: GrammarVocabulary | SensoriumError, job: bytes) -> bytes
 
 
 def _vocabulary(folder: str, vocab_size: int) -> GrammarVocabulary | SensoriumError:
-    """Return the vocabulary, or the error that is the reply to every constraint when there can be none."""
+    """Return the vocabulary, or the error that answers every constraint."""
     try:
         return GrammarVocabulary.from_folder(folder, vocab_size)
     except SensoriumError as error:

@@ -37,7 +37,7 @@ def pooling_request(
 
 
 class PoolingCollector:
-    """Collects the only update of a pooling request: its embedding, float32, as ``output.outputs``."""
+    """Collector of the only update of a pooling request: its float32 embedding."""
 
     def __init__(self, request_id: str, prepared: PreparedPrompt, request: EngineRequest) -> None:
         self.engine_id = request.request_id

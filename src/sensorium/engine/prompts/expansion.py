@@ -1,4 +1,4 @@
-"""Expands the placeholders of a rendered prompt: final ids, positions, spans, scope of the cache."""
+"""Expansion of a rendered prompt's placeholders: final ids, positions, spans, cache scope."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def media_pipeline(
 
 
 def process_decoders(config: EngineConfig, folder: SharedArraysFolder) -> ProcessDecoders:
-    """Return decoders whose processes build the model's processor, at ``start`` or the first item."""
+    """Return decoders whose processes build the model's processor."""
     command = ForkServerCommand(
         python_module("sensorium.engine.prompts.media_worker", str(folder.path)),
         child_environment(one_thread=True),

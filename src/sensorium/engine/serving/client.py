@@ -33,7 +33,7 @@ RequestUpdate = SequenceUpdate | errors.SensoriumError
 OutputQueue = asyncio.Queue[RequestUpdate]
 
 STOP_SECONDS = 5.0
-"""How long the engine's process gets to end by itself."""
+"""Seconds that the engine's process gets to end by itself."""
 
 DELIVERED_AT_ONCE = 16
 """Updates that are delivered before other tasks of the event loop get a turn."""
@@ -46,7 +46,7 @@ LONGEST_RETRY = 60
 
 
 def dead_error(seconds: float) -> errors.EngineDeadError:
-    """What a request gets whose engine has died, when another one is expected in so many seconds."""
+    """Return the error of a request whose engine died; another is expected in so many seconds."""
     error = errors.EngineDeadError(RESTARTING)
     error.retry_after = min(LONGEST_RETRY, max(1, math.ceil(seconds)))
     return error

@@ -197,8 +197,7 @@ class Frontend:
             if trace is not None:
                 trace.end("aborted")  # unless it has ended
             if self.metrics is not None:
-                longest = requests[0].max_tokens
-                report_end(self.metrics, stream, unfinished, max_tokens=longest)
+                report_end(self.metrics, stream, unfinished, max_tokens=requests[0].max_tokens)
 
     async def embed(
         self,

@@ -25,7 +25,7 @@ from sensorium.processes.start import begin_child
 logger = logging.getLogger(__name__)
 
 IDLE_POLL_MS = 1000
-"""How often an idle engine looks whether its parent still lives."""
+"""Interval at which an idle engine checks that its parent still lives."""
 
 MESSAGES_BETWEEN_STEPS = 64
 """Most messages that are taken in while sequences wait for their next step."""
@@ -124,7 +124,7 @@ class StepWatch:
 
 
 class _Loop:
-    """Takes messages between steps; a step when there is work, a blocking wait when there is none."""
+    """The loop of the process: messages, then a step, or a blocking wait without work."""
 
     def __init__(self, socket: zmq.Socket[bytes], parent: int, watch: StepWatch) -> None:
         self._socket = socket

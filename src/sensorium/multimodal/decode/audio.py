@@ -1,9 +1,10 @@
-"""Sounds: encoded files, arrays, tensors and lists become samples of one channel at the model's rate.
+"""Audio: files, arrays, tensors and lists to mono samples at the model's rate.
 
-Files that libsndfile knows (WAV, FLAC, OGG, MP3, AIFF …) are read through it, all others (M4A, WebM, the sound of a
-video) through FFmpeg's libraries. Length and size are read from the header before anything is decoded, and counted
-again while decoding: headers may lie. Channels are averaged block by block, so that a clip of many channels needs the
-memory of one (but for MP3). Nothing that the libraries say reaches a message: their texts may hold addresses.
+Files that libsndfile knows (WAV, FLAC, OGG, MP3, AIFF …) are read through it, all others (M4A,
+WebM, the sound of a video) through FFmpeg's libraries. Length and size are read from the header
+before anything is decoded, and counted again while decoding: headers may lie. Channels are averaged
+block by block, so that a clip of many channels needs the memory of one (but for MP3). Nothing that
+the libraries say reaches a message: their texts may hold addresses.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ CONTAINERS = (
     *("mov", "matroska", "webm", "ogg", "avi", "flv", "asf", "mpegts", "mpeg", "aac", "ac3"),
     *("amr", "caf", "aiff", "wav", "mp3", "flac", "ape", "wv"),
 )
-"""Formats that FFmpeg's libraries may read. Playlists, which name other files and hosts, are none of them."""
+"""Formats that FFmpeg's libraries may read. Playlists, which name other files and hosts, are
+none of them."""
 BLOCK_FRAMES = 65536
 FULL_SCALE = {np.dtype(np.int16): 32768.0, np.dtype(np.int32): 2147483648.0}
 MOST_RATE = 768_000
@@ -56,10 +58,11 @@ class AudioOptions:
 
 
 def decode(data: bytes, options: AudioOptions, config: MediaConfig, rate: int) -> Audio:
-    """The sound of an encoded file, of the first sound track where it has several, at ``rate`` samples per second.
+    """Return the first audio track of an encoded file at ``rate`` samples per second.
 
-    Raises MediaTooLargeError for more than ``config.max_audio_seconds`` or ``config.max_audio_decoded_bytes``, and
-    MediaUndecodableError when the bytes hold no sound in a known format, are damaged, empty or not finite.
+    Raises MediaTooLargeError for more than ``config.max_audio_seconds`` or
+    ``config.max_audio_decoded_bytes``, and MediaUndecodableError when the bytes hold no sound in a
+    known format, are damaged, empty or not finite.
     """
     if not data:
         raise MediaUndecodableError("The sound is empty: 0 bytes.")
@@ -85,18 +88,20 @@ def decode(data: bytes, options: AudioOptions, config: MediaConfig, rate: int) -
 def decode_object(source: Any, options: AudioOptions, config: MediaConfig, rate: int) -> Audio:
     """The sound of a pair of samples and their rate, at ``rate`` samples per second.
 
-    Samples are a numpy array, a torch tensor or a list. Floats are taken as they are (full scale is -1 to 1), int16,
-    int32 and uint8 (128 is silence) are scaled to that. Of two dimensions the shorter one is the channels, so that both
-    (channels, n) and (n, channels) work; where both are equal it is the first. Channels are averaged.
+    Samples are a numpy array, a torch tensor or a list. Floats are taken as they are (full scale is
+    -1 to 1), int16, int32 and uint8 (128 is silence) are scaled to that. Of two dimensions the
+    shorter one is the channels, so that both (channels, n) and (n, channels) work; where both are
+    equal it is the first. Channels are averaged.
 
-    Raises InvalidRequestError for other types and shapes, for empty sounds and for NaN or infinite samples;
-    MediaTooLargeError as ``decode``.
+    Raises InvalidRequestError for other types and shapes, for empty sounds and for NaN or infinite
+    samples; MediaTooLargeError as ``decode``.
     """
     values, source_rate = source
     array = read_samples(values)
     if array.ndim not in (1, 2):
         raise InvalidRequestError(
-            f"The samples of a sound must have 1 dimension, or 2 with channels, got shape {array.shape}."
+            "The samples of a sound must have 1 dimension, or 2 with channels, got shape "
+            f"{array.shape}."
         )
     if not array.size:
         raise InvalidRequestError(f"The sound is empty: its shape is {array.shape}.")
@@ -113,7 +118,10 @@ def decode_object(source: Any, options: AudioOptions, config: MediaConfig, rate:
 
 
 class _Mixer:
-    """Collects decoded blocks as one channel, within the limits. ``rate`` is set by the first block."""
+    """Collects decoded blocks as one channel, within the limits.
+
+    ``rate`` is set by the first block.
+    """
 
     def __init__(self, config: MediaConfig) -> None:
         self.rate = 0
@@ -125,7 +133,8 @@ class _Mixer:
         """Check what a header says."""
         if not 1 <= rate <= MOST_RATE or num_channels < 1:
             raise MediaUndecodableError(
-                f"The sound has {num_channels} channels of {rate} samples per second; there must be a channel, and 1 "
+                f"The sound has {num_channels} channels of {rate} samples per second; there must "
+                "be a channel, and 1 "
                 f"to {MOST_RATE} samples."
             )
         if 0 < num_frames < _LONGEST:
@@ -149,14 +158,17 @@ class _Mixer:
 def _check_length(num_frames: int, num_channels: int, rate: int, config: MediaConfig) -> None:
     if num_frames > config.max_audio_seconds * rate:
         raise MediaTooLargeError(
-            f"The sound lasts {num_frames / rate:.2f} seconds or more; at most {config.max_audio_seconds} are allowed "
+            f"The sound lasts {num_frames / rate:.2f} seconds or more; at most "
+            f"{config.max_audio_seconds} are allowed "
             "(--max-audio-seconds)."
         )
     num_bytes = num_frames * num_channels * _SAMPLE_BYTES
     if num_bytes > config.max_audio_decoded_bytes:
         raise MediaTooLargeError(
-            f"The sound has {num_bytes} bytes or more when it is decoded ({num_channels} channels, {rate} samples per "
-            f"second); at most {config.max_audio_decoded_bytes} are allowed (--max-audio-decoded-bytes)."
+            f"The sound has {num_bytes} bytes or more when it is decoded ({num_channels} channels, "
+            f"{rate} samples per "
+            f"second); at most {config.max_audio_decoded_bytes} are allowed "
+            "(--max-audio-decoded-bytes)."
         )
 
 
@@ -173,8 +185,8 @@ def _read_with_libsndfile(data: bytes, mixer: _Mixer) -> bool:
         mixer.promise(file.frames, file.channels, file.samplerate)
         num_frames = BLOCK_FRAMES
         if file.subtype.startswith("MPEG"):
-            # soundfile ends each read with a seek, behind which an MP3's decoder lacks the bits that it had kept: such
-            # files are read at one go, which the promise bounds.
+            # soundfile ends each read with a seek, behind which an MP3's decoder lacks the bits
+            # that it had kept: such files are read at one go, which the promise bounds.
             if file.frames >= _LONGEST:
                 return False
             num_frames = max(file.frames, 1)
@@ -194,7 +206,8 @@ def _read_with_ffmpeg(data: bytes, mixer: _Mixer) -> None:
     except (av.FFmpegError, ValueError) as error:
         check_shortage(error)
         raise MediaUndecodableError(
-            "The bytes are not a sound in a known format (such as WAV, FLAC, OGG, MP3, M4A or WebM)."
+            "The bytes are not a sound in a known format (such as WAV, FLAC, OGG, MP3, M4A or "
+            "WebM)."
         ) from None
     with container:
         if not container.streams.audio:
@@ -205,7 +218,8 @@ def _read_with_ffmpeg(data: bytes, mixer: _Mixer) -> None:
         if stream.duration is not None and stream.time_base is not None:
             seconds = float(stream.duration * stream.time_base)
         mixer.promise(round(seconds * stream.sample_rate), stream.channels, stream.sample_rate)
-        # Converts samples only: rate and layout stay. Not planar: PyAV then reads past the planes of eight channels.
+        # Converts samples only: rate and layout stay. Not planar: PyAV then reads past the planes
+        # of eight channels.
         resampler = av.AudioResampler(format="flt")
         for frame in itertools.chain(container.decode(stream), (None,)):
             for part in resampler.resample(frame):
@@ -216,8 +230,8 @@ def _read_with_ffmpeg(data: bytes, mixer: _Mixer) -> None:
 def read_samples(values: Any) -> np.ndarray:
     """The caller's samples as a numpy array, of their own type and shape.
 
-    Raises InvalidRequestError for lists of different lengths, for tensors that are not dense, and for types that
-    ``decode_object`` does not take.
+    Raises InvalidRequestError for lists of different lengths, for tensors that are not dense, and
+    for types that ``decode_object`` does not take.
     """
     if is_tensor(values):
         array = _of_tensor(values, sys.modules["torch"])
@@ -247,7 +261,8 @@ def _of_tensor(values: Any, torch: Any) -> np.ndarray:
 
 def _refuse_type(dtype: object) -> NoReturn:
     raise InvalidRequestError(
-        f"The samples of a sound must be floats, or integers of type int16, int32 or uint8, got {dtype}."
+        "The samples of a sound must be floats, or integers of type int16, int32 or uint8, got "
+        f"{dtype}."
     )
 
 
@@ -269,7 +284,10 @@ def _mixed(samples: np.ndarray) -> np.ndarray:
 
 
 def _at_rate(samples: np.ndarray, source_rate: int, rate: int) -> Audio:
-    """The sound at the model's rate. Raises MediaUndecodableError when nothing is left of it, or nothing finite."""
+    """The sound at the model's rate.
+
+    Raises MediaUndecodableError when nothing is left of it, or nothing finite.
+    """
     if source_rate == rate:
         return Audio(np.ascontiguousarray(samples), rate)
     import soxr
@@ -277,10 +295,12 @@ def _at_rate(samples: np.ndarray, source_rate: int, rate: int) -> Audio:
     resampled = soxr.resample(samples, source_rate, rate)
     if not resampled.size:
         raise MediaUndecodableError(
-            f"The sound is too short: {samples.size} samples of {source_rate} per second are none of {rate} per second."
+            f"The sound is too short: {samples.size} samples of {source_rate} per second are none "
+            f"of {rate} per second."
         )
     if not np.isfinite(resampled).all():
         raise MediaUndecodableError(
-            f"The sound has samples of up to {np.abs(samples).max():.3g}, too large to be resampled: full scale is 1."
+            f"The sound has samples of up to {np.abs(samples).max():.3g}, too large to be "
+            "resampled: full scale is 1."
         )
     return Audio(np.ascontiguousarray(resampled, dtype=np.float32), rate)

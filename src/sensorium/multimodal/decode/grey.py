@@ -1,9 +1,10 @@
 """Conversion of grey images of more than 8 bits to 8 bits, by what their file says about white.
 
-White is, in this order: what a TIFF file names as its greatest value (tags 281 and 341); what its bits per sample hold,
-up to 16 of them; 65535 for the modes and formats that have 16 bits. Samples of 32 bits say nothing by their type, for
-programs write values of 8 and of 16 bits so: white is then 255, 65535 or 2**31 - 1 (2**32 - 1 without a sign), the
-least of these that no value exceeds. Where a TIFF file says that 0 is white (tag 262), all is the other way round.
+White is, in this order: what a TIFF file names as its greatest value (tags 281 and 341); what its
+bits per sample hold, up to 16 of them; 65535 for the modes and formats that have 16 bits. Samples
+of 32 bits say nothing by their type, for programs write values of 8 and of 16 bits so: white is
+then 255, 65535 or 2**31 - 1 (2**32 - 1 without a sign), the least of these that no value exceeds.
+Where a TIFF file says that 0 is white (tag 262), all is the other way round.
 """
 
 from __future__ import annotations

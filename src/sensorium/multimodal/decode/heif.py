@@ -10,11 +10,13 @@ import importlib
 
 FORMAT = "HEIF"
 MISSING = (
-    "The image is a HEIC photo (HEIF), for which pillow-heif is needed where this runs: pip install 'sensorium[heif]'. "
+    "The image is a HEIC photo (HEIF), for which pillow-heif is needed where this runs: pip "
+    "install 'sensorium[heif]'. "
     "Or send it as JPEG, PNG or WebP."
 )
 _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
-"""Of the format (ISO/IEC 23008-12). The last two say nothing about the codec; Pillow itself reads those with AV1."""
+"""Of the format (ISO/IEC 23008-12). The last two say nothing about the codec; Pillow itself
+reads those with AV1."""
 _AVIF = (b"avif", b"avis")
 
 
@@ -29,7 +31,10 @@ def is_heif(data: bytes) -> bool:
 
 @functools.cache
 def register() -> bool:
-    """Make Pillow read HEIF with one thread and without thumbnails; False where pillow-heif is not installed."""
+    """Make Pillow read HEIF with one thread and without thumbnails.
+
+    False where pillow-heif is not installed.
+    """
     try:
         module = importlib.import_module("pillow_heif")
     except ImportError:

@@ -1,8 +1,8 @@
 """Pictures: encoded bytes, PIL images, arrays and tensors become (H, W, 3) uint8 RGB arrays.
 
-The size is read from the header before anything is decoded. Orientation (EXIF) is applied, transparency is laid over a
-background colour, animations give their first frame. Nothing that Pillow says reaches a message: its texts may hold
-addresses.
+The size is read from the header before anything is decoded. Orientation (EXIF) is applied,
+transparency is laid over a background colour, animations give their first frame. Nothing that
+Pillow says reaches a message: its texts may hold addresses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from sensorium.multimodal.decode.shortage import check_room, check_shortage, che
 from sensorium.multimodal.items import is_tensor
 
 FORMATS: tuple[str, ...] = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Raster formats that are decoded; the first bytes decide, whatever a name or a content type says."""
+"""Raster formats that are decoded; the first bytes decide, whatever a name or a content type
+says."""
 
 if features.check("avif"):
     FORMATS += ("AVIF",)
@@ -56,7 +57,10 @@ _LOAD_LOCK = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions:
-    """``media_io_kwargs["image"]``: the colour under transparent pixels, red, green and blue, 0 to 255."""
+    """``media_io_kwargs["image"]``.
+
+    The colour under transparent pixels, red, green and blue, 0 to 255.
+    """
 
     rgba_background_color: tuple[int, int, int] = (255, 255, 255)
 
@@ -64,7 +68,10 @@ class ImageOptions:
     def parse(
         cls, options: Mapping[str, Any], param: str = "media_io_kwargs.image"
     ) -> ImageOptions:
-        """Check and build. Raises InvalidRequestError for unknown keys and for anything but three integers 0–255."""
+        """Check and build.
+
+        Raises InvalidRequestError for unknown keys and for anything but three integers 0–255.
+        """
         check_names(options, list(cls.__dataclass_fields__), param)
         if "rgba_background_color" not in options:
             return cls()
@@ -93,25 +100,27 @@ class _Legacy:
 class ImagePixelData(_Legacy):
     """Older spelling of ``{"image": picture}`` as ``multi_modal_data``.
 
-    Takes a PIL image or a tensor (1, 3, height, width), the shape that ``image_input_shape`` names, of pixels as in
-    ``multi_modal_data``: not normalised.
+    Takes a PIL image or a tensor (1, 3, height, width), the shape that ``image_input_shape`` names,
+    of pixels as in ``multi_modal_data``: not normalised.
     """
 
 
 class ImageFeatureData(_Legacy):
-    """Older spelling of ``{"image": embeddings}`` as ``multi_modal_data``; needs ``enable_mm_embeds``.
+    """Older spelling of ``{"image": embeddings}`` as ``multi_modal_data``.
 
-    Takes a tensor (1, image_feature_size, hidden size of the decoder): what the model's projector makes, not the
-    features of its tower.
+    Needs ``enable_mm_embeds``.
+
+    Takes a tensor (1, image_feature_size, hidden size of the decoder): what the model's projector
+    makes, not the features of its tower.
     """
 
 
 def decode(data: bytes, options: ImageOptions, *, max_pixels: int) -> np.ndarray:
     """(H, W, 3) uint8 RGB of an encoded picture.
 
-    Raises MediaTooLargeError when the header promises more than ``max_pixels`` pixels, and MediaUndecodableError when
-    the bytes are no picture of one of ``FORMATS`` or are damaged; MemoryError and OverloadedError when the process has
-    no memory or no thread for it.
+    Raises MediaTooLargeError when the header promises more than ``max_pixels`` pixels, and
+    MediaUndecodableError when the bytes are no picture of one of ``FORMATS`` or are damaged;
+    MemoryError and OverloadedError when the process has no memory or no thread for it.
     """
     if not data:
         raise MediaUndecodableError("The image is empty: 0 bytes.")
@@ -152,8 +161,9 @@ def decode_object(
 ) -> np.ndarray:
     """(H, W, 3) uint8 RGB of a PIL image, numpy HWC array or torch CHW tensor.
 
-    ``scale``: what makes 0 to 255 of floating-point values; found out from them when not given. Raises
-    InvalidRequestError for other types, shapes and values, MediaTooLargeError and MediaUndecodableError as ``decode``.
+    ``scale``: what makes 0 to 255 of floating-point values; found out from them when not given.
+    Raises InvalidRequestError for other types, shapes and values, MediaTooLargeError and
+    MediaUndecodableError as ``decode``.
     """
     check_picture(source)
     if isinstance(source, Image.Image):
@@ -181,7 +191,10 @@ def decode_object(
 
 
 def load(image: Image.Image) -> None:
-    """Read the pixels of a lazily opened PIL image, once. Raises MediaUndecodableError when its file is damaged."""
+    """Read the pixels of a lazily opened PIL image, once.
+
+    Raises MediaUndecodableError when its file is damaged.
+    """
     if not isinstance(image, ImageFile.ImageFile):
         return
     with _LOAD_LOCK:
@@ -194,8 +207,10 @@ def load(image: Image.Image) -> None:
 
 
 def check_picture(source: Any) -> None:
-    """Raise InvalidRequestError unless ``source`` is a PIL image, numpy HWC or torch CHW, with three channels of uint8
-    or floating-point values."""
+    """Raise InvalidRequestError unless ``source`` is an image of three uint8 channels.
+
+    A PIL image, a numpy array (H, W, 3) or a torch tensor (3, H, W).
+    """
     if isinstance(source, Image.Image):
         return
     if getattr(source, "is_nested", False):
@@ -214,7 +229,8 @@ def check_picture(source: Any) -> None:
     else:
         if not is_tensor(source):
             raise InvalidRequestError(
-                f"An image must be a PIL.Image, a numpy array or a torch tensor, got {type(source).__name__}."
+                "An image must be a PIL.Image, a numpy array or a torch tensor, got "
+                f"{type(source).__name__}."
             )
         torch = sys.modules["torch"]
         if source.layout != torch.strided or source.is_quantized or source.is_meta:
@@ -233,7 +249,7 @@ def check_picture(source: Any) -> None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height by the header of a WebP file (RFC 9649, 2.5 to 2.7); None for other files."""
+    """Return width and height of a WebP header (RFC 9649, 2.5 to 2.7); None for others."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None
     number = int.from_bytes
@@ -268,7 +284,10 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
 
 
 def to_rgb(image: Image.Image, options: ImageOptions) -> np.ndarray:
-    """Convert a loaded image. The orientation is read after loading: TIFF files turn themselves then."""
+    """Convert a loaded image.
+
+    The orientation is read after loading: TIFF files turn themselves then.
+    """
     turn = _ORIENTATIONS.get(orientation(image))
     if image.mode in grey.MODES:
         image = grey.scaled(image)

@@ -1,4 +1,7 @@
-"""How each modality is loaded: its options, its decoders. A new modality is an entry of ``LOADERS``."""
+"""Loading of each modality: its options and decoders.
+
+A new modality is an entry of ``LOADERS``.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,10 @@ _logger = logging.getLogger(__name__)
 class Loader:
     """The functions of one modality.
 
-    ``options`` holds the modality's part of ``media_io_kwargs``, which ``options.parse(given, param)`` checks.
-    ``decode(data, options, config, decoding)`` reads an encoded file, ``decode_object(source, …)`` an object of the
-    caller's; both return what ``Processor.process`` takes. ``decoding`` comes from ``Processor.decoding``.
+    ``options`` holds the modality's part of ``media_io_kwargs``, which ``options.parse(given,
+    param)`` checks. ``decode(data, options, config, decoding)`` reads an encoded file,
+    ``decode_object(source, …)`` an object of the caller's; both return what ``Processor.process``
+    takes. ``decoding`` comes from ``Processor.decoding``.
     """
 
     options: type[image.ImageOptions] | type[video.VideoOptions] | type[audio.AudioOptions]
@@ -57,7 +61,7 @@ LOADERS: dict[Modality, Loader] = {
 
 
 def check_loading_options(given: Mapping[str, Any], modalities: Sequence[Modality]) -> None:
-    """Check ``media_io_kwargs`` for a model that takes ``modalities``. Raises InvalidRequestError."""
+    """Raise InvalidRequestError for wrong ``media_io_kwargs`` of these ``modalities``."""
     known: dict[str, Loader] = {modality: LOADERS[modality] for modality in modalities}
     for name, options in given.items():
         param = f"media_io_kwargs.{str(name)[:80]}"
@@ -71,10 +75,10 @@ def check_loading_options(given: Mapping[str, Any], modalities: Sequence[Modalit
 
 
 class DecodeJob(msgspec.Struct, frozen=True):
-    """How to decode and preprocess one item, in this process or in a worker.
+    """Job of decoding and preprocessing one item, in this process or in a worker.
 
-    ``loading``: an object of the modality's ``Loader.options``. ``options``: ``mm_processor_kwargs``. ``num_items``:
-    how many items of the modality the prompt has.
+    ``loading``: an object of the modality's ``Loader.options``. ``options``:
+    ``mm_processor_kwargs``. ``num_items``: how many items of the modality the prompt has.
     """
 
     modality: Modality
@@ -93,7 +97,7 @@ class Prepared:
     preprocess_seconds: float
 
     def trace(self, place: str, modality: Modality) -> None:
-        """Note for the request that is traced that its item at ``place`` was decoded, and processed until now."""
+        """Record for the traced request that its item at ``place`` was decoded and processed."""
         end = time.monotonic()
         middle = end - self.preprocess_seconds
         began = middle - self.decode_seconds

@@ -1,7 +1,8 @@
-"""What the headers of MP4 and QuickTime files promise, before FFmpeg believes it.
+"""Checks of the sizes in MP4 and QuickTime headers, before FFmpeg allocates them.
 
-Some tables give a number of samples and one size for all: a file of a few bytes then promises millions, for each of
-which FFmpeg makes an entry when it opens the file. (ISO 14496-12: ``stsz`` in 8.7.3, ``trun`` in 8.8.8.)
+Some tables give a number of samples and one size for all: a file of a few bytes then promises
+millions, for each of which FFmpeg makes an entry when it opens the file. (ISO 14496-12: ``stsz`` in
+8.7.3, ``trun`` in 8.8.8.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from sensorium.errors import MediaTooLargeError, MediaUndecodableError
 
 MAX_SAMPLES = 1 << 25
-"""Of one size: more than eleven minutes of sound with 48 000 samples per second, were each counted."""
+"""Of one size: more than eleven minutes of sound with 48 000 samples per second, were each
+counted."""
 MOST_PER_BYTE = 16
 """QuickTime counts compressed sound by the samples that come of it, as of one byte each."""
 MAX_RUN_SAMPLES = 1 << 22
@@ -30,11 +32,15 @@ _COMPRESSED = re.compile(rb"cmov.{4}dcomzlib", re.DOTALL)
 
 
 def check_boxes(data: bytes) -> None:
-    """Raise MediaUndecodableError for tables of far more samples than the file has bytes, MediaTooLargeError for tables
-    of too many."""
+    """Check the sizes that the tables of an MP4 file promise.
+
+    Raises MediaUndecodableError for far more samples than the file has bytes, and
+    MediaTooLargeError for tables that would take too much memory.
+    """
     if _COMPRESSED.search(data):
         raise MediaUndecodableError(
-            "The file has a compressed header, as no program has written it for long; write it anew."
+            "The file has a compressed header, which no current program writes; convert it, "
+            "for example with FFmpeg."
         )
     num_samples, num_run_samples, num_bytes = 0, 0, 0
     for start, end in _outside_of_media(data):
@@ -45,11 +51,13 @@ def check_boxes(data: bytes) -> None:
                 num_bytes += size * count
     if num_bytes > MOST_PER_BYTE * len(data):
         raise MediaUndecodableError(
-            "The file is damaged or truncated: its tables have far more samples than there are bytes."
+            "The file is damaged or truncated: its tables have far more samples than there are "
+            "bytes."
         )
     if num_samples > MAX_SAMPLES or num_run_samples > MAX_RUN_SAMPLES:
         raise MediaTooLargeError(
-            f"The file has {num_samples + num_run_samples} samples; at most {MAX_SAMPLES} of one size and "
+            f"The file has {num_samples + num_run_samples} samples; at most {MAX_SAMPLES} of one "
+            "size and "
             f"{MAX_RUN_SAMPLES} in fragments are read. Cut it."
         )
 
@@ -66,7 +74,10 @@ def _tables(data: bytes, name: bytes, start: int, end: int) -> Iterator[tuple[in
 
 
 def _outside_of_media(data: bytes) -> Iterator[tuple[int, int]]:
-    """Start and end of each box of the file that is no ``mdat``; the rest from where there are no boxes, or many."""
+    """Start and end of each box of the file that is no ``mdat``.
+
+    The rest from where there are no boxes, or many.
+    """
     at = 0
     for number in itertools.count(1):
         if at + _HEADER > len(data):

@@ -24,6 +24,7 @@ def check_names(
         if key not in known:
             have = otherwise or f"known are {', '.join(known)}"
             raise InvalidRequestError(
-                f"Unknown option {str(key)[:80]!r} of {param}; {have}.{suggestion(str(key), list(known))}",
+                f"Unknown option {str(key)[:80]!r} of {param}; "
+                f"{have}.{suggestion(str(key), list(known))}",
                 param=param,
             )

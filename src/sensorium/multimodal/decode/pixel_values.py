@@ -1,7 +1,8 @@
 """Conversion of floating-point pixel values, in numpy arrays and torch tensors, to bytes.
 
-The published processors take such values as 0 to 255, and so does this module. Only where no value is above 1 and some
-lie between 0 and 1 are they taken as 0 to 1. All frames of a video share one scale: a dark frame is not brightened.
+The published processors take such values as 0 to 255, and so does this module. Only where no value
+is above 1 and some lie between 0 and 1 are they taken as 0 to 1. All frames of a video share one
+scale: a dark frame is not brightened.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ def is_floating(value: Any) -> bool:
 
 
 def scale_of(arrays: Iterable[Any], what: str = "image") -> float:
-    """Return the factor that makes 0 to 255 of the values of all floating-point arrays together: 1 or 255.
+    """Return the factor that makes 0 to 255 of the values of all floating-point arrays together.
 
-    Other members of ``arrays`` are passed over. Raises InvalidRequestError for values outside 0 to 255 and for NaN;
-    ``what`` names their owner in the message.
+    1 or 255.
+
+    Other members of ``arrays`` are passed over. Raises InvalidRequestError for values outside 0 to
+    255 and for NaN; ``what`` names their owner in the message.
     """
     most, some_between = 0.0, False
     for array in arrays:
@@ -39,7 +42,8 @@ def scale_of(arrays: Iterable[Any], what: str = "image") -> float:
         if not (low >= 0.0 and high <= WHITE):
             hint = "; undo the normalisation first" if low < 0.0 else ""
             raise InvalidRequestError(
-                f"A floating-point {what} must have values from 0 to 255, or from 0 to 1, got {low:g} to "
+                f"A floating-point {what} must have values from 0 to 255, or from 0 to 1, got "
+                f"{low:g} to "
                 f"{high:g}{hint}."
             )
         most = max(most, high)
@@ -50,7 +54,7 @@ def scale_of(arrays: Iterable[Any], what: str = "image") -> float:
 
 
 def to_bytes(array: Any, scale: float) -> np.ndarray:
-    """Return floating-point values times ``scale``, rounded, as an uint8 array of the same shape."""
+    """Return floating-point values times ``scale``, rounded to uint8, in the same shape."""
     return np.rint(_numpy(array) * np.float32(scale)).astype(np.uint8)
 
 

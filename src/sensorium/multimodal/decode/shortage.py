@@ -1,4 +1,7 @@
-"""Tell a process without memory or threads from a damaged file: libraries say both with the errors that they have."""
+"""Tell a process without memory or threads from a damaged file.
+
+Libraries say both with the errors that they have.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from sensorium.errors import OverloadedError
 MAX_THREADS = 4
 """Of one decoder. More gain little, and each takes memory."""
 NO_THREADS = (
-    "There are no threads or no memory left to decode media now; try again later. (On the server: the limits of the "
+    "There are no threads or no memory left to decode media now; try again later. (On the server: "
+    "the limits of the "
     "system on processes, and --media-worker-memory-gb.)"
 )
 _PHRASES = ("out of memory", "malloc failed", "allocate memory", "not enough memory")
-"""What Pillow, libavif, soxr and torch say, in errors that have no type of their own."""
+"""Messages of Pillow, libavif, soxr and torch, in errors that have no type of their own."""
 _SNDFILE_NO_MEMORY = 17
 
 
@@ -26,7 +30,10 @@ def decoder_threads() -> int:
 
 
 def check_room(num_bytes: int) -> None:
-    """Raise MemoryError unless this process may have so much more memory now. None of it is touched."""
+    """Raise MemoryError unless this process may have so much more memory now.
+
+    None of it is touched.
+    """
     try:
         mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError:
@@ -44,7 +51,10 @@ def check_threads() -> None:
 
 
 def check_shortage(error: Exception) -> None:
-    """Raise MemoryError when a library's ``error`` means that it got no memory, OverloadedError when no thread."""
+    """Raise MemoryError or OverloadedError for a library's ``error`` that means a shortage.
+
+    MemoryError when it got no memory, OverloadedError when it got no thread.
+    """
     number = error.errno if isinstance(error, OSError) else None
     text = str(error).lower()
     if (

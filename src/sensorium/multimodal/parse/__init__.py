@@ -1,1 +1,1 @@
-"""What callers pass, as references to media."""
+"""Parsing of what callers pass into references to media."""

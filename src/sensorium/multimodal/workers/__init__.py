@@ -1,1 +1,1 @@
-"""Where decoding runs: worker processes and threads."""
+"""Worker processes and threads in which decoding runs."""

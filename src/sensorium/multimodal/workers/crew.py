@@ -1,7 +1,7 @@
 """Threads that each wait for a worker process: one item at a time, within its time.
 
-A worker that runs out of time is killed, and so is one whose caller has left; one that died is replaced before the next
-item. Whatever happened costs that item an error, and nothing else.
+A worker that runs out of time is killed, and so is one whose caller has left; one that died is
+replaced before the next item. Whatever happened costs that item an error, and nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from sensorium.processes.framing import receive_frame, send_frame
 JOBS_PER_PROCESS = 500
 """Items after which a worker is replaced, so that what a library may leak stays small."""
 ABANDONED_SECONDS = 0.5
-"""How long work whose caller has left goes on: killing a worker for less would cost more."""
+"""Seconds that work goes on after its caller has left: killing a worker for less would cost
+more."""
 NOT_NOW = "Media cannot be decoded now; try again later."
 
 T = TypeVar("T")
@@ -40,7 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeTask:
-    """One item on its way through a worker: an encoded file, what to do with it, and the file for its features."""
+    """One item on its way through a worker.
+
+    An encoded file, what to do with it, and the file for its features.
+    """
 
     def __init__(self, job: DecodeJob, source: bytes, path: str) -> None:
         self.job = job
@@ -50,7 +54,10 @@ class DecodeTask:
         self._lock = threading.Lock()
 
     def run(self, worker: Worker) -> Done:
-        """Return the worker's answer; leave no file when there is none. Raises as ``Worker.run`` does."""
+        """Return the worker's answer; leave no file when there is none.
+
+        Raises as ``Worker.run`` does.
+        """
         try:
             return worker.run(self)
         except BaseException:
@@ -68,7 +75,10 @@ class DecodeTask:
             self._worker = None
 
     def leave(self, future: Future[Done]) -> None:
-        """Give up a task that was submitted as ``future``; the worker gets ``ABANDONED_SECONDS`` to finish it."""
+        """Give up a task that was submitted as ``future``.
+
+        The worker gets ``ABANDONED_SECONDS`` to finish it.
+        """
         if future.cancelled():
             self.source = b""  # a thread has still to come to the task in the queue
             return
@@ -84,7 +94,7 @@ class DecodeTask:
 
 
 class Worker:
-    """One thread's worker process, forked when there is something to do and again after it has died."""
+    """Worker process of one thread, forked at first use and again after it has died."""
 
     def __init__(self, server: ForkServer, seconds: float) -> None:
         self._server = server
@@ -130,7 +140,8 @@ class Worker:
             if time.monotonic() - begun >= self._seconds:  # its limit of processor time was faster
                 raise self._too_long(task)
             raise MediaUndecodableError(
-                f"The process that decoded the {task.job.modality} ended before it was done: the file is damaged, or "
+                f"The process that decoded the {task.job.modality} ended before it was done: the "
+                "file is damaged, or "
                 "takes too much."
             )
         self._num_jobs += 1
@@ -139,7 +150,10 @@ class Worker:
         return reply
 
     def kill(self) -> None:
-        """Kill the process, if there is one; the thread that waits for it notices. Usable from any thread."""
+        """Kill the process, if there is one; the thread that waits for it notices.
+
+        Usable from any thread.
+        """
         process = self._process
         if process is not None:
             process.kill()
@@ -157,7 +171,8 @@ class Worker:
 
     def _too_long(self, task: DecodeTask) -> MediaUndecodableError:
         return MediaUndecodableError(
-            f"Decoding and preprocessing the {task.job.modality} took longer than {self._seconds:g} s, the limit "
+            f"Decoding and preprocessing the {task.job.modality} took longer than "
+            f"{self._seconds:g} s, the limit "
             "(--media-decode-timeout); send a smaller or shorter one."
         )
 
@@ -175,7 +190,7 @@ class Worker:
 
 
 def _is_idle(connection: socket.socket) -> bool:
-    """Return True if the other side has sent nothing, and not closed, while nothing was asked of it."""
+    """Return True if the other side has neither sent anything nor closed."""
     connection.setblocking(False)
     try:
         connection.recv(1, socket.MSG_PEEK)
@@ -197,7 +212,7 @@ class Crew:
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="sensorium-decoder")
 
     def submit(self, use: Callable[[Worker], T]) -> Future[T]:
-        """Call ``use`` with a worker in a thread, with the worker that was used last if it is free."""
+        """Call ``use`` with a worker in a thread, preferably the one used last."""
         return self._pool.submit(self._with_worker, use)
 
     def close(self, *, wait: bool) -> None:

@@ -1,7 +1,10 @@
-"""The processes that decode, forked from a fork server that has imported what they need and holds the processor.
+"""The worker processes that decode, forked from a fork server.
 
-A worker decodes and preprocesses one item after the other, within limits of memory and processor time: whatever a file
-does to a decoder, it does it there. ``multimodal.workers.pool`` is the other side.
+The fork server has imported what they need and holds the processor.
+
+A worker decodes and preprocesses one item after the other, within limits of memory and processor
+time: whatever a file does to a decoder, it does it there. ``multimodal.workers.pool`` is the other
+side.
 """
 
 from __future__ import annotations
@@ -57,13 +60,16 @@ NICENESS = 5
 """Workers give way to the server's event loop, which needs little time but needs it at once."""
 _FIRST_TO_GO = "500"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT)
-"""Where a segment cannot be written: the last one when somebody has tidied up its folder."""
+"""Errors that mean that the file cannot be written; the last one when its folder was removed."""
 
 logger = logging.getLogger(__name__)
 
 
 def serve(control: socket.socket, processor: Processor, config: MediaConfig, folder: str) -> None:
-    """Fork workers until the parent hangs up, then remove ``folder``. Call this in a process with one thread."""
+    """Fork workers until the parent hangs up, then remove ``folder``.
+
+    Call this in a process with one thread.
+    """
     for modality in processor.modalities:
         for library in _LIBRARIES[modality]:
             importlib.import_module(library)
@@ -132,15 +138,15 @@ def _failed(error: Exception, modality: Modality, config: MediaConfig) -> Failed
 
 def _too_large(modality: str, config: MediaConfig) -> Failed:
     return Failed(
-        f"The {modality} takes more than {config.media_worker_memory_gb:g} GiB of memory to decode and preprocess, "
+        f"The {modality} takes more than {config.media_worker_memory_gb:g} GiB of memory to decode "
+        "and preprocess, "
         "the limit (--media-worker-memory-gb); send a smaller one.",
         MediaTooLargeError.code,
     )
 
 
 def _silence() -> None:
-    """Keep what the decoders' libraries write about damaged files, warnings and ignored exceptions of Python's among
-    it, out of the log; our own lines still go there."""
+    """Discard what libraries write to standard error."""
     log = silence_libraries()
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
@@ -149,9 +155,11 @@ def _silence() -> None:
 
 
 def _limit(config: MediaConfig) -> None:
-    """Memory beyond what the fork server's libraries take, the size of a segment, open files. Addresses are not
-    limited: threads reserve many that they never use. Where the system's memory
-    ends before these limits, it is this process that goes, and not the engine."""
+    """Memory beyond what the fork server's libraries take, the size of a segment, open files.
+
+    Addresses are not limited: threads reserve many that they never use. Where the system's memory
+    ends before these limits, it is this process that goes, and not the engine.
+    """
     memory = int(config.media_worker_memory_gb * GIB)
     limit_memory(memory)
     lower(resource.RLIMIT_FSIZE, memory)
@@ -162,8 +170,10 @@ def _limit(config: MediaConfig) -> None:
 
 
 def _limit_seconds(seconds: float) -> None:
-    """Processor time until the kernel ends this process: what a job may take on all cores, should nobody be there any
-    more to look at the clock."""
+    """Processor time until the kernel ends this process.
+
+    What a job may take on all cores, should nobody be there any more to look at the clock.
+    """
     usage = resource.getrusage(resource.RUSAGE_SELF)
     cores = len(os.sched_getaffinity(0))
     most = math.ceil(usage.ru_utime + usage.ru_stime + seconds * cores) + 1

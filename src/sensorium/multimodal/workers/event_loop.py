@@ -1,8 +1,8 @@
 """An event loop in a thread of its own.
 
-Synchronous callers run coroutines there. Downloads run there, too: a host that sends its answer in a hundred thousand
-pieces of one byte keeps a loop busy for tens of milliseconds at a time, and that must not be the loop that serves
-everyone.
+Synchronous callers run coroutines there. Downloads run there, too: a host that sends its answer in
+a hundred thousand pieces of one byte keeps a loop busy for tens of milliseconds at a time, and that
+must not be the loop that serves everyone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ T = TypeVar("T")
 
 
 class LoopThread:
-    """Runs coroutines in a thread that starts with the first one. Usable from several threads and event loops."""
+    """Runs coroutines in a thread that starts with the first one.
+
+    Usable from several threads and event loops.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = f"{OWN_THREADS}{name}"
@@ -37,11 +40,14 @@ class LoopThread:
         raise RuntimeError("the event loop has been closed")
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Return the result of a coroutine; cancelling the caller cancels it. Raises as ``submit`` does."""
+        """Return the result of a coroutine; cancelling the caller cancels it.
+
+        Raises as ``submit`` does.
+        """
         return await asyncio.wrap_future(self.submit(work))
 
     def close(self) -> None:
-        """Cancel what runs, wait until it has ended, and end the thread; further calls only wait."""
+        """Cancel what runs, wait for its end, and end the thread; further calls only wait."""
         with self._lock:
             was_closed, self._is_closed = self._is_closed, True
             loop, thread = self._loop, self._thread

@@ -1,7 +1,7 @@
 """Messages between the pool of decoders and its worker processes.
 
-Arrays do not travel: a worker writes the features into a file of shared memory, and answers with their shapes. Answers
-are checked, for a worker has read untrusted files.
+Arrays do not travel: a worker writes the features into a file of shared memory, and answers with
+their shapes. Answers are checked, for a worker has read untrusted files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOST_MESSAGE_CHARS = 1000
 
 
 class DecodeRequest(msgspec.Struct):
-    """To a worker: the job, the path of the file to write, and how many bytes of the encoded file follow."""
+    """Message to a worker: the job, the file to write, the number of bytes that follow."""
 
     job: DecodeJob
     path: str
@@ -73,7 +73,8 @@ def encode_request(request: DecodeRequest) -> bytes:
         return encode(request)
     except (TypeError, ValueError, OverflowError, RecursionError):
         raise InvalidRequestError(
-            "mm_processor_kwargs holds a value that is no plain one (a number below 2**64, a text, a list or a "
+            "mm_processor_kwargs holds a value that is no plain one (a number below 2**64, a text, "
+            "a list or a "
             "mapping of those).",
             param="mm_processor_kwargs",
         ) from None

@@ -8,11 +8,15 @@ import msgspec
 import numpy as np
 
 _ARRAY = 1
-"""Extension code of a numpy array: its dtype and shape in MessagePack, after the length of that, then its bytes."""
+"""Extension code of a numpy array: its dtype and shape in MessagePack, after the length of that,
+then its bytes."""
 
 
 def encode_other(value: Any) -> Any:
-    """What msgspec's encoders ask for values that they do not know. Raises TypeError for all but numpy's."""
+    """Encode a value that msgspec does not know.
+
+    Raises TypeError for all but numpy's.
+    """
     if isinstance(value, np.ndarray):
         head = msgspec.msgpack.encode((value.dtype.str, value.shape))
         size = len(head).to_bytes(4, "little")
@@ -23,7 +27,7 @@ def encode_other(value: Any) -> Any:
 
 
 def decode_extension(code: int, data: memoryview) -> Any:
-    """What msgspec's decoders ask for extensions: the array of ``encode_other``, copied."""
+    """Decode an extension: the array of ``encode_other``, copied."""
     if code != _ARRAY:
         raise ValueError(f"unknown extension {code}")
     size = int.from_bytes(data[:4], "little")

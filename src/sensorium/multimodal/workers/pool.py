@@ -1,7 +1,8 @@
 """Decoding and preprocessing of items, in worker processes or in threads, as the pipeline sees it.
 
-Workers are forked in milliseconds from a fork server that is started once (``processes.fork_server``). What runs in
-them is ``multimodal.workers.decode_worker``; the threads that wait for them are in ``multimodal.workers.crew``.
+Workers are forked in milliseconds from a fork server that is started once
+(``processes.fork_server``). What runs in them is ``multimodal.workers.decode_worker``; the threads
+that wait for them are in ``multimodal.workers.crew``.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from sensorium.multimodal.workers.threads import ThreadWorkers, default_num_work
 from sensorium.processes.fork_server import ForkServer, ForkServerCommand
 
 START_SECONDS = 180.0
-"""How long the fork server may take to import what the model's processor needs."""
+"""Seconds that the fork server may take to import what the model's processor needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderStats:
-    """``num_busy``: items being decoded now, ``num_waiting``: items that wait for a worker,
-    ``num_worker_restarts``: workers that died or were killed, and replaced, since the start."""
+    """``num_busy``: items being decoded now, ``num_waiting``.
+
+    Items that wait for a worker, ``num_worker_restarts``: workers that died or were killed, and
+    replaced, since the start.
+    """
 
     num_busy: int = 0
     num_waiting: int = 0
@@ -36,12 +40,13 @@ class DecoderStats:
 
 
 class Decoders(Protocol):
-    """Decodes and preprocesses items away from the event loop. Usable from several loops at once."""
+    """Decoding of items away from the event loop; usable from several loops at once."""
 
     async def prepare(self, job: DecodeJob, source: Any) -> Prepared:
         """Return the features of an item. Cancelling the caller ends the work.
 
-        Raises RequestError, OverloadedError where there is no room for the features, and UnavailableError.
+        Raises RequestError, OverloadedError where there is no room for the features, and
+        UnavailableError.
         """
         ...
 
@@ -55,7 +60,9 @@ class Decoders(Protocol):
 
 
 class ThreadDecoders:
-    """Decodes in threads of this process, with no limits but those of the formats and without isolation.
+    """Decoding in threads of this process, without isolation.
+
+    No limits hold but those of the formats.
 
     For objects of the caller, which are decoded already, and for tests.
     """
@@ -78,10 +85,13 @@ class ThreadDecoders:
 
 
 class ProcessDecoders:
-    """Decodes encoded files in worker processes. Features come back in ``folder``, which this owns from now on.
+    """Decodes encoded files in worker processes.
 
-    ``config.num_media_workers`` of them work at a time for each modality, so that no image waits for a long video; each
-    within ``media_worker_memory_gb`` and ``media_decode_timeout``. None is there before there is work for it.
+    Features come back in ``folder``, which this owns from now on.
+
+    ``config.num_media_workers`` of them work at a time for each modality, so that no image waits
+    for a long video; each within ``media_worker_memory_gb`` and ``media_decode_timeout``. None is
+    there before there is work for it.
     """
 
     def __init__(
@@ -99,7 +109,7 @@ class ProcessDecoders:
         self._futures: set[Future[Done]] = set()
 
     def start(self) -> None:
-        """Start a first worker in the background, so that the first item need not wait for its imports."""
+        """Start a first worker in the background, before the first item needs it."""
         self._crews["image"].submit(Worker.start)
 
     async def prepare(self, job: DecodeJob, source: bytes) -> Prepared:
@@ -113,7 +123,8 @@ class ProcessDecoders:
         except asyncio.CancelledError:
             task.leave(future)
             raise
-        # Made here: futures refer to each other in circles, and would keep the file until these are collected.
+        # Made here: futures refer to each other in circles, and would keep the file until these are
+        # collected.
         arrays = SharedArrays(task.path, done.specs, owned=True)
         features = Features(job.modality, arrays, done.num_embeds, done.meta, done.precomputed)
         return Prepared(features, done.decode_seconds, done.decoded_bytes, done.preprocess_seconds)

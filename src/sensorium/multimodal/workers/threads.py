@@ -1,4 +1,7 @@
-"""Threads for what would hold up the event loop and is not decoding: hashing, base64, files, the caller's objects."""
+"""Threads for what would hold up the event loop and is not decoding.
+
+Hashing, base64, files, the caller's objects.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,13 @@ MAX_DEFAULT_WORKERS = 8
 
 
 class Workers(Protocol):
-    """Runs functions of this package's modules away from the event loop. Usable from several loops at once."""
+    """Runs functions of this package's modules away from the event loop.
+
+    Usable from several loops at once.
+    """
 
     async def run(self, function: Callable[[*Ts], T], *args: *Ts) -> T:
-        """``function(*args)``. When the caller is cancelled, work that has not begun never begins."""
+        """Return ``function(*args)``; when cancelled, work that has not begun never begins."""
         ...
 
     def close(self) -> None:
@@ -27,7 +33,7 @@ class Workers(Protocol):
 
 
 class ThreadWorkers:
-    """Workers that are threads: Pillow, BLAKE3 and numpy release the interpreter's lock while they work."""
+    """Worker threads: Pillow, BLAKE3 and numpy release the GIL while they work."""
 
     def __init__(self, num_workers: int | None = None) -> None:
         self.num_workers = num_workers or default_num_workers()

@@ -132,7 +132,7 @@ def _request_error(
 
 
 def _steps(loc: Iterable[int | str], body: Any) -> list[str]:
-    """Return ``.messages``, ``[0]``, ``.content`` of pydantic's location, without union branches."""
+    """Return ``.messages``, ``[0]``, ``.content`` of pydantic's location, no union branches."""
     steps: list[str] = []
     node = body
     parts = list(loc)

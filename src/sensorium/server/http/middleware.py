@@ -143,7 +143,7 @@ def _request_id(scope: Scope) -> str:
 
 
 def _header_bytes(scope: Scope) -> int:
-    """Return the size of request line and headers, which h11 bounds only when they come in pieces."""
+    """Return the size of request line and headers; h11 bounds only what comes in pieces."""
     line = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
     return line + sum(len(name) + len(value) for name, value in scope["headers"])
 

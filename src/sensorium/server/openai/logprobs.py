@@ -17,7 +17,7 @@ Entry = Mapping[int, Logprob]
 def chat_entry(
     spelling: TokenSpelling, token_id: int, entry: Entry, num_top: int
 ) -> dict[str, Any]:
-    """Return an entry of ``choices[].logprobs.content``: sampled token and ``num_top`` likeliest."""
+    """Return an entry of ``choices[].logprobs.content``: the token and ``num_top`` others."""
     top = sorted((e.rank, i) for i, e in entry.items() if e.rank <= num_top)
     return {
         **_token(spelling, token_id, entry[token_id]),

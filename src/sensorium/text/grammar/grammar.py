@@ -1,12 +1,13 @@
-"""Structured outputs: a constraint becomes a grammar, and a grammar a mask of the tokens that may
-come next.
+"""Structured outputs: from constraints to grammars, and to masks of next tokens.
 
-``compile_grammar`` makes a checked grammar of a constraint; its text travels with the request; the engine
-keeps one ``GrammarVocabulary`` and makes a ``GrammarMatcher`` per sequence. llguidance does the parsing.
+``compile_grammar`` makes a checked grammar of a constraint; its text travels with the request; the
+engine keeps one ``GrammarVocabulary`` and makes a ``GrammarMatcher`` per sequence. llguidance does
+the parsing.
 
 Compiling is bounded in what it makes, not in how long it takes: a dozen patterns that exclude one
-another keep it busy for minutes. Whoever serves strangers lets ``engine.grammar.compiler`` do it, in
-processes that can be ended."""
+another keep it busy for minutes. A server of untrusted clients lets ``engine.grammar.compiler`` do
+it, in processes that can be ended.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +39,13 @@ MAX_CHOICES = 8192
 
 STARTING_SECONDS = 2.0
 TOKEN_SECONDS = 0.01
-"""Processor time that the samples of a request may use together for following their grammar: at all, and more for each
-of their tokens. A token takes a tenth of a millisecond; an ambiguous grammar can make it a third of a second, for which
-all sequences of a step wait."""
+"""Processor time that the samples of a request may use together for following their grammar: at
+all, and more for each of their tokens. A token takes a tenth of a millisecond; an ambiguous
+grammar can make it a third of a second, for which all sequences of a step wait."""
 
 
 def check_size(outputs: StructuredOutputs) -> None:
-    """Raise InvalidRequestError for a constraint that is too large, before anything is made of it."""
+    """Raise InvalidRequestError for a constraint that is too large to compile."""
     if isinstance(outputs.json, Mapping):
         _check_nodes(outputs.json)
     for field, limit in (
@@ -65,10 +66,11 @@ def check_size(outputs: StructuredOutputs) -> None:
 
 
 def compile_grammar(outputs: StructuredOutputs) -> Grammar:
-    """The grammar of a constraint that can be used, as far as that can be told without a vocabulary.
+    """Return the grammar of a constraint, checked as far as possible without a vocabulary.
 
     May take long. Raises InvalidRequestError, with the field as ``param``, for what cannot be
-    parsed, is not supported or too large."""
+    parsed, is not supported or too large.
+    """
     check_size(outputs)
     if outputs.json is not None or outputs.json_object:
         return json_grammar(outputs)
@@ -82,7 +84,8 @@ def compile_grammar(outputs: StructuredOutputs) -> Grammar:
 def grammar_text(outputs: StructuredOutputs) -> str:
     """The grammar of a constraint to anything but JSON, as text; not known to be usable.
 
-    Raises InvalidRequestError, with the field as ``param``, for what is too large."""
+    Raises InvalidRequestError, with the field as ``param``, for what is too large.
+    """
     from llguidance import LLMatcher
 
     if outputs.regex is not None:
@@ -99,12 +102,16 @@ def field_of(outputs: StructuredOutputs) -> str:
 
 
 class GrammarVocabulary:
-    """The tokens of a model as the grammar engine needs them; built once, which takes about a
-    second for 150,000."""
+    """The tokens of a model as the grammar engine needs them.
+
+    Built once, which takes about a second for 150,000.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """``vocab_size`` is the width of the model's logits. Raises ConfigError when the tokenizer
-        has no EOS."""
+        """``vocab_size`` is the width of the model's logits.
+
+        Raises ConfigError when the tokenizer has no EOS.
+        """
         from llguidance import LLTokenizer, TokenizerWrapper
 
         eos = [i for i in tokenizer.eos_token_ids if i < vocab_size]
@@ -130,8 +137,10 @@ class GrammarVocabulary:
         return cls(Tokenizer.from_folder(folder), vocab_size)
 
     def matcher(self, grammar: str) -> GrammarMatcher:
-        """A matcher at the start of ``grammar``. Raises InvalidRequestError when it cannot be
-        used."""
+        """A matcher at the start of ``grammar``.
+
+        Raises InvalidRequestError when it cannot be used.
+        """
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=limits())
@@ -144,9 +153,12 @@ class GrammarVocabulary:
         return GrammarMatcher(matcher, self.vocab_size, Budget(), text)
 
     def check(self, outputs: StructuredOutputs) -> Grammar:
-        """``compile_grammar``, and as far as the first mask: what this lets through will start in an engine.
+        """``compile_grammar``, and as far as the first mask.
 
-        May take long. Raises InvalidRequestError as ``compile_grammar`` does."""
+        What this lets through will start in an engine.
+
+        May take long. Raises InvalidRequestError as ``compile_grammar`` does.
+        """
         grammar, name = compile_grammar(outputs), field_of(outputs)
         try:
             matcher = self.matcher(grammar.text)
@@ -164,29 +176,33 @@ class GrammarVocabulary:
 
 
 class Budget:
-    """The processor time that following a grammar may still take; one for all samples of a request."""
+    """Processor time left for following a grammar; shared by all samples of a request."""
 
     def __init__(self) -> None:
         self._seconds_left = STARTING_SECONDS
 
     @property
     def is_used_up(self) -> bool:
-        """Whether more has been taken than there was."""
+        """Return whether more has been taken than there was."""
         return self._seconds_left < 0
 
     def take(self, seconds: float) -> None:
-        """So much was used; less than nothing for what a token brings. Nothing is saved up for one long step."""
+        """So much was used; less than nothing for what a token brings.
+
+        Nothing is saved up for one long step.
+        """
         self._seconds_left = min(self._seconds_left - seconds, STARTING_SECONDS)
 
 
 class GrammarMatcher:
-    """Where one sequence stands in its grammar.
+    """State of one sequence in its grammar.
 
     A token that the grammar does not allow, or a limit reached while parsing, puts the matcher
     into an error state, ``error``, which it never leaves; ``mask`` then allows nothing. The caller
     ends the sequence. So does a grammar that costs more processor time than ``STARTING_SECONDS``
     and ``TOKEN_SECONDS`` for each token, all samples of its request, which share a ``Budget``,
-    taken together."""
+    taken together.
+    """
 
     def __init__(
         self, matcher: Any, vocab_size: int, budget: Budget, text: JsonText | None = None
@@ -198,9 +214,13 @@ class GrammarMatcher:
         self._text = text
 
     def fresh(self, budget: Budget | None = None) -> GrammarMatcher:
-        """A matcher of the same grammar, where this one stands; only one that is at the start may be asked.
+        """A matcher of the same grammar, where this one stands.
 
-        It goes on with this one's budget, as a sequence that starts again does, unless it is given another."""
+        Only one that is at the start may be asked.
+
+        It goes on with this one's budget, as a sequence that starts again does, unless it is given
+        another.
+        """
         return GrammarMatcher(
             self._matcher.deep_copy(),
             self._vocab_size,
@@ -210,12 +230,12 @@ class GrammarMatcher:
 
     @property
     def is_accepting(self) -> bool:
-        """Whether the text could end here."""
+        """Return whether the text could end here."""
         return bool(self._matcher.is_accepting())
 
     @property
     def error(self) -> str | None:
-        """What went wrong, or None."""
+        """Return the error message, or None."""
         if self._matcher.is_error():
             return reason(self._matcher.get_error())
         return "it takes too long to follow" if self._budget.is_used_up else None
@@ -242,8 +262,10 @@ class GrammarMatcher:
             self._text.end_number(words)
 
     def closing_token(self, mask: Any) -> int | None:
-        """The token that a model means which wants to end where ``mask`` does not allow it: of JSON, the end of what is
-        open; None when there is no such token."""
+        """The token that a model means which wants to end where ``mask`` does not allow it.
+
+        Of JSON, the end of what is open; None when there is no such token.
+        """
         if self._text is None or self.is_accepting:
             return None
         return self._text.closing_token(mask)
@@ -272,9 +294,11 @@ class _SpelledTokens:
         self._longest = max(map(len, self.tokens), default=0)
 
     def __call__(self, text: bytes) -> list[int]:
-        """The longest token that fits, again and again: the engine needs ids that spell exactly
-        ``text``, whereas the tokenizer itself would put a space in front. Bytes that no token
-        begins with are left out."""
+        """The longest token that fits, again and again.
+
+        The engine needs ids that spell exactly ``text``, whereas the tokenizer itself would put a
+        space in front. Bytes that no token begins with are left out.
+        """
         ids = []
         pos = 0
         while pos < len(text):
@@ -310,7 +334,10 @@ def _lark(grammar: str) -> str:
 
 
 def _check_nodes(schema: Mapping[str, Any]) -> None:
-    """Refuse a schema whose text is too long, without writing it: each value is a character of it at least."""
+    """Refuse a schema whose text is too long, without writing it.
+
+    Each value is a character of it at least.
+    """
     num_chars, todo = 0, [schema]
     while todo and num_chars <= MAX_SCHEMA_CHARS:
         value: Any = todo.pop()

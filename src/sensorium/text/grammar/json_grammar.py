@@ -1,4 +1,7 @@
-"""From JSON schemas to grammars: compact JSON by default, and as much of a schema as a grammar can express."""
+"""From JSON schemas to grammars.
+
+Compact JSON by default, and as much of a schema as a grammar can express.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,14 @@ _CULPRITS: dict[str, tuple[str, ...]] = {
     "Failed to generate regex for integer range": _BOUNDS,
     "Failed to generate regex for float range": _BOUNDS,
 }
-"""What the library says of schemas that are right, and the keywords without which it takes them."""
+"""Messages of the library about valid schemas, and the keywords without which it takes them."""
 
 
 def json_grammar(outputs: StructuredOutputs) -> Grammar:
     """The grammar of a constraint to JSON.
 
-    Raises InvalidRequestError, with the field as ``param``, for what is no schema, too large or, when the caller
-    wants that, cannot be expressed.
+    Raises InvalidRequestError, with the field as ``param``, for what is no schema, too large or,
+    when the caller wants that, cannot be expressed.
     """
     schema = _parsed(outputs)
     _check_pattern(outputs)
@@ -60,7 +63,10 @@ def _check_pattern(outputs: StructuredOutputs) -> None:
 
 
 def _expressed(schema: Mapping[str, Any], outputs: StructuredOutputs) -> Grammar:
-    """The grammar of as much of a schema as can be expressed. Raises SchemaError for what cannot be used."""
+    """The grammar of as much of a schema as can be expressed.
+
+    Raises SchemaError for what cannot be used.
+    """
     without: set[str] = set()
     while True:
         adapted = adapt(schema, without=frozenset(without))
@@ -118,7 +124,10 @@ def _culprits(problem: str) -> set[str]:
 
 
 def _alternative(schema: Mapping[str, Any], outputs: StructuredOutputs) -> str:
-    """Where in a list of calls the schema of arguments stands that is at fault; nothing when that cannot be said."""
+    """Return the place of the faulty schema of arguments in a list of calls.
+
+    Nothing when that cannot be said.
+    """
     items = schema.get("items")
     calls = items.get("anyOf") if isinstance(items, dict) else None
     for index, call in enumerate(calls if isinstance(calls, list) else ()):

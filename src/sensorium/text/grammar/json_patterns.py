@@ -1,4 +1,4 @@
-"""Regular expressions of JSON schemas, which are JavaScript's, as the grammar library takes them."""
+"""Regular expressions of JSON schemas (JavaScript's) for the grammar library."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ _GROUP_NAME, _NAME_AGAIN = re.compile(r"\(\?<(?=[A-Za-z_])"), re.compile(r"\\k<(
 
 
 def plain_pattern(pattern: str) -> str | None:
-    """A pattern without what the library cannot express, which then matches more; None when nothing is left of it.
+    """A pattern without what the library cannot express, which then matches more.
 
-    One that the library cannot read and that is no regular expression for Python either is returned as it is: the
-    library says what is wrong with it.
+    None when nothing is left of it.
+
+    One that the library cannot read and that is no regular expression for Python either is returned
+    as it is: the library says what is wrong with it.
     """
     if _is_usable(pattern):
         return pattern
@@ -30,7 +32,10 @@ def plain_pattern(pattern: str) -> str | None:
 
 
 def pattern_of_lengths(low: object, high: object) -> str | None:
-    """A pattern of texts with at least ``low`` and at most ``high`` characters; None without usable bounds."""
+    """A pattern of texts with at least ``low`` and at most ``high`` characters.
+
+    None without usable bounds.
+    """
     least = int(low) if isinstance(low, int | float) else 0
     most = str(int(high)) if isinstance(high, int | float) else ""
     if least <= 0 and not most:
@@ -39,7 +44,7 @@ def pattern_of_lengths(low: object, high: object) -> str | None:
 
 
 def _is_usable(pattern: str) -> bool:
-    """Whether the library can read a pattern."""
+    """Return whether the library can read a pattern."""
     from llguidance import LLMatcher
 
     schema = {"type": "string", "pattern": pattern}
@@ -48,7 +53,10 @@ def _is_usable(pattern: str) -> bool:
 
 
 def _without_assertions(pattern: str) -> str:
-    """A pattern without its look-arounds and word boundaries. Each only takes away from what matches."""
+    """A pattern without its look-arounds and word boundaries.
+
+    Each only takes away from what matches.
+    """
     kept: list[str] = []
     pos = 0
     while pos < len(pattern):
@@ -63,7 +71,7 @@ def _without_assertions(pattern: str) -> str:
 
 
 def _after_atom(pattern: str, pos: int) -> int:
-    """Where an escape, a class of characters or a single character ends."""
+    """Return where an escape, a class of characters or a single character ends."""
     if pattern[pos] == "\\":
         return pos + 2
     if pattern[pos] != "[":
@@ -75,7 +83,7 @@ def _after_atom(pattern: str, pos: int) -> int:
 
 
 def _after_group(pattern: str, pos: int) -> int:
-    """Where the group that begins at ``pos`` ends, with what repeats it."""
+    """Return where the group that begins at ``pos`` ends, with what repeats it."""
     depth = 0
     while pos < len(pattern):
         depth += {"(": 1, ")": -1}.get(pattern[pos], 0)

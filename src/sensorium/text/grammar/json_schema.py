@@ -1,8 +1,9 @@
 """JSON schemas as clients send them become schemas that the grammar library takes.
 
-Objects that list their properties are closed unless they say otherwise. What the library cannot express is said in
-another way where that means the same, else left out and reported, so that the caller can be told. Formats without a
-grammar are annotations, as JSON Schema has it. Runs where the compiler runs: within limits of time and memory.
+Objects that list their properties are closed unless they say otherwise. What the library cannot
+express is said in another way where that means the same, else left out and reported, so that the
+caller can be told. Formats without a grammar are annotations, as JSON Schema has it. Runs where the
+compiler runs: within limits of time and memory.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ BOUNDS_OF_FORMATS = {
     "email": r"^[^@]{1,64}@([^.@]{1,63}\.){1,8}[^.@]{2,24}$",
     "uri": r"^[A-Za-z][A-Za-z0-9+.-]{0,15}:",
 }
-"""Patterns that bound what a weak model would write without end before it comes to the part that a format needs."""
+"""Patterns that bound what a weak model would write without end before it comes to the part that
+a format needs."""
 
 UNSUPPORTED = {
     "contains": "contains",
@@ -63,7 +65,10 @@ class SchemaError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A schema for the library. ``relaxed``: keywords of the caller's schema that it does not enforce, sorted."""
+    """A schema for the library.
+
+    ``relaxed``: keywords of the caller's schema that it does not enforce, sorted.
+    """
 
     schema: dict[str, Any]
     relaxed: tuple[str, ...]
@@ -72,8 +77,8 @@ class Adapted:
 def adapt(schema: Mapping[str, Any], *, without: Names = _NONE) -> Adapted:
     """Rewrite a schema so that the grammar library takes it.
 
-    ``without``: further keywords to leave out, and to report. Raises SchemaError for one that is nested too deeply
-    or that nothing fulfils.
+    ``without``: further keywords to leave out, and to report. Raises SchemaError for one that is
+    nested too deeply or that nothing fulfils.
     """
     adapter = _Adapter(schema, without)
     adapted = adapter.root()
@@ -82,8 +87,11 @@ def adapt(schema: Mapping[str, Any], *, without: Names = _NONE) -> Adapted:
 
 @dataclass(slots=True)
 class _Adapter:
-    """Rewrites one schema. ``beside`` in its methods: names of properties that schemas of the same value list, or None
-    for the only schema of a value."""
+    """Rewrites one schema.
+
+    ``beside`` in its methods: names of properties that schemas of the same value list, or None for
+    the only schema of a value.
+    """
 
     source: Mapping[str, Any]
     without: Names
@@ -149,7 +157,10 @@ class _Adapter:
             out["pattern"] = plain
 
     def _name_pattern(self, pattern: str) -> str:
-        """A pattern of names that can be expressed; it matches all names when nothing is left of it."""
+        """A pattern of names that can be expressed.
+
+        It matches all names when nothing is left of it.
+        """
         plain = plain_pattern(pattern)
         if plain != pattern:
             self.relaxed.add("patternProperties")
@@ -177,7 +188,7 @@ class _Adapter:
         return value
 
     def _reference(self, reference: str, beside: Names, depth: int) -> str:
-        """A reference; to a variant of its target where others list properties of the same value."""
+        """Return a reference, or one to a variant where others list properties of the value."""
         target = self._target(reference)
         if not beside or not isinstance(target, Mapping) or not self._names(target, 0):
             return reference
@@ -189,7 +200,7 @@ class _Adapter:
         return f"#/$defs/{self.variants[key]}".replace(" ", "%20")
 
     def _target(self, reference: Any) -> Any:
-        """What a reference within this schema refers to; None for others."""
+        """Return the target of a reference within this schema; None for others."""
         if not isinstance(reference, str) or not reference.startswith("#"):
             return None
         found: Any = self.source
@@ -199,7 +210,7 @@ class _Adapter:
         return found
 
     def _names(self, schema: Any, depth: int, seen: frozenset[str] = frozenset()) -> Names:
-        """The properties that a schema lists for a value, itself and by others that it applies to the same value."""
+        """Return the properties that a schema lists for a value, also through other schemas."""
         if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
             return _NONE
         names = set(_members(schema.get("properties")))
@@ -216,7 +227,7 @@ class _Adapter:
         return frozenset(names)
 
     def _close(self, schema: Mapping[str, Any], out: dict[str, Any], around: Names) -> None:
-        """Admit no other properties than those that are listed, unless the schema says something about others."""
+        """Admit only listed properties, unless the schema says something about others."""
         if "unevaluatedProperties" in out:
             value = out.pop("unevaluatedProperties")
             out.setdefault(
@@ -294,7 +305,10 @@ class _Adapter:
             out["additionalProperties"] = False
 
     def _one_of(self, out: dict[str, Any]) -> None:
-        """``oneOf`` is ``anyOf`` where no value can fulfil two of its schemas; elsewhere it is reported."""
+        """``oneOf`` is ``anyOf`` where no value can fulfil two of its schemas.
+
+        Elsewhere it is reported.
+        """
         parts = out.get("oneOf")
         if not isinstance(parts, list):
             return
@@ -306,7 +320,7 @@ class _Adapter:
             out.update(items)
 
     def _exclude_another(self, parts: list[Any]) -> bool:
-        """Whether the schemas are of types, constants or tags that differ."""
+        """Return whether the schemas are of types, constants or tags that differ."""
         targets = [self._resolved(part) for part in parts]
         if len(targets) < 2:
             return True
@@ -333,7 +347,7 @@ class _Adapter:
             out["type"] = "array"
 
     def _unique_items(self, schema: Mapping[str, Any], out: dict[str, Any]) -> None:
-        """Items that must differ cannot be expressed, but there are no more than different values."""
+        """Bound arrays of different items by their number of different values."""
         unique = out.pop("uniqueItems", None)
         if not unique:
             return
@@ -380,8 +394,10 @@ def _items(value: Any) -> list[Any]:
 
 
 def _tags(schema: Any) -> dict[str, set[str]]:
-    """What tells the values of a schema from others: their types, their constants, and those of required properties;
-    each as JSON text."""
+    """Return the properties that tell the values of a schema from others.
+
+    Their types, their constants, and those of required properties; each as JSON text.
+    """
     if not isinstance(schema, Mapping):
         return {}
     tags: dict[str, set[str]] = {}

@@ -1,4 +1,7 @@
-"""Where a JSON text stands, for what a grammar allows in excess: a weak model writes digits and texts without end."""
+"""State of a JSON text, for what a grammar allows in excess.
+
+A weak model writes digits and texts without end.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ Words = npt.NDArray[np.int32]
 
 
 class JsonTokens:
-    """What the tokens of a vocabulary spell: ``spelled`` gives the bytes of each."""
+    """Bytes of the tokens of a vocabulary: ``spelled`` gives those of each."""
 
     def __init__(self, spelled: Callable[[int], bytes], vocab_size: int) -> None:
         self.spelled = spelled
@@ -32,7 +35,10 @@ class JsonTokens:
 
 
 class JsonText:
-    """The end of a JSON text that grows: whether it is within a string or a number, and how long that is."""
+    """The end of a JSON text that grows.
+
+    Whether it is within a string or a number, and how long that is.
+    """
 
     def __init__(self, tokens: JsonTokens) -> None:
         self._tokens = tokens
@@ -60,7 +66,10 @@ class JsonText:
                 self._num_chars = 0
 
     def end_number(self, words: Words) -> None:
-        """Take what goes on with a number that has ``MAX_NUMBER_CHARS`` out of a mask, unless nothing else is in it."""
+        """Remove from a mask what continues a number of ``MAX_NUMBER_CHARS``.
+
+        Unless nothing else is in the mask.
+        """
         if self._num_chars < MAX_NUMBER_CHARS:
             return
         rest = words & self._tokens.beside_numbers[: len(words)]
@@ -68,7 +77,10 @@ class JsonText:
             words[:] = rest
 
     def closing_token(self, words: Words) -> int | None:
-        """The token, among those of a mask, that ends what is open: a string, a list, an object, or a number."""
+        """The token, among those of a mask, that ends what is open.
+
+        A string, a list, an object, or a number.
+        """
         signs = [b"]", b"}", b","] if self._num_chars else [b"]", b"}"]
         if self._in_string:
             signs = [] if self._escaped else [b'"']

@@ -1,4 +1,7 @@
-"""The grammar library, as all that make grammars use it: its limits, its messages, what comes of a constraint."""
+"""The grammar library, as all that make grammars use it.
+
+Its limits, its messages, what comes of a constraint.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,32 @@ _JSON_MARK = '"json_schema":{'
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A constraint as text for the library. ``relaxed``: keywords of its JSON schema that are not enforced."""
+    """A constraint as text for the library.
+
+    ``relaxed``: keywords of its JSON schema that are not enforced.
+    """
 
     text: str
     relaxed: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the caller is to be told."""
+        """Return the warnings for the caller."""
         if not self.relaxed:
             return ()
         return (f"structured_outputs.json: not enforced: {', '.join(self.relaxed)}",)
 
 
 def is_json(text: str) -> bool:
-    """Whether the text of a grammar describes JSON."""
+    """Return whether the text of a grammar describes JSON."""
     return _JSON_MARK in text[:64]
 
 
 def problem_of(text: str) -> str | None:
-    """What the library has against a grammar, as far as that shows without a vocabulary; None for nothing."""
+    """Return the library's objection to a grammar, as far as it shows without a vocabulary.
+
+    None for nothing.
+    """
     from llguidance import LLMatcher
 
     problem = LLMatcher.validate_grammar(text, None, limits=limits())
@@ -39,8 +48,10 @@ def problem_of(text: str) -> str | None:
 
 
 def limits() -> Any:
-    """The library's bounds on fuel, states and size, written down so that a new release cannot
-    loosen them."""
+    """Return the library's bounds on fuel, states and size.
+
+    They are written down so that a new release cannot loosen them.
+    """
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -55,7 +66,7 @@ def limits() -> Any:
 
 
 def reason(message: str) -> str:
-    """What the library says, without its inside (``<state>`` and the like)."""
+    """Return the library's message without its internals (``<state>`` and the like)."""
     return str(message).partition("\n<")[0].strip()[:500]
 
 

@@ -1,7 +1,10 @@
-"""Animated WebP and PNG files as videos, through Pillow: FFmpeg does not read the one, and both lie frame over frame.
+"""Animated WebP and PNG files as videos, through Pillow.
 
-How many frames there are and how long each is shown is read from the chunks of the file before anything is decoded. A
-frame needs all those before it, so everything up to the last wanted one is decoded.
+FFmpeg does not read the one, and both lie frame over frame.
+
+How many frames there are and how long each is shown is read from the chunks of the file before
+anything is decoded. A frame needs all those before it, so everything up to the last wanted one is
+decoded.
 """
 
 from __future__ import annotations
@@ -30,8 +33,11 @@ _FRAME_CONTROL = struct.Struct(">4x4I2H")
 
 @dataclass(frozen=True, slots=True)
 class Animation:
-    """What the chunks of a file say: ``seconds`` that each frame is shown, the size, and how many pictures stand before
-    the first frame (an APNG may begin with one for programs that show no animations)."""
+    """Facts in the chunks of a file.
+
+    ``seconds`` that each frame is shown, the size, and how many pictures stand before the first
+    frame (an APNG may begin with one for programs that show no animations).
+    """
 
     seconds: tuple[float, ...]
     width: int
@@ -65,7 +71,8 @@ def decode(
 ) -> Video:
     """Decode the sampled frames over white.
 
-    ``check(num_decoded, num_sampled, height, width)`` raises MediaTooLargeError. Raises MediaUndecodableError as well.
+    ``check(num_decoded, num_sampled, height, width)`` raises MediaTooLargeError. Raises
+    MediaUndecodableError as well.
     """
     facts = VideoFacts(len(animation.seconds), animation.fps)
     indices = [int(i) for i in sample(facts)]
@@ -112,7 +119,10 @@ def _read_webp(data: bytes) -> Animation:
 
 
 def _read_apng(data: bytes) -> Animation | None:
-    """PNG, third edition, 11.3.6: each ``fcTL`` begins a frame; the first may come after the still image."""
+    """PNG, third edition, 11.3.6: each ``fcTL`` begins a frame.
+
+    The first may come after the still image.
+    """
     seconds: list[float] = []
     num_before, is_animated = 0, False
     for name, start in _chunks(data, 8, ">I4s", padded=False):
@@ -140,7 +150,7 @@ def _animation(
 
 
 def _chunks(data: bytes, at: int, form: str, *, padded: bool) -> Iterator[tuple[bytes, int]]:
-    """Name and start of the content of each chunk up to the end of the file, or to where it is damaged."""
+    """Yield name and start of the content of each chunk, up to where the file is damaged."""
     header = struct.Struct(form)
     is_riff = form.startswith("<")
     for _ in range(_MAX_CHUNKS):

@@ -1,8 +1,10 @@
-"""Containers of encoded videos: their format, their packets, an index of their frames, and a decoder for them.
+"""Containers of encoded videos.
 
-Indexing decodes nothing: it notes the timestamp of each packet and whether one can begin there, which gives the true
-number of frames and their order, whatever the header says, and makes every container one that can be entered at any key
-packet, with or without an index of its own.
+Their format, their packets, an index of their frames, and a decoder for them.
+
+Indexing decodes nothing: it notes the timestamp of each packet and whether one can begin there,
+which gives the true number of frames and their order, whatever the header says, and makes every
+container one that can be entered at any key packet, with or without an index of its own.
 """
 
 from __future__ import annotations
@@ -30,24 +32,27 @@ FORMATS = (
     *("animated WebP", "animated PNG"),
 )
 CODECS = frozenset(
-    "av1 ffv1 flv1 gif h263 h264 hevc mjpeg mpeg1video mpeg2video mpeg4 msmpeg4v3 png prores rawvideo theora vc1 vp6 "
+    "av1 ffv1 flv1 gif h263 h264 hevc mjpeg mpeg1video mpeg2video mpeg4 msmpeg4v3 png prores "
+    "rawvideo theora vc1 vp6 "
     "vp6f vp8 vp9 wmv1 wmv2 wmv3".split()
 )
-"""What is decoded, of the hundreds that FFmpeg knows."""
+"""Codecs that are decoded, of the hundreds that FFmpeg knows."""
 
 MAX_PACKETS = 1 << 20
 """Nine hours at 30 frames per second; more are refused while a container is indexed."""
 MAX_ENTRIES = 32
-"""Key packets that are tried for a frame, from the last one on: usually the first or second will do."""
+"""Key packets that are tried for a frame, from the last one on: usually the first or second will
+do."""
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _TS_PACKETS = ((0, 188), (4, 192), (0, 204))
-"""Where the first packet of an MPEG transport stream begins, with ``G``, and how long each is."""
+"""Start of the first packet of an MPEG transport stream, with ``G``, and length of each."""
 
 
 def format_of(data: bytes) -> str:
     """Return FFmpeg's name of the container, by its first bytes.
 
-    FFmpeg's own guess would also allow playlists, which name other files. Raises MediaUndecodableError.
+    FFmpeg's own guess would also allow playlists, which name other files. Raises
+    MediaUndecodableError.
     """
     if data[:4] == b"\x1aE\xdf\xa3":
         return "matroska"
@@ -78,7 +83,10 @@ def format_of(data: bytes) -> str:
 def opened(
     data: bytes, form: str, limits: Limits
 ) -> Iterator[tuple[av.container.InputContainer, Any]]:
-    """Open a container; give it and its video stream. Raises MediaUndecodableError for an unknown codec."""
+    """Open a container; give it and its video stream.
+
+    Raises MediaUndecodableError for an unknown codec.
+    """
     import av
     from av.stream import Disposition
 
@@ -104,7 +112,10 @@ def opened(
 
 
 def packets_of(container: av.container.InputContainer, stream: Any) -> Iterator[av.Packet[Any]]:
-    """Yield the packets of the stream until the file ends or cannot be read further. Raises MemoryError."""
+    """Yield the packets of the stream until the file ends or cannot be read further.
+
+    Raises MemoryError.
+    """
     import av.error
 
     packets = container.demux(stream)
@@ -124,8 +135,9 @@ def packets_of(container: av.container.InputContainer, stream: Any) -> Iterator[
 class FrameIndex:
     """Frames of a container, as their packets tell.
 
-    ``pts`` and ``packets``: timestamp and packet number of each frame, in the order of the frames; ``pts`` is empty
-    where timestamps cannot be used. ``keys``: packets at which decoding can begin, ascending, with their timestamps.
+    ``pts`` and ``packets``: timestamp and packet number of each frame, in the order of the frames;
+    ``pts`` is empty where timestamps cannot be used. ``keys``: packets at which decoding can begin,
+    ascending, with their timestamps.
     """
 
     form: str
@@ -147,7 +159,10 @@ class FrameIndex:
 
 
 def index_frames(data: bytes, form: str, limits: Limits) -> FrameIndex:
-    """Return the index of a container without decoding it. Raises MediaTooLargeError, MediaUndecodableError."""
+    """Return the index of a container without decoding it.
+
+    Raises MediaTooLargeError, MediaUndecodableError.
+    """
     with opened(data, form, limits) as (container, stream):
         hides = stream.codec_context.codec.canonical_name == "vp8"
         shown: list[tuple[int | None, int]] = []
@@ -178,7 +193,7 @@ def index_frames(data: bytes, form: str, limits: Limits) -> FrameIndex:
 
 
 def _is_hidden(packet: av.Packet[Any]) -> bool:
-    """Return True for a VP8 packet that only makes a reference for others (RFC 6386, 9.1: ``show_frame``)."""
+    """Return True for a VP8 packet that is never shown (RFC 6386, 9.1: ``show_frame``)."""
     return not bytes(memoryview(packet)[:1])[0] & 0x10
 
 
@@ -196,7 +211,10 @@ def _comes_in_order(data: bytes, form: str, limits: Limits) -> bool:
 
 
 def _rate(pts: Sequence[int], time_base: float, declared: Any) -> float | None:
-    """Return the average frames per second: the declared rate where it is near the measured one, else the latter."""
+    """Return the average frames per second.
+
+    The declared rate where it is near the measured one, else the latter.
+    """
     span = (pts[-1] - pts[0]) * time_base
     told = _plausible(declared)
     if len(pts) < 2:
@@ -219,7 +237,9 @@ def damaged() -> MediaUndecodableError:
 
 
 def frames_of(context: Any, packet: av.Packet[Any] | None) -> list[av.VideoFrame]:
-    """Decode a packet and return the frames that come out; None flushes the decoder, a damaged packet gives none.
+    """Decode a packet and return the frames that come out.
+
+    None flushes the decoder, a damaged packet gives none.
 
     Raises MemoryError.
     """
@@ -233,7 +253,10 @@ def frames_of(context: Any, packet: av.Packet[Any] | None) -> list[av.VideoFrame
 
 
 def start_decoder(context: Any, num_frames: int, limits: Limits) -> None:
-    """Check what the header promises, and start the decoder. Raises OverloadedError when it gets no threads."""
+    """Check what the header promises, and start the decoder.
+
+    Raises OverloadedError when it gets no threads.
+    """
     check_pixels(num_frames, context.height, context.width, limits)
     context.thread_type = "AUTO"
     context.thread_count = decoder_threads()
@@ -245,7 +268,7 @@ def start_decoder(context: Any, num_frames: int, limits: Limits) -> None:
 
 
 def packet_ranges(index: FrameIndex, wanted: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the ranges of packets (first, last) to decode for the wanted frames, ascending and disjoint."""
+    """Return the ranges of packets (first, last) to decode for the wanted frames, ascending."""
     needed = sorted((_entry(index, i), index.packets[i]) for i in wanted)
     runs: list[tuple[int, int]] = []
     for start, end in needed:
@@ -257,9 +280,12 @@ def packet_ranges(index: FrameIndex, wanted: Sequence[int]) -> list[tuple[int, i
 
 
 def _entry(index: FrameIndex, frame: int) -> int:
-    """Return the packet at which to begin for a frame: the last key packet neither stored nor shown after it.
+    """Return the packet at which to begin for a frame.
 
-    A frame that is stored after a key packet and shown before it may need those before the key packet.
+    The last key packet neither stored nor shown after it.
+
+    A frame that is stored after a key packet and shown before it may need those before the key
+    packet.
     """
     stored_before = bisect_right(index.keys, index.packets[frame], key=lambda key: key[0])
     for place in range(stored_before - 1, max(stored_before - 1 - MAX_ENTRIES, -1), -1):

@@ -1,13 +1,14 @@
-"""Which frames of a video a model sees: the rules of the families, as functions of integers.
+"""Frame sampling: the rules of the model families, as functions of integers.
 
-A rule takes what is known of the video, what the caller asked of the loading (``media_io_kwargs``), and from the
-family: what the caller asked of the processor (``mm_processor_kwargs``) and what the checkpoint does by itself. The
-first of these that says anything decides; where nobody does, ``DEFAULT_NUM_FRAMES`` frames are spread evenly. With the
-family's part bound by ``functools.partial`` a rule is a ``processor.FrameSampler``.
+A rule takes what is known of the video, what the caller asked of the loading (``media_io_kwargs``),
+and from the family: what the caller asked of the processor (``mm_processor_kwargs``) and what the
+checkpoint does by itself. The first of these that says anything decides; where nobody does,
+``DEFAULT_NUM_FRAMES`` frames are spread evenly. With the family's part bound by
+``functools.partial`` a rule is a ``processor.FrameSampler``.
 
-Frames that come as an object of the caller's (``FrameChoice.given``) are all used unless the caller asks for fewer. A
-number of frames together with a rate is the most that the rate may give. Where a video has fewer frames than wanted,
-all of them are used; no frame comes twice.
+Frames that come as an object of the caller's (``FrameChoice.given``) are all used unless the caller
+asks for fewer. A number of frames together with a rate is the most that the rate may give. Where a
+video has fewer frames than wanted, all of them are used; no frame comes twice.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ NOTHING = FrameChoice()
 
 
 def read_num_frames(value: Any, param: str) -> int | None:
-    """A number of frames, from 1; ``ALL_FRAMES`` for -1; None for None. Raises InvalidRequestError for others."""
+    """A number of frames, from 1; ``ALL_FRAMES`` for -1; None for None.
+
+    Raises InvalidRequestError for others.
+    """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or (value < 1 and value != -1):
@@ -43,7 +47,10 @@ def read_num_frames(value: Any, param: str) -> int | None:
 
 
 def read_fps(value: Any, param: str) -> float | None:
-    """Frames per second, above 0 and at most ``MAX_FPS``; None for None. Raises InvalidRequestError for others."""
+    """Frames per second, above 0 and at most ``MAX_FPS``; None for None.
+
+    Raises InvalidRequestError for others.
+    """
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -79,13 +86,19 @@ def decide(
 
 
 def evenly(num_source: int, num_frames: int) -> np.ndarray:
-    """``num_frames`` indices below ``num_source``: the first of each of as many stretches of equal length."""
+    """``num_frames`` indices below ``num_source``.
+
+    The first of each of as many ranges of equal length.
+    """
     num = max(1, min(num_frames, num_source))
     return np.arange(num, dtype=np.int64) * num_source // num
 
 
 def ends_included(num_source: int, num_frames: int) -> np.ndarray:
-    """``num_frames`` indices below ``num_source`` at equal distances from the first to the last, rounded."""
+    """Return ``num_frames`` indices below ``num_source`` at equal distances, rounded.
+
+    From the first to the last.
+    """
     num = max(1, min(num_frames, num_source))
     return np.linspace(0, num_source - 1, num).round().astype(np.int64)
 
@@ -117,8 +130,10 @@ def qwen2_vl(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> np.ndarray:
-    """Qwen2-VL's and Qwen2.5-VL's rule: as ``uniform``, the number a multiple of ``multiple`` (frames of a temporal
-    patch) where it is neither one nor that of all frames; by rate within ``min_frames`` and ``max_frames``.
+    """Qwen2-VL's and Qwen2.5-VL's rule.
+
+    As ``uniform``, the number a multiple of ``multiple`` (frames of a temporal patch) where it is
+    neither one nor that of all frames; by rate within ``min_frames`` and ``max_frames``.
     """
     wish = decide(facts, choice, asked, default)
     total = facts.num_frames
@@ -141,7 +156,10 @@ def qwen3_vl(
     min_frames: int = 4,
     max_frames: int = 768,
 ) -> np.ndarray:
-    """Qwen3-VL's rule: first and last frame included; by rate within ``min_frames`` and ``max_frames``."""
+    """Qwen3-VL's rule: first and last frame included.
+
+    By rate within ``min_frames`` and ``max_frames``.
+    """
     wish = decide(facts, choice, asked, default)
     num = int(_num(facts, wish))
     if wish.fps is not None:
@@ -157,8 +175,11 @@ def minicpm_v(
     default: FrameChoice = FrameChoice(fps=1.0),
     max_frames: int = 64,
 ) -> np.ndarray:
-    """MiniCPM-V's rule: every n-th frame, about ``fps`` per second; where these are more than ``max_frames``, the
-    middles of as many stretches of equal length of them."""
+    """MiniCPM-V's rule: every n-th frame, about ``fps`` per second.
+
+    Where these are more than ``max_frames``, the middles of as many ranges of equal length of
+    them.
+    """
     wish = decide(facts, choice, asked, default)
     every = np.arange(facts.num_frames, dtype=np.int64)
     if wish.fps is not None and facts.fps is not None:

@@ -11,20 +11,25 @@ if TYPE_CHECKING:
     import av
 
 FULL_HD = 1920 * 1088
-"""Pixels of a frame that counts as one against the limit on decoded frames; larger ones count as several."""
+"""Pixels of a frame that counts as one against the limit on decoded frames; larger ones count as
+several."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_frames``: that are decoded, at most ``FULL_HD`` each, or fewer larger ones. ``max_pixels``: of all sampled
-    frames together. ``max_frame_pixels``: of each frame."""
+    """``max_frames``: that are decoded, at most ``FULL_HD`` each, or fewer larger ones.
+
+    ``max_pixels``: of all sampled frames together. ``max_frame_pixels``: of each frame.
+    """
 
     max_frames: int
     max_pixels: int
     max_frame_pixels: int
 
     def for_decoder(self) -> dict[str, str]:
-        """FFmpeg's option, so that nothing much larger is allocated, whatever the header or a later frame says.
+        """Return FFmpeg's option that bounds the pixels of a frame.
+
+        Nothing much larger is then allocated, even if the header or a later frame says so.
 
         It counts columns that it adds to make rows of whole vectors, too.
         """
@@ -38,8 +43,10 @@ def check_work(num_frames: int, num_pixels: int, limits: Limits) -> None:
     if num_frames > most:
         size = " of this size" if most < limits.max_frames else ""
         raise MediaTooLargeError(
-            f"{num_frames} frames of the video must be decoded to get at those that are wanted; at most "
-            f"{most}{size} are allowed (--max-video-frames). Send a shorter video, or one with more key frames."
+            f"{num_frames} frames of the video must be decoded to get at those that are wanted; at "
+            "most "
+            f"{most}{size} are allowed (--max-video-frames). Send a shorter video, or one with "
+            "more key frames."
         )
 
 
@@ -62,11 +69,14 @@ def check_pixels(num_frames: int, height: int, width: int, limits: Limits) -> No
     """Raise MediaTooLargeError for frames that are too large, one by one or together."""
     if height * width > limits.max_frame_pixels:
         raise MediaTooLargeError(
-            f"A frame of the video has {width} x {height} pixels; at most {limits.max_frame_pixels} are allowed "
+            f"A frame of the video has {width} x {height} pixels; at most "
+            f"{limits.max_frame_pixels} are allowed "
             "(--max-image-pixels). Send a smaller video."
         )
     if num_frames * height * width > limits.max_pixels:
         raise MediaTooLargeError(
-            f"{num_frames} frames of {width} x {height} pixels are sampled of the video; at most {limits.max_pixels} "
-            "pixels together are allowed (--max-video-pixels). Sample fewer frames or send a smaller video."
+            f"{num_frames} frames of {width} x {height} pixels are sampled of the video; at most "
+            f"{limits.max_pixels} "
+            "pixels together are allowed (--max-video-pixels). Sample fewer frames or send a "
+            "smaller video."
         )

@@ -1,4 +1,7 @@
-"""Videos: encoded files, frames of the caller's, pictures of a ``data:`` URL become ``Video``s of sampled frames."""
+"""Videos: files, frames and images of a ``data:`` URL become ``Video`` items.
+
+Only sampled frames are kept.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,12 @@ from sensorium.multimodal.processor import FrameChoice, FrameSampler, VideoFacts
 
 @dataclass(frozen=True, slots=True)
 class VideoOptions:
-    """``media_io_kwargs["video"]``: how many frames are sampled (``sampling.ALL_FRAMES`` for -1, all); or how many per
-    second. With both the number is the most that the rate may give; with neither the model's own rule decides. Of
-    frames whose rate nobody knows, ``fps`` is that rate."""
+    """``media_io_kwargs["video"]``.
+
+    How many frames are sampled (``sampling.ALL_FRAMES`` for -1, all); or how many per second. With
+    both the number is the most that the rate may give; with neither the model's own rule decides.
+    Of frames whose rate nobody knows, ``fps`` is that rate.
+    """
 
     num_frames: int | None = None
     fps: float | None = None
@@ -30,7 +36,10 @@ class VideoOptions:
     def parse(
         cls, options: Mapping[str, Any], param: str = "media_io_kwargs.video"
     ) -> VideoOptions:
-        """Check and build. Raises InvalidRequestError for unknown keys and for values out of their range."""
+        """Check and build.
+
+        Raises InvalidRequestError for unknown keys and for values out of their range.
+        """
         check_names(options, list(cls.__dataclass_fields__), param)
         return cls(
             frame_sampling.read_num_frames(options.get("num_frames"), f"{param}.num_frames"),
@@ -43,8 +52,8 @@ def decode(
 ) -> Video:
     """The sampled frames of an encoded video, or of the pictures of a ``data:video/jpeg`` URL.
 
-    ``sampler``: the model's rule; evenly when None. Raises MediaUndecodableError, MediaTooLargeError and
-    InvalidRequestError.
+    ``sampler``: the model's rule; evenly when None. Raises MediaUndecodableError,
+    MediaTooLargeError and InvalidRequestError.
     """
     choose = _Choose(options, config, sampler)
     if video_frames.is_packed(data):
@@ -64,9 +73,12 @@ def decode(
 def decode_object(
     source: Any, options: VideoOptions, config: MediaConfig, sampler: FrameSampler | None
 ) -> Video:
-    """The frames of a list of pictures, an array or a tensor, with metadata or without (``frames.decode_object``).
+    """Return the frames of images, an array or a tensor, with or without metadata.
 
-    They are all used unless ``options`` (or the model's own options) ask for fewer. Raises as ``decode``.
+    See ``video_frames.decode_object``.
+
+    They are all used unless ``options`` (or the model's own options) ask for fewer. Raises as
+    ``decode``.
     """
     choose = _Choose(options, config, sampler)
     return _timed(video_frames.decode_object(source, choose, _frame_limits(config)), options)
@@ -86,7 +98,10 @@ def _timed(clip: Video, options: VideoOptions) -> Video:
 
 @dataclass(frozen=True, slots=True)
 class _Choose:
-    """Which frames are used: the model's rule with the caller's options, within the configuration's limit."""
+    """Return the sampling of frames: the model's rule with the caller's options.
+
+    Within the configuration's limit.
+    """
 
     options: VideoOptions
     config: MediaConfig

@@ -25,8 +25,10 @@ class Converter:
 
         self._scaler = VideoReformatter()
 
-    def upright(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-        """Return (H, W, 3) uint8 RGB as it is to be shown; ``width`` and ``height`` are those of the first frame.
+    def oriented(self, frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+        """Return (H, W, 3) uint8 RGB as it is to be shown.
+
+        ``width`` and ``height`` are those of the first frame.
 
         The array may lie in the memory of the frame.
         """
@@ -60,8 +62,11 @@ def _over_white(pixels: np.ndarray) -> np.ndarray:
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int]:
-    """a, b, c, d of the frame's display matrix: column x and row y are shown at column a x + c y and row b x + d y, but
-    for where the picture begins and a common factor (libavutil/display.h)."""
+    """a, b, c, d of the frame's display matrix.
+
+    Column x and row y are shown at column a x + c y and row b x + d y, but for where the picture
+    begins and a common factor (libavutil/display.h).
+    """
     from av.sidedata.sidedata import Type
 
     side_data: Mapping[Any, Any] = frame.side_data

@@ -1,14 +1,17 @@
-"""Frames out of encoded videos, through FFmpeg's libraries (PyAV); only what the wanted frames need is decoded.
+"""Frames out of encoded videos, through FFmpeg's libraries (PyAV).
 
-A container is read twice: once for an index of its frames (``container``), and once to decode, for each wanted frame,
-from the nearest key packet before it; reading stops after the last. Seven packets in the order of the file, with the
-frames that they show (a frame may need a later one, and is then stored after it):
+Only what the wanted frames need is decoded.
+
+A container is read twice: once for an index of its frames (``container``), and once to decode, for
+each wanted frame, from the nearest key packet before it; reading stops after the last. Seven
+packets in the order of the file, with the frames that they show (a frame may need a later one, and
+is then stored after it):
 
     packet   0K  1   2   3   4K  5   6
     frame    0   2   1   3   4   6   5        frames 1 and 5 wanted: packets 0 to 2 and 4 to 6 are decoded
 
-Where timestamps are missing, doubled or out of order, frames are counted as they come out, from the first to the last.
-Messages quote nothing that FFmpeg says.
+Where timestamps are missing, doubled or out of order, frames are counted as they come out, from the
+first to the last. Messages quote nothing that FFmpeg says.
 """
 
 from __future__ import annotations
@@ -45,8 +48,9 @@ Sample = Callable[[VideoFacts], np.ndarray]
 def decode(data: bytes, sample: Sample, limits: Limits) -> Video:
     """Return the sampled frames of an encoded video, in display orientation.
 
-    Raises MediaUndecodableError when the bytes are no video of one of ``FORMATS`` and ``CODECS`` or nothing can be
-    decoded, and MediaTooLargeError, which names the flag, before more than the limits is done.
+    Raises MediaUndecodableError when the bytes are no video of one of ``FORMATS`` and ``CODECS`` or
+    nothing can be decoded, and MediaTooLargeError, which names the flag, before more than the
+    limits is done.
     """
     form = containers.format_of(data)
     if form == "mov":
@@ -72,7 +76,10 @@ def decode(data: bytes, sample: Sample, limits: Limits) -> Video:
 def _decode_wanted(
     data: bytes, index: FrameIndex, facts: VideoFacts, indices: np.ndarray, limits: Limits
 ) -> Video | None:
-    """Decode the ranges of packets that the wanted frames need; return None when too few frames come."""
+    """Decode the ranges of packets that the wanted frames need.
+
+    Return None when too few frames come.
+    """
     wanted = sorted({int(i) for i in indices})
     check_work(len(wanted), 0, limits)
     ranges = containers.packet_ranges(index, wanted)
@@ -133,7 +140,7 @@ def _decode_in_order(
 
 
 class _WantedFrames:
-    """Collects the wanted frames as they come out of a decoder, and stands in for those that never do."""
+    """Collector of the wanted frames; repeats neighbours for those that never come."""
 
     def __init__(self, indices: np.ndarray, limits: Limits) -> None:
         self._indices = [int(i) for i in indices]
@@ -153,7 +160,7 @@ class _WantedFrames:
         if not self._there:
             check_pixels(len(self._indices), frame.height, frame.width, self._limits)
             self._size = (frame.width, frame.height)
-        array = self._converter.upright(frame, *self._size)
+        array = self._converter.oriented(frame, *self._size)
         if not self._there:
             self._rows = np.empty((len(self._wanted), *array.shape), np.uint8)
         if array.shape == self._rows.shape[1:]:
@@ -161,7 +168,10 @@ class _WantedFrames:
             self._there.add(number)
 
     def video(self, facts: VideoFacts) -> Video | None:
-        """Return all frames, with the nearest one in place of a missing one; None when more than half are missing."""
+        """Return all frames, with the nearest one in place of a missing one.
+
+        None when more than half are missing.
+        """
         there = np.array(sorted(self._there), dtype=np.int64)
         if 2 * len(there) < len(self._wanted) or not len(there):
             return None

@@ -1,6 +1,9 @@
-"""Videos that come as frames: pictures one by one, arrays and tensors, with or without what is known of their source.
+"""Videos that come as frames.
 
-The frames are the caller's choice already, so that all of them are used unless the caller asks for fewer.
+Pictures one by one, arrays and tensors, with or without what is known of their source.
+
+The frames are the caller's choice already, so that all of them are used unless the caller asks for
+fewer.
 """
 
 from __future__ import annotations
@@ -36,8 +39,11 @@ _MOST_FRAMES = 1 << 40
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where frames come from: ``indices``, the number of each in its source, ascending; ``num_frames`` and ``fps`` of
-    the source. ``choose``: whether the model's rule chooses among the frames, as among those of a file."""
+    """Origin of frames: ``indices``, the number of each in its source, ascending.
+
+    ``num_frames`` and ``fps`` of the source. ``choose``: whether the model's rule chooses among the
+    frames, as among those of a file.
+    """
 
     indices: tuple[int, ...]
     num_frames: int
@@ -46,11 +52,13 @@ class Origin:
 
 
 def read_origin(metadata: Any, num_given: int) -> Origin:
-    """Interpret ``fps``, ``duration`` (seconds), ``total_num_frames`` and ``frames_indices``, each of which may be
-    missing or None, of ``num_given`` frames.
+    """Interpret the metadata of a video that is passed as frames.
 
-    Indices that are not given are spread evenly. ``do_sample_frames`` asks for the model's rule. Raises
-    InvalidRequestError for unknown keys, wrong types, and values that contradict each other.
+    ``fps``, ``duration`` (seconds), ``total_num_frames`` and ``frames_indices``; each may be
+    missing.
+
+    Indices that are not given are spread evenly. ``do_sample_frames`` asks for the model's rule.
+    Raises InvalidRequestError for unknown keys, wrong types, and values that contradict each other.
     """
     if not isinstance(metadata, Mapping):
         _bad(f"must be a mapping, got {type(metadata).__name__}")
@@ -79,7 +87,8 @@ def read_origin(metadata: Any, num_given: int) -> Origin:
         length = total / fps
         if abs(length - duration) > _TOLERANCE * duration + 1 / fps:
             _bad(
-                f"says fps={fps:g} and duration={duration:g}, but {total} frames at that rate last {length:g} s; "
+                f"says fps={fps:g} and duration={duration:g}, but {total} frames at that rate last "
+                f"{length:g} s; "
                 "give those of the source that the frames were taken from"
             )
     choose = metadata.get("do_sample_frames") or False
@@ -98,11 +107,13 @@ def _indices(value: Any, num_given: int) -> tuple[int, ...]:
         _bad(f"has frames_indices that are no list of integers, got {type(value).__name__}")
     if len(indices) != num_given:
         _bad(
-            f"has {counted(len(indices), 'entry', 'entries')} in frames_indices for {counted(num_given, 'frame')}"
+            f"has {counted(len(indices), 'entry', 'entries')} in frames_indices for "
+            f"{counted(num_given, 'frame')}"
         )
     if indices[-1] >= _MOST_FRAMES:
         _bad(
-            f"has frame {indices[-1]!r:.80} among its frames_indices; at most {_MOST_FRAMES} make a video"
+            f"has frame {indices[-1]!r:.80} among its frames_indices; at most {_MOST_FRAMES} make "
+            "a video"
         )
     if indices[0] < 0 or any(b < a for a, b in itertools.pairwise(indices)):
         _bad("has frames_indices that are negative or do not ascend")
@@ -136,15 +147,16 @@ def _bad(what: str) -> NoReturn:
     raise InvalidRequestError(f"The metadata of the video {what}{end}")
 
 
-# --- frames of the caller's ------------------------------------------------------------------------------------------
+# --- frames of the caller's -----------------------------------------------------------------------
 
 Choose = Callable[[VideoFacts, bool], np.ndarray]
-"""Which of the frames are used, given what is known of them and whether they are all used unless asked."""
+"""Rule that picks the frames to use, given what is known of them and whether they are all used
+unless asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Most pixels of all frames that are used, and of each; most encoded pictures that are decoded."""
+    """Most pixels of all used frames, and of each; most encoded images that are decoded."""
 
     max_pixels: int
     max_frame_pixels: int
@@ -152,18 +164,21 @@ class Limits:
 
 
 def decode_object(source: Any, choose: Choose, limits: Limits) -> Video:
-    """The frames of a list of pictures, a numpy array (T, H, W, 3), a torch tensor (T, 3, H, W), or one of these with
-    metadata in a tuple.
+    """Return the frames of a video that is passed as images or as an array.
 
-    Raises InvalidRequestError for frames of different sizes, types that are none of these, and metadata that contradict
-    them; MediaTooLargeError for more pixels than ``limits`` allow.
+    A list of images, a numpy array (T, H, W, 3), a torch tensor (T, 3, H, W), or one of these with
+    metadata.
+
+    Raises InvalidRequestError for frames of different sizes, types that are none of these, and
+    metadata that contradict them; MediaTooLargeError for more pixels than ``limits`` allow.
     """
     metadata: Any = None
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], Mapping):
         source, metadata = source
     if not isinstance(source, list | tuple) and getattr(source, "ndim", 0) != 4:
         raise InvalidRequestError(
-            f"A video must be a list of frames or an array of four dimensions, got {type(source).__name__}."
+            "A video must be a list of frames or an array of four dimensions, got "
+            f"{type(source).__name__}."
         )
     if not len(source):
         raise InvalidRequestError("A video must have at least one frame.")
@@ -193,7 +208,8 @@ def _clip(
     height, width = first.shape[:2]
     if len(chosen) * height * width > max_pixels:
         raise MediaTooLargeError(
-            f"The video has {len(chosen)} frames of {width} x {height} pixels; at most {max_pixels} pixels together "
+            f"The video has {len(chosen)} frames of {width} x {height} pixels; at most "
+            f"{max_pixels} pixels together "
             "are allowed (--max-video-pixels)."
         )
     frames = np.empty((len(chosen), height, width, 3), np.uint8)
@@ -202,7 +218,8 @@ def _clip(
         own = picture(index)
         if own.shape != first.shape:
             raise InvalidRequestError(
-                f"All frames of a video must have one size; frame {chosen[0]} has {width} x {height} pixels, frame "
+                f"All frames of a video must have one size; frame {chosen[0]} has {width} x "
+                f"{height} pixels, frame "
                 f"{index} has {own.shape[1]} x {own.shape[0]}."
             )
         frames[row] = own
@@ -210,7 +227,7 @@ def _clip(
     return Video(frames, indices, origin.num_frames, origin.fps)
 
 
-# --- pictures of a data: URL -----------------------------------------------------------------------------------------
+# --- pictures of a data: URL ----------------------------------------------------------------------
 
 MAX_PICTURES = 1 << 14
 """Of a ``video/jpeg`` URL, and of a file that looks like one unpacked."""
@@ -220,7 +237,10 @@ _LENGTH = 8
 
 
 def pack(pictures: Sequence[bytes]) -> bytes:
-    """Encoded pictures as one file: what ``data:video/jpeg`` URLs become, whose pictures are apart only in the URL."""
+    """Encoded pictures as one file.
+
+    What ``data:video/jpeg`` URLs become, whose pictures are apart only in the URL.
+    """
     parts = [_MAGIC]
     for picture in pictures:
         parts += [len(picture).to_bytes(_LENGTH, "little"), picture]
@@ -228,12 +248,15 @@ def pack(pictures: Sequence[bytes]) -> bytes:
 
 
 def is_packed(data: bytes) -> bool:
-    """Whether ``pack`` made these bytes."""
+    """Return whether ``pack`` made these bytes."""
     return data.startswith(_MAGIC)
 
 
 def decode_packed(data: bytes, choose: Choose, limits: Limits) -> Video:
-    """The frames of what ``pack`` made. Raises MediaUndecodableError, MediaTooLargeError and InvalidRequestError."""
+    """The frames of what ``pack`` made.
+
+    Raises MediaUndecodableError, MediaTooLargeError and InvalidRequestError.
+    """
     bounds: list[tuple[int, int]] = []
     at = len(_MAGIC)
     while at < len(data):
@@ -257,7 +280,8 @@ def decode_packed(data: bytes, choose: Choose, limits: Limits) -> Video:
         indices = choose(facts, given)
         if len(indices) > limits.max_frames:
             raise MediaTooLargeError(
-                f"{len(indices)} frames of the video would have to be decoded; at most {limits.max_frames} are allowed "
+                f"{len(indices)} frames of the video would have to be decoded; at most "
+                f"{limits.max_frames} are allowed "
                 "(--max-video-frames). Ask for fewer, or send fewer."
             )
         return indices
