@@ -57,5 +57,5 @@ def test_what_is_gone_cannot_be_opened(folder: SharedArraysFolder) -> None:
 
 
 def test_only_features_in_a_segment_have_a_handle() -> None:
-    with pytest.raises(TypeError, match="segment"):
+    with pytest.raises(TypeError, match="shared memory"):
         SharedFeatures.of(Features("image", ARRAYS, 4))

@@ -177,7 +177,7 @@ def test_a_picture_that_was_read_as_embeddings_is_told_how_to_be_one(tmp_path: A
     pixels = torch.rand(3, 56, 56) * 255
     prompt = {"prompt": "<|vision_start|><|image_pad|><|vision_end|>"}
     with LLM(str(tmp_path), num_kv_blocks=100, enable_mm_embeds=True) as llm:
-        with pytest.raises(InvalidEmbeddingsError, match="put the tensor of a picture into a list"):
+        with pytest.raises(InvalidEmbeddingsError, match="put the tensor of an image into a list"):
             llm.generate({**prompt, "multi_modal_data": {"image": pixels}}, GREEDY)
         (listed,) = llm.generate({**prompt, "multi_modal_data": {"image": [pixels]}}, GREEDY)
         bytes_ = pixels.round().to(torch.uint8)
