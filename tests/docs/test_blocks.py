@@ -27,7 +27,16 @@ from tests.docs.pages import BLOCKS, PAGES, ROOT, Block, text_of
 
 UNREAD = ("", "text", "output", "nginx")
 """Languages of blocks that are not read here: drawings, messages, other programs' files."""
-OTHERS = ("--config", "--no", "--build-arg", "--constraint", "--cov", "--gpus", "--preload", "--shm-size")
+OTHERS = (
+    "--config",
+    "--no",
+    "--build-arg",
+    "--constraint",
+    "--cov",
+    "--gpus",
+    "--preload",
+    "--shm-size",
+)
 """What is read before the parser, the beginning of flags, and flags of other programs."""
 HISTORY = ("CHANGELOG.md",)
 """Pages that also name what is gone."""
