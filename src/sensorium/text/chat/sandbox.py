@@ -95,7 +95,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _check_numbers(args, kwargs)
             if __obj.__name__ == "join" and args and isinstance(args[0], Iterator):
                 args = (list(args[0]),)
-            _check_method(__obj, args)
+            _check_method(__obj.__self__, __obj.__name__, args)
         return _checked(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -232,9 +232,8 @@ def _size(value: Any, known: dict[int, int]) -> int:
     return known[id(value)]
 
 
-def _check_method(method: BuiltinMethodType, args: tuple[Any, ...]) -> None:
+def _check_method(text: object, name: str, args: tuple[Any, ...]) -> None:
     """Raise SecurityError for a method of a text whose result would be huge."""
-    text, name = method.__self__, method.__name__
     if not isinstance(text, str) or not args:
         return
     size = 0
@@ -317,7 +316,7 @@ def _format(value: str, *args: Any, **kwargs: Any) -> str:
 def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
     """Jinja's ``replace`` filter, which escapes nothing here."""
     text, old, new = str(value), str(old), str(new)
-    _check_method(text.replace, (old, new))
+    _check_method(text, "replace", (old, new))
     return text.replace(old, new, -1 if count is None else count)
 
 
