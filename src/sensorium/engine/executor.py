@@ -63,6 +63,13 @@ def build_engine(config: EngineConfig) -> Engine:
     return build_parts(config).engine()
 
 
+_NOT_INVARIANT = (
+    "batch_invariant: this model runs through the code of transformers, where plain decoders keep "
+    "it, but soft caps, attention sinks, mixtures of experts and what lies behind a sliding window "
+    "do not (docs/reproducibility.md)"
+)
+
+
 def build_parts(config: EngineConfig) -> EngineParts:
     """Load the model and return the parts of its engine. Raises ConfigError as ``build_engine``."""
     started = time.monotonic()
@@ -98,20 +105,9 @@ def build_parts(config: EngineConfig) -> EngineParts:
     caches = _allocated(layout, geometry.num_blocks, device)
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)
     store = FeatureStore()
-    folder = loaded.config.folder
-    if config.model.tokenizer is not None:
-        folder = loader.read_config(
-            config.model.tokenizer, download_dir=config.model.download_dir
-        ).folder
     invariant = is_batch_invariant(config, device, model.dtype)
     if config.model.batch_invariant and not loaded.family.invariant:
-        logger.warning(
-            "batch_invariant: this model runs through the code of transformers, where plain "
-            "decoders keep it, but soft "
-            "caps, attention sinks, mixtures of experts and what lies behind a sliding window do "
-            "not "
-            "(docs/reproducibility.md)"
-        )
+        logger.warning(_NOT_INVARIANT)
     runner = ModelRunner(model, caches, store, batch_invariant=invariant)
     scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
     facts = EngineFacts(
@@ -130,9 +126,16 @@ def build_parts(config: EngineConfig) -> EngineParts:
         runner,
         store,
         facts,
-        Matchers(folder, shape.vocab_size),
+        Matchers(_tokenizer_folder(config, loaded.config.folder), shape.vocab_size),
         traces=config.observability.trace_dir is not None,
     )
+
+
+def _tokenizer_folder(config: EngineConfig, folder: str) -> str:
+    """Return the folder of ``--tokenizer``, or of the model."""
+    if config.model.tokenizer is None:
+        return folder
+    return loader.read_config(config.model.tokenizer, download_dir=config.model.download_dir).folder
 
 
 def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> list[LayerCache]:

@@ -65,6 +65,12 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--timeout", type=float, metavar="N", default=600.0, help="seconds per request"
     )
+    _load_flags(parser)
+    _workload_flags(parser, num_prompts=100, input_len=128, output_len=128)
+    _reuse_flags(parser)
+
+
+def _load_flags(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("load")
     load.add_argument(
         "--request-rate",
@@ -107,8 +113,6 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="include the times of each request in the result",
     )
-    _workload_flags(parser, num_prompts=100, input_len=128, output_len=128)
-    _reuse_flags(parser)
 
 
 def _throughput_flags(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,7 @@ from sensorium.engine.prompts.types import (
     RopeChoice,
     Truncation,
 )
-from sensorium.engine.prompts.vocabulary import Vocabulary
+from sensorium.engine.prompts.vocabulary import Vocabulary, end_tokens
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import (
     InvalidRequestError,
@@ -59,6 +59,7 @@ from sensorium.multimodal.placeholders import (
     PlaceholderIds,
     check_counts,
 )
+from sensorium.multimodal.processor import Processor
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.chat.apply import template_applier
 from sensorium.text.chat.chat_template import ChatTemplate, RenderedPrompt
@@ -102,12 +103,7 @@ class InputProcessor:
         warn_of_defaults(self._loaded, family)
         self._traits = Traits(self._processor, family.bidirectional, RopeChoice.of(shape))
         check_deprecated(config.deprecated, self._processor, config.media)
-        markup = self._processor.markup if self._processor is not None else None
-        self._placeholders = (
-            PlaceholderIds(self._processor, markup)
-            if self._processor is not None and markup is not None
-            else None
-        )
+        self._placeholders = _placeholders(self._processor)
         self._folder = self._tokenizer_folder()
         self.tokenizer = Tokenizer.from_folder(
             self._folder, eos_token_ids=stop_token_ids(self._loaded)
@@ -116,9 +112,7 @@ class InputProcessor:
             self.tokenizer, self._vocab_size, self._processor, self._placeholder_texts()
         )
         self._vocabulary.warn()
-        extra = [self.tokenizer.token_id(text) for text in family.stop_tokens]
-        known = (*self.tokenizer.eos_token_ids, *(i for i in extra if i is not None))
-        self._eos_token_ids = tuple(dict.fromkeys(known))
+        self._eos_token_ids = end_tokens(self.tokenizer, family.stop_tokens)
         self._template = ChatTemplate.load(
             self._loaded.folder,
             self.tokenizer,
@@ -446,3 +440,8 @@ def _advised(prompt: Prompt) -> Iterator[None]:
             "each item: give "
             "another one (--chat-template FILE_OR_TEXT; in Python chat_template=…).",
         ) from error
+
+
+def _placeholders(processor: Processor | None) -> PlaceholderIds | None:
+    markup = processor.markup if processor is not None else None
+    return None if processor is None or markup is None else PlaceholderIds(processor, markup)

@@ -109,3 +109,10 @@ class Vocabulary:
             f"model, whose vocabulary is of {self._num_rows}. Leave it out, or use a model that "
             "was resized for it."
         )
+
+
+def end_tokens(tokenizer: Tokenizer, stop_tokens: Sequence[str]) -> tuple[int, ...]:
+    """Return the ids that end an answer: the configuration's, then the family's, each once."""
+    extra = (tokenizer.token_id(text) for text in stop_tokens)
+    known = (*tokenizer.eos_token_ids, *(i for i in extra if i is not None))
+    return tuple(dict.fromkeys(known))
