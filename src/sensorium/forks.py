@@ -16,10 +16,9 @@ from sensorium.errors import ForkedProcessError
 
 _ADVICE = (
     "Start processes by 'spawn' (multiprocessing.get_context('spawn'), "
-    "ProcessPoolExecutor(mp_context=…), "
-    "DataLoader(multiprocessing_context='spawn')), or fork them before the first LLM is made; and "
-    "make the LLM in the "
-    "process that uses it (with gunicorn in post_fork, not before with --preload)."
+    "ProcessPoolExecutor(mp_context=…), DataLoader(multiprocessing_context='spawn')), or fork them "
+    "before the first LLM is made; and make the LLM in the process that uses it (with gunicorn in "
+    "post_fork, not before with --preload)."
 )
 
 OWN_THREADS = "sensorium-"
@@ -77,8 +76,7 @@ def begin_computing() -> None:
     if _LINEAGE.cannot_compute:
         raise ForkedProcessError(
             "No model can run in this process: it was forked from one in which a model has run, "
-            "and lacks the threads "
-            f"that compute. {_ADVICE}"
+            f"and lacks the threads that compute. {_ADVICE}"
         )
     _LINEAGE.has_computed = True
 

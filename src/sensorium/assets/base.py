@@ -32,8 +32,7 @@ class Asset:
         if self.name not in self.names:
             raise InvalidRequestError(
                 f"There is no {type(self).__name__} {self.name!r}; there are "
-                f"{', '.join(self.names)}."
-                f"{suggestion(str(self.name), list(self.names))}",
+                f"{', '.join(self.names)}.{suggestion(str(self.name), list(self.names))}",
                 param="name",
             )
 

@@ -149,8 +149,8 @@ def _add_foreign(parser: argparse.ArgumentParser, rules: Mapping[str, Rule]) -> 
     if isinstance(parser, Parser):
         parser.foreign |= rules
         parser.epilog = (
-            "vLLM's flags are accepted, too (docs/from_vllm.md). "
-            "--config FILE.yaml reads flags from a file."
+            "vLLM's flags are accepted, too (docs/from_vllm.md). --config FILE.yaml reads flags "
+            "from a file."
         )
 
 

@@ -22,8 +22,7 @@ SAME_VALUES: dict[str, dict[str, Any]] = {
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "load_format": dict.fromkeys(
         "pt npcache mistral tensorizer sharded_state runai_streamer_sharded ipc_cache modelexpress "
-        "gguf "
-        "bitsandbytes".split(),
+        "gguf bitsandbytes".split(),
         "only safetensors are supported; convert the checkpoint, or use load_format dummy",
     ),
     "task": dict.fromkeys(

@@ -103,8 +103,7 @@ class MediaConfig:
     media_download_cache_seconds: float = option(
         3600.0,
         "Seconds for which that folder keeps a download; fewer if the Cache-Control or Expires of "
-        "its "
-        "host says so.",
+        "its host says so.",
         ge=0.001,
         le=365 * 86400.0,
     )

@@ -62,10 +62,8 @@ class SchedulerLimits:
             raise PromptTooLongError.beyond(
                 most,
                 f"{longest} tokens of the prompt attend to one another both ways and have to be "
-                "computed in one step, "
-                f"which has room for {most} (max_num_batched_tokens less max_num_seqs); raise "
-                "max_num_batched_tokens, "
-                "or shorten the prompt.",
+                f"computed in one step, which has room for {most} (max_num_batched_tokens less "
+                "max_num_seqs); raise max_num_batched_tokens, or shorten the prompt.",
                 param="prompt",
             )
         self._check_items(request)
@@ -95,16 +93,14 @@ class SchedulerLimits:
             raise PromptTooLongError.beyond(
                 self.num_cache_tokens,
                 f"{has}, and the KV cache holds no more than that ({self.num_blocks} blocks of "
-                f"{self.block_size}); "
-                "shorten the prompt or give the cache more memory.",
+                f"{self.block_size}); shorten the prompt or give the cache more memory.",
                 param="prompt",
             )
         if not self.enable_chunked_prefill and num_tokens > self.max_num_batched_tokens:
             raise PromptTooLongError.beyond(
                 self.max_num_batched_tokens,
                 f"{has}, a step takes no more than that, and chunked prefill is off; shorten the "
-                "prompt, raise "
-                "max_num_batched_tokens or switch it on.",
+                "prompt, raise max_num_batched_tokens or switch it on.",
                 param="prompt",
             )
 

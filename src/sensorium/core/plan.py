@@ -8,10 +8,8 @@ from sensorium.core.request import EngineRequest, TokenSample
 
 NO_TOKEN_LEFT = (
     "The model gave no usable distribution for the next token: either the restrictions of the "
-    "request "
-    "(allowed_token_ids, bad_words, logit_bias, min_tokens, structured_outputs) leave no token, or "
-    "a penalty or bias "
-    "made its numbers overflow. Relax them."
+    "request (allowed_token_ids, bad_words, logit_bias, min_tokens, structured_outputs) leave no "
+    "token, or a penalty or bias made its numbers overflow. Relax them."
 )
 """Message of a sequence for which no token could be sampled; the caller can mend that."""
 

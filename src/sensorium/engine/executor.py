@@ -147,8 +147,8 @@ def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> 
     except MemoryError:
         raise ConfigError(
             f"The KV cache would take {num_bytes} bytes ({num_blocks} blocks of "
-            f"{layout.bytes_per_block}), more than "
-            "the system gives; lower kv_cache_memory_bytes (or num_kv_blocks).",
+            f"{layout.bytes_per_block}), more than the system gives; lower kv_cache_memory_bytes "
+            "(or num_kv_blocks).",
             param="kv_cache_memory_bytes",
         ) from None
 
@@ -177,8 +177,7 @@ def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.
     if obstacle or (wanted is None and ops.attends_with_tiles(dtype)):
         logger.info(
             "the last bits of a request's log-probabilities, and so rarely a token, may depend on "
-            "what else is in the "
-            "batch%s",
+            "what else is in the batch%s",
             "" if obstacle else "; --batch-invariant rules that out, at a cost for long prompts",
         )
         return False

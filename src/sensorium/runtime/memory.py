@@ -106,8 +106,7 @@ def warn_when_scarce(num_bytes: int, device: torch.device) -> None:
     if num_bytes > available:
         logger.warning(
             "the KV cache may grow to %.1f GiB, but only %.1f GiB of memory are available: the "
-            "system may end this "
-            "process then. Lower kv_cache_memory_bytes (or num_kv_blocks)",
+            "system may end this process then. Lower kv_cache_memory_bytes (or num_kv_blocks)",
             num_bytes / GIB,
             available / GIB,
         )

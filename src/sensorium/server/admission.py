@@ -76,8 +76,7 @@ class Admission:
             each = "" if count == 1 else f" for each of {count} prompts"
             raise InvalidRequestError(
                 f"n is {num_samples}{each}; this server takes at most {self.max_waiting} samples "
-                "in "
-                "one request (--max-num-waiting).",
+                "in one request (--max-num-waiting).",
                 param="n",
             )
         if self.num_waiting + count * num_samples > self.max_waiting:

@@ -203,8 +203,7 @@ def log_access(config: ServerConfig) -> None:
     else:
         logger.warning(
             "requests need no API key, and the server listens on %s: anyone who can reach it can "
-            "use "
-            "it; set a key with --api-key or SENSORIUM_API_KEY",
+            "use it; set a key with --api-key or SENSORIUM_API_KEY",
             config.host,
         )
 

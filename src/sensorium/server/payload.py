@@ -71,8 +71,7 @@ def check_num_values(body: bytes, most: int) -> None:
     if num_values > most:
         raise BodyTooLargeError(
             f"The body has about {num_values} values (commas and opening brackets are counted); at "
-            "most "
-            f"{most} are allowed (--max-body-values). Send fewer values, or several requests."
+            f"most {most} are allowed (--max-body-values). Send fewer values, or several requests."
         )
 
 

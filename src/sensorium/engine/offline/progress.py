@@ -39,8 +39,8 @@ class Progress:
             self._num_output += sum(len(sample.token_ids) for sample in output.outputs)
         seconds = max(time.monotonic() - self._start, 1e-9)
         self._bar.set_postfix_str(
-            f"input {self._num_input / seconds:.1f} tok/s, "
-            f"output {self._num_output / seconds:.1f} tok/s",
+            f"input {self._num_input / seconds:.1f} tok/s, output {self._num_output / seconds:.1f} "
+            "tok/s",
             refresh=False,
         )
         self._bar.update()

@@ -78,8 +78,7 @@ def _of_folder(name: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"generation_config must be auto, vllm or a folder with {_FILE}; {name!r} cannot be "
-            "read: "
-            f"{type(error).__name__}.",
+            f"read: {type(error).__name__}.",
             param="generation_config",
         ) from error
     if not isinstance(values, dict):

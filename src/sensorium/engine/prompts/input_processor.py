@@ -284,8 +284,7 @@ class InputProcessor:
                     place = f"{name}[{token_id}]" if name == "logit_bias" else name
                     raise InvalidRequestError(
                         f"{name} holds the token id {token_id}, which is outside the model's "
-                        "vocabulary of "
-                        f"{self._vocab_size}.",
+                        f"vocabulary of {self._vocab_size}.",
                         param=place,
                     )
 
@@ -350,8 +349,7 @@ class InputProcessor:
         if most is not None and most > context:
             raise InvalidRequestError(
                 f"truncate_prompt_tokens is {most}, but the model's maximum context length is "
-                f"{context} tokens; give "
-                "no more than that, or -1 for all of it.",
+                f"{context} tokens; give no more than that, or -1 for all of it.",
                 param="truncate_prompt_tokens",
             )
         return context if most is None else most
@@ -437,8 +435,8 @@ def _advised(prompt: Prompt) -> Iterator[None]:
         raise PlaceholderMismatchError(
             error.found,
             "In a chat the template writes them, and this one does not write the model's own for "
-            "each item: give "
-            "another one (--chat-template FILE_OR_TEXT; in Python chat_template=…).",
+            "each item: give another one (--chat-template FILE_OR_TEXT; in Python "
+            "chat_template=…).",
         ) from error
 
 

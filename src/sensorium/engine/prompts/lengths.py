@@ -59,8 +59,7 @@ def refuse_endless(text: str, most: int, count: Callable[[int], int], param: str
         raise PromptTooLongError.beyond(
             most,
             f"the prompt has {len(text)} characters, of which the first {num_chars} alone are "
-            f"{num_tokens} tokens. "
-            "Shorten it, or start with a larger max_model_len.",
+            f"{num_tokens} tokens. Shorten it, or start with a larger max_model_len.",
             param=param,
         )
 
@@ -108,7 +107,7 @@ def refuse_many(num_samples: int, num_tokens: int, most: int) -> None:
     if num_samples > 1 and num_samples * num_tokens > most:
         raise InvalidRequestError(
             f"n is {num_samples} and the prompt has {num_tokens} tokens, "
-            f"{num_samples * num_tokens} together; at most "
-            f"{most} are allowed: ask for fewer samples, in several requests.",
+            f"{num_samples * num_tokens} together; at most {most} are allowed: ask for fewer "
+            "samples, in several requests.",
             param="n",
         )

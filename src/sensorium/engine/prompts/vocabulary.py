@@ -84,9 +84,8 @@ class Vocabulary:
         more = " …" if len(missing) > MOST_NAMED else ""
         logger.warning(
             "the tokenizer has %d token%s that the model's embedding table of %d rows has not: "
-            "%s%s; prompts with such "
-            "a token are refused. Is it this model's tokenizer, and was the model resized after "
-            "tokens were added?",
+            "%s%s; prompts with such a token are refused. Is it this model's tokenizer, and was "
+            "the model resized after tokens were added?",
             len(missing),
             "" if len(missing) == 1 else "s",
             self._num_rows,
@@ -100,14 +99,12 @@ class Vocabulary:
         if not text:
             return (
                 f"Token id {token_id} is outside the model's vocabulary of {self._num_rows}: give "
-                "ids from 0 to "
-                f"{self._num_rows - 1}."
+                f"ids from 0 to {self._num_rows - 1}."
             )
         return (
             f"The prompt holds the token {text[:MOST_CHARS]!r} (id {token_id}), which the "
-            "tokenizer has, but not the "
-            f"model, whose vocabulary is of {self._num_rows}. Leave it out, or use a model that "
-            "was resized for it."
+            f"tokenizer has, but not the model, whose vocabulary is of {self._num_rows}. Leave it "
+            "out, or use a model that was resized for it."
         )
 
 

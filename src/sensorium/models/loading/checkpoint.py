@@ -94,8 +94,7 @@ def find_part(
     except ConfigError as error:
         raise ConfigError(
             f"The model needs a second checkpoint, which config.json names as {field}. "
-            f"{error.message} The folder can "
-            f"also be given with hf_overrides={{{field!r}: …}}.",
+            f"{error.message} The folder can also be given with hf_overrides={{{field!r}: …}}.",
             param="model",
         ) from error
 

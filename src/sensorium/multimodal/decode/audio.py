@@ -134,8 +134,7 @@ class _Mixer:
         if not 1 <= rate <= MOST_RATE or num_channels < 1:
             raise MediaUndecodableError(
                 f"The sound has {num_channels} channels of {rate} samples per second; there must "
-                "be a channel, and 1 "
-                f"to {MOST_RATE} samples."
+                f"be a channel, and 1 to {MOST_RATE} samples."
             )
         if 0 < num_frames < _LONGEST:
             _check_length(num_frames, num_channels, rate, self._config)
@@ -159,15 +158,13 @@ def _check_length(num_frames: int, num_channels: int, rate: int, config: MediaCo
     if num_frames > config.max_audio_seconds * rate:
         raise MediaTooLargeError(
             f"The sound lasts {num_frames / rate:.2f} seconds or more; at most "
-            f"{config.max_audio_seconds} are allowed "
-            "(--max-audio-seconds)."
+            f"{config.max_audio_seconds} are allowed (--max-audio-seconds)."
         )
     num_bytes = num_frames * num_channels * _SAMPLE_BYTES
     if num_bytes > config.max_audio_decoded_bytes:
         raise MediaTooLargeError(
             f"The sound has {num_bytes} bytes or more when it is decoded ({num_channels} channels, "
-            f"{rate} samples per "
-            f"second); at most {config.max_audio_decoded_bytes} are allowed "
+            f"{rate} samples per second); at most {config.max_audio_decoded_bytes} are allowed "
             "(--max-audio-decoded-bytes)."
         )
 

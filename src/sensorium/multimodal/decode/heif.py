@@ -11,8 +11,7 @@ import importlib
 FORMAT = "HEIF"
 MISSING = (
     "The image is a HEIC photo (HEIF), for which pillow-heif is needed where this runs: pip "
-    "install 'sensorium[heif]'. "
-    "Or send it as JPEG, PNG or WebP."
+    "install 'sensorium[heif]'. Or send it as JPEG, PNG or WebP."
 )
 _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 """Of the format (ISO/IEC 23008-12). The last two say nothing about the codec; Pillow itself

@@ -57,8 +57,7 @@ def check_boxes(data: bytes) -> None:
     if num_samples > MAX_SAMPLES or num_run_samples > MAX_RUN_SAMPLES:
         raise MediaTooLargeError(
             f"The file has {num_samples + num_run_samples} samples; at most {MAX_SAMPLES} of one "
-            "size and "
-            f"{MAX_RUN_SAMPLES} in fragments are read. Cut it."
+            f"size and {MAX_RUN_SAMPLES} in fragments are read. Cut it."
         )
 
 

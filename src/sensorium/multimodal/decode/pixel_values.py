@@ -43,8 +43,7 @@ def scale_of(arrays: Iterable[Any], what: str = "image") -> float:
             hint = "; undo the normalisation first" if low < 0.0 else ""
             raise InvalidRequestError(
                 f"A floating-point {what} must have values from 0 to 255, or from 0 to 1, got "
-                f"{low:g} to "
-                f"{high:g}{hint}."
+                f"{low:g} to {high:g}{hint}."
             )
         most = max(most, high)
         if most <= 1.0 and not some_between:

@@ -16,8 +16,7 @@ MAX_THREADS = 4
 """Of one decoder. More gain little, and each takes memory."""
 NO_THREADS = (
     "There are no threads or no memory left to decode media now; try again later. (On the server: "
-    "the limits of the "
-    "system on processes, and --media-worker-memory-gb.)"
+    "the limits of the system on processes, and --media-worker-memory-gb.)"
 )
 _PHRASES = ("out of memory", "malloc failed", "allocate memory", "not enough memory")
 """Messages of Pillow, libavif, soxr and torch, in errors that have no type of their own."""

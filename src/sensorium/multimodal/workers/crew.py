@@ -141,8 +141,7 @@ class Worker:
                 raise self._too_long(task)
             raise MediaUndecodableError(
                 f"The process that decoded the {task.job.modality} ended before it was done: the "
-                "file is damaged, or "
-                "takes too much."
+                "file is damaged, or takes too much."
             )
         self._num_jobs += 1
         if isinstance(reply, Failed):
@@ -172,8 +171,8 @@ class Worker:
     def _too_long(self, task: DecodeTask) -> MediaUndecodableError:
         return MediaUndecodableError(
             f"Decoding and preprocessing the {task.job.modality} took longer than "
-            f"{self._seconds:g} s, the limit "
-            "(--media-decode-timeout); send a smaller or shorter one."
+            f"{self._seconds:g} s, the limit (--media-decode-timeout); send a smaller or shorter "
+            "one."
         )
 
     def _died(self, how: str) -> None:

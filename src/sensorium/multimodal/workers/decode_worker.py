@@ -139,8 +139,7 @@ def _failed(error: Exception, modality: Modality, config: MediaConfig) -> Failed
 def _too_large(modality: str, config: MediaConfig) -> Failed:
     return Failed(
         f"The {modality} takes more than {config.media_worker_memory_gb:g} GiB of memory to decode "
-        "and preprocess, "
-        "the limit (--media-worker-memory-gb); send a smaller one.",
+        "and preprocess, the limit (--media-worker-memory-gb); send a smaller one.",
         MediaTooLargeError.code,
     )
 

@@ -74,8 +74,7 @@ def encode_request(request: DecodeRequest) -> bytes:
     except (TypeError, ValueError, OverflowError, RecursionError):
         raise InvalidRequestError(
             "mm_processor_kwargs holds a value that is no plain one (a number below 2**64, a text, "
-            "a list or a "
-            "mapping of those).",
+            "a list or a mapping of those).",
             param="mm_processor_kwargs",
         ) from None
 

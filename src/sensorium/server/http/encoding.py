@@ -42,8 +42,7 @@ async def plain_body(
     if encoding not in ENCODINGS:
         raise UnsupportedEncodingError(
             f"Content-Encoding {encoding[:100]!r} is not supported; send the body uncompressed, or "
-            "as "
-            "gzip or deflate.",
+            "as gzip or deflate.",
         )
     limit = min(most, max(_ALWAYS_ALLOWED, MOST_TIMES * len(body)))
     async with unpacking:
@@ -58,8 +57,7 @@ def decompress(body: bytes, encoding: str, limit: int) -> bytes:
         raise BodyTooLargeError(
             f"The body has {len(body)} bytes and decompresses to more than {limit}, the limit "
             f"(--max-body-bytes, and {MOST_TIMES} times what was sent). Send it uncompressed, or "
-            "in "
-            "several requests."
+            "in several requests."
         ) from error
     except MediaFetchError as error:
         raise InvalidRequestError(

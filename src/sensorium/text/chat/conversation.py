@@ -131,8 +131,7 @@ def _message(message: Mapping[str, Any], param: str) -> Message:
     if not isinstance(role, str) or _ROLE.fullmatch(role) is None:
         _bad(
             f"must be a role such as {', '.join(ROLES)}, or another name of up to 64 letters, "
-            "digits, "
-            f"'_', '-' and '.' that the chat template knows; got {role!r:.80}",
+            f"digits, '_', '-' and '.' that the chat template knows; got {role!r:.80}",
             f"{param}.role",
         )
     content = message.get("content")

@@ -99,8 +99,7 @@ def check_custom_roles(messages: Sequence[Message], marked: str, marks: Marks) -
             near = suggestion(message.role, list(ROLES))
             raise InvalidRequestError(
                 f"The model's chat template leaves out messages[{index}], whose role "
-                f"{message.role!r} "
-                f"it does not know; use a role that it knows.{near}",
+                f"{message.role!r} it does not know; use a role that it knows.{near}",
                 param=f"messages[{index}].role",
             )
 

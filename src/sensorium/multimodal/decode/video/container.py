@@ -33,8 +33,7 @@ FORMATS = (
 )
 CODECS = frozenset(
     "av1 ffv1 flv1 gif h263 h264 hevc mjpeg mpeg1video mpeg2video mpeg4 msmpeg4v3 png prores "
-    "rawvideo theora vc1 vp6 "
-    "vp6f vp8 vp9 wmv1 wmv2 wmv3".split()
+    "rawvideo theora vc1 vp6 vp6f vp8 vp9 wmv1 wmv2 wmv3".split()
 )
 """Codecs that are decoded, of the hundreds that FFmpeg knows."""
 

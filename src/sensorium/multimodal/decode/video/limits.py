@@ -44,9 +44,8 @@ def check_work(num_frames: int, num_pixels: int, limits: Limits) -> None:
         size = " of this size" if most < limits.max_frames else ""
         raise MediaTooLargeError(
             f"{num_frames} frames of the video must be decoded to get at those that are wanted; at "
-            "most "
-            f"{most}{size} are allowed (--max-video-frames). Send a shorter video, or one with "
-            "more key frames."
+            f"most {most}{size} are allowed (--max-video-frames). Send a shorter video, or one "
+            "with more key frames."
         )
 
 
@@ -70,13 +69,11 @@ def check_pixels(num_frames: int, height: int, width: int, limits: Limits) -> No
     if height * width > limits.max_frame_pixels:
         raise MediaTooLargeError(
             f"A frame of the video has {width} x {height} pixels; at most "
-            f"{limits.max_frame_pixels} are allowed "
-            "(--max-image-pixels). Send a smaller video."
+            f"{limits.max_frame_pixels} are allowed (--max-image-pixels). Send a smaller video."
         )
     if num_frames * height * width > limits.max_pixels:
         raise MediaTooLargeError(
             f"{num_frames} frames of {width} x {height} pixels are sampled of the video; at most "
-            f"{limits.max_pixels} "
-            "pixels together are allowed (--max-video-pixels). Sample fewer frames or send a "
-            "smaller video."
+            f"{limits.max_pixels} pixels together are allowed (--max-video-pixels). Sample fewer "
+            "frames or send a smaller video."
         )

@@ -88,8 +88,7 @@ def read_origin(metadata: Any, num_given: int) -> Origin:
         if abs(length - duration) > _TOLERANCE * duration + 1 / fps:
             _bad(
                 f"says fps={fps:g} and duration={duration:g}, but {total} frames at that rate last "
-                f"{length:g} s; "
-                "give those of the source that the frames were taken from"
+                f"{length:g} s; give those of the source that the frames were taken from"
             )
     choose = metadata.get("do_sample_frames") or False
     if not isinstance(choose, bool):
@@ -209,8 +208,7 @@ def _clip(
     if len(chosen) * height * width > max_pixels:
         raise MediaTooLargeError(
             f"The video has {len(chosen)} frames of {width} x {height} pixels; at most "
-            f"{max_pixels} pixels together "
-            "are allowed (--max-video-pixels)."
+            f"{max_pixels} pixels together are allowed (--max-video-pixels)."
         )
     frames = np.empty((len(chosen), height, width, 3), np.uint8)
     frames[0] = first
@@ -219,8 +217,7 @@ def _clip(
         if own.shape != first.shape:
             raise InvalidRequestError(
                 f"All frames of a video must have one size; frame {chosen[0]} has {width} x "
-                f"{height} pixels, frame "
-                f"{index} has {own.shape[1]} x {own.shape[0]}."
+                f"{height} pixels, frame {index} has {own.shape[1]} x {own.shape[0]}."
             )
         frames[row] = own
     indices = tuple(origin.indices[i] for i in chosen)
@@ -281,8 +278,8 @@ def decode_packed(data: bytes, choose: Choose, limits: Limits) -> Video:
         if len(indices) > limits.max_frames:
             raise MediaTooLargeError(
                 f"{len(indices)} frames of the video would have to be decoded; at most "
-                f"{limits.max_frames} are allowed "
-                "(--max-video-frames). Ask for fewer, or send fewer."
+                f"{limits.max_frames} are allowed (--max-video-frames). Ask for fewer, or send "
+                "fewer."
             )
         return indices
 
