@@ -27,6 +27,8 @@ CONSTRAINT = """
 llm.generate("a", SamplingParams(structured_outputs={"regex": "a+"}))
 """
 SCRIPT = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's are ignored
 from sensorium import LLM, SamplingParams
 from sensorium.assets import ImageAsset
 llm = LLM("demo", num_kv_blocks=100)
@@ -85,6 +87,7 @@ def test_ctrl_c_while_workers_start_prints_nothing_of_theirs(call: str, module: 
     _, errors = process.communicate(timeout=120)
     assert errors.count(b"KeyboardInterrupt") == 1, errors.decode()
     assert b"_worker" not in errors, errors.decode()
+    assert f"{module.replace('.', '/')}.py" not in errors.decode(), errors.decode()
     assert process.returncode == -signal.SIGINT
     psutil.wait_procs([started], timeout=60)
     assert not started.is_running()
