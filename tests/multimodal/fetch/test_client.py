@@ -1,12 +1,12 @@
 """Hosts that do not keep to HTTP, or keep to it in ways that cost.
 
-The fetcher's own tests are in test_fetch.py.
+The fetcher's own tests are in test_fetcher.py.
 """
 
 import asyncio
 import gzip
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 from aiohttp import web
@@ -29,27 +29,10 @@ from tests.multimodal.support import (
     BytesFetcher,
     FakeResolver,
     MediaServer,
-    media_server,
     raw_server,
 )
 
-
-@pytest.fixture(autouse=True)
-def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "_FIRST_BACKOFF", 0.001)
-
-
-@pytest.fixture
-def workers() -> Iterator[ThreadWorkers]:
-    workers = ThreadWorkers(1)
-    yield workers
-    workers.close()
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[MediaServer]:
-    async with media_server() as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @pytest.fixture

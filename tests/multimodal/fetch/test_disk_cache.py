@@ -7,7 +7,6 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
 from email.utils import formatdate
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from sensorium.multimodal.fetch.disk_cache import DiskCache
 from sensorium.multimodal.fetch.fetcher import Fetcher
 from sensorium.multimodal.items import Fetched
 from sensorium.multimodal.workers.threads import ThreadWorkers
-from tests.multimodal.support import FakeResolver, MediaServer, media_server
+from tests.multimodal.support import FakeResolver, MediaServer
 
 A, B, C = "http://a.example/", "http://b.example/", "http://c.example/"
 FOREVER = float("inf")
@@ -284,6 +283,26 @@ def test_a_disk_that_fails_costs_a_warning(folder: Folder, monkeypatch, caplog, 
     assert len(folder.files()) == 1
 
 
+def test_a_scan_that_fails_is_tried_again(folder: Folder, monkeypatch) -> None:
+    """Else the folder, which is too large here, would stay so for another sixteenth of its size."""
+    for number in range(8):
+        folder.put(f"{A}{number}", bytes(20_000))
+    real, failures = os.scandir, iter([OSError(errno.EIO, "no")])
+
+    def scan(path: str):
+        for failure in failures:
+            raise failure
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    cache = DiskCache(config_of(folder.path, 100_000))
+    for url in (B, C):
+        cache.put(url, False, Fetched(b"body", encoded_digest(b"body")), FOREVER)
+    cache.close()
+    assert sum(path.stat().st_size for path in folder.root.iterdir()) <= 100_000
+    assert (folder.get(B), folder.get(C)) == (None, b"body")
+
+
 def test_a_failed_rename_leaves_no_file(folder: Folder, monkeypatch) -> None:
     def fail(*args: object) -> None:
         raise OSError(errno.EIO, "no")
@@ -383,19 +402,6 @@ def test_any_header_is_read(values: list[str], name: str) -> None:
 
 
 # --- through the fetcher --------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[MediaServer]:
-    async with media_server() as server:
-        yield server
-
-
-@pytest.fixture
-def workers() -> Iterator[ThreadWorkers]:
-    workers = ThreadWorkers(1)
-    yield workers
-    workers.close()
 
 
 @pytest.fixture

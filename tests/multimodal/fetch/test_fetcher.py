@@ -5,7 +5,7 @@ import socket
 import threading
 import warnings
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import aiohttp.connector
 import pytest
@@ -27,23 +27,7 @@ from tests.multimodal.support import (
     raw_server,
 )
 
-
-@pytest.fixture(autouse=True)
-def _quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "_FIRST_BACKOFF", 0.001)
-
-
-@pytest.fixture
-def workers() -> Iterator[ThreadWorkers]:
-    workers = ThreadWorkers(1)
-    yield workers
-    workers.close()
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[MediaServer]:
-    async with media_server() as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
 @pytest.fixture(autouse=True)

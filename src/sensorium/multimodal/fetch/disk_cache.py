@@ -125,7 +125,6 @@ class DiskCache:
         self._num_unscanned_bytes += size + _BLOCK_BYTES  # of its last block, a file takes all
         if self._num_unscanned_bytes <= slack:
             return
-        self._num_unscanned_bytes = 0
         files, total = [], size + _BLOCK_BYTES
         for file in os.scandir(self._root):
             with contextlib.suppress(FileNotFoundError):
@@ -137,6 +136,7 @@ class DiskCache:
             if not last_use or total > self._capacity_bytes - slack:
                 _unlink(path)
                 total -= num_bytes + _BLOCK_BYTES
+        self._num_unscanned_bytes = 0  # not before: a scan that fails is tried again
 
     def _warn(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError) and not self._has_warned:
