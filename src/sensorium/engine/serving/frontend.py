@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -170,10 +171,11 @@ class Frontend:
         if grammar is not None:
             stream.output.warnings = grammar.warnings
         output_queue: OutputQueue = asyncio.Queue()
-        unfinished: FinishReason = "abort"
-        client: EngineClient | None = None
-        try:
-            client = self._engine.current()
+
+        def report(metrics: Metrics, unfinished: FinishReason) -> None:
+            report_end(metrics, stream, unfinished, max_tokens=requests[0].max_tokens)
+
+        with self._running(trace, lambda: stream.open_ids, report) as client:
             if trace is not None:
                 trace.station("submitted", sequences=len(requests))
             num_tokens = 0
@@ -186,18 +188,6 @@ class Frontend:
             while not stream.finished:
                 await self._collect(client, stream, output_queue)
                 yield stream.output
-        except Exception as error:  # neither cancelled nor closed: it failed
-            unfinished = "error"
-            if trace is not None:
-                trace.end_by(error)
-            raise
-        finally:
-            if client is not None:
-                client.abort(stream.open_ids)
-            if trace is not None:
-                trace.end("aborted")  # unless it has ended
-            if self.metrics is not None:
-                report_end(self.metrics, stream, unfinished, max_tokens=requests[0].max_tokens)
 
     async def embed(
         self,
@@ -225,10 +215,11 @@ class Frontend:
         stream = PoolingCollector(request_id, prepared, request)
         stream.trace = trace
         output_queue: OutputQueue = asyncio.Queue()
-        unfinished: FinishReason = "abort"
-        client: EngineClient | None = None
-        try:
-            client = self._engine.current()
+
+        def report(metrics: Metrics, unfinished: FinishReason) -> None:
+            report_embedding(metrics, stream, unfinished)
+
+        with self._running(trace, lambda: [stream.engine_id], report) as client:
             if trace is not None:
                 trace.station("submitted", sequences=1)
             client.submit(request, prepared.items, output_queue)
@@ -237,20 +228,40 @@ class Frontend:
                 if isinstance(update, SensoriumError):
                     raise update
                 stream.apply(update)
-        except Exception as error:
+        self._num_embeddings += 1
+        return stream.output
+
+    @contextlib.contextmanager
+    def _running(
+        self,
+        trace: tracing.RequestTrace | None,
+        open_ids: Callable[[], Sequence[str]],
+        report: Callable[[Metrics, FinishReason], None],
+    ) -> Iterator[EngineClient]:
+        """Give the client that a request runs on; however the block ends, nothing stays behind.
+
+        Args:
+            trace: Ends with the block.
+            open_ids: Ids of the sequences that have not ended, which are aborted.
+            report: Reports the request to the metrics, with the reason if it is unfinished.
+        """
+        unfinished: FinishReason = "abort"
+        client: EngineClient | None = None
+        try:
+            client = self._engine.current()
+            yield client
+        except Exception as error:  # neither cancelled nor closed: it failed
             unfinished = "error"
             if trace is not None:
                 trace.end_by(error)
             raise
         finally:
             if client is not None:
-                client.abort([stream.engine_id])
+                client.abort(open_ids())
             if trace is not None:
                 trace.end("aborted")  # unless it has ended
             if self.metrics is not None:
-                report_embedding(self.metrics, stream, unfinished)
-        self._num_embeddings += 1
-        return stream.output
+                report(self.metrics, unfinished)
 
     async def shutdown(self) -> None:
         """Stop the engine and free everything."""
