@@ -105,12 +105,7 @@ def integers(value: Any, width: int, param: str) -> list[tuple[int, ...]]:
     A bare row is returned as one row. Raises InvalidEmbeddingsError at ``param`` for other shapes
     and types.
     """
-    rows = value if isinstance(value, list | tuple) else [value]
-    try:
-        plain = [row.tolist() if is_array(row) else row for row in rows]
-        array = np.asarray(plain if isinstance(value, list | tuple) else plain[0])
-    except (ValueError, TypeError, RuntimeError, NotImplementedError):  # ragged, sparse, meta
-        array = np.empty(0)
+    array = numbers(value)
     if array.ndim == 1:
         array = array[None]
     if array.ndim != 2 or array.shape[1] != width or not len(array) or array.dtype.kind not in "iu":
@@ -120,6 +115,19 @@ def integers(value: Any, width: int, param: str) -> list[tuple[int, ...]]:
             param=param,
         )
     return [tuple(map(int, row)) for row in array]
+
+
+def numbers(value: Any) -> np.ndarray:
+    """Return a tensor, an array, or a nested list that may hold some, as one array.
+
+    It is empty (0,) where they make none: ragged, sparse and meta tensors.
+    """
+    is_list = isinstance(value, list | tuple)
+    try:
+        plain = [row.tolist() if is_array(row) else row for row in (value if is_list else [value])]
+        return np.asarray(plain if is_list else plain[0])
+    except (ValueError, TypeError, RuntimeError, NotImplementedError):
+        return np.empty(0)
 
 
 def is_tensor(value: Any) -> bool:

@@ -245,7 +245,11 @@ def _check_method(text: object, name: str, args: tuple[Any, ...]) -> None:
         size = len(text) + text.count("\t") * args[0]
     elif name == "translate":
         size = len(text) * _size(args[0], {})
-    if size > MAX_OUTPUT_CHARS:
+    _check_chars(size)
+
+
+def _check_chars(num_chars: int) -> None:
+    if num_chars > MAX_OUTPUT_CHARS:
         raise SecurityError("a text in the chat template grew too long")
 
 
@@ -300,8 +304,7 @@ def _to_json(
     """JSON without escapes for HTML, unlike Jinja's own filter; templates rely on it."""
     spaces = indent if isinstance(indent, int) else len(indent or "")
     for more in (spaces, *map(len, separators or ())):
-        if _size(value, {}) * more > MAX_OUTPUT_CHARS:
-            raise SecurityError("a text in the chat template grew too long")
+        _check_chars(_size(value, {}) * more)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -324,14 +327,12 @@ def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool =
     """Jinja's ``indent`` filter, which adds the width to every line."""
     text = str(value)
     num_added = width if isinstance(width, int) else len(width)
-    if (text.count("\n") + 1) * num_added > MAX_OUTPUT_CHARS:
-        raise SecurityError("a text in the chat template grew too long")
+    _check_chars((text.count("\n") + 1) * num_added)
     return do_indent(text, width, first, blank)
 
 
 def _check_form(form: str, values: Any) -> None:
-    if max(form.count("%"), form.count("{")) * _size(values, {}) > MAX_OUTPUT_CHARS:
-        raise SecurityError("a text in the chat template grew too long")
+    _check_chars(max(form.count("%"), form.count("{")) * _size(values, {}))
     if _WIDE.search(form):
         raise SecurityError("wide or computed formatting widths are not allowed in a chat template")
 

@@ -237,9 +237,8 @@ def read_seconds(value: Any, num_items: int, param: str) -> list[float]:
     if value is None:
         return [1.0] * num_items
     try:
-        array = np.asarray(value.tolist() if precomputed.is_array(value) else value)
-        seconds = array.astype(np.float64).reshape(-1)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError):  # ragged, sparse, meta
+        seconds = precomputed.numbers(value).astype(np.float64).reshape(-1)
+    except (ValueError, TypeError):  # no numbers
         seconds = np.empty(0)
     if len(seconds) != num_items or not ((seconds > 0) & (seconds <= MAX_SECONDS)).all():
         raise InvalidEmbeddingsError(
