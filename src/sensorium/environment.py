@@ -29,7 +29,7 @@ def log_level(environ: Mapping[str, str] | None = None) -> str:
 
 
 _PREFIXES = ("SENSORIUM", "VLLM", "APHRODITE")
-"""Of variables that other engines have, too; of the first that is set the value counts."""
+"""Variables that other engines have, too; the first that is set counts."""
 
 _MEDIA_ENVIRONMENT = {
     "MEDIA_URL_ALLOW_REDIRECTS": "media_url_allow_redirects",

@@ -12,42 +12,42 @@ from sensorium.multimodal.workers.packing import decode_extension, encode_other
 
 
 class Submit(msgspec.Struct, tag=True):
-    """To the engine: a request, and handles to the features of its items."""
+    """Message to the engine: a request, and handles to the features of its items."""
 
     request: EngineRequest
     features: tuple[SharedFeatures, ...]
 
 
 class Abort(msgspec.Struct, tag=True):
-    """To the engine: end these requests."""
+    """Message to the engine: end these requests."""
 
     request_ids: tuple[str, ...]
 
 
 class AskStats(msgspec.Struct, tag=True):
-    """To the engine: send ``Stats`` with this number."""
+    """Message to the engine: send ``Stats`` with this number."""
 
     number: int
 
 
 class Stop(msgspec.Struct, tag=True):
-    """To the engine: end the process."""
+    """Message to the engine: end the process."""
 
 
 class Configure(msgspec.Struct, tag=True):
-    """To the engine, first: what to load."""
+    """First message to the engine: the model to load."""
 
     config: EngineConfig
 
 
 class Ready(msgspec.Struct, tag=True):
-    """From the engine: it can take requests."""
+    """Message from the engine: it can take requests."""
 
     facts: EngineFacts
 
 
 class Failed(msgspec.Struct, tag=True):
-    """From the engine: it could not start; ``code`` is that of the error."""
+    """Message from the engine: it could not start; ``code`` is that of the error."""
 
     message: str
     code: str
@@ -55,7 +55,7 @@ class Failed(msgspec.Struct, tag=True):
 
 
 class Refused(msgspec.Struct, tag=True):
-    """From the engine: a request that can never be served."""
+    """Message from the engine: a request that can never be served."""
 
     request_id: str
     message: str
@@ -64,13 +64,13 @@ class Refused(msgspec.Struct, tag=True):
 
 
 class Updates(msgspec.Struct, tag=True):
-    """From the engine: the updates of one step."""
+    """Message from the engine: the updates of one step."""
 
     updates: list[SequenceUpdate]
 
 
 class Stats(msgspec.Struct, tag=True):
-    """From the engine: the answer to ``AskStats``."""
+    """Message from the engine: the answer to ``AskStats``."""
 
     number: int
     stats: EngineStats

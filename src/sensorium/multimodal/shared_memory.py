@@ -40,7 +40,7 @@ class ArraySpec:
 
     @property
     def num_bytes(self) -> int:
-        """Of the array."""
+        """Number of bytes of the array."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 

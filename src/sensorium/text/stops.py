@@ -81,7 +81,7 @@ class StopChecker:
 
 
 def _borders(text: str) -> list[int]:
-    """For each prefix of ``text``, the length of its longest proper border."""
+    """Return the length of the longest proper border of each prefix of ``text``."""
     table = [0] * len(text)
     k = 0
     for i in range(1, len(text)):

@@ -1,4 +1,4 @@
-"""From the engine's updates to a ``RequestOutput``.
+"""Collection of the engine's updates into a ``RequestOutput``.
 
 Detokenizing, stop strings, log probabilities, times.
 """

@@ -103,7 +103,7 @@ class RopeFields(NamedTuple):
 
 
 ONE_SET = RopeFields(0, 0)
-"""For models with one set of rotary factors, and requests that end within the short context."""
+"""Rotary length of models with one set of factors, and of requests within the short context."""
 
 
 @dataclass(frozen=True, slots=True)

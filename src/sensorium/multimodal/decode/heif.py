@@ -14,8 +14,10 @@ MISSING = (
     "install 'sensorium[heif]'. Or send it as JPEG, PNG or WebP."
 )
 _BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
-"""Of the format (ISO/IEC 23008-12). The last two say nothing about the codec; Pillow itself
-reads those with AV1."""
+"""Brands of HEIF files (ISO/IEC 23008-12).
+
+The last two say nothing about the codec; Pillow itself reads those with AV1.
+"""
 _AVIF = (b"avif", b"avis")
 
 

@@ -49,7 +49,7 @@ _ORIENTATIONS = {
 
 _DAMAGED = "The image is damaged or truncated and cannot be decoded."
 _DECODING_BYTES = 8
-"""For each pixel of a picture, that every decoder needs about, with the picture itself."""
+"""Memory per pixel that every decoder needs about, the decoded image included."""
 
 _LOAD_LOCK = threading.Lock()
 """Pillow's lazily opened files must not be loaded by two threads at once."""

@@ -15,19 +15,18 @@ from collections.abc import Iterator
 from sensorium.errors import MediaTooLargeError, MediaUndecodableError
 
 MAX_SAMPLES = 1 << 25
-"""Of one size: more than eleven minutes of sound with 48 000 samples per second, were each
-counted."""
+"""Most samples of one size: over eleven minutes of audio at 48 000 samples per second."""
 MOST_PER_BYTE = 16
-"""QuickTime counts compressed sound by the samples that come of it, as of one byte each."""
+"""QuickTime counts compressed audio by its decoded samples, as of one byte each."""
 MAX_RUN_SAMPLES = 1 << 22
-"""Of all fragments together."""
+"""Most samples of all fragments together."""
 
 MAX_BOXES = 1 << 16
 """Those of the file that are looked at one by one."""
 
 _HEADER = 8
 _TABLE = struct.Struct(">I4x4xII")
-"""Of both kinds: length, name, version and flags, two numbers."""
+"""Head of both tables: length, name, version and flags, two numbers."""
 _COMPRESSED = re.compile(rb"cmov.{4}dcomzlib", re.DOTALL)
 
 

@@ -13,7 +13,7 @@ import threading
 from sensorium.errors import OverloadedError
 
 MAX_THREADS = 4
-"""Of one decoder. More gain little, and each takes memory."""
+"""Most threads of one decoder. More gain little, and each takes memory."""
 NO_THREADS = (
     "There are no threads or no memory left to decode media now; try again later. (On the server: "
     "the limits of the system on processes, and --media-worker-memory-gb.)"

@@ -201,7 +201,7 @@ def _is_idle(connection: socket.socket) -> bool:
 
 
 class Crew:
-    """As many threads as workers, each of which waits for one of them."""
+    """Worker processes, and as many threads that wait for them."""
 
     def __init__(self, server: ForkServer, num_workers: int, seconds: float) -> None:
         self.workers = [Worker(server, seconds) for _ in range(num_workers)]

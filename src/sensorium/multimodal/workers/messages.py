@@ -35,7 +35,10 @@ class DecodeRequest(msgspec.Struct):
 
 
 class Done(msgspec.Struct, tag=True):
-    """From a worker: the features, whose arrays lie in the request's file, and what they cost."""
+    """Message from a worker: the features, and what they cost.
+
+    The arrays lie in the request's file.
+    """
 
     specs: dict[str, ArraySpec]
     num_embeds: int
@@ -47,7 +50,7 @@ class Done(msgspec.Struct, tag=True):
 
 
 class Failed(msgspec.Struct, tag=True):
-    """From a worker: the error of the item; ``code`` is that of its class."""
+    """Message from a worker: the error of the item; ``code`` is that of its class."""
 
     message: str
     code: str

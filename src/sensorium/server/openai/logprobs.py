@@ -9,7 +9,7 @@ from sensorium.outputs import Logprob
 from sensorium.text.detokenizer import TokenSpelling
 
 LOWEST = -9999.0
-"""In place of minus infinity, which JSON does not have."""
+"""Log probability in place of minus infinity, which JSON does not have."""
 
 Entry = Mapping[int, Logprob]
 

@@ -133,7 +133,7 @@ class GrammarVocabulary:
 
     @classmethod
     def from_folder(cls, folder: str, vocab_size: int) -> GrammarVocabulary:
-        """Of a model folder, as in ``Tokenizer.from_folder``."""
+        """Return the vocabulary of a model folder, read as by ``Tokenizer.from_folder``."""
         return cls(Tokenizer.from_folder(folder), vocab_size)
 
     def matcher(self, grammar: str) -> GrammarMatcher:

@@ -1,4 +1,4 @@
-"""From JSON schemas to grammars.
+"""Grammars of JSON schemas.
 
 Compact JSON by default, and as much of a schema as a grammar can express.
 """

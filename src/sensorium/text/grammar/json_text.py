@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_NUMBER_CHARS = 24
-"""As long as the longest float64, -1.7976931348623157e+308; integers of 64 bits are shorter."""
+"""Length of the longest float64, -1.7976931348623157e+308; integers of 64 bits are shorter."""
 
 _NUMBER_CHARS = frozenset(b"0123456789+-.eE")
 _QUOTE, _BACKSLASH = b'"\\'

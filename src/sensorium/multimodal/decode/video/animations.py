@@ -28,7 +28,7 @@ _MAX_CHUNKS = 1 << 20
 _APNG_TICKS = 100
 """Per second, where an APNG file says 0."""
 _FRAME_CONTROL = struct.Struct(">4x4I2H")
-"""Of an APNG frame: width, height, x, y; delay as a fraction of a second."""
+"""Fields of an APNG frame: width, height, x, y; delay as a fraction of a second."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from sensorium.multimodal.processor import FrameChoice, VideoFacts
 
 DEFAULT_NUM_FRAMES = 32
 ALL_FRAMES = 1 << 40
-"""As ``num_frames``: more than any video has, so that all are used."""
+"""Value of ``num_frames`` that uses all: more than any video has."""
 
 MAX_FPS = 1000.0
 

@@ -32,9 +32,9 @@ _IGNORED = ("width", "height", "video_backend")
 _TOLERANCE = 0.05
 """Part of its length by which the duration of a video may be off."""
 _LEAST, _MOST = 1e-9, 1e9
-"""Of frames per second and of seconds: farther out products overflow."""
+"""Bound of frames per second and of seconds; beyond it products overflow."""
 _MOST_FRAMES = 1 << 40
-"""Of a source."""
+"""Most frames of a source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +227,7 @@ def _clip(
 # --- pictures of a data: URL ----------------------------------------------------------------------
 
 MAX_PICTURES = 1 << 14
-"""Of a ``video/jpeg`` URL, and of a file that looks like one unpacked."""
+"""Most images of a ``video/jpeg`` URL, or of a file that looks like one unpacked."""
 
 _MAGIC = b"\0pictures\0"
 _LENGTH = 8
