@@ -326,11 +326,14 @@ def large_body(server: Server) -> str:
 
 @provokes("The queue is full")
 def full(server: Server) -> str:
-    """One sample runs and has sent its first token; the three others wait for it."""
+    """One sample runs and has sent its first token; the three others wait for it.
+
+    Four more have no place until the last of them runs, however slow this client is.
+    """
     with ask(server, n=4, stream=True, max_tokens=2000, ignore_eos=True) as stream:
         while b'"content":"' not in stream.readline().replace(b'"content":""', b""):
             pass
-        return refusal(server, n=2)
+        return refusal(server, n=4)
 
 
 @provokes("The engine is being restarted")

@@ -56,7 +56,7 @@ def seen(log: Path, folder: Path) -> Seen:
         pairs = dict(fact.split("=", 1) for fact in facts.split())
         lines[request].append(Line(float(milliseconds), name, pairs))
     events: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    texts = [path.read_text() for path in sorted(folder.iterdir())]
+    texts = [path.read_text() for path in sorted(folder.glob("*"))]
     for event in (event for text in texts for event in json.loads(text)):
         if "id" in event:
             events[re.split(r"-\d+(?: |$)", event["id"])[0]].append(event)
@@ -233,3 +233,18 @@ def test_offline_traces(tmp_path: Path) -> None:
     assert list(events) == ["0", "1", "2"]
     assert {"request", *MEDIA, "prepare", "queue", "prefill", "decode"} <= spans(events["0"]).keys()
     assert {"request", "prepare", "queue", "prefill", "decode"} <= spans(events["2"]).keys()
+
+
+def test_the_flag_of_the_log_level_counts_for_the_engine_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SENSORIUM_LOG_LEVEL", "error")
+    server = Server("demo", tmp_path / "log", ("--log-level", "debug"))
+    try:
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+            ask(client, "loud", max_tokens=1)
+    finally:
+        assert server.stop() == 0
+    assert {"submitted", "scheduled"} <= set(
+        names(seen(server.log, tmp_path / "none").lines["loud"])
+    )

@@ -55,9 +55,8 @@ class VideoAsset(Asset):
         import av
         from av.video.reformatter import VideoReformatter
 
-        scaler = (
-            VideoReformatter()
-        )  # one for all frames; by default each would start a thread per core
+        # One for all frames: by default each would start a thread per core.
+        scaler = VideoReformatter()
         with av.open(str(self.path)) as container:
             stream = container.streams.video[0]
             stream.thread_count = 1

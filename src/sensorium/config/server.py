@@ -13,6 +13,7 @@ from sensorium.config.fields import (
     check_non_empty,
     option,
 )
+from sensorium.environment import LOG_LEVELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +66,17 @@ class ServerConfig:
     shutdown_timeout: float = option(
         30.0, "Seconds for running requests to finish at shutdown.", ge=0.0, le=86400.0
     )
-    log_level: str = option("info", "debug, info, warning or error.")
+    log_level: str | None = option(
+        None, "debug, info, warning or error; by default SENSORIUM_LOG_LEVEL, else info."
+    )
     disable_access_log: bool = option(False, "Do not log requests.")
 
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""
         check_fields(self)
         check_non_empty("host", self.host)
-        check_choice("log_level", self.log_level, ("debug", "info", "warning", "error"))
+        if self.log_level is not None:
+            check_choice("log_level", self.log_level, LOG_LEVELS)
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             bad("ssl_certfile", "and ssl_keyfile go together: give both or none")
         if any(not key for key in self.api_key):

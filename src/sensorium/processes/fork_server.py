@@ -173,9 +173,8 @@ class _Running:
     def hang_up(self) -> None:
         """End the connection; a thread that waits for an answer notices at once."""
         with contextlib.suppress(OSError):  # the other side has done so
-            self.control.shutdown(
-                socket.SHUT_RDWR
-            )  # closing is not enough where the caller's program forked
+            # Closing is not enough where the caller's program forked.
+            self.control.shutdown(socket.SHUT_RDWR)
 
     def stop(self, last_word: bytes = b"") -> None:
         """End the process and its children."""

@@ -18,10 +18,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from sensorium import __version__
+from sensorium import __version__, environment
 from sensorium.config import EngineConfig, ServerConfig
 from sensorium.engine.serving.frontend import Frontend
-from sensorium.environment import LOG_LEVEL, unread_variables
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.app import build_app
@@ -47,7 +46,7 @@ def serve(engine: EngineConfig, config: ServerConfig) -> None:
     """
     _configure_logging(config)
     check_config(config)
-    if unread := unread_variables():
+    if unread := environment.unread_variables():
         logger.warning("environment variables without effect: %s", ", ".join(unread))
     with contextlib.closing(listening_socket(config.host, config.port)) as listener:
         asyncio.run(_serve(engine, config, listener))
@@ -280,9 +279,8 @@ def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 
 def _configure_logging(config: ServerConfig) -> None:
-    os.environ.setdefault(LOG_LEVEL, config.log_level)  # for the engine's process
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    level = config.log_level.upper() if config.log_level else environment.log_level()
+    os.environ[environment.LOG_LEVEL] = level.lower()  # for the engine's process
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name, least in (("uvicorn", logging.WARNING), ("asyncio", logging.INFO)):
         logging.getLogger(name).setLevel(max(least, logging.getLogger().level))
