@@ -267,7 +267,7 @@ class Settings:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """Run the parts."""
-    num_threads = threads.configure(settings.threads)
+    num_threads = threads.configure(settings.threads).number
     # Matrix tiles are not needed for flash attention, only for its being chosen.
     paged.attends_with_tiles = lambda dtype: True
     with torch.inference_mode():

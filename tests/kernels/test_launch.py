@@ -158,7 +158,7 @@ def test_waiting_policy_is_set_before_torch_only_where_the_user_has_none():
     code = """
         import os
         from sensorium.kernels.cpu import threads
-        print(threads.prepare(), os.environ["GOMP_SPINCOUNT"], threads.configure(1))
+        print(threads.prepare(), os.environ["GOMP_SPINCOUNT"], threads.configure(1).number)
         import torch
         print(torch.get_num_threads(), threads.prepare())
     """

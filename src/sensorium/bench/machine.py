@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from sensorium.processes import cores
+
 PACKAGES = ("torch", "transformers", "numba", "numpy")
 
 
@@ -15,7 +17,7 @@ def describe_machine() -> dict[str, Any]:
     """Return CPU, usable cores, memory in GiB and versions; nothing that identifies the machine."""
     return {
         "processor": _processor(),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "num_cores": len(cores.find().allowed),
         "memory_gib": round(_memory_bytes() / (1 << 30), 1),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -71,7 +71,8 @@ class ModelConfig:
     enforce_eager: bool = option(False, "Accepted for compatibility; no graphs are captured.")
     num_threads: int | None = option(
         None,
-        "Number of CPU threads of the engine; if unset all cores, or one for a very small decoder.",
+        "Number of CPU threads of the engine; if unset one for each physical core that this "
+        "process may use, within its quota and one memory node, or one for a very small decoder.",
         ge=1,
         le=1024,
     )

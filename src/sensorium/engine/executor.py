@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +20,7 @@ from sensorium.kernels.batch import KVCacheLayout, LayerCache
 from sensorium.kernels.cpu import threads
 from sensorium.models import loader
 from sensorium.models.interface import TextShape
+from sensorium.processes import cores
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory, warn_when_scarce
 from sensorium.runtime.runner import ModelRunner
@@ -55,12 +55,13 @@ class EngineParts:
         )
 
 
-def build_engine(config: EngineConfig) -> Engine:
+def build_engine(config: EngineConfig, *, own_process: bool = False) -> Engine:
     """Load the model and return an engine that can take requests.
 
-    Raises ConfigError when the configuration cannot be met on this machine.
+    ``own_process``: nothing else runs here, so the process may be kept on some of the CPUs. Raises
+    ConfigError when the configuration cannot be met on this machine.
     """
-    return build_parts(config).engine()
+    return build_parts(config, own_process=own_process).engine()
 
 
 _NOT_INVARIANT = (
@@ -70,10 +71,12 @@ _NOT_INVARIANT = (
 )
 
 
-def build_parts(config: EngineConfig) -> EngineParts:
+def build_parts(config: EngineConfig, *, own_process: bool = False) -> EngineParts:
     """Load the model and return the parts of its engine. Raises ConfigError as ``build_engine``."""
     started = time.monotonic()
     device = loader.find_device(config.model.device)
+    if own_process and device.type == "cpu":
+        threads.bind(config.model.num_threads)
     threads.configure(config.model.num_threads)
     loaded = loader.load(
         config.model.model,
@@ -88,8 +91,7 @@ def build_parts(config: EngineConfig) -> EngineParts:
         download_dir=config.model.download_dir,
     )
     shape, model = loaded.model.shape, loaded.model
-    num_threads = config.model.num_threads or _useful_threads(shape)
-    threads.configure(num_threads)
+    num_threads = _set_threads(config.model.num_threads, shape)
     layout = KVCacheLayout(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, config.cache.block_size, model.dtype
     )
@@ -184,14 +186,34 @@ def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.
     return True
 
 
-def _useful_threads(shape: TextShape) -> int:
-    """Return the number of threads: all cores, but 1 for a decoder that fits one core's cache.
+def _set_threads(asked: int | None, shape: TextShape) -> int:
+    """Set the number of threads, and return it: 1 for a decoder that fits one core's cache.
 
     A second thread costs more than it saves there, and very much more on a busy machine, where each
     of the many short parallel regions may wait for a thread that is not running.
     """
     num_weights = 12 * shape.num_layers * shape.hidden_size**2
-    return 1 if num_weights < SMALL_DECODER else len(os.sched_getaffinity(0))
+    if asked is None and num_weights < SMALL_DECODER:
+        chosen = replace(threads.configure(1), reason="a small decoder")
+    else:
+        chosen = threads.configure(asked)
+    found = cores.find()
+    logger.info("threads of the engine: %d (%s)", chosen.number, chosen.reason)
+    if chosen.number > len(found.allowed):
+        logger.warning(
+            "num_threads is %d, but this process may use %d CPUs only: every step waits for "
+            "threads that cannot run",
+            chosen.number,
+            len(found.allowed),
+        )
+    elif found.quota is not None and chosen.number > found.quota:
+        logger.warning(
+            "num_threads is %d, but a control group limits this process to the time of %g CPUs: "
+            "it will be stopped again and again in the middle of steps",
+            chosen.number,
+            found.quota,
+        )
+    return chosen.number
 
 
 def _batched_tokens(config: EngineConfig, max_model_len: int) -> int:

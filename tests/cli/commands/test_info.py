@@ -15,7 +15,8 @@ def test_as_an_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["sensorium"] == sensorium.__version__
-    assert found["processor"]["usable here"] == len(os.sched_getaffinity(0))
+    assert found["cores"]["allowed here"].startswith(f"{len(os.sched_getaffinity(0))} (")
+    assert found["cores"]["quota of CPU time"]
     assert found["would be used"]["device"] in ("cpu", "cuda")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sensorium import __version__
 from sensorium.config import GIB
+from sensorium.processes import cores
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "numba", "pillow", "fastapi")
 INSTRUCTION_SETS = (
@@ -58,6 +59,7 @@ def collect() -> dict[str, dict[str, Any]]:
     return {
         "versions": versions,
         "processor": _processor(),
+        "cores": _cores(),
         "gpus": _gpus() or {"none": "torch finds none"},
         "would be used": _choices(),
     }
@@ -78,11 +80,21 @@ def _processor() -> dict[str, Any]:
     memory = psutil.virtual_memory()
     return {
         "name": facts.get("model name", platform.processor() or platform.machine()),
-        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
-        "hardware threads": os.cpu_count(),
-        "usable here": len(os.sched_getaffinity(0)),
         "instruction sets": [name for name in INSTRUCTION_SETS if name in flags],
         "memory": f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB free",
+    }
+
+
+def _cores() -> dict[str, Any]:
+    """Return what this process may use of the processors, as ``processes.cores`` found it."""
+    found = cores.find()
+    return {
+        "CPUs of the system": os.cpu_count(),
+        "allowed here": f"{len(found.allowed)} ({cores.cpu_list(found.allowed)})",
+        "physical cores": len(found.physical),
+        "efficiency cores": cores.cpu_list(found.slow) or "none",
+        "memory nodes": [cores.cpu_list(node) for node in found.nodes],
+        "quota of CPU time": "none" if found.quota is None else f"{found.quota:g} CPUs",
     }
 
 
@@ -119,8 +131,15 @@ def _choices() -> dict[str, Any]:
     return {
         "device": "cuda" if gpu else "cpu",
         "dtype": _auto_dtype(gpu),
-        "threads": "1 per stream" if gpu else len(os.sched_getaffinity(0)),
+        "threads": "1 per stream" if gpu else _threads(),
     }
+
+
+def _threads() -> str:
+    """Return the number of threads of a served engine on the CPU, and the reason."""
+    chosen = cores.find().engine_threads()
+    place = "" if chosen.cpus is None else f"; kept on CPUs {cores.cpu_list(chosen.cpus)}"
+    return f"{chosen.number} ({chosen.reason}{place}); 1 for a very small decoder"
 
 
 def _auto_dtype(gpu: bool) -> str:

@@ -64,7 +64,7 @@ def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
         threads.prepare()
         from sensorium.engine.executor import build_engine
 
-        engine = build_engine(message.config)
+        engine = build_engine(message.config, own_process=True)
     except SensoriumError as error:
         socket.send(wire.encode(wire.Failed(error.message, error.code, error.param)))
         return 1

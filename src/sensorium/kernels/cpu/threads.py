@@ -21,8 +21,15 @@ such as a server's engine.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
+
+from sensorium.processes import cores
+from sensorium.processes.cores import EngineThreads
+
+log = logging.getLogger(__name__)
 
 SPIN_COUNT = 10_000
 """Polls of the flag before a waiting thread sleeps; each takes some 50 nanoseconds."""
@@ -49,14 +56,27 @@ def prepare() -> bool:
     return "torch" not in sys.modules
 
 
-def configure(num_threads: int | None = None) -> int:
-    """Use ``num_threads`` threads, or as many as this process may run on, and return the number.
+def configure(num_threads: int | None = None) -> EngineThreads:
+    """Use ``num_threads`` threads, or as many as are right for this machine, and return the choice.
 
     Call ``prepare`` first, before torch is imported anywhere.
     """
     prepare()
     import torch
 
-    count = num_threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(count)
-    return count
+    chosen = cores.find().engine_threads(num_threads)
+    torch.set_num_threads(chosen.number)
+    return chosen
+
+
+def bind(num_threads: int | None = None) -> None:
+    """Keep this process on the CPUs of one memory node, where ``cores`` says so.
+
+    For a process that does nothing else. It must come before the first parallel region, as the
+    threads inherit it; memory then comes from that node as long as it has some.
+    """
+    cpus = cores.find().engine_threads(num_threads).cpus
+    if cpus is not None:
+        with contextlib.suppress(OSError):  # a cpuset that changed meanwhile
+            os.sched_setaffinity(0, cpus)
+            log.info("the engine keeps to one memory node: CPUs %s", cores.cpu_list(cpus))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import errno
 import mmap
-import os
 import threading
 
 from sensorium.errors import OverloadedError
+from sensorium.processes import cores
 
 MAX_THREADS = 4
 """Most threads of one decoder. More gain little, and each takes memory."""
@@ -25,7 +25,7 @@ _SNDFILE_NO_MEMORY = 17
 
 def decoder_threads() -> int:
     """Return the number of threads of a decoder on this machine."""
-    return min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    return min(MAX_THREADS, cores.find().num_usable)
 
 
 def check_room(num_bytes: int) -> None:

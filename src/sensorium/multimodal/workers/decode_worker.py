@@ -43,7 +43,7 @@ from sensorium.multimodal.workers.messages import (
     decode_request,
     encode,
 )
-from sensorium.processes import fork_server
+from sensorium.processes import cores, fork_server
 from sensorium.processes.framing import receive_bytes, receive_frame, send_frame
 from sensorium.processes.limits import limit_memory, lower
 from sensorium.processes.start import silence_libraries
@@ -174,8 +174,8 @@ def _limit_seconds(seconds: float) -> None:
     What a job may take on all cores, should nobody be there any more to look at the clock.
     """
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    cores = len(os.sched_getaffinity(0))
-    most = math.ceil(usage.ru_utime + usage.ru_stime + seconds * cores) + 1
+    num_cpus = len(cores.find().allowed)
+    most = math.ceil(usage.ru_utime + usage.ru_stime + seconds * num_cpus) + 1
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if hard == resource.RLIM_INFINITY or most < hard:
         resource.setrlimit(resource.RLIMIT_CPU, (most, hard))

@@ -6,10 +6,11 @@ Hashing, base64, files, the caller's objects.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar, TypeVarTuple
+
+from sensorium.processes import cores
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -49,5 +50,5 @@ class ThreadWorkers:
 
 
 def default_num_workers() -> int:
-    """One per core that this process may use, at most ``MAX_DEFAULT_WORKERS``."""
-    return min(len(os.sched_getaffinity(0)), MAX_DEFAULT_WORKERS)
+    """One per CPU that this process may keep busy, at most ``MAX_DEFAULT_WORKERS``."""
+    return min(cores.find().num_usable, MAX_DEFAULT_WORKERS)
