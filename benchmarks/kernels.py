@@ -35,7 +35,8 @@ from benchmarks.harness import Report, add_flags, flag, settings_of  # noqa: E40
 from sensorium.kernels import ops, reference  # noqa: E402
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout  # noqa: E402
 from sensorium.kernels.cpu import elementwise as cpu_elementwise  # noqa: E402
-from sensorium.kernels.cpu import linear, paged  # noqa: E402
+from sensorium.kernels.cpu import paged  # noqa: E402
+from sensorium.kernels.cpu.linear import onednn  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32
 NUM_LAYERS = 24
@@ -227,8 +228,8 @@ def invariance(seconds: float) -> dict[str, Any]:
                 }
         for outputs, inputs in ((1152, HIDDEN), (2 * INNER, HIDDEN), (HIDDEN, INNER)):
             plain = [torch.randn(outputs, inputs).to(dtype) for _ in range(NUM_LAYERS)]
-            packed = [ops.pack_weight(weight) for weight in plain]
-            direct = [linear._product(w.data, None, w.packed, "none", "") for w in packed]
+            packed = [onednn.pack_weight(weight) for weight in plain]
+            direct = [onednn._product(w.data, None, w.packed, "none", "") for w in packed]
             bound = [ops.bind_linear(weight, None) for weight in packed]
             x = torch.randn(1, inputs).to(dtype)
             one, own = race(

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
 from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
-from sensorium.kernels.cpu import amx, linear, paged
+from sensorium.kernels.cpu import amx, paged
+from sensorium.kernels.cpu.linear import onednn
 from tests.kernels.batches import DTYPES, TOLERANCE, make_batch, twin
 
 HEADS = ((14, 2, 64), (4, 4, 24), (3, 1, 128))
@@ -200,12 +201,12 @@ def test_products_that_differ_for_few_rows_get_more_rows() -> None:
         terms = (x[:, :, None] * weight).unbind(1)
         return functools.reduce(torch.add, terms if len(x) >= 4 else terms[::-1])
 
-    assert linear.row_multiple(like_a_library, 64, torch.float32) == 4
-    padded = linear.pad_rows(like_a_library, 4)
+    assert onednn.row_multiple(like_a_library, 64, torch.float32) == 4
+    padded = onednn.pad_rows(like_a_library, 4)
     rows = torch.randn(20, 64)
     sizes.clear()
     for count in (1, 3, 5, 17):
         assert torch.equal(padded(rows[:count]), like_a_library(rows)[:count])
     assert sizes[::2] == [4, 4, 8, 17]
     calls = iter(range(10_000))
-    assert linear.row_multiple(lambda x: x + next(calls), 64, torch.float32) is None
+    assert onednn.row_multiple(lambda x: x + next(calls), 64, torch.float32) is None

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sensorium.kernels import ops
-from sensorium.kernels.cpu import linear
+from sensorium.kernels.cpu.linear import onednn
 from sensorium.models import dtypes, loader
 from sensorium.processes.start import child_environment
 from tests.checkpoints import make_text
@@ -22,7 +22,7 @@ from tests.checkpoints import make_text
 @pytest.fixture
 def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU without units for 16-bit numbers."""
-    monkeypatch.setattr(linear, "has_units", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(onednn, "has_units", lambda dtype: dtype == torch.float32)
 
 
 @pytest.mark.usefixtures("plain_cpu")
@@ -65,7 +65,7 @@ def test_too_little_memory_is_said(
 def test_a_cpu_with_units_keeps_the_checkpoints_dtype(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "has_units", lambda dtype: True)
+    monkeypatch.setattr(onednn, "has_units", lambda dtype: True)
     folder = make_text("llama", tmp_path, dtype="bfloat16")
     assert loader.load(str(folder), device="cpu").model.dtype == torch.bfloat16
 
@@ -85,10 +85,10 @@ def test_units_are_found_as_the_library_uses_them() -> None:
 
 
 def test_packing_alone_makes_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "packs", lambda dtype: True)
+    monkeypatch.setattr(onednn, "packs", lambda dtype: True)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     features = {"avx512f": True, "avx512bf16": False}
     monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
-    assert not linear.has_units.__wrapped__(torch.bfloat16)
+    assert not onednn.has_units.__wrapped__(torch.bfloat16)
     features["avx512bf16"] = True
-    assert linear.has_units.__wrapped__(torch.bfloat16)
+    assert onednn.has_units.__wrapped__(torch.bfloat16)

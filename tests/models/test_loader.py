@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sensorium.errors import ConfigError, UnsupportedModelError
-from sensorium.kernels.cpu import linear
+from sensorium.kernels.cpu.linear import onednn
 from sensorium.models import loader
 from sensorium.models.interface import LoadedConfig, stop_token_ids
 from sensorium.models.loading import checkpoint
@@ -226,7 +226,7 @@ def test_hub_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, index: int) 
 
 
 def test_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "has_units", lambda dtype: True)
+    monkeypatch.setattr(onednn, "has_units", lambda dtype: True)
     folder = make_text("llama", tmp_path, dtype="float16")
     assert load(folder).model.dtype == torch.float16
     assert load(folder, dtype="bfloat16").model.dtype == torch.bfloat16

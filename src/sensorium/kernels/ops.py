@@ -8,7 +8,7 @@ multiple of 16) runs the plain torch of ``reference``.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -22,8 +22,8 @@ from sensorium.kernels.batch import (
     LayerCache,
 )
 from sensorium.kernels.cpu import amx, attention, elementwise, huge_pages, paged, rotary, varlen
-from sensorium.kernels.cpu import linear as cpu_linear
-from sensorium.kernels.weight import PackedWeight
+from sensorium.kernels.cpu.linear import onednn
+from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
 CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
@@ -44,12 +44,25 @@ def _on_cpu(x: torch.Tensor) -> bool:
     return x.is_cpu and x.dtype in CPU_DTYPES
 
 
-def pack_weight(weight: torch.Tensor) -> PackedWeight:
+def pack_weight(
+    weight: torch.Tensor | QuantizedTensor, dtype: torch.dtype | None = None
+) -> PackedWeight:
     """Pack a (N, K) weight for ``linear``.
 
-    The caller should drop its own reference, to save memory.
+    dtype: that of activations and results; by default the weight's, needed for a quantized one. The
+    caller should drop its own reference, to save memory.
     """
-    return cpu_linear.pack_weight(weight) if _on_cpu(weight) else reference.pack_weight(weight)
+    if isinstance(weight, QuantizedTensor):
+        if dtype is None:
+            raise ValueError("a quantized weight needs the dtype of its activations")
+        return _pack_quantized(weight, dtype)
+    if dtype is not None:
+        weight = weight.to(dtype)
+    return onednn.pack_weight(weight) if _on_cpu(weight) else reference.PlainWeight(weight)
+
+
+def _pack_quantized(weight: QuantizedTensor, dtype: torch.dtype) -> PackedWeight:
+    return reference.DequantizedWeight(weight, pack_weight(weight.dequantized(), dtype))
 
 
 def linear(
@@ -62,19 +75,14 @@ def linear(
 
     act: a key of ``reference.ACTIVATIONS``, or None.
     """
-    return bind_linear(weight, bias, act)(x)
+    return weight.bind(bias, act)(x)
 
 
 def bind_linear(
     weight: PackedWeight, bias: torch.Tensor | None, act: str | None = None
-) -> Callable[[torch.Tensor], torch.Tensor]:
+) -> Multiply:
     """Return ``linear`` bound to one weight, as a layer calls it in every step."""
-    if act is None or (weight.packed and act in cpu_linear.FUSED):
-        return cpu_linear.bind(weight, bias, act)
-    product, activate = cpu_linear.bind(weight, bias), reference.ACTIVATIONS[act]
-    if act == "quick_gelu" and weight.data.is_cpu and weight.dtype in CPU_DTYPES:
-        activate = elementwise.quick_gelu_
-    return lambda x: activate(product(x))
+    return weight.bind(bias, act)
 
 
 def rotate_heads(
@@ -156,7 +164,7 @@ def rope_attention(
 
 def has_units(dtype: torch.dtype) -> bool:
     """Return whether this CPU has multiply instructions for ``dtype``, not slow emulation."""
-    return cpu_linear.has_units(dtype)
+    return onednn.has_units(dtype)
 
 
 def has_block_size(block_size: int) -> bool:

@@ -6,7 +6,7 @@ projection, D head size, G query heads per KV head, L tokens with KV, N rows, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant, LayerCache
-from sensorium.kernels.weight import PackedWeight
+from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -38,10 +38,76 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """Activation functions by the names that model configurations use."""
 
 
-def pack_weight(weight: torch.Tensor) -> PackedWeight:
-    """Return the (N, K) weight unpacked."""
-    num_outputs, num_inputs = weight.shape
-    return PackedWeight(weight, num_outputs, num_inputs, weight.dtype, packed=False)
+class PlainWeight(PackedWeight):
+    """Weight as a plain (N, K) tensor, whose product is torch's."""
+
+    is_copy = False
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+        self.num_outputs, self.num_inputs = data.shape
+        self.dtype = data.dtype
+        self.format = str(data.dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
+        data = self.data
+        if act is None:
+            return lambda x: F.linear(x, data, bias)
+        activate = ACTIVATIONS[act]
+        return lambda x: activate(F.linear(x, data, bias))
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.data)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"data": self.data}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> PlainWeight:
+        if tuple(tensors["data"].shape) != shape or tensors["data"].dtype != dtype:
+            raise ValueError(f"the plain weight is not {shape} in {dtype}")
+        return cls(tensors["data"])
+
+
+class DequantizedWeight(PackedWeight):
+    """Quantized weight whose product is that of the dequantized numbers.
+
+    It serves where no kernel reads the quantized ones, and takes the memory of ``inner``.
+    """
+
+    def __init__(self, quantized: QuantizedTensor, inner: PackedWeight) -> None:
+        self.quantized, self.inner = quantized, inner
+        self.num_outputs, self.num_inputs = inner.shape
+        self.dtype = inner.dtype
+        self.format = quantized.format
+
+    @property
+    def nbytes(self) -> int:
+        return self.quantized.values.nbytes + self.quantized.scales.nbytes + self.inner.nbytes
+
+    def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
+        return self.inner.bind(bias, act)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        own = self.quantized
+        taken = QuantizedTensor(own.values[ids], own.scales[ids], own.bits, own.group)
+        return taken.dequantized().to(self.dtype)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"values": self.quantized.values, "scales": self.quantized.scales}
+
+
+def quantized_linear(
+    x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Compute x W^T + bias in float32 with the dequantized W: (T, K) -> (T, N) float32."""
+    return F.linear(x.float(), weight.dequantized(), None if bias is None else bias.float())
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

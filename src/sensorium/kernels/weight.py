@@ -1,30 +1,117 @@
-"""Weight of a linear layer in the layout that its kernel reads."""
+"""Weights of linear layers: what every packed form offers, and the form that quantizers make."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
 
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+"""(T, K) -> (T, N)."""
 
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """Weight of ``y = x W^T`` with N outputs and K inputs, packed for its kernel or plain.
+FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
+"""Number formats of weights at rest."""
 
-    ``data`` is the plain (N, K) tensor when ``packed`` is false, else an opaque oneDNN tensor that
-    only ``kernels.cpu.linear`` may read. ``row_multiple``: products of fewer than
-    ``cpu.linear.FREE_ROWS`` rows are padded to a multiple of this many rows, so that a row has the
-    same bits in any product.
-    """
 
-    data: torch.Tensor
+class PackedWeight(ABC):
+    """Weight (N, K) of ``y = x W^T``, in the layout that its product reads."""
+
     num_outputs: int
     num_inputs: int
     dtype: torch.dtype
-    packed: bool
-    row_multiple: int = 1
+    """Type of the activations and the results."""
+    format: str
+    """Number format at rest, one of ``FORMATS``."""
+    has_rows: ClassVar[bool] = True
+    """``rows``, ``tensors`` and ``from_tensors`` work; they do not for opaque layouts."""
+    is_copy: bool = True
+    """The weight has memory of its own; else it refers to the tensor that it was packed from."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (N, K) of the unpacked weight."""
         return self.num_outputs, self.num_inputs
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of memory at rest."""
+
+    @abstractmethod
+    def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
+        """Return ``act(x W^T + bias)`` as a function of x (T, K) -> (T, N).
+
+        bias: (N,). act: a key of ``reference.ACTIVATIONS``, or None. A row of the result has the
+        same bits for any number of rows.
+        """
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look up rows of W, dequantized: ids (T,) of 0 to N - 1 -> (T, K) in ``dtype``.
+
+        Raises TypeError where ``has_rows`` is false.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be read by rows")
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the packed tensors by name, as ``from_tensors`` takes them.
+
+        Raises TypeError where ``has_rows`` is false.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be stored")
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Self:
+        """Return the weight of shape (N, K) whose ``tensors`` these are, without copying them.
+
+        Raises TypeError where ``has_rows`` is false.
+        """
+        raise TypeError(f"{cls.__name__} cannot be stored")
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """Weight (N, K) as small integers times a scale for each group of inputs of an output.
+
+    w[n, k] = values[n, k] * scales[n, k // group]: symmetric, without zero points. The last group
+    of an output may be shorter. One scale per output (per channel): ``group`` is K.
+    """
+
+    values: torch.Tensor
+    """(N, K) int8, within -127 to 127 for 8 bits and -8 to 7 for 4."""
+    scales: torch.Tensor
+    """(N, G) float32, G = ceil(K / group)."""
+    bits: int
+    """8 or 4."""
+    group: int
+    """Inputs that share a scale."""
+
+    def __post_init__(self) -> None:
+        num_outputs, num_inputs = self.values.shape
+        expected = (num_outputs, -(-num_inputs // self.group) if self.group > 0 else 0)
+        if self.bits not in (4, 8) or self.values.dtype != torch.int8:
+            raise ValueError(f"quantized weight of {self.bits} bits in {self.values.dtype}")
+        if tuple(self.scales.shape) != expected or self.scales.dtype != torch.float32:
+            raise ValueError(
+                f"scales of {tuple(self.scales.shape)} {self.scales.dtype} for a weight of "
+                f"{(num_outputs, num_inputs)} in groups of {self.group}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (N, K) of the weight."""
+        return self.values.shape
+
+    @property
+    def format(self) -> str:
+        """Number format, one of ``FORMATS``."""
+        return f"int{self.bits}"
+
+    def dequantized(self) -> torch.Tensor:
+        """Return the weight (N, K) as float32."""
+        spread = self.scales.repeat_interleave(self.group, dim=1)[:, : self.values.shape[1]]
+        return self.values.float() * spread

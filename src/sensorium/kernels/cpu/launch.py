@@ -133,7 +133,7 @@ def _source_digest() -> str:
     cpu = cpu_target.target_context.codegen().magic_tuple()
     versions = (numba.__version__, llvmlite.__version__, sys.version)
     digest = hashlib.sha256(repr((versions, cpu)).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:24]
 

@@ -68,7 +68,7 @@ def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
         weight = _joined(tensors[:num])
         bias = owned(_joined(tensors[num:])) if biases else None
         layer.load(weight, bias)
-        if num == 1 and layer.weight is not None and not layer.weight.packed:
+        if num == 1 and layer.weight is not None and not layer.weight.is_copy:
             layer.load(owned(weight), bias)  # it was kept as it is, not packed
 
     return WeightSlot((*weights, *biases), assign)

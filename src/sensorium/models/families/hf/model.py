@@ -14,7 +14,7 @@ import torch
 
 from sensorium.errors import ConfigError
 from sensorium.kernels.batch import AttentionBatch
-from sensorium.kernels.cpu.linear import FREE_ROWS
+from sensorium.kernels.cpu.linear.onednn import FREE_ROWS
 from sensorium.models.families.hf import attention, check, encoding, processing
 from sensorium.models.families.hf.adapter import error_text
 from sensorium.models.families.hf.config import read_hf_config, refuse, text_shape

@@ -14,18 +14,16 @@ from __future__ import annotations
 import functools
 import logging
 import platform
-from collections.abc import Callable
 
 import llvmlite.binding
 import torch
 import torch.nn.functional as F
 
-from sensorium.kernels.weight import PackedWeight
+from sensorium.kernels import reference
+from sensorium.kernels.cpu import elementwise
+from sensorium.kernels.weight import Multiply, PackedWeight
 
 logger = logging.getLogger(__name__)
-
-Multiply = Callable[[torch.Tensor], torch.Tensor]
-"""(T, K) -> (T, N)."""
 
 FREE_ROWS = 16
 """Number of rows from which on products need no padding."""
@@ -70,26 +68,48 @@ def has_units(dtype: torch.dtype) -> bool:
     return any(features.get(name) for name in ("avx512bf16", "amx-bf16", "avxneconvert"))
 
 
-def pack_weight(weight: torch.Tensor) -> PackedWeight:
+class LibraryWeight(PackedWeight):
+    """Weight in oneDNN's layout, or plain where oneDNN has none for its dtype.
+
+    ``data`` is the plain (N, K) tensor when ``packed`` is false, else opaque. Products of fewer
+    than ``FREE_ROWS`` rows are padded to a multiple of ``row_multiple`` rows.
+    """
+
+    has_rows = False
+
+    def __init__(
+        self, data: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, packed: bool
+    ) -> None:
+        self.data, self.packed, self.dtype = data, packed, dtype
+        self.is_copy = packed
+        self.num_outputs, self.num_inputs = shape
+        self.format = str(dtype).removeprefix("torch.")
+        self.row_multiple = _known_multiple(
+            _product(data, None, packed, "none", ""), *shape, dtype, packed
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_outputs * self.num_inputs * self.dtype.itemsize
+
+    def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
+        name, algorithm = FUSED.get(act or "", ("none", "")) if self.packed else ("none", "")
+        product = _product(self.data, bias, self.packed, name, algorithm)
+        product = pad_rows(product, self.row_multiple)
+        if act is None or name != "none":
+            return product
+        activate = elementwise.quick_gelu_ if act == "quick_gelu" else reference.ACTIVATIONS[act]
+        return lambda x: activate(product(x))
+
+
+def pack_weight(weight: torch.Tensor) -> LibraryWeight:
     """Return the (N, K) weight in oneDNN's layout, or plain where oneDNN has none for its dtype."""
-    num_outputs, num_inputs = weight.shape
     packed = packs(weight.dtype)
     data = weight.contiguous()
     if packed:
         data = torch.ops.mkldnn._reorder_linear_weight(data, None)
-    multiply = _product(data, None, packed, "none", "")
-    multiple = _known_multiple(multiply, num_outputs, num_inputs, weight.dtype, packed)
-    return PackedWeight(data, num_outputs, num_inputs, weight.dtype, packed, multiple)
-
-
-def bind(weight: PackedWeight, bias: torch.Tensor | None, act: str | None = None) -> Multiply:
-    """Return ``act(x W^T + bias)`` as a function of x (T, K) -> (T, N).
-
-    act: a key of ``FUSED`` for a packed weight, or None.
-    """
-    name, algorithm = ("none", "") if act is None else FUSED[act]
-    product = _product(weight.data, bias, weight.packed, name, algorithm)
-    return pad_rows(product, weight.row_multiple)
+    num_outputs, num_inputs = weight.shape
+    return LibraryWeight(data, (num_outputs, num_inputs), weight.dtype, packed)
 
 
 def row_multiple(
