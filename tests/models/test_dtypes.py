@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
-import llvmlite.binding
 import pytest
 import torch
 
 from sensorium.kernels import ops
-from sensorium.kernels.cpu.linear import onednn
+from sensorium.kernels.cpu.linear import levels, onednn
 from sensorium.models import dtypes, loader
 from sensorium.processes.start import child_environment
 from tests.checkpoints import make_text
@@ -86,9 +84,8 @@ def test_units_are_found_as_the_library_uses_them() -> None:
 
 def test_packing_alone_makes_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "packs", lambda dtype: True)
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    features = {"avx512f": True, "avx512bf16": False}
-    monkeypatch.setattr(llvmlite.binding, "get_host_cpu_features", lambda: features)
+    monkeypatch.setattr(levels, "is_x86", lambda: True)
+    monkeypatch.setattr(levels, "features", lambda: frozenset({"avx512f"}))
     assert not onednn.has_units.__wrapped__(torch.bfloat16)
-    features["avx512bf16"] = True
+    monkeypatch.setattr(levels, "features", lambda: frozenset({"avx512f", "avx512bf16"}))
     assert onednn.has_units.__wrapped__(torch.bfloat16)

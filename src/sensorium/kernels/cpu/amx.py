@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import platform
 import sys
 from typing import Any
 
-import llvmlite.binding
 import llvmlite.ir as ir
-from numba import config as numba_config
 from numba import types
 from numba.core import cgutils
 
+from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.cpu.numeric import intrinsic
 
 TILE = 16
@@ -45,13 +43,11 @@ def available() -> bool:
     The first call requests permission from Linux. Kernels with tiles are compiled and run only
     after this has returned true.
     """
-    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+    if not sys.platform.startswith("linux") or not levels.is_x86():
         return False
-    compiler: Any = numba_config
-    if sys.maxsize < 2**32 or compiler.CPU_NAME or compiler.CPU_FEATURES:
-        return False  # Numba is configured to compile for another CPU than this one
-    features = llvmlite.binding.get_host_cpu_features()
-    if not (features.get("amx-tile") and features.get("amx-bf16")):
+    if sys.maxsize < 2**32:
+        return False
+    if not (levels.has("amx-tile") and levels.has("amx-bf16")):
         return False
     syscall = ctypes.CDLL(None).syscall
     arguments = (ctypes.c_long(n) for n in (_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA))

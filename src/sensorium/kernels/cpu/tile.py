@@ -17,18 +17,11 @@ from typing import Any
 import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 
+from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.cpu.numeric import WIDTH, _splat, intrinsic, read_lanes, write_lanes
 
-
-def _has_wide_registers() -> bool:
-    """Return whether kernels are compiled for AVX-512: 32 vector registers of sixteen floats."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+avx512f" in features.split(",")
-
-
-TILE_ROWS, TILE_VECTORS = (8, 2) if _has_wide_registers() else (6, 1)
+TILE_ROWS, TILE_VECTORS = (8, 2) if levels.has_wide_registers() else (6, 1)
 """Accumulators of a full tile: more would be spilled to memory in every turn of the inner loop."""
 TILE_COLUMNS = TILE_VECTORS * WIDTH
 LINE_BYTES = 64

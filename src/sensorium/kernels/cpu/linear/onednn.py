@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import platform
 
-import llvmlite.binding
 import torch
 import torch.nn.functional as F
 
 from sensorium.kernels import reference
 from sensorium.kernels.cpu import elementwise
+from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.weight import Multiply, PackedWeight
 
 logger = logging.getLogger(__name__)
@@ -60,12 +59,9 @@ def has_units(dtype: torch.dtype) -> bool:
         return True
     if not packs(dtype):
         return False
-    if dtype != torch.bfloat16 or platform.machine() != "x86_64":
-        return True
     # oneDNN packs bf16 on every CPU with AVX-512, though it has to widen each number where these
     # are missing.
-    features = llvmlite.binding.get_host_cpu_features()
-    return any(features.get(name) for name in ("avx512bf16", "amx-bf16", "avxneconvert"))
+    return dtype != torch.bfloat16 or not levels.is_x86() or levels.has_bf16_units()
 
 
 class LibraryWeight(PackedWeight):
