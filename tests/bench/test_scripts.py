@@ -71,6 +71,17 @@ def test_kernels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_threads(tmp_path: Path) -> None:
+    """Any number of threads gives the same bits, on any number of CPUs."""
+    checkpoint = checkpoints.make_text("qwen2", tmp_path / "model", max_position_embeddings=4096)
+    flags = ("--model", str(checkpoint), "--rounds", "1", "threads", "one-cpu", "quota")
+    found = run("threads", tmp_path / "threads.json", *flags)
+    assert set(found["sections"]) == {"threads", "one-cpu", "quota"}
+    for cases in found["sections"].values():
+        assert "not run" in cases or all(case["same_bits"] for case in cases)
+
+
+@pytest.mark.slow
 def test_before_after(tmp_path: Path) -> None:
     output = tmp_path / "before-after.json"
     found = run("before_after", output, str(ROOT), str(ROOT), "--server-rounds", "1", "--dtypes")

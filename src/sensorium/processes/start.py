@@ -17,6 +17,9 @@ _THREADS = (
     *("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"),
     *("RAYON_NUM_THREADS", "NUMBA_NUM_THREADS"),
 )
+_NO_POOLS = {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Settings of libraries that start a thread per core when they are imported or first used, and are
+given nothing here that they could share among them."""
 _LIBC = ctypes.CDLL(None)  # loaded here, for after a fork it may be too late
 _PR_SET_PDEATHSIG = 1
 _ENDED_ITSELF = 0
@@ -32,11 +35,20 @@ def child_environment(*, one_thread: bool = False) -> dict[str, str]:
 
     ``one_thread``: libraries start no threads of their own, as in a process that is to fork.
     """
-    variables = dict(os.environ)
+    variables = _NO_POOLS | os.environ
     variables["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
     if one_thread:
         variables |= dict.fromkeys(_THREADS, "1")
     return variables
+
+
+def forgo_pools() -> None:
+    """Keep numpy and the tokenizers of this process from starting a thread per core.
+
+    For a program of our own, before they are imported; what the environment sets is kept.
+    """
+    for name, value in _NO_POOLS.items():
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from sensorium.cli.flags import (
     build_server_config,
 )
 from sensorium.errors import ConfigError
+from sensorium.processes.start import forgo_pools
 
 DESCRIPTION = (
     "Serve a model over HTTP, compatible with OpenAI's API. On SIGTERM running requests are "
@@ -55,6 +56,7 @@ def take_model_argument(arguments: argparse.Namespace) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal stops the server."""
+    forgo_pools()
     take_model_argument(arguments)
     engine = build_engine_config(arguments)
     server = build_server_config(arguments)
