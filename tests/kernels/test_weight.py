@@ -13,6 +13,8 @@ def quantized(num_outputs: int, num_inputs: int, bits: int, group: int) -> Quant
     least, most = (-127, 127) if bits == 8 else (-8, 7)
     values = torch.randint(least, most + 1, (num_outputs, num_inputs)).to(torch.int8)
     scales = torch.rand(num_outputs, -(-num_inputs // group)) / most
+    if bits == 4:
+        scales = scales.bfloat16().float()  # as kernels store them
     return QuantizedTensor(values, scales, bits, group)
 
 
@@ -28,7 +30,8 @@ def test_a_quantized_weight_multiplies_like_its_numbers(bits: int, group: int) -
         reference.quantized_linear(x, own, bias), (x.double() @ exact.t() + bias).float()
     )
     error = packed.bind(bias)(x).double() - (x.double() @ exact.t() + bias)
-    assert error.abs().max() < 0.05
+    # kernels quantize the rows to 8 bits as well
+    assert error.abs().max() < 0.15
     ids = torch.tensor([3, 0, 47, 3])
     torch.testing.assert_close(packed.rows(ids), exact[ids].float())
 

@@ -22,7 +22,7 @@ from sensorium.kernels.batch import (
     LayerCache,
 )
 from sensorium.kernels.cpu import amx, attention, elementwise, huge_pages, paged, rotary, varlen
-from sensorium.kernels.cpu.linear import onednn
+from sensorium.kernels.cpu.linear import int4, int8, integers, onednn
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
 CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -62,6 +62,10 @@ def pack_weight(
 
 
 def _pack_quantized(weight: QuantizedTensor, dtype: torch.dtype) -> PackedWeight:
+    if weight.values.is_cpu and dtype in CPU_DTYPES and integers.forms():
+        for kind in (int8.Int8Weight, int4.Int4Weight):
+            if kind.takes(weight):
+                return kind.pack(weight, dtype)
     return reference.DequantizedWeight(weight, pack_weight(weight.dequantized(), dtype))
 
 

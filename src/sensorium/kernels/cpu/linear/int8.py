@@ -1,0 +1,278 @@
+"""Products with int8 weights, one scale for each output.
+
+Packed in panels of sixteen outputs, in each of them step by step of four inputs:
+``[N / 16][K / 4][16][4]`` bytes, the weight plus 128. A sum over a group of 128 inputs is an exact
+int32; the groups' sums times the activations' scales are added in float32 in the order of the
+groups, and the total is multiplied by the output's scale.
+
+With AVX2 alone bytes are multiplied as 16-bit numbers (``vpmaddwd``): the even bytes of four by
+inputs 0 and 2, the odd ones by 1 and 3. Multiplying bytes directly (``vpmaddubsw``) would saturate.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Self
+
+import llvmlite.ir as ir
+import torch
+from numba import types
+from numba.core import cgutils
+
+from sensorium.kernels.cpu import huge_pages
+from sensorium.kernels.cpu.launch import Launcher, compile_kernel
+from sensorium.kernels.cpu.linear.integer_kernel import (
+    PADDING,
+    IntegerProduct,
+    Layout,
+    build,
+)
+from sensorium.kernels.cpu.linear.integers import I64, STEP, Form, for_each_count, forms
+from sensorium.kernels.cpu.numeric import ELEMENT, INLINE, WIDTH, intrinsic, njit, shifted
+from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
+
+GROUP = 128
+"""Inputs of a row that share a scale."""
+BIAS = 128
+TILE_ROWS = {"avx2": 4, "vnni256": 6, "vnni512": 12}
+"""Rows that are multiplied at once: as many as keep their sums in registers."""
+STEP_BYTES = STEP * WIDTH
+
+
+def _emit_step(
+    form: Form,
+    num_rows: int,
+    sums: list[list[ir.Value]],
+    w: ir.Value,
+    w_at: Any,
+    q: ir.Value,
+    q_at: Any,
+) -> None:
+    """Add the products of one step to the sums (stack slots) of each row and part."""
+    builder = form.builder
+    size = 4 * form.width
+    loaded = [form.load(w, builder.add(w_at, I64(p * size)), form.bytes) for p in range(form.parts)]
+    if form.vnni:
+        for r in range(num_rows):
+            row = form.repeated(q, builder.add(q_at, I64(r * GROUP)), form.bytes)
+            for p in range(form.parts):
+                total = form.multiply_bytes(builder.load(sums[r][p]), loaded[p], row)
+                builder.store(total, sums[r][p])
+        return
+    wide = [builder.bitcast(value, form.shorts) for value in loaded]
+    even = [builder.and_(value, form.constant(form.shorts, 0xFF)) for value in wide]
+    odd = [builder.lshr(value, form.constant(form.shorts, 8)) for value in wide]
+    q_at = builder.shl(q_at, I64(1))
+    for r in range(num_rows):
+        for half, values in enumerate((even, odd)):
+            offset = builder.add(q_at, I64(r * 2 * GROUP + 4 * half))
+            row = form.repeated(q, offset, form.shorts)
+            for p in range(form.parts):
+                total = form.add(builder.load(sums[r][p]), form.multiply_shorts(values[p], row))
+                builder.store(total, sums[r][p])
+
+
+def _emit_tile(builder: ir.IRBuilder, name: str, num_rows: int, args: Any) -> None:
+    """Emit the products of a group of ``num_rows`` rows with a panel."""
+    q, scales, corrections, weights, steps, totals = args
+    form = Form(builder, name)
+    sets = max(1, 4 // num_rows) if form.vnni else 1
+    # Few rows have too few sums to hide the latency of an instruction: their steps take turns.
+    sums = [
+        [
+            [cgutils.alloca_once(builder, form.sums) for _ in range(form.parts)]
+            for _ in range(num_rows)
+        ]
+        for _ in range(sets)
+    ]
+    for r in range(num_rows):
+        start = form.repeated(corrections, 4 * r, form.sums)
+        for p in range(form.parts):
+            for number, own in enumerate(sums):
+                zero = form.constant(form.sums, 0)
+                builder.store(zero if number else start, own[r][p])
+    unrolled = 4
+    turns = builder.udiv(steps, I64(unrolled))
+    with cgutils.for_range(builder, turns) as loop:
+        for step in range(unrolled):
+            index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
+            w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
+            _emit_step(form, num_rows, sums[step % sets], weights, w_at, q, q_at)
+    for r in range(num_rows):
+        scale = form.repeated(scales, 4 * r, form.floats)
+        for p in range(form.parts):
+            total = builder.load(sums[0][r][p])
+            for own in sums[1:]:
+                total = form.add(total, builder.load(own[r][p]))
+            offset = 4 * (r * WIDTH + p * form.width)
+            before = form.load(totals, offset, form.floats)
+            form.store(totals, offset, form.scaled(total, scale, before))
+
+
+def _tile(name: str) -> Any:
+    """Return the intrinsic that multiplies one group of some rows with a panel."""
+
+    @intrinsic
+    def multiply_tile(
+        typingctx: Any,
+        rows: Any,
+        q: Any,
+        scales: Any,
+        corrections: Any,
+        weights: Any,
+        steps: Any,
+        totals: Any,
+    ) -> Any:
+        """Add the products of ``steps`` steps, a multiple of four, to totals (rows, 16)."""
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            byte = ir.IntType(8).as_pointer()
+            q, scales, corrections, weights, totals = (
+                builder.bitcast(args[i], byte) for i in (1, 2, 3, 4, 6)
+            )
+            operands = (q, scales, corrections, weights, args[5], totals)
+            for_each_count(
+                builder,
+                args[0],
+                TILE_ROWS[name],
+                lambda number: _emit_tile(builder, name, number, operands),
+            )
+            return context.get_dummy_value()
+
+        number = types.int64
+        return types.void(number, q, scales, corrections, weights, number, totals), codegen
+
+    return multiply_tile
+
+
+def _panel(name: str) -> Any:
+    """Return the inlined function that multiplies rows with a panel."""
+    tile, most = _tile(name), TILE_ROWS[name]
+    row_bytes = GROUP * (2 if name == "avx2" else 1)
+
+    @njit(**INLINE)
+    def multiply(
+        q: Any,
+        scales: Any,
+        corrections: Any,
+        num_rows: Any,
+        first: Any,
+        rows: Any,
+        weights: Any,
+        inputs: Any,
+        sums: Any,
+    ) -> None:
+        padded = (inputs + PADDING - 1) // PADDING * PADDING
+        for start in range(0, padded, GROUP):
+            steps = min(GROUP, padded - start) // STEP
+            own = shifted(weights, start * WIDTH)
+            place = start // GROUP * num_rows + first
+            for row in range(0, rows, most):
+                tile(
+                    min(most, rows - row),
+                    shifted(q, (place + row) * row_bytes),
+                    shifted(scales, place + row),
+                    shifted(corrections, place + row),
+                    own,
+                    steps,
+                    shifted(sums, row * WIDTH),
+                )
+
+    return multiply
+
+
+def layout(form: str) -> Layout:
+    """Return the layout of quantized activations."""
+    return Layout(GROUP, GROUP * (2 if form == "avx2" else 1), BIAS)
+
+
+@functools.cache
+def kernel(dtype: torch.dtype, form: str) -> Launcher:
+    """Return the kernel for activations of ``dtype``, compiled or loaded at first use."""
+    function = build(ELEMENT[dtype], layout(form), form == "avx2", _panel(form))
+    return compile_kernel(function, f"int8_{str(dtype).removeprefix('torch.')}_{form}")
+
+
+class Int8Weight(PackedWeight):
+    """Weight of int8 with a float32 scale per output, packed for the integer kernel."""
+
+    format = "int8"
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        form: str | None = None,
+    ) -> None:
+        self.packed, self.scales, self.dtype = packed, scales, dtype
+        self.num_outputs, self.num_inputs = shape
+        self.form = form or forms()[-1]
+
+    @staticmethod
+    def takes(weight: QuantizedTensor) -> bool:
+        """Return whether ``pack`` takes a weight: 8 bits, one scale for each output."""
+        return weight.bits == 8 and weight.scales.shape[1] == 1
+
+    @classmethod
+    def pack(cls, weight: QuantizedTensor, dtype: torch.dtype) -> Self:
+        """Pack a weight quantized to 8 bits with one scale per output.
+
+        Raises ValueError for other bits or groups.
+        """
+        num_outputs, num_inputs = weight.shape
+        if not cls.takes(weight):
+            raise ValueError("int8 products take 8 bits and one scale for each output")
+        panels, steps = -(-num_outputs // WIDTH), -(-num_inputs // PADDING) * (PADDING // STEP)
+        packed = huge_pages.zeros((panels, steps, WIDTH, STEP), torch.uint8)
+        packed.fill_(BIAS)
+        full = num_outputs // WIDTH
+        _place(packed[:full], weight.values[: full * WIDTH])
+        if full < panels:
+            last = weight.values.new_zeros((WIDTH, num_inputs))
+            last[: num_outputs - full * WIDTH] = weight.values[full * WIDTH :]
+            _place(packed[full:], last)
+        scales = torch.zeros(panels * WIDTH)
+        scales[:num_outputs] = weight.scales[:, 0]
+        return cls(packed, scales, (num_outputs, num_inputs), dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales.nbytes
+
+    def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
+        own = kernel(self.dtype, self.form)
+        used = layout(self.form)
+        return IntegerProduct(own, used, self.shape, self.packed, self.scales, bias, act)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        chosen = self.packed[ids // WIDTH, :, ids % WIDTH].flatten(1)[:, : self.num_inputs]
+        values = chosen.to(torch.int16).sub_(BIAS).float()
+        return values.mul_(self.scales[ids][:, None]).to(self.dtype)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"packed": self.packed, "scales": self.scales}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Self:
+        return cls(tensors["packed"], tensors["scales"], shape, dtype)
+
+
+def _place(panels: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values (P * 16, K) into panels (P, steps, 16, 4), biased."""
+    num_panels, _, _, _ = panels.shape
+    num_inputs = values.shape[1]
+    # The bias flips the sign bit of a byte in two's complement.
+    unsigned = values.contiguous().view(torch.uint8)
+    whole = num_inputs // STEP
+    by_panel = unsigned.view(num_panels, WIDTH, num_inputs)
+    steps = by_panel[:, :, : whole * STEP].unflatten(2, (whole, STEP)).transpose(1, 2)
+    panels[:, :whole] = steps
+    panels[:, :whole].bitwise_xor_(BIAS)
+    if rest := num_inputs % STEP:
+        panels[:, whole, :, :rest] = by_panel[:, :, whole * STEP :]
+        panels[:, whole, :, :rest].bitwise_xor_(BIAS)

@@ -1,0 +1,329 @@
+"""Integer vector instructions, and rows of activations quantized to 8 bits.
+
+The products of int8 and int4 weights sum small integers exactly, in int32, over groups of inputs.
+Only the groups' sums become float32, and they are added in the order of the groups. So the bits of
+a result depend neither on the instructions nor on the number of rows.
+
+A row is quantized by groups: in each, the number of the largest magnitude m becomes 127 or -127,
+every other x the integer nearest to 127 x / m (ties to even), and the group's scale is m / 127.
+Weights are stored without sign, biased by half of their range, as x86 multiplies bytes without sign
+by bytes with sign; the bias times the sum of the group's activations is taken off again.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import types
+from numba.core import cgutils
+
+from sensorium.kernels.cpu.linear import levels
+from sensorium.kernels.cpu.numeric import (
+    INLINE,
+    WIDTH,
+    _call,
+    f32,
+    intrinsic,
+    load16,
+    load_part,
+    njit,
+    shifted,
+    splat,
+    vec16,
+)
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F32 = ir.FloatType()
+STEP = 4
+"""Inputs that one step multiplies: four bytes, which are summed in a lane of 32 bits."""
+
+FORMS = ("avx2", "vnni256", "vnni512")
+"""Instructions that products are written for.
+
+``avx2``: multiplications of 16-bit pairs (``vpmaddwd``) and of bytes (``vpmaddubsw``); ``vnni``:
+``vpdpbusd``, four bytes by four bytes into 32 bits, with vectors of 256 or 512 bits.
+"""
+
+
+@functools.cache
+def forms() -> tuple[str, ...]:
+    """Return those of ``FORMS`` that the CPU runs that kernels are compiled for, fastest last."""
+    if not (levels.is_x86() and sys.maxsize > 2**32 and levels.has("avx2") and levels.has("fma")):
+        return ()
+    wide = all(map(levels.has, ("avx512vnni", "avx512bw", "avx512vl")))
+    narrow = wide or levels.has("avxvnni")
+    return ("avx2", *(["vnni256"] if narrow else []), *(["vnni512"] if wide else []))
+
+
+def lanes(element: ir.Type, count: int) -> ir.VectorType:
+    """Return the type of a vector."""
+    return ir.VectorType(element, count)
+
+
+def spread(builder: ir.IRBuilder, scalar: ir.Value, count: int) -> ir.Value:
+    """Return a vector with a scalar in each of ``count`` lanes."""
+    vector = lanes(scalar.type, count)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, I32(0))
+    zeros = ir.Constant(lanes(I32, count), [0] * count)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
+def at(builder: ir.IRBuilder, pointer: ir.Value, offset: int | ir.Value, kind: ir.Type) -> ir.Value:
+    """Return the address ``offset`` bytes behind a byte pointer, as a pointer to ``kind``."""
+    where = I64(offset) if isinstance(offset, int) else offset
+    return builder.bitcast(builder.gep(pointer, [where]), kind.as_pointer())
+
+
+class Form:
+    """Sixteen sums of int32 in one of ``FORMS``: ``parts`` vectors of ``width`` lanes."""
+
+    def __init__(self, builder: ir.IRBuilder, name: str) -> None:
+        self.builder, self.vnni = builder, name != "avx2"
+        self.width = 16 if name == "vnni512" else 8
+        self.parts = WIDTH // self.width
+        self.sums = lanes(I32, self.width)
+        self.floats = lanes(F32, self.width)
+        self.bytes = lanes(I8, 4 * self.width)
+        self.shorts = lanes(I16, 2 * self.width)
+
+    def constant(self, kind: ir.VectorType, number: float) -> ir.Constant:
+        """Return a vector of equal constants."""
+        return ir.Constant(kind, [number] * kind.count)
+
+    def repeated(self, pointer: ir.Value, offset: int | ir.Value, kind: ir.VectorType) -> ir.Value:
+        """Load 32 bits and repeat them over a vector of type ``kind``."""
+        word = self.builder.load(at(self.builder, pointer, offset, I32), align=1)
+        return self.builder.bitcast(spread(self.builder, word, self.width), kind)
+
+    def load(self, pointer: ir.Value, offset: int | ir.Value, kind: ir.VectorType) -> ir.Value:
+        """Load a vector from any address."""
+        return self.builder.load(at(self.builder, pointer, offset, kind), align=1)
+
+    def store(self, pointer: ir.Value, offset: int | ir.Value, value: ir.Value) -> None:
+        """Store a vector at any address."""
+        self.builder.store(value, at(self.builder, pointer, offset, value.type), align=1)
+
+    def add(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Add integers lane by lane."""
+        return self.builder.add(a, b)
+
+    def multiply_bytes(self, sums: ir.Value, weights: ir.Value, row: ir.Value) -> ir.Value:
+        """Add the products of four unsigned weights and signed activations to each sum (VNNI)."""
+        name = f"llvm.x86.avx512.vpdpbusd.{32 * self.width}"
+        return _call(self.builder, name, self.sums, [sums, weights, row])
+
+    def multiply_shorts(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Return the sums of two products of 16-bit numbers (AVX2)."""
+        return _call(self.builder, "llvm.x86.avx2.pmadd.wd", self.sums, [a, b])
+
+    def multiply_pairs(self, weights: ir.Value, row: ir.Value) -> ir.Value:
+        """Return the sums of two products of bytes, in 16 bits (AVX2); they must fit."""
+        return _call(self.builder, "llvm.x86.avx2.pmadd.ub.sw", self.shorts, [weights, row])
+
+    def scaled(self, sums: ir.Value, scale: ir.Value, total: ir.Value) -> ir.Value:
+        """Return ``total + sums * scale`` in float32, rounded once."""
+        wide = self.builder.sitofp(sums, self.floats)
+        name = f"llvm.fma.v{self.width}f32"
+        return _call(self.builder, name, self.floats, [wide, scale, total])
+
+
+def for_each_count(
+    builder: ir.IRBuilder, count: ir.Value, most: int, emit: Callable[[int], None]
+) -> None:
+    """Emit code for each number of rows from 1 to ``most``, chosen by ``count``."""
+    done, impossible = (builder.append_basic_block(name) for name in ("rows.done", "rows.none"))
+    switch = builder.switch(count, impossible)
+    for number in range(1, most + 1):
+        block = builder.append_basic_block(f"rows.{number}")
+        switch.add_case(I64(number), block)
+        builder.position_at_end(block)
+        emit(number)
+        builder.branch(done)
+    builder.position_at_end(impossible)
+    builder.unreachable()
+    builder.position_at_end(done)
+
+
+# -- quantization of rows -----------------------------------------------------------------------
+
+
+@intrinsic
+def magnitudes(typingctx: Any, peaks: Any, values: Any) -> Any:
+    """Return the larger of ``peaks`` and the bits of ``|values|``, compared as integers.
+
+    Infinity is larger than any number, and NaN larger than infinity.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        kind = lanes(I32, WIDTH)
+        mask = ir.Constant(kind, [0x7FFFFFFF] * WIDTH)
+        bits = builder.and_(builder.bitcast(args[1], kind), mask)
+        before = builder.bitcast(args[0], kind)
+        larger = builder.select(builder.icmp_signed(">", bits, before), bits, before)
+        return builder.bitcast(larger, args[0].type)
+
+    return vec16(vec16, vec16), codegen
+
+
+@intrinsic
+def largest_magnitude(typingctx: Any, peaks: Any) -> Any:
+    """Return the largest lane of ``magnitudes``, as a float."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        bits = builder.bitcast(args[0], lanes(I32, WIDTH))
+        return builder.bitcast(_call(builder, "llvm.vector.reduce.smax.v16i32", I32, [bits]), F32)
+
+    return types.float32(vec16), codegen
+
+
+def _store_integers(pairs: bool) -> Any:
+    """Return the intrinsic that quantizes sixteen values."""
+
+    @intrinsic
+    def store_integers(
+        typingctx: Any, out: Any, index: Any, values: Any, factor: Any, sums: Any
+    ) -> Any:
+        """Store the integers nearest to ``values * factor`` from index on; add them to ``sums``.
+
+        ``sums`` holds integers in the bits of a vector of floats.
+        """
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            out, index, values, factor, sums = args
+            kind = lanes(I32, WIDTH)
+            scaled = builder.fmul(values, factor)
+            whole = _call(builder, "llvm.lrint.v16i32.v16f32", kind, [scaled])
+            if pairs:
+                order = [4 * (i // 4) + (0, 2, 1, 3)[i % 4] for i in range(WIDTH)]
+                short = builder.trunc(whole, lanes(I16, WIDTH))
+                small = builder.shuffle_vector(short, short, ir.Constant(kind, order))
+                index = builder.shl(index, I64(1))
+            else:
+                small = builder.trunc(whole, lanes(I8, WIDTH))
+            builder.store(small, at(builder, out, index, small.type), align=1)
+            return builder.bitcast(builder.add(builder.bitcast(sums, kind), whole), sums.type)
+
+        return vec16(types.CPointer(types.int8), types.int64, vec16, vec16, vec16), codegen
+
+    return store_integers
+
+
+@intrinsic
+def sum_of_integers(typingctx: Any, sums: Any) -> Any:
+    """Return the sum of sixteen integers in the bits of a vector of floats."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        bits = builder.bitcast(args[0], lanes(I32, WIDTH))
+        return _call(builder, "llvm.vector.reduce.add.v16i32", I32, [bits])
+
+    return types.int32(vec16), codegen
+
+
+@njit(**INLINE)
+def _read(row: Any, index: Any, size: Any) -> Any:
+    """Return sixteen elements from ``index`` on, zeros from ``size`` on."""
+    if index + WIDTH <= size:
+        return load16(row, index)
+    if index < size:
+        return load_part(row, index, size - index)
+    return splat(f32(0.0))
+
+
+_LARGEST = 3.4028234663852886e38
+_LEAST = 2.0**-119
+"""Groups without a larger magnitude count as zeros: 127 over it would not be finite."""
+
+
+def build_quantize(pairs: bool) -> Any:
+    """Return the inlined function that quantizes one group of a row.
+
+    pairs: write 16-bit integers, those of four inputs in the order 0, 2, 1, 3, as ``avx2`` takes
+    them for int8; else bytes.
+    """
+    store_integers = _store_integers(pairs)
+
+    @njit(**INLINE)
+    def quantize(row: Any, first: Any, size: Any, whole: Any, out: Any) -> Any:
+        """Quantize ``size`` elements from ``first`` on into ``whole``, a multiple of 16.
+
+        Returns the scale, NaN if an element is not finite, and the sum of the integers.
+        """
+        source = shifted(row, first)
+        peaks = splat(f32(0.0))
+        for i in range(0, whole, WIDTH):
+            peaks = magnitudes(peaks, _read(source, i, size))
+        peak = largest_magnitude(peaks)
+        finite = peak <= f32(_LARGEST)  # false for NaN
+        zeros = not finite or peak < f32(_LEAST)
+        factor = splat(f32(0.0) if zeros else f32(127.0) / peak)
+        sums = splat(f32(0.0))
+        if zeros:
+            for i in range(0, whole, WIDTH):
+                sums = store_integers(out, i, splat(f32(0.0)), factor, sums)
+        else:
+            for i in range(0, whole, WIDTH):
+                sums = store_integers(out, i, _read(source, i, size), factor, sums)
+        scale = f32(0.0) if zeros else peak / f32(127.0)
+        if not finite:
+            scale = f32(np.nan)
+        return scale, sum_of_integers(sums)
+
+    return quantize
+
+
+# -- waiting ------------------------------------------------------------------------------------
+
+
+@intrinsic
+def wait_for(typingctx: Any, ptr: Any, index: Any, value: Any) -> Any:
+    """Wait until element ``index`` of an array has reached ``value``; orders memory.
+
+    Gives its time slice away while it waits for long, as the other thread may need the processor.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        place = builder.gep(args[0], [args[1]])
+        turns = cgutils.alloca_once_value(builder, I64(0))
+        test, turn, rest, again, done = (
+            builder.append_basic_block(f"wait.{name}")
+            for name in ("test", "turn", "rest", "again", "done")
+        )
+        builder.branch(test)
+        builder.position_at_end(test)
+        reached = builder.load_atomic(place, "acquire", 8)
+        builder.cbranch(builder.icmp_signed(">=", reached, args[2]), done, turn)
+        builder.position_at_end(turn)
+        _call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        count = builder.add(builder.load(turns), I64(1))
+        builder.store(count, turns)
+        often = builder.icmp_unsigned("==", builder.and_(count, I64(1023)), I64(0))
+        builder.cbranch(often, rest, again)
+        builder.position_at_end(rest)
+        _call(builder, "sched_yield", I32, [])
+        builder.branch(again)
+        builder.position_at_end(again)
+        builder.branch(test)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return types.void(ptr, types.int64, types.int64), codegen
+
+
+def local_floats(count: int) -> Any:
+    """Return the intrinsic that gives a buffer of floats, private to the call of the kernel."""
+
+    @intrinsic
+    def buffer(typingctx: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            memory = cgutils.alloca_once(builder, ir.ArrayType(F32, count))
+            memory.align = 64
+            return builder.bitcast(memory, F32.as_pointer())
+
+        return types.CPointer(types.float32)(), codegen
+
+    return buffer
