@@ -27,7 +27,8 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, Figures, Report, figures_table, in_turn
 from benchmarks.media.cache import first_tokens
-from benchmarks.peers.processes import EngineKind, EngineProcess
+from benchmarks.peers.engines import EngineKind
+from benchmarks.peers.processes import EngineProcess
 from benchmarks.served import ServedProcess
 
 BEFORE, AFTER = "before", "after"

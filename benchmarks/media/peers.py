@@ -28,7 +28,7 @@ from benchmarks.media.known import known_image
 from benchmarks.media.load import ImageLoad, ask_texts, image_load, probe_health
 from benchmarks.media.once import one_url
 from benchmarks.media.recovery import engine_killed
-from benchmarks.peers.processes import EngineKind
+from benchmarks.peers.engines import EngineKind
 from benchmarks.served import Asker, MediaHost, ServedProcess, counted, is_sensorium_engine
 
 OURS, VLLM = "sensorium", "vllm"

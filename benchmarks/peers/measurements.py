@@ -18,8 +18,11 @@ from benchmarks.peers.workload import Question, Workload, seed_of
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 128
-SHORT_NEW_TOKENS = 24
+SHORT_PROMPT_TOKENS = 8
+SHORT_NEW_TOKENS = {1: 64, 8: 32, 32: 24}
 PREFILL_TOKENS = 2048
+SHORT_WARM_UP = 256
+SHORT_PICTURE = (224, 224)
 PICTURES_AT_ONCE = 8
 PICTURE_NEW_TOKENS = 32
 BATCHES = (1, 8, 32)
@@ -52,30 +55,48 @@ class Figure:
 Measurement = Callable[[Engine, Workload, int], Iterator[Figure]]
 
 
-def warm_up(engine: Engine, workload: Workload, *, pictures: bool) -> None:
-    """Run every kind of work once, unmeasured."""
+def warm_up(engine: Engine, workload: Workload, *, pictures: bool, short: bool = False) -> None:
+    """Run every kind of work once, unmeasured; with less work when that is to be short."""
+    tokens, prefill = (
+        (SHORT_PROMPT_TOKENS, SHORT_WARM_UP) if short else (PROMPT_TOKENS, PREFILL_TOKENS)
+    )
     for batch in BATCHES:
-        _complete(engine, _prompts(workload, batch, "warm", batch), 4)
-    _complete(engine, [workload.token_ids(PREFILL_TOKENS, seed_of("warm", "prefill"))], 1)
+        _complete(engine, _prompts(workload, batch, tokens, "warm", batch), 4)
+    _complete(engine, [workload.token_ids(prefill, seed_of("warm", "prefill"))], 1)
     if pictures:
         seed = seed_of("warm", "picture")
-        _answer(engine, [workload.question(seed, seed)], 2)
+        sizes = SHORT_PICTURE if short else ()
+        _answer(engine, [workload.question(seed, seed, PROMPT_TOKENS, *sizes)], 2)
 
 
-def decode(
-    engine: Engine, workload: Workload, round_: int, *, batch: int, num_new: int = NEW_TOKENS
-) -> Iterator[Figure]:
+def decode(engine: Engine, workload: Workload, round_: int, *, batch: int) -> Iterator[Figure]:
     """New tokens per second over all sequences, without the time to the first token.
 
-    The time of one new token is subtracted from that of ``num_new``, each with prompts of its own.
+    The time of one new token is subtracted from that of many, each with prompts of its own.
     """
     short = min(
-        _complete(engine, _prompts(workload, batch, "decode", batch, round_, attempt), 1)
+        _complete(
+            engine, _prompts(workload, batch, PROMPT_TOKENS, "decode", batch, round_, attempt), 1
+        )
         for attempt in ("short", "short again")
     )
-    prompts = _prompts(workload, batch, "decode", batch, round_, "long")
-    long = _complete(engine, prompts, num_new)
-    rate = batch * (num_new - 1) / (long - short)
+    prompts = _prompts(workload, batch, PROMPT_TOKENS, "decode", batch, round_, "long")
+    long = _complete(engine, prompts, NEW_TOKENS)
+    rate = batch * (NEW_TOKENS - 1) / (long - short)
+    yield Figure(f"decode_b{batch}", rate, "tok/s", "higher")
+
+
+def decode_short(
+    engine: Engine, workload: Workload, round_: int, *, batch: int
+) -> Iterator[Figure]:
+    """The same with short prompts and fewer new tokens, the fewer the more sequences."""
+    num_new = SHORT_NEW_TOKENS[batch]
+    prompts = {
+        part: _prompts(workload, batch, SHORT_PROMPT_TOKENS, "short", batch, round_, part)
+        for part in ("first", "all")
+    }
+    first = _complete(engine, prompts["first"], 1)
+    rate = batch * (num_new - 1) / (_complete(engine, prompts["all"], num_new) - first)
     yield Figure(f"decode_b{batch}", rate, "tok/s", "higher")
 
 
@@ -113,19 +134,18 @@ TEXT_MEASUREMENTS: dict[str, Measurement] = {
 }
 PICTURE_MEASUREMENTS: dict[str, Measurement] = {"image": image, "images": images}
 SHORT_MEASUREMENTS: dict[str, Measurement] = {
-    f"decode_b{batch}_short": partial(decode, batch=batch, num_new=SHORT_NEW_TOKENS)
-    for batch in BATCHES
+    f"decode_b{batch}_short": partial(decode_short, batch=batch) for batch in BATCHES
 }
 MEASUREMENTS = {**TEXT_MEASUREMENTS, **PICTURE_MEASUREMENTS, **SHORT_MEASUREMENTS}
 
 
 def first_token(engine: Engine, workload: Workload) -> None:
     """What a freshly started engine is asked: one short prompt, one token."""
-    _complete(engine, _prompts(workload, 1, "start"), 1)
+    _complete(engine, _prompts(workload, 1, PROMPT_TOKENS, "start"), 1)
 
 
-def _prompts(workload: Workload, batch: int, *seed: object) -> list[list[int]]:
-    return [workload.token_ids(PROMPT_TOKENS, seed_of(*seed, index)) for index in range(batch)]
+def _prompts(workload: Workload, batch: int, num_tokens: int, *seed: object) -> list[list[int]]:
+    return [workload.token_ids(num_tokens, seed_of(*seed, index)) for index in range(batch)]
 
 
 def _complete(engine: Engine, prompts: list[list[int]], num_new: int) -> float:

@@ -4,63 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import subprocess
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.engines import HERE, EngineKind
+from benchmarks.peers.memory import MemoryWatch
 from benchmarks.processes import ProcessTree
 
-HERE = Path(__file__).parent
 START_TIMEOUT = 1800.0
 ANSWER_TIMEOUT = 1800.0
 
 
 class EngineFailure(RuntimeError):
     """An engine ended, was silent for too long, or said that a command failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineKind:
-    """How an engine is started: its runner beside this file, and the Python of its environment."""
-
-    name: str
-    python: Path
-
-    def environment(self, num_threads: int, kv_cache_gib: int, caches: Path) -> dict[str, str]:
-        """The process environment.
-
-        ``caches`` takes all that the engine compiles, so that it can be cold or warm.
-        """
-        found = {
-            **os.environ,
-            "OMP_NUM_THREADS": str(num_threads),
-            "HF_HUB_OFFLINE": "1",
-            "NUMBA_CACHE_DIR": str(caches / "numba"),
-            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-            "TRITON_CACHE_DIR": str(caches / "triton"),
-            "XDG_CACHE_HOME": str(caches / "xdg"),
-        }
-        if self.name == "sensorium":
-            found["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        if self.name == "vllm":
-            found |= {
-                "VLLM_CACHE_ROOT": str(caches / "vllm"),
-                "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
-                "VLLM_CPU_OMP_THREADS_BIND": f"0-{num_threads - 1}",
-                "VLLM_NO_USAGE_STATS": "1",
-                "DO_NOT_TRACK": "1",
-                "LD_PRELOAD": f"libtcmalloc_minimal.so.4:{self._library('libiomp5.so')}",
-            }
-            del found["OMP_NUM_THREADS"]
-        return found
-
-    def _library(self, name: str) -> Path:
-        return self.python.parent.parent / "lib" / name
 
 
 class EngineProcess(ProcessTree):
@@ -77,7 +37,7 @@ class EngineProcess(ProcessTree):
         started = time.perf_counter()
         with log.open("ab") as errors:
             super().__init__(
-                [str(kind.python), "-m", f"benchmarks.peers.run_{kind.name}", *arguments],
+                [str(kind.python), "-m", f"benchmarks.peers.run_{kind.runner}", *arguments],
                 cwd=HERE.parents[1],
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -86,6 +46,7 @@ class EngineProcess(ProcessTree):
                 text=True,
             )
         threading.Thread(target=self._read, daemon=True).start()
+        self.memory = MemoryWatch(self.processes)
         try:
             ready = self._next(START_TIMEOUT)
         except EngineFailure:
@@ -94,12 +55,12 @@ class EngineProcess(ProcessTree):
         self.start_seconds = time.perf_counter() - started
         self.version = str(ready["engine"])
 
-    def ask(self, **command: object) -> list[dict[str, Any]]:
+    def ask(self, *, timeout: float = ANSWER_TIMEOUT, **command: object) -> list[dict[str, Any]]:
         """Send a command and return the figures that it made. Raises EngineFailure."""
         assert self.root.stdin is not None
         print(json.dumps(command), file=self.root.stdin, flush=True)
         figures = []
-        while (message := self._next(ANSWER_TIMEOUT))["event"] != "done":
+        while (message := self._next(timeout))["event"] != "done":
             if message["event"] == "failed":
                 raise EngineFailure(f"{self.kind.name}: {message['message']}")
             figures.append(message)
@@ -108,6 +69,7 @@ class EngineProcess(ProcessTree):
     def close(self) -> None:
         """End it by the end of its stdin; after a while by signals."""
         assert self.root.stdin is not None
+        self.memory.stop()
         with contextlib.suppress(BrokenPipeError):
             self.end(self.root.stdin.close, timeout=30, children_timeout=10)
 

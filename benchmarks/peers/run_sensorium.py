@@ -14,19 +14,18 @@ class SensoriumEngine:
     def __init__(self, settings: Settings) -> None:
         import sensorium
 
-        keywords: dict[str, Any] = {}
+        keywords: dict[str, Any] = dict(_weights(settings))
         if settings.has_vision:
             keywords["limit_mm_per_prompt"] = {"image": 1, "video": 0}
             keywords["mm_processor_kwargs"] = {"max_pixels": settings.max_pixels}
         self.name = f"sensorium {sensorium.__version__}"
         self._llm = sensorium.LLM(
             str(settings.checkpoint),
-            dtype=settings.dtype,
             device="cpu",
             num_threads=settings.num_threads,
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
-            kv_cache_memory_bytes=settings.kv_cache_gib << 30,
+            kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
             **keywords,
         )
         self._params = sensorium.SamplingParams(temperature=0.0, ignore_eos=True)
@@ -46,6 +45,13 @@ class SensoriumEngine:
             use_tqdm=False,
         )
         return [len(output.outputs[0].token_ids) for output in outputs]
+
+
+def _weights(settings: Settings) -> dict[str, str]:
+    """The options that say how weights are kept."""
+    if settings.format in ("int8", "int4"):
+        return {"dtype": "auto", "quantization": settings.format}
+    return {"dtype": settings.torch_dtype}
 
 
 def _conversation(question: Question) -> list[dict[str, Any]]:

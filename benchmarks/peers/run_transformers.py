@@ -29,7 +29,9 @@ class TransformersEngine:
                 settings.checkpoint, max_pixels=settings.max_pixels
             )
             self._processor.tokenizer.padding_side = "left"
-        model = kind.from_pretrained(settings.checkpoint, dtype=getattr(torch, settings.dtype))
+        model = kind.from_pretrained(
+            settings.checkpoint, dtype=getattr(torch, settings.torch_dtype)
+        )
         self._model = model.eval()
 
     def complete(self, prompts: list[list[int]], num_new: int) -> list[int]:

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from benchmarks.peers.engines import HOME, LEVELS
 from benchmarks.peers.measurements import MEASUREMENTS, Engine, first_token, warm_up
 from benchmarks.peers.workload import Workload
 
@@ -39,6 +40,14 @@ class Settings:
     kv_cache_gib: int
     max_pixels: int
     dtype: str
+    format: str
+    home: Path
+    cpu: str
+
+    @property
+    def torch_dtype(self) -> str:
+        """The type of weights in torch's spelling, for engines that have no other formats."""
+        return {"": self.dtype, "bf16": "bfloat16"}.get(self.format, self.format)
 
     @property
     def has_vision(self) -> bool:
@@ -53,9 +62,12 @@ def settings_of(arguments: list[str] | None = None) -> Settings:
     parser.add_argument("--num-threads", type=int, default=2)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--kv-cache-gib", type=int, default=2)
+    parser.add_argument("--kv-cache-gib", type=float, default=2)
     parser.add_argument("--max-pixels", type=int, default=1003520, help="of Qwen2-VL's processor")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--format", default="", help="of the weights; default: as --dtype says")
+    parser.add_argument("--home", type=Path, default=HOME, help="folder of conversions and builds")
+    parser.add_argument("--cpu", default="native", choices=LEVELS)
     return Settings(**vars(parser.parse_args(arguments)))
 
 
@@ -77,7 +89,7 @@ def run(settings: Settings, build: Callable[[Settings], Engine]) -> None:
 
 def _obey(command: dict[str, Any], engine: Engine, workload: Workload, out: TextIO) -> None:
     if command["do"] == "warm_up":
-        warm_up(engine, workload, pictures=command["pictures"])
+        warm_up(engine, workload, pictures=command["pictures"], short=command.get("short", False))
     else:
         for figure in MEASUREMENTS[command["name"]](engine, workload, command["round"]):
             _say(out, event="figure", **dataclasses.asdict(figure))

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.peers.processes import EngineFailure, EngineKind, EngineProcess
+from benchmarks.peers.engines import EngineKind
+from benchmarks.peers.processes import EngineFailure, EngineProcess
 
 from tests import checkpoints
 
