@@ -1,4 +1,4 @@
-"""Draw the comparisons with vLLM in ``results/`` as the charts that README.md and docs/ show.
+"""Draw the comparisons with other engines in ``results/`` as the charts that README.md and docs/ show.
 
     python -m benchmarks.chart [--check]
 
@@ -9,10 +9,11 @@ the left it is slower. ``--check`` only says whether the committed charts are up
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -54,6 +55,16 @@ MEDIA_GROUPS = {
     "32 clients, known 2048×2048 JPEGs": "known_",
     "Other requests": "",
 }
+FORMAT_ROWS = {
+    "decode_b1": "decode, 1 sequence",
+    "decode_b8": "decode, 8 sequences",
+    "decode_b32": "decode, 32 sequences",
+    "prefill_2048": "prefill of 2048 tokens",
+    "image_first": "first token, new 640×480 image",
+    "image_repeat_other_text": "first token, same image, new text",
+    "start_warm": "start to first token",
+    "peak_memory": "peak memory",
+}
 CHECKPOINTS = {
     "qwen2-0.5b": "Text model, 0.5B",
     "qwen2-vl-2b": "Qwen2-VL-2B",
@@ -74,6 +85,8 @@ class Bar:
     theirs: float
     unit: str
     speedup: float
+    other: str = ""
+    """The engine that ours is compared with, where it is not the same for all bars."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +144,39 @@ def media_chart() -> Chart:
     )
     notes = [machine_note(result), conditions, sources_note(result, vllm)]
     return Chart("Images on the servers of Sensorium and vLLM", subtitle(vllm), groups, notes)
+
+
+def formats_chart(result: Mapping[str, Any]) -> Chart:
+    """Each format of weights beside the best other engine of its size, from a ``peers-LEVEL`` result."""
+    groups: dict[str, list[Bar]] = {}
+    for name, checkpoint in result["checkpoints"].items():
+        for key, label in FORMAT_ROWS.items():
+            bars = list(format_bars(checkpoint["figures"].get(key)))
+            if bars:
+                groups[f"{CHECKPOINTS.get(name, name)}: {label}, {bars[0].unit}"] = bars
+    level = {"native": "its own instructions", "avx2": "AVX2 alone"}[result["settings"]["cpu"]]
+    settings, machine = result["settings"], result["machine"]
+    versions = ", ".join(sorted(set(result["engines"].values())))
+    conditions = (
+        f"{level}, {settings['num_threads']} threads, random weights in real shapes, "
+        f"medians of up to {settings['rounds']} rounds"
+    )
+    notes = [machine_note(result), conditions, versions]
+    notes.append(f"torch {machine['packages']['torch']}  ·  benchmarks/results/{result['file']}")
+    about = "Times as good as the best other engine with weights of the same size, logarithmic. Orange: worse."
+    return Chart(f"Sensorium and other engines, {level}", about, groups, notes)
+
+
+def format_bars(figure: Mapping[str, Any] | None) -> Iterator[Bar]:
+    """A bar for each format of ours that has another engine of its size beside it."""
+    for engine, found in ({} if figure is None else figure["beside_best"]).items():
+        beside = found.get("of_its_size")
+        if figure is not None and beside is not None:
+            medians = figure["median"]
+            ours, theirs = medians[engine], medians[beside["engine"]]
+            speedup = ours / theirs if figure["better"] == "higher" else theirs / ours
+            kind = engine.partition("-")[2] or "as stored"
+            yield Bar(kind, ours, theirs, figure["unit"], speedup, beside["engine"])
 
 
 def bar(label: str, figure: Mapping[str, Any]) -> Bar:
@@ -243,6 +289,8 @@ def _bar(bar: Bar, y: int, one: float, end: float) -> Iterator[str]:
 
 
 def _values(bar: Bar) -> str:
+    if bar.other:
+        return f"{_number(bar.ours)} / {_number(bar.theirs)} {bar.other}"
     factor, unit = (1000, "ms") if bar.unit == "s" and bar.theirs < 1 else (1, bar.unit)
     return f"{_number(factor * bar.ours)} / {_number(factor * bar.theirs)} {unit}"
 
@@ -256,7 +304,18 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
     return f'  <text class="{kind}" x="{x:g}" y="{y:g}">{escape(text, quote=False)}</text>'
 
 
-CHARTS = {"peers.svg": engine_chart, "media-peers.svg": media_chart}
+CHARTS: dict[str, Callable[[], Chart]] = {
+    "peers.svg": engine_chart,
+    "media-peers.svg": media_chart,
+    **{
+        f"peers-{level}.svg": functools.partial(
+            lambda name: formats_chart(newest(name)), f"peers-{level}"
+        )
+        for level in ("native", "avx2")
+        if any(RESULTS.glob(f"peers-{level}-????-??-??.json"))
+    },
+}
+"""Charts by file; those of the CPU levels where there is a result."""
 
 
 def main() -> int:

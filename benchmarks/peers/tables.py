@@ -1,0 +1,165 @@
+"""Write the tables of docs/performance.md from the newest comparison of each CPU level.
+
+    python -m benchmarks.peers.tables [--check]
+
+``--check`` only says whether the page shows the newest results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.chart import CHECKPOINTS, newest
+from benchmarks.harness import RESULTS, ROOT
+from benchmarks.peers.engines import FORMATS, LEVELS
+from benchmarks.peers.ranking import is_ours
+
+PAGE = ROOT / "docs" / "performance.md"
+COLUMNS = {
+    "decode_b1": "decode 1",
+    "decode_b8": "8",
+    "decode_b32": "32",
+    "prefill_2048": "prefill 2048",
+    "image_first": "new image, s",
+    "image_repeat_same_text": "again, s",
+    "image_repeat_other_text": "other text, s",
+    "images_x8": "8 images, s",
+    "start_cold": "start cold, s",
+    "start_warm": "start, s",
+    "peak_memory": "peak, GB",
+    "peak_anonymous": "not mapped, GB",
+}
+NAMES = {
+    "sensorium": "Sensorium",
+    "llamacpp": "llama.cpp",
+    "openvino": "OpenVINO",
+    "vllm": "vLLM",
+    "transformers": "transformers",
+}
+NONE_YET = "There is no result of this level yet."
+
+
+def section(level: str) -> str:
+    """The tables of a level's newest result in Markdown."""
+    name = f"peers-{level}"
+    if not any(RESULTS.glob(f"{name}-????-??-??.json")):
+        return NONE_YET
+    result = newest(name)
+    parts = [_conditions(result)]
+    for checkpoint, found in result["checkpoints"].items():
+        figures = {key: found["figures"][key] for key in COLUMNS if key in found["figures"]}
+        title = CHECKPOINTS.get(checkpoint, checkpoint)
+        parts += [medians_table(title, figures), ratios_table(title, figures)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def medians_table(title: str, figures: Mapping[str, Any]) -> str:
+    """A row for each engine, a column for each figure; the best of a column is bold."""
+    rows = []
+    for engine in _engines(figures):
+        cells = [_median(figure, engine) for figure in figures.values()]
+        rows.append([engine_name(engine), *cells])
+    return _table([title, *(COLUMNS[key] for key in figures)], rows)
+
+
+def ratios_table(title: str, figures: Mapping[str, Any]) -> str:
+    """How many times as good ours is as the best other engine with weights of the same size."""
+    rows = []
+    for engine in filter(is_ours, _engines(figures)):
+        cells = [_ratio(figure, engine) for figure in figures.values()]
+        if any(cells):
+            rows.append([engine_name(engine), *cells])
+    head = [f"{title}: times the best other of its size", *(_bare(key) for key in figures)]
+    return _table(head, rows) if rows else ""
+
+
+def engine_name(engine: str) -> str:
+    """The name as people write it: ``llamacpp-q8_0`` is llama.cpp Q8_0."""
+    runner, _, kind = engine.partition("-")
+    spelled = kind.upper() if runner == "llamacpp" else kind
+    return f"{NAMES[runner]} {spelled}".rstrip()
+
+
+def _engines(figures: Mapping[str, Any]) -> list[str]:
+    order = [f"{runner}-{kind}" for runner, kinds in FORMATS.items() for kind in kinds]
+    found = {engine for figure in figures.values() for engine in figure["median"]}
+    return sorted(found, key=lambda engine: order.index(engine) if engine in order else -1)
+
+
+def _median(figure: Mapping[str, Any], engine: str) -> str:
+    medians = figure["median"]
+    if engine not in medians:
+        return "-"
+    best = (max if figure["better"] == "higher" else min)(medians.values())
+    text = number(medians[engine])
+    return f"**{text}**" if medians[engine] == best else text
+
+
+def _ratio(figure: Mapping[str, Any], engine: str) -> str:
+    found = figure["beside_best"].get(engine, {}).get("of_its_size")
+    if found is None:
+        return ""
+    ratios = [found["ratio"], *found["range"]]
+    if figure["better"] == "lower":
+        ratios = [1 / ratio for ratio in ratios]
+    middle, low, high = ratios[0], min(ratios[1:]), max(ratios[1:])
+    spread = f" ({low:.2f} to {high:.2f})" if low != high else ""
+    return f"{middle:.2f}{spread}"
+
+
+def _bare(key: str) -> str:
+    return COLUMNS[key].removesuffix(", s").removesuffix(", GB")
+
+
+def number(value: float) -> str:
+    """Three significant digits, and whole numbers from 100 on."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _conditions(result: Mapping[str, Any]) -> str:
+    settings, machine = result["settings"], result["machine"]
+    versions = ", ".join(sorted(set(result["engines"].values())))
+    return (
+        f"`benchmarks/results/{result['file']}`: {settings['num_threads']} threads of "
+        f"{machine['processor']}, medians of up to {settings['rounds']} rounds. {versions}."
+    )
+
+
+def filled(page: str) -> str:
+    """The page with the sections between their marks written anew."""
+    for level in LEVELS:
+        begin, end = f"<!-- peers-{level} -->", f"<!-- end of peers-{level} -->"
+        head, found, rest = page.partition(begin)
+        if found:
+            tail = rest.partition(end)[2]
+            page = f"{head}{begin}\n\n{section(level)}\n\n{end}{tail}"
+    return page
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    options = parser.parse_args()
+    text = options.page.read_text(encoding="utf-8")
+    new = filled(text)
+    if not options.check:
+        options.page.write_text(new, encoding="utf-8")
+    elif new != text:
+        print(f"{options.page.name} is out of date: run python -m benchmarks.peers.tables")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
