@@ -52,7 +52,7 @@ LEVELS: dict[str, dict[str, dict[str, str]]] = {
     "avx2": {
         OURS: {**_TORCH_AVX2, **_NUMBA_AVX2},
         "transformers": _TORCH_AVX2,
-        "vllm": {**_TORCH_AVX2, LEVEL_VARIABLE: "avx2"},
+        "vllm": {**_TORCH_AVX2, "TORCHINDUCTOR_CPP_MARCH": "haswell", LEVEL_VARIABLE: "avx2"},
         "openvino": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
     },
 }
