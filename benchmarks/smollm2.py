@@ -62,7 +62,9 @@ def convert(gguf: Path, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str))
     tokenizer.save_pretrained(folder)
     kinds = dict(types_of(gguf))
-    print(f"{folder}: {sum(t.numel() for t in weights.values()):,} weights; tensors by type {kinds}")
+    print(
+        f"{folder}: {sum(t.numel() for t in weights.values()):,} weights; tensors by type {kinds}"
+    )
 
 
 def types_of(gguf: Path) -> Counter[str]:

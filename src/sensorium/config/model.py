@@ -15,6 +15,8 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 Runner = Literal["auto", "generate", "pooling"]
 Convert = Literal["auto", "none", "embed"]
 ContentFormat = Literal["auto", "string", "openai"]
+WeightFormat = Literal["int8", "int4"]
+"""int8: per output; int4: in groups of 32 inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,20 @@ class ModelConfig:
         ge=1,
         le=1 << 31,
     )
-    quantization: str | None = option(None, "No quantization method is available yet; leave unset.")
+    quantization: WeightFormat | None = option(
+        None,
+        "Format in which the decoder's linear layers are held: int8 per output, or int4 in groups "
+        "of 32 inputs. The weights are quantized while they are loaded, on CPUs alone; unset: they "
+        "have the data type of --dtype.",
+    )
+    quantization_towers: Literal["none", "int8", "int4"] = option(
+        "none", "The same for the encoders of images, videos and audio, and their projectors."
+    )
+    quantization_head: Literal["auto", "none", "int8", "int4"] = option(
+        "auto",
+        "The same for the language-model head and the token embedding. auto: int8 with "
+        "--quantization, else none.",
+    )
     batch_invariant: bool | None = option(
         None,
         "Make tokens and log probabilities of a request bitwise independent of the rest of the "
@@ -113,8 +128,7 @@ class ModelConfig:
             self.chat_template_content_format,
             get_args(ContentFormat),
         )
-        if self.quantization is not None:
-            bad("quantization", f"{self.quantization!r} is not available; leave it unset")
+        self._check_quantization()
         if self.task is not None:
             check_choice("task", self.task, ("generate", "embed", "embedding"))
             meant = "generate" if self.task == "generate" else "pooling"
@@ -126,6 +140,18 @@ class ModelConfig:
                 bad("convert", "'embed' makes embeddings: it does not go with runner='generate'")
             object.__setattr__(self, "runner", "pooling")
         check_non_empty("generation_config", self.generation_config)
+
+    def _check_quantization(self) -> None:
+        formats = get_args(WeightFormat)
+        if self.quantization is not None and self.quantization not in formats:
+            bad(
+                "quantization",
+                f"must be one of {', '.join(formats)}, got {self.quantization!r}: weights are "
+                "quantized while they are loaded; checkpoints that are quantized already are not "
+                "supported",
+            )
+        check_choice("quantization_towers", self.quantization_towers, ("none", *formats))
+        check_choice("quantization_head", self.quantization_head, ("auto", "none", *formats))
 
     def deprecations(self) -> list[str]:
         """Return a warning for each deprecated option that is set."""

@@ -20,6 +20,7 @@ from sensorium.kernels.batch import KVCacheLayout, LayerCache
 from sensorium.kernels.cpu import threads
 from sensorium.models import loader
 from sensorium.models.interface import TextShape
+from sensorium.models.loading.quantize import WeightFormats
 from sensorium.processes import cores
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory, warn_when_scarce
@@ -89,6 +90,7 @@ def build_parts(config: EngineConfig, *, own_process: bool = False) -> EnginePar
         skip_modalities=switched_off(config),
         runner=config.model.runner,
         download_dir=config.model.download_dir,
+        formats=weight_formats(config),
     )
     shape, model = loaded.model.shape, loaded.model
     num_threads = _set_threads(config.model.num_threads, shape)
@@ -158,6 +160,18 @@ def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> 
 def switched_off(config: EngineConfig) -> frozenset[str]:
     """Return the modalities with a limit of 0, whose encoders are not loaded."""
     return frozenset(m for m in config.media.limit_mm_per_prompt if config.media.limit(m) == 0)
+
+
+def weight_formats(config: EngineConfig) -> WeightFormats:
+    """Return the formats in which the weights of a model are held."""
+    head = config.model.quantization_head
+    if head == "auto":
+        head = "none" if config.model.quantization is None else "int8"
+    return WeightFormats(
+        decoder=config.model.quantization or "none",
+        encoder=config.model.quantization_towers,
+        head=head,
+    )
 
 
 def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:

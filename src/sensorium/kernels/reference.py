@@ -89,15 +89,13 @@ class DequantizedWeight(PackedWeight):
 
     @property
     def nbytes(self) -> int:
-        return self.quantized.values.nbytes + self.quantized.scales.nbytes + self.inner.nbytes
+        return self.quantized.nbytes + self.inner.nbytes
 
     def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
         return self.inner.bind(bias, act)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        own = self.quantized
-        taken = QuantizedTensor(own.values[ids], own.scales[ids], own.bits, own.group)
-        return taken.dequantized().to(self.dtype)
+        return self.quantized.rows(ids).to(self.dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"values": self.quantized.values, "scales": self.quantized.scales}

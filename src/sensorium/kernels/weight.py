@@ -111,6 +111,16 @@ class QuantizedTensor:
         """Number format, one of ``FORMATS``."""
         return f"int{self.bits}"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of integers, a byte each, and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Look up rows of the weight: ids (T,) of 0 to N - 1 -> (T, K) float32."""
+        taken = QuantizedTensor(self.values[ids], self.scales[ids], self.bits, self.group)
+        return taken.dequantized()
+
     def dequantized(self) -> torch.Tensor:
         """Return the weight (N, K) as float32."""
         spread = self.scales.repeat_interleave(self.group, dim=1)[:, : self.values.shape[1]]

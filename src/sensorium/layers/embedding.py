@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
+from sensorium.kernels.weight import PackedWeight, QuantizedTensor
 from sensorium.layers.linear import Linear
 
 
 class Embedding:
-    """Embedding table (num_rows, size), set by ``load``."""
+    """Embedding table (num_rows, size), set by ``load``, or that of a head that it is tied to."""
 
-    __slots__ = ("num_rows", "size", "weight")
+    __slots__ = ("dtype", "num_rows", "quantize", "size", "weight")
+
+    weight: torch.Tensor | QuantizedTensor | PackedWeight
+    dtype: torch.dtype
+    """Type of the rows that are looked up."""
+    quantize: Callable[[torch.Tensor], QuantizedTensor] | None
+    """Quantizes the table that ``load`` is given, where the loader has set it."""
 
     def __init__(self, num_rows: int, size: int) -> None:
         self.num_rows = num_rows
         self.size = size
         self.weight = torch.empty(0)
+        self.dtype = torch.float32
+        self.quantize = None
 
     def load(self, weight: torch.Tensor) -> None:
         """Set the table (num_rows, size). Raises ValueError for another shape."""
@@ -25,7 +36,12 @@ class Embedding:
                 f"embedding has shape {tuple(weight.shape)}, expected ({self.num_rows}, "
                 f"{self.size})"
             )
-        self.weight = weight.contiguous()
+        self.dtype = weight.dtype
+        self.weight = weight.contiguous() if self.quantize is None else self.quantize(weight)
+
+    def share(self, weight: PackedWeight) -> None:
+        """Look rows up in the packed weight of a head, and keep no table besides."""
+        self.weight = weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up rows (T, size) of the table for ids (T,), in new memory.
@@ -33,7 +49,12 @@ class Embedding:
         Ids past the table's end, as some placeholders are, give an arbitrary row: embeddings of
         items replace these.
         """
-        return F.embedding(ids.clamp(max=self.num_rows - 1), self.weight)
+        ids, table = ids.clamp(max=self.num_rows - 1), self.weight
+        if isinstance(table, torch.Tensor):
+            return F.embedding(ids, table)
+        if isinstance(table, QuantizedTensor):
+            return table.rows(ids).to(self.dtype)
+        return table.rows(ids)
 
     __call__ = forward
 
@@ -41,7 +62,7 @@ class Embedding:
 class LMHead:
     """Language-model head: logits over the vocabulary.
 
-    Tied heads are loaded with the embedding's tensor: they keep a packed copy of it.
+    Tied heads are loaded with the embedding's table and pack it; see ``tie``.
     """
 
     __slots__ = ("linear",)
@@ -52,6 +73,19 @@ class LMHead:
     def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Set the weight (vocab_size, hidden_size) and, if there is one, the bias (vocab_size,)."""
         self.linear.load(weight, bias)
+
+    def tie(self, embedding: Embedding) -> None:
+        """Load the table of an embedding, which from then on looks up rows in the packed weight.
+
+        It keeps its own where the packed one has no rows.
+        """
+        table = embedding.weight
+        if isinstance(table, PackedWeight):
+            raise ValueError("an embedding is tied to one head only")
+        self.linear.load(table, dtype=embedding.dtype)
+        packed = self.linear.weight
+        if isinstance(table, QuantizedTensor) and packed is not None and packed.has_rows:
+            embedding.share(packed)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (N, vocab_size) of hidden states (N, hidden_size), in their dtype."""

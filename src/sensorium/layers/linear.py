@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from sensorium.kernels import ops
-from sensorium.kernels.weight import PackedWeight
+from sensorium.kernels.weight import PackedWeight, QuantizedTensor
 from sensorium.layers.activation import activation
 
 
@@ -18,12 +18,23 @@ class Linear:
     no weight until ``load``; fused projections are loaded with the concatenated tensor.
     """
 
-    __slots__ = ("act", "bias", "forward", "has_bias", "num_inputs", "num_outputs", "weight")
+    __slots__ = (
+        "act",
+        "bias",
+        "forward",
+        "has_bias",
+        "num_inputs",
+        "num_outputs",
+        "quantize",
+        "weight",
+    )
 
     weight: PackedWeight | None
     bias: torch.Tensor | None
     forward: Callable[[torch.Tensor], torch.Tensor]
     """(T, num_inputs) -> (T, num_outputs)."""
+    quantize: Callable[[torch.Tensor], QuantizedTensor] | None
+    """Quantizes the weight that ``load`` is given, where the loader has set it."""
 
     def __init__(
         self, num_inputs: int, num_outputs: int, bias: bool = False, act: str | None = None
@@ -36,12 +47,19 @@ class Linear:
         self.has_bias = bias
         self.weight = None
         self.bias = None
+        self.quantize = None
         self.forward = _not_loaded
 
-    def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def load(
+        self,
+        weight: torch.Tensor | QuantizedTensor,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Set the weight (num_outputs, num_inputs) and, if there is one, the bias (num_outputs,).
 
-        Raises ValueError for other shapes or when a bias is missing or unexpected.
+        dtype: that of inputs and results; the weight's where it is not quantized already. Raises
+        ValueError for other shapes or when a bias is missing or unexpected.
         """
         if tuple(weight.shape) != (self.num_outputs, self.num_inputs):
             raise ValueError(
@@ -54,8 +72,11 @@ class Linear:
             raise ValueError(
                 f"linear bias has shape {tuple(bias.shape)}, expected ({self.num_outputs},)"
             )
-        self.weight = ops.pack_weight(weight)
-        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        if isinstance(weight, torch.Tensor):
+            dtype = weight.dtype if dtype is None else dtype
+            weight = weight if self.quantize is None else self.quantize(weight)
+        self.weight = ops.pack_weight(weight, dtype)
+        self.bias = None if bias is None else bias.to(self.weight.dtype).contiguous()
         self.forward = ops.bind_linear(self.weight, self.bias, self.act)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # the HTTP process and media workers use families without eve
     import torch
 
     from sensorium.kernels.batch import AttentionBatch
+    from sensorium.layers.embedding import Embedding
+    from sensorium.layers.linear import Linear
     from sensorium.multimodal.items import Features, Modality
     from sensorium.multimodal.processor import Processor
 
@@ -139,17 +141,24 @@ class Part(NamedTuple):
     shape: tuple[int, ...]
 
 
+Role = Literal["decoder", "encoder", "head"]
+"""What weights belong to: decoder layers; towers and projectors; head and token embedding."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
     """A place in a model that takes weights: its tensors and the function that sets them.
 
     ``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on
-    its device. ``tied``: set where the one part is expected to be the same as another.
+    its device. ``tied``: set where the one part is expected to be the same as another. ``layers``:
+    those that ``assign`` loads and whose weights may be quantized. ``role``: what they belong to.
     """
 
     parts: tuple[Part, ...]
     assign: Callable[..., None]
     tied: Tied | None = None
+    layers: tuple[Linear | Embedding, ...] = ()
+    role: Role = "encoder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +241,8 @@ class Family:
     """Values of ``model_type`` in config.json, for checkpoints that name no architecture."""
     invariant: bool = True
     """If true, all results can have the same bits whatever else is in the step."""
+    quantizable: bool = True
+    """If true, its linear layers are ours, whose weights can be quantized."""
 
     def chat_template(self) -> str | None:
         """Return the fallback chat template, for checkpoints of this family that publish none."""

@@ -31,6 +31,7 @@ from sensorium.models.registry import resolve
 if TYPE_CHECKING:
     import torch
 
+    from sensorium.models.loading.quantize import WeightFormats
     from sensorium.models.loading.weights import SafetensorsFiles
     from sensorium.multimodal.processor import Processor
 
@@ -79,6 +80,7 @@ def load(
     seed: int = 0,
     runner: str = "auto",
     download_dir: str | None = None,
+    formats: WeightFormats | None = None,
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
 
@@ -87,17 +89,19 @@ def load(
     the memory allows it. device ``auto`` is the first GPU when there is one, else the CPU.
     skip_modalities: their encoders are not built. runner: ``generate``, ``pooling`` or ``auto``; a
     model for pooling is loaded without its language-model head. download_dir: where downloads go,
-    in place of the cache of the Hugging Face hub.
+    in place of the cache of the Hugging Face hub. formats: how weights are quantized.
 
-    Raises ConfigError when the checkpoint cannot be found, does not fit its configuration or is
-    quantized, and UnsupportedModelError for an unknown architecture; whatever the configuration
-    tells, before weights are downloaded.
+    Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
+    quantized or cannot be, and UnsupportedModelError for an unknown architecture; whatever the
+    configuration tells, before weights are downloaded.
     """
     dummy = load_format == "dummy"
     folder = checkpoint.find(model, revision, download_dir)
     loaded = checkpoint.read(folder, hf_overrides)
     refuse_quantized(loaded)
     family = resolve(loaded.config)
+    if formats is not None:
+        formats.check(family, find_device(device))
     needed = [part for part in family.parts if part.modality not in skip_modalities]
     loaded, names = _with_parts(loaded, family, download_dir)
     for part in needed:
@@ -122,7 +126,7 @@ def load(
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
     built = family.build_model(loaded, options)
-    _fill(built, source, seed)
+    _fill(built, source, seed, formats)
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
@@ -156,10 +160,15 @@ def _source(
     return files, files.first_dtype()
 
 
-def _fill(model: LoadableModel, source: SafetensorsFiles | None, seed: int) -> None:
+def _fill(
+    model: LoadableModel,
+    source: SafetensorsFiles | None,
+    seed: int,
+    formats: WeightFormats | None,
+) -> None:
     from sensorium.models.loading.weights import DummyWeights, fill
 
-    fill(model, DummyWeights(seed, model.dtype) if source is None else source)
+    fill(model, DummyWeights(seed, model.dtype) if source is None else source, formats)
 
 
 def _on_this_cpu(

@@ -19,11 +19,13 @@ from typing import Any, Protocol
 
 import torch
 
+from sensorium.config import MIB
 from sensorium.errors import ConfigError
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import LayerNorm, RMSNorm
 from sensorium.models.interface import LoadableModel, Part, WeightSlot
 from sensorium.models.loading.quantization import method_of_names
+from sensorium.models.loading.quantize import WeightFormats
 from sensorium.models.loading.weight_files import listing, weight_files
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
         if num == 1 and layer.weight is not None and not layer.weight.is_copy:
             layer.load(owned(weight), bias)  # it was kept as it is, not packed
 
-    return WeightSlot((*weights, *biases), assign)
+    return WeightSlot((*weights, *biases), assign, layers=(layer,))
 
 
 def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> WeightSlot:
@@ -219,15 +221,39 @@ class DummyWeights:
         return values[:size].view(part.shape)
 
 
-def fill(model: LoadableModel, source: WeightSource) -> None:
-    """Check all names and shapes, then load every slot of the model.
+def fill(model: LoadableModel, source: WeightSource, formats: WeightFormats | None = None) -> None:
+    """Check all names and shapes, then load every slot of the model, quantized as ``formats`` say.
 
     Raises ConfigError before anything is read when the checkpoint does not fit.
     """
     slots = _as_stored(list(model.slots()), source, model.dtype)
     source.check((part for slot in slots for part in slot.parts), model.ignored_weights)
     for slot in slots:
+        if formats is not None:
+            for layer in slot.layers:
+                layer.quantize = formats.quantizer(slot.role)
         slot.assign(*(_placed(source.read(part), model) for part in slot.parts))
+    if formats is not None and formats.first_option() is not None:
+        _log_sizes(slots)
+
+
+def _log_sizes(slots: Sequence[WeightSlot]) -> None:
+    """Log how much memory the weights of linear layers and embeddings take, by format."""
+    held: dict[int, tuple[str, int]] = {}
+    for slot in slots:
+        for layer in slot.layers:
+            weight = layer.weight
+            if isinstance(weight, torch.Tensor):
+                held[id(weight)] = str(weight.dtype).removeprefix("torch."), weight.nbytes
+            elif weight is not None:
+                held[id(weight)] = weight.format, weight.nbytes
+    sizes: dict[str, int] = {}
+    for name, size in held.values():
+        sizes[name] = sizes.get(name, 0) + size
+    logger.info(
+        "weights of linear layers and embeddings in memory: %s",
+        ", ".join(f"{size / MIB:.1f} MiB {name}" for name, size in sorted(sizes.items())),
+    )
 
 
 def _as_stored(
@@ -252,7 +278,7 @@ def _as_stored(
             logger.warning(_UNTIED, part.name, other.name)
             stored.append(slot)
             continue
-        stored.append(WeightSlot((), slot.tied.assign))
+        stored.append(replace(slot, parts=(), assign=slot.tied.assign))
     return [
         replace(slot, parts=tuple(instead.get(part, part) for part in slot.parts))
         for slot in stored

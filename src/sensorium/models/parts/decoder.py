@@ -114,14 +114,20 @@ class Decoder:
         """
         shape = (self.config.vocab_size, self.config.hidden_size)
         table = Part(f"{prefix}embed_tokens.weight", shape)
-        yield WeightSlot((table,), lambda weight: self.embedding.load(owned(weight)))
+        yield WeightSlot(
+            (table,),
+            lambda weight: self.embedding.load(owned(weight)),
+            layers=(self.embedding,),
+            role="head",
+        )
         for index, layer in enumerate(self.layers):
-            yield from layer.slots(self.config, f"{prefix}layers.{index}")
+            for slot in layer.slots(self.config, f"{prefix}layers.{index}"):
+                yield replace(slot, role="decoder")
         yield norm_slot(self.norm, f"{prefix}norm")
         if self.has_head:
-            tied = Tied(table, lambda: self.head.load(self.embedding.weight))
+            tied = Tied(table, lambda: self.head.tie(self.embedding))
             head = linear_slot(self.head.linear, [("lm_head", self.config.vocab_size)])
-            yield replace(head, tied=tied if self.config.tied else None)
+            yield replace(head, tied=tied if self.config.tied else None, role="head")
 
     def forward(
         self, embeds: torch.Tensor, batch: AttentionBatch, added: Sequence[torch.Tensor] = ()

@@ -76,7 +76,7 @@ class WhisperAttention:
         size = self.o.num_outputs
         weights = [Part(f"{name}.{p}_proj.weight", (size, size)) for p in "qkv"]
         biases = [Part(f"{name}.{p}_proj.bias", (size,)) for p in "qv"]
-        yield WeightSlot((*weights, *biases), self._load)
+        yield WeightSlot((*weights, *biases), self._load, layers=(self.qkv,))
         yield linear_slot(self.o, [(f"{name}.out_proj", size)])
 
     def _load(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> None:

@@ -112,4 +112,5 @@ def _family(architecture: str, model_type: str) -> Family:
         template=(__name__, TEMPLATES[model_type]) if model_type in TEMPLATES else None,
         bidirectional=processing.BIDIRECTIONAL.get(model_type),
         invariant=False,  # soft caps, sinks, experts: what its code does is not known before
+        quantizable=False,
     )

@@ -53,13 +53,14 @@ class Resampler:
             Part(f"{prefix}attn.in_proj_weight", (3 * width, width)),
             Part(f"{prefix}attn.in_proj_bias", (3 * width,)),
         )
-        yield WeightSlot(parts, self._load_attention)
+        yield WeightSlot(parts, self._load_attention, layers=(self.k, self.v))
         if self.kv is not None:
             yield linear_slot(self.kv, [(f"{prefix}kv_proj", width)])
         yield norm_slot(self.kv_norm, f"{prefix}ln_kv")
         yield linear_slot(self.o, [(f"{prefix}attn.out_proj", width)])
         yield norm_slot(self.out_norm, f"{prefix}ln_post")
-        yield WeightSlot((Part(f"{prefix}proj", (width, width)),), self._load_out)
+        projection = Part(f"{prefix}proj", (width, width))
+        yield WeightSlot((projection,), self._load_out, layers=(self.out,))
 
     def _load_attention(
         self,

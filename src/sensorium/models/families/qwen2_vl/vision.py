@@ -144,8 +144,8 @@ class VisionTower:
             yield from block.slots(config, f"{prefix}blocks.{index}")
         yield from self.merger.slots(f"{prefix}merger")
 
-    def _load_patch(self, kernel: torch.Tensor, *bias: torch.Tensor) -> None:
-        self.patch.load(owned(kernel).flatten(1), *map(owned, bias))
+    def _load_patch(self, kernel: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.patch.load(owned(kernel).flatten(1), None if bias is None else owned(bias))
 
     def __call__(self, pixels: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Return embeddings of each item.

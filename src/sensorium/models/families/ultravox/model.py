@@ -48,7 +48,8 @@ class Projector:
         """Weights under ``prefix``."""
         yield norm_slot(self.norm_pre, f"{prefix}ln_pre")
         shape = (self.linear_1.num_outputs, self.linear_1.num_inputs)
-        yield WeightSlot((Part(f"{prefix}linear_1.weight", shape),), self._load_first)
+        first = Part(f"{prefix}linear_1.weight", shape)
+        yield WeightSlot((first,), self._load_first, layers=(self.linear_1,))
         yield linear_slot(self.linear_2, [(f"{prefix}linear_2", self.linear_2.num_outputs)])
         yield norm_slot(self.norm, f"{prefix}{'ln_mid' if self.norm_between else 'ln_post'}")
 
