@@ -24,7 +24,15 @@ from tests.checkpoints.hf import make_hf_text
 from tests.e2e.prompts import WORDS, image
 from tests.parts import patient_llm
 
-DTYPES = ("float32", "bfloat16", "float16")
+NUMBERS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "int8": {"dtype": "bfloat16", "quantization": "int8", "quantization_towers": "int8"},
+    "int4": {"dtype": "float32", "quantization": "int4", "quantization_towers": "int4"},
+}
+"""Options of an engine by the name of its numbers."""
+THROUGH_TRANSFORMERS = ("cohere", "gpt2", "olmo2")
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 Make = Callable[[Path], Any]
 FAMILIES: dict[str, tuple[Make, str, str]] = {
@@ -42,7 +50,7 @@ FAMILIES: dict[str, tuple[Make, str, str]] = {
     },
     **{
         family: (lambda folder, own=family: make_hf_text(own, folder), "", "")
-        for family in ("cohere", "gpt2", "olmo2")
+        for family in THROUGH_TRANSFORMERS
     },
 }
 SMALL = {"block_size": 16, "max_model_len": 512}
@@ -110,9 +118,10 @@ def ask(llm: LLM, prompts: Prompts, indexes: list[int]) -> list[Any]:
     return [bits(out) for out in outs]
 
 
-def alone(folder: str, dtype: str, prompts: Prompts) -> list[Any]:
+def alone(folder: str, numbers: str, prompts: Prompts) -> list[Any]:
     """Every answer of an engine that has nothing else to do, and no prefix cache."""
-    with LLM(folder, dtype=dtype, enable_prefix_caching=False, max_num_seqs=1, **ROOMY) as llm:
+    options = {**ROOMY, **NUMBERS[numbers]}
+    with LLM(folder, enable_prefix_caching=False, max_num_seqs=1, **options) as llm:
         return [ask(llm, prompts, [index])[0] for index in range(len(prompts))]
 
 
@@ -127,18 +136,20 @@ def family(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_families(family: tuple[str, Prompts], dtype: str) -> None:
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_families(family: tuple[str, Prompts], numbers: str) -> None:
     folder, prompts = family
-    expected = alone(folder, dtype, prompts)
+    if "quantization" in NUMBERS[numbers] and Path(folder).name[:-1] in THROUGH_TRANSFORMERS:
+        pytest.skip("models through transformers are not quantized")
+    expected = alone(folder, numbers, prompts)
     everything = list(range(len(prompts)))
     for name, changed in CHANGED.items():
-        with patient_llm(folder, dtype=dtype, batch_invariant=True, **changed) as llm:
+        with patient_llm(folder, batch_invariant=True, **NUMBERS[numbers], **changed) as llm:
             assert ask(llm, prompts, everything) == expected, name
             assert ask(llm, prompts, everything[::-1]) == expected[::-1], f"{name}, from caches"
 
 
-@pytest.fixture(scope="module", params=DTYPES[:2])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
 def demo(request: pytest.FixtureRequest) -> tuple[str, Prompts, list[Any]]:
     chat = "<|im_start|>user\n{}What is in the picture?<|im_end|>\n<|im_start|>assistant\n"
     prompts = make_prompts("image", QWEN, 8)
@@ -167,17 +178,17 @@ def test_the_demo(
     """Any prompts together, in chunks of any size, with room for all or a few, twice over the
     prefix cache.
     """
-    dtype, prompts, expected = demo
-    changed = {"num_kv_blocks": num_blocks, "max_num_batched_tokens": budget}
+    numbers, prompts, expected = demo
+    changed = {"num_kv_blocks": num_blocks, "max_num_batched_tokens": budget, **NUMBERS[numbers]}
     with patient_llm(
-        "demo", dtype=dtype, num_threads=threads, enable_prefix_caching=caching, **SMALL | changed
+        "demo", num_threads=threads, enable_prefix_caching=caching, **SMALL | changed
     ) as llm:
         for _ in range(2):
             assert ask(llm, prompts, indexes) == [expected[index] for index in indexes]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_log_probabilities_of_prompts_and_vectors(tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_log_probabilities_of_prompts_and_vectors(tmp_path: Path, numbers: str) -> None:
     folder = str(checkpoints.make_text("qwen2", tmp_path))
     rng = np.random.default_rng(7)
     prompts = [" ".join(rng.choice(WORDS, count)) for count in (1, 3, 20, 40, 60)]
@@ -186,7 +197,7 @@ def test_log_probabilities_of_prompts_and_vectors(tmp_path: Path, dtype: str) ->
     ]
     found: list[tuple[Any, Any]] = []
     for changed in ({**ROOMY, "max_num_seqs": 1}, *CHANGED.values()):
-        with patient_llm(folder, dtype=dtype, **changed) as llm:
+        with patient_llm(folder, **NUMBERS[numbers], **changed) as llm:
             outs = llm.generate(prompts, params, use_tqdm=False)
             entries = [
                 [
@@ -196,7 +207,7 @@ def test_log_probabilities_of_prompts_and_vectors(tmp_path: Path, dtype: str) ->
                 for out in outs
                 if out.prompt_logprobs is not None
             ]
-        with patient_llm(folder, dtype=dtype, runner="pooling", **changed) as llm:
+        with patient_llm(folder, runner="pooling", **NUMBERS[numbers], **changed) as llm:
             vectors = [out.outputs.embedding for out in llm.embed(prompts, use_tqdm=False)]
         found.append((entries, vectors))
     assert len(found[0][0]) == len(prompts)

@@ -79,19 +79,7 @@ def build_parts(config: EngineConfig, *, own_process: bool = False) -> EnginePar
     if own_process and device.type == "cpu":
         threads.bind(config.model.num_threads)
     threads.configure(config.model.num_threads)
-    loaded = loader.load(
-        config.model.model,
-        dtype=config.model.dtype,
-        device=str(device),
-        load_format=config.model.load_format,
-        hf_overrides=config.model.hf_overrides,
-        revision=config.model.revision,
-        seed=config.model.seed,
-        skip_modalities=switched_off(config),
-        runner=config.model.runner,
-        download_dir=config.model.download_dir,
-        formats=weight_formats(config),
-    )
+    loaded = _loaded(config, str(device))
     shape, model = loaded.model.shape, loaded.model
     num_threads = _set_threads(config.model.num_threads, shape)
     layout = KVCacheLayout(
@@ -132,6 +120,23 @@ def build_parts(config: EngineConfig, *, own_process: bool = False) -> EnginePar
         facts,
         Matchers(_tokenizer_folder(config, loaded.config.folder), shape.vocab_size),
         traces=config.observability.trace_dir is not None,
+    )
+
+
+def _loaded(config: EngineConfig, device: str) -> loader.LoadedModel:
+    """Load the model as its options say."""
+    return loader.load(
+        config.model.model,
+        dtype=config.model.dtype,
+        device=device,
+        load_format=config.model.load_format,
+        hf_overrides=config.model.hf_overrides,
+        revision=config.model.revision,
+        seed=config.model.seed,
+        skip_modalities=switched_off(config),
+        runner=config.model.runner,
+        download_dir=config.model.download_dir,
+        formats=weight_formats(config),
     )
 
 
