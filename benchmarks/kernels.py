@@ -35,7 +35,7 @@ from benchmarks.harness import Report, add_flags, flag, settings_of  # noqa: E40
 from sensorium.kernels import ops, reference  # noqa: E402
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout  # noqa: E402
 from sensorium.kernels.cpu import elementwise as cpu_elementwise  # noqa: E402
-from sensorium.kernels.cpu import paged  # noqa: E402
+from sensorium.kernels.cpu.attention import paged  # noqa: E402
 from sensorium.kernels.cpu.linear import onednn  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32

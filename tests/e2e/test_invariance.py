@@ -32,7 +32,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "int4": {"dtype": "float32", "quantization": "int4", "quantization_towers": "int4"},
 }
 """Options of an engine by the name of its numbers."""
-THROUGH_TRANSFORMERS = ("cohere", "gpt2", "olmo2")
+THROUGH_TRANSFORMERS = ("cohere", "gemma2", "gemma3_text", "gpt2", "olmo2")
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 Make = Callable[[Path], Any]
 FAMILIES: dict[str, tuple[Make, str, str]] = {
@@ -52,6 +52,11 @@ FAMILIES: dict[str, tuple[Make, str, str]] = {
         family: (lambda folder, own=family: make_hf_text(own, folder), "", "")
         for family in THROUGH_TRANSFORMERS
     },
+    "mistral, windowed": (
+        lambda folder: checkpoints.make_text("mistral", folder, sliding_window=17),
+        "",
+        "",
+    ),
 }
 SMALL = {"block_size": 16, "max_model_len": 512}
 ROOMY = {"num_kv_blocks": 800, **SMALL}

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
 from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
-from sensorium.kernels.cpu import amx, paged
+from sensorium.kernels.cpu import amx
+from sensorium.kernels.cpu.attention import paged
 from sensorium.kernels.cpu.linear import onednn
 from tests.kernels.batches import DTYPES, TOLERANCE, make_batch, twin
 
@@ -103,44 +104,93 @@ def test_attention_does_not_depend_on_the_other_sequences(dtype: torch.dtype) ->
         assert torch.equal(ops.rope_attention(qkv[rows], alone, 0, 6, 2, 64, 0.125), together[rows])
 
 
+def variant_of(what: str, batch: AttentionBatch) -> AttentionVariant:
+    """Return a variant whose spans, if any, lie in the fourth sequence of the batch."""
+    if what != "bidirectional":
+        sinks = torch.linspace(-1, 2, 6)
+        return {
+            "window": AttentionVariant(window=24),
+            "wide window": AttentionVariant(window=300),
+            "softcap": AttentionVariant(softcap=3.0),
+            "sinks": AttentionVariant(window=40, sinks=sinks),
+        }[what]
+    _, own = reference.token_positions(batch)
+    spans = torch.stack((own, own))
+    inside = slice(batch.query_start[3] + 5, batch.query_start[3] + 15)
+    spans[:, inside] = own[inside][[0, -1]][:, None]
+    return AttentionVariant(window=24, bidirectional=spans)
+
+
+VARIANTS = ("window", "wide window", "softcap", "sinks", "bidirectional")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("variant", ["window", "bidirectional"])
-def test_variants_of_other_sequences_do_not_matter(dtype: torch.dtype, variant: str) -> None:
-    """Sequences within the window, or without spans, get the bits of plain attention."""
+@pytest.mark.parametrize("what", VARIANTS)
+def test_variants_do_not_depend_on_the_other_sequences(dtype: torch.dtype, what: str) -> None:
     layout = KVCacheLayout(1, 2, 64, 32, dtype)
-    batch = make_batch(layout, [(20, 1), (500, 1), (24, 9), (200, 60), (17, 17)])
+    batch = make_batch(layout, [(20, 1), (1500, 1), (24, 9), (700, 60), (17, 17)])
     q, k, v = (torch.randn(sum(batch.query_lens), heads, 64).to(dtype) for heads in (6, 2, 2))
-    starts = batch.query_start.tolist()
-    if variant == "window":
-        asked = AttentionVariant(window=24)
-    else:
-        index = [
-            range(end - count, end)
-            for end, count in zip(batch.kv_lens, batch.query_lens, strict=True)
-        ]
-        own = torch.tensor([place for places in index for place in places])
-        spans = torch.stack((own, own))
-        spans[:, starts[3] + 5 : starts[3] + 15] = torch.tensor([[145], [154]])
-        asked = AttentionVariant(bidirectional=spans)
+    asked = variant_of(what, batch)
     expected = reference.paged_attention(q, k, v, twin(batch), 0, 0.125, asked)
     together = ops.paged_attention(q, k, v, batch, 0, 0.125, asked)
     torch.testing.assert_close(together, expected, rtol=0, atol=TOLERANCE[dtype])
-    for index in (0, 2, 4):
+    starts = batch.query_start.tolist()
+    for index, (kv_len, query_len) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True)):
         rows = slice(starts[index], starts[index + 1])
-        alone = part_of(
-            batch, batch.kv_lens[index] - batch.query_lens[index], batch.query_lens[index]
-        )
+        alone = part_of(batch, kv_len - query_len, query_len)
         alone.block_table = batch.block_table[index : index + 1]
-        plain = AttentionVariant(window=asked.window)
-        found = ops.paged_attention(q[rows], k[rows], v[rows], alone, 0, 0.125, plain)
-        assert torch.equal(found, together[rows])
+        own = asked
+        if asked.bidirectional is not None:
+            own = AttentionVariant(asked.window, bidirectional=asked.bidirectional[:, rows])
+        for threads in (1, 16):
+            alone.scratch = {}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "get_num_threads", lambda count=threads: count)
+                found = ops.paged_attention(q[rows], k[rows], v[rows], alone, 0, 0.125, own)
+            assert torch.equal(found, together[rows]), (index, threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("what", VARIANTS[:-1])
+def test_variants_do_not_depend_on_how_a_prompt_is_cut(dtype: torch.dtype, what: str) -> None:
+    layout = KVCacheLayout(1, 2, 64, 16, dtype)
+    whole = make_batch(layout, [(900, 900)])
+    q, k, v = (torch.randn(900, heads, 64).to(dtype) for heads in (6, 2, 2))
+    asked = variant_of(what, whole)
+    expected = ops.paged_attention(q, k, v, whole, 0, 0.125, asked)
+    for seed in range(3):
+        start = 0
+        for size in cuts(900, seed):
+            rows = slice(start, start + size)
+            step = part_of(whole, start, size)
+            found = ops.paged_attention(q[rows], k[rows], v[rows], step, 0, 0.125, asked)
+            assert torch.equal(found, expected[rows]), (start, size)
+            start += size
+
+
+@pytest.mark.parametrize("window", [1, 30, 256, 300])
+def test_blocks_behind_the_window_are_not_read(window: int) -> None:
+    """Not-a-number in any of them would show, as it does with a weight of zero."""
+    layout = KVCacheLayout(1, 2, 64, 16, torch.float32)
+    batch = make_batch(layout, [(1500, 1), (40, 1), (700, 5)])
+    q, k, v = (torch.randn(sum(batch.query_lens), heads, 64) for heads in (6, 2, 2))
+    asked = AttentionVariant(window=window)
+    other = twin(batch)
+    expected = ops.paged_attention(q, k, v, batch, 0, 0.125, asked)
+    lengths = zip(other.block_table, other.kv_lens, other.query_lens, strict=True)
+    for table, kv_len, query_len in lengths:
+        read = max(0, kv_len - query_len - window + 1) // 32 * 2  # whole steps of 32 tokens
+        other.caches[0].k[table[:read].long()] = math.nan
+        other.caches[0].v[table[:read].long()] = math.nan
+    found = ops.paged_attention(q, k, v, other, 0, 0.125, asked)
+    assert torch.equal(found, expected)
 
 
 def test_few_rows_over_many_tokens_are_tasks_by_parts_and_many_rows_are_not() -> None:
     """Both ways are taken in these tests, as their results must agree."""
     layout = KVCacheLayout(1, 2, 64, 32, torch.float32)
     pieces, _, num_partial, num_done = paged.plan_pieces(
-        make_batch(layout, [(3000, 1), (700, 700)]), 2, 7, 64, None
+        make_batch(layout, [(3000, 1), (700, 700)]), 2, 7, 64, [None, None]
     )
     assert num_done == 1
     assert num_partial == math.ceil(3000 / 256)

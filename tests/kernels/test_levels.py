@@ -41,7 +41,8 @@ def test_features_make_levels(
 @pytest.mark.skipif(not levels.is_x86(), reason="the restricted level is one of x86")
 def test_numbas_configuration_restricts_the_level() -> None:
     code = (
-        "from sensorium.kernels.cpu import amx, tile\n"
+        "from sensorium.kernels.cpu import amx\n"
+        "from sensorium.kernels.cpu.attention import tile\n"
         "from sensorium.kernels.cpu.linear import levels, onednn\n"
         "print(levels.level(), levels.has_bf16_units(), amx.available(), tile.TILE_ROWS)\n"
     )

@@ -1,11 +1,11 @@
-"""Attention of encoders: written out, and the matrix tiles' kernel against plain torch."""
+"""Attention of encoders: written out, and the kernels against plain torch."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
-from sensorium.kernels.cpu import amx, varlen
+from sensorium.kernels.cpu import amx
+from sensorium.kernels.cpu.attention import varlen_tiles as varlen
+from sensorium.kernels.cpu.attention import varlen_vectors
+from tests.kernels.batches import DTYPES
 
 needs_tiles = pytest.mark.skipif(not amx.available(), reason="this CPU has no matrix tiles (AMX)")
 
@@ -85,7 +88,7 @@ def test_tiles_keep_nan_where_it_is():
 
 
 @needs_tiles
-def test_other_layouts_take_plain_torch():
+def test_other_layouts_do_without_tiles():
     q, k, v = projected(8, 2, 32)
     assert varlen.fits(q, k, v)
     assert not varlen.fits(q.float(), k.float(), v.float())
@@ -96,7 +99,7 @@ def test_other_layouts_take_plain_torch():
     assert not varlen.fits(*odd)
     row = torch.randn(8, 3 * 2 * 32 + 1).bfloat16()[:, 1:].view(8, 3, 2, 32)
     assert not varlen.fits(*row.unbind(1)), "rows of an odd length, from an odd address"
-    expected = reference.varlen_attention(*odd, [0, 8], 0.2)
+    expected = varlen_vectors.varlen_attention(*odd, [0, 8], 0.2)
     assert torch.equal(ops.varlen_attention(*odd, [0, 8], 0.2), expected)
 
 
@@ -147,11 +150,93 @@ def test_segments_must_cover_the_rows(dtype):
     assert ops.varlen_attention(nothing, nothing, nothing, [0, 0], 0.1).shape == (0, 2, 16)
 
 
-def test_without_tiles_plain_torch_runs(monkeypatch):
+LENGTHS = (1, 2, 15, 16, 17, 33, 95, 96, 97, 255, 256, 257, 300, 520)
+EXACT = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+"""Largest error beside a computation in float64, relative and of values of about 2."""
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=4),
+    heads=st.integers(1, 3),
+    dim=st.sampled_from((1, 2, 15, 16, 31, 64, 72, 80, 88, 128)),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 99),
+)
+def test_vectors_equal_attention_in_float64(lengths, heads, dim, dtype, seed):
+    torch.manual_seed(seed)
+    starts = list(accumulate(lengths, initial=0))
+    q, k, v = (t.to(dtype) for t in torch.randn(starts[-1], 3, heads, dim).mul(2).unbind(1))
+    mixed = varlen_vectors.varlen_attention(q, k, v, starts, dim**-0.5)
+    expected = reference.varlen_attention(q.double(), k.double(), v.double(), starts, dim**-0.5)
+    tolerance = EXACT[dtype]
+    torch.testing.assert_close(mixed.double(), expected, rtol=tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_vectors_do_not_change_with_the_company(dtype, monkeypatch):
+    """Nor with the number of threads, nor with how much is packed at a time."""
+    q, k, v = torch.randn(900, 3, 2, 80).to(dtype).unbind(1)
+    starts = [0, 33, 33, 600, 664, 700, 900]
+    together = varlen_vectors.varlen_attention(q, k, v, starts, 0.1)
+    for start, end in pairwise(starts):
+        rows = slice(start, end)
+        alone = varlen_vectors.varlen_attention(q[rows], k[rows], v[rows], [0, end - start], 0.1)
+        assert torch.equal(together[start:end], alone)
+    monkeypatch.setattr(varlen_vectors, "PACKED_BYTES", 40_000)
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 5):
+            torch.set_num_threads(num_threads)
+            found = varlen_vectors.varlen_attention(q, k, v, starts, 0.1)
+            assert torch.equal(found, together)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_runs_hold_every_head_of_every_segment():
+    runs = list(varlen_vectors.head_runs([0, 40, 40, 80, 500], 2, 100, 10_000))
+    assert [length for run in runs for _, length, _ in run] == [40, 40, 40, 40, 420, 420]
+    rows = varlen_vectors.padded_length(40)
+    assert len(runs[0]) == min(10_000 // (rows * 100), 4)
+    assert [len(run) for run in runs[-2:]] == [1, 1], "too long for a run with others"
+
+
+@pytest.mark.parametrize("size", [0.01, 30.0, 3000.0, 1e5, 1e9])
+def test_vectors_with_sharp_and_flat_weights(size):
+    torch.manual_seed(1)
+    q, k, v = torch.randn(600, 3, 1, 64).unbind(1)
+    mixed = varlen_vectors.varlen_attention(q * size, k, v, [0, 600], 0.125)
+    expected = reference.varlen_attention(
+        (q * size).double(), k.double(), v.double(), [0, 600], 0.125
+    )
+    error = (mixed.double() - expected).abs().max().item()
+    assert error < 1e-5 + 1e-5 * min(size, 3000.0), error
+    assert mixed.isfinite().all()
+
+
+def test_vectors_keep_nan_where_it_is():
+    q, k, v = torch.randn(80, 3, 2, 32).unbind(1)
+    q[5, 1, 3] = float("nan")
+    mixed = varlen_vectors.varlen_attention(q, k, v, [0, 40, 80], 0.2)
+    assert mixed[5, 1].isnan().all()
+    mixed[5, 1] = 0
+    assert mixed.isfinite().all()
+
+
+def test_without_tiles_vectors_run_and_plain_torch_for_the_rest(monkeypatch):
     monkeypatch.setattr(amx, "available", lambda: False)
     q, k, v = projected(40, 2, 32)
-    expected = reference.varlen_attention(q, k, v, [0, 40], 0.2)
-    assert torch.equal(ops.varlen_attention(q, k, v, [0, 40], 0.2), expected)
+    found = ops.varlen_attention(q, k, v, [0, 40], 0.2)
+    assert torch.equal(found, varlen_vectors.varlen_attention(q, k, v, [0, 40], 0.2))
+    few = (q, k[:, :1], v[:, :1])
+    apart = (q, k, v.contiguous())
+    wide = (q.double(), k.double(), v.double())
+    assert not any(varlen_vectors.fits(*own) for own in (few, apart, wide))
+    assert torch.equal(
+        ops.varlen_attention(*wide, [0, 40], 0.2),
+        reference.varlen_attention(*wide, [0, 40], 0.2),
+    )
 
 
 def test_the_configuration_is_that_of_the_manual():

@@ -281,12 +281,31 @@ def test_overrides_reach_nested_values(tmp_path: Path) -> None:
     assert checkpoint.merged({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
 
 
-def test_a_sliding_window_ends_the_context(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+WINDOWED = {"use_sliding_window": True, "sliding_window": 100}
+BOTH_KINDS = ["sliding_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "windows"),
+    [
+        ("mistral", {"sliding_window": 100}, (100, 100)),
+        ("mistral", {"sliding_window": None}, (None, None)),
+        ("phi3", {"sliding_window": 100}, (100, 100)),
+        ("phi3", {"sliding_window": 10**6}, (None, None)),
+        ("qwen2", WINDOWED, (None, None)),
+        ("qwen2", WINDOWED | {"max_window_layers": 1}, (None, 100)),
+        ("qwen2", WINDOWED | {"max_window_layers": 0}, (100, 100)),
+        ("qwen2", WINDOWED | {"max_window_layers": 0, "use_sliding_window": False}, (None, None)),
+        ("qwen3", WINDOWED | {"layer_types": BOTH_KINDS}, (100, None)),
+    ],
+)
+def test_windows_of_layers(
+    tmp_path: Path, family: str, sizes: dict[str, object], windows: tuple[int | None, ...]
 ) -> None:
-    folder = make_text("mistral", tmp_path, sliding_window=100)
-    assert load(folder).model.shape.max_position == 100
-    assert "sliding window of 100 tokens" in caplog.text
+    model: Any = load(make_text(family, tmp_path, **sizes)).model
+    layers = model.decoder.layers
+    assert tuple(layer.attention.variant.window for layer in layers) == windows
+    assert model.shape.max_position > 100
 
 
 @pytest.mark.parametrize(
@@ -299,6 +318,10 @@ def test_a_sliding_window_ends_the_context(
         ({"rope_scaling": {"type": "spiral"}}, "unknown rope type 'spiral'"),
         ({"rope_scaling": {"type": "linear"}}, "rotary scaling lacks 'factor'"),
         ({"rope_scaling": {"type": "linear", "inner": {}}}, "one mapping of plain values"),
+        (
+            {"model_type": "qwen2", **WINDOWED, "layer_types": BOTH_KINDS * 2},
+            "layer_types must name 2 layers of full_attention, sliding_attention",
+        ),
         ({"model_type": "gpt9"}, "no decoder for model_type 'gpt9'"),
     ],
 )

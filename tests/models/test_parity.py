@@ -161,7 +161,14 @@ TEXT_VARIANTS = {
     "qwen3": {},
     "qwen3-tied": {"tie_word_embeddings": True, "attention_bias": True},
     "mistral": {"head_dim": 24},
-    "mistral-window": {"sliding_window": 1024},
+    "mistral-window": {"sliding_window": 20},
+    "phi3-window": {"sliding_window": 19},
+    "qwen2-window": {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    "qwen3-window": {
+        "use_sliding_window": True,
+        "sliding_window": 10,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "phi3": {},
     "phi3-partial": {"partial_rotary_factor": 0.5},
     "phi3-longrope": {

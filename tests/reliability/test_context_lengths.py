@@ -263,22 +263,33 @@ def test_max_model_len_goes_up_to_the_lengthened_context(tmp_path: Path) -> None
         LLM(str(folder), max_model_len=65, **ROOM)
 
 
-@pytest.mark.parametrize(("family", "window"), [("mistral", 48), ("phi3", 47)])
-def test_a_sliding_window_ends_the_context_and_the_log_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, window: int
-) -> None:
+@pytest.mark.parametrize("family", ["mistral", "phi3", "qwen2", "qwen3"])
+def test_contexts_go_on_behind_a_sliding_window(tmp_path: Path, family: str) -> None:
     """As Phi-3-mini-4k (2047 of 4096) and Mistral 7B v0.1 (4096 of 32768) are published."""
-    sizes = {"sliding_window": window, "max_position_embeddings": 2 * DECLARED}
-    folder = make_text(family, tmp_path, original_max_position_embeddings=2 * DECLARED, **sizes)
-    with caplog.at_level("WARNING"), build_llm(folder, **ROOM) as parts:
-        assert parts.engine.facts.max_model_len == window
-    [line] = [record.getMessage() for record in caplog.records if "window" in record.getMessage()]
-    assert line == (
-        f"the model attends to a sliding window of {window} tokens, which is not available yet: "
-        f"contexts end there, not at {2 * DECLARED}"
-    )
-    with pytest.raises(ConfigError, match=f"ends at {window}. Lower it: attention beyond the"):
-        LLM(str(folder), max_model_len=window + 1, **ROOM)
+    sizes: dict[str, Any] = {"sliding_window": 27, "max_position_embeddings": 400}
+    if family.startswith("qwen"):
+        sizes |= {"use_sliding_window": True, "max_window_layers": 1}
+    folder = make_text(family, tmp_path, original_max_position_embeddings=400, **sizes)
+    prompts = [ids(length, seed) for seed, length in enumerate((20, 27, 90, 330))]
+    found = []
+    for budget in (40, 2048):
+        with LLM(str(folder), max_num_batched_tokens=budget, **ROOM) as llm:
+            outs = llm.generate(raw(prompts), greedy(12), use_tqdm=False)
+            found.append([out.outputs[0].token_ids for out in outs])
+    expected = [greedy_of_transformers(folder, prompt, 12) for prompt in prompts]
+    assert found == [expected, expected]
+
+
+def greedy_of_transformers(folder: Path, prompt: list[int], num_tokens: int) -> list[int]:
+    """The continuation by whole passes, without a cache."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    known = list(prompt)
+    with torch.inference_mode():
+        for _ in range(num_tokens):
+            known.append(int(model(torch.tensor([known])).logits[0, -1].argmax()))
+    return known[len(prompt) :]
 
 
 @pytest.mark.parametrize("factor", [0, -4, "4", True, float("nan")])

@@ -67,8 +67,7 @@ def build_engine(config: EngineConfig, *, own_process: bool = False) -> Engine:
 
 _NOT_INVARIANT = (
     "batch_invariant: this model runs through the code of transformers, where plain decoders keep "
-    "it, but soft caps, attention sinks, mixtures of experts and what lies behind a sliding window "
-    "do not (docs/reproducibility.md)"
+    "it, but mixtures of experts do not (docs/reproducibility.md)"
 )
 
 
@@ -92,7 +91,6 @@ def build_parts(config: EngineConfig, *, own_process: bool = False) -> EnginePar
         max_position=shape.max_position,
         max_num_seqs=config.scheduler.max_num_seqs,
         free_bytes=free_memory(device, config.cache.gpu_memory_utilization),
-        window=shape.window,
     )
     caches = _allocated(layout, geometry.num_blocks, device)
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)

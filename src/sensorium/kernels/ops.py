@@ -1,8 +1,8 @@
 """Operations that layers call, dispatched to the code for each device and dtype.
 
-On the CPU, bf16, fp16 and fp32 have kernels of their own (attention of encoders only bf16, where
-the CPU has matrix tiles); everything else (other devices, other dtypes, block sizes that are no
-multiple of 16) runs the plain torch of ``reference``.
+On the CPU, bf16, fp16 and fp32 have kernels of their own (attention of encoders in bf16 one with
+matrix tiles, where the CPU has them); everything else (other devices, other dtypes, block sizes
+that are no multiple of 16) runs the plain torch of ``reference``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sensorium.kernels.batch import (
     KVCacheLayout,
     LayerCache,
 )
-from sensorium.kernels.cpu import amx, attention, elementwise, huge_pages, paged, rotary, varlen
+from sensorium.kernels.cpu import amx, elementwise, huge_pages, rotary
+from sensorium.kernels.cpu.attention import causal, paged, varlen_tiles, varlen_vectors
 from sensorium.kernels.cpu.linear import int4, int8, integers, onednn
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
@@ -34,10 +35,11 @@ DECODER_KERNELS = (
     elementwise.build_peaks,
     elementwise.build_place,
     rotary.build_rope_write,
-    attention.build_attend,
+    causal.build_attend,
 )
 ENCODER_KERNELS = (rotary.build_rotate, elementwise.build_quick_gelu)
-TILE_KERNELS = (varlen.build_pack, varlen.build_attend)
+VARLEN_KERNELS = (varlen_vectors.build_pack, varlen_vectors.build_attend)
+TILE_KERNELS = (varlen_tiles.build_pack, varlen_tiles.build_attend)
 
 
 def _on_cpu(x: torch.Tensor) -> bool:
@@ -150,20 +152,21 @@ def rope_attention(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
+    variant: AttentionVariant = PLAIN,
 ) -> torch.Tensor:
     """Run optional per-head norm, rotary, cache write and paged causal attention of one layer.
 
     qkv (T, C): q, k, v heads of each row side by side. q_norm, k_norm (head_dim,) or None. Keys and
-    values of all rows are written into ``batch.caches[layer]``. Returns (T, num_heads * head_dim).
+    values of all rows are written into ``batch.caches[layer]``. ``variant``: the differences from
+    plain causal attention. Returns (T, num_heads * head_dim).
     """
     cache = batch.caches[layer]
     if _on_cpu(qkv) and cache.k.dtype == qkv.dtype and has_block_size(cache.k.shape[3]):
         run = paged.rope_attention
     else:
         run = reference.rope_attention
-    return run(
-        qkv, batch, layer, num_heads, num_kv_heads, head_dim, scale, q_norm, k_norm, norm_eps
-    )
+    heads = (num_heads, num_kv_heads, head_dim)
+    return run(qkv, batch, layer, *heads, scale, q_norm, k_norm, norm_eps, variant)
 
 
 def has_units(dtype: torch.dtype) -> bool:
@@ -200,12 +203,8 @@ def paged_attention(
     causal attention. Returns (T, num_heads, D).
     """
     cache = batch.caches[layer]
-    fast = _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3])
-    if fast and len(affected_sequences := variant.affected_sequences(batch)) < len(batch.kv_lens):
-        # Sequences that the variant does not affect get the same bits as without it.
-        mixed = paged.paged_attention(q, k, v, batch, layer, scale)
-        reference.attend_variant(q, batch, cache, scale, variant, affected_sequences, mixed)
-        return mixed
+    if _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3]):
+        return paged.paged_attention(q, k, v, batch, layer, scale, variant)
     return reference.paged_attention(q, k, v, batch, layer, scale, variant)
 
 
@@ -219,8 +218,10 @@ def varlen_attention(
     ordered = all(start <= end for start, end in pairwise(cu_seqlens))
     if not (cu_seqlens and cu_seqlens[0] == 0 and cu_seqlens[-1] == q.shape[0] and ordered):
         raise ValueError(f"segments {list(cu_seqlens)} do not cover {q.shape[0]} rows in order")
-    if varlen.fits(q, k, v):
-        return varlen.varlen_attention(q, k, v, cu_seqlens, scale)
+    if varlen_tiles.fits(q, k, v):
+        return varlen_tiles.varlen_attention(q, k, v, cu_seqlens, scale)
+    if varlen_vectors.fits(q, k, v):
+        return varlen_vectors.varlen_attention(q, k, v, cu_seqlens, scale)
     return reference.varlen_attention(q, k, v, cu_seqlens, scale)
 
 
@@ -262,7 +263,8 @@ def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu", encoders: bo
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
         for build in DECODER_KERNELS + (ENCODER_KERNELS if encoders else ()):
             elementwise.kernel(build, dtype)
-        if encoders and dtype == torch.bfloat16 and amx.available():
-            for build in TILE_KERNELS:
+        if encoders:
+            tiles = dtype == torch.bfloat16 and amx.available()
+            for build in TILE_KERNELS if tiles else VARLEN_KERNELS:
                 elementwise.kernel(build, dtype)
     return time.perf_counter() - start

@@ -6,7 +6,7 @@ projection, D head size, G query heads per KV head, L tokens with KV, N rows, V 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -169,6 +169,7 @@ def rope_attention(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
+    variant: AttentionVariant = PLAIN,
 ) -> torch.Tensor:
     """Run optional per-head norm, rotary, cache write and paged causal attention.
 
@@ -182,9 +183,8 @@ def rope_attention(
     if k_norm is not None:
         k = rms_norm(k, k_norm, norm_eps)
     q, k = rotate(q, batch.cos, batch.sin), rotate(k, batch.cos, batch.sin)
-    cache = batch.caches[layer]
-    write_cache(k, v, batch, cache)
-    return attend(q, batch, cache, scale).reshape(num_tokens, num_heads * head_dim)
+    mixed = paged_attention(q, k, v, batch, layer, scale, variant)
+    return mixed.reshape(num_tokens, num_heads * head_dim)
 
 
 def token_positions(batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,29 +279,12 @@ def paged_attention(
     write_cache(k, v, batch, cache)
     if variant.is_plain(batch.max_kv_len):
         return attend(q, batch, cache, scale)
-    mixed = torch.empty_like(q)
-    attend_variant(q, batch, cache, scale, variant, range(len(batch.query_lens)), mixed)
-    return mixed
-
-
-def attend_variant(
-    q: torch.Tensor,
-    batch: AttentionBatch,
-    cache: LayerCache,
-    scale: float,
-    variant: AttentionVariant,
-    sequences: Iterable[int],
-    out: torch.Tensor,
-) -> None:
-    """Write the attention of some sequences to their cached tokens into their rows of ``out``.
-
-    q and out: (T, num_heads, D).
-    """
-    starts = [0, *accumulate(batch.query_lens)]
-    for index in sequences:
-        start = starts[index]
-        found = _attend_variant(q, start, index, batch, cache, scale, variant)
-        out[start : starts[index + 1]] = found
+    starts = accumulate(batch.query_lens[:-1], initial=0)
+    parts = [
+        _attend_variant(q, row, index, batch, cache, scale, variant)
+        for index, row in enumerate(starts)
+    ]
+    return torch.cat(parts)
 
 
 def _attend_variant(

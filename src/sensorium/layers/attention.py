@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sensorium.kernels import ops
-from sensorium.kernels.batch import AttentionBatch
+from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import RMSNorm
 
@@ -16,7 +16,7 @@ class Attention:
     """Causal self-attention with grouped KV heads over the paged cache.
 
     ``qkv`` holds the rows of q, then k, then v; ``q_norm`` and ``k_norm`` are per-head RMS norms
-    (Qwen3) or None.
+    (Qwen3) or None. ``window``: tokens that a row attends to, its own among them; None for all.
     """
 
     __slots__ = (
@@ -29,6 +29,7 @@ class Attention:
         "q_norm",
         "qkv",
         "scale",
+        "variant",
     )
 
     def __init__(
@@ -42,6 +43,7 @@ class Attention:
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         scale: float | None = None,
+        window: int | None = None,
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.qkv = Linear(hidden_size, (num_heads + 2 * num_kv_heads) * head_dim, qkv_bias)
@@ -50,6 +52,7 @@ class Attention:
         self.k_norm = RMSNorm(head_dim, norm_eps) if qk_norm else None
         self.norm_eps = norm_eps
         self.scale = head_dim**-0.5 if scale is None else scale
+        self.variant = PLAIN if window is None else AttentionVariant(window)
 
     def forward(self, x: torch.Tensor, batch: AttentionBatch, layer: int) -> torch.Tensor:
         """Run (T, hidden_size) -> (T, hidden_size).
@@ -67,6 +70,7 @@ class Attention:
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             self.norm_eps,
+            self.variant,
         )
         return self.o(mixed)
 

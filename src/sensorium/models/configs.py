@@ -36,8 +36,11 @@ _QWEN = _COMMON | {
     "max_position_embeddings": 32768,
     "use_sliding_window": False,
     "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
 }
 _QWEN2_VL = _QWEN | {
+    "max_window_layers": 80,
     "vocab_size": 152064,
     "hidden_size": 8192,
     "intermediate_size": 29568,
@@ -106,16 +109,12 @@ class TextConfig:
     context: int
     """Tokens of the longest sequence: ``max_position`` (``max_position_embeddings``), or what a
     scaling makes of it."""
-    window: int | None
-    """Tokens that a layer looks back, when that is fewer than ``context``."""
+    windows: tuple[int | None, ...]
+    """Tokens that each layer attends to, a row's own among them; None for all before it."""
 
     @property
     def shape(self) -> TextShape:
-        """Sizes that the engine needs.
-
-        With a sliding window the context ends at the window: within it full attention and windowed
-        attention are the same, and windowed attention beyond it is not available.
-        """
+        """Sizes that the engine needs."""
         short = short_context(self.rope, self.max_position)
         return TextShape(
             num_layers=self.num_layers,
@@ -124,16 +123,10 @@ class TextConfig:
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
             vocab_size=self.vocab_size,
-            max_position=self.usable_context,
-            window=self.window,
-            short_context=short if short is not None and short < self.usable_context else None,
+            max_position=self.context,
+            short_context=short if short is not None and short < self.context else None,
             rope_grows=self.rope["rope_type"] == "dynamic",
         )
-
-    @property
-    def usable_context(self) -> int:
-        """Length in tokens of the longest sequence that can be run."""
-        return min(self.context, self.window or self.context)
 
 
 def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> TextConfig:
@@ -185,7 +178,7 @@ def read_text_config(config: Mapping[str, Any], *, tied: bool | None = None) -> 
         rope=rope,
         rotary_dim=int(head_dim * float(partial)),
         context=context,
-        window=_window(values, context),
+        windows=_windows(values, context),
     )
 
 
@@ -404,11 +397,25 @@ def declared_dtype(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _window(values: Mapping[str, Any], context: int) -> int | None:
-    window = values.get("sliding_window")
-    if window is None or not values.get("use_sliding_window", True):
-        return None
-    if (values.get("max_window_layers") or 0) >= count(values, "num_hidden_layers"):
-        return None
+def _windows(values: Mapping[str, Any], context: int) -> tuple[int | None, ...]:
+    """Return the window of each layer, where it is shorter than ``context``.
+
+    Qwen's layers have one by ``layer_types``, or from ``max_window_layers`` on; those of other
+    families all.
+    """
+    num_layers, kinds = count(values, "num_hidden_layers"), values.get("layer_types")
+    everywhere: tuple[int | None, ...] = (None,) * num_layers
+    if values.get("sliding_window") is None or not values.get("use_sliding_window", True):
+        return everywhere
     size = count(values, "sliding_window")
-    return size if size < context else None
+    if size >= context:
+        return everywhere
+    if kinds is None:
+        first = values.get("max_window_layers") or 0
+        return tuple(size if layer >= first else None for layer in range(num_layers))
+    known = {"full_attention": None, "sliding_attention": size}
+    if not (
+        isinstance(kinds, list) and len(kinds) == num_layers and known.keys() >= {*map(str, kinds)}
+    ):
+        bad("layer_types", f"must name {num_layers} layers of {', '.join(known)}, got {kinds!r}")
+    return tuple(known[kind] for kind in kinds)

@@ -37,8 +37,6 @@ class TextShape:
     short_context: int | None = None
     """Tokens up to which a sequence has other rotary factors than beyond, where these differ
     (longrope, dynamic)."""
-    window: int | None = None
-    """Tokens that a layer looks back, where that is why the context ends at ``max_position``."""
     rope_grows: bool = False
     """If true, the rotary factors beyond ``short_context`` depend on the length of the sequence
     (dynamic)."""

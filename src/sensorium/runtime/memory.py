@@ -36,27 +36,19 @@ def cache_geometry(
     max_position: int,
     max_num_seqs: int,
     free_bytes: int,
-    window: int | None = None,
 ) -> CacheGeometry:
     """Number of blocks and longest context.
 
     Without ``kv_cache_memory_bytes`` the cache gets a fixed part of the free memory, but never more
     than ``max_num_seqs`` sequences of full length could use. A ``max_model_len`` that was asked for
     and does not fit, or is beyond what the model was made for (``max_position``), is a ConfigError;
-    the model's own is lowered with a warning. ``window``: that of the model's attention, where it
-    is why the context ends.
+    the model's own is lowered with a warning.
     """
     if max_model_len is not None and max_model_len > max_position:
-        advice = (
-            "Lower it, or, where the model's makers say how it goes further, set hf_overrides "
-            "accordingly"
-            if window is None
-            else f"Lower it: attention beyond the model's sliding window of {window} tokens is not "
-            "available yet"
-        )
         raise ConfigError(
             f"max_model_len is {max_model_len}, but the model's context ends at {max_position}. "
-            f"{advice}.",
+            "Lower it, or, where the model's makers say how it goes further, set hf_overrides "
+            "accordingly.",
             param="max_model_len",
         )
     wanted_len = max_model_len or max_position

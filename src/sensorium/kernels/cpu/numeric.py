@@ -257,6 +257,35 @@ def store_part(typingctx: Any, ptr: Any, index: Any, value: Any, count: Any) -> 
     return types.void(ptr, types.int64, vec16, types.int64), codegen
 
 
+@intrinsic
+def transpose16(typingctx: Any, source: Any, source_stride: Any, out: Any, out_stride: Any) -> Any:
+    """Transpose sixteen rows of sixteen elements, with the given row strides in elements.
+
+    Four rounds of exchanges between the rows i and i + n, for n of 1, 2, 4 and 8.
+    """
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        def row(base: ir.Value, stride: ir.Value, index: int) -> ir.Value:
+            return builder.gep(base, [builder.mul(stride, _I64(index))])
+
+        def mixed(a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+            return builder.shuffle_vector(a, b, ir.Constant(_lanes(_I32), lanes))
+
+        rows = [read_lanes(builder, source, row(args[0], args[1], i)) for i in range(WIDTH)]
+        for step in (1, 2, 4, 8):
+            upper = [j if j & step == 0 else WIDTH + j - step for j in range(WIDTH)]
+            lower = [j + step if j & step == 0 else WIDTH + j for j in range(WIDTH)]
+            for i in range(WIDTH):
+                if i & step == 0:
+                    a, b = rows[i], rows[i + step]
+                    rows[i], rows[i + step] = mixed(a, b, upper), mixed(a, b, lower)
+        for i in range(WIDTH):
+            write_lanes(builder, out, row(args[2], args[3], i), rows[i])
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, out, types.int64), codegen
+
+
 # -- arithmetic on vectors ----------------------------------------------------------------------
 
 
@@ -286,6 +315,16 @@ def largest(typingctx: Any, a: Any, b: Any) -> Any:
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         return builder.select(builder.fcmp_ordered(">", args[0], args[1]), args[0], args[1])
+
+    return vec16(vec16, vec16), codegen
+
+
+@intrinsic
+def with_sign(typingctx: Any, a: Any, b: Any) -> Any:
+    """Return the magnitude of a with the sign of b, lane by lane."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return _call(builder, "llvm.copysign.v16f32", _VEC, list(args))
 
     return vec16(vec16, vec16), codegen
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,15 +19,13 @@ from sensorium.models.interface import BuildOptions, Part, Tied, WeightSlot
 from sensorium.models.loading.weights import linear_slot, norm_slot, owned
 from sensorium.multimodal.items import Features
 
-logger = logging.getLogger(__name__)
-
 
 class DecoderLayer:
     """Norm, attention, norm, MLP; the norms also add to the residual stream."""
 
     __slots__ = ("attention", "attention_norm", "mlp", "mlp_norm")
 
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: TextConfig, window: int | None) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(
             config.hidden_size,
@@ -39,6 +36,7 @@ class DecoderLayer:
             o_bias=config.o_bias,
             qk_norm=config.qk_norm,
             norm_eps=config.norm_eps,
+            window=window,
         )
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = GatedMLP(
@@ -83,7 +81,7 @@ class Decoder:
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         try:
-            self.layers = [DecoderLayer(config) for _ in range(config.num_layers)]
+            self.layers = [DecoderLayer(config, window) for window in config.windows]
             self.rotary = Rotary(
                 config.rotary_dim,
                 config.rope_theta,
@@ -98,13 +96,6 @@ class Decoder:
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = LMHead(config.vocab_size, config.hidden_size)
         self.has_head = options.head
-        if config.window is not None:
-            logger.warning(
-                "the model attends to a sliding window of %d tokens, which is not available yet: "
-                "contexts end there, not at %d",
-                config.window,
-                config.context,
-            )
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the weights under ``prefix``.

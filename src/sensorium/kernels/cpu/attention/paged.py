@@ -5,19 +5,23 @@ and is faster than torch's flash attention on CPUs without matrix tiles. With ti
 need not be invariant, long spans of rows (above ``SHORT_SPAN``) use these: their keys and values
 are gathered and torch's flash attention runs, once over the step's own tokens (causal) and once
 over the context, merged by their log-sum-exps.
+
+Where rows do not attend to all tokens before them, a table says to which ones (``seen_tokens``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from sensorium.kernels import reference
-from sensorium.kernels.batch import AttentionBatch, LayerCache
+from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant, LayerCache
 from sensorium.kernels.cpu import amx
-from sensorium.kernels.cpu.attention import PART_TOKENS, build_attend, scratch_floats
+from sensorium.kernels.cpu.attention.causal import PART_TOKENS, build_attend, scratch_floats
 from sensorium.kernels.cpu.elementwise import kernel, launch
 from sensorium.kernels.cpu.launch import Kernel, float_bits, pack
 from sensorium.kernels.cpu.rotary import ROWS_PER_TASK, build_rope_write
@@ -61,6 +65,7 @@ class AttentionPlan:
     row_offset: torch.Tensor
     q_rotated: torch.Tensor
     k_rotated: torch.Tensor
+    seen: torch.Tensor | None
 
 
 def rope_attention(
@@ -74,6 +79,7 @@ def rope_attention(
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
+    variant: AttentionVariant = PLAIN,
 ) -> torch.Tensor:
     """Compute ``reference.rope_attention`` with CPU kernels.
 
@@ -82,10 +88,14 @@ def rope_attention(
     qkv = qkv.contiguous()
     num_tokens = qkv.shape[0]
     cache = batch.caches[layer]
-    key = (num_heads, num_kv_heads, head_dim, qkv.dtype)
+    # Soft caps and sinks change no plan, and windows that hold every sequence neither.
+    window = variant.window
+    if window is not None and batch.max_kv_len <= window:
+        window = None
+    key = (num_heads, num_kv_heads, head_dim, qkv.dtype, window, id(variant.bidirectional))
     plan: AttentionPlan | None = batch.scratch.get(key)
     if plan is None:
-        plan = batch.scratch[key] = _plan(batch, cache, num_tokens, num_heads, qkv.dtype)
+        plan = batch.scratch[key] = _plan(batch, cache, num_heads, qkv.dtype, variant)
     out = qkv.new_empty((num_tokens, num_heads * head_dim))
     norms = (
         0 if q_norm is None else q_norm.data_ptr(),
@@ -104,6 +114,9 @@ def rope_attention(
         args[11] = out.data_ptr()
         args[21] = float_bits(scale)
         args[22], args[23], args[24] = norms
+        sinks = None if variant.sinks is None else variant.sinks.float().contiguous()
+        args[27] = float_bits(variant.softcap or 0.0)
+        args[28] = 0 if sinks is None else sinks.data_ptr()
         plan.attend(args)
     for span in plan.spans:
         _attend_span(qkv, batch, cache, plan, span, scale, out)
@@ -117,8 +130,9 @@ def paged_attention(
     batch: AttentionBatch,
     layer: int,
     scale: float,
+    variant: AttentionVariant = PLAIN,
 ) -> torch.Tensor:
-    """Compute ``reference.paged_attention`` without variant.
+    """Compute ``reference.paged_attention`` with CPU kernels.
 
     It runs the kernels of ``rope_attention`` with no dimension to rotate.
     """
@@ -129,7 +143,9 @@ def paged_attention(
         batch.scratch["unrotated"] = unrotated
     num_tokens, num_heads, head_dim = q.shape
     qkv = torch.cat((q, k, v), dim=1).view(num_tokens, -1)
-    mixed = rope_attention(qkv, unrotated, layer, num_heads, k.shape[1], head_dim, scale)
+    mixed = rope_attention(
+        *(qkv, unrotated, layer, num_heads, k.shape[1], head_dim, scale), variant=variant
+    )
     return mixed.view(num_tokens, num_heads, head_dim)
 
 
@@ -201,12 +217,29 @@ def _attend_span(
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
+def seen_tokens(batch: AttentionBatch, variant: AttentionVariant) -> torch.Tensor | None:
+    """Return the first index and the end of the tokens that each row attends to, (T, 2) int64.
+
+    None where each row attends to its own token and all before.
+    """
+    window, spans = variant.window, variant.bidirectional
+    if spans is None and (window is None or batch.max_kv_len <= window):
+        return None
+    _, position = reference.token_positions(batch)
+    first = torch.zeros_like(position) if window is None else (position - window + 1).clamp_(min=0)
+    end = position + 1
+    if spans is not None:
+        # A span holds its row, so that the union with the tokens before is an interval.
+        first, end = torch.minimum(first, spans[0]), torch.maximum(end, spans[1] + 1)
+    return torch.stack((first, end), dim=1)
+
+
 def _plan(
     batch: AttentionBatch,
     cache: LayerCache,
-    num_tokens: int,
     num_heads: int,
     dtype: torch.dtype,
+    variant: AttentionVariant,
 ) -> AttentionPlan:
     # The kernels read these by address.
     batch.cos, batch.sin = batch.cos.contiguous(), batch.sin.contiguous()
@@ -214,9 +247,14 @@ def _plan(
     _, num_kv_heads, head_dim, block_size = cache.k.shape
     group = num_heads // num_kv_heads
     num_threads = torch.get_num_threads()
-    limit = SHORT_SPAN if attends_with_tiles(dtype) and not batch.invariant else None
+    num_tokens = sum(batch.query_lens)
+    limits: list[int | None] = [None] * len(batch.query_lens)
+    if attends_with_tiles(dtype) and not batch.invariant:
+        affected = set(variant.affected_sequences(batch))
+        limits = [None if i in affected else SHORT_SPAN for i in range(len(limits))]
+    seen = seen_tokens(batch, variant)
     pieces, spans, num_partial, num_done = plan_pieces(
-        batch, num_kv_heads, group, num_threads, limit
+        batch, num_kv_heads, group, num_threads, limits, seen
     )
     rows_of_task = max((piece[2] for piece in pieces), default=0) * group
     stride = scratch_floats(rows_of_task, head_dim) + 16
@@ -246,6 +284,7 @@ def _plan(
         row_offset=row_offset,
         q_rotated=torch.empty((spanned, num_heads, head_dim)),
         k_rotated=torch.empty((num_tokens if spans else 0, num_kv_heads, head_dim), dtype=dtype),
+        seen=seen,
     )
     plan.args = _attend_args(batch, cache, plan, num_heads)
     return plan
@@ -282,6 +321,9 @@ def _attend_args(
         block_size,
         *(per_layer,) * 4,
         plan.q_rotated.data_ptr(),
+        0 if plan.seen is None else plan.seen.data_ptr(),
+        per_layer,
+        per_layer,
     )
 
 
@@ -291,41 +333,72 @@ def attends_with_tiles(dtype: torch.dtype) -> bool:
 
 
 def plan_pieces(
-    batch: AttentionBatch, num_kv_heads: int, group: int, num_threads: int, limit: int | None
+    batch: AttentionBatch,
+    num_kv_heads: int,
+    group: int,
+    num_threads: int,
+    limits: Sequence[int | None],
+    seen: torch.Tensor | None = None,
 ) -> tuple[list[list[int]], list[Span], int, int]:
-    """Split a step into pieces, largest first, and spans of more than ``limit`` rows.
+    """Split a step into pieces, largest first, and spans of more rows than a sequence's limit.
 
-    Returns the table of pieces, the spans (which are in no piece), and the sizes of the partial
-    results and of ``done``. Parts of a sequence are tasks of their own where it is one piece and
-    there would be too few tasks otherwise.
+    ``seen``: what ``seen_tokens`` returns. Returns the table of pieces, the spans (which are in no
+    piece), and the sizes of the partial results and of ``done``. Parts of a sequence are tasks of
+    their own where it is one piece and there would be too few tasks otherwise.
     """
     query_lens, num_decodes = batch.query_lens, batch.num_decodes
     rows_of_task = max(1, PIECE_MATRIX_ROWS // group)
-    shares = [-(-n // rows_of_task) if limit is None or n <= limit else 0 for n in query_lens]
-    work = num_kv_heads * sum(n * m for n, m in zip(batch.kv_lens, shares, strict=True))
+    shares = [
+        -(-n // rows_of_task) if limit is None or n <= limit else 0
+        for n, limit in zip(query_lens, limits, strict=True)
+    ]
+    starts = [0, *accumulate(query_lens)]
+    reach = _Reach(seen)
+    extents = [
+        reach(row, n, kv_len - n)
+        for row, n, kv_len in zip(starts, query_lens, batch.kv_lens, strict=False)
+    ]
+    work = num_kv_heads * sum(
+        (end - begin) * m for (begin, end), m in zip(extents, shares, strict=True)
+    )
     longest = max(PART_TOKENS, work // (num_threads * TASKS_PER_THREAD))
     pieces: list[list[int]] = []
     spans: list[Span] = []
-    num_partial = num_done = row = 0
+    num_partial = num_done = 0
     for sequence, (kv_len, query_len) in enumerate(zip(batch.kv_lens, query_lens, strict=True)):
-        fresh = int(sequence < num_decodes)
+        fresh, row = int(sequence < num_decodes), starts[sequence]
+        begin, end = extents[sequence]
         if not shares[sequence]:
             spans.append(Span(sequence, row, query_len, kv_len - query_len))
-        elif shares[sequence] == 1 and kv_len > longest:
+        elif shares[sequence] == 1 and end - begin > longest:
             place = (sequence, row, query_len, kv_len - query_len)
-            num_parts = -(-kv_len // PART_TOKENS)
-            for part in range(num_parts):
-                begin, end = part * PART_TOKENS, min((part + 1) * PART_TOKENS, kv_len)
-                tail = (part, num_parts, num_partial, num_done, fresh)
-                pieces.append([*place, begin, end, *tail])
-            num_partial += num_parts * query_len
+            parts = range(begin, end, PART_TOKENS)
+            for part, start in enumerate(parts):
+                tail = (part, len(parts), num_partial, num_done, fresh)
+                pieces.append([*place, start, min(start + PART_TOKENS, end), *tail])
+            num_partial += len(parts) * query_len
             num_done += 1
         else:
             for offset in range(0, query_len, rows_of_task):
                 num_rows = min(rows_of_task, query_len - offset)
                 position = kv_len - query_len + offset
                 place = (sequence, row + offset, num_rows, position)
-                pieces.append([*place, 0, position + num_rows, 0, 1, 0, 0, fresh])
-        row += query_len
+                pieces.append([*place, *reach(row + offset, num_rows, position), 0, 1, 0, 0, fresh])
     pieces.sort(key=lambda piece: piece[4] - piece[5])
     return pieces, spans, num_partial, num_done
+
+
+class _Reach:
+    """The tokens that rows attend to: from the start of a part to the last one's end."""
+
+    __slots__ = ("_ends", "_firsts")
+
+    def __init__(self, seen: torch.Tensor | None) -> None:
+        self._firsts, self._ends = ([], []) if seen is None else seen.T.tolist()
+
+    def __call__(self, row: int, count: int, position: int) -> tuple[int, int]:
+        """Return begin and end for ``count`` rows from ``row`` on, the first at ``position``."""
+        if not self._ends:
+            return 0, position + count
+        begin = min(self._firsts[row : row + count])
+        return begin - begin % PART_TOKENS, max(self._ends[row : row + count])

@@ -2,14 +2,18 @@
 
 A *piece* is a run of a sequence's query rows; a task is a piece and one KV head. Within a task the
 query heads of the KV head (and the query rows) are the rows of a small matrix, and the tokens are
-processed in chunks: scores, online softmax (Milakov and Gimelshein, 2018), weighted values, each
-through ``multiply_tile``.
+processed in chunks: scores, online softmax, weighted values, each through ``multiply_tile``.
+
+A row attends to an interval of tokens: all up to its own, or, with a sliding window or within a
+bidirectional span, those that a table gives. Tokens that no row of a task attends to are not read.
 
 A row's result has the same bits however its step is made up. Its tokens are cut into *parts* of
 ``PART_TOKENS``, counted from the first token of the sequence; each part has an online softmax of
 its own, and parts are merged in order. A task computes all parts of its rows, or, where there are
 few rows and many tokens, a single one: then the parts store their results, and the thread that
-finishes the last one merges them, in the same order.
+finishes the last one merges them, in the same order. Chunks, too, are counted from the first token.
+What a row does not attend to has a weight of zero, and a part without any of its tokens leaves the
+merged result as it is, so both may be skipped or computed.
 
 For decoding a task also rotates its queries, and the task whose part holds the new token first
 writes its key and value. Spans are rotated and written beforehand (``rotary``).
@@ -22,29 +26,28 @@ from typing import Any
 
 from numba import types
 
+from sensorium.kernels.cpu.attention.softmax import (
+    HIDDEN_SCORE,
+    cap_row,
+    clear_rows,
+    merge_part,
+    online_softmax_row,
+    scale_sums,
+)
+from sensorium.kernels.cpu.attention.tile import TILE_COLUMNS, TILE_ROWS, multiply_tile
 from sensorium.kernels.cpu.numeric import (
     OUTLINE,
     WIDTH,
     as_float,
     exp1,
-    exp16,
     f32,
     fetch_add,
-    fma,
-    largest,
     load,
-    load16,
-    load_part,
     njit,
     outlined,
-    peak,
     pointer,
     shifted,
-    splat,
     store,
-    store16,
-    store_part,
-    total,
 )
 from sensorium.kernels.cpu.rotary import (
     convert_row,
@@ -53,13 +56,11 @@ from sensorium.kernels.cpu.rotary import (
     write_key,
     write_value,
 )
-from sensorium.kernels.cpu.tile import TILE_COLUMNS, TILE_ROWS, multiply_tile
 
 CHUNK = 128
 """Tokens whose scores are held at once."""
 PART_TOKENS = 2 * CHUNK
 """Tokens of a part. Merging shorter ones would cost more than they save in waiting."""
-HIDDEN_SCORE = f32(-1e30)
 
 # Columns of the table of pieces (int64).
 SEQUENCE, FIRST_ROW, NUM_ROWS, FIRST_POS, BEGIN, END, PART, NUM_PARTS, PARTIAL, DONE, FRESH = range(
@@ -86,17 +87,19 @@ def score_chunk(
     table: Any,
     head_at: Any,
     start: Any,
+    first: Any,
     count: Any,
     block_size: Any,
     scores: Any,
 ) -> None:
-    """Compute scores (rows, CHUNK) = q (rows, dim) times the keys of tokens [start, start + count).
+    """Compute scores (rows, CHUNK) = q (rows, dim) times the keys of tokens from ``start`` on.
 
-    Whole blocks are computed; columns from ``count`` on hold arbitrary values. head_at: (stride of
-    a block, offset of the head within it) in elements.
+    Columns [first, count) are computed, in whole steps: ``first`` is a multiple of TILE_COLUMNS,
+    and columns from ``count`` on hold arbitrary values. head_at: (stride of a block, offset of the
+    head within it) in elements.
     """
     step = TILE_COLUMNS if block_size % TILE_COLUMNS == 0 else WIDTH
-    for column in range(0, count, step):
+    for column in range(first, count, step):
         token = start + column
         block = types.int64(table[token // block_size])
         offset = token % block_size
@@ -129,16 +132,17 @@ def add_weighted_values(
     table: Any,
     head_at: Any,
     start: Any,
+    first: Any,
     count: Any,
     end: Any,
     block_size: Any,
     sums: Any,
 ) -> None:
-    """Add scores (rows, CHUNK) times the values of tokens [start, start + count) to ``sums``.
+    """Add scores (rows, CHUNK) times values to ``sums`` (rows, dim).
 
-    sums: (rows, dim).
+    The columns [first, count) belong to the tokens from ``start + first`` on.
     """
-    token = start
+    token = start + first
     while token < start + count:
         offset = token % block_size
         depth = min(block_size - offset, start + count - token)
@@ -168,72 +172,15 @@ def add_weighted_values(
         token += depth
 
 
-@njit(**OUTLINE)
-def online_softmax_row(scores: Any, visible: Any, count: Any, top: Any) -> Any:
-    """Turn one row of scores into e^(score - new top), zero from ``visible`` to ``count``.
-
-    This is one step of the online softmax. Returns (new top, sum).
-    """
-    padded = (visible + WIDTH - 1) // WIDTH * WIDTH
-    for j in range(visible, padded):
-        scores[j] = HIDDEN_SCORE
-    best = splat(top)
-    for j in range(0, padded, WIDTH):
-        best = largest(load16(scores, j), best)
-    new_top = peak(best)
-    base, summed = splat(new_top), splat(f32(0.0))
-    for j in range(0, padded, WIDTH):
-        weight = exp16(load16(scores, j) - base)
-        store16(scores, j, weight)
-        summed = weight + summed
-    for j in range(visible, max(count, padded)):
-        scores[j] = f32(0.0)
-    return new_top, total(summed)
-
-
-@njit(**OUTLINE)
-def scale_sums(sums: Any, dim: Any, factor: Any) -> None:
-    """Multiply sums (dim,) by ``factor`` in place."""
-    for d in range(0, dim, WIDTH):
-        count = min(WIDTH, dim - d)
-        store_part(sums, d, load_part(sums, d, count) * splat(factor), count)
-
-
-@njit(**OUTLINE)
-def merge_part(
-    part: Any, part_top: Any, part_total: Any, sums: Any, top: Any, total: Any, dim: Any
-) -> Any:
-    """Merge the sums (dim,), peak and total of a row's next part into those so far.
-
-    Returns the new (peak, total).
-    """
-    new_top = max(top, part_top)
-    kept, gained = exp1(top - new_top), exp1(part_top - new_top)
-    for d in range(0, dim, WIDTH):
-        count = min(WIDTH, dim - d)
-        held = load_part(sums, d, count) * splat(kept)
-        store_part(sums, d, fma(load_part(part, d, count), splat(gained), held), count)
-    return new_top, total * kept + part_total * gained
-
-
-@njit(**OUTLINE)
-def clear_rows(rows: Any, dim: Any, sums: Any, tops: Any, totals: Any) -> None:
-    """Set sums (rows, dim), peaks and totals (rows) to those of no token."""
-    for r in range(rows):
-        tops[r] = HIDDEN_SCORE
-        totals[r] = f32(0.0)
-    for i in range(rows * dim):
-        sums[i] = f32(0.0)
-
-
 def build_attend(element: Any) -> Callable[[Any], None]:
     """Build the attention kernel over all pieces.
 
     args: qkv (T, C), cos, sin, k_cache, v_cache, block_table (int32), its row stride, pieces
     (int64), out, partials (float32), done (int64, zeros; left at zero), scratch (float32), its
     stride, heads, KV heads, D, half of the rotary dimensions, block size, scale, q_norm (0: none),
-    k_norm, eps, q_rotated (T, heads, D) float32 of spans. The number of tasks is pieces times KV
-    heads.
+    k_norm, eps, q_rotated (T, heads, D) float32 of spans, seen (T, 2) int64 (0: causal), cap of the
+    scores (0: none), sinks (heads,) float32 (0: none). seen: first index and end of the tokens that
+    a row attends to. The number of tasks is pieces times KV heads.
     """
 
     @outlined(element)
@@ -306,37 +253,44 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         k_cache, v_cache = pointer(args[6], element), pointer(args[7], element)
         table = shifted(pointer(args[8], types.int32), piece[SEQUENCE] * args[9])
         head_at = (kv_heads * dim * block_size, head * dim * block_size)
+        seen = shifted(pointer(args[26], types.int64), piece[FIRST_ROW] * 2)
+        cap = as_float(args[27])
+        lowest = 0
+        if args[26] != 0:
+            lowest = seen[0]
+            for i in range(1, piece[NUM_ROWS]):
+                lowest = min(lowest, seen[2 * i])
+            lowest = lowest // TILE_COLUMNS * TILE_COLUMNS
         for start in range(begin, end, CHUNK):
             count = min(CHUNK, end - start)
+            first = max(0, lowest - start)
+            if first >= count:
+                continue
             score_chunk(
-                q, rows, dim, k_cache, v_cache, table, head_at, start, count, block_size, scores
+                *(q, rows, dim, k_cache, v_cache, table, head_at),
+                *(start, first, count, block_size, scores),
             )
             for r in range(rows):
-                visible = min(count, piece[FIRST_POS] + r // group + 1 - start)
+                low, visible = 0, min(count, piece[FIRST_POS] + r // group + 1 - start)
+                if args[26] != 0:
+                    low = max(0, seen[r // group * 2] - start)
+                    visible = min(count, seen[r // group * 2 + 1] - start)
                 row = shifted(scores, r * CHUNK)
-                if visible <= 0:
-                    for j in range(count):
+                if visible <= low:
+                    for j in range(first, count):
                         row[j] = f32(0.0)
                     continue
-                top, part = online_softmax_row(row, visible, count, tops[r])
+                if cap != f32(0.0):
+                    cap_row(row, low // WIDTH * WIDTH, visible, cap)
+                top, part = online_softmax_row(row, first, low, visible, count, tops[r])
                 fade = exp1(tops[r] - top)
                 totals[r] = totals[r] * fade + part
                 if fade != f32(1.0):
                     scale_sums(shifted(sums, r * dim), dim, fade)
                 tops[r] = top
             add_weighted_values(
-                scores,
-                rows,
-                dim,
-                k_cache,
-                v_cache,
-                table,
-                head_at,
-                start,
-                count,
-                end,
-                block_size,
-                sums,
+                *(scores, rows, dim, k_cache, v_cache, table, head_at),
+                *(start, first, count, end, block_size, sums),
             )
 
     @outlined(element)
@@ -374,6 +328,16 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 )
 
     @outlined(element)
+    def share_of(args: Any, head: Any, top: Any, total: Any) -> Any:
+        """Return the factor of a row's sums: 1 / total, with the head's sink as a further score."""
+        if args[28] == 0:
+            return f32(1.0) / total
+        sink = pointer(args[28], types.float32)[head]
+        new_top = max(top, sink)
+        kept = exp1(top - new_top)
+        return kept / (total * kept + exp1(sink - new_top))
+
+    @outlined(element)
     def finish(
         args: Any,
         piece: Any,
@@ -395,7 +359,8 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         if num_parts == 1:
             for r in range(rows):
                 at = first + (r // group * heads + r % group) * dim
-                convert_row(shifted(sums, r * dim), dim, f32(1.0) / totals[r], shifted(out, at))
+                share = share_of(args, head * group + r % group, tops[r], totals[r])
+                convert_row(shifted(sums, r * dim), dim, share, shifted(out, at))
             return
         size = rows * (dim + 2)
         stride = size * kv_heads
@@ -425,7 +390,8 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                     shifted(part, r * dim), part_top, part_total, row_out, top, summed, dim
                 )
             at = first + (r // group * heads + r % group) * dim
-            convert_row(row_out, dim, f32(1.0) / summed, shifted(out, at))
+            share = share_of(args, head * group + r % group, top, summed)
+            convert_row(row_out, dim, share, shifted(out, at))
 
     def attend(args: Any) -> None:
         heads, kv_heads, dim = args[16], args[17], args[18]

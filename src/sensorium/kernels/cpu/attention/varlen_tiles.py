@@ -29,7 +29,7 @@ from sensorium.kernels.cpu.amx import (
     multiply_block,
     release,
 )
-from sensorium.kernels.cpu.attention import HIDDEN_SCORE, scale_sums
+from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, scale_sums
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import float_bits, pack
 from sensorium.kernels.cpu.numeric import (

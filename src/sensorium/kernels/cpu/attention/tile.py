@@ -35,7 +35,8 @@ class _Tile:
     def __init__(self, kinds: Any, args: Any) -> None:
         self.b_kind, self.c_kind = kinds.args[3], kinds.args[6]
         _, self.a, self.a_stride, self.b, self.b_stride, self.depth = args[:6]
-        self.c, self.c_stride, self.width, self.add, self.ahead = args[6:]
+        self.c, self.c_stride, self.width, self.add = args[6:10]
+        self.ahead: Any = None if isinstance(kinds.args[10], types.NoneType) else args[10]
 
 
 def _emit(
@@ -76,7 +77,8 @@ def _emit(
             )
             for v in range(num_vectors)
         ]
-        fetch_ahead(builder, tile, loop.index)
+        if tile.ahead is not None:
+            fetch_ahead(builder, tile, loop.index)
         kind = ir.FunctionType(_VEC, [_VEC] * 3)
         fma = cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v16f32")
         for r in range(num_rows):
@@ -126,7 +128,8 @@ def multiply_tile(
 
     a, c: float32 pointers with the given row strides in elements; b: pointer of any element type.
     rows is 1 to TILE_ROWS, width 1 to 16, or TILE_COLUMNS. add: add to c if true, else overwrite
-    it. ahead: an address like b's whose next TILE_COLUMNS * depth elements will be needed soon.
+    it. ahead: an address like b's whose next TILE_COLUMNS * depth elements will be needed soon, or
+    None.
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
@@ -151,5 +154,5 @@ def multiply_tile(
         return context.get_dummy_value()
 
     number = types.int64
-    kinds = (number, a, number, b, number, number, c, number, number, types.boolean, b)
+    kinds = (number, a, number, b, number, number, c, number, number, types.boolean, ahead)
     return types.void(*kinds), codegen

@@ -1,0 +1,112 @@
+"""Online softmax of rows of scores (Milakov and Gimelshein, 2018), in float32.
+
+A row keeps its highest score, the sum of e^(score - highest) and the values weighted by it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sensorium.kernels.cpu.numeric import (
+    OUTLINE,
+    WIDTH,
+    exp1,
+    exp16,
+    f32,
+    fma,
+    largest,
+    load16,
+    load_part,
+    njit,
+    peak,
+    splat,
+    store16,
+    store_part,
+    total,
+    with_sign,
+)
+
+HIDDEN_SCORE = f32(-1e30)
+
+
+@njit(**OUTLINE)
+def cap_row(scores: Any, begin: Any, end: Any, cap: Any) -> None:
+    """Replace the scores s in [begin, end) by cap * tanh(s / cap); begin is a multiple of 16.
+
+    tanh(x) = sign(x) (1 - t) / (1 + t) with t = e^(-2 |x|), within 2e-7.
+    """
+    zero, one = splat(f32(0.0)), splat(f32(1.0))
+    wide, slope = splat(cap), splat(f32(-2.0) / cap)
+    for j in range(begin, end, WIDTH):
+        score = load16(scores, j)
+        power = exp16(largest(score, zero - score) * slope)
+        store16(scores, j, with_sign((one - power) / (one + power) * wide, score))
+
+
+@njit(**OUTLINE)
+def online_softmax_row(
+    scores: Any, first: Any, low: Any, visible: Any, count: Any, top: Any
+) -> Any:
+    """Turn one row of scores into e^(score - new top) in [low, visible), else zero.
+
+    scores holds the columns from ``first`` (a multiple of 16) to ``count``. This is one step of the
+    online softmax. Returns (new top, sum).
+    """
+    begin = low // WIDTH * WIDTH
+    padded = (visible + WIDTH - 1) // WIDTH * WIDTH
+    for j in range(begin, low):
+        scores[j] = HIDDEN_SCORE
+    for j in range(visible, padded):
+        scores[j] = HIDDEN_SCORE
+    best = splat(top)
+    for j in range(begin, padded, WIDTH):
+        best = largest(load16(scores, j), best)
+    new_top = peak(best)
+    base, summed = splat(new_top), splat(f32(0.0))
+    for j in range(begin, padded, WIDTH):
+        weight = exp16(load16(scores, j) - base)
+        store16(scores, j, weight)
+        summed = weight + summed
+    for j in range(first, low):
+        scores[j] = f32(0.0)
+    for j in range(visible, max(count, padded)):
+        scores[j] = f32(0.0)
+    return new_top, total(summed)
+
+
+@njit(**OUTLINE)
+def scale_sums(sums: Any, dim: Any, factor: Any) -> None:
+    """Multiply sums (dim,) by ``factor`` in place."""
+    wide = splat(factor)
+    full = dim - dim % WIDTH
+    for d in range(0, full, WIDTH):
+        store16(sums, d, load16(sums, d) * wide)
+    if full < dim:
+        store_part(sums, full, load_part(sums, full, dim - full) * wide, dim - full)
+
+
+@njit(**OUTLINE)
+def merge_part(
+    part: Any, part_top: Any, part_total: Any, sums: Any, top: Any, total: Any, dim: Any
+) -> Any:
+    """Merge the sums (dim,), peak and total of a row's next part into those so far.
+
+    Returns the new (peak, total).
+    """
+    new_top = max(top, part_top)
+    kept, gained = exp1(top - new_top), exp1(part_top - new_top)
+    for d in range(0, dim, WIDTH):
+        count = min(WIDTH, dim - d)
+        held = load_part(sums, d, count) * splat(kept)
+        store_part(sums, d, fma(load_part(part, d, count), splat(gained), held), count)
+    return new_top, total * kept + part_total * gained
+
+
+@njit(**OUTLINE)
+def clear_rows(rows: Any, dim: Any, sums: Any, tops: Any, totals: Any) -> None:
+    """Set sums (rows, dim), peaks and totals (rows) to those of no token."""
+    for r in range(rows):
+        tops[r] = HIDDEN_SCORE
+        totals[r] = f32(0.0)
+    for i in range(rows * dim):
+        sums[i] = f32(0.0)
