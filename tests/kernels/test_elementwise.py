@@ -88,7 +88,7 @@ def test_packed_linear(dtype, rows, inputs, outputs):
     weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
     packed = ops.pack_weight(weight)
     assert packed.shape == (outputs, inputs)
-    assert packed.is_copy == onednn.packs(dtype)
+    assert packed.is_copy or not onednn.packs(dtype)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
     for own_bias in (None, bias):
         expected = torch.nn.functional.linear(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sensorium.kernels import ops
-from sensorium.kernels.cpu.linear import levels, onednn
+from sensorium.kernels.cpu.linear import levels, onednn, table
 from sensorium.models import dtypes, loader
 from sensorium.processes.start import child_environment
 from tests.checkpoints import make_text
@@ -19,8 +19,34 @@ from tests.checkpoints import make_text
 
 @pytest.fixture
 def plain_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU without units for 16-bit numbers."""
+    """A CPU without units for 16-bit numbers, and without kernels that widen them."""
     monkeypatch.setattr(onednn, "has_units", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(table, "choose", lambda form: table.TORCH)
+
+
+@pytest.fixture
+def widening_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without units for 16-bit numbers, on which kernels widen them."""
+    monkeypatch.setattr(onednn, "has_units", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(table, "choose", lambda form: table.PANELS)
+
+
+@pytest.mark.usefixtures("widening_cpu")
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_auto_keeps_what_kernels_widen(
+    tmp_path: Path, stored: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_text("llama", tmp_path, dtype=stored)
+    with caplog.at_level(logging.INFO, "sensorium.models.dtypes"):
+        found = loader.load(str(folder), device="cpu")
+    assert found.model.dtype == getattr(torch, stored)
+    assert f"no units for {stored}: the weights stay in it" in caplog.text
+
+
+@pytest.mark.usefixtures("widening_cpu")
+def test_linear_layers_of_others_are_not_in_these_kernels() -> None:
+    found = dtypes.suited_to_cpu(torch.bfloat16, lambda: 1000, in_kernels=False)
+    assert found == torch.float32
 
 
 @pytest.mark.usefixtures("plain_cpu")

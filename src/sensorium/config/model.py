@@ -30,8 +30,9 @@ class ModelConfig:
     )
     dtype: Dtype = option(
         "auto",
-        "Data type of weights and activations. auto: the checkpoint's, or float32 instead of a "
-        "16-bit type that the CPU does not support in hardware, if the memory suffices.",
+        "Data type of weights and activations. auto: the checkpoint's. A CPU that does not "
+        "multiply its 16-bit type widens the weights as it reads them; where no kernel does so, "
+        "auto is float32 if the memory suffices.",
     )
     device: str = option("auto", "cpu, cuda, cuda:N, or auto: a GPU if there is one.")
     seed: int = option(

@@ -94,6 +94,8 @@ def build_parts(config: EngineConfig, *, own_process: bool = False) -> EnginePar
     )
     caches = _allocated(layout, geometry.num_blocks, device)
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)
+    if device.type == "cpu":
+        logger.info("%s", ops.products())
     store = FeatureStore()
     invariant = is_batch_invariant(config, device, model.dtype)
     if config.model.batch_invariant and not loaded.family.invariant:

@@ -23,7 +23,7 @@ from sensorium.kernels.batch import (
 )
 from sensorium.kernels.cpu import amx, elementwise, huge_pages, rotary
 from sensorium.kernels.cpu.attention import causal, paged, varlen_tiles, varlen_vectors
-from sensorium.kernels.cpu.linear import int4, int8, integers, onednn
+from sensorium.kernels.cpu.linear import int4, int8, integers, onednn, table
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
 CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -60,7 +60,7 @@ def pack_weight(
         return _pack_quantized(weight, dtype)
     if dtype is not None:
         weight = weight.to(dtype)
-    return onednn.pack_weight(weight) if _on_cpu(weight) else reference.PlainWeight(weight)
+    return table.pack_weight(weight) if _on_cpu(weight) else reference.PlainWeight(weight)
 
 
 def _pack_quantized(weight: QuantizedTensor, dtype: torch.dtype) -> PackedWeight:
@@ -169,9 +169,19 @@ def rope_attention(
     return run(qkv, batch, layer, *heads, scale, q_norm, k_norm, norm_eps, variant)
 
 
+def runs_well(dtype: torch.dtype) -> bool:
+    """Return whether this CPU runs models in ``dtype`` about as fast as in float32, or faster."""
+    return table.runs_well(dtype)
+
+
 def has_units(dtype: torch.dtype) -> bool:
     """Return whether this CPU has multiply instructions for ``dtype``, not slow emulation."""
     return onednn.has_units(dtype)
+
+
+def products() -> str:
+    """Describe in one line which products linear layers on this CPU run through."""
+    return table.summary()
 
 
 def has_block_size(block_size: int) -> bool:
@@ -222,6 +232,10 @@ def varlen_attention(
         return varlen_tiles.varlen_attention(q, k, v, cu_seqlens, scale)
     if varlen_vectors.fits(q, k, v):
         return varlen_vectors.varlen_attention(q, k, v, cu_seqlens, scale)
+    if _on_cpu(q) and not has_units(q.dtype):
+        # torch would multiply 16-bit numbers one by one.
+        wide = reference.varlen_attention(q.float(), k.float(), v.float(), cu_seqlens, scale)
+        return wide.to(q.dtype)
     return reference.varlen_attention(q, k, v, cu_seqlens, scale)
 
 
@@ -263,6 +277,7 @@ def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu", encoders: bo
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
         for build in DECODER_KERNELS + (ENCODER_KERNELS if encoders else ()):
             elementwise.kernel(build, dtype)
+        table.warm_up(dtype)
         if encoders:
             tiles = dtype == torch.bfloat16 and amx.available()
             for build in TILE_KERNELS if tiles else VARLEN_KERNELS:

@@ -39,19 +39,30 @@ def dtype_of(wanted: str, config: Mapping[str, Any], stored: str | None) -> torc
     return dtype
 
 
-def suited_to_cpu(dtype: torch.dtype, count: Callable[[], int]) -> torch.dtype:
+def suited_to_cpu(
+    dtype: torch.dtype, count: Callable[[], int], in_kernels: bool = True
+) -> torch.dtype:
     """Return the dtype in which a CPU best runs a model of ``count()`` numbers stored as ``dtype``.
 
-    That is its own where the CPU multiplies such numbers, else float32 where the memory allows it.
-    Logs the choice and its cost.
+    That is its own where the CPU multiplies such numbers, or where the kernels of linear layers
+    widen them as they go; else float32 where the memory allows it. ``in_kernels``: the model's
+    linear layers run in these kernels. Logs the choice and its cost.
     """
     import torch
 
     from sensorium.kernels import ops
 
+    name, size = str(dtype).removeprefix("torch."), count() * torch.float32.itemsize
     if ops.has_units(dtype):
         return dtype
-    name, size = str(dtype).removeprefix("torch."), count() * torch.float32.itemsize
+    if in_kernels and ops.runs_well(dtype):
+        logger.info(
+            "this CPU has no units for %s: the weights stay in it (%.1f GiB) and are computed in "
+            "float32, which reads half the memory of --dtype float32",
+            name,
+            size / 2 / GIB,
+        )
+        return dtype
     available = available_memory()
     if size * LOADING > available:
         logger.warning(

@@ -240,7 +240,8 @@ class Family:
     invariant: bool = True
     """If true, all results can have the same bits whatever else is in the step."""
     quantizable: bool = True
-    """If true, its linear layers are ours, whose weights can be quantized."""
+    """If true, its linear layers are ours, whose weights can be quantized, and rest in 16
+    bits on any CPU."""
 
     def chat_template(self) -> str | None:
         """Return the fallback chat template, for checkpoints of this family that publish none."""

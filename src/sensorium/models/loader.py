@@ -182,7 +182,9 @@ def _on_this_cpu(
         slots = family.build_model(loaded, options).slots()
         return sum(math.prod(part.shape) for slot in slots for part in slot.parts)
 
-    return dataclasses.replace(options, dtype=suited_to_cpu(options.dtype, count))
+    return dataclasses.replace(
+        options, dtype=suited_to_cpu(options.dtype, count, family.quantizable)
+    )
 
 
 def find_device(name: str) -> torch.device:

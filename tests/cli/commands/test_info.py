@@ -9,6 +9,7 @@ import pytest
 
 import sensorium
 from sensorium.cli.main import main
+from sensorium.kernels.cpu.linear import levels, table
 
 
 def test_as_an_object(capsys: pytest.CaptureFixture[str]) -> None:
@@ -18,6 +19,8 @@ def test_as_an_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["cores"]["allowed here"].startswith(f"{len(os.sched_getaffinity(0))} (")
     assert found["cores"]["quota of CPU time"]
     assert found["would be used"]["device"] in ("cpu", "cuda")
+    assert found["linear layers"]["CPU level"] == levels.level()
+    assert found["linear layers"]["bfloat16"] == table.choose("bfloat16")
 
 
 def test_as_text(capsys: pytest.CaptureFixture[str]) -> None:

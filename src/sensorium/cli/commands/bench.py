@@ -1,4 +1,4 @@
-"""``sensorium bench`` and its four measurements."""
+"""``sensorium bench`` and its five measurements."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 from sensorium.cli.flags import add_engine_flags, engine_keywords
 from sensorium.config import ModelConfig
 
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
+"""Formats of weights, those of ``kernels.weight``, which imports torch."""
 Subparsers = Any
 """Type of ``ArgumentParser.add_subparsers``, which argparse does not name publicly."""
 
@@ -18,6 +20,7 @@ DESCRIPTIONS = {
     "throughput": "Measure tokens per second of the offline engine with many prompts at once.",
     "latency": "Measure time to first token and time per step of the offline engine.",
     "startup": "Measure the time from process start to the first token.",
+    "kernels": "Measure the products of linear layers by weight format and number of rows.",
 }
 
 
@@ -161,6 +164,41 @@ def _startup_flags(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser)
 
 
+def _kernels_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=FORMATS,
+        default=list(FORMATS),
+        metavar="NAME",
+        help=f"formats of weights: {', '.join(FORMATS)}; default: all",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        type=int,
+        default=[1, 4, 8, 32, 256],
+        metavar="N",
+        help="numbers of rows; default: 1 4 8 32 256",
+    )
+    parser.add_argument(
+        "--shape",
+        type=_size,
+        default=(4864, 896),
+        metavar="NxK",
+        help="outputs and inputs of the layer; default: 4864x896",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads; all cores if not given")
+    parser.add_argument(
+        "--seconds", type=float, metavar="N", default=0.5, help="seconds per product and number"
+    )
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="let the engine choose products by these times on this machine from now on",
+    )
+
+
 def _workload_flags(
     parser: argparse.ArgumentParser, *, num_prompts: int | None, input_len: int, output_len: int
 ) -> None:
@@ -247,15 +285,26 @@ def _startup(arguments: argparse.Namespace) -> int:
     return startup.run(arguments, _keywords(arguments))
 
 
+def _kernels(arguments: argparse.Namespace) -> int:
+    from sensorium.kernels.cpu import threads
+
+    threads.configure(arguments.threads)
+    from sensorium.bench import kernels
+
+    return kernels.run(arguments)
+
+
 _FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "serve": _serve_flags,
     "throughput": _throughput_flags,
     "latency": _latency_flags,
     "startup": _startup_flags,
+    "kernels": _kernels_flags,
 }
 _HANDLERS: dict[str, Callable[[argparse.Namespace], int]] = {
     "serve": _serve,
     "throughput": _throughput,
     "latency": _latency,
     "startup": _startup,
+    "kernels": _kernels,
 }

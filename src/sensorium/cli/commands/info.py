@@ -61,6 +61,7 @@ def collect() -> dict[str, dict[str, Any]]:
         "processor": _processor(),
         "cores": _cores(),
         "gpus": _gpus() or {"none": "torch finds none"},
+        "linear layers": _linear_layers(),
         "would be used": _choices(),
     }
 
@@ -148,15 +149,24 @@ def _auto_dtype(gpu: bool) -> str:
 
     from sensorium.kernels import ops
 
-    if gpu:
-        return "the checkpoint's (--dtype auto)"
-    without = [t for t in ("bfloat16", "float16") if not ops.has_units(getattr(torch, t))]
-    if not without:
-        return "the checkpoint's (--dtype auto)"
-    return (
-        f"the checkpoint's; float32 instead of {' and '.join(without)}, which this CPU does not "
-        "support in hardware, if the memory suffices (--dtype auto)"
-    )
+    meaning = "the checkpoint's (--dtype auto)"
+    short = [t for t in ("bfloat16", "float16") if not ops.has_units(getattr(torch, t))]
+    if gpu or not short:
+        return meaning
+    slow = [t for t in short if not ops.runs_well(getattr(torch, t))]
+    widened = [t for t in short if t not in slow]
+    if widened:
+        meaning += f"; {' and '.join(widened)} weights are kept and computed in float32"
+    if slow:
+        meaning += f"; float32 instead of {' and '.join(slow)}, if the memory suffices"
+    return meaning
+
+
+def _linear_layers() -> dict[str, str]:
+    """Return the CPU's level and the product of each format of weights."""
+    from sensorium.kernels.cpu.linear import levels, table
+
+    return {"CPU level": levels.level()} | {form: table.choose(form) for form in table.FLOATS}
 
 
 def _text(value: Any) -> str:

@@ -100,12 +100,17 @@ class LibraryWeight(PackedWeight):
 
 def pack_weight(weight: torch.Tensor) -> LibraryWeight:
     """Return the (N, K) weight in oneDNN's layout, or plain where oneDNN has none for its dtype."""
-    packed = packs(weight.dtype)
-    data = weight.contiguous()
-    if packed:
-        data = torch.ops.mkldnn._reorder_linear_weight(data, None)
+    if not packs(weight.dtype):
+        return keep_weight(weight)
+    data = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     num_outputs, num_inputs = weight.shape
-    return LibraryWeight(data, (num_outputs, num_inputs), weight.dtype, packed)
+    return LibraryWeight(data, (num_outputs, num_inputs), weight.dtype, packed=True)
+
+
+def keep_weight(weight: torch.Tensor) -> LibraryWeight:
+    """Return the (N, K) weight as it is, for torch's own product."""
+    num_outputs, num_inputs = weight.shape
+    return LibraryWeight(weight.contiguous(), (num_outputs, num_inputs), weight.dtype, packed=False)
 
 
 def row_multiple(

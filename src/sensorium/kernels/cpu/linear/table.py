@@ -1,0 +1,145 @@
+"""Table of products: which one a weight of each number format runs through on this CPU.
+
+A weight lies in one layout only, so one product serves all numbers of rows. The choice is the least
+geometric mean of measured times over these numbers, among the products that this CPU and these
+libraries have. ``measured.json`` has the times of each level (``sensorium bench kernels`` makes
+them); a level that was not measured follows the next lower one that was. A file
+``sensorium/products.json`` in the user's cache folder, of the same form and from this machine,
+takes precedence.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sensorium.kernels.cpu.linear import floats, levels, onednn
+from sensorium.kernels.weight import PackedWeight
+
+logger = logging.getLogger(__name__)
+
+Times = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Microseconds by format, number of rows and product."""
+
+SHIPPED = Path(__file__).with_name("measured.json")
+PANELS, ONEDNN, TORCH = "panels", "oneDNN", "torch"
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A way to multiply with float weights."""
+
+    available: Callable[[str], bool]
+    """Of a format: this CPU and these libraries have the product for it."""
+    pack: Callable[[torch.Tensor], PackedWeight]
+    """Pack a (N, K) weight, which gives its type to activations and results."""
+
+
+PRODUCTS = {
+    PANELS: Product(floats.available, floats.pack_weight),
+    ONEDNN: Product(lambda form: onednn.packs(dtype_of(form)), onednn.pack_weight),
+    TORCH: Product(lambda form: True, onednn.keep_weight),
+}
+"""Products of this engine, in oneDNN, and in torch with the plain weight."""
+
+
+def dtype_of(form: str) -> torch.dtype:
+    """Return the dtype of a float format."""
+    dtype: torch.dtype = getattr(torch, form)
+    return dtype
+
+
+def format_of(dtype: torch.dtype) -> str:
+    """Return the format of a dtype."""
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def choose(form: str) -> str:
+    """Return the name in ``PRODUCTS`` of the product for a float format on this CPU."""
+    names = [name for name, product in PRODUCTS.items() if product.available(form)]
+    if len(names) == 1:
+        return names[0]
+    times = measured().get(form, {}).values()
+    timed = [name for name in names if any(name in row for row in times)]
+    whole = [row for row in times if all(name in row for name in timed)]
+    if not (timed and whole):
+        # Without a measurement: a library that packs weights of a type is made for it.
+        return ONEDNN if ONEDNN in names else names[0]
+    return min(timed, key=lambda name: sum(math.log(row[name]) for row in whole))
+
+
+def choose_again() -> None:
+    """Forget what ``choose`` and ``measured`` have found."""
+    choose.cache_clear()
+    measured.cache_clear()
+
+
+def pack_weight(weight: torch.Tensor) -> PackedWeight:
+    """Pack a (N, K) weight for the product that suits its dtype best."""
+    return PRODUCTS[choose(format_of(weight.dtype))].pack(weight)
+
+
+def warm_up(dtype: torch.dtype) -> None:
+    """Compile or load the kernels of products with activations of ``dtype``."""
+    if choose(format_of(dtype)) == PANELS:
+        floats.warm_up(dtype)
+
+
+def runs_well(dtype: torch.dtype) -> bool:
+    """Return whether products with weights of ``dtype`` are about as fast as those of float32.
+
+    False only where each number would be emulated.
+    """
+    return onednn.has_units(dtype) or choose(format_of(dtype)) == PANELS
+
+
+def summary() -> str:
+    """Return the level of this CPU and the product of each float format, in one line."""
+    products = ", ".join(f"{form} {choose(form)}" for form in FLOATS)
+    return f"CPU level {levels.level()}; linear layers: {products}"
+
+
+# -- measured times -------------------------------------------------------------------------------
+
+
+@functools.cache
+def measured() -> Times:
+    """Return the measured times that hold for this CPU: its own, else those that are shipped."""
+    own = _read(own_file())
+    times: Times = own.get("times", {}) if own.get("level") == levels.level() else {}
+    if times:
+        return times
+    shipped: Mapping[str, Times] = _read(SHIPPED)
+    order = [name for name, _ in levels.X86_LEVELS]
+    known = levels.level() in order
+    below = order[order.index(levels.level()) :] if known else [levels.level()]
+    return next((shipped[name] for name in below if name in shipped), {})
+
+
+def own_file() -> Path:
+    """Return where the times of this machine are kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "sensorium" / "products.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an empty one where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        logger.warning("the measured times of products in %s cannot be read: %s", path, error)
+        return {}
+    return found if isinstance(found, dict) else {}
