@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import os
 import statistics
@@ -30,8 +31,8 @@ from typing import Any
 
 from benchmarks.harness import Report, in_turn
 from benchmarks.peers.checkpoints import Shape, build
-from benchmarks.processes import ProcessTree
 from sensorium.processes.cgroups import group_folders
+from sensorium.processes.start import end_with
 
 SHAPE = Shape(896, 6, 14, 2, 4864)
 UNITS = {
@@ -41,16 +42,21 @@ UNITS = {
     "prefill": "tokens/s",
     "cpus_busy": "CPUs",
 }
+SETTLE_SECONDS = 1.5
+"""Time in which an engine adapts its threads before it is measured."""
 RUNS, TOKENS, BATCH, PREFILL_TOKENS = 6, 5, 8, 256
 PERIOD_US = 100_000
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Threads of the engine, the CPUs it may use, its quota, and whether one CPU is kept busy."""
+    """Threads of the engine, the CPUs it may use, its quota, and whether one CPU is kept busy.
+
+    ``num_threads`` None: the engine adapts them, as it does by default.
+    """
 
     name: str
-    num_threads: int
+    num_threads: int | None
     one_cpu: bool = False
     quota: float | None = None
     neighbour: bool = False
@@ -66,43 +72,62 @@ SECTIONS = {
     ],
     "neighbour": [
         *(Case(f"{n} threads alone", n) for n in (1, 2)),
+        Case("adapted threads alone", None),
         *(Case(f"{n} threads, busy neighbour", n, neighbour=True) for n in (1, 2)),
+        Case("adapted threads, neighbour", None, neighbour=True),
     ],
 }
 
 
 class Subject:
-    """The engine, which is this process."""
+    """The engine, which is this process: one with fixed threads, and one that adapts them."""
 
     def __init__(self, model: Path, dtype: str) -> None:
         from sensorium import LLM, SamplingParams
 
         self._params = SamplingParams
         self._cpus = sorted(os.sched_getaffinity(0))
-        self._llm = LLM(
+        self._make = lambda num_threads: LLM(
             str(model),
             dtype=dtype,
-            num_threads=max(case.num_threads for case in SECTIONS["threads"]),
+            num_threads=num_threads,
             kv_cache_memory_bytes=1 << 28,
             enable_prefix_caching=False,
         )
+        self._fixed, self._adaptive = self._make(1), None
+        self._llm = self._fixed
+        self._adapted = 0
 
     def measure(self, case: Case, group: str | None) -> dict[str, Any]:
         """Return the figures of one case, and a digest of what came out."""
         import torch
 
-        torch.set_num_threads(case.num_threads)
+        self._choose(case.num_threads)
         with (
             in_group(group),
             on_cpus(self._cpus[:1] if case.one_cpu else self._cpus),
             busy_neighbour(self._cpus[-1], case.neighbour),
         ):
-            self._complete([0], 8, TOKENS)
+            settled = time.perf_counter() + (SETTLE_SECONDS if case.num_threads is None else 0)
+            while self._complete([0], 8, TOKENS) and time.perf_counter() < settled:
+                pass
             began, spent = time.perf_counter(), time.process_time()
             found = self._figures()
             spent = time.process_time() - spent
             found["cpus_busy"] = spent / (time.perf_counter() - began)
+            if case.num_threads is None:
+                self._adapted = torch.get_num_threads()
         return found
+
+    def _choose(self, num_threads: int | None) -> None:
+        """Use the engine with fixed threads, or the other one with what it had come to."""
+        import torch
+
+        if num_threads is None and self._adaptive is None:
+            self._adaptive = self._make(None)
+            self._adapted = torch.get_num_threads()
+        self._llm = self._fixed if num_threads else self._adaptive
+        torch.set_num_threads(num_threads or self._adapted)
 
     def _figures(self) -> dict[str, Any]:
         steps, outputs = [], []
@@ -172,8 +197,10 @@ def control_groups(quotas: set[float]) -> Iterator[dict[float | None, str | None
             if v1:
                 (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
                 (folder / "cpu.cfs_quota_us").write_text(str(int(quota * PERIOD_US)))
+                (folder / "cpu.shares").write_text("262144")  # its quota alone is to limit it
             else:
                 (folder / "cpu.max").write_text(f"{int(quota * PERIOD_US)} {PERIOD_US}")
+                (folder / "cpu.weight").write_text("10000")
         yield made
     finally:
         for path in filter(None, made.values()):
@@ -200,12 +227,17 @@ def busy_neighbour(cpu: int, wanted: bool) -> Iterator[None]:
         yield
         return
     code = f"import os; os.sched_setaffinity(0, [{cpu}])\nprint(flush=True)\nwhile True: pass"
-    tree = ProcessTree([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    try:
-        tree.root.stdout.readline()  # type: ignore[union-attr]
-        yield
-    finally:
-        tree.end(tree.root.kill, 5, 5)
+    # In the same session: systems may share time between sessions, not between processes.
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        preexec_fn=functools.partial(end_with, os.getpid()),
+    ) as process:
+        process.stdout.readline()  # type: ignore[union-attr]
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def run_section(section: Sequence[Case], subject: Subject, rounds: int) -> Any:

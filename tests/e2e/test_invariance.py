@@ -65,6 +65,8 @@ CHANGED: dict[str, dict[str, Any]] = {
     "in chunks": {**ROOMY, "max_num_batched_tokens": 7},
     "in other chunks": {**ROOMY, "max_num_batched_tokens": 45, "block_size": 32},
     "preempted": {"num_kv_blocks": 40, **SMALL, "max_num_batched_tokens": 64},
+    "on three threads": {**ROOMY, "num_threads": 3},
+    "on sixteen threads, in chunks": {**ROOMY, "num_threads": 16, "max_num_batched_tokens": 45},
 }
 Prompts = list[dict[str, Any]]
 
@@ -169,7 +171,7 @@ def demo(request: pytest.FixtureRequest) -> tuple[str, Prompts, list[Any]]:
     indexes=st.lists(st.integers(0, 7), min_size=1, max_size=20),
     budget=st.sampled_from([5, 16, 33, 100, 2048]),
     num_blocks=st.sampled_from([36, 60, 800]),
-    threads=st.sampled_from([1, 2]),
+    threads=st.sampled_from([1, 2, 3, 16]),
     caching=st.booleans(),
 )
 def test_the_demo(

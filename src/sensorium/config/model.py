@@ -88,7 +88,8 @@ class ModelConfig:
     num_threads: int | None = option(
         None,
         "Number of CPU threads of the engine; if unset one for each physical core that this "
-        "process may use, within its quota and one memory node, or one for a very small decoder.",
+        "process may use, within its quota and one memory node, or one for a very small decoder; "
+        "fewer while other processes take the cores.",
         ge=1,
         le=1024,
     )

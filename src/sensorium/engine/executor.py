@@ -22,6 +22,7 @@ from sensorium.models import loader
 from sensorium.models.interface import TextShape
 from sensorium.models.loading.quantize import WeightFormats
 from sensorium.processes import cores
+from sensorium.runtime.crowding import ThreadAdapter
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory, warn_when_scarce
 from sensorium.runtime.runner import ModelRunner
@@ -100,7 +101,11 @@ def build_parts(config: EngineConfig, *, own_process: bool = False) -> EnginePar
     invariant = is_batch_invariant(config, device, model.dtype)
     if config.model.batch_invariant and not loaded.family.invariant:
         logger.warning(_NOT_INVARIANT)
-    runner = ModelRunner(model, caches, store, batch_invariant=invariant)
+    is_fixed = config.model.num_threads is not None or device.type != "cpu"
+    adapter = ThreadAdapter(1 if is_fixed else num_threads, threads.configure)
+    runner = ModelRunner(
+        model, caches, store, batch_invariant=invariant, after_step=adapter.after_step
+    )
     scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
     facts = EngineFacts(
         max_model_len=geometry.max_model_len,
@@ -225,7 +230,7 @@ def _set_threads(asked: int | None, shape: TextShape) -> int:
             chosen.number,
             len(found.allowed),
         )
-    elif found.quota is not None and chosen.number > found.quota:
+    elif found.quota is not None and chosen.number > found.num_usable:
         logger.warning(
             "num_threads is %d, but a control group limits this process to the time of %g CPUs: "
             "it will be stopped again and again in the middle of steps",

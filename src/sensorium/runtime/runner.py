@@ -9,6 +9,7 @@ sequence or item is reported in the ``StepResult`` and does not harm the others.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -41,6 +42,7 @@ class ModelRunner:
         caches: The KV cache, layer by layer.
         store: Features of admitted requests.
         batch_invariant: As in ``AttentionBatch``: a row has the same bits in every batch.
+        after_step: Called after each step, such as a ``ThreadAdapter``'s.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class ModelRunner:
         store: FeatureStore,
         *,
         batch_invariant: bool = True,
+        after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
+        self._after_step = after_step
         self._invariant = batch_invariant
         self.encoder = EncoderCache(model, store)
         self._caches = caches
@@ -77,6 +81,7 @@ class ModelRunner:
         if pairs:
             self._run_isolated(pairs, result)
         result.encoded = self.encoder.pop_report()
+        self._after_step()
         return result
 
     def reset(self) -> None:
