@@ -10,7 +10,9 @@ other work on the machine troubles both alike. "speedup" is reference time over 
 the bandwidth measured in the same run. With one thread, time is that of its processor, so that a
 busy machine does not matter much. "invariance" has what it costs that a row is the same bits in
 every step: attention of long spans against torch's flash attention, whose bits depend on the step,
-and products of as many rows as they are made against those of one.
+and products of as many rows as they are made against those of one. "prefill" and "varlen" have the
+attention of prompts and of encoders beside torch's; "of_gemm" is their rate over that of a float32
+product of two square matrices.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ import torch.nn.functional as F  # noqa: E402
 
 from benchmarks.harness import Report, add_flags, flag, settings_of  # noqa: E402
 from sensorium.kernels import ops, reference  # noqa: E402
-from sensorium.kernels.batch import AttentionBatch, KVCacheLayout  # noqa: E402
+from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout  # noqa: E402
 from sensorium.kernels.cpu import elementwise as cpu_elementwise  # noqa: E402
 from sensorium.kernels.cpu.attention import paged  # noqa: E402
-from sensorium.kernels.cpu.linear import onednn  # noqa: E402
+from sensorium.kernels.cpu.linear import levels, onednn  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32
 NUM_LAYERS = 24
@@ -248,6 +250,93 @@ def invariance(seconds: float) -> dict[str, Any]:
     return results
 
 
+def gemm_rate(seconds: float) -> float:
+    """Multiply-adds a second, times two, of a float32 product of two matrices of 1024 x 1024."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    return 2 * 1024**3 / race([lambda _: a @ b], seconds)[0]
+
+
+def rates(flops: float, gemm: float, own: float, torchs: float | None = None) -> dict[str, float]:
+    """Figures of one shape: time and rate of the kernel, beside torch's and that of a product."""
+    return {
+        "us": round(own * 1e6, 1),
+        "gflops": round(flops / own / 1e9, 1),
+        "of_gemm": round(flops / own / gemm, 2),
+        **({} if torchs is None else {"speedup": round(torchs / own, 2)}),
+    }
+
+
+def has_torch_attention(dtype: torch.dtype) -> bool:
+    """Without units for it, torch's attention in 16 bits takes minutes: there it is not measured."""
+    return dtype == torch.float32 or levels.has_bf16_units()
+
+
+def prefill(seconds: float) -> dict[str, Any]:
+    """Causal attention of whole prompts against torch's, which reads no cache and rotates nothing.
+
+    With a window, too: there torch gets none, and so computes more.
+    """
+    results: dict[str, Any] = {}
+    gemm = gemm_rate(seconds)
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_heads, kv_heads, dim in ((14, 2, 64), (12, 2, 128)):
+            for length, window in ((256, None), (512, None), (2048, None), (2048, 512)):
+                batch = batch_of(length, length, 1, dtype, kv_heads, dim, 1)
+                batch.invariant = True
+                qkv = torch.randn(length, (num_heads + 2 * kv_heads) * dim).to(dtype)
+                heads = [torch.randn(1, n, length, dim) for n in (num_heads, kv_heads, kv_heads)]
+                q, k, v = (own.to(dtype) for own in heads)
+                run = (0, num_heads, kv_heads, dim, dim**-0.5)
+                variant = AttentionVariant(window)
+                runs: list[Run] = [
+                    lambda _, b=batch, x=qkv, r=run, a=variant: ops.rope_attention(
+                        x, b, *r, variant=a
+                    ),
+                    lambda _, q=q, k=k, v=v: F.scaled_dot_product_attention(
+                        q, k, v, is_causal=True, enable_gqa=True
+                    ),
+                ]
+                times = race(runs[: 1 + has_torch_attention(dtype)], seconds)
+                seen = sum(min(n, window or n) for n in range(1, length + 1))
+                name = str(dtype).removeprefix("torch.")
+                shape = f"{name} {num_heads}/{kv_heads} of {dim}: {length}"
+                results[shape + (f", window {window}" if window else "")] = rates(
+                    4 * num_heads * dim * seen, gemm, *times
+                )
+    return results
+
+
+TOWERS = {
+    "qwen2_vl, an image of 640 x 480": (16, 80, 1564, 1),
+    "qwen2_vl, one of 1120 x 840": (4, 80, 4800, 1),
+    "qwen2_5_vl, windows": (16, 80, 64, 24),
+    "siglip so400m 384": (16, 72, 729, 1),
+    "clip large 336": (16, 64, 577, 1),
+    "whisper small": (12, 64, 1500, 1),
+}
+"""Heads, their size, rows of a segment and segments. Of the largest a quarter of the heads."""
+
+
+def varlen(seconds: float) -> dict[str, Any]:
+    """Attention of towers against torch's, one segment or batch."""
+    results: dict[str, Any] = {}
+    gemm = gemm_rate(seconds)
+    for dtype in (torch.float32, torch.bfloat16):
+        for tower, (heads, dim, length, count) in TOWERS.items():
+            q, k, v = torch.randn(length * count, 3, heads, dim).to(dtype).unbind(1)
+            starts = list(range(0, length * count + 1, length))
+            run = (q, k, v, starts, dim**-0.5)
+            runs: list[Run] = [
+                lambda _, r=run: ops.varlen_attention(*r),
+                lambda _, r=run: reference.varlen_attention(*r),
+            ]
+            times = race(runs[: 1 + has_torch_attention(dtype)], seconds)
+            name = f"{str(dtype).removeprefix('torch.')} {tower}: {heads} of {dim}, {length} rows"
+            flops = 4 * heads * dim * length**2 * count
+            results[name] = rates(flops, gemm, *times)
+    return results
+
+
 def instruction_sets() -> list[str]:
     """The instruction sets that kernels are compiled for, of those that matter."""
     from numba.core.registry import cpu_target
@@ -257,13 +346,16 @@ def instruction_sets() -> list[str]:
     return [feature for feature in known if f"+{feature}" in features.split(",")]
 
 
+PARTS = ("elementwise", "linear", "attention", "prefill", "varlen", "invariance")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Threads, the time of each comparison, and which parts."""
 
     threads: int | None = flag(None, "all cores when not given", type=int)
     seconds: float = flag(1.0, "of each comparison", quick=0.01)
-    only: str | None = flag(None, choices=("elementwise", "linear", "attention", "invariance"))
+    only: str | None = flag(None, choices=PARTS)
 
 
 def measure(settings: Settings) -> dict[str, Any]:
@@ -278,6 +370,8 @@ def measure(settings: Settings) -> dict[str, Any]:
             "elementwise": lambda: elementwise(settings.seconds),
             "linear": lambda: linears(settings.seconds, bandwidth),
             "attention": lambda: attention(settings.seconds, bandwidth),
+            "prefill": lambda: prefill(settings.seconds),
+            "varlen": lambda: varlen(settings.seconds),
             "invariance": lambda: invariance(settings.seconds),
         }
         return {
