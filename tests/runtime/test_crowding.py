@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,15 +62,16 @@ def test_as_many_threads_as_cores_are_free(cores: int, taken: int) -> None:
         machine.run(adapter, 1)
         settled.append(adapter.number)
     free = cores - taken
-    # An attempt to grow fails at the next look, and attempts become rare.
-    assert settled.count(free) > 0.95 * len(settled)
+    # An attempt to grow fails after a few looks, and attempts become rare.
+    assert settled.count(free) > 0.85 * len(settled)
+    assert statistics.median(settled) == free
 
 
 def test_what_was_taken_and_left_is_used_again() -> None:
     machine = Machine(4, 3)
     adapter = machine.adapter()
     machine.run(adapter, 20)
-    assert adapter.number == 1
+    assert 1 in machine.numbers
     machine.taken = 0
     machine.run(adapter, 300)
     assert adapter.number == 4
@@ -85,6 +87,35 @@ def test_a_share_too_small_to_matter_changes_nothing() -> None:
         machine.times["0"] = (ran + 200_000_000, waited + 30_000_000)
         adapter.after_step()
     assert machine.numbers == []
+
+
+def crowd(machine: Machine, adapter: ThreadAdapter, waited: int, looks: int = 1) -> None:
+    """Let the first thread wait for so many milliseconds of each look."""
+    for _ in range(looks):
+        machine.now += LOOK_SECONDS
+        ran, before = machine.times.get("0", (0, 0))
+        machine.times["0"] = (ran + (250 - waited) * 10**6, before + waited * 10**6)
+        adapter.after_step()
+
+
+def test_one_bad_moment_changes_nothing() -> None:
+    machine = Machine(2)
+    adapter = machine.adapter()
+    for _ in range(50):
+        crowd(machine, adapter, 200)
+        crowd(machine, adapter, 0)
+    assert machine.numbers == []
+    crowd(machine, adapter, 200, looks=2)
+    assert machine.numbers == [1]
+
+
+def test_what_waits_a_little_for_long_is_tried_again() -> None:
+    machine = Machine(2)
+    adapter = machine.adapter()
+    crowd(machine, adapter, 200, looks=3)
+    assert machine.numbers == [1]
+    crowd(machine, adapter, 50, looks=100)
+    assert machine.numbers == [1, 2]
 
 
 def test_looking_is_rare_and_never_on_one_thread() -> None:

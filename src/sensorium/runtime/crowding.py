@@ -21,12 +21,13 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 0.25
 MOST_COST = 0.005
 """Part of the time that looking may take."""
-CROWDED, FREE = 0.25, 0.05
-"""Parts of the time for which the thread that is worst off waits for a core."""
+CROWDED, FREE = 0.3, 0.1
+"""Parts of the time for which the thread that is worst off waits for a core. A server's own HTTP
+process and its clients stay below the first."""
 _PAUSE_SECONDS = 2.0
 """After so long without a step what was counted before says nothing."""
 _ACTIVE = 0.05
-_PATIENCE, _MOST_PATIENCE, _PROVEN = 4, 40, 8
+_PATIENCE, _MOST_PATIENCE, _PROVEN, _SURE = 4, 60, 8, 2
 _TASKS = Path("/proc/self/task")
 
 Times = Mapping[str, tuple[int, int]]
@@ -48,8 +49,9 @@ def read_times(folder: Path = _TASKS) -> Times:
 class ThreadAdapter:
     """Adapts the number of threads between 1 and ``most``; call ``after_step`` after each step.
 
-    ``apply`` sets the number. It falls by as many threads as wait on average, and grows again when
-    none has waited for a while. An attempt that fails doubles the time until the next one.
+    ``apply`` sets the number. It falls by as many threads as wait on average, when two looks in
+    turn find them waiting. It grows again when none has waited for a while, or not for long for a
+    long while. An attempt that fails doubles the time until the next one.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class ThreadAdapter:
         self._apply, self._read, self._clock = apply, read, clock
         self._before: Times = {}
         self._looked, self._next = clock(), 0.0
-        self._patience, self._num_free, self._since_growth = _PATIENCE, 0, _PROVEN
+        self._patience, self._since_growth = _PATIENCE, _PROVEN
+        self._num_crowded = self._num_free = self._num_calm = 0
         self._is_told = False
 
     def after_step(self) -> None:
@@ -84,20 +87,22 @@ class ThreadAdapter:
         self._since_growth += 1
         if self._since_growth == _PROVEN:
             self._patience = _PATIENCE
-        if worst > CROWDED:
-            self._num_free = 0
-            if self.number > 1:
-                if self._since_growth < _PROVEN:
-                    self._patience = min(2 * self._patience, _MOST_PATIENCE)
-                self._since_growth = _PROVEN
-                self._change(max(1, self.number - max(1, round(num_waiting))))
-            return
+        self._num_crowded = self._num_crowded + 1 if worst > CROWDED else 0
+        self._num_calm = self._num_calm + 1 if worst <= CROWDED else 0
         self._num_free = self._num_free + 1 if worst < FREE else 0
-        if self._num_free >= self._patience and self.number < self._most:
-            self._num_free = self._since_growth = 0
+        if self._num_crowded >= _SURE and self.number > 1:
+            if self._since_growth < _PROVEN:
+                self._patience = min(2 * self._patience, _MOST_PATIENCE)
+            self._since_growth = _PROVEN
+            self._change(max(1, self.number - max(1, round(num_waiting))))
+        elif self.number < self._most and (
+            self._num_free >= self._patience or self._num_calm >= _MOST_PATIENCE
+        ):
+            self._since_growth = 0
             self._change(min(self._most, 2 * self.number))
 
     def _change(self, number: int) -> None:
+        self._num_crowded = self._num_free = self._num_calm = 0
         logger.log(
             logging.DEBUG if self._is_told else logging.INFO,
             "threads of the engine: %d instead of %d, as other work %s the cores",
