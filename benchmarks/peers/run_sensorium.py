@@ -48,9 +48,10 @@ class SensoriumEngine:
 
 
 def _weights(settings: Settings) -> dict[str, str]:
-    """The options that say how weights are kept."""
+    """The options that say how weights are kept; towers have int8 at the least."""
     if settings.format in ("int8", "int4"):
-        return {"dtype": "auto", "quantization": settings.format}
+        options = {"dtype": "auto", "quantization": settings.format}
+        return {**options, "quantization_towers": "int8"} if settings.has_vision else options
     return {"dtype": settings.torch_dtype}
 
 
