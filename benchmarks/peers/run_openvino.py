@@ -65,7 +65,9 @@ class OpenVinoEngine:
         outputs = self._pipeline.generate(
             texts, images=pictures, generation_config=[config] * len(texts)
         )
-        return [output.perf_metrics.get_num_generated_tokens() for output in outputs]
+        total = outputs[0].perf_metrics.get_num_generated_tokens()  # of all texts together
+        each, rest = divmod(total, len(texts))
+        return [total] if rest else [each] * len(texts)
 
     def _config(self, num_new: int, *, template: bool) -> Any:
         config = self._genai.GenerationConfig()
