@@ -161,7 +161,7 @@ class Comparison:
 
     def _warm_up(self, kind: EngineKind) -> None:
         if kind.name in self._running:
-            command = {"pictures": self._has_vision, "short": self._options.short}
+            command = {"names": self._measurements(), "short": self._options.short}
             self._ask(kind, "warm_up", do="warm_up", **command)
 
     def _measure(self, kind: EngineKind, name: str, round_: int) -> None:

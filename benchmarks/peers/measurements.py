@@ -9,7 +9,7 @@ about repetition, so that no cache answers in place of the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Protocol
@@ -55,15 +55,17 @@ class Figure:
 Measurement = Callable[[Engine, Workload, int], Iterator[Figure]]
 
 
-def warm_up(engine: Engine, workload: Workload, *, pictures: bool, short: bool = False) -> None:
-    """Run every kind of work once, unmeasured; with less work when that is to be short."""
+def warm_up(engine: Engine, workload: Workload, names: Sequence[str], *, short: bool) -> None:
+    """Run each kind of work of these measurements once, unmeasured; with less work when ``short``."""
     tokens, prefill = (
         (SHORT_PROMPT_TOKENS, SHORT_WARM_UP) if short else (PROMPT_TOKENS, PREFILL_TOKENS)
     )
     for batch in BATCHES:
-        _complete(engine, _prompts(workload, batch, tokens, "warm", batch), 4)
-    _complete(engine, [workload.token_ids(prefill, seed_of("warm", "prefill"))], 1)
-    if pictures:
+        if {f"decode_b{batch}", f"decode_b{batch}_short"} & set(names):
+            _complete(engine, _prompts(workload, batch, tokens, "warm", batch), 4)
+    if "prefill" in names:
+        _complete(engine, [workload.token_ids(prefill, seed_of("warm", "prefill"))], 1)
+    if PICTURE_MEASUREMENTS.keys() & set(names):
         seed = seed_of("warm", "picture")
         sizes = SHORT_PICTURE if short else ()
         _answer(engine, [workload.question(seed, seed, PROMPT_TOKENS, *sizes)], 2)

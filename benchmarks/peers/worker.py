@@ -7,9 +7,9 @@ Lines of JSON on stdout, one for each event:
     {"event": "done"}                                             the command is finished
     {"event": "failed", "message": …}                             it is finished, but did not work
 
-Commands are JSON lines too: {"do": "warm_up", "pictures": true} and {"do": "measure", "name":
-"decode_b8", "round": 0}. The end of stdin ends the process. Whatever the engine itself prints goes
-to stderr.
+Commands are JSON lines too: {"do": "warm_up", "names": ["decode_b8"], "short": false} and
+{"do": "measure", "name": "decode_b8", "round": 0}. The end of stdin ends the process. Whatever the
+engine itself prints goes to stderr.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def run(settings: Settings, build: Callable[[Settings], Engine]) -> None:
 
 def _obey(command: dict[str, Any], engine: Engine, workload: Workload, out: TextIO) -> None:
     if command["do"] == "warm_up":
-        warm_up(engine, workload, pictures=command["pictures"], short=command.get("short", False))
+        warm_up(engine, workload, command["names"], short=command["short"])
     else:
         for figure in MEASUREMENTS[command["name"]](engine, workload, command["round"]):
             _say(out, event="figure", **dataclasses.asdict(figure))
