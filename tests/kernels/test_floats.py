@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensorium.kernels import reference
-from sensorium.kernels.cpu.linear import epilogue, floats, levels, panels
+from sensorium.kernels.cpu.linear import epilogue, floats, levels, panels, table
+from sensorium.layers.embedding import Embedding, LMHead
 from sensorium.processes.start import child_environment
 
 pytestmark = pytest.mark.skipif(
@@ -143,6 +144,17 @@ def test_half_precision_at_rest_serves_float32_rows() -> None:
     expected = x.double() @ weight.double().t()
     torch.testing.assert_close(packed.bind()(x).double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(packed.rows(torch.tensor([7])), weight[[7]].float())
+
+
+def test_a_tied_embedding_looks_rows_up_in_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "choose", lambda form: table.PANELS)
+    values = made((40, 32), torch.bfloat16)
+    embedding, head = Embedding(40, 32), LMHead(40, 32)
+    embedding.load(values)
+    head.tie(embedding)
+    assert isinstance(embedding.weight, floats.FloatWeight), "no second copy of the head"
+    ids = torch.tensor([39, 0, 17, 17])
+    assert torch.equal(embedding(ids), values[ids])
 
 
 def test_wrong_rows_are_refused() -> None:

@@ -84,7 +84,7 @@ class LMHead:
             raise ValueError("an embedding is tied to one head only")
         self.linear.load(table, dtype=embedding.dtype)
         packed = self.linear.weight
-        if isinstance(table, QuantizedTensor) and packed is not None and packed.has_rows:
+        if packed is not None and packed.has_rows and packed.is_copy:
             embedding.share(packed)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

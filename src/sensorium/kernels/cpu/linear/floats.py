@@ -181,6 +181,30 @@ def build_product(element: Any, result: Any) -> Callable[[Any], None]:
     return product
 
 
+def build_pack(element: Any) -> Callable[[Any], None]:
+    """Build the kernel that puts rows into panels. Elements are those of a panel: pairs for bf16.
+
+    args: weight, panels, elements of a row.
+    """
+
+    def pack_panels(args: Any) -> None:
+        size = args[5]
+        while True:
+            task = fetch_add(args, 0, 1)
+            if task >= args[2]:
+                break
+            rows = shifted(pointer(args[3], element), task * WIDTH * size)
+            out = shifted(pointer(args[4], element), task * WIDTH * size)
+            # A cache line of every row at a time: longer strides would throw each other out.
+            for first in range(0, size, WIDTH):
+                last = min(first + WIDTH, size)
+                for lane in range(WIDTH):
+                    for k in range(first, last):
+                        out[k * WIDTH + lane] = rows[lane * size + k]
+
+    return pack_panels
+
+
 _LIMITS = [most_panels(rows) for rows in range(1, MOST_ROWS + 1)]
 _FIRST, _SECOND, _THIRD = sorted(set(_LIMITS), reverse=True)
 _FIRST_ROWS = _LIMITS.count(_FIRST)
@@ -206,6 +230,13 @@ def product_kernel(form: torch.dtype, result: torch.dtype) -> Launcher:
 def widen_kernel(dtype: torch.dtype) -> Launcher:
     """Return the kernel that widens rows of ``dtype``."""
     return compile_kernel(build_widen(ELEMENT[dtype]), str(dtype).removeprefix("torch."))
+
+
+@functools.cache
+def pack_kernel(num_bytes: int) -> Launcher:
+    """Return the kernel that puts elements of so many bytes into panels."""
+    element = types.uint32 if num_bytes == 4 else types.uint16
+    return compile_kernel(build_pack(element), f"{num_bytes}_bytes")
 
 
 def warm_up(dtype: torch.dtype) -> None:
@@ -301,11 +332,14 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Float
     if any(missing):
         weight = torch.nn.functional.pad(weight, (0, missing[1], 0, missing[0]))
     weight = weight.contiguous()
-    if weight.dtype == torch.bfloat16:
-        pairs = weight.view(torch.int32).unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
-        panels = pairs.unsqueeze(-1).view(torch.bfloat16)
-    else:
-        panels = weight.unflatten(0, (-1, WIDTH)).transpose(1, 2).contiguous()
+    num_panels, depth = weight.shape[0] // WIDTH, weight.shape[1]
+    pairs = weight.dtype == torch.bfloat16
+    panels = weight.new_empty(
+        (num_panels, depth // STEP, WIDTH, STEP) if pairs else (num_panels, depth, WIDTH)
+    )
+    size = depth // STEP if pairs else depth
+    args = pack(num_panels, weight.data_ptr(), panels.data_ptr(), size)
+    pack_kernel(2 if weight.dtype == torch.float16 else 4).released(args)
     return FloatWeight(panels, (num_outputs, num_inputs), dtype)
 
 
