@@ -142,7 +142,7 @@ class Comparison:
         options = self._options
         arguments = [str(self.checkpoint), "--num-threads", str(options.num_threads)]
         arguments += ["--kv-cache-gib", str(options.kv_cache_gib), *kind.arguments()]
-        caches = self._scratch / "caches" / f"{self.checkpoint.name}-{kind.name}"
+        caches = self._scratch / "caches" / options.cpu / f"{self.checkpoint.name}-{kind.name}"
         figure = "start_warm" if caches.exists() and any(caches.iterdir()) else "start_cold"
         caches.mkdir(parents=True, exist_ok=True)
         (caches / "started").touch()
@@ -291,6 +291,8 @@ def main() -> None:
     scratch = options.scratch or Path(tempfile.mkdtemp(prefix="peers-"))
     scratch.mkdir(parents=True, exist_ok=True)
     print(f"logs and caches: {scratch}; result: {report.path}", file=sys.stderr)
+    rounds = max(options.rounds, before.get("settings", {}).get("rounds", 0))
+    report.content["settings"]["rounds"] = rounds
     budget = Budget(options.budget)
     engines: dict[str, str] = before.get("engines", {})
     checkpoints: dict[str, Any] = before.get("checkpoints", {})

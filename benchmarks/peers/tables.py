@@ -49,7 +49,8 @@ def section(level: str) -> str:
     if not any(RESULTS.glob(f"{name}-????-??-??.json")):
         return NONE_YET
     result = newest(name)
-    parts = [_conditions(result)]
+    about = "how many times as good as the best other engine each format of weights is"
+    parts = [_conditions(result), f"![Bars: {about}](assets/{name}.svg)"]
     for checkpoint, found in result["checkpoints"].items():
         figures = {key: found["figures"][key] for key in COLUMNS if key in found["figures"]}
         title = CHECKPOINTS.get(checkpoint, checkpoint)
