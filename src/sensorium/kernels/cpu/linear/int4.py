@@ -38,6 +38,7 @@ from sensorium.kernels.cpu.linear.integers import (
     for_each_count,
     forms,
     lanes,
+    opaque,
 )
 from sensorium.kernels.cpu.numeric import ELEMENT, INLINE, WIDTH, intrinsic, njit, shifted
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
@@ -54,22 +55,17 @@ GROUP_BYTES = WEIGHT_BYTES + 2 * WIDTH
 
 
 def _nibbles(form: Form, weights: ir.Value) -> list[list[ir.Value]]:
-    """Load a group's weights: bytes of each step and part."""
+    """Load the weights of a step and of the fourth after it: bytes of each part."""
     builder = form.builder
     mask = form.constant(form.bytes, 0x0F)
     low, high = [], []
-    for s in range(STEPS // 2):
-        raw = [
-            form.load(weights, STEP * (s * WIDTH + p * form.width), form.bytes)
-            for p in range(form.parts)
-        ]
-        low.append([builder.and_(value, mask) for value in raw])
-        moved = [
-            builder.lshr(builder.bitcast(value, form.shorts), form.constant(form.shorts, 4))
-            for value in raw
-        ]
-        high.append([builder.and_(builder.bitcast(value, form.bytes), mask) for value in moved])
-    return low + high
+    for p in range(form.parts):
+        raw = form.load(weights, STEP * p * form.width, form.bytes)
+        low.append(builder.and_(raw, mask))
+        wide = builder.bitcast(raw, form.shorts)
+        moved = builder.lshr(wide, form.constant(form.shorts, 4))
+        high.append(builder.and_(builder.bitcast(moved, form.bytes), mask))
+    return [low, high]
 
 
 def _scales(form: Form, weights: ir.Value) -> list[ir.Value]:
@@ -83,19 +79,43 @@ def _scales(form: Form, weights: ir.Value) -> list[ir.Value]:
     return found
 
 
-def _group_sum(
-    form: Form, steps: list[list[ir.Value]], part: int, row: list[ir.Value], start: ir.Value
-) -> ir.Value:
-    """Return ``start`` plus the products of a group's steps with a row."""
+def _group_sums(
+    form: Form, weights: ir.Value, rows: ir.Value, corrections: ir.Value, num_rows: int
+) -> list[list[ir.Value]]:
+    """Return the sums of a group for each row and part, corrected for the bias of the weights."""
+    builder = form.builder
+    starts = [form.repeated(corrections, 4 * r, form.sums) for r in range(num_rows)]
+    kind = form.sums if form.vnni else form.shorts
+    slots = [
+        [cgutils.alloca_once(builder, kind) for _ in range(form.parts)] for _ in range(num_rows)
+    ]
+    for own, start in zip(slots, starts, strict=True):
+        for slot in own:
+            builder.store(start if form.vnni else form.constant(kind, 0), slot)
+    # A loop whose length LLVM does not know: unrolled, it would be reordered into many more live
+    # vectors than there are registers.
+    with cgutils.for_range(builder, opaque(builder, STEPS // 2)) as loop:
+        place = builder.mul(loop.index, I64(STEP))
+        own_rows = builder.gep(rows, [place])
+        own_weights = builder.gep(weights, [builder.mul(place, I64(WIDTH))])
+        for step, steps in zip((0, STEPS // 2), _nibbles(form, own_weights), strict=True):
+            for r in range(num_rows):
+                row = form.repeated(own_rows, r * GROUP + STEP * step, form.bytes)
+                for slot, own in zip(slots[r], steps, strict=True):
+                    before = builder.load(slot)
+                    if form.vnni:
+                        after = form.multiply_bytes(before, own, row)
+                    else:
+                        after = form.add(before, form.multiply_pairs(own, row))
+                    builder.store(after, slot)
+    sums = [[builder.load(slot) for slot in own] for own in slots]
     if form.vnni:
-        sums = start
-        for own, value in zip(steps, row, strict=True):
-            sums = form.multiply_bytes(sums, own[part], value)
         return sums
-    short = form.multiply_pairs(steps[0][part], row[0])
-    for own, value in zip(steps[1:], row[1:], strict=True):
-        short = form.add(short, form.multiply_pairs(own[part], value))
-    return form.add(form.multiply_shorts(short, form.constant(form.shorts, 1)), start)
+    ones = form.constant(form.shorts, 1)
+    return [
+        [form.add(form.multiply_shorts(short, ones), start) for short in own]
+        for own, start in zip(sums, starts, strict=True)
+    ]
 
 
 def _emit_tile(builder: ir.IRBuilder, name: str, num_rows: int, args: Any) -> None:
@@ -116,15 +136,14 @@ def _emit_tile(builder: ir.IRBuilder, name: str, num_rows: int, args: Any) -> No
         row_at = builder.gep(q, [builder.mul(place, I64(GROUP))])
         word = builder.mul(place, I64(4))
         scales_at, corrections_at = builder.gep(scales, [word]), builder.gep(corrections, [word])
-        steps, weight_scales = _nibbles(form, own), _scales(form, own)
+        sums = _group_sums(form, own, row_at, corrections_at, num_rows)
+        weight_scales = _scales(form, own)
         for r in range(num_rows):
-            row = [form.repeated(row_at, r * GROUP + STEP * s, form.bytes) for s in range(STEPS)]
-            start = form.repeated(corrections_at, 4 * r, form.sums)
             row_scale = form.repeated(scales_at, 4 * r, form.floats)
             for p in range(form.parts):
-                sums = _group_sum(form, steps, p, row, start)
                 scale = builder.fmul(weight_scales[p], row_scale)
-                builder.store(form.scaled(sums, scale, builder.load(slots[r][p])), slots[r][p])
+                total = form.scaled(sums[r][p], scale, builder.load(slots[r][p]))
+                builder.store(total, slots[r][p])
     for r in range(num_rows):
         for p in range(form.parts):
             offset = 4 * (r * WIDTH + p * form.width)

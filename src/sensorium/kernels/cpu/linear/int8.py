@@ -28,7 +28,14 @@ from sensorium.kernels.cpu.linear.integer_kernel import (
     Layout,
     build,
 )
-from sensorium.kernels.cpu.linear.integers import I64, STEP, Form, for_each_count, forms
+from sensorium.kernels.cpu.linear.integers import (
+    I64,
+    STEP,
+    Form,
+    for_each_count,
+    forms,
+    local_array,
+)
 from sensorium.kernels.cpu.numeric import ELEMENT, INLINE, WIDTH, intrinsic, njit, shifted
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
@@ -37,6 +44,8 @@ GROUP = 128
 BIAS = 128
 TILE_ROWS = {"avx2": 4, "vnni256": 6, "vnni512": 12}
 """Rows that are multiplied at once: as many as keep their sums in registers."""
+WIDENED_ROWS = 16
+"""Rows from which on AVX2 gains by widening the weights of a group once for all of them."""
 STEP_BYTES = STEP * WIDTH
 
 
@@ -60,12 +69,31 @@ def _emit_step(
                 total = form.multiply_bytes(builder.load(sums[r][p]), loaded[p], row)
                 builder.store(total, sums[r][p])
         return
+    _emit_pairs(form, num_rows, sums, _halves(form, loaded), q, q_at)
+
+
+def _halves(form: Form, loaded: list[ir.Value]) -> list[list[ir.Value]]:
+    """Return the even and the odd bytes of weights as 16-bit numbers."""
+    builder = form.builder
     wide = [builder.bitcast(value, form.shorts) for value in loaded]
     even = [builder.and_(value, form.constant(form.shorts, 0xFF)) for value in wide]
     odd = [builder.lshr(value, form.constant(form.shorts, 8)) for value in wide]
+    return [even, odd]
+
+
+def _emit_pairs(
+    form: Form,
+    num_rows: int,
+    sums: list[list[ir.Value]],
+    halves: list[list[ir.Value]],
+    q: ir.Value,
+    q_at: ir.Value,
+) -> None:
+    """Add the products of one step of 16-bit weights."""
+    builder = form.builder
     q_at = builder.shl(q_at, I64(1))
     for r in range(num_rows):
-        for half, values in enumerate((even, odd)):
+        for half, values in enumerate(halves):
             offset = builder.add(q_at, I64(r * 2 * GROUP + 4 * half))
             row = form.repeated(q, offset, form.shorts)
             for p in range(form.parts):
@@ -73,7 +101,9 @@ def _emit_step(
                 builder.store(total, sums[r][p])
 
 
-def _emit_tile(builder: ir.IRBuilder, name: str, num_rows: int, args: Any) -> None:
+def _emit_tile(
+    builder: ir.IRBuilder, name: str, num_rows: int, args: Any, widened: bool = False
+) -> None:
     """Emit the products of a group of ``num_rows`` rows with a panel."""
     q, scales, corrections, weights, steps, totals = args
     form = Form(builder, name)
@@ -92,12 +122,16 @@ def _emit_tile(builder: ir.IRBuilder, name: str, num_rows: int, args: Any) -> No
             for number, own in enumerate(sums):
                 zero = form.constant(form.sums, 0)
                 builder.store(zero if number else start, own[r][p])
-    unrolled = 4
+    unrolled = 4 if form.vnni or num_rows == 1 else 1
     turns = builder.udiv(steps, I64(unrolled))
     with cgutils.for_range(builder, turns) as loop:
         for step in range(unrolled):
             index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
             w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
+            if widened:
+                halves = _load_halves(form, weights, w_at)
+                _emit_pairs(form, num_rows, sums[0], halves, q, q_at)
+                continue
             _emit_step(form, num_rows, sums[step % sets], weights, w_at, q, q_at)
     for r in range(num_rows):
         scale = form.repeated(scales, 4 * r, form.floats)
@@ -110,8 +144,40 @@ def _emit_tile(builder: ir.IRBuilder, name: str, num_rows: int, args: Any) -> No
             form.store(totals, offset, form.scaled(total, scale, before))
 
 
-def _tile(name: str) -> Any:
-    """Return the intrinsic that multiplies one group of some rows with a panel."""
+def _load_halves(form: Form, widened: ir.Value, w_at: ir.Value) -> list[list[ir.Value]]:
+    """Load the 16-bit weights that ``widen`` has written."""
+    start = form.builder.shl(w_at, I64(1))
+    size = 4 * form.width
+    offsets = [form.builder.add(start, I64(i * size)) for i in range(2 * form.parts)]
+    loaded = [form.load(widened, offset, form.shorts) for offset in offsets]
+    return [loaded[: form.parts], loaded[form.parts :]]
+
+
+@intrinsic
+def widen(typingctx: Any, weights: Any, steps: Any, out: Any) -> Any:
+    """Write the bytes of weights as 16-bit numbers: for each step the even ones, the odd ones."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        form = Form(builder, "avx2")
+        size = 4 * form.width
+        with cgutils.for_range(builder, args[1]) as loop:
+            start = builder.mul(loop.index, I64(STEP_BYTES))
+            offsets = [builder.add(start, I64(p * size)) for p in range(form.parts)]
+            loaded = [form.load(args[0], offset, form.bytes) for offset in offsets]
+            even, odd = _halves(form, loaded)
+            for i, value in enumerate(even + odd):
+                offset = builder.add(builder.shl(start, I64(1)), I64(i * size))
+                form.store(args[2], offset, value)
+        return context.get_dummy_value()
+
+    return types.void(weights, types.int64, out), codegen
+
+
+def _tile(name: str, widened: bool = False) -> Any:
+    """Return the intrinsic that multiplies one group of some rows with a panel.
+
+    widened: take the weights of ``widen``, and as many rows as there are in a tile.
+    """
 
     @intrinsic
     def multiply_tile(
@@ -132,12 +198,12 @@ def _tile(name: str) -> Any:
                 builder.bitcast(args[i], byte) for i in (1, 2, 3, 4, 6)
             )
             operands = (q, scales, corrections, weights, args[5], totals)
-            for_each_count(
-                builder,
-                args[0],
-                TILE_ROWS[name],
-                lambda number: _emit_tile(builder, name, number, operands),
-            )
+            most = TILE_ROWS[name]
+            if widened:
+                _emit_tile(builder, name, most, operands, widened)
+            else:
+                emit = functools.partial(_emit_tile, builder, name, args=operands)
+                for_each_count(builder, args[0], most, emit)
             return context.get_dummy_value()
 
         number = types.int64
@@ -149,7 +215,10 @@ def _tile(name: str) -> Any:
 def _panel(name: str) -> Any:
     """Return the inlined function that multiplies rows with a panel."""
     tile, most = _tile(name), TILE_ROWS[name]
-    row_bytes = GROUP * (2 if name == "avx2" else 1)
+    pairs = name == "avx2"
+    full_tile = _tile(name, widened=True) if pairs else tile
+    row_bytes = GROUP * (2 if pairs else 1)
+    buffer = local_array(types.uint8, 2 * GROUP * WIDTH)
 
     @njit(**INLINE)
     def multiply(
@@ -164,20 +233,25 @@ def _panel(name: str) -> Any:
         sums: Any,
     ) -> None:
         padded = (inputs + PADDING - 1) // PADDING * PADDING
+        wide = buffer()
         for start in range(0, padded, GROUP):
             steps = min(GROUP, padded - start) // STEP
             own = shifted(weights, start * WIDTH)
             place = start // GROUP * num_rows + first
+            full = 0
+            if pairs and rows >= WIDENED_ROWS:
+                widen(own, steps, wide)
+                full = rows - rows % most
             for row in range(0, rows, most):
-                tile(
-                    min(most, rows - row),
-                    shifted(q, (place + row) * row_bytes),
-                    shifted(scales, place + row),
-                    shifted(corrections, place + row),
-                    own,
-                    steps,
-                    shifted(sums, row * WIDTH),
-                )
+                row_q = shifted(q, (place + row) * row_bytes)
+                row_scales = shifted(scales, place + row)
+                row_corrections = shifted(corrections, place + row)
+                row_sums = shifted(sums, row * WIDTH)
+                if pairs and row < full:
+                    full_tile(most, row_q, row_scales, row_corrections, wide, steps, row_sums)
+                else:
+                    count = min(most, rows - row)
+                    tile(count, row_q, row_scales, row_corrections, own, steps, row_sums)
 
     return multiply
 

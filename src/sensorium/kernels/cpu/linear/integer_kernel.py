@@ -18,7 +18,7 @@ from sensorium.kernels.cpu.launch import Args, Launcher
 from sensorium.kernels.cpu.linear import epilogue
 from sensorium.kernels.cpu.linear.integers import (
     build_quantize,
-    local_floats,
+    local_array,
     wait_for,
 )
 from sensorium.kernels.cpu.numeric import (
@@ -95,7 +95,7 @@ def build(element: Any, layout: Layout, pairs: bool, multiply: Any) -> Callable[
     """
     quantize = build_quantize(pairs)
     group, row_bytes, weight_bias = layout.group, layout.row_bytes, layout.bias
-    float_sums = local_floats(ROW_BLOCK * WIDTH)
+    float_sums = local_array(types.float32, ROW_BLOCK * WIDTH)
 
     @njit(**INLINE)
     def quantize_rows(args: Any) -> None:

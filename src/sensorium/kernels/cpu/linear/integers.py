@@ -79,6 +79,12 @@ def at(builder: ir.IRBuilder, pointer: ir.Value, offset: int | ir.Value, kind: i
     return builder.bitcast(builder.gep(pointer, [where]), kind.as_pointer())
 
 
+def opaque(builder: ir.IRBuilder, number: int) -> ir.Value:
+    """Return an int64 constant that LLVM does not know."""
+    kind = ir.FunctionType(I64, [I64])
+    return builder.asm(kind, "", "=r,0", [I64(number)], side_effect=False)
+
+
 class Form:
     """Sixteen sums of int32 in one of ``FORMS``: ``parts`` vectors of ``width`` lanes."""
 
@@ -314,16 +320,17 @@ def wait_for(typingctx: Any, ptr: Any, index: Any, value: Any) -> Any:
     return types.void(ptr, types.int64, types.int64), codegen
 
 
-def local_floats(count: int) -> Any:
-    """Return the intrinsic that gives a buffer of floats, private to the call of the kernel."""
+def local_array(element: types.Type, count: int) -> Any:
+    """Return the intrinsic that gives a buffer of numbers, private to the call of the kernel."""
 
     @intrinsic
     def buffer(typingctx: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            memory = cgutils.alloca_once(builder, ir.ArrayType(F32, count))
+            kind = context.get_value_type(element)
+            memory = cgutils.alloca_once(builder, ir.ArrayType(kind, count))
             memory.align = 64
-            return builder.bitcast(memory, F32.as_pointer())
+            return builder.bitcast(memory, kind.as_pointer())
 
-        return types.CPointer(types.float32)(), codegen
+        return types.CPointer(element)(), codegen
 
     return buffer
