@@ -27,10 +27,10 @@ SHAPES = {
 ROWS = (1, 4, 8, 32, 256, 2048)
 COPIES_BYTES = 192 * 1024 * 1024
 """Weights are copied up to so many bytes, so that each call finds its own in memory."""
-MOST_WORK = 40e9
+MOST_WORK = 20e9
 """Multiply-adds above which a product is not run."""
-MOST_ROWS_OF_TORCH = 256
-"""torch's own integer kernels take each row at the same cost, so more rows tell nothing."""
+MOST_WORK_OF_TORCH = 3e9
+"""Those above which torch's own are not: they take each row at the same cost."""
 
 
 def _quantized(bits: int, num_outputs: int, num_inputs: int) -> QuantizedTensor:
@@ -69,7 +69,7 @@ def _torch_int4(values: torch.Tensor, x: torch.Tensor) -> Callable[[], Any]:
 
 def _rivals(x: torch.Tensor, num_outputs: int) -> dict[str, Callable[[], Any]]:
     """Return the libraries' products that this torch has, each with one weight."""
-    if x.shape[0] > MOST_ROWS_OF_TORCH:
+    if x.shape[0] * x.shape[1] * num_outputs > MOST_WORK_OF_TORCH:
         return {}
     values = _quantized(8, num_outputs, x.shape[1]).values
     found = {}

@@ -34,6 +34,7 @@ import torch  # noqa: E402 - the waiting policy must be set before
 import torch.nn.functional as F  # noqa: E402
 
 from benchmarks.harness import Report, add_flags, flag, settings_of  # noqa: E402
+from benchmarks.integer_products import integers  # noqa: E402
 from sensorium.kernels import ops, reference  # noqa: E402
 from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout  # noqa: E402
 from sensorium.kernels.cpu import elementwise as cpu_elementwise  # noqa: E402
@@ -346,7 +347,7 @@ def instruction_sets() -> list[str]:
     return [feature for feature in known if f"+{feature}" in features.split(",")]
 
 
-PARTS = ("elementwise", "linear", "attention", "prefill", "varlen", "invariance")
+PARTS = ("elementwise", "linear", "attention", "prefill", "varlen", "integers", "invariance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +373,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "attention": lambda: attention(settings.seconds, bandwidth),
             "prefill": lambda: prefill(settings.seconds),
             "varlen": lambda: varlen(settings.seconds),
+            "integers": lambda: integers(settings.seconds, bandwidth, race),
             "invariance": lambda: invariance(settings.seconds),
         }
         return {
