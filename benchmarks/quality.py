@@ -13,8 +13,9 @@ trained on, with the formats for its decoder and its vision tower; answers equal
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from training.evaluate import Question, draw_questions, messages_of
 
 from benchmarks.harness import ROOT, Report, add_flags, flag, settings_of
 from sensorium import LLM, SamplingParams
+from sensorium.models.loading import calibrate
 
 HALF = {"dtype": "bfloat16"}
 FORMATS: dict[str, dict[str, str]] = {
@@ -32,9 +34,12 @@ FORMATS: dict[str, dict[str, str]] = {
     "int8": {**HALF, "quantization": "int8"},
     "int4, head bfloat16": {**HALF, "quantization": "int4", "quantization_head": "none"},
     "int4": {**HALF, "quantization": "int4"},
+    "int4, errors not weighed": {**HALF, "quantization": "int4"},
     "int4, head int4": {**HALF, "quantization": "int4", "quantization_head": "int4"},
 }
 """Options by name. The first is what the others are compared with."""
+NOT_WEIGHED = "int4, errors not weighed"
+"""Quantized without a look at the inputs of the layers, to show what that look is good for."""
 DEMO = ("float32", "bfloat16", "int8", "int4")
 """Those of which the demo is measured, with and without its vision tower in the same format."""
 
@@ -99,6 +104,18 @@ def read(settings: Settings, windows: Sequence[list[int]], options: Mapping[str,
         starts = [{"prompt_token_ids": window[: settings.prefix]} for window in windows]
         answers = [out.outputs[0].token_ids for out in llm.generate(starts, greedy, use_tqdm=False)]
     return Reading(chances, likely, answers)
+
+
+@contextlib.contextmanager
+def as_named(name: str) -> Iterator[None]:
+    """Take the measurement of inputs away for the format that goes without it."""
+    original = calibrate.mean_squares
+    if name == NOT_WEIGHED:
+        calibrate.mean_squares = lambda model: {}
+    try:
+        yield
+    finally:
+        calibrate.mean_squares = original
 
 
 def compared(found: Reading, first: Reading) -> dict[str, float]:
@@ -173,7 +190,8 @@ def main() -> int:
         windows, first = windows_of(settings), None
         figures: dict[str, dict[str, float]] = {}
         for name in settings.formats:
-            found = read(settings, windows, FORMATS[name])
+            with as_named(name):
+                found = read(settings, windows, FORMATS[name])
             first = first or found
             figures[name] = compared(found, first)
             print(f"{name:<20}", {k: round(v, 4) for k, v in figures[name].items()}, flush=True)

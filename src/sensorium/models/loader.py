@@ -126,6 +126,8 @@ def load(
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
     built = family.build_model(loaded, options)
+    if formats is not None and formats.decoder == "int4" and source is not None:
+        formats = _calibrated(formats, loaded, family, options, source)
     _fill(built, source, seed, formats)
     return LoadedModel(loaded, family, built, processor, embedder)
 
@@ -160,15 +162,38 @@ def _source(
     return files, files.first_dtype()
 
 
+def _calibrated(
+    formats: WeightFormats,
+    loaded: LoadedConfig,
+    family: Family,
+    options: BuildOptions,
+    source: SafetensorsFiles,
+) -> WeightFormats:
+    """Return the formats with how much each input of the decoder's layers counts in their errors.
+
+    That is measured on the decoder in int8, which is loaded for this alone.
+    """
+    from sensorium.models.loading.calibrate import mean_squares
+    from sensorium.models.loading.quantize import WeightFormats
+    from sensorium.models.loading.weights import fill
+
+    bare = dataclasses.replace(options, skip_modalities=frozenset(family.modalities))
+    trial = family.build_model(loaded, bare)
+    fill(trial, source, WeightFormats(decoder="int8", head="int8"))
+    return dataclasses.replace(formats, importance=mean_squares(trial))
+
+
 def _fill(
     model: LoadableModel,
     source: SafetensorsFiles | None,
     seed: int,
     formats: WeightFormats | None,
 ) -> None:
-    from sensorium.models.loading.weights import DummyWeights, fill
+    from sensorium.models.loading.weights import DummyWeights, fill, log_sizes
 
     fill(model, DummyWeights(seed, model.dtype) if source is None else source, formats)
+    if formats is not None and formats.first_option() is not None:
+        log_sizes(model)
 
 
 def _on_this_cpu(

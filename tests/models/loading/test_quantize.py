@@ -18,6 +18,7 @@ from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models import loader
 from sensorium.models.families import hf
 from sensorium.models.loading import quantize
+from sensorium.models.loading.calibrate import mean_squares
 from sensorium.models.loading.quantize import WeightFormats, int4, int8
 from sensorium.models.registry import resolve
 from tests import checkpoints
@@ -74,6 +75,48 @@ def test_int4_uses_minus_8_for_peaks_of_either_sign() -> None:
     found = int4(weight)
     assert found.values[0, 0] == found.values[1, -1] == -8
     assert found.scales[0, 0] > 0 > found.scales[1, 0]
+
+
+def test_int4_spares_the_inputs_that_count() -> None:
+    weight = weights((64, 100))
+    importance = torch.ones(100)
+    importance[::9] = 1000.0
+
+    def weighed(found: QuantizedTensor) -> float:
+        return float(((found.dequantized() - weight).square() * importance).sum())
+
+    spared = int4(weight, importance)
+    assert weighed(spared) < 0.6 * weighed(int4(weight))
+    alike = error(int4(weight, torch.full((100,), 7.0)).dequantized(), weight)
+    assert alike == pytest.approx(error(int4(weight).dequantized(), weight), rel=0.01)
+    importance[32:64] = 0.0
+    assert int4(weight, importance).dequantized().isfinite().all()
+
+
+def test_int4_weighs_errors_by_the_inputs_of_each_layer(tmp_path: Path) -> None:
+    folder = str(checkpoints.make_text("qwen2", tmp_path))
+    model: Any = loader.load(folder, dtype="float32").model
+    layer = model.decoder.layers[0]
+    seen: list[torch.Tensor] = []
+    original = layer.attention.qkv.forward
+
+    def seeing(x: torch.Tensor) -> Any:
+        seen.append(x.clone())
+        return original(x)
+
+    layer.attention.qkv.forward = seeing
+    means = mean_squares(model)
+    name = "layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(means[name], seen[0].square().mean(0))
+    names = {slot.parts[0].name for slot in model.slots() if slot.role == "decoder" and slot.layers}
+    assert means.keys() == names
+    quantized: Any = loader.load(folder, dtype="float32", formats=WeightFormats("int4")).model
+    eye = torch.eye(layer.attention.o.num_inputs)
+    stored = layer.attention.o(eye).t().contiguous()
+    plain_rows = int4(stored).dequantized()
+    own = quantized.decoder.layers[0].attention.o.weight.rows(torch.arange(len(stored)))
+    assert not torch.allclose(own, plain_rows, atol=1e-6)
+    torch.testing.assert_close(own, stored, atol=float(stored.abs().max()) / 6, rtol=0)
 
 
 @pytest.mark.parametrize("make", [int8, int4])
@@ -173,11 +216,12 @@ def test_a_quantized_model_computes_what_the_dequantized_weights_say(
 ) -> None:
     folder = str(getattr(checkpoints, f"make_{family}")(tmp_path) or tmp_path)
     formats = WeightFormats(decoder=name, encoder=name, head=name)
-    quantized = loader.load(folder, dtype="float32", formats=formats)
-    exact = loader.load(folder, dtype="float32")
+    own: dict[str, Any] = {"dtype": "float32", "load_format": "dummy", "seed": 1}
+    quantized = loader.load(folder, **own, formats=formats)
+    exact = loader.load(folder, **own)
     make = quantize.QUANTIZERS[name]
     monkeypatch.setitem(quantize.QUANTIZERS, name, lambda weight: make(weight).dequantized())
-    rounded = loader.load(folder, dtype="float32", formats=formats)
+    rounded = loader.load(folder, **own, formats=formats)
     ids = [3 + index * 7 % 60 for index in range(40)]
     logits = []
     for loaded in (quantized, rounded, exact):
@@ -191,8 +235,8 @@ def test_a_quantized_model_computes_what_the_dequantized_weights_say(
         harness, other = Harness(quantized), Harness(rounded)
         features = harness.process([picture(40, 30, 1)])
         with torch.inference_mode():
-            [own], [embeds] = (h.model.encode(features) for h in (harness, other))
-        assert float((own - embeds).abs().max()) < BOUNDS[name] * float(embeds.abs().max())
+            [coded], [embeds] = (h.model.encode(features) for h in (harness, other))
+        assert float((coded - embeds).abs().max()) < BOUNDS[name] * float(embeds.abs().max())
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path, llava: Path) -> None:

@@ -9,14 +9,15 @@ k-quants of llama.cpp (Kawrakow, 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from sensorium.errors import ConfigError
 from sensorium.kernels.weight import QuantizedTensor
-from sensorium.models.interface import Family
+from sensorium.models.interface import Family, WeightSlot
 
 INT4_GROUP = 32
 INT4_STEPS = (8.0, 7.8, 8.2, 7.6, 8.5, 7.3, 6.9, 8.9)
@@ -27,6 +28,10 @@ INT8_STEPS = (127.0, 131.0, 136.0, 144.0, 155.0)
 """As ``INT4_STEPS``; from 127.5 on, weights are cut off at 127."""
 BAND = 1 << 19
 """Weights that are quantized at once: their float32 copies stay in the CPU's caches."""
+
+LEAST_SHARE = 0.01
+"""Weight in the squared error of an input that is always zero; the mean of all is 1."""
+_TINY = 1e-30
 
 Quantize = Callable[[torch.Tensor], QuantizedTensor]
 """(N, K) of a floating dtype -> its quantized form."""
@@ -46,28 +51,33 @@ def int8(weight: torch.Tensor) -> QuantizedTensor:
     return QuantizedTensor(values, scales, 8, num_inputs)
 
 
-def int4(weight: torch.Tensor) -> QuantizedTensor:
+def int4(weight: torch.Tensor, importance: torch.Tensor | None = None) -> QuantizedTensor:
     """Quantize (N, K) to 4 bits with a scale per group of 32 inputs.
 
     Integers are -8 to 7. Scales are numbers of bfloat16, and chosen as such before the integers
-    are.
+    are. importance (K,) float32: weights of the inputs in the squared error, such as their mean
+    squares; all alike where it is None.
     """
     num_outputs, num_inputs = weight.shape
     num_groups = -(-num_inputs // INT4_GROUP)
     padding = num_groups * INT4_GROUP - num_inputs
     values = torch.empty((num_outputs, num_inputs), dtype=torch.int8, device=weight.device)
     scales = torch.empty((num_outputs, num_groups), dtype=torch.float32, device=weight.device)
+    shares = None
+    if importance is not None:
+        shares = torch.nn.functional.pad(importance / importance.mean() + LEAST_SHARE, (0, padding))
+        shares = shares.view(num_groups, INT4_GROUP).t().contiguous()[:, None]
     for start, band in _bands(weight):
         own, rows = slice(start, start + len(band)), len(band)
         if padding:
             band = torch.nn.functional.pad(band, (0, padding))
-        # One column per group, so that sums run over whole vectors.
-        groups = band.view(-1, INT4_GROUP).t().contiguous()
+        # The inputs of a group come first, so that sums run over whole vectors.
+        groups = band.view(rows, num_groups, INT4_GROUP).permute(2, 0, 1).contiguous()
         low, high = groups.amin(dim=0, keepdim=True), groups.amax(dim=0, keepdim=True)
         peaks = torch.where(high > -low, high, low)
-        scale = _best_scale(groups, -peaks, INT4_STEPS, (-8, 7), dim=0).bfloat16().float()
-        scales[own] = scale.view(rows, num_groups)
-        chosen = _integers(groups, scale, (-8, 7)).t().reshape(rows, -1)
+        scale = _best_scale(groups, -peaks, INT4_STEPS, (-8, 7), 0, shares).bfloat16().float()
+        scales[own] = scale[0]
+        chosen = _integers(groups, scale, (-8, 7)).permute(1, 2, 0).reshape(rows, -1)
         values[own] = chosen[:, :num_inputs]
     return QuantizedTensor(values, scales, 4, INT4_GROUP)
 
@@ -88,10 +98,14 @@ class WeightFormats:
     """Towers of images, videos and audio, and what projects their outputs."""
     head: str = "none"
     """Language-model head and token embedding."""
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Weights (K,) of the inputs in the errors of int4, by the first part of a slot."""
 
-    def quantizer(self, role: str) -> Quantize | None:
-        """Return the quantizer for layers of a role of ``WeightSlot``; None to leave them."""
-        return QUANTIZERS.get(getattr(self, role))
+    def quantizer(self, slot: WeightSlot) -> Quantize | None:
+        """Return the quantizer for the layers of a slot; None to leave them."""
+        make = QUANTIZERS.get(getattr(self, slot.role))
+        known = self.importance.get(slot.parts[0].name) if slot.parts else None
+        return partial(int4, importance=known) if make is int4 and known is not None else make
 
     def first_option(self) -> str | None:
         """Return the option that asks for quantized weights, the first of several; None if none."""
@@ -136,21 +150,25 @@ def _best_scale(
     steps: Sequence[float],
     limits: tuple[int, int],
     dim: int,
+    shares: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the scale of least squared error of each group, 0 for groups of zeros.
 
     weights: groups lie along ``dim``. peaks: of each group, its number of largest magnitude, with
-    the sign that the scale is to have. steps: integers that the peak is scaled to.
+    the sign that the scale is to have. steps: integers that the peak is scaled to. shares: weights
+    of squared errors, which broadcast.
     """
     scale = torch.zeros_like(peaks)
     best = torch.zeros_like(peaks)
     q = torch.empty_like(weights)
+    shared = weights if shares is None else weights * shares
     for step in steps:
         torch.mul(weights, _inverse(peaks, step), out=q)
         q.round_().clamp_(*limits)
-        square = (q * q).sum(dim=dim, keepdim=True)
-        product = q.mul_(weights).sum(dim=dim, keepdim=True)
-        fit = product / square.clamp_(min=1.0)
+        squares = q * q if shares is None else (q * q).mul_(shares)
+        square = squares.sum(dim=dim, keepdim=True)
+        product = q.mul_(shared).sum(dim=dim, keepdim=True)
+        fit = product / square.clamp_(min=_TINY)
         score = fit * product
         scale = torch.where(score > best, fit, scale)
         best = torch.maximum(score, best)

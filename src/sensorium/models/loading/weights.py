@@ -231,16 +231,14 @@ def fill(model: LoadableModel, source: WeightSource, formats: WeightFormats | No
     for slot in slots:
         if formats is not None:
             for layer in slot.layers:
-                layer.quantize = formats.quantizer(slot.role)
+                layer.quantize = formats.quantizer(slot)
         slot.assign(*(_placed(source.read(part), model) for part in slot.parts))
-    if formats is not None and formats.first_option() is not None:
-        _log_sizes(slots)
 
 
-def _log_sizes(slots: Sequence[WeightSlot]) -> None:
+def log_sizes(model: LoadableModel) -> None:
     """Log how much memory the weights of linear layers and embeddings take, by format."""
     held: dict[int, tuple[str, int]] = {}
-    for slot in slots:
+    for slot in model.slots():
         for layer in slot.layers:
             weight = layer.weight
             if isinstance(weight, torch.Tensor):
