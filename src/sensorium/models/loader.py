@@ -126,9 +126,7 @@ def load(
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
     built = family.build_model(loaded, options)
-    if formats is not None and formats.decoder == "int4" and source is not None:
-        formats = _calibrated(formats, loaded, family, options, source)
-    _fill(built, source, seed, formats)
+    _fill(built, source, seed, _calibrated(formats, loaded, family, options, source))
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
@@ -163,16 +161,19 @@ def _source(
 
 
 def _calibrated(
-    formats: WeightFormats,
+    formats: WeightFormats | None,
     loaded: LoadedConfig,
     family: Family,
     options: BuildOptions,
-    source: SafetensorsFiles,
-) -> WeightFormats:
-    """Return the formats with how much each input of the decoder's layers counts in their errors.
+    source: SafetensorsFiles | None,
+) -> WeightFormats | None:
+    """Return the formats with how much each input of a decoder in int4 counts in its errors.
 
-    That is measured on the decoder in int8, which is loaded for this alone.
+    That is measured on the decoder in int8, which is loaded for this alone; not with random
+    weights.
     """
+    if formats is None or formats.decoder != "int4" or source is None:
+        return formats
     from sensorium.models.loading.calibrate import mean_squares
     from sensorium.models.loading.quantize import WeightFormats
     from sensorium.models.loading.weights import fill
