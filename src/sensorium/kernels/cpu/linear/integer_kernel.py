@@ -7,6 +7,7 @@ each panel is read from memory once for all rows of the block.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from numba import types
 
-from sensorium.kernels.cpu.launch import Args, Launcher
+from sensorium.kernels.cpu.launch import NUM_ARGS, Args, Launcher
 from sensorium.kernels.cpu.linear import epilogue
 from sensorium.kernels.cpu.linear.integers import (
     build_quantize,
@@ -39,12 +40,15 @@ from sensorium.kernels.cpu.numeric import (
 
 ROW_BLOCK = 128
 """Most rows of a task."""
+LEAST_ROW_BLOCK = 64
+"""Least rows of a block: weights are widened once for each."""
 ROW_BLOCK_BYTES = 256 * 1024
 """Quantized activations of a block of rows: what stays in the second cache."""
 CHUNK_BYTES = 256 * 1024
 """Most bytes of weights in a task."""
 CHUNKS_PER_THREAD = 6
 """Least number of tasks for each thread, so that none waits long for another."""
+_ARGUMENTS = struct.Struct(f"21q{8 * (NUM_ARGS - 21)}x")
 MANY_ROWS = 64
 """Rows from which on a task of quantization takes several."""
 PADDING = 32
@@ -175,7 +179,7 @@ class IntegerProduct:
         num_groups = -(-self.num_inputs // layout.group)
         self.row_bytes, self.scale_bytes = num_groups * layout.row_bytes, num_groups * 4
         rows = ROW_BLOCK_BYTES // self.row_bytes // 16 * 16
-        self.block_rows = max(16, min(ROW_BLOCK, rows))
+        self.block_rows = max(LEAST_ROW_BLOCK, min(ROW_BLOCK, rows))
         self.most_panels = max(1, CHUNK_BYTES // self.panel_bytes)
         self.addresses = tuple(0 if t is None else t.data_ptr() for t in self.kept)
         self.code = epilogue.CODES[act]
@@ -195,7 +199,7 @@ class IntegerProduct:
         chunk = -(-self.num_panels // (torch.get_num_threads() * CHUNKS_PER_THREAD))
         chunk = min(self.most_panels, chunk)
         quantized_rows = 1 if num_rows < MANY_ROWS else 8
-        args = Args(
+        packed = _ARGUMENTS.pack(
             *(0, 0, -(-self.num_panels // chunk) * blocks),
             *(x.data_ptr(), num_rows, self.num_inputs),
             *(at, at + quantized_bytes, at + quantized_bytes + scale_bytes),
@@ -203,5 +207,7 @@ class IntegerProduct:
             *(out.data_ptr(), self.num_outputs, chunk, self.block_rows, blocks, self.code),
             *(quantized_rows, -(-num_rows // quantized_rows), self.panel_bytes),
         )
+        # The constructor of the array takes three times as long.
+        args = Args.from_buffer_copy(packed)
         self.kernel.for_weight(num_rows * self.num_inputs * self.num_outputs)(args)
         return out
