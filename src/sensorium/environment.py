@@ -28,6 +28,11 @@ def log_level(environ: Mapping[str, str] | None = None) -> str:
     return level.upper() if level in LOG_LEVELS else "INFO"
 
 
+def set_log_level(level: str | None) -> None:
+    """Set the level for this process and those it starts; None keeps that of the environment."""
+    os.environ[LOG_LEVEL] = level or log_level().lower()
+
+
 _PREFIXES = ("SENSORIUM", "VLLM", "APHRODITE")
 """Variables that other engines have, too; the first that is set counts."""
 

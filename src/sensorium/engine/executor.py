@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,13 +58,16 @@ class EngineParts:
         )
 
 
-def build_engine(config: EngineConfig, *, own_process: bool = False) -> Engine:
+def build_engine(
+    config: EngineConfig, *, own_process: bool = False, proceed: Callable[[], object] = lambda: None
+) -> Engine:
     """Load the model and return an engine that can take requests.
 
-    ``own_process``: nothing else runs here, so the process may be kept on some of the CPUs. Raises
-    ConfigError when the configuration cannot be met on this machine.
+    ``own_process``: nothing else runs here, so the process may be kept on some of the CPUs.
+    ``proceed``: called while weights are loaded; what it raises ends that. Raises ConfigError when
+    the configuration cannot be met on this machine.
     """
-    return build_parts(config, own_process=own_process).engine()
+    return build_parts(config, own_process=own_process, proceed=proceed).engine()
 
 
 _NOT_INVARIANT = (
@@ -72,14 +76,16 @@ _NOT_INVARIANT = (
 )
 
 
-def build_parts(config: EngineConfig, *, own_process: bool = False) -> EngineParts:
+def build_parts(
+    config: EngineConfig, *, own_process: bool = False, proceed: Callable[[], object] = lambda: None
+) -> EngineParts:
     """Load the model and return the parts of its engine. Raises ConfigError as ``build_engine``."""
     started = time.monotonic()
     device = loader.find_device(config.model.device)
     if own_process and device.type == "cpu":
         threads.bind(config.model.num_threads)
     threads.configure(config.model.num_threads)
-    loaded = _loaded(config, str(device))
+    loaded = _loaded(config, str(device), proceed)
     shape, model = loaded.model.shape, loaded.model
     num_threads = _set_threads(config.model.num_threads, shape)
     layout = KVCacheLayout(
@@ -128,7 +134,7 @@ def build_parts(config: EngineConfig, *, own_process: bool = False) -> EnginePar
     )
 
 
-def _loaded(config: EngineConfig, device: str) -> loader.LoadedModel:
+def _loaded(config: EngineConfig, device: str, proceed: Callable[[], object]) -> loader.LoadedModel:
     """Load the model as its options say."""
     return loader.load(
         config.model.model,
@@ -142,6 +148,7 @@ def _loaded(config: EngineConfig, device: str) -> loader.LoadedModel:
         runner=config.model.runner,
         download_dir=config.model.download_dir,
         formats=weight_formats(config),
+        proceed=proceed,
     )
 
 

@@ -8,7 +8,7 @@ that are no multiple of 16) runs the plain torch of ``reference``.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -267,19 +267,29 @@ def allocate_cache(
     ]
 
 
-def warm_up(dtype: torch.dtype, device: torch.device | str = "cpu", encoders: bool = True) -> float:
+def warm_up(
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    encoders: bool = True,
+    stopped: Callable[[], bool] = lambda: False,
+) -> float:
     """Compile or load every kernel for ``dtype``, so that the first request does not wait.
 
-    Returns the seconds that it took. encoders: include the kernels of vision and audio towers. Does
-    nothing where no kernels are used.
+    Returns the seconds that it took. encoders: include the kernels of vision and audio towers.
+    stopped: asked before each kernel; no more are made then. Does nothing where no kernels are
+    used.
     """
     start = time.perf_counter()
+    builds: tuple[elementwise.Build, ...] = ()
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
-        for build in DECODER_KERNELS + (ENCODER_KERNELS if encoders else ()):
-            elementwise.kernel(build, dtype)
-        table.warm_up(dtype)
+        builds = DECODER_KERNELS + (ENCODER_KERNELS if encoders else ())
         if encoders:
             tiles = dtype == torch.bfloat16 and amx.available()
-            for build in TILE_KERNELS if tiles else VARLEN_KERNELS:
-                elementwise.kernel(build, dtype)
+            builds += TILE_KERNELS if tiles else VARLEN_KERNELS
+    for build in builds:
+        if stopped():
+            return time.perf_counter() - start
+        elementwise.kernel(build, dtype)
+    if builds:
+        table.warm_up(dtype)
     return time.perf_counter() - start

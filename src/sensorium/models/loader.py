@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ConfigError, UnsupportedModelError
+from sensorium.forks import OWN_THREADS
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.embedder import Embedder, embedder_of
 from sensorium.models.interface import (
@@ -34,6 +36,13 @@ if TYPE_CHECKING:
     from sensorium.models.loading.quantize import WeightFormats
     from sensorium.models.loading.weights import SafetensorsFiles
     from sensorium.multimodal.processor import Processor
+
+
+Proceed = Callable[[], object]
+
+
+def _always() -> None:
+    """Let loading go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +90,7 @@ def load(
     runner: str = "auto",
     download_dir: str | None = None,
     formats: WeightFormats | None = None,
+    proceed: Proceed = _always,
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
 
@@ -89,7 +99,8 @@ def load(
     the memory allows it. device ``auto`` is the first GPU when there is one, else the CPU.
     skip_modalities: their encoders are not built. runner: ``generate``, ``pooling`` or ``auto``; a
     model for pooling is loaded without its language-model head. download_dir: where downloads go,
-    in place of the cache of the Hugging Face hub. formats: how weights are quantized.
+    in place of the cache of the Hugging Face hub. formats: how weights are quantized. proceed:
+    called between weights; what it raises ends the loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
     quantized or cannot be, and UnsupportedModelError for an unknown architecture; whatever the
@@ -111,10 +122,7 @@ def load(
     embedder = embedder_of(loaded, family, runner)
     if not dummy:
         checkpoint.fetch_weights(model, folder, revision, download_dir)
-        for part in needed:
-            if part.field in names:
-                beside = Path(loaded.parts[part.field].folder)
-                checkpoint.fetch_weights(names[part.field], beside, None, download_dir)
+        _fetch_parts(loaded, [part for part in needed if part.field in names], names, download_dir)
     source, stored = _source(loaded, family, needed, dummy)
     options = BuildOptions(
         dtype=dtype_of(dtype, loaded.config, stored),
@@ -126,7 +134,8 @@ def load(
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
     built = family.build_model(loaded, options)
-    _fill(built, source, seed, _calibrated(formats, loaded, family, options, source))
+    formats = _calibrated(formats, loaded, family, options, source)
+    _fill(built, source, seed, formats, proceed)
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
@@ -144,6 +153,18 @@ def _with_parts(
             names[part.field], folder = checkpoint.find_part(name, whole, part.field, download_dir)
             parts[part.field] = checkpoint.read(folder)
     return (dataclasses.replace(loaded, parts=parts) if parts else loaded), names
+
+
+def _fetch_parts(
+    loaded: LoadedConfig,
+    parts: Collection[PartCheckpoint],
+    names: Mapping[str, str],
+    download_dir: str | None,
+) -> None:
+    """Download the weights of the checkpoints that complete one."""
+    for part in parts:
+        beside = Path(loaded.parts[part.field].folder)
+        checkpoint.fetch_weights(names[part.field], beside, None, download_dir)
 
 
 def _source(
@@ -175,8 +196,8 @@ def _calibrated(
     if formats is None or formats.decoder != "int4" or source is None:
         return formats
     from sensorium.models.loading.calibrate import mean_squares
+    from sensorium.models.loading.fill import fill
     from sensorium.models.loading.quantize import WeightFormats
-    from sensorium.models.loading.weights import fill
 
     bare = dataclasses.replace(options, skip_modalities=frozenset(family.modalities))
     trial = family.build_model(loaded, bare)
@@ -189,12 +210,39 @@ def _fill(
     source: SafetensorsFiles | None,
     seed: int,
     formats: WeightFormats | None,
+    proceed: Proceed,
 ) -> None:
-    from sensorium.models.loading.weights import DummyWeights, fill, log_sizes
+    from sensorium.models.loading.fill import fill, log_sizes
+    from sensorium.models.loading.weights import DummyWeights
 
-    fill(model, DummyWeights(seed, model.dtype) if source is None else source, formats)
+    with _kernels_made(model):
+        weights = DummyWeights(seed, model.dtype) if source is None else source
+        fill(model, weights, formats, proceed)
     if formats is not None and formats.first_option() is not None:
         log_sizes(model)
+
+
+@contextlib.contextmanager
+def _kernels_made(model: LoadableModel) -> Iterator[None]:
+    """Compile or load the model's kernels in another thread, for as long as this context lasts.
+
+    An error is left to who asks for the kernel next.
+    """
+    from sensorium.kernels import ops
+
+    ended = threading.Event()
+
+    def make() -> None:
+        with contextlib.suppress(Exception):
+            ops.warm_up(model.dtype, model.device, model.has_encoder, ended.is_set)
+
+    thread = threading.Thread(target=make, name=f"{OWN_THREADS}kernels")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _on_this_cpu(

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TextIO
 
 from sensorium import environment
@@ -51,14 +51,20 @@ def forgo_pools() -> None:
         os.environ.setdefault(name, value)
 
 
+STOPS = frozenset({signal.SIGINT, signal.SIGTERM})
+"""Signals that ask a program to stop."""
+
+
 @contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
+def interrupts_held(held: Collection[signal.Signals] = (signal.SIGINT,)) -> Iterator[None]:
     """Block Ctrl-C for the processes that are started in this context.
 
     A terminal interrupts the whole process group, and Python ends a process with a traceback that
-    has not come to ``begin_child`` yet. The mask of signals is inherited, and stays.
+    has not come to ``begin_child`` yet. The mask of signals is inherited, and stays. ``held``: the
+    signals to block; for this process, they come at the end of the context or when it unblocks
+    them.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import ipaddress
 import logging
-import os
 import signal
 import socket
 import ssl
@@ -21,8 +20,10 @@ from fastapi import FastAPI
 from sensorium import __version__, environment
 from sensorium.config import EngineConfig, ServerConfig
 from sensorium.engine.serving.frontend import Frontend
+from sensorium.engine.serving.process import EngineProcess
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.metrics.prometheus import ServingMetrics
+from sensorium.processes.start import STOPS
 from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
 from sensorium.server.http.http11 import MAX_HEADER_BYTES, StrictH11Protocol
@@ -39,17 +40,18 @@ SWITCH_SECONDS = 0.001
 5 ms of lag each time the event loop returns from a system call."""
 
 
-def serve(engine: EngineConfig, config: ServerConfig) -> None:
+def serve(engine: EngineConfig, config: ServerConfig, process: EngineProcess | None = None) -> None:
     """Serve until SIGTERM or SIGINT; then let running requests finish.
 
-    Raises ConfigError when the address, the certificate or the model cannot be used.
+    ``process``: the engine's, where it has been started already. Raises ConfigError when the
+    address, the certificate or the model cannot be used.
     """
     _configure_logging(config)
     check_config(config)
     if unread := environment.unread_variables():
         logger.warning("environment variables without effect: %s", ", ".join(unread))
     with contextlib.closing(listening_socket(config.host, config.port)) as listener:
-        asyncio.run(_serve(engine, config, listener))
+        asyncio.run(_serve(engine, config, listener, process))
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -88,13 +90,13 @@ class StopSignals:
     def installed(self) -> Iterator[StopSignals]:
         """Catch the signals within the block."""
         loop = asyncio.get_running_loop()
-        signals = (signal.SIGTERM, signal.SIGINT)
-        for number in signals:
+        for number in STOPS:
             loop.add_signal_handler(number, self.on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # the command line holds them until now
         try:
             yield self
         finally:
-            for number in signals:
+            for number in STOPS:
                 loop.remove_signal_handler(number)
 
     def on_signal(self) -> None:
@@ -104,10 +106,19 @@ class StopSignals:
         self.stop.set()
 
 
-async def _serve(engine: EngineConfig, config: ServerConfig, listener: socket.socket) -> None:
+async def _serve(
+    engine: EngineConfig,
+    config: ServerConfig,
+    listener: socket.socket,
+    process: EngineProcess | None,
+) -> None:
     with StopSignals().installed() as signals:
         starting = asyncio.create_task(
-            Frontend.start(engine, trust_request_chat_template=config.trust_request_chat_template)
+            Frontend.start(
+                engine,
+                trust_request_chat_template=config.trust_request_chat_template,
+                process=process,
+            )
         )
         stopping = asyncio.create_task(signals.stop.wait())
         await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
@@ -279,8 +290,8 @@ def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 
 def _configure_logging(config: ServerConfig) -> None:
-    level = config.log_level.upper() if config.log_level else environment.log_level()
-    os.environ[environment.LOG_LEVEL] = level.lower()  # for the engine's process
+    environment.set_log_level(config.log_level)  # for the engine's process
+    level = environment.log_level()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for name, least in (("uvicorn", logging.WARNING), ("asyncio", logging.INFO)):
         logging.getLogger(name).setLevel(max(least, logging.getLogger().level))

@@ -15,6 +15,7 @@ from sensorium.engine.prompts.types import PreparedPrompt, RawPrompt
 from sensorium.engine.serving import frontend as frontend_module
 from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend
+from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import ConfigError, EngineDeadError, InvalidRequestError, OverloadedError
@@ -288,7 +289,7 @@ async def test_a_start_that_fails_on_either_side_leaves_nothing(
     clients: list[FakeEngine] = []
     preparers: list[FakePreparer] = []
 
-    def new_client(config: EngineConfig) -> FakeEngine:
+    def new_client(config: EngineConfig, process: EngineProcess | None) -> FakeEngine:
         clients.append(FakeEngine(config))
         return clients[-1]
 

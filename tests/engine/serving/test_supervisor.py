@@ -97,7 +97,7 @@ class Bench:
             sleep=self._sleep,
         )
 
-    def _new_client(self, _: object) -> FakeClient:
+    def _new_client(self, *_: object) -> FakeClient:
         number = len(self.clients)
         error = self.start_errors.pop(0) if self.start_errors else None
         self.clients.append(FakeClient(dataclasses.replace(FACTS, num_kv_blocks=number), error))

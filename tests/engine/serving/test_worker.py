@@ -179,7 +179,7 @@ def test_a_step_that_raises_ends_the_process_and_says_why(
     rests: list[bool] = []
     monkeypatch.setattr(StepWatch, "rest", lambda watch: rests.append(True))
     monkeypatch.setattr(StepWatch, "step_begins", lambda watch: None)
-    monkeypatch.setattr(executor, "build_engine", lambda config: Broken(busy=True))
+    monkeypatch.setattr(executor, "build_engine", lambda config, **_: Broken(busy=True))
     socket = FakeSocket(wire.Configure(engine_config()))
     assert worker._serve(socket, os.getppid()) == 1  # type: ignore[arg-type]
     assert [type(message) for message in socket.sent] == [wire.Ready]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from sensorium import environment
 from sensorium.cli.flags import (
     add_engine_flags,
     add_server_flags,
     build_engine_config,
     build_server_config,
 )
+from sensorium.engine.serving.process import EngineProcess
 from sensorium.errors import ConfigError
-from sensorium.processes.start import forgo_pools
+from sensorium.processes.start import STOPS, forgo_pools, interrupts_held
 
 DESCRIPTION = (
     "Serve a model over HTTP, compatible with OpenAI's API. On SIGTERM running requests are "
@@ -60,7 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
     take_model_argument(arguments)
     engine = build_engine_config(arguments)
     server = build_server_config(arguments)
-    from sensorium.server.launch import serve
+    environment.set_log_level(server.log_level)
+    # A signal waits until the server can stop in order.
+    with interrupts_held(STOPS), EngineProcess() as process:
+        # Before the server's libraries are imported, which the engine does not wait for then.
+        process.start()
+        from sensorium.server.launch import serve
 
-    serve(engine, server)
+        serve(engine, server, process)
     return 0

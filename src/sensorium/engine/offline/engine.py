@@ -19,8 +19,46 @@ from sensorium.engine.offline.run import BatchRun, Output
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.models.loading.checkpoint import is_local
 from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.tracing import Tracer
+
+
+class _Making:
+    """The making of an input processor in another thread, while weights are loaded."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._processor: InputProcessor | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._make, name=f"{forks.OWN_THREADS}processor")
+        self._thread.start()
+
+    def _make(self) -> None:
+        try:
+            self._processor = InputProcessor(
+                self._config, trust_request_chat_template=True, package_files=True
+            )
+        except BaseException as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise the error if the making has failed so far."""
+        if self._error is not None:
+            raise self._error
+
+    def wait(self) -> InputProcessor:
+        """Return the processor when it is made, or raise the error of its making."""
+        self._thread.join()
+        self.check()
+        assert self._processor is not None
+        return self._processor
+
+    def abandon(self) -> None:
+        """Close the processor once it is made."""
+        self._thread.join()
+        if self._processor is not None:
+            self._processor.close()
 
 
 class OfflineEngine:
@@ -57,12 +95,16 @@ class OfflineEngine:
         """Load the model. Raises ConfigError and ForkedProcessError."""
         forks.begin_computing()
         tracer = Tracer(config.observability.trace_dir)
-        processor = InputProcessor(config, trust_request_chat_template=True, package_files=True)
+        making = _Making(config)
         try:
-            engine = build_engine(config)
+            if not is_local(config.model.model):
+                making.wait()  # before weights are downloaded in vain
+            engine = build_engine(config, proceed=making.check)
+            processor = making.wait()
         except BaseException:
-            processor.close()
+            making.abandon()
             tracer.close()
+            making.check()  # what it says is about the configuration
             raise
         return cls(config, engine, processor, LoopThread("loop"), tracer)
 

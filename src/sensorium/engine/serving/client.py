@@ -7,10 +7,7 @@ import contextlib
 import itertools
 import logging
 import math
-import os
-import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,11 +18,10 @@ from sensorium import errors
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine import wire
+from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.shared import SharedFeatures
 from sensorium.engine.stats import EngineFacts, EngineStats
-from sensorium.kernels.cpu import threads
 from sensorium.multimodal.items import MediaItem
-from sensorium.processes.start import child_environment, interrupts_held, python_module
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +55,11 @@ class EngineClient:
     until it has ended, which keeps their shared memory. When the process dies, every open sequence
     gets an error, and only ``stop`` is left to call; ``EngineSupervisor`` then makes another
     client.
+
+    ``process``: one to use in place of a new one; it is this client's from then on.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, process: EngineProcess | None = None) -> None:
         self._config = config
         self._context = zmq.asyncio.Context()
         try:
@@ -73,16 +71,14 @@ class EngineClient:
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         try:
-            self._folder = tempfile.mkdtemp(prefix="sensorium-")
+            self._process = process or EngineProcess()
         except BaseException:
             self._socket.close()
             self._context.term()
             raise
-        self._address = f"ipc://{self._folder}/engine"
         self._routes: dict[str, tuple[OutputQueue, tuple[MediaItem, ...]]] = {}
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
         self._numbers = itertools.count()
-        self._process: asyncio.subprocess.Process | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._alive = False
         self._ended = asyncio.Event()
@@ -118,15 +114,9 @@ class EngineClient:
         ``stop`` must follow.
         """
         began = time.monotonic()
-        self._socket.bind(self._address)
-        # The C library reads its part of the environment when a process starts, so it must be set
-        # here already.
-        threads.prepare()
-        command = python_module(
-            "sensorium.engine.serving.worker", self._address, str(os.getpid()), self._folder
-        )
-        with interrupts_held():
-            self._process = await asyncio.create_subprocess_exec(*command, env=child_environment())
+        self._socket.bind(self._process.address)
+        if not self._process.started:
+            self._process.start()
         # Not waited for: a process that ends before it connects never takes the message.
         self._send(wire.Configure(self._config))
         receive = asyncio.ensure_future(self._socket.recv())
@@ -210,12 +200,12 @@ class EngineClient:
             self._fail_all(lambda: errors.EngineDeadError(STOPPING))
             self._socket.close()
             self._context.term()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._process.close()
 
     async def _end_process(self) -> None:
         process, was_alive = self._process, self._alive
         self._alive = False
-        if process is None or process.returncode is not None:
+        if not process.started or process.returncode is not None:
             return
         try:
             if was_alive:
@@ -242,8 +232,7 @@ class EngineClient:
         except Exception:
             # No update would arrive any more: a dead engine is at least noticed and replaced.
             logger.exception("failed to handle a message of the engine")
-            if self._process is not None and self._process.returncode is None:
-                self._process.kill()
+            self._process.kill()
 
     async def _deliver_all(self, updates: Sequence[SequenceUpdate]) -> None:
         """Deliver the updates of a step in groups, one per iteration of the event loop.

@@ -24,6 +24,7 @@ from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import Prompt
 from sensorium.engine.serving.client import EngineClient, OutputQueue
+from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
 from sensorium.engine.stats import EngineStats
@@ -78,14 +79,16 @@ class Frontend:
         *,
         trust_request_chat_template: bool = False,
         package_files: bool = False,
+        process: EngineProcess | None = None,
     ) -> Frontend:
         """Start an engine and its input processor.
 
         An engine that dies later is replaced. ``trust_request_chat_template`` and ``package_files``
-        are those of ``InputProcessor``. Raises ConfigError when the model cannot be loaded.
+        are those of ``InputProcessor``. ``process``: the engine's, where it has been started
+        already. Raises ConfigError when the model cannot be loaded.
         """
         tracer = tracing.Tracer(config.observability.trace_dir)
-        engine = EngineSupervisor(config)
+        engine = EngineSupervisor(config, process)
         starting = asyncio.create_task(engine.start())
         input_processor = None
         try:

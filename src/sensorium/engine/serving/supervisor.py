@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 from sensorium.config import EngineConfig
 from sensorium.engine.serving.client import STOPPING, EngineClient, dead_error
+from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import EngineDeadError, SensoriumError
 
@@ -21,6 +22,10 @@ longest."""
 
 STEADY_SECONDS = 300.0
 """An engine that lived this long ends the row of attempts: its successor is started at once."""
+
+
+NewClient = Callable[[EngineConfig, EngineProcess | None], EngineClient]
+"""Maker of clients, such as ``EngineClient`` itself."""
 
 
 class Backoff:
@@ -48,17 +53,21 @@ class EngineSupervisor:
     Requests in flight get EngineDeadError from the client that dies; new ones get it from
     ``current`` until there is another. Requests are not sent again: one that kills an engine would
     kill the next one, too. All methods are called on one event loop.
+
+    ``process``: the first engine's, where it has been started already.
     """
 
     def __init__(
         self,
         config: EngineConfig,
+        process: EngineProcess | None = None,
         *,
-        new_client: Callable[[EngineConfig], EngineClient] = EngineClient,
+        new_client: NewClient = EngineClient,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._config = config
+        self._process = process
         self._new_client = new_client
         self._clock = clock
         self._sleep = sleep
@@ -137,7 +146,8 @@ class EngineSupervisor:
         return dead_error(seconds)
 
     async def _started(self) -> EngineClient:
-        client = self._new_client(self._config)
+        process, self._process = self._process, None
+        client = self._new_client(self._config, process)
         try:
             await client.start()
         except BaseException:

@@ -55,15 +55,16 @@ def main() -> int:
 
 
 def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
-    message = _receive(socket, parent)
-    if not isinstance(message, wire.Configure):
-        return 1
     try:
         # Before torch, which the executor brings: its OpenMP library reads the policy when it is
         # loaded.
         threads.prepare()
+        # Before the configuration comes: the frontend loads its own libraries meanwhile.
         from sensorium.engine.executor import build_engine
 
+        message = _receive(socket, parent)
+        if not isinstance(message, wire.Configure):
+            return 1
         engine = build_engine(message.config, own_process=True)
     except SensoriumError as error:
         socket.send(wire.encode(wire.Failed(error.message, error.code, error.param)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -45,9 +46,18 @@ SILU_PART = 2048
 Build = Callable[[Any], Callable[[Any], None]]
 
 
+_COMPILING = threading.Lock()
+
+
 @functools.cache
 def kernel(build: Build, dtype: torch.dtype) -> Launcher:
     """Return the kernel of ``build`` for tensors of ``dtype``, compiled or loaded at first use."""
+    with _COMPILING:  # while weights are loaded, another thread asks for all of them
+        return _kernel(build, dtype)
+
+
+@functools.cache
+def _kernel(build: Build, dtype: torch.dtype) -> Launcher:
     return compile_kernel(build(ELEMENT[dtype]), str(dtype).removeprefix("torch."))
 
 

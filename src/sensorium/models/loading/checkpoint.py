@@ -53,6 +53,11 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
     return _download(model, revision, TEXT_FILES, NOT_NEEDED, download_dir=download_dir)
 
 
+def is_local(model: str) -> bool:
+    """Return whether a model is in this package or a folder here, so that nothing is downloaded."""
+    return model in DEMOS or Path(model).expanduser().is_dir()
+
+
 def fetch_weights(
     model: str, folder: Path, revision: str | None = None, download_dir: str | None = None
 ) -> None:
@@ -61,7 +66,7 @@ def fetch_weights(
     Does nothing for a local one. Only the files of ``weight_files`` are fetched:
     ``model.safetensors``, else the files that the index names.
     """
-    if model in DEMOS or Path(model).expanduser().is_dir():
+    if is_local(model):
         return
     # What the configuration was read of, not what somebody has uploaded since.
     same = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision

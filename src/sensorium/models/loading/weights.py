@@ -1,34 +1,27 @@
-"""Loading of weight files into layers.
+"""Slots of layers, and sources of weights: files or random numbers.
 
-A model lists its slots, the names are checked, then each tensor is read once. A slot is a place in
-the model that takes weights. A fused projection is one slot of several parts, so that its pieces
-are joined and packed while only that much memory is in use; files are mapped, not read, so the peak
-stays near the size of the model.
+A slot is a place in a model that takes weights. A fused projection is one slot of several parts.
+``fill`` reads a source into the slots.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from sensorium.config import MIB
 from sensorium.errors import ConfigError
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import LayerNorm, RMSNorm
-from sensorium.models.interface import LoadableModel, Part, WeightSlot
+from sensorium.models.interface import Part, WeightSlot
+from sensorium.models.loading.memory import MappedFiles, joined, owned
 from sensorium.models.loading.quantization import method_of_names
-from sensorium.models.loading.quantize import WeightFormats
 from sensorium.models.loading.weight_files import listing, weight_files
-
-logger = logging.getLogger(__name__)
 
 ALWAYS_IGNORED = (
     r"(.*\.)?rotary_emb\.inv_freq",
@@ -41,7 +34,6 @@ ALWAYS_IGNORED = (
 _PERIOD = 1_048_573  # a prime: no width of a matrix divides it, so no two of its rows are alike
 _NUM_PERIODS = 24  # most matrices are then a view of the pool, and cost nothing to make
 _DUMMY_STD = 0.02
-_ROWS_COMPARED = 4096
 HEAD = "lm_head.weight"
 """The output head in our spelling of all families."""
 _HEADLESS = (
@@ -50,10 +42,6 @@ _HEADLESS = (
     "(runner='pooling' in Python) for embeddings. If it generates text and its head is its "
     "embedding, start it with "
     'hf_overrides={"tie_word_embeddings": true}.'
-)
-_UNTIED = (
-    "config.json says that %s is tied to %s, but the checkpoint holds both and they differ: the "
-    "stored one is used. Set tie_word_embeddings to false in config.json to silence this warning."
 )
 
 
@@ -67,10 +55,10 @@ def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
     num = len(weights)
 
     def assign(*tensors: torch.Tensor) -> None:
-        weight = _joined(tensors[:num])
-        bias = owned(_joined(tensors[num:])) if biases else None
+        weight = joined(tensors[:num])
+        bias = owned(joined(tensors[num:])) if biases else None
         layer.load(weight, bias)
-        if num == 1 and layer.weight is not None and not layer.weight.is_copy:
+        if layer.weight is not None and not layer.weight.is_copy:
             layer.load(owned(weight), bias)  # it was kept as it is, not packed
 
     return WeightSlot((*weights, *biases), assign, layers=(layer,))
@@ -82,14 +70,6 @@ def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> WeightSlot:
     if isinstance(norm, LayerNorm) and norm.has_bias:
         parts.append(Part(f"{name}.bias", (norm.size,)))
     return WeightSlot(tuple(parts), lambda *tensors: norm.load(*map(owned, tensors)))
-
-
-def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy where the tensor may be in a mapped file.
-
-    A file that changes must not change a running model.
-    """
-    return tensor.clone() if tensor.device.type == "cpu" else tensor
 
 
 class WeightSource(Protocol):
@@ -107,6 +87,10 @@ class WeightSource(Protocol):
         """Return whether there is a tensor of that name, of any shape."""
         ...
 
+    def mapped(self) -> MappedFiles | None:
+        """Return the mapped files that ``read`` refers to; None when it makes tensors."""
+        ...
+
 
 class SafetensorsFiles:
     """Safetensors files of a checkpoint folder, sharded or not, with names mapped by ``renames``.
@@ -115,12 +99,15 @@ class SafetensorsFiles:
     """
 
     def __init__(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
-        self._files = _named(folder, renames)
+        self.paths = weight_files(folder)
+        self._files = _named(self.paths, renames)
 
     def add(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
         """Add the weights of another checkpoint folder that this one lacks."""
-        for name, place in _named(folder, renames).items():
+        paths = weight_files(folder)
+        for name, place in _named(paths, renames).items():
             self._files.setdefault(name, place)
+        self.paths += paths
 
     def first_dtype(self) -> str | None:
         """Return the dtype of the first floating tensor, such as ``float16``, or None."""
@@ -184,6 +171,9 @@ class SafetensorsFiles:
     def has(self, part: Part) -> bool:
         return part.name in self._files
 
+    def mapped(self) -> MappedFiles:
+        return MappedFiles(self.paths)
+
 
 class DummyWeights:
     """Random weights of the right shapes, sliced from one pool of repeated normal numbers.
@@ -204,6 +194,9 @@ class DummyWeights:
         """Return false: tied parts follow the configuration alone."""
         return False
 
+    def mapped(self) -> None:
+        """Return None: there is no file."""
+
     def read(self, part: Part) -> torch.Tensor:
         if part.name.endswith("bias"):
             return torch.zeros(part.shape, dtype=self._pool.dtype)
@@ -221,82 +214,11 @@ class DummyWeights:
         return values[:size].view(part.shape)
 
 
-def fill(model: LoadableModel, source: WeightSource, formats: WeightFormats | None = None) -> None:
-    """Check all names and shapes, then load every slot of the model, quantized as ``formats`` say.
-
-    Raises ConfigError before anything is read when the checkpoint does not fit.
-    """
-    slots = _as_stored(list(model.slots()), source, model.dtype)
-    source.check((part for slot in slots for part in slot.parts), model.ignored_weights)
-    for slot in slots:
-        if formats is not None:
-            for layer in slot.layers:
-                layer.quantize = formats.quantizer(slot)
-        slot.assign(*(_placed(source.read(part), model) for part in slot.parts))
-
-
-def log_sizes(model: LoadableModel) -> None:
-    """Log how much memory the weights of linear layers and embeddings take, by format."""
-    held: dict[int, tuple[str, int]] = {}
-    for slot in model.slots():
-        for layer in slot.layers:
-            weight = layer.weight
-            if isinstance(weight, torch.Tensor):
-                held[id(weight)] = str(weight.dtype).removeprefix("torch."), weight.nbytes
-            elif weight is not None:
-                held[id(weight)] = weight.format, weight.nbytes
-    sizes: dict[str, int] = {}
-    for name, size in held.values():
-        sizes[name] = sizes.get(name, 0) + size
-    logger.info(
-        "weights of linear layers and embeddings in memory: %s",
-        ", ".join(f"{size / MIB:.1f} MiB {name}" for name, size in sorted(sizes.items())),
-    )
-
-
-def _as_stored(
-    slots: list[WeightSlot], source: WeightSource, dtype: torch.dtype
-) -> list[WeightSlot]:
-    """Return the slots with tied parts as the checkpoint stores them.
-
-    A part that is absent, or equal in the model's dtype, is tied; one that differs is used, with a
-    warning. Where only the tied part is stored, it replaces the other.
-    """
-    stored: list[WeightSlot] = []
-    instead: dict[Part, Part] = {}
-    for slot in slots:
-        if slot.tied is None:
-            stored.append(slot)
-            continue
-        [part] = slot.parts
-        other = slot.tied.part
-        if source.has(part) and not source.has(other):
-            instead[other] = part
-        elif source.has(part) and not _equal(source, part, other, dtype):
-            logger.warning(_UNTIED, part.name, other.name)
-            stored.append(slot)
-            continue
-        stored.append(replace(slot, parts=(), assign=slot.tied.assign))
-    return [
-        replace(slot, parts=tuple(instead.get(part, part) for part in slot.parts))
-        for slot in stored
-    ]
-
-
-def _equal(source: WeightSource, part: Part, other: Part, dtype: torch.dtype) -> bool:
-    """Return whether two tensors of the checkpoint are equal in a dtype, reading them in bands."""
-    first, second = source.read(part), source.read(other)
-    return first.shape == second.shape and all(
-        torch.equal(a.to(dtype), b.to(dtype))
-        for a, b in zip(first.split(_ROWS_COMPARED), second.split(_ROWS_COMPARED), strict=True)
-    )
-
-
-def _named(folder: Path, renames: Sequence[tuple[str, str]]) -> dict[str, tuple[Any, str]]:
-    """Map our name of each weight in a folder to the open file and the name there."""
+def _named(paths: Sequence[Path], renames: Sequence[tuple[str, str]]) -> dict[str, tuple[Any, str]]:
+    """Map our name of each weight in some files to the open file and the name there."""
     rules = [(re.compile(pattern), replacement) for pattern, replacement in renames]
     found: dict[str, tuple[Any, str]] = {}
-    for path in weight_files(folder):
+    for path in paths:
         file = _open(path)
         for name in file.keys():  # noqa: SIM118 - not a mapping
             found[renamed(name, rules)] = (file, name)
@@ -330,11 +252,3 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """
     file = _open(path)
     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-
-
-def _placed(tensor: torch.Tensor, model: LoadableModel) -> torch.Tensor:
-    return tensor.to(device=model.device, dtype=model.dtype)
-
-
-def _joined(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

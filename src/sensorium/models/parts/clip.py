@@ -13,7 +13,8 @@ from sensorium.layers.mlp import PlainMLP
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import ClipConfig
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
-from sensorium.models.loading.weights import linear_slot, norm_slot, owned
+from sensorium.models.loading.memory import owned
+from sensorium.models.loading.weights import linear_slot, norm_slot
 from sensorium.models.media.pixels import Normalization
 
 IN_CHANNELS = 3

@@ -16,7 +16,8 @@ from sensorium.layers.norm import RMSNorm
 from sensorium.layers.rotary import Rotary
 from sensorium.models.configs import TextConfig
 from sensorium.models.interface import BuildOptions, Part, Tied, WeightSlot
-from sensorium.models.loading.weights import linear_slot, norm_slot, owned
+from sensorium.models.loading.memory import owned
+from sensorium.models.loading.weights import linear_slot, norm_slot
 from sensorium.multimodal.items import Features
 
 

@@ -15,7 +15,8 @@ import torch
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import ClipConfig
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
-from sensorium.models.loading.weights import norm_slot, owned
+from sensorium.models.loading.memory import owned
+from sensorium.models.loading.weights import norm_slot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import ClipLayer, PatchEmbedding, run_layers, unused_layers
 

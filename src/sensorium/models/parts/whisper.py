@@ -18,7 +18,8 @@ from sensorium.layers.mlp import PlainMLP
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import WhisperConfig
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
-from sensorium.models.loading.weights import linear_slot, norm_slot, owned
+from sensorium.models.loading.memory import owned
+from sensorium.models.loading.weights import linear_slot, norm_slot
 
 KERNEL = 3
 NORM_EPS = 1e-5

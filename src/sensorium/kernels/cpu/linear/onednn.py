@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from sensorium.kernels import reference
-from sensorium.kernels.cpu import elementwise
+from sensorium.kernels.cpu import elementwise, findings
 from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.weight import Multiply, PackedWeight
 
@@ -31,6 +31,8 @@ ROW_MULTIPLES = (1, 4, 8, 16)
 or two."""
 _TRIED_ROWS = (1, 3, 5, 17, 31)
 _TRIED_FROM = 7
+_NONE = 0
+"""Stands for a row multiple that was not found."""
 
 
 @functools.cache
@@ -166,20 +168,25 @@ def _product(
     return lambda x: multiply(x, data, bias, act, [], algorithm)
 
 
-_FOUND: dict[tuple[int, int, torch.dtype, bool], int] = {}
+FOUND: dict[tuple[int, int, torch.dtype, bool], int] = {}
 """Row multiples found so far, by (outputs, inputs, dtype, packed)."""
 
 
 def _known_multiple(
     multiply: Multiply, num_outputs: int, num_inputs: int, dtype: torch.dtype, packed: bool
 ) -> int:
-    """Return ``row_multiple`` for products of one shape, measured once in a process."""
+    """Return ``row_multiple`` for products of one shape, measured once on a machine."""
     key = (num_outputs, num_inputs, dtype, packed)
-    if key not in _FOUND:
+    if key not in FOUND:
         # Rounded to 16 bits, sums in another order differ too rarely for the measurement.
         least = 4 if packed and dtype != torch.float32 else 1
-        found = row_multiple(multiply, num_inputs, dtype, least)
-        if found is None:
+        name = f"rows {num_outputs} {num_inputs} {dtype} {packed}"
+        found = findings.find(
+            name,
+            lambda: row_multiple(multiply, num_inputs, dtype, least) or _NONE,
+            keep=lambda: _is_telling(multiply, num_inputs, dtype),
+        )
+        if found == _NONE:
             logger.warning(
                 "on this CPU the product of a row with a %s weight of %d x %d depends on the rows "
                 "beside it: answers may depend on what else is in the batch",
@@ -187,8 +194,15 @@ def _known_multiple(
                 num_outputs,
                 num_inputs,
             )
-        _FOUND[key] = found or FREE_ROWS
-    return _FOUND[key]
+        FOUND[key] = FREE_ROWS if found == _NONE else found
+    return FOUND[key]
+
+
+def _is_telling(multiply: Multiply, num_inputs: int, dtype: torch.dtype) -> bool:
+    """Return whether products show the order of their sums, as those of zeros do not."""
+    generator = torch.Generator().manual_seed(1)
+    product = multiply(torch.randn(FREE_ROWS, num_inputs, generator=generator).to(dtype))
+    return product.count_nonzero().item() > 0.9 * product.numel()
 
 
 FUSED = {

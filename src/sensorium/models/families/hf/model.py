@@ -20,8 +20,9 @@ from sensorium.models.families.hf.adapter import error_text
 from sensorium.models.families.hf.config import read_hf_config, refuse, text_shape
 from sensorium.models.families.hf.processing import HfProcessor
 from sensorium.models.interface import BuildOptions, LoadedConfig, Part, WeightSlot
+from sensorium.models.loading.memory import owned
 from sensorium.models.loading.weight_files import weight_files
-from sensorium.models.loading.weights import owned, read_safetensors
+from sensorium.models.loading.weights import read_safetensors
 from sensorium.multimodal.items import Features, MediaItem, Modality
 from sensorium.multimodal.processor import PlacedItem
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sensorium.models.families.llava_onevision.config import LlavaOnevisionConfig
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
-from sensorium.models.loading.weights import owned
+from sensorium.models.loading.memory import owned
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.projected import ProjectedModel
 from sensorium.models.parts.siglip import SiglipTower

@@ -13,7 +13,8 @@ from sensorium.layers.norm import LayerNorm
 from sensorium.models.families.minicpmv.config import HEAD_DIM, MiniCPMVConfig
 from sensorium.models.families.minicpmv.vision import Size
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
-from sensorium.models.loading.weights import linear_slot, norm_slot, owned
+from sensorium.models.loading.memory import owned
+from sensorium.models.loading.weights import linear_slot, norm_slot
 
 NORM_EPS = 1e-6
 WAVELENGTH = 10000.0

@@ -14,7 +14,8 @@ from sensorium.errors import ConfigError
 from sensorium.layers.mlp import PlainMLP
 from sensorium.models.families.phi3_v.config import Phi3VConfig
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
-from sensorium.models.loading.weights import linear_slot, owned
+from sensorium.models.loading.memory import owned
+from sensorium.models.loading.weights import linear_slot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import IN_CHANNELS, ClipTower
 from sensorium.models.parts.decoder import DecoderModel, clone_parts

@@ -29,7 +29,8 @@ from sensorium.layers.norm import LayerNorm
 from sensorium.layers.rotary import axial_cos_sin
 from sensorium.models.families.qwen2_vl.config import VisionConfig
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
-from sensorium.models.loading.weights import linear_slot, norm_slot, owned
+from sensorium.models.loading.memory import owned
+from sensorium.models.loading.weights import linear_slot, norm_slot
 from sensorium.models.media.pixels import Normalization
 from sensorium.models.parts.clip import PixelScale
 

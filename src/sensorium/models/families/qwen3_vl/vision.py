@@ -19,7 +19,7 @@ from sensorium.models.families.qwen2_vl.vision import (
 )
 from sensorium.models.families.qwen3_vl.config import DeepVisionConfig
 from sensorium.models.interface import BuildOptions, Part, WeightSlot
-from sensorium.models.loading.weights import owned
+from sensorium.models.loading.memory import owned
 from sensorium.models.media.pixels import Normalization
 
 

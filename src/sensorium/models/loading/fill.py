@@ -1,0 +1,164 @@
+"""Filling of a model's slots from a source of weights.
+
+The names are checked, then each tensor is read once. Files are mapped, not read. So that the peak
+of memory is near the size of the model, the slots are filled one at a time and the largest first:
+what a slot needs for a moment is large only while little else is there. The pages of a file are
+given back after each slot, and the system reads those of the next ones meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from sensorium.config import MIB
+from sensorium.models.interface import LoadableModel, Part, WeightSlot
+from sensorium.models.loading.memory import MappedFiles, Scratch, lent
+from sensorium.models.loading.quantize import WeightFormats
+from sensorium.models.loading.weights import WeightSource
+from sensorium.processes.heap import freed_memory_returned
+
+logger = logging.getLogger(__name__)
+
+READ_AHEAD = 256 << 20
+"""Bytes of a file that the system is told to read before they are needed."""
+_ROWS_COMPARED = 4096
+_UNTIED = (
+    "config.json says that %s is tied to %s, but the checkpoint holds both and they differ: the "
+    "stored one is used. Set tie_word_embeddings to false in config.json to silence this warning."
+)
+
+
+def fill(
+    model: LoadableModel,
+    source: WeightSource,
+    formats: WeightFormats | None = None,
+    proceed: Callable[[], object] = lambda: None,
+) -> None:
+    """Check all names and shapes, then load every slot of the model, quantized as ``formats`` say.
+
+    proceed: called before each slot; what it raises ends the loading. Raises ConfigError before
+    anything is read when the checkpoint does not fit.
+    """
+    slots = _as_stored(list(model.slots()), source, model.dtype)
+    source.check((part for slot in slots for part in slot.parts), model.ignored_weights)
+    mapped, scratch = source.mapped(), Scratch()
+    with freed_memory_returned():
+        for slot, tensors in _read_ahead(_largest_first(slots), source, mapped):
+            proceed()
+            if formats is not None:
+                for layer in slot.layers:
+                    layer.quantize = formats.quantizer(slot)
+            placed = _placed(tensors, model, scratch)
+            with lent([*tensors, *(placed if len(placed) > 1 else ())]):
+                slot.assign(*placed)
+            if mapped is not None:
+                for tensor in tensors:
+                    mapped.give_back(tensor)
+
+
+def log_sizes(model: LoadableModel) -> None:
+    """Log how much memory the weights of linear layers and embeddings take, by format."""
+    held: dict[int, tuple[str, int]] = {}
+    for slot in model.slots():
+        for layer in slot.layers:
+            weight = layer.weight
+            if isinstance(weight, torch.Tensor):
+                held[id(weight)] = str(weight.dtype).removeprefix("torch."), weight.nbytes
+            elif weight is not None:
+                held[id(weight)] = weight.format, weight.nbytes
+    sizes: dict[str, int] = {}
+    for name, size in held.values():
+        sizes[name] = sizes.get(name, 0) + size
+    logger.info(
+        "weights of linear layers and embeddings in memory: %s",
+        ", ".join(f"{size / MIB:.1f} MiB {name}" for name, size in sorted(sizes.items())),
+    )
+
+
+def _largest_first(slots: list[WeightSlot]) -> list[WeightSlot]:
+    """Return the slots by falling size; one that shares another's part comes behind that."""
+
+    def size(slot: WeightSlot) -> int:
+        parts = slot.parts or ((slot.tied.part,) if slot.tied is not None else ())
+        return sum(math.prod(part.shape) for part in parts)
+
+    return sorted(slots, key=size, reverse=True)
+
+
+def _read_ahead(
+    slots: Sequence[WeightSlot], source: WeightSource, mapped: MappedFiles | None
+) -> Iterator[tuple[WeightSlot, list[torch.Tensor]]]:
+    """Yield each slot with its tensors while the system reads those of the next slots."""
+    waiting: deque[tuple[WeightSlot, list[torch.Tensor], int]] = deque()
+    num_bytes = 0
+    for slot in slots:
+        tensors = [source.read(part) for part in slot.parts]
+        if mapped is None:
+            yield slot, tensors
+            continue
+        for tensor in tensors:
+            mapped.read_ahead(tensor)
+        waiting.append((slot, tensors, sum(tensor.nbytes for tensor in tensors)))
+        num_bytes += waiting[-1][2]
+        while num_bytes > READ_AHEAD:
+            first, ready, done = waiting.popleft()
+            num_bytes -= done
+            yield first, ready
+    for slot, tensors, _ in waiting:
+        yield slot, tensors
+
+
+def _placed(
+    tensors: Sequence[torch.Tensor], model: LoadableModel, scratch: Scratch
+) -> list[torch.Tensor]:
+    """Return tensors in the model's dtype, on its device; several of a CPU in the scratch buffer.
+
+    A single one stays where it is, or is converted into memory that a layer may keep.
+    """
+    if model.device.type == "cpu" and len(tensors) > 1:
+        return scratch.filled(tensors, model.dtype)
+    return [tensor.to(device=model.device, dtype=model.dtype) for tensor in tensors]
+
+
+def _as_stored(
+    slots: list[WeightSlot], source: WeightSource, dtype: torch.dtype
+) -> list[WeightSlot]:
+    """Return the slots with tied parts as the checkpoint stores them.
+
+    A part that is absent, or equal in the model's dtype, is tied; one that differs is used, with a
+    warning. Where only the tied part is stored, it replaces the other.
+    """
+    stored: list[WeightSlot] = []
+    instead: dict[Part, Part] = {}
+    for slot in slots:
+        if slot.tied is None:
+            stored.append(slot)
+            continue
+        [part] = slot.parts
+        other = slot.tied.part
+        if source.has(part) and not source.has(other):
+            instead[other] = part
+        elif source.has(part) and not _equal(source, part, other, dtype):
+            logger.warning(_UNTIED, part.name, other.name)
+            stored.append(slot)
+            continue
+        stored.append(replace(slot, parts=(), assign=slot.tied.assign))
+    return [
+        replace(slot, parts=tuple(instead.get(part, part) for part in slot.parts))
+        for slot in stored
+    ]
+
+
+def _equal(source: WeightSource, part: Part, other: Part, dtype: torch.dtype) -> bool:
+    """Return whether two tensors of the checkpoint are equal in a dtype, reading them in bands."""
+    first, second = source.read(part), source.read(other)
+    return first.shape == second.shape and all(
+        torch.equal(a.to(dtype), b.to(dtype))
+        for a, b in zip(first.split(_ROWS_COMPARED), second.split(_ROWS_COMPARED), strict=True)
+    )
