@@ -18,6 +18,7 @@ from sensorium import LLM, RequestOutput, SamplingParams
 from sensorium.config import engine_config
 from sensorium.engine.executor import is_batch_invariant
 from sensorium.errors import ConfigError
+from sensorium.kernels import ops
 from sensorium.kernels.cpu import amx
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf_text
@@ -69,6 +70,11 @@ CHANGED: dict[str, dict[str, Any]] = {
     "on sixteen threads, in chunks": {**ROOMY, "num_threads": 16, "max_num_batched_tokens": 45},
 }
 Prompts = list[dict[str, Any]]
+
+
+def own_products(numbers: str) -> bool:
+    """Return whether the numbers' weights that are not quantized run through our own products."""
+    return ops.has_own_product(getattr(torch, NUMBERS[numbers]["dtype"]))
 
 
 def make_prompts(modality: str, placeholder: str, count: int = 10) -> Prompts:
@@ -150,7 +156,10 @@ def test_families(family: tuple[str, Prompts], numbers: str) -> None:
         pytest.skip("models through transformers are not quantized")
     expected = alone(folder, numbers, prompts)
     everything = list(range(len(prompts)))
+    same = Path(folder).name[:-1] not in ("minicpmv", *THROUGH_TRANSFORMERS)
     for name, changed in CHANGED.items():
+        if "num_threads" in changed and not (same and own_products(numbers)):
+            continue  # torch's functions and libraries cut their work by the number of threads
         with patient_llm(folder, batch_invariant=True, **NUMBERS[numbers], **changed) as llm:
             assert ask(llm, prompts, everything) == expected, name
             assert ask(llm, prompts, everything[::-1]) == expected[::-1], f"{name}, from caches"
@@ -186,6 +195,7 @@ def test_the_demo(
     prefix cache.
     """
     numbers, prompts, expected = demo
+    threads = threads if own_products(numbers) else 1
     changed = {"num_kv_blocks": num_blocks, "max_num_batched_tokens": budget, **NUMBERS[numbers]}
     with patient_llm(
         "demo", num_threads=threads, enable_prefix_caching=caching, **SMALL | changed

@@ -67,8 +67,8 @@ class ModelConfig:
     quantization: WeightFormat | None = option(
         None,
         "Format in which the decoder's linear layers are held: int8 per output, or int4 in groups "
-        "of 32 inputs. The weights are quantized while they are loaded, on CPUs alone "
-        "(docs/quantization.md); unset: they have the data type of --dtype.",
+        "of 32 inputs. The weights are quantized while they are loaded, on x86 CPUs with AVX2 "
+        "alone; unset: they have the data type of --dtype.",
     )
     quantization_towers: Literal["none", "int8", "int4"] = option(
         "none", "The same for the encoders of images, videos and audio, and their projectors."

@@ -20,7 +20,7 @@ from sensorium.kernels import ops
 from sensorium.kernels.batch import KVCacheLayout, LayerCache
 from sensorium.kernels.cpu import threads
 from sensorium.models import loader
-from sensorium.models.interface import TextShape
+from sensorium.models.interface import Family, TextShape
 from sensorium.models.loading.quantize import WeightFormats
 from sensorium.processes import cores
 from sensorium.runtime.crowding import ThreadAdapter
@@ -107,8 +107,8 @@ def build_parts(
     invariant = is_batch_invariant(config, device, model.dtype)
     if config.model.batch_invariant and not loaded.family.invariant:
         logger.warning(_NOT_INVARIANT)
-    is_fixed = config.model.num_threads is not None or device.type != "cpu"
-    adapter = ThreadAdapter(1 if is_fixed else num_threads, threads.configure)
+    adapts = _may_adapt(config, loaded.family, model.dtype, device, invariant)
+    adapter = ThreadAdapter(num_threads if adapts else 1, threads.configure)
     runner = ModelRunner(
         model, caches, store, batch_invariant=invariant, after_step=adapter.after_step
     )
@@ -132,6 +132,19 @@ def build_parts(
         Matchers(_tokenizer_folder(config, loaded.config.folder), shape.vocab_size),
         traces=config.observability.trace_dir is not None,
     )
+
+
+def _may_adapt(
+    config: EngineConfig,
+    family: Family,
+    dtype: torch.dtype,
+    device: torch.device,
+    invariant: bool,
+) -> bool:
+    """Return whether the number of threads may change while the engine runs."""
+    if config.model.num_threads is not None or device.type != "cpu":
+        return False
+    return not invariant or (family.same_on_threads and ops.has_own_product(dtype))
 
 
 def _loaded(config: EngineConfig, device: str, proceed: Callable[[], object]) -> loader.LoadedModel:

@@ -179,6 +179,16 @@ def has_units(dtype: torch.dtype) -> bool:
     return onednn.has_units(dtype)
 
 
+def has_own_product(dtype: torch.dtype) -> bool:
+    """Return whether weights of ``dtype`` run through this engine's own product on this CPU."""
+    return table.is_own(dtype)
+
+
+def has_integer_products() -> bool:
+    """Return whether this CPU runs the products of int8 and int4 weights."""
+    return bool(integers.forms())
+
+
 def products() -> str:
     """Describe in one line which products linear layers on this CPU run through."""
     return table.summary()

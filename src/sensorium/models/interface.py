@@ -140,7 +140,7 @@ class Part(NamedTuple):
 
 
 Role = Literal["decoder", "encoder", "head"]
-"""What weights belong to: decoder layers; towers and projectors; head and token embedding."""
+"""Owners of weights: decoder layers; towers and projectors; head and token embedding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +242,9 @@ class Family:
     quantizable: bool = True
     """If true, its linear layers are ours, whose weights can be quantized, and rest in 16
     bits on any CPU."""
+    same_on_threads: bool = True
+    """If true, the number of threads changes no bit where products are ours. Torch's own functions
+    cut a tensor into as many parts as there are threads, which decides their last bits."""
 
     def chat_template(self) -> str | None:
         """Return the fallback chat template, for checkpoints of this family that publish none."""

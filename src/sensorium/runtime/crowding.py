@@ -4,12 +4,13 @@ All threads of a step wait for the last one at every layer. When another process
 one, the system lets that thread wait for some milliseconds, and the others wait with it, dozens of
 times in a step: on two cores that others use too, two threads were two to six times slower than one
 (``benchmarks.threads``). How long threads that could run had to wait is what Linux tells in
-``schedstat`` (https://docs.kernel.org/scheduler/sched-stats.html). The number of threads decides no
-bit of a result, so it may change between any two steps.
+``schedstat`` (https://docs.kernel.org/scheduler/sched-stats.html). It is used
+where the number of threads decides no bit of a result: it may change between any two steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -39,9 +40,10 @@ def read_times(folder: Path = _TASKS) -> Times:
     found = {}
     try:
         for name in os.listdir(folder):
-            ran, waited, _ = (folder / name / "schedstat").read_text().split()
-            found[name] = (int(ran), int(waited))
-    except (OSError, ValueError):  # a thread that just ended, or another kind of system
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                ran, waited, _ = (folder / name / "schedstat").read_text().split()
+                found[name] = (int(ran), int(waited))
+    except (OSError, ValueError):  # another kind of system
         return {}
     return found
 

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 
 from sensorium.errors import ConfigError
+from sensorium.kernels import ops
 from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models.interface import Family, WeightSlot
 
@@ -133,6 +134,12 @@ class WeightFormats:
             raise ConfigError(
                 f"{param} is set, but quantized weights run on CPUs alone, not on {device}: leave "
                 "it out, or use device='cpu'.",
+                param=param,
+            )
+        if not ops.has_integer_products():
+            raise ConfigError(
+                f"{param} is set, but this CPU has no kernels for quantized weights, which need "
+                "x86 with AVX2: leave it out.",
                 param=param,
             )
 

@@ -282,7 +282,7 @@ class FloatWeight(PackedWeight):
 
         def run(x: torch.Tensor) -> torch.Tensor:
             if x.dim() != 2:
-                return run(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+                return run(x.flatten(0, -2)).view(*x.shape[:-1], self.num_outputs)
             return multiply(x, self, bias, code)
 
         return run
@@ -355,7 +355,9 @@ def multiply(
     x = x.contiguous()
     out = x.new_empty((num_rows, weight.num_outputs))
     depth = weight.num_inputs + weight.num_inputs % STEP
-    most = max(MOST_ROWS, ACTIVATION_BYTES // (4 * depth) // BLOCK_ROWS * BLOCK_ROWS)
+    fit = ACTIVATION_BYTES // (4 * depth)
+    step = BLOCK_ROWS if fit >= BLOCK_ROWS else MOST_ROWS
+    most = max(MOST_ROWS, fit // step * step)
     for start in range(0, num_rows, most):
         rows = slice(start, min(start + most, num_rows))
         _multiply_block(x[rows], weight, bias, act, out[rows], depth)

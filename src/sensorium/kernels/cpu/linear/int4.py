@@ -280,7 +280,7 @@ class Int4Weight(PackedWeight):
 
     def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
         own = kernel(self.dtype, self.form)
-        return IntegerProduct(own, LAYOUT, self.shape, self.packed, None, bias, act)
+        return IntegerProduct(own, LAYOUT, self.shape, self.packed, None, bias, act, self.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         panels, lane = self.packed[ids // WIDTH], ids % WIDTH

@@ -319,7 +319,9 @@ class Int8Weight(PackedWeight):
     def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
         own = kernel(self.dtype, self.form)
         used = layout(self.form)
-        return IntegerProduct(own, used, self.shape, self.packed, self.scales, bias, act)
+        return IntegerProduct(
+            own, used, self.shape, self.packed, self.scales, bias, act, self.dtype
+        )
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         chosen = self.packed[ids // WIDTH, :, ids % WIDTH].flatten(1)[:, : self.num_inputs]

@@ -64,7 +64,7 @@ class Layout:
     row_bytes: int
     """Bytes of a group of a row."""
     bias: int
-    """What is added to weights so that they have no sign."""
+    """Number added to weights so that they have no sign."""
 
 
 @njit(**INLINE)
@@ -166,14 +166,17 @@ class IntegerProduct:
         scales: torch.Tensor | None,
         bias: torch.Tensor | None,
         act: str | None,
+        dtype: torch.dtype,
     ) -> None:
         """Bind a kernel to its weights.
 
         weights: panels of bytes, the first axis that of panels. scales: float32 of the outputs,
-        padded to whole panels. bias: (N,), of the type of the activations.
+        padded to whole panels. bias: (N,). dtype: that of the activations.
         """
         self.kernel, self.layout = kernel, layout
         self.num_outputs, self.num_inputs = shape
+        self.dtype = dtype
+        bias = None if bias is None else bias.to(dtype).contiguous()
         self.kept = (weights, scales, bias)
         self.num_panels, self.panel_bytes = weights.shape[0], weights[0].numel()
         num_groups = -(-self.num_inputs // layout.group)
@@ -187,6 +190,10 @@ class IntegerProduct:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 2:
             return self(x.flatten(0, -2)).view(*x.shape[:-1], self.num_outputs)
+        if x.shape[1] != self.num_inputs or x.dtype != self.dtype:
+            raise ValueError(
+                f"rows of {x.shape[1]} {x.dtype} for a weight of {self.num_inputs} {self.dtype}"
+            )
         num_rows = x.shape[0]
         out = x.new_empty((num_rows, self.num_outputs))
         if num_rows == 0:

@@ -72,6 +72,8 @@ def choose(form: str) -> str:
         return names[0]
     times = measured().get(form, {}).values()
     timed = [name for name in names if any(name in row for row in times)]
+    if form == "float16" and ONEDNN in names and ONEDNN not in timed:
+        return ONEDNN  # it has units for fp16 here; the CPU that was measured had none
     whole = [row for row in times if all(name in row for name in timed)]
     if not (timed and whole):
         # Without a measurement: a library that packs weights of a type is made for it.
@@ -102,6 +104,14 @@ def runs_well(dtype: torch.dtype) -> bool:
     False only where each number would be emulated.
     """
     return onednn.has_units(dtype) or choose(format_of(dtype)) == PANELS
+
+
+def is_own(dtype: torch.dtype) -> bool:
+    """Return whether weights of ``dtype`` run through this engine's own product.
+
+    Its bits depend on no number of threads; the libraries promise nothing.
+    """
+    return choose(format_of(dtype)) == PANELS
 
 
 def summary() -> str:

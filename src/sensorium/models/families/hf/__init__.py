@@ -111,6 +111,7 @@ def _family(architecture: str, model_type: str) -> Family:
         renames=(),
         template=(__name__, TEMPLATES[model_type]) if model_type in TEMPLATES else None,
         bidirectional=processing.BIDIRECTIONAL.get(model_type),
+        same_on_threads=False,
         invariant=False,  # soft caps, sinks, experts: what its code does is not known before
         quantizable=False,
     )

@@ -23,5 +23,6 @@ FAMILIES = (
         ),
         stop_tokens=("<|im_end|>", "<|endoftext|>"),
         template=(__name__, "chat_template.jinja"),
+        same_on_threads=False,  # the resampler's attention is torch's
     ),
 )
