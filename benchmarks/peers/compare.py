@@ -72,7 +72,7 @@ class Comparison:
     ) -> None:
         self.checkpoint = checkpoint
         self.versions: dict[str, str] = {}
-        self._failures: list[str] = []
+        self._failures: list[str] = list(before.get("failures", ()))
         self._options = options
         self._scratch = scratch
         self._budget = budget
@@ -118,7 +118,7 @@ class Comparison:
                 step = (number, "start", kind.name)
                 if step not in self._done and kind.name not in self._broken:
                     self._start(kind)
-                    self._end([kind.name])
+                    self._end([kind.name], note=False)  # it has done next to nothing
                     self._finish(step)
 
     def _round(self, group: list[EngineKind], round_: int) -> None:
@@ -192,11 +192,11 @@ class Comparison:
         print(f"  failed: {failure}", file=sys.stderr)
         self._save(self.results(), self.versions)
 
-    def _end(self, names: list[str]) -> None:
+    def _end(self, names: list[str], *, note: bool = True) -> None:
         for name in names:
             engine = self._running.pop(name, None)
             if engine is not None:
-                if name not in self._broken:
+                if note and name not in self._broken:
                     peaks = engine.memory.peaks()
                     self._note("peak_memory", name, peaks.peak / 1e9, "GB", "lower")
                     self._note("peak_anonymous", name, peaks.anonymous / 1e9, "GB", "lower")

@@ -411,7 +411,7 @@ def _windows(values: Mapping[str, Any], context: int) -> tuple[int | None, ...]:
     if size >= context:
         return everywhere
     if kinds is None:
-        first = values.get("max_window_layers") or 0
+        first = count(values, "max_window_layers") if values.get("max_window_layers") else 0
         return tuple(size if layer >= first else None for layer in range(num_layers))
     known = {"full_attention": None, "sliding_attention": size}
     if not (

@@ -19,7 +19,9 @@ from sensorium.engine.offline.run import BatchRun, Output
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.models import loader
 from sensorium.models.loading.checkpoint import is_local
+from sensorium.models.registry import resolve
 from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.tracing import Tracer
 
@@ -61,6 +63,18 @@ class _Making:
             self._processor.close()
 
 
+def _may_overlap(config: EngineConfig) -> bool:
+    """Return whether the input processor may be made while the model is loaded.
+
+    Weights that have to be downloaded wait, as they may be in vain. So do models of transformers,
+    which changes torch's default dtype for the whole process while it makes one.
+    """
+    if not is_local(config.model.model):
+        return False
+    found = loader.read_config(config.model.model, hf_overrides=config.model.hf_overrides)
+    return resolve(found.config).quantizable
+
+
 class OfflineEngine:
     """An engine in the caller's thread, with its input processor and the event loop of that.
 
@@ -97,8 +111,8 @@ class OfflineEngine:
         tracer = Tracer(config.observability.trace_dir)
         making = _Making(config)
         try:
-            if not is_local(config.model.model):
-                making.wait()  # before weights are downloaded in vain
+            if not _may_overlap(config):
+                making.wait()
             engine = build_engine(config, proceed=making.check)
             processor = making.wait()
         except BaseException:
