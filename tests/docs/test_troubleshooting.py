@@ -5,7 +5,6 @@ A message that got better English goes into the page, too: the failing test show
 
 from __future__ import annotations
 
-import contextlib
 import http.server
 import json
 import multiprocessing
@@ -329,18 +328,12 @@ def large_body(server: Server) -> str:
 def full(server: Server) -> str:
     """One sample runs and has sent its first token; the three others wait for it.
 
-    Four more have no place until the last of them runs. A machine that stands still for so long
-    gets another chance.
+    Four more have no place until the last of them runs, however slow this client is.
     """
-    for _ in range(3):
-        with ask(
-            server, n=4, stream=True, max_tokens=2000, ignore_eos=True, temperature=0
-        ) as stream:
-            while b'"content":"' not in stream.readline().replace(b'"content":""', b""):
-                pass
-            with contextlib.suppress(pytest.fail.Exception):
-                return refusal(server, n=4, max_tokens=1)
-    raise AssertionError("four more requests were taken, three times")
+    with ask(server, n=4, stream=True, max_tokens=2000, ignore_eos=True) as stream:
+        while b'"content":"' not in stream.readline().replace(b'"content":""', b""):
+            pass
+        return refusal(server, n=4)
 
 
 @provokes("The engine is being restarted")
