@@ -26,7 +26,8 @@ INT4_STEPS = (8.0, 7.8, 8.2, 7.6, 8.5, 7.3, 6.9, 8.9)
 
 It gets the sign that -8 has, as -8 has no opposite. Beyond 8 it is cut off at -8."""
 INT8_STEPS = (127.0, 131.0, 136.0, 144.0, 155.0)
-"""As ``INT4_STEPS``; from 127.5 on, weights are cut off at 127."""
+"""Integers to which the largest weight of an output is scaled in turn; from 127.5 on, weights are
+cut off at 127."""
 BAND = 1 << 19
 """Weights that are quantized at once: their float32 copies stay in the CPU's caches."""
 

@@ -5,15 +5,20 @@ A row keeps its highest score, the sum of e^(score - highest) and the values wei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+import llvmlite.ir as ir
 
 from sensorium.kernels.cpu.numeric import (
     OUTLINE,
     WIDTH,
+    _call,
     exp1,
     exp16,
     f32,
     fma,
+    intrinsic,
     largest,
     load16,
     load_part,
@@ -23,6 +28,7 @@ from sensorium.kernels.cpu.numeric import (
     store16,
     store_part,
     total,
+    vec16,
     with_sign,
 )
 
@@ -110,3 +116,38 @@ def clear_rows(rows: Any, dim: Any, sums: Any, tops: Any, totals: Any) -> None:
         totals[r] = f32(0.0)
     for i in range(rows * dim):
         sums[i] = f32(0.0)
+
+
+def exp2_nonpositive(coefficients: Sequence[float]) -> Any:
+    """Return an intrinsic that computes 2^x by lanes for x <= 0.
+
+    x = k + r with |r| <= 1/2; 2^k times a polynomial in r, its coefficients from the highest power
+    down. Below -126 the result is that of -126; NaN of NaN.
+    """
+
+    @intrinsic
+    def compute(typingctx: Any, x: Any) -> Any:
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            floats = ir.VectorType(ir.FloatType(), WIDTH)
+            bits = ir.VectorType(ir.IntType(32), WIDTH)
+
+            def constant(number: float) -> ir.Constant:
+                return ir.Constant(floats, [f32(number).item()] * WIDTH)
+
+            low = constant(-126.0)
+            clamped = builder.select(builder.fcmp_ordered(">", low, args[0]), low, args[0])
+            # Adding 1.5 * 2^23 rounds to the integer k and leaves it in the lowest bits.
+            magic = constant(12582912.0)
+            shifted_k = builder.fadd(clamped, magic)
+            r = builder.fsub(clamped, builder.fsub(shifted_k, magic))
+            p = constant(coefficients[0])
+            for coefficient in coefficients[1:]:
+                p = _call(builder, "llvm.fma.v16f32", floats, [p, r, constant(coefficient)])
+            exponent = builder.shl(
+                builder.bitcast(shifted_k, bits), ir.Constant(bits, [23] * WIDTH)
+            )
+            return builder.bitcast(builder.add(builder.bitcast(p, bits), exponent), floats)
+
+        return vec16(vec16), codegen
+
+    return compute

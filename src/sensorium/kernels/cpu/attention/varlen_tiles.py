@@ -18,7 +18,6 @@ import llvmlite.ir as ir
 import numpy as np
 import torch
 from numba import types
-from numba.core import cgutils
 
 from sensorium.kernels.cpu import amx
 from sensorium.kernels.cpu.amx import (
@@ -29,7 +28,7 @@ from sensorium.kernels.cpu.amx import (
     multiply_block,
     release,
 )
-from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, scale_sums
+from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, exp2_nonpositive, scale_sums
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import float_bits, pack
 from sensorium.kernels.cpu.numeric import (
@@ -136,37 +135,9 @@ def pack_values(values: Any, stride: Any, length: Any, dim: Any, out: Any) -> No
                 pairs[d] = types.uint32(0)
 
 
-@intrinsic
-def exp2_nonpositive(typingctx: Any, x: Any) -> Any:
-    """Compute 2^x by lanes for x <= 0, with an error of at most 8e-5.
-
-    That is a small part of a rounding step of bf16. x = k + r with |r| <= 1/2; 2^k times a
-    polynomial of degree 3 in r, fitted for the smallest relative error. Below -126 the result is
-    that of -126; NaN of NaN.
-    """
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        floats, bits = (ir.VectorType(kind, WIDTH) for kind in (ir.FloatType(), ir.IntType(32)))
-
-        def constant(number: float) -> ir.Constant:
-            return ir.Constant(floats, [f32(number).item()] * WIDTH)
-
-        fused = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(floats, [floats] * 3), "llvm.fma.v16f32"
-        )
-        low = constant(-126.0)
-        clamped = builder.select(builder.fcmp_ordered(">", low, args[0]), low, args[0])
-        # Adding 1.5 * 2^23 rounds to the integer k and leaves it in the lowest bits.
-        magic = constant(12582912.0)
-        shifted_k = builder.fadd(clamped, magic)
-        r = builder.fsub(clamped, builder.fsub(shifted_k, magic))
-        p = constant(0.05516989)
-        for coefficient in (0.24260701, 0.69326091, 0.99992834):
-            p = builder.call(fused, [p, r, constant(coefficient)])
-        exponent = builder.shl(builder.bitcast(shifted_k, bits), ir.Constant(bits, [23] * WIDTH))
-        return builder.bitcast(builder.add(builder.bitcast(p, bits), exponent), floats)
-
-    return vec16(vec16), codegen
+exp2_rough = exp2_nonpositive((0.05516989, 0.24260701, 0.69326091, 0.99992834))
+"""2^x for x <= 0 with an error of at most 8e-5, a small part of a rounding step of bf16. The
+polynomial is fitted for the smallest relative error."""
 
 
 @intrinsic
@@ -211,8 +182,8 @@ def online_softmax_row(scores: Any, count: Any, scale: Any, top: Any, weights: A
     # The difference is exact at the top and never positive, however large the scores are.
     factor, base, summed = splat(scale), splat(new_top), splat(f32(0.0))
     for j in range(0, padded, BLOCK):
-        first = exp2_nonpositive((load16(scores, j) - base) * factor)
-        second = exp2_nonpositive((load16(scores, j + WIDTH) - base) * factor)
+        first = exp2_rough((load16(scores, j) - base) * factor)
+        second = exp2_rough((load16(scores, j + WIDTH) - base) * factor)
         store_weights(weights, j, first, second)
         summed = summed + (first + second)
     return new_top, total(summed)

@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-import llvmlite.ir as ir
 import numpy as np
 import torch
 from numba import types
-from numba.core import cgutils
 
-from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, scale_sums
+from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, exp2_nonpositive, scale_sums
 from sensorium.kernels.cpu.attention.tile import TILE_COLUMNS, TILE_ROWS, multiply_tile
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import float_bits, pack
@@ -33,7 +31,6 @@ from sensorium.kernels.cpu.numeric import (
     f32,
     fetch_add,
     first_lane,
-    intrinsic,
     largest,
     load,
     load16,
@@ -47,7 +44,6 @@ from sensorium.kernels.cpu.numeric import (
     store16,
     total,
     transpose16,
-    vec16,
 )
 from sensorium.kernels.cpu.rotary import convert_row
 
@@ -82,37 +78,9 @@ def padded(number: int, step: int = WIDTH) -> int:
     return -(-number // step) * step
 
 
-@intrinsic
-def exp2_nonpositive(typingctx: Any, x: Any) -> Any:
-    """Compute 2^x by lanes for x <= 0, with a relative error of at most 2e-7.
-
-    x = k + r with |r| <= 1/2; 2^k times the Taylor polynomial of degree 6 in r ln 2, whose
-    remainder is below 2e-7. Below -126 the result is that of -126; NaN of NaN.
-    """
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        floats, bits = (ir.VectorType(kind, WIDTH) for kind in (ir.FloatType(), ir.IntType(32)))
-
-        def constant(number: float) -> ir.Constant:
-            return ir.Constant(floats, [f32(number).item()] * WIDTH)
-
-        fused = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(floats, [floats] * 3), "llvm.fma.v16f32"
-        )
-        low = constant(-126.0)
-        clamped = builder.select(builder.fcmp_ordered(">", low, args[0]), low, args[0])
-        # Adding 1.5 * 2^23 rounds to the integer k and leaves it in the lowest bits.
-        magic = constant(12582912.0)
-        shifted_k = builder.fadd(clamped, magic)
-        r = builder.fsub(clamped, builder.fsub(shifted_k, magic))
-        coefficients = [math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)]
-        p = constant(coefficients[0])
-        for coefficient in coefficients[1:]:
-            p = builder.call(fused, [p, r, constant(coefficient)])
-        exponent = builder.shl(builder.bitcast(shifted_k, bits), ir.Constant(bits, [23] * WIDTH))
-        return builder.bitcast(builder.add(builder.bitcast(p, bits), exponent), floats)
-
-    return vec16(vec16), codegen
+exp2_exact = exp2_nonpositive([math.log(2) ** n / math.factorial(n) for n in range(6, -1, -1)])
+"""2^x for x <= 0 with a relative error of at most 2e-7: the Taylor polynomial of degree 6 in
+r ln 2, whose remainder is below that."""
 
 
 @njit(**OUTLINE)
@@ -130,7 +98,7 @@ def online_softmax_row(scores: Any, count: Any, top: Any) -> Any:
     new_top = peak(best)
     base, summed = splat(new_top), splat(f32(0.0))
     for j in range(0, end, WIDTH):
-        weight = exp2_nonpositive(load16(scores, j) - base)
+        weight = exp2_exact(load16(scores, j) - base)
         store16(scores, j, weight)
         summed = weight + summed
     return new_top, total(summed)
@@ -282,7 +250,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             for r in range(rows):
                 row = shifted(scores, r * SCORE_STRIDE)
                 top, part = online_softmax_row(row, count, tops[r])
-                fade = first_lane(exp2_nonpositive(splat(tops[r] - top)))
+                fade = first_lane(exp2_exact(splat(tops[r] - top)))
                 totals[r] = totals[r] * fade + part
                 if start > 0 and fade != f32(1.0):
                     scale_sums(shifted(sums, r * wide), wide, fade)

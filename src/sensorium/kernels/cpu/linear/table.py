@@ -40,7 +40,7 @@ class Product:
     """A way to multiply with float weights."""
 
     available: Callable[[str], bool]
-    """Of a format: this CPU and these libraries have the product for it."""
+    """Tell if this CPU and these libraries have the product for a format."""
     pack: Callable[[torch.Tensor], PackedWeight]
     """Pack a (N, K) weight, which gives its type to activations and results."""
 
