@@ -89,7 +89,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
     "text": (
         {"spelling", "tokenizer", "backend", "control", "detokenizer", "stops", "grammar"},
         {"chat"},
-        {"tools", "tool_calls"},
+        {"tools"},
     ),
     "kernels": ({"batch", "weight", "reference"}, {"cpu"}, {"ops"}),
     "models": (

@@ -144,6 +144,21 @@ def test_cut_first_then_normalised(llm: LLM, dse: Dse) -> None:
     np.testing.assert_allclose(output.outputs.embedding, hidden[0][:5], atol=TOLERANCE)
 
 
+def test_scores_are_cosines(llm: LLM, dse: Dse) -> None:
+    prompts = asked(dse.prompts[:4])
+    cut = [expected(hidden, 16) for hidden in dse.hidden[:4]]
+    params = PoolingParams(dimensions=16)
+    ones = llm.score(prompts[0], prompts[1:], pooling_params=params, use_tqdm=False)
+    wanted = [float(cut[0] @ other) for other in cut[1:]]
+    assert [output.outputs.score for output in ones] == pytest.approx(wanted, abs=TOLERANCE)
+    pairs = llm.score(prompts[:2], prompts[2:], pooling_params=params, use_tqdm=False)
+    wanted = [float(a @ b) for a, b in zip(cut[:2], cut[2:], strict=True)]
+    assert [output.outputs.score for output in pairs] == pytest.approx(wanted, abs=TOLERANCE)
+    for bad in (([], "a"), (["a", "b"], "c"), (["a", "b"], ["c"] * 3), ("a", [])):
+        with pytest.raises(InvalidRequestError, match="prompts to compare"):
+            llm.score(*bad, use_tqdm=False)
+
+
 def test_conversations_are_rendered_by_the_template(llm: LLM, dse: Dse) -> None:
     image = next(prompt.images[0] for prompt in dse.prompts if prompt.images)
     parts: list[Any] = [

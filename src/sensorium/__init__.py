@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         PoolingOutput,
         PoolingRequestOutput,
         RequestOutput,
+        ScoringOutput,
+        ScoringRequestOutput,
     )
     from sensorium.params import (
         PoolingParams,
@@ -51,6 +53,8 @@ _HOMES = {
     "EmbeddingRequestOutput": "sensorium.outputs",
     "PoolingOutput": "sensorium.outputs",
     "PoolingRequestOutput": "sensorium.outputs",
+    "ScoringOutput": "sensorium.outputs",
+    "ScoringRequestOutput": "sensorium.outputs",
     "Logprob": "sensorium.outputs",
 }
 
@@ -67,6 +71,8 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
     "StructuredOutputs",
     "__version__",
 ]

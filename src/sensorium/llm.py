@@ -14,8 +14,10 @@ from sensorium.engine.offline.batch import (
     BatchBuilder,
     BatchInput,
     Prompts,
+    as_array,
     as_embedding,
     as_list,
+    as_scores,
     as_tensor,
     conversations,
     unchanged,
@@ -31,6 +33,7 @@ from sensorium.outputs import (
     PoolingOutput,
     PoolingRequestOutput,
     RequestOutput,
+    ScoringRequestOutput,
 )
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.tokenizer import Tokenizer
@@ -294,6 +297,39 @@ class LLM:
             )
         batch = self._embedding_batch(prompts, pooling_params)
         return self._engine.complete(batch, use_tqdm, as_tensor)
+
+    @takes_call_keywords
+    def score(
+        self,
+        data_1: object,
+        data_2: object,
+        /,
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """Compare prompts by their embeddings: the cosine is in ``outputs.score``.
+
+        Args:
+            data_1: One prompt, or as many as in ``data_2``; of the kinds that ``embed`` takes.
+            data_2: A prompt, or a list of prompts.
+            pooling_params: ``dimensions`` of the embeddings that are compared.
+            use_tqdm: Show a progress bar.
+
+        Raises:
+            InvalidRequestError: The numbers of prompts do not fit, or as for ``embed``.
+        """
+        left, right = (list(as_list(data).values) for data in (data_1, data_2))
+        if not right or len(left) not in (1, len(right)):
+            raise InvalidRequestError(
+                f"There are {len(left)} and {len(right)} prompts to compare; give one and any "
+                "number, or as many of both.",
+                param="data_1",
+            )
+        params = (pooling_params or PoolingParams()).replace(normalize=True)
+        batch = self._embedding_batch([*left, *right], params)
+        outputs = self._engine.complete(batch, use_tqdm, as_array)
+        return as_scores(outputs[: len(left)], outputs[len(left) :])
 
     def chat_stream(
         self, messages: Sequence[Any], sampling_params: SamplingParams | None = None

@@ -158,6 +158,17 @@ class EmbeddingOutput:
         return len(self.embedding)
 
 
+@dataclass(slots=True)
+class ScoringOutput:
+    """The similarity of two prompts.
+
+    Attributes:
+        score: Cosine of their embeddings, from -1 to 1.
+    """
+
+    score: float
+
+
 OutputsT = TypeVar("OutputsT")
 
 
@@ -196,3 +207,11 @@ class PoolingRequestOutput(Generic[OutputsT]):
 @dataclass(slots=True)
 class EmbeddingRequestOutput(PoolingRequestOutput[EmbeddingOutput]):
     """Result of ``LLM.embed`` for one prompt: ``outputs.embedding`` is a list of numbers."""
+
+
+@dataclass(slots=True)
+class ScoringRequestOutput(PoolingRequestOutput[ScoringOutput]):
+    """Result of ``LLM.score`` for one pair: ``outputs.score`` is a number.
+
+    Ids, tokens and items are those of both prompts.
+    """

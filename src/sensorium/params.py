@@ -18,7 +18,7 @@ MAX_LIST_LENGTH = 65536
 MAX_DIMENSIONS = 1 << 20
 LOGIT_BIAS = Bounds(ge=-100.0, le=100.0)
 
-CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object")
+CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """The fields of ``StructuredOutputs`` that say what the text must be."""
 
 WHITESPACE = ("compact", "none", "flexible")
@@ -40,7 +40,7 @@ class RequestOutputKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputs:
-    """A constraint on the generated text; exactly one of the first five attributes is set.
+    """A constraint on the generated text; exactly one of the first six attributes is set.
 
     Attributes:
         json: JSON schema, as an object or a string.
@@ -48,6 +48,8 @@ class StructuredOutputs:
         choice: list of the possible texts.
         grammar: Lark grammar.
         json_object: any JSON object.
+        structural_tag: fixed text, JSON and free text in an order, as an object or a string of JSON
+            (xgrammar's and vLLM's structural tags).
         whitespace: "compact" (at most one blank after a colon or a comma), "none", or "flexible"
             (up to 40 blanks and line ends at every gap).
         whitespace_pattern: regular expression for the gaps, instead of ``whitespace``.
@@ -63,6 +65,7 @@ class StructuredOutputs:
     choice: tuple[str, ...] | None = None
     grammar: str | None = None
     json_object: bool = False
+    structural_tag: dict[str, Any] | str | None = None
     whitespace: str = "compact"
     whitespace_pattern: str | None = None
     unsupported: str = "relax"
@@ -99,6 +102,11 @@ class StructuredOutputs:
                 _check_unicode(f"structured_outputs.{name}", value)
         if self.json is not None and not isinstance(self.json, dict | str):
             _bad("structured_outputs.json", "must be a JSON schema as an object or a string")
+        if self.structural_tag is not None and not isinstance(self.structural_tag, dict | str):
+            _bad(
+                "structured_outputs.structural_tag",
+                "must be a structural tag as an object or a string of JSON",
+            )
 
     def _check_options(self) -> None:
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):

@@ -79,10 +79,10 @@ def test_the_flags_that_people_have(command: str, capsys: pytest.CaptureFixture[
     assert engine.model.dtype == "float16"
     assert engine.model.generation_config == "vllm"
     assert server.log_level == "warning"
+    assert (server.tool_call_parser, server.reasoning_parser) == ("hermes", "qwen3")
     said = capsys.readouterr().err
     for flag in (
-        "--enable-auto-tool-choice, --tool-call-parser",
-        "--reasoning-parser",
+        "--enable-auto-tool-choice",
         "--swap-space",
     ):
         assert said.count(flag) == 1

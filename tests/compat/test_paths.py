@@ -20,7 +20,6 @@ from tests.server.harness import App
         ("/v1/messages", "Anthropic's API is not available"),
         ("/v1/messages/count_tokens", "Anthropic"),
         ("/v1/audio/transcriptions", "input_audio"),
-        ("/v1/rerank", "/v1/embeddings"),
         ("/v1/batches", "concurrent requests, POST /v1/chat/completions"),
         ("/api/generate", "Ollama's API is not available; use POST /v1/completions"),
         ("/api/tags", "GET /v1/models"),

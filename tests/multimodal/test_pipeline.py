@@ -1,4 +1,5 @@
 import asyncio
+import dataclasses
 import threading
 
 import numpy as np
@@ -112,6 +113,19 @@ async def test_the_background_reaches_the_decoder(make) -> None:
     request = {"image": {"rgba_background_color": [4, 5, 6]}}
     item = (await setup.load(object_ref(clear), media_io_kwargs=request))[0]
     assert item.features.arrays["pixels"][0, 0].tolist() == [4, 5, 6]
+
+
+async def test_the_bound_of_an_item_reaches_the_decoder_beside_the_background(make) -> None:
+    clear = picture(8, 4).convert("RGBA")
+    clear.putalpha(0)
+    setup = make(media_io_kwargs={"image": {"rgba_background_color": [1, 2, 3]}})
+    ref = object_ref(clear)
+    small = dataclasses.replace(ref, loading={"max_pixels": 8})
+    whole, item = await setup.load(ref, small)
+    assert whole.features.arrays["pixels"].shape[:2] == (4, 8)
+    assert item.features.arrays["pixels"].shape[:2] == (2, 4)
+    assert item.features.arrays["pixels"][0, 0].tolist() == [1, 2, 3]
+    assert whole.digest != item.digest
 
 
 async def test_without_a_cache_everything_is_done_again(make) -> None:

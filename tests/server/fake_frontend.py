@@ -70,6 +70,7 @@ class FakeFrontend:
     calls: list[Call] = field(default_factory=list)
     closing: bool = False
     tokenizer: Tokenizer = TOKENIZER
+    template_text: str = ""
 
     @property
     def config(self) -> EngineConfig:

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from sensorium.config import ServerConfig
 from sensorium.server.app import build_app
-from sensorium.server.launch import StopSignals, listening_socket, run_app
+from sensorium.server.launch import StopSignals, listening, run_app
 from tests.server.fake_frontend import FakeFrontend
 
 JSON = "application/json"
@@ -183,13 +183,14 @@ async def running(frontend: FakeFrontend | None = None, **config: Any) -> AsyncI
     config.setdefault("disable_access_log", True)
     server_config = ServerConfig(port=0, **config)
     app = build_app(frontend, server_config)
-    listener = listening_socket(server_config.host, 0)
-    signals = StopSignals()
-    task = asyncio.create_task(run_app(app, server_config, listener, signals))
-    listener.listen()
-    try:
-        yield Running(frontend, listener.getsockname()[1], signals, task, app)
-    finally:
-        signals.on_signal()
-        signals.on_signal()
-        await task
+    with listening(server_config) as listener:
+        signals = StopSignals()
+        task = asyncio.create_task(run_app(app, server_config, listener, signals))
+        listener.listen()
+        port = 0 if server_config.uds else listener.getsockname()[1]
+        try:
+            yield Running(frontend, port, signals, task, app)
+        finally:
+            signals.on_signal()
+            signals.on_signal()
+            await task

@@ -6,10 +6,13 @@ import asyncio
 import contextlib
 import json
 import socket
+from pathlib import Path
 
+import aiohttp
 import openai
 import pytest
 
+from sensorium.config import ServerConfig
 from sensorium.errors import ConfigError
 from sensorium.server import launch
 from sensorium.server.launch import listening_socket
@@ -290,3 +293,27 @@ async def test_openais_client_gets_its_own_exceptions() -> None:
             assert caught.value.code == "invalid_request"
             with pytest.raises(openai.NotFoundError):
                 await client.chat.completions.create(model="other", messages=USER)
+
+
+async def test_a_unix_socket_is_served_replaced_and_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s"
+    with launch.unix_socket(str(path)):
+        pass  # as a server that was killed leaves it
+    async with running(uds=str(path)):
+        connector = aiohttp.UnixConnector(path=str(path))
+        async with aiohttp.ClientSession(connector=connector) as client:
+            answer = await (await client.post(f"http://x{CHAT}", json={"messages": USER})).json()
+        assert answer["choices"][0]["message"]["content"] == REPLY
+        assert f"at unix:{path}" in capsys.readouterr().out
+        with pytest.raises(ConfigError, match="in use") as caught, launch.unix_socket(str(path)):
+            pass
+        assert caught.value.param == "uds"
+    assert not path.exists()
+    path.write_text("a file of somebody")
+    with pytest.raises(ConfigError, match="in use"):
+        launch.unix_socket(str(path))
+    assert path.read_text() == "a file of somebody"
+    with pytest.raises(ConfigError, match="uds must be a path"):
+        ServerConfig(uds="x" * 200)

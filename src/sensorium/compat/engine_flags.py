@@ -145,8 +145,8 @@ IGNORED = [
         guided_decoding_disable_any_whitespace=False, guided_decoding_disable_additional_properties=False,
     ),
     *ignored(
-        "reasoning stays in the content, as the model writes it",
-        reasoning_parser="", reasoning_parser_plugin="", reasoning_config={}, enable_reasoning=False,
+        "reasoning is always split from the content; --reasoning-parser chooses its form",
+        reasoning_parser_plugin="", reasoning_config={}, enable_reasoning=False,
     ),
     *ignored(
         _METRICS, show_hidden_metrics_for_version=None, kv_cache_metrics=False, kv_cache_metrics_sample=0.01,

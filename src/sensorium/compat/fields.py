@@ -54,7 +54,6 @@ SAME = [
 
 IGNORED = [
     *ignored("all constraints use one backend", guided_decoding_backend=None),
-    *ignored("reasoning stays in the content, as the model writes it", include_reasoning=True),
     *ignored("chunks are sent as soon as there are tokens", stream_interval=None),
     *ignored("requests are independent; cached prefixes are found by content", session_id=None),
     *ignored("inputs are never padded", padding=None),

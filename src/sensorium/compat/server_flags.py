@@ -27,8 +27,8 @@ SAME = [
 
 IGNORED = [
     *ignored(
-        "tool calls are always parsed, in whichever known form the model writes them",
-        enable_auto_tool_choice=False, tool_call_parser=None,
+        "tool calls are always parsed; --tool-call-parser chooses their form",
+        enable_auto_tool_choice=False,
     ),
     *ignored("usage always has them", enable_prompt_tokens_details=False),
     *ignored("the content of requests and answers is never "
@@ -69,8 +69,7 @@ REFUSED = [
     *refused("schemas are always enforced", tool_strict_level=None),
     *refused("streams have no keep-alive comments", sse_keep_alive_interval=0),
     *refused("the tokenizer's configuration is not exposed", enable_tokenizer_info_endpoint=False),
-    *refused("the server listens on TCP, on --host and "
-             "--port", uds=None, grpc=False, grpc_port=None),
+    *refused("the server speaks HTTP only", grpc=False, grpc_port=None),
     *refused("one process serves HTTP and starts the engine", headless=False, tokens_only=False,
              enable_scale_out=False),
     *refused("client certificates are not supported; put a proxy in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from sensorium.config.fields import (
 )
 from sensorium.environment import LOG_LEVELS
 
+MAX_UDS_BYTES = 107
+"""Bytes of the path of a Unix domain socket on Linux."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -22,6 +26,9 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on; 0 selects a free one.", ge=0, le=65535)
+    uds: str | None = option(
+        None, "Path of a Unix domain socket to listen on, instead of host and port."
+    )
     served_model_name: tuple[str, ...] = option(
         (), "Names of the model in the API; its path or id if not given."
     )
@@ -58,6 +65,16 @@ class ServerConfig:
         '{"enable_thinking": false}.',
         factory=True,
     )
+    tool_call_parser: str = option(
+        "auto",
+        "Form in which the model writes tool calls, such as hermes, llama3_json or mistral; "
+        "auto finds it out, any reads all forms, none reads no calls.",
+    )
+    reasoning_parser: str = option(
+        "auto",
+        "Form in which the model writes its reasoning, such as qwen3, deepseek_r1 or mistral; auto "
+        "finds it out, none leaves it in the content.",
+    )
     enable_force_include_usage: bool = option(
         False,
         "Send usage with every chunk of a stream and at its end, also where the request does not "
@@ -77,6 +94,8 @@ class ServerConfig:
         check_non_empty("host", self.host)
         if self.log_level is not None:
             check_choice("log_level", self.log_level, LOG_LEVELS)
+        if self.uds is not None and len(os.fsencode(self.uds)) not in range(1, MAX_UDS_BYTES + 1):
+            bad("uds", f"must be a path of 1 to {MAX_UDS_BYTES} bytes")
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             bad("ssl_certfile", "and ssl_keyfile go together: give both or none")
         if any(not key for key in self.api_key):

@@ -39,7 +39,8 @@ class MediaRef:
         uuids: One id per item, in place of ``uuid``, for ``embeds`` of several items.
         alone: The reference is a part of a message: one item, also if it holds embeddings.
         processing: Options of this item alone, over those in ``mm_processor_kwargs``.
-        loading: Options of this item alone, in place of all of its modality in ``media_io_kwargs``.
+        loading: Options of this item alone, in place of all of its modality in ``media_io_kwargs``
+            (of an image: beside them).
     """
 
     modality: Modality

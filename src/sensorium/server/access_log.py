@@ -14,7 +14,9 @@ from sensorium.server.openai.protocol import (
     DetokenizeBody,
     EmbeddingBody,
     JsonSchema,
+    RerankBody,
     ResponseFormat,
+    ScoreBody,
     StreamOptions,
     TokenizeBody,
 )
@@ -24,7 +26,7 @@ LOGGED_ERROR = "logged_error"
 
 _BODIES = (
     *(ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody),
-    *(StreamOptions, ResponseFormat, JsonSchema),
+    *(StreamOptions, ResponseFormat, JsonSchema, ScoreBody, RerankBody),
 )
 _PARTS = """
     role content type text image_url input_image image_embeds image_pil video video_url
@@ -32,7 +34,7 @@ _PARTS = """
     audio_embeds video_embeds url detail data format uuid refusal tool_calls tool_call_id
     id function name arguments
     parameters strict schema json regex choice grammar json_object whitespace image audio num_frames
-    fps file
+    fps file allowed_tools mode
 """.split()
 _KNOWN = {*FIELD_RULES, *_PARTS, *(name for body in _BODIES for name in body.model_fields)}
 _STEP = re.compile(r"([A-Za-z_]\w*)((?:\[\d+\])*)", re.ASCII)

@@ -22,8 +22,10 @@ from sensorium.server.routes.embeddings import embeddings_router
 from sensorium.server.routes.health import health_router
 from sensorium.server.routes.home import home_router
 from sensorium.server.routes.models import models_router
+from sensorium.server.routes.scores import scores_router
 from sensorium.server.routes.tokenize import tokenize_router
 from sensorium.text.detokenizer import TokenSpelling
+from sensorium.text.tools.forms import AnswerForms
 
 if TYPE_CHECKING:
     from sensorium.engine.serving.frontend import Frontend
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     """Return the application that serves ``frontend``, which the caller starts and shuts down.
 
-    Raises ConfigError for a metrics prefix that Prometheus does not allow.
+    Raises ConfigError for a metrics prefix that Prometheus does not allow, and for unknown parsers.
     """
     names = config.served_model_name or (frontend.config.model.model,)
     metrics = ServingMetrics(config.metrics_prefix, model_name=names[0])
@@ -43,6 +45,12 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         metrics=metrics,
         admission=Admission(frontend.config.scheduler.max_num_waiting),
         spelling=TokenSpelling(frontend.input_processor.tokenizer),
+        forms=AnswerForms.of(
+            frontend.input_processor.template_text,
+            frontend.input_processor.tokenizer,
+            calls=config.tool_call_parser,
+            reasoning=config.reasoning_parser,
+        ),
     )
     app = FastAPI(
         title="Sensorium",
@@ -56,6 +64,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         chat_router(),
         completions_router(),
         embeddings_router(),
+        scores_router(),
         models_router(),
         tokenize_router(),
         health_router(),

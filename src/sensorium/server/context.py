@@ -19,6 +19,7 @@ from sensorium.server.admission import Admission
 from sensorium.server.http.encoding import MOST_AT_ONCE
 from sensorium.server.turns import Turns
 from sensorium.text.detokenizer import TokenSpelling
+from sensorium.text.tools.forms import AnswerForms
 
 if TYPE_CHECKING:
     from sensorium.engine.serving.frontend import Frontend
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 class ServingContext:
     """The frontend, the configuration, and the state of the HTTP server itself.
 
+    ``forms``: how the model writes tool calls and reasoning.
     ``num_in_flight`` counts HTTP requests that have not been answered completely. ``turns`` spreads
     work that blocks the event loop; ``unpacking`` limits how many bodies are decompressed at once.
     """
@@ -37,6 +39,7 @@ class ServingContext:
     metrics: ServingMetrics
     admission: Admission
     spelling: TokenSpelling
+    forms: AnswerForms = field(default_factory=AnswerForms)
     started_at: int = field(default_factory=lambda: int(time.time()))
     num_in_flight: int = 0
     turns: Turns = field(default_factory=Turns)

@@ -7,9 +7,11 @@ import contextlib
 import gc
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import ssl
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,8 +52,26 @@ def serve(engine: EngineConfig, config: ServerConfig, process: EngineProcess | N
     check_config(config)
     if unread := environment.unread_variables():
         logger.warning("environment variables without effect: %s", ", ".join(unread))
-    with contextlib.closing(listening_socket(config.host, config.port)) as listener:
+    with listening(config) as listener:
         asyncio.run(_serve(engine, config, listener, process))
+
+
+@contextlib.contextmanager
+def listening(config: ServerConfig) -> Iterator[socket.socket]:
+    """Give the bound socket that ``config`` names; close it, and remove its file, at the end.
+
+    Raises ConfigError when the address cannot be used.
+    """
+    if config.uds is None:
+        with contextlib.closing(listening_socket(config.host, config.port)) as listener:
+            yield listener
+        return
+    with contextlib.closing(unix_socket(config.uds)) as listener:
+        try:
+            yield listener
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(config.uds)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -77,6 +97,39 @@ def listening_socket(host: str, port: int) -> socket.socket:
             f"Cannot listen on {host}:{port}: {error.strerror}.", param="port"
         ) from error
     return listener
+
+
+def unix_socket(path: str) -> socket.socket:
+    """Return a bound Unix domain socket; a file that a server has left there is replaced.
+
+    Raises ConfigError when the path cannot be used.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        if _is_abandoned(path):
+            os.unlink(path)
+        listener.bind(path)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"Cannot listen on {path}: {error.strerror or error}.", param="uds"
+        ) from error
+    return listener
+
+
+def _is_abandoned(path: str) -> bool:
+    """Return whether ``path`` is a socket on which nobody listens."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return False
+    except FileNotFoundError:
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+    return False
 
 
 class StopSignals:
@@ -197,17 +250,27 @@ class _Server(uvicorn.Server):
 async def _announce(server: _Server, context: ServingContext, listener: socket.socket) -> None:
     await server.listening.wait()
     config = context.config
+    log_access(config)
+    address = _address(config, listener)
+    print(f"Sensorium {__version__} serving {context.model_names[0]} at {address}", flush=True)
+
+
+def _address(config: ServerConfig, listener: socket.socket) -> str:
+    if config.uds is not None:
+        return f"unix:{config.uds}"
     scheme = "https" if config.ssl_certfile else "http"
     host = f"[{config.host}]" if ":" in config.host else config.host
-    address = f"{scheme}://{host}:{listener.getsockname()[1]}{config.root_path}"
-    log_access(config)
-    print(f"Sensorium {__version__} serving {context.model_names[0]} at {address}", flush=True)
+    return f"{scheme}://{host}:{listener.getsockname()[1]}{config.root_path}"
 
 
 def log_access(config: ServerConfig) -> None:
     """Log if requests need an API key; a warning where other machines may send some without."""
     if config.api_key:
         logger.info("requests need an API key; accepted keys: %d", len(config.api_key))
+    elif config.uds is not None:
+        logger.info(
+            "requests need no API key; programs that may write to %s can use it", config.uds
+        )
     elif _is_loopback(config.host):
         logger.info("requests need no API key; the server listens on the loopback interface only")
     else:

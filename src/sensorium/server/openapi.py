@@ -15,6 +15,8 @@ from sensorium.server.openai.protocol import (
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
+    RerankBody,
+    ScoreBody,
     TokenizeBody,
 )
 
@@ -22,6 +24,8 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/embeddings": EmbeddingBody,
+    **dict.fromkeys(("/v1/score", "/score"), ScoreBody),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), RerankBody),
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }

@@ -30,7 +30,7 @@ class Detokenizer:
     ``continues``: the sequence continues a prompt, so a leading space that the vocabulary writes
     at the beginning of a word is kept; otherwise it is dropped as ``decode`` drops it.
     ``spaces_between_special_tokens=False`` writes adjacent added tokens without the spaces that
-    some decoders put between them.
+    some decoders put between them. ``spelled_ids``: special tokens that are written all the same.
     """
 
     def __init__(
@@ -40,9 +40,11 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
         continues: bool = False,
+        spelled_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
         self._skips = skip_special_tokens
+        self._spelled_ids = spelled_ids
         self._spaces = spaces_between_special_tokens
         self._stream = _stream(tokenizer, continues)
         self._last_was_added = False
@@ -59,7 +61,8 @@ class Detokenizer:
         tokenizer = self._tokenizer
         if not 0 <= token_id <= tokenizer.max_token_id:
             return ""
-        if self._skips and tokenizer.is_special(token_id):
+        is_hidden = tokenizer.is_special(token_id) and token_id not in self._spelled_ids
+        if self._skips and is_hidden:
             return ""
         token = tokenizer.backend.id_to_token(token_id)
         if token is None:

@@ -505,3 +505,39 @@ def test_heic_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch, brand:
     data = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(64)
     with pytest.raises(MediaUndecodableError, match=r"pip install 'sensorium\[heif\]'"):
         decode(data, WHITE, max_pixels=99)
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "expected"),
+    [
+        ((40, 30), None, (40, 30)),
+        ((40, 30), 1200, (40, 30)),
+        ((40, 30), 300, (20, 15)),
+        ((1000, 1), 100, (100, 1)),
+        ((1, 1000), 1, (1, 1)),
+    ],
+)
+def test_a_bound_reduces_larger_images(
+    size: tuple[int, int], most: int | None, expected: tuple[int, int]
+) -> None:
+    options = ImageOptions(max_pixels=most)
+    image = Image.new("RGB", size, (10, 200, 30))
+    array = np.array(image)
+    for pixels in (
+        decode(encoded(image), options, max_pixels=PIXELS),
+        decode_object(image, options, max_pixels=PIXELS),
+        decode_object(array, options, max_pixels=PIXELS),
+    ):
+        assert pixels.shape == (expected[1], expected[0], 3)
+        assert (pixels == (10, 200, 30)).all()
+
+
+def test_bounds_are_positive_integers() -> None:
+    assert ImageOptions.parse({"max_pixels": 5}) == ImageOptions(max_pixels=5)
+    assert ImageOptions.parse({"max_pixels": None}) == ImageOptions()
+    for bad in (0, -1, 1.5, "5", True):
+        with pytest.raises(InvalidRequestError, match="max_pixels must be a positive integer"):
+            ImageOptions.parse({"max_pixels": bad})
+    colored = ImageOptions((1, 2, 3), 50)
+    assert colored.bounded_by(9) == ImageOptions((1, 2, 3), 9)
+    assert colored.bounded_by(None) == colored.bounded_by(99) == colored

@@ -298,3 +298,28 @@ def test_a_pil_subclass_and_an_unloaded_file(tmp_path) -> None:
     PIL.save(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
         assert kinds(opened) == [("object", "image")]
+
+
+@pytest.mark.parametrize(
+    ("detail", "loading"),
+    [
+        ("low", {"max_pixels": 262_144}),
+        ("high", {"max_pixels": 4_194_304}),
+        ("auto", {}),
+        ("original", {}),
+        (None, {}),
+    ],
+)
+def test_detail_bounds_the_pixels(detail: str | None, loading: dict[str, int]) -> None:
+    inner = {"type": "image_url", "image_url": {"url": URL, "detail": detail}}
+    outer = {"type": "input_image", "image_url": URL, "detail": detail}
+    for part in (inner, outer):
+        assert ref_from_part(part, PLACE).loading == loading
+
+
+@pytest.mark.parametrize("detail", ["lowest", "", 1, {}])
+def test_unknown_detail_is_refused_with_its_place(detail: object) -> None:
+    inner = {"type": "image_url", "image_url": {"url": URL, "detail": detail}}
+    with pytest.raises(InvalidRequestError, match="low, high, auto, original") as caught:
+        ref_from_part(inner, PLACE)
+    assert caught.value.param == f"{PLACE}.image_url.detail"

@@ -18,8 +18,8 @@ from sensorium.engine.prompts.types import ChatPrompt, RawPrompt
 from sensorium.errors import PromptTooLongError
 from sensorium.models.embedder import Embedder
 from sensorium.params import PoolingParams
+from sensorium.server.openai.pooling import BATCH_SIZE
 from sensorium.server.payload import encode
-from sensorium.server.routes.embeddings import BATCH_SIZE
 from tests.server.fake_frontend import TOKENIZER, FakeFrontend, fail, hang
 from tests.server.harness import USER, App, running, until
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
@@ -22,6 +23,8 @@ from sensorium.outputs import (
     PoolingOutput,
     PoolingRequestOutput,
     RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
 )
 from sensorium.params import PoolingParams, SamplingParams
 from sensorium.text.chat.chat_template import RenderedPrompt
@@ -309,6 +312,38 @@ def as_embedding(output: PoolingRequestOutput[np.ndarray]) -> EmbeddingRequestOu
 def as_tensor(output: PoolingRequestOutput[np.ndarray]) -> PoolingRequestOutput[PoolingOutput]:
     """Return the output with its embedding as a tensor (dimensions,) float32."""
     return PoolingRequestOutput(**_fields(output, PoolingOutput(torch.from_numpy(output.outputs))))
+
+
+def as_array(output: PoolingRequestOutput[np.ndarray]) -> PoolingRequestOutput[np.ndarray]:
+    """Return the output as it is, its embedding an array (dimensions,) float32."""
+    return output
+
+
+def as_scores(
+    left: Sequence[PoolingRequestOutput[np.ndarray]],
+    right: Sequence[PoolingRequestOutput[np.ndarray]],
+) -> list[ScoringRequestOutput]:
+    """Return the similarities of pairs, or of one prompt with each of the others.
+
+    The embeddings have length 1.
+    """
+    firsts = left if len(left) == len(right) else [left[0]] * len(right)
+    return [_scored(one, other) for one, other in zip(firsts, right, strict=True)]
+
+
+def _scored(
+    one: PoolingRequestOutput[np.ndarray], other: PoolingRequestOutput[np.ndarray]
+) -> ScoringRequestOutput:
+    cosine = float(one.outputs.astype(np.float64) @ other.outputs.astype(np.float64))
+    items = Counter(one.num_item_tokens) + Counter(other.num_item_tokens)
+    return ScoringRequestOutput(
+        request_id=f"{one.request_id}_{other.request_id}",
+        outputs=ScoringOutput(min(1.0, max(-1.0, cosine))),
+        prompt_token_ids=[*one.prompt_token_ids, *other.prompt_token_ids],
+        num_cached_tokens=one.num_cached_tokens + other.num_cached_tokens,
+        num_item_tokens=dict(items),
+        index=other.index,
+    )
 
 
 def _fields(output: PoolingRequestOutput[Any], outputs: object) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class OutputCollector:
     ``engine_ids`` are the ids of its sequences in the engine, one per sample. ``continues``: the
     text goes on where the prompt ends, so a leading space belongs to it. After ``apply`` found a
     stop string, the sequence's id is to be aborted in the engine by the caller. ``trace`` gets the
-    stations from the engine on.
+    stations from the engine on. ``spelled_ids``: as in ``Detokenizer``.
     """
 
     def __init__(
@@ -67,8 +67,10 @@ class OutputCollector:
         continues: bool,
         tokenizer: Tokenizer,
         arrival_time: float,
+        spelled_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._tokenizer = tokenizer
+        self._spelled_ids = spelled_ids
         self._params = params
         self._continues = continues
         self._index = {engine_id: index for index, engine_id in enumerate(engine_ids)}
@@ -108,6 +110,7 @@ class OutputCollector:
             params=params,
             tokenizer=tokenizer,
             arrival_time=requests[0].arrival_time,
+            spelled_ids=prepared.spelled_ids,
         )
 
     def _new_sample(self, index: int) -> _Sample:
@@ -126,6 +129,7 @@ class OutputCollector:
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
                 continues=self._continues,
+                spelled_ids=self._spelled_ids,
             ),
             stops=StopChecker(params.stop, params.include_stop_str_in_output)
             if params.stop

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import random
 import time
 from collections import Counter
@@ -156,6 +157,11 @@ class InputProcessor:
         """Return True if the model has a chat template, or was given one."""
         return self._template.exists
 
+    @property
+    def template_text(self) -> str:
+        """Return the text of the model's chat templates; empty without any."""
+        return self._template.text
+
     def set_facts(self, facts: EngineFacts) -> None:
         """Set the limits that the engine found; required before requests are built."""
         self._facts = facts
@@ -216,6 +222,8 @@ class InputProcessor:
         with located(prompt.param), _advised(prompt):
             prepared = expanded(prompt, rendered, items, self._traits, self._room)
         self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, prompt.param)
+        if isinstance(prompt, ChatPrompt) and prompt.spelled_ids:
+            prepared = dataclasses.replace(prepared, spelled_ids=prompt.spelled_ids)
         tracing.station("prepared", tokens=len(prepared.token_ids), items=len(items))
         return prepared
 

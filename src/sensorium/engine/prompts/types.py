@@ -89,6 +89,7 @@ class ChatPrompt:
     default_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_special_tokens: bool | None = None
     media: MediaOptions = field(default_factory=MediaOptions)
+    spelled_ids: frozenset[int] = frozenset()
     param: str = "messages"
 
 
@@ -156,6 +157,7 @@ class PreparedPrompt:
         continues: The answer's text goes on where the prompt's ends.
         param: Place of the prompt in the caller's request, for errors.
         rope: Rotary factors that depend on the length; None for one set.
+        spelled_ids: Special tokens that the text of the answer shows.
     """
 
     text: str | None
@@ -170,6 +172,7 @@ class PreparedPrompt:
     continues: bool = False
     param: str = "prompt"
     rope: RopeChoice | None = None
+    spelled_ids: frozenset[int] = frozenset()
 
     def request(self, max_tokens: int, *, known_length: bool, **fields: Any) -> EngineRequest:
         """Return a request of this prompt to the engine.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import math
 import sys
 import threading
 from collections.abc import Mapping
@@ -51,6 +52,8 @@ _DAMAGED = "The image is damaged or truncated and cannot be decoded."
 _DECODING_BYTES = 8
 """Memory per pixel that every decoder needs about, the decoded image included."""
 
+_WHITE = (255, 255, 255)
+
 _LOAD_LOCK = threading.Lock()
 """Pillow's lazily opened files must not be loaded by two threads at once."""
 
@@ -59,10 +62,14 @@ _LOAD_LOCK = threading.Lock()
 class ImageOptions:
     """``media_io_kwargs["image"]``.
 
-    The colour under transparent pixels, red, green and blue, 0 to 255.
+    Attributes:
+        rgba_background_color: The colour under transparent pixels, red, green and blue, 0 to 255.
+        max_pixels: Images with more pixels are reduced to about so many before the model's
+            processor sees them; None for no bound.
     """
 
-    rgba_background_color: tuple[int, int, int] = (255, 255, 255)
+    rgba_background_color: tuple[int, int, int] = _WHITE
+    max_pixels: int | None = None
 
     @classmethod
     def parse(
@@ -70,12 +77,17 @@ class ImageOptions:
     ) -> ImageOptions:
         """Check and build.
 
-        Raises InvalidRequestError for unknown keys and for anything but three integers 0–255.
+        Raises InvalidRequestError for unknown keys, colours of anything but three integers 0–255,
+        and a bound that is no positive integer.
         """
         check_names(options, list(cls.__dataclass_fields__), param)
-        if "rgba_background_color" not in options:
-            return cls()
-        color = options["rgba_background_color"]
+        most = options.get("max_pixels")
+        if most is not None and (type(most) is not int or most < 1):
+            raise InvalidRequestError(
+                f"max_pixels must be a positive integer, got {most!r:.80}.",
+                param=f"{param}.max_pixels",
+            )
+        color = options.get("rgba_background_color", _WHITE)
         if (
             not isinstance(color, list | tuple)
             or len(color) != 3
@@ -86,7 +98,12 @@ class ImageOptions:
                 f"got {color!r:.80}.",
                 param=f"{param}.rgba_background_color",
             )
-        return cls((color[0], color[1], color[2]))
+        return cls((color[0], color[1], color[2]), most)
+
+    def bounded_by(self, max_pixels: int | None) -> ImageOptions:
+        """Return these options with ``max_pixels``, unless they have a smaller bound."""
+        bounds = [most for most in (self.max_pixels, max_pixels) if most is not None]
+        return ImageOptions(self.rgba_background_color, min(bounds, default=None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +204,9 @@ def decode_object(
         values = source if is_array else source.detach().cpu().numpy()
     if not is_array:
         values = values.transpose(1, 2, 0)
+    if options.max_pixels is not None and height * width > options.max_pixels:
+        small = reduced(Image.fromarray(np.ascontiguousarray(values)), options.max_pixels)
+        return np.array(small, order="C")
     return np.array(values, order="C")  # a copy: what is cached must not change with the caller's
 
 
@@ -305,4 +325,15 @@ def to_rgb(image: Image.Image, options: ImageOptions) -> np.ndarray:
         image = image.convert("RGB")
     if turn is not None:
         image = image.transpose(turn)
-    return np.array(image, dtype=np.uint8, order="C")
+    return np.array(reduced(image, options.max_pixels), dtype=np.uint8, order="C")
+
+
+def reduced(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """Return an image of at most ``max_pixels`` pixels and the same shape, but for rounding."""
+    width, height = image.size
+    if max_pixels is None or width * height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (width * height))
+    across, down = max(1, int(width * scale)), max(1, int(height * scale))
+    size = min(across, max_pixels), min(down, max_pixels)
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 from sensorium.config import MediaConfig
 from sensorium.errors import ConfigError, InvalidRequestError, RequestError
+from sensorium.multimodal.decode.image import ImageOptions
 from sensorium.multimodal.decode.loaders import LOADERS, check_loading_options
 from sensorium.multimodal.items import MediaRef, Modality
 from sensorium.multimodal.parse import part_options
@@ -75,6 +76,8 @@ class OptionRules:
                 own = LOADERS[ref.modality].options.parse(
                     ref.loading, f"media_io_kwargs.{ref.modality}"
                 )
+                if isinstance(own, ImageOptions) and ref.modality in loading:
+                    own = loading["image"].bounded_by(own.max_pixels)
                 loading = {**loading, ref.modality: own}
         except InvalidRequestError as error:
             message = part_options.as_written(ref.modality, error.message)

@@ -218,12 +218,17 @@ def ref_from_part(part: Mapping[str, Any], param: str) -> MediaRef:
     place = f"{param}.{key}"
     known = () if kind.payload == "embeds" else part_options.names(kind.modality)
     options = part_options.select(part, ("type", "uuid", *kind.keys), known, param)
+    detail, detail_place = part.get("detail"), f"{param}.detail"
     if isinstance(payload, Mapping) and kind.payload != "embeds":
+        if payload.get("detail") is not None:
+            detail, detail_place = payload["detail"], f"{place}.detail"
         uuid = uuid or check_uuid(payload.get("uuid"), f"{place}.uuid")
         options |= part_options.select(payload, _PAYLOAD_KEYS[kind.payload], known, place)
         if kind.payload == "url":
             payload = payload.get("url")
     processing, loading = part_options.by_use(kind.modality, options, param)
+    if kind.modality == "image" and kind.payload == "url":
+        loading |= part_options.bound_of_detail(detail, detail_place)
     if payload is None and uuid is None:
         refuse(
             f"The part has no {key!r}; only a part with a 'uuid' of a cached item may leave it out",

@@ -37,8 +37,16 @@ _LOADING: dict[Modality, dict[str, str]] = {
 }
 """Options of loading, and their names in ``media_io_kwargs``."""
 
+DETAIL_PIXELS: dict[str, int | None] = {
+    "low": 512 * 512,
+    "high": 2048 * 2048,
+    "auto": None,
+    "original": None,
+}
+"""Bounds of pixels by the ``detail`` of an image; None leaves it to the model's processor."""
+
 _NO_OPTIONS = ("cache_control", "detail", "id", "index")
-"""Keys that clients send for other servers; they are ignored."""
+"""Keys that are no options of loading or processing. All but ``detail`` are for other servers."""
 
 
 def names(modality: Modality) -> tuple[str, ...]:
@@ -88,6 +96,21 @@ def by_use(
             )
         loading[new] = options[old]
     return processing, loading
+
+
+def bound_of_detail(detail: object, param: str) -> dict[str, int]:
+    """Return the option of loading that the ``detail`` of an image means.
+
+    Raises InvalidRequestError, at ``param``, for an unknown one.
+    """
+    if detail is None:
+        return {}
+    if not isinstance(detail, str) or detail not in DETAIL_PIXELS:
+        raise InvalidRequestError(
+            f"detail must be one of {', '.join(DETAIL_PIXELS)}, got {detail!r:.80}.", param=param
+        )
+    most = DETAIL_PIXELS[detail]
+    return {} if most is None else {"max_pixels": most}
 
 
 def as_written(modality: Modality, message: str) -> str:

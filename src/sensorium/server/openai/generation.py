@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -153,11 +153,16 @@ def num_values(outputs: Iterable[RequestOutput]) -> int:
 
 
 def usage(
-    outputs: Iterable[RequestOutput], modalities: Iterable[str], *, num_hidden: int = 0
+    outputs: Iterable[RequestOutput],
+    modalities: Iterable[str],
+    *,
+    num_hidden: int = 0,
+    reasoning: Callable[[RequestOutput], int] | None = None,
 ) -> dict[str, Any]:
     """Return the ``usage`` member of an answer with generated text.
 
-    ``num_hidden``: generated tokens of each sample that the answer does not show.
+    ``num_hidden``: generated tokens of each sample that the answer does not show. ``reasoning``
+    counts the tokens of an output that are reasoning; None where there can be none.
     """
     outputs = list(outputs)
     num_generated = sum(
@@ -165,7 +170,11 @@ def usage(
         for output in outputs
         for sample in output.outputs
     )
-    return usage_of_prompts(outputs, modalities, num_generated)
+    found = usage_of_prompts(outputs, modalities, num_generated)
+    if reasoning is not None:
+        details = {"reasoning_tokens": sum(map(reasoning, outputs))}
+        found["completion_tokens_details"] = details
+    return found
 
 
 def usage_of_prompts(

@@ -58,6 +58,7 @@ def chat_prompt(
         default_template_kwargs=context.config.default_chat_template_kwargs,
         add_special_tokens=body.add_special_tokens if isinstance(body, EmbeddingBody) else None,
         media=media_options(request, body),
+        spelled_ids=context.forms.spelled(with_calls=bool(tools)),
     )
 
 

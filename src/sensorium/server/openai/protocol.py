@@ -130,6 +130,7 @@ class GenerationBody(RequestBody):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
+    include_reasoning: bool | None = None
 
 
 class ChatBody(RenderingBody, GenerationBody):
@@ -192,6 +193,43 @@ class EmbeddingBody(RenderingBody, RequestBody):
     dimensions: int | None = None
     normalize: bool | None = None
     add_special_tokens: bool | None = None
+
+
+class ScoringBody(RequestBody):
+    """Fields of all bodies that compare texts or media by their embeddings."""
+
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=1 << 31)
+    truncation_side: Literal["left", "right"] | None = None
+    dimensions: int | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ScoreBody(ScoringBody):
+    """Body of ``POST /v1/score``: two sides, each under one of its names.
+
+    A side is an entry or a list of entries; an entry is a text, or an object with ``text``, an
+    ``image``, or ``content`` as in chat.
+    """
+
+    text_1: Any = None
+    text_2: Any = None
+    data_1: Any = None
+    data_2: Any = None
+    queries: Any = None
+    documents: Any = None
+    items: Any = None
+
+
+class RerankBody(ScoringBody):
+    """Body of ``POST /v1/rerank``: entries as in ``ScoreBody``."""
+
+    query: Any
+    documents: Any
+    top_n: int | None = Field(None, ge=0, le=1 << 31)
+    return_documents: bool | None = None
+    max_tokens_per_doc: int | None = Field(None, ge=1, le=1 << 31)
 
 
 class TokenizeBody(RenderingBody, PromptBody):

@@ -14,7 +14,7 @@ from sensorium.server.openai.protocol import (
     GenerationBody,
     ResponseFormat,
 )
-from sensorium.text.tools import ForcedCall
+from sensorium.text.tools.choice import ForcedCall
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(SamplingParams))
 _COMPLETION_TOKENS = 16

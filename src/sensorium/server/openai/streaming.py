@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sensorium.outputs import CompletionOutput, RequestOutput
@@ -47,7 +47,8 @@ class StreamReport:
 
     ``continuous_usage_stats`` acts beside ``include_usage`` only. ``forced``: the server treats
     every request as if it asked for both. ``num_hidden``: generated tokens of each sample that the
-    answer does not show. The attribute ``always``: each chunk has the usage so far.
+    answer does not show. ``reasoning``: as in ``usage``. The attribute ``always``: each chunk has
+    the usage so far.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StreamReport:
         *,
         forced: bool,
         num_hidden: int = 0,
+        reasoning: Callable[[RequestOutput], int] | None = None,
     ) -> None:
         self._at_end = forced or bool(options and options.include_usage)
         continuous = bool(options and options.continuous_usage_stats)
@@ -64,6 +66,7 @@ class StreamReport:
         self._modalities = modalities
         self._outputs: dict[int, RequestOutput] = {}
         self._num_hidden = num_hidden
+        self._reasoning = reasoning
 
     def update(self, index: int, output: RequestOutput) -> None:
         """Count the tokens of ``output``, which may grow in place, for the prompt ``index``."""
@@ -90,4 +93,9 @@ class StreamReport:
         return {**found, "completion_tokens": 0, "total_tokens": found["prompt_tokens"]}
 
     def _usage(self) -> dict[str, Any]:
-        return usage(self._outputs.values(), self._modalities, num_hidden=self._num_hidden)
+        return usage(
+            self._outputs.values(),
+            self._modalities,
+            num_hidden=self._num_hidden,
+            reasoning=self._reasoning,
+        )

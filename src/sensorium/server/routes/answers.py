@@ -33,7 +33,7 @@ from sensorium.server.payload import json_response
 
 if TYPE_CHECKING:
     from sensorium.engine.prompts.types import Prompt
-    from sensorium.text.tools import ForcedCall
+    from sensorium.text.tools.choice import ForcedCall
 
 BodyT = TypeVar("BodyT", bound=GenerationBody)
 
@@ -59,6 +59,11 @@ class Answer(ABC, Generic[BodyT]):
             "system_fingerprint": None,
         }
 
+    @property
+    def count_reasoning(self) -> Callable[[RequestOutput], int] | None:
+        """Return what counts the reasoning tokens of an output; None where there can be none."""
+        return None
+
     @abstractmethod
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the answer that is not streamed, of the outputs of all prompts."""
@@ -79,6 +84,7 @@ class AnswerStream(ABC):
             answer.context.frontend.input_processor.modalities,
             forced=answer.context.config.enable_force_include_usage,
             num_hidden=num_hidden,
+            reasoning=answer.count_reasoning,
         )
 
     async def events(self) -> Chunks:

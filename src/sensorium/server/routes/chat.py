@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from sensorium.server.openai.prompts import chat_prompt
 from sensorium.server.openai.protocol import ChatBody
 from sensorium.server.openai.sampling import chat_params
 from sensorium.server.openai.streaming import TextProgress
-from sensorium.server.openai.tool_calls import ToolPlan, tool_plan
+from sensorium.server.openai.tool_calls import ToolPlan, reasoning_members, tool_plan
 from sensorium.server.routes.answers import (
     Answer,
     AnswerStream,
@@ -41,7 +41,7 @@ def chat_router() -> APIRouter:
 
 def _begin(context: ServingContext, request: Request, body: ChatBody) -> ChatAnswer:
     model = check_generation(context, body)
-    plan = tool_plan(body)
+    plan = tool_plan(context, body)
     prompt = chat_prompt(context, request, body, plan.for_template)
     params = chat_params(body, context.frontend.input_processor.default_params, plan.forced)
     serving = serving_request(request, body, [prompt], params, plan.forced)
@@ -55,14 +55,23 @@ class ChatAnswer(Answer[ChatBody]):
     id_prefix: ClassVar[str] = "chatcmpl"
     tools: ToolPlan
 
+    @property
+    def count_reasoning(self) -> Callable[[RequestOutput], int]:
+        """Return what counts the reasoning tokens of an output."""
+        return self.tools.num_reasoning_tokens
+
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the answer that is not streamed."""
         [output] = outputs
         spelling, wants_ids = self.context.spelling, self.body.return_token_ids
         return {
             **self.head("chat.completion"),
-            "choices": [self._choice(sample) for sample in output.outputs],
-            "usage": usage(outputs, self.context.frontend.input_processor.modalities),
+            "choices": [self._choice(output, sample) for sample in output.outputs],
+            "usage": usage(
+                outputs,
+                self.context.frontend.input_processor.modalities,
+                reasoning=self.count_reasoning,
+            ),
             "prompt_logprobs": prompt_logprobs(spelling, output.prompt_logprobs),
             "prompt_token_ids": output.prompt_token_ids if wants_ids else None,
         }
@@ -79,10 +88,12 @@ class ChatAnswer(Answer[ChatBody]):
         ids, entries = output.token_ids[start:], output.logprobs[start:]
         return chat_logprobs(self.context.spelling, ids, entries, num_top)
 
-    def _choice(self, sample: CompletionOutput) -> dict[str, Any]:
-        reply = self.tools.reply(sample.text)
+    def _choice(self, output: RequestOutput, sample: CompletionOutput) -> dict[str, Any]:
+        reply = self.tools.reply(sample.text, output.prompt)
         message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
-        if reply.calls or self.tools.forced is not None:
+        if reply.reasoning:
+            message |= reasoning_members(reply.reasoning)
+        if reply.calls or reply.reasoning or self.tools.forced is not None:
             message["content"] = reply.content or None
         if reply.calls:
             message["tool_calls"] = reply.calls
@@ -119,7 +130,9 @@ class _ChatStream(AnswerStream):
     ) -> Iterator[dict[str, Any]]:
         progress = self._progress.get(sample.index)
         if progress is None:
-            progress = self._progress[sample.index] = TextProgress(self._answer.tools.reader())
+            progress = self._progress[sample.index] = TextProgress(
+                self._answer.tools.reader(output.prompt)
+            )
             first = _choice(sample, {"role": "assistant", "content": ""})
             chunk = self.chunk(first, with_text=len(self._progress) > 1)
             if self._answer.body.return_token_ids:

@@ -6,40 +6,30 @@ import asyncio
 import base64
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sensorium.errors import InvalidRequestError
-from sensorium.outputs import PoolingRequestOutput
 from sensorium.params import PoolingParams
-from sensorium.server.admission import Place
 from sensorium.server.context import ServingContext, context_of, request_id_of
 from sensorium.server.http.body import read_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.openai.generation import usage_of_prompts
+from sensorium.server.openai.pooling import (
+    BATCH_SIZE,
+    PooledOutput,
+    PoolingRequest,
+    pooled_outputs,
+)
 from sensorium.server.openai.prompts import chat_prompt, raw_prompts
 from sensorium.server.openai.protocol import EmbeddingBody
 from sensorium.server.payload import JsonResponse, encode
 
 if TYPE_CHECKING:
     from sensorium.engine.prompts.types import Prompt
-
-Output = PoolingRequestOutput[np.ndarray]
-
-BATCH_SIZE = 16
-"""Inputs that are sent, or embeddings that are written, in one iteration of the event loop."""
-
-
-class _PoolingRequest(NamedTuple):
-    model: str
-    params: PoolingParams
-    prompts: Sequence[Prompt]
-    request_id: str
-    priority: int
 
 
 def embeddings_router() -> APIRouter:
@@ -53,7 +43,7 @@ def embeddings_router() -> APIRouter:
         body, pooling = await read_body(
             request, EmbeddingBody, lambda body: _begin(context, request, body)
         )
-        outputs = await unless_disconnected(request.receive, _run(context, pooling))
+        outputs = await unless_disconnected(request.receive, pooled_outputs(context, pooling))
         return JsonResponse(
             {
                 "id": f"embd-{pooling.request_id}",
@@ -68,13 +58,13 @@ def embeddings_router() -> APIRouter:
     return router
 
 
-def _begin(context: ServingContext, request: Request, body: EmbeddingBody) -> _PoolingRequest:
+def _begin(context: ServingContext, request: Request, body: EmbeddingBody) -> PoolingRequest:
     model = context.check_model(body.model)
     params = PoolingParams(dimensions=body.dimensions, normalize=body.normalize)
     context.frontend.input_processor.resolve_pooling(params)
     prompts = _prompts(context, request, body)
     request_id = request_id_of(request, body.request_id)
-    return _PoolingRequest(model, params, prompts, request_id, body.priority or 0)
+    return PoolingRequest(model, params, prompts, request_id, body.priority or 0)
 
 
 def _prompts(context: ServingContext, request: Request, body: EmbeddingBody) -> Sequence[Prompt]:
@@ -93,34 +83,7 @@ def _prompts(context: ServingContext, request: Request, body: EmbeddingBody) -> 
     return [chat_prompt(context, request, body)]
 
 
-async def _run(context: ServingContext, pooling: _PoolingRequest) -> list[Output]:
-    """Return the outputs of all prompts, in order. The first error of any of them ends all."""
-
-    async def one(prompt: Prompt, place: Place) -> Output:
-        output = await context.frontend.embed(
-            prompt,
-            pooling.params,
-            request_id=context.engine_id(pooling.request_id),
-            priority=pooling.priority,
-        )
-        place.leave()
-        return output
-
-    with context.admission.enter(len(pooling.prompts), "input") as places:
-        tasks: list[asyncio.Task[Output]] = []
-        try:
-            for prompt, place in zip(pooling.prompts, places, strict=True):
-                tasks.append(asyncio.create_task(one(prompt, place)))
-                if len(tasks) % BATCH_SIZE == 0:
-                    await asyncio.sleep(0)
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _entries(outputs: Sequence[Output], as_base64: bool) -> list[msgspec.Raw]:
+async def _entries(outputs: Sequence[PooledOutput], as_base64: bool) -> list[msgspec.Raw]:
     """Return the entries of ``data``, each as JSON.
 
     Many long embeddings are written in batches, since writing them at once would hold the loop.
@@ -134,7 +97,7 @@ async def _entries(outputs: Sequence[Output], as_base64: bool) -> list[msgspec.R
     return entries
 
 
-def _values(output: Output, as_base64: bool) -> str | list[float]:
+def _values(output: PooledOutput, as_base64: bool) -> str | list[float]:
     """Return numbers, or base64 of little-endian float32."""
     if as_base64:
         return base64.b64encode(output.outputs.astype("<f4", copy=False).tobytes()).decode()

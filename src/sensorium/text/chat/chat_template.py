@@ -25,7 +25,7 @@ from sensorium.text.chat.conversation import (
 )
 from sensorium.text.chat.rendering import Marks, check_custom_roles, checked_kwargs, run_template
 from sensorium.text.chat.template_files import CompiledTemplate, compile_template, find_templates
-from sensorium.text.chat.variables import VariableWriter, up_to_end
+from sensorium.text.chat.variables import VariableWriter, up_to_end, with_arguments
 from sensorium.text.control import ControlTokens, pick_mark, unmark
 from sensorium.text.tokenizer import Tokenizer
 
@@ -82,6 +82,7 @@ class ChatTemplate:
         self._format = content_format
         self._interleave = interleave_mm_strings
         self._trusts_requests = trust_request_chat_template
+        self.text = "\n".join(sources.values())
         self._control = _control_tokens(tokenizer, placeholder_texts)
         self._templates = {
             name: compile_template(
@@ -170,13 +171,26 @@ class ChatTemplate:
         tools = plain_data(list(tools), "tools") if tools else None
         marks = self._pick_marks(conversation, tools, extra)
         chosen = self._choose(chat_template, has_tools=tools is not None)
-        writer = VariableWriter(self._control, marks, chosen, self._interleave, placeholder_text)
-        variables = {
-            **self._tokenizer.special_tokens,
-            **writer.variables(conversation, extra, tools=tools, continues=continue_final_message),
-            "add_generation_prompt": add_generation_prompt,
-        }
-        marked = run_template(chosen, variables, marks, has_kwargs=bool(given))
+
+        def marked_text(*, texts: bool) -> str:
+            writer = VariableWriter(
+                self._control,
+                marks,
+                chosen,
+                self._interleave,
+                placeholder_text,
+                arguments_as_texts=texts,
+            )
+            variables = {
+                **self._tokenizer.special_tokens,
+                **writer.variables(
+                    conversation, extra, tools=tools, continues=continue_final_message
+                ),
+                "add_generation_prompt": add_generation_prompt,
+            }
+            return run_template(chosen, variables, marks, has_kwargs=bool(given))
+
+        marked = with_arguments(conversation, marked_text)
         check_custom_roles(conversation.messages, marked, marks)
         if continue_final_message:
             marked = up_to_end(marked, marks.end)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from sensorium.text.tokenizer import read_json
 MAX_REQUEST_TEMPLATE_CHARS = 1 << 16
 
 _ENVIRONMENT = BoundedEnvironment()
+_SHORT_IDS = re.compile(r"\|\s*length\s*[!=]=\s*9\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,15 @@ class CompiledTemplate:
 
     ``content_format``: the form in which it takes the content of a message, a string or a list of
     parts. ``tests_string``: it tests for strings, so that content given as a string may stay one.
-    ``from_request``: it came with a request.
+    ``from_request``: it came with a request. ``short_ids``: it takes ids of tool calls of nine
+    letters and digits only, as Mistral's do.
     """
 
     template: jinja2.Template
     content_format: ContentFormat
     tests_string: bool
     from_request: bool = False
+    short_ids: bool = False
 
 
 def compile_template(
@@ -71,7 +75,8 @@ def compile_template(
         content_format = working_format(template, detect_content_format(tree), variables or {})
     if plain and not request:
         warn_if_broken(template, content_format, variables or {})
-    return CompiledTemplate(template, content_format, _tests_string(tree), request)
+    short_ids = _SHORT_IDS.search(source) is not None
+    return CompiledTemplate(template, content_format, _tests_string(tree), request, short_ids)
 
 
 def _error(what: str, request: bool) -> SensoriumError:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sensorium.errors import InvalidRequestError, located
+from sensorium.errors import ChatTemplateError, InvalidRequestError, located
 from sensorium.multimodal.items import MediaRef, Modality
 from sensorium.text.chat.conversation import ROLES, Conversation, Message, TextPart
 from sensorium.text.chat.rendering import Marks
 from sensorium.text.chat.template_files import CompiledTemplate
 from sensorium.text.control import ControlTokens
 
+_SHORT_ID = 9
+
 
 @dataclass(frozen=True, slots=True)
 class VariableWriter:
-    """Writer of the template's variables, with all texts of users guarded."""
+    """Writer of the template's variables, with all texts of users guarded.
+
+    ``arguments_as_texts``: the arguments of tool calls are JSON texts instead of objects.
+    """
 
     control: ControlTokens
     marks: Marks
@@ -25,6 +33,7 @@ class VariableWriter:
     interleave: bool
     placeholder_text: Callable[[Modality, int], str]
     numbers: Counter[Modality] = field(default_factory=Counter)
+    arguments_as_texts: bool = False
 
     def variables(
         self,
@@ -74,22 +83,36 @@ class VariableWriter:
             if message.name is not None:
                 out["name"] = self.guarded(message.name)
             if message.tool_call_id is not None:
-                out["tool_call_id"] = self.guarded(message.tool_call_id)
+                out["tool_call_id"] = self.guarded(self._call_id(message.tool_call_id))
             if message.reasoning is not None:
                 out["reasoning_content"] = self.guarded(message.reasoning)
             if message.tool_calls:
                 out["tool_calls"] = [
                     {
-                        "id": self.guarded(call.id),
+                        "id": self.guarded(self._call_id(call.id)),
                         "type": "function",
                         "function": {
                             "name": self.guarded(call.name),
-                            "arguments": self.guarded(call.arguments),
+                            "arguments": self.guarded(self._arguments(call.arguments)),
                         },
                     }
                     for call in message.tool_calls
                 ]
         return out
+
+    def _arguments(self, arguments: Mapping[str, Any] | str) -> Mapping[str, Any] | str:
+        if self.arguments_as_texts and not isinstance(arguments, str):
+            return json.dumps(arguments, ensure_ascii=False)
+        return arguments
+
+    def _call_id(self, call_id: str) -> str:
+        """Return the id of a call; a short one for templates that take no other."""
+        fits = len(call_id) == _SHORT_ID and call_id.isalnum() and call_id.isascii()
+        if fits or not self.template.short_ids:
+            return call_id
+        number = int.from_bytes(hashlib.sha256(call_id.encode()).digest())
+        chars = string.ascii_letters + string.digits
+        return "".join(chars[number // len(chars) ** i % len(chars)] for i in range(_SHORT_ID))
 
     def _content(self, message: Message, param: str, continues: bool) -> str | list[dict[str, Any]]:
         last = max(
@@ -137,3 +160,21 @@ def up_to_end(marked: str, end: str) -> str:
         )
     kept = marked[:at]
     return kept if marked[at + 1 : at + 2] == " " else kept.rstrip()
+
+
+def with_arguments(conversation: Conversation, render: Callable[..., str]) -> str:
+    """Return the template's text, with the arguments of tool calls in the form that it takes.
+
+    ``render`` takes ``texts``: arguments are JSON texts. Most templates take objects, some, such as
+    DeepSeek's, join texts. Raises what ``render`` raises of objects.
+    """
+    try:
+        return render(texts=False)
+    except (ChatTemplateError, InvalidRequestError):
+        if not any(message.tool_calls for message in conversation.messages):
+            raise
+        try:
+            return render(texts=True)
+        except (ChatTemplateError, InvalidRequestError):
+            pass
+        raise

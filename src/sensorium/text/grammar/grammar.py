@@ -31,6 +31,7 @@ from sensorium.text.grammar.library import (
     problem_of,
     reason,
 )
+from sensorium.text.grammar.structural_tag import tag_grammar
 from sensorium.text.tokenizer import Tokenizer
 
 MAX_REGEX_CHARS = 1 << 14
@@ -46,10 +47,12 @@ grammar can make it a third of a second, for which all sequences of a step wait.
 
 def check_size(outputs: StructuredOutputs) -> None:
     """Raise InvalidRequestError for a constraint that is too large to compile."""
-    if isinstance(outputs.json, Mapping):
-        _check_nodes(outputs.json)
+    for name in ("json", "structural_tag"):
+        if isinstance(getattr(outputs, name), Mapping):
+            _check_nodes(getattr(outputs, name), name)
     for field, limit in (
         ("json", MAX_SCHEMA_CHARS),
+        ("structural_tag", MAX_SCHEMA_CHARS),
         ("regex", MAX_REGEX_CHARS),
         ("grammar", MAX_GRAMMAR_CHARS),
         ("whitespace_pattern", MAX_REGEX_CHARS),
@@ -74,6 +77,8 @@ def compile_grammar(outputs: StructuredOutputs) -> Grammar:
     check_size(outputs)
     if outputs.json is not None or outputs.json_object:
         return json_grammar(outputs)
+    if outputs.structural_tag is not None:
+        return tag_grammar(outputs)
     text = grammar_text(outputs)
     problem = problem_of(text)
     if problem is not None:
@@ -97,7 +102,8 @@ def grammar_text(outputs: StructuredOutputs) -> str:
 
 def field_of(outputs: StructuredOutputs) -> str:
     """The field of ``outputs`` that says what the text must be."""
-    given = (name for name in ("regex", "choice", "grammar") if getattr(outputs, name) is not None)
+    names = ("regex", "choice", "grammar", "structural_tag")
+    given = (name for name in names if getattr(outputs, name) is not None)
     return next(given, "json")
 
 
@@ -333,7 +339,7 @@ def _lark(grammar: str) -> str:
         ) from error
 
 
-def _check_nodes(schema: Mapping[str, Any]) -> None:
+def _check_nodes(schema: Mapping[str, Any], name: str) -> None:
     """Refuse a schema whose text is too long, without writing it.
 
     Each value is a character of it at least.
@@ -348,5 +354,5 @@ def _check_nodes(schema: Mapping[str, Any]) -> None:
             todo += value
     if num_chars > MAX_SCHEMA_CHARS:
         raise constraint_error(
-            "json", f"has more than {MAX_SCHEMA_CHARS} characters, the most allowed"
+            name, f"has more than {MAX_SCHEMA_CHARS} characters, the most allowed"
         )

@@ -62,6 +62,18 @@ def _check_pattern(outputs: StructuredOutputs) -> None:
         raise constraint_error("whitespace_pattern", f"cannot be used: {problem}")
 
 
+def expressed_schema(
+    schema: Mapping[str, Any], outputs: StructuredOutputs
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return as much of a schema as can be expressed, for use in another grammar, and the rest.
+
+    The rest are the keywords that are not enforced. Raises SchemaError for what cannot be used.
+    """
+    grammar = _expressed(schema, outputs)
+    [only] = json.loads(grammar.text)["grammars"]
+    return only["json_schema"], grammar.relaxed
+
+
 def _expressed(schema: Mapping[str, Any], outputs: StructuredOutputs) -> Grammar:
     """The grammar of as much of a schema as can be expressed.
 

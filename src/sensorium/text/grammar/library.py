@@ -11,29 +11,33 @@ from typing import Any
 from sensorium.errors import InvalidRequestError
 
 _JSON_MARK = '"json_schema":{'
+JSON_IN_TAGS = "// JSON in tags\n"
+"""Beginning of a grammar of fixed text and JSON alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """A constraint as text for the library.
 
-    ``relaxed``: keywords of its JSON schema that are not enforced.
+    ``relaxed``: keywords of its JSON schemas that are not enforced. ``field``: the field of the
+    constraint that has them.
     """
 
     text: str
     relaxed: tuple[str, ...] = ()
+    field: str = "json"
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """Return the warnings for the caller."""
         if not self.relaxed:
             return ()
-        return (f"structured_outputs.json: not enforced: {', '.join(self.relaxed)}",)
+        return (f"structured_outputs.{self.field}: not enforced: {', '.join(self.relaxed)}",)
 
 
 def is_json(text: str) -> bool:
-    """Return whether the text of a grammar describes JSON."""
-    return _JSON_MARK in text[:64]
+    """Return whether a grammar describes JSON, with nothing but fixed text around it."""
+    return _JSON_MARK in text[:64] or text.startswith(JSON_IN_TAGS)
 
 
 def problem_of(text: str) -> str | None:

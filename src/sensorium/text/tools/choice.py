@@ -1,20 +1,14 @@
-"""Tools: checking them, and forcing a call by a grammar."""
+"""Tools of a request and its choice among them: checking both, and the schema of a forced call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from sensorium.errors import InvalidRequestError
 from sensorium.text.chat.conversation import plain_data
-from sensorium.text.tool_calls import (
-    TOOL_NAME,
-    CallListReader,
-    NamedCallReader,
-    ToolCallParser,
-    ToolCallReader,
-)
+from sensorium.text.tools.deltas import TOOL_NAME
 
 MAX_TOOLS = 256
 
@@ -30,11 +24,20 @@ _MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "defini
 class ToolChoice:
     """The tool choice of a request.
 
-    No call, the model's choice, at least one call, or a call of ``name``.
+    No call, the model's choice, at least one call, or a call of ``name``. ``allowed``: names of the
+    only tools that may be called; None for all.
     """
 
     mode: Literal["none", "auto", "required", "named"]
     name: str | None = None
+    allowed: frozenset[str] | None = None
+
+    def among(self, tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return those of ``tools`` that may be called."""
+        if self.mode == "none":
+            return []
+        allowed = self.allowed
+        return [t for t in tools if allowed is None or t["function"]["name"] in allowed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,9 @@ def _tool(tool: object, param: str) -> dict[str, Any]:
 def parse_tool_choice(
     choice: object, tools: Sequence[Mapping[str, Any]], *, param: str = "tool_choice"
 ) -> ToolChoice:
-    """OpenAI's ``tool_choice``; None is ``auto`` with tools and ``none`` without.
+    """Parse OpenAI's ``tool_choice``, in the form of chat or of responses.
 
-    Raises InvalidRequestError.
+    None is ``auto`` with tools and ``none`` without. Raises InvalidRequestError.
     """
     if choice is None:
         return ToolChoice("auto" if tools else "none")
@@ -101,13 +104,52 @@ def parse_tool_choice(
             _bad("is 'required', but there are no tools", param)
         mode = "none" if not tools else choice
         return ToolChoice(mode)  # type: ignore[arg-type]
-    function = choice.get("function") if isinstance(choice, Mapping) else None
-    name = function.get("name") if isinstance(function, Mapping) else None
-    if not isinstance(name, str):
-        _bad("must be 'none', 'auto', 'required' or an object that names a function", param)
+    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        return _allowed(choice, tools, param)
+    name, place = _name_in(choice, param)
+    if name is None:
+        _bad(
+            "must be 'none', 'auto', 'required', an object that names a function, or one of type "
+            "'allowed_tools'",
+            param,
+        )
     if name not in [tool["function"]["name"] for tool in tools]:
-        _bad(f"names {name!r:.80}, which is not among the tools", f"{param}.function.name")
+        _bad(f"names {name!r:.80}, which is not among the tools", place)
     return ToolChoice("named", name)
+
+
+def _allowed(
+    choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]], param: str
+) -> ToolChoice:
+    """Parse a choice among some of the tools."""
+    if "allowed_tools" in choice:
+        choice, param = choice["allowed_tools"], f"{param}.allowed_tools"
+    if not isinstance(choice, Mapping):
+        _bad("must be an object with 'mode' and 'tools'", param)
+    mode, listed = choice.get("mode", "auto"), choice.get("tools")
+    if mode not in ("auto", "required"):
+        _bad(f"must be 'auto' or 'required', got {mode!r:.80}", f"{param}.mode")
+    if not isinstance(listed, list | tuple) or not 0 < len(listed) <= MAX_TOOLS:
+        _bad(f"must be a list of 1 to {MAX_TOOLS} tools", f"{param}.tools")
+    known = {tool["function"]["name"] for tool in tools}
+    names = []
+    for i, entry in enumerate(listed):
+        name, place = _name_in(entry, f"{param}.tools[{i}]")
+        if name is None or name not in known:
+            _bad(f"names {name!r:.80}, which is not among the tools", place)
+        names.append(name)
+    return ToolChoice(mode, allowed=frozenset(names))
+
+
+def _name_in(entry: object, param: str) -> tuple[str | None, str]:
+    """Return the name in a reference to a function, and its place; None where there is none."""
+    if not isinstance(entry, Mapping):
+        return None, param
+    function = entry.get("function")
+    if isinstance(function, Mapping):
+        entry, param = function, f"{param}.function"
+    name = entry.get("name")
+    return (name if isinstance(name, str) else None), f"{param}.name"
 
 
 def forced_call(
@@ -176,15 +218,6 @@ def _rebased(schema: Any, place: str) -> Any:
     if isinstance(reference, str) and reference.startswith("#"):
         moved["$ref"] = place + reference[1:]
     return moved
-
-
-def reader_for(choice: ToolChoice, names: Iterable[str] = ()) -> ToolCallReader:
-    """Return the reader of text generated under ``choice``, with tools of these names."""
-    if choice.mode == "named" and choice.name is not None:
-        return NamedCallReader(choice.name)
-    if choice.mode == "required":
-        return CallListReader()
-    return ToolCallParser(names)
 
 
 def _bad(what: str, param: str) -> NoReturn:
