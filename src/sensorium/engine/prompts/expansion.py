@@ -47,6 +47,7 @@ def expanded(
     prompt. Raises RequestError, also what ``check_room`` raises.
     """
     salt, continues = salt_of(prompt), isinstance(prompt, RawPrompt)
+    spelled_ids = frozenset[int]() if isinstance(prompt, RawPrompt) else prompt.spelled_ids
     processor = model.processor
     if processor is None:
         return PreparedPrompt(
@@ -56,6 +57,7 @@ def expanded(
             continues=continues,
             param=prompt.param,
             rope=model.rope,
+            spelled_ids=spelled_ids,
         )
     if any(placeholder.number is not None for placeholder in rendered.numbered):
         items = in_order(items, rendered.numbered, processor)
@@ -81,6 +83,7 @@ def expanded(
         continues=continues,
         param=prompt.param,
         rope=model.rope,
+        spelled_ids=spelled_ids,
     )
 
 

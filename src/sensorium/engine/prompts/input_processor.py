@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import random
 import time
 from collections import Counter
@@ -222,8 +221,6 @@ class InputProcessor:
         with located(prompt.param), _advised(prompt):
             prepared = expanded(prompt, rendered, items, self._traits, self._room)
         self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, prompt.param)
-        if isinstance(prompt, ChatPrompt) and prompt.spelled_ids:
-            prepared = dataclasses.replace(prepared, spelled_ids=prompt.spelled_ids)
         tracing.station("prepared", tokens=len(prepared.token_ids), items=len(items))
         return prepared
 
