@@ -304,7 +304,7 @@ def test_text_that_was_read_is_forgotten(piece: str) -> None:
     made, most = reader(["f"]), 0
     for _ in range(5000):
         made.feed(piece)
-        most = max(most, len(made._source._buffer))
+        most = max(most, made.num_kept)
     made.flush()
     assert most < 4096
 

@@ -172,25 +172,15 @@ class ChatTemplate:
         marks = self._pick_marks(conversation, tools, extra)
         chosen = self._choose(chat_template, has_tools=tools is not None)
 
-        def marked_text(*, texts: bool) -> str:
-            writer = VariableWriter(
-                self._control,
-                marks,
-                chosen,
-                self._interleave,
-                placeholder_text,
-                arguments_as_texts=texts,
-            )
-            variables = {
-                **self._tokenizer.special_tokens,
-                **writer.variables(
-                    conversation, extra, tools=tools, continues=continue_final_message
-                ),
-                "add_generation_prompt": add_generation_prompt,
-            }
+        def rendered(texts: bool) -> str:
+            values = VariableWriter(
+                self._control, marks, chosen, self._interleave, placeholder_text, texts
+            ).variables(conversation, extra, tools=tools, continues=continue_final_message)
+            adds = {"add_generation_prompt": add_generation_prompt}
+            variables = {**self._tokenizer.special_tokens, **values, **adds}
             return run_template(chosen, variables, marks, has_kwargs=bool(given))
 
-        marked = with_arguments(conversation, marked_text)
+        marked = with_arguments(conversation, rendered)
         check_custom_roles(conversation.messages, marked, marks)
         if continue_final_message:
             marked = up_to_end(marked, marks.end)

@@ -32,8 +32,8 @@ class VariableWriter:
     template: CompiledTemplate
     interleave: bool
     placeholder_text: Callable[[Modality, int], str]
-    numbers: Counter[Modality] = field(default_factory=Counter)
     arguments_as_texts: bool = False
+    numbers: Counter[Modality] = field(default_factory=Counter)
 
     def variables(
         self,
@@ -162,19 +162,19 @@ def up_to_end(marked: str, end: str) -> str:
     return kept if marked[at + 1 : at + 2] == " " else kept.rstrip()
 
 
-def with_arguments(conversation: Conversation, render: Callable[..., str]) -> str:
+def with_arguments(conversation: Conversation, render: Callable[[bool], str]) -> str:
     """Return the template's text, with the arguments of tool calls in the form that it takes.
 
-    ``render`` takes ``texts``: arguments are JSON texts. Most templates take objects, some, such as
+    ``render`` is told whether arguments are JSON texts. Most templates take objects, some, such as
     DeepSeek's, join texts. Raises what ``render`` raises of objects.
     """
     try:
-        return render(texts=False)
+        return render(False)
     except (ChatTemplateError, InvalidRequestError):
         if not any(message.tool_calls for message in conversation.messages):
             raise
         try:
-            return render(texts=True)
+            return render(True)
         except (ChatTemplateError, InvalidRequestError):
             pass
         raise

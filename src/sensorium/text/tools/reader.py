@@ -94,6 +94,11 @@ class CallReader:
         self._reading: Generator[None, None, None] = self._read()
         next(self._reading)
 
+    @property
+    def num_kept(self) -> int:
+        """Return the number of characters that are kept of what was read."""
+        return self._source.num_kept
+
     def feed(self, text: str) -> list[Delta]:
         """Return the deltas that new text completes."""
         if not text:

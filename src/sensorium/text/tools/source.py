@@ -61,6 +61,11 @@ class Source:
         """Return the position after all text that has come."""
         return self._base + len(self._buffer)
 
+    @property
+    def num_kept(self) -> int:
+        """Return the number of characters that are not forgotten."""
+        return len(self._buffer)
+
     def text(self, start: int, end: int | None = None) -> str:
         """Return the text from ``start`` to ``end``, or to the position."""
         end = self.pos if end is None else end
