@@ -12,7 +12,7 @@ busy machine does not matter much. "invariance" has what it costs that a row is 
 every step: attention of long spans against torch's flash attention, whose bits depend on the step,
 and products of as many rows as they are made against those of one. "prefill" and "varlen" have the
 attention of prompts and of encoders beside torch's; "of_gemm" is their rate over that of a float32
-product of two square matrices.
+product of two square matrices. "tiles" has the kernels with matrix tiles (AMX) beside those without.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ import torch.nn.functional as F  # noqa: E402
 
 from benchmarks.harness import Report, add_flags, flag, settings_of  # noqa: E402
 from benchmarks.integer_products import integers  # noqa: E402
+from benchmarks.tiles import tiles  # noqa: E402
 from sensorium.kernels import ops, reference  # noqa: E402
 from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout  # noqa: E402
 from sensorium.kernels.cpu import elementwise as cpu_elementwise  # noqa: E402
 from sensorium.kernels.cpu.attention import paged  # noqa: E402
+from sensorium.kernels.cpu.attention.route import VECTORS  # noqa: E402
 from sensorium.kernels.cpu.linear import levels, onednn  # noqa: E402
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, VOCAB, BLOCK = 896, 14, 2, 64, 4864, 151936, 32
@@ -219,7 +221,9 @@ def invariance(seconds: float) -> dict[str, Any]:
                 run = (0, num_heads, kv_heads, dim, dim**-0.5)
                 flash, own = race(
                     [
-                        lambda _, b=free, q=qkv, r=run: ops.rope_attention(q, b, *r),
+                        lambda _, b=free, q=qkv, r=run: paged.rope_attention(
+                            q, b, *r, route=VECTORS
+                        ),
                         lambda _, b=fixed, q=qkv, r=run: ops.rope_attention(q, b, *r),
                     ],
                     seconds,
@@ -347,7 +351,10 @@ def instruction_sets() -> list[str]:
     return [feature for feature in known if f"+{feature}" in features.split(",")]
 
 
-PARTS = ("elementwise", "linear", "attention", "prefill", "varlen", "integers", "invariance")
+PARTS = (
+    *("elementwise", "linear", "attention", "prefill", "varlen", "integers", "invariance"),
+    "tiles",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +370,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Run the parts."""
     num_threads = threads.configure(settings.threads).number
     # Matrix tiles are not needed for flash attention, only for its being chosen.
-    paged.attends_with_tiles = lambda dtype: True
+    paged.flash_pays = lambda dtype: True
     with torch.inference_mode():
         warm_up = ops.warm_up(DTYPE)
         bandwidth = read_bandwidth(settings.seconds)
@@ -375,6 +382,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "varlen": lambda: varlen(settings.seconds),
             "integers": lambda: integers(settings.seconds, bandwidth, race),
             "invariance": lambda: invariance(settings.seconds),
+            "tiles": lambda: tiles(settings.seconds, race, batch_of),
         }
         return {
             "instruction_sets": instruction_sets(),

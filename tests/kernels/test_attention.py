@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout
-from sensorium.kernels.cpu.attention import paged
+from sensorium.kernels.cpu.attention import pieces
 from tests.kernels.batches import DTYPES, TOLERANCE, make_batch, twin
 
 
@@ -96,10 +96,10 @@ def test_block_sizes_without_a_kernel_use_the_reference():
 def test_long_contexts_are_split_and_merged(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     batch = make_batch(KVCacheLayout(1, 2, 64, 32, torch.float32), [(3000, 1)])
-    pieces, _, num_partial, _ = paged.plan_pieces(batch, 2, 7, 4, [None])
-    assert len(pieces) > 2
-    assert num_partial == len(pieces)
-    covered = sorted((piece[4], piece[5]) for piece in pieces)
+    table, _, num_partial, _ = pieces.plan_pieces(batch, 2, 7, 4, [None])
+    assert len(table) > 2
+    assert num_partial == len(table)
+    covered = sorted((piece[4], piece[5]) for piece in table)
     assert covered[0][0] == 0
     assert covered[-1][1] == 3000
     assert all(a[1] == b[0] for a, b in pairwise(covered))

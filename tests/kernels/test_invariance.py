@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sensorium.kernels import ops, reference
 from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
 from sensorium.kernels.cpu import amx
-from sensorium.kernels.cpu.attention import paged
+from sensorium.kernels.cpu.attention import pieces
 from sensorium.kernels.cpu.linear import onednn
 from tests.kernels.batches import DTYPES, TOLERANCE, make_batch, twin
 
@@ -189,18 +189,19 @@ def test_blocks_behind_the_window_are_not_read(window: int) -> None:
 def test_few_rows_over_many_tokens_are_tasks_by_parts_and_many_rows_are_not() -> None:
     """Both ways are taken in these tests, as their results must agree."""
     layout = KVCacheLayout(1, 2, 64, 32, torch.float32)
-    pieces, _, num_partial, num_done = paged.plan_pieces(
+    table, _, num_partial, num_done = pieces.plan_pieces(
         make_batch(layout, [(3000, 1), (700, 700)]), 2, 7, 64, [None, None]
     )
     assert num_done == 1
     assert num_partial == math.ceil(3000 / 256)
-    assert len(pieces) == num_partial + math.ceil(700 / 9)
+    assert len(table) == num_partial + math.ceil(700 / 9)
 
 
-def test_matrix_tiles_are_left_alone_unless_the_batch_may_vary(
+def test_flash_attention_takes_over_only_where_the_batch_may_vary(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(amx, "available", lambda: True)
+    monkeypatch.setattr(amx, "unit", lambda: None)
     layout = KVCacheLayout(1, 2, 64, 32, torch.bfloat16)
     qkv = torch.randn(130, (6 + 4) * 64).to(torch.bfloat16)
     invariant, free = (make_batch(layout, [(400, 130)]) for _ in range(2))

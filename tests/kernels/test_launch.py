@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sensorium.kernels import ops
-from sensorium.kernels.cpu import amx, elementwise, launch, threads
+from sensorium.kernels.cpu import elementwise, launch, threads
 from sensorium.processes.start import child_environment
 
 
@@ -151,7 +151,7 @@ def test_warm_up_compiles_for_encoders_where_there_are_some(monkeypatch, encoder
     ops.warm_up(torch.bfloat16, encoders=encoders)
     assert set(built).issuperset(ops.DECODER_KERNELS)
     assert (ops.ENCODER_KERNELS[0] in built) == encoders
-    assert (ops.TILE_KERNELS[0] in built) == (encoders and amx.available())
+    assert (ops.VARLEN_KERNELS[0] in built) == encoders
 
 
 def test_waiting_policy_is_set_before_torch_only_where_the_user_has_none():

@@ -14,11 +14,18 @@ from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
 from sensorium.kernels.cpu import amx
-from sensorium.kernels.cpu.attention import varlen_tiles as varlen
 from sensorium.kernels.cpu.attention import varlen_vectors
+from sensorium.kernels.cpu.attention.tiles import varlen
 from tests.kernels.batches import DTYPES
+from tests.kernels.tiles import UNITS
 
-needs_tiles = pytest.mark.skipif(not amx.available(), reason="this CPU has no matrix tiles (AMX)")
+with_tiles = pytest.mark.usefixtures("tiles")
+
+
+@pytest.fixture(params=UNITS)
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of this CPU, and emulated ones."""
+    monkeypatch.setattr(amx, "unit", lambda: request.param)
 
 
 def projected(rows: int, heads: int, dim: int, scale: float = 2.0) -> list[torch.Tensor]:
@@ -34,7 +41,7 @@ def test_written_out():
     torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-5)
 
 
-@needs_tiles
+@with_tiles
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.sampled_from((1, 2, 16, 31, 32, 33, 100, 511, 512, 513, 700, 1100)),
@@ -55,7 +62,7 @@ def test_tiles_equal_float32_to_the_rounding_of_bf16(lengths, heads, dim, seed):
     torch.testing.assert_close(mixed.float(), expected, rtol=2**-7, atol=2**-8 * v.abs().max())
 
 
-@needs_tiles
+@with_tiles
 def test_tiles_do_not_change_with_the_company():
     q, k, v = projected(700, 2, 80)
     together = ops.varlen_attention(q, k, v, [0, 33, 600, 700], 0.1)
@@ -63,7 +70,7 @@ def test_tiles_do_not_change_with_the_company():
     assert torch.equal(together[33:600], alone)
 
 
-@needs_tiles
+@with_tiles
 @pytest.mark.parametrize("size", [0.01, 30.0, 3000.0, 1e5, 1e9])
 def test_tiles_with_sharp_and_flat_weights(size):
     torch.manual_seed(1)
@@ -77,7 +84,7 @@ def test_tiles_with_sharp_and_flat_weights(size):
     )
 
 
-@needs_tiles
+@with_tiles
 def test_tiles_keep_nan_where_it_is():
     q, k, v = projected(80, 2, 32)
     q[5, 1, 3] = float("nan")
@@ -87,7 +94,7 @@ def test_tiles_keep_nan_where_it_is():
     assert mixed.isfinite().all()
 
 
-@needs_tiles
+@with_tiles
 def test_other_layouts_do_without_tiles():
     q, k, v = projected(8, 2, 32)
     assert varlen.fits(q, k, v)
@@ -103,7 +110,7 @@ def test_other_layouts_do_without_tiles():
     assert torch.equal(ops.varlen_attention(*odd, [0, 8], 0.2), expected)
 
 
-@needs_tiles
+@with_tiles
 @pytest.mark.parametrize("dim", [130, 192, 256])
 def test_tiles_with_wide_heads(dim):
     torch.manual_seed(dim)
@@ -114,7 +121,7 @@ def test_tiles_with_wide_heads(dim):
     assert not varlen.fits(*projected(2, 1, 258))
 
 
-@needs_tiles
+@with_tiles
 def test_tiles_on_any_number_of_threads():
     q, k, v = projected(700, 4, 80)
     before = torch.get_num_threads()
@@ -129,7 +136,7 @@ def test_tiles_on_any_number_of_threads():
     assert torch.equal(found[0], found[2])
 
 
-@needs_tiles
+@with_tiles
 def test_tiles_in_several_runs_of_segments(monkeypatch):
     q, k, v = projected(400, 2, 64)
     starts = [0, 10, 10, 150, 160, 400]
@@ -225,7 +232,7 @@ def test_vectors_keep_nan_where_it_is():
 
 
 def test_without_tiles_vectors_run_and_plain_torch_for_the_rest(monkeypatch):
-    monkeypatch.setattr(amx, "available", lambda: False)
+    monkeypatch.setattr(amx, "unit", lambda: None)
     q, k, v = projected(40, 2, 32)
     found = ops.varlen_attention(q, k, v, [0, 40], 0.2)
     assert torch.equal(found, varlen_vectors.varlen_attention(q, k, v, [0, 40], 0.2))
@@ -237,16 +244,6 @@ def test_without_tiles_vectors_run_and_plain_torch_for_the_rest(monkeypatch):
         ops.varlen_attention(*wide, [0, 40], 0.2),
         reference.varlen_attention(*wide, [0, 40], 0.2),
     )
-
-
-def test_the_configuration_is_that_of_the_manual():
-    tiles = amx.full_tiles()
-    assert len(tiles) == 64
-    assert (tiles[0], tiles[1]) == (1, 0)
-    widths = [int.from_bytes(tiles[i : i + 2], "little") for i in range(16, 32, 2)]
-    assert widths == [64] * 8
-    assert list(tiles[48:56]) == [16] * 8
-    assert not any(tiles[2:16] + tiles[32:48] + tiles[56:])
 
 
 def test_no_tiles_when_compiling_for_another_cpu():

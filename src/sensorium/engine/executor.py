@@ -220,7 +220,7 @@ def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.
         obstacle = f"with block_size {block_size}: make it a multiple of 16"
     if wanted and obstacle:
         raise ConfigError(f"batch_invariant cannot be had {obstacle}.", param="batch_invariant")
-    if obstacle or (wanted is None and ops.attends_with_tiles(dtype)):
+    if obstacle or (wanted is None and ops.has_faster_variant(dtype)):
         logger.info(
             "the last bits of a request's log-probabilities, and so rarely a token, may depend on "
             "what else is in the batch%s",

@@ -22,7 +22,9 @@ from sensorium.kernels.batch import (
     LayerCache,
 )
 from sensorium.kernels.cpu import amx, elementwise, huge_pages, rotary
-from sensorium.kernels.cpu.attention import causal, paged, varlen_tiles, varlen_vectors
+from sensorium.kernels.cpu.attention import causal, paged, route, varlen_vectors
+from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
+from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
 from sensorium.kernels.cpu.linear import int4, int8, integers, onednn, table
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
@@ -39,7 +41,6 @@ DECODER_KERNELS = (
 )
 ENCODER_KERNELS = (rotary.build_rotate, elementwise.build_quick_gelu)
 VARLEN_KERNELS = (varlen_vectors.build_pack, varlen_vectors.build_attend)
-TILE_KERNELS = (varlen_tiles.build_pack, varlen_tiles.build_attend)
 
 
 def _on_cpu(x: torch.Tensor) -> bool:
@@ -161,10 +162,9 @@ def rope_attention(
     plain causal attention. Returns (T, num_heads * head_dim).
     """
     cache = batch.caches[layer]
+    run: Callable[..., torch.Tensor] = reference.rope_attention
     if _on_cpu(qkv) and cache.k.dtype == qkv.dtype and has_block_size(cache.k.shape[3]):
         run = paged.rope_attention
-    else:
-        run = reference.rope_attention
     heads = (num_heads, num_kv_heads, head_dim)
     return run(qkv, batch, layer, *heads, scale, q_norm, k_norm, norm_eps, variant)
 
@@ -199,12 +199,9 @@ def has_block_size(block_size: int) -> bool:
     return block_size % 16 == 0
 
 
-def attends_with_tiles(dtype: torch.dtype) -> bool:
-    """Return whether matrix tiles of this CPU may compute long prompts.
-
-    They are used only where the batch need not be invariant.
-    """
-    return paged.attends_with_tiles(dtype)
+def has_faster_variant(dtype: torch.dtype) -> bool:
+    """Return whether long prompts may run faster where the batch need not be invariant."""
+    return paged.flash_pays(dtype)
 
 
 def paged_attention(
@@ -293,13 +290,20 @@ def warm_up(
     builds: tuple[elementwise.Build, ...] = ()
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
         builds = DECODER_KERNELS + (ENCODER_KERNELS if encoders else ())
+        unit = amx.unit() if dtype == torch.bfloat16 else None
+        if unit is not None:
+            builds += (amx.bound(causal_tiles.build_attend, unit),)
         if encoders:
-            tiles = dtype == torch.bfloat16 and amx.available()
-            builds += TILE_KERNELS if tiles else VARLEN_KERNELS
+            builds += VARLEN_KERNELS
+        if encoders and unit is not None:
+            builds += (varlen_tiles.build_pack, amx.bound(varlen_tiles.build_attend, unit))
     for build in builds:
         if stopped():
             return time.perf_counter() - start
         elementwise.kernel(build, dtype)
     if builds:
         table.warm_up(dtype)
+        route.choose(dtype, amx.TILE)  # compares tiles with vectors the first time
+        if encoders and dtype == torch.bfloat16:
+            varlen_tiles.trusted_unit()
     return time.perf_counter() - start

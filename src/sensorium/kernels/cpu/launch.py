@@ -249,5 +249,12 @@ _NOT_KEPT: list[OSError] = []
 """Reason why a kernel could not be written, such as a full disk; later kernels are then not
 written either."""
 
+
+def assembly(launcher: Launcher) -> str:
+    """Return the assembly of a kernel that this process has compiled or loaded."""
+    (own,) = (compiled for compiled in _KEPT if compiled.address == launcher.address)
+    return str(own._library.get_asm_str())
+
+
 _KEPT: list[Any] = []
 """Compiled functions, whose machine code must outlive every launcher."""

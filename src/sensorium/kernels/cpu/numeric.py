@@ -43,7 +43,7 @@ _HALF, _VEC = ir.HalfType(), ir.VectorType(ir.FloatType(), WIDTH)
 _CONTRACT = ("contract",)
 
 
-def outlined(element: types.Type) -> Callable[[Callable[..., Any]], Any]:
+def outlined(element: types.Type, mark: str = "") -> Callable[[Callable[..., Any]], Any]:
     """Compile a function inside a kernel's builder for one element type, without inlining it.
 
     The type becomes part of its name: machine code is linked by name, and that of two element
@@ -51,7 +51,7 @@ def outlined(element: types.Type) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        function.__qualname__ += f"_{element}"
+        function.__qualname__ += f"_{element}{mark}"
         return njit(**OUTLINE)(function)
 
     return compiled

@@ -27,12 +27,23 @@ from typing import Any
 from numba import types
 
 from sensorium.kernels.cpu.attention.softmax import (
-    HIDDEN_SCORE,
     cap_row,
     clear_rows,
     merge_part,
     online_softmax_row,
     scale_sums,
+)
+from sensorium.kernels.cpu.attention.steps import (
+    BEGIN,
+    END,
+    FIRST_POS,
+    FIRST_ROW,
+    FRESH,
+    NUM_ROWS,
+    PART_TOKENS,
+    PIECE_COLUMNS,
+    SEQUENCE,
+    build_steps,
 )
 from sensorium.kernels.cpu.attention.tile import TILE_COLUMNS, TILE_ROWS, multiply_tile
 from sensorium.kernels.cpu.numeric import (
@@ -42,31 +53,14 @@ from sensorium.kernels.cpu.numeric import (
     exp1,
     f32,
     fetch_add,
-    load,
     njit,
     outlined,
     pointer,
     shifted,
-    store,
-)
-from sensorium.kernels.cpu.rotary import (
-    convert_row,
-    normed_head,
-    rotate_head,
-    write_key,
-    write_value,
 )
 
-CHUNK = 128
+CHUNK = PART_TOKENS // 2
 """Tokens whose scores are held at once."""
-PART_TOKENS = 2 * CHUNK
-"""Tokens of a part. Merging shorter ones would cost more than they save in waiting."""
-
-# Columns of the table of pieces (int64).
-SEQUENCE, FIRST_ROW, NUM_ROWS, FIRST_POS, BEGIN, END, PART, NUM_PARTS, PARTIAL, DONE, FRESH = range(
-    11
-)
-PIECE_COLUMNS = 11
 
 
 def scratch_floats(num_rows: int, head_dim: int) -> int:
@@ -182,27 +176,8 @@ def build_attend(element: Any) -> Callable[[Any], None]:
     scores (0: none), sinks (heads,) float32 (0: none). seen: first index and end of the tokens that
     a row attends to. The number of tasks is pieces times KV heads.
     """
-
-    @outlined(element)
-    def write_new(args: Any, piece: Any, head: Any, scratch: Any) -> None:
-        """Rotate and write the key and the value of a decoding sequence's new token."""
-        heads, kv_heads, dim, half, block_size = args[16], args[17], args[18], args[19], args[20]
-        row, position = piece[FIRST_ROW], piece[FIRST_POS]
-        source = shifted(pointer(args[3], element), row * (heads + 2 * kv_heads) * dim)
-        key = shifted(source, (heads + head) * dim)
-        cos = shifted(pointer(args[4], types.float32), row * half)
-        sin = shifted(pointer(args[5], types.float32), row * half)
-        rotated = shifted(scratch, dim)
-        normed_head(
-            key, pointer(args[23], element), args[23] != 0, as_float(args[24]), dim, scratch
-        )
-        rotate_head(scratch, cos, sin, half, dim, f32(1.0), rotated)
-        table = shifted(pointer(args[8], types.int32), piece[SEQUENCE] * args[9])
-        slot = (types.int64(table[position // block_size]) * kv_heads + head) * dim * block_size
-        offset = position % block_size
-        write_key(rotated, pointer(args[6], element), slot + offset, dim, block_size)
-        value = shifted(key, kv_heads * dim)
-        write_value(value, pointer(args[7], element), slot + offset * dim, dim)
+    steps = build_steps(element)
+    write_new, query_row, finish = steps.write_new, steps.query_row, steps.finish
 
     @outlined(element)
     def fill_queries(args: Any, piece: Any, head: Any, group: Any, q: Any, scratch: Any) -> None:
@@ -210,24 +185,11 @@ def build_attend(element: Any) -> Callable[[Any], None]:
 
         They are rotated and scaled.
         """
-        heads, kv_heads, dim, half = args[16], args[17], args[18], args[19]
-        scale = as_float(args[21])
+        dim, scale = args[18], as_float(args[21])
         for i in range(piece[NUM_ROWS]):
-            row = piece[FIRST_ROW] + i
             for g in range(group):
                 out = shifted(q, (i * group + g) * dim)
-                if piece[FRESH] == 0:
-                    at = (row * heads + head * group + g) * dim
-                    convert_row(shifted(pointer(args[25], types.float32), at), dim, scale, out)
-                    continue
-                at = row * (heads + 2 * kv_heads) * dim + (head * group + g) * dim
-                cos = shifted(pointer(args[4], types.float32), row * half)
-                sin = shifted(pointer(args[5], types.float32), row * half)
-                source, norm = shifted(pointer(args[3], element), at), pointer(args[22], element)
-                normed_head(source, norm, args[22] != 0, as_float(args[24]), dim, scratch)
-                # Rotated and scaled one after the other, as the rows of a span are.
-                rotate_head(scratch, cos, sin, half, dim, f32(1.0), out)
-                convert_row(out, dim, scale, out)
+                query_row(args, piece, head, group, i, g, scale, out, scratch)
 
     @outlined(element)
     def run_part(
@@ -326,72 +288,6 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 tops[r], totals[r] = merge_part(
                     own, own_tops[r], own_totals[r], kept, tops[r], totals[r], dim
                 )
-
-    @outlined(element)
-    def share_of(args: Any, head: Any, top: Any, total: Any) -> Any:
-        """Return the factor of a row's sums: 1 / total, with the head's sink as a further score."""
-        if args[28] == 0:
-            return f32(1.0) / total
-        sink = pointer(args[28], types.float32)[head]
-        new_top = max(top, sink)
-        kept = exp1(top - new_top)
-        return kept / (total * kept + exp1(sink - new_top))
-
-    @outlined(element)
-    def finish(
-        args: Any,
-        piece: Any,
-        head: Any,
-        group: Any,
-        sums: Any,
-        tops: Any,
-        totals: Any,
-        row_out: Any,
-    ) -> None:
-        """Write the outputs of the piece's rows, or store a part's result.
-
-        The thread that stores the last part merges all of them.
-        """
-        heads, kv_heads, dim = args[16], args[17], args[18]
-        out = pointer(args[11], element)
-        rows, num_parts = piece[NUM_ROWS] * group, piece[NUM_PARTS]
-        first = (piece[FIRST_ROW] * heads + head * group) * dim
-        if num_parts == 1:
-            for r in range(rows):
-                at = first + (r // group * heads + r % group) * dim
-                share = share_of(args, head * group + r % group, tops[r], totals[r])
-                convert_row(shifted(sums, r * dim), dim, share, shifted(out, at))
-            return
-        size = rows * (dim + 2)
-        stride = size * kv_heads
-        partials = shifted(
-            pointer(args[12], types.float32), piece[PARTIAL] * kv_heads * group * (dim + 2)
-        )
-        partials = shifted(partials, head * size)
-        own = shifted(partials, piece[PART] * stride)
-        convert_row(sums, rows * dim, f32(1.0), own)
-        for r in range(rows):
-            store(own, rows * dim + r, tops[r])
-            store(own, rows * dim + rows + r, totals[r])
-        done = pointer(args[13], types.int64)
-        place = piece[DONE] * kv_heads + head
-        if fetch_add(done, place, 1) != num_parts - 1:
-            return
-        done[place] = 0
-        for r in range(rows):
-            top, summed = HIDDEN_SCORE, f32(0.0)
-            for d in range(dim):
-                row_out[d] = f32(0.0)
-            for index in range(num_parts):
-                part = shifted(partials, index * stride)
-                part_top = load(part, rows * dim + r)
-                part_total = load(part, rows * dim + rows + r)
-                top, summed = merge_part(
-                    shifted(part, r * dim), part_top, part_total, row_out, top, summed, dim
-                )
-            at = first + (r // group * heads + r % group) * dim
-            share = share_of(args, head * group + r % group, top, summed)
-            convert_row(row_out, dim, share, shifted(out, at))
 
     def attend(args: Any) -> None:
         heads, kv_heads, dim = args[16], args[17], args[18]

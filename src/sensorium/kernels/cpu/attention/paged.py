@@ -1,19 +1,18 @@
 """Paged attention of a whole step on the CPU: a plan of kernel launches that all layers share.
 
-All rows go through the paged kernel, which gives a row the same bits however the step is made up,
-and is faster than torch's flash attention on CPUs without matrix tiles. With tiles, where the batch
-need not be invariant, long spans of rows (above ``SHORT_SPAN``) use these: their keys and values
-are gathered and torch's flash attention runs, once over the step's own tokens (causal) and once
-over the context, merged by their log-sum-exps.
+All rows go through one kernel, which gives a row the same bits however the step is made up: with
+matrix tiles where the CPU has them (``causal_tiles``), else with vectors (``causal``), which are
+faster than torch's flash attention on CPUs without tiles. Where there are tiles that this engine's
+kernel cannot be trusted with, and the batch need not be invariant, long spans of rows (above
+``SHORT_SPAN``) run through flash attention: their keys and values are gathered and it runs once
+over the step's own tokens (causal) and once over the context, merged by their log-sum-exps.
 
 Where rows do not attend to all tokens before them, a table says to which ones (``seen_tokens``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,30 +20,18 @@ import torch
 from sensorium.kernels import reference
 from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant, LayerCache
 from sensorium.kernels.cpu import amx
-from sensorium.kernels.cpu.attention.causal import PART_TOKENS, build_attend, scratch_floats
-from sensorium.kernels.cpu.elementwise import kernel, launch
+from sensorium.kernels.cpu.attention import causal, pieces
+from sensorium.kernels.cpu.attention.pieces import Span
+from sensorium.kernels.cpu.attention.route import VECTORS, Route, choose
+from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
+from sensorium.kernels.cpu.elementwise import Build, kernel, launch
 from sensorium.kernels.cpu.launch import Kernel, float_bits, pack
+from sensorium.kernels.cpu.numeric import WIDTH
 from sensorium.kernels.cpu.rotary import ROWS_PER_TASK, build_rope_write
 
 SHORT_SPAN = 24
 """Longest span of bf16 query rows for which matrix tiles do not pay off; measured with a context
 of 1000 tokens."""
-PIECE_MATRIX_ROWS = 64
-"""Query rows times group size of one task: bounds its scratch and makes tasks of spans."""
-TASKS_PER_THREAD = 4
-
-
-@dataclass(slots=True)
-class Span:
-    """A long run of query rows of one sequence.
-
-    ``num_rows`` rows from ``first_row``, behind ``context`` cached tokens.
-    """
-
-    sequence: int
-    first_row: int
-    num_rows: int
-    context: int
 
 
 @dataclass(slots=True)
@@ -80,10 +67,12 @@ def rope_attention(
     k_norm: torch.Tensor | None = None,
     norm_eps: float = 0.0,
     variant: AttentionVariant = PLAIN,
+    route: Route | None = None,
 ) -> torch.Tensor:
     """Compute ``reference.rope_attention`` with CPU kernels.
 
-    The cache must have qkv's dtype and a block size that is a multiple of 16.
+    The cache must have qkv's dtype and a block size that is a multiple of 16. route: the kernel, by
+    default the one of this machine.
     """
     qkv = qkv.contiguous()
     num_tokens = qkv.shape[0]
@@ -92,10 +81,12 @@ def rope_attention(
     window = variant.window
     if window is not None and batch.max_kv_len <= window:
         window = None
-    key = (num_heads, num_kv_heads, head_dim, qkv.dtype, window, id(variant.bidirectional))
+    route = choose(qkv.dtype, head_dim) if route is None else route
+    spans = id(variant.bidirectional)
+    key = (num_heads, num_kv_heads, head_dim, qkv.dtype, window, spans, route)
     plan: AttentionPlan | None = batch.scratch.get(key)
     if plan is None:
-        plan = batch.scratch[key] = _plan(batch, cache, num_heads, qkv.dtype, variant)
+        plan = batch.scratch[key] = _plan(batch, cache, num_heads, qkv.dtype, variant, route)
     out = qkv.new_empty((num_tokens, num_heads * head_dim))
     norms = (
         0 if q_norm is None else q_norm.data_ptr(),
@@ -240,6 +231,7 @@ def _plan(
     num_heads: int,
     dtype: torch.dtype,
     variant: AttentionVariant,
+    route: Route,
 ) -> AttentionPlan:
     # The kernels read these by address.
     batch.cos, batch.sin = batch.cos.contiguous(), batch.sin.contiguous()
@@ -249,15 +241,25 @@ def _plan(
     num_threads = torch.get_num_threads()
     num_tokens = sum(batch.query_lens)
     limits: list[int | None] = [None] * len(batch.query_lens)
-    if attends_with_tiles(dtype) and not batch.invariant:
+    if route.unit is None and flash_pays(dtype) and not batch.invariant:
         affected = set(variant.affected_sequences(batch))
         limits = [None if i in affected else SHORT_SPAN for i in range(len(limits))]
     seen = seen_tokens(batch, variant)
-    pieces, spans, num_partial, num_done = plan_pieces(
-        batch, num_kv_heads, group, num_threads, limits, seen
+    most_rows = pieces.MATRIX_ROWS
+    if route.unit is not None:
+        most_rows = pieces.matrix_rows(
+            *(batch.query_lens, num_kv_heads, group, num_threads, causal_tiles.MATRIX_ROWS)
+        )
+    table, spans, num_partial, num_done = pieces.plan_pieces(
+        batch, num_kv_heads, group, num_threads, limits, seen, most_rows
     )
-    rows_of_task = max((piece[2] for piece in pieces), default=0) * group
-    stride = scratch_floats(rows_of_task, head_dim) + 16
+    rows_of_task = max((piece[2] for piece in table), default=0) * group
+    build: Build = causal.build_attend
+    stride = causal.scratch_floats(rows_of_task, head_dim)
+    if route.unit is not None:
+        build = amx.bound(causal_tiles.build_attend, route.unit)
+        stride = causal_tiles.scratch_floats(rows_of_task, head_dim)
+    stride = -(-stride // WIDTH) * WIDTH + WIDTH
     first = batch.num_decodes
     none = torch.empty(0, dtype=torch.int64)
     row_block, row_offset = none, none
@@ -268,15 +270,15 @@ def _plan(
         row_offset = position % block_size
     spanned = num_tokens if first < num_tokens else 0
     plan = AttentionPlan(
-        num_pieces=len(pieces),
-        pieces=torch.tensor(pieces, dtype=torch.int64) if pieces else none,
+        num_pieces=len(table),
+        pieces=torch.tensor(table, dtype=torch.int64) if table else none,
         partials=torch.empty(num_partial * num_heads * (head_dim + 2)),
         done=torch.zeros(num_done * num_kv_heads, dtype=torch.int64),
         scratch=torch.empty(num_threads * stride),
         scratch_stride=stride,
         args=None,
-        attend=kernel(build_attend, dtype).for_weight(
-            2 * num_heads * head_dim * sum((p[5] - p[4]) * p[2] for p in pieces)
+        attend=kernel(build, dtype).for_weight(
+            2 * num_heads * head_dim * sum((p[5] - p[4]) * p[2] for p in table)
         ),
         spans=spans,
         first_span_row=first,
@@ -286,12 +288,12 @@ def _plan(
         k_rotated=torch.empty((num_tokens if spans else 0, num_kv_heads, head_dim), dtype=dtype),
         seen=seen,
     )
-    plan.args = _attend_args(batch, cache, plan, num_heads)
+    plan.args = _attend_args(batch, cache, plan, num_heads, route)
     return plan
 
 
 def _attend_args(
-    batch: AttentionBatch, cache: LayerCache, plan: AttentionPlan, num_heads: int
+    batch: AttentionBatch, cache: LayerCache, plan: AttentionPlan, num_heads: int, route: Route
 ) -> Any:
     """Pack the arguments of ``build_attend``.
 
@@ -324,81 +326,13 @@ def _attend_args(
         0 if plan.seen is None else plan.seen.data_ptr(),
         per_layer,
         per_layer,
+        route.least_rows,
     )
 
 
-def attends_with_tiles(dtype: torch.dtype) -> bool:
-    """Return whether matrix tiles may compute long spans."""
-    return dtype == torch.bfloat16 and amx.available()
+def flash_pays(dtype: torch.dtype) -> bool:
+    """Return whether long spans run through torch's flash attention where the batch may vary.
 
-
-def plan_pieces(
-    batch: AttentionBatch,
-    num_kv_heads: int,
-    group: int,
-    num_threads: int,
-    limits: Sequence[int | None],
-    seen: torch.Tensor | None = None,
-) -> tuple[list[list[int]], list[Span], int, int]:
-    """Split a step into pieces, largest first, and spans of more rows than a sequence's limit.
-
-    ``seen``: what ``seen_tokens`` returns. Returns the table of pieces, the spans (which are in no
-    piece), and the sizes of the partial results and of ``done``. Parts of a sequence are tasks of
-    their own where it is one piece and there would be too few tasks otherwise.
+    That is where it has matrix tiles and this engine's kernel has none that can be trusted.
     """
-    query_lens, num_decodes = batch.query_lens, batch.num_decodes
-    rows_of_task = max(1, PIECE_MATRIX_ROWS // group)
-    shares = [
-        -(-n // rows_of_task) if limit is None or n <= limit else 0
-        for n, limit in zip(query_lens, limits, strict=True)
-    ]
-    starts = [0, *accumulate(query_lens)]
-    reach = _Reach(seen)
-    extents = [
-        reach(row, n, kv_len - n)
-        for row, n, kv_len in zip(starts, query_lens, batch.kv_lens, strict=False)
-    ]
-    work = num_kv_heads * sum(
-        (end - begin) * m for (begin, end), m in zip(extents, shares, strict=True)
-    )
-    longest = max(PART_TOKENS, work // (num_threads * TASKS_PER_THREAD))
-    pieces: list[list[int]] = []
-    spans: list[Span] = []
-    num_partial = num_done = 0
-    for sequence, (kv_len, query_len) in enumerate(zip(batch.kv_lens, query_lens, strict=True)):
-        fresh, row = int(sequence < num_decodes), starts[sequence]
-        begin, end = extents[sequence]
-        if not shares[sequence]:
-            spans.append(Span(sequence, row, query_len, kv_len - query_len))
-        elif shares[sequence] == 1 and end - begin > longest:
-            place = (sequence, row, query_len, kv_len - query_len)
-            parts = range(begin, end, PART_TOKENS)
-            for part, start in enumerate(parts):
-                tail = (part, len(parts), num_partial, num_done, fresh)
-                pieces.append([*place, start, min(start + PART_TOKENS, end), *tail])
-            num_partial += len(parts) * query_len
-            num_done += 1
-        else:
-            for offset in range(0, query_len, rows_of_task):
-                num_rows = min(rows_of_task, query_len - offset)
-                position = kv_len - query_len + offset
-                place = (sequence, row + offset, num_rows, position)
-                pieces.append([*place, *reach(row + offset, num_rows, position), 0, 1, 0, 0, fresh])
-    pieces.sort(key=lambda piece: piece[4] - piece[5])
-    return pieces, spans, num_partial, num_done
-
-
-class _Reach:
-    """The tokens that rows attend to: from the start of a part to the last one's end."""
-
-    __slots__ = ("_ends", "_firsts")
-
-    def __init__(self, seen: torch.Tensor | None) -> None:
-        self._firsts, self._ends = ([], []) if seen is None else seen.T.tolist()
-
-    def __call__(self, row: int, count: int, position: int) -> tuple[int, int]:
-        """Return begin and end for ``count`` rows from ``row`` on, the first at ``position``."""
-        if not self._ends:
-            return 0, position + count
-        begin = min(self._firsts[row : row + count])
-        return begin - begin % PART_TOKENS, max(self._ends[row : row + count])
+    return dtype == torch.bfloat16 and amx.available() and choose(dtype, amx.TILE) == VECTORS

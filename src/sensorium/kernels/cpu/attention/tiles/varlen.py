@@ -14,32 +14,28 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-import llvmlite.ir as ir
 import numpy as np
 import torch
 from numba import types
 
-from sensorium.kernels.cpu import amx
-from sensorium.kernels.cpu.amx import (
-    BLOCK,
-    DEPTH,
-    TILE,
-    configure,
-    multiply_block,
-    release,
+from sensorium.kernels.cpu import amx, tile_check
+from sensorium.kernels.cpu.amx import BLOCK, DEPTH, TILE, bound
+from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, scale_sums
+from sensorium.kernels.cpu.attention.tiles.softmax import (
+    _round_up,
+    exp2_rough,
+    store_weights,
+    up,
 )
-from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, exp2_nonpositive, scale_sums
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import float_bits, pack
 from sensorium.kernels.cpu.numeric import (
-    INLINE,
     OUTLINE,
     WIDTH,
     as_float,
     exp1,
     f32,
     fetch_add,
-    intrinsic,
     largest,
     load16,
     njit,
@@ -49,7 +45,6 @@ from sensorium.kernels.cpu.numeric import (
     shifted,
     splat,
     total,
-    vec16,
 )
 from sensorium.kernels.cpu.rotary import convert_row, write_value
 
@@ -69,9 +64,20 @@ START, LENGTH, PACKED, HEAD, FIRST = range(5)
 TASK_COLUMNS = 5
 
 
+def trusted_unit() -> amx.Unit | None:
+    """Return the tiles to use, None where there are none or their numbers are not right."""
+    unit = amx.unit()
+    if unit is None:
+        return None
+    from sensorium.kernels.cpu.attention.tiles import checks  # which runs these kernels
+
+    found = tile_check.outcome("attention of encoders", checks.encoders, unit)
+    return None if found == tile_check.WRONG else unit
+
+
 def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Return whether these kernels run for q, k, v (T, heads, D) on this machine."""
-    if not (q.is_cpu and q.dtype == torch.bfloat16 and amx.available()):
+    if not (q.is_cpu and q.dtype == torch.bfloat16 and trusted_unit() is not None):
         return False
     same = all(t.shape == q.shape and t.dtype == q.dtype and t.device == q.device for t in (k, v))
     if not same or k.stride() != v.stride():
@@ -79,14 +85,6 @@ def fits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     head_dim, (row, head, element) = q.shape[2], k.stride()
     paired = head_dim % 2 == 0 and row % 2 == 0 and head % 2 == 0 and k.data_ptr() % 4 == 0
     return paired and q.stride(2) == element == 1 and head_dim <= MAX_HEAD_DIM
-
-
-def _round_up(number: Any, step: Any) -> Any:
-    """Round ``number`` up to a multiple of ``step``."""
-    return (number + step - 1) // step * step
-
-
-up = njit(**INLINE)(_round_up)
 
 
 @njit(**OUTLINE)
@@ -133,35 +131,6 @@ def pack_values(values: Any, stride: Any, length: Any, dim: Any, out: Any) -> No
                     pairs[d] = types.uint32(upper[d])
             for d in range(dim if left > 0 else 0, columns):
                 pairs[d] = types.uint32(0)
-
-
-exp2_rough = exp2_nonpositive((0.05516989, 0.24260701, 0.69326091, 0.99992834))
-"""2^x for x <= 0 with an error of at most 8e-5, a small part of a rounding step of bf16. The
-polynomial is fitted for the smallest relative error."""
-
-
-@intrinsic
-def store_weights(typingctx: Any, ptr: Any, index: Any, first: Any, second: Any) -> Any:
-    """Store numbers in [0, 1] as 32 bf16, in turn one of ``first`` and one of ``second``.
-
-    They are rounded to nearest, ties away from zero.
-    """
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        bits = ir.VectorType(ir.IntType(32), WIDTH)
-
-        def constant(number: int) -> ir.Constant:
-            return ir.Constant(bits, [number] * WIDTH)
-
-        low, high = (builder.add(builder.bitcast(x, bits), constant(0x8000)) for x in args[2:])
-        both = builder.or_(
-            builder.lshr(low, constant(16)), builder.and_(high, constant(0xFFFF0000))
-        )
-        place = builder.bitcast(builder.gep(args[0], [args[1]]), bits.as_pointer())
-        builder.store(both, place, align=2)
-        return context.get_dummy_value()
-
-    return types.void(ptr, types.int64, vec16, vec16), codegen
 
 
 @njit(**OUTLINE)
@@ -228,14 +197,18 @@ def scratch_bytes(head_dim: int) -> int:
     return BLOCK * (2 * halves + 4 * (SCORE_STRIDE + columns + 2))
 
 
-def build_attend(element: Any) -> Callable[[Any], None]:
+def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
     """Build the attention kernel over all tasks.
 
     args: q, its row stride and head stride, packed keys, packed values, tasks, D, heads, out (T,
-    heads, D), the scale over ln 2, the tiles' configuration, scratch, its bytes a thread.
+    heads, D), the scale over ln 2, scratch, its bytes a thread.
     """
+    mark = f"_{unit.name}"
+    tiles = amx.operations(unit, amx.full_tiles())
+    own_state, configure, release = tiles.state, tiles.configure, tiles.release
+    multiply_block = amx.block_product(unit)
 
-    @outlined(element)
+    @outlined(element, mark)
     def fill_queries(args: Any, task: Any, count: Any, q: Any) -> None:
         """Fill Q (32, depth) with the task's ``count`` query rows, and leave the others."""
         dim, depth = args[9], up(args[9], DEPTH)
@@ -246,10 +219,11 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             for d in range(dim, depth):
                 q[r * depth + d] = types.uint16(0)
 
-    @outlined(element)
+    @outlined(element, mark)
     def run_chunks(
         args: Any,
         task: Any,
+        state: Any,
         count: Any,
         q: Any,
         weights: Any,
@@ -277,6 +251,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             for column in range(0, padded, BLOCK):
                 block = shifted(keys, (start + column) * depth)
                 multiply_block(
+                    state,
                     q,
                     depth,
                     block,
@@ -300,6 +275,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             pairs = shifted(values, start * columns)
             for d in range(0, columns, BLOCK):
                 multiply_block(
+                    state,
                     weights,
                     WEIGHT_STRIDE,
                     shifted(pairs, d * 2),
@@ -314,7 +290,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
     def attend_sequences(args: Any) -> None:
         dim, heads = args[9], args[10]
         depth, columns = up(dim, DEPTH), up(dim, TILE)
-        q_at = args[14] + fetch_add(args, 1, 1) * args[15]
+        q_at = args[13] + fetch_add(args, 1, 1) * args[14]
         weights_at = q_at + BLOCK * depth * 2
         scores_at = weights_at + BLOCK * WEIGHT_STRIDE * 2
         q, weights = pointer(q_at, element), pointer(weights_at, element)
@@ -322,7 +298,8 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         sums = shifted(scores, BLOCK * SCORE_STRIDE)
         tops = shifted(sums, BLOCK * columns)
         totals = shifted(tops, BLOCK)
-        configure(pointer(args[13], types.uint8))
+        state = own_state()
+        configure(state)
         while True:
             index = fetch_add(args, 0, 1)
             if index >= args[2]:
@@ -330,13 +307,14 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             task = shifted(pointer(args[8], types.int64), index * TASK_COLUMNS)
             count = min(BLOCK, task[LENGTH] - task[FIRST])
             fill_queries(args, task, count, q)
-            run_chunks(args, task, count, q, weights, scores, sums, tops, totals)
+            run_chunks(args, task, state, count, q, weights, scores, sums, tops, totals)
             for r in range(count):
                 row = task[START] + task[FIRST] + r
                 out = shifted(pointer(args[11], element), (row * heads + task[HEAD]) * dim)
                 convert_row(shifted(sums, r * columns), dim, f32(1.0) / totals[r], out)
-        release()
+        release(state)
 
+    attend_sequences.__qualname__ += mark
     return attend_sequences
 
 
@@ -369,11 +347,6 @@ def segment_runs(starts: Sequence[int], row_bytes: int) -> Iterator[tuple[int, .
     yield tuple(run)
 
 
-@functools.cache
-def _configuration() -> np.ndarray:
-    return np.frombuffer(amx.full_tiles(), np.uint8).copy()
-
-
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: Sequence[int], scale: float
 ) -> torch.Tensor:
@@ -381,15 +354,30 @@ def varlen_attention(
 
     For tensors that ``fits`` accepts and a positive scale.
     """
+    unit = trusted_unit()
+    assert unit is not None
+    return attention_by(unit, q, k, v, cu_seqlens, scale)
+
+
+def attention_by(
+    unit: amx.Unit,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: Sequence[int],
+    scale: float,
+) -> torch.Tensor:
+    """Compute ``varlen_attention`` with the tiles of a unit."""
     _, num_heads, dim = q.shape
     out = q.new_empty(q.shape)
     row_bytes = num_heads * (_round_up(dim, DEPTH) + _round_up(dim, TILE)) * 2
     for starts in segment_runs(cu_seqlens, row_bytes):
-        _attend_run(q, k, v, starts, scale, out)
+        _attend_run(unit, q, k, v, starts, scale, out)
     return out
 
 
 def _attend_run(
+    unit: amx.Unit,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -430,8 +418,7 @@ def _attend_run(
         num_heads,
         out.data_ptr(),
         float_bits(scale / math.log(2)),
-        _configuration().ctypes.data,
         scratch.data_ptr(),
         size,
     )
-    kernel(build_attend, q.dtype).for_weight(weight)(args)
+    kernel(bound(build_attend, unit), q.dtype).for_weight(weight)(args)

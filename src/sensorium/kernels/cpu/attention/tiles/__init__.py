@@ -1,0 +1,1 @@
+"""Attention by matrix tiles (AMX), and by their sums in vectors."""
