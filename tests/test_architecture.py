@@ -111,9 +111,17 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"serving", "offline"},
     ),
     "server": (
-        {"openai.protocol", "openai.logprobs", "http.encoding"},
-        {"context", "errors", "payload", "admission", "turns", "access_log"},
-        {"http", "openai"},
+        {
+            *("openai.protocol", "responses.protocol", "anthropic.protocol"),
+            *("openai.logprobs", "http.encoding"),
+        },
+        {
+            *("context", "errors", "payload", "admission", "turns", "access_log"),
+            "responses.store",
+        },
+        {"http"},
+        {"openai"},
+        {"responses", "anthropic"},
         {"routes"},
         {"openapi", "app"},
         {"launch"},

@@ -19,7 +19,8 @@
     │   ├── MediaFetchError               424 media_fetch_failed
     │   ├── MediaFetchTimeoutError        424 media_fetch_timeout
     │   ├── AuthenticationError           401 invalid_api_key
-    │   └── ModelNotFoundError            404 model_not_found
+    │   ├── ModelNotFoundError            404 model_not_found
+    │   └── NotFoundError                 404 not_found
     ├── ConfigError                       a wrong flag, keyword or file at start
     │   ├── UnsupportedModelError         nothing here can load that architecture
     │   └── ForkedProcessError            a model, or an LLM, used in a forked process
@@ -230,6 +231,13 @@ class ModelNotFoundError(RequestError):
 
     status = 404
     code = "model_not_found"
+
+
+class NotFoundError(RequestError):
+    """What a request names is not stored here, or not any more."""
+
+    status = 404
+    code = "not_found"
 
 
 class ConfigError(SensoriumError, ValueError):

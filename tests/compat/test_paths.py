@@ -13,12 +13,11 @@ from tests.server.harness import App
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/v1/responses", "use POST /v1/chat/completions"),
-        ("/v1/responses/resp_1/cancel", "use POST /v1/chat/completions"),
         ("/v1/files", "data: URLs"),
         ("/v1/files/file-1/content", "data: URLs"),
-        ("/v1/messages", "Anthropic's API is not available"),
-        ("/v1/messages/count_tokens", "Anthropic"),
+        ("/v1/complete", "use POST /v1/messages"),
+        ("/messages", "use /v1/messages"),
+        ("/responses/resp_1/cancel", "use /v1/responses/resp_1/cancel"),
         ("/v1/audio/transcriptions", "input_audio"),
         ("/v1/batches", "concurrent requests, POST /v1/chat/completions"),
         ("/api/generate", "Ollama's API is not available; use POST /v1/completions"),

@@ -11,9 +11,7 @@ _CACHES = "caches evict entries by themselves; a new cache_salt makes requests s
 _CONTROL = "a running server cannot be reconfigured; stop it and start another"
 
 PATHS: dict[str, str] = {
-    "/v1/responses": f"the Responses API is not available; {_CHAT}",
-    "/v1/messages": f"Anthropic's API is not available; {_CHAT}",
-    "/v1/complete": f"Anthropic's API is not available; {_CHAT}",
+    "/v1/complete": "Anthropic's older API is not available; use POST /v1/messages",
     "/v1/files": "files are not stored; send media as URLs or data: URLs in the parts of a message",
     "/v1/uploads": "files are not stored; send media as URLs or data: URLs in the parts of a "
                    "message",
@@ -89,7 +87,10 @@ PATHS: dict[str, str] = {
 """By path: what to do instead. An entry covers the paths below it, too."""
 
 _VERSION_TWICE = re.compile(r"^(/v1){2,}(?=/)")
-_WITHOUT_VERSION = ("/chat/completions", "/completions", "/embeddings", "/models")
+_WITHOUT_VERSION = (
+    *("/chat/completions", "/completions", "/embeddings", "/models"),
+    *("/responses", "/messages"),
+)
 
 
 def instead_of(path: str) -> str | None:

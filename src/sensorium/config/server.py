@@ -56,6 +56,18 @@ class ServerConfig:
         ge=1,
         le=1 << 40,
     )
+    response_store_entries: int = option(
+        1024,
+        "Maximum number of stored responses of /v1/responses; 0 stores none.",
+        ge=0,
+        le=1 << 20,
+    )
+    response_store_bytes: int = option(
+        256 * MIB, "Maximum number of bytes of stored responses.", ge=0, le=1 << 40
+    )
+    response_store_seconds: float = option(
+        86400.0, "Seconds for which a response is stored.", ge=1.0, le=366 * 86400.0
+    )
     trust_request_chat_template: bool = option(
         False, "Accept chat templates that come with a request."
     )

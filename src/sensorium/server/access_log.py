@@ -8,6 +8,14 @@ from starlette.types import Scope
 
 from sensorium.compat.fields import FIELD_RULES
 from sensorium.errors import SensoriumError
+from sensorium.server.anthropic.protocol import (
+    ChatChoice,
+    CountBody,
+    MessagesBody,
+    OutputConfig,
+    OutputFormat,
+    Thinking,
+)
 from sensorium.server.openai.protocol import (
     ChatBody,
     CompletionBody,
@@ -20,6 +28,13 @@ from sensorium.server.openai.protocol import (
     StreamOptions,
     TokenizeBody,
 )
+from sensorium.server.responses.protocol import (
+    InputTokensBody,
+    Reasoning,
+    ResponsesBody,
+    TextConfig,
+    TextFormat,
+)
 
 LOGGED_ERROR = "logged_error"
 """Key of a request's state: code and parameter of its error."""
@@ -27,6 +42,8 @@ LOGGED_ERROR = "logged_error"
 _BODIES = (
     *(ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody),
     *(StreamOptions, ResponseFormat, JsonSchema, ScoreBody, RerankBody),
+    *(ResponsesBody, InputTokensBody, TextConfig, TextFormat, Reasoning),
+    *(MessagesBody, CountBody, ChatChoice, OutputConfig, OutputFormat, Thinking),
 )
 _PARTS = """
     role content type text image_url input_image image_embeds image_pil video video_url
@@ -35,6 +52,8 @@ _PARTS = """
     id function name arguments
     parameters strict schema json regex choice grammar json_object whitespace image audio num_frames
     fps file allowed_tools mode
+    output call_id summary source media_type input_schema tool_use_id thinking
+    limit order after response_id
 """.split()
 _KNOWN = {*FIELD_RULES, *_PARTS, *(name for body in _BODIES for name in body.model_fields)}
 _STEP = re.compile(r"([A-Za-z_]\w*)((?:\[\d+\])*)", re.ASCII)

@@ -16,12 +16,15 @@ from sensorium.server.errors import install_error_handlers
 from sensorium.server.http.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
 from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestTracking
 from sensorium.server.openapi import describe
+from sensorium.server.responses.store import ResponseStore
 from sensorium.server.routes.chat import chat_router
 from sensorium.server.routes.completions import completions_router
 from sensorium.server.routes.embeddings import embeddings_router
 from sensorium.server.routes.health import health_router
 from sensorium.server.routes.home import home_router
+from sensorium.server.routes.messages import messages_router
 from sensorium.server.routes.models import models_router
+from sensorium.server.routes.responses import responses_router
 from sensorium.server.routes.scores import scores_router
 from sensorium.server.routes.tokenize import tokenize_router
 from sensorium.text.detokenizer import TokenSpelling
@@ -51,6 +54,12 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
             calls=config.tool_call_parser,
             reasoning=config.reasoning_parser,
         ),
+        responses=ResponseStore(
+            config.response_store_entries,
+            config.response_store_bytes,
+            config.response_store_seconds,
+            max_history_bytes=config.max_body_bytes,
+        ),
     )
     app = FastAPI(
         title="Sensorium",
@@ -63,6 +72,8 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
     for router in (
         chat_router(),
         completions_router(),
+        responses_router(),
+        messages_router(),
         embeddings_router(),
         scores_router(),
         models_router(),

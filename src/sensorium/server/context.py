@@ -17,6 +17,7 @@ from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.models.embedder import POOLS
 from sensorium.server.admission import Admission
 from sensorium.server.http.encoding import MOST_AT_ONCE
+from sensorium.server.responses.store import ResponseStore
 from sensorium.server.turns import Turns
 from sensorium.text.detokenizer import TokenSpelling
 from sensorium.text.tools.forms import AnswerForms
@@ -32,6 +33,7 @@ class ServingContext:
     ``forms``: how the model writes tool calls and reasoning.
     ``num_in_flight`` counts HTTP requests that have not been answered completely. ``turns`` spreads
     work that blocks the event loop; ``unpacking`` limits how many bodies are decompressed at once.
+    ``background``: by tenant and id, the responses that are made without a connection.
     """
 
     frontend: Frontend
@@ -39,11 +41,13 @@ class ServingContext:
     metrics: ServingMetrics
     admission: Admission
     spelling: TokenSpelling
+    responses: ResponseStore
     forms: AnswerForms = field(default_factory=AnswerForms)
     started_at: int = field(default_factory=lambda: int(time.time()))
     num_in_flight: int = 0
     turns: Turns = field(default_factory=Turns)
     unpacking: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_AT_ONCE))
+    background: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     @property

@@ -15,7 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from sensorium.compat.fields import rename_for_client
 from sensorium.compat.paths import instead_of
@@ -32,10 +32,56 @@ _ALIKE = 0.85
 """Similarity above which a path counts as a typing error of another, as /v1/responses does not."""
 CLIENT_NAMES = "client_names"
 """Key of a request's state: our fields by the names that its client used for them."""
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+}
+"""Types of errors in Anthropic's API, by status."""
 
 
 class ClientDisconnectedError(Exception):
     """The client closed its connection before the answer was complete."""
+
+
+class ErrorResponse(JsonResponse):
+    """Answer with an error, in Anthropic's form on the paths of that API."""
+
+    def __init__(
+        self, error: dict[str, Any], status: int, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__({"error": error}, status, headers)
+        self._error = error
+        self._more_headers = headers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write the answer."""
+        if not is_anthropic(scope):
+            await super().__call__(scope, receive, send)
+            return
+        body = anthropic_body(self._error, self.status_code, scope["state"]["request_id"])
+        await JsonResponse(body, self.status_code, self._more_headers)(scope, receive, send)
+
+
+def is_anthropic(scope: Scope) -> bool:
+    """Return true for the paths of Anthropic's API."""
+    path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def anthropic_body(error: Mapping[str, Any], status: int, request_id: str) -> dict[str, Any]:
+    """Return the body of an error in Anthropic's form, which has our code and param as well."""
+    kind = _ANTHROPIC_TYPES.get(status, _ANTHROPIC_TYPES[400 if status < 500 else 500])
+    return {"type": "error", "error": {**error, "type": kind}, "request_id": request_id}
+
+
+def anthropic_error(error: BaseException, request_id: str) -> dict[str, Any]:
+    """Return ``error`` in Anthropic's form, as it stands in a stream."""
+    status = error.status if isinstance(error, SensoriumError) else 500
+    return anthropic_body(error_body(error), status, request_id)
 
 
 def error_body(error: BaseException) -> dict[str, Any]:
@@ -53,13 +99,13 @@ def error_response(error: BaseException) -> Response:
     if isinstance(error, ClientDisconnectedError | ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED)
     if not isinstance(error, SensoriumError):
-        return JsonResponse({"error": error_body(error)}, status_code=500)
+        return ErrorResponse(error_body(error), 500)
     headers = {}
     if isinstance(error, UnavailableError):
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
-    return JsonResponse({"error": error_body(error)}, status_code=error.status, headers=headers)
+    return ErrorResponse(error_body(error), error.status, headers)
 
 
 def log_unexpected(error: BaseException, scope: Scope) -> None:
@@ -103,7 +149,7 @@ def plain_error(
 ) -> Response:
     """Return an error of HTTP itself, in the same form as the others."""
     body = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    return JsonResponse({"error": body}, status_code=status, headers=headers)
+    return ErrorResponse(body, status, headers)
 
 
 def _hint(path: str, paths: list[str]) -> str:

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from sensorium.errors import RequestError, SensoriumError, UnavailableError
+from sensorium.server.anthropic.protocol import CountBody, MessagesBody
 from sensorium.server.openai.protocol import (
     ChatBody,
     CompletionBody,
@@ -19,6 +20,8 @@ from sensorium.server.openai.protocol import (
     ScoreBody,
     TokenizeBody,
 )
+from sensorium.server.responses.listing import MOST_ITEMS
+from sensorium.server.responses.protocol import InputTokensBody, ResponsesBody
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
@@ -26,6 +29,10 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/embeddings": EmbeddingBody,
     **dict.fromkeys(("/v1/score", "/score"), ScoreBody),
     **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/rerank"), RerankBody),
+    "/v1/responses": ResponsesBody,
+    "/v1/responses/input_tokens": InputTokensBody,
+    "/v1/messages": MessagesBody,
+    "/v1/messages/count_tokens": CountBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }
@@ -38,10 +45,23 @@ _STATUSES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(BODIES, _PROMPT_STATUSES),
     "/detokenize": _BODY_STATUSES,
     "/v1/models/{name}": (404,),
+    "/v1/responses/{response_id}": (400, 404),
+    "/v1/responses/{response_id}/cancel": (400, 404),
+    "/v1/responses/{response_id}/input_items": (400, 404),
     "/health": (503,),
     "/ping": (503,),
 }
 """Errors of each route. Those that need an API key have 401, too."""
+
+_QUERY: dict[str, dict[str, Any]] = {
+    "/v1/responses/{response_id}": {"stream": {"type": "boolean", "enum": [False]}},
+    "/v1/responses/{response_id}/input_items": {
+        "limit": {"type": "integer", "minimum": 1, "maximum": MOST_ITEMS, "default": 20},
+        "order": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
+        "after": {"type": "string", "description": "The id of an item: list those after it."},
+    },
+}
+"""Parameters in the URL of GET routes, with their schemas."""
 
 _ERROR = {
     "type": "object",
@@ -70,6 +90,20 @@ _ERROR = {
 }
 
 
+_ANTHROPIC_ERROR = {
+    "type": "object",
+    "title": "AnthropicError",
+    "description": "The body of every error on the routes of Anthropic's API.",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": _ERROR["properties"]["error"],  # type: ignore[index]
+        "request_id": {"type": "string"},
+    },
+}
+_ANTHROPIC = "/v1/messages"
+
+
 def describe(app: FastAPI, *, keys: bool, open_paths: frozenset[str]) -> None:
     """Add the bodies and errors of the routes to ``app.openapi``.
 
@@ -82,16 +116,18 @@ def describe(app: FastAPI, *, keys: bool, open_paths: frozenset[str]) -> None:
             schemas = schema.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)  # FastAPI's own form of errors, which is never sent
-            schemas["Error"] = _ERROR
+            schemas |= {"Error": _ERROR, "AnthropicError": _ANTHROPIC_ERROR}
             for path, operations in schema["paths"].items():
                 guarded = keys and path not in open_paths
                 for operation in operations.values():
-                    _add_errors(operation, _STATUSES.get(path, ()), guarded)
+                    _add_errors(operation, path, guarded)
+                _add_query(operations, _QUERY.get(path, {}))
             for path, model in BODIES.items():
                 _add_body(schema["paths"][path]["post"], model, schemas)
             if keys:
                 schema["components"]["securitySchemes"] = {
-                    "key": {"type": "http", "scheme": "bearer"}
+                    "key": {"type": "http", "scheme": "bearer"},
+                    "x-api-key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
                 }
             app.openapi_schema = schema
         return app.openapi_schema
@@ -111,20 +147,28 @@ def _add_body(operation: dict[str, Any], model: type[BaseModel], schemas: dict[s
         "content": {"application/json": {"schema": reference}},
     }
     if "stream" in model.model_fields:
-        event = {"schema": {"type": "string", "description": "data: lines of JSON, then [DONE]"}}
+        event = {"schema": {"type": "string", "description": "events as JSON in data: lines"}}
         operation["responses"]["200"]["content"]["text/event-stream"] = event
 
 
-def _add_errors(operation: dict[str, Any], statuses: tuple[int, ...], guarded: bool) -> None:
-    responses = operation["responses"]
+def _add_query(operations: dict[str, Any], query: dict[str, Any]) -> None:
+    parameters = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
+    if parameters:
+        operations["get"].setdefault("parameters", []).extend(parameters)
+
+
+def _add_errors(operation: dict[str, Any], path: str, guarded: bool) -> None:
+    responses, statuses = operation["responses"], _STATUSES.get(path, ())
+    is_anthropic = path.startswith(_ANTHROPIC)
+    name = "AnthropicError" if is_anthropic else "Error"
     responses.pop("422", None)
     if guarded:
-        operation["security"] = [{"key": []}]
+        operation["security"] = [{"key": []}, *([{"x-api-key": []}] if is_anthropic else [])]
     for status in sorted({*statuses, *([401] if guarded else [])}):
         codes = ", ".join(f"`{code}`" for code in _codes(status))
         responses[str(status)] = {
             "description": f"Codes: {codes}.",
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}},
         }
 
 

@@ -45,7 +45,7 @@ DETAIL_PIXELS: dict[str, int | None] = {
 }
 """Bounds of pixels by the ``detail`` of an image; None leaves it to the model's processor."""
 
-_NO_OPTIONS = ("cache_control", "detail", "id", "index")
+_NO_OPTIONS = ("cache_control", "detail", "id", "index", "prompt_cache_breakpoint")
 """Keys that are no options of loading or processing. All but ``detail`` are for other servers."""
 
 

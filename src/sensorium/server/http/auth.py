@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from sensorium.errors import AuthenticationError
 from sensorium.server.access_log import record_error
 from sensorium.server.context import tenant_of_key
-from sensorium.server.errors import error_response
+from sensorium.server.errors import error_response, is_anthropic
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 
@@ -41,7 +41,8 @@ class ApiKeys:
 class ApiKeyGuard:
     """ASGI middleware that answers 401 to requests without a valid ``Authorization: Bearer`` key.
 
-    It also sets the tenant of a request.
+    On the paths of Anthropic's API the key may be in ``X-Api-Key``. It also sets the tenant of a
+    request.
     """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: frozenset[str]) -> None:
@@ -55,6 +56,8 @@ class ApiKeyGuard:
             await self._app(scope, receive, send)
             return
         key = _presented(scope)
+        if key is None and is_anthropic(scope):
+            key = _header(scope, b"x-api-key")
         if key is not None and self._keys.accepts(key):
             scope["state"]["tenant"] = tenant_of_key(key)
         elif scope["path"] not in self._open_paths:
@@ -72,8 +75,10 @@ class ApiKeyGuard:
 
 def _presented(scope: Scope) -> bytes | None:
     """Return the key of the first Authorization header."""
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, key = value.partition(b" ")
-            return key.strip() if scheme.lower() == b"bearer" else None
-    return None
+    scheme, _, key = (_header(scope, b"authorization") or b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else None
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes | None:
+    """Return the value of the first header of a name."""
+    return next((value for name, value in scope["headers"] if name == wanted), None)

@@ -39,11 +39,16 @@ _EXPECTED = {
 
 
 async def read_body(
-    request: Request, model: type[ModelT], begin: Callable[[ModelT], T]
+    request: Request,
+    model: type[ModelT],
+    begin: Callable[[ModelT], T],
+    *,
+    is_large: Callable[[ModelT], bool] | None = None,
 ) -> tuple[ModelT, T]:
     """Read, decode and validate the body of ``request``; return it with the result of ``begin``.
 
-    A body of many values is handled in another thread. Raises InvalidRequestError (with ``param``),
+    A body of many values is handled in another thread, and so is ``begin`` for a body that
+    ``is_large`` says yes to. Raises InvalidRequestError (with ``param``),
     BodyTooLargeError, EngineDeadError when the server begins to shut down before all is read, and
     what ``begin`` raises.
     """
@@ -59,18 +64,24 @@ async def read_body(
     config = context.config
     async with plain_body(request, raw, config.max_body_bytes, context.unpacking) as body:
 
-        def parse() -> tuple[ModelT, T]:
+        def parse() -> ModelT:
             adopted = adopt_fields(decode_object(body), model.model_fields.keys())
             request.scope["state"][CLIENT_NAMES] = adopted.client_names
-            validated = validate(model, adopted.body)
+            return validate(model, adopted.body)
+
+        def parse_and_begin() -> tuple[ModelT, T]:
+            validated = parse()
             return validated, begin(validated)
 
         if has_many_values(body):
             await asyncio.to_thread(check_num_values, body, config.max_body_values)
-            return await asyncio.to_thread(parse)
+            return await asyncio.to_thread(parse_and_begin)
         if body is not raw and len(body) >= LARGE_BODY:
             await context.turns.next()
-        return parse()
+        validated = parse()
+        if is_large is not None and is_large(validated):
+            return validated, await asyncio.to_thread(begin, validated)
+        return validated, begin(validated)
 
 
 async def _whole(request: Request) -> bytes:

@@ -1,4 +1,4 @@
-"""Server-sent events: one ``data:`` line per chunk, ``[DONE]`` at the end."""
+"""Server-sent events: one ``data:`` line per chunk, with ``[DONE]`` at the end or with names."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-_DONE = b"data: [DONE]\n\n"
-
 Chunks = AsyncGenerator[Sequence[dict[str, Any]], None]
 
 
@@ -32,6 +30,8 @@ class EventStream(Response):
     status; a later one becomes an ``error`` event. The generator is closed when the client
     disconnects.
     """
+
+    end = b"data: [DONE]\n\n"
 
     def __init__(
         self, chunks: Chunks, headers: Callable[[], Mapping[str, str]] | None = None
@@ -51,6 +51,14 @@ class EventStream(Response):
                 raise
             scope["state"]["disconnected"] = True
 
+    def encoded(self, event: dict[str, Any]) -> bytes:
+        """Return an event as it is sent."""
+        return b"data: %b\n\n" % encode(event)
+
+    def failure(self, error: BaseException) -> Sequence[dict[str, Any]]:
+        """Return the last events of a stream that fails after it began."""
+        return [{"error": error_body(error)}]
+
     async def _write(self, scope: Scope, send: Send) -> None:
         async with aclosing(self._chunks) as steps:
             try:
@@ -62,9 +70,9 @@ class EventStream(Response):
                 log_unexpected(error, scope)
                 if isinstance(error, SensoriumError):
                     record_error(scope, error)
-                await self._send_events(send, [{"error": error_body(error)}])
+                await self._send_events(send, self.failure(error))
         await self._start(send)
-        await send({"type": "http.response.body", "body": _DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self.end, "more_body": False})
 
     async def _start(self, send: Send) -> None:
         if not self._started:
@@ -74,7 +82,34 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def _send_events(self, send: Send, chunks: Iterable[dict[str, Any]]) -> None:
-        body = b"".join(b"data: %b\n\n" % encode(chunk) for chunk in chunks)
+        body = b"".join(map(self.encoded, chunks))
         if body:
             await self._start(send)
             await send({"type": "http.response.body", "body": body, "more_body": True})
+
+
+class TypedEventStream(EventStream):
+    """Stream whose events are named by their ``type``, and which ends without a mark.
+
+    ``failed`` returns the last events of a stream that fails after it began.
+    """
+
+    end = b""
+
+    def __init__(
+        self,
+        chunks: Chunks,
+        headers: Callable[[], Mapping[str, str]] | None = None,
+        *,
+        failed: Callable[[BaseException], Sequence[dict[str, Any]]],
+    ) -> None:
+        super().__init__(chunks, headers)
+        self._failed = failed
+
+    def encoded(self, event: dict[str, Any]) -> bytes:
+        """Return an event with its name."""
+        return b"event: %b\ndata: %b\n\n" % (event["type"].encode(), encode(event))
+
+    def failure(self, error: BaseException) -> Sequence[dict[str, Any]]:
+        """Return what ``failed`` returns."""
+        return self._failed(error)

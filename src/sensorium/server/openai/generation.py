@@ -14,6 +14,7 @@ from sensorium.outputs import PoolingRequestOutput, RequestOutput
 from sensorium.params import SamplingParams
 from sensorium.server.admission import Place
 from sensorium.server.context import ServingContext
+from sensorium.server.openai.places import Rename, unchanged
 
 if TYPE_CHECKING:
     from sensorium.engine.prompts.types import Prompt
@@ -35,6 +36,7 @@ class ServingRequest:
     ``constraint_param``: the field of the body that a constraint on the answer came from.
     ``client_names``: our fields by the names that the client used for them.
     ``warnings``: warnings of the engine so far; they go into the headers of the answer.
+    ``rename``: maps places in a chat to those in the body, where that is of another form.
     """
 
     prompts: Sequence[Prompt]
@@ -44,13 +46,18 @@ class ServingRequest:
     constraint_param: str = "structured_outputs"
     client_names: Mapping[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    rename: Rename = unchanged
 
     def headers(self) -> dict[str, str]:
         """Return the headers of the answer that carry warnings."""
         return {"X-Sensorium-Warning": "; ".join(self.warnings)} if self.warnings else {}
 
     def client_place(self, place: str) -> str:
-        """Return the place in the body that a place in a constraint came from; others stay."""
+        """Return the place in the body that a place in the prompt or the parameters came from."""
+        return self.rename(self._place(place))
+
+    def _place(self, place: str) -> str:
+        """Return the place in a chat that a place in a constraint came from; others stay."""
         if not place.startswith("structured_outputs"):
             return place
         if self.constraint_param == "structured_outputs" or place in _OPTIONS:

@@ -17,7 +17,7 @@ from sensorium.server.openai.protocol import (
     TokenizeBody,
 )
 from sensorium.server.payload import abbreviate
-from sensorium.text.chat.chat_template import parse_messages
+from sensorium.text.chat.chat_template import Conversation, parse_messages
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,8 +38,12 @@ def chat_prompt(
     request: Request,
     body: ChatBody | TokenizeBody | EmbeddingBody,
     tools: list[dict[str, Any]] | None = None,
+    conversation: Conversation | None = None,
 ) -> ChatPrompt:
-    """Return the conversation of a body. ``tools``: those that the template lists.
+    """Return the conversation of a body.
+
+    ``tools``: those that the template lists. ``conversation``: the messages, where they have been
+    parsed already, of a body of another form.
 
     Unless the body says otherwise, a generation prompt is added where text is generated and no
     message is continued. Raises InvalidRequestError with the place of what is wrong.
@@ -49,7 +53,7 @@ def chat_prompt(
     if adds is None:
         adds = not continues and not isinstance(body, EmbeddingBody)
     return ChatPrompt(
-        conversation=parse_messages(body.messages or []),
+        conversation=conversation or parse_messages(body.messages or []),
         add_generation_prompt=adds,
         continue_final_message=continues,
         tools=tuple(tools) if tools else None,

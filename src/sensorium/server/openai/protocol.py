@@ -101,16 +101,14 @@ class RenderingBody(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-class GenerationBody(RequestBody):
-    """Fields that chat and completions share."""
+class SamplingBody(RequestBody):
+    """Fields of sampling that all bodies for generated text share."""
 
-    n: int | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    max_tokens: int | None = None
     min_tokens: int | None = None
     stop: str | Items[str] | None = None
     stop_token_ids: Items[int] | None = None
@@ -121,11 +119,18 @@ class GenerationBody(RequestBody):
     logit_bias: Numbers | None = None
     allowed_token_ids: Items[int] | None = None
     bad_words: Items[str] | None = None
-    prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: dict[str, Any] | None = None
+
+
+class GenerationBody(SamplingBody):
+    """Fields that chat and completions share."""
+
+    n: int | None = None
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
     response_format: ResponseFormat | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

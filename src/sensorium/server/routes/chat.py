@@ -11,6 +11,13 @@ from starlette.responses import Response
 
 from sensorium.outputs import CompletionOutput, RequestOutput
 from sensorium.server.context import ServingContext
+from sensorium.server.openai.answers import (
+    Answer,
+    AnswerStream,
+    check_generation,
+    respond,
+    serving_request,
+)
 from sensorium.server.openai.generation import usage
 from sensorium.server.openai.logprobs import chat_logprobs, prompt_logprobs
 from sensorium.server.openai.prompts import chat_prompt
@@ -18,13 +25,6 @@ from sensorium.server.openai.protocol import ChatBody
 from sensorium.server.openai.sampling import chat_params
 from sensorium.server.openai.streaming import TextProgress
 from sensorium.server.openai.tool_calls import ToolPlan, reasoning_members, tool_plan
-from sensorium.server.routes.answers import (
-    Answer,
-    AnswerStream,
-    check_generation,
-    respond,
-    serving_request,
-)
 
 
 def chat_router() -> APIRouter:

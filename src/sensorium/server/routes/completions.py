@@ -11,18 +11,18 @@ from starlette.responses import Response
 
 from sensorium.outputs import CompletionOutput, RequestOutput
 from sensorium.server.context import ServingContext
-from sensorium.server.openai.generation import usage
-from sensorium.server.openai.logprobs import completion_logprobs, prompt_logprobs
-from sensorium.server.openai.prompts import raw_prompts
-from sensorium.server.openai.protocol import CompletionBody
-from sensorium.server.openai.sampling import completion_params
-from sensorium.server.routes.answers import (
+from sensorium.server.openai.answers import (
     Answer,
     AnswerStream,
     check_generation,
     respond,
     serving_request,
 )
+from sensorium.server.openai.generation import usage
+from sensorium.server.openai.logprobs import completion_logprobs, prompt_logprobs
+from sensorium.server.openai.prompts import raw_prompts
+from sensorium.server.openai.protocol import CompletionBody
+from sensorium.server.openai.sampling import completion_params
 
 
 def completions_router() -> APIRouter:

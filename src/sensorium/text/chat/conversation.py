@@ -84,21 +84,37 @@ def parse_messages(
         _bad(f"must be a list of messages, got {type(messages).__name__}", param)
     if not messages:
         _bad("is empty; send at least one message", param)
-    if len(messages) > MAX_MESSAGES:
-        _bad(f"has {len(messages)} messages; at most {MAX_MESSAGES} are allowed", param)
-    parsed = tuple(_message(m, f"{param}[{i}]") for i, m in enumerate(messages))
+    _refuse_many(len(messages), param)
+    parsed = [_message(m, f"{param}[{i}]") for i, m in enumerate(messages)]
+    return checked_conversation(parsed, [f"{param}[{i}]" for i in range(len(parsed))], param=param)
+
+
+def checked_conversation(
+    messages: Sequence[Message], places: Sequence[str], *, param: str
+) -> Conversation:
+    """Return the conversation of messages that were parsed from another form than OpenAI's.
+
+    ``places`` are the messages' own, ``param`` is the place of all of them. Raises
+    InvalidRequestError.
+    """
+    _refuse_many(len(messages), param)
     with_embeds = [
         i
-        for i, message in enumerate(parsed)
+        for i, message in enumerate(messages)
         if any(isinstance(part, MediaRef) and part.kind == "embeds" for part in message.parts)
     ]
     if len(with_embeds) > 1:
         _bad(
             "has precomputed embeddings, as an earlier message has; only one message of a "
             "conversation may have them",
-            f"{param}[{with_embeds[1]}].content",
+            f"{places[with_embeds[1]]}.content",
         )
-    return Conversation(parsed)
+    return Conversation(tuple(messages))
+
+
+def _refuse_many(num_messages: int, param: str) -> None:
+    if num_messages > MAX_MESSAGES:
+        _bad(f"has {num_messages} messages; at most {MAX_MESSAGES} are allowed", param)
 
 
 def texts_of(conversation: Conversation, *more: Any) -> Iterator[str]:
@@ -141,7 +157,7 @@ def _message(message: Mapping[str, Any], param: str) -> Message:
     reasoning = message.get("reasoning_content", message.get("reasoning"))
     return Message(
         role=role,
-        parts=_parts(content, f"{param}.content"),
+        parts=parse_parts(content, f"{param}.content"),
         is_string=content is None or isinstance(content, str),
         name=_text(message.get("name"), f"{param}.name"),
         tool_calls=_tool_calls(calls, f"{param}.tool_calls"),
@@ -150,7 +166,8 @@ def _message(message: Mapping[str, Any], param: str) -> Message:
     )
 
 
-def _parts(content: object, param: str) -> tuple[Part, ...]:
+def parse_parts(content: object, param: str) -> tuple[Part, ...]:
+    """Parse the content of a message: a string or a list of parts. Raises InvalidRequestError."""
     if content is None or content == "":
         return ()
     if isinstance(content, str):
@@ -204,11 +221,11 @@ def _tool_call(call: object, param: str) -> ToolCall:
     return ToolCall(
         id=_text(call.get("id"), f"{param}.id") or "",
         name=name,
-        arguments=_arguments(function.get("arguments"), place),
+        arguments=parse_arguments(function.get("arguments"), place),
     )
 
 
-def _arguments(arguments: object, param: str) -> Mapping[str, Any] | str:
+def parse_arguments(arguments: object, param: str) -> Mapping[str, Any] | str:
     """Return arguments as the object that templates expect; text that is no object stays text."""
     if arguments is None or arguments == "":
         return {}

@@ -26,6 +26,7 @@ from sensorium.server.openai.generation import (
     num_values,
     run_request,
 )
+from sensorium.server.openai.places import Rename, unchanged
 from sensorium.server.openai.protocol import GenerationBody
 from sensorium.server.openai.sampling import constraint_param
 from sensorium.server.openai.streaming import StreamReport
@@ -143,8 +144,12 @@ def serving_request(
     prompts: Sequence[Prompt],
     params: SamplingParams,
     forced: ForcedCall | None = None,
+    rename: Rename = unchanged,
 ) -> ServingRequest:
-    """Return the request that ``body`` describes. ``forced``: a tool call that it demands."""
+    """Return the request that ``body`` describes.
+
+    ``forced``: a tool call that it demands. ``rename``: as in ``ServingRequest``.
+    """
     return ServingRequest(
         prompts=prompts,
         params=params,
@@ -152,4 +157,5 @@ def serving_request(
         priority=body.priority or 0,
         client_names=request.scope["state"].get(CLIENT_NAMES, {}),
         constraint_param=constraint_param(body, forced),
+        rename=rename,
     )
