@@ -234,7 +234,7 @@ class ModelNotFoundError(RequestError):
 
 
 class NotFoundError(RequestError):
-    """What a request names is not stored here, or not any more."""
+    """The thing that a request names is not stored here, or not any more."""
 
     status = 404
     code = "not_found"

@@ -57,7 +57,7 @@ class _Entry:
 
 @dataclass(slots=True)
 class _Shelf:
-    """What one tenant has stored, the oldest first."""
+    """The responses that one tenant has stored, the oldest first."""
 
     entries: OrderedDict[str, _Entry] = field(default_factory=OrderedDict)
     owners: dict[str, str] = field(default_factory=dict)
