@@ -21,7 +21,7 @@ from sensorium.kernels.batch import (
     KVCacheLayout,
     LayerCache,
 )
-from sensorium.kernels.cpu import amx, elementwise, huge_pages, rotary
+from sensorium.kernels.cpu import amx, elementwise, graph, huge_pages, rotary
 from sensorium.kernels.cpu.attention import causal, paged, route, varlen_vectors
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
@@ -189,6 +189,14 @@ def has_integer_products() -> bool:
     return bool(integers.forms())
 
 
+def step_runner(run: graph.Run) -> graph.Run:
+    """Return ``run(embeds, batch)`` of a decoder, with launches of small steps replayed together.
+
+    Its result is valid until the next step.
+    """
+    return graph.StepGraphs(run)
+
+
 def products() -> str:
     """Describe in one line which products linear layers on this CPU run through."""
     return table.summary()
@@ -306,4 +314,5 @@ def warm_up(
         route.choose(dtype, amx.TILE)  # compares tiles with vectors the first time
         if encoders and dtype == torch.bfloat16:
             varlen_tiles.trusted_unit()
+        graph.replay_kernel()
     return time.perf_counter() - start

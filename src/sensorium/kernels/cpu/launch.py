@@ -21,8 +21,11 @@ import logging
 import os
 import struct
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +69,13 @@ def float_bits(value: float) -> int:
 
 
 @functools.cache
-def find_openmp() -> int | None:
-    """Return the address of ``GOMP_parallel`` in torch's OpenMP library, None if it has none."""
+def find_openmp(name: str = "GOMP_parallel") -> int | None:
+    """Return the address of a function of torch's OpenMP library, None if it has none."""
     if not sys.platform.startswith("linux"):
         return None
     path = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
     try:
-        return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+        return ctypes.cast(getattr(ctypes.CDLL(path), name), ctypes.c_void_p).value
     except (OSError, AttributeError):
         log.warning("torch's OpenMP library was not found: CPU kernels run on one thread")
         return None
@@ -83,24 +86,32 @@ class Launcher:
 
     ``serial`` runs it on the calling thread, ``parallel`` on ``torch.get_num_threads()``. Both keep
     the GIL, as taking it back from a busy thread costs more than a small kernel; ``released`` is
-    for kernels that run for milliseconds. The three are plain C calls with the arguments' array:
-    between two linear layers that stream megabytes, every Python frame costs cache misses.
+    for kernels that run for milliseconds. Within ``recording`` none of them runs anything.
     """
 
-    __slots__ = ("_region", "_released", "address", "serial")
+    __slots__ = ("_region", "_released", "_serial", "address")
 
     def __init__(self, address: int, region: int | None) -> None:
         """Wrap the kernel at ``address``; ``region``: what ``find_openmp`` returns."""
         self.address = address
-        self.serial: Kernel = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address)
+        self._serial: Kernel = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(address)
         signature = (None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
         self._region = None if region is None else ctypes.PYFUNCTYPE(*signature)(region)
         self._released = None if region is None else ctypes.CFUNCTYPE(*signature)(region)
 
+    def serial(self, args: Any) -> None:
+        """Run on the calling thread, holding the GIL."""
+        if _RECORDING.launches is not None:
+            record(self.address, args)
+        else:
+            self._serial(args)
+
     def parallel(self, args: Any) -> None:
         """Run on all threads, holding the GIL."""
-        if self._region is None:
-            self.serial(args)
+        if _RECORDING.launches is not None:
+            record(self.address, args)
+        elif self._region is None:
+            self._serial(args)
         else:
             self._region(self.address, args, torch.get_num_threads(), 0)
 
@@ -115,10 +126,74 @@ class Launcher:
 
     def released(self, args: Any) -> None:
         """Run on all threads without the GIL."""
-        if self._released is None:
-            self.serial(args)
+        if _RECORDING.launches is not None:
+            record(self.address, args)
+        elif self._released is None:
+            self._serial(args)
         else:
             self._released(self.address, args, torch.get_num_threads(), 0)
+
+
+# -- recording ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Launch:
+    """One recorded launch.
+
+    Attributes:
+        address: The kernel.
+        args: A copy of its arguments.
+        plan: Returns arguments for another batch of the same shape, where some of them belong to
+            the batch; launches with equal ``key`` share them. ``fields`` are their indexes.
+    """
+
+    address: int
+    args: Any
+    key: Hashable = None
+    plan: Callable[[Any], Any] | None = None
+    fields: Sequence[int] = ()
+
+
+class NotRecordable(RuntimeError):
+    """What runs between launches could not be repeated by repeating the launches alone."""
+
+
+class _Recording(threading.local):
+    launches: list[Launch] | None = None
+
+
+_RECORDING = _Recording()
+
+
+def is_recording() -> bool:
+    """Return whether launches of this thread are recorded and not run."""
+    return _RECORDING.launches is not None
+
+
+def record(address: int, args: Any) -> None:
+    """Append a launch to those that are recorded."""
+    assert _RECORDING.launches is not None
+    _RECORDING.launches.append(Launch(address, Args.from_buffer_copy(args)))
+
+
+def renew_last(key: Hashable, plan: Callable[[Any], Any], fields: Sequence[int]) -> None:
+    """Say how some arguments of the launch recorded last follow from a batch, see ``Launch``."""
+    assert _RECORDING.launches is not None
+    last = _RECORDING.launches[-1]
+    last.key, last.plan, last.fields = key, plan, fields
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches of this thread within the context, instead of running them."""
+    assert _RECORDING.launches is None
+    launches: list[Launch] = []
+    _RECORDING.launches = launches
+    try:
+        yield launches
+    finally:
+        _RECORDING.launches = None
 
 
 # -- compiling ----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from sensorium.errors import ConfigError
+from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch
 from sensorium.layers.attention import Attention
 from sensorium.layers.embedding import Embedding, LMHead
@@ -97,6 +98,7 @@ class Decoder:
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = LMHead(config.vocab_size, config.hidden_size)
         self.has_head = options.head
+        self._steps = ops.step_runner(self._run)
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the weights under ``prefix``.
@@ -127,8 +129,15 @@ class Decoder:
         """Run all layers and the final norm: (T, H) -> (T, H).
 
         Overwrites ``embeds``, which becomes the residual stream. ``added``: tensors (T, H) that the
-        first layers add to the stream, one per layer.
+        first layers add to the stream, one per layer. The result is valid until the next step.
         """
+        if not added:
+            return self._steps(embeds, batch)
+        return self._run(embeds, batch, added)
+
+    def _run(
+        self, embeds: torch.Tensor, batch: AttentionBatch, added: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
         residual = embeds
         layers = self.layers
         x = layers[0].attention_norm(residual)

@@ -25,7 +25,15 @@ from sensorium.kernels.cpu.attention.pieces import Span
 from sensorium.kernels.cpu.attention.route import VECTORS, Route, choose
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.elementwise import Build, kernel, launch
-from sensorium.kernels.cpu.launch import Kernel, float_bits, pack
+from sensorium.kernels.cpu.launch import (
+    NUM_ARGS,
+    Kernel,
+    NotRecordable,
+    float_bits,
+    is_recording,
+    pack,
+    renew_last,
+)
 from sensorium.kernels.cpu.numeric import WIDTH
 from sensorium.kernels.cpu.rotary import ROWS_PER_TASK, build_rope_write
 
@@ -77,16 +85,7 @@ def rope_attention(
     qkv = qkv.contiguous()
     num_tokens = qkv.shape[0]
     cache = batch.caches[layer]
-    # Soft caps and sinks change no plan, and windows that hold every sequence neither.
-    window = variant.window
-    if window is not None and batch.max_kv_len <= window:
-        window = None
-    route = choose(qkv.dtype, head_dim) if route is None else route
-    spans = id(variant.bidirectional)
-    key = (num_heads, num_kv_heads, head_dim, qkv.dtype, window, spans, route)
-    plan: AttentionPlan | None = batch.scratch.get(key)
-    if plan is None:
-        plan = batch.scratch[key] = _plan(batch, cache, num_heads, qkv.dtype, variant, route)
+    plan = plan_of(batch, cache, num_heads, variant, route)
     out = qkv.new_empty((num_tokens, num_heads * head_dim))
     norms = (
         0 if q_norm is None else q_norm.data_ptr(),
@@ -109,9 +108,53 @@ def rope_attention(
         args[27] = float_bits(variant.softcap or 0.0)
         args[28] = 0 if sinks is None else sinks.data_ptr()
         plan.attend(args)
+        if is_recording():
+            _renew_plan(cache, num_heads, variant, route)
     for span in plan.spans:
         _attend_span(qkv, batch, cache, plan, span, scale, out)
     return out
+
+
+def plan_of(
+    batch: AttentionBatch,
+    cache: LayerCache,
+    num_heads: int,
+    variant: AttentionVariant,
+    route: Route | None = None,
+) -> AttentionPlan:
+    """Return the plan of a step for all layers like this one, made at the first."""
+    # Soft caps and sinks change no plan, and windows that hold every sequence neither.
+    window = variant.window
+    if window is not None and batch.max_kv_len <= window:
+        window = None
+    _, num_kv_heads, head_dim, _ = cache.k.shape
+    dtype = cache.k.dtype
+    route = choose(dtype, head_dim) if route is None else route
+    spans = id(variant.bidirectional)
+    key = (num_heads, num_kv_heads, head_dim, dtype, window, spans, route)
+    plan: AttentionPlan | None = batch.scratch.get(key)
+    if plan is None:
+        plan = batch.scratch[key] = _plan(batch, cache, num_heads, dtype, variant, route)
+    return plan
+
+
+_OF_LAYER = (3, 6, 7, 11, 21, 22, 23, 24, 27, 28)
+"""Arguments of ``build_attend`` that a layer gives; the others are those of the plan."""
+_OF_PLAN = tuple(index for index in range(NUM_ARGS) if index not in _OF_LAYER)
+
+
+def _renew_plan(
+    cache: LayerCache, num_heads: int, variant: AttentionVariant, route: Route | None
+) -> None:
+    """Tell the recording how the arguments of attention follow from the batch of a later step."""
+    if variant.bidirectional is not None:
+        raise NotRecordable("spans that are attended to both ways belong to one step")
+    _, num_kv_heads, head_dim, _ = cache.k.shape
+    renew_last(
+        (num_heads, num_kv_heads, head_dim, variant.window, route),
+        lambda batch: plan_of(batch, cache, num_heads, variant, route).args,
+        _OF_PLAN,
+    )
 
 
 def paged_attention(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from numba import types
 
-from sensorium.kernels.cpu.launch import Launcher, compile_kernel, pack
+from sensorium.kernels.cpu.launch import Launcher, compile_kernel, is_recording, pack
 from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.cpu.linear.epilogue import CODES, activate
 from sensorium.kernels.cpu.linear.panels import MOST_ROWS, STEP, most_panels, multiply_panels
@@ -252,8 +252,15 @@ class _Scratch(threading.local):
     """Memory of one thread's products, which grows to the largest."""
 
     def __init__(self) -> None:
-        self.rows = torch.empty(0)
-        self.sums = torch.empty(0)
+        self._kept = {"rows": torch.empty(0), "sums": torch.empty(0)}
+
+    def get(self, name: str, size: int) -> torch.Tensor:
+        """Return at least ``size`` floats; a recorded launch gets memory of its own."""
+        if is_recording():
+            return torch.empty(size)
+        if self._kept[name].numel() < size:
+            self._kept[name] = torch.empty(size)
+        return self._kept[name]
 
 
 _SCRATCH = _Scratch()
@@ -369,9 +376,7 @@ def _widened(x: torch.Tensor, depth: int, groups: int) -> torch.Tensor:
     num_rows, num_inputs = x.shape
     if num_rows == 1 and x.dtype == torch.float32 and depth == num_inputs:
         return x
-    if _SCRATCH.rows.numel() < num_rows * depth:
-        _SCRATCH.rows = torch.empty(num_rows * depth)
-    out = _SCRATCH.rows
+    out = _SCRATCH.get("rows", num_rows * depth)
     args = pack(groups, x.data_ptr(), out.data_ptr(), num_rows, num_inputs, depth, groups)
     kernel = widen_kernel(x.dtype)
     (kernel.serial if x.numel() <= SERIAL_ELEMENTS or groups == 1 else kernel.parallel)(args)
@@ -401,8 +406,7 @@ def _multiply_block(
     task_panels = min(limit, -(-share // together) * together)
     num_tasks = -(-groups // task_groups) * -(-num_panels // task_panels)
     size = min(task_groups * largest, num_rows) * task_panels * WIDTH
-    if _SCRATCH.sums.numel() < threads * size:
-        _SCRATCH.sums = torch.empty(threads * size)
+    sums = _SCRATCH.get("sums", threads * size)
     wide = _widened(x, depth, groups)
     args = pack(
         num_tasks,
@@ -410,7 +414,7 @@ def _multiply_block(
         weight.panels.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        _SCRATCH.sums.data_ptr(),
+        sums.data_ptr(),
         num_rows,
         groups,
         depth,

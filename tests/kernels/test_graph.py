@@ -1,0 +1,190 @@
+"""Captured decode steps beside the same steps launch by launch: equal bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sensorium.kernels import ops
+from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
+from sensorium.kernels.cpu import graph
+from sensorium.kernels.cpu.linear import floats
+from sensorium.layers.attention import Attention
+from sensorium.layers.linear import Linear
+from sensorium.layers.mlp import GatedMLP
+from sensorium.layers.norm import RMSNorm
+from sensorium.models.loading import quantize
+from tests.kernels.batches import make_batch
+
+HIDDEN, HEADS, KV_HEADS, DIM, LAYERS = 64, 4, 2, 16, 3
+FORMS = ("bfloat16", "float16", "float32", "int8", "int4")
+
+pytestmark = pytest.mark.skipif(
+    not floats.available("float16"), reason="this processor has none of the kernels to capture"
+)
+
+
+class Layers:
+    """A few layers of a decoder with random weights in one format."""
+
+    def __init__(self, form: str, window: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(11)
+        self.dtype = torch.bfloat16 if form.startswith("int") else getattr(torch, form)
+        self.layers: list[tuple[Attention, GatedMLP, RMSNorm, RMSNorm]] = []
+        for index in range(LAYERS):
+            attention = Attention(
+                HIDDEN, HEADS, KV_HEADS, DIM, qkv_bias=True, window=window if index else None
+            )
+            mlp = GatedMLP(HIDDEN, 96)
+            for linear in (attention.qkv, attention.o, mlp.gate_up, mlp.down):
+                self._load(linear, form, generator)
+            first, second = RMSNorm(HIDDEN, 1e-6), RMSNorm(HIDDEN, 1e-6)
+            for norm in (first, second):
+                norm.load(torch.rand(HIDDEN, generator=generator).to(self.dtype))
+            self.layers.append((attention, mlp, first, second))
+
+    def _load(self, linear: Linear, form: str, generator: torch.Generator) -> None:
+        shape = (linear.num_outputs, linear.num_inputs)
+        weight = torch.randn(shape, generator=generator) / linear.num_inputs**0.5
+        if form in ("int8", "int4"):
+            packed = ops.pack_weight(getattr(quantize, form)(weight), self.dtype)
+        else:
+            packed = floats.pack_weight(weight.to(self.dtype))
+        bias = torch.rand(linear.num_outputs, generator=generator) if linear.has_bias else None
+        linear.forward = packed.bind(bias)
+
+    def __call__(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        x = embeds
+        for index, (attention, mlp, first, second) in enumerate(self.layers):
+            x = first.forward_add(embeds, x)
+            x = second.forward_add(embeds, attention(x, batch, index))
+            x = mlp(x)
+        return x
+
+
+class Steps:
+    """Decode steps of sequences of some lengths, each a token longer than the one before."""
+
+    def __init__(self, lengths: list[int], dtype: torch.dtype) -> None:
+        self.generator = torch.Generator().manual_seed(5)
+        self.dtype = dtype
+        layout = KVCacheLayout(LAYERS, KV_HEADS, DIM, 16, dtype)
+        longest = [(length + 40, 1) for length in lengths]
+        self.first = make_batch(layout, longest)
+        self.lengths = list(lengths)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, AttentionBatch]]:
+        for step in range(graph.STEPS_BEFORE + 6):
+            yield self.step(step)
+
+    def step(self, step: int) -> tuple[torch.Tensor, AttentionBatch]:
+        first, count = self.first, len(self.lengths)
+        kv_lens = [length + step for length in self.lengths]
+        angles = torch.rand((count, DIM // 2), generator=self.generator)
+        batch = AttentionBatch(
+            query_start=first.query_start,
+            kv_len=torch.tensor(kv_lens, dtype=torch.int32),
+            block_table=first.block_table[:, : -(-max(kv_lens) // 16)].clone(),
+            num_decodes=count,
+            max_query_len=1,
+            max_kv_len=max(kv_lens),
+            cos=torch.cos(angles),
+            sin=torch.sin(angles),
+            caches=first.caches,
+            query_lens=[1] * count,
+            kv_lens=kv_lens,
+        )
+        embeds = torch.randn((count, HIDDEN), generator=self.generator).to(self.dtype)
+        return embeds, batch
+
+
+def compare(run: Layers, steps: Steps) -> graph.StepGraphs:
+    """Run steps both ways, on caches of their own; every result has the same bits."""
+    graphs = graph.StepGraphs(run)
+    other = Steps(steps.lengths, steps.dtype)
+    for (embeds, batch), (same, twin) in zip(steps, other, strict=True):
+        found = graphs(embeds, batch).clone()
+        assert torch.equal(found, run(same, twin))
+    for own, theirs in zip(steps.first.caches, other.first.caches, strict=True):
+        assert torch.equal(own.k, theirs.k)
+        assert torch.equal(own.v, theirs.v)
+    return graphs
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_replayed_steps_have_the_bits_of_launched_ones(form: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for lengths in ([1], [30, 252, 3], [510]):
+            run = Layers(form)
+            graphs = compare(run, Steps(lengths, run.dtype))
+            assert list(graphs.captured) == [len(lengths)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_windows_of_some_layers() -> None:
+    run = Layers("bfloat16", window=33)
+    assert compare(run, Steps([20, 300], run.dtype)).captured
+
+
+def test_graphs_are_dropped_when_threads_or_caches_change() -> None:
+    run = Layers("float32")
+    graphs = graph.StepGraphs(run)
+    before = torch.get_num_threads()
+    steps = Steps([5, 6], run.dtype)
+    for embeds, batch in steps:
+        graphs(embeds, batch)
+    assert list(graphs.captured) == [2]
+    try:
+        torch.set_num_threads(before + 1)
+        old = graphs.captured[2]
+        graphs(*steps.step(20))
+        assert graphs.captured[2] is not old, "captured again, for the other number of threads"
+    finally:
+        torch.set_num_threads(before)
+    embeds, batch = Steps([5, 6], run.dtype).step(0)
+    twin_embeds, twin = Steps([5, 6], run.dtype).step(0)
+    assert torch.equal(graphs(embeds, batch), run(twin_embeds, twin))
+
+
+def test_a_step_with_other_operations_runs_launch_by_launch() -> None:
+    layers = Layers("float32")
+
+    def run(embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+        return layers(embeds, batch) * 2
+
+    graphs = graph.StepGraphs(run)
+    other = Steps([4], torch.float32)
+    for (embeds, batch), (same, twin) in zip(Steps([4], torch.float32), other, strict=True):
+        assert torch.equal(graphs(embeds, batch), run(same, twin))
+    assert not graphs.captured
+
+
+def test_bidirectional_spans_are_not_captured() -> None:
+    layers = Layers("float32")
+    for attention, *_ in layers.layers:
+        attention.variant = AttentionVariant(bidirectional=torch.zeros((2, 1), dtype=torch.int64))
+    graphs = graph.StepGraphs(layers)
+    for embeds, batch in Steps([4], torch.float32):
+        graphs(embeds, batch)
+    assert not graphs.captured
+
+
+def test_graphs_are_bounded_and_their_memory_is_used_again() -> None:
+    run = Layers("float32")
+    graphs = graph.StepGraphs(run)
+    caches = Steps([3] * (graph.MOST_GRAPHS + 2), run.dtype).first.caches
+    for count in range(1, graph.MOST_GRAPHS + 3):
+        steps = Steps([3] * count, run.dtype)
+        steps.first.caches = caches
+        for embeds, batch in steps:
+            graphs(embeds, batch)
+    assert len(graphs.captured) == graph.MOST_GRAPHS
+    assert 1 not in graphs.captured
+    wide = HIDDEN * 64 * 4
+    assert max(each.nbytes for each in graphs.captured.values()) < 40 * wide
