@@ -21,6 +21,7 @@ ROWS = {
     "outputs": 0,
     "errors": 0,
     "environment": 0,
+    "progress": 0,
     "processes": 0,
     "forks": 0,
     "tracing": 0,
@@ -56,6 +57,7 @@ SAME_ROW = {
     ("forks", "errors"),
     ("tracing", "errors"),
     ("processes", "environment"),
+    ("progress", "environment"),
     ("processes", "errors"),
 }
 MODULES_ALLOWED = {
@@ -100,7 +102,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"embedder", "native"},
         {"families"},
         {"registry"},
-        {"loader"},
+        {"loader", "needs"},
     ),
     "engine": (
         {"stats", "wire", "shared", "iterations", "stations"},
@@ -129,14 +131,16 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
     "cli": (
         {
             "flags",
+            "help",
+            "config_file",
+            "options",
             "sampling",
-            "local",
-            "remote",
             "attachments",
             "rewrite",
             "reference",
             "from_vllm",
         },
+        {"chat", "doctor"},
         {"commands"},
         {"main"},
     ),

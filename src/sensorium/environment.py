@@ -16,6 +16,7 @@ from sensorium.errors import ConfigError
 
 LOG_LEVEL = "SENSORIUM_LOG_LEVEL"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+PROGRESS = "SENSORIUM_PROGRESS"
 
 
 def log_level(environ: Mapping[str, str] | None = None) -> str:
@@ -31,6 +32,17 @@ def log_level(environ: Mapping[str, str] | None = None) -> str:
 def set_log_level(level: str | None) -> None:
     """Set the level for this process and those it starts; None keeps that of the environment."""
     os.environ[LOG_LEVEL] = level or log_level().lower()
+
+
+def progress_wanted(environ: Mapping[str, str] | None = None) -> bool:
+    """Return whether progress of long tasks is shown: unless ``SENSORIUM_PROGRESS`` is 0."""
+    environ = os.environ if environ is None else environ
+    return environ.get(PROGRESS, "1").lower() not in ("0", "false", "off", "no")
+
+
+def set_progress(wanted: bool) -> None:
+    """Show or hide progress in this process and those that it starts."""
+    os.environ[PROGRESS] = "1" if wanted else "0"
 
 
 _PREFIXES = ("SENSORIUM", "VLLM", "APHRODITE")
@@ -59,6 +71,20 @@ def media_environment(environ: Mapping[str, str] | None = None) -> dict[str, Any
             if variable in environ:
                 found[name] = _environment_value(variable, environ[variable], suffix)
                 break
+    return found
+
+
+def environment_options(environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the options that the environment sets, each with the variable that does."""
+    environ = os.environ if environ is None else environ
+    found: dict[str, str] = {}
+    for suffix, name in _MEDIA_ENVIRONMENT.items():
+        variables = [f"{prefix}_{suffix}" for prefix in _PREFIXES]
+        set_here = [variable for variable in variables if variable in environ]
+        if set_here:
+            found[name] = set_here[0]
+    if environ.get(LOG_LEVEL, "").lower() in LOG_LEVELS:
+        found["log_level"] = LOG_LEVEL
     return found
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.clients import places_of
 from benchmarks.peers.engines import EngineKind
 from benchmarks.peers.processes import EngineFailure, EngineProcess
 
@@ -80,6 +81,26 @@ def test_threads(tmp_path: Path) -> None:
     assert set(found["sections"]) == {"threads", "one-cpu", "quota"}
     for cases in found["sections"].values():
         assert "not run" in cases or all(case["same_bits"] for case in cases)
+
+
+@pytest.mark.slow
+def test_clients(tmp_path: Path) -> None:
+    found = run("clients", tmp_path / "clients.json", "--quick", "--seconds", "3")
+    assert found["errors"] == {}
+    assert found["server_lives"]
+    assert found["time_to_first_token"]["p99"] > 0
+    assert found["memory"][0]["engine"] > 10
+
+
+def test_stacks_by_place() -> None:
+    lines = [
+        "main (/x/cli.py:1);run (/x/uvicorn/server.py:9);render (/x/sensorium/server/payload.py:4) 3",
+        "main (/x/cli.py:1);write (/x/asyncio/selector_events.py:9) 2",
+        "main (/x/cli.py:1);send (/x/uvicorn/h11.py:2);dumps (/x/json/encoder.py:1) 1",
+        "main (/x/cli.py:1);recv (/x/zmq/sugar.py:1);poll (/x/select.py:1) 4",
+        "main (/x/cli.py:1) 1",
+    ]
+    assert places_of(lines) == {"json": 4, "http": 2, "engine messages": 4, "other": 1}
 
 
 @pytest.mark.slow

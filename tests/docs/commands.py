@@ -15,7 +15,7 @@ from pathlib import PurePath
 from sensorium.cli.main import build_parser
 from tests.docs.pages import ROOT, Block
 
-OTHER_PROGRAMS = {"docker", "git", "pre-commit", "systemctl"}
+OTHER_PROGRAMS = {"docker", "echo", "git", "pre-commit", "systemctl"}
 """Programs whose arguments are not checked here."""
 _ASSIGNMENT = re.compile(r"\w+=.*", re.DOTALL)
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")
@@ -80,6 +80,8 @@ def parsed(command: Command) -> argparse.Namespace:
     try:
         return build_parser().parse_args(command.arguments)
     except SystemExit as error:
+        if error.code in (0, None):  # --help
+            return argparse.Namespace()
         raise AssertionError(f"sensorium refuses {command.arguments}") from error
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sys
 from typing import Any
 
-from tqdm import tqdm
-
+from sensorium import progress
 from sensorium.bench import report
 from sensorium.bench.client import RequestRecord, StreamClient
 from sensorium.bench.load import LoadPlan, LoadResult, chat_body, run_load
@@ -59,7 +57,7 @@ async def _run(
             chat_body(workload, index, model, plan.output_len, extra)
             for index in range(plan.num_prompts)
         ]
-        with tqdm(total=plan.num_prompts, desc="Requests", disable=not sys.stderr.isatty()) as bar:
+        with progress.bar("Requests", plan.num_prompts, unit="requests", keep=True) as bar:
 
             def on_end(record: RequestRecord) -> None:
                 bar.update()

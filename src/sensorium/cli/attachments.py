@@ -20,9 +20,14 @@ SUFFIXES = {
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"), "video"),
     **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac"), "audio"),
 }
+_MOST_SHOWN = 80
 _REMOTE = ("http://", "https://", "data:")
-# A quoted path, or one with escaped spaces: terminals write dropped files so.
-_WORD = re.compile(r"""'[^']+'|"[^"]+"|(?:\\.|[^\s\\])+""")
+# A quoted path, or one with escaped spaces: terminals write dropped files so. A quote within quotes
+# stands as '\'' or '"'"'.
+_WORD = re.compile(r"""'[^']+'(?:(?:\\'|"'")'[^']*')*|"(?:\\.|[^"\\])+"|(?:\\.|[^\s\\])+""")
+
+
+_SPACES = re.compile(r"[ \t]+")
 
 
 class Attachment(NamedTuple):
@@ -30,6 +35,23 @@ class Attachment(NamedTuple):
 
     modality: str
     source: str
+
+    @property
+    def is_remote(self) -> bool:
+        """Return whether the source is a URL that the engine fetches, or data itself."""
+        return self.source.startswith(_REMOTE)
+
+    @property
+    def path(self) -> Path:
+        """Return the file. Raises RuntimeError where it lies in the home of an unknown user."""
+        return _path(self.source)
+
+    @property
+    def name(self) -> str:
+        """Return a short name for people: that of the file, or the beginning of the URL."""
+        if self.is_remote:
+            return self.source[:_MOST_SHOWN]
+        return self.path.name
 
     def part(self) -> dict[str, Any]:
         """Return the content part of a message, a file as a ``data:`` URL.
@@ -114,7 +136,7 @@ def split_line(line: str) -> tuple[str, list[Attachment]]:
         return match[0]
 
     text = _WORD.sub(take, line)
-    return (" ".join(text.split()) if found else line.strip()), found
+    return (_SPACES.sub(" ", text).strip() if found else line.strip()), found
 
 
 def _unquoted(word: str) -> str:

@@ -20,7 +20,10 @@ from functools import partial
 from typing import Any, Literal, NoReturn
 
 from sensorium.bounds import bounds_of
-from sensorium.cli.rewrite import rewritten
+from sensorium.cli import config_file
+from sensorium.cli.config_file import FlagFile
+from sensorium.cli.help import HelpAction
+from sensorium.cli.rewrite import members_joined, spelled_out
 from sensorium.compat.apply import adopt
 from sensorium.compat.engine_flags import ENGINE_RULES
 from sensorium.compat.rule import Rule
@@ -58,35 +61,74 @@ class Parser(argparse.ArgumentParser):
 
     ``--max_model_len`` is read as ``--max-model-len``; flags are never abbreviated. ``foreign`` are
     vLLM's flags, which are read as ``sensorium.compat`` says and are not shown in the help.
+    ``common`` are the flags of the short help, each with an example. A command (not a list of
+    commands) reads flags from ``--config FILE``, too.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         keywords.setdefault("allow_abbrev", False)
-        super().__init__(*args, **keywords)
+        super().__init__(*args, **{**keywords, "add_help": False})
         self.foreign: dict[str, Rule] = {}
+        self.common: dict[str, str] = {}
+        self.add_argument("-h", "--help", action=HelpAction)
+        # Taken out of the arguments before they are parsed; it is here for the help.
+        self.add_argument(
+            config_file.FLAG,
+            dest="config_path",
+            metavar="FILE",
+            default=argparse.SUPPRESS,
+            help="YAML file with flags as keys, such as port: 9000; flags and the environment win",
+        )
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse, and exit at an unknown argument: none is ever returned."""
         args = sys.argv[1:] if args is None else args
-        args = self._rewritten(args) if self.foreign else [_dashed(arg) for arg in args]
-        parsed, unknown = super().parse_known_args(args, namespace)
+        if self.get_default("handler") is None:
+            parsed, unknown = super().parse_known_args([_dashed(arg) for arg in args], namespace)
+        else:
+            plain, file = self._rewritten(args)
+            parsed, unknown = super().parse_known_args(plain, namespace)
+            self._note_sources(parsed, file)
         if unknown:
             self._refuse(unknown[0].partition("=")[0])
+        if hasattr(parsed, "config_path"):
+            self.error("--config comes once, behind the command, and not in a file")
         self._adopt_foreign(parsed)
         return parsed, unknown
 
-    def _rewritten(self, args: Sequence[str]) -> list[str]:
-        """Return the arguments as argparse reads them; vLLM's flags are known, too."""
+    def _rewritten(self, args: Sequence[str]) -> tuple[list[str], FlagFile | None]:
+        """Return the arguments as argparse reads them, with those of ``--config``, and that file.
+
+        vLLM's flags are known from then on.
+        """
         for rule in self.foreign.values():
             if flag_of(rule.name) not in self._option_string_actions:
                 self.add_argument(flag_of(rule.name), **_foreign_action(rule))
-        has_model = any(action.dest == "model_argument" for action in self._actions)
+        known = self._option_string_actions
         try:
-            return rewritten(args, self._option_string_actions, has_model=has_model)
+            plain, path = config_file.take_path([spelled_out(arg, known) for arg in args])
+            if path is None:
+                return members_joined(plain), None
+            given = {config_file.base(arg) for arg in plain if arg.startswith("--")}
+            has_model = any(action.dest == "model_argument" for action in self._actions)
+            if has_model and plain and not plain[0].startswith("-"):
+                given.add("--model")
+            file = config_file.read(path, given, known, lambda flag: spelled_out(flag, known))
+            return members_joined([*plain, *file.arguments]), file
         except ConfigError as error:
             self.error(error.message)
+
+    def _note_sources(self, parsed: argparse.Namespace, file: FlagFile | None) -> None:
+        """Set ``config_file``, its path or None, and ``from_file``, the names of its options."""
+        flags = file.flags if file is not None else frozenset()
+        actions = self._option_string_actions
+        used = [actions.get(flag) or actions.get(f"--no-{flag[2:]}") for flag in flags]
+        names = {action.dest.removeprefix(_FOREIGN) for action in used if action is not None}
+        ours = {self.foreign[name].to.partition(" ")[0] for name in names & self.foreign.keys()}
+        parsed.config_file = file.path if file is not None else None
+        parsed.from_file = frozenset(names | ours)
 
     def _adopt_foreign(self, parsed: argparse.Namespace) -> None:
         """Replace vLLM's flags by our options; ours win where both are given."""
@@ -135,7 +177,19 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] 
     """
     for section, cls in ENGINE_SECTIONS.items():
         add_flags(parser, cls, TITLES[section], without)
+    add_progress_flag(parser)
     _add_foreign(parser, ENGINE_RULES)
+
+
+def add_progress_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--progress`` and ``--no-progress``, which ``main`` puts into the environment."""
+    parser.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="show progress of what takes longer than two seconds, on stderr: bars in a terminal, "
+        "log lines elsewhere (default: SENSORIUM_PROGRESS, else on)",
+    )
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -149,8 +203,8 @@ def _add_foreign(parser: argparse.ArgumentParser, rules: Mapping[str, Rule]) -> 
     if isinstance(parser, Parser):
         parser.foreign |= rules
         parser.epilog = (
-            "vLLM's flags are accepted, too (docs/from_vllm.md). --config FILE.yaml reads flags "
-            "from a file."
+            "vLLM's flags are accepted, too (docs/from_vllm.md). Precedence: flags, environment, "
+            "file of --config, defaults; sensorium info --config FILE shows the result."
         )
 
 

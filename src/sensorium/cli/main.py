@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from sensorium import __version__
-from sensorium.cli.commands import bench, chat, embed, generate, info, models, serve
+from sensorium.cli.commands import bench, chat, doctor, embed, generate, info, models, pull, serve
 from sensorium.cli.flags import Parser, flag_of
+from sensorium.environment import set_progress
 from sensorium.errors import ConfigError, SensoriumError
 
 
@@ -19,6 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 1 when a request failed, 2 when the configuration is wrong.
     """
     arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    if hasattr(arguments, "progress"):
+        set_progress(arguments.progress)
     try:
         return int(arguments.handler(arguments) or 0)
     except SensoriumError as error:
@@ -36,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="sensorium",
         description="Run and serve multimodal language models.",
-        epilog="'sensorium COMMAND --help' shows the flags of a command. "
-        "To begin with: sensorium chat demo --image FILE.png",
+        epilog="'sensorium COMMAND --help' shows the common flags of a command, with examples; "
+        "'--help all' shows all of them. To begin with: sensorium chat demo --image FILE.png",
     )
     parser.add_argument("--version", action="version", version=f"sensorium {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -45,7 +48,9 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_parser(commands)
     generate.add_parser(commands)
     embed.add_parser(commands)
+    pull.add_parser(commands)
     info.add_parser(commands)
+    doctor.add_parser(commands)
     models.add_parser(commands)
     bench.add_parser(commands)
     return parser

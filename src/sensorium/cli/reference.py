@@ -26,6 +26,7 @@ Underscores in flags are read as hyphens. JSON is given in quotes:
 | --- | --- |
 | `SENSORIUM_API_KEY` | An API key of the server, and the one that `chat` and `bench serve` send. |
 | `SENSORIUM_LOG_LEVEL` | Log level of commands and of the engine: debug, info, warning or error. |
+| `SENSORIUM_PROGRESS` | 0 hides the progress of long tasks, as `--no-progress` does. |
 | `XDG_CACHE_HOME` | Folder of caches, compiled CPU kernels among them; `~/.cache` when unset. \
 Where it cannot be written, each start compiles them again, with a warning. |
 | `SENSORIUM_IMAGE_FETCH_TIMEOUT` | Seconds for the whole download of an image. |

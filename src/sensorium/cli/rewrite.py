@@ -1,8 +1,7 @@
 """Rewriting of arguments that argparse does not read by itself into flags that it does.
 
 ``--max_model_len``, ``-tp 2``, ``-O3``, ``--disable-x`` for ``--no-enable-x``,
-``--limit-mm-per-prompt.image 2`` (a member of a flag that takes JSON), and ``--config FILE.yaml``,
-whose keys are flags.
+``--limit-mm-per-prompt.image 2`` (a member of a flag that takes JSON).
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sensorium.errors import ConfigError
@@ -48,23 +46,7 @@ _FLAG = re.compile(r"(--?[A-Za-z0-9_-]+)((?:\.[^=\s.]+)*)(=.*)?", re.DOTALL)
 _OPPOSITES = {"--enable-": "--disable-", "--disable-": "--enable-"}
 
 
-def rewritten(args: Sequence[str], known: Collection[str], *, has_model: bool) -> list[str]:
-    """Return the arguments with only flags that argparse reads.
-
-    Args:
-        args: as given on the command line.
-        known: flags of the parser.
-        has_model: the first argument may be a model, without a flag.
-
-    Raises:
-        ConfigError: a file of flags cannot be read, or a member has no value.
-    """
-    plain = [_spelled_out(arg, known) for arg in args]
-    plain = _with_file(plain, known, has_model=has_model)
-    return _members_joined(plain)
-
-
-def _spelled_out(arg: str, known: Collection[str]) -> str:
+def spelled_out(arg: str, known: Collection[str]) -> str:
     """Return one argument with hyphens, the long name, and an opposite as the ``--no-`` form."""
     level = _OPTIMIZATION.fullmatch(arg)
     if level is not None:
@@ -83,8 +65,12 @@ def _spelled_out(arg: str, known: Collection[str]) -> str:
     return f"{name}{members}{value}"
 
 
-def _members_joined(args: Sequence[str]) -> list[str]:
-    """Return the arguments with the members of each flag as one JSON object."""
+def members_joined(args: Sequence[str]) -> list[str]:
+    """Return the arguments with the members of each flag as one JSON object.
+
+    Raises:
+        ConfigError: a member has no value.
+    """
     kept: list[str] = []
     objects: dict[str, Any] = {}
     rest = iter(args)
@@ -125,68 +111,3 @@ def _put(into: dict[str, Any], path: Sequence[str], text: str) -> None:
         into[last] = json.loads(text)
     except ValueError:
         into[last] = text
-
-
-def _with_file(args: Sequence[str], known: Collection[str], *, has_model: bool) -> list[str]:
-    """Append the flags of ``--config FILE`` to the arguments; given flags win over the file."""
-    kept, path = list(args), None
-    for place, arg in enumerate(args):
-        if arg == "--config" or arg.startswith("--config="):
-            following = args[place + 1 : place + 2]
-            path = arg.partition("=")[2] or next(iter(following), None)
-            del kept[place : place + (1 if "=" in arg else 2)]
-            break
-    else:
-        return kept
-    if path is None or "--config" in kept:
-        raise ConfigError("--config takes one YAML file of flags.")
-    given = {_base(arg) for arg in kept if arg.startswith("--")}
-    if has_model and kept and not kept[0].startswith("-"):
-        given.add("--model")
-    for key, value in read_flags(path).items():
-        flag = _spelled_out(f"--{key}", known)
-        if _base(flag) not in given:
-            kept += _as_arguments("--model" if flag == "--model-tag" else flag, value)
-    return kept
-
-
-def _base(arg: str) -> str:
-    """Return the flag that an argument sets, without ``--no-`` and value."""
-    name = arg.partition("=")[0]
-    return f"--{name.removeprefix('--no-').removeprefix('--')}"
-
-
-def _as_arguments(flag: str, value: Any) -> list[str]:
-    """Return a key of a file as command-line arguments."""
-    if value is None or value == []:
-        return []
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag.removeprefix('--no-').removeprefix('--')}"]
-    if isinstance(value, list):
-        return [flag, *(json.dumps(v) if isinstance(v, dict) else str(v) for v in value)]
-    return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
-
-
-def read_flags(path: str) -> Mapping[str, Any]:
-    """Read a YAML file of flags and their values. Raises ConfigError."""
-    import yaml
-
-    try:
-        flags = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path!r} cannot be read: {_reason(error)}.") from error
-    if flags is None:
-        return {}
-    if not isinstance(flags, dict) or not all(isinstance(key, str) for key in flags):
-        raise ConfigError(
-            f"--config {path!r} must hold flags and their values, such as port: 8000."
-        )
-    return flags
-
-
-def _reason(error: Exception) -> str:
-    """Return the reason of an error, without text of the file, which may contain API keys."""
-    place = getattr(error, "problem_mark", None)
-    if place is not None:
-        return f"line {place.line + 1}: {getattr(error, 'problem', None)}"
-    return " ".join(str(error).split())

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 
+from sensorium import progress
 from sensorium.kernels import reference
 from sensorium.kernels.batch import (
     PLAIN,
@@ -305,14 +306,16 @@ def warm_up(
             builds += VARLEN_KERNELS
         if encoders and unit is not None:
             builds += (varlen_tiles.build_pack, amx.bound(varlen_tiles.build_attend, unit))
-    for build in builds:
-        if stopped():
-            return time.perf_counter() - start
-        elementwise.kernel(build, dtype)
-    if builds:
-        table.warm_up(dtype)
-        route.choose(dtype, amx.TILE)  # compares tiles with vectors the first time
-        if encoders and dtype == torch.bfloat16:
-            varlen_tiles.trusted_unit()
-        graph.replay_kernel()
+    with progress.bar("Preparing CPU kernels", len(builds) or None, unit="kernels") as shown:
+        for build in builds:
+            if stopped():
+                return time.perf_counter() - start
+            elementwise.kernel(build, dtype)
+            shown.update()
+        if builds:
+            table.warm_up(dtype)
+            route.choose(dtype, amx.TILE)  # compares tiles with vectors the first time
+            if encoders and dtype == torch.bfloat16:
+                varlen_tiles.trusted_unit()
+            graph.replay_kernel()
     return time.perf_counter() - start

@@ -74,7 +74,7 @@ def read_config(
         family = resolve(loaded.config)
     except UnsupportedModelError:
         return loaded  # a folder may be read for its tokenizer alone; loading it raises the error
-    return _with_parts(loaded, family, download_dir)[0]
+    return read_parts(loaded, family, download_dir)[0]
 
 
 def load(
@@ -114,7 +114,7 @@ def load(
     if formats is not None:
         formats.check(family, find_device(device))
     needed = [part for part in family.parts if part.modality not in skip_modalities]
-    loaded, names = _with_parts(loaded, family, download_dir)
+    loaded, names = read_parts(loaded, family, download_dir)
     for part in needed:
         if part.field in loaded.parts:
             refuse_quantized(loaded.parts[part.field])
@@ -139,7 +139,7 @@ def load(
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
-def _with_parts(
+def read_parts(
     loaded: LoadedConfig, family: Family, download_dir: str | None = None
 ) -> tuple[LoadedConfig, dict[str, str]]:
     """Complete a configuration with those of the checkpoints that it names.
@@ -153,6 +153,18 @@ def _with_parts(
             names[part.field], folder = checkpoint.find_part(name, whole, part.field, download_dir)
             parts[part.field] = checkpoint.read(folder)
     return (dataclasses.replace(loaded, parts=parts) if parts else loaded), names
+
+
+def fetch(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+    """Download all files that loading a model takes, and return its folder. Raises ConfigError."""
+    folder = checkpoint.find(model, revision, download_dir)
+    loaded = checkpoint.read(folder)
+    family = resolve(loaded.config)
+    loaded, names = read_parts(loaded, family, download_dir)
+    checkpoint.fetch_weights(model, folder, revision, download_dir)
+    needed = [part for part in family.parts if part.field in names]
+    _fetch_parts(loaded, needed, names, download_dir)
+    return folder
 
 
 def _fetch_parts(

@@ -61,3 +61,14 @@ def available_memory() -> int:
     except (OSError, ValueError):
         return available
     return max(available, _LEAST_AVAILABLE)
+
+
+def total_memory() -> int:
+    """Return the bytes of memory of this host, or a lower limit of its control group."""
+    import psutil
+
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no such group, or "max"
+        return total

@@ -42,13 +42,21 @@ SWITCH_SECONDS = 0.001
 5 ms of lag each time the event loop returns from a system call."""
 
 
-def serve(engine: EngineConfig, config: ServerConfig, process: EngineProcess | None = None) -> None:
+def serve(
+    engine: EngineConfig,
+    config: ServerConfig,
+    process: EngineProcess | None = None,
+    *,
+    options: str = "",
+) -> None:
     """Serve until SIGTERM or SIGINT; then let running requests finish.
 
-    ``process``: the engine's, where it has been started already. Raises ConfigError when the
-    address, the certificate or the model cannot be used.
+    ``process``: the engine's, where it has been started already. ``options``: those that are set,
+    and where, for the log. Raises ConfigError when the address, the certificate or the model cannot
+    be used.
     """
     _configure_logging(config)
+    logger.info("options: %s", options or "all defaults")
     check_config(config)
     if unread := environment.unread_variables():
         logger.warning("environment variables without effect: %s", ", ".join(unread))

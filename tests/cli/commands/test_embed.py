@@ -127,4 +127,4 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--text", "--image", "--together", "--input", "--output", "--dimensions"):
         assert flag in text
     assert "--runner" not in text
-    assert "--max-model-len" in text
+    assert "--help all" in text

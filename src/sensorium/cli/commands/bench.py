@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sensorium.cli.flags import add_engine_flags, engine_keywords
+from sensorium.cli.flags import add_engine_flags, add_progress_flag, engine_keywords
 from sensorium.config import ModelConfig
 
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -23,6 +23,43 @@ DESCRIPTIONS = {
     "kernels": "Measure the products of linear layers by weight format and number of rows.",
 }
 
+_OFFLINE = {
+    "--model": "--model Qwen/Qwen2-VL-2B-Instruct",
+    "--dtype": "--dtype bfloat16",
+    "--quantization": "--quantization int8",
+    "--num-threads": "--num-threads 8",
+}
+_WORKLOAD = {
+    "--input-len": "--input-len 512",
+    "--output-len": "--output-len 64",
+    "--images": "--images 1",
+}
+_RESULT = {"--output": "--output result.json"}
+COMMON = {
+    "serve": {
+        "--base-url": "--base-url http://127.0.0.1:9000",
+        "--model": "--model demo",
+        "--num-prompts": "--num-prompts 500",
+        "--concurrency": "--concurrency 32",
+        "--request-rate": "--request-rate 10",
+        **_WORKLOAD,
+        "--image-size": "--image-size 1280x720",
+        **_RESULT,
+    },
+    "throughput": {"--num-prompts": "--num-prompts 500", **_WORKLOAD, **_OFFLINE, **_RESULT},
+    "latency": {"--batch-size": "--batch-size 8", **_WORKLOAD, **_OFFLINE, **_RESULT},
+    "startup": {"--runs": "--runs 5", "--cold-runs": "--cold-runs 0", **_OFFLINE, **_RESULT},
+    "kernels": {
+        "--formats": "--formats bfloat16 int8",
+        "--rows": "--rows 1 8",
+        "--shape": "--shape 11008x4096",
+        "--threads": "--threads 8",
+        "--write": "--write",
+        **_RESULT,
+    },
+}
+"""Flags of the short help of each measurement, with examples."""
+
 
 def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     """Add ``bench`` with its subcommands; each sets ``handler``."""
@@ -33,7 +70,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
     )
     kinds = bench.add_subparsers(metavar="KIND", required=True)
     for name, add_flags in _FLAGS.items():
-        parser = kinds.add_parser(
+        parser: Any = kinds.add_parser(
             name,
             help=DESCRIPTIONS[name],
             usage="%(prog)s [options]",
@@ -43,6 +80,7 @@ def add_parser(subparsers: Subparsers) -> argparse.ArgumentParser:
         parser.add_argument(
             "--output", type=Path, metavar="FILE", help="file for the result, as JSON"
         )
+        parser.common = COMMON[name]
         parser.set_defaults(handler=_HANDLERS[name])
     return bench
 
@@ -68,6 +106,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--timeout", type=float, metavar="N", default=600.0, help="seconds per request"
     )
+    add_progress_flag(parser)
     _load_flags(parser)
     _workload_flags(parser, num_prompts=100, input_len=128, output_len=128)
     _reuse_flags(parser)

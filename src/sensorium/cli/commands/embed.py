@@ -26,6 +26,19 @@ DESCRIPTION = (
 CHOSEN_HERE = ("runner", "convert", "task")
 """Options that this command sets itself."""
 
+COMMON = {
+    "--text": "--text 'a red circle'",
+    "--image": "--image page.png",
+    "--together": "--text 'a page' --image page.png --together",
+    "--input": "--input inputs.jsonl",
+    "--output": "--output embeddings.jsonl",
+    "--chat": "--chat",
+    "--dimensions": "--dimensions 512",
+    "--normalize": "--normalize",
+    "--dtype": "--dtype bfloat16",
+    "--config": "--config embed.yaml",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Input:
@@ -95,6 +108,7 @@ def add_parser(commands: Any) -> None:
         help="scale embeddings to length 1 (default: as in the model's files)",
     )
     add_engine_flags(parser, without=CHOSEN_HERE)
+    parser.common = COMMON
     parser.set_defaults(handler=run)
 
 
@@ -109,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sensorium.llm import LLM
 
     with LLM(**{"model": "demo", **engine_keywords(arguments), "runner": "pooling"}) as llm:
-        outputs = llm.embed(prompts, pooling_params=params, use_tqdm=path is not None)
+        outputs = llm.embed(prompts, pooling_params=params, use_tqdm=True)
     lines = "".join(_lines(inputs, outputs))
     if path is None:
         sys.stdout.write(lines)

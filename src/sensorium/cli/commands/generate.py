@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "Load a model, answer one prompt and print the text."
 
+COMMON = {
+    "--model": "--model llava-hf/llava-1.5-7b-hf",
+    "--image": "--image photo.jpg",
+    "--video": "--video clip.mp4",
+    "--audio": "--audio question.wav",
+    "--system": "--system 'Answer in one sentence.'",
+    "--temperature": "--temperature 0",
+    "--max-tokens": "--max-tokens 256",
+    "--n": "--n 3",
+    "--quantization": "--quantization int8",
+    "--json": "--json",
+}
+
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
@@ -40,6 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON object with all details")
     add_sampling_flags(parser, samples=True)
     add_engine_flags(parser, without=("seed",))
+    parser.common = COMMON
     parser.set_defaults(handler=run)
 
 

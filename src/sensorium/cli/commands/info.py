@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from sensorium import __version__
-from sensorium.config import GIB
+from sensorium.cli.flags import (
+    add_engine_flags,
+    add_server_flags,
+    build_engine_config,
+    build_server_config,
+    fields_of,
+)
+from sensorium.cli.options import in_effect
+from sensorium.config import ENGINE_SECTIONS, GIB, ServerConfig
 from sensorium.processes import cores
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "numba", "pillow", "fastapi")
@@ -26,30 +34,62 @@ INSTRUCTION_SETS = (
     "bf16",
 )
 
+DESCRIPTION = (
+    "Print versions, hardware, and the defaults on this machine. With --config or other flags of "
+    "serve, print the options that would be in effect, and where each comes from."
+)
+COMMON = {
+    "--json": "--json",
+    "--config": "--config serve.yaml",
+    "--port": "--config serve.yaml --port 9000",
+}
+
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "info",
         help="show versions, hardware and the defaults on this machine",
-        description="Print versions, hardware, and the defaults on this machine.",
+        usage="%(prog)s [options]",
+        description=DESCRIPTION,
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
+    add_server_flags(parser)
+    add_engine_flags(parser)
+    parser.common = COMMON
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the facts."""
-    found = collect()
+    found = _options(arguments) if _is_configured(arguments) else collect()
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0
     for title, rows in found.items():
         print(title)
-        width = max(map(len, rows))
+        width = max(map(len, rows), default=0)
         for name, value in rows.items():
             print(f"  {name:<{width}}  {_text(value)}")
     return 0
+
+
+def _is_configured(arguments: argparse.Namespace) -> bool:
+    """Return whether a file or any flag of a server is given."""
+    names = {f.name for cls in (*ENGINE_SECTIONS.values(), ServerConfig) for f, _ in fields_of(cls)}
+    return arguments.config_file is not None or not names.isdisjoint(vars(arguments))
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Return the options in effect, by section: those that are set, and those left alone."""
+    engine, server = build_engine_config(arguments), build_server_config(arguments)
+    found: dict[str, dict[str, Any]] = {"set": {}, "default": {}}
+    for name, option in in_effect(arguments, engine, server).items():
+        if option.source == "default":
+            found["default"][name] = option.value
+        else:
+            found["set"][name] = {"value": option.value, "source": option.source}
+    return found
 
 
 def collect() -> dict[str, dict[str, Any]]:
@@ -170,4 +210,6 @@ def _linear_layers() -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, dict) and value.keys() == {"value", "source"}:
+        return f"{_text(value['value'])}  ({value['source']})"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -12,6 +12,7 @@ from sensorium.cli.flags import (
     build_engine_config,
     build_server_config,
 )
+from sensorium.cli.options import not_default
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.errors import ConfigError
 from sensorium.processes.start import STOPS, forgo_pools, interrupts_held
@@ -20,6 +21,20 @@ DESCRIPTION = (
     "Serve a model over HTTP, compatible with OpenAI's API. On SIGTERM running requests are "
     "finished before the server stops."
 )
+
+COMMON = {
+    "--host": "--host 0.0.0.0",
+    "--port": "--port 9000",
+    "--api-key": "--api-key change-me",
+    "--served-model-name": "--served-model-name assistant",
+    "--max-model-len": "--max-model-len 8k",
+    "--quantization": "--quantization int8",
+    "--num-threads": "--num-threads 8",
+    "--limit-mm-per-prompt": "--limit-mm-per-prompt '{\"image\": 4}'",
+    "--allowed-local-media-path": "--allowed-local-media-path /srv/media",
+    "--config": "--config serve.yaml",
+}
+"""Flags of the short help, with examples."""
 
 
 def add_parser(commands: Any) -> None:
@@ -34,6 +49,7 @@ def add_parser(commands: Any) -> None:
     add_model_argument(parser)
     add_server_flags(parser)
     add_engine_flags(parser)
+    parser.common = COMMON
     parser.set_defaults(handler=run)
 
 
@@ -62,6 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     take_model_argument(arguments)
     engine = build_engine_config(arguments)
     server = build_server_config(arguments)
+    options = not_default(arguments, engine, server)
     environment.set_log_level(server.log_level)
     # A signal waits until the server can stop in order.
     with interrupts_held(STOPS), EngineProcess() as process:
@@ -69,5 +86,5 @@ def run(arguments: argparse.Namespace) -> int:
         process.start()
         from sensorium.server.launch import serve
 
-        serve(engine, server, process)
+        serve(engine, server, process, options=options)
     return 0

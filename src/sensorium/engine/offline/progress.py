@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 
 import numpy as np
-from tqdm import tqdm
 
+from sensorium import progress
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
 
 
 class Progress:
-    """A tqdm bar over requests, with rates of input and output tokens.
+    """A bar over requests, with rates of input and output tokens.
 
     ``total`` is None for prompts of an iterator; no bar is made unless ``shown``.
     """
 
     def __init__(self, total: int | None, *, shown: bool) -> None:
-        # A disabled bar would not do: it starts a thread.
-        self._bar = tqdm(total=total, desc="Requests", dynamic_ncols=True) if shown else None
+        self._stack = ExitStack()
+        self._bar: progress.TerminalBar | None = None
+        if shown:
+            bar = progress.bar("Requests", total, unit="requests", keep=True, delay=0.0)
+            self._bar = self._stack.enter_context(bar)
         self._start = time.monotonic()
         self._num_input = 0
         self._num_output = 0
@@ -27,8 +31,7 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._stack.close()
 
     def done(self, output: RequestOutput | PoolingRequestOutput[np.ndarray]) -> None:
         """Count a finished request."""

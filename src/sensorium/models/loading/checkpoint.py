@@ -6,13 +6,14 @@ import glob
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sensorium.errors import ConfigError
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.loading import weight_files
+from sensorium.models.loading.hub import download
 from sensorium.models.rope import placed_alike
 
 TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
@@ -50,7 +51,7 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
             "'demo-audio'.",
             param="model",
         )
-    return _download(model, revision, TEXT_FILES, NOT_NEEDED, download_dir=download_dir)
+    return download(model, revision, TEXT_FILES, NOT_NEEDED, download_dir=download_dir)
 
 
 def is_local(model: str) -> bool:
@@ -72,10 +73,10 @@ def fetch_weights(
     same = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
     indexed, single = weight_files.index_names(folder), weight_files.SINGLE
     if single not in (indexed or ()):
-        _download(model, same, (single,), download_dir=download_dir)
+        download(model, same, (single,), download_dir=download_dir)
     if indexed is not None and (single in indexed or not (folder / single).is_file()):
         names = [glob.escape(name) for name in indexed]
-        _download(model, same, names, download_dir=download_dir)
+        download(model, same, names, download_dir=download_dir)
 
 
 def find_part(
@@ -186,57 +187,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise ConfigError(f"{path.name} of the model is not a JSON object.", param="model")
     return value
-
-
-def _download(
-    model: str,
-    revision: str | None,
-    wanted: Sequence[str],
-    ignored: Sequence[str] = (),
-    *,
-    download_dir: str | None,
-) -> Path:
-    """Download the files of a repository that match ``wanted`` and not ``ignored``.
-
-    Returns their folder.
-    """
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
-
-    where = f"{model!r}" + (f" at revision {revision!r}" if revision else "")
-    try:
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=list(wanted),
-                ignore_patterns=list(ignored),
-                cache_dir=download_dir,
-            )
-        )
-    except hub.HFValidationError as error:
-        reason = "it is neither a folder here nor a well-formed Hugging Face id"
-        raise ConfigError(f"Model {where}: {reason}.", param="model") from error
-    except hub.GatedRepoError as error:
-        reason = (
-            "its owner asks for agreement first: accept the terms on its page on the Hugging Face "
-            "hub, then log in with `hf auth login` or set HF_TOKEN"
-        )
-        raise ConfigError(f"Model {where}: {reason}.", param="model") from error
-    except hub.RevisionNotFoundError as error:
-        raise ConfigError(
-            f"Model {where}: the hub has no such revision.", param="revision"
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        reason = (
-            "there is no folder of that name here, and the Hugging Face hub has no such model (or "
-            "it is private: log in with `hf auth login` or set HF_TOKEN)"
-        )
-        raise ConfigError(f"Model {where}: {reason}.", param="model") from error
-    except OSError as error:  # also the hub's errors of connection, of status, and of offline mode
-        reason = (
-            "there is no folder of that name here, it is not in the local cache of the Hugging "
-            "Face hub, and the hub cannot be reached. Check the network (and that HF_HUB_OFFLINE "
-            "is unset), or give a local folder"
-        )
-        raise ConfigError(f"Model {where}: {reason}.", param="model") from error

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from sensorium import progress
 from sensorium.config import MIB
 from sensorium.models.interface import LoadableModel, Part, WeightSlot
 from sensorium.models.loading.memory import MappedFiles, Scratch, lent
@@ -48,7 +49,9 @@ def fill(
     slots = _as_stored(list(model.slots()), source, model.dtype)
     source.check((part for slot in slots for part in slot.parts), model.ignored_weights)
     mapped, scratch = source.mapped(), Scratch()
-    with freed_memory_returned():
+    title = "Loading weights" if formats is None else "Loading and quantizing weights"
+    total = sum(_num_values(slot) for slot in slots)
+    with freed_memory_returned(), progress.bar(title, total, unit="weights") as shown:
         for slot, tensors in _read_ahead(_largest_first(slots), source, mapped):
             proceed()
             if formats is not None:
@@ -60,6 +63,7 @@ def fill(
             if mapped is not None:
                 for tensor in tensors:
                     mapped.give_back(tensor)
+            shown.update(_num_values(slot))
 
 
 def log_sizes(model: LoadableModel) -> None:
@@ -83,12 +87,13 @@ def log_sizes(model: LoadableModel) -> None:
 
 def _largest_first(slots: list[WeightSlot]) -> list[WeightSlot]:
     """Return the slots by falling size; one that shares another's part comes behind that."""
+    return sorted(slots, key=_num_values, reverse=True)
 
-    def size(slot: WeightSlot) -> int:
-        parts = slot.parts or ((slot.tied.part,) if slot.tied is not None else ())
-        return sum(math.prod(part.shape) for part in parts)
 
-    return sorted(slots, key=size, reverse=True)
+def _num_values(slot: WeightSlot) -> int:
+    """Return the number of weights of a slot; of a tied one, those of the other."""
+    parts = slot.parts or ((slot.tied.part,) if slot.tied is not None else ())
+    return sum(math.prod(part.shape) for part in parts)
 
 
 def _read_ahead(

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import base64
 import io
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import pytest
 
 from sensorium.cli.attachments import Attachment, add_attachment_flags, split_line, user_message
-from sensorium.cli.commands.chat import Session
+from sensorium.cli.chat.reader import LineReader
+from sensorium.cli.chat.remote import RemoteModel
+from sensorium.cli.chat.screen import Screen
+from sensorium.cli.chat.session import COMMANDS, Session
 from sensorium.cli.main import main
-from sensorium.cli.remote import RemoteModel
 from sensorium.errors import ConfigError, SensoriumError, UnavailableError
 from tests.server.fake_frontend import FakeFrontend, fail, hang
 from tests.server.harness import running, until
@@ -30,19 +33,25 @@ class Echo:
         self.seen: list[list[Any]] = []
         self.sampling: Mapping[str, Any] = {}
         self.trouble: BaseException | None = None
+        self.first = "part"
 
     def stream(
         self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
     ) -> Iterator[str]:
         self.seen.append(list(messages))
         self.sampling = sampling
-        yield "part"
+        if self.first:
+            yield self.first
         if self.trouble is not None:
             raise self.trouble
         yield f" {len(messages)}"
 
     def close(self) -> None:
         pass
+
+
+def begin(model: Echo, system: str | None = None, **sampling: Any) -> Session:
+    return Session(model, sampling, reader=LineReader(), screen=Screen(), system=system)
 
 
 def talk(session: Session, monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
@@ -62,30 +71,112 @@ def test_the_conversation_grows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Echo()
-    session = Session(model, {"top_k": 3}, system="Be brief.")
+    session = begin(model, "Be brief.", top_k=3)
     talk(session, monkeypatch, "One", "", "Two")
     assert capsys.readouterr().out == "part 2\npart 4\n"
-    assert [m["role"] for m in session.messages] == ["system", *["user", "assistant"] * 2]
-    assert session.messages[2]["content"] == "part 2"
+    assert [m["role"] for m in session.messages] == ["user", "assistant"] * 2
+    assert [m["role"] for m in model.seen[1]] == ["system", "user", "assistant", "user"]
+    assert session.messages[1]["content"] == "part 2"
     assert model.sampling == {"top_k": 3}
 
 
-def test_reset_keeps_the_system_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = Session(Echo(), {}, system="Be brief.")
-    talk(session, monkeypatch, "One", "/reset")
-    assert session.messages == [{"role": "system", "content": "Be brief."}]
+@pytest.mark.parametrize("command", ["/reset", "/clear"])
+def test_clear_keeps_the_system_message(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    session = begin(Echo(), "Be brief.")
+    talk(session, monkeypatch, "One", command)
+    assert (session.messages, session.system) == ([], "Be brief.")
+
+
+def test_the_system_message_can_be_changed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Echo()
+    session = begin(model)
+    talk(session, monkeypatch, "/system", "/system Be a pirate.", "Hi", '/system ""', "Hi")
+    assert "There is no system message." in capsys.readouterr().out
+    assert model.seen[0][0] == {"role": "system", "content": "Be a pirate."}
+    assert model.seen[1][0]["role"] == "user"
+
+
+def test_the_last_question_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Echo()
+    session = begin(model)
+    talk(session, monkeypatch, "One", "Two", "/retry")
+    assert model.seen[1] == model.seen[2]
+    assert len(session.messages) == 4
+
+
+def test_a_retry_that_fails_keeps_the_old_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Echo()
+    session = begin(model)
+    talk(session, monkeypatch, "/retry", "One")
+    before = list(session.messages)
+    model.trouble = SensoriumError("It is too long.")
+    talk(session, monkeypatch, "/retry")
+    assert session.messages == before
+    assert "no question to ask again" in capsys.readouterr().err
+
+
+def test_save_and_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, picture: Path) -> None:
+    session, file = begin(Echo(), "Be brief."), tmp_path / "chat.json"
+    talk(session, monkeypatch, f"'{picture}' What?", f"/save {file}", f"/save {file}")
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".png"] == ["chat.json"]
+    other = begin(Echo())
+    talk(other, monkeypatch, f"/load {file}", "And?")
+    assert other.system == "Be brief."
+    assert other.messages[:2] == session.messages
+    assert len(other.messages) == 4
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[1]", "not JSON", '{"sensorium_chat": 1, "messages": [{"role": "x"}]}', "[" * 10**5],
+)
+def test_other_files_are_not_loaded_and_not_overwritten(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "notes.json"
+    file.write_text(text)
+    session = begin(Echo())
+    talk(session, monkeypatch, f"/load {file}", f"/save {file}", "/save", "/load ~no-such-user/a")
+    shown = capsys.readouterr().err
+    assert shown.count("is not a conversation saved by /save") == 2
+    assert "/save needs the name of a file" in shown
+    assert file.read_text() == text
+    talk(session, monkeypatch, f"/load {tmp_path}/none", f"/save {tmp_path}/no/such/folder")
+    assert capsys.readouterr().err.count("No such file") == 2
+
+
+def test_a_message_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = begin(Echo())
+    talk(session, monkeypatch, '"""One', "", '/exit"""', "Two", '"""open')
+    assert [m["content"] for m in session.messages[::2]] == ["One\n\n/exit", "Two", "open"]
+
+
+def test_every_command_is_in_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk(begin(Echo()), monkeypatch, "/help", "/nonsense")
+    first, second = capsys.readouterr().out.split("/image PATH")[1:]
+    assert first == second
+    assert not [
+        name for name in COMMANDS if name not in "/image /reset /quit" and name not in first
+    ]
 
 
 def test_exit_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Echo()
-    talk(Session(model, {}, system=None), monkeypatch, "/exit", "not sent")
+    talk(begin(model), monkeypatch, "/exit", "not sent")
     assert not model.seen
 
 
 @pytest.mark.parametrize("how", ["/image {}", "/image '{}'"])
 def test_a_picture_by_command(monkeypatch: pytest.MonkeyPatch, picture: Path, how: str) -> None:
     model = Echo()
-    session = Session(model, {}, system=None)
+    session = begin(model)
     talk(session, monkeypatch, how.format(picture), "What?", "And?")
     assert len(model.seen) == 2  # the command itself is no question
     first, _, second = model.seen[1]
@@ -137,7 +228,7 @@ def test_flags_and_commands_attach_each_kind(
     assert found == [("audio", "a"), ("image", "b"), ("audio", "c")]
     assert parser.parse_args([]).attachments == []
     echo = Echo()
-    session = Session(echo, {}, system=None)
+    session = begin(echo)
     talk(session, monkeypatch, f"/video {file}", f"/audio {file}", "What?")
     kinds = [part["type"] for part in echo.seen[0][0]["content"]]
     assert kinds == ["video_url", "audio_url", "text"]
@@ -163,7 +254,7 @@ def test_paths_that_no_file_can_have(source: str) -> None:
 def test_a_wrong_path_is_told_and_forgotten(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = Session(Echo(), {}, system=None)
+    session = begin(Echo())
     talk(session, monkeypatch, "/image /no/such.png", "Hi")
     shown = capsys.readouterr()
     assert "error: '/no/such.png' cannot be read" in shown.err
@@ -175,7 +266,7 @@ def test_a_failed_question_is_forgotten(
 ) -> None:
     model = Echo()
     model.trouble = SensoriumError("It is too long.")
-    session = Session(model, {}, system=None)
+    session = begin(model)
     talk(session, monkeypatch, "One")
     assert session.messages == []
     assert "error: It is too long." in capsys.readouterr().err
@@ -184,9 +275,23 @@ def test_a_failed_question_is_forgotten(
 def test_a_stopped_answer_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Echo()
     model.trouble = KeyboardInterrupt()
-    session = Session(model, {}, system=None)
+    session = begin(model)
     talk(session, monkeypatch, "One")
     assert session.messages[-1] == {"role": "assistant", "content": "part"}
+
+
+def test_a_question_that_is_stopped_before_its_answer_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, picture: Path
+) -> None:
+    model = Echo()
+    model.trouble, model.first = KeyboardInterrupt(), ""
+    session = begin(model)
+    talk(session, monkeypatch, f"'{picture}' One")
+    assert session.messages == []
+    assert session.attachments == [Attachment("image", str(picture))]
+    model.trouble = None
+    talk(session, monkeypatch, "Two")
+    assert len(session.messages[0]["content"]) == 2, "the picture goes with the next question"
 
 
 async def test_a_running_server() -> None:
@@ -241,3 +346,29 @@ def test_addresses_that_lead_nowhere() -> None:
         RemoteModel("ftp://example.com")
     with pytest.raises(UnavailableError, match="does not answer"):
         RemoteModel("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "'/{folder}/it'\\''s a \"b\".png'",  # GNOME Terminal, Konsole
+        "'/{folder}/it'\"'\"'s a \"b\".png'",  # Kitty
+        '/{folder}/it\\\'s\\ a\\ \\"b\\".png',  # macOS Terminal, iTerm2
+        '"/{folder}/it\'s a \\"b\\".png"',
+        "file:///{folder}/it%27s%20a%20%22b%22.png",
+    ],
+)
+def test_names_as_terminals_write_them(written: str, tmp_path: Path) -> None:
+    file = tmp_path / 'it\'s a "b".png'
+    file.write_bytes(b"data")
+    line = written.format(folder=str(tmp_path)[1:])
+    text, [attachment] = split_line(f"{line} What\nis  this?")
+    assert text == "What\nis this?"
+    assert attachment.path == file
+    assert attachment.name == file.name
+
+
+def test_a_long_url_has_a_short_name() -> None:
+    attachment = Attachment("image", f"data:image/png;base64,{'A' * 10_000}")
+    assert len(attachment.name) == 80
+    assert attachment.is_remote

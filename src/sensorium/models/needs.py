@@ -1,0 +1,221 @@
+"""Needs of a model before its weights are downloaded: bytes, disk and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sensorium.config import GIB, ModelConfig
+from sensorium.errors import ConfigError
+from sensorium.models.configs import declared_dtype
+from sensorium.models.dtypes import dtype_of, suited_to_cpu
+from sensorium.models.interface import Family, LoadedConfig
+from sensorium.models.loader import find_device, read_parts
+from sensorium.models.loading import checkpoint, hub, weight_files
+from sensorium.models.loading.quantization import refuse_quantized
+from sensorium.models.registry import resolve
+from sensorium.processes.limits import available_memory, total_memory
+
+if TYPE_CHECKING:
+    import torch
+
+PROCESSES = int(0.7 * GIB)
+"""Memory of a server's processes without weights and caches, about."""
+SPARE_DISK = GIB // 4
+"""Space that is to stay free on the disk."""
+_BYTES_STORED = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BYTES_QUANTIZED = {"int8": 1.02, "int4": 0.57}
+"""Bytes of a weight with its scales."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes that a model takes, and those that there are.
+
+    ``download``: still to come over the network; ``files``: all weights on disk; ``weights``: in
+    memory, as ``dtype`` says; ``context``: the KV cache of one sequence of ``num_tokens`` tokens.
+    """
+
+    model: str
+    family: str
+    folder: str
+    num_files: int
+    files: int
+    download: int
+    free_disk: int
+    dtype: str
+    device: str
+    weights: int
+    context: int
+    num_tokens: int
+    memory: int
+    free_memory: int
+
+    @property
+    def run(self) -> int:
+        """Return the bytes of memory that it takes to run one sequence."""
+        return self.weights + self.context + PROCESSES
+
+    @property
+    def fits_on_disk(self) -> bool:
+        """Return whether there is room for the download."""
+        return self.download + SPARE_DISK <= self.free_disk
+
+    def problem(self) -> str | None:
+        """Return the reason why the model cannot run here, with what to do; None if it can."""
+        if not self.fits_on_disk:
+            return (
+                f"{_size(self.download)} are to be downloaded, but {self.folder} "
+                f"has {_size(self.free_disk)} free. Free some, or name a folder on another disk "
+                "with --download-dir."
+            )
+        if self.weights + PROCESSES > self.memory:
+            return (
+                f"its weights take {_size(self.weights)} in {self.dtype} on {self.device}, and "
+                f"there are {_size(self.memory)} of memory in all. Take a smaller model, "
+                "--quantization int8 or int4, or --force to download it nevertheless."
+            )
+        return None
+
+    def lines(self) -> list[str]:
+        """Return the needs as text, a line each."""
+        rows = [
+            ("model", f"{self.model} ({self.family}), {self.num_files} files of weights"),
+            ("to download", f"{_size(self.download)} of {_size(self.files)}"),
+            ("disk", f"{_size(self.free_disk)} free at {self.folder}"),
+            (
+                "memory to run",
+                self._memory_line(),
+            ),
+            ("memory here", f"{_size(self.memory)}, {_size(self.free_memory)} free"),
+        ]
+        if self.problem() is None and self.run > self.free_memory:
+            rows.append(("note", "other programs have to give back memory before it can run"))
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {text}" for name, text in rows]
+
+    def _memory_line(self) -> str:
+        return (
+            f"{_size(self.run)}: weights {_size(self.weights)} ({self.dtype} on {self.device}), "
+            f"{self.num_tokens} tokens of context {_size(self.context)}, processes "
+            f"{_size(PROCESSES)}; caches grow beyond that as configured"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all values, for JSON."""
+        return {**dataclasses.asdict(self), "run": self.run, "problem": self.problem()}
+
+
+def needs_of(options: ModelConfig) -> Needs:
+    """Return the needs of a model of the hub; its configuration files are downloaded.
+
+    Raises:
+        ConfigError: the model is not on the hub, has no weights that can be loaded, is quantized
+            in a way that is not supported, or has an architecture that nothing can run.
+    """
+    folder = checkpoint.find(options.model, options.revision, options.download_dir)
+    loaded = checkpoint.read(folder, options.hf_overrides)
+    family = resolve(loaded.config)
+    refuse_quantized(loaded)
+    loaded, names = read_parts(loaded, family, options.download_dir)
+    device = find_device(options.device)
+    wanted = _weights(options.model, folder, options.revision, options.download_dir)
+    for field, name in names.items():
+        beside = Path(loaded.parts[field].folder)
+        if not checkpoint.is_local(name):
+            wanted += _weights(name, beside, None, options.download_dir)
+    cache = hub.cache_folder(options.download_dir)
+    total = sum(file.size for file in wanted)
+    to_come = sum(file.size for file in wanted if not file.is_cached)
+    dtype, weights = _in_memory(options, loaded, family, device, total)
+    context, num_tokens = _context(options, loaded, family, dtype)
+    memory, free = _memory(device)
+    return Needs(
+        model=options.model,
+        family=family.name,
+        folder=str(cache),
+        num_files=len(wanted),
+        files=total,
+        download=to_come,
+        free_disk=shutil.disk_usage(_existing(cache)).free,
+        dtype=options.quantization or str(dtype).removeprefix("torch."),
+        device=str(device),
+        weights=weights,
+        context=context,
+        num_tokens=num_tokens,
+        memory=memory,
+        free_memory=free,
+    )
+
+
+def _weights(
+    model: str, folder: Path, revision: str | None, download_dir: str | None
+) -> list[hub.HubFile]:
+    """Return the files of weights that loading a model takes. Raises ConfigError for none."""
+    found = {file.name: file for file in hub.files(model, revision, download_dir=download_dir)}
+    indexed = weight_files.index_names(folder)
+    if weight_files.SINGLE in found and weight_files.SINGLE not in (indexed or ()):
+        return [found[weight_files.SINGLE]]
+    missing = [name for name in indexed or () if name not in found]
+    if indexed and not missing:
+        return [found[name] for name in indexed]
+    if missing:
+        what = f"of the files that {weight_files.INDEX} names are not in the repository"
+        raise ConfigError(f"Model {model!r}: {weight_files.listing(what, missing)}.", param="model")
+    pickles = sorted(name for name in found if name.endswith((".bin", ".pth", ".pt")))
+    has = f" It has pickle files only ({weight_files.abbreviated(pickles)})." if pickles else ""
+    raise ConfigError(
+        f"Model {model!r} has no safetensors files, neither {weight_files.SINGLE} nor "
+        f"{weight_files.INDEX}.{has} Take a repository or a revision that has them.",
+        param="model",
+    )
+
+
+def _in_memory(
+    options: ModelConfig, loaded: LoadedConfig, family: Family, device: torch.device, total: int
+) -> tuple[torch.dtype, int]:
+    """Return the dtype in which the model would run, and about the bytes of its weights."""
+    num_weights = total // _BYTES_STORED.get(declared_dtype(loaded.config) or "float32", 2)
+    dtype = dtype_of(options.dtype, loaded.config, None)
+    if options.dtype == "auto" and device.type == "cpu":
+        dtype = suited_to_cpu(dtype, lambda: num_weights, family.quantizable)
+    size = float(dtype.itemsize)
+    if options.quantization is not None:
+        size = _BYTES_QUANTIZED[options.quantization]
+    return dtype, math.ceil(num_weights * size)
+
+
+def _context(
+    options: ModelConfig, loaded: LoadedConfig, family: Family, dtype: torch.dtype
+) -> tuple[int, int]:
+    """Return the bytes of keys and values of one sequence, and its tokens: at most 8192."""
+    shape = family.shape(loaded)
+    num_tokens = options.max_model_len or min(shape.max_position, 8192)
+    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
+    return num_tokens * per_token, num_tokens
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Return the memory of a device in all, and the part that is free."""
+    if device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    return total_memory(), available_memory()
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one around it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+
+
+def _size(num_bytes: int) -> str:
+    """Return bytes as text, such as ``4.2 GiB``."""
+    if num_bytes < GIB // 10:
+        return f"{num_bytes / (1 << 20):.1f} MiB"
+    return f"{num_bytes / GIB:.1f} GiB"

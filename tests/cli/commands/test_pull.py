@@ -1,0 +1,201 @@
+"""sensorium pull: what it says before, what it refuses, and a download that goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from sensorium.cli.main import main
+from sensorium.models import needs as needs_module
+from tests import checkpoints
+from tests.cli.commands.fake_hub import COMMIT, FakeHub
+
+NAME = "some/model"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.make_text("llama", tmp_path_factory.mktemp("repository") / "model")
+
+
+@pytest.fixture
+def hub(repository: Path) -> Iterator[FakeHub]:
+    with FakeHub({NAME: repository}) as made:
+        yield made
+
+
+@dataclass
+class Done:
+    """What a command has left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+class Puller:
+    """Runs ``sensorium pull`` in this process, with the hub's client set to a fake hub."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, hub: FakeHub, cache: Path, *flags: str) -> Done:
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }.items():
+            self._patch.setattr(huggingface_hub.constants, name, value)
+        self._patch.setenv("no_proxy", "127.0.0.1")
+        status = main(["pull", NAME, *flags])
+        shown = self._capsys.readouterr()
+        return Done(status, shown.out, shown.err)
+
+
+@pytest.fixture
+def pull(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Puller:
+    return Puller(monkeypatch, capsys)
+
+
+def needs(done: Done) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_it_says_what_is_needed_and_downloads(
+    pull: Puller, hub: FakeHub, repository: Path, tmp_path: Path
+) -> None:
+    found = needs(pull(hub, tmp_path, "--dry-run", "--json", "--dtype", "float32"))
+    size = (repository / WEIGHTS).stat().st_size
+    assert (found["download"], found["files"], found["num_files"]) == (size, size, 1)
+    assert found["weights"] > 0
+    assert found["run"] > found["weights"] + found["context"]
+    assert (found["problem"], found["folder"]) == (None, None)
+    assert WEIGHTS not in hub.downloaded
+    done = pull(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "to download    " in done.stdout
+    folder = tmp_path / "models--some--model" / "snapshots" / COMMIT
+    assert (folder / WEIGHTS).read_bytes() == (repository / WEIGHTS).read_bytes()
+    assert str(folder) in done.stdout
+    again = needs(pull(hub, tmp_path, "--json"))
+    assert again["download"] == 0
+    assert hub.downloaded.count(WEIGHTS) == 1
+
+
+def test_a_connection_that_breaks_off_is_resumed(
+    pull: Puller,
+    hub: FakeHub,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.breaks = [20_000, 30_000]
+    done = pull(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hub.ranges == ["bytes=20000-", "bytes=50000-"]
+    folder = tmp_path / "models--some--model" / "snapshots" / COMMIT
+    assert (folder / WEIGHTS).read_bytes() == (repository / WEIGHTS).read_bytes()
+
+
+def test_a_connection_that_breaks_off_again_and_again(
+    pull: Puller, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.breaks = [0] * 100
+    done = pull(hub, tmp_path)
+    assert done.returncode == 2
+    assert "the connection to the hub broke off, several times" in done.stderr
+    hub.breaks = []
+    assert pull(hub, tmp_path).returncode == 0
+    assert hub.downloaded.count("config.json") == 1, "what is complete stays"
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_fetched(
+    pull: Puller, hub: FakeHub, tmp_path: Path
+) -> None:
+    hub.sizes[WEIGHTS] = 1 << 50
+    done = pull(hub, tmp_path)
+    assert done.returncode == 2
+    assert "is not downloaded: 1048576.0 GiB are to be downloaded, but" in done.stderr
+    assert "--download-dir" in done.stderr
+    assert WEIGHTS not in hub.downloaded
+    assert pull(hub, tmp_path, "--force").returncode == 2, "the disk is full anyway"
+
+
+def test_weights_that_are_larger_than_the_memory(
+    pull: Puller, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needs_module, "total_memory", lambda: 1 << 29)
+    done = pull(hub, tmp_path)
+    assert done.returncode == 2
+    assert "there are 0.5 GiB of memory in all" in done.stderr
+    assert WEIGHTS not in hub.downloaded
+    forced = pull(hub, tmp_path, "--force")
+    assert forced.returncode == 0
+    assert "warning: its weights take" in forced.stderr
+    assert WEIGHTS in hub.downloaded
+
+
+def change(repository: Path, folder: Path, **values: Any) -> Path:
+    """Return a copy of a repository with other values in its config.json."""
+    import shutil
+
+    shutil.copytree(repository, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"architectures": ["NoSuchModel"], "model_type": "no_such"}, "NoSuchModel"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+    ],
+)
+def test_what_cannot_run_is_refused_early(
+    pull: Puller, values: dict[str, Any], words: str, repository: Path, tmp_path: Path
+) -> None:
+    with FakeHub({NAME: change(repository, tmp_path / "model", **values)}) as hub:
+        done = pull(hub, tmp_path / "cache")
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert WEIGHTS not in hub.downloaded
+
+
+def test_a_repository_of_pickles(pull: Puller, repository: Path, tmp_path: Path) -> None:
+    folder = change(repository, tmp_path / "model")
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    with FakeHub({NAME: folder}) as hub:
+        done = pull(hub, tmp_path / "cache")
+    assert done.returncode == 2
+    assert "has pickle files only (pytorch_model.bin)" in done.stderr
+    assert "pytorch_model.bin" not in hub.downloaded
+
+
+def test_a_repository_that_is_not_there(pull: Puller, tmp_path: Path) -> None:
+    with FakeHub({}) as hub:
+        done = pull(hub, tmp_path)
+    assert done.returncode == 2
+    assert "has no such model" in done.stderr
+
+
+def test_what_is_here_already(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("demo", str(tmp_path)):
+        assert main(["pull", name]) == 2
+        assert "is here already" in capsys.readouterr().err

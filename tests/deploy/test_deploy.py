@@ -1,0 +1,185 @@
+"""The files of ``examples/deploy`` are valid, and say what the server does.
+
+Programs that are not on this machine are not replaced: their checks are skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sensorium.cli.flags import build_engine_config, build_server_config
+from sensorium.cli.main import build_parser
+from sensorium.config import MIB, ServerConfig
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "deploy"
+SHUTDOWN = ServerConfig().shutdown_timeout
+
+
+def program(name: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin")
+    if found is None:
+        pytest.skip(f"{name} is not installed here")
+    return found
+
+
+def run(command: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def unit() -> dict[str, list[str]]:
+    """Return the settings of the systemd unit, by name."""
+    found: dict[str, list[str]] = {}
+    for line in (FOLDER / "sensorium.service").read_text().splitlines():
+        name, equals, value = line.partition("=")
+        if equals and not line.startswith("#"):
+            found.setdefault(name, []).append(value)
+    return found
+
+
+def documents() -> dict[str, dict[str, Any]]:
+    """Return the objects for Kubernetes by kind."""
+    text = (FOLDER / "kubernetes.yaml").read_text()
+    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+
+
+def container() -> dict[str, Any]:
+    found: dict[str, Any]
+    [found] = documents()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    return found
+
+
+def options_of(arguments: Sequence[str]) -> ServerConfig:
+    """Return the configuration of a server with these arguments of ``serve``."""
+    parsed = build_parser().parse_args(["serve", *arguments])
+    build_engine_config(parsed)
+    return build_server_config(parsed)
+
+
+def test_the_file_of_flags() -> None:
+    config = options_of(["--config", str(FOLDER / "serve.yaml")])
+    assert config.host == "127.0.0.1"
+    assert config.served_model_name == ("assistant",)
+
+
+def test_the_unit() -> None:
+    settings = unit()
+    assert int(settings["TimeoutStopSec"][0]) > SHUTDOWN
+    words = settings["ExecStart"][0].split()
+    assert words[1:] == ["serve", "--config", "/etc/sensorium/serve.yaml"]
+    assert "MemoryDenyWriteExecute" not in settings, "kernels are compiled"
+    folders = {line.partition("=")[2] for line in settings["Environment"]}
+    assert all(folder.startswith(("/var/lib/", "/var/cache/")) for folder in folders)
+
+
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
+    analyze = program("systemd-analyze")
+    text = (FOLDER / "sensorium.service").read_text()
+    text = text.replace("/opt/sensorium/.venv/bin/sensorium", sys.executable)
+    (tmp_path / "sensorium.service").write_text(text)
+    done = run([analyze, "verify", "--man=no", str(tmp_path / "sensorium.service")])
+    assert "sensorium.service" not in done.stderr, "neither errors nor unknown settings"
+
+
+def test_compose_fits_its_schema() -> None:
+    check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    run([*check, str(FOLDER / "compose.yaml")])
+
+
+def test_the_services_of_compose() -> None:
+    services = yaml.safe_load((FOLDER / "compose.yaml").read_text())["services"]
+    ours = services["sensorium"]
+    assert int(ours["stop_grace_period"].removesuffix("s")) > SHUTDOWN
+    assert (FOLDER / ours["build"] / "Dockerfile").is_file()
+    for volume in (*ours["volumes"], *services["caddy"]["volumes"]):
+        source = volume.partition(":")[0]
+        assert not source.startswith(".") or (FOLDER / source).is_file()
+    options_of(["--config", str(FOLDER / "serve.yaml"), *ours["command"][2:]])
+
+
+def test_kubernetes_objects_fit_their_schemas() -> None:
+    import kubernetes_validate
+
+    kinds = documents()
+    assert {"ConfigMap", "PersistentVolumeClaim", "Deployment", "Service", "Ingress"} <= set(kinds)
+    for document in kinds.values():
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_schemas_refuse_what_is_wrong() -> None:
+    import kubernetes_validate
+
+    deployment = documents()["Deployment"]
+    [changed] = deployment["spec"]["template"]["spec"]["containers"]
+    changed["livenesProbe"] = changed.pop("livenessProbe")
+    with pytest.raises(Exception, match="livenesProbe"):
+        kubernetes_validate.validate(deployment, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_probes_ask_for_health() -> None:
+    ours = container()
+    for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert ours[name]["httpGet"] == {"path": "/health", "port": "http"}, name
+
+    def patience(probe: str) -> float:
+        return float(ours[probe]["periodSeconds"] * ours[probe]["failureThreshold"])
+
+    assert patience("readinessProbe") <= 30
+    assert patience("livenessProbe") >= 600, "a new engine has to load the model"
+    assert patience("startupProbe") >= 3600
+
+
+def test_the_deployment_fits_the_server() -> None:
+    kinds, ours = documents(), container()
+    pod = kinds["Deployment"]["spec"]["template"]
+    pause = int(ours["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["spec"]["terminationGracePeriodSeconds"] > SHUTDOWN + pause
+    assert kinds["Service"]["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert ours["resources"]["requests"] == ours["resources"]["limits"]
+    mounted = {mount["name"] for mount in ours["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
+    flags = yaml.safe_load(kinds["ConfigMap"]["data"]["serve.yaml"])
+    assert flags["shutdown-timeout"] == SHUTDOWN
+    options_of(ours["args"][2:])
+
+
+def test_nginx_accepts_its_file(tmp_path: Path) -> None:
+    nginx = program("nginx")
+    site = (FOLDER / "nginx.conf").read_text()
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    openssl = [program("openssl"), "req", "-x509", "-newkey", "rsa:2048", "-nodes"]
+    openssl += ["-subj", "/CN=localhost", "-keyout", str(key), "-out", str(certificate)]
+    run(openssl)
+    site = site.replace("/etc/ssl/certs/sensorium.pem", str(certificate))
+    site = site.replace("/etc/ssl/private/sensorium.key", str(key))
+    (tmp_path / "nginx.conf").write_text(
+        f"pid {tmp_path}/nginx.pid; error_log stderr; events {{}} http {{ access_log off; {site} }}"
+    )
+    run([nginx, "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")])
+
+
+def test_caddy_accepts_its_file() -> None:
+    caddy = program("caddy")
+    run([caddy, "validate", "--adapter", "caddyfile", "--config", str(FOLDER / "Caddyfile")])
+
+
+def test_proxies_pass_streams_and_large_bodies() -> None:
+    nginx, caddy = (FOLDER / "nginx.conf").read_text(), (FOLDER / "Caddyfile").read_text()
+    assert "proxy_buffering off;" in nginx
+    assert "flush_interval -1" in caddy
+    size = ServerConfig().max_body_bytes // MIB
+    assert f"client_max_body_size {size}m;" in nginx
+    assert f"max_size {size}MB" in caddy
+    annotations = documents()["Ingress"]["metadata"]["annotations"]
+    assert annotations["nginx.ingress.kubernetes.io/proxy-body-size"] == f"{size}m"
+    assert annotations["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
