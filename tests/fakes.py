@@ -54,6 +54,7 @@ class _Held:
     block_ids: list[int] = field(default_factory=list)
     prefix_hashes: list[bytes] = field(default_factory=list)
     rope_length: int = 0
+    num_freed: int = 0
 
 
 class FakeRunner:
@@ -62,7 +63,8 @@ class FakeRunner:
     ``next_token`` replaces the hash by a script of one's own. ``fail_requests`` and ``fail_items``
     (request ids, digests) may be changed between steps: they fail as a runner would report it.
     ``encoder_cache_size`` is the most embeddings that may be resident, ``encode_budget`` the most
-    that one plan may encode; None does not check.
+    that one plan may encode; None does not check. ``window``: tokens before the next one
+    that are read.
     """
 
     def __init__(
@@ -74,7 +76,9 @@ class FakeRunner:
         next_token: NextToken | None = None,
         encoder_cache_size: int | None = None,
         encode_budget: int | None = None,
+        window: int | None = None,
     ) -> None:
+        self.window = window
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
@@ -137,7 +141,8 @@ class FakeRunner:
 
     def _drop(self, seq_id: int) -> None:
         _check(seq_id in self._held, f"drops sequence {seq_id}, which is not held")
-        self._users.subtract(self._held.pop(seq_id).block_ids)
+        held = self._held.pop(seq_id)
+        self._users.subtract(held.block_ids[held.num_freed :])
 
     def _add(self, new: NewSequence) -> None:
         _check(new.seq_id not in self._held, f"adds sequence {new.seq_id} twice")
@@ -197,6 +202,7 @@ class FakeRunner:
             slots = self._slots.setdefault(block_id, [None] * self.block_size)
             slots[slot] = held.prefix_hashes[pos]
         held.num_computed = end
+        self._free_passed(held, end)
         self.num_computed_tokens += span.num_tokens
         if held.request.params.prompt_logprobs is not None:
             result.prompt_logprobs[span.seq_id] = tuple(
@@ -207,6 +213,14 @@ class FakeRunner:
             result.samples[span.seq_id] = self._sample(held)
         if span.pools:
             result.embeddings[span.seq_id] = held.prefix_hashes[-1]
+
+    def _free_passed(self, held: _Held, num_computed: int) -> None:
+        """Count the blocks behind the window as given back, once they are computed."""
+        if self.window is None:
+            return
+        end = max(held.num_freed, max(0, num_computed - self.window) // self.block_size)
+        self._users.subtract(held.block_ids[held.num_freed : end])
+        held.num_freed = end
 
     def _check_span(self, span: Span, held: _Held) -> None:
         end = span.start + span.num_tokens
@@ -220,7 +234,8 @@ class FakeRunner:
         if held.num_computed is not None:
             _check(span.start == held.num_computed, f"{name} follows {held.num_computed} computed")
         _check(end <= len(held.block_ids) * self.block_size, f"{name} is not covered by blocks")
-        for block, first in enumerate(range(0, span.start, self.block_size)):
+        for block in range(held.num_freed, -(-span.start // self.block_size)):
+            first = block * self.block_size
             wanted = held.prefix_hashes[first : min(first + self.block_size, span.start)]
             found = self._slots.get(held.block_ids[block], [])[: len(wanted)]
             _check(found == wanted, f"{name}: block {block} has other contents")

@@ -54,6 +54,7 @@ class Driver:
             vocab_size=vocab_size,
             encoder_cache_size=self.limits.encoder_cache_size,
             encode_budget=self.limits.encode_budget,
+            window=self.limits.window,
         )
         self.outcomes: dict[str, Outcome] = {}
         self.num_steps = 0

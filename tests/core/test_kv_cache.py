@@ -196,3 +196,36 @@ def test_integrity_notices_blocks_that_nobody_accounts_for() -> None:
     seq.num_computed = 9
     with pytest.raises(IntegrityError, match="do not cover"):
         manager.check_integrity([seq])
+
+
+def test_blocks_behind_a_window_are_freed_and_can_still_be_found() -> None:
+    manager = KVCacheManager(8, 4, window=6)
+    seq = start(manager, list(range(18)))
+    first = list(seq.block_ids)
+    compute(manager, seq, 9)
+    assert manager.num_used_blocks == 5, "the first block has one token that is read"
+    compute(manager, seq, 10)
+    assert manager.num_used_blocks == 4
+    compute(manager, seq)
+    assert manager.num_used_blocks == 2
+    assert seq.block_ids[3:] == first[3:]
+    manager.check_integrity([seq])
+    match = manager.match(open_seq(manager, list(range(18))))
+    assert match.block_ids == tuple(first[:4])
+    other = start(manager, list(range(18)))
+    manager.check_integrity([seq, other])
+    manager.release(seq)
+    manager.release(other)
+    assert manager.num_used_blocks == 0
+    manager.check_integrity([])
+
+
+def test_a_window_needs_no_prefix_cache() -> None:
+    manager = KVCacheManager(4, 4, prefix_caching=False, window=4)
+    seq = start(manager, list(range(14)))
+    compute(manager, seq)
+    assert manager.num_used_blocks == 2
+    seq.token_ids += range(14, 21)
+    assert manager.extend(seq)
+    assert len(seq.block_ids) == 6
+    manager.check_integrity([seq])

@@ -107,6 +107,7 @@ tight_limits = st.fixed_dictionaries(
         "encoder_cache_size": st.sampled_from([4, 7, 8, 11, 20]),
         "enable_prefix_caching": st.booleans(),
         "enable_chunked_prefill": st.booleans(),
+        "window": st.sampled_from([None, None, 1, 3, 8]),
     }
 )
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sensorium.errors import ConfigError, UnsupportedModelError
 from sensorium.kernels.cpu.linear import onednn
 from sensorium.models import loader
+from sensorium.models.configs import read_text_config
 from sensorium.models.interface import LoadedConfig, stop_token_ids
 from sensorium.models.loading import checkpoint
 from sensorium.models.registry import FAMILIES, resolve
@@ -306,6 +307,18 @@ def test_windows_of_layers(
     layers = model.decoder.layers
     assert tuple(layer.attention.variant.window for layer in layers) == windows
     assert model.shape.max_position > 100
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "qwen2_vl", "qwen2_vl_text"])
+@pytest.mark.parametrize("given", [{}, {"use_sliding_window": None}, {"layer_types": BOTH_KINDS}])
+def test_qwen_has_no_window_unless_it_is_switched_on(
+    model_type: str, given: dict[str, object]
+) -> None:
+    """Published files name a size that is not used; transformers' default is off, too."""
+    config: dict[str, object] = {"model_type": model_type, "num_hidden_layers": 2, **given}
+    config |= {"sliding_window": 100, "max_window_layers": 0}
+    assert read_text_config(config).windows == (None, None)
+    assert read_text_config(config | {"use_sliding_window": True}).windows[0] == 100
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ five things that the scheduler does with them. For one sequence with blocks of 4
 
 ``match`` finds block 7 by its digest, ``reserve`` shares it and allocates 2 and 5, ``extend`` adds
 a block when tokens need it, ``commit`` registers block 2 in the index once it is computed, and
-``release`` frees all. A registered block is never written again while a sequence holds it: matches
-are whole blocks, and what follows goes into blocks of the sequence's own.
+``release`` frees all. Where every layer has a sliding window, ``commit`` also frees the blocks
+behind it. A registered block is never written again while a sequence holds it: matches are whole
+blocks, and what follows goes into blocks of the sequence's own.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class PrefixMatch:
 
 
 NO_MATCH = PrefixMatch()
+FREED = -1
+"""In the place of a block that a sequence has given back, as its window has passed it."""
 
 
 class KVCacheManager:
@@ -44,12 +47,22 @@ class KVCacheManager:
 
     It is the only writer of ``block_ids``, ``block_digests`` and ``num_registered`` of a
     ``Sequence``. Without ``prefix_caching`` no digests are computed, and nothing is ever found.
+    ``window``: tokens before a sequence's next one that are still read; blocks behind them are
+    freed while it runs. None: all are read.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        window: int | None = None,
+    ) -> None:
         self._pool = BlockPool(num_blocks, block_size)
         self._index = PrefixIndex()
         self._prefix_caching = prefix_caching
+        self._window = window
         self._promised: dict[bytes, int] = {}
 
     @property
@@ -113,7 +126,17 @@ class KVCacheManager:
         return tuple(new_block_ids)
 
     def commit(self, seq: Sequence) -> None:
-        """Register the blocks that ``num_computed`` has filled in the prefix index."""
+        """Register the blocks that ``num_computed`` has filled; free those behind the window."""
+        self._register(seq)
+        if self._window is None:
+            return
+        end = max(0, seq.num_computed - self._window) // self._pool.block_size
+        for block in range(seq.num_freed, end):
+            self._free(seq.block_ids[block])
+            seq.block_ids[block] = FREED
+        seq.num_freed = max(seq.num_freed, end)
+
+    def _register(self, seq: Sequence) -> None:
         num_full = seq.num_computed // self._pool.block_size
         if num_full <= seq.num_registered or not self._prefix_caching:
             return
@@ -127,10 +150,10 @@ class KVCacheManager:
     def release(self, seq: Sequence) -> None:
         """Free all blocks. Registered ones can be found until they are handed out again."""
         self.withdraw(seq)
-        for block_id in reversed(seq.block_ids):
-            self._pool.release(block_id, keep=self._index.holds(block_id))
+        for block_id in reversed(seq.block_ids[seq.num_freed :]):
+            self._free(block_id)
         seq.block_ids = []
-        seq.num_registered = 0
+        seq.num_registered = seq.num_freed = 0
 
     def withdraw(self, seq: Sequence) -> None:
         """Withdraw the promised blocks of a sequence: those that wait for one compute it."""
@@ -141,7 +164,8 @@ class KVCacheManager:
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Raise ``IntegrityError`` on a contradiction; only ``sequences`` may hold blocks."""
         sequences = list(sequences)
-        self._pool.check_integrity(b for seq in sequences for b in seq.block_ids)
+        held = {seq.seq_id: seq.block_ids[seq.num_freed :] for seq in sequences}
+        self._pool.check_integrity(b for block_ids in held.values() for b in block_ids)
         self._index.check_integrity()
         holders = {seq.seq_id for seq in sequences if seq.block_ids}
         for digest, seq_id in self._promised.items():
@@ -150,13 +174,16 @@ class KVCacheManager:
             if digest in self._index:
                 raise IntegrityError(f"sequence {seq_id} promises a block that is there")
         for seq in sequences:
-            if len(set(seq.block_ids)) != len(seq.block_ids):
+            if len(set(held[seq.seq_id])) != len(held[seq.seq_id]) or FREED in held[seq.seq_id]:
                 raise IntegrityError(f"sequence {seq.seq_id} holds a block twice")
             if len(seq.block_ids) * self._pool.block_size < seq.num_computed:
                 raise IntegrityError(f"blocks of sequence {seq.seq_id} do not cover its tokens")
 
     def _num_blocks_for(self, seq: Sequence) -> int:
         return -(-len(seq.token_ids) // self._pool.block_size)
+
+    def _free(self, block_id: int) -> None:
+        self._pool.release(block_id, keep=self._index.holds(block_id))
 
     def _allocate(self, num_blocks: int) -> list[int]:
         block_ids = self._pool.allocate(num_blocks)

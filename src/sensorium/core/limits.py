@@ -19,7 +19,8 @@ class SchedulerLimits:
     a sequence, prompt and generated. num_blocks, block_size: the KV cache, in blocks and tokens.
     encode_budget: embeddings encoded in one step; encoder_cache_size: embeddings kept for use and
     reuse; both at least as large as the largest item that is to be served. max_num_waiting: longer
-    queues are refused; None for any length.
+    queues are refused; None for any length. window: tokens before a sequence's next one that its
+    layers may read; None for all.
     """
 
     max_num_seqs: int
@@ -32,6 +33,7 @@ class SchedulerLimits:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     max_num_waiting: int | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         lows = {"encode_budget": 0, "encoder_cache_size": 0, "max_model_len": 2}

@@ -151,16 +151,17 @@ class Sequence:
     """The scheduler's record of one request. Only the scheduler writes to it.
 
     Invariant: ``0 <= num_computed <= len(token_ids)``, and ``block_ids`` cover at least
-    ``num_computed`` tokens.
+    ``num_computed`` tokens, counting ``num_freed`` blocks that were given back.
 
     Attributes:
         token_ids: All known tokens: the prompt and the generated ones.
         num_computed: How many of them have their keys and values in the cache.
         num_cached: Prompt tokens found in the prefix cache when the sequence first started.
-        block_ids: Its blocks; like the next field and ``num_registered``, written by
-            ``KVCacheManager``.
+        block_ids: Its blocks; like the next field, ``num_registered`` and ``num_freed``, written
+            by ``KVCacheManager``.
         block_digests: Those of the leading full blocks, as far as they were needed.
         num_registered: Leading blocks that have been offered to the prefix index.
+        num_freed: Leading blocks that were given back, as no row reads them any more.
         eos_ids: Tokens that end the sequence; empty with ``ignore_eos``.
         stop_ids: Further tokens that end it.
         waits_for: Digest of a block that another sequence is computing and this one could share.
@@ -179,6 +180,7 @@ class Sequence:
     block_digests: list[bytes] = field(default_factory=list)
     num_preemptions: int = 0
     num_registered: int = 0
+    num_freed: int = 0
     eos_ids: frozenset[int] = frozenset()
     stop_ids: frozenset[int] = frozenset()
     first_scheduled_time: float | None = None

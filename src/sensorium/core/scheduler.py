@@ -68,9 +68,9 @@ class Scheduler:
         This is for a step that was interrupted at an unknown point. The runner must be reset, too.
         """
         limits = self.limits
-        self._kv_cache = KVCacheManager(
-            limits.num_blocks, limits.block_size, prefix_caching=limits.enable_prefix_caching
-        )
+        caching, window = limits.enable_prefix_caching, limits.window
+        blocks = limits.num_blocks, limits.block_size
+        self._kv_cache = KVCacheManager(*blocks, prefix_caching=caching, window=window)
         self._encoder_cache = EncoderCacheBudget(limits.encoder_cache_size)
         self._live: dict[int, Sequence] = {}
         self._seq_ids: dict[str, int] = {}

@@ -126,6 +126,7 @@ class TextConfig:
             max_position=self.context,
             short_context=short if short is not None and short < self.context else None,
             rope_grows=self.rope["rope_type"] == "dynamic",
+            window=None if None in self.windows else max(size or 0 for size in self.windows),
         )
 
 
