@@ -91,3 +91,27 @@ def test_ctrl_c_while_workers_start_prints_nothing_of_theirs(call: str, module: 
     assert process.returncode == -signal.SIGINT
     psutil.wait_procs([started], timeout=60)
     assert not started.is_running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_right_after_the_start_stops_a_server_in_order(number: signal.Signals) -> None:
+    """It comes as soon as the engine's process is there, before anything listens or heeds it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sensorium", "serve", "demo", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=tied_to_this_process(),
+    )
+    while (engine := child(process, "sensorium.engine.serving.worker")) is None:
+        assert process.poll() is None
+    folder = Path(engine.cmdline()[-1])
+    os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors.decode()
+    assert output == b""
+    assert b"Traceback" not in errors
+    psutil.wait_procs([engine], timeout=60)
+    assert not engine.is_running()
+    assert folder.name.startswith("sensorium-")
+    assert not folder.exists()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import socket
+import threading
 from pathlib import Path
 
 import aiohttp
@@ -14,8 +17,9 @@ import pytest
 
 from sensorium.config import ServerConfig
 from sensorium.errors import ConfigError
+from sensorium.processes.start import STOPS
 from sensorium.server import launch
-from sensorium.server.launch import listening_socket
+from sensorium.server.launch import StopSignals, bound_listener, listening_socket
 from tests.server.fake_frontend import TOKENIZER, FakeFrontend, hang
 from tests.server.harness import USER, running, status_of, until
 
@@ -317,3 +321,33 @@ async def test_a_unix_socket_is_served_replaced_and_removed(
     assert path.read_text() == "a file of somebody"
     with pytest.raises(ConfigError, match="uds must be a path"):
         ServerConfig(uds="x" * 200)
+
+
+async def test_a_signal_ends_the_look_up_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow(*_: object, **__: object) -> list[tuple[object, ...]]:
+        asked.set()
+        answer.wait(60)
+        raise OSError("too late")
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    signals = StopSignals()
+    task = asyncio.create_task(bound_listener(ServerConfig(host="slow.invalid"), signals))
+    await asyncio.to_thread(asked.wait, 60)
+    assert not task.done()
+    signals.on_signal()
+    assert await asyncio.wait_for(task, 30) is None
+    answer.set()
+
+
+async def test_signals_are_held_again_when_the_server_has_ended() -> None:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        with StopSignals().installed() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(signals.stop.wait(), 30)
+            assert not signals.hurry.is_set()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= STOPS
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

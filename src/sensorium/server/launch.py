@@ -13,6 +13,7 @@ import socket
 import ssl
 import stat
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from sensorium.config import EngineConfig, ServerConfig
 from sensorium.engine.serving.frontend import Frontend
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.forks import OWN_THREADS
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.processes.start import STOPS
 from sensorium.server.app import build_app
@@ -60,8 +62,7 @@ def serve(
     check_config(config)
     if unread := environment.unread_variables():
         logger.warning("environment variables without effect: %s", ", ".join(unread))
-    with listening(config) as listener:
-        asyncio.run(_serve(engine, config, listener, process))
+    asyncio.run(_serve(engine, config, process))
 
 
 @contextlib.contextmanager
@@ -71,15 +72,23 @@ def listening(config: ServerConfig) -> Iterator[socket.socket]:
     Raises ConfigError when the address cannot be used.
     """
     if config.uds is None:
-        with contextlib.closing(listening_socket(config.host, config.port)) as listener:
-            yield listener
-        return
-    with contextlib.closing(unix_socket(config.uds)) as listener:
+        listener = listening_socket(config.host, config.port)
+    else:
+        listener = unix_socket(config.uds)
+    with _closing(listener, config):
+        yield listener
+
+
+@contextlib.contextmanager
+def _closing(listener: socket.socket, config: ServerConfig) -> Iterator[None]:
+    """Close a bound socket at the end, and remove its file."""
+    with contextlib.closing(listener):
         try:
-            yield listener
+            yield
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(config.uds)
+            if config.uds is not None:
+                with contextlib.suppress(OSError):
+                    os.unlink(config.uds)
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -153,10 +162,12 @@ class StopSignals:
         loop = asyncio.get_running_loop()
         for number in STOPS:
             loop.add_signal_handler(number, self.on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # the command line holds them until now
+        # The command line holds them until now.
+        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         try:
             yield self
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for number in STOPS:
                 loop.remove_signal_handler(number)
 
@@ -167,35 +178,82 @@ class StopSignals:
         self.stop.set()
 
 
-async def _serve(
+async def _serve(engine: EngineConfig, config: ServerConfig, process: EngineProcess | None) -> None:
+    with StopSignals().installed() as signals:
+        listener = await bound_listener(config, signals)
+        if listener is None:
+            return
+        with _closing(listener, config):
+            await _serve_on(listener, engine, config, process, signals)
+
+
+async def bound_listener(config: ServerConfig, signals: StopSignals) -> socket.socket | None:
+    """Return the bound socket, or None when a signal comes before the host's name is resolved.
+
+    The C library's look-up cannot be interrupted, and may take long: it runs in a thread for which
+    the end of the process does not wait. Raises ConfigError when the address cannot be used.
+    """
+    if config.uds is not None:
+        return unix_socket(config.uds)
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[socket.socket] = loop.create_future()
+
+    def tell(listener: socket.socket | None, error: ConfigError | None) -> None:
+        if found.done():
+            return
+        if listener is not None:
+            found.set_result(listener)
+        elif error is not None:
+            found.set_exception(error)
+
+    def look_up() -> None:
+        listener, error = None, None
+        try:
+            listener = listening_socket(config.host, config.port)
+        except ConfigError as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(tell, listener, error)
+
+    threading.Thread(target=look_up, name=f"{OWN_THREADS}look-up", daemon=True).start()
+    stopping = asyncio.create_task(signals.stop.wait())
+    await asyncio.wait((found, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if found.done():
+        return found.result()
+    found.cancel()
+    return None
+
+
+async def _serve_on(
+    listener: socket.socket,
     engine: EngineConfig,
     config: ServerConfig,
-    listener: socket.socket,
     process: EngineProcess | None,
+    signals: StopSignals,
 ) -> None:
-    with StopSignals().installed() as signals:
-        starting = asyncio.create_task(
-            Frontend.start(
-                engine,
-                trust_request_chat_template=config.trust_request_chat_template,
-                process=process,
-            )
+    starting = asyncio.create_task(
+        Frontend.start(
+            engine,
+            trust_request_chat_template=config.trust_request_chat_template,
+            process=process,
         )
-        stopping = asyncio.create_task(signals.stop.wait())
-        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not starting.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
-            return
-        frontend = starting.result()
-        try:
-            app = build_app(frontend, config)
-        except BaseException:
-            await frontend.shutdown()
-            raise
-        reduce_pauses()
-        await run_app(app, config, listener, signals)
+    )
+    stopping = asyncio.create_task(signals.stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return
+    frontend = starting.result()
+    try:
+        app = build_app(frontend, config)
+    except BaseException:
+        await frontend.shutdown()
+        raise
+    reduce_pauses()
+    await run_app(app, config, listener, signals)
 
 
 def reduce_pauses() -> None:

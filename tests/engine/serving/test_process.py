@@ -13,6 +13,7 @@ import pytest
 from sensorium.config import engine_config
 from sensorium.engine.serving.client import EngineClient
 from sensorium.engine.serving.process import EngineProcess
+from sensorium.errors import SensoriumError
 
 
 async def test_a_process_that_was_started_early_is_the_one_of_the_client() -> None:
@@ -69,3 +70,20 @@ def test_what_starts_the_process_is_light() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+async def test_a_failure_before_the_front_listens_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torch.py").write_text("raise RuntimeError('a broken installation')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    process = EngineProcess().start()
+    while "the engine could not start" not in capfd.readouterr().err:
+        assert process.returncode is None
+        await asyncio.sleep(0.01)
+    client = EngineClient(engine_config(model="demo"), process)
+    try:
+        with pytest.raises(SensoriumError, match="a broken installation"):
+            await asyncio.wait_for(client.start(), 60)
+    finally:
+        await client.stop()

@@ -12,15 +12,17 @@ import os
 import shutil
 import sys
 import time
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import zmq
 
 from sensorium.engine import wire
-from sensorium.engine.engine import Engine
 from sensorium.errors import SensoriumError, UnavailableError
 from sensorium.kernels.cpu import threads
 from sensorium.processes.start import begin_child
+
+if TYPE_CHECKING:
+    from sensorium.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -61,19 +63,22 @@ def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
         threads.prepare()
         # Before the configuration comes: the frontend loads its own libraries meanwhile.
         from sensorium.engine.executor import build_engine
-
-        message = _receive(socket, parent)
-        if not isinstance(message, wire.Configure):
-            return 1
+    except Exception as error:
+        logger.exception("the engine could not start")
+        # The frontend may not listen yet, and what is sent now would be lost with this process.
+        _receive(socket, parent)
+        return _fail(socket, error)
+    message = _receive(socket, parent)
+    if not isinstance(message, wire.Configure):
+        return 1
+    try:
         engine = build_engine(message.config, own_process=True)
     except SensoriumError as error:
         socket.send(wire.encode(wire.Failed(error.message, error.code, error.param)))
         return 1
     except Exception as error:
         logger.exception("the engine could not start")
-        text = f"The engine could not start: {type(error).__name__}: {error}"
-        socket.send(wire.encode(wire.Failed(text, "internal_error")))
-        return 1
+        return _fail(socket, error)
     socket.send(wire.encode(wire.Ready(engine.facts)))
     watch = StepWatch(message.config.scheduler.engine_step_timeout)
     try:
@@ -85,6 +90,13 @@ def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
     finally:
         watch.rest()
     return 0
+
+
+def _fail(socket: zmq.Socket[bytes], error: Exception) -> int:
+    """Tell the frontend of an error that is no fault of the configuration; return the status."""
+    text = f"The engine could not start: {type(error).__name__}: {error}"
+    socket.send(wire.encode(wire.Failed(text, "internal_error")))
+    return 1
 
 
 def _receive(socket: zmq.Socket[bytes], parent: int) -> wire.ToEngine | None:
