@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "float16", "bfloat16")
-LOADING = 2
+LOADING = 1.25
 """Times the memory of its weights that a model may take while it is loaded."""
 
 
@@ -52,9 +52,9 @@ def suited_to_cpu(
 
     from sensorium.kernels import ops
 
-    name, size = str(dtype).removeprefix("torch."), count() * torch.float32.itemsize
     if ops.has_units(dtype):
         return dtype
+    name, size = str(dtype).removeprefix("torch."), count() * torch.float32.itemsize
     if in_kernels and ops.runs_well(dtype):
         logger.info(
             "this CPU has no units for %s: the weights stay in it (%.1f GiB) and are computed in "
@@ -67,10 +67,11 @@ def suited_to_cpu(
     if size * LOADING > available:
         logger.warning(
             "this CPU has no units for %s, so the model runs several times slower than it would in "
-            "float32; but its weights in float32 (%.1f GiB, twice that while loading) do not fit "
-            "into the %.1f GiB of memory that are available. --dtype float32 tries all the same",
+            "float32; but its weights in float32 (%.1f GiB, %.1f while loading) do not fit into "
+            "the %.1f GiB of memory that are available. --dtype float32 tries all the same",
             name,
             size / GIB,
+            size * LOADING / GIB,
             available / GIB,
         )
         return dtype

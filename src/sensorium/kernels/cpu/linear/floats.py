@@ -12,13 +12,16 @@ and stored input by input, [group][K][rows of the group].
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from numba import types
 
+from sensorium.kernels.cpu import huge_pages
 from sensorium.kernels.cpu.launch import Launcher, compile_kernel, is_recording, pack
 from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.cpu.linear.epilogue import CODES, activate
@@ -58,6 +61,10 @@ SERIAL_WORK = 128 * 1024
 """Multiply-adds that one thread runs; more are shared."""
 RELEASED_WORK = 256 * 1024 * 1024
 """Multiply-adds from which a product runs without the GIL."""
+HUGE_BYTES = 2 << 20
+"""Size from which panels get memory with huge pages."""
+PADDED_VALUES = 1 << 20
+"""Weights that are padded at once."""
 
 
 # -- kernels --------------------------------------------------------------------------------------
@@ -335,19 +342,29 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Float
     """
     dtype = weight.dtype if dtype is None else dtype
     num_outputs, num_inputs = weight.shape
-    missing = -num_outputs % WIDTH, num_inputs % STEP
-    if any(missing):
-        weight = torch.nn.functional.pad(weight, (0, missing[1], 0, missing[0]))
-    weight = weight.contiguous()
-    num_panels, depth = weight.shape[0] // WIDTH, weight.shape[1]
+    num_panels, depth = -(-num_outputs // WIDTH), num_inputs + num_inputs % STEP
     pairs = weight.dtype == torch.bfloat16
-    panels = weight.new_empty(
-        (num_panels, depth // STEP, WIDTH, STEP) if pairs else (num_panels, depth, WIDTH)
-    )
-    size = depth // STEP if pairs else depth
-    args = pack(num_panels, weight.data_ptr(), panels.data_ptr(), size)
-    pack_kernel(2 if weight.dtype == torch.float16 else 4).released(args)
+    shape = (num_panels, depth // STEP, WIDTH, STEP) if pairs else (num_panels, depth, WIDTH)
+    large = math.prod(shape) * weight.dtype.itemsize >= HUGE_BYTES
+    panels = huge_pages.zeros(shape, weight.dtype) if large else weight.new_empty(shape)
+    # Rows and inputs that lack to whole panels are added in bands: a whole copy might be large.
+    most = num_panels if depth == num_inputs else PADDED_VALUES // (WIDTH * depth)
+    starts = [*range(0, num_outputs // WIDTH, max(1, most)), num_outputs // WIDTH, num_panels]
+    for first, end in pairwise(starts):
+        rows = weight[first * WIDTH : end * WIDTH]
+        missing = (0, depth - num_inputs, 0, (end - first) * WIDTH - len(rows))
+        if any(missing):
+            rows = torch.nn.functional.pad(rows, missing)
+        if end > first:
+            _place(rows.contiguous(), panels[first:end])
     return FloatWeight(panels, (num_outputs, num_inputs), dtype)
+
+
+def _place(rows: torch.Tensor, panels: torch.Tensor) -> None:
+    """Put rows (P * 16, K) into P panels, K even."""
+    num_panels, size = panels.shape[:2]
+    args = pack(num_panels, rows.data_ptr(), panels.data_ptr(), size)
+    pack_kernel(2 if rows.dtype == torch.float16 else 4).released(args)
 
 
 def multiply(
