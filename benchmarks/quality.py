@@ -92,7 +92,11 @@ def read(settings: Settings, windows: Sequence[list[int]], options: Mapping[str,
     greedy = SamplingParams(temperature=0, max_tokens=settings.answer, ignore_eos=True)
     chances, likely = [], []
     with LLM(
-        settings.model, max_model_len=2 * settings.window, num_kv_blocks=600, **options
+        settings.model,
+        max_model_len=2 * settings.window,
+        num_kv_blocks=600,
+        weights_cache="off",  # weights that are not weighed have the same name there
+        **options,
     ) as llm:
         prompts = [{"prompt_token_ids": window} for window in windows]
         for window, out in zip(windows, llm.generate(prompts, scored, use_tqdm=False), strict=True):
@@ -111,7 +115,7 @@ def as_named(name: str) -> Iterator[None]:
     """Take the measurement of inputs away for the format that goes without it."""
     original = calibrate.mean_squares
     if name == NOT_WEIGHED:
-        calibrate.mean_squares = lambda model: {}
+        calibrate.mean_squares = lambda *_: {}
     try:
         yield
     finally:

@@ -1,10 +1,11 @@
 """Time and memory of a start: ``LLM`` and ``sensorium serve``, to the first token.
 
-    python -m benchmarks.start CHECKPOINT [--dtype float32 …] [--runs 3] --output FILE.json
+    python -m benchmarks.start CHECKPOINT [--formats auto int8 …] [--runs 3] --output FILE.json
 
 Times are given in seconds by the clock and in seconds of CPU time, which other programs on the
 machine disturb less. Memory is the peak of resident memory, with the pages of mapped files, above
 what the process held before it loaded the model, as a multiple of the model's weights at rest.
+Quantized formats start with an empty weights cache once (`first`), then with a filled one.
 ``benchmarks.peers.checkpoints`` makes checkpoints of real shapes.
 """
 
@@ -16,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -122,26 +124,37 @@ def medians(runs: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
+def measured(checkpoint: str, name: str, cache: str, runs: int) -> dict[str, Any]:
+    """Measure one format: a dtype, or one to quantize to."""
+    quantized = name in ("int8", "int4")
+    keywords: dict[str, Any] = {"model": checkpoint, "max_model_len": 2048}
+    keywords |= {"quantization" if quantized else "dtype": name, "weights_cache": cache}
+    flags = ["--quantization" if quantized else "--dtype", name, "--max-model-len", "2048"]
+    offline(keywords | {"weights_cache": "off"})  # fills the caches of kernels and of files
+    found: dict[str, Any] = {}
+    if quantized:
+        found["first"] = offline(keywords)
+    found["LLM"] = medians([offline(keywords) for _ in range(runs)])
+    flags += ["--weights-cache", cache]
+    found["serve"] = medians([served(checkpoint, flags) for _ in range(runs)])
+    return found
+
+
 def main() -> None:
-    """Measure each dtype, print medians and write them."""
+    """Measure each format, print medians and write them."""
     parser = argparse.ArgumentParser(description="Measure the start of the engine.")
     parser.add_argument("checkpoint")
-    parser.add_argument("--dtype", nargs="+", default=["auto", "float32"])
+    parser.add_argument("--formats", nargs="+", default=["auto", "float32", "int8", "int4"])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     settings = {"checkpoint": Path(arguments.checkpoint).name, "runs": arguments.runs}
     results: dict[str, Any] = report.header("start", settings)
-    for dtype in arguments.dtype:
-        keywords = {"model": arguments.checkpoint, "dtype": dtype, "max_model_len": 2048}
-        flags = ["--dtype", dtype, "--max-model-len", "2048"]
-        offline(keywords)  # fills the caches of kernels and of files
-        results[dtype] = {
-            "LLM": medians([offline(keywords) for _ in range(arguments.runs)]),
-            "serve": medians([served(arguments.checkpoint, flags) for _ in range(arguments.runs)]),
-        }
-        print(json.dumps({dtype: results[dtype]}, indent=1))
-    report.write_json(results, arguments.output)
+    with tempfile.TemporaryDirectory() as cache:
+        for name in arguments.formats:
+            results[name] = measured(arguments.checkpoint, name, cache, arguments.runs)
+            print(json.dumps({name: results[name]}, indent=1))
+            report.write_json(results, arguments.output)
 
 
 if __name__ == "__main__":

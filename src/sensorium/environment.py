@@ -2,14 +2,15 @@
 
 Values that make no sense are refused, except for the log level.
 
-``kernels/cpu/threads.py`` and ``kernels/cpu/launch.py`` look at variables of other programs besides
-(OpenMP's, the C library's and ``XDG_CACHE_HOME``).
+``kernels/cpu/threads.py`` looks at variables of other programs besides (OpenMP's and the C
+library's).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sensorium.errors import ConfigError
@@ -43,6 +44,15 @@ def progress_wanted(environ: Mapping[str, str] | None = None) -> bool:
 def set_progress(wanted: bool) -> None:
     """Show or hide progress in this process and those that it starts."""
     os.environ[PROGRESS] = "1" if wanted else "0"
+
+
+def cache_root(environ: Mapping[str, str] | None = None) -> Path:
+    """The folder of caches: ``XDG_CACHE_HOME``, or ``~/.cache`` when it is unset.
+
+    It may be relative, which is to be ignored by XDG's rule; "~" stays for a user without a home.
+    """
+    environ = os.environ if environ is None else environ
+    return Path(environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"))
 
 
 _PREFIXES = ("SENSORIUM", "VLLM", "APHRODITE")

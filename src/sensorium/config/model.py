@@ -78,6 +78,17 @@ class ModelConfig:
         "The same for the language-model head and the token embedding. auto: int8 with "
         "--quantization, else none.",
     )
+    weights_cache: str = option(
+        "auto",
+        "Folder in which quantized weights are kept for the next start. auto: in the cache folder "
+        "of the user, from 32 MiB on; off: nowhere.",
+    )
+    weights_cache_gb: float = option(
+        16.0,
+        "Size of that folder in GiB; what was used least recently makes room. 0: off.",
+        ge=0,
+        le=1 << 20,
+    )
     batch_invariant: bool | None = option(
         None,
         "Make tokens and log probabilities of a request bitwise independent of the rest of the "
@@ -131,6 +142,7 @@ class ModelConfig:
             get_args(ContentFormat),
         )
         self._check_quantization()
+        check_non_empty("weights_cache", self.weights_cache)
         if self.task is not None:
             check_choice("task", self.task, ("generate", "embed", "embedding"))
             meant = "generate" if self.task == "generate" else "pooling"

@@ -6,9 +6,11 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from sensorium import environment
 from sensorium.config import GIB, EngineConfig
 from sensorium.core.limits import SchedulerLimits
 from sensorium.core.scheduler import Scheduler
@@ -22,6 +24,7 @@ from sensorium.kernels.cpu import threads
 from sensorium.models import loader
 from sensorium.models.interface import Family, TextShape
 from sensorium.models.loading.quantize import WeightFormats
+from sensorium.models.loading.weights_cache import CacheSettings
 from sensorium.processes import cores
 from sensorium.runtime.crowding import ThreadAdapter
 from sensorium.runtime.encoder import FeatureStore
@@ -31,6 +34,10 @@ from sensorium.runtime.runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCHED_TOKENS = 2048
+LEAST_KEPT = 32 << 20
+"""Bytes of quantized weights from which they are kept by default: fewer are made in a moment."""
+WINDOW_MARGIN = 64
+"""Tokens before a sliding window that kernels may read, as they take steps of so many at most."""
 SMALL_DECODER = 10_000_000
 """Number of weights, roughly counted, below which a decoder runs on one thread."""
 
@@ -112,7 +119,11 @@ def build_parts(
     runner = ModelRunner(
         model, caches, store, batch_invariant=invariant, after_step=adapter.after_step
     )
-    scheduler = Scheduler(_limits(config, geometry, shape.embed_size, model.dtype))
+    limits = _limits(config, geometry, shape.embed_size, model.dtype)
+    window = None if loaded.family.bidirectional else shape.window
+    if window is not None:
+        limits = replace(limits, window=window + WINDOW_MARGIN)
+    scheduler = Scheduler(limits)
     facts = EngineFacts(
         max_model_len=geometry.max_model_len,
         num_kv_blocks=geometry.num_blocks,
@@ -161,6 +172,7 @@ def _loaded(config: EngineConfig, device: str, proceed: Callable[[], object]) ->
         runner=config.model.runner,
         download_dir=config.model.download_dir,
         formats=weight_formats(config),
+        weights_cache=weights_cache(config),
         proceed=proceed,
     )
 
@@ -202,6 +214,17 @@ def weight_formats(config: EngineConfig) -> WeightFormats:
         encoder=config.model.quantization_towers,
         head=head,
     )
+
+
+def weights_cache(config: EngineConfig) -> CacheSettings | None:
+    """Return where quantized weights are kept; None for nowhere."""
+    where, most = config.model.weights_cache, int(config.model.weights_cache_gb * GIB)
+    if where == "off" or most == 0:
+        return None
+    if where != "auto":
+        return CacheSettings(Path(where).expanduser().absolute(), most)
+    root = environment.cache_root()
+    return CacheSettings(root / "sensorium", most, LEAST_KEPT) if root.is_absolute() else None
 
 
 def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:

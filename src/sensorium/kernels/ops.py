@@ -27,6 +27,7 @@ from sensorium.kernels.cpu.attention import causal, paged, route, varlen_vectors
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
 from sensorium.kernels.cpu.linear import int4, int8, integers, onednn, table
+from sensorium.kernels.cpu.numeric import WIDTH
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
 CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -71,6 +72,48 @@ def _pack_quantized(weight: QuantizedTensor, dtype: torch.dtype) -> PackedWeight
             if kind.takes(weight):
                 return kind.pack(weight, dtype)
     return reference.DequantizedWeight(weight, pack_weight(weight.dequantized(), dtype))
+
+
+STORED_KINDS: dict[str, type[PackedWeight]] = {
+    kind.__name__: kind for kind in (int8.Int8Weight, int4.Int4Weight)
+}
+"""Classes of quantized weights that ``tensors`` and ``from_tensors`` keep and restore, by name."""
+QUANTIZED_BAND = 1 << 20
+"""Weights that are quantized before they are packed: bounds temporary memory."""
+
+
+def quantize_and_pack(
+    weight: torch.Tensor,
+    quantize: Callable[[torch.Tensor], torch.Tensor | QuantizedTensor],
+    dtype: torch.dtype,
+) -> PackedWeight:
+    """Quantize a (N, K) weight and pack it for ``linear``, in bands of rows.
+
+    quantize: treats every row by itself. dtype: that of activations and results. Beside the result,
+    only a band is in memory at a time.
+    """
+    num_outputs, num_inputs = weight.shape
+    panels = max(1, QUANTIZED_BAND // (WIDTH * num_inputs))
+    bands = weight.split(panels * WIDTH)
+    first = pack_weight(quantize(bands[0]), dtype)
+    if len(bands) == 1:
+        return first
+    kind = STORED_KINDS.get(type(first).__name__)
+    if kind is None:
+        return pack_weight(quantize(weight), dtype)
+    parts = first.tensors()
+    num_panels = -(-num_outputs // WIDTH)
+    whole = {
+        name: huge_pages.zeros((part.shape[0] // panels * num_panels, *part.shape[1:]), part.dtype)
+        for name, part in parts.items()
+    }
+    places = dict.fromkeys(whole, 0)
+    for band in bands:
+        parts = parts if band is bands[0] else pack_weight(quantize(band), dtype).tensors()
+        for name, part in parts.items():
+            whole[name][places[name] : places[name] + part.shape[0]] = part
+            places[name] += part.shape[0]
+    return kind.from_tensors(whole, (num_outputs, num_inputs), dtype)
 
 
 def linear(

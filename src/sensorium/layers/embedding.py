@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from sensorium.kernels import ops
 from sensorium.kernels.weight import PackedWeight, QuantizedTensor
 from sensorium.layers.linear import Linear
 
@@ -37,7 +38,21 @@ class Embedding:
                 f"{self.size})"
             )
         self.dtype = weight.dtype
-        self.weight = weight.contiguous() if self.quantize is None else self.quantize(weight)
+        if self.quantize is None:
+            self.weight = weight.contiguous()
+            return
+        packed = ops.quantize_and_pack(weight, self.quantize, weight.dtype)
+        readable = packed.has_rows and packed.is_copy
+        self.weight = packed if readable else self.quantize(weight)
+
+    def load_packed(self, weight: PackedWeight) -> None:
+        """Set a table that is packed already. Raises ValueError for another shape."""
+        if weight.shape != (self.num_rows, self.size):
+            raise ValueError(
+                f"embedding has shape {weight.shape}, expected ({self.num_rows}, {self.size})"
+            )
+        self.dtype = weight.dtype
+        self.weight = weight
 
     def share(self, weight: PackedWeight) -> None:
         """Look rows up in the packed weight of a head, and keep no table besides."""
@@ -77,11 +92,13 @@ class LMHead:
     def tie(self, embedding: Embedding) -> None:
         """Load the table of an embedding, which from then on looks up rows in the packed weight.
 
-        It keeps its own where the packed one has no rows.
+        It keeps its own where the packed one has no rows. A table that is packed already serves the
+        head as it is.
         """
         table = embedding.weight
         if isinstance(table, PackedWeight):
-            raise ValueError("an embedding is tied to one head only")
+            self.linear.load_packed(table)
+            return
         self.linear.load(table, dtype=embedding.dtype)
         packed = self.linear.weight
         if packed is not None and packed.has_rows and packed.is_copy:

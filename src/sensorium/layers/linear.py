@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -61,9 +61,28 @@ class Linear:
         dtype: that of inputs and results; the weight's where it is not quantized already. Raises
         ValueError for other shapes or when a bias is missing or unexpected.
         """
-        if tuple(weight.shape) != (self.num_outputs, self.num_inputs):
+        self._check(weight.shape, bias)
+        if isinstance(weight, torch.Tensor):
+            dtype = weight.dtype if dtype is None else dtype
+            if self.quantize is not None:
+                self._set(ops.quantize_and_pack(weight, self.quantize, dtype), bias)
+                return
+        self._set(ops.pack_weight(weight, dtype), bias)
+
+    def load_packed(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
+        """Set a weight that is packed already, and the bias; otherwise as ``load``."""
+        self._check(weight.shape, bias)
+        self._set(weight, bias)
+
+    def _set(self, weight: PackedWeight, bias: torch.Tensor | None) -> None:
+        self.weight = weight
+        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self.forward = ops.bind_linear(weight, self.bias, self.act)
+
+    def _check(self, shape: Sequence[int], bias: torch.Tensor | None) -> None:
+        if tuple(shape) != (self.num_outputs, self.num_inputs):
             raise ValueError(
-                f"linear weight has shape {tuple(weight.shape)}, expected ({self.num_outputs}, "
+                f"linear weight has shape {tuple(shape)}, expected ({self.num_outputs}, "
                 f"{self.num_inputs})"
             )
         if (bias is not None) != self.has_bias:
@@ -72,12 +91,6 @@ class Linear:
             raise ValueError(
                 f"linear bias has shape {tuple(bias.shape)}, expected ({self.num_outputs},)"
             )
-        if isinstance(weight, torch.Tensor):
-            dtype = weight.dtype if dtype is None else dtype
-            weight = weight if self.quantize is None else self.quantize(weight)
-        self.weight = ops.pack_weight(weight, dtype)
-        self.bias = None if bias is None else bias.to(self.weight.dtype).contiguous()
-        self.forward = ops.bind_linear(self.weight, self.bias, self.act)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward(x)

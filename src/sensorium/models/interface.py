@@ -34,6 +34,8 @@ class TextShape:
     num_deep: int = 0
     """Number of parts of hidden_size that an item's embedding has besides the first, for deeper
     layers (DeepStack)."""
+    window: int | None = None
+    """Tokens that a row attends to at most, its own among them, in every layer; None for all."""
     short_context: int | None = None
     """Tokens up to which a sequence has other rotary factors than beyond, where these differ
     (longrope, dynamic)."""
@@ -150,6 +152,7 @@ class WeightSlot:
     ``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on
     its device. ``tied``: set where the one part is expected to be the same as another. ``layers``:
     those that ``assign`` loads and whose weights may be quantized. ``role``: what they belong to.
+    ``packed``: how the slot takes the packed weight of its one layer instead.
     """
 
     parts: tuple[Part, ...]
@@ -157,6 +160,20 @@ class WeightSlot:
     tied: Tied | None = None
     layers: tuple[Linear | Embedding, ...] = ()
     role: Role = "encoder"
+    packed: Packed | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Filling of a slot with the weight of its layer as an earlier start has packed it.
+
+    ``name``: of the weight in its model. ``parts``: what is read of the checkpoint all the same,
+    such as a bias. ``assign``: takes the weight, then the tensors of ``parts`` as a slot does.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    assign: Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True)

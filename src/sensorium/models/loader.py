@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from sensorium.models.loading.quantize import WeightFormats
     from sensorium.models.loading.weights import SafetensorsFiles
+    from sensorium.models.loading.weights_cache import CacheSettings, WeightsCache
     from sensorium.multimodal.processor import Processor
 
 
@@ -90,6 +92,7 @@ def load(
     runner: str = "auto",
     download_dir: str | None = None,
     formats: WeightFormats | None = None,
+    weights_cache: CacheSettings | None = None,
     proceed: Proceed = _always,
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
@@ -99,7 +102,8 @@ def load(
     the memory allows it. device ``auto`` is the first GPU when there is one, else the CPU.
     skip_modalities: their encoders are not built. runner: ``generate``, ``pooling`` or ``auto``; a
     model for pooling is loaded without its language-model head. download_dir: where downloads go,
-    in place of the cache of the Hugging Face hub. formats: how weights are quantized. proceed:
+    in place of the cache of the Hugging Face hub. formats: how weights are quantized.
+    weights_cache: where quantized weights are kept for the next start, None for nowhere. proceed:
     called between weights; what it raises ends the loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
@@ -134,8 +138,9 @@ def load(
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
     built = family.build_model(loaded, options)
-    formats = _calibrated(formats, loaded, family, options, source)
-    _fill(built, source, seed, formats, proceed)
+    cache = _cache(weights_cache, formats, loaded, family, options, source)
+    formats = _calibrated(formats, loaded, family, options, source, proceed)
+    _fill(built, source, seed, formats, proceed, cache)
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
@@ -199,22 +204,44 @@ def _calibrated(
     family: Family,
     options: BuildOptions,
     source: SafetensorsFiles | None,
+    proceed: Proceed,
 ) -> WeightFormats | None:
     """Return the formats with how much each input of a decoder in int4 counts in its errors.
 
-    That is measured on the decoder in int8, which is loaded for this alone; not with random
-    weights.
+    That is measured when the first such weight is quantized; not with random weights.
     """
     if formats is None or formats.decoder != "int4" or source is None:
         return formats
+    files = source
     from sensorium.models.loading.calibrate import mean_squares
-    from sensorium.models.loading.fill import fill
-    from sensorium.models.loading.quantize import WeightFormats
+    from sensorium.models.loading.quantize import Deferred
 
-    bare = dataclasses.replace(options, skip_modalities=frozenset(family.modalities))
-    trial = family.build_model(loaded, bare)
-    fill(trial, source, WeightFormats(decoder="int8", head="int8"))
-    return dataclasses.replace(formats, importance=mean_squares(trial))
+    def measure() -> dict[str, torch.Tensor]:
+        bare = dataclasses.replace(options, skip_modalities=frozenset(family.modalities))
+        return mean_squares(family.build_model(loaded, bare), files, proceed)
+
+    return dataclasses.replace(formats, importance=Deferred(measure))
+
+
+def _cache(
+    settings: CacheSettings | None,
+    formats: WeightFormats | None,
+    loaded: LoadedConfig,
+    family: Family,
+    options: BuildOptions,
+    source: SafetensorsFiles | None,
+) -> WeightsCache | None:
+    """Return the cache of a model's quantized weights; None where there is nothing to keep."""
+    if settings is None or formats is None or formats.first_option() is None or source is None:
+        return None
+    configurations = [loaded.config, *(part.config for part in loaded.parts.values())]
+    return settings.open(
+        source.states,
+        family.name,
+        json.dumps(configurations, sort_keys=True, default=str),
+        (str(options.dtype), sorted(options.skip_modalities), options.head),
+        (formats.decoder, formats.encoder, formats.head),
+    )
 
 
 def _fill(
@@ -223,13 +250,14 @@ def _fill(
     seed: int,
     formats: WeightFormats | None,
     proceed: Proceed,
+    cache: WeightsCache | None,
 ) -> None:
     from sensorium.models.loading.fill import fill, log_sizes
     from sensorium.models.loading.weights import DummyWeights
 
     with _kernels_made(model):
         weights = DummyWeights(seed, model.dtype) if source is None else source
-        fill(model, weights, formats, proceed)
+        fill(model, weights, formats, proceed, cache)
     if formats is not None and formats.first_option() is not None:
         log_sizes(model)
 

@@ -41,6 +41,12 @@ def freed_memory_returned() -> Iterator[None]:
         _LIBC.mallopt(_M_TRIM_THRESHOLD, 2 * _RUNNING_BYTES)
 
 
+def return_freed() -> None:
+    """Return freed memory that lies between what is in use to the system, at once."""
+    if hasattr(_LIBC, "malloc_trim") and not _is_configured():
+        _LIBC.malloc_trim(0)
+
+
 def _is_configured() -> bool:
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     names = ("mmap_threshold", "trim_threshold")

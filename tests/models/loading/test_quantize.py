@@ -14,12 +14,17 @@ from hypothesis import strategies as st
 
 from sensorium import LLM
 from sensorium.errors import ConfigError
+from sensorium.kernels import ops
+from sensorium.kernels.cpu.linear import int4 as int4_products
+from sensorium.kernels.cpu.linear import int8 as int8_products
 from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models import loader
 from sensorium.models.families import hf
+from sensorium.models.interface import BuildOptions
 from sensorium.models.loading import quantize
-from sensorium.models.loading.calibrate import mean_squares
+from sensorium.models.loading.calibrate import NUM_TOKENS, mean_squares
 from sensorium.models.loading.quantize import WeightFormats, int4, int8
+from sensorium.models.loading.weights import SafetensorsFiles
 from sensorium.models.registry import resolve
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf_text
@@ -97,17 +102,17 @@ def test_int4_weighs_errors_by_the_inputs_of_each_layer(tmp_path: Path) -> None:
     folder = str(checkpoints.make_text("qwen2", tmp_path))
     model: Any = loader.load(folder, dtype="float32").model
     layer = model.decoder.layers[0]
-    seen: list[torch.Tensor] = []
-    original = layer.attention.qkv.forward
-
-    def seeing(x: torch.Tensor) -> Any:
-        seen.append(x.clone())
-        return original(x)
-
-    layer.attention.qkv.forward = seeing
-    means = mean_squares(model)
+    config = loader.read_config(folder)
+    family = resolve(config.config)
+    options = BuildOptions(torch.float32, torch.device("cpu"))
+    source = SafetensorsFiles(tmp_path, family.renames)
+    means = mean_squares(family.build_model(config, options), source)
+    generator = torch.Generator().manual_seed(0)
+    length = min(NUM_TOKENS, model.shape.max_position, model.shape.vocab_size)
+    ids = torch.randint(model.shape.vocab_size, (length,), generator=generator)
+    inputs = layer.attention_norm(model.embed(ids))
     name = "layers.0.self_attn.q_proj.weight"
-    torch.testing.assert_close(means[name], seen[0].square().mean(0))
+    torch.testing.assert_close(means[name], inputs.square().mean(0))
     names = {slot.parts[0].name for slot in model.slots() if slot.role == "decoder" and slot.layers}
     assert means.keys() == names
     quantized: Any = loader.load(folder, dtype="float32", formats=WeightFormats("int4")).model
@@ -265,3 +270,42 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path, llava: Path) -> Non
 def test_wrong_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LLM("demo", **options)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("num_outputs", [48, 50, 7])
+def test_packing_in_bands_gives_the_same_bytes(
+    name: str, num_outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = weights((num_outputs, 100)).bfloat16()
+    make = quantize.QUANTIZERS[name]
+    whole = ops.pack_weight(make(weight), torch.bfloat16)
+    monkeypatch.setattr(ops, "QUANTIZED_BAND", 16 * 100)
+    calls: list[int] = []
+
+    def counted(band: torch.Tensor) -> QuantizedTensor:
+        calls.append(len(band))
+        return make(band)
+
+    found = ops.quantize_and_pack(weight, counted, torch.bfloat16)
+    assert type(found) is type(whole)
+    for key, part in whole.tensors().items():
+        assert torch.equal(found.tensors()[key], part)
+    if isinstance(found, int8_products.Int8Weight | int4_products.Int4Weight):
+        assert max(calls) <= 16
+        assert sum(calls) == num_outputs
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_an_embedding_without_a_head_is_packed_as_well(tmp_path: Path, name: str) -> None:
+    folder = str(checkpoints.make_text("llama", tmp_path))
+    model: Any = loader.load(folder, dtype="float32", formats=WeightFormats(head=name)).model
+    assert not model.decoder.config.tied
+    table, head = model.decoder.embedding.weight, model.decoder.head.linear.weight
+    assert type(table) is type(head)
+    assert table is not head
+    assert table.nbytes == head.nbytes
+    exact: Any = loader.load(folder, dtype="float32").model
+    ids = torch.tensor([0, 5, 77, 10_000_000])
+    rounded = quantize.QUANTIZERS[name](exact.embed(torch.arange(model.shape.vocab_size)))
+    torch.testing.assert_close(model.embed(ids)[:3], rounded.dequantized()[ids[:3]])

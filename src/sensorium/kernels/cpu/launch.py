@@ -37,6 +37,8 @@ from numba.core import caching as numba_caching
 from numba.core import ccallback
 from numba.core.registry import cpu_target
 
+from sensorium import environment
+
 log = logging.getLogger(__name__)
 
 # Numba's cache is not part of its public interface and has no types.
@@ -200,7 +202,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 @functools.cache
-def _source_digest() -> str:
+def source_digest() -> str:
     """Return the digest of the kernels' sources, the compiler and the CPU.
 
     A cached kernel is valid for exactly these.
@@ -219,18 +221,18 @@ def cache_folder() -> Path | None:
 
     A warning is logged in that case.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(root) / "sensorium" / "kernels" / _source_digest()
+    root = environment.cache_root()
+    folder = root / "sensorium" / "kernels" / source_digest()
     if not folder.is_absolute():
         # XDG's rule says to ignore such a path; "~" also stays as it is where the user has no
         # home.
-        return _warn_not_kept(root, "it is not an absolute path")
+        return _warn_not_kept(str(root), "it is not an absolute path")
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
-        return _warn_not_kept(root, error.strerror)
+        return _warn_not_kept(str(root), error.strerror)
     if not os.access(folder, os.W_OK | os.X_OK):
-        return _warn_not_kept(root, os.strerror(errno.EACCES))
+        return _warn_not_kept(str(root), os.strerror(errno.EACCES))
     if not any(folder.iterdir()):
         log.info("compiling CPU kernels into %s; later starts load them from there", folder)
     return folder
@@ -258,7 +260,7 @@ class _Locator(caching._CacheLocator):
         return str(self._folder)
 
     def get_source_stamp(self) -> str:
-        return _source_digest()
+        return source_digest()
 
     def get_disambiguator(self) -> str:
         return self._variant

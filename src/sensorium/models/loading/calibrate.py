@@ -14,46 +14,96 @@ import torch
 
 from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout
+from sensorium.layers.embedding import Embedding
 from sensorium.layers.linear import Linear
-from sensorium.models.interface import LoadableModel
+from sensorium.models.interface import LoadableModel, WeightSlot
+from sensorium.models.loading.fill import assign
+from sensorium.models.loading.memory import MappedFiles, Scratch
+from sensorium.models.loading.weights import WeightSource
 
 NUM_TOKENS = 256
 BLOCK_SIZE = 16
 
 
-def mean_squares(model: LoadableModel) -> dict[str, torch.Tensor]:
-    """Run tokens through a loaded decoder; return mean squares of each linear layer's inputs.
+def mean_squares(
+    model: LoadableModel, source: WeightSource, proceed: Callable[[], object] = lambda: None
+) -> dict[str, torch.Tensor]:
+    """Run tokens through a decoder without weights; return mean squares of linear layers' inputs.
 
     By the name of the first part of the layer's slot: (K,) float32. Layers whose inputs are not
     finite are left out. The tokens are drawn from the vocabulary: which inputs are large depends
-    little on the text.
+    little on the text. A layer's weight is loaded when it is needed and dropped then, so that it
+    takes little memory; the model is of no use afterwards. proceed: called before each layer; what
+    it raises ends this.
     """
     generator = torch.Generator().manual_seed(0)
-    length = min(NUM_TOKENS, model.shape.max_position)
-    ids = torch.randint(model.shape.vocab_size, (length,), generator=generator).to(model.device)
+    length = min(NUM_TOKENS, model.shape.max_position, model.shape.vocab_size)
+    ids = torch.randint(model.shape.vocab_size, (length,), generator=generator)
     sums: dict[str, torch.Tensor] = {}
-    for slot in model.slots():
-        for layer in slot.layers if slot.role == "decoder" else ():
-            if isinstance(layer, Linear):
-                layer.forward = _recorded(layer.forward, sums, slot.parts[0].name)
     with torch.inference_mode():
+        _prepare(model, source, ids, sums, proceed)
         positions = torch.arange(length, device=model.device).expand(3, -1)
-        model.forward(model.embed(ids), _batch(model, length, model.rotary(positions)))
+        embeds = model.embed(torch.arange(length, device=model.device))
+        model.forward(embeds, _batch(model, length, model.rotary(positions)))
     means = {name: total / length for name, total in sums.items()}
     return {name: mean for name, mean in means.items() if mean.isfinite().all() and mean.any()}
 
 
-def _recorded(
-    forward: Callable[[torch.Tensor], torch.Tensor], sums: dict[str, torch.Tensor], name: str
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return ``forward`` that adds the squares of its inputs up; rows may come in parts."""
+def _prepare(
+    model: LoadableModel,
+    source: WeightSource,
+    ids: torch.Tensor,
+    sums: dict[str, torch.Tensor],
+    proceed: Callable[[], object],
+) -> None:
+    """Load norms, of the embedding the rows of the ids alone, and let linear layers load later."""
+    scratch, mapped, slots = Scratch(), source.mapped(), list(model.slots())
+    stored = {slot.tied.part: slot.parts[0] for slot in slots if slot.tied is not None}
+    for slot in slots:
+        if slot.role == "head":
+            for layer in slot.layers:
+                if isinstance(layer, Embedding):
+                    [part] = slot.parts
+                    table = source.read(part if source.has(part) else stored.get(part, part))
+                    layer.weight = table[ids].to(device=model.device, dtype=model.dtype)
+        elif slot.layers:
+            run = _Passing(model, slot, source, mapped, scratch, sums, proceed)
+            for layer in slot.layers:
+                if isinstance(layer, Linear):
+                    layer.forward = run
+        else:
+            assign(slot, [source.read(part) for part in slot.parts], model, scratch, mapped)
 
-    def run(x: torch.Tensor) -> torch.Tensor:
+
+class _Passing:
+    """Product of a layer that loads its weight for each call, and adds its inputs' squares up."""
+
+    def __init__(
+        self,
+        model: LoadableModel,
+        slot: WeightSlot,
+        source: WeightSource,
+        mapped: MappedFiles | None,
+        scratch: Scratch,
+        sums: dict[str, torch.Tensor],
+        proceed: Callable[[], object],
+    ) -> None:
+        self._model, self._slot, self._source = model, slot, source
+        self._mapped, self._scratch = mapped, scratch
+        self._sums, self._proceed = sums, proceed
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self._proceed()
+        name = self._slot.parts[0].name
         squares = x.flatten(0, -2).float().square().sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
-        return forward(x)
-
-    return run
+        self._sums[name] = self._sums[name] + squares if name in self._sums else squares
+        tensors = [self._source.read(part) for part in self._slot.parts]
+        assign(self._slot, tensors, self._model, self._scratch, self._mapped)
+        [layer] = self._slot.layers
+        assert isinstance(layer, Linear)
+        result = layer.forward(x)
+        layer.weight, layer.forward = None, self
+        return result
 
 
 def _batch(

@@ -8,26 +8,33 @@ given back after each slot, and the system reads those of the next ones meanwhil
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from sensorium import progress
 from sensorium.config import MIB
+from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models.interface import LoadableModel, Part, WeightSlot
 from sensorium.models.loading.memory import MappedFiles, Scratch, lent
-from sensorium.models.loading.quantize import WeightFormats
+from sensorium.models.loading.quantize import Quantize, WeightFormats
 from sensorium.models.loading.weights import WeightSource
-from sensorium.processes.heap import freed_memory_returned
+from sensorium.models.loading.weights_cache import WeightsCache
+from sensorium.processes.heap import freed_memory_returned, return_freed
 
 logger = logging.getLogger(__name__)
 
 READ_AHEAD = 256 << 20
 """Bytes of a file that the system is told to read before they are needed."""
+SLOTS_AHEAD = 16
+RETURNED_BYTES = 32 << 20
+"""Bytes of weights after which freed memory is returned to the system."""
 _ROWS_COMPARED = 4096
 _UNTIED = (
     "config.json says that %s is tied to %s, but the checkpoint holds both and they differ: the "
@@ -40,30 +47,113 @@ def fill(
     source: WeightSource,
     formats: WeightFormats | None = None,
     proceed: Callable[[], object] = lambda: None,
+    cache: WeightsCache | None = None,
 ) -> None:
     """Check all names and shapes, then load every slot of the model, quantized as ``formats`` say.
 
-    proceed: called before each slot; what it raises ends the loading. Raises ConfigError before
-    anything is read when the checkpoint does not fit.
+    proceed: called before each slot; what it raises ends the loading. cache: quantized weights that
+    it has are not made again. Raises ConfigError before anything is read when the checkpoint does
+    not fit.
     """
     slots = _as_stored(list(model.slots()), source, model.dtype)
     source.check((part for slot in slots for part in slot.parts), model.ignored_weights)
-    mapped, scratch = source.mapped(), Scratch()
-    title = "Loading weights" if formats is None else "Loading and quantizing weights"
-    total = sum(_num_values(slot) for slot in slots)
-    with freed_memory_returned(), progress.bar(title, total, unit="weights") as shown:
-        for slot, tensors in _read_ahead(_largest_first(slots), source, mapped):
-            proceed()
-            if formats is not None:
-                for layer in slot.layers:
-                    layer.quantize = formats.quantizer(slot)
-            placed = _placed(tensors, model, scratch)
-            with lent([*tensors, *(placed if len(placed) > 1 else ())]):
-                slot.assign(*placed)
-            if mapped is not None:
-                for tensor in tensors:
-                    mapped.give_back(tensor)
-            shown.update(_num_values(slot))
+    slots = _largest_first(slots)
+    quantizes = formats is not None and formats.first_option() is not None
+    title = "Loading and quantizing weights" if quantizes else "Loading weights"
+    total = sum(map(_num_values, slots))
+    with (
+        freed_memory_returned(),
+        cache or contextlib.nullcontext(),
+        progress.bar(title, total, unit="weights") as shown,
+    ):
+        if formats is None or cache is None:
+            _fill(slots, model, source, formats, proceed, shown)
+            return
+        kept = [slot for slot in slots if slot.packed is not None and formats.bytes_of(slot)]
+        names = [slot.packed.name for slot in kept if slot.packed is not None]
+        cache.begin(names, sum(map(formats.bytes_of, kept)))
+        filled = _with_kept(slots, set(names), cache, model.dtype, shown)
+        _fill(filled, model, source, formats, proceed, shown, cache)
+        cache.finish()
+
+
+def _fill(
+    slots: Iterable[WeightSlot],
+    model: LoadableModel,
+    source: WeightSource,
+    formats: WeightFormats | None,
+    proceed: Callable[[], object],
+    shown: progress.TerminalBar,
+    cache: WeightsCache | None = None,
+) -> None:
+    mapped, scratch, num_bytes = source.mapped(), Scratch(), 0
+    for slot, tensors in _read_ahead(slots, source, mapped):
+        proceed()
+        if formats is not None:
+            for layer in slot.layers:
+                layer.quantize = _giving_back(formats.quantizer(slot), mapped)
+        assign(slot, tensors, model, scratch, mapped)
+        if cache is not None and slot.packed is not None:
+            cache.add(slot.packed.name, slot.layers[0].weight)
+        shown.update(_num_values(slot))
+        num_bytes += sum(tensor.nbytes for tensor in tensors)
+        if num_bytes > RETURNED_BYTES:
+            return_freed()
+            num_bytes = 0
+
+
+def assign(
+    slot: WeightSlot,
+    tensors: Sequence[torch.Tensor],
+    model: LoadableModel,
+    scratch: Scratch,
+    mapped: MappedFiles | None,
+) -> None:
+    """Load one slot with tensors as the source has them, and give their pages back."""
+    placed = _placed(tensors, model, scratch)
+    for tensor, copy in zip(tensors, placed, strict=True):
+        if mapped is not None and copy is not tensor:
+            mapped.give_back(tensor)
+    with lent([*tensors, *(placed if len(placed) > 1 else ())]):
+        slot.assign(*placed)
+    for tensor in tensors:
+        if mapped is not None:
+            mapped.give_back(tensor)
+
+
+def _with_kept(
+    slots: Iterable[WeightSlot],
+    names: Collection[str],
+    cache: WeightsCache,
+    dtype: torch.dtype,
+    shown: progress.TerminalBar,
+) -> Iterator[WeightSlot]:
+    """Yield the slots; one whose packed weight was kept takes that, and reads little else."""
+    for slot in slots:
+        packed, weight = slot.packed, None
+        if packed is not None and packed.name in names:
+            matrices = [part.shape for part in slot.parts if len(part.shape) == 2]
+            shape = sum(rows for rows, _ in matrices), matrices[0][1]
+            weight = cache.find(packed.name, shape, dtype)
+        if packed is None or weight is None:
+            yield slot
+        else:
+            shown.update(math.prod(shape))
+            own = partial(packed.assign, weight)
+            yield replace(slot, parts=packed.parts, assign=own, layers=(), packed=None)
+
+
+def _giving_back(make: Quantize | None, mapped: MappedFiles | None) -> Quantize | None:
+    """Return a quantizer that gives the pages of what it has read back at once."""
+    if make is None or mapped is None:
+        return make
+
+    def quantize(weight: torch.Tensor) -> QuantizedTensor:
+        made = make(weight)
+        mapped.give_back(weight)
+        return made
+
+    return quantize
 
 
 def log_sizes(model: LoadableModel) -> None:
@@ -97,7 +187,7 @@ def _num_values(slot: WeightSlot) -> int:
 
 
 def _read_ahead(
-    slots: Sequence[WeightSlot], source: WeightSource, mapped: MappedFiles | None
+    slots: Iterable[WeightSlot], source: WeightSource, mapped: MappedFiles | None
 ) -> Iterator[tuple[WeightSlot, list[torch.Tensor]]]:
     """Yield each slot with its tensors while the system reads those of the next slots."""
     waiting: deque[tuple[WeightSlot, list[torch.Tensor], int]] = deque()
@@ -111,7 +201,7 @@ def _read_ahead(
             mapped.read_ahead(tensor)
         waiting.append((slot, tensors, sum(tensor.nbytes for tensor in tensors)))
         num_bytes += waiting[-1][2]
-        while num_bytes > READ_AHEAD:
+        while num_bytes > READ_AHEAD or len(waiting) > SLOTS_AHEAD:
             first, ready, done = waiting.popleft()
             num_bytes -= done
             yield first, ready
@@ -153,7 +243,7 @@ def _as_stored(
             logger.warning(_UNTIED, part.name, other.name)
             stored.append(slot)
             continue
-        stored.append(replace(slot, parts=(), assign=slot.tied.assign))
+        stored.append(replace(slot, parts=(), assign=slot.tied.assign, packed=None))
     return [
         replace(slot, parts=tuple(instead.get(part, part) for part in slot.parts))
         for slot in stored

@@ -9,6 +9,8 @@ k-quants of llama.cpp (Kawrakow, 2023).
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,7 +30,7 @@ It gets the sign that -8 has, as -8 has no opposite. Beyond 8 it is cut off at -
 INT8_STEPS = (127.0, 131.0, 136.0, 144.0, 155.0)
 """Integers to which the largest weight of an output is scaled in turn; from 127.5 on, weights are
 cut off at 127."""
-BAND = 1 << 19
+BAND = 1 << 18
 """Weights that are quantized at once: their float32 copies stay in the CPU's caches."""
 
 LEAST_SHARE = 0.01
@@ -88,6 +90,26 @@ QUANTIZERS: dict[str, Quantize] = {"int8": int8, "int4": int4}
 """Quantizers by the format that they make."""
 
 
+class Deferred(Mapping[str, torch.Tensor]):
+    """Mapping that is made when it is first used."""
+
+    def __init__(self, make: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        self._make = make
+
+    @functools.cached_property
+    def _values(self) -> Mapping[str, torch.Tensor]:
+        return self._make()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 @dataclass(frozen=True, slots=True)
 class WeightFormats:
     """Formats of the weights of a model at rest, by what they belong to.
@@ -101,13 +123,22 @@ class WeightFormats:
     head: str = "none"
     """Language-model head and token embedding."""
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Weights (K,) of the inputs in the errors of int4, by the first part of a slot."""
+    """Weights (K,) of the inputs in the errors of a decoder's int4, by the first part of a slot. It
+    may be a ``Deferred`` one, which is made when the first is asked for."""
 
     def quantizer(self, slot: WeightSlot) -> Quantize | None:
         """Return the quantizer for the layers of a slot; None to leave them."""
         make = QUANTIZERS.get(getattr(self, slot.role))
-        known = self.importance.get(slot.parts[0].name) if slot.parts else None
-        return partial(int4, importance=known) if make is int4 and known is not None else make
+        if make is not int4 or slot.role != "decoder" or not slot.parts:
+            return make
+        known = self.importance.get(slot.parts[0].name)
+        return make if known is None else partial(int4, importance=known)
+
+    def bytes_of(self, slot: WeightSlot) -> int:
+        """Return about how many bytes the weights of a slot take, 0 if they are not quantized."""
+        bits = {"int8": 8, "int4": 4.5}.get(getattr(self, slot.role), 0)
+        shapes = [part.shape for part in slot.parts if len(part.shape) > 1]
+        return int(sum(map(math.prod, shapes)) * bits // 8)
 
     def first_option(self) -> str | None:
         """Return the option that asks for quantized weights, the first of several; None if none."""

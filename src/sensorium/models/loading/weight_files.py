@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sensorium.errors import ConfigError
@@ -14,6 +16,38 @@ logger = logging.getLogger(__name__)
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _LISTED = 6
+SAMPLES, SAMPLE_BYTES = 256, 4096
+"""Pieces of a file, at equal distances, by which its content is told, and their size."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A file of a checkpoint as it was found: what changes when its content does."""
+
+    path: Path
+    size: int
+    modified_ns: int
+    changed_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Return the state of a file now. Raises OSError."""
+        status = path.stat()
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def identity(self) -> bytes:
+        """Return a digest of size, times and samples of the content. Raises OSError.
+
+        Times alone do not tell files apart on file systems that have none, such as those of images.
+        The name does not count.
+        """
+        digest = hashlib.sha256(repr((self.size, self.modified_ns, self.changed_ns)).encode())
+        with self.path.open("rb", buffering=0) as file:
+            last = max(0, self.size - SAMPLE_BYTES)
+            for start in sorted({last * index // (SAMPLES - 1) for index in range(SAMPLES)}):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+        return digest.digest()
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,12 +16,13 @@ from typing import Any, Protocol
 import torch
 
 from sensorium.errors import ConfigError
+from sensorium.kernels.weight import PackedWeight
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import LayerNorm, RMSNorm
-from sensorium.models.interface import Part, WeightSlot
+from sensorium.models.interface import Packed, Part, WeightSlot
 from sensorium.models.loading.memory import MappedFiles, joined, owned
 from sensorium.models.loading.quantization import method_of_names
-from sensorium.models.loading.weight_files import listing, weight_files
+from sensorium.models.loading.weight_files import FileState, listing, weight_files
 
 ALWAYS_IGNORED = (
     r"(.*\.)?rotary_emb\.inv_freq",
@@ -61,7 +62,11 @@ def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
         if layer.weight is not None and not layer.weight.is_copy:
             layer.load(owned(weight), bias)  # it was kept as it is, not packed
 
-    return WeightSlot((*weights, *biases), assign, layers=(layer,))
+    def assign_packed(weight: PackedWeight, *tensors: torch.Tensor) -> None:
+        layer.load_packed(weight, owned(joined(tensors)) if biases else None)
+
+    packed = Packed(weights[0].name, tuple(biases), assign_packed)
+    return WeightSlot((*weights, *biases), assign, layers=(layer,), packed=packed)
 
 
 def norm_slot(norm: RMSNorm | LayerNorm, name: str) -> WeightSlot:
@@ -100,11 +105,13 @@ class SafetensorsFiles:
 
     def __init__(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
         self.paths = weight_files(folder)
+        self.states = [FileState.of(path) for path in self.paths]  # before they are opened
         self._files = _named(self.paths, renames)
 
     def add(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
         """Add the weights of another checkpoint folder that this one lacks."""
         paths = weight_files(folder)
+        self.states += [FileState.of(path) for path in paths]
         for name, place in _named(paths, renames).items():
             self._files.setdefault(name, place)
         self.paths += paths

@@ -16,7 +16,7 @@ from sensorium.layers.mlp import GatedMLP
 from sensorium.layers.norm import RMSNorm
 from sensorium.layers.rotary import Rotary
 from sensorium.models.configs import TextConfig
-from sensorium.models.interface import BuildOptions, Part, Tied, WeightSlot
+from sensorium.models.interface import BuildOptions, Packed, Part, Tied, WeightSlot
 from sensorium.models.loading.memory import owned
 from sensorium.models.loading.weights import linear_slot, norm_slot
 from sensorium.multimodal.items import Features
@@ -110,9 +110,10 @@ class Decoder:
         table = Part(f"{prefix}embed_tokens.weight", shape)
         yield WeightSlot(
             (table,),
-            lambda weight: self.embedding.load(owned(weight)),
+            self._load_embedding,
             layers=(self.embedding,),
             role="head",
+            packed=Packed(table.name, (), self.embedding.load_packed),
         )
         for index, layer in enumerate(self.layers):
             for slot in layer.slots(self.config, f"{prefix}layers.{index}"):
@@ -122,6 +123,10 @@ class Decoder:
             tied = Tied(table, lambda: self.head.tie(self.embedding))
             head = linear_slot(self.head.linear, [("lm_head", self.config.vocab_size)])
             yield replace(head, tied=tied if self.config.tied else None, role="head")
+
+    def _load_embedding(self, weight: torch.Tensor) -> None:
+        # A quantized table has memory of its own.
+        self.embedding.load(owned(weight) if self.embedding.quantize is None else weight)
 
     def forward(
         self, embeds: torch.Tensor, batch: AttentionBatch, added: Sequence[torch.Tensor] = ()

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from sensorium.kernels import ops
+from sensorium.kernels.weight import PackedWeight
 from sensorium.layers.linear import Linear
 from sensorium.layers.mlp import PlainMLP
 from sensorium.layers.norm import LayerNorm
 from sensorium.models.configs import WhisperConfig
-from sensorium.models.interface import BuildOptions, Part, WeightSlot
+from sensorium.models.interface import BuildOptions, Packed, Part, WeightSlot
 from sensorium.models.loading.memory import owned
 from sensorium.models.loading.weights import linear_slot, norm_slot
 
@@ -77,12 +78,18 @@ class WhisperAttention:
         size = self.o.num_outputs
         weights = [Part(f"{name}.{p}_proj.weight", (size, size)) for p in "qkv"]
         biases = [Part(f"{name}.{p}_proj.bias", (size,)) for p in "qv"]
-        yield WeightSlot((*weights, *biases), self._load, layers=(self.qkv,))
+        packed = Packed(weights[0].name, tuple(biases), self._load_packed)
+        yield WeightSlot((*weights, *biases), self._load, layers=(self.qkv,), packed=packed)
         yield linear_slot(self.o, [(f"{name}.out_proj", size)])
 
     def _load(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *bias: torch.Tensor) -> None:
-        biases = torch.cat((bias[0], torch.zeros_like(bias[0]), bias[1]))
-        self.qkv.load(torch.cat((q, k, v)), biases)
+        self.qkv.load(torch.cat((q, k, v)), self._bias(*bias))
+
+    def _load_packed(self, weight: PackedWeight, *bias: torch.Tensor) -> None:
+        self.qkv.load_packed(weight, self._bias(*bias))
+
+    def _bias(self, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.cat((q, torch.zeros_like(q), v))
 
     def __call__(self, x: torch.Tensor, plan: _Plan) -> torch.Tensor:
         """Run (T, size) -> (T, size)."""

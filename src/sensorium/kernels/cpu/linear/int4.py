@@ -299,7 +299,11 @@ class Int4Weight(PackedWeight):
     def from_tensors(
         cls, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Self:
-        return cls(tensors["packed"], shape, dtype)
+        packed = tensors["packed"]
+        form = (-(-shape[0] // WIDTH), -(-shape[1] // GROUP), GROUP_BYTES)
+        if packed.dtype != torch.uint8 or tuple(packed.shape) != form or not packed.is_contiguous():
+            raise ValueError(f"these are not the panels of a weight of {shape}")
+        return cls(packed, shape, dtype)
 
 
 PACK_VALUES = 4 * 1024 * 1024

@@ -335,7 +335,17 @@ class Int8Weight(PackedWeight):
     def from_tensors(
         cls, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Self:
-        return cls(tensors["packed"], tensors["scales"], shape, dtype)
+        packed, scales = tensors["packed"], tensors["scales"]
+        panels, steps = -(-shape[0] // WIDTH), -(-shape[1] // PADDING) * (PADDING // STEP)
+        forms = (panels, steps, WIDTH, STEP), (panels * WIDTH,)
+        if (tuple(packed.shape), tuple(scales.shape)) != forms or not (
+            packed.dtype == torch.uint8
+            and scales.dtype == torch.float32
+            and packed.is_contiguous()
+            and scales.is_contiguous()
+        ):
+            raise ValueError(f"these are not the panels of a weight of {shape}")
+        return cls(packed, scales, shape, dtype)
 
 
 def _place(panels: torch.Tensor, values: torch.Tensor) -> None:

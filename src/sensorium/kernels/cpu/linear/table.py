@@ -14,7 +14,6 @@ import functools
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from sensorium import environment
 from sensorium.kernels.cpu.linear import floats, levels, onednn
 from sensorium.kernels.weight import PackedWeight
 
@@ -139,8 +139,7 @@ def measured() -> Times:
 
 def own_file() -> Path:
     """Return where the times of this machine are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(root) / "sensorium" / "products.json"
+    return environment.cache_root() / "sensorium" / "products.json"
 
 
 def _read(path: Path) -> dict[str, Any]:
