@@ -353,8 +353,7 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Float
     for first, end in pairwise(starts):
         rows = weight[first * WIDTH : end * WIDTH]
         missing = (0, depth - num_inputs, 0, (end - first) * WIDTH - len(rows))
-        if any(missing):
-            rows = torch.nn.functional.pad(rows, missing)
+        rows = torch.nn.functional.pad(rows, missing) if any(missing) else rows
         if end > first:
             _place(rows.contiguous(), panels[first:end])
     return FloatWeight(panels, (num_outputs, num_inputs), dtype)
