@@ -119,9 +119,8 @@ def load(
         formats.check(family, find_device(device))
     needed = [part for part in family.parts if part.modality not in skip_modalities]
     loaded, names = read_parts(loaded, family, download_dir)
-    for part in needed:
-        if part.field in loaded.parts:
-            refuse_quantized(loaded.parts[part.field])
+    for field in {part.field for part in needed} & loaded.parts.keys():
+        refuse_quantized(loaded.parts[field])
     processor = family.build_processor(loaded)
     embedder = embedder_of(loaded, family, runner)
     if not dummy:
@@ -137,10 +136,8 @@ def load(
     )
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
-    built = family.build_model(loaded, options)
-    cache = _cache(weights_cache, formats, loaded, family, options, source)
-    formats = _calibrated(formats, loaded, family, options, source, proceed)
-    _fill(built, source, seed, formats, proceed, cache)
+    own = loaded, family, options, source
+    built = _built(*own, formats, seed, proceed, _cache(weights_cache, formats, *own))
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
@@ -244,22 +241,28 @@ def _cache(
     )
 
 
-def _fill(
-    model: LoadableModel,
+def _built(
+    loaded: LoadedConfig,
+    family: Family,
+    options: BuildOptions,
     source: SafetensorsFiles | None,
-    seed: int,
     formats: WeightFormats | None,
+    seed: int,
     proceed: Proceed,
     cache: WeightsCache | None,
-) -> None:
+) -> LoadableModel:
+    """Return the model with its weights."""
     from sensorium.models.loading.fill import fill, log_sizes
     from sensorium.models.loading.weights import DummyWeights
 
+    model = family.build_model(loaded, options)
+    formats = _calibrated(formats, loaded, family, options, source, proceed)
     with _kernels_made(model):
         weights = DummyWeights(seed, model.dtype) if source is None else source
         fill(model, weights, formats, proceed, cache)
     if formats is not None and formats.first_option() is not None:
         log_sizes(model)
+    return model
 
 
 @contextlib.contextmanager
