@@ -193,8 +193,8 @@ def flipped(place: float) -> Callable[[Path], object]:
 def in_a_tensor(path: Path) -> None:
     """Change a byte of the last tensor: those before it are good."""
     data = path.read_bytes()
-    length = int.from_bytes(data[-stored._END_BYTES :][:8], "little")
-    index = json.loads(data[-stored._END_BYTES - length : -stored._END_BYTES])
+    length = int.from_bytes(data[-stored.END_BYTES :][:8], "little")
+    index = json.loads(data[-stored.END_BYTES - length : -stored.END_BYTES])
     *_, last = index["weights"].values()
     changed = bytearray(data)
     changed[last["tensors"]["packed"]["start"]] ^= 1
@@ -440,5 +440,5 @@ def test_the_quantizers_decide_the_key(
     state = FileState.of(checkpoint / "model.safetensors")
     before = module.key_of([state], "int4")
     assert before == module.key_of([state], "int4")
-    monkeypatch.setattr(module, "_sources", lambda: "others")
+    monkeypatch.setattr(module, "sources_digest", lambda: "others")
     assert module.key_of([state], "int4") != before

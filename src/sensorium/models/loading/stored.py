@@ -43,7 +43,7 @@ _PART = ".part"
 _LARGE = 2 << 20
 _MOST_INDEX_BYTES = 64 << 20
 _DIGEST_BYTES = 32
-_END_BYTES = 8 + _DIGEST_BYTES + len(MAGIC)
+END_BYTES = 8 + _DIGEST_BYTES + len(MAGIC)
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -227,17 +227,17 @@ def _by_last_use(folder: Path) -> Iterator[tuple[Path, int]]:
 
 def _read_index(descriptor: int, size: int, key: str) -> dict[str, Any]:
     """Return the entries of a file's index. Raises DamagedError and OSError."""
-    if size < len(MAGIC) + _END_BYTES:
+    if size < len(MAGIC) + END_BYTES:
         raise DamagedError("it is too short")
-    end = bytearray(_END_BYTES)
-    _read_into(descriptor, memoryview(end), size - _END_BYTES)
+    end = bytearray(END_BYTES)
+    _read_into(descriptor, memoryview(end), size - END_BYTES)
     length = int.from_bytes(end[:8], "little")
     if end[8 + _DIGEST_BYTES :] != MAGIC:
         raise DamagedError("its end is missing")
-    if length > min(size - _END_BYTES, _MOST_INDEX_BYTES):
+    if length > min(size - END_BYTES, _MOST_INDEX_BYTES):
         raise DamagedError("its index is not within the file")
     text = bytearray(length)
-    _read_into(descriptor, memoryview(text), size - _END_BYTES - length)
+    _read_into(descriptor, memoryview(text), size - END_BYTES - length)
     if blake3(text).digest() != end[8 : 8 + _DIGEST_BYTES]:
         raise DamagedError("the checksum of its index is wrong")
     try:

@@ -216,7 +216,7 @@ def key_of(files: Iterable[FileState], *settings: object) -> str:
     It depends on the files, the settings, the sources that quantize, calibrate and pack, the
     compiler, torch and the CPU. Raises OSError.
     """
-    made_by = (launch.source_digest(), _sources(), torch.__version__)
+    made_by = (launch.source_digest(), sources_digest(), torch.__version__)
     digest = hashlib.sha256(repr((made_by, settings)).encode())
     for file in files:
         digest.update(file.identity())
@@ -224,7 +224,7 @@ def key_of(files: Iterable[FileState], *settings: object) -> str:
 
 
 @functools.cache
-def _sources() -> str:
+def sources_digest() -> str:
     """Return the digest of the sources of models and layers, which calibration runs."""
     digest = hashlib.sha256()
     package = Path(__file__).parents[2]
