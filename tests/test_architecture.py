@@ -124,7 +124,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"http"},
         {"openai"},
         {"responses", "anthropic"},
-        {"routes"},
+        {"routes", "playground"},
         {"openapi", "app"},
         {"launch"},
     ),

@@ -57,21 +57,56 @@ class CompletionOutput:
         return self.finish_reason is not None
 
 
+@dataclass(frozen=True, slots=True)
+class ItemMetrics:
+    """Cost of one media item of a request, and the frames that the model sees of it.
+
+    Attributes:
+        place: Place of the item in the request, such as ``messages[0].content[1]``.
+        modality: "image", "video" or "audio".
+        num_embeds: Prompt positions that it fills.
+        cached: Its preprocessed features came from the cache.
+        fetch_seconds: Reading or downloading its file.
+        decode_seconds: Decoding it.
+        preprocess_seconds: The model's processor.
+        frames: Of a video, the index in the file of each frame that the model sees, ascending.
+        fps: Of a video, frames per second of the file; None if unknown.
+        num_source_frames: Of a video, number of frames of the file.
+    """
+
+    place: str
+    modality: str
+    num_embeds: int
+    cached: bool = False
+    fetch_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
+    frames: tuple[int, ...] = ()
+    fps: float | None = None
+    num_source_frames: int | None = None
+
+
 @dataclass(slots=True)
 class RequestMetrics:
-    """Times of one request, in seconds of ``time.monotonic()``.
+    """Times of one request, in seconds of ``time.monotonic()``, and what its media took.
 
     Attributes:
         arrival_time: When the request was accepted.
+        prepared_time: When its prompt was rendered and its media were loaded; None before.
         first_scheduled_time: When its first step began; None before.
         first_token_time: When its first token was generated; None before.
         finished_time: When it ended; None before.
+        encode_seconds: Seconds of the batches in which its media were encoded (not a time).
+        items: Its media items, in the order of the prompt.
     """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    prepared_time: float | None = None
+    encode_seconds: float = 0.0
+    items: tuple[ItemMetrics, ...] = ()
 
     @property
     def time_to_first_token(self) -> float | None:

@@ -10,7 +10,15 @@ from sensorium.server.admission import Admission
 from tests.server.fake_frontend import FakeFrontend, hang
 from tests.server.harness import USER, App, until
 
-GUARDED = ["/", "/v1/models", "/v1/models/demo", "/version", "/metrics", "/openapi.json", "/nope"]
+GUARDED = [
+    "/playground/facts",
+    "/v1/models",
+    "/v1/models/demo",
+    "/version",
+    "/metrics",
+    "/openapi.json",
+    "/nope",
+]
 
 
 @pytest.mark.parametrize("path", GUARDED)

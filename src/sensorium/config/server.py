@@ -46,6 +46,11 @@ class ServerConfig:
     root_path: str = option("", "Path prefix when behind a proxy.")
     ssl_certfile: str | None = option(None, "TLS certificate file.")
     ssl_keyfile: str | None = option(None, "TLS key file.")
+    playground: bool = option(
+        True,
+        "Serve the playground at /, a page to chat with the model and to watch the server. The "
+        "page itself needs no API key; all that it asks the server for does.",
+    )
     max_body_bytes: int = option(
         128 * MIB, "Maximum number of bytes of a request's body.", ge=1, le=1 << 40
     )

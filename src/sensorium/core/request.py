@@ -168,6 +168,7 @@ class Sequence:
         prompt_logprobs: Entries of the chunks so far, until the first token is generated.
         rope_length: The request's, at the present length; ``block_digests`` depend on it.
         is_sound: All numbers computed so far are finite; otherwise its blocks are not shared.
+        encode_seconds: Seconds of the batches that encoded its items, as far as they are known.
     """
 
     seq_id: int
@@ -188,6 +189,7 @@ class Sequence:
     prompt_logprobs: list[tuple[tuple[int, float, int], ...]] = field(default_factory=list)
     rope_length: int = 0
     is_sound: bool = True
+    encode_seconds: float = 0.0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -203,6 +205,16 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Return the number of known tokens that are still to be computed."""
         return len(self.token_ids) - self.num_computed
+
+    def update(self, **fields: Any) -> SequenceUpdate:
+        """Return an update of this sequence with what all of them have, and ``fields``."""
+        return SequenceUpdate(
+            request_id=self.request.request_id,
+            num_cached_tokens=self.num_cached,
+            first_scheduled_time=self.first_scheduled_time,
+            encode_seconds=self.encode_seconds,
+            **fields,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +237,8 @@ class SequenceUpdate:
     (``"stop"``). ``prompt_logprobs`` come once, whole: for each prompt token after the first, its
     ``(token_id, logprob, rank)`` tuples, the prompt's own token first. ``error`` is set when
     ``finish_reason`` is ``"error"``. ``prefilled_time``, of requests that are traced, is when the
-    prompt had been computed; it comes once.
+    prompt had been computed; it comes once. ``encode_seconds`` are those of the batches in which
+    the items were encoded so far; a device that runs asynchronously tells them late.
     """
 
     request_id: str
@@ -238,3 +251,4 @@ class SequenceUpdate:
     first_scheduled_time: float | None = None
     embedding: bytes | None = None
     prefilled_time: float | None = None
+    encode_seconds: float = 0.0

@@ -152,6 +152,8 @@ class Scheduler:
             raise RuntimeError(f"plan {plan.step_id} is not the one to be committed")
         self._plan = None
         self._counts.add_encoded(result.encoded)
+        for seq_id in {job.seq_id for job in plan.encode} & self._live.keys():
+            self._live[seq_id].encode_seconds += result.encoded.seconds
         failed = self._failures(result)
         updates = []
         for span in plan.spans:
@@ -387,14 +389,11 @@ class Scheduler:
             rope_length = seq.request.rope_length_at(len(seq.token_ids))
             if rope_length != seq.rope_length:
                 self._change_rope(seq, rope_length)
-        return SequenceUpdate(
-            request_id=seq.request.request_id,
+        return seq.update(
             sample=sample,
             finish_reason=reason,
             stop_token_id=stop_token_id,
-            num_cached_tokens=seq.num_cached,
             prompt_logprobs=prompt_logprobs,
-            first_scheduled_time=seq.first_scheduled_time,
         )
 
     def _apply_embedding(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
@@ -404,24 +403,12 @@ class Scheduler:
             return self._fail(seq, "The step returned no embedding for this request.")
         self._counts.num_embeddings += 1
         self._end(seq)
-        return SequenceUpdate(
-            request_id=seq.request.request_id,
-            finish_reason="stop",
-            num_cached_tokens=seq.num_cached,
-            first_scheduled_time=seq.first_scheduled_time,
-            embedding=embedding,
-        )
+        return seq.update(finish_reason="stop", embedding=embedding)
 
     def _fail(self, seq: Sequence, message: str) -> SequenceUpdate:
         self._end(seq)
         self._counts.num_unusable += message.startswith(UNUSABLE)
-        return SequenceUpdate(
-            request_id=seq.request.request_id,
-            finish_reason="error",
-            num_cached_tokens=seq.num_cached,
-            error=message,
-            first_scheduled_time=seq.first_scheduled_time,
-        )
+        return seq.update(finish_reason="error", error=message)
 
     def _end(self, seq: Sequence) -> None:
         """Remove a sequence that has ended; its cached blocks can still be found."""

@@ -16,6 +16,10 @@ MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 
 SourceKind = Literal["url", "bytes", "object", "embeds", "cached"]
 
+FRAMES = "frames"
+"""Key of a video's ``Features.meta``: ``indices`` in the source of the frames that the model sees,
+the source's ``fps`` and ``num_source_frames``."""
+
 
 @dataclass(frozen=True, slots=True)
 class MediaRef:
@@ -150,6 +154,25 @@ class Features:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadCost:
+    """Cost of loading an item in one request.
+
+    Attributes:
+        place: Place of the item in the request, such as ``messages[0].content[1]``.
+        fetch_seconds: Reading or downloading its file.
+        decode_seconds: Decoding it.
+        preprocess_seconds: The model's processor.
+        cached: Its features were in the cache; nothing was decoded.
+    """
+
+    place: str = ""
+    fetch_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    preprocess_seconds: float = 0.0
+    cached: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MediaItem:
     """A loaded item.
 
@@ -158,11 +181,13 @@ class MediaItem:
         digest: 32 bytes over content, processing options and the processor's identity
             (``multimodal.cache.digest``). Items with equal digests have equal embeddings.
         features: Its preprocessed input.
+        cost: That of loading it.
     """
 
     modality: Modality
     digest: bytes
     features: Features
+    cost: LoadCost = field(default_factory=LoadCost, compare=False)
 
 
 def is_tensor(value: object) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sensorium import tracing
 from sensorium.config import MediaConfig
@@ -29,7 +29,14 @@ from sensorium.multimodal.cache.single_flight import SingleFlight
 from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob
 from sensorium.multimodal.fetch.budget import RequestBytes
 from sensorium.multimodal.fetch.fetcher import Fetcher, is_data_url, is_local
-from sensorium.multimodal.items import Features, Fetched, MediaItem, MediaRef, Modality
+from sensorium.multimodal.items import (
+    Features,
+    Fetched,
+    LoadCost,
+    MediaItem,
+    MediaRef,
+    Modality,
+)
 from sensorium.multimodal.parse import limits, part_options
 from sensorium.multimodal.parse.data import has_image_shape
 from sensorium.multimodal.parse.embeddings import decode_embeddings
@@ -61,6 +68,12 @@ class LoadContext:
     num_items: Counter[Modality] = field(default_factory=Counter)
     pinned: list[bytes] = field(default_factory=list)
     held: list[bytes] = field(default_factory=list)
+
+
+class _Loaded(NamedTuple):
+    features: Features
+    decode_seconds: float
+    preprocess_seconds: float
 
 
 class MediaPipeline:
@@ -107,7 +120,7 @@ class MediaPipeline:
         )
         self._ids_matter = ids_matter
         self._warned_of_ids = False
-        self._preparations: SingleFlight[Features] = SingleFlight()
+        self._preparations: SingleFlight[_Loaded] = SingleFlight()
         self._seen = DigestMemo(MAX_SEEN_URLS)
         self._rules = OptionRules(config, processor, self.modalities)
 
@@ -204,12 +217,15 @@ class MediaPipeline:
         features = None if digest is None else self._lookup(digest, context)
         if digest is not None and features is not None:
             tracing.station("cached", item=ref.param, modality=ref.modality)
-            return MediaItem(ref.modality, digest, features)
+            cost = LoadCost(ref.param, cached=True)
+            return MediaItem(ref.modality, digest, features, cost)
         if ref.kind == "cached":
             raise MediaNotCachedError(
                 f"Nothing is cached under the id {ref.uuid!r:.80}; send the {ref.modality} itself."
             )
+        began = time.monotonic()
         fetched = None if ref.kind == "object" else await self._fetch(ref, context)
+        cost = LoadCost(ref.param, fetch_seconds=time.monotonic() - began)
         source = ref.source if fetched is None else fetched.data
         if text_digest is not None and fetched is not None:
             self._seen.put(text_digest, fetched.digest)
@@ -222,12 +238,14 @@ class MediaPipeline:
             digest = self._item_digest(ref.modality, content, context)
             features = self._lookup(digest, context)
         if features is None:
-            features = await self._preparations.run(
+            features, decoding, processing = await self._preparations.run(
                 digest, lambda: self._prepare(ref, source, digest, context)
             )
+            cost = dataclasses.replace(cost, decode_seconds=decoding, preprocess_seconds=processing)
         else:
             tracing.station("cached", item=ref.param, modality=ref.modality)
-        return MediaItem(ref.modality, digest, features)
+            cost = dataclasses.replace(cost, cached=True)
+        return MediaItem(ref.modality, digest, features, cost)
 
     async def _fetch(self, ref: MediaRef, context: LoadContext) -> Fetched:
         """Return the encoded file of a reference, fetched if need be.
@@ -258,10 +276,10 @@ class MediaPipeline:
 
     async def _prepare(
         self, ref: MediaRef, source: Any, digest: bytes, context: LoadContext
-    ) -> Features:
+    ) -> _Loaded:
         cached = self._cache.peek(digest)  # added while the content was fetched?
         if cached is not None:
-            return cached
+            return _Loaded(cached, 0.0, 0.0)
         options, num_items = context.options, context.num_items[ref.modality]
         loading = options.loading[ref.modality]
         decode = DecodeJob(ref.modality, loading, options.processing, num_items)
@@ -276,7 +294,7 @@ class MediaPipeline:
         self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)
         self._counters.add("preprocess", prepared.preprocess_seconds, features.num_bytes)
         self._cache.put(digest, features)
-        return features
+        return _Loaded(features, prepared.decode_seconds, prepared.preprocess_seconds)
 
     async def _load_embeddings(self, ref: MediaRef, context: LoadContext) -> list[MediaItem]:
         ids = ref.uuids or (ref.uuid,)

@@ -17,11 +17,12 @@ from sensorium.server.http.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
 from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestTracking
 from sensorium.server.openapi import describe
 from sensorium.server.responses.store import ResponseStore
+from sensorium.server.playground.routes import open_paths as playground_paths
+from sensorium.server.playground.routes import playground_router
 from sensorium.server.routes.chat import chat_router
 from sensorium.server.routes.completions import completions_router
 from sensorium.server.routes.embeddings import embeddings_router
 from sensorium.server.routes.health import health_router
-from sensorium.server.routes.home import home_router
 from sensorium.server.routes.messages import messages_router
 from sensorium.server.routes.models import models_router
 from sensorium.server.routes.responses import responses_router
@@ -79,7 +80,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         models_router(),
         tokenize_router(),
         health_router(),
-        home_router(),
+        *([playground_router()] if config.playground else []),
     ):
         app.include_router(router)
     install_error_handlers(app)
@@ -93,6 +94,8 @@ def _add_middleware(app: FastAPI, context: ServingContext) -> None:
     open_paths = set(OPEN_PATHS)
     if not config.metrics_require_api_key:
         open_paths.add("/metrics")
+    if config.playground:
+        open_paths |= playground_paths()
     open_paths |= {config.root_path + path for path in open_paths}
     paths = frozenset(open_paths)
     app.add_middleware(ApiKeyGuard, keys=ApiKeys(config.api_key), open_paths=paths)

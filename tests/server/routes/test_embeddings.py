@@ -151,9 +151,8 @@ async def test_each_kind_of_server_says_what_it_is_not() -> None:
     assert answer.status == 400
     assert "--runner pooling" in answer.error["message"]
     assert (await app.get("/v1/models")).json()["data"][0]["id"] == "demo"
-    page = (await app.get("/")).body.decode()
-    assert "/v1/embeddings" in page
-    assert "chat/completions \\" not in page
+    facts = (await app.get("/playground/facts")).json()
+    assert facts["runner"] == "pooling"
 
 
 async def test_the_first_error_ends_all() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import sensorium
 from sensorium import errors
-from tests.server.fake_frontend import TOKENIZER, FakeFrontend
+from tests.server.fake_frontend import TOKENIZER
 from tests.server.harness import USER, App
 
 
@@ -105,26 +105,6 @@ async def test_detokenize_refuses_what_is_no_token(token: object) -> None:
     answer = await App().post("/detokenize", {"tokens": [1, token]})
     assert answer.status == 400
     assert answer.error["param"] in ("tokens", "tokens[1]")
-
-
-async def test_the_page_names_the_model_and_loads_nothing() -> None:
-    app = App(FakeFrontend(model_name="<script>alert(1)</script>"), api_key=("right",))
-    answer = await app.get("/", {"authorization": "Bearer right"})
-    page = answer.body.decode()
-    assert answer.headers["content-type"].startswith("text/html")
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
-    assert "src=" not in page
-    assert "/v1/chat/completions" in page
-    assert "Bearer KEY" in page
-    assert "right" not in page
-    assert "image_url" in page
-
-
-async def test_the_page_of_a_text_model_shows_no_image() -> None:
-    page = (await App(FakeFrontend(modalities=())).get("/")).body.decode()
-    assert "image_url" not in page
 
 
 ROUTES = {

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from sensorium.core.plan import NO_TOKEN_LEFT, TOO_COMPLEX, UNUSABLE
 from sensorium.core.request import EngineRequest, SequenceUpdate, TokenSample
 from sensorium.engine.grammar.matchers import NO_VOCABULARY
+from sensorium.engine.outputs.item_metrics import item_metrics
 from sensorium.engine.prompts.types import PreparedPrompt
 from sensorium.errors import (
     InvalidRequestError,
@@ -100,7 +101,7 @@ class OutputCollector:
         tokenizer: Tokenizer,
     ) -> OutputCollector:
         """Make the collector for the requests of a prepared prompt, one per sample."""
-        return cls(
+        collector = cls(
             request_id=request_id,
             engine_ids=[request.request_id for request in requests],
             text=prepared.text,
@@ -112,6 +113,9 @@ class OutputCollector:
             arrival_time=requests[0].arrival_time,
             spelled_ids=prepared.spelled_ids,
         )
+        collector.metrics.prepared_time = time.monotonic()
+        collector.metrics.items = tuple(map(item_metrics, prepared.items))
+        return collector
 
     def _new_sample(self, index: int) -> _Sample:
         params = self._params
@@ -219,6 +223,7 @@ class OutputCollector:
             self.metrics.first_scheduled_time = update.first_scheduled_time
         if update.sample is not None and self.metrics.first_token_time is None:
             self.metrics.first_token_time = time.monotonic()
+            self.metrics.encode_seconds = update.encode_seconds
             if self.trace is not None:
                 self.trace.prefilled(update.first_scheduled_time, update.prefilled_time)
                 self.trace.station("first token")

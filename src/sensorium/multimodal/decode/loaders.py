@@ -5,6 +5,7 @@ A new modality is an entry of ``LOADERS``.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from sensorium.errors import InvalidRequestError, MediaUndecodableError, Sensori
 from sensorium.multimodal.decode import audio, image
 from sensorium.multimodal.decode.shortage import check_shortage
 from sensorium.multimodal.decode.video import loading as video
-from sensorium.multimodal.items import Decoded, Features, Modality
+from sensorium.multimodal.items import FRAMES, Decoded, Features, Modality, Video
 from sensorium.multimodal.processor import Processor
 
 _logger = logging.getLogger(__name__)
@@ -126,4 +127,16 @@ def prepare(job: DecodeJob, source: Any, config: MediaConfig, processor: Process
         raise MediaUndecodableError(
             f"The model's processor cannot take this {modality} (decoded shape {data.shape})."
         ) from None
+    if isinstance(data, Video):
+        features = _with_frames(features, data)
     return Prepared(features, decoded - started, data.nbytes, time.perf_counter() - decoded)
+
+
+def _with_frames(features: Features, video: Video) -> Features:
+    """Return the features of a video with the frames that the model sees in their ``meta``."""
+    frames = {
+        "indices": list(map(int, video.indices)),
+        "fps": None if video.fps is None else float(video.fps),
+        "num_source_frames": int(video.num_source_frames),
+    }
+    return dataclasses.replace(features, meta={**features.meta, FRAMES: frames})

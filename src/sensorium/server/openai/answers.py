@@ -94,7 +94,11 @@ class AnswerStream(ABC):
             async for index, output in updates:
                 self._report.update(index, output)
                 yield list(self.chunks(index, output))
-        yield list(self._report.last(self._base.head(self._kind)))
+        yield self.last_chunks()
+
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """Return the chunks without choices that end the stream."""
+        return list(self._report.last(self._base.head(self._kind)))
 
     @abstractmethod
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ from sensorium.server.openai.answers import (
 )
 from sensorium.server.openai.generation import usage
 from sensorium.server.openai.logprobs import chat_logprobs, prompt_logprobs
+from sensorium.server.openai.metrics import answer_metrics
 from sensorium.server.openai.prompts import chat_prompt
 from sensorium.server.openai.protocol import ChatBody
 from sensorium.server.openai.sampling import chat_params
@@ -74,6 +75,7 @@ class ChatAnswer(Answer[ChatBody]):
             ),
             "prompt_logprobs": prompt_logprobs(spelling, output.prompt_logprobs),
             "prompt_token_ids": output.prompt_token_ids if wants_ids else None,
+            **({"metrics": answer_metrics(output)} if self.body.return_metrics else {}),
         }
 
     def stream(self) -> AnswerStream:
@@ -118,12 +120,22 @@ class _ChatStream(AnswerStream):
         super().__init__(answer, "chat.completion.chunk")
         self._answer = answer
         self._progress: dict[int, TextProgress] = {}
+        self._output: RequestOutput | None = None
 
     def chunks(self, index: int, output: RequestOutput) -> Iterator[dict[str, Any]]:
         """Yield chunks for what is new in ``output``."""
+        self._output = output
         for sample in output.outputs:
             if sample.token_ids or sample.finished:
                 yield from self._sample_chunks(output, sample)
+
+    def last_chunks(self) -> list[dict[str, Any]]:
+        """Return the chunk with usage and metrics, as far as they were asked for."""
+        last = super().last_chunks()
+        if self._answer.body.return_metrics and self._output is not None:
+            last = last or [{**self._answer.head("chat.completion.chunk"), "choices": []}]
+            last[-1]["metrics"] = answer_metrics(self._output)
+        return last
 
     def _sample_chunks(
         self, output: RequestOutput, sample: CompletionOutput

@@ -1,0 +1,156 @@
+// The page: facts of the server, the views, and what belongs to all of them.
+
+import { getJson } from "./lib/api.js";
+import { announce, byId, h, icon, iconButton, textButton, toast } from "./lib/dom.js";
+import { applyTheme } from "./lib/settings.js";
+import { Store } from "./lib/store.js";
+import { Chat } from "./chat/chat.js";
+import { EmbedView } from "./embed.js";
+import { openCode, openKeys, openSettings } from "./panels.js";
+import { ServerView } from "./server.js";
+import { Sidebar } from "./sidebar.js";
+
+applyTheme();
+const store = await Store.load();
+store.onfull = () => toast("The browser has no room for more: what is new is lost with this tab. Remove old conversations, or export them.", { error: true });
+
+let facts = null;
+const views = {};
+const sidebar = new Sidebar({ store, on: { open: openConversation, removed } });
+const chat = new Chat({ store, on: { changed: () => sidebar.show(chat.conversation.id), unauthorized: askForKey, code: showCode } });
+views.chat = chat;
+views.server = new ServerView();
+let current = null;
+
+build();
+await loadFacts();
+addEventListener("hashchange", () => show(viewOfHash()));
+addEventListener("keydown", onKey);
+
+function build() {
+  const links = [["chat", "chat", "Chat"], ["embed", "vector", "Embed"], ["server", "pulse", "Server"]];
+  byId("navigation").append(...links.map(([name, sign, label]) => h("a", { href: `#${name}`, data: { view: name }, hidden: name === "embed" }, icon(sign), h("span", {}, label))));
+  byId("new-place").append(textButton("plus", "New conversation", startNew, { class: "button new-button" }));
+  byId("conversations").append(sidebar.list);
+  byId("sidebar-foot").append(sidebar.tools, iconButton("keyboard", "Keys", openKeys));
+  byId("top-start").append(iconButton("menu", "Conversations and views", () => toggleSidebar(), { class: "icon-button menu-button", "aria-expanded": "false", "aria-controls": "sidebar" }));
+  byId("top-end").append(
+    iconButton("code", "Show the request as code", () => showCode(), { data: { only: "chat" } }),
+    iconButton("sliders", "Settings", () => openSettings(facts, loadFacts)));
+  byId("veil").addEventListener("click", () => toggleSidebar(false));
+  sidebar.show(chat.conversation.id);
+}
+
+/** Ask the server what it is. Until it answers, the page says why it does not. */
+async function loadFacts() {
+  try {
+    facts = await getJson("playground/facts");
+  } catch (error) {
+    byId("model").textContent = error.message;
+    byId("model").classList.add("is-bad");
+    if (error.status === 401) askForKey();
+    show(viewOfHash());
+    return;
+  }
+  document.title = `${facts.model} – Sensorium`;
+  const pools = facts.runner === "pooling";
+  const model = byId("model");
+  model.classList.remove("is-bad");
+  model.replaceChildren(h("b", {}, facts.model), h("span", { class: "takes" }, facts.modalities.map((name) => h("span", {}, name))));
+  if (pools) views.embed ??= new EmbedView({ unauthorized: askForKey });
+  document.body.classList.toggle("pools", pools);
+  document.querySelector("[data-view=embed]").hidden = !pools;
+  document.querySelector("[data-view=chat]").hidden = pools;
+  chat.model = facts.model;
+  for (const view of Object.values(views)) view.setFacts(facts);
+  show(viewOfHash());
+}
+
+function viewOfHash() {
+  const home = facts?.runner === "pooling" ? "embed" : "chat";
+  const name = location.hash.slice(1);
+  if (name === "server") return name;
+  return home;
+}
+
+function show(name) {
+  const view = views[name];
+  toggleSidebar(false);
+  for (const link of document.querySelectorAll("#navigation a")) {
+    if (link.dataset.view === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  for (const node of document.querySelectorAll("[data-only]")) node.hidden = node.dataset.only !== name;
+  if (view === current) return;
+  if (current === views.server) current.stop();
+  byId("view").replaceChildren(view.element);
+  current = view;
+  if (name === "server") view.start();
+  if (name === "chat") view.composer.focus();
+}
+
+function openConversation(conversation) {
+  location.hash = "#chat";
+  show("chat");
+  chat.open(conversation);
+  sidebar.show(conversation.id);
+}
+
+function startNew() {
+  location.hash = "#chat";
+  show("chat");
+  chat.startNew();
+  sidebar.show(chat.conversation.id);
+}
+
+function removed(id) {
+  if (id === null || id === chat.conversation.id) chat.startNew();
+  sidebar.show(chat.conversation.id);
+}
+
+let asked = false;
+function askForKey() {
+  if (asked || document.querySelector("dialog[open]")) return;
+  asked = true;
+  openSettings(facts, () => {
+    asked = false;
+    loadFacts();
+  }, { focusKey: true });
+}
+
+function showCode(messages = null) {
+  openCode({ ...chat.parameters(), messages: messages ?? chat.messagesForCode() });
+}
+
+function toggleSidebar(open = !document.body.classList.contains("sidebar-open")) {
+  const button = document.querySelector(".menu-button");
+  const was = document.body.classList.contains("sidebar-open");
+  document.body.classList.toggle("sidebar-open", open);
+  button?.setAttribute("aria-expanded", open);
+  if (open) byId("sidebar").querySelector("a, button").focus();
+  else if (was && byId("sidebar").contains(document.activeElement)) button.focus();
+}
+
+function onKey(event) {
+  const typing = event.target.closest?.("input, textarea, select, [contenteditable]");
+  const inDialog = document.querySelector("dialog[open]");
+  if (inDialog) return;
+  if (event.key === "Escape") {
+    if (document.body.classList.contains("sidebar-open")) toggleSidebar(false);
+    else if (chat.isRunning) chat.stop();
+  } else if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
+    event.preventDefault();
+    startNew();
+  } else if (event.ctrlKey && event.key === ",") {
+    event.preventDefault();
+    openSettings(facts, loadFacts);
+  } else if (!typing && event.key === "/" && current === chat) {
+    event.preventDefault();
+    chat.composer.focus();
+  } else if (!typing && event.key === "?") {
+    event.preventDefault();
+    openKeys();
+  }
+}
+
+if (!store.persistent) announce("This browser keeps no conversations.");

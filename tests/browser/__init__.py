@@ -1,0 +1,1 @@
+"""The playground, in Node.js and in a browser."""
