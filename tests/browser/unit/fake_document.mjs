@@ -90,7 +90,7 @@ export function elements(nodes) {
   while (stack.length) {
     const node = stack.pop();
     if (node instanceof FakeElement) found.push(node);
-    stack.push(...node.childNodes);
+    for (const child of node.childNodes) stack.push(child);
   }
   return found;
 }

@@ -28,7 +28,7 @@ test("paragraphs, emphasis, code and breaks", () => {
 });
 
 test("headings, rules and quotes", () => {
-  assert.equal(html("# One\n### Three ###\n####### seven"), "<h3>One</h3><h5>Three</h5><p>####### seven</p>");
+  assert.equal(html("# One\n### Three ###\n####### seven"), "<h3>One</h3><h4>Three</h4><p>####### seven</p>");
   assert.equal(html("Title\n=====\nsub\n---"), "<h3>Title</h3><h4>sub</h4>");
   assert.equal(html("a\n\n---\n\n***"), "<p>a</p><hr></hr><hr></hr>");
   assert.equal(html("> a\n> b\nlazy\n\nc"), "<blockquote><p>a<br></br>b<br></br>lazy</p></blockquote><p>c</p>");
@@ -198,4 +198,8 @@ test("a growing answer keeps the blocks that do not change", () => {
 
 test("inline nodes of plain text are one", () => {
   assert.deepEqual(parseInline("plain").map(({ type, text }) => [type, text]), [["text", "plain"]]);
+});
+
+test("headings skip no rank, and those in quotes have none", () => {
+  assert.equal(html("### a\n# b\n###### c\n> # d"), "<h3>a</h3><h3>b</h3><h4>c</h4><blockquote><p><strong>d</strong></p></blockquote>");
 });

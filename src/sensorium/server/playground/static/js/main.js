@@ -21,6 +21,7 @@ const chat = new Chat({ store, on: { changed: () => sidebar.show(chat.conversati
 views.chat = chat;
 views.server = new ServerView();
 let current = null;
+let asked = false; // for the key, since the last one
 
 build();
 await loadFacts();
@@ -108,7 +109,6 @@ function removed(id) {
   sidebar.show(chat.conversation.id);
 }
 
-let asked = false;
 function askForKey() {
   if (asked || document.querySelector("dialog[open]")) return;
   asked = true;

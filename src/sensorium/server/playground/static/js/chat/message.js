@@ -25,14 +25,15 @@ export function userView(message, { urls, siblings, actions, items = [] }) {
     return place;
   });
   const body = h("div", { class: "bubble" }, message.text);
-  const view = h("article", { class: "message message-user", "aria-label": "You", data: { id: message.id } },
+  const view = h("article", { class: "message message-user", data: { id: message.id } },
+    h("h2", { class: "visually-hidden" }, "You"),
     files.length ? h("div", { class: "attachments" }, files) : null,
     message.text ? body : null,
     h("div", { class: "actions" },
       branches(message, siblings, actions),
       iconButton("copy", "Copy the message", () => copyText(message.text, "Message")),
       iconButton("edit", "Edit the message", () => edit(view, message, actions)),
-      iconButton("vector", "Branch into a new conversation", () => actions.branch(message))));
+      iconButton("branch", "Branch into a new conversation", () => actions.branch(message))));
   return view;
 }
 
@@ -89,8 +90,8 @@ export class AnswerView {
     this.reasoning = h("div", { class: "reasoning-text" });
     this.thinking = h("details", { class: "reasoning", hidden: true }, h("summary", {}, "Reasoning"), this.reasoning);
     this.extra = h("div", { class: "answer-extra" });
-    this.element = h("article", { class: "message message-assistant", "aria-label": "Answer", data: { id: message.id } },
-      this.thinking, this.prose, this.extra);
+    this.element = h("article", { class: "message message-assistant", data: { id: message.id } },
+      h("h2", { class: "visually-hidden" }, "Answer"), this.thinking, this.prose, this.extra);
     if (running) this.write();
     else this.finish();
   }
@@ -148,7 +149,7 @@ export class AnswerView {
       branches(message, siblings, actions),
       iconButton("copy", "Copy the answer", () => copyText(message.text, "Answer")),
       iconButton("retry", "Try again", () => actions.retry(message)),
-      iconButton("vector", "Branch into a new conversation", () => actions.branch(message)),
+      iconButton("branch", "Branch into a new conversation", () => actions.branch(message)),
       iconButton("code", "Show the request as code", () => actions.code(message)),
       tokens);
   }

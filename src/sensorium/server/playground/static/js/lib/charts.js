@@ -31,6 +31,7 @@ export class Chart {
     this.element = h("section", { class: "card chart" }, h("h3", {}, title, hint && h("small", {}, hint)),
       h("div", { class: "chart-figures" }, this.figures.map(({ view }) => view)),
       h("div", { class: "chart-place" }, this.top, this.drawing));
+    this.#draw();
   }
 
   /** Add a value of each series; null where there is none. */

@@ -12,7 +12,7 @@ export class Renderer {
 
   /** Return the nodes of a text. */
   render(text) {
-    return parseBlocks(text).map((block) => this.block(block));
+    return outlined(parseBlocks(text)).map((block) => this.block(block));
   }
 
   make(tag, attributes = {}, children = []) {
@@ -27,8 +27,7 @@ export class Renderer {
   block(block) {
     switch (block.type) {
       case "heading":
-        // The page has headings of its own: those of an answer come below them.
-        return this.make(`h${Math.min(6, block.level + 2)}`, {}, this.inline(block.text));
+        return block.rank ? this.make(`h${block.rank}`, {}, this.inline(block.text)) : this.make("p", {}, [this.make("strong", {}, this.inline(block.text))]);
       case "code":
         return this.code(block);
       case "math":
@@ -115,6 +114,18 @@ export class Renderer {
   }
 }
 
+/**
+ * Give headings a rank on the page, whose own have 1 and 2; none is skipped, whatever a model writes. Those
+ * in quotes and lists get none.
+ */
+function outlined(blocks) {
+  let last = 2;
+  for (const block of blocks) {
+    if (block.type === "heading") last = block.rank = Math.min(6, block.level + 2, last + 1);
+  }
+  return blocks;
+}
+
 /** A text that grows: only blocks whose source has changed are made again. */
 export class GrowingText {
   #sources = [];
@@ -126,14 +137,15 @@ export class GrowingText {
 
   /** Show `text`. */
   update(text) {
-    const blocks = parseBlocks(text);
+    const blocks = outlined(parseBlocks(text));
     blocks.forEach((block, index) => {
-      if (this.#sources[index] === block.source) return;
+      const source = `${block.rank ?? ""} ${block.source}`;
+      if (this.#sources[index] === source) return;
       const node = this.renderer.block(block);
       const old = this.element.childNodes[index];
       if (old) old.replaceWith(node);
       else this.element.append(node);
-      this.#sources[index] = block.source;
+      this.#sources[index] = source;
     });
     while (this.element.childNodes.length > blocks.length) this.element.lastChild.remove();
     this.#sources.length = blocks.length;
