@@ -16,9 +16,9 @@ from sensorium.server.errors import install_error_handlers
 from sensorium.server.http.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
 from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestTracking
 from sensorium.server.openapi import describe
-from sensorium.server.responses.store import ResponseStore
 from sensorium.server.playground.routes import open_paths as playground_paths
 from sensorium.server.playground.routes import playground_router
+from sensorium.server.responses.store import ResponseStore
 from sensorium.server.routes.chat import chat_router
 from sensorium.server.routes.completions import completions_router
 from sensorium.server.routes.embeddings import embeddings_router
