@@ -60,6 +60,7 @@ def test_a_bar_in_a_terminal_and_nothing_on_stdout() -> None:
     assert "Loading weights" in shown
     assert "2/2" in shown
     assert shown.count("LOG a line\r\n") == 2, "log lines stand on lines of their own"
+    assert shown.endswith("\r"), "the bar is gone, and what follows begins at the left"
     assert output == "the result\n"
 
 

@@ -47,10 +47,16 @@ class TerminalBar(Base):
         defaults = {"delay": DELAY, "leave": False, **_width()}
         super().__init__(*args, **{**defaults, **keywords})
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Draw the bar, unless it is too early; log lines that are written make tqdm ask for it."""
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """Draw the bar, unless it is too early; log lines that are written make tqdm ask for it.
+
+        Returns:
+            True if it was drawn, as tqdm expects, whose declared type says otherwise.
+        """
         if msg == "" or time.time() >= getattr(self, "start_t", 0.0) + (self.delay or 0.0):
             super().display(msg, pos)
+            return True
+        return False
 
 
 class LoggedBar(TerminalBar):
@@ -63,7 +69,7 @@ class LoggedBar(TerminalBar):
             **{**keywords, "file": io.StringIO(), "mininterval": INTERVAL, "delay": INTERVAL},
         )
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
         """Write a line if the last is long enough ago."""
         if msg != "" and time.monotonic() >= self._next:
             self._next = time.monotonic() + INTERVAL

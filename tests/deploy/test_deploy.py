@@ -162,8 +162,11 @@ def test_nginx_accepts_its_file(tmp_path: Path) -> None:
     run(openssl)
     site = site.replace("/etc/ssl/certs/sensorium.pem", str(certificate))
     site = site.replace("/etc/ssl/private/sensorium.key", str(key))
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
     (tmp_path / "nginx.conf").write_text(
-        f"pid {tmp_path}/nginx.pid; error_log stderr; events {{}} http {{ access_log off; {site} }}"
+        f"pid {tmp_path}/nginx.pid; error_log stderr; events {{}} "
+        f"http {{ access_log off; {folders} {site} }}"
     )
     run([nginx, "-t", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")])
 

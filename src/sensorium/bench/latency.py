@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sensorium import progress
 from sensorium.bench import report
 from sensorium.bench.throughput import complete
 from sensorium.bench.workload import RandomWorkload
@@ -37,13 +38,15 @@ def run(arguments: argparse.Namespace, keywords: Mapping[str, Any]) -> int:
     params = SamplingParams(temperature=0.0, max_tokens=arguments.output_len, ignore_eos=True)
     size = arguments.batch_size
     iterations = []
-    with LLM(**keywords) as llm:
-        for number in range(arguments.num_warmups + arguments.iterations):
+    total = arguments.num_warmups + arguments.iterations
+    with LLM(**keywords) as llm, progress.bar("Batches", total, unit="batches") as shown:
+        for number in range(total):
             start, monotonic = time.perf_counter(), time.monotonic()
             outputs = complete(llm, workload, range(number * size, (number + 1) * size), params)
             seconds = time.perf_counter() - start
             if number >= arguments.num_warmups:
                 iterations.append(figures(outputs, monotonic, seconds))
+            shown.update()
     results: dict[str, Any] = report.header(
         "latency",
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -14,25 +15,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sensorium import progress
 from sensorium.bench import report
 from sensorium.errors import ConfigError
 
 STAGES = ("interpreter_seconds", "import_seconds", "load_seconds", "first_token_seconds")
 """Stages of a start in order; ``total_seconds`` is their sum."""
 TAIL_BYTES = 2000
+T = TypeVar("T")
 
 
 def run(arguments: argparse.Namespace, keywords: Mapping[str, Any]) -> int:
     """Start processes one after another, print medians and write all values."""
     settings = {"runs": arguments.runs, "cold_runs": arguments.cold_runs}
     if arguments.command is not None:
-        seconds = [
-            time_command(arguments.command, arguments.timeout) for _ in range(arguments.runs)
-        ]
+        seconds = _repeated(
+            arguments.runs, lambda: time_command(arguments.command, arguments.timeout)
+        )
         results = {
             **report.header("startup", {**settings, "command": arguments.command}),
             "total_seconds": report.summary_dict(seconds),
@@ -44,15 +47,24 @@ def run(arguments: argparse.Namespace, keywords: Mapping[str, Any]) -> int:
     else:
         results = report.header("startup", {**settings, "engine": report.plain(keywords)})
         for name, num_runs in (("cold", arguments.cold_runs), ("warm", arguments.runs)):
-            runs = [
-                time_start(keywords, cold=name == "cold", timeout=arguments.timeout)
-                for _ in range(num_runs)
-            ]
-            results[name] = _summaries(runs)
+            start = functools.partial(
+                time_start, keywords, cold=name == "cold", timeout=arguments.timeout
+            )
+            results[name] = _summaries(_repeated(num_runs, start))
         print(table(results))
     if arguments.output is not None:
         report.write_json(results, arguments.output)
     return 0
+
+
+def _repeated(number: int, start: Callable[[], T]) -> list[T]:
+    """Return the results of so many starts, and show how many are done."""
+    results = []
+    with progress.bar("Starts", number, unit="starts") as shown:
+        for _ in range(number):
+            results.append(start())
+            shown.update()
+    return results
 
 
 def time_start(keywords: Mapping[str, Any], *, cold: bool, timeout: float) -> dict[str, float]:

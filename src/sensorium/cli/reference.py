@@ -18,7 +18,8 @@ flags only. This page is generated from the fields of `sensorium.config` by
 
 A flag that takes several values may be repeated. Flags that are on or off have a `--no-` form.
 Underscores in flags are read as hyphens. JSON is given in quotes:
-`--mm-processor-kwargs '{"max_pixels": 1003520}'`.
+`--mm-processor-kwargs '{"max_pixels": 1003520}'`. `--config FILE.yaml` reads flags from a file
+([Command line](cli.md#flags-in-a-file)).
 
 ## Environment
 
@@ -35,9 +36,9 @@ Where it cannot be written, each start compiles them again, with a warning. |
 | `SENSORIUM_MEDIA_URL_ALLOW_REDIRECTS` | 0 forbids redirects of media URLs, 1 allows them. |
 
 `SENSORIUM_API_KEY` and the last four are also read under their `VLLM_` names, and then their
-`APHRODITE_` names, where ours are unset (or, for the key, empty). Flags override the last four; the
-key is accepted in addition to those of `--api-key`. The log of each start says whether a key is
-needed.
+`APHRODITE_` names, where ours are unset (or, for the key, empty). Flags override all of these, and
+these override a file of flags; the key is accepted in addition to those of `--api-key`. The log of
+each start says whether a key is needed.
 """
 
 

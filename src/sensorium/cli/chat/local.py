@@ -11,7 +11,7 @@ from sensorium.llm import LLM
 
 
 class LocalModel:
-    """A model in this process. Ctrl-C ends an answer between two tokens."""
+    """A model in this process. Ctrl-C ends an answer between two tokens, a second one at once."""
 
     def __init__(self, **keywords: Any) -> None:
         self._llm = LLM(**keywords)
@@ -42,9 +42,15 @@ class LocalModel:
 
 @contextmanager
 def _interruptions() -> Iterator[list[int]]:
-    """Collect Ctrl-C, so that it does not interrupt a step of the engine."""
+    """Collect Ctrl-C, so that it does not interrupt a step of the engine; raise at the second."""
     caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+
+    def catch(number: int, frame: object) -> None:
+        if caught:  # the first token may be long in coming
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = signal.signal(signal.SIGINT, catch)
     try:
         yield caught
     finally:

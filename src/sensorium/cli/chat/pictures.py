@@ -35,6 +35,7 @@ _COLOURS = 128
 _MOST_ANSWER = 4096
 _KITTY_QUERY = "\x1b_Gi=31,s=1,v=1,a=q,t=d,f=24;AAAA\x1b\\"
 _ATTRIBUTES_QUERY = "\x1b[c"
+_ERASE_LINE = b"\r\x1b[K"
 _ATTRIBUTES = re.compile(rb"\x1b\[\?([0-9;]*)c")
 _KITTY_TERMINALS = ("xterm-kitty", "xterm-ghostty")
 _ITERM_PROGRAMS = ("iTerm.app", "WezTerm", "mintty", "rio")
@@ -81,7 +82,9 @@ def ask_terminal(query: str, seconds: float = QUERY_SECONDS) -> bytes:
         try:
             tty.setcbreak(terminal, termios.TCSANOW)
             os.write(terminal, query.encode("ascii"))
-            return _answer(terminal, time.monotonic() + seconds)
+            answer = _answer(terminal, time.monotonic() + seconds)
+            os.write(terminal, _ERASE_LINE)  # a terminal that takes the query for text shows it
+            return answer
         finally:
             termios.tcsetattr(terminal, termios.TCSANOW, before)
     except (OSError, termios.error):
