@@ -13,13 +13,12 @@ from tests.server.harness import App
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("/v1/files", "data: URLs"),
-        ("/v1/files/file-1/content", "data: URLs"),
+        ("/v1/uploads", "/v1/files"),
+        ("/v1/uploads/upload_1/parts", "/v1/files"),
         ("/v1/complete", "use POST /v1/messages"),
         ("/messages", "use /v1/messages"),
         ("/responses/resp_1/cancel", "use /v1/responses/resp_1/cancel"),
         ("/v1/audio/transcriptions", "input_audio"),
-        ("/v1/batches", "concurrent requests, POST /v1/chat/completions"),
         ("/api/generate", "Ollama's API is not available; use POST /v1/completions"),
         ("/api/tags", "GET /v1/models"),
         ("/v1/images/generations", "take images as input"),

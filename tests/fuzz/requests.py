@@ -19,13 +19,14 @@ from pydantic import BaseModel
 from sensorium.multimodal.decode.video.video_frames import is_packed
 from sensorium.multimodal.items import MODALITIES, Modality
 from sensorium.server.openai.protocol import (
+    BatchBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
     TokenizeBody,
 )
-from tests.fuzz import embeddings
+from tests.fuzz import documents, embeddings
 from tests.fuzz.corpus import corpus, kind_of
 from tests.fuzz.mutation import mutate
 from tests.fuzz.values import GOOD, Values
@@ -36,9 +37,10 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/embeddings": EmbeddingBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/v1/batches": BatchBody,
 }
 _PATHS = tuple(BODIES)
-_WEIGHTS = (70, 12, 4, 10, 4)
+_WEIGHTS = (70, 12, 4, 10, 4, 3)
 MAX_TOKENS = 6
 _TYPES = {"image": "image_url", "video": "video_url", "audio": "audio_url"}
 
@@ -97,6 +99,8 @@ class RequestMaker:
     def make(self) -> Sent:
         """A request."""
         rng = self._rng
+        if rng.random() < 0.04:
+            return self._upload()
         path = rng.choices(_PATHS, _WEIGHTS)[0]
         body = self._good(path)
         changed = []
@@ -122,6 +126,12 @@ class RequestMaker:
             body: dict[str, Any] = {"prompt": self._values.prompt()}
         elif path == "/detokenize":
             return {"tokens": [rng.randrange(1300) for _ in range(rng.randrange(6))]}
+        elif path == "/v1/batches":
+            return {
+                "input_file_id": rng.choice(("file-1", "../x", "file-" + "0" * 32)),
+                "endpoint": rng.choice(_PATHS),
+                "completion_window": rng.choice(("24h", "1m", "0d", "99999d", "soon")),
+            }
         elif path == "/v1/embeddings":
             body = {"input": self._values.text()} if rng.random() < 0.5 else self._messages()
         elif path == "/tokenize":
@@ -167,6 +177,7 @@ class RequestMaker:
         modality: Modality = rng.choice((*tuple(self._target.modalities) * 10, *MODALITIES))
         ways: tuple[Callable[[Modality], dict[str, Any]], ...] = (
             *((self._file,) * 12),
+            *(self._document, self._document),
             *(self._embeds, self._embeds, self._cached, self._elsewhere, self._broken_part),
         )
         part = rng.choice(ways)(modality)
@@ -190,6 +201,26 @@ class RequestMaker:
         key = _TYPES[modality]
         return {"type": key, key: {"url": url} if rng.random() < 0.8 else url}
 
+    def _document(self, modality: Modality) -> dict[str, Any]:
+        rng = self._rng
+        file = (
+            documents.document(rng)
+            if rng.random() < 0.8
+            else corpus(modality)[rng.choice(sorted(corpus(modality)))]
+        )
+        text = base64.b64encode(file).decode()
+        ways: tuple[dict[str, Any], ...] = (
+            {"file_data": _data_url(file, "application/pdf", rng)},
+            {"file_data": text, "filename": rng.choice(documents.NAMES)},
+            {"file_id": rng.choice(("file-" + "0" * 32, "../../etc/passwd", self._values.text()))},
+            {"file_url": self._values.forbidden_url()},
+            {"file_data": text, "file_id": "file-1"},
+        )
+        payload = rng.choices(ways, (10, 10, 1, 1, 1))[0]
+        if rng.random() < 0.5:
+            return {"type": "file", "file": payload}
+        return {"type": "input_file", **payload}
+
     def _embeds(self, modality: Modality) -> dict[str, Any]:
         rng = self._rng
         key = f"{modality}_embeds"
@@ -212,6 +243,11 @@ class RequestMaker:
         return part
 
     # --- bytes ------------------------------------------------------------------------------------
+
+    def _upload(self) -> Sent:
+        """A form with a file."""
+        body, kind = documents.form(self._rng, documents.document(self._rng))
+        return Sent("/v1/files", body, headers={"content-type": kind}, what="an upload")
 
     def _raw(self, path: str, data: bytes) -> Sent:
         """A body that is hardly JSON any more."""

@@ -27,6 +27,7 @@ FLAGS = (
     *("--enable-mm-embeds", "--disable-access-log", "--max-model-len", "1024"),
     *("--mm-processor-cache-gb", "0.02", "--mm-encoder-cache-gb", "0.02"),
     *("--max-body-bytes", str(16 << 20), "--kv-cache-memory-bytes", str(24 << 20)),
+    *("--max-stored-files", "20", "--max-file-age", "2", "--max-batches", "4"),
 )
 """Small caches, so that they are full when memory is first compared."""
 UNCACHED = (

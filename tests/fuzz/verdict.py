@@ -58,6 +58,8 @@ _WHOLE = (
     *("The JSON body is not valid", "The body must be a ", "The body is empty"),
     *("Content-Type must be", "This model generates text", "This model makes vectors"),
     "The model gave no usable distribution",
+    *("The form", "The body is not a well-formed", "A part of the form", "The headers of a part"),
+    "The fields of the form",
 )
 """Beginnings of messages about a request as a whole, which have no place to point at."""
 
@@ -160,4 +162,6 @@ _MEMBERS = {
     "/v1/embeddings": {"data", "usage", "model"},
     "/tokenize": {"tokens", "count"},
     "/detokenize": {"prompt"},
+    "/v1/files": {"id", "object", "bytes", "filename", "purpose"},
+    "/v1/batches": {"id", "object", "status", "request_counts"},
 }

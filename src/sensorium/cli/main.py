@@ -7,7 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from sensorium import __version__
-from sensorium.cli.commands import bench, chat, doctor, embed, generate, info, models, pull, serve
+from sensorium.cli.commands import (
+    batch,
+    bench,
+    chat,
+    doctor,
+    embed,
+    generate,
+    info,
+    models,
+    pull,
+    serve,
+)
 from sensorium.cli.flags import Parser, flag_of
 from sensorium.environment import set_progress
 from sensorium.errors import ConfigError, SensoriumError
@@ -48,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_parser(commands)
     generate.add_parser(commands)
     embed.add_parser(commands)
+    batch.add_parser(commands)
     pull.add_parser(commands)
     info.add_parser(commands)
     doctor.add_parser(commands)

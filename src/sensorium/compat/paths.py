@@ -12,12 +12,8 @@ _CONTROL = "a running server cannot be reconfigured; stop it and start another"
 
 PATHS: dict[str, str] = {
     "/v1/complete": "Anthropic's older API is not available; use POST /v1/messages",
-    "/v1/files": "files are not stored; send media as URLs or data: URLs in the parts of a message",
-    "/v1/uploads": "files are not stored; send media as URLs or data: URLs in the parts of a "
-                   "message",
-    "/v1/batches": "batch files are not available; send concurrent requests, "
-                   f"{_CHAT.removeprefix('use ')}",
-    "/v1/chat/completions/batch": f"send concurrent requests; {_CHAT}",
+    "/v1/uploads": "uploads in parts are not available; use POST /v1/files",
+    "/v1/chat/completions/batch": f"use POST /v1/batches, or send concurrent requests; {_CHAT}",
     "/v1/chat/completions/render": "use POST /tokenize: its prompt is the rendered chat template",
     "/v1/audio/transcriptions": f"{_CHAT} with an input_audio part, and ask for a transcription",
     "/v1/audio/translations": f"{_CHAT} with an input_audio part, and ask for a translation",

@@ -54,6 +54,12 @@ class MediaConfig:
     audio_fetch_timeout: float = option(
         10.0, "Seconds for the whole download of an audio file.", ge=0.001, le=3600.0
     )
+    document_fetch_timeout: float = option(
+        30.0,
+        "Seconds for the whole download of a file whose content says what it is, such as a PDF.",
+        ge=0.001,
+        le=3600.0,
+    )
     media_fetch_retries: int = option(
         3,
         "Number of retries of a download after a transient failure, within its timeout.",
@@ -141,6 +147,31 @@ class MediaConfig:
         "Maximum number of bytes of one decoded audio item, all channels together.",
         ge=1,
         le=_MOST,
+    )
+    max_document_bytes: int = option(
+        64 * MIB, "Maximum number of bytes of one PDF.", ge=1, le=_MOST
+    )
+    max_document_pages: int = option(
+        100, "Maximum number of pages of one PDF; each becomes an image.", ge=1, le=1 << 20
+    )
+    document_dpi: float = option(
+        144.0, "Pixels per inch at which pages of PDFs are drawn.", ge=9.0, le=1200.0
+    )
+    max_document_page_pixels: int = option(
+        4_194_304,
+        "Maximum number of pixels of one page of a PDF; larger pages are drawn at fewer pixels per "
+        "inch.",
+        ge=1,
+        le=_MOST,
+    )
+    max_document_pixels: int = option(
+        268_435_456, "Maximum number of pixels of all pages of one PDF.", ge=1, le=_MOST
+    )
+    document_timeout: float = option(
+        120.0,
+        "Seconds for drawing all pages of one PDF; each page also has --media-decode-timeout.",
+        ge=0.001,
+        le=86400.0,
     )
     max_items_per_request: int = option(
         256, "Maximum number of media items of one request.", ge=1, le=_MOST

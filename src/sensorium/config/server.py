@@ -73,6 +73,37 @@ class ServerConfig:
     response_store_seconds: float = option(
         86400.0, "Seconds for which a response is stored.", ge=1.0, le=366 * 86400.0
     )
+    file_folder: str = option(
+        "",
+        "Folder in which a private one for uploaded files is made, which goes when the server "
+        "ends; the system's folder of temporary files if empty.",
+    )
+    max_file_bytes: int = option(
+        512 * MIB, "Maximum number of bytes of one uploaded file.", ge=1, le=1 << 50
+    )
+    max_stored_file_bytes: int = option(
+        4096 * MIB, "Maximum number of bytes of all uploaded files.", ge=1, le=1 << 50
+    )
+    max_stored_files: int = option(1000, "Maximum number of uploaded files.", ge=0, le=1 << 20)
+    max_file_age: float = option(
+        86400.0,
+        "Seconds after which an uploaded file is deleted, at the latest.",
+        ge=1.0,
+        le=365 * 86400.0,
+    )
+    max_batches: int = option(
+        100, "Maximum number of batches that are remembered, running or ended.", ge=0, le=1 << 20
+    )
+    max_batch_lines: int = option(
+        100_000, "Maximum number of lines of the input of a batch.", ge=1, le=1 << 30
+    )
+    max_batch_requests: int | None = option(
+        None,
+        "Maximum number of requests of batches that run at a time; half of --max-num-seqs if "
+        "unset.",
+        ge=1,
+        le=1 << 20,
+    )
     trust_request_chat_template: bool = option(
         False, "Accept chat templates that come with a request."
     )

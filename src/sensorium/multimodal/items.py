@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from sensorium.errors import MediaTooLargeError
 from sensorium.multimodal.shared_memory import SharedArrays
 
 Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 
-SourceKind = Literal["url", "bytes", "object", "embeds", "cached"]
+FetchKind = Literal["image", "video", "audio", "document"]
+"""What is fetched: an item, or a file whose content says what it is."""
+
+SourceKind = Literal["url", "bytes", "page", "object", "embeds", "cached"]
 
 FRAMES = "frames"
 """Key of a video's ``Features.meta``: ``indices`` in the source of the frames that the model sees,
@@ -31,6 +35,7 @@ class MediaRef:
 
             - ``url``: a string (``http(s):``, ``data:``, ``file:`` or a local path).
             - ``bytes``: an encoded file.
+            - ``page``: a ``Page`` of a PDF.
             - ``object``: a PIL image, numpy array or torch tensor; for videos also a list of such
               frames or a pair of frames and metadata, for audio a pair of samples and sampling
               rate.
@@ -56,6 +61,58 @@ class MediaRef:
     alone: bool = False
     processing: Mapping[str, Any] = field(default_factory=dict)
     loading: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRef:
+    """Reference to a file whose content says what it is: an image, a video, audio or a PDF.
+
+    Attributes:
+        source: A string as of a ``MediaRef`` of kind ``url``; None for an upload.
+        file_id: Id of an upload.
+        read: Returns the content of the upload, once it is known where that lies.
+        num_bytes: Size of the upload.
+        filename: The caller's name for the file.
+        uuid: The caller's id.
+        param: Place in the request, for error messages.
+    """
+
+    source: str | None = None
+    file_id: str | None = None
+    read: Callable[[], bytes] | None = None
+    num_bytes: int = 0
+    filename: str = ""
+    uuid: str | None = None
+    param: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Document:
+    """A PDF: its bytes, their digest, and width and height in pixels of each page.
+
+    ``seconds``: time that its pages have taken so far.
+    """
+
+    data: bytes
+    digest: bytes
+    sizes: tuple[tuple[int, int], ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Page:
+    """One page of a PDF; ``index`` counts from 0."""
+
+    document: Document
+    index: int
+
+    def check_time(self, most: float) -> None:
+        """Raise MediaTooLargeError when the pages of the PDF have taken ``most`` seconds."""
+        if self.document.seconds > most:
+            raise MediaTooLargeError(
+                f"Drawing the pages of the PDF took longer than {most:g} s, the limit "
+                "(--document-timeout); send fewer or simpler pages."
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

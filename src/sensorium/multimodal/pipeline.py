@@ -29,6 +29,7 @@ from sensorium.multimodal.cache.single_flight import SingleFlight
 from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob
 from sensorium.multimodal.fetch.budget import RequestBytes
 from sensorium.multimodal.fetch.fetcher import Fetcher, is_data_url, is_local
+from sensorium.multimodal.files import FileOpener
 from sensorium.multimodal.items import (
     Features,
     Fetched,
@@ -36,6 +37,7 @@ from sensorium.multimodal.items import (
     MediaItem,
     MediaRef,
     Modality,
+    Page,
 )
 from sensorium.multimodal.parse import limits, part_options
 from sensorium.multimodal.parse.data import has_image_shape
@@ -123,6 +125,9 @@ class MediaPipeline:
         self._preparations: SingleFlight[_Loaded] = SingleFlight()
         self._seen = DigestMemo(MAX_SEEN_URLS)
         self._rules = OptionRules(config, processor, self.modalities)
+        self.files = FileOpener(
+            config, self.modalities, self.fetcher, self._workers, self._decoders
+        )
 
     async def load(
         self,
@@ -224,17 +229,13 @@ class MediaPipeline:
                 f"Nothing is cached under the id {ref.uuid!r:.80}; send the {ref.modality} itself."
             )
         began = time.monotonic()
-        fetched = None if ref.kind == "object" else await self._fetch(ref, context)
+        fetched = None if ref.kind in ("object", "page") else await self._fetch(ref, context)
         cost = LoadCost(ref.param, fetch_seconds=time.monotonic() - began)
         source = ref.source if fetched is None else fetched.data
         if text_digest is not None and fetched is not None:
             self._seen.put(text_digest, fetched.digest)
         if digest is None:
-            content = (
-                await self._workers.run(digests.object_digest, source)
-                if fetched is None
-                else fetched.digest
-            )
+            content = await self._content_digest(source) if fetched is None else fetched.digest
             digest = self._item_digest(ref.modality, content, context)
             features = self._lookup(digest, context)
         if features is None:
@@ -274,6 +275,12 @@ class MediaPipeline:
         context.received.add(size)
         return fetched
 
+    async def _content_digest(self, source: Any) -> bytes:
+        """Return the digest of a page of a PDF, or of an object of the caller's."""
+        if isinstance(source, Page):
+            return digests.page_digest(source)
+        return await self._workers.run(digests.object_digest, source)
+
     async def _prepare(
         self, ref: MediaRef, source: Any, digest: bytes, context: LoadContext
     ) -> _Loaded:
@@ -282,13 +289,25 @@ class MediaPipeline:
             return _Loaded(cached, 0.0, 0.0)
         options, num_items = context.options, context.num_items[ref.modality]
         loading = options.loading[ref.modality]
-        decode = DecodeJob(ref.modality, loading, options.processing, num_items)
+        page = source if isinstance(source, Page) else None
+        decode = DecodeJob(
+            ref.modality,
+            loading,
+            options.processing,
+            num_items,
+            None if page is None else page.index,
+        )
+        if page is not None:
+            page.check_time(self._config.document_timeout)
+            source = page.document.data
         decoders = self._decoders if isinstance(source, bytes) else self._threads
         try:
             prepared = await decoders.prepare(decode, source)
         except OverloadedError:  # no room for the result
             self._cache.clear()
             prepared = await decoders.prepare(decode, source)
+        if page is not None:
+            page.document.seconds += prepared.decode_seconds
         prepared.trace(ref.param, ref.modality)
         features = await self._shared(prepared.features)
         self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)

@@ -17,6 +17,7 @@ from sensorium.server.anthropic.protocol import (
     Thinking,
 )
 from sensorium.server.openai.protocol import (
+    BatchBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -40,7 +41,7 @@ LOGGED_ERROR = "logged_error"
 """Key of a request's state: code and parameter of its error."""
 
 _BODIES = (
-    *(ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody),
+    *(ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, BatchBody),
     *(StreamOptions, ResponseFormat, JsonSchema, ScoreBody, RerankBody),
     *(ResponsesBody, InputTokensBody, TextConfig, TextFormat, Reasoning),
     *(MessagesBody, CountBody, ChatChoice, OutputConfig, OutputFormat, Thinking),
@@ -54,6 +55,7 @@ _PARTS = """
     fps file allowed_tools mode
     output call_id summary source media_type input_schema tool_use_id thinking
     limit order after response_id
+    file_id file_data file_url filename input_file purpose expires_after
 """.split()
 _KNOWN = {*FIELD_RULES, *_PARTS, *(name for body in _BODIES for name in body.model_fields)}
 _STEP = re.compile(r"([A-Za-z_]\w*)((?:\[\d+\])*)", re.ASCII)

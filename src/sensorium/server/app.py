@@ -11,17 +11,22 @@ from sensorium import __version__
 from sensorium.config import ServerConfig
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.admission import Admission
+from sensorium.server.batches.calls import AppCaller
+from sensorium.server.batches.store import BatchStore
 from sensorium.server.context import ServingContext
 from sensorium.server.errors import install_error_handlers
+from sensorium.server.files.store import FileStore
 from sensorium.server.http.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
 from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestTracking
 from sensorium.server.openapi import describe
 from sensorium.server.playground.routes import open_paths as playground_paths
 from sensorium.server.playground.routes import playground_router
 from sensorium.server.responses.store import ResponseStore
+from sensorium.server.routes.batches import batches_router
 from sensorium.server.routes.chat import chat_router
 from sensorium.server.routes.completions import completions_router
 from sensorium.server.routes.embeddings import embeddings_router
+from sensorium.server.routes.files import files_router
 from sensorium.server.routes.health import health_router
 from sensorium.server.routes.messages import messages_router
 from sensorium.server.routes.models import models_router
@@ -33,6 +38,11 @@ from sensorium.text.tools.forms import AnswerForms
 
 if TYPE_CHECKING:
     from sensorium.engine.serving.frontend import Frontend
+
+
+UPLOADS = "/v1/files"
+FORM_BYTES = 1 << 20
+"""Bytes of an upload besides its file."""
 
 
 def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
@@ -61,6 +71,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
             config.response_store_seconds,
             max_history_bytes=config.max_body_bytes,
         ),
+        files=FileStore(config),
     )
     app = FastAPI(
         title="Sensorium",
@@ -70,13 +81,21 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.context = context
+    context.batches = BatchStore(
+        config,
+        context.files,
+        lambda tenant: AppCaller(app, tenant, below=True),
+        config.max_batch_requests or max(1, frontend.config.scheduler.max_num_seqs // 2),
+    )
     for router in (
+        batches_router(),
         chat_router(),
         completions_router(),
         responses_router(),
         messages_router(),
         embeddings_router(),
         scores_router(),
+        files_router(),
         models_router(),
         tokenize_router(),
         health_router(),
@@ -100,7 +119,10 @@ def _add_middleware(app: FastAPI, context: ServingContext) -> None:
     paths = frozenset(open_paths)
     app.add_middleware(ApiKeyGuard, keys=ApiKeys(config.api_key), open_paths=paths)
     describe(app, keys=bool(config.api_key), open_paths=paths)
-    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    uploads = dict.fromkeys(
+        (UPLOADS, config.root_path + UPLOADS), config.max_file_bytes + FORM_BYTES
+    )
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, uploads=uploads)
     if config.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -24,6 +24,8 @@ from sensorium.text.tools.forms import AnswerForms
 
 if TYPE_CHECKING:
     from sensorium.engine.serving.frontend import Frontend
+    from sensorium.server.batches.store import BatchStore
+    from sensorium.server.files.store import FileStore
 
 
 @dataclass(slots=True)
@@ -42,7 +44,9 @@ class ServingContext:
     admission: Admission
     spelling: TokenSpelling
     responses: ResponseStore
+    files: FileStore
     forms: AnswerForms = field(default_factory=AnswerForms)
+    batches: BatchStore = field(init=False)
     started_at: int = field(default_factory=lambda: int(time.time()))
     num_in_flight: int = 0
     turns: Turns = field(default_factory=Turns)
@@ -90,6 +94,11 @@ def tenant_of_key(key: bytes) -> str:
 def tenant_of(request: Request) -> str:
     """Return the tenant of a request; empty when the server asks for no key."""
     return str(request.scope["state"].get("tenant", ""))
+
+
+def priority_of(request: Request, wanted: int | None) -> int:
+    """Return the priority of a request, whose client wants one; those of batches come last."""
+    return (wanted or 0) + int(request.scope["state"].get("priority", 0))
 
 
 def request_id_of(request: Request, wanted: str | None) -> str:

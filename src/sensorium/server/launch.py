@@ -249,6 +249,7 @@ async def _serve_on(
     frontend = starting.result()
     try:
         app = build_app(frontend, config)
+        app.state.context.files.open()
     except BaseException:
         await frontend.shutdown()
         raise
@@ -286,13 +287,16 @@ async def run_app(
     try:
         with LagSampler(context.metrics.loop_lag):
             await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
+            await context.batches.close()
             await _drain(context, signals.hurry)
     finally:
         announcing.cancel()
         stopping.cancel()
+        await context.batches.close()
         await context.frontend.shutdown()
         server.should_exit = True
         await serving
+        context.files.close()
 
 
 class _Server(uvicorn.Server):
@@ -390,6 +394,12 @@ def check_config(config: ServerConfig) -> None:
     """Check the configuration before the model is loaded. Raises ConfigError."""
     ServingMetrics(config.metrics_prefix)
     _check_template_kwargs(config.default_chat_template_kwargs)
+    folder = config.file_folder
+    if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+        raise ConfigError(
+            f"file_folder must be a folder that can be written to; got {folder!r}.",
+            param="file_folder",
+        )
     root = config.root_path
     if root and (not root.startswith("/") or root.endswith("/")):
         raise ConfigError(

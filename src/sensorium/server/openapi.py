@@ -11,7 +11,9 @@ from pydantic import BaseModel
 
 from sensorium.errors import RequestError, SensoriumError, UnavailableError
 from sensorium.server.anthropic.protocol import CountBody, MessagesBody
+from sensorium.server.files.store import PURPOSES
 from sensorium.server.openai.protocol import (
+    BatchBody,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -35,6 +37,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/messages/count_tokens": CountBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
+    "/v1/batches": BatchBody,
 }
 _EITHER = {EmbeddingBody: ("input", "messages"), TokenizeBody: ("prompt", "messages")}
 """Bodies that need exactly one of two fields."""
@@ -44,6 +47,12 @@ _PROMPT_STATUSES = (*_BODY_STATUSES, 422, 424)
 _STATUSES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(BODIES, _PROMPT_STATUSES),
     "/detokenize": _BODY_STATUSES,
+    "/v1/batches": _BODY_STATUSES,
+    "/v1/batches/{batch_id}": (404,),
+    "/v1/batches/{batch_id}/cancel": (400, 404),
+    "/v1/files": (400, 413, 503),
+    "/v1/files/{file_id}": (404,),
+    "/v1/files/{file_id}/content": (404,),
     "/v1/models/{name}": (404,),
     "/v1/responses/{response_id}": (400, 404),
     "/v1/responses/{response_id}/cancel": (400, 404),
@@ -53,7 +62,14 @@ _STATUSES: dict[str, tuple[int, ...]] = {
 }
 """Errors of each route. Those that need an API key have 401, too."""
 
+_PAGE: dict[str, dict[str, Any]] = {
+    "after": {"type": "string", "description": "The id of an entry: list those after it."},
+    "limit": {"type": "integer", "minimum": 1},
+    "order": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
+}
 _QUERY: dict[str, dict[str, Any]] = {
+    "/v1/files": {**_PAGE, "purpose": {"type": "string"}},
+    "/v1/batches": _PAGE,
     "/v1/responses/{response_id}": {"stream": {"type": "boolean", "enum": [False]}},
     "/v1/responses/{response_id}/input_items": {
         "limit": {"type": "integer", "minimum": 1, "maximum": MOST_ITEMS, "default": 20},
@@ -62,6 +78,19 @@ _QUERY: dict[str, dict[str, Any]] = {
     },
 }
 """Parameters in the URL of GET routes, with their schemas."""
+
+_UPLOAD = {
+    "type": "object",
+    "title": "Upload",
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(PURPOSES)},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+    },
+}
 
 _ERROR = {
     "type": "object",
@@ -124,6 +153,7 @@ def describe(app: FastAPI, *, keys: bool, open_paths: frozenset[str]) -> None:
                 _add_query(operations, _QUERY.get(path, {}))
             for path, model in BODIES.items():
                 _add_body(schema["paths"][path]["post"], model, schemas)
+            _add_files(schema["paths"])
             if keys:
                 schema["components"]["securitySchemes"] = {
                     "key": {"type": "http", "scheme": "bearer"},
@@ -149,6 +179,18 @@ def _add_body(operation: dict[str, Any], model: type[BaseModel], schemas: dict[s
     if "stream" in model.model_fields:
         event = {"schema": {"type": "string", "description": "events as JSON in data: lines"}}
         operation["responses"]["200"]["content"]["text/event-stream"] = event
+
+
+def _add_files(paths: dict[str, Any]) -> None:
+    """Describe the form of an upload, its content, and the queries of lists."""
+    paths["/v1/files"]["post"]["requestBody"] = {
+        "required": True,
+        "content": {"multipart/form-data": {"schema": _UPLOAD}},
+    }
+    content = paths["/v1/files/{file_id}/content"]["get"]["responses"]["200"]
+    content["content"] = {
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}
+    }
 
 
 def _add_query(operations: dict[str, Any], query: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from sensorium.errors import (
     UnavailableError,
 )
 from sensorium.multimodal.decode.image import ImageOptions
-from sensorium.multimodal.decode.loaders import DecodeJob, Prepared
+from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob, Prepared
 from sensorium.multimodal.decode.video import video_frames
 from sensorium.multimodal.decode.video.loading import VideoOptions
 from sensorium.multimodal.shared_memory import ArraySpec, SharedArrays, SharedArraysFolder, write
@@ -281,9 +281,14 @@ def test_answers_that_cannot_be_are_not_believed(answer: bytes, tmp_path: Path) 
     path = str(tmp_path / "features")
     write(path, {"pixels": np.zeros(30, np.uint8)})
     with pytest.raises((ValueError, TypeError)):
-        messages.decode_reply(answer, path)
-    right = messages.decode_reply(done(ArraySpec("|u1", (30,), 0)), path)
+        messages.decode_reply(answer, path, job())
+    right = messages.decode_reply(done(ArraySpec("|u1", (30,), 0)), path, job())
     assert isinstance(right, messages.Done)
+    with pytest.raises(TypeError):  # an answer to another job
+        messages.decode_reply(done(ArraySpec("|u1", (30,), 0)), path, InspectJob())
+    pages = messages.encode(messages.Inspected([(3, 0)]))
+    with pytest.raises(ValueError, match="pages"):
+        messages.decode_reply(pages, path, InspectJob())
 
 
 def test_a_worker_can_raise_errors_of_items_only() -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 
+from sensorium.engine.prompts.files import has_files
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import Prompt
 from sensorium.errors import InvalidRequestError, counted, located
@@ -47,10 +48,13 @@ class Prompts(NamedTuple):
 
 
 class BatchPrompt(NamedTuple):
-    """A prompt of a batch, checked as far as that goes without its media."""
+    """A prompt of a batch, checked as far as that goes without its media.
+
+    ``rendered`` is None for a conversation with files: what media they hold shows when it runs.
+    """
 
     prompt: Prompt
-    rendered: RenderedPrompt
+    rendered: RenderedPrompt | None
     params: SamplingParams | PoolingParams
 
 
@@ -132,7 +136,7 @@ class BatchBuilder:
             return BatchInput(self._read(values, parse, each), True, None)
         found = check(per_prompt(params, len(values), kind, name), not isinstance(params, kind))
         parsed = _each(parse, values, several)
-        rendered = _each(self._input_processor.render, parsed, several)
+        rendered = _each(self._rendered, parsed, several)
         return BatchInput(map(BatchPrompt, parsed, rendered, found), several, len(values))
 
     def _read(
@@ -145,9 +149,12 @@ class BatchBuilder:
         for index, value in enumerate(values):
             with located(prompt=index):
                 prompt = parse(value)
-                rendered = self._input_processor.render(prompt)
+                rendered = self._rendered(prompt)
                 found = BatchPrompt(prompt, rendered, next(params))
             yield found
+
+    def _rendered(self, prompt: Prompt) -> RenderedPrompt | None:
+        return None if has_files(prompt) else self._input_processor.render(prompt)
 
     def _checked_sampling(self, each: list[SamplingParams], several: bool) -> list[SamplingParams]:
         """Check each object once, and compile its constraint."""

@@ -182,13 +182,14 @@ class BatchRun:
         if trace is not None:
             self._traces[index] = trace
             rendered = prompt.rendered
-            trace.station(
-                "rendered",
-                began,
-                arrival,
-                tokens=len(rendered.token_ids),
-                items=len(rendered.refs),
-            )
+            if rendered is not None:
+                trace.station(
+                    "rendered",
+                    began,
+                    arrival,
+                    tokens=len(rendered.token_ids),
+                    items=len(rendered.refs),
+                )
         return trace
 
     async def _prepared(
@@ -199,6 +200,8 @@ class BatchRun:
             grammar = None
             if not isinstance(given.params, PoolingParams):
                 grammar = await self._input_processor.grammar(given.params)
+            if given.rendered is None:
+                return await self._input_processor.prepare(given.prompt), grammar
             return await self._input_processor.complete(given.prompt, given.rendered), grammar
 
     def _admit(self) -> None:

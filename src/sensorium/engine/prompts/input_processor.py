@@ -23,6 +23,7 @@ from sensorium.engine.grammar.compiler import GrammarCompiler, grammar_server
 from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
 from sensorium.engine.prompts.deprecated import check_deprecated
 from sensorium.engine.prompts.expansion import Traits, expanded
+from sensorium.engine.prompts.files import files_opened
 from sensorium.engine.prompts.lengths import (
     is_long,
     refuse_endless,
@@ -180,13 +181,15 @@ class InputProcessor:
 
         Raises RequestError.
         """
-        began = time.monotonic()
-        if is_long(prompt):
-            rendered = await asyncio.to_thread(self.render, prompt)
-        else:
-            rendered = self.render(prompt)
-        tracing.station("rendered", began, tokens=len(rendered.token_ids), items=len(rendered.refs))
-        return await self.complete(prompt, rendered)
+        async with files_opened(prompt, self._pipeline) as prompt:
+            began = time.monotonic()
+            if is_long(prompt):
+                rendered = await asyncio.to_thread(self.render, prompt)
+            else:
+                rendered = self.render(prompt)
+            num_items = len(rendered.refs)
+            tracing.station("rendered", began, tokens=len(rendered.token_ids), items=num_items)
+            return await self.complete(prompt, rendered)
 
     def render(self, prompt: Prompt) -> RenderedPrompt:
         """Render or tokenize a prompt, and check all that needs no media.

@@ -19,7 +19,7 @@ from PIL import Image
 
 from sensorium.multimodal.decode import grey
 from sensorium.multimodal.decode import image as images
-from sensorium.multimodal.items import Features, Modality, is_tensor
+from sensorium.multimodal.items import Features, Modality, Page, is_tensor
 
 Field = bytes | str | int | memoryview
 
@@ -73,6 +73,11 @@ def object_digest(source: Any) -> bytes:
     if is_tensor(source):
         return framed("torch", _tensor_fields(source))
     return framed("plain", [canonical(source)])
+
+
+def page_digest(page: Page) -> bytes:
+    """Return the content digest of a page of a PDF, in the size in which it is drawn."""
+    return framed("page", [page.document.digest, page.index, *page.document.sizes[page.index]])
 
 
 def features_digest(features: Features) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 from sensorium import tracing
 from sensorium.config import MediaConfig, suggestion
 from sensorium.errors import InvalidRequestError, MediaUndecodableError, SensoriumError
-from sensorium.multimodal.decode import audio, image
+from sensorium.multimodal.decode import audio, document, image
 from sensorium.multimodal.decode.shortage import check_shortage
 from sensorium.multimodal.decode.video import loading as video
 from sensorium.multimodal.items import FRAMES, Decoded, Features, Modality, Video
@@ -75,17 +75,33 @@ def check_loading_options(given: Mapping[str, Any], modalities: Sequence[Modalit
         known[name].options.parse(options, param)
 
 
-class DecodeJob(msgspec.Struct, frozen=True):
+class DecodeJob(msgspec.Struct, frozen=True, tag=True):
     """Job of decoding and preprocessing one item, in this process or in a worker.
 
     ``loading``: an object of the modality's ``Loader.options``. ``options``:
     ``mm_processor_kwargs``. ``num_items``: how many items of the modality the prompt has.
+    ``page``: index of the page that is the item, where the file is a PDF.
     """
 
     modality: Modality
     loading: Any
     options: Mapping[str, Any]
     num_items: int = 1
+    page: int | None = None
+
+    @property
+    def noun(self) -> str:
+        """Name of the item for messages."""
+        return self.modality if self.page is None else f"page {self.page + 1} of the PDF"
+
+
+class InspectJob(msgspec.Struct, frozen=True, tag=True):
+    """Job of reading the sizes of a PDF's pages."""
+
+    @property
+    def noun(self) -> str:
+        """Name of the file for messages."""
+        return "PDF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +130,11 @@ def prepare(job: DecodeJob, source: Any, config: MediaConfig, processor: Process
     modality, loader = job.modality, LOADERS[job.modality]
     started = time.perf_counter()
     decoding = processor.decoding(modality, job.options)
-    decode = loader.decode if isinstance(source, bytes) else loader.decode_object
-    data = decode(source, job.loading, config, decoding)
+    if job.page is not None:
+        data: Decoded = document.render_page(source, job.page, config)
+    else:
+        decode = loader.decode if isinstance(source, bytes) else loader.decode_object
+        data = decode(source, job.loading, config, decoding)
     decoded = time.perf_counter()
     try:
         features = processor.process(modality, data, job.options, job.num_items)

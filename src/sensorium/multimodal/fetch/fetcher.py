@@ -21,7 +21,7 @@ from sensorium.multimodal.fetch.budget import ByteBudget, DownloadProgress, Requ
 from sensorium.multimodal.fetch.data_url import parse_data_url
 from sensorium.multimodal.fetch.disk_cache import DiskCache
 from sensorium.multimodal.fetch.guard import Guard
-from sensorium.multimodal.items import Fetched, Modality
+from sensorium.multimodal.items import Fetched, FetchKind
 from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.multimodal.workers.threads import Workers
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sensorium.multimodal.fetch.client import HttpClient
 
-Key = tuple[Modality, str]
+Key = tuple[FetchKind, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Fetcher:
             tuple[asyncio.AbstractEventLoop, Key], DownloadProgress
         ] = WeakValueDictionary()
 
-    async def fetch(self, url: str, modality: Modality, request: RequestBytes) -> Fetched:
+    async def fetch(self, url: str, modality: FetchKind, request: RequestBytes) -> Fetched:
         """Return the bytes behind a URL or path. ``request`` counts those that come meanwhile.
 
         Raises MediaRefusedError, MediaTooLargeError, MediaFetchError (the host's status in the
@@ -179,7 +179,7 @@ class Fetcher:
             self._recent.put(key, fetched)
         return fetched
 
-    async def _download(self, url: URL, modality: Modality, share: Share) -> Fetched:
+    async def _download(self, url: URL, modality: FetchKind, share: Share) -> Fetched:
         seconds = self._config.fetch_timeout(modality)
         try:
             return await self._network.run(self._run_client(url, share, seconds))

@@ -17,12 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from sensorium.errors import MediaUndecodableError, UnavailableError
-from sensorium.multimodal.decode.loaders import DecodeJob
+from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob
 from sensorium.multimodal.shared_memory import remove
 from sensorium.multimodal.workers.messages import (
     DecodeRequest,
     Done,
     Failed,
+    Inspected,
     decode_reply,
     encode_request,
 )
@@ -46,14 +47,14 @@ class DecodeTask:
     An encoded file, what to do with it, and the file for its features.
     """
 
-    def __init__(self, job: DecodeJob, source: bytes, path: str) -> None:
+    def __init__(self, job: DecodeJob | InspectJob, source: bytes, path: str) -> None:
         self.job = job
         self.source = source
         self.path = path
         self._worker: Worker | None = None
         self._lock = threading.Lock()
 
-    def run(self, worker: Worker) -> Done:
+    def run(self, worker: Worker) -> Done | Inspected:
         """Return the worker's answer; leave no file when there is none.
 
         Raises as ``Worker.run`` does.
@@ -74,7 +75,7 @@ class DecodeTask:
         with self._lock:
             self._worker = None
 
-    def leave(self, future: Future[Done]) -> None:
+    def leave(self, future: Future[Done | Inspected]) -> None:
         """Give up a task that was submitted as ``future``.
 
         The worker gets ``ABANDONED_SECONDS`` to finish it.
@@ -115,7 +116,7 @@ class Worker:
             self._num_jobs = 0
         return self._process
 
-    def run(self, task: DecodeTask) -> Done:
+    def run(self, task: DecodeTask) -> Done | Inspected:
         """Return the answer to a task. Raises RequestError, OverloadedError or UnavailableError."""
         request = encode_request(DecodeRequest(task.job, task.path, len(task.source)))
         process = self.start()
@@ -124,7 +125,7 @@ class Worker:
         begun = time.monotonic()
         try:
             answer = self._ask(process, request, task.source)
-            reply = None if answer is None else decode_reply(answer, task.path)
+            reply = None if answer is None else decode_reply(answer, task.path, task.job)
         except TimeoutError:
             self._died("was killed: it took too long")
             raise self._too_long(task) from None
@@ -140,7 +141,7 @@ class Worker:
             if time.monotonic() - begun >= self._seconds:  # its limit of processor time was faster
                 raise self._too_long(task)
             raise MediaUndecodableError(
-                f"The process that decoded the {task.job.modality} ended before it was done: the "
+                f"The process that decoded the {task.job.noun} ended before it was done: the "
                 "file is damaged, or takes too much."
             )
         self._num_jobs += 1
@@ -170,7 +171,7 @@ class Worker:
 
     def _too_long(self, task: DecodeTask) -> MediaUndecodableError:
         return MediaUndecodableError(
-            f"Decoding and preprocessing the {task.job.modality} took longer than "
+            f"Decoding and preprocessing the {task.job.noun} took longer than "
             f"{self._seconds:g} s, the limit (--media-decode-timeout); send a smaller or shorter "
             "one."
         )

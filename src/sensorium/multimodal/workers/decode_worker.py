@@ -30,8 +30,8 @@ from sensorium.errors import (
     OverloadedError,
     SensoriumError,
 )
-from sensorium.multimodal.decode import heif
-from sensorium.multimodal.decode.loaders import LOADERS, prepare
+from sensorium.multimodal.decode import document, heif
+from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob, InspectJob, prepare
 from sensorium.multimodal.decode.shortage import check_shortage
 from sensorium.multimodal.items import Modality
 from sensorium.multimodal.processor import Processor
@@ -40,6 +40,7 @@ from sensorium.multimodal.workers.messages import (
     DecodeRequest,
     Done,
     Failed,
+    Inspected,
     decode_request,
     encode,
 )
@@ -97,48 +98,58 @@ def _work(requests: socket.socket, *, processor: Processor, config: MediaConfig)
 
 def answer(
     request: DecodeRequest, data: bytes, processor: Processor, config: MediaConfig
-) -> Done | Failed:
-    """Decode and preprocess an encoded file, and write its features into the request's file."""
-    modality = request.job.modality
+) -> Done | Inspected | Failed:
+    """Decode and preprocess an encoded file, and write its features into the request's file.
+
+    Of a PDF to be inspected, the reply has the sizes of its pages.
+    """
+    job = request.job
     try:
-        loading = msgspec.convert(request.job.loading, LOADERS[modality].options)
-        job = msgspec.structs.replace(request.job, loading=loading)
-        prepared = prepare(job, data, config, processor)
-        features = prepared.features
-        return Done(
-            write(request.path, features.arrays),
-            features.num_embeds,
-            dict(features.meta),
-            features.precomputed,
-            prepared.decode_seconds,
-            prepared.decoded_bytes,
-            prepared.preprocess_seconds,
-        )
+        if isinstance(job, InspectJob):
+            return Inspected(document.page_sizes(data, config))
+        return _decoded(job, request.path, data, processor, config)
     except SensoriumError as error:
         return Failed(error.message, error.code, error.param)
     except Exception as error:
-        return _failed(error, modality, config)
+        return _failed(error, job.noun, config)
 
 
-def _failed(error: Exception, modality: Modality, config: MediaConfig) -> Failed:
+def _decoded(
+    job: DecodeJob, path: str, data: bytes, processor: Processor, config: MediaConfig
+) -> Done:
+    loading = msgspec.convert(job.loading, LOADERS[job.modality].options)
+    prepared = prepare(msgspec.structs.replace(job, loading=loading), data, config, processor)
+    features = prepared.features
+    return Done(
+        write(path, features.arrays),
+        features.num_embeds,
+        dict(features.meta),
+        features.precomputed,
+        prepared.decode_seconds,
+        prepared.decoded_bytes,
+        prepared.preprocess_seconds,
+    )
+
+
+def _failed(error: Exception, noun: str, config: MediaConfig) -> Failed:
     """Return what the caller gets to know of an error that no decoder foresaw."""
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         return Failed(NO_ROOM, OverloadedError.code)
     try:
         check_shortage(error)
     except MemoryError:
-        return _too_large(modality, config)
+        return _too_large(noun, config)
     except OverloadedError as short:
         return Failed(short.message, short.code)
     if isinstance(error, OSError) and error.errno == errno.EFBIG:
-        return _too_large(modality, config)
-    logger.exception("an item (%s) could not be decoded", modality)
-    return Failed(f"The {modality} cannot be decoded.", MediaUndecodableError.code)
+        return _too_large(noun, config)
+    logger.exception("an item (%s) could not be decoded", noun)
+    return Failed(f"The {noun} cannot be decoded.", MediaUndecodableError.code)
 
 
-def _too_large(modality: str, config: MediaConfig) -> Failed:
+def _too_large(noun: str, config: MediaConfig) -> Failed:
     return Failed(
-        f"The {modality} takes more than {config.media_worker_memory_gb:g} GiB of memory to decode "
+        f"The {noun} takes more than {config.media_worker_memory_gb:g} GiB of memory to decode "
         "and preprocess, the limit (--media-worker-memory-gb); send a smaller one.",
         MediaTooLargeError.code,
     )

@@ -18,18 +18,19 @@ from sensorium.errors import (
     SensoriumError,
     error_of,
 )
-from sensorium.multimodal.decode.loaders import DecodeJob
+from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob
 from sensorium.multimodal.shared_memory import ArraySpec, check
 from sensorium.multimodal.workers.packing import decode_extension, encode_other
 
 MOST_EMBEDS = 1 << 24
 MOST_MESSAGE_CHARS = 1000
+MOST_PAGES = 1 << 20
 
 
 class DecodeRequest(msgspec.Struct):
     """Message to a worker: the job, the file to write, the number of bytes that follow."""
 
-    job: DecodeJob
+    job: DecodeJob | InspectJob
     path: str
     num_bytes: int
 
@@ -47,6 +48,12 @@ class Done(msgspec.Struct, tag=True):
     decode_seconds: float
     decoded_bytes: int
     preprocess_seconds: float
+
+
+class Inspected(msgspec.Struct, tag=True):
+    """Message from a worker: width and height in pixels of each page of a PDF."""
+
+    sizes: list[tuple[int, int]]
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -67,7 +74,7 @@ class Failed(msgspec.Struct, tag=True):
 
 encode = msgspec.msgpack.Encoder(enc_hook=encode_other).encode
 decode_request = msgspec.msgpack.Decoder(DecodeRequest, ext_hook=decode_extension).decode
-_decode_reply = msgspec.msgpack.Decoder(Done | Failed, ext_hook=decode_extension).decode
+_decode_reply = msgspec.msgpack.Decoder(Done | Inspected | Failed, ext_hook=decode_extension).decode
 
 
 def encode_request(request: DecodeRequest) -> bytes:
@@ -82,14 +89,20 @@ def encode_request(request: DecodeRequest) -> bytes:
         ) from None
 
 
-def decode_reply(data: bytes, path: str) -> Done | Failed:
-    """Return a worker's reply, whose arrays lie in the file ``path``.
+def decode_reply(data: bytes, path: str, job: DecodeJob | InspectJob) -> Done | Inspected | Failed:
+    """Return a worker's reply to a job, whose arrays lie in the file ``path``.
 
     Raises ValueError, TypeError or OSError for one that cannot be true.
     """
     reply = _decode_reply(data)
+    if not isinstance(reply, Failed | (Inspected if isinstance(job, InspectJob) else Done)):
+        raise TypeError("a worker cannot have answered another job")
     if isinstance(reply, Done):
         check(path, reply.specs)
         if not 0 <= reply.num_embeds <= MOST_EMBEDS:
             raise ValueError(f"a worker cannot have made {reply.num_embeds} embeddings")
+    elif isinstance(reply, Inspected) and (
+        len(reply.sizes) > MOST_PAGES or any(min(size) < 1 for size in reply.sizes)
+    ):
+        raise ValueError("a worker cannot have found such pages")
     return reply

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sensorium.config import MediaConfig
-from sensorium.multimodal.decode.loaders import DecodeJob, Prepared, prepare
-from sensorium.multimodal.items import MODALITIES, Features
+from sensorium.multimodal.decode.document import page_sizes
+from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob, Prepared, prepare
+from sensorium.multimodal.items import MODALITIES, Features, Modality
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
 from sensorium.multimodal.workers.crew import NOT_NOW, Crew, DecodeTask, Worker
-from sensorium.multimodal.workers.messages import Done
+from sensorium.multimodal.workers.messages import Done, Inspected
 from sensorium.multimodal.workers.threads import ThreadWorkers, default_num_workers
 from sensorium.processes.fork_server import ForkServer, ForkServerCommand
 
@@ -50,6 +51,10 @@ class Decoders(Protocol):
         """
         ...
 
+    async def inspect(self, source: bytes) -> list[tuple[int, int]]:
+        """Return width and height in pixels of each page of a PDF. Raises as ``prepare``."""
+        ...
+
     def stats(self) -> DecoderStats:
         """Return the counters of now."""
         ...
@@ -75,6 +80,10 @@ class ThreadDecoders:
     async def prepare(self, job: DecodeJob, source: Any) -> Prepared:
         """See ``Decoders.prepare``."""
         return await self._workers.run(prepare, job, source, self._config, self._processor)
+
+    async def inspect(self, source: bytes) -> list[tuple[int, int]]:
+        """See ``Decoders.inspect``."""
+        return await self._workers.run(page_sizes, source, self._config)
 
     def stats(self) -> DecoderStats:
         """Return zeros: the threads count nothing."""
@@ -106,7 +115,7 @@ class ProcessDecoders:
             modality: Crew(self.server, self.num_workers, config.media_decode_timeout)
             for modality in MODALITIES
         }
-        self._futures: set[Future[Done]] = set()
+        self._futures: set[Future[Done | Inspected]] = set()
 
     def start(self) -> None:
         """Start a first worker in the background, before the first item needs it."""
@@ -115,19 +124,30 @@ class ProcessDecoders:
     async def prepare(self, job: DecodeJob, source: bytes) -> Prepared:
         """See ``Decoders.prepare``."""
         task = DecodeTask(job, source, self._folder.new_path())
-        future = self._crews[job.modality].submit(task.run)
-        self._futures.add(future)
-        future.add_done_callback(self._futures.discard)
-        try:
-            done = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            task.leave(future)
-            raise
+        done = await self._reply(task, job.modality)
+        assert isinstance(done, Done)
         # Made here: futures refer to each other in circles, and would keep the file until these are
         # collected.
         arrays = SharedArrays(task.path, done.specs, owned=True)
         features = Features(job.modality, arrays, done.num_embeds, done.meta, done.precomputed)
         return Prepared(features, done.decode_seconds, done.decoded_bytes, done.preprocess_seconds)
+
+    async def inspect(self, source: bytes) -> list[tuple[int, int]]:
+        """See ``Decoders.inspect``."""
+        task = DecodeTask(InspectJob(), source, self._folder.new_path())
+        reply = await self._reply(task, "image")
+        assert isinstance(reply, Inspected)
+        return reply.sizes
+
+    async def _reply(self, task: DecodeTask, modality: Modality) -> Done | Inspected:
+        future = self._crews[modality].submit(task.run)
+        self._futures.add(future)
+        future.add_done_callback(self._futures.discard)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            task.leave(future)
+            raise
 
     def stats(self) -> DecoderStats:
         """See ``Decoders.stats``."""

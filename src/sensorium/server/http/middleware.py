@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -101,20 +102,27 @@ class HeadAsGet:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses a body over ``max_bytes`` as soon as its size is known."""
+    """ASGI middleware that refuses a body over ``max_bytes`` as soon as its size is known.
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    ``uploads``: bytes of the bodies posted to paths that stream them to disk.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, uploads: Mapping[str, int]) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._uploads = uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a counted ``receive``."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if _declared_length(scope) > self._max_bytes:
-            record_error(scope, self._too_large())
-            await error_response(self._too_large())(scope, receive, send)
+        upload = self._uploads.get(scope["path"]) if scope["method"] == "POST" else None
+        most = self._max_bytes if upload is None else upload
+        error = self._too_large() if upload is None else _upload_too_large(most)
+        if _declared_length(scope) > most:
+            record_error(scope, error)
+            await error_response(error)(scope, receive, send)
             return
         num_bytes = 0
 
@@ -122,8 +130,8 @@ class BodyLimit:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_bytes:
-                raise self._too_large()
+            if num_bytes > most:
+                raise error
             return message
 
         await self._app(scope, counted, send)
@@ -132,6 +140,12 @@ class BodyLimit:
         return BodyTooLargeError(
             f"The body is larger than {self._max_bytes} bytes, the limit (--max-body-bytes)."
         )
+
+
+def _upload_too_large(most: int) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"The upload is larger than {most} bytes, the limit with its form (--max-file-bytes)."
+    )
 
 
 def _request_id(scope: Scope) -> str:

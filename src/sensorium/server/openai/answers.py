@@ -15,7 +15,7 @@ from starlette.responses import Response
 from sensorium.errors import InvalidRequestError
 from sensorium.outputs import RequestOutput
 from sensorium.params import SamplingParams
-from sensorium.server.context import ServingContext, context_of, request_id_of
+from sensorium.server.context import ServingContext, context_of, priority_of, request_id_of
 from sensorium.server.errors import CLIENT_NAMES
 from sensorium.server.http.body import read_body
 from sensorium.server.http.disconnect import unless_disconnected
@@ -158,7 +158,7 @@ def serving_request(
         prompts=prompts,
         params=params,
         request_id=request_id_of(request, body.request_id),
-        priority=body.priority or 0,
+        priority=priority_of(request, body.priority),
         client_names=request.scope["state"].get(CLIENT_NAMES, {}),
         constraint_param=constraint_param(body, forced),
         rename=rename,

@@ -9,6 +9,7 @@ from fastapi import Request
 from sensorium.engine.prompts.types import ChatPrompt, MediaOptions, RawPrompt, Truncation
 from sensorium.errors import InvalidRequestError
 from sensorium.server.context import ServingContext, tenant_of
+from sensorium.server.files.uploads import with_uploads
 from sensorium.server.openai.protocol import (
     ChatBody,
     CompletionBody,
@@ -52,8 +53,11 @@ def chat_prompt(
     adds = body.add_generation_prompt
     if adds is None:
         adds = not continues and not isinstance(body, EmbeddingBody)
+    conversation = with_uploads(
+        conversation or parse_messages(body.messages or []), context.files, tenant_of(request)
+    )
     return ChatPrompt(
-        conversation=conversation or parse_messages(body.messages or []),
+        conversation=conversation,
         add_generation_prompt=adds,
         continue_final_message=continues,
         tools=tuple(tools) if tools else None,

@@ -253,3 +253,20 @@ class DetokenizeBody(Body):
 
     model: str | None = None
     tokens: Items[int]
+
+
+class ExpiresAfter(Body):
+    """The time for which a file is kept."""
+
+    anchor: Literal["created_at"]
+    seconds: int = Field(ge=3600, le=30 * 86400)
+
+
+class BatchBody(Body):
+    """Body of ``POST /v1/batches``. ``completion_window``: a number with m, h or d, as in 24h."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: str = Field(pattern=r"^[0-9]{1,5}[mhd]$")
+    metadata: dict[str, str] | None = None
+    output_expires_after: ExpiresAfter | None = None

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from sensorium.errors import InvalidRequestError
 from sensorium.params import PoolingParams
-from sensorium.server.context import ServingContext, context_of, request_id_of
+from sensorium.server.context import ServingContext, context_of, priority_of, request_id_of
 from sensorium.server.http.body import read_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.openai.generation import usage_of_prompts
@@ -64,7 +64,8 @@ def _begin(context: ServingContext, request: Request, body: EmbeddingBody) -> Po
     context.frontend.input_processor.resolve_pooling(params)
     prompts = _prompts(context, request, body)
     request_id = request_id_of(request, body.request_id)
-    return PoolingRequest(model, params, prompts, request_id, body.priority or 0)
+    priority = priority_of(request, body.priority)
+    return PoolingRequest(model, params, prompts, request_id, priority)
 
 
 def _prompts(context: ServingContext, request: Request, body: EmbeddingBody) -> Sequence[Prompt]:

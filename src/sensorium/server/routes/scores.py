@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from sensorium.errors import InvalidRequestError, located
 from sensorium.params import PoolingParams
-from sensorium.server.context import ServingContext, context_of, request_id_of
+from sensorium.server.context import ServingContext, context_of, priority_of, request_id_of
 from sensorium.server.http.body import read_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.openai.generation import usage_of_prompts
@@ -230,7 +230,7 @@ def _pooling(
         params,
         [_prompt(context, request, body, entry) for entry in entries],
         request_id_of(request, body.request_id),
-        body.priority or 0,
+        priority_of(request, body.priority),
         param,
         lambda index, place: entries[index].client_place(place),
     )

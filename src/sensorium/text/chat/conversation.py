@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +11,8 @@ from typing import Any, NoReturn, cast
 
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError
-from sensorium.multimodal.items import MediaRef
+from sensorium.multimodal.items import FileRef, MediaRef
+from sensorium.multimodal.parse.files import FILE_PART_TYPES, file_from_part, is_file_part
 from sensorium.multimodal.parse.messages import MEDIA_PART_TYPES, media_part_type, ref_from_part
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "query", "document")
@@ -31,7 +33,7 @@ class TextPart:
     text: str
 
 
-Part = TextPart | MediaRef
+Part = TextPart | MediaRef | FileRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +65,36 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, and the references to their media items, in order."""
+    """Messages, and the references to their media items, in order.
+
+    ``files`` must have become media items before a template renders the conversation.
+    """
 
     messages: tuple[Message, ...]
     refs: tuple[MediaRef, ...] = field(init=False)
+    files: tuple[FileRef, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         refs = tuple(p for m in self.messages for p in m.parts if isinstance(p, MediaRef))
         object.__setattr__(self, "refs", refs)
+        files = tuple(p for m in self.messages for p in m.parts if isinstance(p, FileRef))
+        object.__setattr__(self, "files", files)
+
+    def with_files(self, given: Sequence[Sequence[Part]]) -> Conversation:
+        """Return the conversation with other parts in the place of each of ``files``."""
+        places = iter(given)
+        messages = [
+            dataclasses.replace(
+                message,
+                parts=tuple(
+                    new
+                    for part in message.parts
+                    for new in (next(places) if isinstance(part, FileRef) else (part,))
+                ),
+            )
+            for message in self.messages
+        ]
+        return Conversation(tuple(messages))
 
 
 def parse_messages(
@@ -182,6 +206,8 @@ def _part(part: object, param: str) -> Part:
         return TextPart(_text(part, param) or "")
     if not isinstance(part, Mapping):
         _bad(f"must be an object with a 'type', got {type(part).__name__}", param)
+    if is_file_part(part):
+        return file_from_part(part, param)
     if media_part_type(part) is not None:
         return ref_from_part(part, param)
     kind = part.get("type")
@@ -192,7 +218,7 @@ def _part(part: object, param: str) -> Part:
     elif kind in TEXT_PART_TYPES:
         key = "refusal" if kind == "refusal" else "text"
     else:
-        known = [*TEXT_PART_TYPES, *MEDIA_PART_TYPES]
+        known = [*TEXT_PART_TYPES, *MEDIA_PART_TYPES, *FILE_PART_TYPES]
         near = suggestion(str(kind)[:80], known)
         _bad(
             f"Unknown type of content part {kind!r:.80}; known are {', '.join(known)}.{near}",

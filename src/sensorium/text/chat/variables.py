@@ -126,9 +126,11 @@ class VariableWriter:
         for i, part in enumerate(message.parts):
             if isinstance(part, MediaRef):
                 pieces.append((part.modality, ""))
-            else:
+            elif isinstance(part, TextPart):
                 end = f"{self.marks.end} " if continues and i == last else ""
                 pieces.append((None, self.guarded(part.text) + end))
+            else:
+                raise ValueError("files become media before a template renders them")
         keeps_string = message.is_string and self.template.tests_string
         if self.template.content_format == "string" or keeps_string:
             return self._joined(pieces)

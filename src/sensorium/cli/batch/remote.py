@@ -1,0 +1,62 @@
+"""Requests of a batch to a running server."""
+
+from __future__ import annotations
+
+import contextlib
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from sensorium.errors import ConfigError, UnavailableError
+from sensorium.server.batches.calls import Reply
+
+_CONNECT_SECONDS = 30.0
+
+
+class RemoteCaller:
+    """Sends requests to an OpenAI-compatible server; an asynchronous context manager.
+
+    Args:
+        base_url: Address of the server; may end in ``/v1``.
+        api_key: Key to send.
+        timeout: Seconds for one request.
+    """
+
+    def __init__(self, base_url: str, *, api_key: str | None, timeout: float) -> None:
+        base_url = base_url if "//" in base_url else f"http://{base_url}"
+        url = urlsplit(base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(f"--base-url must be an http(s) address, got {base_url!r}.")
+        self._base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=_CONNECT_SECONDS)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> RemoteCaller:
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0), timeout=self._timeout, headers=self._headers
+        )
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def call(self, url: str, body: bytes) -> Reply:
+        """See ``Caller.call``."""
+        assert self._session is not None
+        try:
+            async with self._session.post(f"{self._base_url}{url}", data=body) as response:
+                content = await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            raise UnavailableError(
+                f"{self._base_url} does not answer ({type(error).__name__})."
+            ) from error
+        retry_after = None
+        with contextlib.suppress(ValueError):
+            retry_after = float(response.headers.get("Retry-After", ""))
+        return Reply(
+            response.status, response.headers.get("X-Request-Id", ""), content, retry_after
+        )

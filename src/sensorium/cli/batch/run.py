@@ -1,0 +1,185 @@
+"""One run of ``sensorium batch``: lines of a file through a model, outputs into two files."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from sensorium.cli.batch.journal import Journal
+from sensorium.config import EngineConfig, ServerConfig
+from sensorium.errors import ConfigError
+from sensorium.processes.start import STOPS
+from sensorium.server.batches.calls import AppCaller, Caller
+from sensorium.server.batches.lines import BadLine, Line, read_lines, survey
+from sensorium.server.batches.runner import LineRunner, Outcome
+
+STOPPED = 130
+"""Exit status after Ctrl-C, as of a program that the signal ended."""
+SOME_FAILED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a run is to do.
+
+    Attributes:
+        source: File of requests.
+        answers: File for the outputs that succeeded.
+        errors: File for the others.
+        num_at_once: Lines that run at the same time.
+        max_line_bytes: Longest line.
+        patience: Seconds for which a line is tried again while the server is not available.
+        in_order: Put the outputs into the order of the input at the end.
+        overwrite: Begin anew.
+    """
+
+    source: Path
+    answers: Path
+    errors: Path
+    num_at_once: int
+    max_line_bytes: int
+    patience: float
+    in_order: bool
+    overwrite: bool
+
+
+@asynccontextmanager
+async def local_caller(engine: EngineConfig, server: ServerConfig) -> AsyncIterator[Caller]:
+    """Give a caller of an engine that runs for the block. Raises ConfigError."""
+    from sensorium.engine.serving.process import EngineProcess
+
+    with EngineProcess() as process:
+        process.start()
+        # The engine does not wait for these.
+        from sensorium.engine.serving.frontend import Frontend
+        from sensorium.server.app import build_app
+
+        frontend = await Frontend.start(engine, process=process)
+        try:
+            yield AppCaller(build_app(frontend, server), "", below=False)
+        finally:
+            await frontend.shutdown()
+
+
+def run_batch(job: Job, caller: AbstractAsyncContextManager[Caller]) -> int:
+    """Run a job; return the exit status.
+
+    ``caller`` is entered only where lines are left. Raises ConfigError and UnavailableError.
+    """
+    try:
+        file = job.source.open("rb")
+    except OSError as error:
+        raise ConfigError(f"{str(job.source)!r} cannot be read: {error.strerror}.") from error
+    with file:
+        run = Run(job, file)
+        with run.journal() as journal:
+            try:
+                if not run.is_complete(journal):
+                    asyncio.run(run.main(journal, caller))
+            finally:
+                print(run.summary(journal), file=sys.stderr)
+            if not run.is_complete(journal):
+                return STOPPED
+            if job.in_order:
+                journal.sort()
+            return SOME_FAILED if journal.num_failed else 0
+
+
+class Run:
+    """A run over an input. Raises ConfigError for an empty one."""
+
+    def __init__(self, job: Job, file: BinaryIO) -> None:
+        self._job = job
+        self._file = file
+        self._found = survey(file, job.max_line_bytes)
+        self._num_tokens = 0
+        self._runner: LineRunner | None = None
+        if self._found.num_lines == 0:
+            raise ConfigError(f"{str(job.source)!r} has no lines.")
+
+    def journal(self) -> Journal:
+        """Open the files of the output. Raises ConfigError."""
+        job = self._job
+        return Journal(job.answers, job.errors, self._found, overwrite=job.overwrite)
+
+    def is_complete(self, journal: Journal) -> bool:
+        """Return true when every line has an output."""
+        return journal.num_done >= self._found.num_lines
+
+    async def main(self, journal: Journal, caller: AbstractAsyncContextManager[Caller]) -> None:
+        """Run all lines that have no output yet.
+
+        The first SIGINT or SIGTERM lets the lines that run be finished, the second ends them.
+        Raises UnavailableError and ConfigError.
+        """
+        signals: asyncio.Queue[None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        for number in STOPS:
+            loop.add_signal_handler(number, signals.put_nowait, None)
+        working = asyncio.create_task(self._work(journal, caller))
+        stopping = asyncio.create_task(self._stop(working, signals))
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await working
+        finally:
+            stopping.cancel()
+            for number in STOPS:
+                loop.remove_signal_handler(number)
+
+    def summary(self, journal: Journal) -> str:
+        """Return a sentence on what was done, and how to go on where something is left."""
+        job, total = self._job, self._found.num_lines
+        num_good = journal.num_done - journal.num_failed
+        text = f"{num_good} of {total} lines answered, in {str(job.answers)!r}"
+        if journal.num_failed:
+            text += f"; {journal.num_failed} failed, in {str(job.errors)!r}"
+        if journal.num_done < total:
+            text += f"; {total - journal.num_done} are left: the same command goes on with them"
+        return f"{text}."
+
+    async def _stop(self, working: asyncio.Task[None], signals: asyncio.Queue[None]) -> None:
+        """Wait for signals, and end the work as they ask."""
+        await signals.get()
+        if self._runner is not None:
+            self._runner.stopping.set()
+            text = "Stopping: the lines that run are finished. Once more ends them at once."
+            tqdm.write(text, file=sys.stderr)
+            await signals.get()
+        working.cancel()
+
+    async def _work(self, journal: Journal, caller: AbstractAsyncContextManager[Caller]) -> None:
+        job = self._job
+        async with caller as answers:
+            self._runner = LineRunner(answers, job.num_at_once, patience=job.patience)
+            with tqdm(
+                total=self._found.num_lines,
+                initial=journal.num_done,
+                unit=" lines",
+                dynamic_ncols=True,
+            ) as bar:
+                began = time.monotonic()
+
+                async def write(outcome: Outcome) -> None:
+                    journal.write(outcome.number, outcome.succeeded, outcome.text)
+                    self._num_tokens += outcome.num_output_tokens
+                    seconds = max(time.monotonic() - began, 1e-9)
+                    failed = f"failed {journal.num_failed}, " if journal.num_failed else ""
+                    rate = f"output {self._num_tokens / seconds:.1f} tok/s"
+                    bar.set_postfix_str(failed + rate, refresh=False)
+                    bar.update()
+
+                await self._runner.run(self._todo(journal), write)
+
+    def _todo(self, journal: Journal) -> Iterator[Line | BadLine]:
+        for line in read_lines(self._file, self._found, self._job.max_line_bytes):
+            if not journal.is_done(line.number):
+                yield line

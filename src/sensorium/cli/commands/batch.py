@@ -1,0 +1,158 @@
+"""``sensorium batch``: a file of requests in OpenAI's batch format, answered into another."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from sensorium import environment
+from sensorium.cli.flags import add_engine_flags, build_engine_config
+from sensorium.config import MIB, ServerConfig
+from sensorium.errors import ConfigError
+from sensorium.processes.start import forgo_pools
+
+DESCRIPTION = (
+    "Answer the requests in a file, one JSON object a line with custom_id, method, url and body, "
+    "as OpenAI's batch API takes them, for /v1/chat/completions, /v1/completions, /v1/embeddings "
+    "and /v1/responses. A run that was interrupted goes on where it stopped when the same command "
+    "is given again; each line is answered once. Lines that fail go to a file of errors."
+)
+PATIENCE = 600.0
+"""Seconds for which a line is tried again while a server is not available."""
+REMOTE_AT_ONCE = 32
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "batch",
+        help="answer a file of requests",
+        usage="%(prog)s IN.jsonl -o OUT.jsonl [options]",
+        description=DESCRIPTION,
+    )
+    parser.add_argument("input", metavar="IN.jsonl", help="file of requests")
+    parser.add_argument(
+        "-o", "--output", metavar="OUT.jsonl", required=True, help="file for the answers"
+    )
+    parser.add_argument(
+        "--errors",
+        metavar="FILE",
+        help="file for the lines that failed (default: OUT.errors.jsonl)",
+    )
+    parser.add_argument(
+        "--in-order",
+        action="store_true",
+        help="write the outputs in the order of the input, when all are there",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="begin anew, whatever the files have"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        metavar="N",
+        help="requests at a time (default: twice --max-num-seqs, and 32 with --base-url)",
+    )
+    parser.add_argument(
+        "--max-line-mb",
+        type=int,
+        default=128,
+        metavar="N",
+        help="MiB of the longest line that is read (default: 128)",
+    )
+    _add_server_flags(parser)
+    add_engine_flags(parser)
+    parser.set_defaults(handler=run)
+
+
+def _add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a server that answers, and of the names that requests use."""
+    parser.add_argument(
+        "--base-url", metavar="URL", help="send the requests to this server, load no model"
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="key for --base-url (default: SENSORIUM_API_KEY, or else OPENAI_API_KEY)",
+    )
+    parser.add_argument(
+        "--request-timeout",
+        type=float,
+        default=3600.0,
+        metavar="SECONDS",
+        help="time for one request to --base-url (default: 3600)",
+    )
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="names by which requests may call the model",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer all lines; return the exit status."""
+    forgo_pools()
+    _check(arguments)
+    if not os.environ.get("SENSORIUM_LOG_LEVEL"):
+        environment.set_log_level("warning")  # a progress bar is shown
+    from sensorium.cli.batch.remote import RemoteCaller
+    from sensorium.cli.batch.run import Job, local_caller, run_batch
+
+    caller: Any
+    if arguments.base_url:
+        at_once = REMOTE_AT_ONCE
+        caller = RemoteCaller(
+            arguments.base_url, api_key=_api_key(arguments), timeout=arguments.request_timeout
+        )
+    else:
+        engine = build_engine_config(arguments)
+        at_once = 2 * engine.scheduler.max_num_seqs
+        server = ServerConfig(
+            served_model_name=tuple(arguments.served_model_name),
+            max_body_bytes=arguments.max_line_mb * MIB,
+            disable_access_log=True,
+        )
+        caller = local_caller(engine, server)
+    output = Path(arguments.output).expanduser()
+    job = Job(
+        source=Path(arguments.input).expanduser(),
+        answers=output,
+        errors=_errors_path(arguments.errors, output),
+        num_at_once=arguments.concurrency or at_once,
+        max_line_bytes=arguments.max_line_mb * MIB,
+        patience=PATIENCE,
+        in_order=arguments.in_order,
+        overwrite=arguments.overwrite,
+    )
+    return run_batch(job, caller)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ConfigError for values that cannot be used."""
+    for name in ("concurrency", "max_line_mb"):
+        value = getattr(arguments, name)
+        if value is not None and not 1 <= value <= 1 << 20:
+            raise ConfigError(f"{name} must be from 1 to {1 << 20}, got {value}.", param=name)
+    if not arguments.request_timeout > 0:
+        raise ConfigError("request_timeout must be greater than 0.", param="request_timeout")
+    if (
+        Path(arguments.input).expanduser().absolute()
+        == Path(arguments.output).expanduser().absolute()
+    ):
+        raise ConfigError("The input and --output must be two files.")
+
+
+def _errors_path(given: str | None, output: Path) -> Path:
+    path = Path(given).expanduser() if given else output.with_suffix(".errors.jsonl")
+    if path.absolute() == output.absolute():
+        raise ConfigError("--errors and --output must be two files.")
+    return path
+
+
+def _api_key(arguments: argparse.Namespace) -> str | None:
+    keys = (arguments.api_key, *environment.api_keys_of_environment())
+    return next(filter(None, keys), None) or os.environ.get("OPENAI_API_KEY")

@@ -1,0 +1,35 @@
+"""Files in a conversation: they become media items before the template renders it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from sensorium.engine.prompts.types import ChatPrompt, Prompt
+from sensorium.errors import UnsupportedModalityError
+from sensorium.multimodal.pipeline import MediaPipeline
+
+
+def has_files(prompt: Prompt) -> bool:
+    """Return true for a conversation with parts of the type ``file``."""
+    return isinstance(prompt, ChatPrompt) and bool(prompt.conversation.files)
+
+
+@asynccontextmanager
+async def files_opened(prompt: Prompt, pipeline: MediaPipeline | None) -> AsyncIterator[Prompt]:
+    """Give the prompt with the media of its files in their places.
+
+    Their bytes count against those of all downloads until the block ends. Raises RequestError,
+    OverloadedError and UnavailableError.
+    """
+    if not isinstance(prompt, ChatPrompt) or not prompt.conversation.files:
+        yield prompt
+        return
+    files = prompt.conversation.files
+    if pipeline is None:
+        raise UnsupportedModalityError(
+            "This model takes text only; it cannot take files.", param=files[0].param or None
+        )
+    async with pipeline.files.opened(files) as media:
+        yield dataclasses.replace(prompt, conversation=prompt.conversation.with_files(media))

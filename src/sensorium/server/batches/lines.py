@@ -1,0 +1,207 @@
+"""Lines of a batch's input, in OpenAI's form, and those of its output.
+
+An input is read twice, both times line by line: ``survey`` counts its lines and finds repeated
+ids, ``read_lines`` yields requests. Memory grows by eight bytes a line.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+MOST_ID_CHARS = 512
+
+_SKIPPED_BYTES = 1 << 20
+_MASK = (1 << 64) - 1
+_NO_ID = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A request: ``body`` is JSON; ``number`` counts the lines of the file from 1."""
+
+    number: int
+    custom_id: str
+    url: str
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BadLine:
+    """A line that is no request, and why."""
+
+    number: int
+    custom_id: str | None
+    code: str
+    message: str
+    param: str | None = None
+
+    def error(self) -> dict[str, Any]:
+        """Return the error as lines of output and batches show it."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "param": self.param,
+            "line": self.number,
+        }
+
+
+class _Head(msgspec.Struct):
+    custom_id: Any = None
+
+
+class _Request(_Head):
+    method: Any = None
+    url: Any = None
+    body: msgspec.Raw = msgspec.Raw(b"")
+
+
+class _Body(msgspec.Struct):
+    stream: Any = None
+
+
+_head = msgspec.json.Decoder(_Head)
+_request = msgspec.json.Decoder(_Request)
+_body = msgspec.json.Decoder(_Body)
+
+
+def raw_lines(file: BinaryIO, most_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield number and content of each line that is not blank; None for one of more bytes."""
+    number = 0
+    while line := file.readline(most_bytes + 1):
+        number += 1
+        if len(line) > most_bytes and not line.endswith(b"\n"):
+            while (rest := file.readline(_SKIPPED_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield number, None
+        elif line.strip():
+            yield number, line.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """Facts of a whole input.
+
+    Attributes:
+        num_lines: Lines that are not blank.
+        marks: A number for the id of each line, by the line's number; 0 for lines without one.
+        repeated: Those numbers that come more than once.
+    """
+
+    num_lines: int
+    marks: array[int]
+    repeated: frozenset[int]
+
+
+def mark_of(custom_id: str) -> int:
+    """Return a number of 64 bits that is the same for equal ids within this process."""
+    return (hash(custom_id) & _MASK) or 1
+
+
+def survey(file: BinaryIO, most_bytes: int) -> Survey:
+    """Read the input once, from its beginning."""
+    file.seek(0)
+    marks = array("Q", [_NO_ID])
+    num_lines = 0
+    for number, raw in raw_lines(file, most_bytes):
+        num_lines += 1
+        marks.extend([_NO_ID] * (number + 1 - len(marks)))
+        custom_id = None if raw is None else _id_of(raw)
+        if custom_id is not None:
+            marks[number] = mark_of(custom_id)
+    ordered = np.sort(np.frombuffer(marks, np.uint64))
+    same = ordered[1:][ordered[1:] == ordered[:-1]]
+    return Survey(num_lines, marks, frozenset(same[same != _NO_ID].tolist()))
+
+
+def _id_of(raw: bytes) -> str | None:
+    """Return the id of a line; None where there is none."""
+    try:
+        custom_id = _head.decode(raw).custom_id
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return None
+    return custom_id if isinstance(custom_id, str) else None
+
+
+def read_lines(
+    file: BinaryIO, found: Survey, most_bytes: int, url: str | None = None
+) -> Iterator[Line | BadLine]:
+    """Yield the lines of an input from its beginning, those that are no requests included.
+
+    ``url``: the one that all lines must have.
+    """
+    file.seek(0)
+    first_lines: dict[str, int] = {}
+    for number, raw in raw_lines(file, most_bytes):
+        if raw is None:
+            message = f"Line {number} has more than {most_bytes} bytes, the limit."
+            yield BadLine(number, None, "line_too_long", message)
+            continue
+        line = parse_line(raw, number, url)
+        custom_id = line.custom_id
+        if custom_id is not None and mark_of(custom_id) in found.repeated:
+            first = first_lines.setdefault(custom_id, number)
+            if first != number:
+                message = (
+                    f"Line {number} repeats the custom_id of line {first}: {custom_id!r:.200}."
+                )
+                line = BadLine(number, custom_id, "duplicate_custom_id", message, "custom_id")
+        yield line
+
+
+def parse_line(raw: bytes, number: int, wanted_url: str | None = None) -> Line | BadLine:
+    """Return the request in a line, or what is wrong with it."""
+
+    def bad(code: str, what: str, param: str | None = None) -> BadLine:
+        return BadLine(number, custom_id, code, f"Line {number} {what}.", param)
+
+    custom_id: str | None = None
+    try:
+        request = _request.decode(raw)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        return bad("invalid_json_line", f"is not a JSON object: {str(error)[:200]}")
+    given = request.custom_id
+    if not isinstance(given, str) or not 1 <= len(given) <= MOST_ID_CHARS:
+        what = f"needs a custom_id, a string of 1 to {MOST_ID_CHARS} characters"
+        return bad("missing_required_parameter", what, "custom_id")
+    custom_id = given
+    if request.method != "POST":
+        return bad(
+            "invalid_method", f"needs the method 'POST', got {request.method!r:.80}", "method"
+        )
+    url = request.url
+    if url not in URLS:
+        return bad("invalid_url", f"needs a url of {', '.join(URLS)}, got {url!r:.80}", "url")
+    if wanted_url is not None and url != wanted_url:
+        return bad(
+            "mismatched_endpoint", f"has the url {url!r}; the batch is for {wanted_url}", "url"
+        )
+    body = bytes(request.body)
+    if not body.startswith(b"{"):
+        return bad("missing_required_parameter", "needs a body, a JSON object", "body")
+    try:
+        streams = _body.decode(body).stream
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return bad("invalid_json_line", "has a body that is not valid JSON", "body")
+    if streams:
+        return bad(
+            "invalid_request", "asks for a stream, which a batch cannot write", "body.stream"
+        )
+    return Line(number, custom_id, url, body)
+
+
+def output_id(number: int) -> str:
+    """Return the id of the output of a line, from which ``number_of`` tells the line."""
+    return f"batch_req_{number}"
+
+
+def number_of(line_id: object) -> int | None:
+    """Return the number of the line that an output is for; None if that cannot be told."""
+    text = line_id.rpartition("_")[2] if isinstance(line_id, str) else ""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None

@@ -1,0 +1,369 @@
+"""Batches of all tenants: created, run below other requests, and remembered for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Literal
+
+from sensorium.config import ServerConfig
+from sensorium.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    SensoriumError,
+)
+from sensorium.server.batches.calls import Caller
+from sensorium.server.batches.lines import BadLine, Line, Survey, read_lines, survey
+from sensorium.server.batches.runner import LineRunner, Outcome, refused
+from sensorium.server.files.store import FileStore, NewFile
+
+MOST_ERRORS = 100
+"""Bad lines that a failed batch names."""
+OUTPUT_PURPOSE = "batch_output"
+_RETRY_SECONDS = 60
+
+Status = Literal[
+    "validating",
+    "failed",
+    "in_progress",
+    "finalizing",
+    "completed",
+    "expired",
+    "cancelling",
+    "cancelled",
+]
+_ENDED = frozenset({"failed", "completed", "expired", "cancelled"})
+_TIMES = (
+    *("in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"),
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """One batch. ``times``: when it came into each of its states, seconds since 1970."""
+
+    id: str
+    tenant: str
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    created_at: int
+    expires_at: int
+    metadata: Mapping[str, str] | None = None
+    output_seconds: int | None = None
+    status: Status = "validating"
+    times: dict[str, int] = field(default_factory=dict)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    num_total: int = 0
+    num_completed: int = 0
+    num_failed: int = 0
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    runner: LineRunner | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """True when nothing of it runs any more."""
+        return self.status in _ENDED
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the batch object of the API."""
+        return {
+            "id": self.id,
+            "object": "batch",
+            "endpoint": self.endpoint,
+            "errors": {"object": "list", "data": self.errors} if self.errors else None,
+            "input_file_id": self.input_file_id,
+            "completion_window": self.completion_window,
+            "status": self.status,
+            "output_file_id": self.output_file_id,
+            "error_file_id": self.error_file_id,
+            "created_at": self.created_at,
+            "expires_at": self.expires_at,
+            **{f"{name}_at": self.times.get(name) for name in _TIMES},
+            "request_counts": {
+                "total": self.num_total,
+                "completed": self.num_completed,
+                "failed": self.num_failed,
+            },
+            "usage": {
+                "input_tokens": self.num_prompt_tokens,
+                "input_tokens_details": {"cached_tokens": 0},
+                "output_tokens": self.num_output_tokens,
+                "output_tokens_details": {"reasoning_tokens": 0},
+                "total_tokens": self.num_prompt_tokens + self.num_output_tokens,
+            },
+            "metadata": self.metadata,
+        }
+
+
+class BatchStore:
+    """The batches of all tenants, bounded in number. Belongs to one event loop.
+
+    ``caller_of`` makes what answers the requests of a tenant; ``num_at_once`` requests of all
+    batches run at a time.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        files: FileStore,
+        caller_of: Callable[[str], Caller],
+        num_at_once: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._files = files
+        self._caller_of = caller_of
+        self._num_at_once = num_at_once
+        self._clock = clock
+        self._slots = asyncio.Semaphore(num_at_once)
+        self._batches: dict[str, Batch] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def create(
+        self,
+        tenant: str,
+        *,
+        endpoint: str,
+        input_file_id: str,
+        completion_window: str,
+        seconds: int,
+        metadata: Mapping[str, str] | None = None,
+        output_seconds: int | None = None,
+    ) -> Batch:
+        """Begin a batch that may take ``seconds``.
+
+        Raises NotFoundError, InvalidRequestError for a file of another purpose, and
+        OverloadedError when too many batches run.
+        """
+        stored = self._files.get(input_file_id, tenant, "input_file_id")
+        if stored.purpose != "batch":
+            raise InvalidRequestError(
+                f"The input of a batch must be uploaded with the purpose 'batch'; this file has "
+                f"{stored.purpose!r}.",
+                param="input_file_id",
+            )
+        self._make_room()
+        now = int(self._clock())
+        batch = Batch(
+            id=f"batch_{secrets.token_hex(16)}",
+            tenant=tenant,
+            endpoint=endpoint,
+            input_file_id=input_file_id,
+            completion_window=completion_window,
+            created_at=now,
+            expires_at=now + seconds,
+            metadata=metadata,
+            output_seconds=output_seconds,
+        )
+        self._batches[batch.id] = batch
+        task = asyncio.create_task(self._run(batch, stored.open()))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return batch
+
+    def get(self, batch_id: str, tenant: str) -> Batch:
+        """Return a batch. Raises NotFoundError, also for another tenant's."""
+        found = self._batches.get(batch_id)
+        if found is None or found.tenant != tenant:
+            raise NotFoundError(f"There is no batch {batch_id[:80]!r}.")
+        return found
+
+    def of_tenant(self, tenant: str) -> list[Batch]:
+        """Return the batches of a tenant, oldest first."""
+        return [batch for batch in self._batches.values() if batch.tenant == tenant]
+
+    def cancel(self, batch_id: str, tenant: str) -> Batch:
+        """Begin no more lines of a batch; those that run are finished. Raises as ``get``.
+
+        Raises InvalidRequestError for one that has ended.
+        """
+        batch = self.get(batch_id, tenant)
+        if batch.has_ended or batch.status == "finalizing":
+            raise InvalidRequestError(
+                f"The batch is {batch.status} and cannot be cancelled any more."
+            )
+        if batch.status != "cancelling":
+            self._enter(batch, "cancelling")
+            if batch.runner is not None:
+                batch.runner.stopping.set()
+        return batch
+
+    async def close(self) -> None:
+        """End all batches; what they have written is lost."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _make_room(self) -> None:
+        """Forget the oldest batch that has ended, if need be. Raises OverloadedError."""
+        if len(self._batches) < self._config.max_batches:
+            return
+        for batch in self._batches.values():
+            if batch.has_ended:
+                del self._batches[batch.id]
+                return
+        error = OverloadedError(
+            f"{len(self._batches)} batches are running; at most {self._config.max_batches} may "
+            "(--max-batches). Try again later."
+        )
+        error.retry_after = _RETRY_SECONDS
+        raise error
+
+    def _enter(self, batch: Batch, status: Status) -> None:
+        batch.status = status
+        batch.times[status] = int(self._clock())
+
+    async def _run(self, batch: Batch, file: BinaryIO) -> None:
+        """Run a batch from its first line to its files."""
+        try:
+            with contextlib.closing(file):
+                found = await self._validated(batch, file)
+                if found is not None:
+                    await self._lines(batch, file, found)
+        except SensoriumError as error:
+            self._fail(batch, [{**error.to_dict(), "line": None}])
+        except Exception:
+            logger.exception("the batch %s failed", batch.id)
+            self._fail(batch, [{"code": "internal_error", "message": "The batch failed."}])
+
+    def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
+        batch.errors = errors
+        self._enter(batch, "failed")
+
+    async def _validated(self, batch: Batch, file: BinaryIO) -> Survey | None:
+        """Check all lines before any runs; None for a batch that has ended by then."""
+        most_bytes = self._config.max_body_bytes
+        found = await asyncio.to_thread(survey, file, most_bytes)
+        batch.num_total = found.num_lines
+        most = self._config.max_batch_lines
+        if not 1 <= found.num_lines <= most:
+            message = (
+                "The input file has no lines."
+                if not found.num_lines
+                else f"The input file has {found.num_lines} lines; at most {most} are allowed "
+                "(--max-batch-lines)."
+            )
+            code = "empty_file" if not found.num_lines else "too_many_lines"
+            self._fail(batch, [{"code": code, "message": message, "param": None, "line": None}])
+            return None
+        lines = read_lines(file, found, most_bytes, batch.endpoint)
+        bad = await asyncio.to_thread(_bad_lines, lines)
+        if batch.status == "cancelling":
+            self._enter(batch, "cancelled")
+            return None
+        if bad:
+            self._fail(batch, [line.error() for line in bad])
+            return None
+        return found
+
+    async def _lines(self, batch: Batch, file: BinaryIO, found: Survey) -> None:
+        """Run the lines of a valid input, and make the files of its output known."""
+        self._enter(batch, "in_progress")
+        left = max(0.0, batch.expires_at - self._clock())
+        batch.runner = LineRunner(
+            self._caller_of(batch.tenant),
+            min(self._num_at_once, found.num_lines),
+            patience=left,
+            slot=self._slots,
+        )
+        lines = read_lines(file, found, self._config.max_body_bytes, batch.endpoint)
+        async with _Output(self._files, batch) as output:
+            try:
+                async with asyncio.timeout(left):
+                    await batch.runner.run(lines, output.write)
+            except TimeoutError:
+                await self._expire(batch, file, found, output)
+            except SensoriumError:  # no room for more: what was answered is kept
+                await output.finish()
+                raise
+            ended: Status = "completed"
+            if batch.status == "cancelling":
+                ended = "cancelled"
+            elif batch.status == "expired":
+                ended = "expired"
+            else:
+                self._enter(batch, "finalizing")
+            await output.finish()
+        if batch.status != ended:
+            self._enter(batch, ended)
+
+    async def _expire(self, batch: Batch, file: BinaryIO, found: Survey, output: _Output) -> None:
+        """Write an error for each line that was not reached in time."""
+        self._enter(batch, "expired")
+        for line in read_lines(file, found, self._config.max_body_bytes, batch.endpoint):
+            if line.number not in output.written:
+                late = BadLine(
+                    line.number,
+                    line.custom_id,
+                    "batch_expired",
+                    f"Line {line.number} was not run before the completion window ended.",
+                )
+                await output.write(refused(late))
+
+
+def _bad_lines(lines: Iterator[Line | BadLine]) -> list[BadLine]:
+    """Return the first lines that are no requests."""
+    bad: list[BadLine] = []
+    for line in lines:
+        if isinstance(line, BadLine):
+            bad.append(line)
+            if len(bad) == MOST_ERRORS:
+                break
+    return bad
+
+
+class _Output:
+    """The two files of a batch's output, each created with its first line."""
+
+    def __init__(self, files: FileStore, batch: Batch) -> None:
+        self._files = files
+        self._batch = batch
+        self._open: dict[bool, NewFile] = {}
+        self._lock = asyncio.Lock()
+        self.written: set[int] = set()
+
+    async def __aenter__(self) -> _Output:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for file in self._open.values():
+            file.discard()  # unless it is finished
+
+    async def write(self, outcome: Outcome) -> None:
+        """Append a line and count it. Raises OverloadedError, MediaTooLargeError."""
+        async with self._lock:
+            file = self._open.get(outcome.succeeded)
+            if file is None:
+                file = await self._files.create(self._batch.tenant)
+                self._open[outcome.succeeded] = file
+            await file.write(outcome.text)
+        batch = self._batch
+        self.written.add(outcome.number)
+        batch.num_completed += outcome.succeeded
+        batch.num_failed += not outcome.succeeded
+        batch.num_prompt_tokens += outcome.num_prompt_tokens
+        batch.num_output_tokens += outcome.num_output_tokens
+
+    async def finish(self) -> None:
+        """Make the files known by their ids."""
+        batch = self._batch
+        for succeeded, file in self._open.items():
+            name = f"{batch.id}_{'output' if succeeded else 'error'}.jsonl"
+            stored = await file.finish(name, OUTPUT_PURPOSE, batch.output_seconds)
+            if succeeded:
+                batch.output_file_id = stored.id
+            else:
+                batch.error_file_id = stored.id
+        self._open = {}

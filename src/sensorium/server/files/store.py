@@ -1,0 +1,300 @@
+"""Uploaded files: on disk in a private folder while the server runs, each seen by its tenant only.
+
+Names of clients are never used as paths: a file on disk has its random id as its name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sensorium.config import ServerConfig
+from sensorium.errors import (
+    ConfigError,
+    MediaTooLargeError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from sensorium.processes.private_folder import PrivateFolder
+
+PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
+"""Purposes that an upload may have."""
+PREFIX = "sensorium-files-"
+_BUFFER_BYTES = 1 << 20
+_RETRY_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A complete file. ``created_at`` and ``expires_at`` are seconds since 1970."""
+
+    id: str
+    tenant: str
+    filename: str
+    purpose: str
+    num_bytes: int
+    created_at: int
+    expires_at: int
+    path: Path = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the file object of the API."""
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.num_bytes,
+            "created_at": self.created_at,
+            "expires_at": self.expires_at,
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+            "status_details": None,
+        }
+
+    def read(self) -> bytes:
+        """Return the content. Raises NotFoundError when the file has gone meanwhile."""
+        try:
+            return self.path.read_bytes()
+        except OSError:
+            raise missing(self.id) from None
+
+    def open(self) -> BinaryIO:
+        """Open the content, which stays readable when the file is deleted. Raises as ``read``."""
+        try:
+            return self.path.open("rb")
+        except OSError:
+            raise missing(self.id) from None
+
+
+def missing(file_id: str, param: str | None = None) -> NotFoundError:
+    """Return the error for an id that no file of the tenant has."""
+    return NotFoundError(
+        f"There is no file {file_id[:80]!r}: it was deleted, has expired, or never was.",
+        param=param,
+    )
+
+
+class FileStore:
+    """The files of all tenants, bounded in bytes, number and age. Belongs to one event loop."""
+
+    def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.time) -> None:
+        self._config = config
+        self.clock = clock
+        self._folder: PrivateFolder | None = None
+        self._files: dict[str, StoredFile] = {}
+        self._num_unfinished = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._removing: set[asyncio.Task[None]] = set()
+        self.num_bytes = 0
+
+    @property
+    def num_files(self) -> int:
+        """Number of files, those that are being written included."""
+        return len(self._files) + self._num_unfinished
+
+    def open(self) -> None:
+        """Create the folder, and remove what a killed server has left. Raises ConfigError."""
+        if self._folder is None:
+            try:
+                self._folder = PrivateFolder(self._config.file_folder, PREFIX)
+            except OSError as error:
+                raise ConfigError(
+                    f"file_folder cannot be used: {error.strerror}.", param="file_folder"
+                ) from error
+
+    def close(self) -> None:
+        """Remove all files."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._files.clear()
+        if self._folder is not None:
+            self._folder.close()
+
+    async def create(self, tenant: str) -> NewFile:
+        """Begin a file. Raises OverloadedError when there are too many files."""
+        self.expire()
+        if self.num_files >= self._config.max_stored_files:
+            raise self._full(f"{self.num_files} files are stored; at most")
+        self._num_unfinished += 1
+        try:
+            return NewFile(self, tenant, *await asyncio.to_thread(self._new_path))
+        except OSError:
+            self._num_unfinished -= 1
+            raise self.no_room() from None
+
+    def get(self, file_id: str, tenant: str, param: str | None = None) -> StoredFile:
+        """Return a file. Raises NotFoundError, also for another tenant's.
+
+        Callable from any thread.
+        """
+        found = self._files.get(file_id)
+        if found is None or found.tenant != tenant or found.expires_at <= self.clock():
+            raise missing(file_id, param)
+        return found
+
+    def of_tenant(self, tenant: str) -> list[StoredFile]:
+        """Return the files of a tenant, oldest first."""
+        self.expire()
+        return [file for file in self._files.values() if file.tenant == tenant]
+
+    async def delete(self, file_id: str, tenant: str) -> None:
+        """Delete a file. Raises NotFoundError."""
+        found = self.get(file_id, tenant)
+        self._forget(found)
+        await asyncio.to_thread(found.path.unlink, missing_ok=True)
+
+    def expire(self) -> None:
+        """Remove the files whose time is over."""
+        now = self.clock()
+        for file in [file for file in self._files.values() if file.expires_at <= now]:
+            self._forget(file)
+            task = asyncio.create_task(asyncio.to_thread(file.path.unlink, missing_ok=True))
+            self._removing.add(task)
+            task.add_done_callback(self._removing.discard)
+        self._set_timer()
+
+    def reserve(self, num_bytes: int) -> None:
+        """Count more bytes, before they are written. Raises OverloadedError."""
+        most = self._config.max_stored_file_bytes
+        if self.num_bytes + num_bytes > most:
+            raise OverloadedError(
+                f"The files stored here take {self.num_bytes} bytes; at most {most} are kept "
+                "(--max-stored-file-bytes). Delete files that are no longer needed, or wait until "
+                "some have expired."
+            )
+        self.num_bytes += num_bytes
+
+    def check_size(self, num_bytes: int) -> None:
+        """Raise MediaTooLargeError for a file of more bytes than one may have."""
+        most = self._config.max_file_bytes
+        if num_bytes > most:
+            raise MediaTooLargeError(
+                f"The file has more than {most} bytes, the limit (--max-file-bytes).", param="file"
+            )
+
+    def no_room(self) -> UnavailableError:
+        """Return the error for a disk that takes no more."""
+        error = OverloadedError("There is no room for the file on this server; try again later.")
+        error.retry_after = _RETRY_SECONDS
+        return error
+
+    def _full(self, what: str) -> OverloadedError:
+        error = OverloadedError(
+            f"{what} {self._config.max_stored_files} are kept (--max-stored-files). Delete files "
+            "that are no longer needed, or wait until some have expired."
+        )
+        error.retry_after = _RETRY_SECONDS
+        return error
+
+    def _new_path(self) -> tuple[str, Path, BinaryIO]:
+        if self._folder is None:
+            self.open()
+        assert self._folder is not None
+        file_id = f"file-{secrets.token_hex(16)}"
+        path = self._folder.path / file_id
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        return file_id, path, os.fdopen(descriptor, "wb", buffering=0)
+
+    def add(self, new: NewFile, filename: str, purpose: str, seconds: float | None) -> StoredFile:
+        """Add a complete file, for ``seconds`` or the longest time allowed."""
+        now = self.clock()
+        age = self._config.max_file_age
+        expires_at = now + (age if seconds is None else min(seconds, age))
+        stored = StoredFile(
+            new.id,
+            new.tenant,
+            filename,
+            purpose,
+            new.num_bytes,
+            int(now),
+            max(int(now) + 1, int(expires_at)),
+            new.path,
+        )
+        self._files[stored.id] = stored
+        self._num_unfinished -= 1
+        self._set_timer()
+        return stored
+
+    def drop(self, new: NewFile) -> None:
+        """Count an unfinished file no longer."""
+        self._num_unfinished -= 1
+        self.num_bytes -= new.num_bytes
+
+    def _forget(self, file: StoredFile) -> None:
+        del self._files[file.id]
+        self.num_bytes -= file.num_bytes
+
+    def _set_timer(self) -> None:
+        """Wake up when the next file expires, so that it goes though nobody asks."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._files:
+            first = min(file.expires_at for file in self._files.values())
+            delay = max(0.0, first - self.clock())
+            self._timer = asyncio.get_running_loop().call_later(delay, self.expire)
+
+
+class NewFile:
+    """A file that is being written; ``num_bytes`` so far."""
+
+    def __init__(
+        self, store: FileStore, tenant: str, file_id: str, path: Path, file: BinaryIO
+    ) -> None:
+        self.id = file_id
+        self.tenant = tenant
+        self.path = path
+        self.num_bytes = 0
+        self._store = store
+        self._file = file
+        self._buffer = bytearray()
+        self._is_open = True
+
+    async def write(self, data: bytes) -> None:
+        """Append bytes. Raises MediaTooLargeError, OverloadedError."""
+        self._store.check_size(self.num_bytes + len(data))
+        self._store.reserve(len(data))
+        self.num_bytes += len(data)
+        self._buffer += data
+        if len(self._buffer) >= _BUFFER_BYTES:
+            await self._flush()
+
+    async def finish(self, filename: str, purpose: str, seconds: float | None) -> StoredFile:
+        """Close the file and make it known. Raises OverloadedError when the disk is full."""
+        await self._flush()
+        self._is_open = False
+        self._file.close()
+        return self._store.add(self, filename, purpose, seconds)
+
+    def discard(self) -> None:
+        """Remove the file unless it is finished."""
+        if self._is_open:
+            self._is_open = False
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self.path.unlink(missing_ok=True)
+            self._store.drop(self)
+
+    async def flush(self) -> None:
+        """Hand all bytes to the system. Raises OverloadedError."""
+        await self._flush()
+
+    async def _flush(self) -> None:
+        buffer, self._buffer = self._buffer, bytearray()
+        try:
+            await asyncio.to_thread(_write_all, self._file, memoryview(buffer))
+        except OSError:
+            raise self._store.no_room() from None
+
+
+def _write_all(file: BinaryIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]

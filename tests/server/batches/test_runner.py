@@ -1,0 +1,153 @@
+"""Running the lines of a batch: each once, several at a time, again where a server is away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sensorium.errors import UnavailableError
+from sensorium.server.batches.calls import AppCaller, Reply
+from sensorium.server.batches.lines import BadLine, Line
+from sensorium.server.batches.runner import LineRunner, Outcome
+from tests.server.fake_frontend import FakeFrontend
+from tests.server.harness import App
+
+OK = Reply(200, "r", b'{"usage":{"prompt_tokens":2,"completion_tokens":3}}')
+
+
+class Caller:
+    """Answers as ``answer`` says; counts."""
+
+    def __init__(self, answer: Callable[[int], Reply]) -> None:
+        self.answer = answer
+        self.num_calls = self.num_running = self.most_running = 0
+
+    async def call(self, url: str, body: bytes) -> Reply:
+        self.num_calls += 1
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        number = self.num_calls
+        try:
+            await asyncio.sleep(0.001)
+            return self.answer(number)
+        finally:
+            self.num_running -= 1
+
+
+def lines(num: int) -> Any:
+    return iter([Line(i, f"id {i}", "/v1/completions", b"{}") for i in range(1, num + 1)])
+
+
+async def ran(runner: LineRunner, given: Any) -> list[Outcome]:
+    found: list[Outcome] = []
+
+    async def write(outcome: Outcome) -> None:
+        found.append(outcome)
+
+    await runner.run(given, write)
+    return found
+
+
+async def test_each_line_once_and_several_at_a_time() -> None:
+    caller = Caller(lambda number: OK)
+    found = await ran(LineRunner(caller, 7, patience=0), lines(50))
+    assert sorted(outcome.number for outcome in found) == list(range(1, 51))
+    assert caller.most_running == 7
+    assert all(outcome.succeeded for outcome in found)
+    assert sum(outcome.num_output_tokens for outcome in found) == 150
+
+
+async def test_a_busy_server_is_asked_again() -> None:
+    caller = Caller(lambda number: OK if number > 4 else Reply(503, "r", b"{}", 0.0))
+    found = await ran(LineRunner(caller, 2, patience=60), lines(3))
+    assert [outcome.succeeded for outcome in found] == [True] * 3
+    assert caller.num_calls == 7
+
+
+async def test_without_patience_the_refusal_is_the_answer() -> None:
+    busy = Reply(503, "r", b'{"error":{"code":"overloaded"}}')
+    [outcome] = await ran(LineRunner(Caller(lambda number: busy), 1, patience=0), lines(1))
+    assert not outcome.succeeded
+    assert json.loads(outcome.text)["response"]["status_code"] == 503
+
+
+async def test_a_server_that_is_away_ends_the_run() -> None:
+    def away(number: int) -> Reply:
+        if number > 2:
+            raise UnavailableError("It does not answer.")
+        return OK
+
+    runner = LineRunner(Caller(away), 1, patience=0)
+    with pytest.raises(UnavailableError):
+        await ran(runner, lines(5))
+
+
+async def test_stopping_finishes_what_runs() -> None:
+    caller = Caller(lambda number: OK)
+    runner = LineRunner(caller, 3, patience=0)
+    found: list[int] = []
+
+    async def write(outcome: Outcome) -> None:
+        found.append(outcome.number)
+        runner.stopping.set()
+
+    await runner.run(lines(100), write)
+    assert len(found) == caller.num_calls <= 3
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (b'{"a":1}', {"a": 1}),
+        (b'{\n "a": 1\n}', {"a": 1}),
+        (b"<html>", None),
+        (b"", None),
+        (b'{"a":', None),
+        (b"\xff", None),
+    ],
+)
+async def test_answers_are_one_line_of_json(body: bytes, kept: Any) -> None:
+    [outcome] = await ran(
+        LineRunner(Caller(lambda n: Reply(200, "r", body)), 1, patience=0), lines(1)
+    )
+    assert outcome.text.endswith(b"\n")
+    assert outcome.text.count(b"\n") == 1
+    entry = json.loads(outcome.text)
+    assert entry["response"]["body"] == kept
+    assert (entry["error"] is None) == outcome.succeeded == (kept is not None)
+
+
+async def test_bad_lines_are_not_sent() -> None:
+    caller = Caller(lambda number: OK)
+    bad = BadLine(9, "x", "invalid_url", "Line 9 is bad.", "url")
+    [outcome] = await ran(LineRunner(caller, 1, patience=0), iter([bad]))
+    assert caller.num_calls == 0
+    entry = json.loads(outcome.text)
+    assert entry["response"] is None
+    assert entry["error"] == {
+        "code": "invalid_url",
+        "message": "Line 9 is bad.",
+        "param": "url",
+        "line": 9,
+    }
+
+
+async def test_the_application_is_called_for_a_tenant_below_others() -> None:
+    frontend = FakeFrontend()
+    app = App(frontend, api_key=("key",))
+    caller = AppCaller(app.app, "tenant", below=True)
+    body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "priority": -3}).encode()
+    reply = await caller.call("/v1/chat/completions", body)
+    assert reply.status == 200
+    assert reply.request_id
+    assert json.loads(reply.body)["choices"][0]["message"]["content"] == "Hello, world!"
+    [call] = frontend.calls
+    assert call.priority > 1 << 31
+    assert call.prompt.media.tenant == "tenant"
+    refused = await caller.call("/v1/completions", b"{}")
+    assert refused.status == 400
+    assert (await app.post("/v1/completions", {"prompt": "x"})).status == 401
