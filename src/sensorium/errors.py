@@ -15,7 +15,6 @@
     │   ├── BodyTooLargeError             413 body_too_large
     │   ├── UnsupportedEncodingError      415 unsupported_encoding
     │   ├── MediaNotCachedError           404 media_not_cached
-    │   ├── NotFoundError                 404 not_found
     │   ├── ModelOutputNotFiniteError     422 model_output_not_finite
     │   ├── MediaFetchError               424 media_fetch_failed
     │   ├── MediaFetchTimeoutError        424 media_fetch_timeout
@@ -192,13 +191,6 @@ class MediaNotCachedError(RequestError):
 
     status = 404
     code = "media_not_cached"
-
-
-class NotFoundError(RequestError):
-    """What a request names is not stored here, or not any more."""
-
-    status = 404
-    code = "not_found"
 
 
 class ModelOutputNotFiniteError(RequestError):

@@ -16,7 +16,7 @@ Modality = Literal["image", "video", "audio"]
 MODALITIES: tuple[Modality, ...] = ("image", "video", "audio")
 
 FetchKind = Literal["image", "video", "audio", "document"]
-"""What is fetched: an item, or a file whose content says what it is."""
+"""An item, or a file whose content says what it is."""
 
 SourceKind = Literal["url", "bytes", "page", "object", "embeds", "cached"]
 

@@ -29,7 +29,7 @@ SOME_FAILED = 1
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a run is to do.
+    """The task of a run.
 
     Attributes:
         source: File of requests.
@@ -39,7 +39,7 @@ class Job:
         max_line_bytes: Longest line.
         patience: Seconds for which a line is tried again while the server is not available.
         in_order: Put the outputs into the order of the input at the end.
-        overwrite: Begin anew.
+        overwrite: Forget the outputs of earlier runs.
     """
 
     source: Path

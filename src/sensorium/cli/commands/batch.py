@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
         help="write the outputs in the order of the input, when all are there",
     )
     parser.add_argument(
-        "--overwrite", action="store_true", help="begin anew, whatever the files have"
+        "--overwrite", action="store_true", help="forget the outputs of earlier runs"
     )
     parser.add_argument(
         "--concurrency",

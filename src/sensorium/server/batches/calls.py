@@ -23,7 +23,7 @@ class Reply:
 
 
 class Caller(Protocol):
-    """What answers the requests of a batch."""
+    """Sender of the requests of a batch."""
 
     async def call(self, url: str, body: bytes) -> Reply:
         """Return the answer to a POST of JSON. Raises UnavailableError when none comes."""

@@ -26,7 +26,7 @@ _PIECE = 64 * 1024
 
 
 class FileSink(Protocol):
-    """Where the content of a file goes."""
+    """Destination of the content of a file."""
 
     async def write(self, data: bytes) -> None:
         """Take the next bytes."""
