@@ -11,7 +11,11 @@ import pytest
 from sensorium.cli.help import GROUP_EXAMPLES, help_text
 from sensorium.cli.main import build_parser, main
 
-ARGUMENTS = {"generate": ["hello"], "pull": ["some/model"]}
+ARGUMENTS = {
+    "batch": ["in.jsonl", "-o", "out.jsonl"],
+    "generate": ["hello"],
+    "pull": ["some/model"],
+}
 """Positional arguments that a command cannot do without."""
 
 

@@ -22,6 +22,18 @@ DESCRIPTION = (
 PATIENCE = 600.0
 """Seconds for which a line is tried again while a server is not available."""
 REMOTE_AT_ONCE = 32
+COMMON = {
+    "--output": "--output answers.jsonl",
+    "--model": "--model Qwen/Qwen2-VL-2B-Instruct",
+    "--errors": "--errors failed.jsonl",
+    "--in-order": "--in-order",
+    "--overwrite": "--overwrite",
+    "--concurrency": "--concurrency 64",
+    "--base-url": "--base-url http://127.0.0.1:8000",
+    "--max-model-len": "--max-model-len 8192",
+    "--quantization": "--quantization int8",
+    "--allowed-local-media-path": "--allowed-local-media-path media",
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -64,6 +76,7 @@ def add_parser(commands: Any) -> None:
     )
     _add_server_flags(parser)
     add_engine_flags(parser)
+    parser.common = COMMON
     parser.set_defaults(handler=run)
 
 
