@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from sensorium import tracing
@@ -40,7 +39,7 @@ from sensorium.engine.prompts.types import (
     RopeChoice,
     Truncation,
 )
-from sensorium.engine.prompts.vocabulary import Vocabulary, end_tokens
+from sensorium.engine.prompts.vocabulary import Vocabulary, end_tokens, tokenizer_folder
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import (
     InvalidRequestError,
@@ -105,7 +104,7 @@ class InputProcessor:
         self._traits = Traits(self._processor, family.bidirectional, RopeChoice.of(shape))
         check_deprecated(config.deprecated, self._processor, config.media)
         self._placeholders = _placeholders(self._processor)
-        self._folder = self._tokenizer_folder()
+        self._folder = tokenizer_folder(model, self._loaded)
         self.tokenizer = Tokenizer.from_folder(
             self._folder, eos_token_ids=stop_token_ids(self._loaded)
         )
@@ -424,12 +423,6 @@ class InputProcessor:
         numbers = range(1, self._config.media.max_items_per_request + 1)
         texts = (self._placeholder_text(m, number) for m in known for number in numbers)
         return list(dict.fromkeys(texts))
-
-    def _tokenizer_folder(self) -> Path:
-        name = self._config.model.tokenizer
-        if name is None:
-            return Path(self._loaded.folder)
-        return Path(loader.read_config(name, download_dir=self._config.model.download_dir).folder)
 
 
 @contextlib.contextmanager

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
+from sensorium.config import ModelConfig
 from sensorium.core.request import ItemSpan
 from sensorium.errors import InvalidRequestError
+from sensorium.models import loader
+from sensorium.models.interface import LoadedConfig
 from sensorium.multimodal.processor import Processor
 from sensorium.text.tokenizer import Tokenizer
 
@@ -113,3 +117,10 @@ def end_tokens(tokenizer: Tokenizer, stop_tokens: Sequence[str]) -> tuple[int, .
     extra = (tokenizer.token_id(text) for text in stop_tokens)
     known = (*tokenizer.eos_token_ids, *(i for i in extra if i is not None))
     return tuple(dict.fromkeys(known))
+
+
+def tokenizer_folder(model: ModelConfig, loaded: LoadedConfig) -> Path:
+    """Return the folder of the tokenizer's files: the model's, unless another is configured."""
+    if model.tokenizer is None:
+        return Path(loaded.folder)
+    return Path(loader.read_config(model.tokenizer, download_dir=model.download_dir).folder)
