@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
 from sensorium.kernels.cpu.linear import integers
+from sensorium.kernels.cpu.linear import product as products
 from sensorium.kernels.cpu.linear.int4 import Int4Weight
 from sensorium.kernels.cpu.linear.int8 import Int8Weight
 from sensorium.kernels.weight import QuantizedTensor
@@ -142,6 +144,25 @@ def test_a_row_has_one_set_of_bits(name: str, monkeypatch: pytest.MonkeyPatch) -
             assert torch.equal(multiply(x[count : 2 * count]), whole[count : 2 * count])
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_many_rows_go_in_blocks_whose_memory_is_bounded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = make(name, 40, 300)
+    x = torch.randn(1000, 300, generator=torch.Generator().manual_seed(1))
+    whole = product(name, weight, torch.float32)(x)
+    monkeypatch.setattr(products, "SCRATCH_BYTES", 100_000)
+    sizes: list[int] = []
+    allocate = products.scratch
+    monkeypatch.setattr(
+        "sensorium.kernels.cpu.linear.integer_kernel.scratch",
+        lambda size: (sizes.append(size), allocate(size))[1],
+    )
+    assert torch.equal(product(name, weight, torch.float32)(x), whole)
+    assert len(sizes) > 1
+    assert max(sizes) < 120_000
+
+
 @pytest.mark.parametrize("form", integers.forms())
 @pytest.mark.parametrize(
     ("name", "value"), [("int8", 127), ("int8", -127), ("int4", 7), ("int4", -8)]
@@ -199,10 +220,11 @@ def test_bias_and_activation_functions(name: str, dtype: torch.dtype) -> None:
 def test_activation_functions_keep_nan_and_end_in_their_limits(act: str) -> None:
     weight = make("int8", 16, 32)
     packed = ops.pack_weight(weight, torch.float32)
-    bias = torch.tensor([float("nan"), 1e30, -3e38, 80.0, -80.0, *[0.0] * 11])
+    bias = torch.tensor([float("nan"), 1e30, -3e38, 80.0, -80.0, math.inf, -math.inf, *[0.0] * 9])
     result = packed.bind(bias, act)(torch.zeros(1, 32))[0]
     assert result[0].isnan()
-    assert result[1:5].tolist() == pytest.approx([1e30, 0.0, 80.0, 0.0], rel=1e-6, abs=1e-6)
+    limits = [1e30, 0.0, 80.0, 0.0, math.inf, 0.0]
+    assert result[1:7].tolist() == pytest.approx(limits, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
-from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
+from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant, KVCacheLayout
 from sensorium.kernels.cpu import amx
 from sensorium.kernels.cpu.attention import pieces
 from sensorium.kernels.cpu.linear import onednn
@@ -210,6 +210,47 @@ def test_flash_attention_takes_over_only_where_the_batch_may_vary(
     spans = [len(next(iter(b.scratch.values())).spans) for b in (invariant, free)]
     assert spans == [0, 1]
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+def test_soft_caps_and_sinks_decide_which_rows_go_through_tiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers of one step that differ in them share no plan."""
+    monkeypatch.setattr(amx, "available", lambda: True)
+    layout = KVCacheLayout(1, 2, 64, 32, torch.bfloat16)
+    qkv = torch.randn(130, (6 + 4) * 64).to(torch.bfloat16)
+    variants = (PLAIN, AttentionVariant(softcap=2.0), AttentionVariant(sinks=torch.ones(6)), PLAIN)
+    shared = make_batch(layout, [(400, 130)])
+    shared.invariant = False
+    for variant in variants:
+        alone = make_batch(layout, [(400, 130)])
+        alone.invariant = False
+        expected = ops.rope_attention(qkv, alone, 0, 6, 2, 64, 0.125, variant=variant)
+        found = ops.rope_attention(qkv, shared, 0, 6, 2, 64, 0.125, variant=variant)
+        assert torch.equal(found, expected)
+
+
+def test_a_plan_runs_on_no_more_threads_than_it_has_scratch_for() -> None:
+    """The number of threads may grow between two layers of a step."""
+    layout = KVCacheLayout(2, 2, 64, 32, torch.float32)
+    qkv = torch.randn(203, (6 + 4) * 64)
+    lengths = [(400, 1), (500, 1), (900, 1), (700, 200)]
+    batch = make_batch(layout, lengths)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        ops.rope_attention(qkv, batch, 0, 6, 2, 64, 0.125)
+        [plan] = batch.scratch.values()
+        size = plan.scratch.numel()
+        plan.scratch = torch.full((9 * size,), 7.0)
+        plan.args[14] = plan.scratch.data_ptr()
+        torch.set_num_threads(8)
+        expected = ops.rope_attention(qkv, make_batch(layout, lengths), 1, 6, 2, 64, 0.125)
+        for _ in range(5):
+            assert torch.equal(ops.rope_attention(qkv, batch, 1, 6, 2, 64, 0.125), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert bool((plan.scratch[size:] == 7.0).all()), "memory behind the scratch was written"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

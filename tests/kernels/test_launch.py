@@ -135,6 +135,32 @@ def test_without_openmp_kernels_run_on_one_thread():
         assert torch.equal(out, torch.full((4, 6), 2.0))
 
 
+def entered(way: launch.Kernel) -> int:
+    """Run a kernel without tasks; return how many threads have entered it."""
+    args = launch.pack(0, *[0] * 8)
+    way(args)
+    return args[0]
+
+
+def test_no_more_threads_run_than_have_scratch() -> None:
+    """Each thread looks for a task once; the number of threads may have grown since a plan."""
+    compiled = elementwise.kernel(elementwise.build_norm, torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        if entered(compiled.parallel) != 6:
+            pytest.skip("torch brings no OpenMP library whose threads the kernels use")
+        large = launch.RELEASE_WEIGHT
+        for weight in (launch.SERIAL_WEIGHT, large):
+            assert entered(compiled.for_weight(weight)) == 6
+            assert entered(compiled.for_weight(weight, 2)) == 2
+            assert entered(compiled.for_weight(weight, 9)) == 6
+            assert entered(compiled.on(3, weight)) == 3
+        assert entered(compiled.for_weight(0, 4)) == entered(compiled.on(4, 0)) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_warm_up_covers_what_a_step_needs(monkeypatch):
     ops.warm_up(torch.float32)
     monkeypatch.setattr(elementwise, "compile_kernel", None)

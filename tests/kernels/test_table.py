@@ -111,4 +111,45 @@ def test_weights_are_packed_as_chosen(monkeypatch: pytest.MonkeyPatch, form: str
 def test_one_line_names_them_all() -> None:
     line = ops.products()
     assert levels.level() in line
-    assert all(form in line for form in table.FLOATS)
+    assert all(form in line for form in (*table.FLOATS, *table.INTEGERS))
+
+
+def malformed() -> list[object]:
+    """Contents of a file of times that no program wrote, of the right level."""
+    times: list[object] = [
+        *(None, [], "fast", 5, {"bfloat16": 3}, {"bfloat16": {"1": []}}),
+        *({"bfloat16": {"1": {"panels": "fast"}}}, {"bfloat16": {"1": {"panels": 0}}}),
+        *({"bfloat16": {"1": {"panels": -1.0}}}, {"bfloat16": {"1": {"panels": True}}}),
+        *({"bfloat16": {"1": {"panels": float("nan")}}}, {"bfloat16": {"1": None}}),
+    ]
+    return [[1], "text", 7, *({"level": levels.level(), "times": each} for each in times)]
+
+
+@pytest.mark.parametrize("content", malformed(), ids=str)
+def test_a_malformed_file_does_not_count(
+    found_anew: Path, content: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    shipped = {form: table.choose(form) for form in table.FLOATS}
+    table.choose_again()
+    (found_anew / "sensorium").mkdir()
+    table.own_file().write_text(json.dumps(content))
+    with caplog.at_level(logging.WARNING):
+        assert {form: table.choose(form) for form in table.FLOATS} == shipped
+    assert str(table.own_file()) in caplog.text
+
+
+def test_formats_that_were_not_measured_here_follow_the_shipped_times(
+    found_anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(levels, "level", lambda: "avx2")
+    measure(found_anew, "avx2", r1={"panels": 9.0, "torch": 1.0})
+    offer(monkeypatch, "panels", "torch")
+    assert (table.choose("bfloat16"), table.choose("float16")) == ("torch", "panels")
+
+
+def test_shipped_times_are_whole_and_name_their_cpu() -> None:
+    shipped = json.loads(table.SHIPPED.read_text())
+    for level, own in shipped.items():
+        assert level in levels.LEVELS
+        assert own["machine"]["processor"]
+        assert table.checked(own["times"]).keys() >= set(table.FLOATS)

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
         {
             "threads": torch.get_num_threads(),
             "shape": list(arguments.shape),
-            "rows": arguments.rows,
+            "rows": sorted(set(arguments.rows)),
             "seconds": arguments.seconds,
         },
     )
@@ -38,15 +38,14 @@ def run(arguments: argparse.Namespace) -> int:
     results["times"] = {}
     print(f"CPU level {levels.level()}, reading {results['read_gb_per_second']} GB/s")
     print(f"{'format':<9} {'rows':>5}  {'product':<10} {'us':>10} {'GB/s':>7} {'GFLOP/s':>8}")
-    for form in arguments.formats:
+    for form in dict.fromkeys(arguments.formats):
         results["times"][form] = measure_format(
-            form, arguments.shape, arguments.rows, arguments.seconds
+            form, arguments.shape, results["settings"]["rows"], arguments.seconds
         )
     if arguments.output is not None:
         report.write_json(results, arguments.output)
     if arguments.write:
-        kept = {"level": results["level"], "times": results["times"]}
-        table.own_file().parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: results[name] for name in ("machine", "settings", "level", "times")}
         report.write_json(kept, table.own_file())
         table.choose_again()
         print(f"written to {table.own_file()}")

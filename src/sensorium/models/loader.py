@@ -203,11 +203,11 @@ def _calibrated(
     source: SafetensorsFiles | None,
     proceed: Proceed,
 ) -> WeightFormats | None:
-    """Return the formats with how much each input of a decoder in int4 counts in its errors.
+    """Return the formats with how much each input of a decoder or head in int4 counts in errors.
 
     That is measured when the first such weight is quantized; not with random weights.
     """
-    if formats is None or formats.decoder != "int4" or source is None:
+    if formats is None or "int4" not in (formats.decoder, formats.head) or source is None:
         return formats
     files = source
     from sensorium.models.loading.calibrate import mean_squares

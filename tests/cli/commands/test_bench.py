@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from sensorium.cli.commands.bench import add_parser
 from sensorium.errors import ConfigError
+from sensorium.processes.start import child_environment
 from tests.bench.fake_server import serving
 
 
@@ -104,3 +106,55 @@ def test_parsing_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *("--rows=0", "--rows=-1", "--rows=many", "--rows=70000", "--rows=1.5"),
+        *("--shape=0x8", "--shape=8", "--shape=99999x99999", "--threads=0", "--threads=two"),
+        *("--seconds=-1", "--seconds=nan", "--seconds=inf", "--seconds=long", "--formats=int5"),
+    ],
+)
+def test_wrong_values_of_kernels(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse("kernels", wrong)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert wrong.partition("=")[0] in message
+    assert wrong.partition("=")[2] in message
+
+
+def bench_kernels(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``bench kernels`` in a process of its own, as it sets the number of threads."""
+    command = ("bench", "kernels", "--shape", "48x64", "--rows", "3", "1", "3", "--seconds", "0")
+    return subprocess.run(
+        [sys.executable, "-m", "sensorium", *command, "--threads", "1", *arguments],
+        env=child_environment() | os.environ | {"XDG_CACHE_HOME": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_kernels_are_measured_and_the_choice_is_kept(tmp_path: Path) -> None:
+    file, kept = tmp_path / "kernels.json", tmp_path / "sensorium" / "products.json"
+    done = bench_kernels(tmp_path, "--formats", "float32", "int8", "--write", "--output", str(file))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert (found["benchmark"], found["settings"]["rows"]) == ("kernels", [1, 3])
+    assert found["times"].keys() == {"float32", "int8"}
+    for form in found["times"].values():
+        assert form.keys() == {"1", "3"}
+        assert all(value > 0 for row in form.values() for value in row.values())
+    assert json.loads(kept.read_text())["times"] == found["times"]
+    assert f"written to {kept}" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-1].startswith(f"CPU level {found['level']}")
+
+
+def test_a_choice_that_cannot_be_kept_is_told(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = bench_kernels(blocked, "--formats", "float32", "--write")
+    assert done.returncode == 2
+    assert "cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -12,6 +12,9 @@ from sensorium.config import ModelConfig
 
 FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
 """Formats of weights, those of ``kernels.weight``, which imports torch."""
+MOST_WEIGHTS = 1 << 30
+"""Most weights of a layer that products are measured with."""
+MOST_SECONDS = 3600
 Subparsers = Any
 """Type of ``ArgumentParser.add_subparsers``, which argparse does not name publicly."""
 
@@ -215,21 +218,27 @@ def _kernels_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rows",
         nargs="+",
-        type=int,
+        type=_number(1, 65536),
         default=[1, 4, 8, 32, 256],
         metavar="N",
         help="numbers of rows; default: 1 4 8 32 256",
     )
     parser.add_argument(
         "--shape",
-        type=_size,
+        type=_shape,
         default=(4864, 896),
         metavar="NxK",
         help="outputs and inputs of the layer; default: 4864x896",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads; all cores if not given")
     parser.add_argument(
-        "--seconds", type=float, metavar="N", default=0.5, help="seconds per product and number"
+        "--threads", type=_number(1, 1024), metavar="N", help="threads; all cores if not given"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        metavar="N",
+        default=0.5,
+        help="seconds per product and number of rows",
     )
     parser.add_argument(
         "--write",
@@ -293,6 +302,34 @@ def _size(text: str) -> tuple[int, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 640x480")
     return int(width), int(height)
+
+
+def _shape(text: str) -> tuple[int, int]:
+    shape = _size(text)
+    if 0 in shape or shape[0] * shape[1] > MOST_WEIGHTS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not within 1x1 and {MOST_WEIGHTS} weights")
+    return shape
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    """Return the reader of a whole number within bounds."""
+
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdecimal() and least <= int(text[:20]) <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number from {least} to {most}")
+        return int(text)
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds up to {MOST_SECONDS}")
+    return seconds
 
 
 def _keywords(arguments: argparse.Namespace) -> dict[str, Any]:

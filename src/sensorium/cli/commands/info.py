@@ -206,7 +206,7 @@ def _linear_layers() -> dict[str, str]:
     """Return the CPU's level and the product of each format of weights."""
     from sensorium.kernels.cpu.linear import levels, table
 
-    return {"CPU level": levels.level()} | {form: table.choose(form) for form in table.FLOATS}
+    return {"CPU level": levels.level()} | table.chosen()
 
 
 def _text(value: Any) -> str:

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from numba import types
 
-from sensorium.kernels.cpu.launch import Args, Launcher, compile_kernel, float_bits, pack
+from sensorium.kernels.cpu.launch import (
+    MOST_THREADS,
+    Args,
+    Launcher,
+    compile_kernel,
+    float_bits,
+    pack,
+)
 from sensorium.kernels.cpu.numeric import (
     ELEMENT,
     INLINE,
@@ -61,12 +68,12 @@ def _kernel(build: Build, dtype: torch.dtype) -> Launcher:
     return compile_kernel(build(ELEMENT[dtype]), str(dtype).removeprefix("torch."))
 
 
-def launch(kernel: Launcher, args: Any, num_elements: int) -> None:
-    """Run a kernel on one thread or on all, by the size of the work."""
+def launch(kernel: Launcher, args: Any, num_elements: int, most: int = MOST_THREADS) -> None:
+    """Run a kernel on one thread or on all, at most ``most``, by the size of the work."""
     if num_elements <= SERIAL_ELEMENTS:
         kernel.serial(args)
     else:
-        kernel.parallel(args)
+        kernel.parallel(args, most)
 
 
 # -- norms --------------------------------------------------------------------------------------

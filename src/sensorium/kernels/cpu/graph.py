@@ -215,7 +215,7 @@ class StepGraph:
         for plan, rows, fields in self._renewed:
             self._table[rows, fields] = np.frombuffer(plan(batch), np.int64)[fields]
         self._args[0] = self._args[1] = 0
-        replay_kernel().released(self._args)
+        replay_kernel().released(self._args, self.num_threads)
         return self._output
 
 

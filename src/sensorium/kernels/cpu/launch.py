@@ -46,6 +46,8 @@ caching: Any = numba_caching
 CFunc: Any = ccallback.CFunc
 
 NUM_ARGS = 32
+MOST_THREADS = 1 << 16
+"""More threads than any machine runs: no limit."""
 SERIAL_WEIGHT = 256 * 1024
 """Multiply-adds below which a kernel that does little else runs on one thread."""
 RELEASE_WEIGHT = 256 * 1024 * 1024
@@ -108,32 +110,45 @@ class Launcher:
         else:
             self._serial(args)
 
-    def parallel(self, args: Any) -> None:
-        """Run on all threads, holding the GIL."""
+    def parallel(self, args: Any, most: int = MOST_THREADS) -> None:
+        """Run on all threads, but at most ``most``, holding the GIL."""
         if _RECORDING.launches is not None:
             record(self.address, args)
         elif self._region is None:
             self._serial(args)
         else:
-            self._region(self.address, args, torch.get_num_threads(), 0)
+            self._region(self.address, args, min(torch.get_num_threads(), most), 0)
 
-    def for_weight(self, weight: int) -> Kernel:
+    def for_weight(self, weight: int, most: int = MOST_THREADS) -> Kernel:
         """Return the way to launch a kernel of so many multiply-adds.
 
-        That is on one thread or all, with or without the GIL.
+        That is on one thread or all, with or without the GIL. most: threads that its scratch is
+        made for. The number of threads may have grown since then.
         """
         if weight < SERIAL_WEIGHT:
             return self.serial
-        return self.parallel if weight < RELEASE_WEIGHT else self.released
+        launch = self.parallel if weight < RELEASE_WEIGHT else self.released
+        return launch if most >= MOST_THREADS else functools.partial(launch, most=most)
 
-    def released(self, args: Any) -> None:
-        """Run on all threads without the GIL."""
+    def on(self, threads: int, weight: int, serial_weight: int = SERIAL_WEIGHT) -> Kernel:
+        """Return the way to launch a kernel of so many multiply-adds on a number of threads.
+
+        Below ``serial_weight`` that is the calling thread alone. Not for ``recording``.
+        """
+        region = self._region if weight < RELEASE_WEIGHT else self._released
+        if region is None or weight < serial_weight:
+            return self._serial
+        address = self.address
+        return lambda args: region(address, args, threads, 0)
+
+    def released(self, args: Any, most: int = MOST_THREADS) -> None:
+        """Run on all threads, but at most ``most``, without the GIL."""
         if _RECORDING.launches is not None:
             record(self.address, args)
         elif self._released is None:
             self._serial(args)
         else:
-            self._released(self.address, args, torch.get_num_threads(), 0)
+            self._released(self.address, args, min(torch.get_num_threads(), most), 0)
 
 
 # -- recording ----------------------------------------------------------------------------------

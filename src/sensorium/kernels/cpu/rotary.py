@@ -175,7 +175,8 @@ def rotate_heads(
 ) -> None:
     """Compute ``reference.rotate_heads`` for contiguous rows and float32 factors."""
     num_rows, width = rows.shape
-    scratch = torch.empty(torch.get_num_threads() * head_dim)
+    num_threads = torch.get_num_threads()
+    scratch = torch.empty(num_threads * head_dim)
     args = pack(
         -(-num_rows // ROWS_PER_TASK),
         rows.data_ptr(),
@@ -189,4 +190,5 @@ def rotate_heads(
         ROWS_PER_TASK,
         scratch.data_ptr(),
     )
-    launch(kernel(build_rotate, rows.dtype), args, num_rows * num_heads * head_dim)
+    weight = num_rows * num_heads * head_dim
+    launch(kernel(build_rotate, rows.dtype), args, weight, num_threads)

@@ -1,4 +1,4 @@
-"""Mean squares of the inputs of a decoder's linear layers, by which int4 weighs its errors.
+"""Mean squares of the inputs of a decoder's linear layers and head, by which int4 weighs errors.
 
 The inputs of a layer differ in size by orders of magnitude, and an error of a weight counts as much
 as its input is large. So the squared error that is made small is that of the products: the sum over
@@ -8,7 +8,7 @@ llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -30,9 +30,9 @@ def mean_squares(
 ) -> dict[str, torch.Tensor]:
     """Run tokens through a decoder without weights; return mean squares of linear layers' inputs.
 
-    By the name of the first part of the layer's slot: (K,) float32. Layers whose inputs are not
-    finite are left out. The tokens are drawn from the vocabulary: which inputs are large depends
-    little on the text. A layer's weight is loaded when it is needed and dropped then, so that it
+    By the name of the first part of the layer's slot: (K,) float32; the head by those of all parts
+    that it may be loaded from. Layers whose inputs are not finite are left out. The tokens are
+    drawn from the vocabulary: which inputs are large depends little on the text. A layer's weight is loaded when it is needed and dropped then, so that it
     takes little memory; the model is of no use afterwards. proceed: called before each layer; what
     it raises ends this.
     """
@@ -44,7 +44,8 @@ def mean_squares(
         _prepare(model, source, ids, sums, proceed)
         positions = torch.arange(length, device=model.device).expand(3, -1)
         embeds = model.embed(torch.arange(length, device=model.device))
-        model.forward(embeds, _batch(model, length, model.rotary(positions)))
+        hidden = model.forward(embeds, _batch(model, length, model.rotary(positions)))
+    sums |= dict.fromkeys(_head_parts(model), hidden.float().square().sum(0))
     means = {name: total / length for name, total in sums.items()}
     return {name: mean for name, mean in means.items() if mean.isfinite().all() and mean.any()}
 
@@ -73,6 +74,15 @@ def _prepare(
                     layer.forward = run
         else:
             assign(slot, [source.read(part) for part in slot.parts], model, scratch, mapped)
+
+
+def _head_parts(model: LoadableModel) -> Iterator[str]:
+    """Yield the names of the parts from which the language-model head may be loaded."""
+    for slot in model.slots():
+        if slot.role == "head" and any(isinstance(layer, Linear) for layer in slot.layers):
+            yield slot.parts[0].name
+            if slot.tied is not None:
+                yield slot.tied.part.name
 
 
 class _Passing:

@@ -50,6 +50,8 @@ class AttentionPlan:
     pieces: torch.Tensor
     partials: torch.Tensor
     done: torch.Tensor
+    num_threads: int
+    """Most threads that may run: as many as have scratch."""
     scratch: torch.Tensor
     scratch_stride: int
     args: Any
@@ -61,6 +63,8 @@ class AttentionPlan:
     q_rotated: torch.Tensor
     k_rotated: torch.Tensor
     seen: torch.Tensor | None
+    bidirectional: torch.Tensor | None
+    """Held as long as the plan, whose key has its identity."""
 
 
 def rope_attention(
@@ -123,15 +127,16 @@ def plan_of(
     route: Route | None = None,
 ) -> AttentionPlan:
     """Return the plan of a step for all layers like this one, made at the first."""
-    # Soft caps and sinks change no plan, and windows that hold every sequence neither.
+    # Windows that hold every sequence change no plan. Soft caps and sinks say which rows may go
+    # through flash attention; their values do not matter.
     window = variant.window
     if window is not None and batch.max_kv_len <= window:
         window = None
     _, num_kv_heads, head_dim, _ = cache.k.shape
     dtype = cache.k.dtype
     route = choose(dtype, head_dim) if route is None else route
-    spans = id(variant.bidirectional)
-    key = (num_heads, num_kv_heads, head_dim, dtype, window, spans, route)
+    others = (variant.softcap is None, variant.sinks is None, id(variant.bidirectional), route)
+    key = (num_heads, num_kv_heads, head_dim, dtype, window, *others)
     plan: AttentionPlan | None = batch.scratch.get(key)
     if plan is None:
         plan = batch.scratch[key] = _plan(batch, cache, num_heads, dtype, variant, route)
@@ -216,7 +221,8 @@ def _rope_write(
         ROWS_PER_TASK,
         plan.scratch.data_ptr(),
     )
-    launch(kernel(build_rope_write, qkv.dtype), args, num_rows * qkv.shape[1])
+    weight = num_rows * qkv.shape[1]
+    launch(kernel(build_rope_write, qkv.dtype), args, weight, plan.num_threads)
 
 
 def _attend_span(
@@ -317,11 +323,12 @@ def _plan(
         pieces=torch.tensor(table, dtype=torch.int64) if table else none,
         partials=torch.empty(num_partial * num_heads * (head_dim + 2)),
         done=torch.zeros(num_done * num_kv_heads, dtype=torch.int64),
+        num_threads=num_threads,
         scratch=torch.empty(num_threads * stride),
         scratch_stride=stride,
         args=None,
         attend=kernel(build, dtype).for_weight(
-            2 * num_heads * head_dim * sum((p[5] - p[4]) * p[2] for p in table)
+            2 * num_heads * head_dim * sum((p[5] - p[4]) * p[2] for p in table), num_threads
         ),
         spans=spans,
         first_span_row=first,
@@ -330,6 +337,7 @@ def _plan(
         q_rotated=torch.empty((spanned, num_heads, head_dim)),
         k_rotated=torch.empty((num_tokens if spans else 0, num_kv_heads, head_dim), dtype=dtype),
         seen=seen,
+        bidirectional=variant.bidirectional,
     )
     plan.args = _attend_args(batch, cache, plan, num_heads, route)
     return plan

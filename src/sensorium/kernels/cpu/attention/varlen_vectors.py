@@ -378,5 +378,5 @@ def varlen_attention(
             scratch.data_ptr(),
             size,
         )
-        attend.for_weight(weight)(args)
+        attend.for_weight(weight, num_threads)(args)
     return out

@@ -6,6 +6,8 @@ from typing import Any
 
 from sensorium.kernels.cpu.numeric import INLINE, exp16, f32, fma, largest, njit, splat
 
+LARGEST = 3.4028234663852886e38
+"""Largest finite float32."""
 NONE, RELU, GELU, GELU_TANH, QUICK_GELU, SILU = range(6)
 CODES: dict[str | None, int] = {
     None: NONE,
@@ -41,9 +43,11 @@ def _gelu(x: Any) -> Any:
     p = fma(p, t, splat(f32(1.421413741)))
     p = fma(p, t, splat(f32(-0.284496736)))
     p = fma(p, t, splat(f32(0.254829592)))
-    # half of 1 - erf z: what is missing to x on the right of zero, what is there on its left
+    # half of 1 - erf z: what is missing to x on the right of zero, what is there on its left.
+    # Infinity keeps its value, as the tail is 0 there: it is taken for the largest number.
     tail = splat(f32(0.5)) * p * t * exp16(zero - z * z)
-    return largest(x, zero) - largest(x, zero - x) * tail
+    size = zero - largest(zero - largest(x, zero - x), splat(f32(-LARGEST)))
+    return largest(x, zero) - size * tail
 
 
 @njit(**INLINE)

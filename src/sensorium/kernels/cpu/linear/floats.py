@@ -12,8 +12,6 @@ and stored input by input, [group][K][rows of the group].
 from __future__ import annotations
 
 import functools
-import math
-import threading
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -22,10 +20,30 @@ import torch
 from numba import types
 
 from sensorium.kernels.cpu import huge_pages
-from sensorium.kernels.cpu.launch import Launcher, compile_kernel, is_recording, pack
+from sensorium.kernels.cpu.launch import Launcher, compile_kernel, pack
 from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.cpu.linear.epilogue import CODES, activate
-from sensorium.kernels.cpu.linear.panels import MOST_ROWS, STEP, most_panels, multiply_panels
+from sensorium.kernels.cpu.linear.integers import wait_for
+from sensorium.kernels.cpu.linear.panels import (
+    MOST_ROWS,
+    STEP,
+    is_one_tile,
+    most_panels,
+    multiply_panels,
+    scatter16,
+    scatter_pairs,
+)
+from sensorium.kernels.cpu.linear.product import (
+    DONE,
+    RESULT,
+    SOURCE,
+    TAKEN,
+    Plan,
+    RowProduct,
+    lines,
+    rows_that_fit,
+    scratch,
+)
 from sensorium.kernels.cpu.numeric import (
     ELEMENT,
     INLINE,
@@ -50,19 +68,13 @@ BLOCK_ROWS = 192
 """Rows of a task: their share of ``DEPTH_BLOCK`` inputs, and their sums, stay in L2."""
 BLOCK_PANELS = 8
 """Panels of a task with many rows."""
-MOST_PANELS = 32
+MOST_PANELS = 8
 """Panels of a task with few rows."""
 TASKS_PER_THREAD = 6
-ACTIVATION_BYTES = 16 * 1024 * 1024
-"""Memory of the widened rows that go through the weights at once."""
-SERIAL_ELEMENTS = 8192
-"""Numbers that one thread widens; more are shared."""
 SERIAL_WORK = 128 * 1024
 """Multiply-adds that one thread runs; more are shared."""
-RELEASED_WORK = 256 * 1024 * 1024
-"""Multiply-adds from which a product runs without the GIL."""
-HUGE_BYTES = 2 << 20
-"""Size from which panels get memory with huge pages."""
+WIDENED_INPUTS = 256
+"""Inputs of a group of rows that a task widens."""
 PADDED_VALUES = 1 << 20
 """Weights that are padded at once."""
 
@@ -97,57 +109,87 @@ def finish_row(sums: Any, bias: Any, has_bias: Any, act: Any, out: Any, count: A
         store_part(out, full, activate(value, act), rest)
 
 
-def build_widen(element: Any) -> Callable[[Any], None]:
-    """Build the kernel that widens rows, group by group.
+@njit(**INLINE)
+def widen_part(x: Any, inputs: Any, count: Any, first: Any, last: Any, out: Any) -> None:
+    """Widen the inputs [first, last) of ``count`` rows of x, side by side for each input.
 
-    args: rows, out (float32), number of rows, inputs, inputs rounded up to an even number, groups.
+    Those from ``inputs`` on are zeros.
     """
+    full = min(last, inputs)
+    for row in range(count):
+        own, to = shifted(x, row * inputs), shifted(out, row)
+        k = first
+        while k + WIDTH <= full:
+            if count == 1:
+                store16(to, k, load16(own, k))
+            else:
+                scatter16(to, k * count, count, load16(own, k))
+            k += WIDTH
+        while k < full:
+            store(to, k * count, load(own, k))
+            k += 1
+        while k < last:
+            store(to, k * count, f32(0.0))
+            k += 1
 
-    def widen(args: Any) -> None:
-        rows, depth, padded, groups = args[5], args[6], args[7], args[8]
+
+@njit(**INLINE)
+def pair_part(x: Any, inputs: Any, count: Any, first: Any, last: Any, out: Any) -> None:
+    """Copy the inputs [first, last) of ``count`` bf16 rows of x by pairs, as ``widen_part``."""
+    full = min(last, inputs)
+    for row in range(count):
+        own, to = shifted(x, row * inputs), shifted(out, row)
+        k = first
+        while k + 2 * WIDTH <= full:
+            scatter_pairs(to, k // 2 * count, count, own, k)
+            k += 2 * WIDTH
+        while k < last:
+            pair = types.uint32(own[k]) if k < inputs else types.uint32(0)
+            if k + 1 < inputs:
+                pair |= types.uint32(own[k + 1]) << types.uint32(16)
+            to[k // 2 * count] = pair
+            k += 2
+
+
+def build_product(element: Any, result: Any, paired: bool = False) -> Callable[[Any], None]:
+    """Build the product of rows of ``result`` type with a weight of ``element`` type.
+
+    paired: both are bf16, and the CPU multiplies pairs of them. args: x, out, rows, inputs, widened
+    rows (float32, or pairs in uint32), weight, bias (0: none), scratch (float32),
+    floats of a thread's scratch, inputs (even), outputs, groups, groups of a task, panels of a
+    task, panels that go together, inputs of a block, activation, inputs of a task that widens, such
+    tasks. The last two of the array count those taken and done.
+    """
+    wide = types.uint32 if paired else types.float32
+    step = 2 if paired else 1
+    copy = pair_part if paired else widen_part
+
+    @njit(**INLINE)
+    def widen_rows(args: Any) -> None:
+        rows, inputs, depth, groups, share = args[5], args[6], args[12], args[14], args[20]
+        per_group = (depth + share - 1) // share
         while True:
-            group = fetch_add(args, 0, 1)
-            if group >= args[2]:
+            task = fetch_add(args, TAKEN, 1)
+            if task >= args[21]:
                 break
+            group, first = task // per_group, task % per_group * share
             start = first_row(group, groups, rows)
             count = first_row(group + 1, groups, rows) - start
-            x = shifted(pointer(args[3], element), start * depth)
-            out = shifted(pointer(args[4], types.float32), start * padded)
-            if count == 1:
-                full = depth - depth % WIDTH
-                for k in range(0, full, WIDTH):
-                    store16(out, k, load16(x, k))
-                if full < depth:
-                    store_part(out, full, load_part(x, full, depth - full), depth - full)
-            else:
-                for row in range(count):
-                    own = shifted(x, row * depth)
-                    to = shifted(out, row)
-                    for k in range(depth):
-                        store(to, k * count, load(own, k))
-            for k in range(depth * count, padded * count):
-                store(out, k, f32(0.0))
-
-    return widen
-
-
-def build_product(element: Any, result: Any) -> Callable[[Any], None]:
-    """Build the product of widened rows with a weight of ``element`` type.
-
-    args: widened rows, weight, bias (0: none), out, scratch (float32), rows, groups, inputs (even),
-    outputs, activation, groups of a task, panels of a task, panels that go together, inputs of a
-    block, floats of a thread's scratch.
-    """
+            x = shifted(pointer(args[SOURCE], result), start * inputs)
+            out = shifted(pointer(args[7], wide), start * (depth // step))
+            copy(x, inputs, count, first, min(first + share, depth), out)
+            fetch_add(args, DONE, 1)
+        wait_for(args, DONE, args[21])
 
     def product(args: Any) -> None:
-        w, bias = pointer(args[4], element), pointer(args[5], result)
-        rows, groups, depth, outputs = args[8], args[9], args[10], args[11]
-        act, task_groups, task_panels = args[12], args[13], args[14]
-        together, depth_block = args[15], args[16]
+        scratch = pointer(args[10], types.float32)
+        scratch = shifted(scratch, fetch_add(args, 1, 1) * args[11])
+        widen_rows(args)
+        w, bias = pointer(args[8], element), pointer(args[9], result)
+        rows, depth, outputs, groups = args[5], args[12], args[13], args[14]
+        task_groups, task_panels, together, depth_block = args[15], args[16], args[17], args[18]
         num_panels = (outputs + WIDTH - 1) // WIDTH
         panel_tasks = (num_panels + task_panels - 1) // task_panels
-        scratch = pointer(args[7], types.float32)
-        scratch = shifted(scratch, fetch_add(args, 1, 1) * args[17])
         width = task_panels * WIDTH
         while True:
             task = fetch_add(args, 0, 1)
@@ -165,8 +207,9 @@ def build_product(element: Any, result: Any) -> Callable[[Any], None]:
                     for group in range(first_group, last_group):
                         row = first_row(group, groups, rows)
                         count = first_row(group + 1, groups, rows) - row
-                        a = shifted(pointer(args[3], types.float32), row * depth + k * count)
-                        most = most_together(count)
+                        a_at = row * (depth // step) + k // step * count
+                        a = shifted(pointer(args[7], wide), a_at)
+                        most = taken_together(count, together)
                         panel = chunk
                         while panel < chunk_end:
                             taken = most if panel + most <= chunk_end else 1
@@ -182,8 +225,8 @@ def build_product(element: Any, result: Any) -> Callable[[Any], None]:
             end_row = first_row(last_group, groups, rows)
             for row in range(block_row, end_row):
                 sums = shifted(scratch, (row - block_row) * width)
-                out = shifted(pointer(args[6], result), row * outputs + column)
-                finish_row(sums, shifted(bias, column), args[5] != 0, act, out, count)
+                out = shifted(pointer(args[RESULT], result), row * outputs + column)
+                finish_row(sums, shifted(bias, column), args[9] != 0, args[19], out, count)
 
     return product
 
@@ -212,31 +255,36 @@ def build_pack(element: Any) -> Callable[[Any], None]:
     return pack_panels
 
 
-_LIMITS = [most_panels(rows) for rows in range(1, MOST_ROWS + 1)]
-_FIRST, _SECOND, _THIRD = sorted(set(_LIMITS), reverse=True)
-_FIRST_ROWS = _LIMITS.count(_FIRST)
-_SECOND_ROWS = _FIRST_ROWS + _LIMITS.count(_SECOND)
+_PANELS = sum(most_panels(rows) << (4 * rows) for rows in range(1, MOST_ROWS + 1))
+"""Panels that go together, in four bits for each number of rows."""
 
 
 @njit(**INLINE)
-def most_together(rows: Any) -> Any:
-    """Return ``most_panels(rows)``."""
-    if rows <= _FIRST_ROWS:
-        return _FIRST
-    return _SECOND if rows <= _SECOND_ROWS else _THIRD
+def taken_together(rows: Any, together: Any) -> Any:
+    """Return how many panels a group of rows takes of those that go together for all groups."""
+    own = (_PANELS >> (4 * rows)) & 15
+    return own if together % own == 0 else together
+
+
+def together_of(largest: int, smallest: int) -> int:
+    """Return the panels that go together for groups of so many rows, which differ by one at most.
+
+    They stay in the first cache while the groups of a task go through them.
+    """
+    return most_panels(largest) if most_panels(largest) > 1 else most_panels(smallest)
+
+
+def multiplies_pairs(form: torch.dtype, result: torch.dtype) -> bool:
+    """Return whether the CPU has an instruction for pairs of bf16, which two bf16 types use."""
+    return form == result == torch.bfloat16 and levels.has("avx512bf16")
 
 
 @functools.cache
 def product_kernel(form: torch.dtype, result: torch.dtype) -> Launcher:
-    """Return the product of weights in ``form`` with results in ``result``."""
+    """Return the product of weights in ``form`` with rows and results in ``result``."""
     names = [str(dtype).removeprefix("torch.") for dtype in (form, result)]
-    return compile_kernel(build_product(ELEMENT[form], ELEMENT[result]), "_".join(names))
-
-
-@functools.cache
-def widen_kernel(dtype: torch.dtype) -> Launcher:
-    """Return the kernel that widens rows of ``dtype``."""
-    return compile_kernel(build_widen(ELEMENT[dtype]), str(dtype).removeprefix("torch."))
+    function = build_product(ELEMENT[form], ELEMENT[result], multiplies_pairs(form, result))
+    return compile_kernel(function, "_".join(names))
 
 
 @functools.cache
@@ -248,29 +296,55 @@ def pack_kernel(num_bytes: int) -> Launcher:
 
 def warm_up(dtype: torch.dtype) -> None:
     """Compile or load the kernels of weights and activations of ``dtype``."""
-    widen_kernel(dtype)
     product_kernel(dtype, dtype)
 
 
 # -- weights --------------------------------------------------------------------------------------
 
 
-class _Scratch(threading.local):
-    """Memory of one thread's products, which grows to the largest."""
+class FloatProduct(RowProduct):
+    """Product with one weight in panels."""
 
-    def __init__(self) -> None:
-        self._kept = {"rows": torch.empty(0), "sums": torch.empty(0)}
+    def __init__(self, weight: FloatWeight, bias: torch.Tensor | None, act: str | None) -> None:
+        """Bind a weight, a bias (N,) and a key of ``CODES``."""
+        depth = weight.num_inputs + weight.num_inputs % STEP
+        fits = rows_that_fit(4 * depth, BLOCK_ROWS)
+        super().__init__(weight.shape, weight.dtype, fits)
+        self.kernel = product_kernel(weight.panels.dtype, weight.dtype)
+        self.widened_bytes = 2 if multiplies_pairs(weight.panels.dtype, weight.dtype) else 4
+        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self.panels, self.depth, self.code = weight.panels, depth, CODES[act]
 
-    def get(self, name: str, size: int) -> torch.Tensor:
-        """Return at least ``size`` floats; a recorded launch gets memory of its own."""
-        if is_recording():
-            return torch.empty(size)
-        if self._kept[name].numel() < size:
-            self._kept[name] = torch.empty(size)
-        return self._kept[name]
-
-
-_SCRATCH = _Scratch()
+    def plan(self, num_rows: int, threads: int) -> Plan:
+        """Return the launch for so many rows."""
+        num_panels, depth = self.panels.shape[0], self.depth
+        groups = -(-num_rows // MOST_ROWS)
+        largest, smallest = -(-num_rows // groups), num_rows // groups
+        together = together_of(largest, smallest)
+        if groups == 1:
+            # Panels that are cut into tiles are read once for each.
+            whole = is_one_tile(largest)
+            limit, task_groups, depth_block = MOST_PANELS, 1, depth if whole else DEPTH_BLOCK
+        else:
+            limit, task_groups, depth_block = BLOCK_PANELS, -(-BLOCK_ROWS // largest), DEPTH_BLOCK
+        limit = max(together, limit // together * together)
+        share = -(-num_panels // (threads * TASKS_PER_THREAD))
+        task_panels = min(limit, max(together, share // together * together))
+        num_tasks = -(-groups // task_groups) * -(-num_panels // task_panels)
+        floats = lines(4 * min(task_groups * largest, num_rows) * task_panels * WIDTH) // 4
+        widened = lines(self.widened_bytes * num_rows * depth)
+        memory, number = scratch(widened + 4 * threads * floats)
+        work = num_rows * self.num_outputs * depth
+        shares = groups * -(-depth // WIDENED_INPUTS)
+        values = (
+            *(num_tasks, 0, 0, num_rows, self.num_inputs),
+            *(memory, self.panels.data_ptr()),
+            *(0 if self.bias is None else self.bias.data_ptr(), memory + widened, floats),
+            *(depth, self.num_outputs, groups, task_groups, task_panels, together, depth_block),
+            *(self.code, WIDENED_INPUTS, shares),
+        )
+        launch = self.kernel.on(threads, work, SERIAL_WORK)
+        return Plan(pack(*values), launch, threads, number)
 
 
 class FloatWeight(PackedWeight):
@@ -290,16 +364,7 @@ class FloatWeight(PackedWeight):
         return self.panels.nbytes
 
     def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
-        code = CODES[act]
-        if bias is not None:
-            bias = bias.to(self.dtype).contiguous()
-
-        def run(x: torch.Tensor) -> torch.Tensor:
-            if x.dim() != 2:
-                return run(x.flatten(0, -2)).view(*x.shape[:-1], self.num_outputs)
-            return multiply(x, self, bias, code)
-
-        return run
+        return FloatProduct(self, bias, act)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         panel, lane = ids // WIDTH, ids % WIDTH
@@ -345,8 +410,7 @@ def pack_weight(weight: torch.Tensor, dtype: torch.dtype | None = None) -> Float
     num_panels, depth = -(-num_outputs // WIDTH), num_inputs + num_inputs % STEP
     pairs = weight.dtype == torch.bfloat16
     shape = (num_panels, depth // STEP, WIDTH, STEP) if pairs else (num_panels, depth, WIDTH)
-    large = math.prod(shape) * weight.dtype.itemsize >= HUGE_BYTES
-    panels = huge_pages.zeros(shape, weight.dtype) if large else weight.new_empty(shape)
+    panels = huge_pages.shared_zeros(shape, weight.dtype)
     # Rows and inputs that lack to whole panels are added in bands: a whole copy might be large.
     most = num_panels if depth == num_inputs else PADDED_VALUES // (WIDTH * depth)
     starts = [*range(0, num_outputs // WIDTH, max(1, most)), num_outputs // WIDTH, num_panels]
@@ -364,87 +428,3 @@ def _place(rows: torch.Tensor, panels: torch.Tensor) -> None:
     num_panels, size = panels.shape[:2]
     args = pack(num_panels, rows.data_ptr(), panels.data_ptr(), size)
     pack_kernel(2 if rows.dtype == torch.float16 else 4).released(args)
-
-
-def multiply(
-    x: torch.Tensor, weight: FloatWeight, bias: torch.Tensor | None, act: int
-) -> torch.Tensor:
-    """Compute ``act(x W^T + bias)``: (T, K) -> (T, N). act: a value of ``CODES``."""
-    num_rows = x.shape[0]
-    if x.shape[1] != weight.num_inputs or x.dtype != weight.dtype:
-        raise ValueError(
-            f"rows of {x.shape[1]} {x.dtype} for a weight of {weight.num_inputs} {weight.dtype}"
-        )
-    x = x.contiguous()
-    out = x.new_empty((num_rows, weight.num_outputs))
-    depth = weight.num_inputs + weight.num_inputs % STEP
-    fit = ACTIVATION_BYTES // (4 * depth)
-    step = BLOCK_ROWS if fit >= BLOCK_ROWS else MOST_ROWS
-    most = max(MOST_ROWS, fit // step * step)
-    for start in range(0, num_rows, most):
-        rows = slice(start, min(start + most, num_rows))
-        _multiply_block(x[rows], weight, bias, act, out[rows], depth)
-    return out
-
-
-def _widened(x: torch.Tensor, depth: int, groups: int) -> torch.Tensor:
-    """Return the rows as float32, group by group."""
-    num_rows, num_inputs = x.shape
-    if num_rows == 1 and x.dtype == torch.float32 and depth == num_inputs:
-        return x
-    out = _SCRATCH.get("rows", num_rows * depth)
-    args = pack(groups, x.data_ptr(), out.data_ptr(), num_rows, num_inputs, depth, groups)
-    kernel = widen_kernel(x.dtype)
-    (kernel.serial if x.numel() <= SERIAL_ELEMENTS or groups == 1 else kernel.parallel)(args)
-    return out
-
-
-def _multiply_block(
-    x: torch.Tensor,
-    weight: FloatWeight,
-    bias: torch.Tensor | None,
-    act: int,
-    out: torch.Tensor,
-    depth: int,
-) -> None:
-    """Multiply rows whose widened form fits ``ACTIVATION_BYTES``."""
-    num_rows, num_outputs = out.shape
-    groups = -(-num_rows // MOST_ROWS)
-    largest = -(-num_rows // groups)
-    together = most_panels(largest)
-    num_panels, threads = weight.panels.shape[0], torch.get_num_threads()
-    if groups == 1:
-        depth_block, task_groups, limit = depth, 1, MOST_PANELS
-    else:
-        depth_block, task_groups = DEPTH_BLOCK, -(-BLOCK_ROWS // largest)
-        limit = BLOCK_PANELS
-    share = -(-num_panels // (threads * TASKS_PER_THREAD))
-    task_panels = min(limit, -(-share // together) * together)
-    num_tasks = -(-groups // task_groups) * -(-num_panels // task_panels)
-    size = min(task_groups * largest, num_rows) * task_panels * WIDTH
-    sums = _SCRATCH.get("sums", threads * size)
-    wide = _widened(x, depth, groups)
-    args = pack(
-        num_tasks,
-        wide.data_ptr(),
-        weight.panels.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        sums.data_ptr(),
-        num_rows,
-        groups,
-        depth,
-        num_outputs,
-        act,
-        task_groups,
-        task_panels,
-        together,
-        depth_block,
-        size,
-    )
-    kernel = product_kernel(weight.panels.dtype, weight.dtype)
-    work = num_rows * num_outputs * depth
-    if work < SERIAL_WORK:
-        kernel.serial(args)
-    else:
-        (kernel.parallel if work < RELEASED_WORK else kernel.released)(args)

@@ -31,10 +31,12 @@ from sensorium.kernels.cpu.linear.integer_kernel import (
     build,
 )
 from sensorium.kernels.cpu.linear.integers import (
+    FETCH_AHEAD,
     I16,
     I64,
     STEP,
     Form,
+    fetch_lines,
     for_each_count,
     forms,
     lanes,
@@ -132,6 +134,8 @@ def _emit_tile(builder: ir.IRBuilder, name: str, num_rows: int, args: Any) -> No
             builder.store(form.load(totals, offset, form.floats), slots[r][p])
     with cgutils.for_range(builder, groups) as loop:
         own = builder.gep(weights, [builder.mul(loop.index, I64(GROUP_BYTES))])
+        if FETCH_AHEAD:
+            fetch_lines(builder, own, FETCH_AHEAD, GROUP_BYTES)
         place = builder.mul(loop.index, stride)
         row_at = builder.gep(q, [builder.mul(place, I64(GROUP))])
         word = builder.mul(place, I64(4))
@@ -200,21 +204,20 @@ def _panel(name: str) -> Any:
         q: Any,
         scales: Any,
         corrections: Any,
-        num_rows: Any,
-        first: Any,
         rows: Any,
         weights: Any,
         inputs: Any,
+        group: Any,
         sums: Any,
     ) -> None:
         groups = (inputs + GROUP - 1) // GROUP
         for row in range(0, rows, most):
             tile(
                 min(most, rows - row),
-                shifted(q, (first + row) * GROUP),
-                shifted(scales, first + row),
-                shifted(corrections, first + row),
-                num_rows,
+                shifted(q, row * GROUP),
+                shifted(scales, row),
+                shifted(corrections, row),
+                rows,
                 weights,
                 groups,
                 shifted(sums, row * WIDTH),
@@ -229,7 +232,7 @@ LAYOUT = Layout(GROUP, GROUP, BIAS)
 @functools.cache
 def kernel(dtype: torch.dtype, form: str) -> Launcher:
     """Return the kernel for activations of ``dtype``, compiled or loaded at first use."""
-    function = build(ELEMENT[dtype], LAYOUT, False, _panel(form))
+    function = build(ELEMENT[dtype], LAYOUT.row_bytes, BIAS, False, _panel(form))
     return compile_kernel(function, f"int4_{str(dtype).removeprefix('torch.')}_{form}")
 
 
@@ -265,7 +268,7 @@ class Int4Weight(PackedWeight):
         if not cls.takes(weight):
             raise ValueError("int4 products take 4 bits and groups of a multiple of 32 inputs")
         panels = -(-num_outputs // WIDTH)
-        packed = huge_pages.zeros((panels, groups, GROUP_BYTES), torch.uint8)
+        packed = huge_pages.shared_zeros((panels, groups, GROUP_BYTES), torch.uint8)
         repeated = weight.group // GROUP if given > 1 else groups
         scales = weight.scales.repeat_interleave(repeated, dim=1)[:, :groups].to(torch.bfloat16)
         band = max(1, PACK_VALUES // (WIDTH * num_inputs))
@@ -283,12 +286,13 @@ class Int4Weight(PackedWeight):
         return IntegerProduct(own, LAYOUT, self.shape, self.packed, None, bias, act, self.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        panels, lane = self.packed[ids // WIDTH], ids % WIDTH
-        order = torch.arange(len(ids))
-        halves = panels[:, :, :WEIGHT_BYTES].unflatten(2, (STEPS // 2, WIDTH, STEP))
-        own = halves[order, :, :, lane].flatten(2)
+        panel, lane = ids // WIDTH, ids % WIDTH
+        halves = self.packed[:, :, :WEIGHT_BYTES].unflatten(2, (STEPS // 2, WIDTH, STEP))
+        own = halves[panel, :, :, lane].flatten(2)
         values = torch.cat((own & 0x0F, own >> 4), dim=2).float().sub_(BIAS)
-        scales = panels[:, :, WEIGHT_BYTES:].contiguous().view(torch.bfloat16)[order, :, lane]
+        # The scales are the last of a group, two bytes each.
+        shorts = self.packed.view(torch.bfloat16)
+        scales = shorts[panel, :, WEIGHT_BYTES // 2 + lane]
         wide = values.mul_(scales.float()[:, :, None]).flatten(1)
         return wide[:, : self.num_inputs].to(self.dtype)
 

@@ -23,24 +23,29 @@ from numba.core import cgutils
 from sensorium.kernels.cpu import huge_pages
 from sensorium.kernels.cpu.launch import Launcher, compile_kernel
 from sensorium.kernels.cpu.linear.integer_kernel import (
-    PADDING,
     IntegerProduct,
     Layout,
     build,
 )
 from sensorium.kernels.cpu.linear.integers import (
+    BLOCK,
+    FETCH_AHEAD,
     I64,
     STEP,
     Form,
+    fetch_lines,
     for_each_count,
     forms,
     local_array,
+    opaque,
 )
 from sensorium.kernels.cpu.numeric import ELEMENT, INLINE, WIDTH, intrinsic, njit, shifted
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
 GROUP = 128
 """Inputs of a row that share a scale."""
+MOST_GROUP = 128
+"""Most inputs that may share a scale."""
 BIAS = 128
 TILE_ROWS = {"avx2": 4, "vnni256": 6, "vnni512": 12}
 """Rows that are multiplied at once: as many as keep their sums in registers."""
@@ -64,7 +69,7 @@ def _emit_step(
     loaded = [form.load(w, builder.add(w_at, I64(p * size)), form.bytes) for p in range(form.parts)]
     if form.vnni:
         for r in range(num_rows):
-            row = form.repeated(q, builder.add(q_at, I64(r * GROUP)), form.bytes)
+            row = form.repeated(q, builder.add(q_at, I64(r * BLOCK)), form.bytes)
             for p in range(form.parts):
                 total = form.multiply_bytes(builder.load(sums[r][p]), loaded[p], row)
                 builder.store(total, sums[r][p])
@@ -94,7 +99,7 @@ def _emit_pairs(
     q_at = builder.shl(q_at, I64(1))
     for r in range(num_rows):
         for half, values in enumerate(halves):
-            offset = builder.add(q_at, I64(r * 2 * GROUP + 4 * half))
+            offset = builder.add(q_at, I64(r * 2 * BLOCK + 4 * half))
             row = form.repeated(q, offset, form.shorts)
             for p in range(form.parts):
                 total = form.add(builder.load(sums[r][p]), form.multiply_shorts(values[p], row))
@@ -105,7 +110,7 @@ def _emit_tile(
     builder: ir.IRBuilder, name: str, num_rows: int, args: Any, widened: bool = False
 ) -> None:
     """Emit the products of a group of ``num_rows`` rows with a panel."""
-    q, scales, corrections, weights, steps, totals = args
+    q, scales, corrections, stride, weights, blocks, totals = args
     form = Form(builder, name)
     sets = max(1, 4 // num_rows) if form.vnni else 1
     # Few rows have too few sums to hide the latency of an instruction: their steps take turns.
@@ -123,16 +128,24 @@ def _emit_tile(
                 zero = form.constant(form.sums, 0)
                 builder.store(zero if number else start, own[r][p])
     unrolled = 4 if form.vnni or num_rows == 1 else 1
-    turns = builder.udiv(steps, I64(unrolled))
-    with cgutils.for_range(builder, turns) as loop:
-        for step in range(unrolled):
-            index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
-            w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
-            if widened:
-                halves = _load_halves(form, weights, w_at)
-                _emit_pairs(form, num_rows, sums[0], halves, q, q_at)
-                continue
-            _emit_step(form, num_rows, sums[step % sets], weights, w_at, q, q_at)
+    block_bytes = I64(BLOCK if form.vnni else 2 * BLOCK)
+    with cgutils.for_range(builder, blocks) as block:
+        place = builder.mul(builder.mul(block.index, stride), block_bytes)
+        own_q = builder.gep(q, [place])
+        panel_bytes = BLOCK * WIDTH * (2 if widened else 1)
+        own_w = builder.gep(weights, [builder.mul(block.index, I64(panel_bytes))])
+        if not widened and FETCH_AHEAD:
+            fetch_lines(builder, own_w, FETCH_AHEAD, panel_bytes)
+        # A loop whose length LLVM does not know: unrolled, it would need too many registers.
+        with cgutils.for_range(builder, opaque(builder, BLOCK // STEP // unrolled)) as loop:
+            for step in range(unrolled):
+                index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
+                w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
+                if widened:
+                    halves = _load_halves(form, own_w, w_at)
+                    _emit_pairs(form, num_rows, sums[0], halves, own_q, q_at)
+                    continue
+                _emit_step(form, num_rows, sums[step % sets], own_w, w_at, own_q, q_at)
     for r in range(num_rows):
         scale = form.repeated(scales, 4 * r, form.floats)
         for p in range(form.parts):
@@ -186,18 +199,22 @@ def _tile(name: str, widened: bool = False) -> Any:
         q: Any,
         scales: Any,
         corrections: Any,
+        stride: Any,
         weights: Any,
-        steps: Any,
+        blocks: Any,
         totals: Any,
     ) -> Any:
-        """Add the products of ``steps`` steps, a multiple of four, to totals (rows, 16)."""
+        """Add the products of ``blocks`` blocks of inputs to totals (rows, 16).
+
+        stride: rows between two blocks of q.
+        """
 
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
             byte = ir.IntType(8).as_pointer()
             q, scales, corrections, weights, totals = (
-                builder.bitcast(args[i], byte) for i in (1, 2, 3, 4, 6)
+                builder.bitcast(args[i], byte) for i in (1, 2, 3, 5, 7)
             )
-            operands = (q, scales, corrections, weights, args[5], totals)
+            operands = (q, scales, corrections, args[4], weights, args[6], totals)
             most = TILE_ROWS[name]
             if widened:
                 _emit_tile(builder, name, most, operands, widened)
@@ -207,7 +224,8 @@ def _tile(name: str, widened: bool = False) -> Any:
             return context.get_dummy_value()
 
         number = types.int64
-        return types.void(number, q, scales, corrections, weights, number, totals), codegen
+        kinds = (number, q, scales, corrections, number, weights, number, totals)
+        return types.void(*kinds), codegen
 
     return multiply_tile
 
@@ -217,54 +235,71 @@ def _panel(name: str) -> Any:
     tile, most = _tile(name), TILE_ROWS[name]
     pairs = name == "avx2"
     full_tile = _tile(name, widened=True) if pairs else tile
-    row_bytes = GROUP * (2 if pairs else 1)
-    buffer = local_array(types.uint8, 2 * GROUP * WIDTH)
+    row_bytes = BLOCK * (2 if pairs else 1)
+    buffer = local_array(types.uint8, 2 * MOST_GROUP * WIDTH)
 
     @njit(**INLINE)
     def multiply(
         q: Any,
         scales: Any,
         corrections: Any,
-        num_rows: Any,
-        first: Any,
         rows: Any,
         weights: Any,
         inputs: Any,
+        group: Any,
         sums: Any,
     ) -> None:
-        padded = (inputs + PADDING - 1) // PADDING * PADDING
+        padded = (inputs + BLOCK - 1) // BLOCK * BLOCK
         wide = buffer()
-        for start in range(0, padded, GROUP):
-            steps = min(GROUP, padded - start) // STEP
+        for start in range(0, padded, group):
+            blocks = min(group, padded - start) // BLOCK
             own = shifted(weights, start * WIDTH)
-            place = start // GROUP * num_rows + first
+            q_place, place = start // BLOCK * rows, start // group * rows
             full = 0
             if pairs and rows >= WIDENED_ROWS:
-                widen(own, steps, wide)
+                widen(own, blocks * (BLOCK // STEP), wide)
                 full = rows - rows % most
             for row in range(0, rows, most):
-                row_q = shifted(q, (place + row) * row_bytes)
+                row_q = shifted(q, (q_place + row) * row_bytes)
                 row_scales = shifted(scales, place + row)
                 row_corrections = shifted(corrections, place + row)
                 row_sums = shifted(sums, row * WIDTH)
                 if pairs and row < full:
-                    full_tile(most, row_q, row_scales, row_corrections, wide, steps, row_sums)
+                    full_tile(
+                        most,
+                        row_q,
+                        row_scales,
+                        row_corrections,
+                        rows,
+                        wide,
+                        blocks,
+                        row_sums,
+                    )
                 else:
-                    count = min(most, rows - row)
-                    tile(count, row_q, row_scales, row_corrections, own, steps, row_sums)
+                    tile(
+                        min(most, rows - row),
+                        row_q,
+                        row_scales,
+                        row_corrections,
+                        rows,
+                        own,
+                        blocks,
+                        row_sums,
+                    )
 
     return multiply
 
 
 def layout(form: str) -> Layout:
     """Return the layout of quantized activations."""
-    return Layout(GROUP, GROUP * (2 if form == "avx2" else 1), BIAS)
+    return Layout(GROUP, BLOCK * (2 if form == "avx2" else 1), BIAS)
 
 
 @functools.cache
 def kernel(dtype: torch.dtype, form: str) -> Launcher:
     """Return the kernel for activations of ``dtype``, compiled or loaded at first use."""
-    function = build(ELEMENT[dtype], layout(form), form == "avx2", _panel(form))
+    pairs = form == "avx2"
+    function = build(ELEMENT[dtype], layout(form).row_bytes, BIAS, pairs, _panel(form))
     return compile_kernel(function, f"int8_{str(dtype).removeprefix('torch.')}_{form}")
 
 
@@ -299,8 +334,8 @@ class Int8Weight(PackedWeight):
         num_outputs, num_inputs = weight.shape
         if not cls.takes(weight):
             raise ValueError("int8 products take 8 bits and one scale for each output")
-        panels, steps = -(-num_outputs // WIDTH), -(-num_inputs // PADDING) * (PADDING // STEP)
-        packed = huge_pages.zeros((panels, steps, WIDTH, STEP), torch.uint8)
+        panels, steps = -(-num_outputs // WIDTH), -(-num_inputs // BLOCK) * (BLOCK // STEP)
+        packed = huge_pages.shared_zeros((panels, steps, WIDTH, STEP), torch.uint8)
         packed.fill_(BIAS)
         full = num_outputs // WIDTH
         _place(packed[:full], weight.values[: full * WIDTH])

@@ -41,6 +41,11 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
 STEP = 4
 """Inputs that one step multiplies: four bytes, which are summed in a lane of 32 bits."""
+LINE_BYTES = 64
+FETCH_AHEAD = 2048
+"""Bytes by which weights are prefetched ahead: over the ends of panels, which lie side by side."""
+BLOCK = 32
+"""Inputs of a row that lie side by side; rows are padded with zeros to a multiple of it."""
 
 FORMS = ("avx2", "vnni256", "vnni512")
 """Instructions that products are written for.
@@ -79,10 +84,18 @@ def at(builder: ir.IRBuilder, pointer: ir.Value, offset: int | ir.Value, kind: i
     return builder.bitcast(builder.gep(pointer, [where]), kind.as_pointer())
 
 
-def opaque(builder: ir.IRBuilder, number: int) -> ir.Value:
-    """Return an int64 constant that LLVM does not know."""
-    kind = ir.FunctionType(I64, [I64])
-    return builder.asm(kind, "", "=r,0", [I64(number)], side_effect=False)
+def opaque(builder: ir.IRBuilder, number: int | ir.Value) -> ir.Value:
+    """Return an int64 as one that LLVM knows nothing about."""
+    kind, value = ir.FunctionType(I64, [I64]), I64(number) if isinstance(number, int) else number
+    return builder.asm(kind, "", "=r,0", [value], side_effect=False)
+
+
+def fetch_lines(builder: ir.IRBuilder, pointer: ir.Value, first: int, num_bytes: int) -> None:
+    """Prefetch ``num_bytes`` bytes, line by line, from ``first`` bytes behind a byte pointer on."""
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    for line in range(0, num_bytes, LINE_BYTES):
+        builder.call(fetch, [builder.gep(pointer, [I64(first + line)]), I32(0), I32(3), I32(1)])
 
 
 class Form:
@@ -254,10 +267,11 @@ def build_quantize(pairs: bool) -> Any:
     store_integers = _store_integers(pairs)
 
     @njit(**INLINE)
-    def quantize(row: Any, first: Any, size: Any, whole: Any, out: Any) -> Any:
+    def quantize(row: Any, first: Any, size: Any, whole: Any, out: Any, stride: Any) -> Any:
         """Quantize ``size`` elements from ``first`` on into ``whole``, a multiple of 16.
 
-        Returns the scale, NaN if an element is not finite, and the sum of the integers.
+        ``stride`` bytes lie between two blocks of the result. Returns the scale, NaN if an element
+        is not finite, and the sum of the integers.
         """
         source = shifted(row, first)
         peaks = splat(f32(0.0))
@@ -270,10 +284,12 @@ def build_quantize(pairs: bool) -> Any:
         sums = splat(f32(0.0))
         if zeros:
             for i in range(0, whole, WIDTH):
-                sums = store_integers(out, i, splat(f32(0.0)), factor, sums)
+                own = shifted(out, i // BLOCK * stride)
+                sums = store_integers(own, i % BLOCK, splat(f32(0.0)), factor, sums)
         else:
             for i in range(0, whole, WIDTH):
-                sums = store_integers(out, i, _read(source, i, size), factor, sums)
+                own = shifted(out, i // BLOCK * stride)
+                sums = store_integers(own, i % BLOCK, _read(source, i, size), factor, sums)
         scale = f32(0.0) if zeros else peak / f32(127.0)
         if not finite:
             scale = f32(np.nan)

@@ -2,10 +2,10 @@
 
 A weight lies in one layout only, so one product serves all numbers of rows. The choice is the least
 geometric mean of measured times over these numbers, among the products that this CPU and these
-libraries have. ``measured.json`` has the times of each level (``sensorium bench kernels`` makes
-them); a level that was not measured follows the next lower one that was. A file
-``sensorium/products.json`` in the user's cache folder, of the same form and from this machine,
-takes precedence.
+libraries have. ``measured.json`` has the times of each level, made by ``sensorium bench kernels``,
+and the CPU that they are from; a level that was not measured follows the next lower one that was. A
+file ``sensorium/products.json`` in the user's cache folder, made by ``sensorium bench kernels
+--write`` on this machine, takes precedence for the formats in it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,20 @@ from typing import Any
 import torch
 
 from sensorium import environment
-from sensorium.kernels.cpu.linear import floats, levels, onednn
+from sensorium.kernels.cpu.linear import floats, integers, levels, onednn
 from sensorium.kernels.weight import PackedWeight
 
 logger = logging.getLogger(__name__)
 
-Times = Mapping[str, Mapping[str, Mapping[str, float]]]
+Times = dict[str, dict[str, dict[str, float]]]
 """Microseconds by format, number of rows and product."""
 
 SHIPPED = Path(__file__).with_name("measured.json")
 PANELS, ONEDNN, TORCH = "panels", "oneDNN", "torch"
 FLOATS = ("float32", "bfloat16", "float16")
+INTEGERS = ("int8", "int4")
+INTEGER_NAMES = {"avx2": "AVX2", "vnni256": "VNNI of 256 bits", "vnni512": "VNNI of 512 bits"}
+"""Names of the forms of integer products, of which each CPU has one."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,16 @@ def is_own(dtype: torch.dtype) -> bool:
 
 
 def summary() -> str:
-    """Return the level of this CPU and the product of each float format, in one line."""
-    products = ", ".join(f"{form} {choose(form)}" for form in FLOATS)
+    """Return the level of this CPU and the product of each format, in one line."""
+    products = ", ".join(f"{form} {name}" for form, name in chosen().items())
     return f"CPU level {levels.level()}; linear layers: {products}"
+
+
+def chosen() -> dict[str, str]:
+    """Return the name of the product for each format of weights, float and integer."""
+    found = integers.forms()
+    integer = INTEGER_NAMES[found[-1]] if found else "torch, dequantized"
+    return {form: choose(form) for form in FLOATS} | dict.fromkeys(INTEGERS, integer)
 
 
 # -- measured times -------------------------------------------------------------------------------
@@ -125,16 +135,46 @@ def summary() -> str:
 
 @functools.cache
 def measured() -> Times:
-    """Return the measured times that hold for this CPU: its own, else those that are shipped."""
-    own = _read(own_file())
-    times: Times = own.get("times", {}) if own.get("level") == levels.level() else {}
-    if times:
-        return times
-    shipped: Mapping[str, Times] = _read(SHIPPED)
+    """Return the measured times that hold for this CPU, for each format its own or the shipped."""
+    return _shipped() | _own()
+
+
+def _own() -> Times:
+    """Return the times of this machine; none where the file is damaged or of another level."""
+    found = _read(own_file())
+    if found.get("level") != levels.level():
+        return {}
+    try:
+        return checked(found.get("times"))
+    except ValueError as error:
+        logger.warning(
+            "the measured times of products in %s are not used: %s; "
+            "'sensorium bench kernels --write' measures again",
+            own_file(),
+            error,
+        )
+        return {}
+
+
+def _shipped() -> Times:
+    shipped = _read(SHIPPED)
     order = [name for name, _ in levels.X86_LEVELS]
     known = levels.level() in order
     below = order[order.index(levels.level()) :] if known else [levels.level()]
-    return next((shipped[name] for name in below if name in shipped), {})
+    return next((checked(shipped[name]["times"]) for name in below if name in shipped), {})
+
+
+def checked(times: object) -> Times:
+    """Return ``times`` if it has the form of ``Times``, else raise ValueError."""
+    if not isinstance(times, dict):
+        raise ValueError("there is no object of times")
+    for form, by_rows in times.items():
+        for rows, by_product in by_rows.items() if isinstance(by_rows, dict) else [(None, None)]:
+            values = by_product.values() if isinstance(by_product, dict) else [None]
+            if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
+                where = form if rows is None else f"{form}, {rows} rows"
+                raise ValueError(f"{where}: microseconds by product were expected")
+    return times
 
 
 def own_file() -> Path:
@@ -145,10 +185,13 @@ def own_file() -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """Read a JSON object; an empty one where there is none, or none that can be read."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("the measured times of products in %s cannot be read: %s", path, error)
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        logger.warning("the measured times of products in %s are no JSON object", path)
+        return {}
+    return found

@@ -405,7 +405,8 @@ def _attend_run(
     )
     kernel(build_pack, q.dtype).for_weight(weight)(args)
     size = _round_up(scratch_bytes(dim), 64)
-    scratch = torch.empty(size * torch.get_num_threads(), dtype=torch.uint8)
+    num_threads = torch.get_num_threads()
+    scratch = torch.empty(size * num_threads, dtype=torch.uint8)
     args = pack(
         len(attending),
         q.data_ptr(),
@@ -421,4 +422,4 @@ def _attend_run(
         scratch.data_ptr(),
         size,
     )
-    kernel(bound(build_attend, unit), q.dtype).for_weight(weight)(args)
+    kernel(bound(build_attend, unit), q.dtype).for_weight(weight, num_threads)(args)
