@@ -212,11 +212,12 @@ def test_flash_attention_takes_over_only_where_the_batch_may_vary(
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
-def test_soft_caps_and_sinks_decide_which_rows_go_through_tiles(
+def test_soft_caps_and_sinks_decide_which_rows_go_through_flash(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Layers of one step that differ in them share no plan."""
     monkeypatch.setattr(amx, "available", lambda: True)
+    monkeypatch.setattr(amx, "unit", lambda: None)
     layout = KVCacheLayout(1, 2, 64, 32, torch.bfloat16)
     qkv = torch.randn(130, (6 + 4) * 64).to(torch.bfloat16)
     variants = (PLAIN, AttentionVariant(softcap=2.0), AttentionVariant(sinks=torch.ones(6)), PLAIN)

@@ -32,9 +32,9 @@ def mean_squares(
 
     By the name of the first part of the layer's slot: (K,) float32; the head by those of all parts
     that it may be loaded from. Layers whose inputs are not finite are left out. The tokens are
-    drawn from the vocabulary: which inputs are large depends little on the text. A layer's weight is loaded when it is needed and dropped then, so that it
-    takes little memory; the model is of no use afterwards. proceed: called before each layer; what
-    it raises ends this.
+    drawn from the vocabulary: which inputs are large depends little on the text. A layer's weight
+    is loaded when it is needed and dropped then, so that it takes little memory; the model is of no
+    use afterwards. proceed: called before each layer; what it raises ends this.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(NUM_TOKENS, model.shape.max_position, model.shape.vocab_size)

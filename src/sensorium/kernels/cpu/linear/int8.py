@@ -371,7 +371,7 @@ class Int8Weight(PackedWeight):
         cls, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> Self:
         packed, scales = tensors["packed"], tensors["scales"]
-        panels, steps = -(-shape[0] // WIDTH), -(-shape[1] // PADDING) * (PADDING // STEP)
+        panels, steps = -(-shape[0] // WIDTH), -(-shape[1] // BLOCK) * (BLOCK // STEP)
         forms = (panels, steps, WIDTH, STEP), (panels * WIDTH,)
         if (tuple(packed.shape), tuple(scales.shape)) != forms or not (
             packed.dtype == torch.uint8
