@@ -161,6 +161,7 @@ def test_a_tied_embedding_looks_rows_up_in_the_head(monkeypatch: pytest.MonkeyPa
 def test_plans_are_kept_for_few_rows_and_made_anew_where_they_do_not_hold() -> None:
     weight = floats.pack_weight(made((300, 600), torch.bfloat16))
     product = weight.bind()
+    assert isinstance(product, floats.FloatProduct)
     rows = torch.randn(400, 600).bfloat16()
     expected = weight.bind()(rows)
     before = torch.get_num_threads()

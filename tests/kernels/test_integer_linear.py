@@ -153,11 +153,12 @@ def test_many_rows_go_in_blocks_whose_memory_is_bounded(
     whole = product(name, weight, torch.float32)(x)
     monkeypatch.setattr(products, "SCRATCH_BYTES", 100_000)
     sizes: list[int] = []
-    allocate = products.scratch
-    monkeypatch.setattr(
-        "sensorium.kernels.cpu.linear.integer_kernel.scratch",
-        lambda size: (sizes.append(size), allocate(size))[1],
-    )
+
+    def scratch(size: int) -> tuple[int, int]:
+        sizes.append(size)
+        return products.scratch(size)
+
+    monkeypatch.setattr("sensorium.kernels.cpu.linear.integer_kernel.scratch", scratch)
     assert torch.equal(product(name, weight, torch.float32)(x), whole)
     assert len(sizes) > 1
     assert max(sizes) < 120_000

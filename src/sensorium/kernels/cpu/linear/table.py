@@ -170,7 +170,7 @@ def checked(times: object) -> Times:
         raise ValueError("there is no object of times")
     for form, by_rows in times.items():
         for rows, by_product in by_rows.items() if isinstance(by_rows, dict) else [(None, None)]:
-            values = by_product.values() if isinstance(by_product, dict) else [None]
+            values: list[Any] = [*by_product.values()] if isinstance(by_product, dict) else [None]
             if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
                 where = form if rows is None else f"{form}, {rows} rows"
                 raise ValueError(f"{where}: microseconds by product were expected")
