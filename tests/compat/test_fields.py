@@ -40,6 +40,7 @@ GUIDED: list[tuple[dict[str, Any], StructuredOutputs | None]] = [
         {"structured_outputs": {"json": None, "regex": "a", "structural_tag": None, "json_object": None}},
         StructuredOutputs(regex="a"),
     ),
+    ({"structural_tag": '{"a": 1}'}, StructuredOutputs(structural_tag='{"a": 1}')),
     ({"structured_outputs": {"json": None, "regex": None}}, None),
 ]  # fmt: skip
 
@@ -94,7 +95,7 @@ def _means_other(name: str, body: type[Any]) -> bool:
         ({"length_penalty": 1.5}, "length_penalty", "beam search"),
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "shorten the prompt"),
         ({"echo": True}, "echo", "only the answer is returned"),
-        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag", "guided_json"),
+        ({"structural_tag": 5}, "structural_tag", "structural_tag must be a structural tag"),
         ({"guided_regex": 5}, "guided_regex", "guided_regex must be a non-empty string"),
         ({"guided_choice": []}, "guided_choice", "guided_choice must be"),
         ({"guided_json": [1]}, "guided_json", "guided_json must be a JSON schema"),

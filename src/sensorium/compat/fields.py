@@ -33,6 +33,12 @@ SAME = [
         "the answer is a JSON object",
     ),
     same(
+        "structural_tag",
+        f"{_CONSTRAINT}.structural_tag",
+        lambda value: {_CONSTRAINT: {"structural_tag": value}},
+        "the answer follows it",
+    ),
+    same(
         "guided_whitespace_pattern",
         f"{_CONSTRAINT}.{_BLANKS}",
         lambda value: {_CONSTRAINT: {_BLANKS: value}},
@@ -86,7 +92,6 @@ REFUSED = [
     *refused("use repetition_penalty or frequency_penalty against "
              "repetition", repetition_detection=None),
     *refused("plugins cannot be loaded into the engine", logits_processors=[], vllm_xargs={}),
-    *refused("use guided_json, guided_regex, guided_choice or guided_grammar", structural_tag=None),
     *refused("embeddings are numbers, or base64 of little-endian float32",
              harmless=one_of("little"), embed_dtype="float32", endianness="native"),
 ]  # fmt: skip
@@ -158,8 +163,6 @@ def _put(body: dict[str, Any], option: str, meant: Any) -> None:
 
 def _members(constraint: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the members of ``structured_outputs`` that are set; None where all are null."""
-    if constraint.get("structural_tag") is not None:
-        _refuse(f"{_CONSTRAINT}.structural_tag", FIELD_RULES["structural_tag"].why)
     said = {n: v for n, v in constraint.items() if v is not None and n not in _MEMBERS_IGNORED}
     return said if said or not constraint else None
 

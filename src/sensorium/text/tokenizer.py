@@ -236,6 +236,10 @@ class Tokenizer:
         found = self._backend.token_to_id(text)
         return None if found is None else int(found)
 
+    def added_ids(self) -> dict[str, int]:
+        """Return the ids of tokens on top of the base vocabulary, by their spelling."""
+        return {token.content: i for i, token in self._added.items()}
+
     def is_special(self, token_id: int) -> bool:
         """Return True if decoding with ``skip_special_tokens`` leaves the token out."""
         return token_id in self.all_special_ids

@@ -10,13 +10,8 @@ import pytest
 from sensorium.errors import InvalidRequestError
 from sensorium.params import StructuredOutputs
 from sensorium.text.grammar.grammar import compile_grammar
-from sensorium.text.tools.choice import (
-    MAX_CALLS,
-    ToolChoice,
-    forced_call,
-    parse_tool_choice,
-    parse_tools,
-)
+from sensorium.text.tools.choice import ToolChoice, parse_tool_choice, parse_tools
+from sensorium.text.tools.forced import MAX_CALLS, forced_call
 
 POINT = {
     "type": "object",
@@ -40,19 +35,19 @@ def test_tools_may_define_different_things_by_one_name() -> None:
         ToolChoice("required"), parse_tools([tool("f", "string"), tool("g", "null")])
     )
     assert call is not None
-    text = json.dumps(call.schema)
+    text = json.dumps(call.constraint["json"])
     places = [f"#/items/anyOf/{i}/properties/parameters/$defs/P" for i in range(2)]
     assert all(place in text for place in places)
-    assert compile_grammar(StructuredOutputs(json=call.schema)).relaxed == ()
+    assert compile_grammar(StructuredOutputs(json=call.constraint["json"])).relaxed == ()
 
 
 def test_arguments_are_an_object_and_calls_are_bounded() -> None:
     tools = parse_tools([{"function": {"name": "f", "parameters": {"description": "any"}}}])
     named, required = (forced_call(ToolChoice(mode, "f"), tools) for mode in ("named", "required"))
     assert named is not None
-    assert named.schema["type"] == "object"
+    assert named.constraint["json"]["type"] == "object"
     assert required is not None
-    assert required.schema["maxItems"] == MAX_CALLS
+    assert required.constraint["json"]["maxItems"] == MAX_CALLS
     assert required.param == "tools[0].function.parameters"
 
 
@@ -73,15 +68,15 @@ def test_forced_calls_compile() -> None:
     assert forced_call(ToolChoice("auto"), TOOLS) is None
     required = forced_call(ToolChoice("required"), TOOLS, parallel=False)
     assert required is not None
-    assert required.schema["maxItems"] == 1
+    assert required.constraint["json"]["maxItems"] == 1
     assert required.param == "tools"
     named = forced_call(ToolChoice("named", "f"), TOOLS)
     assert named is not None
-    assert named.schema == POINT
+    assert named.constraint["json"] == POINT
     assert named.param == "tools[0].function.parameters"
     for call in (required, named, forced_call(ToolChoice("named", "g"), TOOLS)):
         assert call is not None
-        assert compile_grammar(StructuredOutputs(json=call.schema)).relaxed == ()
+        assert compile_grammar(StructuredOutputs(json=call.constraint["json"])).relaxed == ()
 
 
 @pytest.mark.parametrize(

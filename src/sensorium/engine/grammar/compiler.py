@@ -124,7 +124,7 @@ class GrammarCompiler:
         is_new = job not in self._known
         reply = json.loads(await self._reply(job))
         if "grammar" in reply:
-            grammar = Grammar(reply["grammar"], tuple(reply["relaxed"]))
+            grammar = Grammar(reply["grammar"], tuple(reply["relaxed"]), field_of(outputs))
             for warning in grammar.warnings if is_new else ():
                 logger.warning("%s", warning)
             return grammar

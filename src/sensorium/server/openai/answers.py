@@ -34,7 +34,7 @@ from sensorium.server.payload import json_response
 
 if TYPE_CHECKING:
     from sensorium.engine.prompts.types import Prompt
-    from sensorium.text.tools.choice import ForcedCall
+    from sensorium.text.tools.forced import ForcedCall
 
 BodyT = TypeVar("BodyT", bound=GenerationBody)
 
@@ -162,4 +162,5 @@ def serving_request(
         client_names=request.scope["state"].get(CLIENT_NAMES, {}),
         constraint_param=constraint_param(body, forced),
         rename=rename,
+        tool_indices=() if forced is None else forced.indices,
     )

@@ -26,7 +26,7 @@ _OPTIONS = frozenset(
     f"structured_outputs.{name}" for name in ("whitespace", "whitespace_pattern", "unsupported")
 )
 """Fields that keep their names, whichever field the constraint comes from."""
-_IN_CALLS = re.compile(r"\.items\.anyOf\[(\d+)\]$")
+_IN_CALLS = re.compile(r"\.(?:items\.anyOf|tags)\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class ServingRequest:
     """The prompts of one HTTP request, with the sampling parameters that they share.
 
     ``constraint_param``: the field of the body that a constraint on the answer came from.
+    ``tool_indices``: places in the body of the tools that the constraint is made of.
     ``client_names``: our fields by the names that the client used for them.
     ``warnings``: warnings of the engine so far; they go into the headers of the answer.
     ``rename``: maps places in a chat to those in the body, where that is of another form.
@@ -44,6 +45,7 @@ class ServingRequest:
     request_id: str
     priority: int = 0
     constraint_param: str = "structured_outputs"
+    tool_indices: Sequence[int] = ()
     client_names: Mapping[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     rename: Rename = unchanged
@@ -64,7 +66,10 @@ class ServingRequest:
             return self.client_names.get(place, place)
         call = _IN_CALLS.search(place)
         if self.constraint_param == "tools" and call is not None:
-            return f"tools[{call[1]}].function.parameters"
+            number = int(call[1])
+            known = number < len(self.tool_indices)
+            index = self.tool_indices[number] if known else number
+            return f"tools[{index}].function.parameters"
         return self.constraint_param
 
 

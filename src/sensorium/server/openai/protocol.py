@@ -69,10 +69,16 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """The form that the answer must have."""
+    """The form that the answer must have.
 
-    type: Literal["text", "json_object", "json_schema"]
+    A structural tag has ``format``, or ``structures`` and ``triggers``.
+    """
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    format: dict[str, Any] | None = None
+    structures: Items[dict[str, Any]] | None = None
+    triggers: Items[str] | None = None
 
 
 class PromptBody(Body):

@@ -14,7 +14,7 @@ from sensorium.server.openai.protocol import (
     GenerationBody,
     ResponseFormat,
 )
-from sensorium.text.tools.choice import ForcedCall
+from sensorium.text.tools.forced import ForcedCall
 
 _FIELDS = tuple(f.name for f in dataclasses.fields(SamplingParams))
 _COMPLETION_TOKENS = 16
@@ -102,7 +102,7 @@ def _values(
             f"{ways[0]} and {ways[1]} both constrain the answer; give one of them.", param=ways[0]
         )
     # structured_outputs without a constraint holds options for the other constraint.
-    constraint = wanted or ({"json": forced.schema} if forced is not None else {})
+    constraint = wanted or (forced.constraint if forced is not None else {})
     if given or constraint:
         values["structured_outputs"] = {**given, **constraint}
     return values
@@ -114,6 +114,9 @@ def _format_constraint(form: ResponseFormat | None) -> dict[str, Any] | None:
         return None
     if form.type == "json_object":
         return {"json_object": True}
+    if form.type == "structural_tag":
+        tag = form.model_dump(exclude={"json_schema"}, exclude_none=True)
+        return {"structural_tag": tag}
     if form.json_schema is None or form.json_schema.schema_ is None:
         raise InvalidRequestError(
             "response_format.json_schema.schema is required with type 'json_schema'.",

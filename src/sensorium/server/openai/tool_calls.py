@@ -10,13 +10,7 @@ from sensorium.outputs import CompletionOutput, RequestOutput
 from sensorium.server.context import ServingContext
 from sensorium.server.openai.protocol import ChatBody
 from sensorium.text.detokenizer import TokenSpelling
-from sensorium.text.tools.choice import (
-    ForcedCall,
-    ToolChoice,
-    forced_call,
-    parse_tool_choice,
-    parse_tools,
-)
+from sensorium.text.tools.choice import ToolChoice, parse_tool_choice, parse_tools
 from sensorium.text.tools.deltas import (
     ContentDelta,
     Delta,
@@ -25,10 +19,12 @@ from sensorium.text.tools.deltas import (
     ToolCallEnd,
     new_call_id,
 )
+from sensorium.text.tools.forced import ForcedCall, forced_call
 from sensorium.text.tools.forms import AnswerForms
 from sensorium.text.tools.reader import (
     CallListReader,
     CallReader,
+    CallsOnly,
     NamedCallReader,
     ToolCallReader,
 )
@@ -51,7 +47,7 @@ class ToolPlan:
     Attributes:
         choice: The choice among the tools.
         for_template: Tools that the template lists.
-        forced: The form of a demanded call.
+        forced: The constraint on calls.
         forms: The forms in which the model writes.
         parallel: More than one call may be made.
         constrained: A grammar begins with the answer, so there is no reasoning before it.
@@ -83,9 +79,9 @@ class ToolPlan:
     def _call_reader(self) -> ToolCallReader | None:
         if self.choice.mode == "none":
             return None
-        if self.choice.mode == "named" and self.choice.name is not None:
-            return NamedCallReader(self.choice.name, self._new_id)
-        if self.choice.mode == "required":
+        if self.forced is not None and self.forced.as_json:
+            if self.choice.name is not None:
+                return NamedCallReader(self.choice.name, self._new_id)
             return CallListReader(self._new_id)
         if self.forms.calls is None:
             return None
@@ -93,7 +89,14 @@ class ToolPlan:
             tool["function"]["name"]: tool["function"].get("parameters") or {}
             for tool in self.for_template
         }
-        return CallReader(self.forms.calls.syntax, schemas, most=None if self.parallel else 1)
+        most = None if self.parallel else 1
+        reader = CallReader(self.forms.calls.syntax, schemas, most=most)
+        return CallsOnly(reader) if self.demands else reader
+
+    @property
+    def demands(self) -> bool:
+        """Return whether the answer is a call, and nothing else."""
+        return self.forced is not None and self.forced.demands
 
     @property
     def _new_id(self) -> Callable[[], str]:
@@ -173,14 +176,16 @@ def tool_plan(context: ServingContext, body: ChatBody) -> ToolPlan:
     choice = parse_tool_choice(body.tool_choice, tools)
     parallel = body.parallel_tool_calls is not False
     listed = choice.among(tools)
-    forced = forced_call(choice, listed, parallel=parallel) if listed else None
+    forced = forced_call(choice, tools, parallel=parallel, forms=context.forms)
+    if forced is not None and not forced.demands and _is_constrained(body):
+        forced = None
     return ToolPlan(
         choice,
         listed,
         forced,
         context.forms,
         parallel=parallel,
-        constrained=forced is not None or _is_constrained(body),
+        constrained=(forced is not None and forced.demands) or _is_constrained(body),
         continued=_final_text(body) if body.continue_final_message else None,
         shows_reasoning=body.include_reasoning is not False,
         spelling=context.spelling,

@@ -95,7 +95,7 @@ class ChatAnswer(Answer[ChatBody]):
         message: dict[str, Any] = {"role": "assistant", "content": reply.content, "refusal": None}
         if reply.reasoning:
             message |= reasoning_members(reply.reasoning)
-        if reply.calls or reply.reasoning or self.tools.forced is not None:
+        if reply.calls or reply.reasoning or self.tools.demands:
             message["content"] = reply.content or None
         if reply.calls:
             message["tool_calls"] = reply.calls

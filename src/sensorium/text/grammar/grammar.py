@@ -68,17 +68,19 @@ def check_size(outputs: StructuredOutputs) -> None:
         check_chars("choice", sum(map(len, outputs.choice)), MAX_GRAMMAR_CHARS)
 
 
-def compile_grammar(outputs: StructuredOutputs) -> Grammar:
+def compile_grammar(
+    outputs: StructuredOutputs, special: Mapping[str, int] | None = None
+) -> Grammar:
     """Return the grammar of a constraint, checked as far as possible without a vocabulary.
 
-    May take long. Raises InvalidRequestError, with the field as ``param``, for what cannot be
-    parsed, is not supported or too large.
+    ``special``: as for ``tag_grammar``. May take long. Raises InvalidRequestError, with the field
+    as ``param``, for what cannot be parsed, is not supported or too large.
     """
     check_size(outputs)
     if outputs.json is not None or outputs.json_object:
         return json_grammar(outputs)
     if outputs.structural_tag is not None:
-        return tag_grammar(outputs)
+        return tag_grammar(outputs, special)
     text = grammar_text(outputs)
     problem = problem_of(text)
     if problem is not None:
@@ -110,7 +112,8 @@ def field_of(outputs: StructuredOutputs) -> str:
 class GrammarVocabulary:
     """The tokens of a model as the grammar engine needs them.
 
-    Built once, which takes about a second for 150,000.
+    Built once, which takes about a second for 150,000. ``special``: ids, by spelling, of added
+    tokens that no text of a grammar matches, such as ``<tool_call>``, but those that end a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -133,6 +136,11 @@ class GrammarVocabulary:
             spelled = TokenizerWrapper(_SpelledTokens(tokenizer, num_ids))
             self._tokens = LLTokenizer(spelled, n_vocab=num_ids, eos_token=list(eos))
         self._json_tokens = JsonTokens(self._bytes, vocab_size)
+        self.special = {
+            spelling: i
+            for spelling, i in tokenizer.added_ids().items()
+            if i < vocab_size and i not in eos and self._tokens.is_special_token(i)
+        }
 
     def _bytes(self, token_id: int) -> bytes:
         return bytes(self._tokens.decode_bytes([token_id]))
@@ -165,7 +173,7 @@ class GrammarVocabulary:
 
         May take long. Raises InvalidRequestError as ``compile_grammar`` does.
         """
-        grammar, name = compile_grammar(outputs), field_of(outputs)
+        grammar, name = compile_grammar(outputs, self.special), field_of(outputs)
         try:
             matcher = self.matcher(grammar.text)
         except InvalidRequestError as error:

@@ -7,10 +7,12 @@ The forms are those of vLLM and SGLang (xgrammar): the older one has ``structure
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from sensorium.config import suggestion
+from sensorium.errors import located
 from sensorium.params import StructuredOutputs
 from sensorium.text.grammar.json_grammar import expressed_schema
 from sensorium.text.grammar.json_schema import SchemaError
@@ -23,19 +25,22 @@ MAX_CALLS = 1 << 16
 _TEXT = r"/(.|\n)*/"
 
 
-def tag_grammar(outputs: StructuredOutputs) -> Grammar:
+def tag_grammar(outputs: StructuredOutputs, special: Mapping[str, int] | None = None) -> Grammar:
     """Return the grammar of ``outputs.structural_tag``.
 
-    Raises InvalidRequestError, with the field as ``param``, for what is no structural tag, too
-    large or, when the caller wants that, cannot be expressed.
+    ``special``: ids of special tokens by their spelling, which no text matches: where fixed text
+    spells one it is that token, and free text may have others. Raises InvalidRequestError, with the
+    field as ``param``, for what is no structural tag, too large or, when the caller wants that,
+    cannot be expressed.
     """
     given = _parsed(outputs.structural_tag)
-    writer = _Writer(outputs)
+    writer = _Writer(outputs, special or {})
     if "format" in given:
         _check_keys(given, ("type", "format"), "")
         start = writer.expression(given["format"], ".format")
     else:
-        start = writer.expression(_of_structures(given), "")
+        with located(rename=_place_in_structures):
+            start = writer.expression(_of_structures(given), "")
     head = JSON_IN_TAGS if writer.is_json_only else ""
     text = "\n".join([f"{head}%llguidance {{}}", f"start: {start}", *writer.rules, ""])
     if writer.grammars:
@@ -76,6 +81,12 @@ def _of_structures(given: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "triggered_tags", "triggers": given.get("triggers"), "tags": tags}
 
 
+def _place_in_structures(place: str) -> str:
+    """Return the place in the older form of a place in the tree that it means."""
+    place = place.replace("structural_tag.tags[", "structural_tag.structures[")
+    return place.replace(".content.json_schema", ".schema")
+
+
 class _Writer:
     """Writer of the rules.
 
@@ -86,13 +97,16 @@ class _Writer:
         is_json_only: There is no free text outside of JSON.
     """
 
-    def __init__(self, outputs: StructuredOutputs) -> None:
+    def __init__(self, outputs: StructuredOutputs, special: Mapping[str, int]) -> None:
         self.rules: list[str] = []
         self.grammars: list[dict[str, str]] = []
         self.relaxed: set[str] = set()
         self.is_json_only = True
         self._outputs = outputs
         self._num_parts = 0
+        self._special = special
+        longest_first = sorted(special, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def expression(self, node: Any, place: str, depth: int = 0) -> str:
         """Return the expression for a part, and write the rules that it needs."""
@@ -117,9 +131,42 @@ class _Writer:
         self.rules.append(f"{name}{options}: {body}")
         return name
 
+    def literal(self, text: str) -> str:
+        """Return the expression for fixed text, and the special tokens that it spells."""
+        pieces = [piece for piece in self._split.split(text) if piece]
+        return " ".join(map(self._piece, pieces)) or '""'
+
+    def _piece(self, piece: str) -> str:
+        token_id = self._special.get(piece)
+        return json.dumps(piece, ensure_ascii=False) if token_id is None else f"<[{token_id}]>"
+
+    def free_text(self, without: Sequence[str] = ()) -> str:
+        """Return the expression for free text, with all special tokens but ``without``."""
+        self.is_json_only = False
+        text = self.rule(_TEXT)
+        ids = sorted(i for spelling, i in self._special.items() if spelling not in without)
+        others = ",".join(map(str, ids))
+        return self.rule(f"{text} (<[{others}]> {text})*") if ids else text
+
+    def text_up_to(self, ends: Sequence[str]) -> str:
+        """Return the expression for free text that goes on to the first of ``ends``."""
+        tokens = [end for end in ends if end in self._special]
+        texts = [end for end in ends if end not in self._special]
+        ways = []
+        if tokens:
+            last = " | ".join(map(self._piece, tokens))
+            ways.append(f"{self.free_text(tokens)} ({last})")
+        if texts:
+            self.is_json_only = False
+            lazy = self.rule(_lazy_pattern("|".join(map(_pattern_of, texts))), "[lazy]")
+            ids = ",".join(str(i) for t, i in sorted(self._special.items()) if t not in tokens)
+            before = f"({self.rule(_TEXT)} <[{ids}]>)* " if ids else ""
+            ways.append(f"{before}{lazy}")
+        return self.rule(" | ".join(ways))
+
     def const_string(self, node: Mapping[str, Any], place: str, depth: int) -> str:
         """Return fixed text."""
-        return _literal(_string(node, "value", place))
+        return self.literal(_string(node, "value", place))
 
     def token(self, node: Mapping[str, Any], place: str, depth: int) -> str:
         """Return a token by its id, which may be special."""
@@ -164,8 +211,7 @@ class _Writer:
 
     def any_text(self, node: Mapping[str, Any], place: str, depth: int) -> str:
         """Return free text."""
-        self.is_json_only = False
-        return self.rule(_TEXT)
+        return self.free_text()
 
     def sequence(self, node: Mapping[str, Any], place: str, depth: int) -> str:
         """Return one part after the other."""
@@ -182,14 +228,12 @@ class _Writer:
         ends = [ends] if isinstance(ends, str) else ends
         if not isinstance(ends, list) or not ends or not all(isinstance(e, str) for e in ends):
             _bad(f"{place}.end", "must be a text or a non-empty list of texts")
-        before = _literal(begin.removeprefix(begun))
+        before = self.literal(begin.removeprefix(begun))
         content = node.get("content")
         if isinstance(content, Mapping) and content.get("type") == "any_text" and all(ends):
-            self.is_json_only = False
-            either = "|".join(map(_pattern_of, ends))
-            return f"{before} {self.rule(_lazy_pattern(either), '[lazy]')}"
+            return f"{before} {self.text_up_to(ends)}"
         inner = self.expression(content, f"{place}.content", depth + 1)
-        after = " | ".join(_literal(end) for end in ends)
+        after = " | ".join(map(self.literal, ends))
         return self.rule(f"{before} {inner} ({after})")
 
     def triggered_tags(self, node: Mapping[str, Any], place: str, depth: int) -> str:
@@ -212,10 +256,9 @@ class _Writer:
             if found is None:
                 _bad(f"{at}.begin", f"must begin with one of the triggers, got {begin!r:.80}")
             body = self.rule(self.tag(tag, at, depth + 1, begun=found))
-            head = self.rule(_lazy_pattern(_pattern_of(found)), "[lazy]")
-            later.append(f"{head} {body}")
-            first.append(f"{_literal(found)} {body}")
-        text = self.rule(_TEXT)
+            later.append(f"{self.text_up_to([found])} {body}")
+            first.append(f"{self.literal(found)} {body}")
+        text = self.free_text(triggers)
         any_of, begun = " | ".join(later), " | ".join(first)
         if node.get("stop_after_first"):
             return f"({begun})" if node.get("at_least_one") else f"({any_of} | {text})"
@@ -234,7 +277,7 @@ class _Writer:
             more = ""
         else:
             repeats = "*" if most == MAX_CALLS else f"{{0,{most - 1}}}"
-            more = f" ({_literal(separator)} {any_of}){repeats}"
+            more = f" ({self.literal(separator)} {any_of}){repeats}"
         return self.rule(f"{any_of}{more}") + ("" if node.get("at_least_one") else "?")
 
     def _elements(self, node: Mapping[str, Any], key: str, place: str, depth: int) -> list[str]:
@@ -286,10 +329,6 @@ def _string(node: Mapping[str, Any], key: str, place: str, *, may_be_empty: bool
     if not isinstance(value, str) or not (value or may_be_empty):
         _bad(f"{place}.{key}", "must be a text" if may_be_empty else "must be a non-empty text")
     return value
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else '""'
 
 
 def _pattern_of(text: str) -> str:

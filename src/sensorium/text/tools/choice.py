@@ -1,4 +1,4 @@
-"""Tools of a request and its choice among them: checking both, and the schema of a forced call."""
+"""Tools of a request and its choice among them, checked."""
 
 from __future__ import annotations
 
@@ -11,13 +11,6 @@ from sensorium.text.chat.conversation import plain_data
 from sensorium.text.tools.deltas import TOOL_NAME
 
 MAX_TOOLS = 256
-
-MAX_CALLS = 16
-"""Calls that a forced answer may hold: a weak model goes on for ever."""
-
-_PARAMETERS = ".function.parameters"
-_DATA = ("const", "enum", "default", "examples")
-_MAPS = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +31,6 @@ class ToolChoice:
             return []
         allowed = self.allowed
         return [t for t in tools if allowed is None or t["function"]["name"] in allowed]
-
-
-@dataclass(frozen=True, slots=True)
-class ForcedCall:
-    """A JSON schema that a call must fulfil.
-
-    ``param``: the field of the request that it comes from.
-    """
-
-    schema: dict[str, Any]
-    param: str
 
 
 def parse_tools(tools: object, *, param: str = "tools") -> list[dict[str, Any]]:
@@ -150,74 +132,6 @@ def _name_in(entry: object, param: str) -> tuple[str | None, str]:
         entry, param = function, f"{param}.function"
     name = entry.get("name")
     return (name if isinstance(name, str) else None), f"{param}.name"
-
-
-def forced_call(
-    choice: ToolChoice, tools: Sequence[Mapping[str, Any]], *, parallel: bool = True
-) -> ForcedCall | None:
-    """The constraint that makes the model call.
-
-    For ``named`` the arguments, for ``required`` a list of ``{"name", "parameters"}``, at most
-    ``MAX_CALLS``; None when nothing is forced.
-    """
-    if choice.mode == "named":
-        index = [tool["function"]["name"] for tool in tools].index(choice.name)
-        return ForcedCall(arguments_schema(tools[index], "#"), f"tools[{index}]{_PARAMETERS}")
-    if choice.mode != "required":
-        return None
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "parameters": arguments_schema(
-                    tool, f"#/items/anyOf/{index}/properties/parameters"
-                ),
-            },
-            "required": ["name", "parameters"],
-            "additionalProperties": False,
-        }
-        for index, tool in enumerate(tools)
-    ]
-    schema: dict[str, Any] = {
-        "type": "array",
-        "minItems": 1,
-        "maxItems": MAX_CALLS if parallel else 1,
-        "items": {"anyOf": calls},
-    }
-    return ForcedCall(schema, f"tools[0]{_PARAMETERS}" if len(tools) == 1 else "tools")
-
-
-def arguments_schema(tool: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """Return the schema of a tool's arguments, which are an object.
-
-    For use at ``place`` of another schema, from whose root its references then count.
-    """
-    schema = tool["function"].get("parameters") or {}
-    if not any(
-        word in schema for word in ("type", "$ref", "enum", "const", "allOf", "anyOf", "oneOf")
-    ):
-        schema = {"type": "object", **schema}
-    return dict(schema) if place == "#" else _rebased(schema, place)
-
-
-def _rebased(schema: Any, place: str) -> Any:
-    if isinstance(schema, list):
-        return [_rebased(one, place) for one in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    moved = {
-        key: {name: _rebased(below, place) for name, below in value.items()}
-        if key in _MAPS and isinstance(value, Mapping)
-        else value
-        if key in _DATA
-        else _rebased(value, place)
-        for key, value in schema.items()
-    }
-    reference = moved.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = place + reference[1:]
-    return moved
 
 
 def _bad(what: str, param: str) -> NoReturn:

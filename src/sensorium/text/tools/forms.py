@@ -75,7 +75,27 @@ _XML: dict[str, Body] = {"<tool_call>": _tool_call, "<function=": _function}
 _DEEPSEEK: dict[str, Body] = {DEEPSEEK_BEGIN: _deepseek}
 _KIMI: dict[str, Body] = {KIMI_BEGIN: _kimi}
 _INTERNLM: dict[str, Body] = {"<|action_start|><|plugin|>": json_calls}
+_JSON_CALL = '{"name": "NAME", "arguments": '
 _HERMES_ENDS = ("</tool_call>", "</tool_calls>")
+
+
+@dataclass(frozen=True, slots=True)
+class CallWriting:
+    """Texts around the arguments of demanded calls.
+
+    ``opening`` and ``closing`` stand around all calls, ``begin`` (with ``NAME`` for the name of the
+    tool) and ``end`` around the arguments of each, ``separator`` between calls. ``tag``: the text
+    that tells a call from other text; empty where none does. ``needs``: a text in the template or
+    the vocabulary without which the model writes another form.
+    """
+
+    begin: str
+    end: str
+    separator: str = ""
+    opening: str = ""
+    closing: str = ""
+    tag: str = ""
+    needs: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +103,14 @@ class CallForm:
     """A form of calls.
 
     ``names``: its name, and others that mean the same. ``marks``: texts in a chat template, or
-    tokens of the vocabulary, that show that the model writes it.
+    tokens of the vocabulary, that show that the model writes it. ``writings``: the spellings of
+    demanded calls, the first that fits; without any these are JSON.
     """
 
     names: tuple[str, ...]
     syntax: CallSyntax
     marks: tuple[str, ...] = ()
+    writings: tuple[CallWriting, ...] = ()
 
     @property
     def name(self) -> str:
@@ -119,12 +141,34 @@ CALL_FORMS: tuple[CallForm, ...] = (
         ("deepseek_v3", "deepseek_v31"),
         CallSyntax(_DEEPSEEK, (DEEPSEEK_END,)),
         ("<｜tool▁calls▁begin｜>",),
+        (
+            CallWriting(
+                "<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\n",
+                "\n```<｜tool▁call▁end｜>",
+                "\n",
+                DEEPSEEK_BEGIN,
+                DEEPSEEK_END,
+                needs="```json",
+            ),
+            CallWriting(
+                "<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>",
+                "<｜tool▁call▁end｜>",
+                "",
+                DEEPSEEK_BEGIN,
+                DEEPSEEK_END,
+            ),
+        ),
     ),
     CallForm(("kimi_k2",), CallSyntax(_KIMI, (KIMI_END,)), (KIMI_BEGIN,)),
     CallForm(
         ("mistral",),
         CallSyntax(_MISTRAL, (), (json_calls, named_call), short_call_id),
         ("[TOOL_CALLS]",),
+        (
+            CallWriting("[TOOL_CALLS]NAME[ARGS]", "", needs="[ARGS]"),
+            CallWriting(_JSON_CALL, "}", ", ", "[TOOL_CALLS] [", "]", needs="[TOOL_CALLS] ["),
+            CallWriting(_JSON_CALL, "}", ", ", "[TOOL_CALLS][", "]"),
+        ),
     ),
     CallForm(
         ("llama4_pythonic", "pythonic"),
@@ -135,11 +179,29 @@ CALL_FORMS: tuple[CallForm, ...] = (
         ("hermes", "hunyuan_a13b", "jamba", "longcat"),
         CallSyntax(_HERMES, _HERMES_ENDS, (json_calls,)),
         ("<tool_call>", "<tool_calls>"),
+        (
+            CallWriting(
+                f"<tool_call>\n{_JSON_CALL}",
+                "}\n</tool_call>",
+                "\n",
+                tag="<tool_call>",
+                needs="<tool_call>",
+            ),
+            CallWriting(_JSON_CALL, "}", ", ", "<tool_calls>[", "]</tool_calls>"),
+        ),
     ),
     CallForm(
         ("phi4_mini_json", "granite"),
         CallSyntax(_PHI, ("<|/tool_call|>",), (json_calls,)),
         ("<|tool_call|>", "functools["),
+        (
+            CallWriting(_JSON_CALL, "}", ", ", "functools[", "]", needs="functools["),
+            CallWriting(
+                *(_JSON_CALL, "}", ", ", "<|tool_call|>[", "]<|/tool_call|>"),
+                needs="<|/tool_call|>",
+            ),
+            CallWriting(_JSON_CALL, "}", ", ", "<|tool_call|>[", "]"),
+        ),
     ),
     CallForm(
         ("internlm",), CallSyntax(_INTERNLM, ("<|action_end|>",), (json_calls,)), ("<|plugin|>",)
@@ -148,6 +210,7 @@ CALL_FORMS: tuple[CallForm, ...] = (
         ("llama3_json", "llama4_json", "xlam"),
         CallSyntax(_LLAMA, (), (json_calls,)),
         ("<|python_tag|>", '"parameters": dictionary of argument name'),
+        (CallWriting('{"name": "NAME", "parameters": ', "}", "; "),),
     ),
 )
 """All forms that a name can choose; in this order a template or vocabulary is searched for them."""
@@ -196,7 +259,8 @@ class AnswerForms:
     """The forms in which a model writes calls and reasoning; None where it is not looked for.
 
     ``call_ids`` and ``reasoning_ids``: special tokens that belong to them, shown in the text.
-    ``begin_id`` and ``end_id``: the tokens around reasoning, where each tag is one.
+    ``begin_id`` and ``end_id``: the tokens around reasoning, where each tag is one. ``writing``:
+    : the spelling of demanded calls.
     """
 
     calls: CallForm | None = ANY
@@ -205,6 +269,7 @@ class AnswerForms:
     reasoning_ids: frozenset[int] = frozenset()
     begin_id: int | None = None
     end_id: int | None = None
+    writing: CallWriting | None = None
 
     @classmethod
     def of(
@@ -234,6 +299,7 @@ class AnswerForms:
             reasoning_ids=_special_ids(tokenizer, ends),
             begin_id=ids[0] if ids else None,
             end_id=ids[1] if ids else None,
+            writing=_writing(form, template, tokenizer),
         )
 
     def spelled(self, *, with_calls: bool) -> frozenset[int]:
@@ -303,3 +369,12 @@ def _special_ids(tokenizer: Tokenizer, texts: Iterable[str]) -> frozenset[int]:
     """Return the ids of those texts that are special tokens, which texts are without."""
     ids = (_token_id(tokenizer, text) for text in texts)
     return frozenset(i for i in ids if i is not None and tokenizer.is_special(i))
+
+
+def _writing(form: CallForm | None, template: str, tokenizer: Tokenizer) -> CallWriting | None:
+    """Return the first spelling of demanded calls that the template or the vocabulary knows."""
+    for writing in () if form is None else form.writings:
+        needs = writing.needs
+        if not needs or needs in template or _token_id(tokenizer, needs) is not None:
+            return writing
+    return None

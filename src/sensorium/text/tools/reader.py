@@ -250,22 +250,26 @@ class NamedCallReader:
         return [ToolCallEnd(0)]
 
 
-class CallListReader:
-    """The text is a JSON list of ``{"name", "parameters"}`` (``tool_choice`` is ``required``).
+class CallsOnly:
+    """Reader of an answer that is calls and nothing else: half a call is never content."""
 
-    Half a call is never content.
-    """
-
-    def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
-        self._reader = CallReader(CallSyntax({"[": _listed}, new_id=new_id))
+    def __init__(self, reader: ToolCallReader) -> None:
+        self._reader = reader
 
     def feed(self, text: str) -> list[Delta]:
-        """Return the calls that new text completes."""
+        """Return the calls that new text begins, continues or completes."""
         return _calls_only(self._reader.feed(text))
 
     def flush(self) -> list[Delta]:
-        """Return nothing: what is not complete by now is no call."""
+        """Return the rest of calls: what has not begun by now is no call."""
         return _calls_only(self._reader.flush())
+
+
+class CallListReader(CallsOnly):
+    """The text is a JSON list of ``{"name", "parameters"}``."""
+
+    def __init__(self, new_id: Callable[[], str] = new_call_id) -> None:
+        super().__init__(CallReader(CallSyntax({"[": _listed}, new_id=new_id)))
 
 
 def _listed(source: Source, sink: CallSink, *, is_bare: bool) -> Reading[bool]:
