@@ -70,7 +70,8 @@ def written(tokenizer: Tokenizer, constraint: dict[str, Any], seed: int) -> str:
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
         choices = [int(i) for i in np.flatnonzero(bits)]
         ends = [i for i in choices if i in tokenizer.eos_token_ids]
-        token_id = rng.choice(ends if ends and rng.random() < 0.5 else choices)
+        others = [i for i in choices if i not in ends]
+        token_id = rng.choice(ends if ends and (not others or rng.random() < 0.5) else others)
         assert matcher.accept(token_id)
         if token_id in tokenizer.eos_token_ids:
             return tokenizer.decode(ids, skip_special_tokens=False)

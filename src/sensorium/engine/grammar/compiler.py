@@ -27,7 +27,7 @@ from sensorium.params import StructuredOutputs
 from sensorium.processes.fork_server import ForkServer, ForkServerCommand
 from sensorium.processes.framing import receive_frame, send_frame
 from sensorium.processes.start import child_environment, python_module
-from sensorium.text.grammar.grammar import check_size, field_of
+from sensorium.text.grammar.grammar import check_size, field_of, json_field
 from sensorium.text.grammar.library import Grammar
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class GrammarCompiler:
         is_new = job not in self._known
         reply = json.loads(await self._reply(job))
         if "grammar" in reply:
-            grammar = Grammar(reply["grammar"], tuple(reply["relaxed"]), field_of(outputs))
+            grammar = Grammar(reply["grammar"], tuple(reply["relaxed"]), json_field(outputs))
             for warning in grammar.warnings if is_new else ():
                 logger.warning("%s", warning)
             return grammar

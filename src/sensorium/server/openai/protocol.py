@@ -244,6 +244,32 @@ class RerankBody(ScoringBody):
     max_tokens_per_doc: int | None = Field(None, ge=1, le=1 << 31)
 
 
+class TranscriptionBody(Body):
+    """Fields of the form of ``POST /v1/audio/transcriptions`` and ``/translations``, but its file.
+
+    The last block is accepted without effect.
+    """
+
+    model: str | None = None
+    language: str | None = Field(None, pattern=r"^[A-Za-z]{2,32}([_-][A-Za-z0-9]{1,8})*$")
+    prompt: str | None = Field(None, max_length=8192)
+    response_format: Literal["json", "text", "verbose_json"] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    max_completion_tokens: int | None = None
+    max_tokens: int | None = None
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
+    user: str | None = None
+
+    include: str | None = None
+    chunking_strategy: str | None = None
+
+
 class TokenizeBody(RenderingBody, PromptBody):
     """Body of ``POST /tokenize``: a ``prompt``, or ``messages`` with the options of rendering."""
 

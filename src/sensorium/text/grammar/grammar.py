@@ -109,6 +109,11 @@ def field_of(outputs: StructuredOutputs) -> str:
     return next(given, "json")
 
 
+def json_field(outputs: StructuredOutputs) -> str:
+    """Return the field of ``outputs`` that may hold JSON schemas."""
+    return "json" if outputs.structural_tag is None else "structural_tag"
+
+
 class GrammarVocabulary:
     """The tokens of a model as the grammar engine needs them.
 
