@@ -150,6 +150,8 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = {"checkpoint": Path(arguments.checkpoint).name, "runs": arguments.runs}
     results: dict[str, Any] = report.header("start", settings)
+    if arguments.output.exists():  # formats that were measured before stay
+        results = json.loads(arguments.output.read_text()) | results
     with tempfile.TemporaryDirectory() as cache:
         for name in arguments.formats:
             results[name] = measured(arguments.checkpoint, name, cache, arguments.runs)
