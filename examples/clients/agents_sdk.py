@@ -42,7 +42,7 @@ async def main(path: str, base_url: str = "http://127.0.0.1:8000") -> None:
             "role": "user",
             "content": [
                 {"type": "input_image", "image_url": f"data:image/png;base64,{picture}"},
-                {"type": "input_text", "text": "What shape is in the picture?"},
+                {"type": "input_text", "text": "What is in the picture?"},
             ],
         }
     ]

@@ -30,7 +30,7 @@ def main(path: str, base_url: str = "http://127.0.0.1:8000") -> None:
     source = {"type": "base64", "media_type": "image/png", "data": picture}
     content: Any = [
         {"type": "image", "source": source},
-        {"type": "text", "text": "What shape is in the picture?"},
+        {"type": "text", "text": "What is in the picture?"},
     ]
     messages: Any = [{"role": "user", "content": content}]
     print("tokens:", client.messages.count_tokens(model="demo", messages=messages).input_tokens)

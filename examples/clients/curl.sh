@@ -4,7 +4,7 @@
 set -eu
 url=${2:-http://127.0.0.1:8000}
 picture=$(base64 <"$1" | tr -d '\n')
-text="What shape is in the picture?"
+text="What is in the picture?"
 
 ask() { # PATH BODY
     printf '%s' "$2" | curl --silent --show-error --fail-with-body "$url$1" \

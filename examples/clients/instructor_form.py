@@ -28,7 +28,7 @@ def main(path: str, base_url: str = "http://127.0.0.1:8000") -> None:
     picture = base64.b64encode(Path(path).read_bytes()).decode()
     content: Any = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-        {"type": "text", "text": "What shape is in the picture?"},
+        {"type": "text", "text": "What is in the picture?"},
     ]
     shape = client.chat.completions.create(
         model="demo",

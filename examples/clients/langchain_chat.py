@@ -27,7 +27,7 @@ def main(path: str, base_url: str = "http://127.0.0.1:8000") -> None:
     question = HumanMessage(
         [
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
-            {"type": "text", "text": "What shape is in the picture?"},
+            {"type": "text", "text": "What is in the picture?"},
         ]
     )
     for uses_responses in (False, True):

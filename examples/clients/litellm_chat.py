@@ -11,7 +11,7 @@ from pathlib import Path
 
 import litellm
 
-QUESTION = "What shape is in the picture?"
+QUESTION = "What is in the picture?"
 
 
 def main(path: str, base_url: str = "http://127.0.0.1:8000") -> None:

@@ -32,7 +32,7 @@ def main(path: str, base_url: str = "http://127.0.0.1:8000") -> None:
     )
     blocks = [
         ImageBlock(path=Path(path), image_mimetype="image/png"),
-        TextBlock(text="What shape is in the picture?"),
+        TextBlock(text="What is in the picture?"),
     ]
     answer = llm.stream_chat([ChatMessage(role="user", blocks=blocks)])
     print("".join(piece.delta or "" for piece in answer))

@@ -26,7 +26,7 @@ def main(path: str, base_url: str = "http://127.0.0.1:8000") -> None:
     provider = OpenAIProvider(base_url=f"{base_url}/v1", api_key="none")
     model = OpenAIResponsesModel("demo", provider=provider)
     picture = BinaryContent(Path(path).read_bytes(), media_type="image/png")
-    answer = Agent(model).run_sync([picture, "What shape is in the picture?"])
+    answer = Agent(model).run_sync([picture, "What is in the picture?"])
     print(answer.output)
 
     for form in (NativeOutput(Shape), Shape):  # by a schema, by a call

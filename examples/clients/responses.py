@@ -14,7 +14,7 @@ from typing import Any
 from openai import OpenAI
 from pydantic import BaseModel
 
-QUESTION = "What shape is in the picture?"
+QUESTION = "What is in the picture?"
 WEATHER: Any = {
     "type": "function",
     "name": "weather",

@@ -10,25 +10,17 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.clients.environments import CACHE, HERE, NODE, install, python_of, versions
 from tests.e2e.serving import Server
 
-HERE = Path(__file__).parent
-PACKAGES: dict[str, tuple[str, ...]] = {
-    "openai": ("openai", "pydantic"),
-    "instructor": ("instructor",),
-    "langchain": ("langchain-openai",),
-    "llamaindex": ("llama-index-core", "llama-index-llms-openai-like"),
-    "litellm": ("litellm",),
-}
 AI_SDK = "ai_sdk"
+PYTHON = ("openai", "instructor", "langchain", "llamaindex", "litellm")
 SECONDS = 900
 """What one client may take for all its cases."""
 
@@ -37,24 +29,25 @@ def main() -> int:
     """Run the clients that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "clients", nargs="*", help=f"of {', '.join((*PACKAGES, AI_SDK))}; default: all"
+        "clients", nargs="*", help=f"of {', '.join((*PYTHON, AI_SDK))}; default: all"
     )
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/sensorium/clients")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument(
         "--url", help="base URL of a server that runs; default: start one with the demo"
     )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--count", type=int, default=20, help="how often each case is asked")
     options = parser.parse_args()
-    names = options.clients or [*PACKAGES, AI_SDK]
-    unknown = set(names) - {*PACKAGES, AI_SDK}
+    names = options.clients or [*PYTHON, AI_SDK]
+    unknown = set(names) - {*PYTHON, AI_SDK}
     if unknown:
         parser.error(f"no such client: {', '.join(sorted(unknown))}")
     results: list[dict[str, Any]] = []
     with _served(options.url, options.cache) as url:
         for name in names:
-            command, versions = _prepared(name, options.cache)
-            print(f"# {name}: {versions}", flush=True)
+            install(name, options.cache)
+            print(f"# {name}: {versions(name, options.cache)}", flush=True)
+            command = _command(name, options.cache)
             results += _run(name, [*command, url, options.model, str(options.count)])
     for result in results:
         print(f"{result['valid']:3} of {result['of']:3}  {result['client']}: {result['case']}")
@@ -76,31 +69,11 @@ def _served(url: str | None, cache: Path) -> Iterator[str]:
         server.stop()
 
 
-def _prepared(name: str, cache: Path) -> tuple[list[str], str]:
-    """The command that runs a client, installed where it is not yet, and the versions of its
-    packages.
-    """
-    folder = cache / name
-    if name == AI_SDK:
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (HERE / AI_SDK).iterdir():
-            shutil.copy(file, folder)
-        subprocess.run(["npm", "install", "--silent", "--no-audit"], cwd=folder, check=True)
-        listed = subprocess.run(
-            ["npm", "ls", "--depth=0", "--parseable", "--long"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        versions = [line.split(":")[1] for line in listed.stdout.splitlines()[1:]]
-        return ["node", str(folder / "client.mjs")], ", ".join(versions)
-    python = folder / "bin/python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-    subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
-    ask = "import importlib.metadata as m, sys; print(', '.join(f'{p} {m.version(p)}' for p in sys.argv[1:]))"
-    versions = subprocess.check_output([python, "-c", ask, *PACKAGES[name]], text=True)
-    return [str(python), str(HERE / f"{name}_client.py")], versions.strip()
+def _command(name: str, cache: Path) -> list[str]:
+    """The command that runs a client."""
+    if name in NODE:
+        return ["node", str(cache / name / "client.mjs")]
+    return [str(python_of(name, cache)), str(HERE / f"{name}_client.py")]
 
 
 def _run(name: str, command: list[str]) -> list[dict[str, Any]]:

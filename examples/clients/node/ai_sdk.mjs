@@ -16,7 +16,7 @@ const { textStream } = streamText({
       role: "user",
       content: [
         { type: "image", image: readFileSync(path) },
-        { type: "text", text: "What shape is in the picture?" },
+        { type: "text", text: "What is in the picture?" },
       ],
     },
   ],

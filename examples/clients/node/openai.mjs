@@ -6,7 +6,7 @@ import OpenAI from "openai";
 const [path, baseURL = "http://127.0.0.1:8000"] = process.argv.slice(2);
 const client = new OpenAI({ baseURL: `${baseURL}/v1`, apiKey: "none" });
 const picture = `data:image/png;base64,${readFileSync(path).toString("base64")}`;
-const text = "What shape is in the picture?";
+const text = "What is in the picture?";
 
 const chunks = await client.chat.completions.create({
   model: "demo",

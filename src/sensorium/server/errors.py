@@ -132,7 +132,7 @@ def install_error_handlers(app: FastAPI) -> None:
             _HTTP_CODES.get(error.status_code, _OTHER_CODE),
             None,
         )
-        return _http_error(request, error, list(app.openapi()["paths"]))
+        return _http_error(request, error, app.openapi()["paths"])
 
     async def gone(request: Request, error: Exception) -> Response:
         request.scope["state"]["disconnected"] = True
@@ -163,17 +163,20 @@ def _hint(path: str, paths: list[str]) -> str:
     return f". Did you mean {near[0]!r}?" if near else "."
 
 
-def _http_error(request: Request, error: HTTPException, paths: list[str]) -> Response:
+def _http_error(request: Request, error: HTTPException, paths: Mapping[str, Any]) -> Response:
     path = request.scope["path"]
     if error.status_code == 404:
         return plain_error(
-            404, "not_found", f"The path {path[:200]!r} does not exist{_hint(path, paths)}"
+            404, "not_found", f"The path {path[:200]!r} does not exist{_hint(path, list(paths))}"
         )
     if error.status_code == 405:
         headers = {name.lower(): value for name, value in (error.headers or {}).items()}
-        allowed = headers.get("allow", "other methods")
+        route = getattr(request.scope.get("route"), "path", path)
+        methods = [name.upper() for name in paths.get(route, ())]  # of all routes of the path
+        allowed = ", ".join(methods) or headers.get("allow", "other methods")
         if "GET" in allowed:
-            allowed = headers["allow"] = allowed.replace("GET", "GET, HEAD")
+            allowed = allowed.replace("GET", "GET, HEAD")
+        headers["allow"] = allowed
         method = "HEAD" if request.scope["state"].get("head") else request.method
         message = f"{path!r} does not accept {method}; use {allowed}."
         return plain_error(405, _HTTP_CODES[405], message, headers)

@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
 from sensorium.errors import RequestError, SensoriumError, UnavailableError
+from sensorium.metrics.prometheus import CONTENT_TYPE
 from sensorium.server.anthropic.protocol import CountBody, MessagesBody
 from sensorium.server.files.store import PURPOSES
 from sensorium.server.openai.protocol import (
@@ -67,6 +68,9 @@ _PAGE: dict[str, dict[str, Any]] = {
     "limit": {"type": "integer", "minimum": 1},
     "order": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
 }
+_MEDIA_TYPES = {"/metrics": CONTENT_TYPE}
+"""Media types of answers that are not JSON."""
+
 _QUERY: dict[str, dict[str, Any]] = {
     "/v1/files": {**_PAGE, "purpose": {"type": "string"}},
     "/v1/batches": _PAGE,
@@ -151,6 +155,9 @@ def describe(app: FastAPI, *, keys: bool, open_paths: frozenset[str]) -> None:
                 for operation in operations.values():
                     _add_errors(operation, path, guarded)
                 _add_query(operations, _QUERY.get(path, {}))
+            for path, media_type in _MEDIA_TYPES.items():
+                content = {media_type: {"schema": {"type": "string"}}}
+                schema["paths"][path]["get"]["responses"]["200"]["content"] = content
             for path, model in BODIES.items():
                 _add_body(schema["paths"][path]["post"], model, schemas)
             _add_files(schema["paths"])

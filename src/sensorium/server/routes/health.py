@@ -25,7 +25,7 @@ def health_router() -> APIRouter:
         _check_alive(context_of(request))
         return JsonResponse({"status": "ok"})
 
-    @router.post("/ping", response_model=None, include_in_schema=False)
+    @router.post("/ping", response_model=None)
     @router.get("/ping", response_model=None)
     async def ping(request: Request) -> Response:
         """Answer as /health does, under the name that some platforms use."""
