@@ -66,6 +66,10 @@ _WHOLE = (
 _STEP = re.compile(r"\[(\d+)\]|\.?([^.\[\]]+)")
 
 
+ANTHROPIC = {"type", "error", "request_id"}
+"""Members of an error's body on the paths of Anthropic's API."""
+
+
 def what_is_wrong(sent: Sent, answer: Answer) -> str:
     """Why this must not be the answer to this request; empty when it may be."""
     if answer.lost:
@@ -80,7 +84,8 @@ def what_is_wrong(sent: Sent, answer: Answer) -> str:
         body = json.loads(answer.body)
     except ValueError:
         return f"an error that is no JSON: {answer.body[:80]!r}"
-    if not isinstance(body, dict) or set(body) != {"error"}:
+    members = {"error"} if not sent.path.startswith("/v1/messages") else ANTHROPIC
+    if not isinstance(body, dict) or set(body) != members:
         return f"an error of another shape: {answer.body[:80]!r}"
     return wrong_error(sent, body["error"], answer.status)
 

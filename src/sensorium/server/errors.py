@@ -171,7 +171,7 @@ def _http_error(request: Request, error: HTTPException, paths: Mapping[str, Any]
         )
     if error.status_code == 405:
         headers = {name.lower(): value for name, value in (error.headers or {}).items()}
-        route = getattr(request.scope.get("route"), "path", path)
+        route = str(getattr(request.scope.get("route"), "path", path))
         methods = [name.upper() for name in paths.get(route, ())]  # of all routes of the path
         allowed = ", ".join(methods) or headers.get("allow", "other methods")
         if "GET" in allowed:
