@@ -21,7 +21,7 @@ from tests.e2e.serving import Server
 ROOT = EXAMPLES.parents[1]
 ANSWER = "green triangle"
 PROGRAMS: dict[str, tuple[str, int, tuple[str, ...]]] = {
-    "responses.py": ("", 2, ("form: kind=", "call: weather", "then: ")),
+    "responses.py": ("", 1, ("form: kind=", "call: weather", "then: ")),
     "anthropic_messages.py": ("", 1, ("tokens: ", "call: weather", "then: ")),
     "curl.sh": ("", 3, ()),
     "agents_sdk.py": ("agents", 1, ("called: 1 answered: True",)),

@@ -53,7 +53,8 @@ def test_no_answer_contradicts_the_description(
 ) -> None:
     url, keys = served
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
-    command = [Path(sys.executable).parent / "schemathesis", "run", f"{url}/openapi.json"]
+    start = "from schemathesis.cli import schemathesis; schemathesis()"
+    command = [sys.executable, "-c", start, "run", f"{url}/openapi.json"]
     command += ["--checks", "all", "--phases", "examples,coverage,fuzzing,stateful"]
     command += ["--max-examples", str(NUM_EXAMPLES), "--seed", "1", "--no-color"]
     command += ["--generation-database", "none"]
