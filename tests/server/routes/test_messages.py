@@ -299,3 +299,25 @@ async def test_the_official_client_streams_and_uses_tools() -> None:
         with pytest.raises(AuthenticationError):
             await stranger.messages.create(model="demo", max_tokens=1, messages=USER)
         await stranger.close()
+
+
+async def test_documents_are_files_or_text() -> None:
+    app = App()
+    sources = [
+        {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjQK"},
+        {"type": "url", "url": "https://example.com/a.pdf"},
+        {"type": "text", "media_type": "text/plain", "data": "hello"},
+    ]
+    blocks = [{"type": "document", "source": source} for source in sources]
+    parsed(await ask(app, messages=[{"role": "user", "content": blocks}]))
+    [message] = app.frontend.calls[-1].prompt.conversation.messages
+    assert [part.param for part in message.parts[:2]] == [
+        "messages[0].content[0].source.data",
+        "messages[0].content[1].source.url",
+    ]
+    assert message.text == "hello"
+    for kind in ("document", "image"):
+        block = {"type": kind, "source": {"type": "file", "file_id": "file-0"}}
+        answer = await ask(app, messages=[{"role": "user", "content": [block]}])
+        error = error_of(answer)
+        assert (answer.status, error["param"]) == (404, "messages[0].content[0].source.file_id")

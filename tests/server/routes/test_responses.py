@@ -497,3 +497,22 @@ async def test_the_official_client_streams_parses_and_fetches() -> None:
         later = await client.responses.create(model="demo", input="Hi", background=True)
         assert (await client.responses.cancel(later.id)).status in ("cancelled", "completed")
         await client.close()
+
+
+async def test_files_and_sounds_are_parts_of_a_message() -> None:
+    app = App()
+    parts = [
+        {"type": "input_file", "file_data": "data:application/pdf;base64,JVBERi0xLjQK"},
+        {"type": "input_file", "file_url": "https://example.com/a.pdf"},
+        {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}},
+    ]
+    parsed(await respond(app, [{"role": "user", "content": parts}]))
+    [message] = app.frontend.calls[-1].prompt.conversation.messages
+    assert [part.param for part in message.parts] == [
+        "input[0].content[0].file_data",
+        "input[0].content[1].file_url",
+        "input[0].content[2].input_audio",
+    ]
+    for part in ({"type": "input_file", "file_id": "f"}, {"type": "input_image", "file_id": "f"}):
+        answer = await respond(app, [{"role": "user", "content": [part]}])
+        assert (answer.status, answer.error["param"]) == (404, "input[0].content[0].file_id")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError, located
-from sensorium.multimodal.items import MediaRef
+from sensorium.multimodal.items import FileRef, MediaRef
 from sensorium.server.payload import abbreviate
 from sensorium.text.chat.conversation import (
     Conversation,
@@ -167,7 +167,7 @@ def _parsed(part: dict[str, Any] | str, place: str, field: str) -> tuple[Part, .
     with located(rename=lambda inner: at if inner.startswith(f"{place}[0]") else inner):
         parts = parse_parts([part], place)
     return tuple(
-        dataclasses.replace(found, param=at) if isinstance(found, MediaRef) else found
+        dataclasses.replace(found, param=at) if isinstance(found, MediaRef | FileRef) else found
         for found in parts
     )
 
