@@ -65,6 +65,24 @@ def test_argmax_of_nothing_but_nan_is_an_index():
     assert all(0 <= index < 5000 for index in ops.argmax(logits).tolist())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 9), vocab=st.integers(1, 40000), seed=st.integers(0, 99), data=st.data())
+def test_doubtful_rows_are_found_wherever_the_number_is(dtype, rows, vocab, seed, data):
+    torch.manual_seed(seed)
+    logits, hidden = torch.randn(rows, vocab).to(dtype), torch.randn(rows, 70).to(dtype)
+    logits[:, 0] = 60.0
+    if vocab > 1:
+        logits[:, -1] = -60.0
+    for row in data.draw(st.sets(st.integers(0, rows - 1))):
+        where = data.draw(st.sampled_from([logits, hidden]))
+        place = data.draw(st.integers(0, where.shape[1] - 1))
+        where[row, place] = data.draw(st.sampled_from([math.inf, -math.inf, math.nan]))
+    assert ops.doubtful_rows(logits, hidden) == reference.doubtful_rows(logits, hidden)
+    equal = torch.full((rows, vocab), 3.0).to(dtype)
+    assert ops.doubtful_rows(equal, hidden) == list(range(rows))
+
+
 def test_rounding_is_to_nearest_even_as_torch_does():
     bits = torch.randint(-(2**31), 2**31 - 1, (4000,), dtype=torch.int64).to(torch.int32)
     numbers = bits.view(torch.float32)

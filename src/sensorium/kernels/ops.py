@@ -38,6 +38,7 @@ DECODER_KERNELS = (
     elementwise.build_silu_mul,
     elementwise.build_peaks,
     elementwise.build_place,
+    elementwise.build_doubts,
     rotary.build_rope_write,
     causal.build_attend,
 )
@@ -303,6 +304,16 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     if _on_cpu(logits):
         return elementwise.argmax(logits.contiguous())
     return reference.argmax(logits)
+
+
+def doubtful_rows(logits: torch.Tensor, hidden: torch.Tensor) -> list[int]:
+    """Indexes of rows that are not finite in logits (N, V) or hidden states (N, H).
+
+    Rows whose first and last logit are equal are among them, too: all of theirs may be.
+    """
+    if _on_cpu(logits) and logits.dtype == hidden.dtype:
+        return elementwise.doubtful_rows(logits.contiguous(), hidden.contiguous())
+    return reference.doubtful_rows(logits, hidden)
 
 
 def allocate_cache(

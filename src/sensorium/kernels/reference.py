@@ -134,6 +134,16 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=-1)
 
 
+def doubtful_rows(logits: torch.Tensor, hidden: torch.Tensor) -> list[int]:
+    """Indexes of rows that are not finite in logits (N, V) or hidden states (N, H).
+
+    Rows whose first and last logit are equal are among them, too: all of theirs may be.
+    """
+    finite = torch.isfinite(hidden).all(-1) & torch.isfinite(logits).all(-1)
+    rows: list[int] = (~finite | (logits[:, 0] == logits[:, -1])).nonzero()[:, 0].tolist()
+    return rows
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Apply rotary embedding (rotate-half) to (T, heads, D) by cos, sin (T, R/2), in float32.
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from sensorium.kernels import ops
+
 INFINITE = "are infinite or undefined"
 EQUAL = "are all equal"
 
@@ -13,17 +15,13 @@ EQUAL = "are all equal"
 def flaws_of_logits(logits: torch.Tensor, hidden: torch.Tensor) -> list[str | None]:
     """Return the flaw of each row of logits (N, V), of hidden states (N, H); None for no flaw.
 
-    Logits may be minus infinity where a model bars tokens, as long as some are left. It costs
-    little beside the product that made them: only rows whose sum, or whose first and last number,
-    are suspicious are checked in full.
+    Logits may be minus infinity where a model bars tokens, as long as some are left. One pass over
+    all rows finds those that are looked at again.
     """
-    finite = torch.isfinite(hidden).all(-1)
-    doubtful = ~torch.isfinite(logits.sum(-1)) | (logits[:, 0] == logits[:, -1]) | ~finite
     found: list[str | None] = [None] * logits.shape[0]
-    rows = doubtful.nonzero()[:, 0].tolist()
-    for row in rows:
+    for row in ops.doubtful_rows(logits, hidden):
         top, bottom = logits[row].amax(), logits[row].amin()
-        if not bool(finite[row]) or not bool(torch.isfinite(top)):
+        if not bool(torch.isfinite(hidden[row]).all()) or not bool(torch.isfinite(top)):
             found[row] = INFINITE
         elif logits.shape[1] > 1 and bool(top == bottom):
             found[row] = EQUAL

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from numba import types
 
@@ -49,6 +50,7 @@ from sensorium.kernels.cpu.numeric import (
 SERIAL_ELEMENTS = 8192
 ARGMAX_PART = 2048
 SILU_PART = 2048
+DOUBTS_PART = 16384
 
 Build = Callable[[Any], Callable[[Any], None]]
 
@@ -335,3 +337,57 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     launch(kernel(build_peaks, logits.dtype), pack(num_rows * per_row, *values), num_rows * vocab)
     launch(kernel(build_place, logits.dtype), pack(num_rows, *values), num_rows * ARGMAX_PART)
     return places
+
+
+# -- checks -------------------------------------------------------------------------------------
+
+
+@njit(**INLINE)
+def is_finite(row: Any, size: Any) -> Any:
+    """Return whether none of ``size`` elements is infinite or NaN."""
+    none, sums = splat(f32(0.0)), splat(f32(0.0))
+    full = size - size % WIDTH
+    for i in range(0, full, WIDTH):
+        sums = fma(load16(row, i), none, sums)
+    if full < size:
+        sums = fma(load_part(row, full, size - full), none, sums)
+    return total(sums) == f32(0.0)
+
+
+def build_doubts(element: Any) -> Callable[[Any], None]:
+    """Build the kernel that looks for rows with numbers that are not finite, or that may be equal.
+
+    args: logits, vocabulary size, elements of a task, tasks of a row, hidden states, their size,
+    results (int64, one a task).
+    """
+
+    def doubts(args: Any) -> None:
+        vocab, part, per_row, size = args[4], args[5], args[6], args[8]
+        out = pointer(args[9], types.int64)
+        while True:
+            task = fetch_add(args, 0, 1)
+            if task >= args[2]:
+                break
+            row, first = task // per_row, task % per_row * part
+            logits = shifted(pointer(args[3], element), row * vocab)
+            sound = is_finite(shifted(logits, first), min(part, vocab - first))
+            if first == 0:
+                hidden = shifted(pointer(args[7], element), row * size)
+                ends_differ = load(logits, 0) != load(logits, vocab - 1)
+                sound = sound and ends_differ and is_finite(hidden, size)
+            out[task] = 0 if sound else 1
+
+    return doubts
+
+
+def doubtful_rows(logits: torch.Tensor, hidden: torch.Tensor) -> list[int]:
+    """Compute ``reference.doubtful_rows`` for contiguous tensors of one dtype."""
+    num_rows, vocab = logits.shape
+    per_row = -(-vocab // DOUBTS_PART)
+    found = torch.empty((num_rows, per_row), dtype=torch.int64)
+    size = hidden.shape[1]
+    values = (logits.data_ptr(), vocab, DOUBTS_PART, per_row, hidden.data_ptr(), size)
+    args = pack(num_rows * per_row, *values, found.data_ptr())
+    launch(kernel(build_doubts, logits.dtype), args, num_rows * vocab)
+    rows: list[int] = np.flatnonzero(found.numpy().any(axis=1)).tolist()
+    return rows
