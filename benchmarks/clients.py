@@ -3,7 +3,9 @@
     python -m benchmarks.clients [--clients 256] [--seconds 600] [--py-spy PATH] [--output FILE]
 
 A server of the demo is started. Each client sends a new streamed request as soon as its last one
-has ended. Memory is the proportional set size of all processes of the server, every few seconds.
+has ended. Memory is the proportional set size of all processes of the server, every few seconds. The
+KV cache is small, so that it is full within the first minute: its pages are taken as they are first
+written, and cached prefixes fill it.
 CPU time is that of the kernel for each process; with ``--py-spy`` (a program of its own) the
 HTTP process is sampled in the middle of the run, and its time is divided by what its Python code
 was doing. The clients take CPU time, too: on few cores they compete with the server.
@@ -60,6 +62,7 @@ class Settings(ServerSettings):
     max_tokens: int = flag(64, "tokens of an answer", quick=8)
     input_len: int = flag(32, "words of a prompt", quick=8)
     sample_seconds: float = flag(2.0, "time between two samples of memory", quick=0.5)
+    kv_cache_mib: int = flag(64, "size of the KV cache in MiB")
     py_spy: str = flag("", "path of py-spy, which samples the HTTP process; not sampled if empty")
     spy_seconds: float = flag(60.0, "time of that sampling", quick=2.0)
 
@@ -87,7 +90,8 @@ class Watch:
 
 async def measure(settings: Settings, folder: Path) -> Found:
     """Run the load and return all figures."""
-    server = sensorium_server(settings, folder / "server.log")
+    size = str(settings.kv_cache_mib << 20)
+    server = sensorium_server(settings, folder / "server.log", "--kv-cache-memory-bytes", size)
     async with server, StreamClient(server.base_url) as client:
         model = await client.first_model()
         await _load(client, model, settings, min(5.0, settings.seconds), seed=1)

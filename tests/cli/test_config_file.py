@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import socket
 from pathlib import Path
 
 import pytest
@@ -168,3 +170,17 @@ def test_the_line_of_the_log_names_what_is_set(file: Path) -> None:
     assert "sk-secret" not in line
     assert len(line) < 1000
     assert "block_size" not in line
+
+
+def test_the_log_of_a_start_begins_with_the_options(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["serve", "demo", "--config", str(file), "--port", str(port)]) == 2
+    [line] = [text for text in caplog.messages if text.startswith("options: ")]
+    assert f'model="demo" (flag), max_num_seqs=5 (file {file}), ' in line
+    assert f"port={port} (flag)" in line
