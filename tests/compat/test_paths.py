@@ -18,7 +18,6 @@ from tests.server.harness import App
         ("/v1/complete", "use POST /v1/messages"),
         ("/messages", "use /v1/messages"),
         ("/responses/resp_1/cancel", "use /v1/responses/resp_1/cancel"),
-        ("/v1/audio/transcriptions", "input_audio"),
         ("/api/generate", "Ollama's API is not available; use POST /v1/completions"),
         ("/api/tags", "GET /v1/models"),
         ("/v1/images/generations", "take images as input"),

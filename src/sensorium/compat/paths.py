@@ -15,8 +15,6 @@ PATHS: dict[str, str] = {
     "/v1/uploads": "uploads in parts are not available; use POST /v1/files",
     "/v1/chat/completions/batch": f"use POST /v1/batches, or send concurrent requests; {_CHAT}",
     "/v1/chat/completions/render": "use POST /tokenize: its prompt is the rendered chat template",
-    "/v1/audio/transcriptions": f"{_CHAT} with an input_audio part, and ask for a transcription",
-    "/v1/audio/translations": f"{_CHAT} with an input_audio part, and ask for a translation",
     "/v1/audio/speech": "models here generate text, no speech",
     "/v1/images": "models here take images as input but generate none",
     "/v1/videos": "models here take videos as input but generate none",

@@ -28,6 +28,7 @@ from sensorium.server.openai.protocol import (
     ScoreBody,
     StreamOptions,
     TokenizeBody,
+    TranscriptionBody,
 )
 from sensorium.server.responses.protocol import (
     InputTokensBody,
@@ -42,7 +43,7 @@ LOGGED_ERROR = "logged_error"
 
 _BODIES = (
     *(ChatBody, CompletionBody, EmbeddingBody, TokenizeBody, DetokenizeBody, BatchBody),
-    *(StreamOptions, ResponseFormat, JsonSchema, ScoreBody, RerankBody),
+    *(StreamOptions, ResponseFormat, JsonSchema, ScoreBody, RerankBody, TranscriptionBody),
     *(ResponsesBody, InputTokensBody, TextConfig, TextFormat, Reasoning),
     *(MessagesBody, CountBody, ChatChoice, OutputConfig, OutputFormat, Thinking),
 )

@@ -22,6 +22,7 @@ from sensorium.server.openapi import describe
 from sensorium.server.playground.routes import open_paths as playground_paths
 from sensorium.server.playground.routes import playground_router
 from sensorium.server.responses.store import ResponseStore
+from sensorium.server.routes.audio import audio_router
 from sensorium.server.routes.batches import batches_router
 from sensorium.server.routes.chat import chat_router
 from sensorium.server.routes.completions import completions_router
@@ -88,6 +89,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         config.max_batch_requests or max(1, frontend.config.scheduler.max_num_seqs // 2),
     )
     for router in (
+        audio_router(),
         batches_router(),
         chat_router(),
         completions_router(),

@@ -22,6 +22,7 @@ from sensorium.server.openai.protocol import (
     RerankBody,
     ScoreBody,
     TokenizeBody,
+    TranscriptionBody,
 )
 from sensorium.server.responses.listing import MOST_ITEMS
 from sensorium.server.responses.protocol import InputTokensBody, ResponsesBody
@@ -43,11 +44,13 @@ BODIES: dict[str, type[BaseModel]] = {
 _EITHER = {EmbeddingBody: ("input", "messages"), TokenizeBody: ("prompt", "messages")}
 """Bodies that need exactly one of two fields."""
 
+_SOUNDS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 _BODY_STATUSES = (400, 404, 413, 415, 503)
 _PROMPT_STATUSES = (*_BODY_STATUSES, 422, 424)
 _STATUSES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(BODIES, _PROMPT_STATUSES),
     "/detokenize": _BODY_STATUSES,
+    **dict.fromkeys(_SOUNDS, _PROMPT_STATUSES),
     "/v1/batches": _BODY_STATUSES,
     "/v1/batches/{batch_id}": (404,),
     "/v1/batches/{batch_id}/cancel": (400, 404),
@@ -189,7 +192,16 @@ def _add_body(operation: dict[str, Any], model: type[BaseModel], schemas: dict[s
 
 
 def _add_files(paths: dict[str, Any]) -> None:
-    """Describe the form of an upload, its content, and the queries of lists."""
+    """Describe the forms of uploads and of sounds, and the content of files."""
+    sound = TranscriptionBody.model_json_schema()
+    sound["properties"]["file"] = {"type": "string", "format": "binary"}
+    sound["required"] = ["file"]
+    for path in _SOUNDS:
+        operation = paths[path]["post"]
+        form = {"multipart/form-data": {"schema": sound}}
+        operation["requestBody"] = {"required": True, "content": form}
+        text: dict[str, Any] = {"schema": {"type": "string"}}
+        operation["responses"]["200"]["content"] |= {"text/plain": text, "text/event-stream": text}
     paths["/v1/files"]["post"]["requestBody"] = {
         "required": True,
         "content": {"multipart/form-data": {"schema": _UPLOAD}},
