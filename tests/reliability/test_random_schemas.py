@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis_jsonschema import from_schema
+from hypothesis import strategies as st
 
 from sensorium import LLM, SamplingParams
 from sensorium.errors import InvalidRequestError
@@ -23,80 +23,43 @@ from sensorium.errors import InvalidRequestError
 NUM_SCHEMAS = int(os.environ.get("SENSORIUM_RANDOM_SCHEMAS", "20"))
 MAX_TOKENS = 400
 
-_NAMES = ["a", "b", "name", "size", "x y", "é"]
-_SMALL = {"type": "integer", "minimum": 0, "maximum": 4}
-_TEXT: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "type": {"const": "string"},
-        "minLength": _SMALL,
-        "maxLength": {"type": "integer", "minimum": 4, "maximum": 12},
-        "format": {"enum": ["date", "time", "uuid", "ipv4", "email", "made-up"]},
-    },
-    "required": ["type", "maxLength"],
-    "additionalProperties": False,
-}
-_NUMBER: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "type": {"enum": ["integer", "number"]},
-        "minimum": {"type": "integer", "minimum": -20, "maximum": 20},
-        "maximum": {"type": "integer", "minimum": 21, "maximum": 900},
-    },
-    "required": ["type"],
-    "additionalProperties": False,
-}
-_OTHER: dict[str, Any] = {
-    "anyOf": [
-        {"type": "object", "properties": {"type": {"enum": ["boolean", "null"]}}, "required": ["type"], "additionalProperties": False},
-        {
-            "type": "object",
-            "properties": {
-                "enum": {"type": "array", "minItems": 1, "maxItems": 4, "uniqueItems": True, "items": {"enum": ["red", "blue", 3, None, True, "}", '"']}}
-            },
-            "required": ["enum"],
-            "additionalProperties": False,
-        },
-    ]
-}  # fmt: skip
+_NAMES = st.sampled_from(["a", "b", "name", "size", "x y", "é"])
+_SMALL = st.integers(0, 4)
+_TEXT = st.fixed_dictionaries(
+    {"type": st.just("string"), "maxLength": st.integers(4, 12)},
+    optional={"minLength": _SMALL},
+)
+_FORMATS = st.sampled_from(["date", "time", "uuid", "ipv4", "email", "made-up"])
+_FORMATTED = st.fixed_dictionaries({"type": st.just("string"), "format": _FORMATS})
+_NUMBER = st.fixed_dictionaries(
+    {"type": st.sampled_from(["integer", "number"])},
+    optional={"minimum": st.integers(-20, 20), "maximum": st.integers(21, 900)},
+)
+_VALUES = ["red", "blue", 3, None, True, "}", '"', "a\\b\n"]
+_ENUM = st.lists(st.sampled_from(_VALUES), min_size=1, max_size=4, unique_by=repr)
+_LEAVES = (
+    _TEXT
+    | _FORMATTED
+    | _NUMBER
+    | st.fixed_dictionaries({"type": st.sampled_from(["boolean", "null"])})
+    | st.fixed_dictionaries({"enum": _ENUM})
+)
 
 
-def _schemas(depth: int) -> dict[str, Any]:
-    """A schema of schemas, nested at most ``depth`` deep."""
-    leaves = [_TEXT, _NUMBER, _OTHER]
-    if depth == 0:
-        return {"anyOf": leaves}
-    inner = _schemas(depth - 1)
-    properties = {"type": "object", "properties": dict.fromkeys(_NAMES, inner), "additionalProperties": False, "maxProperties": 3}  # fmt: skip
-    an_object = {
-        "type": "object",
-        "properties": {
-            "type": {"const": "object"},
-            "properties": properties,
-            "required": {"type": "array", "items": {"enum": _NAMES}, "uniqueItems": True, "maxItems": 2},
-            "additionalProperties": {"const": False},
+def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    an_object = st.fixed_dictionaries(
+        {"type": st.just("object"), "properties": st.dictionaries(_NAMES, inner, max_size=3)},
+        optional={
+            "required": st.lists(_NAMES, unique=True, max_size=2),
+            "additionalProperties": st.just(False),
         },
-        "required": ["type", "properties"],
-        "additionalProperties": False,
-    }  # fmt: skip
-    a_list = {
-        "type": "object",
-        "properties": {
-            "type": {"const": "array"},
-            "items": inner,
-            "minItems": _SMALL,
-            "maxItems": {"type": "integer", "minimum": 4, "maximum": 6},
-        },
-        "required": ["type", "items", "maxItems"],
-        "additionalProperties": False,
-    }
-    either = {
-        "type": "object",
-        "properties": {"anyOf": {"type": "array", "items": inner, "minItems": 1, "maxItems": 3}},
-        "required": ["anyOf"],
-        "additionalProperties": False,
-    }
-    return {"anyOf": [an_object, an_object, a_list, either, *leaves]}
+    )
+    a_list = st.fixed_dictionaries(
+        {"type": st.just("array"), "items": inner, "maxItems": st.integers(4, 6)},
+        optional={"minItems": _SMALL},
+    )
+    either = st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)})
+    return an_object | a_list | either
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +74,7 @@ def drawn(count: int) -> list[Any]:
 
     @seed(13)
     @settings(max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(from_schema(_schemas(2)))
+    @given(st.recursive(_LEAVES, _nested, max_leaves=8))
     def draw(schema: Any) -> None:
         found.append(schema)
 
