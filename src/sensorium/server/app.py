@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from sensorium import __version__
@@ -88,7 +88,15 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         lambda tenant: AppCaller(app, tenant, below=True),
         config.max_batch_requests or max(1, frontend.config.scheduler.max_num_seqs // 2),
     )
-    for router in (
+    for router in _routers(config):
+        app.include_router(router)
+    install_error_handlers(app)
+    _add_middleware(app, context)
+    return app
+
+
+def _routers(config: ServerConfig) -> list[APIRouter]:
+    return [
         audio_router(),
         batches_router(),
         chat_router(),
@@ -102,11 +110,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         tokenize_router(),
         health_router(),
         *([playground_router()] if config.playground else []),
-    ):
-        app.include_router(router)
-    install_error_handlers(app)
-    _add_middleware(app, context)
-    return app
+    ]
 
 
 def _add_middleware(app: FastAPI, context: ServingContext) -> None:
