@@ -98,6 +98,24 @@ def test_a_block_longer_than_the_screen_shows_its_end(monkeypatch: pytest.Monkey
     assert "line 30" in text_of(shown), "in the end all of it is there"
 
 
+def test_thoughts_are_shown_until_the_answer_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(markdown, "FRAME_SECONDS", 0.0)
+    monkeypatch.setattr(markdown, "BUSY", 0)
+    shown = console(terminal=True)
+    with MarkdownAnswer(shown) as answer:
+        answer.think("first " * 100)
+        answer.think("a [bold]thought[/]")
+        assert "Thinking: " in text_of(shown)
+        assert "a [bold]thought[/]" in text_of(shown)
+        answer.write("The answer.")
+    assert "The answer." in text_of(shown).rpartition("thought")[2]
+    quiet = console()
+    with MarkdownAnswer(quiet) as answer:
+        answer.think("a thought")
+        answer.write("The answer.")
+    assert words(text_of(quiet)) == ["The", "answer."], "nothing of them stays"
+
+
 def test_nothing_is_left_behind_by_an_error() -> None:
     shown = console(terminal=True)
     with pytest.raises(KeyboardInterrupt), MarkdownAnswer(shown) as answer:

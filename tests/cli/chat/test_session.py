@@ -15,7 +15,7 @@ import pytest
 
 from sensorium.cli.attachments import Attachment, add_attachment_flags, split_line, user_message
 from sensorium.cli.chat.reader import LineReader
-from sensorium.cli.chat.remote import RemoteModel
+from sensorium.cli.chat.remote import RemoteModel, Thought, pieces_of
 from sensorium.cli.chat.screen import Screen
 from sensorium.cli.chat.session import COMMANDS, Session
 from sensorium.cli.main import main
@@ -372,3 +372,22 @@ def test_a_long_url_has_a_short_name() -> None:
     attachment = Attachment("image", f"data:image/png;base64,{'A' * 10_000}")
     assert len(attachment.name) == 80
     assert attachment.is_remote
+
+
+def test_thoughts_are_no_part_of_the_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Echo()
+    model.first = Thought("Let me think.")
+    session = begin(model)
+    talk(session, monkeypatch, "One")
+    assert session.messages[-1]["content"] == " 1"
+    assert capsys.readouterr().out == " 1\n"
+
+
+def test_pieces_of_a_server() -> None:
+    deltas = [{"reasoning_content": "a"}, {"reasoning": "b"}, {"content": "c"}, {"role": "x"}, {}]
+    chunk = {"choices": [{"delta": delta} for delta in deltas]}
+    pieces = [piece for piece in pieces_of(chunk) if piece]
+    assert pieces == ["a", "b", "c"]
+    assert [isinstance(piece, Thought) for piece in pieces] == [True, True, False]

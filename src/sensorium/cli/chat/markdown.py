@@ -14,9 +14,13 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
 from rich.segment import Segment
+from rich.text import Text
 
 FRAME_SECONDS = 0.08
 """Least time between two drawings of the last block."""
+MOST_THOUGHTS = 1000
+"""Characters of what a model thinks that are kept for showing their end."""
+_THINKS = "Thinking: "
 BUSY = 4
 """Times that a drawing takes until the next, so that long blocks leave time for the model."""
 
@@ -30,6 +34,7 @@ class MarkdownAnswer:
         self._rest = ""
         self._num_blocks = 0
         self._next_frame = 0.0
+        self._thoughts = ""
 
     def __enter__(self) -> MarkdownAnswer:
         self._live.start()
@@ -62,6 +67,18 @@ class MarkdownAnswer:
         self._live.update(_Tail(self._rest, blank=self._num_blocks > 0), refresh=True)
         now = time.monotonic()
         self._next_frame = now + max(FRAME_SECONDS, BUSY * (now - start))
+
+    def think(self, text: str) -> None:
+        """Show the end of what the model thinks; it vanishes when the answer begins."""
+        self._thoughts = (self._thoughts + text)[-MOST_THOUGHTS:]
+        start = time.monotonic()
+        if start >= self._next_frame:
+            last = " ".join(self._thoughts.split())
+            width = max(1, self._console.width - len(_THINKS) - 1)
+            self._live.update(
+                Text(_THINKS + last[-width:], style="dim", no_wrap=True), refresh=True
+            )
+            self._next_frame = time.monotonic() + FRAME_SECONDS
 
     def _print(self, text: str) -> None:
         if self._num_blocks:

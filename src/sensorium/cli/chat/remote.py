@@ -14,6 +14,12 @@ from sensorium.errors import ConfigError, SensoriumError, UnavailableError
 TIMEOUT_SECONDS = 600.0
 
 
+class Thought(str):
+    """A piece of what a reasoning model thinks before its answer."""
+
+    __slots__ = ()
+
+
 class RemoteModel:
     """A model behind an OpenAI-compatible API; ``base_url`` may end in ``/v1``."""
 
@@ -34,7 +40,7 @@ class RemoteModel:
     def stream(
         self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]
     ) -> Iterator[str]:
-        """Yield the answer piece by piece.
+        """Yield the answer piece by piece; what comes before it as ``Thought``.
 
         Raises:
             SensoriumError: the server refused the request or failed; its message is included.
@@ -48,7 +54,7 @@ class RemoteModel:
                 data = line[len(b"data: ") :].strip()
                 if data == b"[DONE]":
                     return
-                yield _text_of(json.loads(data))
+                yield from pieces_of(json.loads(data))
 
     def close(self) -> None:
         """Do nothing: no connection is kept between two answers."""
@@ -82,12 +88,16 @@ class RemoteModel:
         return response
 
 
-def _text_of(chunk: Mapping[str, Any]) -> str:
+def pieces_of(chunk: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the texts of a chunk. Raises SensoriumError for one that is an error."""
     if "error" in chunk:
         raise SensoriumError(str(chunk["error"].get("message", chunk["error"])))
-    return "".join(
-        choice.get("delta", {}).get("content") or "" for choice in chunk.get("choices", [])
-    )
+    for choice in chunk.get("choices", []):
+        delta = choice.get("delta", {})
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        if thought:
+            yield Thought(thought)
+        yield delta.get("content") or ""
 
 
 def _refusal(status: int, body: bytes) -> SensoriumError:

@@ -20,6 +20,9 @@ class Sink(Protocol):
     def write(self, text: str) -> object:
         """Show a piece."""
 
+    def think(self, text: str) -> object:
+        """Show that the model thinks, and what, until the answer begins."""
+
 
 class Screen:
     """Standard output without a terminal: what the model writes, byte by byte."""
@@ -107,6 +110,9 @@ class _Plain:
     def write(self, text: str) -> None:
         print(harmless(text) if self._escape else text, end="", flush=True)
 
+    def think(self, text: str) -> None:
+        """Show nothing: only the answer is written."""
+
 
 class _Escaped:
     """Another sink that gets no control characters."""
@@ -116,3 +122,6 @@ class _Escaped:
 
     def write(self, text: str) -> None:
         self._sink.write(harmless(text))
+
+    def think(self, text: str) -> None:
+        self._sink.think(harmless(text))

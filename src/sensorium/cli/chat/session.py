@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from sensorium.cli.attachments import KINDS, Attachment, split_line, user_message
 from sensorium.cli.chat.reader import Reader
+from sensorium.cli.chat.remote import Thought
 from sensorium.cli.chat.screen import Screen
 from sensorium.errors import ConfigError, SensoriumError
 
@@ -165,6 +166,9 @@ class Session:
             with self._screen.answer() as sink:
                 try:
                     for piece in self._model.stream([*opening, *self.messages], self._sampling):
+                        if isinstance(piece, Thought):
+                            sink.think(piece)
+                            continue
                         answer += piece
                         sink.write(piece)
                 except KeyboardInterrupt:
