@@ -249,7 +249,7 @@ async def _serve_on(
     frontend = starting.result()
     try:
         app = build_app(frontend, config)
-        app.state.context.files.open()
+        app.state.context.files.clear_stale()
     except BaseException:
         await frontend.shutdown()
         raise

@@ -74,9 +74,14 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.sync()
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            self.sync()
+        except ConfigError:
+            if kind is None:
+                raise
+        finally:
+            self.close()
 
     def is_done(self, number: int) -> bool:
         """Return true when the line with this number has an output."""
@@ -94,9 +99,12 @@ class Journal:
             raise _unusable(self._paths[succeeded], error) from error
 
     def sync(self) -> None:
-        """Force all that was written to the disk."""
-        for file in self._files.values():
-            os.fsync(file.fileno())
+        """Force all that was written to the disk. Raises ConfigError."""
+        for succeeded, file in self._files.items():
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                raise _unusable(self._paths[succeeded], error) from error
         self._synced_at = time.monotonic()
 
     def close(self) -> None:

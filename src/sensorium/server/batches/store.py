@@ -154,7 +154,12 @@ class BatchStore:
                 f"{stored.purpose!r}.",
                 param="input_file_id",
             )
-        self._make_room()
+        file = stored.open()
+        try:
+            self._make_room()
+        except OverloadedError:
+            file.close()
+            raise
         now = int(self._clock())
         batch = Batch(
             id=f"batch_{secrets.token_hex(16)}",
@@ -168,7 +173,7 @@ class BatchStore:
             output_seconds=output_seconds,
         )
         self._batches[batch.id] = batch
-        task = asyncio.create_task(self._run(batch, stored.open()))
+        task = asyncio.create_task(self._run(batch, file))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return batch
@@ -280,28 +285,25 @@ class BatchStore:
         )
         lines = read_lines(file, found, self._config.max_body_bytes, batch.endpoint)
         async with _Output(self._files, batch) as output:
+            ended: Status = "completed"
             try:
                 async with asyncio.timeout(left):
                     await batch.runner.run(lines, output.write)
             except TimeoutError:
+                ended = "expired"
                 await self._expire(batch, file, found, output)
             except SensoriumError:  # no room for more: what was answered is kept
                 await output.finish()
                 raise
-            ended: Status = "completed"
             if batch.status == "cancelling":
                 ended = "cancelled"
-            elif batch.status == "expired":
-                ended = "expired"
-            else:
+            elif ended == "completed":
                 self._enter(batch, "finalizing")
             await output.finish()
-        if batch.status != ended:
-            self._enter(batch, ended)
+        self._enter(batch, ended)
 
     async def _expire(self, batch: Batch, file: BinaryIO, found: Survey, output: _Output) -> None:
         """Write an error for each line that was not reached in time."""
-        self._enter(batch, "expired")
         for line in read_lines(file, found, self._config.max_body_bytes, batch.endpoint):
             if line.number not in output.written:
                 late = BadLine(
@@ -346,7 +348,7 @@ class _Output:
         async with self._lock:
             file = self._open.get(outcome.succeeded)
             if file is None:
-                file = await self._files.create(self._batch.tenant)
+                file = self._files.create(self._batch.tenant)
                 self._open[outcome.succeeded] = file
             await file.write(outcome.text)
         batch = self._batch

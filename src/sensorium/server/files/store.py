@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +18,12 @@ from typing import Any, BinaryIO
 
 from sensorium.config import ServerConfig
 from sensorium.errors import (
-    ConfigError,
     MediaTooLargeError,
     NotFoundError,
     OverloadedError,
     UnavailableError,
 )
-from sensorium.processes.private_folder import PrivateFolder
+from sensorium.processes.private_folder import PrivateFolder, remove_stale
 
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 """Purposes that an upload may have."""
@@ -100,15 +100,9 @@ class FileStore:
         """Number of files, those that are being written included."""
         return len(self._files) + self._num_unfinished
 
-    def open(self) -> None:
-        """Create the folder, and remove what a killed server has left. Raises ConfigError."""
-        if self._folder is None:
-            try:
-                self._folder = PrivateFolder(self._config.file_folder, PREFIX)
-            except OSError as error:
-                raise ConfigError(
-                    f"file_folder cannot be used: {error.strerror}.", param="file_folder"
-                ) from error
+    def clear_stale(self) -> None:
+        """Remove the files of servers that were killed."""
+        remove_stale(Path(self._config.file_folder or tempfile.gettempdir()), PREFIX)
 
     def close(self) -> None:
         """Remove all files."""
@@ -118,17 +112,17 @@ class FileStore:
         if self._folder is not None:
             self._folder.close()
 
-    async def create(self, tenant: str) -> NewFile:
+    def create(self, tenant: str) -> NewFile:
         """Begin a file. Raises OverloadedError when there are too many files."""
         self.expire()
         if self.num_files >= self._config.max_stored_files:
             raise self._full(f"{self.num_files} files are stored; at most")
-        self._num_unfinished += 1
         try:
-            return NewFile(self, tenant, *await asyncio.to_thread(self._new_path))
+            new = NewFile(self, tenant, *self._new_path())
         except OSError:
-            self._num_unfinished -= 1
             raise self.no_room() from None
+        self._num_unfinished += 1
+        return new
 
     def get(self, file_id: str, tenant: str, param: str | None = None) -> StoredFile:
         """Return a file. Raises NotFoundError, also for another tenant's.
@@ -196,12 +190,11 @@ class FileStore:
 
     def _new_path(self) -> tuple[str, Path, BinaryIO]:
         if self._folder is None:
-            self.open()
-        assert self._folder is not None
+            self._folder = PrivateFolder(self._config.file_folder, PREFIX)
         file_id = f"file-{secrets.token_hex(16)}"
         path = self._folder.path / file_id
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        return file_id, path, os.fdopen(descriptor, "wb", buffering=0)
+        return file_id, path, os.fdopen(descriptor, "wb")
 
     def add(self, new: NewFile, filename: str, purpose: str, seconds: float | None) -> StoredFile:
         """Add a complete file, for ``seconds`` or the longest time allowed."""
@@ -279,22 +272,18 @@ class NewFile:
         if self._is_open:
             self._is_open = False
             with contextlib.suppress(OSError):
-                self._file.close()
+                self._file.close()  # waits for a thread that still writes
             self.path.unlink(missing_ok=True)
             self._store.drop(self)
-
-    async def flush(self) -> None:
-        """Hand all bytes to the system. Raises OverloadedError."""
-        await self._flush()
 
     async def _flush(self) -> None:
         buffer, self._buffer = self._buffer, bytearray()
         try:
-            await asyncio.to_thread(_write_all, self._file, memoryview(buffer))
+            await asyncio.to_thread(_write, self._file, bytes(buffer))
         except OSError:
             raise self._store.no_room() from None
 
 
-def _write_all(file: BinaryIO, data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+    file.flush()

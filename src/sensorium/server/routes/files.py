@@ -101,7 +101,7 @@ class _Upload:
 
     async def begin(self) -> FileSink:
         """Create the file. Raises OverloadedError when there are too many."""
-        self._file = await self._store.create(self._tenant)
+        self._file = self._store.create(self._tenant)
         return self._file
 
     async def finish(self, form: Form) -> StoredFile:

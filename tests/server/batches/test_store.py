@@ -1,0 +1,169 @@
+"""Batches of an application whose front end answers at once: their ends and their limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sensorium.errors import InvalidRequestError, OverloadedError
+from sensorium.server.batches.store import Batch, BatchStore
+from sensorium.server.files.store import FileStore
+from tests.server.fake_frontend import FakeFrontend
+from tests.server.harness import App, until
+
+CHAT = "/v1/chat/completions"
+LINE = {
+    "method": "POST",
+    "url": CHAT,
+    "body": {"messages": [{"role": "user", "content": "Hi"}]},
+}
+
+
+class Batches:
+    """The stores of an application."""
+
+    def __init__(self, folder: Path, frontend: FakeFrontend | None = None, **config: Any) -> None:
+        self.app = App(frontend, file_folder=str(folder), **config)
+        self.files: FileStore = self.app.app.state.context.files
+        self.batches: BatchStore = self.app.app.state.context.batches
+
+    async def file(self, content: bytes, purpose: str = "batch") -> str:
+        new = self.files.create("")
+        await new.write(content)
+        return (await new.finish("in.jsonl", purpose, None)).id
+
+    async def begin(self, content: bytes, seconds: int = 3600) -> Batch:
+        return self.batches.create(
+            "",
+            endpoint=CHAT,
+            input_file_id=await self.file(content),
+            completion_window="1h",
+            seconds=seconds,
+        )
+
+    async def ended(self, content: bytes, seconds: int = 3600) -> Batch:
+        batch = await self.begin(content, seconds)
+        await until(lambda: batch.has_ended)
+        return batch
+
+    def read(self, file_id: str | None) -> list[Any]:
+        assert file_id is not None
+        return [json.loads(line) for line in self.files.get(file_id, "").read().splitlines()]
+
+    async def close(self) -> None:
+        await self.batches.close()
+        self.files.close()
+
+
+@pytest.fixture
+async def made(tmp_path: Path) -> AsyncIterator[Batches]:
+    made = Batches(tmp_path)
+    yield made
+    await made.close()
+    assert not list(tmp_path.iterdir())
+
+
+def lines(num: int) -> bytes:
+    return b"".join(
+        json.dumps({"custom_id": f"id {i}", **LINE}).encode() + b"\n" for i in range(num)
+    )
+
+
+async def test_a_batch_runs_to_its_end(made: Batches) -> None:
+    batch = await made.ended(lines(5))
+    assert batch.status == "completed"
+    answers = made.read(batch.output_file_id)
+    assert sorted(answer["custom_id"] for answer in answers) == [f"id {i}" for i in range(5)]
+    assert batch.error_file_id is None
+    shown = batch.to_dict()
+    assert shown["request_counts"] == {"total": 5, "completed": 5, "failed": 0}
+    assert shown["usage"]["output_tokens"] > 0
+    assert shown["in_progress_at"] <= shown["finalizing_at"] <= shown["completed_at"]
+
+
+async def test_what_is_not_reached_in_time_is_told(made: Batches) -> None:
+    batch = await made.ended(lines(3), seconds=0)
+    assert batch.status == "expired"
+    errors = made.read(batch.error_file_id)
+    assert [error["custom_id"] for error in errors] == ["id 0", "id 1", "id 2"]
+    assert {error["error"]["code"] for error in errors} == {"batch_expired"}
+    assert batch.num_failed == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [(b"", "empty_file"), (b"\n \n", "empty_file"), (lines(9), "too_many_lines")],
+)
+async def test_inputs_that_are_refused(tmp_path: Path, content: bytes, code: str) -> None:
+    made = Batches(tmp_path, max_batch_lines=8)
+    batch = await made.ended(content)
+    assert batch.status == "failed"
+    assert [error["code"] for error in batch.errors] == [code]
+    await made.close()
+
+
+async def test_many_bad_lines_are_named_up_to_a_number(made: Batches) -> None:
+    batch = await made.ended(b"x\n" * 5000)
+    assert batch.status == "failed"
+    assert len(batch.errors) == 100
+
+
+async def test_what_was_answered_is_kept_when_there_is_no_room(tmp_path: Path) -> None:
+    made = Batches(tmp_path, max_stored_file_bytes=len(lines(30)) + 3000, max_batch_requests=1)
+    batch = await made.ended(lines(30))
+    assert batch.status == "failed"
+    assert batch.errors[0]["code"] == "overloaded"
+    assert 0 < len(made.read(batch.output_file_id)) == batch.num_completed < 30
+    await made.close()
+
+
+async def test_a_file_of_another_purpose_is_refused(made: Batches) -> None:
+    file_id = await made.file(lines(1), "vision")
+    with pytest.raises(InvalidRequestError, match="vision"):
+        made.batches.create(
+            "", endpoint=CHAT, input_file_id=file_id, completion_window="1h", seconds=9
+        )
+
+
+async def test_the_number_of_batches_is_bounded(tmp_path: Path) -> None:
+    frontend = FakeFrontend(before=lambda call: forever())
+    made = Batches(tmp_path, frontend, max_batches=2)
+    running = await made.begin(lines(1))
+    ended = await made.ended(b"x\n")
+    third = await made.begin(lines(1))
+    assert [batch.id for batch in made.batches.of_tenant("")] == [running.id, third.id]
+    assert ended.id not in {running.id, third.id}
+    with pytest.raises(OverloadedError, match="--max-batches"):
+        await made.begin(lines(1))
+    await until(lambda: len(frontend.calls) == 2)
+    await made.close()
+    assert all(call.ended for call in frontend.calls)
+
+
+async def forever() -> None:
+    import asyncio
+
+    await asyncio.Event().wait()
+
+
+async def test_a_request_that_is_refused_for_now_is_tried_again(tmp_path: Path) -> None:
+    frontend = FakeFrontend()
+    refused = 0
+
+    def busy(call: Any) -> None:
+        nonlocal refused
+        if refused < 2:
+            refused += 1
+            raise OverloadedError("Not now.")
+
+    frontend.before = busy
+    made = Batches(tmp_path, frontend)
+    batch = await made.ended(lines(3))
+    assert batch.status == "completed"
+    assert batch.num_completed == 3
+    assert refused == 2
+    await made.close()
