@@ -38,6 +38,11 @@ logger = logging.getLogger("sensorium.server")
 
 _KEEP_ALIVE_SECONDS = 65
 CLOSING_SECONDS = 2
+_LEAST_LEVELS = (
+    ("uvicorn", logging.WARNING),
+    ("asyncio", logging.INFO),
+    ("python_multipart", logging.ERROR),  # it warns of forms that clients send
+)
 _POLL_SECONDS = 0.05
 SWITCH_SECONDS = 0.001
 """Interval at which Python threads yield to each other. Python's default, 5 ms, would add up to
@@ -432,5 +437,5 @@ def _configure_logging(config: ServerConfig) -> None:
     environment.set_log_level(config.log_level)  # for the engine's process
     level = environment.log_level()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name, least in (("uvicorn", logging.WARNING), ("asyncio", logging.INFO)):
+    for name, least in _LEAST_LEVELS:
         logging.getLogger(name).setLevel(max(least, logging.getLogger().level))
