@@ -44,7 +44,7 @@ function samplingFields(defaults) {
     h("label", { class: "field" }, h("span", {}, "Stop strings"), stop), reset);
 }
 
-function numberField({ name, label, min, max, step, whole, hint }, fallback) {
+function numberField({ name, label, min, max, step, whole }, fallback) {
   const input = h("input", {
     type: "number", min, max, step, inputmode: whole ? "numeric" : "decimal",
     value: getSettings().sampling[name] ?? "", placeholder: fallback ?? "default",
@@ -56,7 +56,7 @@ function numberField({ name, label, min, max, step, whole, hint }, fallback) {
       setSampling(name, wrong ? undefined : given);
     },
   });
-  return { input, view: h("label", { class: "field" }, h("span", {}, label, hint && h("small", {}, ` ${hint}`)), input) };
+  return { input, view: h("label", { class: "field" }, h("span", {}, label), input) };
 }
 
 function setSampling(name, value) {

@@ -102,7 +102,7 @@ export class Chat {
     const { max_model_len: context } = this.facts;
     const kinds = kindsOf(this.facts);
     return h("div", { class: "welcome" }, h("img", { src: LOGO, alt: "", width: 56, height: 56 }), h("h2", {}, "What would you like to know?"),
-      h("p", {}, `${this.model} understands ${kinds.length ? `text, ${inWords(kinds)}` : "text"}, up to ${count(context)} tokens at a time.`),
+      h("p", {}, `${this.model} understands text${kinds.length ? ` and ${inWords(kinds)}` : ""}, up to ${count(context)} tokens.`),
       exampleCards(this.facts, async (example) => {
         if (example.file) await this.composer.addFiles([await example.file()]);
         this.composer.setText(example.text);

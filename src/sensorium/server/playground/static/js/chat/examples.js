@@ -3,6 +3,8 @@
 import { h, icon } from "../lib/dom.js";
 
 const RATE = 16000;
+const CLIP_TYPE = "video/webm;codecs=vp8";
+const CLIP_SECONDS = 1.5;
 
 /** Return the examples for what a model takes: {title, text, icon, file}. */
 export function examplesFor({ modalities }) {
@@ -10,6 +12,9 @@ export function examplesFor({ modalities }) {
   if (modalities.includes("image")) {
     found.push({ title: "Describe a picture", text: "What is in the picture?", icon: "image", file: () => picture("shapes.png", drawShapes) });
     found.push({ title: "Read a chart", text: "What color is the tallest bar?", icon: "image", file: () => picture("chart.png", drawBars) });
+  }
+  if (modalities.includes("video") && window.MediaRecorder && MediaRecorder.isTypeSupported(CLIP_TYPE)) {
+    found.push({ title: "Watch a clip", text: "Does the circle move left or right?", icon: "film", file: () => clip("moving.webm") });
   }
   if (modalities.includes("audio")) {
     found.push({ title: "Listen to a tone", text: "Is the tone rising or falling?", icon: "sound", file: async () => tone("tone.wav") });
@@ -53,6 +58,36 @@ function drawBars(context) {
   });
   context.fillStyle = "#333333";
   context.fillRect(20, 220, 280, 3);
+}
+
+/** Record a circle that moves to the right; that takes as long as the clip. */
+async function clip(name) {
+  const canvas = h("canvas", { width: 240, height: 180 });
+  const context = canvas.getContext("2d");
+  const draw = (share) => {
+    context.fillStyle = "#ffffff";
+    context.fillRect(0, 0, 240, 180);
+    context.fillStyle = "#d62828";
+    context.beginPath();
+    context.arc(40 + 160 * share, 90, 26, 0, 2 * Math.PI);
+    context.fill();
+  };
+  draw(0);
+  const recorder = new MediaRecorder(canvas.captureStream(15), { mimeType: CLIP_TYPE, videoBitsPerSecond: 2_000_000 });
+  const pieces = [];
+  recorder.ondataavailable = ({ data }) => pieces.push(data);
+  const stopped = new Promise((resolve) => (recorder.onstop = resolve));
+  const began = performance.now();
+  recorder.start();
+  const timer = setInterval(() => {
+    const share = (performance.now() - began) / 1000 / CLIP_SECONDS;
+    draw(Math.min(1, share));
+    if (share < 1) return;
+    clearInterval(timer);
+    recorder.stop();
+  }, 60);
+  await stopped;
+  return new File(pieces, name, { type: "video/webm" });
 }
 
 function tone(name) {

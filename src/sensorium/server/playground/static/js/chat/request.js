@@ -2,9 +2,9 @@
 
 /** Sampling values that the settings offer: name in the request, label, and the form of the number. */
 export const SAMPLING = [
-  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, hint: "0 is greedy" },
+  { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05 },
   { name: "top_p", label: "Top p", min: 0, max: 1, step: 0.01 },
-  { name: "top_k", label: "Top k", min: -1, max: 100000, step: 1, whole: true, hint: "−1 is all" },
+  { name: "top_k", label: "Top k", min: -1, max: 100000, step: 1, whole: true },
   { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01 },
   { name: "max_tokens", label: "Most tokens", min: 1, max: 1000000, step: 1, whole: true },
   { name: "seed", label: "Seed", min: 0, max: 4294967295, step: 1, whole: true },

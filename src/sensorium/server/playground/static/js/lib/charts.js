@@ -4,7 +4,7 @@ import { h, svg } from "./dom.js";
 
 const WIDTH = 320;
 const HEIGHT = 88;
-const POINTS = 90;
+const POINTS = 60;
 
 /**
  * A chart of up to three series over time, with their last values as text.
