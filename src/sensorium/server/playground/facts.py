@@ -7,9 +7,6 @@ from typing import Any
 from sensorium import __version__
 from sensorium.server.context import ServingContext
 
-READS_DOCUMENTS = False
-"""Parts of type ``file`` are understood; their pages become images."""
-
 
 def facts(context: ServingContext) -> dict[str, Any]:
     """Return the model, what it takes, its limits and its sampling defaults."""
@@ -21,7 +18,7 @@ def facts(context: ServingContext) -> dict[str, Any]:
         "model": context.model_names[0],
         "runner": processor.runner,
         "modalities": ["text", *modalities],
-        "documents": READS_DOCUMENTS and "image" in modalities,
+        "documents": "image" in modalities,
         "max_model_len": context.frontend.max_model_len,
         "max_body_bytes": context.config.max_body_bytes,
         "metrics_prefix": context.config.metrics_prefix,
