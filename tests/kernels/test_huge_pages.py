@@ -104,3 +104,12 @@ def test_a_cache_that_no_system_has_is_a_configuration_error(folder: Path) -> No
     with pytest.raises(ConfigError, match="more than the system gives") as caught:
         LLM(str(folder), kv_cache_memory_bytes=1 << 50, max_model_len=256)
     assert caught.value.param == "kv_cache_memory_bytes"
+
+
+def test_what_is_short_lived_takes_no_place_beside_weights() -> None:
+    first = huge_pages.shared_zeros((64,), torch.uint8)
+    with huge_pages.short_lived():
+        between = huge_pages.shared_zeros((1 << 16,), torch.uint8)
+    second = huge_pages.shared_zeros((64,), torch.uint8)
+    assert second.data_ptr() - first.data_ptr() == 64
+    assert not between.any()

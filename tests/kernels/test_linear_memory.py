@@ -6,11 +6,13 @@ import ctypes
 import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
 from sensorium.kernels import ops
+from sensorium.kernels.cpu.linear import floats
 from sensorium.kernels.weight import PackedWeight, QuantizedTensor
 
 PAGE = mmap.PAGESIZE
@@ -103,3 +105,41 @@ def test_several_threads_and_any_number_of_them(form: str) -> None:
         found = list(pool.map(lambda index: multiply(inputs[index % 3]), range(60)))
     for index, result in enumerate(found):
         assert torch.equal(result, expected[index % 3])
+
+
+@pytest.mark.skipif(not floats.available("bfloat16"), reason="this CPU has no float panels")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(50, 64), (7, 64), (64, 33), (90, 33), (48, 64)])
+def test_packing_pads_bands_and_not_the_whole_weight(
+    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    pad = torch.nn.functional.pad
+
+    def counted(rows: torch.Tensor, missing: tuple[int, ...]) -> torch.Tensor:
+        sizes.append(rows.numel())
+        return pad(rows, missing)
+
+    monkeypatch.setattr(torch.nn.functional, "pad", counted)
+    monkeypatch.setattr(floats, "PADDED_VALUES", 16 * 34)
+    weight = torch.randn(shape).to(dtype)
+    packed = floats.pack_weight(weight)
+    assert torch.equal(packed.rows(torch.arange(shape[0])), weight)
+    assert max(sizes, default=0) <= 16 * shape[1]
+    assert bool(sizes) == (shape != (48, 64))
+
+
+@pytest.mark.skipif(not floats.available("bfloat16"), reason="this CPU has no float panels")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system's own list is read")
+def test_large_panels_ask_for_huge_pages() -> None:
+    packed = floats.pack_weight(torch.randn(2048, 1024).bfloat16())
+    place, found = packed.panels.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(number, 16) for number in first.split("-"))
+            found = start <= place < end
+        elif first == "VmFlags:" and found:
+            assert "hg" in rest.split()
+            return
+    pytest.fail("the panels are nowhere")

@@ -96,21 +96,28 @@ def quantize_and_pack(
     num_outputs, num_inputs = weight.shape
     panels = max(1, QUANTIZED_BAND // (WIDTH * num_inputs))
     bands = weight.split(panels * WIDTH)
-    first = pack_weight(quantize(bands[0]), dtype)
     if len(bands) == 1:
-        return first
+        return pack_weight(quantize(weight), dtype)
+
+    def packed(band: torch.Tensor) -> PackedWeight:
+        with huge_pages.short_lived():
+            return pack_weight(quantize(band), dtype)
+
+    first = packed(bands[0])
     kind = STORED_KINDS.get(type(first).__name__)
     if kind is None:
         return pack_weight(quantize(weight), dtype)
     parts = first.tensors()
     num_panels = -(-num_outputs // WIDTH)
     whole = {
-        name: huge_pages.zeros((part.shape[0] // panels * num_panels, *part.shape[1:]), part.dtype)
+        name: huge_pages.shared_zeros(
+            (part.shape[0] // panels * num_panels, *part.shape[1:]), part.dtype
+        )
         for name, part in parts.items()
     }
     places = dict.fromkeys(whole, 0)
     for band in bands:
-        parts = parts if band is bands[0] else pack_weight(quantize(band), dtype).tensors()
+        parts = parts if band is bands[0] else packed(band).tensors()
         for name, part in parts.items():
             whole[name][places[name] : places[name] + part.shape[0]] = part
             places[name] += part.shape[0]

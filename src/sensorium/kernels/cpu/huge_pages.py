@@ -18,6 +18,8 @@ import mmap
 import sys
 import threading
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -64,6 +66,20 @@ class _Slab:
 _LOCK = threading.Lock()
 _SLABS: list[_Slab] = []
 """The slab that is being filled."""
+_SHORT_LIVED: ContextVar[bool] = ContextVar("_SHORT_LIVED", default=False)
+
+
+@contextlib.contextmanager
+def short_lived() -> Iterator[None]:
+    """Let ``shared_zeros`` share no pages in this context: what is made in it does not stay.
+
+    In a slab its place would be lost for as long as a weight beside it stays.
+    """
+    token = _SHORT_LIVED.set(True)
+    try:
+        yield
+    finally:
+        _SHORT_LIVED.reset(token)
 
 
 def shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -73,7 +89,7 @@ def shared_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     back when the last weight in a slab of ``SLAB_BYTES`` is gone. Begins at a whole cache line.
     """
     num_values = math.prod(shape)
-    if num_values == 0 or not sys.platform.startswith("linux"):
+    if num_values == 0 or not sys.platform.startswith("linux") or _SHORT_LIVED.get():
         return torch.zeros(shape, dtype=dtype)
     num_bytes = num_values * dtype.itemsize
     with _LOCK:

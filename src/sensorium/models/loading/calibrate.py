@@ -14,6 +14,7 @@ import torch
 
 from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout
+from sensorium.kernels.cpu import huge_pages
 from sensorium.layers.embedding import Embedding
 from sensorium.layers.linear import Linear
 from sensorium.models.interface import LoadableModel, WeightSlot
@@ -40,7 +41,7 @@ def mean_squares(
     length = min(NUM_TOKENS, model.shape.max_position, model.shape.vocab_size)
     ids = torch.randint(model.shape.vocab_size, (length,), generator=generator)
     sums: dict[str, torch.Tensor] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), huge_pages.short_lived():
         _prepare(model, source, ids, sums, proceed)
         positions = torch.arange(length, device=model.device).expand(3, -1)
         embeds = model.embed(torch.arange(length, device=model.device))

@@ -40,7 +40,6 @@ FREE_BYTES = 1 << 30
 ABANDONED_SECONDS = 3600.0
 """Age from which an unfinished file that nobody has written to counts as left behind."""
 _PART = ".part"
-_LARGE = 2 << 20
 _MOST_INDEX_BYTES = 64 << 20
 _DIGEST_BYTES = 32
 END_BYTES = 8 + _DIGEST_BYTES + len(MAGIC)
@@ -111,10 +110,7 @@ class StoredWeights:
         start, num_bytes = int(place["start"]), shape.numel() * dtype.itemsize
         if min(shape, default=0) < 0 or start < 0 or start + num_bytes > self._size:
             raise DamagedError("a tensor is not within the file")
-        if num_bytes >= _LARGE:
-            values = huge_pages.zeros((num_bytes,), torch.uint8)
-        else:
-            values = torch.empty(num_bytes, dtype=torch.uint8)
+        values = huge_pages.shared_zeros((num_bytes,), torch.uint8)
         view = values.numpy().data
         _read_into(self._descriptor, view, start)
         if blake3(view).hexdigest() != place["digest"]:
