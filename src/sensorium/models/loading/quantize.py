@@ -123,13 +123,13 @@ class WeightFormats:
     head: str = "none"
     """Language-model head and token embedding."""
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Weights (K,) of the inputs in the errors of a decoder's int4, by the first part of a slot. It
+    """Weights (K,) of the inputs in the errors of int4 outside encoders, by a slot's first part. It
     may be a ``Deferred`` one, which is made when the first is asked for."""
 
     def quantizer(self, slot: WeightSlot) -> Quantize | None:
         """Return the quantizer for the layers of a slot; None to leave them."""
         make = QUANTIZERS.get(getattr(self, slot.role))
-        if make is not int4 or slot.role != "decoder" or not slot.parts:
+        if make is not int4 or slot.role == "encoder" or not slot.parts:
             return make
         known = self.importance.get(slot.parts[0].name)
         return make if known is None else partial(int4, importance=known)
