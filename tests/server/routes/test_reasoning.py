@@ -1,4 +1,4 @@
-"""Reasoning is split from the content of chat completions, and counted."""
+"""Reasoning and calls are split from the content of chat completions, in the model's forms."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sensorium.errors import ConfigError
-from tests.server.fake_frontend import FakeFrontend
+from sensorium.errors import ConfigError, InvalidRequestError
+from tests.server.fake_frontend import FakeFrontend, fail
 from tests.server.harness import App
 
 THINKS = "<think>\nTwo and two.\n</think>\n\nFour."
@@ -130,3 +130,42 @@ async def test_one_call_at_a_time() -> None:
             tools=tools, parallel_tool_calls=parallel
         )
         assert len(answer.json()["choices"][0]["message"]["tool_calls"]) == expected
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("f", "g")
+]
+HERMES_CALL = '<tool_call>\n{"name": "g", "arguments": {"p": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "g"}}])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_demanded_calls_have_the_form_of_the_model(choice: Any, stream: bool) -> None:
+    served = App(FakeFrontend(reply=HERMES_CALL, template_text="<tool_call>"))
+    answer = await served.chat(tools=TOOLS, tool_choice=choice, stream=stream)
+    constraint = served.frontend.calls[0].params.structured_outputs  # type: ignore[union-attr]
+    assert constraint is not None
+    assert constraint.json is None
+    assert constraint.structural_tag is not None
+    if stream:
+        assert joined(answer, "content") == ""
+        choices = [choice for event in answer.events() for choice in event["choices"]]
+        pieces = [p for c in choices for p in c["delta"].get("tool_calls", ())]
+        assert pieces[0]["function"]["name"] == "g"
+        assert "".join(p["function"]["arguments"] for p in pieces) == '{"p": 1}'
+    else:
+        message = answer.json()["choices"][0]["message"]
+        assert message["content"] is None
+        [call] = message["tool_calls"]
+        assert call["function"] == {"name": "g", "arguments": '{"p": 1}'}
+
+
+async def test_a_wrong_schema_is_found_among_the_allowed_tools() -> None:
+    place = "structured_outputs.structural_tag.format.content.tags[1].content.json_schema"
+    error = InvalidRequestError(f"{place} cannot be used.", param=place)
+    tools = [*TOOLS, {"type": "function", "function": {"name": "h"}}]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": [{"name": "f"}, {"name": "h"}]}
+    served = App(FakeFrontend(template_text="<tool_call>", before=fail(error)))
+    answer = await served.chat(tools=tools, tool_choice=choice)
+    assert answer.error["param"] == "tools[2].function.parameters"
