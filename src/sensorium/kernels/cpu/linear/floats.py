@@ -64,6 +64,10 @@ from sensorium.kernels.weight import Multiply, PackedWeight
 
 DEPTH_BLOCK = 256
 """Inputs after which many rows go on to the next panel: a panel's share then stays in L1."""
+FEW_DEPTH_BLOCK = 2048
+"""Inputs of a block of few groups of rows, which wait for weights: long runs of a panel are fetched
+ahead, and the groups behind the first find them in L2."""
+FEW_GROUPS = 3
 BLOCK_ROWS = 192
 """Rows of a task: their share of ``DEPTH_BLOCK`` inputs, and their sums, stay in L2."""
 BLOCK_PANELS = 8
@@ -322,11 +326,11 @@ class FloatProduct(RowProduct):
         largest, smallest = -(-num_rows // groups), num_rows // groups
         together = together_of(largest, smallest)
         if groups == 1:
-            # Panels that are cut into tiles are read once for each.
-            whole = is_one_tile(largest)
-            limit, task_groups, depth_block = MOST_PANELS, 1, depth if whole else DEPTH_BLOCK
+            limit, task_groups = MOST_PANELS, 1
+            depth_block = depth if is_one_tile(largest) else FEW_DEPTH_BLOCK
         else:
-            limit, task_groups, depth_block = BLOCK_PANELS, -(-BLOCK_ROWS // largest), DEPTH_BLOCK
+            limit, task_groups = BLOCK_PANELS, -(-BLOCK_ROWS // largest)
+            depth_block = FEW_DEPTH_BLOCK if groups <= FEW_GROUPS else DEPTH_BLOCK
         limit = max(together, limit // together * together)
         share = -(-num_panels // (threads * TASKS_PER_THREAD))
         task_panels = min(limit, max(together, share // together * together))

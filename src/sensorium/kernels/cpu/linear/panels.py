@@ -11,6 +11,7 @@ for them: a *tile*. Too few sums would wait for each other, as an addition takes
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,6 @@ from numba import types
 from numba.core import cgutils
 
 from sensorium.kernels.cpu.linear import levels
-from sensorium.kernels.cpu.linear.integers import opaque
 from sensorium.kernels.cpu.numeric import WIDTH, intrinsic
 
 WIDE = levels.has_wide_registers()
@@ -152,6 +152,20 @@ def _emit_tile(
         builder.store(builder.load(slot), place, align=4)
 
 
+def _row_value(builder: ir.IRBuilder, a: ir.Value, index: int) -> ir.Value:
+    """Return the value of a row in each lane."""
+    return _splat(builder, builder.load(builder.gep(a, [_I64(index)])))
+
+
+def _after(builder: ir.IRBuilder, number: ir.Value, slot: ir.Value) -> ir.Value:
+    """Return a number as one that LLVM knows nothing about before the sum in a slot is there."""
+    kinds = [number.type, _VEC]
+    kind = ir.FunctionType(ir.LiteralStructType(kinds), kinds)
+    both = builder.asm(kind, "", "=r,=x,0,1", [number, builder.load(slot)], side_effect=False)
+    builder.store(builder.extract_value(both, 1), slot)
+    return builder.extract_value(both, 0)
+
+
 def _panel_places(
     builder: ir.IRBuilder, own: _Operands, along: ir.Value, columns: list[_Column]
 ) -> dict[int, ir.Value]:
@@ -177,6 +191,10 @@ def _emit_step(
         return
     fma_kind = ir.FunctionType(_VEC, [_VEC] * 3)
     fma = cgutils.get_or_insert_function(builder.module, fma_kind, f"llvm.fmuladd.v{LANES}f32")
+
+    def add(wide: ir.Value, weight: ir.Value, slot: ir.Value) -> None:
+        builder.store(builder.call(fma, [wide, weight, builder.load(slot)]), slot)
+
     along = builder.mul(index, _I64(STEP * WIDTH))
     a = builder.gep(own.a, [builder.mul(index, _I64(STEP * num_rows))])
     places = _panel_places(builder, own, along, columns)
@@ -187,13 +205,28 @@ def _emit_step(
         if half == 1 and not WIDE:
             # At a place that LLVM does not know, pairs are loaded again: kept from the first input,
             # they would take the registers of the sums.
-            places = _panel_places(builder, own, opaque(builder, along), columns)
-        weights = [_weights(builder, own, places[c.panel], c.lane, half == 1) for c in columns]
-        for r, row_slots in enumerate(slots):
-            scalar = builder.load(builder.gep(a, [_I64(half * num_rows + r)]))
-            wide = _splat(builder, scalar)
-            for weight, slot in zip(weights, row_slots, strict=True):
-                builder.store(builder.call(fma, [wide, weight, builder.load(slot)]), slot)
+            again = _after(builder, along, slots[-1][-1])
+            places = _panel_places(builder, own, again, columns)
+        row_values = [
+            functools.partial(_row_value, builder, a, half * num_rows + r) for r in range(num_rows)
+        ]
+        column_values = [
+            functools.partial(_weights, builder, own, places[c.panel], c.lane, half == 1)
+            for c in columns
+        ]
+        # The fewer of both are held in registers, the others pass through one.
+        if num_rows < len(columns):
+            held = [value() for value in row_values]
+            for c, column_value in enumerate(column_values):
+                weight = column_value()
+                for wide, row_slots in zip(held, slots, strict=True):
+                    add(wide, weight, row_slots[c])
+        else:
+            held = [value() for value in column_values]
+            for row_value, row_slots in zip(row_values, slots, strict=True):
+                wide = row_value()
+                for weight, slot in zip(held, row_slots, strict=True):
+                    add(wide, weight, slot)
 
 
 def _emit_pairs(

@@ -34,6 +34,7 @@ SHIPPED = Path(__file__).with_name("measured.json")
 PANELS, ONEDNN, TORCH = "panels", "oneDNN", "torch"
 FLOATS = ("float32", "bfloat16", "float16")
 INTEGERS = ("int8", "int4")
+TILE_LEVELS = ("amx-bf16", "amx-int8")
 INTEGER_NAMES = {"avx2": "AVX2", "vnni256": "VNNI of 256 bits", "vnni512": "VNNI of 512 bits"}
 """Names of the forms of integer products, of which each CPU has one."""
 
@@ -161,7 +162,11 @@ def _shipped() -> Times:
     order = [name for name, _ in levels.X86_LEVELS]
     known = levels.level() in order
     below = order[order.index(levels.level()) :] if known else [levels.level()]
-    return next((checked(shipped[name]["times"]) for name in below if name in shipped), {})
+    found = next((name for name in below if name in shipped), None)
+    times = {} if found is None else checked(shipped[found]["times"])
+    if levels.has("amx-bf16") and found not in TILE_LEVELS:
+        times.pop("bfloat16", None)  # without tiles, oneDNN's times say nothing of those with them
+    return times
 
 
 def checked(times: object) -> Times:
