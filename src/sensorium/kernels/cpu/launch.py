@@ -173,7 +173,7 @@ class Launch:
 
 
 class NotRecordable(RuntimeError):
-    """What runs between launches could not be repeated by repeating the launches alone."""
+    """Launches that, repeated alone, would not repeat what ran between them."""
 
 
 class _Recording(threading.local):
@@ -195,7 +195,7 @@ def record(address: int, args: Any) -> None:
 
 
 def renew_last(key: Hashable, plan: Callable[[Any], Any], fields: Sequence[int]) -> None:
-    """Say how some arguments of the launch recorded last follow from a batch, see ``Launch``."""
+    """Let some arguments of the launch recorded last follow from a batch, see ``Launch``."""
     assert _RECORDING.launches is not None
     last = _RECORDING.launches[-1]
     last.key, last.plan, last.fields = key, plan, fields

@@ -34,7 +34,7 @@ MOST_READERS = 4
 
 @dataclass(frozen=True, slots=True)
 class CacheSettings:
-    """Where weights are kept, and how many bytes of them.
+    """Place and bounds of the weights that are kept.
 
     least_bytes: models with less are not worth a file.
     """
