@@ -13,7 +13,7 @@ from sensorium.kernels.cpu import amx
 from sensorium.kernels.cpu.attention.tiles import causal, varlen
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import Launcher, assembly
-from sensorium.kernels.cpu.linear import int4, int8, integers, levels
+from sensorium.kernels.cpu.linear import int4, int8, integers, levels, tiles
 from sensorium.processes.start import child_environment
 
 AVX2 = "+avx2,+fma,+f16c"
@@ -52,9 +52,13 @@ def check_tiles(launcher: Launcher, product: str) -> None:
 
 
 def check_amx() -> None:
+    assert amx.INSTRUCTIONS.name not in tiles.units(), "this system lets no process use tiles"
+    tiles.units = lambda: {amx.INSTRUCTIONS.name: amx.INSTRUCTIONS}
     for module in (causal, varlen):
         build = amx.bound(module.build_attend, amx.INSTRUCTIONS)
         check_tiles(kernel(build, torch.bfloat16), "tdpbf16ps")
+    for own in (int8, int4):
+        check_tiles(own.kernel(torch.bfloat16, amx.INSTRUCTIONS.name), "tdpbsud")
 
 
 def check_vnni() -> None:

@@ -137,6 +137,17 @@ def pointer(typingctx: Any, address: Any, like: Any) -> Any:
 
 
 @intrinsic
+def recast(typingctx: Any, ptr: Any, like: Any) -> Any:
+    """Cast a pointer to one to elements of the type ``like``."""
+    element = like.instance_type if isinstance(like, types.TypeRef) else like.dtype
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(element)(ptr, like), codegen
+
+
+@intrinsic
 def shifted(typingctx: Any, ptr: Any, offset: Any) -> Any:
     """Advance a pointer by ``offset`` elements."""
 

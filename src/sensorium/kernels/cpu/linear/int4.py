@@ -23,11 +23,13 @@ import torch
 from numba import types
 from numba.core import cgutils
 
-from sensorium.kernels.cpu import huge_pages
+from sensorium.kernels.cpu import amx, huge_pages
 from sensorium.kernels.cpu.launch import Launcher, compile_kernel
+from sensorium.kernels.cpu.linear import tiles
 from sensorium.kernels.cpu.linear.integer_kernel import (
     IntegerProduct,
     Layout,
+    ManyRows,
     build,
 )
 from sensorium.kernels.cpu.linear.integers import (
@@ -229,10 +231,21 @@ def _panel(name: str) -> Any:
 LAYOUT = Layout(GROUP, GROUP, BIAS)
 
 
+def check_tiles(unit: amx.Unit) -> int:
+    """Compare products by tiles with those by vectors."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-8, 8, (40, 588), generator=generator, dtype=torch.int8)
+    scales = torch.rand(40, 19, generator=generator) / 7
+    weight = Int4Weight.pack(QuantizedTensor(values, scales, 4, GROUP), torch.float32)
+    return tiles.compare(weight.bind_form, 588, unit.name, forms()[-1])
+
+
 @functools.cache
 def kernel(dtype: torch.dtype, form: str) -> Launcher:
     """Return the kernel for activations of ``dtype``, compiled or loaded at first use."""
-    function = build(ELEMENT[dtype], LAYOUT.row_bytes, BIAS, False, _panel(form))
+    unit = tiles.units().get(form)
+    panel = _panel(form) if unit is None else tiles.int4_panel(unit, GROUP_BYTES)
+    function = build(ELEMENT[dtype], LAYOUT.row_bytes, BIAS, False, panel)
     return compile_kernel(function, f"int4_{str(dtype).removeprefix('torch.')}_{form}")
 
 
@@ -282,8 +295,21 @@ class Int4Weight(PackedWeight):
         return self.packed.nbytes
 
     def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
-        own = kernel(self.dtype, self.form)
-        return IntegerProduct(own, LAYOUT, self.shape, self.packed, None, bias, act, self.dtype)
+        many = None
+        if self.form not in tiles.units():
+            many = tiles.many_rows("int4", "Int4Weight", self.dtype, kernel, check_tiles)
+        return self.bind_form(self.form, bias, act, many)
+
+    def bind_form(
+        self,
+        form: str,
+        bias: torch.Tensor | None = None,
+        act: str | None = None,
+        many: ManyRows | None = None,
+    ) -> Multiply:
+        """Return ``bind`` in one form of instructions, with ``many`` for many rows."""
+        own, packed = kernel(self.dtype, form), self.packed
+        return IntegerProduct(*(own, LAYOUT, self.shape, packed, None, bias, act, self.dtype, many))
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         panel, lane = ids // WIDTH, ids % WIDTH

@@ -20,11 +20,13 @@ import torch
 from numba import types
 from numba.core import cgutils
 
-from sensorium.kernels.cpu import huge_pages
+from sensorium.kernels.cpu import amx, huge_pages
 from sensorium.kernels.cpu.launch import Launcher, compile_kernel
+from sensorium.kernels.cpu.linear import tiles
 from sensorium.kernels.cpu.linear.integer_kernel import (
     IntegerProduct,
     Layout,
+    ManyRows,
     build,
 )
 from sensorium.kernels.cpu.linear.integers import (
@@ -290,6 +292,15 @@ def _panel(name: str) -> Any:
     return multiply
 
 
+def check_tiles(unit: amx.Unit) -> int:
+    """Compare products by tiles with those by vectors."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-127, 128, (40, 588), generator=generator, dtype=torch.int8)
+    scales = torch.rand(40, 1, generator=generator) / 127
+    weight = Int8Weight.pack(QuantizedTensor(values, scales, 8, 588), torch.float32)
+    return tiles.compare(weight.bind_form, 588, unit.name, forms()[-1])
+
+
 def layout(form: str) -> Layout:
     """Return the layout of quantized activations."""
     return Layout(GROUP, BLOCK * (2 if form == "avx2" else 1), BIAS)
@@ -299,7 +310,9 @@ def layout(form: str) -> Layout:
 def kernel(dtype: torch.dtype, form: str) -> Launcher:
     """Return the kernel for activations of ``dtype``, compiled or loaded at first use."""
     pairs = form == "avx2"
-    function = build(ELEMENT[dtype], layout(form).row_bytes, BIAS, pairs, _panel(form))
+    unit = tiles.units().get(form)
+    panel = _panel(form) if unit is None else tiles.int8_panel(unit)
+    function = build(ELEMENT[dtype], layout(form).row_bytes, BIAS, pairs, panel)
     return compile_kernel(function, f"int8_{str(dtype).removeprefix('torch.')}_{form}")
 
 
@@ -352,10 +365,22 @@ class Int8Weight(PackedWeight):
         return self.packed.nbytes + self.scales.nbytes
 
     def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
-        own = kernel(self.dtype, self.form)
-        used = layout(self.form)
+        many = None
+        if layout(self.form) == layout("") and self.form not in tiles.units():
+            many = tiles.many_rows("int8", "Int8Weight", self.dtype, kernel, check_tiles)
+        return self.bind_form(self.form, bias, act, many)
+
+    def bind_form(
+        self,
+        form: str,
+        bias: torch.Tensor | None = None,
+        act: str | None = None,
+        many: ManyRows | None = None,
+    ) -> Multiply:
+        """Return ``bind`` in one form of instructions, with ``many`` for many rows."""
+        own, used, scales = kernel(self.dtype, form), layout(form), self.scales
         return IntegerProduct(
-            own, used, self.shape, self.packed, self.scales, bias, act, self.dtype
+            *(own, used, self.shape, self.packed, scales, bias, act, self.dtype, many)
         )
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:

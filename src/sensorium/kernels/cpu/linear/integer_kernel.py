@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numba import types
@@ -61,6 +61,17 @@ CHUNKS_PER_THREAD = 6
 """Least number of tasks for each thread, so that none waits long for another."""
 MANY_ROWS = 64
 """Rows from which on a task of quantization takes several."""
+
+
+SLACK = 16 * BLOCK
+"""Bytes behind the quantized rows that matrix tiles may read: a tile's rows of a block."""
+
+
+class ManyRows(NamedTuple):
+    """A kernel for products of ``least`` rows and more."""
+
+    least: int
+    kernel: Launcher
 
 
 @dataclass(frozen=True)
@@ -184,11 +195,13 @@ class IntegerProduct(RowProduct):
         bias: torch.Tensor | None,
         act: str | None,
         dtype: torch.dtype,
+        many: ManyRows | None = None,
     ) -> None:
         """Bind a kernel to its weights.
 
         weights: panels of bytes, the first axis that of panels. scales: float32 of the outputs,
-        padded to whole panels. bias: (N,). dtype: that of the activations.
+        padded to whole panels. bias: (N,). dtype: that of the activations. many: a kernel of the
+        same layout for many rows.
         """
         self.row_bytes = -(-shape[1] // BLOCK) * layout.row_bytes
         self.scale_bytes = -(-shape[1] // layout.group) * 4
@@ -196,7 +209,7 @@ class IntegerProduct(RowProduct):
         self.block_rows = max(LEAST_ROW_BLOCK, min(ROW_BLOCK, rows))
         fits = rows_that_fit(self.row_bytes + 2 * self.scale_bytes, self.block_rows)
         super().__init__(shape, dtype, fits)
-        self.kernel, self.layout = kernel, layout
+        self.kernel, self.layout, self.many = kernel, layout, many
         bias = None if bias is None else bias.to(dtype).contiguous()
         self.kept = (weights, scales, bias)
         self.num_panels, self.panel_bytes = weights.shape[0], weights[0].numel()
@@ -204,10 +217,16 @@ class IntegerProduct(RowProduct):
         self.addresses = tuple(0 if t is None else t.data_ptr() for t in self.kept)
         self.code = epilogue.CODES[act]
 
+    def kernel_for(self, num_rows: int) -> Launcher:
+        """Return the kernel for so many rows."""
+        if self.many is not None and num_rows >= self.many.least:
+            return self.many.kernel
+        return self.kernel
+
     def plan(self, num_rows: int, threads: int) -> Plan:
         """Return the launch for so many rows."""
         quantized, scales = lines(num_rows * self.row_bytes), lines(num_rows * self.scale_bytes)
-        at, number = scratch(quantized + 2 * scales)
+        at, number = scratch(quantized + 2 * scales + SLACK)
         blocks = -(-num_rows // self.block_rows)
         chunk = min(self.most_panels, -(-self.num_panels // (threads * CHUNKS_PER_THREAD)))
         quantized_rows = 1 if num_rows < MANY_ROWS else 8
@@ -219,5 +238,7 @@ class IntegerProduct(RowProduct):
             *(quantized_rows, -(-num_rows // quantized_rows), self.panel_bytes),
             self.layout.group,
         )
-        launch = self.kernel.on(threads, num_rows * self.num_inputs * self.num_outputs)
+        launch = self.kernel_for(num_rows).on(
+            threads, num_rows * self.num_inputs * self.num_outputs
+        )
         return Plan(pack(*values), launch, threads, number)

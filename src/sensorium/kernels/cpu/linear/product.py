@@ -86,6 +86,10 @@ class RowProduct(ABC):
         self.plans: dict[int, Plan] = {}
         """Kept launches by number of rows; one that is in use is not in it."""
 
+    def kernel_for(self, num_rows: int) -> Launcher:
+        """Return the kernel for so many rows."""
+        return self.kernel
+
     @abstractmethod
     def plan(self, num_rows: int, threads: int) -> Plan:
         """Return the launch for so many rows on at most so many threads."""
@@ -117,7 +121,7 @@ class RowProduct(ABC):
         if is_recording():
             args = self.plan(num_rows, threads).args
             args[SOURCE], args[RESULT] = source, result
-            record(self.kernel.address, args)
+            record(self.kernel_for(num_rows).address, args)
             return
         # A plan in use is in no other thread's reach: some launches let other threads run.
         plan = self.plans.pop(num_rows, None)

@@ -41,7 +41,7 @@ from sensorium.kernels.cpu.attention.tiles.pairs import (
     score_pairs,
     weigh_pairs,
 )
-from sensorium.kernels.cpu.attention.tiles.softmax import part_weights, recast, up
+from sensorium.kernels.cpu.attention.tiles.softmax import part_weights, up
 from sensorium.kernels.cpu.denormals import flush_denormals, restore_denormals
 from sensorium.kernels.cpu.numeric import (
     OUTLINE,
@@ -53,6 +53,7 @@ from sensorium.kernels.cpu.numeric import (
     njit,
     outlined,
     pointer,
+    recast,
     shifted,
     splat,
     store16,

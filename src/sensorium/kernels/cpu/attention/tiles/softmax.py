@@ -103,17 +103,6 @@ def within(typingctx: Any, values: Any, index: Any, low: Any, high: Any, other: 
     return vec16(vec16, types.int64, types.int64, types.int64, types.float32), codegen
 
 
-@intrinsic
-def recast(typingctx: Any, ptr: Any, like: Any) -> Any:
-    """Cast a pointer to one to elements of the type ``like``."""
-    element = like.instance_type if isinstance(like, types.TypeRef) else like.dtype
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(element)(ptr, like), codegen
-
-
 @njit(**OUTLINE)
 def part_weights(
     scores: Any, first: Any, low: Any, visible: Any, last: Any, factor: Any, weights: Any
