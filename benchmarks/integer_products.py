@@ -33,7 +33,7 @@ MOST_WORK_OF_TORCH = 3e9
 """Those above which torch's own are not: they take each row at the same cost."""
 
 
-def _quantized(bits: int, num_outputs: int, num_inputs: int) -> QuantizedTensor:
+def quantized_weight(bits: int, num_outputs: int, num_inputs: int) -> QuantizedTensor:
     """Return a random weight as the quantizers make them."""
     least, most, group = (-127, 127, num_inputs) if bits == 8 else (-8, 7, 32)
     values = torch.randint(least, most + 1, (num_outputs, num_inputs), dtype=torch.int8)
@@ -71,7 +71,7 @@ def _rivals(x: torch.Tensor, num_outputs: int) -> dict[str, Callable[[], Any]]:
     """Return the libraries' products that this torch has, each with one weight."""
     if x.shape[0] * x.shape[1] * num_outputs > MOST_WORK_OF_TORCH:
         return {}
-    values = _quantized(8, num_outputs, x.shape[1]).values
+    values = quantized_weight(8, num_outputs, x.shape[1]).values
     found = {}
     makers = {"onednn_u8s8": _library_uint8, "torch_int8": _torch_int8, "torch_int4": _torch_int4}
     for name, make in makers.items():
@@ -100,7 +100,7 @@ def integers(seconds: float, bandwidth: float, race: Race) -> dict[str, Any]:
         num_bytes: dict[str, int] = {}
         for bits in (8, 4):
             own = [
-                ops.pack_weight(_quantized(bits, num_outputs, num_inputs), torch.bfloat16)
+                ops.pack_weight(quantized_weight(bits, num_outputs, num_inputs), torch.bfloat16)
                 for _ in range(copies)
             ]
             bound[f"int{bits}"] = [weight.bind() for weight in own]

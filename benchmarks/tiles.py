@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 
+from benchmarks.integer_products import quantized_weight
+from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch
 from sensorium.kernels.cpu import amx, tile_check
 from sensorium.kernels.cpu.attention import paged, varlen_vectors
 from sensorium.kernels.cpu.attention.route import VECTORS, Route
 from sensorium.kernels.cpu.attention.tiles import checks, varlen
 from sensorium.kernels.cpu.attention.tiles.causal import FEW_ROWS
+from sensorium.kernels.cpu.linear import tiles as linear_tiles
+from sensorium.kernels.cpu.linear.int4 import Int4Weight
+from sensorium.kernels.cpu.linear.int8 import Int8Weight
 
 Run = Callable[[int], Any]
 Race = Callable[[list[Run], float], list[float]]
@@ -24,6 +29,11 @@ HEADS = ((14, 2, 64), (12, 2, 128), (32, 8, 128))
 SPANS = ((1000, 1), (1000, 2), (1000, 8), (1000, 32), (512, 512), (2048, 512), (2048, 2048))
 """KV and query lengths of one sequence."""
 ALWAYS, NEVER = 1, 1 << 30
+SHAPES = ((9728, 896), (896, 4864))
+"""Outputs and inputs of products."""
+ROWS = (1, 8, 16, 32, 128, 512, 2048)
+COPIES = 16
+"""Weights that calls take in turn, so that each finds its own in memory."""
 
 
 def tiles(seconds: float, race: Race, batch_of: Callable[..., AttentionBatch]) -> dict[str, Any]:
@@ -65,6 +75,31 @@ def tiles(seconds: float, race: Race, batch_of: Callable[..., AttentionBatch]) -
             "tiles_us": round(own * 1e6, 1),
             "vectors_us": round(plain * 1e6, 1),
         }
+    return results | _integers(seconds, race)
+
+
+def _integers(seconds: float, race: Race) -> dict[str, dict[str, float]]:
+    """Measure products with int8 and int4 weights, of bf16 rows."""
+    results: dict[str, dict[str, float]] = {}
+    for name in linear_tiles.units():
+        for num_outputs, num_inputs in SHAPES:
+            for quantized in (quantized_weight(bits, num_outputs, num_inputs) for bits in (8, 4)):
+                packed = [ops.pack_weight(quantized, torch.bfloat16) for _ in range(COPIES)]
+                own = [weight for weight in packed if isinstance(weight, Int8Weight | Int4Weight)]
+                by_tiles = [weight.bind_form(name) for weight in own]
+                by_vectors = [weight.bind_form(weight.form) for weight in own]
+                for rows in ROWS:
+                    x = torch.randn(rows, num_inputs).bfloat16()
+                    runs: list[Run] = [
+                        lambda i, p=product, x=x: p[i % len(p)](x)
+                        for product in (by_tiles, by_vectors)
+                    ]
+                    times = race(runs, seconds)
+                    key = f"{quantized.format} {num_outputs} x {num_inputs}: {rows} rows"
+                    results[key] = {
+                        f"{kind}_us": round(value * 1e6, 1)
+                        for kind, value in zip(("tiles", "vectors"), times, strict=True)
+                    }
     return results
 
 

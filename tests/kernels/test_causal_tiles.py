@@ -13,12 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sensorium.bench.kernels import measure_attention
 from sensorium.kernels import ops, reference
 from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant, KVCacheLayout
 from sensorium.kernels.cpu import amx, findings, tile_check
 from sensorium.kernels.cpu.amx_emulation import EMULATION, Emulation
 from sensorium.kernels.cpu.attention import paged, route
 from sensorium.kernels.cpu.attention.tiles import causal, checks
+from sensorium.kernels.cpu.linear import table
 from tests.kernels.batches import TOLERANCE, make_batch, twin
 from tests.kernels.test_invariance import VARIANTS, cuts, part_of, variant_of
 from tests.kernels.tiles import UNITS, needs_emulation
@@ -133,12 +135,12 @@ def fill(batch: AttentionBatch, block_size: int) -> None:
     """Give every sequence the same keys and values, whatever its blocks are."""
     (cache,) = batch.caches
     generator = torch.Generator().manual_seed(11)
-    for table, kv_len in zip(batch.block_table.tolist(), batch.kv_lens, strict=True):
+    for blocks, kv_len in zip(batch.block_table.tolist(), batch.kv_lens, strict=True):
         heads, dim = cache.k.shape[1:3]
         keys = torch.randn(kv_len, heads, dim, generator=generator).to(BF16)
         values = torch.randn(kv_len, heads, dim, generator=generator).to(BF16)
         for token in range(kv_len):
-            block, offset = table[token // block_size], token % block_size
+            block, offset = blocks[token // block_size], token % block_size
             cache.k[block, :, :, offset], cache.v[block, :, offset] = keys[token], values[token]
 
 
@@ -154,10 +156,10 @@ def test_what_no_row_sees_is_not_read(window: int | None, least_rows: int) -> No
     (cache,) = dirty.caches
     held = torch.zeros(cache.v.shape[0], layout.block_size, dtype=torch.bool)
     lengths = zip(dirty.block_table.tolist(), dirty.kv_lens, dirty.query_lens, strict=True)
-    for table, kv_len, query_len in lengths:
+    for blocks, kv_len, query_len in lengths:
         first = 0 if window is None else max(0, kv_len - query_len - window + 1) // 32 * 32
         for place in range(first, kv_len):
-            held[table[place // 16], place % 16] = True
+            held[blocks[place // 16], place % 16] = True
     cache.k.masked_fill_(~held[:, None, None, :], math.nan)
     cache.v.masked_fill_(~held[:, None, :, None], math.nan)
     results = []
@@ -280,6 +282,23 @@ def test_tiles_with_other_last_bits_run_every_row(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(checks, "causal", checks.products)
     monkeypatch.setattr(amx, "unit", lambda unit=Rounding(): unit)
     assert route.choose(BF16, 64).least_rows == 1
+
+
+@pytest.mark.usefixtures("kept_nowhere")
+@pytest.mark.parametrize(("own", "tiles"), [(1.0, True), (9.0, False)])
+def test_tiles_that_were_measured_to_be_slower_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, own: float, tiles: bool
+) -> None:
+    times = {"32": {"tiles": own, "vectors": 3.0}, "1": {"vectors": 2.0}}
+    monkeypatch.setattr(table, "measured", lambda: {"attention": times})
+    monkeypatch.setattr(checks, "causal", lambda unit: tile_check.SAME_BITS)
+    assert (route.choose(BF16, 64) != route.VECTORS) == tiles
+
+
+def test_both_kernels_are_measured() -> None:
+    times = measure_attention([1, 17], 0.0)
+    assert times.keys() == {"1", "17"}
+    assert all(row.keys() == {"tiles", "vectors"} for row in times.values())
 
 
 @pytest.mark.usefixtures("kept_nowhere")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from sensorium.bench import report
 from sensorium.kernels import ops
-from sensorium.kernels.cpu.linear import levels, table
+from sensorium.kernels.batch import AttentionBatch
+from sensorium.kernels.cpu import amx
+from sensorium.kernels.cpu.attention import paged, route
+from sensorium.kernels.cpu.attention.tiles import checks
+from sensorium.kernels.cpu.linear import levels, table, tiles
+from sensorium.kernels.cpu.linear.int4 import Int4Weight
+from sensorium.kernels.cpu.linear.int8 import Int8Weight
 from sensorium.kernels.weight import PackedWeight, QuantizedTensor
 
 CACHE_BYTES = 128 * 1024 * 1024
@@ -19,7 +26,12 @@ CACHE_BYTES = 128 * 1024 * 1024
 GROUPS = {"int8": 0, "int4": 32}
 """Inputs that share a scale; 0: all."""
 
+CONTEXT = 1024
+"""Tokens that rows of attention attend to at least."""
+
 Multiply = Callable[[torch.Tensor], torch.Tensor]
+Shape = tuple[int, int, int, int, float]
+"""Layer, heads, KV heads, their size, scale."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,9 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"CPU level {levels.level()}, reading {results['read_gb_per_second']} GB/s")
     print(f"{'format':<9} {'rows':>5}  {'product':<10} {'us':>10} {'GB/s':>7} {'GFLOP/s':>8}")
     for form in dict.fromkeys(arguments.formats):
-        results["times"][form] = measure_format(
-            form, arguments.shape, results["settings"]["rows"], arguments.seconds
-        )
+        rows = results["settings"]["rows"]
+        if form == route.FORMAT:
+            times = measure_attention(rows, arguments.seconds)
+        else:
+            times = measure_format(form, arguments.shape, rows, arguments.seconds)
+        results["times"][form] = times
     if arguments.output is not None:
         report.write_json(results, arguments.output)
     if arguments.write:
@@ -70,7 +85,8 @@ def measure_format(
     times: dict[str, dict[str, float]] = {}
     for count in rows:
         x = torch.randn(count, num_inputs).to(dtype)
-        found = race({name: [w.bind() for w in own] for name, own in packed.items()}, x, seconds)
+        bound = {name: [_bound(name, weight) for weight in own] for name, own in packed.items()}
+        found = race(bound, x, seconds)
         times[str(count)] = {name: round(value * 1e6, 1) for name, value in found.items()}
         for name, value in found.items():
             speed = packed[name][0].nbytes / value / 1e9
@@ -82,7 +98,48 @@ def measure_format(
     return times
 
 
-def race(products: dict[str, list[Multiply]], x: torch.Tensor, seconds: float) -> dict[str, float]:
+def measure_attention(rows: Sequence[int], seconds: float) -> dict[str, dict[str, float]]:
+    """Return microseconds of attention of a decoder in bf16, by query rows and kernel.
+
+    Rows of one sequence, the last of CONTEXT tokens or as many as there are rows, in the shape of
+    Qwen2-0.5B.
+    """
+    unit = amx.unit()
+    routes = {route.NO_TILES: route.VECTORS}
+    if unit is not None:
+        routes[route.TILES] = route.Route(unit)
+    heads, kv_heads, dim = 14, 2, 64
+    times: dict[str, dict[str, float]] = {}
+    for count in rows:
+        generator = torch.Generator().manual_seed(0)
+        step = checks.make_step([(max(count, CONTEXT), count)], kv_heads, dim, generator)
+        shape = (0, heads, kv_heads, dim, dim**-0.5)
+        bound = {
+            name: [functools.partial(_attend, step, shape, own)] for name, own in routes.items()
+        }
+        x = torch.randn(count, (heads + 2 * kv_heads) * dim).bfloat16()
+        found = race(bound, x, seconds)
+        times[str(count)] = {name: round(value * 1e6, 1) for name, value in found.items()}
+        for name, value in found.items():
+            print(f"{route.FORMAT:<9} {count:>5}  {name:<10} {value * 1e6:>10.1f}", flush=True)
+    return times
+
+
+def _attend(step: AttentionBatch, shape: Shape, own: route.Route, x: torch.Tensor) -> torch.Tensor:
+    """Return the attention of a step's rows by one kernel."""
+    return paged.rope_attention(x, step, *shape, route=own)
+
+
+def _bound(name: str, weight: PackedWeight) -> Multiply:
+    """Return a weight's product: by matrix tiles, or without them where a weight has both."""
+    if isinstance(weight, Int8Weight | Int4Weight):
+        return weight.bind_form(next(iter(tiles.units())) if name == tiles.NAME else weight.form)
+    return weight.bind()
+
+
+def race(
+    products: Mapping[str, Sequence[Multiply]], x: torch.Tensor, seconds: float
+) -> dict[str, float]:
     """Return seconds per product, the least of runs in turn, each with another weight.
 
     Other processes make runs longer, never shorter.
@@ -110,7 +167,8 @@ def _packed(form: str, shape: tuple[int, int]) -> dict[str, list[PackedWeight]]:
         quantized = QuantizedTensor(values, scales, bits, group)
         count = max(1, CACHE_BYTES // (size * bits // 8))
         own = [ops.pack_weight(quantized, torch.float32) for _ in range(count)]
-        return {type(own[0]).__name__: own}
+        products = {type(own[0]).__name__: own}
+        return products | ({tiles.NAME: own} if tiles.units() else {})
     dtype = table.dtype_of(form)
     count = max(1, CACHE_BYTES // (size * dtype.itemsize))
     weights = [(torch.randn(shape) * num_inputs**-0.5).to(dtype) for _ in range(count)]

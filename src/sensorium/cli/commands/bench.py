@@ -10,8 +10,8 @@ from typing import Any
 from sensorium.cli.flags import add_engine_flags, add_progress_flag, engine_keywords
 from sensorium.config import ModelConfig
 
-FORMATS = ("float32", "bfloat16", "float16", "int8", "int4")
-"""Formats of weights, those of ``kernels.weight``, which imports torch."""
+FORMATS = ("float32", "bfloat16", "float16", "int8", "int4", "attention")
+"""Formats of weights, those of ``kernels.weight``, which imports torch; and attention in bf16."""
 MOST_WEIGHTS = 1 << 30
 """Most weights of a layer that products are measured with."""
 MOST_SECONDS = 3600

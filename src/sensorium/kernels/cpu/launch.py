@@ -343,7 +343,7 @@ written either."""
 
 
 def assembly(launcher: Launcher) -> str:
-    """Return the assembly of a kernel that this process has compiled or loaded."""
+    """Return the assembly of a kernel that this process has compiled, not loaded."""
     (own,) = (compiled for compiled in _KEPT if compiled.address == launcher.address)
     return str(own._library.get_asm_str())
 

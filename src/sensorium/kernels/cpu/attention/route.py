@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
 
 from sensorium.kernels.cpu import amx, tile_check
 from sensorium.kernels.cpu.attention.tiles import causal
+from sensorium.kernels.cpu.linear import table
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class Route:
 
 
 VECTORS = Route(None)
+FORMAT, TILES, NO_TILES = "attention", "tiles", "vectors"
+"""Names in the table of measured times."""
 
 
 def choose(dtype: torch.dtype, head_dim: int) -> Route:
@@ -42,4 +46,13 @@ def checked(unit: amx.Unit) -> Route:
     found = tile_check.outcome("attention of decoders", checks.causal, unit)
     if found == tile_check.WRONG:
         return VECTORS
+    if slower_as_measured():
+        return VECTORS
     return Route(unit) if found == tile_check.SAME_BITS else Route(unit, least_rows=1)
+
+
+def slower_as_measured() -> bool:
+    """Return whether attention was measured on this machine, and tiles were the slower ones."""
+    times = table.measured().get(FORMAT, {}).values()
+    both = [row for row in times if TILES in row and NO_TILES in row]
+    return sum(math.log(row[TILES] / row[NO_TILES]) for row in both) > 0

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from sensorium import environment
+from sensorium.kernels.cpu import amx
 from sensorium.kernels.cpu.linear import floats, integers, levels, onednn
 from sensorium.kernels.weight import PackedWeight
 
@@ -128,6 +129,9 @@ def chosen() -> dict[str, str]:
     """Return the name of the product for each format of weights, float and integer."""
     found = integers.forms()
     integer = INTEGER_NAMES[found[-1]] if found else "torch, dequantized"
+    unit = amx.unit()
+    if found and unit is not None and amx.has_bytes(unit):
+        integer += ", AMX for many rows"
     return {form: choose(form) for form in FLOATS} | dict.fromkeys(INTEGERS, integer)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,24 +45,29 @@ def encoders(unit: amx.Unit) -> int:
     return WRONG if _differs(found, expected) else RIGHT
 
 
-def _step(generator: torch.Generator) -> AttentionBatch:
-    """Return a step over blocks in a random order."""
-    counts = [-(-kv_len // _BLOCK) for kv_len, _ in _LENGTHS]
+def make_step(
+    lengths: Sequence[tuple[int, int]], kv_heads: int, dim: int, generator: torch.Generator
+) -> AttentionBatch:
+    """Return a step of sequences (KV length, query length) over blocks in a random order.
+
+    Single queries come first. Rows are not rotated, and keys and values are random.
+    """
+    counts = [-(-kv_len // _BLOCK) for kv_len, _ in lengths]
     order = torch.randperm(sum(counts), generator=generator).to(torch.int32)
     table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
     for row, count, own in zip(table, counts, order.split(counts), strict=True):
         row[:count] = own
-    shape = (sum(counts), _KV_HEADS)
-    k = torch.randn(*shape, _DIM, _BLOCK, generator=generator).bfloat16()
-    v = torch.randn(*shape, _BLOCK, _DIM, generator=generator).bfloat16()
-    query_lens = [query_len for _, query_len in _LENGTHS]
-    kv_lens = [kv_len for kv_len, _ in _LENGTHS]
+    shape = (sum(counts), kv_heads)
+    k = torch.randn(*shape, dim, _BLOCK, generator=generator).bfloat16()
+    v = torch.randn(*shape, _BLOCK, dim, generator=generator).bfloat16()
+    query_lens = [query_len for _, query_len in lengths]
+    kv_lens = [kv_len for kv_len, _ in lengths]
     none = torch.empty(sum(query_lens), 0)
     return AttentionBatch(
         query_start=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
         kv_len=torch.tensor(kv_lens, dtype=torch.int32),
         block_table=table,
-        num_decodes=1,
+        num_decodes=query_lens.count(1),
         max_query_len=max(query_lens),
         max_kv_len=max(kv_lens),
         cos=none,
@@ -137,7 +142,7 @@ def causal(unit: amx.Unit) -> int:
     if found == WRONG:
         return found
     generator = torch.Generator().manual_seed(0)
-    step = _step(generator)
+    step = make_step(_LENGTHS, _KV_HEADS, _DIM, generator)
     width = (_HEADS + 2 * _KV_HEADS) * _DIM
     qkv = torch.randn(sum(step.query_lens), width, generator=generator).bfloat16()
     for variant in (AttentionVariant(), AttentionVariant(window=270, softcap=8.0)):
