@@ -18,6 +18,8 @@ import yaml
 from sensorium.cli.flags import build_engine_config, build_server_config
 from sensorium.cli.main import build_parser
 from sensorium.config import MIB, ServerConfig
+from sensorium.server.app import FORM_BYTES, UPLOADS
+from tests.server.harness import App
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "deploy"
@@ -47,10 +49,30 @@ def unit() -> dict[str, list[str]]:
     return found
 
 
+def objects() -> list[dict[str, Any]]:
+    """Return the objects for Kubernetes."""
+    return list(yaml.safe_load_all((FOLDER / "kubernetes.yaml").read_text()))
+
+
 def documents() -> dict[str, dict[str, Any]]:
-    """Return the objects for Kubernetes by kind."""
-    text = (FOLDER / "kubernetes.yaml").read_text()
-    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+    """Return the first object for Kubernetes of each kind."""
+    return {document["kind"]: document for document in reversed(objects())}
+
+
+def ingresses() -> list[dict[str, Any]]:
+    """Return the objects that publish the server."""
+    return [document for document in objects() if document["kind"] == "Ingress"]
+
+
+def is_published(path: str) -> bool:
+    """Return true if an Ingress sends requests of this path to the server."""
+    rules = [rule for ingress in ingresses() for rule in ingress["spec"]["rules"]]
+    published = [one for rule in rules for one in rule["http"]["paths"]]
+    return any(
+        path == one["path"]
+        or (one["pathType"] == "Prefix" and path.startswith(one["path"].rstrip("/") + "/"))
+        for one in published
+    )
 
 
 def container() -> dict[str, Any]:
@@ -104,7 +126,9 @@ def test_the_services_of_compose() -> None:
     for volume in (*ours["volumes"], *services["caddy"]["volumes"]):
         source = volume.partition(":")[0]
         assert not source.startswith(".") or (FOLDER / source).is_file()
-    options_of(["--config", str(FOLDER / "serve.yaml"), *ours["command"][2:]])
+    config = options_of(["--config", str(FOLDER / "serve.yaml"), *ours["command"][2:]])
+    assert f"cache:{config.file_folder}" in ours["volumes"], "uploads lie on a disk"
+    assert ours["healthcheck"]["start_period"] == "1h", "a model may have to be downloaded"
 
 
 def test_kubernetes_objects_fit_their_schemas() -> None:
@@ -112,7 +136,7 @@ def test_kubernetes_objects_fit_their_schemas() -> None:
 
     kinds = documents()
     assert {"ConfigMap", "PersistentVolumeClaim", "Deployment", "Service", "Ingress"} <= set(kinds)
-    for document in kinds.values():
+    for document in objects():
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 
@@ -150,7 +174,21 @@ def test_the_deployment_fits_the_server() -> None:
     assert mounted == {volume["name"] for volume in pod["spec"]["volumes"]}
     flags = yaml.safe_load(kinds["ConfigMap"]["data"]["serve.yaml"])
     assert flags["shutdown-timeout"] == SHUTDOWN
+    assert {"name": "cache", "mountPath": flags["file-folder"]} in ours["volumeMounts"]
     options_of(ours["args"][2:])
+
+
+def test_the_ingress_publishes_all_but_the_metrics() -> None:
+    paths = {*App().app.openapi()["paths"], "/", "/openapi.json", "/playground/facts"}
+    assert {path for path in paths if not is_published(path)} == {"/metrics"}
+    assert not is_published("/metrics/")
+
+
+def test_the_ingress_has_a_certificate() -> None:
+    for ingress in ingresses():
+        [tls] = ingress["spec"]["tls"]
+        assert tls["hosts"] == [rule["host"] for rule in ingress["spec"]["rules"]]
+        assert tls["secretName"] in (FOLDER / "kubernetes.yaml").read_text().partition("\napi")[0]
 
 
 def test_nginx_accepts_its_file(tmp_path: Path) -> None:
@@ -181,8 +219,18 @@ def test_proxies_pass_streams_and_large_bodies() -> None:
     assert "proxy_buffering off;" in nginx
     assert "flush_interval -1" in caddy
     size = ServerConfig().max_body_bytes // MIB
-    assert f"client_max_body_size {size}m;" in nginx
-    assert f"max_size {size}MB" in caddy
+    upload = (ServerConfig().max_file_bytes + FORM_BYTES) // MIB
+    assert f"    client_max_body_size {size}m;" in nginx
+    assert f"location = {UPLOADS} {{\n        client_max_body_size {upload}m;" in nginx
+    assert f"@files path {UPLOADS}\n\trequest_body @files {{\n\t\tmax_size {upload}MiB" in caddy
+    assert f"@others not path {UPLOADS}\n\trequest_body @others {{\n\t\tmax_size {size}MiB" in caddy
+    most = {}
+    for ingress in ingresses():
+        annotations = ingress["metadata"]["annotations"]
+        for rule in ingress["spec"]["rules"]:
+            for one in rule["http"]["paths"]:
+                most[one["path"]] = annotations["nginx.ingress.kubernetes.io/proxy-body-size"]
+    assert most.pop(UPLOADS) == f"{upload}m"
+    assert set(most.values()) == {f"{size}m"}
     annotations = documents()["Ingress"]["metadata"]["annotations"]
-    assert annotations["nginx.ingress.kubernetes.io/proxy-body-size"] == f"{size}m"
     assert annotations["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
