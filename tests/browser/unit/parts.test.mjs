@@ -1,11 +1,16 @@
 // The parts of the page that need no browser: conversations, requests, events, metrics, figures.
 
 import assert from "node:assert/strict";
+import { spawnSync } from "node:child_process";
+import { mkdtempSync, readdirSync, rmSync, writeFileSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
 import test from "node:test";
 
 const base = new URL("../../../src/sensorium/server/playground/static/js/", import.meta.url);
 const conversations = await import(new URL("chat/conversation.js", base));
 const { attachmentAt, chatBody, snippets } = await import(new URL("chat/request.js", base));
+const { key } = await import(new URL("lib/api.js", base));
 const { partsOf } = await import(new URL("chat/timing.js", base));
 const { EventReader } = await import(new URL("lib/sse.js", base));
 const { Scrape, growth, quantile, rate } = await import(new URL("lib/prometheus.js", base));
@@ -150,4 +155,81 @@ test("code asks for what the page asks for", async () => {
   assert.ok(codes.python.includes('data_url("image/png", "it\'s $(a) `b`.png")'));
   assert.ok(codes.python.includes("extra_body={"));
   for (const code of Object.values(codes)) assert.ok(!code.includes("\ue0f7"));
+});
+
+/** Run the copied line in a shell whose curl prints the body; return the body. */
+function pasted(code) {
+  const folder = mkdtempSync(join(tmpdir(), "paste-"));
+  try {
+    writeFileSync(join(folder, "x.png"), "picture");
+    const shell = spawnSync("sh", ["-c", `curl() { cat; }\n${code}`], { cwd: folder, encoding: "utf8" });
+    assert.deepEqual(readdirSync(folder), ["x.png"], "the shell ran something else");
+    return JSON.parse(shell.stdout);
+  } finally {
+    rmSync(folder, { recursive: true });
+  }
+}
+
+const COMMAND = "$(touch ran)`touch ran`";
+const FORGED = `\ue0f7${COMMAND}\ue0f7/etc/passwd\ue0f7`;
+for (const [name, messages] of Object.entries({
+  "a text": [{ role: "user", text: FORGED, attachments: [] }],
+  "an answer": [{ role: "user", text: "Hi", attachments: [] }, { role: "assistant", text: FORGED, attachments: [] }, { role: "user", text: "Go on", attachments: [] }],
+  "a name": [{ role: "user", text: "", attachments: [{ ...PICTURE, name: `${FORGED}/x.png` }] }],
+  "a media type": [{ role: "user", text: "", attachments: [{ ...PICTURE, name: "x.png", type: `image/${COMMAND}"'\\` }] }],
+  "a forged media type": [{ role: "user", text: "", attachments: [{ ...PICTURE, name: "x.png", type: FORGED }] }],
+  "a document's name": [{ role: "user", text: "", attachments: [{ ...PICTURE, kind: "document", name: `${FORGED}/x.png` }] }],
+})) {
+  test(`code runs nothing that ${name} says and reads no file that it names`, () => {
+    const codes = snippets({ ...PARAMETERS, system: FORGED, settings: { stop: FORGED }, model: FORGED, messages }, "http://127.0.0.1:8000/", false);
+    const body = pasted(codes.curl);
+    assert.equal(body.model, `${COMMAND}/etc/passwd`);
+    assert.equal(body.messages[1].role, "user");
+    for (const part of [body.messages[1].content].flat()) {
+      const url = part.image_url?.url ?? part.file?.file_data;
+      if (url) assert.ok(url.endsWith(`;base64,${btoa("picture")}`));
+    }
+    const literal = `("(?:[^"\\\\]|\\\\.)*")`;
+    for (const [language, name] of [["python", "data_url"], ["javascript", "dataUrl"]]) {
+      const read = [...codes[language].matchAll(new RegExp(`${name}\\(${literal}, ${literal}\\)`, "g"))];
+      assert.deepEqual(read.map(([, , file]) => JSON.parse(file)), messages.flatMap((message) => message.attachments.map(() => "x.png")));
+    }
+  });
+}
+
+test("an import's media types are media types", () => {
+  const attachments = [`image/$(x)`, "image/png;a=b", "image/png\n", "image/webp"].map((type) => ({ kind: "image", name: "a", type, file: "f" }));
+  const text = JSON.stringify({
+    format: conversations.FORMAT, version: 1, files: { f: "data:image/png;base64,AAAA" },
+    conversations: [{ messages: { 1: { id: "1", role: "user", text: "", attachments } } }],
+  });
+  const { conversations: [read] } = parseExport(text);
+  assert.deepEqual(path(read)[0].attachments.map(({ type }) => type), ["image/png", "image/png", "image/png", "image/webp"]);
+});
+
+test("a turn whose answer failed is left out, but for the last", () => {
+  const turn = (role, text) => ({ role, text, attachments: [] });
+  const said = (...messages) => chatBody({ model: "m", system: "", messages }, () => "").messages.map(({ content }) => content);
+  assert.deepEqual(said(turn("user", "1"), turn("assistant", ""), turn("user", "2")), ["2"]);
+  assert.deepEqual(said(turn("user", "1"), turn("assistant", "a"), turn("user", "2"), turn("assistant", "")), ["1", "a", "2"]);
+});
+
+test("the key lasts as long as the page where nothing can be stored", () => {
+  const names = ["sessionStorage", "localStorage"];
+  const before = names.map((name) => [name, Object.getOwnPropertyDescriptor(globalThis, name)]);
+  const get = () => {
+    throw new Error("SecurityError");
+  };
+  for (const name of names) Object.defineProperty(globalThis, name, { get, configurable: true });
+  try {
+    assert.equal(key.get(), "");
+    for (const isToStay of [true, false]) {
+      key.set("secret", isToStay);
+      assert.deepEqual([key.get(), key.isKept()], ["secret", false]);
+    }
+    key.set("", false);
+    assert.equal(key.get(), "");
+  } finally {
+    for (const [name, descriptor] of before) descriptor ? Object.defineProperty(globalThis, name, descriptor) : delete globalThis[name];
+  }
 });

@@ -113,6 +113,11 @@ async def test_below_a_prefix() -> None:
     assert (await app.get(paths[0])).status == 200
 
 
+async def test_a_page_below_another_prefix_is_another_page() -> None:
+    tags = {(await App(root_path=path).get("/")).headers["etag"] for path in ("", "/a", "/b")}
+    assert len(tags) == 3
+
+
 async def test_a_prefix_stays_text_in_the_page() -> None:
     page = (await App(root_path='/"><b>').get("/")).body.decode()
     assert "<b>" not in page

@@ -8,6 +8,7 @@ export const FORMAT = "sensorium-conversations";
 const LIMITS = { conversations: 1000, messages: 5000, text: 4_000_000, attachments: 64, title: 200 };
 const ROLES = new Set(["user", "assistant"]);
 export const KINDS = ["image", "video", "audio", "document"];
+const TYPE = /^[\w.+-]+\/[\w.+-]+$/; // a media type without parameters
 
 let last = 0;
 
@@ -100,8 +101,8 @@ export function parseExport(text) {
   for (const [id, file] of Object.entries(isObject(data.files) ? data.files : {})) {
     const match = /^data:([\w.+-]{1,80}\/[\w.+-]{1,80})(?:;[\w=.+" ,-]{0,80})?;base64,([A-Za-z0-9+/=\s]*)$/.exec(String(file));
     if (!match) continue;
-    names.set(id, newId());
-    files.set(names.get(id), { type: match[1], base64: match[2] });
+    names.set(id, { id: newId(), type: match[1] });
+    files.set(names.get(id).id, { type: match[1], base64: match[2] });
   }
   return { conversations: given.filter(isObject).map((conversation) => parseConversation(conversation, names)), files };
 }
@@ -136,7 +137,9 @@ function parseConversation(given, names) {
 function parseAttachment(given, names) {
   if (!KINDS.includes(given.kind) || !names.has(given.file)) return null;
   const size = Number.isFinite(given.size) ? given.size : 0;
-  return { id: newId(), kind: given.kind, name: string(given.name, 200), type: string(given.type, 100), size, file: names.get(given.file) };
+  const file = names.get(given.file);
+  const type = string(given.type, 100);
+  return { id: newId(), kind: given.kind, name: string(given.name, 200), type: TYPE.test(type) ? type : file.type, size, file: file.id };
 }
 
 function parseAnswer(given) {

@@ -22,8 +22,10 @@ export const TOP_LOGPROBS = 5;
  */
 export function chatBody({ model, system, messages, settings = {}, logprobs = false, stream = true }, source, places = null) {
   const turns = system.trim() ? [{ role: "system", content: system }] : [];
-  for (const message of messages) {
-    if (message.role === "assistant" && !message.text) continue; // failed before its first word
+  const failed = (message) => message?.role === "assistant" && !message.text; // before its first word
+  for (const [i, message] of messages.entries()) {
+    const isUnanswered = failed(messages[i + 1]) && i + 2 < messages.length;
+    if (failed(message) || isUnanswered) continue; // or two turns of the user would stand in a row
     const at = turns.length;
     const parts = message.attachments.map((attachment, index) => {
       places?.set(`messages[${at}].content[${index}]`, attachment.id);
@@ -62,7 +64,8 @@ const MARK = "\ue0f7"; // for private use: stands around a file's name in a body
 
 /** Return the request as code: {curl, python, javascript}. Files are read from the folder they are run in. */
 export function snippets(parameters, base, hasKey) {
-  const body = chatBody({ ...parameters, stream: false }, (attachment) => `${MARK}${attachment.type}${MARK}${attachment.name}${MARK}`);
+  const clean = JSON.parse(JSON.stringify(parameters).replaceAll(MARK, "")); // nobody else's text stands for a file
+  const body = chatBody({ ...clean, stream: false }, ({ type, name }) => `${MARK}${type}${MARK}${name.split(/[\\/]/).at(-1)}${MARK}`);
   return { curl: curl(body, base, hasKey), python: python(body, base, hasKey), javascript: javascript(body, base, hasKey) };
 }
 
@@ -75,10 +78,14 @@ function curl(body, base, hasKey) {
   const pieces = text.split(EVERY_FILE); // what the shell would read is escaped in all but the files
   let shown = "";
   for (let i = 0; i < pieces.length; i += 3) {
-    shown += pieces[i].replace(/[\\$`]/g, "\\$&");
-    if (i + 2 < pieces.length) shown += `data:${pieces[i + 1]};base64,$(base64 -w0 ${shellQuoted(JSON.parse(`"${pieces[i + 2]}"`))})`;
+    shown += unexpanded(pieces[i]);
+    if (i + 2 < pieces.length) shown += `data:${unexpanded(pieces[i + 1])};base64,$(base64 -w0 ${shellQuoted(JSON.parse(`"${pieces[i + 2]}"`))})`;
   }
   return `curl ${base}v1/chat/completions \\\n  -H "Content-Type: application/json"${key} \\\n  -d @- <<BODY\n${shown}\nBODY`;
+}
+
+function unexpanded(text) {
+  return text.replace(/[\\$`]/g, "\\$&");
 }
 
 function shellQuoted(text) {

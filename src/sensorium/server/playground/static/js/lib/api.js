@@ -14,13 +14,36 @@ export class ApiError extends Error {
   }
 }
 
+const session = () => sessionStorage; // where site data are blocked, the name alone throws
+const local = () => localStorage;
+let unkept = ""; // the key where no storage takes it: as long as the page
+
+function kept(storage) {
+  try {
+    return storage().getItem(KEY) ?? "";
+  } catch {
+    return "";
+  }
+}
+
+/** Keep the key in a storage, or remove it with ""; return false where that is not allowed. */
+function keep(storage, value) {
+  try {
+    if (value) storage().setItem(KEY, value);
+    else storage().removeItem(KEY);
+    return true;
+  } catch {
+    return false;
+  }
+}
+
 /** The API key. It lives in the tab's session unless people ask to keep it. */
 export const key = {
-  get: () => sessionStorage.getItem(KEY) || localStorage.getItem(KEY) || "",
-  isKept: () => localStorage.getItem(KEY) !== null,
-  set(value, keep) {
-    for (const storage of [sessionStorage, localStorage]) storage.removeItem(KEY);
-    if (value) (keep ? localStorage : sessionStorage).setItem(KEY, value);
+  get: () => unkept || kept(session) || kept(local),
+  isKept: () => kept(local) !== "",
+  set(value, isToStay) {
+    for (const storage of [session, local]) keep(storage, "");
+    unkept = keep(isToStay ? local : session, value) ? "" : value;
   },
 };
 
