@@ -257,6 +257,80 @@ def test_edit_try_again_branch_export_import(watched: WATCH, demo: Server, tmp_p
     until(page, "document.querySelectorAll('.conversation').length === 2")
 
 
+def test_a_removed_conversation_stays_removed(watched: WATCH, demo: Server) -> None:
+    page = watched().open(demo.url)
+    page.route("**/v1/chat/completions", lambda route: None)  # its answer would never end
+    page.get_by_label("Message", exact=True).fill("Who are you?")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".is-running")
+    page.get_by_label("Remove Who are you?").press("Enter")
+    page.get_by_role("button", name="Remove", exact=True).click()
+    until(page, "document.querySelectorAll('.message').length === 0")
+    until(page, "!document.querySelector('[aria-label=Send]').hidden")
+    page.reload()
+    page.wait_for_selector("#model b")
+    assert page.locator(".conversation").count() == 0
+
+
+TABS = """async ([step, id]) => {
+    const { Store } = await import(document.querySelector('link[href$="lib/store.js"]').href);
+    window.store ??= await Store.load();
+    const holder = { id, updated: 1, messages: { m: { attachments: [{ file: `1-${id}`, size: 1 }] } } };
+    const files = new Map([[`1-${id}`, { type: 'image/png', base64: 'AA==' }]]);
+    const acts = {
+        adopt: () => store.adopt({ conversations: [holder], files }),
+        orphan: () => store.adopt({ conversations: [], files }),
+        attach: async () => (window.attached = await store.addFile(new Blob(['x']))),
+        discard: () => store.discard(window.attached),
+        remove: () => store.remove(id),
+        load: () => Store.load(),
+    };
+    await acts[step]();
+    const database = await new Promise((resolve) => {
+        indexedDB.open('sensorium', 1).onsuccess = ({ target }) => resolve(target.result);
+    });
+    return new Promise((resolve) => {
+        const request = database.transaction('files').objectStore('files').getAllKeys();
+        request.onsuccess = () => {
+            database.close();
+            resolve(request.result.map((one) => (one.startsWith('1-') ? one : 'young')));
+        };
+    });
+}"""
+"""A step in a tab's store; returns the ids of all stored files. Files ``1-...`` are from 1970."""
+
+
+def test_tabs_leave_each_other_their_files(watched: WATCH, demo: Server) -> None:
+    one = watched()
+    first, second = one.open(demo.url), one.open(demo.url)
+    first.evaluate(TABS, ["adopt", "a"])
+    second.evaluate(TABS, ["adopt", "b"])
+    second.evaluate(TABS, ["attach", ""])
+    assert first.evaluate(TABS, ["orphan", "c"]) == ["1-a", "1-b", "1-c", "young"]
+    assert first.evaluate(TABS, ["remove", "a"]) == ["1-b", "young"]
+    assert second.evaluate(TABS, ["discard", ""]) == ["1-b"]
+    assert second.evaluate(TABS, ["orphan", "d"]) == ["1-b", "1-d"]
+    assert second.evaluate(TABS, ["load", ""]) == ["1-b"]
+
+
+def test_a_photo_needs_no_microphone(watched: WATCH, demo: Server) -> None:
+    page = watched().open(demo.url)
+    page.evaluate(
+        """() => {
+            const { mediaDevices } = navigator;
+            const all = mediaDevices.getUserMedia.bind(mediaDevices);
+            mediaDevices.getUserMedia = async (wanted) => {
+                if (wanted.audio) throw new DOMException('none', 'NotFoundError');
+                return all(wanted);
+            };
+        }"""
+    )
+    page.get_by_label("Use the camera").click()
+    until(page, "document.querySelector('.camera')?.videoWidth > 0")
+    page.get_by_text("Take a photo").click()
+    page.wait_for_selector(".tray-item img")
+
+
 def test_probabilities_settings_and_code(watched: WATCH, demo: Server) -> None:
     page = watched().open(demo.url)
     page.get_by_label("Settings").click()

@@ -105,7 +105,7 @@ function startNew() {
 }
 
 function removed(id) {
-  if (id === null || id === chat.conversation.id) chat.startNew();
+  chat.forget(id);
   sidebar.show(chat.conversation.id);
 }
 

@@ -43,7 +43,7 @@ export class Sidebar {
 
   async #clear() {
     const { conversations } = this.store;
-    if (!conversations.length) return;
+    if (!conversations.length) return this.store.clear(); // files without a conversation
     const text = `${counted(conversations.length, "conversation")} will be removed from this browser. That cannot be undone.`;
     if (!(await confirmDialog("Remove all conversations?", text, "Remove all"))) return;
     await this.store.clear();

@@ -114,6 +114,12 @@ export class Chat {
     this.#running?.abort.abort();
   }
 
+  /** Let go of a conversation that is removed, or of all for null: its answer stops. */
+  forget(id) {
+    if (id === null || id === this.#running?.conversation.id) this.stop();
+    if (id === null || id === this.conversation.id) this.startNew();
+  }
+
   #send(text, attachments) {
     addMessage(this.conversation, this.conversation.leaf, "user", text, attachments);
     this.#answer();
@@ -185,7 +191,7 @@ export class Chat {
       this.#scroll(false);
     }
     this.composer.setRunning(false);
-    await this.store.save(conversation);
+    if (this.store.get(conversation.id)) await this.store.save(conversation); // else removed meanwhile
     this.on.changed();
   }
 

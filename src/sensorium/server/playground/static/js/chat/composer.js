@@ -28,7 +28,7 @@ export class Composer {
     });
     this.tray = h("ul", { class: "tray", "aria-label": "Attached files", hidden: true });
     this.attach = iconButton("attach", "Attach files", () => this.picker.click());
-    this.camera = iconButton("camera", "Use the camera", () => openCamera(this.kinds, this.kinds.includes("video"), (file) => this.addFiles([file])));
+    this.camera = iconButton("camera", "Use the camera", () => openCamera(this.kinds, this.kinds.includes("audio"), (file) => this.addFiles([file])));
     this.mic = iconButton("mic", "Record a sound", () => openMicrophone((file) => this.addFiles([file])));
     this.send = iconButton("send", "Send", () => this.#submit(), { class: "icon-button send" });
     this.stop = iconButton("stop", "Stop the answer", () => on.stop(), { class: "icon-button send stop", hidden: true });
@@ -106,7 +106,7 @@ export class Composer {
   #showTray() {
     this.tray.hidden = !this.#attachments.length;
     this.tray.replaceChildren(...this.#attachments.map((attachment) => trayItem(attachment, this.urls, () => {
-      this.store.held.delete(attachment.file);
+      this.store.discard(attachment.file);
       this.#attachments = this.#attachments.filter((other) => other !== attachment);
       this.#showTray();
       this.focus();

@@ -14,6 +14,17 @@ export function whyNot() {
   return null;
 }
 
+/** Open devices; a camera whose sound is missing or forbidden is opened without it. */
+async function mediaOf(constraints) {
+  try {
+    return await navigator.mediaDevices.getUserMedia(constraints);
+  } catch (error) {
+    const canDoWithout = constraints.video && constraints.audio && ["NotFoundError", "NotAllowedError"].includes(error.name);
+    if (!canDoWithout) throw error;
+    return navigator.mediaDevices.getUserMedia({ ...constraints, audio: false });
+  }
+}
+
 async function devices(constraints) {
   const reason = whyNot();
   if (reason) {
@@ -21,7 +32,7 @@ async function devices(constraints) {
     return null;
   }
   try {
-    return await navigator.mediaDevices.getUserMedia(constraints);
+    return await mediaOf(constraints);
   } catch (error) {
     const what = constraints.video ? "camera" : "microphone";
     const text = error.name === "NotFoundError" ? `No ${what} was found.`
@@ -38,7 +49,7 @@ function file(blob, kind, type) {
   return new File([blob], `${kind} ${stamp}.${extension}`, { type });
 }
 
-/** Open the camera. `kinds`: "image", "video" or both. `onfile` gets what was taken. */
+/** Open the camera. `kinds`: "image", "video" or both. `withSound`: the model hears clips. `onfile` gets what was taken. */
 export async function openCamera(kinds, withSound, onfile) {
   const stream = await devices({ video: { facingMode: "environment" }, audio: withSound && kinds.includes("video") });
   if (!stream) return;

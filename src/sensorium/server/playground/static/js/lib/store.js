@@ -5,6 +5,7 @@ import { FORMAT, VERSION, fileIds, newId } from "../chat/conversation.js";
 const NAME = "sensorium";
 const MOST_CONVERSATIONS = 200;
 const MOST_BYTES = 512_000_000;
+const SPARED_MS = 24 * 60 * 60 * 1000; // by then another tab has sent what it has attached
 
 function promised(request) {
   return new Promise((resolve, reject) => {
@@ -40,6 +41,7 @@ export class Store {
     try {
       store.#database = await open();
       for (const one of await promised(store.#table("conversations").getAll())) store.#conversations.set(one.id, one);
+      await store.#sweep();
     } catch {
       store.#database = null;
     }
@@ -70,13 +72,21 @@ export class Store {
   }
 
   async remove(id) {
+    const gone = this.conversations.filter((one) => one.id === id);
     this.#conversations.delete(id);
     await this.#write(() => this.#table("conversations", "readwrite").delete(id));
-    await this.#sweep();
+    await this.#sweep(fileIds(gone));
   }
 
   async clear() {
     for (const { id } of this.conversations) await this.remove(id);
+    await this.#sweep();
+  }
+
+  /** Let go of a file that was attached and is not wanted any more. */
+  async discard(id) {
+    this.held.delete(id);
+    await this.#sweep(new Set([id]));
   }
 
   /** Keep a file; return its id. */
@@ -114,18 +124,27 @@ export class Store {
       this.#conversations.delete(oldest.id);
       await this.#write(() => this.#table("conversations", "readwrite").delete(oldest.id));
       kept = this.conversations;
-      await this.#sweep();
+      await this.#sweep(fileIds([oldest]));
     }
   }
 
-  /** Remove files that no conversation refers to. */
-  async #sweep() {
-    const used = new Set([...fileIds(this.conversations), ...this.held]);
-    for (const id of this.#files.keys()) if (!used.has(id)) this.#files.delete(id);
+  /**
+   * Remove files that no conversation refers to: those in `unwanted`, and all that are older than a day.
+   *
+   * Other tabs share the database: a younger file may be one that waits there to be sent.
+   */
+  async #sweep(unwanted = new Set()) {
+    const own = new Set([...fileIds(this.conversations), ...this.held]);
+    for (const id of this.#files.keys()) if (!own.has(id)) this.#files.delete(id);
     if (!this.#database) return;
-    const stored = await promised(this.#table("files").getAllKeys()).catch(() => []);
-    for (const id of stored) {
-      if (!used.has(id)) await this.#write(() => this.#table("files", "readwrite").delete(id));
+    try {
+      const used = fileIds(await promised(this.#table("conversations").getAll()));
+      for (const id of await promised(this.#table("files").getAllKeys())) {
+        if (own.has(id) || used.has(id) || (isYoung(id) && !unwanted.has(id))) continue;
+        await this.#write(() => this.#table("files", "readwrite").delete(id));
+      }
+    } catch {
+      // What cannot be read now is removed another time.
     }
   }
 
@@ -149,6 +168,10 @@ export class Store {
     }
     for (const conversation of conversations) await this.save(conversation);
   }
+}
+
+function isYoung(id) {
+  return Date.now() - Number.parseInt(id, 36) < SPARED_MS; // ids begin with the time
 }
 
 function sizeOf(conversations) {
