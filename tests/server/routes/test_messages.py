@@ -193,6 +193,15 @@ async def test_the_reason_to_stop_is_told() -> None:
     assert message.stop_reason == "max_tokens"
 
 
+async def test_a_call_that_was_cut_off_is_no_reason_to_stop() -> None:
+    reply = CALL.removesuffix("}}</tool_call>")
+    message = parsed(await ask(App(FakeFrontend(reply=reply)), tools=[WEATHER]))
+    assert "tool_use" not in [block.type for block in message.content]
+    assert message.stop_reason == "end_turn"
+    streamed = await ask(App(FakeFrontend(reply=reply)), tools=[WEATHER], stream=True)
+    assert events_of(streamed)[-2].delta.stop_reason == "end_turn"
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -208,6 +217,14 @@ async def test_the_reason_to_stop_is_told() -> None:
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
             "messages[0].content[0].source",
+        ),
+        *(
+            (
+                {"messages": [{"role": "user", "content": [{"type": kind, "source": source}]}]},
+                "messages[0].content[0].source.type",
+            )
+            for kind in ("image", "document")
+            for source in ({"type": []}, {"type": {}})
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},

@@ -152,7 +152,7 @@ def _parts(block: Mapping[str, Any], place: str) -> tuple[Part, ...]:
         return _parsed({"type": "text", "text": block.get("text")}, place, "text")
     source = block.get("source")
     kind = source.get("type") if isinstance(source, Mapping) else None
-    if not isinstance(source, Mapping) or kind not in _FIELDS:
+    if not isinstance(source, Mapping) or not isinstance(kind, str) or kind not in _FIELDS:
         _bad(
             f"{place}.source.type must be one of {', '.join(_FIELDS)}, got {abbreviate(kind)}",
             f"{place}.source.type" if isinstance(source, Mapping) else f"{place}.source",

@@ -36,8 +36,9 @@ class ContentBlocks:
 
     @property
     def has_calls(self) -> bool:
-        """True when a tool is used."""
-        return any(block.kind == "tool_use" for block in self._blocks)
+        """True when a tool is used: the answer has a call that was not cut off."""
+        calls = (block for block in self._blocks if block.kind == "tool_use")
+        return any(_input("".join(block.pieces)) is not None for block in calls)
 
     def feed(self, deltas: Sequence[Delta]) -> Iterator[Event]:
         """Yield the events for deltas."""
