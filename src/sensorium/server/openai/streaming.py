@@ -67,10 +67,12 @@ class StreamReport:
         self._outputs: dict[int, RequestOutput] = {}
         self._num_hidden = num_hidden
         self._reasoning = reasoning
+        self._found: dict[str, Any] | None = None
 
     def update(self, index: int, output: RequestOutput) -> None:
         """Count the tokens of ``output``, which may grow in place, for the prompt ``index``."""
         self._outputs[index] = output
+        self._found = None
 
     def mark(self, chunk: dict[str, Any], *, with_text: bool = True) -> dict[str, Any]:
         """Add the ``usage`` member that every chunk has when usage is asked for.
@@ -93,9 +95,11 @@ class StreamReport:
         return {**found, "completion_tokens": 0, "total_tokens": found["prompt_tokens"]}
 
     def _usage(self) -> dict[str, Any]:
-        return usage(
-            self._outputs.values(),
-            self._modalities,
-            num_hidden=self._num_hidden,
-            reasoning=self._reasoning,
-        )
+        if self._found is None:
+            self._found = usage(
+                self._outputs.values(),
+                self._modalities,
+                num_hidden=self._num_hidden,
+                reasoning=self._reasoning,
+            )
+        return self._found

@@ -20,7 +20,7 @@ from sensorium.text.tools.deltas import (
     new_call_id,
 )
 from sensorium.text.tools.forced import ForcedCall, forced_call
-from sensorium.text.tools.forms import AnswerForms
+from sensorium.text.tools.forms import AnswerForms, ReasoningForm
 from sensorium.text.tools.reader import (
     CallListReader,
     CallReader,
@@ -29,6 +29,9 @@ from sensorium.text.tools.reader import (
     ToolCallReader,
 )
 from sensorium.text.tools.splitter import AnswerSplitter, opens_reasoning
+
+_MOST_BEFORE = 4
+"""Tokens at the beginning of an answer among which the opening tag is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class ToolPlan:
 
     def splitter(self, prompt: str | None = None) -> AnswerSplitter:
         """Return the splitter for one sample. ``prompt``: the rendered text that it answers."""
-        opened = self._opens_reasoning(prompt)
+        opened = self.opens_reasoning(prompt)
         form = None if self.constrained else self.forms.reasoning
         return AnswerSplitter(self._call_reader(), form, opened=opened)
 
@@ -103,7 +106,8 @@ class ToolPlan:
         form = self.forms.calls
         return new_call_id if form is None else form.syntax.new_id
 
-    def _opens_reasoning(self, prompt: str | None) -> bool:
+    def opens_reasoning(self, prompt: str | None) -> bool:
+        """Return whether an answer to the prompt begins within reasoning."""
         form = self.forms.reasoning
         if form is None or self.constrained:
             return False
@@ -113,36 +117,7 @@ class ToolPlan:
 
     def num_reasoning_tokens(self, output: RequestOutput) -> int:
         """Return the number of generated tokens that are reasoning, with its tags."""
-        forms = self.forms
-        if forms.reasoning is None or self.constrained:
-            return 0
-        if forms.end_id is None:
-            return sum(self._spelled_reasoning(sample, output.prompt) for sample in output.outputs)
-        opened = self._opens_reasoning(output.prompt)
-        total = 0
-        for sample in output.outputs:
-            ids = sample.token_ids
-            if opened or (forms.begin_id is not None and forms.begin_id in ids[:4]):
-                ended = forms.end_id in ids
-                total += ids.index(forms.end_id) + 1 if ended else len(ids)
-        return total
-
-    def _spelled_reasoning(self, sample: CompletionOutput, prompt: str | None) -> int:
-        """Return the number of tokens of reasoning whose closing tag is no single token."""
-        form = self.forms.reasoning
-        text = sample.text
-        if form is None or self.spelling is None:
-            return 0
-        if not (self._opens_reasoning(prompt) or text.lstrip().startswith(form.begin)):
-            return 0
-        before, tag, _ = text.partition(form.end)
-        num_bytes, count = len((before + tag).encode()), 0
-        for token_id in sample.token_ids:
-            if num_bytes <= 0:
-                break
-            num_bytes -= len(self.spelling.to_bytes(token_id))
-            count += 1
-        return count
+        return ReasoningCounter(self)(output)
 
     def reply(self, text: str, prompt: str | None = None) -> Reply:
         """Return the parts of a whole answer, without a call that was cut off."""
@@ -168,6 +143,93 @@ class ToolPlan:
                 kept.append(call)
         shown = "".join(reasoning) if self.shows_reasoning else ""
         return Reply("".join(content), kept, shown)
+
+
+class ReasoningCounter:
+    """Counts the tokens of one output that are reasoning, with its tags, while the output grows.
+
+    Each call reads only what the samples got since the one before.
+    """
+
+    def __init__(self, plan: ToolPlan) -> None:
+        self._plan = plan
+        self._samples: dict[int, _SampleReasoning] = {}
+        self._opened: bool | None = None
+
+    def __call__(self, output: RequestOutput) -> int:
+        """Return the number of generated tokens that are reasoning."""
+        plan = self._plan
+        form = plan.forms.reasoning
+        if form is None or plan.constrained:
+            return 0
+        if self._opened is None:
+            self._opened = plan.opens_reasoning(output.prompt)
+        total = 0
+        for sample in output.outputs:
+            found = self._samples.get(sample.index)
+            if found is None:
+                found = _SampleReasoning(begun=self._opened or None)
+                self._samples[sample.index] = found
+            if plan.forms.end_id is not None:
+                found.read_ids(sample, plan.forms.begin_id, plan.forms.end_id)
+            elif plan.spelling is not None:
+                found.read_text(sample, form, plan.spelling)
+            total += found.num_tokens
+        return total
+
+
+@dataclass(slots=True)
+class _SampleReasoning:
+    """Reasoning of one sample, as far as it has been read.
+
+    ``begun``: it begins with reasoning; None while that is not known. ``num_bytes``: bytes of its
+    reasoning that tokens are still to be counted for.
+    """
+
+    begun: bool | None = None
+    ended: bool = False
+    num_tokens: int = 0
+    num_chars: int = 0
+    num_bytes: int = 0
+
+    def read_ids(self, sample: CompletionOutput, begin_id: int | None, end_id: int) -> None:
+        """Count up to the token that is the closing tag."""
+        ids = sample.token_ids
+        if self.begun is None:
+            if begin_id is not None and begin_id in ids[:_MOST_BEFORE]:
+                self.begun = True
+            elif begin_id is None or len(ids) >= _MOST_BEFORE:
+                self.begun = False
+        if not self.begun or self.ended:
+            return
+        try:
+            self.num_tokens = ids.index(end_id, self.num_tokens) + 1
+            self.ended = True
+        except ValueError:
+            self.num_tokens = len(ids)
+
+    def read_text(
+        self, sample: CompletionOutput, form: ReasoningForm, spelling: TokenSpelling
+    ) -> None:
+        """Count the tokens that the text up to the closing tag is made of."""
+        text, ids = sample.text, sample.token_ids
+        if self.begun is None:
+            start = text.lstrip()
+            if start.startswith(form.begin):
+                self.begun = True
+            elif not form.begin.startswith(start):
+                self.begun = False
+        if not self.begun:
+            return
+        if not self.ended:
+            at = text.find(form.end, max(0, self.num_chars - len(form.end)))
+            self.ended = at >= 0
+            stop = at + len(form.end) if self.ended else len(text)
+            self.num_bytes += len(text[self.num_chars : stop].encode())
+            self.num_chars = stop
+        while self.num_bytes > 0 and self.num_tokens < len(ids):
+            self.num_bytes -= len(spelling.to_bytes(ids[self.num_tokens]))
+            self.num_tokens += 1
 
 
 def tool_plan(context: ServingContext, body: ChatBody) -> ToolPlan:

@@ -25,7 +25,12 @@ from sensorium.server.openai.prompts import chat_prompt
 from sensorium.server.openai.protocol import ChatBody
 from sensorium.server.openai.sampling import chat_params
 from sensorium.server.openai.streaming import TextProgress
-from sensorium.server.openai.tool_calls import ToolPlan, reasoning_members, tool_plan
+from sensorium.server.openai.tool_calls import (
+    ReasoningCounter,
+    ToolPlan,
+    reasoning_members,
+    tool_plan,
+)
 
 
 def chat_router() -> APIRouter:
@@ -58,8 +63,8 @@ class ChatAnswer(Answer[ChatBody]):
 
     @property
     def count_reasoning(self) -> Callable[[RequestOutput], int]:
-        """Return what counts the reasoning tokens of an output."""
-        return self.tools.num_reasoning_tokens
+        """Return what counts the reasoning tokens of the output, as it grows."""
+        return ReasoningCounter(self.tools)
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the answer that is not streamed."""
