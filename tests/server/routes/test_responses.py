@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter
 
 from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.errors import EngineDeadError, PromptTooLongError
+from sensorium.server.responses.store import Reading
 from tests.server.fake_frontend import TOKENIZER, Call, FakeFrontend, fail, hang
 from tests.server.harness import Answer, App, running, until
 
@@ -304,6 +306,22 @@ async def test_a_conversation_goes_on_from_a_stored_response() -> None:
     assert messages_of(app) == [*talk, ("assistant", REPLY), ("user", "Again.")]
 
 
+async def test_a_history_that_goes_while_it_is_continued_is_kept() -> None:
+    app = App()
+    first = parsed(await respond(app, "one"))
+
+    async def delete(call: Call) -> None:
+        await app.request("DELETE", f"/v1/responses/{first.id}")
+
+    app.frontend.before = delete
+    second = parsed(await respond(app, "two", previous_response_id=first.id))
+    app.frontend.before = None
+    assert (await app.get(f"/v1/responses/{first.id}")).status == 404
+    parsed(await respond(app, "three", previous_response_id=second.id))
+    texts = [text for _, text in messages_of(app)]
+    assert texts == ["one", REPLY, "two", REPLY, "three"]
+
+
 async def test_what_is_not_stored_is_not_found() -> None:
     app = App()
     kept_out = parsed(await respond(app, store=False))
@@ -342,6 +360,29 @@ async def test_items_may_be_references() -> None:
     assert messages_of(app) == [("user", "Hi"), ("assistant", REPLY)]
     refused = await respond(app, [{"type": "item_reference", "id": "msg_0"}])
     assert (refused.status, refused.error["param"]) == (404, "input[0].id")
+
+
+async def test_references_are_bounded_and_read_beside_the_event_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    app = App(max_body_bytes=100_000)
+    first = parsed(await respond(app, [{"role": "user", "content": "x" * 40_000, "id": "msg_x"}]))
+    threads = []
+    item = Reading.item
+
+    def watched(self: Reading, item_id: str, param: str) -> Any:
+        threads.append(threading.current_thread())
+        return item(self, item_id, param)
+
+    monkeypatch.setattr(Reading, "item", watched)
+    parsed(await respond(app, [{"id": "msg_x"}, {"id": "msg_x"}]))
+    refused = await respond(app, [{"type": "item_reference", "id": "msg_x"}] * 900)
+    assert (refused.status, refused.error["param"]) == (400, "input[2].id")
+    assert len(threads) == 5
+    assert threading.main_thread() not in threads
+    listed = await app.get(f"/v1/responses/{first.id}/input_items")
+    [only] = listed.json()["data"]
+    assert only["content"][0]["text"] == "x" * 40_000
 
 
 async def test_input_items_are_listed_in_pages() -> None:

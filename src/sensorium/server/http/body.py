@@ -43,12 +43,12 @@ async def read_body(
     model: type[ModelT],
     begin: Callable[[ModelT], T],
     *,
-    is_large: Callable[[ModelT], bool] | None = None,
+    is_large: Callable[[ModelT, int], bool] | None = None,
 ) -> tuple[ModelT, T]:
     """Read, decode and validate the body of ``request``; return it with the result of ``begin``.
 
     A body of many values is handled in another thread, and so is ``begin`` for a body that
-    ``is_large`` says yes to. Raises InvalidRequestError (with ``param``),
+    ``is_large``, given its bytes, too, says yes to. Raises InvalidRequestError (with ``param``),
     BodyTooLargeError, EngineDeadError when the server begins to shut down before all is read, and
     what ``begin`` raises.
     """
@@ -79,7 +79,7 @@ async def read_body(
         if body is not raw and len(body) >= LARGE_BODY:
             await context.turns.next()
         validated = parse()
-        if is_large is not None and is_large(validated):
+        if is_large is not None and is_large(validated, len(body)):
             return validated, await asyncio.to_thread(begin, validated)
         return validated, begin(validated)
 

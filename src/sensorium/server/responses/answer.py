@@ -28,11 +28,12 @@ from sensorium.server.responses.items import Item, new_id
 from sensorium.server.responses.output import Event, OutputItems
 from sensorium.server.responses.protocol import ResponsesBody
 from sensorium.server.responses.request import ResponsePrompt
+from sensorium.server.responses.store import Given
 
 
 @dataclass(slots=True)
 class ResponseAnswer:
-    """One response while it is made. ``stored``: it is kept for later requests."""
+    """One response while it is made. ``given``: its input as it is stored; None: it is not kept."""
 
     context: ServingContext
     tenant: str
@@ -40,7 +41,7 @@ class ResponseAnswer:
     source: ResponsePrompt
     request: ServingRequest
     model: str
-    stored: bool
+    given: Given | None
     id: str = field(default_factory=lambda: new_id("resp"))
     created: int = field(default_factory=lambda: int(time.time()))
     _output: OutputItems = field(default_factory=OutputItems)
@@ -48,6 +49,11 @@ class ResponseAnswer:
     _usage: dict[str, Any] | None = None
     _reason: str | None = None
     _num_events: int = 0
+
+    @property
+    def stored(self) -> bool:
+        """True when the response is kept for later requests."""
+        return self.given is not None
 
     async def whole(self) -> Item:
         """Return the response when it is complete. Raises RequestError or UnavailableError."""
@@ -96,10 +102,10 @@ class ResponseAnswer:
 
     def keep(self, response: Item) -> Item:
         """Store a response if that is wanted. One that is too large for that says so."""
-        if self.stored:
-            items, previous = self.source.items, self.body.previous_response_id
-            stored = self.context.responses.put(self.tenant, response, items, previous)
-            response["store"] = self.stored = stored
+        if self.given is not None:
+            if not self.context.responses.put(self.tenant, response, self.given):
+                self.given = None
+            response["store"] = self.stored
         return response
 
     def response(

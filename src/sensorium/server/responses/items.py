@@ -55,10 +55,21 @@ def parse_items(value: str | Sequence[Mapping[str, Any]], find: FindItem) -> lis
     return [_item(item, f"input[{i}]", find) for i, item in enumerate(value)]
 
 
-def _item(item: Mapping[str, Any], place: str, find: FindItem) -> Item:
+def is_reference(item: Mapping[str, Any]) -> bool:
+    """Return true for a reference to a stored item."""
+    return _kind(item) == "item_reference"
+
+
+def _kind(item: Mapping[str, Any]) -> object:
+    """Return the type of an item, which messages and references may leave out."""
     kind = item.get("type")
     if kind is None:
         kind = "message" if "role" in item else "item_reference" if set(item) == {"id"} else None
+    return kind
+
+
+def _item(item: Mapping[str, Any], place: str, find: FindItem) -> Item:
+    kind = _kind(item)
     match kind:
         case "message":
             return _message(item, place)

@@ -8,7 +8,7 @@ from typing import Any
 
 from sensorium.errors import InvalidRequestError, NotFoundError
 from sensorium.server.payload import abbreviate
-from sensorium.server.responses.items import Item
+from sensorium.server.responses.store import NamedItem
 
 MOST_ITEMS = 100
 _USUAL_ITEMS = 20
@@ -39,14 +39,14 @@ class Page:
             )
         return cls(limit, order, query.get("after"))
 
-    def cut(self, items: Sequence[Item]) -> dict[str, Any]:
+    def cut(self, items: Sequence[NamedItem]) -> dict[str, Any]:
         """Return the list object with the items of this page; ``items`` are the oldest first.
 
         Raises NotFoundError when ``after`` names none of them.
         """
         found = list(items if self.order == "asc" else reversed(items))
         if self.after is not None:
-            at = next((i for i, item in enumerate(found) if item["id"] == self.after), None)
+            at = next((i for i, (name, _) in enumerate(found) if name == self.after), None)
             if at is None:
                 raise NotFoundError(
                     f"after names {abbreviate(self.after)}, which is none of these items.",
@@ -56,8 +56,8 @@ class Page:
         shown = found[: self.limit]
         return {
             "object": "list",
-            "data": shown,
-            "first_id": shown[0]["id"] if shown else "",
-            "last_id": shown[-1]["id"] if shown else "",
+            "data": [item for _, item in shown],
+            "first_id": shown[0][0] if shown else "",
+            "last_id": shown[-1][0] if shown else "",
             "has_more": len(found) > len(shown),
         }

@@ -18,6 +18,7 @@ from sensorium.server.openai.tool_calls import ToolPlan, tool_plan
 from sensorium.server.payload import abbreviate
 from sensorium.server.responses.items import Item, Messages, parse_items
 from sensorium.server.responses.protocol import LOGPROBS, InputBody, ResponsesBody, TextFormat
+from sensorium.server.responses.store import Turn
 from sensorium.text.chat.conversation import Conversation
 
 _PLACES = {
@@ -34,9 +35,14 @@ _PLACES = {
 
 @dataclass(frozen=True, slots=True)
 class ResponsePrompt:
-    """A body's prompt. ``items``: those of its ``input``, as they are stored."""
+    """A body's prompt.
+
+    ``items``: those of its ``input``, in the form in which they are stored. ``last``: the turn that
+    it continues; None for a new conversation.
+    """
 
     items: list[Item]
+    last: Turn | None
     chat: ChatBody
     plan: ToolPlan
     prompt: ChatPrompt
@@ -50,22 +56,22 @@ def response_prompt(
 
     ``fields``: further fields of the chat. Raises RequestError with the place in ``body``.
     """
-    store, tenant = context.responses, tenant_of(request)
+    reading = context.responses.reading(tenant_of(request))
     history: list[Item] = []
     if body.previous_response_id is not None:
-        history = store.history(tenant, body.previous_response_id, "previous_response_id")
+        history = reading.history(body.previous_response_id, "previous_response_id")
     if body.input is None and not history:
         raise InvalidRequestError("input is required.", param="input")
     items = []
     if body.input is not None and body.input != []:
-        items = parse_items(body.input, lambda name, place: store.item(tenant, name, place))
+        items = parse_items(body.input, reading.item)
     conversation, places = _conversation(body, history, items)
     rename = renaming(_PLACES, "input", places)
     chat = _chat(body, fields)
     with located(rename=rename):
         plan = tool_plan(context, chat)
         prompt = chat_prompt(context, request, chat, plan.for_template, conversation)
-    return ResponsePrompt(items, chat, plan, prompt, rename)
+    return ResponsePrompt(items, reading.last, chat, plan, prompt, rename)
 
 
 def sampling_fields(body: ResponsesBody) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from sensorium.errors import InvalidRequestError, NotFoundError
 from sensorium.server.payload import encode
 
 Item = dict[str, Any]
+NamedItem = tuple[str, msgspec.Raw]
+"""The id of an item, and the item as JSON."""
 
 ENTRY_BYTES = 1024
 """Bytes that a response counts for besides its JSON."""
@@ -26,10 +28,10 @@ ID_BYTES = 192
 
 
 @dataclass(slots=True, eq=False)
-class _Turn:
+class Turn:
     """Input and output items of a response as JSON. Responses that continue it hold it, too."""
 
-    parent: _Turn | None
+    parent: Turn | None
     input: bytes
     output: bytes
     num_holders: int = 0
@@ -39,13 +41,37 @@ class _Turn:
         """Bytes that the turn counts for."""
         return TURN_BYTES + len(self.input) + len(self.output)
 
+    def items(self) -> list[NamedItem]:
+        """Return its items with their ids; none of them is decoded."""
+        return [*_named(self.input), *_named(self.output)]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Items that a response is an answer to, as JSON, and the turn before them."""
+
+    items: bytes
+    item_ids: tuple[str, ...]
+    parent: Turn | None = None
+
+    @classmethod
+    def of(cls, items: Sequence[Item], parent: Turn | None = None) -> Given:
+        """Return items as they are stored. Takes a while for large ones."""
+        return cls(encode(items), tuple(item["id"] for item in items), parent)
+
+
+class _Name(msgspec.Struct):
+    """Of an item, the id alone."""
+
+    id: str
+
 
 @dataclass(slots=True)
 class _Entry:
     """A stored response as JSON. ``item_ids``: those that may be referred to."""
 
     response: bytes
-    turn: _Turn
+    turn: Turn
     item_ids: tuple[str, ...]
     expires_at: float
 
@@ -63,12 +89,15 @@ class _Shelf:
     owners: dict[str, str] = field(default_factory=dict)
     num_bytes: int = 0
 
-    def hold(self, turn: _Turn) -> None:
-        """Count a turn that an entry holds."""
-        turn.num_holders += 1
-        self.num_bytes += turn.num_bytes
-        if turn.parent is not None:
-            turn.parent.num_holders += 1
+    def hold(self, turn: Turn) -> None:
+        """Count a turn that an entry holds, and those before it that nothing held any more."""
+        last: Turn | None = turn
+        while last is not None:
+            last.num_holders += 1
+            if last.num_holders > 1:
+                return
+            self.num_bytes += last.num_bytes
+            last = last.parent
 
     def put(self, response_id: str, entry: _Entry) -> None:
         """Add an entry, whose turn is held already."""
@@ -83,7 +112,7 @@ class _Shelf:
         for item_id in entry.item_ids:
             if self.owners.get(item_id) == response_id:
                 del self.owners[item_id]
-        turn: _Turn | None = entry.turn
+        turn: Turn | None = entry.turn
         while turn is not None:
             turn.num_holders -= 1
             if turn.num_holders:
@@ -139,31 +168,23 @@ class ResponseStore:
         """Bytes that they count for."""
         return sum(shelf.num_bytes for shelf in self._shelves.values())
 
-    def put(
-        self, tenant: str, response: Item, items: Sequence[Item], previous: str | None = None
-    ) -> bool:
-        """Store a response with the items of its input, in place of an earlier one of its id.
+    def put(self, tenant: str, response: Item, given: Given) -> bool:
+        """Store a response with what it is an answer to, in place of an earlier one of its id.
 
-        ``previous``: the id of the response that it continues. Returns false when it is larger than
-        all that may be stored.
+        Returns false when it is larger than all that may be stored.
         """
-        ids = tuple(item["id"] for item in (*items, *response["output"]))
-        text, given, made = encode(response), encode(items), encode(response["output"])
+        ids = (*given.item_ids, *(item["id"] for item in response["output"]))
+        text, made = encode(response), encode(response["output"])
         with self._lock:
             self._expire()
             shelf = self._shelves.get(tenant) or _Shelf()
-            earlier = shelf.entries.get(response["id"])
-            if earlier is not None:
-                parent = earlier.turn.parent
-            else:
-                before = shelf.entries.get(previous or "")
-                parent = before.turn if before is not None else None
-            turn = _Turn(parent, given, made)
+            turn = Turn(given.parent, given.items, made)
             entry = _Entry(text, turn, ids, self._clock() + self._seconds)
-            if entry.num_bytes + turn.num_bytes > self._max_bytes or not self._max_entries:
+            added = sum(one.num_bytes for one in _turns(turn) if not one.num_holders)
+            if entry.num_bytes + added > self._max_bytes or not self._max_entries:
                 return False
             shelf.hold(turn)
-            if earlier is not None:
+            if response["id"] in shelf.entries:
                 shelf.remove(response["id"])
             shelf.put(response["id"], entry)
             self._shelves[tenant] = shelf
@@ -175,13 +196,14 @@ class ResponseStore:
         """Return a stored response. Raises NotFoundError."""
         return cast(Item, msgspec.json.decode(self._entry(tenant, response_id).response))
 
-    def input_items(self, tenant: str, response_id: str) -> list[Item]:
+    def input_items(self, tenant: str, response_id: str) -> list[NamedItem]:
         """Return the items that a response is an answer to, the oldest first.
 
         Raises NotFoundError.
         """
         turn = self._entry(tenant, response_id).turn
-        return [*self._items(_turns(turn.parent)), *_decoded(turn.input)]
+        before = [item for earlier in _turns(turn.parent) for item in earlier.items()]
+        return [*before, *_named(turn.input)]
 
     def history_bytes(self, tenant: str, response_id: str | None) -> int:
         """Return the bytes of a conversation up to the end of a response; 0 for unknown ones."""
@@ -190,36 +212,22 @@ class ResponseStore:
             entry = shelf.entries.get(response_id or "") if shelf is not None else None
         return sum(turn.num_bytes for turn in _turns(entry.turn)) if entry is not None else 0
 
-    def history(self, tenant: str, response_id: str, param: str) -> list[Item]:
-        """Return all items up to the end of a response.
+    def reading(self, tenant: str) -> Reading:
+        """Return what reads the stored items that one request is made of."""
+        return Reading(self, tenant, self._max_history_bytes)
 
-        Raises NotFoundError, and InvalidRequestError when they are too large, with ``param``.
-        """
-        turns = _turns(self._entry(tenant, response_id, param).turn)
-        if sum(turn.num_bytes for turn in turns) > self._max_history_bytes:
-            raise InvalidRequestError(
-                f"The conversation before this request has more than {self._max_history_bytes} "
-                "bytes, the limit of a body (--max-body-bytes). Begin another one.",
-                param=param,
-            )
-        return self._items(turns)
+    def turn(self, tenant: str, response_id: str, param: str) -> Turn:
+        """Return the turn of a response. Raises NotFoundError with ``param``."""
+        return self._entry(tenant, response_id, param).turn
 
-    def item(self, tenant: str, item_id: str, param: str) -> Item:
-        """Return a stored item. Raises NotFoundError with ``param``."""
-        turn: _Turn | None = None
+    def turn_of_item(self, tenant: str, item_id: str) -> Turn | None:
+        """Return the turn that has an item; None where none is stored."""
         with self._lock:
             self._expire()
             shelf = self._shelves.get(tenant)
-            if shelf is not None and item_id in shelf.owners:
-                turn = shelf.entries[shelf.owners[item_id]].turn
-        for item in self._items([turn]) if turn is not None else ():
-            if item["id"] == item_id:
-                return item
-        raise NotFoundError(
-            f"{param} names {item_id[:128]!r}, which is no item of a response that is stored here; "
-            "send the item itself.",
-            param=param,
-        )
+            if shelf is None or item_id not in shelf.owners:
+                return None
+            return shelf.entries[shelf.owners[item_id]].turn
 
     def delete(self, tenant: str, response_id: str) -> None:
         """Delete a stored response. Raises NotFoundError."""
@@ -240,10 +248,6 @@ class ResponseStore:
                 param=param,
             )
         return entry
-
-    def _items(self, turns: Sequence[_Turn]) -> list[Item]:
-        texts = (text for turn in turns for text in (turn.input, turn.output))
-        return [item for text in texts for item in _decoded(text)]
 
     def _remove(self, tenant: str, response_id: str) -> None:
         shelf = self._shelves[tenant]
@@ -287,7 +291,82 @@ class ResponseStore:
             self._watch()
 
 
-def _turns(last: _Turn | None) -> list[_Turn]:
+class Reading:
+    """Stored items that one request is made of: its history, and those that it refers to.
+
+    Each is decoded once, and what all of them have, repeated ones each time, is bounded.
+    The attribute ``last``: the turn that the request continues; None for a new conversation.
+    """
+
+    def __init__(self, store: ResponseStore, tenant: str, max_bytes: int) -> None:
+        self.last: Turn | None = None
+        self._store = store
+        self._tenant = tenant
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._raw: dict[Turn, dict[str, msgspec.Raw]] = {}
+        self._items: dict[str, Item] = {}
+
+    def history(self, response_id: str, param: str) -> list[Item]:
+        """Return all items up to the end of a response, which the request continues.
+
+        Raises NotFoundError, and InvalidRequestError when they are too large, with ``param``.
+        """
+        self.last = self._store.turn(self._tenant, response_id, param)
+        turns = _turns(self.last)
+        self._count(
+            sum(turn.num_bytes for turn in turns),
+            "The conversation before this request has",
+            "Begin another one.",
+            param,
+        )
+        texts = (text for turn in turns for text in (turn.input, turn.output))
+        return [item for text in texts for item in cast(list[Item], msgspec.json.decode(text))]
+
+    def item(self, item_id: str, param: str) -> Item:
+        """Return a stored item, the same object each time.
+
+        Raises NotFoundError, and InvalidRequestError when all items together are too large, with
+        ``param``.
+        """
+        raw = self._raw_item(item_id, param)
+        self._count(
+            memoryview(raw).nbytes,
+            "The stored items that this request refers to, with those before it, have",
+            "Refer to fewer items.",
+            param,
+        )
+        found = self._items.get(item_id)
+        if found is None:
+            found = self._items[item_id] = cast(Item, msgspec.json.decode(raw))
+        return found
+
+    def _raw_item(self, item_id: str, param: str) -> msgspec.Raw:
+        """Return a stored item as JSON. Raises NotFoundError with ``param``."""
+        turn = self._store.turn_of_item(self._tenant, item_id)
+        if turn is not None:
+            items = self._raw.get(turn)
+            if items is None:  # of several with one id, the first
+                items = self._raw[turn] = dict(reversed(turn.items()))
+            if item_id in items:
+                return items[item_id]
+        raise NotFoundError(
+            f"{param} names {item_id[:128]!r}, which is no item of a response that is stored here; "
+            "send the item itself.",
+            param=param,
+        )
+
+    def _count(self, num_bytes: int, what: str, advice: str, param: str) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._max_bytes:
+            raise InvalidRequestError(
+                f"{what} more than {self._max_bytes} bytes, the limit of a body "
+                f"(--max-body-bytes). {advice}",
+                param=param,
+            )
+
+
+def _turns(last: Turn | None) -> list[Turn]:
     """Return the turns up to ``last``, the oldest first."""
     found = []
     while last is not None:
@@ -296,5 +375,8 @@ def _turns(last: _Turn | None) -> list[_Turn]:
     return found[::-1]
 
 
-def _decoded(items: bytes) -> list[Item]:
-    return cast(list[Item], msgspec.json.decode(items))
+def _named(items: bytes) -> list[NamedItem]:
+    """Return the items of a list with their ids; none of them is decoded."""
+    names = msgspec.json.decode(items, type=list[_Name])
+    raws = msgspec.json.decode(items, type=list[msgspec.Raw])
+    return [(name.id, raw) for name, raw in zip(names, raws, strict=True)]

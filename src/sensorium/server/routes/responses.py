@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 
 from fastapi import APIRouter, Request
@@ -17,6 +18,7 @@ from sensorium.server.openai.sampling import chat_params
 from sensorium.server.payload import JsonResponse
 from sensorium.server.responses import background
 from sensorium.server.responses.answer import ResponseAnswer
+from sensorium.server.responses.items import is_reference
 from sensorium.server.responses.listing import Page
 from sensorium.server.responses.protocol import InputBody, InputTokensBody, ResponsesBody
 from sensorium.server.responses.request import (
@@ -24,9 +26,12 @@ from sensorium.server.responses.request import (
     response_prompt,
     sampling_fields,
 )
+from sensorium.server.responses.store import Given
 from sensorium.server.responses.truncation import truncated
 
 _STREAMED = ("1", "true", "True")
+_LARGE_INPUT = 256 * 1024
+"""Bytes of a body from which on its input is not encoded in the event loop."""
 
 
 def responses_router() -> APIRouter:
@@ -48,7 +53,7 @@ def _add_creation(router: APIRouter) -> None:
             request,
             ResponsesBody,
             lambda body: _begin(context, request, body),
-            is_large=lambda body: _is_large(request, body),
+            is_large=lambda body, num_bytes: _is_large(request, body, num_bytes),
         )
         if body.truncation == "auto":
             await unless_disconnected(request.receive, _shorten(answer))
@@ -68,7 +73,7 @@ def _add_creation(router: APIRouter) -> None:
             request,
             InputTokensBody,
             lambda body: _prompt(context, request, body),
-            is_large=lambda body: _is_large(request, body),
+            is_large=lambda body, num_bytes: _is_large(request, body, num_bytes),
         )
         work = _num_tokens(context, found, cut=body.truncation == "auto")
         number = await unless_disconnected(request.receive, work)
@@ -112,10 +117,15 @@ def _add_stored(router: APIRouter) -> None:
     @router.get("/v1/responses/{response_id}/input_items", response_model=None)
     async def list_input_items(request: Request, response_id: str) -> Response:
         """List the items that a stored response is an answer to."""
-        context = context_of(request)
+        store, tenant = context_of(request).responses, tenant_of(request)
         page = Page.of(request.query_params)
-        items = context.responses.input_items(tenant_of(request), response_id)
-        return JsonResponse(page.cut(items))
+
+        def listed() -> Response:
+            return JsonResponse(page.cut(store.input_items(tenant, response_id)))
+
+        if store.history_bytes(tenant, response_id) < LARGE_BODY:
+            return listed()
+        return await asyncio.to_thread(listed)
 
 
 def _begin(context: ServingContext, request: Request, body: ResponsesBody) -> ResponseAnswer:
@@ -133,7 +143,8 @@ def _begin(context: ServingContext, request: Request, body: ResponsesBody) -> Re
     serving = serving_request(
         request, made.chat, [made.prompt], params, made.plan.forced, made.rename
     )
-    return ResponseAnswer(context, tenant_of(request), body, made, serving, model, stored)
+    given = Given.of(made.items, made.last) if stored else None
+    return ResponseAnswer(context, tenant_of(request), body, made, serving, model, given)
 
 
 def _is_stored(context: ServingContext, body: ResponsesBody) -> bool:
@@ -161,8 +172,12 @@ def _prompt(context: ServingContext, request: Request, body: InputBody) -> Respo
     return response_prompt(context, request, body, **fields)
 
 
-def _is_large(request: Request, body: InputBody) -> bool:
-    """Return true when the history of a body takes a while to decode."""
+def _is_large(request: Request, body: InputBody, num_bytes: int) -> bool:
+    """Return true when a body, or what is stored of its conversation, takes a while to handle."""
+    if num_bytes >= _LARGE_INPUT:
+        return True
+    if isinstance(body.input, list) and any(map(is_reference, body.input)):
+        return True
     store = context_of(request).responses
     return store.history_bytes(tenant_of(request), body.previous_response_id) >= LARGE_BODY
 
