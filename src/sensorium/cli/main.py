@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from sensorium import __version__
+from sensorium.cli.chat.control import shown
 from sensorium.cli.commands import (
     batch,
     bench,
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.handler(arguments) or 0)
     except SensoriumError as error:
-        print(f"error: {_in_words_of_flags(error)}", file=sys.stderr)
+        print(f"error: {shown(_in_words_of_flags(error), sys.stderr)}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130

@@ -150,6 +150,18 @@ def test_other_files_are_not_loaded_and_not_overwritten(
     assert capsys.readouterr().err.count("No such file") == 2
 
 
+def test_a_conversation_outlives_names_that_no_file_can_have(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = begin(Echo())
+    talk(session, monkeypatch, "One", f"/save {'x' * 300}", "/save a\0b", f"/save {tmp_path}")
+    shown = capsys.readouterr().err
+    assert "File name too long" in shown
+    assert "no name of a file" in shown
+    assert "Is a directory" in shown
+    assert len(session.messages) == 2
+
+
 def test_a_message_of_several_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     session = begin(Echo())
     talk(session, monkeypatch, '"""One', "", '/exit"""', "Two", '"""open')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TextIO
+
 _TAB, _LINE_FEED, _RETURN, _DELETE = 9, 10, 13, 127
 _SYMBOLS = 0x2400
 """Code of the visible symbol of control character 0; those of the others follow."""
@@ -21,3 +23,8 @@ def harmless(text: str) -> str:
     make the terminal type something. Surrogates, which cannot be encoded, are replaced, too.
     """
     return text.translate(_VISIBLE)
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """Return the text as it may be written to a stream: harmless where that is a terminal."""
+    return harmless(text) if stream.isatty() else text

@@ -5,13 +5,15 @@ from __future__ import annotations
 import http.client
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 from sensorium.errors import ConfigError, SensoriumError, UnavailableError
 
 TIMEOUT_SECONDS = 600.0
+_WRONG_FORM = (ValueError, RecursionError, LookupError, TypeError, AttributeError)
+"""Errors of reading what is no JSON, or none of the expected form."""
 
 
 class Thought(str):
@@ -44,25 +46,30 @@ class RemoteModel:
 
         Raises:
             SensoriumError: the server refused the request or failed; its message is included.
+            UnavailableError: the answer broke off or cannot be read.
         """
         body = {"model": self.name, "messages": list(messages), "stream": True, **sampling}
         with closing(self._connection()) as connection:
             response = self._send(connection, "POST", "/chat/completions", json.dumps(body))
-            for line in response:
-                if not line.startswith(b"data: "):
-                    continue
-                data = line[len(b"data: ") :].strip()
-                if data == b"[DONE]":
-                    return
-                yield from pieces_of(json.loads(data))
+            with self._reading():
+                for line in response:
+                    if not line.startswith(b"data:"):
+                        continue
+                    data = line[len(b"data:") :].strip()
+                    if data == b"[DONE]":
+                        return
+                    yield from pieces_of(json.loads(data))
+        raise UnavailableError(f"{self._server} ended the answer before it was complete.")
 
     def close(self) -> None:
         """Do nothing: no connection is kept between two answers."""
 
     def _first_model(self) -> str:
         with closing(self._connection()) as connection:
-            answer = json.loads(self._send(connection, "GET", "/models", None).read())
-        models = [card["id"] for card in answer.get("data", [])]
+            response = self._send(connection, "GET", "/models", None)
+            with self._reading():
+                answer = json.loads(response.read())
+                models = [card["id"] for card in answer.get("data", [])]
         if not models:
             raise ConfigError("The server lists no model; name one with --model.")
         return str(models[0])
@@ -80,24 +87,42 @@ class RemoteModel:
             connection.request(method, f"{self._prefix}{path}", data, self._headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise UnavailableError(
-                f"{self._url.scheme}://{self._url.netloc} does not answer ({error})."
-            ) from error
+            raise UnavailableError(f"{self._server} does not answer ({error}).") from error
         if response.status != 200:
-            raise _refusal(response.status, response.read())
+            with self._reading():
+                refusal = response.read()
+            raise _refusal(response.status, refusal)
         return response
+
+    @property
+    def _server(self) -> str:
+        return f"{self._url.scheme}://{self._url.netloc}"
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn what goes wrong while an answer is read into UnavailableError."""
+        try:
+            yield
+        except (OSError, http.client.HTTPException) as error:
+            raise UnavailableError(f"{self._server} broke off its answer ({error}).") from error
+        except _WRONG_FORM as error:
+            raise UnavailableError(
+                f"{self._server} sent something that is no answer of an OpenAI-compatible API."
+            ) from error
 
 
 def pieces_of(chunk: Mapping[str, Any]) -> Iterator[str]:
     """Yield the texts of a chunk. Raises SensoriumError for one that is an error."""
-    if "error" in chunk:
-        raise SensoriumError(str(chunk["error"].get("message", chunk["error"])))
-    for choice in chunk.get("choices", []):
-        delta = choice.get("delta", {})
+    if chunk.get("error"):
+        error = chunk["error"]
+        known = error.get("message") if isinstance(error, Mapping) else None
+        raise SensoriumError(str(known or error))
+    for choice in chunk.get("choices") or ():
+        delta = choice.get("delta") or {}
         thought = delta.get("reasoning_content") or delta.get("reasoning")
         if thought:
             yield Thought(thought)
-        yield delta.get("content") or ""
+        yield str(delta.get("content") or "")
 
 
 def _refusal(status: int, body: bytes) -> SensoriumError:

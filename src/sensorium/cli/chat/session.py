@@ -213,8 +213,6 @@ class Session:
 
     def _save(self, name: str) -> None:
         path = _named(name, "/save")
-        if path.exists():
-            _read(path)  # refuses to overwrite anything else
         saved = {
             FORMAT: 1,
             "model": self._model.name,
@@ -222,6 +220,8 @@ class Session:
             "messages": self.messages,
         }
         try:
+            if path.exists():
+                _read(path)  # refuses to overwrite anything else
             descriptor, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump(saved, file, ensure_ascii=True, indent=1)
@@ -239,6 +239,8 @@ class Session:
 def _named(name: str, command: str) -> Path:
     if not name:
         raise ConfigError(f"{command} needs the name of a file.")
+    if "\0" in name:
+        raise ConfigError(f"{name!r} is no name of a file.")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensorium.cli.attachments import KINDS, add_attachment_flags, user_message
+from sensorium.cli.chat.control import shown
 from sensorium.cli.flags import add_engine_flags, build_engine_config, engine_keywords
 from sensorium.cli.sampling import add_sampling_flags, sampling_values
 from sensorium.errors import ConfigError
@@ -71,9 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
         )
         output = _answer(llm, question, params)
     if arguments.json:
-        print(json.dumps(_details(output), ensure_ascii=False, indent=2))
+        answer = json.dumps(_details(output), ensure_ascii=False, indent=2)
     else:
-        print("\n".join(sample.text for sample in output.outputs))
+        answer = "\n".join(sample.text for sample in output.outputs)
+    print(shown(answer, sys.stdout))
     return 0
 
 
