@@ -58,6 +58,8 @@ EITHER = tag(
         ],
     }
 )
+# Escaped slashes, one that is not, one within brackets, line ends of both kinds, and a backslash before a slash.
+ESCAPED = tag({"type": "regex", "pattern": "https:\\/\\/a[/]b\n\\\n\\\\/"})
 FITS: list[tuple[dict[str, Any], list[str], list[str]]] = [
     (OLDER, ["", "hi", 'hi <function=f>{"a": 1}</function> bye'], ['<function=g>{"a": 1}</function>']),
     (triggered(), ["", "hi", CALL, f"hi {CALL}", CALL + CALL, f"{CALL} bye"], ["<call>no"]),
@@ -68,6 +70,7 @@ FITS: list[tuple[dict[str, Any], list[str], list[str]]] = [
     (separated(at_least_one=True, at_most=2), [CALL, f"{CALL}\n{CALL}"], ["", "\n".join([CALL] * 3)]),
     (separated(stop_after_first=True), ["", CALL], [f"{CALL}\n{CALL}"]),
     (THINKS, ['<think>{"a": 1} hm </thin</think>{"a": 2}'], ['{"a": 2}', "<think>hm</think>"]),
+    (ESCAPED, ["https://a/b\n\n\\/"], ["https:\\/\\/a/b\n\n\\/", "https://a/b\n\n/"]),
     (EITHER, ["no", "a/b\n12", "xy", '{"a": 1}!', '{"a": 1}.'], ["a/b", "x", '{"a": 1}', "nope"]),
 ]  # fmt: skip
 

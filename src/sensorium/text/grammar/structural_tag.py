@@ -23,6 +23,8 @@ MAX_DEPTH = 32
 MAX_CALLS = 1 << 16
 
 _TEXT = r"/(.|\n)*/"
+_TO_ESCAPE = re.compile(r"\\.|[/\n\r]", re.DOTALL)
+"""An escaped character of a regular expression, or one that may not stand between slashes."""
 
 
 def tag_grammar(outputs: StructuredOutputs, special: Mapping[str, int] | None = None) -> Grammar:
@@ -199,7 +201,7 @@ class _Writer:
         """Return text of a regular expression."""
         self.is_json_only = False
         pattern = _string(node, "pattern", place)
-        inside = pattern.replace("/", "\\/").replace("\n", "\\n").replace("\r", "\\r")
+        inside = _TO_ESCAPE.sub(_within_slashes, pattern)
         return self.rule(f"/{inside}/")
 
     def grammar(self, node: Mapping[str, Any], place: str, depth: int) -> str:
@@ -336,6 +338,12 @@ def _pattern_of(text: str) -> str:
     special = set("\\/.^$|?*+()[]{}#&-~\n\r\t")
     names = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
     return "".join(names.get(c, "\\" + c) if c in special else c for c in text)
+
+
+def _within_slashes(found: re.Match[str]) -> str:
+    """Return a match of ``_TO_ESCAPE`` as it is written between slashes."""
+    names = {"/": "\\/", "\n": "\\n", "\r": "\\r"}
+    return names.get(found[0][-1], found[0])
 
 
 def _lazy_pattern(end: str) -> str:

@@ -125,15 +125,18 @@ class Source:
         return self.text(start)
 
     def up_to(self, text: str, most: int) -> Reading[str | None]:
-        """Go past ``text``, and return what stands before it; None where it does not follow."""
+        """Go past ``text``, and return what stands before it; None where it does not follow.
+
+        At most ``most`` characters may stand before it; no text behind those is looked at.
+        """
         start = self.pos
-        pattern = re.compile(re.escape(text))
-        while (found := self.search(pattern)) is None:
-            if self.ended or self.end - start > most + len(text):
+        last = start + most + len(text)
+        while (found := self._buffer.find(text, start - self._base, last - self._base)) < 0:
+            if self.ended or self.end >= last:
                 return None
             yield
-        self.pos = found[1]
-        return self.text(start, found[0]) if found[0] - start <= most else None
+        self.pos = self._base + found + len(text)
+        return self.text(start, self._base + found)
 
 
 def read_string(source: Source) -> Reading[str | None]:
