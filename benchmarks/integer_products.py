@@ -88,9 +88,10 @@ def _rivals(x: torch.Tensor, num_outputs: int) -> dict[str, Callable[[], Any]]:
 def integers(seconds: float, bandwidth: float, race: Race) -> dict[str, Any]:
     """Measure int8 and int4 products of bf16 rows.
 
-    "speedup" is the time of oneDNN's float32 product over the kernel's, "of_limit" the time to
-    read the weight at the bandwidth over the kernel's; times of the others are in microseconds.
-    oneDNN's u8s8 product gets rows that are bytes already, torch's weights stay in the caches.
+    "speedup" is the time of this engine's float32 product over the kernel's, "of_limit" the
+    time to read the weight at the bandwidth over the kernel's; times of the others are in
+    microseconds. oneDNN's u8s8 product gets rows that are bytes already, torch's weights stay in
+    the caches.
     """
     results: dict[str, Any] = {}
     for name, (num_outputs, num_inputs) in SHAPES.items():
