@@ -220,6 +220,32 @@ def test_blocks_behind_a_window_are_freed_and_can_still_be_found() -> None:
     manager.check_integrity([])
 
 
+def test_of_blocks_behind_a_window_the_last_are_handed_out_first() -> None:
+    manager = KVCacheManager(8, 4, window=4)
+    seq = start(manager, list(range(18)))
+    compute(manager, seq)
+    assert manager.num_used_blocks == 2
+    other = start(manager, list(range(50, 66)))  # three blank blocks, and one that was freed
+    assert manager.match(open_seq(manager, list(range(18)))).num_tokens == 8
+    manager.check_integrity([seq, other])
+
+
+def test_blocks_behind_the_window_of_an_unsound_sequence_are_freed_and_never_found() -> None:
+    manager = KVCacheManager(8, 4, window=4)
+    seq = start(manager, list(range(18)))
+    compute(manager, seq, 4)
+    seq.is_sound = False
+    manager.withdraw(seq)
+    compute(manager, seq)
+    assert manager.num_used_blocks == 2
+    manager.check_integrity([seq])
+    match = manager.match(open_seq(manager, list(range(18))))
+    assert (match.num_tokens, match.waits_for) == (4, None), "the block from before"
+    manager.release(seq)
+    assert manager.num_used_blocks == 0
+    manager.check_integrity([])
+
+
 def test_a_window_needs_no_prefix_cache() -> None:
     manager = KVCacheManager(4, 4, prefix_caching=False, window=4)
     seq = start(manager, list(range(14)))

@@ -162,6 +162,19 @@ def test_blocks_with_numbers_that_are_not_finite_are_neither_shared_nor_awaited(
     assert driver.outcomes["same"].last.num_cached_tokens == 0
 
 
+def test_an_unsound_sequence_frees_blocks_behind_its_window() -> None:
+    driver = Driver(max_num_batched_tokens=8, window=4)
+    driver.add(request("a", list(range(20))))
+    plan = driver.schedule()
+    result = driver.runner.execute(plan)
+    result.unsound.add(0)
+    driver.commit(plan, result)
+    assert driver.scheduler.stats().num_used_blocks == 4, "of five"
+    driver.step()
+    assert driver.scheduler.stats().num_used_blocks == 2
+    driver.run()
+
+
 def test_only_the_shared_part_of_a_prompt_is_awaited() -> None:
     driver = Driver(max_num_batched_tokens=8)
     driver.add(request("a", list(range(40))), request("b", [*range(4), 90, 91, 92]))

@@ -126,12 +126,16 @@ class KVCacheManager:
         return tuple(new_block_ids)
 
     def commit(self, seq: Sequence) -> None:
-        """Register the blocks that ``num_computed`` has filled; free those behind the window."""
-        self._register(seq)
+        """Register the blocks that ``num_computed`` has filled; free those behind the window.
+
+        Blocks of an unsound sequence are not registered.
+        """
+        if seq.is_sound:
+            self._register(seq)
         if self._window is None:
             return
         end = max(0, seq.num_computed - self._window) // self._pool.block_size
-        for block in range(seq.num_freed, end):
+        for block in reversed(range(seq.num_freed, end)):
             self._free(seq.block_ids[block])
             seq.block_ids[block] = FREED
         seq.num_freed = max(seq.num_freed, end)

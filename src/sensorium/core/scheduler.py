@@ -355,14 +355,13 @@ class Scheduler:
         return failed
 
     def _advance(self, seq: Sequence, span: Span, result: StepResult) -> None:
-        """Count the tokens of a span as computed: register full blocks, unpin passed items."""
+        """Count the tokens of a span as computed; commit its blocks, unpin passed items."""
         seq.num_computed = span.start + span.num_tokens
         self._counts.num_computed_tokens += span.num_tokens
         if seq.seq_id in result.unsound:
             seq.is_sound = False
             self._kv_cache.withdraw(seq)
-        if seq.is_sound:
-            self._kv_cache.commit(seq)
+        self._kv_cache.commit(seq)
         if seq.request.items:
             self._encoder_cache.unpin_passed(seq.seq_id, seq.num_computed)
         if seq.request.params.prompt_logprobs is not None and seq.num_generated == 0:
