@@ -126,6 +126,7 @@ def malformed() -> list[object]:
         *({"bfloat16": {"1": {"panels": "fast"}}}, {"bfloat16": {"1": {"panels": 0}}}),
         *({"bfloat16": {"1": {"panels": -1.0}}}, {"bfloat16": {"1": {"panels": True}}}),
         *({"bfloat16": {"1": {"panels": float("nan")}}}, {"bfloat16": {"1": None}}),
+        *({"int8": {rows: {"tiles": 1.0, "vectors": 2.0}}} for rows in ("many", "", "²", "-8")),
     ]
     return [[1], "text", 7, *({"level": levels.level(), "times": each} for each in times)]
 

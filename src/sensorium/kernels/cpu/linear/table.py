@@ -14,6 +14,7 @@ import functools
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ INTEGERS = ("int8", "int4")
 TILE_LEVELS = ("amx-bf16", "amx-int8")
 INTEGER_NAMES = {"avx2": "AVX2", "vnni256": "VNNI of 256 bits", "vnni512": "VNNI of 512 bits"}
 """Names of the forms of integer products, of which each CPU has one."""
+_ROWS = re.compile("[1-9][0-9]{0,8}")
+"""Number of rows, as a key of measured times."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,8 @@ def checked(times: object) -> Times:
     for form, by_rows in times.items():
         for rows, by_product in by_rows.items() if isinstance(by_rows, dict) else [(None, None)]:
             values: list[Any] = [*by_product.values()] if isinstance(by_product, dict) else [None]
+            if rows is not None and not _ROWS.fullmatch(rows):
+                raise ValueError(f"{form}: {rows!r} is no number of rows")
             if not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
                 where = form if rows is None else f"{form}, {rows} rows"
                 raise ValueError(f"{where}: microseconds by product were expected")
