@@ -231,6 +231,9 @@ def _cache(
     """Return the cache of a model's quantized weights; None where there is nothing to keep."""
     if settings is None or formats is None or formats.first_option() is None or source is None:
         return None
+    from sensorium.models.loading.weights_cache import calibrated_by
+
+    calibrates = "int4" in (formats.decoder, formats.head)
     configurations = [loaded.config, *(part.config for part in loaded.parts.values())]
     return settings.open(
         source.states,
@@ -238,6 +241,7 @@ def _cache(
         json.dumps(configurations, sort_keys=True, default=str),
         (str(options.dtype), sorted(options.skip_modalities), options.head),
         (formats.decoder, formats.encoder, formats.head),
+        calibrated_by() if calibrates else (),
     )
 
 

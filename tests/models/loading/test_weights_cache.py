@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,7 @@ def test_encoders_and_biases(tmp_path: Path, family: str, monkeypatch: pytest.Mo
 
 
 def test_what_makes_other_weights_has_another_file(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoints.make_text("llama", tmp_path / "model")
     cache = tmp_path / "cache"
@@ -153,12 +155,17 @@ def test_what_makes_other_weights_has_another_file(
 
     assert misses()
     assert not misses()
-    assert misses(formats=WeightFormats(decoder="int8", head="int8"))
+    int8 = WeightFormats(decoder="int8", head="int8")
+    assert misses(formats=int8)
     assert misses(dtype="float32")
     assert misses(hf_overrides={"rope_theta": 1234.0})
     assert misses(runner="pooling")
     assert len(list((cache / FOLDER).iterdir())) == 5
     assert not misses()
+    # Calibration runs through the products of floats.
+    monkeypatch.setattr(ops, "products", lambda: "others")
+    assert misses()
+    assert not misses(formats=int8)
 
 
 def test_a_changed_checkpoint_is_another_one(tmp_path: Path) -> None:
@@ -303,6 +310,67 @@ def test_a_disk_that_refuses_is_one_warning(
     assert_same(found, load(checkpoint, kept))
 
 
+@pytest.mark.parametrize(
+    ("method", "error"),
+    [("write", MemoryError()), ("write", RuntimeError("odd")), ("end", RuntimeError("odd"))],
+    ids=repr,
+)
+def test_whatever_a_writer_raises_is_one_warning(
+    checkpoint: Path,
+    tmp_path: Path,
+    method: str,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    original = getattr(stored.StoredWriter, method)
+    calls: list[object] = []
+
+    def fail_late(*args: Any) -> Any:
+        calls.append(args)
+        if method == "end" or len(calls) == 2:
+            raise error
+        return original(*args)
+
+    monkeypatch.setattr(stored.StoredWriter, method, fail_late)
+    load(checkpoint, tmp_path)
+    assert caplog.text.count("cannot be kept") == 1
+    assert (str(error) or type(error).__name__) in caplog.text
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_weights_are_not_read_long_before_they_are_asked_for(
+    checkpoint: Path,
+    kept: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    num_read, num_found, ahead = 0, 0, []
+
+    class Counted(ThreadPoolExecutor):
+        def submit(self, fn: Any, /, *args: Any, **options: Any) -> Future[Any]:
+            nonlocal num_read
+            num_read += 1
+            ahead.append(num_read - num_found)
+            return super().submit(fn, *args, **options)
+
+    original = module.WeightsCache.find
+
+    def find(*args: Any) -> PackedWeight | None:
+        nonlocal num_found
+        num_found += 1
+        return original(*args)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Counted)
+    monkeypatch.setattr(module.WeightsCache, "find", find)
+    monkeypatch.setattr(module, "READ_AHEAD", 0)
+    with caplog.at_level(logging.INFO):
+        load(checkpoint, kept)
+    assert HIT in caplog.text
+    assert num_read == num_found > 4
+    assert max(ahead) == 1
+
+
 def test_the_folder_is_private_and_bounded(
     checkpoint: Path, kept: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -316,8 +384,8 @@ def test_the_folder_is_private_and_bounded(
         os.utime(path, (1000 - age, 1000 - age))
     left, busy = folder / "x.part", folder / "y.part"
     left.write_bytes(b"")
-    busy.write_bytes(b"")
-    os.utime(left, (0, 0))
+    writing = busy.open("wb")
+    fcntl.flock(writing, fcntl.LOCK_EX)
     stranger = folder / "notes.txt"
     stranger.write_text("mine")
     formats = WeightFormats(decoder="int4", head="int4")
@@ -334,6 +402,7 @@ def test_the_folder_is_private_and_bounded(
     assert not others[2].exists()
     assert not left.exists()
     assert busy.exists()
+    writing.close()
     assert stranger.read_text() == "mine"
     caplog.set_level(logging.INFO)
     load(checkpoint, cache, WeightFormats(decoder="int8", head="int8"), most=size // 4)
@@ -442,3 +511,19 @@ def test_the_quantizers_decide_the_key(
     assert before == module.key_of([state], "int4")
     monkeypatch.setattr(module, "sources_digest", lambda: "others")
     assert module.key_of([state], "int4") != before
+
+
+def test_all_sources_that_make_weights_decide_the_key(tmp_path: Path) -> None:
+    for folder in module.SOURCES:
+        shutil.copytree(
+            module.PACKAGE / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    digests = [module.sources_digest(), module.sources_digest(tmp_path)]
+    assert digests[0] == digests[1]
+    sources = ["kernels/ops.py", "kernels/weight.py", "layers/linear.py", "models/loader.py"]
+    for source in sources:
+        with (tmp_path / source).open("a") as file:
+            file.write("\n")
+        module.sources_digest.cache_clear()
+        digests.append(module.sources_digest(tmp_path))
+    assert len(set(digests)) == 1 + len(sources)

@@ -6,20 +6,21 @@ index has the key that the file was written under and, for each weight, its clas
 and the place, dtype, shape and BLAKE3 digest of each of its tensors. Nothing in a file is executed.
 
 A file is written under another name and renamed when it is whole, so that one of a process that
-ended early, or of two that write at once, is never seen. Readers copy tensors into memory with huge
-pages, from which products read faster than from pages of a file; a file that is replaced or removed
-meanwhile stays readable for them.
+ended early, or of two that write at once, is never seen. A writer holds a lock on its file; one
+without is left behind, and the next writer removes it. Readers copy tensors into memory with huge
+pages, from which products read faster than from pages of a file; a file that is replaced or
+removed meanwhile stays readable for them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,8 +38,6 @@ ALIGNMENT = 4096
 SUFFIX = ".weights"
 FREE_BYTES = 1 << 30
 """Space that a writer leaves free on the disk."""
-ABANDONED_SECONDS = 3600.0
-"""Age from which an unfinished file that nobody has written to counts as left behind."""
 _PART = ".part"
 _MOST_INDEX_BYTES = 64 << 20
 _DIGEST_BYTES = 32
@@ -90,6 +89,14 @@ class StoredWeights:
         """Return the names of the weights, in the order in which they were written."""
         return list(self._index)
 
+    def nbytes(self, name: str) -> int:
+        """Return how many bytes the tensors of a weight take. Raises DamagedError."""
+        try:
+            places = self._index[name]["tensors"].values()
+            return sum(_layout(place)[2] for place in places)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise DamagedError(f"{type(error).__name__}: {error}") from error
+
     def load(self, name: str) -> PackedWeight:
         """Read a weight. Raises DamagedError, or OSError when the disk fails."""
         try:
@@ -106,8 +113,8 @@ class StoredWeights:
         os.close(self._descriptor)
 
     def _tensor(self, place: Mapping[str, Any]) -> torch.Tensor:
-        dtype, shape = _DTYPES[place["dtype"]], torch.Size(map(int, place["shape"]))
-        start, num_bytes = int(place["start"]), shape.numel() * dtype.itemsize
+        dtype, shape, num_bytes = _layout(place)
+        start = int(place["start"])
         if min(shape, default=0) < 0 or start < 0 or start + num_bytes > self._size:
             raise DamagedError("a tensor is not within the file")
         values = huge_pages.shared_zeros((num_bytes,), torch.uint8)
@@ -122,7 +129,7 @@ class StoredWeights:
 class StoredWriter:
     """A file that grows by weights, and gets its name at the end.
 
-    Files that were used least recently make room for it.
+    Files that were used least recently make room for it: then, or earlier where the disk is full.
     """
 
     target: Path
@@ -130,24 +137,23 @@ class StoredWriter:
     most_bytes: int
     part: Path
     file: BinaryIO
-    others: list[tuple[Path, int]]
-    """The other files with their sizes, the least recently used first."""
     index: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, target: Path, key: str, most_bytes: int) -> StoredWriter:
         """Begin the file of a key, in its private folder. Raises OSError."""
         make_private(target.parent)
-        others = list(_by_last_use(target.parent))
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=_PART)
-        file = os.fdopen(handle, "wb")
+        _remove_left_behind(target.parent)
+        part, file = _locked_part(target)
         file.write(MAGIC)
-        return cls(target, key, most_bytes, Path(name), file, others)
+        return cls(target, key, most_bytes, part, file)
 
     def write(self, name: str, weight: PackedWeight) -> None:
         """Append a weight. Raises OSError when the disk or the limit refuses it."""
         tensors = weight.tensors()
-        self._make_room(sum(tensor.nbytes + ALIGNMENT for tensor in tensors.values()))
+        size = sum(tensor.nbytes + ALIGNMENT for tensor in tensors.values())
+        self._check_limit(self.file.tell() + size)
+        self._free_disk(size)
         self.index[name] = {
             "kind": type(weight).__name__,
             "shape": list(weight.shape),
@@ -156,11 +162,18 @@ class StoredWriter:
         }
 
     def end(self) -> None:
-        """Write the index and give the file its name. Raises OSError."""
+        """Write the index, make room and give the file its name. Raises OSError."""
         index = json.dumps({"key": self.key, "weights": self.index}).encode()
         self.file.write(index + len(index).to_bytes(8, "little") + blake3(index).digest() + MAGIC)
-        self.file.close()
+        self.file.flush()
+        size = self.file.tell()
+        self._check_limit(size)
+        others = [own for own in _by_last_use(self.target.parent) if own[0] != self.target]
+        excess = size + sum(num_bytes for _, num_bytes in others) - self.most_bytes
+        for path in _first_of(others, excess):
+            path.unlink(missing_ok=True)
         os.replace(self.part, self.target)
+        self.file.close()  # not before: with the lock it would lose its name to another writer
 
     def abandon(self) -> None:
         """Remove the unfinished file."""
@@ -181,17 +194,19 @@ class StoredWriter:
             "digest": blake3(view).hexdigest(),
         }
 
-    def _make_room(self, size: int) -> None:
-        space = os.statvfs(self.part)
-        if space.f_bavail * space.f_frsize < FREE_BYTES + size:
+    def _check_limit(self, size: int) -> None:
+        if size > self.most_bytes:
+            raise OSError(errno.EFBIG, "they are larger than --weights-cache-gb allows")
+
+    def _free_disk(self, size: int) -> None:
+        """Remove other files as far as the disk has no room for so many bytes."""
+        folder = self.target.parent
+        missing = FREE_BYTES + size - free_bytes(folder)
+        others = list(_by_last_use(folder)) if missing > 0 else []
+        if missing > sum(num_bytes for _, num_bytes in others):
             raise OSError(errno.ENOSPC, f"less than {FREE_BYTES >> 30} GiB would stay free")
-        own = self.file.tell() + size
-        while own + sum(num_bytes for _, num_bytes in self.others) > self.most_bytes:
-            if not self.others:
-                raise OSError(errno.EFBIG, "they are larger than --weights-cache-gb allows")
-            path, _ = self.others.pop(0)
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        for path in _first_of(others, missing):
+            path.unlink(missing_ok=True)
 
 
 def make_private(folder: Path) -> None:
@@ -204,21 +219,62 @@ def make_private(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-def _by_last_use(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Yield the files in a folder and their sizes, the least recently used first.
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes the disk of a folder has left for this user. Raises OSError."""
+    space = os.statvfs(folder)
+    return space.f_bavail * space.f_frsize
 
-    What a writer left behind unfinished is removed.
-    """
+
+def _locked_part(target: Path) -> tuple[Path, BinaryIO]:
+    """Make an unfinished file and lock it, so that others know that it is in use."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=_PART)
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return Path(name), os.fdopen(handle, "wb")
+        os.close(handle)  # another writer has locked it first, and removed it
+
+
+def _remove_left_behind(folder: Path) -> None:
+    """Remove the unfinished files that no process holds a lock on."""
+    for path in folder.glob(f"*{_PART}"):
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _by_last_use(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the whole files in a folder and their sizes, the least recently used first."""
     found = []
-    for path in folder.iterdir():
+    for path in folder.glob(f"*{SUFFIX}"):
         with contextlib.suppress(OSError):
             status = path.lstat()
-            if path.suffix == _PART and status.st_mtime < time.time() - ABANDONED_SECONDS:
-                path.unlink()
-            elif path.suffix == SUFFIX:
+            if not stat.S_ISDIR(status.st_mode):
                 found.append((status.st_mtime_ns, path, status.st_size))
     for _, path, size in sorted(found):
         yield path, size
+
+
+def _first_of(files: list[tuple[Path, int]], num_bytes: int) -> list[Path]:
+    """Return as many of the first files as have at least so many bytes together."""
+    chosen = []
+    for path, size in files:
+        if num_bytes <= 0:
+            break
+        chosen.append(path)
+        num_bytes -= size
+    return chosen
+
+
+def _layout(place: Mapping[str, Any]) -> tuple[torch.dtype, torch.Size, int]:
+    """Return dtype, shape and number of bytes of a tensor in an index."""
+    dtype, shape = _DTYPES[place["dtype"]], torch.Size(map(int, place["shape"]))
+    return dtype, shape, shape.numel() * dtype.itemsize
 
 
 def _read_index(descriptor: int, size: int, key: str) -> dict[str, Any]:

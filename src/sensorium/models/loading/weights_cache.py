@@ -21,6 +21,7 @@ from sensorium.config import MIB
 from sensorium.forks import OWN_THREADS
 from sensorium.kernels import ops
 from sensorium.kernels.cpu import launch
+from sensorium.kernels.cpu.attention import route
 from sensorium.kernels.weight import PackedWeight
 from sensorium.models.loading.stored import SUFFIX, DamagedError, StoredWeights, StoredWriter
 from sensorium.models.loading.weight_files import FileState
@@ -30,6 +31,11 @@ logger = logging.getLogger(__name__)
 FOLDER = "sensorium-weights-1"
 MOST_READERS = 4
 """Threads that read a file."""
+READ_AHEAD = 256 << 20
+"""Bytes of weights that are read before they are asked for; one weight may have more."""
+PACKAGE = Path(__file__).parents[2]
+SOURCES = ("kernels", "layers", "models")
+"""Folders of the package whose sources calibrate, quantize and pack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +69,13 @@ class WeightsCache:
         self._key, self._path = "", settings.folder / FOLDER
         self._stored: StoredWeights | None = None
         self._readers: ThreadPoolExecutor | None = None
+        self._waiting: dict[str, int] = {}  # bytes of the weights that nobody reads yet
         self._found: dict[str, Future[PackedWeight]] = {}
+        self._ahead: dict[str, int] = {}  # bytes of those in ``_found``
         self._writing = ThreadPoolExecutor(1, thread_name_prefix=f"{OWN_THREADS}weights-writer")
         self._writer: StoredWriter | None = None
         self._keeps = False
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._weights: list[tuple[str, PackedWeight]] = []
         self._num_found = self._num_written = 0
         self._began = 0.0
@@ -86,25 +94,28 @@ class WeightsCache:
             self._path = self._settings.folder / FOLDER / f"{self._key}{SUFFIX}"
             self._keeps = num_bytes <= self._settings.most_bytes
             self._stored = StoredWeights.open(self._path, self._key)
+            if self._stored is not None:
+                present = set(self._stored.names)
+                self._waiting = {n: self._stored.nbytes(n) for n in names if n in present}
         except (OSError, DamagedError) as error:
             self._warn_unreadable(error)
-        if self._stored is None:
+        if not self._waiting:
             return
         workers = max(1, min(MOST_READERS, torch.get_num_threads()))
         self._readers = ThreadPoolExecutor(workers, f"{OWN_THREADS}weights-reader")
-        present = set(self._stored.names)
-        for name in names:
-            if name in present:
-                self._found[name] = self._readers.submit(self._stored.load, name)
+        self._read_ahead()
 
     def find(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> PackedWeight | None:
         """Return a weight (N, K) that was kept, for activations of ``dtype``.
 
         It has memory of its own. None where it has to be made.
         """
+        self._read(name)
         future = self._found.pop(name, None)
         if future is None:
             return None
+        del self._ahead[name]
+        self._read_ahead()
         try:
             weight = future.result()
             if (weight.shape, weight.dtype) != (shape, dtype):
@@ -112,6 +123,7 @@ class WeightsCache:
         except (OSError, DamagedError) as error:
             self._warn_unreadable(error)
             self._found.clear()  # one warning is enough
+            self._waiting.clear()
             return None
         self._weights.append((name, weight))
         self._num_found += 1
@@ -161,6 +173,22 @@ class WeightsCache:
         if self._stored is not None:
             self._stored.close()
 
+    def _read_ahead(self) -> None:
+        """Let readers go on with the next weights, as far as ``READ_AHEAD`` lets them."""
+        ahead = sum(self._ahead.values())
+        while self._waiting:
+            name, num_bytes = next(iter(self._waiting.items()))
+            ahead += num_bytes
+            if self._ahead and ahead > READ_AHEAD:
+                break
+            self._read(name)
+
+    def _read(self, name: str) -> None:
+        """Let a reader read a weight, if it waits for that."""
+        if name in self._waiting and self._readers is not None and self._stored is not None:
+            self._ahead[name] = self._waiting.pop(name)
+            self._found[name] = self._readers.submit(self._stored.load, name)
+
     def _write(self, name: str, weight: PackedWeight) -> None:
         """Write a weight, in the writer's thread; a disk that refuses gives one warning."""
         if self._error is not None:
@@ -170,7 +198,7 @@ class WeightsCache:
                 most = self._settings.most_bytes
                 self._writer = StoredWriter.begin(self._path, self._key, most)
             self._writer.write(name, weight)
-        except OSError as error:
+        except Exception as error:  # whatever it is: a file that lacks a weight is of no use
             self._give_up(error)
 
     def _end(self) -> None:
@@ -181,7 +209,7 @@ class WeightsCache:
                 raise OSError("the checkpoint has changed meanwhile")
             self._writer.end()
             self._writer = None
-        except OSError as error:
+        except Exception as error:  # the weights are there, so the start goes on
             self._give_up(error)
 
     def _is_kept(self) -> bool:
@@ -192,14 +220,14 @@ class WeightsCache:
             self._writer.abandon()
             self._writer = None
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, error: Exception) -> None:
         self._error = error
         self._abandon()
         logger.warning(
             "quantized weights cannot be kept in %s (%s), so the next start makes them again; "
             "--weights-cache names another folder, or is off",
             self._path.parent,
-            error.strerror or error,
+            getattr(error, "strerror", None) or str(error) or type(error).__name__,
         )
 
     def _warn_unreadable(self, error: Exception) -> None:
@@ -224,11 +252,18 @@ def key_of(files: Iterable[FileState], *settings: object) -> str:
 
 
 @functools.cache
-def sources_digest() -> str:
-    """Return the digest of the sources of models and layers, which calibration runs."""
+def sources_digest(package: Path = PACKAGE) -> str:
+    """Return the digest of the sources in a package that calibrate, quantize and pack."""
     digest = hashlib.sha256()
-    package = Path(__file__).parents[2]
-    for folder in ("layers", "models"):
+    for folder in SOURCES:
         for path in sorted((package / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def calibrated_by() -> tuple[object, ...]:
+    """Return what calibration runs through on this CPU, besides the sources.
+
+    Times that were measured on this machine choose it, and its rounding is in the mean squares.
+    """
+    return ops.products(), route.slower_as_measured()
