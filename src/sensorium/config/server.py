@@ -148,3 +148,7 @@ class ServerConfig:
             bad("ssl_certfile", "and ssl_keyfile go together: give both or none")
         if any(not key for key in self.api_key):
             bad("api_key", "must not be empty")
+
+    def share_of(self, most: int) -> int:
+        """Return how much of a limit one tenant may use: half of it with several API keys."""
+        return most if len(set(self.api_key)) < 2 else (most + 1) // 2

@@ -67,8 +67,9 @@ def test_a_good_line() -> None:
             "body",
         ),
         (jsonl(GOOD | {"body": {"stream": True}}), "invalid_request", "body.stream"),
+        (jsonl(GOOD | {"body": {"background": True}}), "invalid_request", "body.background"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_bad_lines(raw: bytes, code: str, param: str | None) -> None:
     line = parse_line(raw, 3)
@@ -128,6 +129,19 @@ def test_a_hundred_thousand_lines_take_little_memory() -> None:
     tracemalloc.stop()
     assert num == found.num_lines == 100_000
     assert peak < 8 << 20
+
+
+def test_reading_ends_soon_after_the_most_lines() -> None:
+    blank = io.BytesIO(b"\n" * 100_000)
+    found = survey(blank, MOST, 10)
+    assert not found.is_whole
+    assert blank.tell() < 100
+    assert len(found.marks) == 1
+    many = io.BytesIO(b"x\n" * 100_000)
+    assert not survey(many, MOST, 10).is_whole
+    assert many.tell() < 100
+    enough = survey(io.BytesIO(b"x\n\n" * 10 + b"\n" * 20), MOST, 10)
+    assert (enough.is_whole, enough.num_lines) == (True, 10)
 
 
 def test_ids_of_outputs() -> None:

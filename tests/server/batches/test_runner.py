@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from sensorium.errors import UnavailableError
 from sensorium.server.batches.calls import AppCaller, Reply
 from sensorium.server.batches.lines import BadLine, Line
 from sensorium.server.batches.runner import LineRunner, Outcome
+from sensorium.server.batches.slots import Slots
 from tests.server.fake_frontend import FakeFrontend
-from tests.server.harness import App
+from tests.server.harness import App, until
 
 OK = Reply(200, "r", b'{"usage":{"prompt_tokens":2,"completion_tokens":3}}')
 
@@ -97,6 +99,94 @@ async def test_stopping_finishes_what_runs() -> None:
 
     await runner.run(lines(100), write)
     assert len(found) == caller.num_calls <= 3
+
+
+class Lines:
+    """Lines of ``num_bytes``; counts those that were read."""
+
+    def __init__(self, num: int, num_bytes: int = 2) -> None:
+        self.num_read = 0
+        self._num, self._num_bytes = num, num_bytes
+
+    def __iter__(self) -> Iterator[Line]:
+        for number in range(1, self._num + 1):
+            self.num_read += 1
+            yield Line(number, f"id {number}", "/v1/completions", bytes(self._num_bytes))
+
+
+async def test_a_line_is_read_when_it_may_run() -> None:
+    slots, given = Slots(2), [Lines(20), Lines(20)]
+    written = 0
+    most = 0
+
+    async def write(outcome: Outcome) -> None:
+        nonlocal written, most
+        most = max(most, sum(each.num_read for each in given) - written)
+        written += 1
+
+    caller = Caller(lambda number: OK)
+    runners = [LineRunner(caller, 5, patience=0, slots=slots) for _ in given]
+    await asyncio.gather(
+        *(runner.run(iter(each), write) for runner, each in zip(runners, given, strict=True))
+    )
+    assert written == 40
+    assert most <= 2
+
+
+@pytest.mark.parametrize(("num_bytes", "num_read"), [(40, 3), (400, 1)])
+async def test_lines_that_wait_to_be_tried_again_are_bounded(num_bytes: int, num_read: int) -> None:
+    given = Lines(20, num_bytes)
+    caller = Caller(lambda number: Reply(503, "r", b"{}"))
+    runner = LineRunner(caller, 20, patience=600, slots=Slots(1, waiting_bytes=100))
+    running = asyncio.create_task(ran(runner, iter(given)))
+    await until(lambda: caller.num_calls > 3)
+    assert given.num_read == num_read
+    runner.stopping.set()
+    assert await running == []
+
+
+async def test_stopping_ends_the_wait_for_another_attempt() -> None:
+    caller = Caller(lambda number: Reply(503, "r", b"{}", 1000.0))
+    runner = LineRunner(caller, 2, patience=600)
+    running = asyncio.create_task(ran(runner, lines(5)))
+    await until(lambda: caller.num_calls == 2 and not caller.num_running)
+    runner.stopping.set()
+    async with asyncio.timeout(10):
+        assert await running == []
+    assert caller.num_calls == 2
+
+
+async def test_cancelling_lets_what_is_read_and_written_be_finished() -> None:
+    writing, may_end = asyncio.Event(), asyncio.Event()
+    reading, may_read = threading.Event(), threading.Event()
+    found: list[int] = []
+    num_read = 0
+
+    def given() -> Iterator[Line]:
+        nonlocal num_read
+        yield from lines(1)
+        reading.set()
+        may_read.wait(10)
+        num_read += 1
+        yield from lines(1)
+
+    async def write(outcome: Outcome) -> None:
+        writing.set()
+        await may_end.wait()
+        found.append(outcome.number)
+
+    running = asyncio.create_task(
+        LineRunner(Caller(lambda number: OK), 2, patience=0).run(given(), write)
+    )
+    await writing.wait()
+    await asyncio.to_thread(reading.wait, 10)
+    running.cancel()
+    await asyncio.sleep(0)
+    may_end.set()
+    may_read.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert (found, num_read) == ([1], 1)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -31,22 +33,22 @@ class Batches:
         self.files: FileStore = self.app.app.state.context.files
         self.batches: BatchStore = self.app.app.state.context.batches
 
-    async def file(self, content: bytes, purpose: str = "batch") -> str:
-        new = self.files.create("")
+    async def file(self, content: bytes, purpose: str = "batch", tenant: str = "") -> str:
+        new = self.files.create(tenant)
         await new.write(content)
         return (await new.finish("in.jsonl", purpose, None)).id
 
-    async def begin(self, content: bytes, seconds: int = 3600) -> Batch:
+    async def begin(self, content: bytes, seconds: int = 3600, tenant: str = "") -> Batch:
         return self.batches.create(
-            "",
+            tenant,
             endpoint=CHAT,
-            input_file_id=await self.file(content),
+            input_file_id=await self.file(content, tenant=tenant),
             completion_window="1h",
             seconds=seconds,
         )
 
-    async def ended(self, content: bytes, seconds: int = 3600) -> Batch:
-        batch = await self.begin(content, seconds)
+    async def ended(self, content: bytes, seconds: int = 3600, tenant: str = "") -> Batch:
+        batch = await self.begin(content, seconds, tenant)
         await until(lambda: batch.has_ended)
         return batch
 
@@ -145,8 +147,6 @@ async def test_the_number_of_batches_is_bounded(tmp_path: Path) -> None:
 
 
 async def forever() -> None:
-    import asyncio
-
     await asyncio.Event().wait()
 
 
@@ -166,4 +166,68 @@ async def test_a_request_that_is_refused_for_now_is_tried_again(tmp_path: Path) 
     assert batch.status == "completed"
     assert batch.num_completed == 3
     assert refused == 2
+    await made.close()
+
+
+def slow_after(num: int) -> FakeFrontend:
+    """Return a front end that answers some requests and no more."""
+    numbers = itertools.count()
+    return FakeFrontend(before=lambda call: forever() if next(numbers) >= num else None)
+
+
+@pytest.mark.parametrize("room", [1 << 20, 3000], ids=["room", "no room"])
+async def test_what_was_answered_in_time_is_kept(tmp_path: Path, room: int) -> None:
+    content = lines(30)
+    made = Batches(
+        tmp_path, slow_after(3), max_batch_requests=4, max_stored_file_bytes=len(content) + room
+    )
+    batch = await made.ended(content, seconds=2)
+    answers, errors = made.read(batch.output_file_id), made.read(batch.error_file_id)
+    assert len(answers) == batch.num_completed == 3
+    assert len(errors) == batch.num_failed
+    ids = [line["custom_id"] for line in answers + errors]
+    assert len(ids) == len(set(ids))
+    if room > 3000:
+        assert batch.status == "expired"
+        assert len(ids) == 30
+    else:
+        assert batch.status == "failed"
+        assert batch.errors[0]["code"] == "overloaded"
+        assert 3 < len(ids) < 30
+    await made.close()
+
+
+async def test_one_key_does_not_take_all_room_of_batches(tmp_path: Path) -> None:
+    made = Batches(tmp_path, slow_after(0), max_batches=4, api_key=("a", "b", "c"))
+    for _ in range(2):
+        await made.begin(lines(1), tenant="a")
+    with pytest.raises(OverloadedError, match="at most 2"):
+        await made.begin(lines(1), tenant="a")
+    kept = [await made.ended(b"x\n", tenant="b"), await made.ended(b"x\n", tenant="b")]
+    kept.append(await made.ended(b"x\n", tenant="b"))
+    assert made.batches.of_tenant("b") == kept[1:]
+    new = await made.begin(lines(1), tenant="c")  # in place of one of those who have more
+    assert made.batches.of_tenant("b") == kept[2:]
+    assert made.batches.of_tenant("c") == [new]
+    with pytest.raises(OverloadedError):
+        await made.begin(lines(1), tenant="c")
+    assert made.batches.of_tenant("b") == kept[2:]
+    await made.close()
+
+
+async def test_one_key_does_not_take_all_room_of_files(tmp_path: Path) -> None:
+    made = Batches(tmp_path, max_stored_files=4, max_stored_file_bytes=100, api_key=("a", "b"))
+    new = made.files.create("a")
+    await new.write(bytes(50))
+    with pytest.raises(OverloadedError, match="at most 50"):
+        await new.write(b"x")
+    made.files.create("a").discard()
+    made.files.create("a")
+    with pytest.raises(OverloadedError, match="at most 2"):
+        made.files.create("a")
+    other = made.files.create("b")
+    await other.write(bytes(50))
+    new.discard()
+    other.discard()
+    assert (made.files.num_files, made.files.num_bytes) == (1, 0)
     await made.close()

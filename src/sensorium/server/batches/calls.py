@@ -14,12 +14,16 @@ _BELOW_OTHERS = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: ``body`` is what came, JSON if all is well."""
+    """An answer: ``body`` is what came, JSON if all is well.
+
+    ``is_final``: the request is not to be tried again, whatever the status.
+    """
 
     status: int
     request_id: str
     body: bytes
     retry_after: float | None = None
+    is_final: bool = False
 
 
 class Caller(Protocol):

@@ -16,6 +16,8 @@ import numpy as np
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 MOST_ID_CHARS = 512
+BLANK_FACTOR = 4
+"""Times as many lines as allowed that an input may have with its blank ones."""
 
 _SKIPPED_BYTES = 1 << 20
 _MASK = (1 << 64) - 1
@@ -64,6 +66,7 @@ class _Request(_Head):
 
 class _Body(msgspec.Struct):
     stream: Any = None
+    background: Any = None
 
 
 _head = msgspec.json.Decoder(_Head)
@@ -73,6 +76,11 @@ _body = msgspec.json.Decoder(_Body)
 
 def raw_lines(file: BinaryIO, most_bytes: int) -> Iterator[tuple[int, bytes | None]]:
     """Yield number and content of each line that is not blank; None for one of more bytes."""
+    return ((number, raw) for number, raw in _all_lines(file, most_bytes) if raw != b"")
+
+
+def _all_lines(file: BinaryIO, most_bytes: int) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the same for all lines; blank ones are empty."""
     number = 0
     while line := file.readline(most_bytes + 1):
         number += 1
@@ -80,7 +88,7 @@ def raw_lines(file: BinaryIO, most_bytes: int) -> Iterator[tuple[int, bytes | No
             while (rest := file.readline(_SKIPPED_BYTES)) and not rest.endswith(b"\n"):
                 pass
             yield number, None
-        elif line.strip():
+        else:
             yield number, line.strip()
 
 
@@ -92,11 +100,13 @@ class Survey:
         num_lines: Lines that are not blank.
         marks: A number for the id of each line, by the line's number; 0 for lines without one.
         repeated: Those numbers that come more than once.
+        is_whole: False when the input has more lines than allowed; the rest was not read.
     """
 
     num_lines: int
     marks: array[int]
     repeated: frozenset[int]
+    is_whole: bool = True
 
 
 def mark_of(custom_id: str) -> int:
@@ -104,20 +114,35 @@ def mark_of(custom_id: str) -> int:
     return (hash(custom_id) & _MASK) or 1
 
 
-def survey(file: BinaryIO, most_bytes: int) -> Survey:
-    """Read the input once, from its beginning."""
+def survey(file: BinaryIO, most_bytes: int, most_lines: int | None = None) -> Survey:
+    """Read the input once, from its beginning.
+
+    Args:
+        file: The input.
+        most_bytes: Bytes of the longest line.
+        most_lines: Lines after which reading ends. So it does after ``BLANK_FACTOR`` times as
+            many, blank ones included. No limit if None.
+    """
     file.seek(0)
     marks = array("Q", [_NO_ID])
     num_lines = 0
-    for number, raw in raw_lines(file, most_bytes):
+    is_whole = True
+    for number, raw in _all_lines(file, most_bytes):
+        if most_lines is not None and (
+            num_lines + (raw != b"") > most_lines or number > BLANK_FACTOR * most_lines
+        ):
+            is_whole = False
+            break
+        if raw == b"":
+            continue
         num_lines += 1
-        marks.extend([_NO_ID] * (number + 1 - len(marks)))
+        marks.frombytes(bytes(marks.itemsize * (number + 1 - len(marks))))
         custom_id = None if raw is None else _id_of(raw)
         if custom_id is not None:
             marks[number] = mark_of(custom_id)
     ordered = np.sort(np.frombuffer(marks, np.uint64))
     same = ordered[1:][ordered[1:] == ordered[:-1]]
-    return Survey(num_lines, marks, frozenset(same[same != _NO_ID].tolist()))
+    return Survey(num_lines, marks, frozenset(same[same != _NO_ID].tolist()), is_whole)
 
 
 def _id_of(raw: bytes) -> str | None:
@@ -186,12 +211,18 @@ def parse_line(raw: bytes, number: int, wanted_url: str | None = None) -> Line |
     if not body.startswith(b"{"):
         return bad("missing_required_parameter", "needs a body, a JSON object", "body")
     try:
-        streams = _body.decode(body).stream
+        wishes = _body.decode(body)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return bad("invalid_json_line", "has a body that is not valid JSON", "body")
-    if streams:
+    if wishes.stream:
         return bad(
             "invalid_request", "asks for a stream, which a batch cannot write", "body.stream"
+        )
+    if wishes.background:
+        return bad(
+            "invalid_request",
+            "asks for work in the background, where a batch cannot wait for it",
+            "body.background",
         )
     return Line(number, custom_id, url, body)
 

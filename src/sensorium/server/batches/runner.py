@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from sensorium.errors import UnavailableError
 from sensorium.server.batches.calls import Caller, Reply
 from sensorium.server.batches.lines import BadLine, Line, output_id
+from sensorium.server.batches.slots import Slot, Slots
 
 AGAIN = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a server that may answer later."""
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0
 
-_DONE = object()
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class LineRunner:
         caller: Answers the requests.
         num_at_once: Lines that run at the same time.
         patience: Seconds for which a line is tried again while the server is not available.
-        slot: Entered around each request, to share a limit with other batches.
+        slots: Places for lines, to share a limit with other batches.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class LineRunner:
         num_at_once: int,
         *,
         patience: float,
-        slot: AbstractAsyncContextManager[Any] | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self._caller = caller
         self._num_at_once = num_at_once
         self._patience = patience
-        self._slot = slot or nullcontext()
+        self._slots = slots or Slots(num_at_once)
         self._reading = asyncio.Lock()
+        self._is_read = False
         self.stopping = asyncio.Event()
 
     async def run(
@@ -77,8 +79,9 @@ class LineRunner:
     ) -> None:
         """Run the lines until none is left, or ``stopping`` is set and those that run are done.
 
-        ``write`` gets each output once, in no order. Raises what ``write`` raises, and
-        UnavailableError when the server was away for too long; the line is then not written.
+        Lines that wait for another attempt when ``stopping`` is set are not written. ``write``
+        gets each output once, in no order, and is never cancelled. Raises what ``write`` raises,
+        and UnavailableError when the server was away for too long; the line is then not written.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -94,25 +97,38 @@ class LineRunner:
         self, lines: Iterator[Line | BadLine], write: Callable[[Outcome], Awaitable[None]]
     ) -> None:
         while not self.stopping.is_set():
-            async with self._reading:
-                line = await asyncio.to_thread(next, lines, _DONE)
-            if line is _DONE:
-                return
-            if isinstance(line, BadLine):
-                await write(refused(line))
-            elif isinstance(line, Line):
-                await write(await self._outcome(line))
+            async with self._slots.slot() as slot:
+                line = await self._next(lines)
+                if line is None:
+                    return
+                outcome = (
+                    refused(line) if isinstance(line, BadLine) else await self._outcome(line, slot)
+                )
+                if outcome is not None:
+                    await _to_the_end(write(outcome))
 
-    async def _outcome(self, line: Line) -> Outcome:
-        """Return the output of a line; while the server is not available, wait and try again."""
+    async def _next(self, lines: Iterator[Line | BadLine]) -> Line | BadLine | None:
+        """Return the next line; None after the last, or when the batch is stopping."""
+        async with self._reading:
+            if self._is_read or self.stopping.is_set():
+                return None
+            # The thread would go on, and whoever reads the file next must not meet it.
+            line = await _to_the_end(asyncio.to_thread(next, lines, None))
+            self._is_read = line is None
+            return line
+
+    async def _outcome(self, line: Line, slot: Slot) -> Outcome | None:
+        """Return the output of a line; while the server is not available, wait and try again.
+
+        None for one that was to be tried again when the batch was stopped.
+        """
         loop = asyncio.get_running_loop()
         ends, wait = loop.time() + self._patience, FIRST_WAIT
         while True:
             reply: Reply | None = None
             try:
-                async with self._slot:
-                    reply = await self._caller.call(line.url, line.body)
-                if reply.status not in AGAIN:
+                reply = await self._caller.call(line.url, line.body)
+                if reply.status not in AGAIN or reply.is_final:
                     return answered(line, reply)
             except UnavailableError:
                 if loop.time() >= ends:
@@ -122,8 +138,27 @@ class LineRunner:
             least = 0.0 if reply is None or reply.retry_after is None else reply.retry_after
             # Lines that were refused together do not come back together.
             pause = max(min(least, LONGEST_WAIT), wait) * random.uniform(1.0, 1.5)
-            await asyncio.sleep(max(0.0, min(pause, ends - loop.time())))
+            slot.leave(len(line.body))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, min(pause, ends - loop.time()))):
+                    await self.stopping.wait()
+            if not self.stopping.is_set():
+                await slot.take()
+            if self.stopping.is_set():
+                return None
             wait = min(2 * wait, LONGEST_WAIT)
+
+
+async def _to_the_end(work: Awaitable[_Result]) -> _Result:
+    """Return what ``work`` gives. Whoever is cancelled meanwhile waits until it has ended."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen: the cancellation goes first
+        raise
 
 
 def answered(line: Line, reply: Reply) -> Outcome:

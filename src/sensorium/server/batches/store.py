@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal
 
@@ -19,14 +22,24 @@ from sensorium.errors import (
     SensoriumError,
 )
 from sensorium.server.batches.calls import Caller
-from sensorium.server.batches.lines import BadLine, Line, Survey, read_lines, survey
+from sensorium.server.batches.lines import (
+    BLANK_FACTOR,
+    BadLine,
+    Line,
+    Survey,
+    read_lines,
+    survey,
+)
 from sensorium.server.batches.runner import LineRunner, Outcome, refused
+from sensorium.server.batches.slots import Slots
 from sensorium.server.files.store import FileStore, NewFile
 
 MOST_ERRORS = 100
 """Bad lines that a failed batch names."""
 OUTPUT_PURPOSE = "batch_output"
 _RETRY_SECONDS = 60
+_CHECKED_AT_ONCE = 2
+_LATE_AT_ONCE = 256
 
 Status = Literal[
     "validating",
@@ -127,7 +140,9 @@ class BatchStore:
         self._caller_of = caller_of
         self._num_at_once = num_at_once
         self._clock = clock
-        self._slots = asyncio.Semaphore(num_at_once)
+        self._slots = Slots(num_at_once)
+        # Long inputs take a while, and what else needs threads does not wait for them.
+        self._checking = ThreadPoolExecutor(_CHECKED_AT_ONCE, "sensorium-batches")
         self._batches: dict[str, Batch] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -156,7 +171,7 @@ class BatchStore:
             )
         file = stored.open()
         try:
-            self._make_room()
+            self._make_room(tenant)
         except OverloadedError:
             file.close()
             raise
@@ -210,21 +225,41 @@ class BatchStore:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._checking.shutdown(wait=False, cancel_futures=True)
 
-    def _make_room(self) -> None:
-        """Forget the oldest batch that has ended, if need be. Raises OverloadedError."""
-        if len(self._batches) < self._config.max_batches:
+    def _make_room(self, tenant: str) -> None:
+        """Forget the oldest ended batch of the tenant, if need be. Raises OverloadedError.
+
+        Where the others have taken the room, it is one of those who have more than the tenant.
+        """
+        most, share = self._config.max_batches, self._config.share_of(self._config.max_batches)
+        held = Counter(batch.tenant for batch in self._batches.values())
+        if len(self._batches) < most and held[tenant] < share:
             return
-        for batch in self._batches.values():
-            if batch.has_ended:
-                del self._batches[batch.id]
-                return
+        own = [batch for batch in self.of_tenant(tenant) if batch.has_ended]
+        others = [
+            batch
+            for batch in self._batches.values()
+            if batch.has_ended and held[batch.tenant] > held[tenant]
+        ]
+        if own:
+            del self._batches[own[0].id]
+        elif held[tenant] < share and others:
+            del self._batches[max(others, key=lambda batch: held[batch.tenant]).id]
+        else:
+            raise self._full(held[tenant], share)
+
+    def _full(self, num_held: int, share: int) -> OverloadedError:
+        most = self._config.max_batches
         error = OverloadedError(
-            f"{len(self._batches)} batches are running; at most {self._config.max_batches} may "
+            f"{num_held} of your batches are running; at most {share} may (--max-batches). "
+            "Try again later."
+            if num_held >= share
+            else f"There are {len(self._batches)} batches; at most {most} may be "
             "(--max-batches). Try again later."
         )
         error.retry_after = _RETRY_SECONDS
-        raise error
+        return error
 
     def _enter(self, batch: Batch, status: Status) -> None:
         batch.status = status
@@ -250,21 +285,22 @@ class BatchStore:
     async def _validated(self, batch: Batch, file: BinaryIO) -> Survey | None:
         """Check all lines before any runs; None for a batch that has ended by then."""
         most_bytes = self._config.max_body_bytes
-        found = await asyncio.to_thread(survey, file, most_bytes)
-        batch.num_total = found.num_lines
         most = self._config.max_batch_lines
-        if not 1 <= found.num_lines <= most:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._checking, survey, file, most_bytes, most)
+        batch.num_total = found.num_lines
+        if not found.is_whole or not found.num_lines:
             message = (
                 "The input file has no lines."
-                if not found.num_lines
-                else f"The input file has {found.num_lines} lines; at most {most} are allowed "
-                "(--max-batch-lines)."
+                if found.is_whole
+                else f"The input file has more than {most} lines (--max-batch-lines), or more than "
+                f"{BLANK_FACTOR * most} with its blank ones."
             )
-            code = "empty_file" if not found.num_lines else "too_many_lines"
+            code = "empty_file" if found.is_whole else "too_many_lines"
             self._fail(batch, [{"code": code, "message": message, "param": None, "line": None}])
             return None
         lines = read_lines(file, found, most_bytes, batch.endpoint)
-        bad = await asyncio.to_thread(_bad_lines, lines)
+        bad = await loop.run_in_executor(self._checking, _bad_lines, lines)
         if batch.status == "cancelling":
             self._enter(batch, "cancelled")
             return None
@@ -281,17 +317,18 @@ class BatchStore:
             self._caller_of(batch.tenant),
             min(self._num_at_once, found.num_lines),
             patience=left,
-            slot=self._slots,
+            slots=self._slots,
         )
         lines = read_lines(file, found, self._config.max_body_bytes, batch.endpoint)
         async with _Output(self._files, batch) as output:
             ended: Status = "completed"
             try:
-                async with asyncio.timeout(left):
-                    await batch.runner.run(lines, output.write)
-            except TimeoutError:
-                ended = "expired"
-                await self._expire(batch, file, found, output)
+                try:
+                    async with asyncio.timeout(left):
+                        await batch.runner.run(lines, output.write)
+                except TimeoutError:
+                    ended = "expired"
+                    await self._expire(batch, file, found, output)
             except SensoriumError:  # no room for more: what was answered is kept
                 await output.finish()
                 raise
@@ -304,15 +341,25 @@ class BatchStore:
 
     async def _expire(self, batch: Batch, file: BinaryIO, found: Survey, output: _Output) -> None:
         """Write an error for each line that was not reached in time."""
-        for line in read_lines(file, found, self._config.max_body_bytes, batch.endpoint):
-            if line.number not in output.written:
-                late = BadLine(
-                    line.number,
-                    line.custom_id,
-                    "batch_expired",
-                    f"Line {line.number} was not run before the completion window ended.",
-                )
-                await output.write(refused(late))
+        lines = read_lines(file, found, self._config.max_body_bytes, batch.endpoint)
+        while late := await asyncio.to_thread(_late_lines, lines, output.written):
+            for line in late:
+                await output.write(refused(line))
+
+
+def _late_lines(lines: Iterator[Line | BadLine], written: set[int]) -> list[BadLine]:
+    """Return errors for the next lines that have no output."""
+    late = (
+        BadLine(
+            line.number,
+            line.custom_id,
+            "batch_expired",
+            f"Line {line.number} was not run before the completion window ended.",
+        )
+        for line in lines
+        if line.number not in written
+    )
+    return list(itertools.islice(late, _LATE_AT_ONCE))
 
 
 def _bad_lines(lines: Iterator[Line | BadLine]) -> list[BadLine]:

@@ -11,6 +11,7 @@ import os
 import secrets
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,22 +84,30 @@ def missing(file_id: str, param: str | None = None) -> NotFoundError:
 
 
 class FileStore:
-    """The files of all tenants, bounded in bytes, number and age. Belongs to one event loop."""
+    """The files of all tenants, bounded in bytes, number and age. Belongs to one event loop.
+
+    Where there are several API keys, none may take more than half of the bytes and the number.
+    """
 
     def __init__(self, config: ServerConfig, clock: Callable[[], float] = time.time) -> None:
         self._config = config
         self.clock = clock
         self._folder: PrivateFolder | None = None
         self._files: dict[str, StoredFile] = {}
-        self._num_unfinished = 0
+        self._num_of: Counter[str] = Counter()
+        self._bytes_of: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         self._removing: set[asyncio.Task[None]] = set()
-        self.num_bytes = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Number of bytes of all files."""
+        return self._bytes_of.total()
 
     @property
     def num_files(self) -> int:
         """Number of files, those that are being written included."""
-        return len(self._files) + self._num_unfinished
+        return self._num_of.total()
 
     def clear_stale(self) -> None:
         """Remove the files of servers that were killed."""
@@ -108,20 +117,20 @@ class FileStore:
         """Remove all files."""
         if self._timer is not None:
             self._timer.cancel()
-        self._files.clear()
+        for file in list(self._files.values()):
+            self._forget(file)
         if self._folder is not None:
             self._folder.close()
 
     def create(self, tenant: str) -> NewFile:
         """Begin a file. Raises OverloadedError when there are too many files."""
         self.expire()
-        if self.num_files >= self._config.max_stored_files:
-            raise self._full(f"{self.num_files} files are stored; at most")
+        self._check_number(tenant)
         try:
             new = NewFile(self, tenant, *self._new_path())
         except OSError:
             raise self.no_room() from None
-        self._num_unfinished += 1
+        self._num_of[tenant] += 1
         return new
 
     def get(self, file_id: str, tenant: str, param: str | None = None) -> StoredFile:
@@ -155,16 +164,18 @@ class FileStore:
             task.add_done_callback(self._removing.discard)
         self._set_timer()
 
-    def reserve(self, num_bytes: int) -> None:
-        """Count more bytes, before they are written. Raises OverloadedError."""
+    def reserve(self, tenant: str, num_bytes: int) -> None:
+        """Count more bytes of a tenant, before they are written. Raises OverloadedError."""
         most = self._config.max_stored_file_bytes
-        if self.num_bytes + num_bytes > most:
-            raise OverloadedError(
-                f"The files stored here take {self.num_bytes} bytes; at most {most} are kept "
-                "(--max-stored-file-bytes). Delete files that are no longer needed, or wait until "
-                "some have expired."
-            )
-        self.num_bytes += num_bytes
+        share = self._config.share_of(most)
+        if self._bytes_of[tenant] + num_bytes > share:
+            what = f"Your files take {self._bytes_of[tenant]} bytes; at most {share} are"
+        elif self.num_bytes + num_bytes > most:
+            what = f"The files stored here take {self.num_bytes} bytes; at most {most} are"
+        else:
+            self._bytes_of[tenant] += num_bytes
+            return
+        raise self._full(f"{what} kept (--max-stored-file-bytes)")
 
     def check_size(self, num_bytes: int) -> None:
         """Raise MediaTooLargeError for a file of more bytes than one may have."""
@@ -180,10 +191,21 @@ class FileStore:
         error.retry_after = _RETRY_SECONDS
         return error
 
+    def _check_number(self, tenant: str) -> None:
+        """Raise OverloadedError when the tenant may begin no further file."""
+        most = self._config.max_stored_files
+        share = self._config.share_of(most)
+        if self._num_of[tenant] >= share:
+            what = f"You have {self._num_of[tenant]} files; at most {share} are"
+        elif self.num_files >= most:
+            what = f"{self.num_files} files are stored; at most {most} are"
+        else:
+            return
+        raise self._full(f"{what} kept (--max-stored-files)")
+
     def _full(self, what: str) -> OverloadedError:
         error = OverloadedError(
-            f"{what} {self._config.max_stored_files} are kept (--max-stored-files). Delete files "
-            "that are no longer needed, or wait until some have expired."
+            f"{what}. Delete files that are no longer needed, or wait until some have expired."
         )
         error.retry_after = _RETRY_SECONDS
         return error
@@ -212,18 +234,17 @@ class FileStore:
             new.path,
         )
         self._files[stored.id] = stored
-        self._num_unfinished -= 1
         self._set_timer()
         return stored
 
-    def drop(self, new: NewFile) -> None:
-        """Count an unfinished file no longer."""
-        self._num_unfinished -= 1
-        self.num_bytes -= new.num_bytes
+    def drop(self, file: StoredFile | NewFile) -> None:
+        """Count a file no longer."""
+        self._num_of[file.tenant] -= 1
+        self._bytes_of[file.tenant] -= file.num_bytes
 
     def _forget(self, file: StoredFile) -> None:
         del self._files[file.id]
-        self.num_bytes -= file.num_bytes
+        self.drop(file)
 
     def _set_timer(self) -> None:
         """Wake up when the next file expires, so that it goes though nobody asks."""
@@ -254,7 +275,7 @@ class NewFile:
     async def write(self, data: bytes) -> None:
         """Append bytes. Raises MediaTooLargeError, OverloadedError."""
         self._store.check_size(self.num_bytes + len(data))
-        self._store.reserve(len(data))
+        self._store.reserve(self.tenant, len(data))
         self.num_bytes += len(data)
         self._buffer += data
         if len(self._buffer) >= _BUFFER_BYTES:
