@@ -120,7 +120,13 @@ def bar_class() -> type[TerminalBar]:
 
 @contextlib.contextmanager
 def bar(
-    title: str, total: float | None, *, unit: str = "", keep: bool = False, delay: float = DELAY
+    title: str,
+    total: float | None,
+    *,
+    unit: str = "",
+    keep: bool = False,
+    delay: float = DELAY,
+    initial: int = 0,
 ) -> Iterator[TerminalBar]:
     """Show the progress of a task; the caller calls ``update`` of what this yields.
 
@@ -130,6 +136,7 @@ def bar(
         unit: "B" for bytes, else a plural such as "requests".
         keep: leave the full bar in the terminal.
         delay: seconds until it is shown in a terminal.
+        initial: units that were done before.
     """
     kind = bar_class()
     spaced = unit if unit in ("", "B") else f" {unit}"
@@ -142,6 +149,7 @@ def bar(
                 unit_scale=unit in SCALED,
                 leave=keep,
                 delay=delay,
+                initial=initial,
             )
         )
         if kind is TerminalBar:

@@ -104,6 +104,17 @@ def test_two_runs_cannot_write_the_same_files(tmp_path: Path, found: Survey) -> 
         opened(tmp_path, found)
 
 
+def test_nothing_is_forgotten_while_another_run_has_a_file(tmp_path: Path, found: Survey) -> None:
+    with opened(tmp_path, found) as journal:
+        journal.write(3, True, output(3, "id 3"))
+    with (
+        Journal(tmp_path / "other", tmp_path / "err", found, overwrite=False),
+        pytest.raises(ConfigError, match="another run"),
+    ):
+        opened(tmp_path, found, overwrite=True)
+    assert (tmp_path / "out").read_bytes() == output(3, "id 3")
+
+
 def test_sorting(tmp_path: Path, found: Survey) -> None:
     with opened(tmp_path, found) as journal:
         for number in (5, 2, 9, 1):

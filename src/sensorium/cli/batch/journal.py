@@ -64,7 +64,10 @@ class Journal:
         self._synced_at = time.monotonic()
         try:
             for succeeded, path in self._paths.items():
-                self._files[succeeded] = self._opened(path, overwrite=overwrite)
+                self._files[succeeded] = self._opened(path)
+            if overwrite:  # now that both are this run's
+                for file in self._files.values():
+                    file.truncate(0)
             for succeeded in self._files:
                 self._resume(succeeded)
         except BaseException:
@@ -139,7 +142,7 @@ class Journal:
                 sorted_path.unlink(missing_ok=True)
                 raise _unusable(path, error) from error
 
-    def _opened(self, path: Path, *, overwrite: bool) -> BinaryIO:
+    def _opened(self, path: Path) -> BinaryIO:
         try:
             file = path.open("a+b", buffering=0)
         except OSError as error:
@@ -149,8 +152,6 @@ class Journal:
         except OSError as error:
             file.close()
             raise ConfigError(f"{str(path)!r} is being written by another run.") from error
-        if overwrite:
-            file.truncate(0)
         return file
 
     def _resume(self, succeeded: bool) -> None:

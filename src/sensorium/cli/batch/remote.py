@@ -6,6 +6,7 @@ import contextlib
 from urllib.parse import urlsplit
 
 import aiohttp
+import msgspec
 
 from sensorium.errors import ConfigError, UnavailableError
 from sensorium.server.batches.calls import Reply
@@ -31,7 +32,10 @@ class RemoteCaller:
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        self._timeout = aiohttp.ClientTimeout(total=timeout, connect=_CONNECT_SECONDS)
+        self._seconds = timeout
+        self._timeout = aiohttp.ClientTimeout(
+            total=timeout, connect=min(_CONNECT_SECONDS, timeout / 2)
+        )
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> RemoteCaller:
@@ -45,12 +49,17 @@ class RemoteCaller:
         await self._session.close()
 
     async def call(self, url: str, body: bytes) -> Reply:
-        """See ``Caller.call``."""
+        """See ``Caller.call``. A request that takes too long gets 408, which is final."""
         assert self._session is not None
         try:
             async with self._session.post(f"{self._base_url}{url}", data=body) as response:
                 content = await response.read()
         except (aiohttp.ClientError, OSError) as error:
+            # Without a connection the server is away; else this request takes too long each time.
+            if isinstance(error, TimeoutError) and not isinstance(
+                error, aiohttp.ConnectionTimeoutError
+            ):
+                return self._too_slow()
             raise UnavailableError(
                 f"{self._base_url} does not answer ({type(error).__name__})."
             ) from error
@@ -60,3 +69,13 @@ class RemoteCaller:
         return Reply(
             response.status, response.headers.get("X-Request-Id", ""), content, retry_after
         )
+
+    def _too_slow(self) -> Reply:
+        message = f"The server did not answer within {self._seconds:g} s (--request-timeout)."
+        error = {
+            "message": message,
+            "type": "server_error",
+            "param": None,
+            "code": "request_timeout",
+        }
+        return Reply(408, "", msgspec.json.encode({"error": error}), is_final=True)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
+from sensorium import progress
 from sensorium.cli.batch.journal import Journal
 from sensorium.config import EngineConfig, ServerConfig
 from sensorium.errors import ConfigError
@@ -152,7 +151,7 @@ class Run:
         if self._runner is not None:
             self._runner.stopping.set()
             text = "Stopping: the lines that run are finished. Once more ends them at once."
-            tqdm.write(text, file=sys.stderr)
+            progress.TerminalBar.write(text, file=sys.stderr)
             await signals.get()
         working.cancel()
 
@@ -160,11 +159,9 @@ class Run:
         job = self._job
         async with caller as answers:
             self._runner = LineRunner(answers, job.num_at_once, patience=job.patience)
-            with tqdm(
-                total=self._found.num_lines,
-                initial=journal.num_done,
-                unit=" lines",
-                dynamic_ncols=True,
+            total = self._found.num_lines
+            with progress.bar(
+                "Lines", total, unit="lines", keep=True, delay=0.0, initial=journal.num_done
             ) as bar:
                 began = time.monotonic()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     job = Job(
         source=Path(arguments.input).expanduser(),
         answers=output,
-        errors=_errors_path(arguments.errors, output),
+        errors=errors_path(arguments.errors, output),
         num_at_once=arguments.concurrency or at_once,
         max_line_bytes=arguments.max_line_mb * MIB,
         patience=PATIENCE,
@@ -152,18 +153,30 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{name} must be from 1 to {1 << 20}, got {value}.", param=name)
     if not arguments.request_timeout > 0:
         raise ConfigError("request_timeout must be greater than 0.", param="request_timeout")
-    if (
-        Path(arguments.input).expanduser().absolute()
-        == Path(arguments.output).expanduser().absolute()
-    ):
-        raise ConfigError("The input and --output must be two files.")
+    output = Path(arguments.output).expanduser()
+    files = {
+        "The input": Path(arguments.input).expanduser(),
+        "--output": output,
+        "--errors": errors_path(arguments.errors, output),
+    }
+    for (name, path), (other_name, other) in itertools.combinations(files.items(), 2):
+        if _is_same(path, other):
+            raise ConfigError(f"{name} and {other_name} must be two files.")
 
 
-def _errors_path(given: str | None, output: Path) -> Path:
-    path = Path(given).expanduser() if given else output.with_suffix(".errors.jsonl")
-    if path.absolute() == output.absolute():
-        raise ConfigError("--errors and --output must be two files.")
-    return path
+def errors_path(given: str | None, output: Path) -> Path:
+    """Return the file for lines that failed: the one given, or one named after the output."""
+    if given:
+        return Path(given).expanduser()
+    return Path(str(output).removesuffix(".jsonl") + ".errors.jsonl")
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Return true for two names of one file, through links as well."""
+    try:
+        return path.samefile(other)
+    except OSError:  # one is not there yet
+        return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _api_key(arguments: argparse.Namespace) -> str | None:
