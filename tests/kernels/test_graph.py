@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from numba import types
+from numba.core.ccallback import CFunc
 
 from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
 from sensorium.kernels.cpu import graph
-from sensorium.kernels.cpu.linear import floats
+from sensorium.kernels.cpu.linear import floats, levels
 from sensorium.layers.attention import Attention
 from sensorium.layers.linear import Linear
 from sensorium.layers.mlp import GatedMLP
@@ -144,6 +146,9 @@ def test_graphs_are_dropped_when_threads_or_caches_change() -> None:
         torch.set_num_threads(before + 1)
         old = graphs.captured[2]
         graphs(*steps.step(20))
+        assert not graphs.captured
+        for step in range(21, 22 + graph.STEPS_BEFORE):
+            graphs(*steps.step(step))
         assert graphs.captured[2] is not old, "captured again, for the other number of threads"
     finally:
         torch.set_num_threads(before)
@@ -175,7 +180,18 @@ def test_bidirectional_spans_are_not_captured() -> None:
     assert not graphs.captured
 
 
-def test_graphs_are_bounded_and_their_memory_is_used_again() -> None:
+def test_the_kernel_of_a_replay_is_for_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(levels, "is_x86", lambda: False)
+    signature = ((types.CPointer(types.int64),), types.void)
+    options = {"error_model": "numpy", "nopython": True, "nogil": True}
+    compiled = CFunc(graph.build_replay(), signature, locals={}, options=options)
+    compiled.compile()
+    assert "atomicrmw" in compiled.inspect_llvm()
+    assert "llvm.x86" not in compiled.inspect_llvm()
+
+
+def test_graphs_are_bounded_and_their_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "MOST_GRAPHS", 12)
     run = Layers("float32")
     graphs = graph.StepGraphs(run)
     caches = Steps([3] * (graph.MOST_GRAPHS + 2), run.dtype).first.caches
@@ -188,3 +204,11 @@ def test_graphs_are_bounded_and_their_memory_is_used_again() -> None:
     assert 1 not in graphs.captured
     wide = HIDDEN * 64 * 4
     assert max(each.nbytes for each in graphs.captured.values()) < 40 * wide
+    monkeypatch.setattr(graph, "MOST_BYTES", 3 * graphs.captured[13].nbytes)
+    for count in (1, 2):
+        steps = Steps([3] * count, run.dtype)
+        steps.first.caches = caches
+        for embeds, batch in steps:
+            graphs(embeds, batch)
+    assert list(graphs.captured)[-2:] == [1, 2]
+    assert sum(each.nbytes for each in graphs.captured.values()) <= graph.MOST_BYTES

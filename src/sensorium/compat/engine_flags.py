@@ -10,7 +10,7 @@ from typing import Any
 from sensorium.compat.rule import Effect, Rule, ignored, one_of, refused, same
 
 _ONE_DEVICE = "a model runs on one device"
-_NO_GRAPHS = "nothing is compiled or captured as a graph"
+_NO_GRAPHS = "nothing is compiled by torch, and which steps are captured is decided by themselves"
 _KERNELS = "kernels are chosen by hardware and model"
 _NO_LORA = "LoRA adapters are not available; merge the adapter into the weights"
 _NO_SPECULATION = "speculative decoding is not available"

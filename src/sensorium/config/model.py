@@ -93,9 +93,11 @@ class ModelConfig:
         None,
         "Make tokens and log probabilities of a request bitwise independent of the rest of the "
         "batch, of prompt chunks and of caches. If unset: on where its cost is negligible, which "
-        "is everywhere except on GPUs and, with bfloat16, on CPUs with AMX.",
+        "is everywhere except on GPUs.",
     )
-    enforce_eager: bool = option(False, "Accepted for compatibility; no graphs are captured.")
+    enforce_eager: bool = option(
+        False, "Run every decode step kernel by kernel; small ones are captured and replayed if off."
+    )
     num_threads: int | None = option(
         None,
         "Number of CPU threads of the engine; if unset one for each physical core that this "

@@ -173,6 +173,7 @@ def _loaded(config: EngineConfig, device: str, proceed: Callable[[], object]) ->
         download_dir=config.model.download_dir,
         formats=weight_formats(config),
         weights_cache=weights_cache(config),
+        replay=not config.model.enforce_eager,
         proceed=proceed,
     )
 

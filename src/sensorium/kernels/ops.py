@@ -26,7 +26,7 @@ from sensorium.kernels.cpu import amx, elementwise, graph, huge_pages, rotary
 from sensorium.kernels.cpu.attention import causal, paged, route, varlen_vectors
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
-from sensorium.kernels.cpu.linear import int4, int8, integers, onednn, table
+from sensorium.kernels.cpu.linear import int4, int8, integers, levels, onednn, table
 from sensorium.kernels.cpu.numeric import WIDTH
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
@@ -241,12 +241,12 @@ def has_integer_products() -> bool:
     return bool(integers.forms())
 
 
-def step_runner(run: graph.Run) -> graph.Run:
+def step_runner(run: graph.Run, device: torch.device) -> graph.Run:
     """Return ``run(embeds, batch)`` of a decoder, with launches of small steps replayed together.
 
     Its result is valid until the next step.
     """
-    return graph.StepGraphs(run)
+    return graph.StepGraphs(run) if device.type == "cpu" and levels.is_x86() else run
 
 
 def products() -> str:
@@ -378,5 +378,6 @@ def warm_up(
             route.choose(dtype, amx.TILE)  # compares tiles with vectors the first time
             if encoders and dtype == torch.bfloat16:
                 varlen_tiles.trusted_unit()
-            graph.replay_kernel()
+            if levels.is_x86():
+                graph.replay_kernel()
     return time.perf_counter() - start

@@ -124,7 +124,8 @@ class BuildOptions:
 
     ``skip_modalities``: their encoders are neither built nor loaded. ``head``: if false, no logits
     will be requested and the language-model head is not loaded. ``random_weights``: every slot will
-    be filled with random numbers, whatever the checkpoint's folder holds.
+    be filled with random numbers, whatever the checkpoint's folder holds. ``replay``: small decode
+    steps may be captured and replayed.
     """
 
     dtype: torch.dtype
@@ -132,6 +133,7 @@ class BuildOptions:
     skip_modalities: frozenset[str] = frozenset()
     head: bool = True
     random_weights: bool = False
+    replay: bool = True
 
 
 class Part(NamedTuple):

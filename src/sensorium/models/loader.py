@@ -93,6 +93,7 @@ def load(
     download_dir: str | None = None,
     formats: WeightFormats | None = None,
     weights_cache: CacheSettings | None = None,
+    replay: bool = True,
     proceed: Proceed = _always,
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
@@ -103,8 +104,8 @@ def load(
     skip_modalities: their encoders are not built. runner: ``generate``, ``pooling`` or ``auto``; a
     model for pooling is loaded without its language-model head. download_dir: where downloads go,
     in place of the cache of the Hugging Face hub. formats: how weights are quantized.
-    weights_cache: where quantized weights are kept for the next start, None for nowhere. proceed:
-    called between weights; what it raises ends the loading.
+    weights_cache: where quantized weights are kept for the next start, None for nowhere. replay:
+    as in ``BuildOptions``. proceed: called between weights; what it raises ends the loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
     quantized or cannot be, and UnsupportedModelError for an unknown architecture; whatever the
@@ -133,6 +134,7 @@ def load(
         skip_modalities=frozenset(skip_modalities),
         head=embedder is None,
         random_weights=dummy,
+        replay=replay,
     )
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)

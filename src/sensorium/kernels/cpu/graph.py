@@ -50,8 +50,10 @@ MOST_ROWS = 64
 """Rows of the largest step that is captured; with more, launches cost little beside the work."""
 STEPS_BEFORE = 3
 """Steps of so many rows that run launch by launch before one is captured."""
-MOST_GRAPHS = 32
+MOST_GRAPHS = 64
 """Graphs that are kept, those used last."""
+MOST_BYTES = 128 * 1024 * 1024
+"""Memory of all graphs of a decoder."""
 COUNTERS = (0, 1, NUM_ARGS - 2, NUM_ARGS - 1)
 """Arguments that kernels count in; zero before each launch."""
 
@@ -276,15 +278,20 @@ class StepGraphs:
         threads = torch.get_num_threads()
         if self._caches is not batch.caches or self._num_threads != threads:
             self.captured.clear()
+            self._seen.clear()
             self._caches, self._num_threads = batch.caches, threads
 
     def _capture(self, embeds: torch.Tensor, batch: AttentionBatch) -> None:
         try:
             graph = StepGraph(self._run, embeds, batch)
-        except NotRecordable as error:
+        except (NotRecordable, MemoryError) as error:
             self._refused = True
-            log.debug("decode steps are not captured: they run %s", error)
+            log.debug("decode steps are not captured: %s", error or "out of memory")
             return
         self.captured[embeds.shape[0]] = graph
-        if len(self.captured) > MOST_GRAPHS:
-            self.captured.popitem(last=False)
+        while len(self.captured) > MOST_GRAPHS or self._num_bytes() > MOST_BYTES:
+            num_rows, _ = self.captured.popitem(last=False)
+            self._seen[num_rows] = 0
+
+    def _num_bytes(self) -> int:
+        return sum(graph.nbytes for graph in self.captured.values())

@@ -98,7 +98,7 @@ class Decoder:
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = LMHead(config.vocab_size, config.hidden_size)
         self.has_head = options.head
-        self._steps = ops.step_runner(self._run)
+        self._steps = ops.step_runner(self._run, options.device) if options.replay else self._run
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the weights under ``prefix``.

@@ -320,7 +320,8 @@ def wait_for(typingctx: Any, ptr: Any, index: Any, value: Any) -> Any:
         reached = builder.load_atomic(place, "acquire", 8)
         builder.cbranch(builder.icmp_signed(">=", reached, args[2]), done, turn)
         builder.position_at_end(turn)
-        _call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        if levels.is_x86():
+            _call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
         count = builder.add(builder.load(turns), I64(1))
         builder.store(count, turns)
         often = builder.icmp_unsigned("==", builder.and_(count, I64(1023)), I64(0))
