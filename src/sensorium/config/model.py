@@ -96,7 +96,8 @@ class ModelConfig:
         "is everywhere except on GPUs.",
     )
     enforce_eager: bool = option(
-        False, "Run every decode step kernel by kernel; small ones are captured and replayed if off."
+        False,
+        "Run every decode step kernel by kernel; small ones are captured and replayed if off.",
     )
     num_threads: int | None = option(
         None,
