@@ -97,7 +97,7 @@ class ModelConfig:
     )
     enforce_eager: bool = option(
         False,
-        "Run every decode step kernel by kernel; small ones are captured and replayed if off.",
+        "Run decode steps kernel by kernel; otherwise small ones are captured and replayed.",
     )
     num_threads: int | None = option(
         None,

@@ -100,12 +100,12 @@ def load(
 
     dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the
     weights, else float32; or float32 in place of a 16-bit type that the CPU has no units for, where
-    the memory allows it. device ``auto`` is the first GPU when there is one, else the CPU.
-    skip_modalities: their encoders are not built. runner: ``generate``, ``pooling`` or ``auto``; a
-    model for pooling is loaded without its language-model head. download_dir: where downloads go,
-    in place of the cache of the Hugging Face hub. formats: how weights are quantized.
-    weights_cache: where quantized weights are kept for the next start, None for nowhere. replay:
-    as in ``BuildOptions``. proceed: called between weights; what it raises ends the loading.
+    the memory allows it. device ``auto`` is the first GPU when there is one, else the CPU. runner:
+    ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model
+    head. download_dir: in place of the cache of the Hugging Face hub. formats: how weights are
+    quantized. weights_cache: where quantized ones are kept for the next start. skip_modalities,
+    replay: as in ``BuildOptions``. proceed: called between weights; what it raises ends the
+    loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
     quantized or cannot be, and UnsupportedModelError for an unknown architecture; whatever the
@@ -118,10 +118,8 @@ def load(
     family = resolve(loaded.config)
     if formats is not None:
         formats.check(family, find_device(device))
-    needed = [part for part in family.parts if part.modality not in skip_modalities]
     loaded, names = read_parts(loaded, family, download_dir)
-    for field in {part.field for part in needed} & loaded.parts.keys():
-        refuse_quantized(loaded.parts[field])
+    needed = _needed(loaded, family, skip_modalities)
     processor = family.build_processor(loaded)
     embedder = embedder_of(loaded, family, runner)
     if not dummy:
@@ -141,6 +139,16 @@ def load(
     own = loaded, family, options, source
     built = _built(*own, formats, seed, proceed, _cache(weights_cache, formats, *own))
     return LoadedModel(loaded, family, built, processor, embedder)
+
+
+def _needed(
+    loaded: LoadedConfig, family: Family, skip_modalities: Collection[str]
+) -> list[PartCheckpoint]:
+    """Return the parts whose modality is wanted. Raises ConfigError for quantized ones."""
+    needed = [part for part in family.parts if part.modality not in skip_modalities]
+    for field in {part.field for part in needed} & loaded.parts.keys():
+        refuse_quantized(loaded.parts[field])
+    return needed
 
 
 def read_parts(
