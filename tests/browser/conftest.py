@@ -21,7 +21,9 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="session")
+# Playwright keeps an event loop running in this thread, in which no asynchronous test of another
+# module could run: it ends with the module.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Debian's Chromium without a window; no test runs where there is none."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -199,10 +199,12 @@ def test_wrong_use_ends_the_process_as_on_the_cpu() -> None:
     for name, kernel in wrong_uses().items():
         child = os.fork()
         if child == 0:
-            faulthandler.disable()
-            signal.signal(signal.SIGILL, signal.SIG_DFL)
-            run(kernel, memory, memory, memory)
-            os._exit(0)
+            try:
+                faulthandler.disable()
+                signal.signal(signal.SIGILL, signal.SIG_DFL)
+                run(kernel, memory, memory, memory)
+            finally:
+                os._exit(0)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), name
         assert os.WTERMSIG(status) == signal.SIGILL, name

@@ -115,10 +115,15 @@ def test_a_child_that_the_caller_forks_removes_nothing(folder: SharedArraysFolde
     owned = folder.write(ARRAYS)
     child = os.fork()
     if child == 0:
-        for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-            if finalizer.peek()[0] in (owned, folder):
-                finalizer()
-        os._exit(0)
+        status = 1
+        try:
+            for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+                found = finalizer.peek()
+                if found is not None and (found[0] is owned or found[0] is folder):
+                    finalizer()
+            status = 0
+        finally:
+            os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     np.testing.assert_array_equal(owned["pixels"], ARRAYS["pixels"])
 
