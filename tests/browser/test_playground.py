@@ -385,7 +385,7 @@ def test_the_server_page_draws_charts(watched: WATCH, demo: Server) -> None:
     until(page, "document.querySelector('.chart-line').getAttribute('d')?.includes('L')")
     page.get_by_text("Pause").click()
     page.get_by_role("link", name="Chat").click()
-    assert page.locator(".message-assistant").count() == 1
+    until(page, "document.querySelectorAll('.message-assistant').length === 1")
 
 
 def test_embeddings(watched: WATCH, serve: Callable[..., Server], folder: Path) -> None:

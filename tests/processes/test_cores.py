@@ -271,7 +271,8 @@ def test_one_cpu_of_this_machine() -> None:
 def test_nothing_else_counts_processors() -> None:
     """A count of the system's CPUs is wrong in containers, and there are too many of those."""
     counts = {"sched_getaffinity", "cpu_count", "process_cpu_count", "SC_NPROCESSORS_ONLN"}
-    allowed = {SOURCES / "processes" / "cores.py", SOURCES / "cli" / "commands" / "info.py"}
+    told = {SOURCES / "cli" / "commands" / "info.py", SOURCES / "cli" / "doctor" / "machine.py"}
+    allowed = {SOURCES / "processes" / "cores.py", *told}
     for path in set(SOURCES.rglob("*.py")) - allowed:
         for node in ast.walk(ast.parse(path.read_text())):
             name = getattr(node, "attr", None) or getattr(node, "id", None)

@@ -110,7 +110,7 @@ def test_fields_that_harmed_others_are_none_here(served: Service, field: str) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/files", "/v1/files/..%2f..%2fx", "/upload", "/update_weights", "/v1/batches"]
+    "path", ["/v1/files/..%2f..%2fx", "/upload", "/update_weights", "/v1/fine_tuning/jobs"]
 )
 def test_routes_that_write_are_not_there(served: Service, path: str) -> None:
     assert served.post(path, {}).status == 404
