@@ -61,7 +61,7 @@ class Given:
 
 
 class _Name(msgspec.Struct):
-    """Of an item, the id alone."""
+    """Id of an item, read without its other members."""
 
     id: str
 

@@ -10,6 +10,7 @@ from sensorium.text.tools.source import (
     STRICT_JSON,
     Reading,
     Source,
+    listed,
     read_brackets,
     read_key,
     read_value,
@@ -53,20 +54,9 @@ def json_calls(source: Source, sink: CallSink, *, is_bare: bool) -> Reading[bool
     yield from source.blanks()
     if (yield from source.peek()) == "{":
         return (yield from _call(source, sink, is_bare))
-    if not (yield from source.takes("[")):
-        return False
     num_before = sink.num_calls
-    while True:
-        yield from source.blanks()
-        start = source.pos
-        if not (yield from _call(source, sink, is_bare)):
-            source.pos = start
-            break
-        yield from source.blanks()
-        if not (yield from source.takes(",")):
-            break
-    yield from source.takes("]")
-    return sink.num_calls > num_before
+    is_list = yield from listed(source, lambda: _call(source, sink, is_bare))
+    return is_list and sink.num_calls > num_before
 
 
 def named_call(

@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 from sensorium.text.tools.deltas import NAME_CHARS, CallSink
-from sensorium.text.tools.source import Reading, Source
+from sensorium.text.tools.source import Reading, Source, listed
 
 _MOST_VALUE = 1 << 16
 _SPECIAL = re.compile(r"[\"'()\[\]{},]")
@@ -23,20 +23,9 @@ _JSON_WORDS = {"true": True, "false": False, "null": None}
 def python_calls(source: Source, sink: CallSink, *, is_bare: bool) -> Reading[bool]:
     """Read a list of calls of functions; return whether there was one."""
     yield from source.blanks()
-    if not (yield from source.takes("[")):
-        return False
     num_before = sink.num_calls
-    while True:
-        yield from source.blanks()
-        start = source.pos
-        if not (yield from _call(source, sink, is_bare)):
-            source.pos = start
-            break
-        yield from source.blanks()
-        if not (yield from source.takes(",")):
-            break
-    yield from source.takes("]")
-    return sink.num_calls > num_before
+    is_list = yield from listed(source, lambda: _call(source, sink, is_bare))
+    return is_list and sink.num_calls > num_before
 
 
 def _call(source: Source, sink: CallSink, is_bare: bool) -> Reading[bool]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -240,3 +240,23 @@ def read_brackets(source: Source, open_ends: list[str]) -> Reading[bool]:
         source.pos += 1
         depth += 1 if char in "{[" else -1
     return not depth
+
+
+def listed(source: Source, element: Callable[[], Reading[bool]]) -> Reading[bool]:
+    """Read elements in brackets, with commas between them; return whether a bracket opens.
+
+    ``element`` reads one; the list ends before what it does not take, closed or not.
+    """
+    if not (yield from source.takes("[")):
+        return False
+    while True:
+        yield from source.blanks()
+        start = source.pos
+        if not (yield from element()):
+            source.pos = start
+            break
+        yield from source.blanks()
+        if not (yield from source.takes(",")):
+            break
+    yield from source.takes("]")
+    return True
