@@ -447,7 +447,8 @@ def test_loading_that_ends_leaves_nothing(checkpoint: Path, tmp_path: Path) -> N
 BOTH = """
 import sys
 from pathlib import Path
-from tests.models.loading.test_weights_cache import load
+from tests.models.loading.test_weights_cache import load, stored
+stored.FREE_BYTES = 0
 print("ready", flush=True)
 sys.stdin.readline()
 load(Path(sys.argv[1]), Path(sys.argv[2]))
