@@ -86,7 +86,7 @@ def _parsing_of(default: Any) -> dict[str, Any]:
     if isinstance(default, Size):
         return {"type": Size.parse, "metavar": "WxH"}
     if isinstance(default, tuple):
-        return {"type": type(default[0]), "nargs": "+"}
+        return {"nargs": "+", **({"type": type(default[0])} if default else {})}
     return {} if default is None else {"type": type(default)}
 
 
@@ -94,7 +94,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, Size):
         return f"{value.width}x{value.height}"
     if isinstance(value, tuple):
-        return " ".join(map(str, value))
+        return " ".join(map(str, value)) or "none"
     return "none" if value in (None, "") else str(value)
 
 

@@ -58,10 +58,12 @@ class Settings:
     threads: tuple[int, ...] = flag((1, 2), "numbers of threads")
     seconds: float = flag(2.0, "seconds for each measurement", quick=0.1)
     gigabytes: tuple[float, ...] = flag(
-        (), "gigabytes that a token reads, for a bound of tokens a second"
+        (), "gigabytes that a token reads, for a bound of tokens a second", type=float
     )
     weights: tuple[float, ...] = flag(
-        (), "billions of weights that a token of a prompt is multiplied with, for a bound"
+        (),
+        "billions of weights that a token of a prompt is multiplied with, for a bound",
+        type=float,
     )
 
 

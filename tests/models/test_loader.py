@@ -395,11 +395,15 @@ heavy = sorted({"torch", "transformers", "numba", "huggingface_hub"} & set(sys.m
 assert not heavy, heavy
 for folder in sys.argv[1:]:
     loader.load(folder, device="cpu")
-assert "transformers" not in sys.modules
+from sensorium import LLM, SamplingParams
+llm = LLM(sys.argv[-1], device="cpu", max_model_len=64)
+llm.generate("a", SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+late = sorted({"transformers", "torch._dynamo"} & set(sys.modules))
+assert not late, late
 """
 
 
-def test_configuration_needs_no_torch_and_loading_no_transformers(tmp_path: Path) -> None:
+def test_configuration_needs_no_torch_and_decoding_neither_transformers_nor_the_compiler(tmp_path: Path) -> None:
     folders = [
         make_llava(tmp_path / "llava"),
         make_qwen2_vl(tmp_path / "qwen2_vl"),

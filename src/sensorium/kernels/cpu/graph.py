@@ -169,7 +169,7 @@ class _Capture(TorchDispatchMode):
         super().__init__()
         self._arena = arena
 
-    def __torch_dispatch__(
+    def _allocate(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         options = kwargs or {}
@@ -182,6 +182,11 @@ class _Capture(TorchDispatchMode):
         if func is _ATEN.empty_like.default and args[0].is_contiguous():
             return self._arena.tensor(args[0].shape, options.get("dtype") or args[0].dtype)
         raise NotRecordable(str(func))
+
+
+# A method that the body of the class defines would import torch's compiler at its first call: more
+# than a second, in the first answer of a process.
+_Capture.__torch_dispatch__ = _Capture._allocate  # type: ignore[method-assign]
 
 
 class StepGraph:
