@@ -403,7 +403,7 @@ assert not late, late
 """
 
 
-def test_configuration_needs_no_torch_and_decoding_neither_transformers_nor_the_compiler(tmp_path: Path) -> None:
+def test_decoding_imports_neither_transformers_nor_the_compiler(tmp_path: Path) -> None:
     folders = [
         make_llava(tmp_path / "llava"),
         make_qwen2_vl(tmp_path / "qwen2_vl"),

@@ -186,7 +186,7 @@ class _Capture(TorchDispatchMode):
 
 # A method that the body of the class defines would import torch's compiler at its first call: more
 # than a second, in the first answer of a process.
-_Capture.__torch_dispatch__ = _Capture._allocate  # type: ignore[method-assign]
+_Capture.__torch_dispatch__ = _Capture._allocate  # type: ignore[method-assign, assignment]
 
 
 class StepGraph:
