@@ -96,6 +96,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
     "kernels": ({"batch", "weight", "reference"}, {"cpu"}, {"ops"}),
     "models": (
         {"interface", "configs", "rope", "dtypes"},
+        {"gguf"},
         {"loading"},
         {"media"},
         {"parts"},

@@ -1,4 +1,4 @@
-"""The environment variables of Sensorium, read here.
+"""The environment variables of Sensorium, and its folders of caches.
 
 Values that make no sense are refused, except for the log level.
 
@@ -8,7 +8,9 @@ library's).
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,16 @@ def cache_root(environ: Mapping[str, str] | None = None) -> Path:
     """
     environ = os.environ if environ is None else environ
     return Path(environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache"))
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only this user may enter. Raises OSError for one of another user."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, "it belongs to another user or is a link")
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        folder.chmod(0o700)
 
 
 _PREFIXES = ("SENSORIUM", "VLLM", "APHRODITE")

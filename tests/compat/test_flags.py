@@ -116,7 +116,7 @@ def test_other_commands_read_them_too(
         (["--enable-lora"], ["--enable-lora is not supported", "merge the adapter"]),
         (["--speculative-config", '{"method": "ngram"}'], ["speculative decoding"]),
         (["--max-logprobs", "-1"], ["--max-logprobs -1", "20"]),
-        (["--load-format", "gguf"], ["--load-format", "'gguf'", "safetensors"]),
+        (["--load-format", "pt"], ["--load-format", "'pt'", "safetensors"]),
         (["--task", "classify"], ["'classify'", "generate or embed"]),
         (["-port", "3"], ["unknown flag -port", "'--port'"]),
         (["-xyz", "3"], ["unknown flag -xyz.\n"]),

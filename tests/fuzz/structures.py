@@ -352,6 +352,65 @@ def _walk_words(data: bytes, found: Structure) -> None:
     found.add(4, end, 4, little=True)
 
 
+# --- GGUF -----------------------------------------------------------------------------------------
+
+
+def _walk_gguf(data: bytes, found: Structure) -> None:
+    """Versions, counts, lengths, types and offsets; values and tensors are the pieces."""
+    found.add(4, 8, 4, little=True)
+    found.add(8, 24, 8, little=True)
+    num_tensors, num_values = (int.from_bytes(data[at : at + 8], "little") for at in (8, 16))
+    at = 24
+    for _ in range(min(num_values, 256)):
+        start = at
+        at = _gguf_string(data, at, found)
+        kind = int.from_bytes(data[at : at + 4], "little")
+        found.add(at, at + 4, 4, little=True)
+        at += 4
+        if kind == 8:
+            at = _gguf_string(data, at, found)
+        elif kind == 9:
+            element, count = data[at], int.from_bytes(data[at + 4 : at + 12], "little")
+            found.add(at, at + 4, 4, little=True)
+            found.add(at + 4, at + 12, 8, little=True)
+            at += 12
+            for index in range(count if element == 8 and count < 1 << 16 else 0):
+                at = _gguf_string(data, at, found if index < 2 else Structure())
+            at += 0 if element == 8 else count * _GGUF_SIZES.get(element, 0)
+        else:
+            size = _GGUF_SIZES.get(kind, 0)
+            found.add(at, at + size, max(size, 1), little=True)
+            at += size
+        found.pieces.append((start, min(at, len(data))))
+        if at + 8 > len(data):
+            return
+    for _ in range(min(num_tensors, 256)):
+        start = at
+        at = _gguf_string(data, at, found)
+        dims = int.from_bytes(data[at : at + 4], "little")
+        found.add(at, at + 4, 4, little=True)
+        at += 4
+        found.add(at, at + 8 * dims, 8, little=True, most=4)
+        at += 8 * dims
+        found.add(at, at + 4, 4, little=True)
+        found.add(at + 4, at + 12, 8, little=True)
+        at += 12
+        if at + 8 > len(data):
+            return
+        found.pieces.append((start, at))
+
+
+_GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def _gguf_string(data: bytes, at: int, found: Structure) -> int:
+    """Note the length of a string; return its end."""
+    if at + 8 > len(data):
+        return len(data)
+    found.add(at, at + 8, 8, little=True)
+    return min(len(data), at + 8 + int.from_bytes(data[at : at + 8], "little"))
+
+
 _WALKERS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes, Structure], None]], ...] = (
     (lambda d: d.startswith(_PNG), _walk_png),
     (lambda d: d.startswith(b"\xff\xd8"), _walk_jpeg),
@@ -363,6 +422,7 @@ _WALKERS: tuple[tuple[Callable[[bytes], bool], Callable[[bytes, Structure], None
     (lambda d: d.startswith(b"\x1aE\xdf\xa3"), _walk_ebml),
     (lambda d: d.startswith(b"OggS"), _walk_ogg),
     (lambda d: d.startswith(b"fLaC"), _walk_flac),
+    (lambda d: d.startswith(b"GGUF") and len(d) > 32, _walk_gguf),
     (lambda d: d[8:9] == b"{", _walk_safetensors),
     (lambda d: True, _walk_words),
 )

@@ -13,6 +13,7 @@ SAME_VALUES: dict[str, dict[str, Any]] = {
         "fastsafetensors": "safetensors",
         "instanttensor": "safetensors",
         "runai_streamer": "safetensors",
+        "gguf": "auto",
     },
     "max_model_len": {"auto": None, "-1": None},
     "task": {"auto": None},
@@ -22,8 +23,8 @@ SAME_VALUES: dict[str, dict[str, Any]] = {
 REFUSED_VALUES: dict[str, dict[str, str]] = {
     "load_format": dict.fromkeys(
         "pt npcache mistral tensorizer sharded_state runai_streamer_sharded ipc_cache modelexpress "
-        "gguf bitsandbytes".split(),
-        "only safetensors are supported; convert the checkpoint, or use load_format dummy",
+        "bitsandbytes".split(),
+        "only safetensors and GGUF files are supported; convert the checkpoint, or use load_format dummy",
     ),
     "task": dict.fromkeys(
         ("classify", "score", "reward", "transcription", "draft"),

@@ -23,7 +23,13 @@ WeightFormat = Literal["int8", "int4"]
 class ModelConfig:
     """The model, and how it is loaded."""
 
-    model: str = option("demo", "Hugging Face id, local folder, or 'demo'.")
+    model: str = option(
+        "demo",
+        "Hugging Face id, local folder, GGUF file (also of a repository: id:file.gguf), or 'demo'.",
+    )
+    mmproj: str | None = option(
+        None, "GGUF file of the vision encoder, for a model that is a GGUF file (Qwen2-VL)."
+    )
     tokenizer: str | None = option(None, "Id or folder of the tokenizer, if not the model's.")
     trust_remote_code: bool = option(
         False, "Accepted for compatibility; no code from a checkpoint is ever executed."

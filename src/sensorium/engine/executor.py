@@ -162,6 +162,7 @@ def _loaded(config: EngineConfig, device: str, proceed: Callable[[], object]) ->
     """Load the model as its options say."""
     return loader.load(
         config.model.model,
+        mmproj=config.model.mmproj,
         dtype=config.model.dtype,
         device=device,
         load_format=config.model.load_format,

@@ -19,6 +19,7 @@ from sensorium.errors import ConfigError, UnsupportedModelError
 from sensorium.forks import OWN_THREADS
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.embedder import Embedder, embedder_of
+from sensorium.models.gguf import folder as gguf_folder
 from sensorium.models.interface import (
     BuildOptions,
     Family,
@@ -34,10 +35,13 @@ from sensorium.models.registry import resolve
 if TYPE_CHECKING:
     import torch
 
+    from sensorium.models.loading.published.gguf import GgufWeights
     from sensorium.models.loading.quantize import WeightFormats
     from sensorium.models.loading.weights import SafetensorsFiles
     from sensorium.models.loading.weights_cache import CacheSettings, WeightsCache
     from sensorium.multimodal.processor import Processor
+
+    Stored = SafetensorsFiles | GgufWeights
 
 
 Proceed = Callable[[], object]
@@ -61,17 +65,19 @@ class LoadedModel:
 def read_config(
     model: str,
     *,
+    mmproj: str | None = None,
     revision: str | None = None,
     hf_overrides: Mapping[str, Any] | None = None,
     download_dir: str | None = None,
 ) -> LoadedConfig:
-    """Find a checkpoint (``demo``, a folder or a Hugging Face id) and read its configuration files.
+    """Find a checkpoint (as ``checkpoint.find`` does) and read its configuration files.
 
     No weights are fetched and torch is not imported: with ``resolve(loaded.config)`` and the
     family's ``build_processor(loaded)`` this is all that an HTTP process or a media worker needs.
     Raises ConfigError.
     """
-    loaded = checkpoint.read(checkpoint.find(model, revision, download_dir), hf_overrides)
+    folder = checkpoint.find(model, revision, download_dir, mmproj)
+    loaded = checkpoint.read(folder, hf_overrides)
     try:
         family = resolve(loaded.config)
     except UnsupportedModelError:
@@ -82,6 +88,7 @@ def read_config(
 def load(
     model: str,
     *,
+    mmproj: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
     load_format: str = "auto",
@@ -98,21 +105,20 @@ def load(
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
 
-    dtype ``auto`` is the checkpoint's own: the one that config.json declares, else that of the
-    weights, else float32; or float32 in place of a 16-bit type that the CPU has no units for, where
-    the memory allows it. device ``auto`` is the first GPU when there is one, else the CPU. runner:
+    mmproj: GGUF file of the vision encoder of a model that is one. dtype ``auto`` is the
+    checkpoint's own: the one that config.json declares, else that of the weights, else float32; or
+    float32 in place of a 16-bit type that the CPU has no units for, where the memory allows it.
+    device ``auto`` is the first GPU when there is one, else the CPU. runner:
     ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model
     head. download_dir: in place of the cache of the Hugging Face hub. formats: how weights are
     quantized. weights_cache: where quantized ones are kept for the next start. skip_modalities,
-    replay: as in ``BuildOptions``. proceed: called between weights; what it raises ends the
-    loading.
+    replay: as in ``BuildOptions``. proceed: called between weights; what it raises ends loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
-    quantized or cannot be, and UnsupportedModelError for an unknown architecture; whatever the
-    configuration tells, before weights are downloaded.
+    quantized or cannot be, and UnsupportedModelError for an unknown architecture.
     """
     dummy = load_format == "dummy"
-    folder = checkpoint.find(model, revision, download_dir)
+    folder = checkpoint.find(model, revision, download_dir, mmproj)
     loaded = checkpoint.read(folder, hf_overrides)
     refuse_quantized(loaded)
     family = resolve(loaded.config)
@@ -193,11 +199,17 @@ def _fetch_parts(
 
 def _source(
     loaded: LoadedConfig, family: Family, needed: Collection[PartCheckpoint], dummy: bool
-) -> tuple[SafetensorsFiles | None, str | None]:
+) -> tuple[Stored | None, str | None]:
     if dummy:
         return None, None
+    from sensorium.models.loading.published.gguf import GgufWeights
     from sensorium.models.loading.weights import SafetensorsFiles
 
+    gguf = gguf_folder.file_of(loaded.folder)
+    if gguf is not None:
+        encoder = gguf_folder.encoder_of(loaded.folder)
+        weights = GgufWeights(gguf, family.renames, encoder)
+        return weights, weights.first_dtype()
     files = SafetensorsFiles(Path(loaded.folder), family.renames)
     for part in needed:
         if part.field in loaded.parts:
@@ -210,7 +222,7 @@ def _calibrated(
     loaded: LoadedConfig,
     family: Family,
     options: BuildOptions,
-    source: SafetensorsFiles | None,
+    source: Stored | None,
     proceed: Proceed,
 ) -> WeightFormats | None:
     """Return the formats with how much each input of a decoder or head in int4 counts in errors.
@@ -236,7 +248,7 @@ def _cache(
     loaded: LoadedConfig,
     family: Family,
     options: BuildOptions,
-    source: SafetensorsFiles | None,
+    source: Stored | None,
 ) -> WeightsCache | None:
     """Return the cache of a model's quantized weights; None where there is nothing to keep."""
     if settings is None or formats is None or formats.first_option() is None or source is None:
@@ -259,7 +271,7 @@ def _built(
     loaded: LoadedConfig,
     family: Family,
     options: BuildOptions,
-    source: SafetensorsFiles | None,
+    source: Stored | None,
     formats: WeightFormats | None,
     seed: int,
     proceed: Proceed,
@@ -303,7 +315,7 @@ def _kernels_made(model: LoadableModel) -> Iterator[None]:
 
 
 def _on_this_cpu(
-    loaded: LoadedConfig, family: Family, options: BuildOptions, source: SafetensorsFiles | None
+    loaded: LoadedConfig, family: Family, options: BuildOptions, source: Stored | None
 ) -> BuildOptions:
     """Return the options with the dtype in which a CPU runs the model best."""
 

@@ -71,7 +71,8 @@ def _may_overlap(config: EngineConfig) -> bool:
     """
     if not is_local(config.model.model):
         return False
-    found = loader.read_config(config.model.model, hf_overrides=config.model.hf_overrides)
+    model = config.model
+    found = loader.read_config(model.model, mmproj=model.mmproj, hf_overrides=model.hf_overrides)
     return resolve(found.config).quantizable
 
 

@@ -89,6 +89,7 @@ class InputProcessor:
         model = config.model
         self._loaded = loader.read_config(
             model.model,
+            mmproj=model.mmproj,
             revision=model.revision,
             hf_overrides=model.hf_overrides,
             download_dir=model.download_dir,

@@ -31,6 +31,7 @@ def main() -> int:
     model = config.model
     loaded = loader.read_config(
         model.model,
+        mmproj=model.mmproj,
         revision=model.revision,
         hf_overrides=model.hf_overrides,
         download_dir=model.download_dir,

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sensorium.errors import ConfigError
+from sensorium.models.gguf import folder as gguf
+from sensorium.models.gguf.reader import is_gguf
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.loading import weight_files
 from sensorium.models.loading.hub import download
@@ -20,17 +22,28 @@ TEXT_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
 """Files that the frontend needs: configuration, tokenizer, templates."""
 DEMOS = {"demo": "demo", "demo-audio": "demo_audio"}
 """Models that come with this package, and their folders in it."""
+GGUF = ".gguf"
+_HUB_FILE = re.compile(r"(?P<id>[\w.-]+/[\w.-]+):(?P<file>(?!.*\.\.)[\w][\w./ +-]*\.gguf)")
+"""A GGUF file of a repository, as models are named."""
 NOT_NEEDED = ("[!0-9a]*/*", "a[!d]*/*")
 """Subfolders, but for the numbered ones of embedding models, such as ``1_Pooling``, which hold
 settings, and ``additional_chat_templates``."""
 
 
-def find(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
+def find(
+    model: str,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    mmproj: str | None = None,
+) -> Path:
     """Return the folder of a checkpoint.
 
-    model: one of ``DEMOS``, a local folder, or a Hugging Face id. Of the last everything but the
-    weights is downloaded if not cached, into ``download_dir`` or the cache of the Hugging Face hub.
-    Raises ConfigError with advice when nothing is found.
+    model: one of ``DEMOS``, a local folder, a GGUF file, a Hugging Face id, or one with a GGUF file
+    of it (``id:file.gguf``). Of an id everything but the weights is downloaded if not cached, into
+    ``download_dir`` or the cache of the Hugging Face hub; a GGUF file is downloaded whole. Its
+    folder is written from its metadata: see ``gguf.folder``. mmproj: the GGUF file of its vision
+    encoder, here or in the same repository. Raises ConfigError with advice when
+    nothing is found.
     """
     if model in DEMOS:
         folder = Path(__file__).parents[2] / DEMOS[model]
@@ -41,22 +54,70 @@ def find(model: str, revision: str | None = None, download_dir: str | None = Non
                 param="model",
             )
         return folder
+    file = gguf_file(model)
+    if file is not None:
+        return gguf.folder_of(file, None if mmproj is None else Path(mmproj))
+    named = _HUB_FILE.fullmatch(model)
+    if mmproj is not None and named is None:
+        raise ConfigError(
+            f"mmproj is {mmproj!r}, the vision encoder of a GGUF file, but the model {model!r} is "
+            "none.",
+            param="mmproj",
+        )
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
-    if _is_path(model):
+    if named is not None:
+        return _downloaded(named["id"], named["file"], revision, download_dir, mmproj)
+    if _is_path(model) or model.endswith(GGUF):
         raise ConfigError(
-            f"Model {model!r}: there is no such folder. Give a folder with config.json and "
-            "safetensors files, a Hugging Face id such as 'Qwen/Qwen2-VL-2B-Instruct', 'demo' or "
-            "'demo-audio'.",
+            f"Model {model!r}: there is no such folder or file. Give a folder with config.json and "
+            "safetensors files, a GGUF file, a Hugging Face id such as "
+            "'Qwen/Qwen2-VL-2B-Instruct', 'demo' or 'demo-audio'.",
             param="model",
         )
     return download(model, revision, TEXT_FILES, NOT_NEEDED, download_dir=download_dir)
 
 
+def _downloaded(
+    model: str, file: str, revision: str | None, download_dir: str | None, mmproj: str | None
+) -> Path:
+    """Return the folder of a GGUF file of a repository, which is downloaded.
+
+    Its encoder is a file here, else one of the repository.
+    """
+    beside = mmproj if mmproj is not None and not Path(mmproj).expanduser().is_file() else None
+    wanted = [glob.escape(name) for name in (file, beside) if name is not None]
+    whole = download(model, revision, wanted, download_dir=download_dir)
+    encoder = whole / beside if beside is not None else mmproj
+    return gguf.folder_of(whole / file, None if encoder is None else Path(encoder))
+
+
+def gguf_file(model: str) -> Path | None:
+    """Return the GGUF file that a local model is: a file, or the only one of a folder.
+
+    None for a folder with config.json, and for what is not here. Raises ConfigError for a file of
+    another format, and for a folder with several.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if not is_gguf(path):
+            raise ConfigError(
+                f"Model {model!r} is a file, but no GGUF file: give its folder.", param="model"
+            )
+        return path
+    if not path.is_dir() or (path / "config.json").is_file():
+        return None
+    found = sorted(own for own in path.glob(f"*{GGUF}") if not own.name.startswith("mmproj"))
+    if len(found) > 1:
+        what = weight_files.listing("GGUF files", [own.name for own in found])
+        raise ConfigError(f"The folder {model!r} has {what}: name one of them.", param="model")
+    return found[0] if found else None
+
+
 def is_local(model: str) -> bool:
-    """Return whether a model is in this package or a folder here, so that nothing is downloaded."""
-    return model in DEMOS or Path(model).expanduser().is_dir()
+    """Return whether a model is in this package or here, so that nothing is downloaded."""
+    return model in DEMOS or Path(model).expanduser().exists()
 
 
 def fetch_weights(
@@ -67,7 +128,7 @@ def fetch_weights(
     Does nothing for a local one. Only the files of ``weight_files`` are fetched:
     ``model.safetensors``, else the files that the index names.
     """
-    if is_local(model):
+    if is_local(model) or _HUB_FILE.fullmatch(model):
         return
     # What the configuration was read of, not what somebody has uploaded since.
     same = folder.name if re.fullmatch("[0-9a-f]{40}", folder.name) else revision
@@ -138,7 +199,8 @@ def _no_config(folder: Path) -> str:
             "the result."
         )
     return (
-        "The model's folder has no config.json: it is not a checkpoint in the Hugging Face layout."
+        "The model's folder has no config.json: it is not a checkpoint in the Hugging Face layout. "
+        "Of a repository of GGUF files, name one of these: id:file.gguf."
     )
 
 

@@ -29,6 +29,7 @@ from typing import Any, BinaryIO
 import torch
 from blake3 import blake3
 
+from sensorium.environment import make_private
 from sensorium.kernels import ops
 from sensorium.kernels.cpu import huge_pages
 from sensorium.kernels.weight import PackedWeight
@@ -207,16 +208,6 @@ class StoredWriter:
             raise OSError(errno.ENOSPC, f"less than {FREE_BYTES >> 30} GiB would stay free")
         for path in _first_of(others, missing):
             path.unlink(missing_ok=True)
-
-
-def make_private(folder: Path) -> None:
-    """Make a folder that only this user may enter. Raises OSError for one of another user."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise PermissionError(errno.EPERM, "it belongs to another user or is a link")
-    if stat.S_IMODE(status.st_mode) != 0o700:
-        folder.chmod(0o700)
 
 
 def free_bytes(folder: Path) -> int:

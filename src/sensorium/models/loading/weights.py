@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -130,39 +130,11 @@ class SafetensorsFiles:
         return sum(math.prod(f.get_slice(name).get_shape()) for f, name in self._files.values())
 
     def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
-        missing, wrong, wanted = [], [], set()
-        for part in parts:
-            wanted.add(part.name)
-            if part.name not in self._files:
-                missing.append(part.name)
-                continue
-            file, name = self._files[part.name]
-            shape = tuple(file.get_slice(name).get_shape())
-            if shape != part.shape:
-                wrong.append(f"{part.name} is {shape}, not {part.shape}")
-        skip = re.compile("|".join(f"(?:{pattern})" for pattern in (*ALWAYS_IGNORED, *ignored)))
-        extra = [n for n in self._files if n not in wanted and not skip.fullmatch(n)]
-        problems = [
-            listing("are missing", missing),
-            listing("have other shapes than config.json says", wrong),
-            listing("have no place in this architecture", extra),
-        ]
-        if missing == [HEAD] and not wrong:
-            raise ConfigError(_HEADLESS, param="runner")
-        quantization = method_of_names(extra)
-        if quantization is not None:
-            raise ConfigError(
-                f"The checkpoint is quantized ({quantization}), which is not supported: take the "
-                "unquantized one.",
-                param="model",
-            )
-        if any(problems):
-            raise ConfigError(
-                "The weights do not fit the model's configuration: "
-                + "; ".join(filter(None, problems))
-                + ". Check that config.json and the safetensors files belong together.",
-                param="model",
-            )
+        shapes = {
+            name: tuple(file.get_slice(stored).get_shape())
+            for name, (file, stored) in self._files.items()
+        }
+        check_names(shapes, parts, ignored, "config.json and the safetensors files belong together")
 
     def read(self, part: Part) -> torch.Tensor:
         file, name = self._files[part.name]
@@ -219,6 +191,49 @@ class DummyWeights:
                 flat[place:end] = values[: end - place]
             values = flat
         return values[:size].view(part.shape)
+
+
+def check_names(
+    shapes: Mapping[str, tuple[int, ...]],
+    parts: Iterable[Part],
+    ignored: Sequence[str],
+    advice: str,
+) -> None:
+    """Raise ConfigError that lists missing, misshapen and unexpected names of weights.
+
+    shapes: those of a source, by our names. advice: what to check.
+    """
+    missing, wrong, wanted = [], [], set()
+    for part in parts:
+        wanted.add(part.name)
+        shape = shapes.get(part.name)
+        if shape is None:
+            missing.append(part.name)
+        elif shape != part.shape:
+            wrong.append(f"{part.name} is {shape}, not {part.shape}")
+    skip = re.compile("|".join(f"(?:{pattern})" for pattern in (*ALWAYS_IGNORED, *ignored)))
+    extra = [name for name in shapes if name not in wanted and not skip.fullmatch(name)]
+    problems = [
+        listing("are missing", missing),
+        listing("have other shapes than config.json says", wrong),
+        listing("have no place in this architecture", extra),
+    ]
+    if missing == [HEAD] and not wrong:
+        raise ConfigError(_HEADLESS, param="runner")
+    quantization = method_of_names(extra)
+    if quantization is not None:
+        raise ConfigError(
+            f"The checkpoint is quantized ({quantization}), which is not supported: take the "
+            "unquantized one.",
+            param="model",
+        )
+    if any(problems):
+        raise ConfigError(
+            "The weights do not fit the model's configuration: "
+            + "; ".join(filter(None, problems))
+            + f". Check that {advice}.",
+            param="model",
+        )
 
 
 def _named(paths: Sequence[Path], renames: Sequence[tuple[str, str]]) -> dict[str, tuple[Any, str]]:

@@ -19,8 +19,10 @@ from sensorium.models.families.hf import attention, check, encoding, processing
 from sensorium.models.families.hf.adapter import error_text
 from sensorium.models.families.hf.config import read_hf_config, refuse, text_shape
 from sensorium.models.families.hf.processing import HfProcessor
+from sensorium.models.gguf.folder import file_of
 from sensorium.models.interface import BuildOptions, LoadedConfig, Part, WeightSlot
 from sensorium.models.loading.memory import owned
+from sensorium.models.loading.published.gguf import GgufWeights
 from sensorium.models.loading.weight_files import weight_files
 from sensorium.models.loading.weights import read_safetensors
 from sensorium.multimodal.items import Features, MediaItem, Modality
@@ -298,11 +300,15 @@ def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -
     The library is given the weights and no folder: in a folder it would also search for adapters,
     and add them to a model that they have been merged into.
     """
-    weights = {
-        name: tensor
-        for file in weight_files(Path(loaded.folder))
-        for name, tensor in read_safetensors(file).items()
-    }
+    gguf = file_of(loaded.folder)
+    if gguf is not None:
+        weights = dict(GgufWeights(gguf).tensors(options.dtype))
+    else:
+        weights = {
+            name: tensor
+            for file in weight_files(Path(loaded.folder))
+            for name, tensor in read_safetensors(file).items()
+        }
     inner, info = kind.from_pretrained(
         None, config=config, state_dict=weights, dtype=options.dtype, output_loading_info=True
     )

@@ -1,0 +1,1 @@
+"""GGUF files: reading and checking them, their weights, configuration and tokenizer."""

@@ -1,0 +1,1 @@
+"""Quantized checkpoints as they are published: how each format stores its weights."""
