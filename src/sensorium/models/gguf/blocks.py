@@ -15,7 +15,7 @@ import torch
 from sensorium.models.gguf.kinds import KINDS
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-"""What the sixteen codes of IQ4_NL and IQ4_XS stand for."""
+"""Numbers of the sixteen codes of IQ4_NL and IQ4_XS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +184,6 @@ GRIDS: dict[str, Grid] = {
     "IQ4_NL": Grid(8, 32, False, _iq4_nl),
     "IQ4_XS": Grid(8, 32, False, _iq4_xs),
 }
-"""How each quantized kind is taken apart, by its name."""
+"""Grids of the quantized kinds, by name."""
 SIZES = {kind.name: kind.num_bytes for kind in KINDS.values()}
 """Bytes of a block of each kind, by its name."""
