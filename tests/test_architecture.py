@@ -122,6 +122,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
             *("context", "errors", "payload", "admission", "turns", "access_log"),
             "responses.store",
         },
+        {"models"},
         {"files"},
         {"batches"},
         {"http"},

@@ -242,10 +242,13 @@ class TraceWriter:
     def _new_file(self) -> IO[bytes]:
         """Return a new file that holds an array of one event, the name of this process."""
         began = time.strftime("%Y%m%d-%H%M%S")
-        path = self._folder / f"trace-{began}-{os.getpid()}-{self._num_files:04d}.json"
-        self._num_files += 1
         self._num_requests = 0
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = None
+        while descriptor is None:
+            path = self._folder / f"trace-{began}-{os.getpid()}-{self._num_files:04d}.json"
+            self._num_files += 1
+            with contextlib.suppress(FileExistsError):  # that of another model of this server
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         file = os.fdopen(descriptor, "wb")
         name = {
             "ph": "M",

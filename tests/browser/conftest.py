@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,9 +39,9 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """A function that returns the server of a model with some flags, started at the first call."""
-    servers: dict[tuple[str, ...], Server] = {}
+    servers: dict[tuple[str | None, ...], Server] = {}
 
-    def get(model: str, *flags: str) -> Server:
+    def get(model: str | None, *flags: str) -> Server:
         if (model, *flags) not in servers:
             log = tmp_path_factory.mktemp("log") / "server.log"
             servers[model, *flags] = Server(model, log, flags)
@@ -55,6 +56,23 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 def demo(serve: Callable[..., Server]) -> Server:
     """The demo model's server."""
     return serve("demo")
+
+
+@pytest.fixture(scope="session")
+def several(serve: Callable[..., Server], tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """A server of a model that hears, and of one that embeds, which is started on demand."""
+    models = [
+        {"model": "demo-audio", "served-model-name": "listener"},
+        {
+            "model": "demo",
+            "runner": "pooling",
+            "served-model-name": "vectors",
+            "on-demand": True,
+        },
+    ]
+    path = tmp_path_factory.mktemp("several") / "serve.yaml"
+    path.write_text(json.dumps({"models": models}))  # JSON is YAML
+    return serve(None, "--config", str(path))
 
 
 @pytest.fixture(scope="session")
@@ -83,7 +101,7 @@ class Watched:
         """A new page at an address."""
         page = self.context.new_page()
         page.goto(url)
-        page.wait_for_selector("#model b")
+        page.wait_for_selector("#model :is(b, select)")
         return page
 
     def check(self) -> None:

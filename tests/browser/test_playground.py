@@ -133,10 +133,10 @@ def test_a_clip_and_the_frames_that_the_model_sees(
     assert "frames" in answer.locator(".items").text_content()
 
 
-def test_a_sound(watched: WATCH, serve: Callable[..., Server], folder: Path) -> None:
+def test_a_sound(watched: WATCH, several: Server, folder: Path) -> None:
     given = media.sound(folder)
     watched_one = watched()
-    page = watched_one.open(serve("demo-audio").url)
+    page = watched_one.open(several.url)
     assert (
         page.get_by_label("Use the camera").count() == 0
         or not page.get_by_label("Use the camera").is_visible()
@@ -388,8 +388,10 @@ def test_the_server_page_draws_charts(watched: WATCH, demo: Server) -> None:
     until(page, "document.querySelectorAll('.message-assistant').length === 1")
 
 
-def test_embeddings(watched: WATCH, serve: Callable[..., Server], folder: Path) -> None:
-    page = watched().open(serve("demo", "--runner", "pooling").url)
+def test_embeddings(watched: WATCH, several: Server, folder: Path) -> None:
+    page = watched().open(several.url)
+    page.get_by_label("Model", exact=True).select_option("vectors")
+    page.get_by_role("button", name="Compare").wait_for()
     assert page.get_by_role("link", name="Chat").count() == 0
     page.get_by_label("Image").first.set_input_files(media.picture(folder).path)
     page.get_by_role("button", name="Compare").click()
@@ -398,6 +400,29 @@ def test_embeddings(watched: WATCH, serve: Callable[..., Server], folder: Path) 
     assert len(values) == 4
     assert values[0] == values[3] == 1.0
     assert values[1] == values[2] < 1.0
+
+
+def test_several_models(watched: WATCH, several: Server, axe: Callable[[Any, str], None]) -> None:
+    """A conversation remembers its model, and the server's page shows the state of each."""
+    one = watched()
+    page = one.open(several.url)
+    choice = page.get_by_label("Model", exact=True)
+    assert choice.input_value() == "listener"
+    assert prose(ask(page, "Who are you?"))
+    choice.select_option("vectors")
+    page.get_by_role("button", name="Compare").wait_for()
+    page.reload()
+    page.get_by_role("button", name="Compare").wait_for()
+    assert choice.input_value() == "vectors"
+    page.locator("#conversations button").get_by_text("Who are you?").click()
+    page.wait_for_selector(ANSWER)
+    assert choice.input_value() == "listener"
+    page.get_by_role("link", name="Server").click()
+    states = page.locator(".models tbody tr").all_inner_texts()
+    assert [text.split()[0] for text in states] == ["listener", "vectors"]
+    assert states[0].split()[1] == "ready"
+    assert states[1].split()[1] in ("ready", "stopped")
+    axe(page, "several-models")
 
 
 def test_by_keyboard_alone(watched: WATCH, demo: Server) -> None:

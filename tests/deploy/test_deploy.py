@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import yaml
 
+from sensorium.cli.commands.serve import models_of
 from sensorium.cli.flags import build_engine_config, build_server_config
 from sensorium.cli.main import build_parser
-from sensorium.config import MIB, ServerConfig
+from sensorium.config import MIB, ServedConfig, ServerConfig, check_models
 from sensorium.server.app import FORM_BYTES, UPLOADS
 from tests.server.harness import App
 
@@ -92,6 +93,17 @@ def test_the_file_of_flags() -> None:
     config = options_of(["--config", str(FOLDER / "serve.yaml")])
     assert config.host == "127.0.0.1"
     assert config.served_model_name == ("assistant",)
+
+
+def test_several_models_of_one_server() -> None:
+    arguments = build_parser().parse_args(["serve", "--config", str(FOLDER / "models.yaml")])
+    models = [
+        ServedConfig(engine=build_engine_config(model), server=build_server_config(model))
+        for model in models_of(arguments)
+    ]
+    check_models(models)
+    assert [model.names[0] for model in models] == ["assistant", "embeddings", "listener"]
+    assert [model.server.on_demand for model in models] == [False, False, True]
 
 
 def test_the_unit() -> None:

@@ -37,12 +37,14 @@ def tied_to_this_process() -> Callable[[], None] | None:
 class Server:
     """A running server, with ``flags``, and ``variables`` in its environment.
 
+    ``model``: None where the flags name the models.
+
     Stop it with ``stop``, which returns its exit status.
     """
 
     def __init__(
         self,
-        model: str,
+        model: str | None,
         log: Path,
         flags: Sequence[str] = (),
         variables: Mapping[str, str] = MappingProxyType({}),
@@ -50,7 +52,11 @@ class Server:
         self.log = log
         self._file = log.open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "sensorium", "serve", model, "--port", "0", *flags],
+            [
+                *(sys.executable, "-u", "-m", "sensorium", "serve"),
+                *([] if model is None else [model]),
+                *("--port", "0", *flags),
+            ],
             stdout=subprocess.PIPE,
             stderr=self._file,
             env={**os.environ, "OMP_NUM_THREADS": "1", **variables},

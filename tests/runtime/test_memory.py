@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sensorium.config import CacheConfig
+from sensorium.config import GIB, CacheConfig
 from sensorium.errors import ConfigError
 from sensorium.kernels.batch import KVCacheLayout
+from sensorium.processes.limits import resident_memory
 from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory
 
 LAYOUT = KVCacheLayout(2, 2, 8, 16, torch.bfloat16)
@@ -61,7 +62,7 @@ def test_no_room_for_a_single_block() -> None:
 
 
 def test_the_hosts_memory_is_measured() -> None:
-    assert free_memory(torch.device("cpu"), 0.9) > 1 << 20
+    assert free_memory(torch.device("cpu"), CacheConfig()) > 1 << 20
 
 
 def test_a_context_longer_than_the_model_was_made_for_is_refused() -> None:
@@ -69,3 +70,14 @@ def test_a_context_longer_than_the_model_was_made_for_is_refused() -> None:
     with pytest.raises(ConfigError, match="1024") as caught:
         geometry(max_model_len=1025, free_bytes=1 << 40)
     assert caught.value.param == "max_model_len"
+
+
+def test_a_limit_of_memory_counts_what_the_process_has_taken_already() -> None:
+    taken = resident_memory()
+    limited = free_memory(torch.device("cpu"), CacheConfig(max_memory_gb=taken / GIB + 0.01))
+    assert limited < GIB // 50
+    with pytest.raises(
+        ConfigError, match="max_memory_gb is 0.10, but without the KV cache"
+    ) as raised:
+        free_memory(torch.device("cpu"), CacheConfig(max_memory_gb=0.1))
+    assert raised.value.param == "max_memory_gb"

@@ -13,9 +13,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from sensorium.config import ServerConfig
+from sensorium.config import EngineConfig, ServedConfig, ServerConfig
 from sensorium.server.app import build_app
 from sensorium.server.launch import StopSignals, listening, run_app
+from sensorium.server.models.lookup import ServedModels
+from sensorium.server.models.served import ServedModel
 from tests.server.fake_frontend import FakeFrontend
 
 JSON = "application/json"
@@ -53,13 +55,46 @@ class Answer:
         return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
+def app_of(frontend: FakeFrontend, config: ServerConfig) -> FastAPI:
+    """An application with one model, whose front end runs."""
+    return app_of_models([served(frontend, config)], config, [frontend])
+
+
+def served(
+    frontend: FakeFrontend, config: ServerConfig, start: Any = None, **options: Any
+) -> ServedModel:
+    """A model for a front end, which ``start`` gives back by default."""
+
+    async def running(engine: EngineConfig) -> Any:
+        return frontend
+
+    return ServedModel(
+        ServedConfig(engine=frontend.config, server=config), start or running, **options
+    )
+
+
+def app_of_models(
+    models: Sequence[ServedModel],
+    config: ServerConfig,
+    frontends: Sequence[FakeFrontend | None] = (),
+    **options: Any,
+) -> FastAPI:
+    """An application with several models; those with a front end here run."""
+    app = build_app(ServedModels(models, **options), config)
+    for model, frontend in zip(models, frontends, strict=False):
+        if frontend is not None:
+            model.adopt(frontend)  # type: ignore[arg-type]
+    return app
+
+
 class App:
     """An application with its front end, called without a socket."""
 
     def __init__(self, frontend: FakeFrontend | None = None, **config: Any) -> None:
         self.frontend = frontend or FakeFrontend()
         config.setdefault("disable_access_log", True)
-        self.app: FastAPI = build_app(self.frontend, ServerConfig(**config))
+        self.app: FastAPI = app_of(self.frontend, ServerConfig(**config))
+        self.models: ServedModels = self.app.state.context.models
 
     async def get(self, path: str, headers: Mapping[str, str] | None = None) -> Answer:
         """GET."""
@@ -177,12 +212,14 @@ async def until(condition: Any, seconds: float = 10.0) -> None:
 
 
 @contextlib.asynccontextmanager
-async def running(frontend: FakeFrontend | None = None, **config: Any) -> AsyncIterator[Running]:
+async def running(
+    frontend: FakeFrontend | None = None, *, app: FastAPI | None = None, **config: Any
+) -> AsyncIterator[Running]:
     """A real server for the block; stopped without patience at its end."""
     frontend = frontend or FakeFrontend()
     config.setdefault("disable_access_log", True)
     server_config = ServerConfig(port=0, **config)
-    app = build_app(frontend, server_config)
+    app = app or app_of(frontend, server_config)
     with listening(server_config) as listener:
         signals = StopSignals()
         task = asyncio.create_task(run_app(app, server_config, listener, signals))

@@ -111,7 +111,7 @@ async def test_past_the_limit_of_waiting_a_request_is_refused() -> None:
     await asyncio.gather(*waiting, return_exceptions=True)
     app.frontend.before = None
     assert (await app.chat()).status == 200
-    assert app.app.state.context.admission.num_waiting == 0
+    assert app.app.state.context.models.default.admission.num_waiting == 0
 
 
 async def test_requests_that_got_a_token_do_not_wait_any_more() -> None:
@@ -142,7 +142,7 @@ async def test_refused_requests_hold_no_place() -> None:
 
 async def test_samples_count_as_load() -> None:
     app = App(FakeFrontend(before=hang, max_num_waiting=8))
-    admission = app.app.state.context.admission
+    admission = app.app.state.context.models.default.admission
     for answer in (await app.chat(n=9), await app.complete(prompt=["a", "b"], n=5)):
         assert (answer.status, answer.error["param"]) == (400, "n")
         assert "--max-num-waiting" in answer.error["message"]

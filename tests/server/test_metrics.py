@@ -99,6 +99,6 @@ async def test_metrics_say_whether_the_engine_serves() -> None:
         assert (await app.get("/metrics")).status == 200
         assert values(app.app, "sensorium:engine_up") == {(): float(alive)}
     assert counted(app.app) == {("200", "/metrics", "GET"): 3}
-    app.app.state.context.admission.draining = True
+    app.app.state.context.arrivals.draining = True
     await app.get("/metrics")
     assert values(app.app, "sensorium:engine_up") == {(): 0.0}

@@ -49,7 +49,7 @@ async def test_leaving_before_the_first_token_frees_the_work(
         await until(lambda: server.frontend.num_open == 0)
         context = server.app.state.context
         await until(lambda: context.num_in_flight == 0)
-        assert context.admission.num_waiting == 0
+        assert context.models.default.admission.num_waiting == 0
 
 
 @pytest.mark.parametrize("body", [{"stream": True}, {}, {"stream": True, "n": 3}])
@@ -109,7 +109,7 @@ async def test_a_third_of_many_clients_leaving_harms_no_other() -> None:
         texts = await asyncio.gather(*(client(i) for i in range(48)))
         assert [t for i, t in enumerate(texts) if i % 3] == [REPLY] * 32
         await until(lambda: server.frontend.num_open == 0)
-        assert server.app.state.context.admission.num_waiting == 0
+        assert server.app.state.context.models.default.admission.num_waiting == 0
 
 
 def _events(text: str) -> list[str]:
@@ -169,7 +169,7 @@ async def test_draining_lets_running_requests_finish() -> None:
         assert await status_of(reader) == 200
         server.signals.on_signal()
         context = server.app.state.context
-        await until(lambda: context.admission.draining)
+        await until(lambda: context.arrivals.draining)
         for path, body, method in (("/health", None, "GET"), (CHAT, {"messages": USER}, "POST")):
             late, _ = await server.send(path, body, method=method)
             assert await status_of(late) == 503

@@ -1,4 +1,4 @@
-"""Flags in a YAML file (``--config FILE``).
+"""Flags in a YAML file (``--config FILE``), and models with flags of their own (``models:``).
 
 A flag on the command line wins over the environment, the environment over the file, and the file
 over the default.
@@ -13,22 +13,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sensorium.config import suggestion
+from sensorium.config import server_only_options, suggestion
 from sensorium.environment import environment_options
 from sensorium.errors import ConfigError
 
 FLAG = "--config"
+MODELS = "models"
+"""Key of a list of models in a file for a server."""
 MAX_FILE_CHARACTERS = 1 << 20
 _ALIASES = {"--model-tag": "--model"}
 
 
 @dataclass(frozen=True, slots=True)
 class FlagFile:
-    """A file of flags: its path, its flags as command-line arguments, and the flags it sets."""
+    """A file of flags: its path, its flags as command-line arguments, and the flags it sets.
+
+    ``models``: for each entry under ``models``, its flags and those of the top.
+    """
 
     path: str
     arguments: tuple[str, ...]
     flags: frozenset[str]
+    models: tuple[FlagFile, ...] = ()
 
 
 def take_path(args: Sequence[str]) -> tuple[list[str], str | None]:
@@ -67,19 +73,74 @@ def read(
         ConfigError: the file cannot be read, or a key is no flag of the command; the nearest one
             is named.
     """
-    by_environment = {f"--{name.replace('_', '-')}" for name in environment_options()}
+    top = dict(read_flags(path))
+    entries = _entries(path, top.pop(MODELS, None), "--model" in given or "model" in top)
+    left_out = {*given, *(f"--{name.replace('_', '-')}" for name in environment_options())}
+    arguments, flags = _arguments(path, top, known, spelled, left_out)
+    models = []
+    for number, entry in enumerate(entries):
+        _check_entry(path, number, entry, spelled)
+        own, own_flags = _arguments(f"{path}: {MODELS}[{number}]", entry, known, spelled, left_out)
+        shared, more = _arguments(path, top, known, spelled, {*left_out, *own_flags})
+        models.append(FlagFile(path, (*shared, *own), frozenset(own_flags | more)))
+    return FlagFile(path, tuple(arguments), frozenset(flags), tuple(models))
+
+
+def _arguments(
+    where: str,
+    values: Mapping[str, Any],
+    known: Mapping[str, argparse.Action],
+    spelled: Callable[[str], str],
+    left_out: Collection[str],
+) -> tuple[list[str], set[str]]:
+    """Return keys of a file as command-line arguments, and the flags that they set."""
     arguments: list[str] = []
     flags: set[str] = set()
-    for key, value in read_flags(path).items():
+    for key, value in values.items():
         flag = spelled(f"--{key}")
         flag = _ALIASES.get(flag, flag)
         name = base(flag)
         if name not in known and f"--no-{name[2:]}" not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}.{_nearest(key, known)}")
-        if name not in given and name not in by_environment:
+            raise ConfigError(f"{where}: unknown key {key!r}.{_nearest(key, known)}")
+        if name not in left_out:
             arguments += _as_arguments(flag, value, known)
             flags.add(name)
-    return FlagFile(path, tuple(arguments), frozenset(flags))
+    return arguments, flags
+
+
+def _entries(path: str, value: Any, has_model: bool) -> list[dict[str, Any]]:
+    """Return the entries under ``models``; none without that key. Raises ConfigError."""
+    if value is None:
+        return []
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{path}: {MODELS} must be a list of models, each with its flags.")
+    if has_model:
+        raise ConfigError(f"{path}: {MODELS} lists all models; name none beside it.")
+    entries = []
+    for number, entry in enumerate(value):
+        entry = {"model": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry):
+            raise ConfigError(
+                f"{path}: {MODELS}[{number}] must be a model, or flags and their values such as "
+                "model: demo."
+            )
+        if not isinstance(entry.get("model"), str):
+            raise ConfigError(f"{path}: {MODELS}[{number}] needs the key 'model'.")
+        entries.append(entry)
+    return entries
+
+
+def _check_entry(
+    path: str, number: int, entry: Mapping[str, Any], spelled: Callable[[str], str]
+) -> None:
+    """Raise ConfigError for an option of the server in the entry of one model."""
+    for key in entry:
+        name = base(spelled(f"--{key}")).removeprefix("--").replace("-", "_")
+        if name in server_only_options():
+            raise ConfigError(
+                f"{path}: {MODELS}[{number}].{key} is an option of the whole server; put it at the "
+                "top of the file."
+            )
 
 
 def base(arg: str) -> str:

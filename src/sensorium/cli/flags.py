@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
     ``--max_model_len`` is read as ``--max-model-len``; flags are never abbreviated. ``foreign`` are
     vLLM's flags, which are read as ``sensorium.compat`` says and are not shown in the help.
     ``common`` are the flags of the short help, each with an example. A command (not a list of
-    commands) reads flags from ``--config FILE``, too.
+    commands) reads flags from ``--config FILE``, too; with ``has_models`` the file may list models.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -70,6 +70,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **{**keywords, "add_help": False})
         self.foreign: dict[str, Rule] = {}
         self.common: dict[str, str] = {}
+        self.has_models = False
         self.add_argument("-h", "--help", action=HelpAction)
         # Taken out of the arguments before they are parsed; it is here for the help.
         self.add_argument(
@@ -91,6 +92,7 @@ class Parser(argparse.ArgumentParser):
             plain, file = self._rewritten(args)
             parsed, unknown = super().parse_known_args(plain, namespace)
             self._note_sources(parsed, file)
+            parsed.listed_models = self._models(args, file) if file is not None else []
         if unknown:
             self._refuse(unknown[0].partition("=")[0])
         if hasattr(parsed, "config_path"):
@@ -119,6 +121,23 @@ class Parser(argparse.ArgumentParser):
             return members_joined([*plain, *file.arguments]), file
         except ConfigError as error:
             self.error(error.message)
+
+    def _models(self, args: Sequence[str], file: FlagFile) -> list[argparse.Namespace]:
+        """Return the flags of each model that the file lists.
+
+        Those on the command line count for all.
+        """
+        if file.models and not self.has_models:
+            self.error(f"{file.path}: only sensorium serve takes several {config_file.MODELS}")
+        found = []
+        for entry in file.models:
+            known = self._option_string_actions
+            plain, _ = config_file.take_path([spelled_out(arg, known) for arg in args])
+            parsed, _ = super().parse_known_args(members_joined([*plain, *entry.arguments]))
+            self._note_sources(parsed, entry)
+            self._adopt_foreign(parsed)
+            found.append(parsed)
+        return found
 
     def _note_sources(self, parsed: argparse.Namespace, file: FlagFile | None) -> None:
         """Set ``config_file``, its path or None, and ``from_file``, the names of its options."""

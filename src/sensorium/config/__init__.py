@@ -28,6 +28,7 @@ from sensorium.config.fields import GIB, MIB, suggestion
 from sensorium.config.media import LIMITED, MediaConfig, parse_limits
 from sensorium.config.model import DeprecatedConfig, ModelConfig
 from sensorium.config.notices import warn_caller
+from sensorium.config.served import PER_MODEL, ServedConfig, check_models, server_only_options
 from sensorium.config.server import ServerConfig
 from sensorium.environment import media_environment
 from sensorium.errors import ConfigError
@@ -37,6 +38,7 @@ __all__ = [
     "GIB",
     "LIMITED",
     "MIB",
+    "PER_MODEL",
     "CacheConfig",
     "DeprecatedConfig",
     "EngineConfig",
@@ -45,10 +47,13 @@ __all__ = [
     "ObservabilityConfig",
     "ParallelConfig",
     "SchedulerConfig",
+    "ServedConfig",
     "ServerConfig",
+    "check_models",
     "engine_config",
     "engine_option_names",
     "parse_limits",
+    "server_only_options",
     "suggestion",
 ]
 

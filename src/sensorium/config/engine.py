@@ -25,6 +25,13 @@ class CacheConfig:
         ge=1,
         le=1 << 50,
     )
+    max_memory_gb: float | None = option(
+        None,
+        "GiB of memory that an engine may take for weights, KV cache and computing; bounds the KV "
+        "cache, unless its size is given. --mm-encoder-cache-gb comes on top. No limit if unset.",
+        ge=0.1,
+        le=1 << 20,
+    )
     num_kv_blocks: int | None = option(
         None,
         "Number of blocks of the KV cache, instead of a size in bytes; for tests and experiments.",

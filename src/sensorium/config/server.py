@@ -32,6 +32,24 @@ class ServerConfig:
     served_model_name: tuple[str, ...] = option(
         (), "Names of the model in the API; its path or id if not given."
     )
+    on_demand: bool = option(
+        False,
+        "Start the engine of a model with the first request that names it, not with the server.",
+    )
+    model_idle_timeout: float = option(
+        0.0,
+        "Seconds without a request after which the engine of a model is ended, until the next "
+        "request starts it again; 0: never.",
+        ge=0.0,
+        le=366 * 86400.0,
+    )
+    models_memory_gb: float | None = option(
+        None,
+        "GiB of memory that the engines of several models may take together; 90 % of what is "
+        "available at the start if unset. Where it is full, idle models are ended to make room.",
+        ge=0.1,
+        le=1 << 20,
+    )
     api_key: tuple[str, ...] = option(
         (),
         "Keys that clients must send; repeatable. SENSORIUM_API_KEY, or else VLLM_API_KEY or "

@@ -104,7 +104,7 @@ def build_parts(
         max_model_len=config.model.max_model_len,
         max_position=shape.max_position,
         max_num_seqs=config.scheduler.max_num_seqs,
-        free_bytes=free_memory(device, config.cache.gpu_memory_utilization),
+        free_bytes=free_memory(device, config.cache),
     )
     caches = _allocated(layout, geometry.num_blocks, device)
     ops.warm_up(model.dtype, device, encoders=model.has_encoder)

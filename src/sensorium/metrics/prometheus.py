@@ -1,6 +1,6 @@
-"""Prometheus metrics of a server: of its requests, and of the statistics of its engine.
+"""Prometheus metrics of a server: of its requests, and of the statistics of its engines.
 
-Each instance has a registry of its own, so one process may run several servers.
+Each server has a registry of its own, so one process may run several.
 """
 
 from __future__ import annotations
@@ -24,17 +24,58 @@ from sensorium.metrics.statistics import Statistics, StatisticsCollector
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ENGINE = "0"
-"""Index of the only engine."""
+"""Index of a model's only engine."""
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
-class ServingMetrics:
-    """The metrics of one server.
+class _Families:
+    """The families of one server, each registered once, whatever number of models has series."""
 
-    The frontend calls ``first_token``, ``inter_token``, ``queue`` and ``finished``, the middleware
-    ``http_request``, ``LagSampler`` ``loop_lag``, and the route of ``/metrics`` ``update`` and
-    ``render``. Raises ConfigError for a prefix that Prometheus does not allow.
+    def __init__(self, prefix: str, registry: CollectorRegistry) -> None:
+        if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*|", prefix):
+            raise ConfigError(
+                f"metrics_prefix must be letters, digits, '_' and ':', got {prefix!r}.",
+                param="metrics_prefix",
+            )
+        disable_created_metrics()  # they double the series and are of no use
+        self.registry = registry
+        self.statistics = StatisticsCollector(prefix)
+        registry.register(self.statistics)
+        self._prefix = prefix
+        self._known: dict[str, Histogram | Counter] = {}
+
+    def histogram(self, family: MetricFamily) -> Histogram:
+        """Return a family of histograms."""
+        found = self._known.get(family.name)
+        if found is None:
+            found = self._known[family.name] = Histogram(
+                family.full_name(self._prefix),
+                family.help,
+                (*COMMON_LABELS, *family.labels),
+                buckets=family.buckets,
+                registry=self.registry,
+            )
+        assert isinstance(found, Histogram)
+        return found
+
+    def counter(self, family: MetricFamily) -> Counter:
+        """Return a family of counters."""
+        found = self._known.get(family.name)
+        if found is None:
+            name, labels = family.full_name(self._prefix), (*COMMON_LABELS, *family.labels)
+            found = Counter(name, family.help, labels, registry=self.registry)
+            self._known[family.name] = found
+        assert isinstance(found, Counter)
+        return found
+
+
+class ServerMetrics:
+    """The metrics of a server's HTTP requests, and the registry of all its metrics.
+
+    The middleware calls ``http_request``, ``LagSampler`` ``loop_lag``, and the route of
+    ``/metrics`` ``render``. ``model_name`` is the label of requests that name no model. Raises
+    ConfigError for a prefix that Prometheus does not allow.
     """
 
     def __init__(
@@ -43,16 +84,64 @@ class ServingMetrics:
         registry: CollectorRegistry | None = None,
         *,
         model_name: str = "",
+        families_: _Families | None = None,
     ) -> None:
-        if not re.fullmatch(r"[a-zA-Z_:][a-zA-Z0-9_:]*|", prefix):
-            raise ConfigError(
-                f"metrics_prefix must be letters, digits, '_' and ':', got {prefix!r}.",
-                param="metrics_prefix",
-            )
-        disable_created_metrics()  # they double the series and are of no use
-        self.registry = registry or CollectorRegistry()
-        self._prefix = prefix
+        self._families = families_ or _Families(prefix, registry or CollectorRegistry())
         self._model_name = model_name
+        self._loop_lag = self._families.histogram(families.EVENT_LOOP_LAG)
+        if families_ is None:
+            self._loop_lag.labels(model_name, ENGINE)  # a series from the start
+        self._http_requests = self._families.counter(families.HTTP_REQUESTS)
+        self._http_seconds = self._families.histogram(families.HTTP_SECONDS)
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Return the registry."""
+        return self._families.registry
+
+    def for_model(self, model_name: str) -> ServingMetrics:
+        """Return the metrics of one model, in the same registry."""
+        if isinstance(self, ServingMetrics) and model_name == self._model_name:
+            return self
+        return ServingMetrics(model_name=model_name, families_=self._families)
+
+    def loop_lag(self, seconds: float) -> None:
+        """Record how late a timer of the event loop fired."""
+        self._loop_lag.labels(self._model_name, ENGINE).observe(seconds)
+
+    def http_request(self, route: str | None, method: str, status: int, seconds: float) -> None:
+        """Record an HTTP request.
+
+        ``route`` is the template of its path, or None. Unknown paths and methods do not become
+        labels, as clients could make up any number of them.
+        """
+        handler = route or "none"
+        method = method if method in _METHODS else "other"
+        labels = (self._model_name, ENGINE, handler, method)
+        self._http_requests.labels(*labels, f"{status // 100}xx", str(status)).inc()
+        self._http_seconds.labels(*labels).observe(seconds)
+
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return bytes(generate_latest(self.registry))
+
+
+class ServingMetrics(ServerMetrics):
+    """The metrics of one model, and of the HTTP requests that name it.
+
+    The frontend calls ``first_token``, ``inter_token``, ``queue`` and ``finished``, the route of
+    ``/metrics`` ``update``.
+    """
+
+    def __init__(
+        self,
+        prefix: str = "sensorium:",
+        registry: CollectorRegistry | None = None,
+        *,
+        model_name: str = "",
+        families_: _Families | None = None,
+    ) -> None:
+        super().__init__(prefix, registry, model_name=model_name, families_=families_)
         self._first_token = self._histogram(families.TIME_TO_FIRST_TOKEN)
         self._inter_token = self._histogram(families.INTER_TOKEN)
         self._queue = self._histogram(families.QUEUE_TIME)
@@ -68,13 +157,8 @@ class ServingMetrics:
         self._computed_tokens = self._histogram(families.COMPUTED_TOKENS)
         self._num_samples = self._histogram(families.PARAM_N)
         self._max_tokens = self._histogram(families.PARAM_MAX_TOKENS)
-        self._loop_lag = self._histogram(families.EVENT_LOOP_LAG)
-        success = self._new_counter(families.SUCCESS)
+        success = self._families.counter(families.SUCCESS)
         self._success = {r: success.labels(model_name, ENGINE, r) for r in families.FINISH_REASONS}
-        self._http_requests = self._new_counter(families.HTTP_REQUESTS)
-        self._http_seconds = self._new_histogram(families.HTTP_SECONDS)
-        self._statistics = StatisticsCollector(prefix, (model_name, ENGINE))
-        self.registry.register(self._statistics)
 
     def first_token(self, seconds: float) -> None:
         """Record the time from a request's arrival to its first token."""
@@ -87,10 +171,6 @@ class ServingMetrics:
     def queue(self, seconds: float) -> None:
         """Record the time from a request's arrival to its first step."""
         self._queue.observe(seconds)
-
-    def loop_lag(self, seconds: float) -> None:
-        """Record how late a timer of the event loop fired."""
-        self._loop_lag.observe(seconds)
 
     def finished(self, report: RequestReport) -> None:
         """Record a request that has ended."""
@@ -113,38 +193,12 @@ class ServingMetrics:
             if seconds is not None:
                 histogram.observe(seconds)
 
-    def http_request(self, route: str | None, method: str, status: int, seconds: float) -> None:
-        """Record an HTTP request.
+    def update(self, stats: Statistics | None, *, up: bool = True) -> None:
+        """Set the engine's statistics for the next renderings; None before its first start.
 
-        ``route`` is the template of its path, or None. Unknown paths and methods do not become
-        labels, as clients could make up any number of them.
+        ``up``: it can serve requests.
         """
-        handler = route or "none"
-        method = method if method in _METHODS else "other"
-        labels = (self._model_name, ENGINE, handler, method)
-        self._http_requests.labels(*labels, f"{status // 100}xx", str(status)).inc()
-        self._http_seconds.labels(*labels).observe(seconds)
-
-    def update(self, stats: Statistics, *, up: bool = True) -> None:
-        """Set the engine's statistics for the next renderings. ``up``: it can serve requests."""
-        self._statistics.update(stats, up=up)
-
-    def render(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return bytes(generate_latest(self.registry))
+        self._families.statistics.update((self._model_name, ENGINE), stats, up=up)
 
     def _histogram(self, family: MetricFamily) -> Histogram:
-        return self._new_histogram(family).labels(self._model_name, ENGINE)
-
-    def _new_histogram(self, family: MetricFamily) -> Histogram:
-        return Histogram(
-            family.full_name(self._prefix),
-            family.help,
-            (*COMMON_LABELS, *family.labels),
-            buckets=family.buckets,
-            registry=self.registry,
-        )
-
-    def _new_counter(self, family: MetricFamily) -> Counter:
-        name, labels = family.full_name(self._prefix), (*COMMON_LABELS, *family.labels)
-        return Counter(name, family.help, labels, registry=self.registry)
+        return self._families.histogram(family).labels(self._model_name, ENGINE)

@@ -17,13 +17,15 @@ the names that dashboards for FastAPI expect. Counters are scraped with `_total`
 `_bucket`, `_sum` and `_count`; series of creation times (`_created`) are left out.
 
 Every series has the labels `model_name` and `engine` (the index of the engine, 0); further labels
-are listed. `handler` is the template of a route, such as `/v1/models/{name:path}`, or `none` for a
-request without a route. `status` is `2xx`, `4xx` and so on, `code` the status itself. A request that
-is refused before it reaches the engine counts as an HTTP request only.
+are listed. A server of several models has series of each, by its first name; the event loop and
+HTTP requests that name no model have an empty `model_name`. `handler` is the template of a route,
+such as `/v1/models/{name:path}`, or `none` for a request without a route. `status` is `2xx`,
+`4xx` and so on, `code` the status itself. A request that is refused before it reaches the engine
+counts as an HTTP request only.
 
 Counters of the engine start at 0 again after a restart, as Prometheus expects; those of requests,
-media and HTTP continue. While there is no engine, its metrics keep their last values and `engine_up`
-is 0.
+media and HTTP continue. Where an engine is ended because no request needs it, those of media start
+again, too. While there is no engine, its metrics keep their last values and `engine_up` is 0.
 
 `examples/grafana/sensorium.json` is a dashboard: import it into Grafana and choose the data source.
 Its variable `prefix` is for servers with another prefix.

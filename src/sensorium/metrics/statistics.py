@@ -81,25 +81,43 @@ class Statistics(Protocol):
 
 
 class StatisticsCollector(Collector):
-    """Collector of the statistics that were set last; of no metric before the first."""
+    """Collector of the statistics that were set last, of each engine; of none before the first."""
 
-    def __init__(self, prefix: str, labels: Sequence[str]) -> None:
-        """``labels``: values of ``COMMON_LABELS``."""
+    def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self._labels = list(labels)
-        self._stats: Statistics | None = None
-        self._up = False
+        self._latest: dict[tuple[str, ...], tuple[Statistics | None, bool]] = {}
 
-    def update(self, stats: Statistics, *, up: bool) -> None:
-        """Set the statistics. ``up``: the engine can serve requests."""
-        self._stats, self._up = stats, up
+    def update(self, labels: tuple[str, ...], stats: Statistics | None, *, up: bool) -> None:
+        """Set the statistics of an engine; None before its first start.
+
+        ``labels``: its values of ``COMMON_LABELS``. ``up``: it can serve requests.
+        """
+        self._latest[labels] = stats, up
 
     def collect(self) -> Iterator[Metric]:
-        """Yield each family with its values."""
-        stats = self._stats
+        """Yield each family with its values for all engines."""
+        merged: dict[str, Metric] = {}
+        for labels, (stats, up) in self._latest.items():
+            engine = _EngineMetrics(self._prefix, labels)
+            for metric in engine.metrics(stats, up=up):
+                known = merged.setdefault(metric.name, metric)
+                if known is not metric:
+                    known.samples.extend(metric.samples)
+        yield from merged.values()
+
+
+class _EngineMetrics:
+    """The metrics of one engine. ``labels``: values of ``COMMON_LABELS``."""
+
+    def __init__(self, prefix: str, labels: Sequence[str]) -> None:
+        self._prefix = prefix
+        self._labels = list(labels)
+
+    def metrics(self, stats: Statistics | None, *, up: bool) -> Iterator[Metric]:
+        """Yield each family; without statistics only the one that says if the engine is up."""
+        yield self._one(ENGINE_UP, float(up))
         if stats is None:
             return
-        yield self._one(ENGINE_UP, float(self._up))
         used = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
         yield self._one(KV_USAGE, used)
         for row in ENGINE_ROWS:

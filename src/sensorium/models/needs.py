@@ -152,6 +152,35 @@ def needs_of(options: ModelConfig) -> Needs:
     )
 
 
+def least_memory(options: ModelConfig) -> int:
+    """Return about the bytes that an engine takes with one short context. Torch is not imported.
+
+    Configuration files of a model of the hub are downloaded, weights are not. Raises ConfigError.
+    """
+    folder = checkpoint.find(options.model, options.revision, options.download_dir)
+    loaded = checkpoint.read(folder, options.hf_overrides)
+    family = resolve(loaded.config)
+    loaded, names = read_parts(loaded, family, options.download_dir)
+    total = _stored(options.model, folder, options.revision, options.download_dir)
+    for field, name in names.items():
+        total += _stored(name, Path(loaded.parts[field].folder), None, options.download_dir)
+    stored = _BYTES_STORED.get(declared_dtype(loaded.config) or "float32", 2)
+    size: float = _BYTES_STORED.get(options.dtype, stored)
+    if options.quantization is not None:
+        size = _BYTES_QUANTIZED[options.quantization]
+    shape = family.shape(loaded)
+    num_tokens = options.max_model_len or min(shape.max_position, 8192)
+    context = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * num_tokens * stored
+    return math.ceil(total / stored * size) + context + PROCESSES
+
+
+def _stored(model: str, folder: Path, revision: str | None, download_dir: str | None) -> int:
+    """Return the bytes of a model's weights on disk, or of those still to be downloaded."""
+    if checkpoint.is_local(model):
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return sum(file.size for file in _weights(model, folder, revision, download_dir))
+
+
 def _weights(
     model: str, folder: Path, revision: str | None, download_dir: str | None
 ) -> list[hub.HubFile]:

@@ -72,3 +72,10 @@ def total_memory() -> int:
         return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     except (OSError, ValueError):  # no such group, or "max"
         return total
+
+
+def resident_memory() -> int:
+    """Return the bytes of memory that this process has taken, pages of files included."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -10,7 +10,7 @@ import torch
 from sensorium.config import GIB, CacheConfig
 from sensorium.errors import ConfigError
 from sensorium.kernels.batch import KVCacheLayout
-from sensorium.processes.limits import available_memory
+from sensorium.processes.limits import available_memory, resident_memory
 
 logger = logging.getLogger(__name__)
 
@@ -82,12 +82,29 @@ def cache_geometry(
     return CacheGeometry(num_blocks, layout.block_size, wanted_len)
 
 
-def free_memory(device: torch.device, gpu_memory_utilization: float) -> int:
-    """Return the bytes that the cache may take on this device."""
+def free_memory(device: torch.device, config: CacheConfig) -> int:
+    """Return the bytes that the cache may take on this device, beside the loaded model.
+
+    Raises ConfigError when ``max_memory_gb`` leaves nothing.
+    """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(free - total * (1.0 - gpu_memory_utilization)))
-    return int(available_memory() * CPU_FRACTION)
+        found = max(0, int(free - total * (1.0 - config.gpu_memory_utilization)))
+        taken = torch.cuda.memory_reserved(device)
+    else:
+        found, taken = int(available_memory() * CPU_FRACTION), resident_memory()
+    most = config.max_memory_gb
+    if most is None:
+        return found
+    left = int(most * GIB) - taken
+    if left <= 0:
+        raise ConfigError(
+            f"max_memory_gb is {most:.2f}, but without the KV cache this model takes "
+            f"{taken / GIB:.2f} GiB already; raise it (--max-memory-gb, or --models-memory-gb of "
+            "several models).",
+            param="max_memory_gb",
+        )
+    return min(found, left)
 
 
 def warn_when_scarce(num_bytes: int, device: torch.device) -> None:

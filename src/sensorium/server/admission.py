@@ -14,18 +14,14 @@ _LONGEST_RETRY = 60
 _SHUTTING_DOWN = "The server is shutting down; send the request to another one."
 
 
-class Admission:
-    """Counter of the samples that wait for their first token: a prompt with ``n=8`` counts 8.
+class Arrivals:
+    """The requests whose bodies are being read, and the end of all admission.
 
-    ``max_waiting``: the most at a time. ``draining``: set when the server shuts down; from then on
-    no request is admitted.
+    ``draining``: set when the server shuts down; from then on no request is admitted.
     """
 
-    def __init__(self, max_waiting: int) -> None:
-        self.max_waiting = max_waiting
-        self.num_waiting = 0
+    def __init__(self) -> None:
         self.draining = False
-        self._usual_wait = 0.0
         self._arriving: set[asyncio.Task[Any]] = set()
 
     def drain(self) -> None:
@@ -34,11 +30,16 @@ class Admission:
         for task in self._arriving:
             task.cancel()
 
+    def check(self) -> None:
+        """Raise EngineDeadError while the server shuts down."""
+        if self.draining:
+            raise EngineDeadError(_SHUTTING_DOWN)
+
     @contextmanager
     def arriving(self) -> Iterator[None]:
-        """Mark the task within the block as one that reads a body.
+        """Mark the task within the block as one that reads a body, or waits for its model.
 
-        Raises EngineDeadError when the server shuts down before or while the body is read.
+        Raises EngineDeadError when the server shuts down before or while it does.
         """
         task = asyncio.current_task()
         if self.draining or task is None:
@@ -54,6 +55,19 @@ class Admission:
         finally:
             self._arriving.discard(task)
 
+
+class Admission:
+    """Counter of a model's samples that wait for their first token: a prompt with ``n=8`` counts 8.
+
+    ``max_waiting``: the most at a time. ``arrivals``: those of the server; they say when it ends.
+    """
+
+    def __init__(self, max_waiting: int, arrivals: Arrivals | None = None) -> None:
+        self.max_waiting = max_waiting
+        self.num_waiting = 0
+        self._arrivals = arrivals or Arrivals()
+        self._usual_wait = 0.0
+
     @contextmanager
     def enter(
         self, count: int, param: str = "prompt", *, num_samples: int = 1
@@ -64,8 +78,7 @@ class Admission:
         there is no room now, InvalidRequestError when there never will be, and EngineDeadError
         while the server shuts down.
         """
-        if self.draining:
-            raise EngineDeadError(_SHUTTING_DOWN)
+        self._arrivals.check()
         if count > self.max_waiting:
             raise InvalidRequestError(
                 f"{param} has {count} entries; this server takes at most {self.max_waiting} in one "

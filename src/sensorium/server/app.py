@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from sensorium import __version__
 from sensorium.config import ServerConfig
-from sensorium.metrics.prometheus import ServingMetrics
-from sensorium.server.admission import Admission
+from sensorium.metrics.prometheus import ServerMetrics, ServingMetrics
 from sensorium.server.batches.calls import AppCaller
 from sensorium.server.batches.store import BatchStore
 from sensorium.server.context import ServingContext
@@ -18,6 +15,7 @@ from sensorium.server.errors import install_error_handlers
 from sensorium.server.files.store import FileStore
 from sensorium.server.http.auth import OPEN_PATHS, ApiKeyGuard, ApiKeys
 from sensorium.server.http.middleware import BodyLimit, HeadAsGet, RequestTracking
+from sensorium.server.models.lookup import ServedModels
 from sensorium.server.openapi import describe
 from sensorium.server.playground.routes import open_paths as playground_paths
 from sensorium.server.playground.routes import playground_router
@@ -34,38 +32,23 @@ from sensorium.server.routes.models import models_router
 from sensorium.server.routes.responses import responses_router
 from sensorium.server.routes.scores import scores_router
 from sensorium.server.routes.tokenize import tokenize_router
-from sensorium.text.detokenizer import TokenSpelling
-from sensorium.text.tools.forms import AnswerForms
-
-if TYPE_CHECKING:
-    from sensorium.engine.serving.frontend import Frontend
-
 
 UPLOADS = "/v1/files"
 FORM_BYTES = 1 << 20
 """Bytes of an upload besides its file."""
 
 
-def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
-    """Return the application that serves ``frontend``, which the caller starts and shuts down.
+def build_app(models: ServedModels, config: ServerConfig) -> FastAPI:
+    """Return the application that serves ``models``, which the caller starts and closes.
 
-    Raises ConfigError for a metrics prefix that Prometheus does not allow, and for unknown parsers.
+    Raises ConfigError for a metrics prefix that Prometheus does not allow.
     """
-    names = config.served_model_name or (frontend.config.model.model,)
-    metrics = ServingMetrics(config.metrics_prefix, model_name=names[0])
-    frontend.metrics = metrics
+    kind, label = (ServingMetrics, models.default.name) if len(models) == 1 else (ServerMetrics, "")
+    metrics = kind(config.metrics_prefix, model_name=label)
     context = ServingContext(
-        frontend=frontend,
         config=config,
+        models=models,
         metrics=metrics,
-        admission=Admission(frontend.config.scheduler.max_num_waiting),
-        spelling=TokenSpelling(frontend.input_processor.tokenizer),
-        forms=AnswerForms.of(
-            frontend.input_processor.template_text,
-            frontend.input_processor.tokenizer,
-            calls=config.tool_call_parser,
-            reasoning=config.reasoning_parser,
-        ),
         responses=ResponseStore(
             config.response_store_entries,
             config.response_store_bytes,
@@ -74,6 +57,7 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         ),
         files=FileStore(config),
     )
+    models.attach(context)
     app = FastAPI(
         title="Sensorium",
         version=__version__,
@@ -82,11 +66,12 @@ def build_app(frontend: Frontend, config: ServerConfig) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.context = context
+    most_seqs = max(model.engine_config.scheduler.max_num_seqs for model in models)
     context.batches = BatchStore(
         config,
         context.files,
         lambda tenant: AppCaller(app, tenant, below=True),
-        config.max_batch_requests or max(1, frontend.config.scheduler.max_num_seqs // 2),
+        config.max_batch_requests or max(1, most_seqs // 2),
     )
     for router in _routers(config):
         app.include_router(router)

@@ -1,4 +1,4 @@
-"""State that the routes of one server share, as an attribute of the application."""
+"""State that the routes of one server share, and the part of it that belongs to one model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, cast
 from fastapi import Request
 
 from sensorium.config import ServerConfig
-from sensorium.errors import InvalidRequestError, ModelNotFoundError
-from sensorium.metrics.prometheus import ServingMetrics
+from sensorium.errors import InvalidRequestError
+from sensorium.metrics.prometheus import ServerMetrics
 from sensorium.models.embedder import POOLS
-from sensorium.server.admission import Admission
+from sensorium.server.admission import Admission, Arrivals
 from sensorium.server.http.encoding import MOST_AT_ONCE
 from sensorium.server.responses.store import ResponseStore
 from sensorium.server.turns import Turns
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
     from sensorium.engine.serving.frontend import Frontend
     from sensorium.server.batches.store import BatchStore
     from sensorium.server.files.store import FileStore
+    from sensorium.server.models.lookup import ServedModels
+    from sensorium.server.models.served import ServedModel
 
 
 @dataclass(slots=True)
 class ServingContext:
-    """The frontend, the configuration, and the state of the HTTP server itself.
+    """The models, the configuration, and the state of the HTTP server itself.
 
-    ``forms``: how the model writes tool calls and reasoning.
+    ``models`` finds the model of a request. ``metrics``: those of requests that name no model.
     ``num_in_flight`` counts HTTP requests that have not been answered completely. ``turns`` spreads
     work that blocks the event loop; ``unpacking`` limits how many bodies are decompressed at once.
     ``background``: by tenant and id, the responses that are made without a connection.
     """
 
-    frontend: Frontend
     config: ServerConfig
-    metrics: ServingMetrics
-    admission: Admission
-    spelling: TokenSpelling
+    models: ServedModels
+    metrics: ServerMetrics
     responses: ResponseStore
     files: FileStore
-    forms: AnswerForms = field(default_factory=AnswerForms)
     batches: BatchStore = field(init=False)
+    arrivals: Arrivals = field(default_factory=Arrivals)
     started_at: int = field(default_factory=lambda: int(time.time()))
     num_in_flight: int = 0
     turns: Turns = field(default_factory=Turns)
@@ -54,22 +54,40 @@ class ServingContext:
     background: dict[tuple[str, str], asyncio.Task[None]] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        """Names that requests may use; answers have the first."""
-        return self.config.served_model_name or (self.frontend.config.model.model,)
+    def engine_id(self, request_id: str) -> str:
+        """Return an id that is unique in this server, though callers may repeat theirs."""
+        return f"{request_id}-{next(self._numbers)}"
 
-    def check_model(self, name: str | None) -> str:
-        """Return the name for the answer. Raises ModelNotFoundError for a model not served here."""
-        if name is None:
-            return self.model_names[0]
-        if name not in self.model_names:
-            served = ", ".join(map(repr, self.model_names))
-            raise ModelNotFoundError(
-                f"Model {name[:200]!r} is not served here; this server serves {served}.",
-                param="model",
-            )
-        return name
+
+@dataclass(frozen=True, slots=True)
+class ModelContext:
+    """One model while its engine runs: the front of the engine, and the state of the server.
+
+    ``server``: the state that all models share. ``config``: the server's options as they hold for
+    this model. ``forms``: how the model writes tool calls and reasoning.
+    """
+
+    server: ServingContext
+    model: ServedModel
+    config: ServerConfig
+    frontend: Frontend
+    admission: Admission
+    spelling: TokenSpelling
+    forms: AnswerForms
+
+    @property
+    def files(self) -> FileStore:
+        """Return the uploads, which all models share."""
+        return self.server.files
+
+    @property
+    def responses(self) -> ResponseStore:
+        """Return the stored responses, which all models share."""
+        return self.server.responses
+
+    def model_name(self, asked: str | None) -> str:
+        """Return the model's name in an answer: the one that the request uses, else its first."""
+        return self.model.names[0] if asked is None else asked
 
     def check_generates(self) -> None:
         """Raise InvalidRequestError when the model computes embeddings and generates no text."""
@@ -77,8 +95,8 @@ class ServingContext:
             raise InvalidRequestError(POOLS)
 
     def engine_id(self, request_id: str) -> str:
-        """Return an id that is unique in this server, though callers may repeat theirs."""
-        return f"{request_id}-{next(self._numbers)}"
+        """Return an id that is unique in this server."""
+        return self.server.engine_id(request_id)
 
 
 def context_of(request: Request) -> ServingContext:

@@ -14,15 +14,14 @@ import ssl
 import stat
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from sensorium import __version__, environment
-from sensorium.config import EngineConfig, ServerConfig
-from sensorium.engine.serving.frontend import Frontend
+from sensorium.config import ServedConfig, ServerConfig, check_models
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.forks import OWN_THREADS
@@ -32,6 +31,8 @@ from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
 from sensorium.server.http.http11 import MAX_HEADER_BYTES, StrictH11Protocol
 from sensorium.server.http.loop_lag import LagSampler
+from sensorium.server.models.lookup import ServedModels
+from sensorium.server.models.start import served_models
 from sensorium.text.chat.rendering import checked_kwargs
 
 logger = logging.getLogger("sensorium.server")
@@ -50,7 +51,7 @@ SWITCH_SECONDS = 0.001
 
 
 def serve(
-    engine: EngineConfig,
+    models: Sequence[ServedConfig],
     config: ServerConfig,
     process: EngineProcess | None = None,
     *,
@@ -58,16 +59,19 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; then let running requests finish.
 
-    ``process``: the engine's, where it has been started already. ``options``: those that are set,
-    and where, for the log. Raises ConfigError when the address, the certificate or the model cannot
-    be used.
+    ``process``: that of the first engine, where it has been started already. ``options``: those
+    that are set, and where, for the log. Raises ConfigError when the address, the certificate or
+    all models cannot be used.
     """
     _configure_logging(config)
     logger.info("options: %s", options or "all defaults")
     check_config(config)
+    check_models(models)
+    for model in models:
+        check_template_kwargs(model.server.default_chat_template_kwargs)
     if unread := environment.unread_variables():
         logger.warning("environment variables without effect: %s", ", ".join(unread))
-    asyncio.run(_serve(engine, config, process))
+    asyncio.run(_serve(served_models(models, config, process), config))
 
 
 @contextlib.contextmanager
@@ -183,13 +187,13 @@ class StopSignals:
         self.stop.set()
 
 
-async def _serve(engine: EngineConfig, config: ServerConfig, process: EngineProcess | None) -> None:
+async def _serve(models: ServedModels, config: ServerConfig) -> None:
     with StopSignals().installed() as signals:
         listener = await bound_listener(config, signals)
         if listener is None:
             return
         with _closing(listener, config):
-            await _serve_on(listener, engine, config, process, signals)
+            await _serve_on(listener, models, config, signals)
 
 
 async def bound_listener(config: ServerConfig, signals: StopSignals) -> socket.socket | None:
@@ -231,35 +235,25 @@ async def bound_listener(config: ServerConfig, signals: StopSignals) -> socket.s
 
 
 async def _serve_on(
-    listener: socket.socket,
-    engine: EngineConfig,
-    config: ServerConfig,
-    process: EngineProcess | None,
-    signals: StopSignals,
+    listener: socket.socket, models: ServedModels, config: ServerConfig, signals: StopSignals
 ) -> None:
-    starting = asyncio.create_task(
-        Frontend.start(
-            engine,
-            trust_request_chat_template=config.trust_request_chat_template,
-            process=process,
-        )
-    )
+    app = build_app(models, config)
+    app.state.context.files.clear_stale()
+    starting = asyncio.create_task(models.start())
     stopping = asyncio.create_task(signals.stop.wait())
-    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if not starting.done():
+    try:
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            return
+        starting.result()
+        reduce_pauses()
+        await run_app(app, config, listener, signals)
+    finally:
+        stopping.cancel()
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        return
-    frontend = starting.result()
-    try:
-        app = build_app(frontend, config)
-        app.state.context.files.clear_stale()
-    except BaseException:
-        await frontend.shutdown()
-        raise
-    reduce_pauses()
-    await run_app(app, config, listener, signals)
+        await models.close()
+        app.state.context.files.close()
 
 
 def reduce_pauses() -> None:
@@ -281,7 +275,7 @@ async def run_app(
 ) -> None:
     """Serve ``app`` until a signal asks to stop and its requests have ended or their time is over.
 
-    The frontend is shut down before the connections are closed, so that requests that still run
+    The engines are ended before the connections are closed, so that requests that still run
     are answered with an error.
     """
     server = _Server(_uvicorn_config(app, config))
@@ -298,7 +292,7 @@ async def run_app(
         announcing.cancel()
         stopping.cancel()
         await context.batches.close()
-        await context.frontend.shutdown()
+        await context.models.close()
         server.should_exit = True
         await serving
         context.files.close()
@@ -327,7 +321,8 @@ async def _announce(server: _Server, context: ServingContext, listener: socket.s
     config = context.config
     log_access(config)
     address = _address(config, listener)
-    print(f"Sensorium {__version__} serving {context.model_names[0]} at {address}", flush=True)
+    names = ", ".join(model.name for model in context.models)
+    print(f"Sensorium {__version__} serving {names} at {address}", flush=True)
 
 
 def _address(config: ServerConfig, listener: socket.socket) -> str:
@@ -366,7 +361,7 @@ def _is_loopback(host: str) -> bool:
 
 async def _drain(context: ServingContext, hurry: asyncio.Event) -> None:
     """Refuse new work and wait for what is running, at most ``shutdown_timeout`` seconds."""
-    context.admission.drain()
+    context.arrivals.drain()
     loop = asyncio.get_running_loop()
     deadline = loop.time() + context.config.shutdown_timeout
     if context.num_in_flight:
@@ -396,9 +391,9 @@ def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
 
 
 def check_config(config: ServerConfig) -> None:
-    """Check the configuration before the model is loaded. Raises ConfigError."""
+    """Check the configuration before a model is loaded. Raises ConfigError."""
     ServingMetrics(config.metrics_prefix)
-    _check_template_kwargs(config.default_chat_template_kwargs)
+    check_template_kwargs(config.default_chat_template_kwargs)
     folder = config.file_folder
     if folder and not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
         raise ConfigError(
@@ -423,7 +418,7 @@ def check_config(config: ServerConfig) -> None:
         ) from error
 
 
-def _check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
+def check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
     """Raise ConfigError for template variables that every chat request would be refused for."""
     try:
         checked_kwargs(kwargs, {})

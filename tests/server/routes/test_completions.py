@@ -96,7 +96,7 @@ async def test_one_bad_prompt_among_several_ends_the_others() -> None:
             assert answer.status == 400
             assert answer.error["param"] == "prompt[1]"
         assert app.frontend.num_open == 0
-        assert app.app.state.context.admission.num_waiting == 0
+        assert app.app.state.context.models.default.admission.num_waiting == 0
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -165,7 +165,7 @@ async def test_the_first_error_ends_all() -> None:
     answer = await app.post(PATH, {"input": ["good", "bad", "good"]})
     assert (answer.status, answer.error["param"]) == (400, "input[1]")
     assert app.frontend.num_open == 0
-    assert app.app.state.context.admission.num_waiting == 0
+    assert app.app.state.context.models.default.admission.num_waiting == 0
     app = embedding_app(before=fail(RuntimeError("inside")))
     answer = await app.post(PATH, {"input": "Hi"})
     assert answer.status == 500
@@ -179,7 +179,7 @@ async def test_a_client_that_goes_away_frees_its_work() -> None:
         await until(lambda: frontend.num_open == 2)
         writer.close()
         await until(lambda: frontend.num_open == 0)
-        assert server.app.state.context.admission.num_waiting == 0
+        assert server.app.state.context.models.default.admission.num_waiting == 0
 
 
 async def test_the_openai_client() -> None:

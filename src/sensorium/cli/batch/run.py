@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from sensorium import progress
 from sensorium.cli.batch.journal import Journal
-from sensorium.config import EngineConfig, ServerConfig
+from sensorium.config import EngineConfig, ServedConfig, ServerConfig
 from sensorium.errors import ConfigError
 from sensorium.processes.start import STOPS
 from sensorium.server.batches.calls import AppCaller, Caller
@@ -59,14 +59,16 @@ async def local_caller(engine: EngineConfig, server: ServerConfig) -> AsyncItera
     with EngineProcess() as process:
         process.start()
         # The engine does not wait for these.
-        from sensorium.engine.serving.frontend import Frontend
         from sensorium.server.app import build_app
+        from sensorium.server.models.start import served_models
 
-        frontend = await Frontend.start(engine, process=process)
+        models = served_models([ServedConfig(engine=engine, server=server)], server, process)
+        app = build_app(models, server)
         try:
-            yield AppCaller(build_app(frontend, server), "", below=False)
+            await models.start()
+            yield AppCaller(app, "", below=False)
         finally:
-            await frontend.shutdown()
+            await models.close()
 
 
 def run_batch(job: Job, caller: AbstractAsyncContextManager[Caller]) -> int:

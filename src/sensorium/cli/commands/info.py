@@ -54,6 +54,7 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.has_models = True
     add_server_flags(parser)
     add_engine_flags(parser)
     parser.common = COMMON
@@ -81,7 +82,16 @@ def _is_configured(arguments: argparse.Namespace) -> bool:
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return the options in effect, by section: those that are set, and those left alone."""
+    """Return the options in effect, by section: those that are set, and those left alone.
+
+    Of several models: a section for each with those that are set.
+    """
+    if arguments.listed_models:
+        models = [
+            argparse.Namespace(**{**vars(model), "listed_models": []})
+            for model in arguments.listed_models
+        ]
+        return {f"model {model.model}": _options(model)["set"] for model in models}
     engine, server = build_engine_config(arguments), build_server_config(arguments)
     found: dict[str, dict[str, Any]] = {"set": {}, "default": {}}
     for name, option in in_effect(arguments, engine, server).items():

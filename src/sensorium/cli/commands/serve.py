@@ -1,4 +1,4 @@
-"""``sensorium serve MODEL``, and its deprecated name ``run``."""
+"""``sensorium serve MODEL...``, and its deprecated name ``run``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from sensorium.cli.flags import (
     build_server_config,
 )
 from sensorium.cli.options import not_default
+from sensorium.config import ServedConfig, check_models
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.errors import ConfigError
 from sensorium.processes.start import STOPS, forgo_pools, interrupts_held
 
 DESCRIPTION = (
-    "Serve a model over HTTP, compatible with OpenAI's API. On SIGTERM running requests are "
-    "finished before the server stops."
+    "Serve one or several models over HTTP, compatible with OpenAI's API; the model of a request "
+    "chooses among them. On SIGTERM running requests are finished before the server stops."
 )
 
 COMMON = {
@@ -42,11 +43,17 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         aliases=["run"],
-        help="serve a model over HTTP",
-        usage="%(prog)s [MODEL] [options]",
+        help="serve models over HTTP",
+        usage="%(prog)s [MODEL ...] [options]",
         description=DESCRIPTION,
     )
-    add_model_argument(parser)
+    parser.add_argument(
+        "model_argument",
+        metavar="MODEL",
+        nargs="*",
+        help="Hugging Face ids, local folders, or 'demo' (default: demo)",
+    )
+    parser.has_models = True
     add_server_flags(parser)
     add_engine_flags(parser)
     parser.common = COMMON
@@ -72,19 +79,45 @@ def take_model_argument(arguments: argparse.Namespace) -> None:
         arguments.model = named
 
 
+def models_of(arguments: argparse.Namespace) -> list[argparse.Namespace]:
+    """Return the flags of each model, with its name as ``model``. Raises ConfigError."""
+    if arguments.listed_models:
+        return list(arguments.listed_models)
+    named = list(arguments.model_argument)
+    if len(named) > 1 and hasattr(arguments, "served_model_name"):
+        raise ConfigError(
+            "--served-model-name names one model. Name several in a file: --config, with models.",
+            param="served_model_name",
+        )
+    found = []
+    for name in named or [None]:
+        model = argparse.Namespace(**{**vars(arguments), "model_argument": name})
+        take_model_argument(model)
+        found.append(model)
+    return found
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal stops the server."""
     forgo_pools()
-    take_model_argument(arguments)
-    engine = build_engine_config(arguments)
     server = build_server_config(arguments)
-    options = not_default(arguments, engine, server)
+    given = models_of(arguments)
+    models = [
+        ServedConfig(engine=build_engine_config(model), server=build_server_config(model))
+        for model in given
+    ]
+    check_models(models)
+    options = "; ".join(
+        not_default(model, config.engine, config.server)
+        for model, config in zip(given, models, strict=True)
+    )
     environment.set_log_level(server.log_level)
     # A signal waits until the server can stop in order.
     with interrupts_held(STOPS), EngineProcess() as process:
-        # Before the server's libraries are imported, which the engine does not wait for then.
-        process.start()
+        if not all(model.server.on_demand for model in models):
+            # Before the server's libraries are imported, which the engine does not wait for then.
+            process.start()
         from sensorium.server.launch import serve
 
-        serve(engine, server, process, options=options)
+        serve(models, server, process, options=options)
     return 0

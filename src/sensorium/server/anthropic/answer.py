@@ -11,7 +11,7 @@ from typing import Any
 from sensorium.outputs import CompletionOutput, RequestOutput
 from sensorium.server.anthropic.output import ContentBlocks, Event
 from sensorium.server.anthropic.request import MessagesPrompt
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 from sensorium.server.errors import anthropic_error
 from sensorium.server.http.sse import Chunks
 from sensorium.server.openai.generation import (
@@ -29,7 +29,7 @@ _PING = {"type": "ping"}
 class MessagesAnswer:
     """One answer while it is made."""
 
-    context: ServingContext
+    context: ModelContext
     source: MessagesPrompt
     request: ServingRequest
     model: str

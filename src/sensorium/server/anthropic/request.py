@@ -12,7 +12,7 @@ from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.errors import InvalidRequestError, located
 from sensorium.server.anthropic.blocks import parse_conversation
 from sensorium.server.anthropic.protocol import ChatChoice, CountBody, MessagesBody
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 from sensorium.server.openai.places import Rename, renaming
 from sensorium.server.openai.prompts import chat_prompt
 from sensorium.server.openai.protocol import ChatBody, JsonSchema, ResponseFormat
@@ -41,9 +41,8 @@ class MessagesPrompt:
     rename: Rename
 
 
-def messages_prompt(context: ServingContext, request: Request, body: CountBody) -> MessagesPrompt:
+def messages_prompt(context: ModelContext, request: Request, body: CountBody) -> MessagesPrompt:
     """Return the prompt of a body. Raises RequestError with the place in ``body``."""
-    context.check_model(body.model)
     context.check_generates()
     conversation, places = parse_conversation(body.system, body.messages)
     rename = renaming(_PLACES, "messages", places)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -13,9 +14,11 @@ from starlette.requests import ClientDisconnect
 from sensorium.compat.fields import adopt_fields
 from sensorium.config import suggestion
 from sensorium.errors import InvalidRequestError
-from sensorium.server.context import context_of
+from sensorium.server.context import ModelContext, context_of
 from sensorium.server.errors import CLIENT_NAMES
+from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.http.encoding import plain_body
+from sensorium.server.http.middleware import HELD_MODEL
 from sensorium.server.payload import abbreviate, check_num_values, decode_object, has_many_values
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -39,19 +42,65 @@ _EXPECTED = {
 
 
 async def read_body(
+    request: Request, model: type[ModelT], begin: Callable[[ModelT], T]
+) -> tuple[ModelT, T]:
+    """Read, decode and validate a body that names no model; return it with the result of ``begin``.
+
+    Raises InvalidRequestError (with ``param``), BodyTooLargeError, EngineDeadError when the server
+    begins to shut down before all is read, and what ``begin`` raises.
+    """
+    found = await _read(request, model)
+    return found.body, begin(found.body)
+
+
+async def read_model_body(
     request: Request,
     model: type[ModelT],
-    begin: Callable[[ModelT], T],
+    begin: Callable[[ModelContext, ModelT], T],
     *,
     is_large: Callable[[ModelT, int], bool] | None = None,
 ) -> tuple[ModelT, T]:
-    """Read, decode and validate the body of ``request``; return it with the result of ``begin``.
+    """Do the same for a body that names a model, which the request holds from then on.
 
-    A body of many values is handled in another thread, and so is ``begin`` for a body that
-    ``is_large``, given its bytes, too, says yes to. Raises InvalidRequestError (with ``param``),
-    BodyTooLargeError, EngineDeadError when the server begins to shut down before all is read, and
-    what ``begin`` raises.
+    ``begin`` gets the model's context, too; the model is loaded first if need be. A body of many
+    values is handled in another thread, and so is ``begin`` for a body that ``is_large``, given its
+    bytes, too, says yes to. Raises ModelNotFoundError and UnavailableError, too.
     """
+    found = await _read(request, model)
+    body = found.body
+    context = await model_of(request, getattr(body, "model", None))
+    if found.is_slow or (is_large is not None and is_large(body, found.num_bytes)):
+        return body, await asyncio.to_thread(begin, context, body)
+    return body, begin(context, body)
+
+
+async def model_of(request: Request, name: str | None) -> ModelContext:
+    """Return the context of the model that a request names, and let the request hold the model.
+
+    The middleware releases it when the answer is complete. The body must have been read. Raises
+    ModelNotFoundError; UnavailableError when the model is not loaded and cannot be now.
+    """
+    server = context_of(request)
+    model = server.models.find(name)
+    model.hold()
+    request.scope["state"][HELD_MODEL] = model
+    if model.context is not None:
+        return model.context
+    with server.arrivals.arriving():
+        return await unless_disconnected(request.receive, model.loaded())
+
+
+@dataclass(frozen=True, slots=True)
+class _Read(Generic[ModelT]):
+    """A validated body and its bytes. ``is_slow``: it has so many values that all work is slow."""
+
+    body: ModelT
+    num_bytes: int
+    is_slow: bool
+
+
+async def _read(request: Request, model: type[ModelT]) -> _Read[ModelT]:
+    """Read, decode and validate a body."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise InvalidRequestError(
@@ -59,7 +108,7 @@ async def read_body(
             "With curl, add -H 'Content-Type: application/json'."
         )
     context = context_of(request)
-    with context.admission.arriving():
+    with context.arrivals.arriving():
         raw = await _whole(request)
     config = context.config
     async with plain_body(request, raw, config.max_body_bytes, context.unpacking) as body:
@@ -69,19 +118,13 @@ async def read_body(
             request.scope["state"][CLIENT_NAMES] = adopted.client_names
             return validate(model, adopted.body)
 
-        def parse_and_begin() -> tuple[ModelT, T]:
-            validated = parse()
-            return validated, begin(validated)
-
-        if has_many_values(body):
+        is_slow = has_many_values(body)
+        if is_slow:
             await asyncio.to_thread(check_num_values, body, config.max_body_values)
-            return await asyncio.to_thread(parse_and_begin)
+            return _Read(await asyncio.to_thread(parse), len(body), is_slow)
         if body is not raw and len(body) >= LARGE_BODY:
             await context.turns.next()
-        validated = parse()
-        if is_large is not None and is_large(validated, len(body)):
-            return validated, await asyncio.to_thread(begin, validated)
-        return validated, begin(validated)
+        return _Read(parse(), len(body), is_slow)
 
 
 async def _whole(request: Request) -> bytes:

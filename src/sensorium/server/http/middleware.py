@@ -7,17 +7,24 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sensorium.errors import BodyTooLargeError, SensoriumError
+from sensorium.metrics.prometheus import ServerMetrics
 from sensorium.server.access_log import error_of, record_error
 from sensorium.server.context import ServingContext
 from sensorium.server.errors import CLIENT_CLOSED, error_response, log_unexpected
 from sensorium.server.http.http11 import MAX_HEADER_BYTES, headers_too_large
 
+if TYPE_CHECKING:
+    from sensorium.server.models.served import ServedModel
+
 access = logging.getLogger("sensorium.access")
+
+HELD_MODEL = "held_model"
+"""Key of a request's state: the model that it holds until its answer is complete."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -64,14 +71,18 @@ class RequestTracking:
             await error_response(error)(scope, receive, send_with_id)
         finally:
             self._context.num_in_flight -= 1
-            self._report(scope, status, time.monotonic() - started_at)
+            held: ServedModel | None = state.get(HELD_MODEL)
+            if held is not None:
+                held.release()
+            metrics = self._context.metrics if held is None else held.metrics
+            self._report(scope, status, time.monotonic() - started_at, metrics)
 
-    def _report(self, scope: Scope, status: int, seconds: float) -> None:
+    def _report(self, scope: Scope, status: int, seconds: float, metrics: ServerMetrics) -> None:
         """Report the end of a request to the metrics and the log."""
         if not status or scope["state"].get("disconnected"):
             status = CLIENT_CLOSED
         route = getattr(scope.get("route"), "path", None)
-        self._context.metrics.http_request(route, scope["method"], status, seconds)
+        metrics.http_request(route, scope["method"], status, seconds)
         if not self._context.config.disable_access_log:
             _log(scope, status, seconds)
 

@@ -51,7 +51,7 @@ async def read_form(
     and what the sink raises.
     """
     reader = _Reader(_boundary(request), file_field, open_sink)
-    with context_of(request).admission.arriving():
+    with context_of(request).arrivals.arriving():
         more = True
         while more:
             try:

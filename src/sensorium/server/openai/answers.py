@@ -15,9 +15,9 @@ from starlette.responses import Response
 from sensorium.errors import InvalidRequestError
 from sensorium.outputs import RequestOutput
 from sensorium.params import SamplingParams
-from sensorium.server.context import ServingContext, context_of, priority_of, request_id_of
+from sensorium.server.context import ModelContext, priority_of, request_id_of
 from sensorium.server.errors import CLIENT_NAMES
-from sensorium.server.http.body import read_body
+from sensorium.server.http.body import read_model_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.http.sse import Chunks, EventStream
 from sensorium.server.openai.generation import (
@@ -44,7 +44,7 @@ class Answer(ABC, Generic[BodyT]):
     """One request for generated text, and what all parts of its answer have in common."""
 
     id_prefix: ClassVar[str]
-    context: ServingContext
+    context: ModelContext
     body: BodyT
     request: ServingRequest
     model: str
@@ -113,33 +113,33 @@ class AnswerStream(ABC):
 async def respond(
     request: Request,
     model: type[BodyT],
-    begin: Callable[[ServingContext, Request, BodyT], Answer[BodyT]],
+    begin: Callable[[ModelContext, Request, BodyT], Answer[BodyT]],
 ) -> Response:
     """Answer a request for generated text. ``begin`` checks its body and makes the prompts."""
-    context = context_of(request)
-    body, answer = await read_body(request, model, lambda body: begin(context, request, body))
+    body, answer = await read_model_body(
+        request, model, lambda context, body: begin(context, request, body)
+    )
     if body.stream:
         return EventStream(answer.stream().events(), answer.request.headers)
-    work = finished_outputs(context, answer.request)
+    work = finished_outputs(answer.context, answer.request)
     outputs = await unless_disconnected(request.receive, work)
     return await json_response(
         lambda: answer.whole(outputs), num_values(outputs), answer.request.headers()
     )
 
 
-def check_generation(context: ServingContext, body: GenerationBody) -> str:
+def check_generation(context: ModelContext, body: GenerationBody) -> str:
     """Return the name of the model for the answer.
 
-    Raises ModelNotFoundError, and InvalidRequestError when the model generates no text or an option
-    of streams is given without a stream.
+    Raises InvalidRequestError when the model generates no text or an option of streams is given
+    without a stream.
     """
-    model = context.check_model(body.model)
     context.check_generates()
     if body.stream_options is not None and not body.stream:
         raise InvalidRequestError(
             "stream_options needs stream=true; leave it out otherwise.", param="stream_options"
         )
-    return model
+    return context.model_name(body.model)
 
 
 def serving_request(

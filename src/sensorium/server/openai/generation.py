@@ -13,7 +13,7 @@ from sensorium.errors import UnavailableError, located
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
 from sensorium.params import SamplingParams
 from sensorium.server.admission import Place
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 from sensorium.server.openai.places import Rename, unchanged
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class ServingRequest:
 
 
 async def run_request(
-    context: ServingContext, request: ServingRequest
+    context: ModelContext, request: ServingRequest
 ) -> AsyncGenerator[IndexedOutput, None]:
     """Yield the index of a prompt and its output so far, at each update of the engine.
 
@@ -93,7 +93,7 @@ async def run_request(
                     yield indexed
 
 
-async def finished_outputs(context: ServingContext, request: ServingRequest) -> list[RequestOutput]:
+async def finished_outputs(context: ModelContext, request: ServingRequest) -> list[RequestOutput]:
     """Return the complete outputs of all prompts, in order."""
     async with aclosing(run_request(context, request)) as updates:
         done = {index: output async for index, output in updates}
@@ -101,7 +101,7 @@ async def finished_outputs(context: ServingContext, request: ServingRequest) -> 
 
 
 async def _outputs(
-    context: ServingContext, request: ServingRequest, index: int, place: Place
+    context: ModelContext, request: ServingRequest, index: int, place: Place
 ) -> AsyncGenerator[RequestOutput, None]:
     """Yield the outputs of one prompt. Its samples leave the queue with their first tokens."""
     stream = context.frontend.generate(
@@ -124,7 +124,7 @@ async def _outputs(
 
 
 async def _merged(
-    context: ServingContext, request: ServingRequest, places: Sequence[Place]
+    context: ModelContext, request: ServingRequest, places: Sequence[Place]
 ) -> AsyncGenerator[IndexedOutput, None]:
     """Yield the outputs of several prompts as they come."""
     queue: asyncio.Queue[IndexedOutput | Exception | None] = asyncio.Queue(2 * len(places))

@@ -13,7 +13,7 @@ from sensorium.errors import located
 from sensorium.outputs import PoolingRequestOutput
 from sensorium.params import PoolingParams
 from sensorium.server.admission import Place
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 
 if TYPE_CHECKING:
     from sensorium.engine.prompts.types import Prompt
@@ -32,6 +32,7 @@ class PoolingRequest:
     it to the client's name of the place.
     """
 
+    context: ModelContext
     model: str
     params: PoolingParams
     prompts: Sequence[Prompt]
@@ -40,9 +41,15 @@ class PoolingRequest:
     param: str = "input"
     rename: Callable[[int, str], str] = lambda index, place: place
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Return the modalities that the model takes besides text."""
+        return tuple(self.context.frontend.input_processor.modalities)
 
-async def pooled_outputs(context: ServingContext, pooling: PoolingRequest) -> list[PooledOutput]:
+
+async def pooled_outputs(pooling: PoolingRequest) -> list[PooledOutput]:
     """Return the outputs of all prompts, in order. The first error of any of them ends all."""
+    context = pooling.context
 
     async def one(index: int, prompt: Prompt, place: Place) -> PooledOutput:
         with located(rename=lambda param: pooling.rename(index, param)):

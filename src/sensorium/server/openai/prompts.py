@@ -8,7 +8,7 @@ from fastapi import Request
 
 from sensorium.engine.prompts.types import ChatPrompt, MediaOptions, RawPrompt, Truncation
 from sensorium.errors import InvalidRequestError
-from sensorium.server.context import ServingContext, tenant_of
+from sensorium.server.context import ModelContext, tenant_of
 from sensorium.server.files.uploads import with_uploads
 from sensorium.server.openai.protocol import (
     ChatBody,
@@ -35,7 +35,7 @@ def media_options(request: Request, body: PromptBody) -> MediaOptions:
 
 
 def chat_prompt(
-    context: ServingContext,
+    context: ModelContext,
     request: Request,
     body: ChatBody | TokenizeBody | EmbeddingBody,
     tools: list[dict[str, Any]] | None = None,

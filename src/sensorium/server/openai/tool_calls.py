@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sensorium.outputs import CompletionOutput, RequestOutput
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 from sensorium.server.openai.protocol import ChatBody
 from sensorium.text.detokenizer import TokenSpelling
 from sensorium.text.tools.choice import ToolChoice, parse_tool_choice, parse_tools
@@ -232,7 +232,7 @@ class _SampleReasoning:
             self.num_tokens += 1
 
 
-def tool_plan(context: ServingContext, body: ChatBody) -> ToolPlan:
+def tool_plan(context: ModelContext, body: ChatBody) -> ToolPlan:
     """Return the tools and the choice of ``body``. Raises InvalidRequestError with the place."""
     tools = parse_tools(body.tools)
     choice = parse_tool_choice(body.tool_choice, tools)

@@ -72,8 +72,9 @@ def playground_router() -> APIRouter:
 
     @router.get(FACTS_PATH, response_model=None)
     async def get_facts(request: Request) -> Response:
-        """Return what the page needs to know of the model and of the limits."""
-        return JsonResponse(facts(context_of(request)), headers={"cache-control": "no-store"})
+        """Return what the page needs to know of a model, the states of all, and the limits."""
+        found = facts(context_of(request), request.query_params.get("model"))
+        return JsonResponse(found, headers={"cache-control": "no-store"})
 
     @router.get(f"{PREFIX}/{{digest}}/{{name:path}}", response_model=None)
     async def file(request: Request, digest: str, name: str) -> Response:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sensorium.errors import RequestError
 from sensorium.outputs import CompletionOutput, RequestOutput
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 from sensorium.server.errors import error_body
 from sensorium.server.http.sse import Chunks
 from sensorium.server.openai.generation import (
@@ -35,7 +35,7 @@ from sensorium.server.responses.store import Given
 class ResponseAnswer:
     """One response while it is made. ``given``: its input as it is stored; None: it is not kept."""
 
-    context: ServingContext
+    context: ModelContext
     tenant: str
     body: ResponsesBody
     source: ResponsePrompt

@@ -28,12 +28,15 @@ def start(answer: ResponseAnswer) -> Item:
         )
     key = (answer.tenant, answer.id)
     task = asyncio.create_task(_run(answer))
-    context.background[key] = task
-    context.num_in_flight += 1  # the shutdown of the server waits for it
+    server = context.server
+    server.background[key] = task
+    server.num_in_flight += 1  # the shutdown of the server waits for it
+    context.model.hold()
 
     def ended(task: asyncio.Task[None]) -> None:
-        del context.background[key]
-        context.num_in_flight -= 1
+        del server.background[key]
+        server.num_in_flight -= 1
+        context.model.release()
         if task.cancelled():
             answer.keep(answer.response("cancelled", output=[]))
 

@@ -10,7 +10,7 @@ from fastapi import Request
 
 from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.errors import InvalidRequestError, located
-from sensorium.server.context import ServingContext, tenant_of
+from sensorium.server.context import ModelContext, tenant_of
 from sensorium.server.openai.places import Rename, renaming
 from sensorium.server.openai.prompts import chat_prompt
 from sensorium.server.openai.protocol import ChatBody, JsonSchema, ResponseFormat
@@ -50,7 +50,7 @@ class ResponsePrompt:
 
 
 def response_prompt(
-    context: ServingContext, request: Request, body: InputBody, **fields: Any
+    context: ModelContext, request: Request, body: InputBody, **fields: Any
 ) -> ResponsePrompt:
     """Return the prompt of a body, its history included, and the chat that it amounts to.
 

@@ -6,13 +6,13 @@ import dataclasses
 
 from sensorium.engine.prompts.types import ChatPrompt
 from sensorium.errors import PromptTooLongError
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 from sensorium.text.chat.conversation import Conversation
 
 _INSTRUCTIONS = ("system", "developer")
 
 
-async def truncated(context: ServingContext, prompt: ChatPrompt) -> ChatPrompt:
+async def truncated(context: ModelContext, prompt: ChatPrompt) -> ChatPrompt:
     """Return the prompt without the fewest first turns that it is too long with.
 
     Instructions at the beginning stay, and a turn begins with a message of the user. Raises
@@ -37,7 +37,7 @@ async def truncated(context: ServingContext, prompt: ChatPrompt) -> ChatPrompt:
         return best
 
 
-async def _refusal(context: ServingContext, prompt: ChatPrompt) -> PromptTooLongError | None:
+async def _refusal(context: ModelContext, prompt: ChatPrompt) -> PromptTooLongError | None:
     """Return the error of a prompt that is too long; None for one that fits."""
     try:
         await context.frontend.input_processor.prepare(prompt)

@@ -19,8 +19,8 @@ from sensorium.errors import (
 )
 from sensorium.multimodal.items import MediaRef
 from sensorium.outputs import RequestOutput
-from sensorium.server.context import ServingContext, context_of
-from sensorium.server.http.body import validate
+from sensorium.server.context import ModelContext, context_of
+from sensorium.server.http.body import model_of, validate
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.http.multipart import read_form
 from sensorium.server.http.sse import EventStream
@@ -82,7 +82,7 @@ class _Collector:
 class _Transcription:
     """One request, and what its answer needs."""
 
-    context: ServingContext
+    context: ModelContext
     body: TranscriptionBody
     task: Task
     serving: ServingRequest
@@ -148,15 +148,7 @@ class _Transcription:
 
 
 async def _respond(request: Request, task: Task) -> Response:
-    context = context_of(request)
-    context.check_generates()
-    if "audio" not in context.frontend.input_processor.modalities:
-        takes = ", ".join(context.frontend.input_processor.modalities) or "text only"
-        raise UnsupportedModalityError(
-            f"This model does not hear; it takes: {takes}. Use one that takes audio.",
-            param="file",
-        )
-    collector = _Collector(context.config.max_body_bytes)
+    collector = _Collector(context_of(request).config.max_body_bytes)
 
     async def open_sink() -> _Collector:
         return collector
@@ -167,6 +159,14 @@ async def _respond(request: Request, task: Task) -> Response:
     if not collector.data:
         raise InvalidRequestError("file is empty.", param="file")
     body = _body(form.fields, task)
+    context = await model_of(request, body.model)
+    context.check_generates()
+    if "audio" not in context.frontend.input_processor.modalities:
+        takes = ", ".join(context.frontend.input_processor.modalities) or "text only"
+        raise UnsupportedModalityError(
+            f"This model does not hear; it takes: {takes}. Use one that takes audio.",
+            param="file",
+        )
     asked = _begin(context, request, body, task, bytes(collector.data))
     if body.stream:
         return EventStream(asked.events(), asked.serving.headers)
@@ -218,9 +218,9 @@ def _number(name: str, text: str) -> float | int:
 
 
 def _begin(
-    context: ServingContext, request: Request, body: TranscriptionBody, task: Task, data: bytes
+    context: ModelContext, request: Request, body: TranscriptionBody, task: Task, data: bytes
 ) -> _Transcription:
-    model = context.check_model(body.model)
+    model = context.model_name(body.model)
     ask = _ASK[task]
     if body.language:
         ask += f" Its language is {body.language}."

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sensorium.outputs import CompletionOutput, RequestOutput
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 from sensorium.server.openai.answers import (
     Answer,
     AnswerStream,
@@ -45,7 +45,7 @@ def chat_router() -> APIRouter:
     return router
 
 
-def _begin(context: ServingContext, request: Request, body: ChatBody) -> ChatAnswer:
+def _begin(context: ModelContext, request: Request, body: ChatBody) -> ChatAnswer:
     model = check_generation(context, body)
     plan = tool_plan(context, body)
     prompt = chat_prompt(context, request, body, plan.for_template)

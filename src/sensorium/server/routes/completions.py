@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sensorium.outputs import CompletionOutput, RequestOutput
-from sensorium.server.context import ServingContext
+from sensorium.server.context import ModelContext
 from sensorium.server.openai.answers import (
     Answer,
     AnswerStream,
@@ -37,7 +37,7 @@ def completions_router() -> APIRouter:
     return router
 
 
-def _begin(context: ServingContext, request: Request, body: CompletionBody) -> CompletionAnswer:
+def _begin(context: ModelContext, request: Request, body: CompletionBody) -> CompletionAnswer:
     model = check_generation(context, body)
     params = completion_params(body, context.frontend.input_processor.default_params)
     serving = serving_request(request, body, raw_prompts(request, body), params)

@@ -14,8 +14,8 @@ from starlette.responses import Response
 
 from sensorium.errors import InvalidRequestError
 from sensorium.params import PoolingParams
-from sensorium.server.context import ServingContext, context_of, priority_of, request_id_of
-from sensorium.server.http.body import read_body
+from sensorium.server.context import ModelContext, priority_of, request_id_of
+from sensorium.server.http.body import read_model_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.openai.generation import usage_of_prompts
 from sensorium.server.openai.pooling import (
@@ -39,11 +39,10 @@ def embeddings_router() -> APIRouter:
     @router.post("/v1/embeddings", response_model=None)
     async def embeddings(request: Request) -> Response:
         """Return the embedding of each input, or of a conversation."""
-        context = context_of(request)
-        body, pooling = await read_body(
-            request, EmbeddingBody, lambda body: _begin(context, request, body)
+        body, pooling = await read_model_body(
+            request, EmbeddingBody, lambda context, body: _begin(context, request, body)
         )
-        outputs = await unless_disconnected(request.receive, pooled_outputs(context, pooling))
+        outputs = await unless_disconnected(request.receive, pooled_outputs(pooling))
         return JsonResponse(
             {
                 "id": f"embd-{pooling.request_id}",
@@ -51,24 +50,24 @@ def embeddings_router() -> APIRouter:
                 "created": int(time.time()),
                 "data": await _entries(outputs, body.encoding_format == "base64"),
                 "model": pooling.model,
-                "usage": usage_of_prompts(outputs, context.frontend.input_processor.modalities),
+                "usage": usage_of_prompts(outputs, pooling.modalities),
             }
         )
 
     return router
 
 
-def _begin(context: ServingContext, request: Request, body: EmbeddingBody) -> PoolingRequest:
-    model = context.check_model(body.model)
+def _begin(context: ModelContext, request: Request, body: EmbeddingBody) -> PoolingRequest:
+    model = context.model_name(body.model)
     params = PoolingParams(dimensions=body.dimensions, normalize=body.normalize)
     context.frontend.input_processor.resolve_pooling(params)
     prompts = _prompts(context, request, body)
     request_id = request_id_of(request, body.request_id)
     priority = priority_of(request, body.priority)
-    return PoolingRequest(model, params, prompts, request_id, priority)
+    return PoolingRequest(context, model, params, prompts, request_id, priority)
 
 
-def _prompts(context: ServingContext, request: Request, body: EmbeddingBody) -> Sequence[Prompt]:
+def _prompts(context: ModelContext, request: Request, body: EmbeddingBody) -> Sequence[Prompt]:
     if (body.input is None) == (body.messages is None):
         raise InvalidRequestError(
             "Give either input or messages.", param="input" if body.input is None else "messages"

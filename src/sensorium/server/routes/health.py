@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sensorium import __version__
-from sensorium.errors import EngineDeadError
 from sensorium.metrics.prometheus import CONTENT_TYPE
 from sensorium.server.context import ServingContext, context_of
 from sensorium.server.payload import JsonResponse
@@ -21,7 +20,7 @@ def health_router() -> APIRouter:
     @router.head("/health", response_model=None, include_in_schema=False)
     @router.get("/health", response_model=None)
     async def health(request: Request) -> Response:
-        """Answer 200 while requests can be served, else 503."""
+        """Answer 200 while requests to at least one model can be served, else 503."""
         _check_alive(context_of(request))
         return JsonResponse({"status": "ok"})
 
@@ -41,26 +40,20 @@ def health_router() -> APIRouter:
     async def metrics(request: Request) -> Response:
         """Return all metrics in Prometheus' text format.
 
-        While there is no engine its metrics keep their last values.
+        While a model has no engine its metrics keep their last values.
         """
         context = context_of(request)
-        stats = await context.frontend.stats()
-        context.metrics.update(stats, up=_alive(context))
+        found = await asyncio.gather(*(model.stats() for model in context.models))
+        for model, stats in zip(context.models, found, strict=True):
+            up = model.state == "ready" and not context.arrivals.draining
+            model.metrics.update(stats, up=up)
         text = await asyncio.to_thread(context.metrics.render)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
     return router
 
 
-def _alive(context: ServingContext) -> bool:
-    try:
-        _check_alive(context)
-    except EngineDeadError:
-        return False
-    return True
-
-
 def _check_alive(context: ServingContext) -> None:
-    if context.admission.draining:
-        raise EngineDeadError("The server is shutting down.")
-    context.frontend.check_alive()
+    context.arrivals.check()
+    if not context.models.is_available:
+        context.models.default.check_available()

@@ -9,8 +9,8 @@ from sensorium.errors import located
 from sensorium.server.anthropic.answer import MessagesAnswer
 from sensorium.server.anthropic.protocol import CountBody, MessagesBody
 from sensorium.server.anthropic.request import messages_prompt
-from sensorium.server.context import ServingContext, context_of
-from sensorium.server.http.body import read_body
+from sensorium.server.context import ModelContext
+from sensorium.server.http.body import read_model_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.http.sse import TypedEventStream
 from sensorium.server.openai.answers import check_generation, serving_request
@@ -25,9 +25,8 @@ def messages_router() -> APIRouter:
     @router.post("/v1/messages", response_model=None)
     async def create_message(request: Request) -> Response:
         """Answer a conversation in Anthropic's form."""
-        context = context_of(request)
-        _, answer = await read_body(
-            request, MessagesBody, lambda body: _begin(context, request, body)
+        _, answer = await read_model_body(
+            request, MessagesBody, lambda context, body: _begin(context, request, body)
         )
         headers = answer.request.headers
         if answer.source.chat.stream:
@@ -38,9 +37,10 @@ def messages_router() -> APIRouter:
     @router.post("/v1/messages/count_tokens", response_model=None)
     async def count_tokens(request: Request) -> Response:
         """Count the tokens of what would be answered, with media placeholders expanded."""
-        context = context_of(request)
-        _, found = await read_body(
-            request, CountBody, lambda body: messages_prompt(context, request, body)
+        _, (context, found) = await read_model_body(
+            request,
+            CountBody,
+            lambda context, body: (context, messages_prompt(context, request, body)),
         )
         with context.admission.enter(1), located(rename=found.rename):
             prepared = await unless_disconnected(
@@ -51,7 +51,7 @@ def messages_router() -> APIRouter:
     return router
 
 
-def _begin(context: ServingContext, request: Request, body: MessagesBody) -> MessagesAnswer:
+def _begin(context: ModelContext, request: Request, body: MessagesBody) -> MessagesAnswer:
     source = messages_prompt(context, request, body)
     chat, plan = source.chat, source.plan
     with located(rename=source.rename):

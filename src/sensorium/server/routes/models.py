@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sensorium.server.context import ServingContext, context_of
+from sensorium.server.models.served import ServedModel, entry
 from sensorium.server.payload import JsonResponse
 
 
@@ -17,28 +18,27 @@ def models_router() -> APIRouter:
 
     @router.get("/v1/models", response_model=None)
     async def list_models(request: Request) -> Response:
-        """List all names of the model."""
+        """List all names of all models, with the state of each."""
         context = context_of(request)
-        cards = [_card(context, name) for name in context.model_names]
+        cards = [_card(context, model, name) for model in context.models for name in model.names]
         return JsonResponse({"object": "list", "data": cards})
 
     @router.get("/v1/models/{name:path}", response_model=None)
     async def get_model(request: Request, name: str) -> Response:
-        """Return one name of the model."""
+        """Return one name of a model."""
         context = context_of(request)
-        return JsonResponse(_card(context, context.check_model(name)))
+        return JsonResponse(_card(context, context.models.find(name), name))
 
     return router
 
 
-def _card(context: ServingContext, name: str) -> dict[str, Any]:
+def _card(context: ServingContext, model: ServedModel, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
         "created": context.started_at,
         "owned_by": "sensorium",
-        "root": context.model_names[0],
+        "root": model.name,
         "parent": None,
-        "max_model_len": context.frontend.max_model_len,
-        "modalities": ["text", *context.frontend.input_processor.modalities],
+        **entry(model),
     }

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sensorium.errors import InvalidRequestError, located
-from sensorium.server.context import ServingContext, context_of, tenant_of
-from sensorium.server.http.body import LARGE_BODY, read_body
+from sensorium.server.context import ModelContext, context_of, tenant_of
+from sensorium.server.http.body import LARGE_BODY, read_model_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.http.sse import TypedEventStream
 from sensorium.server.openai.answers import check_generation, serving_request
@@ -48,11 +48,10 @@ def _add_creation(router: APIRouter) -> None:
     @router.post("/v1/responses", response_model=None)
     async def create_response(request: Request) -> Response:
         """Answer a text or a list of items."""
-        context = context_of(request)
-        body, answer = await read_body(
+        body, answer = await read_model_body(
             request,
             ResponsesBody,
-            lambda body: _begin(context, request, body),
+            lambda context, body: _begin(context, request, body),
             is_large=lambda body, num_bytes: _is_large(request, body, num_bytes),
         )
         if body.truncation == "auto":
@@ -68,11 +67,10 @@ def _add_creation(router: APIRouter) -> None:
     @router.post("/v1/responses/input_tokens", response_model=None)
     async def count_input_tokens(request: Request) -> Response:
         """Count the tokens of what would be answered, with media placeholders expanded."""
-        context = context_of(request)
-        body, found = await read_body(
+        body, (context, found) = await read_model_body(
             request,
             InputTokensBody,
-            lambda body: _prompt(context, request, body),
+            lambda context, body: (context, _prompt(context, request, body)),
             is_large=lambda body, num_bytes: _is_large(request, body, num_bytes),
         )
         work = _num_tokens(context, found, cut=body.truncation == "auto")
@@ -128,7 +126,7 @@ def _add_stored(router: APIRouter) -> None:
         return await asyncio.to_thread(listed)
 
 
-def _begin(context: ServingContext, request: Request, body: ResponsesBody) -> ResponseAnswer:
+def _begin(context: ModelContext, request: Request, body: ResponsesBody) -> ResponseAnswer:
     stored = _is_stored(context, body)
     if body.background and body.stream:
         raise InvalidRequestError(
@@ -147,7 +145,7 @@ def _begin(context: ServingContext, request: Request, body: ResponsesBody) -> Re
     return ResponseAnswer(context, tenant_of(request), body, made, serving, model, given)
 
 
-def _is_stored(context: ServingContext, body: ResponsesBody) -> bool:
+def _is_stored(context: ModelContext, body: ResponsesBody) -> bool:
     """Return true when the response is to be stored. Raises InvalidRequestError when it cannot."""
     wanted = body.store is not False
     if body.background and not wanted:
@@ -165,8 +163,7 @@ def _is_stored(context: ServingContext, body: ResponsesBody) -> bool:
     return wanted
 
 
-def _prompt(context: ServingContext, request: Request, body: InputBody) -> ResponsePrompt:
-    context.check_model(body.model)
+def _prompt(context: ModelContext, request: Request, body: InputBody) -> ResponsePrompt:
     context.check_generates()
     fields = sampling_fields(body) if isinstance(body, ResponsesBody) else {}
     return response_prompt(context, request, body, **fields)
@@ -189,7 +186,7 @@ async def _shorten(answer: ResponseAnswer) -> None:
     answer.request = dataclasses.replace(answer.request, prompts=[shorter])
 
 
-async def _num_tokens(context: ServingContext, found: ResponsePrompt, *, cut: bool) -> int:
+async def _num_tokens(context: ModelContext, found: ResponsePrompt, *, cut: bool) -> int:
     with located(rename=found.rename):
         prompt = await truncated(context, found.prompt) if cut else found.prompt
         with context.admission.enter(1):

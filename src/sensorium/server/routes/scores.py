@@ -15,8 +15,8 @@ from starlette.responses import Response
 
 from sensorium.errors import InvalidRequestError, located
 from sensorium.params import PoolingParams
-from sensorium.server.context import ServingContext, context_of, priority_of, request_id_of
-from sensorium.server.http.body import read_body
+from sensorium.server.context import ModelContext, priority_of, request_id_of
+from sensorium.server.http.body import read_model_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.openai.generation import usage_of_prompts
 from sensorium.server.openai.pooling import PooledOutput, PoolingRequest, pooled_outputs
@@ -84,11 +84,10 @@ def scores_router() -> APIRouter:
     @router.post("/score", response_model=None)
     async def score(request: Request) -> Response:
         """Return the similarity of one entry with each of others, or of pairs."""
-        context = context_of(request)
-        _, (num_left, pooling) = await read_body(
-            request, ScoreBody, lambda body: _begin_score(context, request, body)
+        _, (num_left, pooling) = await read_model_body(
+            request, ScoreBody, lambda context, body: _begin_score(context, request, body)
         )
-        outputs = await unless_disconnected(request.receive, pooled_outputs(context, pooling))
+        outputs = await unless_disconnected(request.receive, pooled_outputs(pooling))
         values = similarities(outputs[:num_left], outputs[num_left:])
         data = [{"index": i, "object": "score", "score": v} for i, v in enumerate(values)]
         return JsonResponse(
@@ -98,7 +97,7 @@ def scores_router() -> APIRouter:
                 "created": int(time.time()),
                 "model": pooling.model,
                 "data": data,
-                "usage": usage_of_prompts(outputs, context.frontend.input_processor.modalities),
+                "usage": usage_of_prompts(outputs, pooling.modalities),
             }
         )
 
@@ -107,17 +106,16 @@ def scores_router() -> APIRouter:
     @router.post("/rerank", response_model=None)
     async def rerank(request: Request) -> Response:
         """Return documents in the order of their similarity with a query."""
-        context = context_of(request)
-        body, (entries, pooling) = await read_body(
-            request, RerankBody, lambda body: _begin_rerank(context, request, body)
+        body, (entries, pooling) = await read_model_body(
+            request, RerankBody, lambda context, body: _begin_rerank(context, request, body)
         )
-        outputs = await unless_disconnected(request.receive, pooled_outputs(context, pooling))
+        outputs = await unless_disconnected(request.receive, pooled_outputs(pooling))
         return JsonResponse(
             {
                 "id": f"rerank-{pooling.request_id}",
                 "model": pooling.model,
                 "results": _results(body, entries[1:], similarities(outputs[:1], outputs[1:])),
-                "usage": usage_of_prompts(outputs, context.frontend.input_processor.modalities),
+                "usage": usage_of_prompts(outputs, pooling.modalities),
                 "meta": {"api_version": {"version": "2"}},
             }
         )
@@ -149,7 +147,7 @@ def _results(
 
 
 def _begin_score(
-    context: ServingContext, request: Request, body: ScoreBody
+    context: ModelContext, request: Request, body: ScoreBody
 ) -> tuple[int, PoolingRequest]:
     left, right = (_side(body, names) for names in _SIDES)
     if len(left) not in (1, len(right)):
@@ -164,7 +162,7 @@ def _begin_score(
 
 
 def _begin_rerank(
-    context: ServingContext, request: Request, body: RerankBody
+    context: ModelContext, request: Request, body: RerankBody
 ) -> tuple[list[_Entry], PoolingRequest]:
     entries = [_query(body.query), *_entries(body.documents, "documents")]
     return entries, _pooling(context, request, body, entries, "documents")
@@ -219,13 +217,14 @@ def _bad_entry(value: object, place: str) -> NoReturn:
 
 
 def _pooling(
-    context: ServingContext, request: Request, body: BodyT, entries: Sequence[_Entry], param: str
+    context: ModelContext, request: Request, body: BodyT, entries: Sequence[_Entry], param: str
 ) -> PoolingRequest:
     """Return the request for the embeddings of ``entries``, which are compared at length 1."""
-    model = context.check_model(body.model)
+    model = context.model_name(body.model)
     params = PoolingParams(dimensions=body.dimensions, normalize=True)
     context.frontend.input_processor.resolve_pooling(params)
     return PoolingRequest(
+        context,
         model,
         params,
         [_prompt(context, request, body, entry) for entry in entries],
@@ -236,7 +235,7 @@ def _pooling(
     )
 
 
-def _prompt(context: ServingContext, request: Request, body: ScoringBody, entry: _Entry) -> Prompt:
+def _prompt(context: ModelContext, request: Request, body: ScoringBody, entry: _Entry) -> Prompt:
     shared = {name: getattr(body, name) for name in ScoringBody.model_fields}
     if isinstance(body, RerankBody) and body.max_tokens_per_doc is not None:
         shared["truncate_prompt_tokens"] = body.max_tokens_per_doc

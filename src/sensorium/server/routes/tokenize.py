@@ -9,8 +9,8 @@ from starlette.responses import Response
 
 from sensorium.engine.prompts.types import RawPrompt
 from sensorium.errors import InvalidRequestError
-from sensorium.server.context import ServingContext, context_of
-from sensorium.server.http.body import read_body
+from sensorium.server.context import ModelContext
+from sensorium.server.http.body import read_model_body
 from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.openai.prompts import chat_prompt, media_options
 from sensorium.server.openai.protocol import DetokenizeBody, TokenizeBody
@@ -27,9 +27,8 @@ def tokenize_router() -> APIRouter:
     @router.post("/tokenize", response_model=None)
     async def tokenize(request: Request) -> Response:
         """Return the token ids that the engine would get, with media placeholders expanded."""
-        context = context_of(request)
-        body, prompt = await read_body(
-            request, TokenizeBody, lambda body: _prompt(context, request, body)
+        body, (context, prompt) = await read_model_body(
+            request, TokenizeBody, lambda context, body: (context, _prompt(context, request, body))
         )
         with context.admission.enter(1):
             prepared = await unless_disconnected(
@@ -54,22 +53,19 @@ def tokenize_router() -> APIRouter:
     @router.post("/detokenize", response_model=None)
     async def detokenize(request: Request) -> Response:
         """Return the text of token ids, special tokens included."""
-        context = context_of(request)
-        _, text = await read_body(request, DetokenizeBody, lambda body: _text(context, body))
+        _, text = await read_model_body(request, DetokenizeBody, _text)
         return JsonResponse({"prompt": text})
 
     return router
 
 
-def _text(context: ServingContext, body: DetokenizeBody) -> str:
-    context.check_model(body.model)
+def _text(context: ModelContext, body: DetokenizeBody) -> str:
     tokenizer = context.frontend.input_processor.tokenizer
     tokenizer.check_ids(body.tokens, "tokens")
     return tokenizer.decode(body.tokens)
 
 
-def _prompt(context: ServingContext, request: Request, body: TokenizeBody) -> Prompt:
-    context.check_model(body.model)
+def _prompt(context: ModelContext, request: Request, body: TokenizeBody) -> Prompt:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError(
             "Give either prompt or messages.", param="prompt" if body.prompt is None else "messages"

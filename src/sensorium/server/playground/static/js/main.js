@@ -2,7 +2,7 @@
 
 import { getJson } from "./lib/api.js";
 import { announce, byId, h, icon, iconButton, textButton, toast } from "./lib/dom.js";
-import { applyTheme } from "./lib/settings.js";
+import { applyTheme, changeSettings, getSettings } from "./lib/settings.js";
 import { Store } from "./lib/store.js";
 import { Chat } from "./chat/chat.js";
 import { EmbedView } from "./embed.js";
@@ -17,7 +17,7 @@ store.onfull = () => toast("The browser has no room for more: what is new is los
 let facts = null;
 const views = {};
 const sidebar = new Sidebar({ store, on: { open: openConversation, removed } });
-const chat = new Chat({ store, on: { changed: () => sidebar.show(chat.conversation.id), unauthorized: askForKey, code: showCode } });
+const chat = new Chat({ store, on: { changed, unauthorized: askForKey, code: showCode } });
 views.chat = chat;
 views.server = new ServerView();
 let current = null;
@@ -42,11 +42,17 @@ function build() {
   sidebar.show(chat.conversation.id);
 }
 
-/** Ask the server what it is. Until it answers, the page says why it does not. */
+/** Ask the server what it is, and what the chosen model is. Until it answers, the page says why it does not. */
 async function loadFacts() {
+  const chosen = getSettings().model;
   try {
-    facts = await getJson("playground/facts");
+    facts = withDefaults(await getJson(chosen ? `playground/facts?model=${encodeURIComponent(chosen)}` : "playground/facts"));
   } catch (error) {
+    if (chosen && error.status === 404) {
+      changeSettings({ model: "" }); // it is not served here any more
+      await loadFacts();
+      return;
+    }
     byId("model").textContent = error.message;
     byId("model").classList.add("is-bad");
     if (error.status === 401) askForKey();
@@ -57,7 +63,7 @@ async function loadFacts() {
   const pools = facts.runner === "pooling";
   const model = byId("model");
   model.classList.remove("is-bad");
-  model.replaceChildren(h("b", {}, facts.model), h("span", { class: "takes" }, facts.modalities.map((name) => h("span", {}, name))));
+  model.replaceChildren(facts.models.length > 1 ? modelChoice() : h("b", {}, facts.model), h("span", { class: "takes" }, facts.modalities.map((name) => h("span", {}, name))));
   if (pools) views.embed ??= new EmbedView({ unauthorized: askForKey });
   document.body.classList.toggle("pools", pools);
   document.querySelector("[data-view=embed]").hidden = !pools;
@@ -65,6 +71,35 @@ async function loadFacts() {
   chat.model = facts.model;
   for (const view of Object.values(views)) view.setFacts(facts);
   show(viewOfHash());
+}
+
+/** Fill in what is not known of a model before it is loaded: it may take anything, unless its files say what. */
+function withDefaults(found) {
+  const loaded = found.max_model_len !== null;
+  return { ...found, loaded, modalities: found.modalities ?? ["text", "image", "video", "audio"] };
+}
+
+/** Return the models to choose from, each with its state unless it is ready. */
+function modelChoice() {
+  const options = facts.models.map(({ name, state }) => h("option", { value: name, selected: name === facts.root }, state === "ready" ? name : `${name} (${state})`));
+  return h("select", { "aria-label": "Model", class: "model-choice", onchange: (event) => choose(event.target.value) }, options);
+}
+
+async function choose(name) {
+  changeSettings({ model: name });
+  await loadFacts();
+  announce(`Model: ${facts.model}`);
+}
+
+/** Choose the model of a conversation, if it is another one that is served here. */
+function chooseFor({ model }) {
+  if (model !== facts?.root && facts?.models.some(({ name }) => name === model)) choose(model);
+}
+
+/** Show what has changed in a conversation, and what the first answer told of a model that it loaded. */
+function changed() {
+  sidebar.show(chat.conversation.id);
+  if (facts && !facts.loaded && !chat.isRunning) loadFacts();
 }
 
 function viewOfHash() {
@@ -94,6 +129,7 @@ function openConversation(conversation) {
   location.hash = "#chat";
   show("chat");
   chat.open(conversation);
+  chooseFor(conversation);
   sidebar.show(conversation.id);
 }
 

@@ -15,6 +15,7 @@ export class ServerView {
   #scrapes = [];
   #paused = false;
   #facts = null;
+  #state = "ready";
 
   constructor() {
     this.charts = {
@@ -35,6 +36,9 @@ export class ServerView {
     };
     this.stages = h("tbody");
     this.totals = h("dl", { class: "totals" });
+    this.models = h("tbody");
+    this.modelsCard = h("section", { class: "card", hidden: true }, h("h3", {}, "Models"),
+      h("table", { class: "stages models" }, h("thead", {}, h("tr", {}, ["Model", "State"].map((name) => h("th", { scope: "col" }, name)))), this.models));
     this.status = h("p", { class: "server-status", role: "status" });
     this.pause = textButton("pause", "Pause", () => this.#toggle());
     this.element = h("section", { class: "page", "aria-label": "Server" },
@@ -48,11 +52,13 @@ export class ServerView {
     const stages = h("section", { class: "card" }, h("h3", {}, "Media stages", h("small", {}, "since the start")),
       h("table", { class: "stages" }, h("thead", {}, h("tr", {}, ["Stage", "Items", "Each", "Bytes"].map((name) => h("th", { scope: "col" }, name)))), this.stages));
     const totals = h("section", { class: "card" }, h("h3", {}, "Since the start"), this.totals);
-    return [...[speed, requests, first, between, cache, media].map(({ element }) => element), caches, stages, totals];
+    return [this.modelsCard, ...[speed, requests, first, between, cache, media].map(({ element }) => element), caches, stages, totals];
   }
 
   setFacts(facts) {
+    if (facts.root !== this.#facts?.root) this.#scrapes = [];
     this.#facts = facts;
+    this.#showModels(facts.models);
   }
 
   start() {
@@ -74,9 +80,11 @@ export class ServerView {
   async #tick() {
     clearTimeout(this.#timer);
     try {
-      const [text, version] = await Promise.all([getText("metrics"), this.version ?? getJson("version")]);
+      const several = this.#facts?.models.length > 1;
+      const [text, version, models] = await Promise.all([getText("metrics"), this.version ?? getJson("version"), several ? getJson("v1/models") : null]);
       this.version = version;
-      this.#show(new Scrape(text, this.#facts?.metrics_prefix ?? "sensorium:", performance.now()));
+      if (models) this.#showModels(models.data.filter(({ id, root }) => id === root).map(({ id, state, reason }) => ({ name: id, state, reason })));
+      this.#show(new Scrape(text, this.#facts?.metrics_prefix ?? "sensorium:", performance.now(), this.#facts?.root));
     } catch (error) {
       this.status.textContent = error.message;
       this.status.classList.add("is-bad");
@@ -90,8 +98,8 @@ export class ServerView {
     if (this.#scrapes.length > WINDOW) this.#scrapes.shift();
     const [first] = this.#scrapes;
     const up = now.sum("engine_up") !== 0;
-    this.status.classList.toggle("is-bad", !up);
-    this.status.textContent = up ? `${this.#facts?.model ?? "The model"} is served by version ${this.version.version ?? "?"}.` : "The engine is being restarted.";
+    this.status.classList.toggle("is-bad", !up && this.#state !== "stopped");
+    this.status.textContent = up ? `${this.#facts?.model ?? "The model"} is served by version ${this.version.version ?? "?"}.` : this.#whyDown();
     const { speed, requests, first: ttft, between, cache, media } = this.charts;
     if (before) speed.add([rate(before, now, "generation_tokens_total"), rate(before, now, "prompt_tokens_total")]);
     requests.add([now.sum("num_requests_running"), now.sum("num_requests_waiting")]);
@@ -103,6 +111,19 @@ export class ServerView {
     this.#showCaches(now);
     this.#showStages(now);
     this.#showTotals(now);
+  }
+
+  #showModels(models) {
+    this.modelsCard.hidden = models.length < 2;
+    this.#state = models.find(({ name }) => name === this.#facts?.root)?.state;
+    this.models.replaceChildren(...models.map(({ name, state, reason }) => h("tr", {}, h("th", { scope: "row" }, name), h("td", {}, state, reason && h("small", {}, reason)))));
+  }
+
+  #whyDown() {
+    const { model } = this.#facts ?? { model: "The model" };
+    if (this.#state === "stopped") return `${model} is not loaded; the next request loads it.`;
+    if (this.#state === "failed") return `${model} could not be loaded.`;
+    return "The engine is being restarted.";
   }
 
   #showCaches(now) {
@@ -134,7 +155,7 @@ export class ServerView {
       ["Preemptions", count(now.sum("num_preemptions_total") ?? 0)],
       ["Refused media", count(now.sum("media_failures_total") ?? 0)],
       ["Engine restarts", count(now.sum("engine_restarts_total") ?? 0)],
-      ["Context", `${count(this.#facts?.max_model_len ?? 0)} tokens`],
+      ["Context", this.#facts?.max_model_len ? `${count(this.#facts.max_model_len)} tokens` : "–"],
     ];
     this.totals.replaceChildren(...entries.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
   }

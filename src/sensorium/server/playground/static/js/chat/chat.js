@@ -99,10 +99,13 @@ export class Chat {
 
   #welcome() {
     if (!this.facts) return h("div", { class: "welcome" });
-    const { max_model_len: context } = this.facts;
+    const { max_model_len: context, loaded } = this.facts;
     const kinds = kindsOf(this.facts);
+    const takes = loaded
+      ? `${this.model} understands text${kinds.length ? ` and ${inWords(kinds)}` : ""}, up to ${count(context)} tokens.`
+      : `${this.model} is loaded with the first message, which takes a while.`;
     return h("div", { class: "welcome" }, h("img", { src: LOGO, alt: "", width: 56, height: 56 }), h("h2", {}, "What would you like to know?"),
-      h("p", {}, `${this.model} understands text${kinds.length ? ` and ${inWords(kinds)}` : ""}, up to ${count(context)} tokens.`),
+      h("p", {}, takes),
       exampleCards(this.facts, async (example) => {
         if (example.file) await this.composer.addFiles([await example.file()]);
         this.composer.setText(example.text);

@@ -1,8 +1,8 @@
 // Reading of Prometheus' text format, and what charts need of it.
 
-/** Samples of one scrape, by name and labels. */
+/** Samples of one scrape, by name and labels; with `model` those of this model, and of the server itself. */
 export class Scrape {
-  constructor(text, prefix, time) {
+  constructor(text, prefix, time, model = null) {
     this.time = time;
     this.samples = new Map();
     for (const line of text.split("\n")) {
@@ -11,7 +11,9 @@ export class Scrape {
       if (!found) continue;
       const name = found[1].startsWith(prefix) ? found[1].slice(prefix.length) : found[1];
       if (!this.samples.has(name)) this.samples.set(name, []);
-      this.samples.get(name).push({ labels: labelsOf(found[2] ?? ""), value: numberOf(found[3]) });
+      const labels = labelsOf(found[2] ?? "");
+      if (model !== null && labels.model_name && labels.model_name !== model) continue;
+      this.samples.get(name).push({ labels, value: numberOf(found[3]) });
     }
   }
 

@@ -1,7 +1,7 @@
 // Settings of the page, kept in the browser where it allows that.
 
 const NAME = "sensorium.settings";
-const DEFAULTS = { theme: "auto", logprobs: false, sampling: {}, system: "", dimensions: "" };
+const DEFAULTS = { theme: "auto", logprobs: false, sampling: {}, system: "", dimensions: "", model: "" };
 
 let settings = { ...DEFAULTS };
 try {

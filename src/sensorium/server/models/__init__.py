@@ -1,0 +1,1 @@
+"""The models of a server: names, states, and the memory that they share."""
