@@ -410,7 +410,8 @@ def test_several_models(watched: WATCH, several: Server, axe: Callable[[Any, str
     assert choice.input_value() == "listener"
     assert prose(ask(page, "Who are you?"))
     choice.select_option("vectors")
-    page.get_by_role("button", name="Compare").wait_for()
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_selector(".similarity")  # which has loaded the model
     page.reload()
     page.get_by_role("button", name="Compare").wait_for()
     assert choice.input_value() == "vectors"
@@ -418,10 +419,10 @@ def test_several_models(watched: WATCH, several: Server, axe: Callable[[Any, str
     page.wait_for_selector(ANSWER)
     assert choice.input_value() == "listener"
     page.get_by_role("link", name="Server").click()
-    states = page.locator(".models tbody tr").all_inner_texts()
-    assert [text.split()[0] for text in states] == ["listener", "vectors"]
-    assert states[0].split()[1] == "ready"
-    assert states[1].split()[1] in ("ready", "stopped")
+    page.wait_for_selector(".models tbody td")
+    names = page.locator(".models tbody th").all_inner_texts()
+    states = page.locator(".models tbody td").all_inner_texts()
+    assert dict(zip(names, states, strict=True)) == {"listener": "ready", "vectors": "ready"}
     axe(page, "several-models")
 
 

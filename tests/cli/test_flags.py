@@ -97,7 +97,8 @@ WRONG: list[tuple[list[str], list[str]]] = [
     (["serve", "m", "--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
     (["serve", "m", "--hf-overrides", "{"], ["--hf-overrides", "JSON"]),
     (["serve", "m", "--limit-mm-per-prompt", "image=two"], ["--limit-mm-per-prompt", "image=two"]),
-    (["serve", "m", "more"], ["'more'"]),
+    (["serve", "m", "--port", "1", "more"], ["'more'"]),
+    (["chat", "m", "more"], ["'more'"]),
     (["serv"], ["serv"]),
     ([], ["COMMAND"]),
 ]

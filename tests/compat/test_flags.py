@@ -217,7 +217,7 @@ def test_a_file_of_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "--served-model-name",
         "y",
     )
-    assert (over.model_argument, hasattr(over, "model"), over.port) == ("demo", False, 1)
+    assert (over.model_argument, hasattr(over, "model"), over.port) == (["demo"], False, 1)
     assert over.enable_prefix_caching is True
     assert over.served_model_name == ("y",)
 

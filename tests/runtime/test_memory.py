@@ -77,7 +77,7 @@ def test_a_limit_of_memory_counts_what_the_process_has_taken_already() -> None:
     limited = free_memory(torch.device("cpu"), CacheConfig(max_memory_gb=taken / GIB + 0.01))
     assert limited < GIB // 50
     with pytest.raises(
-        ConfigError, match="max_memory_gb is 0.10, but without the KV cache"
+        ConfigError, match=r"max_memory_gb is 0\.10, but without the KV cache"
     ) as raised:
         free_memory(torch.device("cpu"), CacheConfig(max_memory_gb=0.1))
     assert raised.value.param == "max_memory_gb"

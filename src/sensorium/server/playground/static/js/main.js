@@ -66,6 +66,7 @@ async function loadFacts() {
   model.replaceChildren(facts.models.length > 1 ? modelChoice() : h("b", {}, facts.model), h("span", { class: "takes" }, facts.modalities.map((name) => h("span", {}, name))));
   if (pools) views.embed ??= new EmbedView({ unauthorized: askForKey });
   document.body.classList.toggle("pools", pools);
+  document.body.classList.toggle("several", facts.models.length > 1);
   document.querySelector("[data-view=embed]").hidden = !pools;
   document.querySelector("[data-view=chat]").hidden = pools;
   chat.model = facts.model;
