@@ -22,7 +22,7 @@ from sensorium.kernels.cpu.attention import paged, route
 from sensorium.kernels.cpu.attention.tiles import causal, checks
 from sensorium.kernels.cpu.linear import table
 from tests.kernels.batches import TOLERANCE, make_batch, twin
-from tests.kernels.test_invariance import VARIANTS, cuts, part_of, variant_of
+from tests.kernels.cutting import VARIANTS, attend_cut, each_alone, variant_of
 from tests.kernels.tiles import UNITS, needs_emulation
 
 BF16 = torch.bfloat16
@@ -84,26 +84,9 @@ def test_tiles_and_pairs_are_the_reference(unit: amx.Unit, block_size: int, what
 def test_bits_do_not_depend_on_how_a_prompt_is_cut(
     heads: tuple[int, int, int], length: int, seed: int, threads: int, normed: bool
 ) -> None:
-    num_heads, num_kv_heads, dim = heads
-    layout = KVCacheLayout(1, num_kv_heads, dim, 16, BF16)
-    whole = make_batch(layout, [(length, length)], dim // 2, seed)
-    whole.num_decodes = int(length == 1)
-    generator = torch.Generator().manual_seed(seed)
-    width = (num_heads + 2 * num_kv_heads) * dim
-    qkv = torch.randn(length, width, generator=generator).to(BF16)
-    norms = [torch.rand(dim, generator=generator).to(BF16) if normed else None for _ in range(2)]
-    run = (0, num_heads, num_kv_heads, dim, dim**-0.5, *norms, 1e-6)
-    wanted = reference.rope_attention(qkv, twin(whole), *run)
-    expected = ops.rope_attention(qkv, whole, *run).clone()
-    torch.testing.assert_close(expected, wanted, rtol=0, atol=2 * TOLERANCE[BF16])
-    parts, start = [], 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: threads)
-        for size in cuts(length, seed):
-            step = part_of(whole, start, size)
-            parts.append(ops.rope_attention(qkv[start : start + size], step, *run))
-            start += size
-    assert torch.equal(torch.cat(parts), expected)
+    found = attend_cut(heads, BF16, length, seed, threads, normed)
+    torch.testing.assert_close(found.whole, found.reference, rtol=0, atol=2 * TOLERANCE[BF16])
+    assert torch.equal(found.pieces, found.whole)
 
 
 @pytest.mark.parametrize("what", ["plain", *VARIANTS])
@@ -117,17 +100,9 @@ def test_bits_do_not_depend_on_the_other_sequences_nor_on_blocks(what: str) -> N
         asked = PLAIN if what == "plain" else variant_of(what, batch)
         together = ops.paged_attention(q, k, v, batch, 0, 0.125, asked)
         found.append(together)
-        starts = batch.query_start.tolist()
-        pairs = zip(batch.kv_lens, batch.query_lens, strict=True)
-        for index, (kv_len, query_len) in enumerate(pairs):
-            rows = slice(starts[index], starts[index + 1])
-            alone = part_of(batch, kv_len - query_len, query_len)
-            alone.block_table = batch.block_table[index : index + 1]
-            own = asked
-            if asked.bidirectional is not None:
-                own = AttentionVariant(asked.window, bidirectional=asked.bidirectional[:, rows])
+        for rows, alone, own in each_alone(batch, asked):
             mixed = ops.paged_attention(q[rows], k[rows], v[rows], alone, 0, 0.125, own)
-            assert torch.equal(mixed, together[rows]), index
+            assert torch.equal(mixed, together[rows]), rows
     assert all(torch.equal(other, found[0]) for other in found)
 
 

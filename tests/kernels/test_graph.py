@@ -10,8 +10,9 @@ from numba import types
 from numba.core.ccallback import CFunc
 
 from sensorium.kernels import ops
-from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout
+from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout, LayerCache
 from sensorium.kernels.cpu import graph
+from sensorium.kernels.cpu.launch import NUM_ARGS
 from sensorium.kernels.cpu.linear import floats, levels
 from sensorium.layers.attention import Attention
 from sensorium.layers.linear import Linear
@@ -190,25 +191,55 @@ def test_the_kernel_of_a_replay_is_for_any_processor(monkeypatch: pytest.MonkeyP
     assert "llvm.x86" not in compiled.inspect_llvm()
 
 
-def test_graphs_are_bounded_and_their_memory_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def run_steps(graphs: graph.StepGraphs, steps: Steps, caches: list[LayerCache]) -> None:
+    """Run steps until they have been captured; all sequences lie in the same cache."""
+    steps.first.caches = caches
+    for embeds, batch in steps:
+        graphs(embeds, batch)
+
+
+def test_graphs_are_bounded_and_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What all numbers of rows take beside the largest are the arguments of launches."""
     monkeypatch.setattr(graph, "MOST_GRAPHS", 12)
     run = Layers("float32")
     graphs = graph.StepGraphs(run)
     caches = Steps([3] * (graph.MOST_GRAPHS + 2), run.dtype).first.caches
     for count in range(1, graph.MOST_GRAPHS + 3):
-        steps = Steps([3] * count, run.dtype)
-        steps.first.caches = caches
-        for embeds, batch in steps:
-            graphs(embeds, batch)
+        run_steps(graphs, Steps([3] * count, run.dtype), caches)
     assert len(graphs.captured) == graph.MOST_GRAPHS
     assert 1 not in graphs.captured
+    found = graphs.captured.values()
     wide = HIDDEN * 64 * 4
-    assert max(each.nbytes for each in graphs.captured.values()) < 40 * wide
-    monkeypatch.setattr(graph, "MOST_BYTES", 3 * graphs.captured[13].nbytes)
-    for count in (1, 2):
-        steps = Steps([3] * count, run.dtype)
-        steps.first.caches = caches
-        for embeds, batch in steps:
-            graphs(embeds, batch)
-    assert list(graphs.captured)[-2:] == [1, 2]
-    assert sum(each.nbytes for each in graphs.captured.values()) <= graph.MOST_BYTES
+    assert max(each.used_bytes for each in found) < 40 * wide
+    assert max(each.nbytes for each in found) < 20 * LAYERS * NUM_ARGS * 8
+
+
+def test_graphs_that_share_memory_take_turns() -> None:
+    run = Layers("bfloat16")
+    graphs = graph.StepGraphs(run)
+    pairs = []
+    for count in (3, 2):
+        own, other = (Steps([30, 252, 3][:count], run.dtype) for _ in range(2))
+        if pairs:  # the first sequences of the larger step, in its cache
+            for steps, larger in zip((own, other), pairs[0], strict=True):
+                steps.first.caches = larger.first.caches
+                steps.first.block_table = larger.first.block_table[:count]
+        pairs.append((own, other))
+    for step in range(graph.STEPS_BEFORE + 8):
+        for own, other in pairs:
+            embeds, batch = own.step(step)
+            same, twin = other.step(step)
+            assert torch.equal(graphs(embeds, batch), run(same, twin))
+    assert list(graphs.captured) == [3, 2]
+
+
+def test_steps_that_need_too_much_memory_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Layers("float32")
+    caches = Steps([3] * 12, run.dtype).first.caches
+    graphs = graph.StepGraphs(run)
+    run_steps(graphs, Steps([3] * 3, run.dtype), caches)
+    monkeypatch.setattr(graph, "MOST_BYTES", graphs.captured[3].used_bytes)
+    graphs = graph.StepGraphs(run)
+    for count in (12, 2, 3, 11):
+        run_steps(graphs, Steps([3] * count, run.dtype), caches)
+    assert list(graphs.captured) == [2, 3]

@@ -11,42 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensorium.kernels import ops, reference
-from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant, KVCacheLayout
+from sensorium.kernels.batch import PLAIN, AttentionVariant, KVCacheLayout
 from sensorium.kernels.cpu import amx
 from sensorium.kernels.cpu.attention import pieces
 from sensorium.kernels.cpu.linear import onednn
 from tests.kernels.batches import DTYPES, TOLERANCE, make_batch, twin
+from tests.kernels.cutting import VARIANTS, attend_cut, cuts, each_alone, part_of, variant_of
 
 HEADS = ((14, 2, 64), (4, 4, 24), (3, 1, 128))
-
-
-def cuts(length: int, seed: int) -> list[int]:
-    """Sizes of pieces that sum to ``length``: single rows, a few, many."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes: list[int] = []
-    while length:
-        most = (1, 5, 40, 300)[int(torch.randint(4, (), generator=generator))]
-        size = min(length, int(torch.randint(1, most + 1, (), generator=generator)))
-        sizes.append(size)
-        length -= size
-    return sizes
-
-
-def part_of(whole: AttentionBatch, start: int, size: int) -> AttentionBatch:
-    """Return the step that computes rows [start, start + size) of ``whole``'s only sequence."""
-    return AttentionBatch(
-        query_start=torch.tensor([0, size], dtype=torch.int32),
-        kv_len=torch.tensor([start + size], dtype=torch.int32),
-        block_table=whole.block_table,
-        num_decodes=int(size == 1),
-        max_query_len=size,
-        max_kv_len=start + size,
-        cos=whole.cos[start : start + size],
-        sin=whole.sin[start : start + size],
-        caches=whole.caches,
-        query_lens=[size],
-        kv_lens=[start + size],
-    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -66,26 +38,9 @@ def test_attention_does_not_depend_on_how_a_prompt_is_cut(
     threads: int,
     normed: bool,
 ) -> None:
-    num_heads, num_kv_heads, dim = heads
-    layout = KVCacheLayout(1, num_kv_heads, dim, 16, dtype)
-    whole = make_batch(layout, [(length, length)], dim // 2, seed)
-    whole.num_decodes = int(length == 1)
-    generator = torch.Generator().manual_seed(seed)
-    width = (num_heads + 2 * num_kv_heads) * dim
-    qkv = torch.randn(length, width, generator=generator).to(dtype)
-    norms = [torch.rand(dim, generator=generator).to(dtype) if normed else None for _ in range(2)]
-    run = (0, num_heads, num_kv_heads, dim, dim**-0.5, *norms, 1e-6)
-    expected = ops.rope_attention(qkv, whole, *run).clone()
-    keys = whole.caches[0].k.clone()
-    parts, start = [], 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: threads)
-        for size in cuts(length, seed):
-            step = part_of(whole, start, size)
-            parts.append(ops.rope_attention(qkv[start : start + size], step, *run))
-            start += size
-    assert torch.equal(torch.cat(parts), expected)
-    assert torch.equal(whole.caches[0].k, keys)
+    found = attend_cut(heads, dtype, length, seed, threads, normed)
+    assert torch.equal(found.pieces, found.whole)
+    assert torch.equal(*found.keys)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,33 +50,8 @@ def test_attention_does_not_depend_on_the_other_sequences(dtype: torch.dtype) ->
     batch = make_batch(layout, lengths)
     qkv = torch.randn(sum(batch.query_lens), (6 + 4) * 64).to(dtype)
     together = ops.rope_attention(qkv, batch, 0, 6, 2, 64, 0.125)
-    starts = batch.query_start.tolist()
-    for index, (kv_len, query_len) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True)):
-        rows = slice(starts[index], starts[index + 1])
-        alone = part_of(batch, kv_len - query_len, query_len)
-        alone.block_table = batch.block_table[index : index + 1]
-        alone.cos, alone.sin = batch.cos[rows], batch.sin[rows]
+    for rows, alone, _ in each_alone(batch, PLAIN):
         assert torch.equal(ops.rope_attention(qkv[rows], alone, 0, 6, 2, 64, 0.125), together[rows])
-
-
-def variant_of(what: str, batch: AttentionBatch) -> AttentionVariant:
-    """Return a variant whose spans, if any, lie in the fourth sequence of the batch."""
-    if what != "bidirectional":
-        sinks = torch.linspace(-1, 2, 6)
-        return {
-            "window": AttentionVariant(window=24),
-            "wide window": AttentionVariant(window=300),
-            "softcap": AttentionVariant(softcap=3.0),
-            "sinks": AttentionVariant(window=40, sinks=sinks),
-        }[what]
-    _, own = reference.token_positions(batch)
-    spans = torch.stack((own, own))
-    inside = slice(batch.query_start[3] + 5, batch.query_start[3] + 15)
-    spans[:, inside] = own[inside][[0, -1]][:, None]
-    return AttentionVariant(window=24, bidirectional=spans)
-
-
-VARIANTS = ("window", "wide window", "softcap", "sinks", "bidirectional")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,20 +64,13 @@ def test_variants_do_not_depend_on_the_other_sequences(dtype: torch.dtype, what:
     expected = reference.paged_attention(q, k, v, twin(batch), 0, 0.125, asked)
     together = ops.paged_attention(q, k, v, batch, 0, 0.125, asked)
     torch.testing.assert_close(together, expected, rtol=0, atol=TOLERANCE[dtype])
-    starts = batch.query_start.tolist()
-    for index, (kv_len, query_len) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True)):
-        rows = slice(starts[index], starts[index + 1])
-        alone = part_of(batch, kv_len - query_len, query_len)
-        alone.block_table = batch.block_table[index : index + 1]
-        own = asked
-        if asked.bidirectional is not None:
-            own = AttentionVariant(asked.window, bidirectional=asked.bidirectional[:, rows])
+    for rows, alone, own in each_alone(batch, asked):
         for threads in (1, 16):
             alone.scratch = {}
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(torch, "get_num_threads", lambda count=threads: count)
                 found = ops.paged_attention(q[rows], k[rows], v[rows], alone, 0, 0.125, own)
-            assert torch.equal(found, together[rows]), (index, threads)
+            assert torch.equal(found, together[rows]), (rows, threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -303,3 +226,24 @@ def test_products_that_differ_for_few_rows_get_more_rows() -> None:
     assert sizes[::2] == [4, 4, 8, 17]
     calls = iter(range(10_000))
     assert onednn.row_multiple(lambda x: x + next(calls), 64, torch.float32) is None
+
+
+@pytest.mark.parametrize("multiple", onednn.ROW_MULTIPLES)
+def test_packed_products_run_with_few_numbers_of_rows(multiple: int) -> None:
+    """Each of them is a compiled primitive; zeros are added, a quarter at most from 16 rows on."""
+    sizes = {n: onednn.padded_rows(n, multiple, onednn.ROW_STEPS) for n in range(1, 129)}
+    assert len(set(sizes.values())) <= 17
+    assert all(size >= n and (size % multiple == 0 or n >= 16) for n, size in sizes.items())
+    assert all(size <= 1.25 * n for n, size in sizes.items() if n >= 16)
+    assert onednn.padded_rows(129, multiple, onednn.ROW_STEPS) == 129
+
+
+@pytest.mark.skipif(not onednn.packs(torch.float32), reason="this torch packs no weights")
+def test_padded_products_have_the_bits_of_whole_ones() -> None:
+    weight = onednn.pack_weight(torch.randn(96, 128))
+    product, rows = weight.bind(torch.randn(96), "silu"), torch.randn(140, 128)
+    whole = product(rows)
+    for count in (1, 2, 3, 13, 17, 33, 50, 70, 128, 129):
+        assert torch.equal(product(rows[-count:].contiguous()), whole[-count:])
+    cube = rows[:30].view(2, 15, 128)
+    assert torch.equal(product(cube).flatten(0, 1), whole[:30])

@@ -13,6 +13,7 @@ import torch
 
 from sensorium.kernels import ops
 from sensorium.kernels.cpu import elementwise, launch, threads
+from sensorium.kernels.cpu.linear import onednn
 from sensorium.processes.start import child_environment
 
 
@@ -217,6 +218,28 @@ def test_few_shapes_are_kept_unless_the_user_says_how_many(name: str) -> None:
     assert run(code, **{name: "77"}) == "77"
     unset = f"import os; os.environ.pop('{name}', None)\n" + textwrap.dedent(code)
     assert run(unset) == str(threads.KEPT_PRIMITIVES)
+
+
+@pytest.mark.skipif(not onednn.packs(torch.float32), reason="this torch packs no weights")
+def test_products_of_ever_new_numbers_of_rows_take_no_more_memory() -> None:
+    code = """
+        import ctypes, os
+        for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.pop(name, None)
+        from sensorium.kernels.cpu import threads
+        threads.configure(1)
+        import psutil, torch
+        from sensorium.kernels.cpu.linear import onednn
+        multiply = onednn.pack_weight(torch.randn(64, 64)).bind()
+        rows, sizes = torch.randn(600, 64), []
+        for counts in (range(1, 300), range(300, 600)):
+            for count in counts:
+                multiply(rows[:count])
+            ctypes.CDLL(None).malloc_trim(0)
+            sizes.append(psutil.Process().memory_full_info().uss)
+        print((sizes[1] - sizes[0]) >> 20)
+    """
+    assert int(run(code)) < 16, "MiB, of some 150 that all shapes would take"
 
 
 COMPILE = """

@@ -6,14 +6,16 @@ of a step are recorded, as CUDA graphs record theirs, and replayed in one parall
 threads wait for each other after each kernel. The kernels, their tasks and so the bits of their
 results are the same.
 
-While a step is captured, every tensor that is allocated lies in an arena that the graph owns, so
-that the recorded addresses stay valid; memory that is freed in the course of the step is used
-again, as it would be otherwise. An operation that is neither one of our kernels, an allocation nor
+While a step is captured, every tensor that is allocated lies in an arena, so that the recorded
+addresses stay valid; memory that is freed in the course of the step is used again, as it would be
+otherwise. Only one step of a decoder runs at a time, so all its graphs share one memory, as large
+as the largest of them needs. An operation that is neither one of our kernels, an allocation nor
 a view ends the capture: such a step cannot be replayed and always runs launch by launch.
 """
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import functools
 import logging
@@ -31,6 +33,7 @@ from numba.core import cgutils
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sensorium.kernels.batch import AttentionBatch, LayerCache
+from sensorium.kernels.cpu import huge_pages
 from sensorium.kernels.cpu.launch import (
     NUM_ARGS,
     Launch,
@@ -53,7 +56,8 @@ STEPS_BEFORE = 3
 MOST_GRAPHS = 64
 """Graphs that are kept, those used last."""
 MOST_BYTES = 128 * 1024 * 1024
-"""Memory of all graphs of a decoder."""
+"""Memory for the tensors of the graphs of a decoder; larger steps are not captured."""
+LINE_BYTES = 64
 COUNTERS = (0, 1, NUM_ARGS - 2, NUM_ARGS - 1)
 """Arguments that kernels count in; zero before each launch."""
 
@@ -120,31 +124,39 @@ def replay_kernel() -> Launcher:
 
 
 class _Arena:
-    """Memory of a captured step: what is freed is used again for the same size."""
+    """Places of the tensors of one captured step, in memory that other steps use as well."""
 
-    def __init__(self) -> None:
-        self._free: dict[int, list[np.ndarray[Any, Any]]] = defaultdict(list)
-        self._blocks: list[np.ndarray[Any, Any]] = []
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all memory of the arena."""
-        return sum(block.nbytes for block in self._blocks)
+    def __init__(self, memory: np.ndarray[Any, Any]) -> None:
+        self._memory = memory
+        self._used: list[tuple[int, int]] = []  # first byte and end, in order
+        self.nbytes = 0
+        """End of the memory that was ever used."""
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Return a tensor in the arena, whose memory is free again when it is dropped."""
-        size = -(-max(math.prod(shape) * dtype.itemsize, 1) // 64) * 64
-        if self._free[size]:
-            block = self._free[size].pop()
-        else:
-            block = np.zeros(size + 64, np.uint8)
-            self._blocks.append(block)
-        start = -block.ctypes.data % 64
+        """Return a tensor in the arena, whose place is free again when it is dropped.
+
+        Raises MemoryError.
+        """
+        num_bytes = math.prod(shape) * dtype.itemsize
+        place = self._take(-(-max(num_bytes, 1) // LINE_BYTES) * LINE_BYTES)
         # torch holds this very array for as long as a tensor uses its memory.
-        piece = block[start : start + max(math.prod(shape) * dtype.itemsize, 1)]
-        weakref.finalize(piece, self._free[size].append, block).atexit = False
-        found = torch.from_numpy(piece)
-        return found[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+        piece = self._memory[place[0] : place[1]]
+        weakref.finalize(piece, self._used.remove, place).atexit = False
+        return torch.from_numpy(piece)[:num_bytes].view(dtype).view(tuple(shape))
+
+    def _take(self, size: int) -> tuple[int, int]:
+        """Return the place of the first gap of ``size`` bytes, used from now on."""
+        start = 0
+        for first, end in self._used:
+            if first - start >= size:
+                break
+            start = end
+        if start + size > self._memory.nbytes:
+            raise MemoryError(f"a step of more than {self._memory.nbytes} bytes")
+        place = start, start + size
+        bisect.insort(self._used, place)
+        self.nbytes = max(self.nbytes, place[1])
+        return place
 
 
 _ATEN = torch.ops.aten
@@ -192,15 +204,22 @@ _Capture.__torch_dispatch__ = _Capture._allocate  # type: ignore[method-assign, 
 class StepGraph:
     """One captured step, for any batch of as many sequences with one row each."""
 
-    def __init__(self, run: Run, embeds: torch.Tensor, batch: AttentionBatch) -> None:
+    def __init__(
+        self,
+        run: Run,
+        embeds: torch.Tensor,
+        batch: AttentionBatch,
+        memory: np.ndarray[Any, Any],
+    ) -> None:
         """Capture ``run(embeds, batch)``, which has run before with this batch.
 
-        Raises NotRecordable.
+        memory: bytes for its tensors, from a whole cache line on. Raises NotRecordable, or
+        MemoryError if it needs more.
         """
         self.caches, self.num_threads = batch.caches, torch.get_num_threads()
-        self._arena = _Arena()
-        self._input = self._arena.tensor(embeds.shape, embeds.dtype)
-        with recording() as launches, _Capture(self._arena):
+        arena = _Arena(memory)
+        self._input = arena.tensor(embeds.shape, embeds.dtype)
+        with recording() as launches, _Capture(arena):
             self._output = run(self._input, batch)
         self._table = np.array([list(launch.args) for launch in launches], np.int64)
         self._table[:, COUNTERS] = 0
@@ -209,14 +228,16 @@ class StepGraph:
         team_size = find_openmp("omp_get_num_threads") or 0
         addresses = (self._kernels.ctypes.data, self._table.ctypes.data)
         self._args = pack(len(launches), *addresses, team_size)
+        self.used_bytes = arena.nbytes
+        """Bytes of the shared memory that the step uses."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the step's intermediate results and of its arguments."""
-        return self._arena.nbytes + self._table.nbytes
+        """Bytes of memory of its own: the arguments of its launches."""
+        return self._kernels.nbytes + self._table.nbytes
 
     def replay(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Run the step. The result is overwritten by the next."""
+        """Run the step. The result is overwritten by the next step of any graph."""
         embeds = embeds.contiguous()
         ctypes.memmove(self._input.data_ptr(), embeds.data_ptr(), embeds.nbytes)
         for plan, rows, fields in self._renewed:
@@ -253,7 +274,8 @@ class StepGraphs:
         self._seen: dict[int, int] = {}
         self.captured: OrderedDict[int, StepGraph] = OrderedDict()
         """Graphs by their number of rows, the one used last at the end."""
-        self._refused = False
+        self._memory: np.ndarray[Any, Any] | None = None
+        self._most_rows = MOST_ROWS
         self._caches: list[LayerCache] | None = None
         self._num_threads = 0
 
@@ -276,7 +298,7 @@ class StepGraphs:
     def _may_capture(self, embeds: torch.Tensor, batch: AttentionBatch) -> bool:
         num_rows = embeds.shape[0]
         single = batch.num_decodes == num_rows == len(batch.query_lens)
-        return not self._refused and single and 0 < num_rows <= MOST_ROWS and embeds.is_cpu
+        return single and 0 < num_rows <= self._most_rows and embeds.is_cpu
 
     def _check_places(self, batch: AttentionBatch) -> None:
         """Drop the graphs when the cache lies elsewhere or the number of threads has changed."""
@@ -287,16 +309,17 @@ class StepGraphs:
             self._caches, self._num_threads = batch.caches, threads
 
     def _capture(self, embeds: torch.Tensor, batch: AttentionBatch) -> None:
+        num_rows = embeds.shape[0]
         try:
-            graph = StepGraph(self._run, embeds, batch)
+            if self._memory is None:
+                self._memory = huge_pages.zeros((MOST_BYTES,), torch.uint8).numpy()
+            graph = StepGraph(self._run, embeds, batch, self._memory)
         except (NotRecordable, MemoryError) as error:
-            self._refused = True
-            log.debug("decode steps are not captured: %s", error or "out of memory")
+            too_large = isinstance(error, MemoryError)
+            self._most_rows = num_rows - 1 if too_large else 0
+            log.debug("steps of %d rows and more are not captured: %s", self._most_rows + 1, error)
             return
-        self.captured[embeds.shape[0]] = graph
-        while len(self.captured) > MOST_GRAPHS or self._num_bytes() > MOST_BYTES:
+        self.captured[num_rows] = graph
+        while len(self.captured) > MOST_GRAPHS:
             num_rows, _ = self.captured.popitem(last=False)
             self._seen[num_rows] = 0
-
-    def _num_bytes(self) -> int:
-        return sum(graph.nbytes for graph in self.captured.values())

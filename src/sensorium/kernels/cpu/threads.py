@@ -11,7 +11,7 @@ step are tens of microseconds, so half a millisecond of spinning serves both.
 
 Shapes: oneDNN compiles a primitive for each shape and keeps a thousand of them, hundreds of
 megabytes. Prompts of the same length are rare, so few of these are used again; the shapes of
-decoding, which are, are few.
+decoding, which are, are few. So few are kept, and memory does not grow with the number of shapes.
 
 Pages: decoding reads every weight once a token, and with pages of 4 KiB a tenth of that time goes
 into address translation. glibc uses huge pages for its allocations when its tunables say so; it
@@ -34,9 +34,10 @@ log = logging.getLogger(__name__)
 SPIN_COUNT = 10_000
 """Polls of the flag before a waiting thread sleeps; each takes some 50 nanoseconds."""
 HUGE_PAGES = "glibc.malloc.hugetlb"
-KEPT_PRIMITIVES = 256
-"""Compiled matrix multiplications, one for each shape, that oneDNN and torch keep; each takes a
-third of a megabyte."""
+KEPT_PRIMITIVES = 32
+"""Compiled matrix multiplications, one for each shape, that oneDNN and torch keep. Each takes two
+thirds of a megabyte and is compiled in half a millisecond, once a step for all layers of a shape.
+Products of few rows have few shapes (``linear.onednn.ROW_STEPS``)."""
 _PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
 

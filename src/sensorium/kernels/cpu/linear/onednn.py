@@ -7,12 +7,17 @@ A row's product must have the same bits whatever other rows are in the batch. Li
 order for many rows, but often in another for one row or a few, where they run other code; for which
 numbers of rows depends on the CPU, the dtype and the shape. So it is measured once per shape, and
 smaller batches are padded with rows of zeros.
+
+oneDNN compiles a *primitive* for each number of rows. It keeps few of them (see ``threads``), so
+that a server whose batches change with every step does not grow. In steps of few rows, compiling
+would take as long as multiplying. So these are padded to some numbers of rows that come back.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +34,9 @@ FREE_ROWS = 16
 ROW_MULTIPLES = (1, 4, 8, 16)
 """Row multiples to try. Where one row runs other code, oneDNN is faster with four than with one
 or two."""
+ROW_STEPS = ((32, 4), (64, 8), (128, 16))
+"""Up to so many rows: packed products are padded to a multiple of so many. Larger ones take long
+enough to compile a primitive for each step, which all layers share."""
 _TRIED_ROWS = (1, 3, 5, 17, 31)
 _TRIED_FROM = 7
 _NONE = 0
@@ -93,7 +101,7 @@ class LibraryWeight(PackedWeight):
     def bind(self, bias: torch.Tensor | None = None, act: str | None = None) -> Multiply:
         name, algorithm = FUSED.get(act or "", ("none", "")) if self.packed else ("none", "")
         product = _product(self.data, bias, self.packed, name, algorithm)
-        product = pad_rows(product, self.row_multiple)
+        product = pad_rows(product, self.row_multiple, ROW_STEPS if self.packed else ())
         if act is None or name != "none":
             return product
         activate = elementwise.quick_gelu_ if act == "quick_gelu" else reference.ACTIVATIONS[act]
@@ -139,18 +147,28 @@ def row_multiple(
     return None
 
 
-def pad_rows(multiply: Multiply, multiple: int) -> Multiply:
-    """Pad the rows of small inputs of ``multiply`` with zeros to a multiple of ``multiple``."""
-    if multiple == 1:
+def padded_rows(num_rows: int, multiple: int, steps: Sequence[tuple[int, int]] = ()) -> int:
+    """Return how many rows a product of ``num_rows`` runs with.
+
+    multiple: divides them, below ``FREE_ROWS``. steps: as ``ROW_STEPS``; single rows stay alone.
+    """
+    unit = multiple if num_rows < FREE_ROWS else 1
+    if num_rows > 1:
+        unit = max(unit, next((size for most, size in steps if num_rows <= most), 1))
+    return -(-num_rows // unit) * unit
+
+
+def pad_rows(multiply: Multiply, multiple: int, steps: Sequence[tuple[int, int]] = ()) -> Multiply:
+    """Pad the rows of inputs of ``multiply`` with zeros, to as many as ``padded_rows`` says."""
+    if multiple == 1 and not steps:
         return multiply
 
     def run(x: torch.Tensor) -> torch.Tensor:
         if x.dim() != 2:
             return run(x.flatten(0, -2)).view(*x.shape[:-1], -1)
         num_rows = x.shape[0]
-        if num_rows >= FREE_ROWS or num_rows % multiple == 0:
-            return multiply(x)
-        return multiply(F.pad(x, (0, 0, 0, -num_rows % multiple)))[:num_rows]
+        missing = padded_rows(num_rows, multiple, steps) - num_rows
+        return multiply(F.pad(x, (0, 0, 0, missing)))[:num_rows] if missing else multiply(x)
 
     return run
 

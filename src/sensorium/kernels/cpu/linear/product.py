@@ -23,8 +23,8 @@ TAKEN, DONE = 30, 31
 """Counters of the tasks of the first phase, in which the rows are converted."""
 KEPT_ROWS = 64
 """Most rows whose plan is kept."""
-MOST_PLANS = 32
-"""Most plans that a product keeps."""
+MOST_PLANS = 8
+"""Most plans that a product keeps. Decode steps that recur are captured whole, and need none."""
 SCRATCH_BYTES = 16 * 1024 * 1024
 """Memory of the converted rows that go through the weights at once, unless a block takes more."""
 LINE_BYTES = 64

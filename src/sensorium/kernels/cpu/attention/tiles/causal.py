@@ -110,18 +110,8 @@ def merge_rows(
         )
 
 
-def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
-    """Build the attention kernel over all pieces, for bf16.
-
-    args: those of ``causal.build_attend``, then the number of rows of a task from which on it takes
-    the tiles.
-    """
-    mark = f"_{unit.name}"
-    steps = build_steps(element, mark)
-    write_new, query_row, finish = steps.write_new, steps.query_row, steps.finish
-    tiles = amx.operations(unit, amx.full_tiles())
-    own_state, configure, release = tiles.state, tiles.configure, tiles.release
-    multiply_block = amx.block_product(unit)
+def _build_queries(element: Any, mark: str, query_row: Any) -> Any:
+    """Build ``fill_queries``; query_row: that of ``build_steps``."""
 
     @outlined(element, mark)
     def fill_queries(args: Any, piece: Any, head: Any, group: Any, q: Any, scratch: Any) -> None:
@@ -134,6 +124,12 @@ def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
                 query_row(args, piece, head, group, i, g, f32(1.0), out, scratch)
                 for d in range(dim, depth):
                     out[d] = types.uint16(0)
+
+    return fill_queries
+
+
+def _build_view(element: Any, mark: str) -> Any:
+    """Build ``seen_by``."""
 
     @outlined(element, mark)
     def seen_by(args: Any, piece: Any, first: Any, last: Any) -> Any:
@@ -148,6 +144,12 @@ def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
         for i in range(first + 1, last + 1):
             low, high = min(low, seen[2 * i]), max(high, seen[2 * i + 1])
         return low, high
+
+    return seen_by
+
+
+def _build_packing(element: Any, mark: str) -> Any:
+    """Build ``pack_part``."""
 
     @outlined(element, mark)
     def pack_part(
@@ -172,6 +174,13 @@ def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
             pack_keys(*(k_cache,), *place, *(shifted(keys, column * half_depth),))
             pack_values(*(v_cache,), *place, *(shifted(values, column // 2 * dim),))
 
+    return pack_part
+
+
+def _build_products(element: Any, mark: str, unit: amx.Unit) -> tuple[Any, Any]:
+    """Build ``score_tiles`` and ``weigh_tiles``."""
+    multiply_block = amx.block_product(unit)
+
     @outlined(element, mark)
     def score_tiles(
         state: Any, q: Any, depth: Any, first: Any, last: Any, keys: Any, scores: Any
@@ -194,6 +203,12 @@ def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
                 *(state, shifted(weights, first), WEIGHT_STRIDE, shifted(pairs, 2 * d), 2 * dim),
                 *(last - first, shifted(sums, d), dim, dim - d >= BLOCK, False),
             )
+
+    return score_tiles, weigh_tiles
+
+
+def _build_weights(element: Any, mark: str, seen_by: Any) -> Any:
+    """Build ``weigh_rows``; seen_by: that of ``_build_view``."""
 
     @outlined(element, mark)
     def weigh_rows(
@@ -236,6 +251,15 @@ def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
                 shifted(weights, r * WEIGHT_STRIDE),
             )
             tops[r], totals[r] = top * natural, total
+
+    return weigh_rows
+
+
+def _build_part(element: Any, mark: str, unit: amx.Unit) -> Any:
+    """Build ``run_part``."""
+    seen_by, pack_part = _build_view(element, mark), _build_packing(element, mark)
+    score_tiles, weigh_tiles = _build_products(element, mark, unit)
+    weigh_rows = _build_weights(element, mark, seen_by)
 
     @outlined(element, mark)
     def run_part(
@@ -301,6 +325,22 @@ def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
                 *(count, dim, part_sums, part_tops, part_totals),
                 *(shifted(sums, row * dim), shifted(tops, row), shifted(totals, row)),
             )
+
+    return run_part
+
+
+def build_attend(element: Any, unit: amx.Unit) -> Callable[[Any], None]:
+    """Build the attention kernel over all pieces, for bf16.
+
+    args: those of ``causal.build_attend``, then the number of rows of a task from which on it takes
+    the tiles.
+    """
+    mark = f"_{unit.name}"
+    write_new, query_row, finish = build_steps(element, mark)
+    fill_queries = _build_queries(element, mark, query_row)
+    run_part = _build_part(element, mark, unit)
+    tiles = amx.operations(unit, amx.full_tiles())
+    own_state, configure, release = tiles.state, tiles.configure, tiles.release
 
     def attend_with_tiles(args: Any) -> None:
         heads, kv_heads, dim = args[16], args[17], args[18]
