@@ -50,7 +50,15 @@ _GEMMA = {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen2_vl": "qwen2vl"}
+_TOWER = {
+    "norm1": "ln1",
+    "norm2": "ln2",
+    "attn.proj": "attn_out",
+    "mlp.fc1": "ffn_up",
+    "mlp.fc2": "ffn_down",
+}
+_MERGER = {"ln_q": "v.post_ln", "mlp.0": "mm.0", "mlp.2": "mm.2"}
 
 
 def blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -65,11 +73,11 @@ def blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nd
 
 
 def write_gguf(
-    folder: Path, path: Path, kind: str = "F32", seed: int = 0, **metadata: Any
+    folder: Path, path: Path, kind: str = "F32", seed: int = 0, norms: str = "F32", **metadata: Any
 ) -> dict[str, torch.Tensor]:
     """Write the checkpoint of a folder as a GGUF file with matrices of ``kind``.
 
-    ``metadata``: further values under the architecture's name. Returns the weights as the file has
+    ``norms``: the kind of what has one dimension. ``metadata``: further values under the architecture's name. Returns the weights as the file has
     them, in float32, by the names of the folder.
     """
     config = json.loads((folder / "config.json").read_text())
@@ -90,11 +98,13 @@ def write_gguf(
             value = permuted(value, heads)
         if is_norm and family.startswith("gemma"):
             value = value + 1
-        found = _add(writer, stored, value.numpy(), kind if value.dim() > 1 else "F32", rng)
+        found = _add(writer, stored, value.numpy(), kind if value.dim() > 1 else norms, rng)
         if is_norm and family.startswith("gemma"):
             found = found - 1
         written[name] = found if heads is None else unpermuted(found, heads)
     scaling = config.get("rope_scaling") or {}
+    if "mrope_section" in scaling:
+        writer.add_rope_dimension_sections([*scaling["mrope_section"], 0])
     if scaling.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(config, scaling))
     writer.write_header_to_file()
@@ -102,6 +112,56 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+def write_mmproj(folder: Path, path: Path, kind: str = "F32", swapped: bool = False) -> None:
+    """Write the vision encoder of a checkpoint of Qwen2-VL; ``swapped``: with the early names."""
+    config = json.loads((folder / "config.json").read_text())
+    vision, writer = config["vision_config"], GGUFWriter(path, "clip")
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_clip_projector_type("qwen2vl_merger")
+    writer.add_vision_projection_dim(config["hidden_size"])
+    writer.add_vision_image_size(560)
+    writer.add_vision_patch_size(vision.get("patch_size", 14))
+    writer.add_vision_embedding_length(vision["embed_dim"])
+    writer.add_vision_feed_forward_length(vision["hidden_size"])  # as the script has it
+    writer.add_vision_block_count(vision["depth"])
+    writer.add_vision_head_count(vision["num_heads"])
+    writer.add_vision_image_mean(processor["image_mean"])
+    writer.add_vision_image_std(processor["image_std"])
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if name.startswith("visual."):
+            for stored, value in _parts_of_tower(name.removeprefix("visual."), weight.float()):
+                own = stored
+                if swapped and ".ffn_" in stored:
+                    pair = ("ffn_up", "ffn_down") if "ffn_up" in stored else ("ffn_down", "ffn_up")
+                    own = stored.replace(*pair)
+                wide = kind if value.dim() == 2 else "F32"
+                _add(writer, own, value.contiguous().numpy(), wide, np.random.default_rng(0))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _parts_of_tower(name: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The tensors that a weight of the tower becomes."""
+    stem, _, end = name.rpartition(".")
+    if stem == "patch_embed.proj":
+        first = "v.patch_embd.weight"
+        return [(first, value[:, :, 0]), (f"{first}.1", value[:, :, 1])]
+    if stem.startswith("merger."):
+        return [(f"{_MERGER[stem.removeprefix('merger.')]}.{end}", value)]
+    if not stem.startswith("blocks."):
+        return []
+    _, layer, own = stem.split(".", 2)
+    if own == "attn.qkv":
+        return [
+            (f"v.blk.{layer}.attn_{part}.{end}", rows)
+            for part, rows in zip("qkv", value.chunk(3), strict=True)
+        ]
+    return [(f"v.blk.{layer}.{_TOWER[own]}.{end}", value)]
 
 
 def as_folder(source: Path, folder: Path, weights: Mapping[str, torch.Tensor]) -> Path:
@@ -120,7 +180,7 @@ def stored_name(name: str, family: str) -> str | None:
     stem, _, end = name.rpartition(".")
     if stem in _OUTSIDE:
         return f"{_OUTSIDE[stem]}.{end}"
-    if not stem.startswith("model.layers.") or end == "inv_freq":
+    if not stem.startswith("model.layers.") or end == "inv_freq":  # a tower has a file of its own
         return None
     _, _, layer, own = stem.split(".", 3)
     names = _LAYER | (_GEMMA if family in ("gemma2", "gemma3_text") else {})

@@ -44,7 +44,14 @@ def run(samples: Sequence[Path], number: int, seed: int, folder: Path) -> Counte
     Raises AssertionError that names the seed of the first file that was neither refused nor loaded,
     or that took too much memory.
     """
-    command = [sys.executable, "-m", __name__, "--child", str(folder), *map(str, samples)]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.fuzz.weight_files",
+        "--child",
+        str(folder),
+        *map(str, samples),
+    ]
     child = subprocess.run(
         [*command, "--number", str(number), "--seed", str(seed)],
         capture_output=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,11 @@ from sensorium.config import GIB, ModelConfig
 from sensorium.errors import ConfigError
 from sensorium.models.configs import declared_dtype
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
+from sensorium.models.gguf import describe
+from sensorium.models.gguf.config import config_of
+from sensorium.models.gguf.folder import encoder_of, file_of
+from sensorium.models.gguf.reader import GgufFile
+from sensorium.models.gguf.reader import read as read_gguf
 from sensorium.models.interface import Family, LoadedConfig
 from sensorium.models.loader import find_device, read_parts
 from sensorium.models.loading import checkpoint, hub, weight_files
@@ -25,6 +31,8 @@ if TYPE_CHECKING:
 
 PROCESSES = int(0.7 * GIB)
 """Memory of a server's processes without weights and caches, about."""
+GGUF_BEGINNING = 64 << 20
+"""Bytes of a GGUF file that are fetched to read its metadata, which takes a few MiB."""
 SPARE_DISK = GIB // 4
 """Space that is to stay free on the disk."""
 _BYTES_STORED = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -36,11 +44,14 @@ _BYTES_QUANTIZED = {"int8": 1.02, "int4": 0.57}
 class Needs:
     """Bytes that a model takes, and those that there are.
 
+    ``format``: of the files; ``product``: what the linear layers' weights are multiplied as;
     ``download``: still to come over the network; ``files``: all weights on disk; ``weights``: in
     memory, as ``dtype`` says; ``context``: the KV cache of one sequence of ``num_tokens`` tokens.
     """
 
     model: str
+    format: str
+    product: str
     family: str
     folder: str
     num_files: int
@@ -85,6 +96,8 @@ class Needs:
         """Return the needs as text, a line each."""
         rows = [
             ("model", f"{self.model} ({self.family}), {self.num_files} files of weights"),
+            ("format", self.format),
+            ("weights run as", self.product),
             ("to download", f"{_size(self.download)} of {_size(self.files)}"),
             ("disk", f"{_size(self.free_disk)} free at {self.folder}"),
             (
@@ -111,38 +124,35 @@ class Needs:
 
 
 def needs_of(options: ModelConfig) -> Needs:
-    """Return the needs of a model of the hub; its configuration files are downloaded.
+    """Return the needs of a model, here or on the hub.
+
+    Of the hub its configuration files are downloaded, and of a GGUF file the beginning.
 
     Raises:
-        ConfigError: the model is not on the hub, has no weights that can be loaded, is quantized
-            in a way that is not supported, or has an architecture that nothing can run.
+        ConfigError: there is no such model, it has no weights that can be loaded, is quantized in a
+            way that is not supported, or has an architecture that nothing can run.
     """
-    folder = checkpoint.find(options.model, options.revision, options.download_dir)
-    loaded = checkpoint.read(folder, options.hf_overrides)
+    loaded, gguf, wanted = _facts(options)
     family = resolve(loaded.config)
-    refuse_quantized(loaded)
-    loaded, names = read_parts(loaded, family, options.download_dir)
     device = find_device(options.device)
-    wanted = _weights(options.model, folder, options.revision, options.download_dir)
-    for field, name in names.items():
-        beside = Path(loaded.parts[field].folder)
-        if not checkpoint.is_local(name):
-            wanted += _weights(name, beside, None, options.download_dir)
     cache = hub.cache_folder(options.download_dir)
     total = sum(file.size for file in wanted)
     to_come = sum(file.size for file in wanted if not file.is_cached)
-    dtype, weights = _in_memory(options, loaded, family, device, total)
+    dtype, weights = _in_memory(options, loaded, family, device, total, gguf)
     context, num_tokens = _context(options, loaded, family, dtype)
     memory, free = _memory(device)
+    plain = str(dtype).removeprefix("torch.")
     return Needs(
         model=options.model,
+        format=_format(loaded, gguf),
+        product=options.quantization or plain,
         family=family.name,
         folder=str(cache),
         num_files=len(wanted),
         files=total,
         download=to_come,
         free_disk=shutil.disk_usage(_existing(cache)).free,
-        dtype=options.quantization or str(dtype).removeprefix("torch."),
+        dtype=options.quantization or plain,
         device=str(device),
         weights=weights,
         context=context,
@@ -157,11 +167,12 @@ def least_memory(options: ModelConfig) -> int:
 
     Configuration files of a model of the hub are downloaded, weights are not. Raises ConfigError.
     """
-    folder = checkpoint.find(options.model, options.revision, options.download_dir)
+    where = options.revision, options.download_dir
+    folder = checkpoint.find(options.model, *where, options.mmproj)
     loaded = checkpoint.read(folder, options.hf_overrides)
     family = resolve(loaded.config)
     loaded, names = read_parts(loaded, family, options.download_dir)
-    total = _stored(options.model, folder, options.revision, options.download_dir)
+    total = _stored(options.model, folder, *where)
     for field, name in names.items():
         total += _stored(name, Path(loaded.parts[field].folder), None, options.download_dir)
     stored = _BYTES_STORED.get(declared_dtype(loaded.config) or "float32", 2)
@@ -176,15 +187,68 @@ def least_memory(options: ModelConfig) -> int:
 
 def _stored(model: str, folder: Path, revision: str | None, download_dir: str | None) -> int:
     """Return the bytes of a model's weights on disk, or of those still to be downloaded."""
+    gguf = file_of(folder)
+    if gguf is not None:
+        return 2 * sum(info.num_values for info in read_gguf(gguf).tensors.values())
     if checkpoint.is_local(model):
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return sum(file.size for file in _weights(model, folder, revision, download_dir))
+
+
+def _facts(options: ModelConfig) -> tuple[LoadedConfig, GgufFile | None, list[hub.HubFile]]:
+    """Return configuration, GGUF file if it is one, and files of weights of a model."""
+    named = checkpoint.hub_file(options.model)
+    if named is not None:
+        gguf, own = _beginning(*named, options)
+        config = checkpoint.merged(config_of(gguf), options.hf_overrides)
+        return LoadedConfig("", config, {}, {}, {}), gguf, [own]
+    where = options.revision, options.download_dir
+    folder = checkpoint.find(options.model, *where, options.mmproj)
+    loaded = checkpoint.read(folder, options.hf_overrides)
+    path = file_of(folder)
+    if path is not None:
+        paths = [path, *filter(None, [encoder_of(folder)])]
+        files = [hub.HubFile(own.name, own.stat().st_size, True) for own in paths]
+        return loaded, read_gguf(path), files
+    family = resolve(loaded.config)
+    refuse_quantized(loaded)
+    loaded, names = read_parts(loaded, family, options.download_dir)
+    wanted = _weights(options.model, folder, *where)
+    for field, name in names.items():
+        wanted += _weights(name, Path(loaded.parts[field].folder), None, options.download_dir)
+    return loaded, None, wanted
+
+
+def _beginning(model: str, file: str, options: ModelConfig) -> tuple[GgufFile, hub.HubFile]:
+    """Return the metadata of a GGUF file of a repository, and its size."""
+    listed = hub.files(model, options.revision, download_dir=options.download_dir)
+    found = {own.name: own for own in listed}
+    if file not in found:
+        others = [name for name in found if name.endswith(checkpoint.GGUF)]
+        has = weight_files.listing("others", others)
+        raise ConfigError(f"Model {model!r} has no file {file!r}; it has {has}.", param="model")
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / Path(file).name
+        size = min(found[file].size, GGUF_BEGINNING)
+        part.write_bytes(hub.beginning(model, file, options.revision, size))
+        return read_gguf(part, found[file].size), found[file]
+
+
+def _format(loaded: LoadedConfig, gguf: GgufFile | None) -> str:
+    """Return the format of a model's files in a few words."""
+    if gguf is not None:
+        return describe.format_of(gguf)
+    declared = declared_dtype(loaded.config)
+    return f"safetensors, {declared}" if declared else "safetensors"
 
 
 def _weights(
     model: str, folder: Path, revision: str | None, download_dir: str | None
 ) -> list[hub.HubFile]:
     """Return the files of weights that loading a model takes. Raises ConfigError for none."""
+    if checkpoint.is_local(model):
+        paths = weight_files.weight_files(folder)
+        return [hub.HubFile(path.name, path.stat().st_size, True) for path in paths]
     found = {file.name: file for file in hub.files(model, revision, download_dir=download_dir)}
     indexed = weight_files.index_names(folder)
     if weight_files.SINGLE in found and weight_files.SINGLE not in (indexed or ()):
@@ -205,10 +269,17 @@ def _weights(
 
 
 def _in_memory(
-    options: ModelConfig, loaded: LoadedConfig, family: Family, device: torch.device, total: int
+    options: ModelConfig,
+    loaded: LoadedConfig,
+    family: Family,
+    device: torch.device,
+    total: int,
+    gguf: GgufFile | None,
 ) -> tuple[torch.dtype, int]:
     """Return the dtype in which the model would run, and about the bytes of its weights."""
     num_weights = total // _BYTES_STORED.get(declared_dtype(loaded.config) or "float32", 2)
+    if gguf is not None:
+        num_weights = sum(info.num_values for info in gguf.tensors.values())
     dtype = dtype_of(options.dtype, loaded.config, None)
     if options.dtype == "auto" and device.type == "cpu":
         dtype = suited_to_cpu(dtype, lambda: num_weights, family.quantizable)

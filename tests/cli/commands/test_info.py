@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 import sensorium
 from sensorium.cli.main import main
 from sensorium.kernels.cpu.linear import levels, table
+from sensorium.models.gguf import folder as folders
+from tests.checkpoints import make_text
+from tests.checkpoints.gguf import write_gguf
 
 
 def test_as_an_object(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,3 +32,22 @@ def test_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert f"sensorium     {sensorium.__version__}" in shown
     assert "would be used" in shown
+
+
+def test_what_a_file_is_and_needs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
+    source = make_text("llama", tmp_path / "source")
+    write_gguf(source, tmp_path / "model.gguf", "Q4_1")
+    assert main(["info", str(tmp_path / "model.gguf")]) == 0
+    shown = capsys.readouterr().out
+    assert "GGUF version 3, llama: Q4_1" in shown
+    assert main(["info", str(source), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == "safetensors, float32"
+    assert found["download"] == 0
+    assert (
+        main(["info", str(tmp_path / "model.gguf"), "--mmproj", str(tmp_path / "model.gguf")]) == 2
+    )
+    assert "no encoder of images" in capsys.readouterr().err

@@ -13,7 +13,9 @@ import pytest
 
 from sensorium.cli.main import main
 from sensorium.models import needs as needs_module
+from sensorium.models.gguf import folder as folders
 from tests import checkpoints
+from tests.checkpoints.gguf import write_gguf
 from tests.cli.commands.fake_hub import COMMIT, FakeHub
 
 NAME = "some/model"
@@ -46,7 +48,7 @@ class Puller:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self._patch, self._capsys = monkeypatch, capsys
 
-    def __call__(self, hub: FakeHub, cache: Path, *flags: str) -> Done:
+    def __call__(self, hub: FakeHub, cache: Path, *flags: str, model: str = NAME) -> Done:
         for name, value in {
             "ENDPOINT": hub.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
@@ -57,7 +59,7 @@ class Puller:
         }.items():
             self._patch.setattr(huggingface_hub.constants, name, value)
         self._patch.setenv("no_proxy", "127.0.0.1")
-        status = main(["pull", NAME, *flags])
+        status = main(["pull", model, *flags])
         shown = self._capsys.readouterr()
         return Done(status, shown.out, shown.err)
 
@@ -199,3 +201,28 @@ def test_what_is_here_already(capsys: pytest.CaptureFixture[str], tmp_path: Path
     for name in ("demo", str(tmp_path)):
         assert main(["pull", name]) == 2
         assert "is here already" in capsys.readouterr().err
+
+
+def test_a_gguf_file_is_described_from_its_beginning(
+    pull: Puller,
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
+    monkeypatch.setattr(needs_module, "GGUF_BEGINNING", 1 << 16)
+    source, name = tmp_path / "files", "model-q8_0.gguf"
+    source.mkdir()
+    write_gguf(repository, source / name, "Q8_0")
+    size = (source / name).stat().st_size
+    with FakeHub({NAME: source}) as hub:
+        found = needs(pull(hub, tmp_path, "--dry-run", "--json", model=f"{NAME}:{name}"))
+        assert found["format"] == "GGUF version 3, llama: Q8_0"
+        assert (found["files"], found["download"], found["num_files"]) == (size, size, 1)
+        assert hub.ranges == ["bytes=0-65535"]
+        done = pull(hub, tmp_path, model=f"{NAME}:other.gguf")
+        assert done.returncode == 2
+        assert name in done.stderr
+        done = pull(hub, tmp_path, model=f"{NAME}:{name}")
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.rglob(f"snapshots/*/{name}"))) == 1

@@ -210,3 +210,10 @@ def test_rows_of_heads_are_in_order(tmp_path: Path) -> None:
     found = weights.read(Part(name, (32, 64)))
     assert isinstance(found, torch.Tensor)
     assert torch.equal(found, expected[f"model.{name}"])
+
+
+def test_quantized_norms_are_numbers(tmp_path: Path) -> None:
+    """No writer makes them, and a reader must not stumble over them."""
+    source = make_text("llama", tmp_path / "source")
+    write_gguf(source, tmp_path / "model.gguf", "Q8_0", norms="Q8_0")
+    assert logits_of(tmp_path / "model.gguf").isfinite().all()

@@ -17,6 +17,7 @@ from sensorium.cli.flags import (
     build_engine_config,
     build_server_config,
     fields_of,
+    print_warning,
 )
 from sensorium.cli.options import in_effect
 from sensorium.config import ENGINE_SECTIONS, GIB, ServerConfig
@@ -36,7 +37,9 @@ INSTRUCTION_SETS = (
 
 DESCRIPTION = (
     "Print versions, hardware, and the defaults on this machine. With --config or other flags of "
-    "serve, print the options that would be in effect, and where each comes from."
+    "serve, print the options that would be in effect, and where each comes from. With a MODEL, "
+    "print what it is and what it needs: format, memory, how its weights run; nothing large is "
+    "downloaded for it."
 )
 COMMON = {
     "--json": "--json",
@@ -50,8 +53,14 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "info",
         help="show versions, hardware and the defaults on this machine",
-        usage="%(prog)s [options]",
+        usage="%(prog)s [MODEL] [options]",
         description=DESCRIPTION,
+    )
+    parser.add_argument(
+        "model_argument",
+        metavar="MODEL",
+        nargs="?",
+        help="Hugging Face id, folder, or GGUF file to describe",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.has_models = True
@@ -63,6 +72,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the facts."""
+    if arguments.model_argument is not None:
+        return _print_needs(arguments)
     found = _options(arguments) if _is_configured(arguments) else collect()
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -73,6 +84,19 @@ def run(arguments: argparse.Namespace) -> int:
         for name, value in rows.items():
             print(f"  {name:<{width}}  {_text(value)}")
     return 0
+
+
+def _print_needs(arguments: argparse.Namespace) -> int:
+    """Print what a model is and needs; 1 where it cannot run here."""
+    from sensorium.models.needs import needs_of
+
+    arguments.model = arguments.model_argument
+    needs = needs_of(build_engine_config(arguments).model)
+    problem = needs.problem()
+    print(json.dumps(needs.as_dict(), indent=2) if arguments.json else "\n".join(needs.lines()))
+    if problem is not None and not arguments.json:
+        print_warning(problem)
+    return int(problem is not None)
 
 
 def _is_configured(arguments: argparse.Namespace) -> bool:

@@ -113,11 +113,11 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def read(path: Path) -> GgufFile:
+def read(path: Path, size: int | None = None) -> GgufFile:
     """Read the metadata and the tensor table of a file.
 
-    Raises ConfigError that says what is wrong for a file that is damaged, incomplete, or beyond the
-    bounds of this module.
+    size: bytes of the whole file, where only its beginning is at ``path``. Raises ConfigError that
+    says what is wrong for a file that is damaged, incomplete, or beyond the bounds of this module.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -130,7 +130,7 @@ def read(path: Path) -> GgufFile:
         if status.st_size < 24:
             raise ConfigError(f"{path.name} is no GGUF file: it is too short.", param="model")
         with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(path, data).read()
+            return _Reader(path, data, size or len(data)).read()
     except OSError as error:
         raise _unreadable(path, error) from error
     finally:
@@ -148,6 +148,7 @@ class _Reader:
 
     path: Path
     data: mmap.mmap
+    size: int
     place: int = 0
     num_strings: int = 0
     num_numbers: int = 0
@@ -164,7 +165,7 @@ class _Reader:
         entries = [self._entry() for _ in range(num_tensors)]
         start = -(-self.place // alignment) * alignment
         tensors = self._placed(entries, start, alignment)
-        return GgufFile(self.path, len(self.data), version, self.metadata, tensors)
+        return GgufFile(self.path, self.size, version, self.metadata, tensors)
 
     def _header(self) -> tuple[int, int, int]:
         """Return version, number of tensors and number of values."""
@@ -226,7 +227,7 @@ class _Reader:
                 f"tensor {name!r:.80} is of the kind {OTHERS.get(number, number)}; those that are "
                 f"read are {known}"
             )
-        if min(dims) < 1 or math.prod(dims) > 8 * len(self.data):
+        if min(dims) < 1 or math.prod(dims) > 8 * self.size:
             self._fail(f"tensor {name!r:.80} claims {dims} values, more than fit into the file")
         if dims[0] % kind.values:
             self._fail(
@@ -249,7 +250,7 @@ class _Reader:
             if offset % alignment:
                 self._fail(f"tensor {name!r:.80} is not at a multiple of {alignment} bytes")
             info = TensorInfo(name, shape, kind, start + offset)
-            missing = info.start + info.nbytes - len(self.data)
+            missing = info.start + info.nbytes - self.size
             if missing > 0:
                 self._fail(
                     f"tensor {name!r:.80} ends {missing} bytes behind the end of the file: the "

@@ -93,6 +93,12 @@ def _downloaded(
     return gguf.folder_of(whole / file, None if encoder is None else Path(encoder))
 
 
+def hub_file(model: str) -> tuple[str, str] | None:
+    """Return id and file of a model that is a GGUF file of a repository, None for another."""
+    named = _HUB_FILE.fullmatch(model)
+    return None if named is None or is_local(model) else (named["id"], named["file"])
+
+
 def gguf_file(model: str) -> Path | None:
     """Return the GGUF file that a local model is: a file, or the only one of a folder.
 

@@ -60,6 +60,24 @@ def files(model: str, revision: str | None, *, download_dir: str | None) -> list
     return [HubFile(file.filename, file.file_size or 0, file.is_cached) for file in found]
 
 
+def beginning(model: str, file: str, revision: str | None, num_bytes: int) -> bytes:
+    """Return the first bytes of a file of a repository. Raises ConfigError with advice."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    found = b""
+    with _errors_explained(model, revision):
+        headers = {**build_hf_headers(), "Range": f"bytes=0-{num_bytes - 1}"}
+        url = hf_hub_url(model, file, revision=revision)
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
+            hf_raise_for_status(answer)
+            for piece in answer.iter_bytes():
+                found += piece
+                if len(found) >= num_bytes:  # a server may ignore the range
+                    break
+    return found[:num_bytes]
+
+
 def cache_folder(download_dir: str | None) -> Path:
     """Return the folder that downloads go to; it need not exist."""
     if download_dir:

@@ -87,7 +87,7 @@ class GgufWeights:
         if part.name in self._tower:
             return self._tower[part.name][1]()
         info = self._tensors[part.name]
-        if info.kind.is_plain:
+        if info.kind.is_plain or len(info.shape) != 2:
             return self._plain(info, self._order(info))
         return self._dequantized(info, torch.float32)
 
@@ -96,7 +96,7 @@ class GgufWeights:
         for name, (_, read) in self._tower.items():
             yield name, read().to(dtype)
         for name, info in self._tensors.items():
-            if info.kind.is_plain:
+            if info.kind.is_plain or len(info.shape) != 2:
                 yield name, self._plain(info, self._order(info)).to(dtype, copy=True)
             else:
                 yield name, self._dequantized(info, dtype)
