@@ -32,7 +32,6 @@ class Subject:
     def __init__(self, model: Path, options: argparse.Namespace) -> None:
         from sensorium import LLM, SamplingParams
         from sensorium.kernels.cpu import graph
-        from sensorium.runtime.runner import ModelRunner
 
         self._graph, self._most_rows = graph, graph.MOST_ROWS
         self._llm = LLM(
@@ -44,9 +43,7 @@ class Subject:
             enable_prefix_caching=False,
         )
         self._params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-        self._steps: list[float] = []
-        clock = time.thread_time if options.threads == 1 else time.perf_counter
-        ModelRunner.execute = _timed(ModelRunner.execute, clock, self._steps)  # type: ignore[method-assign]
+        self._steps = timed_steps(options.threads)
 
     def measure(self, side: str, rows: int) -> tuple[list[float], list[tuple[int, ...]]]:
         """Return the seconds of decode steps, and the tokens."""
@@ -58,6 +55,19 @@ class Subject:
         self._steps.clear()
         outputs = self._llm.generate(prompts, self._params, use_tqdm=False)  # type: ignore[arg-type]
         return self._steps[FIRST_STEPS:], [tuple(out.outputs[0].token_ids) for out in outputs]
+
+
+def timed_steps(threads: int) -> list[float]:
+    """Return a list that gets the seconds of each step of this process from now on.
+
+    With one thread they are those of its CPU time.
+    """
+    from sensorium.runtime.runner import ModelRunner
+
+    steps: list[float] = []
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    ModelRunner.execute = _timed(ModelRunner.execute, clock, steps)  # type: ignore[method-assign]
+    return steps
 
 
 def _timed(execute: Callable[..., Any], clock: Callable[[], float], steps: list[float]) -> Any:

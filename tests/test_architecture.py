@@ -93,11 +93,12 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"chat"},
         {"tools"},
     ),
-    "kernels": ({"batch", "weight", "reference"}, {"cpu"}, {"ops"}),
+    "kernels": ({"adapters", "batch", "weight", "reference"}, {"cpu"}, {"ops"}),
     "models": (
         {"interface", "configs", "rope", "dtypes"},
         {"gguf"},
         {"loading"},
+        {"lora"},
         {"media"},
         {"parts"},
         {"embedder", "native"},
@@ -108,7 +109,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
     "engine": (
         {"stats", "wire", "shared", "iterations", "stations"},
         {"grammar"},
-        {"engine", "executor"},
+        {"adapters", "engine", "executor"},
         {"prompts"},
         {"outputs"},
         {"serving", "offline"},

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ScoringRequestOutput,
     )
     from sensorium.params import (
+        LoRARequest,
         PoolingParams,
         RequestOutputKind,
         SamplingParams,
@@ -44,6 +45,7 @@ _HOMES = {
     "LLM": "sensorium.llm",
     "AsyncLLM": "sensorium.async_llm",
     "SamplingParams": "sensorium.params",
+    "LoRARequest": "sensorium.params",
     "PoolingParams": "sensorium.params",
     "RequestOutputKind": "sensorium.params",
     "StructuredOutputs": "sensorium.params",
@@ -64,6 +66,7 @@ __all__ = [
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "LoRARequest",
     "Logprob",
     "PoolingOutput",
     "PoolingParams",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import itertools
 import threading
@@ -13,57 +12,25 @@ from typing import Any, TypeVar
 
 from sensorium import forks
 from sensorium.config import EngineConfig, engine_config
+from sensorium.engine.offline.adapters import requests_of, with_adapter
 from sensorium.engine.offline.batch import as_embedding, as_tensor
 from sensorium.engine.offline.request import AsyncRequest
 from sensorium.engine.offline.run import PooledOutput
 from sensorium.engine.prompts.types import Prompt, chat_prompt, parse_input, parse_prompt
 from sensorium.engine.serving.frontend import Frontend
+from sensorium.engine.serving.own_loop import LoopFrontend
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import InvalidRequestError, UnavailableError
-from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.outputs import (
     EmbeddingRequestOutput,
     PoolingOutput,
     PoolingRequestOutput,
     RequestOutput,
 )
-from sensorium.params import PoolingParams, SamplingParams
+from sensorium.params import LoRARequest, PoolingParams, SamplingParams
 from sensorium.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-
-
-class _Engine:
-    """A frontend with its engine on an event loop of their own, from their start to their end."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self._loop = LoopThread("loop")
-        self._starting: asyncio.Task[Frontend] | None = None
-        self.started = self._loop.submit(self._start(config))
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Start a coroutine on the loop. Raises RuntimeError after ``close``."""
-        return self._loop.submit(work)
-
-    def close(self) -> None:
-        """End what runs, be it the start, and free everything."""
-        try:
-            self._loop.submit(self._stop()).result()
-        finally:
-            self._loop.close()
-
-    async def _start(self, config: EngineConfig) -> Frontend:
-        start = Frontend.start(config, trust_request_chat_template=True, package_files=True)
-        self._starting = asyncio.create_task(start)
-        return await asyncio.shield(self._starting)
-
-    async def _stop(self) -> None:
-        if self._starting is None:
-            return
-        self._starting.cancel()
-        [frontend] = await asyncio.gather(self._starting, return_exceptions=True)
-        if isinstance(frontend, Frontend):
-            await frontend.shutdown()
 
 
 class AsyncLLM:
@@ -89,7 +56,7 @@ class AsyncLLM:
     def __init__(self, model: str, **keywords: Any) -> None:
         self.config: EngineConfig = engine_config(model=model, **keywords)
         self._made_in = forks.generation()
-        self._engine = _Engine(self.config)
+        self._engine = LoopFrontend(self.config)
         self._release = weakref.finalize(self, forks.release, self._made_in, self._engine.close)
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -126,6 +93,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Complete one prompt, yielding an output whenever there is more of it.
 
@@ -140,6 +108,7 @@ class AsyncLLM:
                 ("final_only").
             request_id: Names the request for ``abort``; made up when not given.
             priority: Lower ones run first.
+            lora_request: The LoRA adapter that it runs with; loaded at its first use.
 
         Yields:
             Outputs, the last of which is ``finished``. A slow reader gets several steps in one.
@@ -154,7 +123,7 @@ class AsyncLLM:
         def parse() -> Prompt:
             return parse_prompt(prompt, enable_mm_embeds=self.config.media.enable_mm_embeds)
 
-        return self._outputs(parse, sampling_params, request_id, priority)
+        return self._outputs(parse, sampling_params, request_id, priority, lora_request)
 
     def chat(
         self,
@@ -163,6 +132,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -177,6 +147,7 @@ class AsyncLLM:
             sampling_params: The model's defaults when not given.
             request_id: Names the request for ``abort``; made up when not given.
             priority: Lower ones run first.
+            lora_request: The LoRA adapter that it runs with; loaded at its first use.
             chat_template: A template in place of the model's.
             add_generation_prompt: Let the template open the answer.
             continue_final_message: Go on with the last message instead of answering it.
@@ -199,7 +170,7 @@ class AsyncLLM:
                 mm_processor_kwargs=mm_processor_kwargs,
             )
 
-        return self._outputs(parse, sampling_params, request_id, priority)
+        return self._outputs(parse, sampling_params, request_id, priority, lora_request)
 
     async def embed(
         self,
@@ -208,6 +179,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> EmbeddingRequestOutput:
         """Make the embedding of one prompt, as a list of numbers in ``outputs.embedding``.
 
@@ -218,12 +190,14 @@ class AsyncLLM:
             pooling_params: What is done with the embedding.
             request_id: Names the request for ``abort``; made up when not given.
             priority: Lower ones run first.
+            lora_request: The LoRA adapter that it runs with; loaded at its first use.
 
         Raises:
             RequestError: The prompt cannot be served, or the request was aborted; other errors are
                 those of ``generate``.
         """
-        return as_embedding(await self._pooled(prompt, pooling_params, request_id, priority))
+        given = (prompt, pooling_params, request_id, priority, lora_request)
+        return as_embedding(await self._pooled(*given))
 
     async def encode(
         self,
@@ -232,13 +206,15 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncGenerator[PoolingRequestOutput[PoolingOutput], None]:
         """Make the embedding of one prompt, as a tensor.
 
         Yields:
             One output; ``outputs.data`` is a tensor (dimensions,) float32.
         """
-        yield as_tensor(await self._pooled(prompt, pooling_params, request_id, priority))
+        given = (prompt, pooling_params, request_id, priority, lora_request)
+        yield as_tensor(await self._pooled(*given))
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests.
@@ -259,6 +235,25 @@ class AsyncLLM:
                     abort()
 
         await self._on_loop(end())
+
+    async def add_lora(self, lora_request: LoRARequest) -> None:
+        """Load a LoRA adapter before a request names it.
+
+        Raises:
+            ConfigError: It cannot be used, or there are ``max_loras`` already.
+        """
+        frontend = await self._started()
+        name, path = lora_request.lora_name, lora_request.lora_path
+        await self._on_loop(frontend.provide_adapter(name, path))
+
+    async def remove_lora(self, lora_name: str) -> None:
+        """Forget a LoRA adapter when the requests that use it have ended.
+
+        Raises:
+            ModelNotFoundError: There is none of this name.
+        """
+        frontend = await self._started()
+        await self._on_loop(frontend.unload_adapter(lora_name))
 
     def request_ids(self) -> frozenset[str]:
         """Return the ids of the requests that have not ended, those that wait among them."""
@@ -312,9 +307,10 @@ class AsyncLLM:
         params: SamplingParams | None,
         request_id: str | None,
         priority: int,
+        lora_request: LoRARequest | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         frontend = await self._started()
-        prompt = parse()
+        prompt = await self._adapted(frontend, parse(), lora_request)
         params = await self.get_default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise _not_params(params, SamplingParams, "sampling_params")
@@ -337,9 +333,11 @@ class AsyncLLM:
         params: PoolingParams | None,
         request_id: str | None,
         priority: int,
+        lora_request: LoRARequest | None,
     ) -> PooledOutput:
         frontend = await self._started()
         parsed = parse_input(prompt, enable_mm_embeds=self.config.media.enable_mm_embeds)
+        parsed = await self._adapted(frontend, parsed, lora_request)
         params = PoolingParams() if params is None else params
         if not isinstance(params, PoolingParams):
             raise _not_params(params, PoolingParams, "pooling_params")
@@ -354,6 +352,18 @@ class AsyncLLM:
             self._open.pop(name, None)
         output.request_id = name
         return output
+
+    async def _adapted(
+        self, frontend: Frontend, prompt: Prompt, lora_request: LoRARequest | None
+    ) -> Prompt:
+        """Return a prompt that runs with an adapter, which is loaded now if it is new."""
+        [request] = requests_of(lora_request)
+        if request is None:
+            return prompt
+        if request.lora_path:
+            name, path = request.lora_name, request.lora_path
+            await self._on_loop(frontend.provide_adapter(name, path))
+        return with_adapter(prompt, request)
 
     def _new_number(self) -> str:
         """Return an id for the engine; callers' ids may be anything, and samples derive theirs."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 from sensorium.compat.calls import takes_call_keywords
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.engine import Engine
+from sensorium.engine.offline.adapters import Parse, adapting, requests_of
 from sensorium.engine.offline.batch import (
     BatchBuilder,
     BatchInput,
@@ -35,12 +36,13 @@ from sensorium.outputs import (
     RequestOutput,
     ScoringRequestOutput,
 )
-from sensorium.params import PoolingParams, SamplingParams
+from sensorium.params import LoRARequest, PoolingParams, SamplingParams
 from sensorium.text.tokenizer import Tokenizer
 from sensorium.tracing import Tracer
 
 Params = SamplingParams | Iterable[SamplingParams] | None
 Pooling = PoolingParams | Iterable[PoolingParams] | None
+Adapters = LoRARequest | Sequence[LoRARequest | None] | None
 
 
 class LLM:
@@ -110,6 +112,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: int | Sequence[int] | None = None,
+        lora_request: Adapters = None,
         stream: Literal[False] = False,
     ) -> list[RequestOutput]: ...
 
@@ -121,6 +124,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: int | Sequence[int] | None = None,
+        lora_request: Adapters = None,
         stream: Literal[True],
     ) -> Generator[RequestOutput, None, None]: ...
 
@@ -132,6 +136,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: int | Sequence[int] | None = None,
+        lora_request: Adapters = None,
         stream: bool = False,
     ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
         """Complete one prompt, a list of prompts, or those of an iterator.
@@ -149,6 +154,7 @@ class LLM:
             use_tqdm: Show a progress bar.
             priority: One for all, or one per prompt. Lower ones run first, whatever the order of
                 the prompts, and are the last to be preempted.
+            lora_request: The LoRA adapter of all prompts, or of each; None for the model itself.
             stream: Yield each output when it is finished, whichever comes first; ``output.index``
                 is the place of its prompt. Closing the generator ends the work.
 
@@ -163,7 +169,9 @@ class LLM:
                 finished. The LLM can be used on.
         """
         self._engine.check_open()
-        batch = self._batches.text(as_list(prompts), self._parse_prompt, sampling_params, priority)
+        given = as_list(prompts)
+        parse = self._adapting(self._parse_prompt, given, lora_request)
+        batch = self._batches.text(given, parse, sampling_params, priority)
         return self._engine.results(batch, use_tqdm, stream, unchanged)
 
     @overload
@@ -202,6 +210,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         priority: int | Sequence[int] | None = None,
+        lora_request: Adapters = None,
         stream: bool = False,
     ) -> list[RequestOutput] | Generator[RequestOutput, None, None]:
         """Answer one conversation, a list of conversations, or those of an iterator.
@@ -220,6 +229,7 @@ class LLM:
             chat_template_kwargs: Variables of the template.
             mm_processor_kwargs: Options of the model's processor.
             priority: As for ``generate``.
+            lora_request: As for ``generate``.
             stream: As for ``generate``.
         """
         self._engine.check_open()
@@ -232,7 +242,10 @@ class LLM:
             chat_template_kwargs=chat_template_kwargs,
             mm_processor_kwargs=mm_processor_kwargs,
         )
-        batch = self._batches.text(conversations(messages), parse, sampling_params, priority)
+        given = conversations(messages)
+        batch = self._batches.text(
+            given, self._adapting(parse, given, lora_request), sampling_params, priority
+        )
         return self._engine.results(batch, use_tqdm, stream, unchanged)
 
     @overload
@@ -242,6 +255,7 @@ class LLM:
         *,
         pooling_params: Pooling = None,
         use_tqdm: bool = True,
+        lora_request: Adapters = None,
         stream: Literal[False] = False,
     ) -> list[EmbeddingRequestOutput]: ...
 
@@ -252,6 +266,7 @@ class LLM:
         *,
         pooling_params: Pooling = None,
         use_tqdm: bool = True,
+        lora_request: Adapters = None,
         stream: Literal[True],
     ) -> Generator[EmbeddingRequestOutput, None, None]: ...
 
@@ -262,6 +277,7 @@ class LLM:
         *,
         pooling_params: Pooling = None,
         use_tqdm: bool = True,
+        lora_request: Adapters = None,
         stream: bool = False,
     ) -> list[EmbeddingRequestOutput] | Generator[EmbeddingRequestOutput, None, None]:
         """Make the embedding of each prompt, as a list of numbers in ``outputs.embedding``.
@@ -273,9 +289,10 @@ class LLM:
                 ``mm_processor_kwargs`` and ``cache_salt``.
             pooling_params: One for all, or one per prompt.
             use_tqdm: Show a progress bar.
+            lora_request: As for ``generate``.
             stream: As for ``generate``, as are the outputs returned and errors.
         """
-        batch = self._embedding_batch(prompts, pooling_params)
+        batch = self._embedding_batch(prompts, pooling_params, lora_request)
         return self._engine.results(batch, use_tqdm, stream, as_embedding)
 
     @takes_call_keywords
@@ -286,6 +303,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         pooling_task: str = "embed",
+        lora_request: Adapters = None,
     ) -> list[PoolingRequestOutput[PoolingOutput]]:
         """Make the embedding of each prompt, as a tensor (dimensions,) float32 in ``outputs.data``.
 
@@ -295,7 +313,7 @@ class LLM:
             raise InvalidRequestError(
                 f"pooling_task must be 'embed', got {pooling_task!r}.", param="pooling_task"
             )
-        batch = self._embedding_batch(prompts, pooling_params)
+        batch = self._embedding_batch(prompts, pooling_params, lora_request)
         return self._engine.complete(batch, use_tqdm, as_tensor)
 
     @takes_call_keywords
@@ -307,6 +325,7 @@ class LLM:
         *,
         pooling_params: PoolingParams | None = None,
         use_tqdm: bool = True,
+        lora_request: LoRARequest | None = None,
     ) -> list[ScoringRequestOutput]:
         """Compare prompts by their embeddings: the cosine is in ``outputs.score``.
 
@@ -315,6 +334,7 @@ class LLM:
             data_2: A prompt, or a list of prompts.
             pooling_params: ``dimensions`` of the embeddings that are compared.
             use_tqdm: Show a progress bar.
+            lora_request: The LoRA adapter of all prompts.
 
         Raises:
             InvalidRequestError: The numbers of prompts do not fit, or as for ``embed``.
@@ -327,7 +347,7 @@ class LLM:
                 param="data_1",
             )
         params = (pooling_params or PoolingParams()).replace(normalize=True)
-        batch = self._embedding_batch([*left, *right], params)
+        batch = self._embedding_batch([*left, *right], params, lora_request)
         outputs = self._engine.complete(batch, use_tqdm, as_array)
         return as_scores(outputs[: len(left)], outputs[len(left) :])
 
@@ -357,6 +377,20 @@ class LLM:
         """Return counters of the engine and of the media pipeline since the start."""
         return self._engine.stats()
 
-    def _embedding_batch(self, prompts: object, params: Pooling) -> BatchInput:
+    def _embedding_batch(
+        self, prompts: object, params: Pooling, lora_request: Adapters
+    ) -> BatchInput:
         self._engine.check_open()
-        return self._batches.embeddings(as_list(prompts), self._parse_input, params)
+        given = as_list(prompts)
+        parse = self._adapting(self._parse_input, given, lora_request)
+        return self._batches.embeddings(given, parse, params)
+
+    def _adapting(self, parse: Parse, prompts: Prompts, lora_request: Adapters) -> Parse:
+        """Load the adapters of a call, and return ``parse`` that gives each prompt its own."""
+        if lora_request is None:
+            return parse
+        values = prompts.values
+        num_prompts = len(values) if isinstance(values, list | tuple) else None
+        parse = adapting(parse, lora_request, num_prompts)
+        self._engine.provide([one for one in requests_of(lora_request) if one is not None])
+        return parse

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
@@ -304,6 +305,34 @@ class PoolingParams:
     def replace(self, **changes: Any) -> PoolingParams:
         """Return a copy with some attributes changed. Raises InvalidRequestError."""
         return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class LoRARequest:
+    """The LoRA adapter that a prompt runs with.
+
+    Attributes:
+        lora_name: Its name; two adapters have different names.
+        lora_int_id: vLLM's number of it; accepted and not used.
+        lora_path: Folder in PEFT's layout, or a Hugging Face id. It is loaded at its first use;
+            empty for one that is loaded already (``lora_modules``).
+
+    Raises:
+        InvalidRequestError: a value is wrong; ``param`` names the attribute.
+    """
+
+    lora_name: str
+    lora_int_id: int | None = None
+    lora_path: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the values. Raises InvalidRequestError."""
+        if not isinstance(self.lora_name, str) or not self.lora_name.strip():
+            _bad("lora_name", f"must be a non-empty string, got {abbreviate(self.lora_name)}")
+        path = self.lora_path
+        if not isinstance(path, str | os.PathLike):
+            _bad("lora_path", f"must be a path, got {abbreviate(path)}")
+        object.__setattr__(self, "lora_path", os.fspath(path))
 
 
 def _bad(name: str, what: str) -> NoReturn:

@@ -46,6 +46,7 @@ TITLES = {
     "cache": "caches",
     "scheduler": "scheduling",
     "media": "media",
+    "lora": "LoRA adapters",
     "parallel": "parallelism",
     "observability": "observability",
     "deprecated": "deprecated",

@@ -12,7 +12,6 @@ from sensorium.errors import InvalidRequestError
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 CALL_KEYWORDS: dict[str, str] = {
-    "lora_request": "LoRA adapters are not available; merge the adapter into the weights",
     "prompt_adapter_request": "prompt adapters are not available",
     "tokenization_kwargs": "texts are encoded with the tokenizer's own settings; pass token ids "
     "instead",

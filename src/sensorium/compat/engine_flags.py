@@ -12,7 +12,8 @@ from sensorium.compat.rule import Effect, Rule, ignored, one_of, refused, same
 _ONE_DEVICE = "a model runs on one device"
 _NO_GRAPHS = "nothing is compiled by torch, and which steps are captured is decided by themselves"
 _KERNELS = "kernels are chosen by hardware and model"
-_NO_LORA = "LoRA adapters are not available; merge the adapter into the weights"
+_NO_LORA = "no such form of adapters is available; merge the adapter into the weights"
+_LORA = "adapters that are loaded stay in memory, in the data type of the model"
 _NO_SPECULATION = "speculative decoding is not available"
 _NO_TRANSFER = "KV and encoder caches stay in one process"
 _NO_PLUGINS = "plugins cannot be loaded into the engine"
@@ -139,6 +140,11 @@ IGNORED = [
     ),
     *ignored("memory for media is derived from the configuration", skip_mm_profiling=False),
     *ignored(
+        _LORA, max_cpu_loras=None, lora_dtype="auto", fully_sharded_loras=False, lora_extra_vocab_size=256,
+        specialize_active_lora=False, enable_tower_connector_lora=False, enable_mixed_moe_lora_format=False,
+        enable_moe_shared_loras=False, max_lora_cls_labels=None,
+    ),
+    *ignored(
         "all constraints use one backend; JSON is compact and objects have no additional "
         "properties",
         guided_decoding_backend="auto", structured_outputs_config={}, guided_decoding_disable_fallback=False,
@@ -194,10 +200,7 @@ REFUSED = [
         offload_params=[], kv_offloading_size=None, kv_offloading_backend="native",
     ),
     *refused(
-        _NO_LORA, enable_lora=False, enable_lora_bias=False, max_loras=1, max_lora_rank=16, max_cpu_loras=None,
-        fully_sharded_loras=False, lora_extra_vocab_size=256, long_lora_scaling_factors=None, lora_dtype="auto",
-        lora_target_modules=[], default_mm_loras=None, enable_tower_connector_lora=False, specialize_active_lora=False,
-        enable_mixed_moe_lora_format=False, enable_moe_shared_loras=False, max_lora_cls_labels=None,
+        _NO_LORA, enable_lora_bias=False, long_lora_scaling_factors=None, lora_target_modules=[], default_mm_loras=None,
         enable_prompt_adapter=False, max_prompt_adapters=1, max_prompt_adapter_token=0,
         qlora_adapter_name_or_path=None,
     ),

@@ -6,7 +6,6 @@ import re
 
 _CHAT = "use POST /v1/chat/completions"
 _EMBEDDINGS = "use POST /v1/embeddings (of a server started with --runner pooling)"
-_ADAPTERS = "LoRA adapters are not available"
 _CACHES = "caches evict entries by themselves; a new cache_salt makes requests start without cached entries"
 _CONTROL = "a running server cannot be reconfigured; stop it and start another"
 
@@ -61,8 +60,6 @@ PATHS: dict[str, str] = {
     "/load": "use GET /metrics",
     "/docs": "there is no such page; GET /openapi.json describes the API",
     "/redoc": "there is no such page; GET /openapi.json describes the API",
-    "/v1/load_lora_adapter": _ADAPTERS,
-    "/v1/unload_lora_adapter": _ADAPTERS,
     "/sleep": _CONTROL,
     "/wake_up": _CONTROL,
     "/is_sleeping": _CONTROL,

@@ -57,8 +57,7 @@ IGNORED = [
 ]  # fmt: skip
 
 REFUSED = [
-    *refused("LoRA adapters are not available; merge the adapter into the weights", lora_modules=[],
-             prompt_adapters=[]),
+    *refused("prompt adapters are not available", prompt_adapters=[]),
     *refused("send reasoning_effort or chat_template_kwargs with each "
              "request", reasoning_effort_map=None),
     *refused("answers always have the role assistant", response_role="assistant"),

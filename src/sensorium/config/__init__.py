@@ -25,6 +25,7 @@ from sensorium.config.engine import (
     SchedulerConfig,
 )
 from sensorium.config.fields import GIB, MIB, suggestion
+from sensorium.config.lora import LoraConfig
 from sensorium.config.media import LIMITED, MediaConfig, parse_limits
 from sensorium.config.model import DeprecatedConfig, ModelConfig
 from sensorium.config.notices import warn_caller
@@ -42,6 +43,7 @@ __all__ = [
     "CacheConfig",
     "DeprecatedConfig",
     "EngineConfig",
+    "LoraConfig",
     "MediaConfig",
     "ModelConfig",
     "ObservabilityConfig",
@@ -66,6 +68,7 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     media: MediaConfig = field(default_factory=MediaConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     observability: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     deprecated: DeprecatedConfig = field(default_factory=DeprecatedConfig)
@@ -76,6 +79,7 @@ ENGINE_SECTIONS: dict[str, type] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "media": MediaConfig,
+    "lora": LoraConfig,
     "parallel": ParallelConfig,
     "observability": ObservabilityConfig,
     "deprecated": DeprecatedConfig,

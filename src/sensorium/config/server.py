@@ -64,6 +64,14 @@ class ServerConfig:
     root_path: str = option("", "Path prefix when behind a proxy.")
     ssl_certfile: str | None = option(None, "TLS certificate file.")
     ssl_keyfile: str | None = option(None, "TLS key file.")
+    allow_runtime_lora_updating: bool = option(
+        False,
+        "Let requests load and unload LoRA adapters at /v1/load_lora_adapter and "
+        "/v1/unload_lora_adapter. Needs --enable-lora, --allowed-lora-path and an API key.",
+    )
+    allowed_lora_path: tuple[str, ...] = option(
+        (), "Folders below which requests may load LoRA adapters from; none if empty."
+    )
     playground: bool = option(
         True,
         "Serve the playground at /, a page to chat with the model and to watch the server. The "

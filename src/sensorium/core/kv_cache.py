@@ -207,4 +207,5 @@ class KVCacheManager:
                 block_size,
                 request.cache_salt,
                 seq.rope_length,
+                request.adapter,
             )

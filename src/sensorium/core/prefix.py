@@ -4,8 +4,9 @@ The keys and values of a token depend on everything before it, so a block is ide
 prefix that it ends. Its digest is::
 
     H( head | token ids | media )
-       head   the digest of the block before it, or for the first block the cache salt and the
-              length that rotary factors are chosen for (0 for the usual ones)
+       head   the digest of the block before it, or for the first block the cache salt, the
+              digest of the adapter and the length that rotary factors are chosen for (0 for the
+              usual ones)
        media  for each slice of the block that is filled from an item: the item's digest, where
               the slice starts in the block, its length, and its first embedding in the item
 
@@ -42,14 +43,16 @@ def block_digest(
     media: Sequence[MediaSlice] = (),
     *,
     salt: bytes = b"",
+    adapter: bytes = b"",
     rope_length: int = 0,
 ) -> bytes:
     """Return the digest (32 bytes) of a full block.
 
-    ``salt`` and ``rope_length`` only count for the first block, which has no parent; later blocks
-    inherit them.
+    ``salt``, ``adapter`` and ``rope_length`` only count for the first block, which has no parent;
+    later blocks inherit them.
     """
-    first = (b"\x00", struct.pack("<QI", rope_length, len(salt)), salt)
+    sizes = struct.pack("<QII", rope_length, len(salt), len(adapter))
+    first = (b"\x00", sizes, salt, adapter)
     parts = [*first] if parent_digest is None else [b"\x01", parent_digest]
     parts.append(struct.pack(f"<I{len(token_ids)}q", len(token_ids), *token_ids))
     for slice_ in media:
@@ -95,6 +98,7 @@ def extend_digests(
     block_size: int,
     salt: bytes,
     rope_length: int = 0,
+    adapter: bytes = b"",
 ) -> None:
     """Append the missing ones of the digests of blocks ``0 .. end_block - 1`` to ``digests``."""
     first_block = len(digests)
@@ -108,6 +112,7 @@ def extend_digests(
                 token_ids[block * block_size : (block + 1) * block_size],
                 media.get(block, ()),
                 salt=salt,
+                adapter=adapter,
                 rope_length=rope_length,
             )
         )

@@ -71,6 +71,8 @@ class EngineRequest:
         grammar: The constraint on the answer: its text on the way to the engine, from there on a
             matcher of it, which ``core`` only hands to the runner.
         cache_salt: Scope of the prefix cache; requests with different salts share no blocks.
+        adapter: Digest of the adapter that the sequence runs with; empty for none. Blocks are
+            shared by sequences with the same one only.
         priority: Lower values run first.
         arrival_time: By ``time.monotonic``, in seconds.
         pooling: The embedding that is wanted, its ``normalize`` resolved. Nothing is generated: the
@@ -95,6 +97,7 @@ class EngineRequest:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     grammar: Any = None
     cache_salt: bytes = b""
+    adapter: bytes = b""
     priority: int = 0
     arrival_time: float = 0.0
     pooling: PoolingParams | None = None

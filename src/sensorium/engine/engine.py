@@ -7,6 +7,7 @@ the result, which gives updates of sequences. ``LLM`` calls it in the caller's t
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
@@ -14,6 +15,7 @@ from typing import Protocol
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
+from sensorium.engine.adapters import EngineAdapters
 from sensorium.engine.grammar.matchers import ConstrainedRequests
 from sensorium.engine.iterations import IterationTokens
 from sensorium.engine.stations import EngineStations
@@ -50,6 +52,7 @@ class Engine:
         new_matcher: Makes the matcher of a grammar, in another thread; requests with a constraint
             are admitted when theirs is there.
         traces: Updates tell when the prompt of a sequence was computed.
+        adapters: The adapters of the model, loaded so far.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class Engine:
         new_matcher: Callable[[str, Budget], GrammarMatcher],
         *,
         traces: bool = False,
+        adapters: EngineAdapters | None = None,
     ) -> None:
-        self.facts = facts
+        self._adapters = adapters or EngineAdapters()
+        self.facts = dataclasses.replace(facts, adapters=self._adapters.facts)
         self._constrained = ConstrainedRequests(new_matcher)
         self._scheduler = scheduler
         self._runner = runner
@@ -149,6 +154,16 @@ class Engine:
         self._store.clear()
         self._iterations.forget()
         self._stations.clear()
+
+    def load_adapter(self, name: str, path: str) -> None:
+        """Load an adapter, which ``facts`` have from then on. Raises ConfigError."""
+        self._adapters.load(name, path)
+        self.facts = dataclasses.replace(self.facts, adapters=self._adapters.facts)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses. Raises ConfigError for an unknown name."""
+        self._adapters.unload(name)
+        self.facts = dataclasses.replace(self.facts, adapters=self._adapters.facts)
 
     def check_integrity(self) -> None:
         """Raise AssertionError when bookkeeping contradicts itself; cheap when idle."""

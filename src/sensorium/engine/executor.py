@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -14,6 +15,7 @@ from sensorium import environment
 from sensorium.config import GIB, EngineConfig
 from sensorium.core.limits import SchedulerLimits
 from sensorium.core.scheduler import Scheduler
+from sensorium.engine.adapters import EngineAdapters
 from sensorium.engine.engine import Engine
 from sensorium.engine.grammar.matchers import Matchers
 from sensorium.engine.stats import EngineFacts
@@ -22,10 +24,11 @@ from sensorium.kernels import ops
 from sensorium.kernels.batch import KVCacheLayout, LayerCache
 from sensorium.kernels.cpu import threads
 from sensorium.models import loader
-from sensorium.models.interface import Family, TextShape
+from sensorium.models.interface import Family, LoadableModel, Model, TextShape
 from sensorium.models.loading.quantize import WeightFormats
 from sensorium.models.loading.weights_cache import CacheSettings
 from sensorium.processes import cores
+from sensorium.runtime.adapters import AdapterSet
 from sensorium.runtime.crowding import ThreadAdapter
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory, warn_when_scarce
@@ -44,7 +47,7 @@ SMALL_DECODER = 10_000_000
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """Parts of an engine: scheduler, runner, store of features, facts, maker of matchers."""
+    """Parts of an engine: scheduler, runner, store of features, facts, matchers, adapters."""
 
     scheduler: Scheduler
     runner: ModelRunner
@@ -52,6 +55,7 @@ class EngineParts:
     facts: EngineFacts
     matchers: Matchers
     traces: bool
+    adapters: EngineAdapters
 
     def engine(self, kind: type[Engine] = Engine) -> Engine:
         """Make the engine, of the class ``kind``."""
@@ -62,6 +66,7 @@ class EngineParts:
             self.facts,
             self.matchers,
             traces=self.traces,
+            adapters=self.adapters,
         )
 
 
@@ -94,6 +99,8 @@ def build_parts(
     threads.configure(config.model.num_threads)
     loaded = _loaded(config, str(device), proceed)
     shape, model = loaded.model.shape, loaded.model
+    lanes = _lanes(config, loaded)
+    adapters = EngineAdapters.of(lanes, config)
     num_threads = _set_threads(config.model.num_threads, shape)
     layout = KVCacheLayout(
         shape.num_layers, shape.num_kv_heads, shape.head_dim, config.cache.block_size, model.dtype
@@ -117,24 +124,19 @@ def build_parts(
     adapts = _may_adapt(config, loaded.family, model.dtype, device, invariant)
     adapter = ThreadAdapter(num_threads if adapts else 1, threads.configure)
     runner = ModelRunner(
-        model, caches, store, batch_invariant=invariant, after_step=adapter.after_step
+        model,
+        caches,
+        store,
+        batch_invariant=invariant,
+        adapters=lanes,
+        after_step=adapter.after_step,
     )
     limits = _limits(config, geometry, shape.embed_size, model.dtype)
     window = None if loaded.family.bidirectional else shape.window
     if window is not None:
         limits = replace(limits, window=window + WINDOW_MARGIN)
     scheduler = Scheduler(limits)
-    facts = EngineFacts(
-        max_model_len=geometry.max_model_len,
-        num_kv_blocks=geometry.num_blocks,
-        block_size=geometry.block_size,
-        max_num_batched_tokens=_batched_tokens(config, geometry.max_model_len),
-        device=str(device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        num_threads=num_threads,
-        load_seconds=time.monotonic() - started,
-        embed_bytes=shape.embed_size * model.dtype.itemsize,
-    )
+    facts = _facts(config, geometry, model, num_threads, time.monotonic() - started)
     return EngineParts(
         scheduler,
         runner,
@@ -142,7 +144,43 @@ def build_parts(
         facts,
         Matchers(_tokenizer_folder(config, loaded.config.folder), shape.vocab_size),
         traces=config.observability.trace_dir is not None,
+        adapters=adapters,
     )
+
+
+def _facts(
+    config: EngineConfig,
+    geometry: CacheGeometry,
+    model: Model,
+    num_threads: int,
+    load_seconds: float,
+) -> EngineFacts:
+    return EngineFacts(
+        max_model_len=geometry.max_model_len,
+        num_kv_blocks=geometry.num_blocks,
+        block_size=geometry.block_size,
+        max_num_batched_tokens=_batched_tokens(config, geometry.max_model_len),
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        num_threads=num_threads,
+        load_seconds=load_seconds,
+        embed_bytes=model.shape.embed_size * model.dtype.itemsize,
+    )
+
+
+def _lanes(config: EngineConfig, loaded: loader.LoadedModel) -> AdapterSet | None:
+    """Prepare the model for adapters, where they are enabled. Raises ConfigError if it cannot."""
+    if not config.lora.enable_lora:
+        return None
+    if not loaded.family.quantizable:
+        raise ConfigError(
+            "enable_lora: this model runs through the code of transformers, whose layers take no "
+            "adapters; merge the adapter into its weights.",
+            param="enable_lora",
+        )
+    model = cast(LoadableModel, loaded.model)
+    sizes = {"max_loras": config.lora.max_loras, "max_rank": config.lora.max_lora_rank}
+    return AdapterSet(model, loaded.family, **sizes)
 
 
 def _may_adapt(

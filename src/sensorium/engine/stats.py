@@ -76,8 +76,30 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """A LoRA adapter that an engine has loaded.
+
+    Attributes:
+        name: The name that requests choose it by.
+        path: Folder or Hugging Face id.
+        digest: Of its content, for caches.
+        rank: The largest of its modules.
+        in_encoder: It changes towers or projectors, so embeddings of media depend on it.
+    """
+
+    name: str
+    path: str
+    digest: bytes
+    rank: int
+    in_encoder: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """Facts that an engine found at its start; ``embed_bytes`` is one item embedding's."""
+    """Facts that an engine found at its start, and its adapters now.
+
+    ``embed_bytes`` is one item embedding's.
+    """
 
     max_model_len: int
     num_kv_blocks: int
@@ -88,3 +110,4 @@ class EngineFacts:
     num_threads: int
     load_seconds: float
     embed_bytes: int = 0
+    adapters: tuple[AdapterFacts, ...] = ()

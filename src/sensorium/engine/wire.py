@@ -7,7 +7,7 @@ import msgspec
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.shared import SharedFeatures
-from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
 from sensorium.multimodal.workers.packing import decode_extension, encode_other
 
 
@@ -28,6 +28,21 @@ class AskStats(msgspec.Struct, tag=True):
     """Message to the engine: send ``Stats`` with this number."""
 
     number: int
+
+
+class LoadAdapter(msgspec.Struct, tag=True):
+    """Message to the engine: load an adapter, and send ``Adapters`` with this number."""
+
+    number: int
+    name: str
+    path: str
+
+
+class UnloadAdapter(msgspec.Struct, tag=True):
+    """Message to the engine: forget an adapter, and send ``Adapters`` with this number."""
+
+    number: int
+    name: str
 
 
 class Stop(msgspec.Struct, tag=True):
@@ -76,8 +91,16 @@ class Stats(msgspec.Struct, tag=True):
     stats: EngineStats
 
 
-ToEngine = Configure | Submit | Abort | AskStats | Stop
-FromEngine = Ready | Failed | Refused | Updates | Stats
+class Adapters(msgspec.Struct, tag=True):
+    """Message from the engine: its adapters now, and the error of what was asked, if any."""
+
+    number: int
+    adapters: tuple[AdapterFacts, ...]
+    failed: Failed | None = None
+
+
+ToEngine = Configure | Submit | Abort | AskStats | LoadAdapter | UnloadAdapter | Stop
+FromEngine = Ready | Failed | Refused | Updates | Stats | Adapters
 
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=encode_other)

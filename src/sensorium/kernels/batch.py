@@ -68,6 +68,8 @@ class AttentionBatch:
     """Host copy of kv_len."""
     invariant: bool = True
     """If true, a row's result has the same bits whatever else is in the step."""
+    adapters: int = 0
+    """0: no row has an adapter. Otherwise the version of the adapters that are loaded."""
     scratch: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """Values that kernels derive from the batch once and use in every layer; empty when the
     batch is built."""

@@ -15,6 +15,7 @@ import torch
 
 from sensorium import progress
 from sensorium.kernels import reference
+from sensorium.kernels.adapters import AdaptedProduct, PlainAdapted
 from sensorium.kernels.batch import (
     PLAIN,
     AttentionBatch,
@@ -23,6 +24,7 @@ from sensorium.kernels.batch import (
     LayerCache,
 )
 from sensorium.kernels.cpu import amx, elementwise, graph, huge_pages, rotary
+from sensorium.kernels.cpu.adapters import low_rank
 from sensorium.kernels.cpu.attention import causal, paged, route, varlen_vectors
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
@@ -142,6 +144,15 @@ def bind_linear(
 ) -> Multiply:
     """Return ``linear`` bound to one weight, as a layer calls it in every step."""
     return weight.bind(bias, act)
+
+
+def adapted_product(
+    num_inputs: int, num_outputs: int, num_lanes: int, dtype: torch.dtype, device: torch.device
+) -> AdaptedProduct:
+    """Return the place for the low-rank adapters of a layer, in lanes 0 to ``num_lanes - 1``."""
+    if device.type == "cpu" and dtype in CPU_DTYPES:
+        return low_rank.CpuAdapted(num_inputs, num_outputs, num_lanes, dtype)
+    return PlainAdapted()
 
 
 def rotate_heads(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sensorium.kernels import ops
+from sensorium.kernels.adapters import AdaptedProduct, RowAdapters
 from sensorium.kernels.weight import PackedWeight, QuantizedTensor
 from sensorium.layers.activation import activation
 
@@ -20,6 +21,7 @@ class Linear:
 
     __slots__ = (
         "act",
+        "adapters",
         "bias",
         "forward",
         "has_bias",
@@ -35,6 +37,8 @@ class Linear:
     """(T, num_inputs) -> (T, num_outputs)."""
     quantize: Callable[[torch.Tensor], QuantizedTensor] | None
     """Quantizes the weight that ``load`` is given, where the loader has set it."""
+    adapters: RowAdapters | None
+    """Lanes of the rows, for a layer that takes adapters."""
 
     def __init__(
         self, num_inputs: int, num_outputs: int, bias: bool = False, act: str | None = None
@@ -48,6 +52,7 @@ class Linear:
         self.weight = None
         self.bias = None
         self.quantize = None
+        self.adapters = None
         self.forward = _not_loaded
 
     def load(
@@ -78,6 +83,31 @@ class Linear:
         self.weight = weight
         self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
         self.forward = ops.bind_linear(weight, self.bias, self.act)
+
+    def adapt(self, product: AdaptedProduct, adapters: RowAdapters) -> None:
+        """Add what ``product`` holds to the results of rows with adapters, before the activation.
+
+        The layer is loaded; others give the lanes of its rows through ``adapters``.
+        """
+        if self.weight is None:
+            raise RuntimeError("a layer is adapted after it was loaded")
+        plain, linear = self.forward, self.forward
+        act = None if self.act is None else activation(self.act)
+        if act is not None:
+            linear = ops.bind_linear(self.weight, self.bias)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            if not adapters.active:
+                return plain(x)
+            rows = x.flatten(0, -2) if x.dim() != 2 else x
+            rows = rows.contiguous()
+            y = linear(rows)
+            product.add(rows, y, adapters)
+            y = y if act is None else act(y)
+            return y if x.dim() == 2 else y.view(*x.shape[:-1], self.num_outputs)
+
+        self.adapters = adapters
+        self.forward = forward
 
     def _check(self, shape: Sequence[int], bias: torch.Tensor | None) -> None:
         if tuple(shape) != (self.num_outputs, self.num_inputs):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from sensorium.kernels import ops
+from sensorium.kernels.adapters import RowAdapters
 from sensorium.layers.activation import activation
 from sensorium.layers.linear import Linear
 
@@ -35,7 +36,7 @@ class GatedMLP:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run (T, hidden_size) -> (T, hidden_size)."""
-        return in_parts(self._run, x, self.gate_up.num_outputs)
+        return in_parts(self._run, x, self.gate_up.num_outputs, self.gate_up.adapters)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         both = self.gate_up.forward(x)
@@ -65,7 +66,7 @@ class PlainMLP:
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Run (..., num_inputs) -> (..., num_outputs)."""
-        return in_parts(self._run, x, self.fc1.num_outputs)
+        return in_parts(self._run, x, self.fc1.num_outputs, self.fc1.adapters)
 
     def _run(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.fc1(x))
@@ -74,11 +75,15 @@ class PlainMLP:
 
 
 def in_parts(
-    run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, width: int
+    run: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor,
+    width: int,
+    adapters: RowAdapters | None = None,
 ) -> torch.Tensor:
     """Compute ``run(x)`` in parts of rows that bound the size of the intermediate result.
 
-    ``width``: numbers of the intermediate result per row.
+    ``width``: numbers of the intermediate result per row. ``adapters``: those of the layers in
+    ``run``.
     """
     num_rows = x.shape[0]
     if num_rows <= MIN_ROWS or not x.is_cpu or x.dim() != 2:
@@ -87,4 +92,12 @@ def in_parts(
     num_parts = -(-num_rows // largest)
     if num_parts == 1:
         return run(x)
-    return torch.cat([run(part) for part in x.chunk(num_parts)])
+    parts = x.chunk(num_parts)
+    if adapters is None or not adapters.active:
+        return torch.cat([run(part) for part in parts])
+    results, start = [], 0
+    for part in parts:
+        with adapters.narrowed(start, start + part.shape[0]):
+            results.append(run(part))
+        start += part.shape[0]
+    return torch.cat(results)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
 from sensorium.core.plan import EncodeJob, EncodeReport
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
+from sensorium.runtime.adapters import NO_LANE, AdapterSet
 from sensorium.runtime.slots import Slot
 from sensorium.runtime.soundness import INFINITE, finite_parts
 from sensorium.runtime.timing import DeviceTimer
@@ -51,11 +53,14 @@ class FeatureStore:
 class EncoderCache:
     """Encoder outputs (num_embeds, H) on the device, by the digest of the item.
 
-    The plans of the scheduler decide what is kept.
+    The plans of the scheduler decide what is kept. ``adapters``: those that may change encoders.
     """
 
-    def __init__(self, model: Model, store: FeatureStore) -> None:
+    def __init__(
+        self, model: Model, store: FeatureStore, adapters: AdapterSet | None = None
+    ) -> None:
         self._model = model
+        self._adapters = adapters
         self._store = store
         self._embeddings: dict[bytes, torch.Tensor] = {}
         self._timer = DeviceTimer(model.device)
@@ -75,29 +80,41 @@ class EncoderCache:
         self._embeddings.clear()
 
     def encode(self, jobs: Sequence[EncodeJob], slots: dict[int, Slot]) -> tuple[bytes, ...]:
-        """Encode the items of a plan, a batch per modality.
+        """Encode the items of a plan, a batch per modality and adapter.
 
         Return the digests of those that failed.
 
         When a batch fails, its items are tried one by one, so that a bad item harms no other.
         """
-        groups: dict[str, list[tuple[bytes, Features]]] = {}
+        groups: dict[tuple[str, int], list[tuple[bytes, Features]]] = {}
         failed: list[bytes] = []
         for job in jobs:
             try:
-                features = self._store.get(slots[job.seq_id].request.request_id, job.item_index)
+                request = slots[job.seq_id].request
+                features = self._store.get(request.request_id, job.item_index)
                 if features.precomputed:
                     failed += self._keep_given(job.digest, features)
                 else:
-                    groups.setdefault(features.modality, []).append((job.digest, features))
+                    kind = features.modality, self._lane(request.adapter)
+                    groups.setdefault(kind, []).append((job.digest, features))
             except Exception:
                 logger.exception("features of an item could not be opened")
                 failed.append(job.digest)
-        for group in groups.values():
-            failed += self._encode_group(group)
+        for (_, lane), group in groups.items():
+            with self._adapted(lane):
+                failed += self._encode_group(group)
         self._log_unusable(jobs, slots)
         self._num_failed += len(failed)
         return tuple(failed)
+
+    def _lane(self, adapter: bytes) -> int:
+        return NO_LANE if self._adapters is None else self._adapters.encoder_lane(adapter)
+
+    def _adapted(self, lane: int) -> AbstractContextManager[None]:
+        """Let all rows have the adapter of a lane within the block."""
+        if self._adapters is None or lane == NO_LANE:
+            return nullcontext()
+        return self._adapters.rows.everywhere(lane)
 
     def pop_unusable(self) -> dict[bytes, tuple[str, str]]:
         """Return flaw and dtype of items with unusable outputs, since the last call."""

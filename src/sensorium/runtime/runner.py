@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -19,6 +20,7 @@ from sensorium.kernels import ops
 from sensorium.kernels.batch import LayerCache
 from sensorium.models.interface import Model
 from sensorium.runtime import pooler, sampler
+from sensorium.runtime.adapters import NO_LANE, AdapterSet
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
 from sensorium.runtime.inputs import StepInputs, build
 from sensorium.runtime.slots import Slot, SlotTable
@@ -30,6 +32,7 @@ LOGIT_ROWS = 256
 """Rows of prompt logits that are computed at once for prompt_logprobs; bounds their memory."""
 
 FAILED = "The model could not compute this request; the others were not affected."
+NO_ADAPTER = "The adapter of this request is not loaded any more."
 
 
 class ModelRunner:
@@ -42,6 +45,7 @@ class ModelRunner:
         caches: The KV cache, layer by layer.
         store: Features of admitted requests.
         batch_invariant: As in ``AttentionBatch``: a row has the same bits in every batch.
+        adapters: The adapters that requests may name; None where there are none.
         after_step: Called after each step, such as a ``ThreadAdapter``'s.
     """
 
@@ -52,12 +56,14 @@ class ModelRunner:
         store: FeatureStore,
         *,
         batch_invariant: bool = True,
+        adapters: AdapterSet | None = None,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self._after_step = after_step
         self._invariant = batch_invariant
-        self.encoder = EncoderCache(model, store)
+        self.adapters = adapters
+        self.encoder = EncoderCache(model, store, adapters)
         self._caches = caches
         self._table = SlotTable()
 
@@ -68,7 +74,9 @@ class ModelRunner:
         self._table.drop(plan.dropped)
         self.encoder.evict(plan.evict)
         for new in plan.new:
-            self._start_grammar(self._table.add(new), result)
+            slot = self._table.add(new)
+            self._place(slot, result)
+            self._start_grammar(slot, result)
         if plan.encode:
             result.failed_items = self.encoder.encode(plan.encode, self._table.slots)
             result.unusable_items = self.encoder.pop_unusable()
@@ -88,6 +96,15 @@ class ModelRunner:
         """Drop all sequences and encoder outputs; the contents of the KV cache become useless."""
         self._table.drop(tuple(self._table.slots))
         self.encoder.clear()
+
+    def _place(self, slot: Slot, result: StepResult) -> None:
+        """Find the lane of a sequence's adapter."""
+        digest = slot.request.adapter
+        lane = self.adapters.lane(digest) if self.adapters is not None else None
+        if lane is not None:
+            slot.lane = lane
+        elif digest:
+            result.failed[slot.seq_id] = NO_ADAPTER
 
     def _start_grammar(self, slot: Slot, result: StepResult) -> None:
         if slot.request.grammar is None:
@@ -122,7 +139,8 @@ class ModelRunner:
         for (span, slot), row in zip(pairs, inputs.first_row, strict=True):
             if slot.request.items and span.start < slot.num_prompt:
                 self.encoder.merge(embeds, row, span.start, span.start + span.num_tokens, slot)
-        hidden = self.model.forward(embeds, inputs.batch)
+        with self._adapted(pairs, inputs):
+            hidden = self.model.forward(embeds, inputs.batch)
         result.unsound |= _unsound(pairs, inputs, hidden)
         prompt_logprobs, unusable_prompts = self._prompt_logprobs(pairs, inputs, hidden)
         if inputs.sampled_rows:
@@ -137,6 +155,16 @@ class ModelRunner:
             result.failed.update(failed)
         result.prompt_logprobs.update(prompt_logprobs)
         result.failed.update(unusable_prompts)
+
+    def _adapted(
+        self, pairs: list[tuple[Span, Slot]], inputs: StepInputs
+    ) -> AbstractContextManager[None]:
+        """Let layers apply the adapter of each row within the block."""
+        if self.adapters is None or all(slot.lane == NO_LANE for _, slot in pairs):
+            return nullcontext()
+        inputs.batch.adapters = self.adapters.version
+        lanes = [slot.lane for _, slot in pairs]
+        return self.adapters.using(list(zip(lanes, inputs.batch.query_lens, strict=True)))
 
     def _sample(
         self, hidden: torch.Tensor, inputs: StepInputs

@@ -24,6 +24,7 @@ class Slot:
         positions: (3, num_prompt) int32 for models with several position axes, else None.
         counts: How often each token was generated; None when no penalty needs it.
         rope_length: The request's when the sequence was added; it is added again when that changes.
+        lane: That of its adapter; -1 for none.
     """
 
     seq_id: int
@@ -36,6 +37,7 @@ class Slot:
     counts: dict[int, int] | None = None
     grammar: GrammarMatcher | None = None
     rope_length: int = 0
+    lane: int = -1
 
     @classmethod
     def of(cls, new: NewSequence) -> Slot:
@@ -127,10 +129,12 @@ class SlotTable:
     def spans_of(self, spans: tuple[Span, ...]) -> list[tuple[Span, Slot]]:
         """Return each span with its slot: single-token ones first, as kernels need it.
 
+        Within both parts those with one adapter are adjacent.
+
         The new blocks of the spans are added to their slots.
         """
         for span in spans:
             self.slots[span.seq_id].add_blocks(span.new_block_ids)
         pairs = [(span, self.slots[span.seq_id]) for span in spans]
-        pairs.sort(key=lambda pair: pair[0].num_tokens > 1)
+        pairs.sort(key=lambda pair: (pair[0].num_tokens > 1, pair[1].lane))
         return pairs

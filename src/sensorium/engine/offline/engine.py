@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from sensorium import forks
 from sensorium.config import EngineConfig
 from sensorium.engine.engine import Engine
 from sensorium.engine.executor import build_engine
+from sensorium.engine.offline.adapters import AdaptersOnDemand
 from sensorium.engine.offline.batch import BatchInput, Result
 from sensorium.engine.offline.progress import Progress
 from sensorium.engine.offline.run import BatchRun, Output
@@ -23,6 +24,7 @@ from sensorium.models import loader
 from sensorium.models.loading.checkpoint import is_local
 from sensorium.models.registry import resolve
 from sensorium.multimodal.workers.event_loop import LoopThread
+from sensorium.params import LoRARequest
 from sensorium.tracing import Tracer
 
 
@@ -99,6 +101,7 @@ class OfflineEngine:
         self.request_numbers = itertools.count()
         self._made_in = forks.generation()
         input_processor.set_facts(engine.facts)
+        self._adapters = AdaptersOnDemand(engine, config.lora.max_loras)
         closers = (loop.close, input_processor.close, tracer.close)
         self._release = weakref.finalize(self, forks.release, self._made_in, *closers)
         self._in_use = threading.Lock()
@@ -128,13 +131,22 @@ class OfflineEngine:
         if not self._closed:
             self._closed = True
             self._release()
-            del self.engine
+            del self.engine, self._adapters
 
     def check_open(self) -> None:
         """Raise InvalidRequestError after ``close``, ForkedProcessError in a forked process."""
         forks.check_owner(self._made_in, "LLM")
         if self._closed:
             raise InvalidRequestError("This LLM has been closed; make a new one.")
+
+    def provide(self, requests: Sequence[LoRARequest]) -> None:
+        """Load the adapters that a call names. Raises InvalidRequestError and ConfigError."""
+        self.check_open()
+        if requests:
+            try:
+                self._adapters.provide(requests)
+            finally:
+                self.input_processor.set_facts(self.engine.facts)
 
     def stats(self) -> EngineStats:
         """Return the counters of the engine and of the media pipeline."""

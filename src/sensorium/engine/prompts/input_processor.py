@@ -19,6 +19,7 @@ from sensorium import tracing
 from sensorium.config import EngineConfig
 from sensorium.core.request import EngineRequest
 from sensorium.engine.grammar.compiler import GrammarCompiler, grammar_server
+from sensorium.engine.prompts.adapters import KnownAdapters, with_adapter
 from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
 from sensorium.engine.prompts.deprecated import check_deprecated
 from sensorium.engine.prompts.expansion import Traits, expanded
@@ -135,6 +136,7 @@ class InputProcessor:
         )
         self._random = random.Random(model.seed)
         self._facts: EngineFacts | None = None
+        self.adapters = KnownAdapters()
 
     @property
     def runner(self) -> Literal["generate", "pooling"]:
@@ -165,6 +167,7 @@ class InputProcessor:
     def set_facts(self, facts: EngineFacts) -> None:
         """Set the limits that the engine found; required before requests are built."""
         self._facts = facts
+        self.adapters.set(facts.adapters)
 
     def media_stats(self) -> dict[str, float]:
         """Return the counters of the media pipeline by name; empty for a text model."""
@@ -223,6 +226,7 @@ class InputProcessor:
         items = await self._items(prompt, rendered)
         with located(prompt.param), _advised(prompt):
             prepared = expanded(prompt, rendered, items, self._traits, self._room)
+        prepared = with_adapter(prepared, self.adapters.find(prompt.media.adapter))
         self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, prompt.param)
         tracing.station("prepared", tokens=len(prepared.token_ids), items=len(items))
         return prepared

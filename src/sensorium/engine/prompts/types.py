@@ -30,13 +30,15 @@ class MediaOptions:
     """Options for loading the items of a request, and the scope of what is cached of it.
 
     ``tenant`` and ``cache_salt`` scope uuids. The prefix cache is shared by all unless there is a
-    salt; then it is scoped by both.
+    salt; then it is scoped by both. ``adapter``: name of the LoRA adapter, which scopes it, too;
+    empty for none.
     """
 
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     media_io_kwargs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cache_salt: str = ""
     tenant: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class PreparedPrompt:
         position_delta: Added to the index of a generated token to get its position.
         num_item_tokens: Tokens that items fill, by modality.
         cache_salt: Scope of the prefix cache.
+        adapter: Digest of the adapter; empty for none.
         bidirectional_spans: As in ``EngineRequest``.
         continues: The answer's text goes on where the prompt's ends.
         param: Place of the prompt in the caller's request, for errors.
@@ -168,6 +171,7 @@ class PreparedPrompt:
     position_delta: int = 0
     num_item_tokens: dict[str, int] = field(default_factory=dict)
     cache_salt: bytes = b""
+    adapter: bytes = b""
     bidirectional_spans: tuple[tuple[int, int], ...] = ()
     continues: bool = False
     param: str = "prompt"
@@ -190,6 +194,7 @@ class PreparedPrompt:
             positions=self.positions,
             position_delta=self.position_delta,
             cache_salt=self.cache_salt,
+            adapter=self.adapter,
             bidirectional_spans=self.bidirectional_spans,
             rope_border=rope.border,
             rope_length=rope.length,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -78,6 +80,7 @@ class EngineClient:
             raise
         self._routes: dict[str, tuple[OutputQueue, tuple[MediaItem, ...]]] = {}
         self._stats: dict[int, asyncio.Future[EngineStats]] = {}
+        self._changes: dict[int, asyncio.Future[wire.Adapters]] = {}
         self._numbers = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
         self._alive = False
@@ -185,6 +188,32 @@ class EngineClient:
         finally:
             self._stats.pop(number, None)
 
+    async def load_adapter(self, name: str, path: str) -> EngineFacts:
+        """Load an adapter and return the facts with it.
+
+        Raises ConfigError when it cannot be used, EngineDeadError when the engine has stopped.
+        """
+        return await self._change(wire.LoadAdapter(next(self._numbers), name, path))
+
+    async def unload_adapter(self, name: str) -> EngineFacts:
+        """Forget an adapter that no request uses; raises as ``load_adapter``."""
+        return await self._change(wire.UnloadAdapter(next(self._numbers), name))
+
+    async def _change(self, message: wire.LoadAdapter | wire.UnloadAdapter) -> EngineFacts:
+        if not self._alive:
+            raise dead_error(self._start_seconds)
+        future: asyncio.Future[wire.Adapters] = asyncio.get_running_loop().create_future()
+        self._changes[message.number] = future
+        self._send(message)
+        try:
+            answer = await future
+        finally:
+            self._changes.pop(message.number, None)
+        if answer.failed is not None:
+            failed = answer.failed
+            raise errors.error_of(failed.code, failed.message, failed.param, errors.ConfigError)
+        return self.facts
+
     async def wait_ended(self) -> None:
         """Wait until the process has died and all open sequences have got their error."""
         await self._ended.wait()
@@ -254,6 +283,12 @@ class EngineClient:
             future = self._stats.get(message.number)
             if future is not None and not future.done():
                 future.set_result(message.stats)
+        elif isinstance(message, wire.Adapters):
+            # Also where nobody waits any more: the engine has changed.
+            self._facts = dataclasses.replace(self.facts, adapters=message.adapters)
+            change = self._changes.get(message.number)
+            if change is not None and not change.done():
+                change.set_result(message)
 
     def _deliver(self, request_id: str, news: RequestUpdate, ended: bool) -> None:
         route = self._routes.get(request_id)
@@ -279,7 +314,8 @@ class EngineClient:
         # One error each: who raises it adds its own trace.
         for request_id in list(self._routes):
             self._deliver(request_id, new_error(), True)
-        for future in self._stats.values():
+        waiting: list[asyncio.Future[Any]] = [*self._stats.values(), *self._changes.values()]
+        for future in waiting:
             if not future.done():
                 future.set_exception(new_error())
 

@@ -21,6 +21,7 @@ from sensorium.engine.outputs.request_metrics import (
     report_tokens,
 )
 from sensorium.engine.outputs.stream import OutputCollector
+from sensorium.engine.prompts.adapters import KnownAdapters
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import Prompt
 from sensorium.engine.serving.client import EngineClient, OutputQueue
@@ -68,6 +69,7 @@ class Frontend:
         self._engine = engine
         self._stats = EngineStats()
         self._num_generated = 0
+        self._changing = asyncio.Lock()
         self._num_embeddings = 0
         self._log_task: asyncio.Task[None] | None = None
         self._tracer = tracer or tracing.Tracer(None)
@@ -120,6 +122,35 @@ class Frontend:
         """Return the longest prompt and answer together, in tokens."""
         return self._engine.facts.max_model_len
 
+    @property
+    def adapters(self) -> KnownAdapters:
+        """Return the adapters that requests may name."""
+        return self.input_processor.adapters
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load an adapter from a folder or by a Hugging Face id.
+
+        Raises ConfigError when it cannot be used, EngineDeadError when there is no engine.
+        """
+        async with self._changing:
+            self.input_processor.set_facts(await self._engine.load_adapter(name, path))
+
+    async def provide_adapter(self, name: str, path: str) -> None:
+        """Load an adapter unless one of this name is loaded; otherwise as ``load_adapter``."""
+        async with self._changing:
+            if name not in self.adapters:
+                self.input_processor.set_facts(await self._engine.load_adapter(name, path))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter when the requests that use it have ended; there are no new ones.
+
+        Raises ModelNotFoundError for an unknown name, EngineDeadError when there is no engine.
+        """
+        async with self._changing:
+            with self.adapters.retired(name):
+                await self.adapters.unused(name)
+                self.input_processor.set_facts(await self._engine.unload_adapter(name))
+
     def check_alive(self) -> None:
         """Raise EngineDeadError while the engine is being restarted, with a ``retry_after``."""
         self._engine.current()
@@ -158,39 +189,40 @@ class Frontend:
             RequestError: The request cannot be served; raised before the first output.
             UnavailableError: The engine died or is being restarted.
         """
-        arrival = time.monotonic()
-        trace = self._tracer.request(request_id, arrival)
-        with tracing.active(trace):
-            self._engine.current()
-            grammar = await self.input_processor.grammar(params)
-            prepared = await self.input_processor.prepare(prompt)
-            requests = self.input_processor.requests(
-                prepared, params, request_id, priority, arrival, grammar
+        with self.adapters.using(prompt.media.adapter):
+            arrival = time.monotonic()
+            trace = self._tracer.request(request_id, arrival)
+            with tracing.active(trace):
+                self._engine.current()
+                grammar = await self.input_processor.grammar(params)
+                prepared = await self.input_processor.prepare(prompt)
+                requests = self.input_processor.requests(
+                    prepared, params, request_id, priority, arrival, grammar
+                )
+            stream = OutputCollector.for_requests(
+                request_id, prepared, requests, params, self.input_processor.tokenizer
             )
-        stream = OutputCollector.for_requests(
-            request_id, prepared, requests, params, self.input_processor.tokenizer
-        )
-        stream.trace = trace
-        if grammar is not None:
-            stream.output.warnings = grammar.warnings
-        output_queue: OutputQueue = asyncio.Queue()
+            stream.trace = trace
+            if grammar is not None:
+                stream.output.warnings = grammar.warnings
+            output_queue: OutputQueue = asyncio.Queue()
 
-        def report(metrics: Metrics, unfinished: FinishReason) -> None:
-            report_end(metrics, stream, unfinished, max_tokens=requests[0].max_tokens)
+            def report(metrics: Metrics, unfinished: FinishReason) -> None:
+                report_end(metrics, stream, unfinished, max_tokens=requests[0].max_tokens)
 
-        with self._running(trace, lambda: stream.open_ids, report) as client:
-            if trace is not None:
-                trace.station("submitted", sequences=len(requests))
-            num_tokens = 0
-            for request in requests:
-                client.submit(request, prepared.items, output_queue)
-                num_tokens += len(request.token_ids) + SAMPLE_TOKENS
-                if num_tokens >= SUBMITTED_TOKENS:
-                    num_tokens = 0
-                    await asyncio.sleep(0)
-            while not stream.finished:
-                await self._collect(client, stream, output_queue)
-                yield stream.output
+            with self._running(trace, lambda: stream.open_ids, report) as client:
+                if trace is not None:
+                    trace.station("submitted", sequences=len(requests))
+                num_tokens = 0
+                for request in requests:
+                    client.submit(request, prepared.items, output_queue)
+                    num_tokens += len(request.token_ids) + SAMPLE_TOKENS
+                    if num_tokens >= SUBMITTED_TOKENS:
+                        num_tokens = 0
+                        await asyncio.sleep(0)
+                while not stream.finished:
+                    await self._collect(client, stream, output_queue)
+                    yield stream.output
 
     async def embed(
         self,
@@ -208,31 +240,32 @@ class Frontend:
             RequestError: The request cannot be served.
             UnavailableError: The engine died or is being restarted.
         """
-        arrival = time.monotonic()
-        params = self.input_processor.resolve_pooling(params)
-        trace = self._tracer.request(request_id, arrival)
-        with tracing.active(trace):
-            self._engine.current()
-            prepared = await self.input_processor.prepare(prompt)
-        request = pooling_request(prepared, params, request_id, priority, arrival)
-        stream = PoolingCollector(request_id, prepared, request)
-        stream.trace = trace
-        output_queue: OutputQueue = asyncio.Queue()
+        with self.adapters.using(prompt.media.adapter):
+            arrival = time.monotonic()
+            params = self.input_processor.resolve_pooling(params)
+            trace = self._tracer.request(request_id, arrival)
+            with tracing.active(trace):
+                self._engine.current()
+                prepared = await self.input_processor.prepare(prompt)
+            request = pooling_request(prepared, params, request_id, priority, arrival)
+            stream = PoolingCollector(request_id, prepared, request)
+            stream.trace = trace
+            output_queue: OutputQueue = asyncio.Queue()
 
-        def report(metrics: Metrics, unfinished: FinishReason) -> None:
-            report_embedding(metrics, stream, unfinished)
+            def report(metrics: Metrics, unfinished: FinishReason) -> None:
+                report_embedding(metrics, stream, unfinished)
 
-        with self._running(trace, lambda: [stream.engine_id], report) as client:
-            if trace is not None:
-                trace.station("submitted", sequences=1)
-            client.submit(request, prepared.items, output_queue)
-            while not stream.finished:
-                update = await output_queue.get()
-                if isinstance(update, SensoriumError):
-                    raise update
-                stream.apply(update)
-        self._num_embeddings += 1
-        return stream.output
+            with self._running(trace, lambda: [stream.engine_id], report) as client:
+                if trace is not None:
+                    trace.station("submitted", sequences=1)
+                client.submit(request, prepared.items, output_queue)
+                while not stream.finished:
+                    update = await output_queue.get()
+                    if isinstance(update, SensoriumError):
+                        raise update
+                    stream.apply(update)
+            self._num_embeddings += 1
+            return stream.output
 
     @contextlib.contextmanager
     def _running(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -11,7 +12,7 @@ from sensorium.config import EngineConfig
 from sensorium.engine.serving.client import STOPPING, EngineClient, dead_error
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.stats import EngineFacts
-from sensorium.errors import EngineDeadError, SensoriumError
+from sensorium.errors import ConfigError, EngineDeadError, SensoriumError
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class EngineSupervisor:
         self._sleep = sleep
         self._client: EngineClient | None = None
         self._facts: EngineFacts | None = None
+        self._adapters: dict[str, str] = {}
+        """Paths of the adapters that a new engine gets, by name."""
         self._on_start: Callable[[EngineFacts], None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._backoff = Backoff()
@@ -105,6 +108,10 @@ class EngineSupervisor:
         """
         self._client = await self._started()
         self._facts = self._client.facts
+        self._adapters = {adapter.name: adapter.path for adapter in self._facts.adapters}
+        # A later engine starts without those that cannot be loaded any more.
+        lora = dataclasses.replace(self._config.lora, lora_modules=())
+        self._config = dataclasses.replace(self._config, lora=lora)
 
     def watch(self, on_start: Callable[[EngineFacts], None]) -> None:
         """Replace the engine from now on whenever it dies.
@@ -128,6 +135,18 @@ class EngineSupervisor:
             raise self._gone()
         return client
 
+    async def load_adapter(self, name: str, path: str) -> EngineFacts:
+        """Load an adapter, which later engines get as well; see ``EngineClient``."""
+        self._facts = await self.current().load_adapter(name, path)
+        self._adapters[name] = path
+        return self._facts
+
+    async def unload_adapter(self, name: str) -> EngineFacts:
+        """Forget an adapter that no request uses; see ``EngineClient``."""
+        self._facts = await self.current().unload_adapter(name)
+        self._adapters.pop(name, None)
+        return self._facts
+
     async def stop(self) -> None:
         """Stop the engine, also one that is starting, and release all resources."""
         self._stopping = True
@@ -150,6 +169,7 @@ class EngineSupervisor:
         client = self._new_client(self._config, process)
         try:
             await client.start()
+            await self._restore(client)
         except BaseException:
             await client.stop()
             raise
@@ -197,6 +217,15 @@ class EngineSupervisor:
             return False
         self._take_over(client)
         return True
+
+    async def _restore(self, client: EngineClient) -> None:
+        """Load the adapters of the engine before; those that cannot be any more are dropped."""
+        for name, path in list(self._adapters.items()):
+            try:
+                await client.load_adapter(name, path)
+            except ConfigError as error:
+                logger.error("the adapter %r is dropped: %s", name, error.message)
+                del self._adapters[name]
 
     def _take_over(self, client: EngineClient) -> None:
         """Send requests to the new engine from now on."""

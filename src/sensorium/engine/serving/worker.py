@@ -177,7 +177,26 @@ class _Loop:
                 engine.abort(request_id)
         elif isinstance(message, wire.AskStats):
             self._socket.send(wire.encode(wire.Stats(message.number, engine.stats())))
+        elif isinstance(message, wire.LoadAdapter | wire.UnloadAdapter):
+            self._change_adapters(engine, message)
         return not isinstance(message, wire.Stop)
+
+    def _change_adapters(
+        self, engine: Engine, message: wire.LoadAdapter | wire.UnloadAdapter
+    ) -> None:
+        failed = None
+        try:
+            if isinstance(message, wire.LoadAdapter):
+                engine.load_adapter(message.name, message.path)
+            else:
+                engine.unload_adapter(message.name)
+        except SensoriumError as error:
+            failed = wire.Failed(error.message, error.code, error.param)
+        except Exception as error:
+            logger.exception("an adapter could not be loaded or unloaded")
+            failed = wire.Failed(f"It failed: {type(error).__name__}.", "internal_error")
+        answer = wire.Adapters(message.number, engine.facts.adapters, failed)
+        self._socket.send(wire.encode(answer))
 
     def _submit(self, engine: Engine, message: wire.Submit) -> None:
         try:

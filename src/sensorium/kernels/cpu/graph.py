@@ -265,34 +265,43 @@ def _renewals(launches: Sequence[Launch]) -> list[Renewal]:
     return found
 
 
+Key = int | tuple[int, int]
+"""Kind of a step: its number of rows; with adapters, also their version."""
+
+
+def _key(num_rows: int, batch: AttentionBatch) -> Key:
+    return (num_rows, batch.adapters) if batch.adapters else num_rows
+
+
 class StepGraphs:
-    """The graphs of one decoder, by the number of rows. Used by one thread."""
+    """The graphs of one decoder, by the kind of step. Used by one thread."""
 
     def __init__(self, run: Run) -> None:
         """Keep graphs of ``run(embeds, batch)``: (T, H) -> (T, H), which overwrites embeds."""
         self._run = run
-        self._seen: dict[int, int] = {}
-        self.captured: OrderedDict[int, StepGraph] = OrderedDict()
-        """Graphs by their number of rows, the one used last at the end."""
+        self._seen: dict[Key, int] = {}
+        self.captured: OrderedDict[Key, StepGraph] = OrderedDict()
+        """Graphs by their kind of step, the one used last at the end."""
         self._memory: np.ndarray[Any, Any] | None = None
         self._most_rows = MOST_ROWS
         self._caches: list[LayerCache] | None = None
         self._num_threads = 0
+        self._adapters = 0
 
     def __call__(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Run a step, by its graph where there is one. The result lives until the next step."""
         if not self._may_capture(embeds, batch):
             return self._run(embeds, batch)
         self._check_places(batch)
-        num_rows = embeds.shape[0]
-        graph = self.captured.get(num_rows)
+        key = _key(embeds.shape[0], batch)
+        graph = self.captured.get(key)
         if graph is not None:
-            self.captured.move_to_end(num_rows)
+            self.captured.move_to_end(key)
             return graph.replay(embeds, batch)
-        self._seen[num_rows] = self._seen.get(num_rows, 0) + 1
+        self._seen[key] = self._seen.get(key, 0) + 1
         hidden = self._run(embeds, batch)
-        if self._seen[num_rows] > STEPS_BEFORE:
-            self._capture(embeds, batch)
+        if self._seen[key] > STEPS_BEFORE:
+            self._capture(key, embeds, batch)
         return hidden
 
     def _may_capture(self, embeds: torch.Tensor, batch: AttentionBatch) -> bool:
@@ -301,14 +310,23 @@ class StepGraphs:
         return single and 0 < num_rows <= self._most_rows and embeds.is_cpu
 
     def _check_places(self, batch: AttentionBatch) -> None:
-        """Drop the graphs when the cache lies elsewhere or the number of threads has changed."""
+        """Drop the graphs that do not fit any more.
+
+        These are all when the cache lies elsewhere or the number of threads has changed, and those
+        with adapters when others have been loaded.
+        """
         threads = torch.get_num_threads()
         if self._caches is not batch.caches or self._num_threads != threads:
             self.captured.clear()
             self._seen.clear()
             self._caches, self._num_threads = batch.caches, threads
+        if batch.adapters and batch.adapters != self._adapters:
+            self._adapters = batch.adapters
+            for key in [key for key in self._seen if isinstance(key, tuple)]:
+                self.captured.pop(key, None)
+                del self._seen[key]
 
-    def _capture(self, embeds: torch.Tensor, batch: AttentionBatch) -> None:
+    def _capture(self, key: Key, embeds: torch.Tensor, batch: AttentionBatch) -> None:
         num_rows = embeds.shape[0]
         try:
             if self._memory is None:
@@ -319,7 +337,7 @@ class StepGraphs:
             self._most_rows = num_rows - 1 if too_large else 0
             log.debug("steps of %d rows and more are not captured: %s", self._most_rows + 1, error)
             return
-        self.captured[num_rows] = graph
+        self.captured[key] = graph
         while len(self.captured) > MOST_GRAPHS:
-            num_rows, _ = self.captured.popitem(last=False)
-            self._seen[num_rows] = 0
+            oldest, _ = self.captured.popitem(last=False)
+            self._seen[oldest] = 0

@@ -302,3 +302,19 @@ class BatchBody(Body):
     completion_window: str = Field(pattern=r"^[0-9]{1,5}[mhd]$")
     metadata: dict[str, str] | None = None
     output_expires_after: ExpiresAfter | None = None
+
+
+class LoadAdapterBody(Body):
+    """Body of ``POST /v1/load_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: Literal[False] | None = None
+    is_3d_lora_weight: Literal[False] | None = None
+
+
+class UnloadAdapterBody(Body):
+    """Body of ``POST /v1/unload_lora_adapter``."""
+
+    lora_name: str = Field(min_length=1, max_length=256)
+    lora_int_id: int | None = None

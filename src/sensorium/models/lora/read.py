@@ -1,0 +1,209 @@
+"""Reading of an adapter's tensors, all of which are checked before memory is taken for them.
+
+``adapter_model.safetensors`` holds two tensors for each module, ``lora_A.weight`` (r, inputs) and
+``lora_B.weight`` (outputs, r), named as in the model that was trained, behind
+``base_model.model.``. The renames of a family map these names to ours as they do a checkpoint's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from blake3 import blake3
+
+from sensorium.errors import ConfigError
+from sensorium.kernels.adapters import LowRank
+from sensorium.layers.linear import Linear
+from sensorium.models.loading.weights import renamed
+from sensorium.models.lora.settings import LoraSettings, read_settings
+from sensorium.models.lora.targets import Target
+
+NAME = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+PREFIX = "base_model.model."
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_SUFFIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_tokens)$")
+Rules = Sequence[tuple[re.Pattern[str], str]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """An adapter as layers take it.
+
+    digest: of all numbers, and of where they belong. rank: the largest. parts: those of each layer.
+    in_encoder: it changes a tower or projector, so that embeddings of media depend on it.
+    """
+
+    digest: bytes
+    rank: int
+    in_encoder: bool
+    parts: Mapping[Linear, Sequence[LowRank]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The names of a module's two tensors, its name in our spelling, and its layer."""
+
+    module: str
+    ours: str
+    names: Mapping[str, str]
+    target: Target
+
+
+def read_adapter(
+    folder: Path,
+    targets: Mapping[str, Target],
+    rules: Sequence[Rules],
+    *,
+    unused: re.Pattern[str],
+    max_rank: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Adapter:
+    """Read an adapter for a model with these ``targets``.
+
+    rules: renames of weight names; the first that lead to a layer count. unused: names of weights
+    that the model does not use, such as those of the last layers of a tower; adapters of them have
+    no effect in the model that was trained, either. Raises ConfigError that names the tensor or the
+    option, before memory is taken for any.
+    """
+    settings = read_settings(folder)
+    file = _opened(folder)
+    pairs = _pairs(list(file.keys()), targets, rules, unused)
+    for pair in pairs:
+        _check(file, pair, settings, max_rank)
+    digest, rank = blake3(), 0
+    parts: dict[Linear, list[LowRank]] = {}
+    for pair in sorted(pairs, key=lambda pair: pair.ours):
+        part = _read(file, pair, settings.scale_of(pair.module), dtype)
+        _count(digest, pair, part)
+        part = replace(part, a=part.a.to(device), b=part.b.to(device))
+        parts.setdefault(pair.target.layer, []).append(part)
+        rank = max(rank, part.a.shape[0])
+    in_encoder = any(pair.target.is_encoder for pair in pairs)
+    return Adapter(digest.digest(), rank, in_encoder, parts)
+
+
+def _opened(folder: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / NAME
+    if not path.is_file():
+        if (folder / PICKLE).exists():
+            _refuse(
+                f"its weights are in {PICKLE}, a pickle, which is not read as it could run code: "
+                f"load it with peft and save it again, which writes {NAME}"
+            )
+        _refuse(f"its folder has no {NAME}")
+    try:
+        return safe_open(str(path), framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        _refuse(f"{NAME} is not a readable safetensors file: {error}")
+
+
+def _pairs(
+    names: Sequence[str],
+    targets: Mapping[str, Target],
+    rules: Sequence[Rules],
+    unused: re.Pattern[str],
+) -> list[_Pair]:
+    """Return the modules of the file. Raises ConfigError for a tensor that has no place."""
+    found: dict[str, _Pair] = {}
+    taken: dict[str, str] = {}
+    for name in names:
+        match = _SUFFIX.fullmatch(name.removeprefix(PREFIX))
+        if match is None:
+            _refuse(f"{name!r:.200} is no tensor of a LoRA adapter of linear layers")
+        module, side = match.groups()
+        ours, target = _target(module, targets, rules)
+        if target is None and not _HEAD.search(ours) and unused.fullmatch(f"{ours}.weight"):
+            continue
+        if target is None:
+            _refuse(f"{name!r:.200} belongs to {_kind(ours)} of this model ({ours!r:.200})")
+        if taken.setdefault(ours, module) != module:
+            _refuse(f"{name!r:.200} and tensors of {taken[ours]!r:.200} belong to one layer")
+        pair = found.setdefault(module, _Pair(module, ours, {}, target))
+        if side in pair.names:
+            _refuse(f"{name!r:.200} is there twice")
+        pair.names[side] = name  # type: ignore[index]
+    for pair in found.values():
+        for side in "AB":
+            if side not in pair.names:
+                _refuse(f"the module {pair.module!r:.200} has no tensor lora_{side}.weight")
+    if not found:
+        _refuse(f"{NAME} has no tensors for layers that this model uses")
+    return list(found.values())
+
+
+def _target(
+    module: str, targets: Mapping[str, Target], rules: Sequence[Rules]
+) -> tuple[str, Target | None]:
+    """Return our name of a module's weight, and its layer, if it has one."""
+    names = [renamed(f"{module}.weight", own) for own in rules]
+    for name in names:
+        if name in targets:
+            return name.removesuffix(".weight"), targets[name]
+    return names[0].removesuffix(".weight"), None
+
+
+def _kind(ours: str) -> str:
+    if _HEAD.search(ours):
+        return "the embedding or the head, which adapters cannot change here,"
+    return "no linear layer that adapters can change"
+
+
+def _check(file: Any, pair: _Pair, settings: LoraSettings, max_rank: int) -> None:
+    """Check types and shapes of a module's tensors against the layer and the configuration."""
+    rank, target = settings.rank_of(pair.module), pair.target
+    if rank > max_rank:
+        _refuse(
+            f"the module {pair.module!r:.200} has the rank {rank}, beyond the limit of {max_rank}: "
+            "start with a larger --max-lora-rank (in Python max_lora_rank)"
+        )
+    shapes = {"A": (rank, target.num_inputs), "B": (target.num_outputs, rank)}
+    for side, name in sorted(pair.names.items()):
+        held = file.get_slice(name)
+        dtype, shape = str(held.get_dtype()), tuple(held.get_shape())
+        if dtype not in _DTYPES:
+            _refuse(f"{name!r:.200} is of the type {dtype}, not one of {', '.join(_DTYPES)}")
+        if shape != shapes[side]:
+            _refuse(
+                f"{name!r:.200} has the shape {shape}, not {shapes[side]} as the layer and the "
+                f"rank {rank} of adapter_config.json say"
+            )
+    if not math.isfinite(settings.scale_of(pair.module)):
+        _refuse(f"the scale of {pair.module!r:.200} is not finite")
+
+
+def _read(file: Any, pair: _Pair, scale: float, dtype: torch.dtype) -> LowRank:
+    """Read a module's tensors. Raises ConfigError for numbers that are not finite."""
+    a, b = (_finite(file.get_tensor(pair.names[s]), pair.names[s], dtype) for s in "AB")
+    return LowRank(a, b, scale, pair.target.first)
+
+
+def _finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+    # A copy: the tensor lies in the file, which may change or go.
+    copy = tensor.to(dtype, copy=True)
+    if not bool(torch.isfinite(copy).all()):
+        where = "" if bool(torch.isfinite(tensor).all()) else f" in {dtype}"
+        _refuse(f"{name!r:.200} has numbers that are not finite{where}")
+    return copy
+
+
+def _count(digest: Any, pair: _Pair, part: LowRank) -> None:
+    """Add a module to the digest: its place, its scale and its numbers."""
+    for tensor in (part.a, part.b):
+        head = f"{pair.ours}\0{tensor.dtype}\0{tuple(tensor.shape)}\0{part.scale!r}\0"
+        digest.update(head.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _refuse(problem: str) -> NoReturn:
+    raise ConfigError(f"The adapter cannot be used: {problem}.", param="lora_modules")

@@ -1,0 +1,145 @@
+"""Adapters that are loaded: each in a lane of the model's layers, found by its digest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sensorium.errors import ConfigError
+from sensorium.kernels import ops
+from sensorium.kernels.adapters import AdaptedProduct, RowAdapters, Run
+from sensorium.layers.linear import Linear
+from sensorium.models.interface import Family, LoadableModel
+from sensorium.models.lora.read import read_adapter
+from sensorium.models.lora.targets import targets_of
+
+NO_LANE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """An adapter in its lane. The other fields are those of ``models.lora.read.Adapter``."""
+
+    lane: int
+    digest: bytes
+    rank: int
+    in_encoder: bool
+
+
+class AdapterSet:
+    """The adapters of one model, at most ``max_loras``. Not thread-safe.
+
+    Every layer that adapters may change is prepared for them when this is made. Two adapters of
+    equal content share a lane.
+    """
+
+    def __init__(
+        self, model: LoadableModel, family: Family, *, max_loras: int, max_rank: int
+    ) -> None:
+        self.rows = RowAdapters()
+        self._max_rank = max_rank
+        self._dtype, self._device = model.dtype, model.device
+        self._targets = targets_of(model)
+        renames = [family.renames, *(part.renames for part in family.parts)]
+        self._rules = [[(re.compile(old), new) for old, new in rules] for rules in renames]
+        self._unused = re.compile("|".join(f"(?:{p})" for p in model.ignored_weights) or r"(?!)")
+        self._products: dict[Linear, AdaptedProduct] = {}
+        for target in self._targets.values():
+            layer = target.layer
+            if layer not in self._products:
+                sizes = (layer.num_inputs, layer.num_outputs, max_loras)
+                product = ops.adapted_product(*sizes, model.dtype, model.device)
+                self._products[layer] = product
+                layer.adapt(product, self.rows)
+        self._free = list(range(max_loras))
+        self._loaded: dict[bytes, LoadedAdapter] = {}
+        self._holders: dict[bytes, int] = {}
+        self._version = 0
+
+    @property
+    def version(self) -> int:
+        """Number of changes so far: what was captured for another one does not fit."""
+        return self._version
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all adapters."""
+        return sum(product.nbytes for product in self._products.values())
+
+    def lane(self, digest: bytes) -> int | None:
+        """Return the lane of an adapter, ``NO_LANE`` for none; None for one that is not loaded."""
+        if not digest:
+            return NO_LANE
+        found = self._loaded.get(digest)
+        return None if found is None else found.lane
+
+    def encoder_lane(self, digest: bytes) -> int:
+        """Return the lane of an adapter that changes towers or projectors, else ``NO_LANE``."""
+        found = self._loaded.get(digest)
+        return found.lane if found is not None and found.in_encoder else NO_LANE
+
+    def load(self, folder: Path) -> LoadedAdapter:
+        """Read an adapter and put it into a lane.
+
+        Raises ConfigError when it does not fit the model, or there is no lane left.
+        """
+        if not self._free:
+            num = len(self._loaded)
+            raise ConfigError(
+                f"{num} adapters are loaded, as many as --max-loras (in Python max_loras) allows: "
+                "unload one, or start with a larger limit.",
+                param="max_loras",
+            )
+        adapter = read_adapter(
+            folder,
+            self._targets,
+            self._rules,
+            unused=self._unused,
+            max_rank=self._max_rank,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        found = self._loaded.get(adapter.digest)
+        if found is None:
+            lane = self._free.pop(0)
+            found = LoadedAdapter(lane, adapter.digest, adapter.rank, adapter.in_encoder)
+            for layer, product in self._products.items():
+                product.put(lane, adapter.parts.get(layer, ()))
+            self._loaded[adapter.digest] = found
+            self._version += 1
+        self._holders[found.digest] = self._holders.get(found.digest, 0) + 1
+        return found
+
+    def unload(self, digest: bytes) -> None:
+        """Forget an adapter that was loaded, once for each time that it was.
+
+        No sequence that uses it may be left. Raises KeyError when it is not there.
+        """
+        self._holders[digest] -= 1
+        if self._holders[digest]:
+            return
+        del self._holders[digest]
+        lane = self._loaded.pop(digest).lane
+        for product in self._products.values():
+            product.put(lane, ())
+        self._free.append(lane)
+        self._version += 1
+
+    def using(self, lanes: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
+        """Give the rows of a step their lanes within the block.
+
+        lanes: (lane or ``NO_LANE``, number of rows) of consecutive sequences.
+        """
+        runs: list[Run] = []
+        row = 0
+        for lane, num_rows in lanes:
+            if lane != NO_LANE:
+                if runs and runs[-1].lane == lane and runs[-1].stop == row:
+                    runs[-1] = Run(lane, runs[-1].start, row + num_rows)
+                else:
+                    runs.append(Run(lane, row, row + num_rows))
+            row += num_rows
+        return self.rows.using(runs, row)

@@ -1,0 +1,1 @@
+"""LoRA adapters that requests load and unload."""

@@ -1,0 +1,68 @@
+"""``POST /v1/load_lora_adapter`` and ``POST /v1/unload_lora_adapter``."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse, Response
+
+from sensorium.config.lora import check_name
+from sensorium.errors import ConfigError, InvalidRequestError, NotFoundError
+from sensorium.server.adapters.folders import allowed_folder
+from sensorium.server.context import ServingContext, context_of
+from sensorium.server.http.body import read_body
+from sensorium.server.openai.protocol import LoadAdapterBody, UnloadAdapterBody
+
+_CLOSED = (
+    "This server loads no adapters by request: start it with --enable-lora, "
+    "--allow-runtime-lora-updating, --allowed-lora-path FOLDER and an API key; or name adapters "
+    "with --lora-modules."
+)
+
+
+def adapters_router() -> APIRouter:
+    """Return the router of adapters."""
+    router = APIRouter()
+
+    @router.post("/v1/load_lora_adapter", response_model=None)
+    async def load_adapter(request: Request) -> Response:
+        """Load a LoRA adapter, which requests then name as their model."""
+        context = context_of(request)
+        body, folder = await read_body(
+            request, LoadAdapterBody, lambda body: _checked(context, body)
+        )
+        try:
+            await context.frontend.load_adapter(body.lora_name, folder)
+        except ConfigError as error:
+            raise InvalidRequestError(error.message, param="lora_path") from error
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @router.post("/v1/unload_lora_adapter", response_model=None)
+    async def unload_adapter(request: Request) -> Response:
+        """Forget a LoRA adapter when the requests that use it have ended."""
+        context = context_of(request)
+        body, _ = await read_body(request, UnloadAdapterBody, lambda body: _check_open(context))
+        await context.frontend.unload_adapter(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    return router
+
+
+def _check_open(context: ServingContext) -> None:
+    """Raise NotFoundError unless requests may change adapters."""
+    if not context.config.allow_runtime_lora_updating:
+        raise NotFoundError(_CLOSED)
+
+
+def _checked(context: ServingContext, body: LoadAdapterBody) -> str:
+    """Return the folder to load. Raises RequestError."""
+    _check_open(context)
+    try:
+        check_name(body.lora_name, "lora_name")
+    except ConfigError as error:
+        raise InvalidRequestError(error.message, param="lora_name") from error
+    if body.lora_name in context.model_names or body.lora_name in context.frontend.adapters:
+        raise InvalidRequestError(
+            f"The name {body.lora_name!r} is taken: unload the adapter first, or choose another.",
+            param="lora_name",
+        )
+    return str(allowed_folder(body.lora_path, context.config.allowed_lora_path))

@@ -1,0 +1,202 @@
+"""Adapters that do not fit, or are made to harm: an error that names the place, no memory."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sensorium.errors import ConfigError
+from sensorium.models import loader
+from sensorium.models.lora import read
+from sensorium.models.lora.settings import read_settings
+from sensorium.runtime.adapters import NO_LANE, AdapterSet
+from tests.checkpoints import make_llava, make_text
+from tests.checkpoints.adapters import make_adapter
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_text("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def lanes(base: Path) -> AdapterSet:
+    loaded = loader.load(str(base), device="cpu")
+    model: Any = loaded.model
+    return AdapterSet(model, loaded.family, max_loras=2, max_rank=8)
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return make_adapter(tmp_path / "adapter", base)
+
+
+def refusal(lanes: AdapterSet, folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        lanes.load(folder)
+    assert lanes.lane(b"x" * 32) is None
+    return caught.value.message
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Write the tensors anew."""
+    tensors = load_file(folder / read.NAME)
+    edit(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / read.NAME)
+
+
+def configure(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"use_dora": True}, "use_dora is set: DoRA"),
+        ({"use_new_thing": True}, "use_new_thing is set"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
+        ({"bias": "lora_only"}, "bias is 'lora_only'"),
+        ({"lora_bias": True}, "lora_bias is set"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4'"),
+        ({"r": 0}, "r must be a whole number"),
+        ({"r": True}, "r must be a whole number"),
+        ({"r": 1 << 40}, "r must be a whole number"),
+        ({"r": 5}, r"lora_A\.weight' has the shape \(4, \d+\), not \(5, \d+\)"),
+        ({"r": 9}, "has the rank 9, beyond the limit of 8"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a number"),
+        ({"lora_alpha": "8"}, "lora_alpha must be a number"),
+        ({"rank_pattern": {"q_proj": -1}}, "rank_pattern"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "is neither a name"),
+        ({"alpha_pattern": {".*a.*b.*c.*d": 4}}, "at most 3"),
+        ({"alpha_pattern": [1]}, "alpha_pattern must be an object"),
+        ({"target_modules": [1]}, "target_modules must be"),
+        ({"use_rslora": "yes"}, "use_rslora must be"),
+    ],
+)
+def test_settings_that_cannot_be_had(
+    lanes: AdapterSet, adapter: Path, values: dict[str, Any], words: str
+) -> None:
+    configure(adapter, **values)
+    assert re.search(words, refusal(lanes, adapter))
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda tensors: tensors.clear(), "has no tensors for layers"),
+        (lambda tensors: tensors.pop(f"{Q}.lora_B.weight"), "q_proj' has no tensor lora_B"),
+        (rename(f"{Q}.lora_A.weight", f"{Q}.weight"), "q_proj.weight' is no tensor of a LoRA"),
+        (put("base_model.model.lm_head.lora_A.weight", torch.ones(4, 64)), "the head"),
+        (put("base_model.model.model.embed_tokens.lora_embedding_A", torch.ones(4, 9)), "lora_emb"),
+        (put("base_model.model.model.layers.7.mlp.up_proj.lora_A.weight", torch.ones(4, 64)),
+         "no linear layer that adapters can change"),
+        (put("base_model.model.model.norm.lora_A.weight", torch.ones(4, 64)), "model.norm"),
+        (put(f"{Q}.lora_A.default.weight", torch.ones(4, 64)), "there twice"),
+        (put(f"{Q}.lora_A.weight", torch.ones(4, 65)), r"q_proj.lora_A.weight' has the shape"),
+        (put(f"{Q}.lora_A.weight", torch.ones(4, 1, 64)), r"q_proj.lora_A.weight' has the shape"),
+        (put(f"{Q}.lora_B.weight", torch.ones(4)), r"q_proj.lora_B.weight' has the shape"),
+        (put(f"{Q}.lora_A.weight", torch.ones(4, 64, dtype=torch.int8)), "of the type I8"),
+        (put(f"{Q}.lora_A.weight", torch.ones(4, 64, dtype=torch.float64)), "of the type F64"),
+        (put(f"{Q}.lora_B.weight", torch.full((64, 4), float("nan"))), "q_proj.lora_B.*not finite"),
+        (put(f"{Q}.lora_B.weight", torch.full((64, 4), float("inf"))), "q_proj.lora_B.*not finite"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit(
+    lanes: AdapterSet, adapter: Path, edit: Callable[[dict[str, torch.Tensor]], object], words: str
+) -> None:
+    change(adapter, edit)
+    assert re.search(words, refusal(lanes, adapter))
+
+
+def test_files_that_are_none(lanes: AdapterSet, adapter: Path, tmp_path: Path) -> None:
+    assert "no adapter_config.json" in refusal(lanes, tmp_path)
+    weights, config = adapter / read.NAME, adapter / "adapter_config.json"
+    data = weights.read_bytes()
+    for damaged in (data[:100], data[: len(data) // 2], b"\xff" * 8 + data[8:], b""):
+        weights.write_bytes(damaged)
+        assert "not a readable safetensors file" in refusal(lanes, adapter)
+    weights.rename(adapter / read.PICKLE)
+    assert "a pickle, which is not read" in refusal(lanes, adapter)
+    for text in ("[]", "{", "[" * 100_000, '{"a": "' + "x" * (1 << 20) + '"}'):
+        config.write_text(text)
+        with pytest.raises(ConfigError, match=r"adapter_config\.json of the adapter"):
+            read_settings(adapter)
+
+
+def test_two_names_of_one_layer(tmp_path: Path) -> None:
+    """Names of older and newer layouts lead to the same layer: only one of them may be there."""
+    base = make_llava(tmp_path / "base", layout="hub")
+    loaded = loader.load(str(base), device="cpu")
+    model: Any = loaded.model
+    lanes = AdapterSet(model, loaded.family, max_loras=1, max_rank=8)
+    adapter = make_adapter(tmp_path / "adapter", base, only=r".*layers\.0\.self_attn\.q_proj")
+    old = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
+    new = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    change(adapter, lambda tensors: [
+        tensors.update({f"{new}.lora_{side}.weight": tensors[f"{old}.lora_{side}.weight"].clone()})
+        for side in "AB"
+    ])  # fmt: skip
+    assert "belong to one layer" in refusal(lanes, adapter)
+    change(adapter, lambda tensors: [tensors.pop(name) for name in list(tensors) if old in name])
+    assert lanes.load(adapter).in_encoder
+
+
+def test_places_are_bounded_and_come_back(
+    lanes: AdapterSet, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    other = make_adapter(tmp_path / "other", base, seed=1, only=".*q_proj")
+    third = make_adapter(tmp_path / "third", base, seed=2, only=".*q_proj")
+    first = lanes.load(adapter)
+    second = lanes.load(other)
+    assert lanes.lane(b"") == NO_LANE
+    assert {lanes.lane(first.digest), lanes.lane(second.digest)} == {0, 1}
+    assert not first.in_encoder
+    assert "as many as --max-loras" in refusal(lanes, third)
+    version = lanes.version
+    lanes.unload(first.digest)
+    assert lanes.version > version
+    assert lanes.lane(first.digest) is None
+    found = lanes.load(third)
+    assert lanes.lane(found.digest) == first.lane
+    for adapter_ in (second, found):
+        lanes.unload(adapter_.digest)
+    assert lanes.nbytes == 0
+
+
+def test_scales_follow_the_patterns(adapter: Path) -> None:
+    configure(
+        adapter,
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        rank_pattern={"mlp.down_proj": 9},
+        alpha_pattern={r"^model\.layers\.1\..*": 2, "q_proj": 3},
+    )
+    found = read_settings(adapter)
+    assert found.rank_of("model.layers.0.mlp.down_proj") == 9
+    assert found.rank_of("model.layers.0.mlp.updown_proj") == 4
+    assert found.scale_of("model.layers.0.mlp.down_proj") == 6 / 3
+    assert found.scale_of("model.layers.1.mlp.down_proj") == 2 / 3
+    assert found.scale_of("model.layers.0.self_attn.q_proj") == 3 / 2
+    configure(adapter, use_rslora=False)
+    assert read_settings(adapter).scale_of("model.layers.0.self_attn.k_proj") == 6 / 4
