@@ -129,7 +129,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"http"},
         {"openai"},
         {"responses", "anthropic"},
-        {"routes", "playground"},
+        {"routes", "playground", "adapters"},
         {"openapi", "app"},
         {"launch"},
     ),

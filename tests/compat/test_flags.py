@@ -113,7 +113,7 @@ def test_other_commands_read_them_too(
     ("argv", "words"),
     [
         (["-pp", "2"], ["--pipeline-parallel-size 2 is not supported", "one server per device"]),
-        (["--enable-lora"], ["--enable-lora is not supported", "merge the adapter"]),
+        (["--enable-lora-bias"], ["--enable-lora-bias is not supported", "merge the adapter"]),
         (["--speculative-config", '{"method": "ngram"}'], ["speculative decoding"]),
         (["--max-logprobs", "-1"], ["--max-logprobs -1", "20"]),
         (["--load-format", "pt"], ["--load-format", "'pt'", "safetensors"]),
@@ -267,7 +267,7 @@ def test_keywords_of_llm() -> None:
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"enable_lora": True}, "enable_lora is not supported: LoRA"),
+        ({"enable_lora_bias": True}, "enable_lora_bias is not supported: no such form"),
         ({"speculative_config": {"model": "x"}}, "speculative decoding"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb 4"),
         ({"convert": "classify"}, "'classify' is not supported"),

@@ -96,7 +96,7 @@ def test_keywords_of_calls_that_ask_for_nothing_pass(llm: LLM) -> None:
 @pytest.mark.parametrize(
     ("keywords", "words"),
     [
-        ({"lora_request": object()}, "lora_request is not supported: LoRA"),
+        ({"lora_request": object()}, "lora_request must be a LoRARequest"),
         ({"tokenization_kwargs": {"a": 1}}, "tokenization_kwargs is not supported"),
         ({"mm_processor_kwargs": {"max_pixels": 5}}, "in each prompt"),
     ],

@@ -12,9 +12,10 @@ import numpy as np
 
 import sensorium
 from sensorium.config import EngineConfig, engine_config
+from sensorium.engine.prompts.adapters import KnownAdapters
 from sensorium.engine.prompts.types import ChatPrompt, Prompt
-from sensorium.engine.stats import EngineStats
-from sensorium.errors import EngineDeadError, InvalidRequestError, SensoriumError
+from sensorium.engine.stats import AdapterFacts, EngineStats
+from sensorium.errors import ConfigError, EngineDeadError, InvalidRequestError, SensoriumError
 from sensorium.models.embedder import GENERATES, Embedder
 from sensorium.outputs import CompletionOutput, Logprob, PoolingRequestOutput, RequestOutput
 from sensorium.params import PoolingParams, SamplingParams
@@ -71,6 +72,7 @@ class FakeFrontend:
     closing: bool = False
     tokenizer: Tokenizer = TOKENIZER
     template_text: str = ""
+    adapters: KnownAdapters = field(default_factory=KnownAdapters)
 
     @property
     def config(self) -> EngineConfig:
@@ -129,6 +131,18 @@ class FakeFrontend:
             )
         finally:
             call.ended = True
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Know one more adapter; a folder that is called so is damaged."""
+        if Path(path).name == "damaged":
+            raise ConfigError("its numbers are not finite")
+        self.adapters.set([*self.adapters, AdapterFacts(name, path, name.encode(), 8)])
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter when no request uses it."""
+        with self.adapters.retired(name):
+            await self.adapters.unused(name)
+            self.adapters.set([a for a in self.adapters if a.name != name])
 
     async def stats(self) -> EngineStats:
         """Some numbers."""

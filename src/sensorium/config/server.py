@@ -174,6 +174,11 @@ class ServerConfig:
             bad("ssl_certfile", "and ssl_keyfile go together: give both or none")
         if any(not key for key in self.api_key):
             bad("api_key", "must not be empty")
+        if self.allow_runtime_lora_updating:
+            for name, flag in (("api_key", "an API key"), ("allowed_lora_path", "folders")):
+                if not getattr(self, name):
+                    where = f"--{name.replace('_', '-')}"
+                    bad("allow_runtime_lora_updating", f"needs {flag}: {where}")
 
     def share_of(self, most: int) -> int:
         """Return how much of a limit one tenant may use: half of it with several API keys."""

@@ -8,6 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from sensorium import __version__
 from sensorium.config import ServerConfig
 from sensorium.metrics.prometheus import ServerMetrics, ServingMetrics
+from sensorium.server.adapters.routes import adapters_router
 from sensorium.server.batches.calls import AppCaller
 from sensorium.server.batches.store import BatchStore
 from sensorium.server.context import ServingContext
@@ -82,6 +83,7 @@ def build_app(models: ServedModels, config: ServerConfig) -> FastAPI:
 
 def _routers(config: ServerConfig) -> list[APIRouter]:
     return [
+        adapters_router(),
         audio_router(),
         batches_router(),
         chat_router(),

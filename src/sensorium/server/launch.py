@@ -27,6 +27,7 @@ from sensorium.errors import ConfigError, InvalidRequestError
 from sensorium.forks import OWN_THREADS
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.processes.start import STOPS
+from sensorium.server.adapters.checks import check_adapters
 from sensorium.server.app import build_app
 from sensorium.server.context import ServingContext
 from sensorium.server.http.http11 import MAX_HEADER_BYTES, StrictH11Protocol
@@ -67,6 +68,7 @@ def serve(
     logger.info("options: %s", options or "all defaults")
     check_config(config)
     check_models(models)
+    check_adapters(models, config)
     for model in models:
         check_template_kwargs(model.server.default_chat_template_kwargs)
     if unread := environment.unread_variables():

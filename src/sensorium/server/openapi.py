@@ -19,10 +19,12 @@ from sensorium.server.openai.protocol import (
     CompletionBody,
     DetokenizeBody,
     EmbeddingBody,
+    LoadAdapterBody,
     RerankBody,
     ScoreBody,
     TokenizeBody,
     TranscriptionBody,
+    UnloadAdapterBody,
 )
 from sensorium.server.responses.listing import MOST_ITEMS
 from sensorium.server.responses.protocol import InputTokensBody, ResponsesBody
@@ -40,10 +42,13 @@ BODIES: dict[str, type[BaseModel]] = {
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
     "/v1/batches": BatchBody,
+    "/v1/load_lora_adapter": LoadAdapterBody,
+    "/v1/unload_lora_adapter": UnloadAdapterBody,
 }
 _EITHER = {EmbeddingBody: ("input", "messages"), TokenizeBody: ("prompt", "messages")}
 """Bodies that need exactly one of two fields."""
 
+_ADAPTERS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _SOUNDS = ("/v1/audio/transcriptions", "/v1/audio/translations")
 _BODY_STATUSES = (400, 404, 413, 415, 503)
 _PROMPT_STATUSES = (*_BODY_STATUSES, 422, 424)
@@ -52,6 +57,7 @@ _STATUSES: dict[str, tuple[int, ...]] = {
     "/detokenize": _BODY_STATUSES,
     **dict.fromkeys(_SOUNDS, _PROMPT_STATUSES),
     "/v1/batches": _BODY_STATUSES,
+    **dict.fromkeys(_ADAPTERS, _BODY_STATUSES),
     "/v1/batches/{batch_id}": (404,),
     "/v1/batches/{batch_id}/cancel": (400, 404),
     "/v1/files": (400, 413, 503),
@@ -71,7 +77,7 @@ _PAGE: dict[str, dict[str, Any]] = {
     "limit": {"type": "integer", "minimum": 1},
     "order": {"type": "string", "enum": ["asc", "desc"], "default": "desc"},
 }
-_MEDIA_TYPES = {"/metrics": CONTENT_TYPE}
+_MEDIA_TYPES = {"/metrics": CONTENT_TYPE, **dict.fromkeys(_ADAPTERS, "text/plain")}
 """Media types of answers that are not JSON."""
 
 _QUERY: dict[str, dict[str, Any]] = {
@@ -160,7 +166,8 @@ def describe(app: FastAPI, *, keys: bool, open_paths: frozenset[str]) -> None:
                 _add_query(operations, _QUERY.get(path, {}))
             for path, media_type in _MEDIA_TYPES.items():
                 content = {media_type: {"schema": {"type": "string"}}}
-                schema["paths"][path]["get"]["responses"]["200"]["content"] = content
+                for operation in schema["paths"][path].values():
+                    operation["responses"]["200"]["content"] = content
             for path, model in BODIES.items():
                 _add_body(schema["paths"][path]["post"], model, schemas)
             _add_files(schema["paths"])

@@ -11,14 +11,21 @@ import pytest
 
 from sensorium.config import EngineConfig, engine_config
 from sensorium.core.request import EngineRequest, SequenceUpdate
-from sensorium.engine.prompts.types import PreparedPrompt, RawPrompt
+from sensorium.engine.prompts.adapters import KnownAdapters
+from sensorium.engine.prompts.types import MediaOptions, PreparedPrompt, RawPrompt
 from sensorium.engine.serving import frontend as frontend_module
 from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.serving.stats_log import log_stats
-from sensorium.engine.stats import EngineStats
-from sensorium.errors import ConfigError, EngineDeadError, InvalidRequestError, OverloadedError
+from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
+from sensorium.errors import (
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+)
 from sensorium.metrics.report import RequestReport
 from sensorium.models.embedder import GENERATES, Embedder
 from sensorium.params import PoolingParams, SamplingParams
@@ -37,6 +44,7 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.output_queues: dict[str, OutputQueue] = {}
         self.aborted: list[str] = []
+        self.adapters: list[AdapterFacts] = []
         self.stopped = False
 
     async def start(self) -> None:
@@ -68,6 +76,20 @@ class FakeEngine:
             await asyncio.Event().wait()
         return self.answers.pop()
 
+    async def load_adapter(self, name: str, path: str) -> EngineFacts:
+        self.current()
+        self.adapters.append(AdapterFacts(name, path, name.encode(), 8))
+        return self.facts
+
+    async def unload_adapter(self, name: str) -> EngineFacts:
+        self.adapters = [adapter for adapter in self.adapters if adapter.name != name]
+        return self.facts
+
+    @property
+    def facts(self) -> EngineFacts:
+        own = tuple(self.adapters)
+        return EngineFacts(8, 1, 1, 1, "cpu", "float32", 1, 0.0, adapters=own)
+
     async def stop(self) -> None:
         self.stopped = True
 
@@ -80,6 +102,9 @@ class FakePreparer:
     closed = False
     num_prepared = 0
     token_ids: tuple[int, ...] = (1,)
+
+    def __init__(self) -> None:
+        self.adapters = KnownAdapters()
 
     def resolve_pooling(self, params: PoolingParams) -> PoolingParams:
         if self.embedder is None:
@@ -108,8 +133,9 @@ class FakePreparer:
             for i in range(params.n)
         ]
 
-    def set_facts(self, facts: object) -> None:
-        """No limit is looked at here."""
+    def set_facts(self, facts: EngineFacts) -> None:
+        """Only adapters are looked at here."""
+        self.adapters.set(facts.adapters)
 
     def media_stats(self) -> dict[str, float]:
         return {"fetch_count": 2.0}
@@ -343,3 +369,42 @@ async def test_the_line_after_an_outage_is_about_all_of_it(
         await log_stats(lambda: 60, client.stats, interval=1.0, unit="generated tokens")
     [line] = [record.getMessage() for record in caplog.records if "tokens/s" in record.getMessage()]
     assert line.startswith("20.0 generated tokens/s")
+
+
+async def test_an_adapter_goes_when_its_requests_have_ended() -> None:
+    frontend, client, _ = new_frontend()
+    await frontend.load_adapter("a", "folder")
+    prompt = RawPrompt(text="a", media=MediaOptions(adapter="a"))
+    stream = frontend.generate(prompt, SamplingParams(), request_id="r")
+    waiting = asyncio.ensure_future(anext(stream))
+    while not client.output_queues:
+        await asyncio.sleep(0)
+    unloading = asyncio.create_task(frontend.unload_adapter("a"))
+    while "a" in frontend.adapters:
+        await asyncio.sleep(0)
+    with pytest.raises(ModelNotFoundError, match="'a' is not loaded"):
+        await anext(frontend.generate(prompt, SamplingParams(), request_id="s"))
+    assert [adapter.name for adapter in client.adapters] == ["a"], "one request still uses it"
+    assert not unloading.done()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await unloading
+    assert client.adapters == []
+    with pytest.raises(ModelNotFoundError):
+        await frontend.unload_adapter("a")
+
+
+async def test_who_gives_up_unloading_leaves_the_adapter() -> None:
+    frontend, client, _ = new_frontend()
+    await frontend.load_adapter("a", "folder")
+    with frontend.adapters.using("a"):
+        unloading = asyncio.create_task(frontend.unload_adapter("a"))
+        while "a" in frontend.adapters:
+            await asyncio.sleep(0)
+        unloading.cancel()
+        await asyncio.gather(unloading, return_exceptions=True)
+        assert "a" in frontend.adapters
+    await frontend.provide_adapter("a", "folder")
+    assert len(client.adapters) == 1
+    await frontend.unload_adapter("a")
+    assert "a" not in frontend.adapters

@@ -17,7 +17,7 @@ from sensorium.core.request import EngineRequest
 from sensorium.engine.serving import supervisor as supervisor_module
 from sensorium.engine.serving.client import LONGEST_RETRY, OutputQueue, dead_error
 from sensorium.engine.serving.supervisor import STEADY_SECONDS, Backoff, EngineSupervisor
-from sensorium.engine.stats import EngineFacts, EngineStats
+from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
 from sensorium.errors import ConfigError, EngineDeadError
 from sensorium.params import SamplingParams
 
@@ -50,6 +50,13 @@ class FakeClient:
 
     async def wait_ended(self) -> None:
         await self._ended.wait()
+
+    async def load_adapter(self, name: str, path: str) -> EngineFacts:
+        if path == "gone":
+            raise ConfigError("There is no folder.")
+        own = (*self.facts.adapters, AdapterFacts(name, path, name.encode(), 8))
+        self.facts = dataclasses.replace(self.facts, adapters=own)
+        return self.facts
 
     def die(self) -> None:
         """The process ends."""
@@ -290,3 +297,15 @@ async def test_a_server_that_stops_promises_no_other_engine() -> None:
     await supervisor.stop()
     with pytest.raises(EngineDeadError, match="shutting down"):
         supervisor.current()
+
+
+async def test_a_new_engine_gets_the_adapters_of_the_one_before(bench: Bench) -> None:
+    """Those that cannot be loaded any more are dropped."""
+    supervisor = await bench.start()
+    for name in ("first", "second", "gone"):
+        await supervisor.load_adapter(name, "folder")
+    supervisor._adapters["gone"] = "gone"
+    for _ in range(2):
+        await bench.die()
+        assert [adapter.name for adapter in supervisor.facts.adapters] == ["first", "second"]
+    assert bench.told[-1] == supervisor.facts

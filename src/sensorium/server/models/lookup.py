@@ -74,14 +74,19 @@ class ServedModels:
         """Return the model of a name. Raises ModelNotFoundError for one that is not served here."""
         if name is None:
             return self.default
-        found = self._by_name.get(name)
+        found = self._by_name.get(name) or self._with_adapter(name)
         if found is None:
-            served = ", ".join(map(repr, self._by_name))
+            adapters = (name for model in self._models for name in model.adapters)
+            served = ", ".join(map(repr, (*self._by_name, *adapters)))
             raise ModelNotFoundError(
                 f"Model {name[:200]!r} is not served here; this server serves {served}.",
                 param="model",
             )
         return found
+
+    def adapter_of(self, name: str | None) -> str:
+        """Return the adapter that a name which was found means; empty for a model itself."""
+        return "" if name is None or name in self._by_name else name
 
     def attach(self, server: ServingContext) -> None:
         """Make the models those of a server, before anything else is done with them."""
@@ -131,6 +136,9 @@ class ServedModels:
                 left = seconds  # it may come back in the meantime
             wait = min(wait, left)
         return wait
+
+    def _with_adapter(self, name: str) -> ServedModel | None:
+        return next((model for model in self._models if name in model.adapters), None)
 
     def _all_failed_or_stopped(self) -> bool:
         return not any(model.context is not None for model in self._models)

@@ -100,6 +100,13 @@ class ServedModel:
         return self.names[0]
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Return the names of its LoRA adapters: those that are loaded, else those it starts with."""
+        if self._context is not None:
+            return tuple(adapter.name for adapter in self._context.frontend.adapters)
+        return tuple(module.name for module in self.engine_config.lora.modules())
+
+    @property
     def context(self) -> ModelContext | None:
         """Return what its requests are answered with; None while it has no engine."""
         return self._context

@@ -8,7 +8,7 @@ from fastapi import Request
 
 from sensorium.engine.prompts.types import ChatPrompt, MediaOptions, RawPrompt, Truncation
 from sensorium.errors import InvalidRequestError
-from sensorium.server.context import ModelContext, tenant_of
+from sensorium.server.context import ModelContext, context_of, tenant_of
 from sensorium.server.files.uploads import with_uploads
 from sensorium.server.openai.protocol import (
     ChatBody,
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
 
 
 def media_options(request: Request, body: PromptBody) -> MediaOptions:
-    """Return the options for loading the items of a request, and their tenant."""
+    """Return the options for loading the items of a request, its tenant and its adapter."""
     return MediaOptions(
         mm_processor_kwargs=body.mm_processor_kwargs or {},
         media_io_kwargs=body.media_io_kwargs or {},
         cache_salt=(getattr(body, "cache_salt", None) or ""),
         tenant=tenant_of(request),
+        adapter=context_of(request).models.adapter_of(body.model),
     )
 
 

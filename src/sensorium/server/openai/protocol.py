@@ -309,6 +309,7 @@ class LoadAdapterBody(Body):
 
     lora_name: str = Field(min_length=1, max_length=256)
     lora_path: str = Field(min_length=1, max_length=4096)
+    model: str | None = None
     load_inplace: Literal[False] | None = None
     is_3d_lora_weight: Literal[False] | None = None
 

@@ -18,9 +18,13 @@ def models_router() -> APIRouter:
 
     @router.get("/v1/models", response_model=None)
     async def list_models(request: Request) -> Response:
-        """List all names of all models, with the state of each."""
+        """List all names of all models, with the state of each, and their adapters."""
         context = context_of(request)
-        cards = [_card(context, model, name) for model in context.models for name in model.names]
+        cards = [
+            _card(context, model, name)
+            for model in context.models
+            for name in (*model.names, *model.adapters)
+        ]
         return JsonResponse({"object": "list", "data": cards})
 
     @router.get("/v1/models/{name:path}", response_model=None)
@@ -33,12 +37,13 @@ def models_router() -> APIRouter:
 
 
 def _card(context: ServingContext, model: ServedModel, name: str) -> dict[str, Any]:
+    adapter = context.models.adapter_of(name)
     return {
         "id": name,
         "object": "model",
         "created": context.started_at,
         "owned_by": "sensorium",
-        "root": model.name,
-        "parent": None,
+        "root": adapter or model.name,
+        "parent": model.name if adapter else None,
         **entry(model),
     }
