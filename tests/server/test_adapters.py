@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sensorium.config import ServedConfig, ServerConfig, engine_config
+from sensorium.config import EngineConfig, ServedConfig, ServerConfig, engine_config
 from sensorium.engine.stats import AdapterFacts
 from sensorium.errors import ConfigError
 from sensorium.models.embedder import Embedder
@@ -89,20 +89,24 @@ def test_options_that_loading_needs(options: dict[str, Any], words: str) -> None
         ServerConfig(allow_runtime_lora_updating=True, **options)
 
 
+def served(engine: EngineConfig, server: ServerConfig) -> ServedConfig:
+    return ServedConfig(engine=engine, server=server)
+
+
 def test_options_that_go_together() -> None:
     allowed = ServerConfig(
         allow_runtime_lora_updating=True, api_key=("a",), allowed_lora_path=("/tmp",)
     )
     with pytest.raises(ConfigError, match="needs --enable-lora"):
-        check_adapters([ServedConfig(engine_config(), allowed)], allowed)
-    check_adapters([ServedConfig(engine_config(enable_lora=True), allowed)], allowed)
+        check_adapters([served(engine_config(), allowed)], allowed)
+    check_adapters([served(engine_config(enable_lora=True), allowed)], allowed)
     named = engine_config(enable_lora=True, lora_modules=["demo=folder"])
     plain, other = ServerConfig(), ServerConfig(served_model_name=("other",))
     with pytest.raises(ConfigError, match="'demo', which another model or adapter has"):
-        check_adapters([ServedConfig(named, plain)], plain)
-    check_adapters([ServedConfig(named, other)], plain)
+        check_adapters([served(named, plain)], plain)
+    check_adapters([served(named, other)], plain)
     with pytest.raises(ConfigError, match="'demo', which another"):
-        check_adapters([ServedConfig(named, other), ServedConfig(named, other)], plain)
+        check_adapters([served(named, other), served(named, other)], plain)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ class ServedModel:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Return the names of its LoRA adapters: those that are loaded, else those it starts with."""
+        """Return the names of its LoRA adapters; while it has no engine, those it starts with."""
         if self._context is not None:
             return tuple(adapter.name for adapter in self._context.frontend.adapters)
         return tuple(module.name for module in self.engine_config.lora.modules())
