@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sensorium.core.request import ItemSpan
 from sensorium.engine.prompts.types import (
+    ChatPrompt,
     PreparedPrompt,
     Prompt,
     RawPrompt,
     RopeChoice,
     salt_of,
 )
+from sensorium.errors import PlaceholderMismatchError
 from sensorium.multimodal.items import MediaItem
 from sensorium.multimodal.placeholders import expand, in_order
 from sensorium.multimodal.processor import Processor
@@ -106,3 +109,19 @@ def bidirectional_spans(
         return tuple((start, start + length) for start, length in runs), salt
     parts = (salt, array("q", token_ids).tobytes(), *(span.digest for span in spans))
     return ((0, len(token_ids)),), hashlib.sha256(b"".join(parts)).digest()
+
+
+@contextlib.contextmanager
+def advised(prompt: Prompt) -> Iterator[None]:
+    """Add advice to errors about placeholders that a chat template wrote."""
+    try:
+        yield
+    except PlaceholderMismatchError as error:
+        if not isinstance(prompt, ChatPrompt):
+            raise
+        raise PlaceholderMismatchError(
+            error.found,
+            "In a chat the template writes them, and this one does not write the model's own for "
+            "each item: give another one (--chat-template FILE_OR_TEXT; in Python "
+            "chat_template=…).",
+        ) from error

@@ -7,11 +7,10 @@ all limits, for ``LLM`` and the server alike.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from sensorium.engine.grammar.compiler import GrammarCompiler, grammar_server
 from sensorium.engine.prompts.adapters import KnownAdapters, with_adapter
 from sensorium.engine.prompts.defaults import generation_values, sampling_defaults
 from sensorium.engine.prompts.deprecated import check_deprecated
-from sensorium.engine.prompts.expansion import Traits, expanded
+from sensorium.engine.prompts.expansion import Traits, advised, expanded
 from sensorium.engine.prompts.files import files_opened
 from sensorium.engine.prompts.lengths import (
     is_long,
@@ -44,7 +43,6 @@ from sensorium.engine.prompts.vocabulary import Vocabulary, end_tokens, tokenize
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import (
     InvalidRequestError,
-    PlaceholderMismatchError,
     PromptTooLongError,
     located,
 )
@@ -217,14 +215,14 @@ class InputProcessor:
             for ref in refs:
                 counts[ref.modality] += len(ref.uuids) or 1
             unread = {ref.modality for ref in refs if ref.kind == "embeds"}
-            with located(param), _advised(prompt):
+            with located(param), advised(prompt):
                 check_counts(ids, counts, unread, rendered.numbered, self._processor)
         return rendered
 
     async def complete(self, prompt: Prompt, rendered: RenderedPrompt) -> PreparedPrompt:
         """Load the media of a rendered prompt and expand its placeholders. Raises RequestError."""
         items = await self._items(prompt, rendered)
-        with located(prompt.param), _advised(prompt):
+        with located(prompt.param), advised(prompt):
             prepared = expanded(prompt, rendered, items, self._traits, self._room)
         prepared = with_adapter(prepared, self.adapters.find(prompt.media.adapter))
         self._vocabulary.check_expanded(prepared.token_ids, prepared.spans, prompt.param)
@@ -428,22 +426,6 @@ class InputProcessor:
         numbers = range(1, self._config.media.max_items_per_request + 1)
         texts = (self._placeholder_text(m, number) for m in known for number in numbers)
         return list(dict.fromkeys(texts))
-
-
-@contextlib.contextmanager
-def _advised(prompt: Prompt) -> Iterator[None]:
-    """Add advice to errors about placeholders that a chat template wrote."""
-    try:
-        yield
-    except PlaceholderMismatchError as error:
-        if not isinstance(prompt, ChatPrompt):
-            raise
-        raise PlaceholderMismatchError(
-            error.found,
-            "In a chat the template writes them, and this one does not write the model's own for "
-            "each item: give another one (--chat-template FILE_OR_TEXT; in Python "
-            "chat_template=…).",
-        ) from error
 
 
 def _placeholders(processor: Processor | None) -> PlaceholderIds | None:
