@@ -19,7 +19,7 @@ from sensorium.kernels.cpu.attention.route import VECTORS, Route
 from sensorium.kernels.cpu.attention.tiles import checks, varlen
 from sensorium.kernels.cpu.attention.tiles.causal import FEW_ROWS
 from sensorium.kernels.cpu.linear import tiles as linear_tiles
-from sensorium.kernels.cpu.linear.int4 import Int4Weight
+from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight
 from sensorium.kernels.cpu.linear.int8 import Int8Weight
 
 Run = Callable[[int], Any]

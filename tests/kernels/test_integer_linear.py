@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from sensorium.kernels import ops, reference
 from sensorium.kernels.cpu.linear import integers
 from sensorium.kernels.cpu.linear import product as products
-from sensorium.kernels.cpu.linear.int4 import Int4Weight
+from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight
 from sensorium.kernels.cpu.linear.int8 import Int8Weight
 from sensorium.kernels.weight import QuantizedTensor
 
@@ -41,18 +42,29 @@ def make(name: str, num_outputs: int, num_inputs: int, seed: int = 0) -> Quantiz
     return QuantizedTensor(values.to(torch.int8), scales.bfloat16().float() / most, bits, group)
 
 
+def per_output(weight: QuantizedTensor) -> bool:
+    """Return whether a weight takes the kernel for one scale per output, not those for groups."""
+    symmetric = weight.zeros is None and weight.minimums is None
+    return weight.bits == 8 and weight.scales.shape[1] == 1 and symmetric
+
+
 def rounded(weight: QuantizedTensor) -> QuantizedTensor:
-    """Return the weight with the scales that are stored: bf16 for int4."""
-    if weight.bits == 8:
+    """Return the weight with the numbers that are stored: those for groups have 11 bits."""
+
+    def stored(values: torch.Tensor) -> torch.Tensor:
+        mantissas, exponents = torch.frexp(values)
+        return torch.ldexp((mantissas * 2048).round() / 2048, exponents)
+
+    if per_output(weight):
         return weight
-    scales = weight.scales.bfloat16().float()
-    return QuantizedTensor(weight.values, scales, weight.bits, weight.group)
+    minimums = None if weight.minimums is None else stored(weight.minimums)
+    return dataclasses.replace(weight, scales=stored(weight.scales), minimums=minimums)
 
 
 def expected(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     """Return the product by its definition: int64 sums of groups, float32 sums over groups."""
     weight = rounded(weight)
-    group = 128 if weight.bits == 8 else 32
+    group = 64 if per_output(weight) else 32
     num_rows, num_inputs = x.shape
     num_groups = -(-num_inputs // group)
     padding = (0, num_groups * group - num_inputs)
@@ -66,12 +78,18 @@ def expected(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
     q = (rows * factors[..., None]).round().long()
     total = torch.zeros(num_rows, weight.shape[0])
     for g in range(num_groups):
-        sums = (q[:, g, None] * values[:, g]).sum(-1)
+        own = g * group // weight.group
+        sums, activations = (q[:, g, None] * values[:, g]).sum(-1), q[:, g].sum(-1)[:, None]
+        if weight.zeros is not None:
+            sums = sums - activations * weight.zeros[None, :, own].long()
         scale = scales[:, g, None]
-        if weight.bits == 4:
-            scale = scale * weight.scales[None, :, min(g, weight.scales.shape[1] - 1)]
+        if not per_output(weight):
+            scale = scale * weight.scales[None, :, own]
         total = (total.double() + sums.double() * scale.double()).float()
-    return total * weight.scales[:, 0] if weight.bits == 8 else total
+        if weight.minimums is not None:
+            least = scales[:, g, None] * weight.minimums[None, :, own]
+            total = (total.double() + activations.double() * least.double()).float()
+    return total * weight.scales[:, 0] if per_output(weight) else total
 
 
 def product(
@@ -251,12 +269,12 @@ def test_rows_need_not_be_contiguous_or_two_dimensional() -> None:
 
 def test_weights_that_no_kernel_takes_run_the_reference() -> None:
     values = torch.randint(-127, 128, (16, 64)).to(torch.int8)
-    packed = ops.pack_weight(QuantizedTensor(values, torch.ones(16, 2), 8, 32), torch.float32)
-    assert isinstance(packed, reference.DequantizedWeight)
     with pytest.raises(ValueError, match="int8 products"):
         Int8Weight.pack(QuantizedTensor(values, torch.ones(16, 2), 8, 32), torch.float32)
+    odd = QuantizedTensor(values, torch.ones(16, 4), 4, 16)
+    assert isinstance(ops.pack_weight(odd, torch.float32), reference.DequantizedWeight)
     with pytest.raises(ValueError, match="int4 products"):
-        Int4Weight.pack(QuantizedTensor(values, torch.ones(16, 4), 4, 16), torch.float32)
+        Int4Weight.pack(odd, torch.float32)
 
 
 DIGEST = """

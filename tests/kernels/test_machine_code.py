@@ -14,7 +14,8 @@ from sensorium.kernels.cpu import amx
 from sensorium.kernels.cpu.attention.tiles import causal, varlen
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import Launcher, assembly
-from sensorium.kernels.cpu.linear import int4, int8, integers, levels, tiles
+from sensorium.kernels.cpu.linear import int8, integers, levels, tiles
+from sensorium.kernels.cpu.linear.grouped import int4
 from sensorium.processes.start import child_environment
 
 AVX2 = "+avx2,+fma,+f16c"

@@ -17,7 +17,7 @@ from sensorium.kernels.cpu import amx
 from sensorium.kernels.cpu.attention import paged, route
 from sensorium.kernels.cpu.attention.tiles import checks
 from sensorium.kernels.cpu.linear import levels, table, tiles
-from sensorium.kernels.cpu.linear.int4 import Int4Weight
+from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight
 from sensorium.kernels.cpu.linear.int8 import Int8Weight
 from sensorium.kernels.weight import PackedWeight, QuantizedTensor
 

@@ -28,7 +28,9 @@ from sensorium.kernels.cpu.adapters import low_rank
 from sensorium.kernels.cpu.attention import causal, paged, route, varlen_vectors
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
-from sensorium.kernels.cpu.linear import int4, int8, integers, levels, onednn, table
+from sensorium.kernels.cpu.linear import int8, integers, levels, onednn, table
+from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight
+from sensorium.kernels.cpu.linear.grouped.int8 import GroupedInt8Weight
 from sensorium.kernels.cpu.numeric import WIDTH
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
@@ -69,17 +71,30 @@ def pack_weight(
     return table.pack_weight(weight) if _on_cpu(weight) else reference.PlainWeight(weight)
 
 
+def takes(weight: QuantizedTensor, dtype: torch.dtype) -> bool:
+    """Return whether a product on this machine takes a quantized weight as it is.
+
+    dtype: that of activations and results. Other weights are dequantized.
+    """
+    return _kind_for(weight, dtype) is not None
+
+
+def _kind_for(weight: QuantizedTensor, dtype: torch.dtype) -> type[QuantizedKind] | None:
+    if not (weight.values.is_cpu and dtype in CPU_DTYPES and integers.forms()):
+        return None
+    return next((kind for kind in QUANTIZED_KINDS if kind.takes(weight)), None)
+
+
 def _pack_quantized(weight: QuantizedTensor, dtype: torch.dtype) -> PackedWeight:
-    if weight.values.is_cpu and dtype in CPU_DTYPES and integers.forms():
-        for kind in (int8.Int8Weight, int4.Int4Weight):
-            if kind.takes(weight):
-                return kind.pack(weight, dtype)
+    kind = _kind_for(weight, dtype)
+    if kind is not None:
+        return kind.pack(weight, dtype)
     return reference.DequantizedWeight(weight, pack_weight(weight.dequantized(), dtype))
 
 
-STORED_KINDS: dict[str, type[PackedWeight]] = {
-    kind.__name__: kind for kind in (int8.Int8Weight, int4.Int4Weight)
-}
+QuantizedKind = int8.Int8Weight | Int4Weight | GroupedInt8Weight
+QUANTIZED_KINDS: tuple[type[QuantizedKind], ...] = (int8.Int8Weight, Int4Weight, GroupedInt8Weight)
+STORED_KINDS: dict[str, type[PackedWeight]] = {kind.__name__: kind for kind in QUANTIZED_KINDS}
 """Classes of quantized weights that ``tensors`` and ``from_tensors`` keep and restore, by name."""
 QUANTIZED_BAND = 1 << 20
 """Weights that are quantized before they are packed: bounds temporary memory."""

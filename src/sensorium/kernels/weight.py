@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -77,18 +77,23 @@ class PackedWeight(ABC):
 class QuantizedTensor:
     """Weight (N, K) as small integers times a scale for each group of inputs of an output.
 
-    w[n, k] = values[n, k] * scales[n, k // group]: symmetric, without zero points. The last group
-    of an output may be shorter. One scale per output (per channel): ``group`` is K.
+    With g = k // group, w[n, k] = values[n, k] * scales[n, g], or (values[n, k] - zeros[n, g]) *
+    scales[n, g], or values[n, k] * scales[n, g] + minimums[n, g]. The last group of an output may
+    be shorter. One scale per output (per channel): ``group`` is K.
     """
 
     values: torch.Tensor
-    """(N, K) int8, within -127 to 127 for 8 bits and -8 to 7 for 4."""
+    """(N, K) int8: -128 to 127 for 8 bits, -8 to 7 for 4, but 0 to 15 with zeros or minimums."""
     scales: torch.Tensor
     """(N, G) float32, G = ceil(K / group)."""
     bits: int
     """8 or 4."""
     group: int
     """Inputs that share a scale."""
+    zeros: torch.Tensor | None = None
+    """(N, G) int8: 0 to 16 for 4 bits, any for 8; or None."""
+    minimums: torch.Tensor | None = None
+    """(N, G) float32, or None."""
 
     def __post_init__(self) -> None:
         num_outputs, num_inputs = self.values.shape
@@ -100,6 +105,14 @@ class QuantizedTensor:
                 f"scales of {tuple(self.scales.shape)} {self.scales.dtype} for a weight of "
                 f"{(num_outputs, num_inputs)} in groups of {self.group}"
             )
+        for other, dtype in ((self.zeros, torch.int8), (self.minimums, torch.float32)):
+            if other is not None and (tuple(other.shape) != expected or other.dtype != dtype):
+                raise ValueError(
+                    f"zero points or minimums of {tuple(other.shape)} {other.dtype} beside scales "
+                    f"of {expected}"
+                )
+        if self.zeros is not None and self.minimums is not None:
+            raise ValueError("a quantized weight has zero points or minimums, not both")
 
     @property
     def shape(self) -> torch.Size:
@@ -113,15 +126,34 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory of integers, a byte each, and scales."""
-        return self.values.nbytes + self.scales.nbytes
+        """Bytes of memory of integers, a byte each, scales and what is beside them."""
+        parts = (self.values, self.scales, self.zeros, self.minimums)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def rows_of(self, ids: torch.Tensor | slice) -> QuantizedTensor:
+        """Return some of the outputs, by their indexes."""
+        return replace(
+            self,
+            values=self.values[ids],
+            scales=self.scales[ids],
+            zeros=None if self.zeros is None else self.zeros[ids],
+            minimums=None if self.minimums is None else self.minimums[ids],
+        )
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up rows of the weight: ids (T,) of 0 to N - 1 -> (T, K) float32."""
-        taken = QuantizedTensor(self.values[ids], self.scales[ids], self.bits, self.group)
-        return taken.dequantized()
+        return self.rows_of(ids).dequantized()
 
     def dequantized(self) -> torch.Tensor:
         """Return the weight (N, K) as float32."""
-        spread = self.scales.repeat_interleave(self.group, dim=1)[:, : self.values.shape[1]]
-        return self.values.float() * spread
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            return values.repeat_interleave(self.group, dim=1)[:, : self.values.shape[1]]
+
+        wide = self.values.float()
+        if self.zeros is not None:
+            wide -= spread(self.zeros)
+        wide *= spread(self.scales)
+        if self.minimums is not None:
+            wide += spread(self.minimums)
+        return wide

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sensorium import LLM
 from sensorium.errors import ConfigError
 from sensorium.kernels import ops
-from sensorium.kernels.cpu.linear import int4 as int4_products
 from sensorium.kernels.cpu.linear import int8 as int8_products
+from sensorium.kernels.cpu.linear.grouped import int4 as int4_products
 from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models import loader
 from sensorium.models.families import hf

@@ -1,7 +1,7 @@
 """Products with int8 weights, one scale for each output.
 
 Packed in panels of sixteen outputs, in each of them step by step of four inputs:
-``[N / 16][K / 4][16][4]`` bytes, the weight plus 128. A sum over a group of 128 inputs is an exact
+``[N / 16][K / 4][16][4]`` bytes, the weight plus 128. A sum over a group of 64 inputs is an exact
 int32; the groups' sums times the activations' scales are added in float32 in the order of the
 groups, and the total is multiplied by the output's scale.
 
@@ -36,15 +36,15 @@ from sensorium.kernels.cpu.linear.integers import (
     STEP,
     Form,
     fetch_lines,
-    for_each_count,
     forms,
     local_array,
     opaque,
+    tile_function,
 )
 from sensorium.kernels.cpu.numeric import ELEMENT, INLINE, WIDTH, intrinsic, njit, shifted
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
-GROUP = 128
+GROUP = 64
 """Inputs of a row that share a scale."""
 MOST_GROUP = 128
 """Most inputs that may share a scale."""
@@ -56,7 +56,7 @@ WIDENED_ROWS = 16
 STEP_BYTES = STEP * WIDTH
 
 
-def _emit_step(
+def emit_step(
     form: Form,
     num_rows: int,
     sums: list[list[ir.Value]],
@@ -108,9 +108,7 @@ def _emit_pairs(
                 builder.store(total, sums[r][p])
 
 
-def _emit_tile(
-    builder: ir.IRBuilder, name: str, num_rows: int, args: Any, widened: bool = False
-) -> None:
+def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str, widened: bool) -> None:
     """Emit the products of a group of ``num_rows`` rows with a panel."""
     q, scales, corrections, stride, weights, blocks, totals = args
     form = Form(builder, name)
@@ -147,7 +145,7 @@ def _emit_tile(
                     halves = _load_halves(form, own_w, w_at)
                     _emit_pairs(form, num_rows, sums[0], halves, own_q, q_at)
                     continue
-                _emit_step(form, num_rows, sums[step % sets], own_w, w_at, own_q, q_at)
+                emit_step(form, num_rows, sums[step % sets], own_w, w_at, own_q, q_at)
     for r in range(num_rows):
         scale = form.repeated(scales, 4 * r, form.floats)
         for p in range(form.parts):
@@ -193,43 +191,8 @@ def _tile(name: str, widened: bool = False) -> Any:
 
     widened: take the weights of ``widen``, and as many rows as there are in a tile.
     """
-
-    @intrinsic
-    def multiply_tile(
-        typingctx: Any,
-        rows: Any,
-        q: Any,
-        scales: Any,
-        corrections: Any,
-        stride: Any,
-        weights: Any,
-        blocks: Any,
-        totals: Any,
-    ) -> Any:
-        """Add the products of ``blocks`` blocks of inputs to totals (rows, 16).
-
-        stride: rows between two blocks of q.
-        """
-
-        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-            byte = ir.IntType(8).as_pointer()
-            q, scales, corrections, weights, totals = (
-                builder.bitcast(args[i], byte) for i in (1, 2, 3, 5, 7)
-            )
-            operands = (q, scales, corrections, args[4], weights, args[6], totals)
-            most = TILE_ROWS[name]
-            if widened:
-                _emit_tile(builder, name, most, operands, widened)
-            else:
-                emit = functools.partial(_emit_tile, builder, name, args=operands)
-                for_each_count(builder, args[0], most, emit)
-            return context.get_dummy_value()
-
-        number = types.int64
-        kinds = (number, q, scales, corrections, number, weights, number, totals)
-        return types.void(*kinds), codegen
-
-    return multiply_tile
+    emit = functools.partial(_emit_tile, name=name, widened=widened)
+    return tile_function(TILE_ROWS[name], emit, only_most=widened)
 
 
 def _panel(name: str) -> Any:
@@ -335,8 +298,9 @@ class Int8Weight(PackedWeight):
 
     @staticmethod
     def takes(weight: QuantizedTensor) -> bool:
-        """Return whether ``pack`` takes a weight: 8 bits, one scale for each output."""
-        return weight.bits == 8 and weight.scales.shape[1] == 1
+        """Return whether ``pack`` takes a weight: 8 bits, one scale for each output alone."""
+        symmetric = weight.zeros is None and weight.minimums is None
+        return weight.bits == 8 and weight.scales.shape[1] == 1 and symmetric
 
     @classmethod
     def pack(cls, weight: QuantizedTensor, dtype: torch.dtype) -> Self:

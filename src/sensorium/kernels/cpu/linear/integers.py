@@ -137,8 +137,9 @@ class Form:
         return _call(self.builder, name, self.sums, [sums, weights, row])
 
     def multiply_shorts(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Return the sums of two products of 16-bit numbers (AVX2)."""
-        return _call(self.builder, "llvm.x86.avx2.pmadd.wd", self.sums, [a, b])
+        """Return the sums of two products of 16-bit numbers."""
+        name = "avx512.pmaddw.d.512" if self.width == WIDTH else "avx2.pmadd.wd"
+        return _call(self.builder, f"llvm.x86.{name}", self.sums, [a, b])
 
     def multiply_pairs(self, weights: ir.Value, row: ir.Value) -> ir.Value:
         """Return the sums of two products of bytes, in 16 bits (AVX2); they must fit."""
@@ -166,6 +167,50 @@ def for_each_count(
     builder.position_at_end(impossible)
     builder.unreachable()
     builder.position_at_end(done)
+
+
+def tile_function(
+    most: int, emit: Callable[[ir.IRBuilder, int, Any], None], only_most: bool = False
+) -> Any:
+    """Return the intrinsic that multiplies 1 to ``most`` rows with a panel.
+
+    emit: emits the code for a number of rows, from (q, scales, corrections, stride, weights,
+    groups, totals) with byte pointers. only_most: there is code for ``most`` rows alone.
+    """
+
+    @intrinsic
+    def multiply_tile(
+        typingctx: Any,
+        rows: Any,
+        q: Any,
+        scales: Any,
+        corrections: Any,
+        stride: Any,
+        weights: Any,
+        groups: Any,
+        totals: Any,
+    ) -> Any:
+        """Add the products of ``groups`` groups, or blocks, of inputs to totals (rows, 16).
+
+        stride: rows between two of them in q, scales and corrections.
+        """
+
+        def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+            q, scales, corrections, weights, totals = (
+                builder.bitcast(args[i], I8.as_pointer()) for i in (1, 2, 3, 5, 7)
+            )
+            operands = (q, scales, corrections, args[4], weights, args[6], totals)
+            if only_most:
+                emit(builder, most, operands)
+            else:
+                for_each_count(builder, args[0], most, lambda count: emit(builder, count, operands))
+            return context.get_dummy_value()
+
+        number = types.int64
+        kinds = (number, q, scales, corrections, number, weights, number, totals)
+        return types.void(*kinds), codegen
+
+    return multiply_tile
 
 
 # -- quantization of rows -----------------------------------------------------------------------

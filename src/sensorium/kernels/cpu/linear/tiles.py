@@ -203,7 +203,7 @@ def _panel(unit: amx.Unit, half_bytes: bool, group_bytes: int) -> Any:
                 for r in range(min(count * TILE, rows - row)):
                     scale = splat(scales[place + row + r])
                     if half_bytes:
-                        scale = load16(recast(factors, types.uint16), 0) * scale
+                        scale = load16(recast(factors, types.int16), 0) * scale
                     own_sums = shifted(sums, row * WIDTH)
                     add_scaled(products, r, corrections[place + row + r], scale, own_sums)
                 row += count * TILE
