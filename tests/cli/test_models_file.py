@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sensorium.cli.commands import batch
 from sensorium.cli.commands.serve import models_of
 from sensorium.cli.flags import build_engine_config, build_server_config
 from sensorium.cli.main import build_parser, main
@@ -113,11 +114,19 @@ def test_a_wrong_list_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_a_batch_may_be_for_several_models(tmp_path: Path) -> None:
+    path = written(tmp_path, "models: [demo, {model: other, served-model-name: b}]")
+    argv = ["batch", "in.jsonl", "-o", "out.jsonl", "--config", path, "--max-num-seqs", "3"]
+    models = batch.models_of(build_parser().parse_args(argv))
+    assert [model.names for model in models] == [("demo",), ("b",)]
+    assert [model.engine.scheduler.max_num_seqs for model in models] == [3, 3]
+
+
 def test_other_commands_take_one_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, "models: [a, b]")
     for argv in (["chat", "--config", path], ["serve", "a", "--config", path]):
         with pytest.raises(SystemExit):
             build_parser().parse_args(argv)
     shown = capsys.readouterr().err
-    assert "only sensorium serve takes several models" in shown
+    assert "this command takes one model, no models" in shown
     assert "models lists all models; name none beside it" in shown

@@ -129,7 +129,9 @@ class Parser(argparse.ArgumentParser):
         Those on the command line count for all.
         """
         if file.models and not self.has_models:
-            self.error(f"{file.path}: only sensorium serve takes several {config_file.MODELS}")
+            self.error(
+                f"{file.path}: this command takes one model, not several {config_file.MODELS}"
+            )
         found = []
         for entry in file.models:
             known = self._option_string_actions

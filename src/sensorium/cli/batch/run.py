@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from sensorium import progress
 from sensorium.cli.batch.journal import Journal
-from sensorium.config import EngineConfig, ServedConfig, ServerConfig
+from sensorium.config import ServedConfig
 from sensorium.errors import ConfigError
 from sensorium.processes.start import STOPS
 from sensorium.server.batches.calls import AppCaller, Caller
@@ -52,8 +52,8 @@ class Job:
 
 
 @asynccontextmanager
-async def local_caller(engine: EngineConfig, server: ServerConfig) -> AsyncIterator[Caller]:
-    """Give a caller of an engine that runs for the block. Raises ConfigError."""
+async def local_caller(models: Sequence[ServedConfig]) -> AsyncIterator[Caller]:
+    """Give a caller of models whose engines run for the block. Raises ConfigError."""
     from sensorium.engine.serving.process import EngineProcess
 
     with EngineProcess() as process:
@@ -62,13 +62,14 @@ async def local_caller(engine: EngineConfig, server: ServerConfig) -> AsyncItera
         from sensorium.server.app import build_app
         from sensorium.server.models.start import served_models
 
-        models = served_models([ServedConfig(engine=engine, server=server)], server, process)
-        app = build_app(models, server)
+        server = models[0].server
+        served = served_models(models, server, process)
+        app = build_app(served, server)
         try:
-            await models.start()
+            await served.start()
             yield AppCaller(app, "", below=False)
         finally:
-            await models.close()
+            await served.close()
 
 
 def run_batch(job: Job, caller: AbstractAsyncContextManager[Caller]) -> int:

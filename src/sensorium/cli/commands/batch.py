@@ -10,7 +10,7 @@ from typing import Any
 
 from sensorium import environment
 from sensorium.cli.flags import add_engine_flags, build_engine_config
-from sensorium.config import MIB, ServerConfig
+from sensorium.config import MIB, ServedConfig, ServerConfig, check_models
 from sensorium.errors import ConfigError
 from sensorium.processes.start import forgo_pools
 
@@ -75,6 +75,7 @@ def add_parser(commands: Any) -> None:
         metavar="N",
         help="MiB of the longest line that is read (default: 128)",
     )
+    parser.has_models = True
     _add_server_flags(parser)
     add_engine_flags(parser)
     parser.common = COMMON
@@ -123,14 +124,9 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.base_url, api_key=_api_key(arguments), timeout=arguments.request_timeout
         )
     else:
-        engine = build_engine_config(arguments)
-        at_once = 2 * engine.scheduler.max_num_seqs
-        server = ServerConfig(
-            served_model_name=tuple(arguments.served_model_name),
-            max_body_bytes=arguments.max_line_mb * MIB,
-            disable_access_log=True,
-        )
-        caller = local_caller(engine, server)
+        models = models_of(arguments)
+        at_once = 2 * max(model.engine.scheduler.max_num_seqs for model in models)
+        caller = local_caller(models)
     output = Path(arguments.output).expanduser()
     job = Job(
         source=Path(arguments.input).expanduser(),
@@ -143,6 +139,23 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
     )
     return run_batch(job, caller)
+
+
+def models_of(arguments: argparse.Namespace) -> list[ServedConfig]:
+    """Return the model, or those that a file of flags lists. Raises ConfigError."""
+    models = [
+        ServedConfig(
+            engine=build_engine_config(model),
+            server=ServerConfig(
+                served_model_name=tuple(model.served_model_name),
+                max_body_bytes=arguments.max_line_mb * MIB,
+                disable_access_log=True,
+            ),
+        )
+        for model in arguments.listed_models or [arguments]
+    ]
+    check_models(models)
+    return models
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -302,7 +302,8 @@ class EngineClient:
         status = await died
         if self._alive:
             logger.error(
-                "the engine's process %s; %d sequences were running or waiting and get 503",
+                "the process of the engine of %s %s; %d sequences were running or waiting and get 503",
+                self._config.model.model,
                 _ending(status),
                 len(self._routes),
             )

@@ -345,4 +345,5 @@ class Frontend:
             read_stats,
             interval=self.config.observability.log_stats_interval,
             unit="embeddings" if pools else "generated tokens",
+            model=self.config.model.model,
         )

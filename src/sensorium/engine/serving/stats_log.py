@@ -20,6 +20,7 @@ async def log_stats(
     *,
     interval: float,
     unit: str,
+    model: str = "",
 ) -> None:
     """Log the rate of what was made and the engine's counters, until cancelled.
 
@@ -29,6 +30,7 @@ async def log_stats(
             the next one is about this time, too.
         interval: Seconds between two lines.
         unit: What is made, in the plural.
+        model: Name that a line ends with; none if empty.
     """
     last, since = 0, time.monotonic()
     while True:
@@ -41,5 +43,6 @@ async def log_stats(
             stats = await read_stats()
         except EngineDeadError:
             continue
-        logger.info("%.1f %s/s; %s", (made - last) / (now - since), unit, status_line(stats))
+        status = f"{status_line(stats)}; model: {model}" if model else status_line(stats)
+        logger.info("%.1f %s/s; %s", (made - last) / (now - since), unit, status)
         last, since = made, now

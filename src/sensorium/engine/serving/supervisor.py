@@ -203,14 +203,16 @@ class EngineSupervisor:
         delay = self._backoff.next_delay()
         self._expected_at = self._clock() + delay + self._start_seconds
         if delay:
-            logger.info("restarting the engine in %g s", delay)
+            logger.info("restarting the engine of %s in %g s", self._config.model.model, delay)
             await self._sleep(delay)
         else:
-            logger.info("restarting the engine")
+            logger.info("restarting the engine of %s", self._config.model.model)
         try:
             client = await self._started()
         except SensoriumError as error:
-            logger.error("failed to restart the engine: %s", error.message)
+            logger.error(
+                "failed to restart the engine of %s: %s", self._config.model.model, error.message
+            )
             return False
         except Exception:
             logger.exception("failed to restart the engine")
@@ -232,7 +234,8 @@ class EngineSupervisor:
         before, after = self.facts, client.facts
         self._num_restarts += 1
         logger.warning(
-            "the engine is up again after %.1f s; restarts so far: %d",
+            "the engine of %s is up again after %.1f s; restarts so far: %d",
+            self._config.model.model,
             client.start_seconds,
             self._num_restarts,
         )

@@ -83,7 +83,7 @@ export class ServerView {
       const several = this.#facts?.models.length > 1;
       const [text, version, models] = await Promise.all([getText("metrics"), this.version ?? getJson("version"), several ? getJson("v1/models") : null]);
       this.version = version;
-      if (models) this.#showModels(models.data.filter(({ id, root }) => id === root).map(({ id, state, reason }) => ({ name: id, state, reason })));
+      if (models) this.#showModels(models.data.filter(({ id, root, parent }) => id === root && parent === null).map(({ id, state, reason }) => ({ name: id, state, reason })));
       this.#show(new Scrape(text, this.#facts?.metrics_prefix ?? "sensorium:", performance.now(), this.#facts?.root));
     } catch (error) {
       this.status.textContent = error.message;
