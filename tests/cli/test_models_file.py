@@ -128,5 +128,5 @@ def test_other_commands_take_one_model(tmp_path: Path, capsys: pytest.CaptureFix
         with pytest.raises(SystemExit):
             build_parser().parse_args(argv)
     shown = capsys.readouterr().err
-    assert "this command takes one model, no models" in shown
+    assert "this command takes one model, no list" in shown
     assert "models lists all models; name none beside it" in shown

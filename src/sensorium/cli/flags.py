@@ -130,7 +130,7 @@ class Parser(argparse.ArgumentParser):
         """
         if file.models and not self.has_models:
             self.error(
-                f"{file.path}: this command takes one model, not several {config_file.MODELS}"
+                f"{file.path}: this command takes one model, no list of {config_file.MODELS}"
             )
         found = []
         for entry in file.models:

@@ -226,7 +226,7 @@ async def test_a_process_that_dies_gives_each_request_an_error_of_its_own(
         assert error.retry_after == 3
         assert "being restarted; try again" in error.message
     assert client.num_open == 0
-    assert "was ended by SIGKILL (out of memory?); 3 sequences" in caplog.text
+    assert "was ended by SIGKILL (out of memory?); 3 running" in caplog.text
 
 
 async def test_stopping_says_that_the_server_stops(

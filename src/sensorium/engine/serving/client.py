@@ -302,7 +302,7 @@ class EngineClient:
         status = await died
         if self._alive:
             logger.error(
-                "the process of the engine of %s %s; %d sequences were running or waiting and get 503",
+                "the process of the engine of %s %s; %d running or waiting sequences get 503",
                 self._config.model.model,
                 _ending(status),
                 len(self._routes),
