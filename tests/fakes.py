@@ -179,7 +179,10 @@ class FakeRunner:
 
     def _append_blocks(self, span: Span) -> None:
         _check(span.seq_id in self._held, f"runs sequence {span.seq_id}, which is not held")
-        self._held[span.seq_id].block_ids.extend(span.new_block_ids)
+        held = self._held[span.seq_id]
+        first = len(held.block_ids) if span.first_block is None else span.first_block
+        _check(first == len(held.block_ids), f"appends blocks to {first} of {len(held.block_ids)}")
+        held.block_ids.extend(span.new_block_ids)
         self._users.update(span.new_block_ids)
         for block_id in span.new_block_ids:
             in_range = block_id >= 0 and (self.num_blocks is None or block_id < self.num_blocks)
@@ -194,23 +197,30 @@ class FakeRunner:
         if held.request.request_id in self.fail_requests:
             result.failed[span.seq_id] = f"request {held.request.request_id} was told to fail"
             return
+        tried = _tried(held, span)
         for pos in range(span.start, end):
             block, slot = divmod(pos, self.block_size)
             block_id = held.block_ids[block]
             if self._users[block_id] != 1:
                 raise PlanError(f"writes block {block_id}, which is shared")
             slots = self._slots.setdefault(block_id, [None] * self.block_size)
-            slots[slot] = held.prefix_hashes[pos]
-        held.num_computed = end
-        self._free_passed(held, end)
-        self.num_computed_tokens += span.num_tokens
+            slots[slot] = tried[pos]
+        known = end - len(span.draft_ids)
         if held.request.params.prompt_logprobs is not None:
             result.prompt_logprobs[span.seq_id] = tuple(
                 ((held.token_ids[pos], *_logprob(held.prefix_hashes[pos - 1])),)
                 for pos in range(span.start + 1, min(end + 1, len(held.request.token_ids)))
             )
         if span.samples:
-            result.samples[span.seq_id] = self._sample(held)
+            samples = result.samples[span.seq_id] = self._samples(held, span.draft_ids)
+            known += len(samples) - 1
+        held.num_computed = known
+        self._free_passed(held, known)
+        self.num_computed_tokens += known - span.start
+        if span.draft_ids:
+            num_blocks = -(-len(held.token_ids) // self.block_size)
+            self._users.subtract(held.block_ids[num_blocks:])
+            del held.block_ids[num_blocks:]
         if span.pools:
             result.embeddings[span.seq_id] = held.prefix_hashes[-1]
 
@@ -225,8 +235,10 @@ class FakeRunner:
     def _check_span(self, span: Span, held: _Held) -> None:
         end = span.start + span.num_tokens
         name = f"span {span.start}:{end} of sequence {span.seq_id}"
-        known = len(held.token_ids)
-        _check(span.num_tokens >= 1 and end <= known, f"{name}, which has {known} tokens")
+        known = len(held.token_ids) + len(span.draft_ids)
+        _check(span.num_tokens > len(span.draft_ids), f"{name} has known tokens")
+        _check(not span.draft_ids or end == known, f"{name} tries tokens after the last")
+        _check(end <= known, f"{name}, which has {known} tokens")
         pools = held.request.pooling is not None
         wanted_flags = (end == known and not pools, end == known and pools)
         flags = (span.samples, span.pools)
@@ -248,6 +260,14 @@ class FakeRunner:
                     return False
                 _check(item.digest in self._resident, f"{item.digest!r} is read, not resident")
         return True
+
+    def _samples(self, held: _Held, draft_ids: Sequence[int]) -> tuple[TokenSample, ...]:
+        samples = [self._sample(held)]
+        for draft_id in draft_ids:
+            if samples[-1].token_id != draft_id:
+                break
+            samples.append(self._sample(held))
+        return tuple(samples)
 
     def _sample(self, held: _Held) -> TokenSample:
         prefix_hash = held.prefix_hashes[-1]
@@ -305,6 +325,14 @@ def expected_prompt_logprobs(
     _extend_hashes(held)
     pairs = zip(held.token_ids[1:], held.prefix_hashes, strict=False)
     return tuple(((token_id, *_logprob(before)),) for token_id, before in pairs)
+
+
+def _tried(held: _Held, span: Span) -> list[bytes]:
+    """The hashes of all positions, those of the tried tokens included."""
+    ids = [*held.token_ids, *span.draft_ids]
+    trying = _Held(held.request, ids, None, [], list(held.prefix_hashes), held.rope_length)
+    _extend_hashes(trying)
+    return trying.prefix_hashes
 
 
 def hash_token(prefix_hash: bytes, vocab_size: int) -> int:

@@ -33,8 +33,8 @@ def follow(start: int, num_tokens: int = 1, new_block_ids: tuple[int, ...] = ())
 
 def test_tokens_are_a_function_of_prefix_and_items() -> None:
     fake = runner()
-    tokens = [fake.execute(FIRST).samples[0].token_id]
-    tokens += [fake.execute(follow(start)).samples[0].token_id for start in (5, 6, 7)]
+    tokens = [fake.execute(FIRST).samples[0][0].token_id]
+    tokens += [fake.execute(follow(start)).samples[0][0].token_id for start in (5, 6, 7)]
     assert tokens == expected_tokens(REQUEST)
     dog = dataclasses.replace(REQUEST, items=(dataclasses.replace(CAT, digest=b"dog"),))
     assert expected_tokens(dog) != tokens
@@ -121,7 +121,7 @@ def test_a_script_and_logprobs() -> None:
     fake = runner(next_token=lambda request, known: len(known) * 10)
     plan = dataclasses.replace(FIRST, new=(NewSequence(0, request, request.token_ids),))
     result = fake.execute(plan)
-    sample = result.samples[0]
+    [sample] = result.samples[0]
     assert sample.token_id == 50
     assert sample.logprobs is not None
     assert [entry[0] for entry in sample.logprobs] == [50, 51, 52]

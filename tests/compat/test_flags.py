@@ -6,6 +6,7 @@ Each does the same, does nothing and says so, or is refused with the reason.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_other_commands_read_them_too(
     [
         (["-pp", "2"], ["--pipeline-parallel-size 2 is not supported", "one server per device"]),
         (["--enable-lora-bias"], ["--enable-lora-bias is not supported", "merge the adapter"]),
-        (["--speculative-config", '{"method": "ngram"}'], ["speculative decoding"]),
+        (["--speculative-config", '{"method": "eagle"}'], ["'eagle' is not supported", "ngram"]),
         (["--max-logprobs", "-1"], ["--max-logprobs -1", "20"]),
         (["--load-format", "pt"], ["--load-format", "'pt'", "safetensors"]),
         (["--task", "classify"], ["'classify'", "generate or embed"]),
@@ -268,7 +269,10 @@ def test_keywords_of_llm() -> None:
     ("keywords", "words"),
     [
         ({"enable_lora_bias": True}, "enable_lora_bias is not supported: no such form"),
-        ({"speculative_config": {"model": "x"}}, "speculative decoding"),
+        ({"speculative_config": {"model": "x"}}, "'x' is not supported: spec"),
+        ({"speculative_config": "ngram"}, "an invalid value: ngram"),
+        ({"speculative": "eagle"}, "must be one of ngram"),
+        ({"prompt_lookup_min": 9, "prompt_lookup_max": 4}, "prompt_lookup_min must be at most"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb 4"),
         ({"convert": "classify"}, "'classify' is not supported"),
         ({"uvicorn_log_level": "info"}, "Unknown keyword .* an option of the server"),
@@ -280,6 +284,47 @@ def test_keywords_that_cannot_be_had(keywords: dict[str, Any], words: str) -> No
         warnings.simplefilter("error")
         with pytest.raises(ConfigError, match=words):
             engine_config(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5}},
+            ("ngram", 5, 3, 16),
+        ),
+        (
+            {
+                "speculative_config": {
+                    "model": "[ngram]",
+                    "num_speculative_tokens": 90,
+                    "prompt_lookup_max": 2,
+                }
+            },
+            ("ngram", 16, 2, 2),
+        ),
+        (
+            {"speculative_config": {"method": "suffix", "prompt_lookup_min": 4}},
+            ("ngram", 8, 4, 16),
+        ),
+        (
+            {
+                "speculative_model": "[ngram]",
+                "num_speculative_tokens": 4,
+                "ngram_prompt_lookup_max": 7,
+                "ngram_prompt_lookup_min": 1,
+            },
+            ("ngram", 4, 1, 7),
+        ),
+        ({"spec_method": "ngram", "spec_tokens": "6"}, ("ngram", 6, 3, 16)),
+        ({"speculative_config": {}}, (None, 8, 3, 16)),
+    ],
+)
+def test_speculation_by_ngrams(given: dict[str, Any], wanted: tuple[Any, ...]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = engine_config(**given).speculation
+    assert dataclasses.astuple(found) == wanted
 
 
 def test_vllms_defaults_are_never_refused() -> None:

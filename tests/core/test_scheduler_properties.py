@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sensorium.core.request import EngineRequest, ItemSpan
+from sensorium.core.speculation.speculator import SpeculationLimits
 from sensorium.errors import MediaTooLargeError, PromptTooLongError
 from tests.core.driver import PLACEHOLDER, Driver, pooling_request, request
 from tests.fakes import expected_prompt_logprobs, expected_tokens, expected_vector
@@ -108,6 +109,9 @@ tight_limits = st.fixed_dictionaries(
         "enable_prefix_caching": st.booleans(),
         "enable_chunked_prefill": st.booleans(),
         "window": st.sampled_from([None, None, 1, 3, 8]),
+        "speculation": st.sampled_from(
+            [None, SpeculationLimits(num_tokens=4, shortest=1, longest=3)]
+        ),
     }
 )
 

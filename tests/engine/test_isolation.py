@@ -216,11 +216,11 @@ def test_a_sequence_whose_numbers_are_none(parts: Parts, monkeypatch: pytest.Mon
     runner = parts.runner
     sample = runner._sample
 
-    def undefined(hidden: torch.Tensor, inputs: Any) -> Any:
+    def undefined(hidden: torch.Tensor, inputs: Any, result: Any) -> None:
         for row, slot in zip(inputs.sampled_rows, inputs.sampled_slots, strict=True):
             if slot.request.request_id == str(BAD):
                 hidden[row] = torch.nan
-        return sample(hidden, inputs)
+        sample(hidden, inputs, result)
 
     def break_it() -> None:
         monkeypatch.setattr(runner, "_sample", undefined)

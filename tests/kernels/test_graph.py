@@ -68,13 +68,20 @@ class Layers:
 
 
 class Steps:
-    """Decode steps of sequences of some lengths, each a token longer than the one before."""
+    """Decode steps of sequences of some lengths, each a token longer than the one before.
 
-    def __init__(self, lengths: list[int], dtype: torch.dtype) -> None:
+    ``rows``: numbers of rows of the sequences, in steps that try tokens; every second step has them
+    the other way round.
+    """
+
+    def __init__(
+        self, lengths: list[int], dtype: torch.dtype, rows: list[int] | None = None
+    ) -> None:
+        self.rows = rows
         self.generator = torch.Generator().manual_seed(5)
         self.dtype = dtype
         layout = KVCacheLayout(LAYERS, KV_HEADS, DIM, 16, dtype)
-        longest = [(length + 40, 1) for length in lengths]
+        longest = [(length + 60, 1) for length in lengths]
         self.first = make_batch(layout, longest)
         self.lengths = list(lengths)
 
@@ -83,20 +90,25 @@ class Steps:
             yield self.step(step)
 
     def step(self, step: int) -> tuple[torch.Tensor, AttentionBatch]:
-        first, count = self.first, len(self.lengths)
-        kv_lens = [length + step for length in self.lengths]
+        first, query_lens = self.first, [1] * len(self.lengths)
+        if self.rows is not None:
+            query_lens = self.rows[:: -1 if step % 2 else 1]
+        count = sum(query_lens)
+        kv_lens = [
+            length + step + num - 1 for length, num in zip(self.lengths, query_lens, strict=True)
+        ]
         angles = torch.rand((count, DIM // 2), generator=self.generator)
         batch = AttentionBatch(
-            query_start=first.query_start,
+            query_start=torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
             kv_len=torch.tensor(kv_lens, dtype=torch.int32),
             block_table=first.block_table[:, : -(-max(kv_lens) // 16)].clone(),
-            num_decodes=count,
-            max_query_len=1,
+            num_decodes=0 if self.rows else count,
+            max_query_len=max(query_lens),
             max_kv_len=max(kv_lens),
             cos=torch.cos(angles),
             sin=torch.sin(angles),
             caches=first.caches,
-            query_lens=[1] * count,
+            query_lens=query_lens,
             kv_lens=kv_lens,
         )
         embeds = torch.randn((count, HIDDEN), generator=self.generator).to(self.dtype)
@@ -106,7 +118,7 @@ class Steps:
 def compare(run: Layers, steps: Steps) -> graph.StepGraphs:
     """Run steps both ways, on caches of their own; every result has the same bits."""
     graphs = graph.StepGraphs(run)
-    other = Steps(steps.lengths, steps.dtype)
+    other = Steps(steps.lengths, steps.dtype, steps.rows)
     for (embeds, batch), (same, twin) in zip(steps, other, strict=True):
         found = graphs(embeds, batch).clone()
         assert torch.equal(found, run(same, twin))
@@ -128,6 +140,29 @@ def test_replayed_steps_have_the_bits_of_launched_ones(form: str, threads: int) 
             assert list(graphs.captured) == [len(lengths)]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_that_try_tokens_are_captured_by_their_number_of_rows(
+    form: str, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for lengths, rows in (([30], [5]), ([3, 252, 510], [1, 9, 4])):
+            run = Layers(form)
+            graphs = compare(run, Steps(lengths, run.dtype, rows))
+            assert list(graphs.captured) == [-sum(rows)]
+        windowed = Layers("bfloat16", window=33)
+        assert compare(windowed, Steps([20, 300], torch.bfloat16, [3, 1])).captured
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_prompts_are_not_captured() -> None:
+    run = Layers("float32")
+    assert not compare(run, Steps([30], run.dtype, [graph.MOST_QUERIES + 1])).captured
 
 
 def test_windows_of_some_layers() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sensorium.core.plan import NewSequence, Span
 from sensorium.core.request import EngineRequest
 from sensorium.params import SamplingParams
-from sensorium.runtime.slots import Slot, SlotTable
+from sensorium.runtime.slots import Slot, SlotTable, single_tokens_first
 
 PROMPT = (5, 6, 7, 8, 9, 10)
 
@@ -73,6 +73,7 @@ def test_single_tokens_come_first() -> None:
         Span(seq_id, 0, num_tokens, (seq_id,), False)
         for seq_id, num_tokens in enumerate((3, 1, 2, 1))
     )
-    assert [span.seq_id for span, _ in table.spans_of(spans)] == [1, 3, 0, 2]
+    pairs = single_tokens_first(table.spans_of(spans))
+    assert [span.seq_id for span, _ in pairs] == [1, 3, 0, 2]
     table.drop((0, 99))
     assert sorted(table.slots) == [1, 2, 3]

@@ -45,6 +45,7 @@ TITLES = {
     "model": "model",
     "cache": "caches",
     "scheduler": "scheduling",
+    "speculation": "speculation",
     "media": "media",
     "lora": "LoRA adapters",
     "parallel": "parallelism",

@@ -25,6 +25,7 @@ GROUP_EXAMPLES: Mapping[str, str] = {
     "model": "--dtype bfloat16 --max-model-len 8k --num-threads 8",
     "caches": "--kv-cache-memory-bytes 4294967296 --mm-processor-cache-gb 4",
     "scheduling": "--max-num-seqs 128 --max-num-waiting 256",
+    "speculation": "--speculative ngram --num-speculative-tokens 4",
     "media": "--limit-mm-per-prompt '{\"image\": 4}' --allowed-media-domains images.example.com",
     "parallelism": "--data-parallel-size 1",
     "observability": "--log-stats-interval 60",

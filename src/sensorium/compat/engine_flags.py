@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from sensorium.compat.rule import Effect, Rule, ignored, one_of, refused, same
+from sensorium.compat.rule import Convert, Effect, Rule, ignored, one_of, refused, same
+from sensorium.errors import ConfigError
 
 _ONE_DEVICE = "a model runs on one device"
 _NO_GRAPHS = "nothing is compiled by torch, and which steps are captured is decided by themselves"
 _KERNELS = "kernels are chosen by hardware and model"
 _NO_LORA = "no such form of adapters is available; merge the adapter into the weights"
 _LORA = "adapters that are loaded stay in memory, in the data type of the model"
-_NO_SPECULATION = "speculative decoding is not available"
+_NO_DRAFTS = "speculative decoding takes tokens from the text itself (ngram), not from a model"
+_ADAPTIVE = "tokens are tried where measurements say that it pays"
+MOST_SPECULATIVE_TOKENS = 16
+"""Most tokens that are tried at a time; vLLM knows no limit."""
 _NO_TRANSFER = "KV and encoder caches stay in one process"
 _NO_PLUGINS = "plugins cannot be loaded into the engine"
 _LOADING = "weight files are memory-mapped as they are"
@@ -39,7 +43,64 @@ def _pools_alike(value: Any) -> bool:
     )
 
 
+def _speculation(value: Any) -> dict[str, Any]:
+    """Return the options for vLLM's speculative_config. Raises ConfigError for other methods."""
+    if not isinstance(value, dict):
+        raise TypeError(f"not an object: {value!r}")
+    if not value:
+        return {}
+    options = _method(value.get("method") or value.get("model"))
+    if value.get("num_speculative_tokens") is not None:
+        options |= _num_tokens(value["num_speculative_tokens"])
+    for name in ("prompt_lookup_min", "prompt_lookup_max"):
+        if value.get(name) is not None:
+            options[name] = int(value[name])
+    if "prompt_lookup_max" in options:
+        options.setdefault("prompt_lookup_min", min(3, options["prompt_lookup_max"]))
+    return options
+
+
+def _method(value: Any) -> dict[str, Any]:
+    if str(value).strip("[]") not in ("ngram", "ngram_gpu", "suffix"):
+        raise ConfigError(
+            f"Speculative decoding with {value!r} is not supported: {_NO_DRAFTS}.",
+            param="speculative_config",
+        )
+    return {"speculative": "ngram"}
+
+
+def _num_tokens(value: Any) -> dict[str, Any]:
+    return {"num_speculative_tokens": min(int(value), MOST_SPECULATIVE_TOKENS)}
+
+
+def _lookup(name: str) -> Convert:
+    return lambda value: {name: int(value)}
+
+
 SAME = [
+    same(
+        "speculative_config",
+        "speculative, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max",
+        _speculation,
+        "methods ngram and suffix; at most 16 tokens at a time",
+        takes="json",
+    ),
+    same("spec_method", "speculative", _method, "ngram, or suffix"),
+    same("spec_model", "speculative", _method, "ngram only"),
+    same("spec_tokens", "num_speculative_tokens", _num_tokens, "at most 16"),
+    same("speculative_model", "speculative", _method, "[ngram] only"),
+    same(
+        "ngram_prompt_lookup_max",
+        "prompt_lookup_max",
+        _lookup("prompt_lookup_max"),
+        "the longest repetition that is compared",
+    ),
+    same(
+        "ngram_prompt_lookup_min",
+        "prompt_lookup_min",
+        _lookup("prompt_lookup_min"),
+        "the shortest repetition that counts",
+    ),
     same(
         "device_memory_utilization",
         "gpu_memory_utilization",
@@ -131,6 +192,10 @@ IGNORED = [
         safetensors_load_strategy=None, safetensors_prefetch_num_threads=None, safetensors_prefetch_block_size=None,
         max_parallel_loading_workers=None,
     ),
+    *ignored(
+        _ADAPTIVE, speculative_disable_by_batch_size=None, speculative_disable_mqa_scorer=False,
+        spec_decoding_acceptance_method="rejection_sampler", disable_logprobs_during_spec_decoding=False,
+    ),
     *ignored("no code of a checkpoint is executed", code_revision=None),
     *ignored(
         _CACHED_MEDIA, mm_processor_cache_type="lru", mm_shm_cache_max_object_size_mb=128, mm_tensor_ipc="direct_rpc",
@@ -205,11 +270,8 @@ REFUSED = [
         qlora_adapter_name_or_path=None,
     ),
     *refused(
-        _NO_SPECULATION, speculative_config=None, spec_method=None, spec_model=None, spec_tokens=None,
-        speculative_model=None, num_speculative_tokens=None, speculative_draft_tensor_parallel_size=None,
-        speculative_max_model_len=None, speculative_disable_by_batch_size=None, speculative_model_quantization=None,
-        ngram_prompt_lookup_max=None, ngram_prompt_lookup_min=None, speculative_disable_mqa_scorer=False,
-        spec_decoding_acceptance_method="rejection_sampler", disable_logprobs_during_spec_decoding=False,
+        _NO_DRAFTS, speculative_draft_tensor_parallel_size=None, speculative_max_model_len=None,
+        speculative_model_quantization=None,
     ),
     *refused(
         _NO_TRANSFER, kv_transfer_config=None, kv_events_config=None, ec_transfer_config=None, ec_manager_config={},

@@ -33,7 +33,7 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
     "convert": dict.fromkeys(
         ("classify", "reward"), "models can be converted for embeddings only: use embed"
     ),
-    "runner": {"draft": "speculative decoding is not available"},
+    "runner": {"draft": "speculative decoding takes no draft model"},
 }
 """By option: vLLM's values that are not available, and why."""
 

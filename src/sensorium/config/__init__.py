@@ -23,6 +23,7 @@ from sensorium.config.engine import (
     ObservabilityConfig,
     ParallelConfig,
     SchedulerConfig,
+    SpeculationConfig,
 )
 from sensorium.config.fields import GIB, MIB, suggestion
 from sensorium.config.lora import LoraConfig
@@ -51,6 +52,7 @@ __all__ = [
     "SchedulerConfig",
     "ServedConfig",
     "ServerConfig",
+    "SpeculationConfig",
     "check_models",
     "engine_config",
     "engine_option_names",
@@ -67,6 +69,7 @@ class EngineConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     media: MediaConfig = field(default_factory=MediaConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -78,6 +81,7 @@ ENGINE_SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
+    "speculation": SpeculationConfig,
     "media": MediaConfig,
     "lora": LoraConfig,
     "parallel": ParallelConfig,

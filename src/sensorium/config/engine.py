@@ -1,10 +1,11 @@
-"""Options of caches, scheduling, devices and observability."""
+"""Options of caches, scheduling, speculation, devices and observability."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from sensorium.config.fields import bad, check_fields, option
+from sensorium.config.fields import bad, check_choice, check_fields, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,34 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""
         check_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculationConfig:
+    """Speculative decoding: several tokens of a sequence in one step."""
+
+    speculative: Literal["ngram"] | None = option(
+        None,
+        "Try tokens that repeat the prompt or the answer so far, several in one step; answers stay "
+        "the same. Off where measurements say that it does not pay.",
+    )
+    num_speculative_tokens: int = option(
+        8, "Maximum number of tokens of a sequence that are tried in one step.", ge=1, le=16
+    )
+    prompt_lookup_min: int = option(
+        3, "Fewest last tokens that must have stood elsewhere before.", ge=1, le=64
+    )
+    prompt_lookup_max: int = option(
+        16, "Most last tokens that are compared to find the longest repetition.", ge=1, le=256
+    )
+
+    def __post_init__(self) -> None:
+        """Check the values. Raises ConfigError."""
+        check_fields(self)
+        if self.speculative is not None:
+            check_choice("speculative", self.speculative, ("ngram",))
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            bad("prompt_lookup_min", f"must be at most prompt_lookup_max, {self.prompt_lookup_max}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The KV cache manager: which sequence holds which blocks, and which blocks can be shared.
 
 It joins the block pool (which blocks are free) and the prefix index (what they contain) for the
-five things that the scheduler does with them. For one sequence with blocks of 4 tokens::
+things that the scheduler does with them. For one sequence with blocks of 4 tokens::
 
     token_ids       a b c d | e f g h | i j
     block_ids          7    |    2    |  5
@@ -10,7 +10,8 @@ five things that the scheduler does with them. For one sequence with blocks of 4
 
 ``match`` finds block 7 by its digest, ``reserve`` shares it and allocates 2 and 5, ``extend`` adds
 a block when tokens need it, ``commit`` registers block 2 in the index once it is computed, and
-``release`` frees all. Where every layer has a sliding window, ``commit`` also frees the blocks
+``release`` frees all. ``lend`` adds blocks for tokens that are only tried, and ``take_back`` frees
+what is not needed of them. Where every layer has a sliding window, ``commit`` also frees blocks
 behind it. A registered block is never written again while a sequence holds it: matches are whole
 blocks, and what follows goes into blocks of the sequence's own.
 """
@@ -124,6 +125,27 @@ class KVCacheManager:
         new_block_ids = self._allocate(num_new)
         seq.block_ids.extend(new_block_ids)
         return tuple(new_block_ids)
+
+    def lend(
+        self, seq: Sequence, num_tokens: int, *, num_spare: int = 0
+    ) -> tuple[int, tuple[int, ...]]:
+        """Make room for tokens beyond the known ones, which may not stay.
+
+        ``num_spare`` blocks stay free. Returns for how many tokens there is room, and new blocks.
+        """
+        block_size, known = self._pool.block_size, len(seq.token_ids)
+        num_free = max(0, self._pool.num_free - num_spare)
+        room = (len(seq.block_ids) + num_free) * block_size - known
+        num_tokens = max(0, min(num_tokens, room))
+        num_new = -(-(known + num_tokens) // block_size) - len(seq.block_ids)
+        block_ids = self._allocate(max(0, num_new))
+        seq.block_ids.extend(block_ids)
+        return num_tokens, tuple(block_ids)
+
+    def take_back(self, seq: Sequence) -> None:
+        """Free the blocks beyond those for all known tokens."""
+        while len(seq.block_ids) > self._num_blocks_for(seq):
+            self._free(seq.block_ids.pop())
 
     def commit(self, seq: Sequence) -> None:
         """Register the blocks that ``num_computed`` has filled; free those behind the window.

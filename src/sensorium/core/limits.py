@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sensorium.core.plan import EncodeReport
 from sensorium.core.request import EngineRequest, Sequence
+from sensorium.core.speculation.speculator import SpeculationLimits
 from sensorium.errors import ConfigError, MediaTooLargeError, PromptTooLongError
 from sensorium.outputs import FinishReason
 
@@ -20,7 +21,7 @@ class SchedulerLimits:
     encode_budget: embeddings encoded in one step; encoder_cache_size: embeddings kept for use and
     reuse; both at least as large as the largest item that is to be served. max_num_waiting: longer
     queues are refused; None for any length. window: tokens before a sequence's next one that its
-    layers may read; None for all.
+    layers may read; None for all. speculation: how tokens are tried; None for not at all.
     """
 
     max_num_seqs: int
@@ -34,12 +35,13 @@ class SchedulerLimits:
     enable_chunked_prefill: bool = True
     max_num_waiting: int | None = None
     window: int | None = None
+    speculation: SpeculationLimits | None = None
 
     def __post_init__(self) -> None:
         lows = {"encode_budget": 0, "encoder_cache_size": 0, "max_model_len": 2}
         for limit in dataclasses.fields(self):
             value = getattr(self, limit.name)
-            if isinstance(value, bool) or value is None:
+            if not isinstance(value, int) or isinstance(value, bool):
                 continue
             low = lows.get(limit.name, 1)
             if value < low:
@@ -69,6 +71,21 @@ class SchedulerLimits:
                 param="prompt",
             )
         self._check_items(request)
+
+    def num_drafts_left(self, seq: Sequence) -> int:
+        """Return how many tokens a sequence may try beside its next one.
+
+        None would follow its last token, and none needs other rotary factors.
+        """
+        known, request = len(seq.token_ids), seq.request
+        left = min(
+            request.max_tokens - seq.num_generated,
+            self.max_model_len - known,
+            self.num_cache_tokens + 1 - known,
+        )
+        if request.rope_length and known <= request.rope_border:
+            left = min(left, request.rope_border - known + 1)
+        return max(0, left - 1)
 
     def finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Return why a sequence ends with its latest token; None when it goes on."""
@@ -146,6 +163,10 @@ class SchedulerCounts:
     num_encoded_bytes: int = 0
     num_encode_failures: int = 0
     num_unusable: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_at: list[int] = field(default_factory=list)
 
     def add_step(self, num_encoder_queries: int, num_hits: int, num_evictions: int) -> None:
         """Count a step, and the look-ups in the encoder cache for it."""
@@ -153,6 +174,18 @@ class SchedulerCounts:
         self.num_encoder_queries += num_encoder_queries
         self.num_encoder_hits += num_hits
         self.num_encoder_evictions += num_evictions
+
+    def add_drafts(self, num_tried: int, num_right: int) -> None:
+        """Count the tokens that a sequence has tried in a step, and those that were right."""
+        if not num_tried:
+            return
+        self.num_drafts += 1
+        self.num_draft_tokens += num_tried
+        self.num_accepted_tokens += num_right
+        missing = num_tried - len(self.num_accepted_at)
+        self.num_accepted_at.extend([0] * missing)
+        for place in range(num_right):
+            self.num_accepted_at[place] += 1
 
     def add_encoded(self, report: EncodeReport) -> None:
         """Add the cost of encoding in a step."""
@@ -171,7 +204,9 @@ class SchedulerStats:
     ``num_encoder_queries`` and ``num_encoder_hits`` are items that were needed, and those of them
     that lay ready or were in the same step's batch already. ``num_resident_embeds`` of
     ``num_embeds_capacity`` embeddings lie ready. ``num_unusable`` are sequences ended because the
-    model made no usable numbers of them. The last four are sums of ``EncodeReport``.
+    model made no usable numbers of them. ``num_drafts`` spans have tried ``num_draft_tokens``, of
+    which ``num_accepted_tokens`` were right, ``num_accepted_at`` by their place in the span. The
+    last four are sums of ``EncodeReport``.
     """
 
     num_running: int
@@ -191,6 +226,10 @@ class SchedulerStats:
     num_encoder_hits: int
     num_encoder_evictions: int
     num_unusable: int
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_accepted_at: list[int]
     num_encoded_items: int
     encode_seconds: float
     num_encoded_bytes: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sensorium.core.request import EngineRequest, TokenSample
 
@@ -56,7 +56,10 @@ class NewSequence:
 class Span:
     """The part of one sequence that a step computes: positions ``start`` to ``start + num_tokens``.
 
-    ``new_block_ids`` are appended to the blocks that the runner knows of this sequence.
+    ``new_block_ids`` follow the first ``first_block`` blocks that the runner knows of the sequence,
+    or all of them with None; further ones have been given back. ``draft_ids``: the last tokens of
+    the span, which are not known, but tried. The runner samples the next token of each as long as
+    the one before is what was sampled.
     ``samples``: the span reaches the last known token, and the next one is sampled. ``pools``: it
     reaches the last token of a sequence whose embedding is wanted. Never both.
     """
@@ -67,6 +70,22 @@ class Span:
     new_block_ids: tuple[int, ...]
     samples: bool
     pools: bool = False
+    first_block: int | None = None
+    draft_ids: tuple[int, ...] = ()
+
+    def with_drafts(self, draft_ids: tuple[int, ...], new_block_ids: tuple[int, ...]) -> Span:
+        """Return a span that also tries tokens, for which blocks were added."""
+        return replace(
+            self,
+            num_tokens=self.num_tokens + len(draft_ids),
+            new_block_ids=self.new_block_ids + new_block_ids,
+            draft_ids=draft_ids,
+        )
+
+    def with_fewer_drafts(self, num_drafts: int) -> Span:
+        """Return the span with the first so many of its tried tokens."""
+        num_tokens = self.num_tokens - len(self.draft_ids) + num_drafts
+        return replace(self, num_tokens=num_tokens, draft_ids=self.draft_ids[:num_drafts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +149,8 @@ class StepResult:
 
     Attributes:
         step_id: That of the plan.
-        samples: A token for each span with ``samples``, by sequence id.
+        samples: Of each span with ``samples``, by sequence id, a token, and one more for each tried
+            token that was the one sampled before it.
         embeddings: Little-endian float32 numbers for each span with ``pools``, by sequence id.
         prompt_logprobs: Of sequences that asked for them, the entries of the prompt tokens
             *predicted by* the span's positions (start+1 … start+num_tokens, clipped to the prompt).
@@ -144,7 +164,7 @@ class StepResult:
     """
 
     step_id: int
-    samples: dict[int, TokenSample] = field(default_factory=dict)
+    samples: dict[int, tuple[TokenSample, ...]] = field(default_factory=dict)
     embeddings: dict[int, bytes] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[tuple[tuple[int, float, int], ...], ...]] = field(
         default_factory=dict

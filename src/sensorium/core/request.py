@@ -209,6 +209,28 @@ class Sequence:
         """Return the number of known tokens that are still to be computed."""
         return len(self.token_ids) - self.num_computed
 
+    def updates(
+        self,
+        samples: tuple[TokenSample, ...],
+        finish_reason: FinishReason | None,
+        *,
+        completes_prompt: bool,
+    ) -> list[SequenceUpdate]:
+        """Return the updates for new tokens, which are the last known ones.
+
+        With ``completes_prompt`` the first takes along the entries of the prompt, if wanted.
+        """
+        fields: list[dict[str, Any]] = [{"sample": sample} for sample in samples]
+        if completes_prompt and self.request.params.prompt_logprobs is not None:
+            fields[0]["prompt_logprobs"] = tuple(self.prompt_logprobs)
+            self.prompt_logprobs.clear()
+        if finish_reason is not None:
+            fields[-1]["finish_reason"] = finish_reason
+            last = samples[-1].token_id
+            if finish_reason == "stop" and last not in self.eos_ids:
+                fields[-1]["stop_token_id"] = last
+        return [self.update(**own) for own in fields]
+
     def update(self, **fields: Any) -> SequenceUpdate:
         """Return an update of this sequence with what all of them have, and ``fields``."""
         return SequenceUpdate(
@@ -236,6 +258,7 @@ class TokenSample:
 class SequenceUpdate:
     """Update of one sequence after a step: at most one new token, and its end.
 
+    A step that gives several tokens of a sequence gives as many updates.
     ``embedding`` is the result of a pooling request, little-endian float32; it comes with the end
     (``"stop"``). ``prompt_logprobs`` come once, whole: for each prompt token after the first, its
     ``(token_id, logprob, rank)`` tuples, the prompt's own token first. ``error`` is set when

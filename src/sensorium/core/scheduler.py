@@ -22,15 +22,15 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from bisect import bisect_left, insort
 from collections.abc import Callable
 
-from sensorium.core.blocks import IntegrityError
 from sensorium.core.encoder_cache import EncodePlanner, EncoderCacheBudget
 from sensorium.core.kv_cache import NO_MATCH, KVCacheManager, PrefixMatch
 from sensorium.core.limits import SchedulerCounts, SchedulerLimits, SchedulerStats
 from sensorium.core.plan import UNUSABLE, NewSequence, Span, StepPlan, StepResult
+from sensorium.core.queues import check_queues, put, remove
 from sensorium.core.request import EngineRequest, Sequence, SequenceUpdate, Status
+from sensorium.core.speculation.speculator import Speculator
 from sensorium.errors import InvalidRequestError, OverloadedError
 
 
@@ -78,6 +78,9 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._dropped: list[int] = []
         self._plan: StepPlan | None = None
+        speculation = limits.speculation
+        self._speculator = None if speculation is None else Speculator(speculation)
+        self._planned_at = 0.0
 
     def add(self, request: EngineRequest) -> None:
         """Put a request into the queue.
@@ -108,7 +111,7 @@ class Scheduler:
         self._kv_cache.open(seq)
         self._live[seq.seq_id] = seq
         self._seq_ids[request.request_id] = seq.seq_id
-        insort(self._waiting, seq, key=_queue_order)
+        put(self._waiting, seq)
 
     def abort(self, request_id: str) -> bool:
         """Remove a request, without an update of it; return False when it is unknown or has ended.
@@ -131,6 +134,8 @@ class Scheduler:
         self._schedule_running(step)
         if not step.preempted:
             self._schedule_waiting(step)
+        if self._speculator is not None:
+            self._add_drafts(step, self._speculator)
         self._plan = StepPlan(
             step_id=self._counts.num_steps,
             dropped=tuple(self._dropped),
@@ -141,15 +146,19 @@ class Scheduler:
         )
         self._dropped.clear()
         self._counts.add_step(encoder.num_queries, encoder.num_hits, len(encoder.evicted))
+        self._planned_at = self._clock()
         return self._plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceUpdate]:
         """Apply the result of the plan, and return updates of sequences in the order of the plan.
 
-        A chunk that does not reach the last known token gives no update.
+        A chunk that does not reach the last known token gives no update, a step that tries tokens
+        may give several of a sequence, one for each token.
         """
         if plan is not self._plan or result.step_id != plan.step_id:
             raise RuntimeError(f"plan {plan.step_id} is not the one to be committed")
+        if self._speculator is not None:
+            self._speculator.observe(plan, self._clock() - self._planned_at)
         self._plan = None
         self._counts.add_encoded(result.encoded)
         for seq_id in {job.seq_id for job in plan.encode} & self._live.keys():
@@ -163,10 +172,13 @@ class Scheduler:
             if span.seq_id in failed:
                 updates.append(self._fail(seq, failed[span.seq_id]))
                 continue
-            self._advance(seq, span, result)
+            if seq.request.params.prompt_logprobs is not None and seq.num_generated == 0:
+                seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.seq_id, ()))
             if span.samples:
-                updates.append(self._apply_sample(seq, result))
-            elif span.pools:
+                updates += self._apply_samples(seq, span, result)
+                continue
+            self._advance(seq, span, span.start + span.num_tokens, result)
+            if span.pools:
                 updates.append(self._apply_embedding(seq, result))
         for digest in result.failed_items:
             self._encoder_cache.forget(digest)
@@ -195,18 +207,7 @@ class Scheduler:
         It is slow: for tests and idle moments. With no request left, it implies that all blocks are
         free and no item is pinned.
         """
-        for queue in (self._running, self._waiting):
-            if queue != sorted(queue, key=_queue_order):
-                raise IntegrityError("a queue is out of order")
-        queued = {seq.seq_id: seq for seq in (*self._running, *self._waiting)}
-        if queued != self._live or sorted(self._seq_ids.values()) != sorted(queued):
-            raise IntegrityError("queues and records differ")
-        for seq in self._waiting:
-            if seq.block_ids or seq.num_computed or seq.status is Status.RUNNING:
-                raise IntegrityError(f"sequence {seq.seq_id} waits, but holds blocks")
-        for seq in self._running:
-            if seq.status is not Status.RUNNING or seq.num_uncomputed < 1:
-                raise IntegrityError(f"sequence {seq.seq_id} runs, but has nothing to compute")
+        check_queues(self._running, self._waiting, self._live, self._seq_ids)
         self._kv_cache.check_integrity(self._live.values())
         self._encoder_cache.check_integrity(self._running)
 
@@ -272,7 +273,7 @@ class Scheduler:
             self._counts.num_prefix_queries += seq.num_prompt_tokens
             self._counts.num_prefix_hits += match.num_tokens
         seq.status = Status.RUNNING
-        insort(self._running, seq, key=_queue_order)
+        put(self._running, seq)
         step.new.append(NewSequence(seq.seq_id, seq.request, tuple(seq.token_ids)))
         self._add_span(step, seq, end, tuple(seq.block_ids))
         return True
@@ -318,8 +319,19 @@ class Scheduler:
         step.tokens_left -= end - start
         at_end = end == len(seq.token_ids)
         samples = at_end and seq.request.pooling is None
-        span = Span(seq.seq_id, start, end - start, new_block_ids, samples, at_end and not samples)
-        step.spans.append(span)
+        first_block = len(seq.block_ids) - len(new_block_ids)
+        own = (seq.seq_id, start, end - start, new_block_ids, samples, at_end and not samples)
+        step.spans.append(Span(*own, first_block=first_block))
+
+    def _add_drafts(self, step: _Step, speculator: Speculator) -> None:
+        """Let sequences try tokens that may come next, with what is left of tokens and blocks."""
+        pairs = [(self._live[span.seq_id], span) for span in step.spans]
+        wanted = speculator.propose(pairs, self.limits.num_drafts_left, step.tokens_left)
+        for index, (seq, span) in enumerate(pairs):
+            drafts = wanted.get(seq.seq_id)
+            if drafts:
+                num, new = self._kv_cache.lend(seq, len(drafts), num_spare=self._num_spare_blocks)
+                step.spans[index] = span.with_drafts(drafts[:num], new)
 
     def _preempt(self, seq: Sequence) -> None:
         """Take the blocks of a sequence; it is computed again later."""
@@ -334,7 +346,7 @@ class Scheduler:
         self._leave(seq)
         seq.status = Status.PREEMPTED
         seq.num_computed, seq.is_sound = 0, True
-        insort(self._waiting, seq, key=_queue_order)
+        put(self._waiting, seq)
 
     def _change_rope(self, seq: Sequence, rope_length: int) -> None:
         """Recompute a sequence with the rotary factors of the length that it has reached."""
@@ -354,46 +366,46 @@ class Scheduler:
                 failed.setdefault(seq_id, message)
         return failed
 
-    def _advance(self, seq: Sequence, span: Span, result: StepResult) -> None:
-        """Count the tokens of a span as computed; commit its blocks, unpin passed items."""
-        seq.num_computed = span.start + span.num_tokens
-        self._counts.num_computed_tokens += span.num_tokens
+    def _advance(self, seq: Sequence, span: Span, end: int, result: StepResult) -> None:
+        """Count the tokens up to ``end`` as computed; commit their blocks, unpin passed items."""
+        seq.num_computed = end
+        self._counts.num_computed_tokens += end - span.start
         if seq.seq_id in result.unsound:
             seq.is_sound = False
             self._kv_cache.withdraw(seq)
         self._kv_cache.commit(seq)
+        if span.draft_ids:
+            self._kv_cache.take_back(seq)
         if seq.request.items:
             self._encoder_cache.unpin_passed(seq.seq_id, seq.num_computed)
-        if seq.request.params.prompt_logprobs is not None and seq.num_generated == 0:
-            seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.seq_id, ()))
 
-    def _apply_sample(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
-        """Append the sampled token, and end the sequence if it is the last."""
-        sample = result.samples.get(seq.seq_id)
-        if sample is None:
-            return self._fail(seq, "The step returned no token for this request.")
-        seq.token_ids.append(sample.token_id)
-        self._counts.num_generated_tokens += 1
-        prompt_logprobs = None
-        if seq.request.params.prompt_logprobs is not None and seq.num_generated == 1:
-            prompt_logprobs = tuple(seq.prompt_logprobs)
-            seq.prompt_logprobs.clear()
-        reason = self.limits.finish_reason(seq, sample.token_id)
-        stop_token_id = None
+    def _apply_samples(self, seq: Sequence, span: Span, result: StepResult) -> list[SequenceUpdate]:
+        """Append the sampled tokens, up to one that ends the sequence.
+
+        All but the last have been computed: as the last known token, or as tried ones.
+        """
+        samples = result.samples.get(seq.seq_id)
+        if not samples:
+            return [self._fail(seq, "The step returned no token for this request.")]
+        was_prompt, reason, num_new = seq.num_generated == 0, None, 0
+        for sample in samples:
+            seq.token_ids.append(sample.token_id)
+            num_new += 1
+            reason = self.limits.finish_reason(seq, sample.token_id)
+            if reason is not None:
+                break
+        self._counts.num_generated_tokens += num_new
+        if self._speculator is not None:
+            num_right = self._speculator.follow(seq, span, seq.token_ids[-num_new:])
+            self._counts.add_drafts(len(span.draft_ids), num_right)
+        self._advance(seq, span, len(seq.token_ids) - 1, result)
+        updates = seq.updates(samples[:num_new], reason, completes_prompt=was_prompt)
+        rope_length = seq.request.rope_length_at(len(seq.token_ids))
         if reason is not None:
-            if reason == "stop" and sample.token_id not in seq.eos_ids:
-                stop_token_id = sample.token_id
             self._end(seq)
-        else:
-            rope_length = seq.request.rope_length_at(len(seq.token_ids))
-            if rope_length != seq.rope_length:
-                self._change_rope(seq, rope_length)
-        return seq.update(
-            sample=sample,
-            finish_reason=reason,
-            stop_token_id=stop_token_id,
-            prompt_logprobs=prompt_logprobs,
-        )
+        elif rope_length != seq.rope_length:
+            self._change_rope(seq, rope_length)
+        return updates
 
     def _apply_embedding(self, seq: Sequence, result: StepResult) -> SequenceUpdate:
         """End a pooling sequence, whose prompt is computed."""
@@ -414,23 +426,16 @@ class Scheduler:
         if seq.status is Status.RUNNING:
             self._leave(seq)
         else:
-            _remove(self._waiting, seq)
+            remove(self._waiting, seq)
         seq.status = Status.FINISHED
         del self._live[seq.seq_id]
         del self._seq_ids[seq.request.request_id]
 
     def _leave(self, seq: Sequence) -> None:
         """Remove a running sequence: release blocks and pins, drop it in the runner."""
-        _remove(self._running, seq)
+        remove(self._running, seq)
         self._kv_cache.release(seq)
         self._encoder_cache.unpin_all(seq.seq_id)
+        if self._speculator is not None:
+            self._speculator.forget(seq.seq_id)
         self._dropped.append(seq.seq_id)
-
-
-def _queue_order(seq: Sequence) -> tuple[int, int]:
-    """Sort key of queues: lower priority values first, then order of arrival."""
-    return seq.request.priority, seq.seq_id
-
-
-def _remove(queue: list[Sequence], seq: Sequence) -> None:
-    del queue[bisect_left(queue, _queue_order(seq), key=_queue_order)]

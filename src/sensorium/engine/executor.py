@@ -12,9 +12,10 @@ from typing import cast
 import torch
 
 from sensorium import environment
-from sensorium.config import GIB, EngineConfig
+from sensorium.config import GIB, EngineConfig, SpeculationConfig
 from sensorium.core.limits import SchedulerLimits
 from sensorium.core.scheduler import Scheduler
+from sensorium.core.speculation.speculator import SpeculationLimits
 from sensorium.engine.adapters import EngineAdapters
 from sensorium.engine.engine import Engine
 from sensorium.engine.grammar.matchers import Matchers
@@ -348,4 +349,16 @@ def _limits(
         encoder_cache_size=kept,
         enable_prefix_caching=config.cache.enable_prefix_caching,
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+        speculation=_speculation(config.speculation),
+    )
+
+
+def _speculation(config: SpeculationConfig) -> SpeculationLimits | None:
+    """Return how tokens are tried; None for not at all."""
+    if config.speculative is None:
+        return None
+    return SpeculationLimits(
+        num_tokens=config.num_speculative_tokens,
+        shortest=config.prompt_lookup_min,
+        longest=config.prompt_lookup_max,
     )

@@ -22,6 +22,8 @@ class EngineStats:
         item_tokens: Those that items fill, by modality.
         iteration_counts: Steps by their tokens, in the buckets of
             ``metrics.families.ITERATION_TOKENS``; ``iteration_tokens`` is the sum of the tokens.
+        num_drafts: Spans that tried ``num_draft_tokens``, of which ``num_accepted_tokens`` were
+            right; ``num_accepted_at`` has those by their place among the tried ones.
         media: Counters of the media pipeline, by name.
         num_engine_restarts: Restarts since the start of the server; 0 in the engine itself.
     """
@@ -53,6 +55,10 @@ class EngineStats:
     generation_tokens: int = 0
     num_embeddings: int = 0
     num_unusable: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    num_accepted_at: list[int] = field(default_factory=list)
     num_steps: int = 0
     iteration_counts: list[int] = field(default_factory=list)
     iteration_tokens: int = 0

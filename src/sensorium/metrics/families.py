@@ -88,6 +88,13 @@ ENGINE_ROWS = (
         "Prompt tokens of admitted requests, cached ones included; counted for each sample.",
     ),
     _counter("generation_tokens", "generation_tokens", "Tokens generated."),
+    _counter(
+        "spec_decode_num_drafts",
+        "num_drafts",
+        "Steps of a sequence that tried tokens beside the next one (--speculative).",
+    ),
+    _counter("spec_decode_num_draft_tokens", "num_draft_tokens", "Tokens tried."),
+    _counter("spec_decode_num_accepted_tokens", "num_accepted_tokens", "Tried tokens accepted."),
     _counter("vectors", "num_embeddings", "Embeddings computed."),
     _counter(
         "model_output_not_finite",
@@ -140,6 +147,12 @@ PROMPT_SOURCES = MetricFamily(
     "Prompt tokens of started sequences, by source of their keys and values: local_compute or "
     "local_cache_hit.",
     ("source",),
+)
+ACCEPTED_AT = MetricFamily(
+    "spec_decode_num_accepted_tokens_per_pos",
+    "counter",
+    "Tried tokens accepted, by their position among those that were tried together, from 0.",
+    ("position",),
 )
 WAITING_REASONS = MetricFamily(
     "num_requests_waiting_by_reason",
@@ -361,7 +374,7 @@ SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
     "Requests": REQUESTS,
     "Engine": (
         *(ENGINE_UP, KV_USAGE, CACHE_CONFIG, WAITING_REASONS, ITERATION_TOKENS),
-        *(PROMPT_MODALITIES, PROMPT_SOURCES, *(row.family for row in ENGINE_ROWS)),
+        *(ACCEPTED_AT, PROMPT_MODALITIES, PROMPT_SOURCES, *(row.family for row in ENGINE_ROWS)),
     ),
     "Media": (
         *(family for family, _ in STAGE_UNITS),

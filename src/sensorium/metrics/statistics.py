@@ -15,6 +15,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from sensorium.metrics.families import (
+    ACCEPTED_AT,
     CACHE_CONFIG,
     COMMON_LABELS,
     ENGINE_ROWS,
@@ -39,8 +40,9 @@ class Statistics(Protocol):
 
     ``num_deferred`` of ``num_waiting`` wait for their grammar. ``iteration_counts`` has the numbers
     of steps by bucket of ``ITERATION_TOKENS`` and a last one for larger steps (it is empty before
-    the first step); ``iteration_tokens`` is the sum. ``item_tokens`` has the part of
-    ``prompt_tokens`` that items fill, by modality. ``media`` has the numbers of the media pipeline
+    the first step); ``iteration_tokens`` is the sum. ``num_accepted_at`` has
+    ``num_accepted_tokens`` by position. ``item_tokens`` has the part of ``prompt_tokens`` that
+    items fill, by modality. ``media`` has the numbers of the media pipeline
     by name, such as ``processor_cache_queries``, ``fetch_seconds`` and ``failure_media_refused``;
     an absent name counts as zero.
     """
@@ -72,6 +74,10 @@ class Statistics(Protocol):
     generation_tokens: int
     num_embeddings: int
     num_unusable: int
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_accepted_at: list[int]
     num_steps: int
     iteration_counts: list[int]
     iteration_tokens: int
@@ -132,6 +138,8 @@ class _EngineMetrics:
             "deferred": stats.num_deferred,
         }
         yield self._many(WAITING_REASONS, reasons)
+        accepted = {str(place): num for place, num in enumerate(stats.num_accepted_at or [0])}
+        yield self._many(ACCEPTED_AT, accepted)
         yield self._iterations(stats)
         yield self._cache_config(stats)
         for row in MEDIA_ROWS:

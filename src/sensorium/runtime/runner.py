@@ -9,8 +9,9 @@ sequence or item is reported in the ``StepResult`` and does not harm the others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 
 import torch
 
@@ -23,7 +24,7 @@ from sensorium.runtime import pooler, sampler
 from sensorium.runtime.adapters import NO_LANE, AdapterSet
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
 from sensorium.runtime.inputs import StepInputs, build
-from sensorium.runtime.slots import Slot, SlotTable
+from sensorium.runtime.slots import Slot, SlotTable, single_tokens_first
 from sensorium.runtime.soundness import finite_parts, flaws_of_logits
 
 logger = logging.getLogger(__name__)
@@ -82,12 +83,12 @@ class ModelRunner:
             result.unusable_items = self.encoder.pop_unusable()
         lost = set(result.failed_items)
         pairs = [
-            (span, slot)
+            (_allowed(span, slot), slot)
             for span, slot in self._table.spans_of(plan.spans)
             if span.seq_id not in result.failed and not (lost and _needs(span, slot, lost))
         ]
         if pairs:
-            self._run_isolated(pairs, result)
+            self._run_isolated(single_tokens_first(pairs), result)
         result.encoded = self.encoder.pop_report()
         self._after_step()
         return result
@@ -141,13 +142,16 @@ class ModelRunner:
                 self.encoder.merge(embeds, row, span.start, span.start + span.num_tokens, slot)
         with self._adapted(pairs, inputs):
             hidden = self.model.forward(embeds, inputs.batch)
-        result.unsound |= _unsound(pairs, inputs, hidden)
+        unsound = _unsound(pairs, inputs, hidden)
+        if any(span.draft_ids and span.seq_id in unsound for span, _ in pairs):
+            # Perhaps it is a tried token that spoils the others, and it need not be right.
+            known = [(span.with_fewer_drafts(0), slot) for span, slot in pairs]
+            self._run(single_tokens_first(known), result)
+            return
+        result.unsound |= unsound
         prompt_logprobs, unusable_prompts = self._prompt_logprobs(pairs, inputs, hidden)
         if inputs.sampled_rows:
-            samples, failed = self._sample(hidden, inputs)
-            self._accept(samples, failed, inputs.sampled_slots)
-            result.samples.update(samples)
-            result.failed.update(failed)
+            self._sample(hidden, inputs, result)
         if inputs.pooled_rows:
             last = _rows(hidden, inputs.pooled_rows)
             embeddings, failed = pooler.pool(last, inputs.pooled_slots)
@@ -166,23 +170,63 @@ class ModelRunner:
         lanes = [slot.lane for _, slot in pairs]
         return self.adapters.using(list(zip(lanes, inputs.batch.query_lens, strict=True)))
 
-    def _sample(
-        self, hidden: torch.Tensor, inputs: StepInputs
-    ) -> tuple[dict[int, TokenSample], dict[int, str]]:
-        slots = inputs.sampled_slots
-        last = _rows(hidden, inputs.sampled_rows)
-        logits = self.model.logits(last)
-        flaws = flaws_of_logits(logits, last)
-        if all(sampler.is_plain(slot) for slot in slots):
-            usable = [flaw is None for flaw in flaws]
-            samples, failed = sampler.token_samples(ops.argmax(logits).tolist(), usable, slots)
-        else:
-            samples, failed = sampler.sample(logits.float(), slots)
+    def _sample(self, hidden: torch.Tensor, inputs: StepInputs, result: StepResult) -> None:
+        """Sample the next token of each sequence, and more as long as its tried tokens are right.
+
+        Each is sampled by itself, in the state that the sequence has after the one before. So a
+        wrong token leaves no trace, and whatever tokens depend on is as it is without trying.
+        """
+        rows = _rows(hidden, inputs.sampled_rows)
+        logits = self.model.logits(rows)
+        flaws = flaws_of_logits(logits, rows)
+        # A sequence that is sampled plainly once is so from then on.
+        plain = all(map(sampler.is_plain, inputs.sampled_slots))
+        likely = ops.argmax(logits).tolist() if plain else None
+        firsts = [0, *accumulate(1 + len(draft_ids) for draft_ids in inputs.draft_ids)]
+        going = list(zip(firsts, inputs.sampled_slots, inputs.draft_ids, strict=False))
+        for place in range(1 + max(map(len, inputs.draft_ids))):
+            slots = [slot for _, slot, _ in going]
+            at = [first + place for first, _, _ in going]
+            try:
+                if likely is not None:
+                    tokens, usable = [likely[row] for row in at], [True] * len(at)
+                    samples, failed = sampler.token_samples(tokens, usable, slots)
+                else:
+                    own = logits if len(at) == len(logits) else logits[at]
+                    samples, failed = sampler.sample(own.float(), slots)
+                self._drop_flawed(samples, failed, [flaws[row] for row in at], slots)
+                self._accept(samples, failed, slots)
+            except Exception:
+                if place == 0:
+                    raise
+                logger.exception("tokens that were tried could not be sampled")
+                return
+            for seq_id, sample in samples.items():
+                result.samples[seq_id] = (*result.samples.get(seq_id, ()), sample)
+            if place == 0:  # others have a token in this step, and fail alone in the next
+                result.failed.update(failed)
+            going = [
+                (first, slot, draft_ids)
+                for first, slot, draft_ids in going
+                if place < len(draft_ids)
+                and slot.seq_id in samples
+                and samples[slot.seq_id].token_id == draft_ids[place]
+            ]
+            if not going:
+                return
+
+    def _drop_flawed(
+        self,
+        samples: dict[int, TokenSample],
+        failed: dict[int, str],
+        flaws: Sequence[str | None],
+        slots: list[Slot],
+    ) -> None:
+        """Move sequences whose logits have a flaw from the samples to those that failed."""
         for slot, flaw in zip(slots, flaws, strict=True):
             if flaw is not None:
                 samples.pop(slot.seq_id, None)
                 failed[slot.seq_id] = self._unusable(slot, flaw)
-        return samples, failed
 
     def _unusable(self, slot: Slot, flaw: str) -> str:
         """Log unusable logits of a sequence, and return the message that it ends with."""
@@ -196,11 +240,11 @@ class ModelRunner:
         """Append the sampled tokens to their slots, and advance the grammars."""
         for slot in slots:
             sample = samples.get(slot.seq_id)
-            if sample is not None:
-                slot.append(sample.token_id)
             if slot.grammar is not None and not _follows(slot, sample):
                 failed[slot.seq_id] = TOO_COMPLEX
                 samples.pop(slot.seq_id, None)
+            elif sample is not None:
+                slot.append(sample.token_id)
 
     def _prompt_logprobs(
         self, pairs: list[tuple[Span, Slot]], inputs: StepInputs, hidden: torch.Tensor
@@ -254,6 +298,14 @@ def _follows(slot: Slot, sample: TokenSample | None) -> bool:
     except Exception:  # the others of the step have moved on: this must not run it again
         logger.exception("a grammar failed")
         return False
+
+
+def _allowed(span: Span, slot: Slot) -> Span:
+    """Return the span without the tried tokens from the first that the grammar forbids."""
+    if not span.draft_ids or slot.grammar is None:
+        return span
+    num = slot.grammar.num_allowed(span.draft_ids)
+    return span if num == len(span.draft_ids) else span.with_fewer_drafts(num)
 
 
 def _rows(hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:

@@ -81,8 +81,10 @@ class Slot:
         if self.counts is not None:
             self.counts[token_id] = self.counts.get(token_id, 0) + 1
 
-    def add_blocks(self, block_ids: tuple[int, ...]) -> None:
-        """Append blocks of the KV cache."""
+    def add_blocks(self, block_ids: tuple[int, ...], first: int | None = None) -> None:
+        """Append blocks of the KV cache to the first ``first`` ones; None: to all."""
+        if first is not None:
+            self.num_blocks = first
         needed = self.num_blocks + len(block_ids)
         if needed > len(self.block_ids):
             grown = np.zeros(max(needed, 2 * len(self.block_ids)), np.int32)
@@ -127,14 +129,18 @@ class SlotTable:
         return slot
 
     def spans_of(self, spans: tuple[Span, ...]) -> list[tuple[Span, Slot]]:
-        """Return each span with its slot: single-token ones first, as kernels need it.
-
-        Within both parts those with one adapter are adjacent.
+        """Return each span with its slot.
 
         The new blocks of the spans are added to their slots.
         """
         for span in spans:
-            self.slots[span.seq_id].add_blocks(span.new_block_ids)
-        pairs = [(span, self.slots[span.seq_id]) for span in spans]
-        pairs.sort(key=lambda pair: (pair[0].num_tokens > 1, pair[1].lane))
-        return pairs
+            self.slots[span.seq_id].add_blocks(span.new_block_ids, span.first_block)
+        return [(span, self.slots[span.seq_id]) for span in spans]
+
+
+def single_tokens_first(pairs: list[tuple[Span, Slot]]) -> list[tuple[Span, Slot]]:
+    """Return spans of a single token before the others, as kernels need it.
+
+    Within both parts those with one adapter are adjacent.
+    """
+    return sorted(pairs, key=lambda pair: (pair[0].num_tokens > 1, pair[1].lane))

@@ -115,6 +115,9 @@ def status_line(stats: EngineStats) -> str:
         f"KV cache {used} used",
         f"prefix cache hits {_percent(stats.prefix_hits, stats.prefix_queries)}",
     ]
+    if stats.num_draft_tokens:
+        accepted = _percent(stats.num_accepted_tokens, stats.num_draft_tokens)
+        parts.append(f"tried tokens accepted {accepted}")
     media = stats.media
     if media:
         queries, hits = (media.get(f"processor_cache_{name}", 0) for name in ("queries", "hits"))

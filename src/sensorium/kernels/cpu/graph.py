@@ -1,6 +1,7 @@
 """Steps of few rows, captured once and replayed as one launch.
 
-A decode step runs the same two hundred small kernels for every token. Launched one by one from
+A decode step runs the same two hundred small kernels for every token, and so does one that tries a
+few tokens of each sequence. Launched one by one from
 Python they cost more than a millisecond a step, in which the memory stands idle. So the launches
 of a step are recorded, as CUDA graphs record theirs, and replayed in one parallel region whose
 threads wait for each other after each kernel. The kernels, their tasks and so the bits of their
@@ -51,6 +52,8 @@ log = logging.getLogger(__name__)
 
 MOST_ROWS = 64
 """Rows of the largest step that is captured; with more, launches cost little beside the work."""
+MOST_QUERIES = 17
+"""Rows of one sequence in a step that is captured; longer spans are prompts, and seldom alike."""
 STEPS_BEFORE = 3
 """Steps of so many rows that run launch by launch before one is captured."""
 MOST_GRAPHS = 64
@@ -202,7 +205,7 @@ _Capture.__torch_dispatch__ = _Capture._allocate  # type: ignore[method-assign, 
 
 
 class StepGraph:
-    """One captured step, for any batch of as many sequences with one row each."""
+    """One captured step, for any batch of its kind."""
 
     def __init__(
         self,
@@ -266,15 +269,21 @@ def _renewals(launches: Sequence[Launch]) -> list[Renewal]:
 
 
 Key = int | tuple[int, int]
-"""Kind of a step: its number of rows; with adapters, also their version."""
+"""Kind of a step: its number of rows, negative if ``num_decodes`` is 0; with adapters, also their
+version."""
 
 
 def _key(num_rows: int, batch: AttentionBatch) -> Key:
-    return (num_rows, batch.adapters) if batch.adapters else num_rows
+    rows = num_rows if batch.num_decodes else -num_rows
+    return (rows, batch.adapters) if batch.adapters else rows
 
 
 class StepGraphs:
-    """The graphs of one decoder, by the kind of step. Used by one thread."""
+    """The graphs of one decoder, by the kind of step. Used by one thread.
+
+    Steps are of one kind if they have as many rows, each of a sequence of its own, or none of them
+    counted as such (``num_decodes`` 0), as in steps that try tokens.
+    """
 
     def __init__(self, run: Run) -> None:
         """Keep graphs of ``run(embeds, batch)``: (T, H) -> (T, H), which overwrites embeds."""
@@ -305,9 +314,12 @@ class StepGraphs:
         return hidden
 
     def _may_capture(self, embeds: torch.Tensor, batch: AttentionBatch) -> bool:
-        num_rows = embeds.shape[0]
-        single = batch.num_decodes == num_rows == len(batch.query_lens)
-        return single and 0 < num_rows <= self._most_rows and embeds.is_cpu
+        num_rows, num_decodes = embeds.shape[0], batch.num_decodes
+        if not (0 < num_rows <= self._most_rows and embeds.is_cpu):
+            return False
+        if num_decodes == 0:
+            return batch.max_query_len <= MOST_QUERIES
+        return num_decodes == num_rows == len(batch.query_lens)
 
     def _check_places(self, batch: AttentionBatch) -> None:
         """Drop the graphs that do not fit any more.

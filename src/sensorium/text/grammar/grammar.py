@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -288,6 +288,15 @@ class GrammarMatcher:
         if self._text is None or self.is_accepting:
             return None
         return self._text.closing_token(mask)
+
+    def num_allowed(self, token_ids: Sequence[int]) -> int:
+        """Return how many of the tokens may follow one another from here; the state stays."""
+        if self.error is not None:
+            return 0
+        began = time.thread_time()
+        num = int(self._matcher.validate_tokens(list(token_ids)))
+        self._budget.take(time.thread_time() - began)
+        return max(0, num)
 
     def accept(self, token_id: int) -> bool:
         """Go on by one token; False when the grammar does not allow it."""

@@ -98,6 +98,8 @@ def rope_attention(
     )
     if plan.first_span_row < num_tokens:
         _rope_write(qkv, batch, cache, plan, num_heads, norms)
+        if is_recording():
+            _renew_rope(cache, num_heads, variant, route)
     if plan.num_pieces:
         # Only what differs between layers: the rest is in the plan's arguments.
         args = plan.args
@@ -162,6 +164,24 @@ def _renew_plan(
     )
 
 
+_OF_ROPE = (4, 5, 8, 10, 11, 23)
+"""Arguments of ``build_rope_write`` that follow from the batch."""
+
+
+def _renew_rope(
+    cache: LayerCache, num_heads: int, variant: AttentionVariant, route: Route | None
+) -> None:
+    """Do as ``_renew_plan`` for the rotation and the writing of keys and values."""
+    _, num_kv_heads, head_dim, _ = cache.k.shape
+
+    def args(batch: AttentionBatch) -> Any:
+        plan = plan_of(batch, cache, num_heads, variant, route)
+        return _rope_args(batch, cache, plan, num_heads, qkv=0, norms=(0, 0, 0))
+
+    key = ("rope", num_heads, num_kv_heads, head_dim, variant.window, route)
+    renew_last(key, args, _OF_ROPE)
+
+
 def paged_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -197,11 +217,26 @@ def _rope_write(
     norms: tuple[int, int, int],
 ) -> None:
     """Rotate the rows of all spans and write their keys and values."""
+    args = _rope_args(batch, cache, plan, num_heads, qkv=qkv.data_ptr(), norms=norms)
+    weight = (qkv.shape[0] - plan.first_span_row) * qkv.shape[1]
+    launch(kernel(build_rope_write, qkv.dtype), args, weight, plan.num_threads)
+
+
+def _rope_args(
+    batch: AttentionBatch,
+    cache: LayerCache,
+    plan: AttentionPlan,
+    num_heads: int,
+    *,
+    qkv: int,
+    norms: tuple[int, int, int],
+) -> Any:
+    """Pack the arguments of ``build_rope_write``; ``qkv`` is an address."""
     _, num_kv_heads, head_dim, block_size = cache.k.shape
-    num_rows = qkv.shape[0] - plan.first_span_row
-    args = pack(
+    num_rows = batch.cos.shape[0] - plan.first_span_row
+    return pack(
         -(-num_rows // ROWS_PER_TASK),
-        qkv.data_ptr(),
+        qkv,
         batch.cos.data_ptr(),
         batch.sin.data_ptr(),
         cache.k.data_ptr(),
@@ -221,8 +256,6 @@ def _rope_write(
         ROWS_PER_TASK,
         plan.scratch.data_ptr(),
     )
-    weight = num_rows * qkv.shape[1]
-    launch(kernel(build_rope_write, qkv.dtype), args, weight, plan.num_threads)
 
 
 def _attend_span(

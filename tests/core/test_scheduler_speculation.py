@@ -1,0 +1,163 @@
+"""Tokens that are tried beside the next one: what a plan holds, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from sensorium.core.request import EngineRequest
+from sensorium.core.speculation.speculator import SpeculationLimits
+from tests.core.driver import Driver, request
+from tests.fakes import expected_tokens
+
+PERIODIC = [1, 2, 3, 1, 2, 3]
+
+
+def speculating(num_tokens: int = 4, **limits: object) -> Driver:
+    speculation = SpeculationLimits(num_tokens=num_tokens, shortest=2, longest=8)
+    return Driver(speculation=speculation, **limits)
+
+
+def periodic(made: EngineRequest, token_ids: Sequence[int]) -> int:
+    return token_ids[-3]
+
+
+def other(made: EngineRequest, token_ids: Sequence[int]) -> int:
+    return 100 + len(token_ids)
+
+
+def tried(driver: Driver) -> list[tuple[int, ...]]:
+    return [span.draft_ids for span in driver.step().spans]
+
+
+def test_right_tokens_come_several_in_a_step_with_an_update_each() -> None:
+    driver = speculating()
+    driver.runner.next_token = periodic
+    driver.add(request("a", PERIODIC, max_tokens=11))
+    assert tried(driver) == [()], "a prompt tries nothing"
+    assert tried(driver) == [(2, 3, 1, 2)]
+    outcome = driver.outcomes["a"]
+    assert outcome.token_ids == [1, 2, 3, 1, 2, 3]
+    assert len(outcome.updates) == 6
+    assert tried(driver) == [(1, 2, 3, 1)]
+    driver.run()
+    assert outcome.token_ids == [1, 2, 3] * 3 + [1, 2]
+    assert [update.finish_reason for update in outcome.updates] == [None] * 10 + ["length"]
+    stats = driver.scheduler.stats()
+    assert stats.num_generated_tokens == 11
+    assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_tokens) == (2, 8, 8)
+    assert stats.num_accepted_at == [2, 2, 2, 2]
+
+
+def test_wrong_tokens_leave_nothing_behind() -> None:
+    driver = speculating(block_size=2)
+    driver.runner.next_token = other
+    driver.add(request("a", PERIODIC, max_tokens=8))
+    driver.step()
+    driver.outcomes["a"].token_ids.clear()
+    # A repetition that the text does not follow: made by an answer that begins like the prompt.
+    driver.runner.next_token = lambda made, ids: {7: 1, 8: 2}.get(len(ids), 100 + len(ids))
+    spans = []
+    while driver.scheduler.has_work:
+        spans += driver.step().spans
+        num_known = len(PERIODIC) + 1 + len(driver.outcomes["a"].token_ids)
+        assert driver.scheduler.stats().num_used_blocks <= -(-num_known // 2)
+    failed = [span for span in spans if span.draft_ids]
+    assert failed
+    assert failed[0].draft_ids[:1] == (3,)
+    stats = driver.scheduler.stats()
+    assert stats.num_accepted_tokens == 0
+    driver.runner.next_token = other
+    again = [*PERIODIC, 106, 1, 2, 3, 1, 2, 3, 1]
+    driver.add(request("b", again, max_tokens=1))
+    assert driver.step().spans[0].start == 8, "what was tried is not in the prefix cache"
+
+
+def test_no_more_is_tried_than_may_come() -> None:
+    for max_tokens in (2, 3, 5):
+        driver = speculating()
+        driver.runner.next_token = periodic
+        driver.add(request("a", PERIODIC, max_tokens=max_tokens))
+        driver.step()
+        assert len(tried(driver)[0]) == max_tokens - 2
+        assert len(driver.run()["a"].token_ids) == max_tokens
+    driver = speculating(max_model_len=9)
+    driver.runner.next_token = periodic
+    driver.add(request("a", PERIODIC, max_tokens=30))
+    driver.step()
+    assert len(tried(driver)[0]) == 1
+    assert driver.run()["a"].token_ids == [1, 2, 3]
+
+
+def test_no_sequence_is_preempted_for_tokens_that_are_tried() -> None:
+    driver = speculating(num_blocks=5, block_size=4)
+    driver.runner.next_token = periodic
+    driver.add(request("a", PERIODIC, max_tokens=4), request("b", PERIODIC, max_tokens=4))
+    driver.run()
+    assert driver.scheduler.stats().num_preemptions == 0
+    assert driver.scheduler.stats().num_drafts > 0
+
+
+def test_the_token_budget_of_a_step_bounds_what_is_tried() -> None:
+    driver = speculating(max_num_batched_tokens=6)
+    driver.runner.next_token = periodic
+    driver.add(request("a", PERIODIC, max_tokens=12))
+    driver.step()
+    driver.add(request("b", PERIODIC[::-1], max_tokens=12))
+    driver.step()
+    while driver.scheduler.has_work:
+        plan = driver.step()
+        assert plan.num_tokens <= 6
+
+
+def test_tokens_are_not_tried_across_a_change_of_rotary_factors() -> None:
+    driver = speculating()
+    driver.runner.next_token = periodic
+    driver.add(request("a", PERIODIC, max_tokens=12, rope=(9, 64)))
+    driver.step()
+    assert tried(driver) == [(2, 3)]
+    driver.run()
+    assert driver.outcomes["a"].token_ids == [1, 2, 3] * 4
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_windows_free_blocks_that_no_row_reads(window: int | None) -> None:
+    driver = speculating(block_size=2, window=window)
+    driver.runner.next_token = periodic
+    driver.add(request("a", PERIODIC, max_tokens=30))
+    assert driver.run()["a"].token_ids == [1, 2, 3] * 10
+    assert driver.scheduler.stats().num_accepted_tokens > 10
+
+
+def test_a_sequence_that_is_aborted_while_tokens_are_tried_leaves_nothing() -> None:
+    driver = speculating()
+    driver.runner.next_token = periodic
+    driver.add(request("a", PERIODIC, max_tokens=12))
+    driver.step()
+    plan = driver.step(abort_midway="a")
+    assert plan.spans[0].draft_ids
+    driver.run()
+
+
+def test_times_of_steps_are_measured_by_the_clock() -> None:
+    """Rows that cost more than they can bring are not tried for long."""
+    driver = speculating()
+    driver.runner.next_token = periodic
+    driver.add(request("a", PERIODIC, max_tokens=90))
+    numbers = []
+    while driver.scheduler.has_work:
+        plan = driver.schedule()
+        driver.clock.advance(plan.num_tokens * 0.06 - 0.04)
+        driver.commit(plan, driver.runner.execute(plan))
+        numbers.append(len(plan.spans[0].draft_ids) if plan.spans else 0)
+    assert sum(numbers[-40:]) <= 8
+    assert driver.outcomes["a"].token_ids == [1, 2, 3] * 30
+
+
+def test_without_speculation_nothing_is_tried() -> None:
+    driver = Driver()
+    wanted = request("a", PERIODIC, max_tokens=9)
+    driver.add(wanted)
+    assert driver.run()["a"].token_ids == expected_tokens(wanted, vocab_size=64)
+    assert driver.scheduler.stats().num_drafts == 0
