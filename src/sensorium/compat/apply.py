@@ -53,6 +53,8 @@ def _converted(rule: Rule, value: Any, display: str) -> Mapping[str, Any]:
     assert rule.convert is not None
     try:
         return rule.convert(plain(value))
+    except ConfigError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{display} has an invalid value: {_abbreviate(value)}.") from error
 
