@@ -28,7 +28,7 @@ OWN_WEIGHT, COMMON_WEIGHT = 0.15, 0.02
 HIGHEST_RATE = 0.98
 LEAST_GAIN = 0.05
 """Least probability of a token that is tried."""
-MARGIN = 1.02
+MARGIN = 1.05
 """Least ratio by which trying tokens must promise more tokens a second."""
 LONG, LONGER = 6, 12
 """Repetitions of at least so many tokens have shares of their own."""
