@@ -112,7 +112,7 @@ MEDIA_TOKENS: dict[str, tuple[str, ...]] = {
     "mistral3": ("[IMG]", "[IMG_BREAK]", "[IMG_END]"),
     "glm4v": ("<|begin_of_image|>", "<|image|>", "<|end_of_image|>", "<|video|>"),
     "qwen2_audio": ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>"),
-    "voxtral": ("[BEGIN_AUDIO]", "[AUDIO]"),
+    "voxtral": ("[BEGIN_AUDIO]", "[AUDIO]", "[INST]", "[/INST]", "[TRANSCRIBE]"),
 }
 FILL_TOKENS = {
     "idefics3": "<image>",

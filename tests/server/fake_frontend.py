@@ -73,6 +73,7 @@ class FakeFrontend:
     tokenizer: Tokenizer = TOKENIZER
     template_text: str = ""
     adapters: KnownAdapters = field(default_factory=KnownAdapters)
+    transcription: Callable[[str | None], str] | None = None
 
     @property
     def config(self) -> EngineConfig:

@@ -246,6 +246,9 @@ class Family:
     the tokenizer has them."""
     template: tuple[str, str] | None = None
     """(package, file) of the fallback chat template."""
+    transcription: Callable[[str | None], str] | None = None
+    """Prompt that transcribes the audio in it, of a language (``en``) or an unknown one, for models
+    that are trained with one of their own."""
     parts: tuple[PartCheckpoint, ...] = ()
     """Other checkpoints that may complete one of this family."""
     bidirectional: Literal["items", "prompt"] | None = None

@@ -474,32 +474,25 @@ async def test_a_response_in_the_background_tells_of_its_error() -> None:
 
 
 class ShortContext(FakeFrontend):
-    """A front end that takes prompts of so many characters."""
-
-    most = 12
+    """A front end that takes only conversations that may be shortened."""
 
     async def prepare(self, prompt: Any) -> Any:
-        """Refuse what is longer."""
-        prepared = await super().prepare(prompt)
-        if len(prepared.text) > self.most:
+        """Refuse the others."""
+        if not prompt.drops_turns:
             raise PromptTooLongError("too long", param="messages")
-        return prepared
+        return await super().prepare(prompt)
 
 
-async def test_truncation_leaves_out_the_fewest_first_turns() -> None:
+async def test_truncation_lets_the_first_turns_be_left_out() -> None:
     app = App(ShortContext())
-    items = [{"role": "system", "content": "S"}]
-    for turn in "abcdef":
-        items += [{"role": "user", "content": turn * 2}, {"role": "assistant", "content": turn}]
-    items.append({"role": "user", "content": "end"})
-    refused = await respond(app, items)
-    assert (refused.status, refused.error["param"]) == (400, "input")
-    parsed(await respond(app, items, truncation="auto"))
-    texts = [text for _, text in messages_of(app)]
-    assert texts == ["S", "ee", "e", "ff", "f", "end"]
-    assert len("".join(texts)) <= ShortContext.most
-    too_long = await respond(app, "x" * 13, truncation="auto")
-    assert (too_long.status, too_long.error["param"]) == (400, "input")
+    for body in ({}, {"truncation": "disabled"}):
+        refused = await respond(app, **body)
+        assert (refused.status, refused.error["param"]) == (400, "input")
+        refused = await app.post("/v1/responses/input_tokens", {"input": "Hi", **body})
+        assert (refused.status, refused.error["param"]) == (400, "input")
+    assert parsed(await respond(app, truncation="auto")).truncation == "auto"
+    counted = await app.post("/v1/responses/input_tokens", {"input": "Hi", "truncation": "auto"})
+    assert counted.status == 200
 
 
 async def test_input_tokens_are_counted() -> None:

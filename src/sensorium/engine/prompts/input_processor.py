@@ -25,27 +25,30 @@ from sensorium.engine.prompts.expansion import Traits, advised, expanded
 from sensorium.engine.prompts.files import files_opened
 from sensorium.engine.prompts.lengths import (
     is_long,
+    kept_tokens,
     refuse_endless,
     refuse_many,
+    room,
     truncate_ids,
     truncate_text,
 )
 from sensorium.engine.prompts.media_workers import media_pipeline
+from sensorium.engine.prompts.turns import KeptItems, without_first_turns
 from sensorium.engine.prompts.types import (
     ChatPrompt,
     PreparedPrompt,
     Prompt,
     RawPrompt,
     RopeChoice,
-    Truncation,
 )
-from sensorium.engine.prompts.vocabulary import Vocabulary, end_tokens, tokenizer_folder
+from sensorium.engine.prompts.vocabulary import (
+    Vocabulary,
+    end_tokens,
+    tokenizer_folder,
+    transcription_prompt,
+)
 from sensorium.engine.stats import EngineFacts
-from sensorium.errors import (
-    InvalidRequestError,
-    PromptTooLongError,
-    located,
-)
+from sensorium.errors import InvalidRequestError, located
 from sensorium.models import loader
 from sensorium.models.embedder import GENERATES, POOLS, embedder_of
 from sensorium.models.interface import stop_token_ids, warn_of_defaults
@@ -71,9 +74,9 @@ class InputProcessor:
 
     Used from one event loop. ``set_facts`` must be called with what the engine found out before
     requests are built. ``embedder`` says how the model makes vectors; None when it generates text.
-    ``shared``: the engine is another process, which must be able to open all features; the media
-    workers are then started at once. ``package_files``: prompts are the program's own, and may name
-    files of ``sensorium.assets``.
+    ``transcription``: as in ``Family``. ``shared``: the engine is another process, which must be
+    able to open all features; the media workers are then started at once. ``package_files``:
+    prompts are the program's own, and may name files of ``sensorium.assets``.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class InputProcessor:
         )
         self._vocabulary.warn()
         self._eos_token_ids = end_tokens(self.tokenizer, family.stop_tokens)
+        self.transcription = transcription_prompt(self.tokenizer, family)
         self._template = ChatTemplate.load(
             self._loaded.folder,
             self.tokenizer,
@@ -180,17 +184,26 @@ class InputProcessor:
     async def prepare(self, prompt: Prompt) -> PreparedPrompt:
         """Render or tokenize a prompt, load its media, expand its placeholders.
 
-        Raises RequestError.
+        Files are opened and media are loaded once, however many turns have to be left out. Raises
+        RequestError.
         """
         async with files_opened(prompt, self._pipeline) as prompt:
-            began = time.monotonic()
-            if is_long(prompt):
-                rendered = await asyncio.to_thread(self.render, prompt)
-            else:
-                rendered = self.render(prompt)
-            num_items = len(rendered.refs)
-            tracing.station("rendered", began, tokens=len(rendered.token_ids), items=num_items)
-            return await self.complete(prompt, rendered)
+            if isinstance(prompt, ChatPrompt) and prompt.drops_turns:
+                kept = KeptItems(self._processor)
+                complete = partial(self.complete, kept=kept)
+                return await without_first_turns(prompt, self._rendered_aside, complete)
+            return await self.complete(prompt, await self._rendered_aside(prompt))
+
+    async def _rendered_aside(self, prompt: Prompt) -> RenderedPrompt:
+        """Render or tokenize a prompt, a long one in a thread. Raises RequestError."""
+        began = time.monotonic()
+        if is_long(prompt):
+            rendered = await asyncio.to_thread(self.render, prompt)
+        else:
+            rendered = self.render(prompt)
+        num_items = len(rendered.refs)
+        tracing.station("rendered", began, tokens=len(rendered.token_ids), items=num_items)
+        return rendered
 
     def render(self, prompt: Prompt) -> RenderedPrompt:
         """Render or tokenize a prompt, and check all that needs no media.
@@ -219,9 +232,15 @@ class InputProcessor:
                 check_counts(ids, counts, unread, rendered.numbered, self._processor)
         return rendered
 
-    async def complete(self, prompt: Prompt, rendered: RenderedPrompt) -> PreparedPrompt:
-        """Load the media of a rendered prompt and expand its placeholders. Raises RequestError."""
-        items = await self._items(prompt, rendered)
+    async def complete(
+        self, prompt: Prompt, rendered: RenderedPrompt, kept: KeptItems | None = None
+    ) -> PreparedPrompt:
+        """Load the media of a rendered prompt and expand its placeholders.
+
+        ``kept``: items of longer forms of the prompt, and those that are loaded here. Raises
+        RequestError.
+        """
+        items = await self._items(prompt, rendered, kept)
         with located(prompt.param), advised(prompt):
             prepared = expanded(prompt, rendered, items, self._traits, self._room)
         prepared = with_adapter(prepared, self.adapters.find(prompt.media.adapter))
@@ -260,8 +279,8 @@ class InputProcessor:
         refuse_many(
             params.n, len(prepared.token_ids), self._config.scheduler.max_sampled_prompt_tokens
         )
-        room = self._room(len(prepared.token_ids), prepared.param)
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        left = self._room(len(prepared.token_ids), prepared.param)
+        max_tokens = left if params.max_tokens is None else min(params.max_tokens, left)
         bad_words = self.tokenizer.bad_words_token_ids(params.bad_words)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
         slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None)
@@ -327,7 +346,7 @@ class InputProcessor:
 
     def _tokenized(self, prompt: RawPrompt) -> RenderedPrompt:
         cut = prompt.truncation
-        most = self._most_tokens(cut) if cut is not None else 0
+        most = kept_tokens(cut, self._context) if cut is not None else 0
         if prompt.token_ids is not None:
             ids = prompt.token_ids
             if cut is not None:
@@ -347,22 +366,6 @@ class InputProcessor:
             around = {"prefix": prefix, "suffix": suffix} if adds else {}
             ids = truncate_ids(ids, most, left=cut.left, **around)
         return RenderedPrompt(text, ids, prompt.refs, tuple(numbered))
-
-    def _most_tokens(self, truncation: Truncation) -> int:
-        """Return how many tokens a truncated prompt keeps.
-
-        Raises InvalidRequestError for more than the context.
-        """
-        if self._facts is None:
-            raise RuntimeError("set_facts was not called")
-        context, most = self._facts.max_model_len, truncation.most
-        if most is not None and most > context:
-            raise InvalidRequestError(
-                f"truncate_prompt_tokens is {most}, but the model's maximum context length is "
-                f"{context} tokens; give no more than that, or -1 for all of it.",
-                param="truncate_prompt_tokens",
-            )
-        return context if most is None else most
 
     def _refuse_endless(self, text: str, count: Callable[[int], int], param: str) -> None:
         if self._facts is not None:
@@ -386,35 +389,35 @@ class InputProcessor:
             ids += self.tokenizer.encode(piece, add_special_tokens=begun)
         return ids, found
 
-    async def _items(self, prompt: Prompt, rendered: RenderedPrompt) -> list[MediaItem]:
+    async def _items(
+        self, prompt: Prompt, rendered: RenderedPrompt, kept: KeptItems | None
+    ) -> list[MediaItem]:
         if not rendered.refs or self._pipeline is None:
             return []
+        known = None if kept is None else kept.find(rendered.refs)
+        if known is not None:
+            return known
         media = prompt.media
-        return await self._pipeline.load(
+        items = await self._pipeline.load(
             rendered.refs,
             mm_processor_kwargs=media.mm_processor_kwargs,
             media_io_kwargs=media.media_io_kwargs,
             cache_salt=media.cache_salt,
             tenant=media.tenant,
         )
+        if kept is not None:
+            kept.add(rendered.refs, items)
+        return items
 
     def _room(self, num_tokens: int, param: str) -> int:
-        """Return how many tokens can be generated after the prompt.
+        """Return how many tokens can be generated after the prompt. Raises PromptTooLongError."""
+        return room(num_tokens, self._context, param, generates=self.embedder is None)
 
-        Raises PromptTooLongError when there is no room.
-        """
+    @property
+    def _context(self) -> int:
         if self._facts is None:
             raise RuntimeError("set_facts was not called")
-        room = self._facts.max_model_len - num_tokens
-        if room < (self.embedder is None):
-            left = ", and one must be left to generate" if self.embedder is None else ""
-            raise PromptTooLongError.beyond(
-                self._facts.max_model_len,
-                f"the prompt has {num_tokens} tokens{left}. Shorten it, or start with a larger "
-                "max_model_len.",
-                param=param,
-            )
-        return room
+        return self._facts.max_model_len
 
     def _placeholder_text(self, modality: Modality, number: int) -> str:
         if self._processor is None or modality not in self._processor.modalities:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sensorium.engine.prompts.types import ChatPrompt, Prompt
+from sensorium.engine.prompts.types import ChatPrompt, Prompt, Truncation
 from sensorium.errors import InvalidRequestError, PromptTooLongError
 from sensorium.text.chat.conversation import texts_of
 
@@ -97,6 +97,38 @@ def truncate_ids(
     room = max(0, most - len(prefix) - len(suffix))
     kept = inner[len(inner) - room :] if left else inner[:room]
     return (*prefix, *kept, *suffix)[:most]
+
+
+def kept_tokens(truncation: Truncation, context: int) -> int:
+    """Return how many tokens a truncated prompt keeps.
+
+    Raises InvalidRequestError for more than the ``context``.
+    """
+    most = truncation.most
+    if most is not None and most > context:
+        raise InvalidRequestError(
+            f"truncate_prompt_tokens is {most}, but the model's maximum context length is "
+            f"{context} tokens; give no more than that, or -1 for all of it.",
+            param="truncate_prompt_tokens",
+        )
+    return context if most is None else most
+
+
+def room(num_tokens: int, context: int, param: str, *, generates: bool) -> int:
+    """Return how many tokens of the context are left after a prompt.
+
+    A model that ``generates`` text needs one. Raises PromptTooLongError when there is no room.
+    """
+    left = context - num_tokens
+    if left < generates:
+        reserved = ", and one must be left to generate" if generates else ""
+        raise PromptTooLongError.beyond(
+            context,
+            f"the prompt has {num_tokens} tokens{reserved}. Shorten it, or start with a larger "
+            "max_model_len.",
+            param=param,
+        )
+    return left
 
 
 def refuse_many(num_samples: int, num_tokens: int, most: int) -> None:

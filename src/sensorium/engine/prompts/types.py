@@ -79,7 +79,8 @@ class ChatPrompt:
 
     ``chat_template_kwargs`` override the operator's ``default_template_kwargs``.
     ``add_special_tokens`` lets the tokenizer add its own around the template's text; None does as
-    the model's processor does.
+    the model's processor does. ``drops_turns`` leaves out the fewest first turns where the
+    conversation is too long.
     """
 
     conversation: Conversation
@@ -92,6 +93,7 @@ class ChatPrompt:
     add_special_tokens: bool | None = None
     media: MediaOptions = field(default_factory=MediaOptions)
     spelled_ids: frozenset[int] = frozenset()
+    drops_turns: bool = False
     param: str = "messages"
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from sensorium.config import ModelConfig
 from sensorium.core.request import ItemSpan
 from sensorium.errors import InvalidRequestError
 from sensorium.models import loader
-from sensorium.models.interface import LoadedConfig
+from sensorium.models.interface import Family, LoadedConfig
 from sensorium.multimodal.processor import Processor
 from sensorium.text.tokenizer import Tokenizer
 
@@ -20,6 +21,7 @@ MOST_NAMED = 3
 """Most tokens that the warning at start names."""
 MOST_CHARS = 60
 """Most characters of a token in messages."""
+_MARK = re.compile(r"\[[A-Z_/]+\]")
 
 
 class Vocabulary:
@@ -117,6 +119,16 @@ def end_tokens(tokenizer: Tokenizer, stop_tokens: Sequence[str]) -> tuple[int, .
     extra = (tokenizer.token_id(text) for text in stop_tokens)
     known = (*tokenizer.eos_token_ids, *(i for i in extra if i is not None))
     return tuple(dict.fromkeys(known))
+
+
+def transcription_prompt(
+    tokenizer: Tokenizer, family: Family
+) -> Callable[[str | None], str] | None:
+    """Return the family's own transcription prompt where the tokenizer has all tokens of it."""
+    if family.transcription is None:
+        return None
+    known = (tokenizer.token_id(mark) for mark in _MARK.findall(family.transcription(None)))
+    return None if None in known else family.transcription
 
 
 def tokenizer_folder(model: ModelConfig, loaded: LoadedConfig) -> Path:

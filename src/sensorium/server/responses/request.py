@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,8 @@ def response_prompt(
     with located(rename=rename):
         plan = tool_plan(context, chat)
         prompt = chat_prompt(context, request, chat, plan.for_template, conversation)
+        if body.truncation == "auto":
+            prompt = dataclasses.replace(prompt, drops_turns=True)
     return ResponsePrompt(items, reading.last, chat, plan, prompt, rename)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
+from sensorium.engine.prompts.types import Prompt, RawPrompt
 from sensorium.errors import (
     BodyTooLargeError,
     InvalidRequestError,
@@ -26,7 +28,7 @@ from sensorium.server.http.multipart import read_form
 from sensorium.server.http.sse import EventStream
 from sensorium.server.openai.answers import serving_request
 from sensorium.server.openai.generation import ServingRequest, finished_outputs, run_request
-from sensorium.server.openai.prompts import chat_prompt
+from sensorium.server.openai.prompts import chat_prompt, media_options
 from sensorium.server.openai.protocol import ChatBody, TranscriptionBody
 from sensorium.server.openai.sampling import chat_params
 from sensorium.server.openai.tool_calls import ToolPlan, tool_plan
@@ -41,6 +43,7 @@ _ASK: dict[Task, str] = {
 }
 _NUMBERS = ("temperature", "top_p", "frequency_penalty", "presence_penalty")
 _INTEGERS = ("seed", "top_k", "max_completion_tokens", "max_tokens")
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z0-9]{2,8})?")
 _PASSED = (*_NUMBERS, *_INTEGERS, "model", "request_id", "user")
 
 
@@ -232,10 +235,33 @@ def _begin(
     chat = ChatBody.model_construct(**{**given, "messages": [message], "model": model})
     plan = tool_plan(context, chat)
     sound = MediaRef("audio", "bytes", data, param="file", alone=True)
-    conversation = Conversation((Message("user", (sound, TextPart(ask)), is_string=False),))
     with located(rename=lambda place: "prompt" if place.startswith("messages") else place):
-        prompt = chat_prompt(context, request, chat)
+        prompt: Prompt | None = _own_prompt(context, request, chat, body, task, sound)
+        if prompt is None:
+            conversation = Conversation((Message("user", (sound, TextPart(ask)), is_string=False),))
+            asked = chat_prompt(context, request, chat)
+            prompt = dataclasses.replace(asked, conversation=conversation, param="file")
         params = chat_params(chat, context.frontend.input_processor.default_params)
-    prompt = dataclasses.replace(prompt, conversation=conversation, param="file")
     serving = serving_request(request, chat, [prompt], params)
     return _Transcription(context, body, task, serving, plan)
+
+
+def _own_prompt(
+    context: ServingContext,
+    request: Request,
+    chat: ChatBody,
+    body: TranscriptionBody,
+    task: Task,
+    sound: MediaRef,
+) -> RawPrompt | None:
+    """Return the prompt of models that are trained to transcribe with one of their own.
+
+    It has no room for a request's ``prompt``, and knows languages by their codes.
+    """
+    own = context.frontend.input_processor.transcription
+    language = body.language.lower() if body.language else None
+    known = language is None or _LANGUAGE.fullmatch(language)
+    if own is None or task != "transcribe" or body.prompt or not known:
+        return None
+    media = media_options(request, chat)
+    return RawPrompt(text=own(language), refs=(sound,), media=media, param="file")

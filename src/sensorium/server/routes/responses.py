@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -27,7 +26,6 @@ from sensorium.server.responses.request import (
     sampling_fields,
 )
 from sensorium.server.responses.store import Given
-from sensorium.server.responses.truncation import truncated
 
 _STREAMED = ("1", "true", "True")
 _LARGE_INPUT = 256 * 1024
@@ -54,8 +52,6 @@ def _add_creation(router: APIRouter) -> None:
             lambda context, body: _begin(context, request, body),
             is_large=lambda body, num_bytes: _is_large(request, body, num_bytes),
         )
-        if body.truncation == "auto":
-            await unless_disconnected(request.receive, _shorten(answer))
         if body.background:
             return JsonResponse(background.start(answer))
         headers = answer.request.headers
@@ -67,13 +63,13 @@ def _add_creation(router: APIRouter) -> None:
     @router.post("/v1/responses/input_tokens", response_model=None)
     async def count_input_tokens(request: Request) -> Response:
         """Count the tokens of what would be answered, with media placeholders expanded."""
-        body, (context, found) = await read_model_body(
+        _, (context, found) = await read_model_body(
             request,
             InputTokensBody,
             lambda context, body: (context, _prompt(context, request, body)),
             is_large=lambda body, num_bytes: _is_large(request, body, num_bytes),
         )
-        work = _num_tokens(context, found, cut=body.truncation == "auto")
+        work = _num_tokens(context, found)
         number = await unless_disconnected(request.receive, work)
         return JsonResponse({"object": "response.input_tokens", "input_tokens": number})
 
@@ -179,16 +175,7 @@ def _is_large(request: Request, body: InputBody, num_bytes: int) -> bool:
     return store.history_bytes(tenant_of(request), body.previous_response_id) >= LARGE_BODY
 
 
-async def _shorten(answer: ResponseAnswer) -> None:
-    """Leave out the beginning of a conversation that is too long."""
-    with located(rename=answer.request.client_place):
-        shorter = await truncated(answer.context, answer.source.prompt)
-    answer.request = dataclasses.replace(answer.request, prompts=[shorter])
-
-
-async def _num_tokens(context: ModelContext, found: ResponsePrompt, *, cut: bool) -> int:
-    with located(rename=found.rename):
-        prompt = await truncated(context, found.prompt) if cut else found.prompt
-        with context.admission.enter(1):
-            prepared = await context.frontend.input_processor.prepare(prompt)
+async def _num_tokens(context: ModelContext, found: ResponsePrompt) -> int:
+    with located(rename=found.rename), context.admission.enter(1):
+        prepared = await context.frontend.input_processor.prepare(found.prompt)
     return len(prepared.token_ids)

@@ -57,6 +57,16 @@ TEMPLATES = {"qwen2_audio": "qwen2_audio.jinja", "voxtral": "voxtral.jinja"}
 """Fallback chat templates, by model type, of models whose makers publish none as a file."""
 
 
+def _voxtral_transcription(language: str | None) -> str:
+    """Return the transcription prompt of mistral-common's tokenizer V7, without BOS."""
+    told = f"lang:{language}" if language else ""
+    return f"[INST][BEGIN_AUDIO][AUDIO][/INST]{told}[TRANSCRIBE]"
+
+
+TRANSCRIPTIONS = {"voxtral": _voxtral_transcription}
+"""Transcription prompts of their own, by model type."""
+
+
 def _build_processor(architecture: str, loaded: LoadedConfig) -> Processor | None:
     return processing.build(architecture, loaded)
 
@@ -110,6 +120,7 @@ def _family(architecture: str, model_type: str) -> Family:
         build_model=partial(_build_model, architecture),
         renames=(),
         template=(__name__, TEMPLATES[model_type]) if model_type in TEMPLATES else None,
+        transcription=TRANSCRIPTIONS.get(model_type),
         bidirectional=processing.BIDIRECTIONAL.get(model_type),
         same_on_threads=False,
         invariant=False,  # soft caps, sinks, experts: what its code does is not known before
