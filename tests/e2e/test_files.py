@@ -65,10 +65,10 @@ def document() -> bytes:
     return pdfs.of_images([picture(64, 48, seed) for seed in range(2)])
 
 
-def pages(data: bytes) -> list[dict[str, Any]]:
+def pages(data: bytes, num: int = 2) -> list[dict[str, Any]]:
     """The pages of a PDF as parts of their own."""
     parts = []
-    for index in range(2):
+    for index in range(num):
         buffer = io.BytesIO()
         Image.fromarray(render_page(data, index, MediaConfig())).save(buffer, "PNG")
         url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -105,6 +105,18 @@ def test_a_pdf_is_its_pages_however_it_comes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         ask(client, ways[0])
     assert caught.value.param == "messages[0].content[0].file.file_id"
+
+
+def test_the_text_of_a_page_follows_its_image(client: openai.OpenAI) -> None:
+    data = pdfs.of_text("The <|im_end|> code is 1234.")
+    text = base64.b64encode(data).decode()
+    [image] = pages(data, 1)
+    written = {
+        "type": "text",
+        "text": "Text of page 1 of a b.pdf:\nThe <|im_end|> code is 1234.",
+    }
+    file = {"type": "file", "file": {"file_data": text, "filename": "a\nb.pdf"}}
+    assert ask(client, file) == ask(client, image, written)
 
 
 def test_a_picture_in_a_file_is_a_picture(client: openai.OpenAI) -> None:

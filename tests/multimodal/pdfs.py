@@ -66,6 +66,20 @@ def plain(
     )
 
 
+FONT = b"/Resources << /Font << /F << /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >> >> >>"
+
+
+def of_text(*lines: str, num_pages: int = 1, at: int = 180) -> bytes:
+    """A PDF whose pages have these lines of Latin text, from ``at`` points above the lower edge."""
+    shown = b" T* ".join(b"(%b) Tj" % _escaped(line) for line in lines)
+    content = b"BT /F 9 Tf 11 TL 10 %d Td %b ET" % (at, shown)
+    return plain(num_pages, box=b"0 0 300 200", content=content, more=FONT)
+
+
+def _escaped(text: str) -> bytes:
+    return text.encode("cp1252").replace(b"\\", b"\\\\").replace(b"(", b"\\(").replace(b")", b"\\)")
+
+
 def encrypted() -> bytes:
     """A PDF that needs a password that nobody knows."""
     key = b"<" + b"ab" * 32 + b">"
@@ -149,6 +163,8 @@ def hostile() -> dict[str, bytes]:
             content=paint, more=resources, objects=[stream(paint * 8, form)]
         ),
         "a million strokes": plain(content=b"0 0 m 100 50 l S " * 300_000),
+        "a bomb of text": plain(content=b"BT /F 1 Tf (%b) Tj ET" % (b"word " * 200_000), more=FONT),
+        "a million texts": plain(content=b"BT /F 9 Tf (a) Tj ET " * 300_000, more=FONT),
         "deep saving of states": plain(content=b"q " * 500_000),
         "deep arrays": plain(more=b"/A " + b"[" * 20_000 + b"]" * 20_000),
         "an object that is a reference to itself": of_objects(

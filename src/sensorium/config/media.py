@@ -167,9 +167,17 @@ class MediaConfig:
     max_document_pixels: int = option(
         268_435_456, "Maximum number of pixels of all pages of one PDF.", ge=1, le=_MOST
     )
+    max_document_page_chars: int = option(
+        8192,
+        "Maximum number of characters of a page's text that go into the prompt after its image; 0 "
+        "for images alone.",
+        ge=0,
+        le=1 << 20,
+    )
     document_timeout: float = option(
         120.0,
-        "Seconds for drawing all pages of one PDF; each page also has --media-decode-timeout.",
+        "Seconds for reading and for drawing all pages of one PDF; each page also has "
+        "--media-decode-timeout.",
         ge=0.001,
         le=86400.0,
     )

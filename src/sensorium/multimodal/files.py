@@ -1,9 +1,10 @@
-"""Files whose content says what they are: each becomes one media item, or one image per page."""
+"""Files whose content says what they are: a media item each, or images and texts of pages."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
@@ -22,26 +23,38 @@ from sensorium.multimodal.cache import digest as digests
 from sensorium.multimodal.decode.file_kind import KNOWN, kind_of
 from sensorium.multimodal.fetch.budget import RequestBytes
 from sensorium.multimodal.fetch.fetcher import Fetcher, is_data_url
-from sensorium.multimodal.items import Document, FileRef, MediaRef, Modality, Page
+from sensorium.multimodal.items import (
+    Document,
+    FileRef,
+    MediaRef,
+    Modality,
+    Page,
+    PageFacts,
+)
 from sensorium.multimodal.workers.threads import Workers
 
 MOST_KNOWN = 1024
-"""PDFs whose sizes of pages are remembered."""
+"""PDFs whose pages are remembered."""
+MOST_KNOWN_CHARS = 1 << 22
+"""Characters of text of all PDFs that are remembered."""
+MOST_NAME_CHARS = 100
+"""Characters of a file's name that stand before its text in a prompt."""
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _AT_ONCE = 4
 
-Sizes = tuple[tuple[int, int], ...]
+Pages = tuple[PageFacts, ...]
 
 
 class Inspector(Protocol):
-    """Reading of the sizes of a PDF's pages, away from the event loop."""
+    """Reading of the facts of a PDF's pages, away from the event loop."""
 
-    async def inspect(self, source: bytes) -> list[tuple[int, int]]:
-        """Return width and height in pixels of each page. Raises RequestError."""
+    async def inspect(self, source: bytes) -> list[PageFacts]:
+        """Return the facts of each page. Raises RequestError."""
         ...
 
 
 class FileOpener:
-    """Turns files into references to media items, for one model."""
+    """Turns files into references to media items and texts, for one model."""
 
     def __init__(
         self,
@@ -56,11 +69,12 @@ class FileOpener:
         self._fetcher = fetcher
         self._workers = workers
         self._inspector = inspector
-        self._known: OrderedDict[bytes, Sizes] = OrderedDict()
+        self._known: OrderedDict[bytes, Pages] = OrderedDict()
+        self._num_known_chars = 0
 
     @asynccontextmanager
-    async def opened(self, files: Sequence[FileRef]) -> AsyncIterator[list[list[MediaRef]]]:
-        """Give the references to the media in each file; their bytes count until the block ends.
+    async def opened(self, files: Sequence[FileRef]) -> AsyncIterator[list[list[MediaRef | str]]]:
+        """Give the media and texts in each file; their bytes count until the block ends.
 
         Raises RequestError with the place of the file, OverloadedError and UnavailableError.
         """
@@ -74,7 +88,7 @@ class FileOpener:
         received = RequestBytes(self._config.max_request_media_bytes)
         slots = asyncio.Semaphore(_AT_ONCE)
 
-        async def one(file: FileRef) -> list[MediaRef]:
+        async def one(file: FileRef) -> list[MediaRef | str]:
             async with slots:
                 with located(file.param or None):
                     return await self._open(file, received, held)
@@ -87,7 +101,9 @@ class FileOpener:
                 raise _first(errors) from None
             yield [task.result() for task in tasks]
 
-    async def _open(self, file: FileRef, received: RequestBytes, held: ExitStack) -> list[MediaRef]:
+    async def _open(
+        self, file: FileRef, received: RequestBytes, held: ExitStack
+    ) -> list[MediaRef | str]:
         data, digest = await self._content(file, received, held)
         kind = kind_of(data, file.filename)
         if kind is None:
@@ -100,18 +116,8 @@ class FileOpener:
             self._check_offered(kind, f"{_named(file)} is {_ARTICLES[kind]}")
             return [MediaRef(kind, "bytes", data, file.uuid, file.param, alone=True)]
         self._check_offered("image", f"{_named(file)} is a PDF, of which each page is an image")
-        document = Document(data, digest, await self._sizes(data, digest))
-        return [
-            MediaRef(
-                "image",
-                "page",
-                Page(document, index),
-                None if file.uuid is None else f"{file.uuid}#page={index + 1}",
-                file.param,
-                alone=True,
-            )
-            for index in range(len(document.sizes))
-        ]
+        pages = await self._pages(data, digest)
+        return _parts(file, Document(data, digest, tuple(page[:2] for page in pages)), pages)
 
     async def _content(
         self, file: FileRef, received: RequestBytes, held: ExitStack
@@ -154,20 +160,44 @@ class FileOpener:
                 f"{', '.join(self._offered) or 'text only'}."
             )
 
-    async def _sizes(self, data: bytes, digest: bytes) -> Sizes:
-        """Return the sizes of a PDF's pages; a PDF that came before is not opened again."""
+    async def _pages(self, data: bytes, digest: bytes) -> Pages:
+        """Return the facts of a PDF's pages; a PDF that came before is not opened again."""
         known = self._known.get(digest)
         if known is None:
             known = tuple(await self._inspector.inspect(data))
-            self._known[digest] = known
-            while len(self._known) > MOST_KNOWN:
-                self._known.popitem(last=False)
+            self._remember(digest, known)
         with contextlib.suppress(KeyError):
             self._known.move_to_end(digest)
         return known
 
+    def _remember(self, digest: bytes, pages: Pages) -> None:
+        if digest in self._known:  # of another request meanwhile
+            return
+        self._known[digest] = pages
+        self._num_known_chars += _num_chars(pages)
+        while len(self._known) > MOST_KNOWN or self._num_known_chars > MOST_KNOWN_CHARS:
+            self._num_known_chars -= _num_chars(self._known.popitem(last=False)[1])
+
 
 _ARTICLES: dict[Modality, str] = {"image": "an image", "video": "a video", "audio": "audio"}
+
+
+def _num_chars(pages: Pages) -> int:
+    return sum(len(page.text) for page in pages)
+
+
+def _parts(file: FileRef, document: Document, pages: Pages) -> list[MediaRef | str]:
+    """Return the image of each page, and after it the text of those that have one."""
+    name = _UNPRINTABLE.sub(" ", file.filename).strip()[:MOST_NAME_CHARS]
+    parts: list[MediaRef | str] = []
+    for index, page in enumerate(pages):
+        uuid = None if file.uuid is None else f"{file.uuid}#page={index + 1}"
+        source = Page(document, index)
+        parts.append(MediaRef("image", "page", source, uuid, file.param, alone=True))
+        if page.text:
+            of_file = f" of {name}" if name else ""
+            parts.append(f"Text of page {index + 1}{of_file}:\n{page.text}")
+    return parts
 
 
 def _named(file: FileRef) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -108,11 +108,24 @@ class Page:
 
     def check_time(self, most: float) -> None:
         """Raise MediaTooLargeError when the pages of the PDF have taken ``most`` seconds."""
-        if self.document.seconds > most:
-            raise MediaTooLargeError(
-                f"Drawing the pages of the PDF took longer than {most:g} s, the limit "
-                "(--document-timeout); send fewer or simpler pages."
-            )
+        check_document_time(self.document.seconds, most)
+
+
+class PageFacts(NamedTuple):
+    """One page of a PDF: width and height in pixels of its image, and its text."""
+
+    width: int
+    height: int
+    text: str = ""
+
+
+def check_document_time(seconds: float, most: float) -> None:
+    """Raise MediaTooLargeError when reading the pages of a PDF has taken ``most`` seconds."""
+    if seconds > most:
+        raise MediaTooLargeError(
+            f"Reading the pages of the PDF took longer than {most:g} s, the limit "
+            "(--document-timeout); send fewer or simpler pages."
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -32,6 +32,7 @@ from sensorium.multimodal.decode.image import ImageOptions
 from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob, Prepared
 from sensorium.multimodal.decode.video import video_frames
 from sensorium.multimodal.decode.video.loading import VideoOptions
+from sensorium.multimodal.items import PageFacts
 from sensorium.multimodal.shared_memory import ArraySpec, SharedArrays, SharedArraysFolder, write
 from sensorium.multimodal.workers import crew, decode_worker, messages
 from sensorium.multimodal.workers.pool import DecoderStats, ProcessDecoders
@@ -286,9 +287,10 @@ def test_answers_that_cannot_be_are_not_believed(answer: bytes, tmp_path: Path) 
     assert isinstance(right, messages.Done)
     with pytest.raises(TypeError):  # an answer to another job
         messages.decode_reply(done(ArraySpec("|u1", (30,), 0)), path, InspectJob())
-    pages = messages.encode(messages.Inspected([(3, 0)]))
-    with pytest.raises(ValueError, match="pages"):
-        messages.decode_reply(pages, path, InspectJob())
+    for page in (PageFacts(3, 0), PageFacts(3, 3, "x" * (messages.MOST_PAGE_CHARS + 1))):
+        pages = messages.encode(messages.Inspected([page]))
+        with pytest.raises(ValueError, match="pages"):
+            messages.decode_reply(pages, path, InspectJob())
 
 
 def test_a_worker_can_raise_errors_of_items_only() -> None:

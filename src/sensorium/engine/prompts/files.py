@@ -1,4 +1,4 @@
-"""Files in a conversation: they become media items before the template renders it."""
+"""Files in a conversation: they become media items and texts before the template renders it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 
 from sensorium.engine.prompts.types import ChatPrompt, Prompt
 from sensorium.errors import UnsupportedModalityError
+from sensorium.multimodal.items import MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
+from sensorium.text.chat.conversation import Part, TextPart
 
 
 def has_files(prompt: Prompt) -> bool:
@@ -18,7 +20,7 @@ def has_files(prompt: Prompt) -> bool:
 
 @asynccontextmanager
 async def files_opened(prompt: Prompt, pipeline: MediaPipeline | None) -> AsyncIterator[Prompt]:
-    """Give the prompt with the media of its files in their places.
+    """Give the prompt with the media and texts of its files in their places.
 
     Their bytes count against those of all downloads until the block ends. Raises RequestError,
     OverloadedError and UnavailableError.
@@ -31,5 +33,10 @@ async def files_opened(prompt: Prompt, pipeline: MediaPipeline | None) -> AsyncI
         raise UnsupportedModalityError(
             "This model takes text only; it cannot take files.", param=files[0].param or None
         )
-    async with pipeline.files.opened(files) as media:
-        yield dataclasses.replace(prompt, conversation=prompt.conversation.with_files(media))
+    async with pipeline.files.opened(files) as opened:
+        parts = [[_part(found) for found in media] for media in opened]
+        yield dataclasses.replace(prompt, conversation=prompt.conversation.with_files(parts))
+
+
+def _part(found: MediaRef | str) -> Part:
+    return TextPart(found) if isinstance(found, str) else found

@@ -96,7 +96,7 @@ class DecodeJob(msgspec.Struct, frozen=True, tag=True):
 
 
 class InspectJob(msgspec.Struct, frozen=True, tag=True):
-    """Job of reading the sizes of a PDF's pages."""
+    """Job of reading sizes and texts of a PDF's pages."""
 
     @property
     def noun(self) -> str:

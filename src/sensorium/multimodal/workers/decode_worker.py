@@ -101,12 +101,12 @@ def answer(
 ) -> Done | Inspected | Failed:
     """Decode and preprocess an encoded file, and write its features into the request's file.
 
-    Of a PDF to be inspected, the reply has the sizes of its pages.
+    Of a PDF to be inspected, the reply has the facts of its pages.
     """
     job = request.job
     try:
         if isinstance(job, InspectJob):
-            return Inspected(document.page_sizes(data, config))
+            return Inspected(document.inspect_pages(data, config))
         return _decoded(job, request.path, data, processor, config)
     except SensoriumError as error:
         return Failed(error.message, error.code, error.param)

@@ -19,12 +19,14 @@ from sensorium.errors import (
     error_of,
 )
 from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob
+from sensorium.multimodal.items import PageFacts
 from sensorium.multimodal.shared_memory import ArraySpec, check
 from sensorium.multimodal.workers.packing import decode_extension, encode_other
 
 MOST_EMBEDS = 1 << 24
 MOST_MESSAGE_CHARS = 1000
 MOST_PAGES = 1 << 20
+MOST_PAGE_CHARS = 1 << 20
 
 
 class DecodeRequest(msgspec.Struct):
@@ -51,9 +53,9 @@ class Done(msgspec.Struct, tag=True):
 
 
 class Inspected(msgspec.Struct, tag=True):
-    """Message from a worker: width and height in pixels of each page of a PDF."""
+    """Message from a worker: the facts of each page of a PDF."""
 
-    sizes: list[tuple[int, int]]
+    pages: list[PageFacts]
 
 
 class Failed(msgspec.Struct, tag=True):
@@ -102,7 +104,9 @@ def decode_reply(data: bytes, path: str, job: DecodeJob | InspectJob) -> Done | 
         if not 0 <= reply.num_embeds <= MOST_EMBEDS:
             raise ValueError(f"a worker cannot have made {reply.num_embeds} embeddings")
     elif isinstance(reply, Inspected) and (
-        len(reply.sizes) > MOST_PAGES or any(min(size) < 1 for size in reply.sizes)
+        len(reply.pages) > MOST_PAGES
+        or any(min(page.width, page.height) < 1 for page in reply.pages)
+        or any(len(page.text) > MOST_PAGE_CHARS for page in reply.pages)
     ):
         raise ValueError("a worker cannot have found such pages")
     return reply

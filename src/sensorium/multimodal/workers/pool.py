@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from sensorium.config import MediaConfig
-from sensorium.multimodal.decode.document import page_sizes
+from sensorium.multimodal.decode.document import inspect_pages
 from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob, Prepared, prepare
-from sensorium.multimodal.items import MODALITIES, Features, Modality
+from sensorium.multimodal.items import MODALITIES, Features, Modality, PageFacts
 from sensorium.multimodal.processor import Processor
 from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
 from sensorium.multimodal.workers.crew import NOT_NOW, Crew, DecodeTask, Worker
@@ -51,8 +51,8 @@ class Decoders(Protocol):
         """
         ...
 
-    async def inspect(self, source: bytes) -> list[tuple[int, int]]:
-        """Return width and height in pixels of each page of a PDF. Raises as ``prepare``."""
+    async def inspect(self, source: bytes) -> list[PageFacts]:
+        """Return the facts of each page of a PDF. Raises as ``prepare``."""
         ...
 
     def stats(self) -> DecoderStats:
@@ -81,9 +81,9 @@ class ThreadDecoders:
         """See ``Decoders.prepare``."""
         return await self._workers.run(prepare, job, source, self._config, self._processor)
 
-    async def inspect(self, source: bytes) -> list[tuple[int, int]]:
+    async def inspect(self, source: bytes) -> list[PageFacts]:
         """See ``Decoders.inspect``."""
-        return await self._workers.run(page_sizes, source, self._config)
+        return await self._workers.run(inspect_pages, source, self._config)
 
     def stats(self) -> DecoderStats:
         """Return zeros: the threads count nothing."""
@@ -132,12 +132,12 @@ class ProcessDecoders:
         features = Features(job.modality, arrays, done.num_embeds, done.meta, done.precomputed)
         return Prepared(features, done.decode_seconds, done.decoded_bytes, done.preprocess_seconds)
 
-    async def inspect(self, source: bytes) -> list[tuple[int, int]]:
+    async def inspect(self, source: bytes) -> list[PageFacts]:
         """See ``Decoders.inspect``."""
         task = DecodeTask(InspectJob(), source, self._folder.new_path())
         reply = await self._reply(task, "image")
         assert isinstance(reply, Inspected)
-        return reply.sizes
+        return reply.pages
 
     async def _reply(self, task: DecodeTask, modality: Modality) -> Done | Inspected:
         future = self._crews[modality].submit(task.run)
