@@ -96,6 +96,27 @@ def test_a_line_per_interval(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == []
 
 
+LINES = """
+import sys
+from sensorium import progress
+from sensorium.cli.main import main
+main(["info", "--port", "1"])
+progress.INTERVAL = 0.0
+with progress.bar("Lines", 4, unit="lines") as bar:
+    bar.set_postfix_str("failed 1", refresh=False)
+    bar.update()
+"""
+
+
+def test_a_command_without_a_terminal_and_a_log_writes_lines() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LINES], capture_output=True, text=True, check=True, timeout=60
+    )
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("Lines: 1 of 4 lines (25 %), ")
+    assert line.endswith(", failed 1")
+
+
 def test_no_thread_is_started() -> None:
     before = set(threading.enumerate())
     for kind in (progress.TerminalBar, progress.LoggedBar, progress.HiddenBar):

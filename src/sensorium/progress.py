@@ -108,7 +108,24 @@ def line_of(facts: Mapping[str, Any]) -> str:
     of = f" of {shown(total)}" if total else ""
     counted = "" if unit == "B" else f" {unit}"
     percent = f" ({100 * done / total:.0f} %)" if total else ""
-    return f"{name}: {shown(done)}{of}{counted}{percent}, {facts['elapsed']:.0f} s"
+    more = f", {facts['postfix']}" if facts.get("postfix") else ""
+    return f"{name}: {shown(done)}{of}{counted}{percent}, {facts['elapsed']:.0f} s{more}"
+
+
+class _Stderr(logging.Handler):
+    """Writes to stderr in a process that has set up no log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        if not logging.getLogger().handlers:
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+def write_lines() -> None:
+    """Write the lines of long tasks to stderr in a command that logs nothing else."""
+    if not logger.handlers:
+        logger.addHandler(_Stderr())
+        logger.setLevel(logging.INFO)
 
 
 def bar_class() -> type[TerminalBar]:

@@ -23,6 +23,7 @@ from sensorium.cli.commands import (
 from sensorium.cli.flags import Parser, flag_of
 from sensorium.environment import set_progress
 from sensorium.errors import ConfigError, SensoriumError
+from sensorium.progress import write_lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     if hasattr(arguments, "progress"):
         set_progress(arguments.progress)
+    write_lines()
     try:
         return int(arguments.handler(arguments) or 0)
     except SensoriumError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
-from collections.abc import AsyncIterator
+import resource
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from sensorium.errors import InvalidRequestError, OverloadedError
 from sensorium.server.batches.store import Batch, BatchStore
+from sensorium.server.files import store
 from sensorium.server.files.store import FileStore
 from tests.server.fake_frontend import FakeFrontend
 from tests.server.harness import App, until
@@ -120,6 +123,53 @@ async def test_what_was_answered_is_kept_when_there_is_no_room(tmp_path: Path) -
     assert batch.status == "failed"
     assert batch.errors[0]["code"] == "overloaded"
     assert 0 < len(made.read(batch.output_file_id)) == batch.num_completed < 30
+    await made.close()
+
+
+@contextlib.contextmanager
+def small_disk(num_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes: the system then refuses writes, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("waiting", [1, 1000, 1 << 20])
+async def test_lines_that_a_full_disk_does_not_take_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
+) -> None:
+    monkeypatch.setattr(store, "BUFFER_BYTES", waiting)
+    frontend = FakeFrontend()
+    made = Batches(tmp_path, frontend, max_batch_requests=1)
+    batch = await made.begin(lines(30))
+    with small_disk(3000):
+        await until(lambda: batch.has_ended)
+    assert batch.status == "failed"
+    assert batch.errors[0]["code"] == "overloaded"
+    lost = [int(e["message"].split()[0]) for e in batch.errors if e["code"] == "lines_lost"]
+    kept = made.read(batch.output_file_id)  # of whole lines
+    assert len(kept) == batch.num_completed
+    refused = waiting < 1 << 20  # the write that failed; else all are written at the end
+    assert len(frontend.calls) == len(kept) + sum(lost) + refused
+    assert bool(lost) == (waiting > 1)
+    assert bool(kept) == refused
+    assert made.files.num_bytes == sum(file.num_bytes for file in made.files.of_tenant(""))
+    assert made.files.num_bytes == sum(f.stat().st_size for f in tmp_path.rglob("file-*"))
+    await made.close()
+
+
+async def test_a_cancelled_batch_has_no_lines_that_expired(tmp_path: Path) -> None:
+    frontend = slow_after(2)
+    made = Batches(tmp_path, frontend, max_batch_requests=1)
+    batch = await made.begin(lines(5), seconds=2)
+    await until(lambda: len(frontend.calls) == 3)
+    made.batches.cancel(batch.id, "")
+    await until(lambda: batch.has_ended)
+    assert batch.status == "cancelled"
+    assert (batch.num_completed, batch.num_failed, batch.error_file_id) == (2, 0, None)
     await made.close()
 
 

@@ -13,6 +13,7 @@ from sensorium.cli.flags import add_engine_flags, build_engine_config
 from sensorium.config import MIB, ServedConfig, ServerConfig, check_models
 from sensorium.errors import ConfigError
 from sensorium.processes.start import forgo_pools
+from sensorium.progress import LoggedBar, bar_class
 
 DESCRIPTION = (
     "Answer the requests in a file, one JSON object a line with custom_id, method, url and body, "
@@ -112,8 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Answer all lines; return the exit status."""
     forgo_pools()
     _check(arguments)
-    if not os.environ.get("SENSORIUM_LOG_LEVEL"):
-        environment.set_log_level("warning")  # a progress bar is shown
+    if not os.environ.get("SENSORIUM_LOG_LEVEL") and bar_class() is not LoggedBar:
+        environment.set_log_level("warning")  # a bar is shown, or no progress is wanted
     from sensorium.cli.batch.remote import RemoteCaller
     from sensorium.cli.batch.run import Job, local_caller, run_batch
 

@@ -20,6 +20,7 @@ from sensorium.errors import (
     NotFoundError,
     OverloadedError,
     SensoriumError,
+    counted,
 )
 from sensorium.server.batches.calls import Caller
 from sensorium.server.batches.lines import (
@@ -279,7 +280,7 @@ class BatchStore:
             self._fail(batch, [{"code": "internal_error", "message": "The batch failed."}])
 
     def _fail(self, batch: Batch, errors: list[dict[str, Any]]) -> None:
-        batch.errors = errors
+        batch.errors = [*errors, *batch.errors]
         self._enter(batch, "failed")
 
     async def _validated(self, batch: Batch, file: BinaryIO) -> Survey | None:
@@ -312,6 +313,19 @@ class BatchStore:
     async def _lines(self, batch: Batch, file: BinaryIO, found: Survey) -> None:
         """Run the lines of a valid input, and make the files of its output known."""
         self._enter(batch, "in_progress")
+        async with _Output(self._files, batch) as output:
+            try:
+                ended = await self._written(batch, file, found, output)
+                await output.finish()
+            except SensoriumError:  # no room for more: what is stored is kept
+                await output.finish(partly=True)
+                raise
+        self._enter(batch, ended)
+
+    async def _written(
+        self, batch: Batch, file: BinaryIO, found: Survey, output: _Output
+    ) -> Status:
+        """Run the lines; return the status in which the batch ends."""
         left = max(0.0, batch.expires_at - self._clock())
         batch.runner = LineRunner(
             self._caller_of(batch.tenant),
@@ -320,24 +334,18 @@ class BatchStore:
             slots=self._slots,
         )
         lines = read_lines(file, found, self._config.max_body_bytes, batch.endpoint)
-        async with _Output(self._files, batch) as output:
-            ended: Status = "completed"
-            try:
-                try:
-                    async with asyncio.timeout(left):
-                        await batch.runner.run(lines, output.write)
-                except TimeoutError:
-                    ended = "expired"
-                    await self._expire(batch, file, found, output)
-            except SensoriumError:  # no room for more: what was answered is kept
-                await output.finish()
-                raise
-            if batch.status == "cancelling":
-                ended = "cancelled"
-            elif ended == "completed":
-                self._enter(batch, "finalizing")
-            await output.finish()
-        self._enter(batch, ended)
+        ended: Status = "completed"
+        try:
+            async with asyncio.timeout(left):
+                await batch.runner.run(lines, output.write)
+        except TimeoutError:
+            ended = "expired"
+        if batch.status == "cancelling":
+            return "cancelled"
+        self._enter(batch, "finalizing")  # it cannot be cancelled any more
+        if ended == "expired":
+            await self._expire(batch, file, found, output)
+        return ended
 
     async def _expire(self, batch: Batch, file: BinaryIO, found: Survey, output: _Output) -> None:
         """Write an error for each line that was not reached in time."""
@@ -405,14 +413,34 @@ class _Output:
         batch.num_prompt_tokens += outcome.num_prompt_tokens
         batch.num_output_tokens += outcome.num_output_tokens
 
-    async def finish(self) -> None:
-        """Make the files known by their ids."""
+    async def finish(self, *, partly: bool = False) -> None:
+        """Make the files known by their ids.
+
+        ``partly``: without the lines that the disk did not take; these are counted no longer, and
+        an error of the batch. Raises OverloadedError.
+        """
         batch = self._batch
-        for succeeded, file in self._open.items():
+        for succeeded, file in list(self._open.items()):
             name = f"{batch.id}_{'output' if succeeded else 'error'}.jsonl"
-            stored = await file.finish(name, OUTPUT_PURPOSE, batch.output_seconds)
+            try:
+                stored = await file.finish(name, OUTPUT_PURPOSE, batch.output_seconds)
+            except OverloadedError:
+                if not partly:
+                    raise
+                self._lose(succeeded, file.without_rest().count(b"\n"))
+                stored = await file.finish(name, OUTPUT_PURPOSE, batch.output_seconds)
+            del self._open[succeeded]
             if succeeded:
                 batch.output_file_id = stored.id
             else:
                 batch.error_file_id = stored.id
-        self._open = {}
+
+    def _lose(self, succeeded: bool, num_lines: int) -> None:
+        """Count lines no longer, which were to be in a file."""
+        if not num_lines:
+            return
+        batch, what = self._batch, "answers" if succeeded else "errors"
+        batch.num_completed -= num_lines * succeeded
+        batch.num_failed -= num_lines * (not succeeded)
+        lost = f"{counted(num_lines, 'line')} could not be stored and left out of the {what}."
+        batch.errors.append({"code": "lines_lost", "message": lost, "param": None, "line": None})

@@ -10,6 +10,7 @@ import contextlib
 import os
 import secrets
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,7 +30,8 @@ from sensorium.processes.private_folder import PrivateFolder, remove_stale
 PURPOSES = ("assistants", "batch", "evals", "fine-tune", "user_data", "vision")
 """Purposes that an upload may have."""
 PREFIX = "sensorium-files-"
-_BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 20
+"""Bytes of a new file that wait in memory before they are written."""
 _RETRY_SECONDS = 30
 
 
@@ -177,6 +179,10 @@ class FileStore:
             return
         raise self._full(f"{what} kept (--max-stored-file-bytes)")
 
+    def release(self, tenant: str, num_bytes: int) -> None:
+        """Count bytes of a tenant no longer, which were not written."""
+        self._bytes_of[tenant] -= num_bytes
+
     def check_size(self, num_bytes: int) -> None:
         """Raise MediaTooLargeError for a file of more bytes than one may have."""
         most = self._config.max_file_bytes
@@ -216,7 +222,7 @@ class FileStore:
         file_id = f"file-{secrets.token_hex(16)}"
         path = self._folder.path / file_id
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        return file_id, path, os.fdopen(descriptor, "wb")
+        return file_id, path, os.fdopen(descriptor, "wb", buffering=0)
 
     def add(self, new: NewFile, filename: str, purpose: str, seconds: float | None) -> StoredFile:
         """Add a complete file, for ``seconds`` or the longest time allowed."""
@@ -258,7 +264,7 @@ class FileStore:
 
 
 class NewFile:
-    """A file that is being written; ``num_bytes`` so far."""
+    """A file that is being written; ``num_bytes`` so far, of which the last wait in memory."""
 
     def __init__(
         self, store: FileStore, tenant: str, file_id: str, path: Path, file: BinaryIO
@@ -271,40 +277,74 @@ class NewFile:
         self._file = file
         self._buffer = bytearray()
         self._is_open = True
+        self._writing = threading.Lock()
 
     async def write(self, data: bytes) -> None:
-        """Append bytes. Raises MediaTooLargeError, OverloadedError."""
+        """Append bytes; none of them when this raises.
+
+        Raises MediaTooLargeError, and OverloadedError when there is no room. What waits in memory
+        then is tried again with the next bytes.
+        """
         self._store.check_size(self.num_bytes + len(data))
         self._store.reserve(self.tenant, len(data))
         self.num_bytes += len(data)
         self._buffer += data
-        if len(self._buffer) >= _BUFFER_BYTES:
-            await self._flush()
+        if len(self._buffer) >= BUFFER_BYTES:
+            try:
+                await self._flush()
+            except OverloadedError:
+                self._take_back(len(data))
+                raise
 
     async def finish(self, filename: str, purpose: str, seconds: float | None) -> StoredFile:
-        """Close the file and make it known. Raises OverloadedError when the disk is full."""
+        """Close the file and make it known.
+
+        Raises OverloadedError when the disk is full; it may then be finished ``without_rest``.
+        """
         await self._flush()
         self._is_open = False
         self._file.close()
         return self._store.add(self, filename, purpose, seconds)
 
+    def without_rest(self) -> bytes:
+        """Forget what waits in memory, and return it: the file ends with what is on the disk."""
+        rest = bytes(self._buffer)
+        self._take_back(len(rest))
+        return rest
+
     def discard(self) -> None:
         """Remove the file unless it is finished."""
         if self._is_open:
             self._is_open = False
-            with contextlib.suppress(OSError):
-                self._file.close()  # waits for a thread that still writes
+            with self._writing, contextlib.suppress(OSError):  # a thread may still write
+                self._file.close()
             self.path.unlink(missing_ok=True)
             self._store.drop(self)
 
+    def _take_back(self, num_bytes: int) -> None:
+        """Forget the last bytes, which are not on the disk."""
+        del self._buffer[len(self._buffer) - num_bytes :]
+        self.num_bytes -= num_bytes
+        self._store.release(self.tenant, num_bytes)
+
     async def _flush(self) -> None:
-        buffer, self._buffer = self._buffer, bytearray()
+        """Write what waits in memory, or nothing of it. Raises OverloadedError."""
+        start = self.num_bytes - len(self._buffer)
         try:
-            await asyncio.to_thread(_write, self._file, bytes(buffer))
+            await asyncio.to_thread(self._append, start, bytes(self._buffer))
         except OSError:
             raise self._store.no_room() from None
+        self._buffer.clear()
 
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(data)
-    file.flush()
+    def _append(self, start: int, data: bytes) -> None:
+        """Write all of ``data`` after ``start`` bytes, or nothing of it. Raises OSError."""
+        done = 0
+        with self._writing:
+            if not self._is_open:  # discarded meanwhile
+                return
+            try:
+                while done < len(data):
+                    done += os.pwrite(self._file.fileno(), data[done:], start + done)
+            except OSError:
+                os.ftruncate(self._file.fileno(), start)
+                raise
