@@ -1,4 +1,4 @@
-"""Images, videos and audio named on the command line or in a line of ``sensorium chat``."""
+"""Media and other files named on the command line or in a line of ``sensorium chat``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,22 @@ from urllib.parse import unquote, urlsplit
 
 from sensorium.errors import ConfigError
 
-KINDS = {"image": "an image", "video": "a video", "audio": "an audio file"}
+KINDS = {
+    "image": "an image",
+    "video": "a video",
+    "audio": "an audio file",
+    "file": "a PDF, or any of these",
+}
+"""Modalities, and files whose content says what they are."""
 SUFFIXES = {
     **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "image"),
     **dict.fromkeys((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"), "video"),
     **dict.fromkeys((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".m4a", ".aac"), "audio"),
+    ".pdf": "file",
 }
 _MOST_SHOWN = 80
-_REMOTE = ("http://", "https://", "data:")
+_WEB = ("http://", "https://")
+_REMOTE = (*_WEB, "data:")
 # A quoted path, or one with escaped spaces: terminals write dropped files so. A quote within quotes
 # stands as '\'' or '"'"'.
 _WORD = re.compile(r"""'[^']+'(?:(?:\\'|"'")'[^']*')*|"(?:\\.|[^"\\])+"|(?:\\.|[^\s\\])+""")
@@ -31,7 +39,7 @@ _SPACES = re.compile(r"[ \t]+")
 
 
 class Attachment(NamedTuple):
-    """A path or URL and its modality, a key of ``KINDS``."""
+    """A path or URL, and a key of ``KINDS``."""
 
     modality: str
     source: str
@@ -59,8 +67,13 @@ class Attachment(NamedTuple):
         Raises:
             ConfigError: the file cannot be read.
         """
+        url = _url(self.source)
+        if self.modality == "file":
+            remote = url.startswith(_WEB)
+            file = {"file_url": url} if remote else {"file_data": url, "filename": self.name}
+            return {"type": "file", "file": file}
         name = f"{self.modality}_url"
-        return {"type": name, name: {"url": _url(self.source)}}
+        return {"type": name, name: {"url": url}}
 
 
 class _Attach(argparse.Action):
@@ -79,7 +92,7 @@ class _Attach(argparse.Action):
 
 
 def add_attachment_flags(parser: argparse.ArgumentParser, whose: str) -> None:
-    """Add ``--image``, ``--video`` and ``--audio``, which fill ``attachments``.
+    """Add ``--image``, ``--video``, ``--audio`` and ``--file``, which fill ``attachments``.
 
     Args:
         parser: of the command.
@@ -124,7 +137,7 @@ def _is_file(source: str) -> bool:
 
 
 def split_line(line: str) -> tuple[str, list[Attachment]]:
-    """Split a line into its text and the existing media files that it names."""
+    """Split a line into its text and the existing media files and PDFs that it names."""
     found: list[Attachment] = []
 
     def take(match: re.Match[str]) -> str:

@@ -20,6 +20,7 @@ from sensorium.cli.chat.screen import Screen
 from sensorium.cli.chat.session import COMMANDS, Session
 from sensorium.cli.main import main
 from sensorium.errors import ConfigError, SensoriumError, UnavailableError
+from sensorium.text.chat.conversation import parse_messages
 from tests.server.fake_frontend import FakeFrontend, fail, hang
 from tests.server.harness import running, until
 
@@ -241,9 +242,28 @@ def test_flags_and_commands_attach_each_kind(
     assert parser.parse_args([]).attachments == []
     echo = Echo()
     session = begin(echo)
-    talk(session, monkeypatch, f"/video {file}", f"/audio {file}", "What?")
+    talk(session, monkeypatch, f"/video {file}", f"/audio {file}", f"/file {file}", "What?")
     kinds = [part["type"] for part in echo.seen[0][0]["content"]]
-    assert kinds == ["video_url", "audio_url", "text"]
+    assert kinds == ["video_url", "audio_url", "file", "text"]
+
+
+@pytest.mark.parametrize("line", ["{} What?", "/file {}"])
+def test_a_pdf_is_sent_as_a_file(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "report.PDF"
+    file.write_bytes(b"%PDF-")
+    echo = Echo()
+    talk(begin(echo), monkeypatch, line.format(file), "What?")
+    [part, _] = echo.seen[0][0]["content"]
+    data = f"data:application/pdf;base64,{base64.b64encode(b'%PDF-').decode()}"
+    assert part == {"type": "file", "file": {"file_data": data, "filename": "report.PDF"}}
+    parse_messages([{"role": "user", "content": [part]}])
+
+
+def test_a_file_at_a_url_is_fetched_by_the_engine() -> None:
+    part = Attachment("file", "https://example.com/a.pdf").part()
+    assert part == {"type": "file", "file": {"file_url": "https://example.com/a.pdf"}}
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,10 @@ class FakeHub:
     def _entry(self, folder: Path, file: Path) -> dict[str, Any]:
         name = str(file.relative_to(folder))
         size = self.sizes.get(name, file.stat().st_size)
-        return {"type": "file", "path": name, "size": size, "oid": _etag(file)}
+        entry = {"type": "file", "path": name, "size": size, "oid": hashlib.sha1(b"").hexdigest()}
+        if _is_large(file):
+            return {**entry, "lfs": {"oid": _etag(file), "size": size, "pointerSize": 134}}
+        return {**entry, "oid": _etag(file)}
 
     def _send_file(
         self, request: BaseHTTPRequestHandler, file: Path, name: str, *, body: bool
@@ -122,5 +125,10 @@ def _send(
     request.wfile.write(data)
 
 
+def _is_large(file: Path) -> bool:
+    return file.suffix in (".safetensors", ".bin")
+
+
 def _etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
+    kind = hashlib.sha256 if _is_large(file) else hashlib.sha1
+    return kind(file.read_bytes()).hexdigest()

@@ -14,6 +14,7 @@ import pytest
 from sensorium.cli.main import main
 from sensorium.models import needs as needs_module
 from sensorium.models.gguf import folder as folders
+from sensorium.models.loading import hub as hub_module
 from tests import checkpoints
 from tests.checkpoints.gguf import write_gguf
 from tests.cli.commands.fake_hub import COMMIT, FakeHub
@@ -111,6 +112,57 @@ def test_a_connection_that_breaks_off_is_resumed(
     assert hub.ranges == ["bytes=20000-", "bytes=50000-"]
     folder = tmp_path / "models--some--model" / "snapshots" / COMMIT
     assert (folder / WEIGHTS).read_bytes() == (repository / WEIGHTS).read_bytes()
+
+
+@pytest.fixture
+def resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of all sizes stay for the next process; no time is spent between attempts."""
+    monkeypatch.setattr(hub_module, "RESUMED_BYTES", 0)
+    monkeypatch.setattr(hub_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
+def partial_of(cache: Path) -> list[Path]:
+    return list(cache.rglob("*.incomplete"))
+
+
+@pytest.mark.usefixtures("resumed")
+def test_a_file_that_another_process_began_goes_on(
+    pull: Puller, hub: FakeHub, repository: Path, tmp_path: Path
+) -> None:
+    """The first command ends in the middle: what it had stays as it is."""
+    whole = (repository / WEIGHTS).read_bytes()
+    hub.breaks = [20_000, 30_000, *[0] * 20]
+    assert pull(hub, tmp_path).returncode == 2
+    [partial] = partial_of(tmp_path)
+    assert partial.read_bytes() == whole[:50_000]
+    hub.breaks, hub.ranges = [], []
+    done = pull(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hub.ranges == ["bytes=50000-"]
+    folder = tmp_path / "models--some--model" / "snapshots" / COMMIT
+    assert (folder / WEIGHTS).read_bytes() == whole
+    assert not partial_of(tmp_path)
+    num_downloads = len(hub.downloaded)
+    assert pull(hub, tmp_path).returncode == 0
+    assert len(hub.downloaded) == num_downloads
+
+
+@pytest.mark.usefixtures("resumed")
+@pytest.mark.parametrize("size", [50_000, 1 << 24])
+def test_a_file_that_is_not_what_the_hub_has_is_downloaded_again(
+    pull: Puller, hub: FakeHub, repository: Path, tmp_path: Path, size: int
+) -> None:
+    hub.breaks = [20_000, *[0] * 20]
+    assert pull(hub, tmp_path).returncode == 2
+    [partial] = partial_of(tmp_path)
+    partial.write_bytes(b"x" * size)
+    hub.breaks = []
+    done = pull(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "models--some--model" / "snapshots" / COMMIT
+    assert (folder / WEIGHTS).read_bytes() == (repository / WEIGHTS).read_bytes()
+    assert not partial_of(tmp_path)
 
 
 def test_a_connection_that_breaks_off_again_and_again(

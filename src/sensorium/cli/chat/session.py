@@ -16,7 +16,7 @@ from sensorium.cli.chat.remote import Thought
 from sensorium.cli.chat.screen import Screen
 from sensorium.errors import ConfigError, SensoriumError
 
-HELP = """/image PATH   attach an image to the next message (also /video, /audio, or drop a file)
+HELP = """/image PATH   attach an image to the next message (or /video, /audio, /file, or drop one)
 /system TEXT  set the system message; /system alone shows it, /system "" removes it
 /retry        ask the last question again
 /clear        start a new conversation

@@ -1,4 +1,4 @@
-"""``sensorium chat``: a conversation in the terminal, with images, video and audio."""
+"""``sensorium chat``: a conversation in the terminal, with images, video, audio and PDFs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Chat with a model. Without --base-url the model is loaded in this process. The path of an "
-    "image, a video or an audio file that is typed or dropped into a line is attached to it; /help "
-    "lists commands. Without a terminal each line of the input is a message."
+    "image, a video, an audio file or a PDF that is typed or dropped into a line is attached to "
+    "it; /help lists commands. Without a terminal each line of the input is a message."
 )
 COMMON = {
     "--image": "--image photo.jpg",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sensorium.cli.attachments import KINDS, add_attachment_flags, user_message
+from sensorium.cli.attachments import add_attachment_flags, user_message
 from sensorium.cli.chat.control import shown
 from sensorium.cli.flags import add_engine_flags, build_engine_config, engine_keywords
 from sensorium.cli.sampling import add_sampling_flags, sampling_values
@@ -92,7 +92,7 @@ def _raw(arguments: argparse.Namespace, text: str) -> dict[str, Any]:
     prompt: dict[str, Any] = {"prompt": text}
     for modality, source in arguments.attachments:
         if modality != "image":
-            raise ConfigError(f"--raw supports images only; for {KINDS[modality]} omit --raw.")
+            raise ConfigError(f"--raw supports images only; for --{modality} omit --raw.")
         data = prompt.setdefault("multi_modal_data", {"image": []})
         data["image"].append(_opened(source))
     return prompt

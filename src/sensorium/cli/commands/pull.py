@@ -14,8 +14,8 @@ from sensorium.errors import ConfigError
 DESCRIPTION = (
     "Download a model from the Hugging Face hub, so that serve and LLM(...) start without waiting. "
     "Before the weights are fetched it says how many bytes that takes, on disk and in memory, and "
-    "refuses a model that cannot run here. Files that are here already stay, and a connection that "
-    "breaks off is resumed."
+    "refuses a model that cannot run here. Files that are here already stay, and a download that "
+    "broke off, or was ended, goes on where it was."
 )
 COMMON = {
     "--dry-run": "--dry-run",

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sensorium.errors import ConfigError
+
+RESUMED_BYTES = 16 << 20
+"""Size from which on a file that is not complete stays for the next process."""
+_AT_ONCE = 8
+_ATTEMPTS = 5
+_WAIT_SECONDS = 1.0
+CHUNK_BYTES = 1 << 20
+"""Bytes of a download that are written at a time."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PARTIAL = 206
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +50,22 @@ def download(
 ) -> Path:
     """Download the files of a repository that match ``wanted`` and not ``ignored``.
 
-    Files that are in the cache stay; a connection that breaks off is resumed. Returns their folder.
-    Raises ConfigError with advice.
+    Files that are in the cache stay. A connection that breaks off is resumed, and so is a large
+    file that another process did not complete. Returns their folder. Raises ConfigError with
+    advice.
     """
     from huggingface_hub import snapshot_download
 
+    selected: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": list(wanted),
+        "ignore_patterns": list(ignored),
+        "cache_dir": download_dir,
+    }
     with _errors_explained(model, revision):
-        return Path(
-            snapshot_download(
-                model,
-                revision=revision,
-                allow_patterns=list(wanted),
-                ignore_patterns=list(ignored),
-                cache_dir=download_dir,
-                tqdm_class=_bars(),
-            )
-        )
+        if not _is_here(model, selected):
+            _fetch_large(model, selected, cache_folder(download_dir))
+        return Path(snapshot_download(model, **selected, tqdm_class=_bars()))
 
 
 def files(model: str, revision: str | None, *, download_dir: str | None) -> list[HubFile]:
@@ -76,6 +95,129 @@ def beginning(model: str, file: str, revision: str | None, num_bytes: int) -> by
                 if len(found) >= num_bytes:  # a server may ignore the range
                     break
     return found[:num_bytes]
+
+
+def _is_here(model: str, selected: dict[str, Any]) -> bool:
+    """Return true where all files are in the cache, as far as that knows. Asks nobody."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(model, **selected, local_files_only=True)
+    except OSError:
+        return False
+    return True
+
+
+def _fetch_large(model: str, selected: dict[str, Any], cache: Path) -> None:
+    """Download large files into the hub's cache, each from where an earlier process stopped.
+
+    The hub's client gives each process a file of its own, and begins again. It links what is
+    complete here, and takes what is not known by a SHA-256.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import DryRunError
+
+    from sensorium import progress
+
+    hidden: Any = progress.HiddenBar
+    try:
+        found: Any = snapshot_download(model, **selected, dry_run=True, tqdm_class=hidden)
+    except DryRunError:  # the hub cannot be reached; the caller says what that means
+        return
+    large = [f for f in found if f.will_download and (f.file_size or 0) >= RESUMED_BYTES]
+    if not large:
+        return
+    blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+    total = sum(file.file_size for file in large)
+    with (
+        progress.bar("Downloading", total, unit="B") as bar,
+        ThreadPoolExecutor(_AT_ONCE, "sensorium-downloads") as pool,
+    ):
+        tasks = [
+            pool.submit(_fetch, model, file.filename, file.commit_hash, blobs, bar)
+            for file in large
+        ]
+        try:
+            for task in tasks:
+                task.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _fetch(model: str, name: str, commit: str, blobs: Path, bar: Any) -> None:
+    """Download one file to where the hub's cache has it. Raises what its client raises."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(model, name, revision=commit, endpoint=constants.ENDPOINT)
+    facts = get_hf_file_metadata(url)
+    digest, size = facts.etag or "", facts.size
+    if size is None or not _SHA256.fullmatch(digest):
+        return
+    blob, partial = blobs / digest, blobs / f"{digest}.resumed.incomplete"
+    with partial.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # another process may write it
+        if blob.exists():
+            partial.unlink(missing_ok=True)
+            return
+        _append(url, file, size, bar)
+        if _digest(file) == digest:
+            os.fsync(file.fileno())
+            partial.replace(blob)
+        else:
+            partial.unlink(missing_ok=True)
+            logger.warning("%s of %s did not arrive as it is; it is downloaded again", name, model)
+
+
+def _append(url: str, file: IO[bytes], size: int, bar: Any) -> None:
+    """Download what a file lacks of its ``size`` bytes.
+
+    Raises what the hub's client raises when the connection breaks off several times in a row.
+    """
+    if file.seek(0, os.SEEK_END) > size:
+        file.truncate(0)
+    bar.update(file.seek(0, os.SEEK_END))
+    attempts_left = _ATTEMPTS
+    while (start := file.seek(0, os.SEEK_END)) < size:
+        try:
+            _receive(url, file, start, bar)
+        except _broken_connections() as error:
+            advanced = file.seek(0, os.SEEK_END) > start
+            attempts_left = _ATTEMPTS if advanced else attempts_left - 1
+            if not attempts_left:
+                raise
+            logger.warning("a download broke off and is resumed: %s", error)
+            time.sleep(_WAIT_SECONDS)
+
+
+def _receive(url: str, file: IO[bytes], start: int, bar: Any) -> None:
+    """Append to a file of ``start`` bytes what the hub sends from there on."""
+    from huggingface_hub import constants, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        hf_raise_for_status(response)
+        if start and response.status_code != _PARTIAL:  # all of it
+            file.truncate(0)
+            bar.update(-start)
+        for chunk in response.iter_bytes(CHUNK_BYTES):
+            file.write(chunk)
+            bar.update(len(chunk))
+        file.flush()
+
+
+def _digest(file: IO[bytes]) -> str:
+    file.flush()
+    file.seek(0)
+    found = hashlib.sha256()
+    while data := file.read(CHUNK_BYTES):
+        found.update(data)
+    return found.hexdigest()
 
 
 def cache_folder(download_dir: str | None) -> Path:
