@@ -82,7 +82,8 @@ class LLM:
             loop: The event loop on which prompts are prepared; closed with the LLM.
         """
         llm = cls.__new__(cls)
-        tracer = Tracer(config.observability.trace_dir)
+        options = config.observability
+        tracer = Tracer(options.trace_dir, options.otlp_traces_endpoint)
         llm._use(OfflineEngine(config, engine, input_processor, loop, tracer))
         return llm
 

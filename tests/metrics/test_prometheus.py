@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import ConfigError
-from sensorium.metrics.families import COMMON_LABELS
+from sensorium.metrics.families import COMMON_LABELS, PROCESS_KINDS
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.report import RequestReport
 
+MEDIA_WORKER = "sensorium.engine.prompts.media_worker"
 STATS = EngineStats(
     num_running=3,
     num_waiting=2,
@@ -86,7 +90,8 @@ def samples(metrics: ServingMetrics) -> dict[tuple[str, str], float]:
     found = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
-            assert (sample.labels["model_name"], sample.labels["engine"]) == ("m", "0")
+            model = "" if "process_resident" in sample.name else "m"  # of the whole server
+            assert (sample.labels["model_name"], sample.labels["engine"]) == (model, "0")
             others = [v for k, v in sample.labels.items() if k not in COMMON_LABELS]
             found[sample.name, ",".join(others)] = sample.value
     return found
@@ -163,6 +168,38 @@ def test_families_of_newer_dashboards() -> None:
     assert buckets == [3, 5, 5, 6]
     assert found["vllm:cache_config_info", "32,bfloat16,True,200"] == 1
     assert found["vllm:request_prefill_kv_computed_tokens_sum", ""] == 36
+
+
+def test_the_state_of_an_engine_as_newer_dashboards_want_it() -> None:
+    """Awake, or without a series: these dashboards then say Down, and not Sleeping."""
+    metrics = ServingMetrics("vllm:", model_name="m")
+    for up in (True, False):
+        metrics.update(STATS, up=up)
+        found = {k: v for k, v in samples(metrics).items() if k[0] == "vllm:engine_sleep_state"}
+        awake = {label: value for (_, label), value in found.items()}
+        assert awake == ({"awake": 1, "weights_offloaded": 0, "discard_all": 0} if up else {})
+
+
+def test_memory_of_the_processes() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "kept = b'x' * (64 << 20); print(len(kept), flush=True); input()",
+        MEDIA_WORKER,
+    ]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == f"{64 << 20}\n"
+        found = samples(ServingMetrics(model_name="m"))
+    finally:
+        child.communicate("\n")
+    name = "sensorium:process_resident_memory_bytes"
+    kinds = {label: value for (series, label), value in found.items() if series == name}
+    assert set(kinds) == set(PROCESS_KINDS)
+    assert kinds["server"] > 10 << 20
+    assert kinds["media"] > 64 << 20
+    assert kinds["engine"] == 0
 
 
 def test_a_new_servers_iterations_are_none() -> None:

@@ -160,7 +160,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObservabilityConfig:
-    """Logging of the running engine."""
+    """Logging and tracing of the running engine."""
 
     disable_log_stats: bool = option(False, "Do not log throughput.")
     log_stats_interval: float = option(
@@ -171,6 +171,16 @@ class ObservabilityConfig:
         "Folder for Chrome traces of requests, which Perfetto and chrome://tracing open: "
         "at most 16 files of 1000 requests, without any content of requests.",
     )
+    otlp_traces_endpoint: str | None = option(
+        None,
+        "URL of an OpenTelemetry collector that gets a span for each station of a request, over "
+        "HTTP, such as http://127.0.0.1:4318; needs the extra otel.",
+    )
+
+    @property
+    def traces(self) -> bool:
+        """Return True if requests are traced, not only logged."""
+        return self.trace_dir is not None or self.otlp_traces_endpoint is not None
 
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""

@@ -144,7 +144,7 @@ def build_parts(
         store,
         facts,
         Matchers(_tokenizer_folder(config, loaded.config.folder), shape.vocab_size),
-        traces=config.observability.trace_dir is not None,
+        traces=config.observability.traces,
         adapters=adapters,
     )
 

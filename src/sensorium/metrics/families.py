@@ -133,6 +133,13 @@ ENGINE_ROWS = (
     _counter("mm_encoder_failures", "encode_failures", "Items that could not be encoded."),
 )
 ENGINE_UP = MetricFamily("engine_up", "gauge", "1 while requests can be served, else 0.")
+SLEEP_STATE = MetricFamily(
+    "engine_sleep_state",
+    "gauge",
+    "1 for the state awake while requests can be served, without series else. Other states, "
+    "of vLLM, are 0.",
+    ("sleep_state",),
+)
 KV_USAGE = MetricFamily("kv_cache_usage_perc", "gauge", "Fraction of the KV cache in use, 0 to 1.")
 PROMPT_MODALITIES = MetricFamily(
     "prompt_tokens_by_modality",
@@ -370,10 +377,19 @@ HTTP_SECONDS = MetricFamily(
     prefixed=False,
 )
 
+PROCESS_KINDS = ("server", "engine", "media", "other")
+PROCESS_MEMORY = MetricFamily(
+    "process_resident_memory_bytes",
+    "gauge",
+    "Resident memory by process: server (HTTP), engine, media (workers) or other; pages that "
+    "several share count for each. model_name is empty.",
+    ("process",),
+)
+
 SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
     "Requests": REQUESTS,
     "Engine": (
-        *(ENGINE_UP, KV_USAGE, CACHE_CONFIG, WAITING_REASONS, ITERATION_TOKENS),
+        *(ENGINE_UP, SLEEP_STATE, KV_USAGE, CACHE_CONFIG, WAITING_REASONS, ITERATION_TOKENS),
         *(ACCEPTED_AT, PROMPT_MODALITIES, PROMPT_SOURCES, *(row.family for row in ENGINE_ROWS)),
     ),
     "Media": (
@@ -382,6 +398,7 @@ SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
         *(row.family for row in MEDIA_ROWS),
     ),
     "HTTP server": (HTTP_REQUESTS, HTTP_SECONDS, EVENT_LOOP_LAG),
+    "Processes": (PROCESS_MEMORY,),
 }
 """All families, in the sections of ``docs/metrics.md``."""
 

@@ -18,6 +18,7 @@ from prometheus_client import (
 from sensorium.errors import ConfigError
 from sensorium.metrics import families
 from sensorium.metrics.families import COMMON_LABELS, MetricFamily
+from sensorium.metrics.processes import MemoryCollector
 from sensorium.metrics.report import RequestReport
 from sensorium.metrics.statistics import Statistics, StatisticsCollector
 
@@ -42,6 +43,7 @@ class _Families:
         self.registry = registry
         self.statistics = StatisticsCollector(prefix)
         registry.register(self.statistics)
+        registry.register(MemoryCollector(prefix, ("", ENGINE)))  # of no single model
         self._prefix = prefix
         self._known: dict[str, Histogram | Counter] = {}
 

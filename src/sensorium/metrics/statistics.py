@@ -28,6 +28,7 @@ from sensorium.metrics.families import (
     MEDIA_ROWS,
     PROMPT_MODALITIES,
     PROMPT_SOURCES,
+    SLEEP_STATE,
     STAGE_UNITS,
     STAGES,
     WAITING_REASONS,
@@ -122,6 +123,9 @@ class _EngineMetrics:
     def metrics(self, stats: Statistics | None, *, up: bool) -> Iterator[Metric]:
         """Yield each family; without statistics only the one that says if the engine is up."""
         yield self._one(ENGINE_UP, float(up))
+        if up:
+            states = {"awake": 1.0, "weights_offloaded": 0.0, "discard_all": 0.0}
+            yield self._many(SLEEP_STATE, states)
         if stats is None:
             return
         used = stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0

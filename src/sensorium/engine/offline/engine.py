@@ -112,7 +112,8 @@ class OfflineEngine:
     def build(cls, config: EngineConfig) -> OfflineEngine:
         """Load the model. Raises ConfigError and ForkedProcessError."""
         forks.begin_computing()
-        tracer = Tracer(config.observability.trace_dir)
+        options = config.observability
+        tracer = Tracer(options.trace_dir, options.otlp_traces_endpoint)
         making = _Making(config)
         try:
             if not _may_overlap(config):

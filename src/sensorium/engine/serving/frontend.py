@@ -89,7 +89,8 @@ class Frontend:
         are those of ``InputProcessor``. ``process``: the engine's, where it has been started
         already. Raises ConfigError when the model cannot be loaded.
         """
-        tracer = tracing.Tracer(config.observability.trace_dir)
+        options = config.observability
+        tracer = tracing.Tracer(options.trace_dir, options.otlp_traces_endpoint)
         engine = EngineSupervisor(config, process)
         starting = asyncio.create_task(engine.start())
         input_processor = None
@@ -113,7 +114,7 @@ class Frontend:
             tracer.close()
             raise
         frontend = cls(config, input_processor, engine, tracer)
-        if not config.observability.disable_log_stats:
+        if not options.disable_log_stats:
             frontend._log_task = asyncio.create_task(frontend._log_stats())
         return frontend
 

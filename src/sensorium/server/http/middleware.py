@@ -17,6 +17,7 @@ from sensorium.server.access_log import error_of, record_error
 from sensorium.server.context import ServingContext
 from sensorium.server.errors import CLIENT_CLOSED, error_response, log_unexpected
 from sensorium.server.http.http11 import MAX_HEADER_BYTES, headers_too_large
+from sensorium.tracing import caller_span
 
 if TYPE_CHECKING:
     from sensorium.server.models.served import ServedModel
@@ -27,6 +28,7 @@ HELD_MODEL = "held_model"
 """Key of a request's state: the model that it holds until its answer is complete."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_TRACE_PARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 class RequestTracking:
@@ -60,6 +62,7 @@ class RequestTracking:
 
         app = self._app if _header_bytes(scope) <= MAX_HEADER_BYTES else headers_too_large()
         self._context.num_in_flight += 1
+        token = caller_span.set(_caller_span(scope))
         try:
             await app(scope, receive, send_with_id)
         except Exception as error:
@@ -70,6 +73,7 @@ class RequestTracking:
                 raise
             await error_response(error)(scope, receive, send_with_id)
         finally:
+            caller_span.reset(token)
             self._context.num_in_flight -= 1
             held: ServedModel | None = state.get(HELD_MODEL)
             if held is not None:
@@ -165,6 +169,14 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value.decode())
     return uuid.uuid4().hex
+
+
+def _caller_span(scope: Scope) -> str | None:
+    """Return the caller's span of W3C's ``traceparent`` header; None without a valid one."""
+    for name, value in scope["headers"]:
+        if name == b"traceparent" and _TRACE_PARENT.fullmatch(value):
+            return str(value.decode())
+    return None
 
 
 def _header_bytes(scope: Scope) -> int:

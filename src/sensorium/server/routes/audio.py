@@ -247,7 +247,7 @@ def _begin(
 
 
 def _own_prompt(
-    context: ServingContext,
+    context: ModelContext,
     request: Request,
     chat: ChatBody,
     body: TranscriptionBody,

@@ -9,6 +9,7 @@ import { Scrape, growth, quantile, rate } from "./lib/prometheus.js";
 const INTERVAL = 2000;
 const WINDOW = 15; // scrapes that quantiles and hit rates look back over
 const STAGES = ["fetch", "decode", "preprocess", "encode"];
+const PROCESSES = ["engine", "server", "media"];
 
 export class ServerView {
   #timer = null;
@@ -25,6 +26,7 @@ export class ServerView {
       between: new Chart({ title: "Time between tokens", hint: "last 30 s", series: [{ label: "median" }, { label: "95 %" }], format: seconds }),
       cache: new Chart({ title: "KV cache", hint: "in use", series: [{ label: "used" }], format: percent, most: 1 }),
       media: new Chart({ title: "Media", hint: "items", series: [{ label: "loading" }, { label: "in workers" }], format: count }),
+      memory: new Chart({ title: "Memory", hint: "of the processes", series: PROCESSES.map((label) => ({ label })), format: bytes }),
     };
     this.gauges = {
       kv: new Gauge("KV cache"),
@@ -47,12 +49,12 @@ export class ServerView {
   }
 
   #cards() {
-    const { speed, requests, first, between, cache, media } = this.charts;
+    const { speed, requests, first, between, cache, media, memory } = this.charts;
     const caches = h("section", { class: "card" }, h("h3", {}, "Caches"), Object.values(this.gauges).map(({ element }) => element));
     const stages = h("section", { class: "card" }, h("h3", {}, "Media stages", h("small", {}, "since the start")),
       h("table", { class: "stages" }, h("thead", {}, h("tr", {}, ["Stage", "Items", "Each", "Bytes"].map((name) => h("th", { scope: "col" }, name)))), this.stages));
     const totals = h("section", { class: "card" }, h("h3", {}, "Since the start"), this.totals);
-    return [this.modelsCard, ...[speed, requests, first, between, cache, media].map(({ element }) => element), caches, stages, totals];
+    return [this.modelsCard, ...[speed, requests, first, between, cache, media, memory].map(({ element }) => element), caches, stages, totals];
   }
 
   setFacts(facts) {
@@ -100,7 +102,7 @@ export class ServerView {
     const up = now.sum("engine_up") !== 0;
     this.status.classList.toggle("is-bad", !up && this.#state !== "stopped");
     this.status.textContent = up ? `${this.#facts?.model ?? "The model"} is served by version ${this.version.version ?? "?"}.` : this.#whyDown();
-    const { speed, requests, first: ttft, between, cache, media } = this.charts;
+    const { speed, requests, first: ttft, between, cache, media, memory } = this.charts;
     if (before) speed.add([rate(before, now, "generation_tokens_total"), rate(before, now, "prompt_tokens_total")]);
     requests.add([now.sum("num_requests_running"), now.sum("num_requests_waiting")]);
     const base = this.#scrapes.length > 1 ? first : null;
@@ -108,6 +110,7 @@ export class ServerView {
     between.add([0.5, 0.95].map((q) => base && quantile(base, now, "inter_token_latency_seconds", q)));
     cache.add([now.sum("kv_cache_usage_perc")]);
     media.add([now.sum("media_loading"), now.sum("media_workers_busy")]);
+    memory.add(PROCESSES.map((process) => now.sum("process_resident_memory_bytes", { process })));
     this.#showCaches(now);
     this.#showStages(now);
     this.#showTotals(now);

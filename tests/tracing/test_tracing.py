@@ -15,12 +15,14 @@ import pytest
 
 from sensorium import tracing
 from sensorium.errors import ConfigError, InvalidRequestError
-from sensorium.tracing import RequestTrace, Tracer, TraceWriter
+from sensorium.tracing import RequestTrace, Tracer, chrome, stations
+from sensorium.tracing import writer as writers
+from sensorium.tracing.chrome import TraceWriter
 
 
 def ended(number: int, writer: TraceWriter | None = None) -> RequestTrace:
     """The trace of a request that has ended."""
-    trace = RequestTrace(f"request-{number}", time.monotonic(), writer)
+    trace = RequestTrace(f"request-{number}", time.monotonic(), () if writer is None else (writer,))
     trace.end("finished", tokens=number)
     return trace
 
@@ -86,7 +88,7 @@ def test_errors_end_a_trace(error: BaseException, name: str, facts: dict[str, st
 
 
 def test_a_trace_of_many_stations_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "MAX_STATIONS", 8)
+    monkeypatch.setattr(stations, "MAX_STATIONS", 8)
     trace = RequestTrace("a", 0.0)
     for number in range(100):
         trace.station(f"station {number}")
@@ -98,8 +100,8 @@ def test_a_trace_of_many_stations_is_cut(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_files_are_bounded_in_requests_and_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracing, "REQUESTS_PER_FILE", 2)
-    monkeypatch.setattr(tracing, "MAX_FILES", 3)
+    monkeypatch.setattr(chrome, "REQUESTS_PER_FILE", 2)
+    monkeypatch.setattr(chrome, "MAX_FILES", 3)
     own = tmp_path / "trace-of-mine.json"  # the operator's: neither counted nor removed
     own.write_text("[]")
     writer = TraceWriter(str(tmp_path))
@@ -118,7 +120,7 @@ def test_files_are_bounded_in_requests_and_number(
 
 
 def test_files_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracing, "BYTES_PER_FILE", 1)
+    monkeypatch.setattr(chrome, "BYTES_PER_FILE", 1)
     writer = TraceWriter(str(tmp_path))
     for number in range(3):
         ended(number, writer)
@@ -144,7 +146,7 @@ class SlowTrace(RequestTrace):
 def test_a_slow_folder_costs_traces_and_not_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tracing, "MAX_WAITING", 2)
+    monkeypatch.setattr(writers, "MAX_WAITING", 2)
     writer = TraceWriter(str(tmp_path))
     slow = SlowTrace()
     slow.end("finished")
