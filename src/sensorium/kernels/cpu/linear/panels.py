@@ -28,13 +28,13 @@ MOST_ROWS = 12 if WIDE else 6
 """Rows that go together."""
 LANES = WIDTH if WIDE else WIDTH // 2
 """Outputs of a vector: a whole panel, or half of one."""
-TILE_VECTORS = (4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2) if WIDE else (8, 6, 3, 3, 2, 2)
+TILE_VECTORS = (4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2) if WIDE else (8, 6, 2, 2, 2, 2)
 """Vectors of outputs in a tile, for each number of rows."""
 STEP = 2
 """Inputs that a turn of the loop takes: bf16 lies in pairs of them."""
 LINE_BYTES = 64
-FETCH_AHEAD = 1024
-"""Bytes by which weights are prefetched ahead, in each panel."""
+FETCH_AHEAD = 1536
+"""Bytes by which weights are prefetched ahead, in all panels of a tile together."""
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _VEC, _BITS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_I32, LANES)
@@ -98,14 +98,15 @@ def _weights(
     return builder.fpext(raw, _VEC)
 
 
-def _fetch(builder: ir.IRBuilder, place: ir.Value, element: Any) -> None:
-    """Prefetch the lines that the same panel needs ``FETCH_AHEAD`` bytes later."""
-    size = 4 if element == types.float32 else 2
-    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    for line in range(STEP * WIDTH * size // LINE_BYTES):
-        later = builder.gep(place, [_I64((FETCH_AHEAD + line * LINE_BYTES) // size)])
-        builder.call(fetch, [later, _I32(0), _I32(3), _I32(1)])
+def _fetch(builder: ir.IRBuilder, places: dict[int, ir.Value], element: Any) -> None:
+    """Prefetch the lines that a step needs later, from its places in each panel."""
+    size, ahead = 4 if element == types.float32 else 2, FETCH_AHEAD // len(places)
+    for place in places.values():
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        for line in range(STEP * WIDTH * size // LINE_BYTES):
+            later = builder.gep(place, [_I64((ahead + line * LINE_BYTES) // size)])
+            builder.call(fetch, [later, _I32(0), _I32(3), _I32(1)])
 
 
 def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:
@@ -198,9 +199,7 @@ def _emit_step(
     along = builder.mul(index, _I64(STEP * WIDTH))
     a = builder.gep(own.a, [builder.mul(index, _I64(STEP * num_rows))])
     places = _panel_places(builder, own, along, columns)
-    for each in columns:
-        if each.lane == 0:
-            _fetch(builder, places[each.panel], own.element)
+    _fetch(builder, places, own.element)
     for half in range(STEP):
         if half == 1 and not WIDE:
             # At a place that LLVM does not know, pairs are loaded again: kept from the first input,
@@ -238,9 +237,9 @@ def _emit_pairs(
 ) -> None:
     """Emit one turn with the CPU's instruction for pairs of bf16."""
     places = _panel_places(builder, own, builder.mul(index, _I64(STEP * WIDTH)), columns)
+    _fetch(builder, places, own.element)
     weights = []
     for each in columns:
-        _fetch(builder, places[each.panel], own.element)
         place = builder.bitcast(places[each.panel], _BITS.as_pointer())
         weights.append(builder.load(place, align=2))
     # LLVM's own function for it takes vectors of bf16, a type that llvmlite does not have.
