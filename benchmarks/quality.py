@@ -1,4 +1,4 @@
-"""What each format of the weights costs: perplexity, agreement, and right answers of the demo.
+"""What each format of weights and KV cache costs: perplexity, agreement, right answers of the demo.
 
     python -m benchmarks.quality --model FOLDER [--text FILE] [--formats NAME ...] [--output FILE]
 
@@ -30,6 +30,7 @@ HALF = {"dtype": "bfloat16"}
 FORMATS: dict[str, dict[str, str]] = {
     "float32": {"dtype": "float32"},
     "bfloat16": HALF,
+    "KV cache int8": {**HALF, "kv_cache_dtype": "int8"},
     "int8, head bfloat16": {**HALF, "quantization": "int8", "quantization_head": "none"},
     "int8": {**HALF, "quantization": "int8"},
     "int4, head bfloat16": {**HALF, "quantization": "int4", "quantization_head": "none"},
@@ -55,7 +56,9 @@ class Settings:
     windows: int = flag(8, "most windows", quick=2)
     prefix: int = flag(64, "tokens of a window after which a greedy answer begins")
     answer: int = flag(64, "tokens of a greedy answer", quick=8)
-    questions: int = flag(300, "questions for each kind of image that the demo is asked", quick=5)
+    questions: int = flag(
+        300, "questions for each kind of image that the demo is asked; 0: none", quick=5
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +203,8 @@ def main() -> int:
             figures[name] = compared(found, first)
             print(f"{name:<20}", {k: round(v, 4) for k, v in figures[name].items()}, flush=True)
             report.write(text={"tokens": sum(map(len, windows)), "formats": figures})
-    report.write(demo=measure_demo(settings))
+    if settings.questions:
+        report.write(demo=measure_demo(settings))
     print(report.path)
     return 0
 

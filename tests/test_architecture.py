@@ -93,7 +93,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"chat"},
         {"tools"},
     ),
-    "kernels": ({"adapters", "batch", "weight", "reference"}, {"cpu"}, {"ops"}),
+    "kernels": ({"adapters", "int8_cache", "batch", "weight", "reference"}, {"cpu"}, {"ops"}),
     "models": (
         {"interface", "configs", "rope", "dtypes"},
         {"gguf"},

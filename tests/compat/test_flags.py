@@ -107,7 +107,7 @@ def test_other_commands_read_them_too(
     assert build_engine_config(arguments).model.max_model_len == 64
     assert "--swap-space has no effect" in capsys.readouterr().err
     message = refusal(capsys, command, *argv, "--kv_cache_dtype", "fp8")
-    assert "--kv-cache-dtype fp8 is not supported: " in message
+    assert "kv_cache_dtype 'fp8' is not supported: " in message
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,7 @@ def test_short_flags_stand_for_flags_that_are_known(short: str, long: str) -> No
         (["--num-gpu-blocks-override", "7"], "num_kv_blocks", 7),
         (["--num-gpu-blocks-override", "7", "--num-kv-blocks", "8"], "num_kv_blocks", 8),
         (["--load-format", "runai_streamer"], "load_format", "safetensors"),
+        (["--kv-cache-dtype", "int8_per_token_head"], "kv_cache_dtype", "int8"),
         (["--disable-uvicorn-access-log"], "disable_access_log", True),
         (["--uvicorn-log-level", "trace"], "log_level", "debug"),
         (["--served-model-name", "a.b", "c"], "served_model_name", ("a.b", "c")),

@@ -30,6 +30,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float16": {"dtype": "float16"},
     "int8": {"dtype": "bfloat16", "quantization": "int8", "quantization_towers": "int8"},
+    "int8 cache": {"dtype": "float32", "kv_cache_dtype": "int8"},
     "int4": {"dtype": "float32", "quantization": "int4", "quantization_towers": "int4"},
 }
 """Options of an engine by the name of its numbers."""
@@ -165,7 +166,7 @@ def test_families(family: tuple[str, Prompts], numbers: str) -> None:
             assert ask(llm, prompts, everything[::-1]) == expected[::-1], f"{name}, from caches"
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4"])
+@pytest.fixture(scope="module", params=["float32", "bfloat16", "int8", "int4", "int8 cache"])
 def demo(request: pytest.FixtureRequest) -> tuple[str, Prompts, list[Any]]:
     chat = "<|im_start|>user\n{}What is in the picture?<|im_end|>\n<|im_start|>assistant\n"
     prompts = make_prompts("image", QWEN, 8)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from sensorium.kernels import ops
-from sensorium.kernels.batch import AttentionBatch, KVCacheLayout
+from sensorium.kernels.batch import AttentionBatch, KVCacheLayout, LayerCache
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -37,8 +37,7 @@ def make_batch(
         taken += count
     caches = ops.allocate_cache(layout, sum(counts) + 2, torch.device("cpu"))
     for cache in caches:
-        cache.k.copy_(torch.randn(cache.k.shape, generator=generator))
-        cache.v.copy_(torch.randn(cache.v.shape, generator=generator))
+        fill_with_noise(cache, generator)
     query_lens = [query_len for _, query_len in lengths]
     starts = torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32)
     half = (layout.head_dim if rotary_dim is None else rotary_dim) // 2
@@ -57,6 +56,19 @@ def make_batch(
         query_lens=query_lens,
         kv_lens=kv_lens,
     )
+
+
+def fill_with_noise(cache: LayerCache, generator: torch.Generator) -> None:
+    """Write random keys and values into every slot of a cache."""
+    if cache.records is None:
+        cache.k.copy_(torch.randn(cache.k.shape, generator=generator))
+        cache.v.copy_(torch.randn(cache.v.shape, generator=generator))
+        return
+    size = cache.block_size
+    slots = torch.arange(cache.k.shape[0] * size)
+    shape = (len(slots), cache.num_kv_heads, cache.head_dim)
+    k, v = (torch.randn(shape, generator=generator) for _ in range(2))
+    cache.records.write(k, v, cache.k, cache.v, slots // size, slots % size)
 
 
 def twin(batch: AttentionBatch) -> AttentionBatch:

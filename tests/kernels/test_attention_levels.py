@@ -73,9 +73,24 @@ def test_attention_on_a_cpu_with_avx2_alone() -> None:
     subprocess.run([sys.executable, "-m", __name__], env=environment, check=True)
 
 
+def check_int8_cache() -> None:
+    batch = make_batch(KVCacheLayout(1, 2, 40, 16, torch.int8), [(600, 1), (33, 33), (420, 60)])
+    other, num = twin(batch), sum(batch.query_lens)
+    q, k, v = (torch.randn(num, heads, 40) for heads in (6, 2, 2))
+    expected = reference.paged_attention(q, k, v, other, 0, 0.2, VARIANTS[2])
+    found = ops.paged_attention(q, k, v, batch, 0, 0.2, VARIANTS[2])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    rows = slice(34, 94)
+    own = last_sequence(batch)
+    assert torch.equal(
+        ops.paged_attention(q[rows], k[rows], v[rows], own, 0, 0.2, VARIANTS[2]), found[rows]
+    )
+
+
 if __name__ == "__main__":
     assert (levels.level(), tile.TILE_ROWS) == ("avx2", 6)
     torch.manual_seed(0)
     for kind in (torch.float32, torch.bfloat16):
         check_paged(kind)
         check_varlen(kind)
+    check_int8_cache()

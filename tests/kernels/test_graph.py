@@ -71,16 +71,20 @@ class Steps:
     """Decode steps of sequences of some lengths, each a token longer than the one before.
 
     ``rows``: numbers of rows of the sequences, in steps that try tokens; every second step has them
-    the other way round.
+    the other way round. ``kept``: data type of the cache, if it is another.
     """
 
     def __init__(
-        self, lengths: list[int], dtype: torch.dtype, rows: list[int] | None = None
+        self,
+        lengths: list[int],
+        dtype: torch.dtype,
+        rows: list[int] | None = None,
+        kept: torch.dtype | None = None,
     ) -> None:
         self.rows = rows
         self.generator = torch.Generator().manual_seed(5)
-        self.dtype = dtype
-        layout = KVCacheLayout(LAYERS, KV_HEADS, DIM, 16, dtype)
+        self.dtype, self.kept = dtype, dtype if kept is None else kept
+        layout = KVCacheLayout(LAYERS, KV_HEADS, DIM, 16, self.kept)
         longest = [(length + 60, 1) for length in lengths]
         self.first = make_batch(layout, longest)
         self.lengths = list(lengths)
@@ -118,7 +122,7 @@ class Steps:
 def compare(run: Layers, steps: Steps) -> graph.StepGraphs:
     """Run steps both ways, on caches of their own; every result has the same bits."""
     graphs = graph.StepGraphs(run)
-    other = Steps(steps.lengths, steps.dtype, steps.rows)
+    other = Steps(steps.lengths, steps.dtype, steps.rows, steps.kept)
     for (embeds, batch), (same, twin) in zip(steps, other, strict=True):
         found = graphs(embeds, batch).clone()
         assert torch.equal(found, run(same, twin))
@@ -163,6 +167,12 @@ def test_steps_that_try_tokens_are_captured_by_their_number_of_rows(
 def test_prompts_are_not_captured() -> None:
     run = Layers("float32")
     assert not compare(run, Steps([30], run.dtype, [graph.MOST_QUERIES + 1])).captured
+
+
+def test_a_cache_in_int8() -> None:
+    run = Layers("bfloat16", window=33)
+    for rows in (None, [3, 1]):
+        assert compare(run, Steps([20, 300], run.dtype, rows, torch.int8)).captured
 
 
 def test_windows_of_some_layers() -> None:

@@ -9,7 +9,7 @@ from sensorium.config import GIB, CacheConfig
 from sensorium.errors import ConfigError
 from sensorium.kernels.batch import KVCacheLayout
 from sensorium.processes.limits import resident_memory
-from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory
+from sensorium.runtime.memory import CacheGeometry, cache_dtype, cache_geometry, free_memory
 
 LAYOUT = KVCacheLayout(2, 2, 8, 16, torch.bfloat16)
 
@@ -81,3 +81,19 @@ def test_a_limit_of_memory_counts_what_the_process_has_taken_already() -> None:
     ) as raised:
         free_memory(torch.device("cpu"), CacheConfig(max_memory_gb=0.1))
     assert raised.value.param == "max_memory_gb"
+
+
+def test_data_types_of_the_cache() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        assert cache_dtype("auto", dtype) == dtype
+        assert cache_dtype(str(dtype).removeprefix("torch."), dtype) == dtype
+        assert cache_dtype("int8", dtype) == torch.int8
+    with pytest.raises(
+        ConfigError, match="kv_cache_dtype is float16, but the model runs in bf"
+    ) as e:
+        cache_dtype("float16", torch.bfloat16)
+    assert e.value.param == "kv_cache_dtype"
+    with pytest.raises(
+        ConfigError, match=r"kv_cache_dtype must be one of auto, .*int8, got 'int4'"
+    ):
+        CacheConfig(kv_cache_dtype="int4")  # type: ignore[arg-type]

@@ -241,8 +241,8 @@ IGNORED = [
         "chosen automatically", tokenizer_pool_size=0, tokenizer_pool_type="ray",
         tokenizer_pool_extra_config={}, intial_incremental_detokenization_offset=5, fail_on_environ_validation=False,
     ),
-    *ignored("the KV cache has the dtype of the "
-             "weights", calculate_kv_scales=False, kv_cache_dtype_skip_layers=[]),
+    *ignored("scales of an int8 KV cache are made as tokens are "
+             "written, in all layers", calculate_kv_scales=False, kv_cache_dtype_skip_layers=[]),
     *ignored("chunks are sent as soon as there are tokens", stream_interval=1),
     *ignored("the content of requests is never "
              "logged", disable_log_requests=False, enable_log_requests=False),
@@ -257,7 +257,6 @@ REFUSED = [
         enable_fault_tolerance=False,
     ),
     *refused("choose the device with --device or CUDA_VISIBLE_DEVICES", device_ids=None),
-    *refused("the KV cache has the dtype of the weights; leave it at auto", kv_cache_dtype="auto"),
     *refused(
         "weights and KV cache must fit into the device's "
         "memory", cpu_offload_gb=0, cpu_offload_params=[],

@@ -17,6 +17,7 @@ SAME_VALUES: dict[str, dict[str, Any]] = {
     },
     "max_model_len": {"auto": None, "-1": None},
     "task": {"auto": None},
+    "kv_cache_dtype": {"int8_per_token_head": "int8"},
 }
 """By option: vLLM's values and Sensorium's; None leaves the option at its default."""
 
@@ -34,6 +35,10 @@ REFUSED_VALUES: dict[str, dict[str, str]] = {
         ("classify", "reward"), "models can be converted for embeddings only: use embed"
     ),
     "runner": {"draft": "speculative decoding takes no draft model"},
+    "kv_cache_dtype": dict.fromkeys(
+        "fp8 fp8_e4m3 fp8_e5m2 fp8_inc fp8_per_token_head fp8_ds_mla nvfp4 int4_per_token_head".split(),
+        "the KV cache has the data type of the model, or int8",
+    ),
 }
 """By option: vLLM's values that are not available, and why."""
 

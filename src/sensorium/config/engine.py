@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from sensorium.config.fields import bad, check_choice, check_fields, option
+
+CacheDtype = Literal["auto", "bfloat16", "float16", "float32", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,12 @@ class CacheConfig:
         ge=0.1,
         le=1 << 20,
     )
+    kv_cache_dtype: CacheDtype = option(
+        "auto",
+        "Data type of keys and values in the KV cache. auto: the model's. int8: a byte for each "
+        "number and a scale for each token and head, about half of what 16 bits take. Any other "
+        "must be the model's.",
+    )
     num_kv_blocks: int | None = option(
         None,
         "Number of blocks of the KV cache, instead of a size in bytes; for tests and experiments.",
@@ -51,6 +59,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""
         check_fields(self)
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, get_args(CacheDtype))
 
 
 @dataclass(frozen=True, kw_only=True)

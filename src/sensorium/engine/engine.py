@@ -179,7 +179,7 @@ class Engine:
             num_waiting=core.num_waiting + len(self._constrained),
             num_deferred=len(self._constrained),
             block_size=self._scheduler.limits.block_size,
-            cache_dtype=self.facts.dtype,
+            cache_dtype=self.facts.cache_dtype,
             enable_prefix_caching=self._scheduler.limits.enable_prefix_caching,
             kv_blocks_total=core.num_blocks,
             kv_blocks_used=core.num_used_blocks,

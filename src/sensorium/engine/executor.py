@@ -32,7 +32,14 @@ from sensorium.processes import cores
 from sensorium.runtime.adapters import AdapterSet
 from sensorium.runtime.crowding import ThreadAdapter
 from sensorium.runtime.encoder import FeatureStore
-from sensorium.runtime.memory import CacheGeometry, cache_geometry, free_memory, warn_when_scarce
+from sensorium.runtime.memory import (
+    CacheGeometry,
+    cache_dtype,
+    cache_geometry,
+    free_memory,
+    log_cache,
+    warn_when_scarce,
+)
 from sensorium.runtime.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -103,9 +110,7 @@ def build_parts(
     lanes = _lanes(config, loaded)
     adapters = EngineAdapters.of(lanes, config)
     num_threads = _set_threads(config.model.num_threads, shape)
-    layout = KVCacheLayout(
-        shape.num_layers, shape.num_kv_heads, shape.head_dim, config.cache.block_size, model.dtype
-    )
+    layout = _layout(config, shape, model.dtype)
     geometry = cache_geometry(
         config.cache,
         layout,
@@ -114,8 +119,9 @@ def build_parts(
         max_num_seqs=config.scheduler.max_num_seqs,
         free_bytes=free_memory(device, config.cache),
     )
-    caches = _allocated(layout, geometry.num_blocks, device)
-    ops.warm_up(model.dtype, device, encoders=model.has_encoder)
+    caches = _allocated(layout, geometry, device)
+    int8_cache = layout.records is not None
+    ops.warm_up(model.dtype, device, encoders=model.has_encoder, int8_cache=int8_cache)
     if device.type == "cpu":
         logger.info("%s", ops.products())
     store = FeatureStore()
@@ -132,12 +138,12 @@ def build_parts(
         adapters=lanes,
         after_step=adapter.after_step,
     )
-    limits = _limits(config, geometry, shape.embed_size, model.dtype)
     window = None if loaded.family.bidirectional else shape.window
+    limits = _limits(config, geometry, shape.embed_size, model.dtype)
     if window is not None:
         limits = replace(limits, window=window + WINDOW_MARGIN)
     scheduler = Scheduler(limits)
-    facts = _facts(config, geometry, model, num_threads, time.monotonic() - started)
+    facts = _facts(config, geometry, model, layout, num_threads, time.monotonic() - started)
     return EngineParts(
         scheduler,
         runner,
@@ -153,6 +159,7 @@ def _facts(
     config: EngineConfig,
     geometry: CacheGeometry,
     model: Model,
+    layout: KVCacheLayout,
     num_threads: int,
     load_seconds: float,
 ) -> EngineFacts:
@@ -166,6 +173,7 @@ def _facts(
         num_threads=num_threads,
         load_seconds=load_seconds,
         embed_bytes=model.shape.embed_size * model.dtype.itemsize,
+        cache_dtype=str(layout.dtype).removeprefix("torch."),
     )
 
 
@@ -225,9 +233,20 @@ def _tokenizer_folder(config: EngineConfig, folder: str) -> str:
     return loader.read_config(config.model.tokenizer, download_dir=config.model.download_dir).folder
 
 
-def _allocated(layout: KVCacheLayout, num_blocks: int, device: torch.device) -> list[LayerCache]:
+def _layout(config: EngineConfig, shape: TextShape, dtype: torch.dtype) -> KVCacheLayout:
+    """Return the layout of the KV cache of a model that runs in ``dtype``. Raises ConfigError."""
+    kept = cache_dtype(config.cache.kv_cache_dtype, dtype)
+    size = config.cache.block_size
+    return KVCacheLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, size, kept)
+
+
+def _allocated(
+    layout: KVCacheLayout, geometry: CacheGeometry, device: torch.device
+) -> list[LayerCache]:
     """Allocate the KV cache. Raises ConfigError when the system refuses that much memory."""
+    num_blocks = geometry.num_blocks
     num_bytes = num_blocks * layout.bytes_per_block
+    log_cache(layout, geometry)
     warn_when_scarce(num_bytes, device)
     try:
         return ops.allocate_cache(layout, num_blocks, device)

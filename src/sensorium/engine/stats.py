@@ -104,7 +104,7 @@ class AdapterFacts:
 class EngineFacts:
     """Facts that an engine found at its start, and its adapters now.
 
-    ``embed_bytes`` is one item embedding's.
+    ``embed_bytes`` is one item embedding's, ``cache_dtype`` that of keys and values.
     """
 
     max_model_len: int
@@ -117,3 +117,4 @@ class EngineFacts:
     load_seconds: float
     embed_bytes: int = 0
     adapters: tuple[AdapterFacts, ...] = ()
+    cache_dtype: str = ""

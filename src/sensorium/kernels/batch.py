@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from sensorium.kernels.int8_cache import Records
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +17,7 @@ class KVCacheLayout:
 
     K is (num_blocks, num_kv_heads, head_dim, block_size): transposed within a block, so that the
     inner loop of decode attention runs over tokens. V is (num_blocks, num_kv_heads, block_size,
-    head_dim).
+    head_dim). With the dtype int8 both are (num_blocks, num_kv_heads, bytes), see ``int8_cache``.
     """
 
     num_layers: int
@@ -24,18 +27,51 @@ class KVCacheLayout:
     dtype: torch.dtype
 
     @property
+    def records(self) -> Records | None:
+        """Layout of the blocks of an int8 cache; None for any other."""
+        return Records(self.head_dim, self.block_size) if self.dtype == torch.int8 else None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of K and V of one block."""
+        heads, dim, size = self.num_kv_heads, self.head_dim, self.block_size
+        if self.records is not None:
+            return (heads, self.records.key_bytes), (heads, self.records.value_bytes)
+        return (heads, dim, size), (heads, size, dim)
+
+    @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers, K and V."""
-        per_token = self.num_layers * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return per_token * self.block_size
+        return self.num_layers * sum(map(math.prod, self.shapes)) * self.dtype.itemsize
 
 
 @dataclass(slots=True)
 class LayerCache:
-    """K and V of one layer, in the layout of ``KVCacheLayout``."""
+    """K and V of one layer, in the layout of ``KVCacheLayout``; ``records`` as there."""
 
     k: torch.Tensor
     v: torch.Tensor
+    records: Records | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of keys and values in the cache."""
+        return self.k.dtype
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.k.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.k.shape[2] if self.records is None else self.records.head_dim
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.k.shape[3] if self.records is None else self.records.block_size
 
 
 @dataclass(slots=True)

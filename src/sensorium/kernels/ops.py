@@ -26,6 +26,8 @@ from sensorium.kernels.batch import (
 from sensorium.kernels.cpu import amx, elementwise, graph, huge_pages, rotary
 from sensorium.kernels.cpu.adapters import low_rank
 from sensorium.kernels.cpu.attention import causal, paged, route, varlen_vectors
+from sensorium.kernels.cpu.attention.quantized import causal as quantized
+from sensorium.kernels.cpu.attention.quantized.codes import MOST_HEAD_DIM
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
 from sensorium.kernels.cpu.linear import int8, integers, levels, onednn, table
@@ -48,6 +50,7 @@ DECODER_KERNELS = (
 )
 ENCODER_KERNELS = (rotary.build_rotate, elementwise.build_quick_gelu)
 VARLEN_KERNELS = (varlen_vectors.build_pack, varlen_vectors.build_attend)
+INT8_CACHE_KERNELS = (quantized.build_rope_write, quantized.build_attend)
 
 
 def _on_cpu(x: torch.Tensor) -> bool:
@@ -220,6 +223,15 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return reference.silu_mul(gate_up)
 
 
+def _has_kernel(x: torch.Tensor, cache: LayerCache) -> bool:
+    """Return whether attention of rows x to a cache has a kernel."""
+    if not (_on_cpu(x) and has_block_size(cache.block_size)):
+        return False
+    if cache.records is not None:
+        return cache.head_dim <= MOST_HEAD_DIM
+    return cache.dtype == x.dtype
+
+
 def rope_attention(
     qkv: torch.Tensor,
     batch: AttentionBatch,
@@ -241,7 +253,7 @@ def rope_attention(
     """
     cache = batch.caches[layer]
     run: Callable[..., torch.Tensor] = reference.rope_attention
-    if _on_cpu(qkv) and cache.k.dtype == qkv.dtype and has_block_size(cache.k.shape[3]):
+    if _has_kernel(qkv, cache):
         run = paged.rope_attention
     heads = (num_heads, num_kv_heads, head_dim)
     return run(qkv, batch, layer, *heads, scale, q_norm, k_norm, norm_eps, variant)
@@ -306,7 +318,7 @@ def paged_attention(
     causal attention. Returns (T, num_heads, D).
     """
     cache = batch.caches[layer]
-    if _on_cpu(q) and cache.k.dtype == q.dtype and has_block_size(cache.k.shape[3]):
+    if _has_kernel(q, cache):
         return paged.paged_attention(q, k, v, batch, layer, scale, variant)
     return reference.paged_attention(q, k, v, batch, layer, scale, variant)
 
@@ -357,7 +369,7 @@ def allocate_cache(
     On a CPU, memory is committed as blocks are written. Raises MemoryError when the system cannot
     reserve as much.
     """
-    kv_heads, dim, size = layout.num_kv_heads, layout.head_dim, layout.block_size
+    keys, values = layout.shapes
 
     def tensor(*shape: int) -> torch.Tensor:
         if torch.device(device).type == "cpu":
@@ -365,7 +377,7 @@ def allocate_cache(
         return torch.zeros(shape, dtype=layout.dtype, device=device)
 
     return [
-        LayerCache(tensor(num_blocks, kv_heads, dim, size), tensor(num_blocks, kv_heads, size, dim))
+        LayerCache(tensor(num_blocks, *keys), tensor(num_blocks, *values), layout.records)
         for _ in range(layout.num_layers)
     ]
 
@@ -375,17 +387,19 @@ def warm_up(
     device: torch.device | str = "cpu",
     encoders: bool = True,
     stopped: Callable[[], bool] = lambda: False,
+    int8_cache: bool = False,
 ) -> float:
     """Compile or load every kernel for ``dtype``, so that the first request does not wait.
 
     Returns the seconds that it took. encoders: include the kernels of vision and audio towers.
-    stopped: asked before each kernel; no more are made then. Does nothing where no kernels are
-    used.
+    stopped: asked before each kernel; no more are made then. int8_cache: include those for a KV
+    cache in int8. Does nothing where no kernels are used.
     """
     start = time.perf_counter()
     builds: tuple[elementwise.Build, ...] = ()
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
         builds = DECODER_KERNELS + (ENCODER_KERNELS if encoders else ())
+        builds += INT8_CACHE_KERNELS if int8_cache else ()
         unit = amx.unit() if dtype == torch.bfloat16 else None
         if unit is not None:
             builds += (amx.bound(causal_tiles.build_attend, unit),)

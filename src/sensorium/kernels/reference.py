@@ -212,23 +212,38 @@ def token_positions(batch: AttentionBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def write_cache(k: torch.Tensor, v: torch.Tensor, batch: AttentionBatch, cache: LayerCache) -> None:
     """Store k, v (T, num_kv_heads, D) of the step's tokens in the cache's blocks."""
-    block_size = cache.k.shape[3]
+    block_size = cache.block_size
     sequence, position = token_positions(batch)
     block = batch.block_table.long()[sequence, position // block_size]
     offset = position % block_size
+    if cache.records is not None:
+        cache.records.write(k, v, cache.k, cache.v, block, offset)
+        return
     cache.k[block, :, :, offset] = k
     cache.v[block, :, offset] = v
 
 
-def gather(cache: LayerCache, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gather K and V (S, num_kv_heads, B * block_size, D) from the blocks (S, B) of the cache."""
+def gather(
+    cache: LayerCache, blocks: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gather K and V (S, num_kv_heads, B * block_size, D) from the blocks (S, B) of the cache.
+
+    Those of a cache in int8 are in ``dtype``, by default float32, and its keys as they were
+    transformed (``int8_cache``).
+    """
     num_sequences, num_blocks = blocks.shape
-    _, num_kv_heads, head_dim, block_size = cache.k.shape
+    num_kv_heads, head_dim, block_size = cache.num_kv_heads, cache.head_dim, cache.block_size
     length = num_blocks * block_size
     index = blocks.reshape(-1).long()
+    shape = (num_sequences, num_kv_heads, length, head_dim)
+    if cache.records is not None:
+        k, v = (
+            each.unflatten(0, (num_sequences, num_blocks)).transpose(1, 2).reshape(shape)
+            for each in cache.records.read(cache.k, cache.v, index, dtype or torch.float32)
+        )
+        return k, v
     k = cache.k[index].view(num_sequences, num_blocks, num_kv_heads, head_dim, block_size)
     v = cache.v[index].view(num_sequences, num_blocks, num_kv_heads, block_size, head_dim)
-    shape = (num_sequences, num_kv_heads, length, head_dim)
     # A single block would be reshaped to a view whose last axis has gaps, which attention kernels
     # do not take.
     k = k.permute(0, 2, 1, 4, 3).reshape(shape).contiguous()
@@ -240,12 +255,13 @@ def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: flo
 
     The result has the shape of q.
     """
-    block_size = cache.k.shape[3]
+    block_size = cache.block_size
     num_decodes = batch.num_decodes
     parts = []
     if num_decodes:
         num_blocks = -(-max(batch.kv_lens[:num_decodes]) // block_size)
-        k, v = gather(cache, batch.block_table[:num_decodes, :num_blocks])
+        blocks = batch.block_table[:num_decodes, :num_blocks]
+        k, v = gather(cache, blocks, q.dtype)
         seen = torch.arange(k.shape[2], device=q.device) < batch.kv_len[:num_decodes, None]
         for gathered in (k, v):
             # Behind the end there may be values of another sequence: a NaN among them would stay a
@@ -259,7 +275,8 @@ def attend(q: torch.Tensor, batch: AttentionBatch, cache: LayerCache, scale: flo
     for index in range(num_decodes, len(batch.query_lens)):
         query_len, kv_len = batch.query_lens[index], batch.kv_lens[index]
         num_blocks = -(-kv_len // block_size)
-        k, v = gather(cache, batch.block_table[index : index + 1, :num_blocks])
+        blocks = batch.block_table[index : index + 1, :num_blocks]
+        k, v = gather(cache, blocks, q.dtype)
         own = q[row : row + query_len].transpose(0, 1)[None]
         first = kv_len - query_len
         position = torch.arange(first, kv_len, device=q.device)
@@ -287,6 +304,8 @@ def paged_attention(
     """
     cache = batch.caches[layer]
     write_cache(k, v, batch, cache)
+    if cache.records is not None:
+        q = cache.records.for_scores(q)
     if variant.is_plain(batch.max_kv_len):
         return attend(q, batch, cache, scale)
     starts = accumulate(batch.query_lens[:-1], initial=0)
@@ -312,7 +331,7 @@ def _attend_variant(
     """
     query_len, kv_len = batch.query_lens[index], batch.kv_lens[index]
     rows = slice(row, row + query_len)
-    block_size, window = cache.k.shape[3], variant.window
+    block_size, window = cache.block_size, variant.window
     spans = None if variant.bidirectional is None else variant.bidirectional[:, rows]
     first = 0
     if window is not None and spans is None:

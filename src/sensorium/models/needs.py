@@ -35,6 +35,7 @@ GGUF_BEGINNING = 64 << 20
 """Bytes of a GGUF file that are fetched to read its metadata, which takes a few MiB."""
 SPARE_DISK = GIB // 4
 """Space that is to stay free on the disk."""
+_BLOCK_SIZE = 32
 _BYTES_STORED = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BYTES_QUANTIZED = {"int8": 1.02, "int4": 0.57}
 """Bytes of a weight with its scales."""
@@ -123,8 +124,8 @@ class Needs:
         return {**dataclasses.asdict(self), "run": self.run, "problem": self.problem()}
 
 
-def needs_of(options: ModelConfig) -> Needs:
-    """Return the needs of a model, here or on the hub.
+def needs_of(options: ModelConfig, kv_cache_dtype: str = "auto") -> Needs:
+    """Return the needs of a model, here or on the hub, with a KV cache of this data type.
 
     Of the hub its configuration files are downloaded, and of a GGUF file the beginning.
 
@@ -139,7 +140,7 @@ def needs_of(options: ModelConfig) -> Needs:
     total = sum(file.size for file in wanted)
     to_come = sum(file.size for file in wanted if not file.is_cached)
     dtype, weights = _in_memory(options, loaded, family, device, total, gguf)
-    context, num_tokens = _context(options, loaded, family, dtype)
+    context, num_tokens = _context(options, loaded, family, dtype, kv_cache_dtype)
     memory, free = _memory(device)
     plain = str(dtype).removeprefix("torch.")
     return Needs(
@@ -290,13 +291,19 @@ def _in_memory(
 
 
 def _context(
-    options: ModelConfig, loaded: LoadedConfig, family: Family, dtype: torch.dtype
+    options: ModelConfig, loaded: LoadedConfig, family: Family, dtype: torch.dtype, kept: str
 ) -> tuple[int, int]:
     """Return the bytes of keys and values of one sequence, and its tokens: at most 8192."""
+    import torch
+
+    from sensorium.kernels.batch import KVCacheLayout
+
     shape = family.shape(loaded)
     num_tokens = options.max_model_len or min(shape.max_position, 8192)
-    per_token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
-    return num_tokens * per_token, num_tokens
+    stored = torch.int8 if kept == "int8" else dtype
+    heads = shape.num_layers, shape.num_kv_heads, shape.head_dim
+    per_block = KVCacheLayout(*heads, _BLOCK_SIZE, stored).bytes_per_block
+    return num_tokens * per_block // _BLOCK_SIZE, num_tokens
 
 
 def _memory(device: torch.device) -> tuple[int, int]:

@@ -82,6 +82,37 @@ def cache_geometry(
     return CacheGeometry(num_blocks, layout.block_size, wanted_len)
 
 
+def cache_dtype(name: str, model_dtype: torch.dtype) -> torch.dtype:
+    """Return the data type of keys and values that ``kv_cache_dtype`` names.
+
+    Raises ConfigError for a floating-point type that is not the model's.
+    """
+    wanted = {"auto": model_dtype, "int8": torch.int8}.get(name)
+    if wanted is None:
+        wanted = getattr(torch, name)
+    if wanted not in (model_dtype, torch.int8):
+        own = str(model_dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"kv_cache_dtype is {name}, but the model runs in {own}: keys and values are kept in "
+            "the model's data type or in int8. Leave kv_cache_dtype at auto, or set dtype to "
+            f"{name}.",
+            param="kv_cache_dtype",
+        )
+    return wanted
+
+
+def log_cache(layout: KVCacheLayout, geometry: CacheGeometry) -> None:
+    """Say at start how large the cache is."""
+    logger.info(
+        "KV cache: %d tokens (%d blocks of %d) in %s, up to %.2f GiB",
+        geometry.num_blocks * geometry.block_size,
+        geometry.num_blocks,
+        geometry.block_size,
+        str(layout.dtype).removeprefix("torch."),
+        geometry.num_blocks * layout.bytes_per_block / GIB,
+    )
+
+
 def free_memory(device: torch.device, config: CacheConfig) -> int:
     """Return the bytes that the cache may take on this device, beside the loaded model.
 

@@ -91,7 +91,8 @@ def _print_needs(arguments: argparse.Namespace) -> int:
     from sensorium.models.needs import needs_of
 
     arguments.model = arguments.model_argument
-    needs = needs_of(build_engine_config(arguments).model)
+    config = build_engine_config(arguments)
+    needs = needs_of(config.model, config.cache.kv_cache_dtype)
     problem = needs.problem()
     print(json.dumps(needs.as_dict(), indent=2) if arguments.json else "\n".join(needs.lines()))
     if problem is not None and not arguments.json:
@@ -199,7 +200,7 @@ def _gpus() -> dict[str, str]:
 
 
 def _choices() -> dict[str, Any]:
-    """Return device, dtype and threads of a model with default options."""
+    """Return device, dtypes and threads of a model with default options."""
     import torch
 
     gpu = torch.cuda.is_available()
@@ -207,6 +208,7 @@ def _choices() -> dict[str, Any]:
         "device": "cuda" if gpu else "cpu",
         "dtype": _auto_dtype(gpu),
         "threads": "1 per stream" if gpu else _threads(),
+        "KV cache": "in that dtype (--kv-cache-dtype auto); int8 takes about half of 16 bits",
     }
 
 

@@ -30,6 +30,8 @@ from sensorium.kernels.cpu.numeric import (
 )
 
 ROWS_PER_TASK = 4
+SCRATCH_ROWS = 3
+"""Rows of a head, padded to a multiple of 16, that writing a key takes as scratch."""
 
 
 @njit(**INLINE)
@@ -92,23 +94,39 @@ def convert_row(source: Any, size: Any, scale: Any, out: Any) -> None:
         store_part(out, full, load_part(source, full, rest) * factor, rest)
 
 
-def build_rope_write(element: Any) -> Callable[[Any], None]:
+@njit(**INLINE)
+def write_pair(key: Any, value: Any, dim: Any, k_cache: Any, v_cache: Any, place: Any) -> None:
+    """Store a key (float32) and a value (stored type) in caches of the value's type.
+
+    key: the first of ``SCRATCH_ROWS - 1`` rows of scratch. k_cache, v_cache: addresses; place:
+    index of block and head, token in the block, tokens of a block.
+    """
+    index, offset, block_size = place
+    slot = index * dim * block_size
+    write_key(key, pointer(k_cache, value), slot + offset, dim, block_size)
+    write_value(value, pointer(v_cache, value), slot + offset * dim, dim)
+
+
+def build_rope_write(
+    element: Any, mark: str = "", write_pair: Any = write_pair
+) -> Callable[[Any], None]:
     """Rotate the queries of some rows into ``q_out``, write keys and values into the cache.
 
     args: qkv, cos, sin, k_cache, v_cache, q_out (T, heads, D) float32, k_out (T, KV heads, D) (0:
     none), row_block, row_offset (int64), heads, KV heads, D, half of the rotary dimensions, block
     size, q_norm (0: none), k_norm, eps, first row, number of rows, rows of a task, scratch
-    (float32, 2 D a thread). Row pointers are those of row 0 of the step; row_block and row_offset
-    start at the first row.
+    (float32, ``SCRATCH_ROWS`` D a thread, D a multiple of 16). Row pointers are those of row 0 of
+    the step; row_block and row_offset start at the first row. ``write_pair`` stores a key and a
+    value, ``mark`` tells kernels apart.
     """
 
     def rope_write(args: Any) -> None:
         heads, kv_heads, dim, half, block_size = args[12], args[13], args[14], args[15], args[16]
         eps, first_row, num_rows, per_task = as_float(args[19]), args[20], args[21], args[22]
         slot = fetch_add(args, 1, 1)
-        normed = shifted(pointer(args[23], types.float32), slot * 2 * dim)
-        rotated = shifted(normed, dim)
-        k_cache, v_cache = pointer(args[6], element), pointer(args[7], element)
+        padded = (dim + WIDTH - 1) // WIDTH * WIDTH
+        normed = shifted(pointer(args[23], types.float32), slot * SCRATCH_ROWS * padded)
+        rotated = shifted(normed, padded)
         width = (heads + 2 * kv_heads) * dim
         while True:
             task = fetch_add(args, 0, 1)
@@ -134,11 +152,11 @@ def build_rope_write(element: Any) -> Callable[[Any], None]:
                     rotate_head(normed, cos, sin, half, dim, f32(1.0), rotated)
                     if args[9] != 0:
                         convert_row(rotated, dim, f32(1.0), shifted(k_out, h * dim))
-                    head_slot = (block * kv_heads + h) * dim * block_size
-                    write_key(rotated, k_cache, head_slot + offset, dim, block_size)
                     value = shifted(key, kv_heads * dim)
-                    write_value(value, v_cache, head_slot + offset * dim, dim)
+                    place = (block * kv_heads + h, offset, block_size)
+                    write_pair(rotated, value, dim, args[6], args[7], place)
 
+    rope_write.__qualname__ += mark
     return rope_write
 
 

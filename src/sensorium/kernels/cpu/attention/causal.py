@@ -29,7 +29,6 @@ from numba import types
 from sensorium.kernels.cpu.attention.softmax import (
     cap_row,
     clear_rows,
-    merge_part,
     online_softmax_row,
     scale_sums,
 )
@@ -43,6 +42,7 @@ from sensorium.kernels.cpu.attention.steps import (
     PART_TOKENS,
     PIECE_COLUMNS,
     SEQUENCE,
+    build_run_parts,
     build_steps,
 )
 from sensorium.kernels.cpu.attention.tile import TILE_COLUMNS, TILE_ROWS, multiply_tile
@@ -197,8 +197,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
         piece: Any,
         head: Any,
         group: Any,
-        q: Any,
-        scores: Any,
+        work: Any,
         begin: Any,
         end: Any,
         sums: Any,
@@ -207,8 +206,9 @@ def build_attend(element: Any) -> Callable[[Any], None]:
     ) -> None:
         """Run the online softmax over the tokens [begin, end) of a part.
 
-        Results: sums (rows, D), tops and totals (rows).
+        work: queries and scores. Results: sums (rows, D), tops and totals (rows).
         """
+        q, scores = work
         kv_heads, dim, block_size = args[17], args[18], args[20]
         rows = piece[NUM_ROWS] * group
         clear_rows(rows, dim, sums, tops, totals)
@@ -255,39 +255,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
                 *(start, first, count, end, block_size, sums),
             )
 
-    @outlined(element)
-    def run_parts(
-        args: Any,
-        piece: Any,
-        head: Any,
-        group: Any,
-        q: Any,
-        scores: Any,
-        sums: Any,
-        tops: Any,
-        totals: Any,
-    ) -> None:
-        """Run ``run_part`` for all parts of the piece and merge them in order."""
-        begin, end, dim = piece[BEGIN], piece[END], args[18]
-        if end - begin <= PART_TOKENS:
-            run_part(args, piece, head, group, q, scores, begin, end, sums, tops, totals)
-            return
-        rows = piece[NUM_ROWS] * group
-        own_sums = shifted(totals, rows)
-        own_tops = shifted(own_sums, rows * dim)
-        own_totals = shifted(own_tops, rows)
-        clear_rows(rows, dim, sums, tops, totals)
-        for start in range(begin, end, PART_TOKENS):
-            stop = min(start + PART_TOKENS, end)
-            run_part(
-                *(args, piece, head, group, q, scores),
-                *(start, stop, own_sums, own_tops, own_totals),
-            )
-            for r in range(rows):
-                own, kept = shifted(own_sums, r * dim), shifted(sums, r * dim)
-                tops[r], totals[r] = merge_part(
-                    own, own_tops[r], own_totals[r], kept, tops[r], totals[r], dim
-                )
+    run_parts = build_run_parts(element, "", run_part)
 
     def attend(args: Any) -> None:
         heads, kv_heads, dim = args[16], args[17], args[18]
@@ -309,7 +277,7 @@ def build_attend(element: Any) -> Callable[[Any], None]:
             if piece[FRESH] != 0 and piece[BEGIN] <= piece[FIRST_POS] < piece[END]:
                 write_new(args, piece, head, small)
             fill_queries(args, piece, head, group, q, small)
-            run_parts(args, piece, head, group, q, scores, sums, tops, totals)
+            run_parts(args, piece, head, group, (q, scores), sums, tops, totals)
             finish(args, piece, head, group, sums, tops, totals, small)
 
     return attend

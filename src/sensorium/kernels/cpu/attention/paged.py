@@ -22,6 +22,7 @@ from sensorium.kernels.batch import PLAIN, AttentionBatch, AttentionVariant, Lay
 from sensorium.kernels.cpu import amx
 from sensorium.kernels.cpu.attention import causal, pieces
 from sensorium.kernels.cpu.attention.pieces import Span
+from sensorium.kernels.cpu.attention.quantized import causal as quantized
 from sensorium.kernels.cpu.attention.route import VECTORS, Route, choose
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.elementwise import Build, kernel, launch
@@ -35,7 +36,7 @@ from sensorium.kernels.cpu.launch import (
     renew_last,
 )
 from sensorium.kernels.cpu.numeric import WIDTH
-from sensorium.kernels.cpu.rotary import ROWS_PER_TASK, build_rope_write
+from sensorium.kernels.cpu.rotary import ROWS_PER_TASK, SCRATCH_ROWS, build_rope_write
 
 SHORT_SPAN = 24
 """Longest span of bf16 query rows for which matrix tiles do not pay off; measured with a context
@@ -83,13 +84,13 @@ def rope_attention(
 ) -> torch.Tensor:
     """Compute ``reference.rope_attention`` with CPU kernels.
 
-    The cache must have qkv's dtype and a block size that is a multiple of 16. route: the kernel, by
-    default the one of this machine.
+    The cache must have qkv's dtype or int8, and a block size that is a multiple of 16. route: the
+    kernel, by default the one of this machine.
     """
     qkv = qkv.contiguous()
     num_tokens = qkv.shape[0]
     cache = batch.caches[layer]
-    plan = plan_of(batch, cache, num_heads, variant, route)
+    plan = plan_of(batch, cache, num_heads, qkv.dtype, variant, route)
     out = qkv.new_empty((num_tokens, num_heads * head_dim))
     norms = (
         0 if q_norm is None else q_norm.data_ptr(),
@@ -99,7 +100,7 @@ def rope_attention(
     if plan.first_span_row < num_tokens:
         _rope_write(qkv, batch, cache, plan, num_heads, norms)
         if is_recording():
-            _renew_rope(cache, num_heads, variant, route)
+            _renew_rope(cache, num_heads, qkv.dtype, variant, route)
     if plan.num_pieces:
         # Only what differs between layers: the rest is in the plan's arguments.
         args = plan.args
@@ -115,7 +116,7 @@ def rope_attention(
         args[28] = 0 if sinks is None else sinks.data_ptr()
         plan.attend(args)
         if is_recording():
-            _renew_plan(cache, num_heads, variant, route)
+            _renew_plan(cache, num_heads, qkv.dtype, variant, route)
     for span in plan.spans:
         _attend_span(qkv, batch, cache, plan, span, scale, out)
     return out
@@ -125,6 +126,7 @@ def plan_of(
     batch: AttentionBatch,
     cache: LayerCache,
     num_heads: int,
+    dtype: torch.dtype,
     variant: AttentionVariant,
     route: Route | None = None,
 ) -> AttentionPlan:
@@ -134,11 +136,13 @@ def plan_of(
     window = variant.window
     if window is not None and batch.max_kv_len <= window:
         window = None
-    _, num_kv_heads, head_dim, _ = cache.k.shape
-    dtype = cache.k.dtype
-    route = choose(dtype, head_dim) if route is None else route
+    num_kv_heads, head_dim = cache.num_kv_heads, cache.head_dim
+    if cache.records is not None:
+        route = VECTORS
+    elif route is None:
+        route = choose(dtype, head_dim)
     others = (variant.softcap is None, variant.sinks is None, id(variant.bidirectional), route)
-    key = (num_heads, num_kv_heads, head_dim, dtype, window, *others)
+    key = (num_heads, num_kv_heads, head_dim, cache.dtype, window, *others)
     plan: AttentionPlan | None = batch.scratch.get(key)
     if plan is None:
         plan = batch.scratch[key] = _plan(batch, cache, num_heads, dtype, variant, route)
@@ -151,15 +155,18 @@ _OF_PLAN = tuple(index for index in range(NUM_ARGS) if index not in _OF_LAYER)
 
 
 def _renew_plan(
-    cache: LayerCache, num_heads: int, variant: AttentionVariant, route: Route | None
+    cache: LayerCache,
+    num_heads: int,
+    dtype: torch.dtype,
+    variant: AttentionVariant,
+    route: Route | None,
 ) -> None:
     """Tell the recording how the arguments of attention follow from the batch of a later step."""
     if variant.bidirectional is not None:
         raise NotRecordable("spans that are attended to both ways belong to one step")
-    _, num_kv_heads, head_dim, _ = cache.k.shape
     renew_last(
-        (num_heads, num_kv_heads, head_dim, variant.window, route),
-        lambda batch: plan_of(batch, cache, num_heads, variant, route).args,
+        (num_heads, cache.num_kv_heads, cache.head_dim, variant.window, route),
+        lambda batch: plan_of(batch, cache, num_heads, dtype, variant, route).args,
         _OF_PLAN,
     )
 
@@ -169,16 +176,19 @@ _OF_ROPE = (4, 5, 8, 10, 11, 23)
 
 
 def _renew_rope(
-    cache: LayerCache, num_heads: int, variant: AttentionVariant, route: Route | None
+    cache: LayerCache,
+    num_heads: int,
+    dtype: torch.dtype,
+    variant: AttentionVariant,
+    route: Route | None,
 ) -> None:
     """Do as ``_renew_plan`` for the rotation and the writing of keys and values."""
-    _, num_kv_heads, head_dim, _ = cache.k.shape
 
     def args(batch: AttentionBatch) -> Any:
-        plan = plan_of(batch, cache, num_heads, variant, route)
+        plan = plan_of(batch, cache, num_heads, dtype, variant, route)
         return _rope_args(batch, cache, plan, num_heads, qkv=0, norms=(0, 0, 0))
 
-    key = ("rope", num_heads, num_kv_heads, head_dim, variant.window, route)
+    key = ("rope", num_heads, cache.num_kv_heads, cache.head_dim, variant.window, route)
     renew_last(key, args, _OF_ROPE)
 
 
@@ -219,7 +229,8 @@ def _rope_write(
     """Rotate the rows of all spans and write their keys and values."""
     args = _rope_args(batch, cache, plan, num_heads, qkv=qkv.data_ptr(), norms=norms)
     weight = (qkv.shape[0] - plan.first_span_row) * qkv.shape[1]
-    launch(kernel(build_rope_write, qkv.dtype), args, weight, plan.num_threads)
+    build = build_rope_write if cache.records is None else quantized.build_rope_write
+    launch(kernel(build, qkv.dtype), args, weight, plan.num_threads)
 
 
 def _rope_args(
@@ -232,7 +243,7 @@ def _rope_args(
     norms: tuple[int, int, int],
 ) -> Any:
     """Pack the arguments of ``build_rope_write``; ``qkv`` is an address."""
-    _, num_kv_heads, head_dim, block_size = cache.k.shape
+    num_kv_heads, head_dim, block_size = cache.num_kv_heads, cache.head_dim, cache.block_size
     num_rows = batch.cos.shape[0] - plan.first_span_row
     return pack(
         -(-num_rows // ROWS_PER_TASK),
@@ -268,7 +279,7 @@ def _attend_span(
     out: torch.Tensor,
 ) -> None:
     """Flash attention of one long span, written into its rows of ``out``."""
-    _, num_kv_heads, head_dim, block_size = cache.k.shape
+    num_kv_heads, head_dim, block_size = cache.num_kv_heads, cache.head_dim, cache.block_size
     num_heads = out.shape[1] // head_dim
     rows = slice(span.first_row, span.first_row + span.num_rows)
     heads = qkv[rows].view(span.num_rows, num_heads + 2 * num_kv_heads, head_dim)
@@ -318,12 +329,13 @@ def _plan(
     # The kernels read these by address.
     batch.cos, batch.sin = batch.cos.contiguous(), batch.sin.contiguous()
     batch.block_table = batch.block_table.to(torch.int32).contiguous()
-    _, num_kv_heads, head_dim, block_size = cache.k.shape
+    num_kv_heads, head_dim, block_size = cache.num_kv_heads, cache.head_dim, cache.block_size
     group = num_heads // num_kv_heads
     num_threads = torch.get_num_threads()
     num_tokens = sum(batch.query_lens)
     limits: list[int | None] = [None] * len(batch.query_lens)
-    if route.unit is None and flash_pays(dtype) and not batch.invariant:
+    may_vary = not batch.invariant and cache.records is None
+    if route.unit is None and may_vary and flash_pays(dtype):
         affected = set(variant.affected_sequences(batch))
         limits = [None if i in affected else SHORT_SPAN for i in range(len(limits))]
     seen = seen_tokens(batch, variant)
@@ -341,6 +353,10 @@ def _plan(
     if route.unit is not None:
         build = amx.bound(causal_tiles.build_attend, route.unit)
         stride = causal_tiles.scratch_floats(rows_of_task, head_dim)
+    if cache.records is not None:
+        build = quantized.build_attend
+        stride = quantized.scratch_floats(rows_of_task, head_dim)
+    stride = max(stride, SCRATCH_ROWS * -(-head_dim // WIDTH) * WIDTH)
     stride = -(-stride // WIDTH) * WIDTH + WIDTH
     first = batch.num_decodes
     none = torch.empty(0, dtype=torch.int64)
@@ -383,7 +399,7 @@ def _attend_args(
 
     Those that differ between layers are zero; ``rope_attention`` fills them in.
     """
-    _, num_kv_heads, head_dim, block_size = cache.k.shape
+    num_kv_heads, head_dim, block_size = cache.num_kv_heads, cache.head_dim, cache.block_size
     per_layer = 0
     return pack(
         plan.num_pieces * num_kv_heads,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from numba import types
 
-from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, merge_part
+from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE, clear_rows, merge_part
 from sensorium.kernels.cpu.numeric import (
     as_float,
     exp1,
@@ -22,8 +22,7 @@ from sensorium.kernels.cpu.rotary import (
     convert_row,
     normed_head,
     rotate_head,
-    write_key,
-    write_value,
+    write_pair,
 )
 
 PART_TOKENS = 256
@@ -47,8 +46,11 @@ class Steps(NamedTuple):
     """``finish(args, piece, head, group, sums, tops, totals, row_out)``"""
 
 
-def build_steps(element: Any, mark: str = "") -> Steps:
-    """Build the steps for one element type; ``mark`` tells kernels apart, as in ``outlined``."""
+def build_steps(element: Any, mark: str = "", write_pair: Any = write_pair) -> Steps:
+    """Build the steps for one element type.
+
+    ``mark`` tells kernels apart, as in ``outlined``; ``write_pair`` stores a key and a value.
+    """
 
     @outlined(element, mark)
     def write_new(args: Any, piece: Any, head: Any, scratch: Any) -> None:
@@ -65,11 +67,10 @@ def build_steps(element: Any, mark: str = "") -> Steps:
         )
         rotate_head(scratch, cos, sin, half, dim, f32(1.0), rotated)
         table = shifted(pointer(args[8], types.int32), piece[SEQUENCE] * args[9])
-        slot = (types.int64(table[position // block_size]) * kv_heads + head) * dim * block_size
-        offset = position % block_size
-        write_key(rotated, pointer(args[6], element), slot + offset, dim, block_size)
+        index = types.int64(table[position // block_size]) * kv_heads + head
         value = shifted(key, kv_heads * dim)
-        write_value(value, pointer(args[7], element), slot + offset * dim, dim)
+        place = (index, position % block_size, block_size)
+        write_pair(rotated, value, dim, args[6], args[7], place)
 
     @outlined(element, mark)
     def query_row(
@@ -170,3 +171,37 @@ def build_steps(element: Any, mark: str = "") -> Steps:
             convert_row(row_out, dim, share, shifted(out, at))
 
     return Steps(write_new, query_row, finish)
+
+
+def build_run_parts(element: Any, mark: str, run_part: Any) -> Any:
+    """Build ``run_parts(args, piece, head, group, work, sums, tops, totals)``.
+
+    It calls ``run_part(args, piece, head, group, work, begin, end, sums, tops, totals)`` for each
+    part of the piece and merges the parts in order. ``work``: what ``run_part`` wants. Behind the
+    totals (rows) there is as much scratch again as for sums, tops and totals.
+    """
+
+    @outlined(element, mark)
+    def run_parts(
+        args: Any, piece: Any, head: Any, group: Any, work: Any, sums: Any, tops: Any, totals: Any
+    ) -> None:
+        """Run ``run_part`` for all parts of the piece and merge them in order."""
+        begin, end, dim = piece[BEGIN], piece[END], args[18]
+        if end - begin <= PART_TOKENS:
+            run_part(args, piece, head, group, work, begin, end, sums, tops, totals)
+            return
+        rows = piece[NUM_ROWS] * group
+        own_sums = shifted(totals, rows)
+        own_tops = shifted(own_sums, rows * dim)
+        own_totals = shifted(own_tops, rows)
+        clear_rows(rows, dim, sums, tops, totals)
+        for start in range(begin, end, PART_TOKENS):
+            stop = min(start + PART_TOKENS, end)
+            run_part(args, piece, head, group, work, start, stop, own_sums, own_tops, own_totals)
+            for r in range(rows):
+                own, kept = shifted(own_sums, r * dim), shifted(sums, r * dim)
+                tops[r], totals[r] = merge_part(
+                    own, own_tops[r], own_totals[r], kept, tops[r], totals[r], dim
+                )
+
+    return run_parts

@@ -93,7 +93,7 @@ def attend(
         step.layers.append(layer)
         step.shapes.append((key.shape[1], size, value_size))
         return query.new_zeros((1, num_rows, query.shape[1], value_size)), None
-    held = step.batch.caches[layer].k.shape[2]
+    held = step.batch.caches[layer].head_dim
     num_tokens = sum(step.batch.query_lens)
     mixed = ops.paged_attention(
         _padded(query[:, :, :num_tokens], held),
