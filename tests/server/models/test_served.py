@@ -107,6 +107,17 @@ async def test_a_model_that_cannot_be_loaded_says_why_and_is_tried_again_later()
     assert (card["state"], card["reason"]) == ("ready", None)
 
 
+async def test_the_place_of_a_model_stays_on_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    broken = ConfigError("Model '/srv/secret/x': there is no such folder.")
+    model, _ = lazy("/srv/secret/x", broken, served_model_name=("public",))
+    server = Server(model)
+    assert (await server.chat(model="public")).status == 503
+    listed = (await server.get("/v1/models")).body
+    assert b"Model 'public': there is no such folder." in listed
+    assert b"secret" not in listed
+    assert "failed to load the model 'public': Model '/srv/secret/x'" in caplog.text
+
+
 async def test_an_error_of_ours_while_loading_tells_clients_nothing() -> None:
     model, _ = lazy("a", RuntimeError("secret"))
     server = Server(model)

@@ -123,7 +123,10 @@ class ServedModel:
     @property
     def reason(self) -> str | None:
         """Return the reason why the model could not be loaded; None in other states."""
-        return self._failure.reason if self._failure and self.state == "failed" else None
+        if self._failure is None or self.state != "failed":
+            return None
+        # Clients need not know where the model lies.
+        return self._failure.reason.replace(self.engine_config.model.model, self.name)
 
     @property
     def is_available(self) -> bool:
@@ -278,6 +281,8 @@ class ServedModel:
         return context
 
     def _fail(self, reason: str) -> None:
+        if self._num_uses:  # else the start of the server tells of it
+            logger.error("failed to load the model %r: %s", self.name, reason)
         seconds = min(LONGEST_RETRY, FIRST_RETRY * 2.0 ** min(self._num_failures, 16))
         self._num_failures += 1
         self._failure = _Failure(reason, self._clock() + seconds)
