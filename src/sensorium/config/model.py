@@ -15,7 +15,7 @@ LoadFormat = Literal["auto", "safetensors", "dummy"]
 Runner = Literal["auto", "generate", "pooling"]
 Convert = Literal["auto", "none", "embed"]
 ContentFormat = Literal["auto", "string", "openai"]
-WeightFormat = Literal["int8", "int4"]
+WeightFormat = Literal["none", "int8", "int4"]
 """int8: per output; int4: in groups of 32 inputs."""
 
 
@@ -74,7 +74,9 @@ class ModelConfig:
         None,
         "Format in which the decoder's linear layers are held: int8 per output, or int4 in groups "
         "of 32 inputs. The weights are quantized while they are loaded, on x86 CPUs with AVX2 "
-        "alone; unset: they have the data type of --dtype.",
+        "alone. none: the data type of --dtype, also for checkpoints that are published quantized. "
+        "Unset: --dtype for plain checkpoints; published ones stay as they are where the CPU has "
+        "products for them.",
     )
     quantization_towers: Literal["none", "int8", "int4"] = option(
         "none", "The same for the encoders of images, videos and audio, and their projectors."
@@ -169,12 +171,11 @@ class ModelConfig:
         if self.quantization is not None and self.quantization not in formats:
             bad(
                 "quantization",
-                f"must be one of {', '.join(formats)}, got {self.quantization!r}: weights are "
-                "quantized while they are loaded; checkpoints that are quantized already are not "
-                "supported",
+                f"must be one of {', '.join(formats)}, got {self.quantization!r}: checkpoints that "
+                "are published quantized need no option",
             )
-        check_choice("quantization_towers", self.quantization_towers, ("none", *formats))
-        check_choice("quantization_head", self.quantization_head, ("auto", "none", *formats))
+        check_choice("quantization_towers", self.quantization_towers, formats)
+        check_choice("quantization_head", self.quantization_head, ("auto", *formats))
 
     def deprecations(self) -> list[str]:
         """Return a warning for each deprecated option that is set."""

@@ -103,6 +103,13 @@ QUANTIZED_BAND = 1 << 20
 """Weights that are quantized before they are packed: bounds temporary memory."""
 
 
+def takes(weight: QuantizedTensor, dtype: torch.dtype) -> bool:
+    """Return whether a product of this CPU reads the integers of a weight as they are."""
+    if not (weight.values.is_cpu and dtype in CPU_DTYPES and integers.forms()):
+        return False
+    return any(kind.takes(weight) for kind in (int8.Int8Weight, int4.Int4Weight))
+
+
 def quantize_and_pack(
     weight: torch.Tensor,
     quantize: Callable[[torch.Tensor], torch.Tensor | QuantizedTensor],
@@ -114,19 +121,34 @@ def quantize_and_pack(
     only a band is in memory at a time.
     """
     num_outputs, num_inputs = weight.shape
+    return pack_in_bands(
+        (num_outputs, num_inputs), lambda first, end: quantize(weight[first:end]), dtype
+    )
+
+
+def pack_in_bands(
+    shape: tuple[int, int],
+    read: Callable[[int, int], torch.Tensor | QuantizedTensor],
+    dtype: torch.dtype,
+) -> PackedWeight:
+    """Pack a (N, K) weight for ``linear`` that ``read(first, end)`` gives by rows.
+
+    dtype: that of activations and results. Beside the result, only a band is in memory at a time.
+    """
+    num_outputs, num_inputs = shape
     panels = max(1, QUANTIZED_BAND // (WIDTH * num_inputs))
-    bands = weight.split(panels * WIDTH)
-    if len(bands) == 1:
-        return pack_weight(quantize(weight), dtype)
+    starts = range(0, num_outputs, panels * WIDTH)
+    if len(starts) == 1:
+        return pack_weight(read(0, num_outputs), dtype)
 
-    def packed(band: torch.Tensor) -> PackedWeight:
+    def packed(start: int) -> PackedWeight:
         with huge_pages.short_lived():
-            return pack_weight(quantize(band), dtype)
+            return pack_weight(read(start, min(start + panels * WIDTH, num_outputs)), dtype)
 
-    first = packed(bands[0])
+    first = packed(0)
     kind = STORED_KINDS.get(type(first).__name__)
     if kind is None:
-        return pack_weight(quantize(weight), dtype)
+        return pack_weight(read(0, num_outputs), dtype)
     parts = first.tensors()
     num_panels = -(-num_outputs // WIDTH)
     whole = {
@@ -136,12 +158,12 @@ def quantize_and_pack(
         for name, part in parts.items()
     }
     places = dict.fromkeys(whole, 0)
-    for band in bands:
-        parts = parts if band is bands[0] else packed(band).tensors()
+    for start in starts:
+        parts = parts if start == 0 else packed(start).tensors()
         for name, part in parts.items():
             whole[name][places[name] : places[name] + part.shape[0]] = part
             places[name] += part.shape[0]
-    return kind.from_tensors(whole, (num_outputs, num_inputs), dtype)
+    return kind.from_tensors(whole, shape, dtype)
 
 
 def linear(

@@ -13,6 +13,8 @@ from sensorium.models.interface import Family, LoadedConfig
 from sensorium.models.loading.weight_files import weight_names
 from sensorium.params import PoolingParams
 
+HEADS = ("lm_head.weight", "lm_head.qweight", "lm_head.weight_packed")
+"""Ends of names of an output head, plain or quantized."""
 MODULES = "modules.json"
 """The list of steps in a folder of the sentence-transformers layout."""
 
@@ -131,7 +133,7 @@ def _stores_no_head(loaded: LoadedConfig, family: Family) -> bool:
     if not family.embedders or ties_head(loaded.config):
         return False
     names = weight_names(Path(loaded.folder))
-    return names is not None and not any(name.endswith("lm_head.weight") for name in names)
+    return names is not None and not any(name.endswith(HEADS) for name in names)
 
 
 def _sizes(config: dict[str, Any]) -> tuple[int, ...]:

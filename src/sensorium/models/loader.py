@@ -29,7 +29,7 @@ from sensorium.models.interface import (
     PartCheckpoint,
 )
 from sensorium.models.loading import checkpoint
-from sensorium.models.loading.quantization import refuse_quantized
+from sensorium.models.loading.quantization import refuse_unsupported, settings_of
 from sensorium.models.registry import resolve
 
 if TYPE_CHECKING:
@@ -115,13 +115,14 @@ def load(
     replay: as in ``BuildOptions``. proceed: called between weights; what it raises ends loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
-    quantized or cannot be, and UnsupportedModelError for an unknown architecture.
+    quantized in a way that cannot be read, or cannot be quantized, and UnsupportedModelError for an
+    unknown architecture.
     """
     dummy = load_format == "dummy"
     folder = checkpoint.find(model, revision, download_dir, mmproj)
     loaded = checkpoint.read(folder, hf_overrides)
-    refuse_quantized(loaded)
     family = resolve(loaded.config)
+    refuse_unsupported(loaded, native=family.quantizable)
     if formats is not None:
         formats.check(family, find_device(device))
     loaded, names = read_parts(loaded, family, download_dir)
@@ -150,10 +151,13 @@ def load(
 def _needed(
     loaded: LoadedConfig, family: Family, skip_modalities: Collection[str]
 ) -> list[PartCheckpoint]:
-    """Return the parts whose modality is wanted. Raises ConfigError for quantized ones."""
+    """Return the parts whose modality is wanted.
+
+    Raises ConfigError for those whose quantization cannot be read.
+    """
     needed = [part for part in family.parts if part.modality not in skip_modalities]
     for field in {part.field for part in needed} & loaded.parts.keys():
-        refuse_quantized(loaded.parts[field])
+        refuse_unsupported(loaded.parts[field])
     return needed
 
 
@@ -210,10 +214,11 @@ def _source(
         encoder = gguf_folder.encoder_of(loaded.folder)
         weights = GgufWeights(gguf, family.renames, encoder)
         return weights, weights.first_dtype()
-    files = SafetensorsFiles(Path(loaded.folder), family.renames)
+    files = SafetensorsFiles(Path(loaded.folder), family.renames, settings_of(loaded))
     for part in needed:
         if part.field in loaded.parts:
-            files.add(Path(loaded.parts[part.field].folder), part.renames)
+            own = loaded.parts[part.field]
+            files.add(Path(own.folder), part.renames, settings_of(own))
     return files, files.first_dtype()
 
 
@@ -251,7 +256,9 @@ def _cache(
     source: Stored | None,
 ) -> WeightsCache | None:
     """Return the cache of a model's quantized weights; None where there is nothing to keep."""
-    if settings is None or formats is None or formats.first_option() is None or source is None:
+    if settings is None or formats is None or source is None:
+        return None
+    if formats.first_option() is None and not source.is_quantized:
         return None
     from sensorium.models.loading.weights_cache import calibrated_by
 
@@ -262,7 +269,7 @@ def _cache(
         family.name,
         json.dumps(configurations, sort_keys=True, default=str),
         (str(options.dtype), sorted(options.skip_modalities), options.head),
-        (formats.decoder, formats.encoder, formats.head),
+        (formats.decoder, formats.encoder, formats.head, formats.dequantize),
         calibrated_by() if calibrates else (),
     )
 
@@ -286,7 +293,8 @@ def _built(
     with _kernels_made(model):
         weights = DummyWeights(seed, model.dtype) if source is None else source
         fill(model, weights, formats, proceed, cache)
-    if formats is not None and formats.first_option() is not None:
+    quantizes = formats is not None and formats.first_option() is not None
+    if quantizes or (source is not None and source.is_quantized):
         log_sizes(model)
     return model
 

@@ -19,10 +19,11 @@ from sensorium.models.gguf.config import config_of
 from sensorium.models.gguf.folder import encoder_of, file_of
 from sensorium.models.gguf.reader import GgufFile
 from sensorium.models.gguf.reader import read as read_gguf
-from sensorium.models.interface import Family, LoadedConfig
+from sensorium.models.interface import BuildOptions, Family, LoadedConfig
 from sensorium.models.loader import find_device, read_parts
 from sensorium.models.loading import checkpoint, hub, weight_files
-from sensorium.models.loading.quantization import refuse_quantized
+from sensorium.models.loading.published.plan import BYTES_HELD, Plan, plan_of
+from sensorium.models.loading.quantization import refuse_unsupported, settings_of
 from sensorium.models.registry import resolve
 from sensorium.processes.limits import available_memory, total_memory
 
@@ -37,8 +38,6 @@ SPARE_DISK = GIB // 4
 """Space that is to stay free on the disk."""
 _BLOCK_SIZE = 32
 _BYTES_STORED = {"float32": 4, "float16": 2, "bfloat16": 2}
-_BYTES_QUANTIZED = {"int8": 1.02, "int4": 0.57}
-"""Bytes of a weight with its scales."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,21 +138,20 @@ def needs_of(options: ModelConfig, kv_cache_dtype: str = "auto") -> Needs:
     cache = hub.cache_folder(options.download_dir)
     total = sum(file.size for file in wanted)
     to_come = sum(file.size for file in wanted if not file.is_cached)
-    dtype, weights = _in_memory(options, loaded, family, device, total, gguf)
+    dtype, plan, weights = _in_memory(options, loaded, family, device, total, gguf)
     context, num_tokens = _context(options, loaded, family, dtype, kv_cache_dtype)
     memory, free = _memory(device)
-    plain = str(dtype).removeprefix("torch.")
     return Needs(
         model=options.model,
         format=_format(loaded, gguf),
-        product=options.quantization or plain,
+        product=plan.text(),
         family=family.name,
         folder=str(cache),
         num_files=len(wanted),
         files=total,
         download=to_come,
         free_disk=shutil.disk_usage(_existing(cache)).free,
-        dtype=options.quantization or plain,
+        dtype=plan.format,
         device=str(device),
         weights=weights,
         context=context,
@@ -178,8 +176,12 @@ def least_memory(options: ModelConfig) -> int:
         total += _stored(name, Path(loaded.parts[field].folder), None, options.download_dir)
     stored = _BYTES_STORED.get(declared_dtype(loaded.config) or "float32", 2)
     size: float = _BYTES_STORED.get(options.dtype, stored)
-    if options.quantization is not None:
-        size = _BYTES_QUANTIZED[options.quantization]
+    settings = settings_of(loaded)
+    if settings is not None:
+        plan = plan_of(settings, options.quantization, True, "bfloat16", 2)
+        stored, size = 2, 2 * plan.bytes_held / plan.bytes_stored
+    elif options.quantization in BYTES_HELD:
+        size = BYTES_HELD[options.quantization]
     shape = family.shape(loaded)
     num_tokens = options.max_model_len or min(shape.max_position, 8192)
     context = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * num_tokens * stored
@@ -212,7 +214,7 @@ def _facts(options: ModelConfig) -> tuple[LoadedConfig, GgufFile | None, list[hu
         files = [hub.HubFile(own.name, own.stat().st_size, True) for own in paths]
         return loaded, read_gguf(path), files
     family = resolve(loaded.config)
-    refuse_quantized(loaded)
+    refuse_unsupported(loaded, native=family.quantizable)
     loaded, names = read_parts(loaded, family, options.download_dir)
     wanted = _weights(options.model, folder, *where)
     for field, name in names.items():
@@ -239,6 +241,9 @@ def _format(loaded: LoadedConfig, gguf: GgufFile | None) -> str:
     """Return the format of a model's files in a few words."""
     if gguf is not None:
         return describe.format_of(gguf)
+    settings = settings_of(loaded)
+    if settings is not None:
+        return f"safetensors, {settings.label}"
     declared = declared_dtype(loaded.config)
     return f"safetensors, {declared}" if declared else "safetensors"
 
@@ -276,18 +281,37 @@ def _in_memory(
     device: torch.device,
     total: int,
     gguf: GgufFile | None,
-) -> tuple[torch.dtype, int]:
-    """Return the dtype in which the model would run, and about the bytes of its weights."""
+) -> tuple[torch.dtype, Plan, int]:
+    """Return the dtype in which the model would run, and what its weights become and take."""
+    from sensorium.kernels import ops
+
+    settings = None if gguf is not None else settings_of(loaded)
     num_weights = total // _BYTES_STORED.get(declared_dtype(loaded.config) or "float32", 2)
     if gguf is not None:
         num_weights = sum(info.num_values for info in gguf.tensors.values())
-    dtype = dtype_of(options.dtype, loaded.config, None)
+    dtype = dtype_of(options.dtype, loaded.config, None if settings is None else "float16")
     if options.dtype == "auto" and device.type == "cpu":
         dtype = suited_to_cpu(dtype, lambda: num_weights, family.quantizable)
-    size = float(dtype.itemsize)
-    if options.quantization is not None:
-        size = _BYTES_QUANTIZED[options.quantization]
-    return dtype, math.ceil(num_weights * size)
+    name = str(dtype).removeprefix("torch.")
+    if settings is None:
+        wanted = options.quantization if options.quantization in BYTES_HELD else None
+        size = dtype.itemsize if wanted is None else BYTES_HELD[wanted]
+        return dtype, Plan(wanted or name, wanted is None, size, size), math.ceil(num_weights * size)
+    products = device.type == "cpu" and ops.has_integer_products()
+    plan = plan_of(settings, options.quantization, products, name, dtype.itemsize)
+    linear = min(_num_linear(loaded, family, dtype, device), int(total / plan.bytes_stored))
+    rest = total - linear * plan.bytes_stored
+    return dtype, plan, math.ceil(rest + linear * plan.bytes_held)
+
+
+def _num_linear(
+    loaded: LoadedConfig, family: Family, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Return the number of weights of a decoder's linear layers, those that tools quantize."""
+    model = family.build_model(loaded, BuildOptions(dtype, device, random_weights=True))
+    slots = (slot for slot in model.slots() if slot.role == "decoder")
+    shapes = (part.shape for slot in slots for part in slot.parts)
+    return sum(math.prod(shape) for shape in shapes if len(shape) == 2)
 
 
 def _context(

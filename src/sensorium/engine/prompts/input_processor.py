@@ -52,7 +52,7 @@ from sensorium.errors import InvalidRequestError, located
 from sensorium.models import loader
 from sensorium.models.embedder import GENERATES, POOLS, embedder_of
 from sensorium.models.interface import stop_token_ids, warn_of_defaults
-from sensorium.models.loading.quantization import refuse_quantized
+from sensorium.models.loading.quantization import refuse_unsupported
 from sensorium.models.registry import resolve
 from sensorium.multimodal.items import MediaItem, Modality
 from sensorium.multimodal.parse.limits import check_modality
@@ -96,9 +96,9 @@ class InputProcessor:
             hf_overrides=model.hf_overrides,
             download_dir=model.download_dir,
         )
-        refuse_quantized(self._loaded)
         self._generation = generation_values(self._loaded.generation, model)
         family = resolve(self._loaded.config)
+        refuse_unsupported(self._loaded, native=family.quantizable)
         shape = family.shape(self._loaded)
         self._vocab_size = shape.vocab_size
         self.embedder = embedder_of(self._loaded, family, model.runner)

@@ -18,6 +18,7 @@ from sensorium.kernels.cpu import huge_pages
 from sensorium.layers.embedding import Embedding
 from sensorium.layers.linear import Linear
 from sensorium.models.interface import LoadableModel, WeightSlot
+from sensorium.models.loading.coded import dense
 from sensorium.models.loading.fill import assign
 from sensorium.models.loading.memory import MappedFiles, Scratch
 from sensorium.models.loading.weights import WeightSource
@@ -67,7 +68,8 @@ def _prepare(
                 if isinstance(layer, Embedding):
                     [part] = slot.parts
                     table = source.read(part if source.has(part) else stored.get(part, part))
-                    layer.weight = table[ids].to(device=model.device, dtype=model.dtype)
+                    rows = dense(table, model.dtype)[ids]
+                    layer.weight = rows.to(device=model.device, dtype=model.dtype)
         elif slot.layers:
             run = _Passing(model, slot, source, mapped, scratch, sums, proceed)
             for layer in slot.layers:

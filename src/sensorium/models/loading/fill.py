@@ -22,6 +22,7 @@ from sensorium import progress
 from sensorium.config import MIB
 from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models.interface import LoadableModel, Part, WeightSlot
+from sensorium.models.loading.coded import CodedWeight, Outcomes, Packing, dense, pack
 from sensorium.models.loading.memory import MappedFiles, Scratch, lent
 from sensorium.models.loading.quantize import Quantize, WeightFormats
 from sensorium.models.loading.weights import WeightSource
@@ -58,7 +59,8 @@ def fill(
     slots = _as_stored(list(model.slots()), source, model.dtype)
     source.check((part for slot in slots for part in slot.parts), model.ignored_weights)
     slots = _largest_first(slots)
-    quantizes = formats is not None and formats.first_option() is not None
+    coded = {part for slot in slots for part in slot.parts if source.is_coded(part)}
+    quantizes = coded or (formats is not None and formats.first_option() is not None)
     title = "Loading and quantizing weights" if quantizes else "Loading weights"
     total = sum(map(_num_values, slots))
     with (
@@ -69,9 +71,14 @@ def fill(
         if formats is None or cache is None:
             _fill(slots, model, source, formats, proceed, shown)
             return
-        kept = [slot for slot in slots if slot.packed is not None and formats.bytes_of(slot)]
-        names = [slot.packed.name for slot in kept if slot.packed is not None]
-        cache.begin(names, sum(map(formats.bytes_of, kept)))
+        kept = {
+            slot.packed.name: formats.bytes_of(slot) or _num_values(slot)
+            for slot in slots
+            if slot.packed is not None
+            and (formats.bytes_of(slot) or not coded.isdisjoint(slot.parts))
+        }
+        names = list(kept)
+        cache.begin(names, sum(kept.values()))
         filled = _with_kept(slots, set(names), cache, model.dtype, shown)
         _fill(filled, model, source, formats, proceed, shown, cache)
         cache.finish()
@@ -86,13 +93,14 @@ def _fill(
     shown: progress.TerminalBar,
     cache: WeightsCache | None = None,
 ) -> None:
-    mapped, scratch, num_bytes = source.mapped(), Scratch(), 0
+    mapped, scratch, num_bytes, outcomes = source.mapped(), Scratch(), 0, Outcomes()
     for slot, tensors in _read_ahead(slots, source, mapped):
         proceed()
         if formats is not None:
             for layer in slot.layers:
                 layer.quantize = _giving_back(formats.quantizer(slot), mapped)
-        assign(slot, tensors, model, scratch, mapped)
+        wanted = "as stored" if formats is None else formats.of(slot)
+        assign(slot, tensors, model, scratch, mapped, wanted, outcomes)
         if cache is not None and slot.packed is not None:
             cache.add(slot.packed.name, slot.layers[0].weight)
         shown.update(_num_values(slot))
@@ -100,25 +108,71 @@ def _fill(
         if num_bytes > RETURNED_BYTES:
             return_freed()
             num_bytes = 0
+    outcomes.log()
 
 
 def assign(
     slot: WeightSlot,
+    tensors: Sequence[torch.Tensor | CodedWeight],
+    model: LoadableModel,
+    scratch: Scratch,
+    mapped: MappedFiles | None,
+    wanted: str = "as stored",
+    outcomes: Outcomes | None = None,
+) -> None:
+    """Load one slot with tensors as the source has them, and give their pages back.
+
+    wanted: format of weights that are not stored as plain numbers. outcomes: is told what became of
+    these.
+    """
+    coded = [tensor for tensor in tensors if isinstance(tensor, CodedWeight)]
+    packed = _packed(slot, tensors, model, wanted) if coded else None
+    if outcomes is not None:
+        outcomes.add(coded, packed, model.dtype)
+    if packed is None or slot.packed is None:
+        _assign_plain(slot.assign, [dense(t, model.dtype) for t in tensors], model, scratch, mapped)
+    else:
+        rest = tensors[len(slot.parts) - len(slot.packed.parts) :]
+        take = partial(slot.packed.assign, packed.weight)
+        _assign_plain(take, [dense(t, model.dtype) for t in rest], model, scratch, mapped)
+    for weight in coded:
+        for tensor in weight.tensors if mapped is not None else ():
+            mapped.give_back(tensor)
+
+
+def _assign_plain(
+    take: Callable[..., None],
     tensors: Sequence[torch.Tensor],
     model: LoadableModel,
     scratch: Scratch,
     mapped: MappedFiles | None,
 ) -> None:
-    """Load one slot with tensors as the source has them, and give their pages back."""
+    """Call ``take`` with the tensors in the model's dtype, and give their pages back."""
     placed = _placed(tensors, model, scratch)
     for tensor, copy in zip(tensors, placed, strict=True):
         if mapped is not None and copy is not tensor:
             mapped.give_back(tensor)
     with lent([*tensors, *(placed if len(placed) > 1 else ())]):
-        slot.assign(*placed)
+        take(*placed)
     for tensor in tensors:
         if mapped is not None:
             mapped.give_back(tensor)
+
+
+def _packed(
+    slot: WeightSlot,
+    tensors: Sequence[torch.Tensor | CodedWeight],
+    model: LoadableModel,
+    wanted: str,
+) -> Packing | None:
+    """Return the weight of a slot's layer made of weights that are not stored plain.
+
+    None where the layer takes plain numbers alone.
+    """
+    if slot.packed is None or model.device.type != "cpu" or wanted == "none":
+        return None
+    weights = tensors[: len(slot.parts) - len(slot.packed.parts)]
+    return pack(weights, wanted, slot.layers[0].quantize, model.dtype)
 
 
 def _with_kept(
@@ -188,9 +242,9 @@ def _num_values(slot: WeightSlot) -> int:
 
 def _read_ahead(
     slots: Iterable[WeightSlot], source: WeightSource, mapped: MappedFiles | None
-) -> Iterator[tuple[WeightSlot, list[torch.Tensor]]]:
+) -> Iterator[tuple[WeightSlot, list[torch.Tensor | CodedWeight]]]:
     """Yield each slot with its tensors while the system reads those of the next slots."""
-    waiting: deque[tuple[WeightSlot, list[torch.Tensor], int]] = deque()
+    waiting: deque[tuple[WeightSlot, list[torch.Tensor | CodedWeight], int]] = deque()
     num_bytes = 0
     for slot in slots:
         tensors = [source.read(part) for part in slot.parts]
@@ -198,7 +252,8 @@ def _read_ahead(
             yield slot, tensors
             continue
         for tensor in tensors:
-            mapped.read_ahead(tensor)
+            for own in tensor.tensors if isinstance(tensor, CodedWeight) else (tensor,):
+                mapped.read_ahead(own)
         waiting.append((slot, tensors, sum(tensor.nbytes for tensor in tensors)))
         num_bytes += waiting[-1][2]
         while num_bytes > READ_AHEAD or len(waiting) > SLOTS_AHEAD:
@@ -239,6 +294,9 @@ def _as_stored(
         other = slot.tied.part
         if source.has(part) and not source.has(other):
             instead[other] = part
+        elif source.is_coded(part):
+            stored.append(slot)  # a head that was quantized differs from the table as a rule
+            continue
         elif source.has(part) and not _equal(source, part, other, dtype):
             logger.warning(_UNTIED, part.name, other.name)
             stored.append(slot)
@@ -252,7 +310,7 @@ def _as_stored(
 
 def _equal(source: WeightSource, part: Part, other: Part, dtype: torch.dtype) -> bool:
     """Return whether two tensors of the checkpoint are equal in a dtype, reading them in bands."""
-    first, second = source.read(part), source.read(other)
+    first, second = (dense(source.read(own), dtype) for own in (part, other))
     return first.shape == second.shape and all(
         torch.equal(a.to(dtype), b.to(dtype))
         for a, b in zip(first.split(_ROWS_COMPARED), second.split(_ROWS_COMPARED), strict=True)

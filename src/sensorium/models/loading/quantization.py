@@ -9,6 +9,7 @@ from typing import Any
 
 from sensorium.errors import ConfigError
 from sensorium.models.interface import LoadedConfig
+from sensorium.models.loading.published.settings import Settings
 from sensorium.models.loading.weight_files import weight_names
 
 SIDE_FILES = {
@@ -29,29 +30,39 @@ _NAMES = (
 """Ends of names that weights have in quantized files alone, and what wrote them."""
 
 
-def refuse_quantized(loaded: LoadedConfig) -> None:
-    """Raise ConfigError with method, bits and source for a checkpoint that is quantized."""
-    found = quantization_of(loaded)
-    if found is not None:
-        raise ConfigError(
-            f"The checkpoint is quantized ({found}), which is not supported: take the unquantized "
-            "one.",
-            param="model",
-        )
+def refuse_unsupported(loaded: LoadedConfig, *, native: bool = True) -> None:
+    """Raise ConfigError with the reason for a checkpoint whose quantization cannot be read.
+
+    native: its family is one of ours.
+    """
+    settings = settings_of(loaded)
+    problem = None if settings is None else settings.problem()
+    if problem is None and not native:
+        problem = "which models that run through the code of transformers cannot read here"
+    if settings is not None and problem is not None:
+        raise unsupported(f"{settings.label}, says {settings.source}", problem)
 
 
-def quantization_of(loaded: LoadedConfig) -> str | None:
-    """Return how the checkpoint is quantized, such as ``gptq, 4 bits, says config.json``, or None.
+def unsupported(found: str, problem: str) -> ConfigError:
+    """Return the error of a checkpoint that is quantized in a way that cannot be read."""
+    return ConfigError(
+        f"The checkpoint is quantized ({found}), {problem}: take the unquantized one.",
+        param="model",
+    )
+
+
+def settings_of(loaded: LoadedConfig) -> Settings | None:
+    """Return how the checkpoint is quantized; None if it is not.
 
     config.json decides. If it has no such settings, files beside it do, unless the names of the
     weights, where these are known, are those of an unquantized model: such files are also left
-    behind by merges and conversions.
+    behind by merges and conversions. Raises ConfigError for settings of a wrong type.
     """
     for section in (loaded.config, loaded.config.get("text_config")):
         if isinstance(section, Mapping):
             for key in ("quantization_config", "compression_config", "quantization"):
                 if section.get(key):
-                    return f"{_described(section[key], _default_method(key))}, says config.json"
+                    return _settings(section[key], _default_method(key), "config.json")
     names = weight_names(Path(loaded.folder))
     by_names = None if names is None else method_of_names(names)
     if names is not None and by_names is None:
@@ -59,16 +70,19 @@ def quantization_of(loaded: LoadedConfig) -> str | None:
     for file, method in SIDE_FILES.items():
         path = Path(loaded.folder) / file
         if path.is_file():
-            return f"{_described(_read(path), method)}, says {file}"
-    return by_names
+            return _settings(_read(path), method, file)
+    return None if by_names is None else Settings(by_names[0], {}, f"the name {by_names[1]}")
 
 
-def method_of_names(names: Iterable[str]) -> str | None:
-    """Return the tool that wrote a file with weights of these names, None if no name tells."""
+def method_of_names(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the tool that wrote a file with weights of these names, and a name that tells it.
+
+    None if no name does.
+    """
     for name in names:
         for end, method in _NAMES:
             if name.endswith(end):
-                return f"{method}, by names such as {name}"
+                return method, name
     return None
 
 
@@ -78,20 +92,15 @@ def _default_method(key: str) -> str:
     return "compressed-tensors" if key == "compression_config" else "unknown method"
 
 
-def _described(settings: Any, method: str) -> str:
-    """Return method and number of bits of a tool's settings; ``method`` where they name none."""
-    if not isinstance(settings, Mapping):
-        return method
-    nested = settings.get("quantization")  # ModelOpt's own file
+def _settings(values: Any, method: str, source: str) -> Settings:
+    """Return a tool's settings; ``method`` where they name none."""
+    if not isinstance(values, Mapping):
+        return Settings(method, {}, source)
+    nested = values.get("quantization")  # ModelOpt's own file
     if isinstance(nested, Mapping):
-        settings = {**nested, **settings}
-    named = settings.get("quant_method") or _guessed(settings) or method
-    bits = next((settings[key] for key in ("bits", "w_bit", "num_bits") if settings.get(key)), None)
-    algorithm = settings.get("quant_algo") or settings.get("format")
-    if named == "bitsandbytes":
-        bits = 4 if settings.get("load_in_4bit") else 8
-    more = f"{bits} bits" if bits is not None else algorithm
-    return f"{named}, {more}" if more else str(named)
+        values = {**nested, **values}
+    named = values.get("quant_method") or _guessed(values) or method
+    return Settings(str(named), values, source)
 
 
 def _guessed(settings: Mapping[str, Any]) -> str | None:

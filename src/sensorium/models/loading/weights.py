@@ -20,8 +20,12 @@ from sensorium.kernels.weight import PackedWeight
 from sensorium.layers.linear import Linear
 from sensorium.layers.norm import LayerNorm, RMSNorm
 from sensorium.models.interface import Packed, Part, WeightSlot
+from sensorium.models.loading.coded import CodedWeight
 from sensorium.models.loading.memory import MappedFiles, joined, owned
-from sensorium.models.loading.quantization import method_of_names
+from sensorium.models.loading.published.reader import UNUSED, PublishedWeights, StoredWeight
+from sensorium.models.loading.published.settings import Settings
+from sensorium.models.loading.published.tensors import Tensors
+from sensorium.models.loading.quantization import method_of_names, unsupported
 from sensorium.models.loading.weight_files import FileState, listing, weight_files
 
 ALWAYS_IGNORED = (
@@ -84,12 +88,19 @@ class WeightSource(Protocol):
         """Raise ConfigError that lists missing, misshapen and unexpected names."""
         ...
 
-    def read(self, part: Part) -> torch.Tensor:
-        """Return the tensor of a part, of any floating dtype, on the CPU."""
+    def read(self, part: Part) -> torch.Tensor | CodedWeight:
+        """Return the tensor of a part, of any floating dtype, on the CPU.
+
+        A weight that is stored in another form is decoded later, by rows.
+        """
         ...
 
     def has(self, part: Part) -> bool:
-        """Return whether there is a tensor of that name, of any shape."""
+        """Return whether there is a weight of that name, of any shape."""
+        ...
+
+    def is_coded(self, part: Part) -> bool:
+        """Return whether ``read`` gives the part as a ``CodedWeight``."""
         ...
 
     def mapped(self) -> MappedFiles | None:
@@ -100,21 +111,35 @@ class WeightSource(Protocol):
 class SafetensorsFiles:
     """Safetensors files of a checkpoint folder, sharded or not, with names mapped by ``renames``.
 
-    Raises ConfigError when there are none, when a shard is missing or when a file is damaged.
+    settings: how the checkpoint is quantized; None if its configuration does not say so. Raises
+    ConfigError when there are no files, when a shard is missing or when a file is damaged.
     """
 
-    def __init__(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
-        self.paths = weight_files(folder)
-        self.states = [FileState.of(path) for path in self.paths]  # before they are opened
-        self._files = _named(self.paths, renames)
+    def __init__(
+        self, folder: Path, renames: Sequence[tuple[str, str]], settings: Settings | None = None
+    ) -> None:
+        self.paths: list[Path] = []
+        self.states: list[FileState] = []
+        self._files: dict[str, tuple[Any, str]] = {}
+        self._published: list[tuple[Tensors, PublishedWeights]] = []
+        self.add(folder, renames, settings)
 
-    def add(self, folder: Path, renames: Sequence[tuple[str, str]]) -> None:
+    def add(
+        self, folder: Path, renames: Sequence[tuple[str, str]], settings: Settings | None = None
+    ) -> None:
         """Add the weights of another checkpoint folder that this one lacks."""
         paths = weight_files(folder)
-        self.states += [FileState.of(path) for path in paths]
-        for name, place in _named(paths, renames).items():
-            self._files.setdefault(name, place)
+        self.states += [FileState.of(path) for path in paths]  # before they are opened
+        files = _named(paths, renames)
+        tensors = Tensors(files)
+        self._published.append((tensors, PublishedWeights(tensors, settings)))
+        self._files = files | self._files
         self.paths += paths
+
+    @property
+    def is_quantized(self) -> bool:
+        """Return whether a configuration says that weights are quantized."""
+        return any(reader.has_settings for _, reader in self._published)
 
     def first_dtype(self) -> str | None:
         """Return the dtype of the first floating tensor, such as ``float16``, or None."""
@@ -134,9 +159,38 @@ class SafetensorsFiles:
             name: tuple(file.get_slice(stored).get_shape())
             for name, (file, stored) in self._files.items()
         }
-        check_names(shapes, parts, ignored, "config.json and the safetensors files belong together")
+        plain, is_coded = [], False
+        for part in parts:
+            coded = self._coded(part)
+            if coded is None:
+                plain.append(part)
+                continue
+            reader, weight = coded
+            reader.check(part, weight)
+            is_coded = True
+            for name in weight.names:
+                shapes.pop(name, None)
+        ignored = (*ignored, *UNUSED) if is_coded else ignored
+        check_names(shapes, plain, ignored, "config.json and the safetensors files belong together")
 
-    def read(self, part: Part) -> torch.Tensor:
+    def _coded(self, part: Part) -> tuple[PublishedWeights, StoredWeight] | None:
+        """Return a weight that is stored in another form than plain numbers, and its reader."""
+        for tensors, reader in self._published:
+            stored = reader.find(part.name)
+            if stored is not None:
+                return reader, stored
+            if part.name in tensors:
+                return None
+        return None
+
+    def is_coded(self, part: Part) -> bool:
+        return self._coded(part) is not None
+
+    def read(self, part: Part) -> torch.Tensor | CodedWeight:
+        coded = self._coded(part)
+        if coded is not None:
+            reader, stored = coded
+            return reader.read(part, stored)
         file, name = self._files[part.name]
         tensor: torch.Tensor = file.get_tensor(name)
         if not tensor.is_floating_point():
@@ -148,7 +202,7 @@ class SafetensorsFiles:
         return tensor
 
     def has(self, part: Part) -> bool:
-        return part.name in self._files
+        return part.name in self._files or self.is_coded(part)
 
     def mapped(self) -> MappedFiles:
         return MappedFiles(self.paths)
@@ -171,6 +225,10 @@ class DummyWeights:
 
     def has(self, part: Part) -> bool:
         """Return false: tied parts follow the configuration alone."""
+        return False
+
+    def is_coded(self, part: Part) -> bool:
+        """Return false: random weights are plain numbers."""
         return False
 
     def mapped(self) -> None:
@@ -222,11 +280,8 @@ def check_names(
         raise ConfigError(_HEADLESS, param="runner")
     quantization = method_of_names(extra)
     if quantization is not None:
-        raise ConfigError(
-            f"The checkpoint is quantized ({quantization}), which is not supported: take the "
-            "unquantized one.",
-            param="model",
-        )
+        method, example = quantization
+        raise unsupported(f"{method}, by names such as {example}", "which is not supported")
     if any(problems):
         raise ConfigError(
             "The weights do not fit the model's configuration: "

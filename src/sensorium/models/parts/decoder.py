@@ -172,7 +172,7 @@ class DecoderModel:
         self.device = options.device
         self.decoder = Decoder(config, options)
         headless = config.tied or not options.head
-        self.ignored_weights: tuple[str, ...] = (r"lm_head\.weight",) if headless else ()
+        self.ignored_weights: tuple[str, ...] = (r"lm_head\..*",) if headless else ()
 
     @property
     def has_encoder(self) -> bool:

@@ -80,6 +80,14 @@ class GgufWeights:
     def has(self, part: Part) -> bool:
         return part.name in self._tensors or part.name in self._tower
 
+    @property
+    def is_quantized(self) -> bool:
+        """Return false: weights are given as plain numbers."""
+        return False
+
+    def is_coded(self, part: Part) -> bool:
+        return False
+
     def mapped(self) -> MappedFiles:
         return MappedFiles(self.paths)
 

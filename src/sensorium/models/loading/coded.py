@@ -1,0 +1,211 @@
+"""Weights that a checkpoint stores in another form than plain numbers.
+
+Readers of quantized files hand them to the loader, which knows no file format: it asks for rows,
+joins the parts of fused layers, and keeps the integers where a product takes them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sensorium.kernels import ops
+from sensorium.kernels.weight import PackedWeight, QuantizedTensor
+from sensorium.models.loading.quantize import BAND, Quantize, int8, int8_groups
+
+logger = logging.getLogger(__name__)
+
+Rows = Callable[[int, int], QuantizedTensor | torch.Tensor]
+"""(first, end) -> these rows of a weight (N, K): as integers, or (end - first, K) float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class CodedWeight:
+    """Weight (N, K) of a checkpoint, decoded by rows when they are asked for."""
+
+    shape: tuple[int, int]
+    label: str
+    """How it is stored, for the log, such as ``awq, 4 bits``."""
+    read: Rows
+    """Returns some rows. All rows have the same kind: integers of the same bits and groups, or
+    float32 numbers."""
+    tensors: tuple[torch.Tensor, ...] = ()
+    """What ``read`` reads, mapped from a file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def dequantized(self, first: int, end: int) -> torch.Tensor:
+        """Return some rows as float32."""
+        rows = self.read(first, end)
+        return rows if isinstance(rows, torch.Tensor) else rows.dequantized()
+
+
+def joined_rows(weights: Sequence[CodedWeight]) -> Rows | None:
+    """Return the rows of the weights, one behind the other, as integers.
+
+    None where one has no integers, or where they differ in bits or groups.
+    """
+    firsts = [weight.read(0, 1) for weight in weights]
+    kinds = {
+        (rows.bits, rows.group) if isinstance(rows, QuantizedTensor) else None for rows in firsts
+    }
+    if len(kinds) > 1 or None in kinds:
+        return None
+    integers = [rows for rows in firsts if isinstance(rows, QuantizedTensor)]
+    if len(weights) == 1:
+        return weights[0].read
+    has_zeros = any(rows.zeros is not None for rows in integers)
+    has_minimums = {rows.minimums is not None for rows in integers}
+    if len(has_minimums) > 1 or (has_zeros and True in has_minimums):
+        return None
+
+    def read(first: int, end: int) -> QuantizedTensor:
+        parts = [
+            _with_zeros(rows) if has_zeros else rows
+            for rows in _pieces(weights, first, end)
+            if isinstance(rows, QuantizedTensor)
+        ]
+        return _concatenated(parts)
+
+    return read
+
+
+def dequantized_rows(
+    weights: Sequence[CodedWeight | torch.Tensor],
+) -> Callable[[int, int], torch.Tensor]:
+    """Return the rows of weights, coded or plain, one behind the other, as float32."""
+
+    def read(first: int, end: int) -> torch.Tensor:
+        parts = [
+            rows.dequantized() if isinstance(rows, QuantizedTensor) else rows.float()
+            for rows in _pieces(weights, first, end)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    return read
+
+
+def _pieces(
+    weights: Sequence[CodedWeight | torch.Tensor], first: int, end: int
+) -> list[QuantizedTensor | torch.Tensor]:
+    """Return what each weight has of the rows from ``first`` to ``end`` of all, if any."""
+    pieces, start = [], 0
+    for weight in weights:
+        low, high = max(first - start, 0), min(end - start, weight.shape[0])
+        if low < high:
+            rows = weight[low:high] if isinstance(weight, torch.Tensor) else weight.read(low, high)
+            pieces.append(rows)
+        start += weight.shape[0]
+    return pieces
+
+
+def _with_zeros(rows: QuantizedTensor) -> QuantizedTensor:
+    """Return a weight with zero points; 4 bits as codes from 0 to 15."""
+    if rows.zeros is not None:
+        return rows
+    shift = 8 if rows.bits == 4 else 0
+    zeros = torch.full_like(rows.scales, shift, dtype=torch.int8)
+    return replace(rows, values=rows.values + shift, zeros=zeros)
+
+
+def _concatenated(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Return the rows of weights of one kind, one behind the other."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def cat(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        present = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(present) if present else None
+
+    return replace(
+        parts[0],
+        values=torch.cat([part.values for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        zeros=cat([part.zeros for part in parts]),
+        minimums=cat([part.minimums for part in parts]),
+    )
+
+
+def dense(weight: CodedWeight | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a weight as plain numbers; one that is plain as it is."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    num_outputs, num_inputs = weight.shape
+    numbers = torch.empty(weight.shape, dtype=dtype)
+    band = max(1, BAND // max(1, num_inputs))
+    for first in range(0, num_outputs, band):
+        end = min(first + band, num_outputs)
+        numbers[first:end] = weight.dequantized(first, end)
+    return numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """A weight that is packed, and if it has the integers of the checkpoint."""
+
+    weight: PackedWeight
+    is_kept: bool
+
+
+def pack(
+    weights: Sequence[CodedWeight | torch.Tensor],
+    wanted: str,
+    quantize: Quantize | None,
+    dtype: torch.dtype,
+) -> Packing | None:
+    """Pack the weights (N, K), one behind the other, as a product of this CPU takes them.
+
+    Their integers are kept where it can and ``wanted`` is their format or ``as stored``; otherwise
+    ``quantize`` makes others, int8 where it is None: in groups if a product takes these. None where
+    the CPU has no such products. dtype: that of the activations.
+    """
+    if not ops.has_integer_products():
+        return None
+    shape = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
+    coded = [weight for weight in weights if isinstance(weight, CodedWeight)]
+    rows = joined_rows(coded) if len(coded) == len(weights) else None
+    if rows is not None:
+        first = rows(0, 1)
+        assert isinstance(first, QuantizedTensor)
+        if wanted in ("as stored", first.format) and ops.takes(first, dtype):
+            return Packing(ops.pack_in_bands(shape, rows, dtype), True)
+    numbers = dequantized_rows(weights)
+    grouped = int8_groups(numbers(0, 1))
+    make = quantize or (int8_groups if ops.takes(grouped, dtype) else int8)
+
+    def made(first: int, end: int) -> QuantizedTensor:
+        return make(numbers(first, end))
+
+    return Packing(ops.pack_in_bands(shape, made, dtype), False)
+
+
+class Outcomes:
+    """What became of weights that are not stored as plain numbers, for the log."""
+
+    def __init__(self) -> None:
+        self._numbers: Counter[tuple[str, str]] = Counter()
+
+    def add(
+        self, weights: Sequence[CodedWeight], packing: Packing | None, dtype: torch.dtype
+    ) -> None:
+        """Note what became of the weights of one layer."""
+        if packing is None:
+            outcome = f"made {str(dtype).removeprefix('torch.')}, as plain numbers"
+        elif packing.is_kept:
+            outcome = f"integers kept as they are ({packing.weight.format})"
+        else:
+            outcome = f"made {packing.weight.format}, as this CPU has no product for them"
+        for weight in weights:
+            self._numbers[weight.label, outcome] += 1
+
+    def log(self) -> None:
+        """Log a line for each form of weights."""
+        for (label, outcome), number in self._numbers.items():
+            logger.info("%d weights stored as %s: %s", number, label, outcome)

@@ -1,0 +1,235 @@
+"""How a checkpoint is quantized, as its configuration says it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.errors import ConfigError
+
+AWQ_VERSIONS = {"gemm": "gemm", "exllama": "gemm", "ipex": "gemm", "gemv": "gemv"}
+"""Layouts of the tensors by the names of ``version``, most of which are kernels."""
+GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
+"""Versions of the zero points by ``checkpoint_format``."""
+COMPRESSED_FORMATS = (
+    *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    "mixed-precision",
+)
+PLAIN_FORMATS = ("dense", None)
+FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
+MODELOPT_FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Settings of the tool that quantized a checkpoint.
+
+    Raises ConfigError from whatever reads a value that is not of its type.
+    """
+
+    method: str
+    """Name of the method, as ``quant_method`` spells it."""
+    values: Mapping[str, Any]
+    source: str
+    """Where they are from, such as ``config.json``."""
+
+    @property
+    def label(self) -> str:
+        """Method and number of bits, or format, such as ``awq, 4 bits``."""
+        more = self._detail()
+        return f"{self.method}, {more}" if more else self.method
+
+    def _detail(self) -> str | None:
+        if self.method == "bitsandbytes":
+            return f"{4 if self.values.get('load_in_4bit') else 8} bits"
+        bits = next(filter(None, (self.values.get(key) for key in ("bits", "w_bit"))), None)
+        if bits is None:
+            bits = self.values.get("num_bits")
+        if bits is not None:
+            return f"{bits} bits"
+        named = self.values.get("quant_algo") or self.values.get("format")
+        return None if named is None else str(named)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight of AWQ or GPTQ; None where nothing says it."""
+        return self._integer("bits", "w_bit")
+
+    @property
+    def version(self) -> str:
+        """Layout of AWQ: ``gemm`` or ``gemv``."""
+        return AWQ_VERSIONS[self._version()]
+
+    @property
+    def zero_shift(self) -> int:
+        """Number by which GPTQ's zero points are larger than they are stored."""
+        return 1 if GPTQ_FORMATS[self._checkpoint_format()] == 1 else 0
+
+    @property
+    def is_symmetric(self) -> bool:
+        """Zero points of GPTQ lie at the centre, unless the tensors say another thing."""
+        return self.values.get("sym") is not False
+
+    @property
+    def has_act_order(self) -> bool:
+        """Inputs were quantized in the order of their size, and their groups are scattered."""
+        found = [group.get("weights") for group in self._groups()]
+        orders = [w.get("actorder") for w in found if isinstance(w, Mapping)]
+        return self.values.get("desc_act") is True or "group" in orders
+
+    @property
+    def varies(self) -> bool:
+        """Layers may have other bits and groups than the whole (``dynamic`` of GPTQModel)."""
+        return bool(self.values.get("dynamic"))
+
+    def group_of(self, num_inputs: int) -> int:
+        """Return how many of a layer's inputs share a scale. Raises ConfigError."""
+        group = self._integer("group_size", "q_group_size")
+        if group is None:
+            group = 128
+        if group == -1 or group > num_inputs:
+            return num_inputs
+        if group < 1:
+            raise self.error("group_size", group, "-1 or a number of inputs")
+        return group
+
+    def block(self) -> tuple[int, int] | None:
+        """Return outputs and inputs that share a scale in FP8; None for whole tensors or rows."""
+        block = self.values.get("weight_block_size")
+        if block is None:
+            return None
+        sizes = list(block) if isinstance(block, list | tuple) else []
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise self.error("weight_block_size", block, "two positive numbers, or null")
+        return sizes[0], sizes[1]
+
+    def problem(self) -> str | None:
+        """Return why weights of this kind cannot be loaded; None if they can."""
+        check = {
+            "awq": self._awq_problem,
+            "gptq": self._gptq_problem,
+            "compressed-tensors": self._compressed_problem,
+            "modelopt": self._modelopt_problem,
+            **dict.fromkeys(("fp8", "fbgemm_fp8", "bitsandbytes", "gptq or awq"), lambda: None),
+        }.get(self.method)
+        if check is None:
+            return "which is not supported"
+        return check()
+
+    def _awq_problem(self) -> str | None:
+        if self.bits not in (4, None):
+            return f"of which 4 bits are supported, not {self.bits}"
+        if self._version() not in AWQ_VERSIONS:
+            return f"whose layout {self._version()!r} is not supported (gemm and gemv are)"
+        return None
+
+    def _gptq_problem(self) -> str | None:
+        if self.bits not in (4, 8, None) and not self.varies:
+            return f"of which 4 and 8 bits are supported, not {self.bits}"
+        if self.values.get("is_marlin_format") or self._checkpoint_format() not in GPTQ_FORMATS:
+            return (
+                f"whose layout {self._checkpoint_format()!r} is not supported (gptq and gptq_v2 "
+                "are)"
+            )
+        return None
+
+    def _compressed_problem(self) -> str | None:
+        for key in ("sparsity_config", "transform_config"):
+            inner = self.values.get(key)
+            if (
+                isinstance(inner, Mapping)
+                and inner
+                and inner.get("format", "") not in (PLAIN_FORMATS)
+            ):
+                return f"with {key}, which is not supported"
+        for group in self._groups():
+            form = group.get("format") or self.values.get("format") or "naive-quantized"
+            if form not in COMPRESSED_FORMATS:
+                return f"whose format {form!r} is not supported"
+            weights = group.get("weights")
+            if not isinstance(weights, Mapping):
+                continue
+            kind = weights.get("type", "int"), weights.get("num_bits", 8)
+            if kind not in (("int", 4), ("int", 8), ("float", 8)):
+                return f"whose weights of {kind[1]} bits ({kind[0]}) are not supported"
+        return None
+
+    def _groups(self) -> Iterator[Mapping[str, Any]]:
+        """Yield the groups of layers of compressed-tensors."""
+        groups = self.values.get("config_groups")
+        for group in groups.values() if isinstance(groups, Mapping) else ():
+            if isinstance(group, Mapping):
+                yield group
+
+    def _modelopt_problem(self) -> str | None:
+        algorithm = self.values.get("quant_algo")
+        if algorithm in (None, *MODELOPT_FP8):
+            return None
+        return f"of which FP8 is supported, not {algorithm}"
+
+    def compressed_group(self, num_inputs: int, num_groups: int) -> int:
+        """Return how many inputs share a scale in a layer of compressed-tensors.
+
+        The size that a group of layers states and that fits, else equal shares; 0 if none fits.
+        """
+        for group in self._groups():
+            weights = group.get("weights")
+            size = weights.get("group_size") if isinstance(weights, Mapping) else None
+            if type(size) is int and size > 0 and -(-num_inputs // size) == num_groups:
+                return min(size, num_inputs)
+        return num_inputs // num_groups if num_groups and num_inputs % num_groups == 0 else 0
+
+    def compressed_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield the blocks of FP8 that groups of layers of compressed-tensors state."""
+        for group in self._groups():
+            weights = group.get("weights")
+            block = weights.get("block_structure") if isinstance(weights, Mapping) else None
+            if isinstance(block, list | tuple) and len(block) == 2:
+                height, width = block
+                if type(height) is int and type(width) is int and height > 0 and width > 0:
+                    yield height, width
+
+    @property
+    def is_float(self) -> bool:
+        """Weights are stored as floating-point numbers of few bits."""
+        if self.method == "bitsandbytes":
+            return bool(self.values.get("load_in_4bit"))
+        found = [group.get("weights") for group in self._groups()]
+        return any(isinstance(w, Mapping) and w.get("type") == "float" for w in found)
+
+    def stored_bits(self) -> int:
+        """Return the bits of a weight in the file, the fewest if layers differ."""
+        if self.method == "bitsandbytes":
+            return 4 if self.values.get("load_in_4bit") else 8
+        if self.method in FP8_METHODS:
+            return 8
+        if self.method == "compressed-tensors":
+            found = [group.get("weights") for group in self._groups()]
+            bits = [w.get("num_bits", 8) for w in found if isinstance(w, Mapping)]
+            return min((b for b in bits if type(b) is int), default=8)
+        return self.bits or 4
+
+    def _version(self) -> str:
+        return str(self.values.get("version") or "gemm").lower()
+
+    def _checkpoint_format(self) -> str:
+        named = self.values.get("checkpoint_format") or self.values.get("format") or "gptq"
+        return str(named).lower()
+
+    def _integer(self, *keys: str) -> int | None:
+        for key in keys:
+            value = self.values.get(key)
+            if value is None:
+                continue
+            if type(value) is not int:
+                raise self.error(key, value, "a number")
+            return value
+        return None
+
+    def error(self, key: str, value: object, expected: str) -> ConfigError:
+        """Return the error of a setting."""
+        return ConfigError(
+            f"{self.source}: {key} of the quantization must be {expected}, got {value!r:.80}.",
+            param="model",
+        )
