@@ -28,7 +28,7 @@ from sensorium.models import loader
 from sensorium.models.embedder import embedder_of
 from sensorium.models.interface import BuildOptions, Family, LoadedConfig, stop_token_ids
 from sensorium.models.loading import checkpoint
-from sensorium.models.loading.quantization import quantization_of
+from sensorium.models.loading.quantization import settings_of
 from sensorium.models.loading.weight_files import indexed_weights
 from sensorium.models.loading.weights import ALWAYS_IGNORED, renamed
 from sensorium.models.media.pixels import read_normalization
@@ -79,7 +79,7 @@ def check_weights(loaded: LoadedConfig, family: Family) -> Iterator[str]:
     the size that it says.
     """
     weights = indexed_weights(Path(loaded.folder))
-    if weights is None or quantization_of(loaded) is not None:
+    if weights is None or settings_of(loaded) is not None:
         return
     head = embedder_of(loaded, family, "auto") is None
     options = BuildOptions(torch.bfloat16, torch.device("cpu"), head=head)
@@ -219,7 +219,7 @@ def report(folder: Path, overrides: dict[str, Any] | None = None) -> tuple[str, 
             return f"no config.json: {error.message}", []
     loaded = loader.read_config(str(folder), hf_overrides=overrides)
     family = resolve(loaded.config)
-    quantization = quantization_of(loaded)
+    quantization = settings_of(loaded)
     problems = []
     for name, check in CHECKS.items():
         try:
@@ -228,7 +228,8 @@ def report(folder: Path, overrides: dict[str, Any] | None = None) -> tuple[str, 
             problems.append(f"{name}: {type(error).__name__}: {error}")
     makes = "text" if embedder_of(loaded, family, "auto") is None else "vectors"
     if quantization is not None:
-        makes = f"refused ({quantization})"
+        problem = quantization.problem()
+        makes += f", {quantization.label}" if problem is None else f", refused: {problem}"
     shape = family.shape(loaded)
     sizes = f"{shape.num_layers} layers of {shape.hidden_size}, context {shape.max_position}"
     return f"{family.name}, {sizes}: {makes}", problems

@@ -296,7 +296,8 @@ def _in_memory(
     if settings is None:
         wanted = options.quantization if options.quantization in BYTES_HELD else None
         size = dtype.itemsize if wanted is None else BYTES_HELD[wanted]
-        return dtype, Plan(wanted or name, wanted is None, size, size), math.ceil(num_weights * size)
+        plan = Plan(wanted or name, wanted is None, size, size)
+        return dtype, plan, math.ceil(num_weights * size)
     products = device.type == "cpu" and ops.has_integer_products()
     plan = plan_of(settings, options.quantization, products, name, dtype.itemsize)
     linear = min(_num_linear(loaded, family, dtype, device), int(total / plan.bytes_stored))

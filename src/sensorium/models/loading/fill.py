@@ -136,8 +136,9 @@ def assign(
         take = partial(slot.packed.assign, packed.weight)
         _assign_plain(take, [dense(t, model.dtype) for t in rest], model, scratch, mapped)
     for weight in coded:
-        for tensor in weight.tensors if mapped is not None else ():
-            mapped.give_back(tensor)
+        for tensor in weight.tensors:
+            if mapped is not None:
+                mapped.give_back(tensor)
 
 
 def _assign_plain(

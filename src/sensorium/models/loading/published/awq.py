@@ -97,7 +97,7 @@ def _outputs(words: torch.Tensor, first: int, end: int) -> torch.Tensor:
     """Return the codes (R, end - first) of some outputs of words (R, N / 8)."""
     begin = first // PACKED
     codes = codes_of(words[:, begin : -(-end // PACKED)], BITS)
-    ordered = codes.unflatten(1, (-1, PACKED))[:, :, PLACES].flatten(1)
+    ordered: torch.Tensor = codes.unflatten(1, (-1, PACKED))[:, :, PLACES].flatten(1)
     return ordered[:, first - begin * PACKED : end - begin * PACKED]
 
 

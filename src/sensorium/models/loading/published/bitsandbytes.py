@@ -116,7 +116,7 @@ class FourBitWeight:
             own = stored[low // 2 : -(-high // 2)]
             codes = torch.stack((own >> 4, own & 0x0F), dim=-1).flatten()[: high - low]
             blocks = factors[low // block : -(-high // block)]
-            found = numbers[codes.long()]
+            found: torch.Tensor = numbers[codes.long()]
             found *= blocks.repeat_interleave(block)[: high - low]
             return found[first * num_inputs - low : end * num_inputs - low].view(-1, num_inputs)
 
@@ -132,7 +132,8 @@ class FourBitWeight:
         numbers = self.tensors.read_finite(self._name("nested_quant_map"))
         codes = self.tensors.read(self._name("absmax"))
         outer = outer.repeat_interleave(state["nested_blocksize"])[: len(codes)]
-        return numbers[codes.long()] * outer + state["nested_offset"]
+        factors: torch.Tensor = numbers[codes.long()] * outer
+        return factors + float(state["nested_offset"])
 
 
 @dataclass(frozen=True, slots=True)

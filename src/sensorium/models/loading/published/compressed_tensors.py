@@ -132,10 +132,9 @@ class CompressedWeight:
                 codes = words[first:end].view(torch.uint8) ^ centre(bits)
             own_zeros = None if zeros is None else zeros[first:end]
             if groups is not None:
-                own = torch.full_like(scales[first:end], centre(bits), dtype=torch.int16)
-                return ungrouped(
-                    codes, scales[first:end], own if zeros is None else own_zeros, groups
-                )
+                middle = torch.full_like(scales[first:end], centre(bits))
+                own_zeros = middle if own_zeros is None else own_zeros
+                return ungrouped(codes, scales[first:end], own_zeros, groups)
             return quantized(codes.contiguous(), scales[first:end], own_zeros, bits, group)
 
         return CodedWeight(shape, self._label(bits, group, num_inputs), read, (words, scales))

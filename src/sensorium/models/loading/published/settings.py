@@ -18,6 +18,7 @@ COMPRESSED_FORMATS = (
 )
 PLAIN_FORMATS = ("dense", None)
 FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
+_UNCHECKED = ("fp8", "fbgemm_fp8", "bitsandbytes", "gptq or awq", "fp8 or int8")
 MODELOPT_FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
@@ -111,11 +112,10 @@ class Settings:
             "gptq": self._gptq_problem,
             "compressed-tensors": self._compressed_problem,
             "modelopt": self._modelopt_problem,
-            **dict.fromkeys(("fp8", "fbgemm_fp8", "bitsandbytes", "gptq or awq"), lambda: None),
         }.get(self.method)
-        if check is None:
-            return "which is not supported"
-        return check()
+        if check is not None:
+            return check()
+        return None if self.method in _UNCHECKED else "which is not supported"
 
     def _awq_problem(self) -> str | None:
         if self.bits not in (4, None):
