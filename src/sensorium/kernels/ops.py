@@ -103,13 +103,6 @@ QUANTIZED_BAND = 1 << 20
 """Weights that are quantized before they are packed: bounds temporary memory."""
 
 
-def takes(weight: QuantizedTensor, dtype: torch.dtype) -> bool:
-    """Return whether a product of this CPU reads the integers of a weight as they are."""
-    if not (weight.values.is_cpu and dtype in CPU_DTYPES and integers.forms()):
-        return False
-    return any(kind.takes(weight) for kind in (int8.Int8Weight, int4.Int4Weight))
-
-
 def quantize_and_pack(
     weight: torch.Tensor,
     quantize: Callable[[torch.Tensor], torch.Tensor | QuantizedTensor],

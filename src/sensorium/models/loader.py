@@ -115,8 +115,7 @@ def load(
     replay: as in ``BuildOptions``. proceed: called between weights; what it raises ends loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
-    quantized in a way that cannot be read, or cannot be quantized, and UnsupportedModelError for an
-    unknown architecture.
+    quantized in an unknown way or cannot be, and UnsupportedModelError for an unknown architecture.
     """
     dummy = load_format == "dummy"
     folder = checkpoint.find(model, revision, download_dir, mmproj)

@@ -49,8 +49,6 @@ from sensorium.kernels.cpu.numeric import (
 
 SERIAL_ELEMENTS = 8192
 ARGMAX_PART = 2048
-COLUMNS_PART = 4096
-"""Elements of a row that a task puts in order."""
 SILU_PART = 2048
 DOUBTS_PART = 16384
 
@@ -339,44 +337,6 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     launch(kernel(build_peaks, logits.dtype), pack(num_rows * per_row, *values), num_rows * vocab)
     launch(kernel(build_place, logits.dtype), pack(num_rows, *values), num_rows * ARGMAX_PART)
     return places
-
-
-# -- order of columns ---------------------------------------------------------------------------
-
-
-def build_columns(element: Any) -> Callable[[Any], None]:
-    """Build the kernel that puts the columns of rows into another order.
-
-    args: x, out, columns, elements of a task, tasks of a row, order (int32).
-    """
-
-    def columns(args: Any) -> None:
-        size, part, per_row = args[5], args[6], args[7]
-        order = pointer(args[8], types.int32)
-        while True:
-            task = fetch_add(args, 0, 1)
-            if task >= args[2]:
-                break
-            row, first = task // per_row, task % per_row * part
-            source = shifted(pointer(args[3], element), row * size)
-            out = shifted(pointer(args[4], element), row * size)
-            for i in range(first, min(first + part, size)):
-                out[i] = source[order[i]]
-
-    return columns
-
-
-def columns(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Return the columns of rows (..., K) in an order (K,) int32, as new memory."""
-    if not x.is_cpu or x.dtype not in ELEMENT:
-        return x[..., order.long()]
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    size = x.shape[-1]
-    num_rows, per_row = x.numel() // size, -(-size // COLUMNS_PART)
-    values = (x.data_ptr(), out.data_ptr(), size, COLUMNS_PART, per_row, order.data_ptr())
-    launch(kernel(build_columns, x.dtype), pack(num_rows * per_row, *values), x.numel())
-    return out
 
 
 # -- checks -------------------------------------------------------------------------------------

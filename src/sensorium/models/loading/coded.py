@@ -29,12 +29,12 @@ class CodedWeight:
 
     shape: tuple[int, int]
     label: str
-    """How it is stored, for the log, such as ``awq, 4 bits``."""
+    """Form in the file, for the log, such as ``awq, 4 bits``."""
     read: Rows
     """Returns some rows. All rows have the same kind: integers of the same bits and groups, or
     float32 numbers."""
     tensors: tuple[torch.Tensor, ...] = ()
-    """What ``read`` reads, mapped from a file."""
+    """Tensors that ``read`` reads, mapped from a file."""
 
     @property
     def nbytes(self) -> int:
@@ -187,7 +187,7 @@ def pack(
 
 
 class Outcomes:
-    """What became of weights that are not stored as plain numbers, for the log."""
+    """Outcomes of weights that are not stored as plain numbers, for the log."""
 
     def __init__(self) -> None:
         self._numbers: Counter[tuple[str, str]] = Counter()

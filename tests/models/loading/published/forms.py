@@ -96,7 +96,7 @@ FORMS: dict[str, Form] = {
     "gptq-whole": _gptq("int4", group=-1),
     "gptq-act-order": _gptq("made", act_order=True, group=32),
     "gptq-8": _gptq("int8", bits=8),
-    "gptq-8-asymmetric": _gptq("made", bits=8, group=64, symmetric=False),
+    "gptq-8-asymmetric": _gptq("int8", bits=8, group=64, symmetric=False),
     "w4a16": _packed("int4"),
     "w4a16-asymmetric": _packed("int4", group=64, symmetric=False),
     "w4a16-zeros-in-bytes": _packed("int4", group=64, symmetric=False, packs_zeros=False),
@@ -108,7 +108,7 @@ FORMS: dict[str, Form] = {
     "w8a8-asymmetric": Form(
         partial(q.int_quantized, symmetric=False),
         q.compressed("int-quantized", _INT8 | {"symmetric": False}),
-        "made",
+        "int8",
     ),
     "fp8-compressed-tensor": _float("tensor"),
     "fp8-compressed-channel": _float("channel"),

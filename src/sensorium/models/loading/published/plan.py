@@ -1,4 +1,4 @@
-"""What becomes of a quantized checkpoint's weights on this machine, told before it is loaded.
+"""Fate of a quantized checkpoint's weights on this machine, told before it is loaded.
 
 No torch: the configuration is all that is known.
 """

@@ -1,4 +1,4 @@
-"""How a checkpoint is quantized, as its configuration says it. No torch."""
+"""Settings of a quantized checkpoint, as its configuration states them. No torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Settings:
     """Name of the method, as ``quant_method`` spells it."""
     values: Mapping[str, Any]
     source: str
-    """Where they are from, such as ``config.json``."""
+    """File that states them, such as ``config.json``."""
 
     @property
     def label(self) -> str:
