@@ -153,7 +153,7 @@ def architecture(tmp_path: Path) -> str:
 
 @provokes("The checkpoint is quantized")
 def quantized(tmp_path: Path) -> str:
-    folder = changed(tmp_path / "model", quantization_config={"quant_method": "awq", "bits": 4})
+    folder = changed(tmp_path / "model", quantization_config={"quant_method": "hqq", "nbits": 4})
     return message_of(lambda: LLM(model=folder))
 
 

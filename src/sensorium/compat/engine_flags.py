@@ -316,7 +316,7 @@ REFUSED = [
              harmless=one_of(0, 0.0), video_pruning_rate=None, video_pruning_method="evs"),
     *refused("--otlp-traces-endpoint exports all stations of a request", collect_detailed_traces=[]),
     *refused("histogram buckets are fixed", custom_histogram_buckets=None),
-    *refused("quantized checkpoints are not supported", quantization_config=None,
+    *refused("config.json says how a checkpoint is quantized", quantization_config=None,
              allow_deprecated_quantization=False),
     *refused("there is no such "
              "output", enable_return_routed_experts=False, return_sampling_mask=False,
