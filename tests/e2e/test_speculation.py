@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sensorium import RequestOutput, SamplingParams
+from sensorium import LoRARequest, RequestOutput, SamplingParams
 from sensorium.core.speculation.speculator import Speculator
 from sensorium.params import StructuredOutputs
 from tests import checkpoints
+from tests.checkpoints.adapters import make_adapter
 from tests.checkpoints.hf import make_hf_text
 from tests.e2e.prompts import WORDS, image
 from tests.parts import build_patient
@@ -109,10 +110,18 @@ def answers(outputs: Sequence[RequestOutput]) -> list[Any]:
     ]
 
 
-def ask(model: Path, prompts: Sequence[Any], params: Sequence[Any], **options: Any) -> list[Any]:
+def ask(
+    model: Path,
+    prompts: Sequence[Any],
+    params: Sequence[Any],
+    adapters: Any = None,
+    **options: Any,
+) -> list[Any]:
     """Return the answers, after looking at what was tried."""
     with build_patient(model, **{**SMALL, **options}) as parts:
-        outputs = parts.llm.generate(list(prompts), list(params), use_tqdm=False)
+        outputs = parts.llm.generate(
+            list(prompts), list(params), use_tqdm=False, lora_request=adapters
+        )
         parts.engine.check_integrity()
         stats = parts.llm.stats()
         assert stats.kv_blocks_used == 0
@@ -160,6 +169,19 @@ def test_stop_strings_inside_of_what_comes_in_one_step(model: Path, plain: dict[
     assert found == own
     assert found[2:4] == ("stop", stop)
     assert found[1] == text[: text.index(stop)]
+
+
+def test_adapters_in_one_batch(model: Path, tmp_path: Path) -> None:
+    first, second = (
+        LoRARequest(str(seed), seed, str(make_adapter(tmp_path / str(seed), model, seed=seed)))
+        for seed in (1, 2)
+    )
+    kinds = ("greedy", "few tokens", "drawn of few tokens", "repetition", "drawn")
+    params = [SamplingParams(**PARAMS[kind]) for kind in kinds]
+    adapters = [first, None, second, first, second]
+    options: dict[str, Any] = {"num_kv_blocks": 400, "enable_lora": True, "max_loras": 2}
+    own = ask(model, texts()[:5], params, adapters, **options)
+    assert ask(model, texts()[:5], params, adapters, **options, **TRIED) == own
 
 
 def llava_prompts(placeholder: str) -> list[dict[str, Any]]:

@@ -2,89 +2,82 @@
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, insort
-
 UNKNOWN_ROW = 0.02
-"""Cost of a row, relative to the step, beyond the largest step that was measured."""
-FORGOTTEN_AFTER = 256
-"""Steps after which a cost that was not measured again counts for a quarter less."""
-DOWN, UP = 0.5, 0.15
-"""Weights of a measurement below and above the estimate: noise only ever adds to a time."""
-MOST_TIMES = 4.0
-"""A measurement counts as at most so many times the estimate."""
+"""Cost of a row, relative to the mean step, as long as nothing was measured."""
+KEPT = 0.98
+"""Weight of what was measured before, with each new step of a kind."""
+DOUBT = 2.0
+"""Weight of ``UNKNOWN_ROW`` beside what was measured, as a sum of squared differences of rows."""
+KNOWN = 10.0
+"""Such a sum from which on a line is trusted."""
+MOST_TIMES = 2.0
+"""A measurement counts as at most so many times the estimate: what is much slower was disturbed."""
 
 
-class _Curve:
-    """Seconds by rows, for steps of about as many sequences."""
+class _Line:
+    """A line through the times of steps, by least squares with weights that fade."""
 
     def __init__(self) -> None:
-        self._num_steps = 0
-        self._rows: list[int] = []
-        self._measured: dict[int, tuple[float, int]] = {}
+        self._weight = self._rows = self._seconds = 0.0
+        self._squares = self._products = 0.0
 
     def observe(self, num_rows: int, seconds: float) -> None:
-        self._num_steps += 1
-        rows = rounded(num_rows)
-        known = self._measured.get(rows)
-        if known is None:
-            insort(self._rows, rows)
-            self._measured[rows] = (seconds, self._num_steps)
-            return
-        before = known[0]
-        change = min(seconds, MOST_TIMES * before) - before
-        estimate = before + (DOWN if change < 0 else UP) * change
-        self._measured[rows] = (estimate, self._num_steps)
+        if self._weight:
+            seconds = min(seconds, MOST_TIMES * self.seconds(num_rows))
+        self._weight = KEPT * self._weight + 1.0
+        self._rows = KEPT * self._rows + num_rows
+        self._seconds = KEPT * self._seconds + seconds
+        self._squares = KEPT * self._squares + num_rows**2
+        self._products = KEPT * self._products + num_rows * seconds
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._weight
+
+    @property
+    def spread(self) -> float:
+        """Return the weighted sum of squared differences of rows from their mean."""
+        if not self._weight:
+            return 0.0
+        return max(0.0, self._squares - self._rows**2 / self._weight)
 
     def seconds(self, num_rows: int) -> float:
-        rows = rounded(num_rows)
-        if not self._rows:
-            return 1.0 + UNKNOWN_ROW * rows
-        at = bisect_left(self._rows, rows)
-        if at == len(self._rows):
-            last = self._rows[-1]
-            return self._present(last) * (1.0 + (rows - last) * min(UNKNOWN_ROW, 1 / last))
-        above = self._rows[at]
-        if above == rows:
-            return self._present(rows)
-        if at == 0:
-            return self._present(above) / 2
-        below = self._rows[at - 1]
-        share = (rows - below) / (above - below)
-        return self._present(below) * (1.0 - share) + self._present(above) * share
-
-    def _present(self, rows: int) -> float:
-        seconds, step = self._measured[rows]
-        age = self._num_steps - step
-        return seconds * (0.5 + 0.5 * math.pow(0.5, age / FORGOTTEN_AFTER))
+        if not self._weight:
+            return 1.0 + UNKNOWN_ROW * num_rows
+        rows, seconds = self._rows / self._weight, self._seconds / self._weight
+        together = self._products - self._rows * seconds
+        slope = (together + DOUBT * UNKNOWN_ROW * seconds) / (self.spread + DOUBT)
+        return max(seconds / 10, seconds + max(0.0, slope) * (num_rows - rows))
 
 
 class StepCosts:
     """Estimates of a step's seconds; without a measurement, some number that grows with the rows.
 
-    A cost that was not measured for a while is taken for lower, at most by half, so that what once
-    did not pay is tried again now and then: the first steps of a kind, and a busy machine, are
-    slow. Steps of about as many sequences share estimates, since attention costs more for as many
-    rows of several sequences.
+    Steps of about as many sequences share a line, since attention costs more for as many rows of
+    several sequences. All their times together tell what a row costs, so that a few that were
+    fast or slow by chance mislead no choice. Where numbers of rows do not differ for long, the cost
+    of a row is forgotten, and rows count as cheap until they are tried again.
     """
 
     def __init__(self) -> None:
-        self._curves: dict[int, _Curve] = {}
+        self._lines: dict[int, _Line] = {}
 
     def observe(self, num_sequences: int, num_rows: int, seconds: float) -> None:
         """Note the time of a step."""
         if seconds > 0.0:
-            self._curve(num_sequences).observe(num_rows, seconds)
+            self._line(num_sequences).observe(num_rows, seconds)
 
     def seconds(self, num_sequences: int, num_rows: int) -> float:
         """Return the estimate for a step."""
-        return self._curve(num_sequences).seconds(num_rows)
+        return self._line(num_sequences).seconds(num_rows)
 
-    def _curve(self, num_sequences: int) -> _Curve:
-        return self._curves.setdefault(max(0, num_sequences - 1).bit_length(), _Curve())
+    def is_known(self, num_sequences: int) -> bool:
+        """Return whether steps of different numbers of rows tell what a row costs.
 
+        Without any measurement nothing else can be learned either, so it is true.
+        """
+        line = self._line(num_sequences)
+        return line.is_empty or line.spread >= KNOWN
 
-def rounded(num_rows: int) -> int:
-    """Return the number of rows up to 16, larger ones rounded up to three or four binary digits."""
-    unit = 1 << max(0, (num_rows - 1).bit_length() - 4)
-    return -(-num_rows // unit) * unit
+    def _line(self, num_sequences: int) -> _Line:
+        return self._lines.setdefault(max(0, num_sequences - 1).bit_length(), _Line())

@@ -30,6 +30,8 @@ LEAST_GAIN = 0.05
 """Least probability of a token that is tried."""
 MARGIN = 1.05
 """Least ratio by which trying tokens must promise more tokens a second."""
+WITHOUT_EVERY = 32
+"""Of so many steps that would try tokens, one tries none; of two, until costs are known."""
 LONG, LONGER = 6, 12
 """Repetitions of at least so many tokens have shares of their own."""
 
@@ -90,6 +92,8 @@ class Speculator:
         self.costs = StepCosts()
         self._rates = _Rates((FIRST_RATE,) * 3, COMMON_WEIGHT)
         self._tracked: dict[int, _Tracked] = {}
+        self._num_choices = 0
+        self._has_tried = False
 
     def __len__(self) -> int:
         return len(self._tracked)
@@ -151,10 +155,12 @@ class Speculator:
         return num_equal(span.draft_ids, token_ids)
 
     def observe(self, plan: StepPlan, seconds: float) -> None:
-        """Note the time of a step without encoding."""
-        if plan.spans and not plan.encode:
-            num_samples = sum(span.samples for span in plan.spans)
-            self.costs.observe(num_samples, plan.num_tokens, seconds)
+        """Note the time of a step, if it only generates."""
+        generates = all(
+            span.samples and span.num_tokens == 1 + len(span.draft_ids) for span in plan.spans
+        )
+        if plan.spans and generates and not plan.encode:
+            self.costs.observe(len(plan.spans), plan.num_tokens, seconds)
 
     def forget(self, seq_id: int) -> None:
         """Drop a sequence that does not run any more."""
@@ -189,13 +195,19 @@ class Speculator:
         del gains[most:]
         expected = float(num_samples)
         best, num_best = expected / self.costs.seconds(num_samples, rows) * MARGIN, 0
-        every = max(1, len(gains) // 16)
+        stride = max(1, len(gains) // 16)
         for num, (gain, _) in enumerate(gains, 1):
             expected += gain
-            if num % every == 0 or num == len(gains):
+            if num % stride == 0 or num == len(gains):
                 value = expected / self.costs.seconds(num_samples, rows + num)
                 if value > best:
                     best, num_best = value, num
+        self._num_choices += num_best > 0
+        # What a step without them takes must be known.
+        known = self.costs.is_known(num_samples)
+        if self._num_choices % WITHOUT_EVERY == 0 if known else self._has_tried:
+            num_best = 0
+        self._has_tried = num_best > 0
         chosen = Counter(index for _, index in gains[:num_best])
         return [chosen[index] for index in range(len(found))]
 
