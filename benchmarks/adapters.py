@@ -127,13 +127,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization")
+    parser.add_argument("--model", type=Path, help="a checkpoint instead of random weights")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        model = Path(scratch) / "model"
-        build(SHAPE, model)
+        model = options.model or Path(scratch) / "model"
+        if options.model is None:
+            build(SHAPE, model)
         subject = Subject(model, Path(scratch), options)
-        settings = {name: str(value) for name, value in vars(options).items() if name != "output"}
+        given = {**vars(options), "model": options.model is not None and options.model.name}
+        settings = {name: str(value) for name, value in given.items() if name != "output"}
         report = Report("adapters", settings, options.output)
         found: dict[str, list[Any]] = {"decode": [], "prefill": []}
         plan = [("decode", subject.decode, rows) for rows in options.rows]

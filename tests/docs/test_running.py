@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import make_embedder, make_llava, make_qwen2_5_vl, make_ultravox
+from tests.checkpoints.adapters import make_adapter
 from tests.docs.pages import PAGES, ROOT, blocks_of
 from tests.docs.running import Page
 
@@ -42,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("docs")
     for name, build in CHECKPOINTS.items():
         build(made / name)
+    make_adapter(made / "adapters" / "brief", made / "Qwen/Qwen2.5-VL-3B-Instruct")
     (made / "examples").symlink_to(ROOT / "examples")
     draw = [sys.executable, "scripts/demo_media.py", "--seed", "7", "--folder", made / "demo-media"]
     subprocess.run(draw, cwd=ROOT, check=True, capture_output=True)

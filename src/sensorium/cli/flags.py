@@ -47,7 +47,7 @@ TITLES = {
     "scheduler": "scheduling",
     "speculation": "speculation",
     "media": "media",
-    "lora": "LoRA adapters",
+    "lora": "adapters",
     "parallel": "parallelism",
     "observability": "observability",
     "deprecated": "deprecated",

@@ -202,7 +202,7 @@ def _no_config(folder: Path) -> str:
             "The model's folder has an adapter (adapter_config.json) and no config.json: an "
             "adapter is a part of a model that does not run alone. Merge it into its base model, "
             f"{base!r}, (with peft: merge_and_unload, then save_pretrained) and give the folder of "
-            "the result."
+            "the result; or start that model with --enable-lora --lora-modules NAME=FOLDER."
         )
     return (
         "The model's folder has no config.json: it is not a checkpoint in the Hugging Face layout. "
