@@ -1,4 +1,4 @@
-"""Where the traces of requests go."""
+"""Destinations of the traces of requests: a folder, a collector."""
 
 from __future__ import annotations
 
