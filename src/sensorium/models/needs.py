@@ -36,6 +36,8 @@ GGUF_BEGINNING = 64 << 20
 """Bytes of a GGUF file that are fetched to read its metadata, which takes a few MiB."""
 SPARE_DISK = GIB // 4
 """Space that is to stay free on the disk."""
+AS_STORED = "as stored"
+"""Format of a GGUF file's weights that keep or widen their integers."""
 _BLOCK_SIZE = 32
 _BYTES_STORED = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -144,7 +146,7 @@ def needs_of(options: ModelConfig, kv_cache_dtype: str = "auto") -> Needs:
     return Needs(
         model=options.model,
         format=_format(loaded, gguf),
-        product=plan.text(),
+        product=describe.products_of(gguf) if gguf and plan.format == AS_STORED else plan.text(),
         family=family.name,
         folder=str(cache),
         num_files=len(wanted),
@@ -293,12 +295,14 @@ def _in_memory(
     if options.dtype == "auto" and device.type == "cpu":
         dtype = suited_to_cpu(dtype, lambda: num_weights, family.quantizable)
     name = str(dtype).removeprefix("torch.")
+    products = device.type == "cpu" and ops.has_integer_products()
+    if gguf is not None and products and family.quantizable and options.quantization is None:
+        return dtype, Plan(AS_STORED, True, 1, 1), describe.memory_of(gguf)
     if settings is None:
         wanted = options.quantization if options.quantization in BYTES_HELD else None
         size = dtype.itemsize if wanted is None else BYTES_HELD[wanted]
         plan = Plan(wanted or name, wanted is None, size, size)
         return dtype, plan, math.ceil(num_weights * size)
-    products = device.type == "cpu" and ops.has_integer_products()
     plan = plan_of(settings, options.quantization, products, name, dtype.itemsize)
     linear = min(_num_linear(loaded, family, dtype, device), int(total / plan.bytes_stored))
     rest = total - linear * plan.bytes_stored

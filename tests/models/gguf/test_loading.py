@@ -85,7 +85,7 @@ def test_answers_of_quantized_files(tmp_path: Path, kind: str) -> None:
     whole = as_folder(source, tmp_path / "whole", weights)
     expected, found = logits_of(whole), logits_of(tmp_path / "model.gguf")
     error = (found - expected).norm() / expected.norm()
-    assert error < 0.03, f"relative error {error:.4f}"
+    assert error < 0.05, f"relative error {error:.4f}"
 
 
 def test_the_tokenizer_is_that_of_the_checkpoint(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sensorium.models.gguf.reader import GgufFile
@@ -66,9 +65,9 @@ def format_of(file: GgufFile) -> str:
     return f"GGUF version {file.version}, {file.architecture}: {kinds}"
 
 
-def products_of(file: GgufFile) -> Mapping[str, str]:
-    """Return how the weights of each kind are held in memory, by the kind's name."""
-    return {use.name: use.product for use in uses_of(file)}
+def products_of(file: GgufFile) -> str:
+    """Return how the weights of each kind are held in memory, in words."""
+    return "; ".join(f"{use.name}: {use.product}" for use in uses_of(file))
 
 
 def memory_of(file: GgufFile) -> int:

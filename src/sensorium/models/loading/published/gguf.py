@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 
 from sensorium.errors import ConfigError
+from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models.gguf import reader
 from sensorium.models.gguf.architectures import architecture_of
 from sensorium.models.gguf.blocks import GRIDS, SIZES, Codes
 from sensorium.models.gguf.config import count
 from sensorium.models.gguf.reader import GgufFile, TensorInfo
 from sensorium.models.interface import Part
+from sensorium.models.loading.coded import CodedWeight
 from sensorium.models.loading.memory import MappedFiles
 from sensorium.models.loading.published.gguf_tower import Tower, tower_weights
 from sensorium.models.loading.weight_files import FileState
@@ -82,29 +84,38 @@ class GgufWeights:
 
     @property
     def is_quantized(self) -> bool:
-        """Return false: weights are given as plain numbers."""
-        return False
+        """Return whether a weight is stored in blocks."""
+        return any(self._is_coded(info) for info in self._tensors.values())
 
     def is_coded(self, part: Part) -> bool:
-        return False
+        info = self._tensors.get(part.name)
+        return info is not None and self._is_coded(info)
+
+    @staticmethod
+    def _is_coded(info: TensorInfo) -> bool:
+        return not info.kind.is_plain and len(info.shape) == 2
 
     def mapped(self) -> MappedFiles:
         return MappedFiles(self.paths)
 
-    def read(self, part: Part) -> torch.Tensor:
+    def read(self, part: Part) -> torch.Tensor | CodedWeight:
         if part.name in self._tower:
             return self._tower[part.name][1]()
         info = self._tensors[part.name]
-        if info.kind.is_plain or len(info.shape) != 2:
-            return self._plain(info, self._order(info))
-        return self._dequantized(info, torch.float32)
+        order = self._order(info)
+        if not self._is_coded(info):
+            return self._plain(info, order)
+        raw, kind = self._rows_of(info), info.kind.name
+        num_outputs, num_inputs = info.shape
+        rows = partial(_rows, raw, order, kind)
+        return CodedWeight((num_outputs, num_inputs), kind, rows, (raw,))
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each weight by its name, as numbers of ``dtype`` in memory of their own."""
         for name, (_, read) in self._tower.items():
             yield name, read().to(dtype)
         for name, info in self._tensors.items():
-            if info.kind.is_plain or len(info.shape) != 2:
+            if not self._is_coded(info):
                 yield name, self._plain(info, self._order(info)).to(dtype, copy=True)
             else:
                 yield name, self._dequantized(info, dtype)
@@ -180,3 +191,17 @@ def _codes(
     """
     own = raw[start:stop] if order is None else raw[order[start:stop]]
     return GRIDS[kind].take_apart(own.reshape(-1, SIZES[kind]))
+
+
+def _rows(
+    raw: torch.Tensor, order: torch.Tensor | None, kind: str, start: int, stop: int
+) -> QuantizedTensor | torch.Tensor:
+    """Return rows as the loader takes them: integers, or float32 where no product takes these."""
+    codes, num_rows, grid = _codes(raw, order, kind, start, stop), stop - start, GRIDS[kind]
+    if not grid.has_product:
+        return codes.floats().view(num_rows, -1)
+    values, scales = codes.values.view(num_rows, -1), codes.scales.reshape(num_rows, -1)
+    if codes.minimums is None:
+        return QuantizedTensor(values, scales, grid.bits, grid.group)
+    minimums = codes.minimums.reshape(num_rows, -1)
+    return QuantizedTensor(values, scales, grid.bits, grid.group, minimums=minimums)
