@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--llamacpp", type=Path, help="folder with llama/native/bin")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--short", action="store_true", help="fewer tokens in each round")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS))
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> int:
     if options.what == "agreement":
         rows, values = agreement(options.file, PROMPTS[: options.prompts], options.threads)
     else:
-        rows, values = speed(options.file, options.llamacpp, options.rounds, options.threads)
+        rows, values = speed(options)
     report.write(**values)
     print("\n".join(map(str, rows)))
     return int(any(row.missed for row in rows))
@@ -151,7 +152,7 @@ def _prefix(mine: Sequence[int], theirs: Sequence[int]) -> int:
     return next((place for place, (a, b) in pairs if a != b), len(theirs))
 
 
-def speed(file: Path, home: Path, rounds: int, threads: int) -> tuple[list[Row], dict[str, Any]]:
+def speed(options: argparse.Namespace) -> tuple[list[Row], dict[str, Any]]:
     """Measure tokens per second of both engines in turns."""
     from benchmarks.peers.measurements import MEASUREMENTS, Engine, warm_up
     from benchmarks.peers.run_llamacpp import LlamaCppEngine
@@ -159,15 +160,16 @@ def speed(file: Path, home: Path, rounds: int, threads: int) -> tuple[list[Row],
     from benchmarks.peers.worker import settings_of
     from benchmarks.peers.workload import Workload
 
-    folder = checkpoint.find(str(file))
-    names = [f"decode_b{batch}" for batch in BATCHES]
+    folder = checkpoint.find(str(options.file))
+    short = "_short" if options.short else ""
+    names = [f"decode_b{batch}{short}" for batch in BATCHES]
     figures = Figures()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         (place / "gguf").mkdir()
-        (place / "gguf" / f"{folder.name}-file.gguf").symlink_to(file.resolve())
-        (place / "llama").symlink_to((home / "llama").resolve())
-        common = [str(folder), "--num-threads", str(threads), "--kv-cache-gib", "1"]
+        (place / "gguf" / f"{folder.name}-file.gguf").symlink_to(options.file.resolve())
+        (place / "llama").symlink_to((options.llamacpp / "llama").resolve())
+        common = [str(folder), "--num-threads", str(options.threads), "--kv-cache-gib", "1"]
         peers = settings_of([*common, "--home", scratch, "--format", "file"])
         engines: dict[str, Engine] = {
             "sensorium": SensoriumEngine(settings_of([*common, "--dtype", "auto"])),
@@ -176,7 +178,7 @@ def speed(file: Path, home: Path, rounds: int, threads: int) -> tuple[list[Row],
         workload = Workload(folder)
         for engine in engines.values():
             warm_up(engine, workload, names, short=True)
-        for round_ in range(rounds):
+        for round_ in range(options.rounds):
             for name in names:
                 for side in in_turn(list(engines), round_):
                     for found in MEASUREMENTS[name](engines[side], workload, round_):
@@ -185,8 +187,8 @@ def speed(file: Path, home: Path, rounds: int, threads: int) -> tuple[list[Row],
     summary = figures.summary("sensorium")
     print(figures_table(summary, list(engines), "sensorium"))
     rows = [
-        Row(f"{name}, times llama.cpp", summary[name]["ours_over"]["llamacpp"], least=TARGETS[name])
-        for name in names
+        Row(f"{name}, times llama.cpp", summary[name]["ours_over"]["llamacpp"], least=least)
+        for name, least in TARGETS.items()
     ]
     return rows, {"engines": sides, "figures": summary}
 

@@ -73,11 +73,18 @@ def blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nd
 
 
 def write_gguf(
-    folder: Path, path: Path, kind: str = "F32", seed: int = 0, norms: str = "F32", **metadata: Any
+    folder: Path,
+    path: Path,
+    kind: str = "F32",
+    seed: int = 0,
+    norms: str = "F32",
+    others: Mapping[str, str] | None = None,
+    **metadata: Any,
 ) -> dict[str, torch.Tensor]:
     """Write the checkpoint of a folder as a GGUF file with matrices of ``kind``.
 
-    ``norms``: the kind of what has one dimension. ``metadata``: further values under the architecture's name. Returns the weights as the file has
+    ``norms``: the kind of what has one dimension. ``others``: those
+    of some matrices, by a part of their names. ``metadata``: further values under the architecture's name. Returns the weights as the file has
     them, in float32, by the names of the folder.
     """
     config = json.loads((folder / "config.json").read_text())
@@ -98,7 +105,8 @@ def write_gguf(
             value = permuted(value, heads)
         if is_norm and family.startswith("gemma"):
             value = value + 1
-        found = _add(writer, stored, value.numpy(), kind if value.dim() > 1 else norms, rng)
+        own = next((k for part, k in (others or {}).items() if part in stored), kind)
+        found = _add(writer, stored, value.numpy(), own if value.dim() > 1 else norms, rng)
         if is_norm and family.startswith("gemma"):
             found = found - 1
         written[name] = found if heads is None else unpermuted(found, heads)

@@ -217,3 +217,37 @@ def test_quantized_norms_are_numbers(tmp_path: Path) -> None:
     source = make_text("llama", tmp_path / "source")
     write_gguf(source, tmp_path / "model.gguf", "Q8_0", norms="Q8_0")
     assert logits_of(tmp_path / "model.gguf").isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q4_K"])
+def test_kept_weights_are_those_of_the_file(tmp_path: Path, kind: str) -> None:
+    source = make_text("llama", tmp_path / "source", **WIDE)
+    expected = write_gguf(source, tmp_path / "model.gguf", kind)
+    model: Any = loader.load(str(tmp_path / "model.gguf"), device="cpu", dtype="float32").model
+    weight = model.decoder.layers[0].mlp.down.weight
+    assert weight.format == ("int8" if kind in ("Q8_0", "Q5_1") else "int4") or not weight.has_rows
+    if weight.has_rows:
+        found = weight.rows(torch.arange(256))
+        own = expected["model.layers.0.mlp.down_proj.weight"]
+        torch.testing.assert_close(found, own, rtol=1e-3, atol=1e-3 if kind == "Q4_K" else 1e-6)
+
+
+def test_parts_of_several_kinds_are_one_matrix(tmp_path: Path) -> None:
+    """As in files of Q4_K_M, whose V is Q6_K."""
+    source = make_text("llama", tmp_path / "source", **WIDE)
+    others = {"attn_v": "Q6_K", "ffn_up": "F16"}
+    weights = write_gguf(source, tmp_path / "model.gguf", "Q4_K", others=others)
+    whole = as_folder(source, tmp_path / "whole", weights)
+    expected, found = logits_of(whole), logits_of(tmp_path / "model.gguf")
+    assert (found - expected).norm() / expected.norm() < 0.05
+
+
+def test_plain_numbers_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
+    """Without integer products every kind gives the tokens of the dequantized checkpoint."""
+    source = make_text("llama", tmp_path / "source", **WIDE)
+    weights = write_gguf(source, tmp_path / "model.gguf", "Q5_K", others={"ffn": "Q3_K"})
+    whole = as_folder(source, tmp_path / "whole", weights)
+    numbers = dict(GgufWeights(tmp_path / "model.gguf").tensors(torch.float32))
+    plain = as_folder(source, tmp_path / "plain", numbers)
+    own, expected = (Harness(loader.load(str(model), device="cpu")) for model in (plain, whole))
+    assert own.greedy(own.add(IDS), 16) == expected.greedy(expected.add(IDS), 16)
