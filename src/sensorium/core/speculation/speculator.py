@@ -77,7 +77,7 @@ def _kind(length: int) -> int:
 
 @dataclass(slots=True)
 class _Tracked:
-    """What is known of one running sequence."""
+    """State of speculation of one running sequence."""
 
     index: NgramIndex
     rates: _Rates
