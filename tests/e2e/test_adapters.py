@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sensorium import LLM, LoRARequest, SamplingParams
+from sensorium import LLM, AsyncLLM, LoRARequest, SamplingParams
 from sensorium.engine.prompts.types import MediaOptions, RawPrompt
 from sensorium.errors import ConfigError, InvalidRequestError, ModelNotFoundError
 from tests import checkpoints
@@ -95,8 +96,9 @@ def parts(module_parts: Parts) -> Iterator[Parts]:
         {"dtype": "bfloat16", "max_num_batched_tokens": 23},
         {"dtype": "bfloat16", "quantization": "int8", "num_kv_blocks": 40},
         {"dtype": "bfloat16", "quantization": "int4", "enforce_eager": True},
+        {"dtype": "float32", "speculative": "ngram"},
     ],
-    ids=["float32", "chunked", "int8-preempted", "int4-eager"],
+    ids=["float32", "chunked", "int8-preempted", "int4-eager", "speculative"],
 )
 def test_three_adapters_in_a_batch_give_what_each_gives_alone(
     base: Path, adapters: list[LoRARequest], options: dict[str, Any]
@@ -219,3 +221,30 @@ def test_adapters_of_the_configuration(base: Path, adapters: list[LoRARequest]) 
 
 def test_names_of_layers_are_found(base: Path) -> None:
     assert len(linear_names(base)) == 2 * 7
+
+
+async def test_an_engine_of_its_own(
+    parts: Parts, base: Path, adapters: list[LoRARequest], tmp_path: Path
+) -> None:
+    """Two adapters and none at once, through the other process; then one goes."""
+    first, second, _ = adapters
+    prompts, own = ["red", "red", "red"], [first, second, None]
+    expected = answers(parts.llm, prompts, own)
+    options = {**ENABLED, "num_media_workers": 1, "lora_modules": {"a": first.lora_path}}
+    async with AsyncLLM(str(base), **options) as llm:
+
+        async def answer(request: LoRARequest | None) -> Any:
+            async for output in llm.generate("red", GREEDY, lora_request=request):
+                last = output
+            return bits(last)
+
+        assert await asyncio.gather(*map(answer, own)) == expected
+        assert await answer(LoRARequest("a")) == expected[0], "its path is known"
+        damaged = LoRARequest("d", 3, str(tmp_path))
+        with pytest.raises(ConfigError, match=r"Adapter 'd': .*no adapter_config\.json"):
+            await answer(damaged)
+        await llm.remove_lora("b")
+        with pytest.raises(ModelNotFoundError, match="'b' is not loaded"):
+            await answer(LoRARequest("b"))
+        await llm.add_lora(second)
+        assert await answer(LoRARequest("b")) == expected[1]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -200,3 +202,25 @@ def test_scales_follow_the_patterns(adapter: Path) -> None:
     assert found.scale_of("model.layers.0.self_attn.q_proj") == 3 / 2
     configure(adapter, use_rslora=False)
     assert read_settings(adapter).scale_of("model.layers.0.self_attn.k_proj") == 6 / 4
+
+
+def test_mutated_files_are_refused_or_loaded(lanes: AdapterSet, adapter: Path) -> None:
+    """Nothing else happens, whatever bytes of the configuration or of the tensors' header change."""
+    draw = random.Random(5)
+    files = [adapter / "adapter_config.json", adapter / read.NAME]
+    whole = {file: file.read_bytes() for file in files}
+    num_refused = 0
+    for _ in range(400):
+        file = draw.choice(files)
+        data = bytearray(whole[file])
+        for _ in range(draw.choice((1, 2, 8))):
+            place = draw.randrange(min(len(data), 2600))
+            data[place] = draw.choice((0, 0x20, 0x22, 0x2D, 0x39, 0x7B, 0xFF, draw.randrange(256)))
+        file.write_bytes(bytes(data))
+        with contextlib.suppress(ConfigError):
+            lanes.unload(lanes.load(adapter).digest)
+            num_refused -= 1
+        num_refused += 1
+        file.write_bytes(whole[file])
+    assert 100 < num_refused < 400
+    assert lanes.nbytes == 0
