@@ -18,6 +18,8 @@ SIDE_FILES = {
     "hf_quant_config.json": "modelopt",
 }
 """Files beside config.json in which old versions of these tools wrote their settings."""
+MOST_TEXT = 200
+"""Characters of what a file says that a message repeats."""
 _NAMES = (
     (".qweight", "gptq or awq"),
     (".weight_packed", "compressed-tensors"),

@@ -19,6 +19,8 @@ COMPRESSED_FORMATS = (
 PLAIN_FORMATS = ("dense", None)
 FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
 _UNCHECKED = ("fp8", "fbgemm_fp8", "bitsandbytes", "gptq or awq", "fp8 or int8")
+_MOST_LABEL = 80
+"""Characters: names in files may be of any length."""
 MODELOPT_FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 
 
@@ -39,7 +41,7 @@ class Settings:
     def label(self) -> str:
         """Method and number of bits, or format, such as ``awq, 4 bits``."""
         more = self._detail()
-        return f"{self.method}, {more}" if more else self.method
+        return f"{self.method}, {more}"[:_MOST_LABEL] if more else self.method[:_MOST_LABEL]
 
     def _detail(self) -> str | None:
         if self.method == "bitsandbytes":
