@@ -47,6 +47,7 @@ def refuse_unsupported(loaded: LoadedConfig, *, native: bool = True) -> None:
 
 def unsupported(found: str, problem: str) -> ConfigError:
     """Return the error of a checkpoint that is quantized in a way that cannot be read."""
+    found, problem = found[:MOST_TEXT], problem[:MOST_TEXT]  # names in files have any length
     return ConfigError(
         f"The checkpoint is quantized ({found}), {problem}: take the unquantized one.",
         param="model",
