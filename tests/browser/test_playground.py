@@ -158,6 +158,14 @@ def test_camera(watched: WATCH, demo: Server) -> None:
     page.get_by_text("Take a photo").click()
     page.wait_for_selector(".tray-item img")
     assert page.locator("dialog").count() == 0
+    page.get_by_label("Use the camera").click()
+    until(page, "document.querySelector('.camera')?.videoWidth > 0")
+    page.get_by_text("Record a clip").click()
+    until(page, "/0:0[1-9]/.test(document.querySelector('.record-time').textContent)")
+    page.get_by_role("button", name="Stop", exact=True).click()
+    until(page, "document.querySelectorAll('.tray-item').length === 2")
+    assert prose(ask(page, "What moves?"))
+    until(page, "document.querySelectorAll('.frame canvas').length >= 2")
 
 
 def test_a_document(watched: WATCH, demo: Server, folder: Path) -> None:
@@ -382,6 +390,8 @@ def test_the_server_page_draws_charts(watched: WATCH, demo: Server) -> None:
         "[...document.querySelectorAll('.chart-drawing')].filter((one) => /\\d/.test(one.getAttribute('aria-label'))).length >= 4",
     )
     assert "demo is served by version" in page.locator(".server-status").inner_text()
+    memory = page.locator(".chart-drawing[aria-label^=Memory]").get_attribute("aria-label") or ""
+    assert re.search(r"engine [\d.]+ [MG]B, server [\d.]+ [MG]B, media", memory), memory
     until(page, "document.querySelector('.chart-line').getAttribute('d')?.includes('L')")
     page.get_by_text("Pause").click()
     page.get_by_role("link", name="Chat").click()
@@ -461,6 +471,30 @@ def test_by_keyboard_alone(watched: WATCH, demo: Server) -> None:
     page.keyboard.press("Control+Shift+O")
     until(page, "document.querySelectorAll('.message').length === 0")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Message"
+
+
+def test_high_contrast(watched: WATCH, demo: Server, folder: Path, axe: Any) -> None:
+    """Forced colours: what only a colour tells has its own, and what is pressed has an edge."""
+    page = watched(forced_colors="active").open(demo.url)
+    assert page.evaluate("matchMedia('(forced-colors: active)').matches")
+    given = media.picture(folder)
+    pick(page, given.path, "image/png")
+    page.wait_for_selector(".tray-item img")
+    ask(page, given.question)
+    axe(page, "high contrast")
+    colours = "all => all.map((one) => getComputedStyle(one).backgroundColor)"
+    parts = page.locator(".bar i").evaluate_all(colours)
+    assert len(set(parts)) == len(parts) > 1
+    edges = "all => all.map((one) => getComputedStyle(one).borderTopStyle)"
+    for selector in (".bubble", ".composer", ".send"):
+        assert set(page.locator(selector).evaluate_all(edges)) == {"solid"}, selector
+    page.get_by_role("link", name="Server").click()
+    until(page, "document.querySelectorAll('.stages tbody tr').length === 4")
+    axe(page, "high contrast server")
+    lines = page.locator(".chart:has(.series-1) .chart-line").evaluate_all(
+        "all => all.slice(0, 2).map((one) => getComputedStyle(one).stroke)"
+    )
+    assert len(set(lines)) == 2
 
 
 VIEWS = [
