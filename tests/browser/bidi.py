@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-SECONDS = 60
+SECONDS = 40
 PREFERENCES: Mapping[str, Any] = {
     "browser.shell.checkDefaultBrowser": False,
     "datareporting.policy.dataSubmissionEnabled": False,

@@ -29,10 +29,15 @@ DROP = """([data, name, type]) => {
         document.querySelector(".chat").dispatchEvent(
             new DragEvent(event, { dataTransfer, bubbles: true, cancelable: true }));
 }"""
-COPY = """async ([data, name, type]) => {
+PASTE = """([data, name, type]) => {
     const bytes = Uint8Array.from(atob(data), (char) => char.charCodeAt(0));
-    await navigator.clipboard.write([new ClipboardItem({ [type]: new Blob([bytes], { type }) })]);
+    const clipboardData = new DataTransfer();
+    clipboardData.items.add(new File([bytes], name, { type }));
+    const event = new ClipboardEvent("paste", { bubbles: true, cancelable: true });
+    Object.defineProperty(event, "clipboardData", { value: clipboardData });
+    document.querySelector(".composer textarea").dispatchEvent(event);
 }"""
+"""Firefox leaves the files out of an event that a script makes, and has no images to copy without a window."""
 ANSWERS = """(count) => document.querySelectorAll(".message-assistant:not(.is-running)").length === count
     && !document.querySelector(".is-running")"""
 LAST = "() => [...document.querySelectorAll('.message-assistant')].at(-1).querySelector('.prose').innerText.trim()"
@@ -68,11 +73,8 @@ class Visit:
         else:
             data = base64.b64encode(given.path.read_bytes()).decode()
             await self.firefox.evaluate(
-                DROP if how == "drop" else COPY, [data, given.path.name, kind]
+                DROP if how == "drop" else PASTE, [data, given.path.name, kind]
             )
-            if how == "paste":
-                await self.firefox.click(FIELD)
-                await self.firefox.press("Control", "v")
         await self.firefox.until("() => document.querySelector('.tray-item') !== null")
 
     async def show(self, name: str) -> None:
