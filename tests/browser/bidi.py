@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-SECONDS = 40
+SECONDS = 30
 PREFERENCES: Mapping[str, Any] = {
     "browser.shell.checkDefaultBrowser": False,
     "datareporting.policy.dataSubmissionEnabled": False,
@@ -30,6 +30,7 @@ _KEYS = {
     "Escape": "\ue00c",
     "Tab": "\ue004",
     "Control": "\ue009",
+    "Shift": "\ue008",
     "ArrowUp": "\ue013",
 }
 

@@ -67,6 +67,12 @@ class Visit:
         await self.firefox.until(ANSWERS, self.num_answers)
         return str(await self.firefox.evaluate(LAST))
 
+    async def begin(self) -> None:
+        """Begin a conversation."""
+        await self.firefox.press("Control", "Shift", "O")
+        await self.firefox.until("() => document.querySelectorAll('.message').length === 0")
+        self.num_answers = 0
+
     async def attach(self, how: str, given: media.Medium, kind: str) -> None:
         if how == "pick":
             await self.firefox.pick(PICKER, given.path)
@@ -106,12 +112,16 @@ async def pictures_clips_documents(visit: Visit, folder: Path) -> None:
     assert "tokens/s" in figures
     given = media.picture(folder)
     for how in ("drop", "paste", "pick"):
+        await visit.begin()
         await visit.attach(how, given, "image/png")
         assert await visit.ask(given.question) == given.answer, how
+    await visit.begin()
     clip = media.clip(folder)
     await visit.attach("pick", clip, "")
     assert await visit.ask(clip.question) == clip.answer
     await visit.firefox.until("() => document.querySelectorAll('.frame canvas').length >= 4")
+    await visit.show("clip")
+    await visit.begin()
     paper = media.document(folder)
     await visit.attach("drop", paper, "application/pdf")
     assert await visit.ask(paper.question) == paper.answer
@@ -151,8 +161,7 @@ async def stop(visit: Visit) -> None:
 async def reload(visit: Visit, url: str, folder: Path) -> None:
     """A conversation is there again, with its picture."""
     await visit.open(url)
-    await visit.click_button("New conversation")
-    visit.num_answers = 0
+    await visit.begin()
     given = media.picture(folder)
     await visit.attach("pick", given, "")
     assert await visit.ask(given.question) == given.answer
@@ -166,6 +175,7 @@ async def reload(visit: Visit, url: str, folder: Path) -> None:
 
 async def camera(visit: Visit) -> None:
     """A photo, and a clip that the model looks at."""
+    await visit.begin()
     await visit.click_button("Use the camera")
     await visit.firefox.until("() => document.querySelector('.camera')?.videoWidth > 0")
     await visit.click_button("Take a photo")
