@@ -203,7 +203,9 @@ async def server_and_settings(visit: Visit) -> None:
     await visit.firefox.evaluate(
         "() => [...document.querySelectorAll('a')].find((one) => one.textContent.trim() === 'Server')?.click()"
     )
-    await visit.firefox.until("() => document.querySelectorAll('.stages tbody tr').length === 4")
+    await visit.firefox.until(
+        "() => document.querySelectorAll('.stages:not(.models) tbody tr').length === 4"
+    )
     await visit.show("server")
 
 

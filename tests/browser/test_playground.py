@@ -488,13 +488,6 @@ def test_high_contrast(watched: WATCH, demo: Server, folder: Path, axe: Any) -> 
     edges = "all => all.map((one) => getComputedStyle(one).borderTopStyle)"
     for selector in (".bubble", ".composer", ".send"):
         assert set(page.locator(selector).evaluate_all(edges)) == {"solid"}, selector
-    page.get_by_role("link", name="Server").click()
-    until(page, "document.querySelectorAll('.stages tbody tr').length === 4")
-    axe(page, "high contrast server")
-    lines = page.locator(".chart:has(.series-1) .chart-line").evaluate_all(
-        "all => all.slice(0, 2).map((one) => getComputedStyle(one).stroke)"
-    )
-    assert len(set(lines)) == 2
 
 
 VIEWS = [
@@ -571,5 +564,5 @@ def test_views_are_accessible_and_fit(
         page.wait_for_selector(".sidebar-open")
         look("sidebar")
     page.get_by_role("link", name="Server").click()
-    until(page, "document.querySelectorAll('.stages tbody tr').length === 4")
+    until(page, "document.querySelectorAll('.stages:not(.models) tbody tr').length === 4")
     look("server")

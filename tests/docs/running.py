@@ -7,13 +7,12 @@ import asyncio
 import json
 import socket
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sensorium.cli.main import main
 from tests.docs.commands import Command, commands_of, is_shell, request_of
-from tests.docs.pages import ROOT, Block, blocks_of
+from tests.docs.pages import ROOT, Block
 from tests.e2e.serving import Server
 
 ADDRESS = "http://127.0.0.1:8000"
@@ -24,48 +23,18 @@ FEW_RESOURCES = ("--num-kv-blocks", "128", "--max-num-seqs", "4", "--num-media-w
 FEW_RESOURCES += ("--media-decode-timeout", "600")  # of a machine that is busy with other tests
 
 
-class SharedServers:
-    """Servers by their commands, for pages that start one server and leave it as it was."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._servers: dict[tuple[str, ...], Server] = {}
-
-    def get(self, command: Sequence[str]) -> Server:
-        """Return the server of a command, started at the first call."""
-        key = tuple(command)
-        if key not in self._servers:
-            log = self._folder / f"server-{len(self._servers)}.log"
-            self._servers[key] = Server(key[0], log, (*key[1:], *FEW_RESOURCES))
-        return self._servers[key]
-
-    def close(self) -> None:
-        """Stop all."""
-        for server in self._servers.values():
-            assert server.stop() == 0, server.log.read_text()
-
-
-def starts_one_server(page: str) -> bool:
-    """Return true for a page with one command that serves a model."""
-    commands = (c for block in blocks_of(page) if is_shell(block) for c in commands_of(block))
-    served = [c for c in commands if c.program == "sensorium" and c.arguments[0] == "serve"]
-    return len(served) == 1
-
-
 class Page:
     """A page that is being run: the names that its blocks have defined, and the server that it
     has started last.
 
     All its servers have one port, as for a reader, so that a client goes on when the page starts
-    another server. A page that starts one may take that of another page, of ``shared``.
+    another server.
     """
 
-    def __init__(self, folder: Path, shared: SharedServers | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shared = shared
         self.names: dict[str, Any] = {"__name__": "__main__"}
         self.port = free_port()
-        self.address = f"http://127.0.0.1:{self.port}"
         self.to_start: list[str] = []
         self.server: Server | None = None
         self.num_run = 0
@@ -115,7 +84,7 @@ class Page:
             self.num_run += 1
 
     def _here(self, text: str) -> str:
-        return text.replace(ADDRESS, self.address)
+        return text.replace(ADDRESS, f"http://127.0.0.1:{self.port}")
 
     def _start(self) -> None:
         """Start the server whose command the page has given since the last block that ran."""
@@ -124,9 +93,6 @@ class Page:
         self._stop()
         model, *flags = self.to_start
         self.to_start = []
-        if self._shared is not None:
-            self.address = self._shared.get([model, *flags]).url
-            return
         flags += ["--port", str(self.port), *FEW_RESOURCES]
         self.server = Server(model, self.folder / "server.log", flags)
 

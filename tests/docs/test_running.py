@@ -18,7 +18,7 @@ import pytest
 from tests.checkpoints import make_embedder, make_llava, make_qwen2_5_vl, make_ultravox
 from tests.checkpoints.adapters import make_adapter
 from tests.docs.pages import PAGES, ROOT, blocks_of
-from tests.docs.running import Page, SharedServers, starts_one_server
+from tests.docs.running import Page
 
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "Qwen/Qwen2.5-VL-3B-Instruct": make_qwen2_5_vl,
@@ -50,19 +50,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SharedServers]:
-    made = SharedServers(tmp_path_factory.mktemp("servers"))
-    yield made
-    made.close()
-
-
 @pytest.fixture
-def page(
-    name: str, folder: Path, shared: SharedServers, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Page]:
+def page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     monkeypatch.chdir(folder)
-    made = Page(folder, shared if starts_one_server(name) else None)
+    made = Page(folder)
     yield made
     made.close()
 
