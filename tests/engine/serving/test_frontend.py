@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from sensorium.config import EngineConfig, engine_config
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.engine.prompts.adapters import KnownAdapters
 from sensorium.engine.prompts.types import MediaOptions, PreparedPrompt, RawPrompt
+from sensorium.engine.serving import adapters as adapters_module
 from sensorium.engine.serving import frontend as frontend_module
 from sensorium.engine.serving.client import OutputQueue
 from sensorium.engine.serving.frontend import SAMPLE_TOKENS, SUBMITTED_TOKENS, Frontend
@@ -25,6 +27,7 @@ from sensorium.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
+    UnavailableError,
 )
 from sensorium.metrics.report import RequestReport
 from sensorium.models.embedder import GENERATES, Embedder
@@ -45,6 +48,9 @@ class FakeEngine:
         self.output_queues: dict[str, OutputQueue] = {}
         self.aborted: list[str] = []
         self.adapters: list[AdapterFacts] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.num_changes = 0
         self.stopped = False
 
     async def start(self) -> None:
@@ -78,10 +84,14 @@ class FakeEngine:
 
     async def load_adapter(self, name: str, path: str) -> EngineFacts:
         self.current()
+        self.num_changes += 1
+        await self.gate.wait()
         self.adapters.append(AdapterFacts(name, path, name.encode(), 8))
         return self.facts
 
     async def unload_adapter(self, name: str) -> EngineFacts:
+        self.num_changes += 1
+        await self.gate.wait()
         self.adapters = [adapter for adapter in self.adapters if adapter.name != name]
         return self.facts
 
@@ -408,3 +418,78 @@ async def test_who_gives_up_unloading_leaves_the_adapter() -> None:
     assert len(client.adapters) == 1
     await frontend.unload_adapter("a")
     assert "a" not in frontend.adapters
+
+
+async def test_a_name_means_one_folder() -> None:
+    frontend, client, _ = new_frontend()
+    await frontend.provide_adapter("a", "ckpt-1000")
+    await frontend.provide_adapter("a", "ckpt-1000")
+    await frontend.provide_adapter("a", "")
+    with pytest.raises(InvalidRequestError, match="loaded from another folder"):
+        await frontend.provide_adapter("a", "ckpt-2000")
+    with pytest.raises(InvalidRequestError, match="give its lora_path"):
+        await frontend.provide_adapter("b", "")
+    client.gate.clear()
+    both = [asyncio.create_task(frontend.provide_adapter("c", path)) for path in ("x", "y")]
+    while client.num_changes < 2:
+        await asyncio.sleep(0)
+    client.gate.set()
+    _, error = await asyncio.gather(*both, return_exceptions=True)
+    assert isinstance(error, InvalidRequestError)
+    assert [adapter.path for adapter in client.adapters] == ["ckpt-1000", "x"]
+
+
+async def test_an_adapter_of_the_hub_is_downloaded_by_the_frontend(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frontend, client, _ = new_frontend()
+    found = Path("/cache/brief")
+    monkeypatch.setattr(adapters_module, "find_adapter", lambda path, download_dir: found)
+    for _ in range(2):
+        await frontend.provide_adapter("a", "org/brief")
+    assert [adapter.path for adapter in client.adapters] == [str(found)]
+    with pytest.raises(InvalidRequestError, match="another folder"):
+        await frontend.provide_adapter("a", "org/formal")
+
+
+@pytest.mark.parametrize("loads", [True, False])
+async def test_a_change_ends_when_its_caller_has_gone(loads: bool) -> None:
+    frontend, client, _ = new_frontend()
+    if not loads:
+        await frontend.load_adapter("a", "folder")
+    client.num_changes = 0
+    client.gate.clear()
+    work = frontend.load_adapter("a", "folder") if loads else frontend.unload_adapter("a")
+    caller = asyncio.create_task(work)
+    while not client.num_changes:
+        await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.gather(caller, return_exceptions=True)
+    assert caller.cancelled()
+    assert "a" not in frontend.adapters, "not yet, or not any more"
+    client.gate.set()
+    while asyncio.all_tasks() != {asyncio.current_task()}:
+        await asyncio.sleep(0)
+    assert ("a" in frontend.adapters) is loads
+    assert len(client.adapters) == loads
+
+
+async def test_who_waits_for_requests_to_end_stops_no_other_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    frontend, _, _ = new_frontend()
+    await frontend.load_adapter("a", "folder")
+    with frontend.adapters.using("a"):
+        unloading = asyncio.create_task(frontend.unload_adapter("a"))
+        while "a" in frontend.adapters:
+            await asyncio.sleep(0)
+        await frontend.load_adapter("b", "folder")
+        await frontend.unload_adapter("b")
+        with pytest.raises(InvalidRequestError, match="is being unloaded"):
+            await frontend.provide_adapter("a", "folder")
+        unloading.cancel()
+        await asyncio.gather(unloading, return_exceptions=True)
+        monkeypatch.setattr(adapters_module, "UNUSED_SECONDS", 0.0)
+        with pytest.raises(UnavailableError, match="it stays"):
+            await frontend.unload_adapter("a")
+        assert "a" in frontend.adapters

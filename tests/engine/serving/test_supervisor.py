@@ -18,7 +18,7 @@ from sensorium.engine.serving import supervisor as supervisor_module
 from sensorium.engine.serving.client import LONGEST_RETRY, OutputQueue, dead_error
 from sensorium.engine.serving.supervisor import STEADY_SECONDS, Backoff, EngineSupervisor
 from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
-from sensorium.errors import ConfigError, EngineDeadError
+from sensorium.errors import ConfigError, EngineDeadError, SensoriumError
 from sensorium.params import SamplingParams
 
 REQUEST = EngineRequest("a", (1,), SamplingParams(), 1)
@@ -39,6 +39,7 @@ class FakeClient:
         self.output_queues: dict[str, OutputQueue] = {}
         self.num_stops = 0
         self.stop_error: Exception | None = None
+        self.faults: dict[str, str] = {}
         self._ended = asyncio.Event()
 
     async def start(self) -> EngineFacts:
@@ -52,9 +53,22 @@ class FakeClient:
         await self._ended.wait()
 
     async def load_adapter(self, name: str, path: str) -> EngineFacts:
-        if path == "gone":
+        fault = self.faults.get(name, "")
+        if fault == "gone":
             raise ConfigError("There is no folder.")
-        own = (*self.facts.adapters, AdapterFacts(name, path, name.encode(), 8))
+        if fault == "fails":
+            raise SensoriumError("It failed: MemoryError.")
+        if fault == "hangs":
+            await asyncio.Event().wait()
+        if fault == "kills":
+            self.die()
+            raise EngineDeadError("dead")
+        own = (*self.facts.adapters, AdapterFacts(name, path, (name + fault).encode(), 8))
+        self.facts = dataclasses.replace(self.facts, adapters=own)
+        return self.facts
+
+    async def unload_adapter(self, name: str) -> EngineFacts:
+        own = tuple(adapter for adapter in self.facts.adapters if adapter.name != name)
         self.facts = dataclasses.replace(self.facts, adapters=own)
         return self.facts
 
@@ -96,6 +110,7 @@ class Bench:
         self.start_errors: list[Exception | None] = []
         self.sleeps: list[float] = []
         self.told: list[EngineFacts] = []
+        self.faults: dict[str, str] = {}
         self.held = False
         self.supervisor = EngineSupervisor(
             engine_config(),
@@ -108,6 +123,7 @@ class Bench:
         number = len(self.clients)
         error = self.start_errors.pop(0) if self.start_errors else None
         self.clients.append(FakeClient(dataclasses.replace(FACTS, num_kv_blocks=number), error))
+        self.clients[-1].faults = self.faults
         if not self.held:
             self.clients[-1].gate.set()
         return self.clients[-1]
@@ -299,13 +315,23 @@ async def test_a_server_that_stops_promises_no_other_engine() -> None:
         supervisor.current()
 
 
-async def test_a_new_engine_gets_the_adapters_of_the_one_before(bench: Bench) -> None:
-    """Those that cannot be loaded any more are dropped."""
+@pytest.mark.parametrize("fault", ["gone", "changed", "hangs", "kills", "fails"])
+async def test_a_new_engine_gets_the_adapters_of_the_one_before(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Those that cannot be loaded any more, or harm the engine, are dropped.
+
+    One at which the engine failed is tried again at the next start.
+    """
+    monkeypatch.setattr(supervisor_module, "RESTORE_SECONDS", 0.0)
     supervisor = await bench.start()
-    for name in ("first", "second", "gone"):
+    for name in ("first", "bad", "second"):
         await supervisor.load_adapter(name, "folder")
-    supervisor._adapters["gone"] = "gone"
-    for _ in range(2):
-        await bench.die()
-        assert [adapter.name for adapter in supervisor.facts.adapters] == ["first", "second"]
+    bench.faults["bad"] = fault
+    await bench.die()
+    assert [adapter.name for adapter in supervisor.facts.adapters] == ["first", "second"]
+    bench.faults.clear()
+    await bench.die()
+    names = {adapter.name for adapter in supervisor.facts.adapters}
+    assert names == {"first", "second"} | ({"bad"} if fault == "fails" else set())
     assert bench.told[-1] == supervisor.facts

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from sensorium.engine.prompts.types import PreparedPrompt
 from sensorium.engine.stats import AdapterFacts
-from sensorium.errors import ModelNotFoundError
+from sensorium.errors import InvalidRequestError, ModelNotFoundError
 
 
 class KnownAdapters:
@@ -32,6 +32,10 @@ class KnownAdapters:
     def __iter__(self) -> Iterator[AdapterFacts]:
         """Return the adapters that requests may name."""
         return iter([a for a in self._known.values() if a.name not in self._retired])
+
+    def is_retired(self, name: str) -> bool:
+        """Return True for one that gets no further requests, and is not gone yet."""
+        return name in self._retired
 
     def set(self, adapters: Iterable[AdapterFacts]) -> None:
         """Replace what is known."""
@@ -83,7 +87,26 @@ class KnownAdapters:
         try:
             await self._waiting[name].wait()
         finally:
-            del self._waiting[name]
+            self._waiting.pop(name, None)
+
+
+def check_path(name: str, path: str, known: Iterable[str]) -> None:
+    """Raise InvalidRequestError for a path that is not one of those a loaded adapter came by.
+
+    The empty path means the adapter that is loaded.
+    """
+    if path and path not in known:
+        raise InvalidRequestError(
+            f"The adapter {name!r:.80} was loaded from another folder: give this one another name.",
+            param="lora_request",
+        )
+
+
+def no_path(name: str) -> InvalidRequestError:
+    """Return the error of an adapter that is neither loaded nor has a path."""
+    return InvalidRequestError(
+        f"The adapter {name!r:.80} is not loaded: give its lora_path.", param="lora_request"
+    )
 
 
 def with_adapter(prepared: PreparedPrompt, adapter: AdapterFacts | None) -> PreparedPrompt:

@@ -191,7 +191,8 @@ class EngineClient:
     async def load_adapter(self, name: str, path: str) -> EngineFacts:
         """Load an adapter and return the facts with it.
 
-        Raises ConfigError when it cannot be used, EngineDeadError when the engine has stopped.
+        Raises ConfigError when it cannot be used, EngineDeadError when the engine has stopped, and
+        SensoriumError when the engine fails at it.
         """
         return await self._change(wire.LoadAdapter(next(self._numbers), name, path))
 
@@ -211,7 +212,8 @@ class EngineClient:
             self._changes.pop(message.number, None)
         if answer.failed is not None:
             failed = answer.failed
-            raise errors.error_of(failed.code, failed.message, failed.param, errors.ConfigError)
+            # A code that no error has is that of a fault of ours.
+            raise errors.error_of(failed.code, failed.message, failed.param, errors.SensoriumError)
         return self.facts
 
     async def wait_ended(self) -> None:

@@ -24,6 +24,7 @@ from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.adapters import KnownAdapters
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import Prompt
+from sensorium.engine.serving.adapters import AdapterChanges
 from sensorium.engine.serving.client import EngineClient, OutputQueue
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.serving.stats_log import log_stats
@@ -69,7 +70,7 @@ class Frontend:
         self._engine = engine
         self._stats = EngineStats()
         self._num_generated = 0
-        self._changing = asyncio.Lock()
+        self._changes = AdapterChanges(engine, input_processor, config.model.download_dir)
         self._num_embeddings = 0
         self._log_task: asyncio.Task[None] | None = None
         self._tracer = tracer or tracing.Tracer(None)
@@ -133,24 +134,22 @@ class Frontend:
 
         Raises ConfigError when it cannot be used, EngineDeadError when there is no engine.
         """
-        async with self._changing:
-            self.input_processor.set_facts(await self._engine.load_adapter(name, path))
+        await self._changes.load(name, path)
 
     async def provide_adapter(self, name: str, path: str) -> None:
-        """Load an adapter unless one of this name is loaded; otherwise as ``load_adapter``."""
-        async with self._changing:
-            if name not in self.adapters:
-                self.input_processor.set_facts(await self._engine.load_adapter(name, path))
+        """Load an adapter unless one of this name is loaded; otherwise as ``load_adapter``.
+
+        Raises InvalidRequestError when one of this name came from another place.
+        """
+        await self._changes.provide(name, path)
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter when the requests that use it have ended; there are no new ones.
 
-        Raises ModelNotFoundError for an unknown name, EngineDeadError when there is no engine.
+        Raises ModelNotFoundError for an unknown name, EngineDeadError when there is no engine, and
+        UnavailableError when requests use it for long: it stays then.
         """
-        async with self._changing:
-            with self.adapters.retired(name):
-                await self.adapters.unused(name)
-                self.input_processor.set_facts(await self._engine.unload_adapter(name))
+        await self._changes.unload(name)
 
     def check_alive(self) -> None:
         """Raise EngineDeadError while the engine is being restarted, with a ``retry_after``."""
@@ -305,6 +304,7 @@ class Frontend:
         if self._log_task is not None:
             self._log_task.cancel()
             await asyncio.gather(self._log_task, return_exceptions=True)
+        await self._changes.close()
         await self._engine.stop()
         try:
             await asyncio.to_thread(self._close)

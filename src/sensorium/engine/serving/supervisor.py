@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from sensorium.config import EngineConfig
 from sensorium.engine.serving.client import STOPPING, EngineClient, dead_error
 from sensorium.engine.serving.process import EngineProcess
-from sensorium.engine.stats import EngineFacts
+from sensorium.engine.stats import AdapterFacts, EngineFacts
 from sensorium.errors import ConfigError, EngineDeadError, SensoriumError
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,10 @@ longest."""
 
 STEADY_SECONDS = 300.0
 """An engine that lived this long ends the row of attempts: its successor is started at once."""
+
+
+RESTORE_SECONDS = 300.0
+"""Most time that a new engine gets to load an adapter of the one before."""
 
 
 NewClient = Callable[[EngineConfig, EngineProcess | None], EngineClient]
@@ -74,8 +78,8 @@ class EngineSupervisor:
         self._sleep = sleep
         self._client: EngineClient | None = None
         self._facts: EngineFacts | None = None
-        self._adapters: dict[str, str] = {}
-        """Paths of the adapters that a new engine gets, by name."""
+        self._adapters: dict[str, AdapterFacts] = {}
+        """The adapters that a new engine gets, by name."""
         self._on_start: Callable[[EngineFacts], None] | None = None
         self._task: asyncio.Task[None] | None = None
         self._backoff = Backoff()
@@ -108,7 +112,7 @@ class EngineSupervisor:
         """
         self._client = await self._started()
         self._facts = self._client.facts
-        self._adapters = {adapter.name: adapter.path for adapter in self._facts.adapters}
+        self._adapters = {adapter.name: adapter for adapter in self._facts.adapters}
         # A later engine starts without those that cannot be loaded any more.
         lora = dataclasses.replace(self._config.lora, lora_modules=())
         self._config = dataclasses.replace(self._config, lora=lora)
@@ -137,9 +141,9 @@ class EngineSupervisor:
 
     async def load_adapter(self, name: str, path: str) -> EngineFacts:
         """Load an adapter, which later engines get as well; see ``EngineClient``."""
-        self._facts = await self.current().load_adapter(name, path)
-        self._adapters[name] = path
-        return self._facts
+        facts = self._facts = await self.current().load_adapter(name, path)
+        self._adapters.update({a.name: a for a in facts.adapters if a.name == name})
+        return facts
 
     async def unload_adapter(self, name: str) -> EngineFacts:
         """Forget an adapter that no request uses; see ``EngineClient``."""
@@ -221,13 +225,43 @@ class EngineSupervisor:
         return True
 
     async def _restore(self, client: EngineClient) -> None:
-        """Load the adapters of the engine before; those that cannot be any more are dropped."""
-        for name, path in list(self._adapters.items()):
+        """Load the adapters of the engine before; those that cannot be any more are dropped.
+
+        One whose loading ends the engine, or takes it too long, is dropped as well, so that the
+        next engine comes up without it; EngineDeadError is raised then.
+        """
+        for adapter in list(self._adapters.values()):
             try:
-                await client.load_adapter(name, path)
+                async with asyncio.timeout(RESTORE_SECONDS):
+                    problem = await self._restored(client, adapter)
             except ConfigError as error:
-                logger.error("the adapter %r is dropped: %s", name, error.message)
-                del self._adapters[name]
+                problem = error.message
+            except (EngineDeadError, TimeoutError) as error:
+                del self._adapters[adapter.name]
+                late = isinstance(error, TimeoutError)
+                reason = f"took more than {RESTORE_SECONDS:g} s" if late else "ended"
+                raise EngineDeadError(
+                    f"The adapter {adapter.name!r} is dropped: the engine {reason} loading it."
+                ) from None
+            except SensoriumError as error:
+                logger.error(
+                    "the adapter %r is not there until the next start: %s",
+                    adapter.name,
+                    error.message,
+                )
+                continue
+            if problem is not None:
+                logger.error("the adapter %r is dropped: %s", adapter.name, problem)
+                del self._adapters[adapter.name]
+
+    async def _restored(self, client: EngineClient, adapter: AdapterFacts) -> str | None:
+        """Load an adapter of the engine before. Return what is wrong with it, if anything."""
+        facts = await client.load_adapter(adapter.name, adapter.path)
+        found = [one.digest for one in facts.adapters if one.name == adapter.name]
+        if found == [adapter.digest]:
+            return None
+        await client.unload_adapter(adapter.name)
+        return "its files have changed since it was loaded; load it again"
 
     def _take_over(self, client: EngineClient) -> None:
         """Send requests to the new engine from now on."""

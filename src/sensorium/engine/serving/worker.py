@@ -178,7 +178,10 @@ class _Loop:
         elif isinstance(message, wire.AskStats):
             self._socket.send(wire.encode(wire.Stats(message.number, engine.stats())))
         elif isinstance(message, wire.LoadAdapter | wire.UnloadAdapter):
+            self._watch.rest()
+            self._watch.step_begins()  # with as much time as a step gets
             self._change_adapters(engine, message)
+            self._watch.rest()
         return not isinstance(message, wire.Stop)
 
     def _change_adapters(
