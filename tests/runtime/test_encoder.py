@@ -5,17 +5,19 @@ One bad item harms no other, and embeddings land on their positions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 
-from sensorium.core.plan import EncodeJob, EncodeReport, NewSequence
+from sensorium.core.plan import EncodeJob, EncodeReport, NewSequence, StepPlan
 from sensorium.core.request import EngineRequest, ItemSpan
 from sensorium.multimodal.items import Features
 from sensorium.params import SamplingParams
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
+from sensorium.runtime.runner import NO_ADAPTER, ModelRunner
 from sensorium.runtime.slots import Slot
 
 HIDDEN = 3
@@ -154,3 +156,19 @@ def test_embeddings_that_came_with_a_request_are_not_counted() -> None:
     cache = EncoderCache(model, store)  # type: ignore[arg-type]
     assert not cache.encode([EncodeJob(digest(0), 0, 0, 2)], {0: slot_of(1)})
     assert (len(cache), cache.pop_report()) == (1, EncodeReport())
+
+
+def test_items_of_a_sequence_whose_adapter_is_gone_are_not_encoded() -> None:
+    """Its items would be kept under the adapter's digests, with the model's own embeddings."""
+    model, store = FakeModel(), FeatureStore()
+    plain = slot_of(2).request
+    gone = dataclasses.replace(plain, request_id="s", adapter=b"gone")
+    for request in (plain, gone):
+        store.put(request.request_id, (features(1), features(2)))
+    runner = ModelRunner(model, [], store)  # type: ignore[arg-type]
+    sequences = [NewSequence(i, r, r.token_ids) for i, r in enumerate((plain, gone))]
+    jobs = (EncodeJob(digest(0), 0, 0, 2), EncodeJob(digest(1), 1, 1, 2))
+    result = runner.execute(StepPlan(1, new=tuple(sequences), encode=jobs))
+    assert result.failed == {1: NO_ADAPTER}
+    assert result.failed_items == (digest(1),)
+    assert (len(runner.encoder), model.batches) == (1, [1])

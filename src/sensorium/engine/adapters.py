@@ -18,6 +18,10 @@ NOT_ENABLED = (
 )
 
 
+MOST_NAMES = 1024
+"""Names of adapters, of which those of equal content share a place."""
+
+
 class EngineAdapters:
     """Names of the loaded adapters. Not thread-safe.
 
@@ -51,6 +55,8 @@ class EngineAdapters:
             raise ConfigError(NOT_ENABLED, param="enable_lora")
         if name in self._known:
             raise ConfigError(f"An adapter {name!r:.80} is loaded already.", param="lora_name")
+        if len(self._known) >= MOST_NAMES:
+            raise ConfigError(f"There are {MOST_NAMES} adapters, the most.", param="max_loras")
         try:
             found = self._lanes.load(Path(find_adapter(path, self._download_dir)))
         except ConfigError as error:

@@ -13,7 +13,7 @@ from sensorium.kernels import ops
 from sensorium.kernels.adapters import AdaptedProduct, RowAdapters, Run
 from sensorium.layers.linear import Linear
 from sensorium.models.interface import Family, LoadableModel
-from sensorium.models.lora.read import read_adapter
+from sensorium.models.lora.read import Adapter, read_adapter
 from sensorium.models.lora.targets import targets_of
 
 NO_LANE = -1
@@ -77,22 +77,20 @@ class AdapterSet:
         return None if found is None else found.lane
 
     def encoder_lane(self, digest: bytes) -> int:
-        """Return the lane of an adapter that changes towers or projectors, else ``NO_LANE``."""
-        found = self._loaded.get(digest)
-        return found.lane if found is not None and found.in_encoder else NO_LANE
+        """Return the lane of an adapter that changes towers or projectors, else ``NO_LANE``.
+
+        Raises KeyError for one that is not loaded.
+        """
+        if not digest:
+            return NO_LANE
+        found = self._loaded[digest]
+        return found.lane if found.in_encoder else NO_LANE
 
     def load(self, folder: Path) -> LoadedAdapter:
         """Read an adapter and put it into a lane.
 
         Raises ConfigError when it does not fit the model, or there is no lane left.
         """
-        if not self._free:
-            num = len(self._loaded)
-            raise ConfigError(
-                f"{num} adapters are loaded, as many as --max-loras (in Python max_loras) allows: "
-                "unload one, or start with a larger limit.",
-                param="max_loras",
-            )
         adapter = read_adapter(
             folder,
             self._targets,
@@ -102,16 +100,35 @@ class AdapterSet:
             dtype=self._dtype,
             device=self._device,
         )
-        found = self._loaded.get(adapter.digest)
-        if found is None:
-            lane = self._free.pop(0)
-            found = LoadedAdapter(lane, adapter.digest, adapter.rank, adapter.in_encoder)
-            for layer, product in self._products.items():
-                product.put(lane, adapter.parts.get(layer, ()))
-            self._loaded[adapter.digest] = found
-            self._version += 1
+        found = self._loaded.get(adapter.digest) or self._put(adapter)
         self._holders[found.digest] = self._holders.get(found.digest, 0) + 1
         return found
+
+    def _put(self, adapter: Adapter) -> LoadedAdapter:
+        """Put an adapter into a lane. Raises ConfigError when there is none left."""
+        if not self._free:
+            raise ConfigError(
+                f"{len(self._loaded)} adapters are loaded, as many as --max-loras (in Python "
+                "max_loras) allows: unload one, or start with a larger limit.",
+                param="max_loras",
+            )
+        lane = self._free[0]
+        self._version += 1
+        try:
+            for layer, product in self._products.items():
+                product.put(lane, adapter.parts.get(layer, ()))
+        except BaseException:
+            self._clear(lane)
+            raise
+        del self._free[0]
+        found = LoadedAdapter(lane, adapter.digest, adapter.rank, adapter.in_encoder)
+        self._loaded[adapter.digest] = found
+        return found
+
+    def _clear(self, lane: int) -> None:
+        for product in self._products.values():
+            product.put(lane, ())
+        self._version += 1
 
     def unload(self, digest: bytes) -> None:
         """Forget an adapter that was loaded, once for each time that it was.
@@ -123,10 +140,8 @@ class AdapterSet:
             return
         del self._holders[digest]
         lane = self._loaded.pop(digest).lane
-        for product in self._products.values():
-            product.put(lane, ())
+        self._clear(lane)
         self._free.append(lane)
-        self._version += 1
 
     def using(self, lanes: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
         """Give the rows of a step their lanes within the block.

@@ -79,7 +79,9 @@ class ModelRunner:
             self._place(slot, result)
             self._start_grammar(slot, result)
         if plan.encode:
-            result.failed_items = self.encoder.encode(plan.encode, self._table.slots)
+            gone = {job.digest for job in plan.encode if self._lane(job.seq_id) is None}
+            jobs = [job for job in plan.encode if job.digest not in gone]
+            result.failed_items = (*gone, *self.encoder.encode(jobs, self._table.slots))
             result.unusable_items = self.encoder.pop_unusable()
         lost = set(result.failed_items)
         pairs = [
@@ -100,12 +102,18 @@ class ModelRunner:
 
     def _place(self, slot: Slot, result: StepResult) -> None:
         """Find the lane of a sequence's adapter."""
-        digest = slot.request.adapter
-        lane = self.adapters.lane(digest) if self.adapters is not None else None
-        if lane is not None:
-            slot.lane = lane
-        elif digest:
+        lane = self._lane(slot.seq_id)
+        if lane is None:
             result.failed[slot.seq_id] = NO_ADAPTER
+        else:
+            slot.lane = lane
+
+    def _lane(self, seq_id: int) -> int | None:
+        """Return the lane of a sequence's adapter; None for one that is not loaded any more."""
+        digest = self._table.slots[seq_id].request.adapter
+        if self.adapters is not None:
+            return self.adapters.lane(digest)
+        return None if digest else NO_LANE
 
     def _start_grammar(self, slot: Slot, result: StepResult) -> None:
         if slot.request.grammar is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sensorium.errors import ConfigError
+from sensorium.kernels.adapters import LowRank
+from sensorium.kernels.cpu.adapters.low_rank import CpuAdapted
 from sensorium.models import loader
 from sensorium.models.lora import read
 from sensorium.models.lora.settings import read_settings
@@ -82,6 +85,10 @@ def configure(folder: Path, **values: Any) -> None:
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern"),
         ({"rank_pattern": {"(a+)+$": 4}}, "is neither a name"),
         ({"alpha_pattern": {".*a.*b.*c.*d": 4}}, "at most 3"),
+        ({"rank_pattern": {".*.*": 4}}, "other characters than dots between"),
+        ({"rank_pattern": {"a.*..*b": 4}}, "is neither a name"),
+        ({"rank_pattern": {r"a\d+\d+": 4}}, "is neither a name"),
+        ({"rank_pattern": {str(n): 4 for n in range(257)}}, "at most 256 entries"),
         ({"alpha_pattern": [1]}, "alpha_pattern must be an object"),
         ({"target_modules": [1]}, "target_modules must be"),
         ({"use_rslora": "yes"}, "use_rslora must be"),
@@ -143,6 +150,10 @@ def test_files_that_are_none(lanes: AdapterSet, adapter: Path, tmp_path: Path) -
         config.write_text(text)
         with pytest.raises(ConfigError, match=r"adapter_config\.json of the adapter"):
             read_settings(adapter)
+    config.unlink()
+    os.mkfifo(config)
+    with pytest.raises(ConfigError, match="no regular file"):
+        read_settings(adapter)
 
 
 def test_two_names_of_one_layer(tmp_path: Path) -> None:
@@ -170,10 +181,14 @@ def test_places_are_bounded_and_come_back(
     third = make_adapter(tmp_path / "third", base, seed=2, only=".*q_proj")
     first = lanes.load(adapter)
     second = lanes.load(other)
-    assert lanes.lane(b"") == NO_LANE
+    assert lanes.lane(b"") == lanes.encoder_lane(b"") == NO_LANE
+    with pytest.raises(KeyError):
+        lanes.encoder_lane(b"x" * 32)
     assert {lanes.lane(first.digest), lanes.lane(second.digest)} == {0, 1}
     assert not first.in_encoder
     assert "as many as --max-loras" in refusal(lanes, third)
+    assert lanes.load(adapter) == first, "equal content needs no further place"
+    lanes.unload(first.digest)
     version = lanes.version
     lanes.unload(first.digest)
     assert lanes.version > version
@@ -183,6 +198,28 @@ def test_places_are_bounded_and_come_back(
     for adapter_ in (second, found):
         lanes.unload(adapter_.digest)
     assert lanes.nbytes == 0
+
+
+def test_a_place_comes_back_when_loading_fails(
+    lanes: AdapterSet, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, puts = lanes.version, []
+    put = CpuAdapted.put
+
+    def failing(self: CpuAdapted, lane: int, parts: Sequence[LowRank]) -> None:
+        puts.append(lane)
+        if len(puts) == 3:
+            raise MemoryError
+        put(self, lane, parts)
+
+    monkeypatch.setattr(CpuAdapted, "put", failing)
+    with pytest.raises(MemoryError):
+        lanes.load(adapter)
+    assert lanes.nbytes == 0
+    assert lanes.version > version
+    found = lanes.load(adapter)
+    assert found.lane == puts[0]
+    lanes.unload(found.digest)
 
 
 def test_scales_follow_the_patterns(adapter: Path) -> None:
@@ -195,13 +232,12 @@ def test_scales_follow_the_patterns(adapter: Path) -> None:
         alpha_pattern={r"^model\.layers\.1\..*": 2, "q_proj": 3},
     )
     found = read_settings(adapter)
-    assert found.rank_of("model.layers.0.mlp.down_proj") == 9
-    assert found.rank_of("model.layers.0.mlp.updown_proj") == 4
-    assert found.scale_of("model.layers.0.mlp.down_proj") == 6 / 3
-    assert found.scale_of("model.layers.1.mlp.down_proj") == 2 / 3
-    assert found.scale_of("model.layers.0.self_attn.q_proj") == 3 / 2
+    assert found.of("model.layers.0.mlp.down_proj") == (9, 6 / 3)
+    assert found.of("model.layers.0.mlp.updown_proj") == (4, 6 / 2)
+    assert found.of("model.layers.1.mlp.down_proj") == (9, 2 / 3)
+    assert found.of("model.layers.0.self_attn.q_proj") == (4, 3 / 2)
     configure(adapter, use_rslora=False)
-    assert read_settings(adapter).scale_of("model.layers.0.self_attn.k_proj") == 6 / 4
+    assert read_settings(adapter).of("model.layers.0.self_attn.k_proj") == (4, 6 / 4)
 
 
 def test_mutated_files_are_refused_or_loaded(lanes: AdapterSet, adapter: Path) -> None:

@@ -21,7 +21,7 @@ from sensorium.errors import ConfigError
 from sensorium.kernels.adapters import LowRank
 from sensorium.layers.linear import Linear
 from sensorium.models.loading.weights import renamed
-from sensorium.models.lora.settings import LoraSettings, read_settings
+from sensorium.models.lora.settings import read_settings
 from sensorium.models.lora.targets import Target
 
 NAME = "adapter_model.safetensors"
@@ -77,12 +77,13 @@ def read_adapter(
     settings = read_settings(folder)
     file = _opened(folder)
     pairs = _pairs(list(file.keys()), targets, rules, unused)
+    values = {pair.module: settings.of(pair.module) for pair in pairs}
     for pair in pairs:
-        _check(file, pair, settings, max_rank)
+        _check(file, pair, values[pair.module], max_rank)
     digest, rank = blake3(), 0
     parts: dict[Linear, list[LowRank]] = {}
     for pair in sorted(pairs, key=lambda pair: pair.ours):
-        part = _read(file, pair, settings.scale_of(pair.module), dtype)
+        part = _read(file, pair, values[pair.module][1], dtype)
         _count(digest, pair, part)
         part = replace(part, a=part.a.to(device), b=part.b.to(device))
         parts.setdefault(pair.target.layer, []).append(part)
@@ -159,9 +160,9 @@ def _kind(ours: str) -> str:
     return "no linear layer that adapters can change"
 
 
-def _check(file: Any, pair: _Pair, settings: LoraSettings, max_rank: int) -> None:
+def _check(file: Any, pair: _Pair, values: tuple[int, float], max_rank: int) -> None:
     """Check types and shapes of a module's tensors against the layer and the configuration."""
-    rank, target = settings.rank_of(pair.module), pair.target
+    (rank, scale), target = values, pair.target
     if rank > max_rank:
         _refuse(
             f"the module {pair.module!r:.200} has the rank {rank}, beyond the limit of {max_rank}: "
@@ -178,7 +179,7 @@ def _check(file: Any, pair: _Pair, settings: LoraSettings, max_rank: int) -> Non
                 f"{name!r:.200} has the shape {shape}, not {shapes[side]} as the layer and the "
                 f"rank {rank} of adapter_config.json say"
             )
-    if not math.isfinite(settings.scale_of(pair.module)):
+    if not math.isfinite(scale):
         _refuse(f"the scale of {pair.module!r:.200} is not finite")
 
 

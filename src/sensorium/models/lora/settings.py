@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +22,17 @@ from sensorium.errors import ConfigError
 
 NAME = "adapter_config.json"
 MOST_BYTES = 1 << 20
-MOST_PATTERNS = 4096
+MOST_PATTERNS = 256
 """Keys of ``rank_pattern`` and of ``alpha_pattern``."""
 MOST_ALPHA = 1e6
 _WILDCARDS = 3
-"""Most wildcards of a key: a match then takes a bounded time whatever the key."""
+"""Most wildcards of a key. Between two of them is a character that is given, or a match could take
+as long as the name is to the power of their number."""
+_MOST_KEY = 512
 _KEY = re.compile(r"\^?(?:[\w-]|\\?\.(?![*+?{])|\.\*|\\d\+|\[0-9\]\+)+\$?", re.ASCII)
 _WILDCARD = re.compile(r"\.\*|\\d\+|\[0-9\]\+")
+_W = rf"(?:{_WILDCARD.pattern})"
+_ADJACENT = re.compile(rf"{_W}{_W}|{_W}\.+\.\*|\.\*\.+{_W}")
 _KNOWN_STARTS = ("gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base model as it is, besides true and false."""
 _REFUSED = {
@@ -53,15 +59,11 @@ class LoraSettings:
     ranks: tuple[tuple[re.Pattern[str], int], ...] = field(default=())
     alphas: tuple[tuple[re.Pattern[str], float], ...] = field(default=())
 
-    def rank_of(self, module: str) -> int:
-        """Return the rank of a module, named as in the adapter's base model."""
-        return next((rank for key, rank in self.ranks if key.fullmatch(module)), self.rank)
-
-    def scale_of(self, module: str) -> float:
-        """Return the factor of ``x A^T B^T``."""
+    def of(self, module: str) -> tuple[int, float]:
+        """Return the rank of a module, named as in its base model, and the factor of x A^T B^T."""
+        rank = next((rank for key, rank in self.ranks if key.fullmatch(module)), self.rank)
         alpha = next((alpha for key, alpha in self.alphas if key.fullmatch(module)), self.alpha)
-        rank = self.rank_of(module)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
 def read_settings(folder: Path) -> LoraSettings:
@@ -97,8 +99,7 @@ def read_settings(folder: Path) -> LoraSettings:
 
 def _read(path: Path) -> Mapping[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
+        data = _bytes(path)
     except FileNotFoundError:
         raise ConfigError(
             f"The adapter's folder has no {NAME}: it is no adapter in PEFT's layout.",
@@ -115,6 +116,18 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         _refuse("it is not a JSON object")
     return values
+
+
+def _bytes(path: Path) -> bytes:
+    """Return the beginning of a file. Raises ConfigError for what is none, such as a pipe."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            _refuse("it is no regular file")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(MOST_BYTES + 1)
+    finally:
+        os.close(descriptor)
 
 
 def _check_start(value: object) -> None:
@@ -142,16 +155,21 @@ def _patterns(values: Mapping[str, Any], name: str) -> list[tuple[re.Pattern[str
         _refuse(f"{name} must be an object of at most {MOST_PATTERNS} entries")
     patterns = []
     for key, value in found.items():
-        if not _KEY.fullmatch(key) or len(_WILDCARD.findall(key)) > _WILDCARDS or len(key) > 512:
+        if len(key) > _MOST_KEY or not _KEY.fullmatch(key) or _is_slow(key):
             _refuse(
                 f"the key {key!r:.80} of {name} is neither a name nor a name with at most "
-                f"{_WILDCARDS} of '.*' and '\\d+'"
+                f"{_WILDCARDS} of '.*' and '\\d+', with other characters than dots between"
             )
-        begin = "" if key.startswith("^") else r"(?:.*\.)?"
+        begin = "" if key.startswith(("^", ".*")) else r"(?:.*\.)?"
         # As PEFT does: the end of a name, from a dot on.
         pattern = re.compile(begin + key.removeprefix("^").removesuffix("$"))
         patterns.append((pattern, f"{name}[{key!r:.80}]", value))
     return patterns
+
+
+def _is_slow(key: str) -> bool:
+    """Return True for a key whose match may take long."""
+    return len(_WILDCARD.findall(key)) > _WILDCARDS or _ADJACENT.search(key) is not None
 
 
 def _rank(name: str, value: object) -> int:
