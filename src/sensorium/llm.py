@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 from sensorium.compat.calls import takes_call_keywords
 from sensorium.config import EngineConfig, engine_config
 from sensorium.engine.engine import Engine
-from sensorium.engine.offline.adapters import Parse, adapting, requests_of
+from sensorium.engine.offline.adapters import Parse, adapting, using_adapters
 from sensorium.engine.offline.batch import (
     BatchBuilder,
     BatchInput,
@@ -173,6 +173,7 @@ class LLM:
         given = as_list(prompts)
         parse = self._adapting(self._parse_prompt, given, lora_request)
         batch = self._batches.text(given, parse, sampling_params, priority)
+        batch = using_adapters(batch, lora_request)
         return self._engine.results(batch, use_tqdm, stream, unchanged)
 
     @overload
@@ -234,7 +235,7 @@ class LLM:
             stream: As for ``generate``.
         """
         self._engine.check_open()
-        parse = partial(
+        parse: Parse = partial(
             chat_prompt,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
@@ -244,9 +245,9 @@ class LLM:
             mm_processor_kwargs=mm_processor_kwargs,
         )
         given = conversations(messages)
-        batch = self._batches.text(
-            given, self._adapting(parse, given, lora_request), sampling_params, priority
-        )
+        parse = self._adapting(parse, given, lora_request)
+        batch = self._batches.text(given, parse, sampling_params, priority)
+        batch = using_adapters(batch, lora_request)
         return self._engine.results(batch, use_tqdm, stream, unchanged)
 
     @overload
@@ -384,14 +385,10 @@ class LLM:
         self._engine.check_open()
         given = as_list(prompts)
         parse = self._adapting(self._parse_input, given, lora_request)
-        return self._batches.embeddings(given, parse, params)
+        return using_adapters(self._batches.embeddings(given, parse, params), lora_request)
 
     def _adapting(self, parse: Parse, prompts: Prompts, lora_request: Adapters) -> Parse:
-        """Load the adapters of a call, and return ``parse`` that gives each prompt its own."""
-        if lora_request is None:
-            return parse
+        """Return ``parse`` that also gives each prompt its adapter."""
         values = prompts.values
         num_prompts = len(values) if isinstance(values, list | tuple) else None
-        parse = adapting(parse, lora_request, num_prompts)
-        self._engine.provide([one for one in requests_of(lora_request) if one is not None])
-        return parse
+        return adapting(parse, lora_request, num_prompts)

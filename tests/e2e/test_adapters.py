@@ -248,3 +248,20 @@ async def test_an_engine_of_its_own(
             await answer(LoRARequest("b"))
         await llm.add_lora(second)
         assert await answer(LoRARequest("b")) == expected[1]
+
+
+def test_nothing_is_loaded_beside_a_stream(
+    parts: Parts, adapters: list[LoRARequest], tmp_path: Path, base: Path
+) -> None:
+    """It would write the tables that a running step reads, or take the stream's adapter away."""
+    other = LoRARequest("other", 7, str(make_adapter(tmp_path / "other", base, seed=7)))
+    params = [GREEDY, GREEDY.replace(max_tokens=300)]
+    options: dict[str, Any] = {"use_tqdm": False, "lora_request": adapters[0]}
+    stream = parts.llm.generate(["red", "green"], params, stream=True, **options)
+    next(stream)
+    before = parts.engine.facts.adapters
+    with pytest.raises(InvalidRequestError, match="middle of another call"):
+        answers(parts.llm, ["red"], other)
+    assert parts.engine.facts.adapters == before
+    stream.close()
+    assert len(answers(parts.llm, ["red"], other)) == 1

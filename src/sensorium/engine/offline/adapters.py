@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sensorium.engine.engine import Engine
+from sensorium.engine.offline.batch import BatchInput
+from sensorium.engine.prompts.adapters import check_path, no_path
 from sensorium.engine.prompts.types import Prompt
 from sensorium.errors import ConfigError, InvalidRequestError, counted
 from sensorium.params import LoRARequest
@@ -42,19 +44,12 @@ class AdaptersOnDemand:
         loaded = {adapter.name: adapter for adapter in self._engine.facts.adapters}
         if name not in loaded:
             if not path:
-                raise InvalidRequestError(
-                    f"The adapter {name!r:.80} is not loaded: give its lora_path.",
-                    param="lora_request",
-                )
+                raise no_path(name)
             if len(loaded) >= self._max_loras:
                 self._forget_one(wanted)
             self._engine.load_adapter(name, path)
-        elif path and path != loaded[name].path:
-            raise InvalidRequestError(
-                f"The adapter {name!r:.80} was loaded from another folder: give this one another "
-                "name.",
-                param="lora_request",
-            )
+        else:
+            check_path(name, path, [loaded[name].path])
         if name in self._last_used:
             self._last_used.remove(name)
         self._last_used.append(name)
@@ -115,6 +110,15 @@ def adapting(parse: Parse, given: object, num_prompts: int | None) -> Parse:
         return prompt if own is None else with_adapter(prompt, own)
 
     return parse_next
+
+
+def using_adapters(batch: BatchInput, given: object) -> BatchInput:
+    """Return the input of a call that loads adapters when it runs.
+
+    given: as for ``requests_of``. Raises InvalidRequestError.
+    """
+    wanted = [request for request in requests_of(given) if request is not None]
+    return dataclasses.replace(batch, adapters=tuple(wanted))
 
 
 def with_adapter(prompt: Prompt, request: LoRARequest) -> Prompt:

@@ -27,7 +27,7 @@ from sensorium.outputs import (
     ScoringOutput,
     ScoringRequestOutput,
 )
-from sensorium.params import PoolingParams, SamplingParams
+from sensorium.params import LoRARequest, PoolingParams, SamplingParams
 from sensorium.text.chat.chat_template import RenderedPrompt
 
 Value = TypeVar("Value")
@@ -69,6 +69,7 @@ class BatchInput:
         priority: That of all prompts, or of each.
         order: Index of each prompt in the caller's order, where that is not the order of
             ``prompts``.
+        adapters: Those that the prompts name, which are loaded when the call runs.
     """
 
     prompts: Iterator[BatchPrompt]
@@ -76,6 +77,7 @@ class BatchInput:
     total: int | None
     priority: int | Sequence[int] = 0
     order: Sequence[int] | None = None
+    adapters: Sequence[LoRARequest] = ()
 
     def index_of(self, number: int) -> int:
         """Return the caller's index of the prompt that is read as the ``number``-th, from 0."""

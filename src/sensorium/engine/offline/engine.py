@@ -140,15 +140,6 @@ class OfflineEngine:
         if self._closed:
             raise InvalidRequestError("This LLM has been closed; make a new one.")
 
-    def provide(self, requests: Sequence[LoRARequest]) -> None:
-        """Load the adapters that a call names. Raises InvalidRequestError and ConfigError."""
-        self.check_open()
-        if requests:
-            try:
-                self._adapters.provide(requests)
-            finally:
-                self.input_processor.set_facts(self.engine.facts)
-
     def stats(self) -> EngineStats:
         """Return the counters of the engine and of the media pipeline."""
         self.check_open()
@@ -192,6 +183,7 @@ class OfflineEngine:
             self.check_open()
             if self._run is not None:  # another interrupt came while it cleaned up
                 self._run.clean_up(whole=False)
+            self._provide(batch.adapters)
             self._run = BatchRun(
                 batch,
                 self.engine,
@@ -209,6 +201,17 @@ class OfflineEngine:
             if self._run is not None and self._run.is_clean:
                 self._run = None
             self._in_use.release()
+
+    def _provide(self, requests: Sequence[LoRARequest]) -> None:
+        """Load the adapters of a call, when no other one runs.
+
+        Raises InvalidRequestError and ConfigError.
+        """
+        if requests:
+            try:
+                self._adapters.provide(requests)
+            finally:
+                self.input_processor.set_facts(self.engine.facts)
 
     def _streamed(
         self, batch: BatchInput, use_tqdm: bool, convert: Callable[[Any], Result]
