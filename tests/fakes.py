@@ -64,7 +64,7 @@ class FakeRunner:
     (request ids, digests) may be changed between steps: they fail as a runner would report it.
     ``encoder_cache_size`` is the most embeddings that may be resident, ``encode_budget`` the most
     that one plan may encode; None does not check. ``window``: tokens before the next one
-    that are read.
+    that are read. ``most_drafts``: tokens that it tries of a span at most, whatever the plan says.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class FakeRunner:
         self.next_token = next_token
         self.encoder_cache_size = encoder_cache_size
         self.encode_budget = encode_budget
+        self.most_drafts: int | None = None
         self.fail_requests: set[str] = set()
         self.fail_items: set[bytes] = set()
         self.plans: list[StepPlan] = []
@@ -188,7 +189,10 @@ class FakeRunner:
             in_range = block_id >= 0 and (self.num_blocks is None or block_id < self.num_blocks)
             _check(in_range, f"block {block_id} does not exist")
 
-    def _run(self, span: Span, result: StepResult) -> None:
+    def _run(self, planned: Span, result: StepResult) -> None:
+        span = planned
+        if self.most_drafts is not None and len(planned.draft_ids) > self.most_drafts:
+            span = planned.with_fewer_drafts(self.most_drafts)
         held = self._held[span.seq_id]
         end = span.start + span.num_tokens
         self._check_span(span, held)
@@ -214,10 +218,11 @@ class FakeRunner:
         if span.samples:
             samples = result.samples[span.seq_id] = self._samples(held, span.draft_ids)
             known += len(samples) - 1
+            result.num_drafts[span.seq_id] = len(span.draft_ids)
         held.num_computed = known
         self._free_passed(held, known)
         self.num_computed_tokens += known - span.start
-        if span.draft_ids:
+        if planned.draft_ids:
             num_blocks = -(-len(held.token_ids) // self.block_size)
             self._users.subtract(held.block_ids[num_blocks:])
             del held.block_ids[num_blocks:]

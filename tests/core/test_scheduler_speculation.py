@@ -161,3 +161,21 @@ def test_without_speculation_nothing_is_tried() -> None:
     driver.add(wanted)
     assert driver.run()["a"].token_ids == expected_tokens(wanted, vocab_size=64)
     assert driver.scheduler.stats().num_drafts == 0
+
+
+@pytest.mark.parametrize("most", [0, 1])
+def test_only_tokens_that_the_runner_tried_are_counted(most: int) -> None:
+    """It leaves out those that a grammar forbids, though the next token is the one left out."""
+    driver = speculating(block_size=2)
+    driver.runner.next_token = periodic
+    driver.runner.most_drafts = most
+    driver.add(request("a", PERIODIC, max_tokens=12))
+    driver.step()
+    num_planned = sum(len(drafts) for _ in range(3) for drafts in tried(driver))
+    assert num_planned > 3
+    stats = driver.scheduler.stats()
+    assert (stats.num_drafts, stats.num_draft_tokens) == (3 * most, 3 * most)
+    assert stats.num_accepted_tokens == 3 * most
+    assert stats.num_accepted_at == [3] * most
+    driver.run()
+    assert driver.outcomes["a"].token_ids == [1, 2, 3] * 4

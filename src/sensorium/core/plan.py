@@ -156,6 +156,9 @@ class StepResult:
             *predicted by* the span's positions (start+1 … start+num_tokens, clipped to the prompt).
         failed: Messages for the callers of sequences that could not be run. They have no sample and
             are finished with an error; the others are unharmed.
+        num_drafts: How many tried tokens were computed, by sequence id: fewer than in the plan
+            where a grammar forbids them, or where one spoilt the numbers of others.
+        repeated: Some of the plan was computed twice, so that its time tells nothing.
         unsound: Sequences with infinite or undefined numbers among what was computed: their blocks
             must not be shared.
         failed_items: Digests of items whose encoding failed; they are not resident.
@@ -169,11 +172,17 @@ class StepResult:
     prompt_logprobs: dict[int, tuple[tuple[tuple[int, float, int], ...], ...]] = field(
         default_factory=dict
     )
+    num_drafts: dict[int, int] = field(default_factory=dict)
+    repeated: bool = False
     failed: dict[int, str] = field(default_factory=dict)
     unsound: set[int] = field(default_factory=set)
     failed_items: tuple[bytes, ...] = ()
     unusable_items: dict[bytes, tuple[str, str]] = field(default_factory=dict)
     encoded: EncodeReport = NOTHING_ENCODED
+
+    def drafts_of(self, span: Span) -> tuple[int, ...]:
+        """Return the tried tokens of a span of the plan that were computed."""
+        return span.draft_ids[: self.num_drafts.get(span.seq_id, 0)]
 
     def item_failure(self, digest: bytes, name: str) -> str:
         """Return the message for sequences that need the failed item, which is called ``name``."""

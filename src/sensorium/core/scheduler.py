@@ -158,7 +158,7 @@ class Scheduler:
         if plan is not self._plan or result.step_id != plan.step_id:
             raise RuntimeError(f"plan {plan.step_id} is not the one to be committed")
         if self._speculator is not None:
-            self._speculator.observe(plan, self._clock() - self._planned_at)
+            self._speculator.observe(plan, result, self._clock() - self._planned_at)
         self._plan = None
         self._counts.add_encoded(result.encoded)
         for seq_id in {job.seq_id for job in plan.encode} & self._live.keys():
@@ -396,8 +396,9 @@ class Scheduler:
                 break
         self._counts.num_generated_tokens += num_new
         if self._speculator is not None:
-            num_right = self._speculator.follow(seq, span, seq.token_ids[-num_new:])
-            self._counts.add_drafts(len(span.draft_ids), num_right)
+            drafts = result.drafts_of(span)
+            num_right = self._speculator.follow(seq, drafts, seq.token_ids[-num_new:])
+            self._counts.add_drafts(len(drafts), num_right)
         self._advance(seq, span, len(seq.token_ids) - 1, result)
         updates = seq.updates(samples[:num_new], reason, completes_prompt=was_prompt)
         rope_length = seq.request.rope_length_at(len(seq.token_ids))

@@ -134,6 +134,7 @@ class ModelRunner:
         try:
             self._run(pairs, result)
         except Exception:
+            result.repeated = True
             logger.exception("a step of %d sequence(s) failed", len(pairs))
             if len(pairs) == 1:
                 result.failed[pairs[0][0].seq_id] = FAILED
@@ -151,8 +152,10 @@ class ModelRunner:
         with self._adapted(pairs, inputs):
             hidden = self.model.forward(embeds, inputs.batch)
         unsound = _unsound(pairs, inputs, hidden)
+        result.num_drafts |= {span.seq_id: len(span.draft_ids) for span, _ in pairs}
         if any(span.draft_ids and span.seq_id in unsound for span, _ in pairs):
             # Perhaps it is a tried token that spoils the others, and it need not be right.
+            result.repeated = True
             known = [(span.with_fewer_drafts(0), slot) for span, slot in pairs]
             self._run(single_tokens_first(known), result)
             return
@@ -312,7 +315,11 @@ def _allowed(span: Span, slot: Slot) -> Span:
     """Return the span without the tried tokens from the first that the grammar forbids."""
     if not span.draft_ids or slot.grammar is None:
         return span
-    num = slot.grammar.num_allowed(span.draft_ids)
+    try:
+        num = slot.grammar.num_allowed(span.draft_ids)
+    except Exception:
+        logger.exception("a grammar could not tell which tokens may be tried")
+        num = 0
     return span if num == len(span.draft_ids) else span.with_fewer_drafts(num)
 
 

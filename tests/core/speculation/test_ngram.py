@@ -47,6 +47,7 @@ def test_the_longest_and_then_the_latest_repetition_is_found(
         while known < len(text):
             step = data.draw(st.integers(1, 25))
             index.extend(text[known : known + step])
+            index.catch_up(100)
             known = min(len(text), known + step)
             wanted = searched(text[:known], shortest, shortest + more, most)
             assert index.propose(most) == wanted
@@ -55,18 +56,18 @@ def test_the_longest_and_then_the_latest_repetition_is_found(
 def test_a_repetition_that_reaches_the_end_goes_on_with_itself() -> None:
     index = NgramIndex(2, 8)
     index.extend([7, 8, 9, 7, 8, 9, 7, 8])
+    index.catch_up(8)
     assert index.propose(7) == Proposal((9, 7, 8, 9, 7, 8, 9), 5)
 
 
 def test_a_look_up_costs_a_bounded_number_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts made to have many places to look at, and long ones at once."""
-    monkeypatch.setattr(ngram, "INDEXED_AT_ONCE", 100)
     index = NgramIndex(2, 64)
     best = [1, 2, 3, 5, 5, 7]
     index.extend(best + [token for i in range(400) for token in (1000 + i, 5, 5)] + best[:5])
     num_tokens = len(index)
     for wanted in range(100, num_tokens + 100, 100):
-        index.propose(4)
+        index.catch_up(100)
         assert index.num_indexed == min(wanted, num_tokens - 1)
     assert index.propose(2).token_ids == (1, 2), "the best place is too far back"
     monkeypatch.setattr(ngram, "MOST_PLACES", 1000)
@@ -75,10 +76,12 @@ def test_a_look_up_costs_a_bounded_number_of_steps(monkeypatch: pytest.MonkeyPat
 
 def test_memory_is_a_few_bytes_a_token_however_the_text_comes() -> None:
     index = NgramIndex(3, 16)
+    num_entered = 0
     for start in range(0, 20_000, 50):
         index.extend(token * token % 997 for token in range(start, start + 50))
-        index.propose(8)
+        num_entered += index.catch_up(1000)
         assert index.nbytes <= 24 * len(index) + 4 * (ngram.LEAST_SIZE + 1)
+    assert num_entered == len(index) - 1, "none is entered again when the tables grow"
 
 
 def test_items_are_barriers() -> None:

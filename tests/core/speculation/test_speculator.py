@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sensorium.core.plan import Span, StepPlan
+import pytest
+
+from sensorium.core.plan import Span, StepPlan, StepResult
 from sensorium.core.request import Sequence as RunningSequence
-from sensorium.core.speculation.speculator import MOST_ROWS, SpeculationLimits, Speculator
+from sensorium.core.speculation.ngram import NgramIndex
+from sensorium.core.speculation.speculator import (
+    INDEXED_AT_ONCE,
+    MOST_ROWS,
+    SpeculationLimits,
+    Speculator,
+)
 from tests.core.driver import item, request
 
 LIMITS = SpeculationLimits(num_tokens=8, shortest=3, longest=16)
@@ -50,10 +58,11 @@ class Rig:
             own = span(seq).with_drafts(tried, ())
             spans.append(own)
             tokens = [*PROPOSED[:right], 1000][: len(tried) + 1]
-            self.speculator.follow(seq, own, tokens)
+            self.speculator.follow(seq, tried, tokens)
         rows = sum(own.num_tokens for own in spans)
         plan = StepPlan(0, spans=tuple(spans))
-        self.speculator.observe(plan, 0.010 * (1.0 + cost * (rows - len(spans))))
+        result = StepResult(0, num_drafts={own.seq_id: len(own.draft_ids) for own in spans})
+        self.speculator.observe(plan, result, 0.010 * (1.0 + cost * (rows - len(spans))))
         return [len(own.draft_ids) for own in spans]
 
 
@@ -91,10 +100,10 @@ def test_tokens_that_are_never_right_are_soon_not_tried_and_right_ones_are_again
     tried = [rig.step(right=0, cost=0.02)[0] for _ in range(40)]
     assert tried[-10:] == [0] * 10
     # They are compared although none is tried.
-    rig.speculator.follow(rig.sequences[0], span(rig.sequences[0]), PROPOSED)
+    rig.speculator.follow(rig.sequences[0], (), PROPOSED)
     for _ in range(12):
         rig.propose()
-        rig.speculator.follow(rig.sequences[0], span(rig.sequences[0]), REPEATED[5:6])
+        rig.speculator.follow(rig.sequences[0], (), REPEATED[5:6])
     assert len(rig.propose()[0]) >= 4
 
 
@@ -112,8 +121,8 @@ def test_sequences_whose_tokens_are_right_are_preferred() -> None:
     rig = Rig(good, bad)
     for _ in range(20):
         rig.propose()
-        rig.speculator.follow(good, span(good), PROPOSED)
-        rig.speculator.follow(bad, span(bad), [999])
+        rig.speculator.follow(good, (), PROPOSED)
+        rig.speculator.follow(bad, (), [999])
     chosen = rig.propose(num_rows=8)
     assert (len(chosen.get(0, ())), len(chosen.get(1, ()))) == (8, 0)
 
@@ -130,4 +139,46 @@ def test_ended_sequences_leave_nothing() -> None:
     rig.speculator.forget(0)
     rig.speculator.forget(0)
     assert len(rig.speculator) == 0
-    assert rig.speculator.follow(rig.sequences[0], span(rig.sequences[0]), [5]) == 0
+    assert rig.speculator.follow(rig.sequences[0], (), [5]) == 0
+
+
+def test_costs_are_those_of_rows_that_were_computed() -> None:
+    """The runner may compute fewer tried tokens than planned, or some of a step twice."""
+    own = span(sequence(0, REPEATED)).with_drafts(tuple(PROPOSED), ())
+    plan = StepPlan(0, spans=(own,))
+
+    def known_after(*results: StepResult) -> Speculator:
+        speculator = Speculator(LIMITS)
+        for result in results * 5:
+            speculator.observe(plan, result, 0.010)
+        return speculator
+
+    without, all_of_them = StepResult(0), StepResult(0, num_drafts={0: len(PROPOSED)})
+    assert known_after(without, all_of_them).costs.is_known(1)
+    assert not known_after(without).costs.is_known(1), "each had one row"
+    twice = known_after(StepResult(0, num_drafts={0: len(PROPOSED)}, repeated=True))
+    assert twice.costs.seconds(1, 1) > 1.0, "nothing was noted"
+
+
+def test_sequences_share_what_a_step_enters_into_their_indexes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered: dict[int, int] = {}
+    catch_up = NgramIndex.catch_up
+
+    def counted(index: NgramIndex, most: int) -> int:
+        num = catch_up(index, most)
+        entered[len(index)] = entered.get(len(index), 0) + num
+        return num
+
+    monkeypatch.setattr(NgramIndex, "catch_up", counted)
+    lengths = [11, INDEXED_AT_ONCE // 2, INDEXED_AT_ONCE, 2 * INDEXED_AT_ONCE]
+    rig = Rig(*(sequence(number, range(length)) for number, length in enumerate(lengths)))
+    rig.propose()
+    assert sum(entered.values()) == INDEXED_AT_ONCE
+    share = (INDEXED_AT_ONCE - 10) // 3
+    assert [entered[length] - share for length in lengths[1:]] == [0, 0, 0]
+    assert entered[11] == 10, "a short one need not wait for the long ones"
+    for _ in range(3):
+        rig.propose()
+    assert entered == {length: length - 1 for length in lengths}

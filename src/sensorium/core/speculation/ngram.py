@@ -1,23 +1,23 @@
 """The n-gram index of a sequence: finds what followed the last tokens where they stood before.
 
 A hash table holds the latest end of each n-gram of the shortest length, and a chain leads from
-there to earlier ones, as in DEFLATE compressors (RFC 1951, section 4). So a token costs one entry,
-a look-up visits a bounded number of places, and all of it is three arrays of four bytes a token,
-or little more.
+there to earlier ones, as in DEFLATE compressors (RFC 1951, section 4). When the table is full, a
+larger one begins, for the tokens from there on: none is entered twice. So a token costs one entry,
+a look-up visits a bounded number of places, and all of it is four bytes a token in each of three
+kinds of arrays, or little more.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 BARRIER = -1
 """In the place of a token that must not be proposed, nor be part of what repeats."""
 MOST_PLACES = 16
 """Earlier places of an n-gram that a look-up compares, the latest first."""
-INDEXED_AT_ONCE = 4096
-"""Tokens that a look-up enters into the index at most; the others follow at the next ones."""
 LEAST_SIZE = 256
 """Entries of the smallest hash table."""
 
@@ -46,7 +46,8 @@ class NgramIndex:
         self._shortest, self._longest = shortest, longest
         self._tokens = array("i")
         self._earlier = array("i", [0])
-        self._latest = array("i", bytes(4 * LEAST_SIZE))
+        self._tables: list[array[int]] = []
+        self._full_at = 0
         self.num_indexed = 0
         """Tokens that have been entered into the index."""
 
@@ -56,58 +57,74 @@ class NgramIndex:
     @property
     def nbytes(self) -> int:
         """Return the bytes of the arrays."""
-        return 4 * (len(self._tokens) + len(self._earlier) + len(self._latest))
+        return 4 * (len(self._tokens) + len(self._earlier) + sum(map(len, self._tables)))
+
+    @property
+    def num_behind(self) -> int:
+        """Return the number of tokens that ``catch_up`` has left to enter."""
+        return max(0, len(self._tokens) - 1 - self.num_indexed)
 
     def extend(self, token_ids: Iterable[int]) -> None:
         """Append tokens, or ``BARRIER`` in the place of one."""
         self._tokens.extend(token_ids)
 
-    def catch_up(self) -> None:
-        """Enter tokens into the index, at most ``INDEXED_AT_ONCE``.
+    def catch_up(self, most: int) -> int:
+        """Enter up to ``most`` tokens into the index, and return how many were entered.
 
         All but the last are entered in time: what ends there is what is looked up.
         """
+        num = min(most, self.num_behind)
+        last = self.num_indexed + num
+        while self.num_indexed < last:
+            if self.num_indexed >= self._full_at:
+                size = max(LEAST_SIZE, 1 << len(self._tokens).bit_length())
+                self._tables.append(array("i", bytes(4 * size)))
+                self._full_at = self.num_indexed + size
+            self._enter(min(last, self._full_at))
+        return num
+
+    def _enter(self, last: int) -> None:
+        """Enter tokens up to number ``last`` into the latest table."""
         tokens, shortest, earlier = self._tokens, self._shortest, self._earlier
-        if len(tokens) > len(self._latest):
-            size = 1 << (2 * len(tokens)).bit_length()
-            self._latest = array("i", bytes(4 * size))
-            self.num_indexed = 0
-        latest, mask = self._latest, len(self._latest) - 1
-        first = self.num_indexed + 1
-        last = min(len(tokens) - 1, self.num_indexed + INDEXED_AT_ONCE)
+        latest, mask = self._tables[-1], len(self._tables[-1]) - 1
         if last >= len(earlier):
             earlier.extend([0] * (last + 1 - len(earlier)))
-        for end in range(max(first, shortest), last + 1):
+        for end in range(max(self.num_indexed + 1, shortest), last + 1):
             place = hash(tuple(tokens[end - shortest : end])) & mask
             earlier[end] = latest[place]
             latest[place] = end
-        self.num_indexed = max(self.num_indexed, last)
+        self.num_indexed = last
 
     def propose(self, most: int) -> Proposal:
         """Return up to ``most`` tokens that followed the longest repetition of the last ones.
 
         Of equally long ones the latest counts. A repetition that reaches the end goes on with what
-        is proposed itself. Nothing is proposed beyond a barrier.
+        is proposed itself. Nothing is proposed beyond a barrier, nor what has not been entered.
         """
-        self.catch_up()
-        tokens, end = self._tokens, len(self._tokens)
+        end = len(self._tokens)
         if end <= self._shortest or most < 1:
             return NOTHING
-        key = tuple(tokens[end - self._shortest : end])
+        key = tuple(self._tokens[end - self._shortest : end])
         if BARRIER in key:
             return NOTHING
-        place = self._latest[hash(key) & (len(self._latest) - 1)]
         best, best_length = 0, self._shortest - 1
-        for _ in range(MOST_PLACES):
-            if place == 0 or best_length == self._longest:
-                break
+        for place in islice(self._places(hash(key)), MOST_PLACES):
             length = self._common_length(place, end)
             if length > best_length:
                 best, best_length = place, length
-            place = self._earlier[place]
+            if best_length == self._longest:
+                break
         if not best:
             return NOTHING
         return Proposal(self._continuation(best, most), best_length)
+
+    def _places(self, key: int) -> Iterator[int]:
+        """Yield the ends of n-grams with the hash ``key``, and of some others, the latest first."""
+        for latest in reversed(self._tables):
+            place = latest[key & (len(latest) - 1)]
+            while place:
+                yield place
+                place = self._earlier[place]
 
     def _common_length(self, place: int, end: int) -> int:
         """Return how many tokens before ``place`` and before ``end`` are the same."""

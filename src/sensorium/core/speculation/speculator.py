@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sensorium.core.plan import Span, StepPlan
+from sensorium.core.plan import Span, StepPlan, StepResult
 from sensorium.core.request import Sequence as RunningSequence
 from sensorium.core.speculation.costs import StepCosts
 from sensorium.core.speculation.ngram import NOTHING, NgramIndex, Proposal, with_barriers
@@ -21,6 +21,8 @@ from sensorium.errors import ConfigError
 
 MOST_ROWS = 128
 """Tokens that a step tries at most: bounds the memory of their logits."""
+INDEXED_AT_ONCE = 4096
+"""Tokens of all sequences together that a step enters into their indexes at most."""
 FIRST_RATE = 0.7
 """Share of right tokens that is assumed before any proposal was compared."""
 OWN_WEIGHT, COMMON_WEIGHT = 0.15, 0.02
@@ -112,18 +114,17 @@ class Speculator:
             num_rows: Most tokens to try in all.
         """
         found: list[tuple[int, Proposal, float]] = []
+        candidates: list[tuple[RunningSequence, Span, int, _Tracked]] = []
         rows = num_samples = 0
         for seq, span in pairs:
             rows += span.num_tokens
             num_samples += span.samples
-            if seq.request.pooling is not None:
-                continue
             most = min(self.limits.num_tokens, num_left(seq))
-            if most < 1:
-                continue
-            tracked = self._track(seq)
+            if seq.request.pooling is None and most >= 1:
+                candidates.append((seq, span, most, self._track(seq)))
+        _catch_up([tracked.index for *_, tracked in candidates])
+        for seq, span, most, tracked in candidates:
             if span.num_tokens > 1 or not span.samples:
-                tracked.index.catch_up()
                 continue
             tracked.proposal = _before_end(tracked.index.propose(most), seq)
             if tracked.proposal.token_ids:
@@ -139,10 +140,12 @@ class Speculator:
             if num
         }
 
-    def follow(self, seq: RunningSequence, span: Span, token_ids: Sequence[int]) -> int:
+    def follow(
+        self, seq: RunningSequence, draft_ids: Sequence[int], token_ids: Sequence[int]
+    ) -> int:
         """Compare the tokens that a sequence got in a step with those proposed, tried or not.
 
-        Returns how many of the tried ones were right.
+        ``draft_ids``: the tokens that were tried. Returns how many of them were right.
         """
         tracked = self._tracked.get(seq.seq_id)
         if tracked is not None and tracked.proposal.token_ids:
@@ -152,15 +155,16 @@ class Speculator:
             failed = num_right < min(len(proposed), len(token_ids))
             for rates in (tracked.rates, self._rates):
                 rates.observe(length, num_right, failed=failed)
-        return num_equal(span.draft_ids, token_ids)
+        return num_equal(draft_ids, token_ids)
 
-    def observe(self, plan: StepPlan, seconds: float) -> None:
-        """Note the time of a step, if it only generates."""
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """Note the time of a step, if it only generates and computed nothing twice."""
         generates = all(
             span.samples and span.num_tokens == 1 + len(span.draft_ids) for span in plan.spans
         )
-        if plan.spans and generates and not plan.encode:
-            self.costs.observe(len(plan.spans), plan.num_tokens, seconds)
+        if plan.spans and generates and not plan.encode and not result.repeated:
+            num_rows = sum(1 + len(result.drafts_of(span)) for span in plan.spans)
+            self.costs.observe(len(plan.spans), num_rows, seconds)
 
     def forget(self, seq_id: int) -> None:
         """Drop a sequence that does not run any more."""
@@ -230,3 +234,15 @@ def _before_end(proposal: Proposal, seq: RunningSequence) -> Proposal:
 
 def _runs(seq: RunningSequence) -> Iterable[tuple[int, int]]:
     return (run for item in seq.request.items for run in item.runs)
+
+
+def _catch_up(indexes: list[NgramIndex]) -> None:
+    """Enter ``INDEXED_AT_ONCE`` tokens at most, in equal shares; what one leaves is for others."""
+    left = INDEXED_AT_ONCE
+    behind = sorted((index for index in indexes if index.num_behind), key=_num_behind)
+    for number, index in enumerate(behind):
+        left -= index.catch_up(-(-left // (len(behind) - number)))
+
+
+def _num_behind(index: NgramIndex) -> int:
+    return index.num_behind

@@ -12,6 +12,7 @@ it, in processes that can be ended.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -43,6 +44,10 @@ TOKEN_SECONDS = 0.01
 """Processor time that the samples of a request may use together for following their grammar: at
 all, and more for each of their tokens. A token takes a tenth of a millisecond; an ambiguous
 grammar can make it a third of a second, for which all sequences of a step wait."""
+
+TRIAL_SECONDS = 0.1
+TRIAL_TOKEN_SECONDS = 0.001
+"""The same for finding out which tokens of a sequence may be tried, as long as some is left."""
 
 
 def check_size(outputs: StructuredOutputs) -> None:
@@ -195,10 +200,10 @@ class GrammarVocabulary:
 
 
 class Budget:
-    """Processor time left for following a grammar; shared by all samples of a request."""
+    """Processor time left, such as that of all samples of a request for following their grammar."""
 
-    def __init__(self) -> None:
-        self._seconds_left = STARTING_SECONDS
+    def __init__(self, seconds: float = STARTING_SECONDS) -> None:
+        self._seconds_left = self._most = seconds
 
     @property
     def is_used_up(self) -> bool:
@@ -210,7 +215,7 @@ class Budget:
 
         Nothing is saved up for one long step.
         """
-        self._seconds_left = min(self._seconds_left - seconds, STARTING_SECONDS)
+        self._seconds_left = min(self._seconds_left - seconds, self._most)
 
 
 class GrammarMatcher:
@@ -224,27 +229,34 @@ class GrammarMatcher:
     """
 
     def __init__(
-        self, matcher: Any, vocab_size: int, budget: Budget, text: JsonText | None = None
+        self,
+        matcher: Any,
+        vocab_size: int,
+        budget: Budget,
+        text: JsonText | None = None,
+        trials: Budget | None = None,
     ) -> None:
-        """``text``: where JSON stands; None for other texts."""
+        """``text``: where JSON stands; None for other texts. ``trials``: for ``num_allowed``."""
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._budget = budget
         self._text = text
+        self._trials = Budget(TRIAL_SECONDS) if trials is None else trials
 
     def fresh(self, budget: Budget | None = None) -> GrammarMatcher:
         """A matcher of the same grammar, where this one stands.
 
         Only one that is at the start may be asked.
 
-        It goes on with this one's budget, as a sequence that starts again does, unless it is given
-        another.
+        It goes on with this one's budgets, as a sequence that starts again does, unless it is given
+        another, which is for another sequence.
         """
         return GrammarMatcher(
             self._matcher.deep_copy(),
             self._vocab_size,
             self._budget if budget is None else budget,
             None if self._text is None else self._text.fresh(),
+            self._trials if budget is None else None,
         )
 
     @property
@@ -290,13 +302,29 @@ class GrammarMatcher:
         return self._text.closing_token(mask)
 
     def num_allowed(self, token_ids: Sequence[int]) -> int:
-        """Return how many of the tokens may follow one another from here; the state stays."""
-        if self.error is not None:
+        """Return how many of the tokens may follow one another from here, as far as time allows.
+
+        They are tried on a copy, in a time of its own: neither a limit of the library that they
+        reach nor what they cost changes anything for the sequence. 0 in the end, after an error,
+        and for ever once that time is used up, or when the library raises, which is passed on.
+        """
+        if self._trials.is_used_up or self.error is not None or self._matcher.is_stopped():
             return 0
-        began = time.thread_time()
-        num = int(self._matcher.validate_tokens(list(token_ids)))
-        self._budget.take(time.thread_time() - began)
-        return max(0, num)
+        num, began = 0, time.thread_time()
+        try:
+            copy = self._matcher.deep_copy()
+            while num < len(token_ids) and copy.consume_token(token_ids[num]):
+                num += 1
+                now = time.thread_time()
+                self._trials.take(now - began)
+                began = now
+                if self._trials.is_used_up:
+                    break
+        except Exception:
+            self._trials.take(math.inf)
+            raise
+        self._trials.take(time.thread_time() - began)
+        return num
 
     def accept(self, token_id: int) -> bool:
         """Go on by one token; False when the grammar does not allow it."""
@@ -305,6 +333,8 @@ class GrammarMatcher:
         if self._text is not None:
             self._text.follow(token_id)
         self._budget.take(time.thread_time() - began - TOKEN_SECONDS)
+        if not self._trials.is_used_up:
+            self._trials.take(-TRIAL_TOKEN_SECONDS)
         return taken
 
 
