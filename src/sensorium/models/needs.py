@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from sensorium.config import GIB, ModelConfig
 from sensorium.errors import ConfigError
-from sensorium.models.configs import declared_dtype
+from sensorium.models.configs import declared_dtype, ties_head
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.gguf import describe
 from sensorium.models.gguf.config import config_of
 from sensorium.models.gguf.folder import encoder_of, file_of
 from sensorium.models.gguf.reader import GgufFile
 from sensorium.models.gguf.reader import read as read_gguf
-from sensorium.models.interface import BuildOptions, Family, LoadedConfig
+from sensorium.models.interface import BuildOptions, Family, LoadedConfig, TextShape
 from sensorium.models.loader import find_device, read_parts
 from sensorium.models.loading import checkpoint, hub, weight_files
 from sensorium.models.loading.published.plan import BYTES_HELD, Plan, plan_of
+from sensorium.models.loading.published.settings import Settings
 from sensorium.models.loading.quantization import refuse_unsupported, settings_of
 from sensorium.models.registry import resolve
 from sensorium.processes.limits import available_memory, total_memory
@@ -39,6 +40,8 @@ SPARE_DISK = GIB // 4
 AS_STORED = "as stored"
 """Format of a GGUF file's weights that keep or widen their integers."""
 _BLOCK_SIZE = 32
+NVIDIA = Path("/dev/nvidiactl")
+"""Exists where there is a GPU."""
 _BYTES_STORED = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -173,28 +176,69 @@ def least_memory(options: ModelConfig) -> int:
     loaded = checkpoint.read(folder, options.hf_overrides)
     family = resolve(loaded.config)
     loaded, names = read_parts(loaded, family, options.download_dir)
-    total = _stored(options.model, folder, *where)
-    for field, name in names.items():
-        total += _stored(name, Path(loaded.parts[field].folder), None, options.download_dir)
-    stored = _BYTES_STORED.get(declared_dtype(loaded.config) or "float32", 2)
-    size: float = _BYTES_STORED.get(options.dtype, stored)
-    settings = settings_of(loaded)
-    if settings is not None:
-        plan = plan_of(settings, options.quantization, True, "bfloat16", 2)
-        stored, size = 2, 2 * plan.bytes_held / plan.bytes_stored
-    elif options.quantization in BYTES_HELD:
-        size = BYTES_HELD[options.quantization]
+    declared = _BYTES_STORED.get(declared_dtype(loaded.config) or "float32", 2)
+    size = _BYTES_STORED.get(options.dtype, declared)
     shape = family.shape(loaded)
+    gguf, settings = file_of(folder), settings_of(loaded)
+    if gguf is not None:
+        integers = _has_integer_products(options.device)
+        weights = _gguf_bytes(read_gguf(gguf), options, family, integers, size)
+    else:
+        total = _stored(options.model, folder, *where)
+        for field, name in names.items():
+            total += _stored(name, Path(loaded.parts[field].folder), None, options.download_dir)
+        if settings is None:
+            weights = math.ceil(total / declared * BYTES_HELD.get(options.quantization or "", size))
+        else:
+            declared = 2
+            weights = _published_bytes(total, loaded, settings, shape, options)
     num_tokens = options.max_model_len or min(shape.max_position, 8192)
-    context = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * num_tokens * stored
-    return math.ceil(total / stored * size) + context + PROCESSES
+    context = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * num_tokens * declared
+    return weights + context + PROCESSES
+
+
+def _published_bytes(
+    total: int, loaded: LoadedConfig, settings: Settings, shape: TextShape, options: ModelConfig
+) -> int:
+    """Return the bytes of memory that a checkpoint takes which is quantized in its files."""
+    integers = _has_integer_products(options.device)
+    size = _BYTES_STORED.get(options.dtype, 2)
+    plan = plan_of(settings, options.quantization, integers, options.dtype, size)
+    # Embedding and head are plain numbers in the files, and stay so.
+    tables = 1 if ties_head(loaded.config) else 2
+    plain = min(total, 2 * tables * shape.vocab_size * shape.hidden_size)
+    return math.ceil(plain + (total - plain) * plan.bytes_held / plan.bytes_stored)
+
+
+def _has_integer_products(device: str) -> bool:
+    """Return whether a model on a device of this name multiplies with integers. Asks no torch."""
+    from sensorium.kernels.cpu.linear import levels
+
+    if device.startswith("cuda") or (device == "auto" and NVIDIA.exists()):
+        return False
+    return levels.has_integer_products()
+
+
+def _gguf_bytes(
+    file: GgufFile, options: ModelConfig, family: Family, integers: bool, size: int
+) -> int:
+    """Return the bytes of memory that a GGUF file's weights take, plain ones ``size`` bytes each.
+
+    integers: the device multiplies with int8 and int4.
+    """
+    if _keeps_integers(options, family, integers):
+        return describe.memory_of(file)
+    num_weights = sum(info.num_values for info in file.tensors.values())
+    return math.ceil(num_weights * BYTES_HELD.get(options.quantization or "", size))
+
+
+def _keeps_integers(options: ModelConfig, family: Family, integers: bool) -> bool:
+    """Return whether the integers of a GGUF file stay integers in memory."""
+    return integers and family.quantizable and options.quantization is None
 
 
 def _stored(model: str, folder: Path, revision: str | None, download_dir: str | None) -> int:
     """Return the bytes of a model's weights on disk, or of those still to be downloaded."""
-    gguf = file_of(folder)
-    if gguf is not None:
-        return 2 * sum(info.num_values for info in read_gguf(gguf).tensors.values())
     if checkpoint.is_local(model):
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return sum(file.size for file in _weights(model, folder, revision, download_dir))
@@ -296,8 +340,9 @@ def _in_memory(
         dtype = suited_to_cpu(dtype, lambda: num_weights, family.quantizable)
     name = str(dtype).removeprefix("torch.")
     products = device.type == "cpu" and ops.has_integer_products()
-    if gguf is not None and products and family.quantizable and options.quantization is None:
-        return dtype, Plan(AS_STORED, True, 1, 1), describe.memory_of(gguf)
+    if gguf is not None and _keeps_integers(options, family, products):
+        held = _gguf_bytes(gguf, options, family, products, dtype.itemsize)
+        return dtype, Plan(AS_STORED, True, 1, 1), held
     if settings is None:
         wanted = options.quantization if options.quantization in BYTES_HELD else None
         size = dtype.itemsize if wanted is None else BYTES_HELD[wanted]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -19,12 +20,15 @@ class FakeHub:
     """A server of repositories by name; a context manager.
 
     ``sizes`` are those that the hub claims for files, by name; ``breaks``: the next downloads of
-    weights end after so many bytes each.
+    weights end after so many bytes each; ``num_shifted``: so many next parts begin elsewhere than
+    was asked for; ``held``: files, of which the second half waits for an event.
     """
 
     repositories: dict[str, Path]
     sizes: dict[str, int] = field(default_factory=dict)
     breaks: list[int] = field(default_factory=list)
+    num_shifted: int = 0
+    held: dict[str, threading.Event] = field(default_factory=dict)
     ranges: list[str] = field(default_factory=list)
     downloaded: list[str] = field(default_factory=list)
 
@@ -99,10 +103,18 @@ class FakeHub:
         if body and asked:
             self.ranges.append(asked)
             start, status = int(asked.removeprefix("bytes=").partition("-")[0]), 206
+            if self.num_shifted:
+                self.num_shifted, start = self.num_shifted - 1, start - 1
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         rest = data[start:]
         if not body:
             return _send(request, 200, b"", headers, length=self.sizes.get(name, len(data)))
+        if name in self.held:
+            _send(request, status, rest[: len(rest) // 2], headers, length=len(rest))
+            self.held[name].wait(30)
+            with contextlib.suppress(OSError):  # the client may have left
+                request.wfile.write(rest[len(rest) // 2 :])
+            return None
         if self.breaks and name.endswith(".safetensors"):
             _send(request, status, rest[: self.breaks.pop(0)], headers, length=len(rest))
             request.close_connection = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +121,7 @@ def resumed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of all sizes stay for the next process; no time is spent between attempts."""
     monkeypatch.setattr(hub_module, "RESUMED_BYTES", 0)
     monkeypatch.setattr(hub_module, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(hub_module, "WAIT_SECONDS", 0.0)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
 
@@ -165,6 +168,42 @@ def test_a_file_that_is_not_what_the_hub_has_is_downloaded_again(
     assert not partial_of(tmp_path)
 
 
+@pytest.mark.usefixtures("resumed")
+def test_a_part_that_begins_elsewhere_is_not_taken(
+    pull: Puller, hub: FakeHub, repository: Path, tmp_path: Path
+) -> None:
+    hub.breaks, hub.num_shifted = [20_000], 1
+    done = pull(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hub.ranges == ["bytes=20000-"], "the next attempt begins again"
+    assert "did not arrive as it is" not in done.stderr
+    folder = tmp_path / "models--some--model" / "snapshots" / COMMIT
+    assert (folder / WEIGHTS).read_bytes() == (repository / WEIGHTS).read_bytes()
+
+
+@pytest.mark.usefixtures("resumed")
+def test_a_download_that_fails_does_not_wait_for_the_others(
+    pull: Puller, repository: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(repository, folder)
+    (folder / WEIGHTS).rename(folder / "one.safetensors")
+    (folder / "two.safetensors").write_bytes(bytes(60_000))
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    gate = threading.Event()
+    with FakeHub({NAME: folder}, breaks=[0] * 20, held={"two.safetensors": gate}) as hub:
+        assert pull(hub, tmp_path / "cache").returncode == 2
+        assert not gate.is_set(), "the other is on its way"
+        gate.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("sensorium-downloads"):
+                thread.join(10)
+                assert not thread.is_alive()
+    sizes = [partial.stat().st_size for partial in partial_of(tmp_path)]
+    assert max(sizes) < 60_000, "it was not downloaded to its end"
+
+
 def test_a_connection_that_breaks_off_again_and_again(
     pull: Puller, hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,8 +245,6 @@ def test_weights_that_are_larger_than_the_memory(
 
 def change(repository: Path, folder: Path, **values: Any) -> Path:
     """Return a copy of a repository with other values in its config.json."""
-    import shutil
-
     shutil.copytree(repository, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **values}))

@@ -5,13 +5,29 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 import sensorium
 from sensorium.config import GIB, engine_config
-from sensorium.models.needs import PROCESSES, least_memory
+from sensorium.kernels import ops
+from sensorium.kernels.cpu.linear import levels
+from sensorium.models.gguf import folder as folders
+from sensorium.models.needs import PROCESSES, least_memory, needs_of
 from sensorium.server.models.facts import read_facts
+from tests import checkpoints
+from tests.checkpoints.gguf import write_gguf
 
 DEMO = Path(sensorium.__file__).parent / "demo"
+
+
+@pytest.fixture
+def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
+    folder = checkpoints.make_text("llama", tmp_path / "model")
+    write_gguf(folder, tmp_path / "model-q8_0.gguf", "Q8_0")
+    return tmp_path / "model-q8_0.gguf"
 
 
 def test_what_the_demo_takes() -> None:
@@ -44,15 +60,34 @@ def test_memory_follows_weights_context_and_format() -> None:
     assert small < short < long
 
 
+@pytest.mark.parametrize("quantization", [None, "none", "int4"])
+@pytest.mark.parametrize("integers", [True, False])
+def test_what_a_gguf_file_takes_is_told_alike(
+    gguf: Path, quantization: str | None, integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the estimate without torch, and by that of ``sensorium pull``."""
+    monkeypatch.setattr(levels, "has_integer_products", lambda: integers)
+    monkeypatch.setattr(ops, "has_integer_products", lambda: integers)
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 16}
+    config = engine_config(model=str(gguf), quantization=quantization, **options)
+    needs = needs_of(config.model)
+    assert abs(least_memory(config.model) - PROCESSES - needs.weights) <= needs.context
+    assert (needs.weights < 2 * gguf.stat().st_size) == (
+        (integers and quantization != "none") or quantization == "int4"
+    )
+
+
 def test_neither_imports_torch() -> None:
     """The server's process would be larger by hundreds of megabytes."""
     code = (
         "import sys\n"
         "from sensorium.config import engine_config\n"
+        "from sensorium.kernels.cpu.linear import levels\n"
         "from sensorium.models.needs import least_memory\n"
         "from sensorium.server.models.facts import read_facts\n"
         "config = engine_config(model='demo')\n"
         "assert read_facts(config) is not None and least_memory(config.model) > 0\n"
+        "levels.has_integer_products()\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

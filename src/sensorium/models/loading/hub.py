@@ -9,9 +9,9 @@ import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,13 +22,19 @@ RESUMED_BYTES = 16 << 20
 """Size from which on a file that is not complete stays for the next process."""
 _AT_ONCE = 8
 _ATTEMPTS = 5
-_WAIT_SECONDS = 1.0
+WAIT_SECONDS = 1.0
+"""Seconds between two attempts of a download."""
+_LOCK_SECONDS = 0.2
 CHUNK_BYTES = 1 << 20
 """Bytes of a download that are written at a time."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = 206
 
 logger = logging.getLogger(__name__)
+
+
+class _StoppedError(Exception):
+    """The download was given up; nobody waits for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,23 +136,25 @@ def _fetch_large(model: str, selected: dict[str, Any], cache: Path) -> None:
     blobs = cache / f"models--{model.replace('/', '--')}" / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
     total = sum(file.file_size for file in large)
-    with (
-        progress.bar("Downloading", total, unit="B") as bar,
-        ThreadPoolExecutor(_AT_ONCE, "sensorium-downloads") as pool,
-    ):
-        tasks = [
-            pool.submit(_fetch, model, file.filename, file.commit_hash, blobs, bar)
-            for file in large
-        ]
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(_AT_ONCE, "sensorium-downloads")
+    with progress.bar("Downloading", total, unit="B") as bar:
         try:
-            for task in tasks:
+            tasks = [
+                pool.submit(_fetch, model, file.filename, file.commit_hash, blobs, bar, stop)
+                for file in large
+            ]
+            for task in as_completed(tasks):
                 task.result()
-        except BaseException:
+        finally:
+            # The threads see it at their next chunk. Python waits for them when it exits.
+            stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
-def _fetch(model: str, name: str, commit: str, blobs: Path, bar: Any) -> None:
+def _fetch(
+    model: str, name: str, commit: str, blobs: Path, bar: Any, stop: threading.Event
+) -> None:
     """Download one file to where the hub's cache has it. Raises what its client raises."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
@@ -157,12 +165,12 @@ def _fetch(model: str, name: str, commit: str, blobs: Path, bar: Any) -> None:
         return
     blob, partial = blobs / digest, blobs / f"{digest}.resumed.incomplete"
     with partial.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # another process may write it
+        _lock(file, stop)  # another process may write it
         if blob.exists():
             partial.unlink(missing_ok=True)
             return
-        _append(url, file, size, bar)
-        if _digest(file) == digest:
+        _append(url, file, size, bar, stop)
+        if _digest(file, stop) == digest:
             os.fsync(file.fileno())
             partial.replace(blob)
         else:
@@ -170,29 +178,51 @@ def _fetch(model: str, name: str, commit: str, blobs: Path, bar: Any) -> None:
             logger.warning("%s of %s did not arrive as it is; it is downloaded again", name, model)
 
 
-def _append(url: str, file: IO[bytes], size: int, bar: Any) -> None:
+def _lock(file: IO[bytes], stop: threading.Event) -> None:
+    """Wait for a file that another process may hold. Raises _StoppedError."""
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if stop.wait(_LOCK_SECONDS):
+            raise _StoppedError
+
+
+def _append(url: str, file: IO[bytes], size: int, bar: Any, stop: threading.Event) -> None:
     """Download what a file lacks of its ``size`` bytes.
 
-    Raises what the hub's client raises when the connection breaks off several times in a row.
+    Raises what the hub's client raises, or ConfigError, when several attempts in a row bring
+    nothing; _StoppedError.
     """
     if file.seek(0, os.SEEK_END) > size:
         file.truncate(0)
     bar.update(file.seek(0, os.SEEK_END))
     attempts_left = _ATTEMPTS
     while (start := file.seek(0, os.SEEK_END)) < size:
+        broken: Exception | None = None
         try:
-            _receive(url, file, start, bar)
+            _receive(url, file, start, bar, stop)
         except _broken_connections() as error:
-            advanced = file.seek(0, os.SEEK_END) > start
-            attempts_left = _ATTEMPTS if advanced else attempts_left - 1
-            if not attempts_left:
-                raise
-            logger.warning("a download broke off and is resumed: %s", error)
-            time.sleep(_WAIT_SECONDS)
+            broken = error
+        gained = file.seek(0, os.SEEK_END) > start
+        attempts_left = _ATTEMPTS if gained else attempts_left - 1
+        if not attempts_left:
+            raise broken or ConfigError(
+                f"The hub sends no more than {start} of the {size} bytes of a file. Repeat the "
+                "command.",
+                param="model",
+            )
+        if broken is not None:
+            logger.warning("a download broke off and is resumed: %s", broken)
+        if (broken is not None or not gained) and stop.wait(WAIT_SECONDS):
+            raise _StoppedError
 
 
-def _receive(url: str, file: IO[bytes], start: int, bar: Any) -> None:
-    """Append to a file of ``start`` bytes what the hub sends from there on."""
+def _receive(url: str, file: IO[bytes], start: int, bar: Any, stop: threading.Event) -> None:
+    """Append to a file of ``start`` bytes what the hub sends from there on.
+
+    The file is empty afterwards when the hub sends another part. Raises _StoppedError.
+    """
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -202,20 +232,33 @@ def _receive(url: str, file: IO[bytes], start: int, bar: Any) -> None:
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         hf_raise_for_status(response)
-        if start and response.status_code != _PARTIAL:  # all of it
+        is_part = response.status_code == _PARTIAL
+        if start and not (is_part and _begins_at(start, response.headers)):
             file.truncate(0)
             bar.update(-start)
+            if is_part:
+                return
         for chunk in response.iter_bytes(CHUNK_BYTES):
+            if stop.is_set():
+                raise _StoppedError
             file.write(chunk)
             bar.update(len(chunk))
         file.flush()
 
 
-def _digest(file: IO[bytes]) -> str:
+def _begins_at(start: int, headers: Mapping[str, str]) -> bool:
+    """Return whether a part of a file begins at a byte, as its header says."""
+    return re.match(rf"bytes {start}-", headers.get("Content-Range", "").strip()) is not None
+
+
+def _digest(file: IO[bytes], stop: threading.Event) -> str:
+    """Return the SHA-256 of a file. Raises _StoppedError."""
     file.flush()
     file.seek(0)
     found = hashlib.sha256()
     while data := file.read(CHUNK_BYTES):
+        if stop.is_set():
+            raise _StoppedError
         found.update(data)
     return found.hexdigest()
 

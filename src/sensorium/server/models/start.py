@@ -5,12 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sensorium.config import GIB, EngineConfig, ServedConfig, ServerConfig
 from sensorium.engine.serving.frontend import Frontend
 from sensorium.engine.serving.process import EngineProcess
-from sensorium.models.needs import least_memory
+from sensorium.models.needs import NVIDIA, least_memory
 from sensorium.processes.limits import available_memory
 from sensorium.server.models.facts import read_facts
 from sensorium.server.models.lookup import ServedModels
@@ -19,7 +18,6 @@ from sensorium.server.models.served import ServedModel
 
 SHARED_FRACTION = 0.9
 """Part of the available memory that several models may take together by default."""
-_GPU = Path("/dev/nvidiactl")
 _GPU_MEMORY = (
     "import torch; print(torch.cuda.get_device_properties(0).total_memory"
     " if torch.cuda.is_available() else 0)"
@@ -55,7 +53,7 @@ def _total(configs: Sequence[ServedConfig], server: ServerConfig) -> int:
     """Return the bytes of memory that all engines may take together."""
     if server.models_memory_gb is not None:
         return int(server.models_memory_gb * GIB)
-    on_gpu = [c for c in configs if c.engine.model.device != "cpu"] if _GPU.exists() else []
+    on_gpu = [c for c in configs if c.engine.model.device != "cpu"] if NVIDIA.exists() else []
     if on_gpu:
         # In a process of its own: this one must not hold memory of the GPU, nor load torch.
         command = [sys.executable, "-c", _GPU_MEMORY]

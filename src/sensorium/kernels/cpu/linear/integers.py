@@ -13,7 +13,6 @@ by bytes with sign; the bias times the sum of the group's activations is taken o
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +57,7 @@ FORMS = ("avx2", "vnni256", "vnni512")
 @functools.cache
 def forms() -> tuple[str, ...]:
     """Return those of ``FORMS`` that the CPU runs that kernels are compiled for, fastest last."""
-    if not (levels.is_x86() and sys.maxsize > 2**32 and levels.has("avx2") and levels.has("fma")):
+    if not levels.has_integer_products():
         return ()
     wide = all(map(levels.has, ("avx512vnni", "avx512bw", "avx512vl")))
     narrow = wide or levels.has("avxvnni")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import sys
 
 from numba.core.registry import cpu_target
 
@@ -54,6 +55,11 @@ def level() -> str:
 def has_bf16_units() -> bool:
     """Return whether an x86 CPU multiplies bf16 without widening it first."""
     return any(map(has, ("avx512bf16", "amx-bf16", "avxneconvert")))
+
+
+def has_integer_products() -> bool:
+    """Return whether the products of int8 and int4 weights are compiled for this CPU."""
+    return is_x86() and sys.maxsize > 2**32 and has("avx2") and has("fma")
 
 
 def has_wide_registers() -> bool:
