@@ -283,6 +283,10 @@ class EngineDeadError(UnavailableError):
     """The engine has stopped."""
 
 
+NOT_LOADED = "could not be loaded"
+"""Words of the error of a model that cannot be loaded, which has the code of others."""
+
+
 def error_of(
     code: str, message: str, param: str | None, default: type[SensoriumError]
 ) -> SensoriumError:

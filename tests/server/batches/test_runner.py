@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from sensorium.errors import UnavailableError
+from sensorium.errors import NOT_LOADED, UnavailableError
+from sensorium.server.batches import runner as runner_module
 from sensorium.server.batches.calls import AppCaller, Reply
 from sensorium.server.batches.lines import BadLine, Line
-from sensorium.server.batches.runner import LineRunner, Outcome
+from sensorium.server.batches.runner import MOST_FAILED, LineRunner, Outcome
 from sensorium.server.batches.slots import Slots
+from tests.fakes import ManualClock
 from tests.server.fake_frontend import FakeFrontend
 from tests.server.harness import App, until
 
@@ -149,11 +151,11 @@ async def test_stopping_ends_the_wait_for_another_attempt() -> None:
     caller = Caller(lambda number: Reply(503, "r", b"{}", 1000.0))
     runner = LineRunner(caller, 2, patience=600)
     running = asyncio.create_task(ran(runner, lines(5)))
-    await until(lambda: caller.num_calls == 2 and not caller.num_running)
+    await until(lambda: caller.num_calls == 5 and not caller.num_running)
     runner.stopping.set()
     async with asyncio.timeout(10):
         assert await running == []
-    assert caller.num_calls == 2
+    assert caller.num_calls == 5
 
 
 async def test_cancelling_lets_what_is_read_and_written_be_finished() -> None:
@@ -241,3 +243,60 @@ async def test_the_application_is_called_for_a_tenant_below_others() -> None:
     refused = await caller.call("/v1/completions", b"{}")
     assert refused.status == 400
     assert (await app.post("/v1/completions", {"prompt": "x"})).status == 401
+
+
+class Models:
+    """Answers lines by the model that their body is; ``a`` always can."""
+
+    def __init__(self, other: Callable[[int], Reply], clock: ManualClock) -> None:
+        self.num_a = self.num_others = 0
+        self._other, self._clock = other, clock
+
+    async def call(self, url: str, body: bytes) -> Reply:
+        await asyncio.sleep(0)
+        if body != b"a":
+            self.num_others += 1
+            return self._other(self.num_a)
+        self._clock.advance(100.0)
+        self.num_a += 1
+        return OK
+
+
+def lines_of(models: str) -> Any:
+    named = enumerate(models, 1)
+    return iter([Line(i, f"id {i}", "/v1/completions", model.encode()) for i, model in named])
+
+
+async def test_lines_whose_model_has_to_wait_let_others_go_on_and_are_not_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner_module, "FIRST_WAIT", 0.0)
+    busy = Reply(503, "r", b'{"error":{"code":"overloaded","message":"b has no room."}}')
+    clock = ManualClock()
+    caller = Models(lambda num_a: OK if num_a == 30 else busy, clock)
+    runner = LineRunner(caller, 2, patience=600, clock=clock)
+    async with asyncio.timeout(10):
+        found = await ran(runner, lines_of("bbbb" + "a" * 30))
+    assert len(found) == 34
+    assert all(outcome.succeeded for outcome in found)
+    assert clock() > 600
+
+
+async def test_lines_whose_model_cannot_be_loaded_fail_and_hold_up_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner_module, "FIRST_WAIT", 0.0)
+    message = f"The model 'x' {NOT_LOADED}; GET /v1/models says why."
+    error = {"error": {"code": "engine_unavailable", "message": message}}
+    broken = Reply(503, "r", json.dumps(error).encode())
+    clock = ManualClock()
+    caller = Models(lambda num_a: broken, clock)
+    async with asyncio.timeout(10):
+        found = await ran(
+            LineRunner(caller, 2, patience=1e9, clock=clock), lines_of("x" * 6 + "aaa")
+        )
+    assert sorted(outcome.number for outcome in found if outcome.succeeded) == [7, 8, 9]
+    failed = [json.loads(outcome.text)["response"] for outcome in found if not outcome.succeeded]
+    assert [response["status_code"] for response in failed] == [503] * 6
+    assert failed[0]["body"] == error
+    assert MOST_FAILED <= caller.num_others <= 6 * MOST_FAILED

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
+import itertools
 import random
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
 
-from sensorium.errors import UnavailableError
+from sensorium.errors import NOT_LOADED, UnavailableError
 from sensorium.server.batches.calls import Caller, Reply
 from sensorium.server.batches.lines import BadLine, Line, output_id
 from sensorium.server.batches.slots import Slot, Slots
@@ -19,6 +22,12 @@ from sensorium.server.batches.slots import Slot, Slots
 AGAIN = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a server that may answer later."""
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0
+MOST_ASIDE = 256
+"""Lines that one batch puts aside at most while they wait for another attempt."""
+MOST_FAILED = 3
+"""Attempts of a line whose model cannot be loaded."""
+_UNAVAILABLE = 503
+_MOST_NAMED = 64
 
 _Result = TypeVar("_Result")
 
@@ -45,17 +54,43 @@ class _Answer(msgspec.Struct):
     usage: _Usage | None = None
 
 
+class _Error(msgspec.Struct):
+    code: str = ""
+    message: str = ""
+
+
+class _Refusal(msgspec.Struct):
+    error: _Error | None = None
+
+
 _usage = msgspec.json.Decoder(_Answer)
+_refusal = msgspec.json.Decoder(_Refusal)
+
+
+@dataclass(slots=True, eq=False)
+class _Task:
+    """A line that is being run: since when, its next pause, and how often its model failed."""
+
+    line: Line | BadLine
+    slot: Slot
+    since: float
+    wait: float = 0.0
+    num_failed: int = 0
+    is_aside: bool = False
 
 
 class LineRunner:
     """Runs the lines of one batch.
 
+    A line that the server refuses for now is put aside, so that others, of other models perhaps,
+    go on meanwhile.
+
     Args:
         caller: Answers the requests.
         num_at_once: Lines that run at the same time.
-        patience: Seconds for which a line is tried again while the server is not available.
+        patience: Seconds for which a line is tried again while the server answers no other either.
         slots: Places for lines, to share a limit with other batches.
+        clock: Returns the time in seconds.
     """
 
     def __init__(
@@ -65,13 +100,22 @@ class LineRunner:
         *,
         patience: float,
         slots: Slots | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._caller = caller
         self._num_at_once = num_at_once
         self._patience = patience
         self._slots = slots or Slots(num_at_once)
+        self._clock = clock
         self._reading = asyncio.Lock()
         self._is_read = False
+        self._aside: list[tuple[float, int, _Task]] = []
+        """Lines that wait for another attempt, by its time."""
+        self._numbers = itertools.count()
+        self._was_aside = False
+        self._answered_at = float("-inf")
+        self._failed: set[str] = set()
+        """Messages on models that could not be loaded again and again."""
         self.stopping = asyncio.Event()
 
     async def run(
@@ -92,61 +136,136 @@ class LineRunner:
             while isinstance(error, BaseExceptionGroup):
                 error = error.exceptions[0]
             raise error from None
+        finally:
+            for _, _, task in self._aside:
+                task.slot.give_back()
+            self._aside.clear()
 
     async def _work(
         self, lines: Iterator[Line | BadLine], write: Callable[[Outcome], Awaitable[None]]
     ) -> None:
-        while not self.stopping.is_set():
-            async with self._slots.slot() as slot:
-                line = await self._next(lines)
-                if line is None:
-                    return
-                outcome = (
-                    refused(line) if isinstance(line, BadLine) else await self._outcome(line, slot)
-                )
+        while (task := await self._next(lines)) is not None:
+            try:
+                await task.slot.take()
+                outcome = await self._outcome(task)
                 if outcome is not None:
                     await _to_the_end(write(outcome))
+            finally:
+                if not task.is_aside:
+                    task.slot.give_back()
 
-    async def _next(self, lines: Iterator[Line | BadLine]) -> Line | BadLine | None:
-        """Return the next line; None after the last, or when the batch is stopping."""
-        async with self._reading:
-            if self._is_read or self.stopping.is_set():
+    async def _next(self, lines: Iterator[Line | BadLine]) -> _Task | None:
+        """Return the next line; None when none is left, or the batch is stopping.
+
+        A line that waits for another attempt goes when it is its time, in turn with new ones.
+        """
+        while not self.stopping.is_set():
+            task = self._due() if self._is_read or not self._was_aside else None
+            self._was_aside = task is not None
+            if task is None and not self._is_read:
+                task = await self._read(lines)
+            if task is not None:
+                return task
+            if self._is_read and not self._aside:
                 return None
-            # The thread would go on, and whoever reads the file next must not meet it.
-            line = await _to_the_end(asyncio.to_thread(next, lines, None))
-            self._is_read = line is None
-            return line
+            if self._is_read:
+                await self._pause(self._aside[0][0] - self._clock())
+        return None
 
-    async def _outcome(self, line: Line, slot: Slot) -> Outcome | None:
+    def _due(self) -> _Task | None:
+        """Return the line that was put aside and is to be tried again now."""
+        if not self._aside or self._aside[0][0] > self._clock():
+            return None
+        _, _, task = heapq.heappop(self._aside)
+        task.is_aside = False
+        return task
+
+    async def _read(self, lines: Iterator[Line | BadLine]) -> _Task | None:
+        """Return the next line of the input, which has a slot; None after the last."""
+        slot = self._slots.slot()
+        task = None
+        try:
+            await slot.take()
+            async with self._reading:
+                if not self._is_read and not self.stopping.is_set():
+                    # The thread would go on, and whoever reads the file next must not meet it.
+                    line = await _to_the_end(asyncio.to_thread(next, lines, None))
+                    self._is_read = line is None
+                    if line is not None:
+                        task = _Task(line, slot, self._clock(), FIRST_WAIT)
+        finally:
+            if task is None:
+                slot.give_back()
+        return task
+
+    async def _outcome(self, task: _Task) -> Outcome | None:
         """Return the output of a line; while the server is not available, wait and try again.
 
-        None for one that was to be tried again when the batch was stopped.
+        None for one that was put aside, or was to be tried again when the batch was stopped.
         """
-        loop = asyncio.get_running_loop()
-        ends, wait = loop.time() + self._patience, FIRST_WAIT
-        while True:
+        line = task.line
+        if isinstance(line, BadLine):
+            return refused(line)
+        while not self.stopping.is_set():
             reply: Reply | None = None
             try:
                 reply = await self._caller.call(line.url, line.body)
-                if reply.status not in AGAIN or reply.is_final:
-                    return answered(line, reply)
             except UnavailableError:
-                if loop.time() >= ends:
+                if self._clock() >= self._ends(task):
                     raise
-            if reply is not None and loop.time() >= ends:
+            if reply is not None and self._is_final(task, reply):
                 return answered(line, reply)
             least = 0.0 if reply is None or reply.retry_after is None else reply.retry_after
             # Lines that were refused together do not come back together.
-            pause = max(min(least, LONGEST_WAIT), wait) * random.uniform(1.0, 1.5)
-            slot.leave(len(line.body))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, min(pause, ends - loop.time()))):
-                    await self.stopping.wait()
-            if not self.stopping.is_set():
-                await slot.take()
-            if self.stopping.is_set():
+            pause = max(min(least, LONGEST_WAIT), task.wait) * random.uniform(1.0, 1.5)
+            pause = min(pause, self._ends(task) - self._clock())
+            task.wait = min(2 * task.wait, LONGEST_WAIT)
+            has_left = task.slot.leave(len(line.body))
+            others_may_run = reply is not None and reply.status == _UNAVAILABLE
+            if has_left and others_may_run and len(self._aside) < MOST_ASIDE:
+                task.is_aside = True
+                entry = self._clock() + pause, next(self._numbers), task
+                heapq.heappush(self._aside, entry)
                 return None
-            wait = min(2 * wait, LONGEST_WAIT)
+            await self._pause(pause)
+            if not self.stopping.is_set():
+                await task.slot.take()
+        return None
+
+    def _is_final(self, task: _Task, reply: Reply) -> bool:
+        """Return whether a line is not to be tried again after this answer."""
+        if reply.status not in AGAIN or reply.is_final:
+            self._answered_at = self._clock()
+            return True
+        return self._has_failed(task, reply) or self._clock() >= self._ends(task)
+
+    def _has_failed(self, task: _Task, reply: Reply) -> bool:
+        """Return whether the model of a line could not be loaded in several attempts."""
+        if reply.status != _UNAVAILABLE:
+            return False
+        try:
+            error = _refusal.decode(reply.body).error
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            return False
+        if error is None or error.code != "engine_unavailable" or NOT_LOADED not in error.message:
+            return False
+        task.num_failed += 1
+        if task.num_failed >= MOST_FAILED and len(self._failed) < _MOST_NAMED:
+            self._failed.add(error.message)
+        return task.num_failed >= MOST_FAILED or error.message in self._failed
+
+    def _ends(self, task: _Task) -> float:
+        """Return when a line that the server keeps refusing is given up.
+
+        While the server answers others, the model of this one may have to wait for them.
+        """
+        return max(task.since, self._answered_at) + self._patience
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not longer than until the batch is stopped."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self.stopping.wait()
 
 
 async def _to_the_end(work: Awaitable[_Result]) -> _Result:

@@ -20,27 +20,17 @@ class Slots:
         self.left_bytes = waiting_bytes
 
     def slot(self) -> Slot:
-        """Return the slot of one line, to be entered."""
+        """Return the slot of one line, to be taken and given back."""
         return Slot(self)
 
 
 class Slot:
-    """The place of one line; an asynchronous context manager."""
+    """The place of one line."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._is_held = False
         self._waiting_bytes = 0
-
-    async def __aenter__(self) -> Slot:
-        await self.take()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        if self._is_held:
-            self._slots.free.release()
-        self._slots.left_bytes += self._waiting_bytes
-        self._is_held, self._waiting_bytes = False, 0
 
     async def take(self) -> None:
         """Wait for the place, unless it is held."""
@@ -49,9 +39,17 @@ class Slot:
             self._slots.left_bytes += self._waiting_bytes
             self._is_held, self._waiting_bytes = True, 0
 
-    def leave(self, num_bytes: int) -> None:
-        """Let others have the place while a line of ``num_bytes`` waits, if there is room."""
+    def leave(self, num_bytes: int) -> bool:
+        """Let others have the place while a line of ``num_bytes`` waits; False without room."""
         if self._is_held and num_bytes <= self._slots.left_bytes:
             self._slots.left_bytes -= num_bytes
             self._slots.free.release()
             self._is_held, self._waiting_bytes = False, num_bytes
+        return not self._is_held
+
+    def give_back(self) -> None:
+        """End the line: let others have its place, and the room for its bytes."""
+        if self._is_held:
+            self._slots.free.release()
+        self._slots.left_bytes += self._waiting_bytes
+        self._is_held, self._waiting_bytes = False, 0
