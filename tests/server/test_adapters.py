@@ -4,6 +4,7 @@ may.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from sensorium.errors import ConfigError
 from sensorium.models.embedder import Embedder
 from sensorium.server.adapters.checks import check_adapters
 from tests.server.fake_frontend import FakeFrontend
-from tests.server.harness import USER, App
+from tests.server.harness import USER, App, app_of_models, until
+from tests.server.harness import served as served_by
 
 KEY = {"Authorization": "Bearer right"}
 GENERATING = [
@@ -203,3 +205,59 @@ async def test_loading_that_is_refused(
     assert (answer.status, answer.error["param"]) == (400, param)
     assert words in answer.error["message"]
     assert "secret/other" not in answer.error["message"]
+
+
+class TwoModels(App):
+    """Models ``a`` and ``b``, whose adapters come and go."""
+
+    def __init__(self, folders: Path, *static: str) -> None:
+        config = ServerConfig(
+            disable_access_log=True,
+            api_key=("right",),
+            allow_runtime_lora_updating=True,
+            allowed_lora_path=(str(folders / "allowed"),),
+        )
+        self.frontends = [frontend_with(*static, model_name="a"), frontend_with(model_name="b")]
+        models = [served_by(frontend, config) for frontend in self.frontends]
+        models[0].engine_config = engine_config(
+            model="a", enable_lora=True, lora_modules=[f"{name}=/at/{name}" for name in static]
+        )
+        self.app = app_of_models(models, config, self.frontends)
+        self.models = self.app.state.context.models
+
+
+async def test_one_name_is_loaded_into_one_model_only(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = TwoModels(folders)
+    first, gate = app.frontends[0], asyncio.Event()
+    load, num_calls = first.load_adapter, 0
+
+    async def slowly(name: str, path: str) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        await gate.wait()
+        await load(name, path)
+
+    monkeypatch.setattr(first, "load_adapter", slowly)
+    body = {"lora_name": "x", "lora_path": str(folders / "allowed" / "brief")}
+    path = "/v1/load_lora_adapter"
+    loading = asyncio.create_task(app.post(path, {**body, "model": "a"}, KEY))
+    await until(lambda: num_calls)
+    answer = await app.post(path, {**body, "model": "b"}, KEY)
+    assert (answer.status, answer.error["param"]) == (400, "lora_name")
+    gate.set()
+    assert (await loading).status == 200
+    assert (await app.post(path, {**body, "model": "b"}, KEY)).status == 400
+
+
+async def test_an_adapter_of_the_start_that_was_unloaded_stays_away(folders: Path) -> None:
+    app = TwoModels(folders, "x", "y")
+    [model, _] = app.models
+    answer = await app.post("/v1/unload_lora_adapter", {"lora_name": "x"}, KEY)
+    assert answer.status == 200, answer.body
+    await model.end()
+    assert model.adapters == ("y",)
+    assert model.engine_config.lora.modules() == [("y", "/at/y")]
+    body = {"lora_name": "x", "lora_path": str(folders / "allowed" / "brief"), "model": "b"}
+    assert (await app.post("/v1/load_lora_adapter", body, KEY)).status == 200

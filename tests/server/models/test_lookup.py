@@ -7,9 +7,17 @@ from typing import Any
 
 import pytest
 
-from sensorium.config import GIB, ServedConfig, ServerConfig, check_models, engine_config
+from sensorium.config import (
+    GIB,
+    EngineConfig,
+    ServedConfig,
+    ServerConfig,
+    check_models,
+    engine_config,
+)
 from sensorium.errors import ConfigError
 from sensorium.models.embedder import Embedder
+from sensorium.server.models.facts import ModelFacts
 from sensorium.server.models.memory import FRONT_BYTES, SharedMemory
 from tests.fakes import ManualClock
 from tests.server.fake_frontend import FakeFrontend, hang
@@ -210,6 +218,21 @@ async def test_a_server_none_of_whose_models_can_be_loaded_does_not_start() -> N
         await Server(one, two).models.start()
 
 
+async def test_facts_that_cannot_be_read_do_not_keep_others_from_being_read() -> None:
+    def read(config: EngineConfig) -> ModelFacts:
+        if config.model.model == "odd":
+            raise RuntimeError
+        return ModelFacts("generate", (), {})
+
+    odd, _ = lazy("odd")
+    plain, _ = lazy("plain")
+    server = Server(odd, plain, read_facts=read)
+    await server.models.start()
+    await until(lambda: plain.facts is not None)
+    assert odd.facts is None
+    await server.models.close()
+
+
 # ---- memory
 
 
@@ -271,6 +294,22 @@ async def test_models_in_use_are_never_ended() -> None:
     await asyncio.gather(running, return_exceptions=True)
     assert (await server.chat(model="b")).status == 200
     assert states(server) == "stopped ready"
+
+
+async def test_the_memory_of_a_model_that_is_being_ended_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, frontends, _ = sharing(7, 4, 4)
+    assert (await server.chat(model="a")).status == 200
+    gate = asyncio.Event()
+    monkeypatch.setattr(frontends[0], "shutdown", gate.wait)
+    [model, _] = server.models
+    ending = asyncio.create_task(model.end())
+    asked = asyncio.create_task(server.chat(model="b"))
+    await until(lambda: states(server) == "stopped loading")
+    gate.set()
+    assert (await asked).status == 200
+    await ending
 
 
 async def test_a_model_larger_than_all_memory_fails_and_says_so() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sensorium.config import EngineConfig, ServerConfig
-from sensorium.errors import ConfigError
+from sensorium.errors import ConfigError, OverloadedError
 from sensorium.server.models import served as served_module
 from sensorium.server.models.served import ServedModel
 from tests.fakes import ManualClock
@@ -99,6 +99,7 @@ async def test_a_model_that_cannot_be_loaded_says_why_and_is_tried_again_later()
     assert (card["state"], card["reason"]) == ("failed", "There is no such folder.")
     assert (await server.get("/health")).status == 503
     clock.advance(served_module.FIRST_RETRY)
+    assert (await server.get("/health")).status == 200, "a request would be tried"
     answer = await server.chat()
     assert int(answer.headers["retry-after"]) == 2 * served_module.FIRST_RETRY
     clock.advance(2 * served_module.FIRST_RETRY)
@@ -123,7 +124,18 @@ async def test_an_error_of_ours_while_loading_tells_clients_nothing() -> None:
     server = Server(model)
     answer = await server.chat()
     assert answer.status == 503
-    assert b"secret" not in answer.body
+    listed = (await server.get("/v1/models")).body
+    assert b"secret" not in answer.body + listed
+    assert b"RuntimeError" not in listed
+
+
+async def test_no_room_after_a_failure_is_no_failure() -> None:
+    clock = ManualClock()
+    model, _ = lazy("a", ConfigError("It is broken."), OverloadedError("No room."), clock=clock)
+    server = Server(model)
+    assert (await server.chat()).error["code"] == "engine_unavailable"
+    clock.advance(served_module.FIRST_RETRY)
+    assert (await server.chat()).error["code"] == "overloaded"
 
 
 async def test_a_client_that_leaves_does_not_end_the_load() -> None:

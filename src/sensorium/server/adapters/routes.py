@@ -31,11 +31,12 @@ def adapters_router() -> APIRouter:
         body, folder = await read_body(
             request, LoadAdapterBody, lambda body: _checked(server, body)
         )
-        context = await model_of(request, body.model)
-        try:
-            await context.frontend.load_adapter(body.lora_name, folder)
-        except ConfigError as error:
-            raise InvalidRequestError(error.message, param="lora_path") from error
+        with server.models.reserved(body.lora_name):
+            context = await model_of(request, body.model)
+            try:
+                await context.frontend.load_adapter(body.lora_name, folder)
+            except ConfigError as error:
+                raise InvalidRequestError(error.message, param="lora_path") from error
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter", response_model=None)
@@ -49,6 +50,7 @@ def adapters_router() -> APIRouter:
             )
         context = await model_of(request, body.lora_name)
         await context.frontend.unload_adapter(body.lora_name)
+        context.model.forget_adapter(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router
@@ -67,10 +69,4 @@ def _checked(server: ServingContext, body: LoadAdapterBody) -> str:
         check_name(body.lora_name, "lora_name")
     except ConfigError as error:
         raise InvalidRequestError(error.message, param="lora_name") from error
-    adapters = [name for model in server.models for name in model.adapters]
-    if body.lora_name in (*server.models.names, *adapters):
-        raise InvalidRequestError(
-            f"The name {body.lora_name!r} is taken: unload the adapter first, or choose another.",
-            param="lora_name",
-        )
     return str(allowed_folder(body.lora_path, server.config.allowed_lora_path))

@@ -6,10 +6,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from sensorium.config import EngineConfig
-from sensorium.errors import ModelNotFoundError, SensoriumError
+from sensorium.errors import InvalidRequestError, ModelNotFoundError, SensoriumError
 from sensorium.server.models.facts import ModelFacts
 from sensorium.server.models.memory import SharedMemory
 from sensorium.server.models.served import ServedModel
@@ -47,6 +48,7 @@ class ServedModels:
         self._read_facts = read_facts
         self._clock = clock
         self._clearing = asyncio.Lock()
+        self._reserved: set[str] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     def __iter__(self) -> Iterator[ServedModel]:
@@ -88,6 +90,24 @@ class ServedModels:
         """Return the adapter that a name which was found means; empty for a model itself."""
         return "" if name is None or name in self._by_name else name
 
+    @contextmanager
+    def reserved(self, adapter: str) -> Iterator[None]:
+        """Keep a name for an adapter that is loaded within the block, into whichever model.
+
+        Raises InvalidRequestError for a name that a model or an adapter has, or is to get.
+        """
+        taken = {name for model in self._models for name in model.adapters}
+        if adapter in self._by_name or adapter in taken or adapter in self._reserved:
+            raise InvalidRequestError(
+                f"The name {adapter!r} is taken: unload the adapter first, or choose another.",
+                param="lora_name",
+            )
+        self._reserved.add(adapter)
+        try:
+            yield
+        finally:
+            self._reserved.discard(adapter)
+
     def attach(self, server: ServingContext) -> None:
         """Make the models those of a server, before anything else is done with them."""
         make_room = self._make_room if self._memory is not None else None
@@ -104,7 +124,7 @@ class ServedModels:
         first_error: SensoriumError | None = None
         while waiting and self._all_failed_or_stopped():
             first_error = await self._try_start(waiting.pop(0)) or first_error
-        if first_error is not None and not waiting and not self.is_available:
+        if first_error is not None and all(model.state == "failed" for model in self._models):
             raise first_error
         self._tasks = [
             asyncio.create_task(self._start_all(waiting)),
@@ -161,7 +181,11 @@ class ServedModels:
     async def _read_all_facts(self) -> None:
         for model in self._models:
             if self._read_facts is not None and model.facts is None and model.config.on_demand:
-                facts = await asyncio.to_thread(self._read_facts, model.engine_config)
+                try:
+                    facts = await asyncio.to_thread(self._read_facts, model.engine_config)
+                except Exception:  # loading it says more
+                    logger.exception("failed to read the facts of the model %r", model.name)
+                    continue
                 model.facts = model.facts or facts
 
     async def _end_idle_ones(self) -> None:
@@ -177,6 +201,9 @@ class ServedModels:
         assert self._memory is not None
         need = await self._memory.need_of(model.engine_config)
         async with self._clearing:
+            for other in self._models:
+                if other is not model:
+                    await other.ended()  # what it holds is free then
             while (idle := self._memory.next_to_end(need, model, self._models)) is not None:
                 logger.info("ending the idle model %r to make room for %r", idle.name, model.name)
                 await _ended(idle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import logging
 import math
 import time
@@ -14,11 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from sensorium.config import EngineConfig, ServedConfig
 from sensorium.engine.serving.client import STOPPING
 from sensorium.engine.stats import EngineStats
-from sensorium.errors import EngineDeadError, OverloadedError, SensoriumError, UnavailableError
+from sensorium.errors import (
+    NOT_LOADED,
+    EngineDeadError,
+    OverloadedError,
+    SensoriumError,
+    UnavailableError,
+)
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.server.admission import Admission
 from sensorium.server.context import ModelContext, ServingContext
 from sensorium.server.models.facts import ModelFacts
+from sensorium.server.models.reasons import UNEXPECTED, without_places
 from sensorium.text.detokenizer import TokenSpelling
 from sensorium.text.tools.forms import AnswerForms
 
@@ -42,7 +50,7 @@ USUAL_LOAD = 5
 
 @dataclass(frozen=True, slots=True)
 class _Failure:
-    """The reason why a model could not be loaded, and when the next attempt may begin."""
+    """The reason why a model could not be loaded, for clients, and when it may be tried again."""
 
     reason: str
     retry_at: float
@@ -125,8 +133,7 @@ class ServedModel:
         """Return the reason why the model could not be loaded; None in other states."""
         if self._failure is None or self.state != "failed":
             return None
-        # Clients need not know where the model lies.
-        return self._failure.reason.replace(self.engine_config.model.model, self.name)
+        return self._failure.reason
 
     @property
     def is_available(self) -> bool:
@@ -146,8 +153,8 @@ class ServedModel:
         """Raise UnavailableError when a request that came now would not be answered."""
         if self._context is not None:
             self._context.frontend.check_alive()
-        elif self._failure is not None and self._starting is None:
-            raise self._failed()
+        elif self._starting is None:
+            self._check_retry()
 
     def attach(
         self, server: ServingContext, metrics: ServingMetrics, make_room: MakeRoom | None = None
@@ -194,8 +201,7 @@ class ServedModel:
         if self._starting is None:
             if self._is_closed:
                 raise EngineDeadError(STOPPING)
-            if self._failure is not None and self._clock() < self._failure.retry_at:
-                raise self._failed()
+            self._check_retry()
             self._starting = asyncio.create_task(self._load())
             self._starting.add_done_callback(_retrieve)
         return self._starting
@@ -231,6 +237,20 @@ class ServedModel:
             return
         self._ending = asyncio.create_task(self._shut_down(context))
         await asyncio.shield(self._ending)
+
+    async def ended(self) -> None:
+        """Wait until an engine that is being ended, if any, is gone with its memory."""
+        if self._ending is not None:
+            await asyncio.wait((self._ending,))
+
+    def forget_adapter(self, name: str) -> None:
+        """Let later engines start without an adapter of ``--lora-modules``."""
+        lora = self.engine_config.lora
+        modules = zip(lora.lora_modules, lora.modules(), strict=True)
+        left = tuple(text for text, module in modules if module.name != name)
+        if left != lora.lora_modules:
+            lora = dataclasses.replace(lora, lora_modules=left)
+            self.engine_config = dataclasses.replace(self.engine_config, lora=lora)
 
     async def close(self) -> None:
         """End the engine, also one that starts, for good; requests that run get an error."""
@@ -271,8 +291,8 @@ class ServedModel:
             raise
         except Exception as error:
             logger.exception("the model %r could not be loaded", self.name)
-            self._fail(f"{type(error).__name__}: {error}")
-            raise UnavailableError(f"The model {self.name!r} could not be loaded.") from error
+            self._fail(f"{type(error).__name__}: {error}", UNEXPECTED)
+            raise UnavailableError(f"The model {self.name!r} {NOT_LOADED}.") from error
         finally:
             self._starting = None
             if self._context is None:
@@ -280,19 +300,27 @@ class ServedModel:
         self._load_seconds = self._clock() - began
         return context
 
-    def _fail(self, reason: str) -> None:
+    def _check_retry(self) -> None:
+        """Raise UnavailableError while the next attempt after a failure may not begin yet."""
+        if self._failure is not None and self._clock() < self._failure.retry_at:
+            raise self._failed()
+
+    def _fail(self, reason: str, shown: str | None = None) -> None:
+        """Note a failure; clients see ``shown``, else the reason without places on this machine."""
         if self._num_uses:  # else the start of the server tells of it
             logger.error("failed to load the model %r: %s", self.name, reason)
+        if shown is None:
+            shown = without_places(reason, self.engine_config.model.model, self.name)
         seconds = min(LONGEST_RETRY, FIRST_RETRY * 2.0 ** min(self._num_failures, 16))
         self._num_failures += 1
-        self._failure = _Failure(reason, self._clock() + seconds)
+        self._failure = _Failure(shown, self._clock() + seconds)
 
     def _failed(self) -> UnavailableError:
         """Return the error of a request while the model is not tried again."""
         assert self._failure is not None
         error = UnavailableError(
-            f"The model {self.name!r} could not be loaded; GET /v1/models says why. Other models "
-            "of this server are not affected."
+            f"The model {self.name!r} {NOT_LOADED}; GET /v1/models says why. Other models of this "
+            "server are not affected."
         )
         error.retry_after = max(1, math.ceil(self._failure.retry_at - self._clock()))
         return error
@@ -305,7 +333,7 @@ class ServedModel:
         error = starting.exception()
         if error is None:
             return starting.result()
-        if isinstance(error, UnavailableError) and self._failure is None:
+        if isinstance(error, OverloadedError) or self._failure is None:
             raise copy.copy(error)
         raise self._failed()
 
