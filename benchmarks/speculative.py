@@ -27,7 +27,7 @@ WORDS = (
     "harbour lantern copper meadow signal orchard granite ferry winter market paper bridge garden "
     "silver window letter kitchen river music station forest bottle engine shadow summer candle"
 ).split()
-NAMES = "Ada Boris Chloe Dmitri Elena Farid Greta Hugo Ines Jonas Kira Liam Mona Nils".split()
+NAMES = "Ada Boris Chloe Dmitri Elena Farid Greta Hugo Ida Jonas Kira Liam Mona Nils".split()
 CITIES = "Lisbon Oslo Krakow Turin Ghent Malaga Dublin Graz".split()
 
 
