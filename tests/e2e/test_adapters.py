@@ -53,7 +53,7 @@ def test_tokens_are_those_of_a_merged_checkpoint(tmp_path: Path, family: str) ->
         expected = answers(parts.llm, prompts)
     assert tokens(found) == tokens(expected)
     differing = [one != other for one, other in zip(tokens(found), tokens(plain), strict=True)]
-    assert sum(differing) >= 4
+    assert sum(differing) >= 2
 
 
 @pytest.fixture(scope="module")

@@ -127,12 +127,12 @@ def test_many_rows_go_in_parts_and_come_out_the_same(make, monkeypatch):
     monkeypatch.setattr(mlp, "INNER_BYTES", 300 * 4 * 12)
     run = mlp.in_parts
 
-    def counted(run_part, x, width):
+    def counted(run_part, x, width, adapters):
         def noted(part):
             widths.append(len(part))
             return run_part(part)
 
-        return run(noted, x, width)
+        return run(noted, x, width, adapters)
 
     monkeypatch.setattr(mlp, "in_parts", counted)
     torch.testing.assert_close(block(x), whole, **CLOSE)

@@ -54,7 +54,7 @@ PROMPTS["paligemma"] = (
 )
 PROMPTS["voxtral"] = (
     "[INST]How many birds?[/INST]",
-    "[INST][BEGIN_AUDIO][AUDIO]What is heard?[/INST]",
+    "[INST][BEGIN_AUDIO][AUDIO]What is heard there, and how often?[/INST]",
     "[INST][BEGIN_AUDIO][AUDIO][BEGIN_AUDIO][AUDIO]Which is louder?[/INST]",
 )
 PROMPTS["llava_next"] = (

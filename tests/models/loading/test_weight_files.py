@@ -121,7 +121,8 @@ class Hub:
 
     def download(self, name: str, **options: Any) -> str:
         assert name == "some/model"
-        self.revisions.append(options["revision"])
+        if not options.get("local_files_only"):
+            self.revisions.append(options["revision"])
         files = sorted(str(p.relative_to(self.repository)) for p in self.repository.rglob("*.*"))
         for file in filter_repo_objects(
             files,

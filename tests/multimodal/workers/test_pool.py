@@ -225,7 +225,10 @@ async def test_a_caller_that_leaves_frees_the_worker(
     assert decoders.stats().num_worker_restarts == 1, "what only waited never began"
 
 
-async def test_a_short_work_that_nobody_waits_for_is_let_finish(start: Start) -> None:
+async def test_a_short_work_that_nobody_waits_for_is_let_finish(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "ABANDONED_SECONDS", 60)
     decoders = start()
     left = asyncio.create_task(decoders.prepare(job(), DATA))
     await until(lambda: decoders.stats().num_busy + decoders.stats().num_waiting)

@@ -85,7 +85,9 @@ async def test_head_is_get_without_a_body() -> None:
 
 async def test_head_over_a_socket() -> None:
     async with running() as server:
-        reader, _ = await server.send("/v1/models", None, method="HEAD")
+        reader, _ = await server.send(
+            "/v1/models", None, method="HEAD", headers="Connection: close\r\n"
+        )
         assert await status_of(reader) == 200
         rest = await reader.read()
         assert b"content-length" in rest.lower()
