@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -128,3 +129,38 @@ def test_many_small_texts_take_bounded_memory(tmp_path: Path) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+
+
+LONG = [("a", value(8, string("x" * (3 * reader.CHUNK_BYTES)))), ("b", value(4, bytes(4)))]
+
+
+def test_long_texts_are_read_in_pieces(tmp_path: Path) -> None:
+    many = ("c", array(8, 60_000, string("token") * 60_000))
+    found = reader.read(Raw([*LONG, many]).write(tmp_path))
+    assert found.metadata["a"] == "x" * (3 * reader.CHUNK_BYTES)
+    assert (found.metadata["b"], found.metadata["c"]) == (0, ["token"] * 60_000)
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading what was mapped would end the process."""
+    path = Raw(LONG).write(tmp_path)
+    whole = os.pread
+
+    def cut(descriptor: int, count: int, place: int) -> bytes:
+        found = whole(descriptor, count, place)
+        os.truncate(path, 1000)
+        return found
+
+    monkeypatch.setattr(os, "pread", cut)
+    with pytest.raises(ConfigError, match="download is not complete"):
+        reader.read(path)
+
+
+def test_a_beginning_that_is_too_short(tmp_path: Path) -> None:
+    path = Raw(LONG).write(tmp_path)
+    size = path.stat().st_size
+    os.truncate(path, 5000)
+    with pytest.raises(ConfigError, match="does not end within its first 5000 bytes"):
+        reader.read(path, size)

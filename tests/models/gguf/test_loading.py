@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +142,7 @@ def test_a_changed_file_gets_another_folder(tmp_path: Path) -> None:
 
 def test_old_folders_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "MOST_FOLDERS", 2)
+    monkeypatch.setattr(folders, "MOST_HELD", 1)
     source = make_text("llama", tmp_path / "source", num_hidden_layers=1)
     found = []
     for name in "abc":
@@ -251,3 +255,90 @@ def test_plain_numbers_are_made_where_they_are_asked_for(tmp_path: Path) -> None
     plain = as_folder(source, tmp_path / "plain", numbers)
     own, expected = (Harness(loader.load(str(model), device="cpu")) for model in (plain, whole))
     assert own.greedy(own.add(IDS), 16) == expected.greedy(expected.add(IDS), 16)
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(checkpoint.find(str(path)), "config.json").read_text())
+    return found
+
+
+def test_a_factor_without_a_type_is_linear(tmp_path: Path) -> None:
+    """As llama.cpp has it, also for the name that early files use."""
+    source = make_text("llama", tmp_path / "source")
+    forms: list[dict[str, Any]] = [
+        {"rope__scaling__type": "linear", "rope__scaling__factor": 4.0},
+        {"rope__scaling__factor": 4.0},
+        {"rope__scale_linear": 4.0},
+    ]
+    found = []
+    for number, values in enumerate(forms):
+        write_gguf(source, tmp_path / f"{number}.gguf", **values)
+        found.append(config_of(tmp_path / f"{number}.gguf")["rope_scaling"])
+    assert (found[0]["rope_type"], found[0]["factor"]) == ("linear", 4.0)
+    assert found[1:] == found[:1] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "caps"), [("gemma2", (50.0, 30.0)), ("gemma3_text", (None, None))]
+)
+def test_caps_that_a_file_does_not_state(
+    tmp_path: Path, family: str, caps: tuple[float | None, ...]
+) -> None:
+    source = make_hf_text(family, tmp_path / "source", head_dim=16, query_pre_attn_scalar=16)
+    write_gguf(source, tmp_path / "model.gguf", attention__sliding_window=16)
+    found = config_of(tmp_path / "model.gguf")
+    assert (found["attn_logit_softcapping"], found["final_logit_softcapping"]) == caps
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    write_gguf(make_text("llama", tmp_path / "source", num_hidden_layers=1), tmp_path / "own.gguf")
+    return tmp_path / "own.gguf"
+
+
+def test_folders_in_use_stay(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process, here a lock of its own, uses the first of three."""
+    monkeypatch.setattr(folders, "MOST_FOLDERS", 2)
+    monkeypatch.setattr(folders, "MOST_HELD", 1)
+    names = [tmp_path / f"{name}.gguf" for name in "abc"]
+    found = []
+    for name in names:
+        shutil.copy(model, name)
+    found.append(checkpoint.find(str(names[0])))
+    with (found[0] / folders.MARK).open("rb") as mark:
+        fcntl.flock(mark, fcntl.LOCK_SH)
+        found += [checkpoint.find(str(name)) for name in names[1:]]
+        assert [path.is_dir() for path in found] == [True, False, True]
+    checkpoint.find(str(names[1]))
+    assert [path.is_dir() for path in found] == [False, True, True]
+
+
+def test_this_process_holds_its_folder(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "MOST_FOLDERS", 0)
+    found = checkpoint.find(str(model))
+    shutil.copy(model, tmp_path / "other.gguf")
+    checkpoint.find(str(tmp_path / "other.gguf"))
+    assert folders.file_of(found) == model
+
+
+def test_what_remains_of_a_folder_is_replaced(model: Path) -> None:
+    found = checkpoint.find(str(model))
+    (found / folders.MARK).unlink()
+    assert checkpoint.find(str(model)) == found
+    assert folders.file_of(found) == model
+    assert [path.name for path in found.parent.iterdir()] == [found.name]
+
+
+def test_a_disk_that_takes_no_more(model: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(ConfigError, match="free some space") as caught:
+            checkpoint.find(str(model))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.param == "model"
+    assert not list((tmp_path / "caches").rglob("*.json"))
+    assert folders.file_of(checkpoint.find(str(model))) == model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +14,34 @@ from gguf import GGUFWriter, TokenType
 
 from sensorium.errors import ConfigError
 from sensorium.models.gguf import reader
+from sensorium.models.gguf import tokenizer as tokenizer_module
 from sensorium.models.gguf.tokenizer import PATTERNS, files_of, templates_of
 from tests.checkpoints import SENTENCES
 from tests.models.gguf.raw import Raw, value
 
-TEXTS = (*SENTENCES, "  two spaces", "it's 12345 o'clock\n\n\tNOW", "été <s> <end_of_turn>hi", "")
+TEXTS = (
+    *SENTENCES,
+    "  two spaces",
+    "it's 12345 o'clock\n\n\tNOW",
+    "été <s> <end_of_turn>hi",
+    "cafe\u0301s",
+    "",
+)
 PIECES = (
     *("▁", "e", "t", "a", "o", "n", "i", "s", "r", "h", "l", "d", "u", "c", "m", "w", "y", "p"),
     *("▁t", "he", "▁the", "in", "▁a", "er", "▁in", "ing", "▁s", "on", "▁o", "re", "▁re", "red"),
 )
 
 
-def write_spm(path: Path, architecture: str, **flags: bool) -> Path:
+RUNS = ("  ", "   ")
+
+
+def write_spm(path: Path, architecture: str, runs: int = TokenType.NORMAL, **flags: bool) -> Path:
     """A SentencePiece vocabulary: special tokens, bytes, pieces with falling scores."""
     special = ["<unk>", "<s>", "</s>", "<end_of_turn>"]
-    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES, "  ", "<think>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *PIECES, *RUNS, "<think>"]
     types = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 3, *[TokenType.BYTE] * 256]
-    types += [TokenType.NORMAL] * (len(PIECES) + 1) + [TokenType.USER_DEFINED]
+    types += [TokenType.NORMAL] * len(PIECES) + [runs] * len(RUNS) + [TokenType.USER_DEFINED]
     writer = GGUFWriter(path, architecture)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -77,9 +90,9 @@ def test_sentencepiece(tmp_path: Path, architecture: str) -> None:
         assert tokenizer.decode(ids[1:]) == text
     assert config["bos_token"] == "<s>"
     assert ends == [2, 3]
-    assert (
-        tokenizer.encode("<think>", add_special_tokens=False).ids[-1] == 4 + 256 + len(PIECES) + 1
-    )
+    assert tokenizer.encode("<think>", add_special_tokens=False).ids[-1] == 4 + 256 + len(
+        PIECES
+    ) + len(RUNS)
     assert templates_of(reader.read(path)) == {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
 
 
@@ -115,7 +128,8 @@ def test_patterns_split_as_those_of_transformers(tmp_path: Path, pre: str) -> No
     if pre in ("llama-bpe", "tekken"):  # these begin with BOS; transformers asks the file alone
         assert {ids[0] for ids in own} == {0}
         own = [ids[1:] for ids in own]
-    assert own == of_transformers(path, TEXTS)
+    texts = [unicodedata.normalize("NFC", text) if pre == "qwen2" else text for text in TEXTS]
+    assert own == of_transformers(path, texts)
 
 
 def test_smollm_splits_digits(tmp_path: Path) -> None:
@@ -167,6 +181,43 @@ def test_every_pattern_is_one(tmp_path: Path) -> None:
         path = write_bytes_vocabulary(tmp_path / f"{pre}.gguf", pre)
         tokenizer, _, _ = files_of(reader.read(path))
         for text in TEXTS:
-            assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False).endswith(
-                text
-            )
+            found = tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False)
+            composed = tokenizer.normalizer is not None
+            assert found.endswith(unicodedata.normalize("NFC", text) if composed else text)
+
+
+def test_runs_of_spaces_that_a_model_defined(tmp_path: Path) -> None:
+    """Files of Gemma have them with spaces; an id beyond the vocabulary would have no embedding."""
+    flags = {"add_add_space_prefix": False}
+    path = write_spm(tmp_path / "model.gguf", "gemma2", TokenType.USER_DEFINED, **flags)
+    file = reader.read(path)
+    tokenizer, _, _ = files_of(file)
+    size, text = len(file.metadata["tokenizer.ggml.tokens"]), "a  e   e"
+    first_run = file.metadata["tokenizer.ggml.tokens"].index(RUNS[0])
+    ids = tokenizer.encode(text).ids
+    assert {first_run, first_run + 1} < set(ids)
+    assert max(tokenizer.get_vocab(with_added_tokens=True).values()) < size
+    assert tokenizer.get_vocab_size() == size
+    assert tokenizer.decode(ids[1:]) == text
+
+
+def test_texts_of_qwen_are_composed(tmp_path: Path) -> None:
+    path = write_bytes_vocabulary(tmp_path / "model.gguf", "qwen2")
+    composed, decomposed = ids_of(path, ["caf\u00e9", "cafe\u0301"])
+    assert composed == decomposed
+
+
+def test_a_pattern_that_is_guessed_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        ids_of(write_bytes_vocabulary(tmp_path / "said.gguf", "gpt-2"), ["a"])
+        assert not caplog.text
+        ids_of(write_bytes_vocabulary(tmp_path / "guessed.gguf", "default"), ["a"])
+    assert "the pattern of gpt-2 is taken" in caplog.text
+
+
+def test_a_vocabulary_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer_module, "_MOST_CUTS", 10)
+    with pytest.raises(ConfigError, match="or too long"):
+        files_of(reader.read(write_spm(tmp_path / "model.gguf", "llama")))

@@ -16,6 +16,8 @@ MOST = (1 << 31) - 1
 """Largest number of a size or a length."""
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _IDS = ("bos", "eos", "eot", "eom", "padding", "unknown")
+_GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+"""Caps of logits in Gemma 2 where a file does not say. Source: llama.cpp."""
 
 
 def config_of(file: GgufFile) -> dict[str, Any]:
@@ -173,8 +175,8 @@ def _rotary(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaled(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the scaling of rotary positions by one factor, if there is any."""
-    kind = file.own("rope.scaling.type", "none")
+    """Return the scaling of rotary positions by one factor, if there is any: linear by default."""
+    kind = file.own("rope.scaling.type", "linear")
     factor = _number(file, "rope.scaling.factor", _number(file, "rope.scale_linear", 1.0))
     if kind == "none" or (factor == 1.0 and kind in ("linear", "yarn", "longrope")):
         return {}
@@ -197,8 +199,11 @@ def _caps(file: GgufFile, kind: Architecture, config: dict[str, Any]) -> dict[st
     if kind.model_type not in ("gemma2", "gemma3_text"):
         return {}
     found: dict[str, Any] = {}
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        found[name] = _number(file, name) if file.own(name) is not None else None
+    for name, usual in _GEMMA2_CAPS.items():
+        if file.own(name) is not None:
+            found[name] = _number(file, name)
+        else:
+            found[name] = usual if kind.model_type == "gemma2" else None
     # The largest of each has a scale of its own, which files do not hold.
     largest = {"gemma2": 46, "gemma3_text": 62}[kind.model_type]
     found["query_pre_attn_scalar"] = config["head_dim"]

@@ -12,7 +12,6 @@ multiple of the alignment on, their data. No torch.
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import re
 import stat
@@ -40,6 +39,8 @@ MOST_STRINGS = 1 << 21
 """Strings of all arrays together; vocabularies with their merges have about 800,000 at most."""
 MOST_NUMBERS = 1 << 22
 """Numbers of all arrays together."""
+CHUNK_BYTES = 1 << 18
+"""Bytes that are read at a time."""
 MOST_METADATA_BYTES = 1 << 28
 """Bytes up to the first tensor."""
 
@@ -129,8 +130,7 @@ def read(path: Path, size: int | None = None) -> GgufFile:
             raise ConfigError(f"{path.name} is no file.", param="model")
         if status.st_size < 24:
             raise ConfigError(f"{path.name} is no GGUF file: it is too short.", param="model")
-        with mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ) as data:
-            return _Reader(path, data, size or len(data)).read()
+        return _Reader(path, descriptor, status.st_size, size or status.st_size).read()
     except OSError as error:
         raise _unreadable(path, error) from error
     finally:
@@ -147,11 +147,16 @@ class _Reader:
     """The state of reading: the place in the file, and what arrays have taken so far."""
 
     path: Path
-    data: mmap.mmap
+    descriptor: int
+    here: int
+    """Bytes of the file that there are: fewer than ``size`` of one whose beginning was fetched."""
     size: int
     place: int = 0
     num_strings: int = 0
     num_numbers: int = 0
+    start: int = 0
+    held: bytes = b""
+    """Bytes that were read from ``start`` on."""
     metadata: dict[str, Value] = field(default_factory=dict)
 
     def read(self) -> GgufFile:
@@ -283,11 +288,20 @@ class _Reader:
 
     def _take(self, count: int) -> bytes:
         end = self.place + count
-        if end > len(self.data):
-            self._fail("it ends in the middle of its metadata: the download is not complete")
+        if end > self.here:
+            self._fail_short()
         if end > MOST_METADATA_BYTES:
             self._fail(f"its metadata is larger than {MOST_METADATA_BYTES >> 20} MiB")
-        taken = self.data[self.place : end]
+        first = self.place - self.start
+        if first + count > len(self.held):
+            # Not mapped: a file that another program cuts short would end this process.
+            self.held = _bytes_at(self.descriptor, self.place, max(count, CHUNK_BYTES))
+            self.start, first = self.place, 0
+        if len(self.held) < first + count:
+            self._fail_short()
+        taken = self.held[first : first + count]
+        if count > CHUNK_BYTES:
+            self.held = b""
         self.place = end
         return taken
 
@@ -295,13 +309,34 @@ class _Reader:
         """Raise ConfigError where so many are too many, or cannot be in the rest of the file."""
         if count > most:
             self._fail(f"it claims {count} {what}; at most {most} are read")
-        if count * least_bytes > len(self.data) - self.place:
+        if count * least_bytes > self.size - self.place:
             self._fail(f"it claims {count} {what}, more than fit into the file")
+        if count * least_bytes > self.here - self.place:
+            self._fail_short()
+
+    def _fail_short(self) -> NoReturn:
+        if self.here < self.size:
+            self._fail(
+                f"its metadata does not end within its first {self.here} bytes, and no more are "
+                "fetched to describe it"
+            )
+        self._fail("it ends in the middle of its metadata: the download is not complete")
 
     def _fail(self, reason: str) -> NoReturn:
         raise ConfigError(
             f"{self.path.name} is no GGUF file that can be read: {reason}.", param="model"
         )
+
+
+def _bytes_at(descriptor: int, place: int, count: int) -> bytes:
+    """Return bytes of a file; fewer where it ends. Raises OSError."""
+    found = os.pread(descriptor, count, place)
+    while len(found) < count:
+        more = os.pread(descriptor, count - len(found), place + len(found))
+        if not more:
+            break
+        found += more
+    return found
 
 
 def _is_alignment(value: int) -> bool:

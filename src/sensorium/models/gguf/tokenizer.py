@@ -8,6 +8,7 @@ scores of its tokens. Source: ``llama-vocab.cpp`` of llama.cpp for names, patter
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -19,6 +20,8 @@ from tokenizers.processors import TemplateProcessing
 from sensorium.errors import ConfigError
 from sensorium.models.gguf.config import token_ids
 from sensorium.models.gguf.reader import GgufFile
+
+logger = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens in files."""
@@ -36,11 +39,13 @@ _TEKKEN = _CASED % ("", "", r"\p{N}")
 _GPT4O = _CASED % (_ENDINGS + "?", _ENDINGS + "?", r"\p{N}{1,3}")
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
+_COMPOSED = ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan")
+"""Pre-tokenizers whose texts are composed first (NFC), as those of Qwen."""
 PATTERNS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe"), (_LLAMA3,)
     ),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan"), (_QWEN2,)),
+    **dict.fromkeys(_COMPOSED, (_QWEN2,)),
     **dict.fromkeys(("gpt-4o", "llama4"), (_GPT4O,)),
     "tekken": (_TEKKEN,),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"), (_GPT2,)),
@@ -61,6 +66,8 @@ END_TEXTS = (
 )
 """Control tokens that end an answer whether or not a file names them."""
 _MOST_MERGES = 1 << 20
+_MOST_CUTS = 1 << 23
+"""Places where tokens are cut in search of merges; large vocabularies have about 2 million."""
 _MOST_SPLITS = 64
 """Longest token, in characters, whose merges are derived from scores."""
 _PREFIX = "\u2581"
@@ -71,7 +78,7 @@ def files_of(file: GgufFile) -> tuple[tokenizers.Tokenizer, dict[str, Any], list
 
     Raises ConfigError for a vocabulary that is of another kind, damaged or inconsistent.
     """
-    tokens = _unique(_tokens(file))
+    tokens = _unique(_spelled(file))
     types = _types(file, len(tokens))
     ids = token_ids(file)
     kind = file.metadata.get("tokenizer.ggml.model")
@@ -122,6 +129,19 @@ def _tokens(file: GgufFile) -> list[str]:
     return tokens
 
 
+def _spelled(file: GgufFile) -> list[str]:
+    """Return the tokens as texts have them once spaces are replaced."""
+    tokens = _tokens(file)
+    if file.metadata.get("tokenizer.ggml.model") != "llama" or not _is_gemma(file):
+        return tokens
+    # Its tokens of several spaces are stored as such.
+    return [_PREFIX * len(t) if len(t) > 1 and not t.strip(" ") else t for t in tokens]
+
+
+def _is_gemma(file: GgufFile) -> bool:
+    return file.architecture.startswith("gemma")
+
+
 def _unique(tokens: Sequence[str]) -> list[str]:
     """Return the tokens; one that is empty, or spelled as an earlier one, gets another spelling."""
     found: dict[str, int] = {}
@@ -151,11 +171,19 @@ def _byte_level(file: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
             f"splits texts as {pre!r:.40} does, which is not known; known are "
             f"{', '.join(PATTERNS)}",
         )
+    if file.metadata.get("tokenizer.ggml.pre", "default") == "default":
+        logger.warning(
+            "%s does not say how its tokenizer splits texts (tokenizer.ggml.pre): the pattern of "
+            "%s is taken, which may differ from training; a newer conversion says it",
+            *(file.path.name, pre),
+        )
     merges = file.metadata.get("tokenizer.ggml.merges")
     pairs = [_pair(file, text) for text in merges] if isinstance(merges, list) else []
     vocab = {token: place for place, token in enumerate(tokens)}
     model = models.BPE(vocab=vocab, merges=pairs, fuse_unk=False, ignore_merges=pre in _BEGINS)
     tokenizer = tokenizers.Tokenizer(model)
+    if pre in _COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     splits = [pre_tokenizers.Split(Regex(text), behavior="isolated") for text in PATTERNS[pre]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
@@ -183,16 +211,13 @@ def _pair(file: GgufFile, text: object) -> tuple[str, str]:
 def _sentencepiece(
     file: GgufFile, tokens: Sequence[str], types: Sequence[int], ids: Mapping[str, int]
 ) -> tokenizers.Tokenizer:
-    gemma = file.architecture.startswith("gemma")
-    if gemma:  # its tokens of several spaces are stored as such
-        tokens = [_PREFIX * len(t) if len(t) > 1 and not t.strip(" ") else t for t in tokens]
-        tokens = _unique(tokens)
     vocab = {token: place for place, token in enumerate(tokens)}
     merges = file.metadata.get("tokenizer.ggml.merges")
     if isinstance(merges, list):
         pairs = [_pair(file, text) for text in merges]
     else:
-        ranks = [-place for place in range(len(tokens))] if gemma else _scores(file, len(tokens))
+        in_order = [-place for place in range(len(tokens))]
+        ranks = in_order if _is_gemma(file) else _scores(file, len(tokens))
         pairs = _merges(file, vocab, ranks, types)
     unknown = tokens[ids["unknown"]] if "unknown" in ids else None
     if unknown is None:
@@ -230,15 +255,17 @@ def _merges(
     ``transformers``.
     """
     found: list[tuple[float, str, str]] = []
+    num_cuts = 0
     for token, place in vocab.items():
         if len(token) > _MOST_SPLITS or types[place] in (CONTROL, BYTE, UNKNOWN):
             continue
+        num_cuts += len(token) - 1
         for cut in range(1, len(token)):
             first, second = token[:cut], token[cut:]
             if first in vocab and second in vocab:
                 found.append((ranks[place], first, second))
-        if len(found) > _MOST_MERGES:
-            _bad(file, f"has a vocabulary with more than {_MOST_MERGES} merges")
+        if len(found) > _MOST_MERGES or num_cuts > _MOST_CUTS:
+            _bad(file, f"has a vocabulary that takes more than {_MOST_MERGES} merges, or too long")
     found.sort(key=lambda own: (own[0], len(own[1]), len(own[2])), reverse=True)
     return [(first, second) for _, first, second in found]
 
