@@ -176,9 +176,17 @@ def read_parts(
     return (dataclasses.replace(loaded, parts=parts) if parts else loaded), names
 
 
-def fetch(model: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """Download all files that loading a model takes, and return its folder. Raises ConfigError."""
-    folder = checkpoint.find(model, revision, download_dir)
+def fetch(
+    model: str,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    mmproj: str | None = None,
+) -> Path:
+    """Download all files that loading a model takes, and return its folder.
+
+    mmproj: as in ``load``. Raises ConfigError.
+    """
+    folder = checkpoint.find(model, revision, download_dir, mmproj)
     loaded = checkpoint.read(folder)
     family = resolve(loaded.config)
     loaded, names = read_parts(loaded, family, download_dir)
@@ -262,7 +270,7 @@ def _cache(
     from sensorium.models.loading.weights_cache import calibrated_by
 
     calibrates = "int4" in (formats.decoder, formats.head)
-    configurations = [loaded.config, *(part.config for part in loaded.parts.values())]
+    configurations = [(own.config, _stated(own)) for own in (loaded, *loaded.parts.values())]
     return settings.open(
         source.states,
         family.name,
@@ -271,6 +279,12 @@ def _cache(
         (formats.decoder, formats.encoder, formats.head, formats.dequantize),
         calibrated_by() if calibrates else (),
     )
+
+
+def _stated(loaded: LoadedConfig) -> tuple[str, Mapping[str, Any]] | None:
+    """Return method and settings of a quantized checkpoint, which may be beside config.json."""
+    settings = settings_of(loaded)
+    return None if settings is None else (settings.method, settings.values)
 
 
 def _built(

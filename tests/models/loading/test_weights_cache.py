@@ -32,7 +32,9 @@ from sensorium.models.loading.quantize import WeightFormats
 from sensorium.models.loading.weight_files import FileState
 from sensorium.models.loading.weights_cache import FOLDER, CacheSettings
 from tests import checkpoints
+from tests.checkpoints.quantized import quantize
 from tests.models.harness import Harness
+from tests.models.loading.published.forms import FORMS
 
 pytestmark = pytest.mark.skipif(
     not ops.has_integer_products(), reason="this CPU has no products of quantized weights"
@@ -528,3 +530,16 @@ def test_all_sources_that_make_weights_decide_the_key(tmp_path: Path) -> None:
         module.sources_digest.cache_clear()
         digests.append(module.sources_digest(tmp_path))
     assert len(set(digests)) == 1 + len(sources)
+
+
+def test_settings_beside_config_json_are_in_the_key(tmp_path: Path) -> None:
+    """The zero points of the two versions of GPTQ differ by one."""
+    folder, cache = tmp_path / "model", tmp_path / "cache"
+    checkpoints.make_text("llama", folder, intermediate_size=128)
+    quantize(folder, FORMS["gptq"].write, None)
+    for version in ("gptq", "gptq_v2"):
+        settings = dict(FORMS["gptq"].settings) | {"checkpoint_format": version}
+        (folder / "quantize_config.json").write_text(json.dumps(settings))
+        found = load(folder, cache, WeightFormats())
+        assert_same(found, load(folder, None, WeightFormats()))
+    assert len(list((cache / FOLDER).iterdir())) == 2

@@ -148,10 +148,11 @@ def dense(weight: CodedWeight | torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """A weight that is packed, and if it has the integers of the checkpoint."""
+    """A weight that is packed, and if it has the integers of the checkpoint; else the reason."""
 
     weight: PackedWeight
     is_kept: bool
+    reason: str = ""
 
 
 def pack(
@@ -171,11 +172,14 @@ def pack(
     shape = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
     coded = [weight for weight in weights if isinstance(weight, CodedWeight)]
     rows = joined_rows(coded) if len(coded) == len(weights) else None
+    reason = "as they are not integers of one kind"
     if rows is not None:
         first = rows(0, 1)
         assert isinstance(first, QuantizedTensor)
         if wanted in ("as stored", first.format) and ops.takes(first, dtype):
             return Packing(ops.pack_in_bands(shape, rows, dtype), True)
+        is_asked = wanted not in ("as stored", first.format)
+        reason = "as was asked for" if is_asked else "as this CPU has no product for them"
     numbers = dequantized_rows(weights)
     grouped = int8_groups(numbers(0, 1))
     make = quantize or (int8_groups if ops.takes(grouped, dtype) else int8)
@@ -183,7 +187,7 @@ def pack(
     def made(first: int, end: int) -> QuantizedTensor:
         return make(numbers(first, end))
 
-    return Packing(ops.pack_in_bands(shape, made, dtype), False)
+    return Packing(ops.pack_in_bands(shape, made, dtype), False, reason)
 
 
 class Outcomes:
@@ -201,7 +205,7 @@ class Outcomes:
         elif packing.is_kept:
             outcome = f"integers kept as they are ({packing.weight.format})"
         else:
-            outcome = f"made {packing.weight.format}, as this CPU has no product for them"
+            outcome = f"made {packing.weight.format}, {packing.reason}"
         for weight in weights:
             self._numbers[weight.label, outcome] += 1
 

@@ -90,7 +90,7 @@ def beginning(model: str, file: str, revision: str | None, num_bytes: int) -> by
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    found = b""
+    found = bytearray()
     with _errors_explained(model, revision):
         headers = {**build_hf_headers(), "Range": f"bytes=0-{num_bytes - 1}"}
         url = hf_hub_url(model, file, revision=revision)
@@ -100,7 +100,7 @@ def beginning(model: str, file: str, revision: str | None, num_bytes: int) -> by
                 found += piece
                 if len(found) >= num_bytes:  # a server may ignore the range
                     break
-    return found[:num_bytes]
+    return bytes(found[:num_bytes])
 
 
 def _is_here(model: str, selected: dict[str, Any]) -> bool:

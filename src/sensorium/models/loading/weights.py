@@ -159,7 +159,8 @@ class SafetensorsFiles:
             name: tuple(file.get_slice(stored).get_shape())
             for name, (file, stored) in self._files.items()
         }
-        plain, is_coded = [], False
+        plain: list[Part] = []
+        coded_names: list[str] = []
         for part in parts:
             coded = self._coded(part)
             if coded is None:
@@ -167,11 +168,27 @@ class SafetensorsFiles:
                 continue
             reader, weight = coded
             reader.check(part, weight)
-            is_coded = True
+            coded_names.append(part.name)
             for name in weight.names:
                 shapes.pop(name, None)
-        ignored = (*ignored, *UNUSED) if is_coded else ignored
+        self._forget_zeros(shapes, plain, coded_names)
+        ignored = (*ignored, *UNUSED) if coded_names else ignored
         check_names(shapes, plain, ignored, "config.json and the safetensors files belong together")
+
+    def _forget_zeros(
+        self, shapes: dict[str, Any], plain: Iterable[Part], coded: Iterable[str]
+    ) -> None:
+        """Take out the biases of zeros that layers of quantized weights do not have.
+
+        AutoGPTQ writes one for each layer. Others would be missing in what is computed.
+        """
+        wanted = {part.name for part in plain}
+        for name in coded:
+            bias = f"{name.removesuffix('weight')}bias"
+            if bias in shapes and bias not in wanted:
+                file, stored = self._files[bias]
+                if not bool(file.get_tensor(stored).float().any()):
+                    del shapes[bias]
 
     def _coded(self, part: Part) -> tuple[PublishedWeights, StoredWeight] | None:
         """Return a weight that is stored in another form than plain numbers, and its reader."""

@@ -103,6 +103,13 @@ CASES: dict[str, tuple[str, str, Change, str]] = {
     "a state of another shape": ("nf4", STATE, state(shape=[1 << 40, 8]), "says shape"),
     "a state of huge blocks": ("nf4", STATE, state(blocksize=1 << 60), "impossible sizes"),
     "a state without blocks": ("nf4", STATE, state(blocksize=0), "impossible sizes"),
+    "a state of float blocks": ("nf4", STATE, state(blocksize=64.0), "impossible sizes"),
+    "a state of float outer blocks": (
+        "nf4",
+        STATE,
+        state(nested_blocksize=256.0),
+        "impossible sizes",
+    ),
     "an offset that is not finite": ("nf4", STATE, state(nested_offset=1e999), "impossible"),
     "no scales of rows": ("llm-int8", "SCB", gone, "SCB|int8"),
     "rows in another layout": ("llm-int8", "weight_format", first(2), "another layout"),
@@ -151,4 +158,20 @@ def test_a_wrong_setting(
     shutil.copytree(plain, folder)
     q.quantize(folder, FORMS[form].write, dict(FORMS[form].settings) | {key: value})
     with pytest.raises(ConfigError, match=message):
+        loader.load(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("form", ["gptq", "w4a16"])
+def test_biases_that_a_layer_does_not_have(plain: Path, tmp_path: Path, form: str) -> None:
+    """AutoGPTQ writes one of zeros for each layer; another is missing in what is computed."""
+    folder = tmp_path / "model"
+    shutil.copytree(plain, folder)
+    q.quantize(folder, FORMS[form].write, FORMS[form].settings)
+    path, bias = folder / "model.safetensors", torch.zeros(64, dtype=torch.float16)
+    tensors = load_file(path)
+    save_file(tensors | {f"{OWN}bias": bias}, path)
+    loader.load(str(folder), device="cpu")
+    bias[3] = 0.5
+    save_file(tensors | {f"{OWN}bias": bias}, path)
+    with pytest.raises(ConfigError, match=r"no place .*layers\.1\.mlp\.down_proj\.bias"):
         loader.load(str(folder), device="cpu")

@@ -1,6 +1,6 @@
 """AWQ (Lin et al., 2023) as AutoAWQ writes it: 4 bits, zero points, groups of inputs.
 
-``gemm`` (also run by the kernels named exllama, marlin and ipex): ``qweight`` (K, N / 8) int32
+``gemm`` (also run by the kernels named exllama and ipex): ``qweight`` (K, N / 8) int32
 holds eight outputs of an input in each word, in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest
 bits on; ``qzeros`` (G, N / 8) likewise; ``scales`` (G, N). ``gemv``: ``qweight`` (N, K / 8) holds
 eight inputs in their order; ``qzeros`` (N, Z) and ``scales`` (N, 8 Z) are padded.

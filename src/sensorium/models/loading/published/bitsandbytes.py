@@ -98,7 +98,8 @@ class FourBitWeight:
             ) from None
         if own_shape != list(shape):
             raise self.tensors.error(name, f"says shape {own_shape}, not {list(shape)}")
-        if block not in _BLOCKS or nested not in _BLOCKS or not math.isfinite(offset):
+        sizes_known = all(type(size) is int and size in _BLOCKS for size in (block, nested))
+        if not sizes_known or not math.isfinite(offset):
             raise self.tensors.error(name, "has impossible sizes of blocks or no finite offset")
         return {"blocksize": block, "nested_blocksize": nested, "nested_offset": offset}
 

@@ -61,14 +61,3 @@ def ungrouped(
     wide -= zeros.float()[:, groups]
     wide *= scales.float()[:, groups]
     return wide
-
-
-def order_of(groups: torch.Tensor, group: int) -> torch.Tensor | None:
-    """Return the order (K,) in which inputs fill their groups one after another.
-
-    groups: (K,) int64, the group of each input. None where a group has more or fewer inputs than
-    ``group``.
-    """
-    order = torch.argsort(groups, stable=True)
-    regular = torch.arange(len(groups)) // group
-    return order if torch.equal(groups[order], regular) else None

@@ -70,11 +70,6 @@ class Settings:
         return 1 if GPTQ_FORMATS[self._checkpoint_format()] == 1 else 0
 
     @property
-    def is_symmetric(self) -> bool:
-        """Zero points of GPTQ lie at the centre, unless the tensors say another thing."""
-        return self.values.get("sym") is not False
-
-    @property
     def has_act_order(self) -> bool:
         """Inputs were quantized in the order of their size, and their groups are scattered."""
         found = [group.get("weights") for group in self._groups()]
