@@ -250,7 +250,7 @@ def _facts(options: ModelConfig) -> tuple[LoadedConfig, GgufFile | None, list[hu
     if named is not None:
         gguf, own = _beginning(*named, options)
         config = checkpoint.merged(config_of(gguf), options.hf_overrides)
-        return LoadedConfig("", config, {}, {}, {}), gguf, [own]
+        return LoadedConfig("", config, {}, {}, {}), gguf, [own, *_encoder(named[0], options)]
     where = options.revision, options.download_dir
     folder = checkpoint.find(options.model, *where, options.mmproj)
     loaded = checkpoint.read(folder, options.hf_overrides)
@@ -270,17 +270,33 @@ def _facts(options: ModelConfig) -> tuple[LoadedConfig, GgufFile | None, list[hu
 
 def _beginning(model: str, file: str, options: ModelConfig) -> tuple[GgufFile, hub.HubFile]:
     """Return the metadata of a GGUF file of a repository, and its size."""
+    own = _listed(model, file, "model", options)
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / Path(file).name
+        size = min(own.size, GGUF_BEGINNING)
+        part.write_bytes(hub.beginning(model, file, options.revision, size))
+        return read_gguf(part, own.size), own
+
+
+def _encoder(model: str, options: ModelConfig) -> list[hub.HubFile]:
+    """Return the file of the vision encoder that is named, here or in the repository, if any is."""
+    if options.mmproj is None:
+        return []
+    path = Path(options.mmproj).expanduser()
+    if path.is_file():
+        return [hub.HubFile(path.name, path.stat().st_size, True)]
+    return [_listed(model, options.mmproj, "mmproj", options)]
+
+
+def _listed(model: str, file: str, param: str, options: ModelConfig) -> hub.HubFile:
+    """Return a GGUF file of a repository. Raises ConfigError about ``param`` if it has none."""
     listed = hub.files(model, options.revision, download_dir=options.download_dir)
     found = {own.name: own for own in listed}
     if file not in found:
         others = [name for name in found if name.endswith(checkpoint.GGUF)]
         has = weight_files.listing("others", others)
-        raise ConfigError(f"Model {model!r} has no file {file!r}; it has {has}.", param="model")
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / Path(file).name
-        size = min(found[file].size, GGUF_BEGINNING)
-        part.write_bytes(hub.beginning(model, file, options.revision, size))
-        return read_gguf(part, found[file].size), found[file]
+        raise ConfigError(f"Model {model!r} has no file {file!r}; it has {has}.", param=param)
+    return found[file]
 
 
 def _format(loaded: LoadedConfig, gguf: GgufFile | None) -> str:

@@ -309,6 +309,17 @@ def test_a_gguf_file_is_described_from_its_beginning(
         assert found["format"] == "GGUF version 3, llama: Q8_0"
         assert (found["files"], found["download"], found["num_files"]) == (size, size, 1)
         assert hub.ranges == ["bytes=0-65535"]
+        encoder = source / "mmproj.gguf"
+        encoder.write_bytes(b"GGUF" + bytes(20))
+        flags = ("--dry-run", "--json", "--mmproj")
+        found = needs(pull(hub, tmp_path, *flags, encoder.name, model=f"{NAME}:{name}"))
+        assert (found["files"], found["num_files"]) == (size + 24, 2)
+        done = pull(hub, tmp_path, *flags, "absent.gguf", model=f"{NAME}:{name}")
+        assert done.returncode == 2
+        assert "has no file 'absent.gguf'" in done.stderr
+        done = pull(hub, tmp_path, "--mmproj", encoder.name, model=f"{NAME}:{name}")
+        assert done.returncode == 2, "it is fetched and read, and is no encoder"
+        assert encoder.name in done.stderr
         done = pull(hub, tmp_path, model=f"{NAME}:other.gguf")
         assert done.returncode == 2
         assert name in done.stderr

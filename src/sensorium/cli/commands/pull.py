@@ -85,4 +85,4 @@ def run(arguments: argparse.Namespace) -> int:
 def _downloaded(options: Any) -> Any:
     from sensorium.models import loader
 
-    return loader.fetch(options.model, options.revision, options.download_dir)
+    return loader.fetch(options.model, options.revision, options.download_dir, options.mmproj)
