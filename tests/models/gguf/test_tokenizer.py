@@ -218,6 +218,6 @@ def test_a_pattern_that_is_guessed_is_logged(
 
 
 def test_a_vocabulary_that_takes_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer_module, "_MOST_CUTS", 10)
+    monkeypatch.setattr(tokenizer_module, "MOST_CUTS", 10)
     with pytest.raises(ConfigError, match="or too long"):
         files_of(reader.read(write_spm(tmp_path / "model.gguf", "llama")))

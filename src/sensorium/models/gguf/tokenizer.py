@@ -66,7 +66,7 @@ END_TEXTS = (
 )
 """Control tokens that end an answer whether or not a file names them."""
 _MOST_MERGES = 1 << 20
-_MOST_CUTS = 1 << 23
+MOST_CUTS = 1 << 23
 """Places where tokens are cut in search of merges; large vocabularies have about 2 million."""
 _MOST_SPLITS = 64
 """Longest token, in characters, whose merges are derived from scores."""
@@ -264,7 +264,7 @@ def _merges(
             first, second = token[:cut], token[cut:]
             if first in vocab and second in vocab:
                 found.append((ranks[place], first, second))
-        if len(found) > _MOST_MERGES or num_cuts > _MOST_CUTS:
+        if len(found) > _MOST_MERGES or num_cuts > MOST_CUTS:
             _bad(file, f"has a vocabulary that takes more than {_MOST_MERGES} merges, or too long")
     found.sort(key=lambda own: (own[0], len(own[1]), len(own[2])), reverse=True)
     return [(first, second) for _, first, second in found]
