@@ -263,6 +263,7 @@ def test_it_is_on_unless_matrix_tiles_would_be_left_idle(monkeypatch: pytest.Mon
     monkeypatch.setattr(amx, "available", lambda: True)
     assert not found(torch.bfloat16)
     assert found(torch.bfloat16, batch_invariant=True)
+    assert found(torch.bfloat16, kv_cache_dtype="int8")
     assert found(torch.float32)
     assert not found(torch.float32, batch_invariant=False)
     assert not found(torch.float32, block_size=8)

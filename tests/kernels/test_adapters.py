@@ -10,7 +10,9 @@ import torch
 from sensorium.kernels import ops
 from sensorium.kernels.adapters import AdaptedProduct, LowRank, PlainAdapted, RowAdapters, Run
 from sensorium.kernels.cpu import graph
+from sensorium.kernels.cpu.adapters import low_rank
 from sensorium.kernels.cpu.linear import floats
+from sensorium.kernels.cpu.linear import product as row_products
 from sensorium.layers.linear import Linear
 from sensorium.layers.mlp import MIN_ROWS, GatedMLP
 from tests.kernels.test_graph import FORMS, Layers, Steps
@@ -106,6 +108,46 @@ def test_a_lane_is_used_again() -> None:
     assert torch.equal(results[0], results[3])
     assert not torch.equal(results[0], results[1])
     assert not results[2].any()
+
+
+def test_many_rows_go_in_blocks_whose_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, outputs, num_rows = 33, 50, 300
+    sizes = inputs, outputs, torch.float32
+    product = filled(ops.adapted_product(inputs, outputs, LANES, torch.float32, CPU), *sizes)
+    x, y, rows = torch.randn(num_rows, inputs), torch.randn(num_rows, outputs), RowAdapters()
+    found = []
+    reserved: list[int] = []
+
+    def scratch(size: int) -> tuple[int, int]:
+        reserved.append(size)
+        return row_products.scratch(size)
+
+    monkeypatch.setattr(low_rank, "scratch", scratch)
+    for most in (row_products.SCRATCH_BYTES, 20_000):
+        monkeypatch.setattr(row_products, "SCRATCH_BYTES", most)
+        reserved.clear()
+        for lanes in (rows.using(mixed_runs(num_rows), num_rows), rows.everywhere(0)):
+            found.append(y.clone())
+            with lanes:
+                product.add(x, found[-1], rows)
+        assert max(reserved) <= most
+    assert len(reserved) > 2, "blocks"
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+def test_a_part_of_a_step_leaves_the_tiles_of_the_whole_where_they_are() -> None:
+    rows = RowAdapters()
+    with rows.using([Run(1, 0, 7)], 7):
+        whole = rows.tiles(7)
+        before = whole.table.copy()
+        with rows.narrowed(0, 3):
+            part = rows.tiles(3)
+        assert part.table.tolist() == [1, 1, 0, 3]
+        assert (whole.table == before).all()
+        assert rows.tiles(7) is whole
+    with rows.using([Run(2, 0, 7)], 7):
+        assert rows.tiles(7).table is whole.table
 
 
 def test_lanes_of_other_rows_are_a_mistake() -> None:

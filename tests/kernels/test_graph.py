@@ -253,6 +253,11 @@ def test_graphs_are_bounded_and_share_their_memory(monkeypatch: pytest.MonkeyPat
         run_steps(graphs, Steps([3] * count, run.dtype), caches)
     assert len(graphs.captured) == graph.MOST_GRAPHS
     assert 1 not in graphs.captured
+    again = Steps([3], run.dtype)
+    again.first.caches = caches
+    graphs(*again.step(0))
+    assert 1 in graphs.captured, "at the first step of a kind that was captured before"
+    assert len(graphs.captured) == graph.MOST_GRAPHS
     found = graphs.captured.values()
     wide = HIDDEN * 64 * 4
     assert max(each.used_bytes for each in found) < 40 * wide

@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from sensorium.kernels import ops
-from sensorium.kernels.cpu import elementwise, launch, threads
-from sensorium.kernels.cpu.linear import onednn
+from sensorium.kernels.cpu import amx, elementwise, launch, threads
+from sensorium.kernels.cpu.attention import route
+from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
+from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
+from sensorium.kernels.cpu.linear import onednn, table
 from sensorium.processes.start import child_environment
 
 
@@ -176,9 +179,28 @@ def test_warm_up_compiles_for_encoders_where_there_are_some(monkeypatch, encoder
     built = []
     monkeypatch.setattr(elementwise, "kernel", lambda build, dtype: built.append(build))
     ops.warm_up(torch.bfloat16, encoders=encoders)
-    assert set(built).issuperset(ops.DECODER_KERNELS)
+    assert set(built).issuperset(ops.DECODER_KERNELS + ops.FLOAT_CACHE_KERNELS)
     assert (ops.ENCODER_KERNELS[0] in built) == encoders
     assert (ops.VARLEN_KERNELS[0] in built) == encoders
+
+
+@pytest.mark.parametrize("int8_cache", [True, False])
+def test_warm_up_compiles_attention_for_the_one_cache_that_there_is(monkeypatch, int8_cache):
+    built, compared = [], []
+    monkeypatch.setattr(elementwise, "kernel", lambda build, dtype: built.append(build))
+    monkeypatch.setattr(route, "choose", lambda *own: compared.append(own))
+    monkeypatch.setattr(amx, "unit", lambda: amx.INSTRUCTIONS)
+    monkeypatch.setattr(table, "warm_up", lambda dtype: None)
+    monkeypatch.setattr(varlen_tiles, "trusted_unit", lambda: None)
+    ops.warm_up(torch.bfloat16, int8_cache=int8_cache)
+    assert set(built).issuperset(ops.DECODER_KERNELS + ops.ENCODER_KERNELS)
+    tiles = {amx.bound(causal_tiles.build_attend, amx.INSTRUCTIONS)}
+    floats, integers = tiles | {*ops.FLOAT_CACHE_KERNELS}, {*ops.INT8_CACHE_KERNELS}
+    used, idle = (integers, floats) if int8_cache else (floats, integers)
+    assert used <= set(built)
+    assert idle.isdisjoint(built)
+    assert amx.bound(varlen_tiles.build_attend, amx.INSTRUCTIONS) in built
+    assert bool(compared) != int8_cache
 
 
 def test_waiting_policy_is_set_before_torch_only_where_the_user_has_none():

@@ -222,6 +222,7 @@ def _loaded(config: EngineConfig, device: str, proceed: Callable[[], object]) ->
         formats=weight_formats(config),
         weights_cache=weights_cache(config),
         replay=not config.model.enforce_eager,
+        int8_cache=config.cache.kv_cache_dtype == "int8",
         proceed=proceed,
     )
 
@@ -304,7 +305,9 @@ def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.
         obstacle = f"with block_size {block_size}: make it a multiple of 16"
     if wanted and obstacle:
         raise ConfigError(f"batch_invariant cannot be had {obstacle}.", param="batch_invariant")
-    if obstacle or (wanted is None and ops.has_faster_variant(dtype)):
+    # Over a cache in int8 all rows take one kernel anyway.
+    may_vary = wanted is None and config.cache.kv_cache_dtype != "int8"
+    if obstacle or (may_vary and ops.has_faster_variant(dtype)):
         logger.info(
             "the last bits of a request's log-probabilities, and so rarely a token, may depend on "
             "what else is in the batch%s",

@@ -68,7 +68,8 @@ class RowAdapters:
     def __init__(self) -> None:
         self._runs: tuple[Run, ...] = ()
         self._everywhere: int | None = None
-        self._span = (0, 0)
+        self._step = (0, 0)
+        self._span = self._step
         self._tiles: dict[tuple[int, int], Tiles] = {}
         self._fixed = np.zeros(1 + _FIELDS * FIXED_ROWS, np.int64)
 
@@ -83,15 +84,16 @@ class RowAdapters:
 
         ``runs`` are ascending and disjoint.
         """
-        before = self._runs, self._everywhere, self._span, self._tiles
+        before = self._runs, self._everywhere, self._step, self._span, self._tiles
         self._runs, self._everywhere = tuple(runs), None
-        self._span, self._tiles = (0, num_rows), {}
+        self._step = self._span = (0, num_rows)
+        self._tiles = {}
         if runs and num_rows <= FIXED_ROWS:
             self.tiles(num_rows)  # a captured step reads them without asking
         try:
             yield
         finally:
-            self._runs, self._everywhere, self._span, self._tiles = before
+            self._runs, self._everywhere, self._step, self._span, self._tiles = before
 
     @contextmanager
     def everywhere(self, lane: int | None) -> Iterator[None]:
@@ -136,7 +138,7 @@ class RowAdapters:
         key = (0, num_rows) if self._everywhere is not None else self._rows(num_rows)
         found = self._tiles.get(key)
         if found is None:
-            whole = self._everywhere is None and key[0] == 0 and num_rows <= FIXED_ROWS
+            whole = self._everywhere is None and key == self._step and num_rows <= FIXED_ROWS
             found = self._made(self.runs(num_rows), self._fixed if whole else None)
             self._tiles[key] = found
         return found

@@ -45,12 +45,11 @@ DECODER_KERNELS = (
     elementwise.build_peaks,
     elementwise.build_place,
     elementwise.build_doubts,
-    rotary.build_rope_write,
-    causal.build_attend,
 )
+FLOAT_CACHE_KERNELS = (rotary.build_rope_write, causal.build_attend)
+INT8_CACHE_KERNELS = (quantized.build_rope_write, quantized.build_attend)
 ENCODER_KERNELS = (rotary.build_rotate, elementwise.build_quick_gelu)
 VARLEN_KERNELS = (varlen_vectors.build_pack, varlen_vectors.build_attend)
-INT8_CACHE_KERNELS = (quantized.build_rope_write, quantized.build_attend)
 
 
 def _on_cpu(x: torch.Tensor) -> bool:
@@ -407,16 +406,16 @@ def warm_up(
     """Compile or load every kernel for ``dtype``, so that the first request does not wait.
 
     Returns the seconds that it took. encoders: include the kernels of vision and audio towers.
-    stopped: asked before each kernel; no more are made then. int8_cache: include those for a KV
-    cache in int8. Does nothing where no kernels are used.
+    stopped: asked before each kernel; no more are made then. int8_cache: make attention
+    for a KV cache in int8 in place of that in ``dtype``. Does nothing where no kernels are used.
     """
     start = time.perf_counter()
     builds: tuple[elementwise.Build, ...] = ()
     if torch.device(device).type == "cpu" and dtype in CPU_DTYPES:
-        builds = DECODER_KERNELS + (ENCODER_KERNELS if encoders else ())
-        builds += INT8_CACHE_KERNELS if int8_cache else ()
+        builds = DECODER_KERNELS + (INT8_CACHE_KERNELS if int8_cache else FLOAT_CACHE_KERNELS)
+        builds += ENCODER_KERNELS if encoders else ()
         unit = amx.unit() if dtype == torch.bfloat16 else None
-        if unit is not None:
+        if unit is not None and not int8_cache:
             builds += (amx.bound(causal_tiles.build_attend, unit),)
         if encoders:
             builds += VARLEN_KERNELS
@@ -430,7 +429,8 @@ def warm_up(
             shown.update()
         if builds:
             table.warm_up(dtype)
-            route.choose(dtype, amx.TILE)  # compares tiles with vectors the first time
+            if not int8_cache:
+                route.choose(dtype, amx.TILE)  # compares tiles with vectors the first time
             if encoders and dtype == torch.bfloat16:
                 varlen_tiles.trusted_unit()
             if levels.is_x86():

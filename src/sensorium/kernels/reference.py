@@ -98,7 +98,9 @@ class DequantizedWeight(PackedWeight):
         return self.quantized.rows(ids).to(self.dtype)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"values": self.quantized.values, "scales": self.quantized.scales}
+        names = ("values", "scales", "zeros", "minimums")
+        found = {name: getattr(self.quantized, name) for name in names}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def quantized_linear(

@@ -101,6 +101,7 @@ def load(
     formats: WeightFormats | None = None,
     weights_cache: CacheSettings | None = None,
     replay: bool = True,
+    int8_cache: bool = False,
     proceed: Proceed = _always,
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
@@ -112,7 +113,8 @@ def load(
     ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model
     head. download_dir: in place of the cache of the Hugging Face hub. formats: how weights are
     quantized. weights_cache: where quantized ones are kept for the next start. skip_modalities,
-    replay: as in ``BuildOptions``. proceed: called between weights; what it raises ends loading.
+    replay: as in ``BuildOptions``. int8_cache: the KV cache will be in int8, for which kernels are
+    made while weights are read. proceed: called between weights; what it raises ends loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
     quantized in an unknown way or cannot be, and UnsupportedModelError for an unknown architecture.
@@ -143,7 +145,8 @@ def load(
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
     own = loaded, family, options, source
-    built = _built(*own, formats, seed, proceed, _cache(weights_cache, formats, *own))
+    kept = _cache(weights_cache, formats, *own)
+    built = _built(*own, formats, seed, proceed, kept, int8_cache)
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
@@ -296,6 +299,7 @@ def _built(
     seed: int,
     proceed: Proceed,
     cache: WeightsCache | None,
+    int8_cache: bool,
 ) -> LoadableModel:
     """Return the model with its weights."""
     from sensorium.models.loading.fill import fill, log_sizes
@@ -303,7 +307,7 @@ def _built(
 
     model = family.build_model(loaded, options)
     formats = _calibrated(formats, loaded, family, options, source, proceed)
-    with _kernels_made(model):
+    with _kernels_made(model, int8_cache):
         weights = DummyWeights(seed, model.dtype) if source is None else source
         fill(model, weights, formats, proceed, cache)
     quantizes = formats is not None and formats.first_option() is not None
@@ -313,7 +317,7 @@ def _built(
 
 
 @contextlib.contextmanager
-def _kernels_made(model: LoadableModel) -> Iterator[None]:
+def _kernels_made(model: LoadableModel, int8_cache: bool) -> Iterator[None]:
     """Compile or load the model's kernels in another thread, for as long as this context lasts.
 
     An error is left to who asks for the kernel next.
@@ -324,7 +328,8 @@ def _kernels_made(model: LoadableModel) -> Iterator[None]:
 
     def make() -> None:
         with contextlib.suppress(Exception):
-            ops.warm_up(model.dtype, model.device, model.has_encoder, ended.is_set)
+            own = model.dtype, model.device, model.has_encoder
+            ops.warm_up(*own, ended.is_set, int8_cache)
 
     thread = threading.Thread(target=make, name=f"{OWN_THREADS}kernels")
     thread.start()

@@ -56,8 +56,9 @@ MOST_QUERIES = 17
 """Rows of one sequence in a step that is captured; longer spans are prompts, and seldom alike."""
 STEPS_BEFORE = 3
 """Steps of so many rows that run launch by launch before one is captured."""
-MOST_GRAPHS = 64
-"""Graphs that are kept, those used last."""
+MOST_GRAPHS = 4 * MOST_ROWS
+"""Graphs that are kept, those used last: one of each kind of step. A kind is a number of rows, in
+steps that try tokens or not, with adapters or without."""
 MOST_BYTES = 128 * 1024 * 1024
 """Memory for the tensors of the graphs of a decoder; larger steps are not captured."""
 LINE_BYTES = 64
@@ -352,4 +353,4 @@ class StepGraphs:
         self.captured[key] = graph
         while len(self.captured) > MOST_GRAPHS:
             oldest, _ = self.captured.popitem(last=False)
-            self._seen[oldest] = 0
+            self._seen[oldest] = STEPS_BEFORE  # captured again at its next step

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from numba import types
 
-from sensorium.kernels.adapters import AdaptedProduct, LowRank, RowAdapters
+from sensorium.kernels.adapters import FIXED_ROWS, AdaptedProduct, LowRank, RowAdapters
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import Args, float_bits
 from sensorium.kernels.cpu.linear.integers import wait_for
-from sensorium.kernels.cpu.linear.product import DONE, TAKEN, scratch
+from sensorium.kernels.cpu.linear.product import DONE, TAKEN, rows_that_fit, scratch
 from sensorium.kernels.cpu.numeric import (
     INLINE,
     WIDTH,
@@ -256,10 +256,22 @@ class CpuAdapted(AdaptedProduct):
         self._work = ranks * (num_inputs + num_outputs)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowAdapters) -> None:
-        width = int(self._table[0]) * WIDTH
-        num_rows, num_inputs = x.shape
+        width, num_rows = int(self._table[0]) * WIDTH, x.shape[0]
         if width == 0 or num_rows == 0:
             return
+        # A captured step goes through at once: its tiles are those of the whole step.
+        most_rows = rows_that_fit(width * 4, FIXED_ROWS)
+        if num_rows <= most_rows:
+            self._add(x, y, rows, width)
+            return
+        for first in range(0, num_rows, most_rows):
+            stop = min(first + most_rows, num_rows)
+            with rows.narrowed(first, stop):
+                self._add(x[first:stop], y[first:stop], rows, width)
+
+    def _add(self, x: torch.Tensor, y: torch.Tensor, rows: RowAdapters, width: int) -> None:
+        """Do as ``add`` for rows whose products with A, of ``width`` numbers each, fit at once."""
+        num_rows, num_inputs = x.shape
         tiles = rows.tiles(num_rows)
         hidden, _ = scratch(num_rows * width * 4)
         args = Args(
