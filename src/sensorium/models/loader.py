@@ -108,13 +108,12 @@ def load(
 
     mmproj: GGUF file of the vision encoder of a model that is one. dtype ``auto`` is the
     checkpoint's own: the one that config.json declares, else that of the weights, else float32; or
-    float32 in place of a 16-bit type that the CPU has no units for, where the memory allows it.
-    device ``auto`` is the first GPU when there is one, else the CPU. runner:
-    ``generate``, ``pooling`` or ``auto``; a model for pooling is loaded without its language-model
-    head. download_dir: in place of the cache of the Hugging Face hub. formats: how weights are
-    quantized. weights_cache: where quantized ones are kept for the next start. skip_modalities,
-    replay: as in ``BuildOptions``. int8_cache: the KV cache will be in int8, for which kernels are
-    made while weights are read. proceed: called between weights; what it raises ends loading.
+    float32 in place of a 16-bit type that the CPU has no units for, where memory allows it. device
+    ``auto`` is the first GPU when there is one, else the CPU. runner: ``generate``, ``pooling`` or
+    ``auto``; one for pooling is loaded without its head. download_dir: in place of the cache of the
+    Hugging Face hub. formats: how weights are quantized. weights_cache: where these are kept for
+    the next start. skip_modalities, replay: as in ``BuildOptions``. int8_cache: the KV cache is in
+    int8. proceed: called between weights; what it raises ends loading.
 
     Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
     quantized in an unknown way or cannot be, and UnsupportedModelError for an unknown architecture.
@@ -128,8 +127,7 @@ def load(
         formats.check(family, find_device(device))
     loaded, names = read_parts(loaded, family, download_dir)
     needed = _needed(loaded, family, skip_modalities)
-    processor = family.build_processor(loaded)
-    embedder = embedder_of(loaded, family, runner)
+    processor, embedder = family.build_processor(loaded), embedder_of(loaded, family, runner)
     if not dummy:
         checkpoint.fetch_weights(model, folder, revision, download_dir)
         _fetch_parts(loaded, [part for part in needed if part.field in names], names, download_dir)
@@ -145,8 +143,7 @@ def load(
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
     own = loaded, family, options, source
-    kept = _cache(weights_cache, formats, *own)
-    built = _built(*own, formats, seed, proceed, kept, int8_cache)
+    built = _built(*own, formats, seed, proceed, weights_cache, int8_cache)
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
@@ -298,7 +295,7 @@ def _built(
     formats: WeightFormats | None,
     seed: int,
     proceed: Proceed,
-    cache: WeightsCache | None,
+    weights_cache: CacheSettings | None,
     int8_cache: bool,
 ) -> LoadableModel:
     """Return the model with its weights."""
@@ -306,6 +303,7 @@ def _built(
     from sensorium.models.loading.weights import DummyWeights
 
     model = family.build_model(loaded, options)
+    cache = _cache(weights_cache, formats, loaded, family, options, source)
     formats = _calibrated(formats, loaded, family, options, source, proceed)
     with _kernels_made(model, int8_cache):
         weights = DummyWeights(seed, model.dtype) if source is None else source
