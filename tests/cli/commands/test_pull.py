@@ -14,6 +14,7 @@ import huggingface_hub
 import pytest
 
 from sensorium.cli.main import main
+from sensorium.forks import OWN_THREADS
 from sensorium.models import needs as needs_module
 from sensorium.models.gguf import folder as folders
 from sensorium.models.loading import hub as hub_module
@@ -197,7 +198,7 @@ def test_a_download_that_fails_does_not_wait_for_the_others(
         assert not gate.is_set(), "the other is on its way"
         gate.set()
         for thread in threading.enumerate():
-            if thread.name.startswith("sensorium-downloads"):
+            if thread.name.startswith(f"{OWN_THREADS}hub"):
                 thread.join(10)
                 assert not thread.is_alive()
     sizes = [partial.stat().st_size for partial in partial_of(tmp_path)]

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from sensorium.errors import ConfigError
+from sensorium.forks import OWN_THREADS
 
 RESUMED_BYTES = 16 << 20
 """Size from which on a file that is not complete stays for the next process."""
 _AT_ONCE = 8
+_THREADS = f"{OWN_THREADS}hub"
 _ATTEMPTS = 5
 WAIT_SECONDS = 1.0
 """Seconds between two attempts of a download."""
@@ -137,7 +139,7 @@ def _fetch_large(model: str, selected: dict[str, Any], cache: Path) -> None:
     blobs.mkdir(parents=True, exist_ok=True)
     total = sum(file.file_size for file in large)
     stop = threading.Event()
-    pool = ThreadPoolExecutor(_AT_ONCE, "sensorium-downloads")
+    pool = ThreadPoolExecutor(_AT_ONCE, _THREADS)
     with progress.bar("Downloading", total, unit="B") as bar:
         try:
             tasks = [
