@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.harness import Report, in_turn
+from benchmarks.harness import Report, in_turn, quickest
 from benchmarks.peers.checkpoints import build
 from benchmarks.steps import FIRST_STEPS, SHAPE, timed_steps
 
@@ -102,14 +101,7 @@ def compare(measure: Any, size: int, rounds: int) -> dict[str, Any]:
     for number in range(rounds):
         for side in in_turn(SIDES, number):
             times[side] += measure(side, size)
-    found = {
-        side: {
-            "least_ms": min(times[side]) * 1e3,
-            "lower_quartile_ms": statistics.quantiles(times[side], n=4)[0] * 1e3,
-            "steps": len(times[side]),
-        }
-        for side in SIDES
-    }
+    found: dict[str, dict[str, float]] = {side: quickest(times[side]) for side in SIDES}
     base = found["none"]["lower_quartile_ms"]
     ratios = {side: found[side]["lower_quartile_ms"] / base for side in SIDES[1:]}
     return {"size": size, **found, "times_as_long": ratios}

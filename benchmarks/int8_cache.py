@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Report, in_turn
+from benchmarks.kernels import equal_sequences
 from sensorium.kernels import ops
 from sensorium.kernels.batch import AttentionBatch, KVCacheLayout, LayerCache
 from sensorium.kernels.cpu import threads
@@ -57,20 +58,8 @@ def batch_of(
     """``count`` sequences of ``kv_len`` tokens, their last ``query_len`` in this step."""
     per = -(-kv_len // BLOCK)
     order = torch.randperm(per * count, generator=torch.Generator().manual_seed(0))
-    angle = torch.rand(count * query_len, rotary // 2)
-    return AttentionBatch(
-        query_start=torch.arange(count + 1, dtype=torch.int32) * query_len,
-        kv_len=torch.full((count,), kv_len, dtype=torch.int32),
-        block_table=order.to(torch.int32).view(count, per),
-        num_decodes=count if query_len == 1 else 0,
-        max_query_len=query_len,
-        max_kv_len=kv_len,
-        cos=angle.cos(),
-        sin=angle.sin(),
-        caches=caches,
-        query_lens=[query_len] * count,
-        kv_lens=[kv_len] * count,
-    )
+    table = order.to(torch.int32).view(count, per)
+    return equal_sequences(caches, table, kv_len, query_len, rotary)
 
 
 def race(runs: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:

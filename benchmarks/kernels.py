@@ -37,7 +37,12 @@ from benchmarks.harness import Report, add_flags, flag, settings_of  # noqa: E40
 from benchmarks.integer_products import integers  # noqa: E402
 from benchmarks.tiles import tiles  # noqa: E402
 from sensorium.kernels import ops, reference  # noqa: E402
-from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLayout  # noqa: E402
+from sensorium.kernels.batch import (  # noqa: E402
+    AttentionBatch,
+    AttentionVariant,
+    KVCacheLayout,
+    LayerCache,
+)
 from sensorium.kernels.cpu import elementwise as cpu_elementwise  # noqa: E402
 from sensorium.kernels.cpu.attention import paged  # noqa: E402
 from sensorium.kernels.cpu.attention.route import VECTORS  # noqa: E402
@@ -160,11 +165,23 @@ def batch_of(
     for cache in caches:
         cache.k.normal_()
         cache.v.normal_()
-    angle = torch.rand(count * query_len, head_dim // 2)
+    table = torch.arange(per * count, dtype=torch.int32).view(count, per)
+    return equal_sequences(caches, table, kv_len, query_len, head_dim)
+
+
+def equal_sequences(
+    caches: list[LayerCache], table: torch.Tensor, kv_len: int, query_len: int, rotary: int
+) -> AttentionBatch:
+    """Sequences of ``kv_len`` tokens, one for each row of ``table``, the block table.
+
+    Their last ``query_len`` tokens are in this step.
+    """
+    count = len(table)
+    angle = torch.rand(count * query_len, rotary // 2)
     return AttentionBatch(
         query_start=torch.arange(count + 1, dtype=torch.int32) * query_len,
         kv_len=torch.full((count,), kv_len, dtype=torch.int32),
-        block_table=torch.arange(per * count, dtype=torch.int32).view(count, per),
+        block_table=table,
         num_decodes=count if query_len == 1 else 0,
         max_query_len=query_len,
         max_kv_len=kv_len,

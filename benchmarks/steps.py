@@ -10,7 +10,6 @@ CPU time. The tokens of both must be the same.
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections import defaultdict
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, in_turn
+from benchmarks.harness import Report, in_turn, quickest
 from benchmarks.peers.checkpoints import Shape, build
 
 SHAPE = Shape(896, 24, 14, 2, 4864)
@@ -89,14 +88,7 @@ def compare(subject: Subject, rows: int, rounds: int) -> dict[str, Any]:
             seconds, found = subject.measure(side, rows)
             times[side] += seconds
             tokens.add(tuple(found))
-    found = {
-        side: {
-            "least_ms": min(times[side]) * 1e3,
-            "lower_quartile_ms": statistics.quantiles(times[side], n=4)[0] * 1e3,
-            "steps": len(times[side]),
-        }
-        for side in SIDES
-    }
+    found: dict[str, dict[str, float]] = {side: quickest(times[side]) for side in SIDES}
     saved = found["launched"]["lower_quartile_ms"] - found["replayed"]["lower_quartile_ms"]
     return {"rows": rows, **found, "saved_ms": saved, "same_tokens": len(tokens) == 1}
 

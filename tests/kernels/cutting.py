@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -77,14 +78,22 @@ def attend_cut(
     wanted = reference.rope_attention(qkv, twin(whole), *run)
     at_once = ops.rope_attention(qkv, whole, *run).clone()
     keys = whole.caches[0].k.clone()
+    pieces = in_pieces(qkv, whole, run, seed, threads)
+    return CutPrompt(at_once, pieces, wanted, (keys, whole.caches[0].k))
+
+
+def in_pieces(
+    qkv: torch.Tensor, whole: AttentionBatch, run: Sequence[Any], seed: int, threads: int
+) -> torch.Tensor:
+    """Attend to a prompt cut by ``seed``, with so many threads. run: further arguments."""
     parts, start = [], 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: threads)
-        for size in cuts(length, seed):
+        for size in cuts(len(qkv), seed):
             step = part_of(whole, start, size)
             parts.append(ops.rope_attention(qkv[start : start + size], step, *run))
             start += size
-    return CutPrompt(at_once, torch.cat(parts), wanted, (keys, whole.caches[0].k))
+    return torch.cat(parts)
 
 
 def each_alone(

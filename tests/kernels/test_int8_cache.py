@@ -20,7 +20,7 @@ from sensorium.kernels.batch import (
     LayerCache,
 )
 from tests.kernels.batches import DTYPES, make_batch, twin
-from tests.kernels.cutting import VARIANTS, cuts, part_of, variant_of
+from tests.kernels.cutting import VARIANTS, each_alone, in_pieces, variant_of
 
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest error of outputs about 1, beside float32 over the same codes."""
@@ -222,14 +222,7 @@ def test_a_prompt_may_be_cut_anywhere(
     run = (0, num_heads, kv_heads, dim, dim**-0.5)
     expected = ops.rope_attention(qkv, whole, *run).clone()
     keys, values = whole.caches[0].k.clone(), whole.caches[0].v.clone()
-    parts, start = [], 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "get_num_threads", lambda: threads)
-        for size in cuts(length, seed):
-            step = part_of(whole, start, size)
-            parts.append(ops.rope_attention(qkv[start : start + size], step, *run))
-            start += size
-    assert torch.equal(torch.cat(parts), expected)
+    assert torch.equal(in_pieces(qkv, whole, run, seed, threads), expected)
     assert torch.equal(whole.caches[0].k, keys)
     assert torch.equal(whole.caches[0].v, values)
 
@@ -240,15 +233,7 @@ def test_rows_do_not_depend_on_the_other_sequences(what: str) -> None:
     variant = PLAIN if what == "plain" else variant_of(what, batch)
     q, k, v = inputs(batch, 6, 2, 64, torch.bfloat16)
     together = ops.paged_attention(q, k, v, batch, 0, 0.125, variant)
-    starts = batch.query_start.tolist()
-    for index, (kv_len, query_len) in enumerate(zip(batch.kv_lens, batch.query_lens, strict=True)):
-        rows = slice(starts[index], starts[index + 1])
-        alone = part_of(batch, kv_len - query_len, query_len)
-        alone.block_table = batch.block_table[index : index + 1]
-        alone.cos, alone.sin = batch.cos[rows], batch.sin[rows]
-        own = variant
-        if variant.bidirectional is not None:
-            own = AttentionVariant(variant.window, bidirectional=variant.bidirectional[:, rows])
+    for rows, alone, own in each_alone(batch, variant):
         found = ops.paged_attention(q[rows], k[rows], v[rows], alone, 0, 0.125, own)
         assert torch.equal(found, together[rows])
 

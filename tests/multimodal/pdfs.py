@@ -160,7 +160,7 @@ def hostile() -> dict[str, bytes]:
             objects=[image % (2**31 - 1, 2**31 - 1) + b"/Length 3 >>\nstream\nabc\nendstream"],
         ),
         "a form that draws itself": plain(
-            content=paint, more=resources, objects=[stream(paint * 6, form)]
+            content=paint, more=resources, objects=[stream(paint * 8, form)]
         ),
         "a million strokes": plain(content=b"0 0 m 100 50 l S " * 300_000),
         "a bomb of text": plain(content=b"BT /F 1 Tf (%b) Tj ET" % (b"word " * 200_000), more=FONT),

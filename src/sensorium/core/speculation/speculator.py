@@ -33,7 +33,8 @@ LEAST_GAIN = 0.05
 MARGIN = 1.05
 """Least ratio by which trying tokens must promise more tokens a second."""
 WITHOUT_EVERY = 32
-"""Of so many steps that would try tokens, one tries none; of two, until costs are known."""
+"""Steps of which one tries nothing, so that times without trying are known, too; until they are, of
+two."""
 LONG, LONGER = 6, 12
 """Repetitions of at least so many tokens have shares of their own."""
 

@@ -46,7 +46,7 @@ from sensorium.kernels.cpu.launch import (
     recording,
 )
 from sensorium.kernels.cpu.linear.integers import wait_for
-from sensorium.kernels.cpu.numeric import fetch_add, intrinsic, pointer, shifted
+from sensorium.kernels.cpu.numeric import LINE_BYTES, fetch_add, intrinsic, pointer, shifted
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ MOST_GRAPHS = 4 * MOST_ROWS
 steps that try tokens or not, with adapters or without."""
 MOST_BYTES = 128 * 1024 * 1024
 """Memory for the tensors of the graphs of a decoder; larger steps are not captured."""
-LINE_BYTES = 64
 COUNTERS = (0, 1, NUM_ARGS - 2, NUM_ARGS - 1)
 """Arguments that kernels count in; zero before each launch."""
 

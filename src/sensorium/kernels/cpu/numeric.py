@@ -32,6 +32,9 @@ WIDTH = 16
 OUTLINE = {"error_model": "numpy", "boundscheck": False}
 """Options of functions that stay functions, as they are large."""
 
+LINE_BYTES = 64
+"""Bytes of a line of the CPU's caches."""
+
 ELEMENT = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.float32: types.float32}
 """Pointer types of tensor elements."""
 
@@ -456,6 +459,33 @@ def as_float(typingctx: Any, bits: Any) -> Any:
         return builder.bitcast(builder.trunc(args[0], _I32), _F32)
 
     return types.float32(types.int64), codegen
+
+
+# -- code of inner loops ------------------------------------------------------------------------
+
+
+def prefetch(builder: ir.IRBuilder, place: ir.Value) -> None:
+    """Emit the prefetch of the line at a place, for reading."""
+    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(fetch, [place, _I32(0), _I32(3), _I32(1)])
+
+
+def for_each_count(
+    builder: ir.IRBuilder, count: ir.Value, most: int, emit: Callable[[int], None]
+) -> None:
+    """Emit code for each number of rows from 1 to ``most``, chosen by ``count``."""
+    done, impossible = (builder.append_basic_block(name) for name in ("rows.done", "rows.none"))
+    switch = builder.switch(count, impossible)
+    for number in range(1, most + 1):
+        block = builder.append_basic_block(f"rows.{number}")
+        switch.add_case(_I64(number), block)
+        builder.position_at_end(block)
+        emit(number)
+        builder.branch(done)
+    builder.position_at_end(impossible)
+    builder.unreachable()
+    builder.position_at_end(done)
 
 
 # -- tasks shared between threads ---------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import llvmlite.ir as ir
 
 from sensorium.kernels.cpu.numeric import (
+    INLINE,
     OUTLINE,
     WIDTH,
     _call,
@@ -49,6 +50,22 @@ def cap_row(scores: Any, begin: Any, end: Any, cap: Any) -> None:
         store16(scores, j, with_sign((one - power) / (one + power) * wide, score))
 
 
+@njit(**INLINE)
+def hide_and_peak(scores: Any, begin: Any, low: Any, visible: Any, end: Any, top: Any) -> Any:
+    """Hide scores outside of [low, visible); return the highest of the rest and ``top``.
+
+    begin, end: multiples of 16 around what is seen.
+    """
+    for j in range(begin, low):
+        scores[j] = HIDDEN_SCORE
+    for j in range(visible, end):
+        scores[j] = HIDDEN_SCORE
+    best = splat(top)
+    for j in range(begin, end, WIDTH):
+        best = largest(load16(scores, j), best)
+    return peak(best)
+
+
 @njit(**OUTLINE)
 def online_softmax_row(
     scores: Any, first: Any, low: Any, visible: Any, count: Any, top: Any
@@ -60,14 +77,7 @@ def online_softmax_row(
     """
     begin = low // WIDTH * WIDTH
     padded = (visible + WIDTH - 1) // WIDTH * WIDTH
-    for j in range(begin, low):
-        scores[j] = HIDDEN_SCORE
-    for j in range(visible, padded):
-        scores[j] = HIDDEN_SCORE
-    best = splat(top)
-    for j in range(begin, padded, WIDTH):
-        best = largest(load16(scores, j), best)
-    new_top = peak(best)
+    new_top = hide_and_peak(scores, begin, low, visible, padded, top)
     base, summed = splat(new_top), splat(f32(0.0))
     for j in range(begin, padded, WIDTH):
         weight = exp16(load16(scores, j) - base)

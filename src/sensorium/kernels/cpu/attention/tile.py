@@ -19,12 +19,20 @@ from numba import types
 from numba.core import cgutils
 
 from sensorium.kernels.cpu.linear import levels
-from sensorium.kernels.cpu.numeric import WIDTH, _splat, intrinsic, read_lanes, write_lanes
+from sensorium.kernels.cpu.numeric import (
+    LINE_BYTES,
+    WIDTH,
+    _splat,
+    for_each_count,
+    intrinsic,
+    prefetch,
+    read_lanes,
+    write_lanes,
+)
 
 TILE_ROWS, TILE_VECTORS = (8, 2) if levels.has_wide_registers() else (6, 1)
 """Accumulators of a full tile: more would be spilled to memory in every turn of the inner loop."""
 TILE_COLUMNS = TILE_VECTORS * WIDTH
-LINE_BYTES = 64
 
 _VEC = ir.VectorType(ir.FloatType(), WIDTH)
 
@@ -98,15 +106,11 @@ def fetch_ahead(builder: ir.IRBuilder, tile: _Tile, index: ir.Value) -> None:
 
     Each turn prefetches a little, as a burst would block loads.
     """
-    number = ir.IntType(32)
     size = 4 if tile.b_kind.dtype == types.float32 else 2
-    kind = ir.FunctionType(ir.VoidType(), [tile.ahead.type, number, number, number])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     first = builder.mul(index, ir.Constant(ir.IntType(64), TILE_COLUMNS))
     for line in range(TILE_COLUMNS * size // LINE_BYTES):
         offset = ir.Constant(ir.IntType(64), line * LINE_BYTES // size)
-        place = builder.gep(tile.ahead, [builder.add(first, offset)])
-        builder.call(fetch, [place, number(0), number(3), number(1)])
+        prefetch(builder, builder.gep(tile.ahead, [builder.add(first, offset)]))
 
 
 @intrinsic
@@ -134,23 +138,16 @@ def multiply_tile(
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         tile = _Tile(signature, args)
-        done = builder.append_basic_block("tile.done")
-        impossible = builder.append_basic_block("tile.impossible")
-        switch = builder.switch(args[0], impossible)
-        for num_rows in range(1, TILE_ROWS + 1):
-            block = builder.append_basic_block(f"tile.{num_rows}")
-            switch.add_case(ir.Constant(ir.IntType(64), num_rows), block)
-            builder.position_at_end(block)
+
+        def emit(num_rows: int) -> None:
             wide = builder.icmp_signed("==", tile.width, ir.Constant(ir.IntType(64), TILE_COLUMNS))
             with builder.if_else(wide) as (full, part):
                 with full:
                     _emit(builder, tile, num_rows, TILE_VECTORS, None)
                 with part:
                     _emit(builder, tile, num_rows, 1, tile.width)
-            builder.branch(done)
-        builder.position_at_end(impossible)
-        builder.unreachable()
-        builder.position_at_end(done)
+
+        for_each_count(builder, args[0], TILE_ROWS, emit)
         return context.get_dummy_value()
 
     number = types.int64

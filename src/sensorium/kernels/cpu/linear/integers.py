@@ -24,13 +24,16 @@ from numba.core import cgutils
 from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.cpu.numeric import (
     INLINE,
+    LINE_BYTES,
     WIDTH,
     _call,
     f32,
+    for_each_count,
     intrinsic,
     load16,
     load_part,
     njit,
+    prefetch,
     shifted,
     splat,
     vec16,
@@ -40,7 +43,6 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
 STEP = 4
 """Inputs that one step multiplies: four bytes, which are summed in a lane of 32 bits."""
-LINE_BYTES = 64
 FETCH_AHEAD = 2048
 """Bytes by which weights are prefetched ahead: over the ends of panels, which lie side by side."""
 BLOCK = 32
@@ -91,10 +93,8 @@ def opaque(builder: ir.IRBuilder, number: int | ir.Value) -> ir.Value:
 
 def fetch_lines(builder: ir.IRBuilder, pointer: ir.Value, first: int, num_bytes: int) -> None:
     """Prefetch ``num_bytes`` bytes, line by line, from ``first`` bytes behind a byte pointer on."""
-    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     for line in range(0, num_bytes, LINE_BYTES):
-        builder.call(fetch, [builder.gep(pointer, [I64(first + line)]), I32(0), I32(3), I32(1)])
+        prefetch(builder, builder.gep(pointer, [I64(first + line)]))
 
 
 class Form:
@@ -149,23 +149,6 @@ class Form:
         wide = self.builder.sitofp(sums, self.floats)
         name = f"llvm.fma.v{self.width}f32"
         return _call(self.builder, name, self.floats, [wide, scale, total])
-
-
-def for_each_count(
-    builder: ir.IRBuilder, count: ir.Value, most: int, emit: Callable[[int], None]
-) -> None:
-    """Emit code for each number of rows from 1 to ``most``, chosen by ``count``."""
-    done, impossible = (builder.append_basic_block(name) for name in ("rows.done", "rows.none"))
-    switch = builder.switch(count, impossible)
-    for number in range(1, most + 1):
-        block = builder.append_basic_block(f"rows.{number}")
-        switch.add_case(I64(number), block)
-        builder.position_at_end(block)
-        emit(number)
-        builder.branch(done)
-    builder.position_at_end(impossible)
-    builder.unreachable()
-    builder.position_at_end(done)
 
 
 def tile_function(

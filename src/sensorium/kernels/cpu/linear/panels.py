@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 
 from sensorium.kernels.cpu.linear import levels
-from sensorium.kernels.cpu.numeric import WIDTH, intrinsic
+from sensorium.kernels.cpu.numeric import LINE_BYTES, WIDTH, intrinsic, prefetch
 
 WIDE = levels.has_wide_registers()
 MOST_ROWS = 12 if WIDE else 6
@@ -32,7 +32,6 @@ TILE_VECTORS = (4, 4, 4, 4, 3, 3, 3, 3, 2, 2, 2, 2) if WIDE else (8, 6, 2, 2, 2,
 """Vectors of outputs in a tile, for each number of rows."""
 STEP = 2
 """Inputs that a turn of the loop takes: bf16 lies in pairs of them."""
-LINE_BYTES = 64
 FETCH_AHEAD = 1536
 """Bytes by which weights are prefetched ahead, in all panels of a tile together."""
 
@@ -102,11 +101,8 @@ def _fetch(builder: ir.IRBuilder, places: dict[int, ir.Value], element: Any) -> 
     """Prefetch the lines that a step needs later, from its places in each panel."""
     size, ahead = 4 if element == types.float32 else 2, FETCH_AHEAD // len(places)
     for place in places.values():
-        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         for line in range(STEP * WIDTH * size // LINE_BYTES):
-            later = builder.gep(place, [_I64((ahead + line * LINE_BYTES) // size)])
-            builder.call(fetch, [later, _I32(0), _I32(3), _I32(1)])
+            prefetch(builder, builder.gep(place, [_I64((ahead + line * LINE_BYTES) // size)]))
 
 
 def _splat(builder: ir.IRBuilder, scalar: ir.Value) -> ir.Value:

@@ -29,7 +29,6 @@ from sensorium.kernels.cpu.linear.integers import (
     I32,
     I64,
     at,
-    for_each_count,
     lanes,
     local_array,
 )
@@ -37,6 +36,7 @@ from sensorium.kernels.cpu.numeric import (
     INLINE,
     WIDTH,
     _call,
+    for_each_count,
     intrinsic,
     load16,
     njit,

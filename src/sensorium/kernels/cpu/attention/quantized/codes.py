@@ -20,7 +20,7 @@ from sensorium.kernels.cpu.attention.quantized.pairs import (
     store_bytes,
     store_shorts,
 )
-from sensorium.kernels.cpu.attention.softmax import HIDDEN_SCORE
+from sensorium.kernels.cpu.attention.softmax import hide_and_peak
 from sensorium.kernels.cpu.linear.integers import largest_magnitude, magnitudes
 from sensorium.kernels.cpu.numeric import (
     INLINE,
@@ -181,14 +181,7 @@ def write_weights(
     (new top, sum without the scales, factor of the integers). The scores are overwritten.
     """
     begin, end = low // WIDTH * WIDTH, padded(visible, WIDTH)
-    for j in range(begin, low):
-        scores[j] = HIDDEN_SCORE
-    for j in range(visible, end):
-        scores[j] = HIDDEN_SCORE
-    best = splat(top)
-    for j in range(begin, end, WIDTH):
-        best = largest(load16(scores, j), best)
-    new_top = peak(best)
+    new_top = hide_and_peak(scores, begin, low, visible, end, top)
     base, summed, products, tops = (
         splat(new_top),
         splat(f32(0.0)),

@@ -15,9 +15,20 @@ import llvmlite.ir as ir
 from numba import types
 from numba.core import cgutils
 
-from sensorium.kernels.cpu.attention.tile import LINE_BYTES, TILE_COLUMNS, TILE_ROWS, TILE_VECTORS
+from sensorium.kernels.cpu.attention.tile import TILE_COLUMNS, TILE_ROWS, TILE_VECTORS
 from sensorium.kernels.cpu.linear import levels
-from sensorium.kernels.cpu.numeric import OUTLINE, WIDTH, _call, _splat, intrinsic, njit, vec16
+from sensorium.kernels.cpu.numeric import (
+    LINE_BYTES,
+    OUTLINE,
+    WIDTH,
+    _call,
+    _splat,
+    for_each_count,
+    intrinsic,
+    njit,
+    prefetch,
+    vec16,
+)
 
 LEAST_WEIGHT = 1e-37
 """Weights up to it count as zero. ``exp16`` makes 1.6e-38 of scores that are not to count."""
@@ -100,7 +111,7 @@ def _emit(builder: ir.IRBuilder, own: _Product, num_rows: int, num_vectors: int)
             raw = builder.load(builder.bitcast(place, _BYTES.as_pointer()), align=1)
             columns.append(builder.sext(raw, _SHORTS))
         step = builder.mul(loop.index, _I64(2 * WIDTH * num_vectors))
-        _fetch(builder, builder.gep(own.ahead, [step]))
+        prefetch(builder, builder.gep(own.ahead, [step]))
         for r in range(num_rows):
             at = builder.add(builder.mul(own.a_stride, _I64(r)), builder.shl(loop.index, _I64(1)))
             place = builder.bitcast(builder.gep(own.a, [at]), _I32.as_pointer())
@@ -111,13 +122,6 @@ def _emit(builder: ir.IRBuilder, own: _Product, num_rows: int, num_vectors: int)
     for r in range(num_rows):
         for v in range(num_vectors):
             builder.store(builder.load(slots[r][v]), places[r][v], align=4)
-
-
-def _fetch(builder: ir.IRBuilder, place: ir.Value) -> None:
-    """Prefetch a line."""
-    kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(fetch, [place, _I32(0), _I32(3), _I32(1)])
 
 
 @intrinsic
@@ -145,23 +149,16 @@ def multiply_pairs(
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         own = _Product(args)
-        done = builder.append_basic_block("pairs.done")
-        impossible = builder.append_basic_block("pairs.impossible")
-        switch = builder.switch(args[0], impossible)
-        for num_rows in range(1, TILE_ROWS + 1):
-            block = builder.append_basic_block(f"pairs.{num_rows}")
-            switch.add_case(_I64(num_rows), block)
-            builder.position_at_end(block)
+
+        def emit(num_rows: int) -> None:
             wide = builder.icmp_signed("==", own.width, _I64(TILE_COLUMNS))
             with builder.if_else(wide) as (full, part):
                 with full:
                     _emit(builder, own, num_rows, TILE_VECTORS)
                 with part:
                     _emit(builder, own, num_rows, 1)
-            builder.branch(done)
-        builder.position_at_end(impossible)
-        builder.unreachable()
-        builder.position_at_end(done)
+
+        for_each_count(builder, args[0], TILE_ROWS, emit)
         return context.get_dummy_value()
 
     number = types.int64
@@ -192,7 +189,7 @@ def fetch_line(typingctx: Any, ptr: Any, index: Any) -> Any:
     """Prefetch the line of element ``index``."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        _fetch(builder, builder.bitcast(builder.gep(args[0], [args[1]]), _I8.as_pointer()))
+        prefetch(builder, builder.bitcast(builder.gep(args[0], [args[1]]), _I8.as_pointer()))
         return context.get_dummy_value()
 
     return types.void(ptr, types.int64), codegen

@@ -24,8 +24,10 @@ from sensorium.kernels.cpu.numeric import (
     WIDTH,
     _call,
     _splat,
+    for_each_count,
     intrinsic,
     njit,
+    prefetch,
     read_lanes,
     shifted,
     write_lanes,
@@ -81,13 +83,9 @@ def _step(
 
 def _fetch(builder: ir.IRBuilder, ahead: ir.Value, index: ir.Value) -> None:
     """Prefetch what two steps over full columns read, at the same place behind ``ahead``."""
-    number = ir.IntType(32)
-    kind = ir.FunctionType(ir.VoidType(), [ahead.type, number, number, number])
-    fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     first = builder.mul(index, _I64(2 * PAIR_COLUMNS))
     for line in range(2 * PAIR_COLUMNS // _LINE):
-        place = builder.gep(ahead, [builder.add(first, _I64(line * _LINE))])
-        builder.call(fetch, [place, number(0), number(3), number(1)])
+        prefetch(builder, builder.gep(ahead, [builder.add(first, _I64(line * _LINE))]))
 
 
 def _emit(builder: ir.IRBuilder, args: Any, rows: int, vectors: int) -> None:
@@ -135,22 +133,16 @@ def _multiply_pairs(
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
-        done, impossible = (builder.append_basic_block(f"pairs.{name}") for name in ("done", "no"))
         wide = builder.icmp_signed("==", args[10], _I64(PAIR_COLUMNS))
-        switch = builder.switch(args[0], impossible)
-        for count in range(1, PAIR_ROWS + 1):
-            block = builder.append_basic_block(f"pairs.{count}")
-            switch.add_case(_I64(count), block)
-            builder.position_at_end(block)
+
+        def emit(count: int) -> None:
             with builder.if_else(wide) as (full, part):
                 with full:
                     _emit(builder, args, count, PAIR_VECTORS)
                 with part:
                     _emit(builder, args, count, 1)
-            builder.branch(done)
-        builder.position_at_end(impossible)
-        builder.unreachable()
-        builder.position_at_end(done)
+
+        for_each_count(builder, args[0], PAIR_ROWS, emit)
         return context.get_dummy_value()
 
     number = types.int64
