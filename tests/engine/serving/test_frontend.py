@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -349,6 +350,27 @@ async def test_a_start_that_fails_on_either_side_leaves_nothing(
         await Frontend.start(engine_config())
     assert all(client.stopped for client in clients)
     assert [input_processor.closed for input_processor in preparers] == [True]
+
+
+async def test_what_a_thread_still_makes_when_a_start_is_cancelled_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, gate, preparer = threading.Event(), threading.Event(), FakePreparer()
+
+    def slow_preparer(*_: object, **__: object) -> FakePreparer:
+        begun.set()
+        gate.wait(10)
+        return preparer
+
+    monkeypatch.setattr(frontend_module, "EngineSupervisor", lambda *_: FakeEngine())
+    monkeypatch.setattr(frontend_module, "InputProcessor", slow_preparer)
+    starting = asyncio.create_task(Frontend.start(engine_config()))
+    await asyncio.to_thread(begun.wait, 10)
+    starting.cancel()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert preparer.closed
 
 
 async def test_the_line_after_an_outage_is_about_all_of_it(

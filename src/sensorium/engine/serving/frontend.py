@@ -94,24 +94,27 @@ class Frontend:
         tracer = tracing.Tracer(options.trace_dir, options.otlp_traces_endpoint)
         engine = EngineSupervisor(config, process)
         starting = asyncio.create_task(engine.start())
-        input_processor = None
-        try:
-            # Reading the tokenizer goes on while the engine's process loads the weights.
-            input_processor = await asyncio.to_thread(
+        # Reading the tokenizer goes on while the engine's process loads the weights.
+        making = asyncio.create_task(
+            asyncio.to_thread(
                 InputProcessor,
                 config,
                 trust_request_chat_template=trust_request_chat_template,
                 shared=True,
                 package_files=package_files,
             )
+        )
+        try:
+            input_processor = await asyncio.shield(making)
             await starting
             engine.watch(input_processor.set_facts)
         except BaseException:
             starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+            # A thread cannot be cancelled: what it makes is closed when it is whole.
+            _, made = await asyncio.gather(starting, making, return_exceptions=True)
             await engine.stop()
-            if input_processor is not None:
-                input_processor.close()
+            if not isinstance(made, BaseException):
+                made.close()
             tracer.close()
             raise
         frontend = cls(config, input_processor, engine, tracer)
