@@ -22,6 +22,18 @@ HEAD = b"HTTP/1.1 200 OK\r\n"
 MUCH = bytes(1 << 16)
 
 
+def send_later(host: Host, path: str, head: bytes, body: bytes) -> str:
+    """Answer with a head that arrives alone, then a body, and leave the connection open."""
+
+    def script(connection: socket.socket) -> None:
+        connection.sendall(head)
+        host.closing.wait(0.05)
+        connection.sendall(body)
+        connection.recv(1)
+
+    return host.act(path, script)
+
+
 def silent(host: Host) -> str:
     return host.act("/silent", lambda connection: host.closing.wait() and None)
 
@@ -110,6 +122,9 @@ BROKEN: dict[str, Callable[[Host], str]] = {
     ),
     "a wrong chunk": lambda host: host.send(
         "/wrong-chunk", HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"zz\r\nabc\r\n0\r\n\r\n"
+    ),
+    "a wrong chunk after the head": lambda host: send_later(
+        host, "/late-chunk", HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"zz\r\nabc\r\n0\r\n\r\n"
     ),
     "two lengths": lambda host: host.send(
         "/two", HEAD + b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"

@@ -267,6 +267,7 @@ async def _read(
     """
     if response.content_length is not None and response.content_length > limit:
         raise too_large(limit)
+    _fail_with_connection(response)
     pieces: list[bytes] = []
     piece = bytearray()
     size = 0
@@ -280,6 +281,28 @@ async def _read(
             pieces.append(bytes(piece))
             piece.clear()
     return [*pieces, bytes(piece)]
+
+
+def _fail_with_connection(response: aiohttp.ClientResponse) -> None:
+    """Let reads of the body fail once the connection is closed before the body's end.
+
+    aiohttp closes a connection whose body is no HTTP (a chunk without a size, say), but tells only
+    reads of the head: those of the body would wait until the deadline.
+    """
+    content = response.content
+    connection = response.connection
+    if connection is None or connection.protocol is None:
+        return
+
+    def fail(_: object = None) -> None:
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError())
+
+    closed = connection.protocol.closed
+    if closed is None:
+        fail()
+    else:
+        closed.add_done_callback(fail)
 
 
 def _unpack(pieces: list[bytes], encoding: str, limit: int, share: Share) -> bytes:
