@@ -12,7 +12,7 @@ import pytest
 
 from sensorium.errors import NOT_LOADED, UnavailableError
 from sensorium.server.batches import runner as runner_module
-from sensorium.server.batches.calls import AppCaller, Reply
+from sensorium.server.batches.calls import AppCaller, Reply, seconds_until
 from sensorium.server.batches.lines import BadLine, Line
 from sensorium.server.batches.runner import MOST_FAILED, LineRunner, Outcome
 from sensorium.server.batches.slots import Slots
@@ -72,11 +72,74 @@ async def test_a_busy_server_is_asked_again() -> None:
     assert caller.num_calls == 7
 
 
-async def test_without_patience_the_refusal_is_the_answer() -> None:
-    busy = Reply(503, "r", b'{"error":{"code":"overloaded"}}')
-    [outcome] = await ran(LineRunner(Caller(lambda number: busy), 1, patience=0), lines(1))
+@pytest.mark.parametrize("status", [429, 503])
+async def test_a_line_that_is_refused_for_good_ends_the_run_and_has_no_output(status: int) -> None:
+    busy = Reply(status, "r", b'{"error":{"message":"Too many tokens today."}}')
+    together = asyncio.Barrier(3)
+    found: list[Outcome] = []
+
+    class Refusing(Caller):
+        async def call(self, url: str, body: bytes) -> Reply:
+            await together.wait()
+            return await super().call(url, body)
+
+    async def write(outcome: Outcome) -> None:
+        found.append(outcome)
+
+    runner = LineRunner(Refusing(lambda number: busy if number == 1 else OK), 3, patience=0)
+    with pytest.raises(UnavailableError, match=f"with {status}: Too many tokens today"):
+        await runner.run(lines(3), write)
+    assert [outcome.succeeded for outcome in found] == [True] * 2  # what ran is finished
+
+
+async def test_without_patience_the_last_timeout_is_the_answer() -> None:
+    late = Reply(504, "r", b'{"error":{"code":"late"}}')
+    [outcome] = await ran(LineRunner(Caller(lambda number: late), 1, patience=0), lines(1))
     assert not outcome.succeeded
-    assert json.loads(outcome.text)["response"]["status_code"] == 503
+    assert json.loads(outcome.text)["response"]["status_code"] == 504
+
+
+class Waiting(ManualClock):
+    """A clock that a runner's pauses advance, without waiting."""
+
+    async def wait(self, seconds: float) -> None:
+        self.advance(seconds)
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize(("asked", "waited"), [(40.0, 40.0), (1e9, 300.0)])
+async def test_a_server_is_left_alone_as_long_as_it_asks_within_bounds(
+    asked: float, waited: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Waiting()
+    caller = Caller(lambda number: OK if number > 1 else Reply(429, "r", b"{}", asked))
+    runner = LineRunner(caller, 1, patience=600, clock=clock)
+    monkeypatch.setattr(runner, "_pause", clock.wait)
+    began = clock()
+    [outcome] = await ran(runner, lines(1))
+    assert outcome.succeeded
+    assert waited <= clock() - began <= 1.5 * waited
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("7", 7.0, 7.0),
+        ("0.5", 0.5, 0.5),
+        ("-3", 0.0, 0.0),
+        ("Fri, 01 Jan 1999 00:00:00 GMT", 0.0, 0.0),
+        ("Fri, 01 Jan 2999 00:00:00 GMT", 1e9, 1e12),
+    ],
+)
+def test_retry_after_is_a_number_or_a_date(header: str, least: float, most: float) -> None:
+    found = seconds_until(header)
+    assert found is not None
+    assert least <= found <= most
+
+
+@pytest.mark.parametrize("header", ["", "nan", "inf", "soon", "Fri, 99 Jan 1999", "1" * 400])
+def test_retry_after_without_sense_is_none(header: str) -> None:
+    assert seconds_until(header) is None
 
 
 async def test_a_server_that_is_away_ends_the_run() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
 from sensorium.errors import ConfigError, UnavailableError
-from sensorium.server.batches.calls import Reply
+from sensorium.server.batches.calls import Reply, seconds_until
 
 _CONNECT_SECONDS = 30.0
 
@@ -63,11 +62,12 @@ class RemoteCaller:
             raise UnavailableError(
                 f"{self._base_url} does not answer ({type(error).__name__})."
             ) from error
-        retry_after = None
-        with contextlib.suppress(ValueError):
-            retry_after = float(response.headers.get("Retry-After", ""))
+        headers = response.headers
         return Reply(
-            response.status, response.headers.get("X-Request-Id", ""), content, retry_after
+            response.status,
+            headers.get("X-Request-Id", ""),
+            content,
+            seconds_until(headers.get("Retry-After", "")),
         )
 
     def _too_slow(self) -> Reply:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Message
@@ -24,6 +27,21 @@ class Reply:
     body: bytes
     retry_after: float | None = None
     is_final: bool = False
+
+
+def seconds_until(retry_after: str) -> float | None:
+    """Return the seconds that a ``Retry-After`` header asks to wait, a number or a date.
+
+    None for an empty header, and for what is neither.
+    """
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 class Caller(Protocol):
@@ -65,7 +83,7 @@ class AppCaller:
             start["status"],
             headers.get("x-request-id", b"").decode("latin-1"),
             b"".join(message.get("body", b"") for message in messages[1:]),
-            float(headers["retry-after"]) if "retry-after" in headers else None,
+            seconds_until(headers.get("retry-after", b"").decode("latin-1")),
         )
 
     def _scope(self, url: str, num_bytes: int) -> dict[str, Any]:

@@ -21,7 +21,11 @@ from sensorium.server.batches.slots import Slot, Slots
 
 AGAIN = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a server that may answer later."""
+LATER = frozenset({429, 503})
+"""Those that say nothing about a request: with one of them it is not answered."""
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0
+LONGEST_ASKED = 300.0
+"""Seconds for which a server may ask to be left alone; after them it is asked again."""
 MOST_ASIDE = 256
 """Lines that one batch puts aside at most while they wait for another attempt."""
 MOST_FAILED = 3
@@ -83,7 +87,8 @@ class LineRunner:
     """Runs the lines of one batch.
 
     A line that the server refuses for now is put aside, so that others, of other models perhaps,
-    go on meanwhile.
+    go on meanwhile. One that it keeps refusing gets no output: the run ends, to be gone on with
+    later.
 
     Args:
         caller: Answers the requests.
@@ -116,6 +121,7 @@ class LineRunner:
         self._answered_at = float("-inf")
         self._failed: set[str] = set()
         """Messages on models that could not be loaded again and again."""
+        self._given_up: UnavailableError | None = None
         self.stopping = asyncio.Event()
 
     async def run(
@@ -125,7 +131,8 @@ class LineRunner:
 
         Lines that wait for another attempt when ``stopping`` is set are not written. ``write``
         gets each output once, in no order, and is never cancelled. Raises what ``write`` raises,
-        and UnavailableError when the server was away for too long; the line is then not written.
+        and UnavailableError when the server was away or refused all lines for too long: what still
+        ran by then is written, and what it refused is not.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -140,6 +147,8 @@ class LineRunner:
             for _, _, task in self._aside:
                 task.slot.give_back()
             self._aside.clear()
+        if self._given_up is not None:
+            raise self._given_up
 
     async def _work(
         self, lines: Iterator[Line | BadLine], write: Callable[[Outcome], Awaitable[None]]
@@ -210,14 +219,18 @@ class LineRunner:
             reply: Reply | None = None
             try:
                 reply = await self._caller.call(line.url, line.body)
-            except UnavailableError:
+            except UnavailableError as error:
                 if self._clock() >= self._ends(task):
-                    raise
+                    self._give_up(error)
+                    return None
             if reply is not None and self._is_final(task, reply):
                 return answered(line, reply)
+            if reply is not None and self._clock() >= self._ends(task):
+                self._give_up(_refusal_of(line, reply))
+                return None
             least = 0.0 if reply is None or reply.retry_after is None else reply.retry_after
             # Lines that were refused together do not come back together.
-            pause = max(min(least, LONGEST_WAIT), task.wait) * random.uniform(1.0, 1.5)
+            pause = max(min(least, LONGEST_ASKED), task.wait) * random.uniform(1.0, 1.5)
             pause = min(pause, self._ends(task) - self._clock())
             task.wait = min(2 * task.wait, LONGEST_WAIT)
             has_left = task.slot.leave(len(line.body))
@@ -237,7 +250,14 @@ class LineRunner:
         if reply.status not in AGAIN or reply.is_final:
             self._answered_at = self._clock()
             return True
-        return self._has_failed(task, reply) or self._clock() >= self._ends(task)
+        if self._has_failed(task, reply):
+            return True
+        return reply.status not in LATER and self._clock() >= self._ends(task)
+
+    def _give_up(self, error: UnavailableError) -> None:
+        """End the run by this error when the lines that run are finished."""
+        self._given_up = self._given_up or error
+        self.stopping.set()
 
     def _has_failed(self, task: _Task, reply: Reply) -> bool:
         """Return whether the model of a line could not be loaded in several attempts."""
@@ -303,6 +323,18 @@ def answered(line: Line, reply: Reply) -> Outcome:
         usage.prompt_tokens or usage.input_tokens,
         usage.completion_tokens or usage.output_tokens,
     )
+
+
+def _refusal_of(line: Line, reply: Reply) -> UnavailableError:
+    """Return the error that ends a run whose lines the server keeps refusing."""
+    with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        error = _refusal.decode(reply.body).error
+        if error is not None and error.message:
+            return UnavailableError(
+                f"Line {line.number} was refused again and again with {reply.status}: "
+                f"{error.message:.300}"
+            )
+    return UnavailableError(f"Line {line.number} was refused again and again with {reply.status}.")
 
 
 def refused(line: BadLine) -> Outcome:

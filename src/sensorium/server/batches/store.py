@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import secrets
 import time
 from collections import Counter
@@ -330,7 +331,7 @@ class BatchStore:
         batch.runner = LineRunner(
             self._caller_of(batch.tenant),
             min(self._num_at_once, found.num_lines),
-            patience=left,
+            patience=math.inf,  # the window ends the batch
             slots=self._slots,
         )
         lines = read_lines(file, found, self._config.max_body_bytes, batch.endpoint)
