@@ -18,7 +18,8 @@ import numpy as np
 
 from sensorium.config import MediaConfig
 from sensorium.errors import InvalidRequestError
-from sensorium.multimodal.items import Features, Modality
+from sensorium.multimodal.decode import document
+from sensorium.multimodal.items import Features, Modality, PageFacts
 from sensorium.multimodal.workers.decode_worker import serve
 from sensorium.processes.fork_server import begin_server
 from tests.multimodal.support import FakeProcessor
@@ -55,6 +56,11 @@ class HostileProcessor(FakeProcessor):
         return Features(modality, {"pixels": data, "none": np.zeros((0, 3))}, 4, meta)
 
 
+def _hangs(data: bytes, config: MediaConfig) -> list[PageFacts]:
+    signal.pause()
+    return []
+
+
 def _no_fork() -> int:
     raise BlockingIOError(errno.EAGAIN, "no more processes")
 
@@ -62,6 +68,7 @@ def _no_fork() -> int:
 if __name__ == "__main__":
     if FULL in os.environ:
         os.fork = _no_fork
+    document.inspect_pages = _hangs
     control, first = begin_server(sys.argv[2])
     config = msgspec.msgpack.decode(first or b"", type=MediaConfig)
     serve(control, HostileProcessor(), config, sys.argv[1])

@@ -176,8 +176,8 @@ class MediaConfig:
     )
     document_timeout: float = option(
         120.0,
-        "Seconds for reading and for drawing all pages of one PDF; each page also has "
-        "--media-decode-timeout.",
+        "Seconds for reading the pages of one PDF, and for drawing them all; drawing a page also "
+        "has --media-decode-timeout.",
         ge=0.001,
         le=86400.0,
     )

@@ -122,10 +122,15 @@ class PageFacts(NamedTuple):
 def check_document_time(seconds: float, most: float) -> None:
     """Raise MediaTooLargeError when reading the pages of a PDF has taken ``most`` seconds."""
     if seconds > most:
-        raise MediaTooLargeError(
-            f"Reading the pages of the PDF took longer than {most:g} s, the limit "
-            "(--document-timeout); send fewer or simpler pages."
-        )
+        raise document_takes_too_long(most)
+
+
+def document_takes_too_long(most: float) -> MediaTooLargeError:
+    """Return the error of a PDF whose pages take more than ``most`` seconds to read."""
+    return MediaTooLargeError(
+        f"Reading the pages of the PDF took longer than {most:g} s, the limit "
+        "(--document-timeout); send fewer or simpler pages."
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

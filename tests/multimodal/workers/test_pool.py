@@ -168,6 +168,12 @@ async def test_a_bad_item_costs_itself_an_error(
     assert files_beside(prepared) == [path_of(prepared).name]
 
 
+async def test_reading_a_document_has_the_time_of_documents(start: Start) -> None:
+    decoders = start(document_timeout=0.5, media_decode_timeout=0.25)
+    with pytest.raises(MediaTooLargeError, match=r"longer than 0.5 s.*--document-timeout"):
+        await decoders.inspect(b"%PDF-")
+
+
 async def test_the_others_go_on_while_one_hangs(start: Start) -> None:
     decoders = start(num_media_workers=2)
     hanging = asyncio.create_task(decoders.prepare(job("sleep"), DATA))
@@ -305,7 +311,7 @@ def test_a_worker_can_raise_errors_of_items_only() -> None:
 
 
 async def test_an_answer_that_nobody_asked_for_goes_to_nobody(start: Start, tmp_path: Path) -> None:
-    worker = crew.Worker(start().server, 60.0)
+    worker = crew.Worker(start().server, MediaConfig())
     first = await asyncio.to_thread(worker.start)
     first.connection.close()
     first.connection, theirs = socket.socketpair()

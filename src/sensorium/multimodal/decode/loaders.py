@@ -17,11 +17,23 @@ import numpy as np
 
 from sensorium import tracing
 from sensorium.config import MediaConfig, suggestion
-from sensorium.errors import InvalidRequestError, MediaUndecodableError, SensoriumError
+from sensorium.errors import (
+    InvalidRequestError,
+    MediaUndecodableError,
+    RequestError,
+    SensoriumError,
+)
 from sensorium.multimodal.decode import audio, document, image
 from sensorium.multimodal.decode.shortage import check_shortage
 from sensorium.multimodal.decode.video import loading as video
-from sensorium.multimodal.items import FRAMES, Decoded, Features, Modality, Video
+from sensorium.multimodal.items import (
+    FRAMES,
+    Decoded,
+    Features,
+    Modality,
+    Video,
+    document_takes_too_long,
+)
 from sensorium.multimodal.processor import Processor
 
 _logger = logging.getLogger(__name__)
@@ -94,6 +106,18 @@ class DecodeJob(msgspec.Struct, frozen=True, tag=True):
         """Name of the item for messages."""
         return self.modality if self.page is None else f"page {self.page + 1} of the PDF"
 
+    def most_seconds(self, config: MediaConfig) -> float:
+        """Return the time that the job may take."""
+        return config.media_decode_timeout
+
+    def too_long(self, config: MediaConfig) -> RequestError:
+        """Return the error of a job that took more."""
+        return MediaUndecodableError(
+            f"Decoding and preprocessing the {self.noun} took longer than "
+            f"{config.media_decode_timeout:g} s, the limit (--media-decode-timeout); send a "
+            "smaller or shorter one."
+        )
+
 
 class InspectJob(msgspec.Struct, frozen=True, tag=True):
     """Job of reading sizes and texts of a PDF's pages."""
@@ -102,6 +126,14 @@ class InspectJob(msgspec.Struct, frozen=True, tag=True):
     def noun(self) -> str:
         """Name of the file for messages."""
         return "PDF"
+
+    def most_seconds(self, config: MediaConfig) -> float:
+        """See ``DecodeJob.most_seconds``."""
+        return config.document_timeout
+
+    def too_long(self, config: MediaConfig) -> RequestError:
+        """See ``DecodeJob.too_long``."""
+        return document_takes_too_long(config.document_timeout)
 
 
 @dataclass(frozen=True, slots=True)

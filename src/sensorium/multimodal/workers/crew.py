@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from sensorium.config import MediaConfig
 from sensorium.errors import MediaUndecodableError, UnavailableError
 from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob
 from sensorium.multimodal.shared_memory import remove
@@ -97,9 +98,9 @@ class DecodeTask:
 class Worker:
     """Worker process of one thread, forked at first use and again after it has died."""
 
-    def __init__(self, server: ForkServer, seconds: float) -> None:
+    def __init__(self, server: ForkServer, config: MediaConfig) -> None:
         self._server = server
-        self._seconds = seconds
+        self._config = config
         self._process: Child | None = None
         self._num_jobs = 0
         self.is_busy = False
@@ -119,16 +120,17 @@ class Worker:
     def run(self, task: DecodeTask) -> Done | Inspected:
         """Return the answer to a task. Raises RequestError, OverloadedError or UnavailableError."""
         request = encode_request(DecodeRequest(task.job, task.path, len(task.source)))
+        seconds = task.job.most_seconds(self._config)
         process = self.start()
         task.begin(self)
         self.is_busy = True
         begun = time.monotonic()
         try:
-            answer = self._ask(process, request, task.source)
+            answer = self._ask(process, request, task.source, seconds)
             reply = None if answer is None else decode_reply(answer, task.path, task.job)
         except TimeoutError:
             self._died("was killed: it took too long")
-            raise self._too_long(task) from None
+            raise task.job.too_long(self._config) from None
         except (OSError, ValueError, TypeError):  # it has gone, or does not say what a worker says
             reply = None
         finally:
@@ -138,8 +140,8 @@ class Worker:
             self._died("ended before it was done")
             if process.server_has_ended():
                 raise UnavailableError(NOT_NOW)
-            if time.monotonic() - begun >= self._seconds:  # its limit of processor time was faster
-                raise self._too_long(task)
+            if time.monotonic() - begun >= seconds:  # its limit of processor time was faster
+                raise task.job.too_long(self._config)
             raise MediaUndecodableError(
                 f"The process that decoded the {task.job.noun} ended before it was done: the "
                 "file is damaged, or takes too much."
@@ -169,21 +171,14 @@ class Worker:
             while process.connection.recv(1 << 16):
                 pass
 
-    def _too_long(self, task: DecodeTask) -> MediaUndecodableError:
-        return MediaUndecodableError(
-            f"Decoding and preprocessing the {task.job.noun} took longer than "
-            f"{self._seconds:g} s, the limit (--media-decode-timeout); send a smaller or shorter "
-            "one."
-        )
-
     def _died(self, how: str) -> None:
         logger.warning("a media worker %s; another one takes its place", how)
         self.num_deaths += 1
         self.discard()
 
-    def _ask(self, process: Child, request: bytes, source: bytes) -> bytes | None:
-        deadline = time.monotonic() + self._seconds
-        process.connection.settimeout(self._seconds)
+    def _ask(self, process: Child, request: bytes, source: bytes, seconds: float) -> bytes | None:
+        deadline = time.monotonic() + seconds
+        process.connection.settimeout(seconds)
         send_frame(process.connection, request, source)
         process.connection.settimeout(max(0.001, deadline - time.monotonic()))
         return receive_frame(process.connection)
@@ -204,8 +199,8 @@ def _is_idle(connection: socket.socket) -> bool:
 class Crew:
     """Worker processes, and as many threads that wait for them."""
 
-    def __init__(self, server: ForkServer, num_workers: int, seconds: float) -> None:
-        self.workers = [Worker(server, seconds) for _ in range(num_workers)]
+    def __init__(self, server: ForkServer, num_workers: int, config: MediaConfig) -> None:
+        self.workers = [Worker(server, config) for _ in range(num_workers)]
         self._idle: queue.LifoQueue[Worker] = queue.LifoQueue()
         for worker in self.workers:
             self._idle.put(worker)

@@ -91,7 +91,7 @@ def _work(requests: socket.socket, *, processor: Processor, config: MediaConfig)
         data = receive_bytes(requests, request.num_bytes)
         if data is None:
             break
-        _limit_seconds(config.media_decode_timeout)
+        _limit_seconds(request.job.most_seconds(config))
         send_frame(requests, encode(answer(request, data, processor, config)))
     return 0
 

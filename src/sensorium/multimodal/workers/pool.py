@@ -99,8 +99,8 @@ class ProcessDecoders:
     Features come back in ``folder``, which this owns from now on.
 
     ``config.num_media_workers`` of them work at a time for each modality, so that no image waits
-    for a long video; each within ``media_worker_memory_gb`` and ``media_decode_timeout``. None is
-    there before there is work for it.
+    for a long video; each within ``media_worker_memory_gb`` and ``media_decode_timeout``, or
+    ``document_timeout`` for a PDF to be inspected. None is there before there is work for it.
     """
 
     def __init__(
@@ -112,8 +112,7 @@ class ProcessDecoders:
         )
         self._folder = folder
         self._crews = {
-            modality: Crew(self.server, self.num_workers, config.media_decode_timeout)
-            for modality in MODALITIES
+            modality: Crew(self.server, self.num_workers, config) for modality in MODALITIES
         }
         self._futures: set[Future[Done | Inspected]] = set()
 
