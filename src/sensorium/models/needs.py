@@ -137,13 +137,15 @@ def needs_of(options: ModelConfig, kv_cache_dtype: str = "auto") -> Needs:
         ConfigError: there is no such model, it has no weights that can be loaded, is quantized in a
             way that is not supported, or has an architecture that nothing can run.
     """
-    loaded, gguf, wanted = _facts(options)
+    loaded, gguf, encoder, wanted = _facts(options)
     family = resolve(loaded.config)
     device = find_device(options.device)
     cache = hub.cache_folder(options.download_dir)
     total = sum(file.size for file in wanted)
     to_come = sum(file.size for file in wanted if not file.is_cached)
     dtype, plan, weights = _in_memory(options, loaded, family, device, total, gguf)
+    if encoder is not None:
+        weights += _tower_bytes(encoder, options, dtype.itemsize)
     context, num_tokens = _context(options, loaded, family, dtype, kv_cache_dtype)
     memory, free = _memory(device)
     return Needs(
@@ -166,10 +168,11 @@ def needs_of(options: ModelConfig, kv_cache_dtype: str = "auto") -> Needs:
     )
 
 
-def least_memory(options: ModelConfig) -> int:
+def least_memory(options: ModelConfig, kv_cache_dtype: str = "auto") -> int:
     """Return about the bytes that an engine takes with one short context. Torch is not imported.
 
-    Configuration files of a model of the hub are downloaded, weights are not. Raises ConfigError.
+    The KV cache is of this data type. Configuration files of a model of the hub are downloaded,
+    weights are not. Raises ConfigError.
     """
     where = options.revision, options.download_dir
     folder = checkpoint.find(options.model, *where, options.mmproj)
@@ -183,6 +186,9 @@ def least_memory(options: ModelConfig) -> int:
     if gguf is not None:
         integers = _has_integer_products(options.device)
         weights = _gguf_bytes(read_gguf(gguf), options, family, integers, size)
+        encoder = encoder_of(folder)
+        if encoder is not None:
+            weights += _tower_bytes(read_gguf(encoder), options, size)
     else:
         total = _stored(options.model, folder, *where)
         for field, name in names.items():
@@ -190,11 +196,29 @@ def least_memory(options: ModelConfig) -> int:
         if settings is None:
             weights = math.ceil(total / declared * BYTES_HELD.get(options.quantization or "", size))
         else:
-            declared = 2
+            size = _BYTES_STORED.get(options.dtype, 2)
             weights = _published_bytes(total, loaded, settings, shape, options)
     num_tokens = options.max_model_len or min(shape.max_position, 8192)
-    context = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * num_tokens * declared
+    per_head = 2 * shape.head_dim * size
+    if kv_cache_dtype == "int8":
+        per_head = _bytes_of_codes(shape.head_dim)
+    context = shape.num_layers * shape.num_kv_heads * num_tokens * per_head
     return weights + context + PROCESSES
+
+
+def _bytes_of_codes(head_dim: int) -> int:
+    """Return the bytes of a token's key and value of a head in int8, with their scales.
+
+    The layout is that of ``kernels.int8_cache.Records``.
+    """
+    keys, values = -(-head_dim // 2) * 2, -(-head_dim // 16) * 16
+    return keys + values + 2 * 2
+
+
+def _tower_bytes(encoder: GgufFile, options: ModelConfig, size: int) -> int:
+    """Return the bytes that a vision encoder takes in memory; plain numbers take ``size`` each."""
+    num_weights = sum(info.num_values for info in encoder.tensors.values())
+    return math.ceil(num_weights * BYTES_HELD.get(options.quantization_towers, size))
 
 
 def _published_bytes(
@@ -244,33 +268,39 @@ def _stored(model: str, folder: Path, revision: str | None, download_dir: str | 
     return sum(file.size for file in _weights(model, folder, revision, download_dir))
 
 
-def _facts(options: ModelConfig) -> tuple[LoadedConfig, GgufFile | None, list[hub.HubFile]]:
-    """Return configuration, GGUF file if it is one, and files of weights of a model."""
+def _facts(
+    options: ModelConfig,
+) -> tuple[LoadedConfig, GgufFile | None, GgufFile | None, list[hub.HubFile]]:
+    """Return configuration, GGUF files of model and encoder if any, and files of weights."""
     named = checkpoint.hub_file(options.model)
     if named is not None:
-        gguf, own = _beginning(*named, options)
+        gguf, own = _beginning(*named, "model", options)
+        encoder, others = _encoder(named[0], options)
         config = checkpoint.merged(config_of(gguf), options.hf_overrides)
-        return LoadedConfig("", config, {}, {}, {}), gguf, [own, *_encoder(named[0], options)]
+        return LoadedConfig("", config, {}, {}, {}), gguf, encoder, [own, *others]
     where = options.revision, options.download_dir
     folder = checkpoint.find(options.model, *where, options.mmproj)
     loaded = checkpoint.read(folder, options.hf_overrides)
     path = file_of(folder)
     if path is not None:
-        paths = [path, *filter(None, [encoder_of(folder)])]
+        tower = encoder_of(folder)
+        paths = [path] if tower is None else [path, tower]
         files = [hub.HubFile(own.name, own.stat().st_size, True) for own in paths]
-        return loaded, read_gguf(path), files
+        return loaded, read_gguf(path), None if tower is None else read_gguf(tower), files
     family = resolve(loaded.config)
     refuse_unsupported(loaded, native=family.quantizable)
     loaded, names = read_parts(loaded, family, options.download_dir)
     wanted = _weights(options.model, folder, *where)
     for field, name in names.items():
         wanted += _weights(name, Path(loaded.parts[field].folder), None, options.download_dir)
-    return loaded, None, wanted
+    return loaded, None, None, wanted
 
 
-def _beginning(model: str, file: str, options: ModelConfig) -> tuple[GgufFile, hub.HubFile]:
+def _beginning(
+    model: str, file: str, param: str, options: ModelConfig
+) -> tuple[GgufFile, hub.HubFile]:
     """Return the metadata of a GGUF file of a repository, and its size."""
-    own = _listed(model, file, "model", options)
+    own = _listed(model, file, param, options)
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / Path(file).name
         size = min(own.size, GGUF_BEGINNING)
@@ -278,14 +308,15 @@ def _beginning(model: str, file: str, options: ModelConfig) -> tuple[GgufFile, h
         return read_gguf(part, own.size), own
 
 
-def _encoder(model: str, options: ModelConfig) -> list[hub.HubFile]:
+def _encoder(model: str, options: ModelConfig) -> tuple[GgufFile | None, list[hub.HubFile]]:
     """Return the file of the vision encoder that is named, here or in the repository, if any is."""
     if options.mmproj is None:
-        return []
+        return None, []
     path = Path(options.mmproj).expanduser()
     if path.is_file():
-        return [hub.HubFile(path.name, path.stat().st_size, True)]
-    return [_listed(model, options.mmproj, "mmproj", options)]
+        return read_gguf(path), [hub.HubFile(path.name, path.stat().st_size, True)]
+    found, own = _beginning(model, options.mmproj, "mmproj", options)
+    return found, [own]
 
 
 def _listed(model: str, file: str, param: str, options: ModelConfig) -> hub.HubFile:

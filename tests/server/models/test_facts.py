@@ -14,10 +14,11 @@ from sensorium.config import GIB, engine_config
 from sensorium.kernels import ops
 from sensorium.kernels.cpu.linear import levels
 from sensorium.models.gguf import folder as folders
+from sensorium.models.gguf.reader import read
 from sensorium.models.needs import PROCESSES, least_memory, needs_of
 from sensorium.server.models.facts import read_facts
 from tests import checkpoints
-from tests.checkpoints.gguf import write_gguf
+from tests.checkpoints.gguf import write_gguf, write_mmproj
 
 DEMO = Path(sensorium.__file__).parent / "demo"
 
@@ -75,6 +76,26 @@ def test_what_a_gguf_file_takes_is_told_alike(
     assert (needs.weights < 2 * gguf.stat().st_size) == (
         (integers and quantization != "none") or quantization == "int4"
     )
+
+
+def test_an_encoder_in_a_file_of_its_own_and_an_int8_cache_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
+    source = checkpoints.make_qwen2_vl(tmp_path / "source")
+    model, tower = tmp_path / "model.gguf", tmp_path / "tower.gguf"
+    write_gguf(source, model)
+    write_mmproj(source, tower)
+    num_weights = sum(info.num_values for info in read(tower).tensors.values())
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "max_model_len": 64}
+    config = engine_config(model=str(model), mmproj=str(tower), **options).model
+    alone = engine_config(model=str(model), **options).model
+    assert least_memory(config) - least_memory(alone) == 4 * num_weights
+    needs, small = needs_of(config), needs_of(config, "int8")
+    assert needs.weights - needs_of(alone).weights == 4 * num_weights
+    assert small.context < needs.context / 2
+    saved = least_memory(config) - least_memory(config, "int8")
+    assert saved == needs.context - small.context
 
 
 def test_neither_imports_torch() -> None:

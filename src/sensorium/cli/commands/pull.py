@@ -58,14 +58,15 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Say what the model needs and download it."""
     arguments.model = arguments.model_argument
-    options = build_engine_config(arguments).model
+    config = build_engine_config(arguments)
+    options = config.model
     from sensorium.models.loading import checkpoint
 
     if checkpoint.is_local(options.model):
         raise ConfigError(f"{options.model!r} is here already: there is nothing to download.")
     from sensorium.models.needs import needs_of
 
-    needs = needs_of(options)
+    needs = needs_of(options, config.cache.kv_cache_dtype)
     if not arguments.json:
         print("\n".join(needs.lines()), flush=True)
     problem = needs.problem()

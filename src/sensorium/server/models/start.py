@@ -64,4 +64,5 @@ def _total(configs: Sequence[ServedConfig], server: ServerConfig) -> int:
 
 
 def _least(config: EngineConfig) -> int:
-    return least_memory(config.model) + (config.cache.kv_cache_memory_bytes or 0)
+    kept = least_memory(config.model, config.cache.kv_cache_dtype)
+    return kept + (config.cache.kv_cache_memory_bytes or 0)
