@@ -83,7 +83,7 @@ class LLM:
         """
         llm = cls.__new__(cls)
         options = config.observability
-        tracer = Tracer(options.trace_dir, options.otlp_traces_endpoint)
+        tracer = Tracer(options.trace_dir, options.otlp_traces_endpoint, config.model.model)
         llm._use(OfflineEngine(config, engine, input_processor, loop, tracer))
         return llm
 

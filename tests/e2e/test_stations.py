@@ -135,12 +135,13 @@ def names(lines: list[Line]) -> list[str]:
 BEGINNING = ["received", "rendered"]
 MEDIA = ["fetched", "decoded", "processed"]
 ENGINE = ["prepared", "submitted", "scheduled", "prefilled", "first token"]
+ENCODING = ["prepared", "submitted", "scheduled", "encoded", "prefilled", "first token"]
 
 
 @pytest.mark.parametrize(
     ("request_id", "expected"),
     [
-        ("whole", [*BEGINNING, *MEDIA, *ENGINE, "finished"]),
+        ("whole", [*BEGINNING, *MEDIA, *ENCODING, "finished"]),
         ("again", [*BEGINNING, "cached", *ENGINE, "finished"]),
         ("streamed", [*BEGINNING, "cached", *ENGINE, "finished"]),
         ("left", [*BEGINNING, "cached", *ENGINE, "aborted"]),
@@ -193,7 +194,7 @@ def spans(events: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 def test_traces_have_the_spans(chat: Seen) -> None:
     found = spans(chat.events["whole"])
     phases = ["prepare", "queue", "prefill", "decode"]
-    assert {"request", "rendered", *MEDIA, *phases} <= found.keys()
+    assert {"request", "rendered", *MEDIA, "encoded", *phases} <= found.keys()
     first, last = found["request"]
     assert all(first <= begin and end <= last for begin, end in found.values())
     for one, next_one in itertools.pairwise(phases):

@@ -12,7 +12,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from sensorium.errors import ConfigError, InvalidRequestError
-from sensorium.tracing import Tracer, caller_span
+from sensorium.tracing import Tracer, asked_model, caller_span
 from tests.server.harness import App
 
 PARENT = f"00-{'ab' * 16}-{'cd' * 8}-01"
@@ -64,10 +64,11 @@ def facts_of(span: Any) -> dict[str, Any]:
 
 
 def test_a_request_is_a_span_with_one_for_each_station(collector: Collector) -> None:
-    tracer = Tracer(None, collector.url)
-    token = caller_span.set(PARENT)
+    tracer = Tracer(None, collector.url, "folder/model")
+    token, asked = caller_span.set(PARENT), asked_model.set("alias")
     arrival = time.monotonic() - 10
-    trace = tracer.request("request-1", arrival)
+    trace = tracer.request("request-1", arrival, operation="chat", adapter="french")
+    asked_model.reset(asked)
     caller_span.reset(token)
     assert trace is not None
     trace.station("rendered", arrival, arrival + 0.5, tokens=9)
@@ -75,7 +76,7 @@ def test_a_request_is_a_span_with_one_for_each_station(collector: Collector) -> 
     trace.station("decoded", arrival + 0.5, arrival + 0.75, item=place, modality="image")
     trace.station("prepared", end=arrival + 0.8, tokens=40, items=1)
     trace.station("submitted", end=arrival + 1)
-    trace.prefilled(arrival + 2, arrival + 3)
+    trace.prefilled(arrival + 2, arrival + 3, [(arrival + 2, arrival + 2.5, 1)])
     trace.station("first token", end=arrival + 3.5)
     trace.end("finished", reason="length", tokens=7)
     tracer.close()
@@ -86,15 +87,23 @@ def test_a_request_is_a_span_with_one_for_each_station(collector: Collector) -> 
     assert len(spans) == len(collector.spans)
     root = spans.pop("llm_request")
     assert (root.trace_id.hex(), root.parent_span_id.hex()) == ("ab" * 16, "cd" * 8)
-    assert facts_of(root) == {
+    facts = facts_of(root)
+    [reason] = facts.pop("gen_ai.response.finish_reasons").values
+    assert reason.string_value == "length"
+    assert facts == {
+        "gen_ai.operation.name": "chat",
+        "gen_ai.provider.name": "sensorium",
         "gen_ai.request.id": "request-1",
+        "gen_ai.request.model": "alias",
+        "gen_ai.response.model": "folder/model",
+        "sensorium.adapter": "french",
         "gen_ai.usage.input_tokens": 40,
         "gen_ai.usage.output_tokens": 7,
-        "gen_ai.response.finish_reason": "length",
         "gen_ai.latency.time_to_first_token": pytest.approx(3.5),
         "sensorium.ended": "finished",
     }
-    assert set(spans) == {"prepare", "queue", "prefill", "decode", "rendered", "decoded"}
+    phases = {"prepare", "queue", "prefill", "decode"}
+    assert set(spans) == {*phases, "rendered", "decoded", "encoded"}
     assert {span.parent_span_id for span in spans.values()} == {root.span_id}
     taken = {
         name: (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
@@ -102,7 +111,15 @@ def test_a_request_is_a_span_with_one_for_each_station(collector: Collector) -> 
     }
     decode = taken.pop("decode")
     assert taken == pytest.approx(
-        {"prepare": 1, "queue": 1, "prefill": 1, "rendered": 0.5, "decoded": 0.25}, abs=1e-3
+        {
+            "prepare": 1,
+            "queue": 1,
+            "prefill": 1,
+            "rendered": 0.5,
+            "decoded": 0.25,
+            "encoded": 0.5,
+        },
+        abs=1e-3,
     )
     assert decode > 6
     assert facts_of(spans["decoded"]) == {"item": place, "modality": "image"}
@@ -120,6 +137,7 @@ def test_a_request_that_failed_says_so(collector: Collector) -> None:
     assert collector.paths == ["/elsewhere"]
     assert span.status.code == span.status.STATUS_CODE_ERROR
     assert span.status.message == "invalid_request"
+    assert facts_of(span)["error.type"] == "invalid_request"
     assert span.parent_span_id == b""
 
 
@@ -135,11 +153,11 @@ def test_what_is_no_url_is_refused(endpoint: str) -> None:
     ("value", "known"), [(PARENT, True), ("00-1-2-3", False), ("x" * 9000, False), (None, False)]
 )
 async def test_the_span_of_a_client_reaches_its_request(value: str | None, known: bool) -> None:
-    seen: list[str | None] = []
+    seen: list[tuple[str | None, str | None]] = []
     app = App()
-    app.frontend.before = lambda call: seen.append(caller_span.get())
+    app.frontend.before = lambda call: seen.append((caller_span.get(), asked_model.get()))
     headers = {} if value is None else {"traceparent": value}
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     assert (await app.post("/v1/chat/completions", body, headers)).status == 200
-    assert seen == [value if known else None]
-    assert caller_span.get() is None
+    assert seen == [(value if known else None, app.models.default.name)]
+    assert (caller_span.get(), asked_model.get()) == (None, None)

@@ -162,6 +162,29 @@ def test_a_slow_folder_costs_traces_and_not_time(
     assert [event["id"] for event in file if event["ph"] == "b"][1:] == ["request-0", "request-1"]
 
 
+class BrokenTrace(RequestTrace):
+    """A trace that no writer can read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "stations" and threading.current_thread().name == "sensorium-traces":
+            raise ZeroDivisionError("broken")
+        return super().__getattribute__(name)
+
+
+def test_a_trace_that_cannot_be_written_ends_no_tracing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = TraceWriter(str(tmp_path))
+    for _ in range(3):
+        BrokenTrace("broken", 0.0, (writer,)).end("finished")
+    ended(1, writer)
+    writer.close()
+    assert writer.num_failed == 3
+    assert caplog.text.count("a trace could not be written") == 1
+    (file,) = read(tmp_path)
+    assert [event["id"] for event in file if event["ph"] == "b"] == ["request-1"]
+
+
 def test_a_folder_that_goes_away_harms_nobody(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

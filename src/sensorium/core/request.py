@@ -263,7 +263,8 @@ class SequenceUpdate:
     (``"stop"``). ``prompt_logprobs`` come once, whole: for each prompt token after the first, its
     ``(token_id, logprob, rank)`` tuples, the prompt's own token first. ``error`` is set when
     ``finish_reason`` is ``"error"``. ``prefilled_time``, of requests that are traced, is when the
-    prompt had been computed; it comes once. ``encode_seconds`` are those of the batches in which
+    prompt had been computed; it comes once, with ``encoded``: begin, end and number of items of
+    each batch in which some were encoded. ``encode_seconds`` are those of the batches in which
     the items were encoded so far; a device that runs asynchronously tells them late.
     """
 
@@ -278,3 +279,4 @@ class SequenceUpdate:
     embedding: bytes | None = None
     prefilled_time: float | None = None
     encode_seconds: float = 0.0
+    encoded: tuple[tuple[float, float, int], ...] = ()

@@ -1,4 +1,4 @@
-"""Stations of sequences inside the engine, for traces: scheduled, and prefilled."""
+"""Stations of sequences inside the engine, for traces: scheduled, encoded and prefilled."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ import dataclasses
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sensorium import tracing
 from sensorium.core.plan import StepPlan
 from sensorium.core.request import SequenceUpdate
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A sequence that runs. ``encoded``: begin, end and items of each batch of its items."""
+
+    request_id: str
+    arrival: float
+    is_prefilled: bool = False
+    encoded: tuple[tuple[float, float, int], ...] = ()
 
 
 class EngineStations:
@@ -20,8 +31,9 @@ class EngineStations:
 
     def __init__(self, *, traces: bool) -> None:
         self._traces = traces
-        self._arrivals: dict[str, float] = {}
-        self._prefilled: set[str] = set()
+        self._began = 0.0
+        self._sequences: dict[str, _Sequence] = {}
+        self._by_number: dict[int, _Sequence] = {}
 
     @property
     def wanted(self) -> bool:
@@ -30,48 +42,67 @@ class EngineStations:
 
     def scheduled(self, plan: StepPlan) -> None:
         """Log the sequences that a plan starts; call it before the plan is executed."""
-        now = time.monotonic()
+        self._began = time.monotonic()
         starts = {span.seq_id: span.start for span in plan.spans}
+        for number in plan.dropped:
+            self._by_number.pop(number, None)
         for new in plan.new:
             request = new.request
-            known = request.request_id in self._arrivals
-            self._arrivals[request.request_id] = request.arrival_time
+            known = self._sequences.get(request.request_id)
+            name = "scheduled" if known is None else "resumed"
+            if known is None:
+                known = _Sequence(request.request_id, request.arrival_time)
+                self._sequences[request.request_id] = known
+            self._by_number[new.seq_id] = known
             facts: dict[str, tracing.Fact] = {
                 "tokens": len(new.token_ids),
                 "cached_tokens": starts.get(new.seq_id, 0),
             }
-            tracing.log_station(
-                request.request_id,
-                "resumed" if known else "scheduled",
-                request.arrival_time,
-                None,
-                now,
-                facts,
-            )
+            tracing.log_station(known.request_id, name, known.arrival, None, self._began, facts)
 
-    def committed(self, updates: Sequence[SequenceUpdate]) -> list[SequenceUpdate]:
-        """Return the updates of a step, with the time in those that complete a prompt."""
+    def committed(
+        self, plan: StepPlan, encode_seconds: float, updates: Sequence[SequenceUpdate]
+    ) -> list[SequenceUpdate]:
+        """Return the updates of a step, with the times in those that complete a prompt.
+
+        Encoding is the first thing that a step does. ``encode_seconds``: what is known of it when
+        the step has been executed.
+        """
         now = time.monotonic()
+        if plan.encode and encode_seconds > 0:
+            self._encoded(plan, min(now, self._began + encode_seconds))
         return [self._stamped(update, now) for update in updates]
 
     def discard(self, request_id: str) -> None:
         """Drop a sequence that has ended."""
-        self._arrivals.pop(request_id, None)
-        self._prefilled.discard(request_id)
+        self._sequences.pop(request_id, None)
 
     def clear(self) -> None:
         """Drop all sequences."""
-        self._arrivals.clear()
-        self._prefilled.clear()
+        self._sequences.clear()
+        self._by_number.clear()
+
+    def _encoded(self, plan: StepPlan, end: float) -> None:
+        """Log the batch of a step for each sequence that had items in it."""
+        numbers = [job.seq_id for job in plan.encode]
+        for number in dict.fromkeys(numbers):
+            known = self._by_number.get(number)
+            if known is not None:
+                batch = self._began, end, numbers.count(number)
+                if not known.is_prefilled:  # later ones repeat what a preemption lost
+                    known.encoded = (*known.encoded, batch)
+                facts: dict[str, tracing.Fact] = {"items": batch[2]}
+                tracing.log_station(
+                    known.request_id, "encoded", known.arrival, self._began, end, facts
+                )
 
     def _stamped(self, update: SequenceUpdate, now: float) -> SequenceUpdate:
-        request_id = update.request_id
-        arrival = self._arrivals.get(request_id)
+        known = self._sequences.get(update.request_id)
         is_computed = update.sample is not None or update.embedding is not None
-        if is_computed and arrival is not None and request_id not in self._prefilled:
-            self._prefilled.add(request_id)
-            tracing.log_station(request_id, "prefilled", arrival, None, now, {})
-            update = dataclasses.replace(update, prefilled_time=now)
+        if is_computed and known is not None and not known.is_prefilled:
+            known.is_prefilled = True
+            tracing.log_station(known.request_id, "prefilled", known.arrival, None, now, {})
+            update = dataclasses.replace(update, prefilled_time=now, encoded=known.encoded)
         if update.finish_reason is not None:
-            self.discard(request_id)
+            self.discard(update.request_id)
         return update

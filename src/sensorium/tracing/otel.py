@@ -1,7 +1,8 @@
 """OpenTelemetry spans of requests, sent to a collector over OTLP.
 
 Names of attributes are those of OpenTelemetry's conventions for generative AI; the span of a
-request is called as in vLLM.
+request is called as in vLLM, and so are its id and the time to its first token, which the
+conventions leave out.
 """
 
 from __future__ import annotations
@@ -111,9 +112,18 @@ def _provider(endpoint: str) -> TracerProvider:
     return provider
 
 
-def _attributes(trace: RequestTrace) -> dict[str, Fact]:
+def _attributes(trace: RequestTrace) -> dict[str, Fact | list[str]]:
     """Return the attributes of a request as a whole."""
-    found: dict[str, Fact] = {"gen_ai.request.id": trace.request_id}
+    work = trace.work
+    named = {
+        "gen_ai.operation.name": work.operation,
+        "gen_ai.provider.name": "sensorium",
+        "gen_ai.request.id": trace.request_id,
+        "gen_ai.request.model": work.asked,
+        "gen_ai.response.model": work.model,
+        "sensorium.adapter": work.adapter,
+    }
+    found: dict[str, Fact | list[str]] = {name: value for name, value in named.items() if value}
     for name, _, end, facts in trace.stations:
         if name == "prepared":
             found["gen_ai.usage.input_tokens"] = facts["tokens"]
@@ -122,8 +132,10 @@ def _attributes(trace: RequestTrace) -> dict[str, Fact]:
         elif name == "finished":
             found |= {
                 "gen_ai.usage.output_tokens": facts.get("tokens", 0),
-                "gen_ai.response.finish_reason": facts.get("reason", "stop"),
+                "gen_ai.response.finish_reasons": str(facts.get("reason", "stop")).split(","),
             }
+        elif name == "failed":
+            found["error.type"] = facts.get("code", "_OTHER")
     found["sensorium.ended"] = trace.stations[-1][0]
     return found
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Protocol
 
 from sensorium.errors import SensoriumError
@@ -25,6 +26,26 @@ PHASES = (
     ("decode", "first token", "finished"),
 )
 """Spans between two stations: name, first and last station."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The work that a request asks for; empty where that is not known.
+
+    Attributes:
+        operation: Its kind in OpenTelemetry's words: ``chat``, ``text_completion``, ``embeddings``.
+        asked: The name of the model in the request.
+        model: The model that does it, as configured.
+        adapter: The LoRA adapter.
+    """
+
+    operation: str = ""
+    asked: str = ""
+    model: str = ""
+    adapter: str = ""
+
+
+NO_WORK = Work()
 
 
 class Writer(Protocol):
@@ -48,6 +69,7 @@ class RequestTrace:
         writers: They get the trace when the request has ended; without any there are only lines in
             the log.
         parent: The caller's span that the request belongs to, as W3C's ``traceparent``.
+        work: The work that it asks for.
     """
 
     def __init__(
@@ -56,8 +78,10 @@ class RequestTrace:
         arrival: float,
         writers: Sequence[Writer] = (),
         parent: str | None = None,
+        work: Work = NO_WORK,
     ) -> None:
         self.request_id = request_id
+        self.work = work
         self.arrival = arrival
         self.stations: list[tuple[str, float, float, dict[str, Fact]]] = []
         self.ended = False
@@ -75,14 +99,23 @@ class RequestTrace:
         self._keep(name, end if start is None else start, end, facts)
         log_station(self.request_id, name, self.arrival, start, end, facts)
 
-    def prefilled(self, scheduled: float | None, prefilled: float | None) -> None:
-        """Keep two stations whose lines the engine has written.
+    def prefilled(
+        self,
+        scheduled: float | None,
+        prefilled: float | None,
+        encoded: Sequence[tuple[float, float, int]] = (),
+    ) -> None:
+        """Keep stations whose lines the engine has written.
 
-        The prompt was first computed, and was done.
+        The prompt was first computed, batches of so many of its items were encoded, each from begin
+        to end, and it was done.
         """
-        for name, moment in (("scheduled", scheduled), ("prefilled", prefilled)):
-            if moment is not None:
-                self._keep(name, moment, moment, {})
+        if scheduled is not None:
+            self._keep("scheduled", scheduled, scheduled, {})
+        for begin, end, num_items in encoded:
+            self._keep("encoded", begin, end, {"items": num_items})
+        if prefilled is not None:
+            self._keep("prefilled", prefilled, prefilled, {})
 
     def end(self, name: str, **facts: Fact) -> None:
         """Note the last station, such as "finished", and give the trace to the writers.
@@ -114,6 +147,8 @@ class RequestTrace:
 _current: ContextVar[RequestTrace | None] = ContextVar("sensorium_trace", default=None)
 caller_span: ContextVar[str | None] = ContextVar("sensorium_caller_span", default=None)
 """Span of a caller for the requests of a task, as W3C's ``traceparent``."""
+asked_model: ContextVar[str | None] = ContextVar("sensorium_asked_model", default=None)
+"""Name by which the requests of a task call their model."""
 
 
 @contextlib.contextmanager

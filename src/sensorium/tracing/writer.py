@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from abc import ABC, abstractmethod
 
 from sensorium.tracing.stations import RequestTrace, logger
@@ -12,16 +13,22 @@ from sensorium.tracing.stations import RequestTrace, logger
 MAX_WAITING = 1024
 """Ended requests that wait for a writer; further ones are dropped and counted."""
 CLOSING_SECONDS = 5.0
+REPORT_SECONDS = 60.0
+"""Seconds between two lines of the log on traces that could not be written."""
 
 
 class QueueWriter(ABC):
     """Handles ended traces one after the other, in a thread of its own; ``put`` never waits.
+
+    A trace that cannot be handled is lost, and counted; later ones are not.
 
     ``reason``: the cause of dropped traces, for the log.
     """
 
     def __init__(self, name: str, reason: str) -> None:
         self.num_dropped = 0
+        self.num_failed = 0
+        self._reported_at = float("-inf")
         self._reason = reason
         self._queue: queue.Queue[RequestTrace | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -44,8 +51,24 @@ class QueueWriter(ABC):
 
     def _run(self) -> None:
         while (trace := self._queue.get()) is not None:
-            self._handle(trace)
-        self._finish()
+            try:
+                self._handle(trace)
+            except Exception as error:
+                self._failed(error)
+        try:
+            self._finish()
+        except Exception:
+            logger.exception("the last traces may be lost")
+
+    def _failed(self, error: Exception) -> None:
+        """Count a trace that is lost, and say so now and then."""
+        self.num_failed += 1
+        now = time.monotonic()
+        if now >= self._reported_at + REPORT_SECONDS:
+            self._reported_at = now
+            logger.error(
+                "a trace could not be written (%d so far)", self.num_failed, exc_info=error
+            )
 
     @abstractmethod
     def _handle(self, trace: RequestTrace) -> None:

@@ -113,7 +113,7 @@ class OfflineEngine:
         """Load the model. Raises ConfigError and ForkedProcessError."""
         forks.begin_computing()
         options = config.observability
-        tracer = Tracer(options.trace_dir, options.otlp_traces_endpoint)
+        tracer = Tracer(options.trace_dir, options.otlp_traces_endpoint, config.model.model)
         making = _Making(config)
         try:
             if not _may_overlap(config):

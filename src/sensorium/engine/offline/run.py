@@ -178,7 +178,14 @@ class BatchRun:
         self, index: int, request_id: str, began: float, arrival: float, prompt: BatchPrompt
     ) -> tracing.RequestTrace | None:
         """Begin the trace, if any, of a prompt rendered between ``began`` and ``arrival``."""
-        trace = self._tracer.request(request_id, arrival)
+        given = prompt.prompt
+        pools = isinstance(prompt.params, PoolingParams)
+        trace = self._tracer.request(
+            request_id,
+            arrival,
+            operation="embeddings" if pools else given.operation,
+            adapter=given.media.adapter,
+        )
         if trace is not None:
             self._traces[index] = trace
             rendered = prompt.rendered

@@ -77,6 +77,6 @@ class PoolingCollector:
         self.metrics.first_scheduled_time = update.first_scheduled_time
         self.metrics.finished_time = time.monotonic()
         if self.trace is not None:
-            self.trace.prefilled(update.first_scheduled_time, update.prefilled_time)
+            self.trace.prefilled(update.first_scheduled_time, update.prefilled_time, update.encoded)
             self.trace.end("finished")
         return False

@@ -225,7 +225,9 @@ class OutputCollector:
             self.metrics.first_token_time = time.monotonic()
             self.metrics.encode_seconds = update.encode_seconds
             if self.trace is not None:
-                self.trace.prefilled(update.first_scheduled_time, update.prefilled_time)
+                self.trace.prefilled(
+                    update.first_scheduled_time, update.prefilled_time, update.encoded
+                )
                 self.trace.station("first token")
             # The first sample computes the prompt; the others find it in the cache.
             self.output.num_cached_tokens = update.num_cached_tokens

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ class RawPrompt:
     """A prompt that no template renders, with the model's own placeholders.
 
     Exactly one of ``text`` and ``token_ids`` is given. Without a ``truncation`` a prompt that is
-    too long is refused.
+    too long is refused. ``operation``: what traces call generating from it.
     """
 
     text: str | None = None
@@ -66,6 +66,7 @@ class RawPrompt:
     media: MediaOptions = field(default_factory=MediaOptions)
     add_special_tokens: bool = True
     param: str = "prompt"
+    operation: ClassVar[str] = "text_completion"
     truncation: Truncation | None = None
 
     def __post_init__(self) -> None:
@@ -95,6 +96,7 @@ class ChatPrompt:
     spelled_ids: frozenset[int] = frozenset()
     drops_turns: bool = False
     param: str = "messages"
+    operation: ClassVar[str] = "chat"
 
 
 Prompt = RawPrompt | ChatPrompt

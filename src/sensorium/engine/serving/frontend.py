@@ -91,7 +91,7 @@ class Frontend:
         already. Raises ConfigError when the model cannot be loaded.
         """
         options = config.observability
-        tracer = tracing.Tracer(options.trace_dir, options.otlp_traces_endpoint)
+        tracer = tracing.Tracer(options.trace_dir, options.otlp_traces_endpoint, config.model.model)
         engine = EngineSupervisor(config, process)
         starting = asyncio.create_task(engine.start())
         # Reading the tokenizer goes on while the engine's process loads the weights.
@@ -194,7 +194,12 @@ class Frontend:
         """
         with self.adapters.using(prompt.media.adapter):
             arrival = time.monotonic()
-            trace = self._tracer.request(request_id, arrival)
+            trace = self._tracer.request(
+                request_id,
+                arrival,
+                operation=prompt.operation,
+                adapter=prompt.media.adapter,
+            )
             with tracing.active(trace):
                 self._engine.current()
                 grammar = await self.input_processor.grammar(params)
@@ -246,7 +251,9 @@ class Frontend:
         with self.adapters.using(prompt.media.adapter):
             arrival = time.monotonic()
             params = self.input_processor.resolve_pooling(params)
-            trace = self._tracer.request(request_id, arrival)
+            trace = self._tracer.request(
+                request_id, arrival, operation="embeddings", adapter=prompt.media.adapter
+            )
             with tracing.active(trace):
                 self._engine.current()
                 prepared = await self.input_processor.prepare(prompt)

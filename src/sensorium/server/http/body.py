@@ -20,6 +20,7 @@ from sensorium.server.http.disconnect import unless_disconnected
 from sensorium.server.http.encoding import plain_body
 from sensorium.server.http.middleware import HELD_MODEL
 from sensorium.server.payload import abbreviate, check_num_values, decode_object, has_many_values
+from sensorium.tracing import asked_model
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 T = TypeVar("T")
@@ -84,6 +85,7 @@ async def model_of(request: Request, name: str | None) -> ModelContext:
     model = server.models.find(name)
     model.hold()
     request.scope["state"][HELD_MODEL] = model
+    asked_model.set(name or model.names[0])
     if model.context is not None:
         return model.context
     with server.arrivals.arriving():

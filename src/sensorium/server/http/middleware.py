@@ -17,7 +17,7 @@ from sensorium.server.access_log import error_of, record_error
 from sensorium.server.context import ServingContext
 from sensorium.server.errors import CLIENT_CLOSED, error_response, log_unexpected
 from sensorium.server.http.http11 import MAX_HEADER_BYTES, headers_too_large
-from sensorium.tracing import caller_span
+from sensorium.tracing import asked_model, caller_span
 
 if TYPE_CHECKING:
     from sensorium.server.models.served import ServedModel
@@ -63,6 +63,7 @@ class RequestTracking:
         app = self._app if _header_bytes(scope) <= MAX_HEADER_BYTES else headers_too_large()
         self._context.num_in_flight += 1
         token = caller_span.set(_caller_span(scope))
+        asked = asked_model.set(None)  # the request will say
         try:
             await app(scope, receive, send_with_id)
         except Exception as error:
@@ -73,6 +74,7 @@ class RequestTracking:
                 raise
             await error_response(error)(scope, receive, send_with_id)
         finally:
+            asked_model.reset(asked)
             caller_span.reset(token)
             self._context.num_in_flight -= 1
             held: ServedModel | None = state.get(HELD_MODEL)
