@@ -311,10 +311,11 @@ def test_a_gguf_file_is_described_from_its_beginning(
         assert (found["files"], found["download"], found["num_files"]) == (size, size, 1)
         assert hub.ranges == ["bytes=0-65535"]
         encoder = source / "mmproj.gguf"
-        encoder.write_bytes(b"GGUF" + bytes(20))
+        write_gguf(repository, encoder)
+        both = size + encoder.stat().st_size
         flags = ("--dry-run", "--json", "--mmproj")
         found = needs(pull(hub, tmp_path, *flags, encoder.name, model=f"{NAME}:{name}"))
-        assert (found["files"], found["num_files"]) == (size + 24, 2)
+        assert (found["files"], found["num_files"]) == (both, 2)
         done = pull(hub, tmp_path, *flags, "absent.gguf", model=f"{NAME}:{name}")
         assert done.returncode == 2
         assert "has no file 'absent.gguf'" in done.stderr
