@@ -1,4 +1,4 @@
-"""Firefox without a window, driven over WebDriver BiDi."""
+"""Firefox, without a window or on a display of its own, driven over WebDriver BiDi."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import base64
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,11 +37,17 @@ _KEYS = {
 
 
 class Firefox:
-    """A browser with one page. ``complaints``: what its console said of errors."""
+    """A browser with one page; with a window where it is given a ``display``.
 
-    def __init__(self, program: str, profile: Path, **preferences: Any) -> None:
+    ``complaints``: what its console said of errors.
+    """
+
+    def __init__(
+        self, program: str, profile: Path, display: str | None = None, **preferences: Any
+    ) -> None:
         self._program = program
         self._profile = profile
+        self._display = display
         self._preferences = {**PREFERENCES, **preferences}
         self._ids = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Any]] = {}
@@ -54,8 +61,9 @@ class Firefox:
         )
         (self._profile / "user.js").write_text("\n".join(lines))
         self._process = await asyncio.create_subprocess_exec(
-            *(self._program, "--headless", "--no-remote", "--profile", str(self._profile)),
-            *("--remote-debugging-port", "0"),
+            *(self._program, *(() if self._display else ("--headless",)), "--no-remote"),
+            *("--profile", str(self._profile), "--remote-debugging-port", "0"),
+            env={**os.environ, **({"DISPLAY": self._display} if self._display else {})},
             stderr=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.DEVNULL,
         )
@@ -193,3 +201,39 @@ class Firefox:
         """Keep a picture of the window."""
         found = await self.command("browsingContext.captureScreenshot", context=self._page)
         path.write_bytes(base64.b64decode(found["data"]))
+
+
+class Display:
+    """An X display without a screen, and its clipboard: Debian's xvfb and xclip."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    async def __aenter__(self) -> Display:
+        reader, writer = os.pipe()
+        self._process = await asyncio.create_subprocess_exec(
+            *("Xvfb", "-displayfd", str(writer), "-screen", "0", "1280x900x24"),
+            *("-nolisten", "tcp"),
+            pass_fds=(writer,),
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        os.close(writer)
+        with open(reader) as told:
+            number = (await asyncio.to_thread(told.readline)).strip()
+        assert number, "Xvfb has ended"
+        self.name = f":{number}"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._process.terminate()
+        await self._process.wait()
+
+    async def copy(self, path: Path, kind: str) -> None:
+        """Put the content of a file on the clipboard, as a program that shows it would."""
+        xclip = await asyncio.create_subprocess_exec(
+            *("xclip", "-selection", "clipboard", "-t", kind, "-i", str(path)),
+            env={**os.environ, "DISPLAY": self.name},
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        assert await xclip.wait() == 0  # a child of it serves the clipboard until the display ends

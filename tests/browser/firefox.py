@@ -1,6 +1,7 @@
 """The playground in Firefox: ``python -m tests.browser.firefox``, not part of the test suite.
 
-It needs Debian's firefox-esr, or ``SENSORIUM_FIREFOX``. With ``--screenshots FOLDER`` it keeps pictures.
+It needs Debian's firefox-esr, or ``SENSORIUM_FIREFOX``; with xvfb and xclip a picture is also pasted
+from a real clipboard. With ``--screenshots FOLDER`` it keeps pictures.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from tests.browser import media
-from tests.browser.bidi import Firefox
+from tests.browser.bidi import Display, Firefox
 from tests.e2e.serving import Server
 
 PROGRAM = os.environ.get("SENSORIUM_FIREFOX") or shutil.which("firefox-esr") or "firefox"
@@ -37,7 +38,8 @@ PASTE = """([data, name, type]) => {
     Object.defineProperty(event, "clipboardData", { value: clipboardData });
     document.querySelector(".composer textarea").dispatchEvent(event);
 }"""
-"""Firefox leaves the files out of an event that a script makes, and has no images to copy without a window."""
+"""Firefox leaves the files out of an event that a script makes, and has no images to copy without a
+window; ``clipboard`` pastes with one."""
 ANSWERS = """(count) => document.querySelectorAll(".message-assistant:not(.is-running)").length === count
     && !document.querySelector(".is-running")"""
 LAST = "() => [...document.querySelectorAll('.message-assistant')].at(-1).querySelector('.prose').innerText.trim()"
@@ -209,6 +211,27 @@ async def server_and_settings(visit: Visit) -> None:
     await visit.show("server")
 
 
+async def clipboard(url: str, folder: Path, profile: Path) -> None:
+    """A picture that another program has copied is pasted with Control+V, and answered."""
+    async with Display() as display, Firefox(PROGRAM, profile, display.name) as firefox:
+        visit = Visit(firefox, None, "clipboard")
+        await visit.open(url)
+        given = media.picture(folder)
+        await display.copy(given.path, "image/png")
+        await firefox.click(FIELD)
+        await firefox.press("Control", "v")
+        await firefox.until("() => document.querySelector('.tray-item') !== null")
+        assert await visit.ask(given.question) == given.answer
+        await visit.begin()
+        words = folder / "words.txt"
+        words.write_text("Who are you?")
+        await display.copy(words, "UTF8_STRING")
+        await firefox.click(FIELD)
+        await firefox.press("Control", "v")
+        await firefox.until(f"() => document.querySelector('{FIELD}').value === 'Who are you?'")
+    print("a window: a picture and words of the clipboard are pasted", flush=True)
+
+
 async def hears(visit: Visit, folder: Path) -> None:
     """A sound is answered, one is recorded."""
     given = media.sound(folder)
@@ -270,6 +293,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logs:
         servers = [Server(model, Path(logs) / model) for model in ("demo", "demo-audio")]
         try:
+            if all(map(shutil.which, ("Xvfb", "xclip"))):
+                with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as own:
+                    asyncio.run(clipboard(servers[0].url, Path(folder), Path(own)))
+            else:
+                print("no picture of a clipboard is pasted: that needs xvfb and xclip", flush=True)
             asyncio.run(check(servers[0].url, servers[1].url, pictures))
         finally:
             for server in servers:
