@@ -24,7 +24,7 @@ WRONG: list[tuple[str, Any]] = [
     ("seed", "0"),
     ("max_model_len", 0),
     ("num_threads", True),
-    ("quantization", "awq"),
+    ("quantization", "int3"),
     ("runner", "embedding"),
     ("convert", "classify"),
     ("task", "classify"),

@@ -218,6 +218,29 @@ def nf4(weight: torch.Tensor, block: int = 64, nested: bool = True, kind: str = 
     return tensors, dense
 
 
+def mlx(
+    weight: torch.Tensor, bits: int = 4, group: int = 64, dtype: torch.dtype = torch.float16
+) -> Stored:
+    """Codes as one number of many bits for each output, the first code lowest."""
+    num_outputs, num_inputs = weight.shape
+    most = (1 << bits) - 1
+    split = weight.unflatten(1, (-1, group))
+    low, high = split.amin(2), split.amax(2)
+    # As MLX: the end of larger magnitude is the bias, and scales may be negative.
+    is_low = low.abs() > high.abs()
+    scales = ((high - low) / most).clamp(min=1e-7) * torch.where(is_low, 1.0, -1.0)
+    scales, biases = scales.to(dtype), torch.where(is_low, low, high).to(dtype)
+    wide, start = scales.float()[:, :, None], biases.float()[:, :, None]
+    codes = ((split - start) / wide).round().clamp(0, most)
+    dense = (codes * wide + start).flatten(1)
+    packed = np.empty((num_outputs, num_inputs * bits // 32), np.uint32)
+    for row, own in enumerate(codes.flatten(1).int().tolist()):
+        number = sum(code << bits * place for place, code in enumerate(own))
+        packed[row] = np.frombuffer(number.to_bytes(packed.shape[1] * 4, "little"), "<u4")
+    tensors = {"weight": torch.from_numpy(packed), "scales": scales, "biases": biases}
+    return tensors, dense
+
+
 def llm_int8(weight: torch.Tensor) -> Stored:
     peaks = weight.abs().amax(1)
     values = (weight * 127 / peaks[:, None]).round().to(torch.int8)

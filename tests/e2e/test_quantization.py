@@ -49,7 +49,7 @@ def test_the_demo(tmp_path: Path, name: str) -> None:
 
 
 def test_a_wrong_format_ends_the_command() -> None:
-    command = [sys.executable, "-m", "sensorium", "serve", "demo", "--quantization", "gptq"]
+    command = [sys.executable, "-m", "sensorium", "serve", "demo", "--quantization", "int3"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 2
     assert "--quantization" in ended.stderr

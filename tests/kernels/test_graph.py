@@ -22,7 +22,7 @@ from sensorium.models.loading import quantize
 from tests.kernels.batches import make_batch
 
 HIDDEN, HEADS, KV_HEADS, DIM, LAYERS = 64, 4, 2, 16, 3
-FORMS = ("bfloat16", "float16", "float32", "int8", "int4")
+FORMS = ("bfloat16", "float16", "float32", "int8", "int4", "int4 in another order")
 
 pytestmark = pytest.mark.skipif(
     not floats.available("float16"), reason="this processor has none of the kernels to capture"
@@ -51,8 +51,11 @@ class Layers:
     def _load(self, linear: Linear, form: str, generator: torch.Generator) -> None:
         shape = (linear.num_outputs, linear.num_inputs)
         weight = torch.randn(shape, generator=generator) / linear.num_inputs**0.5
-        if form in ("int8", "int4"):
-            packed = ops.pack_weight(getattr(quantize, form)(weight), self.dtype)
+        if form.startswith("int"):
+            packed = ops.pack_weight(getattr(quantize, form[:4])(weight), self.dtype)
+            if form.endswith("order"):
+                order = torch.randperm(linear.num_inputs, generator=generator).int()
+                packed = ops.permuted(packed, order)
         else:
             packed = floats.pack_weight(weight.to(self.dtype))
         bias = torch.rand(linear.num_outputs, generator=generator) if linear.has_bias else None

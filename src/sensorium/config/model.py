@@ -17,6 +17,11 @@ Convert = Literal["auto", "none", "embed"]
 ContentFormat = Literal["auto", "string", "openai"]
 WeightFormat = Literal["none", "int8", "int4"]
 """int8: per output; int4: in groups of 32 inputs."""
+PUBLISHED_METHODS = (
+    *("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "fp8", "fbgemm_fp8"),
+    *("modelopt", "bitsandbytes", "mlx", "gguf"),
+)
+"""Methods of published checkpoints, as vLLM names them: accepted where they are a checkpoint's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +75,14 @@ class ModelConfig:
         ge=1,
         le=1 << 31,
     )
-    quantization: WeightFormat | None = option(
+    quantization: str | None = option(
         None,
         "Format in which the decoder's linear layers are held: int8 per output, or int4 in groups "
         "of 32 inputs. The weights are quantized while they are loaded, on x86 CPUs with AVX2 "
         "alone. none: the data type of --dtype, also for checkpoints that are published quantized. "
         "Unset: --dtype for plain checkpoints; published ones stay as they are where the CPU has "
-        "products for them.",
+        "products for them. The method of a published checkpoint, such as awq, says the same as "
+        "unset.",
     )
     quantization_towers: Literal["none", "int8", "int4"] = option(
         "none", "The same for the encoders of images, videos and audio, and their projectors."
@@ -166,9 +172,15 @@ class ModelConfig:
             object.__setattr__(self, "runner", "pooling")
         check_non_empty("generation_config", self.generation_config)
 
+    @property
+    def weight_format(self) -> WeightFormat | None:
+        """Format that ``quantization`` asks for; None for weights as they are stored."""
+        named = (name for name in get_args(WeightFormat) if name == self.quantization)
+        return next(named, None)
+
     def _check_quantization(self) -> None:
         formats = get_args(WeightFormat)
-        if self.quantization is not None and self.quantization not in formats:
+        if self.quantization not in (None, *formats, *PUBLISHED_METHODS):
             bad(
                 "quantization",
                 f"must be one of {', '.join(formats)}, got {self.quantization!r}: checkpoints that "

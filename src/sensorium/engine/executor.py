@@ -269,12 +269,12 @@ def weight_formats(config: EngineConfig) -> WeightFormats:
     """Return the formats in which the weights of a model are held."""
     head = config.model.quantization_head
     if head == "auto":
-        head = "none" if config.model.quantization in (None, "none") else "int8"
+        head = "none" if config.model.weight_format in (None, "none") else "int8"
     return WeightFormats(
-        decoder=config.model.quantization or "none",
+        decoder=config.model.weight_format or "none",
         encoder=config.model.quantization_towers,
         head=head,
-        dequantize=config.model.quantization == "none",
+        dequantize=config.model.weight_format == "none",
     )
 
 

@@ -33,6 +33,7 @@ from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
 from sensorium.kernels.cpu.linear import int8, integers, levels, onednn, table
 from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight
 from sensorium.kernels.cpu.linear.grouped.int8 import GroupedInt8Weight
+from sensorium.kernels.cpu.linear.permuted import PermutedWeight
 from sensorium.kernels.cpu.numeric import WIDTH
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
@@ -96,7 +97,9 @@ def _pack_quantized(weight: QuantizedTensor, dtype: torch.dtype) -> PackedWeight
 
 QuantizedKind = int8.Int8Weight | Int4Weight | GroupedInt8Weight
 QUANTIZED_KINDS: tuple[type[QuantizedKind], ...] = (int8.Int8Weight, Int4Weight, GroupedInt8Weight)
-STORED_KINDS: dict[str, type[PackedWeight]] = {kind.__name__: kind for kind in QUANTIZED_KINDS}
+STORED_KINDS: dict[str, type[PackedWeight]] = {
+    kind.__name__: kind for kind in (*QUANTIZED_KINDS, PermutedWeight)
+}
 """Classes of quantized weights that ``tensors`` and ``from_tensors`` keep and restore, by name."""
 QUANTIZED_BAND = 1 << 20
 """Weights that are quantized before they are packed: bounds temporary memory."""
@@ -156,6 +159,14 @@ def pack_in_bands(
             whole[name][places[name] : places[name] + part.shape[0]] = part
             places[name] += part.shape[0]
     return kind.from_tensors(whole, shape, dtype)
+
+
+def permuted(weight: PackedWeight, order: torch.Tensor) -> PackedWeight:
+    """Return a packed weight (N, K) whose column j belongs to input ``order[j]``.
+
+    weight: of int4, or of int8 in groups. order: (K,) int32, each input once.
+    """
+    return PermutedWeight(weight, order)
 
 
 def linear(

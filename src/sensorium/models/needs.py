@@ -22,9 +22,8 @@ from sensorium.models.gguf.reader import read as read_gguf
 from sensorium.models.interface import BuildOptions, Family, LoadedConfig, TextShape
 from sensorium.models.loader import find_device, read_parts
 from sensorium.models.loading import checkpoint, hub, weight_files
-from sensorium.models.loading.published.plan import BYTES_HELD, Plan, plan_of
-from sensorium.models.loading.published.settings import Settings
-from sensorium.models.loading.quantization import refuse_unsupported, settings_of
+from sensorium.models.loading.published.settings import BYTES_HELD, Plan, Settings, plan_of
+from sensorium.models.loading.quantization import check_method, refuse_unsupported, settings_of
 from sensorium.models.registry import resolve
 from sensorium.processes.limits import available_memory, total_memory
 
@@ -194,7 +193,8 @@ def least_memory(options: ModelConfig, kv_cache_dtype: str = "auto") -> int:
         for field, name in names.items():
             total += _stored(name, Path(loaded.parts[field].folder), None, options.download_dir)
         if settings is None:
-            weights = math.ceil(total / declared * BYTES_HELD.get(options.quantization or "", size))
+            held = BYTES_HELD.get(options.weight_format or "", size)
+            weights = math.ceil(total / declared * held)
         else:
             size = _BYTES_STORED.get(options.dtype, 2)
             weights = _published_bytes(total, loaded, settings, shape, options)
@@ -227,9 +227,8 @@ def _published_bytes(
     """Return the bytes of memory that a checkpoint takes which is quantized in its files."""
     integers = _has_integer_products(options.device)
     size = _BYTES_STORED.get(options.dtype, 2)
-    plan = plan_of(settings, options.quantization, integers, options.dtype, size)
-    # Embedding and head are plain numbers in the files, and stay so.
-    tables = 1 if ties_head(loaded.config) else 2
+    plan = plan_of(settings, options.weight_format, integers, options.dtype, size)
+    tables = (1 if ties_head(loaded.config) else 2) if settings.has_plain_tables else 0
     plain = min(total, 2 * tables * shape.vocab_size * shape.hidden_size)
     return math.ceil(plain + (total - plain) * plan.bytes_held / plan.bytes_stored)
 
@@ -253,12 +252,12 @@ def _gguf_bytes(
     if _keeps_integers(options, family, integers):
         return describe.memory_of(file)
     num_weights = sum(info.num_values for info in file.tensors.values())
-    return math.ceil(num_weights * BYTES_HELD.get(options.quantization or "", size))
+    return math.ceil(num_weights * BYTES_HELD.get(options.weight_format or "", size))
 
 
 def _keeps_integers(options: ModelConfig, family: Family, integers: bool) -> bool:
     """Return whether the integers of a GGUF file stay integers in memory."""
-    return integers and family.quantizable and options.quantization is None
+    return integers and family.quantizable and options.weight_format is None
 
 
 def _stored(model: str, folder: Path, revision: str | None, download_dir: str | None) -> int:
@@ -290,6 +289,7 @@ def _facts(
     family = resolve(loaded.config)
     refuse_unsupported(loaded, native=family.quantizable)
     loaded, names = read_parts(loaded, family, options.download_dir)
+    check_method(loaded, options.quantization)
     wanted = _weights(options.model, folder, *where)
     for field, name in names.items():
         wanted += _weights(name, Path(loaded.parts[field].folder), None, options.download_dir)
@@ -391,11 +391,11 @@ def _in_memory(
         held = _gguf_bytes(gguf, options, family, products, dtype.itemsize)
         return dtype, Plan(AS_STORED, True, 1, 1), held
     if settings is None:
-        wanted = options.quantization if options.quantization in BYTES_HELD else None
+        wanted = options.weight_format if options.weight_format in BYTES_HELD else None
         size = dtype.itemsize if wanted is None else BYTES_HELD[wanted]
         plan = Plan(wanted or name, wanted is None, size, size)
         return dtype, plan, math.ceil(num_weights * size)
-    plan = plan_of(settings, options.quantization, products, name, dtype.itemsize)
+    plan = plan_of(settings, options.weight_format, products, name, dtype.itemsize)
     linear = min(_num_linear(loaded, family, dtype, device), int(total / plan.bytes_stored))
     rest = total - linear * plan.bytes_stored
     return dtype, plan, math.ceil(rest + linear * plan.bytes_held)

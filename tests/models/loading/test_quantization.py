@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sensorium import LLM
+from sensorium.config import engine_config
 from sensorium.errors import ConfigError
 from sensorium.models import loader
+from sensorium.models.loading.quantization import check_method
 from sensorium.models.loading.weight_files import INDEX, SINGLE
+from sensorium.models.needs import needs_of
 from tests.checkpoints import make_text, make_ultravox
 from tests.models.loading.test_weight_files import Hub
 
@@ -31,8 +34,14 @@ IN_CONFIG: dict[str, tuple[dict[str, Any], str]] = {
         {"compression_config": COMPRESSED},
         "compressed-tensors, nvfp4-pack-quantized",
     ),
-    "mlx": ({"quantization": {"group_size": 64, "bits": 4}}, "mlx, 4 bits"),
-    "mlx, newer": ({"quantization_config": {"group_size": 64, "bits": 4}}, "mlx, 4 bits"),
+    "mlx": (
+        {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}},
+        "mlx, 4 bits",
+    ),
+    "mlx, newer": (
+        {"quantization_config": {"group_size": 64, "bits": 4, "a.layer": {"bits": 7}}},
+        "mlx, 4 bits",
+    ),
     "of the text part": (
         {"text_config": {"quantization_config": {"quant_method": "quark"}}},
         "quark",
@@ -91,16 +100,16 @@ def test_what_the_names_of_the_weights_say(
 ) -> None:
     folder = make_text("llama", tmp_path / "repository", sharded=indexed)
     own = "model.layers.0.mlp.down_proj"
-    added = {f"{own}.{end}": torch.ones(4) for end in ("weight", "scales", "biases")}
+    added = {f"{own}.codebooks": torch.ones(4)}
     if not indexed:
         save_file(load_file(folder / SINGLE) | added, folder / SINGLE)
-        refused(str(folder), f"mlx, says the name {own}.biases)")
+        refused(str(folder), f"aqlm, says the name {own}.codebooks)")
         return
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"] |= dict.fromkeys(added, "model-00001-of-00003.safetensors")
     (folder / INDEX).write_text(json.dumps(index))
     hub = Hub(monkeypatch, folder, tmp_path)
-    refused("some/model", f"mlx, says the name {own}.biases)")
+    refused("some/model", f"aqlm, says the name {own}.codebooks)")
     assert not hub.weights
 
 
@@ -125,3 +134,23 @@ def test_the_reason_comes_before_what_else_is_wrong(tmp_path: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"is quantized \(hqq, says"):
         LLM(str(folder))
+
+
+def test_a_method_that_is_named_is_the_checkpoints_own(tmp_path: Path) -> None:
+    """Those who come from vLLM name it; another one is refused."""
+    folder = make_text("llama", tmp_path)
+    own = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    edit(folder / "config.json", {"quantization_config": own})
+    loaded = loader.read_config(str(folder))
+    for named in (None, "int8", "none", "gptq", "gptq_marlin"):
+        check_method(loaded, named)
+    with pytest.raises(
+        ConfigError, match=r"'awq', but the checkpoint is published as gptq, 4 bits"
+    ):
+        check_method(loaded, "awq")
+    edit(folder / "config.json", {"quantization_config": None})
+    with pytest.raises(ConfigError, match=r"'fp8', but the checkpoint is not quantized.*int8"):
+        LLM(str(folder), quantization="fp8")
+    with pytest.raises(ConfigError, match="'gguf', but the checkpoint is not quantized") as caught:
+        needs_of(engine_config(model=str(folder), quantization="gguf").model)
+    assert caught.value.param == "quantization"

@@ -61,7 +61,7 @@ def test_memory_follows_weights_context_and_format() -> None:
     assert small < short < long
 
 
-@pytest.mark.parametrize("quantization", [None, "none", "int4"])
+@pytest.mark.parametrize("quantization", [None, "none", "int4", "gguf"])
 @pytest.mark.parametrize("integers", [True, False])
 def test_what_a_gguf_file_takes_is_told_alike(
     gguf: Path, quantization: str | None, integers: bool, monkeypatch: pytest.MonkeyPatch

@@ -98,7 +98,7 @@ class InputProcessor:
         )
         self._generation = generation_values(self._loaded.generation, model)
         family = resolve(self._loaded.config)
-        refuse_unsupported(self._loaded, native=family.quantizable)
+        refuse_unsupported(self._loaded, native=family.quantizable, named=model.quantization)
         shape = family.shape(self._loaded)
         self._vocab_size = shape.vocab_size
         self.embedder = embedder_of(self._loaded, family, model.runner)

@@ -49,6 +49,8 @@ from sensorium.kernels.cpu.numeric import (
 
 SERIAL_ELEMENTS = 8192
 ARGMAX_PART = 2048
+COLUMNS_PART = 4096
+"""Elements of a row that a task puts in order."""
 SILU_PART = 2048
 DOUBTS_PART = 16384
 
@@ -337,6 +339,50 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     launch(kernel(build_peaks, logits.dtype), pack(num_rows * per_row, *values), num_rows * vocab)
     launch(kernel(build_place, logits.dtype), pack(num_rows, *values), num_rows * ARGMAX_PART)
     return places
+
+
+# -- order of columns ---------------------------------------------------------------------------
+
+
+def build_columns(element: Any) -> Callable[[Any], None]:
+    """Build the kernel that puts the columns of rows into another order.
+
+    args: x, out, columns, elements of a task, tasks of a row, order (int32).
+    """
+
+    def columns(args: Any) -> None:
+        size, part, per_row = args[5], args[6], args[7]
+        order = pointer(args[8], types.int32)
+        while True:
+            task = fetch_add(args, 0, 1)
+            if task >= args[2]:
+                break
+            row, first = task // per_row, task % per_row * part
+            source = shifted(pointer(args[3], element), row * size)
+            out = shifted(pointer(args[4], element), row * size)
+            for i in range(first, min(first + part, size)):
+                out[i] = source[order[i]]
+
+    return columns
+
+
+def bind_columns(order: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that gives the columns of rows (..., K) of ``dtype`` in an order.
+
+    order: (K,) int32, contiguous, within 0 to K - 1; it must live as long as the function.
+    """
+    own, size = kernel(build_columns, dtype), order.numel()
+    per_row = -(-size // COLUMNS_PART)
+
+    def columns(x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        num_tasks = x.numel() // size * per_row
+        values = (x.data_ptr(), out.data_ptr(), size, COLUMNS_PART, per_row, order.data_ptr())
+        launch(own, pack(num_tasks, *values), x.numel())
+        return out
+
+    return columns
 
 
 # -- checks -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +35,8 @@ class CodedWeight:
     float32 numbers."""
     tensors: tuple[torch.Tensor, ...] = ()
     """Tensors that ``read`` reads, mapped from a file."""
+    order: torch.Tensor | None = None
+    """(K,) int32, the input of each column that ``read`` returns; None if they lie in order."""
 
     @property
     def nbytes(self) -> int:
@@ -44,19 +46,20 @@ class CodedWeight:
     def dequantized(self, first: int, end: int) -> torch.Tensor:
         """Return some rows as float32."""
         rows = self.read(first, end)
-        return rows if isinstance(rows, torch.Tensor) else rows.dequantized()
+        numbers = rows if isinstance(rows, torch.Tensor) else rows.dequantized()
+        return numbers if self.order is None else numbers[:, self.order.long().argsort()]
 
 
 def joined_rows(weights: Sequence[CodedWeight]) -> Rows | None:
     """Return the rows of the weights, one behind the other, as integers.
 
-    None where one has no integers, or where they differ in bits or groups.
+    None where one has no integers, or where they differ in bits, groups or the order of inputs.
     """
     firsts = [weight.read(0, 1) for weight in weights]
     kinds = {
         (rows.bits, rows.group) if isinstance(rows, QuantizedTensor) else None for rows in firsts
     }
-    if len(kinds) > 1 or None in kinds:
+    if len(kinds) > 1 or None in kinds or not _have_one_order(weights):
         return None
     integers = [rows for rows in firsts if isinstance(rows, QuantizedTensor)]
     if len(weights) == 1:
@@ -69,12 +72,25 @@ def joined_rows(weights: Sequence[CodedWeight]) -> Rows | None:
     def read(first: int, end: int) -> QuantizedTensor:
         parts = [
             _with_zeros(rows) if has_zeros else rows
-            for rows in _pieces(weights, first, end)
+            for rows in (weights[i].read(*span) for i, span in _spans(weights, first, end))
             if isinstance(rows, QuantizedTensor)
         ]
         return _concatenated(parts)
 
     return read
+
+
+def _have_one_order(weights: Sequence[CodedWeight]) -> bool:
+    """Return whether the columns of all weights belong to the same inputs."""
+    first = weights[0].order
+    return all(
+        weight.order is None if first is None else _equal(first, weight.order)
+        for weight in weights[1:]
+    )
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and torch.equal(one, other)
 
 
 def dequantized_rows(
@@ -83,27 +99,28 @@ def dequantized_rows(
     """Return the rows of weights, coded or plain, one behind the other, as float32."""
 
     def read(first: int, end: int) -> torch.Tensor:
-        parts = [
-            rows.dequantized() if isinstance(rows, QuantizedTensor) else rows.float()
-            for rows in _pieces(weights, first, end)
-        ]
+        parts = []
+        for i, (low, high) in _spans(weights, first, end):
+            own = weights[i]
+            if isinstance(own, torch.Tensor):
+                parts.append(own[low:high].float())
+            else:
+                parts.append(own.dequantized(low, high))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     return read
 
 
-def _pieces(
+def _spans(
     weights: Sequence[CodedWeight | torch.Tensor], first: int, end: int
-) -> list[QuantizedTensor | torch.Tensor]:
-    """Return what each weight has of the rows from ``first`` to ``end`` of all, if any."""
-    pieces, start = [], 0
-    for weight in weights:
+) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Yield each weight's index and own rows of those from ``first`` to ``end`` of all, if any."""
+    start = 0
+    for index, weight in enumerate(weights):
         low, high = max(first - start, 0), min(end - start, weight.shape[0])
         if low < high:
-            rows = weight[low:high] if isinstance(weight, torch.Tensor) else weight.read(low, high)
-            pieces.append(rows)
+            yield index, (low, high)
         start += weight.shape[0]
-    return pieces
 
 
 def _with_zeros(rows: QuantizedTensor) -> QuantizedTensor:
@@ -177,7 +194,8 @@ def pack(
         first = rows(0, 1)
         assert isinstance(first, QuantizedTensor)
         if wanted in ("as stored", first.format) and ops.takes(first, dtype):
-            return Packing(ops.pack_in_bands(shape, rows, dtype), True)
+            packed, order = ops.pack_in_bands(shape, rows, dtype), coded[0].order
+            return Packing(packed if order is None else ops.permuted(packed, order), True)
         is_asked = wanted not in ("as stored", first.format)
         reason = "as was asked for" if is_asked else "as this CPU has no product for them"
     numbers = dequantized_rows(weights)

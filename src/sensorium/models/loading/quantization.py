@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sensorium.config.model import PUBLISHED_METHODS
 from sensorium.errors import ConfigError
+from sensorium.models.gguf.folder import file_of
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.loading.published.settings import Settings
 from sensorium.models.loading.weight_files import weight_names
@@ -28,14 +30,18 @@ _NAMES = (
     (".weight_scale_inv", "fp8"),
     (".weight_scale", "fp8 or int8"),
     (".biases", "mlx"),
+    (".codebooks", "aqlm"),
+    (".W_q", "hqq"),
 )
 """Ends of names that weights have in quantized files alone, and what wrote them."""
 
 
-def refuse_unsupported(loaded: LoadedConfig, *, native: bool = True) -> None:
+def refuse_unsupported(
+    loaded: LoadedConfig, *, native: bool = True, named: str | None = None
+) -> None:
     """Raise ConfigError with the reason for a checkpoint whose quantization cannot be read.
 
-    native: its family is one of ours.
+    native: its family is one of ours. named: the option ``quantization``, see ``check_method``.
     """
     settings = settings_of(loaded)
     problem = None if settings is None else settings.problem()
@@ -43,6 +49,28 @@ def refuse_unsupported(loaded: LoadedConfig, *, native: bool = True) -> None:
         problem = "which models that run through the code of transformers cannot read here"
     if settings is not None and problem is not None:
         raise unsupported(f"{settings.label}, says {settings.source}", problem)
+    check_method(loaded, named)
+
+
+def check_method(loaded: LoadedConfig, wanted: str | None) -> None:
+    """Raise ConfigError where the option ``quantization`` names another method than the files have.
+
+    wanted: the option; formats that weights are made are no methods.
+    """
+    if wanted is None or wanted not in PUBLISHED_METHODS:
+        return
+    known = [own for own in map(settings_of, (loaded, *loaded.parts.values())) if own is not None]
+    methods = [method for own in known for method in own.method.split(" or ")]
+    if loaded.folder and file_of(loaded.folder) is not None:
+        methods = ["gguf"]
+    if wanted.removesuffix("_marlin") in methods:
+        return
+    found = f"is published as {known[0].label}" if known else "is not quantized"
+    raise ConfigError(
+        f"quantization is {wanted!r}, but the checkpoint {found[:MOST_TEXT]}: leave it out, or "
+        "take int8 or int4, which are made while it is loaded.",
+        param="quantization",
+    )
 
 
 def unsupported(found: str, problem: str) -> ConfigError:

@@ -22,6 +22,7 @@ from sensorium.layers.norm import LayerNorm, RMSNorm
 from sensorium.models.interface import Packed, Part, WeightSlot
 from sensorium.models.loading.coded import CodedWeight
 from sensorium.models.loading.memory import MappedFiles, joined, owned
+from sensorium.models.loading.published.mlx import is_channels_last
 from sensorium.models.loading.published.reader import UNUSED, PublishedWeights, StoredWeight
 from sensorium.models.loading.published.settings import Settings
 from sensorium.models.loading.published.tensors import Tensors
@@ -165,6 +166,8 @@ class SafetensorsFiles:
             coded = self._coded(part)
             if coded is None:
                 plain.append(part)
+                if self._is_channels_last(part):
+                    shapes[part.name] = part.shape
                 continue
             reader, weight = coded
             reader.check(part, weight)
@@ -200,6 +203,14 @@ class SafetensorsFiles:
                 return None
         return None
 
+    def _is_channels_last(self, part: Part) -> bool:
+        """Return whether a plain weight is the kernel of a convolution with its channels last."""
+        for tensors, reader in self._published:
+            if part.name in tensors:
+                stored = tensors.shape(part.name)
+                return reader.has_channels_last and is_channels_last(stored, part.shape)
+        return False
+
     def is_coded(self, part: Part) -> bool:
         return self._coded(part) is not None
 
@@ -216,7 +227,7 @@ class SafetensorsFiles:
                 "supported.",
                 param="model",
             )
-        return tensor
+        return tensor.movedim(-1, 1).contiguous() if self._is_channels_last(part) else tensor
 
     def has(self, part: Part) -> bool:
         return part.name in self._files or self.is_coded(part)

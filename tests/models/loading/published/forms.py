@@ -82,6 +82,14 @@ def _float(strategy: str) -> Form:
     return Form(partial(q.fp8, scales=strategy), q.compressed("float-quantized", weights), "made")
 
 
+def _mlx(held: str, bits: int = 4, group: int = 64, **options: Any) -> Form:
+    return Form(
+        partial(q.mlx, bits=bits, group=group, **options),
+        {"bits": bits, "group_size": group, "mode": "affine"},
+        held,
+    )
+
+
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
 
 FORMS: dict[str, Form] = {
@@ -94,14 +102,15 @@ FORMS: dict[str, Form] = {
     "gptq-32-asymmetric": _gptq("int4", group=32, symmetric=False),
     "gptq-64-v2": _gptq("int4", group=64, symmetric=False, version=2),
     "gptq-whole": _gptq("int4", group=-1),
-    "gptq-act-order": _gptq("made", act_order=True, group=32),
+    "gptq-act-order": _gptq("int4", act_order=True, group=32),
+    "gptq-act-order-8": _gptq("int8", bits=8, act_order=True, group=64, symmetric=False),
     "gptq-8": _gptq("int8", bits=8),
     "gptq-8-asymmetric": _gptq("int8", bits=8, group=64, symmetric=False),
     "w4a16": _packed("int4"),
     "w4a16-asymmetric": _packed("int4", group=64, symmetric=False),
     "w4a16-zeros-in-bytes": _packed("int4", group=64, symmetric=False, packs_zeros=False),
     "w4a16-channel": _packed("int4", group=None),
-    "w4a16-act-order": _packed("made", group=32, act_order=True),
+    "w4a16-act-order": _packed("int4", group=32, act_order=True),
     "w8a16": _packed("int8", bits=8),
     "w8a16-channel": _packed("int8", bits=8, group=None),
     "w8a8": Form(q.int_quantized, q.compressed("int-quantized", _INT8), "int8"),
@@ -134,4 +143,11 @@ FORMS: dict[str, Form] = {
         "made",
     ),
     "llm-int8": Form(q.llm_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8"),
+    "mlx": _mlx("int4"),
+    "mlx-32-bfloat16": _mlx("int4", group=32, dtype=torch.bfloat16),
+    "mlx-2": _mlx("int4", bits=2),
+    "mlx-3": _mlx("int4", bits=3),
+    "mlx-5": _mlx("int8", bits=5),
+    "mlx-6": _mlx("int8", bits=6, group=128),
+    "mlx-8": _mlx("int8", bits=8),
 }

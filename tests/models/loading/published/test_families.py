@@ -127,6 +127,39 @@ def test_phi3_v_whose_layers_are_fused_in_the_file(tmp_path: Path, form: str) ->
     both(folder, dense, image_logits("<|image_1|>\n"))
 
 
+def test_qwen2_vl_as_mlx_vlm_names_it(tmp_path: Path) -> None:
+    """Its names, quantized towers and tables, and channels of convolutions last."""
+    vision = {"embed_dim": 128, "hidden_size": 128}
+    folder = make_qwen2_vl(tmp_path / "model", text=SIZES, vision=vision)
+    form = FORMS["mlx-32-bfloat16"]
+    dense = q.quantize(folder, form.write, form.settings, lambda name: _is_matrix(folder, name))
+    assert sum("visual" in name for name in dense) > 10
+    _as_mlx(folder, ("visual.", "vision_tower."), ("model.", "language_model.model."))
+    both(folder, dense, QWEN)
+
+
+def test_llava_as_mlx_vlm_names_it(tmp_path: Path) -> None:
+    vision = {"hidden_size": 64, "intermediate_size": 128}
+    folder = make_llava(tmp_path / "model", text=SIZES, vision=vision)
+    form = FORMS["mlx"]
+    dense = q.quantize(folder, form.write, form.settings, lambda name: _is_matrix(folder, name))
+    _as_mlx(folder)
+    both(folder, dense, image_logits("<image>\n"))
+
+
+def _as_mlx(folder: Path, *renames: tuple[str, str]) -> None:
+    """Rename beginnings, and move the channels of convolutions behind all other axes."""
+    path, tensors = folder / "model.safetensors", {}
+    for name, tensor in load_file(path).items():
+        for old, new in (*renames, ("lm_head", "language_model.lm_head")):
+            if name.startswith(old):
+                name = new + name.removeprefix(old)
+                break
+        moved = tensor.dim() > 3
+        tensors[name] = tensor.movedim(1, -1).contiguous() if moved else tensor
+    save_file(tensors, path, metadata={"format": "mlx"})
+
+
 def test_a_backbone_that_is_quantized(tmp_path: Path) -> None:
     folder = make_ultravox(tmp_path / "model")
     form = FORMS["awq-32"]

@@ -111,6 +111,17 @@ CASES: dict[str, tuple[str, str, Change, str]] = {
         "impossible sizes",
     ),
     "an offset that is not finite": ("nf4", STATE, state(nested_offset=1e999), "impossible"),
+    "codes of no bits": ("mlx", "weight", lambda t: t[:, :7], "no codes of a weight"),
+    "codes as other integers": (
+        "mlx-8",
+        "weight",
+        lambda t: t.view(torch.int32),
+        "not 2 axes of U32",
+    ),
+    "scales that fit no groups": ("mlx", "scales", lambda t: t.repeat(1, 3)[:, :5], "not scale a"),
+    "too few biases": ("mlx-5", "biases", lambda t: t[1:], "as the layer needs"),
+    "no biases": ("mlx", "biases", gone, "is missing"),
+    "a bias that is not finite": ("mlx-3", "biases", first(float("nan")), "not finite"),
     "no scales of rows": ("llm-int8", "SCB", gone, "SCB|int8"),
     "rows in another layout": ("llm-int8", "weight_format", first(2), "another layout"),
 }
@@ -148,6 +159,8 @@ def test_a_wrong_tensor(plain: Path, tmp_path: Path, case: str) -> None:
         ("w4a16", "sparsity_config", {"format": "sparse-24-bitmask"}, "with sparsity_config"),
         ("w4a16", "transform_config", {"config_groups": {}}, "with transform_config"),
         ("fp8-modelopt", "quant_algo", "NVFP4", "FP8 is supported, not NVFP4"),
+        ("mlx", "mode", "mxfp4", "mode 'mxfp4' is not supported"),
+        ("mlx", "bits", 7, "7 bits are not supported"),
         ("w4a16", "quant_method", "hqq", "which is not supported"),
     ],
 )

@@ -33,7 +33,10 @@ def qwen_vl_family(
         model_types=(model_type,),
         modalities=("image", "video"),
         renames=(
-            (r"^(model\.)?visual\.", "visual."),
+            (r"^((model\.)?visual|vision_tower)\.", "visual."),
+            # mlx-vlm's names of what stands beside the tower.
+            (r"^language_model\.lm_head\.", "lm_head."),
+            (r"^language_model\.model\.", "language_model."),
             (r"^model\.(language_model\.)?", "language_model."),
         ),
         template=(__name__, "chat_template.jinja"),

@@ -23,6 +23,7 @@ from sensorium.models.loading.published.packing import (
     centre,
     codes_of,
     num_words,
+    order_of,
     quantized,
     ungrouped,
 )
@@ -124,6 +125,7 @@ class CompressedWeight:
         scales = scales.expand(num_outputs, num_groups)
         zeros = self._zeros(num_outputs, num_groups, bits)
         groups = self._groups(num_inputs, group, num_groups)
+        order = None if groups is None else order_of(groups, group)
 
         def read(first: int, end: int) -> QuantizedTensor | torch.Tensor:
             if self._is_packed:
@@ -131,13 +133,16 @@ class CompressedWeight:
             else:
                 codes = words[first:end].view(torch.uint8) ^ centre(bits)
             own_zeros = None if zeros is None else zeros[first:end]
-            if groups is not None:
+            if groups is not None and order is None:
                 middle = torch.full_like(scales[first:end], centre(bits))
                 own_zeros = middle if own_zeros is None else own_zeros
                 return ungrouped(codes, scales[first:end], own_zeros, groups)
+            if order is not None:
+                codes = codes[:, order]
             return quantized(codes.contiguous(), scales[first:end], own_zeros, bits, group)
 
-        return CodedWeight(shape, self._label(bits, group, num_inputs), read, (words, scales))
+        label = self._label(bits, group, num_inputs)
+        return CodedWeight(shape, label, read, (words, scales), order)
 
     def _label(self, bits: int, group: int, num_inputs: int) -> str:
         groups = "a scale per output" if group == num_inputs else f"groups of {group}"

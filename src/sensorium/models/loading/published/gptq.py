@@ -22,6 +22,7 @@ from sensorium.models.loading.published.packing import (
     WORD_BITS,
     centre,
     codes_of,
+    order_of,
     quantized,
     ungrouped,
 )
@@ -101,18 +102,21 @@ class GptqWeight:
         zeros = self._zeros(bits, num_outputs)
         is_centred = bool((zeros == centre(bits)).all())
         groups = self._groups(num_inputs, group, scales.shape[0])
+        order = None if groups is None else order_of(groups, group)
 
         def read(first: int, end: int) -> QuantizedTensor | torch.Tensor:
             codes = codes_of(words[:, first:end].t(), bits)
             own_scales, own_zeros = scales[:, first:end].t(), zeros[:, first:end].t()
-            if groups is not None:
+            if groups is not None and order is None:
                 return ungrouped(codes, own_scales, own_zeros, groups)
+            if order is not None:
+                codes = codes[:, order]
             return quantized(codes, own_scales, None if is_centred else own_zeros, bits, group)
 
         label = f"{self.settings.label}, groups of {group}"
         if groups is not None:
             label += " in act-order"
-        return CodedWeight(shape, label, read, (words, scales))
+        return CodedWeight(shape, label, read, (words, scales), order)
 
     def _zeros(self, bits: int, num_outputs: int) -> torch.Tensor:
         """Return the zero points (G, N) int16."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from sensorium.kernels.weight import QuantizedTensor
@@ -50,6 +51,17 @@ def quantized(
     return QuantizedTensor(values, scales, bits, group, zeros=moved)
 
 
+def order_of(groups: torch.Tensor, group: int) -> torch.Tensor | None:
+    """Return the inputs by their groups (K,) int32, so that groups lie one behind the other.
+
+    groups: (K,) int64, the group of each input. None where these are not of one size.
+    """
+    order = groups.argsort(stable=True)
+    if not torch.equal(groups[order], torch.arange(len(groups)) // group):
+        return None
+    return order.int()
+
+
 def ungrouped(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, groups: torch.Tensor
 ) -> torch.Tensor:
@@ -61,3 +73,16 @@ def ungrouped(
     wide -= zeros.float()[:, groups]
     wide *= scales.float()[:, groups]
     return wide
+
+
+def bit_stream(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Unpack words of 32 bits (R, W) whose codes lie one behind the other: (R, W * 32 / bits).
+
+    They may run across the ends of words. Returns uint8.
+    """
+    if bits in BITS:
+        return codes_of(words, bits)
+    octets = words.contiguous().view(torch.uint8).numpy()
+    by_code = np.unpackbits(octets, axis=1, bitorder="little").reshape(len(octets), -1, bits)
+    codes = np.packbits(by_code, axis=2, bitorder="little")
+    return torch.from_numpy(codes.squeeze(2))

@@ -16,6 +16,7 @@ from sensorium.models.loading.published.bitsandbytes import STATES, FourBitWeigh
 from sensorium.models.loading.published.compressed_tensors import CompressedWeight
 from sensorium.models.loading.published.fp8 import Fp8Weight
 from sensorium.models.loading.published.gptq import GptqWeight
+from sensorium.models.loading.published.mlx import MlxWeight
 from sensorium.models.loading.published.settings import Settings
 from sensorium.models.loading.published.tensors import FP8, Tensors
 
@@ -84,6 +85,8 @@ class PublishedWeights:
         is_bitsandbytes = self._settings.method == "bitsandbytes"
         if f"{base}.SCB" in tensors or (dtype == "I8" and is_bitsandbytes):
             return Int8Rows
+        if dtype == "U32" or all(f"{base}.{end}" in tensors for end in ("scales", "biases")):
+            return MlxWeight
         if dtype in FP8 and self._is_scaled(base):
             return Fp8Weight
         return CompressedWeight if dtype == "I8" and self._is_scaled(base) else None
@@ -102,6 +105,11 @@ class PublishedWeights:
             return False
         widths = [self._tensors.shape(name)[-1:] for name in (words, scales)]
         return widths[0] != widths[1]
+
+    @property
+    def has_channels_last(self) -> bool:
+        """Kernels of convolutions have their channels last, as MLX has them."""
+        return self._settings.method == "mlx"
 
     def check(self, part: Part, stored: StoredWeight) -> None:
         """Raise ConfigError unless a weight has the shape of its part."""

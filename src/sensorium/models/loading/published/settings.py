@@ -1,4 +1,7 @@
-"""Settings of a quantized checkpoint, as its configuration states them. No torch."""
+"""Settings of a quantized checkpoint, as its configuration states them, and what weights become.
+
+No torch: all is known before a weight is loaded.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +19,16 @@ COMPRESSED_FORMATS = (
     *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
     "mixed-precision",
 )
+MLX_BITS = (2, 3, 4, 5, 6, 8)
+MLX_MODES = ("affine", None)
+"""Names of codes that are scaled and moved; others are floating-point numbers of few bits."""
 PLAIN_FORMATS = ("dense", None)
 FP8_METHODS = ("fp8", "fbgemm_fp8", "modelopt")
 _UNCHECKED = ("fp8", "fbgemm_fp8", "bitsandbytes", "gptq or awq", "fp8 or int8")
+_SCALES = 1.05
+"""Times the bytes of its integers that a weight takes in a file, about."""
+BYTES_HELD = {"int8": 1.07, "int4": 0.6}
+"""Bytes of a weight in memory with its scales and zero points, about."""
 _MOST_LABEL = 80
 """Characters: names in files may be of any length."""
 MODELOPT_FP8 = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
@@ -109,6 +119,7 @@ class Settings:
             "gptq": self._gptq_problem,
             "compressed-tensors": self._compressed_problem,
             "modelopt": self._modelopt_problem,
+            "mlx": self._mlx_problem,
         }.get(self.method)
         if check is not None:
             return check()
@@ -165,6 +176,16 @@ class Settings:
             return None
         return f"of which FP8 is supported, not {algorithm}"
 
+    def _mlx_problem(self) -> str | None:
+        own = [value for value in self.values.values() if isinstance(value, Mapping)]
+        for layer in (self.values, *own):
+            mode, bits = layer.get("mode"), layer.get("bits")
+            if mode not in MLX_MODES:
+                return f"whose mode {mode!r} is not supported (affine is)"
+            if bits is not None and bits not in MLX_BITS:
+                return f"of which {bits} bits are not supported"
+        return None
+
     def compressed_group(self, num_inputs: int, num_groups: int) -> int:
         """Return how many inputs share a scale in a layer of compressed-tensors.
 
@@ -195,6 +216,11 @@ class Settings:
         found = [group.get("weights") for group in self._groups()]
         return any(isinstance(w, Mapping) and w.get("type") == "float" for w in found)
 
+    @property
+    def has_plain_tables(self) -> bool:
+        """Embedding and head are plain numbers, as almost always."""
+        return self.method != "mlx"
+
     def stored_bits(self) -> int:
         """Return the bits of a weight in the file, the fewest if layers differ."""
         if self.method == "bitsandbytes":
@@ -206,6 +232,13 @@ class Settings:
             bits = [w.get("num_bits", 8) for w in found if isinstance(w, Mapping)]
             return min((b for b in bits if type(b) is int), default=8)
         return self.bits or 4
+
+    def stored_bytes(self) -> float:
+        """Return the bytes of a weight in the file with its share of what scales it, about."""
+        bits = self.stored_bits()
+        if self.method == "mlx":
+            return bits / 8 + 4 / self.group_of(1 << 31)
+        return bits / 8 * _SCALES
 
     def _version(self) -> str:
         return str(self.values.get("version") or "gemm").lower()
@@ -230,3 +263,43 @@ class Settings:
             f"{self.source}: {key} of the quantization must be {expected}, got {value!r:.80}.",
             param="model",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Format of the weights in memory, and bytes of each there and in the file, about."""
+
+    format: str
+    """``int8``, ``int4``, or the data type of plain numbers."""
+    is_kept: bool
+    """The integers of the file are kept as they are."""
+    bytes_held: float
+    bytes_stored: float
+
+    def text(self) -> str:
+        """Return what becomes of the weights, such as ``int4, as they are``."""
+        return f"{self.format}, {'as they are' if self.is_kept else 'made when loaded'}"
+
+
+def plan_of(
+    settings: Settings, wanted: str | None, has_products: bool, dtype: str, dtype_bytes: int
+) -> Plan:
+    """Return what becomes of the weights of linear layers.
+
+    wanted: the option ``quantization``. has_products: this device multiplies with int8 and int4.
+    dtype: data type of plain numbers, of ``dtype_bytes`` bytes.
+    """
+    bits = settings.stored_bits()
+    stored = settings.stored_bytes()
+    if not has_products or wanted == "none":
+        return Plan(dtype, False, dtype_bytes, stored)
+    own = _kept_format(settings, bits)
+    form = wanted or own or "int8"
+    return Plan(form, form == own, BYTES_HELD[form], stored)
+
+
+def _kept_format(settings: Settings, bits: int) -> str | None:
+    """Return the format whose product takes the integers as they are; None if none does."""
+    if settings.method in FP8_METHODS or settings.is_float:
+        return None
+    return "int4" if bits <= 4 else "int8"
