@@ -169,6 +169,22 @@ def test_adapters_make_room_for_others(
         parts.llm.generate(["a"] * 4, GREEDY, False, lora_request=[*more, adapters[0]])
 
 
+def test_adapters_make_room_where_their_memory_is_bounded(tmp_path: Path, base: Path) -> None:
+    """One fits beside another; a third takes the place of the first."""
+    requests = [
+        LoRARequest(name, seed, str(make_adapter(tmp_path / name, base, rank=64, seed=seed)))
+        for seed, name in enumerate("abc")
+    ]
+    with build_llm(base, **ENABLED, max_lora_memory_gb=0.001) as parts:
+        for request in requests:
+            answers(parts.llm, ["red"], request)
+        assert [adapter.name for adapter in parts.engine.facts.adapters] == ["b", "c"]
+        with pytest.raises(
+            ConfigError, match=r"Adapter .a.: It takes .* beside .*--max-lora-memory"
+        ):
+            answers(parts.llm, ["red"] * 3, [requests[1], requests[2], requests[0]])
+
+
 def test_media_are_shared_unless_the_adapter_changes_the_encoder(tmp_path: Path) -> None:
     make, modality, placeholder = FAMILIES["qwen2_vl"]
     base = tmp_path / "base"
@@ -259,6 +275,9 @@ def test_nothing_is_loaded_beside_a_stream(
     options: dict[str, Any] = {"use_tqdm": False, "lora_request": adapters[0]}
     stream = parts.llm.generate(["red", "green"], params, stream=True, **options)
     next(stream)
+    stats = parts.llm.stats()
+    assert (stats.max_loras, stats.running_adapters, stats.waiting_adapters) == (3, ["a"], [])
+    assert 0 < stats.lora_num_bytes < stats.lora_capacity_bytes
     before = parts.engine.facts.adapters
     with pytest.raises(InvalidRequestError, match="middle of another call"):
         answers(parts.llm, ["red"], other)

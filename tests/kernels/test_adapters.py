@@ -61,7 +61,7 @@ def mixed_runs(num_rows: int) -> list[Run]:
 @pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (33, 50), (257, 700)])
 def test_sums_are_those_of_plain_torch(dtype: torch.dtype, inputs: int, outputs: int) -> None:
     own = filled(ops.adapted_product(inputs, outputs, LANES, dtype, CPU), inputs, outputs, dtype)
-    plain = filled(PlainAdapted(), inputs, outputs, dtype)
+    plain = filled(PlainAdapted(inputs, dtype, CPU), inputs, outputs, dtype)
     rows = RowAdapters()
     for num_rows in (1, 2, 4, 7, 16, 65, 130):
         x = torch.randn(num_rows, inputs).to(dtype)
@@ -104,7 +104,6 @@ def test_a_lane_is_used_again() -> None:
         with rows.using([Run(1, 0, 3)], 3):
             product.add(x, y, rows)
         results.append(y)
-        assert bool(product.nbytes) == (seed is not None)
     assert torch.equal(results[0], results[3])
     assert not torch.equal(results[0], results[1])
     assert not results[2].any()

@@ -10,7 +10,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sensorium.engine.stats import EngineStats
 from sensorium.errors import ConfigError
-from sensorium.metrics.families import COMMON_LABELS, PROCESS_KINDS
+from sensorium.metrics.families import (
+    COMMON_LABELS,
+    MOST_ADAPTERS,
+    OTHER_ADAPTERS,
+    PROCESS_KINDS,
+)
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.report import RequestReport
 
@@ -358,3 +363,44 @@ def test_prefixes_that_prometheus_refuses(prefix: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ServingMetrics(prefix)
     assert caught.value.param == "metrics_prefix"
+
+
+def test_adapters() -> None:
+    """As vLLM has them, which gateways read to send a request where its adapter is."""
+    metrics = ServingMetrics("vllm:", model_name="m")
+    metrics.update(EngineStats())
+    metrics.finished(report())
+    assert not [name for name, _ in samples(metrics) if "lora" in name]
+    metrics.update(
+        EngineStats(
+            max_loras=4,
+            lora_num_bytes=100,
+            lora_capacity_bytes=200,
+            running_adapters=["a", "b"],
+            waiting_adapters=["b"],
+        )
+    )
+    for name in ("a", "a", "b"):
+        metrics.finished(report(adapter=name, finish_reason="error"))
+    found = samples(metrics)
+    [info] = [key for key in found if key[0] == "vllm:lora_requests_info"]
+    assert info[1] == "4,a,b,b", "most, running, waiting"
+    assert found["vllm:lora_bytes", ""] == 100
+    assert found["vllm:lora_capacity_bytes", ""] == 200
+    assert found["vllm:lora_requests_total", "a"] == 2
+    assert found["vllm:lora_requests_total", "b"] == 1
+
+
+def test_names_of_adapters_make_a_bounded_number_of_series() -> None:
+    metrics = ServingMetrics(model_name="m")
+    for number in range(MOST_ADAPTERS + 10):
+        metrics.finished(report(adapter=f"a{number}"))
+    metrics.finished(report(adapter="a0"))
+    found = {
+        name: value
+        for (series, name), value in samples(metrics).items()
+        if series.endswith("lora_requests_total")
+    }
+    assert len(found) == MOST_ADAPTERS + 1
+    assert found["a0"] == 2
+    assert found[OTHER_ADAPTERS] == 10

@@ -14,12 +14,14 @@ from sensorium.metrics.families import (
     COMMON_LABELS,
     ENGINE_ROWS,
     FAMILIES,
+    LORA_ROWS,
     MEDIA_ROWS,
     STAGE_UNITS,
     MetricFamily,
 )
 from sensorium.metrics.prometheus import ServingMetrics
 from sensorium.metrics.reference import metrics_markdown
+from sensorium.metrics.report import RequestReport
 from sensorium.metrics.statistics import Statistics
 from sensorium.multimodal.cache.features import CacheStats
 from sensorium.multimodal.fetch.fetcher import DownloadStats
@@ -34,8 +36,12 @@ def rendered() -> dict[str, tuple[str, frozenset[str]]]:
     times.
     """
     metrics = ServingMetrics("p:", model_name="m")
-    metrics.update(EngineStats())
+    metrics.update(EngineStats(max_loras=1))
     metrics.http_request("/", "GET", 200, 0.1)
+    metrics.finished(RequestReport(
+        finish_reason="stop", num_prompt_tokens=1, num_cached_tokens=0, num_generation_tokens=1,
+        longest_sample=1, num_samples=1, max_tokens=1, e2e_seconds=1.0, adapter="a",
+    ))  # fmt: skip
     families = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         if not family.name.endswith("_created"):
@@ -64,7 +70,7 @@ def test_the_page_lists_what_is_rendered_and_nothing_else() -> None:
 
 def test_every_number_is_one_that_the_engine_and_the_pipeline_give() -> None:
     fields = {field.name for field in dataclasses.fields(EngineStats)}
-    assert {row.field for row in ENGINE_ROWS} <= fields
+    assert {row.field for row in (*ENGINE_ROWS, *LORA_ROWS)} <= fields
     assert set(Statistics.__annotations__) <= fields
     media = (
         StageCounters()

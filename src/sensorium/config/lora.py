@@ -39,6 +39,12 @@ class LoraConfig:
         8, "Maximum number of adapters that are loaded at a time.", ge=1, le=1024
     )
     max_lora_rank: int = option(64, "Maximum rank of an adapter.", ge=1, le=512)
+    max_lora_memory_gb: float = option(
+        2.0,
+        "GiB that the adapters that are loaded may take together.",
+        ge=0.001,
+        le=1 << 20,
+    )
 
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""

@@ -206,11 +206,14 @@ class SchedulerStats:
     ``num_embeds_capacity`` embeddings lie ready. ``num_unusable`` are sequences ended because the
     model made no usable numbers of them. ``num_drafts`` spans have tried ``num_draft_tokens``, of
     which ``num_accepted_tokens`` were right, ``num_accepted_at`` by their place in the span. The
-    last four are sums of ``EncodeReport``.
+    last four are sums of ``EncodeReport``. ``running_adapters`` and ``waiting_adapters`` are the
+    digests of the adapters of sequences.
     """
 
     num_running: int
     num_waiting: int
+    running_adapters: frozenset[bytes]
+    waiting_adapters: frozenset[bytes]
     num_blocks: int
     num_used_blocks: int
     num_resident_embeds: int

@@ -194,6 +194,8 @@ class Scheduler:
         return SchedulerStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
+            running_adapters=_adapters(self._running),
+            waiting_adapters=_adapters(self._waiting),
             num_blocks=self.limits.num_blocks,
             num_used_blocks=self._kv_cache.num_used_blocks,
             num_resident_embeds=self._encoder_cache.num_resident,
@@ -440,3 +442,8 @@ class Scheduler:
         if self._speculator is not None:
             self._speculator.forget(seq.seq_id)
         self._dropped.append(seq.seq_id)
+
+
+def _adapters(sequences: list[Sequence]) -> frozenset[bytes]:
+    """Return the digests of the adapters of sequences."""
+    return frozenset(seq.request.adapter for seq in sequences if seq.request.adapter)

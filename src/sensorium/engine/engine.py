@@ -15,7 +15,7 @@ from typing import Protocol
 from sensorium.core.plan import StepPlan, StepResult
 from sensorium.core.request import EngineRequest, SequenceUpdate
 from sensorium.core.scheduler import Scheduler
-from sensorium.engine.adapters import EngineAdapters
+from sensorium.engine.adapters import EngineAdapters, NamedAdapter
 from sensorium.engine.grammar.matchers import ConstrainedRequests
 from sensorium.engine.iterations import IterationTokens
 from sensorium.engine.stations import EngineStations
@@ -157,7 +157,15 @@ class Engine:
 
     def load_adapter(self, name: str, path: str) -> None:
         """Load an adapter, which ``facts`` have from then on. Raises ConfigError."""
-        self._adapters.load(name, path)
+        self.add_adapter(self.read_adapter(name, path))
+
+    def read_adapter(self, name: str, path: str, folder: str = "") -> NamedAdapter:
+        """Read an adapter; any thread may, also during a step. Raises ConfigError."""
+        return self._adapters.read(name, path, folder)
+
+    def add_adapter(self, adapter: NamedAdapter) -> None:
+        """Take an adapter that was read, as ``load_adapter``. Raises ConfigError."""
+        self._adapters.add(adapter)
         self.facts = dataclasses.replace(self.facts, adapters=self._adapters.facts)
 
     def unload_adapter(self, name: str) -> None:
@@ -211,4 +219,9 @@ class Engine:
             iteration_tokens=self._iterations.num_tokens,
             held_features=len(self._store),
             item_tokens=dict(self._item_tokens),
+            max_loras=self._adapters.max_loras,
+            lora_num_bytes=self._adapters.nbytes,
+            lora_capacity_bytes=self._adapters.most_bytes,
+            running_adapters=self._adapters.names(core.running_adapters),
+            waiting_adapters=self._adapters.names(core.waiting_adapters),
         )

@@ -16,7 +16,7 @@ from sensorium.config import GIB, EngineConfig, SpeculationConfig
 from sensorium.core.limits import SchedulerLimits
 from sensorium.core.scheduler import Scheduler
 from sensorium.core.speculation.speculator import SpeculationLimits
-from sensorium.engine.adapters import EngineAdapters
+from sensorium.engine.adapters import EngineAdapters, found_adapters
 from sensorium.engine.engine import Engine
 from sensorium.engine.grammar.matchers import Matchers
 from sensorium.engine.stats import EngineFacts
@@ -105,10 +105,11 @@ def build_parts(
     if own_process and device.type == "cpu":
         threads.bind(config.model.num_threads)
     threads.configure(config.model.num_threads)
+    folders = found_adapters(config)
     loaded = _loaded(config, str(device), proceed)
     shape, model = loaded.model.shape, loaded.model
     lanes = _lanes(config, loaded)
-    adapters = EngineAdapters.of(lanes, config)
+    adapters = EngineAdapters.of(lanes, config, folders)
     num_threads = _set_threads(config.model.num_threads, shape)
     layout = _layout(config, shape, model.dtype)
     geometry = cache_geometry(
@@ -188,8 +189,13 @@ def _lanes(config: EngineConfig, loaded: loader.LoadedModel) -> AdapterSet | Non
             param="enable_lora",
         )
     model = cast(LoadableModel, loaded.model)
-    sizes = {"max_loras": config.lora.max_loras, "max_rank": config.lora.max_lora_rank}
-    return AdapterSet(model, loaded.family, **sizes)
+    return AdapterSet(
+        model,
+        loaded.family,
+        max_loras=config.lora.max_loras,
+        max_rank=config.lora.max_lora_rank,
+        most_bytes=int(config.lora.max_lora_memory_gb * GIB),
+    )
 
 
 def _may_adapt(

@@ -10,8 +10,8 @@ class EngineStats:
     """A snapshot of gauges and counters.
 
     ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``held_features``,
-    ``encoder_resident_embeds``, ``encoder_num_bytes`` and ``encoder_capacity_bytes`` are gauges;
-    the others count from the start of the engine.
+    ``encoder_resident_embeds``, ``encoder_num_bytes``, ``encoder_capacity_bytes`` and all about
+    adapters are gauges; the others count from the start of the engine.
 
     Attributes:
         num_deferred: Those of ``num_waiting`` that wait for their grammar.
@@ -25,6 +25,8 @@ class EngineStats:
         num_drafts: Spans that tried ``num_draft_tokens``, of which ``num_accepted_tokens`` were
             right; ``num_accepted_at`` has those by their place among the tried ones.
         media: Counters of the media pipeline, by name.
+        max_loras: Most adapters that are loaded; 0 where there are none. ``running_adapters`` and
+            ``waiting_adapters`` are names; of those with equal content all.
         num_engine_restarts: Restarts since the start of the server; 0 in the engine itself.
     """
 
@@ -65,6 +67,11 @@ class EngineStats:
     held_features: int = 0
     item_tokens: dict[str, int] = field(default_factory=dict)
     media: dict[str, float] = field(default_factory=dict)
+    max_loras: int = 0
+    lora_num_bytes: int = 0
+    lora_capacity_bytes: int = 0
+    running_adapters: list[str] = field(default_factory=list)
+    waiting_adapters: list[str] = field(default_factory=list)
     num_engine_restarts: int = 0
 
     def at_rest(self) -> EngineStats:
@@ -78,6 +85,9 @@ class EngineStats:
             encoder_resident_embeds=0,
             encoder_num_bytes=0,
             held_features=0,
+            lora_num_bytes=0,
+            running_adapters=[],
+            waiting_adapters=[],
         )
 
 
@@ -87,10 +97,11 @@ class AdapterFacts:
 
     Attributes:
         name: The name that requests choose it by.
-        path: Folder or Hugging Face id.
+        path: Folder or Hugging Face id, as it was given.
         digest: Of its content, for caches.
         rank: The largest of its modules.
         in_encoder: It changes towers or projectors, so embeddings of media depend on it.
+        folder: Where it was read.
     """
 
     name: str
@@ -98,6 +109,7 @@ class AdapterFacts:
     digest: bytes
     rank: int
     in_encoder: bool = False
+    folder: str = ""
 
 
 @dataclass(frozen=True, slots=True)

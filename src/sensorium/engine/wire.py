@@ -31,11 +31,15 @@ class AskStats(msgspec.Struct, tag=True):
 
 
 class LoadAdapter(msgspec.Struct, tag=True):
-    """Message to the engine: load an adapter, and send ``Adapters`` with this number."""
+    """Message to the engine: load an adapter, and send ``Adapters`` with this number.
+
+    ``path``: as it was given. ``folder``: where the adapter is.
+    """
 
     number: int
     name: str
     path: str
+    folder: str
 
 
 class UnloadAdapter(msgspec.Struct, tag=True):

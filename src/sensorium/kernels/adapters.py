@@ -52,6 +52,26 @@ class LowRank:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class PackedPart:
+    """A part of an adapter as a layer reads it: ``a`` and ``b`` in the layout of its product.
+
+    It has ``num_outputs`` outputs, from ``first`` on.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    rank: int
+    first: int
+    num_outputs: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.a.nbytes + self.b.nbytes
+
+
 class Tiles(NamedTuple):
     """Tiles of at most ``TILE_ROWS`` rows of one lane, as kernels read them.
 
@@ -176,9 +196,24 @@ def _many_tiles(run: Run) -> np.ndarray:
 class AdaptedProduct(ABC):
     """The adapters of one layer, by lane."""
 
-    @abstractmethod
     def put(self, lane: int, parts: Sequence[LowRank]) -> None:
         """Set the adapter of a lane: parts for disjoint outputs; none where there is none."""
+        self.set(lane, [self.pack(part) for part in parts])
+
+    @abstractmethod
+    def pack(self, part: LowRank) -> PackedPart:
+        """Lay out a part as this layer reads it. Any thread may call it, beside the others.
+
+        Raises ValueError for a part of another layer.
+        """
+
+    @abstractmethod
+    def set(self, lane: int, parts: Sequence[PackedPart]) -> None:
+        """Set the adapter of a lane, of parts that this layer has packed; as ``put`` otherwise."""
+
+    @abstractmethod
+    def packed_bytes(self, rank: int, num_outputs: int) -> int:
+        """Return the bytes of a part of this rank, packed."""
 
     @abstractmethod
     def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowAdapters) -> None:
@@ -187,32 +222,30 @@ class AdaptedProduct(ABC):
         Both are contiguous. A row of the result has the same bits whatever the other rows are.
         """
 
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of all adapters of the layer."""
-
 
 class PlainAdapted(AdaptedProduct):
     """Adapters in plain torch: the reference, and the way on other devices than CPUs."""
 
-    def __init__(self) -> None:
-        self._parts: dict[int, tuple[LowRank, ...]] = {}
+    def __init__(self, num_inputs: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._num_inputs, self._dtype, self._device = num_inputs, dtype, device
+        self._parts: dict[int, tuple[PackedPart, ...]] = {}
 
-    def put(self, lane: int, parts: Sequence[LowRank]) -> None:
+    def pack(self, part: LowRank) -> PackedPart:
+        a, b = (x.to(self._device, self._dtype) for x in (part.a, part.b))
+        return PackedPart(a, b, part.scale, a.shape[0], part.first, b.shape[0])
+
+    def set(self, lane: int, parts: Sequence[PackedPart]) -> None:
         self._parts.pop(lane, None)
         if parts:
             self._parts[lane] = tuple(parts)
+
+    def packed_bytes(self, rank: int, num_outputs: int) -> int:
+        return rank * (self._num_inputs + num_outputs) * self._dtype.itemsize
 
     def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowAdapters) -> None:
         for lane, start, stop in rows.runs(x.shape[0]):
             for part in self._parts.get(lane, ()):
                 hidden = x[start:stop].float() @ part.a.float().t()
                 added = (hidden @ part.b.float().t()) * part.scale
-                own = y[start:stop, part.first : part.first + part.b.shape[0]]
+                own = y[start:stop, part.first : part.first + part.num_outputs]
                 own.copy_(own.float() + added)
-
-    @property
-    def nbytes(self) -> int:
-        parts = [part for own in self._parts.values() for part in own]
-        return sum(part.a.nbytes + part.b.nbytes for part in parts)

@@ -195,7 +195,7 @@ def adapted_product(
     """Return the place for the low-rank adapters of a layer, in lanes 0 to ``num_lanes - 1``."""
     if device.type == "cpu" and dtype in CPU_DTYPES:
         return low_rank.CpuAdapted(num_inputs, num_outputs, num_lanes, dtype)
-    return PlainAdapted()
+    return PlainAdapted(num_inputs, dtype, device)
 
 
 def rotate_heads(

@@ -181,6 +181,23 @@ CACHE_CONFIG = MetricFamily(
     ("block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching"),
 )
 
+LORA_INFO = MetricFamily(
+    "lora_requests_info",
+    "gauge",
+    "Time of the scrape, in seconds since 1970. The labels are the names of the LoRA adapters "
+    "whose sequences are computed or wait, separated by commas, and the maximum number that are "
+    "loaded (--max-loras). Only with --enable-lora, as the two below.",
+    ("max_lora", "waiting_lora_adapters", "running_lora_adapters"),
+)
+LORA_ROWS = (
+    _gauge("lora_bytes", "lora_num_bytes", "Bytes of the LoRA adapters that are loaded."),
+    _gauge(
+        "lora_capacity_bytes",
+        "lora_capacity_bytes",
+        "Maximum bytes of the LoRA adapters (--max-lora-memory-gb).",
+    ),
+)
+
 # ---- numbers of the media pipeline
 
 MEDIA_ROWS = (
@@ -293,6 +310,16 @@ SUCCESS = MetricFamily(
     "disconnected), error. Of several samples the most severe reason counts.",
     ("finished_reason",),
 )
+MOST_ADAPTERS = 256
+"""Names of adapters that become labels of a model; later ones count as ``OTHER_ADAPTERS``."""
+OTHER_ADAPTERS = "other"
+LORA_REQUESTS = MetricFamily(
+    "lora_requests",
+    "counter",
+    "Finished requests, for whatever reason, by LoRA adapter; those of more than 256 names are "
+    "other. Requests of the model alone are not among them.",
+    ("lora_name",),
+)
 TIME_TO_FIRST_TOKEN = _histogram(
     "time_to_first_token_seconds", _SECONDS, "Time from arrival to the first token."
 )
@@ -351,7 +378,7 @@ PARAM_MAX_TOKENS = _histogram(
 REQUESTS = (
     *(SUCCESS, TIME_TO_FIRST_TOKEN, INTER_TOKEN, QUEUE_TIME, PREFILL_TIME, DECODE_TIME),
     *(INFERENCE_TIME, TIME_PER_TOKEN, END_TO_END, PROMPT_TOKENS, GENERATION_TOKENS),
-    *(LONGEST_SAMPLE, CACHED_TOKENS, COMPUTED_TOKENS, PARAM_N, PARAM_MAX_TOKENS),
+    *(LONGEST_SAMPLE, CACHED_TOKENS, COMPUTED_TOKENS, PARAM_N, PARAM_MAX_TOKENS, LORA_REQUESTS),
 )
 
 # ---- the HTTP server
@@ -390,7 +417,8 @@ SECTIONS: dict[str, tuple[MetricFamily, ...]] = {
     "Requests": REQUESTS,
     "Engine": (
         *(ENGINE_UP, SLEEP_STATE, KV_USAGE, CACHE_CONFIG, WAITING_REASONS, ITERATION_TOKENS),
-        *(ACCEPTED_AT, PROMPT_MODALITIES, PROMPT_SOURCES, *(row.family for row in ENGINE_ROWS)),
+        *(ACCEPTED_AT, PROMPT_MODALITIES, PROMPT_SOURCES, LORA_INFO),
+        *(row.family for row in (*LORA_ROWS, *ENGINE_ROWS)),
     ),
     "Media": (
         *(family for family, _ in STAGE_UNITS),

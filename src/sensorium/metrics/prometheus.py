@@ -161,6 +161,8 @@ class ServingMetrics(ServerMetrics):
         self._max_tokens = self._histogram(families.PARAM_MAX_TOKENS)
         success = self._families.counter(families.SUCCESS)
         self._success = {r: success.labels(model_name, ENGINE, r) for r in families.FINISH_REASONS}
+        self._lora_requests = self._families.counter(families.LORA_REQUESTS)
+        self._adapters: set[str] = set()
 
     def first_token(self, seconds: float) -> None:
         """Record the time from a request's arrival to its first token."""
@@ -177,6 +179,8 @@ class ServingMetrics(ServerMetrics):
     def finished(self, report: RequestReport) -> None:
         """Record a request that has ended."""
         self._success[report.finish_reason].inc()
+        if report.adapter:
+            self._count_adapter(report.adapter)
         self._end_to_end.observe(report.e2e_seconds)
         self._prompt_tokens.observe(report.num_prompt_tokens)
         self._cached_tokens.observe(report.num_cached_tokens)
@@ -201,6 +205,15 @@ class ServingMetrics(ServerMetrics):
         ``up``: it can serve requests.
         """
         self._families.statistics.update((self._model_name, ENGINE), stats, up=up)
+
+    def _count_adapter(self, name: str) -> None:
+        """Count a request of an adapter. Names beyond the limit share a series."""
+        if name not in self._adapters:
+            if len(self._adapters) < families.MOST_ADAPTERS:
+                self._adapters.add(name)
+            else:
+                name = families.OTHER_ADAPTERS
+        self._lora_requests.labels(self._model_name, ENGINE, name).inc()
 
     def _histogram(self, family: MetricFamily) -> Histogram:
         return self._families.histogram(family).labels(self._model_name, ENGINE)

@@ -26,6 +26,8 @@ class RequestReport:
     e2e_seconds: float
     prefill_seconds: float | None = None
     decode_seconds: float | None = None
+    adapter: str = ""
+    """Name of its LoRA adapter, if it has one."""
 
     @property
     def inference_seconds(self) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from sensorium.metrics.families import (
     FAILURE,
     ITERATION_TOKENS,
     KV_USAGE,
+    LORA_INFO,
+    LORA_ROWS,
     MEDIA_CODES,
     MEDIA_FAILURES,
     MEDIA_ROWS,
@@ -45,7 +48,8 @@ class Statistics(Protocol):
     ``num_accepted_tokens`` by position. ``item_tokens`` has the part of ``prompt_tokens`` that
     items fill, by modality. ``media`` has the numbers of the media pipeline
     by name, such as ``processor_cache_queries``, ``fetch_seconds`` and ``failure_media_refused``;
-    an absent name counts as zero.
+    an absent name counts as zero. ``max_loras``: most LoRA adapters that are loaded, 0 where there
+    are none. ``running_adapters`` and ``waiting_adapters`` are names.
     """
 
     num_running: int
@@ -85,6 +89,11 @@ class Statistics(Protocol):
     held_features: int
     item_tokens: dict[str, int]
     media: dict[str, float]
+    max_loras: int
+    lora_num_bytes: int
+    lora_capacity_bytes: int
+    running_adapters: list[str]
+    waiting_adapters: list[str]
 
 
 class StatisticsCollector(Collector):
@@ -146,6 +155,10 @@ class _EngineMetrics:
         yield self._many(ACCEPTED_AT, accepted)
         yield self._iterations(stats)
         yield self._cache_config(stats)
+        if stats.max_loras:
+            yield self._lora_info(stats)
+            for row in LORA_ROWS:
+                yield self._one(row.family, getattr(stats, row.field))
         for row in MEDIA_ROWS:
             yield self._one(row.family, stats.media.get(row.field, 0.0))
         stages = {
@@ -175,6 +188,13 @@ class _EngineMetrics:
         metric = self._new(CACHE_CONFIG)
         values = (stats.block_size, stats.kv_blocks_total, stats.cache_dtype)
         metric.add_metric([*self._labels, *map(str, values), str(stats.enable_prefix_caching)], 1.0)
+        return metric
+
+    def _lora_info(self, stats: Statistics) -> Metric:
+        metric = self._new(LORA_INFO)
+        names = (stats.waiting_adapters, stats.running_adapters)
+        values = [str(stats.max_loras), *map(",".join, names)]
+        metric.add_metric([*self._labels, *values], time.time())
         return metric
 
     def _one(self, family: MetricFamily, value: float) -> Metric:

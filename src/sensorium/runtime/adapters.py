@@ -13,7 +13,7 @@ from sensorium.kernels import ops
 from sensorium.kernels.adapters import AdaptedProduct, RowAdapters, Run
 from sensorium.layers.linear import Linear
 from sensorium.models.interface import Family, LoadableModel
-from sensorium.models.lora.read import Adapter, read_adapter
+from sensorium.models.lora.read import Adapter, Module, open_adapter
 from sensorium.models.lora.targets import targets_of
 
 NO_LANE = -1
@@ -27,21 +27,29 @@ class LoadedAdapter:
     digest: bytes
     rank: int
     in_encoder: bool
+    nbytes: int
 
 
 class AdapterSet:
-    """The adapters of one model, at most ``max_loras``. Not thread-safe.
+    """The adapters of one model, at most ``max_loras`` and ``most_bytes``. Not thread-safe.
 
     Every layer that adapters may change is prepared for them when this is made. Two adapters of
     equal content share a lane.
     """
 
     def __init__(
-        self, model: LoadableModel, family: Family, *, max_loras: int, max_rank: int
+        self,
+        model: LoadableModel,
+        family: Family,
+        *,
+        max_loras: int,
+        max_rank: int,
+        most_bytes: int,
     ) -> None:
         self.rows = RowAdapters()
+        self.max_loras, self.most_bytes = max_loras, most_bytes
         self._max_rank = max_rank
-        self._dtype, self._device = model.dtype, model.device
+        self._dtype = model.dtype
         self._targets = targets_of(model)
         renames = [family.renames, *(part.renames for part in family.parts)]
         self._rules = [[(re.compile(old), new) for old, new in rules] for rules in renames]
@@ -57,6 +65,7 @@ class AdapterSet:
         self._free = list(range(max_loras))
         self._loaded: dict[bytes, LoadedAdapter] = {}
         self._holders: dict[bytes, int] = {}
+        self._nbytes = 0
         self._version = 0
 
     @property
@@ -67,7 +76,7 @@ class AdapterSet:
     @property
     def nbytes(self) -> int:
         """Bytes of all adapters."""
-        return sum(product.nbytes for product in self._products.values())
+        return self._nbytes
 
     def lane(self, digest: bytes) -> int | None:
         """Return the lane of an adapter, ``NO_LANE`` for none; None for one that is not loaded."""
@@ -87,47 +96,73 @@ class AdapterSet:
         return found.lane if found.in_encoder else NO_LANE
 
     def load(self, folder: Path) -> LoadedAdapter:
-        """Read an adapter and put it into a lane.
+        """Read an adapter and put it into a lane; raises as ``read`` and ``add``."""
+        return self.add(self.read(folder))
 
-        Raises ConfigError when it does not fit the model, or there is no lane left.
+    def read(self, folder: Path) -> Adapter:
+        """Read an adapter. Another thread may call it while this one runs the model.
+
+        Raises ConfigError when it does not fit the model, or what is left of the memory.
         """
-        adapter = read_adapter(
+        opened = open_adapter(
             folder,
             self._targets,
             self._rules,
             unused=self._unused,
             max_rank=self._max_rank,
-            dtype=self._dtype,
-            device=self._device,
         )
+        self._check_room(sum(self._packed_bytes(module) for module in opened.modules))
+        return opened.read(self._dtype, lambda layer, part: self._products[layer].pack(part))
+
+    def add(self, adapter: Adapter) -> LoadedAdapter:
+        """Put an adapter into a lane. Raises ConfigError when there is no room for it."""
         found = self._loaded.get(adapter.digest) or self._put(adapter)
         self._holders[found.digest] = self._holders.get(found.digest, 0) + 1
         return found
 
+    def _packed_bytes(self, module: Module) -> int:
+        target = module.target
+        return self._products[target.layer].packed_bytes(module.rank, target.num_outputs)
+
+    def _check_room(self, num_bytes: int) -> None:
+        """Raise ConfigError where so many bytes more are beyond the limit."""
+        if self._nbytes + num_bytes > self.most_bytes:
+            others = f", beside {_mib(self._nbytes)} of those that are loaded" * bool(self._nbytes)
+            raise ConfigError(
+                f"It takes {_mib(num_bytes)}{others}, and all adapters together may take "
+                f"{_mib(self.most_bytes)}: unload others, or start with a larger "
+                "--max-lora-memory-gb (in Python max_lora_memory_gb).",
+                param="max_lora_memory_gb",
+            )
+
     def _put(self, adapter: Adapter) -> LoadedAdapter:
-        """Put an adapter into a lane. Raises ConfigError when there is none left."""
+        """Put an adapter into a lane. Raises ConfigError when there is no room for it."""
         if not self._free:
             raise ConfigError(
                 f"{len(self._loaded)} adapters are loaded, as many as --max-loras (in Python "
                 "max_loras) allows: unload one, or start with a larger limit.",
                 param="max_loras",
             )
+        self._check_room(adapter.nbytes)
         lane = self._free[0]
         self._version += 1
         try:
             for layer, product in self._products.items():
-                product.put(lane, adapter.parts.get(layer, ()))
+                product.set(lane, adapter.parts.get(layer, ()))
         except BaseException:
             self._clear(lane)
             raise
         del self._free[0]
-        found = LoadedAdapter(lane, adapter.digest, adapter.rank, adapter.in_encoder)
+        self._nbytes += adapter.nbytes
+        found = LoadedAdapter(
+            lane, adapter.digest, adapter.rank, adapter.in_encoder, adapter.nbytes
+        )
         self._loaded[adapter.digest] = found
         return found
 
     def _clear(self, lane: int) -> None:
         for product in self._products.values():
-            product.put(lane, ())
+            product.set(lane, ())
         self._version += 1
 
     def unload(self, digest: bytes) -> None:
@@ -139,9 +174,10 @@ class AdapterSet:
         if self._holders[digest]:
             return
         del self._holders[digest]
-        lane = self._loaded.pop(digest).lane
-        self._clear(lane)
-        self._free.append(lane)
+        found = self._loaded.pop(digest)
+        self._clear(found.lane)
+        self._nbytes -= found.nbytes
+        self._free.append(found.lane)
 
     def using(self, lanes: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
         """Give the rows of a step their lanes within the block.
@@ -158,3 +194,7 @@ class AdapterSet:
                     runs.append(Run(lane, row, row + num_rows))
             row += num_rows
         return self.rows.using(runs, row)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):.1f} MiB"

@@ -83,11 +83,11 @@ class FakeEngine:
             await asyncio.Event().wait()
         return self.answers.pop()
 
-    async def load_adapter(self, name: str, path: str) -> EngineFacts:
+    async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
         self.current()
         self.num_changes += 1
         await self.gate.wait()
-        self.adapters.append(AdapterFacts(name, path, name.encode(), 8))
+        self.adapters.append(AdapterFacts(name, path, name.encode(), 8, folder=folder))
         return self.facts
 
     async def unload_adapter(self, name: str) -> EngineFacts:
@@ -469,7 +469,7 @@ async def test_an_adapter_of_the_hub_is_downloaded_by_the_frontend(
     monkeypatch.setattr(adapters_module, "find_adapter", lambda path, download_dir: found)
     for _ in range(2):
         await frontend.provide_adapter("a", "org/brief")
-    assert [adapter.path for adapter in client.adapters] == [str(found)]
+    assert [(a.path, a.folder) for a in client.adapters] == [("org/brief", str(found))]
     with pytest.raises(InvalidRequestError, match="another folder"):
         await frontend.provide_adapter("a", "org/formal")
 

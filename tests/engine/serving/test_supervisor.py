@@ -52,7 +52,7 @@ class FakeClient:
     async def wait_ended(self) -> None:
         await self._ended.wait()
 
-    async def load_adapter(self, name: str, path: str) -> EngineFacts:
+    async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
         fault = self.faults.get(name, "")
         if fault == "gone":
             raise ConfigError("There is no folder.")
@@ -63,7 +63,10 @@ class FakeClient:
         if fault == "kills":
             self.die()
             raise EngineDeadError("dead")
-        own = (*self.facts.adapters, AdapterFacts(name, path, (name + fault).encode(), 8))
+        own = (
+            *self.facts.adapters,
+            AdapterFacts(name, path, (name + fault).encode(), 8, folder=folder),
+        )
         self.facts = dataclasses.replace(self.facts, adapters=own)
         return self.facts
 
@@ -326,10 +329,14 @@ async def test_a_new_engine_gets_the_adapters_of_the_one_before(
     monkeypatch.setattr(supervisor_module, "RESTORE_SECONDS", 0.0)
     supervisor = await bench.start()
     for name in ("first", "bad", "second"):
-        await supervisor.load_adapter(name, "folder")
+        await supervisor.load_adapter(name, "org/" + name, "folder")
     bench.faults["bad"] = fault
     await bench.die()
     assert [adapter.name for adapter in supervisor.facts.adapters] == ["first", "second"]
+    assert {(a.path, a.folder) for a in supervisor.facts.adapters} == {
+        ("org/first", "folder"),
+        ("org/second", "folder"),
+    }, "nothing is downloaded again"
     bench.faults.clear()
     await bench.die()
     names = {adapter.name for adapter in supervisor.facts.adapters}

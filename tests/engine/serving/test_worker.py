@@ -74,7 +74,7 @@ def run(sockets: Sockets, engine: FakeEngine, messages: list[wire.ToEngine]) -> 
     here, there = sockets
     for message in (*messages, wire.Stop()):
         here.send(wire.encode(message))
-    worker._Loop(there, os.getppid(), StepWatch(0)).run(engine)  # type: ignore[arg-type]
+    worker._Loop(there, os.getppid(), StepWatch(0), engine).run()  # type: ignore[arg-type]
     sent = []
     while here.poll(0):
         sent.append(wire.decode_from_engine(here.recv()))
@@ -128,7 +128,7 @@ def test_a_request_whose_features_are_gone_is_refused_quietly(
 @pytest.mark.parametrize("busy", [True, False])
 def test_the_loop_ends_when_the_parent_has_gone(sockets: Sockets, busy: bool) -> None:
     engine = FakeEngine(busy=busy)
-    worker._Loop(sockets[1], -1, StepWatch(0)).run(engine)  # type: ignore[arg-type]
+    worker._Loop(sockets[1], -1, StepWatch(0), engine).run()  # type: ignore[arg-type]
     assert engine.num_steps == 0
 
 
@@ -253,23 +253,3 @@ def test_the_process_ends_without_taking_the_interpreter_apart(tmp_path: Path) -
             assert process.wait(60) == 1  # it was stopped before it was told what to load
         finally:
             process.kill()
-
-
-def test_loading_an_adapter_has_the_time_of_a_step_of_its_own(
-    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[str] = []
-
-    class Loading(FakeEngine):
-        facts = EngineFacts(8, 1, 1, 1, "cpu", "float32", 1, 0.0)
-
-        def load_adapter(self, name: str, path: str) -> None:
-            calls.append("load")
-            raise MemoryError
-
-    for name in ("rest", "step_begins"):
-        monkeypatch.setattr(StepWatch, name, lambda watch, name=name: calls.append(name))
-    [answer] = run(sockets, Loading(busy=False), [wire.LoadAdapter(1, "a", "folder")])
-    at = calls.index("load")
-    assert calls[at - 2 : at + 2] == ["rest", "step_begins", "load", "rest"]
-    assert answer.failed.code == "internal_error"

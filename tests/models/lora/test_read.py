@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sensorium.errors import ConfigError
-from sensorium.kernels.adapters import LowRank
+from sensorium.kernels.adapters import PackedPart
 from sensorium.kernels.cpu.adapters.low_rank import CpuAdapted
 from sensorium.models import loader
 from sensorium.models.lora import read
@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lanes(base: Path) -> AdapterSet:
     loaded = loader.load(str(base), device="cpu")
     model: Any = loaded.model
-    return AdapterSet(model, loaded.family, max_loras=2, max_rank=8)
+    return AdapterSet(model, loaded.family, max_loras=2, max_rank=8, most_bytes=1 << 30)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_two_names_of_one_layer(tmp_path: Path) -> None:
     base = make_llava(tmp_path / "base", layout="hub")
     loaded = loader.load(str(base), device="cpu")
     model: Any = loaded.model
-    lanes = AdapterSet(model, loaded.family, max_loras=1, max_rank=8)
+    lanes = AdapterSet(model, loaded.family, max_loras=1, max_rank=8, most_bytes=1 << 30)
     adapter = make_adapter(tmp_path / "adapter", base, only=r".*layers\.0\.self_attn\.q_proj")
     old = "base_model.model.language_model.model.layers.0.self_attn.q_proj"
     new = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
@@ -204,15 +204,15 @@ def test_a_place_comes_back_when_loading_fails(
     lanes: AdapterSet, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version, puts = lanes.version, []
-    put = CpuAdapted.put
+    put = CpuAdapted.set
 
-    def failing(self: CpuAdapted, lane: int, parts: Sequence[LowRank]) -> None:
+    def failing(self: CpuAdapted, lane: int, parts: Sequence[PackedPart]) -> None:
         puts.append(lane)
         if len(puts) == 3:
             raise MemoryError
         put(self, lane, parts)
 
-    monkeypatch.setattr(CpuAdapted, "put", failing)
+    monkeypatch.setattr(CpuAdapted, "set", failing)
     with pytest.raises(MemoryError):
         lanes.load(adapter)
     assert lanes.nbytes == 0
@@ -260,3 +260,31 @@ def test_mutated_files_are_refused_or_loaded(lanes: AdapterSet, adapter: Path) -
         file.write_bytes(whole[file])
     assert 100 < num_refused < 400
     assert lanes.nbytes == 0
+
+
+def test_bytes_are_bounded_before_memory_is_taken(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = loader.load(str(base), device="cpu")
+    model: Any = loaded.model
+    small = make_adapter(tmp_path / "small", base, only=".*layers.0.*q_proj")
+    room = AdapterSet(model, loaded.family, max_loras=4, max_rank=8, most_bytes=1 << 30)
+    whole = room.load(adapter).nbytes
+    assert whole == room.nbytes > room.load(small).nbytes > 0
+    lanes = AdapterSet(model, loaded.family, max_loras=4, max_rank=8, most_bytes=whole)
+    monkeypatch.setattr(torch, "empty", None)  # nothing is made
+    tight = AdapterSet(model, loaded.family, max_loras=4, max_rank=8, most_bytes=whole - 1)
+    assert re.fullmatch(
+        r"It takes \d+\.\d MiB, and all adapters together may take \d+\.\d MiB: unload others, or "
+        r"start with a larger --max-lora-memory-gb \(in Python max_lora_memory_gb\)\.",
+        refusal(tight, adapter),
+    )
+    monkeypatch.undo()
+    found = lanes.load(adapter)
+    assert "beside" in refusal(lanes, small)
+    late = room.read(small)
+    with pytest.raises(ConfigError, match="beside"):
+        lanes.add(late)  # read before another had taken the room
+    lanes.unload(found.digest)
+    assert lanes.nbytes == 0
+    assert lanes.load(small).nbytes == lanes.nbytes

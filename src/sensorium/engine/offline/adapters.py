@@ -47,20 +47,32 @@ class AdaptersOnDemand:
                 raise no_path(name)
             if len(loaded) >= self._max_loras:
                 self._forget_one(wanted)
-            self._engine.load_adapter(name, path)
+            self._load(name, path, wanted)
         else:
             check_path(name, path, [loaded[name].path])
         if name in self._last_used:
             self._last_used.remove(name)
         self._last_used.append(name)
 
-    def _forget_one(self, wanted: Any) -> None:
-        """Forget the adapter used least recently, if none is in use."""
+    def _load(self, name: str, path: str, wanted: Any) -> None:
+        """Load an adapter, and forget others as long as there is no memory for it."""
+        while True:
+            try:
+                self._engine.load_adapter(name, path)
+                return
+            except ConfigError as error:
+                if error.param != "max_lora_memory_gb" or not self._forget_one(wanted):
+                    raise
+
+    def _forget_one(self, wanted: Any) -> bool:
+        """Forget the adapter used least recently, if none is in use. Return True if one went."""
         unused = [name for name in self._last_used if name not in wanted]
         stats = self._engine.stats()
         if unused and not (stats.num_running or stats.num_waiting):
             self._engine.unload_adapter(unused[0])
             self._last_used.remove(unused[0])
+            return True
+        return False
 
 
 def requests_of(given: object) -> list[LoRARequest | None]:

@@ -55,11 +55,17 @@ def report_tokens(metrics: Metrics, stream: OutputCollector, first_before: float
 
 
 def report_end(
-    metrics: Metrics, stream: OutputCollector, unfinished: FinishReason, *, max_tokens: int
+    metrics: Metrics,
+    stream: OutputCollector,
+    unfinished: FinishReason,
+    *,
+    max_tokens: int,
+    adapter: str = "",
 ) -> None:
     """Report the end of a request for text.
 
-    ``unfinished`` is the finish reason of samples that have none of their own.
+    ``unfinished`` is the finish reason of samples that have none of their own. ``adapter``: the
+    name of the request's adapter, if it has one.
     """
     output, times, now = stream.output, stream.metrics, time.monotonic()
     lengths = [len(sample.token_ids) for sample in output.outputs]
@@ -81,12 +87,18 @@ def report_end(
             e2e_seconds=now - times.arrival_time,
             prefill_seconds=prefill,
             decode_seconds=decode,
+            adapter=adapter,
         )
     )
 
 
-def report_embedding(metrics: Metrics, stream: PoolingCollector, unfinished: FinishReason) -> None:
-    """Report the end of a request for an embedding; ``unfinished`` is its reason without one."""
+def report_embedding(
+    metrics: Metrics, stream: PoolingCollector, unfinished: FinishReason, adapter: str = ""
+) -> None:
+    """Report the end of a request for an embedding; ``unfinished`` is its reason without one.
+
+    ``adapter``: as for ``report_end``.
+    """
     output, times, now = stream.output, stream.metrics, time.monotonic()
     prefill = None
     if times.first_scheduled_time is not None:
@@ -103,6 +115,7 @@ def report_embedding(metrics: Metrics, stream: PoolingCollector, unfinished: Fin
             max_tokens=0,
             e2e_seconds=now - times.arrival_time,
             prefill_seconds=prefill,
+            adapter=adapter,
         )
     )
 

@@ -33,8 +33,6 @@ class AdapterChanges:
         self._download_dir = download_dir
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._given: dict[str, str] = {}
-        """Paths as callers gave them, of adapters that are loaded from another place."""
 
     async def load(self, name: str, path: str) -> None:
         """Load an adapter from a folder or by a Hugging Face id.
@@ -92,30 +90,22 @@ class AdapterChanges:
     async def _load(self, name: str, path: str, *, unless_loaded: bool) -> None:
         folder = path
         if is_downloaded(path):
-            # Here, so that the steps of the engine go on meanwhile.
             folder = str(await asyncio.to_thread(find_adapter, path, self._download_dir))
         async with self._changing:
             if unless_loaded and name in self._known:
                 self._check_path(name, path)
                 return
-            self._processor.set_facts(await self._engine.load_adapter(name, folder))
-            names = {adapter.name for adapter in self._known}
-            self._given = {n: given for n, given in self._given.items() if n in names}
-            if path != folder:
-                self._given[name] = path
-            else:
-                self._given.pop(name, None)
+            facts = await self._engine.load_adapter(name, path, folder)
+            self._processor.set_facts(facts)
 
     async def _unload(self, name: str, retired: contextlib.ExitStack) -> None:
         with retired:
             async with self._changing:
                 self._known.find(name)  # an engine may have come up without it meanwhile
                 self._processor.set_facts(await self._engine.unload_adapter(name))
-                self._given.pop(name, None)
 
     def _check_path(self, name: str, path: str) -> None:
-        paths = [adapter.path for adapter in self._known if adapter.name == name]
-        check_path(name, path, [*paths, self._given.get(name, "")])
+        check_path(name, path, [a.path for a in self._known if a.name == name])
 
     def _check_stays(self, name: str) -> None:
         if self._known.is_retired(name):

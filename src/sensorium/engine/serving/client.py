@@ -188,13 +188,15 @@ class EngineClient:
         finally:
             self._stats.pop(number, None)
 
-    async def load_adapter(self, name: str, path: str) -> EngineFacts:
-        """Load an adapter and return the facts with it.
+    async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
+        """Load an adapter from ``folder`` and return the facts with it.
+
+        ``path``: as it was given, a folder or a Hugging Face id.
 
         Raises ConfigError when it cannot be used, EngineDeadError when the engine has stopped, and
         SensoriumError when the engine fails at it.
         """
-        return await self._change(wire.LoadAdapter(next(self._numbers), name, path))
+        return await self._change(wire.LoadAdapter(next(self._numbers), name, path, folder))
 
     async def unload_adapter(self, name: str) -> EngineFacts:
         """Forget an adapter that no request uses; raises as ``load_adapter``."""

@@ -216,7 +216,8 @@ class Frontend:
             output_queue: OutputQueue = asyncio.Queue()
 
             def report(metrics: Metrics, unfinished: FinishReason) -> None:
-                report_end(metrics, stream, unfinished, max_tokens=requests[0].max_tokens)
+                most, name = requests[0].max_tokens, prompt.media.adapter
+                report_end(metrics, stream, unfinished, max_tokens=most, adapter=name)
 
             with self._running(trace, lambda: stream.open_ids, report) as client:
                 if trace is not None:
@@ -263,7 +264,7 @@ class Frontend:
             output_queue: OutputQueue = asyncio.Queue()
 
             def report(metrics: Metrics, unfinished: FinishReason) -> None:
-                report_embedding(metrics, stream, unfinished)
+                report_embedding(metrics, stream, unfinished, prompt.media.adapter)
 
             with self._running(trace, lambda: [stream.engine_id], report) as client:
                 if trace is not None:

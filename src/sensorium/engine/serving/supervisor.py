@@ -139,9 +139,9 @@ class EngineSupervisor:
             raise self._gone()
         return client
 
-    async def load_adapter(self, name: str, path: str) -> EngineFacts:
+    async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
         """Load an adapter, which later engines get as well; see ``EngineClient``."""
-        facts = self._facts = await self.current().load_adapter(name, path)
+        facts = self._facts = await self.current().load_adapter(name, path, folder)
         self._adapters.update({a.name: a for a in facts.adapters if a.name == name})
         return facts
 
@@ -256,7 +256,7 @@ class EngineSupervisor:
 
     async def _restored(self, client: EngineClient, adapter: AdapterFacts) -> str | None:
         """Load an adapter of the engine before. Return what is wrong with it, if anything."""
-        facts = await client.load_adapter(adapter.name, adapter.path)
+        facts = await client.load_adapter(adapter.name, adapter.path, adapter.folder)
         found = [one.digest for one in facts.adapters if one.name == adapter.name]
         if found == [adapter.digest]:
             return None

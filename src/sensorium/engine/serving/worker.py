@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import zmq
 
 from sensorium.engine import wire
+from sensorium.engine.serving.adapter_reader import AdapterReader, expected
 from sensorium.errors import SensoriumError, UnavailableError
 from sensorium.kernels.cpu import threads
 from sensorium.processes.start import begin_child
@@ -82,7 +83,7 @@ def _serve(socket: zmq.Socket[bytes], parent: int) -> int:
     socket.send(wire.encode(wire.Ready(engine.facts)))
     watch = StepWatch(message.config.scheduler.engine_step_timeout)
     try:
-        _Loop(socket, parent, watch).run(engine)
+        _Loop(socket, parent, watch, engine).run()
     except Exception:
         # Bookkeeping may be wrong now, and which sequences are intact is unknown: start afresh.
         logger.critical("the engine cannot go on; this process ends", exc_info=True)
@@ -139,18 +140,30 @@ class StepWatch:
 class _Loop:
     """The loop of the process: messages, then a step, or a blocking wait without work."""
 
-    def __init__(self, socket: zmq.Socket[bytes], parent: int, watch: StepWatch) -> None:
+    def __init__(
+        self, socket: zmq.Socket[bytes], parent: int, watch: StepWatch, engine: Engine
+    ) -> None:
         self._socket = socket
         self._parent = parent
         self._watch = watch
+        self._engine = engine
+        self._reader = AdapterReader(engine, self._tell_adapters)
+        self._idle = zmq.Poller()
+        self._idle.register(socket, zmq.POLLIN)
+        self._idle.register(self._reader.fileno(), zmq.POLLIN)
 
-    def run(self, engine: Engine) -> None:
+    def run(self) -> None:
         """Serve until ``Stop`` comes or the parent goes."""
+        try:
+            self._run(self._engine)
+        finally:
+            self._reader.close()
+
+    def _run(self, engine: Engine) -> None:
         while os.getppid() == self._parent:
             if not engine.has_work:
                 self._watch.rest()
-                message = _receive(self._socket, self._parent)
-                if message is None or not self._handle(engine, message):
+                if not self._wait():
                     return
             num_bytes = 0
             for _ in range(MESSAGES_BETWEEN_STEPS):
@@ -160,6 +173,7 @@ class _Loop:
                 num_bytes += len(data)
                 if not self._handle(engine, wire.decode_to_engine(data)):
                     return
+            self._reader.poll()
             if engine.has_work:
                 self._watch.step_begins()
                 updates = engine.step()
@@ -167,6 +181,14 @@ class _Loop:
                     self._socket.send(wire.encode(wire.Updates(updates)))
             if not engine.has_work:
                 engine.check_integrity()
+
+    def _wait(self) -> bool:
+        """Wait for a message, or for an adapter that has been read; False when the parent goes."""
+        while not self._idle.poll(IDLE_POLL_MS):
+            self._reader.poll()  # it may be late
+            if os.getppid() != self._parent:
+                return False
+        return True
 
     def _handle(self, engine: Engine, message: wire.ToEngine) -> bool:
         """Act on one message; False when it says stop."""
@@ -177,28 +199,24 @@ class _Loop:
                 engine.abort(request_id)
         elif isinstance(message, wire.AskStats):
             self._socket.send(wire.encode(wire.Stats(message.number, engine.stats())))
-        elif isinstance(message, wire.LoadAdapter | wire.UnloadAdapter):
-            self._watch.rest()
-            self._watch.step_begins()  # with as much time as a step gets
-            self._change_adapters(engine, message)
-            self._watch.rest()
+        elif isinstance(message, wire.LoadAdapter):
+            self._reader.begin(message)
+        elif isinstance(message, wire.UnloadAdapter):
+            self._unload(engine, message)
         return not isinstance(message, wire.Stop)
 
-    def _change_adapters(
-        self, engine: Engine, message: wire.LoadAdapter | wire.UnloadAdapter
-    ) -> None:
+    def _unload(self, engine: Engine, message: wire.UnloadAdapter) -> None:
         failed = None
         try:
-            if isinstance(message, wire.LoadAdapter):
-                engine.load_adapter(message.name, message.path)
-            else:
-                engine.unload_adapter(message.name)
-        except SensoriumError as error:
-            failed = wire.Failed(error.message, error.code, error.param)
+            engine.unload_adapter(message.name)
         except Exception as error:
-            logger.exception("an adapter could not be loaded or unloaded")
-            failed = wire.Failed(f"It failed: {type(error).__name__}.", "internal_error")
-        answer = wire.Adapters(message.number, engine.facts.adapters, failed)
+            failed = expected(error)
+        self._tell_adapters(message.number, failed)
+
+    def _tell_adapters(self, number: int, error: SensoriumError | None) -> None:
+        """Answer a change of adapters."""
+        failed = None if error is None else wire.Failed(error.message, error.code, error.param)
+        answer = wire.Adapters(number, self._engine.facts.adapters, failed)
         self._socket.send(wire.encode(answer))
 
     def _submit(self, engine: Engine, message: wire.Submit) -> None:

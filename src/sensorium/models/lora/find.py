@@ -8,7 +8,7 @@ from sensorium.errors import ConfigError
 from sensorium.models.loading.hub import download
 from sensorium.models.lora import settings
 
-WANTED = (settings.NAME, "adapter_model.safetensors")
+WEIGHTS = "adapter_model.safetensors"
 
 
 def is_downloaded(path: str) -> bool:
@@ -21,10 +21,20 @@ def is_downloaded(path: str) -> bool:
 def find_adapter(path: str, download_dir: str | None = None) -> Path:
     """Return the folder of an adapter: a local one, or that of a Hugging Face id, downloaded.
 
-    Raises ConfigError when there is none.
+    Its configuration is downloaded and checked before its weights. Raises ConfigError when there is
+    no adapter, or one that cannot be used.
     """
-    if is_downloaded(path):
-        return download(path, None, WANTED, download_dir=download_dir)
+    if not is_downloaded(path):
+        folder = _local(path)
+        settings.read_settings(folder)
+        return folder
+    folder = _downloaded(path, settings.NAME, download_dir)
+    settings.read_settings(folder)
+    # What the configuration was read of, not what somebody has uploaded since.
+    return _downloaded(path, WEIGHTS, download_dir, folder.name)
+
+
+def _local(path: str) -> Path:
     try:
         folder = Path(path).expanduser()
     except RuntimeError:  # there is no such user
@@ -32,3 +42,14 @@ def find_adapter(path: str, download_dir: str | None = None) -> Path:
     if not folder.is_dir():
         raise ConfigError(f"There is no folder {path!r:.200}.", param="lora_modules")
     return folder
+
+
+def _downloaded(
+    name: str, file: str, download_dir: str | None, revision: str | None = None
+) -> Path:
+    """Download a file of an adapter, and return its folder."""
+    try:
+        return download(name, revision, (file,), download_dir=download_dir)
+    except ConfigError as error:
+        message = error.message.removeprefix("Model ")  # the name of the adapter comes before it
+        raise ConfigError(message, param="lora_modules") from error

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 
 from sensorium.errors import ConfigError
-from sensorium.kernels.adapters import LowRank
+from sensorium.kernels.adapters import LowRank, PackedPart
 from sensorium.layers.linear import Linear
 from sensorium.models.loading.weights import renamed
 from sensorium.models.lora.settings import read_settings
@@ -27,10 +27,14 @@ from sensorium.models.lora.targets import Target
 NAME = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+PIECE = 1 << 14
+"""Numbers that are converted at a time: too few for torch to wake other threads, as these may be
+running the model."""
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 _SUFFIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_tokens)$")
 Rules = Sequence[tuple[re.Pattern[str], str]]
+Pack = Callable[[Linear, LowRank], PackedPart]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +48,12 @@ class Adapter:
     digest: bytes
     rank: int
     in_encoder: bool
-    parts: Mapping[Linear, Sequence[LowRank]]
+    parts: Mapping[Linear, Sequence[PackedPart]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(part.nbytes for parts in self.parts.values() for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,42 +66,70 @@ class _Pair:
     target: Target
 
 
-def read_adapter(
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module of an adapter: its layer, its rank, and the factor of x A^T B^T."""
+
+    pair: _Pair
+    rank: int
+    scale: float
+
+    @property
+    def target(self) -> Target:
+        """The layer."""
+        return self.pair.target
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenAdapter:
+    """An adapter that fits a model by its names, types and shapes; its numbers are in its file."""
+
+    modules: Sequence[Module]
+    file: Any
+
+    def read(self, dtype: torch.dtype, pack: Pack) -> Adapter:
+        """Read the numbers as ``dtype``. ``pack`` lays out each part for its layer.
+
+        Raises ConfigError for numbers that are not finite.
+        """
+        digest = blake3()
+        parts: dict[Linear, list[PackedPart]] = {}
+        for module in self.modules:
+            part = _read(self.file, module, dtype)
+            _count(digest, module.pair, part)
+            layer = module.target.layer
+            parts.setdefault(layer, []).append(pack(layer, part))
+        rank = max(module.rank for module in self.modules)
+        in_encoder = any(module.target.is_encoder for module in self.modules)
+        return Adapter(digest.digest(), rank, in_encoder, parts)
+
+
+def open_adapter(
     folder: Path,
     targets: Mapping[str, Target],
     rules: Sequence[Rules],
     *,
     unused: re.Pattern[str],
     max_rank: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Adapter:
-    """Read an adapter for a model with these ``targets``.
+) -> OpenAdapter:
+    """Open an adapter for a model with these ``targets``.
 
     rules: renames of weight names; the first that lead to a layer count. unused: names of weights
     that the model does not use, such as those of the last layers of a tower; adapters of them have
     no effect in the model that was trained, either. Raises ConfigError that names the tensor or the
-    option, before memory is taken for any.
+    option. No memory is taken for any tensor.
     """
     settings = read_settings(folder)
-    file = _opened(folder)
+    file = open_file(folder)
     pairs = _pairs(list(file.keys()), targets, rules, unused)
-    values = {pair.module: settings.of(pair.module) for pair in pairs}
-    for pair in pairs:
-        _check(file, pair, values[pair.module], max_rank)
-    digest, rank = blake3(), 0
-    parts: dict[Linear, list[LowRank]] = {}
-    for pair in sorted(pairs, key=lambda pair: pair.ours):
-        part = _read(file, pair, values[pair.module][1], dtype)
-        _count(digest, pair, part)
-        part = replace(part, a=part.a.to(device), b=part.b.to(device))
-        parts.setdefault(pair.target.layer, []).append(part)
-        rank = max(rank, part.a.shape[0])
-    in_encoder = any(pair.target.is_encoder for pair in pairs)
-    return Adapter(digest.digest(), rank, in_encoder, parts)
+    modules = [Module(pair, *settings.of(pair.module)) for pair in pairs]
+    for module in modules:
+        _check(file, module, max_rank)
+    return OpenAdapter(sorted(modules, key=lambda module: module.pair.ours), file)
 
 
-def _opened(folder: Path) -> Any:
+def open_file(folder: Path) -> Any:
+    """Return an adapter's file of tensors, opened. Raises ConfigError."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / NAME
@@ -160,9 +197,9 @@ def _kind(ours: str) -> str:
     return "no linear layer that adapters can change"
 
 
-def _check(file: Any, pair: _Pair, values: tuple[int, float], max_rank: int) -> None:
+def _check(file: Any, module: Module, max_rank: int) -> None:
     """Check types and shapes of a module's tensors against the layer and the configuration."""
-    (rank, scale), target = values, pair.target
+    pair, rank, target = module.pair, module.rank, module.target
     if rank > max_rank:
         _refuse(
             f"the module {pair.module!r:.200} has the rank {rank}, beyond the limit of {max_rank}: "
@@ -179,22 +216,26 @@ def _check(file: Any, pair: _Pair, values: tuple[int, float], max_rank: int) -> 
                 f"{name!r:.200} has the shape {shape}, not {shapes[side]} as the layer and the "
                 f"rank {rank} of adapter_config.json say"
             )
-    if not math.isfinite(scale):
+    if not math.isfinite(module.scale):
         _refuse(f"the scale of {pair.module!r:.200} is not finite")
 
 
-def _read(file: Any, pair: _Pair, scale: float, dtype: torch.dtype) -> LowRank:
+def _read(file: Any, module: Module, dtype: torch.dtype) -> LowRank:
     """Read a module's tensors. Raises ConfigError for numbers that are not finite."""
-    a, b = (_finite(file.get_tensor(pair.names[s]), pair.names[s], dtype) for s in "AB")
-    return LowRank(a, b, scale, pair.target.first)
+    names = module.pair.names
+    a, b = (_finite(file.get_tensor(names[side]), names[side], dtype) for side in "AB")
+    return LowRank(a, b, module.scale, module.target.first)
 
 
 def _finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
     # A copy: the tensor lies in the file, which may change or go.
-    copy = tensor.to(dtype, copy=True)
-    if not bool(torch.isfinite(copy).all()):
-        where = "" if bool(torch.isfinite(tensor).all()) else f" in {dtype}"
-        _refuse(f"{name!r:.200} has numbers that are not finite{where}")
+    copy = torch.empty(tensor.shape, dtype=dtype)
+    numbers, source = copy.view(-1), tensor.reshape(-1)
+    for start in range(0, len(numbers), PIECE):
+        piece = numbers[start : start + PIECE].copy_(source[start : start + PIECE])
+        if not bool(torch.isfinite(piece).all()):
+            finite = bool(torch.isfinite(source[start : start + PIECE]).all())
+            _refuse(f"{name!r:.200} has numbers that are not finite{f' in {dtype}' * finite}")
     return copy
 
 

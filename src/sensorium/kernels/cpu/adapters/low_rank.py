@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numba import types
 
-from sensorium.kernels.adapters import FIXED_ROWS, AdaptedProduct, LowRank, RowAdapters
+from sensorium.kernels.adapters import FIXED_ROWS, AdaptedProduct, LowRank, PackedPart, RowAdapters
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import Args, float_bits
 from sensorium.kernels.cpu.linear.integers import wait_for
@@ -226,34 +226,41 @@ class CpuAdapted(AdaptedProduct):
         self._dtype = dtype
         self._kernel = kernel(build_adapt, dtype)
         self._table = np.zeros(_HEADER + num_lanes * _LANE_FIELDS, np.int64)
-        self._held: dict[int, list[torch.Tensor]] = {}
+        self._held: dict[int, list[PackedPart]] = {}
         self._work = 0
 
-    def put(self, lane: int, parts: Sequence[LowRank]) -> None:
+    def pack(self, part: LowRank) -> PackedPart:
         num_inputs, num_outputs = self._shape
+        rank, count = part.a.shape[0], part.b.shape[0]
+        if part.a.shape[1] != num_inputs or part.first + count > num_outputs:
+            raise ValueError(f"an adapter's part does not fit a layer of {self._shape}")
+        a, b = in_panels(part.a.to(self._dtype)), in_panels(part.b.to(self._dtype))
+        return PackedPart(a, b, part.scale, rank, part.first, count)
+
+    def set(self, lane: int, parts: Sequence[PackedPart]) -> None:
         if len(parts) > MOST_PARTS:
             raise ValueError(f"{len(parts)} parts of an adapter in one layer")
         entry = np.zeros(_LANE_FIELDS, np.int64)
-        held: list[torch.Tensor] = []
         for index, part in enumerate(parts):
-            rank, count = part.a.shape[0], part.b.shape[0]
-            if part.a.shape[1] != num_inputs or part.first + count > num_outputs:
-                raise ValueError(f"an adapter's part does not fit a layer of {self._shape}")
-            a, b = in_panels(part.a.to(self._dtype)), in_panels(part.b.to(self._dtype))
-            held += [a, b]
-            fields = (a.data_ptr(), b.data_ptr(), rank, part.first, count, float_bits(part.scale))
+            addresses = part.a.data_ptr(), part.b.data_ptr()
+            place = part.rank, part.first, part.num_outputs
+            fields = (*addresses, *place, float_bits(part.scale))
             entry[2 + index * _PART_FIELDS : 2 + (index + 1) * _PART_FIELDS] = fields
-            entry[0] += -(-rank // WIDTH)
-            entry[1] += -(-count // (WIDTH * CHUNK_PANELS))
+            entry[0] += -(-part.rank // WIDTH)
+            entry[1] += -(-part.num_outputs // (WIDTH * CHUNK_PANELS))
         start = _HEADER + lane * _LANE_FIELDS
         self._table[start : start + _LANE_FIELDS] = entry
         self._held.pop(lane, None)
-        if held:
-            self._held[lane] = held
+        if parts:
+            self._held[lane] = list(parts)
         lanes = self._table[_HEADER:].reshape(-1, _LANE_FIELDS)
         self._table[0], self._table[1] = lanes[:, 0].max(), lanes[:, 1].max()
         ranks = int(self._table[0]) * WIDTH
-        self._work = ranks * (num_inputs + num_outputs)
+        self._work = ranks * sum(self._shape)
+
+    def packed_bytes(self, rank: int, num_outputs: int) -> int:
+        ranks, outputs = (-(-size // WIDTH) * WIDTH for size in (rank, num_outputs))
+        return (ranks * self._shape[0] + outputs * rank) * self._dtype.itemsize
 
     def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowAdapters) -> None:
         width, num_rows = int(self._table[0]) * WIDTH, x.shape[0]
@@ -280,14 +287,22 @@ class CpuAdapted(AdaptedProduct):
         )
         self._kernel.for_weight(num_rows * self._work)(args)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for own in self._held.values() for tensor in own)
-
 
 def in_panels(matrix: torch.Tensor) -> torch.Tensor:
-    """Lay (R, C) out by panels of sixteen rows, [R/16][C][16]; rows that are missing are zeros."""
+    """Lay (R, C) out by panels of sixteen rows, [R/16][C][16]; rows that are missing are zeros.
+
+    Computed by the calling thread alone: others may be running the model.
+    """
     num_rows, num_columns = matrix.shape
-    padded = matrix.new_zeros((-(-num_rows // WIDTH) * WIDTH, num_columns))
-    padded[:num_rows] = matrix
-    return padded.view(-1, WIDTH, num_columns).transpose(1, 2).contiguous()
+    num_panels = -(-num_rows // WIDTH)
+    found = torch.empty((num_panels, num_columns, WIDTH), dtype=matrix.dtype)
+    # NumPy has no bfloat16; where numbers go does not depend on what they are.
+    integers = {2: torch.int16, 4: torch.int32}[matrix.dtype.itemsize]
+    to, rows = found.view(integers).numpy(), matrix.contiguous().view(integers).numpy()
+    whole = num_rows // WIDTH
+    to[:whole] = rows[: whole * WIDTH].reshape(whole, WIDTH, num_columns).transpose(0, 2, 1)
+    if whole < num_panels:
+        rest = num_rows - whole * WIDTH
+        to[whole, :, :rest] = rows[whole * WIDTH :].T
+        to[whole, :, rest:] = 0
+    return found

@@ -1,0 +1,166 @@
+"""Adapters are read beside the steps of the engine's loop, and taken between two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import zmq
+
+from sensorium.engine import wire
+from sensorium.engine.adapters import NamedAdapter
+from sensorium.engine.serving import adapter_reader, worker
+from sensorium.engine.serving.adapter_reader import READ_SECONDS, AdapterReader
+from sensorium.engine.serving.worker import StepWatch
+from sensorium.engine.stats import AdapterFacts, EngineFacts
+from sensorium.errors import ConfigError, SensoriumError, UnavailableError
+
+FACTS = EngineFacts(8, 1, 1, 1, "cpu", "float32", 1, 0.0)
+
+
+class FakeEngine:
+    """Has work until an adapter is there; reading takes until it has made some steps."""
+
+    def __init__(self, *, busy: bool = True) -> None:
+        self.busy = busy
+        self.facts = FACTS
+        self.num_steps = 0
+        self.stepped = threading.Event()
+        self.readers: list[tuple[threading.Thread, int]] = []
+
+    @property
+    def has_work(self) -> bool:
+        return self.busy and not self.facts.adapters
+
+    def step(self) -> list[Any]:
+        self.num_steps += 1
+        if self.num_steps == 3:
+            self.stepped.set()
+        return []
+
+    def check_integrity(self) -> None:
+        """Nothing can be wrong."""
+
+    def read_adapter(self, name: str, path: str, folder: str) -> NamedAdapter:
+        me = threading.current_thread()
+        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        self.readers.append((me, nice))
+        if self.busy:
+            assert self.stepped.wait(30), "the loop does not step meanwhile"
+        if path == "damaged":
+            raise ConfigError("It is damaged.", param="lora_modules")
+        if path == "large":
+            raise MemoryError
+        return NamedAdapter(name, path, folder, adapter=None)  # type: ignore[arg-type]
+
+    def add_adapter(self, found: NamedAdapter) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        facts = AdapterFacts(found.name, found.path, b"digest", 8, folder=found.folder)
+        self.facts = dataclasses.replace(self.facts, adapters=(*self.facts.adapters, facts))
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
+    context = zmq.Context()
+    here, there = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    here.bind("inproc://engine")
+    there.connect("inproc://engine")
+    yield here, there
+    here.close(0)
+    there.close(0)
+    context.term()
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_steps_go_on_while_an_adapter_is_read(
+    sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]], busy: bool
+) -> None:
+    """An engine without work does not wait for its next look at its parent, either."""
+    here, there = sockets
+    engine = FakeEngine(busy=busy)
+    loop = worker._Loop(there, os.getppid(), StepWatch(0), engine)  # type: ignore[arg-type]
+    here.send(wire.encode(wire.LoadAdapter(5, "a", "org/a", "folder")))
+    found = []
+
+    def stop() -> None:
+        found.append(wire.decode_from_engine(here.recv()))
+        here.send(wire.encode(wire.Stop()))
+
+    ending = threading.Thread(target=stop)
+    ending.start()
+    loop.run()
+    ending.join()
+    assert found == [wire.Adapters(5, engine.facts.adapters)]
+    assert [(a.name, a.path, a.folder) for a in engine.facts.adapters] == [("a", "org/a", "folder")]
+    assert (engine.num_steps >= 3) is busy
+    [(thread, nice)] = engine.readers
+    assert not thread.is_alive()
+    assert nice > os.getpriority(os.PRIO_PROCESS, 0), "others run the model"
+
+
+class Answers:
+    """What a reader answers."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.now = 0.0
+        self.found: list[tuple[int, SensoriumError | None]] = []
+        self.reader = AdapterReader(engine, self.answer, lambda: self.now)  # type: ignore[arg-type]
+
+    def answer(self, number: int, error: SensoriumError | None) -> None:
+        self.found.append((number, error))
+
+    def end(self) -> None:
+        """Let the thread end."""
+        assert self.reader._thread is not None
+        self.reader._thread.join()
+        self.reader.poll()
+
+
+@pytest.mark.parametrize(("path", "kind"), [("damaged", ConfigError), ("large", UnavailableError)])
+def test_errors_of_reading_are_answered(
+    path: str, kind: type[SensoriumError], caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = Answers(FakeEngine(busy=False))
+    answers.reader.begin(wire.LoadAdapter(1, "a", path, path))
+    answers.end()
+    [(number, error)] = answers.found
+    assert number == 1
+    assert type(error) is kind
+    assert bool(caplog.records) == (path == "large")
+    answers.reader.close()
+
+
+def test_what_takes_too_long_is_given_up_and_not_taken_when_it_comes() -> None:
+    engine = FakeEngine()
+    answers = Answers(engine)
+    answers.reader.begin(wire.LoadAdapter(1, "a", "a", "a"))
+    answers.reader.begin(wire.LoadAdapter(2, "b", "b", "b"))
+    answers.now = READ_SECONDS + 1
+    answers.reader.poll()
+    answers.reader.poll()
+    assert [number for number, _ in answers.found] == [2, 1]
+    assert all(error is not None and error.status == 503 for _, error in answers.found)
+    engine.stepped.set()
+    answers.end()
+    assert engine.facts.adapters == ()
+    answers.reader.begin(wire.LoadAdapter(3, "a", "a", "a"))
+    answers.end()
+    assert answers.found[2:] == [(3, None)]
+    assert [adapter.name for adapter in engine.facts.adapters] == ["a"]
+    answers.reader.close()
+
+
+def test_a_thread_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_reader, "_CLOSING_SECONDS", 0.0)
+    engine = FakeEngine()
+    answers = Answers(engine)
+    answers.reader.begin(wire.LoadAdapter(1, "a", "a", "a"))
+    answers.reader.close()
+    os.fstat(answers.reader.fileno())  # the thread still writes to it
+    engine.stepped.set()
+    answers.end()
+    answers.reader.close()
