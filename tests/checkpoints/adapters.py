@@ -15,23 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 UNCHANGED = re.compile(
-    r".*(embed|norm|lm_head|wte|class_|newline|GN|ln_|layrnorm|resampler\.(attn|query|proj)"
-    r"|multi_modal_projector\.linear_1$)"
+    r".*(embed|norm|lm_head|wte|class_|newline|GN|ln_|layrnorm|resampler\.(attn|query|proj))"
 )
-"""Weights that are no linear layers, or none that adapters change. Ultravox's first layer of the
-projector is among them by its name, which others share; see ``linear_names``."""
+"""Weights that are no linear layers, or none that adapters change."""
 
 
 def linear_names(base: Path) -> dict[str, tuple[int, int]]:
     """Names of the linear layers of a checkpoint that adapters may change, with their shapes."""
     tensors = load_file(base / "model.safetensors")
-    ultravox = "ultravox" in (base / "config.json").read_text()
     found = {}
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         hidden = UNCHANGED.match(module.replace("vision_embed_tokens.", ""))
-        if hidden and module.endswith("multi_modal_projector.linear_1") and not ultravox:
-            hidden = None
         if name.endswith(".weight") and tensor.dim() == 2 and not hidden:
             found[module] = (tensor.shape[0], tensor.shape[1])
     return found

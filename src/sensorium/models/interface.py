@@ -154,7 +154,8 @@ class WeightSlot:
     ``assign`` is called once, with the tensors of ``parts`` in order, in the model's dtype and on
     its device. ``tied``: set where the one part is expected to be the same as another. ``layers``:
     those that ``assign`` loads and whose weights may be quantized. ``role``: what they belong to.
-    ``packed``: how the slot takes the packed weight of its one layer instead.
+    ``packed``: how the slot takes the packed weight of its one layer instead. ``is_swapped``:
+    this layer has the second half of the rows of its one part in front.
     """
 
     parts: tuple[Part, ...]
@@ -163,6 +164,7 @@ class WeightSlot:
     layers: tuple[Linear | Embedding, ...] = ()
     role: Role = "encoder"
     packed: Packed | None = None
+    is_swapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,3 +288,16 @@ def test_bytes_are_bounded_before_memory_is_taken(
     lanes.unload(found.digest)
     assert lanes.nbytes == 0
     assert lanes.load(small).nbytes == lanes.nbytes
+
+
+def test_a_module_that_was_not_trained_is_skipped(lanes: AdapterSet, adapter: Path) -> None:
+    """Its B is as it was made, all zeros, as of layers that the model's own code reads past."""
+    own = "base_model.model.resampler.attn.out_proj"
+    expected = lanes.load(adapter)
+    change(adapter, put(f"{own}.lora_A.weight", torch.ones(4, 64)))
+    change(adapter, put(f"{own}.lora_B.weight", torch.zeros(64, 4)))
+    assert lanes.load(adapter) == expected
+    change(adapter, put(f"{own}.lora_B.weight", torch.ones(64, 4)))
+    assert "'resampler.attn.out_proj'" in refusal(lanes, adapter)
+    for _ in range(2):
+        lanes.unload(expected.digest)

@@ -76,10 +76,7 @@ class AdapterReader:
             return
         if self._found is None:
             if self._waiting is not None and self._clock() > self._deadline:
-                number, self._waiting = self._waiting, None
-                logger.error("an adapter could not be read in %g s", READ_SECONDS)
-                error = f"The adapter could not be read in {READ_SECONDS:g} seconds."
-                self._answer(number, UnavailableError(error))
+                self._give_up(self._waiting)
             return
         thread.join()
         os.read(self._wake, 1)
@@ -96,6 +93,12 @@ class AdapterReader:
                 return
         os.close(self._wake)
         os.close(self._waker)
+
+    def _give_up(self, number: int) -> None:
+        self._waiting = None
+        logger.error("an adapter could not be read in %g s", READ_SECONDS)
+        error = f"The adapter could not be read in {READ_SECONDS:g} seconds."
+        self._answer(number, UnavailableError(error))
 
     def _added(self, found: NamedAdapter | Exception) -> SensoriumError | None:
         """Give the engine an adapter; return the error, if any."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -121,7 +121,7 @@ def open_adapter(
     """
     settings = read_settings(folder)
     file = open_file(folder)
-    pairs = _pairs(list(file.keys()), targets, rules, unused)
+    pairs = _pairs(file, targets, rules, unused)
     modules = [Module(pair, *settings.of(pair.module)) for pair in pairs]
     for module in modules:
         _check(file, module, max_rank)
@@ -147,21 +147,27 @@ def open_file(folder: Path) -> Any:
 
 
 def _pairs(
-    names: Sequence[str],
+    file: Any,
     targets: Mapping[str, Target],
     rules: Sequence[Rules],
     unused: re.Pattern[str],
 ) -> list[_Pair]:
-    """Return the modules of the file. Raises ConfigError for a tensor that has no place."""
+    """Return the modules of the file that change something.
+
+    Raises ConfigError for a tensor that has no place.
+    """
     found: dict[str, _Pair] = {}
     taken: dict[str, str] = {}
-    for name in names:
+    names = set(file.keys())
+    for name in sorted(names):
         match = _SUFFIX.fullmatch(name.removeprefix(PREFIX))
         if match is None:
             _refuse(f"{name!r:.200} is no tensor of a LoRA adapter of linear layers")
         module, side = match.groups()
         ours, target = _target(module, targets, rules)
         if target is None and not _HEAD.search(ours) and unused.fullmatch(f"{ours}.weight"):
+            continue
+        if target is None and _is_untrained(file, names, name):
             continue
         if target is None:
             _refuse(f"{name!r:.200} belongs to {_kind(ours)} of this model ({ours!r:.200})")
@@ -178,6 +184,17 @@ def _pairs(
     if not found:
         _refuse(f"{NAME} has no tensors for layers that this model uses")
     return list(found.values())
+
+
+def _is_untrained(file: Any, names: Collection[str], name: str) -> bool:
+    """Return True for a module whose B is all zeros, as before its training.
+
+    Such are those that "all-linear" reaches and the model's own code reads past.
+    """
+    b = name.replace(".lora_A.", ".lora_B.")
+    if b not in names or str(file.get_slice(b).get_dtype()) not in _DTYPES:
+        return False
+    return not bool(file.get_tensor(b).any())
 
 
 def _target(
@@ -222,9 +239,9 @@ def _check(file: Any, module: Module, max_rank: int) -> None:
 
 def _read(file: Any, module: Module, dtype: torch.dtype) -> LowRank:
     """Read a module's tensors. Raises ConfigError for numbers that are not finite."""
-    names = module.pair.names
+    names, target = module.pair.names, module.target
     a, b = (_finite(file.get_tensor(names[side]), names[side], dtype) for side in "AB")
-    return LowRank(a, b, module.scale, module.target.first)
+    return LowRank(a, target.placed(b), module.scale, target.first)
 
 
 def _finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:

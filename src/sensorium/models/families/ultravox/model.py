@@ -48,18 +48,20 @@ class Projector:
         """Weights under ``prefix``."""
         yield norm_slot(self.norm_pre, f"{prefix}ln_pre")
         shape = (self.linear_1.num_outputs, self.linear_1.num_inputs)
-        first = Part(f"{prefix}linear_1.weight", shape)
-        yield WeightSlot((first,), self._load_first, layers=(self.linear_1,))
+        if self.is_gated:
+            first = Part(f"{prefix}linear_1.weight", shape)
+            yield WeightSlot((first,), self._load_gated, layers=(self.linear_1,), is_swapped=True)
+        else:
+            yield linear_slot(self.linear_1, [(f"{prefix}linear_1", shape[0])])
         yield linear_slot(self.linear_2, [(f"{prefix}linear_2", self.linear_2.num_outputs)])
         yield norm_slot(self.norm, f"{prefix}{'ln_mid' if self.norm_between else 'ln_post'}")
 
-    def _load_first(self, weight: torch.Tensor) -> None:
+    def _load_gated(self, weight: torch.Tensor) -> None:
         """Load the first linear layer with gate and up rows swapped.
 
         The files hold the gate's rows behind the others; the kernel needs them in front.
         """
-        parts = weight.chunk(2)[::-1] if self.is_gated else (weight,)
-        self.linear_1.load(torch.cat(parts))
+        self.linear_1.load(torch.cat(weight.chunk(2)[::-1]))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Run (T, stacked size) -> (T, hidden size of the text)."""
