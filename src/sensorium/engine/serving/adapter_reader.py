@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 READ_SECONDS = 240.0
 """Most time that reading an adapter may take."""
-_CLOSING_SECONDS = 1.0
+CLOSING_SECONDS = 1.0
+"""Most time that closing waits for a thread that reads."""
 _NICE = 10
 """Priority of the thread that reads, below those that run the model."""
 
@@ -88,7 +89,7 @@ class AdapterReader:
     def close(self) -> None:
         """Free the descriptors; those of a thread that still reads go with the process."""
         if self._thread is not None:
-            self._thread.join(_CLOSING_SECONDS)
+            self._thread.join(CLOSING_SECONDS)
             if self._thread.is_alive():
                 return
         os.close(self._wake)
