@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,8 @@ _GEMMA = {
 }
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "qwen2_vl": "qwen2vl"}
-_TOWER = {
-    "norm1": "ln1",
-    "norm2": "ln2",
-    "attn.proj": "attn_out",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
-_MERGER = {"ln_q": "v.post_ln", "mlp.0": "mm.0", "mlp.2": "mm.2"}
+_LANGUAGE = (("language_model.", ""), ("model.text_model.", "model."))
+"""Beginnings of the names of a language model's weights inside larger models."""
 
 
 def blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -79,24 +73,33 @@ def write_gguf(
     seed: int = 0,
     norms: str = "F32",
     others: Mapping[str, str] | None = None,
+    pieces: bool = False,
+    without: Collection[str] = (),
+    per_part: int = 0,
     **metadata: Any,
 ) -> dict[str, torch.Tensor]:
-    """Write the checkpoint of a folder as a GGUF file with matrices of ``kind``.
+    """Write the checkpoint of a folder, or its language model, as a GGUF file of ``kind``.
 
-    ``norms``: the kind of what has one dimension. ``others``: those
-    of some matrices, by a part of their names. ``metadata``: further values under the architecture's name. Returns the weights as the file has
-    them, in float32, by the names of the folder.
+    ``norms``: the kind of what has one dimension. ``others``: those of some matrices, by a part of
+    their names. ``pieces``: with a SentencePiece vocabulary in place of the checkpoint's.
+    ``without``: tokens that the vocabulary lacks. ``per_part``: tensors of each part of a file in
+    several, which are named after ``path``. ``metadata``: further values under the architecture's
+    name. Returns the weights as the file has them, in float32, by the names of the folder.
     """
     config = json.loads((folder / "config.json").read_text())
+    config |= config.get("text_config", {})
     family = config["model_type"]
     architecture = _ARCHITECTURES.get(family, family)
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, architecture, split_max_tensors=per_part)
     _write_config(writer, config, metadata)
-    _write_tokenizer(writer, folder, config)
+    if pieces:
+        _write_pieces(writer, config["vocab_size"])
+    else:
+        _write_tokenizer(writer, folder, config, without)
     rng = np.random.default_rng(seed)
     written: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / "model.safetensors").items():
-        stored = stored_name(name, family)
+        stored = stored_name(language_name(name), family)
         if stored is None:
             continue
         value, is_norm = weight.float(), name.endswith("norm.weight")
@@ -106,7 +109,7 @@ def write_gguf(
         if is_norm and family.startswith("gemma"):
             value = value + 1
         own = next((k for part, k in (others or {}).items() if part in stored), kind)
-        found = _add(writer, stored, value.numpy(), own if value.dim() > 1 else norms, rng)
+        found = add_tensor(writer, stored, value.numpy(), own if value.dim() > 1 else norms, rng)
         if is_norm and family.startswith("gemma"):
             found = found - 1
         written[name] = found if heads is None else unpermuted(found, heads)
@@ -122,56 +125,6 @@ def write_gguf(
     return written
 
 
-def write_mmproj(folder: Path, path: Path, kind: str = "F32", swapped: bool = False) -> None:
-    """Write the vision encoder of a checkpoint of Qwen2-VL; ``swapped``: with the early names."""
-    config = json.loads((folder / "config.json").read_text())
-    vision, writer = config["vision_config"], GGUFWriter(path, "clip")
-    processor = json.loads((folder / "preprocessor_config.json").read_text())
-    writer.add_clip_has_vision_encoder(True)
-    writer.add_clip_projector_type("qwen2vl_merger")
-    writer.add_vision_projection_dim(config["hidden_size"])
-    writer.add_vision_image_size(560)
-    writer.add_vision_patch_size(vision.get("patch_size", 14))
-    writer.add_vision_embedding_length(vision["embed_dim"])
-    writer.add_vision_feed_forward_length(vision["hidden_size"])  # as the script has it
-    writer.add_vision_block_count(vision["depth"])
-    writer.add_vision_head_count(vision["num_heads"])
-    writer.add_vision_image_mean(processor["image_mean"])
-    writer.add_vision_image_std(processor["image_std"])
-    for name, weight in load_file(folder / "model.safetensors").items():
-        if name.startswith("visual."):
-            for stored, value in _parts_of_tower(name.removeprefix("visual."), weight.float()):
-                own = stored
-                if swapped and ".ffn_" in stored:
-                    pair = ("ffn_up", "ffn_down") if "ffn_up" in stored else ("ffn_down", "ffn_up")
-                    own = stored.replace(*pair)
-                wide = kind if value.dim() == 2 else "F32"
-                _add(writer, own, value.contiguous().numpy(), wide, np.random.default_rng(0))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _parts_of_tower(name: str, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """The tensors that a weight of the tower becomes."""
-    stem, _, end = name.rpartition(".")
-    if stem == "patch_embed.proj":
-        first = "v.patch_embd.weight"
-        return [(first, value[:, :, 0]), (f"{first}.1", value[:, :, 1])]
-    if stem.startswith("merger."):
-        return [(f"{_MERGER[stem.removeprefix('merger.')]}.{end}", value)]
-    if not stem.startswith("blocks."):
-        return []
-    _, layer, own = stem.split(".", 2)
-    if own == "attn.qkv":
-        return [
-            (f"v.blk.{layer}.attn_{part}.{end}", rows)
-            for part, rows in zip("qkv", value.chunk(3), strict=True)
-        ]
-    return [(f"v.blk.{layer}.{_TOWER[own]}.{end}", value)]
-
-
 def as_folder(source: Path, folder: Path, weights: Mapping[str, torch.Tensor]) -> Path:
     """Write a checkpoint with other weights beside the files of ``source``."""
     folder.mkdir()
@@ -181,6 +134,14 @@ def as_folder(source: Path, folder: Path, weights: Mapping[str, torch.Tensor]) -
     contiguous = {name: value.contiguous() for name, value in weights.items()}
     save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def language_name(name: str) -> str:
+    """The name that a weight of the language model of a larger model has by itself."""
+    for old, new in _LANGUAGE:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
 
 
 def stored_name(name: str, family: str) -> str | None:
@@ -230,7 +191,7 @@ def llama3_factors(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> np.
     return (1 / ((1 - smooth) / scaling["factor"] + smooth)).astype(np.float32)
 
 
-def _add(
+def add_tensor(
     writer: GGUFWriter, name: str, value: np.ndarray, kind: str, rng: np.random.Generator
 ) -> torch.Tensor:
     """Add a tensor, and return its numbers."""
@@ -271,10 +232,14 @@ def _write_config(
         add(key, value) if not isinstance(value, str) else writer.add_string(key, value)
 
 
-def _write_tokenizer(writer: GGUFWriter, folder: Path, config: Mapping[str, Any]) -> None:
+def _write_tokenizer(
+    writer: GGUFWriter, folder: Path, config: Mapping[str, Any], without: Collection[str]
+) -> None:
     whole = json.loads((folder / "tokenizer.json").read_text())
     tokens: dict[int, str] = {place: token for token, place in whole["model"]["vocab"].items()}
-    added = {token["id"]: token for token in whole["added_tokens"]}
+    added = {
+        token["id"]: token for token in whole["added_tokens"] if token["content"] not in without
+    }
     tokens |= {place: token["content"] for place, token in added.items()}
     texts = [tokens.get(place, f"[PAD{place}]") for place in range(config["vocab_size"])]
     types = [
@@ -287,9 +252,36 @@ def _write_tokenizer(writer: GGUFWriter, folder: Path, config: Mapping[str, Any]
     writer.add_token_list(texts)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in whole["model"]["merges"]])
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "pad")):
-        if config.get(f"{key}_token_id") is not None:
-            getattr(writer, f"add_{name}_token_id")(config[f"{key}_token_id"])
+    around = whole["post_processor"] or {}
+    ids = {key: config.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+    if around.get("type") == "TemplateProcessing":
+        writer.add_add_bos_token(True)
+        (ids["bos"],) = next(iter(around["special_tokens"].values()))["ids"]
+    for key, place in ids.items():
+        if place is not None:
+            getattr(writer, f"add_{key}_token_id")(place)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     if "chat_template" in settings:
         writer.add_chat_template(settings["chat_template"])
+
+
+def _write_pieces(writer: GGUFWriter, size: int) -> None:
+    """Special tokens, bytes, runs of spaces, letters and pairs of them, the likely ones first."""
+    letters = ["\u2581", *"etaonisrhldu"]
+    special, runs = ["<unk>", "<s>", "</s>", "<end_of_turn>"], ["  ", "   "]
+    octets = [f"<0x{byte:02X}>" for byte in range(256)]
+    pairs = [first + second for first in letters for second in letters]
+    texts = [*special, *octets, *runs, *letters, *pairs][:size]
+    types = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 3, *[TokenType.BYTE] * 256]
+    types += [TokenType.USER_DEFINED] * len(runs)
+    types += [TokenType.NORMAL] * (len(texts) - len(types))
+    padding = range(len(texts), size)
+    texts += [f"[PAD{place}]" for place in padding]
+    types += [TokenType.UNUSED] * len(padding)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(texts)
+    writer.add_token_scores([float(-place) for place in range(size)])
+    writer.add_token_types(types)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)

@@ -14,11 +14,10 @@ from sensorium.config import GIB, ModelConfig
 from sensorium.errors import ConfigError
 from sensorium.models.configs import declared_dtype, ties_head
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
-from sensorium.models.gguf import describe
+from sensorium.models.gguf import describe, split
 from sensorium.models.gguf.config import config_of
 from sensorium.models.gguf.folder import encoder_of, file_of
 from sensorium.models.gguf.reader import GgufFile
-from sensorium.models.gguf.reader import read as read_gguf
 from sensorium.models.interface import BuildOptions, Family, LoadedConfig, TextShape
 from sensorium.models.loader import find_device, read_parts
 from sensorium.models.loading import checkpoint, hub, weight_files
@@ -34,6 +33,8 @@ PROCESSES = int(0.7 * GIB)
 """Memory of a server's processes without weights and caches, about."""
 GGUF_BEGINNING = 64 << 20
 """Bytes of a GGUF file that are fetched to read its metadata, which takes a few MiB."""
+GGUF_PART_BEGINNING = 1 << 20
+"""Bytes of each of its further parts, which have a table of tensors alone."""
 SPARE_DISK = GIB // 4
 """Space that is to stay free on the disk."""
 AS_STORED = "as stored"
@@ -184,10 +185,10 @@ def least_memory(options: ModelConfig, kv_cache_dtype: str = "auto") -> int:
     gguf, settings = file_of(folder), settings_of(loaded)
     if gguf is not None:
         integers = _has_integer_products(options.device)
-        weights = _gguf_bytes(read_gguf(gguf), options, family, integers, size)
+        weights = _gguf_bytes(split.read(gguf), options, family, integers, size)
         encoder = encoder_of(folder)
         if encoder is not None:
-            weights += _tower_bytes(read_gguf(encoder), options, size)
+            weights += _tower_bytes(split.read(encoder), options, size)
     else:
         total = _stored(options.model, folder, *where)
         for field, name in names.items():
@@ -273,19 +274,19 @@ def _facts(
     """Return configuration, GGUF files of model and encoder if any, and files of weights."""
     named = checkpoint.hub_file(options.model)
     if named is not None:
-        gguf, own = _beginning(*named, "model", options)
+        gguf, files = _beginning(*named, "model", options)
         encoder, others = _encoder(named[0], options)
         config = checkpoint.merged(config_of(gguf), options.hf_overrides)
-        return LoadedConfig("", config, {}, {}, {}), gguf, encoder, [own, *others]
+        return LoadedConfig("", config, {}, {}, {}), gguf, encoder, [*files, *others]
     where = options.revision, options.download_dir
     folder = checkpoint.find(options.model, *where, options.mmproj)
     loaded = checkpoint.read(folder, options.hf_overrides)
     path = file_of(folder)
     if path is not None:
         tower = encoder_of(folder)
-        paths = [path] if tower is None else [path, tower]
+        paths = [*split.present(path), *([] if tower is None else [tower])]
         files = [hub.HubFile(own.name, own.stat().st_size, True) for own in paths]
-        return loaded, read_gguf(path), None if tower is None else read_gguf(tower), files
+        return loaded, split.read(path), None if tower is None else split.read(tower), files
     family = resolve(loaded.config)
     refuse_unsupported(loaded, native=family.quantizable)
     loaded, names = read_parts(loaded, family, options.download_dir)
@@ -298,14 +299,17 @@ def _facts(
 
 def _beginning(
     model: str, file: str, param: str, options: ModelConfig
-) -> tuple[GgufFile, hub.HubFile]:
-    """Return the metadata of a GGUF file of a repository, and its size."""
-    own = _listed(model, file, param, options)
+) -> tuple[GgufFile, list[hub.HubFile]]:
+    """Return the metadata of a GGUF file of a repository, and its parts: itself if it has none."""
+    names = split.part_names(file)
+    parts = _listed(model, names, param, options)
     with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / Path(file).name
-        size = min(own.size, GGUF_BEGINNING)
-        part.write_bytes(hub.beginning(model, file, options.revision, size))
-        return read_gguf(part, own.size), own
+        for place, part in enumerate(parts):
+            size = min(part.size, GGUF_PART_BEGINNING if place else GGUF_BEGINNING)
+            data = hub.beginning(model, part.name, options.revision, size)
+            (Path(folder) / Path(part.name).name).write_bytes(data)
+        sizes = {Path(part.name).name: part.size for part in parts}
+        return split.read(Path(folder) / Path(file).name, sizes), parts
 
 
 def _encoder(model: str, options: ModelConfig) -> tuple[GgufFile | None, list[hub.HubFile]]:
@@ -314,20 +318,20 @@ def _encoder(model: str, options: ModelConfig) -> tuple[GgufFile | None, list[hu
         return None, []
     path = Path(options.mmproj).expanduser()
     if path.is_file():
-        return read_gguf(path), [hub.HubFile(path.name, path.stat().st_size, True)]
-    found, own = _beginning(model, options.mmproj, "mmproj", options)
-    return found, [own]
+        return split.read(path), [hub.HubFile(path.name, path.stat().st_size, True)]
+    return _beginning(model, options.mmproj, "mmproj", options)
 
 
-def _listed(model: str, file: str, param: str, options: ModelConfig) -> hub.HubFile:
-    """Return a GGUF file of a repository. Raises ConfigError about ``param`` if it has none."""
+def _listed(model: str, files: list[str], param: str, options: ModelConfig) -> list[hub.HubFile]:
+    """Return GGUF files of a repository. Raises ConfigError about ``param`` if one is not there."""
     listed = hub.files(model, options.revision, download_dir=options.download_dir)
     found = {own.name: own for own in listed}
-    if file not in found:
+    missing = next((file for file in files if file not in found), None)
+    if missing is not None:
         others = [name for name in found if name.endswith(checkpoint.GGUF)]
         has = weight_files.listing("others", others)
-        raise ConfigError(f"Model {model!r} has no file {file!r}; it has {has}.", param=param)
-    return found[file]
+        raise ConfigError(f"Model {model!r} has no file {missing!r}; it has {has}.", param=param)
+    return [found[file] for file in files]
 
 
 def _format(loaded: LoadedConfig, gguf: GgufFile | None) -> str:

@@ -328,3 +328,25 @@ def test_a_gguf_file_is_described_from_its_beginning(
         done = pull(hub, tmp_path, model=f"{NAME}:{name}")
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.rglob(f"snapshots/*/{name}"))) == 1
+
+
+def test_all_parts_of_a_gguf_file_are_downloaded(
+    pull: Puller, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
+    monkeypatch.setattr(needs_module, "GGUF_BEGINNING", 1 << 16)
+    source = tmp_path / "files"
+    (source / "q8").mkdir(parents=True)
+    write_gguf(repository, source / "q8" / "model.gguf", "Q8_0", per_part=8)
+    names = [f"q8/{path.name}" for path in sorted((source / "q8").iterdir())]
+    size = sum((source / name).stat().st_size for name in names)
+    with FakeHub({NAME: source}) as hub:
+        found = needs(pull(hub, tmp_path, "--dry-run", "--json", model=f"{NAME}:{names[0]}"))
+        assert (found["files"], found["download"], found["num_files"]) == (size, size, 3)
+        done = pull(hub, tmp_path, model=f"{NAME}:{names[0]}")
+        assert done.returncode == 0, done.stderr
+        again = needs(pull(hub, tmp_path, "--json", model=f"{NAME}:{names[0]}"))
+        assert again["download"] == 0
+        other = pull(hub, tmp_path, "--dry-run", model=f"{NAME}:{names[1]}")
+        assert "name its first" in other.stderr
+    assert len(list(tmp_path.rglob("snapshots/*/q8/*.gguf"))) == 3

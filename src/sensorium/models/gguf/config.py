@@ -44,8 +44,8 @@ def config_of(file: GgufFile) -> dict[str, Any]:
         "num_key_value_heads": num_kv_heads,
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": _number(file, "attention.layer_norm_rms_epsilon"),
-        "rope_theta": _number(file, "rope.freq_base", 10000.0),
+        "rms_norm_eps": number(file, "attention.layer_norm_rms_epsilon"),
+        "rope_theta": number(file, "rope.freq_base", 10000.0),
         "max_position_embeddings": count(file, "context_length"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "torch_dtype": _dtype(file),
@@ -84,7 +84,7 @@ def read_factors(file: GgufFile, name: str, size: int) -> list[float] | None:
     if info.kind.name != "F32" or info.num_values != size:
         _bad(file, name, f"has {info.num_values} numbers of {info.kind.name}, not {size} of F32")
     try:
-        with file.path.open("rb") as source:
+        with file.parts[info.part][0].open("rb") as source:
             source.seek(info.start)
             values = np.frombuffer(source.read(info.nbytes), "<f4")
     except OSError as error:
@@ -111,10 +111,10 @@ def _head_dim(file: GgufFile, kind: Architecture, hidden_size: int, num_heads: i
 
 def _num_layers(file: GgufFile) -> int:
     """Return the number of layers, which all have tensors."""
-    number = count(file, "block_count")
-    if number > len(file.tensors) or f"blk.{number - 1}.attn_norm.weight" not in file.tensors:
-        _bad(file, "block_count", f"is {number}, and the last of so many layers has no tensors")
-    return number
+    depth = count(file, "block_count")
+    if depth > len(file.tensors) or f"blk.{depth - 1}.attn_norm.weight" not in file.tensors:
+        _bad(file, "block_count", f"is {depth}, and the last of so many layers has no tensors")
+    return depth
 
 
 def _check_heads(file: GgufFile, kind: Architecture, config: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ def _rotary(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     if long is not None and short is not None:
         name = "rope.scaling.original_context_length"
         found["original_max_position_embeddings"] = count(file, name)
-        factor = _number(file, "rope.scaling.attn_factor", 1.0)
+        factor = number(file, "rope.scaling.attn_factor", 1.0)
         scaling = {"type": "longrope", "long_factor": long, "short_factor": short}
         return found | {"rope_scaling": scaling | {"attention_factor": factor}}
     factors = read_factors(file, "rope_freqs.weight", rotated // 2)
@@ -177,7 +177,7 @@ def _rotary(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 def _scaled(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     """Return the scaling of rotary positions by one factor, if there is any: linear by default."""
     kind = file.own("rope.scaling.type", "linear")
-    factor = _number(file, "rope.scaling.factor", _number(file, "rope.scale_linear", 1.0))
+    factor = number(file, "rope.scaling.factor", number(file, "rope.scale_linear", 1.0))
     if kind == "none" or (factor == 1.0 and kind in ("linear", "yarn", "longrope")):
         return {}
     if kind not in ("linear", "yarn"):
@@ -201,7 +201,7 @@ def _caps(file: GgufFile, kind: Architecture, config: dict[str, Any]) -> dict[st
     found: dict[str, Any] = {}
     for name, usual in _GEMMA2_CAPS.items():
         if file.own(name) is not None:
-            found[name] = _number(file, name)
+            found[name] = number(file, name)
         else:
             found[name] = usual if kind.model_type == "gemma2" else None
     # The largest of each has a scale of its own, which files do not hold.
@@ -244,7 +244,8 @@ def count(file: GgufFile, name: str, default: int | None = None) -> int:
     return value
 
 
-def _number(file: GgufFile, name: str, default: float | None = None) -> float:
+def number(file: GgufFile, name: str, default: float | None = None) -> float:
+    """Return a positive number under the architecture's name. Raises ConfigError."""
     value = file.own(name, default)
     numeric = isinstance(value, int | float) and not isinstance(value, bool)
     if not numeric or not math.isfinite(value) or value <= 0:

@@ -25,9 +25,9 @@ from typing import Any
 
 from sensorium.environment import cache_root, make_private
 from sensorium.errors import ConfigError
-from sensorium.models.gguf import reader
+from sensorium.models.gguf import reader, split
 from sensorium.models.gguf.config import config_of
-from sensorium.models.gguf.vision import with_vision
+from sensorium.models.gguf.encoders.find import with_vision
 
 FOLDER = "sensorium-gguf-1"
 MARK = "gguf.json"
@@ -54,7 +54,8 @@ def folder_of(path: Path, encoder: Path | None = None) -> Path:
     path = path.expanduser().absolute()
     encoder = None if encoder is None else encoder.expanduser().absolute()
     root = _root()
-    states = (_state(path, "model"), encoder and _state(encoder, "mmproj"))
+    parts = [_state(own, "model") for own in split.present(path)]
+    states = (str(path), parts, encoder and _state(encoder, "mmproj"))
     key = hashlib.sha256(repr((states, _sources_digest())).encode()).hexdigest()[:32]
     target = root / key
     if _hold(target):
@@ -64,7 +65,7 @@ def folder_of(path: Path, encoder: Path | None = None) -> Path:
     try:
         part = Path(tempfile.mkdtemp(dir=root, prefix=f"{key}."))
         try:
-            _write(part, reader.read(path), None if encoder is None else reader.read(encoder))
+            _write(part, split.read(path), None if encoder is None else reader.read(encoder))
             _place(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -168,8 +169,8 @@ def _write(folder: Path, file: reader.GgufFile, encoder: reader.GgufFile | None)
 
     config, contents = config_of(file), dict[str, Any]()
     if encoder is not None:
-        config, processor = with_vision(file, encoder, config)
-        contents["preprocessor_config.json"] = processor
+        config, files = with_vision(file, encoder, config)
+        contents |= files
     made, tokenizer_config, ends = tokenizer.files_of(file)
     templates = tokenizer.templates_of(file)
     if templates:
@@ -259,6 +260,6 @@ def _remove(folder: Path, age: float = math.inf) -> bool:
 def _sources_digest() -> str:
     """Return the digest of the sources that write folders."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -72,6 +72,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     kind: Kind
     start: int
+    part: int = 0
+    """Place of its file among those of a file in several parts."""
 
     @property
     def num_values(self) -> int:
@@ -93,6 +95,13 @@ class GgufFile:
     version: int
     metadata: dict[str, Value]
     tensors: dict[str, TensorInfo]
+    more: tuple[tuple[Path, int], ...] = ()
+    """Paths and sizes of the further parts of a file in several: see ``split``."""
+
+    @property
+    def parts(self) -> tuple[tuple[Path, int], ...]:
+        """Return paths and sizes of all its files, by ``TensorInfo.part``."""
+        return ((self.path, self.size), *self.more)
 
     @property
     def architecture(self) -> str:
@@ -114,11 +123,12 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def read(path: Path, size: int | None = None) -> GgufFile:
+def read(path: Path, size: int | None = None, most_bytes: int = MOST_METADATA_BYTES) -> GgufFile:
     """Read the metadata and the tensor table of a file.
 
-    size: bytes of the whole file, where only its beginning is at ``path``. Raises ConfigError that
-    says what is wrong for a file that is damaged, incomplete, or beyond the bounds of this module.
+    size: bytes of the whole file, where only its beginning is at ``path``. most_bytes: bound of
+    what is before the tensors. Raises ConfigError that says what is wrong for a file that is
+    damaged, incomplete, or beyond the bounds of this module.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -130,7 +140,7 @@ def read(path: Path, size: int | None = None) -> GgufFile:
             raise ConfigError(f"{path.name} is no file.", param="model")
         if status.st_size < 24:
             raise ConfigError(f"{path.name} is no GGUF file: it is too short.", param="model")
-        return _Reader(path, descriptor, status.st_size, size or status.st_size).read()
+        return _Reader(path, descriptor, status.st_size, size or status.st_size, most_bytes).read()
     except OSError as error:
         raise _unreadable(path, error) from error
     finally:
@@ -151,6 +161,7 @@ class _Reader:
     here: int
     """Bytes of the file that there are: fewer than ``size`` of one whose beginning was fetched."""
     size: int
+    most_bytes: int
     place: int = 0
     num_strings: int = 0
     num_numbers: int = 0
@@ -290,8 +301,8 @@ class _Reader:
         end = self.place + count
         if end > self.here:
             self._fail_short()
-        if end > MOST_METADATA_BYTES:
-            self._fail(f"its metadata is larger than {MOST_METADATA_BYTES >> 20} MiB")
+        if end > self.most_bytes:
+            self._fail(f"its metadata is larger than {self.most_bytes >> 20} MiB")
         first = self.place - self.start
         if first + count > len(self.held):
             # Not mapped: a file that another program cuts short would end this process.

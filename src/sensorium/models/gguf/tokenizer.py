@@ -20,11 +20,16 @@ from tokenizers.processors import TemplateProcessing
 from sensorium.errors import ConfigError
 from sensorium.models.gguf.config import token_ids
 from sensorium.models.gguf.reader import GgufFile
+from sensorium.models.gguf.tokens import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    tokens_of,
+    types_of,
+)
 
 logger = logging.getLogger(__name__)
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of tokens in files."""
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -79,7 +84,7 @@ def files_of(file: GgufFile) -> tuple[tokenizers.Tokenizer, dict[str, Any], list
     Raises ConfigError for a vocabulary that is of another kind, damaged or inconsistent.
     """
     tokens = _unique(_spelled(file))
-    types = _types(file, len(tokens))
+    types = types_of(file, len(tokens))
     ids = token_ids(file)
     kind = file.metadata.get("tokenizer.ggml.model")
     try:
@@ -122,16 +127,9 @@ def templates_of(file: GgufFile) -> dict[str, str]:
     return found
 
 
-def _tokens(file: GgufFile) -> list[str]:
-    tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens:
-        _bad(file, "has no vocabulary (tokenizer.ggml.tokens)")
-    return tokens
-
-
 def _spelled(file: GgufFile) -> list[str]:
     """Return the tokens as texts have them once spaces are replaced."""
-    tokens = _tokens(file)
+    tokens = tokens_of(file)
     if file.metadata.get("tokenizer.ggml.model") != "llama" or not _is_gemma(file):
         return tokens
     # Its tokens of several spaces are stored as such.
@@ -151,16 +149,6 @@ def _unique(tokens: Sequence[str]) -> list[str]:
             spelled = f"{spelled}[{place}]"
         found[spelled] = place
     return list(found)
-
-
-def _types(file: GgufFile, size: int) -> Sequence[int]:
-    """Return the type of each token, NORMAL where a file does not say."""
-    types = file.metadata.get("tokenizer.ggml.token_type")
-    if types is None:
-        return [NORMAL] * size
-    if not isinstance(types, np.ndarray) or len(types) != size:
-        _bad(file, "has other types of tokens (tokenizer.ggml.token_type) than tokens")
-    return [int(value) for value in types]
 
 
 def _byte_level(file: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:

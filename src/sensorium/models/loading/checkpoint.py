@@ -12,6 +12,7 @@ from typing import Any
 
 from sensorium.errors import ConfigError
 from sensorium.models.gguf import folder as gguf
+from sensorium.models.gguf import split
 from sensorium.models.gguf.reader import is_gguf
 from sensorium.models.interface import LoadedConfig
 from sensorium.models.loading import weight_files
@@ -82,12 +83,13 @@ def find(
 def _downloaded(
     model: str, file: str, revision: str | None, download_dir: str | None, mmproj: str | None
 ) -> Path:
-    """Return the folder of a GGUF file of a repository, which is downloaded.
+    """Return the folder of a GGUF file of a repository, which is downloaded with all its parts.
 
     Its encoder is a file here, else one of the repository.
     """
     beside = mmproj if mmproj is not None and not Path(mmproj).expanduser().is_file() else None
-    wanted = [glob.escape(name) for name in (file, beside) if name is not None]
+    names = [*split.part_names(file), *([] if beside is None else [beside])]
+    wanted = [glob.escape(name) for name in names]
     whole = download(model, revision, wanted, download_dir=download_dir)
     encoder = whole / beside if beside is not None else mmproj
     return gguf.folder_of(whole / file, None if encoder is None else Path(encoder))
@@ -102,8 +104,9 @@ def hub_file(model: str) -> tuple[str, str] | None:
 def gguf_file(model: str) -> Path | None:
     """Return the GGUF file that a local model is: a file, or the only one of a folder.
 
-    None for a folder with config.json, and for what is not here. Raises ConfigError for a file of
-    another format, and for a folder with several.
+    One in several parts counts as one, by its first part. None for a folder with config.json, and
+    for what is not here. Raises ConfigError for a file of another format, and for a
+    folder with several.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -114,7 +117,11 @@ def gguf_file(model: str) -> Path | None:
         return path
     if not path.is_dir() or (path / "config.json").is_file():
         return None
-    found = sorted(own for own in path.glob(f"*{GGUF}") if not own.name.startswith("mmproj"))
+    found = sorted(
+        own
+        for own in path.glob(f"*{GGUF}")
+        if not own.name.startswith("mmproj") and split.is_first(own.name)
+    )
     if len(found) > 1:
         what = weight_files.listing("GGUF files", [own.name for own in found])
         raise ConfigError(f"The folder {model!r} has {what}: name one of them.", param="model")

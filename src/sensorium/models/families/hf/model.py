@@ -19,7 +19,7 @@ from sensorium.models.families.hf import attention, check, encoding, processing
 from sensorium.models.families.hf.adapter import error_text
 from sensorium.models.families.hf.config import read_hf_config, refuse, text_shape
 from sensorium.models.families.hf.processing import HfProcessor
-from sensorium.models.gguf.folder import file_of
+from sensorium.models.gguf.folder import encoder_of, file_of
 from sensorium.models.interface import BuildOptions, LoadedConfig, Part, WeightSlot
 from sensorium.models.loading.memory import owned
 from sensorium.models.loading.published.gguf import GgufWeights
@@ -302,7 +302,7 @@ def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -
     """
     gguf = file_of(loaded.folder)
     if gguf is not None:
-        weights = dict(GgufWeights(gguf).tensors(options.dtype))
+        weights = dict(GgufWeights(gguf, (), encoder_of(loaded.folder)).tensors(options.dtype))
     else:
         weights = {
             name: tensor

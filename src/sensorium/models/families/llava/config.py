@@ -11,7 +11,6 @@ from sensorium.models.configs import (
     ClipConfig,
     TextConfig,
     bad,
-    count,
     feature_layers,
     filled,
     read_clip_config,
@@ -29,6 +28,8 @@ class LlavaConfig:
     text: TextConfig
     vision: ClipConfig
     image_token_id: int
+    image_in_vocabulary: bool
+    """If false, texts are cut at the placeholder before they are tokenized, as no token is it."""
     projector_activation: str
     projector_bias: bool
     feature_layers: tuple[int, ...]
@@ -54,8 +55,10 @@ def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:
     decoder = read_text_config(filled({"model_type": "llama"}, text), tied=ties_head(config))
     vision = read_clip_config(section(config, "vision_config"), CLIP_LARGE_336)
     name = "image_token_id" if "image_token_id" in config else "image_token_index"
-    image_token_id = count(config, name, 32000)
-    if image_token_id >= decoder.vocab_size:
+    image_token_id = config.get(name, 32000)
+    if isinstance(image_token_id, bool) or not isinstance(image_token_id, int):
+        bad(name, f"must be an integer, got {image_token_id!r:.80}")
+    if not 0 <= image_token_id < decoder.vocab_size:
         bad(name, f"{image_token_id} is outside the vocabulary of {decoder.vocab_size}")
     strategy = config.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
@@ -64,6 +67,7 @@ def read_llava_config(config: Mapping[str, Any]) -> LlavaConfig:
         text=decoder,
         vision=vision,
         image_token_id=image_token_id,
+        image_in_vocabulary=config.get("image_token_in_vocabulary") is not False,
         projector_activation=str(config.get("projector_hidden_act", "gelu")),
         projector_bias=bool(config.get("multimodal_projector_bias", True)),
         feature_layers=feature_layers(config.get("vision_feature_layer", -2), vision.num_layers),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from sensorium.models.media import precomputed
 from sensorium.models.media.options import check_option_names, identity_of
 from sensorium.models.media.pixels import check_image, read_resample, resize
 from sensorium.multimodal.items import Decoded, Features, Modality
+from sensorium.multimodal.placeholders import marker
 from sensorium.multimodal.processor import Markup, PlacedItem, Replacement
 
 PLACEHOLDER = "<image>"
@@ -50,17 +52,20 @@ class LlavaProcessor:
     """
 
     image_token_id: int
+    """Takes the place of embeddings in the expanded prompt."""
     num_embeds: int
     hidden_size: int
     image_size: int
     edges: Edges | None
     resample: int
     modalities: tuple[Modality, ...] = ("image",)
+    is_in_vocabulary: bool = True
+    """If false, the placeholder is no token, and ``image_token_id`` any other."""
 
     @property
     def markup(self) -> Markup | None:
-        """Return None: the image token is in the vocabulary."""
-        return None
+        """Return None, or the pattern of the placeholder where no token is it."""
+        return None if self.is_in_vocabulary else Markup({"image": re.escape(PLACEHOLDER)})
 
     def decoding(self, modality: Modality, options: Mapping[str, Any]) -> None:
         """Return no decoding options: images need none."""
@@ -114,8 +119,8 @@ class LlavaProcessor:
         return found
 
     def placeholder(self, modality: Modality) -> tuple[int, ...]:
-        """Return the image token."""
-        return (self.image_token_id,)
+        """Return the image token, or a marker where there is none: see ``markup``."""
+        return (self.image_token_id,) if self.is_in_vocabulary else (marker(modality),)
 
     def fill(self, modality: Modality) -> int:
         """Return the image token."""
@@ -161,6 +166,7 @@ def build(config: LlavaConfig, loaded: LoadedConfig) -> LlavaProcessor:
         )
     return LlavaProcessor(
         image_token_id=config.image_token_id,
+        is_in_vocabulary=config.image_in_vocabulary,
         num_embeds=config.num_embeds,
         hidden_size=config.text.hidden_size,
         image_size=size,

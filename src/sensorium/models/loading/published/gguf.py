@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,15 +12,17 @@ import torch
 
 from sensorium.errors import ConfigError
 from sensorium.kernels.weight import QuantizedTensor
-from sensorium.models.gguf import reader
+from sensorium.models.gguf import reader, split
 from sensorium.models.gguf.architectures import architecture_of
 from sensorium.models.gguf.blocks import GRIDS, SIZES, Codes
 from sensorium.models.gguf.config import count
+from sensorium.models.gguf.encoders.find import encoder_kind
+from sensorium.models.gguf.encoders.stored import TowerWeight
 from sensorium.models.gguf.reader import GgufFile, TensorInfo
 from sensorium.models.interface import Part
 from sensorium.models.loading.coded import CodedWeight
 from sensorium.models.loading.memory import MappedFiles
-from sensorium.models.loading.published.gguf_tower import Tower, tower_weights
+from sensorium.models.loading.published.gguf_tower import read_weight
 from sensorium.models.loading.weight_files import FileState
 from sensorium.models.loading.weights import check_names, renamed
 
@@ -39,23 +41,25 @@ class GgufWeights:
     def __init__(
         self, path: Path, renames: Sequence[tuple[str, str]] = (), encoder: Path | None = None
     ) -> None:
-        self.paths = [path] if encoder is None else [path, encoder]
+        self.paths = [*split.present(path), *([] if encoder is None else [encoder])]
         self.states = [FileState.of(own) for own in self.paths]
-        self._file = reader.read(path)
+        self._file = split.read(path)
         self._kind = architecture_of(self._file)
         rules = [(re.compile(pattern), replacement) for pattern, replacement in renames]
+        self._bytes = _mapped(self._file)
+        self._tower: dict[str, TowerWeight] = {}
+        self._tower_bytes: list[torch.Tensor] = []
+        text_name: Callable[[str], str] = str
+        if encoder is not None:
+            own = reader.read(encoder)
+            kind = encoder_kind(own)
+            text_name, self._tower_bytes = kind.text_name, _mapped(own)
+            self._tower = {renamed(name, rules): w for name, w in kind.weights(own).items()}
         self._tensors: dict[str, TensorInfo] = {}
         for info in self._file.tensors.values():
             name = self._kind.name(info.name)
             if name is not None:
-                self._tensors[renamed(name, rules)] = info
-        self._bytes = _mapped(self._file)
-        self._tower: Tower = {}
-        if encoder is not None:
-            own = reader.read(encoder)
-            numbers = partial(_numbers, _mapped(own))
-            tower = tower_weights(own, numbers)
-            self._tower = {renamed(name, rules): weight for name, weight in tower.items()}
+                self._tensors[renamed(text_name(name), rules)] = info
 
     @property
     def names(self) -> list[str]:
@@ -71,12 +75,12 @@ class GgufWeights:
 
     def num_weights(self) -> int:
         """Return the total number of elements."""
-        tower = sum(math.prod(shape) for shape, _ in self._tower.values())
+        tower = sum(math.prod(weight.shape) for weight in self._tower.values())
         return tower + sum(info.num_values for info in self._tensors.values())
 
     def check(self, parts: Iterable[Part], ignored: Sequence[str]) -> None:
         shapes = {name: info.shape for name, info in self._tensors.items()}
-        shapes |= {name: shape for name, (shape, _) in self._tower.items()}
+        shapes |= {name: weight.shape for name, weight in self._tower.items()}
         check_names(shapes, parts, ignored, "the GGUF file is of this model")
 
     def has(self, part: Part) -> bool:
@@ -100,7 +104,7 @@ class GgufWeights:
 
     def read(self, part: Part) -> torch.Tensor | CodedWeight:
         if part.name in self._tower:
-            return self._tower[part.name][1]()
+            return self._of_tower(part.name)
         info = self._tensors[part.name]
         order = self._order(info)
         if not self._is_coded(info):
@@ -112,13 +116,16 @@ class GgufWeights:
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield each weight by its name, as numbers of ``dtype`` in memory of their own."""
-        for name, (_, read) in self._tower.items():
-            yield name, read().to(dtype)
+        for name in self._tower:
+            yield name, self._of_tower(name).to(dtype, copy=True)
         for name, info in self._tensors.items():
             if not self._is_coded(info):
                 yield name, self._plain(info, self._order(info)).to(dtype, copy=True)
             else:
                 yield name, self._dequantized(info, dtype)
+
+    def _of_tower(self, name: str) -> torch.Tensor:
+        return read_weight(self._tower[name], partial(_numbers, self._tower_bytes))
 
     def _dequantized(self, info: TensorInfo, dtype: torch.dtype) -> torch.Tensor:
         """Return the numbers of a quantized matrix, made in bands of rows."""
@@ -161,16 +168,16 @@ class GgufWeights:
         return rows.transpose(1, 2).reshape(-1)
 
 
-def _mapped(file: GgufFile) -> torch.Tensor:
-    """Return the bytes of a file, mapped."""
-    return torch.from_file(str(file.path), False, file.size, dtype=torch.uint8)
+def _mapped(file: GgufFile) -> list[torch.Tensor]:
+    """Return the bytes of a file's parts, mapped."""
+    return [torch.from_file(str(path), False, size, dtype=torch.uint8) for path, size in file.parts]
 
 
-def _raw(data: torch.Tensor, info: TensorInfo) -> torch.Tensor:
-    return data[info.start : info.start + info.nbytes]
+def _raw(data: Sequence[torch.Tensor], info: TensorInfo) -> torch.Tensor:
+    return data[info.part][info.start : info.start + info.nbytes]
 
 
-def _numbers(data: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+def _numbers(data: Sequence[torch.Tensor], info: TensorInfo) -> torch.Tensor:
     """Return the numbers of a tensor: as they are stored where they are plain, else float32."""
     raw = _raw(data, info)
     if not info.kind.is_plain:

@@ -1,0 +1,1 @@
+"""Vision encoders in GGUF files of their own (``mmproj``)."""
