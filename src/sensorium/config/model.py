@@ -33,7 +33,9 @@ class ModelConfig:
         "Hugging Face id, local folder, GGUF file (also of a repository: id:file.gguf), or 'demo'.",
     )
     mmproj: str | None = option(
-        None, "GGUF file of the vision encoder, for a model that is a GGUF file (Qwen2-VL)."
+        None,
+        "GGUF file of the vision encoder, for a model that is a GGUF file (Qwen2-VL, LLaVA-1.5, "
+        "SmolVLM).",
     )
     tokenizer: str | None = option(None, "Id or folder of the tokenizer, if not the model's.")
     trust_remote_code: bool = option(

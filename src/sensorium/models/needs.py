@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensorium.config import GIB, ModelConfig
-from sensorium.errors import ConfigError
+from sensorium.errors import ConfigError, counted
 from sensorium.models.configs import declared_dtype, ties_head
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.gguf import describe, split
@@ -100,11 +100,13 @@ class Needs:
     def lines(self) -> list[str]:
         """Return the needs as text, a line each."""
         rows = [
-            ("model", f"{self.model} ({self.family}), {self.num_files} files of weights"),
+            (
+                "model",
+                f"{self.model} ({self.family}), {counted(self.num_files, 'file')} of weights",
+            ),
             ("format", self.format),
             ("weights run as", self.product),
-            ("to download", f"{_size(self.download)} of {_size(self.files)}"),
-            ("disk", f"{_size(self.free_disk)} free at {self.folder}"),
+            *self._disk_rows(),
             (
                 "memory to run",
                 self._memory_line(),
@@ -115,6 +117,14 @@ class Needs:
             rows.append(("note", "other programs have to give back memory before it can run"))
         width = max(len(name) for name, _ in rows)
         return [f"{name:<{width}}  {text}" for name, text in rows]
+
+    def _disk_rows(self) -> list[tuple[str, str]]:
+        if not self.download:
+            return [("to download", f"nothing: {_size(self.files)} are here")]
+        return [
+            ("to download", f"{_size(self.download)} of {_size(self.files)}"),
+            ("disk", f"{_size(self.free_disk)} free at {self.folder}"),
+        ]
 
     def _memory_line(self) -> str:
         return (

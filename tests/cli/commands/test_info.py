@@ -34,6 +34,11 @@ def test_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert "would be used" in shown
 
 
+def without_memory(shown: str) -> list[str]:
+    """The lines that do not change with what other programs take."""
+    return [line for line in shown.splitlines() if not line.startswith("memory here")]
+
+
 def test_what_a_file_is_and_needs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -43,6 +48,10 @@ def test_what_a_file_is_and_needs(
     assert main(["info", str(tmp_path / "model.gguf")]) == 0
     shown = capsys.readouterr().out
     assert "GGUF version 3, llama: Q4_1" in shown
+    assert "1 file of weights" in shown
+    assert "to download     nothing: " in shown
+    assert main(["models", str(tmp_path / "model.gguf")]) == 0
+    assert without_memory(capsys.readouterr().out) == without_memory(shown)
     assert main(["info", str(source), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["format"] == "safetensors, float32"

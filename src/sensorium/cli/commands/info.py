@@ -56,12 +56,7 @@ def add_parser(commands: Any) -> None:
         usage="%(prog)s [MODEL] [options]",
         description=DESCRIPTION,
     )
-    parser.add_argument(
-        "model_argument",
-        metavar="MODEL",
-        nargs="?",
-        help="Hugging Face id, folder, or GGUF file to describe",
-    )
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     parser.has_models = True
     add_server_flags(parser)
@@ -70,10 +65,20 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(handler=run)
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the name of a model that is to be described."""
+    parser.add_argument(
+        "model_argument",
+        metavar="MODEL",
+        nargs="?",
+        help="Hugging Face id, folder, or GGUF file to describe",
+    )
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print the facts."""
     if arguments.model_argument is not None:
-        return _print_needs(arguments)
+        return print_needs(arguments)
     found = _options(arguments) if _is_configured(arguments) else collect()
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -86,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _print_needs(arguments: argparse.Namespace) -> int:
+def print_needs(arguments: argparse.Namespace) -> int:
     """Print what a model is and needs; 1 where it cannot run here."""
     from sensorium.models.needs import needs_of
 

@@ -1,4 +1,4 @@
-"""``sensorium models``: list of supported models."""
+"""``sensorium models``: list of supported models; of one, what ``sensorium info`` says."""
 
 from __future__ import annotations
 
@@ -6,22 +6,45 @@ import argparse
 import json
 from typing import Any
 
+from sensorium.cli.commands import info
+from sensorium.cli.flags import add_flags
+from sensorium.config import ENGINE_SECTIONS
+
+COMMON = {
+    "--mmproj": "--mmproj mmproj-model-f16.gguf",
+    "--revision": "--revision v1.0",
+    "--dtype": "--dtype float32",
+    "--quantization": "--quantization int8",
+    "--max-model-len": "--max-model-len 8k",
+    "--json": "--json",
+}
+
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
     parser = commands.add_parser(
         "models",
-        help="list the supported models and what they take",
+        help="list the supported models and what they take, or describe one",
+        usage="%(prog)s [MODEL] [options]",
         description="Print the supported model families, what they take, and a checkpoint of each; "
         "then embedding models, and tested models that run through transformers' own code. Other "
-        "models of transformers run the same way (docs/other_models.md).",
+        "models of transformers run the same way (docs/other_models.md). With a MODEL, print what "
+        "it is and needs, as sensorium info does.",
     )
+    info.add_model(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON list")
+    add_flags(parser, ENGINE_SECTIONS["model"], "model", ("model",))
+    parser.common = COMMON
     parser.set_defaults(handler=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print a line per family, per embedding model, and per tested model of transformers."""
+    """Print a line per family, embedding model and tested model of transformers; or of one model.
+
+    The exit status is 1 for a model that cannot run here.
+    """
+    if arguments.model_argument is not None:
+        return info.print_needs(arguments)
     found = _families() + _embedders() + _others()
     if arguments.json:
         print(json.dumps(found, indent=2))
