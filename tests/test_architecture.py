@@ -101,7 +101,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"lora"},
         {"media"},
         {"parts"},
-        {"embedder", "native"},
+        {"embedder", "native", "hub_gguf"},
         {"families"},
         {"registry"},
         {"loader", "needs"},

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensorium.config import GIB, ModelConfig
 from sensorium.errors import ConfigError, counted
+from sensorium.models import hub_gguf
 from sensorium.models.configs import declared_dtype, ties_head
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.gguf import describe, split
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 PROCESSES = int(0.7 * GIB)
 """Memory of a server's processes without weights and caches, about."""
-GGUF_BEGINNING = 64 << 20
-"""Bytes of a GGUF file that are fetched to read its metadata, which takes a few MiB."""
-GGUF_PART_BEGINNING = 1 << 20
-"""Bytes of each of its further parts, which have a table of tensors alone."""
 SPARE_DISK = GIB // 4
 """Space that is to stay free on the disk."""
 AS_STORED = "as stored"
@@ -284,8 +280,8 @@ def _facts(
     """Return configuration, GGUF files of model and encoder if any, and files of weights."""
     named = checkpoint.hub_file(options.model)
     if named is not None:
-        gguf, files = _beginning(*named, "model", options)
-        encoder, others = _encoder(named[0], options)
+        gguf, files = hub_gguf.beginning(*named, "model", options)
+        encoder, others = hub_gguf.encoder(named[0], options)
         config = checkpoint.merged(config_of(gguf), options.hf_overrides)
         return LoadedConfig("", config, {}, {}, {}), gguf, encoder, [*files, *others]
     where = options.revision, options.download_dir
@@ -305,43 +301,6 @@ def _facts(
     for field, name in names.items():
         wanted += _weights(name, Path(loaded.parts[field].folder), None, options.download_dir)
     return loaded, None, None, wanted
-
-
-def _beginning(
-    model: str, file: str, param: str, options: ModelConfig
-) -> tuple[GgufFile, list[hub.HubFile]]:
-    """Return the metadata of a GGUF file of a repository, and its parts: itself if it has none."""
-    names = split.part_names(file)
-    parts = _listed(model, names, param, options)
-    with tempfile.TemporaryDirectory() as folder:
-        for place, part in enumerate(parts):
-            size = min(part.size, GGUF_PART_BEGINNING if place else GGUF_BEGINNING)
-            data = hub.beginning(model, part.name, options.revision, size)
-            (Path(folder) / Path(part.name).name).write_bytes(data)
-        sizes = {Path(part.name).name: part.size for part in parts}
-        return split.read(Path(folder) / Path(file).name, sizes), parts
-
-
-def _encoder(model: str, options: ModelConfig) -> tuple[GgufFile | None, list[hub.HubFile]]:
-    """Return the file of the vision encoder that is named, here or in the repository, if any is."""
-    if options.mmproj is None:
-        return None, []
-    path = Path(options.mmproj).expanduser()
-    if path.is_file():
-        return split.read(path), [hub.HubFile(path.name, path.stat().st_size, True)]
-    return _beginning(model, options.mmproj, "mmproj", options)
-
-
-def _listed(model: str, files: list[str], param: str, options: ModelConfig) -> list[hub.HubFile]:
-    """Return GGUF files of a repository. Raises ConfigError about ``param`` if one is not there."""
-    listed = hub.files(model, options.revision, download_dir=options.download_dir)
-    found = {own.name: own for own in listed}
-    missing = next((file for file in files if file not in found), None)
-    if missing is not None:
-        others = [name for name in found if name.endswith(checkpoint.GGUF)]
-        has = weight_files.listing("others", others)
-        raise ConfigError(f"Model {model!r} has no file {missing!r}; it has {has}.", param=param)
-    return [found[file] for file in files]
 
 
 def _format(loaded: LoadedConfig, gguf: GgufFile | None) -> str:

@@ -15,6 +15,7 @@ import pytest
 
 from sensorium.cli.main import main
 from sensorium.forks import OWN_THREADS
+from sensorium.models import hub_gguf
 from sensorium.models import needs as needs_module
 from sensorium.models.gguf import folder as folders
 from sensorium.models.loading import hub as hub_module
@@ -300,7 +301,7 @@ def test_a_gguf_file_is_described_from_its_beginning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
-    monkeypatch.setattr(needs_module, "GGUF_BEGINNING", 1 << 16)
+    monkeypatch.setattr(hub_gguf, "GGUF_BEGINNING", 1 << 16)
     source, name = tmp_path / "files", "model-q8_0.gguf"
     source.mkdir()
     write_gguf(repository, source / name, "Q8_0")
@@ -334,7 +335,7 @@ def test_all_parts_of_a_gguf_file_are_downloaded(
     pull: Puller, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
-    monkeypatch.setattr(needs_module, "GGUF_BEGINNING", 1 << 16)
+    monkeypatch.setattr(hub_gguf, "GGUF_BEGINNING", 1 << 16)
     source = tmp_path / "files"
     (source / "q8").mkdir(parents=True)
     write_gguf(repository, source / "q8" / "model.gguf", "Q8_0", per_part=8)

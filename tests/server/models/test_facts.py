@@ -18,7 +18,8 @@ from sensorium.models.gguf.reader import read
 from sensorium.models.needs import PROCESSES, least_memory, needs_of
 from sensorium.server.models.facts import read_facts
 from tests import checkpoints
-from tests.checkpoints.gguf import write_gguf, write_mmproj
+from tests.checkpoints.gguf import write_gguf
+from tests.checkpoints.mmproj import write_mmproj
 
 DEMO = Path(sensorium.__file__).parent / "demo"
 
