@@ -87,18 +87,28 @@ class Task:
 
     prompt: Callable[[random.Random], str]
     temperature: float = 0.0
+    expected: Callable[[str], str] | None = None
+    """What of a prompt is given as the expected answer."""
+
+
+def program(prompt: str) -> str:
+    """The program in a prompt, with the lines around it that the answer has, too."""
+    return prompt[prompt.index("```python") :]
 
 
 TASKS = {
     "JSON from a text": Task(records),
     "a page repeated": Task(page),
     "a change of code": Task(code),
+    "a change of code, expected": Task(code, expected=program),
     "a story": Task(story),
     "a story, drawn": Task(story, temperature=1.0),
     "noise": Task(story, temperature=3.0),
 }
 """The last is as good as random: nothing that repeats is right."""
 SIDES = ("ngram", "plain")
+AT_ONCE = 4
+"""Sequences at a time of which tokens are compared: few, so that many tokens are tried."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +144,18 @@ class Side:
         )
 
     def answer(
-        self, prompts: list[str], tokens: int, temperature: float
+        self, prompts: list[str], tokens: int, task: Task
     ) -> tuple[list[RequestOutput], float]:
         """Return answers, and the seconds from the last first token to the end of all."""
         params = [
-            SamplingParams(temperature=temperature, seed=number, max_tokens=tokens, ignore_eos=True)
-            for number in range(len(prompts))
+            SamplingParams(
+                temperature=task.temperature,
+                seed=number,
+                max_tokens=tokens,
+                ignore_eos=True,
+                prediction=task.expected(prompt) if task.expected else None,
+            )
+            for number, prompt in enumerate(prompts)
         ]
         conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
         outputs = self.llm.chat(conversations, params, use_tqdm=False)
@@ -162,7 +178,7 @@ def compare(sides: dict[str, Side], name: str, batch: int, settings: Settings) -
         prompts = [task.prompt(draw) for _ in range(batch)]
         found = {}
         for side in in_turn(SIDES, round_):
-            outputs, seconds = sides[side].answer(prompts, settings.tokens, task.temperature)
+            outputs, seconds = sides[side].answer(prompts, settings.tokens, task)
             found[side] = [output.outputs[0].token_ids for output in outputs]
             num_tokens = batch * (settings.tokens - 1)
             if round_:
@@ -185,13 +201,18 @@ def compare(sides: dict[str, Side], name: str, batch: int, settings: Settings) -
 def equal(sides: dict[str, Side], number: int, settings: Settings) -> dict[str, Any]:
     """Compare greedy tokens of as many prompts of all greedy tasks."""
     draw = random.Random(7)
-    greedy = [task for task in TASKS.values() if task.temperature == 0.0]
+    greedy = [task for task in TASKS.values() if task.temperature == 0.0 and not task.expected]
     prompts = [greedy[index % len(greedy)].prompt(draw) for index in range(number)]
     before = sides["ngram"].tried()
     found = {}
     for side in SIDES:
-        outputs, _ = sides[side].answer(prompts, settings.tokens, 0.0)
-        found[side] = [output.outputs[0].token_ids for output in outputs]
+        found[side] = [
+            output.outputs[0].token_ids
+            for start in range(0, number, AT_ONCE)
+            for output in sides[side].answer(
+                prompts[start : start + AT_ONCE], settings.tokens, greedy[0]
+            )[0]
+        ]
     tried, right = (now - then for now, then in zip(sides["ngram"].tried(), before, strict=True))
     num_equal = sum(a == b for a, b in zip(found["ngram"], found["plain"], strict=True))
     print(f"{num_equal} of {number} answers are the same, {right} of {tried} tried tokens right")

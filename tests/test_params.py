@@ -38,6 +38,8 @@ WRONG: list[tuple[str, Any]] = [
     ("stop_token_ids", 5),
     ("allowed_token_ids", []),
     ("bad_words", ["\ud800"]),
+    ("prediction", 5),
+    ("prediction", "\ud800"),
     ("logit_bias", {"a": 1}),
     ("logit_bias", {1: math.nan}),
     ("ignore_eos", 1),

@@ -41,6 +41,8 @@ class CompletionOutput:
         finish_reason: "stop", "length", "abort" or "error"; None while the sample is generated.
         stop_reason: The stop string or stop token id that ended the sample; None for the
             end-of-sequence token.
+        accepted_prediction_tokens: Tokens of its ``prediction`` that were tried, and right.
+        rejected_prediction_tokens: Those that were tried and wrong.
     """
 
     index: int
@@ -50,6 +52,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
     @property
     def finished(self) -> bool:

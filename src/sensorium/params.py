@@ -161,6 +161,8 @@ class SamplingParams:
         structured_outputs: constraint on the text, as an object or a dict of its fields.
         output_kind: content of each output of ``AsyncLLM``, as ``RequestOutputKind`` or its value;
             ``LLM`` always returns everything.
+        prediction: a text that much of the answer is expected to repeat, such as the file that is
+            edited; with ``speculative`` its tokens are tried. The answer is the same without it.
 
     Raises:
         InvalidRequestError: a value is wrong; ``param`` names the attribute.
@@ -190,6 +192,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     structured_outputs: StructuredOutputs | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    prediction: str | None = None
 
     def __post_init__(self) -> None:
         """Normalize and check the values. Raises InvalidRequestError."""
@@ -264,6 +267,10 @@ class SamplingParams:
             problem = LOGIT_BIAS.problem(value)
             if problem is not None:
                 _bad(f"logit_bias[{key}]", problem)
+        if self.prediction is not None:
+            if not isinstance(self.prediction, str):
+                _bad("prediction", f"must be a text, got {abbreviate(self.prediction)}")
+            _check_unicode("prediction", self.prediction)
         if self.structured_outputs is not None and not isinstance(
             self.structured_outputs, StructuredOutputs
         ):

@@ -118,6 +118,7 @@ def request(
     salt: bytes = b"",
     priority: int = 0,
     rope: tuple[int, int] = (0, 0),
+    predicted: list[int] | None = None,
     **params: Any,
 ) -> EngineRequest:
     """A request; a number as prompt stands for that many tokens, different for each id."""
@@ -133,6 +134,7 @@ def request(
         items=tuple(items or ()),
         cache_salt=salt,
         priority=priority,
+        predicted_ids=tuple(predicted or ()),
         rope_border=rope[0],
         rope_length=rope[1],
     )

@@ -179,3 +179,35 @@ def test_only_tokens_that_the_runner_tried_are_counted(most: int) -> None:
     assert stats.num_accepted_at == [3] * most
     driver.run()
     assert driver.outcomes["a"].token_ids == [1, 2, 3] * 4
+
+
+def test_tokens_of_an_expected_answer_are_tried_and_counted() -> None:
+    driver = speculating(num_tokens=3)
+    expected = [31, 32, 33, 34, 50, 36, 37, 38, 39]
+    answer = [31, 32, 33, 34, 35, 36, 37, 38, 39, 40]
+    driver.runner.next_token = lambda made, ids: answer[len(ids) - len(made.token_ids)]
+    driver.add(request("a", [1, 2, 3], len(answer), predicted=expected))
+    driver.add(request("b", [4, 5, 6], len(answer)))
+    driver.step()
+    assert [span.draft_ids for span in driver.step().spans] == [(32, 33, 34), ()]
+    assert [span.draft_ids for span in driver.step().spans] == [(36, 37, 38), ()], (
+        "one instead of one"
+    )
+    driver.run()
+    assert driver.outcomes["a"].token_ids == answer
+    right, wrong = driver.outcomes["a"].last.num_predicted
+    assert right >= 6
+    assert driver.outcomes["b"].last.num_predicted == (0, 0)
+    stats = driver.scheduler.stats()
+    assert (right, right + wrong) == (stats.num_accepted_tokens, stats.num_draft_tokens)
+
+
+def test_a_preempted_sequence_goes_on_in_its_expected_answer() -> None:
+    driver = speculating(num_blocks=8, block_size=2)
+    for name in "ab":
+        driver.add(request(name, 3, 10, predicted=list(range(1, 60))))
+    driver.runner.next_token = lambda made, ids: len(ids) - len(made.token_ids) + 1
+    driver.run()
+    assert driver.scheduler.stats().num_preemptions > 0
+    for name in "ab":
+        assert driver.outcomes[name].token_ids == list(range(1, 11))

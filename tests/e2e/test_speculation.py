@@ -68,21 +68,16 @@ PARAMS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def everything_is_tried() -> Iterator[None]:
-    def choose(
-        speculator: Speculator,
-        num_samples: int,
-        rows: int,
-        found: Sequence[tuple[float, int]],
-        most: int,
-    ) -> list[int]:
-        nums = []
-        for _, length in found:
-            nums.append(min(length, most))
+    def choose(speculator: Speculator, step: Any, chances: Sequence[Sequence[float]]) -> list[int]:
+        nums, most = [], step.most
+        for own in chances:
+            nums.append(min(len(own), most))
             most -= nums[-1]
         return nums
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Speculator, "choose", choose)
+        patch.setattr(Speculator, "may_pay", lambda *_: True)
         yield
 
 
@@ -169,6 +164,28 @@ def test_stop_strings_inside_of_what_comes_in_one_step(model: Path, plain: dict[
     assert found == own
     assert found[2:4] == ("stop", stop)
     assert found[1] == text[: text.index(stop)]
+
+
+def test_an_expected_answer(model: Path, plain: dict[str, Any]) -> None:
+    """Its tokens are tried beside those that repeat: the answer itself, and one of other words."""
+    [(token_ids, text, *_)] = plain["few tokens"]
+    params = SamplingParams(**PARAMS["few tokens"])
+    prompt = texts()[list(PARAMS).index("few tokens")]
+    halves = text[len(text) // 2 :] + text[: len(text) // 2]
+    expected = [text, halves, "neither of them " * 200]
+    with build_patient(model, **SMALL, num_kv_blocks=800, **TRIED) as parts:
+        given = [params.replace(prediction=each) for each in (*expected, None)]
+        found = parts.llm.generate([prompt] * len(given), given, use_tqdm=False)
+        parts.engine.check_integrity()
+    assert answers(found) == [plain["few tokens"]] * len(given)
+    counts = [
+        (each.outputs[0].accepted_prediction_tokens, each.outputs[0].rejected_prediction_tokens)
+        for each in found
+    ]
+    assert counts[0][0] > len(token_ids) // 2
+    assert counts[1][0] > 0
+    assert counts[2][0] == 0
+    assert counts[3] == (0, 0)
 
 
 def test_adapters_in_one_batch(model: Path, tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class EngineRequest:
             sequence ends as soon as its prompt is computed.
         bidirectional_spans: Parts (start, end) of the prompt with bidirectional attention. A step
             that computes some of one computes all that is left of it.
+        predicted_ids: Tokens that the caller expects as the answer; they are tried.
         rope_border: See ``rope_length``.
         rope_length: The length of sequence that rotary factors are chosen for, once the sequence
             has more than ``rope_border`` tokens; until then, and where it is 0, the factors are
@@ -102,6 +103,7 @@ class EngineRequest:
     arrival_time: float = 0.0
     pooling: PoolingParams | None = None
     bidirectional_spans: tuple[tuple[int, int], ...] = ()
+    predicted_ids: tuple[int, ...] = ()
     rope_border: int = 0
     rope_length: int = 0
 
@@ -172,6 +174,7 @@ class Sequence:
         rope_length: The request's, at the present length; ``block_digests`` depend on it.
         is_sound: All numbers computed so far are finite; otherwise its blocks are not shared.
         encode_seconds: Seconds of the batches that encoded its items, as far as they are known.
+        num_predicted: Tried tokens of ``predicted_ids`` that were right, and that were wrong.
     """
 
     seq_id: int
@@ -193,6 +196,7 @@ class Sequence:
     rope_length: int = 0
     is_sound: bool = True
     encode_seconds: float = 0.0
+    num_predicted: tuple[int, int] = (0, 0)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -238,6 +242,7 @@ class Sequence:
             num_cached_tokens=self.num_cached,
             first_scheduled_time=self.first_scheduled_time,
             encode_seconds=self.encode_seconds,
+            num_predicted=self.num_predicted,
             **fields,
         )
 
@@ -266,6 +271,7 @@ class SequenceUpdate:
     prompt had been computed; it comes once, with ``encoded``: begin, end and number of items of
     each batch in which some were encoded. ``encode_seconds`` are those of the batches in which
     the items were encoded so far; a device that runs asynchronously tells them late.
+    ``num_predicted``: as in ``Sequence``, so far.
     """
 
     request_id: str
@@ -280,3 +286,4 @@ class SequenceUpdate:
     prefilled_time: float | None = None
     encode_seconds: float = 0.0
     encoded: tuple[tuple[float, float, int], ...] = ()
+    num_predicted: tuple[int, int] = (0, 0)

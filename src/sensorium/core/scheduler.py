@@ -399,8 +399,12 @@ class Scheduler:
         self._counts.num_generated_tokens += num_new
         if self._speculator is not None:
             drafts = result.drafts_of(span)
-            num_right = self._speculator.follow(seq, drafts, seq.token_ids[-num_new:])
-            self._counts.add_drafts(len(drafts), num_right)
+            outcome = self._speculator.follow(seq, drafts, seq.token_ids[-num_new:])
+            self._counts.add_drafts(len(drafts), outcome.num_right)
+            if outcome.predicted:
+                right, wrong = seq.num_predicted
+                wrong += len(drafts) - outcome.num_right
+                seq.num_predicted = right + outcome.num_right, wrong
         self._advance(seq, span, len(seq.token_ids) - 1, result)
         updates = seq.updates(samples[:num_new], reason, completes_prompt=was_prompt)
         rope_length = seq.request.rope_length_at(len(seq.token_ids))

@@ -139,7 +139,7 @@ def test_ended_sequences_leave_nothing() -> None:
     rig.speculator.forget(0)
     rig.speculator.forget(0)
     assert len(rig.speculator) == 0
-    assert rig.speculator.follow(rig.sequences[0], (), [5]) == 0
+    assert rig.speculator.follow(rig.sequences[0], (), [5]).num_right == 0
 
 
 def test_costs_are_those_of_rows_that_were_computed() -> None:
@@ -154,8 +154,8 @@ def test_costs_are_those_of_rows_that_were_computed() -> None:
         return speculator
 
     without, all_of_them = StepResult(0), StepResult(0, num_drafts={0: len(PROPOSED)})
-    assert known_after(without, all_of_them).costs.is_known(1)
-    assert not known_after(without).costs.is_known(1), "each had one row"
+    assert known_after(without, all_of_them).costs.is_settled(1)
+    assert not known_after(without).costs.is_settled(1), "each had one row"
     twice = known_after(StepResult(0, num_drafts={0: len(PROPOSED)}, repeated=True))
     assert twice.costs.seconds(1, 1) > 1.0, "nothing was noted"
 

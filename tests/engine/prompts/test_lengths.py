@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from sensorium.engine.prompts.lengths import PROBED_CHARS, truncate_ids, truncate_text
+from sensorium.engine.prompts.lengths import (
+    LONG_TEXT,
+    PROBED_CHARS,
+    predicted_ids,
+    truncate_ids,
+    truncate_text,
+)
 from tests.server.fake_frontend import TOKENIZER
 
 IDS = tuple(range(10))
@@ -49,3 +55,24 @@ def test_the_rest_of_a_long_text_is_not_tokenized(left: bool) -> None:
     assert truncate_ids(encode(part), 20, left=left) == whole
     few_tokens = " " * len(words)
     assert truncate_text(few_tokens, 20, lambda text: [1], left=left) == few_tokens
+
+
+async def test_an_expected_answer_has_tokens_of_the_model_only() -> None:
+    assert await predicted_ids("abc{d", 100, 120, list_of_codes) == (97, 98, 99)
+    assert await predicted_ids("abcd", 3, 120, list_of_codes) == (97, 98, 99)
+    assert await predicted_ids("", 3, 120, list_of_codes) == ()
+
+
+async def test_no_more_of_a_long_one_is_tokenized_than_can_be_used() -> None:
+    sizes = []
+
+    def encode(text: str) -> list[int]:
+        sizes.append(len(text))
+        return list_of_codes(text)
+
+    assert await predicted_ids("a" * 10 * LONG_TEXT, 50, 120, encode) == (97,) * 50
+    assert sizes == [50 * PROBED_CHARS]
+
+
+def list_of_codes(text: str) -> list[int]:
+    return [ord(character) for character in text]

@@ -129,6 +129,10 @@ class FakePreparer:
     async def grammar(self, params: SamplingParams) -> None:
         """No constraints here."""
 
+    async def predicted_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        """No tokens are tried here."""
+        return ()
+
     def requests(
         self,
         prepared: PreparedPrompt,
@@ -137,6 +141,7 @@ class FakePreparer:
         priority: int,
         arrival_time: float,
         grammar: str | None,
+        predicted_ids: tuple[int, ...],
     ) -> list[EngineRequest]:
         one = params.replace(n=1)
         return [

@@ -51,6 +51,44 @@ async def test_usage_counts_the_tokens_of_images() -> None:
     assert answer.json()["usage"]["prompt_tokens_details"]["image_tokens"] == 4
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["Hello, you", [{"type": "text", "text": "Hello, "}, {"type": "text", "text": "you"}]],
+)
+async def test_an_expected_answer_reaches_the_engine(content: Any) -> None:
+    app = App()
+    prediction = {"type": "content", "content": content}
+    answer = await app.chat(prediction=prediction)
+    assert app.frontend.calls[-1].params.prediction == "Hello, you"
+    details = answer.json()["usage"]["completion_tokens_details"]
+    assert details == {
+        "reasoning_tokens": 0,
+        "accepted_prediction_tokens": 0,
+        "rejected_prediction_tokens": 0,
+    }
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    streamed = (await app.chat(prediction=prediction, **options)).events()
+    assert streamed[-1]["usage"]["completion_tokens_details"] == details
+
+
+@pytest.mark.parametrize(
+    ("prediction", "param"),
+    [
+        ("text", "prediction"),
+        ({"content": "a"}, "prediction.type"),
+        ({"type": "content"}, "prediction.content"),
+        ({"type": "tokens", "content": "a"}, "prediction.type"),
+        ({"type": "content", "content": 5}, "prediction.content"),
+        ({"type": "content", "content": "a", "more": 1}, "prediction.more"),
+        ({"type": "content", "content": [{"type": "image_url"}]}, "prediction.content[0]"),
+    ],
+)
+async def test_a_wrong_expected_answer_is_refused(prediction: Any, param: str) -> None:
+    answer = await App().chat(prediction=prediction)
+    assert answer.status == 400
+    assert answer.error["param"].startswith(param)
+
+
 async def test_a_stream_tells_role_text_and_end() -> None:
     answer = await App().chat(stream=True)
     events = answer.events()

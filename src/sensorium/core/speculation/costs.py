@@ -31,8 +31,9 @@ class _Line:
         self._products = KEPT * self._products + num_rows * seconds
 
     @property
-    def is_empty(self) -> bool:
-        return not self._weight
+    def weight(self) -> float:
+        """Return the number of measurements, each with the weight that it has left."""
+        return self._weight
 
     @property
     def spread(self) -> float:
@@ -71,13 +72,13 @@ class StepCosts:
         """Return the estimate for a step."""
         return self._line(num_sequences).seconds(num_rows)
 
-    def is_known(self, num_sequences: int) -> bool:
-        """Return whether steps of different numbers of rows tell what a row costs.
+    def is_settled(self, num_sequences: int) -> bool:
+        """Return whether steps of different numbers of rows tell what a row costs."""
+        return self._line(num_sequences).spread >= KNOWN
 
-        Without any measurement nothing else can be learned either, so it is true.
-        """
-        line = self._line(num_sequences)
-        return line.is_empty or line.spread >= KNOWN
+    def is_measured(self, num_sequences: int) -> bool:
+        """Return whether there are any measurements."""
+        return self._line(num_sequences).weight > 0.0
 
     def _line(self, num_sequences: int) -> _Line:
         return self._lines.setdefault(max(0, num_sequences - 1).bit_length(), _Line())

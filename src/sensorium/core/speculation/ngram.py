@@ -23,10 +23,14 @@ LEAST_SIZE = 256
 
 
 class Proposal(NamedTuple):
-    """Tokens that may come next, and the number of last tokens that stood before them elsewhere."""
+    """Tokens that may come next, and the number of last tokens that stood before them elsewhere.
+
+    ``predicted``: elsewhere is a text that the caller expects as the answer.
+    """
 
     token_ids: tuple[int, ...]
     length: int
+    predicted: bool = False
 
 
 NOTHING = Proposal((), 0)
@@ -101,22 +105,27 @@ class NgramIndex:
         Of equally long ones the latest counts. A repetition that reaches the end goes on with what
         is proposed itself. Nothing is proposed beyond a barrier, nor what has not been entered.
         """
-        end = len(self._tokens)
-        if end <= self._shortest or most < 1:
+        if most < 1:
             return NOTHING
-        key = tuple(self._tokens[end - self._shortest : end])
-        if BARRIER in key:
-            return NOTHING
+        place, length = self.find(self._tokens[-self._longest :])
+        return Proposal(self._continuation(place, most), length) if place else NOTHING
+
+    def find(self, tail: Sequence[int]) -> tuple[int, int]:
+        """Return the end of the longest repetition of the last tokens of ``tail``, and its length.
+
+        Of equally long ones the latest counts. (0, 0) without one of the shortest length.
+        """
+        key = tuple(tail[-self._shortest :])
         best, best_length = 0, self._shortest - 1
+        if len(key) < self._shortest or BARRIER in key:
+            return 0, 0
         for place in islice(self._places(hash(key)), MOST_PLACES):
-            length = self._common_length(place, end)
+            length = self.common_length(place, tail)
             if length > best_length:
                 best, best_length = place, length
             if best_length == self._longest:
                 break
-        if not best:
-            return NOTHING
-        return Proposal(self._continuation(best, most), best_length)
+        return (best, best_length) if best else (0, 0)
 
     def _places(self, key: int) -> Iterator[int]:
         """Yield the ends of n-grams with the hash ``key``, and of some others, the latest first."""
@@ -126,13 +135,13 @@ class NgramIndex:
                 yield place
                 place = self._earlier[place]
 
-    def _common_length(self, place: int, end: int) -> int:
-        """Return how many tokens before ``place`` and before ``end`` are the same."""
-        tokens, most = self._tokens, min(self._longest, place)
+    def common_length(self, place: int, tail: Sequence[int]) -> int:
+        """Return how many tokens before ``place`` and at the end of ``tail`` are the same."""
+        tokens, most = self._tokens, min(self._longest, place, len(tail))
         length = 0
         while length < most:
             token = tokens[place - 1 - length]
-            if token != tokens[end - 1 - length] or token == BARRIER:
+            if token != tail[-1 - length] or token == BARRIER:
                 break
             length += 1
         return length

@@ -40,7 +40,7 @@ class PendingPrompt:
 
     index: int
     params: SamplingParams | PoolingParams
-    prepared: concurrent.futures.Future[tuple[PreparedPrompt, Grammar | None]]
+    prepared: concurrent.futures.Future[tuple[PreparedPrompt, Grammar | None, tuple[int, ...]]]
     arrival_time: float
     request_id: str
     priority: int = 0
@@ -201,15 +201,20 @@ class BatchRun:
 
     async def _prepared(
         self, given: BatchPrompt, trace: tracing.RequestTrace | None
-    ) -> tuple[PreparedPrompt, Grammar | None]:
-        """Prepare a prompt with its media, and compile the grammar of its constraint."""
+    ) -> tuple[PreparedPrompt, Grammar | None, tuple[int, ...]]:
+        """Prepare a prompt with its media, its constraint and the answer that is expected."""
+        processor, params = self._input_processor, given.params
         with tracing.active(trace):
-            grammar = None
-            if not isinstance(given.params, PoolingParams):
-                grammar = await self._input_processor.grammar(given.params)
+            grammar: Grammar | None = None
+            predicted_ids: tuple[int, ...] = ()
+            if not isinstance(params, PoolingParams):
+                grammar = await processor.grammar(params)
+                predicted_ids = await processor.predicted_ids(params)
             if given.rendered is None:
-                return await self._input_processor.prepare(given.prompt), grammar
-            return await self._input_processor.complete(given.prompt, given.rendered), grammar
+                prepared = await processor.prepare(given.prompt)
+            else:
+                prepared = await processor.complete(given.prompt, given.rendered)
+            return prepared, grammar, predicted_ids
 
     def _admit(self) -> None:
         """Submit prepared prompts in order; wait for one only when the engine is idle."""
@@ -226,7 +231,7 @@ class BatchRun:
                 self._errors.append(error)
 
     def _start(self, pending: PendingPrompt) -> None:
-        (prepared, grammar), params = pending.prepared.result(), pending.params
+        (prepared, grammar, predicted_ids), params = pending.prepared.result(), pending.params
         request_id = pending.request_id
         stream: OutputCollector | PoolingCollector
         if isinstance(params, PoolingParams):
@@ -238,7 +243,13 @@ class BatchRun:
             stream = PoolingCollector(request_id, prepared, requests[0])
         else:
             requests = self._input_processor.requests(
-                prepared, params, request_id, pending.priority, pending.arrival_time, grammar
+                prepared,
+                params,
+                request_id,
+                pending.priority,
+                pending.arrival_time,
+                grammar,
+                predicted_ids,
             )
             stream = OutputCollector.for_requests(
                 request_id, prepared, requests, params, self._input_processor.tokenizer

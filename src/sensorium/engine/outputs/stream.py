@@ -162,6 +162,8 @@ class OutputCollector:
         if update.error is not None:
             raise failure(update.error)
         self._record_times(update)
+        output = sample.output
+        output.accepted_prediction_tokens, output.rejected_prediction_tokens = update.num_predicted
         if update.prompt_logprobs is not None:
             self.output.prompt_logprobs = [None, *map(self._logprobs, update.prompt_logprobs)]
         stopped = False

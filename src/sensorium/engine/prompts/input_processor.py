@@ -26,6 +26,7 @@ from sensorium.engine.prompts.files import files_opened
 from sensorium.engine.prompts.lengths import (
     is_long,
     kept_tokens,
+    predicted_ids,
     refuse_endless,
     refuse_many,
     room,
@@ -258,6 +259,13 @@ class InputProcessor:
             return None
         return await self._grammars.compile(params.structured_outputs)
 
+    async def predicted_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        """Return the tokens of the answer that is expected; none where no tokens are tried."""
+        if not params.prediction or self._config.speculation.speculative is None:
+            return ()
+        encode = partial(self.tokenizer.encode, add_special_tokens=False)
+        return await predicted_ids(params.prediction, self._context, self._vocab_size, encode)
+
     def requests(
         self,
         prepared: PreparedPrompt,
@@ -266,12 +274,13 @@ class InputProcessor:
         priority: int,
         arrival_time: float,
         grammar: Grammar | None = None,
+        predicted_ids: tuple[int, ...] = (),
     ) -> list[EngineRequest]:
         """Return the engine's requests of a prompt, one per sample.
 
         They carry only the parameters that the engine needs: the output collector finds stop
-        strings, and a constraint is there as its ``grammar``. Raises RequestError when the prompt
-        does not fit.
+        strings, a constraint is there as its ``grammar``, and an expected answer as
+        ``predicted_ids``. Raises RequestError when the prompt does not fit.
         """
         if (grammar is None) != (params.structured_outputs is None):
             raise ValueError("a constraint and its grammar go together")
@@ -279,11 +288,13 @@ class InputProcessor:
         refuse_many(
             params.n, len(prepared.token_ids), self._config.scheduler.max_sampled_prompt_tokens
         )
+        if params.n * len(predicted_ids) > self._config.scheduler.max_sampled_prompt_tokens:
+            predicted_ids = ()
         left = self._room(len(prepared.token_ids), prepared.param)
         max_tokens = left if params.max_tokens is None else min(params.max_tokens, left)
         bad_words = self.tokenizer.bad_words_token_ids(params.bad_words)
         seed = params.seed if params.seed is not None else self._random.getrandbits(63)
-        slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None)
+        slim = params.replace(n=1, stop=(), bad_words=(), structured_outputs=None, prediction=None)
         return [
             prepared.request(
                 max_tokens,
@@ -294,6 +305,7 @@ class InputProcessor:
                 eos_token_ids=self._eos_token_ids,
                 bad_words_token_ids=bad_words,
                 grammar=None if grammar is None else grammar.text,
+                predicted_ids=predicted_ids,
                 priority=priority,
                 arrival_time=arrival_time,
             )

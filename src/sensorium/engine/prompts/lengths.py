@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from sensorium.engine.prompts.types import ChatPrompt, Prompt, Truncation
@@ -77,6 +79,21 @@ def truncate_text(
     part = text[-num_chars:] if left else text[:num_chars]
     # Cutting a text may change its last tokens.
     return part if len(encode(part)) > most + most // 16 + PROBED_CHARS else text
+
+
+async def predicted_ids(
+    text: str, most: int, vocab_size: int, encode: Callable[[str], Sequence[int]]
+) -> tuple[int, ...]:
+    """Return up to ``most`` first tokens of a text that the caller expects as the answer.
+
+    Tokens from the first that the model lacks are left out. A long text is tokenized in a thread.
+    """
+
+    def tokenized() -> tuple[int, ...]:
+        ids = encode(text[: PROBED_CHARS * most])[:most]
+        return tuple(takewhile(lambda token_id: token_id < vocab_size, ids))
+
+    return await asyncio.to_thread(tokenized) if len(text) >= LONG_TEXT else tokenized()
 
 
 def truncate_ids(

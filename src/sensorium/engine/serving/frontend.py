@@ -204,8 +204,9 @@ class Frontend:
                 self._engine.current()
                 grammar = await self.input_processor.grammar(params)
                 prepared = await self.input_processor.prepare(prompt)
+                predicted_ids = await self.input_processor.predicted_ids(params)
                 requests = self.input_processor.requests(
-                    prepared, params, request_id, priority, arrival, grammar
+                    prepared, params, request_id, priority, arrival, grammar, predicted_ids
                 )
             stream = OutputCollector.for_requests(
                 request_id, prepared, requests, params, self.input_processor.tokenizer

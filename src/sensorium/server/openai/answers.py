@@ -65,6 +65,11 @@ class Answer(ABC, Generic[BodyT]):
         """Return what counts the reasoning tokens of an output; None where there can be none."""
         return None
 
+    @property
+    def has_prediction(self) -> bool:
+        """True when the request names the answer that it expects."""
+        return False
+
     @abstractmethod
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the answer that is not streamed, of the outputs of all prompts."""
@@ -86,6 +91,7 @@ class AnswerStream(ABC):
             forced=answer.context.config.enable_force_include_usage,
             num_hidden=num_hidden,
             reasoning=answer.count_reasoning,
+            prediction=answer.has_prediction,
         )
 
     async def events(self) -> Chunks:

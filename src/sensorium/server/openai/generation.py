@@ -170,11 +170,13 @@ def usage(
     *,
     num_hidden: int = 0,
     reasoning: Callable[[RequestOutput], int] | None = None,
+    prediction: bool = False,
 ) -> dict[str, Any]:
     """Return the ``usage`` member of an answer with generated text.
 
     ``num_hidden``: generated tokens of each sample that the answer does not show. ``reasoning``
-    counts the tokens of an output that are reasoning; None where there can be none.
+    counts the tokens of an output that are reasoning; None where there can be none. ``prediction``:
+    the request has an expected answer, of which it is counted what was tried.
     """
     outputs = list(outputs)
     num_generated = sum(
@@ -183,8 +185,12 @@ def usage(
         for sample in output.outputs
     )
     found = usage_of_prompts(outputs, modalities, num_generated)
-    if reasoning is not None:
-        details = {"reasoning_tokens": sum(map(reasoning, outputs))}
+    details = {} if reasoning is None else {"reasoning_tokens": sum(map(reasoning, outputs))}
+    if prediction:
+        samples = [sample for output in outputs for sample in output.outputs]
+        for name in ("accepted_prediction_tokens", "rejected_prediction_tokens"):
+            details[name] = sum(getattr(sample, name) for sample in samples)
+    if details:
         found["completion_tokens_details"] = details
     return found
 

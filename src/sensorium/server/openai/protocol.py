@@ -144,6 +144,27 @@ class GenerationBody(SamplingBody):
     include_reasoning: bool | None = None
 
 
+class TextPart(Body):
+    """A part of a text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Body):
+    """An answer of which much is known before, as a text or as parts of one."""
+
+    type: Literal["content"]
+    content: str | Items[TextPart]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
 class ChatBody(RenderingBody, GenerationBody):
     """Body of ``POST /v1/chat/completions``.
 
@@ -159,6 +180,7 @@ class ChatBody(RenderingBody, GenerationBody):
     return_metrics: bool | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    prediction: Prediction | None = None
     reasoning_effort: str | None = None
     modalities: Items[Literal["text"]] | None = None
 
@@ -169,7 +191,6 @@ class ChatBody(RenderingBody, GenerationBody):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
-    prediction: dict[str, Any] | None = None
     verbosity: str | None = None
 
     audio: None = None

@@ -45,6 +45,8 @@ def chat_params(
             param="top_logprobs",
         )
     values = _values(body, defaults, forced)
+    if body.prediction is not None:
+        values["prediction"] = body.prediction.text
     with located(rename=lambda param: renamed.get(param, param)):
         return SamplingParams(**{**values, "max_tokens": max_tokens, "logprobs": logprobs})
 

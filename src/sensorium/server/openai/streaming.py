@@ -47,8 +47,8 @@ class StreamReport:
 
     ``continuous_usage_stats`` acts beside ``include_usage`` only. ``forced``: the server treats
     every request as if it asked for both. ``num_hidden``: generated tokens of each sample that the
-    answer does not show. ``reasoning``: as in ``usage``. The attribute ``always``: each chunk has
-    the usage so far.
+    answer does not show. ``reasoning``, ``prediction``: as in ``usage``. The attribute ``always``:
+    each chunk has the usage so far.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class StreamReport:
         forced: bool,
         num_hidden: int = 0,
         reasoning: Callable[[RequestOutput], int] | None = None,
+        prediction: bool = False,
     ) -> None:
         self._at_end = forced or bool(options and options.include_usage)
         continuous = bool(options and options.continuous_usage_stats)
@@ -67,6 +68,7 @@ class StreamReport:
         self._outputs: dict[int, RequestOutput] = {}
         self._num_hidden = num_hidden
         self._reasoning = reasoning
+        self._prediction = prediction
         self._found: dict[str, Any] | None = None
 
     def update(self, index: int, output: RequestOutput) -> None:
@@ -101,5 +103,6 @@ class StreamReport:
                 self._modalities,
                 num_hidden=self._num_hidden,
                 reasoning=self._reasoning,
+                prediction=self._prediction,
             )
         return self._found

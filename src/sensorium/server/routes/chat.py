@@ -66,6 +66,11 @@ class ChatAnswer(Answer[ChatBody]):
         """Return what counts the reasoning tokens of the output, as it grows."""
         return ReasoningCounter(self.tools)
 
+    @property
+    def has_prediction(self) -> bool:
+        """True when the request names the answer that it expects."""
+        return self.body.prediction is not None
+
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Return the answer that is not streamed."""
         [output] = outputs
@@ -77,6 +82,7 @@ class ChatAnswer(Answer[ChatBody]):
                 outputs,
                 self.context.frontend.input_processor.modalities,
                 reasoning=self.count_reasoning,
+                prediction=self.has_prediction,
             ),
             "prompt_logprobs": prompt_logprobs(spelling, output.prompt_logprobs),
             "prompt_token_ids": output.prompt_token_ids if wants_ids else None,
