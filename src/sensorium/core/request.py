@@ -213,6 +213,12 @@ class Sequence:
         """Return the number of known tokens that are still to be computed."""
         return len(self.token_ids) - self.num_computed
 
+    def count_drafts(self, num_tried: int, num_right: int, predicted: bool) -> None:
+        """Count tokens that were tried in a step, if they came from ``predicted_ids``."""
+        if predicted:
+            right, wrong = self.num_predicted
+            self.num_predicted = right + num_right, wrong + num_tried - num_right
+
     def updates(
         self,
         samples: tuple[TokenSample, ...],

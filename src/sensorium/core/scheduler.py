@@ -401,10 +401,7 @@ class Scheduler:
             drafts = result.drafts_of(span)
             outcome = self._speculator.follow(seq, drafts, seq.token_ids[-num_new:])
             self._counts.add_drafts(len(drafts), outcome.num_right)
-            if outcome.predicted:
-                right, wrong = seq.num_predicted
-                wrong += len(drafts) - outcome.num_right
-                seq.num_predicted = right + outcome.num_right, wrong
+            seq.count_drafts(len(drafts), *outcome)
         self._advance(seq, span, len(seq.token_ids) - 1, result)
         updates = seq.updates(samples[:num_new], reason, completes_prompt=was_prompt)
         rope_length = seq.request.rope_length_at(len(seq.token_ids))
