@@ -76,6 +76,7 @@ def write_gguf(
     pieces: bool = False,
     without: Collection[str] = (),
     per_part: int = 0,
+    general: Mapping[str, Any] | None = None,
     **metadata: Any,
 ) -> dict[str, torch.Tensor]:
     """Write the checkpoint of a folder, or its language model, as a GGUF file of ``kind``.
@@ -84,14 +85,14 @@ def write_gguf(
     their names. ``pieces``: with a SentencePiece vocabulary in place of the checkpoint's.
     ``without``: tokens that the vocabulary lacks. ``per_part``: tensors of each part of a file in
     several, which are named after ``path``. ``metadata``: further values under the architecture's
-    name. Returns the weights as the file has them, in float32, by the names of the folder.
+    name, ``general``: under that. Returns the weights as the file has them, in float32, by the names of the folder.
     """
     config = json.loads((folder / "config.json").read_text())
     config |= config.get("text_config", {})
     family = config["model_type"]
     architecture = _ARCHITECTURES.get(family, family)
     writer = GGUFWriter(path, architecture, split_max_tensors=per_part)
-    _write_config(writer, config, metadata)
+    _write_config(writer, config, metadata, general or {})
     if pieces:
         _write_pieces(writer, config["vocab_size"])
     else:
@@ -210,7 +211,10 @@ def add_tensor(
 
 
 def _write_config(
-    writer: GGUFWriter, config: Mapping[str, Any], metadata: Mapping[str, Any]
+    writer: GGUFWriter,
+    config: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    general: Mapping[str, Any],
 ) -> None:
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -226,8 +230,8 @@ def _write_config(
     if "head_dim" in config:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    for name, value in metadata.items():
-        key = f"{writer.arch}.{name.replace('__', '.')}"
+    own = {f"{writer.arch}.{name.replace('__', '.')}": metadata[name] for name in metadata}
+    for key, value in (own | {f"general.{name}": general[name] for name in general}).items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
         add(key, value) if not isinstance(value, str) else writer.add_string(key, value)
 

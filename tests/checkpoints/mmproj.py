@@ -50,11 +50,17 @@ _PROJECTORS = {"qwen2_vl": "qwen2vl_merger", "llava": "mlp", "idefics3": "idefic
 
 
 def write_mmproj(
-    folder: Path, path: Path, kind: str = "F32", swapped: bool = False, **metadata: Any
+    folder: Path,
+    path: Path,
+    kind: str = "F32",
+    swapped: bool = False,
+    cut: str | None = None,
+    **metadata: Any,
 ) -> None:
     """Write the encoder of a checkpoint of Qwen2-VL, LLaVA or Idefics3.
 
-    ``swapped``: with the early names of the MLPs. ``metadata``: further values under ``clip``; one
+    ``swapped``: with the early names of the MLPs. ``cut``: a weight of which the last tensor lacks
+    half of the rows. ``metadata``: further values under ``clip``; one
     that is None is left out.
     """
     config = json.loads((folder / "config.json").read_text())
@@ -67,7 +73,11 @@ def write_mmproj(
         _add_value(writer, f"clip.{name}", value)
     dropped = _dropped(config)
     for name, weight in load_file(folder / "model.safetensors").items():
-        for stored, value in _parts(name, weight.float()):
+        parts = _parts(name, weight.float())
+        if name == cut:
+            stored, value = parts[-1]
+            parts[-1] = stored, value[: len(value) // 2]
+        for stored, value in parts:
             if stored.startswith(dropped):
                 continue
             own = _swapped(stored) if swapped else stored

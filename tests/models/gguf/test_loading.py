@@ -68,6 +68,14 @@ def test_gemma_runs_through_transformers(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(own.prefill(own.add(IDS)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_other_shapes_than_transformers_wants(tmp_path: Path) -> None:
+    source = make_hf_text("gemma2", tmp_path / "source", head_dim=16, query_pre_attn_scalar=16)
+    values = {"feed_forward_length": 48, "attention__sliding_window": 16}
+    write_gguf(source, tmp_path / "model.gguf", "Q8_0", **values)
+    with pytest.raises(ConfigError, match=r"have other shapes .*mlp\.down_proj"):
+        loader.load(str(tmp_path / "model.gguf"), device="cpu")
+
+
 @pytest.mark.parametrize("kind", [*QUANTIZED, *K_KINDS, "F16", "BF16"])
 def test_weights_of_every_kind_are_the_files(tmp_path: Path, kind: str) -> None:
     """All rows are the package's numbers, in the checkpoint's order."""
@@ -160,8 +168,11 @@ def test_no_other_folder_names_a_file(tmp_path: Path) -> None:
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "model.safetensors"
     other.write_bytes(bytes(64))
-    with pytest.raises(ConfigError, match="no GGUF file"):
+    with pytest.raises(ConfigError, match="no GGUF file: give its folder"):
         checkpoint.find(str(other))
+    other.rename(tmp_path / "model.gguf")
+    with pytest.raises(ConfigError, match="does not begin with 'GGUF', so it is damaged"):
+        checkpoint.find(str(tmp_path / "model.gguf"))
     with pytest.raises(ConfigError, match="no such folder or file"):
         checkpoint.find("absent.gguf")
 
@@ -190,6 +201,18 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     write_gguf(source, tmp_path / "model.gguf", expert_count=8)
     with pytest.raises(UnsupportedModelError, match="mixture of experts"):
         checkpoint.find(str(tmp_path / "model.gguf"))
+
+
+def test_sampling_defaults_are_in_the_file(tmp_path: Path) -> None:
+    source = make_text("llama", tmp_path / "source")
+    values = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "penalty_repeat": 1.05, "min_p": "none"}
+    write_gguf(
+        source, tmp_path / "model.gguf", general={f"sampling.{k}": values[k] for k in values}
+    )
+    found = checkpoint.read(checkpoint.find(str(tmp_path / "model.gguf"))).generation
+    del found["eos_token_id"]
+    own = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05}
+    assert found == own
 
 
 def test_llama3_factors_divide_frequencies(tmp_path: Path) -> None:

@@ -135,6 +135,18 @@ def test_encoders_that_are_refused(tmp_path: Path, name: str) -> None:
     assert caught.value.param in ("mmproj", "model")
 
 
+@pytest.mark.parametrize(
+    "name", ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.attn.qkv.bias"]
+)
+def test_parts_of_other_shapes(tmp_path: Path, name: str) -> None:
+    """What is joined has one shape: no place in a file is believed."""
+    source = make_qwen2_vl(tmp_path / "source")
+    write_gguf(source, tmp_path / "model.gguf", "Q8_0")
+    write_mmproj(source, tmp_path / "mmproj.gguf", cut=f"visual.{name}")
+    with pytest.raises(ConfigError, match=r"must have a tensor .* of the shape"):
+        answers(tmp_path / "model.gguf", tmp_path / "mmproj.gguf", max_pixels=PIXELS)
+
+
 def test_text_runs_without_the_encoder(tmp_path: Path) -> None:
     source = make_qwen2_vl(tmp_path / "source")
     write_gguf(source, tmp_path / "model.gguf")

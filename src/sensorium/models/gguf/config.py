@@ -16,6 +16,14 @@ MOST = (1 << 31) - 1
 """Largest number of a size or a length."""
 _PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _IDS = ("bos", "eos", "eot", "eom", "padding", "unknown")
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+"""Names under ``general.sampling``, and those of generation_config.json."""
 _GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 """Caps of logits in Gemma 2 where a file does not say. Source: llama.cpp."""
 
@@ -70,6 +78,19 @@ def token_ids(file: GgufFile) -> dict[str, int]:
         value = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if type(value) is int and 0 <= value < size:
             found[name] = value
+    return found
+
+
+def sampling_of(file: GgufFile) -> dict[str, Any]:
+    """Return the defaults of sampling that a file has, as generation_config.json has them.
+
+    What no request could have is found when that file is read.
+    """
+    names = {own: file.metadata.get(f"general.sampling.{name}") for name, own in _SAMPLING.items()}
+    found = {}
+    for name, value in names.items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            found[name] = _short(value)
     return found
 
 
@@ -251,8 +272,13 @@ def number(file: GgufFile, name: str, default: float | None = None) -> float:
     if not numeric or not math.isfinite(value) or value <= 0:
         missing = "is missing" if value is None else f"must be a positive number, got {value!r:.60}"
         _bad(file, name, missing)
+    return float(_short(value))
+
+
+def _short(value: float) -> float:
+    """Return a number as it was before it was stored in float32: 1e-05, not 9.99999974e-06."""
     short = np.float32(value)
-    return float(str(short)) if short == value else float(value)  # 1e-05, not 9.99999974e-06
+    return value if isinstance(value, int) or short != value else float(str(short))
 
 
 def _bad(file: GgufFile, name: str, reason: str) -> NoReturn:

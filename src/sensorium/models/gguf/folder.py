@@ -26,7 +26,7 @@ from typing import Any
 from sensorium.environment import cache_root, make_private
 from sensorium.errors import ConfigError
 from sensorium.models.gguf import reader, split
-from sensorium.models.gguf.config import config_of
+from sensorium.models.gguf.config import config_of, sampling_of
 from sensorium.models.gguf.encoders.find import with_vision
 
 FOLDER = "sensorium-gguf-1"
@@ -180,7 +180,7 @@ def _write(folder: Path, file: reader.GgufFile, encoder: reader.GgufFile | None)
     contents |= {
         "config.json": config,
         "tokenizer_config.json": tokenizer_config,
-        "generation_config.json": {"eos_token_id": ends} if ends else {},
+        "generation_config.json": sampling_of(file) | ({"eos_token_id": ends} if ends else {}),
         MARK: {"file": str(file.path), "mmproj": encoder and str(encoder.path)},
     }
     for name, content in contents.items():

@@ -321,7 +321,10 @@ class _Reader:
         if count > most:
             self._fail(f"it claims {count} {what}; at most {most} are read")
         if count * least_bytes > self.size - self.place:
-            self._fail(f"it claims {count} {what}, more than fit into the file")
+            self._fail(
+                f"it claims {count} {what}, more than fit into the file: it is damaged, or the "
+                "download is not complete"
+            )
         if count * least_bytes > self.here - self.place:
             self._fail_short()
 

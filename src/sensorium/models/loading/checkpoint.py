@@ -111,8 +111,13 @@ def gguf_file(model: str) -> Path | None:
     path = Path(model).expanduser()
     if path.is_file():
         if not is_gguf(path):
+            advice = (
+                "it does not begin with 'GGUF', so it is damaged or of another format"
+                if path.suffix == GGUF
+                else "give its folder"
+            )
             raise ConfigError(
-                f"Model {model!r} is a file, but no GGUF file: give its folder.", param="model"
+                f"Model {model!r} is a file, but no GGUF file: {advice}.", param="model"
             )
         return path
     if not path.is_dir() or (path / "config.json").is_file():

@@ -310,7 +310,12 @@ def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -
             for name, tensor in read_safetensors(file).items()
         }
     inner, info = kind.from_pretrained(
-        None, config=config, state_dict=weights, dtype=options.dtype, output_loading_info=True
+        None,
+        config=config,
+        state_dict=weights,
+        dtype=options.dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told below, with those that are missing
     )
     problems = [
         f"{len(info[kind])} {what} ({', '.join(map(str, sorted(info[kind], key=str)[:6]))})"

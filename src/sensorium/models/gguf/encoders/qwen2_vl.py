@@ -107,7 +107,7 @@ def weights(encoder: GgufFile) -> dict[str, TowerWeight]:
         block = BLOCK.fullmatch(info.name)
         stem, _, end = info.name.rpartition(".")
         if block is not None and block[2] == "attn_q":
-            parts = [_part(encoder, info.name.replace("attn_q", name)) for name in _QKV]
+            parts = [_part(encoder, info.name.replace("attn_q", name), info) for name in _QKV]
             shape = (sum(part.shape[0] for part in parts), *info.shape[1:])
             name = f"visual.blocks.{block[1]}.attn.qkv.{block[3]}"
             found[name] = TowerWeight(shape, tuple(parts))
@@ -118,7 +118,7 @@ def weights(encoder: GgufFile) -> dict[str, TowerWeight]:
         elif stem in _OUTSIDE:
             found[f"visual.{_OUTSIDE[stem]}.{end}"] = TowerWeight(info.shape, (info,))
         elif info.name == _PATCHES[0]:
-            parts = [info, _part(encoder, _PATCHES[1])]
+            parts = [info, _part(encoder, _PATCHES[1], info)]
             shape = (*info.shape[:2], 2, *info.shape[2:])
             name = "visual.patch_embed.proj.weight"
             found[name] = TowerWeight(shape, tuple(parts), "frames")
@@ -127,10 +127,12 @@ def weights(encoder: GgufFile) -> dict[str, TowerWeight]:
     return found
 
 
-def _part(file: GgufFile, name: str) -> TensorInfo:
+def _part(file: GgufFile, name: str, like: TensorInfo) -> TensorInfo:
+    """Return a tensor that is joined with another of the same shape. Raises ConfigError."""
     info = file.tensors.get(name)
-    if info is None:
-        bad(file, f"has no tensor {name!r}")
+    if info is None or info.shape != like.shape:
+        found = "none" if info is None else str(info.shape)
+        bad(file, f"must have a tensor {name!r:.80} of the shape {like.shape}, and has {found}")
     return info
 
 
