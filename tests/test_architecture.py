@@ -25,6 +25,7 @@ ROWS = {
     "processes": 0,
     "forks": 0,
     "tracing": 0,
+    "distributed": 1,
     "kernels": 1,
     "core": 1,
     "multimodal": 1,
@@ -108,6 +109,8 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
     ),
     "engine": (
         {"stats", "wire", "shared", "iterations", "stations"},
+        {"loading"},
+        {"parallel"},
         {"grammar"},
         {"adapters", "engine", "executor"},
         {"prompts"},

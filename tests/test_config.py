@@ -54,7 +54,7 @@ WRONG: list[tuple[str, Any]] = [
     ("media_download_cache", 5),
     ("media_download_cache_gb", 0),
     ("media_download_cache_seconds", 0),
-    ("tensor_parallel_size", 2),
+    ("tensor_parallel_size", 0),
     ("log_stats_interval", 0),
 ]
 

@@ -113,7 +113,10 @@ def test_other_commands_read_them_too(
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["-pp", "2"], ["--pipeline-parallel-size 2 is not supported", "one server per device"]),
+        (
+            ["-pp", "2"],
+            ["--pipeline-parallel-size 2 is not supported", "--tensor-parallel-size divides"],
+        ),
         (["--enable-lora-bias"], ["--enable-lora-bias is not supported", "merge the adapter"]),
         (["--speculative-config", '{"method": "eagle"}'], ["'eagle' is not supported", "ngram"]),
         (["--max-logprobs", "-1"], ["--max-logprobs -1", "20"]),
@@ -133,9 +136,9 @@ def test_refusals_say_why(
 
 
 def test_more_devices_are_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "demo", "-tp", "2"]) == 2
+    assert main(["serve", "demo", "-dp", "2"]) == 2
     message = capsys.readouterr().err
-    assert "--tensor-parallel-size is 2, but one device runs a model so far" in message
+    assert "--data-parallel-size is 2, but one engine runs a model so far" in message
     assert "--dtype" not in message
 
 

@@ -115,6 +115,22 @@ def test_nodes_within_a_socket_are_one(tmp_path: Path) -> None:
     assert (chosen.number, chosen.cpus) == (48, set(range(48)))
 
 
+def test_ranks_of_a_model_share_the_cores_node_by_node(tmp_path: Path) -> None:
+    for node in range(2):
+        add_cores(tmp_path, [(i, i + 16) for i in range(node * 8, node * 8 + 8)], socket=node)
+        add_node(tmp_path, node, f"{node * 8}-{node * 8 + 7},{node * 8 + 16}-{node * 8 + 23}")
+    found = cores.find(tmp_path, range(32))
+    two = [found.rank_threads(rank, 2) for rank in range(2)]
+    assert [each.number for each in two] == [8, 8]
+    assert [each.cpus for each in two] == list(found.nodes)
+    four = [found.rank_threads(rank, 4) for rank in range(4)]
+    assert [each.number for each in four] == [4] * 4
+    assert four[1].cpus == {*range(4, 8), *range(20, 24)}
+    assert found.rank_threads(1, 2, asked=6).number == 3
+    one = cores.find(tmp_path, range(1))
+    assert [one.rank_threads(rank, 2).number for rank in range(2)] == [1, 1]
+
+
 def test_a_virtual_machine_that_calls_each_cpu_a_socket(tmp_path: Path) -> None:
     for cpu in range(16):
         add_cores(tmp_path, [(cpu,)], socket=cpu)

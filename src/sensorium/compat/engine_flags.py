@@ -10,7 +10,13 @@ from typing import Any
 from sensorium.compat.rule import Convert, Effect, Rule, ignored, one_of, refused, same
 from sensorium.errors import ConfigError
 
-_ONE_DEVICE = "a model runs on one device"
+_ONE_DEVICE = "a model runs on one machine; its ranks are processes that find each other, and each takes its cores"
+_NO_STAGES = (
+    "layers are not spread over devices: --tensor-parallel-size divides every layer between them"
+)
+_ONE_MACHINE = (
+    "a model runs on one machine; start one server per machine and balance the load between them"
+)
 _NO_GRAPHS = "nothing is compiled by torch, and which steps are captured is decided by themselves"
 _KERNELS = "kernels are chosen by hardware and model"
 _NO_LORA = "no such form of adapters is available; merge the adapter into the weights"
@@ -250,8 +256,10 @@ IGNORED = [
 
 REFUSED = [
     *refused(
-        f"{_ONE_DEVICE}; start one server per device and balance the load between them",
-        pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1, nnodes=1,
+        _NO_STAGES, pipeline_parallel_size=1, decode_context_parallel_size=1, prefill_context_parallel_size=1,
+    ),
+    *refused(
+        _ONE_MACHINE, nnodes=1,
         node_rank=0, data_parallel_rank=None, data_parallel_start_rank=None, data_parallel_size_local=None,
         data_parallel_hybrid_lb=False, data_parallel_external_lb=False, data_parallel_multi_port_external_lb=False,
         enable_fault_tolerance=False,

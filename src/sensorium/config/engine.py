@@ -148,7 +148,11 @@ class ParallelConfig:
     """More than one device or process."""
 
     tensor_parallel_size: int = option(
-        1, "Number of devices that share one model; only 1 is available so far.", ge=1, le=1 << 16
+        1,
+        "Number of processes that share one model: each holds a part of every layer, on cores of "
+        "its own (those of one memory node, where there are as many), or on a GPU of its own.",
+        ge=1,
+        le=64,
     )
     data_parallel_size: int = option(
         1, "Number of replicas of the model; only 1 is available so far.", ge=1, le=1 << 16
@@ -157,14 +161,12 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""
         check_fields(self)
-        for name in ("tensor_parallel_size", "data_parallel_size"):
-            size = getattr(self, name)
-            if size > 1:
-                bad(
-                    name,
-                    f"is {size}, but one device runs a model so far: leave it at 1, and start one "
-                    "server per device",
-                )
+        if self.data_parallel_size > 1:
+            bad(
+                "data_parallel_size",
+                f"is {self.data_parallel_size}, but one engine runs a model so far: leave it at 1, "
+                "and start several servers",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

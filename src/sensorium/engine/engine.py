@@ -53,6 +53,7 @@ class Engine:
             are admitted when theirs is there.
         traces: Updates tell when the prompt of a sequence was computed.
         adapters: The adapters of the model, loaded so far.
+        release: Ends the processes that compute a part of the model; refers to no engine.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Engine:
         *,
         traces: bool = False,
         adapters: EngineAdapters | None = None,
+        release: Callable[[], object] = lambda: None,
     ) -> None:
+        self.release = release
         self._adapters = adapters or EngineAdapters()
         self.facts = dataclasses.replace(facts, adapters=self._adapters.facts)
         self._constrained = ConstrainedRequests(new_matcher)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import torch
 
-from sensorium import environment
-from sensorium.config import GIB, EngineConfig, SpeculationConfig
+from sensorium.config import GIB, MIB, EngineConfig, SpeculationConfig
 from sensorium.core.limits import SchedulerLimits
 from sensorium.core.scheduler import Scheduler
 from sensorium.core.speculation.speculator import SpeculationLimits
 from sensorium.engine.adapters import EngineAdapters, found_adapters
 from sensorium.engine.engine import Engine
 from sensorium.engine.grammar.matchers import Matchers
+from sensorium.engine.loading import allocate_cache, cache_layout, load_model
+from sensorium.engine.parallel.group import RankGroup, device_of
+from sensorium.engine.parallel.model import ParallelModel
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import ConfigError
 from sensorium.kernels import ops
@@ -26,15 +28,13 @@ from sensorium.kernels.batch import KVCacheLayout, LayerCache
 from sensorium.kernels.cpu import threads
 from sensorium.models import loader
 from sensorium.models.interface import Family, LoadableModel, Model, TextShape
-from sensorium.models.loading.quantize import WeightFormats
-from sensorium.models.loading.weights_cache import CacheSettings
+from sensorium.models.loading.fill import weight_bytes
 from sensorium.processes import cores
 from sensorium.runtime.adapters import AdapterSet
 from sensorium.runtime.crowding import ThreadAdapter
 from sensorium.runtime.encoder import FeatureStore
 from sensorium.runtime.memory import (
     CacheGeometry,
-    cache_dtype,
     cache_geometry,
     free_memory,
     log_cache,
@@ -45,8 +45,6 @@ from sensorium.runtime.runner import ModelRunner
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCHED_TOKENS = 2048
-LEAST_KEPT = 32 << 20
-"""Bytes of quantized weights from which they are kept by default: fewer are made in a moment."""
 WINDOW_MARGIN = 64
 """Tokens before a sliding window that kernels may read, as they take steps of so many at most."""
 SMALL_DECODER = 10_000_000
@@ -64,6 +62,8 @@ class EngineParts:
     matchers: Matchers
     traces: bool
     adapters: EngineAdapters
+    release: Callable[[], object] = lambda: None
+    """Ends the processes that compute a part of the model."""
 
     def engine(self, kind: type[Engine] = Engine) -> Engine:
         """Make the engine, of the class ``kind``."""
@@ -75,6 +75,7 @@ class EngineParts:
             self.matchers,
             traces=self.traces,
             adapters=self.adapters,
+            release=self.release,
         )
 
 
@@ -100,25 +101,40 @@ def build_parts(
     config: EngineConfig, *, own_process: bool = False, proceed: Callable[[], object] = lambda: None
 ) -> EngineParts:
     """Load the model and return the parts of its engine. Raises ConfigError as ``build_engine``."""
+    group = _group(config, own_process)
+    if group is None:
+        return _build_parts(config, None, own_process, proceed)
+    try:
+        return _build_parts(config, group, own_process, proceed)
+    except BaseException:
+        group.close()
+        raise
+
+
+def _build_parts(
+    config: EngineConfig,
+    group: RankGroup | None,
+    own_process: bool,
+    proceed: Callable[[], object],
+) -> EngineParts:
     started = time.monotonic()
-    device = loader.find_device(config.model.device)
-    if own_process and device.type == "cpu":
-        threads.bind(config.model.num_threads)
-    threads.configure(config.model.num_threads)
+    device = loader.find_device(config.model.device) if group is None else device_of(config, 0)
+    asked = _own_threads(config, device, own_process)
+    ranks = None if group is None else group.collectives
     folders = found_adapters(config)
-    loaded = _loaded(config, str(device), proceed)
+    loaded = load_model(config, str(device), proceed, collectives=ranks)
     shape, model = loaded.model.shape, loaded.model
     lanes = _lanes(config, loaded)
     adapters = EngineAdapters.of(lanes, config, folders)
-    num_threads = _set_threads(config.model.num_threads, shape)
-    layout = _layout(config, shape, model.dtype)
+    num_threads = _set_threads(asked, shape, config.model.num_threads is not None)
+    layout = cache_layout(config, shape, model.dtype, ranks)
     geometry = cache_geometry(
         config.cache,
         layout,
         max_model_len=config.model.max_model_len,
         max_position=shape.max_position,
         max_num_seqs=config.scheduler.max_num_seqs,
-        free_bytes=free_memory(device, config.cache),
+        free_bytes=free_memory(device, config.cache, config.parallel.tensor_parallel_size),
     )
     caches = _allocated(layout, geometry, device)
     int8_cache = layout.records is not None
@@ -132,28 +148,69 @@ def build_parts(
     adapts = _may_adapt(config, loaded.family, model.dtype, device, invariant)
     adapter = ThreadAdapter(num_threads if adapts else 1, threads.configure)
     runner = ModelRunner(
-        model,
+        model if group is None else _together(model, group, geometry.num_blocks),
         caches,
         store,
         batch_invariant=invariant,
         adapters=lanes,
         after_step=adapter.after_step,
     )
-    window = None if loaded.family.bidirectional else shape.window
-    limits = _limits(config, geometry, shape.embed_size, model.dtype)
-    if window is not None:
-        limits = replace(limits, window=window + WINDOW_MARGIN)
-    scheduler = Scheduler(limits)
     facts = _facts(config, geometry, model, layout, num_threads, time.monotonic() - started)
     return EngineParts(
-        scheduler,
+        Scheduler(_limits(config, geometry, model, loaded.family)),
         runner,
         store,
         facts,
         Matchers(_tokenizer_folder(config, loaded.config.folder), shape.vocab_size),
         traces=config.observability.traces,
         adapters=adapters,
+        release=(lambda: None) if group is None else group.close,
     )
+
+
+def _group(config: EngineConfig, own_process: bool) -> RankGroup | None:
+    """Start the other ranks that share the model, if there are any. Raises ConfigError."""
+    size = config.parallel.tensor_parallel_size
+    if size == 1:
+        return None
+    if config.lora.enable_lora:
+        raise ConfigError(
+            f"enable_lora: adapters run on one rank alone, but tensor_parallel_size is {size}: "
+            "leave one of them out, or merge the adapter into the weights.",
+            param="enable_lora",
+        )
+    device_of(config, 0)
+    return RankGroup(config, on_loss=(lambda: os._exit(1)) if own_process else (lambda: None))
+
+
+def _own_threads(config: EngineConfig, device: torch.device, own_process: bool) -> int | None:
+    """Set the threads with which the model is loaded. Return how many are asked for later.
+
+    In a process of its own, the engine stays on the CPUs that are chosen.
+    """
+    asked, size = config.model.num_threads, config.parallel.tensor_parallel_size
+    is_cpu = device.type == "cpu"
+    if size > 1 and is_cpu:
+        asked = threads.share(0, size, asked, keeps=own_process)
+    elif own_process and is_cpu:
+        threads.bind(asked)
+    threads.configure(asked)
+    return asked
+
+
+def _together(model: Model, group: RankGroup, num_blocks: int) -> Model:
+    """Wait for the other ranks, and return the model that all compute together.
+
+    Raises what kept one of them from loading its part.
+    """
+    group.wait_loaded()
+    group.start(num_blocks, model.device)
+    sizes = [weight_bytes(cast(LoadableModel, model)), *group.weight_bytes]
+    logger.info(
+        "weights of linear layers and embeddings by rank: %s",
+        ", ".join(f"{size / MIB:.1f} MiB" for size in sizes),
+    )
+    return ParallelModel(model, group)
 
 
 def _facts(
@@ -211,88 +268,11 @@ def _may_adapt(
     return not invariant or (family.same_on_threads and ops.has_own_product(dtype))
 
 
-def _loaded(config: EngineConfig, device: str, proceed: Callable[[], object]) -> loader.LoadedModel:
-    """Load the model as its options say."""
-    return loader.load(
-        config.model.model,
-        mmproj=config.model.mmproj,
-        dtype=config.model.dtype,
-        device=device,
-        load_format=config.model.load_format,
-        hf_overrides=config.model.hf_overrides,
-        revision=config.model.revision,
-        seed=config.model.seed,
-        skip_modalities=switched_off(config),
-        runner=config.model.runner,
-        download_dir=config.model.download_dir,
-        formats=weight_formats(config),
-        weights_cache=weights_cache(config),
-        replay=not config.model.enforce_eager,
-        int8_cache=config.cache.kv_cache_dtype == "int8",
-        proceed=proceed,
-    )
-
-
 def _tokenizer_folder(config: EngineConfig, folder: str) -> str:
     """Return the folder of ``--tokenizer``, or of the model."""
     if config.model.tokenizer is None:
         return folder
     return loader.read_config(config.model.tokenizer, download_dir=config.model.download_dir).folder
-
-
-def _layout(config: EngineConfig, shape: TextShape, dtype: torch.dtype) -> KVCacheLayout:
-    """Return the layout of the KV cache of a model that runs in ``dtype``. Raises ConfigError."""
-    kept = cache_dtype(config.cache.kv_cache_dtype, dtype)
-    size = config.cache.block_size
-    return KVCacheLayout(shape.num_layers, shape.num_kv_heads, shape.head_dim, size, kept)
-
-
-def _allocated(
-    layout: KVCacheLayout, geometry: CacheGeometry, device: torch.device
-) -> list[LayerCache]:
-    """Allocate the KV cache. Raises ConfigError when the system refuses that much memory."""
-    num_blocks = geometry.num_blocks
-    num_bytes = num_blocks * layout.bytes_per_block
-    log_cache(layout, geometry)
-    warn_when_scarce(num_bytes, device)
-    try:
-        return ops.allocate_cache(layout, num_blocks, device)
-    except MemoryError:
-        raise ConfigError(
-            f"The KV cache would take {num_bytes} bytes ({num_blocks} blocks of "
-            f"{layout.bytes_per_block}), more than the system gives; lower kv_cache_memory_bytes "
-            "(or num_kv_blocks).",
-            param="kv_cache_memory_bytes",
-        ) from None
-
-
-def switched_off(config: EngineConfig) -> frozenset[str]:
-    """Return the modalities with a limit of 0, whose encoders are not loaded."""
-    return frozenset(m for m in config.media.limit_mm_per_prompt if config.media.limit(m) == 0)
-
-
-def weight_formats(config: EngineConfig) -> WeightFormats:
-    """Return the formats in which the weights of a model are held."""
-    head = config.model.quantization_head
-    if head == "auto":
-        head = "none" if config.model.weight_format in (None, "none") else "int8"
-    return WeightFormats(
-        decoder=config.model.weight_format or "none",
-        encoder=config.model.quantization_towers,
-        head=head,
-        dequantize=config.model.weight_format == "none",
-    )
-
-
-def weights_cache(config: EngineConfig) -> CacheSettings | None:
-    """Return where quantized weights are kept; None for nowhere."""
-    where, most = config.model.weights_cache, int(config.model.weights_cache_gb * GIB)
-    if where == "off" or most == 0:
-        return None
-    if where != "auto":
-        return CacheSettings(Path(where).expanduser().absolute(), most)
-    root = environment.cache_root()
-    return CacheSettings(root / "sensorium", most, LEAST_KEPT) if root.is_absolute() else None
 
 
 def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
@@ -323,14 +303,15 @@ def is_batch_invariant(config: EngineConfig, device: torch.device, dtype: torch.
     return True
 
 
-def _set_threads(asked: int | None, shape: TextShape) -> int:
+def _set_threads(asked: int | None, shape: TextShape, is_configured: bool) -> int:
     """Set the number of threads, and return it: 1 for a decoder that fits one core's cache.
 
+    is_configured: the user asks for them.
     A second thread costs more than it saves there, and very much more on a busy machine, where each
     of the many short parallel regions may wait for a thread that is not running.
     """
     num_weights = 12 * shape.num_layers * shape.hidden_size**2
-    if asked is None and num_weights < SMALL_DECODER:
+    if not is_configured and num_weights < SMALL_DECODER:
         chosen = replace(threads.configure(1), reason="a small decoder")
     else:
         chosen = threads.configure(asked)
@@ -362,12 +343,23 @@ def _batched_tokens(config: EngineConfig, max_model_len: int) -> int:
     return DEFAULT_BATCHED_TOKENS
 
 
+def _allocated(
+    layout: KVCacheLayout, geometry: CacheGeometry, device: torch.device
+) -> list[LayerCache]:
+    """Allocate the KV cache. Raises ConfigError when the system refuses that much memory."""
+    log_cache(layout, geometry)
+    warn_when_scarce(geometry.num_blocks * layout.bytes_per_block, device)
+    return allocate_cache(layout, geometry.num_blocks, device)
+
+
 def _limits(
-    config: EngineConfig, geometry: CacheGeometry, embed_size: int, dtype: torch.dtype
+    config: EngineConfig, geometry: CacheGeometry, model: Model, family: Family
 ) -> SchedulerLimits:
+    shape = model.shape
     batched_tokens = _batched_tokens(config, geometry.max_model_len)
-    kept = max(1, int(config.cache.mm_encoder_cache_gb * GIB) // (embed_size * dtype.itemsize))
-    return SchedulerLimits(
+    embed_bytes = shape.embed_size * model.dtype.itemsize
+    kept = max(1, int(config.cache.mm_encoder_cache_gb * GIB) // embed_bytes)
+    limits = SchedulerLimits(
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=batched_tokens,
         max_model_len=geometry.max_model_len,
@@ -380,6 +372,8 @@ def _limits(
         enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
         speculation=_speculation(config.speculation),
     )
+    window = None if family.bidirectional else shape.window
+    return limits if window is None else replace(limits, window=window + WINDOW_MARGIN)
 
 
 def _speculation(config: SpeculationConfig) -> SpeculationLimits | None:

@@ -13,15 +13,20 @@ from sensorium.layers.linear import Linear
 
 
 class Embedding:
-    """Embedding table (num_rows, size), set by ``load``, or that of a head that it is tied to."""
+    """Embedding table (num_rows, size), set by ``load``, or that of a head that it is tied to.
 
-    __slots__ = ("dtype", "num_rows", "quantize", "size", "weight")
+    Of a larger table that ranks share, it may hold the rows from ``first`` on; see ``divide``.
+    """
+
+    __slots__ = ("dtype", "first", "num_ids", "num_rows", "quantize", "reduce", "size", "weight")
 
     weight: torch.Tensor | QuantizedTensor | PackedWeight
     dtype: torch.dtype
     """Type of the rows that are looked up."""
     quantize: Callable[[torch.Tensor], QuantizedTensor] | None
     """Quantizes the table that ``load`` is given, where the loader has set it."""
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None
+    """Sums the rows (T, size) of all ranks, where each holds a part of the table."""
 
     def __init__(self, num_rows: int, size: int) -> None:
         self.num_rows = num_rows
@@ -29,6 +34,17 @@ class Embedding:
         self.weight = torch.empty(0)
         self.dtype = torch.float32
         self.quantize = None
+        self.first, self.num_ids = 0, num_rows
+        self.reduce = None
+
+    def divide(
+        self, first: int, num_ids: int, reduce: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Make this the rows from ``first`` on of a table of ``num_ids`` rows.
+
+        The others' rows are zeros here, and come with ``reduce``.
+        """
+        self.first, self.num_ids, self.reduce = first, num_ids, reduce
 
     def load(self, weight: torch.Tensor) -> None:
         """Set the table (num_rows, size). Raises ValueError for another shape."""
@@ -64,7 +80,16 @@ class Embedding:
         Ids past the table's end, as some placeholders are, give an arbitrary row: embeddings of
         items replace these.
         """
-        ids, table = ids.clamp(max=self.num_rows - 1), self.weight
+        ids = ids.clamp(max=self.num_ids - 1)
+        if self.reduce is None:
+            return self._rows(ids)
+        ids = ids - self.first
+        missing = (ids < 0) | (ids >= self.num_rows)
+        rows = self._rows(ids.masked_fill(missing, 0))
+        return self.reduce(rows.masked_fill_(missing[:, None], 0))
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        table = self.weight
         if isinstance(table, torch.Tensor):
             return F.embedding(ids, table)
         if isinstance(table, QuantizedTensor):
@@ -80,10 +105,14 @@ class LMHead:
     Tied heads are loaded with the embedding's table and pack it; see ``tie``.
     """
 
-    __slots__ = ("linear",)
+    __slots__ = ("join", "linear")
+
+    join: Callable[[torch.Tensor], torch.Tensor] | None
+    """Makes (N, vocab_size) of the logits of all ranks, where each has those of some tokens."""
 
     def __init__(self, vocab_size: int, hidden_size: int, bias: bool = False) -> None:
         self.linear = Linear(hidden_size, vocab_size, bias)
+        self.join = None
 
     def load(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Set the weight (vocab_size, hidden_size) and, if there is one, the bias (vocab_size,)."""
@@ -106,6 +135,7 @@ class LMHead:
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (N, vocab_size) of hidden states (N, hidden_size), in their dtype."""
-        return self.linear(hidden)
+        logits = self.linear(hidden)
+        return logits if self.join is None else self.join(logits)
 
     __call__ = forward

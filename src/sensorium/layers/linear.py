@@ -8,7 +8,7 @@ import torch
 
 from sensorium.kernels import ops
 from sensorium.kernels.adapters import AdaptedProduct, RowAdapters
-from sensorium.kernels.weight import PackedWeight, QuantizedTensor
+from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 from sensorium.layers.activation import activation
 
 
@@ -28,6 +28,7 @@ class Linear:
         "num_inputs",
         "num_outputs",
         "quantize",
+        "reduce",
         "weight",
     )
 
@@ -39,6 +40,10 @@ class Linear:
     """Quantizes the weight that ``load`` is given, where the loader has set it."""
     adapters: RowAdapters | None
     """Lanes of the rows, for a layer that takes adapters."""
+    reduce: Callable[[torch.Tensor], torch.Tensor] | None
+    """Sums the results (T, num_outputs) of all ranks, where each has some of the inputs alone.
+
+    Is set before the layer is loaded, which has no activation then."""
 
     def __init__(
         self, num_inputs: int, num_outputs: int, bias: bool = False, act: str | None = None
@@ -53,6 +58,7 @@ class Linear:
         self.bias = None
         self.quantize = None
         self.adapters = None
+        self.reduce = None
         self.forward = _not_loaded
 
     def load(
@@ -82,7 +88,8 @@ class Linear:
     def _set(self, weight: PackedWeight, bias: torch.Tensor | None) -> None:
         self.weight = weight
         self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
-        self.forward = ops.bind_linear(weight, self.bias, self.act)
+        product = ops.bind_linear(weight, self.bias, self.act)
+        self.forward = product if self.reduce is None else _summed(product, self.reduce)
 
     def adapt(self, product: AdaptedProduct, adapters: RowAdapters) -> None:
         """Add what ``product`` holds to the results of rows with adapters, before the activation.
@@ -124,6 +131,11 @@ class Linear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward(x)
+
+
+def _summed(product: Multiply, reduce: Multiply) -> Multiply:
+    """Return the sum of a product over all ranks as one function."""
+    return lambda x: reduce(product(x))
 
 
 def _not_loaded(*tensors: torch.Tensor) -> torch.Tensor:

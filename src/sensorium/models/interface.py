@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 if TYPE_CHECKING:  # the HTTP process and media workers use families without ever importing torch
     import torch
 
+    from sensorium.distributed.collectives import Collectives
+    from sensorium.distributed.shard import Cut
     from sensorium.kernels.batch import AttentionBatch
     from sensorium.layers.embedding import Embedding
     from sensorium.layers.linear import Linear
@@ -125,7 +127,8 @@ class BuildOptions:
     ``skip_modalities``: their encoders are neither built nor loaded. ``head``: if false, no logits
     will be requested and the language-model head is not loaded. ``random_weights``: every slot will
     be filled with random numbers, whatever the checkpoint's folder holds. ``replay``: small decode
-    steps may be captured and replayed.
+    steps may be captured and replayed. ``collectives``: the decoder, its embedding and its head are
+    split over these ranks, of which this process is one; None for a model on its own.
     """
 
     dtype: torch.dtype
@@ -134,13 +137,23 @@ class BuildOptions:
     head: bool = True
     random_weights: bool = False
     replay: bool = True
+    collectives: Collectives | None = None
 
 
 class Part(NamedTuple):
-    """One tensor of a checkpoint: its name (in our spelling) and its shape."""
+    """One tensor of a checkpoint: its name (in our spelling) and its shape.
+
+    ``cut``: what the slot takes of it; None for the whole.
+    """
 
     name: str
     shape: tuple[int, ...]
+    cut: Cut | None = None
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """Shape of what the slot takes."""
+        return self.shape if self.cut is None else self.cut.shape_of(self.shape)
 
 
 Role = Literal["decoder", "encoder", "head"]

@@ -35,6 +35,7 @@ from sensorium.models.registry import resolve
 if TYPE_CHECKING:
     import torch
 
+    from sensorium.distributed.collectives import Collectives
     from sensorium.models.loading.published.gguf import GgufWeights
     from sensorium.models.loading.quantize import WeightFormats
     from sensorium.models.loading.weights import SafetensorsFiles
@@ -102,6 +103,7 @@ def load(
     weights_cache: CacheSettings | None = None,
     replay: bool = True,
     int8_cache: bool = False,
+    collectives: Collectives | None = None,
     proceed: Proceed = _always,
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
@@ -110,21 +112,19 @@ def load(
     checkpoint's own: the one that config.json declares, else that of the weights, else float32; or
     float32 in place of a 16-bit type that the CPU has no units for, where memory allows it. device
     ``auto`` is the first GPU when there is one, else the CPU. runner: ``generate``, ``pooling`` or
-    ``auto``; one for pooling is loaded without its head. download_dir: in place of the cache of the
-    Hugging Face hub. formats: how weights are quantized. weights_cache: where these are kept for
-    the next start. skip_modalities, replay: as in ``BuildOptions``. int8_cache: the KV cache is in
-    int8. proceed: called between weights; what it raises ends loading.
+    ``auto``; one for pooling has no head. download_dir: in place of the hub's cache. formats: how
+    weights are quantized. weights_cache: where these are kept for the next start. int8_cache: the
+    KV cache is in int8. proceed: called between weights; what it raises ends loading. Others: see
+    ``BuildOptions``.
 
-    Raises ConfigError when the checkpoint cannot be found, does not fit its configuration, is
-    quantized in an unknown way or cannot be, and UnsupportedModelError for an unknown architecture.
+    Raises ConfigError when the checkpoint cannot be found or does not fit its configuration or the
+    options, and UnsupportedModelError for an unknown architecture.
     """
-    dummy = load_format == "dummy"
     folder = checkpoint.find(model, revision, download_dir, mmproj)
-    loaded = checkpoint.read(folder, hf_overrides)
+    loaded, dummy = checkpoint.read(folder, hf_overrides), load_format == "dummy"
     family = resolve(loaded.config)
     refuse_unsupported(loaded, native=family.quantizable)
-    if formats is not None:
-        formats.check(family, find_device(device))
+    _check_layers(family, formats, find_device(device), collectives)
     loaded, names = read_parts(loaded, family, download_dir)
     needed = _needed(loaded, family, skip_modalities)
     processor, embedder = family.build_processor(loaded), embedder_of(loaded, family, runner)
@@ -139,12 +139,30 @@ def load(
         head=embedder is None,
         random_weights=dummy,
         replay=replay,
+        collectives=collectives,
     )
     if dtype == "auto" and options.device.type == "cpu":
         options = _on_this_cpu(loaded, family, options, source)
     own = loaded, family, options, source
     built = _built(*own, formats, seed, proceed, weights_cache, int8_cache)
     return LoadedModel(loaded, family, built, processor, embedder)
+
+
+def _check_layers(
+    family: Family,
+    formats: WeightFormats | None,
+    device: torch.device,
+    collectives: Collectives | None,
+) -> None:
+    """Raise ConfigError where layers cannot be quantized, or divided, as they are to be."""
+    if formats is not None:
+        formats.check(family, device)
+    if collectives is not None and not family.quantizable:
+        raise ConfigError(
+            "tensor_parallel_size: this model runs through the code of transformers, whose layers "
+            "cannot be divided here: leave it at 1.",
+            param="tensor_parallel_size",
+        )
 
 
 def _needed(
@@ -248,7 +266,10 @@ def _calibrated(
     from sensorium.models.loading.quantize import Deferred
 
     def measure() -> dict[str, torch.Tensor]:
-        bare = dataclasses.replace(options, skip_modalities=frozenset(family.modalities))
+        # Of several ranks, each measures the whole decoder.
+        bare = dataclasses.replace(
+            options, skip_modalities=frozenset(family.modalities), collectives=None
+        )
         return mean_squares(family.build_model(loaded, bare), files, proceed)
 
     return dataclasses.replace(formats, importance=Deferred(measure))
@@ -276,6 +297,7 @@ def _cache(
         family.name,
         json.dumps(configurations, sort_keys=True, default=str),
         (str(options.dtype), sorted(options.skip_modalities), options.head),
+        () if options.collectives is None else dataclasses.astuple(options.collectives.shard),
         (formats.decoder, formats.encoder, formats.head, formats.dequantize),
         calibrated_by() if calibrates else (),
     )

@@ -94,6 +94,20 @@ class Cores:
             number, reason = MOST_THREADS, f"most by default; {reason}"
         return EngineThreads(number, cpus, reason)
 
+    def rank_threads(self, rank: int, size: int, asked: int | None = None) -> EngineThreads:
+        """Return the threads of one of ``size`` processes that share a model, and their CPUs.
+
+        The cores are divided node by node: where there are as many memory nodes as ranks, each
+        stays on its own. ``asked``: threads of all ranks together.
+        """
+        fast = [core for node in self.nodes for core in self.fast_cores(node)]
+        own = fast[len(fast) * rank // size : len(fast) * (rank + 1) // size]
+        cpus = frozenset().union(*own) if own else None
+        if asked is not None:
+            return EngineThreads(max(1, asked // size), cpus, f"as asked for, by {size} ranks")
+        number = min(max(1, len(own)), max(1, self.num_usable // size), MOST_THREADS)
+        return EngineThreads(number, cpus, f"the cores of one rank of {size}")
+
     def _described(self, is_bound: bool) -> str:
         kind = "performance cores" if self.slow else "physical cores"
         return f"{kind} of one memory node of {len(self.nodes)}" if is_bound else kind

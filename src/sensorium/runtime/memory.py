@@ -113,9 +113,10 @@ def log_cache(layout: KVCacheLayout, geometry: CacheGeometry) -> None:
     )
 
 
-def free_memory(device: torch.device, config: CacheConfig) -> int:
+def free_memory(device: torch.device, config: CacheConfig, num_ranks: int = 1) -> int:
     """Return the bytes that the cache may take on this device, beside the loaded model.
 
+    num_ranks: processes that share the model, a CPU's memory and what ``max_memory_gb`` allows.
     Raises ConfigError when ``max_memory_gb`` leaves nothing.
     """
     if device.type == "cuda":
@@ -123,16 +124,17 @@ def free_memory(device: torch.device, config: CacheConfig) -> int:
         found = max(0, int(free - total * (1.0 - config.gpu_memory_utilization)))
         taken = torch.cuda.memory_reserved(device)
     else:
-        found, taken = int(available_memory() * CPU_FRACTION), resident_memory()
+        found = int(available_memory() * CPU_FRACTION) // num_ranks
+        taken = resident_memory()
     most = config.max_memory_gb
     if most is None:
         return found
-    left = int(most * GIB) - taken
+    left = int(most * GIB) // num_ranks - taken
     if left <= 0:
         raise ConfigError(
             f"max_memory_gb is {most:.2f}, but without the KV cache this model takes "
-            f"{taken / GIB:.2f} GiB already; raise it (--max-memory-gb, or --models-memory-gb of "
-            "several models).",
+            f"{num_ranks * taken / GIB:.2f} GiB already; raise it (--max-memory-gb, "
+            "or --models-memory-gb of several models).",
             param="max_memory_gb",
         )
     return min(found, left)

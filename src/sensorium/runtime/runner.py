@@ -17,6 +17,7 @@ import torch
 
 from sensorium.core.plan import TOO_COMPLEX, Span, StepPlan, StepResult, unusable
 from sensorium.core.request import TokenSample
+from sensorium.errors import EngineDeadError
 from sensorium.kernels import ops
 from sensorium.kernels.batch import LayerCache
 from sensorium.models.interface import Model
@@ -133,6 +134,8 @@ class ModelRunner:
         """
         try:
             self._run(pairs, result)
+        except EngineDeadError:
+            raise  # of several ranks one has gone: nothing can be computed any more
         except Exception:
             result.repeated = True
             logger.exception("a step of %d sequence(s) failed", len(pairs))

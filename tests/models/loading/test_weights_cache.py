@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sensorium.config import engine_config
-from sensorium.engine.executor import LEAST_KEPT, weights_cache
+from sensorium.engine.loading import LEAST_KEPT, weights_cache
 from sensorium.forks import OWN_THREADS
 from sensorium.kernels import ops
 from sensorium.kernels.weight import PackedWeight

@@ -102,7 +102,7 @@ class OfflineEngine:
         self._made_in = forks.generation()
         input_processor.set_facts(engine.facts)
         self._adapters = AdaptersOnDemand(engine, config.lora.max_loras)
-        closers = (loop.close, input_processor.close, tracer.close)
+        closers = (loop.close, input_processor.close, tracer.close, engine.release)
         self._release = weakref.finalize(self, forks.release, self._made_in, *closers)
         self._in_use = threading.Lock()
         self._closed = False

@@ -17,7 +17,7 @@ from sensorium.engine.outputs.pooling import PoolingCollector, pooling_request
 from sensorium.engine.outputs.stream import OutputCollector
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import PreparedPrompt
-from sensorium.errors import SensoriumError, located
+from sensorium.errors import EngineDeadError, SensoriumError, located
 from sensorium.multimodal.workers.event_loop import LoopThread
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
 from sensorium.params import PoolingParams, SamplingParams
@@ -104,8 +104,8 @@ class BatchRun:
                 raise self._errors[0]
             if self._reading_error is not None:
                 raise self._reading_error
-        except (SensoriumError, GeneratorExit):
-            whole = True
+        except (SensoriumError, GeneratorExit) as error:
+            whole = not isinstance(error, EngineDeadError)  # it came in the middle of a step
             raise
         finally:
             self.clean_up(whole=whole)

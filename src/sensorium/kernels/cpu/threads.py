@@ -81,3 +81,17 @@ def bind(num_threads: int | None = None) -> None:
         with contextlib.suppress(OSError):  # a cpuset that changed meanwhile
             os.sched_setaffinity(0, cpus)
             log.info("the engine keeps to one memory node: CPUs %s", cores.cpu_list(cpus))
+
+
+def share(rank: int, size: int, num_threads: int | None = None, *, keeps: bool) -> int:
+    """Return the number of threads of one of ``size`` processes that share a model.
+
+    ``num_threads``: those of all together, if somebody asked. ``keeps``: this process stays on its
+    rank's CPUs from now on, as in ``bind``.
+    """
+    chosen = cores.find().rank_threads(rank, size, num_threads)
+    if keeps and chosen.cpus is not None:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, chosen.cpus)
+            log.info("rank %d keeps to the CPUs %s", rank, cores.cpu_list(chosen.cpus))
+    return chosen.number

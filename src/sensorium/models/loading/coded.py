@@ -1,7 +1,8 @@
 """Weights that a checkpoint stores in another form than plain numbers.
 
 Readers of quantized files hand them to the loader, which knows no file format: it asks for rows,
-joins the parts of fused layers, and keeps the integers where a product takes them.
+joins the parts of fused layers, cuts out what a rank takes, and keeps the integers where a product
+takes them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sensorium.distributed.shard import Cut, Range
 from sensorium.kernels import ops
 from sensorium.kernels.weight import PackedWeight, QuantizedTensor
+from sensorium.models.interface import Part
 from sensorium.models.loading.quantize import BAND, Quantize, int8, int8_groups
 
 logger = logging.getLogger(__name__)
 
 Rows = Callable[[int, int], QuantizedTensor | torch.Tensor]
 """(first, end) -> these rows of a weight (N, K): as integers, or (end - first, K) float32."""
+AnyRows = QuantizedTensor | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +165,81 @@ def dense(weight: CodedWeight | torch.Tensor, dtype: torch.dtype) -> torch.Tenso
         end = min(first + band, num_outputs)
         numbers[first:end] = weight.dequantized(first, end)
     return numbers
+
+
+def taken(weight: torch.Tensor | CodedWeight, part: Part) -> torch.Tensor | CodedWeight:
+    """Return what a slot takes of a part: views of what is mapped, where that is possible."""
+    cut = part.cut
+    if cut is None:
+        return weight
+    if isinstance(weight, CodedWeight):
+        return _cut(weight, cut)
+    if cut.is_absent:
+        return torch.zeros_like(weight)
+    if cut.rows:
+        pieces = [weight[first:end] for first, end in cut.rows]
+        weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return weight if cut.columns is None else weight[..., slice(*cut.columns)]
+
+
+def _cut(weight: CodedWeight, cut: Cut) -> CodedWeight:
+    """Return some rows and columns of a weight that is decoded by rows.
+
+    Columns that begin or end within a group of inputs that share a scale are given as float32
+    numbers, of which the loader makes other integers.
+    """
+    num_outputs, num_inputs = cut.shape_of(weight.shape)
+    ranges = cut.rows or ((0, weight.shape[0]),)
+    keeps_groups = cut.columns is None or _keeps_groups(weight.read(0, 1), cut.columns)
+
+    def read(first: int, end: int) -> AnyRows:
+        pieces, start = [], 0
+        for low, high in ranges:
+            own_first, own_end = max(first - start, 0), min(end - start, high - low)
+            if own_first < own_end:
+                rows = weight.read(low + own_first, low + own_end)
+                if isinstance(rows, QuantizedTensor) and not keeps_groups:
+                    rows = rows.dequantized()
+                pieces.append(rows if cut.columns is None else _columns(rows, *cut.columns))
+            start += high - low
+        return _stacked(pieces)
+
+    label = weight.label if keeps_groups else f"{weight.label}, split within a group"
+    return replace(weight, shape=(num_outputs, num_inputs), read=read, label=label)
+
+
+def _keeps_groups(rows: AnyRows, columns: Range) -> bool:
+    """Return whether columns begin and end where groups of inputs do."""
+    if isinstance(rows, torch.Tensor) or rows.group >= rows.shape[1]:
+        return True
+    first, end = columns
+    return first % rows.group == 0 and (end % rows.group == 0 or end == rows.shape[1])
+
+
+def _columns(rows: AnyRows, first: int, end: int) -> AnyRows:
+    """Return some inputs of rows, in whole groups."""
+    if isinstance(rows, torch.Tensor):
+        return rows[:, first:end]
+    values = rows.values[:, first:end].contiguous()
+    if rows.group >= rows.shape[1]:  # one scale for all of them
+        return replace(rows, values=values, group=end - first)
+    groups = slice(first // rows.group, -(-end // rows.group))
+    return replace(
+        rows,
+        values=values,
+        scales=rows.scales[:, groups].contiguous(),
+        zeros=None if rows.zeros is None else rows.zeros[:, groups].contiguous(),
+        minimums=None if rows.minimums is None else rows.minimums[:, groups].contiguous(),
+    )
+
+
+def _stacked(pieces: list[AnyRows]) -> AnyRows:
+    """Return rows of one kind, one behind the other."""
+    integers = [piece for piece in pieces if isinstance(piece, QuantizedTensor)]
+    if integers:
+        return _concatenated(integers)
+    plain = [piece for piece in pieces if isinstance(piece, torch.Tensor)]
+    return plain[0] if len(plain) == 1 else torch.cat(plain)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from sensorium import progress
 from sensorium.config import MIB
 from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models.interface import LoadableModel, Part, WeightSlot
-from sensorium.models.loading.coded import CodedWeight, Outcomes, Packing, dense, pack
+from sensorium.models.loading.coded import CodedWeight, Outcomes, Packing, dense, pack, taken
 from sensorium.models.loading.memory import MappedFiles, Scratch, lent
 from sensorium.models.loading.quantize import Quantize, WeightFormats
 from sensorium.models.loading.weights import WeightSource
@@ -187,7 +187,7 @@ def _with_kept(
     for slot in slots:
         packed, weight = slot.packed, None
         if packed is not None and packed.name in names:
-            matrices = [part.shape for part in slot.parts if len(part.shape) == 2]
+            matrices = [part.own_shape for part in slot.parts if len(part.shape) == 2]
             shape = sum(rows for rows, _ in matrices), matrices[0][1]
             weight = cache.find(packed.name, shape, dtype)
         if packed is None or weight is None:
@@ -211,8 +211,21 @@ def _giving_back(make: Quantize | None, mapped: MappedFiles | None) -> Quantize 
     return quantize
 
 
+def weight_bytes(model: LoadableModel) -> int:
+    """Return the bytes of memory that the weights of linear layers and embeddings take."""
+    return sum(_sizes(model).values())
+
+
 def log_sizes(model: LoadableModel) -> None:
     """Log how much memory the weights of linear layers and embeddings take, by format."""
+    logger.info(
+        "weights of linear layers and embeddings in memory: %s",
+        ", ".join(f"{size / MIB:.1f} MiB {name}" for name, size in sorted(_sizes(model).items())),
+    )
+
+
+def _sizes(model: LoadableModel) -> dict[str, int]:
+    """Return the bytes of the weights of layers in each format, shared ones once."""
     held: dict[int, tuple[str, int]] = {}
     for slot in model.slots():
         for layer in slot.layers:
@@ -224,10 +237,7 @@ def log_sizes(model: LoadableModel) -> None:
     sizes: dict[str, int] = {}
     for name, size in held.values():
         sizes[name] = sizes.get(name, 0) + size
-    logger.info(
-        "weights of linear layers and embeddings in memory: %s",
-        ", ".join(f"{size / MIB:.1f} MiB {name}" for name, size in sorted(sizes.items())),
-    )
+    return sizes
 
 
 def _largest_first(slots: list[WeightSlot]) -> list[WeightSlot]:
@@ -238,7 +248,7 @@ def _largest_first(slots: list[WeightSlot]) -> list[WeightSlot]:
 def _num_values(slot: WeightSlot) -> int:
     """Return the number of weights of a slot; of a tied one, those of the other."""
     parts = slot.parts or ((slot.tied.part,) if slot.tied is not None else ())
-    return sum(math.prod(part.shape) for part in parts)
+    return sum(math.prod(part.own_shape) for part in parts)
 
 
 def _read_ahead(
@@ -248,7 +258,7 @@ def _read_ahead(
     waiting: deque[tuple[WeightSlot, list[torch.Tensor | CodedWeight], int]] = deque()
     num_bytes = 0
     for slot in slots:
-        tensors = [source.read(part) for part in slot.parts]
+        tensors = [taken(source.read(part), part) for part in slot.parts]
         if mapped is None:
             yield slot, tensors
             continue
@@ -274,7 +284,8 @@ def _placed(
     """
     if model.device.type == "cpu" and len(tensors) > 1:
         return scratch.filled(tensors, model.dtype)
-    return [tensor.to(device=model.device, dtype=model.dtype) for tensor in tensors]
+    placed = [tensor.to(device=model.device, dtype=model.dtype) for tensor in tensors]
+    return [tensor.contiguous() for tensor in placed]  # a rank's columns are not
 
 
 def _as_stored(

@@ -27,7 +27,7 @@ _LENT: ContextVar[tuple[Range, ...] | None] = ContextVar("_LENT", default=None)
 @contextlib.contextmanager
 def lent(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Mark the memory of these tensors, and no other, as lent in this context: see ``owned``."""
-    token = _LENT.set(tuple(_range(tensor) for tensor in tensors))
+    token = _LENT.set(tuple(extent(tensor) for tensor in tensors))
     try:
         yield
     finally:
@@ -106,7 +106,7 @@ class MappedFiles:
 
     def _advise(self, tensor: torch.Tensor, advice: int, *, whole: bool) -> None:
         """Give advice on a tensor's pages; only on those that it fills, with ``whole``."""
-        first, end = _range(tensor)
+        first, end = extent(tensor)
         index = bisect.bisect_right(self.ranges, (first, sys.maxsize)) - 1
         if index < 0 or end > self.ranges[index][1]:
             return
@@ -118,9 +118,14 @@ class MappedFiles:
             _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice)
 
 
-def _range(tensor: torch.Tensor) -> Range:
+def extent(tensor: torch.Tensor) -> Range:
+    """Return the addresses between which a tensor lies, also one with gaps between its rows."""
     start = tensor.data_ptr()
-    return start, start + tensor.nbytes
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    pairs = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in pairs)
+    return start, start + (last + 1) * tensor.itemsize
 
 
 def _mappings(paths: Collection[str]) -> Iterator[Range]:

@@ -152,13 +152,15 @@ class WeightFormats:
         make = QUANTIZERS.get(getattr(self, slot.role))
         if make is not int4 or slot.role == "encoder" or not slot.parts:
             return make
-        known = self.importance.get(slot.parts[0].name)
+        known, cut = self.importance.get(slot.parts[0].name), slot.parts[0].cut
+        if known is not None and cut is not None and cut.columns is not None:
+            known = known[slice(*cut.columns)]
         return make if known is None else partial(int4, importance=known)
 
     def bytes_of(self, slot: WeightSlot) -> int:
         """Return about how many bytes the weights of a slot take, 0 if they are not quantized."""
         bits = {"int8": 8, "int4": 4.5}.get(getattr(self, slot.role), 0)
-        shapes = [part.shape for part in slot.parts if len(part.shape) > 1]
+        shapes = [part.own_shape for part in slot.parts if len(part.shape) > 1]
         return int(sum(map(math.prod, shapes)) * bits // 8)
 
     def first_option(self) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from sensorium.distributed.shard import Cut
 from sensorium.errors import ConfigError
 from sensorium.kernels.weight import PackedWeight
 from sensorium.layers.linear import Linear
@@ -51,13 +52,24 @@ _HEADLESS = (
 )
 
 
-def linear_slot(layer: Linear, parts: Sequence[tuple[str, int]]) -> WeightSlot:
+def linear_slot(
+    layer: Linear,
+    parts: Sequence[tuple[str, int]],
+    cuts: Sequence[Cut] = (),
+    num_inputs: int | None = None,
+) -> WeightSlot:
     """Slot of the weight and bias of a linear layer whose rows are the stacked ``parts``.
 
-    parts: (name without suffix, rows).
+    parts: (name without suffix, rows). cuts: what the layer takes of each; all of it where there
+    are none. num_inputs: columns of the parts; the layer's where it takes all of them.
     """
-    weights = [Part(f"{name}.weight", (rows, layer.num_inputs)) for name, rows in parts]
-    biases = [Part(f"{name}.bias", (rows,)) for name, rows in parts] if layer.has_bias else []
+    width = layer.num_inputs if num_inputs is None else num_inputs
+    own: Sequence[Cut | None] = cuts or [None] * len(parts)
+    weights, biases = [], []
+    for (name, rows), cut in zip(parts, own, strict=True):
+        weights.append(Part(f"{name}.weight", (rows, width), cut))
+        if layer.has_bias:
+            biases.append(Part(f"{name}.bias", (rows,), None if cut is None else cut.of_bias))
     num = len(weights)
 
     def assign(*tensors: torch.Tensor) -> None:

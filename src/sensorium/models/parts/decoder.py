@@ -19,6 +19,7 @@ from sensorium.models.configs import TextConfig
 from sensorium.models.interface import BuildOptions, Packed, Part, Tied, WeightSlot
 from sensorium.models.loading.memory import owned
 from sensorium.models.loading.weights import linear_slot, norm_slot
+from sensorium.models.parts.division import Division
 from sensorium.multimodal.items import Features
 
 
@@ -45,45 +46,60 @@ class DecoderLayer:
             config.hidden_size, config.inner_size, config.mlp_bias, config.activation
         )
 
-    def slots(self, config: TextConfig, name: str) -> Iterator[WeightSlot]:
+    def divide(self, division: Division) -> None:
+        """Let the results of this rank's part of the layer be summed with the others'."""
+        self.attention.o.reduce = self.mlp.down.reduce = division.collectives.all_reduce
+
+    def slots(
+        self, config: TextConfig, name: str, division: Division | None
+    ) -> Iterator[WeightSlot]:
         """Slots of the weights under ``name``, such as ``layers.0``.
 
-        Phi-3's files are fused already.
+        Phi-3's files are fused already. division: what this rank takes of them, where there are
+        several; ``config`` is the whole decoder's.
         """
         attention, mlp = self.attention, self.mlp
+        cuts = [] if division is None else division.qkv()
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         own = f"{name}.self_attn"
         yield norm_slot(self.attention_norm, f"{name}.input_layernorm")
         if config.fused:
-            yield linear_slot(attention.qkv, [(f"{own}.qkv_proj", q + 2 * kv)])
+            yield linear_slot(attention.qkv, [(f"{own}.qkv_proj", q + 2 * kv)], cuts)
         else:
             parts = [(f"{own}.q_proj", q), (f"{own}.k_proj", kv), (f"{own}.v_proj", kv)]
-            yield linear_slot(attention.qkv, parts)
+            yield linear_slot(attention.qkv, parts, cuts)
         if attention.q_norm is not None and attention.k_norm is not None:
             yield norm_slot(attention.q_norm, f"{own}.q_norm")
             yield norm_slot(attention.k_norm, f"{own}.k_norm")
-        yield linear_slot(attention.o, [(f"{own}.o_proj", config.hidden_size)])
+        cuts = [] if division is None else division.o()
+        yield linear_slot(attention.o, [(f"{own}.o_proj", config.hidden_size)], cuts, q)
         yield norm_slot(self.mlp_norm, f"{name}.post_attention_layernorm")
         inner = config.inner_size
+        cuts = [] if division is None else division.gate_up()
         if config.fused:
-            yield linear_slot(mlp.gate_up, [(f"{name}.mlp.gate_up_proj", 2 * inner)])
+            yield linear_slot(mlp.gate_up, [(f"{name}.mlp.gate_up_proj", 2 * inner)], cuts)
         else:
             halves = [(f"{name}.mlp.gate_proj", inner), (f"{name}.mlp.up_proj", inner)]
-            yield linear_slot(mlp.gate_up, halves)
-        yield linear_slot(mlp.down, [(f"{name}.mlp.down_proj", config.hidden_size)])
+            yield linear_slot(mlp.gate_up, halves, cuts)
+        cuts = [] if division is None else division.down()
+        down = [(f"{name}.mlp.down_proj", config.hidden_size)]
+        yield linear_slot(mlp.down, down, cuts, inner)
 
 
 class Decoder:
     """Embedding, layers, final norm and head, with rotary factors.
 
-    Raises ConfigError for an unknown activation or rotary scaling.
+    With ``options.collectives`` it is one rank's part. Raises ConfigError for an unknown activation
+    or rotary scaling, or where it cannot be divided.
     """
 
     def __init__(self, config: TextConfig, options: BuildOptions) -> None:
         self.config = config
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        ranks = options.collectives
+        self._division = None if ranks is None else Division(config, ranks)
+        own = config if self._division is None else self._division.own
         try:
-            self.layers = [DecoderLayer(config, window) for window in config.windows]
+            self.layers = [DecoderLayer(own, window) for window in config.windows]
             self.rotary = Rotary(
                 config.rotary_dim,
                 config.rope_theta,
@@ -96,9 +112,23 @@ class Decoder:
         except ValueError as error:
             raise ConfigError(f"config.json: {error}.", param="model") from error
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = LMHead(config.vocab_size, config.hidden_size)
         self.has_head = options.head
-        self._steps = ops.step_runner(self._run, options.device) if options.replay else self._run
+        first, end = (0, config.vocab_size) if self._division is None else self._division.vocabulary
+        self.embedding = Embedding(end - first, config.hidden_size)
+        self.head = LMHead(end - first, config.hidden_size)
+        if self._division is not None:
+            self._divide(self._division)
+        # What the ranks exchange cannot be captured.
+        replays = options.replay and self._division is None
+        self._steps = ops.step_runner(self._run, options.device) if replays else self._run
+
+    def _divide(self, division: Division) -> None:
+        """Let all layers work together with those of the other ranks."""
+        first, num_ids = division.vocabulary[0], self.config.vocab_size
+        self.embedding.divide(first, num_ids, division.collectives.all_reduce)
+        self.head.join = division.join_logits
+        for layer in self.layers:
+            layer.divide(division)
 
     def slots(self, prefix: str) -> Iterator[WeightSlot]:
         """Slots of the weights under ``prefix``.
@@ -107,7 +137,8 @@ class Decoder:
         configuration ties them and the checkpoint holds no other.
         """
         shape = (self.config.vocab_size, self.config.hidden_size)
-        table = Part(f"{prefix}embed_tokens.weight", shape)
+        cut = None if self._division is None else self._division.vocabulary_cut
+        table = Part(f"{prefix}embed_tokens.weight", shape, cut)
         yield WeightSlot(
             (table,),
             self._load_embedding,
@@ -116,12 +147,13 @@ class Decoder:
             packed=Packed(table.name, (), self.embedding.load_packed),
         )
         for index, layer in enumerate(self.layers):
-            for slot in layer.slots(self.config, f"{prefix}layers.{index}"):
+            for slot in layer.slots(self.config, f"{prefix}layers.{index}", self._division):
                 yield replace(slot, role="decoder")
         yield norm_slot(self.norm, f"{prefix}norm")
         if self.has_head:
             tied = Tied(table, lambda: self.head.tie(self.embedding))
-            head = linear_slot(self.head.linear, [("lm_head", self.config.vocab_size)])
+            cuts = [] if cut is None else [cut]
+            head = linear_slot(self.head.linear, [("lm_head", self.config.vocab_size)], cuts)
             yield replace(head, tied=tied if self.config.tied else None, role="head")
 
     def _load_embedding(self, weight: torch.Tensor) -> None:

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from sensorium.distributed.collectives import Collectives
+from sensorium.distributed.shard import Shard
 from sensorium.kernels import ops
 from sensorium.models import loader
 from tests.checkpoints import make_text
@@ -68,3 +71,57 @@ def test_the_numbers_of_a_format(plain: Path, tmp_path: Path, form: str) -> None
             continue
         assert layer.weight.format == ("int8" if held == "made" else held)
         assert error < ERROR["made" if held == "made" else "kept"]
+
+
+SPLIT = ("gptq",)
+"""Of two ranks, those whose inputs of attention's output begin within a group of 128."""
+DIVIDED = (*SPLIT, "awq-32", "gptq-act-order", "w8a8", "fp8-block", "nf4")
+
+
+@pytest.mark.parametrize("form", [*DIVIDED, None])
+def test_two_ranks_have_all_numbers(plain: Path, tmp_path: Path, form: str | None) -> None:
+    if form is None:
+        folder, dense = str(plain), load_file(plain / "model.safetensors")
+    else:
+        folder, dense = written(plain, tmp_path, form)
+    ranks: list[Any] = [
+        loader.load(folder, dtype="float32", collectives=Collectives(Shard(rank, 2))).model
+        for rank in range(2)
+    ]
+    for index in range(len(ranks[0].decoder.layers)):
+        attentions = [rank.decoder.layers[index].attention for rank in ranks]
+        mlps = [rank.decoder.layers[index].mlp for rank in ranks]
+        own = f"model.layers.{index}."
+        expected = {
+            name: torch.cat([dense[f"{own}{part}.weight"] for part in parts])
+            for name, parts in LAYERS.items()
+        }
+        found = {
+            "qkv": in_order([a.qkv for a in attentions], *sizes_of(attentions[0])),
+            "o": torch.cat([numbers(attention.o) for attention in attentions], dim=1),
+            "gate_up": in_order([mlp.gate_up for mlp in mlps], *[mlps[0].down.num_inputs] * 2),
+            "down": torch.cat([numbers(mlp.down) for mlp in mlps], dim=1),
+        }
+        bound = ERROR["kept" if form is None or FORMS[form].held != "made" else "made"]
+        for name, weight in found.items():
+            error = (weight - expected[name]).norm() / expected[name].norm()
+            assert error < (ERROR["made"] if form in SPLIT and name == "o" else bound), name
+
+
+def sizes_of(attention: Any) -> tuple[int, int, int]:
+    """Rows of q, k and v of one rank."""
+    heads = attention.num_heads, attention.num_kv_heads, attention.num_kv_heads
+    q, k, v = (number * attention.head_dim for number in heads)
+    return q, k, v
+
+
+def numbers(layer: Any) -> torch.Tensor:
+    """The weight of a layer."""
+    weight: torch.Tensor = layer.weight.rows(torch.arange(layer.num_outputs))
+    return weight
+
+
+def in_order(layers: list[Any], *sizes: int) -> torch.Tensor:
+    """The rows of a fused layer's parts, of all ranks, as one process has them."""
+    parts = [numbers(layer).split(sizes) for layer in layers]
+    return torch.cat([torch.cat(own) for own in zip(*parts, strict=True)])

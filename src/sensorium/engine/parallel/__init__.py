@@ -1,0 +1,1 @@
+"""One model over several processes: how the first rank leads the others."""

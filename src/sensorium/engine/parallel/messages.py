@@ -1,0 +1,113 @@
+"""Messages between the first rank of a model and the others: MessagePack on a stream socket.
+
+The first rank has the scheduler and resolves its plan to what a decoder computes with: ids,
+lengths and blocks. That is what it sends, ahead of the tensors, which the ranks exchange as
+``Collectives``.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+
+from sensorium.config import EngineConfig
+from sensorium.processes.framing import receive_frame, send_frame
+
+MOST_BYTES = 1 << 30
+"""Longest message: one id, position or block is a few bytes."""
+
+
+class Begin(msgspec.Struct, tag=True):
+    """First message to a rank: what to load, and its place among ``size`` ranks."""
+
+    config: EngineConfig
+    rank: int
+    size: int
+
+
+class Start(msgspec.Struct, tag=True):
+    """Message to a rank that has loaded: allocate the KV cache, and meet the others.
+
+    meeting: file of ``Collectives.join``; timeout in seconds.
+    """
+
+    num_blocks: int
+    meeting: str
+    timeout: float
+
+
+class Embed(msgspec.Struct, tag=True):
+    """Message to a rank: look up embeddings of ids, int64, and sum them over all ranks."""
+
+    ids: bytes
+
+
+class Forward(msgspec.Struct, tag=True):
+    """Message to a rank: compute one step; embeddings and rotary factors are broadcast next.
+
+    width: numbers of an embedding. rotary_size: numbers of cos, and of sin, of a row. block_table:
+    int32, a row per sequence. The other fields are those of ``AttentionBatch``.
+    """
+
+    width: int
+    rotary_size: int
+    query_lens: list[int]
+    kv_lens: list[int]
+    num_decodes: int
+    invariant: bool
+    block_table: bytes
+
+
+class Logits(msgspec.Struct, tag=True):
+    """Message to a rank: compute its part of the logits of rows, which are broadcast next."""
+
+    num_rows: int
+
+
+class Loaded(msgspec.Struct, tag=True):
+    """Message from a rank: it has loaded its part of the model, of so many bytes."""
+
+    weight_bytes: int
+
+
+class Ready(msgspec.Struct, tag=True):
+    """Message from a rank: it has met the others and waits for work."""
+
+
+class Failed(msgspec.Struct, tag=True):
+    """Message from a rank: it could not start; ``code`` is that of the error."""
+
+    message: str
+    code: str
+    param: str | None = None
+
+
+ToRank = Begin | Start | Embed | Forward | Logits
+FromRank = Loaded | Ready | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_rank = msgspec.msgpack.Decoder(ToRank)
+_from_rank = msgspec.msgpack.Decoder(FromRank)
+
+
+def encode(message: ToRank | FromRank) -> bytes:
+    """Return the bytes of a message."""
+    return _encoder.encode(message)
+
+
+def send(to: socket.socket, message: bytes) -> None:
+    """Send an encoded message. Raises OSError when the other side has gone."""
+    send_frame(to, message)
+
+
+def receive_at_rank(source: socket.socket) -> ToRank | None:
+    """Return the next message to a rank; None when the first rank has closed or gone."""
+    data = receive_frame(source, MOST_BYTES)
+    return None if data is None else _to_rank.decode(data)
+
+
+def receive_from_rank(source: socket.socket) -> FromRank | None:
+    """Return the next message from a rank; None when it has gone."""
+    data = receive_frame(source, MOST_BYTES)
+    return None if data is None else _from_rank.decode(data)

@@ -1,0 +1,214 @@
+"""The process of a rank that another one leads: ``python -m sensorium.engine.parallel.worker``.
+
+Its arguments are the descriptor of the connection and the id of the first rank's process, with
+which it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import sys
+import threading
+from datetime import timedelta
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, cast
+
+from sensorium.engine.parallel import messages
+from sensorium.engine.parallel.messages import (
+    Begin,
+    Embed,
+    Failed,
+    Forward,
+    Loaded,
+    Logits,
+    Ready,
+    Start,
+)
+from sensorium.errors import SensoriumError
+from sensorium.kernels.cpu import threads
+from sensorium.processes.start import begin_child
+
+if TYPE_CHECKING:
+    import torch
+
+    from sensorium.distributed.collectives import Collectives
+    from sensorium.kernels.batch import AttentionBatch, LayerCache
+    from sensorium.models.parts.decoder import DecoderModel
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+"""Interval at which the parent is looked for where the system does not tell of its end."""
+
+
+def main() -> int:
+    """Serve the first rank until it closes the connection or ends."""
+    begin_child()
+    connection, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+    threads.prepare()
+    try:
+        serve(connection, is_own_process=True)
+    except OSError:
+        return 1  # the first rank has gone
+    except Exception:
+        logger.critical("a rank cannot go on; this process ends", exc_info=True)
+        return 1
+    return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent does, whatever it waits for."""
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or it has ended
+        watch = select.poll()
+        watch.register(os.pidfd_open(parent), select.POLLIN)
+        while os.getppid() == parent:
+            watch.poll()
+    while os.getppid() == parent:
+        threading.Event().wait(POLL_SECONDS)
+    os._exit(0)
+
+
+def serve(connection: socket.socket, *, is_own_process: bool) -> None:
+    """Load a part of the model as the first message says, then compute until the connection ends.
+
+    is_own_process: nothing else runs here. Raises what went wrong, after the start.
+    """
+    begin = messages.receive_at_rank(connection)
+    if not isinstance(begin, Begin):
+        return
+    try:
+        rank = Rank(begin, is_own_process=is_own_process)
+        messages.send(connection, messages.encode(Loaded(rank.weight_bytes)))
+        start = messages.receive_at_rank(connection)
+        if not isinstance(start, Start):
+            return
+        rank.start(start)
+    except SensoriumError as error:
+        failed = Failed(error.message, error.code, error.param)
+        messages.send(connection, messages.encode(failed))
+        return
+    except Exception as error:
+        logger.exception("a rank could not start")
+        text = f"A rank could not start: {type(error).__name__}: {error}"
+        messages.send(connection, messages.encode(Failed(text, "internal_error")))
+        return
+    messages.send(connection, messages.encode(Ready()))
+    try:
+        rank.run(connection)
+    finally:
+        rank.collectives.leave()
+
+
+class Rank:
+    """One rank's part of a decoder with its KV cache. It does what the messages say, in order."""
+
+    collectives: Collectives
+
+    def __init__(self, begin: Begin, *, is_own_process: bool) -> None:
+        """Load its part of the model. Raises ConfigError."""
+        from sensorium.distributed.collectives import Collectives
+        from sensorium.distributed.shard import Shard
+        from sensorium.engine.loading import cache_layout, load_model
+        from sensorium.engine.parallel.group import device_of
+        from sensorium.models.loading.fill import weight_bytes
+        from sensorium.multimodal.items import MODALITIES
+
+        config, device = begin.config, device_of(begin.config, begin.rank)
+        self.collectives = Collectives(Shard(begin.rank, begin.size))
+        if is_own_process and device.type == "cpu":
+            asked = config.model.num_threads
+            threads.configure(threads.share(begin.rank, begin.size, asked, keeps=True))
+        loaded = load_model(
+            config, str(device), collectives=self.collectives, skip_modalities=MODALITIES
+        )
+        self._model = model = cast("DecoderModel", loaded.model)
+        self._layout = cache_layout(config, model.shape, model.dtype, self.collectives)
+        self._caches: list[LayerCache] = []
+        self.weight_bytes = weight_bytes(self._model)
+
+    def start(self, start: Start) -> None:
+        """Allocate the KV cache, and meet the other ranks."""
+        from sensorium.engine.loading import allocate_cache
+        from sensorium.kernels import ops
+
+        model = self._model
+        self._caches = allocate_cache(self._layout, start.num_blocks, model.device)
+        int8_cache = self._layout.records is not None
+        ops.warm_up(model.dtype, model.device, encoders=False, int8_cache=int8_cache)
+        timeout = timedelta(seconds=start.timeout)
+        self.collectives.join(Path(start.meeting), model.device, timeout)
+
+    def run(self, connection: socket.socket) -> None:
+        """Do what the first rank says until it closes the connection."""
+        import torch
+
+        with torch.inference_mode():
+            while (message := messages.receive_at_rank(connection)) is not None:
+                if isinstance(message, Embed):
+                    ids = torch.frombuffer(bytearray(message.ids), dtype=torch.int64)
+                    self._model.decoder.embedding(ids.to(self._model.device))
+                elif isinstance(message, Forward):
+                    self._forward(message)
+                elif isinstance(message, Logits):
+                    size = message.num_rows, self._model.shape.hidden_size
+                    model = self._model
+                    hidden = torch.empty(size, dtype=model.dtype, device=model.device)
+                    model.decoder.head(self.collectives.broadcast(hidden))
+
+    def _forward(self, message: Forward) -> None:
+        import torch
+
+        from sensorium.engine.parallel.model import unpacked
+
+        model, num_rows = self._model, sum(message.query_lens)
+        row = 2 * message.rotary_size * 4 + message.width * model.dtype.itemsize
+        data = torch.empty(num_rows * row, dtype=torch.uint8, device=model.device)
+        sizes = num_rows, message.rotary_size, message.width
+        cos, sin, embeds = unpacked(self.collectives.broadcast(data), *sizes, model.dtype)
+        parts = embeds.split(model.shape.hidden_size, dim=1)
+        first, *deep = (part.contiguous() for part in parts)
+        model.decoder.forward(first, self._batch(message, cos, sin), deep)
+
+    def _batch(self, message: Forward, cos: torch.Tensor, sin: torch.Tensor) -> AttentionBatch:
+        import torch
+
+        from sensorium.kernels.batch import AttentionBatch
+
+        device, lengths = self._model.device, message.query_lens
+
+        def tensor(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        table = torch.frombuffer(bytearray(message.block_table), dtype=torch.int32)
+        return AttentionBatch(
+            query_start=tensor([0, *accumulate(lengths)]),
+            kv_len=tensor(message.kv_lens),
+            block_table=table.view(len(lengths), -1).to(device),
+            num_decodes=message.num_decodes,
+            max_query_len=max(lengths),
+            max_kv_len=max(message.kv_lens),
+            cos=cos,
+            sin=sin,
+            caches=self._caches,
+            query_lens=lengths,
+            kv_lens=message.kv_lens,
+            invariant=message.invariant,
+        )
+
+
+def _end(code: int) -> NoReturn:
+    """End the process without the interpreter's shutdown, which takes seconds."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _end(main())
