@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def write_samples(folder: Path, more: bool = True) -> list[Path]:
     """Write the files that are damaged, each in a folder of its own beside those that it needs.
 
     Kinds of weights, K-quants, and a SentencePiece vocabulary; with ``more`` also a Gemma model,
-    both parts of a file in two, and the encoders of a Qwen2-VL and a LLaVA.
+    both parts of a file in two, and the encoders of a Qwen2-VL, a LLaVA and an Idefics3.
     """
     from tests.checkpoints import make_text
     from tests.checkpoints.gguf import write_gguf
@@ -60,7 +61,7 @@ def _more(folder: Path, source: Path) -> list[Path]:
     """Write a Gemma model, a file in two parts, and encoders beside their language models."""
     from tests.checkpoints import make_llava, make_qwen2_vl
     from tests.checkpoints.gguf import write_gguf
-    from tests.checkpoints.hf import make_hf_text
+    from tests.checkpoints.hf import make_hf, make_hf_text
     from tests.checkpoints.mmproj import write_mmproj
 
     sizes = {"head_dim": 16, "query_pre_attn_scalar": 16}
@@ -70,11 +71,16 @@ def _more(folder: Path, source: Path) -> list[Path]:
     for part in (1, 2):
         write_gguf(source, _path(folder, f"part-{part}"), "Q8_0", per_part=6)
         paths.append(_path(folder, f"part-{part}").with_name(f"model-0000{part}-of-00002.gguf"))
-    for name, make in (("qwen2_vl", make_qwen2_vl), ("llava", make_llava)):
+    kinds = {
+        "qwen2_vl": make_qwen2_vl,
+        "llava": make_llava,
+        "idefics3": partial(make_hf, "idefics3"),
+    }
+    for name, make in kinds.items():
         model = make(folder / f"{name}-source")
         write_gguf(model, _path(folder, name), "Q8_0")
         paths.append(_path(folder, name).with_name(ENCODER))
-        write_mmproj(model, paths[-1], "Q8_0")
+        write_mmproj(model, paths[-1], "F16" if name == "idefics3" else "Q8_0")
     return paths
 
 
