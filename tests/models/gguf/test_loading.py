@@ -129,7 +129,8 @@ def test_a_folder_with_one_file_is_that_file(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     write_gguf(source, folder / "model-q8_0.gguf", "Q8_0")
-    (folder / "mmproj-model.gguf").write_bytes(b"GGUF")
+    for name in ("mmproj-model.gguf", "model-mmproj-f16.gguf"):
+        (folder / name).write_bytes(b"GGUF")
     found = checkpoint.find(str(folder))
     assert folders.file_of(found) == folder / "model-q8_0.gguf"
     assert checkpoint.find(str(folder / "model-q8_0.gguf")) == found

@@ -104,9 +104,9 @@ def hub_file(model: str) -> tuple[str, str] | None:
 def gguf_file(model: str) -> Path | None:
     """Return the GGUF file that a local model is: a file, or the only one of a folder.
 
-    One in several parts counts as one, by its first part. None for a folder with config.json, and
-    for what is not here. Raises ConfigError for a file of another format, and for a
-    folder with several.
+    One in several parts counts as one, by its first part; encoders (mmproj) do not count. None for
+    a folder with config.json, and for what is not here. Raises ConfigError for a file of another
+    format, and for a folder with several.
     """
     path = Path(model).expanduser()
     if path.is_file():
@@ -125,7 +125,7 @@ def gguf_file(model: str) -> Path | None:
     found = sorted(
         own
         for own in path.glob(f"*{GGUF}")
-        if not own.name.startswith("mmproj") and split.is_first(own.name)
+        if "mmproj" not in own.name.lower() and split.is_first(own.name)
     )
     if len(found) > 1:
         what = weight_files.listing("GGUF files", [own.name for own in found])
