@@ -15,7 +15,7 @@ from pathlib import PurePath
 from sensorium.cli.main import build_parser
 from tests.docs.pages import ROOT, Block
 
-OTHER_PROGRAMS = {"docker", "echo", "git", "pre-commit", "systemctl"}
+OTHER_PROGRAMS = {"docker", "echo", "git", "open-webui", "pre-commit", "systemctl"}
 """Programs whose arguments are not checked here."""
 _ASSIGNMENT = re.compile(r"\w+=.*", re.DOTALL)
 _FLAG = re.compile(r"--[a-z][a-z0-9_-]*")

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from sensorium.compat.ollama import OLLAMA_RULES
 from sensorium.compat.rule import Effect, Rule, ignored, one_of, refused, same
 from sensorium.errors import InvalidRequestError, SensoriumError
 
@@ -97,6 +98,7 @@ REFUSED = [
 ]  # fmt: skip
 
 FIELD_RULES: dict[str, Rule] = {rule.name: rule for rule in (*SAME, *IGNORED, *REFUSED)}
+_RULES = {**OLLAMA_RULES, **FIELD_RULES}
 
 
 @dataclass(slots=True)
@@ -108,7 +110,7 @@ class AdoptedFields:
 
 
 def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFields:
-    """Return the body with vLLM's fields translated into Sensorium's.
+    """Return the body with fields of vLLM and Ollama translated into Sensorium's.
 
     ``known``: Sensorium's fields of such a body. Raises InvalidRequestError for fields that are not
     available.
@@ -116,7 +118,7 @@ def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFiel
     adopted = AdoptedFields({})
     foreign: list[tuple[Rule, Any]] = []
     for name, value in body.items():
-        rule = None if name in known else FIELD_RULES.get(name)
+        rule = None if name in known else _RULES.get(name)
         if rule is None or not _applies(rule, known):
             adopted.body[name] = value
         else:
@@ -141,7 +143,7 @@ def _applies(rule: Rule, known: Collection[str]) -> bool:
 
 
 def _meaning(rule: Rule, value: Any) -> Mapping[str, Any]:
-    """Return Sensorium's fields for the value of one of vLLM's. Raises InvalidRequestError."""
+    """Return Sensorium's fields for the value of another's. Raises InvalidRequestError."""
     if value is None or rule.effect is Effect.IGNORED:
         return {}
     if rule.convert is not None:
