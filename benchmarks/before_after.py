@@ -41,7 +41,7 @@ KV_CACHE_GIB = 1
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A checkout, and a folder for what it compiles and logs.
+    """A checkout, a folder for its logs, and one for what it compiles.
 
     A checkout that is compared with itself is compiled once.
     """
@@ -49,6 +49,7 @@ class Side:
     name: str
     checkout: Path
     scratch: Path
+    caches: Path
     num_threads: int
 
     @property
@@ -59,7 +60,7 @@ class Side:
     @property
     def environment(self) -> dict[str, str]:
         """The environment in which ``import sensorium`` finds this checkout."""
-        caches = self.scratch / "caches" / "-".join(self.checkout.parts[1:])
+        caches = self.caches / "-".join(self.checkout.parts[1:])
         found = self.kind.environment(self.num_threads, KV_CACHE_GIB, caches)
         return {**found, "PYTHONPATH": str(self.checkout / "src")}
 
@@ -174,6 +175,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--checkpoint", type=Path, help=f"default: {SHAPE}, built in a temporary folder"
     )
+    parser.add_argument(
+        "--caches", type=Path, help="compiled code of an earlier run; default: a temporary folder"
+    )
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -189,12 +193,13 @@ def main() -> None:
     figures, begin = Figures(), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="before-after-") as temporary:
         scratch = Path(temporary)
+        caches = options.caches or scratch / "caches"
         sides = []
         for name in (BEFORE, AFTER):
             checkout, commit = check_out(getattr(options, name), scratch / name)
-            sides.append(Side(name, checkout, scratch, options.num_threads))
+            sides.append(Side(name, checkout, scratch, caches.absolute(), options.num_threads))
             report.content[name] = commit
-        for side in sides:  # imports are compiled, and so are the demo's kernels
+        for side in {side.checkout: side for side in sides}.values():  # compiles both, and kernels
             measure_imports(side, Figures())
             asyncio.run(measure_server(side, Figures(), 0))
         for round_ in range(options.server_rounds):

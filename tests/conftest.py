@@ -1,11 +1,45 @@
-"""Fixtures of every test."""
+"""Fixtures of every test, and the order in which files of tests run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+SHARED = "tests/reliability/"
+"""Files whose tests share servers for the whole session: one process runs all of them."""
+LONG = (
+    SHARED,
+    "tests/bench/test_scripts.py",
+    "tests/e2e/",
+    "tests/kernels/",
+)
+"""What takes longest begins first, so that all processes end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order files, not the tests within a file."""
+    ranks = {prefix: rank for rank, prefix in enumerate(LONG)}
+
+    def rank(item: pytest.Item) -> int:
+        found = (rank for prefix, rank in ranks.items() if item.nodeid.startswith(prefix))
+        return next(found, len(ranks))
+
+    items.sort(key=rank)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each process whole files, and those that share servers together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return SHARED if nodeid.startswith(SHARED) else nodeid.partition("::")[0]
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

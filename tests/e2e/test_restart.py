@@ -211,7 +211,7 @@ async def test_a_server_stopped_while_its_engine_is_restarted_ends_at_once(serve
     children = server.children()
     folders |= set().union(*map(folders_of, server.engines()))
     assert server.stop() == 0
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert not any(path.exists() for path in folders)
 

@@ -411,7 +411,7 @@ def test_no_shared_memory_and_no_process_stays_behind(tmp_path: Path, server: Se
     assert list(folder.iterdir())
     assert own.stop() == 0
     assert not folder.exists()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
 
 

@@ -20,6 +20,10 @@ import pytest
 import soundfile
 from PIL import Image
 
+from sensorium import LLM, SamplingParams
+from sensorium.cli.commands.serve import models_of
+from sensorium.cli.flags import build_server_config, engine_keywords
+from sensorium.cli.main import build_parser
 from tests import checkpoints
 from tests.e2e.serving import Server
 
@@ -90,7 +94,43 @@ def part(kind: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("line", LINES, ids=lambda line: line.split()[2])
+OFFLINE = ("llava-1.5", "Phi-3.5", "llava-onevision", "ultravox")
+"""Models of lines whose flags are those of the engine alone: they start one in this process."""
+
+
+def lines(*, offline: bool) -> list[Any]:
+    """Return the lines of one kind, as parameters of a test."""
+    chosen = [line for line in LINES if any(name in line for name in OFFLINE) == offline]
+    return [pytest.param(line, id=line.split()[2]) for line in chosen]
+
+
+def length_of(line: str) -> int | None:
+    """Return the ``--max-model-len`` of a line."""
+    _, flag, rest = line.partition("--max-model-len")
+    return int(rest.split()[0]) if flag else None
+
+
+@pytest.mark.parametrize("line", lines(offline=True))
+def test_the_line_starts_an_engine(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, items = LINES[line]
+    (tmp_path / "model").mkdir()
+    folder = make(tmp_path / "model")
+    arguments = build_parser().parse_args(["serve", str(folder), *here(line, folder)])
+    build_server_config(arguments)
+    [model] = models_of(arguments)
+    content = [*map(part, items), {"type": "text", "text": "What is this?"}]
+    with LLM(**engine_keywords(model)) as llm:
+        length = length_of(line)
+        assert length is None or llm.config.model.max_model_len == length
+        params = SamplingParams(max_tokens=3)
+        [answer] = llm.chat([{"role": "user", "content": content}], params, use_tqdm=False)
+    assert len(answer.prompt_token_ids) > 3
+    assert "unknown flag" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", lines(offline=False))
 def test_the_line_starts_a_server(line: str, tmp_path: Path) -> None:
     make, items = LINES[line]
     (tmp_path / "model").mkdir()
@@ -102,8 +142,8 @@ def test_the_line_starts_a_server(line: str, tmp_path: Path) -> None:
         content = [*map(part, items), {"type": "text", "text": "What is this?"}]
         messages: Any = [{"role": "user", "content": content}]
         model = client.models.list().data[0].id
-        if "--max-model-len" in line:
-            length = int(line.split("--max-model-len")[1].split()[0])
+        length = length_of(line)
+        if length is not None:
             assert client.models.list().data[0].model_dump()["max_model_len"] == length
         if "pooling" in line or "embed" in line:
             body = {"model": model, "messages": messages, "encoding_format": "float"}

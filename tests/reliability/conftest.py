@@ -1,4 +1,4 @@
-"""Servers and models that the tests of this folder share: each is started once.
+"""Servers and models that the tests of this folder share: each is started once, and ends with them.
 
 After every test that used one it must answer a good request as it did at first.
 """
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder below which local files may be read, in one that holds what may not."""
     folder = tmp_path_factory.mktemp("local") / "allowed"
@@ -68,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_server(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Service]:
     options = {
         **LIMITS,
@@ -94,7 +94,7 @@ def served(shared_server: Service) -> Iterator[Service]:
     shared_server.is_well()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_closed_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     options = flags({"max_audio_seconds": 20, "num_kv_blocks": 200})
     with serving("demo-audio", tmp_path_factory.mktemp("closed"), options) as service:
@@ -108,7 +108,7 @@ def closed(shared_closed_server: Service) -> Iterator[Service]:
     shared_closed_server.is_well()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_tight_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     options = {
         "num_kv_blocks": 400,
@@ -127,7 +127,7 @@ def tight(shared_tight_server: Service) -> Iterator[Service]:
     shared_tight_server.is_well()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_narrow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     options = [*flags({**NARROW, **NO_CACHES}), "--no-enable-prefix-caching"]
     with serving("demo", tmp_path_factory.mktemp("narrow"), options) as service:
@@ -142,7 +142,7 @@ def narrow(shared_narrow_server: Service) -> Iterator[Service]:
     assert shared_narrow_server.ask(image(picture_url()), text("What is it?")).status == 200
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_offline(folder: Path) -> Iterator[Offline]:
     options = {**LIMITS, "limit_mm_per_prompt": {"image": 4, "video": 2}}
     with build_llm(
@@ -161,7 +161,7 @@ def offline(shared_offline: Offline) -> Iterator[Offline]:
     shared_offline.is_well()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_sounds() -> Iterator[Offline]:
     options = {**LIMITS, "limit_mm_per_prompt": {"audio": 2}}
     with build_llm("demo-audio", enable_mm_embeds=True, **options) as parts:
@@ -189,7 +189,7 @@ def listening(request: pytest.FixtureRequest) -> Service | Offline:
     return found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def media_host() -> Iterator[Host]:
     """A host that serves media; ``served`` may fetch from it under the name ``localhost``."""
     with host() as running:

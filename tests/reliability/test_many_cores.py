@@ -57,6 +57,20 @@ def decoders(request: pytest.FixtureRequest) -> Iterator[ProcessDecoders]:
         yield made
 
 
+@pytest.fixture
+def crowded() -> Iterator[ProcessDecoders]:
+    """Workers with little memory, on a machine of 16 cores."""
+    with workers(16, 0.0625) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def threadless() -> Iterator[ProcessDecoders]:
+    """Workers that can start no thread, on a machine of 128 cores."""
+    with workers(128, ROOM_GB, threads=False) as made:
+        yield made
+
+
 def process_of(prepared: Prepared) -> psutil.Process:
     return psutil.Process(prepared.features.meta["process"])
 
@@ -125,32 +139,32 @@ async def test_images_are_decoded_and_leave_no_thread(decoders: ProcessDecoders)
 
 
 @pytest.mark.parametrize("form", ["mp4", "webm", "av1"])
-async def test_a_video_without_room_for_its_frames_is_too_large_and_not_damaged(form: str) -> None:
+async def test_a_video_without_room_for_its_frames_is_too_large_and_not_damaged(
+    crowded: ProcessDecoders, form: str
+) -> None:
     clip = make_clip(form, 6, size=(2304, 4096))
-    with workers(16, 0.0625) as decoders:
+    with pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"):
+        await crowded.prepare(DecodeJob("video", VideoOptions(num_frames=1), {}), clip)
+    small = await crowded.prepare(DecodeJob("video", VideoOptions(), {}), make_clip(form, 6))
+    assert len(small.features.arrays["decoded"]) == 6
+
+
+async def test_an_image_without_room_is_too_large_and_not_damaged(
+    crowded: ProcessDecoders,
+) -> None:
+    image = Image.new("RGB", (5120, 5120))
+    for form in ("JPEG", "PNG", "WEBP", "AVIF"):
+        data = encoded(image, form)
         with pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"):
-            await decoders.prepare(DecodeJob("video", VideoOptions(num_frames=1), {}), clip)
-        small = await decoders.prepare(DecodeJob("video", VideoOptions(), {}), make_clip(form, 6))
-        assert len(small.features.arrays["decoded"]) == 6
-
-
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF"])
-async def test_an_image_without_room_is_too_large_and_not_damaged(form: str) -> None:
-    data = encoded(Image.new("RGB", (8192, 8192)), form)
-    with (
-        workers(16, 0.0625) as decoders,
-        pytest.raises(MediaTooLargeError, match="--media-worker-memory-gb"),
-    ):
-        await decoders.prepare(DecodeJob("image", ImageOptions(), {}), data)
+            await crowded.prepare(DecodeJob("image", ImageOptions(), {}), data)
 
 
 @pytest.mark.parametrize("form", ["mp4", "webm", "av1"])
-async def test_a_machine_without_threads_is_not_a_damaged_video(form: str) -> None:
-    with (
-        workers(16, ROOM_GB, threads=False) as decoders,
-        pytest.raises(OverloadedError, match="no threads"),
-    ):
-        await decoders.prepare(DecodeJob("video", VideoOptions(), {}), make_clip(form, 6))
+async def test_a_machine_without_threads_is_not_a_damaged_video(
+    threadless: ProcessDecoders, form: str
+) -> None:
+    with pytest.raises(OverloadedError, match="no threads"):
+        await threadless.prepare(DecodeJob("video", VideoOptions(), {}), make_clip(form, 6))
 
 
 async def test_a_damaged_clip_is_damaged_on_any_machine(decoders: ProcessDecoders) -> None:
@@ -161,29 +175,26 @@ async def test_a_damaged_clip_is_damaged_on_any_machine(decoders: ProcessDecoder
         )
 
 
-async def test_a_machine_without_threads_is_not_a_damaged_photo() -> None:
+async def test_a_machine_without_threads_is_not_a_damaged_photo(
+    threadless: ProcessDecoders,
+) -> None:
     """The decoder of HEIC photos starts a thread however many it may have."""
     photo = picture_file(64, 48, "HEIF")
-    with (
-        workers(16, ROOM_GB, threads=False) as decoders,
-        pytest.raises(OverloadedError, match="no threads"),
-    ):
-        await decoders.prepare(DecodeJob("image", ImageOptions(), {}), photo)
+    with pytest.raises(OverloadedError, match="no threads"):
+        await threadless.prepare(DecodeJob("image", ImageOptions(), {}), photo)
 
 
 @pytest.mark.parametrize("form", sorted({*PICTURES} - {"HEIF"}))
-async def test_pictures_need_no_threads(form: str) -> None:
-    with workers(128, ROOM_GB, threads=False) as decoders:
-        data = picture_file(640, 480, form)
-        prepared = await decoders.prepare(DecodeJob("image", ImageOptions(), {}), data)
-        assert prepared.features.arrays["decoded"].shape == (480, 640, 3)
+async def test_pictures_need_no_threads(threadless: ProcessDecoders, form: str) -> None:
+    data = picture_file(640, 480, form)
+    prepared = await threadless.prepare(DecodeJob("image", ImageOptions(), {}), data)
+    assert prepared.features.arrays["decoded"].shape == (480, 640, 3)
 
 
 @pytest.mark.parametrize("form", SOUNDS)
-async def test_sounds_need_no_threads(form: str) -> None:
-    with workers(128, ROOM_GB, threads=False) as decoders:
-        prepared = await decoders.prepare(DecodeJob("audio", AudioOptions(), {}), SOUNDS[form]())
-        assert len(prepared.features.arrays["decoded"]) > 5000
+async def test_sounds_need_no_threads(threadless: ProcessDecoders, form: str) -> None:
+    prepared = await threadless.prepare(DecodeJob("audio", AudioOptions(), {}), SOUNDS[form]())
+    assert len(prepared.features.arrays["decoded"]) > 5000
 
 
 # --- whole models ---------------------------------------------------------------------------------

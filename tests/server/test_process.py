@@ -56,7 +56,7 @@ class Server:
         self.process.send_signal(number)
         _, errors = self.process.communicate(timeout=60)
         assert self.process.returncode == 0, errors
-        _, alive = psutil.wait_procs(children, timeout=10)
+        _, alive = psutil.wait_procs(children, timeout=60)
         assert not alive
         return errors
 
@@ -185,7 +185,7 @@ async def test_clients_that_leave_free_their_work(server: tuple[Server, str]) ->
 def _get(url: str) -> str:
     from urllib.request import urlopen
 
-    with urlopen(url, timeout=10) as response:
+    with urlopen(url, timeout=60) as response:
         return str(response.read().decode())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sensorium import environment
 from sensorium.cli.commands.bench import add_parser
 from sensorium.errors import ConfigError
 from sensorium.processes.start import child_environment
@@ -126,7 +127,14 @@ def test_wrong_values_of_kernels(wrong: str, capsys: pytest.CaptureFixture[str])
 
 
 def bench_kernels(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run ``bench kernels`` in a process of its own, as it sets the number of threads."""
+    """Run ``bench kernels`` in a process of its own, as it sets the number of threads.
+
+    The kernels are those that this machine has compiled, if it has.
+    """
+    (folder / "sensorium").mkdir(exist_ok=True)
+    kernels = environment.cache_root() / "sensorium" / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    (folder / "sensorium" / "kernels").symlink_to(kernels)
     command = ("bench", "kernels", "--shape", "48x64", "--rows", "3", "1", "3", "--seconds", "0")
     return subprocess.run(
         [sys.executable, "-m", "sensorium", *command, "--threads", "1", *arguments],
@@ -152,9 +160,8 @@ def test_kernels_are_measured_and_the_choice_is_kept(tmp_path: Path) -> None:
 
 
 def test_a_choice_that_cannot_be_kept_is_told(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    done = bench_kernels(blocked, "--formats", "float32", "--write")
+    (tmp_path / "sensorium" / "products.json").mkdir(parents=True)
+    done = bench_kernels(tmp_path, "--formats", "float32", "--write")
     assert done.returncode == 2
     assert "cannot be written" in done.stderr
     assert "Traceback" not in done.stderr

@@ -200,7 +200,7 @@ def test_a_download_that_fails_does_not_wait_for_the_others(
         gate.set()
         for thread in threading.enumerate():
             if thread.name.startswith(f"{OWN_THREADS}hub"):
-                thread.join(10)
+                thread.join(60)
                 assert not thread.is_alive()
     sizes = [partial.stat().st_size for partial in partial_of(tmp_path)]
     assert max(sizes) < 60_000, "it was not downloaded to its end"

@@ -364,7 +364,7 @@ async def test_what_a_thread_still_makes_when_a_start_is_cancelled_is_closed(
 
     def slow_preparer(*_: object, **__: object) -> FakePreparer:
         begun.set()
-        gate.wait(10)
+        gate.wait(60)
         return preparer
 
     monkeypatch.setattr(frontend_module, "EngineSupervisor", lambda *_: FakeEngine())

@@ -75,9 +75,9 @@ def test_results_and_errors_come_back() -> None:
         raise ValueError("no")
 
     loop = LoopThread("other")
-    assert loop.submit(double(4)).result(10) == 8
+    assert loop.submit(double(4)).result(60) == 8
     with pytest.raises(ValueError, match="no"):
-        loop.submit(fail()).result(10)
+        loop.submit(fail()).result(60)
     loop.close()
 
 
@@ -93,7 +93,7 @@ def test_closing_cancels_what_runs_and_ends_the_thread() -> None:
 
     loop = LoopThread("other")
     future = loop.submit(wait())
-    assert started.wait(10)
+    assert started.wait(60)
     loop.close()
     assert ended.is_set()
     assert future.cancelled()

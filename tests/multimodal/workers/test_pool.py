@@ -100,7 +100,7 @@ async def until(happened: Callable[[], Any]) -> None:
     """Wait until something is the case."""
     async with asyncio.timeout(60):
         while not happened():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.002)
 
 
 async def ends(process_id: int) -> None:
