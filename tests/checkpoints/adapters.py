@@ -59,6 +59,7 @@ def make_adapter(
         **config,
     }
     generator = torch.Generator().manual_seed(seed)
+    weights = load_file(base / "model.safetensors")
     tensors = {}
     for name, (outputs, inputs) in linear_names(base).items():
         if re.fullmatch(only, name) is None:
@@ -68,6 +69,10 @@ def make_adapter(
         b = torch.randn((outputs, own), generator=generator) * strength / own**0.5
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.to(dtype)
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.to(dtype)
+        if settings.get("use_dora"):
+            norms = weights[f"{name}.weight"].float().norm(dim=1)
+            factors = 0.7 + 0.6 * torch.rand(outputs, generator=generator)
+            tensors[f"base_model.model.{name}.lora_magnitude_vector"] = (norms * factors).to(dtype)
     assert tensors, "the adapter changes nothing"
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(settings))
@@ -96,6 +101,10 @@ def merged(folder: Path, base: Path, adapter: Path) -> Path:
         b = parts[key.replace("lora_A", "lora_B")]
         weight = weights[f"{name}.weight"]
         added = scale * (b.double() @ parts[key].double())
-        weights[f"{name}.weight"] = (weight.double() + added).to(weight.dtype).contiguous()
+        whole = weight.double() + added
+        magnitude = parts.get(key.replace("lora_A.weight", "lora_magnitude_vector"))
+        if magnitude is not None:
+            whole *= (magnitude.double() / whole.norm(dim=1))[:, None]
+        weights[f"{name}.weight"] = whole.to(weight.dtype).contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

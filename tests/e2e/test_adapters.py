@@ -21,6 +21,7 @@ ROOM = {"num_kv_blocks": 300, "block_size": 16, "max_model_len": 512, "max_num_s
 ENABLED = {**ROOM, "enable_lora": True, "dtype": "float32"}
 GREEDY = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, logprobs=2)
 NATIVE = sorted(checkpoints.NATIVE)
+DORA = ("phi3_v", "qwen2_vl", "ultravox")
 ENCODER = r"(?!(.*language_model|llm|model\.layers|lm_head)).*"
 """Names of layers of towers and projectors, in the layouts in which they are published."""
 
@@ -37,12 +38,13 @@ def tokens(found: list[Any]) -> list[list[int]]:
 
 @pytest.mark.parametrize("family", NATIVE)
 def test_tokens_are_those_of_a_merged_checkpoint(tmp_path: Path, family: str) -> None:
-    """With all layers of decoder, tower and projector adapted, in float32."""
+    """With all layers of decoder, tower and projector adapted, in float32; some by DoRA."""
     make, modality, placeholder = FAMILIES[family]
     base = tmp_path / "base"
     base.mkdir()
     make(base)
-    adapter = make_adapter(tmp_path / "adapter", base, strength=0.2, use_rslora=True)
+    options = {"use_dora": True} if family in DORA else {"use_rslora": True}
+    adapter = make_adapter(tmp_path / "adapter", base, strength=0.2, **options)
     whole = merged(tmp_path / "merged", base, adapter)
     prompts = make_prompts(modality, placeholder, 5)
     with build_llm(base, **ENABLED) as parts:
@@ -68,7 +70,7 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[LoRAR
     options: list[dict[str, Any]] = [
         {"only": r".*\.(q_proj|v_proj)", "rank": 16, "strength": 2.0},
         {"rank": 3, "rank_pattern": {"down_proj": 5}, "alpha_pattern": {r"layers\.1\..*": 4}},
-        {"only": r".*mlp.*", "rank": 40, "use_rslora": True},
+        {"only": r".*(mlp|qkv|q_proj).*", "rank": 40, "use_rslora": True, "use_dora": True},
     ]
     names = "abc"
     return [

@@ -25,7 +25,7 @@ LANES = 3
 def random_parts(
     seed: int, inputs: int, sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype
 ) -> list[LowRank]:
-    """Parts of (first output, outputs, rank)."""
+    """Parts of (first output, outputs, rank); some multiply and shift their outputs."""
     generator = torch.Generator().manual_seed(seed)
     return [
         LowRank(
@@ -33,6 +33,7 @@ def random_parts(
             (torch.randn((outputs, rank), generator=generator) / rank**0.5).to(dtype),
             0.25 / (1 + seed),
             first,
+            torch.rand((2, outputs), generator=generator) if rank % 2 and seed % 2 == 0 else None,
         )
         for first, outputs, rank in sizes
     ]

@@ -1,9 +1,10 @@
 """Low-rank adapters of linear layers (Hu et al., LoRA, 2021), for several adapters in one batch.
 
-An adapter adds ``scale * (x A^T) B^T`` to the result of a layer, for the rows that it belongs to. A
-place in a model that adapters may take is a *lane*, numbered from 0. Which lane each row of the
-present step has is in a ``RowAdapters``, which all adapted layers of a model share: runs of
-consecutive rows with one lane. Rows outside of all runs have none.
+An adapter adds ``scale * (x A^T) B^T`` to the result of a layer, for the rows that it belongs to,
+and may multiply and shift each output of the sum, as DoRA (Liu et al., 2024) does. A place in a
+model that adapters may take is a *lane*, numbered from 0. Which lane each row of the present step
+has is in a ``RowAdapters``, which all adapted layers of a model share: runs of consecutive rows
+with one lane. Rows outside of all runs have none.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ class LowRank:
     """The part of an adapter for some outputs of a layer.
 
     a: (r, K). b: (N, r), for the outputs ``first`` to ``first + N - 1``. Both of the dtype of the
-    layer's activations.
+    layer's activations. affine: (2, N) float32 or None: a factor and a shift of each output, which
+    the sum of the layer's result and of what the adapter adds is multiplied by and shifted by.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
     first: int = 0
+    affine: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1]:
@@ -54,7 +57,7 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class PackedPart:
-    """A part of an adapter as a layer reads it: ``a`` and ``b`` in the layout of its product.
+    """A part of an adapter as a layer reads it: its tensors in the layout of its product.
 
     It has ``num_outputs`` outputs, from ``first`` on.
     """
@@ -65,11 +68,13 @@ class PackedPart:
     rank: int
     first: int
     num_outputs: int
+    affine: torch.Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return self.a.nbytes + self.b.nbytes
+        affine = 0 if self.affine is None else self.affine.nbytes
+        return self.a.nbytes + self.b.nbytes + affine
 
 
 class Tiles(NamedTuple):
@@ -212,8 +217,8 @@ class AdaptedProduct(ABC):
         """Set the adapter of a lane, of parts that this layer has packed; as ``put`` otherwise."""
 
     @abstractmethod
-    def packed_bytes(self, rank: int, num_outputs: int) -> int:
-        """Return the bytes of a part of this rank, packed."""
+    def packed_bytes(self, rank: int, num_outputs: int, is_affine: bool = False) -> int:
+        """Return the bytes of a part of this rank, packed, with factors and shifts or without."""
 
     @abstractmethod
     def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowAdapters) -> None:
@@ -232,15 +237,17 @@ class PlainAdapted(AdaptedProduct):
 
     def pack(self, part: LowRank) -> PackedPart:
         a, b = (x.to(self._device, self._dtype) for x in (part.a, part.b))
-        return PackedPart(a, b, part.scale, a.shape[0], part.first, b.shape[0])
+        affine = None if part.affine is None else part.affine.to(self._device)
+        return PackedPart(a, b, part.scale, a.shape[0], part.first, b.shape[0], affine)
 
     def set(self, lane: int, parts: Sequence[PackedPart]) -> None:
         self._parts.pop(lane, None)
         if parts:
             self._parts[lane] = tuple(parts)
 
-    def packed_bytes(self, rank: int, num_outputs: int) -> int:
-        return rank * (self._num_inputs + num_outputs) * self._dtype.itemsize
+    def packed_bytes(self, rank: int, num_outputs: int, is_affine: bool = False) -> int:
+        numbers = rank * (self._num_inputs + num_outputs)
+        return numbers * self._dtype.itemsize + 8 * num_outputs * is_affine
 
     def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowAdapters) -> None:
         for lane, start, stop in rows.runs(x.shape[0]):
@@ -248,4 +255,7 @@ class PlainAdapted(AdaptedProduct):
                 hidden = x[start:stop].float() @ part.a.float().t()
                 added = (hidden @ part.b.float().t()) * part.scale
                 own = y[start:stop, part.first : part.first + part.num_outputs]
-                own.copy_(own.float() + added)
+                result = own.float() + added
+                if part.affine is not None:
+                    result = result * part.affine[0] + part.affine[1]
+                own.copy_(result)

@@ -121,8 +121,9 @@ class AdapterSet:
         return found
 
     def _packed_bytes(self, module: Module) -> int:
-        target = module.target
-        return self._products[target.layer].packed_bytes(module.rank, target.num_outputs)
+        target, is_affine = module.target, "magnitude" in module.pair.names
+        product = self._products[target.layer]
+        return product.packed_bytes(module.rank, target.num_outputs, is_affine)
 
     def _check_room(self, num_bytes: int) -> None:
         """Raise ConfigError where so many bytes more are beyond the limit."""

@@ -1,4 +1,7 @@
-"""Adapters over weights in every format: the numbers of the dequantized base with them folded in."""
+"""Adapters over weights in every format: the numbers of the dequantized base with them folded in.
+
+They are of DoRA, whose factors are made of those weights.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_adapter(tmp_path_factory.mktemp("adapter"), plain, rank=5, strength=0.4)
+    return make_adapter(
+        tmp_path_factory.mktemp("adapter"), plain, rank=5, strength=0.4, use_dora=True
+    )
 
 
 def written(plain: Path, folder: Path, form: str) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -68,7 +68,8 @@ def configure(folder: Path, **values: Any) -> None:
     ("values", "words"),
     [
         ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
-        ({"use_dora": True}, "use_dora is set: DoRA"),
+        ({"use_dora": True}, "proj' has no tensor lora_magnitude_vector"),
+        ({"use_dora": 1}, "use_dora must be true or false"),
         ({"use_new_thing": True}, "use_new_thing is set"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is set"),
         ({"bias": "lora_only"}, "bias is 'lora_only'"),
@@ -120,6 +121,7 @@ def put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], 
         (put("base_model.model.model.layers.7.mlp.up_proj.lora_A.weight", torch.ones(4, 64)),
          "no linear layer that adapters can change"),
         (put("base_model.model.model.norm.lora_A.weight", torch.ones(4, 64)), "model.norm"),
+        (put(f"{Q}.lora_magnitude_vector", torch.ones(64)), "magnitude_vector, but use_dora is not"),
         (put(f"{Q}.lora_A.default.weight", torch.ones(4, 64)), "there twice"),
         (put(f"{Q}.lora_A.weight", torch.ones(4, 65)), r"q_proj.lora_A.weight' has the shape"),
         (put(f"{Q}.lora_A.weight", torch.ones(4, 1, 64)), r"q_proj.lora_A.weight' has the shape"),
@@ -134,6 +136,23 @@ def test_tensors_that_do_not_fit(
     lanes: AdapterSet, adapter: Path, edit: Callable[[dict[str, torch.Tensor]], object], words: str
 ) -> None:
     change(adapter, edit)
+    assert re.search(words, refusal(lanes, adapter))
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "words"),
+    [
+        (torch.ones(63), r"q_proj.lora_magnitude_vector' has the shape \(63,\), not \(64,\)"),
+        (torch.full((64,), float("nan")), "q_proj.lora_magnitude_vector' has numbers that are not"),
+        (torch.full((64,), 1e38), "q_proj.lora_magnitude_vector' has numbers that are too large"),
+    ],
+)
+def test_magnitudes_that_do_not_fit(
+    lanes: AdapterSet, base: Path, tmp_path: Path, magnitude: torch.Tensor, words: str
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base, use_dora=True)
+    lanes.unload(lanes.load(adapter).digest)
+    change(adapter, put(f"{Q}.lora_magnitude_vector", magnitude))
     assert re.search(words, refusal(lanes, adapter))
 
 

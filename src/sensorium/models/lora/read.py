@@ -2,7 +2,8 @@
 
 ``adapter_model.safetensors`` holds two tensors for each module, ``lora_A.weight`` (r, inputs) and
 ``lora_B.weight`` (outputs, r), named as in the model that was trained, behind
-``base_model.model.``. The renames of a family map these names to ours as they do a checkpoint's.
+``base_model.model.``; of DoRA also ``lora_magnitude_vector`` (outputs,). The renames of a family
+map these names to ours as they do a checkpoint's.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from sensorium.errors import ConfigError
 from sensorium.kernels.adapters import LowRank, PackedPart
 from sensorium.layers.linear import Linear
 from sensorium.models.loading.weights import renamed
+from sensorium.models.lora.dora import affine
 from sensorium.models.lora.settings import read_settings
 from sensorium.models.lora.targets import Target
 
@@ -30,8 +32,10 @@ PREFIX = "base_model.model."
 PIECE = 1 << 14
 """Numbers that are converted at a time: too few for torch to wake other threads, as these may be
 running the model."""
+MOST_FACTOR = 1e6
+"""Most that DoRA multiplies an output by, or shifts it."""
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
-_SUFFIX = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_SUFFIX = re.compile(r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|(magnitude)_vector(?:\.\w+)*)")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_tokens)$")
 Rules = Sequence[tuple[re.Pattern[str], str]]
 Pack = Callable[[Linear, LowRank], PackedPart]
@@ -58,7 +62,7 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """The names of a module's two tensors, its name in our spelling, and its layer."""
+    """A module: its tensors' names by "A", "B" and "magnitude", our name of it, its layer."""
 
     module: str
     ours: str
@@ -124,7 +128,7 @@ def open_adapter(
     pairs = _pairs(file, targets, rules, unused)
     modules = [Module(pair, *settings.of(pair.module)) for pair in pairs]
     for module in modules:
-        _check(file, module, max_rank)
+        _check(file, module, max_rank, has_magnitude=settings.use_dora)
     return OpenAdapter(sorted(modules, key=lambda module: module.pair.ours), file)
 
 
@@ -163,7 +167,7 @@ def _pairs(
         match = _SUFFIX.fullmatch(name.removeprefix(PREFIX))
         if match is None:
             _refuse(f"{name!r:.200} is no tensor of a LoRA adapter of linear layers")
-        module, side = match.groups()
+        module, side = match[1], match[2] or match[3]
         ours, target = _target(module, targets, rules)
         if target is None and not _HEAD.search(ours) and unused.fullmatch(f"{ours}.weight"):
             continue
@@ -214,7 +218,7 @@ def _kind(ours: str) -> str:
     return "no linear layer that adapters can change"
 
 
-def _check(file: Any, module: Module, max_rank: int) -> None:
+def _check(file: Any, module: Module, max_rank: int, *, has_magnitude: bool) -> None:
     """Check types and shapes of a module's tensors against the layer and the configuration."""
     pair, rank, target = module.pair, module.rank, module.target
     if rank > max_rank:
@@ -222,7 +226,21 @@ def _check(file: Any, module: Module, max_rank: int) -> None:
             f"the module {pair.module!r:.200} has the rank {rank}, beyond the limit of {max_rank}: "
             "start with a larger --max-lora-rank (in Python max_lora_rank)"
         )
-    shapes = {"A": (rank, target.num_inputs), "B": (target.num_outputs, rank)}
+    if has_magnitude != ("magnitude" in pair.names):
+        which = "no" if has_magnitude else "a"
+        other = "" if has_magnitude else ", but use_dora is not set"
+        _refuse(f"the module {pair.module!r:.200} has {which} tensor lora_magnitude_vector{other}")
+    weight = target.layer.weight
+    if has_magnitude and not (weight is not None and weight.has_rows):
+        _refuse(
+            "use_dora is set, for which weights must be read by rows: oneDNN's product, in which "
+            f"{pair.module!r:.200} is, cannot; merge the adapter into its base model"
+        )
+    shapes: dict[str, tuple[int, ...]] = {
+        "A": (rank, target.num_inputs),
+        "B": (target.num_outputs, rank),
+        "magnitude": (target.num_outputs,),
+    }
     for side, name in sorted(pair.names.items()):
         held = file.get_slice(name)
         dtype, shape = str(held.get_dtype()), tuple(held.get_shape())
@@ -241,7 +259,15 @@ def _read(file: Any, module: Module, dtype: torch.dtype) -> LowRank:
     """Read a module's tensors. Raises ConfigError for numbers that are not finite."""
     names, target = module.pair.names, module.target
     a, b = (_finite(file.get_tensor(names[side]), names[side], dtype) for side in "AB")
-    return LowRank(a, target.placed(b), module.scale, target.first)
+    part = LowRank(a, target.placed(b), module.scale, target.first)
+    name = names.get("magnitude")
+    if name is None:
+        return part
+    magnitude = target.placed(_finite(file.get_tensor(name), name, torch.float32))
+    factors = affine(target.layer, part, magnitude)
+    if not bool((factors.abs() <= MOST_FACTOR).all()):
+        _refuse(f"{name!r:.200} has numbers that are too large, or its weight is zero")
+    return replace(part, affine=factors)
 
 
 def _finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -258,7 +284,7 @@ def _finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor
 
 def _count(digest: Any, pair: _Pair, part: LowRank) -> None:
     """Add a module to the digest: its place, its scale and its numbers."""
-    for tensor in (part.a, part.b):
+    for tensor in (part.a, part.b, *([] if part.affine is None else [part.affine])):
         head = f"{pair.ours}\0{tensor.dtype}\0{tuple(tensor.shape)}\0{part.scale!r}\0"
         digest.update(head.encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -35,9 +35,8 @@ _W = rf"(?:{_WILDCARD.pattern})"
 _ADJACENT = re.compile(rf"{_W}{_W}|{_W}\.+\.\*|\.\*\.+{_W}")
 _KNOWN_STARTS = ("gaussian", "eva", "orthogonal")
 """Values of ``init_lora_weights`` that leave the base model as it is, besides true and false."""
+_KNOWN_USES = ("use_rslora", "use_dora")
 _REFUSED = {
-    "use_dora": "DoRA changes the length of the weights' columns, too: merge the adapter into its "
-    "base model",
     "modules_to_save": "it brings weights of whole modules: merge the adapter into its base model",
     "layer_replication": "it stacks layers of the base model several times",
     "lora_bias": "its B has a bias",
@@ -56,6 +55,7 @@ class LoraSettings:
     rank: int
     alpha: float
     use_rslora: bool = False
+    use_dora: bool = False
     ranks: tuple[tuple[re.Pattern[str], int], ...] = field(default=())
     alphas: tuple[tuple[re.Pattern[str], float], ...] = field(default=())
 
@@ -76,7 +76,7 @@ def read_settings(folder: Path) -> LoraSettings:
         if values.get(name):
             _refuse(f"{name} is set: {reason}")
     for name, value in values.items():
-        if name.startswith("use_") and name != "use_rslora" and value:
+        if name.startswith("use_") and name not in _KNOWN_USES and value:
             _refuse(f"{name} is set, which is not supported")
     if values.get("bias", "none") != "none":
         _refuse(
@@ -85,13 +85,12 @@ def read_settings(folder: Path) -> LoraSettings:
         )
     _check_start(values.get("init_lora_weights"))
     _check_targets(values.get("target_modules"))
-    use_rslora = values.get("use_rslora") or False
-    if not isinstance(use_rslora, bool):
-        _refuse(f"use_rslora must be true or false, got {use_rslora!r:.60}")
+    use_rslora, use_dora = (_flag(name, values.get(name)) for name in _KNOWN_USES)
     return LoraSettings(
         rank=_rank("r", values.get("r")),
         alpha=_alpha("lora_alpha", values.get("lora_alpha", 8)),
         use_rslora=use_rslora,
+        use_dora=use_dora,
         ranks=tuple((key, _rank(n, v)) for key, n, v in _patterns(values, "rank_pattern")),
         alphas=tuple((key, _alpha(n, v)) for key, n, v in _patterns(values, "alpha_pattern")),
     )
@@ -170,6 +169,12 @@ def _patterns(values: Mapping[str, Any], name: str) -> list[tuple[re.Pattern[str
 def _is_slow(key: str) -> bool:
     """Return True for a key whose match may take long."""
     return len(_WILDCARD.findall(key)) > _WILDCARDS or _ADJACENT.search(key) is not None
+
+
+def _flag(name: str, value: object) -> bool:
+    if value is not None and not isinstance(value, bool):
+        _refuse(f"{name} must be true or false, got {value!r:.60}")
+    return bool(value)
 
 
 def _rank(name: str, value: object) -> int:

@@ -2,8 +2,9 @@
 
 The launch has two phases. The first makes ``h = x A^T`` of each tile (rows of one lane, see
 ``RowAdapters``) in float32, sixteen ranks a task. The second adds ``scale * h B^T`` to the results,
-``CHUNK_PANELS`` times sixteen outputs a task. Everything that depends on the step or on the loaded
-adapters is read from two tables in memory, so that a captured step serves any mix of adapters.
+``CHUNK_PANELS`` times sixteen outputs a task, and multiplies and shifts them where a part says so.
+Everything that depends on the step or on the loaded adapters is read from two tables in memory, so
+that a captured step serves any mix of adapters.
 
 A of a part of rank r lies in panels of sixteen ranks, [r/16][K][16], padded by zeros; B in panels
 of sixteen outputs, [N/16][r][16].
@@ -48,7 +49,7 @@ MOST_PARTS = 4
 """Parts of an adapter in one layer: q, k and v, or gate and up, of a fused projection."""
 CHUNK_PANELS = 16
 """Panels of outputs of a task."""
-_PART_FIELDS = 6
+_PART_FIELDS = 7
 _LANE_FIELDS = 2 + MOST_PARTS * _PART_FIELDS
 _HEADER = 2
 _TILE_FIELDS = 3
@@ -102,26 +103,45 @@ def shrink_four(x: Any, a: Any, inputs: Any, out: Any, width: Any) -> None:
 
 
 @njit(**INLINE)
-def add_scaled(y: Any, sums: Any, scale: Any, lanes: Any) -> None:
-    """Add ``scale * sums`` to the first ``lanes`` results of a panel."""
-    if lanes == WIDTH:
-        store16(y, 0, fma(sums, scale, load16(y, 0)))
+def add_scaled(y: Any, sums: Any, scale: Any, affine: Any, panels: Any, lanes: Any) -> None:
+    """Add ``scale * sums`` to the first ``lanes`` results of a panel.
+
+    affine: address of the panel's factors, 0 for none; its shifts are ``panels`` panels behind.
+    """
+    whole = lanes == WIDTH
+    result = fma(sums, scale, load16(y, 0) if whole else load_part(y, 0, lanes))
+    if affine != 0:
+        factors = pointer(affine, types.float32)
+        result = fma(result, load16(factors, 0), load16(factors, panels * WIDTH))
+    if whole:
+        store16(y, 0, result)
     else:
-        store_part(y, 0, fma(sums, scale, load_part(y, 0, lanes)), lanes)
+        store_part(y, 0, result, lanes)
 
 
 @njit(**INLINE)
-def expand_row(hidden: Any, b: Any, rank: Any, scale: Any, y: Any, lanes: Any) -> None:
-    """Add ``scale * h B^T`` to one row of a panel."""
+def expand_row(
+    hidden: Any, b: Any, rank: Any, scale: Any, affine: Any, panels: Any, y: Any, lanes: Any
+) -> None:
+    """Add ``scale * h B^T`` to one row of a panel; see ``add_scaled``."""
     sums = splat(f32(0.0))
     for j in range(rank):
         sums = fma(splat(load(hidden, j)), load16(b, j * WIDTH), sums)
-    add_scaled(y, sums, scale, lanes)
+    add_scaled(y, sums, scale, affine, panels, lanes)
 
 
 @njit(**INLINE)
 def expand_four(
-    hidden: Any, width: Any, b: Any, rank: Any, scale: Any, y: Any, outputs: Any, lanes: Any
+    hidden: Any,
+    width: Any,
+    b: Any,
+    rank: Any,
+    scale: Any,
+    affine: Any,
+    panels: Any,
+    y: Any,
+    outputs: Any,
+    lanes: Any,
 ) -> None:
     """Do as ``expand_row`` for four rows, which share the reading of B."""
     zero = splat(f32(0.0))
@@ -133,10 +153,10 @@ def expand_four(
         sums1 = fma(splat(load(h1, j)), column, sums1)
         sums2 = fma(splat(load(h2, j)), column, sums2)
         sums3 = fma(splat(load(h3, j)), column, sums3)
-    add_scaled(y, sums0, scale, lanes)
-    add_scaled(shifted(y, outputs), sums1, scale, lanes)
-    add_scaled(shifted(y, 2 * outputs), sums2, scale, lanes)
-    add_scaled(shifted(y, 3 * outputs), sums3, scale, lanes)
+    add_scaled(y, sums0, scale, affine, panels, lanes)
+    add_scaled(shifted(y, outputs), sums1, scale, affine, panels, lanes)
+    add_scaled(shifted(y, 2 * outputs), sums2, scale, affine, panels, lanes)
+    add_scaled(shifted(y, 3 * outputs), sums3, scale, affine, panels, lanes)
 
 
 def build_adapt(element: Any) -> Callable[[Any], None]:
@@ -191,13 +211,19 @@ def build_adapt(element: Any) -> Callable[[Any], None]:
                 rank, first, count = lane[part + 2], lane[part + 3], lane[part + 4]
                 scale = splat(as_float(lane[part + 5]))
                 hidden = shifted(pointer(args[9], types.float32), row * width + ranks)
+                panels = (count + WIDTH - 1) // WIDTH
+                affine = lane[part + 6]
                 start = chunk * WIDTH * CHUNK_PANELS
+                if affine != 0:
+                    affine += start * 4
                 while start < min(count, (chunk + 1) * WIDTH * CHUNK_PANELS):
                     b = shifted(pointer(lane[part + 1], element), start * rank)
                     y = shifted(pointer(args[4], element), row * outputs + first + start)
                     lanes = min(WIDTH, count - start)
                     if tile[2] == 4:
-                        expand_four(hidden, width, b, rank, scale, y, outputs, lanes)
+                        expand_four(
+                            hidden, width, b, rank, scale, affine, panels, y, outputs, lanes
+                        )
                     else:
                         for i in range(tile[2]):
                             expand_row(
@@ -205,10 +231,14 @@ def build_adapt(element: Any) -> Callable[[Any], None]:
                                 b,
                                 rank,
                                 scale,
+                                affine,
+                                panels,
                                 shifted(y, i * outputs),
                                 lanes,
                             )
                     start += WIDTH
+                    if affine != 0:
+                        affine += WIDTH * 4
 
     return adapt
 
@@ -235,7 +265,11 @@ class CpuAdapted(AdaptedProduct):
         if part.a.shape[1] != num_inputs or part.first + count > num_outputs:
             raise ValueError(f"an adapter's part does not fit a layer of {self._shape}")
         a, b = in_panels(part.a.to(self._dtype)), in_panels(part.b.to(self._dtype))
-        return PackedPart(a, b, part.scale, rank, part.first, count)
+        affine = None
+        if part.affine is not None:
+            affine = part.affine.new_zeros((2, -(-count // WIDTH) * WIDTH))
+            affine[:, :count] = part.affine
+        return PackedPart(a, b, part.scale, rank, part.first, count, affine)
 
     def set(self, lane: int, parts: Sequence[PackedPart]) -> None:
         if len(parts) > MOST_PARTS:
@@ -244,7 +278,8 @@ class CpuAdapted(AdaptedProduct):
         for index, part in enumerate(parts):
             addresses = part.a.data_ptr(), part.b.data_ptr()
             place = part.rank, part.first, part.num_outputs
-            fields = (*addresses, *place, float_bits(part.scale))
+            affine = 0 if part.affine is None else part.affine.data_ptr()
+            fields = (*addresses, *place, float_bits(part.scale), affine)
             entry[2 + index * _PART_FIELDS : 2 + (index + 1) * _PART_FIELDS] = fields
             entry[0] += -(-part.rank // WIDTH)
             entry[1] += -(-part.num_outputs // (WIDTH * CHUNK_PANELS))
@@ -258,9 +293,10 @@ class CpuAdapted(AdaptedProduct):
         ranks = int(self._table[0]) * WIDTH
         self._work = ranks * sum(self._shape)
 
-    def packed_bytes(self, rank: int, num_outputs: int) -> int:
+    def packed_bytes(self, rank: int, num_outputs: int, is_affine: bool = False) -> int:
         ranks, outputs = (-(-size // WIDTH) * WIDTH for size in (rank, num_outputs))
-        return (ranks * self._shape[0] + outputs * rank) * self._dtype.itemsize
+        numbers = ranks * self._shape[0] + outputs * rank
+        return numbers * self._dtype.itemsize + 8 * outputs * is_affine
 
     def add(self, x: torch.Tensor, y: torch.Tensor, rows: RowAdapters) -> None:
         width, num_rows = int(self._table[0]) * WIDTH, x.shape[0]
