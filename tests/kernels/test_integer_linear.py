@@ -158,12 +158,14 @@ def test_a_row_has_one_set_of_bits(name: str, monkeypatch: pytest.MonkeyPatch) -
     whole = results[0]
     for other in results[1:]:
         assert torch.equal(other, whole)
-    multiply = product(name, weight, torch.bfloat16)
+    multiply, plainest = (product(name, weight, torch.bfloat16, form) for form in (None, "avx2"))
     for threads in (1, 2, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda number=threads: number)
         assert torch.equal(multiply(x), whole)
         for count in range(1, 71):
             assert torch.equal(multiply(x[count : 2 * count]), whole[count : 2 * count])
+            if threads == 2:
+                assert torch.equal(plainest(x[:count]), whole[:count])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -196,10 +198,10 @@ def test_the_largest_sums_do_not_overflow(name: str, form: str, value: int, sign
     group = LONGEST if name == "int8" else 32
     scales = torch.ones(16, -(-LONGEST // group))
     weight = QuantizedTensor(values, scales, int(name[-1]), group)
-    x = torch.full((5, LONGEST), sign)
+    x = torch.full((21, LONGEST), sign)
     result = product(name, weight, torch.float32, form)(x)
     torch.testing.assert_close(
-        result, torch.full((5, 16), sign * value * LONGEST), rtol=1e-5, atol=0.0
+        result, torch.full((21, 16), sign * value * LONGEST), rtol=1e-5, atol=0.0
     )
 
 

@@ -312,10 +312,11 @@ class FloatProduct(RowProduct):
     def __init__(self, weight: FloatWeight, bias: torch.Tensor | None, act: str | None) -> None:
         """Bind a weight, a bias (N,) and a key of ``CODES``."""
         depth = weight.num_inputs + weight.num_inputs % STEP
-        fits = rows_that_fit(4 * depth, BLOCK_ROWS)
+        pairs = multiplies_pairs(weight.panels.dtype, weight.dtype)
+        self.widened_bytes = 2 if pairs else 4
+        fits = rows_that_fit(self.widened_bytes * depth, BLOCK_ROWS)
         super().__init__(weight.shape, weight.dtype, fits)
         self.kernel = product_kernel(weight.panels.dtype, weight.dtype)
-        self.widened_bytes = 2 if multiplies_pairs(weight.panels.dtype, weight.dtype) else 4
         self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
         self.panels, self.depth, self.code = weight.panels, depth, CODES[act]
 

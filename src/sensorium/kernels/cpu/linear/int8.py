@@ -7,6 +7,14 @@ groups, and the total is multiplied by the output's scale.
 
 With AVX2 alone bytes are multiplied as 16-bit numbers (``vpmaddwd``): the even bytes of four by
 inputs 0 and 2, the odd ones by 1 and 3. Multiplying bytes directly (``vpmaddubsw``) would saturate.
+
+Many rows go crosswise there, after S. Winograd, "A New Algorithm for Inner Product", IEEE
+Transactions on Computers C-17 (1968): ``a0 w0 + a1 w1 = (a0 + w1) (a1 + w0) - a0 a1 - w0 w1``. The
+products of the activations are summed once, when a row is quantized, and those of the weights once
+for all rows of a task. What is left is one multiplication and two additions in 16 bits for two
+inputs, in place of two multiplications: more units of a CPU add than multiply, and these few are
+the limit. Nothing is rounded: sums are at most 382, their products fit 18 bits, and a group's sum
+fits int32.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ from sensorium.kernels.cpu.linear.integer_kernel import (
     Layout,
     ManyRows,
     build,
+    no_rows,
 )
 from sensorium.kernels.cpu.linear.integers import (
     BLOCK,
@@ -46,14 +55,19 @@ from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
 
 GROUP = 64
 """Inputs of a row that share a scale."""
-MOST_GROUP = 128
-"""Most inputs that may share a scale."""
 BIAS = 128
 TILE_ROWS = {"avx2": 4, "vnni256": 6, "vnni512": 12}
 """Rows that are multiplied at once: as many as keep their sums in registers."""
-WIDENED_ROWS = 16
-"""Rows from which on AVX2 gains by widening the weights of a group once for all of them."""
 STEP_BYTES = STEP * WIDTH
+CROSSED_ROWS = 4
+"""Rows that are multiplied crosswise at once."""
+LEAST_CROSSED = 16
+"""Rows of a run from which on it is worth widening the weights of a group once for all of them."""
+SUMS_BYTES = 4 * WIDTH
+"""Bytes of the sums that ``_widen`` writes before the weights."""
+
+_buffer = local_array(types.uint8, SUMS_BYTES + 2 * GROUP * WIDTH)
+"""Memory that ``_widen`` writes into."""
 
 
 def emit_step(
@@ -76,16 +90,7 @@ def emit_step(
                 total = form.multiply_bytes(builder.load(sums[r][p]), loaded[p], row)
                 builder.store(total, sums[r][p])
         return
-    _emit_pairs(form, num_rows, sums, _halves(form, loaded), q, q_at)
-
-
-def _halves(form: Form, loaded: list[ir.Value]) -> list[list[ir.Value]]:
-    """Return the even and the odd bytes of weights as 16-bit numbers."""
-    builder = form.builder
-    wide = [builder.bitcast(value, form.shorts) for value in loaded]
-    even = [builder.and_(value, form.constant(form.shorts, 0xFF)) for value in wide]
-    odd = [builder.lshr(value, form.constant(form.shorts, 8)) for value in wide]
-    return [even, odd]
+    _emit_pairs(form, num_rows, sums, form.halves(loaded), q, q_at)
 
 
 def _emit_pairs(
@@ -108,7 +113,7 @@ def _emit_pairs(
                 builder.store(total, sums[r][p])
 
 
-def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str, widened: bool) -> None:
+def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str) -> None:
     """Emit the products of a group of ``num_rows`` rows with a panel."""
     q, scales, corrections, stride, weights, blocks, totals = args
     form = Form(builder, name)
@@ -132,19 +137,14 @@ def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str, widen
     with cgutils.for_range(builder, blocks) as block:
         place = builder.mul(builder.mul(block.index, stride), block_bytes)
         own_q = builder.gep(q, [place])
-        panel_bytes = BLOCK * WIDTH * (2 if widened else 1)
-        own_w = builder.gep(weights, [builder.mul(block.index, I64(panel_bytes))])
-        if not widened and FETCH_AHEAD:
-            fetch_lines(builder, own_w, FETCH_AHEAD, panel_bytes)
+        own_w = builder.gep(weights, [builder.mul(block.index, I64(BLOCK * WIDTH))])
+        if FETCH_AHEAD:
+            fetch_lines(builder, own_w, FETCH_AHEAD, BLOCK * WIDTH)
         # A loop whose length LLVM does not know: unrolled, it would need too many registers.
         with cgutils.for_range(builder, opaque(builder, BLOCK // STEP // unrolled)) as loop:
             for step in range(unrolled):
                 index = builder.add(builder.mul(loop.index, I64(unrolled)), I64(step))
                 w_at, q_at = builder.mul(index, I64(STEP_BYTES)), builder.mul(index, I64(STEP))
-                if widened:
-                    halves = _load_halves(form, own_w, w_at)
-                    _emit_pairs(form, num_rows, sums[0], halves, own_q, q_at)
-                    continue
                 emit_step(form, num_rows, sums[step % sets], own_w, w_at, own_q, q_at)
     for r in range(num_rows):
         scale = form.repeated(scales, 4 * r, form.floats)
@@ -157,51 +157,105 @@ def _emit_tile(builder: ir.IRBuilder, num_rows: int, args: Any, name: str, widen
             form.store(totals, offset, form.scaled(total, scale, before))
 
 
-def _load_halves(form: Form, widened: ir.Value, w_at: ir.Value) -> list[list[ir.Value]]:
-    """Load the 16-bit weights that ``widen`` has written."""
-    start = form.builder.shl(w_at, I64(1))
-    size = 4 * form.width
-    offsets = [form.builder.add(start, I64(i * size)) for i in range(2 * form.parts)]
-    loaded = [form.load(widened, offset, form.shorts) for offset in offsets]
-    return [loaded[: form.parts], loaded[form.parts :]]
+@njit(**INLINE)
+def crossed_rows(rows: Any) -> Any:
+    """Return how many of the rows of a run go crosswise on AVX2: the first ones, in whole tiles."""
+    return rows - rows % CROSSED_ROWS if rows >= LEAST_CROSSED else 0
+
+
+def rows_of(form: str) -> Any:
+    """Return the inlined function of how many rows of a run go crosswise in a form."""
+    return crossed_rows if form == "avx2" else no_rows
 
 
 @intrinsic
-def widen(typingctx: Any, weights: Any, steps: Any, out: Any) -> Any:
-    """Write the bytes of weights as 16-bit numbers: for each step the even ones, the odd ones."""
+def _widen(typingctx: Any, weights: Any, steps: Any, out: Any) -> Any:
+    """Write the bytes of weights as 16-bit numbers: for each step the even ones, the odd ones.
+
+    Before them it writes minus the sum of the products of each even one and the odd one behind it,
+    int32 for each output.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         form = Form(builder, "avx2")
         size = 4 * form.width
+        zero = form.constant(form.sums, 0)
+        sums = [cgutils.alloca_once_value(builder, zero) for _ in range(form.parts)]
         with cgutils.for_range(builder, args[1]) as loop:
             start = builder.mul(loop.index, I64(STEP_BYTES))
             offsets = [builder.add(start, I64(p * size)) for p in range(form.parts)]
             loaded = [form.load(args[0], offset, form.bytes) for offset in offsets]
-            even, odd = _halves(form, loaded)
+            even, odd = form.halves(loaded)
+            for slot, a, b in zip(sums, even, odd, strict=True):
+                products = form.multiply_shorts(a, b)
+                builder.store(builder.sub(builder.load(slot), products), slot)
+            to = builder.add(builder.shl(start, I64(1)), I64(SUMS_BYTES))
             for i, value in enumerate(even + odd):
-                offset = builder.add(builder.shl(start, I64(1)), I64(i * size))
-                form.store(args[2], offset, value)
+                form.store(args[2], builder.add(to, I64(i * size)), value)
+        for p, slot in enumerate(sums):
+            form.store(args[2], p * size, builder.load(slot))
         return context.get_dummy_value()
 
     return types.void(weights, types.int64, out), codegen
 
 
-def _tile(name: str, widened: bool = False) -> Any:
-    """Return the intrinsic that multiplies one group of some rows with a panel.
+def _emit_crossed_step(
+    form: Form, sums: list[list[ir.Value]], own: ir.Value, rows: ir.Value
+) -> None:
+    """Add the products of one step to the sums (stack slots) of each row and part."""
+    builder, size = form.builder, 4 * form.width
+    loaded = [form.load(own, i * size, form.shorts) for i in range(2 * form.parts)]
+    even, odd = loaded[: form.parts], loaded[form.parts :]
+    for r, slots in enumerate(sums):
+        first, second = (
+            form.repeated(rows, 2 * r * BLOCK + 4 * half, form.shorts) for half in range(2)
+        )
+        for p, slot in enumerate(slots):
+            factors = builder.add(odd[p], first), builder.add(even[p], second)
+            products = form.multiply_shorts(*factors)
+            builder.store(builder.add(builder.load(slot), products), slot)
 
-    widened: take the weights of ``widen``, and as many rows as there are in a tile.
-    """
-    emit = functools.partial(_emit_tile, name=name, widened=widened)
-    return tile_function(TILE_ROWS[name], emit, only_most=widened)
+
+def _emit_crossed_tile(builder: ir.IRBuilder, num_rows: int, args: Any) -> None:
+    """Emit the products of a group of ``num_rows`` rows with a widened panel."""
+    q, scales, corrections, stride, weights, blocks, totals = args
+    form = Form(builder, "avx2")
+    own_sums = [form.load(weights, 4 * p * form.width, form.sums) for p in range(form.parts)]
+    sums = []
+    for r in range(num_rows):
+        start = form.repeated(corrections, 4 * r, form.sums)
+        starts = [builder.add(start, own) for own in own_sums]
+        sums.append([cgutils.alloca_once_value(builder, value) for value in starts])
+    first = builder.gep(weights, [I64(SUMS_BYTES)])
+    with cgutils.for_range(builder, blocks) as block:
+        place = builder.mul(builder.mul(block.index, stride), I64(2 * BLOCK))
+        own_q = builder.gep(q, [place])
+        own_w = builder.gep(first, [builder.mul(block.index, I64(2 * BLOCK * WIDTH))])
+        # A loop whose length LLVM does not know: unrolled, it would need too many registers.
+        with cgutils.for_range(builder, opaque(builder, BLOCK // STEP)) as loop:
+            rows = builder.gep(own_q, [builder.mul(loop.index, I64(2 * STEP))])
+            own = builder.gep(own_w, [builder.mul(loop.index, I64(2 * STEP_BYTES))])
+            _emit_crossed_step(form, sums, own, rows)
+    for r in range(num_rows):
+        scale = form.repeated(scales, 4 * r, form.floats)
+        for p in range(form.parts):
+            offset = 4 * (r * WIDTH + p * form.width)
+            before = form.load(totals, offset, form.floats)
+            form.store(totals, offset, form.scaled(builder.load(sums[r][p]), scale, before))
+
+
+_crossed_tile = tile_function(CROSSED_ROWS, _emit_crossed_tile, only_most=True)
+"""Product of a group of ``CROSSED_ROWS`` rows with what ``_widen`` has written. The corrections are
+those of rows that go this way: less the sum of the products of their pairs."""
 
 
 def _panel(name: str) -> Any:
     """Return the inlined function that multiplies rows with a panel."""
-    tile, most = _tile(name), TILE_ROWS[name]
+    most = TILE_ROWS[name]
+    tile = tile_function(most, functools.partial(_emit_tile, name=name))
     pairs = name == "avx2"
-    full_tile = _tile(name, widened=True) if pairs else tile
     row_bytes = BLOCK * (2 if pairs else 1)
-    buffer = local_array(types.uint8, 2 * MOST_GROUP * WIDTH)
+    first_rows = rows_of(name)
 
     @njit(**INLINE)
     def multiply(
@@ -215,42 +269,36 @@ def _panel(name: str) -> Any:
         sums: Any,
     ) -> None:
         padded = (inputs + BLOCK - 1) // BLOCK * BLOCK
-        wide = buffer()
+        wide = _buffer()
+        first = first_rows(rows)
         for start in range(0, padded, group):
             blocks = min(group, padded - start) // BLOCK
             own = shifted(weights, start * WIDTH)
             q_place, place = start // BLOCK * rows, start // group * rows
-            full = 0
-            if pairs and rows >= WIDENED_ROWS:
-                widen(own, blocks * (BLOCK // STEP), wide)
-                full = rows - rows % most
-            for row in range(0, rows, most):
-                row_q = shifted(q, (q_place + row) * row_bytes)
-                row_scales = shifted(scales, place + row)
-                row_corrections = shifted(corrections, place + row)
-                row_sums = shifted(sums, row * WIDTH)
-                if pairs and row < full:
-                    full_tile(
-                        most,
-                        row_q,
-                        row_scales,
-                        row_corrections,
+            if pairs and first > 0:
+                _widen(own, blocks * (BLOCK // STEP), wide)
+                for row in range(0, first, CROSSED_ROWS):
+                    _crossed_tile(
+                        CROSSED_ROWS,
+                        shifted(q, (q_place + row) * row_bytes),
+                        shifted(scales, place + row),
+                        shifted(corrections, place + row),
                         rows,
                         wide,
                         blocks,
-                        row_sums,
+                        shifted(sums, row * WIDTH),
                     )
-                else:
-                    tile(
-                        min(most, rows - row),
-                        row_q,
-                        row_scales,
-                        row_corrections,
-                        rows,
-                        own,
-                        blocks,
-                        row_sums,
-                    )
+            for row in range(first, rows, most):
+                tile(
+                    min(most, rows - row),
+                    shifted(q, (q_place + row) * row_bytes),
+                    shifted(scales, place + row),
+                    shifted(corrections, place + row),
+                    rows,
+                    own,
+                    blocks,
+                    shifted(sums, row * WIDTH),
+                )
 
     return multiply
 
@@ -275,7 +323,8 @@ def kernel(dtype: torch.dtype, form: str) -> Launcher:
     pairs = form == "avx2"
     unit = tiles.units().get(form)
     panel = _panel(form) if unit is None else tiles.int8_panel(unit)
-    function = build(ELEMENT[dtype], layout(form).row_bytes, BIAS, pairs, panel)
+    own_rows = rows_of(form)
+    function = build(ELEMENT[dtype], layout(form).row_bytes, BIAS, pairs, panel, own_rows)
     return compile_kernel(function, f"int8_{str(dtype).removeprefix('torch.')}_{form}")
 
 

@@ -90,6 +90,12 @@ class Layout:
 
 
 @njit(**INLINE)
+def no_rows(rows: Any) -> Any:
+    """Return 0, the number of rows that go crosswise in most forms."""
+    return 0
+
+
+@njit(**INLINE)
 def _finish(args: Any, sums: Any, panel: Any, first: Any, rows: Any, out: Any, bias: Any) -> None:
     """Scale the float sums of a panel, add the bias, apply the activation function and store."""
     num_outputs, code = args[13], args[17]
@@ -110,12 +116,18 @@ def _finish(args: Any, sums: Any, panel: Any, first: Any, rows: Any, out: Any, b
 
 
 def build(
-    element: Any, row_bytes: int, weight_bias: int, pairs: bool, multiply: Any
+    element: Any,
+    row_bytes: int,
+    weight_bias: int,
+    pairs: bool,
+    multiply: Any,
+    crossed_rows: Any = no_rows,
 ) -> Callable[[Any], None]:
     """Build the kernel for activations and results of one type.
 
     multiply: ``multiply(q, scales, corrections, rows, weights, inputs, group, sums)`` adds the
-    products of a panel with a run of rows to ``sums``. args: x, results, rows, inputs,
+    products of a panel with a run of rows to ``sums``. crossed_rows: returns how many of the first
+    rows of a run it takes crosswise, as ``int8`` does. args: x, results, rows, inputs,
     quantized rows, their scales, corrections (minus the bias of weights times the sum of a group),
     packed weights, scales of outputs (0: none), bias (0: none), outputs, panels of a task, rows of
     a run, runs, activation code, rows quantized by a task, such tasks, bytes of a panel, inputs
@@ -140,15 +152,21 @@ def build(
                 run_row = row % run
                 first_row = row - run_row
                 count = min(run, num_rows - first_row)
+                crossed = crossed_rows(count)
                 q = shifted(pointer(args[7], types.int8), first_row * padded // BLOCK * row_bytes)
                 for start in range(0, padded, group):
                     out = shifted(q, (start // BLOCK * count + run_row) * row_bytes)
                     whole = min(group, padded - start)
                     size = min(group, inputs - start)
-                    scale, total = quantize(source, start, size, whole, out, count * row_bytes)
+                    scale, total, products = quantize(
+                        source, start, size, whole, out, count * row_bytes
+                    )
                     place = first_row * groups + start // group * count + run_row
                     scales[place] = scale
-                    corrections[place] = -weight_bias * total
+                    correction = -weight_bias * total
+                    if run_row < crossed:
+                        correction -= products
+                    corrections[place] = correction
             fetch_add(args, DONE, 1)
         wait_for(args, DONE, args[19])
 

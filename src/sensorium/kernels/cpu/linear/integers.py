@@ -130,6 +130,13 @@ class Form:
         """Add integers lane by lane."""
         return self.builder.add(a, b)
 
+    def halves(self, loaded: list[ir.Value]) -> list[list[ir.Value]]:
+        """Return the even and the odd bytes of vectors as 16-bit numbers."""
+        wide = [self.builder.bitcast(value, self.shorts) for value in loaded]
+        low, eight = self.constant(self.shorts, 0xFF), self.constant(self.shorts, 8)
+        even = [self.builder.and_(value, low) for value in wide]
+        return [even, [self.builder.lshr(value, eight) for value in wide]]
+
     def multiply_bytes(self, sums: ir.Value, weights: ir.Value, row: ir.Value) -> ir.Value:
         """Add the products of four unsigned weights and signed activations to each sum (VNNI)."""
         name = f"llvm.x86.avx512.vpdpbusd.{32 * self.width}"
@@ -270,6 +277,27 @@ def sum_of_integers(typingctx: Any, sums: Any) -> Any:
     return types.int32(vec16), codegen
 
 
+@intrinsic
+def add_pairs(typingctx: Any, sums: Any, values: Any, factor: Any) -> Any:
+    """Add to eight of ``sums`` the products of the integers of ``store_integers``, two by two."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        sums, values, factor = args
+        kind, short = lanes(I32, WIDTH), lanes(I16, WIDTH)
+        whole = _call(builder, "llvm.lrint.v16i32.v16f32", kind, [builder.fmul(values, factor)])
+        own = builder.trunc(whole, short)
+        order = ir.Constant(kind, [i ^ 1 for i in range(WIDTH)])
+        others = builder.shuffle_vector(own, own, order)
+        evens = builder.and_(own, ir.Constant(short, [-1, 0] * (WIDTH // 2)))
+        half = lanes(I32, WIDTH // 2)
+        products = _call(builder, "llvm.x86.avx2.pmadd.wd", half, [evens, others])
+        spread = ir.Constant(kind, list(range(WIDTH)))
+        wide = builder.shuffle_vector(products, ir.Constant(half, [0] * half.count), spread)
+        return builder.bitcast(builder.add(builder.bitcast(sums, kind), wide), sums.type)
+
+    return vec16(vec16, vec16, vec16), codegen
+
+
 @njit(**INLINE)
 def _read(row: Any, index: Any, size: Any) -> Any:
     """Return sixteen elements from ``index`` on, zeros from ``size`` on."""
@@ -298,7 +326,8 @@ def build_quantize(pairs: bool) -> Any:
         """Quantize ``size`` elements from ``first`` on into ``whole``, a multiple of 16.
 
         ``stride`` bytes lie between two blocks of the result. Returns the scale, NaN if an element
-        is not finite, and the sum of the integers.
+        is not finite, the sum of the integers, and with ``pairs`` that of the products of each
+        second one and the one before it.
         """
         source = shifted(row, first)
         peaks = splat(f32(0.0))
@@ -308,19 +337,17 @@ def build_quantize(pairs: bool) -> Any:
         finite = peak <= f32(_LARGEST)  # false for NaN
         zeros = not finite or peak < f32(_LEAST)
         factor = splat(f32(0.0) if zeros else f32(127.0) / peak)
-        sums = splat(f32(0.0))
-        if zeros:
-            for i in range(0, whole, WIDTH):
-                own = shifted(out, i // BLOCK * stride)
-                sums = store_integers(own, i % BLOCK, splat(f32(0.0)), factor, sums)
-        else:
-            for i in range(0, whole, WIDTH):
-                own = shifted(out, i // BLOCK * stride)
-                sums = store_integers(own, i % BLOCK, _read(source, i, size), factor, sums)
+        sums, products = splat(f32(0.0)), splat(f32(0.0))
+        for i in range(0, whole, WIDTH):
+            own = shifted(out, i // BLOCK * stride)
+            values = splat(f32(0.0)) if zeros else _read(source, i, size)
+            sums = store_integers(own, i % BLOCK, values, factor, sums)
+            if pairs:
+                products = add_pairs(products, values, factor)
         scale = f32(0.0) if zeros else peak / f32(127.0)
         if not finite:
             scale = f32(np.nan)
-        return scale, sum_of_integers(sums)
+        return scale, sum_of_integers(sums), sum_of_integers(products)
 
     return quantize
 

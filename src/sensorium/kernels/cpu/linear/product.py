@@ -25,8 +25,10 @@ KEPT_ROWS = 64
 """Most rows whose plan is kept."""
 MOST_PLANS = 8
 """Most plans that a product keeps. Decode steps that recur are captured whole, and need none."""
-SCRATCH_BYTES = 16 * 1024 * 1024
-"""Memory of the converted rows that go through the weights at once, unless a block takes more."""
+SCRATCH_BYTES = 4 * 1024 * 1024
+"""Memory of the converted rows that go through the weights at once, unless a block takes more.
+
+Each task of a product reads a block of them: they should stay in the cache of all cores."""
 LINE_BYTES = 64
 
 
