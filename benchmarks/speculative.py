@@ -5,8 +5,9 @@
 
 FOLDER holds a checkpoint with a chat template, such as the one that ``benchmarks.smollm2`` makes.
 Two engines with the same weights answer the same prompts in turn. Times are those from the first
-token of the last answer to begin to the end of all, so prompts are not counted. Every answer has
-its full length. Results are appended to the file of results where it exists, so that a long
+token of the last answer to begin, so prompts are not counted: "decode" is all tokens until the last
+answer has ended, when few sequences may be left, "a sequence" the geometric mean of the speeds of
+the answers. Every answer has its full length. Results are appended to the file of results where it exists, so that a long
 comparison can be cut up; ratios are within one run.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +147,8 @@ class Side:
 
     def answer(
         self, prompts: list[str], tokens: int, task: Task
-    ) -> tuple[list[RequestOutput], float]:
-        """Return answers, and the seconds from the last first token to the end of all."""
+    ) -> tuple[list[RequestOutput], list[float]]:
+        """Return answers, and for each the seconds from the last first token of all to its end."""
         params = [
             SamplingParams(
                 temperature=task.temperature,
@@ -161,7 +163,7 @@ class Side:
         outputs = self.llm.chat(conversations, params, use_tqdm=False)
         times = [output.metrics for output in outputs if output.metrics is not None]
         begin = max(each.first_token_time or 0.0 for each in times)
-        return outputs, max(each.finished_time or 0.0 for each in times) - begin
+        return outputs, [(each.finished_time or 0.0) - begin for each in times]
 
     def tried(self) -> tuple[int, int]:
         """Return how many tokens were tried so far, and how many of them were right."""
@@ -180,9 +182,12 @@ def compare(sides: dict[str, Side], name: str, batch: int, settings: Settings) -
         for side in in_turn(SIDES, round_):
             outputs, seconds = sides[side].answer(prompts, settings.tokens, task)
             found[side] = [output.outputs[0].token_ids for output in outputs]
-            num_tokens = batch * (settings.tokens - 1)
+            num_tokens = settings.tokens - 1
             if round_:
-                figures.note("decode", side, num_tokens / seconds, "tokens/s", "higher")
+                all_of_them = batch * num_tokens / max(seconds)
+                figures.note("decode", side, all_of_them, "tokens/s", "higher")
+                speed = statistics.geometric_mean(num_tokens / each for each in seconds)
+                figures.note("a sequence", side, speed, "tokens/s", "higher")
         same = same and found["ngram"] == found["plain"]
     tried, right = (now - then for now, then in zip(sides["ngram"].tried(), before, strict=True))
     summary = figures.summary("ngram")
