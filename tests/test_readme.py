@@ -9,7 +9,7 @@ import pytest
 from training.pictures import draw_picture
 
 from tests.docs.pages import blocks_of
-from tests.docs.running import Page
+from tests.docs.running import Page, Servers
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,10 +58,12 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 def test_its_code_runs_and_answers_rightly(
     drawn: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = Page(tmp_path)
+    servers = Servers(tmp_path)
+    page = Page(servers)
     try:
         for block in blocks_of("README.md"):
             page.run(block)
     finally:
         page.close()
+        servers.stop()
     assert capsys.readouterr().out.split("\n")[:2] == [drawn["shapes"], drawn["text"]]

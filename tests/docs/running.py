@@ -23,20 +23,44 @@ FEW_RESOURCES = ("--num-kv-blocks", "128", "--max-num-seqs", "4", "--num-media-w
 FEW_RESOURCES += ("--media-decode-timeout", "600")  # of a machine that is busy with other tests
 
 
-class Page:
-    """A page that is being run: the names that its blocks have defined, and the server that it
-    has started last.
+class Servers:
+    """The server that pages have started last.
 
-    All its servers have one port, as for a reader, so that a client goes on when the page starts
-    another server.
+    All have one port, as for a reader, so that a client goes on when a page starts another server.
+    A command that runs already is not started again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names: dict[str, Any] = {"__name__": "__main__"}
         self.port = free_port()
+        self.running: Server | None = None
+        self.command: list[str] = []
+
+    def start(self, command: list[str]) -> None:
+        """Run ``sensorium serve`` with these arguments."""
+        if self.running is not None and self.command == command:
+            return
+        self.stop()
+        model, *flags = command
+        flags += ["--port", str(self.port), *FEW_RESOURCES]
+        self.running, self.command = Server(model, self.folder / "server.log", flags), command
+
+    def stop(self) -> None:
+        """End what runs, which must end well."""
+        if self.running is not None:
+            assert self.running.stop() == 0, self.running.log.read_text()
+            self.running = None
+
+
+class Page:
+    """A page that is being run: the names that its blocks have defined, and the command that
+    starts the server which its next block needs.
+    """
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.names: dict[str, Any] = {"__name__": "__main__"}
         self.to_start: list[str] = []
-        self.server: Server | None = None
         self.num_run = 0
 
     def run(self, block: Block) -> None:
@@ -49,11 +73,10 @@ class Page:
                 self._run_command(command)
 
     def close(self) -> None:
-        """Free the models and stop the server."""
+        """Free the models."""
         for value in self.names.values():
             if type(value).__name__ in ("LLM", "AsyncLLM"):
                 value.close()
-        self._stop()
 
     def _run_python(self, block: Block) -> None:
         code = self._here(block.code)
@@ -84,22 +107,13 @@ class Page:
             self.num_run += 1
 
     def _here(self, text: str) -> str:
-        return text.replace(ADDRESS, f"http://127.0.0.1:{self.port}")
+        return text.replace(ADDRESS, f"http://127.0.0.1:{self.servers.port}")
 
     def _start(self) -> None:
         """Start the server whose command the page has given since the last block that ran."""
-        if not self.to_start:
-            return
-        self._stop()
-        model, *flags = self.to_start
-        self.to_start = []
-        flags += ["--port", str(self.port), *FEW_RESOURCES]
-        self.server = Server(model, self.folder / "server.log", flags)
-
-    def _stop(self) -> None:
-        if self.server is not None:
-            assert self.server.stop() == 0, self.server.log.read_text()
-            self.server = None
+        if self.to_start:
+            self.servers.start(self.to_start)
+            self.to_start = []
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ import pytest
 from tests.checkpoints import make_embedder, make_llava, make_qwen2_5_vl, make_ultravox
 from tests.checkpoints.adapters import make_adapter
 from tests.docs.pages import PAGES, ROOT, blocks_of
-from tests.docs.running import Page
+from tests.docs.running import Page, Servers
 
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "Qwen/Qwen2.5-VL-3B-Instruct": make_qwen2_5_vl,
@@ -27,12 +27,15 @@ CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "llava-hf/llava-1.5-7b-hf": make_llava,
 }
 """Checkpoints that blocks load."""
+PLAIN = "sensorium serve demo\n"
+"""The command of many pages, which run one after the other with one server."""
 WITH_CODE = [
     name
     for name in PAGES
     if name.startswith("docs/") and any(block.language == "python" for block in blocks_of(name))
 ]
 """Pages to run; the README's answers are compared, too, in ``tests/test_readme.py``."""
+WITH_CODE.sort(key=lambda name: not any(PLAIN in block.code for block in blocks_of(name)))
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +53,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.fixture(scope="module")
+def servers(folder: Path) -> Iterator[Servers]:
+    made = Servers(folder)
+    yield made
+    made.stop()
+
+
 @pytest.fixture
-def page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
+def page(folder: Path, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Iterator[Page]:
     monkeypatch.chdir(folder)
-    made = Page(folder)
+    made = Page(servers)
     yield made
     made.close()
 
