@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sensorium import LLM, SamplingParams
-from tests.e2e.test_invariance import FAMILIES, THROUGH_TRANSFORMERS, Prompts, make_prompts
+from tests import checkpoints
+from tests.e2e.test_invariance import (
+    FAMILIES,
+    NUMBERS,
+    THROUGH_TRANSFORMERS,
+    Prompts,
+    ask,
+    bits,
+    make_prompts,
+)
 from tests.parts import build_patient
 from tests.ranks import in_threads
 
@@ -57,3 +67,40 @@ def test_every_family(family: str, tmp_path: Path, threads: None) -> None:
         assert parts.engine.stats().num_preemptions
         assert answers(parts.llm, prompts, 3) == [tokens[:3] for tokens in expected]
         assert parts.engine.stats().prefix_hits
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.make_text("llama", tmp_path_factory.mktemp("llama"))
+
+
+def test_bits_do_not_depend_on_the_batch(llama: Path, threads: None) -> None:
+    options = {"dtype": "float32", "tensor_parallel_size": 2, "max_model_len": 256}
+    prompts = make_prompts("", "", count=4)
+    with LLM(str(llama), num_kv_blocks=80, **options) as llm:
+        together = ask(llm, prompts, [0, 1, 2, 3])
+    with LLM(str(llama), num_kv_blocks=80, max_num_batched_tokens=7, **options) as llm:
+        assert [ask(llm, prompts, [index])[0] for index in range(4)] == together
+
+
+ROUNDED = {"int8": 0.5, "int4": 0.5, "int8 cache": 0.05}
+"""Differences of log probabilities: ranks round parts of rows, of which the sums are compared."""
+
+
+@pytest.mark.parametrize("numbers", [*ROUNDED, "ngram"])
+def test_other_numbers(numbers: str, llama: Path, threads: None) -> None:
+    own = {"speculative": "ngram"} if numbers == "ngram" else NUMBERS[numbers]
+    options: dict[str, Any] = {**own, "dtype": "float32", "num_kv_blocks": 40, "max_model_len": 256}
+    prompt = {"prompt": "one two three " * 9}
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=5)
+    found = []
+    for size in (1, 2):
+        with LLM(str(llama), tensor_parallel_size=size, **options) as llm:
+            [out] = llm.generate([prompt], params, use_tqdm=False)
+            found.append(bits(out))
+    (one_tokens, one), (two_tokens, two) = found
+    if numbers == "ngram":
+        assert one_tokens == two_tokens
+    shared = one[0].keys() & two[0].keys()
+    assert len(shared) >= 3
+    assert max(abs(one[0][i] - two[0][i]) for i in shared) < ROUNDED.get(numbers, 1e-4)
