@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from sensorium import LLM, SamplingParams
+from sensorium.distributed.collectives import Collectives
+from sensorium.engine.parallel import messages
 from tests import checkpoints
 from tests.e2e.test_invariance import (
     FAMILIES,
@@ -61,8 +63,9 @@ def test_every_family(family: str, tmp_path: Path, threads: None) -> None:
     with LLM(str(tmp_path), dtype="float32", num_kv_blocks=400, max_model_len=512) as llm:
         expected = answers(llm, prompts)
         outs = llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
-    options = scarce([len(out.prompt_token_ids) for out in outs])
-    with build_patient(tmp_path, dtype="float32", tensor_parallel_size=2, **options) as parts:
+    options = scarce([len(out.prompt_token_ids) for out in outs]) | {"tensor_parallel_size": 2}
+    encoders = "all" if NATIVE.index(family) % 2 else "first"
+    with build_patient(tmp_path, dtype="float32", encoder_ranks=encoders, **options) as parts:
         assert answers(parts.llm, prompts) == expected
         assert parts.engine.stats().num_preemptions
         assert answers(parts.llm, prompts, 3) == [tokens[:3] for tokens in expected]
@@ -104,3 +107,35 @@ def test_other_numbers(numbers: str, llama: Path, threads: None) -> None:
     shared = one[0].keys() & two[0].keys()
     assert len(shared) >= 3
     assert max(abs(one[0][i] - two[0][i]) for i in shared) < ROUNDED.get(numbers, 1e-4)
+
+
+def test_items_are_encoded_by_all_ranks(
+    tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, modality, placeholder = FAMILIES["qwen2_vl"]
+    make(tmp_path)
+    prompts = make_prompts(modality, placeholder, count=6)[2:6:3]  # two items each
+    options = {"dtype": "float32", "num_kv_blocks": 80, "max_model_len": 512}
+    with LLM(str(tmp_path), **options) as llm:
+        expected = answers(llm, prompts, 4)
+    received, broken = [], []
+    receive, send = Collectives.receive, messages.encode
+    monkeypatch.setattr(
+        Collectives, "receive", lambda *given: received.append(1) or receive(*given)
+    )
+    with build_patient(tmp_path, tensor_parallel_size=2, encoder_ranks="all", **options) as parts:
+        assert answers(parts.llm, prompts, 4) == expected
+        assert len(received) == 1  # all four at once
+
+        def damaged(message: Any) -> bytes:
+            if isinstance(message, messages.Encode):
+                broken.append(message)
+                message.items[0].arrays.clear()
+            return send(message)
+
+        monkeypatch.setattr(messages, "encode", damaged)
+        parts.runner.reset()
+        parts.scheduler.reset()
+        assert answers(parts.llm, prompts, 4) == expected  # the first rank does it instead
+        assert broken
+        assert len(received) == 1

@@ -154,6 +154,11 @@ class ParallelConfig:
         ge=1,
         le=64,
     )
+    encoder_ranks: Literal["first", "all"] = option(
+        "first",
+        "Processes of --tensor-parallel-size that encode media. first: the first one, which alone "
+        "has the encoders; all: each has them, and encodes its share of the items of a step.",
+    )
     data_parallel_size: int = option(
         1, "Number of replicas of the model; only 1 is available so far.", ge=1, le=1 << 16
     )
@@ -161,6 +166,7 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""
         check_fields(self)
+        check_choice("encoder_ranks", self.encoder_ranks, ("first", "all"))
         if self.data_parallel_size > 1:
             bad(
                 "data_parallel_size",

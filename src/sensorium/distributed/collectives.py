@@ -114,3 +114,12 @@ class Collectives:
         found = [torch.empty_like(x) for _ in range(self.shard.size)] if is_first else []
         self._group.gather([found] if is_first else [], [x], self._gather).wait()
         return found
+
+    def send(self, x: torch.Tensor, rank: int) -> None:
+        """Send a tensor to another rank, which calls ``receive``."""
+        self._group.send([x.contiguous()], rank, 0).wait()
+
+    def receive(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        """Return the tensor that another rank sends; ``x``, contiguous, becomes it."""
+        self._group.recv([x], rank, 0).wait()
+        return x

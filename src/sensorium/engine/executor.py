@@ -148,7 +148,7 @@ def _build_parts(
     adapts = _may_adapt(config, loaded.family, model.dtype, device, invariant)
     adapter = ThreadAdapter(num_threads if adapts else 1, threads.configure)
     runner = ModelRunner(
-        model if group is None else _together(model, group, geometry.num_blocks),
+        model if group is None else _together(model, group, config, geometry.num_blocks),
         caches,
         store,
         batch_invariant=invariant,
@@ -198,7 +198,7 @@ def _own_threads(config: EngineConfig, device: torch.device, own_process: bool) 
     return asked
 
 
-def _together(model: Model, group: RankGroup, num_blocks: int) -> Model:
+def _together(model: Model, group: RankGroup, config: EngineConfig, num_blocks: int) -> Model:
     """Wait for the other ranks, and return the model that all compute together.
 
     Raises what kept one of them from loading its part.
@@ -210,7 +210,7 @@ def _together(model: Model, group: RankGroup, num_blocks: int) -> Model:
         "weights of linear layers and embeddings by rank: %s",
         ", ".join(f"{size / MIB:.1f} MiB" for size in sizes),
     )
-    return ParallelModel(model, group)
+    return ParallelModel(model, group, shares_items=config.parallel.encoder_ranks == "all")
 
 
 def _facts(

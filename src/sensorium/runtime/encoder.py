@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from sensorium.core.plan import EncodeJob, EncodeReport
+from sensorium.errors import EngineDeadError
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
 from sensorium.runtime.adapters import NO_LANE, AdapterSet
@@ -149,6 +150,8 @@ class EncoderCache:
                     else:
                         failed.append(digest)
                         self._spoilt(digest, "its embeddings")
+        except EngineDeadError:
+            raise  # of several ranks one has gone
         except Exception:
             logger.exception("encoding %d item(s) failed", len(group))
             if len(group) == 1:

@@ -11,6 +11,7 @@ import pytest
 
 from sensorium import LLM, SamplingParams
 from sensorium.engine.parallel.group import RankGroup
+from sensorium.engine.parallel.model import shares_of
 from sensorium.errors import ConfigError, EngineDeadError
 from sensorium.models.loading.fill import weight_bytes
 from tests import checkpoints
@@ -74,3 +75,9 @@ def test_models_of_transformers_are_refused(
     with pytest.raises(ConfigError, match="cannot be divided here") as caught:
         LLM(str(tmp_path), tensor_parallel_size=2, **OPTIONS)
     assert caught.value.param == "tensor_parallel_size"
+
+
+def test_shares_of_items() -> None:
+    assert shares_of([4, 4, 4], 2) == [[0, 2], [1]]
+    assert shares_of([10, 1, 1, 7, 2], 2) == [[0, 2], [3, 4, 1]]
+    assert shares_of([5, 5], 3) == [[0], [1], []]

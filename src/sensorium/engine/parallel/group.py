@@ -160,6 +160,15 @@ class RankGroup:
             for link in self._links:
                 messages.send(link, data)
 
+    def send_to(self, rank: int, message: ToRank) -> None:
+        """Send a message to one other rank. Raises EngineDeadError when it has gone."""
+        with self.together():
+            messages.send(self._links[rank - 1], messages.encode(message))
+
+    def received(self, rank: int) -> FromRank:
+        """Return the next message of another rank. Raises EngineDeadError when it has gone."""
+        return self._received(self._links[rank - 1])
+
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Compute what the other ranks compute at the same time.

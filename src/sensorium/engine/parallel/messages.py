@@ -8,10 +8,12 @@ lengths and blocks. That is what it sends, ahead of the tensors, which the ranks
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import msgspec
 
 from sensorium.config import EngineConfig
+from sensorium.multimodal.workers.packing import decode_extension, encode_other
 from sensorium.processes.framing import receive_frame, send_frame
 
 MOST_BYTES = 1 << 30
@@ -65,6 +67,27 @@ class Logits(msgspec.Struct, tag=True):
     num_rows: int
 
 
+class Item(msgspec.Struct):
+    """Features of an item, see ``Features``; arrays of numpy."""
+
+    modality: str
+    num_embeds: int
+    meta: dict[str, Any]
+    arrays: dict[str, Any]
+
+
+class Encode(msgspec.Struct, tag=True):
+    """Message to one rank: encode items, answer ``Encoded``, and send their embeddings."""
+
+    items: list[Item]
+
+
+class Encoded(msgspec.Struct, tag=True):
+    """Message from a rank: items are encoded; no embeddings follow if that has failed."""
+
+    failed: bool = False
+
+
 class Loaded(msgspec.Struct, tag=True):
     """Message from a rank: it has loaded its part of the model, of so many bytes."""
 
@@ -83,11 +106,11 @@ class Failed(msgspec.Struct, tag=True):
     param: str | None = None
 
 
-ToRank = Begin | Start | Embed | Forward | Logits
-FromRank = Loaded | Ready | Failed
+ToRank = Begin | Start | Embed | Forward | Logits | Encode
+FromRank = Loaded | Ready | Failed | Encoded
 
-_encoder = msgspec.msgpack.Encoder()
-_to_rank = msgspec.msgpack.Decoder(ToRank)
+_encoder = msgspec.msgpack.Encoder(enc_hook=encode_other)
+_to_rank = msgspec.msgpack.Decoder(ToRank, ext_hook=decode_extension)
 _from_rank = msgspec.msgpack.Decoder(FromRank)
 
 

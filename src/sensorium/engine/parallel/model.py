@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from sensorium.engine.parallel.group import RankGroup
-from sensorium.engine.parallel.messages import Embed, Forward, Logits
+from sensorium.engine.parallel.messages import Embed, Encode, Encoded, Forward, Item, Logits
 from sensorium.kernels.batch import AttentionBatch
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
@@ -16,12 +16,14 @@ from sensorium.multimodal.items import Features
 class ParallelModel:
     """A model whose decoder all ranks compute together, each its part; see ``Model``.
 
-    Encoders, adapters' lanes, sampling, grammars and the caches of media are the first rank's
-    alone: the others get embeddings and give their part of the logits.
+    Sampling, grammars and the caches of media are the first rank's alone: the others get embeddings
+    and give their part of the logits. So are encoders, unless ``shares_items``: then each rank has
+    them.
     """
 
-    def __init__(self, model: Model, group: RankGroup) -> None:
+    def __init__(self, model: Model, group: RankGroup, *, shares_items: bool = False) -> None:
         self._model, self._group = model, group
+        self._shares_items = shares_items
         self.shape, self.dtype, self.device = model.shape, model.dtype, model.device
 
     @property
@@ -30,8 +32,43 @@ class ParallelModel:
         return self._model.has_encoder
 
     def encode(self, items: Sequence[Features]) -> list[torch.Tensor]:
-        """Return embeddings (num_embeds, shape.embed_size) of each item."""
-        return self._model.encode(items)
+        """Return embeddings (num_embeds, shape.embed_size) of each item.
+
+        Several are encoded by all ranks where these have encoders, each a share of them.
+        """
+        if not self._shares_items or len(items) < 2:
+            return self._model.encode(items)
+        sizes = [item.num_embeds for item in items]
+        shares = shares_of(sizes, self._group.collectives.shard.size)
+        for rank, share in enumerate(shares[1:], 1):
+            if share:
+                wanted = [_message(items[index]) for index in share]
+                self._group.send_to(rank, Encode(wanted))
+        failed: Exception | None = None
+        found: dict[int, torch.Tensor] = {}
+        try:
+            own = self._model.encode([items[index] for index in shares[0]])
+            found |= zip(shares[0], own, strict=True)
+        except Exception as error:
+            failed = error  # the others are waited for all the same
+        for rank, share in enumerate(shares[1:], 1):
+            if share:
+                embeds = self._received(rank, [sizes[index] for index in share])
+                found |= zip(share, embeds, strict=False)
+        if failed is not None or len(found) < len(items):
+            raise failed or RuntimeError("a rank could not encode its items")
+        return [found[index] for index in range(len(items))]
+
+    def _received(self, rank: int, sizes: list[int]) -> list[torch.Tensor]:
+        """Return the embeddings of items that another rank encodes; none if it could not."""
+        with self._group.together():
+            message = self._group.received(rank)
+            if not isinstance(message, Encoded) or message.failed:
+                return []
+            shape = sum(sizes), self.shape.embed_size
+            rows = torch.empty(shape, dtype=self.dtype, device=self.device)
+            rows = self._group.collectives.receive(rows, rank)
+            return [part.clone() for part in rows.split(sizes)]
 
     def rotary(
         self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
@@ -67,6 +104,26 @@ class ParallelModel:
         with self._group.together():
             hidden = self._group.collectives.broadcast(hidden.contiguous())
             return self._model.logits(hidden)
+
+
+def shares_of(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Return the indexes of the items of each rank, so that all have about as much of the sizes.
+
+    The largest come first; of ranks with equally much the first gets the next.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    sums = [0] * num_ranks
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        rank = sums.index(min(sums))
+        shares[rank].append(index)
+        sums[rank] += sizes[index]
+    return shares
+
+
+def _message(features: Features) -> Item:
+    """Return features as they are sent to another rank."""
+    arrays = {name: features.arrays[name] for name in features.arrays}
+    return Item(features.modality, features.num_embeds, dict(features.meta), arrays)
 
 
 def packed(cos: torch.Tensor, sin: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:

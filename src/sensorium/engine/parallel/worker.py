@@ -22,6 +22,8 @@ from sensorium.engine.parallel import messages
 from sensorium.engine.parallel.messages import (
     Begin,
     Embed,
+    Encode,
+    Encoded,
     Failed,
     Forward,
     Loaded,
@@ -124,8 +126,9 @@ class Rank:
         if is_own_process and device.type == "cpu":
             asked = config.model.num_threads
             threads.configure(threads.share(begin.rank, begin.size, asked, keeps=True))
+        skipped = MODALITIES if config.parallel.encoder_ranks == "first" else ()
         loaded = load_model(
-            config, str(device), collectives=self.collectives, skip_modalities=MODALITIES
+            config, str(device), collectives=self.collectives, skip_modalities=skipped
         )
         self._model = model = cast("DecoderModel", loaded.model)
         self._layout = cache_layout(config, model.shape, model.dtype, self.collectives)
@@ -140,7 +143,8 @@ class Rank:
         model = self._model
         self._caches = allocate_cache(self._layout, start.num_blocks, model.device)
         int8_cache = self._layout.records is not None
-        ops.warm_up(model.dtype, model.device, encoders=False, int8_cache=int8_cache)
+        encoders = model.has_encoder
+        ops.warm_up(model.dtype, model.device, encoders=encoders, int8_cache=int8_cache)
         timeout = timedelta(seconds=start.timeout)
         self.collectives.join(Path(start.meeting), model.device, timeout)
 
@@ -155,11 +159,40 @@ class Rank:
                     self._model.decoder.embedding(ids.to(self._model.device))
                 elif isinstance(message, Forward):
                     self._forward(message)
+                elif isinstance(message, Encode):
+                    self._encode(message, connection)
                 elif isinstance(message, Logits):
                     size = message.num_rows, self._model.shape.hidden_size
                     model = self._model
                     hidden = torch.empty(size, dtype=model.dtype, device=model.device)
                     model.decoder.head(self.collectives.broadcast(hidden))
+
+    def _encode(self, message: Encode, connection: socket.socket) -> None:
+        """Encode items, and send their embeddings to the first rank."""
+        import torch
+
+        from sensorium.distributed.collectives import FIRST
+        from sensorium.multimodal.items import Features
+
+        try:
+            items = [
+                Features(
+                    item.modality,  # type: ignore[arg-type]
+                    {name: array.copy() for name, array in item.arrays.items()},
+                    item.num_embeds,
+                    item.meta,
+                )
+                for item in message.items
+            ]
+            rows = torch.cat(self._model.encode(items)).to(self._model.dtype)
+            if rows.shape[0] != sum(item.num_embeds for item in items):
+                raise RuntimeError(f"the encoder made {rows.shape[0]} embeddings")
+        except Exception:
+            logger.exception("encoding %d item(s) failed", len(message.items))
+            messages.send(connection, messages.encode(Encoded(failed=True)))
+            return
+        messages.send(connection, messages.encode(Encoded()))
+        self.collectives.send(rows, FIRST)
 
     def _forward(self, message: Forward) -> None:
         import torch
