@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sensorium import LLM, SamplingParams
 from sensorium.distributed.collectives import Collectives
@@ -118,11 +119,15 @@ def test_items_are_encoded_by_all_ranks(
     options = {"dtype": "float32", "num_kv_blocks": 80, "max_model_len": 512}
     with LLM(str(tmp_path), **options) as llm:
         expected = answers(llm, prompts, 4)
-    received, broken = [], []
+    received: list[int] = []
+    broken: list[messages.Encode] = []
     receive, send = Collectives.receive, messages.encode
-    monkeypatch.setattr(
-        Collectives, "receive", lambda *given: received.append(1) or receive(*given)
-    )
+
+    def counted(ranks: Collectives, x: torch.Tensor, rank: int) -> torch.Tensor:
+        received.append(rank)
+        return receive(ranks, x, rank)
+
+    monkeypatch.setattr(Collectives, "receive", counted)
     with build_patient(tmp_path, tensor_parallel_size=2, encoder_ranks="all", **options) as parts:
         assert answers(parts.llm, prompts, 4) == expected
         assert len(received) == 1  # all four at once

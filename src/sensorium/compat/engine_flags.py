@@ -83,7 +83,17 @@ def _lookup(name: str) -> Convert:
     return lambda value: {name: int(value)}
 
 
+def _encoder_ranks(value: Any) -> dict[str, Any]:
+    return {"encoder_ranks": "all"} if value == "data" else {}
+
+
 SAME = [
+    same(
+        "mm_encoder_tp_mode",
+        "encoder_ranks",
+        _encoder_ranks,
+        "data: each rank encodes its share of the items; weights: the first rank alone encodes",
+    ),
     same(
         "speculative_config",
         "speculative, num_speculative_tokens, prompt_lookup_min, prompt_lookup_max",
@@ -179,7 +189,7 @@ IGNORED = [
     *ignored("requests are ordered by priority, then by arrival", scheduling_policy="fcfs"),
     *ignored(
         _ONE_DEVICE, distributed_executor_backend=None, disable_custom_all_reduce=False, worker_use_ray=False,
-        ray_workers_use_nsight=False, engine_use_ray=False, mm_encoder_tp_mode="weights", numa_bind=False,
+        ray_workers_use_nsight=False, engine_use_ray=False, numa_bind=False,
         numa_bind_nodes=[], numa_bind_cpus=[], distributed_timeout_seconds=None, cpu_distributed_timeout_seconds=None,
         master_addr="127.0.0.1", master_port=29501, data_parallel_backend="mp", data_parallel_address=None,
         data_parallel_rpc_port=None, dcp_comm_backend=None, dcp_q_replicate=False, dcp_kv_cache_interleave_size=1,
