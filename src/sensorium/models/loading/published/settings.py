@@ -236,8 +236,9 @@ class Settings:
     def stored_bytes(self) -> float:
         """Return the bytes of a weight in the file with its share of what scales it, about."""
         bits = self.stored_bits()
-        if self.method == "mlx":
-            return bits / 8 + 4 / self.group_of(1 << 31)
+        if self.method in ("awq", "gptq", "mlx"):
+            offset = 2 if self.method == "mlx" else bits / 8
+            return bits / 8 + (2 + offset) / self.group_of(1 << 31)
         return bits / 8 * _SCALES
 
     def _version(self) -> str:
