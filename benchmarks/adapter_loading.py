@@ -31,7 +31,7 @@ from sensorium.engine.serving.adapter_reader import AdapterReader
 from sensorium.params import SamplingParams
 
 SIDES = ("between", "beside")
-STEPS = 30
+STEPS = 12
 """Steps before an adapter is loaded, and after it."""
 
 
