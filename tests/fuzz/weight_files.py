@@ -7,10 +7,10 @@ the files, so that one that dies is noticed, and measures how far it grows.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -111,7 +111,8 @@ def run(samples: Sequence[Path], number: int, seed: int, folder: Path) -> Counte
         check=False,
     )
     lines = [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
-    assert child.returncode == 0, f"file {len(lines)} ended the process: {child.stderr[-2000:]}"
+    ended = f"ended the process with status {child.returncode}: {child.stderr[-2000:]}"
+    assert child.returncode == 0, f"file {len(lines)} of seed {seed} {ended}"
     assert len(lines) == number
     for line in lines:
         assert not line["fault"], f"file {line['index']} of seed {seed}: {line['fault']}"
@@ -141,10 +142,11 @@ def _child(samples: Sequence[Path], number: int, seed: int, folder: Path) -> Non
     from sensorium.models.gguf import folder as folders
     from tests.fuzz.memory import Height
 
+    faulthandler.enable()
     vars(folders)["cache_root"] = lambda: folder / "caches"  # nothing stays behind
     whole = {path: path.read_bytes() for path in samples}
     for path in samples:
-        signal.alarm(MOST_SECONDS)
+        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
         assert _load(path.parent) == "loaded"  # imports and compilation are not counted
     for index in range(number):
         rng = random.Random(f"{seed}/{index}")
@@ -152,7 +154,7 @@ def _child(samples: Sequence[Path], number: int, seed: int, folder: Path) -> Non
         path = folder / "damaged" / sample.name
         shutil.copytree(sample.parent, path.parent)
         path.write_bytes(mutate(whole[sample], rng, list(whole.values())))
-        signal.alarm(MOST_SECONDS)  # ends the process, in whatever code it is
+        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)  # in whatever code it is
         height, answer = Height(), {"index": index, "size": path.stat().st_size}
         answer |= {"sample": f"{sample.parent.name}/{sample.name}", "outcome": "", "fault": ""}
         try:
