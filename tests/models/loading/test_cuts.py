@@ -8,23 +8,33 @@ import pytest
 import torch
 
 from sensorium.distributed.shard import Cut
+from sensorium.kernels import ops
 from sensorium.kernels.weight import QuantizedTensor
 from sensorium.models.interface import Part
-from sensorium.models.loading.coded import CodedWeight, dense, taken
+from sensorium.models.loading.coded import CodedWeight, dense, pack, taken
 from sensorium.models.loading.memory import extent
 from sensorium.models.loading.quantize import int4, int8, int8_groups
+from tests.kernels.test_grouped_weights import make as stored
 
 SHAPE = (24, 128)
 ROWS = Cut(rows=((4, 9), (20, 24)))
 
 
-def coded(whole: QuantizedTensor | torch.Tensor) -> CodedWeight:
+def coded(whole: QuantizedTensor | torch.Tensor, order: torch.Tensor | None = None) -> CodedWeight:
     def read(first: int, end: int) -> QuantizedTensor | torch.Tensor:
         if isinstance(whole, torch.Tensor):
             return whole[first:end]
         return whole.rows_of(slice(first, end))
 
-    return CodedWeight(SHAPE, "a form", read)
+    return CodedWeight(SHAPE, "a form", read, order=order)
+
+
+def with_zeros(weight: torch.Tensor) -> QuantizedTensor:
+    return stored("int4 zeros", *weight.shape)
+
+
+def with_minimums(weight: torch.Tensor) -> QuantizedTensor:
+    return stored("int8 minimums", *weight.shape)
 
 
 def of(whole: torch.Tensor, cut: Cut) -> torch.Tensor:
@@ -34,7 +44,9 @@ def of(whole: torch.Tensor, cut: Cut) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cut", [ROWS, Cut(rows=((3, 17),)), Cut(columns=(32, 96))])
-@pytest.mark.parametrize("make", [int8, int8_groups, int4, torch.Tensor.float])
+@pytest.mark.parametrize(
+    "make", [int8, int8_groups, int4, with_zeros, with_minimums, torch.Tensor.float]
+)
 def test_coded_weights_keep_their_integers(make: Any, cut: Cut) -> None:
     whole = make(torch.randn(SHAPE))
     plain = whole if isinstance(whole, torch.Tensor) else whole.dequantized()
@@ -53,6 +65,32 @@ def test_columns_within_a_group_become_numbers() -> None:
     assert isinstance(own, CodedWeight)
     assert own.label == "a form, split within a group"
     assert torch.equal(dense(own, torch.float32), whole.dequantized()[:, 48:96])
+
+
+@pytest.mark.parametrize(
+    "cut", [ROWS, Cut(columns=(32, 96)), Cut(rows=((4, 9), (20, 24)), columns=(64, 128))]
+)
+@pytest.mark.parametrize("make", [with_zeros, with_minimums])
+def test_columns_of_another_order_are_those_of_the_inputs(make: Any, cut: Cut) -> None:
+    """Rows keep integers and order; the inputs of a rank are scattered over the groups."""
+    whole = make(torch.empty(SHAPE))
+    order = torch.randperm(SHAPE[1], generator=torch.Generator().manual_seed(5)).int()
+    plain = torch.empty(SHAPE)
+    plain[:, order.long()] = whole.dequantized()
+    expected, is_kept = of(plain, cut), cut.columns is None
+    own = taken(coded(whole, order), Part("w", SHAPE, cut))
+    assert isinstance(own, CodedWeight)
+    assert own.shape == Part("w", SHAPE, cut).own_shape
+    assert torch.equal(dense(own, torch.float32), expected)
+    assert torch.equal(own.dequantized(2, 7), expected[2:7])
+    assert isinstance(own.read(0, 3), QuantizedTensor) == is_kept
+    assert own.label == ("a form" if is_kept else "a form, split within a group")
+    packing = pack([own], "as stored", None, torch.float32)
+    assert (packing is not None) == ops.has_integer_products()
+    if packing is not None:
+        assert packing.is_kept == is_kept
+        rows = packing.weight.rows(torch.arange(own.shape[0]))
+        assert (rows - expected).norm() < 0.01 * expected.norm()
 
 
 def test_plain_weights_are_views_where_that_is_possible() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -41,6 +41,12 @@ class CodedWeight:
     """Tensors that ``read`` reads, mapped from a file."""
     order: torch.Tensor | None = None
     """(K,) int32, the input of each column that ``read`` returns; None if they lie in order."""
+    places: torch.Tensor | None = field(init=False, repr=False)
+    """(K,) int64, the column of each input that ``read`` returns; None if they lie in order."""
+
+    def __post_init__(self) -> None:
+        places = None if self.order is None else self.order.long().argsort()
+        object.__setattr__(self, "places", places)
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +57,7 @@ class CodedWeight:
         """Return some rows as float32."""
         rows = self.read(first, end)
         numbers = rows if isinstance(rows, torch.Tensor) else rows.dequantized()
-        return numbers if self.order is None else numbers[:, self.order.long().argsort()]
+        return numbers if self.places is None else numbers[:, self.places]
 
 
 def joined_rows(weights: Sequence[CodedWeight]) -> Rows | None:
@@ -185,27 +191,30 @@ def taken(weight: torch.Tensor | CodedWeight, part: Part) -> torch.Tensor | Code
 def _cut(weight: CodedWeight, cut: Cut) -> CodedWeight:
     """Return some rows and columns of a weight that is decoded by rows.
 
-    Columns that begin or end within a group of inputs that share a scale are given as float32
-    numbers, of which the loader makes other integers.
+    Columns that begin or end within a group of inputs that share a scale, or of a weight whose
+    columns lie in another order, are given as float32 numbers in the order of the inputs. The
+    loader makes other integers of them.
     """
     num_outputs, num_inputs = cut.shape_of(weight.shape)
     ranges = cut.rows or ((0, weight.shape[0]),)
-    keeps_groups = cut.columns is None or _keeps_groups(weight.read(0, 1), cut.columns)
+    keeps_groups = cut.columns is None or (
+        weight.order is None and _keeps_groups(weight.read(0, 1), cut.columns)
+    )
+    own_rows: Rows = weight.read if keeps_groups else weight.dequantized
 
     def read(first: int, end: int) -> AnyRows:
         pieces, start = [], 0
         for low, high in ranges:
             own_first, own_end = max(first - start, 0), min(end - start, high - low)
             if own_first < own_end:
-                rows = weight.read(low + own_first, low + own_end)
-                if isinstance(rows, QuantizedTensor) and not keeps_groups:
-                    rows = rows.dequantized()
+                rows = own_rows(low + own_first, low + own_end)
                 pieces.append(rows if cut.columns is None else _columns(rows, *cut.columns))
             start += high - low
         return _stacked(pieces)
 
     label = weight.label if keeps_groups else f"{weight.label}, split within a group"
-    return replace(weight, shape=(num_outputs, num_inputs), read=read, label=label)
+    order = weight.order if keeps_groups else None
+    return replace(weight, shape=(num_outputs, num_inputs), read=read, label=label, order=order)
 
 
 def _keeps_groups(rows: AnyRows, columns: Range) -> bool:

@@ -14,8 +14,10 @@ from sensorium.distributed.collectives import Collectives
 from sensorium.distributed.shard import Shard
 from sensorium.kernels import ops
 from sensorium.models import loader
+from sensorium.models.gguf import folder as folders
 from tests.checkpoints import make_text
 from tests.checkpoints import quantized as q
+from tests.checkpoints.gguf import write_gguf
 from tests.models.loading.published.forms import FORMS, SIZES
 
 IDS = list(range(30, 62))
@@ -73,15 +75,22 @@ def test_the_numbers_of_a_format(plain: Path, tmp_path: Path, form: str) -> None
         assert error < ERROR["made" if held == "made" else "kept"]
 
 
-SPLIT = ("gptq",)
-"""Of two ranks, those whose inputs of attention's output begin within a group of 128."""
-DIVIDED = (*SPLIT, "awq-32", "gptq-act-order", "w8a8", "fp8-block", "nf4")
+SPLIT = {"gptq": ("o",), "gptq-act-order": ("o", "down")}
+"""Layers whose inputs begin, in one of two ranks, within a group of 128, or lie in any group."""
+DIVIDED = (*SPLIT, "awq-32", "w8a8", "fp8-block", "nf4")
+GGUF = "Q4_1"
 
 
-@pytest.mark.parametrize("form", [*DIVIDED, None])
-def test_two_ranks_have_all_numbers(plain: Path, tmp_path: Path, form: str | None) -> None:
+@pytest.mark.parametrize("form", [*DIVIDED, GGUF, None])
+def test_two_ranks_have_all_numbers(
+    plain: Path, tmp_path: Path, form: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "cache_root", lambda: tmp_path / "caches")
     if form is None:
         folder, dense = str(plain), load_file(plain / "model.safetensors")
+    elif form == GGUF:
+        folder = str(tmp_path / "model.gguf")
+        dense = write_gguf(plain, Path(folder), form)
     else:
         folder, dense = written(plain, tmp_path, form)
     ranks: list[Any] = [
@@ -102,10 +111,11 @@ def test_two_ranks_have_all_numbers(plain: Path, tmp_path: Path, form: str | Non
             "gate_up": in_order([mlp.gate_up for mlp in mlps], *[mlps[0].down.num_inputs] * 2),
             "down": torch.cat([numbers(mlp.down) for mlp in mlps], dim=1),
         }
-        bound = ERROR["kept" if form is None or FORMS[form].held != "made" else "made"]
+        is_made = form in FORMS and FORMS[form].held == "made"
         for name, weight in found.items():
             error = (weight - expected[name]).norm() / expected[name].norm()
-            assert error < (ERROR["made"] if form in SPLIT and name == "o" else bound), name
+            split = name in SPLIT.get(form or "", ())
+            assert error < ERROR["made" if is_made or split else "kept"], name
 
 
 def sizes_of(attention: Any) -> tuple[int, int, int]:
