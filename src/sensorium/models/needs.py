@@ -15,7 +15,6 @@ from sensorium.models import hub_gguf
 from sensorium.models.configs import declared_dtype, ties_head
 from sensorium.models.dtypes import dtype_of, suited_to_cpu
 from sensorium.models.gguf import describe, split
-from sensorium.models.gguf.config import config_of
 from sensorium.models.gguf.folder import encoder_of, file_of
 from sensorium.models.gguf.reader import GgufFile
 from sensorium.models.interface import BuildOptions, Family, LoadedConfig, TextShape
@@ -194,7 +193,7 @@ def least_memory(options: ModelConfig, kv_cache_dtype: str = "auto") -> int:
         weights = _gguf_bytes(split.read(gguf), options, family, integers, size)
         encoder = encoder_of(folder)
         if encoder is not None:
-            weights += _tower_bytes(split.read(encoder), options, size)
+            weights += _tower_bytes(split.read_encoder(encoder), options, size)
     else:
         total = _stored(options.model, folder, *where)
         for field, name in names.items():
@@ -280,9 +279,10 @@ def _facts(
     """Return configuration, GGUF files of model and encoder if any, and files of weights."""
     named = checkpoint.hub_file(options.model)
     if named is not None:
-        gguf, files = hub_gguf.beginning(*named, "model", options)
+        gguf, files = hub_gguf.beginning(*named, options)
         encoder, others = hub_gguf.encoder(named[0], options)
-        config = checkpoint.merged(config_of(gguf), options.hf_overrides)
+        stored = hub_gguf.config_of(gguf, named[0], files, options)
+        config = checkpoint.merged(stored, options.hf_overrides)
         return LoadedConfig("", config, {}, {}, {}), gguf, encoder, [*files, *others]
     where = options.revision, options.download_dir
     folder = checkpoint.find(options.model, *where, options.mmproj)
@@ -290,9 +290,10 @@ def _facts(
     path = file_of(folder)
     if path is not None:
         tower = encoder_of(folder)
+        encoder = None if tower is None else split.read_encoder(tower)
         paths = [*split.present(path), *([] if tower is None else [tower])]
         files = [hub.HubFile(own.name, own.stat().st_size, True) for own in paths]
-        return loaded, split.read(path), None if tower is None else split.read(tower), files
+        return loaded, split.read(path), encoder, files
     family = resolve(loaded.config)
     refuse_unsupported(loaded, native=family.quantizable)
     loaded, names = read_parts(loaded, family, options.download_dir)

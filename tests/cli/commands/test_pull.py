@@ -14,10 +14,12 @@ import huggingface_hub
 import pytest
 
 from sensorium.cli.main import main
+from sensorium.errors import ConfigError
 from sensorium.forks import OWN_THREADS
 from sensorium.models import hub_gguf
 from sensorium.models import needs as needs_module
 from sensorium.models.gguf import folder as folders
+from sensorium.models.gguf import reader
 from sensorium.models.loading import hub as hub_module
 from tests import checkpoints
 from tests.checkpoints.gguf import write_gguf
@@ -331,6 +333,36 @@ def test_a_gguf_file_is_described_from_its_beginning(
     assert len(list(tmp_path.rglob(f"snapshots/*/{name}"))) == 1
 
 
+def test_factors_of_rotary_positions_are_fetched_by_themselves(
+    pull: Puller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of Llama 3.1 and later are a tensor, which may lie behind the beginning."""
+    monkeypatch.setattr(hub_gguf, "GGUF_BEGINNING", 1 << 16)
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    model = checkpoints.make_text("llama", tmp_path / "model", rope_scaling=scaling)
+    source, name = tmp_path / "files", "model-q8_0.gguf"
+    source.mkdir()
+    write_gguf(model, source / name, "Q8_0")
+    info = reader.read(source / name).tensors["rope_freqs.weight"]
+    assert info.start > 1 << 16
+    with FakeHub({NAME: source}) as hub:
+        found = needs(pull(hub, tmp_path, "--dry-run", "--json", model=f"{NAME}:{name}"))
+        assert found["problem"] is None
+        last = info.start + info.nbytes - 1
+        assert hub.ranges == ["bytes=0-65535", f"bytes={info.start}-{last}"]
+        data = (source / name).read_bytes()
+        assert hub_module.piece(NAME, name, None, 1000, 8) == data[1000:1008]
+        hub.num_shifted = 1
+        with pytest.raises(ConfigError, match="does not send a part of"):
+            hub_module.piece(NAME, name, None, 1000, 8)
+
+
 def test_all_parts_of_a_gguf_file_are_downloaded(
     pull: Puller, repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,6 +380,8 @@ def test_all_parts_of_a_gguf_file_are_downloaded(
         assert done.returncode == 0, done.stderr
         again = needs(pull(hub, tmp_path, "--json", model=f"{NAME}:{names[0]}"))
         assert again["download"] == 0
+        asked = len(hub.downloaded)
         other = pull(hub, tmp_path, "--dry-run", model=f"{NAME}:{names[1]}")
-        assert "name its first" in other.stderr
+        assert f"name its first, {names[0]}" in other.stderr
+        assert len(hub.downloaded) == asked
     assert len(list(tmp_path.rglob("snapshots/*/q8/*.gguf"))) == 3

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from sensorium.config import ModelConfig
 from sensorium.errors import ConfigError
-from sensorium.models import loader
+from sensorium.models import hub_gguf, loader
 from sensorium.models.gguf import folder as folders
 from sensorium.models.gguf import split
 from sensorium.models.loading import checkpoint
+from sensorium.models.loading.published.gguf import GgufWeights
 from tests.checkpoints import make_text
 from tests.checkpoints.gguf import write_gguf
-from tests.models.gguf.raw import Raw, Tensor, value
+from tests.models.gguf.raw import Raw, Tensor, string, value
 from tests.models.harness import Harness
 
 IDS = list(range(20, 44))
@@ -106,6 +108,37 @@ def test_tensors_are_in_their_parts(tmp_path: Path) -> None:
     found = split.read(write_parts(tmp_path, *parts))
     assert [path.name for path, _ in found.parts] == split.part_names(found.path.name)
     assert found.tensors["b.weight"].part == 1
+
+
+def test_encoders_in_parts_are_refused(tmp_path: Path) -> None:
+    """All ways to an encoder read one file, and say so."""
+    model, name = tmp_path / "own.gguf", "some/model:own.gguf"
+    write_gguf(make_text("llama", tmp_path / "source", num_hidden_layers=1), model, "Q8_0")
+    kind = ("general.architecture", value(8, string("clip")))
+    encoder = Raw([kind, *numbers(0, 2)]).write(tmp_path)
+    ways: list[Callable[[], object]] = [
+        lambda: checkpoint.find(str(model), mmproj=str(encoder)),
+        lambda: GgufWeights(model, (), encoder),
+        lambda: hub_gguf.encoder("some/model", ModelConfig(model=name, mmproj=str(encoder))),
+    ]
+    message = r"one of 2 parts, and an encoder \(mmproj\)"
+    for way in ways:
+        with pytest.raises(ConfigError, match=message) as caught:
+            way()
+        assert caught.value.param == "mmproj"
+
+
+def test_another_part_than_the_first_is_refused_by_its_name() -> None:
+    """Nothing is asked for: the hub cannot be reached here."""
+    name = "q8/model-00002-of-00003.gguf"
+    options = ModelConfig(model=f"some/model:{name}")
+    ways: list[Callable[[], object]] = [
+        lambda: checkpoint.find(options.model),
+        lambda: hub_gguf.beginning("some/model", name, options),
+    ]
+    for way in ways:
+        with pytest.raises(ConfigError, match=r"name its first, q8/model-00001-of-00003\.gguf"):
+            way()
 
 
 def test_names_that_are_no_parts() -> None:

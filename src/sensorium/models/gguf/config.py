@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,12 +28,16 @@ _SAMPLING = {
 _GEMMA2_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 """Caps of logits in Gemma 2 where a file does not say. Source: llama.cpp."""
 
+ReadTensor = Callable[[TensorInfo], bytes]
+"""The bytes of a tensor of a file. Raises ConfigError."""
 
-def config_of(file: GgufFile) -> dict[str, Any]:
+
+def config_of(file: GgufFile, read: ReadTensor | None = None) -> dict[str, Any]:
     """Return the configuration of a file's model, as its config.json would have it.
 
-    Raises UnsupportedModelError for an architecture that is not run, and ConfigError that names the
-    value for one that is missing, impossible, or does not fit the tensors.
+    read: gives the bytes of a tensor where the file is not here. Raises UnsupportedModelError for
+    an architecture that is not run, and ConfigError that names the value for one that is missing,
+    impossible, or does not fit the tensors.
     """
     kind = architecture_of(file)
     embedding = _tensor(file, "token_embd.weight")
@@ -63,7 +68,7 @@ def config_of(file: GgufFile) -> dict[str, Any]:
     if kind.model_type == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
         config["mlp_bias"] = "blk.0.ffn_down.bias" in file.tensors
-    config |= _windows(file, kind) | _rotary(file, config) | _caps(file, kind, config)
+    config |= _windows(file, kind) | _rotary(file, config, read) | _caps(file, kind, config)
     ids = token_ids(file)
     names = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
     return config | {names[name]: ids[name] for name in names if name in ids}
@@ -94,25 +99,35 @@ def sampling_of(file: GgufFile) -> dict[str, Any]:
     return found
 
 
-def read_factors(file: GgufFile, name: str, size: int) -> list[float] | None:
+def read_factors(
+    file: GgufFile, name: str, size: int, read: ReadTensor | None = None
+) -> list[float] | None:
     """Return a tensor of rotary factors, ``size`` float32 numbers; None where there is none.
 
-    Raises ConfigError for one of another size or kind, or with numbers that are not positive.
+    read: as in ``config_of``. Raises ConfigError for one of another size or kind, or with numbers
+    that are not positive.
     """
     info = file.tensors.get(name)
     if info is None:
         return None
     if info.kind.name != "F32" or info.num_values != size:
         _bad(file, name, f"has {info.num_values} numbers of {info.kind.name}, not {size} of F32")
+    data = _bytes_of(file, info) if read is None else read(info)
+    if len(data) != info.nbytes:
+        _bad(file, name, "is not whole")
+    values = np.frombuffer(data, "<f4")
+    if not (np.isfinite(values).all() and (values > 0).all()):
+        _bad(file, name, "has numbers that are no positive factors")
+    return [float(value) for value in values]
+
+
+def _bytes_of(file: GgufFile, info: TensorInfo) -> bytes:
     try:
         with file.parts[info.part][0].open("rb") as source:
             source.seek(info.start)
-            values = np.frombuffer(source.read(info.nbytes), "<f4")
+            return source.read(info.nbytes)
     except OSError as error:
         raise ConfigError(f"{file.path.name} cannot be read: {error}.", param="model") from error
-    if len(values) != size or not (np.isfinite(values).all() and (values > 0).all()):
-        _bad(file, name, "has numbers that are no positive factors")
-    return [float(value) for value in values]
 
 
 def _head_dim(file: GgufFile, kind: Architecture, hidden_size: int, num_heads: int) -> int:
@@ -156,13 +171,13 @@ def _windows(file: GgufFile, kind: Architecture) -> dict[str, Any]:
     """Return the sliding windows. Files of Qwen and Llama that have any are not of these."""
     if kind.model_type in ("qwen2", "qwen3"):
         return {"use_sliding_window": False}
-    size = file.own("attention.sliding_window")
-    if kind.model_type == "llama" or not size:
+    size = file.own("attention.sliding_window", 0)
+    if kind.model_type == "llama" or (type(size) is int and size == 0):
         return {"sliding_window": None} if kind.model_type in ("llama", "phi3") else {}
     return {"sliding_window": count(file, "attention.sliding_window")}
 
 
-def _rotary(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
+def _rotary(file: GgufFile, config: dict[str, Any], read: ReadTensor | None) -> dict[str, Any]:
     """Return the settings of rotary positions.
 
     Factors of a file divide the frequencies one by one, which is longrope here. Llama 3's are
@@ -179,15 +194,15 @@ def _rotary(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if rotated != head_dim:
         found["partial_rotary_factor"] = rotated / head_dim
-    long = read_factors(file, "rope_factors_long.weight", rotated // 2)
-    short = read_factors(file, "rope_factors_short.weight", rotated // 2)
+    long = read_factors(file, "rope_factors_long.weight", rotated // 2, read)
+    short = read_factors(file, "rope_factors_short.weight", rotated // 2, read)
     if long is not None and short is not None:
         name = "rope.scaling.original_context_length"
         found["original_max_position_embeddings"] = count(file, name)
         factor = number(file, "rope.scaling.attn_factor", 1.0)
         scaling = {"type": "longrope", "long_factor": long, "short_factor": short}
         return found | {"rope_scaling": scaling | {"attention_factor": factor}}
-    factors = read_factors(file, "rope_freqs.weight", rotated // 2)
+    factors = read_factors(file, "rope_freqs.weight", rotated // 2, read)
     if factors is not None:
         scaling = {"rope_type": "longrope", "long_factor": factors, "short_factor": factors}
         whole = {"original_max_position_embeddings": config["max_position_embeddings"]}
@@ -198,6 +213,8 @@ def _rotary(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
 def _scaled(file: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
     """Return the scaling of rotary positions by one factor, if there is any: linear by default."""
     kind = file.own("rope.scaling.type", "linear")
+    if not isinstance(kind, str):
+        _bad(file, "rope.scaling.type", "is no text")
     factor = number(file, "rope.scaling.factor", number(file, "rope.scale_linear", 1.0))
     if kind == "none" or (factor == 1.0 and kind in ("linear", "yarn", "longrope")):
         return {}

@@ -65,7 +65,7 @@ def folder_of(path: Path, encoder: Path | None = None) -> Path:
     try:
         part = Path(tempfile.mkdtemp(dir=root, prefix=f"{key}."))
         try:
-            _write(part, split.read(path), None if encoder is None else reader.read(encoder))
+            _write(part, split.read(path), None if encoder is None else split.read_encoder(encoder))
             _place(part, target)
         finally:
             shutil.rmtree(part, ignore_errors=True)

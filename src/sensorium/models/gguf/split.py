@@ -46,6 +46,30 @@ def is_first(name: str) -> bool:
     return part_names(name)[0] == name
 
 
+def check_first(name: str) -> None:
+    """Raise ConfigError for the name of a part of a file that is not the first."""
+    first = part_names(name)[0]
+    if first != name:
+        raise ConfigError(f"{name} is a part of a file: name its first, {first}.", param="model")
+
+
+def read_encoder(path: Path, size: int | None = None) -> GgufFile:
+    """Read the metadata and the tensor table of an encoder's file, which is in no parts.
+
+    size: bytes of the whole file, where only its beginning is here. Raises ConfigError as
+    ``reader.read`` does, and for a part.
+    """
+    file = reader.read(path, size)
+    count = _number(file, "split.count", 1)
+    if count > 1:
+        raise ConfigError(
+            f"{path.name} is one of {count} parts, and an encoder (mmproj) is read from one file: "
+            "join them (gguf-split --merge).",
+            param="mmproj",
+        )
+    return file
+
+
 def read(path: Path, sizes: Mapping[str, int] | None = None) -> GgufFile:
     """Read the metadata and tensor tables of a file and of all its parts.
 
@@ -64,8 +88,7 @@ def read(path: Path, sizes: Mapping[str, int] | None = None) -> GgufFile:
             f"is one of {count} parts, and its name is not that of one: give the parts their names "
             f"back (NAME-00001-of-{min(count, 99999):05}.gguf), at most {MOST_PARTS} in one folder",
         )
-    if names[0] != path.name:
-        _bad(first, f"is a part of a file: name its first, {names[0]}")
+    check_first(path.name)
     files = [first, *(_part(path.with_name(name), sizes.get(name)) for name in names[1:])]
     for place, file in enumerate(files):
         if _number(file, "split.no", 0) != place or _number(file, "split.count", 1) != count:

@@ -85,8 +85,10 @@ def _downloaded(
 ) -> Path:
     """Return the folder of a GGUF file of a repository, which is downloaded with all its parts.
 
-    Its encoder is a file here, else one of the repository.
+    Its encoder is a file here, else one of the repository. Raises ConfigError where it is a part
+    and not the first, before anything is downloaded.
     """
+    split.check_first(file)
     beside = mmproj if mmproj is not None and not Path(mmproj).expanduser().is_file() else None
     names = [*split.part_names(file), *([] if beside is None else [beside])]
     wanted = [glob.escape(name) for name in names]

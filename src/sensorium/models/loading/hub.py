@@ -89,17 +89,33 @@ def files(model: str, revision: str | None, *, download_dir: str | None) -> list
 
 def beginning(model: str, file: str, revision: str | None, num_bytes: int) -> bytes:
     """Return the first bytes of a file of a repository. Raises ConfigError with advice."""
+    return piece(model, file, revision, 0, num_bytes)
+
+
+def piece(model: str, file: str, revision: str | None, start: int, num_bytes: int) -> bytes:
+    """Return bytes of a file of a repository, from ``start`` on; fewer where it ends.
+
+    Raises ConfigError with advice.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     found = bytearray()
     with _errors_explained(model, revision):
-        headers = {**build_hf_headers(), "Range": f"bytes=0-{num_bytes - 1}"}
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        headers["Range"] = f"bytes={start}-{start + num_bytes - 1}"
         url = hf_hub_url(model, file, revision=revision)
         with get_session().stream("GET", url, headers=headers, follow_redirects=True) as answer:
             hf_raise_for_status(answer)
-            for piece in answer.iter_bytes():
-                found += piece
+            is_part = answer.status_code == _PARTIAL and _begins_at(start, answer.headers)
+            if start and not is_part:
+                raise ConfigError(
+                    f"Model {model!r}: the hub does not send a part of {file!r}, which a "
+                    "description takes. Download the file, and name it.",
+                    param="model",
+                )
+            for data in answer.iter_bytes():
+                found += data
                 if len(found) >= num_bytes:  # a server may ignore the range
                     break
     return bytes(found[:num_bytes])

@@ -12,7 +12,7 @@ import torch
 
 from sensorium.errors import ConfigError
 from sensorium.kernels.weight import QuantizedTensor
-from sensorium.models.gguf import reader, split
+from sensorium.models.gguf import split
 from sensorium.models.gguf.architectures import architecture_of
 from sensorium.models.gguf.blocks import GRIDS, SIZES, Codes
 from sensorium.models.gguf.config import count
@@ -51,7 +51,7 @@ class GgufWeights:
         self._tower_bytes: list[torch.Tensor] = []
         text_name: Callable[[str], str] = str
         if encoder is not None:
-            own = reader.read(encoder)
+            own = split.read_encoder(encoder)
             kind = encoder_kind(own)
             text_name, self._tower_bytes = kind.text_name, _mapped(own)
             self._tower = {renamed(name, rules): w for name, w in kind.weights(own).items()}
