@@ -87,3 +87,17 @@ def test_adapters_take_the_inputs_as_they_lie() -> None:
     with rows.using(mixed_runs(num_rows), num_rows):
         product.add(x, expected, rows)
         assert torch.equal(layer.forward(x), expected)
+
+
+def test_rows_of_another_width_or_type_are_refused() -> None:
+    """Before they are put in order: that reads them by their address."""
+    weight, _, _ = permuted("int4 zeros", torch.float32)
+    multiply = weight.bind()
+    for wrong in (
+        torch.zeros(2, NUM_INPUTS - 32),
+        torch.zeros(NUM_INPUTS, 2),
+        torch.zeros(2, NUM_INPUTS).bfloat16(),
+        torch.zeros(2, NUM_INPUTS).double(),
+    ):
+        with pytest.raises(ValueError, match=f"for an order of {NUM_INPUTS} columns"):
+            multiply(wrong)

@@ -369,12 +369,17 @@ def build_columns(element: Any) -> Callable[[Any], None]:
 def bind_columns(order: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that gives the columns of rows (..., K) of ``dtype`` in an order.
 
-    order: (K,) int32, contiguous, within 0 to K - 1; it must live as long as the function.
+    order: (K,) int32, contiguous, within 0 to K - 1; it must live as long as the function. The
+    function raises ValueError for rows of another width or type.
     """
-    own, size = kernel(build_columns, dtype), order.numel()
+    own, size, width = kernel(build_columns, dtype), order.numel(), order.shape
     per_row = -(-size // COLUMNS_PART)
 
     def columns(x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != dtype or x.shape[-1:] != width:
+            raise ValueError(
+                f"rows {tuple(x.shape)} {x.dtype} for an order of {size} columns of {dtype}"
+            )
         x = x.contiguous()
         out = torch.empty_like(x)
         num_tasks = x.numel() // size * per_row
