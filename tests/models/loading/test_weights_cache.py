@@ -524,6 +524,7 @@ def test_all_sources_that_make_weights_decide_the_key(tmp_path: Path) -> None:
     digests = [module.sources_digest(), module.sources_digest(tmp_path)]
     assert digests[0] == digests[1]
     sources = ["kernels/ops.py", "kernels/weight.py", "layers/linear.py", "models/loader.py"]
+    sources.append("distributed/shard.py")
     for source in sources:
         with (tmp_path / source).open("a") as file:
             file.write("\n")

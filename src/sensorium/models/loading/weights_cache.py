@@ -34,8 +34,8 @@ MOST_READERS = 4
 READ_AHEAD = 256 << 20
 """Bytes of weights that are read before they are asked for; one weight may have more."""
 PACKAGE = Path(__file__).parents[2]
-SOURCES = ("kernels", "layers", "models")
-"""Folders of the package whose sources calibrate, quantize and pack."""
+SOURCES = ("distributed", "kernels", "layers", "models")
+"""Folders of the package whose sources cut weights for ranks, calibrate, quantize and pack."""
 
 
 @dataclass(frozen=True, slots=True)
