@@ -115,7 +115,7 @@ def write_gguf(
             found = found - 1
         written[name] = found if heads is None else unpermuted(found, heads)
     scaling = config.get("rope_scaling") or {}
-    if "mrope_section" in scaling:
+    if "mrope_section" in scaling and "rope__dimension_sections" not in metadata:
         writer.add_rope_dimension_sections([*scaling["mrope_section"], 0])
     if scaling.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(config, scaling))
@@ -232,8 +232,13 @@ def _write_config(
         writer.add_value_length(head_dim)
     own = {f"{writer.arch}.{name.replace('__', '.')}": metadata[name] for name in metadata}
     for key, value in (own | {f"general.{name}": general[name] for name in general}).items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        add(key, value) if not isinstance(value, str) else writer.add_string(key, value)
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+            add(key, value)
 
 
 def _write_tokenizer(

@@ -185,6 +185,8 @@ CHANGED: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"context_length": 0}, "context_length"),
     "rotary": ({"rope__dimension_count": 6}, "rope.dimension_count"),
     "scaling": ({"rope__scaling__type": "new", "rope__scaling__factor": 2.0}, "linear and yarn"),
+    "scalings": ({"rope__scaling__type": [1, 2]}, "rope.scaling.type is no text"),
+    "experts": ({"expert_count": [1, 2]}, "mixture of experts"),
 }
 
 

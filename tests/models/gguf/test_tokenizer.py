@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from sensorium.models.gguf import reader
 from sensorium.models.gguf import tokenizer as tokenizer_module
 from sensorium.models.gguf.tokenizer import PATTERNS, files_of, templates_of
 from tests.checkpoints import SENTENCES
-from tests.models.gguf.raw import Raw, value
+from tests.models.gguf.raw import Raw, array, string, value
 
 TEXTS = (
     *SENTENCES,
@@ -107,9 +108,8 @@ def write_bytes_vocabulary(path: Path, pre: str, **changes: Any) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(changes.get("tokens", tokens))
-    writer.add_token_types(
-        [TokenType.CONTROL, *[TokenType.NORMAL] * (len(tokens) - 2), TokenType.USER_DEFINED]
-    )
+    types = [TokenType.CONTROL, *[TokenType.NORMAL] * (len(tokens) - 2), TokenType.USER_DEFINED]
+    writer.add_token_types(changes.get("types", types))
     writer.add_token_merges(changes.get("merges", merges))
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(changes.get("eos", 0))
@@ -144,7 +144,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown pre-tokenizer": ({"pre": "new"}, "'new' does, which is not known"),
     "merges of other tokens": ({"merges": ["zz yy"]}, "inconsistent"),
     "a merge of one": ({"merges": ["the"]}, "no pair of tokens"),
-    "fewer tokens than types": ({"tokens": ["a", "b"]}, "other types of tokens"),
+    "fewer tokens than types": ({"tokens": ["a", "b"]}, r"no type .* for each token"),
+    "types that are no integers": ({"types": [math.nan] * 267}, r"no type .* for each token"),
 }
 
 
@@ -173,6 +174,15 @@ def test_tokens_of_one_spelling_stay_apart(tmp_path: Path) -> None:
 def test_a_file_without_vocabulary_is_refused(tmp_path: Path) -> None:
     values = [("tokenizer.ggml.model", value(8, b"\4" + bytes(7) + b"gpt2"))]
     with pytest.raises(ConfigError, match="no vocabulary"):
+        files_of(reader.read(Raw(values).write(tmp_path)))
+
+
+def test_a_kind_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    values = [
+        ("tokenizer.ggml.model", array(0, 2, bytes(2))),
+        ("tokenizer.ggml.tokens", array(8, 1, string("a"))),
+    ]
+    with pytest.raises(ConfigError, match="inconsistent"):
         files_of(reader.read(Raw(values).write(tmp_path)))
 
 

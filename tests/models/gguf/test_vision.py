@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,27 @@ def test_idefics3_sees_as_its_checkpoint(tmp_path: Path, tiles: bool) -> None:
     assert greedy == tokens
 
 
+def test_layers_that_an_encoder_does_not_count_are_refused(tmp_path: Path) -> None:
+    """It would run without them, and see something else."""
+    source = make_hf("idefics3", tmp_path / "source")
+    write_gguf(source, tmp_path / "model.gguf")
+    write_mmproj(source, tmp_path / "mmproj.gguf", **{"vision.block_count": 1})
+    with pytest.raises(ConfigError, match=r"have no place .*layers\.1\..* GGUF file is of this"):
+        loader.load(
+            str(tmp_path / "model.gguf"), mmproj=str(tmp_path / "mmproj.gguf"), dtype="float32"
+        )
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llava 1.6": ({"vision.mm_patch_merge_type": "spatial_unpad"}, "LLaVA 1.6"),
     "another": ({"projector_type": "ldpv2"}, "'ldpv2'. GGUF files of Qwen2-VL"),
     "layers": ({"vision.block_count": 3}, "has no 3 layers"),
     "many layers": ({"vision.block_count": 1 << 30}, "has no 1073741824 layers"),
     "features": ({"vision.feature_layer": [2, 3]}, r"after the layers \[2, 3\], and has 2"),
+    "features that are no numbers": (
+        {"vision.feature_layer": [math.nan, math.inf]},
+        "no list of layers",
+    ),
     "image": ({"vision.image_size": 1 << 30}, "must have a tensor 'v.position_embd.weight'"),
     "heads": ({"vision.attention.head_count": 5}, "5 heads, which do not divide 32"),
     "colours": ({"vision.image_std": [0.5, 0.0, 0.5]}, "not positive as clip.vision.image_std"),
@@ -145,6 +161,15 @@ def test_parts_of_other_shapes(tmp_path: Path, name: str) -> None:
     write_mmproj(source, tmp_path / "mmproj.gguf", cut=f"visual.{name}")
     with pytest.raises(ConfigError, match=r"must have a tensor .* of the shape"):
         answers(tmp_path / "model.gguf", tmp_path / "mmproj.gguf", max_pixels=PIXELS)
+
+
+@pytest.mark.parametrize("sections", [[math.nan] * 4, [1, 1, 1, 1], [-2, 5, 5, 0], [4]])
+def test_sections_that_do_not_fit_the_heads(tmp_path: Path, sections: list[float]) -> None:
+    source = make_qwen2_vl(tmp_path / "source")
+    write_gguf(source, tmp_path / "model.gguf", "Q8_0", rope__dimension_sections=sections)
+    write_mmproj(source, tmp_path / "mmproj.gguf")
+    with pytest.raises(ConfigError, match="no three sections of"):
+        checkpoint.find(str(tmp_path / "model.gguf"), mmproj=str(tmp_path / "mmproj.gguf"))
 
 
 def test_text_runs_without_the_encoder(tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ def architecture_of(file: GgufFile) -> Architecture:
             "Other models run from their safetensors checkpoints.",
             param="model",
         )
-    if file.own("expert_count"):
+    experts = file.own("expert_count", 0)
+    if type(experts) is not int or experts:
         raise UnsupportedModelError(
             f"{file.path.name} is a mixture of experts, which is not read from GGUF files: take "
             "its safetensors checkpoint.",

@@ -114,6 +114,14 @@ class GgufFile:
         return self.metadata.get(f"{self.architecture}.{name}", default)
 
 
+def integers(value: Value) -> list[int] | None:
+    """Return the numbers of an array of integers; None for any other value of the metadata."""
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
+        return None
+    found: list[int] = value.tolist()
+    return found
+
+
 def is_gguf(path: Path) -> bool:
     """Return whether a file begins as GGUF files do."""
     try:

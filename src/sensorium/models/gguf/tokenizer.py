@@ -83,11 +83,11 @@ def files_of(file: GgufFile) -> tuple[tokenizers.Tokenizer, dict[str, Any], list
 
     Raises ConfigError for a vocabulary that is of another kind, damaged or inconsistent.
     """
-    tokens = _unique(_spelled(file))
-    types = types_of(file, len(tokens))
-    ids = token_ids(file)
     kind = file.metadata.get("tokenizer.ggml.model")
     try:
+        tokens = _unique(_spelled(file))
+        types = types_of(file, len(tokens))
+        ids = token_ids(file)
         if kind == "gpt2":
             tokenizer = _byte_level(file, tokens)
         elif kind == "llama":

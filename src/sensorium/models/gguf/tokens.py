@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from sensorium.errors import ConfigError
-from sensorium.models.gguf.reader import GgufFile
+from sensorium.models.gguf.reader import GgufFile, integers
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Types of tokens in files."""
@@ -26,17 +24,19 @@ def tokens_of(file: GgufFile) -> list[str]:
 def types_of(file: GgufFile, size: int) -> Sequence[int]:
     """Return the type of each token, NORMAL where a file does not say.
 
-    Raises ConfigError where there are other types than ``size`` tokens.
+    Raises ConfigError where there is no integer for each of ``size`` tokens.
     """
-    types = file.metadata.get("tokenizer.ggml.token_type")
-    if types is None:
+    stored = file.metadata.get("tokenizer.ggml.token_type")
+    if stored is None:
         return [NORMAL] * size
-    if not isinstance(types, np.ndarray) or len(types) != size:
+    types = integers(stored)
+    if types is None or len(types) != size:
         raise ConfigError(
-            f"{file.path.name} has other types of tokens (tokenizer.ggml.token_type) than tokens.",
+            f"{file.path.name} has no type (an integer of tokenizer.ggml.token_type) for each "
+            "token.",
             param="model",
         )
-    return [int(value) for value in types]
+    return types
 
 
 def acting_tokens(file: GgufFile, names: Sequence[str]) -> dict[str, int]:

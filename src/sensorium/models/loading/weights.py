@@ -309,8 +309,7 @@ def check_names(
             missing.append(part.name)
         elif shape != part.shape:
             wrong.append(f"{part.name} is {shape}, not {part.shape}")
-    skip = re.compile("|".join(f"(?:{pattern})" for pattern in (*ALWAYS_IGNORED, *ignored)))
-    extra = [name for name in shapes if name not in wanted and not skip.fullmatch(name)]
+    extra = not_ignored((name for name in shapes if name not in wanted), ignored)
     problems = [
         listing("are missing", missing),
         listing("have other shapes than config.json says", wrong),
@@ -329,6 +328,12 @@ def check_names(
             + f". Check that {advice}.",
             param="model",
         )
+
+
+def not_ignored(names: Iterable[str], ignored: Sequence[str] = ()) -> list[str]:
+    """Return the names of weights that are neither ``ALWAYS_IGNORED`` nor match ``ignored``."""
+    skip = re.compile("|".join(f"(?:{pattern})" for pattern in (*ALWAYS_IGNORED, *ignored)))
+    return [name for name in names if not skip.fullmatch(name)]
 
 
 def _named(paths: Sequence[Path], renames: Sequence[tuple[str, str]]) -> dict[str, tuple[Any, str]]:

@@ -24,7 +24,7 @@ from sensorium.models.interface import BuildOptions, LoadedConfig, Part, WeightS
 from sensorium.models.loading.memory import owned
 from sensorium.models.loading.published.gguf import GgufWeights
 from sensorium.models.loading.weight_files import weight_files
-from sensorium.models.loading.weights import read_safetensors
+from sensorium.models.loading.weights import not_ignored, read_safetensors
 from sensorium.multimodal.items import Features, MediaItem, Modality
 from sensorium.multimodal.processor import PlacedItem
 
@@ -298,10 +298,13 @@ def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -
     """Load the model with the checkpoint's weights. Raises ConfigError when they do not fit.
 
     The library is given the weights and no folder: in a folder it would also search for adapters,
-    and add them to a model that they have been merged into.
+    and add them to a model that they have been merged into. A GGUF file has no weights that it does
+    not need; safetensors files may.
     """
     gguf = file_of(loaded.folder)
+    advice = "config.json and the safetensors files belong together"
     if gguf is not None:
+        advice = "the GGUF file is of this model"
         weights = dict(GgufWeights(gguf, (), encoder_of(loaded.folder)).tensors(options.dtype))
     else:
         weights = {
@@ -317,18 +320,22 @@ def _load(kind: Any, loaded: LoadedConfig, config: Any, options: BuildOptions) -
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are told below, with those that are missing
     )
+    found = {
+        "are missing": info["missing_keys"],
+        "have other shapes": info["mismatched_keys"],
+        "have no place in this architecture": (
+            [] if gguf is None else not_ignored(info["unexpected_keys"])
+        ),
+    }
     problems = [
-        f"{len(info[kind])} {what} ({', '.join(map(str, sorted(info[kind], key=str)[:6]))})"
-        for kind, what in (
-            ("missing_keys", "are missing"),
-            ("mismatched_keys", "have other shapes"),
-        )
-        if info[kind]
+        f"{len(names)} {what} ({', '.join(map(str, sorted(names, key=str)[:6]))})"
+        for what, names in found.items()
+        if names
     ]
     if problems:
         raise ConfigError(
             f"The weights do not fit the model's configuration: {'; '.join(problems)}. Check that "
-            "config.json and the safetensors files belong together.",
+            f"{advice}.",
             param="model",
         )
     return inner

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from sensorium.errors import UnsupportedModelError
 from sensorium.models.gguf.config import token_ids
 from sensorium.models.gguf.encoders.stored import (
@@ -23,7 +21,7 @@ from sensorium.models.gguf.encoders.stored import (
     clip_weights,
     colours,
 )
-from sensorium.models.gguf.reader import GgufFile
+from sensorium.models.gguf.reader import GgufFile, integers
 from sensorium.models.gguf.tokens import acting_tokens
 
 PLACEHOLDER = "<image>"
@@ -101,9 +99,9 @@ def _feature_layers(encoder: GgufFile, depth: int) -> list[int]:
     layers = encoder.own("vision.feature_layer")
     if layers is None:
         return [depth]
-    if not isinstance(layers, np.ndarray) or not 1 <= len(layers) <= depth:
+    found = integers(layers)
+    if found is None or not 1 <= len(found) <= depth:
         bad(encoder, "has no list of layers as clip.vision.feature_layer")
-    found = [int(layer) for layer in layers]
     if not all(0 <= layer <= depth for layer in found):
         bad(encoder, f"takes features after the layers {found}, and has {depth}")
     return found

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from sensorium.models.gguf.config import count
 from sensorium.models.gguf.encoders.stored import (
     BLOCK,
@@ -20,7 +18,7 @@ from sensorium.models.gguf.encoders.stored import (
     num_layers,
     unswapped,
 )
-from sensorium.models.gguf.reader import GgufFile, TensorInfo
+from sensorium.models.gguf.reader import GgufFile, TensorInfo, integers
 from sensorium.models.gguf.tokens import acting_tokens
 
 _TOKENS = {
@@ -50,13 +48,14 @@ def configure(file: GgufFile, encoder: GgufFile, config: dict[str, Any]) -> Conf
     missing = [token for token in _TOKENS.values() if token not in tokens]
     if missing:
         bad(file, f"has no tokens {', '.join(missing)}")
-    sections = file.own("rope.dimension_sections")
-    if not isinstance(sections, np.ndarray) or len(sections) < 3:
-        bad(file, "has no sections of rotary positions (rope.dimension_sections)")
+    sections = (integers(file.own("rope.dimension_sections")) or [])[:3]
+    size = config["head_dim"] // 2
+    if len(sections) < 3 or min(sections) < 0 or sum(sections) != size:
+        bad(file, f"has no three sections of {size} rotary positions (rope.dimension_sections)")
     whole = config | {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
-        "rope_scaling": {"type": "mrope", "mrope_section": [int(n) for n in sections[:3]]},
+        "rope_scaling": {"type": "mrope", "mrope_section": sections},
         "vision_config": vision,
         **{name: tokens[token] for name, token in _TOKENS.items()},
     }
