@@ -202,6 +202,22 @@ def test_tokens_of_an_expected_answer_are_tried_and_counted() -> None:
     assert (right, right + wrong) == (stats.num_accepted_tokens, stats.num_draft_tokens)
 
 
+def test_each_token_counts_what_was_right_up_to_it() -> None:
+    """A stop string may end the text at any of them."""
+    driver = speculating(num_tokens=3)
+    answer = list(range(31, 41))
+    driver.runner.next_token = lambda made, ids: answer[len(ids) - len(made.token_ids)]
+    driver.add(request("a", [1, 2, 3], len(answer), predicted=[*answer[:5], 50, *answer[6:]]))
+    driver.step()
+    assert [span.draft_ids for span in driver.step().spans] == [(32, 33, 34)]
+    updates = driver.outcomes["a"].updates
+    assert [update.num_predicted for update in updates] == [(0, 0), (1, 0), (2, 0), (3, 0), (3, 0)]
+    driver.run()
+    counts = [update.num_predicted for update in updates]
+    assert counts == sorted(counts)
+    assert all(right < index for index, (right, _) in enumerate(counts, 1))
+
+
 def test_a_preempted_sequence_goes_on_in_its_expected_answer() -> None:
     driver = speculating(num_blocks=8, block_size=2)
     for name in "ab":

@@ -176,6 +176,8 @@ def test_an_expected_answer(model: Path, plain: dict[str, Any]) -> None:
     with build_patient(model, **SMALL, num_kv_blocks=800, **TRIED) as parts:
         given = [params.replace(prediction=each) for each in (*expected, None)]
         found = parts.llm.generate([prompt] * len(given), given, use_tqdm=False)
+        stopped = params.replace(prediction=text, stop=[text[6:10]])
+        [cut] = parts.llm.generate([prompt], [stopped], use_tqdm=False)
         parts.engine.check_integrity()
     assert answers(found) == [plain["few tokens"]] * len(given)
     counts = [
@@ -186,6 +188,8 @@ def test_an_expected_answer(model: Path, plain: dict[str, Any]) -> None:
     assert counts[1][0] > 0
     assert counts[2][0] == 0
     assert counts[3] == (0, 0)
+    assert cut.outputs[0].finish_reason == "stop"
+    assert cut.outputs[0].accepted_prediction_tokens < len(cut.outputs[0].token_ids)
 
 
 def test_adapters_in_one_batch(model: Path, tmp_path: Path) -> None:

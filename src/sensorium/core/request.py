@@ -175,6 +175,7 @@ class Sequence:
         is_sound: All numbers computed so far are finite; otherwise its blocks are not shared.
         encode_seconds: Seconds of the batches that encoded its items, as far as they are known.
         num_predicted: Tried tokens of ``predicted_ids`` that were right, and that were wrong.
+        num_right: Those of the latest step that were right.
     """
 
     seq_id: int
@@ -197,6 +198,7 @@ class Sequence:
     is_sound: bool = True
     encode_seconds: float = 0.0
     num_predicted: tuple[int, int] = (0, 0)
+    num_right: int = 0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -215,6 +217,7 @@ class Sequence:
 
     def count_drafts(self, num_tried: int, num_right: int, predicted: bool) -> None:
         """Count tokens that were tried in a step, if they came from ``predicted_ids``."""
+        self.num_right = num_right if predicted else 0
         if predicted:
             right, wrong = self.num_predicted
             self.num_predicted = right + num_right, wrong + num_tried - num_right
@@ -229,6 +232,7 @@ class Sequence:
         """Return the updates for new tokens, which are the last known ones.
 
         With ``completes_prompt`` the first takes along the entries of the prompt, if wanted.
+        Each counts the right tokens of ``predicted_ids`` up to its own: the text may end there.
         """
         fields: list[dict[str, Any]] = [{"sample": sample} for sample in samples]
         if completes_prompt and self.request.params.prompt_logprobs is not None:
@@ -239,16 +243,19 @@ class Sequence:
             last = samples[-1].token_id
             if finish_reason == "stop" and last not in self.eos_ids:
                 fields[-1]["stop_token_id"] = last
+        right, wrong = self.num_predicted
+        for own, num_later in zip(fields, range(self.num_right - 1, 0, -1), strict=False):
+            own["num_predicted"] = right - num_later, wrong
         return [self.update(**own) for own in fields]
 
     def update(self, **fields: Any) -> SequenceUpdate:
         """Return an update of this sequence with what all of them have, and ``fields``."""
+        fields.setdefault("num_predicted", self.num_predicted)
         return SequenceUpdate(
             request_id=self.request.request_id,
             num_cached_tokens=self.num_cached,
             first_scheduled_time=self.first_scheduled_time,
             encode_seconds=self.encode_seconds,
-            num_predicted=self.num_predicted,
             **fields,
         )
 
@@ -277,7 +284,7 @@ class SequenceUpdate:
     prompt had been computed; it comes once, with ``encoded``: begin, end and number of items of
     each batch in which some were encoded. ``encode_seconds`` are those of the batches in which
     the items were encoded so far; a device that runs asynchronously tells them late.
-    ``num_predicted``: as in ``Sequence``, so far.
+    ``num_predicted``: as in ``Sequence``, up to this token.
     """
 
     request_id: str
