@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,18 +85,25 @@ class EngineAdapters:
         """Load an adapter from a folder or by a Hugging Face id; raises as ``read`` and ``add``."""
         return self.add(self.read(name, path, folder))
 
-    def read(self, name: str, path: str, folder: str = "") -> NamedAdapter:
-        """Read an adapter. Another thread may call it while this one uses the adapters.
+    def read(
+        self,
+        name: str,
+        path: str,
+        folder: str = "",
+        progress: Callable[[], object] | None = None,
+    ) -> NamedAdapter:
+        """Read an adapter. Other threads may call it while this one uses the adapters.
 
         path: a folder or a Hugging Face id. folder: where it is, if it has been found already.
-        Raises ConfigError when it cannot be used or the name is taken.
+        progress: called after each of its modules. Raises ConfigError when it cannot be used or the
+        name is taken.
         """
         if self._lanes is None:
             raise ConfigError(NOT_ENABLED, param="enable_lora")
         self._check_name(name)
         with named(name):
             found = Path(folder) if folder else find_adapter(path, self._download_dir)
-            return NamedAdapter(name, path, str(found), self._lanes.read(found))
+            return NamedAdapter(name, path, str(found), self._lanes.read(found, progress))
 
     def add(self, found: NamedAdapter) -> AdapterFacts:
         """Take an adapter that was read. Raises ConfigError when there is no room for it."""

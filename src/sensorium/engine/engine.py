@@ -162,9 +162,18 @@ class Engine:
         """Load an adapter, which ``facts`` have from then on. Raises ConfigError."""
         self.add_adapter(self.read_adapter(name, path))
 
-    def read_adapter(self, name: str, path: str, folder: str = "") -> NamedAdapter:
-        """Read an adapter; any thread may, also during a step. Raises ConfigError."""
-        return self._adapters.read(name, path, folder)
+    def read_adapter(
+        self,
+        name: str,
+        path: str,
+        folder: str = "",
+        progress: Callable[[], object] | None = None,
+    ) -> NamedAdapter:
+        """Read an adapter; any thread may, also during a step. Raises ConfigError.
+
+        progress: called after each of its modules.
+        """
+        return self._adapters.read(name, path, folder, progress)
 
     def add_adapter(self, adapter: NamedAdapter) -> None:
         """Take an adapter that was read, as ``load_adapter``. Raises ConfigError."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from sensorium.models.lora.read import Adapter, Module, open_adapter
 from sensorium.models.lora.targets import targets_of
 
 NO_LANE = -1
+FULL = "max_lora_memory_gb"
+"""``param`` of the error of an adapter for which others that are loaded leave no memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +101,11 @@ class AdapterSet:
         """Read an adapter and put it into a lane; raises as ``read`` and ``add``."""
         return self.add(self.read(folder))
 
-    def read(self, folder: Path) -> Adapter:
+    def read(self, folder: Path, progress: Callable[[], object] | None = None) -> Adapter:
         """Read an adapter. Another thread may call it while this one runs the model.
 
-        Raises ConfigError when it does not fit the model, or what is left of the memory.
+        progress: called after each of its modules. Raises ConfigError when it does not fit the
+        model, or what is left of the memory.
         """
         opened = open_adapter(
             folder,
@@ -112,7 +115,9 @@ class AdapterSet:
             max_rank=self._max_rank,
         )
         self._check_room(sum(self._packed_bytes(module) for module in opened.modules))
-        return opened.read(self._dtype, lambda layer, part: self._products[layer].pack(part))
+        return opened.read(
+            self._dtype, lambda layer, part: self._products[layer].pack(part), progress
+        )
 
     def add(self, adapter: Adapter) -> LoadedAdapter:
         """Put an adapter into a lane. Raises ConfigError when there is no room for it."""
@@ -126,14 +131,24 @@ class AdapterSet:
         return product.packed_bytes(module.rank, target.num_outputs, is_affine)
 
     def _check_room(self, num_bytes: int) -> None:
-        """Raise ConfigError where so many bytes more are beyond the limit."""
-        if self._nbytes + num_bytes > self.most_bytes:
-            others = f", beside {_mib(self._nbytes)} of those that are loaded" * bool(self._nbytes)
+        """Raise ConfigError where so many bytes more are beyond the limit.
+
+        Its ``param`` is ``FULL`` where others may make room.
+        """
+        if num_bytes > self.most_bytes:
             raise ConfigError(
-                f"It takes {_mib(num_bytes)}{others}, and all adapters together may take "
-                f"{_mib(self.most_bytes)}: unload others, or start with a larger "
-                "--max-lora-memory-gb (in Python max_lora_memory_gb).",
-                param="max_lora_memory_gb",
+                f"It takes {_mib(num_bytes)}, and all adapters together may take "
+                f"{_mib(self.most_bytes)}: start with a larger --max-lora-memory-gb (in Python "
+                "max_lora_memory_gb).",
+                param="lora_modules",
+            )
+        if self._nbytes + num_bytes > self.most_bytes:
+            raise ConfigError(
+                f"It takes {_mib(num_bytes)}, beside {_mib(self._nbytes)} of those that are "
+                f"loaded, and all adapters together may take {_mib(self.most_bytes)}: unload "
+                "others, or start with a larger --max-lora-memory-gb (in Python "
+                "max_lora_memory_gb).",
+                param=FULL,
             )
 
     def _put(self, adapter: Adapter) -> LoadedAdapter:

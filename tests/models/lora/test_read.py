@@ -15,13 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sensorium.engine.adapters import EngineAdapters
 from sensorium.errors import ConfigError
 from sensorium.kernels.adapters import PackedPart
 from sensorium.kernels.cpu.adapters.low_rank import CpuAdapted
 from sensorium.models import loader
 from sensorium.models.lora import read
 from sensorium.models.lora.settings import read_settings
-from sensorium.runtime.adapters import NO_LANE, AdapterSet
+from sensorium.runtime.adapters import FULL, NO_LANE, AdapterSet
 from tests.checkpoints import make_llava, make_text
 from tests.checkpoints.adapters import make_adapter
 
@@ -294,7 +295,7 @@ def test_bytes_are_bounded_before_memory_is_taken(
     monkeypatch.setattr(torch, "empty", None)  # nothing is made
     tight = AdapterSet(model, loaded.family, max_loras=4, max_rank=8, most_bytes=whole - 1)
     assert re.fullmatch(
-        r"It takes \d+\.\d MiB, and all adapters together may take \d+\.\d MiB: unload others, or "
+        r"It takes \d+\.\d MiB, and all adapters together may take \d+\.\d MiB: "
         r"start with a larger --max-lora-memory-gb \(in Python max_lora_memory_gb\)\.",
         refusal(tight, adapter),
     )
@@ -302,8 +303,11 @@ def test_bytes_are_bounded_before_memory_is_taken(
     found = lanes.load(adapter)
     assert "beside" in refusal(lanes, small)
     late = room.read(small)
-    with pytest.raises(ConfigError, match="beside"):
+    with pytest.raises(ConfigError, match="beside") as caught:
         lanes.add(late)  # read before another had taken the room
+    assert caught.value.param == FULL
+    assert (lanes.nbytes, lanes.lane(found.digest)) == (found.nbytes, found.lane)
+    assert lanes.lane(late.digest) is None
     lanes.unload(found.digest)
     assert lanes.nbytes == 0
     assert lanes.load(small).nbytes == lanes.nbytes
@@ -320,3 +324,91 @@ def test_a_module_that_was_not_trained_is_skipped(lanes: AdapterSet, adapter: Pa
     assert "'resampler.attn.out_proj'" in refusal(lanes, adapter)
     for _ in range(2):
         lanes.unload(expected.digest)
+
+
+def test_a_module_without_a_layer_is_read_within_limits(
+    lanes: AdapterSet, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = "base_model.model.resampler.attn.out_proj.lora_B.weight"
+    change(adapter, put(own, torch.zeros(64, 9)))
+    assert "resampler" in refusal(lanes, adapter), "its rank is beyond the largest"
+    change(adapter, put(own, torch.zeros(64, 8)))
+    lanes.unload(lanes.load(adapter).digest)
+    monkeypatch.setattr(read, "MOST_UNTRAINED", 64 * 8 * 4 + 7)
+    lanes.unload(lanes.load(adapter).digest)
+    change(adapter, put(own.replace("out", "in"), torch.zeros(2, 1)))
+    assert "resampler" in refusal(lanes, adapter), "all of them together are bounded"
+
+
+def header(folder: Path) -> tuple[dict[str, Any], bytes]:
+    """The header of the tensors' file, and what is behind it."""
+    data = (folder / read.NAME).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def write(folder: Path, entries: object, rest: bytes = b"") -> None:
+    data = json.dumps(entries).encode()
+    (folder / read.NAME).write_bytes(len(data).to_bytes(8, "little") + data + rest)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"dtype": "F32", "shape": [4, 63]}, "not as many bytes"),
+        ({"shape": [4, -64]}, "is damaged"),
+        ({"shape": [True, 256]}, "is damaged"),
+        ({"shape": [1] * 9}, "is damaged"),
+        ({"shape": [10**30]}, "is damaged"),
+        ({"shape": None}, "is damaged"),
+        ({"dtype": 1}, "is damaged"),
+        ({"data_offsets": [0, 1 << 40]}, "is not whole"),
+        ({"data_offsets": [1024, 0]}, "is not whole"),
+        ({"data_offsets": [0]}, "is damaged"),
+    ],
+)
+def test_entries_that_are_damaged(
+    lanes: AdapterSet, adapter: Path, entry: dict[str, Any], words: str
+) -> None:
+    entries, rest = header(adapter)
+    entries[f"{Q}.lora_A.weight"].update(entry)
+    write(adapter, entries, rest)
+    assert words in refusal(lanes, adapter)
+
+
+def test_names_and_numbers_of_tensors_are_bounded(lanes: AdapterSet, adapter: Path) -> None:
+    """A pattern would be matched with each name while nothing else runs."""
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    longest = "q.lora_magnitude_vector" + ".a" * 244
+    for name, words in ((longest, "no tensor of a LoRA"), (f"{longest}.ab", "more than 512")):
+        write(adapter, {name: entry}, bytes(4))
+        assert words in refusal(lanes, adapter)
+    write(adapter, {str(number): entry for number in range((1 << 14) + 1)}, bytes(4))
+    assert "more than 16384 tensors" in refusal(lanes, adapter)
+    write(adapter, {"x" * (1 << 23): entry}, bytes(4))
+    assert "more than 8 MiB" in refusal(lanes, adapter)
+    for suffix in ("", ".default", ".weight", ".default.weight"):
+        write(adapter, {f"{Q}.lora_magnitude_vector{suffix}": entry}, bytes(4))
+        assert "q_proj' has no tensor lora_A.weight" in refusal(lanes, adapter)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read(lanes: AdapterSet, adapter: Path) -> None:
+    path = adapter / read.NAME
+
+    def shorten() -> None:
+        os.truncate(path, path.stat().st_size // 2)
+
+    with pytest.raises(ConfigError, match="it has become shorter"):
+        lanes.read(adapter, shorten)
+
+
+def test_a_folder_of_the_home_directory(
+    lanes: AdapterSet, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(adapter.parent))
+    adapters = EngineAdapters(lanes)
+    facts = adapters.load("a", "~/adapter")
+    assert (facts.path, facts.folder) == ("~/adapter", str(adapter))
+    adapters.unload("a")
+    with pytest.raises(ConfigError, match=r"Adapter 'b': There is no folder '~/other'\."):
+        adapters.load("b", "~/other")

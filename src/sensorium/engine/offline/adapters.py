@@ -12,6 +12,7 @@ from sensorium.engine.prompts.adapters import check_path, no_path
 from sensorium.engine.prompts.types import Prompt
 from sensorium.errors import ConfigError, InvalidRequestError, counted
 from sensorium.params import LoRARequest
+from sensorium.runtime.adapters import FULL
 
 Parse = Callable[[Any], Prompt]
 
@@ -55,13 +56,13 @@ class AdaptersOnDemand:
         self._last_used.append(name)
 
     def _load(self, name: str, path: str, wanted: Any) -> None:
-        """Load an adapter, and forget others as long as there is no memory for it."""
+        """Load an adapter, and forget others as long as they leave no memory for it."""
         while True:
             try:
                 self._engine.load_adapter(name, path)
                 return
             except ConfigError as error:
-                if error.param != "max_lora_memory_gb" or not self._forget_one(wanted):
+                if error.param != FULL or not self._forget_one(wanted):
                     raise
 
     def _forget_one(self, wanted: Any) -> bool:

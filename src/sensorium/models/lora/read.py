@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,19 +23,21 @@ from sensorium.kernels.adapters import LowRank, PackedPart
 from sensorium.layers.linear import Linear
 from sensorium.models.loading.weights import renamed
 from sensorium.models.lora.dora import affine
+from sensorium.models.lora.file import DTYPES, Entry, TensorFile
 from sensorium.models.lora.settings import read_settings
 from sensorium.models.lora.targets import Target
 
 NAME = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
-PIECE = 1 << 14
-"""Numbers that are converted at a time: too few for torch to wake other threads, as these may be
-running the model."""
 MOST_FACTOR = 1e6
 """Most that DoRA multiplies an output by, or shifts it."""
-_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
-_SUFFIX = re.compile(r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|(magnitude)_vector(?:\.\w+)*)")
+MOST_UNTRAINED = 1 << 28
+"""Bytes of all B that are read only to see that they are zeros."""
+_SUFFIX = re.compile(
+    r"(.+)\.lora_(?:([AB])(?:\.default)?\.weight|(magnitude)_vector(?:\.default)?(?:\.weight)?)"
+)
+"""Matched in a time that grows with a name's length alone, as nothing repeats in its end."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_tokens)$")
 Rules = Sequence[tuple[re.Pattern[str], str]]
 Pack = Callable[[Linear, LowRank], PackedPart]
@@ -89,12 +91,14 @@ class OpenAdapter:
     """An adapter that fits a model by its names, types and shapes; its numbers are in its file."""
 
     modules: Sequence[Module]
-    file: Any
+    file: TensorFile
 
-    def read(self, dtype: torch.dtype, pack: Pack) -> Adapter:
+    def read(
+        self, dtype: torch.dtype, pack: Pack, progress: Callable[[], object] | None = None
+    ) -> Adapter:
         """Read the numbers as ``dtype``. ``pack`` lays out each part for its layer.
 
-        Raises ConfigError for numbers that are not finite.
+        progress: called after each module. Raises ConfigError for numbers that are not finite.
         """
         digest = blake3()
         parts: dict[Linear, list[PackedPart]] = {}
@@ -103,6 +107,8 @@ class OpenAdapter:
             _count(digest, module.pair, part)
             layer = module.target.layer
             parts.setdefault(layer, []).append(pack(layer, part))
+            if progress is not None:
+                progress()
         rank = max(module.rank for module in self.modules)
         in_encoder = any(module.target.is_encoder for module in self.modules)
         return Adapter(digest.digest(), rank, in_encoder, parts)
@@ -125,17 +131,15 @@ def open_adapter(
     """
     settings = read_settings(folder)
     file = open_file(folder)
-    pairs = _pairs(file, targets, rules, unused)
+    pairs = _pairs(file, targets, rules, unused, max_rank)
     modules = [Module(pair, *settings.of(pair.module)) for pair in pairs]
     for module in modules:
         _check(file, module, max_rank, has_magnitude=settings.use_dora)
     return OpenAdapter(sorted(modules, key=lambda module: module.pair.ours), file)
 
 
-def open_file(folder: Path) -> Any:
+def open_file(folder: Path) -> TensorFile:
     """Return an adapter's file of tensors, opened. Raises ConfigError."""
-    from safetensors import SafetensorError, safe_open
-
     path = folder / NAME
     if not path.is_file():
         if (folder / PICKLE).exists():
@@ -144,43 +148,37 @@ def open_file(folder: Path) -> Any:
                 f"load it with peft and save it again, which writes {NAME}"
             )
         _refuse(f"its folder has no {NAME}")
-    try:
-        return safe_open(str(path), framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        _refuse(f"{NAME} is not a readable safetensors file: {error}")
+    return TensorFile(path)
 
 
 def _pairs(
-    file: Any,
+    file: TensorFile,
     targets: Mapping[str, Target],
     rules: Sequence[Rules],
     unused: re.Pattern[str],
+    max_rank: int,
 ) -> list[_Pair]:
     """Return the modules of the file that change something.
 
     Raises ConfigError for a tensor that has no place.
     """
     found: dict[str, _Pair] = {}
-    taken: dict[str, str] = {}
-    names = set(file.keys())
-    for name in sorted(names):
-        match = _SUFFIX.fullmatch(name.removeprefix(PREFIX))
-        if match is None:
-            _refuse(f"{name!r:.200} is no tensor of a LoRA adapter of linear layers")
-        module, side = match[1], match[2] or match[3]
+    bytes_left = MOST_UNTRAINED
+    for module, names in _modules(file).items():
         ours, target = _target(module, targets, rules)
         if target is None and not _HEAD.search(ours) and unused.fullmatch(f"{ours}.weight"):
             continue
-        if target is None and _is_untrained(file, names, name):
-            continue
+        name = min(names.values())
         if target is None:
+            b = names.get("B")
+            if b is not None and _may_be_untrained(file.entries[b], max_rank, bytes_left):
+                bytes_left -= file.entries[b].nbytes
+                if not any(bool(piece.any()) for piece in file.pieces(b)):
+                    continue
             _refuse(f"{name!r:.200} belongs to {_kind(ours)} of this model ({ours!r:.200})")
-        if taken.setdefault(ours, module) != module:
-            _refuse(f"{name!r:.200} and tensors of {taken[ours]!r:.200} belong to one layer")
-        pair = found.setdefault(module, _Pair(module, ours, {}, target))
-        if side in pair.names:
-            _refuse(f"{name!r:.200} is there twice")
-        pair.names[side] = name  # type: ignore[index]
+        if ours in found:
+            _refuse(f"{name!r:.200} and tensors of {found[ours].module!r:.200} belong to one layer")
+        found[ours] = _Pair(module, ours, names, target)
     for pair in found.values():
         for side in "AB":
             if side not in pair.names:
@@ -190,15 +188,26 @@ def _pairs(
     return list(found.values())
 
 
-def _is_untrained(file: Any, names: Collection[str], name: str) -> bool:
-    """Return True for a module whose B is all zeros, as before its training.
+def _modules(file: TensorFile) -> Mapping[str, Mapping[str, str]]:
+    """Return the names of each module's tensors, by "A", "B" and "magnitude"."""
+    found: dict[str, dict[str, str]] = {}
+    for name in sorted(file.entries):
+        match = _SUFFIX.fullmatch(name.removeprefix(PREFIX))
+        if match is None:
+            _refuse(f"{name!r:.200} is no tensor of a LoRA adapter of linear layers")
+        names = found.setdefault(match[1], {})
+        if names.setdefault(match[2] or match[3], name) != name:
+            _refuse(f"{name!r:.200} is there twice")
+    return found
+
+
+def _may_be_untrained(b: Entry, max_rank: int, most_bytes: int) -> bool:
+    """Return True for a B that is read to see if it is all zeros, as before its training.
 
     Such are those that "all-linear" reaches and the model's own code reads past.
     """
-    b = name.replace(".lora_A.", ".lora_B.")
-    if b not in names or str(file.get_slice(b).get_dtype()) not in _DTYPES:
-        return False
-    return not bool(file.get_tensor(b).any())
+    is_matrix = b.dtype in DTYPES and len(b.shape) == 2
+    return is_matrix and b.shape[1] <= max_rank and b.nbytes <= most_bytes
 
 
 def _target(
@@ -218,7 +227,7 @@ def _kind(ours: str) -> str:
     return "no linear layer that adapters can change"
 
 
-def _check(file: Any, module: Module, max_rank: int, *, has_magnitude: bool) -> None:
+def _check(file: TensorFile, module: Module, max_rank: int, *, has_magnitude: bool) -> None:
     """Check types and shapes of a module's tensors against the layer and the configuration."""
     pair, rank, target = module.pair, module.rank, module.target
     if rank > max_rank:
@@ -242,10 +251,10 @@ def _check(file: Any, module: Module, max_rank: int, *, has_magnitude: bool) -> 
         "magnitude": (target.num_outputs,),
     }
     for side, name in sorted(pair.names.items()):
-        held = file.get_slice(name)
-        dtype, shape = str(held.get_dtype()), tuple(held.get_shape())
-        if dtype not in _DTYPES:
-            _refuse(f"{name!r:.200} is of the type {dtype}, not one of {', '.join(_DTYPES)}")
+        held = file.entries[name]
+        dtype, shape = held.dtype, held.shape
+        if dtype not in DTYPES:
+            _refuse(f"{name!r:.200} is of the type {dtype}, not one of {', '.join(DTYPES)}")
         if shape != shapes[side]:
             _refuse(
                 f"{name!r:.200} has the shape {shape}, not {shapes[side]} as the layer and the "
@@ -255,31 +264,31 @@ def _check(file: Any, module: Module, max_rank: int, *, has_magnitude: bool) -> 
         _refuse(f"the scale of {pair.module!r:.200} is not finite")
 
 
-def _read(file: Any, module: Module, dtype: torch.dtype) -> LowRank:
+def _read(file: TensorFile, module: Module, dtype: torch.dtype) -> LowRank:
     """Read a module's tensors. Raises ConfigError for numbers that are not finite."""
     names, target = module.pair.names, module.target
-    a, b = (_finite(file.get_tensor(names[side]), names[side], dtype) for side in "AB")
+    a, b = (_finite(file, names[side], dtype) for side in "AB")
     part = LowRank(a, target.placed(b), module.scale, target.first)
     name = names.get("magnitude")
     if name is None:
         return part
-    magnitude = target.placed(_finite(file.get_tensor(name), name, torch.float32))
+    magnitude = target.placed(_finite(file, name, torch.float32))
     factors = affine(target.layer, part, magnitude)
     if not bool((factors.abs() <= MOST_FACTOR).all()):
         _refuse(f"{name!r:.200} has numbers that are too large, or its weight is zero")
     return replace(part, affine=factors)
 
 
-def _finite(tensor: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-    # A copy: the tensor lies in the file, which may change or go.
-    copy = torch.empty(tensor.shape, dtype=dtype)
-    numbers, source = copy.view(-1), tensor.reshape(-1)
-    for start in range(0, len(numbers), PIECE):
-        piece = numbers[start : start + PIECE].copy_(source[start : start + PIECE])
+def _finite(file: TensorFile, name: str, dtype: torch.dtype) -> torch.Tensor:
+    found = torch.empty(file.entries[name].shape, dtype=dtype)
+    numbers, start = found.view(-1), 0
+    for source in file.pieces(name):
+        piece = numbers[start : start + len(source)].copy_(source)
+        start += len(source)
         if not bool(torch.isfinite(piece).all()):
-            finite = bool(torch.isfinite(source[start : start + PIECE]).all())
+            finite = bool(torch.isfinite(source).all())
             _refuse(f"{name!r:.200} has numbers that are not finite{f' in {dtype}' * finite}")
-    return copy
+    return found
 
 
 def _count(digest: Any, pair: _Pair, part: LowRank) -> None:
