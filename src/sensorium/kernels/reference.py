@@ -61,7 +61,7 @@ class PlainWeight(PackedWeight):
         return lambda x: activate(F.linear(x, data, bias))
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, self.data)
+        return F.embedding(ids.to(self.data.device), self.data)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"data": self.data}

@@ -51,7 +51,7 @@ class PackedWeight(ABC):
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Look up rows of W, dequantized: ids (T,) of 0 to N - 1 -> (T, K) in ``dtype``.
 
-        Raises TypeError where ``has_rows`` is false.
+        ids may be on the CPU wherever the weight is. Raises TypeError where ``has_rows`` is false.
         """
         raise TypeError(f"{type(self).__name__} cannot be read by rows")
 

@@ -13,25 +13,28 @@ import torch
 
 from sensorium.kernels.adapters import LowRank
 from sensorium.layers.linear import Linear
-
-_ROWS = 256
-"""Rows of a weight that are read at a time."""
+from sensorium.models.lora.file import PIECE
 
 
 def affine(layer: Linear, part: LowRank, magnitude: torch.Tensor) -> torch.Tensor:
     """Return factors and shifts (2, N) float32 of a part of a layer.
 
-    magnitude: m (N,), in the layer's order of rows.
+    magnitude: m (N,), in the layer's order of rows. All is computed in pieces of few numbers, so
+    that torch wakes no other threads for them: these may be running the model.
     """
     assert layer.weight is not None
     num_outputs = part.b.shape[0]
-    a = part.scale * part.a.float()
+    a = torch.empty(part.a.shape)
+    for wide, row in zip(a, part.a, strict=True):
+        wide.copy_(row)
     norms = torch.empty(num_outputs)
-    for start in range(0, num_outputs, _ROWS):
-        stop = min(start + _ROWS, num_outputs)
+    num_rows = max(1, PIECE // layer.num_inputs)
+    for start in range(0, num_outputs, num_rows):
+        stop = min(start + num_rows, num_outputs)
         ids = torch.arange(part.first + start, part.first + stop)
         rows = layer.weight.rows(ids).float().cpu()
-        norms[start:stop] = torch.linalg.vector_norm(rows + part.b[start:stop].float() @ a, dim=1)
+        added = part.scale * part.b[start:stop].float() @ a
+        norms[start:stop] = torch.linalg.vector_norm(rows + added, dim=1)
     factors = magnitude.float() / norms
     shifts = torch.zeros(num_outputs)
     if layer.bias is not None:
