@@ -185,6 +185,13 @@ def test_adapters_make_room_where_their_memory_is_bounded(tmp_path: Path, base: 
             ConfigError, match=r"Adapter .a.: It takes .* beside .*--max-lora-memory"
         ):
             answers(parts.llm, ["red"] * 3, [requests[1], requests[2], requests[0]])
+    large = make_adapter(tmp_path / "large", base, rank=400)
+    with build_llm(base, **ENABLED, max_lora_memory_gb=0.001, max_lora_rank=512) as parts:
+        answers(parts.llm, ["red"], requests[0])
+        with pytest.raises(ConfigError, match="start with a larger --max-lora-memory-gb"):
+            answers(parts.llm, ["red"], LoRARequest("large", 9, str(large)))
+        names = [adapter.name for adapter in parts.engine.facts.adapters]
+        assert names == ["a"], "it would have made no room"
 
 
 def test_media_are_shared_unless_the_adapter_changes_the_encoder(tmp_path: Path) -> None:
@@ -261,6 +268,8 @@ async def test_an_engine_of_its_own(
         damaged = LoRARequest("d", 3, str(tmp_path))
         with pytest.raises(ConfigError, match=r"Adapter 'd': .*no adapter_config\.json"):
             await answer(damaged)
+        with pytest.raises(ConfigError, match=r"Adapter 'd': There is no folder '~/no such'\."):
+            await answer(LoRARequest("d", 3, "~/no such"))
         await llm.remove_lora("b")
         with pytest.raises(ModelNotFoundError, match="'b' is not loaded"):
             await answer(LoRARequest("b"))

@@ -33,7 +33,7 @@ class AskStats(msgspec.Struct, tag=True):
 class LoadAdapter(msgspec.Struct, tag=True):
     """Message to the engine: load an adapter, and send ``Adapters`` with this number.
 
-    ``path``: as it was given. ``folder``: where the adapter is.
+    ``path``: as it was given. ``folder``: where the adapter is, empty where that is to be found.
     """
 
     number: int

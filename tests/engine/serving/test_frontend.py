@@ -431,6 +431,25 @@ async def test_an_adapter_goes_when_its_requests_have_ended() -> None:
         await frontend.unload_adapter("a")
 
 
+async def test_an_adapter_goes_while_another_is_loaded() -> None:
+    frontend, client, _ = new_frontend()
+    await frontend.load_adapter("a", "~/adapters/a")
+    assert client.adapters[0].folder == "", "the engine finds it"
+    client.gate.clear()
+    loading = asyncio.create_task(frontend.load_adapter("b", "folder"))
+    while client.num_changes < 2:
+        await asyncio.sleep(0)
+    unloading = asyncio.create_task(frontend.unload_adapter("a"))
+    while "a" in frontend.adapters:
+        await asyncio.sleep(0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert client.num_changes == 3, "the engine has been told"
+    client.gate.set()
+    await asyncio.gather(loading, unloading)
+    assert [adapter.name for adapter in frontend.adapters] == ["b"]
+
+
 async def test_who_gives_up_unloading_leaves_the_adapter() -> None:
     frontend, client, _ = new_frontend()
     await frontend.load_adapter("a", "folder")

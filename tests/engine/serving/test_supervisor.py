@@ -15,6 +15,7 @@ import pytest
 from sensorium.config import engine_config
 from sensorium.core.request import EngineRequest
 from sensorium.engine.serving import supervisor as supervisor_module
+from sensorium.engine.serving.adapter_reader import READ_SECONDS
 from sensorium.engine.serving.client import LONGEST_RETRY, OutputQueue, dead_error
 from sensorium.engine.serving.supervisor import STEADY_SECONDS, Backoff, EngineSupervisor
 from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
@@ -342,3 +343,20 @@ async def test_a_new_engine_gets_the_adapters_of_the_one_before(
     names = {adapter.name for adapter in supervisor.facts.adapters}
     assert names == {"first", "second"} | ({"bad"} if fault == "fails" else set())
     assert bench.told[-1] == supervisor.facts
+
+
+async def test_an_engine_that_dies_loading_an_adapter_comes_up_with_the_others(
+    bench: Bench,
+) -> None:
+    supervisor = await bench.start()
+    await supervisor.load_adapter("first", "org/first", "folder")
+    bench.faults["bad"] = "kills"
+    with pytest.raises(EngineDeadError):
+        await supervisor.load_adapter("bad", "org/bad", "folder")
+    await bench.until(lambda: supervisor.num_restarts == 1)
+    assert [adapter.name for adapter in supervisor.facts.adapters] == ["first"]
+
+
+def test_an_adapter_that_hangs_is_dropped_before_the_engine_gives_it_up() -> None:
+    """Else all later adapters would be tried in an engine that still waits for it."""
+    assert supervisor_module.RESTORE_SECONDS < READ_SECONDS

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sensorium.engine import wire
@@ -21,11 +22,34 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READ_SECONDS = 240.0
+"""Most time in which nothing more of an adapter is read."""
+LONGEST_SECONDS = 3600.0
 """Most time that reading an adapter may take."""
+MOST_ABANDONED = 3
+"""Threads that hang in reading adapters which were given up; with as many, none is read."""
 CLOSING_SECONDS = 1.0
 """Most time that closing waits for a thread that reads."""
 _NICE = 10
 """Priority of the thread that reads, below those that run the model."""
+
+
+@dataclass(slots=True, eq=False)
+class _Reading:
+    """An adapter that a thread reads: when that began, and went on last.
+
+    number: that of the message. found: what was read, or the error; None until then.
+    """
+
+    number: int
+    began: float
+    went_on: float
+    found: NamedAdapter | BaseException | None = None
+    thread: threading.Thread | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        """True when there is nothing more to wait for."""
+        return self.found is not None or self.thread is None or not self.thread.is_alive()
 
 
 class AdapterReader:
@@ -45,10 +69,9 @@ class AdapterReader:
         self._answer = answer
         self._clock = clock
         self._wake, self._waker = os.pipe()
-        self._thread: threading.Thread | None = None
-        self._waiting: int | None = None
-        self._deadline = 0.0
-        self._found: NamedAdapter | Exception | None = None
+        os.set_blocking(self._wake, False)
+        self._reading: _Reading | None = None
+        self._abandoned: list[_Reading] = []
 
     def fileno(self) -> int:
         """Return a descriptor that is readable when an adapter has been read."""
@@ -56,74 +79,100 @@ class AdapterReader:
 
     def begin(self, message: wire.LoadAdapter) -> None:
         """Begin to read an adapter."""
-        if self._thread is not None:
-            self._answer(
-                message.number,
-                UnavailableError("Another adapter is being read; try again in a moment."),
-            )
+        problem = self._obstacle()
+        if problem:
+            self._answer(message.number, UnavailableError(problem))
             return
-        self._waiting = message.number
-        self._deadline = self._clock() + READ_SECONDS
-        self._found = None
-        self._thread = threading.Thread(
-            target=self._read, args=(message,), name=f"{OWN_THREADS}adapter", daemon=True
+        now = self._clock()
+        reading = _Reading(message.number, now, now)
+        reading.thread = threading.Thread(
+            target=self._read, args=(message, reading), name=f"{OWN_THREADS}adapter", daemon=True
         )
-        self._thread.start()
+        try:
+            reading.thread.start()
+        except RuntimeError:  # the system gives no more threads
+            error = "There is no thread to read the adapter in; try again later."
+            self._answer(message.number, UnavailableError(error))
+            return
+        self._reading = reading
 
     def poll(self) -> None:
         """Give the engine the adapter that has been read, if any, and answer."""
-        thread = self._thread
-        if thread is None:
+        for reading in [each for each in self._abandoned if each.has_ended]:
+            self._abandoned.remove(reading)
+            self._join(reading)
+        current = self._reading
+        if current is None:
             return
-        if self._found is None:
-            if self._waiting is not None and self._clock() > self._deadline:
-                self._give_up(self._waiting)
-            return
-        thread.join()
-        os.read(self._wake, 1)
-        found, number = self._found, self._waiting
-        self._thread = self._found = self._waiting = None
-        if number is not None:  # else nobody waits for it any more
-            self._answer(number, self._added(found))
+        if current.has_ended:
+            self._join(current)
+            self._reading = None
+            self._answer(current.number, self._added(current.found))
+        elif self._is_late(current):
+            self._reading = None
+            self._abandoned.append(current)
+            logger.error("an adapter is given up: reading it takes too long")
+            error = "The adapter is given up: reading it takes too long."
+            self._answer(current.number, UnavailableError(error))
 
     def close(self) -> None:
         """Free the descriptors; those of a thread that still reads go with the process."""
-        if self._thread is not None:
-            self._thread.join(CLOSING_SECONDS)
-            if self._thread.is_alive():
-                return
+        if self._reading is not None and self._reading.thread is not None:
+            self._reading.thread.join(CLOSING_SECONDS)
+        readings = [*self._abandoned, *([] if self._reading is None else [self._reading])]
+        if any(each.thread is not None and each.thread.is_alive() for each in readings):
+            return
         os.close(self._wake)
         os.close(self._waker)
 
-    def _give_up(self, number: int) -> None:
-        self._waiting = None
-        logger.error("an adapter could not be read in %g s", READ_SECONDS)
-        error = f"The adapter could not be read in {READ_SECONDS:g} seconds."
-        self._answer(number, UnavailableError(error))
+    def _obstacle(self) -> str:
+        """Return why no adapter can be read now, if that is so."""
+        if self._reading is not None:
+            return "Another adapter is being read; try again in a moment."
+        if len(self._abandoned) >= MOST_ABANDONED:
+            return f"{len(self._abandoned)} adapters cannot be read to their end; try again later."
+        return ""
 
-    def _added(self, found: NamedAdapter | Exception) -> SensoriumError | None:
+    def _is_late(self, reading: _Reading) -> bool:
+        now = self._clock()
+        return now - reading.went_on > READ_SECONDS or now - reading.began > LONGEST_SECONDS
+
+    def _join(self, reading: _Reading) -> None:
+        """Wait for a thread that ends, and take the byte that it has written."""
+        if reading.thread is not None:
+            reading.thread.join()
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake, 1)
+
+    def _added(self, found: NamedAdapter | BaseException | None) -> SensoriumError | None:
         """Give the engine an adapter; return the error, if any."""
+        if found is None:
+            return expected(RuntimeError("the thread that read it has gone"))
+        if isinstance(found, BaseException):
+            return expected(found)
         try:
-            if isinstance(found, Exception):
-                raise found
             self._engine.add_adapter(found)
         except Exception as error:
             return expected(error)
         return None
 
-    def _read(self, message: wire.LoadAdapter) -> None:
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-        found: NamedAdapter | Exception
+    def _read(self, message: wire.LoadAdapter, reading: _Reading) -> None:
+        def progress() -> None:
+            reading.went_on = self._clock()
+
         try:
-            found = self._engine.read_adapter(message.name, message.path, message.folder)
-        except Exception as error:
-            found = error
-        self._found = found
-        os.write(self._waker, b"\0")
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            reading.found = self._engine.read_adapter(
+                message.name, message.path, message.folder, progress
+            )
+        except BaseException as error:  # also a panic of a library, which is no Exception
+            reading.found = error
+        finally:
+            os.write(self._waker, b"\0")
 
 
-def expected(error: Exception) -> SensoriumError:
+def expected(error: BaseException) -> SensoriumError:
     """Return an error of adapters as a client gets it; log one that is a fault of ours."""
     if isinstance(error, SensoriumError):
         return error

@@ -18,7 +18,7 @@ UNUSED_SECONDS = 300.0
 
 
 class AdapterChanges:
-    """Loads and unloads adapters of an engine, one at a time.
+    """Loads adapters of an engine, one at a time, and unloads them, also meanwhile.
 
     Each change is a task of its own, which also makes it known to those who prepare prompts: a
     caller that is cancelled meanwhile leaves the engine and what is known of it alike. All methods
@@ -31,7 +31,7 @@ class AdapterChanges:
         self._engine = engine
         self._processor = processor
         self._download_dir = download_dir
-        self._changing = asyncio.Lock()
+        self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def load(self, name: str, path: str) -> None:
@@ -88,10 +88,10 @@ class AdapterChanges:
         return self._processor.adapters
 
     async def _load(self, name: str, path: str, *, unless_loaded: bool) -> None:
-        folder = path
+        folder = ""  # the engine finds one that is here, beside its steps
         if is_downloaded(path):
             folder = str(await asyncio.to_thread(find_adapter, path, self._download_dir))
-        async with self._changing:
+        async with self._loading:
             if unless_loaded and name in self._known:
                 self._check_path(name, path)
                 return
@@ -100,9 +100,8 @@ class AdapterChanges:
 
     async def _unload(self, name: str, retired: contextlib.ExitStack) -> None:
         with retired:
-            async with self._changing:
-                self._known.find(name)  # an engine may have come up without it meanwhile
-                self._processor.set_facts(await self._engine.unload_adapter(name))
+            self._known.find(name)  # an engine may have come up without it meanwhile
+            self._processor.set_facts(await self._engine.unload_adapter(name))
 
     def _check_path(self, name: str, path: str) -> None:
         check_path(name, path, [a.path for a in self._known if a.name == name])

@@ -189,9 +189,10 @@ class EngineClient:
             self._stats.pop(number, None)
 
     async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
-        """Load an adapter from ``folder`` and return the facts with it.
+        """Load an adapter and return the facts with it.
 
-        ``path``: as it was given, a folder or a Hugging Face id.
+        path: as it was given, a folder or a Hugging Face id. folder: where it is; empty for the
+        engine to find it.
 
         Raises ConfigError when it cannot be used, EngineDeadError when the engine has stopped, and
         SensoriumError when the engine fails at it.

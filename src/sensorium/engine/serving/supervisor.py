@@ -25,8 +25,11 @@ STEADY_SECONDS = 300.0
 """An engine that lived this long ends the row of attempts: its successor is started at once."""
 
 
-RESTORE_SECONDS = 300.0
-"""Most time that a new engine gets to load an adapter of the one before."""
+RESTORE_SECONDS = 180.0
+"""Most time that a new engine gets to load an adapter of the one before.
+
+Less than the time after which an engine gives an adapter up: the next engine shall start without
+it, rather than each wait for it."""
 
 
 NewClient = Callable[[EngineConfig, EngineProcess | None], EngineClient]
