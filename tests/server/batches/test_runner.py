@@ -46,8 +46,9 @@ def lines(num: int) -> Any:
     return iter([Line(i, f"id {i}", "/v1/completions", b"{}") for i in range(1, num + 1)])
 
 
-async def ran(runner: LineRunner, given: Any) -> list[Outcome]:
-    found: list[Outcome] = []
+async def ran(runner: LineRunner, given: Any, found: list[Outcome] | None = None) -> list[Outcome]:
+    """Run the lines and return their outcomes, which ``found`` has also when the run fails."""
+    found = [] if found is None else found
 
     async def write(outcome: Outcome) -> None:
         found.append(outcome)
@@ -73,23 +74,42 @@ async def test_a_busy_server_is_asked_again() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_line_that_is_refused_for_good_ends_the_run_and_has_no_output(status: int) -> None:
-    busy = Reply(status, "r", b'{"error":{"message":"Too many tokens today."}}')
-    together = asyncio.Barrier(3)
-    found: list[Outcome] = []
+async def test_a_line_that_is_refused_for_good_ends_the_run_and_has_no_output(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "FIRST_WAIT", 0.0)
+    both_run, may_end = asyncio.Event(), asyncio.Event()
 
-    class Refusing(Caller):
+    class Refusing:
+        num_running = 0
+
         async def call(self, url: str, body: bytes) -> Reply:
-            await together.wait()
-            return await super().call(url, body)
+            if body == b"b":
+                await both_run.wait()
+                may_end.set()
+                return Reply(status, "r", b'{"error":{"message":"Too many tokens today."}}')
+            self.num_running += 1
+            if self.num_running == 2:
+                both_run.set()
+            await may_end.wait()
+            return OK
 
-    async def write(outcome: Outcome) -> None:
-        found.append(outcome)
-
-    runner = LineRunner(Refusing(lambda number: busy if number == 1 else OK), 3, patience=0)
+    found: list[Outcome] = []
     with pytest.raises(UnavailableError, match=f"with {status}: Too many tokens today"):
-        await runner.run(lines(3), write)
+        await ran(LineRunner(Refusing(), 3, patience=0), lines_of("baa"), found)
     assert [outcome.succeeded for outcome in found] == [True] * 2  # what ran is finished
+
+
+@pytest.mark.parametrize("status", [502, 504])
+@pytest.mark.parametrize("body", [b"<html><h1>Bad Gateway</h1></html>", b"", b'{"message":"x"}'])
+async def test_what_a_proxy_says_of_a_server_that_is_away_is_no_answer(
+    status: int, body: bytes
+) -> None:
+    found: list[Outcome] = []
+    runner = LineRunner(Caller(lambda number: Reply(status, "", body)), 1, patience=0)
+    with pytest.raises(UnavailableError, match=f"Line 1 was refused again and again with {status}"):
+        await ran(runner, lines(2), found)
+    assert not found
 
 
 async def test_without_patience_the_last_timeout_is_the_answer() -> None:
@@ -99,23 +119,26 @@ async def test_without_patience_the_last_timeout_is_the_answer() -> None:
     assert json.loads(outcome.text)["response"]["status_code"] == 504
 
 
-@pytest.mark.parametrize(("asked", "waited"), [(40.0, 40.0), (1e9, 300.0)])
+@pytest.mark.parametrize(
+    ("asked", "patience", "waited"), [(40.0, 600, 40.0), (1e9, 600, 300.0), (40.0, 30, 40.0)]
+)
 async def test_a_server_is_left_alone_as_long_as_it_asks_within_bounds(
-    asked: float, waited: float, monkeypatch: pytest.MonkeyPatch
+    asked: float, patience: float, waited: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses: list[float] = []
     timeout = asyncio.timeout
 
-    def at_once(seconds: float) -> asyncio.Timeout:
+    def at_once(seconds: float | None) -> asyncio.Timeout:
+        if seconds is None:  # a call, which may take as long as it does
+            return timeout(None)
         pauses.append(seconds)
         return timeout(0)
 
     caller = Caller(lambda number: OK if number > 1 else Reply(429, "r", b"{}", asked))
     monkeypatch.setattr(asyncio, "timeout", at_once)
-    [outcome] = await ran(LineRunner(caller, 1, patience=600), lines(1))
+    [outcome] = await ran(LineRunner(caller, 1, patience=patience), lines(1))
     assert outcome.succeeded
-    [pause] = pauses
-    assert waited <= pause <= 1.5 * waited
+    assert pauses == [waited]
 
 
 @pytest.mark.parametrize(
@@ -360,3 +383,54 @@ async def test_lines_whose_model_cannot_be_loaded_fail_and_hold_up_no_others(
     assert [response["status_code"] for response in failed] == [503] * 6
     assert failed[0]["body"] == error
     assert MOST_FAILED <= caller.num_others <= 6 * MOST_FAILED
+
+
+async def test_a_refused_line_does_not_end_a_run_whose_other_calls_are_still_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner_module, "FIRST_WAIT", 0.0)
+    clock = ManualClock()
+    may_end = asyncio.Event()
+
+    class Long:
+        num_refused = 0
+
+        async def call(self, url: str, body: bytes) -> Reply:
+            if body == b"a":  # takes longer than the patience
+                await may_end.wait()
+                return OK
+            await asyncio.sleep(0)
+            if may_end.is_set():
+                return OK
+            clock.advance(100.0)
+            self.num_refused += 1
+            if self.num_refused == 20:
+                may_end.set()
+            return Reply(503, "r", b"{}")
+
+    caller = Long()
+    async with asyncio.timeout(60):
+        found = await ran(LineRunner(caller, 2, patience=600, clock=clock), lines_of("ab"))
+    assert [outcome.succeeded for outcome in found] == [True] * 2
+    assert caller.num_refused == 20
+
+
+async def test_calls_that_are_open_have_little_time_when_the_server_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runner_module, "LAST_CALLS", 0.0)
+    hanging = asyncio.Event()
+
+    class Away:
+        async def call(self, url: str, body: bytes) -> Reply:
+            if body == b"a":
+                hanging.set()
+                await asyncio.Event().wait()
+            await hanging.wait()
+            raise UnavailableError("It does not answer.")
+
+    found: list[Outcome] = []
+    async with asyncio.timeout(60):
+        with pytest.raises(UnavailableError, match="It does not answer"):
+            await ran(LineRunner(Away(), 2, patience=0), lines_of("ab"), found)
+    assert not found

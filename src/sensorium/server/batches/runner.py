@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,8 +22,10 @@ from sensorium.server.batches.slots import Slot, Slots
 
 AGAIN = frozenset({408, 425, 429, 502, 503, 504})
 """Statuses of a server that may answer later."""
-LATER = frozenset({429, 503})
+LATER = frozenset({429, 502, 503})
 """Those that say nothing about a request: with one of them it is not answered."""
+LAST_CALLS = 60.0
+"""Seconds that calls which still run have when the server has been away for too long."""
 FIRST_WAIT, LONGEST_WAIT = 0.25, 15.0
 LONGEST_ASKED = 300.0
 """Seconds for which a server may ask to be left alone; after them it is asked again."""
@@ -30,7 +33,7 @@ MOST_ASIDE = 256
 """Lines that one batch puts aside at most while they wait for another attempt."""
 MOST_FAILED = 3
 """Attempts of a line whose model cannot be loaded."""
-_UNAVAILABLE = 503
+_UNAVAILABLE, _TIMEOUT = 503, 504
 _MOST_NAMED = 64
 
 _Result = TypeVar("_Result")
@@ -59,12 +62,12 @@ class _Answer(msgspec.Struct):
 
 
 class _Error(msgspec.Struct):
-    code: str = ""
-    message: str = ""
+    code: str | int | None = None
+    message: str | None = None
 
 
 class _Refusal(msgspec.Struct):
-    error: _Error | None = None
+    error: _Error | str | None = None
 
 
 _usage = msgspec.json.Decoder(_Answer)
@@ -73,13 +76,17 @@ _refusal = msgspec.json.Decoder(_Refusal)
 
 @dataclass(slots=True, eq=False)
 class _Task:
-    """A line that is being run: since when, its next pause, and how often its model failed."""
+    """A line that is being run: since when, its next pause, and how often its model failed.
+
+    ``last_call``: number of the last call of the run that was open when the line's time was over.
+    """
 
     line: Line | BadLine
     slot: Slot
     since: float
     wait: float = 0.0
     num_failed: int = 0
+    last_call: int | None = None
     is_aside: bool = False
 
 
@@ -121,7 +128,10 @@ class LineRunner:
         self._answered_at = float("-inf")
         self._failed: set[str] = set()
         """Messages on models that could not be loaded again and again."""
+        self._open: dict[int, asyncio.Timeout] = {}
+        """Calls that run, by numbers that grow."""
         self._given_up: UnavailableError | None = None
+        self._is_away = False
         self.stopping = asyncio.Event()
 
     async def run(
@@ -132,7 +142,8 @@ class LineRunner:
         Lines that wait for another attempt when ``stopping`` is set are not written. ``write``
         gets each output once, in no order, and is never cancelled. Raises what ``write`` raises,
         and UnavailableError when the server was away or refused all lines for too long: what still
-        ran by then is written, and what it refused is not.
+        ran by then is written, and what it refused is not. Of a server that is away, what still
+        runs after ``LAST_CALLS`` seconds is not written either.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -218,21 +229,17 @@ class LineRunner:
         while not self.stopping.is_set():
             reply: Reply | None = None
             try:
-                reply = await self._caller.call(line.url, line.body)
+                reply = await self._call(line)
             except UnavailableError as error:
                 if self._clock() >= self._ends(task):
-                    self._give_up(error)
+                    self._give_up(error, is_away=True)
                     return None
             if reply is not None and self._is_final(task, reply):
                 return answered(line, reply)
-            if reply is not None and self._clock() >= self._ends(task):
+            if reply is not None and self._is_over(task):
                 self._give_up(_refusal_of(line, reply))
                 return None
-            least = 0.0 if reply is None or reply.retry_after is None else reply.retry_after
-            # Lines that were refused together do not come back together.
-            pause = max(min(least, LONGEST_ASKED), task.wait) * random.uniform(1.0, 1.5)
-            pause = min(pause, self._ends(task) - self._clock())
-            task.wait = min(2 * task.wait, LONGEST_WAIT)
+            pause = self._pause_after(task, reply)
             has_left = task.slot.leave(len(line.body))
             others_may_run = reply is not None and reply.status == _UNAVAILABLE
             if has_left and others_may_run and len(self._aside) < MOST_ASIDE:
@@ -245,6 +252,31 @@ class LineRunner:
                 await task.slot.take()
         return None
 
+    async def _call(self, line: Line) -> Reply:
+        """Return the answer to a line. Raises UnavailableError when none comes."""
+        number = next(self._numbers)
+        limit = self._open[number] = asyncio.timeout(None)
+        try:
+            async with limit:
+                return await self._caller.call(line.url, line.body)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise UnavailableError("The server was away for too long.") from error
+        finally:
+            del self._open[number]
+
+    def _pause_after(self, task: _Task, reply: Reply | None) -> float:
+        """Return the seconds to wait before the next attempt, no fewer than the server asks for."""
+        # Lines that were refused together do not come back together.
+        pause = task.wait * random.uniform(1.0, 1.5)
+        task.wait = min(2 * task.wait, LONGEST_WAIT)
+        left = self._ends(task) - self._clock()
+        if left > 0:
+            pause = min(pause, left)
+        asked = 0.0 if reply is None or reply.retry_after is None else reply.retry_after
+        return max(pause, min(asked, LONGEST_ASKED))
+
     def _is_final(self, task: _Task, reply: Reply) -> bool:
         """Return whether a line is not to be tried again after this answer."""
         if reply.status not in AGAIN or reply.is_final:
@@ -252,27 +284,48 @@ class LineRunner:
             return True
         if self._has_failed(task, reply):
             return True
-        return reply.status not in LATER and self._clock() >= self._ends(task)
+        if reply.status in LATER or (reply.status == _TIMEOUT and _error_of(reply) is None):
+            return False  # the second comes from a proxy, which knows nothing of the request
+        return self._clock() >= self._ends(task)
 
-    def _give_up(self, error: UnavailableError) -> None:
-        """End the run by this error when the lines that run are finished."""
+    def _is_over(self, task: _Task) -> bool:
+        """Return whether a refused line is not to be tried again, as nothing is answered any more.
+
+        Answers may take longer than the patience: calls that are open when the time of the line is
+        over may still be answered, and then it has more time.
+        """
+        if self._clock() < self._ends(task):
+            task.last_call = None
+            return False
+        if task.last_call is None:
+            task.last_call = max(self._open, default=-1)
+        return min(self._open, default=math.inf) > task.last_call
+
+    def _give_up(self, error: UnavailableError, *, is_away: bool = False) -> None:
+        """End the run by this error when the lines that run are finished.
+
+        Where the server is away, they have ``LAST_CALLS`` seconds for that.
+        """
         self._given_up = self._given_up or error
         self.stopping.set()
+        if is_away and not self._is_away:
+            self._is_away = True
+            end = asyncio.get_running_loop().time() + LAST_CALLS
+            for limit in self._open.values():
+                limit.reschedule(end)
 
     def _has_failed(self, task: _Task, reply: Reply) -> bool:
         """Return whether the model of a line could not be loaded in several attempts."""
         if reply.status != _UNAVAILABLE:
             return False
-        try:
-            error = _refusal.decode(reply.body).error
-        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-            return False
-        if error is None or error.code != "engine_unavailable" or NOT_LOADED not in error.message:
+        error = _error_of(reply)
+        message = "" if error is None else error.message or ""
+        if error is None or error.code != "engine_unavailable" or NOT_LOADED not in message:
             return False
         task.num_failed += 1
         if task.num_failed >= MOST_FAILED and len(self._failed) < _MOST_NAMED:
-            self._failed.add(error.message)
-        return task.num_failed >= MOST_FAILED or error.message in self._failed
+            self._failed.add(message)
+        return task.num_failed >= MOST_FAILED or message in self._failed
 
     def _ends(self, task: _Task) -> float:
         """Return when a line that the server keeps refusing is given up.
@@ -325,16 +378,22 @@ def answered(line: Line, reply: Reply) -> Outcome:
     )
 
 
+def _error_of(reply: Reply) -> _Error | None:
+    """Return the error that an API has answered; None for what is none, as the page of a proxy."""
+    try:
+        error = _refusal.decode(reply.body).error
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return None
+    return _Error(message=error) if isinstance(error, str) else error
+
+
 def _refusal_of(line: Line, reply: Reply) -> UnavailableError:
     """Return the error that ends a run whose lines the server keeps refusing."""
-    with contextlib.suppress(msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-        error = _refusal.decode(reply.body).error
-        if error is not None and error.message:
-            return UnavailableError(
-                f"Line {line.number} was refused again and again with {reply.status}: "
-                f"{error.message:.300}"
-            )
-    return UnavailableError(f"Line {line.number} was refused again and again with {reply.status}.")
+    error = _error_of(reply)
+    said = f": {error.message:.300}" if error is not None and error.message else "."
+    return UnavailableError(
+        f"Line {line.number} was refused again and again with {reply.status}{said}"
+    )
 
 
 def refused(line: BadLine) -> Outcome:
