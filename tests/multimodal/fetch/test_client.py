@@ -4,10 +4,16 @@ The fetcher's own tests are in test_fetcher.py.
 """
 
 import asyncio
+import contextlib
+import gc
 import gzip
+import socket
+import struct
 import threading
 from collections.abc import Iterator
+from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from yarl import URL
@@ -126,6 +132,79 @@ async def test_what_follows_a_body_is_not_the_next_answer(make) -> None:
             assert await fetcher.fetch(f"http://127.0.0.1:{server.port}/", "image") == b"abc"
         holds.cancel()
         await asyncio.gather(holds, return_exceptions=True)
+
+
+async def test_a_host_that_resets_connections_leaves_no_error_in_the_log(
+    workers: ThreadWorkers,
+) -> None:
+    problems: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, problem: problems.append(problem))
+    guard = Guard(frozenset({"127.0.0.1"}))
+    client = http.HttpClient(MediaConfig(media_fetch_retries=0), guard, workers)
+    with ByteBudget(1000).share() as share:
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(OK + b"Content-Length: 9\r\n\r\nabc")
+            while not share.num_bytes:  # the client is in the body
+                await asyncio.sleep(0)
+            at_once = struct.pack("ii", 1, 0)
+            connection = writer.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            writer.transport.abort()
+
+        listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = URL(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/")
+        with pytest.raises(MediaFetchError, match="broke off"):
+            await client.download(url, share, seconds=60.0)
+        listener.close()
+    client.close()
+    await asyncio.sleep(0)
+    gc.collect()
+    assert problems == []
+
+
+def num_bodies() -> int:
+    """Bodies of answers that something still refers to."""
+    gc.collect()
+    return sum(type(each) is aiohttp.StreamReader for each in gc.get_objects())
+
+
+async def test_downloads_over_one_connection_leave_nothing_on_it(workers: ThreadWorkers) -> None:
+    guard = Guard(frozenset({"127.0.0.1"}))
+    client = http.HttpClient(MediaConfig(), guard, workers)
+    num_connections = 0
+    with ByteBudget(1000).share() as share, ByteBudget(1000).share() as other:
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal num_connections
+            num_connections += 1
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while b"/held" not in await reader.readuntil(b"\r\n\r\n"):
+                    before = share.num_bytes
+                    writer.write(OK + b"Content-Length: 3\r\n\r\na")
+                    while share.num_bytes == before:  # the client is in the body
+                        await asyncio.sleep(0)
+                    writer.write(b"bc")
+                await reader.read()
+            writer.close()
+
+        listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+        url = URL(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/")
+        # The session, and with it the connections, stay open meanwhile.
+        held = asyncio.create_task(client.download(url / "held", other, seconds=60.0))
+        while not num_connections:
+            await asyncio.sleep(0)
+        await client.download(url, share, seconds=60.0)
+        after_one = num_bodies()
+        for _ in range(20):
+            await client.download(url, share, seconds=60.0)
+        assert num_bodies() <= after_one + 1
+        assert num_connections == 2
+        held.cancel()
+        await asyncio.gather(held, return_exceptions=True)
+        listener.close()
+    client.close()
 
 
 async def test_answers_are_read_in_a_thread_of_their_own(make, server: MediaServer) -> None:

@@ -14,7 +14,7 @@ import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import NoReturn
@@ -267,42 +267,58 @@ async def _read(
     """
     if response.content_length is not None and response.content_length > limit:
         raise too_large(limit)
-    _fail_with_connection(response)
     pieces: list[bytes] = []
     piece = bytearray()
     size = 0
-    async for chunk in response.content.iter_any():
-        size += len(chunk)
-        if size > limit:
-            raise too_large(limit)
-        count(len(chunk))
-        piece += chunk
-        if len(piece) >= _PIECE_BYTES:
-            pieces.append(bytes(piece))
-            piece.clear()
+    with _failing_with_connection(response):
+        async for chunk in response.content.iter_any():
+            size += len(chunk)
+            if size > limit:
+                raise too_large(limit)
+            count(len(chunk))
+            piece += chunk
+            if len(piece) >= _PIECE_BYTES:
+                pieces.append(bytes(piece))
+                piece.clear()
     return [*pieces, bytes(piece)]
 
 
-def _fail_with_connection(response: aiohttp.ClientResponse) -> None:
-    """Let reads of the body fail once the connection is closed before the body's end.
+@contextmanager
+def _failing_with_connection(response: aiohttp.ClientResponse) -> Iterator[None]:
+    """Let reads of the body in the block fail once the connection is closed before the body's end.
 
     aiohttp closes a connection whose body is no HTTP (a chunk without a size, say), but tells only
     reads of the head: those of the body would wait until the deadline.
     """
     content = response.content
     connection = response.connection
-    if connection is None or connection.protocol is None:
-        return
 
     def fail(_: object = None) -> None:
         if not content.is_eof() and content.exception() is None:
             content.set_exception(aiohttp.ClientPayloadError())
 
+    if connection is None or connection.protocol is None:
+        yield  # the whole body is here
+        return
     closed = connection.protocol.closed
     if closed is None:
         fail()
-    else:
-        closed.add_done_callback(fail)
+        yield
+        return
+    # A connection serves many downloads: none may leave a callback of its own on it.
+    closed.remove_done_callback(_take_note)
+    closed.add_done_callback(_take_note)
+    closed.add_done_callback(fail)
+    try:
+        yield
+    finally:
+        closed.remove_done_callback(fail)
+
+
+def _take_note(closed: asyncio.Future[None]) -> None:
+    """Take the error of a connection that was reset, which asyncio would log as one nobody saw."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 def _unpack(pieces: list[bytes], encoding: str, limit: int, share: Share) -> bytes:
