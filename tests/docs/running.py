@@ -27,7 +27,7 @@ class Servers:
     """The server that pages have started last.
 
     All have one port, as for a reader, so that a client goes on when a page starts another server.
-    A command that runs already is not started again.
+    A command that runs already is not started again, unless its server has ended.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,8 @@ class Servers:
 
     def start(self, command: list[str]) -> None:
         """Run ``sensorium serve`` with these arguments."""
-        if self.running is not None and self.command == command:
+        is_alive = self.running is not None and self.running.process.poll() is None
+        if is_alive and self.command == command:
             return
         self.stop()
         model, *flags = command
@@ -47,9 +48,15 @@ class Servers:
 
     def stop(self) -> None:
         """End what runs, which must end well."""
-        if self.running is not None:
-            assert self.running.stop() == 0, self.running.log.read_text()
-            self.running = None
+        running, self.running = self.running, None
+        if running is not None:
+            assert running.stop() == 0, running.log.read_text()
+
+    def drop(self) -> None:
+        """End what runs, however it ends: a page has failed, perhaps for its sake."""
+        running, self.running = self.running, None
+        if running is not None:
+            running.stop()
 
 
 class Page:

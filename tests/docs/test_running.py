@@ -12,11 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.checkpoints import make_embedder, make_llava, make_qwen2_5_vl, make_ultravox
 from tests.checkpoints.adapters import make_adapter
+from tests.docs import running
 from tests.docs.pages import PAGES, ROOT, blocks_of
 from tests.docs.running import Page, Servers
 
@@ -71,6 +73,46 @@ def page(folder: Path, servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Ite
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_blocks_run(page: Page, name: str) -> None:
-    for block in blocks_of(name):
-        page.run(block)
+    try:
+        for block in blocks_of(name):
+            page.run(block)
+    except BaseException:
+        page.servers.drop()
+        raise
     assert page.num_run
+
+
+class Stub:
+    """A server that ends when it is told to, or before."""
+
+    def __init__(self, model: str, log: Path, flags: list[str]) -> None:
+        self.log = log
+        self.log.write_text(f"the log of {model}")
+        self.process = self
+        self.status: int | None = None
+
+    def poll(self) -> int | None:
+        return self.status
+
+    def stop(self) -> int:
+        self.status = 0 if self.status is None else self.status
+        return self.status
+
+
+def test_a_server_that_has_ended_is_not_taken_for_one_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "Server", Stub)
+    servers = Servers(tmp_path)
+    servers.start(["demo"])
+    first: Any = servers.running
+    servers.start(["demo"])
+    assert servers.running is first
+    first.status = 139
+    with pytest.raises(AssertionError, match="the log of demo"):
+        servers.start(["demo"])
+    assert servers.running is None
+    servers.start(["demo"])
+    assert servers.running is not first
+    servers.drop()
+    assert servers.running is None
