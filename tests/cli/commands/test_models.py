@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sensorium.cli.main import main
+from sensorium.cli.main import build_parser, main
 from sensorium.models.embedder import PUBLISHED
 from sensorium.models.families.hf import EXAMPLES
 from sensorium.models.registry import FAMILIES, resolve
@@ -78,3 +78,16 @@ def test_a_page_lists_the_same_embedding_models(page: str) -> None:
     assert [(name, checkpoint) for name, checkpoint, _ in rows] == [
         (name, checkpoint) for name, checkpoint, _ in PUBLISHED
     ]
+
+
+def test_one_model_takes_the_flags_of_info() -> None:
+    flags = ["some/model", "--kv-cache-dtype", "int8", "--port", "9000", "--json"]
+    found, expected = (vars(build_parser().parse_args([c, *flags])) for c in ("models", "info"))
+    assert found.pop("handler") != expected.pop("handler")
+    assert found == expected
+
+
+@pytest.mark.parametrize("flags", [["--dtype", "float32"], ["--model", "some/model"]])
+def test_flags_of_a_model_need_one(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", *flags]) == 2
+    assert "name it, as in sensorium models demo" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any
 
 from sensorium import __version__
 from sensorium.cli.flags import (
+    Parser,
     add_engine_flags,
     add_server_flags,
     build_engine_config,
@@ -56,30 +57,30 @@ def add_parser(commands: Any) -> None:
         usage="%(prog)s [MODEL] [options]",
         description=DESCRIPTION,
     )
-    add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-    parser.has_models = True
-    add_server_flags(parser)
-    add_engine_flags(parser)
+    add_options(parser, "print a JSON object")
     parser.common = COMMON
     parser.set_defaults(handler=run)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add the name of a model that is to be described."""
+def add_options(parser: Parser, json_help: str) -> None:
+    """Add the name of a model that is to be described, and all flags of a server."""
     parser.add_argument(
         "model_argument",
         metavar="MODEL",
         nargs="?",
         help="Hugging Face id, folder, or GGUF file to describe",
     )
+    parser.add_argument("--json", action="store_true", help=json_help)
+    parser.has_models = True
+    add_server_flags(parser)
+    add_engine_flags(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the facts."""
     if arguments.model_argument is not None:
         return print_needs(arguments)
-    found = _options(arguments) if _is_configured(arguments) else collect()
+    found = _options(arguments) if is_configured(arguments) else collect()
     if arguments.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -105,7 +106,7 @@ def print_needs(arguments: argparse.Namespace) -> int:
     return int(problem is not None)
 
 
-def _is_configured(arguments: argparse.Namespace) -> bool:
+def is_configured(arguments: argparse.Namespace) -> bool:
     """Return whether a file or any flag of a server is given."""
     names = {f.name for cls in (*ENGINE_SECTIONS.values(), ServerConfig) for f, _ in fields_of(cls)}
     return arguments.config_file is not None or not names.isdisjoint(vars(arguments))

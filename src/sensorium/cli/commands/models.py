@@ -7,8 +7,7 @@ import json
 from typing import Any
 
 from sensorium.cli.commands import info
-from sensorium.cli.flags import add_flags
-from sensorium.config import ENGINE_SECTIONS
+from sensorium.errors import ConfigError
 
 COMMON = {
     "--mmproj": "--mmproj mmproj-model-f16.gguf",
@@ -29,11 +28,9 @@ def add_parser(commands: Any) -> None:
         description="Print the supported model families, what they take, and a checkpoint of each; "
         "then embedding models, and tested models that run through transformers' own code. Other "
         "models of transformers run the same way (docs/other_models.md). With a MODEL, print what "
-        "it is and needs, as sensorium info does.",
+        "it is and needs, as sensorium info does; the flags are for that.",
     )
-    info.add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print a JSON list")
-    add_flags(parser, ENGINE_SECTIONS["model"], "model", ("model",))
+    info.add_options(parser, "print a JSON list; with a MODEL, an object")
     parser.common = COMMON
     parser.set_defaults(handler=run)
 
@@ -41,10 +38,13 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print a line per family, embedding model and tested model of transformers; or of one model.
 
-    The exit status is 1 for a model that cannot run here.
+    The exit status is 1 for a model that cannot run here. Raises ConfigError for flags
+    of a model where none is named.
     """
     if arguments.model_argument is not None:
         return info.print_needs(arguments)
+    if info.is_configured(arguments):
+        raise ConfigError("These flags describe one model: name it, as in sensorium models demo.")
     found = _families() + _embedders() + _others()
     if arguments.json:
         print(json.dumps(found, indent=2))
