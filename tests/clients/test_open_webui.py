@@ -48,6 +48,7 @@ async def test_advanced_parameters_have_their_effect() -> None:
         ("mirostat", 1, "mirostat", "use temperature"),
         ("tfs_z", 0.5, "tfs_z", "use temperature"),
         ("format", 5, "format", "JSON schema"),
+        ("num_predict", "many", "num_predict", "num_predict"),
         ("repeat_penalty", -1, "repeat_penalty", "repeat_penalty"),
         ("repeat_pen", 1, "repeat_pen", "Unknown field"),
     ],
@@ -66,6 +67,31 @@ async def test_a_schema_as_format() -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     assert (await app.post(CHAT, {"messages": USER, "format": schema})).status == 200
     assert app.frontend.calls[0].params.structured_outputs.json == schema
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"num_predict": 7}, 7),
+        ({"num_predict": 7, "max_tokens": 9}, 9),
+        ({"num_predict": -1}, None),
+        ({"num_predict": -2}, None),
+    ],
+)
+async def test_the_length_of_an_answer(fields: dict[str, int], expected: int | None) -> None:
+    app = App()
+    assert (await app.post(CHAT, {"messages": USER, **fields})).status == 200
+    assert app.frontend.calls[0].params.max_tokens == expected
+
+
+async def test_a_format_in_our_words_is_not_mixed_with_that_of_ollama() -> None:
+    app = App()
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    body = {"messages": USER, "format": schema}
+    assert (await app.post(CHAT, {**body, "response_format": {"type": "text"}})).status == 200
+    assert app.frontend.calls[0].params.structured_outputs is None
+    refused = await app.post(CHAT, {**body, "response_format": {"type": "json_schema"}})
+    assert (refused.status, refused.error["param"]) == (400, "response_format.json_schema")
 
 
 async def test_texts_of_a_document_are_embedded() -> None:

@@ -11,6 +11,8 @@ from sensorium.compat.rule import Effect, Rule, ignored, one_of, refused, same
 from sensorium.errors import InvalidRequestError, SensoriumError
 
 _CONSTRAINT = "structured_outputs"
+_MERGED = frozenset({_CONSTRAINT, "chat_template_kwargs"})
+"""Fields whose members may come from several of the client's."""
 _BLANKS = "whitespace_pattern"
 _GUIDED = ("json", "regex", "choice", "grammar")
 _MEMBERS_IGNORED = frozenset({"_backend", "_backend_was_auto", "backend", "disable_fallback"})
@@ -127,6 +129,8 @@ def adopt_fields(body: Mapping[str, Any], known: Collection[str]) -> AdoptedFiel
         adopted.body[_CONSTRAINT] = _members(constraint)
     for rule, value in foreign:
         for option, meant in _meaning(rule, value).items():
+            if option not in _MERGED and body.get(option) is not None:
+                continue  # the client's own counts, and errors are about it
             _put(adopted.body, option, meant)
             adopted.client_names[rule.to] = rule.name
             if body.get(option) is None:  # else the client sent our field, too
@@ -155,9 +159,9 @@ def _meaning(rule: Rule, value: Any) -> Mapping[str, Any]:
 
 
 def _put(body: dict[str, Any], option: str, meant: Any) -> None:
-    """Set a field, or a member of one, unless the client set it itself."""
+    """Set a field, or a member of one that has independent ones, unless the client set it."""
     before = body.get(option)
-    if isinstance(before, dict) and isinstance(meant, dict):
+    if option in _MERGED and isinstance(before, dict) and isinstance(meant, dict):
         body[option] = {**meant, **before}
     elif before is None:
         body[option] = meant

@@ -20,6 +20,11 @@ def _thinking(value: Any) -> Mapping[str, Any]:
     return {"reasoning_effort": value}
 
 
+def _length(value: Any) -> Mapping[str, Any]:
+    """Return our field for ``num_predict``, in which -1 and -2 stand for no limit."""
+    return {} if value in (-1, -2) else {"max_tokens": value}
+
+
 def _form(value: Any) -> Mapping[str, Any]:
     """Return our field for ``format``: ``json``, or a JSON schema. Raises InvalidRequestError."""
     if value == "json":
@@ -43,6 +48,7 @@ OLLAMA_RULES: dict[str, Rule] = {
             lambda value: {"repetition_penalty": value},
             "tokens that were there are less likely",
         ),
+        same("num_predict", "max_tokens", _length, "most tokens of the answer"),
         same(
             "think",
             "chat_template_kwargs.enable_thinking",
