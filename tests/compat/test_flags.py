@@ -278,6 +278,7 @@ def test_keywords_of_llm() -> None:
         ({"speculative": "eagle"}, "must be one of ngram"),
         ({"prompt_lookup_min": 9, "prompt_lookup_max": 4}, "prompt_lookup_min must be at most"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb 4"),
+        ({"mm_encoder_tp_mode": "both"}, "mm_encoder_tp_mode must be weights or data, got 'both'"),
         ({"convert": "classify"}, "'classify' is not supported"),
         ({"uvicorn_log_level": "info"}, "Unknown keyword .* an option of the server"),
         ({"port": 8000}, "Unknown keyword 'port'. It is an option of the server"),
@@ -329,6 +330,11 @@ def test_speculation_by_ngrams(given: dict[str, Any], wanted: tuple[Any, ...]) -
         warnings.simplefilter("error")
         found = engine_config(**given).speculation
     assert dataclasses.astuple(found) == wanted
+
+
+@pytest.mark.parametrize(("mode", "ranks"), [("weights", "first"), ("data", "all")])
+def test_ranks_that_encode(mode: str, ranks: str) -> None:
+    assert engine_config(mm_encoder_tp_mode=mode).parallel.encoder_ranks == ranks
 
 
 def test_vllms_defaults_are_never_refused() -> None:

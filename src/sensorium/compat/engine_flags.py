@@ -84,6 +84,12 @@ def _lookup(name: str) -> Convert:
 
 
 def _encoder_ranks(value: Any) -> dict[str, Any]:
+    """Return the option for vLLM's mm_encoder_tp_mode. Raises ConfigError for other modes."""
+    if value not in ("weights", "data"):
+        raise ConfigError(
+            f"mm_encoder_tp_mode must be weights or data, got {value!r:.80}.",
+            param="mm_encoder_tp_mode",
+        )
     return {"encoder_ranks": "all"} if value == "data" else {}
 
 
