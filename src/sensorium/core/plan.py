@@ -130,14 +130,16 @@ class StepPlan:
 class EncodeReport:
     """The cost of encoding: items, seconds, bytes of encoder outputs, and items that failed.
 
-    Seconds are those of whole batches that succeeded. On a device that runs asynchronously they
-    come with the report of a later step. Precomputed embeddings are not encoded, and not counted.
+    Seconds are those of whole batches that succeeded. With ``is_late`` the device runs
+    asynchronously, and they may be those of earlier steps. Precomputed embeddings are not encoded,
+    and not counted.
     """
 
     num_items: int = 0
     seconds: float = 0.0
     num_bytes: int = 0
     num_failed: int = 0
+    is_late: bool = False
 
 
 NOTHING_ENCODED = EncodeReport()

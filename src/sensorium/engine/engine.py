@@ -127,7 +127,7 @@ class Engine:
         result = self._runner.execute(plan)
         updates = self._scheduler.commit(plan, result)
         if self._stations.wanted:
-            updates = self._stations.committed(plan, result.encoded.seconds, updates)
+            updates = self._stations.committed(plan, result.encoded, updates)
         self._iterations.count(updates)
         for update in updates:
             if update.finish_reason is not None:

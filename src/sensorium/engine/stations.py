@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sensorium import tracing
-from sensorium.core.plan import StepPlan
+from sensorium.core.plan import EncodeReport, StepPlan
 from sensorium.core.request import SequenceUpdate
 
 
@@ -61,16 +61,16 @@ class EngineStations:
             tracing.log_station(known.request_id, name, known.arrival, None, self._began, facts)
 
     def committed(
-        self, plan: StepPlan, encode_seconds: float, updates: Sequence[SequenceUpdate]
+        self, plan: StepPlan, encoded: EncodeReport, updates: Sequence[SequenceUpdate]
     ) -> list[SequenceUpdate]:
         """Return the updates of a step, with the times in those that complete a prompt.
 
-        Encoding is the first thing that a step does. ``encode_seconds``: what is known of it when
-        the step has been executed.
+        Encoding is the first thing that a step does. Where its time is known late, as on a GPU, it
+        is no station: it may be the time of another step.
         """
         now = time.monotonic()
-        if plan.encode and encode_seconds > 0:
-            self._encoded(plan, min(now, self._began + encode_seconds))
+        if plan.encode and encoded.seconds > 0 and not encoded.is_late:
+            self._encoded(plan, min(now, self._began + encoded.seconds))
         return [self._stamped(update, now) for update in updates]
 
     def discard(self, request_id: str) -> None:

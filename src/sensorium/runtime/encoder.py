@@ -125,7 +125,11 @@ class EncoderCache:
     def pop_report(self) -> EncodeReport:
         """Return the cost of encoding since the last call."""
         report = EncodeReport(
-            self._num_items, self._timer.pop_seconds(), self._num_bytes, self._num_failed
+            self._num_items,
+            self._timer.pop_seconds(),
+            self._num_bytes,
+            self._num_failed,
+            self._timer.is_late,
         )
         self._num_items = self._num_bytes = self._num_failed = 0
         return report

@@ -22,6 +22,11 @@ class DeviceTimer:
         self._seconds = 0.0
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
 
+    @property
+    def is_late(self) -> bool:
+        """Return whether seconds may be known only some time after their work was enqueued."""
+        return self._device.type == "cuda"
+
     @contextmanager
     def measured(self) -> Iterator[None]:
         """Measure the work that is done, or enqueued on the device, within the block."""
