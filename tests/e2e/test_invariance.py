@@ -35,7 +35,8 @@ NUMBERS: dict[str, dict[str, Any]] = {
 }
 """Options of an engine by the name of its numbers."""
 ALL_NUMBERS = ("llava", "qwen2_vl")
-HALVES = ("float32", "int8", "int8 cache"), ("bfloat16", "float16", "int4")
+HALVES = ("bfloat16", "int8", "int8 cache"), ("float16", "int4")
+"""Numbers besides float32 of every second family, and of the others."""
 THROUGH_TRANSFORMERS = ("cohere", "gemma2", "gemma3_text", "gpt2", "olmo2")
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 Make = Callable[[Path], Any]
@@ -152,13 +153,14 @@ def family(
 
 
 def cases() -> list[tuple[str, str]]:
-    """Families with numbers: all numbers with two families, half of them with each other one.
+    """Families with their numbers: all with two families, a part of them with each other one.
 
-    Layers do not know their numbers, and kernels do not know the family that they run in.
+    Each has float32 and a 16-bit type, and half of the quantized numbers. Layers do not know
+    their numbers, and kernels do not know the family that they run in.
     """
     found = []
     for index, name in enumerate(FAMILIES):
-        chosen = set(NUMBERS) if name in ALL_NUMBERS else set(HALVES[index % 2])
+        chosen = set(NUMBERS) if name in ALL_NUMBERS else {"float32", *HALVES[index % 2]}
         if name in THROUGH_TRANSFORMERS:  # these are not quantized
             chosen -= {"int8", "int4"}
         found += [(name, numbers) for numbers in NUMBERS if numbers in chosen]
