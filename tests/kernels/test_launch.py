@@ -268,12 +268,16 @@ from tests.kernels.batches import TOLERANCE, make_batch, twin
 dtypes = [getattr(torch, name) for name in sys.argv[1:]]
 for dtype in dtypes:
     tolerance = TOLERANCE[dtype]
-    batch = make_batch(KVCacheLayout(1, 2, 64, 32, dtype), [(100, 1), (300, 1)])
+    batch = make_batch(KVCacheLayout(1, 2, 64, 32, dtype), [(100, 1), (300, 9)])
     expected = twin(batch)
-    qkv = torch.randn(2, (6 + 4) * 64).to(dtype)
+    qkv = torch.randn(10, (6 + 4) * 64).to(dtype)
     mixed = ops.rope_attention(qkv, batch, 0, 6, 2, 64, 0.125)
     plain = reference.rope_attention(qkv, expected, 0, 6, 2, 64, 0.125)
     torch.testing.assert_close(mixed, plain, rtol=tolerance, atol=tolerance)
+    rows, weight = torch.randn(3, 64).to(dtype), torch.randn(32, 64).to(dtype)
+    product = ops.linear(rows, ops.pack_weight(weight))
+    exact = rows.double() @ weight.double().T
+    torch.testing.assert_close(product.double(), exact, rtol=tolerance, atol=8 * tolerance)
 """
 
 
