@@ -45,7 +45,7 @@ class ServedConfig:
 
 
 def check_models(models: Sequence[ServedConfig]) -> None:
-    """Raise ConfigError when two models have a name in common."""
+    """Raise ConfigError when two models have a name in common, or the memory of one is unknown."""
     by_name: dict[str, ServedConfig] = {}
     for model in models:
         for name in model.names:
@@ -56,6 +56,15 @@ def check_models(models: Sequence[ServedConfig]) -> None:
                     f"{model.engine.model.model!r}. Give each a served-model-name of its own.",
                     param="served_model_name",
                 )
+    for model in models if len(models) > 1 else ():
+        size = model.engine.parallel.tensor_parallel_size
+        if size > 1 and model.engine.cache.max_memory_gb is None:
+            raise ConfigError(
+                f"tensor_parallel_size of the model {model.names[0]!r} is {size}, but several "
+                "models share memory by estimates, which count one process: give it a "
+                "max_memory_gb, which holds for all its processes together, or serve it alone.",
+                param="tensor_parallel_size",
+            )
 
 
 def server_only_options() -> frozenset[str]:
