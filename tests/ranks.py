@@ -25,7 +25,8 @@ class RankThread:
         self._thread.start()
 
     def _serve(self) -> None:
-        with self._connection, contextlib.suppress(OSError):  # the first rank has gone
+        gone = contextlib.suppress(OSError, RuntimeError, SystemExit)  # what ends a process
+        with self._connection, gone:
             worker.serve(self._connection, is_own_process=False)
 
     def wait(self, timeout: float | None = None) -> int:

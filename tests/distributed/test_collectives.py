@@ -23,7 +23,7 @@ def together(size: int, meeting: Path, work: Work) -> list[Any]:
 
     def run(rank: int) -> Any:
         ranks = Collectives(Shard(rank, size))
-        ranks.join(meeting, torch.device("cpu"), timedelta(seconds=60))
+        ranks.join(meeting, timedelta(seconds=60), b"secret")
         try:
             return work(ranks)
         finally:
@@ -71,3 +71,15 @@ def test_the_first_rank_tells_and_gathers(tmp_path: Path) -> None:
     assert all(torch.equal(told, numbers(0, 4)) for told, _ in results)
     assert all(torch.equal(part, numbers(rank, 3)) for rank, part in enumerate(results[0][1]))
     assert results[1][1] == results[2][1] == []
+
+
+def test_a_process_that_does_not_know_the_secret_is_no_rank(tmp_path: Path) -> None:
+    def run(rank: int) -> None:
+        secret = b"secret" if rank == 0 else b"another"
+        Collectives(Shard(rank, 2)).join(tmp_path / "meeting", timedelta(seconds=60), secret)
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(run, rank) for rank in range(2)]
+        for rank, found in enumerate(runs):
+            with pytest.raises(RuntimeError, match=f"answers as rank {1 - rank} is another"):
+                found.result(60)

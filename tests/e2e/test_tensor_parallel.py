@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from sensorium import LLM, SamplingParams
 from sensorium.distributed.collectives import Collectives
 from sensorium.engine.parallel import messages
+from sensorium.engine.parallel.group import RankGroup
+from sensorium.errors import EngineDeadError
 from tests import checkpoints
 from tests.e2e.test_invariance import (
     FAMILIES,
@@ -144,3 +147,31 @@ def test_items_are_encoded_by_all_ranks(
         assert answers(parts.llm, prompts, 4) == expected  # the first rank does it instead
         assert broken
         assert len(received) == 1
+
+
+def test_an_interrupted_encoding_leaves_no_embeddings_to_others(
+    tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, modality, placeholder = FAMILIES["qwen2_vl"]
+    make(tmp_path)
+    first, other = make_prompts(modality, placeholder, count=6)[2:6:3]  # two items each
+    options = {"dtype": "float32", "num_kv_blocks": 80, "max_model_len": 512}
+    with LLM(str(tmp_path), **options) as llm:
+        expected = answers(llm, [other], 4)
+    send_to, presses = RankGroup.send_to, [1]
+
+    def pressed(group: RankGroup, rank: int, data: bytes) -> None:
+        send_to(group, rank, data)
+        for _ in range(presses.pop() if presses else 0):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RankGroup, "send_to", pressed)
+    with build_patient(tmp_path, tensor_parallel_size=2, encoder_ranks="all", **options) as parts:
+        with pytest.raises(KeyboardInterrupt):
+            answers(parts.llm, [first], 4)
+        assert answers(parts.llm, [other], 4) == expected
+        presses.append(2)
+        with pytest.raises(KeyboardInterrupt):
+            answers(parts.llm, [first], 4)
+        with pytest.raises(EngineDeadError, match="was broken off"):
+            answers(parts.llm, [other], 4)

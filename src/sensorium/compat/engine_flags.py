@@ -11,9 +11,7 @@ from sensorium.compat.rule import Convert, Effect, Rule, ignored, one_of, refuse
 from sensorium.errors import ConfigError
 
 _ONE_DEVICE = "a model runs on one machine; its ranks are processes that find each other, and each takes its cores"
-_NO_STAGES = (
-    "layers are not spread over devices: --tensor-parallel-size divides every layer between them"
-)
+_NO_STAGES = "layers are not spread over devices: --tensor-parallel-size divides every layer between processes"
 _ONE_MACHINE = (
     "a model runs on one machine; start one server per machine and balance the load between them"
 )

@@ -149,8 +149,9 @@ class ParallelConfig:
 
     tensor_parallel_size: int = option(
         1,
-        "Number of processes that share one model: each holds a part of every layer, on cores of "
-        "its own (those of one memory node, where there are as many), or on a GPU of its own.",
+        "Number of processes that share one model on CPUs: each holds a part of every layer, on "
+        "cores of its own (those of one memory node, where there are as many). Not for GPUs so "
+        "far.",
         ge=1,
         le=64,
     )

@@ -1,11 +1,12 @@
-"""Sums and exchanges of tensors between the ranks of one model, by ``torch.distributed``.
+"""Sums and exchanges of tensors between the ranks of one model, by ``torch.distributed``'s gloo.
 
-gloo on CPUs, NCCL on GPUs. The group is an object of its own, not torch's default group, which a
-program that uses ``LLM`` may need for itself.
+The group is an object of its own, not torch's default group, which a program that uses ``LLM`` may
+need for itself.
 """
 
 from __future__ import annotations
 
+import hmac
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from sensorium.distributed.shard import Shard
 from sensorium.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
-"""Address of gloo's sockets: nobody outside of this machine can reach them."""
+"""Address of gloo's sockets: nobody outside of this machine can reach them.
+
+Other users of this machine can, as gloo asks nobody who they are; so ranks prove it to each other
+in ``join``. What follows is neither signed nor encrypted.
+"""
 FIRST = 0
 """The rank with the scheduler."""
 SMALL_BYTES = 1 << 16
@@ -27,47 +32,55 @@ half of what gloo's own sum costs, which passes through a thread of its own."""
 class Collectives:
     """The ranks of one model, of which this process is one; they meet in ``join``.
 
-    All ranks call the same methods in the same order, with tensors of the same shapes. On CPUs
-    numbers are summed in the order of the ranks, wherever in a tensor they stand: a row has the
-    same bits in every batch.
+    All ranks call the same methods in the same order, with tensors of the same shapes. Numbers are
+    summed in the order of the ranks, wherever in a tensor they stand: a row has the same bits in
+    every batch.
     """
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self._group: Any = None
-        self._is_gloo = True
 
-    def join(self, meeting: Path, device: torch.device, timeout: timedelta) -> None:
-        """Wait for the other ranks. Raises RuntimeError when they do not come in time.
+    def join(self, meeting: Path, timeout: timedelta, secret: bytes) -> None:
+        """Wait for the other ranks, which must know the same secret.
 
         meeting: a file that does not exist yet, the same for all. timeout: also that of everything
-        that follows. Raises ConfigError where torch was built without what is needed.
+        that follows. Raises RuntimeError when they do not come in time or do not know it, and
+        ConfigError where torch was built without gloo.
         """
         import torch.distributed as dist
 
-        kind = "nccl" if device.type == "cuda" else "gloo"
-        built = dist.is_available() and getattr(dist, f"is_{kind}_available")()
-        if not built:
+        if not dist.is_available() or not dist.is_gloo_available():
             raise ConfigError(
-                f"tensor_parallel_size is {self.shard.size}, but torch is built without {kind}.",
+                f"tensor_parallel_size is {self.shard.size}, but torch is built without gloo.",
                 param="tensor_parallel_size",
             )
-        self._is_gloo = kind == "gloo"
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=LOOPBACK)]
+        options._timeout = timeout
         store = dist.FileStore(str(meeting), self.shard.size)
-        place = store, self.shard.rank, self.shard.size
-        options: Any
-        if kind == "nccl":
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(*place, options)
-        else:
-            gloo: Any = dist.ProcessGroupGloo
-            options = gloo._Options()
-            options._devices = [gloo.create_device(hostname=LOOPBACK)]
-            options._timeout = timeout
-            self._group = gloo(*place, options)
+        self._group = gloo(store, self.shard.rank, self.shard.size, options)
         self._broadcast, self._gather = dist.BroadcastOptions(), dist.GatherOptions()
-        self.all_reduce(torch.ones(1, device=device))  # connects all to all
+        try:
+            for other in range(self.shard.size):
+                if other != self.shard.rank:
+                    self._check(other, secret)
+            self.all_reduce(torch.ones(1))  # what is made for the first sum is made now
+        except RuntimeError:
+            self.leave()
+            raise
+
+    def _check(self, other: int, secret: bytes) -> None:
+        """Prove to another rank that this one knows the secret, and let it prove the same.
+
+        Raises RuntimeError where it cannot.
+        """
+        own = self.shard.rank
+        mine = torch.frombuffer(bytearray(_proof(secret, own, other)), dtype=torch.uint8)
+        theirs = self._swapped(mine, other).numpy().tobytes()
+        if not hmac.compare_digest(theirs, _proof(secret, other, own)):
+            raise RuntimeError(f"what answers as rank {other} is another process")
 
     def leave(self) -> None:
         """Drop the connections to the other ranks."""
@@ -77,21 +90,22 @@ class Collectives:
         """Return the sum of all ranks' tensors, on each of them; ``x`` becomes it."""
         if not x.is_contiguous():
             x = x.contiguous()
-        if self._is_gloo and self.shard.size == 2 and x.nbytes <= SMALL_BYTES:
-            return self._exchanged(x)
-        if self._is_gloo and self.shard.size > 2:
+        if self.shard.size == 2 and x.nbytes <= SMALL_BYTES:
+            # The order of two numbers changes no bit.
+            return x.add_(self._swapped(x, 1 - self.shard.rank))
+        if self.shard.size > 2:
             return self._summed_in_order(x)
         self._group.allreduce([x]).wait()
         return x
 
-    def _exchanged(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum of two ranks' tensors: the order of two numbers changes no bit."""
-        other, others = 1 - self.shard.rank, torch.empty_like(x)
-        coming = self._group.recv([others], other, 0)
+    def _swapped(self, x: torch.Tensor, other: int) -> torch.Tensor:
+        """Send a tensor to another rank, and return the one that it sends."""
+        theirs = torch.empty_like(x)
+        coming = self._group.recv([theirs], other, 0)
         going = self._group.send([x], other, 0)
         coming.wait()
         going.wait()
-        return x.add_(others)
+        return theirs
 
     def _summed_in_order(self, x: torch.Tensor) -> torch.Tensor:
         """Return the sum of all ranks' tensors; gloo's own order depends on their length."""
@@ -123,3 +137,8 @@ class Collectives:
         """Return the tensor that another rank sends; ``x``, contiguous, becomes it."""
         self._group.recv([x], rank, 0).wait()
         return x
+
+
+def _proof(secret: bytes, rank: int, other: int) -> bytes:
+    """Return what one rank shows another, which can show it to nobody as its own."""
+    return hmac.digest(secret, f"{rank} to {other}".encode(), "sha256")

@@ -19,7 +19,7 @@ from sensorium.engine.adapters import EngineAdapters, found_adapters
 from sensorium.engine.engine import Engine
 from sensorium.engine.grammar.matchers import Matchers
 from sensorium.engine.loading import allocate_cache, cache_layout, load_model
-from sensorium.engine.parallel.group import RankGroup, device_of
+from sensorium.engine.parallel.group import RankGroup
 from sensorium.engine.parallel.model import ParallelModel
 from sensorium.engine.stats import EngineFacts
 from sensorium.errors import ConfigError
@@ -118,12 +118,14 @@ def _build_parts(
     proceed: Callable[[], object],
 ) -> EngineParts:
     started = time.monotonic()
-    device = loader.find_device(config.model.device) if group is None else device_of(config, 0)
+    device = loader.find_device(config.model.device)
     asked = _own_threads(config, device, own_process)
     ranks = None if group is None else group.collectives
-    folders = found_adapters(config)
-    loaded = load_model(config, str(device), proceed, collectives=ranks)
+    folders, chosen = found_adapters(config), loader.ignored if group is None else group.begin
+    loaded = load_model(config, str(device), proceed, collectives=ranks, chosen=chosen)
     shape, model = loaded.model.shape, loaded.model
+    if group is not None:
+        group.wait_loaded(model)  # memory is counted once all have theirs
     lanes = _lanes(config, loaded)
     adapters = EngineAdapters.of(lanes, config, folders)
     num_threads = _set_threads(asked, shape, config.model.num_threads is not None)
@@ -136,7 +138,7 @@ def _build_parts(
         max_num_seqs=config.scheduler.max_num_seqs,
         free_bytes=free_memory(device, config.cache, config.parallel.tensor_parallel_size),
     )
-    caches = _allocated(layout, geometry, device)
+    caches = _allocated(layout, geometry, device, config.parallel.tensor_parallel_size)
     int8_cache = layout.records is not None
     ops.warm_up(model.dtype, device, encoders=model.has_encoder, int8_cache=int8_cache)
     if device.type == "cpu":
@@ -179,7 +181,13 @@ def _group(config: EngineConfig, own_process: bool) -> RankGroup | None:
             "leave one of them out, or merge the adapter into the weights.",
             param="enable_lora",
         )
-    device_of(config, 0)
+    device = loader.find_device(config.model.device)
+    if device.type != "cpu":
+        raise ConfigError(
+            f"tensor_parallel_size is {size}, but the device is {device}: so far a model is "
+            "divided between processes on CPUs alone; use --device cpu, or leave it at 1.",
+            param="tensor_parallel_size",
+        )
     return RankGroup(config, on_loss=(lambda: os._exit(1)) if own_process else (lambda: None))
 
 
@@ -199,12 +207,11 @@ def _own_threads(config: EngineConfig, device: torch.device, own_process: bool) 
 
 
 def _together(model: Model, group: RankGroup, config: EngineConfig, num_blocks: int) -> Model:
-    """Wait for the other ranks, and return the model that all compute together.
+    """Meet the other ranks, and return the model that all compute together.
 
-    Raises what kept one of them from loading its part.
+    Raises what kept one of them from it.
     """
-    group.wait_loaded()
-    group.start(num_blocks, model.device)
+    group.start(num_blocks)
     sizes = [weight_bytes(cast(LoadableModel, model)), *group.weight_bytes]
     logger.info(
         "weights of linear layers and embeddings by rank: %s",
@@ -344,11 +351,14 @@ def _batched_tokens(config: EngineConfig, max_model_len: int) -> int:
 
 
 def _allocated(
-    layout: KVCacheLayout, geometry: CacheGeometry, device: torch.device
+    layout: KVCacheLayout, geometry: CacheGeometry, device: torch.device, num_ranks: int
 ) -> list[LayerCache]:
-    """Allocate the KV cache. Raises ConfigError when the system refuses that much memory."""
+    """Allocate the KV cache. Raises ConfigError when the system refuses that much memory.
+
+    num_ranks: processes that have as much each.
+    """
     log_cache(layout, geometry)
-    warn_when_scarce(geometry.num_blocks * layout.bytes_per_block, device)
+    warn_when_scarce(num_ranks * geometry.num_blocks * layout.bytes_per_block, device)
     return allocate_cache(layout, geometry.num_blocks, device)
 
 

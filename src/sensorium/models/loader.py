@@ -52,6 +52,13 @@ def _always() -> None:
     """Let loading go on."""
 
 
+Chosen = Callable[[Path, "torch.dtype"], object]
+
+
+def ignored(folder: Path, dtype: torch.dtype) -> None:
+    """Tell nobody which folder and dtype were chosen."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run, with its configuration, family and processor."""
@@ -104,6 +111,7 @@ def load(
     replay: bool = True,
     int8_cache: bool = False,
     collectives: Collectives | None = None,
+    chosen: Chosen = ignored,
     proceed: Proceed = _always,
 ) -> LoadedModel:
     """Build a model and load its weights (random ones with ``load_format="dummy"``).
@@ -114,23 +122,22 @@ def load(
     ``auto`` is the first GPU when there is one, else the CPU. runner: ``generate``, ``pooling`` or
     ``auto``; one for pooling has no head. download_dir: in place of the hub's cache. formats: how
     weights are quantized. weights_cache: where these are kept for the next start. int8_cache: the
-    KV cache is in int8. proceed: called between weights; what it raises ends loading. Others: see
-    ``BuildOptions``.
+    KV cache is in int8. chosen: called with the folder, complete by then, and the dtype. proceed:
+    called between weights; what it raises ends loading. Others: see ``BuildOptions``.
 
-    Raises ConfigError when the checkpoint cannot be found or does not fit its configuration or the
-    options, and UnsupportedModelError for an unknown architecture.
+    Raises ConfigError when the checkpoint is not found or does not fit configuration or options,
+    and UnsupportedModelError for an unknown architecture.
     """
     folder = checkpoint.find(model, revision, download_dir, mmproj)
     loaded, dummy = checkpoint.read(folder, hf_overrides), load_format == "dummy"
     family = resolve(loaded.config)
-    refuse_unsupported(loaded, native=family.quantizable)
-    _check_layers(family, formats, find_device(device), collectives)
+    _check_layers(loaded, family, formats, find_device(device), collectives)
     loaded, names = read_parts(loaded, family, download_dir)
     needed = _needed(loaded, family, skip_modalities)
     processor, embedder = family.build_processor(loaded), embedder_of(loaded, family, runner)
     if not dummy:
         checkpoint.fetch_weights(model, folder, revision, download_dir)
-        _fetch_parts(loaded, [part for part in needed if part.field in names], names, download_dir)
+        _fetch_parts(loaded, needed, names, download_dir)
     source, stored = _source(loaded, family, needed, dummy)
     options = BuildOptions(
         dtype=dtype_of(dtype, loaded.config, stored),
@@ -141,20 +148,22 @@ def load(
         replay=replay,
         collectives=collectives,
     )
-    if dtype == "auto" and options.device.type == "cpu":
-        options = _on_this_cpu(loaded, family, options, source)
-    own = loaded, family, options, source
-    built = _built(*own, formats, seed, proceed, weights_cache, int8_cache)
+    options = _on_this_cpu(dtype, loaded, family, options, source)
+    chosen(folder, options.dtype)
+    own = loaded, family, options, source, formats
+    built = _built(*own, seed, proceed, weights_cache, int8_cache)
     return LoadedModel(loaded, family, built, processor, embedder)
 
 
 def _check_layers(
+    loaded: LoadedConfig,
     family: Family,
     formats: WeightFormats | None,
     device: torch.device,
     collectives: Collectives | None,
 ) -> None:
-    """Raise ConfigError where layers cannot be quantized, or divided, as they are to be."""
+    """Raise ConfigError where layers cannot be read, quantized or divided as they are to be."""
+    refuse_unsupported(loaded, native=family.quantizable)
     if formats is not None:
         formats.check(family, device)
     if collectives is not None and not family.quantizable:
@@ -209,8 +218,7 @@ def fetch(
     family = resolve(loaded.config)
     loaded, names = read_parts(loaded, family, download_dir)
     checkpoint.fetch_weights(model, folder, revision, download_dir)
-    needed = [part for part in family.parts if part.field in names]
-    _fetch_parts(loaded, needed, names, download_dir)
+    _fetch_parts(loaded, family.parts, names, download_dir)
     return folder
 
 
@@ -221,7 +229,7 @@ def _fetch_parts(
     download_dir: str | None,
 ) -> None:
     """Download the weights of the checkpoints that complete one."""
-    for part in parts:
+    for part in (part for part in parts if part.field in names):
         beside = Path(loaded.parts[part.field].folder)
         checkpoint.fetch_weights(names[part.field], beside, None, download_dir)
 
@@ -361,9 +369,11 @@ def _kernels_made(model: LoadableModel, int8_cache: bool) -> Iterator[None]:
 
 
 def _on_this_cpu(
-    loaded: LoadedConfig, family: Family, options: BuildOptions, source: Stored | None
+    dtype: str, loaded: LoadedConfig, family: Family, options: BuildOptions, source: Stored | None
 ) -> BuildOptions:
-    """Return the options with the dtype in which a CPU runs the model best."""
+    """Return the options, for ``auto`` on a CPU with the dtype in which it runs the model best."""
+    if dtype != "auto" or options.device.type != "cpu":
+        return options
 
     def count() -> int:
         if source is not None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sensorium import LLM, SamplingParams
+from sensorium.distributed.collectives import Collectives
+from sensorium.engine import loading
+from sensorium.engine.parallel import group as groups
 from sensorium.engine.parallel.group import RankGroup
+from sensorium.engine.parallel.messages import Begin
 from sensorium.engine.parallel.model import shares_of
+from sensorium.engine.parallel.worker import Rank
 from sensorium.errors import ConfigError, EngineDeadError
+from sensorium.models import loader
 from sensorium.models.loading.fill import weight_bytes
 from tests import checkpoints
 from tests.checkpoints.hf import make_hf_text
@@ -81,3 +89,91 @@ def test_shares_of_items() -> None:
     assert shares_of([4, 4, 4], 2) == [[0, 2], [1]]
     assert shares_of([10, 1, 1, 7, 2], 2) == [[0, 2], [3, 4, 1]]
     assert shares_of([5, 5], 3) == [[0], [1], []]
+
+
+def test_four_ranks_share_two_heads_of_keys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_threads(monkeypatch)
+    with LLM(str(folder), **OPTIONS) as llm:
+        expected = answers(llm)
+    with LLM(str(folder), tensor_parallel_size=4, **OPTIONS) as llm:
+        assert answers(llm) == expected
+
+
+def test_gpus_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_threads(monkeypatch)
+    monkeypatch.setattr(loader, "find_device", lambda name: torch.device("cuda", 1))
+    with pytest.raises(ConfigError, match=r"device is cuda:1: .* on CPUs alone") as caught:
+        LLM(str(folder), tensor_parallel_size=2, **OPTIONS)
+    assert caught.value.param == "tensor_parallel_size"
+
+
+def test_what_keeps_a_rank_from_starting_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_threads(monkeypatch)
+
+    def full(*arguments: object) -> None:
+        raise ConfigError("no memory for the cache", param="kv_cache_memory_bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "allocate_cache", full)  # the first rank has it by its name
+        with pytest.raises(ConfigError, match="no memory for the cache"):
+            LLM(str(folder), tensor_parallel_size=2, **OPTIONS)
+
+    def end(*arguments: object) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(Rank, "join", end)
+    monkeypatch.setattr(groups, "MEETING_SECONDS", 1e6)
+    with pytest.raises(EngineDeadError, match="has ended"):
+        LLM(str(folder), tensor_parallel_size=2, **OPTIONS)
+
+
+def test_ranks_load_what_the_first_one_has_chosen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_threads(monkeypatch)
+    chosen: list[tuple[str, str]] = []
+    begin = Rank.__init__
+    changes = False
+
+    def noted(rank: Rank, message: Begin, *, is_own_process: bool) -> None:
+        model = message.config.model
+        chosen.append((model.model, model.dtype))
+        if changes:
+            model = dataclasses.replace(model, dtype="float16")
+            message.config = dataclasses.replace(message.config, model=model)
+        begin(rank, message, is_own_process=is_own_process)
+
+    monkeypatch.setattr(Rank, "__init__", noted)
+    monkeypatch.chdir(folder.parent)
+    options = {**OPTIONS, "dtype": "auto", "tensor_parallel_size": 2}
+    with build_llm(folder.name, **options) as parts:
+        assert chosen == [(str(folder), parts.engine.facts.dtype)]
+    changes = True
+    with pytest.raises(ConfigError, match="have loaded different models"):
+        LLM(folder.name, **options)
+
+
+def test_ctrl_c_comes_when_all_are_in_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_threads(monkeypatch)
+    broadcast, presses = Collectives.broadcast, [0]
+
+    def pressed(ranks: Collectives, x: torch.Tensor) -> torch.Tensor:
+        if ranks.shard.rank == 0 and presses:
+            for _ in range(presses.pop()):
+                signal.raise_signal(signal.SIGINT)
+        return broadcast(ranks, x)
+
+    monkeypatch.setattr(Collectives, "broadcast", pressed)
+    with LLM(str(folder), tensor_parallel_size=2, **OPTIONS) as llm:
+        expected = answers(llm)
+        presses.append(1)
+        with pytest.raises(KeyboardInterrupt):
+            answers(llm)
+        assert answers(llm) == expected
+        presses.append(2)
+        with pytest.raises(KeyboardInterrupt):
+            answers(llm)
+        with pytest.raises(EngineDeadError, match="was broken off"):
+            answers(llm)

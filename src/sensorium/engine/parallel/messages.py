@@ -8,13 +8,18 @@ lengths and blocks. That is what it sends, ahead of the tensors, which the ranks
 from __future__ import annotations
 
 import socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from sensorium.config import EngineConfig
 from sensorium.multimodal.workers.packing import decode_extension, encode_other
 from sensorium.processes.framing import receive_frame, send_frame
+
+if TYPE_CHECKING:
+    import torch
+
+    from sensorium.models.interface import Model
 
 MOST_BYTES = 1 << 30
 """Longest message: one id, position or block is a few bytes."""
@@ -29,13 +34,14 @@ class Begin(msgspec.Struct, tag=True):
 
 
 class Start(msgspec.Struct, tag=True):
-    """Message to a rank that has loaded: allocate the KV cache, and meet the others.
+    """Message to a rank that has loaded: allocate the KV cache, answer, and meet the others.
 
-    meeting: file of ``Collectives.join``; timeout in seconds.
+    meeting, secret: of ``Collectives.join``; timeout in seconds.
     """
 
     num_blocks: int
     meeting: str
+    secret: bytes
     timeout: float
 
 
@@ -77,21 +83,34 @@ class Item(msgspec.Struct):
 
 
 class Encode(msgspec.Struct, tag=True):
-    """Message to one rank: encode items, answer ``Encoded``, and send their embeddings."""
+    """Message to one rank: encode items, answer ``Encoded``, and send their embeddings.
 
+    number: comes back with the answer, and differs from message to message.
+    """
+
+    number: int
     items: list[Item]
 
 
 class Encoded(msgspec.Struct, tag=True):
     """Message from a rank: items are encoded; no embeddings follow if that has failed."""
 
+    number: int
     failed: bool = False
 
 
 class Loaded(msgspec.Struct, tag=True):
-    """Message from a rank: it has loaded its part of the model, of so many bytes."""
+    """Message from a rank: it has loaded its part of the model, of so many bytes.
+
+    model: dtype and sizes of the whole model, as text; the same at all ranks.
+    """
 
     weight_bytes: int
+    model: str
+
+
+class Allocated(msgspec.Struct, tag=True):
+    """Message from a rank: it has its KV cache and is about to meet the others."""
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -107,11 +126,26 @@ class Failed(msgspec.Struct, tag=True):
 
 
 ToRank = Begin | Start | Embed | Forward | Logits | Encode
-FromRank = Loaded | Ready | Failed | Encoded
+FromRank = Loaded | Allocated | Ready | Failed | Encoded
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=encode_other)
 _to_rank = msgspec.msgpack.Decoder(ToRank, ext_hook=decode_extension)
 _from_rank = msgspec.msgpack.Decoder(FromRank)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype as options have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def described(model: Model) -> str:
+    """Return dtype and sizes of a model, in which all ranks agree."""
+    shape = model.shape
+    return (
+        f"{name_of(model.dtype)}, {shape.num_layers} layers of {shape.hidden_size}, "
+        f"{shape.num_heads} and {shape.num_kv_heads} heads of {shape.head_dim}, "
+        f"{shape.vocab_size} tokens"
+    )
 
 
 def encode(message: ToRank | FromRank) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 
+from sensorium.engine.parallel import messages
 from sensorium.engine.parallel.group import RankGroup
 from sensorium.engine.parallel.messages import Embed, Encode, Encoded, Forward, Item, Logits
 from sensorium.kernels.batch import AttentionBatch
@@ -23,7 +25,7 @@ class ParallelModel:
 
     def __init__(self, model: Model, group: RankGroup, *, shares_items: bool = False) -> None:
         self._model, self._group = model, group
-        self._shares_items = shares_items
+        self._shares_items, self._numbers = shares_items, itertools.count()
         self.shape, self.dtype, self.device = model.shape, model.dtype, model.device
 
     @property
@@ -39,36 +41,44 @@ class ParallelModel:
         if not self._shares_items or len(items) < 2:
             return self._model.encode(items)
         sizes = [item.num_embeds for item in items]
-        shares = shares_of(sizes, self._group.collectives.shard.size)
-        for rank, share in enumerate(shares[1:], 1):
-            if share:
-                wanted = [_message(items[index]) for index in share]
-                self._group.send_to(rank, Encode(wanted))
+        own, *others = shares_of(sizes, self._group.collectives.shard.size)
+        shares = {rank: share for rank, share in enumerate(others, 1) if share}
+        number = next(self._numbers)
+        wanted = {
+            rank: messages.encode(Encode(number, [_message(items[index]) for index in share]))
+            for rank, share in shares.items()
+        }
         failed: Exception | None = None
         found: dict[int, torch.Tensor] = {}
-        try:
-            own = self._model.encode([items[index] for index in shares[0]])
-            found |= zip(shares[0], own, strict=True)
-        except Exception as error:
-            failed = error  # the others are waited for all the same
-        for rank, share in enumerate(shares[1:], 1):
-            if share:
-                embeds = self._received(rank, [sizes[index] for index in share])
+        with self._group.together():
+            for rank, data in wanted.items():
+                self._group.send_to(rank, data)
+            try:
+                embeds = self._model.encode([items[index] for index in own])
+                found |= zip(own, embeds, strict=True)
+            except Exception as error:
+                failed = error  # the others are waited for all the same
+            for rank, share in shares.items():
+                embeds = self._received(rank, number, [sizes[index] for index in share])
                 found |= zip(share, embeds, strict=False)
         if failed is not None or len(found) < len(items):
             raise failed or RuntimeError("a rank could not encode its items")
         return [found[index] for index in range(len(items))]
 
-    def _received(self, rank: int, sizes: list[int]) -> list[torch.Tensor]:
-        """Return the embeddings of items that another rank encodes; none if it could not."""
-        with self._group.together():
-            message = self._group.received(rank)
-            if not isinstance(message, Encoded) or message.failed:
-                return []
-            shape = sum(sizes), self.shape.embed_size
-            rows = torch.empty(shape, dtype=self.dtype, device=self.device)
-            rows = self._group.collectives.receive(rows, rank)
-            return [part.clone() for part in rows.split(sizes)]
+    def _received(self, rank: int, number: int, sizes: list[int]) -> list[torch.Tensor]:
+        """Return the embeddings of items that another rank encodes; none if it could not.
+
+        Raises RuntimeError for an answer to another message.
+        """
+        message = self._group.received(rank)
+        if not isinstance(message, Encoded) or message.number != number:
+            raise RuntimeError(f"a rank answered {message}, not message {number}")
+        if message.failed:
+            return []
+        shape = sum(sizes), self.shape.embed_size
+        rows = torch.empty(shape, dtype=self.dtype, device=self.device)
+        rows = self._group.collectives.receive(rows, rank)
+        return [part.clone() for part in rows.split(sizes)]
 
     def rotary(
         self, positions: torch.Tensor, lengths: Sequence[tuple[int, int]] = ()
@@ -78,8 +88,9 @@ class ParallelModel:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """Return token embeddings (T, shape.embed_size) of ids (T,)."""
-        self._group.send(Embed(ids.cpu().numpy().tobytes()))
+        message = Embed(ids.cpu().numpy().tobytes())
         with self._group.together():
+            self._group.send(message)
             return self._model.embed(ids)
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
@@ -93,16 +104,18 @@ class ParallelModel:
             invariant=batch.invariant,
             block_table=batch.block_table.cpu().numpy().tobytes(),
         )
-        self._group.send(message)
+        step = packed(batch.cos, batch.sin, embeds)
         with self._group.together():
-            self._group.collectives.broadcast(packed(batch.cos, batch.sin, embeds))
+            self._group.send(message)
+            self._group.collectives.broadcast(step)
             return self._model.forward(embeds, batch)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (N, V) of hidden states (N, H)."""
-        self._group.send(Logits(hidden.shape[0]))
+        hidden = hidden.contiguous()
         with self._group.together():
-            hidden = self._group.collectives.broadcast(hidden.contiguous())
+            self._group.send(Logits(hidden.shape[0]))
+            hidden = self._group.collectives.broadcast(hidden)
             return self._model.logits(hidden)
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 from sensorium.engine.parallel import messages
 from sensorium.engine.parallel.messages import (
+    Allocated,
     Begin,
     Embed,
     Encode,
@@ -81,16 +82,20 @@ def serve(connection: socket.socket, *, is_own_process: bool) -> None:
 
     is_own_process: nothing else runs here. Raises what went wrong, after the start.
     """
+    if is_own_process:
+        import sensorium.engine.loading  # noqa: F401  while the first rank looks at the model
     begin = messages.receive_at_rank(connection)
     if not isinstance(begin, Begin):
         return
     try:
         rank = Rank(begin, is_own_process=is_own_process)
-        messages.send(connection, messages.encode(Loaded(rank.weight_bytes)))
+        messages.send(connection, messages.encode(rank.loaded))
         start = messages.receive_at_rank(connection)
         if not isinstance(start, Start):
             return
-        rank.start(start)
+        rank.allocate(start)
+        messages.send(connection, messages.encode(Allocated()))
+        rank.join(start)
     except SensoriumError as error:
         failed = Failed(error.message, error.code, error.param)
         messages.send(connection, messages.encode(failed))
@@ -117,26 +122,25 @@ class Rank:
         from sensorium.distributed.collectives import Collectives
         from sensorium.distributed.shard import Shard
         from sensorium.engine.loading import cache_layout, load_model
-        from sensorium.engine.parallel.group import device_of
         from sensorium.models.loading.fill import weight_bytes
         from sensorium.multimodal.items import MODALITIES
 
-        config, device = begin.config, device_of(begin.config, begin.rank)
+        config = begin.config
         self.collectives = Collectives(Shard(begin.rank, begin.size))
-        if is_own_process and device.type == "cpu":
+        if is_own_process:
             asked = config.model.num_threads
             threads.configure(threads.share(begin.rank, begin.size, asked, keeps=True))
         skipped = MODALITIES if config.parallel.encoder_ranks == "first" else ()
         loaded = load_model(
-            config, str(device), collectives=self.collectives, skip_modalities=skipped
+            config, config.model.device, collectives=self.collectives, skip_modalities=skipped
         )
         self._model = model = cast("DecoderModel", loaded.model)
         self._layout = cache_layout(config, model.shape, model.dtype, self.collectives)
         self._caches: list[LayerCache] = []
-        self.weight_bytes = weight_bytes(self._model)
+        self.loaded = Loaded(weight_bytes(model), messages.described(model))
 
-    def start(self, start: Start) -> None:
-        """Allocate the KV cache, and meet the other ranks."""
+    def allocate(self, start: Start) -> None:
+        """Allocate the KV cache. Raises ConfigError."""
         from sensorium.engine.loading import allocate_cache
         from sensorium.kernels import ops
 
@@ -145,8 +149,11 @@ class Rank:
         int8_cache = self._layout.records is not None
         encoders = model.has_encoder
         ops.warm_up(model.dtype, model.device, encoders=encoders, int8_cache=int8_cache)
+
+    def join(self, start: Start) -> None:
+        """Meet the other ranks. Raises RuntimeError."""
         timeout = timedelta(seconds=start.timeout)
-        self.collectives.join(Path(start.meeting), model.device, timeout)
+        self.collectives.join(Path(start.meeting), timeout, start.secret)
 
     def run(self, connection: socket.socket) -> None:
         """Do what the first rank says until it closes the connection."""
@@ -189,9 +196,9 @@ class Rank:
                 raise RuntimeError(f"the encoder made {rows.shape[0]} embeddings")
         except Exception:
             logger.exception("encoding %d item(s) failed", len(message.items))
-            messages.send(connection, messages.encode(Encoded(failed=True)))
+            messages.send(connection, messages.encode(Encoded(message.number, failed=True)))
             return
-        messages.send(connection, messages.encode(Encoded()))
+        messages.send(connection, messages.encode(Encoded(message.number)))
         self.collectives.send(rows, FIRST)
 
     def _forward(self, message: Forward) -> None:
