@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
 
 from sensorium.core.plan import Span, StepPlan, StepResult
 from sensorium.core.request import Sequence as RunningSequence
+from sensorium.core.speculation.costs import KNOWN, LIFETIME
 from sensorium.core.speculation.ngram import NgramIndex
 from sensorium.core.speculation.speculator import (
+    FIRST_ROWS,
     INDEXED_AT_ONCE,
     MOST_ROWS,
     SpeculationLimits,
@@ -49,7 +52,7 @@ class Rig:
         pairs = [(seq, span(seq)) for seq in self.sequences]
         return self.speculator.propose(pairs, lambda seq: most, num_rows)
 
-    def step(self, right: int, cost: float = 0.0) -> list[int]:
+    def step(self, right: int, cost: float = 0.0, factor: float = 1.0) -> list[int]:
         """Run a step in which so many proposed tokens are right; return how many were tried."""
         chosen = self.propose()
         spans = []
@@ -62,7 +65,8 @@ class Rig:
         rows = sum(own.num_tokens for own in spans)
         plan = StepPlan(0, spans=tuple(spans))
         result = StepResult(0, num_drafts={own.seq_id: len(own.draft_ids) for own in spans})
-        self.speculator.observe(plan, result, 0.010 * (1.0 + cost * (rows - len(spans))))
+        seconds = 0.010 * factor * (1.0 + cost * (rows - len(spans)))
+        self.speculator.observe(plan, result, seconds)
         return [len(own.draft_ids) for own in spans]
 
 
@@ -114,6 +118,43 @@ def test_rows_that_cost_too_much_are_not_tried() -> None:
         few, many = sum(dear.step(right=1, cost=1.0)), sum(cheap.step(right=8, cost=0.01))
     assert many == 4 * 8
     assert few == 0
+
+
+def eight() -> Rig:
+    return Rig(*(sequence(number, [*REPEATED, 1, *REPEATED[:5]]) for number in range(8)))
+
+
+def test_a_disturbed_moment_is_soon_forgotten() -> None:
+    rig = eight()
+    disturbed = [sum(rig.step(right=8, cost=0.5)) for _ in range(40)]
+    assert disturbed[-10:] == [0] * 10
+    calm = [sum(rig.step(right=8, cost=0.05)) for _ in range(LIFETIME + 60)]
+    assert sum(calm[-20:]) > 19 * 8, "one of them may try none"
+
+
+def test_steps_that_are_slow_by_chance_stop_no_trying() -> None:
+    rig, draw = eight(), random.Random(4)
+    tried = [
+        sum(rig.step(right=8, cost=0.06, factor=draw.choice((1.0, 1.0, 1.0, 3.0))))
+        for _ in range(200)
+    ]
+    assert sum(number > 0 for number in tried[10:]) > 0.9 * 190
+
+
+def test_what_a_row_costs_is_measured_now_and_then_even_where_it_does_not_pay() -> None:
+    rig = eight()
+    for _ in range(20):
+        rig.step(right=8, cost=1.0)
+    tried = [sum(rig.step(right=8, cost=1.0)) for _ in range(10 * LIFETIME)]
+    assert max(tried) <= FIRST_ROWS
+    assert 10 * (KNOWN - 1) <= sum(number > 0 for number in tried) <= 10 * (KNOWN + 1)
+
+
+def test_what_a_row_costs_is_not_measured_with_tokens_that_gain_nothing() -> None:
+    rig = eight()
+    for _ in range(20):
+        rig.step(right=0, cost=1.0)
+    assert not any(any(rig.step(right=0, cost=1.0)) for _ in range(3 * LIFETIME))
 
 
 def test_sequences_whose_tokens_are_right_are_preferred() -> None:

@@ -9,6 +9,8 @@ UNKNOWN_ROW = 0.02
 """Cost of a row, relative to a step without tried tokens, as long as nothing was measured."""
 PLAIN_STEPS, TRYING_STEPS = 8, 16
 """Latest steps that count: those that tried no tokens, and those that tried some."""
+FASTEST = 0.125
+"""Share of the tried tokens, those of the cheapest steps, from which the cost of a row is taken."""
 LIFETIME = 128
 """Steps after which one that tried tokens counts no more."""
 KNOWN = 3
@@ -24,9 +26,9 @@ class _Time(NamedTuple):
 class _Line:
     """The base and the slope of a line through the times of steps.
 
-    Both are lower quartiles: what else runs on a machine makes steps slower, and never faster. The
-    slope is taken anew from the current base, so that a time in which all steps are slow, or its
-    end, is no cost of rows.
+    Both come from the fastest steps of late: what else runs on a machine, and the capture of a
+    step, make some slower, and none faster. The slope is measured from the latest base, so that the
+    beginning or end of a time in which all steps are slow does not remain in the cost of a row.
     """
 
     def __init__(self) -> None:
@@ -62,14 +64,13 @@ class _Line:
 
     def _fit(self) -> tuple[_Time, float]:
         """Return a step that is the base, and the seconds of each further row."""
-        times = sorted(self._plain or self._trying, key=lambda time: time.seconds)
-        base = times[len(times) // 4]
+        base = min(self._plain or self._trying, key=lambda time: time.seconds)
         slopes = [
             (max(0.0, time.seconds - base.seconds) / more, more)
             for time in self._trying
             if (more := time.num_rows - base.num_rows) > 0
         ]
-        left = sum(weight for _, weight in slopes) / 4
+        left = FASTEST * sum(weight for _, weight in slopes)
         for slope, weight in sorted(slopes):
             left -= weight
             if left <= 0.0:

@@ -235,7 +235,9 @@ class Speculator:
         geometric mean: a sequence that repeats much slows the others down no more than it gains.
         """
         gains = sorted(_gains(chances), reverse=True)[: step.most]
-        if not self.costs.is_settled(step.num_sequences):
+        if sum(gain for gain, _ in gains) <= step.num_sequences * math.log(MARGIN):
+            num_best = 0  # It would not pay even if rows cost nothing.
+        elif not self.costs.is_settled(step.num_sequences):
             # With and without, in turn, until it is known what rows cost.
             waits = self._has_tried and self.costs.is_measured(step.num_sequences)
             num_best = 0 if waits else min(len(gains), max(FIRST_ROWS, step.num_rows // 4))
