@@ -150,7 +150,7 @@ def test_items_are_encoded_by_all_ranks(
 
 
 def test_an_interrupted_encoding_leaves_no_embeddings_to_others(
-    tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, threads: None, ctrl_c: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, modality, placeholder = FAMILIES["qwen2_vl"]
     make(tmp_path)

@@ -155,7 +155,9 @@ def test_ranks_load_what_the_first_one_has_chosen(
         LLM(folder.name, **options)
 
 
-def test_ctrl_c_comes_when_all_are_in_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_comes_when_all_are_in_step(
+    folder: Path, ctrl_c: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     in_threads(monkeypatch)
     broadcast, presses = Collectives.broadcast, [0]
 
