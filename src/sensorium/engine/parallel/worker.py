@@ -16,7 +16,7 @@ import threading
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, cast
 
 from sensorium.engine.parallel import messages
 from sensorium.engine.parallel.messages import (
@@ -34,7 +34,7 @@ from sensorium.engine.parallel.messages import (
 )
 from sensorium.errors import SensoriumError
 from sensorium.kernels.cpu import threads
-from sensorium.processes.start import begin_child
+from sensorium.processes.start import begin_child, end_process
 
 if TYPE_CHECKING:
     import torch
@@ -242,13 +242,5 @@ class Rank:
         )
 
 
-def _end(code: int) -> NoReturn:
-    """End the process without the interpreter's shutdown, which takes seconds."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    _end(main())
+    end_process(main())

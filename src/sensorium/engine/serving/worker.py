@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import zmq
 
@@ -20,7 +20,7 @@ from sensorium.engine import wire
 from sensorium.engine.serving.adapter_reader import AdapterReader, expected
 from sensorium.errors import SensoriumError, UnavailableError
 from sensorium.kernels.cpu import threads
-from sensorium.processes.start import begin_child
+from sensorium.processes.start import begin_child, end_process
 
 if TYPE_CHECKING:
     from sensorium.engine.engine import Engine
@@ -240,17 +240,5 @@ class _Loop:
         self._socket.send(wire.encode(refused))
 
 
-def _end(code: int) -> NoReturn:
-    """End the process without the interpreter's shutdown.
-
-    That takes seconds once torch and compiled kernels are loaded, and the system takes all of it
-    back anyway.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
-    _end(main())
+    end_process(main())
