@@ -6,11 +6,10 @@ import dataclasses
 import os
 import select
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import zmq
 
 from sensorium.engine import wire
 from sensorium.engine.adapters import NamedAdapter
@@ -19,6 +18,7 @@ from sensorium.engine.serving.adapter_reader import MOST_ABANDONED, READ_SECONDS
 from sensorium.engine.serving.worker import StepWatch
 from sensorium.engine.stats import AdapterFacts, EngineFacts
 from sensorium.errors import ConfigError, SensoriumError, UnavailableError
+from tests.engine.serving.conftest import Sockets
 
 FACTS = EngineFacts(8, 1, 1, 1, "cpu", "float32", 1, 0.0)
 
@@ -84,22 +84,8 @@ class FakeEngine:
         self.facts = dataclasses.replace(self.facts, adapters=own)
 
 
-@pytest.fixture
-def sockets() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
-    context = zmq.Context()
-    here, there = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    here.bind("inproc://engine")
-    there.connect("inproc://engine")
-    yield here, there
-    here.close(0)
-    there.close(0)
-    context.term()
-
-
 @pytest.mark.parametrize("busy", [True, False])
-def test_steps_go_on_while_an_adapter_is_read(
-    sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]], busy: bool
-) -> None:
+def test_steps_go_on_while_an_adapter_is_read(sockets: Sockets, busy: bool) -> None:
     """An engine without work does not wait for its next look at its parent, either."""
     here, there = sockets
     engine = FakeEngine(busy=busy)
@@ -123,9 +109,7 @@ def test_steps_go_on_while_an_adapter_is_read(
     assert nice > os.getpriority(os.PRIO_PROCESS, 0), "others run the model"
 
 
-def test_another_adapter_goes_while_one_is_read(
-    sockets: tuple[zmq.Socket[bytes], zmq.Socket[bytes]],
-) -> None:
+def test_another_adapter_goes_while_one_is_read(sockets: Sockets) -> None:
     here, there = sockets
     engine = FakeEngine(adapters=("old",))
     loop = worker._Loop(there, os.getppid(), StepWatch(0), engine)  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from sensorium.engine.shared import SharedFeatures
 from sensorium.engine.stats import EngineFacts, EngineStats
 from sensorium.errors import PromptTooLongError
 from sensorium.params import SamplingParams
+from tests.engine.serving.conftest import Sockets
 
 
 class FakeEngine:
@@ -52,21 +52,6 @@ class FakeEngine:
 
     def check_integrity(self) -> None:
         """Nothing can be wrong."""
-
-
-@pytest.fixture
-def sockets() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
-    context = zmq.Context()
-    here, there = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
-    here.bind("inproc://engine")
-    there.connect("inproc://engine")
-    yield here, there
-    here.close(0)
-    there.close(0)
-    context.term()
-
-
-Sockets = tuple[zmq.Socket[bytes], zmq.Socket[bytes]]
 
 
 def run(sockets: Sockets, engine: FakeEngine, messages: list[wire.ToEngine]) -> list[Any]:
