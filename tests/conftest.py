@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-SHARED = "tests/reliability/"
-"""Files whose tests share servers for the whole session: one process runs all of them."""
+SHARED = ("tests/reliability/", "tests/ray/")
+"""Folders whose tests share servers, or a cluster, for the whole session: of each of them, one
+process runs all files."""
 LONG = (
-    SHARED,
+    *SHARED,
     "tests/bench/test_scripts.py",
     "tests/e2e/",
     "tests/kernels/",
@@ -38,7 +39,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return SHARED if nodeid.startswith(SHARED) else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in SHARED if file.startswith(folder)), file)
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 

@@ -38,6 +38,7 @@ ROWS = {
     "llm": 6,
     "async_llm": 6,
     "server": 6,
+    "ray": 6,
     "cli": 6,
     "bench": 6,
 }
@@ -47,6 +48,10 @@ SAME_ROW = {
     ("cli", "llm"),
     ("cli", "server"),
     ("cli", "bench"),
+    ("cli", "ray"),
+    ("ray", "async_llm"),
+    ("ray", "llm"),
+    ("ray", "server"),
     ("bench", "llm"),
     ("outputs", "errors"),
     ("params", "errors"),
@@ -77,6 +82,7 @@ FORBIDDEN = {
 }
 EVERYWHERE_LAZY = {"transformers"}
 ONLY_SERVER = {"fastapi", "uvicorn", "starlette"}
+ONLY_RAY = {"ray"}
 
 INNER_ORDER: dict[str, tuple[set[str], ...]] = {
     "multimodal": (
@@ -135,6 +141,11 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"routes", "playground", "adapters"},
         {"openapi", "app"},
         {"launch"},
+    ),
+    "ray": (
+        {"cluster", "extra", "messages"},
+        {"media"},
+        {"data", "serving", "encoders"},
     ),
     "cli": (
         {
@@ -300,6 +311,7 @@ def test_foreign_imports(path: Path) -> None:
         assert root not in FORBIDDEN.get(own, set()) or typing_only, f"{own} imports {name}"
         assert not (root in EVERYWHERE_LAZY and top), f"{name} must be imported inside a function"
         assert not (root in ONLY_SERVER and own not in ("server", "cli")), f"{own} imports {name}"
+        assert not (root in ONLY_RAY and own != "ray"), f"{own} imports {name}"
 
 
 def test_the_scheduler_loop_fits_on_a_screen() -> None:
@@ -351,7 +363,7 @@ def test_importing_sensorium_is_light() -> None:
     import subprocess
     import sys
 
-    heavy = ("torch", "transformers", "fastapi", "numba")
+    heavy = ("torch", "transformers", "fastapi", "numba", "ray", "pyarrow")
     code = f"import sys, sensorium; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
