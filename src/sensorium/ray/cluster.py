@@ -168,7 +168,7 @@ def found_address(address: str) -> str:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except OSError as error:
         raise UnavailableError(f"No cluster of Ray answers at {found}: {error}.") from error
-    return found
+    return str(found)
 
 
 def _no_address(address: str) -> ConfigError:
