@@ -44,9 +44,9 @@ def run_in(folder: Path | None, code: str, **environment: str) -> subprocess.Com
 NORM = """
     import torch
     from sensorium.kernels import ops
-    from sensorium.kernels.cpu import launch
+    from sensorium.kernels.cpu.compiler.cache import cache_folder
     x = torch.ones(2, 5)
-    print(launch.cache_folder() is not None, ops.rms_norm(x, torch.ones(5), 0.0).sum().item())
+    print(cache_folder() is not None, ops.rms_norm(x, torch.ones(5), 0.0).sum().item())
 """
 
 
@@ -58,9 +58,9 @@ def test_without_a_writable_cache_folder_kernels_still_work(tmp_path):
 
 
 FOLDER = """
-    from sensorium.kernels.cpu import launch
+    from sensorium.kernels.cpu.compiler.cache import cache_folder
     for _ in range(3):
-        print(launch.cache_folder())
+        print(cache_folder())
 """
 
 
@@ -88,7 +88,6 @@ def test_a_full_disk_is_told_once_and_kernels_still_work(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         import torch
         from sensorium.kernels import ops
-        from sensorium.kernels.cpu import launch
         for kind in (torch.float32, torch.bfloat16):
             ones = torch.ones(2, 5, dtype=kind), torch.ones(5, dtype=kind)
             print(ops.rms_norm(*ones, 0.0).sum().item())

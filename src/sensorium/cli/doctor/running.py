@@ -39,10 +39,11 @@ def first_kernel() -> Iterator[Finding]:
         import torch
 
         from sensorium.kernels import ops
-        from sensorium.kernels.cpu import launch
+        from sensorium.kernels.cpu.compiler.cache import cache_folder
+        from sensorium.kernels.cpu.launch import find_openmp
 
         imported = time.perf_counter()
-        folder = launch.cache_folder()
+        folder = cache_folder()
         before = 0 if folder is None else len(list(folder.iterdir()))
         ops.silu_mul(torch.ones(2, 64))
         ended = time.perf_counter()
@@ -67,7 +68,7 @@ def first_kernel() -> Iterator[Finding]:
         yield warning("first kernel", facts, "compiling is slow: other programs use the cores")
     else:
         yield ok("first kernel", facts)
-    if launch.find_openmp() is None:
+    if find_openmp() is None:
         yield warning(
             "threads",
             "torch's OpenMP library was not found: kernels run on one thread",

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from sensorium.kernels.cpu.launch import cache_folder
+from sensorium.kernels.cpu.compiler.cache import cache_folder
 
 FILE = "findings.json"
 MOST_ENTRIES = 4096

@@ -14,9 +14,7 @@ Numba's own launcher would bring a second OpenMP library.
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
-import hashlib
 import logging
 import os
 import struct
@@ -26,23 +24,17 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import llvmlite
-import numba
 import torch
 from numba import types
-from numba.core import caching as numba_caching
 from numba.core import ccallback
-from numba.core.registry import cpu_target
 
-from sensorium import environment
+from sensorium.kernels.cpu.compiler.cache import NO_CACHE, KernelCache, cache_folder, warn_not_kept
 
 log = logging.getLogger(__name__)
 
-# Numba's cache is not part of its public interface and has no types.
-caching: Any = numba_caching
+# Not part of Numba's public interface, and without types.
 CFunc: Any = ccallback.CFunc
 
 NUM_ARGS = 32
@@ -216,98 +208,6 @@ def recording() -> Iterator[list[Launch]]:
 # -- compiling ----------------------------------------------------------------------------------
 
 
-@functools.cache
-def source_digest() -> str:
-    """Return the digest of the kernels' sources, the compiler and the CPU.
-
-    A cached kernel is valid for exactly these.
-    """
-    cpu = cpu_target.target_context.codegen().magic_tuple()
-    versions = (numba.__version__, llvmlite.__version__, sys.version)
-    digest = hashlib.sha256(repr((versions, cpu)).encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:24]
-
-
-@functools.cache
-def cache_folder() -> Path | None:
-    """Return the folder of compiled kernels for these sources, None if it cannot be written.
-
-    A warning is logged in that case.
-    """
-    root = environment.cache_root()
-    folder = root / "sensorium" / "kernels" / source_digest()
-    if not folder.is_absolute():
-        # XDG's rule says to ignore such a path; "~" also stays as it is where the user has no
-        # home.
-        return _warn_not_kept(str(root), "it is not an absolute path")
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        return _warn_not_kept(str(root), error.strerror)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return _warn_not_kept(str(root), os.strerror(errno.EACCES))
-    if not any(folder.iterdir()):
-        log.info("compiling CPU kernels into %s; later starts load them from there", folder)
-    return folder
-
-
-@functools.cache
-def _warn_not_kept(root: str, reason: str | None) -> None:
-    """Log once that kernels are compiled at every start, and how to avoid it."""
-    log.warning(
-        "compiled CPU kernels cannot be kept in %r (%s), so every start compiles them again, which "
-        "takes about half a minute: set XDG_CACHE_HOME to a folder that can be written",
-        root,
-        reason,
-    )
-
-
-class _Locator(caching._CacheLocator):
-    """Location of Numba's cache files: ``cache_folder``, one file per kernel and element type."""
-
-    def __init__(self, folder: Path, variant: str) -> None:
-        self._folder = folder
-        self._variant = variant
-
-    def get_cache_path(self) -> str:
-        return str(self._folder)
-
-    def get_source_stamp(self) -> str:
-        return source_digest()
-
-    def get_disambiguator(self) -> str:
-        return self._variant
-
-    @classmethod
-    def from_function(cls, py_func: Any, py_file: str) -> _Locator | None:
-        folder = cache_folder()
-        return None if folder is None else cls(folder, py_func.variant)
-
-
-class _CacheFiles(caching.CompileResultCacheImpl):
-    _locator_classes = [_Locator]  # noqa: RUF012 - Numba's own name and type
-
-
-class _KernelCache(caching.Cache):
-    """Numba's cache, keyed by a kernel's name, element type, sources and CPU."""
-
-    _impl_class = _CacheFiles
-
-    def _index_key(self, sig: Any, codegen: Any) -> Any:
-        return (sig, codegen.magic_tuple())
-
-    def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """Return the cached kernel, or None; delete a file that cannot be read."""
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception as error:
-            log.warning("a compiled CPU kernel in the cache is damaged: %s", type(error).__name__)
-            self.flush()
-            return None
-
-
 def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
     """Compile ``function(args: int64*)``, or load it from the cache.
 
@@ -322,15 +222,19 @@ def compile_kernel(function: Callable[[Any], None], variant: str) -> Launcher:
     signature = ((types.CPointer(types.int64),), types.void)
     options = {"error_model": "numpy", "boundscheck": False, "nopython": True, "nogil": True}
     compiled = CFunc(function, signature, locals={}, options=options)
-    if cache_folder() is not None and not _NOT_KEPT:
-        compiled._cache = _KernelCache(function)
+    cache = None if cache_folder() is None or _NOT_KEPT else KernelCache(function)
+    if cache is not None:
+        compiled._cache = cache
     try:
         compiled.compile()
     except OSError as error:
-        _warn_not_kept(str(cache_folder()), error.strerror)
+        warn_not_kept(str(cache_folder()), error.strerror)
         _NOT_KEPT.append(error)
-        compiled._cache = caching.NullCache()
+        compiled._cache = NO_CACHE
         compiled.compile()
+    finally:
+        if cache is not None:
+            cache.release()
     launcher = Launcher(compiled.address, find_openmp())
     _KEPT.append(compiled)
     log.debug("kernel %s (%s): %.2f s", function.__name__, variant, time.perf_counter() - start)

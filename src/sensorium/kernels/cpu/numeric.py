@@ -29,7 +29,11 @@ intrinsic: Any = extending.intrinsic
 WIDTH = 16
 """Floats in a vector."""
 
-OUTLINE = {"error_model": "numpy", "boundscheck": False}
+WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Options that leave out the wrappers for calls from Python and from C, which only kernels need:
+each is one more copy to compile of all that is inlined into its function."""
+
+OUTLINE = {"error_model": "numpy", "boundscheck": False, **WRAPPERS}
 """Options of functions that stay functions, as they are large."""
 
 LINE_BYTES = 64
@@ -39,7 +43,7 @@ ELEMENT = {torch.bfloat16: types.uint16, torch.float16: types.int16, torch.float
 """Pointer types of tensor elements."""
 
 f32 = np.float32
-INLINE = {"forceinline": True, "error_model": "numpy", "boundscheck": False}
+INLINE = {"forceinline": True, **OUTLINE}
 
 _I16, _I32, _I64, _F32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _HALF, _VEC = ir.HalfType(), ir.VectorType(ir.FloatType(), WIDTH)

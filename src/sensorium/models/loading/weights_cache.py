@@ -20,8 +20,8 @@ import torch
 from sensorium.config import MIB
 from sensorium.forks import OWN_THREADS
 from sensorium.kernels import ops
-from sensorium.kernels.cpu import launch
 from sensorium.kernels.cpu.attention import route
+from sensorium.kernels.cpu.compiler.cache import source_digest
 from sensorium.kernels.weight import PackedWeight
 from sensorium.models.loading.stored import SUFFIX, DamagedError, StoredWeights, StoredWriter
 from sensorium.models.loading.weight_files import FileState
@@ -244,7 +244,7 @@ def key_of(files: Iterable[FileState], *settings: object) -> str:
     It depends on the files, the settings, the sources that quantize, calibrate and pack, the
     compiler, torch and the CPU. Raises OSError.
     """
-    made_by = (launch.source_digest(), sources_digest(), torch.__version__)
+    made_by = (source_digest(), sources_digest(), torch.__version__)
     digest = hashlib.sha256(repr((made_by, settings)).encode())
     for file in files:
         digest.update(file.identity())

@@ -1,0 +1,1 @@
+"""Numba's compiler, as kernels use it: the functions within them, and compiled code on disk."""
