@@ -122,7 +122,7 @@ def test_a_process_that_does_not_get_on_is_not_waited_for(
     (lock,) = tmp_path.iterdir()
     late: list[str] = []
     monkeypatch.setattr(cache, "MOST_WAITING", 0.0)
-    monkeypatch.setattr(cache, "_LATE", late)
+    monkeypatch.setattr(cache, "LATE", late)
     with lock.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert compile_one(tmp_path, monkeypatch) == FILES

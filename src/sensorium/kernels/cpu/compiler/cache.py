@@ -161,7 +161,7 @@ class KernelCache(caching.Cache):
 
 def _lock(descriptor: int, kernel: str) -> bool:
     """Lock the file of a kernel when its holder has let it go. Return False where it is late."""
-    end = time.monotonic() + (0.0 if _LATE else MOST_WAITING)
+    end = time.monotonic() + (0.0 if LATE else MOST_WAITING)
     waits = False
     while True:
         try:
@@ -169,7 +169,7 @@ def _lock(descriptor: int, kernel: str) -> bool:
             return True
         except BlockingIOError:
             if time.monotonic() >= end:
-                _LATE.append(kernel)
+                LATE.append(kernel)
                 return False
         if not waits:
             log.info("waiting for another process, which compiles the CPU kernel %s", kernel)
@@ -177,5 +177,5 @@ def _lock(descriptor: int, kernel: str) -> bool:
         time.sleep(_POLL)
 
 
-_LATE: list[str] = []
+LATE: list[str] = []
 """Kernels that another process did not compile in time: this one waits for none any more."""
