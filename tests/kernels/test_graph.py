@@ -14,6 +14,7 @@ from sensorium.kernels.batch import AttentionBatch, AttentionVariant, KVCacheLay
 from sensorium.kernels.cpu import graph
 from sensorium.kernels.cpu.launch import NUM_ARGS
 from sensorium.kernels.cpu.linear import floats, levels
+from sensorium.kernels.weight import Multiply
 from sensorium.layers.attention import Attention
 from sensorium.layers.linear import Linear
 from sensorium.layers.mlp import GatedMLP
@@ -181,6 +182,30 @@ def test_a_cache_in_int8() -> None:
 def test_windows_of_some_layers() -> None:
     run = Layers("bfloat16", window=33)
     assert compare(run, Steps([20, 300], run.dtype)).captured
+
+
+def test_sums_over_ranks_are_taken_again_in_every_replayed_step() -> None:
+    run, calls = Layers("float32"), [0]
+
+    def changed(x: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return x.add_(calls[0] // (2 * LAYERS) + x.flip(0))
+
+    for attention, mlp, *_ in run.layers:
+        for layer in (attention.o, mlp.down):
+            layer.forward = _then(layer.forward, ops.between_launches(changed))
+    graphs, other = graph.StepGraphs(run), Steps([20, 300, 7], run.dtype)
+    for (embeds, batch), (same, twin) in zip(Steps([20, 300, 7], run.dtype), other, strict=True):
+        before = calls[0]
+        found = graphs(embeds, batch).clone()
+        assert calls[0] == before + 2 * LAYERS
+        calls[0] = before
+        assert torch.equal(found, run(same, twin))
+    assert graphs.captured
+
+
+def _then(product: Multiply, change: Multiply) -> Multiply:
+    return lambda x: change(product(x))
 
 
 def test_graphs_are_dropped_when_threads_or_caches_change() -> None:

@@ -30,6 +30,7 @@ from sensorium.kernels.cpu.attention.quantized import causal as quantized
 from sensorium.kernels.cpu.attention.quantized.codes import MOST_HEAD_DIM
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
+from sensorium.kernels.cpu.graph import between_launches as between_launches
 from sensorium.kernels.cpu.linear import int8, integers, levels, onednn, table
 from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight
 from sensorium.kernels.cpu.linear.grouped.int8 import GroupedInt8Weight

@@ -11,7 +11,9 @@ While a step is captured, every tensor that is allocated lies in an arena, so th
 addresses stay valid; memory that is freed in the course of the step is used again, as it would be
 otherwise. Only one step of a decoder runs at a time, so all its graphs share one memory, as large
 as the largest of them needs. An operation that is neither one of our kernels, an allocation nor
-a view ends the capture: such a step cannot be replayed and always runs launch by launch.
+a view ends the capture: such a step cannot be replayed and always runs launch by launch. Only what
+``between_launches`` has wrapped may stand there, such as a sum over the ranks of a model: it runs
+between two parallel regions, one for the launches before and one for those behind it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import logging
 import math
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +44,10 @@ from sensorium.kernels.cpu.launch import (
     NotRecordable,
     compile_kernel,
     find_openmp,
+    is_recording,
     pack,
     recording,
+    run_behind_last,
 )
 from sensorium.kernels.cpu.linear.integers import wait_for
 from sensorium.kernels.cpu.numeric import LINE_BYTES, fetch_add, intrinsic, pointer, shifted
@@ -204,6 +208,26 @@ class _Capture(TorchDispatchMode):
 _Capture.__torch_dispatch__ = _Capture._allocate  # type: ignore[method-assign, assignment]
 
 
+InPlace = Callable[[torch.Tensor], torch.Tensor]
+"""Overwrites a tensor and returns it."""
+
+
+def between_launches(run: InPlace) -> InPlace:
+    """Return ``run`` as a function that a captured step calls again each time."""
+
+    def wrapped(x: torch.Tensor) -> torch.Tensor:
+        if not is_recording():
+            return run(x)
+        run_behind_last(run, x)
+        return x
+
+    return wrapped
+
+
+Region = tuple[Any, Callable[[], object] | None]
+"""Arguments of ``replay_kernel``, and what runs behind it."""
+
+
 class StepGraph:
     """One captured step, for any batch of its kind."""
 
@@ -228,9 +252,7 @@ class StepGraph:
         self._table[:, COUNTERS] = 0
         self._kernels = np.array([launch.address for launch in launches], np.int64)
         self._renewed = _renewals(launches)
-        team_size = find_openmp("omp_get_num_threads") or 0
-        addresses = (self._kernels.ctypes.data, self._table.ctypes.data)
-        self._args = pack(len(launches), *addresses, team_size)
+        self._regions = list(self._regions_of(launches))
         self.used_bytes = arena.nbytes
         """Bytes of the shared memory that the step uses."""
 
@@ -245,9 +267,25 @@ class StepGraph:
         ctypes.memmove(self._input.data_ptr(), embeds.data_ptr(), embeds.nbytes)
         for plan, rows, fields in self._renewed:
             self._table[rows, fields] = np.frombuffer(plan(batch), np.int64)[fields]
-        self._args[0] = self._args[1] = 0
-        replay_kernel().released(self._args, self.num_threads)
+        for args, then in self._regions:
+            args[0] = args[1] = 0
+            replay_kernel().released(args, self.num_threads)
+            if then is not None:
+                then()
         return self._output
+
+    def _regions_of(self, launches: Sequence[Launch]) -> Iterator[Region]:
+        """Yield the parallel regions, which end where something runs between launches."""
+        kernels, table = self._kernels.ctypes.data, self._table.ctypes.data
+        team_size, first = find_openmp("omp_get_num_threads") or 0, 0
+        for index, launch in enumerate(launches):
+            if launch.then is None and launch is not launches[-1]:
+                continue
+            own_kernels = kernels + first * self._kernels.itemsize
+            own_table = table + first * self._table.strides[0]
+            args = pack(index + 1 - first, own_kernels, own_table, team_size)
+            yield args, launch.then
+            first = index + 1
 
 
 Renewal = tuple[Callable[[AttentionBatch], Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]

@@ -155,6 +155,7 @@ class Launch:
         args: A copy of its arguments.
         plan: Returns arguments for another batch of the same shape, where some of them belong to
             the batch; launches with equal ``key`` share them. ``fields`` are their indexes.
+        then: What runs behind it, each time; None for nothing.
     """
 
     address: int
@@ -162,6 +163,7 @@ class Launch:
     key: Hashable = None
     plan: Callable[[Any], Any] | None = None
     fields: Sequence[int] = ()
+    then: Callable[[], object] | None = None
 
 
 class NotRecordable(RuntimeError):
@@ -191,6 +193,23 @@ def renew_last(key: Hashable, plan: Callable[[Any], Any], fields: Sequence[int])
     assert _RECORDING.launches is not None
     last = _RECORDING.launches[-1]
     last.key, last.plan, last.fields = key, plan, fields
+
+
+def run_behind_last(run: Callable[[torch.Tensor], object], x: torch.Tensor) -> None:
+    """Let ``run(x)`` follow the launch recorded last, see ``Launch``.
+
+    Only the place of ``x`` (contiguous) is kept: ``run`` gets what lies there when it is called.
+    Raises NotRecordable where there is no launch, or one that something follows already.
+    """
+    if not _RECORDING.launches or _RECORDING.launches[-1].then is not None:
+        raise NotRecordable("nothing was launched before")
+    shape, dtype = x.shape, x.dtype
+    bytes_there = (ctypes.c_char * x.nbytes).from_address(x.data_ptr())
+
+    def then() -> None:
+        run(torch.frombuffer(bytes_there, dtype=dtype).view(shape))
+
+    _RECORDING.launches[-1].then = then
 
 
 @contextmanager

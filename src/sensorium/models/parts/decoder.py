@@ -48,7 +48,8 @@ class DecoderLayer:
 
     def divide(self, division: Division) -> None:
         """Let the results of this rank's part of the layer be summed with the others'."""
-        self.attention.o.reduce = self.mlp.down.reduce = division.collectives.all_reduce
+        reduce = ops.between_launches(division.collectives.all_reduce)
+        self.attention.o.reduce = self.mlp.down.reduce = reduce
 
     def slots(
         self, config: TextConfig, name: str, division: Division | None
@@ -118,8 +119,7 @@ class Decoder:
         self.head = LMHead(end - first, config.hidden_size)
         if self._division is not None:
             self._divide(self._division)
-        # What the ranks exchange cannot be captured.
-        replays = options.replay and self._division is None
+        replays = options.replay
         self._steps = ops.step_runner(self._run, options.device) if replays else self._run
 
     def _divide(self, division: Division) -> None:
