@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from sensorium import LLM, SamplingParams
+from sensorium import LLM, LoRARequest, SamplingParams
 from sensorium.distributed.collectives import Collectives
 from sensorium.engine.parallel import messages
 from sensorium.engine.parallel.group import RankGroup
 from sensorium.errors import EngineDeadError
+from sensorium.kernels.cpu.graph import StepGraph
+from sensorium.kernels.cpu.linear import floats
 from tests import checkpoints
+from tests.checkpoints.adapters import make_adapter
 from tests.e2e.test_invariance import (
     FAMILIES,
     NUMBERS,
@@ -42,9 +46,12 @@ def threads() -> Iterator[None]:
         yield
 
 
-def answers(llm: LLM, prompts: Prompts, num_tokens: int = NUM_TOKENS) -> list[list[int]]:
+def answers(
+    llm: LLM, prompts: Prompts, num_tokens: int = NUM_TOKENS, adapters: Any = None
+) -> list[list[int]]:
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
-    return [out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)]
+    outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+    return [output.outputs[0].token_ids for output in outputs]
 
 
 def scarce(lengths: list[int]) -> dict[str, int]:
@@ -60,19 +67,26 @@ def scarce(lengths: list[int]) -> dict[str, int]:
 
 @pytest.mark.parametrize("family", NATIVE)
 def test_every_family(family: str, tmp_path: Path, threads: None) -> None:
+    """One prompt has an adapter of all layers, the other none."""
     make, modality, placeholder = FAMILIES[family]
-    make(tmp_path)
+    base = tmp_path / "base"
+    base.mkdir()
+    make(base)
+    adapter = LoRARequest("a", 1, str(make_adapter(tmp_path / "adapter", base)))
+    own = [adapter, None]
     prompts = make_prompts(modality, placeholder, count=7)
     prompts = prompts[1:3] if modality else [prompts[3], prompts[6]]
-    with LLM(str(tmp_path), dtype="float32", num_kv_blocks=400, max_model_len=512) as llm:
-        expected = answers(llm, prompts)
+    shared: dict[str, Any] = {"dtype": "float32", "enable_lora": True}
+    with LLM(str(base), num_kv_blocks=400, max_model_len=512, **shared) as llm:
+        expected = answers(llm, prompts, adapters=own)
         outs = llm.generate(prompts, SamplingParams(max_tokens=1), use_tqdm=False)
     options = scarce([len(out.prompt_token_ids) for out in outs]) | {"tensor_parallel_size": 2}
     encoders = "all" if NATIVE.index(family) % 2 else "first"
-    with build_patient(tmp_path, dtype="float32", encoder_ranks=encoders, **options) as parts:
-        assert answers(parts.llm, prompts) == expected
+    with build_patient(base, encoder_ranks=encoders, **options, **shared) as parts:
+        assert answers(parts.llm, prompts, adapters=own) == expected
         assert parts.engine.stats().num_preemptions
-        assert answers(parts.llm, prompts, 3) == [tokens[:3] for tokens in expected]
+        again = answers(parts.llm, prompts, 3, adapters=own)
+        assert again == [tokens[:3] for tokens in expected]
         assert parts.engine.stats().prefix_hits
 
 
@@ -81,12 +95,26 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.make_text("llama", tmp_path_factory.mktemp("llama"))
 
 
-def test_bits_do_not_depend_on_the_batch(llama: Path, threads: None) -> None:
+def test_bits_do_not_depend_on_the_batch(
+    llama: Path, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on whether steps are captured and replayed."""
     options = {"dtype": "float32", "tensor_parallel_size": 2, "max_model_len": 256}
     prompts = make_prompts("", "", count=4)
-    with LLM(str(llama), num_kv_blocks=80, **options) as llm:
+    captured: list[int] = []
+    capture = StepGraph.__init__
+
+    def noted(graph: StepGraph, *arguments: Any) -> None:
+        capture(graph, *arguments)
+        captured.append(threading.get_ident())
+
+    with monkeypatch.context() as patch, LLM(str(llama), num_kv_blocks=80, **options) as llm:
+        patch.setattr(StepGraph, "__init__", noted)
         together = ask(llm, prompts, [0, 1, 2, 3])
-    with LLM(str(llama), num_kv_blocks=80, max_num_batched_tokens=7, **options) as llm:
+    if floats.available("float16"):  # there are kernels to capture
+        assert len(set(captured)) == 2, "both ranks replay steps"
+    eager = {"max_num_batched_tokens": 7, "enforce_eager": True}
+    with LLM(str(llama), num_kv_blocks=80, **eager, **options) as llm:
         assert [ask(llm, prompts, [index])[0] for index in range(4)] == together
 
 
@@ -117,11 +145,16 @@ def test_items_are_encoded_by_all_ranks(
     tmp_path: Path, threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, modality, placeholder = FAMILIES["qwen2_vl"]
-    make(tmp_path)
+    base = tmp_path / "base"
+    base.mkdir()
+    make(base)
+    own = LoRARequest("a", 1, str(make_adapter(tmp_path / "adapter", base)))
     prompts = make_prompts(modality, placeholder, count=6)[2:6:3]  # two items each
-    options = {"dtype": "float32", "num_kv_blocks": 80, "max_model_len": 512}
-    with LLM(str(tmp_path), **options) as llm:
-        expected = answers(llm, prompts, 4)
+    options: dict[str, Any] = {"dtype": "float32", "num_kv_blocks": 80, "max_model_len": 512}
+    options["enable_lora"] = True
+    with LLM(str(base), **options) as llm:
+        expected = answers(llm, prompts, 4, own)
+        assert answers(llm, prompts, 4) != expected
     received: list[int] = []
     broken: list[messages.Encode] = []
     receive, send = Collectives.receive, messages.encode
@@ -131,8 +164,8 @@ def test_items_are_encoded_by_all_ranks(
         return receive(ranks, x, rank)
 
     monkeypatch.setattr(Collectives, "receive", counted)
-    with build_patient(tmp_path, tensor_parallel_size=2, encoder_ranks="all", **options) as parts:
-        assert answers(parts.llm, prompts, 4) == expected
+    with build_patient(base, tensor_parallel_size=2, encoder_ranks="all", **options) as parts:
+        assert answers(parts.llm, prompts, 4, own) == expected
         assert len(received) == 1  # all four at once
 
         def damaged(message: Any) -> bytes:
@@ -144,7 +177,7 @@ def test_items_are_encoded_by_all_ranks(
         monkeypatch.setattr(messages, "encode", damaged)
         parts.runner.reset()
         parts.scheduler.reset()
-        assert answers(parts.llm, prompts, 4) == expected  # the first rank does it instead
+        assert answers(parts.llm, prompts, 4, own) == expected  # the first rank does it instead
         assert broken
         assert len(received) == 1
 

@@ -41,7 +41,8 @@ class LoraConfig:
     max_lora_rank: int = option(64, "Maximum rank of an adapter.", ge=1, le=512)
     max_lora_memory_gb: float = option(
         2.0,
-        "GiB that the adapters that are loaded may take together.",
+        "GiB that the adapters that are loaded may take together; with --tensor-parallel-size in "
+        "each of its processes.",
         ge=0.001,
         le=1 << 20,
     )

@@ -195,6 +195,7 @@ class Engine:
         """Return a snapshot of gauges and counters."""
         core = self._scheduler.stats()
         return EngineStats(
+            num_ranks=self.facts.num_ranks,
             num_running=core.num_running,
             num_waiting=core.num_waiting + len(self._constrained),
             num_deferred=len(self._constrained),

@@ -19,6 +19,7 @@ from sensorium.engine.adapters import EngineAdapters, found_adapters
 from sensorium.engine.engine import Engine
 from sensorium.engine.grammar.matchers import Matchers
 from sensorium.engine.loading import allocate_cache, cache_layout, load_model
+from sensorium.engine.parallel.adapters import GroupLanes
 from sensorium.engine.parallel.group import RankGroup
 from sensorium.engine.parallel.model import ParallelModel
 from sensorium.engine.stats import EngineFacts
@@ -126,7 +127,7 @@ def _build_parts(
     shape, model = loaded.model.shape, loaded.model
     if group is not None:
         group.wait_loaded(model)  # memory is counted once all have theirs
-    lanes = _lanes(config, loaded)
+    lanes = _lanes(config, loaded, group)
     adapters = EngineAdapters.of(lanes, config, folders)
     num_threads = _set_threads(asked, shape, config.model.num_threads is not None)
     layout = cache_layout(config, shape, model.dtype, ranks)
@@ -150,7 +151,7 @@ def _build_parts(
     adapts = _may_adapt(config, loaded.family, model.dtype, device, invariant)
     adapter = ThreadAdapter(num_threads if adapts else 1, threads.configure)
     runner = ModelRunner(
-        model if group is None else _together(model, group, config, geometry.num_blocks),
+        model if group is None else _together(model, group, config, geometry.num_blocks, lanes),
         caches,
         store,
         batch_invariant=invariant,
@@ -175,12 +176,6 @@ def _group(config: EngineConfig, own_process: bool) -> RankGroup | None:
     size = config.parallel.tensor_parallel_size
     if size == 1:
         return None
-    if config.lora.enable_lora:
-        raise ConfigError(
-            f"enable_lora: adapters run on one rank alone, but tensor_parallel_size is {size}: "
-            "leave one of them out, or merge the adapter into the weights.",
-            param="enable_lora",
-        )
     device = loader.find_device(config.model.device)
     if device.type != "cpu":
         raise ConfigError(
@@ -206,7 +201,9 @@ def _own_threads(config: EngineConfig, device: torch.device, own_process: bool) 
     return asked
 
 
-def _together(model: Model, group: RankGroup, config: EngineConfig, num_blocks: int) -> Model:
+def _together(
+    model: Model, group: RankGroup, config: EngineConfig, num_blocks: int, lanes: AdapterSet | None
+) -> Model:
     """Meet the other ranks, and return the model that all compute together.
 
     Raises what kept one of them from it.
@@ -217,7 +214,12 @@ def _together(model: Model, group: RankGroup, config: EngineConfig, num_blocks: 
         "weights of linear layers and embeddings by rank: %s",
         ", ".join(f"{size / MIB:.1f} MiB" for size in sizes),
     )
-    return ParallelModel(model, group, shares_items=config.parallel.encoder_ranks == "all")
+    rows, shares_items = None if lanes is None else lanes.rows, _all_encode(config)
+    return ParallelModel(model, group, shares_items=shares_items, rows=rows)
+
+
+def _all_encode(config: EngineConfig) -> bool:
+    return config.parallel.encoder_ranks == "all"
 
 
 def _facts(
@@ -239,10 +241,13 @@ def _facts(
         load_seconds=load_seconds,
         embed_bytes=model.shape.embed_size * model.dtype.itemsize,
         cache_dtype=str(layout.dtype).removeprefix("torch."),
+        num_ranks=config.parallel.tensor_parallel_size,
     )
 
 
-def _lanes(config: EngineConfig, loaded: loader.LoadedModel) -> AdapterSet | None:
+def _lanes(
+    config: EngineConfig, loaded: loader.LoadedModel, group: RankGroup | None
+) -> AdapterSet | None:
     """Prepare the model for adapters, where they are enabled. Raises ConfigError if it cannot."""
     if not config.lora.enable_lora:
         return None
@@ -259,6 +264,7 @@ def _lanes(config: EngineConfig, loaded: loader.LoadedModel) -> AdapterSet | Non
         max_loras=config.lora.max_loras,
         max_rank=config.lora.max_lora_rank,
         most_bytes=int(config.lora.max_lora_memory_gb * GIB),
+        others=None if group is None else GroupLanes(group, have_encoders=_all_encode(config)),
     )
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 class EngineStats:
     """A snapshot of gauges and counters.
 
-    ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``held_features``,
+    ``num_ranks``, ``num_running``, ``num_waiting``, ``kv_blocks_*``, ``held_features``,
     ``encoder_resident_embeds``, ``encoder_num_bytes``, ``encoder_capacity_bytes`` and all about
     adapters are gauges; the others count from the start of the engine.
 
     Attributes:
+        num_ranks: Processes that compute the model together.
         num_deferred: Those of ``num_waiting`` that wait for their grammar.
         prefix_queries: Prompt tokens looked up in the prefix cache; ``prefix_hits`` were found.
         encoder_queries: Items looked up in the encoder cache; all ``encoder_*`` are about that
@@ -30,6 +31,7 @@ class EngineStats:
         num_engine_restarts: Restarts since the start of the server; 0 in the engine itself.
     """
 
+    num_ranks: int = 0
     num_running: int = 0
     num_waiting: int = 0
     num_deferred: int = 0
@@ -78,6 +80,7 @@ class EngineStats:
         """Return the snapshot after the death of the engine: counters and sizes, nothing in use."""
         return replace(
             self,
+            num_ranks=0,
             num_running=0,
             num_waiting=0,
             num_deferred=0,
@@ -130,3 +133,4 @@ class EngineFacts:
     embed_bytes: int = 0
     adapters: tuple[AdapterFacts, ...] = ()
     cache_dtype: str = ""
+    num_ranks: int = 1

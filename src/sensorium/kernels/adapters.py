@@ -103,6 +103,11 @@ class RowAdapters:
         """True while at least one row has an adapter."""
         return self._everywhere is not None or bool(self._runs)
 
+    @property
+    def lane_of_all(self) -> int | None:
+        """Lane that all rows have, however many they are; None where they are not given it so."""
+        return self._everywhere
+
     @contextmanager
     def using(self, runs: Sequence[Run], num_rows: int) -> Iterator[None]:
         """Give rows of ``num_rows`` their lanes within the block.

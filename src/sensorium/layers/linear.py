@@ -98,9 +98,9 @@ class Linear:
         """
         if self.weight is None:
             raise RuntimeError("a layer is adapted after it was loaded")
-        plain, linear = self.forward, self.forward
+        plain, linear, reduce = self.forward, self.forward, self.reduce
         act = None if self.act is None else activation(self.act)
-        if act is not None:
+        if act is not None or reduce is not None:
             linear = ops.bind_linear(self.weight, self.bias)
 
         def forward(x: torch.Tensor) -> torch.Tensor:
@@ -110,6 +110,7 @@ class Linear:
             rows = rows.contiguous()
             y = linear(rows)
             product.add(rows, y, adapters)
+            y = y if reduce is None else reduce(y)
             y = y if act is None else act(y)
             return y if x.dim() == 2 else y.view(*x.shape[:-1], self.num_outputs)
 

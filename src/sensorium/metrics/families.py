@@ -76,6 +76,11 @@ def _histogram(
 # ---- numbers of the engine
 
 ENGINE_ROWS = (
+    _gauge(
+        "engine_ranks",
+        "num_ranks",
+        "Processes that compute the model together (--tensor-parallel-size); 0 while none runs.",
+    ),
     _gauge("num_requests_running", "num_running", "Sequences being computed."),
     _gauge("num_requests_waiting", "num_waiting", "Sequences waiting to be scheduled."),
     _gauge("mm_held_requests", "held_features", "Requests whose media the engine holds in memory."),

@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from sensorium.errors import ConfigError
-from sensorium.kernels import ops
-from sensorium.kernels.adapters import AdaptedProduct, RowAdapters, Run
-from sensorium.layers.linear import Linear
+from sensorium.kernels.adapters import LowRank, PackedPart, RowAdapters, Run
 from sensorium.models.interface import Family, LoadableModel
 from sensorium.models.lora.read import Adapter, Module, open_adapter
-from sensorium.models.lora.targets import targets_of
+from sensorium.models.lora.targets import Target
+from sensorium.runtime.lanes import Lanes
 
 NO_LANE = -1
 FULL = "max_lora_memory_gb"
@@ -32,11 +32,26 @@ class LoadedAdapter:
     nbytes: int
 
 
+class OtherRanks(Protocol):
+    """Lanes of the other processes that share a model."""
+
+    def put(self, lane: int, adapter: Adapter) -> None:
+        """Set the adapter of a lane in all of them.
+
+        Raises UnavailableError where one could not take it; then it may be there in others.
+        """
+        ...
+
+    def clear(self, lane: int) -> None:
+        """Leave a lane empty in all of them."""
+        ...
+
+
 class AdapterSet:
     """The adapters of one model, at most ``max_loras`` and ``most_bytes``. Not thread-safe.
 
     Every layer that adapters may change is prepared for them when this is made. Two adapters of
-    equal content share a lane.
+    equal content share a lane. ``others``: where each is set, too.
     """
 
     def __init__(
@@ -47,33 +62,29 @@ class AdapterSet:
         max_loras: int,
         max_rank: int,
         most_bytes: int,
+        others: OtherRanks | None = None,
     ) -> None:
-        self.rows = RowAdapters()
         self.max_loras, self.most_bytes = max_loras, most_bytes
-        self._max_rank = max_rank
+        self._max_rank, self._others = max_rank, others
         self._dtype = model.dtype
-        self._targets = targets_of(model)
+        self._lanes = Lanes(model, max_loras)
         renames = [family.renames, *(part.renames for part in family.parts)]
         self._rules = [[(re.compile(old), new) for old, new in rules] for rules in renames]
         self._unused = re.compile("|".join(f"(?:{p})" for p in model.ignored_weights) or r"(?!)")
-        self._products: dict[Linear, AdaptedProduct] = {}
-        for target in self._targets.values():
-            layer = target.layer
-            if layer not in self._products:
-                sizes = (layer.num_inputs, layer.num_outputs, max_loras)
-                product = ops.adapted_product(*sizes, model.dtype, model.device)
-                self._products[layer] = product
-                layer.adapt(product, self.rows)
         self._free = list(range(max_loras))
         self._loaded: dict[bytes, LoadedAdapter] = {}
         self._holders: dict[bytes, int] = {}
         self._nbytes = 0
-        self._version = 0
+
+    @property
+    def rows(self) -> RowAdapters:
+        """Lanes of the rows that layers compute now."""
+        return self._lanes.rows
 
     @property
     def version(self) -> int:
         """Number of changes so far: what was captured for another one does not fit."""
-        return self._version
+        return self._lanes.version
 
     @property
     def nbytes(self) -> int:
@@ -109,15 +120,20 @@ class AdapterSet:
         """
         opened = open_adapter(
             folder,
-            self._targets,
+            self._lanes.targets,
             self._rules,
             unused=self._unused,
             max_rank=self._max_rank,
         )
         self._check_room(sum(self._packed_bytes(module) for module in opened.modules))
-        return opened.read(
-            self._dtype, lambda layer, part: self._products[layer].pack(part), progress
-        )
+        whole: list[tuple[Target, LowRank]] = []
+
+        def pack(target: Target, part: LowRank) -> PackedPart:
+            if self._others is not None:
+                whole.append((target, part))
+            return self._lanes.pack(target, part)
+
+        return replace(opened.read(self._dtype, pack, progress), whole=whole)
 
     def add(self, adapter: Adapter) -> LoadedAdapter:
         """Put an adapter into a lane. Raises ConfigError when there is no room for it."""
@@ -126,9 +142,8 @@ class AdapterSet:
         return found
 
     def _packed_bytes(self, module: Module) -> int:
-        target, is_affine = module.target, "magnitude" in module.pair.names
-        product = self._products[target.layer]
-        return product.packed_bytes(module.rank, target.num_outputs, is_affine)
+        is_affine = "magnitude" in module.pair.names
+        return self._lanes.packed_bytes(module.target, module.rank, is_affine)
 
     def _check_room(self, num_bytes: int) -> None:
         """Raise ConfigError where so many bytes more are beyond the limit.
@@ -161,13 +176,13 @@ class AdapterSet:
             )
         self._check_room(adapter.nbytes)
         lane = self._free[0]
-        self._version += 1
-        try:
-            for layer, product in self._products.items():
-                product.set(lane, adapter.parts.get(layer, ()))
-        except BaseException:
-            self._clear(lane)
-            raise
+        self._lanes.put(lane, adapter.parts)
+        if self._others is not None:
+            try:
+                self._others.put(lane, adapter)
+            except BaseException:
+                self._clear(lane)
+                raise
         del self._free[0]
         self._nbytes += adapter.nbytes
         found = LoadedAdapter(
@@ -177,9 +192,9 @@ class AdapterSet:
         return found
 
     def _clear(self, lane: int) -> None:
-        for product in self._products.values():
-            product.set(lane, ())
-        self._version += 1
+        self._lanes.clear(lane)
+        if self._others is not None:
+            self._others.clear(lane)
 
     def unload(self, digest: bytes) -> None:
         """Forget an adapter that was loaded, once for each time that it was.

@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from sensorium import LLM, SamplingParams
+from sensorium import LLM, LoRARequest, SamplingParams
 from sensorium.distributed.collectives import Collectives
 from sensorium.engine import loading
 from sensorium.engine.parallel import group as groups
+from sensorium.engine.parallel.adapters import RankLanes
 from sensorium.engine.parallel.group import RankGroup
-from sensorium.engine.parallel.messages import Begin
+from sensorium.engine.parallel.messages import AdapterPart, Begin
 from sensorium.engine.parallel.model import shares_of
 from sensorium.engine.parallel.worker import Rank
-from sensorium.errors import ConfigError, EngineDeadError
+from sensorium.errors import ConfigError, EngineDeadError, UnavailableError
 from sensorium.models import loader
 from sensorium.models.loading.fill import weight_bytes
 from tests import checkpoints
+from tests.checkpoints.adapters import make_adapter
 from tests.checkpoints.hf import make_hf_text
 from tests.parts import build_llm
 from tests.ranks import in_threads
@@ -32,8 +34,9 @@ PROMPTS = ["one two three", "four five six seven eight"]
 PARAMS = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
 
 
-def answers(llm: LLM) -> list[list[int]]:
-    return [out.outputs[0].token_ids for out in llm.generate(PROMPTS, PARAMS, use_tqdm=False)]
+def answers(llm: LLM, adapter: LoRARequest | None = None) -> list[list[int]]:
+    outputs = llm.generate(PROMPTS, PARAMS, use_tqdm=False, lora_request=adapter)
+    return [output.outputs[0].token_ids for output in outputs]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,6 @@ def test_a_process_that_ends_takes_the_engine_along(folder: Path) -> None:
     ("options", "param", "words"),
     [
         ({"tensor_parallel_size": 3}, "tensor_parallel_size", "4 heads, 2 of keys.*: use 2 or 4"),
-        ({"tensor_parallel_size": 2, "enable_lora": True}, "enable_lora", "merge the adapter"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -153,6 +155,36 @@ def test_ranks_load_what_the_first_one_has_chosen(
     changes = True
     with pytest.raises(ConfigError, match="have loaded different models"):
         LLM(folder.name, **options)
+
+
+def test_an_adapter_is_in_all_ranks_or_in_none(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_threads(monkeypatch)
+    first, second, dora = (
+        LoRARequest(name, seed, str(make_adapter(tmp_path / name, folder, seed=seed, **own)))
+        for seed, (name, own) in enumerate({"a": {}, "b": {}, "c": {"use_dora": True}}.items())
+    )
+    own = {**OPTIONS, "enable_lora": True, "max_loras": 1}
+    with LLM(str(folder), **own) as llm:
+        expected = [answers(llm, request) for request in (None, first, second)]
+    take, modules = RankLanes._take, [0]
+
+    def full(lanes: RankLanes, message: AdapterPart) -> None:
+        modules[0] += 1
+        if modules[0] == 3:
+            raise MemoryError
+        take(lanes, message)
+
+    monkeypatch.setattr(RankLanes, "_take", full)
+    with LLM(str(folder), tensor_parallel_size=2, **own) as llm:
+        with pytest.raises(UnavailableError, match="could not take the adapter"):
+            answers(llm, first)
+        assert not llm.stats().lora_num_bytes
+        found = [answers(llm, request) for request in (None, first, second)]
+        with pytest.raises(ConfigError, match=r"use_dora .* divided between several"):
+            answers(llm, dora)
+        assert [*found, answers(llm)] == [*expected, expected[0]]
 
 
 def test_ctrl_c_comes_when_all_are_in_step(

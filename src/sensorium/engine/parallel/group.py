@@ -162,7 +162,7 @@ class RankGroup:
         Raises what kept one of them from it, and ConfigError where one has loaded another model.
         """
         expected = messages.described(model)
-        for loaded in self._answers(Loaded):
+        for loaded in self.answers(Loaded):
             if loaded.model != expected:
                 raise ConfigError(
                     f"The processes of tensor_parallel_size have loaded different models, "
@@ -180,9 +180,9 @@ class RankGroup:
         for link in self._links:
             with contextlib.suppress(OSError):  # it has ended, and may have said why
                 messages.send(link, start)
-        self._answers(Allocated)
+        self.answers(Allocated)
         self._meet(meeting, timedelta(seconds=seconds), secret)
-        self._answers(Ready)
+        self.answers(Ready)
         shutil.rmtree(self._folder, ignore_errors=True)  # all have met
         self._is_ready = True
         if self._lost is not None:
@@ -212,7 +212,7 @@ class RankGroup:
         why = f": {errors[0]}" if errors else f" within {MEETING_SECONDS:g} s."
         raise SensoriumError(f"The processes of tensor_parallel_size could not connect{why}")
 
-    def _answers(self, kind: type[_Message]) -> list[_Message]:
+    def answers(self, kind: type[_Message]) -> list[_Message]:
         """Return the next message of every rank, which must be of this kind."""
         found: list[_Message] = []
         for link in self._links:

@@ -65,6 +65,8 @@ class Forward(msgspec.Struct, tag=True):
     num_decodes: int
     invariant: bool
     block_table: bytes
+    runs: list[tuple[int, int, int]] = []
+    """Lane, first row and end of rows with adapters."""
 
 
 class Logits(msgspec.Struct, tag=True):
@@ -85,17 +87,55 @@ class Item(msgspec.Struct):
 class Encode(msgspec.Struct, tag=True):
     """Message to one rank: encode items, answer ``Encoded``, and send their embeddings.
 
-    number: comes back with the answer, and differs from message to message.
+    number: comes back with the answer, and differs from message to message. lane: that of the
+    adapter of all of them.
     """
 
     number: int
     items: list[Item]
+    lane: int | None = None
 
 
 class Encoded(msgspec.Struct, tag=True):
     """Message from a rank: items are encoded; no embeddings follow if that has failed."""
 
     number: int
+    failed: bool = False
+
+
+class AdapterPart(msgspec.Struct, tag=True):
+    """Message to a rank: a module of an adapter, of which it takes its part.
+
+    name: of the weight. a (rank, inputs), b (outputs, rank): numbers of the whole module, in the
+    dtype of the model. affine: (2, outputs) float32, see ``LowRank``; empty for none.
+    """
+
+    name: str
+    rank: int
+    scale: float
+    a: bytes
+    b: bytes
+    affine: bytes = b""
+
+
+class SetLane(msgspec.Struct, tag=True):
+    """Message to a rank: the modules since the last one are the adapter of a lane.
+
+    Its answer is ``LaneSet``.
+    """
+
+    lane: int
+
+
+class ClearLane(msgspec.Struct, tag=True):
+    """Message to a rank: a lane is empty."""
+
+    lane: int
+
+
+class LaneSet(msgspec.Struct, tag=True):
+    """Message from a rank: it has set a lane, or could not."""
+
     failed: bool = False
 
 
@@ -125,8 +165,8 @@ class Failed(msgspec.Struct, tag=True):
     param: str | None = None
 
 
-ToRank = Begin | Start | Embed | Forward | Logits | Encode
-FromRank = Loaded | Allocated | Ready | Failed | Encoded
+ToRank = Begin | Start | Embed | Forward | Logits | Encode | AdapterPart | SetLane | ClearLane
+FromRank = Loaded | Allocated | Ready | Failed | Encoded | LaneSet
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=encode_other)
 _to_rank = msgspec.msgpack.Decoder(ToRank, ext_hook=decode_extension)

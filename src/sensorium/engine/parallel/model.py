@@ -10,6 +10,7 @@ import torch
 from sensorium.engine.parallel import messages
 from sensorium.engine.parallel.group import RankGroup
 from sensorium.engine.parallel.messages import Embed, Encode, Encoded, Forward, Item, Logits
+from sensorium.kernels.adapters import RowAdapters
 from sensorium.kernels.batch import AttentionBatch
 from sensorium.models.interface import Model
 from sensorium.multimodal.items import Features
@@ -20,11 +21,18 @@ class ParallelModel:
 
     Sampling, grammars and the caches of media are the first rank's alone: the others get embeddings
     and give their part of the logits. So are encoders, unless ``shares_items``: then each rank has
-    them.
+    them. rows: the lanes of adapters of the rows that are computed; None where there are none.
     """
 
-    def __init__(self, model: Model, group: RankGroup, *, shares_items: bool = False) -> None:
-        self._model, self._group = model, group
+    def __init__(
+        self,
+        model: Model,
+        group: RankGroup,
+        *,
+        shares_items: bool = False,
+        rows: RowAdapters | None = None,
+    ) -> None:
+        self._model, self._group, self._rows = model, group, rows
         self._shares_items, self._numbers = shares_items, itertools.count()
         self.shape, self.dtype, self.device = model.shape, model.dtype, model.device
 
@@ -44,8 +52,9 @@ class ParallelModel:
         own, *others = shares_of(sizes, self._group.collectives.shard.size)
         shares = {rank: share for rank, share in enumerate(others, 1) if share}
         number = next(self._numbers)
+        lane = None if self._rows is None else self._rows.lane_of_all
         wanted = {
-            rank: messages.encode(Encode(number, [_message(items[index]) for index in share]))
+            rank: messages.encode(Encode(number, [_message(items[index]) for index in share], lane))
             for rank, share in shares.items()
         }
         failed: Exception | None = None
@@ -95,6 +104,7 @@ class ParallelModel:
 
     def forward(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
         """Return hidden states (T, H) after the final norm."""
+        rows = self._rows if self._rows is not None and self._rows.active else None
         message = Forward(
             width=embeds.shape[1],
             rotary_size=batch.cos.shape[1],
@@ -103,6 +113,7 @@ class ParallelModel:
             num_decodes=batch.num_decodes,
             invariant=batch.invariant,
             block_table=batch.block_table.cpu().numpy().tobytes(),
+            runs=[] if rows is None else [*rows.runs(len(embeds))],
         )
         step = packed(batch.cos, batch.sin, embeds)
         with self._group.together():

@@ -13,6 +13,7 @@ import select
 import socket
 import sys
 import threading
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import accumulate
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, cast
 
 from sensorium.engine.parallel import messages
 from sensorium.engine.parallel.messages import (
+    AdapterPart,
     Allocated,
     Begin,
+    ClearLane,
     Embed,
     Encode,
     Encoded,
@@ -30,6 +33,7 @@ from sensorium.engine.parallel.messages import (
     Loaded,
     Logits,
     Ready,
+    SetLane,
     Start,
 )
 from sensorium.errors import SensoriumError
@@ -42,6 +46,8 @@ if TYPE_CHECKING:
     from sensorium.distributed.collectives import Collectives
     from sensorium.kernels.batch import AttentionBatch, LayerCache
     from sensorium.models.parts.decoder import DecoderModel
+
+AdapterMessage = AdapterPart | SetLane | ClearLane
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +96,8 @@ def serve(connection: socket.socket, *, is_own_process: bool) -> None:
     try:
         rank = Rank(begin, is_own_process=is_own_process)
         messages.send(connection, messages.encode(rank.loaded))
-        start = messages.receive_at_rank(connection)
-        if not isinstance(start, Start):
+        start = rank.prepare(connection)
+        if start is None:
             return
         rank.allocate(start)
         messages.send(connection, messages.encode(Allocated()))
@@ -122,6 +128,7 @@ class Rank:
         from sensorium.distributed.collectives import Collectives
         from sensorium.distributed.shard import Shard
         from sensorium.engine.loading import cache_layout, load_model
+        from sensorium.engine.parallel.adapters import RankLanes
         from sensorium.models.loading.fill import weight_bytes
         from sensorium.multimodal.items import MODALITIES
 
@@ -135,9 +142,18 @@ class Rank:
             config, config.model.device, collectives=self.collectives, skip_modalities=skipped
         )
         self._model = model = cast("DecoderModel", loaded.model)
+        self._lanes: RankLanes | None = None
+        if config.lora.enable_lora:
+            self._lanes = RankLanes(model, config.lora.max_loras)
         self._layout = cache_layout(config, model.shape, model.dtype, self.collectives)
         self._caches: list[LayerCache] = []
         self.loaded = Loaded(weight_bytes(model), messages.described(model))
+
+    def prepare(self, connection: socket.socket) -> Start | None:
+        """Take the adapters of the start, and return the message behind them; None for the end."""
+        while isinstance(message := messages.receive_at_rank(connection), AdapterMessage):
+            self._adapt(message, connection)
+        return message if isinstance(message, Start) else None
 
     def allocate(self, start: Start) -> None:
         """Allocate the KV cache. Raises ConfigError."""
@@ -168,11 +184,20 @@ class Rank:
                     self._forward(message)
                 elif isinstance(message, Encode):
                     self._encode(message, connection)
+                elif isinstance(message, AdapterMessage):
+                    self._adapt(message, connection)
                 elif isinstance(message, Logits):
                     size = message.num_rows, self._model.shape.hidden_size
                     model = self._model
                     hidden = torch.empty(size, dtype=model.dtype, device=model.device)
                     model.decoder.head(self.collectives.broadcast(hidden))
+
+    def _adapt(self, message: AdapterMessage, connection: socket.socket) -> None:
+        """Change the adapters, and answer where the first rank wants it."""
+        assert self._lanes is not None
+        answer = self._lanes.handle(message)
+        if answer is not None:
+            messages.send(connection, messages.encode(answer))
 
     def _encode(self, message: Encode, connection: socket.socket) -> None:
         """Encode items, and send their embeddings to the first rank."""
@@ -191,7 +216,9 @@ class Rank:
                 )
                 for item in message.items
             ]
-            rows = torch.cat(self._model.encode(items)).to(self._model.dtype)
+            lanes = nullcontext() if self._lanes is None else self._lanes.everywhere(message.lane)
+            with lanes:
+                rows = torch.cat(self._model.encode(items)).to(self._model.dtype)
             if rows.shape[0] != sum(item.num_embeds for item in items):
                 raise RuntimeError(f"the encoder made {rows.shape[0]} embeddings")
         except Exception:
@@ -213,7 +240,9 @@ class Rank:
         cos, sin, embeds = unpacked(self.collectives.broadcast(data), *sizes, model.dtype)
         parts = embeds.split(model.shape.hidden_size, dim=1)
         first, *deep = (part.contiguous() for part in parts)
-        model.decoder.forward(first, self._batch(message, cos, sin), deep)
+        lanes = nullcontext() if self._lanes is None else self._lanes.using(message.runs, num_rows)
+        with lanes:
+            model.decoder.forward(first, self._batch(message, cos, sin), deep)
 
     def _batch(self, message: Forward, cos: torch.Tensor, sin: torch.Tensor) -> AttentionBatch:
         import torch
@@ -239,6 +268,7 @@ class Rank:
             query_lens=lengths,
             kv_lens=message.kv_lens,
             invariant=message.invariant,
+            adapters=self._lanes.version if self._lanes is not None and message.runs else 0,
         )
 
 

@@ -180,12 +180,17 @@ def taken(weight: torch.Tensor | CodedWeight, part: Part) -> torch.Tensor | Code
         return weight
     if isinstance(weight, CodedWeight):
         return _cut(weight, cut)
+    return cut_out(weight, cut)
+
+
+def cut_out(x: torch.Tensor, cut: Cut) -> torch.Tensor:
+    """Return the part of a tensor (N, ...) that one rank holds; a view, where that is possible."""
     if cut.is_absent:
-        return torch.zeros_like(weight)
+        return torch.zeros_like(x)
     if cut.rows:
-        pieces = [weight[first:end] for first, end in cut.rows]
-        weight = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return weight if cut.columns is None else weight[..., slice(*cut.columns)]
+        pieces = [x[first:end] for first, end in cut.rows]
+        x = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return x if cut.columns is None else x[..., slice(*cut.columns)]
 
 
 def _cut(weight: CodedWeight, cut: Cut) -> CodedWeight:

@@ -40,7 +40,7 @@ _SUFFIX = re.compile(
 """Matched in a time that grows with a name's length alone, as nothing repeats in its end."""
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_tokens)$")
 Rules = Sequence[tuple[re.Pattern[str], str]]
-Pack = Callable[[Linear, LowRank], PackedPart]
+Pack = Callable[[Target, LowRank], PackedPart]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,13 +48,15 @@ class Adapter:
     """An adapter as layers take it.
 
     digest: of all numbers, and of where they belong. rank: the largest. parts: those of each layer.
-    in_encoder: it changes a tower or projector, so that embeddings of media depend on it.
+    in_encoder: it changes a tower or projector, so that embeddings of media depend on it. whole:
+    its modules for the other ranks, where several share the model.
     """
 
     digest: bytes
     rank: int
     in_encoder: bool
     parts: Mapping[Linear, Sequence[PackedPart]]
+    whole: Sequence[tuple[Target, LowRank]] = ()
 
     @property
     def nbytes(self) -> int:
@@ -96,7 +98,7 @@ class OpenAdapter:
     def read(
         self, dtype: torch.dtype, pack: Pack, progress: Callable[[], object] | None = None
     ) -> Adapter:
-        """Read the numbers as ``dtype``. ``pack`` lays out each part for its layer.
+        """Read the numbers as ``dtype``. ``pack`` lays out each module for its layer.
 
         progress: called after each module. Raises ConfigError for numbers that are not finite.
         """
@@ -105,8 +107,8 @@ class OpenAdapter:
         for module in self.modules:
             part = _read(self.file, module, dtype)
             _count(digest, module.pair, part)
-            layer = module.target.layer
-            parts.setdefault(layer, []).append(pack(layer, part))
+            target = module.target
+            parts.setdefault(target.layer, []).append(pack(target, part))
             if progress is not None:
                 progress()
         rank = max(module.rank for module in self.modules)
@@ -239,6 +241,12 @@ def _check(file: TensorFile, module: Module, max_rank: int, *, has_magnitude: bo
         which = "no" if has_magnitude else "a"
         other = "" if has_magnitude else ", but use_dora is not set"
         _refuse(f"the module {pair.module!r:.200} has {which} tensor lora_magnitude_vector{other}")
+    if has_magnitude and target.part.cut is not None:
+        _refuse(
+            "use_dora is set, for which whole rows of weights must be in one process, but those of "
+            f"{pair.module!r:.200} are divided between several: leave --tensor-parallel-size at 1, "
+            "or merge the adapter into its base model"
+        )
     weight = target.layer.weight
     if has_magnitude and not (weight is not None and weight.has_rows):
         _refuse(
