@@ -168,7 +168,7 @@ def test_an_adapter_is_in_all_ranks_or_in_none(
     own = {**OPTIONS, "enable_lora": True, "max_loras": 1}
     with LLM(str(folder), **own) as llm:
         expected = [answers(llm, request) for request in (None, first, second)]
-    take, modules = RankLanes._take, [0]
+    take, modules = RankLanes.take, [0]
 
     def full(lanes: RankLanes, message: AdapterPart) -> None:
         modules[0] += 1
@@ -176,7 +176,7 @@ def test_an_adapter_is_in_all_ranks_or_in_none(
             raise MemoryError
         take(lanes, message)
 
-    monkeypatch.setattr(RankLanes, "_take", full)
+    monkeypatch.setattr(RankLanes, "take", full)
     with LLM(str(folder), tensor_parallel_size=2, **own) as llm:
         with pytest.raises(UnavailableError, match="could not take the adapter"):
             answers(llm, first)

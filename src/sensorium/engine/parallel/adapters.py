@@ -87,7 +87,7 @@ class RankLanes:
             return None
         try:
             if isinstance(message, AdapterPart):
-                self._take(message)
+                self.take(message)
                 return None
             if not self._has_failed:
                 self._lanes.put(message.lane, self._parts)
@@ -100,8 +100,8 @@ class RankLanes:
         self._parts, self._has_failed = {}, False
         return answer
 
-    def _take(self, message: AdapterPart) -> None:
-        """Lay out this rank's part of a module."""
+    def take(self, message: AdapterPart) -> None:
+        """Lay out what this rank has of a module. Raises whatever keeps it from that."""
         if self._has_failed:
             return
         target = self._lanes.targets[message.name]
