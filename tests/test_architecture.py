@@ -310,7 +310,9 @@ def test_foreign_imports(path: Path) -> None:
         root = name.split(".")[0]
         assert root not in FORBIDDEN.get(own, set()) or typing_only, f"{own} imports {name}"
         assert not (root in EVERYWHERE_LAZY and top), f"{name} must be imported inside a function"
-        assert not (root in ONLY_SERVER and own not in ("server", "cli")), f"{own} imports {name}"
+        assert not (root in ONLY_SERVER and own not in ("server", "cli", "ray")), (
+            f"{own} imports {name}"
+        )
         assert not (root in ONLY_RAY and own != "ray"), f"{own} imports {name}"
 
 

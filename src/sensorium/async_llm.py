@@ -55,6 +55,7 @@ class AsyncLLM:
 
     def __init__(self, model: str, **keywords: Any) -> None:
         self.config: EngineConfig = engine_config(model=model, **keywords)
+        self.config.parallel.check_one_replica()
         self._made_in = forks.generation()
         self._engine = LoopFrontend(self.config)
         self._release = weakref.finalize(self, forks.release, self._made_in, self._engine.close)

@@ -27,7 +27,7 @@ GROUP_EXAMPLES: Mapping[str, str] = {
     "scheduling": "--max-num-seqs 128 --max-num-waiting 256",
     "speculation": "--speculative ngram --num-speculative-tokens 4",
     "media": "--limit-mm-per-prompt '{\"image\": 4}' --allowed-media-domains images.example.com",
-    "parallelism": "--data-parallel-size 1",
+    "parallelism": "--data-parallel-size 4",
     "observability": "--log-stats-interval 60",
     "deprecated": "--image-input-type pixel_values",
     "server": "--host 0.0.0.0 --port 9000 --api-key change-me",

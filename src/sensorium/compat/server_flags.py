@@ -39,8 +39,7 @@ IGNORED = [
              "API", disable_fastapi_docs=False,
              enable_offline_docs=False),
     *ignored("the HTTP server and the engine are always two "
-             "processes", disable_frontend_multiprocessing=False,
-             api_server_count=1),
+             "processes", disable_frontend_multiprocessing=False),
     *ignored("headers are limited to 64 "
              "KiB", h11_max_incomplete_event_size=None, h11_max_header_count=None),
     *ignored("/metrics has the numbers of running and waiting "

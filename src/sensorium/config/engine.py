@@ -161,18 +161,25 @@ class ParallelConfig:
         "has the encoders; all: each has them, and encodes its share of the items of a step.",
     )
     data_parallel_size: int = option(
-        1, "Number of replicas of the model; only 1 is available so far.", ge=1, le=1 << 16
+        1,
+        "Number of replicas of the model behind one server, each with an engine of its own; more "
+        "than 1 needs the extra ray.",
+        ge=1,
+        le=1 << 16,
     )
 
     def __post_init__(self) -> None:
         """Check the values. Raises ConfigError."""
         check_fields(self)
         check_choice("encoder_ranks", self.encoder_ranks, ("first", "all"))
+
+    def check_one_replica(self) -> None:
+        """Raise ConfigError for several replicas, where one engine in this program is meant."""
         if self.data_parallel_size > 1:
             bad(
                 "data_parallel_size",
-                f"is {self.data_parallel_size}, but one engine runs a model so far: leave it at 1, "
-                "and start several servers",
+                f"is {self.data_parallel_size}, but this is one engine: replicas are made by "
+                "`sensorium serve`",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from sensorium.config.fields import (
 )
 from sensorium.environment import LOG_LEVELS
 
+_RANGE = re.compile(r"\d{1,5}:\d{1,5}")
+_MOST_REPLICAS = 1 << 16
 MAX_UDS_BYTES = 107
 """Bytes of the path of a Unix domain socket on Linux."""
 
@@ -154,6 +157,29 @@ class ServerConfig:
         "Send usage with every chunk of a stream and at its end, also where the request does not "
         "ask for it.",
     )
+    ray_address: str | None = option(
+        None,
+        "Ray cluster that replicas run on: auto, HOST:PORT or ray://HOST:PORT. If unset, "
+        "--data-parallel-size and --autoscale start Ray on this machine alone, until the server "
+        "ends.",
+    )
+    ray_application: str = option(
+        "sensorium",
+        "Name of the application on the Ray cluster. One of the same name is updated in place, "
+        "replica by replica.",
+    )
+    autoscale: str | None = option(
+        None,
+        "Least and most replicas, such as 1:8, in place of --data-parallel-size: their number "
+        "follows the waiting sequences and the use of KV caches.",
+    )
+    api_server_count: int = option(
+        1,
+        "Number of processes that answer HTTP requests in front of the replicas. With several, "
+        "none of them stores files, batches or responses.",
+        ge=1,
+        le=1 << 12,
+    )
     shutdown_timeout: float = option(
         30.0, "Seconds for running requests to finish at shutdown.", ge=0.0, le=86400.0
     )
@@ -170,6 +196,7 @@ class ServerConfig:
             check_choice("log_level", self.log_level, LOG_LEVELS)
         if self.uds is not None and len(os.fsencode(self.uds)) not in range(1, MAX_UDS_BYTES + 1):
             bad("uds", f"must be a path of 1 to {MAX_UDS_BYTES} bytes")
+        self.check_replicas()
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             bad("ssl_certfile", "and ssl_keyfile go together: give both or none")
         if any(not key for key in self.api_key):
@@ -179,6 +206,25 @@ class ServerConfig:
                 if not getattr(self, name):
                     where = f"--{name.replace('_', '-')}"
                     bad("allow_runtime_lora_updating", f"needs {flag}: {where}")
+
+    def check_replicas(self) -> None:
+        """Check what is said of replicas. Raises ConfigError."""
+        check_non_empty("ray_application", self.ray_application)
+        if self.ray_address is not None:
+            check_non_empty("ray_address", self.ray_address)
+        if self.autoscale is not None and not _RANGE.fullmatch(self.autoscale):
+            bad("autoscale", "must be two numbers of replicas, such as 1:8")
+        least, most = self.replica_range or (1, 1)
+        if not 1 <= least <= most <= _MOST_REPLICAS:
+            bad("autoscale", f"must be 1 or more, then no less, up to {_MOST_REPLICAS}")
+
+    @property
+    def replica_range(self) -> tuple[int, int] | None:
+        """Return the least and the most replicas of ``autoscale``; None where it is not given."""
+        if self.autoscale is None:
+            return None
+        least, most = self.autoscale.split(":")
+        return int(least), int(most)
 
     def share_of(self, most: int) -> int:
         """Return how much of a limit one tenant may use: half of it with several API keys."""

@@ -64,7 +64,7 @@ def serve(
     that are set, and where, for the log. Raises ConfigError when the address, the certificate or
     all models cannot be used.
     """
-    _configure_logging(config)
+    configure_logging(config)
     logger.info("options: %s", options or "all defaults")
     check_config(config)
     check_models(models)
@@ -289,7 +289,7 @@ async def run_app(
         with LagSampler(context.metrics.loop_lag):
             await asyncio.wait((serving, stopping), return_when=asyncio.FIRST_COMPLETED)
             await context.batches.close()
-            await _drain(context, signals.hurry)
+            await drain(context, signals.hurry)
     finally:
         announcing.cancel()
         stopping.cancel()
@@ -361,7 +361,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-async def _drain(context: ServingContext, hurry: asyncio.Event) -> None:
+async def drain(context: ServingContext, hurry: asyncio.Event) -> None:
     """Refuse new work and wait for what is running, at most ``shutdown_timeout`` seconds."""
     context.arrivals.drain()
     loop = asyncio.get_running_loop()
@@ -430,7 +430,8 @@ def check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
         raise ConfigError(message, param=name) from error
 
 
-def _configure_logging(config: ServerConfig) -> None:
+def configure_logging(config: ServerConfig) -> None:
+    """Let this process and its children log as the options say."""
     environment.set_log_level(config.log_level)  # for the engine's process
     level = environment.log_level()
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -112,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
         for model, config in zip(given, models, strict=True)
     )
     environment.set_log_level(server.log_level)
+    if any(wants_replicas(model) for model in models):
+        return _serve_replicas(models, options)
     # A signal waits until the server can stop in order.
     with interrupts_held(STOPS), EngineProcess() as process:
         if not all(model.server.on_demand for model in models):
@@ -120,4 +122,27 @@ def run(arguments: argparse.Namespace) -> int:
         from sensorium.server.launch import serve
 
         serve(models, server, process, options=options)
+    return 0
+
+
+def wants_replicas(model: ServedConfig) -> bool:
+    """Return True for a model that is to run as replicas on Ray."""
+    server = model.server
+    asked = server.ray_address is not None or server.autoscale is not None
+    return asked or model.engine.parallel.data_parallel_size > 1
+
+
+def _serve_replicas(models: list[ServedConfig], options: str) -> int:
+    """Serve one model by replicas on Ray. Raises ConfigError for several."""
+    if len(models) > 1:
+        raise ConfigError(
+            "Replicas serve one model. Start a server for each.", param="data_parallel_size"
+        )
+    from sensorium.ray.extra import require_ray
+
+    require_ray(own_cluster=models[0].server.ray_address is None)
+    with interrupts_held(STOPS):
+        from sensorium.ray.serving.launch import serve_replicas
+
+        serve_replicas(models[0], options=options)
     return 0

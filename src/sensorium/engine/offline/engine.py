@@ -111,6 +111,7 @@ class OfflineEngine:
     @classmethod
     def build(cls, config: EngineConfig) -> OfflineEngine:
         """Load the model. Raises ConfigError and ForkedProcessError."""
+        config.parallel.check_one_replica()
         forks.begin_computing()
         options = config.observability
         tracer = Tracer(options.trace_dir, options.otlp_traces_endpoint, config.model.model)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sensorium.engine.prompts.adapters import KnownAdapters, check_path, no_path
 from sensorium.engine.prompts.input_processor import InputProcessor
-from sensorium.engine.serving.supervisor import EngineSupervisor
+from sensorium.engine.serving.engines import Engines
 from sensorium.errors import InvalidRequestError, UnavailableError
 from sensorium.models.lora.find import find_adapter, is_downloaded
 
@@ -26,7 +26,7 @@ class AdapterChanges:
     """
 
     def __init__(
-        self, engine: EngineSupervisor, processor: InputProcessor, download_dir: str | None
+        self, engine: Engines, processor: InputProcessor, download_dir: str | None
     ) -> None:
         self._engine = engine
         self._processor = processor

@@ -25,7 +25,8 @@ from sensorium.engine.prompts.adapters import KnownAdapters
 from sensorium.engine.prompts.input_processor import InputProcessor
 from sensorium.engine.prompts.types import Prompt
 from sensorium.engine.serving.adapters import AdapterChanges
-from sensorium.engine.serving.client import EngineClient, OutputQueue
+from sensorium.engine.serving.client import OutputQueue
+from sensorium.engine.serving.engines import EngineDoor, Engines
 from sensorium.engine.serving.process import EngineProcess
 from sensorium.engine.serving.stats_log import log_stats
 from sensorium.engine.serving.supervisor import EngineSupervisor
@@ -61,7 +62,7 @@ class Frontend:
         self,
         config: EngineConfig,
         input_processor: InputProcessor,
-        engine: EngineSupervisor,
+        engine: Engines,
         tracer: tracing.Tracer | None = None,
     ) -> None:
         self.config = config
@@ -83,16 +84,18 @@ class Frontend:
         trust_request_chat_template: bool = False,
         package_files: bool = False,
         process: EngineProcess | None = None,
+        engine: Engines | None = None,
     ) -> Frontend:
         """Start an engine and its input processor.
 
         An engine that dies later is replaced. ``trust_request_chat_template`` and ``package_files``
         are those of ``InputProcessor``. ``process``: the engine's, where it has been started
-        already. Raises ConfigError when the model cannot be loaded.
+        already. ``engine``: others to use in place of one that is supervised here. Raises
+        ConfigError when the model cannot be loaded.
         """
         options = config.observability
         tracer = tracing.Tracer(options.trace_dir, options.otlp_traces_endpoint, config.model.model)
-        engine = EngineSupervisor(config, process)
+        engine = engine or EngineSupervisor(config, process)
         starting = asyncio.create_task(engine.start())
         # Reading the tokenizer goes on while the engine's process loads the weights.
         making = asyncio.create_task(
@@ -175,6 +178,10 @@ class Frontend:
             media=self.input_processor.media_stats(),
             num_engine_restarts=self._engine.num_restarts,
         )
+
+    async def replica_stats(self) -> dict[str, EngineStats]:
+        """Return the counters of each replica by its name; nothing where there is one engine."""
+        return await self._engine.replica_stats()
 
     async def generate(
         self,
@@ -285,7 +292,7 @@ class Frontend:
         trace: tracing.RequestTrace | None,
         open_ids: Callable[[], Sequence[str]],
         report: Callable[[Metrics, FinishReason], None],
-    ) -> Iterator[EngineClient]:
+    ) -> Iterator[EngineDoor]:
         """Give the client that a request runs on; however the block ends, nothing stays behind.
 
         Args:
@@ -294,7 +301,7 @@ class Frontend:
             report: Reports the request to the metrics, with the reason if it is unfinished.
         """
         unfinished: FinishReason = "abort"
-        client: EngineClient | None = None
+        client: EngineDoor | None = None
         try:
             client = self._engine.current()
             yield client
@@ -328,7 +335,7 @@ class Frontend:
         self._tracer.close()
 
     async def _collect(
-        self, client: EngineClient, stream: OutputCollector, output_queue: OutputQueue
+        self, client: EngineDoor, stream: OutputCollector, output_queue: OutputQueue
     ) -> None:
         """Apply all updates in the queue; wait for one when it is empty."""
         update = await output_queue.get()

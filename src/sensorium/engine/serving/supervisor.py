@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from sensorium.config import EngineConfig
 from sensorium.engine.serving.client import STOPPING, EngineClient, dead_error
 from sensorium.engine.serving.process import EngineProcess
-from sensorium.engine.stats import AdapterFacts, EngineFacts
+from sensorium.engine.stats import AdapterFacts, EngineFacts, EngineStats
 from sensorium.errors import ConfigError, EngineDeadError, SensoriumError
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,10 @@ class EngineSupervisor:
         if client is None or not client.alive or self._stopping:
             raise self._gone()
         return client
+
+    async def replica_stats(self) -> dict[str, EngineStats]:
+        """Return nothing: this is one engine."""
+        return {}
 
     async def load_adapter(self, name: str, path: str, folder: str) -> EngineFacts:
         """Load an adapter, which later engines get as well; see ``EngineClient``."""

@@ -1,0 +1,1 @@
+"""Features of media in the object store of Ray."""

@@ -1,0 +1,1 @@
+"""Replicas of a model behind Ray Serve."""

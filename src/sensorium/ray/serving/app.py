@@ -1,0 +1,131 @@
+"""The application of Ray Serve: processes for HTTP, and the engines behind them."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
+
+from sensorium import environment
+from sensorium.config import (
+    EngineConfig,
+    ServedConfig,
+    ServerConfig,
+    engine_config,
+    engine_option_names,
+)
+from sensorium.errors import ConfigError
+from sensorium.ray.serving.engine import STATS_SECONDS, Engine
+from sensorium.ray.serving.server import ingress
+
+ENGINE, SERVER = "Engine", "Server"
+"""Names of the deployments."""
+MOST_REQUESTS = 1 << 16
+"""Requests that Ray Serve lets into one process for HTTP, which has limits of its own."""
+HEALTH_SECONDS = 5.0
+HEALTH_TIMEOUT = 60.0
+DRAIN_SPARE = 10.0
+"""Seconds that a replica gets to end, beyond those for its requests."""
+STARTS = 3
+"""Attempts to start a replica before a deployment counts as failed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resources:
+    """What Ray reserves for each process; ``per_node``: engines that share a machine's cores."""
+
+    engine_cpus: float = 1
+    engine_gpus: float = 0
+    server_cpus: float = 1
+    per_node: int = 1
+
+
+def build_app(options: dict[str, Any]) -> Application:
+    """Return the application for a Serve configuration file.
+
+    ``options``: those of ``sensorium serve`` by their keywords, such as ``model`` and
+    ``data_parallel_size``, and ``engine_cpus``, ``engine_gpus``, ``server_cpus`` and ``per_node``.
+    Raises ConfigError.
+    """
+    given = dict(options)
+    resources = Resources(
+        **{f.name: given.pop(f.name) for f in dataclasses.fields(Resources) if f.name in given}
+    )
+    names = {field.name for field in dataclasses.fields(ServerConfig)} - set(engine_option_names())
+    of_server = {name: given.pop(name) for name in list(given) if name in names}
+    for name, value in of_server.items():
+        if isinstance(value, list):
+            of_server[name] = tuple(value)
+    config = ServedConfig(engine=engine_config(**given), server=ServerConfig(**of_server))
+    return application(config, resources)
+
+
+def application(config: ServedConfig, resources: Resources, owner: str = "") -> Application:
+    """Return the application of one model. Raises ConfigError for what replicas cannot have."""
+    check(config)
+    server = _shared_out(config.server)
+    engines = _engines(config.engine, server, resources)
+    deployment = serve.deployment(
+        ingress(),
+        name=SERVER,
+        num_replicas=server.api_server_count,
+        max_ongoing_requests=MOST_REQUESTS,
+        graceful_shutdown_timeout_s=server.shutdown_timeout + DRAIN_SPARE,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=HEALTH_TIMEOUT,
+        max_constructor_retry_count=STARTS,
+        ray_actor_options={"num_cpus": resources.server_cpus},
+    )
+    served = ServedConfig(engine=config.engine, server=server)
+    return deployment.bind(served, engines, owner or secrets.token_hex(8))
+
+
+def check(config: ServedConfig) -> None:
+    """Raise ConfigError for options that replicas cannot have."""
+    server = config.server
+    if server.uds is not None:
+        raise ConfigError("Ray Serve listens on host and port, not on a socket file.", param="uds")
+    for name in ("on_demand", "model_idle_timeout", "allow_runtime_lora_updating"):
+        if getattr(server, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} is not available with replicas.", param=name)
+
+
+def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -> Application:
+    scheduler = config.scheduler
+    deployment = serve.deployment(
+        Engine,
+        name=ENGINE,
+        max_ongoing_requests=scheduler.max_num_seqs + scheduler.max_num_waiting,
+        graceful_shutdown_timeout_s=server.shutdown_timeout + DRAIN_SPARE,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=HEALTH_TIMEOUT,
+        max_constructor_retry_count=STARTS,
+        ray_actor_options={
+            "num_cpus": resources.engine_cpus,
+            "num_gpus": resources.engine_gpus,
+        },
+        request_router_config=RequestRouterConfig(
+            request_router_class="sensorium.ray.serving.router:EngineRouter",
+            request_routing_stats_period_s=STATS_SECONDS,
+            request_routing_stats_timeout_s=10 * STATS_SECONDS,
+        ),
+        num_replicas=config.parallel.data_parallel_size,
+    )
+    one = dataclasses.replace(config.parallel, data_parallel_size=1)
+    alone = dataclasses.replace(config, parallel=one)
+    level = (server.log_level or environment.log_level()).lower()
+    return deployment.bind(alone, resources.per_node, level)
+
+
+def _shared_out(server: ServerConfig) -> ServerConfig:
+    """Return the options without stores that several processes would each have for themselves."""
+    if server.api_server_count == 1:
+        return server
+    return dataclasses.replace(server, max_stored_files=0, response_store_entries=0, max_batches=0)

@@ -1,0 +1,180 @@
+"""The deployment of engines: each replica owns one engine process, supervised as in one server."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import AsyncGenerator
+
+import msgspec
+from ray import serve
+
+from sensorium import environment, errors
+from sensorium.config import GIB, EngineConfig
+from sensorium.core.request import EngineRequest, SequenceUpdate
+from sensorium.engine import wire
+from sensorium.engine.serving.client import OutputQueue
+from sensorium.engine.serving.supervisor import EngineSupervisor
+from sensorium.engine.stats import EngineStats
+from sensorium.processes import cores
+from sensorium.ray.media.features import FeaturesIn, FeaturesRef
+from sensorium.ray.serving.fleet import STATS_KEY, ReplicaReport
+from sensorium.ray.serving.messages import NOT_TAKEN, TAKEN, Clock, Ticket
+
+logger = logging.getLogger(__name__)
+
+LOST_SECONDS = 120.0
+"""Time without an engine after which Ray Serve is told to replace the whole replica."""
+STATS_SECONDS = 1.0
+"""Interval of reports, and most time that the engine gets to answer for one."""
+START_FAILED = "The engine could not start: "
+"""Begins the message of a replica that cannot start."""
+
+
+class Engine:
+    """One replica. ``per_node``: replicas that share the cores of a machine, at most.
+
+    The engine's process is a child as in a single server, and is replaced when it dies.
+    """
+
+    async def __init__(self, config: EngineConfig, per_node: int, log_level: str) -> None:
+        environment.set_log_level(log_level)
+        context = serve.get_replica_context()
+        self._id: str = context.replica_id.unique_id
+        _take_cores(context.rank.local_rank if context.rank is not None else 0, per_node)
+        self._features = FeaturesIn(int(config.cache.mm_processor_cache_gb * GIB))
+        self._supervisor = EngineSupervisor(config)
+        self._stats = EngineStats()
+        self._lost_at: float | None = None
+        try:
+            await self._supervisor.start()
+        except errors.SensoriumError as error:
+            await self._supervisor.stop()
+            # In place of a class that Ray would have to find again where it is raised.
+            raise RuntimeError(f"{START_FAILED}{error.message}") from None
+        self._supervisor.watch(lambda _: None)
+
+    async def generate(
+        self, ticket: Ticket, message: bytes, features: tuple[FeaturesRef, ...], clock: Clock
+    ) -> AsyncGenerator[bytes, None]:
+        """Run a sequence; ``message`` is a ``wire.Submit`` without features.
+
+        Yields ``TAKEN`` or ``NOT_TAKEN``, then ``wire.Updates`` with all that has come meanwhile,
+        or ``wire.Refused``, which ends it. Closing ends the sequence in the engine.
+        """
+        queue: OutputQueue = asyncio.Queue()
+        offset = clock.offset()
+        try:
+            client = self._supervisor.current()
+            submit = wire.decode_to_engine(message)
+            assert isinstance(submit, wire.Submit)
+            request = _at_home(submit.request, offset)
+            client.submit(request, await self._features.items(features), queue)
+        except errors.EngineDeadError:
+            yield NOT_TAKEN
+            return
+        try:
+            yield TAKEN
+            ended = False
+            while not ended:
+                news = [await queue.get()]
+                while not queue.empty():
+                    news.append(queue.get_nowait())
+                for data, is_last in _messages(news, request.request_id, offset):
+                    ended = is_last
+                    yield data
+        finally:
+            client.abort([request.request_id])
+
+    async def facts(self) -> bytes:
+        """Return an ``EngineFacts`` in MessagePack."""
+        return msgspec.msgpack.encode(self._supervisor.facts)
+
+    async def record_routing_stats(self) -> dict[str, bytes]:
+        """Return what routers need to know, and what /metrics shows."""
+        report = await self._report()
+        return {STATS_KEY: msgspec.msgpack.encode(report)}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what the number of replicas follows."""
+        stats = self._stats
+        blocks = max(1, stats.kv_blocks_total)
+        return {
+            "waiting": float(stats.num_waiting),
+            "running": float(stats.num_running),
+            "kv_usage": stats.kv_blocks_used / blocks,
+        }
+
+    async def check_health(self) -> None:
+        """Raise RuntimeError when the engine has been gone for long."""
+        if self._supervisor.alive:
+            self._lost_at = None
+            return
+        now = time.monotonic()
+        if self._lost_at is None:
+            self._lost_at = now
+        if now - self._lost_at > LOST_SECONDS:
+            raise RuntimeError("the engine cannot be brought back")
+
+    async def __del__(self) -> None:
+        await self._supervisor.stop()
+        self._features.close()
+
+    async def _report(self) -> ReplicaReport:
+        up = self._supervisor.alive
+        try:
+            client = self._supervisor.current()
+            self._stats = await asyncio.wait_for(client.stats(), STATS_SECONDS)
+        except errors.EngineDeadError:
+            self._stats = self._stats.at_rest()
+        except TimeoutError:
+            pass  # a long step: the last ones are shown
+        return ReplicaReport(up, self._supervisor.facts, self._stats, self._supervisor.num_restarts)
+
+
+def _take_cores(place: int, per_node: int) -> None:
+    """Keep this thread, and processes that it starts, on one of ``per_node`` parts of the cores."""
+    if per_node < 2 or not hasattr(os, "sched_setaffinity"):
+        return
+    own = cores.find().rank_threads(place % per_node, per_node).cpus
+    if own:
+        os.sched_setaffinity(0, own)
+
+
+def _at_home(request: EngineRequest, offset: float) -> EngineRequest:
+    """Return a request with its times by the clock of this machine."""
+    if not offset:
+        return request
+    return dataclasses.replace(request, arrival_time=request.arrival_time + offset)
+
+
+def _messages(
+    news: list[SequenceUpdate | errors.SensoriumError], request_id: str, offset: float
+) -> list[tuple[bytes, bool]]:
+    """Return news of a sequence as messages, each with whether it is the last one."""
+    found: list[tuple[bytes, bool]] = []
+    updates = [_by_clock(one, offset) for one in news if isinstance(one, SequenceUpdate)]
+    if updates:
+        ended = updates[-1].finish_reason is not None
+        found.append((wire.encode(wire.Updates(updates)), ended))
+    for one in news:
+        if isinstance(one, errors.SensoriumError):
+            refused = wire.Refused(request_id, one.message, one.code, one.param)
+            found.append((wire.encode(refused), True))
+    return found
+
+
+def _by_clock(update: SequenceUpdate, offset: float) -> SequenceUpdate:
+    """Return an update with its times by the clock of the machine that asked."""
+    if not offset:
+        return update
+    first, prefilled = update.first_scheduled_time, update.prefilled_time
+    return dataclasses.replace(
+        update,
+        first_scheduled_time=None if first is None else first - offset,
+        prefilled_time=None if prefilled is None else prefilled - offset,
+        encoded=tuple((begin - offset, end - offset, n) for begin, end, n in update.encoded),
+    )

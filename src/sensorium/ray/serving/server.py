@@ -1,0 +1,102 @@
+"""The deployment that answers HTTP requests: the whole application, without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sensorium import environment
+from sensorium.config import EngineConfig, ServedConfig
+from sensorium.engine.serving.frontend import Frontend
+from sensorium.ray.serving.engines import RayEngines
+from sensorium.server.app import build_app
+from sensorium.server.context import ServingContext
+from sensorium.server.http.loop_lag import LagSampler
+from sensorium.server.launch import configure_logging, drain, reduce_pauses
+from sensorium.server.models.lookup import ServedModels
+from sensorium.server.models.served import ServedModel
+
+logger = logging.getLogger("sensorium.server")
+
+
+class Server:
+    """One process that answers HTTP requests, in front of the engines behind ``handle``.
+
+    ``owner``: of the start of ``sensorium serve`` that made it.
+    """
+
+    async def __init__(self, config: ServedConfig, handle: Any, owner: str) -> None:
+        configure_logging(config.server)
+        environment.set_progress(False)
+        self._owner = owner
+        self._handle = handle
+        self._config = config
+        self._models = ServedModels([ServedModel(config, self._start)], None)
+        self._app = build_app(self._models, config.server)
+        self._context: ServingContext = self._app.state.context
+        await self._models.start()
+        self._lag = LagSampler(self._context.metrics.loop_lag)
+        self._lag.__enter__()
+        reduce_pauses()
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return the application; Ray Serve asks for it after the start."""
+        return _Answers(self._app)
+
+    async def owner(self) -> str:
+        """Return which start of ``sensorium serve`` made this process."""
+        return self._owner
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until running ones have ended or their time is over."""
+        await self._context.batches.close()
+        await drain(self._context, asyncio.Event())
+
+    async def __del__(self) -> None:
+        self._lag.__exit__()
+        await self._context.batches.close()
+        await self._models.close()
+        self._context.files.close()
+
+    async def _start(self, engine: EngineConfig) -> Frontend:
+        return await Frontend.start(
+            engine,
+            trust_request_chat_template=self._config.server.trust_request_chat_template,
+            engine=RayEngines(self._handle),
+        )
+
+
+class _Answers:
+    """The application, without the header that Ray Serve's proxy adds itself.
+
+    The proxy gives each request an ``X-Request-Id``, and each answer the same one.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if headers.get("x-request-id") == given:
+                    del headers["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, answer)
+
+
+def ingress() -> type:
+    """Return the class of the deployment."""
+    return serve.ingress()(Server)
