@@ -136,7 +136,7 @@ def test_refusals_say_why(
 
 
 def test_more_devices_are_refused_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "demo", "--prompt", "a", "-dp", "2"]) == 2
+    assert main(["generate", "a", "-dp", "2"]) == 2
     message = capsys.readouterr().err
     assert "--data-parallel-size is 2, but this is one engine" in message
     assert "--dtype" not in message

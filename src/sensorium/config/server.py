@@ -159,7 +159,7 @@ class ServerConfig:
     )
     ray_address: str | None = option(
         None,
-        "Ray cluster that replicas run on: auto, HOST:PORT or ray://HOST:PORT. If unset, "
+        "Ray cluster that replicas run on: auto or HOST:PORT. If unset, "
         "--data-parallel-size and --autoscale start Ray on this machine alone, until the server "
         "ends.",
     )

@@ -54,6 +54,7 @@ def ray_cluster(
     num_cpus: int | None = None,
     object_store_bytes: int | None = None,
     namespace: str | None = None,
+    show_logs: bool = False,
 ) -> Iterator[None]:
     """Connect this process to Ray for the block; leave a connection that there is as it is.
 
@@ -63,6 +64,7 @@ def ray_cluster(
         num_cpus: CPUs that a cluster of one's own has to give.
         object_store_bytes: Its memory for objects.
         namespace: Names of actors are looked up in here; one that nobody else has if None.
+        show_logs: Write what tasks and actors log to this program's error stream.
 
     Raises:
         ConfigError: Ray is not installed, or cannot be started, or the address makes no sense.
@@ -75,10 +77,10 @@ def ray_cluster(
         yield
     elif address is None:
         options: dict[str, Any] = {"num_cpus": num_cpus, "object_store_bytes": object_store_bytes}
-        with local_cluster(**options, namespace=namespace):
+        with local_cluster(**options, namespace=namespace, show_logs=show_logs):
             yield
     else:
-        with _connection(address, namespace):
+        with _connection(address, namespace, show_logs):
             yield
 
 
@@ -88,6 +90,7 @@ def local_cluster(
     num_cpus: int | None = None,
     object_store_bytes: int | None = None,
     namespace: str | None = None,
+    show_logs: bool = False,
 ) -> Iterator[str]:
     """Run a cluster on this machine for the block, and connect this process to it.
 
@@ -100,6 +103,7 @@ def local_cluster(
         object_store_bytes: Memory for objects; by default a quarter of the shared memory, 1 GiB at
             most. What is beyond goes to the disk.
         namespace: As in ``ray_cluster``.
+        show_logs: As in ``ray_cluster``.
 
     Raises:
         ConfigError: Ray is not installed or cannot be started.
@@ -111,6 +115,7 @@ def local_cluster(
             with _process_kept():
                 _bind_to_loopback(True)
                 node = _start(
+                    show_logs,
                     address="local",
                     namespace=namespace,
                     num_cpus=num_cpus or cores.find().num_usable,
@@ -127,10 +132,10 @@ def local_cluster(
 
 
 @contextlib.contextmanager
-def _connection(address: str, namespace: str | None) -> Iterator[None]:
+def _connection(address: str, namespace: str | None, show_logs: bool) -> Iterator[None]:
     """Connect to a cluster that runs. Raises ConfigError, UnavailableError."""
     with _process_kept():
-        _start(address=found_address(address), namespace=namespace)
+        _start(show_logs, address=found_address(address), namespace=namespace)
     try:
         yield
     finally:
@@ -177,7 +182,7 @@ def _no_address(address: str) -> ConfigError:
     )
 
 
-def _start(**options: Any) -> Any:
+def _start(show_logs: bool, **options: Any) -> Any:
     """Connect; return the context of Ray. Raises ConfigError, UnavailableError."""
     loud = environment.log_level() == "DEBUG"
     quiet()
@@ -185,7 +190,9 @@ def _start(**options: Any) -> Any:
 
     try:
         return ray.init(
-            log_to_driver=loud, logging_level=logging.INFO if loud else logging.ERROR, **options
+            log_to_driver=loud or show_logs,
+            logging_level=logging.INFO if loud else logging.ERROR,
+            **options,
         )
     except ConnectionError as error:
         raise UnavailableError(f"Ray cannot be reached: {error}") from error

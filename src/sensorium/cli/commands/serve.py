@@ -138,9 +138,11 @@ def _serve_replicas(models: list[ServedConfig], options: str) -> int:
         raise ConfigError(
             "Replicas serve one model. Start a server for each.", param="data_parallel_size"
         )
-    from sensorium.ray.extra import require_ray
+    from sensorium.ray.cluster import require_ray
+    from sensorium.ray.extra import prepare_serving
 
-    require_ray(own_cluster=models[0].server.ray_address is None)
+    require_ray()
+    prepare_serving()
     with interrupts_held(STOPS):
         from sensorium.ray.serving.launch import serve_replicas
 

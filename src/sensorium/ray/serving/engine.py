@@ -40,7 +40,9 @@ class Engine:
     The engine's process is a child as in a single server, and is replaced when it dies.
     """
 
-    async def __init__(self, config: EngineConfig, per_node: int, log_level: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: EngineConfig, per_node: int, log_level: str
+    ) -> None:
         environment.set_log_level(log_level)
         context = serve.get_replica_context()
         self._id: str = context.replica_id.unique_id

@@ -16,7 +16,7 @@ from sensorium import __version__, environment
 from sensorium.config import ServedConfig, ServerConfig
 from sensorium.errors import ConfigError
 from sensorium.ray.serving.app import Resources, application, check
-from sensorium.ray.serving.cluster import cluster, most_replicas
+from sensorium.ray.serving.cluster import connected, most_replicas
 from sensorium.ray.serving.engine import START_FAILED
 from sensorium.server.adapters.checks import check_adapters
 from sensorium.server.launch import (
@@ -42,7 +42,6 @@ def serve_replicas(model: ServedConfig, *, options: str = "") -> None:
     model cannot be used.
     """
     configure_logging(model.server)
-    logging.getLogger("ray").setLevel(logging.ERROR)
     logger.info("options: %s", options or "all defaults")
     check_config(model.server)
     check(model)
@@ -99,7 +98,7 @@ class _Run:
 
     def run(self) -> None:
         """Start, serve until ``stop``, and end. Raises ConfigError."""
-        with cluster(self._model.server.ray_address, self._model) as resources:
+        with connected(self._model) as resources:
             if self.stop.is_set():
                 return
             try:

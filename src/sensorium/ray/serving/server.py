@@ -31,7 +31,9 @@ class Server:
     ``owner``: of the start of ``sensorium serve`` that made it.
     """
 
-    async def __init__(self, config: ServedConfig, handle: Any, owner: str) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: ServedConfig, handle: Any, owner: str
+    ) -> None:
         configure_logging(config.server)
         environment.set_progress(False)
         self._owner = owner
@@ -97,6 +99,6 @@ class _Answers:
         await self._app(scope, receive, answer)
 
 
-def ingress() -> type:
+def ingress() -> Any:
     """Return the class of the deployment."""
     return serve.ingress()(Server)
