@@ -4,7 +4,9 @@
 
 Sums are those of a row and of more rows of 896 numbers between two processes of this machine. Steps
 are those of a model with random weights in the shape of one of 0.5B parameters, with as many
-threads in one process as in both ranks together. The tokens must be the same in float32.
+threads in one process as in both ranks together, which replay them or launch their kernels one by
+one. The tokens must be the same in float32. Memory is that of the weights of linear layers and
+embeddings in one process, and in the second of two ranks.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from benchmarks.steps import timed_steps
 WIDTH = 896
 ROWS = (1, 8, 64, 1024)
 SUMS = 300
-SIDES = ("one process", "two ranks")
+SIDES = ("one process", "two ranks", "two ranks, launched")
 PROMPT_TOKENS, TOKENS, FIRST_STEPS = 16, 24, 5
+ROOM: dict[str, Any] = {"num_threads": 2, "num_kv_blocks": 64, "max_model_len": 512}
 
 
 def sums(rank: int, meeting: str, found: Any) -> None:
@@ -66,6 +69,23 @@ def measure_sums(folder: Path) -> list[dict[str, Any]]:
     return [{"rows": number, **quickest(seconds)} for number, seconds in rows]
 
 
+def measure_memory(model: Path, dtype: str) -> dict[str, Any]:
+    """Return the bytes of weights in one process, and in the second of two ranks."""
+    from sensorium.config import engine_config
+    from sensorium.engine.executor import build_parts
+    from sensorium.models.loading.fill import weight_bytes
+
+    found = []
+    for size in (1, 2):
+        options = {"dtype": dtype, "tensor_parallel_size": size, **ROOM}
+        parts = build_parts(engine_config(model=str(model), **options))
+        group: Any = getattr(parts.release, "__self__", None)  # a ``RankGroup``
+        whole: Any = parts.runner.model
+        found.append(weight_bytes(whole) if size == 1 else group.weight_bytes[0])
+        parts.release()
+    return {"one process": found[0], "a rank": found[1], "ratio": found[1] / found[0]}
+
+
 def measure_steps(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
     """Return the time of a decode step of one sequence, of one process and of two ranks."""
     from sensorium import LLM, SamplingParams
@@ -79,12 +99,11 @@ def measure_steps(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
         side: LLM(
             str(model),
             dtype=dtype,
-            num_threads=2,
-            tensor_parallel_size=size,
-            num_kv_blocks=64,
-            max_model_len=512,
+            tensor_parallel_size=1 if side == SIDES[0] else 2,
+            enforce_eager=side == SIDES[2],
+            **ROOM,
         )
-        for size, side in enumerate(SIDES, 1)
+        for side in SIDES
     }
     for number in range(rounds):
         for side in in_turn(SIDES, number):
@@ -115,8 +134,10 @@ def main() -> None:
         for each in found:
             print(f"sum of {each['rows']} rows: {each['lower_quartile_ms']:.3f} ms", flush=True)
         build(Shape(WIDTH, options.layers, 14, 2, 4864), Path(scratch) / "model")
+        memory = measure_memory(Path(scratch) / "model", options.dtype)
+        print(f"weights of a rank: {memory['ratio']:.3f} of those of one process", flush=True)
         steps = measure_steps(Path(scratch) / "model", options.rounds, options.dtype)
-        report.write(sums=found, steps=steps)
+        report.write(sums=found, memory=memory, steps=steps)
     sides = ", ".join(f"{side} {steps[side]['lower_quartile_ms']:.2f} ms" for side in SIDES)
     print(f"decode step: {sides}, same tokens: {steps['same_tokens']}")
     print(report.path)

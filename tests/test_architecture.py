@@ -108,7 +108,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"lora"},
         {"media"},
         {"parts"},
-        {"embedder", "native", "hub_gguf"},
+        {"embedder", "native", "hub_gguf", "shares"},
         {"families"},
         {"registry"},
         {"loader", "needs"},

@@ -57,13 +57,14 @@ def check_models(models: Sequence[ServedConfig]) -> None:
                     param="served_model_name",
                 )
     for model in models if len(models) > 1 else ():
-        size = model.engine.parallel.tensor_parallel_size
-        if size > 1 and model.engine.cache.max_memory_gb is None:
+        parallel = model.engine.parallel
+        all_encode = parallel.tensor_parallel_size > 1 and parallel.encoder_ranks == "all"
+        if all_encode and model.engine.cache.max_memory_gb is None:
             raise ConfigError(
-                f"tensor_parallel_size of the model {model.names[0]!r} is {size}, but several "
-                "models share memory by estimates, which count one process: give it a "
-                "max_memory_gb, which holds for all its processes together, or serve it alone.",
-                param="tensor_parallel_size",
+                f"encoder_ranks of the model {model.names[0]!r} is all, but several models share "
+                "memory by estimates, which count encoders once: give it a max_memory_gb, which "
+                "holds for all its processes together, or serve it alone.",
+                param="encoder_ranks",
             )
 
 

@@ -31,6 +31,7 @@ from sensorium.models.interface import (
 from sensorium.models.loading import checkpoint
 from sensorium.models.loading.quantization import refuse_unsupported, settings_of
 from sensorium.models.registry import resolve
+from sensorium.models.shares import check_divisible
 
 if TYPE_CHECKING:
     import torch
@@ -166,12 +167,8 @@ def _check_layers(
     refuse_unsupported(loaded, native=family.quantizable)
     if formats is not None:
         formats.check(family, device)
-    if collectives is not None and not family.quantizable:
-        raise ConfigError(
-            "tensor_parallel_size: this model runs through the code of transformers, whose layers "
-            "cannot be divided here: leave it at 1.",
-            param="tensor_parallel_size",
-        )
+    if collectives is not None:
+        check_divisible(family)
 
 
 def _needed(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sensorium.config import GIB, ModelConfig
+from sensorium.config import GIB, ModelConfig, ParallelConfig
 from sensorium.errors import ConfigError, counted
 from sensorium.models import hub_gguf
 from sensorium.models.configs import declared_dtype, ties_head
@@ -23,6 +23,7 @@ from sensorium.models.loading import checkpoint, hub, weight_files
 from sensorium.models.loading.published.settings import BYTES_HELD, Plan, Settings, plan_of
 from sensorium.models.loading.quantization import check_method, refuse_unsupported, settings_of
 from sensorium.models.registry import resolve
+from sensorium.models.shares import RANK_PROCESS, cache_share, shares_of
 from sensorium.processes.limits import available_memory, total_memory
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ AS_STORED = "as stored"
 _BLOCK_SIZE = 32
 NVIDIA = Path("/dev/nvidiactl")
 """Exists where there is a GPU."""
+ALONE = ParallelConfig()
 _BYTES_STORED = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -46,7 +48,8 @@ class Needs:
 
     ``format``: of the files; ``product``: what the linear layers' weights are multiplied as;
     ``download``: still to come over the network; ``files``: all weights on disk; ``weights``: in
-    memory, as ``dtype`` says; ``context``: the KV cache of one sequence of ``num_tokens`` tokens.
+    memory, as ``dtype`` says; ``context``: the KV cache of one sequence of ``num_tokens`` tokens;
+    both of all ``num_ranks`` processes together, of which each has at most ``rank_weights``.
     """
 
     model: str
@@ -65,11 +68,18 @@ class Needs:
     num_tokens: int
     memory: int
     free_memory: int
+    num_ranks: int = 1
+    rank_weights: int = 0
+
+    @property
+    def processes(self) -> int:
+        """Return the bytes of all processes without weights and caches."""
+        return PROCESSES + (self.num_ranks - 1) * RANK_PROCESS
 
     @property
     def run(self) -> int:
         """Return the bytes of memory that it takes to run one sequence."""
-        return self.weights + self.context + PROCESSES
+        return self.weights + self.context + self.processes
 
     @property
     def fits_on_disk(self) -> bool:
@@ -84,7 +94,7 @@ class Needs:
                 f"has {_size(self.free_disk)} free. Free some, or name a folder on another disk "
                 "with --download-dir."
             )
-        if self.weights + PROCESSES > self.memory:
+        if self.weights + self.processes > self.memory:
             return (
                 f"its weights take {_size(self.weights)} in {self.dtype} on {self.device}, and "
                 f"there are {_size(self.memory)} of memory in all. Take a smaller model, "
@@ -122,10 +132,13 @@ class Needs:
         ]
 
     def _memory_line(self) -> str:
+        ranks = ""
+        if self.num_ranks > 1:
+            ranks = f", at most {_size(self.rank_weights)} in each of {self.num_ranks} processes"
         return (
-            f"{_size(self.run)}: weights {_size(self.weights)} ({self.dtype} on {self.device}), "
-            f"{self.num_tokens} tokens of context {_size(self.context)}, processes "
-            f"{_size(PROCESSES)}; caches grow beyond that as configured"
+            f"{_size(self.run)}: weights {_size(self.weights)} ({self.dtype} on {self.device}"
+            f"{ranks}), {self.num_tokens} tokens of context {_size(self.context)}, processes "
+            f"{_size(self.processes)}; caches grow beyond that as configured"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -133,14 +146,20 @@ class Needs:
         return {**dataclasses.asdict(self), "run": self.run, "problem": self.problem()}
 
 
-def needs_of(options: ModelConfig, kv_cache_dtype: str = "auto") -> Needs:
+def needs_of(
+    options: ModelConfig,
+    kv_cache_dtype: str = "auto",
+    parallel: ParallelConfig = ALONE,
+) -> Needs:
     """Return the needs of a model, here or on the hub, with a KV cache of this data type.
 
-    Of the hub its configuration files are downloaded, and of a GGUF file the beginning.
+    Of the hub its configuration files are downloaded, and of a GGUF file the beginning. parallel:
+    the processes that share it.
 
     Raises:
         ConfigError: there is no such model, it has no weights that can be loaded, is quantized in a
-            way that is not supported, or has an architecture that nothing can run.
+            way that is not supported, has an architecture that nothing can run, or cannot be
+            divided between so many processes.
     """
     loaded, gguf, encoder, wanted = _facts(options)
     family = resolve(loaded.config)
@@ -151,7 +170,9 @@ def needs_of(options: ModelConfig, kv_cache_dtype: str = "auto") -> Needs:
     dtype, plan, weights = _in_memory(options, loaded, family, device, total, gguf)
     if encoder is not None:
         weights += _tower_bytes(encoder, options, dtype.itemsize)
+    shares = shares_of(loaded, family, dtype, device, parallel)
     context, num_tokens = _context(options, loaded, family, dtype, kv_cache_dtype)
+    heads = family.shape(loaded).num_kv_heads
     memory, free = _memory(device)
     return Needs(
         model=options.model,
@@ -165,19 +186,22 @@ def needs_of(options: ModelConfig, kv_cache_dtype: str = "auto") -> Needs:
         free_disk=shutil.disk_usage(_existing(cache)).free,
         dtype=plan.format,
         device=str(device),
-        weights=weights,
-        context=context,
+        weights=math.ceil(weights * shares.total),
+        context=math.ceil(context * cache_share(heads, shares.size)),
         num_tokens=num_tokens,
         memory=memory,
         free_memory=free,
+        num_ranks=shares.size,
+        rank_weights=math.ceil(weights * shares.first),
     )
 
 
-def least_memory(options: ModelConfig, kv_cache_dtype: str = "auto") -> int:
+def least_memory(options: ModelConfig, kv_cache_dtype: str = "auto", num_ranks: int = 1) -> int:
     """Return about the bytes that an engine takes with one short context. Torch is not imported.
 
-    The KV cache is of this data type. Configuration files of a model of the hub are downloaded,
-    weights are not. Raises ConfigError.
+    The KV cache is of this data type. num_ranks: processes that share the model, of which the first
+    alone has encoders. Configuration files of a model of the hub are downloaded, weights are not.
+    Raises ConfigError.
     """
     where = options.revision, options.download_dir
     folder = checkpoint.find(options.model, *where, options.mmproj)
@@ -209,7 +233,8 @@ def least_memory(options: ModelConfig, kv_cache_dtype: str = "auto") -> int:
     if kv_cache_dtype == "int8":
         per_head = _bytes_of_codes(shape.head_dim)
     context = shape.num_layers * shape.num_kv_heads * num_tokens * per_head
-    return weights + context + PROCESSES
+    context = math.ceil(context * cache_share(shape.num_kv_heads, num_ranks))
+    return weights + context + PROCESSES + (num_ranks - 1) * RANK_PROCESS
 
 
 def _bytes_of_codes(head_dim: int) -> int:

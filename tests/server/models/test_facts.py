@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 
 import sensorium
-from sensorium.config import GIB, engine_config
+from sensorium.config import GIB, ParallelConfig, engine_config
+from sensorium.errors import ConfigError
 from sensorium.kernels import ops
 from sensorium.kernels.cpu.linear import levels
 from sensorium.models.gguf import folder as folders
@@ -19,6 +21,7 @@ from sensorium.models.needs import PROCESSES, least_memory, needs_of
 from sensorium.server.models.facts import read_facts
 from tests import checkpoints
 from tests.checkpoints.gguf import write_gguf
+from tests.checkpoints.hf import make_hf_text
 from tests.checkpoints.mmproj import write_mmproj
 
 DEMO = Path(sensorium.__file__).parent / "demo"
@@ -97,6 +100,39 @@ def test_an_encoder_in_a_file_of_its_own_and_an_int8_cache_count(
     assert small.context < needs.context / 2
     saved = least_memory(config) - least_memory(config, "int8")
     assert saved == needs.context - small.context
+
+
+def test_memory_of_a_model_that_ranks_share(tmp_path: Path) -> None:
+    """Two ranks have a half each, but for the encoder; eight hold two heads of keys four times."""
+    config = engine_config(model="demo", device="cpu", dtype="float32", max_model_len=64)
+    alone = needs_of(config.model)
+    needs, all_encode, eight = (
+        needs_of(config.model, parallel=ParallelConfig(**options))
+        for options in (
+            {"tensor_parallel_size": 2},
+            {"tensor_parallel_size": 2, "encoder_ranks": "all"},
+            {"tensor_parallel_size": 8},
+        )
+    )
+    encoder = 2 * needs.rank_weights - alone.weights
+    assert 0 <= needs.weights - alone.weights < alone.weights / 100
+    assert all_encode.weights - needs.weights == pytest.approx(encoder, rel=0.05)
+    assert (needs.context, eight.context) == (alone.context, 4 * alone.context)
+    assert needs.run - needs.weights - needs.context == needs.processes > PROCESSES
+    assert eight.num_ranks == 8
+    words = f"at most .* in each of {eight.num_ranks} processes"
+    assert re.search(words, "\n".join(eight.lines()))
+    early = [least_memory(config.model, num_ranks=size) for size in (1, 2, 8)]
+    assert early[1] - early[0] == needs.processes - PROCESSES
+    assert early[2] - early[0] == eight.processes - PROCESSES + 3 * alone.context
+    with pytest.raises(ConfigError, match="cannot be divided so: use 2 or 4 or 8"):
+        needs_of(config.model, parallel=ParallelConfig(tensor_parallel_size=3))
+    checkpoint = make_hf_text("gpt2", tmp_path)
+    with pytest.raises(ConfigError, match="cannot be divided here"):
+        needs_of(
+            engine_config(model=str(checkpoint)).model,
+            parallel=ParallelConfig(tensor_parallel_size=2),
+        )
 
 
 def test_neither_imports_torch() -> None:

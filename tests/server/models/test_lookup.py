@@ -193,16 +193,17 @@ def test_two_models_of_one_name_are_refused() -> None:
         check_models([config("a", "x"), config("b", "y", "x")])
 
 
-def test_the_memory_of_several_processes_is_not_estimated() -> None:
+def test_the_memory_of_encoders_in_several_processes_is_not_estimated() -> None:
     def config(model: str, **options: Any) -> ServedConfig:
         return ServedConfig(engine=engine_config(model=model, **options), server=ServerConfig())
 
-    divided = config("a", tensor_parallel_size=2)
-    check_models([divided])
-    check_models([config("a", tensor_parallel_size=2, max_memory_gb=4.0), config("b")])
-    with pytest.raises(ConfigError, match=r"'a' is 2.* give it a max_memory_gb") as caught:
-        check_models([divided, config("b")])
-    assert caught.value.param == "tensor_parallel_size"
+    options = {"tensor_parallel_size": 2, "encoder_ranks": "all"}
+    check_models([config("a", tensor_parallel_size=2), config("b")])
+    check_models([config("a", **options)])
+    check_models([config("a", **options, max_memory_gb=4.0), config("b")])
+    with pytest.raises(ConfigError, match=r"'a' is all.* give it a max_memory_gb") as caught:
+        check_models([config("a", **options), config("b")])
+    assert caught.value.param == "encoder_ranks"
 
 
 # ---- starting

@@ -98,7 +98,7 @@ def print_needs(arguments: argparse.Namespace) -> int:
 
     arguments.model = arguments.model_argument
     config = build_engine_config(arguments)
-    needs = needs_of(config.model, config.cache.kv_cache_dtype)
+    needs = needs_of(config.model, config.cache.kv_cache_dtype, config.parallel)
     problem = needs.problem()
     print(json.dumps(needs.as_dict(), indent=2) if arguments.json else "\n".join(needs.lines()))
     if problem is not None and not arguments.json:

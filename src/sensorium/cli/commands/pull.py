@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"{options.model!r} is here already: there is nothing to download.")
     from sensorium.models.needs import needs_of
 
-    needs = needs_of(options, config.cache.kv_cache_dtype)
+    needs = needs_of(options, config.cache.kv_cache_dtype, config.parallel)
     if not arguments.json:
         print("\n".join(needs.lines()), flush=True)
     problem = needs.problem()

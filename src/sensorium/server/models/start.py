@@ -64,5 +64,6 @@ def _total(configs: Sequence[ServedConfig], server: ServerConfig) -> int:
 
 
 def _least(config: EngineConfig) -> int:
-    kept = least_memory(config.model, config.cache.kv_cache_dtype)
+    num_ranks = config.parallel.tensor_parallel_size
+    kept = least_memory(config.model, config.cache.kv_cache_dtype, num_ranks)
     return kept + (config.cache.kv_cache_memory_bytes or 0)
