@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from sensorium import LLM, LoRARequest, SamplingParams
+from sensorium.config import engine_config
+from sensorium.core.request import EngineRequest
 from sensorium.distributed.collectives import Collectives
 from sensorium.engine import loading
 from sensorium.engine.parallel import group as groups
+from sensorium.engine.parallel import worker
 from sensorium.engine.parallel.adapters import RankLanes
 from sensorium.engine.parallel.group import RankGroup
 from sensorium.engine.parallel.messages import AdapterPart, Begin
 from sensorium.engine.parallel.model import shares_of
 from sensorium.engine.parallel.worker import Rank
+from sensorium.engine.serving.client import EngineClient, OutputQueue
+from sensorium.engine.serving.process import EngineProcess
 from sensorium.errors import ConfigError, EngineDeadError, UnavailableError
 from sensorium.models import loader
 from sensorium.models.loading.fill import weight_bytes
@@ -62,19 +69,36 @@ def test_a_process_that_ends_takes_the_engine_along(folder: Path) -> None:
     assert not group.processes
 
 
-@pytest.mark.parametrize(
-    ("options", "param", "words"),
-    [
-        ({"tensor_parallel_size": 3}, "tensor_parallel_size", "4 heads, 2 of keys.*: use 2 or 4"),
-    ],
-)
-def test_what_does_not_fit_is_refused(
-    folder: Path, options: dict[str, Any], param: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_requests_of_a_server_end_with_a_rank(folder: Path) -> None:
+    """The supervisor replaces an engine that has ended."""
+    process = EngineProcess().start()
+    client = EngineClient(
+        engine_config(model=str(folder), tensor_parallel_size=2, **OPTIONS), process
+    )
+    output_queue: OutputQueue = asyncio.Queue()
+    try:
+        await asyncio.wait_for(client.start(), 120)
+        children = psutil.Process().children(recursive=True)
+        (rank,) = (child for child in children if worker.__name__ in child.cmdline())
+        rank.suspend()  # the first step waits for it
+        client.submit(EngineRequest("a", (1, 2, 3), PARAMS, 5), [], output_queue)
+        rank.kill()
+        error = await asyncio.wait_for(output_queue.get(), 60)
+        assert isinstance(error, EngineDeadError)
+        assert error.status == 503
+        await asyncio.wait_for(client.wait_ended(), 60)
+        assert process.returncode == 1
+        psutil.wait_procs([rank], timeout=60)
+        assert not rank.is_running()
+    finally:
+        await client.stop()
+
+
+def test_what_does_not_fit_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_threads(monkeypatch)
-    with pytest.raises(ConfigError, match=words) as caught:
-        LLM(str(folder), **options, **OPTIONS)
-    assert caught.value.param == param
+    with pytest.raises(ConfigError, match=r"4 heads, 2 of keys.*: use 2 or 4") as caught:
+        LLM(str(folder), tensor_parallel_size=3, **OPTIONS)
+    assert caught.value.param == "tensor_parallel_size"
 
 
 def test_models_of_transformers_are_refused(
