@@ -199,6 +199,7 @@ class SchedulerCounts:
 class SchedulerStats:
     """Gauges of the scheduler, and its counters since the start.
 
+    ``num_waiting_tokens`` are those of prompts that have not been computed, running or waiting.
     ``num_embeddings`` are those of pooling requests. ``num_prefix_queries`` and ``num_prefix_hits``
     are prompt tokens looked up and found, at the first admission of each sequence.
     ``num_encoder_queries`` and ``num_encoder_hits`` are items that were needed, and those of them
@@ -212,6 +213,7 @@ class SchedulerStats:
 
     num_running: int
     num_waiting: int
+    num_waiting_tokens: int
     running_adapters: frozenset[bytes]
     waiting_adapters: frozenset[bytes]
     num_blocks: int

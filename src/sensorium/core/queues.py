@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping
+from typing import Any
 
 from sensorium.core.blocks import IntegrityError
 from sensorium.core.request import Sequence, Status
@@ -43,3 +44,25 @@ def check_queues(
     for seq in running:
         if seq.status is not Status.RUNNING or seq.num_uncomputed < 1:
             raise IntegrityError(f"sequence {seq.seq_id} runs, but has nothing to compute")
+
+
+def queue_gauges(running: list[Sequence], waiting: list[Sequence]) -> dict[str, Any]:
+    """Return those of the gauges in ``SchedulerStats`` that describe the two queues."""
+    return {
+        "num_running": len(running),
+        "num_waiting": len(waiting),
+        "num_waiting_tokens": sum(
+            _prompt_left(seq) for queue in (running, waiting) for seq in queue
+        ),
+        "running_adapters": _adapters(running),
+        "waiting_adapters": _adapters(waiting),
+    }
+
+
+def _prompt_left(seq: Sequence) -> int:
+    return max(0, seq.num_prompt_tokens - seq.num_computed)
+
+
+def _adapters(sequences: list[Sequence]) -> frozenset[bytes]:
+    """Return the digests of the adapters of sequences."""
+    return frozenset(seq.request.adapter for seq in sequences if seq.request.adapter)

@@ -28,7 +28,7 @@ from sensorium.core.encoder_cache import EncodePlanner, EncoderCacheBudget
 from sensorium.core.kv_cache import NO_MATCH, KVCacheManager, PrefixMatch
 from sensorium.core.limits import SchedulerCounts, SchedulerLimits, SchedulerStats
 from sensorium.core.plan import UNUSABLE, NewSequence, Span, StepPlan, StepResult
-from sensorium.core.queues import check_queues, put, remove
+from sensorium.core.queues import check_queues, put, queue_gauges, remove
 from sensorium.core.request import EngineRequest, Sequence, SequenceUpdate, Status
 from sensorium.core.speculation.speculator import Speculator
 from sensorium.errors import InvalidRequestError, OverloadedError
@@ -192,10 +192,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """Return gauges and counters."""
         return SchedulerStats(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            running_adapters=_adapters(self._running),
-            waiting_adapters=_adapters(self._waiting),
+            **queue_gauges(self._running, self._waiting),
             num_blocks=self.limits.num_blocks,
             num_used_blocks=self._kv_cache.num_used_blocks,
             num_resident_embeds=self._encoder_cache.num_resident,
@@ -443,8 +440,3 @@ class Scheduler:
         if self._speculator is not None:
             self._speculator.forget(seq.seq_id)
         self._dropped.append(seq.seq_id)
-
-
-def _adapters(sequences: list[Sequence]) -> frozenset[bytes]:
-    """Return the digests of the adapters of sequences."""
-    return frozenset(seq.request.adapter for seq in sequences if seq.request.adapter)

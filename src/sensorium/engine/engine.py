@@ -199,6 +199,7 @@ class Engine:
             num_running=core.num_running,
             num_waiting=core.num_waiting + len(self._constrained),
             num_deferred=len(self._constrained),
+            waiting_tokens=core.num_waiting_tokens,
             block_size=self._scheduler.limits.block_size,
             cache_dtype=self.facts.cache_dtype,
             enable_prefix_caching=self._scheduler.limits.enable_prefix_caching,

@@ -16,6 +16,7 @@ class EngineStats:
     Attributes:
         num_ranks: Processes that compute the model together.
         num_deferred: Those of ``num_waiting`` that wait for their grammar.
+        waiting_tokens: Tokens of prompts, running or waiting, that are still to be computed.
         prefix_queries: Prompt tokens looked up in the prefix cache; ``prefix_hits`` were found.
         encoder_queries: Items looked up in the encoder cache; all ``encoder_*`` are about that
             cache, ``encode_*`` about running encoders.
@@ -35,6 +36,7 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_deferred: int = 0
+    waiting_tokens: int = 0
     block_size: int = 0
     cache_dtype: str = ""
     enable_prefix_caching: bool = True
@@ -84,6 +86,7 @@ class EngineStats:
             num_running=0,
             num_waiting=0,
             num_deferred=0,
+            waiting_tokens=0,
             kv_blocks_used=0,
             encoder_resident_embeds=0,
             encoder_num_bytes=0,

@@ -6,6 +6,7 @@ Each server has a registry of its own, so one process may run several.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from prometheus_client import (
     CollectorRegistry,
@@ -205,6 +206,16 @@ class ServingMetrics(ServerMetrics):
         ``up``: it can serve requests.
         """
         self._families.statistics.update((self._model_name, ENGINE), stats, up=up)
+
+    def update_replicas(self, replicas: Mapping[str, Statistics], *, up: bool = True) -> None:
+        """Set the statistics of replicas, by the name that is their label ``engine``.
+
+        Those that were set before and are not among them are forgotten.
+        """
+        statistics = self._families.statistics
+        for name, stats in replicas.items():
+            statistics.update((self._model_name, name), stats, up=up)
+        statistics.keep([(self._model_name, name) for name in replicas], self._model_name)
 
     def _count_adapter(self, name: str) -> None:
         """Count a request of an adapter. Names beyond the limit share a series."""

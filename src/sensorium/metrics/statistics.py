@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client.core import (
@@ -109,6 +109,11 @@ class StatisticsCollector(Collector):
         ``labels``: its values of ``COMMON_LABELS``. ``up``: it can serve requests.
         """
         self._latest[labels] = stats, up
+
+    def keep(self, labels: Collection[tuple[str, ...]], model_name: str) -> None:
+        """Forget the engines of a model that are not among ``labels``."""
+        for known in [key for key in self._latest if key[0] == model_name and key not in labels]:
+            del self._latest[known]
 
     def collect(self) -> Iterator[Metric]:
         """Yield each family with its values for all engines."""

@@ -181,7 +181,10 @@ class Frontend:
 
     async def replica_stats(self) -> dict[str, EngineStats]:
         """Return the counters of each replica by its name; nothing where there is one engine."""
-        return await self._engine.replica_stats()
+        found = await self._engine.replica_stats()
+        for stats in list(found.values())[:1]:
+            stats.media = self.input_processor.media_stats()  # of this process, so only once
+        return found
 
     async def generate(
         self,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from sensorium import environment
 from sensorium.config import (
@@ -30,6 +30,9 @@ HEALTH_SECONDS = 5.0
 HEALTH_TIMEOUT = 60.0
 DRAIN_SPARE = 10.0
 """Seconds that a replica gets to end, beyond those for its requests."""
+LOOK_BACK_SECONDS = 5.0
+UP_SECONDS, DOWN_SECONDS = 5.0, 120.0
+"""Time over which loads are averaged, and for which more or fewer replicas must be wanted."""
 STARTS = 3
 """Attempts to start a replica before a deployment counts as failed."""
 
@@ -116,12 +119,30 @@ def _engines(config: EngineConfig, server: ServerConfig, resources: Resources) -
             request_routing_stats_period_s=STATS_SECONDS,
             request_routing_stats_timeout_s=10 * STATS_SECONDS,
         ),
-        num_replicas=config.parallel.data_parallel_size,
+        **_number(config, server),
     )
     one = dataclasses.replace(config.parallel, data_parallel_size=1)
     alone = dataclasses.replace(config, parallel=one)
     level = (server.log_level or environment.log_level()).lower()
     return deployment.bind(alone, resources.per_node, level)
+
+
+def _number(config: EngineConfig, server: ServerConfig) -> dict[str, Any]:
+    """Return how many replicas there are, or between which numbers Ray Serve chooses."""
+    if server.replica_range is None:
+        return {"num_replicas": config.parallel.data_parallel_size}
+    least, most = server.replica_range
+    scaling = AutoscalingConfig(
+        min_replicas=least,
+        max_replicas=most,
+        initial_replicas=max(least, min(most, config.parallel.data_parallel_size)),
+        policy=AutoscalingPolicy(policy_function="sensorium.ray.serving.scaling:scale"),
+        metrics_interval_s=STATS_SECONDS,
+        look_back_period_s=LOOK_BACK_SECONDS,
+        upscale_delay_s=UP_SECONDS,
+        downscale_delay_s=DOWN_SECONDS,
+    )
+    return {"num_replicas": None, "autoscaling_config": scaling}
 
 
 def _shared_out(server: ServerConfig) -> ServerConfig:

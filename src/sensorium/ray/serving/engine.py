@@ -23,6 +23,7 @@ from sensorium.processes import cores
 from sensorium.ray.media.features import FeaturesIn, FeaturesRef
 from sensorium.ray.serving.fleet import STATS_KEY, ReplicaReport
 from sensorium.ray.serving.messages import NOT_TAKEN, TAKEN, Clock, Ticket
+from sensorium.ray.serving.scaling import LOAD, load_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class Engine:
         self._features = FeaturesIn(int(config.cache.mm_processor_cache_gb * GIB))
         self._supervisor = EngineSupervisor(config)
         self._stats = EngineStats()
+        self._num_reports = 0
+        self._max_num_seqs = config.scheduler.max_num_seqs
         self._lost_at: float | None = None
         try:
             await self._supervisor.start()
@@ -76,7 +79,7 @@ class Engine:
             request = _at_home(submit.request, offset)
             client.submit(request, await self._features.items(features), queue)
         except errors.EngineDeadError:
-            yield NOT_TAKEN
+            yield NOT_TAKEN + self._id.encode()
             return
         try:
             yield TAKEN
@@ -103,12 +106,8 @@ class Engine:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what the number of replicas follows."""
         stats = self._stats
-        blocks = max(1, stats.kv_blocks_total)
-        return {
-            "waiting": float(stats.num_waiting),
-            "running": float(stats.num_running),
-            "kv_usage": stats.kv_blocks_used / blocks,
-        }
+        usage = stats.kv_blocks_used / max(1, stats.kv_blocks_total)
+        return {LOAD: load_of(stats.num_running + stats.num_waiting, self._max_num_seqs, usage)}
 
     async def check_health(self) -> None:
         """Raise RuntimeError when the engine has been gone for long."""
@@ -134,7 +133,14 @@ class Engine:
             self._stats = self._stats.at_rest()
         except TimeoutError:
             pass  # a long step: the last ones are shown
-        return ReplicaReport(up, self._supervisor.facts, self._stats, self._supervisor.num_restarts)
+        self._num_reports += 1
+        return ReplicaReport(
+            up,
+            self._supervisor.facts,
+            self._stats,
+            self._supervisor.num_restarts,
+            self._num_reports,
+        )
 
 
 def _take_cores(place: int, per_node: int) -> None:

@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 
 from sensorium import errors
 from sensorium.core.request import EngineRequest
+from sensorium.distributed.routing import RequestKey, request_key
 from sensorium.engine import wire
 from sensorium.engine.serving.client import STOPPING, OutputQueue, dead_error
 from sensorium.engine.stats import EngineFacts, EngineStats
@@ -31,6 +32,8 @@ TAKEN_SECONDS = 30.0
 """Most time until some replica has taken a sequence; replicas take them without a queue."""
 RETRY_SECONDS = 5.0
 """Time after which a client may try again when no replica is there."""
+MOST_TRIES = 4
+"""Replicas without an engine that a sequence is offered to."""
 LOOK_SECONDS = 1.0
 """Interval at which facts of the replicas are compared with those before."""
 
@@ -168,20 +171,24 @@ class RayEngines:
         own_id = request.request_id
         sent = dataclasses.replace(request, request_id=self._prefix + own_id)
         message = wire.encode(wire.Submit(sent, ()))
+        key = _key_of(request)
+        avoid: tuple[str, ...] = ()
         while True:
             self.current()
-            answer = self._generate.remote(Ticket(), message, features, Clock.now())
+            answer = self._generate.remote(Ticket(key, avoid), message, features, Clock.now())
             try:
                 first = await asyncio.wait_for(anext(answer), TAKEN_SECONDS)
                 if first == TAKEN:
                     await self._deliver(answer, own_id, output_queue)
                     return
-                if first != NOT_TAKEN:
+                if not first.startswith(NOT_TAKEN):
                     raise errors.EngineDeadError("The engine sent an unexpected first message.")
             except BaseException:
                 answer.cancel()
                 raise
-            await asyncio.sleep(0.1)
+            avoid = (*avoid, first.removeprefix(NOT_TAKEN).decode())
+            if len(avoid) >= MOST_TRIES:
+                raise dead_error(RETRY_SECONDS)
 
     async def _deliver(self, answer: Any, own_id: str, output_queue: OutputQueue) -> None:
         """Pass on the updates of a sequence until it ends."""
@@ -216,6 +223,16 @@ def _sum(mine: Any, other: Any) -> Any:
     if any(isinstance(value, str) for value in (*mine, *other)):
         return list(dict.fromkeys([*mine, *other]))
     return [a + b for a, b in zip_longest(mine, other, fillvalue=0)]
+
+
+def _key_of(request: EngineRequest) -> RequestKey:
+    return request_key(
+        request.token_ids,
+        request.items,
+        salt=request.cache_salt,
+        adapter=request.adapter,
+        rope_length=request.rope_length_at(len(request.token_ids)),
+    )
 
 
 def _error_of(message: wire.Refused) -> errors.SensoriumError:

@@ -18,13 +18,15 @@ STATS_KEY = "sensorium"
 class ReplicaReport(msgspec.Struct, frozen=True):
     """What a replica says of itself once a second.
 
-    ``up``: its engine takes requests. ``num_restarts``: how often that was replaced.
+    ``up``: its engine takes requests. ``num_restarts``: how often that was replaced. ``number``:
+    of the report, from 1.
     """
 
     up: bool
     facts: EngineFacts
     stats: EngineStats
     num_restarts: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 TAKEN = b"taken"
 """First item of an answer: the engine has the sequence. It stays with this replica from then on."""
 NOT_TAKEN = b"not taken"
-"""Only item of an answer: no engine runs here at the moment, and another replica may be tried."""
+"""Only item of an answer, with the id of the replica behind it: no engine runs there, and another
+replica may be tried."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-from ray.serve.request_router import (
-    PendingRequest,
-    ReplicaID,
-    RequestRouter,
-    RunningReplica,
-)
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from sensorium.ray.serving.fleet import Fleet, report_of, set_fleet
+from sensorium.distributed.routing import ReplicaLoad, RequestKey, Router
+from sensorium.ray.serving.fleet import Fleet, ReplicaReport, report_of, set_fleet
 from sensorium.ray.serving.messages import Ticket
 
 
 class EngineRouter(RequestRouter):
     """Chooses the replica of an engine for a sequence. Lives on Ray Serve's loop for routing.
 
-    The request's first argument is a ``Ticket``. Without a key, as of other calls, the less loaded
-    of two replicas is taken.
+    The request's first argument is a ``Ticket``. For calls without a key the router of
+    ``sensorium.distributed.routing`` compares two replicas at random.
     """
+
+    def initialize_state(self, **_: Any) -> None:
+        """Make the state; Ray Serve calls this once, before anything else."""
+        self._router = Router()
+        self._open: dict[str, tuple[str, RequestKey]] = {}
+        """By Ray Serve's id of a request that has not ended: its replica and its key."""
+        self._reported: dict[str, object] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take over which replicas there are and what they report."""
@@ -38,14 +40,41 @@ class EngineRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Return one replica a rank, the best first."""
+        """Return replicas, the best one first, each a rank of its own."""
         ticket = _ticket_of(pending_request)
-        usable = [r for r in candidate_replicas if r.replica_id.unique_id not in ticket.avoid]
-        two = random.sample(usable or candidate_replicas, min(2, len(usable or candidate_replicas)))
-        return [two]
+        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        usable = [name for name in by_id if name not in ticket.avoid] or list(by_id)
+        key = ticket.key if isinstance(ticket.key, RequestKey) else None
+        chosen = self._router.choose(key, usable)
+        return [[by_id[name]] for name in chosen if name in by_id] or [candidate_replicas]
+
+    def on_request_routed(
+        self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
+    ) -> None:
+        """Note what was sent where."""
+        key = _ticket_of(pending_request).key
+        if isinstance(key, RequestKey):
+            name = replica_id.unique_id
+            self._router.sent(name, key)
+            self._open[pending_request.metadata.internal_request_id] = name, key
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Note the end of a request, however it ended. Called from other threads, too."""
+        self._event_loop.call_soon_threadsafe(self._end, internal_request_id)
+
+    def _end(self, internal_request_id: str) -> None:
+        sent = self._open.pop(internal_request_id, None)
+        if sent is not None:
+            self._router.ended(*sent)
 
     def _publish(self) -> None:
+        """Tell the router, and the other threads of this process, what is known of replicas."""
         reports = {r.replica_id.unique_id: report_of(r.routing_stats) for r in self._replicas_list}
+        self._router.set_replicas(list(reports))
+        for name, report in reports.items():
+            if report is not None and self._reported.get(name) != report.number:
+                self._router.report(name, _load_of(report))
+        self._reported = {n: r.number for n, r in reports.items() if r is not None}
         set_fleet(self._deployment_id.app_name, self._deployment_id.name, Fleet(reports))
 
 
@@ -54,3 +83,18 @@ def _ticket_of(pending_request: PendingRequest | None) -> Ticket:
     if arguments and isinstance(arguments[0], Ticket):
         return arguments[0]
     return Ticket()
+
+
+def _load_of(report: ReplicaReport) -> ReplicaLoad:
+    stats = report.stats
+    return ReplicaLoad(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        waiting_tokens=stats.waiting_tokens,
+        kv_usage=stats.kv_blocks_used / max(1, stats.kv_blocks_total),
+        healthy=report.up,
+        kv_tokens=stats.kv_blocks_total * stats.block_size,
+        computed_tokens=stats.computed_tokens,
+        encoder_items=stats.encoder_items,
+        encoder_evictions=stats.encoder_evictions,
+    )

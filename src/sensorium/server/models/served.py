@@ -270,6 +270,10 @@ class ServedModel:
             self._stats = await self._context.frontend.stats()
         return self._stats
 
+    async def replica_stats(self) -> dict[str, EngineStats]:
+        """Return the counters of each replica by its name; nothing where there is one engine."""
+        return {} if self._context is None else await self._context.frontend.replica_stats()
+
     async def _load(self) -> ModelContext:
         began = self._clock()
         try:

@@ -46,7 +46,10 @@ def health_router() -> APIRouter:
         found = await asyncio.gather(*(model.stats() for model in context.models))
         for model, stats in zip(context.models, found, strict=True):
             up = model.state == "ready" and not context.arrivals.draining
-            model.metrics.update(stats, up=up)
+            if replicas := await model.replica_stats():
+                model.metrics.update_replicas(replicas, up=up)
+            else:
+                model.metrics.update(stats, up=up)
         text = await asyncio.to_thread(context.metrics.render)
         return Response(text, headers={"content-type": CONTENT_TYPE})
 
