@@ -6,7 +6,7 @@ import itertools
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensorium.core.request import ItemSpan
@@ -18,6 +18,7 @@ def image(name: str, start: int, num_embeds: int) -> ItemSpan:
     return ItemSpan(name.encode() * 8, "image", ((start, num_embeds),))
 
 
+@settings(deadline=None, max_examples=40)
 @given(shared=st.integers(0, 1500), first=st.integers(1, 900), second=st.integers(1, 900))
 def test_prompts_share_the_digests_of_what_they_share(shared: int, first: int, second: int) -> None:
     head = list(range(shared))

@@ -160,7 +160,7 @@ def test_without_content_the_better_of_two_is_chosen() -> None:
     assert len(chosen) == len(IDS)
 
 
-@settings(max_examples=20)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), num=st.integers(1, 12))
 def test_no_replica_starves(seed: int, num: int) -> None:
     draw = random.Random(seed)
@@ -237,4 +237,4 @@ class Fleet(RuleBasedStateMachine):
 
 
 TestFleet = Fleet.TestCase
-TestFleet.settings = settings(max_examples=40, stateful_step_count=30)
+TestFleet.settings = settings(max_examples=25, stateful_step_count=30, deadline=None)
