@@ -14,6 +14,10 @@ class RoutingCosts:
         embedding: Cost to encode one embedding of an item of media.
         spread: A replica takes content that is new to it while its wait is at most ``1 + spread``
             times the mean, plus ``slack``.
+        places: Replicas for popular content, by its share of the requests; 1 is just enough when
+            they do nothing else.
+        prior: Share of a prompt that the replica which the ring names is expected to have, beyond
+            what this router has sent there.
         slack: Wait that is always acceptable.
         full: Use of the KV cache from which requests wait for blocks.
         blocked: Cost of a KV cache that is entirely in use.
@@ -23,5 +27,7 @@ class RoutingCosts:
     embedding: float = 4.0
     spread: float = 0.25
     slack: float = 512.0
+    places: float = 2.0
+    prior: float = 0.5
     full: float = 0.9
     blocked: float = 4096.0

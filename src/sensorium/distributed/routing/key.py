@@ -11,9 +11,9 @@ from typing import Protocol
 
 from blake3 import blake3
 
-PREFIX_TOKENS = 64
+PREFIX_TOKENS = 32
 """Tokens between the ends of the first prefixes."""
-PREFIXES_PER_OCTAVE = 8
+PREFIXES_PER_OCTAVE = 16
 LONGEST_PREFIX = 1 << 20
 DIGEST_BYTES = 8
 """Two contents with the same digest cost a request that is computed again, nothing else."""
@@ -22,8 +22,8 @@ MOST_MEDIA = 32
 
 
 def _prefix_lengths() -> tuple[int, ...]:
-    lengths = list(range(PREFIX_TOKENS, 2 * PREFIXES_PER_OCTAVE * PREFIX_TOKENS, PREFIX_TOKENS))
-    octave = 2 * PREFIXES_PER_OCTAVE * PREFIX_TOKENS
+    octave = PREFIXES_PER_OCTAVE * PREFIX_TOKENS
+    lengths = list(range(PREFIX_TOKENS, octave, PREFIX_TOKENS))
     while octave < LONGEST_PREFIX:
         lengths += range(octave, 2 * octave, octave // PREFIXES_PER_OCTAVE)
         octave *= 2

@@ -44,11 +44,13 @@ class Replica:
     """
 
     __slots__ = (
+        "_free",
         "_num_since",
         "_open",
         "_own_tokens",
         "_tokens_since",
         "_uncomputed",
+        "clock",
         "id",
         "load",
         "num_own",
@@ -60,7 +62,9 @@ class Replica:
         self.id = id
         self.number = number
         self.load = ReplicaLoad()
+        self.clock = 0
         self.num_own = 0
+        self._free = 0.0
         self.wait = 0.0
         self._num_since = 0
         self._own_tokens = self._tokens_since = 0.0
@@ -83,9 +87,23 @@ class Replica:
 
     def report(self, load: ReplicaLoad) -> None:
         """Replace what was reported before."""
+        self.clock += max(0, load.computed_tokens - self.load.computed_tokens)
+        if not self.load.computed_tokens:
+            self.clock = 0
         self.load = load
+        self._free = load.kv_tokens * (1 - load.kv_usage)
         self._num_since = 0
         self._tokens_since = 0.0
+
+    def trust_prefix(self, mark: int) -> float:
+        """Return the probability that a prefix last used at ``mark`` of the clock is cached."""
+        age = self.clock - mark
+        return 1.0 if age <= self._free or not self.load.kv_tokens else self._free / age
+
+    def trust_item(self, mark: int) -> float:
+        """Return the probability that an item is, last used after ``mark`` evictions."""
+        age, kept = self.load.encoder_evictions - mark, self.load.encoder_items
+        return 1.0 if age <= kept else kept / age
 
     def sent(self, key: RequestKey, tokens: float) -> None:
         """Count a request that has ``tokens`` to compute."""

@@ -4,26 +4,38 @@ The cost of a replica, in tokens that it has to compute first::
 
     cost     = wait + compute
     wait     = waiting tokens + sequence * sequences + blocked * how full its KV cache is
-    compute  = tokens of the prompt, less the longest cached prefix
+    compute  = tokens of the prompt, less those of the cached prefix
                + embedding * embeddings of items that it has not encoded
 
 The cheapest of a few candidates wins: replicas that were sent the prefix or the media before, and
-the one that the ring names for the content (``RoutingCosts`` has the constants). The ring is the
-same in all routers, so those that do not know of each other send new content to the same place. A
-replica with too much to do is passed on the ring ("Consistent hashing with bounded loads",
-Mirrokni et al., 2018). Requests without content go to the better of two random replicas ("The power
-of two choices", Mitzenmacher, 2001).
+the one that the ring names for the content (``RoutingCosts`` has the constants).
+
+Cached content is what this router has sent there, times the probability that it is still there: a
+prefix in a cache with room for ``free`` tokens that has computed ``age`` since is there with
+probability ``min(1, free / age)``.
+
+The ring is the same in all routers, so those that do not know of each other send content to the
+same place. The place of a prompt is that of its first item of media, or of the longest prefix that
+several conversations have (such as a system prompt); popular content has as many places as its
+share of the requests needs, and what follows the prefix decides which of them. So a conversation
+has one place, whichever router gets its next turn. The replica there counts as having ``prior`` of
+what this router does not know. One with too much to do is passed on the ring ("Consistent hashing
+with bounded loads", Mirrokni et al., 2018). Requests without content go to the better of two random
+replicas ("The power of two choices", Mitzenmacher, 2001).
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
+
+from blake3 import blake3
 
 from sensorium.distributed.routing.costs import RoutingCosts
 from sensorium.distributed.routing.key import PREFIX_LENGTHS, RequestKey
 from sensorium.distributed.routing.load import Replica, ReplicaLoad
-from sensorium.distributed.routing.memory import HolderMemory
+from sensorium.distributed.routing.memory import HolderMemory, Popularity
 from sensorium.distributed.routing.ring import HashRing
 
 MOST_CANDIDATES = 8
@@ -32,6 +44,17 @@ MOST_STEPS = 8
 """Replicas on the ring that are asked for new content."""
 MOST_CHOICES = 4
 """Replicas that ``Router.choose`` returns."""
+
+
+class _Place(NamedTuple):
+    """What the ring names: a replica, and the share of the content that it should have.
+
+    ``shared``: tokens of the prefix that all who come to this place have.
+    """
+
+    replica: Replica
+    prior: float
+    shared: int
 
 
 class Router:
@@ -51,6 +74,8 @@ class Router:
         self.costs = costs if costs is not None else RoutingCosts()
         self._prefixes = HolderMemory(capacity)
         self._media = HolderMemory(capacity)
+        self._conversations = Popularity()
+        self._items = Popularity()
         self._ring = HashRing()
         self._replicas: dict[str, Replica] = {}
         self._by_number: dict[int, Replica] = {}
@@ -103,10 +128,9 @@ class Router:
         allowed = None if among is None or len(among) >= len(self._replicas) else set(among)
         if key is None or not (key.prefixes or key.media):
             return self._choose_by_load(allowed)
-        cached = self._candidates(key, allowed)
         ranked = sorted(
-            (replica.wait + self._compute(replica, key, tokens), place, replica.id)
-            for place, (replica, tokens) in enumerate(cached.items())
+            (cost, rank, replica.id)
+            for rank, (replica, cost) in enumerate(self._candidates(key, allowed).items())
         )
         chosen = [id for _, _, id in ranked[:MOST_CHOICES]]
         if len(chosen) < 2:
@@ -120,11 +144,13 @@ class Router:
             return
         known.sent(key, self._compute(known, key, self._cached(known, key)))
         self._estimate(known)
+        self._count(key)
+        clock, evictions = known.clock, known.load.encoder_evictions
         for digest in reversed(key.prefixes):
-            self._prefixes.add(digest, known.number, 0)
+            self._prefixes.add(digest, known.number, clock)
         for digest, _ in key.media:
             if digest:
-                self._media.add(digest, known.number, 0)
+                self._media.add(digest, known.number, evictions)
 
     def first_token(self, replica: str, key: RequestKey) -> None:
         """Note that the prompt of a request has been computed."""
@@ -156,21 +182,36 @@ class Router:
     def _can_take(self, replica: Replica, allowed: set[str] | None) -> bool:
         return replica.load.healthy and (allowed is None or replica.id in allowed)
 
-    def _candidates(self, key: RequestKey, allowed: set[str] | None) -> dict[Replica, int]:
-        """Return replicas to compare, each with the tokens of its cached prefix."""
-        found: dict[Replica, int] = {}
-        for length, digest in self._known_prefixes(key):
-            for replica in self._some(self._prefixes.holders(digest), allowed):
-                found.setdefault(replica, length)
+    def _count(self, key: RequestKey) -> None:
+        """Count a request for the popularity of what it begins with.
+
+        Where its prompt leaves what is known, a conversation begins, or goes on for the first time.
+        """
+        self._items.add(key.media[0][0] if key.media else b"")
+        new = next((i for i, d in enumerate(key.prefixes) if d not in self._prefixes), None)
+        if new is not None:
+            self._conversations.add(key.prefixes[new - 1] if new else b"")
+
+    def _candidates(self, key: RequestKey, allowed: set[str] | None) -> dict[Replica, float]:
+        """Return replicas to compare, each with its cost."""
+        found: dict[Replica, float] = {}
+        num_known = len(key.prefixes)
+        for digest in reversed(key.prefixes):
+            holders = self._prefixes.holders(digest)
+            for replica in self._some(holders, allowed):
+                if replica not in found:
+                    found[replica] = self._cost(replica, key, num_known)
             if len(found) >= MOST_CANDIDATES:
                 break
+            num_known -= 1
         for digest, _ in key.media[:MOST_CANDIDATES]:
             for replica in self._some(self._media.holders(digest), allowed):
                 if replica not in found:
-                    found[replica] = self._cached(replica, key)
-        named = self._named(key, allowed)
-        if named is not None and named not in found:
-            found[named] = self._cached(named, key)
+                    found[replica] = self._cost(replica, key)
+        place = self._named(key, allowed)
+        if place is not None:
+            cost = self._cost(place.replica, key, place=place)
+            found[place.replica] = min(cost, found.get(place.replica, cost))
         return found
 
     def _some(self, numbers: Iterable[int], allowed: set[str] | None) -> list[Replica]:
@@ -181,49 +222,99 @@ class Router:
             return self._random.sample(holders, MOST_CANDIDATES)
         return holders
 
-    def _known_prefixes(self, key: RequestKey) -> list[tuple[int, bytes]]:
-        """Return length and digest of the prefixes that some replica was sent, longest first."""
-        pairs = zip(PREFIX_LENGTHS, key.prefixes, strict=False)
-        return [pair for pair in pairs if self._prefixes.holders(pair[1])][::-1]
-
-    def _named(self, key: RequestKey, allowed: set[str] | None) -> Replica | None:
-        """Return the replica that the ring names, the first one that has not too much to do.
-
-        Content is an item of media if there is one, else the first prefix that is new.
-        """
+    def _named(self, key: RequestKey, allowed: set[str] | None) -> _Place | None:
+        """Return the place that the ring names, the first replica that has not too much to do."""
+        shared = len(key.prefixes)
+        while shared and self._conversations.count(key.prefixes[shared - 1]) < 2:
+            shared -= 1
+        own = key.prefixes[shared] if shared < len(key.prefixes) else b""
         if key.media and key.media[0][0]:
-            digest = key.media[0][0]
+            group, share = key.media[0][0], self._items.share(key.media[0][0])
+            shared = 0
+        elif shared:
+            group = key.prefixes[shared - 1]
+            share = self._conversations.share(group)
         else:
-            new = (d for d in key.prefixes if not self._prefixes.holders(d))
-            digest = next(new, key.prefixes[-1] if key.prefixes else b"")
+            group, share = own, 0.0
+        digest = self._point(group, own, share)
         mean = self._total_wait / max(1, len(self._healthy))
         most = (1 + self.costs.spread) * mean + self.costs.slack
-        best: Replica | None = None
+        length = PREFIX_LENGTHS[shared - 1] if shared else 0
+        best: _Place | None = None
+        prior = self.costs.prior
         for id in self._ring.walk(digest, MOST_STEPS):
             replica = self._replicas[id]
             if allowed is not None and id not in allowed:
                 continue
             if replica.wait <= most:
-                return replica
-            if best is None or replica.wait < best.wait:
-                best = replica
+                return _Place(replica, prior, length)
+            if best is None or replica.wait < best.replica.wait:
+                best = _Place(replica, prior, length)
+            prior /= 2
         return best
 
-    def _cached(self, replica: Replica, key: RequestKey) -> int:
-        """Return the tokens of the longest prefix that the replica was sent."""
-        for index in reversed(range(len(key.prefixes))):
-            if replica.number in self._prefixes.holders(key.prefixes[index]):
-                return PREFIX_LENGTHS[index]
-        return 0
+    def _point(self, group: bytes, own: bytes, share: float) -> bytes:
+        """Return the place of content on the ring: one of as many as the group's share needs.
 
-    def _compute(self, replica: Replica, key: RequestKey, cached: int) -> float:
-        """Return the cost to compute a request at a replica that has ``cached`` tokens of it."""
-        embeds = sum(
-            num_embeds
-            for digest, num_embeds in key.media
-            if replica.number not in self._media.holders(digest)
-        )
-        return max(1, key.num_tokens - cached) + self.costs.embedding * embeds
+        Linear hashing (Litwin, 1980): when the number grows by one, only the content of one place
+        is divided. Without content of its own, a prompt goes to any of the places.
+        """
+        num = int(share * len(self._healthy) * self.costs.places)
+        if num < 2:
+            return group
+        value = int.from_bytes(own, "little") if own else self._random.getrandbits(32)
+        size = 1 << (num - 1).bit_length()
+        place = value % size
+        if place >= num:
+            place = value % (size // 2)
+        return blake3(group + place.to_bytes(4, "little")).digest(length=8)
+
+    def _cached(self, replica: Replica, key: RequestKey, num_known: int | None = None) -> float:
+        """Return how many tokens of the prompt are expected in the replica's cache.
+
+        ``num_known``: prefixes that it may have, where that is known.
+        """
+        expected = 0.0
+        for index in reversed(range(len(key.prefixes) if num_known is None else num_known)):
+            length = PREFIX_LENGTHS[index]
+            if length <= expected:
+                break
+            mark = self._prefixes.holders(key.prefixes[index]).get(replica.number)
+            if mark is not None:
+                trust = replica.trust_prefix(mark)
+                expected = max(expected, length * trust)
+                if trust == 1:
+                    break
+        return expected
+
+    def _cost(
+        self,
+        replica: Replica,
+        key: RequestKey,
+        num_known: int | None = None,
+        *,
+        place: _Place | None = None,
+    ) -> float:
+        """Return the cost of a replica for a request: wait and compute."""
+        cached, prior = self._cached(replica, key, num_known), 0.0
+        if place is not None and key.prefixes:
+            prior, longest = place.prior, PREFIX_LENGTHS[len(key.prefixes) - 1]
+            cached = max(cached, place.shared + prior * (longest - place.shared))
+        return replica.wait + self._compute(replica, key, cached, prior)
+
+    def _compute(
+        self, replica: Replica, key: RequestKey, cached: float, prior: float = 0.0
+    ) -> float:
+        """Return the cost to compute a request at a replica that has ``cached`` tokens of it.
+
+        ``prior``: the probability that it has items that this router has not sent there.
+        """
+        embeds = 0.0
+        for digest, num_embeds in key.media:
+            mark = self._media.holders(digest).get(replica.number)
+            there = prior if mark is None else max(prior, replica.trust_item(mark))
+            embeds += num_embeds * (1 - there)
+        return max(1.0, key.num_tokens - cached) + self.costs.embedding * embeds
 
     def _choose_by_load(self, allowed: set[str] | None) -> list[str]:
         """Return the better one of two random replicas, and the other."""
