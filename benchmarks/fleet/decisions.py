@@ -64,8 +64,12 @@ def measure(num_replicas: int, count: int) -> dict[str, Any]:
         ended_us, _ = _timed(lambda key=old, id=id: router.ended(id, key))
         choose.append(choose_us)
         all_calls.append(choose_us + sent_us + first_us + ended_us)
-        load = ReplicaLoad(draw.randrange(12), draw.randrange(3), draw.randrange(2000), draw.random())
-        report.append(_timed(lambda id=ids[place % num_replicas], load=load: router.report(id, load))[0])
+        load = ReplicaLoad(
+            draw.randrange(12), draw.randrange(3), draw.randrange(2000), draw.random()
+        )
+        report.append(
+            _timed(lambda id=ids[place % num_replicas], load=load: router.report(id, load))[0]
+        )
     half = len(choose) // 2
     return {
         "replicas": num_replicas,

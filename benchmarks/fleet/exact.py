@@ -145,4 +145,3 @@ def engine_request(job: Job) -> EngineRequest:
         items=tuple(items),
         arrival_time=job.sent_at,
     )
-

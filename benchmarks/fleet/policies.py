@@ -58,11 +58,15 @@ class _Counting:
 
     def least(self) -> str:
         """The replica with the fewest sequences, a random one of several."""
-        return self.ids[int(np.argmin(self.loads + self.draw.random() * 0.5 * _noise(len(self.ids), self.draw)))]
+        return self.ids[
+            int(np.argmin(self.loads + self.draw.random() * 0.5 * _noise(len(self.ids), self.draw)))
+        ]
 
 
 def _noise(count: int, draw: random.Random) -> np.ndarray:
-    return np.roll(_NOISE[:count] if count <= len(_NOISE) else np.resize(_NOISE, count), draw.randrange(count))
+    return np.roll(
+        _NOISE[:count] if count <= len(_NOISE) else np.resize(_NOISE, count), draw.randrange(count)
+    )
 
 
 _NOISE = np.random.default_rng(0).random(8192)
@@ -122,11 +126,13 @@ class Ours(Router):
         return super().choose(key)[0]
 
 
-def make(name: str, seed: int, costs: RoutingCosts | None = None) -> Policy:
-    """A router of this policy."""
+def make(name: str, seed: int, num_routers: int = 1, costs: RoutingCosts | None = None) -> Policy:
+    """One of so many routers of this policy."""
     if name == "ours":
-        return Ours(costs, seed=seed)  # type: ignore[return-value]
-    return {"round robin": RoundRobin, "least loaded": LeastLoaded, "cache-aware": CacheAware}[name](seed)
+        return Ours(costs, num_routers=num_routers, seed=seed)  # type: ignore[return-value]
+    return {"round robin": RoundRobin, "least loaded": LeastLoaded, "cache-aware": CacheAware}[
+        name
+    ](seed)
 
 
 POLICIES = ("round robin", "least loaded", "cache-aware", "ours")

@@ -134,10 +134,23 @@ def measure(model: str, threads: int, rounds: int) -> list[dict[str, Any]]:
     )
     salt = 0
     for _ in range(rounds):
-        for rows, length in ((1, 8), (1, 64), (1, 256), (1, 900), (4, 100), (16, 16), (32, 30), (4, 900)):
+        for rows, length in (
+            (1, 8),
+            (1, 64),
+            (1, 256),
+            (1, 900),
+            (4, 100),
+            (16, 16),
+            (32, 30),
+            (4, 900),
+        ):
             salt += 1
             prompts = [
-                {"prompt_token_ids": [(salt * 7 + row * 13 + i * (3 + row)) % 1200 + 10 for i in range(length)]}
+                {
+                    "prompt_token_ids": [
+                        (salt * 7 + row * 13 + i * (3 + row)) % 1200 + 10 for i in range(length)
+                    ]
+                }
                 for row in range(rows)
             ]
             params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -146,12 +159,22 @@ def measure(model: str, threads: int, rounds: int) -> list[dict[str, Any]]:
             salt += 1
             images = [
                 Image.fromarray(
-                    np.random.default_rng(salt * 100 + i).integers(0, 255, (side, side, 3), np.uint8)
+                    np.random.default_rng(salt * 100 + i).integers(
+                        0, 255, (side, side, 3), np.uint8
+                    )
                 )
                 for i in range(number)
             ]
             chats = [
-                [{"role": "user", "content": [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": "What is it?"}]}]
+                [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "image_pil", "image_pil": image},
+                            {"type": "text", "text": "What is it?"},
+                        ],
+                    }
+                ]
                 for image in images
             ]
             params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
@@ -194,7 +217,9 @@ def main() -> None:
         - 1
         for s in steps
     ]
-    report.write(costs=dataclasses.asdict(costs), median_error=float(np.median(np.abs(errors))), steps=steps)
+    report.write(
+        costs=dataclasses.asdict(costs), median_error=float(np.median(np.abs(errors))), steps=steps
+    )
     for name, value in dataclasses.asdict(costs).items():
         print(f"{name:<10}{value * 1e6:>12.2f} us")
     print(f"median error {np.median(np.abs(errors)):.1%}")

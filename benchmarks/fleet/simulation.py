@@ -17,7 +17,6 @@ from benchmarks.fleet.exact import ExactEngine
 from benchmarks.fleet.traces import Request
 from sensorium.distributed.routing import RoutingCosts
 
-
 AnyEngine = Engine | ExactEngine
 
 
@@ -88,7 +87,10 @@ class Fleet:
         self.trace, self.shape = trace, shape
         names = [f"replica-{i}" for i in range(shape.num_replicas)]
         self.engines = {name: kind(self.env, name, engine) for name in names}
-        self.routers = [policies.make(policy, seed + i, costs) for i in range(shape.num_routers)]
+        self.routers = [
+            policies.make(policy, seed + i, shape.num_routers, costs)
+            for i in range(shape.num_routers)
+        ]
         for router in self.routers:
             router.set_replicas(names)
         self.jobs: list[Job] = []

@@ -41,7 +41,9 @@ class Request:
     def __post_init__(self) -> None:
         self.num_tokens = sum(tokens for _, tokens in self.prompt)
         self.key = RequestKey(
-            self.num_tokens, tuple(self._prefixes()), tuple((pack("<Q", n), e) for n, e in self.media)
+            self.num_tokens,
+            tuple(self._prefixes()),
+            tuple((pack("<Q", n), e) for n, e in self.media),
         )
 
     def _prefixes(self) -> Iterator[bytes]:
@@ -103,7 +105,9 @@ class _Writer:
         num_prompts = max(8, round(shape.system_prompts * num_replicas))
         self.system = Zipf(num_prompts, shape.zipf, self.draw)
         lengths = random.Random(7)
-        self.lengths = [_log_normal(lengths, shape.system_tokens, 0.8, 16, 1500) for _ in range(num_prompts)]
+        self.lengths = [
+            _log_normal(lengths, shape.system_tokens, 0.8, 16, 1500) for _ in range(num_prompts)
+        ]
         self.image = Zipf(max(50, round(shape.images * num_replicas)), shape.zipf, self.draw)
         self.shown: dict[tuple[int, int], int] = {}
 

@@ -69,6 +69,49 @@ def test_routers_that_do_not_talk_agree_on_new_content() -> None:
     assert set(chosen) == set(IDS)
 
 
+def test_each_turn_of_a_conversation_meets_its_replica_from_any_router() -> None:
+    """All conversations begin with one of two system prompts; each turn goes to another router."""
+    routers, draw = [router(num_routers=4) for _ in range(4)], random.Random(0)
+    for number in range(40):  # what is shared becomes known
+        for own in routers:
+            serve(own, key(f"system {number % 2}", f"{number} first", num_tokens=512))
+    met, used = 0, Counter()
+    for number in range(100):
+        parts = (f"system {number % 2}", number)
+        turns = [key(*parts, num_tokens=length) for length in (512, 800, 1200)]
+        chosen = [
+            serve(own, turn) for own, turn in zip(draw.sample(routers, 3), turns, strict=True)
+        ]
+        met += (chosen[1] == chosen[0]) + (chosen[2] in chosen[:2])
+        used[chosen[0]] += 1
+    assert met >= 160
+    assert len(used) >= 4
+
+
+def test_old_content_of_a_full_cache_counts_less() -> None:
+    own = router(costs=RoutingCosts(slack=64))
+    request = key("old", num_tokens=1024)
+    holder = serve(own, request)
+    for computed in (1, 50_000):
+        load = ReplicaLoad(kv_tokens=10_000, computed_tokens=computed, waiting_tokens=800)
+        own.report(holder, load)
+        if computed == 1:
+            serve(own, request)
+            assert own.choose(request)[0] == holder
+    assert own.choose(request)[0] != holder
+
+
+def test_items_that_were_evicted_since_count_less() -> None:
+    own = router()
+    request = key("a", media=("x",))
+    holder = serve(own, request)
+    busy = {"waiting_tokens": 400, "encoder_items": 10}
+    own.report(holder, ReplicaLoad(encoder_evictions=9, **busy))
+    assert own.choose(request)[0] == holder
+    own.report(holder, ReplicaLoad(encoder_evictions=1000, **busy, kv_usage=0.95))
+    assert own.choose(request)[0] != holder
+
+
 def test_waiting_that_costs_more_than_computing_sends_it_elsewhere() -> None:
     own = router()
     request = key("system", num_tokens=1024)
@@ -94,7 +137,7 @@ def test_what_was_sent_counts_before_a_report_tells_it() -> None:
 @pytest.mark.parametrize("sent_to", ["one", "two"])
 def test_load_is_bounded_for_popular_content(sent_to: str) -> None:
     """All want the same prefix: nobody gets much more than the mean."""
-    costs = RoutingCosts(slack=64)
+    costs = RoutingCosts(slack=64, spread=0.25)
     routers = [router(costs=costs) for _ in range(1 if sent_to == "one" else 2)]
     request, sent = key("popular", num_tokens=512), Counter()
     for number in range(2400):

@@ -17,7 +17,7 @@ class RoutingCosts:
         places: Replicas for popular content, by its share of the requests; 1 is just enough when
             they do nothing else.
         prior: Share of a prompt that the replica which the ring names is expected to have, beyond
-            what this router has sent there.
+            what this router has sent there, when nearly all requests go to other routers.
         slack: Wait that is always acceptable.
         full: Use of the KV cache from which requests wait for blocks.
         blocked: Cost of a KV cache that is entirely in use.
@@ -25,9 +25,9 @@ class RoutingCosts:
 
     sequence: float = 32.0
     embedding: float = 4.0
-    spread: float = 0.25
-    slack: float = 512.0
+    spread: float = 0.5
+    slack: float = 1024.0
     places: float = 2.0
-    prior: float = 0.5
+    prior: float = 0.75
     full: float = 0.9
     blocked: float = 4096.0

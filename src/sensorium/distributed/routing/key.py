@@ -31,10 +31,10 @@ def _prefix_lengths() -> tuple[int, ...]:
 
 
 PREFIX_LENGTHS = _prefix_lengths()
-"""Tokens of the prefixes that have digests: 64, 128, … 1024, from there on eight in each octave.
+"""Tokens of the prefixes that have digests: 32, 64, … 512, from there on sixteen in each octave.
 
-So the number of digests grows with the logarithm of a prompt, and at most an eighth of what two
-prompts share is overlooked.
+So the number of digests grows with the logarithm of a prompt, and at most a sixteenth of what two
+long prompts share is overlooked.
 """
 
 

@@ -18,10 +18,11 @@ The ring is the same in all routers, so those that do not know of each other sen
 same place. The place of a prompt is that of its first item of media, or of the longest prefix that
 several conversations have (such as a system prompt); popular content has as many places as its
 share of the requests needs, and what follows the prefix decides which of them. So a conversation
-has one place, whichever router gets its next turn. The replica there counts as having ``prior`` of
-what this router does not know. One with too much to do is passed on the ring ("Consistent hashing
-with bounded loads", Mirrokni et al., 2018). Requests without content go to the better of two random
-replicas ("The power of two choices", Mitzenmacher, 2001).
+has one place, whichever router gets its next turn. The replica there counts as having the part
+``prior * (1 - 1 / routers)`` of what this router does not know: the others may have sent it there.
+One with too much to do is passed on the ring ("Consistent hashing with bounded loads", Mirrokni et
+al., 2018). Requests without content go to the better of two random replicas ("The power of two
+choices", Mitzenmacher, 2001).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ MOST_CHOICES = 4
 
 
 class _Place(NamedTuple):
-    """What the ring names: a replica, and the share of the content that it should have.
+    """Replica that the ring names, and the share of the content that it should have.
 
     ``shared``: tokens of the prefix that all who come to this place have.
     """
@@ -62,6 +63,7 @@ class Router:
 
     Not thread-safe. Each decision looks at a few replicas, however many there are. ``capacity`` is
     the most pairs of content and replica that are remembered, for prefixes and for media each.
+    ``num_routers``: routers of the same replicas, each with a part of the requests.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class Router:
         costs: RoutingCosts | None = None,
         *,
         capacity: int = 1 << 18,
+        num_routers: int = 1,
         seed: int | None = None,
     ) -> None:
         self.costs = costs if costs is not None else RoutingCosts()
+        self._prior = self.costs.prior * (1 - 1 / num_routers)
         self._prefixes = HolderMemory(capacity)
         self._media = HolderMemory(capacity)
         self._conversations = Popularity()
@@ -241,7 +245,7 @@ class Router:
         most = (1 + self.costs.spread) * mean + self.costs.slack
         length = PREFIX_LENGTHS[shared - 1] if shared else 0
         best: _Place | None = None
-        prior = self.costs.prior
+        prior = self._prior
         for id in self._ring.walk(digest, MOST_STEPS):
             replica = self._replicas[id]
             if allowed is not None and id not in allowed:
