@@ -182,7 +182,7 @@ def test_many_rows_go_in_blocks_whose_memory_is_bounded(
         sizes.append(size)
         return products.scratch(size)
 
-    monkeypatch.setattr("sensorium.kernels.cpu.linear.integer_kernel.scratch", scratch)
+    monkeypatch.setattr("sensorium.kernels.cpu.linear.integer.kernel.scratch", scratch)
     assert torch.equal(product(name, weight, torch.float32)(x), whole)
     assert len(sizes) > 1
     assert max(sizes) < 120_000

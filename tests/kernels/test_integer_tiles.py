@@ -14,7 +14,7 @@ from sensorium.kernels.cpu import amx, findings, tile_check
 from sensorium.kernels.cpu.amx_emulation import EMULATION
 from sensorium.kernels.cpu.linear import int8, integers, table, tiles
 from sensorium.kernels.cpu.linear.grouped import int4
-from sensorium.kernels.cpu.linear.integer_kernel import IntegerProduct
+from sensorium.kernels.cpu.linear.integer.kernel import IntegerProduct
 from tests.kernels.test_integer_linear import FORMATS, LONGEST, expected, make
 from tests.kernels.tiles import UNITS, needs_emulation
 

@@ -49,7 +49,7 @@ from sensorium.kernels.cpu.launch import (
     recording,
     run_behind_last,
 )
-from sensorium.kernels.cpu.linear.integers import wait_for
+from sensorium.kernels.cpu.linear.sharing import wait_for
 from sensorium.kernels.cpu.numeric import LINE_BYTES, fetch_add, intrinsic, pointer, shifted
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from numba import types
 from sensorium.kernels.adapters import FIXED_ROWS, AdaptedProduct, LowRank, PackedPart, RowAdapters
 from sensorium.kernels.cpu.elementwise import kernel
 from sensorium.kernels.cpu.launch import Args, float_bits
-from sensorium.kernels.cpu.linear.integers import wait_for
 from sensorium.kernels.cpu.linear.product import DONE, TAKEN, rows_that_fit, scratch
+from sensorium.kernels.cpu.linear.sharing import wait_for
 from sensorium.kernels.cpu.numeric import (
     INLINE,
     WIDTH,

@@ -23,7 +23,6 @@ from sensorium.kernels.cpu import huge_pages
 from sensorium.kernels.cpu.launch import Launcher, compile_kernel, pack
 from sensorium.kernels.cpu.linear import levels
 from sensorium.kernels.cpu.linear.epilogue import CODES, activate
-from sensorium.kernels.cpu.linear.integers import wait_for
 from sensorium.kernels.cpu.linear.panels import (
     MOST_ROWS,
     STEP,
@@ -43,6 +42,12 @@ from sensorium.kernels.cpu.linear.product import (
     lines,
     rows_that_fit,
     scratch,
+)
+from sensorium.kernels.cpu.linear.sharing import (
+    clear_counters,
+    counter_bytes,
+    next_task,
+    wait_for,
 )
 from sensorium.kernels.cpu.numeric import (
     ELEMENT,
@@ -162,7 +167,8 @@ def build_product(element: Any, result: Any, paired: bool = False) -> Callable[[
     rows (float32, or pairs in uint32), weight, bias (0: none), scratch (float32),
     floats of a thread's scratch, inputs (even), outputs, groups, groups of a task, panels of a
     task, panels that go together, inputs of a block, activation, inputs of a task that widens, such
-    tasks. The last two of the array count those taken and done.
+    tasks, counters of the shares of tasks (see ``sharing``), shares. The last two of the array
+    count the widening tasks taken and done.
     """
     wide = types.uint32 if paired else types.float32
     step = 2 if paired else 1
@@ -176,6 +182,8 @@ def build_product(element: Any, result: Any, paired: bool = False) -> Callable[[
             task = fetch_add(args, TAKEN, 1)
             if task >= args[21]:
                 break
+            if task == 0:
+                clear_counters(pointer(args[22], types.int64), args[23])
             group, first = task // per_group, task % per_group * share
             start = first_row(group, groups, rows)
             count = first_row(group + 1, groups, rows) - start
@@ -186,8 +194,8 @@ def build_product(element: Any, result: Any, paired: bool = False) -> Callable[[
         wait_for(args, DONE, args[21])
 
     def product(args: Any) -> None:
-        scratch = pointer(args[10], types.float32)
-        scratch = shifted(scratch, fetch_add(args, 1, 1) * args[11])
+        thread = fetch_add(args, 1, 1)
+        scratch = shifted(pointer(args[10], types.float32), thread * args[11])
         widen_rows(args)
         w, bias = pointer(args[8], element), pointer(args[9], result)
         rows, depth, outputs, groups = args[5], args[12], args[13], args[14]
@@ -195,9 +203,10 @@ def build_product(element: Any, result: Any, paired: bool = False) -> Callable[[
         num_panels = (outputs + WIDTH - 1) // WIDTH
         panel_tasks = (num_panels + task_panels - 1) // task_panels
         width = task_panels * WIDTH
+        counters, passed = pointer(args[22], types.int64), 0
         while True:
-            task = fetch_add(args, 0, 1)
-            if task >= args[2]:
+            task, passed = next_task(counters, thread, passed, args[2], args[23])
+            if task < 0:
                 break
             first_panel = (task % panel_tasks) * task_panels
             last_panel = min(first_panel + task_panels, num_panels)
@@ -338,7 +347,8 @@ class FloatProduct(RowProduct):
         num_tasks = -(-groups // task_groups) * -(-num_panels // task_panels)
         floats = lines(4 * min(task_groups * largest, num_rows) * task_panels * WIDTH) // 4
         widened = lines(self.widened_bytes * num_rows * depth)
-        memory, number = scratch(widened + 4 * threads * floats)
+        counters = widened + 4 * threads * floats
+        memory, number = scratch(counters + counter_bytes(threads))
         work = num_rows * self.num_outputs * depth
         shares = groups * -(-depth // WIDENED_INPUTS)
         values = (
@@ -346,7 +356,7 @@ class FloatProduct(RowProduct):
             *(memory, self.panels.data_ptr()),
             *(0 if self.bias is None else self.bias.data_ptr(), memory + widened, floats),
             *(depth, self.num_outputs, groups, task_groups, task_panels, together, depth_block),
-            *(self.code, WIDENED_INPUTS, shares),
+            *(self.code, WIDENED_INPUTS, shares, memory + counters, threads),
         )
         launch = self.kernel.on(threads, work, SERIAL_WORK)
         return Plan(pack(*values), launch, threads, number)

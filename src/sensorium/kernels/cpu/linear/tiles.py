@@ -21,7 +21,7 @@ from sensorium.kernels.cpu import amx, tile_check
 from sensorium.kernels.cpu.amx import ROW_BYTES, TILE
 from sensorium.kernels.cpu.launch import Launcher
 from sensorium.kernels.cpu.linear import table
-from sensorium.kernels.cpu.linear.integer_kernel import ManyRows
+from sensorium.kernels.cpu.linear.integer.kernel import ManyRows
 from sensorium.kernels.cpu.linear.integers import (
     BLOCK,
     F32,

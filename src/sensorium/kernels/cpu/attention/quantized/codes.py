@@ -21,7 +21,7 @@ from sensorium.kernels.cpu.attention.quantized.pairs import (
     store_shorts,
 )
 from sensorium.kernels.cpu.attention.softmax import hide_and_peak
-from sensorium.kernels.cpu.linear.integers import largest_magnitude, magnitudes
+from sensorium.kernels.cpu.linear.integer.rows import largest_magnitude, magnitudes
 from sensorium.kernels.cpu.numeric import (
     INLINE,
     OUTLINE,

@@ -27,14 +27,15 @@ import torch
 from numba.core import cgutils
 
 from sensorium.kernels.cpu.launch import Launcher, compile_kernel
-from sensorium.kernels.cpu.linear.int8 import STEP_BYTES, TILE_ROWS, emit_step
-from sensorium.kernels.cpu.linear.integer_kernel import Layout, build
+from sensorium.kernels.cpu.linear.int8 import TILE_ROWS, emit_step
+from sensorium.kernels.cpu.linear.integer.kernel import Layout, build
 from sensorium.kernels.cpu.linear.integers import (
     BLOCK,
     FETCH_AHEAD,
     I8,
     I64,
     STEP,
+    STEP_BYTES,
     Form,
     fetch_lines,
     lanes,

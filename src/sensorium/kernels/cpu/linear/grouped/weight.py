@@ -20,7 +20,7 @@ from sensorium.kernels.cpu.linear.grouped.tile import (
     GroupLayout,
     compiled,
 )
-from sensorium.kernels.cpu.linear.integer_kernel import IntegerProduct, ManyRows
+from sensorium.kernels.cpu.linear.integer.kernel import IntegerProduct, ManyRows
 from sensorium.kernels.cpu.linear.integers import forms
 from sensorium.kernels.cpu.numeric import WIDTH
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor

@@ -1,8 +1,8 @@
 """Kernel of products with int8 and int4 weights: quantized rows, tasks, results.
 
 One launch does it all. The threads first quantize the rows, wait for each other, and then share the
-outputs: a task is a chunk of neighbouring panels (sixteen outputs) for a block of rows. Within it
-each panel is read from memory once for all rows of the block.
+outputs (``sharing``): a task is a chunk of neighbouring panels (sixteen outputs) for a block of
+rows. Within it each panel is read from memory once for all rows of the block.
 """
 
 from __future__ import annotations
@@ -16,12 +16,8 @@ from numba import types
 
 from sensorium.kernels.cpu.launch import Launcher, pack
 from sensorium.kernels.cpu.linear import epilogue
-from sensorium.kernels.cpu.linear.integers import (
-    BLOCK,
-    build_quantize,
-    local_array,
-    wait_for,
-)
+from sensorium.kernels.cpu.linear.integer.rows import build_quantize
+from sensorium.kernels.cpu.linear.integers import BLOCK, fetch_first, local_array
 from sensorium.kernels.cpu.linear.product import (
     DONE,
     RESULT,
@@ -32,6 +28,13 @@ from sensorium.kernels.cpu.linear.product import (
     lines,
     rows_that_fit,
     scratch,
+)
+from sensorium.kernels.cpu.linear.sharing import (
+    clear_counters,
+    counter_bytes,
+    next_task,
+    share_start,
+    wait_for,
 )
 from sensorium.kernels.cpu.numeric import (
     INLINE,
@@ -61,6 +64,10 @@ CHUNKS_PER_THREAD = 6
 """Least number of tasks for each thread, so that none waits long for another."""
 MANY_ROWS = 64
 """Rows from which on a task of quantization takes several."""
+FEW_ROWS = 4
+"""Rows from which on a task of quantization takes whole ones."""
+PART_INPUTS = 512
+"""Inputs of a row that a task of quantization takes where there are few rows."""
 
 
 SLACK = 16 * BLOCK
@@ -131,7 +138,9 @@ def build(
     quantized rows, their scales, corrections (minus the bias of weights times the sum of a group),
     packed weights, scales of outputs (0: none), bias (0: none), outputs, panels of a task, rows of
     a run, runs, activation code, rows quantized by a task, such tasks, bytes of a panel, inputs
-    that share a scale. The last two of the array count the tasks of quantization taken and done.
+    that share a scale, counters of the shares of tasks (see ``sharing``), shares, groups of inputs
+    quantized by a task, such parts of a row. The last two of the array count the tasks of
+    quantization taken and done.
     """
     quantize = build_quantize(pairs)
     float_sums = local_array(types.float32, ROW_BLOCK * WIDTH)
@@ -142,11 +151,14 @@ def build(
         padded = (inputs + BLOCK - 1) // BLOCK * BLOCK
         groups = (inputs + group - 1) // group
         scales, corrections = pointer(args[8], types.float32), pointer(args[9], types.int32)
+        own_groups, parts = args[24], args[25]
         while True:
             task = fetch_add(args, TAKEN, 1)
             if task >= args[19]:
                 break
-            first = task * args[18]
+            if task == 0:
+                clear_counters(pointer(args[22], types.int64), args[23])
+            first, first_input = task // parts * args[18], task % parts * own_groups * group
             for row in range(first, min(first + args[18], num_rows)):
                 source = shifted(pointer(args[SOURCE], element), row * inputs)
                 run_row = row % run
@@ -154,12 +166,13 @@ def build(
                 count = min(run, num_rows - first_row)
                 crossed = crossed_rows(count)
                 q = shifted(pointer(args[7], types.int8), first_row * padded // BLOCK * row_bytes)
-                for start in range(0, padded, group):
+                end = min(first_input + own_groups * group, padded)
+                for start in range(first_input, end, group):
                     out = shifted(q, (start // BLOCK * count + run_row) * row_bytes)
                     whole = min(group, padded - start)
                     size = min(group, inputs - start)
                     scale, total, products = quantize(
-                        source, start, size, whole, out, count * row_bytes
+                        source, start, size, whole, out, count * row_bytes, run_row < crossed
                     )
                     place = first_row * groups + start // group * count + run_row
                     scales[place] = scale
@@ -171,19 +184,24 @@ def build(
         wait_for(args, DONE, args[19])
 
     def integer_product(args: Any) -> None:
+        weights, thread = pointer(args[10], types.uint8), fetch_add(args, 1, 1)
+        tasks, threads = args[2], args[23]
+        if thread < threads:  # the first weights come while the rows are quantized
+            start = share_start(thread, tasks, threads) // args[16] * args[14]
+            fetch_first(shifted(weights, start * args[20]))
         quantize_rows(args)
         num_rows, inputs, num_outputs, group = args[5], args[6], args[13], args[21]
         num_blocks, groups = (inputs + BLOCK - 1) // BLOCK, (inputs + group - 1) // group
         q = pointer(args[7], types.int8)
         scales, corrections = pointer(args[8], types.float32), pointer(args[9], types.int32)
-        weights = pointer(args[10], types.uint8)
         bias, out = pointer(args[12], element), pointer(args[RESULT], element)
         sums = float_sums()
         panels = (num_outputs + WIDTH - 1) // WIDTH
         chunk, run, runs = args[14], args[15], args[16]
+        counters, passed = pointer(args[22], types.int64), 0
         while True:
-            task = fetch_add(args, 0, 1)
-            if task >= args[2]:
+            task, passed = next_task(counters, thread, passed, tasks, threads)
+            if task < 0:
                 break
             first_panel, first = task // runs * chunk, task % runs * run
             rows = min(run, num_rows - first)
@@ -244,17 +262,21 @@ class IntegerProduct(RowProduct):
     def plan(self, num_rows: int, threads: int) -> Plan:
         """Return the launch for so many rows."""
         quantized, scales = lines(num_rows * self.row_bytes), lines(num_rows * self.scale_bytes)
-        at, number = scratch(quantized + 2 * scales + SLACK)
+        at, number = scratch(quantized + 2 * scales + lines(SLACK) + counter_bytes(threads))
         blocks = -(-num_rows // self.block_rows)
         chunk = min(self.most_panels, -(-self.num_panels // (threads * CHUNKS_PER_THREAD)))
         quantized_rows = 1 if num_rows < MANY_ROWS else 8
+        groups = self.scale_bytes // 4
+        own_groups = groups if num_rows >= FEW_ROWS else -(-PART_INPUTS // self.layout.group)
+        parts = -(-groups // own_groups)
         values = (
             *(-(-self.num_panels // chunk) * blocks, 0, 0, num_rows, self.num_inputs),
             *(at, at + quantized, at + quantized + scales),
             *self.addresses,
             *(self.num_outputs, chunk, self.block_rows, blocks, self.code),
-            *(quantized_rows, -(-num_rows // quantized_rows), self.panel_bytes),
-            self.layout.group,
+            *(quantized_rows, -(-num_rows // quantized_rows) * parts, self.panel_bytes),
+            *(self.layout.group, at + quantized + 2 * scales + lines(SLACK), threads),
+            *(own_groups, parts),
         )
         launch = self.kernel_for(num_rows).on(
             threads, num_rows * self.num_inputs * self.num_outputs

@@ -1,0 +1,1 @@
+"""Products of rows quantized to 8 bits: quantization, launches, the crosswise form."""
