@@ -66,8 +66,12 @@ MANY_ROWS = 64
 """Rows from which on a task of quantization takes several."""
 FEW_ROWS = 4
 """Rows from which on a task of quantization takes whole ones."""
-PART_INPUTS = 512
-"""Inputs of a row that a task of quantization takes where there are few rows."""
+PART_GROUPS = 16
+"""Groups of a row that a task of quantization takes where there are few rows: the scales of a cache
+line."""
+PRIVATE_INPUTS = 8192
+"""Most inputs of a row that, if it is alone, each thread quantizes for itself: that takes less time
+than to wait for another and to fetch from its cache what it wrote. A multiple of ``BLOCK``."""
 
 
 SLACK = 16 * BLOCK
@@ -139,25 +143,28 @@ def build(
     packed weights, scales of outputs (0: none), bias (0: none), outputs, panels of a task, rows of
     a run, runs, activation code, rows quantized by a task, such tasks, bytes of a panel, inputs
     that share a scale, counters of the shares of tasks (see ``sharing``), shares, groups of inputs
-    quantized by a task, such parts of a row. The last two of the array count the tasks of
-    quantization taken and done.
+    quantized by a task, such parts of a row, 1 if each thread quantizes all rows for itself (0:
+    once for all). The last two of the array count the tasks of quantization taken and done; a task
+    more is done when the counters are set.
     """
     quantize = build_quantize(pairs)
+    private_rows = local_array(types.int8, PRIVATE_INPUTS // BLOCK * row_bytes)
+    private_scales = local_array(types.float32, PRIVATE_INPUTS // BLOCK)
+    private_corrections = local_array(types.int32, PRIVATE_INPUTS // BLOCK)
     float_sums = local_array(types.float32, ROW_BLOCK * WIDTH)
 
     @njit(**INLINE)
-    def quantize_rows(args: Any) -> None:
+    def quantize_rows(args: Any, thread: Any, places: Any) -> None:
         num_rows, inputs, run, group = args[5], args[6], args[15], args[21]
         padded = (inputs + BLOCK - 1) // BLOCK * BLOCK
         groups = (inputs + group - 1) // group
-        scales, corrections = pointer(args[8], types.float32), pointer(args[9], types.int32)
-        own_groups, parts = args[24], args[25]
-        while True:
-            task = fetch_add(args, TAKEN, 1)
-            if task >= args[19]:
-                break
-            if task == 0:
-                clear_counters(pointer(args[22], types.int64), args[23])
+        base, scales, corrections = places
+        own_groups, parts, shared = args[24], args[25], args[26] == 0
+        if thread == 0:
+            clear_counters(pointer(args[22], types.int64), args[23])
+            fetch_add(args, DONE, 1)
+        task = fetch_add(args, TAKEN, 1) if shared else 0
+        while task < args[19]:
             first, first_input = task // parts * args[18], task % parts * own_groups * group
             for row in range(first, min(first + args[18], num_rows)):
                 source = shifted(pointer(args[SOURCE], element), row * inputs)
@@ -165,7 +172,7 @@ def build(
                 first_row = row - run_row
                 count = min(run, num_rows - first_row)
                 crossed = crossed_rows(count)
-                q = shifted(pointer(args[7], types.int8), first_row * padded // BLOCK * row_bytes)
+                q = shifted(base, first_row * padded // BLOCK * row_bytes)
                 end = min(first_input + own_groups * group, padded)
                 for start in range(first_input, end, group):
                     out = shifted(q, (start // BLOCK * count + run_row) * row_bytes)
@@ -180,8 +187,12 @@ def build(
                     if run_row < crossed:
                         correction -= products
                     corrections[place] = correction
-            fetch_add(args, DONE, 1)
-        wait_for(args, DONE, args[19])
+            if shared:
+                fetch_add(args, DONE, 1)
+                task = fetch_add(args, TAKEN, 1)
+            else:
+                task += 1
+        wait_for(args, DONE, args[19] + 1 if shared else 1)
 
     def integer_product(args: Any) -> None:
         weights, thread = pointer(args[10], types.uint8), fetch_add(args, 1, 1)
@@ -189,11 +200,13 @@ def build(
         if thread < threads:  # the first weights come while the rows are quantized
             start = share_start(thread, tasks, threads) // args[16] * args[14]
             fetch_first(shifted(weights, start * args[20]))
-        quantize_rows(args)
-        num_rows, inputs, num_outputs, group = args[5], args[6], args[13], args[21]
-        num_blocks, groups = (inputs + BLOCK - 1) // BLOCK, (inputs + group - 1) // group
         q = pointer(args[7], types.int8)
         scales, corrections = pointer(args[8], types.float32), pointer(args[9], types.int32)
+        if args[26] != 0:
+            q, scales, corrections = private_rows(), private_scales(), private_corrections()
+        quantize_rows(args, thread, (q, scales, corrections))
+        num_rows, inputs, num_outputs, group = args[5], args[6], args[13], args[21]
+        num_blocks, groups = (inputs + BLOCK - 1) // BLOCK, (inputs + group - 1) // group
         bias, out = pointer(args[12], element), pointer(args[RESULT], element)
         sums = float_sums()
         panels = (num_outputs + WIDTH - 1) // WIDTH
@@ -262,12 +275,14 @@ class IntegerProduct(RowProduct):
     def plan(self, num_rows: int, threads: int) -> Plan:
         """Return the launch for so many rows."""
         quantized, scales = lines(num_rows * self.row_bytes), lines(num_rows * self.scale_bytes)
-        at, number = scratch(quantized + 2 * scales + lines(SLACK) + counter_bytes(threads))
+        private = num_rows == 1 and self.num_inputs <= PRIVATE_INPUTS
+        counters = quantized + 2 * scales + lines(SLACK)
+        at, number = scratch(counters + counter_bytes(threads))
         blocks = -(-num_rows // self.block_rows)
         chunk = min(self.most_panels, -(-self.num_panels // (threads * CHUNKS_PER_THREAD)))
         quantized_rows = 1 if num_rows < MANY_ROWS else 8
         groups = self.scale_bytes // 4
-        own_groups = groups if num_rows >= FEW_ROWS else -(-PART_INPUTS // self.layout.group)
+        own_groups = PART_GROUPS if num_rows < FEW_ROWS and not private else groups
         parts = -(-groups // own_groups)
         values = (
             *(-(-self.num_panels // chunk) * blocks, 0, 0, num_rows, self.num_inputs),
@@ -275,8 +290,8 @@ class IntegerProduct(RowProduct):
             *self.addresses,
             *(self.num_outputs, chunk, self.block_rows, blocks, self.code),
             *(quantized_rows, -(-num_rows // quantized_rows) * parts, self.panel_bytes),
-            *(self.layout.group, at + quantized + 2 * scales + lines(SLACK), threads),
-            *(own_groups, parts),
+            *(self.layout.group, at + counters, threads, own_groups, parts),
+            int(private),
         )
         launch = self.kernel_for(num_rows).on(
             threads, num_rows * self.num_inputs * self.num_outputs
