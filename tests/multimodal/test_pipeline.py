@@ -1,6 +1,8 @@
 import asyncio
 import dataclasses
 import threading
+from collections.abc import Mapping
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from sensorium.multimodal.cache.features import FeatureCache
 from sensorium.multimodal.decode.loaders import DecodeJob, Prepared
 from sensorium.multimodal.items import Features, Fetched, MediaRef
 from sensorium.multimodal.pipeline import MediaPipeline
-from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
+from sensorium.multimodal.shared_memory import NoRoomError, SharedArrays, SharedArraysFolder
 from sensorium.multimodal.workers.pool import DecoderStats
 from tests.multimodal.pipelines import object_ref, url_ref
 from tests.multimodal.support import (
@@ -293,6 +295,22 @@ async def test_downloads_that_wait_to_be_decoded_are_bounded(make) -> None:
     assert budget.num_bytes == 0
 
 
+async def test_downloads_that_are_more_than_all_may_be_are_too_large(make) -> None:
+    """Alone or together: no other request's end would make room for them."""
+    data = [encoded(picture(seed=seed)) for seed in range(2)]
+    most = max(map(len, data))
+    async with media_server() as server:
+        for path, body in zip("ab", data, strict=True):
+            server.serve(f"/{path}", body)
+        refs = [url_ref(server.url(path)) for path in ("/a", "/b")]
+        for room, some in ((most - 1, refs), (most, refs), (len(data[0]) - 1, refs[:1])):
+            setup = make(max_media_bytes_in_flight=room)
+            with pytest.raises(MediaTooLargeError, match="--max-media-bytes-in-flight"):
+                await setup.load(*some)
+            assert setup.pipeline.fetcher.budget.num_bytes == 0
+        assert len(await make(max_media_bytes_in_flight=sum(map(len, data))).load(*refs)) == 2
+
+
 async def test_files_of_this_machine_are_no_downloads(make, tmp_path) -> None:
     (tmp_path / "a").write_bytes(encoded(picture()))
     setup = make(max_media_bytes_in_flight=1, allowed_local_media_path=str(tmp_path))
@@ -386,6 +404,58 @@ class FullDecoders:
 
     def close(self) -> None:
         return
+
+
+class CrowdedDecoders(FullDecoders):
+    """No room for the features of any item, which take ``num_bytes`` of 100 each."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__(0, FeatureCache(0))
+        self.num_bytes = num_bytes
+
+    async def prepare(self, job: DecodeJob, source: object) -> Prepared:
+        await asyncio.sleep(0)
+        raise NoRoomError(self.num_bytes, 100)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "num_items", "kind"),
+    [
+        (100, 1, OverloadedError),
+        (101, 1, MediaTooLargeError),
+        (50, 2, OverloadedError),
+        (51, 2, MediaTooLargeError),
+    ],
+)
+async def test_what_can_never_fit_is_too_large(
+    num_bytes: int, num_items: int, kind: type[Exception]
+) -> None:
+    """Where waiting would not help, the request is refused for good."""
+    decoders = CrowdedDecoders(num_bytes)
+    pipeline = MediaPipeline(MediaConfig(), FakeProcessor(), FeatureCache(0), decoders=decoders)
+    refs = [MediaRef("image", "bytes", encoded(picture(seed=i))) for i in range(num_items)]
+    with pytest.raises(kind) as caught:
+        await pipeline.load(refs)
+    assert type(caught.value) is kind
+    if kind is MediaTooLargeError:
+        assert f"{num_items * num_bytes} bytes" in str(caught.value)
+    pipeline.close()
+
+
+async def test_embeddings_that_can_never_fit_are_too_large() -> None:
+    class Full(SharedArraysFolder):
+        def write(self, arrays: Mapping[str, np.ndarray]) -> NoReturn:
+            size = sum(array.nbytes for array in arrays.values())
+            raise NoRoomError(size, 2 * size - 1)
+
+    config, processor = MediaConfig(enable_mm_embeds=True), FakeProcessor()
+    pipeline = MediaPipeline(config, processor, FeatureCache(0), shared_folder=Full())
+    one, two = (MediaRef("image", "embeds", torch.ones(1, 4, 8) * n, param=f"p{n}") for n in (1, 2))
+    with pytest.raises(OverloadedError):
+        await pipeline.load([one])
+    with pytest.raises(MediaTooLargeError):
+        await pipeline.load([one, two])
+    pipeline.close()
 
 
 @pytest.mark.parametrize("num_failures", [1, 2])

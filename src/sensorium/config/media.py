@@ -84,7 +84,7 @@ class MediaConfig:
     max_media_bytes_in_flight: int = option(
         2048 * MIB,
         "Maximum number of bytes of all downloads that are running or wait to be decoded; beyond "
-        "it, 503.",
+        "it, 503; for a request with more than that alone, 413.",
         ge=1,
         le=_MOST,
     )

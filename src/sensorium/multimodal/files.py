@@ -85,7 +85,9 @@ class FileOpener:
                 "(--max-items-per-request).",
                 param=files[most].param or None,
             )
-        received = RequestBytes(self._config.max_request_media_bytes)
+        received = RequestBytes(
+            self._config.max_request_media_bytes, self._config.max_media_bytes_in_flight
+        )
         slots = asyncio.Semaphore(_AT_ONCE)
 
         async def one(file: FileRef) -> list[MediaRef | str]:
@@ -131,18 +133,22 @@ class FileOpener:
         if file.read is not None:
             self._check_size(file.num_bytes)
             received.add(file.num_bytes)
-            self._hold(file.num_bytes, held)
+            self._hold(file.num_bytes, received, held)
             return await self._workers.run(_read, file.read)
         assert file.source is not None
         fetched = await self._fetcher.fetch(file.source, "document", received)
         self._check_size(len(fetched.data))
         received.add(len(fetched.data))
         if not is_data_url(file.source):
-            self._hold(len(fetched.data), held)
+            self._hold(len(fetched.data), received, held)
         return fetched.data, fetched.digest
 
-    def _hold(self, num_bytes: int, held: ExitStack) -> None:
-        """Count bytes against those of all downloads. Raises OverloadedError."""
+    def _hold(self, num_bytes: int, received: RequestBytes, held: ExitStack) -> None:
+        """Count bytes against those of all downloads.
+
+        Raises OverloadedError, and MediaTooLargeError where waiting would not help.
+        """
+        received.add_in_flight(num_bytes)
         self._fetcher.budget.change(num_bytes)
         held.callback(self._fetcher.budget.change, -num_bytes)
 

@@ -7,9 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from sensorium import tracing
@@ -26,8 +24,8 @@ from sensorium.errors import (
 from sensorium.multimodal.cache import digest as digests
 from sensorium.multimodal.cache.features import DigestMemo, FeatureCache
 from sensorium.multimodal.cache.single_flight import SingleFlight
-from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob
-from sensorium.multimodal.fetch.budget import RequestBytes
+from sensorium.multimodal.context import LoadContext
+from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob, Prepared
 from sensorium.multimodal.fetch.fetcher import Fetcher, is_data_url, is_local
 from sensorium.multimodal.files import FileOpener
 from sensorium.multimodal.items import (
@@ -42,9 +40,9 @@ from sensorium.multimodal.items import (
 from sensorium.multimodal.parse import limits, part_options
 from sensorium.multimodal.parse.data import has_image_shape
 from sensorium.multimodal.parse.embeddings import decode_embeddings
-from sensorium.multimodal.parse.item_options import ItemOptions, OptionRules
+from sensorium.multimodal.parse.item_options import OptionRules
 from sensorium.multimodal.processor import Processor
-from sensorium.multimodal.shared_memory import SharedArrays, SharedArraysFolder
+from sensorium.multimodal.shared_memory import NoRoomError, SharedArrays, SharedArraysFolder
 from sensorium.multimodal.stats import MediaStats, StageCounters
 from sensorium.multimodal.workers.decode_worker import NO_ROOM
 from sensorium.multimodal.workers.pool import Decoders, ThreadDecoders
@@ -56,20 +54,6 @@ MAX_INLINE_HASH_CHARS = 1 << 19
 
 T = TypeVar("T")
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class LoadContext:
-    """State that the items of one request share. Written by ``MediaPipeline`` only."""
-
-    options: ItemOptions
-    tenant: str
-    salt: str
-    fetch_slots: asyncio.Semaphore
-    received: RequestBytes
-    num_items: Counter[Modality] = field(default_factory=Counter)
-    pinned: list[bytes] = field(default_factory=list)
-    held: list[bytes] = field(default_factory=list)
 
 
 class _Loaded(NamedTuple):
@@ -147,13 +131,7 @@ class MediaPipeline:
         self.check(refs)
         refs, mm_processor_kwargs = part_options.with_rates(refs, mm_processor_kwargs)
         options = self._rules.of_request(mm_processor_kwargs, media_io_kwargs)
-        context = LoadContext(
-            options=options,
-            tenant=tenant,
-            salt=cache_salt or "",
-            fetch_slots=asyncio.Semaphore(self._config.max_media_fetches_per_request),
-            received=RequestBytes(self._config.max_request_media_bytes),
-        )
+        context = LoadContext.of(self._config, options, tenant=tenant, salt=cache_salt or "")
         for ref in refs:
             context.num_items[ref.modality] += len(ref.uuids) or 1
         try:
@@ -223,6 +201,7 @@ class MediaPipeline:
         if digest is not None and features is not None:
             tracing.station("cached", item=ref.param, modality=ref.modality)
             cost = LoadCost(ref.param, cached=True)
+            context.needed[digest] = features.num_bytes
             return MediaItem(ref.modality, digest, features, cost)
         if ref.kind == "cached":
             raise MediaNotCachedError(
@@ -239,13 +218,15 @@ class MediaPipeline:
             digest = self._item_digest(ref.modality, content, context)
             features = self._lookup(digest, context)
         if features is None:
-            features, decoding, processing = await self._preparations.run(
-                digest, lambda: self._prepare(ref, source, digest, context)
-            )
+            with context.placing(digest):
+                features, decoding, processing = await self._preparations.run(
+                    digest, lambda: self._prepare(ref, source, digest, context)
+                )
             cost = dataclasses.replace(cost, decode_seconds=decoding, preprocess_seconds=processing)
         else:
             tracing.station("cached", item=ref.param, modality=ref.modality)
             cost = dataclasses.replace(cost, cached=True)
+        context.needed[digest] = features.num_bytes
         return MediaItem(ref.modality, digest, features, cost)
 
     async def _fetch(self, ref: MediaRef, context: LoadContext) -> Fetched:
@@ -262,8 +243,7 @@ class MediaPipeline:
             async with contextlib.nullcontext() if is_data else context.fetch_slots:
                 fetched = await self.fetcher.fetch(ref.source, ref.modality, context.received)
             if not is_data and not is_local(ref.source):
-                self.fetcher.budget.hold(fetched.digest, len(fetched.data))
-                context.held.append(fetched.digest)
+                context.hold(fetched, self.fetcher.budget)
         size = len(fetched.data)
         if ref.kind == "url":
             tracing.station("fetched", began, item=ref.param, modality=ref.modality, bytes=size)
@@ -300,20 +280,32 @@ class MediaPipeline:
         if page is not None:
             page.check_time(self._config.document_timeout)
             source = page.document.data
-        decoders = self._decoders if isinstance(source, bytes) else self._threads
-        try:
-            prepared = await decoders.prepare(decode, source)
-        except OverloadedError:  # no room for the result
-            self._cache.clear()
-            prepared = await decoders.prepare(decode, source)
+        prepared = await self._decoded(decode, source, digest, context)
         if page is not None:
             page.document.seconds += prepared.decode_seconds
         prepared.trace(ref.param, ref.modality)
-        features = await self._shared(prepared.features)
+        features = await self._shared(prepared.features, context, digest)
         self._counters.add("decode", prepared.decode_seconds, prepared.decoded_bytes)
         self._counters.add("preprocess", prepared.preprocess_seconds, features.num_bytes)
         self._cache.put(digest, features)
         return _Loaded(features, prepared.decode_seconds, prepared.preprocess_seconds)
+
+    async def _decoded(
+        self, job: DecodeJob, source: Any, digest: bytes, context: LoadContext
+    ) -> Prepared:
+        """Decode an item; where there is no room for it, once more without what is cached.
+
+        Raises as ``Decoders.prepare``.
+        """
+        decoders = self._decoders if isinstance(source, bytes) else self._threads
+        try:
+            return await decoders.prepare(job, source)
+        except NoRoomError as error:
+            context.needed[digest] = error.num_bytes
+        except OverloadedError:
+            pass
+        self._cache.clear()
+        return await decoders.prepare(job, source)
 
     async def _load_embeddings(self, ref: MediaRef, context: LoadContext) -> list[MediaItem]:
         ids = ref.uuids or (ref.uuid,)
@@ -331,7 +323,10 @@ class MediaPipeline:
                 f"The part holds the embeddings of {len(read)} {ref.modality} items; send one part "
                 "per item."
             )
-        all_features = [await self._shared(features) for features in read]
+        all_features = []
+        for index, features in enumerate(read):
+            with context.placing((ref.param, index)):
+                all_features.append(await self._shared(features, context, (ref.param, index)))
         if len(ids) == 1 and ids[0] is None:
             known = [None] * len(all_features)
         if len(known) != len(all_features):
@@ -363,8 +358,12 @@ class MediaPipeline:
                 param=error.param,
             ) from None
 
-    async def _shared(self, features: Features) -> Features:
-        """Move features to shared memory, if required. Raises OverloadedError if it is full."""
+    async def _shared(self, features: Features, context: LoadContext, item: Hashable) -> Features:
+        """Move features to shared memory, if required.
+
+        Raises NoRoomError if it is full, OverloadedError if it cannot be written.
+        """
+        context.needed[item] = features.num_bytes
         if self._shared_folder is None or isinstance(features.arrays, SharedArrays):
             return features
         try:
@@ -373,6 +372,8 @@ class MediaPipeline:
             self._cache.clear()
             try:
                 arrays = await self._workers.run(self._shared_folder.write, features.arrays)
+            except NoRoomError:
+                raise
             except OSError:
                 _logger.exception("failed to write features to shared memory")
                 raise OverloadedError(NO_ROOM) from None

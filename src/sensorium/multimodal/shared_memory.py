@@ -10,6 +10,7 @@ cache has let go of it, and so has every request that uses it - the file is remo
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -28,6 +29,20 @@ _ALIGNMENT = 64
 MEMORY_FOLDER = Path("/dev/shm")
 _AMPLE_BYTES = 1 << 30
 _MAX_DIMENSIONS = 8
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class NoRoomError(OSError):
+    """A file system has no room for a segment now.
+
+    Attributes:
+        num_bytes: Size of the segment.
+        total_bytes: Size of the file system: more will never fit.
+    """
+
+    def __init__(self, num_bytes: int, total_bytes: int) -> None:
+        super().__init__(errno.ENOSPC, f"no room for {num_bytes} of {total_bytes} bytes")
+        self.num_bytes, self.total_bytes = num_bytes, total_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +99,7 @@ class SharedArrays(Mapping[str, np.ndarray]):
 def write(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, ArraySpec]:
     """Write arrays into a new file.
 
-    Raises OSError, and leaves none behind, when there is no room for them.
+    Raises NoRoomError, or another OSError, and leaves none behind, when it cannot be written.
     """
     specs: dict[str, ArraySpec] = {}
     offset = 0
@@ -97,8 +112,10 @@ def write(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, ArraySpec]:
                 file.seek(spec.offset)
                 file.write(np.ascontiguousarray(arrays[name]).data)
             file.truncate(offset + 1)  # an empty array may begin at the end
-    except OSError:
+    except OSError as error:
         remove(path)
+        if error.errno in _FULL:
+            raise NoRoomError(offset, shutil.disk_usage(Path(path).parent).total) from None
         raise
     return specs
 
@@ -136,7 +153,7 @@ class SharedArraysFolder:
             return str(self.path / str(self._count))
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> SharedArrays:
-        """A new segment. Raises OSError when there is no room for it."""
+        """A new segment. Raises OSError, NoRoomError among them, when it cannot be written."""
         path = self.new_path()
         return SharedArrays(path, write(path, arrays), owned=True)
 

@@ -105,6 +105,23 @@ async def test_a_request_that_joins_late_is_refused_at_once() -> None:
             await asyncio.Event().wait()
 
 
+async def test_what_counts_in_flight_has_a_limit_of_its_own() -> None:
+    """It is told even where the budget of all refuses the same bytes first."""
+    request, budget = RequestBytes(100, 10), ByteBudget(10)
+    request.add(50)
+    request.add_in_flight(5)
+    budget.change(5)
+    download = DownloadProgress()
+    with pytest.raises(MediaTooLargeError, match=r"more than 10 bytes.*in-flight"):
+        async with request.waiting(download):
+            with budget.share(download.update) as share:
+                share.change(5)
+                share.change(1)
+    assert (budget.num_bytes, download.num_bytes, request.num_coming) == (5, 0, 50)
+    with pytest.raises(MediaTooLargeError):
+        request.add_in_flight(6)
+
+
 async def test_two_that_wait_for_one_download_count_it_once() -> None:
     request, download = RequestBytes(10), DownloadProgress()
     async with request.waiting(download), request.waiting(download):

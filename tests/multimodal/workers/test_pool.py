@@ -5,15 +5,16 @@ nothing else.
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import os
+import shutil
 import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -28,6 +29,7 @@ from sensorium.errors import (
     OverloadedError,
     UnavailableError,
 )
+from sensorium.multimodal import shared_memory
 from sensorium.multimodal.decode.image import ImageOptions
 from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob, Prepared
 from sensorium.multimodal.decode.video import video_frames
@@ -361,15 +363,21 @@ async def test_workers_that_cannot_be_started_are_an_error_and_no_hang() -> None
     decoders.close()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_no_room_for_the_features_is_an_overload(
-    monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    def full(path: str, arrays: object) -> NoReturn:
-        raise OSError(number, "no room")
+def test_no_room_for_the_features_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shared_memory, "open", lambda *_: FileIO("/dev/full", "w"), raising=False)
+    request = messages.DecodeRequest(job(), str(tmp_path / "1"), len(DATA))
+    answer = decode_worker.answer(request, DATA, FakeProcessor(), MediaConfig())
+    reply = messages.decode_reply(messages.encode(answer), request.path, job())
+    assert isinstance(reply, messages.NoRoom)
+    error = reply.error()
+    assert error.num_bytes >= 6 * 4 * 3
+    assert error.total_bytes == shutil.disk_usage(tmp_path).total
+    with pytest.raises(TypeError):
+        messages.decode_reply(messages.encode(answer), request.path, InspectJob())
 
-    monkeypatch.setattr(decode_worker, "write", full)
-    request = messages.DecodeRequest(job(), "unused", len(DATA))
+
+def test_a_folder_that_is_gone_is_an_overload(tmp_path: Path) -> None:
+    request = messages.DecodeRequest(job(), str(tmp_path / "gone" / "1"), len(DATA))
     answer = decode_worker.answer(request, DATA, FakeProcessor(), MediaConfig())
     assert isinstance(answer, messages.Failed)
     assert answer.code == OverloadedError.code

@@ -102,6 +102,20 @@ async def test_wrong_queries_are_refused(app: App, query: str) -> None:
     assert answer.error["param"] == query.partition("=")[0]
 
 
+@pytest.mark.parametrize(("keys", "most"), [((), 3000), (("ada", "ben"), 1500)])
+async def test_a_file_larger_than_all_that_may_be_stored_is_too_large(
+    folder: Path, keys: tuple[str, ...], most: int
+) -> None:
+    app = App(file_folder=str(folder), max_stored_file_bytes=3000, api_key=keys)
+    headers = {"authorization": "Bearer ada"}
+    answer = await upload(app, bytes(most + 1), headers=headers)
+    assert (answer.status, answer.error["code"]) == (413, "media_too_large")
+    assert f"{most} bytes, the limit (--max-stored-file-bytes)" in answer.error["message"]
+    assert (await upload(app, bytes(most), headers=headers)).status == 200
+    assert (await upload(app, b"x", headers=headers)).status == 503
+    app.app.state.context.files.close()
+
+
 async def test_a_tenant_sees_only_its_own(folder: Path) -> None:
     app = App(file_folder=str(folder), api_key=("ada", "ben"))
     ada, ben = ({"authorization": f"Bearer {name}"} for name in ("ada", "ben"))

@@ -102,9 +102,14 @@ class Share:
             self._change(-self.num_bytes)
 
     def _change(self, num_bytes: int) -> None:
-        self._budget.change(num_bytes)
+        # Told first, as who waits may be refused for good where others would only be for now.
+        self._on_change(self.num_bytes + num_bytes)
+        try:
+            self._budget.change(num_bytes)
+        except OverloadedError:
+            self._on_change(self.num_bytes)
+            raise
         self.num_bytes += num_bytes
-        self._on_change(self.num_bytes)
 
 
 class DownloadProgress:
@@ -138,33 +143,46 @@ class DownloadProgress:
 class RequestBytes:
     """Bounds the bytes of one request: contents it has, and downloads it waits for, as they come.
 
-    A download may go on for other requests when this one is past ``limit``. Belongs to one event
+    A download may go on for other requests when this one is past a limit. Belongs to one event
     loop.
+
+    Args:
+        limit: Most bytes of all contents.
+        limit_in_flight: Most bytes of those that count against the budget of all downloads: with
+            more, waiting for others would not help.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, limit_in_flight: int | None = None) -> None:
         self.limit = limit
+        self.limit_in_flight = limit_in_flight
         self.num_bytes = 0
+        self.num_in_flight = 0
         self._lock = threading.Lock()
         self._downloads: list[DownloadProgress] = []
 
     def add(self, num_bytes: int) -> None:
         """Count a content. Raises MediaTooLargeError past the limit."""
         self.num_bytes += num_bytes
-        if self.num_bytes > self.limit:
-            raise self._too_large()
+        self._check()
+
+    def add_in_flight(self, num_bytes: int) -> None:
+        """Count a content against the limit of downloads. Raises MediaTooLargeError past it."""
+        self.num_in_flight += num_bytes
+        self._check()
 
     @asynccontextmanager
     async def waiting(self, download: DownloadProgress) -> AsyncIterator[None]:
-        """Count a download that the block waits for. Raises MediaTooLargeError past the limit."""
+        """Count a download that the block waits for. Raises MediaTooLargeError past a limit."""
         loop = asyncio.get_running_loop()
-        is_over = has_left = False
+        passed: MediaTooLargeError | None = None
+        has_left = False
 
         def check() -> None:  # runs in the thread of the download
-            nonlocal is_over
-            if not is_over and self.num_coming > self.limit:
-                is_over = True
-                loop.call_soon_threadsafe(end_wait)
+            nonlocal passed
+            if passed is None:
+                passed = self._passed()
+                if passed is not None:
+                    loop.call_soon_threadsafe(end_wait)
 
         def end_wait() -> None:
             if not has_left:
@@ -180,8 +198,12 @@ class RequestBytes:
                 finally:
                     has_left = True
         except TimeoutError:
-            if timeout.expired():
-                raise self._too_large() from None
+            if timeout.expired() and passed is not None:
+                raise passed from None
+            raise
+        except OverloadedError:
+            if passed is not None:
+                raise passed from None
             raise
         finally:
             with self._lock:
@@ -190,11 +212,25 @@ class RequestBytes:
     @property
     def num_coming(self) -> int:
         """Bytes of contents and of running downloads."""
-        with self._lock:
-            return self.num_bytes + sum(d.num_bytes for d in set(self._downloads))
+        return self.num_bytes + self._num_downloading()
 
-    def _too_large(self) -> MediaTooLargeError:
+    def _num_downloading(self) -> int:
+        with self._lock:
+            return sum(d.num_bytes for d in set(self._downloads))
+
+    def _check(self) -> None:
+        passed = self._passed()
+        if passed is not None:
+            raise passed
+
+    def _passed(self) -> MediaTooLargeError | None:
+        """Return the error for the limit that is passed, if one is."""
+        coming = self._num_downloading()
+        most, flag = self.limit, "--max-request-media-bytes"
+        if self.num_bytes + coming <= most:
+            if self.limit_in_flight is None or self.num_in_flight + coming <= self.limit_in_flight:
+                return None
+            most, flag = self.limit_in_flight, "--max-media-bytes-in-flight"
         return MediaTooLargeError(
-            f"The media of the request have more than {self.limit} bytes together, "
-            "the limit (--max-request-media-bytes)."
+            f"The media of the request have more than {most} bytes together, the limit ({flag})."
         )

@@ -25,6 +25,7 @@ from sensorium.multimodal.workers.messages import (
     Done,
     Failed,
     Inspected,
+    NoRoom,
     decode_reply,
     encode_request,
 )
@@ -118,7 +119,11 @@ class Worker:
         return self._process
 
     def run(self, task: DecodeTask) -> Done | Inspected:
-        """Return the answer to a task. Raises RequestError, OverloadedError or UnavailableError."""
+        """Return the answer to a task.
+
+        Raises RequestError, OverloadedError or UnavailableError, and NoRoomError where there is no
+        room for the features.
+        """
         request = encode_request(DecodeRequest(task.job, task.path, len(task.source)))
         seconds = task.job.most_seconds(self._config)
         process = self.start()
@@ -147,7 +152,7 @@ class Worker:
                 "file is damaged, or takes too much."
             )
         self._num_jobs += 1
-        if isinstance(reply, Failed):
+        if isinstance(reply, Failed | NoRoom):
             raise reply.error()
         return reply
 

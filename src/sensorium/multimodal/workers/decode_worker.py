@@ -35,12 +35,14 @@ from sensorium.multimodal.decode.loaders import LOADERS, DecodeJob, InspectJob, 
 from sensorium.multimodal.decode.shortage import check_shortage
 from sensorium.multimodal.items import Modality
 from sensorium.multimodal.processor import Processor
-from sensorium.multimodal.shared_memory import write
+from sensorium.multimodal.shared_memory import NoRoomError, write
 from sensorium.multimodal.workers.messages import (
     DecodeRequest,
     Done,
     Failed,
     Inspected,
+    NoRoom,
+    Reply,
     decode_request,
     encode,
 )
@@ -60,8 +62,6 @@ _MAX_FILES = 256
 NICENESS = 5
 """Workers give way to the server's event loop, which needs little time but needs it at once."""
 _FIRST_TO_GO = "500"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.ENOENT)
-"""Errors that mean that the file cannot be written; the last one when its folder was removed."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +96,7 @@ def _work(requests: socket.socket, *, processor: Processor, config: MediaConfig)
     return 0
 
 
-def answer(
-    request: DecodeRequest, data: bytes, processor: Processor, config: MediaConfig
-) -> Done | Inspected | Failed:
+def answer(request: DecodeRequest, data: bytes, processor: Processor, config: MediaConfig) -> Reply:
     """Decode and preprocess an encoded file, and write its features into the request's file.
 
     Of a PDF to be inspected, the reply has the facts of its pages.
@@ -110,6 +108,8 @@ def answer(
         return _decoded(job, request.path, data, processor, config)
     except SensoriumError as error:
         return Failed(error.message, error.code, error.param)
+    except NoRoomError as error:
+        return NoRoom(error.num_bytes, error.total_bytes)
     except Exception as error:
         return _failed(error, job.noun, config)
 
@@ -133,8 +133,8 @@ def _decoded(
 
 def _failed(error: Exception, noun: str, config: MediaConfig) -> Failed:
     """Return what the caller gets to know of an error that no decoder foresaw."""
-    if isinstance(error, OSError) and error.errno in _NO_ROOM:
-        return Failed(NO_ROOM, OverloadedError.code)
+    if isinstance(error, OSError) and error.errno == errno.ENOENT:
+        return Failed(NO_ROOM, OverloadedError.code)  # the folder was removed
     try:
         check_shortage(error)
     except MemoryError:

@@ -20,7 +20,7 @@ from sensorium.errors import (
 )
 from sensorium.multimodal.decode.loaders import DecodeJob, InspectJob
 from sensorium.multimodal.items import PageFacts
-from sensorium.multimodal.shared_memory import ArraySpec, check
+from sensorium.multimodal.shared_memory import ArraySpec, NoRoomError, check
 from sensorium.multimodal.workers.packing import decode_extension, encode_other
 
 MOST_EMBEDS = 1 << 24
@@ -74,9 +74,24 @@ class Failed(msgspec.Struct, tag=True):
         return MediaUndecodableError(message, param=self.param)
 
 
+class NoRoom(msgspec.Struct, tag=True):
+    """Message from a worker: the features have so many bytes, for which there is no room now.
+
+    ``total_bytes``: what the file system has in all.
+    """
+
+    num_bytes: int
+    total_bytes: int
+
+    def error(self) -> NoRoomError:
+        """Return the error to raise."""
+        return NoRoomError(self.num_bytes, self.total_bytes)
+
+
+Reply = Done | Inspected | Failed | NoRoom
 encode = msgspec.msgpack.Encoder(enc_hook=encode_other).encode
 decode_request = msgspec.msgpack.Decoder(DecodeRequest, ext_hook=decode_extension).decode
-_decode_reply = msgspec.msgpack.Decoder(Done | Inspected | Failed, ext_hook=decode_extension).decode
+_decode_reply = msgspec.msgpack.Decoder(Reply, ext_hook=decode_extension).decode
 
 
 def encode_request(request: DecodeRequest) -> bytes:
@@ -91,13 +106,14 @@ def encode_request(request: DecodeRequest) -> bytes:
         ) from None
 
 
-def decode_reply(data: bytes, path: str, job: DecodeJob | InspectJob) -> Done | Inspected | Failed:
+def decode_reply(data: bytes, path: str, job: DecodeJob | InspectJob) -> Reply:
     """Return a worker's reply to a job, whose arrays lie in the file ``path``.
 
     Raises ValueError, TypeError or OSError for one that cannot be true.
     """
     reply = _decode_reply(data)
-    if not isinstance(reply, Failed | (Inspected if isinstance(job, InspectJob) else Done)):
+    wanted = Inspected if isinstance(job, InspectJob) else Done | NoRoom
+    if not isinstance(reply, Failed | wanted):
         raise TypeError("a worker cannot have answered another job")
     if isinstance(reply, Done):
         check(path, reply.specs)

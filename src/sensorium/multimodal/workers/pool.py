@@ -46,8 +46,8 @@ class Decoders(Protocol):
     async def prepare(self, job: DecodeJob, source: Any) -> Prepared:
         """Return the features of an item. Cancelling the caller ends the work.
 
-        Raises RequestError, OverloadedError where there is no room for the features, and
-        UnavailableError.
+        Raises RequestError, OverloadedError and UnavailableError, and NoRoomError where there is no
+        room for the features.
         """
         ...
 

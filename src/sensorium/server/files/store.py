@@ -184,11 +184,17 @@ class FileStore:
         self._bytes_of[tenant] -= num_bytes
 
     def check_size(self, num_bytes: int) -> None:
-        """Raise MediaTooLargeError for a file of more bytes than one may have."""
-        most = self._config.max_file_bytes
+        """Raise MediaTooLargeError for a file of more bytes than one may have.
+
+        That is also all that may be stored: beyond it no other file's end would make room.
+        """
+        share = self._config.share_of(self._config.max_stored_file_bytes)
+        most, flag = min(
+            (self._config.max_file_bytes, "--max-file-bytes"), (share, "--max-stored-file-bytes")
+        )
         if num_bytes > most:
             raise MediaTooLargeError(
-                f"The file has more than {most} bytes, the limit (--max-file-bytes).", param="file"
+                f"The file has more than {most} bytes, the limit ({flag}).", param="file"
             )
 
     def no_room(self) -> UnavailableError:
