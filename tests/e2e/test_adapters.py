@@ -177,7 +177,7 @@ def test_adapters_make_room_where_their_memory_is_bounded(tmp_path: Path, base: 
         LoRARequest(name, seed, str(make_adapter(tmp_path / name, base, rank=64, seed=seed)))
         for seed, name in enumerate("abc")
     ]
-    with build_llm(base, **ENABLED, max_lora_memory_gb=0.001) as parts:
+    with build_llm(base, **ENABLED, max_lora_memory_gb=0.001, max_lora_rank=512) as parts:
         for request in requests:
             answers(parts.llm, ["red"], request)
         assert [adapter.name for adapter in parts.engine.facts.adapters] == ["b", "c"]
@@ -185,6 +185,11 @@ def test_adapters_make_room_where_their_memory_is_bounded(tmp_path: Path, base: 
             ConfigError, match=r"Adapter .a.: It takes .* beside .*--max-lora-memory"
         ):
             answers(parts.llm, ["red"] * 3, [requests[1], requests[2], requests[0]])
+        middle = make_adapter(tmp_path / "middle", base, rank=128)
+        with pytest.raises(ConfigError, match="beside"):
+            answers(parts.llm, ["red"] * 2, [LoRARequest("middle", 9, str(middle)), requests[2]])
+        names = [adapter.name for adapter in parts.engine.facts.adapters]
+        assert names == ["b", "c"], "forgetting b would not have sufficed"
     large = make_adapter(tmp_path / "large", base, rank=400)
     with build_llm(base, **ENABLED, max_lora_memory_gb=0.001, max_lora_rank=512) as parts:
         answers(parts.llm, ["red"], requests[0])

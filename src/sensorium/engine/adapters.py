@@ -105,6 +105,17 @@ class EngineAdapters:
             found = Path(folder) if folder else find_adapter(path, self._download_dir)
             return NamedAdapter(name, path, str(found), self._lanes.read(found, progress))
 
+    def bytes_of(self, name: str, path: str) -> tuple[str, int]:
+        """Return the folder of an adapter, downloaded if need be, and the memory it will take.
+
+        Raises ConfigError when it cannot be used.
+        """
+        if self._lanes is None:
+            raise ConfigError(NOT_ENABLED, param="enable_lora")
+        with named(name):
+            found = find_adapter(path, self._download_dir)
+            return str(found), self._lanes.bytes_of(found)
+
     def add(self, found: NamedAdapter) -> AdapterFacts:
         """Take an adapter that was read. Raises ConfigError when there is no room for it."""
         assert self._lanes is not None
@@ -112,7 +123,13 @@ class EngineAdapters:
         with named(found.name):
             loaded = self._lanes.add(found.adapter)
         facts = AdapterFacts(
-            found.name, found.path, loaded.digest, loaded.rank, loaded.in_encoder, found.folder
+            found.name,
+            found.path,
+            loaded.digest,
+            loaded.rank,
+            loaded.in_encoder,
+            found.folder,
+            loaded.nbytes,
         )
         self._known[found.name] = facts
         logger.info(

@@ -158,9 +158,13 @@ class Engine:
         self._iterations.forget()
         self._stations.clear()
 
-    def load_adapter(self, name: str, path: str) -> None:
+    def load_adapter(self, name: str, path: str, folder: str = "") -> None:
         """Load an adapter, which ``facts`` have from then on. Raises ConfigError."""
-        self.add_adapter(self.read_adapter(name, path))
+        self.add_adapter(self.read_adapter(name, path, folder))
+
+    def adapter_bytes(self, name: str, path: str) -> tuple[str, int]:
+        """Return the folder of an adapter, and the memory that it will take. Raises ConfigError."""
+        return self._adapters.bytes_of(name, path)
 
     def read_adapter(
         self,

@@ -108,6 +108,7 @@ class AdapterFacts:
         rank: The largest of its modules.
         in_encoder: It changes towers or projectors, so embeddings of media depend on it.
         folder: Where it was read.
+        num_bytes: Memory that it takes, together with others of equal content.
     """
 
     name: str
@@ -116,6 +117,7 @@ class AdapterFacts:
     rank: int
     in_encoder: bool = False
     folder: str = ""
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Protocol
 from sensorium.errors import ConfigError
 from sensorium.kernels.adapters import LowRank, PackedPart, RowAdapters, Run
 from sensorium.models.interface import Family, LoadableModel
-from sensorium.models.lora.read import Adapter, Module, open_adapter
+from sensorium.models.lora.read import Adapter, Module, OpenAdapter, open_adapter
 from sensorium.models.lora.targets import Target
 from sensorium.runtime.lanes import Lanes
 
@@ -118,14 +118,8 @@ class AdapterSet:
         progress: called after each of its modules. Raises ConfigError when it does not fit the
         model, or what is left of the memory.
         """
-        opened = open_adapter(
-            folder,
-            self._lanes.targets,
-            self._rules,
-            unused=self._unused,
-            max_rank=self._max_rank,
-        )
-        self._check_room(sum(self._packed_bytes(module) for module in opened.modules))
+        opened = self._opened(folder)
+        self._check_room(self._num_bytes(opened))
         whole: list[tuple[Target, LowRank]] = []
 
         def pack(target: Target, part: LowRank) -> PackedPart:
@@ -134,6 +128,25 @@ class AdapterSet:
             return self._lanes.pack(target, part)
 
         return replace(opened.read(self._dtype, pack, progress), whole=whole)
+
+    def bytes_of(self, folder: Path) -> int:
+        """Return the memory that an adapter will take. Raises ConfigError for one that cannot fit.
+
+        Little of it is read for that.
+        """
+        return self._num_bytes(self._opened(folder))
+
+    def _opened(self, folder: Path) -> OpenAdapter:
+        return open_adapter(
+            folder,
+            self._lanes.targets,
+            self._rules,
+            unused=self._unused,
+            max_rank=self._max_rank,
+        )
+
+    def _num_bytes(self, opened: OpenAdapter) -> int:
+        return sum(self._packed_bytes(module) for module in opened.modules)
 
     def add(self, adapter: Adapter) -> LoadedAdapter:
         """Put an adapter into a lane. Raises ConfigError when there is no room for it."""

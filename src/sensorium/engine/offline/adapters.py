@@ -12,7 +12,6 @@ from sensorium.engine.prompts.adapters import check_path, no_path
 from sensorium.engine.prompts.types import Prompt
 from sensorium.errors import ConfigError, InvalidRequestError, counted
 from sensorium.params import LoRARequest
-from sensorium.runtime.adapters import FULL
 
 Parse = Callable[[Any], Prompt]
 
@@ -46,8 +45,6 @@ class AdaptersOnDemand:
         if name not in loaded:
             if not path:
                 raise no_path(name)
-            if len(loaded) >= self._max_loras:
-                self._forget_one(wanted)
             self._load(name, path, wanted)
         else:
             check_path(name, path, [loaded[name].path])
@@ -56,24 +53,32 @@ class AdaptersOnDemand:
         self._last_used.append(name)
 
     def _load(self, name: str, path: str, wanted: Any) -> None:
-        """Load an adapter, and forget others as long as they leave no memory for it."""
-        while True:
-            try:
-                self._engine.load_adapter(name, path)
-                return
-            except ConfigError as error:
-                if error.param != FULL or not self._forget_one(wanted):
-                    raise
+        """Load an adapter, and forget others where that makes room for it.
 
-    def _forget_one(self, wanted: Any) -> bool:
-        """Forget the adapter used least recently, if none is in use. Return True if one went."""
+        Raises ConfigError, and forgets none then.
+        """
+        folder, num_bytes = self._engine.adapter_bytes(name, path)
+        for other in self._in_the_way(num_bytes, wanted):
+            self._engine.unload_adapter(other)
+            self._last_used.remove(other)
+        self._engine.load_adapter(name, path, folder)
+
+    def _in_the_way(self, num_bytes: int, wanted: Any) -> list[str]:
+        """Return the adapters that must go for one of so many bytes, those used least recently.
+
+        None where there is room, where some are in use, and where that would not suffice.
+        """
+        loaded, stats = self._engine.facts.adapters, self._engine.stats()
         unused = [name for name in self._last_used if name not in wanted]
-        stats = self._engine.stats()
-        if unused and not (stats.num_running or stats.num_waiting):
-            self._engine.unload_adapter(unused[0])
-            self._last_used.remove(unused[0])
-            return True
-        return False
+        if stats.num_running or stats.num_waiting:
+            unused = []
+        for num in range(len(unused) + 1):
+            going = unused[:num]
+            left = {one.digest: one.num_bytes for one in loaded if one.name not in going}
+            is_room = sum(left.values()) + num_bytes <= stats.lora_capacity_bytes
+            if is_room and len(loaded) - num < self._max_loras:
+                return going
+        return []
 
 
 def requests_of(given: object) -> list[LoRARequest | None]:
