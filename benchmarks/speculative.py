@@ -4,26 +4,35 @@
     python -m benchmarks.speculative --model FOLDER --equal 200
 
 FOLDER holds a checkpoint with a chat template, such as the one that ``benchmarks.smollm2`` makes.
-Two engines with the same weights answer the same prompts in turn. Times are those from the first
-token of the last answer to begin, so prompts are not counted: "decode" is all tokens until the last
-answer has ended, when few sequences may be left, "a sequence" the geometric mean of the speeds of
-the answers. Every answer has its full length. Results are appended to the file of results where it exists, so that a long
-comparison can be cut up; ratios are within one run.
+Two engines with the same weights, in one process and thread, answer the same prompts at the same
+time, in turns of ``TURN`` seconds; each has a clock that runs in its own turns alone. So whatever
+else slows the machine down slows both. Times are those from the first token of the last answer to
+begin, so prompts are not counted: "all" is all tokens until the last answer has ended, when few
+sequences may be left, "each" the geometric mean of the speeds of the answers. Every answer has its
+full length. The ratio of a task is the median of those of its rounds; the range is that of all.
+Before the rounds of a number of sequences, those of one task run once and are not counted. Results
+are appended to the file of results where it exists, so that a long comparison can be cut up.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Figures, Report, add_flags, figures_table, flag, in_turn, settings_of
-from sensorium import LLM, RequestOutput, SamplingParams
+from sensorium import RequestOutput, SamplingParams
+from sensorium.config import engine_config
+from sensorium.engine.offline.batch import BatchBuilder, conversations
+from sensorium.engine.offline.engine import OfflineEngine
+from sensorium.engine.prompts.types import chat_prompt
 
 WORDS = (
     "harbour lantern copper meadow signal orchard granite ferry winter market paper bridge garden "
@@ -111,6 +120,10 @@ TASKS = {
 SIDES = ("ngram", "plain")
 AT_ONCE = 4
 """Sequences at a time of which tokens are compared: few, so that many tokens are tried."""
+TURN = 0.1
+"""Seconds for which one engine runs before the other has its turn."""
+WARM_UP = "a page repeated"
+"""Task of the round that is not counted: many tokens are tried in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +136,7 @@ class Settings:
     tasks: tuple[str, ...] = flag(tuple(TASKS), "tasks", choices=list(TASKS))
     batches: tuple[int, ...] = flag((1, 8), "sequences at a time", quick=(2,))
     tokens: int = flag(96, "tokens of an answer", quick=8)
-    rounds: int = flag(2, "rounds, after one that is not counted", quick=1)
+    rounds: int = flag(4, "rounds", quick=1)
     threads: int = flag(1, "threads of the engine")
     most: int = flag(8, "most tokens that are tried (num_speculative_tokens)")
 
@@ -135,40 +148,93 @@ class Side:
         options: dict[str, Any] = {}
         if name == "ngram":
             options = {"speculative": "ngram", "num_speculative_tokens": settings.most}
-        self.llm = LLM(
-            settings.model,
-            dtype=settings.dtype,
-            quantization=settings.quantization or None,
-            num_threads=settings.threads,
-            max_model_len=1024,
-            enable_prefix_caching=False,
-            **options,
+        self.engine = OfflineEngine.build(
+            engine_config(
+                model=settings.model,
+                dtype=settings.dtype,
+                quantization=settings.quantization or None,
+                num_threads=settings.threads,
+                max_model_len=1024,
+                enable_prefix_caching=False,
+                **options,
+            )
         )
+        self._batches = BatchBuilder(self.engine.input_processor, self.engine.loop)
 
-    def answer(
-        self, prompts: list[str], tokens: int, task: Task
-    ) -> tuple[list[RequestOutput], list[float]]:
-        """Return answers, and for each the seconds from the last first token of all to its end."""
+    def answers(
+        self, prompts: Sequence[str], settings: Settings, task: Task
+    ) -> Iterator[tuple[int, RequestOutput]]:
+        """Yield index and output of a prompt whenever its answer grows, as the engine runs."""
         params = [
             SamplingParams(
                 temperature=task.temperature,
                 seed=number,
-                max_tokens=tokens,
+                max_tokens=settings.tokens,
                 ignore_eos=True,
                 prediction=task.expected(prompt) if task.expected else None,
             )
             for number, prompt in enumerate(prompts)
         ]
-        conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        outputs = self.llm.chat(conversations, params, use_tqdm=False)
-        times = [output.metrics for output in outputs if output.metrics is not None]
-        begin = max(each.first_token_time or 0.0 for each in times)
-        return outputs, [(each.finished_time or 0.0) - begin for each in times]
+        chats = conversations([[{"role": "user", "content": prompt}] for prompt in prompts])
+        for index, output in self.engine.updates(self._batches.text(chats, chat_prompt, params)):
+            assert isinstance(output, RequestOutput)
+            yield index, output
 
     def tried(self) -> tuple[int, int]:
         """Return how many tokens were tried so far, and how many of them were right."""
-        stats = self.llm.stats()
+        stats = self.engine.stats()
         return stats.num_draft_tokens, stats.num_accepted_tokens
+
+
+class Run:
+    """One engine on its way through some prompts, with a clock of its own."""
+
+    def __init__(self, side: Side, prompts: Sequence[str], settings: Settings, task: Task) -> None:
+        self.token_ids: list[list[int]] = [[] for _ in prompts]
+        self.is_done = False
+        self._answers = side.answers(prompts, settings, task)
+        self._clock = 0.0
+        self._begun: dict[int, float] = {}
+        self._ended: dict[int, float] = {}
+
+    def turn(self) -> None:
+        """Run for ``TURN`` seconds, or to the end."""
+        started = time.perf_counter()
+        for index, output in self._answers:
+            now = self._clock + time.perf_counter() - started
+            self._begun.setdefault(index, now)
+            if output.finished:
+                self._ended[index] = now
+                self.token_ids[index] = list(output.outputs[0].token_ids)
+            if now - self._clock > TURN:
+                self._clock = now
+                return
+        self.is_done = True
+
+    def seconds(self) -> list[float]:
+        """Return for each answer the seconds from the last first token of all to its end."""
+        begin = max(self._begun.values())
+        return [end - begin for end in self._ended.values()]
+
+
+def answers(side: Side, prompts: Sequence[str], settings: Settings, task: Task) -> list[list[int]]:
+    """Return the tokens of the answers to some prompts."""
+    run = Run(side, prompts, settings, task)
+    while not run.is_done:
+        run.turn()
+    return run.token_ids
+
+
+def round_of(
+    sides: dict[str, Side], first: int, prompts: Sequence[str], settings: Settings, task: Task
+) -> dict[str, Run]:
+    """Let both engines answer the prompts in turns; which begins is the ``first`` of them."""
+    runs = {name: Run(sides[name], prompts, settings, task) for name in in_turn(SIDES, first)}
+    while not all(run.is_done for run in runs.values()):
+        for run in runs.values():
+            if not run.is_done:
+                run.turn()
+    return runs
 
 
 def compare(sides: dict[str, Side], name: str, batch: int, settings: Settings) -> dict[str, Any]:
@@ -176,29 +242,34 @@ def compare(sides: dict[str, Side], name: str, batch: int, settings: Settings) -
     task, figures = TASKS[name], Figures()
     draw = random.Random(f"{name} {batch}")
     same, before = True, sides["ngram"].tried()
-    for round_ in range(settings.rounds + 1):
+    ratios: dict[str, list[float]] = {"all": [], "each": []}
+    for round_ in range(settings.rounds):
         prompts = [task.prompt(draw) for _ in range(batch)]
-        found = {}
-        for side in in_turn(SIDES, round_):
-            outputs, seconds = sides[side].answer(prompts, settings.tokens, task)
-            found[side] = [output.outputs[0].token_ids for output in outputs]
-            num_tokens = settings.tokens - 1
-            if round_:
-                all_of_them = batch * num_tokens / max(seconds)
-                figures.note("decode", side, all_of_them, "tokens/s", "higher")
-                speed = statistics.geometric_mean(num_tokens / each for each in seconds)
-                figures.note("a sequence", side, speed, "tokens/s", "higher")
-        same = same and found["ngram"] == found["plain"]
+        runs = round_of(sides, round_, prompts, settings, task)
+        speeds: dict[str, dict[str, float]] = {"all": {}, "each": {}}
+        for side, run in runs.items():
+            seconds, num_tokens = run.seconds(), settings.tokens - 1
+            speeds["all"][side] = batch * num_tokens / max(seconds)
+            speeds["each"][side] = statistics.geometric_mean(num_tokens / s for s in seconds)
+        for figure, by_side in speeds.items():
+            ratios[figure].append(by_side["ngram"] / by_side["plain"])
+            for side, speed in by_side.items():
+                figures.note(figure, side, speed, "tokens/s", "higher")
+        same = same and runs["ngram"].token_ids == runs["plain"].token_ids
     tried, right = (now - then for now, then in zip(sides["ngram"].tried(), before, strict=True))
     summary = figures.summary("ngram")
+    middle = {figure: statistics.median(each) for figure, each in ratios.items()}
     print(f"{name}, {batch} at a time: {right} of {tried} tried tokens right", flush=True)
     print(figures_table(summary, SIDES, "ngram"), "" if same else "  OTHER TOKENS", flush=True)
+    print(f"median of the rounds: all {middle['all']:.3f}, each {middle['each']:.3f}", flush=True)
     return {
         "task": name,
         "batch": batch,
+        "rounds": settings.rounds,
         "same_tokens": same,
         "tried": tried,
         "right": right,
+        "ratio": middle,
         **summary,
     }
 
@@ -214,9 +285,9 @@ def equal(sides: dict[str, Side], number: int, settings: Settings) -> dict[str, 
         found[side] = [
             output.outputs[0].token_ids
             for start in range(0, number, AT_ONCE)
-            for output in sides[side].answer(
-                prompts[start : start + AT_ONCE], settings.tokens, greedy[0]
-            )[0]
+            for output in answers(
+                sides[side], prompts[start : start + AT_ONCE], settings, greedy[0]
+            )
         ]
     tried, right = (now - then for now, then in zip(sides["ngram"].tried(), before, strict=True))
     num_equal = sum(a == b for a, b in zip(found["ngram"], found["plain"], strict=True))
@@ -250,13 +321,14 @@ def main() -> int:
             report.write(runs=runs, equal=compared)
             return 0
         for batch in settings.batches:
+            compare(sides, WARM_UP, batch, dataclasses.replace(settings, rounds=1))
             for name in settings.tasks:
                 found = compare(sides, name, batch, settings)
                 runs.append({**with_quantization, "threads": settings.threads, **found})
                 report.write(runs=runs, equal=compared)
     finally:
         for side in sides.values():
-            side.llm.close()
+            side.engine.close()
     print(report.path)
     return 0
 

@@ -92,7 +92,7 @@ INNER_ORDER: dict[str, tuple[set[str], ...]] = {
         {"cache", "workers"},
         {"fetch"},
         {"parse"},
-        {"stats", "files"},
+        {"stats", "files", "context"},
         {"pipeline"},
     ),
     "text": (

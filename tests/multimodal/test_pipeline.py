@@ -407,31 +407,35 @@ class FullDecoders:
 
 
 class CrowdedDecoders(FullDecoders):
-    """No room for the features of any item, which take ``num_bytes`` of 100 each."""
+    """Features of ``num_bytes`` each; there is room for 100, of which others have some."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, num_others: int) -> None:
         super().__init__(0, FeatureCache(0))
         self.num_bytes = num_bytes
+        self.num_used = num_others
 
     async def prepare(self, job: DecodeJob, source: object) -> Prepared:
-        await asyncio.sleep(0)
-        raise NoRoomError(self.num_bytes, 100)
+        if self.num_used + self.num_bytes > 100:
+            raise NoRoomError(self.num_bytes, 100)
+        self.num_used += self.num_bytes
+        pixels = np.zeros(self.num_bytes, np.uint8)
+        return Prepared(Features("image", {"pixels": pixels}, 4), 0.1, 3, 0.1)
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "num_items", "kind"),
+    ("num_bytes", "num_others", "num_items", "kind"),
     [
-        (100, 1, OverloadedError),
-        (101, 1, MediaTooLargeError),
-        (50, 2, OverloadedError),
-        (51, 2, MediaTooLargeError),
+        (100, 1, 1, OverloadedError),
+        (101, 0, 1, MediaTooLargeError),
+        (50, 51, 2, OverloadedError),
+        (51, 0, 2, MediaTooLargeError),
     ],
 )
 async def test_what_can_never_fit_is_too_large(
-    num_bytes: int, num_items: int, kind: type[Exception]
+    num_bytes: int, num_others: int, num_items: int, kind: type[Exception]
 ) -> None:
     """Where waiting would not help, the request is refused for good."""
-    decoders = CrowdedDecoders(num_bytes)
+    decoders = CrowdedDecoders(num_bytes, num_others)
     pipeline = MediaPipeline(MediaConfig(), FakeProcessor(), FeatureCache(0), decoders=decoders)
     refs = [MediaRef("image", "bytes", encoded(picture(seed=i))) for i in range(num_items)]
     with pytest.raises(kind) as caught:

@@ -70,3 +70,24 @@ def test_a_clock_that_stands_still_measures_nothing() -> None:
     costs = StepCosts()
     costs.observe(1, 1, 0.0)
     assert costs.seconds(1, 1) == StepCosts().seconds(1, 1)
+
+
+def test_the_cost_of_a_row_stays_where_all_steps_get_slower_or_faster() -> None:
+    """Steps with and without tried tokens are compared with those around them."""
+    costs = measured(StepCosts(), (1, 0.010), (9, 0.018))
+    measured(costs, (1, 0.030), repeats=10)
+    assert costs.seconds(1, 9) == pytest.approx(0.054, rel=0.03)
+    measured(costs, (9, 0.018), repeats=3)  # it has just got faster again
+    measured(costs, (1, 0.010), repeats=1)
+    assert costs.seconds(1, 9) == pytest.approx(0.018, rel=0.03)
+
+
+def test_costs_are_settled_by_several_steps_of_both_kinds() -> None:
+    costs = StepCosts()
+    measured(costs, (9, 0.018), repeats=5)
+    assert not costs.is_settled(1)
+    measured(costs, (1, 0.010), repeats=2)
+    assert not costs.has_base(1)
+    measured(costs, (1, 0.010), repeats=1)
+    assert costs.has_base(1)
+    assert costs.is_settled(1)

@@ -39,7 +39,7 @@ def test_shares_and_contents_have_one_limit() -> None:
         share.change(5)
         assert budget.num_bytes == 35
     assert budget.num_bytes == 30
-    assert seen == [70, 50, 0, 5, 0]
+    assert seen == [70, 71, 70, 50, 0, 5, 0], "told before it is refused"
 
 
 def test_a_share_that_has_ended_takes_nothing_more() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sensorium.errors import InvalidRequestError, OverloadedError
+from sensorium.errors import InvalidRequestError, MediaTooLargeError, OverloadedError
 from sensorium.server.batches.store import Batch, BatchStore
 from sensorium.server.files import store
 from sensorium.server.files.store import FileStore
@@ -269,9 +269,12 @@ async def test_one_key_does_not_take_all_room_of_files(tmp_path: Path) -> None:
     made = Batches(tmp_path, max_stored_files=4, max_stored_file_bytes=100, api_key=("a", "b"))
     new = made.files.create("a")
     await new.write(bytes(50))
-    with pytest.raises(OverloadedError, match="at most 50"):
+    with pytest.raises(MediaTooLargeError, match="more than 50"):
         await new.write(b"x")
-    made.files.create("a").discard()
+    second = made.files.create("a")
+    with pytest.raises(OverloadedError, match="at most 50"):
+        await second.write(b"x")
+    second.discard()
     made.files.create("a")
     with pytest.raises(OverloadedError, match="at most 2"):
         made.files.create("a")

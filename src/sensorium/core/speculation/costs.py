@@ -3,46 +3,75 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 UNKNOWN_ROW = 0.02
 """Cost of a row, relative to a step without tried tokens, as long as nothing was measured."""
-PLAIN_STEPS, TRYING_STEPS = 8, 16
+PLAIN_STEPS, TRYING_STEPS = 4, 16
 """Latest steps that count: those that tried no tokens, and those that tried some."""
-FASTEST = 0.125
+FASTEST = 0.25
 """Share of the tried tokens, those of the cheapest steps, from which the cost of a row is taken."""
-LIFETIME = 128
+LIFETIME = 64
 """Steps after which one that tried tokens counts no more."""
 KNOWN = 3
-"""Steps that tried tokens from which on it is known what a row costs."""
+"""Steps that tried tokens, and that tried none, from which on it is known what a row costs."""
 
 
 class _Time(NamedTuple):
-    number: int
     num_rows: int
     seconds: float
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A step that tried tokens, and the fastest of those around it that tried none."""
+
+    number: int
+    time: _Time
+    base: _Time | None
+
+    @property
+    def num_more(self) -> int:
+        return 0 if self.base is None else self.time.num_rows - self.base.num_rows
+
+    @property
+    def row_cost(self) -> float:
+        """Return the seconds of each further row, relative to the base."""
+        assert self.base is not None
+        return max(0.0, self.time.seconds / self.base.seconds - 1.0) / self.num_more
 
 
 class _Line:
     """The base and the slope of a line through the times of steps.
 
-    Both come from the fastest steps of late: what else runs on a machine, and the capture of a
-    step, make some slower, and none faster. The slope is measured from the latest base, so that the
-    beginning or end of a time in which all steps are slow does not remain in the cost of a row.
+    The slope is relative to the base: it comes from steps that tried tokens beside those just
+    before and after them that tried none, so that it stays where all steps get slower or faster.
+    The cheaper steps count, since what else runs on a machine, and the capture of a step, make some
+    slower, and none faster.
     """
 
     def __init__(self) -> None:
         self._plain: deque[_Time] = deque(maxlen=PLAIN_STEPS)
-        self._trying: deque[_Time] = deque(maxlen=TRYING_STEPS)
-        self._num_steps = 0
-        self._fitted: tuple[_Time, float] | None = None
+        self._trying: deque[_Trial] = deque(maxlen=TRYING_STEPS)
+        self._num_steps = self._plain_number = 0
+        self._slope: float | None = None
 
     def observe(self, num_rows: int, seconds: float, *, tried: bool) -> None:
         self._num_steps += 1
-        (self._trying if tried else self._plain).append(_Time(self._num_steps, num_rows, seconds))
+        self._slope = None
+        time = _Time(num_rows, seconds)
+        if tried:
+            base = min(self._plain, key=_seconds) if self._plain else None
+            self._trying.append(_Trial(self._num_steps, time, base))
+        else:
+            for trial in self._trying:
+                if trial.number > self._plain_number:
+                    trial.base = time if trial.base is None else min(trial.base, time, key=_seconds)
+            self._plain.append(time)
+            self._plain_number = self._num_steps
         while self._trying and self._trying[0].number <= self._num_steps - LIFETIME:
             self._trying.popleft()
-        self._fitted = None
 
     @property
     def num_plain(self) -> int:
@@ -55,27 +84,29 @@ class _Line:
         return len(self._trying)
 
     def seconds(self, num_rows: int) -> float:
-        if not self._plain and not self._trying:
-            return 1.0 + UNKNOWN_ROW * num_rows
-        if self._fitted is None:
-            self._fitted = self._fit()
-        base, slope = self._fitted
-        return max(base.seconds / 10, base.seconds + slope * (num_rows - base.num_rows))
+        if self._slope is None:
+            self._slope = self._fit()
+        if self._plain:
+            base = min(self._plain, key=_seconds)
+        elif self._trying:
+            base = min((trial.time for trial in self._trying), key=_seconds)
+        else:
+            base = _Time(0, 1.0)
+        return base.seconds * max(0.1, 1.0 + self._slope * (num_rows - base.num_rows))
 
-    def _fit(self) -> tuple[_Time, float]:
-        """Return a step that is the base, and the seconds of each further row."""
-        base = min(self._plain or self._trying, key=lambda time: time.seconds)
-        slopes = [
-            (max(0.0, time.seconds - base.seconds) / more, more)
-            for time in self._trying
-            if (more := time.num_rows - base.num_rows) > 0
-        ]
-        left = FASTEST * sum(weight for _, weight in slopes)
-        for slope, weight in sorted(slopes):
+    def _fit(self) -> float:
+        """Return the seconds of each further row, relative to the base."""
+        costs = [(trial.row_cost, trial.num_more) for trial in self._trying if trial.num_more > 0]
+        left = FASTEST * sum(weight for _, weight in costs)
+        for cost, weight in sorted(costs):
             left -= weight
             if left <= 0.0:
-                return base, slope
-        return base, UNKNOWN_ROW * base.seconds
+                return cost
+        return UNKNOWN_ROW
+
+
+def _seconds(time: _Time) -> float:
+    return time.seconds
 
 
 class StepCosts:
@@ -101,12 +132,11 @@ class StepCosts:
     def is_settled(self, num_sequences: int) -> bool:
         """Return whether steps with and without tried tokens tell what a row costs."""
         line = self._line(num_sequences)
-        return line.num_plain > 0 and line.num_trying >= KNOWN
+        return line.num_plain >= KNOWN and line.num_trying >= KNOWN
 
-    def is_measured(self, num_sequences: int) -> bool:
-        """Return whether there are any measurements."""
-        line = self._line(num_sequences)
-        return line.num_plain + line.num_trying > 0
+    def has_base(self, num_sequences: int) -> bool:
+        """Return whether enough steps without tried tokens are known to try some beside them."""
+        return self._line(num_sequences).num_plain >= KNOWN
 
     def _line(self, num_sequences: int) -> _Line:
         return self._lines.setdefault(max(0, num_sequences - 1).bit_length(), _Line())
