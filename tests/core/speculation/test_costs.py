@@ -87,7 +87,14 @@ def test_costs_are_settled_by_several_steps_of_both_kinds() -> None:
     measured(costs, (9, 0.018), repeats=5)
     assert not costs.is_settled(1)
     measured(costs, (1, 0.010), repeats=2)
-    assert not costs.has_base(1)
+    assert not costs.is_settled(1)
     measured(costs, (1, 0.010), repeats=1)
-    assert costs.has_base(1)
     assert costs.is_settled(1)
+
+
+def test_the_first_step_of_all_may_be_slow() -> None:
+    costs = StepCosts()
+    measured(costs, (9, 0.030), (1, 0.030), repeats=1)
+    measured(costs, (9, 0.018), (1, 0.010), repeats=2)
+    assert costs.is_settled(1)
+    assert costs.seconds(1, 9) == pytest.approx(0.018, rel=0.03)

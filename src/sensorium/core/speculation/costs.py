@@ -9,7 +9,8 @@ from typing import NamedTuple
 UNKNOWN_ROW = 0.02
 """Cost of a row, relative to a step without tried tokens, as long as nothing was measured."""
 PLAIN_STEPS, TRYING_STEPS = 4, 16
-"""Latest steps that count: those that tried no tokens, and those that tried some."""
+"""Latest steps that count: those that tried no tokens, and those that tried some. With each of the
+latter, as many of the former just before and after it are compared."""
 FASTEST = 0.25
 """Share of the tried tokens, those of the cheapest steps, from which the cost of a row is taken."""
 LIFETIME = 64
@@ -30,6 +31,8 @@ class _Trial:
     number: int
     time: _Time
     base: _Time | None
+    num_after: int = 0
+    """Steps after it that were looked at for the base."""
 
     @property
     def num_more(self) -> int:
@@ -54,7 +57,7 @@ class _Line:
     def __init__(self) -> None:
         self._plain: deque[_Time] = deque(maxlen=PLAIN_STEPS)
         self._trying: deque[_Trial] = deque(maxlen=TRYING_STEPS)
-        self._num_steps = self._plain_number = 0
+        self._num_steps = 0
         self._slope: float | None = None
 
     def observe(self, num_rows: int, seconds: float, *, tried: bool) -> None:
@@ -66,10 +69,10 @@ class _Line:
             self._trying.append(_Trial(self._num_steps, time, base))
         else:
             for trial in self._trying:
-                if trial.number > self._plain_number:
+                if trial.num_after < PLAIN_STEPS:
                     trial.base = time if trial.base is None else min(trial.base, time, key=_seconds)
+                    trial.num_after += 1
             self._plain.append(time)
-            self._plain_number = self._num_steps
         while self._trying and self._trying[0].number <= self._num_steps - LIFETIME:
             self._trying.popleft()
 
@@ -134,9 +137,10 @@ class StepCosts:
         line = self._line(num_sequences)
         return line.num_plain >= KNOWN and line.num_trying >= KNOWN
 
-    def has_base(self, num_sequences: int) -> bool:
-        """Return whether enough steps without tried tokens are known to try some beside them."""
-        return self._line(num_sequences).num_plain >= KNOWN
+    def is_measured(self, num_sequences: int) -> bool:
+        """Return whether there are any measurements."""
+        line = self._line(num_sequences)
+        return line.num_plain + line.num_trying > 0
 
     def _line(self, num_sequences: int) -> _Line:
         return self._lines.setdefault(max(0, num_sequences - 1).bit_length(), _Line())

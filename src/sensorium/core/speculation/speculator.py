@@ -239,7 +239,7 @@ class Speculator:
             num_best = 0  # It would not pay even if rows cost nothing.
         elif not self.costs.is_settled(step.num_sequences):
             # With and without, in turn, until it is known what rows cost.
-            waits = self._has_tried or not self.costs.has_base(step.num_sequences)
+            waits = self._has_tried and self.costs.is_measured(step.num_sequences)
             num_best = 0 if waits else min(len(gains), max(FIRST_ROWS, step.num_rows // 4))
         else:
             num_best = self._best(step, gains)
