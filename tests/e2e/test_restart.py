@@ -176,7 +176,7 @@ async def test_an_engine_killed_under_load_is_replaced_again_and_again(server: S
                 await killed_under_load(server, client)
             else:
                 server.engines()[0].send_signal(signal.SIGKILL)
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(60):
                     while (await client.get("/health"))[0] == 200:
                         await asyncio.sleep(0.01)
             await refused_meanwhile(client)
@@ -204,7 +204,7 @@ async def test_an_engine_killed_under_load_is_replaced_again_and_again(server: S
 async def test_a_server_stopped_while_its_engine_is_restarted_ends_at_once(server: Server) -> None:
     folders = set().union(*map(folders_of, server.children()))
     server.engines()[0].send_signal(signal.SIGKILL)
-    async with connected(server) as session, asyncio.timeout(30):
+    async with connected(server) as session, asyncio.timeout(60):
         client = Client(session, server.url)
         while not server.engines() or (await client.get("/health"))[0] == 200:
             await asyncio.sleep(0.01)
@@ -224,6 +224,6 @@ async def test_an_engine_whose_server_is_killed_ends_and_leaves_nothing(server: 
     assert folders
     assert all(path.exists() for path in folders)
     server.process.send_signal(signal.SIGKILL)
-    _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=30)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=60)
     assert not alive
     assert not any(path.exists() for path in folders)

@@ -57,7 +57,7 @@ class FakeProcessor:
         with self._lock:
             self.num_calls += 1
         if self.gate is not None:
-            assert self.gate.wait(30)
+            assert self.gate.wait(60)
         if self.error is not None:
             raise self.error
         return Features(modality, {"pixels": data}, num_embeds=self.num_embeds)

@@ -49,7 +49,7 @@ def test_it_goes_when_its_process_is_killed(tmp_path: Path) -> None:
     process, path = started(tmp_path)
     assert (path / "content").exists()
     process.kill()
-    process.wait(30)
+    process.wait(60)
     deadline = time.monotonic() + 30
     while path.exists() and time.monotonic() < deadline:
         os.sched_yield()
@@ -63,7 +63,7 @@ def test_what_nobody_cleared_goes_at_the_next_start(tmp_path: Path) -> None:
     [janitor] = _children(process.pid)
     os.kill(janitor, signal.SIGKILL)
     process.kill()
-    process.wait(30)
+    process.wait(60)
     young = PrivateFolder(str(tmp_path), PREFIX)
     assert left.exists()  # it might belong to a process that has yet to lock it
     old = time.time() + 3600
@@ -73,7 +73,7 @@ def test_what_nobody_cleared_goes_at_the_next_start(tmp_path: Path) -> None:
     assert young.path.exists()
     young.close()
     running.kill()
-    running.wait(30)
+    running.wait(60)
 
 
 def test_what_belongs_to_others_stays(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ class Running:
 
 async def status_of(reader: asyncio.StreamReader) -> int:
     """The status of the answer that comes on a raw connection."""
-    line = await asyncio.wait_for(reader.readline(), 10)
+    line = await asyncio.wait_for(reader.readline(), 60)
     return int(line.split()[1])
 
 

@@ -42,7 +42,7 @@ def url() -> Iterator[str]:
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    assert is_up.wait(30)
+    assert is_up.wait(60)
     yield address[0]
     stop.set()
     thread.join()

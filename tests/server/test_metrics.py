@@ -86,7 +86,7 @@ async def test_a_client_that_left_is_counted_as_such(stream: bool) -> None:
         reader, writer = await server.send(CHAT, {"messages": USER, "stream": stream})
         await until(lambda: frontend.num_open)
         if stream:
-            await asyncio.wait_for(reader.readline(), 10)
+            await asyncio.wait_for(reader.readline(), 60)
         writer.close()
         await until(lambda: counted(server.app))
         assert counted(server.app) == {("499", CHAT, "POST"): 1}

@@ -179,7 +179,7 @@ async def test_draining_lets_running_requests_finish() -> None:
         assert '"finish_reason":"stop"' in text
         assert text.count("data: [DONE]") == 1
         writer.close()
-        await asyncio.wait_for(server.task, 10)
+        await asyncio.wait_for(server.task, 60)
         assert server.frontend.closing
 
 
@@ -195,8 +195,8 @@ async def test_an_idle_connection_does_not_delay_the_end(monkeypatch: pytest.Mon
         await idle.readuntil(b'"usage"')
         unused, _ = await server.connect()
         server.signals.on_signal()
-        await asyncio.wait_for(server.task, 20)
-        await asyncio.wait_for(asyncio.gather(idle.read(), unused.read()), 10)
+        await asyncio.wait_for(server.task, 60)
+        await asyncio.wait_for(asyncio.gather(idle.read(), unused.read()), 60)
         writer.close()
 
 
@@ -209,7 +209,7 @@ async def test_a_body_that_never_ends_does_not_delay_the_end() -> None:
         server.signals.on_signal()
         assert await status_of(reader) == 503
         assert '"code":"engine_unavailable"' in (await reader.read()).decode()
-        await asyncio.wait_for(server.task, 20)
+        await asyncio.wait_for(server.task, 60)
         writer.close()
 
 
@@ -225,7 +225,7 @@ async def test_draining_ends_after_its_time() -> None:
         text = (await reader.read()).decode()
         assert '"code":"engine_unavailable"' in text
         assert text.count("data: [DONE]") == 1
-        await asyncio.wait_for(server.task, 10)
+        await asyncio.wait_for(server.task, 60)
 
 
 async def test_a_second_signal_does_not_wait() -> None:
@@ -234,7 +234,7 @@ async def test_a_second_signal_does_not_wait() -> None:
         await until(lambda: server.frontend.num_open == 1)
         server.signals.on_signal()
         server.signals.on_signal()
-        await asyncio.wait_for(server.task, 20)
+        await asyncio.wait_for(server.task, 60)
         writer.close()
         assert server.frontend.num_open == 0
 
@@ -337,7 +337,7 @@ async def test_a_signal_ends_the_look_up_of_the_host(monkeypatch: pytest.MonkeyP
     await asyncio.to_thread(asked.wait, 60)
     assert not task.done()
     signals.on_signal()
-    assert await asyncio.wait_for(task, 30) is None
+    assert await asyncio.wait_for(task, 60) is None
     answer.set()
 
 
@@ -346,7 +346,7 @@ async def test_signals_are_held_again_when_the_server_has_ended() -> None:
     try:
         with StopSignals().installed() as signals:
             os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.wait_for(signals.stop.wait(), 30)
+            await asyncio.wait_for(signals.stop.wait(), 60)
             assert not signals.hurry.is_set()
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) >= STOPS
     finally:

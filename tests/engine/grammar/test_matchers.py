@@ -34,7 +34,7 @@ class Slow:
         self.made: list[str] = []
 
     def __call__(self, grammar: str, budget: Budget) -> Any:
-        assert self.go.wait(30)
+        assert self.go.wait(60)
         self.made.append(grammar)
         if grammar == "bad":
             raise InvalidRequestError("it is none")

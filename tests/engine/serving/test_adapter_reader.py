@@ -59,13 +59,13 @@ class FakeEngine:
         nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         self.readers.append((me, nice))
         if self.busy:
-            assert self.stepped.wait(30), "the loop does not step meanwhile"
+            assert self.stepped.wait(60), "the loop does not step meanwhile"
         if path in ("hung", "slow"):
-            assert self.hung.wait(30)
+            assert self.hung.wait(60)
         if path == "slow":
             progress()
             self.progressed.set()
-            assert self.stepped.wait(30)
+            assert self.stepped.wait(60)
         if path == "damaged":
             raise ConfigError("It is damaged.", param="lora_modules")
         if path == "large":
@@ -200,7 +200,7 @@ def test_one_that_goes_on_is_not_given_up() -> None:
     answers.reader.begin(wire.LoadAdapter(1, "a", "slow", ""))
     answers.now = READ_SECONDS
     engine.hung.set()
-    assert engine.progressed.wait(30)
+    assert engine.progressed.wait(60)
     answers.now = 2 * READ_SECONDS
     answers.reader.poll()
     assert answers.found == []

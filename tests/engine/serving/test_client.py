@@ -40,7 +40,7 @@ async def test_a_process_that_ends_at_once_is_no_hang(
     client = EngineClient(engine_config())
     folder = Path(client._process.folder)
     with pytest.raises(EngineDeadError, match=how):
-        await asyncio.wait_for(client.start(), 30)
+        await asyncio.wait_for(client.start(), 60)
     await client.stop()
     assert not folder.exists()
 
@@ -52,7 +52,7 @@ async def test_a_start_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "executable", str(program))
     client = EngineClient(engine_config(engine_start_timeout=0.2))
     with pytest.raises(EngineDeadError, match="--engine-start-timeout"):
-        await asyncio.wait_for(client.start(), 30)
+        await asyncio.wait_for(client.start(), 60)
     await client.stop()
     assert client._process.returncode == -9
 
@@ -135,9 +135,9 @@ async def test_a_message_that_cannot_be_read_ends_everything_with_an_error(
     client.submit(REQUEST, [], output_queue)
     waiting = asyncio.create_task(client.stats())
     socket.incoming.put_nowait(b"\xc1")
-    assert isinstance(await asyncio.wait_for(output_queue.get(), 10), EngineDeadError)
+    assert isinstance(await asyncio.wait_for(output_queue.get(), 60), EngineDeadError)
     with pytest.raises(EngineDeadError):
-        await asyncio.wait_for(waiting, 10)
+        await asyncio.wait_for(waiting, 60)
     assert process.returncode is not None
     assert not client.alive
     with pytest.raises(EngineDeadError):
@@ -157,7 +157,7 @@ async def test_news_go_to_their_request_until_it_ends(
     refused = wire.Refused("a", "no", "overloaded")
     for message in (refused, wire.Refused("other", "no", "overloaded")):
         socket.incoming.put_nowait(wire.encode(message))
-    assert isinstance(await asyncio.wait_for(output_queue.get(), 10), OverloadedError)
+    assert isinstance(await asyncio.wait_for(output_queue.get(), 60), OverloadedError)
     assert client.num_open == 0
     assert output_queue.empty()
 
@@ -169,7 +169,7 @@ async def test_what_an_unknown_code_means_is_not_the_callers_fault(
     output_queue: OutputQueue = asyncio.Queue()
     client.submit(REQUEST, [], output_queue)
     socket.incoming.put_nowait(wire.encode(wire.Refused("a", "no", "never heard of")))
-    news = await asyncio.wait_for(output_queue.get(), 10)
+    news = await asyncio.wait_for(output_queue.get(), 60)
     assert isinstance(news, SensoriumError)
     assert news.status == 503
 
@@ -218,7 +218,7 @@ async def test_a_process_that_dies_gives_each_request_an_error_of_its_own(
     for number, output_queue in enumerate(output_queues):
         client.submit(dataclasses.replace(REQUEST, request_id=str(number)), [], output_queue)
     process.kill()
-    await asyncio.wait_for(client.wait_ended(), 10)
+    await asyncio.wait_for(client.wait_ended(), 60)
     errors = [output_queue.get_nowait() for output_queue in output_queues]
     assert len(set(map(id, errors))) == 3
     for error in errors:

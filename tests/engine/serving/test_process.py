@@ -41,9 +41,9 @@ async def test_waiting_ends_with_the_process(
     waiting = asyncio.create_task(process.wait())
     await asyncio.sleep(0)
     process.kill()
-    assert await asyncio.wait_for(waiting, 30) == -signal.SIGKILL
+    assert await asyncio.wait_for(waiting, 60) == -signal.SIGKILL
     # Also when it has ended before.
-    assert await asyncio.wait_for(process.wait(), 30) == -signal.SIGKILL
+    assert await asyncio.wait_for(process.wait(), 60) == -signal.SIGKILL
     process.close()
 
 

@@ -315,7 +315,7 @@ def test_a_failed_rename_leaves_no_file(folder: Folder, monkeypatch) -> None:
 def test_a_slow_disk_costs_entries(folder: Folder, monkeypatch) -> None:
     release = threading.Event()
     real = os.replace
-    monkeypatch.setattr(os, "replace", lambda *names: release.wait(30) and real(*names))
+    monkeypatch.setattr(os, "replace", lambda *names: release.wait(60) and real(*names))
     monkeypatch.setattr(disk_cache, "MAX_PENDING_BYTES", 1000)
     cache = DiskCache(config_of(folder.path))
     for url in (A, B, C):

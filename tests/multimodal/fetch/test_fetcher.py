@@ -371,7 +371,7 @@ async def test_a_name_that_does_not_answer_holds_up_no_other(
 
     def look_up(host: str, *args: object, **options: object) -> list:
         if host.startswith("tarpit"):
-            assert release.wait(30)
+            assert release.wait(60)
         return system("127.0.0.1", *args, **options)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)

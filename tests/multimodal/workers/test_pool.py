@@ -258,7 +258,7 @@ async def test_the_fork_server_may_die_too(start: Start) -> None:
     assert process_id is not None
     os.kill(process_id, signal.SIGKILL)
     with pytest.raises(UnavailableError, match="try again"):  # it was not the file
-        await asyncio.wait_for(hanging, 10)
+        await asyncio.wait_for(hanging, 60)
     assert process_of(await decoders.prepare(job(), DATA)) != process_of(kept)
     np.testing.assert_array_equal(kept.features.arrays["pixels"], np.asarray(picture(6, 4)))
 
@@ -359,7 +359,7 @@ async def test_workers_that_cannot_be_started_are_an_error_and_no_hang() -> None
     command = ForkServerCommand(("/bin/false",), {}, b"")
     decoders = ProcessDecoders(command, MediaConfig(num_media_workers=1), folder)
     with pytest.raises(UnavailableError, match="try again"):
-        await asyncio.wait_for(decoders.prepare(job(), DATA), 30)
+        await asyncio.wait_for(decoders.prepare(job(), DATA), 60)
     decoders.close()
 
 

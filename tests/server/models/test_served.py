@@ -207,9 +207,9 @@ async def test_requests_that_wait_for_a_model_are_answered_when_the_server_stops
         reader, writer = await server.send(CHAT, {"messages": USER})
         await until(lambda: starts.configs)
         server.signals.on_signal()
-        status = int((await asyncio.wait_for(reader.readline(), 10)).split()[1])
+        status = int((await asyncio.wait_for(reader.readline(), 60)).split()[1])
         assert status == 503
-        await asyncio.wait_for(server.task, 10)
+        await asyncio.wait_for(server.task, 60)
         writer.close()
     assert model.state == "stopped"
 

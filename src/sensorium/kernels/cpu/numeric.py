@@ -21,6 +21,8 @@ import torch
 from numba import extending, types
 from numba.core import cgutils
 
+from sensorium.kernels.cpu.compiler import functions
+
 # The kernels are written in a language of Numba's, whose pointers and vectors Python's type
 # checkers do not know.
 njit: Any = numba.njit
@@ -29,11 +31,7 @@ intrinsic: Any = extending.intrinsic
 WIDTH = 16
 """Floats in a vector."""
 
-WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""Options that leave out the wrappers for calls from Python and from C, which only kernels need:
-each is one more copy to compile of all that is inlined into its function."""
-
-OUTLINE = {"error_model": "numpy", "boundscheck": False, **WRAPPERS}
+OUTLINE = {"error_model": "numpy", "boundscheck": False, **functions.OPTIONS}
 """Options of functions that stay functions, as they are large."""
 
 LINE_BYTES = 64
