@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +20,42 @@ LONG = (
     "tests/kernels/",
 )
 """What takes longest begins first, so that all processes end at about the same time."""
+NOT_FAST = (
+    *SHARED,
+    "tests/bench/",
+    "tests/browser/",
+    "tests/clients/",
+    "tests/e2e/",
+    "tests/examples/",
+    "tests/fuzz/",
+    "tests/kernels/",
+    "tests/models/",
+)
+"""Folders and files that ``--fast`` leaves out, besides tests marked as slow: they compile kernels,
+run models or start servers."""
+ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order files, not the tests within a file."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fast", action="store_true", help="the quick tests only, see CONTRIBUTING.md"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out what is not fast before it is imported."""
+    if not config.getoption("fast") or not collection_path.is_relative_to(ROOT):
+        return None
+    name = collection_path.relative_to(ROOT).as_posix() + "/" * collection_path.is_dir()
+    return name.startswith(NOT_FAST) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Order files, not the tests within a file; with ``--fast`` leave out what is marked as slow."""
+    if config.getoption("fast"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     ranks = {prefix: rank for rank, prefix in enumerate(LONG)}
 
     def rank(item: pytest.Item) -> int:
