@@ -1,6 +1,6 @@
 """Tasks of a product, shared by threads so that each reads weights as one stream.
 
-A core's prefetchers follow a stream of memory. Wherever a thread jumps they start anew, which costs
+A core's prefetchers follow a stream of memory. Where a thread jumps they start again, which costs
 about a microsecond, as much as reading twenty kilobytes. So each thread has a *share*, neighbouring
 tasks, and takes them in order. One whose share is done helps the others, from the ends of theirs,
 as threads may start late or lose their processor.
