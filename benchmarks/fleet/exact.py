@@ -45,6 +45,7 @@ class ExactEngine:
         self.num_jobs = self.num_steps = 0
         self._jobs: dict[str, Job] = {}
         self._runs = False
+        self._uncomputed: dict[str, int] = {}
         self._tokens: dict[int, tuple[str, int]] = {}
 
     def submit(self, job: Job) -> None:
@@ -52,6 +53,7 @@ class ExactEngine:
         job.number, job.replica = self.num_jobs, self.name
         self.num_jobs += 1
         self._jobs[str(job.number)] = job
+        self._uncomputed[str(job.number)] = job.request.num_tokens
         self.scheduler.add(engine_request(job))
         if not self._runs:
             self._runs = True
@@ -60,11 +62,10 @@ class ExactEngine:
     def load(self) -> ReplicaLoad:
         """What it would report now."""
         stats = self.scheduler.stats()
-        waiting = [job for job in self._jobs.values() if job.left >= 0]
         return ReplicaLoad(
             num_running=stats.num_running,
             num_waiting=stats.num_waiting,
-            waiting_tokens=sum(job.request.num_tokens for job in waiting),
+            waiting_tokens=sum(self._uncomputed.values()),
             kv_usage=stats.num_used_blocks / stats.num_blocks,
             kv_tokens=self.shape.kv_tokens,
             computed_tokens=stats.num_computed_tokens,
@@ -102,8 +103,14 @@ class ExactEngine:
     def _commit(self, plan: StepPlan) -> None:
         samples = {}
         for span in plan.spans:
+            name, num_tokens = self._tokens[span.seq_id]
+            end = span.start + span.num_tokens
+            if end >= num_tokens:
+                self._uncomputed.pop(name, None)
+            elif name in self._uncomputed:
+                self._uncomputed[name] = num_tokens - end
             if span.samples:
-                job = self._jobs[self._tokens[span.seq_id][0]]
+                job = self._jobs[name]
                 place = span.start + span.num_tokens - job.request.num_tokens
                 samples[span.seq_id] = (TokenSample(piece(job.request.answer, 2048)[place]),)
         for update in self.scheduler.commit(plan, StepResult(plan.step_id, samples=samples)):

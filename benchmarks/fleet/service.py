@@ -52,10 +52,36 @@ class StepCosts:
         )
 
 
-def newest() -> StepCosts:
-    """The coefficients of the newest results."""
-    path = sorted(RESULTS.glob("fleet-service-*.json"))[-1]
-    return StepCosts(**json.loads(path.read_text())["costs"])
+def newest(pattern: str) -> dict[str, Any]:
+    """The newest results of a benchmark."""
+    found: dict[str, Any] = json.loads(sorted(RESULTS.glob(pattern))[-1].read_text())
+    return found
+
+
+def of_the_demo() -> StepCosts:
+    """Costs of the demo model, as this script measured them last."""
+    return StepCosts(**newest("fleet-service-*.json")["costs"])
+
+
+def of_a_model(checkpoint: str = "qwen2-0.5b", engine: str = "sensorium-int8") -> StepCosts:
+    """Costs of a model that ``benchmarks.peers`` has measured: decode steps and prompts.
+
+    It has no encoder: media cost as many tokens as with the demo model.
+    """
+    figures = newest("peers-native-*.json")["checkpoints"][checkpoint]["figures"]
+    median = {name: figure["median"].get(engine) for name, figure in figures.items()}
+    steps = [
+        {"seconds": rows / median[f"decode_b{rows}"], "sequence": rows, "token": 0}
+        for rows in (1, 8, 32)
+    ]
+    costs = fit(steps)
+    demo, token = of_the_demo(), 1 / median["prefill_2048"]
+    return dataclasses.replace(
+        costs,
+        token=token,
+        item=demo.item / demo.token * token,
+        embedding=demo.embedding / demo.token * token,
+    )
 
 
 def fit(steps: list[dict[str, float]]) -> StepCosts:
@@ -185,6 +211,8 @@ def measure(model: str, threads: int, rounds: int) -> list[dict[str, Any]]:
 def _merged(steps: list[dict[str, float]]) -> list[dict[str, Any]]:
     groups: dict[tuple[float, ...], list[float]] = {}
     for step in steps:
+        if not any(step[name] for name in ("token", "sequence", "item")):
+            continue
         about = round(step["context"] / 64) * 64
         place = (step["token"], step["sequence"], about, step["item"], step["embedding"])
         groups.setdefault(place, []).append(step["seconds"])

@@ -18,6 +18,8 @@ from benchmarks.fleet.traces import Request
 from sensorium.distributed.routing import RoutingCosts
 
 AnyEngine = Engine | ExactEngine
+AFTER_LOSS = 20.0
+"""Seconds after a loss of replicas whose requests are looked at apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,10 @@ class Outcome:
         items = sum(len(job.request.media) for job in jobs)
         alive = [engine for engine in self.engines if engine.alive]
         count, busy = np.array([e.num_jobs for e in alive]), np.array([e.busy for e in alive])
+        loss = self.seconds / 2
+        after = [j for j in jobs if loss <= j.sent_at < loss + AFTER_LOSS]
+        waits = [job.first_token_at - job.sent_at for job in after]
+        lost = {"first_token_p99_after_loss": float(np.quantile(waits, 0.99))} if waits else {}
         return {
             "requests": len(self.jobs),
             "failed": sum(job.failed for job in self.jobs),
@@ -67,6 +73,7 @@ class Outcome:
             "requests_max_over_mean": float(count.max() / count.mean()),
             "busy_max_over_mean": float(busy.max() / busy.mean()),
             "busy": float(busy.mean() / self.ended),
+            **(lost if self.shape.lost else {}),
         }
 
 

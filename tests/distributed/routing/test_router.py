@@ -84,7 +84,7 @@ def test_each_turn_of_a_conversation_meets_its_replica_from_any_router() -> None
         ]
         met += (chosen[1] == chosen[0]) + (chosen[2] in chosen[:2])
         used[chosen[0]] += 1
-    assert met >= 160
+    assert met >= 140
     assert len(used) >= 4
 
 

@@ -19,6 +19,7 @@ class RoutingCosts:
         prior: Share of a prompt that the replica which the ring names is expected to have, beyond
             what this router has sent there, when nearly all requests go to other routers.
         slack: Wait that is always acceptable.
+        excess: Cost of each of the latest requests that a replica got beyond its share.
         full: Use of the KV cache from which requests wait for blocks.
         blocked: Cost of a KV cache that is entirely in use.
     """
@@ -29,5 +30,6 @@ class RoutingCosts:
     slack: float = 1024.0
     places: float = 2.0
     prior: float = 0.75
+    excess: float = 192.0
     full: float = 0.9
     blocked: float = 4096.0

@@ -54,6 +54,7 @@ class Replica:
         "id",
         "load",
         "num_own",
+        "num_sent",
         "number",
         "wait",
     )
@@ -64,6 +65,7 @@ class Replica:
         self.load = ReplicaLoad()
         self.clock = 0
         self.num_own = 0
+        self.num_sent = 0.0
         self._free = 0.0
         self.wait = 0.0
         self._num_since = 0

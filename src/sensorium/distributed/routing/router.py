@@ -4,6 +4,7 @@ The cost of a replica, in tokens that it has to compute first::
 
     cost     = wait + compute
     wait     = waiting tokens + sequence * sequences + blocked * how full its KV cache is
+               + excess * requests that it got lately beyond its share
     compute  = tokens of the prompt, less those of the cached prefix
                + embedding * embeddings of items that it has not encoded
 
@@ -27,6 +28,7 @@ choices", Mitzenmacher, 2001).
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
@@ -43,6 +45,8 @@ MOST_CANDIDATES = 8
 """Holders of a request's content that are compared."""
 MOST_STEPS = 8
 """Replicas on the ring that are asked for new content."""
+LATEST = 128
+"""Most requests of a replica that count for the balance, before the older ones count half."""
 MOST_CHOICES = 4
 """Replicas that ``Router.choose`` returns."""
 
@@ -86,6 +90,8 @@ class Router:
         self._healthy: list[str] = []
         self._num_seen = 0
         self._total_wait = 0.0
+        self._num_sent = 0.0
+        self._fair_share = 0.0
         self._random = random.Random(seed)
 
     @property
@@ -105,6 +111,7 @@ class Router:
         for id in wanted:
             if id not in self._replicas:
                 replica = Replica(id, self._num_seen)
+                replica.num_sent = self._num_sent / max(1, len(self._healthy))
                 self._num_seen += 1
                 self._replicas[id] = self._by_number[replica.number] = replica
         self._set_healthy()
@@ -148,6 +155,7 @@ class Router:
             return
         known.sent(key, self._compute(known, key, self._cached(known, key)))
         self._estimate(known)
+        self._count_sent(known)
         self._count(key)
         clock, evictions = known.clock, known.load.encoder_evictions
         for digest in reversed(key.prefixes):
@@ -176,6 +184,29 @@ class Router:
         self._healthy = healthy or list(self._replicas)
         self._ring.set(self._healthy)
         self._total_wait = sum(self._replicas[id].estimate(self.costs) for id in self._healthy)
+        self._share_out()
+
+    def _share_out(self) -> None:
+        """Compute how many of the latest requests a replica may have: the mean, and its noise."""
+        self._num_sent = sum(self._replicas[id].num_sent for id in self._healthy)
+        mean = self._num_sent / max(1, len(self._healthy))
+        self._fair_share = mean + math.sqrt(mean) + 2
+
+    def _count_sent(self, replica: Replica) -> None:
+        """Count a request for the balance; the older half of them counts half."""
+        replica.num_sent += 1
+        self._num_sent += 1
+        mean = self._num_sent / max(1, len(self._healthy))
+        self._fair_share = mean + math.sqrt(mean) + 2
+        if mean > LATEST:
+            for each in self._replicas.values():
+                each.num_sent /= 2
+            self._share_out()
+
+    def _burden(self, replica: Replica) -> float:
+        """Return the wait at a replica, and the cost of what it got beyond its share."""
+        beyond = replica.num_sent - self._fair_share
+        return replica.wait + self.costs.excess * beyond if beyond > 0 else replica.wait
 
     def _estimate(self, replica: Replica) -> None:
         before = replica.wait
@@ -245,15 +276,16 @@ class Router:
         most = (1 + self.costs.spread) * mean + self.costs.slack
         length = PREFIX_LENGTHS[shared - 1] if shared else 0
         best: _Place | None = None
-        prior = self._prior
+        prior, least = self._prior, math.inf
         for id in self._ring.walk(digest, MOST_STEPS):
             replica = self._replicas[id]
             if allowed is not None and id not in allowed:
                 continue
-            if replica.wait <= most:
+            burden = self._burden(replica)
+            if burden <= most:
                 return _Place(replica, prior, length)
-            if best is None or replica.wait < best.replica.wait:
-                best = _Place(replica, prior, length)
+            if burden < least:
+                best, least = _Place(replica, prior, length), burden
             prior /= 2
         return best
 
@@ -304,7 +336,7 @@ class Router:
         if place is not None and key.prefixes:
             prior, longest = place.prior, PREFIX_LENGTHS[len(key.prefixes) - 1]
             cached = max(cached, place.shared + prior * (longest - place.shared))
-        return replica.wait + self._compute(replica, key, cached, prior)
+        return self._burden(replica) + self._compute(replica, key, cached, prior)
 
     def _compute(
         self, replica: Replica, key: RequestKey, cached: float, prior: float = 0.0
