@@ -122,12 +122,12 @@ class Engine:
         while self._waiting and budget > 0:
             if num_decoding + len(self._prompts) >= self.shape.max_num_seqs:
                 break
-            job = self._next_waiting()
-            if job is None:
+            started = self._next_waiting()
+            if started is None:
                 break
-            self._prompts.append(job)
-            items, embeds = items + job.num_items, embeds + job.num_embeds
-            budget, tokens = self._add_span(job, budget, tokens)
+            self._prompts.append(started)
+            items, embeds = items + started.num_items, embeds + started.num_embeds
+            budget, tokens = self._add_span(started, budget, tokens)
         costs = self.shape.costs
         self._began = self.env.now
         if self._spans:

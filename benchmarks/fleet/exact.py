@@ -101,7 +101,7 @@ class ExactEngine:
         )
 
     def _commit(self, plan: StepPlan) -> None:
-        samples = {}
+        samples: dict[int, tuple[TokenSample, ...]] = {}
         for span in plan.spans:
             name, num_tokens = self._tokens[span.seq_id]
             end = span.start + span.num_tokens
@@ -135,7 +135,9 @@ def piece(number: int, tokens: int) -> tuple[int, ...]:
 
 def engine_request(job: Job) -> EngineRequest:
     """The request as engines get it."""
-    request, token_ids, items = job.request, [], []
+    request = job.request
+    token_ids: list[int] = []
+    items: list[ItemSpan] = []
     media = list(request.media)
     for place, (number, tokens) in enumerate(request.prompt):
         if place == 1 and media:

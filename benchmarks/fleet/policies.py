@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -110,7 +110,7 @@ class CacheAware(_Counting):
             for index in reversed(range(num // 2, num)):
                 holder = self._holder.get(key.prefixes[index])
                 if holder in self._places:
-                    return holder  # type: ignore[return-value]
+                    return holder
         return self.least()
 
     def sent(self, replica: str, key: RequestKey) -> None:
@@ -129,10 +129,10 @@ class Ours(Router):
 def make(name: str, seed: int, num_routers: int = 1, costs: RoutingCosts | None = None) -> Policy:
     """One of so many routers of this policy."""
     if name == "ours":
-        return Ours(costs, num_routers=num_routers, seed=seed)  # type: ignore[return-value]
-    return {"round robin": RoundRobin, "least loaded": LeastLoaded, "cache-aware": CacheAware}[
-        name
-    ](seed)
+        return Ours(costs, num_routers=num_routers, seed=seed)
+    kinds: dict[str, Callable[[int], Policy]]
+    kinds = {"round robin": RoundRobin, "least loaded": LeastLoaded, "cache-aware": CacheAware}
+    return kinds[name](seed)
 
 
 POLICIES = ("round robin", "least loaded", "cache-aware", "ours")

@@ -118,7 +118,7 @@ class _Recorder:
         from sensorium.runtime.runner import ModelRunner
 
         self.steps: list[dict[str, float]] = []
-        execute = ModelRunner.execute
+        execute: Any = ModelRunner.execute
         clock = time.thread_time if threads == 1 else time.perf_counter
 
         def timed(runner: Any, plan: Any) -> Any:
@@ -127,7 +127,7 @@ class _Recorder:
             self._note(plan, clock() - began)
             return result
 
-        ModelRunner.execute = timed  # type: ignore[method-assign]
+        ModelRunner.execute = timed  # type: ignore[assignment, method-assign]
 
     def _note(self, plan: Any, seconds: float) -> None:
         decoding = [s for s in plan.spans if s.num_tokens == 1 and s.start > 0]
@@ -180,7 +180,7 @@ def measure(model: str, threads: int, rounds: int) -> list[dict[str, Any]]:
                 for row in range(rows)
             ]
             params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-            llm.generate(prompts, params, use_tqdm=False)  # type: ignore[arg-type]
+            llm.generate(prompts, params, use_tqdm=False)
         for number, side in ((1, 56), (1, 224), (4, 112), (2, 224)):
             salt += 1
             images = [
@@ -204,7 +204,7 @@ def measure(model: str, threads: int, rounds: int) -> list[dict[str, Any]]:
                 for image in images
             ]
             params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
-            llm.chat(chats, params, use_tqdm=False)  # type: ignore[arg-type]
+            llm.chat(chats, params, use_tqdm=False)
     return _merged(recorder.steps)
 
 

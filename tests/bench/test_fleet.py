@@ -6,7 +6,7 @@ import pytest
 from benchmarks.fleet.engine import Engine, EngineShape
 from benchmarks.fleet.exact import ExactEngine
 from benchmarks.fleet.images import images
-from benchmarks.fleet.policies import POLICIES
+from benchmarks.fleet.policies import POLICIES, Ours
 from benchmarks.fleet.service import StepCosts, fit
 from benchmarks.fleet.simulation import Fleet, FleetShape, simulate
 from benchmarks.fleet.traces import Request, TraceShape, make_trace
@@ -54,6 +54,7 @@ def test_a_loss_fails_what_was_in_flight_and_nothing_is_left() -> None:
     late = outcome.seconds / 2 + shape.notice_seconds
     assert not any(job.failed for job in outcome.jobs if job.sent_at > late)
     for router in fleet.routers:
+        assert isinstance(router, Ours)
         assert len(router.waits()) == 8
     for engine in outcome.engines:
         assert not engine.alive or engine.kv.used == 0

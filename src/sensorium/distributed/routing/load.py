@@ -39,15 +39,17 @@ class Replica:
     """Load of one replica, as one router knows it.
 
     A report tells what all routers have sent. Until the next one, the router adds what it sends and
-    takes away what it sees end. What it has sent itself and not seen end counts in any case: it may
-    be younger than the report.
+    takes away what it sees end. What it has sent itself since the report before counts in any case:
+    it may be younger than the latest one.
     """
 
     __slots__ = (
         "_free",
+        "_num_reports",
         "_num_since",
         "_open",
-        "_own_tokens",
+        "_own_new",
+        "_own_old",
         "_tokens_since",
         "_uncomputed",
         "clock",
@@ -69,9 +71,11 @@ class Replica:
         self._free = 0.0
         self.wait = 0.0
         self._num_since = 0
-        self._own_tokens = self._tokens_since = 0.0
+        self._num_reports = 0
+        self._own_new = self._own_old = self._tokens_since = 0.0
         self._open: dict[RequestKey, int] = {}
-        self._uncomputed: dict[RequestKey, list[float]] = {}
+        self._uncomputed: dict[RequestKey, list[tuple[float, int]]] = {}
+        """Tokens of requests without a first token, and the report that they were sent after."""
 
     @property
     def num_sequences(self) -> int:
@@ -80,7 +84,8 @@ class Replica:
 
     def estimate(self, costs: RoutingCosts) -> float:
         """Compute and return ``wait``: the cost of what a new request would wait for, in tokens."""
-        tokens = max(self.load.waiting_tokens + self._tokens_since, self._own_tokens)
+        own = self._own_new + self._own_old
+        tokens = max(self.load.waiting_tokens + self._tokens_since, own)
         self.wait = tokens + costs.sequence * self.num_sequences
         usage = self.load.kv_usage
         if usage > costs.full:
@@ -95,7 +100,9 @@ class Replica:
         self.load = load
         self._free = load.kv_tokens * (1 - load.kv_usage)
         self._num_since = 0
-        self._tokens_since = 0.0
+        self._num_reports += 1
+        self._own_old = self._own_new
+        self._own_new = self._tokens_since = 0.0
 
     def trust_prefix(self, mark: int) -> float:
         """Return the probability that a prefix last used at ``mark`` of the clock is cached."""
@@ -111,21 +118,28 @@ class Replica:
         """Count a request that has ``tokens`` to compute."""
         self.num_own += 1
         self._num_since += 1
-        self._own_tokens += tokens
+        self._own_new += tokens
         self._tokens_since += tokens
         self._open[key] = self._open.get(key, 0) + 1
-        self._uncomputed.setdefault(key, []).append(tokens)
+        self._uncomputed.setdefault(key, []).append((tokens, self._num_reports))
 
     def first_token(self, key: RequestKey) -> None:
         """Count the prompt of a request as computed; nothing happens when it is not known."""
         waiting = self._uncomputed.get(key)
         if not waiting:
             return
-        tokens = waiting.pop()
+        tokens, number = waiting.pop()
         if not waiting:
             del self._uncomputed[key]
-        self._own_tokens = self._own_tokens - tokens if self._uncomputed else 0.0
+        if number == self._num_reports:
+            self._own_new -= tokens
+        elif number == self._num_reports - 1:
+            self._own_old -= tokens
+        else:
+            return  # the report tells it
         self._tokens_since -= tokens
+        if not self._uncomputed:
+            self._own_new = self._own_old = 0.0
 
     def ended(self, key: RequestKey) -> None:
         """Forget a request, whose first token may never have come."""

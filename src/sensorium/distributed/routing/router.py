@@ -106,6 +106,8 @@ class Router:
     def set_replicas(self, ids: Sequence[str]) -> None:
         """Replace the replicas; one that was not there before has nothing cached."""
         wanted = dict.fromkeys(ids)
+        if wanted.keys() == self._replicas.keys():
+            return
         for id in [id for id in self._replicas if id not in wanted]:
             self._by_number.pop(self._replicas.pop(id).number)
         for id in wanted:
