@@ -62,6 +62,9 @@ class Counting:
         logits[hidden[:, 0].isnan()] = torch.nan
         return logits
 
+    def decode(self, ids: torch.Tensor, batch: AttentionBatch) -> None:
+        pass
+
 
 class Rig:
     """A runner whose sequences have computed their prompts, and got a token each."""

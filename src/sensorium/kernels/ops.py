@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
@@ -30,6 +31,8 @@ from sensorium.kernels.cpu.attention.quantized import causal as quantized
 from sensorium.kernels.cpu.attention.quantized.codes import MOST_HEAD_DIM
 from sensorium.kernels.cpu.attention.tiles import causal as causal_tiles
 from sensorium.kernels.cpu.attention.tiles import varlen as varlen_tiles
+from sensorium.kernels.cpu.decoding import choice, lookup
+from sensorium.kernels.cpu.decoding.advance import advance as advance
 from sensorium.kernels.cpu.graph import between_launches as between_launches
 from sensorium.kernels.cpu.linear import int8, integers, levels, onednn, table
 from sensorium.kernels.cpu.linear.grouped.int4 import Int4Weight
@@ -37,6 +40,9 @@ from sensorium.kernels.cpu.linear.grouped.int8 import GroupedInt8Weight
 from sensorium.kernels.cpu.linear.permuted import PermutedWeight
 from sensorium.kernels.cpu.numeric import WIDTH
 from sensorium.kernels.weight import Multiply, PackedWeight, QuantizedTensor
+
+Result = TypeVar("Result")
+WholeSteps = graph.StepGraphs
 
 CPU_DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
@@ -47,6 +53,7 @@ DECODER_KERNELS = (
     elementwise.build_peaks,
     elementwise.build_place,
     elementwise.build_doubts,
+    choice.build_choice,
 )
 FLOAT_CACHE_KERNELS = (rotary.build_rope_write, causal.build_attend)
 INT8_CACHE_KERNELS = (quantized.build_rope_write, quantized.build_attend)
@@ -305,12 +312,40 @@ def has_integer_products() -> bool:
     return bool(integers.forms())
 
 
-def step_runner(run: graph.Run, device: torch.device) -> graph.Run:
+def step_runner(run: graph.Run[torch.Tensor], device: torch.device) -> graph.Run[torch.Tensor]:
     """Return ``run(embeds, batch)`` of a decoder, with launches of small steps replayed together.
 
     Its result is valid until the next step.
     """
-    return graph.StepGraphs(run) if device.type == "cpu" and levels.is_x86() else run
+    return graph.StepGraphs(run) if _replays(device) else run
+
+
+def whole_steps(
+    run: graph.Run[Result], device: torch.device, dtype: torch.dtype
+) -> WholeSteps[Result] | None:
+    """Return ``run(rows, batch)`` of whole decode steps, replayed; None where that is not done."""
+    return graph.StepGraphs(run) if _replays(device) and dtype in CPU_DTYPES else None
+
+
+def _replays(device: torch.device) -> bool:
+    return device.type == "cpu" and levels.is_x86()
+
+
+def bind_look_up(table: object, num_ids: int) -> lookup.LookUp | None:
+    """Return the look-up of ids (T,) int64, contiguous, in a table of embeddings (N, K).
+
+    Ids from ``num_ids`` on give its last row. None: there is no kernel for such a table.
+    """
+    return lookup.bind(table, num_ids) if levels.is_x86() else None
+
+
+def choose_tokens(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Return what ``argmax`` and ``doubtful_rows`` find, in one number a row: (N,) int64.
+
+    It is the index of the largest logit, or -1 minus it for a doubtful row. logits (N, V) and
+    hidden (N, H) are on the CPU, contiguous and of one of its dtypes.
+    """
+    return choice.choose(logits, hidden)
 
 
 def products() -> str:

@@ -18,9 +18,19 @@ class Embedding:
     Of a larger table that ranks share, it may hold the rows from ``first`` on; see ``divide``.
     """
 
-    __slots__ = ("dtype", "first", "num_ids", "num_rows", "quantize", "reduce", "size", "weight")
+    __slots__ = (
+        "_look_up",
+        "_weight",
+        "dtype",
+        "first",
+        "num_ids",
+        "num_rows",
+        "quantize",
+        "reduce",
+        "size",
+    )
 
-    weight: torch.Tensor | QuantizedTensor | PackedWeight
+    _weight: torch.Tensor | QuantizedTensor | PackedWeight
     dtype: torch.dtype
     """Type of the rows that are looked up."""
     quantize: Callable[[torch.Tensor], QuantizedTensor] | None
@@ -31,11 +41,27 @@ class Embedding:
     def __init__(self, num_rows: int, size: int) -> None:
         self.num_rows = num_rows
         self.size = size
-        self.weight = torch.empty(0)
+        self._weight = torch.empty(0)
+        self._look_up: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.dtype = torch.float32
         self.quantize = None
         self.first, self.num_ids = 0, num_rows
         self.reduce = None
+
+    @property
+    def weight(self) -> torch.Tensor | QuantizedTensor | PackedWeight:
+        """The table."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, table: torch.Tensor | QuantizedTensor | PackedWeight) -> None:
+        self._weight = table
+        self._look_up = ops.bind_look_up(table, min(self.num_ids, self.num_rows))
+
+    @property
+    def is_replayable(self) -> bool:
+        """Return whether the look-up is a kernel's work alone, which can be captured."""
+        return self._look_up is not None and self.reduce is None
 
     def divide(
         self, first: int, num_ids: int, reduce: Callable[[torch.Tensor], torch.Tensor]
@@ -80,6 +106,8 @@ class Embedding:
         Ids past the table's end, as some placeholders are, give an arbitrary row: embeddings of
         items replace these.
         """
+        if self.reduce is None and self._look_up is not None:
+            return self._look_up(ids)
         ids = ids.clamp(max=self.num_ids - 1)
         if self.reduce is None:
             return self._rows(ids)

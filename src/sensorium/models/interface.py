@@ -51,6 +51,18 @@ class TextShape:
         return (1 + self.num_deep) * self.hidden_size
 
 
+class Decoded(NamedTuple):
+    """What a model makes of a step of T generated tokens."""
+
+    hidden: torch.Tensor
+    """(T, H)"""
+    logits: torch.Tensor
+    """(T, V)"""
+    tokens: torch.Tensor
+    """(T,) int64: the likeliest token of each row, the first of equals; -1 minus it for a row whose
+    numbers are doubtful and have to be looked at."""
+
+
 class Model(Protocol):
     """A loaded model. Not thread-safe; called under ``torch.inference_mode()`` by one thread.
 
@@ -100,6 +112,14 @@ class Model(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (N, V) of hidden states (N, H), in the type in which they are computed."""
+        ...
+
+    def decode(self, ids: torch.Tensor, batch: AttentionBatch) -> Decoded | None:
+        """Run a step of generated tokens ids (T,), each of a sequence of its own, at once.
+
+        The numbers are those of ``embed``, ``forward`` and ``logits``. The result is valid until
+        the next step. None, with nothing computed: use those.
+        """
         ...
 
 

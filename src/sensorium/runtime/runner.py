@@ -24,9 +24,10 @@ from sensorium.models.interface import Model
 from sensorium.runtime import pooler, sampler
 from sensorium.runtime.adapters import NO_LANE, AdapterSet
 from sensorium.runtime.encoder import EncoderCache, FeatureStore
-from sensorium.runtime.inputs import StepInputs, build
+from sensorium.runtime.inputs import StepInputs
 from sensorium.runtime.slots import Slot, SlotTable, single_tokens_first
 from sensorium.runtime.soundness import finite_parts, flaws_of_logits
+from sensorium.runtime.steady import SteadyInputs, is_decode
 
 logger = logging.getLogger(__name__)
 
@@ -63,10 +64,9 @@ class ModelRunner:
     ) -> None:
         self.model = model
         self._after_step = after_step
-        self._invariant = batch_invariant
+        self._inputs = SteadyInputs(model, caches, batch_invariant)
         self.adapters = adapters
         self.encoder = EncoderCache(model, store, adapters)
-        self._caches = caches
         self._table = SlotTable()
 
     @torch.inference_mode()
@@ -99,6 +99,7 @@ class ModelRunner:
     def reset(self) -> None:
         """Drop all sequences and encoder outputs; the contents of the KV cache become useless."""
         self._table.drop(tuple(self._table.slots))
+        self._inputs.clear()
         self.encoder.clear()
 
     def _place(self, slot: Slot, result: StepResult) -> None:
@@ -137,6 +138,7 @@ class ModelRunner:
         except EngineDeadError:
             raise  # of several ranks one has gone: nothing can be computed any more
         except Exception:
+            self._inputs.clear()
             result.repeated = True
             logger.exception("a step of %d sequence(s) failed", len(pairs))
             if len(pairs) == 1:
@@ -147,7 +149,11 @@ class ModelRunner:
                     self._run_isolated([pair], result)
 
     def _run(self, pairs: list[tuple[Span, Slot]], result: StepResult) -> None:
-        inputs = build(pairs, self.model, self._caches, self._invariant)
+        inputs = self._inputs.of(pairs)
+        if all(is_decode(span, slot) for span, slot in pairs) and self._decode(
+            pairs, inputs, result
+        ):
+            return
         embeds = self.model.embed(inputs.ids)
         for (span, slot), row in zip(pairs, inputs.first_row, strict=True):
             if slot.request.items and span.start < slot.num_prompt:
@@ -184,6 +190,28 @@ class ModelRunner:
         lanes = [slot.lane for _, slot in pairs]
         return self.adapters.using(list(zip(lanes, inputs.batch.query_lens, strict=True)))
 
+    def _decode(
+        self, pairs: list[tuple[Span, Slot]], inputs: StepInputs, result: StepResult
+    ) -> bool:
+        """Run a step of generated tokens at once; return False if the model cannot do that."""
+        with self._adapted(pairs, inputs):
+            found = self.model.decode(inputs.ids, inputs.batch)
+        if found is None:
+            return False
+        slots, chosen = inputs.sampled_slots, found.tokens.tolist()
+        doubtful = any(token < 0 for token in chosen)
+        flaws = flaws_of_logits(found.logits, found.hidden) if doubtful else [None] * len(slots)
+        likely = [token if token >= 0 else -1 - token for token in chosen]
+        plain = all(map(sampler.is_plain, slots))
+        samples, failed = self._sample_each(
+            found.logits, likely if plain else None, flaws, list(range(len(slots))), slots
+        )
+        for seq_id, sample in samples.items():
+            result.samples[seq_id] = (sample,)
+        result.failed.update(failed)
+        self._inputs.decoded(pairs)
+        return True
+
     def _sample(self, hidden: torch.Tensor, inputs: StepInputs, result: StepResult) -> None:
         """Sample the next token of each sequence, and more as long as its tried tokens are right.
 
@@ -202,14 +230,7 @@ class ModelRunner:
             slots = [slot for _, slot, _ in going]
             at = [first + place for first, _, _ in going]
             try:
-                if likely is not None:
-                    tokens, usable = [likely[row] for row in at], [True] * len(at)
-                    samples, failed = sampler.token_samples(tokens, usable, slots)
-                else:
-                    own = logits if len(at) == len(logits) else logits[at]
-                    samples, failed = sampler.sample(own.float(), slots)
-                self._drop_flawed(samples, failed, [flaws[row] for row in at], slots)
-                self._accept(samples, failed, slots)
+                samples, failed = self._sample_each(logits, likely, flaws, at, slots)
             except Exception:
                 if place == 0:
                     raise
@@ -228,6 +249,29 @@ class ModelRunner:
             ]
             if not going:
                 return
+
+    def _sample_each(
+        self,
+        logits: torch.Tensor,
+        likely: list[int] | None,
+        flaws: Sequence[str | None],
+        at: list[int],
+        slots: list[Slot],
+    ) -> tuple[dict[int, TokenSample], dict[int, str]]:
+        """Sample a token of each slot, from the rows ``at`` of the logits, and append it.
+
+        likely: the likeliest token of each row, where that is what all slots sample. Returns the
+        samples, and messages of sequences that failed, by sequence id.
+        """
+        if likely is not None:
+            tokens, usable = [likely[row] for row in at], [True] * len(at)
+            samples, failed = sampler.token_samples(tokens, usable, slots)
+        else:
+            own = logits if len(at) == len(logits) else logits[at]
+            samples, failed = sampler.sample(own.float(), slots)
+        self._drop_flawed(samples, failed, [flaws[row] for row in at], slots)
+        self._accept(samples, failed, slots)
+        return samples, failed
 
     def _drop_flawed(
         self,

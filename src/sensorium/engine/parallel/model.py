@@ -129,6 +129,9 @@ class ParallelModel:
             hidden = self._group.collectives.broadcast(hidden)
             return self._model.logits(hidden)
 
+    def decode(self, ids: torch.Tensor, batch: AttentionBatch) -> None:
+        """Return None: what the ranks exchange is no part of a launch; see ``Model``."""
+
 
 def shares_of(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Return the indexes of the items of each rank, so that all have about as much of the sizes.

@@ -26,7 +26,7 @@ import math
 import weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -68,7 +68,9 @@ MOST_BYTES = 128 * 1024 * 1024
 COUNTERS = (0, 1, NUM_ARGS - 2, NUM_ARGS - 1)
 """Arguments that kernels count in; zero before each launch."""
 
-Run = Callable[[torch.Tensor, AttentionBatch], torch.Tensor]
+Result = TypeVar("Result")
+Run = Callable[[torch.Tensor, AttentionBatch], Result]
+"""``run(rows, batch)``: a step from its rows (T, ...) to a tensor, or to several."""
 
 
 # -- kernel ---------------------------------------------------------------------------------------
@@ -228,24 +230,24 @@ Region = tuple[Any, Callable[[], object] | None]
 """Arguments of ``replay_kernel``, and what runs behind it."""
 
 
-class StepGraph:
+class StepGraph(Generic[Result]):
     """One captured step, for any batch of its kind."""
 
     def __init__(
         self,
-        run: Run,
-        embeds: torch.Tensor,
+        run: Run[Result],
+        rows: torch.Tensor,
         batch: AttentionBatch,
         memory: np.ndarray[Any, Any],
     ) -> None:
-        """Capture ``run(embeds, batch)``, which has run before with this batch.
+        """Capture ``run(rows, batch)``, which has run before with this batch.
 
         memory: bytes for its tensors, from a whole cache line on. Raises NotRecordable, or
         MemoryError if it needs more.
         """
         self.caches, self.num_threads = batch.caches, torch.get_num_threads()
         arena = _Arena(memory)
-        self._input = arena.tensor(embeds.shape, embeds.dtype)
+        self._input = arena.tensor(rows.shape, rows.dtype)
         with recording() as launches, _Capture(arena):
             self._output = run(self._input, batch)
         self._table = np.array([list(launch.args) for launch in launches], np.int64)
@@ -261,12 +263,15 @@ class StepGraph:
         """Bytes of memory of its own: the arguments of its launches."""
         return self._kernels.nbytes + self._table.nbytes
 
-    def replay(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+    def renew(self, batch: AttentionBatch) -> None:
+        """Take the arguments of a batch, for all its steps."""
+        for plan, indexes, fields in self._renewed:
+            self._table[indexes, fields] = np.frombuffer(plan(batch), np.int64)[fields]
+
+    def replay(self, rows: torch.Tensor) -> Result:
         """Run the step. The result is overwritten by the next step of any graph."""
-        embeds = embeds.contiguous()
-        ctypes.memmove(self._input.data_ptr(), embeds.data_ptr(), embeds.nbytes)
-        for plan, rows, fields in self._renewed:
-            self._table[rows, fields] = np.frombuffer(plan(batch), np.int64)[fields]
+        rows = rows.contiguous()
+        ctypes.memmove(self._input.data_ptr(), rows.data_ptr(), rows.nbytes)
         for args, then in self._regions:
             args[0] = args[1] = 0
             replay_kernel().released(args, self.num_threads)
@@ -316,44 +321,58 @@ def _key(num_rows: int, batch: AttentionBatch) -> Key:
     return (rows, batch.adapters) if batch.adapters else rows
 
 
-class StepGraphs:
+class StepGraphs(Generic[Result]):
     """The graphs of one decoder, by the kind of step. Used by one thread.
 
     Steps are of one kind if they have as many rows, each of a sequence of its own, or none of them
     counted as such (``num_decodes`` 0), as in steps that try tokens.
     """
 
-    def __init__(self, run: Run) -> None:
-        """Keep graphs of ``run(embeds, batch)``: (T, H) -> (T, H), which overwrites embeds."""
+    def __init__(self, run: Run[Result]) -> None:
+        """Keep graphs of ``run(rows, batch)``, which may overwrite its rows (T, ...)."""
         self._run = run
         self._seen: dict[Key, int] = {}
-        self.captured: OrderedDict[Key, StepGraph] = OrderedDict()
+        self.captured: OrderedDict[Key, StepGraph[Result]] = OrderedDict()
         """Graphs by their kind of step, the one used last at the end."""
+        self._renewed: tuple[StepGraph[Result], AttentionBatch] | None = None
+        """The graph replayed last, and the batch whose arguments it has."""
         self._memory: np.ndarray[Any, Any] | None = None
         self._most_rows = MOST_ROWS
         self._caches: list[LayerCache] | None = None
         self._num_threads = 0
         self._adapters = 0
 
-    def __call__(self, embeds: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-        """Run a step, by its graph where there is one. The result lives until the next step."""
-        if not self._may_capture(embeds, batch):
-            return self._run(embeds, batch)
+    def takes(self, num_rows: int) -> bool:
+        """Return whether steps of so many rows may be captured, as far as is known."""
+        return 0 < num_rows <= self._most_rows
+
+    def __call__(self, rows: torch.Tensor, batch: AttentionBatch) -> Result:
+        """Run a step, by its graph where there is one. The result lives until the next step.
+
+        The batch of the step before may come again, moved on by ``ops.advance``: the arguments of
+        the launches are the same then.
+        """
+        if not self._may_capture(rows, batch):
+            return self._run(rows, batch)
         self._check_places(batch)
-        key = _key(embeds.shape[0], batch)
+        key = _key(rows.shape[0], batch)
         graph = self.captured.get(key)
         if graph is not None:
             self.captured.move_to_end(key)
-            return graph.replay(embeds, batch)
+            known = self._renewed
+            if known is None or known[0] is not graph or known[1] is not batch:
+                graph.renew(batch)
+                self._renewed = graph, batch
+            return graph.replay(rows)
         self._seen[key] = self._seen.get(key, 0) + 1
-        hidden = self._run(embeds, batch)
+        result = self._run(rows, batch)
         if self._seen[key] > STEPS_BEFORE:
-            self._capture(key, embeds, batch)
-        return hidden
+            self._capture(key, rows, batch)
+        return result
 
-    def _may_capture(self, embeds: torch.Tensor, batch: AttentionBatch) -> bool:
-        num_rows, num_decodes = embeds.shape[0], batch.num_decodes
-        if not (0 < num_rows <= self._most_rows and embeds.is_cpu):
+    def _may_capture(self, rows: torch.Tensor, batch: AttentionBatch) -> bool:
+        num_rows, num_decodes = rows.shape[0], batch.num_decodes
+        if not (self.takes(num_rows) and rows.is_cpu):
             return False
         if num_decodes == 0:
             return batch.max_query_len <= MOST_QUERIES
@@ -369,6 +388,7 @@ class StepGraphs:
         if self._caches is not batch.caches or self._num_threads != threads:
             self.captured.clear()
             self._seen.clear()
+            self._renewed = None
             self._caches, self._num_threads = batch.caches, threads
         if batch.adapters and batch.adapters != self._adapters:
             self._adapters = batch.adapters
@@ -376,12 +396,12 @@ class StepGraphs:
                 self.captured.pop(key, None)
                 del self._seen[key]
 
-    def _capture(self, key: Key, embeds: torch.Tensor, batch: AttentionBatch) -> None:
-        num_rows = embeds.shape[0]
+    def _capture(self, key: Key, rows: torch.Tensor, batch: AttentionBatch) -> None:
+        num_rows = rows.shape[0]
         try:
             if self._memory is None:
                 self._memory = huge_pages.zeros((MOST_BYTES,), torch.uint8).numpy()
-            graph = StepGraph(self._run, embeds, batch, self._memory)
+            graph = StepGraph(self._run, rows, batch, self._memory)
         except (NotRecordable, MemoryError) as error:
             too_large = isinstance(error, MemoryError)
             self._most_rows = num_rows - 1 if too_large else 0

@@ -16,7 +16,7 @@ from sensorium.layers.mlp import GatedMLP
 from sensorium.layers.norm import RMSNorm
 from sensorium.layers.rotary import Rotary
 from sensorium.models.configs import TextConfig
-from sensorium.models.interface import BuildOptions, Packed, Part, Tied, WeightSlot
+from sensorium.models.interface import BuildOptions, Decoded, Packed, Part, Tied, WeightSlot
 from sensorium.models.loading.memory import owned
 from sensorium.models.loading.weights import linear_slot, norm_slot
 from sensorium.models.parts.division import Division
@@ -121,6 +121,9 @@ class Decoder:
             self._divide(self._division)
         replays = options.replay
         self._steps = ops.step_runner(self._run, options.device) if replays else self._run
+        self._whole: ops.WholeSteps[Decoded] | None = None
+        if replays and self.has_head:
+            self._whole = ops.whole_steps(self._run_whole, options.device, options.dtype)
 
     def _divide(self, division: Division) -> None:
         """Let all layers work together with those of the other ranks."""
@@ -188,6 +191,20 @@ class Decoder:
             x = norm.forward_add(residual, x)
         return x
 
+    def decode(self, ids: torch.Tensor, batch: AttentionBatch) -> Decoded | None:
+        """See ``Model``: embedding, layers, head and the choice of the tokens in one launch."""
+        if self._whole is None or not self._whole.takes(ids.shape[0]):
+            return None
+        first = ids if self.embedding.is_replayable else self.embedding(ids)
+        return self._whole(first, batch)
+
+    def _run_whole(self, first: torch.Tensor, batch: AttentionBatch) -> Decoded:
+        """Run a step from its ids (T,), or from their embeddings (T, H)."""
+        embeds = first if first.dim() == 2 else self.embedding(first)
+        hidden = self._run(embeds, batch)
+        logits = self.head(hidden)
+        return Decoded(hidden, logits, ops.choose_tokens(logits, hidden))
+
 
 class DecoderModel:
     """The ``Model`` protocol over a ``Decoder``, the base of all native models.
@@ -238,6 +255,10 @@ class DecoderModel:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (N, V) of hidden states (N, H)."""
         return self.decoder.head(hidden)
+
+    def decode(self, ids: torch.Tensor, batch: AttentionBatch) -> Decoded | None:
+        """See ``Model``."""
+        return self.decoder.decode(ids, batch)
 
 
 def clone_parts(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:

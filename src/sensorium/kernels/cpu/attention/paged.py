@@ -12,6 +12,7 @@ Where rows do not attend to all tokens before them, a table says to which ones (
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +67,8 @@ class AttentionPlan:
     seen: torch.Tensor | None
     bidirectional: torch.Tensor | None
     """Held as long as the plan, whose key has its identity."""
+    most_tokens: int
+    """Length of the longest sequence up to which the plan is the same but for its numbers."""
 
 
 def rope_attention(
@@ -146,6 +149,8 @@ def plan_of(
     plan: AttentionPlan | None = batch.scratch.get(key)
     if plan is None:
         plan = batch.scratch[key] = _plan(batch, cache, num_heads, dtype, variant, route)
+    if variant.window is not None and variant.window < plan.most_tokens:
+        plan.most_tokens = variant.window
     return plan
 
 
@@ -387,6 +392,7 @@ def _plan(
         k_rotated=torch.empty((num_tokens if spans else 0, num_kv_heads, head_dim), dtype=dtype),
         seen=seen,
         bidirectional=variant.bidirectional,
+        most_tokens=0 if seen is not None or spans else sys.maxsize,
     )
     plan.args = _attend_args(batch, cache, plan, num_heads, route)
     return plan

@@ -237,6 +237,9 @@ class HfModel:
         logits: torch.Tensor = self.head(inputs_embeds=rows[None], use_cache=False).logits[0]
         return logits[: len(hidden)]
 
+    def decode(self, ids: torch.Tensor, batch: AttentionBatch) -> None:
+        """Return None: see ``Model``."""
+
 
 def _pad_few_rows(rows: torch.Tensor, axis: int) -> torch.Tensor:
     """Pad rows along ``axis`` with zeros where they are few.
